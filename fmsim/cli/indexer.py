@@ -1,0 +1,168 @@
+"""`fmsim indexer`: train LSA's memory indexer from traces, and say how well it recalls."""
+
+from __future__ import annotations
+
+import enum
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+if TYPE_CHECKING:
+    from fmsim.indexer.labels import LabelRule
+    from fmsim.indexer.windows import Windows
+    from fmsim.trace import Trace
+
+app = typer.Typer(help="Train and evaluate LSA's memory indexer (needs torch to train).", no_args_is_help=True)
+
+
+class Loss(enum.StrEnum):
+    infonce = "infonce"
+    focal = "focal"
+
+
+Traces = Annotated[list[Path], typer.Argument(help="traces recorded from a DeepSeek-V4 model")]
+HeadShare = Annotated[float, typer.Option(help="share of a step's compressed mass that golden entries carry")]
+MinLayers = Annotated[int, typer.Option(help="CSA layers that must choose an entry to make it golden")]
+Horizon = Annotated[int | None, typer.Option(help="steps that a query must serve; the trace's tau by default")]
+
+
+@app.command()
+def train(
+    traces: Traces,
+    out: Annotated[Path, typer.Option(help="checkpoint to write (.safetensors)")],
+    held_out: Annotated[list[Path], typer.Option(help="traces to judge by; every tenth one by default")] = [],  # noqa: B006
+    heads: Annotated[int, typer.Option(help="heads a layer")] = 32,
+    rank: Annotated[int, typer.Option(help="width of the queries' bottleneck")] = 192,
+    loss: Annotated[Loss, typer.Option(help="over a query's list, or over single entries")] = Loss.infonce,
+    random_negatives: Annotated[float, typer.Option(help="negatives sampled a positive")] = 3.0,
+    hard_negatives: Annotated[float, typer.Option(help="highest-scoring negatives a positive")] = 1.0,
+    mass_power: Annotated[float, typer.Option(help="a positive weighs its mass to this power; 0: all alike")] = 1.0,
+    learning_rate: Annotated[float, typer.Option(help="AdamW's peak learning rate")] = 2e-3,
+    steps: Annotated[int, typer.Option(help="optimizer steps")] = 2000,
+    traces_per_step: Annotated[int, typer.Option(help="traces whose queries make a batch")] = 4,
+    evaluate_every: Annotated[int, typer.Option(help="steps between evaluations")] = 100,
+    patience: Annotated[int, typer.Option(help="evaluations without better recall before stopping")] = 5,
+    kept_share: Annotated[float, typer.Option(help="share that the recommended threshold keeps")] = 0.10,
+    head_share: HeadShare = 0.6,
+    min_layers: MinLayers = 1,
+    horizon: Horizon = None,
+    seed: Annotated[int, typer.Option(help="decides the weights and the sampling")] = 0,
+    device: Annotated[str | None, typer.Option(help="cuda or cpu; cuda where there is one by default")] = None,
+) -> None:
+    """Train a memory indexer from traces alone; the model that made them is never loaded."""
+    from fmsim.errors import FmsimError
+
+    try:
+        import torch
+    except ModuleNotFoundError:
+        raise FmsimError("indexer train needs torch: pip install 'fmsim[model]'") from None
+    from fmsim.indexer import checkpoint
+    from fmsim.indexer.labels import LabelRule
+    from fmsim.indexer.scorer import ScorerConfig
+    from fmsim.indexer.train import TrainOptions
+    from fmsim.indexer.train import train as run
+
+    options = TrainOptions(
+        heads=heads,
+        rank=rank,
+        loss=loss.value,
+        random_negatives=random_negatives,
+        hard_negatives=hard_negatives,
+        mass_power=mass_power,
+        learning_rate=learning_rate,
+        steps=steps,
+        traces_per_step=traces_per_step,
+        evaluate_every=evaluate_every,
+        patience=patience,
+        kept_share=kept_share,
+        seed=seed,
+    )
+    if not held_out:
+        traces, held_out = [path for n, path in enumerate(traces) if n % 10], traces[::10]
+    if not traces:
+        raise FmsimError("indexer train: one trace is held out, which leaves none to train on; give two or more")
+    rule = LabelRule(head_share, min_layers, horizon)
+    parts = [[windows for _, windows in _read(paths, rule, "reading")] for paths in (traces, held_out)]
+    config = ScorerConfig.from_geometry(_geometry(traces[0]))
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    typer.echo(f"{sum(len(windows.entries) for windows in parts[0])} queries of {len(traces)} traces, on {device}", err=True)
+    trained = run(*parts, config, options, device, report=_show_progress)
+    checkpoint.save(trained, out)
+    recall = ", ".join(f"{value:.3f} at {float(share):.0%} kept" for share, value in trained.training["recall"].items())
+    typer.echo(f"{out}: golden recall {recall} on held-out traces, in {trained.training['seconds']} s{_peak(device)}")
+
+
+@app.command("eval")
+def evaluate(
+    checkpoint: Annotated[Path, typer.Argument(help="indexer checkpoint (.safetensors or .pt)")],
+    traces: Traces,
+    head_share: HeadShare = 0.6,
+    min_layers: MinLayers = 1,
+    horizon: Horizon = None,
+    as_json: Annotated[bool, typer.Option("--json", help="print one JSON object")] = False,
+) -> None:
+    """Recall of golden entries and of attention mass against kept share, beside simpler rankings and the oracle."""
+    from fmsim.indexer import checkpoint as checkpoints
+    from fmsim.indexer.eval import evaluate as run
+    from fmsim.indexer.labels import LabelRule
+
+    found = run(checkpoints.load(checkpoint), _read(traces, LabelRule(head_share, min_layers, horizon), "scoring"))
+    typer.echo(json.dumps(found, indent=1)) if as_json else _show(found)
+
+
+def _read(paths: list[Path], rule: LabelRule, doing: str) -> list[tuple[Trace, Windows]]:
+    from rich.console import Console
+    from rich.progress import track
+
+    from fmsim import trace
+    from fmsim.indexer.windows import read_windows
+
+    read = (trace.read(path) for path in track(paths, doing, console=Console(stderr=True), transient=True))
+    return [(found, read_windows(found, path.name, rule)) for path, found in zip(paths, read, strict=False)]
+
+
+def _geometry(path: Path) -> dict:
+    from fmsim import trace
+
+    return trace.read(path).header.geometry
+
+
+def _show_progress(progress) -> None:
+    from fmsim.indexer.train import RECALL_SHARES
+
+    rows = zip(RECALL_SHARES, progress.recall, progress.mass_kept, strict=True)
+    kept = [f"at {share:.0%}: recall {recall:.3f}, mass {mass:.3f}" for share, recall, mass in rows]
+    typer.echo(f"step {progress.step:5d}  loss {progress.loss:.4f}  {'  '.join(kept)}", err=True)
+
+
+def _peak(device: str) -> str:
+    import resource
+
+    import torch
+
+    host = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    on_device = f", {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB on the GPU" if device.startswith("cuda") else ""
+    return f"; peak memory {host:.1f} GiB{on_device}"
+
+
+def _show(found: dict) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    console = Console()
+    for key, title in (("golden_recall", "golden entries recalled"), ("mass_recall", "attention mass kept")):
+        table = Table(title=f"{title}, by share of entries kept ({found['queries']} windows)")
+        table.add_column("ranking")
+        for share in found["kept_shares"]:
+            table.add_column(f"{share:.0%}", justify="right")
+        for name, recalls in found[key].items():
+            table.add_row(name, *(f"{recall:.3f}" for recall in recalls))
+        console.print(table)
+    row = found["threshold"]
+    if row:
+        console.print(
+            f"lsa (max) at the recommended threshold {row['score']:.4f}: keeps {row['kept_share']:.1%} of the entries, "
+            f"{row['golden_recall']:.3f} of the golden ones, {row['mass_recall']:.3f} of the mass"
+        )

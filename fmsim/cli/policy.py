@@ -1,0 +1,43 @@
+"""`fmsim policy`: what policies there are, fmsim's own and installed plug-ins."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+app = typer.Typer(help="List policies and their parameters.", no_args_is_help=True)
+
+
+@app.command("list")
+def list_policies() -> None:
+    """All installed policies, one a line."""
+    from rich.table import Table
+
+    from fmsim.policies import registry
+    from fmsim.report.console import wide_console
+
+    table = Table("policy", "action", "evidence", "decides per", "what it keeps", header_style="bold", pad_edge=False)
+    for name in registry.names():
+        info = registry.info(name)
+        table.add_row(name, info["action"], info["evidence"], info["decision_scope"], info["summary"])
+    wide_console(120).print(table)
+
+
+@app.command()
+def show(name: Annotated[str, typer.Argument(help="a policy's name, e.g. lsa")]) -> None:
+    """One policy: what it does, its source, and every parameter with its default."""
+    from rich.table import Table
+
+    from fmsim.policies import registry
+    from fmsim.report.console import wide_console
+
+    info = registry.info(name)
+    table = Table("parameter", "type", "default", "meaning", header_style="bold", pad_edge=False)
+    for parameter in info["parameters"]:
+        table.add_row(*(parameter[key] for key in ("name", "type", "default", "description")))
+    console = wide_console(120)
+    console.print(f"[bold]{name}[/bold]  {info['module']}")
+    console.print(f"action {info['action']}, evidence {info['evidence']}, decides per {info['decision_scope']}\n")
+    console.print(info["doc"] + "\n", markup=False)
+    console.print(table)

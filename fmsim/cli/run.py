@@ -1,0 +1,66 @@
+"""`fmsim run`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+if TYPE_CHECKING:
+    from fmsim.run import Report
+    from fmsim.scenario import ScenarioFile
+
+
+def run(
+    scenario: Annotated[Path, typer.Argument(help="scenario file (.yaml)")],
+    policy: Annotated[list[str], typer.Option("--policy", "-p", help="run only this one; repeat for more")] = [],  # noqa: B006
+    override: Annotated[list[str], typer.Option("--set", "-s", help="key=value, e.g. batch=8, policies.lsa.budget=20%")] = [],  # noqa: B006
+    as_json: Annotated[bool, typer.Option("--json", help="print one JSON object instead of the table")] = False,
+    out: Annotated[Path | None, typer.Option(help="folder for report.json, ledgers and timelines")] = None,
+    svg: Annotated[Path | None, typer.Option(help="write the table as a picture")] = None,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="no progress bar")] = False,
+) -> None:
+    """Replay a trace under policies and print what each keeps, moves and costs.
+
+    \b
+    fmsim run scenarios/500k.yaml
+    fmsim run scenarios/500k.yaml -p lsa -p lru --set hardware=h200 --set batch=16
+    fmsim run scenarios/500k.yaml --json --out results
+    """
+    from fmsim.report import table
+    from fmsim.scenario import ScenarioFile
+
+    report = _with_progress(ScenarioFile(scenario, override), policy, quiet)
+    if out is not None:
+        report.save(out)
+    if svg is not None:
+        _write_svg(svg, table.svg(report.as_json(), f"fmsim run {scenario}"))
+    if as_json:
+        import json
+
+        typer.echo(json.dumps(report.as_json()))
+    else:
+        table.show(report.as_json())
+
+
+def _with_progress(file: ScenarioFile, policies: list[str], quiet: bool) -> Report:
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+    from fmsim.run import run_scenario
+
+    console = Console(stderr=True)
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=console, transient=True, disable=quiet or not console.is_terminal) as bar:
+        task = bar.add_task("reading the trace", total=None)
+        return run_scenario(file, policies, lambda label, done, total: bar.update(task, description=label, completed=done, total=total))
+
+
+def _write_svg(path: Path, text: str) -> None:
+    from fmsim.errors import FmsimError
+
+    try:
+        path.write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise FmsimError(f"--svg {path}: cannot be written ({error.strerror}); choose another place") from None

@@ -1,0 +1,183 @@
+"""`fmsim trace`: record what a model attends to, and look into a recording."""
+
+from __future__ import annotations
+
+import enum
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from fmsim.nano.prompts import Stream
+
+app = typer.Typer(help="Record attention traces, and look into them.", no_args_is_help=True)
+
+
+class Kind(enum.StrEnum):
+    needles = "needles"
+    continuation = "continuation"
+    memory = "memory"
+
+
+@app.command()
+def info(
+    file: Annotated[Path, typer.Argument(help="a trace (.safetensors)")],
+    check: Annotated[bool, typer.Option("--check", help="read every value, and compare the file's digest")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="print one JSON object")] = False,
+) -> None:
+    """What a trace was recorded from, and how its attention is spread.
+
+    \b
+    fmsim trace info traces/nano-500k-needles.safetensors
+    fmsim trace info traces/nano-500k-needles.safetensors --check --json
+    """
+    from fmsim import trace
+    from fmsim.trace.summary import summary
+
+    found = summary(trace.read(file, check))
+    if as_json:
+        typer.echo(json.dumps(found, indent=1))
+    else:
+        _show(file, found)
+
+
+def _show(file: Path, found: dict) -> None:
+    from rich.table import Table
+
+    from fmsim.report.console import wide_console
+
+    console = wide_console(120)
+    console.print(f"[bold]{file}[/bold]  {found['bytes'] / 1e6:.1f} MB")
+    for key, value in found["about"].items():
+        console.print(f"{key:>16}  {value}", markup=False, highlight=False)
+    table = Table("layer", header_style="bold", pad_edge=False)
+    for name in found["layers"][0]:
+        table.add_column(name.replace("_", " "), justify="right")
+    for number, row in enumerate(found["layers"]):
+        table.add_row(str(number), *(f"{value:.1%}" for value in row.values()))
+    console.print(table)
+
+
+@app.command()
+def record(
+    out: Annotated[Path, typer.Option(help="trace to write (.safetensors)")],
+    model: Annotated[Path | None, typer.Option(help="a DeepSeek-V4 directory; the shipped nano by default")] = None,
+    dense: Annotated[Path | None, typer.Option(help="a dense causal LM instead: a directory or a .gguf file")] = None,
+    prompt_file: Annotated[Path | None, typer.Option(help="text to read, and then to continue")] = None,
+    kind: Annotated[Kind | None, typer.Option(help="a built-in task instead of a text of your own (nano only)")] = None,
+    corpus: Annotated[Path | None, typer.Option(help="folder of `python -m fmsim.nano.tokens`; built-in tasks need it")] = None,
+    context: Annotated[int, typer.Option(help="tokens of the prompt; a longer text is cut")] = 32_768,
+    steps: Annotated[int, typer.Option(help="decode steps")] = 512,
+    seed: Annotated[int, typer.Option(help="decides a built-in task's text and facts")] = 0,
+    device: Annotated[str | None, typer.Option(help="cuda or cpu; cuda where there is one by default")] = None,
+) -> None:
+    """Read a prompt, decode, and keep what every CSA layer attended to.
+
+    \b
+    fmsim trace record --prompt-file book.txt --context 32768 --out book.safetensors
+    fmsim trace record --model DeepSeek-V4-dir --prompt-file book.txt --out book.safetensors
+    fmsim trace record --dense SmolLM2-dir --prompt-file book.txt --context 8064 --steps 128 --out dense.safetensors
+    """
+    from fmsim.errors import FmsimError
+
+    if (prompt_file is None) == (kind is None):
+        raise FmsimError("trace record: give either --prompt-file or --kind")
+    try:
+        import torch
+    except ModuleNotFoundError:
+        raise FmsimError("trace record needs torch: pip install 'fmsim[model]'") from None
+    from fmsim import trace
+
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    if dense is not None:
+        if prompt_file is None:
+            raise FmsimError("trace record: --dense needs --prompt-file")
+        recorded = _dense(dense, prompt_file, context, steps, device)
+    else:
+        recorded = _deepseek(model, _stream(model, prompt_file, kind, corpus, context, steps, seed), seed, device)
+    trace.write(out, recorded)
+    typer.echo(f"{out}: {recorded.n_steps} steps after {recorded.header.prompt_tokens} tokens, {out.stat().st_size / 1e6:.1f} MB")
+
+
+def _deepseek(model: Path | None, stream: Stream, seed: int, device: str):
+    from fmsim.exec.loader import load_model
+    from fmsim.exec.record import record, weights_digest
+    from fmsim.nano.tokenizer import MODEL_FOLDER
+
+    folder = model or MODEL_FOLDER
+    loaded = load_model(folder, device)
+    with _progress(len(stream.prompt) + stream.steps) as advance:
+        [recorded] = record(loaded, [stream], name=folder.name, seed=seed, sha256=weights_digest(folder), progress=advance)
+    return recorded
+
+
+def _stream(model: Path | None, prompt_file: Path | None, kind: Kind | None, corpus: Path | None, context: int, steps: int, seed: int):
+    import numpy as np
+
+    from fmsim.errors import FmsimError
+    from fmsim.nano import prompts, tokens
+    from fmsim.nano.tokenizer import MODEL_FOLDER
+
+    if kind is not None:
+        if corpus is None:
+            raise FmsimError("trace record: --kind needs --corpus, the folder that `python -m fmsim.nano.tokens` writes")
+        return prompts.decode_stream(kind.value, context, np.random.default_rng(seed), tokens.load(corpus, "held_out"), steps)
+    ids = _encode(model or MODEL_FOLDER, prompt_file, context)
+    return prompts.Stream("text", np.array(ids), [prompts.Turn([], steps)])
+
+
+def _encode(folder: Path, prompt_file: Path, context: int) -> list[int]:
+    from transformers import AutoTokenizer
+
+    from fmsim.errors import FmsimError
+
+    ids = AutoTokenizer.from_pretrained(folder)(_text(prompt_file))["input_ids"][:context]
+    if not ids:
+        raise FmsimError(f"--prompt-file {prompt_file}: holds no text")
+    return ids
+
+
+def _text(prompt_file: Path) -> str:
+    from fmsim.errors import FmsimError
+
+    try:
+        return prompt_file.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise FmsimError(f"--prompt-file {prompt_file}: cannot be read as UTF-8 text ({error})") from None
+
+
+def _dense(path: Path, prompt_file: Path, context: int, steps: int, device: str):
+    from fmsim.errors import FmsimError
+    from fmsim.trace.dense import load_dense, record_dense, weights_sha256
+
+    loaded, tokenizer = load_dense(path, device)
+    ids = tokenizer(_text(prompt_file))["input_ids"][: context + steps]
+    if len(ids) < context + steps:
+        raise FmsimError(f"--prompt-file {prompt_file}: has {len(ids)} tokens, --context and --steps ask for {context + steps}; lower one of them")
+    with _progress(len(ids)) as advance:
+        return record_dense(
+            loaded, ids, steps, name=path.resolve().name, sha256=weights_sha256(path), prompt_text=prompt_file.name, progress=advance
+        )  # fmt: skip
+
+
+def _progress(total: int):
+    """A bar on standard error, as a context manager that gives ``advance(tokens)``."""
+    from contextlib import contextmanager
+
+    from rich.console import Console
+    from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
+
+    @contextmanager
+    def bar():
+        console = Console(stderr=True)
+        columns = (TextColumn("reading and decoding"), BarColumn(), TaskProgressColumn(), TimeRemainingColumn())
+        with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
+            task = progress.add_task("", total=total)
+            advance: Callable[[int], None] = lambda tokens: progress.advance(task, tokens)  # noqa: E731
+            yield advance
+
+    return bar()

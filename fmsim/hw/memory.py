@@ -1,0 +1,121 @@
+"""What a server's requests share, in SimPy: GPU and host memory as capacities, the link in both directions, the GPU's compute."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import simpy
+
+from fmsim.errors import FmsimError
+from fmsim.geometry import Geometry
+from fmsim.hw.spec import Hardware
+
+GIB = 2**30
+
+
+@dataclass
+class _Flow:
+    left_bytes: float
+    limit: float  # bytes/s that this transfer could reach alone
+    done: simpy.Event
+    rate: float = field(default=0.0)
+
+
+class FairLink:
+    """One direction of a link: concurrent transfers share its bandwidth max-min fairly, none above its own limit.
+
+    A transfer that cannot use its share (a gather of small rows) leaves the rest to the others. No bytes are lost and
+    the rates never add up to more than the bandwidth, so a link is never credited twice.
+    """
+
+    def __init__(self, env: simpy.Environment, bytes_per_s: float) -> None:
+        self.env, self.bytes_per_s = env, bytes_per_s
+        self.moved_bytes = 0.0
+        self._flows: list[_Flow] = []
+        self._since_s = 0.0
+        self._version = 0  # a timer set before the last change of the flows is void
+
+    @property
+    def idle(self) -> bool:
+        return not self._flows
+
+    @property
+    def rates(self) -> list[float]:
+        """Bytes/s of each transfer now under way."""
+        return [flow.rate for flow in self._flows]
+
+    def transfer(self, n_bytes: float, limit: float = float("inf")) -> simpy.Event:
+        """An event that succeeds when `n_bytes` have passed. `limit` in bytes/s."""
+        done = self.env.event()
+        if n_bytes <= 0:
+            return done.succeed()
+        self._advance()
+        self._flows.append(_Flow(n_bytes, limit, done))
+        self._share()
+        return done
+
+    def _advance(self) -> None:
+        """Book what has passed since the last change."""
+        elapsed_s, self._since_s = self.env.now - self._since_s, self.env.now
+        for flow in self._flows:
+            passed = min(flow.left_bytes, flow.rate * elapsed_s)
+            flow.left_bytes -= passed
+            self.moved_bytes += passed
+
+    def _share(self) -> None:
+        """Max-min fair rates: the most limited first, each at most an equal part of what is left. Then wait for the next end."""
+        spare = self.bytes_per_s
+        for n_left, flow in zip(range(len(self._flows), 0, -1), sorted(self._flows, key=lambda flow: flow.limit)):
+            flow.rate = min(flow.limit, spare / n_left)
+            spare -= flow.rate
+        self._version += 1
+        if self._flows:
+            version = self._version
+            next_end_s = min(flow.left_bytes / flow.rate for flow in self._flows)
+            self.env.timeout(next_end_s).callbacks.append(lambda _: self._end(version))
+
+    def _end(self, version: int) -> None:
+        if version != self._version:
+            return
+        shortest_s = min(flow.left_bytes / flow.rate for flow in self._flows)
+        self._advance()
+        # Rounding may leave a fraction of a byte of the flow that the timer was set for, or of one equal to it.
+        ended = [flow for flow in self._flows if flow.left_bytes <= 1e-9 * flow.rate * shortest_s + 1e-6]
+        for flow in ended:
+            self.moved_bytes += flow.left_bytes
+            self._flows.remove(flow)
+            flow.done.succeed()
+        self._share()
+
+
+class MemorySystem:
+    """One GPU of a server with its share of host memory. Sizes in bytes; both pools start empty of KV."""
+
+    def __init__(self, env: simpy.Environment, hw: Hardware, geometry: Geometry) -> None:
+        self.hw = hw
+        weight_bytes = geometry.weight_bytes(hw.n_gpus)
+        pool_bytes = hw.kv_pool_bytes(weight_bytes)
+        if pool_bytes <= 0:
+            raise FmsimError(
+                f"{geometry.name} does not fit {hw.title}: {weight_bytes / GIB:.1f} GiB of weights on each of {hw.n_gpus} GPUs and "
+                f"{hw.reserve_bytes.value / GIB:.1f} GiB of reserve are {-pool_bytes / GIB:.1f} GiB more than its "
+                f"{hw.hbm_bytes.value / GIB:.1f} GiB; choose larger hardware"
+            )
+        self.hbm = simpy.Container(env, capacity=pool_bytes, init=pool_bytes)
+        self.host = simpy.Container(env, capacity=hw.host_bytes_per_gpu, init=hw.host_bytes_per_gpu)
+        self.to_gpu = FairLink(env, hw.link.bandwidth_bytes_per_s.value)
+        self.to_host = FairLink(env, hw.link.bandwidth_bytes_per_s.value)
+        self.compute = simpy.Resource(env, capacity=1)
+
+    def take(self, gpu_bytes: float, host_bytes: float, what: str) -> None:
+        """Allocate now. Raises FmsimError with the figure that is short."""
+        pools = ((self.hbm, gpu_bytes, "GPU memory"), (self.host, host_bytes, "host memory"))
+        for pool, n_bytes, kind in pools:
+            if n_bytes > pool.level:
+                raise FmsimError(
+                    f"{what} needs {n_bytes / GIB:.2f} GiB of {kind}, {(n_bytes - pool.level) / GIB:.2f} GiB more than the "
+                    f"{pool.level / GIB:.2f} GiB that {self.hw.title} has left for KV; lower the batch or the budget"
+                )
+        for pool, n_bytes, _ in pools:
+            if n_bytes > 0:
+                pool.get(n_bytes)

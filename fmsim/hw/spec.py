@@ -1,0 +1,109 @@
+"""Device presets: one YAML a device under `presets/`, every figure beside its source."""
+
+from __future__ import annotations
+
+import difflib
+from importlib.resources import files
+from typing import Any
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field
+
+from fmsim.errors import FmsimError
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Figure(_Strict):
+    """A number and where it comes from."""
+
+    value: float = Field(gt=0)
+    source: str = Field(min_length=8)
+
+
+class Gather(_Strict):
+    """Rate of a kernel that gathers rows of one size from pinned host memory, by the number of rows."""
+
+    row_bytes: int
+    bytes_per_s: dict[int, float]
+
+
+class Link(_Strict):
+    """One direction of the path between host and GPU memory; both directions have these figures."""
+
+    name: str
+    bandwidth_bytes_per_s: Figure
+    gather_source: str
+    gathers: tuple[Gather, ...]
+
+
+class KernelTable(_Strict):
+    """Measured times of one model's decode modules on one of `n_gpus` tensor-parallel GPUs, in milliseconds.
+
+    `*_context_ms` is by context tokens at batch 1, `*_batch_ms` by batch (attention: at the smallest context), and
+    `*_request_ms_per_mtoken` what a further request adds by its context (slope of batch 16 from 8K to 32K tokens).
+    """
+
+    csa_context_ms: dict[int, float]
+    csa_batch_ms: dict[int, float]
+    csa_request_ms_per_mtoken: float
+    hca_context_ms: dict[int, float]
+    hca_batch_ms: dict[int, float]
+    hca_request_ms_per_mtoken: float
+    moe_batch_ms: dict[int, float]
+    hyper_connections_batch_ms: dict[int, float]
+    all_reduce_batch_ms: dict[int, float]
+    router_batch_ms: dict[int, float]
+    head_batch_ms: dict[int, float]
+
+
+class Hardware(_Strict):
+    """A GPU in a server of `n_gpus` that run one model tensor-parallel, each with the whole KV cache."""
+
+    name: str
+    title: str
+    n_gpus: int = Field(ge=1)
+    hbm_bytes: Figure
+    hbm_bytes_per_s: Figure
+    matmul_flops: Figure
+    reserve_bytes: Figure
+    host_bytes: Figure  # of the whole server
+    link: Link
+    kernel_source: str
+    kernel_factor: Figure
+    kernels: dict[str, KernelTable]
+
+    @property
+    def host_bytes_per_gpu(self) -> float:
+        """Each GPU's process pins its own mirror."""
+        return self.host_bytes.value / self.n_gpus
+
+    def kv_pool_bytes(self, weight_bytes: float) -> float:
+        """GPU memory that weights and the runtime leave for KV; may be negative."""
+        return self.hbm_bytes.value - weight_bytes - self.reserve_bytes.value
+
+
+def hardware_names() -> list[str]:
+    folder = files("fmsim.hw") / "presets"
+    return sorted(entry.name.removesuffix(".yaml") for entry in folder.iterdir() if entry.name.endswith(".yaml"))
+
+
+def load_hardware(name: str) -> Hardware:
+    """The preset called `name`. Raises FmsimError with the nearest names when there is none."""
+    names = hardware_names()
+    if name not in names:
+        near = difflib.get_close_matches(name, names, n=1)
+        hint = f"did you mean '{near[0]}'?" if near else f"choose one of {', '.join(names)}"
+        raise FmsimError(f"no hardware preset '{name}'; {hint}")
+    raw = _read(f"presets/{name}.yaml")
+    raw["link"] = _read(f"links/{raw['link']}.yaml")
+    if "kernels_of" in raw:  # no table of its own: another device's, times kernel_factor
+        raw["kernels"] = _read(f"presets/{raw.pop('kernels_of')}.yaml")["kernels"]
+    return Hardware(name=name, **raw)
+
+
+def _read(path: str) -> dict[str, Any]:
+    text = (files("fmsim.hw") / path).read_text(encoding="utf-8")
+    return yaml.load(text, Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader))

@@ -1,0 +1,152 @@
+"""Memory indexer checkpoints: FlashMemory's joint files (.safetensors, .pt) and fmsim's own, which add a header.
+
+Keys are ``retrievers.l{N}.{wq_a.weight, q_norm_weight, wq_b.weight, weights_proj.weight}``, N counting CSA layers from 0.
+A published file says nothing more, and is taken for DeepSeek-V4-Flash's; fmsim's own files add the metadata key
+``fmsim_indexer``, a JSON object of rotation, recommended threshold and how the file was trained.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
+
+from fmsim.errors import FmsimError
+from fmsim.indexer.scorer import PUBLISHED, LayerWeights, ScorerConfig, Yarn
+
+METADATA_KEY = "fmsim_indexer"
+PART_OF_KEY = {"wq_a.weight": "wq_a", "q_norm_weight": "q_norm", "wq_b.weight": "wq_b", "weights_proj.weight": "weights_proj"}
+KEY = re.compile(r"retrievers\.l(\d+)\.(.+)")
+SHIPPED = Path(__file__).parents[1] / "nano" / "model" / "indexer.safetensors"
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """Retrievers by CSA layer (counted from 0), and what to do with them.
+
+    ``threshold`` is the score (after the sigmoid) recommended for a resident set, None where the file states none;
+    ``training`` is free-form; ``metadata`` holds the file's other metadata, kept when it is written again.
+    """
+
+    layers: dict[int, LayerWeights]
+    config: ScorerConfig
+    threshold: float | None = None
+    training: dict[str, Any] = field(default_factory=dict)
+    metadata: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def hidden_size(self) -> int:
+        return next(iter(self.layers.values())).hidden_size
+
+    @property
+    def head_dim(self) -> int:
+        return next(iter(self.layers.values())).head_dim
+
+    def check_fits(self, layers: int, hidden_size: int, head_dim: int, source: str) -> None:
+        """Raise FmsimError unless the retrievers can score states and keys of these widths and layers."""
+        if max(self.layers) >= layers:
+            raise FmsimError(f"{source}: has {layers} CSA layers, but the indexer scores CSA layers {sorted(self.layers)}")
+        for name, ours, theirs in (("hidden_size", self.hidden_size, hidden_size), ("head_dim", self.head_dim, head_dim)):
+            if ours != theirs:
+                raise FmsimError(
+                    f"{source}: its {name} is {theirs}, but the indexer checkpoint's is {ours}; "
+                    "give a checkpoint trained on this model's traces (fmsim indexer train)"
+                )
+
+
+def load(path: str | os.PathLike) -> Checkpoint:
+    """Read a .safetensors or .pt (weights only) checkpoint; raises FmsimError naming the file and what is wrong."""
+    path = Path(path)
+    if not path.exists():
+        raise FmsimError(f"{path}: no such indexer checkpoint; train one with `fmsim indexer train TRACE... --out {path}`")
+    tensors, metadata = (_read_pt if path.suffix == ".pt" else _read_safetensors)(path)
+    layers = _layers(path, tensors)
+    own = metadata.pop(METADATA_KEY, None)
+    if own is None:
+        return Checkpoint(layers, PUBLISHED, metadata=metadata)
+    try:
+        header = json.loads(own)
+        config = header["scorer"]
+        config = ScorerConfig(**(config | {"yarn": Yarn(**config["yarn"]) if config["yarn"] else None}))
+        return Checkpoint(layers, config, header["threshold"], header["training"], metadata)
+    except (ValueError, KeyError, TypeError) as error:
+        raise FmsimError(f"{path}: metadata {METADATA_KEY!r} is not a memory indexer's: {error!r}") from None
+
+
+def save(checkpoint: Checkpoint, path: str | os.PathLike) -> None:
+    """Write .safetensors, whole or not at all. A published checkpoint comes out as it came in: same keys, bits, metadata."""
+    path = Path(path)
+    if path.suffix != ".safetensors":
+        raise FmsimError(f"{path}: indexer checkpoints are written as .safetensors")
+    metadata = dict(checkpoint.metadata)
+    if (checkpoint.config, checkpoint.threshold, checkpoint.training) != (PUBLISHED, None, {}):
+        header = {"scorer": asdict(checkpoint.config), "threshold": checkpoint.threshold, "training": checkpoint.training}
+        metadata[METADATA_KEY] = json.dumps(header)
+    tensors = {
+        f"retrievers.l{layer}.{key}": np.ascontiguousarray(getattr(weights, part))
+        for layer, weights in checkpoint.layers.items()
+        for key, part in PART_OF_KEY.items()
+    }
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(path.name + ".partial")
+    save_file(tensors, partial, metadata=metadata or None)
+    partial.replace(path)
+
+
+def _read_safetensors(path: Path) -> tuple[dict[str, np.ndarray], dict[str, str]]:
+    try:
+        with safe_open(path, framework="numpy") as file:
+            return {key: file.get_tensor(key).copy() for key in file.keys()}, dict(file.metadata() or {})  # noqa: SIM118
+    except (SafetensorError, OSError, TypeError) as error:
+        raise FmsimError(f"{path}: not a readable .safetensors indexer checkpoint: {error}") from None
+
+
+def _read_pt(path: Path) -> tuple[dict[str, np.ndarray], dict[str, str]]:
+    import torch
+
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+        tensors = {key: tensor for key, tensor in state.items() if not key.endswith("freqs_cis")}
+        return {key: tensor.numpy() for key, tensor in tensors.items()}, {}
+    except Exception as error:  # torch names no common class for what a damaged or foreign pickle raises
+        raise FmsimError(f"{path}: not a state dict of tensors: {str(error).splitlines()[0]}") from None
+
+
+def _layers(path: Path, tensors: dict[str, np.ndarray]) -> dict[int, LayerWeights]:
+    parts: dict[int, dict[str, np.ndarray]] = {}
+    for key, tensor in tensors.items():
+        match = KEY.fullmatch(key)
+        if match is None or match[2] not in PART_OF_KEY:
+            raise FmsimError(f"{path}: {key!r} is not a memory indexer's tensor")
+        if tensor.dtype != np.float32:
+            raise FmsimError(f"{path}: {key!r} is {tensor.dtype}; indexer weights are float32")
+        parts.setdefault(int(match[1]), {})[PART_OF_KEY[match[2]]] = tensor
+    if not parts:
+        raise FmsimError(f"{path}: holds no retrievers")
+    layers = {}
+    for layer in sorted(parts):
+        missing = [key for key, part in PART_OF_KEY.items() if part not in parts[layer]]
+        if missing:
+            raise FmsimError(f"{path}: retrievers.l{layer} lacks {', '.join(missing)}")
+        layers[layer] = LayerWeights(**parts[layer])
+        _check_shapes(path, layer, layers[layer], layers[min(layers)])
+    return layers
+
+
+def _check_shapes(path: Path, layer: int, weights: LayerWeights, first: LayerWeights) -> None:
+    rank, hidden = weights.wq_a.shape if weights.wq_a.ndim == 2 else (-1, -1)
+    heads = len(weights.weights_proj)
+    fits = weights.q_norm.shape == (rank,) and weights.weights_proj.shape == (heads, hidden)
+    fits = fits and weights.wq_b.ndim == 2 and weights.wq_b.shape[1] == rank and weights.wq_b.shape[0] % heads == 0
+    if not fits:
+        shapes = {part: list(value.shape) for part, value in weights._asdict().items()}
+        raise FmsimError(f"{path}: shapes of retrievers.l{layer} do not fit together: {shapes}")
+    if (weights.hidden_size, weights.head_dim) != (first.hidden_size, first.head_dim):
+        raise FmsimError(f"{path}: retrievers.l{layer} has other widths than the layers before it")

@@ -1,0 +1,55 @@
+"""A trace as the memory indexer sees it: one query a window, the keys it scores, and what it should have kept."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+
+from fmsim.errors import FmsimError
+from fmsim.indexer.labels import LabelRule, labels
+from fmsim.trace.format import ENTRY_TOKENS, Trace
+
+
+class Windows(NamedTuple):
+    """The queries of one trace, W of them, each at the last token before its window.
+
+    ``positions`` int64 [W] of the query tokens, ``entries`` int64 [W] visible to each, ``hidden`` float32 [W, L, H],
+    ``keys`` float32 [L, E, D] with E the most entries that a query sees, ``golden`` bool [W, E] and ``mass`` float32
+    [W, E] (False and 0 beyond a query's entries).
+    """
+
+    name: str
+    positions: np.ndarray
+    entries: np.ndarray
+    hidden: np.ndarray
+    keys: np.ndarray
+    golden: np.ndarray
+    mass: np.ndarray
+
+
+def check_scorable(trace: Trace, name: str) -> None:
+    """Raise FmsimError for a trace without the hidden states and index keys that an indexer reads."""
+    for what in ("hidden", "index_keys"):
+        if getattr(trace, what) is None:
+            raise FmsimError(
+                f"{name}: this {trace.header.source} trace holds no {what}, which the memory indexer needs; "
+                "use a trace recorded from a DeepSeek-V4 model"
+            )
+
+
+def read_windows(trace: Trace, name: str, rule: LabelRule) -> Windows:
+    """Queries, keys and labels of ``trace``; ``name`` stands in messages. Decode steps are read a window at a time."""
+    check_scorable(trace, name)
+    tau = trace.header.tau
+    positions = trace.header.prompt_tokens + tau * np.arange(trace.n_windows) - 1
+    entries = (positions + 1) // ENTRY_TOKENS
+    most = int(entries[-1])
+    golden = np.zeros((trace.n_windows, most), dtype=bool)
+    mass = np.zeros((trace.n_windows, most), dtype=np.float32)
+    horizon = rule.horizon_steps or tau
+    for window, visible in enumerate(entries):
+        ahead = slice(window * tau, window * tau + horizon)
+        found = labels(trace.entry_ids[ahead], trace.mass[ahead], int(visible), rule)
+        golden[window, :visible], mass[window, :visible] = found
+    return Windows(name, positions, entries, trace.hidden[:], trace.keys(most), golden, mass)

@@ -1,0 +1,89 @@
+"""What moved and what was kept, step by step: the result of replaying a trace against a policy. No clock in it."""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+import zipfile
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from fmsim.errors import FmsimError
+
+FORMAT_VERSION = 1
+
+
+@dataclass(frozen=True)
+class Ledger:
+    """Axes: T steps, L CSA layers of the trace, G groups (L, or 1 in scope "shared"). A slot holds `granularity` entries.
+
+    Bytes are conserved: resident[t] - resident[t - 1] = demand_loads[t] + lookahead_loads[t] + written[t] - evicted[t].
+    """
+
+    policy: str
+    params: dict[str, Any]  # the policy's parameters as plain JSON values
+    granularity: int
+    scope: str
+    on_miss: str
+    cadence: int
+    tau: int
+    n_steps: int  # T
+    n_layers: int  # L
+    n_groups: int  # G
+    n_slots: int  # S: the budget, in slots a group
+    prompt_entries: int
+    topk: int
+
+    accessed: np.ndarray  # [T, L] int32: entries selected
+    hit: np.ndarray  # [T, L] int32: of these, resident when the step began
+    golden: np.ndarray  # [T, L] int32: entries that carry the first 0.6 of the step's compressed mass, at least one
+    golden_hit: np.ndarray  # [T, L] int32: of these, resident when the step began
+    mass_total: np.ndarray  # [T, L] float32: attention mass on the selected entries
+    mass_kept: np.ndarray  # [T, L] float32: of it, on entries attended after on_miss was applied
+    resident: np.ndarray  # [T, G] int32: slots filled at the end of the step
+    initial: np.ndarray  # [G] int32: slots filled before the first step (left there by the prefill: no traffic)
+    demand_loads: np.ndarray  # [T, G] int32: slots fetched inside the step, which stall it
+    lookahead_loads: np.ndarray  # [T, G] int32: slots recalled by the step's decision, in the window before
+    written: np.ndarray  # [T, G] int32: slots first filled by entries that closed at this step, on the GPU
+    evicted: np.ndarray  # [T, G] int32: slots given up
+    set_overlap: np.ndarray  # [n] float32: Jaccard of the resident sets at successive windows' starts, mean over G
+    scored: np.ndarray  # [T] int64: entries scored by a memory indexer at this step
+
+    def save(self, path: str | Path) -> None:
+        """Write one .npz; it appears whole or not at all."""
+        path = Path(path)
+        arrays = {f.name: getattr(self, f.name) for f in fields(self) if isinstance(getattr(self, f.name), np.ndarray)}
+        header = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in arrays}
+        header["format_version"] = FORMAT_VERSION
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.name, suffix=".part")
+        try:
+            with os.fdopen(handle, "wb") as file:
+                np.savez_compressed(file, header=np.array(json.dumps(header)), **arrays)
+            os.replace(temporary, path)
+        except BaseException:
+            os.unlink(temporary)
+            raise
+
+    @classmethod
+    def load(cls, path: str | Path) -> Ledger:
+        """Read what `save` wrote. Raises FmsimError for a file that is missing, truncated, foreign or of another version."""
+        try:
+            with np.load(path, allow_pickle=False) as file:
+                header = json.loads(str(file["header"]))
+                arrays = {name: file[name] for name in file.files if name != "header"}
+        except FileNotFoundError:
+            raise FmsimError(f"{path}: no such ledger file") from None
+        except (OSError, ValueError, KeyError, IndexError, EOFError, zipfile.BadZipFile) as error:
+            raise FmsimError(f"{path}: not a whole fmsim ledger ({error}); run the scenario again with --out") from None
+        version = header.pop("format_version", None)
+        if version != FORMAT_VERSION:
+            raise FmsimError(f"{path}: ledger format {version}, but this fmsim reads {FORMAT_VERSION}; run the scenario again")
+        try:
+            return cls(**header, **arrays)
+        except TypeError as error:
+            raise FmsimError(f"{path}: ledger fields do not match ({error}); run the scenario again") from None

@@ -1,0 +1,1 @@
+"""Policies: which pages of the compressed KV are worth keeping in GPU memory."""

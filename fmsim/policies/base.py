@@ -1,0 +1,235 @@
+"""The policy interface: a policy is a priority over pages.
+
+Axes used throughout: G groups (the trace's CSA layers, or 1 when they share), P pages of the whole run (a page is
+`granularity` consecutive entries), n any number of pages asked about. A page id of -1 is padding.
+
+A policy keeps tables of shape [G, P + 1]; the last column is the sink that padding reads and writes, since -1 is
+also its index. So `ctx.read(table, pages)` and `ctx.put` never need a mask. Everything a policy computes stays in array programs
+over `ctx.xp` (numpy in the replay, torch in the engine) without Python branches on array values: that is what makes
+both take the same decisions, slot for slot.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Literal, Protocol
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from fmsim import arrays
+from fmsim.errors import FmsimError
+from fmsim.policies.budget import Budget
+
+Array = Any  # a numpy or torch array; the array API has no common type
+
+Action = Literal["visibility_only", "evict", "hierarchical"]
+Evidence = Literal["position", "kv_derived", "current_query", "attention_history", "predicted_future", "future"]
+DecisionScope = Literal["request", "step", "layer"]
+
+
+class PolicyParams(BaseModel):
+    """The switches every policy has. A policy's own `Params` adds to them and changes their defaults."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    budget: Budget = Field(Budget(2, "topk"), description="GPU memory for entries: '12 GiB', '4096 entries', '10%' of the prompt, '2x topk'")
+    cadence: int = Field(1, ge=1, description="steps between decisions over all pages; 1 = reactive: pages come in only by a write or a miss")
+    scope: Literal["per_layer", "shared"] = Field("per_layer", description="each CSA layer its own resident set, or one set for all")
+    granularity: Literal[1, 4, 16, 64] = Field(1, description="entries in a slot")
+    on_miss: Literal["fetch", "mask", "fallback"] = Field("fetch", description="stall and load; attend without; or mask until too little is left")
+    fallback_below: float = Field(0.75, gt=0, le=1, description="on_miss fallback: fetch when a smaller share of the selected entries is resident")
+
+
+@dataclass(frozen=True)
+class Pins:
+    """Pages that are never evicted while they are resident, and always chosen at a decision. All in pages."""
+
+    sink: int = 0  # the first pages of the prompt
+    recent: int = 0  # the newest visible pages
+    decoded: bool = False  # every page that holds an entry closed during decode
+
+
+@dataclass(frozen=True)
+class LookaheadState:
+    """What a lookahead policy may score for window w: nothing in it is younger than the window's start."""
+
+    hidden: Array  # [L, H] float32: the CSA layers' attention input at `position`
+    position: int  # absolute position of the last token before the window
+    keys: Array  # [L, n_entries, D] float32: index keys of the entries visible at `position`
+    n_entries: int
+
+
+class Future(Protocol):
+    """What is to come; handed only to policies whose evidence is "future"."""
+
+    def window(self, step: int, horizon: int) -> tuple[Array, Array]:
+        """Over the steps [step, step + horizon): (mass float32 [G, P] summed, used bool [G, P])."""
+
+    def first_use(self) -> Array:
+        """int32 [G, P]: the first step that uses each page, or `never`."""
+
+    def next_use(self, step: int) -> Array:
+        """int32 [G, n], beside `Observation.pages` of this step: the next later step that uses the page, or `never`."""
+
+    never: int  # later than any step
+
+
+@dataclass(frozen=True)
+class Context:
+    """What a policy knows at reset, before the first decode step. Counts are of the trace's layers and entries."""
+
+    n_layers: int
+    n_groups: int
+    n_pages: int  # P: all pages there will be at the end of the run
+    n_slots: int  # S: slots in each group, from the budget
+    granularity: int
+    prompt_entries: int
+    topk: int
+    n_steps: int  # T; the engine passes the most it will decode
+    tau: int = 64
+    entry_tokens: int = 4  # tokens of the text in an entry (the CSA rate)
+    seed: int = 0
+    prompt_mass: Array | None = None  # [G, P] float32: attention mass of the prompt's queries on each page
+    lookahead: Callable[[int], LookaheadState] | None = None  # window -> state
+    future: Future | None = None
+    xp: Any = None  # array namespace; numpy unless given
+    device: Any = None
+    _start: Array = field(init=False, repr=False, default=None)  # [G, 1] where each row of a table starts
+
+    def __post_init__(self) -> None:
+        if self.xp is None:
+            import array_api_compat.numpy as numpy_namespace
+
+            object.__setattr__(self, "xp", numpy_namespace)
+        start = self.xp.arange(self.n_groups, dtype=self.xp.int64, device=self.device)[:, None] * (self.n_pages + 1)
+        object.__setattr__(self, "_start", start)
+
+    @property
+    def prompt_pages(self) -> int:
+        """Pages that hold at least one entry of the prompt."""
+        return -(-self.prompt_entries // self.granularity)
+
+    def pages(self, entries: int) -> int:
+        """The number of pages that `entries` entries fill, rounded up."""
+        return -(-entries // self.granularity)
+
+    def table(self, value: float = 0, dtype: str = "float32") -> Array:
+        """A [G, P + 1] table filled with `value`; its last column is the sink of padding."""
+        shape = (self.n_groups, self.n_pages + 1)
+        return self.xp.full(shape, value, dtype=getattr(self.xp, dtype), device=self.device)
+
+    def read(self, table: Array, pages: Array) -> Array:
+        """table[g, pages[g, i]] as [G, n]; page -1 reads the sink."""
+        return arrays.read(table, self._start, pages)
+
+    def put(self, table: Array, pages: Array, values: Array | float) -> None:
+        """table[g, pages[g, i]] = values[g, i] in place; page -1 writes the sink. Pages are unique in a row."""
+        arrays.put(table, self._start, pages, values)
+
+
+@dataclass(frozen=True)
+class Observation:
+    """One step's use of pages, after misses were dealt with. All arrays [G, n]; pages unique in a row, -1 = padding.
+
+    `pages` are all that the native indexer selected: it scores every entry, since index keys stay on the GPU.
+    `mass` is seen only where the page was attended to, so it is 0 for a masked page.
+    """
+
+    pages: Array  # int32
+    count: Array  # int32: entries selected in the page (over all layers where they share)
+    mass: Array  # float32: attention mass on them
+    hit: Array  # bool: resident when the step began
+    fetched: Array  # bool: loaded for this step
+
+
+class Policy:
+    """A priority over pages. Subclasses set the declarations, may extend `Params`, and define `worth`.
+
+    The residency manager keeps the S pages of highest worth (S slots a group). With cadence 1 it asks only for pages
+    that are resident, to find victims for what a miss or a newly closed page brings in. With a longer cadence it
+    also asks, at every decision, for all visible pages, and recalls the best.
+    """
+
+    name: ClassVar[str]
+    action: ClassVar[Action]
+    evidence: ClassVar[Evidence]
+    decision_scope: ClassVar[DecisionScope]
+
+    class Params(PolicyParams):
+        pass
+
+    floor: float | None = None  # a page of lower worth is not kept at a decision, even where there is room
+
+    def __init__(self, params: PolicyParams | None = None, **kwargs: Any) -> None:
+        try:
+            self.params = params if params is not None else self.Params(**kwargs)
+        except ValidationError as error:
+            raise FmsimError(f"policy {self.name}: {describe(error)}") from None
+
+    def n_slots(self, n_pages: int, **sizes: Any) -> int:
+        """Slots in each group, at most one a page; `sizes` are the arguments of `Budget.entries`."""
+        return min(n_pages, self.params.budget.slots(self.params.granularity, **sizes))
+
+    def reset(self, ctx: Context) -> None:
+        """Start a run: make tables. Overriding methods call this first."""
+        self.ctx = ctx
+
+    def pins(self) -> Pins:
+        """What must not be evicted; asked once after reset."""
+        return Pins()
+
+    def observe(self, step: int, obs: Observation) -> None:
+        """Learn from one step's accesses."""
+
+    def wrote(self, step: int, pages: Array) -> None:
+        """Learn that `pages` int32 [G, n] closed at this step and were written to the GPU."""
+
+    def decide(self, step: int) -> None:
+        """Called at reset time (step 0) and at every decision before `worth` is asked for all visible pages."""
+
+    def worth(self, step: int, pages: Array) -> Array:
+        """How much each of `pages` int32 [G, n] is worth keeping: float32 [G, n], or int64 in [0, 2**37) for exact order.
+
+        Never NaN, not for padding (-1) either. Ties keep the higher page id.
+        """
+        raise NotImplementedError
+
+    def worth_of_first(self, step: int, n: int) -> Array:
+        """`worth` of pages 0 to n - 1, [G, n]. Override only where a slice of a table is cheaper."""
+        pages = self.ctx.xp.arange(n, dtype=self.ctx.xp.int32, device=self.ctx.device)
+        return self.worth(step, self.ctx.xp.broadcast_to(pages[None, :], (self.ctx.n_groups, n)))
+
+    def scored_entries(self, step: int) -> int:
+        """Entries that a memory indexer scored at this step's decision, summed over its layers. For the cost model."""
+        return 0
+
+
+class LookaheadPolicy(Policy):
+    """A policy that scores all visible pages at each decision, and holds the scores until the next.
+
+    Subclasses define `score`. A page younger than its scores outranks every scored one until the next decision.
+    """
+
+    def reset(self, ctx: Context) -> None:
+        super().reset(ctx)
+        self.scores = ctx.table(float("inf"))
+
+    def score(self, step: int) -> Array:
+        """float32 [G, n] for the first n pages: the worth of each in the window that starts at `step`."""
+        raise NotImplementedError
+
+    def decide(self, step: int) -> None:
+        scores = self.score(step)
+        self.scores[:, : scores.shape[1]] = scores
+
+    def worth(self, step: int, pages: Array) -> Array:
+        return self.ctx.read(self.scores, pages)
+
+    def worth_of_first(self, step: int, n: int) -> Array:
+        return self.scores[:, :n]
+
+
+def describe(error: ValidationError) -> str:
+    """A pydantic error in one line: which key, and what is wrong with it."""
+    return "; ".join(f"{'.'.join(map(str, item['loc'])) or 'parameters'}: {item['msg'].removeprefix('Value error, ')}" for item in error.errors())

@@ -1,0 +1,79 @@
+"""Turns a policy's faults into one clear error that names the policy and the step."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+from fmsim.arrays import WORTH_BITS
+from fmsim.errors import FmsimError
+from fmsim.policies.base import Context, Observation, Pins, Policy
+
+
+class Guarded:
+    """A policy whose every answer is checked. For numpy only: on a GPU the checks would wait for the device."""
+
+    def __init__(self, policy: Policy) -> None:
+        self.policy, self.name, self.params = policy, policy.name, policy.params
+
+    @property
+    def floor(self) -> float | None:
+        return self.policy.floor
+
+    def _call(self, where: str, method: Callable[..., Any], *args: Any) -> Any:
+        try:
+            return method(*args)
+        except FmsimError:
+            raise
+        except Exception as error:  # whatever a plug-in raises
+            raise FmsimError(f"policy {self.name}, {where}: {method.__name__} raised {type(error).__name__}: {error}") from error
+
+    def reset(self, ctx: Context) -> None:
+        self.ctx = ctx
+        self._call("reset", self.policy.reset, ctx)
+
+    def pins(self) -> Pins:
+        return self._call("reset", self.policy.pins)
+
+    def observe(self, step: int, obs: Observation) -> None:
+        self._call(f"step {step}", self.policy.observe, step, obs)
+
+    def wrote(self, step: int, pages: np.ndarray) -> None:
+        self._call(f"step {step}", self.policy.wrote, step, pages)
+
+    def decide(self, step: int) -> None:
+        self._call(f"step {step}", self.policy.decide, step)
+
+    def scored_entries(self, step: int) -> int:
+        return self._call(f"step {step}", self.policy.scored_entries, step)
+
+    def worth(self, step: int, pages: np.ndarray) -> np.ndarray:
+        """The policy's worth, if it is one: right shape, right type, no NaN."""
+        return self._checked(step, self._call(f"step {step}", self.policy.worth, step, pages), pages.shape)
+
+    def worth_of_first(self, step: int, n: int) -> np.ndarray:
+        """The same of the first n pages."""
+        return self._checked(step, self._call(f"step {step}", self.policy.worth_of_first, step, n), (self.ctx.n_groups, n))
+
+    def _checked(self, step: int, worth: Any, shape: tuple[int, ...]) -> np.ndarray:
+        fault = fault_of(worth, shape)
+        if fault:
+            raise FmsimError(f"policy {self.name}, step {step}: worth {fault}")
+        return worth
+
+
+def fault_of(worth: Any, shape: tuple[int, ...]) -> str | None:
+    """What is wrong with `worth` as an answer about pages of this shape, or None."""
+    if not isinstance(worth, np.ndarray):
+        return f"returned {type(worth).__name__}, not an array"
+    if worth.shape != shape:
+        return f"has shape {worth.shape}, but pages of shape {shape} were asked about"
+    if worth.dtype.kind == "f":
+        return "is NaN for some page" if np.isnan(worth).any() else None
+    if worth.dtype.kind not in "iu":
+        return f"has dtype {worth.dtype}; it must be float32 or an integer"
+    if worth.size and (worth.min() < 0 or worth.max() >= 2**WORTH_BITS):
+        return f"is outside [0, 2**{WORTH_BITS}), the range of an integer worth"
+    return None

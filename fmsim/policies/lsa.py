@@ -1,0 +1,106 @@
+"""Lookahead Sparse Attention: a trained memory indexer chooses what the next window may attend to."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from pydantic import Field, model_validator
+
+from fmsim.errors import FmsimError
+from fmsim.indexer import checkpoint, scorer
+from fmsim.indexer.scorer import LayerWeights
+from fmsim.policies.base import Array, Context, LookaheadPolicy, LookaheadState, Pins, PolicyParams
+from fmsim.policies.budget import Budget
+
+
+class LSA(LookaheadPolicy):
+    """Keep what the memory indexer scores at or above a threshold for the coming window (arXiv 2606.09079).
+
+    Every `cadence` steps the indexer scores all compressed entries from the hidden state of the last token, one
+    retriever a CSA layer, and one set serves all layers: a page's worth is its best entry's logit, the layers'
+    combined by max. The newest entries and all that were decoded stay resident. The paper's accuracy was measured so,
+    with a threshold of 0.5, 2,048 recent entries and no limit; the released engine's fixed budget is `kmax` with
+    granularity 64 and page_rank "count".
+    """
+
+    name = "lsa"
+    action = "hierarchical"
+    evidence = "predicted_future"
+    decision_scope = "request"
+
+    class Params(PolicyParams):
+        budget: Budget = Field(Budget(0.1, "share"), description="limit on what the threshold lets in, pinned pages included")
+        cadence: int = Field(64, ge=1, description="steps between decisions: the paper's tau")
+        scope: Literal["per_layer", "shared"] = Field("shared", description="one set for all CSA layers, or each its own")
+        on_miss: Literal["fetch", "mask", "fallback"] = Field("mask", description="the paper masks what is not resident")
+        checkpoint: Path | None = Field(None, description="the indexer's weights; by default those shipped for nano")
+        layers: tuple[int, ...] | None = Field(None, min_length=1, description="CSA layers scored, from 0; by default the checkpoint's")
+        combine: Literal["max", "mean"] = Field("max", description="how the layers' logits become one")
+        threshold: float | None = Field(None, gt=0, lt=1, description="lowest score kept; by default the checkpoint's or 0.5")
+        page_rank: Literal["max", "count"] = Field("max", description="by the best entry, or by entries above the threshold")
+        sink_entries: int = Field(1, ge=0, description="first entries of the prompt, always resident")
+        recent_entries: int = Field(32, ge=0, description="newest entries, always resident: what the sliding window covers")
+        kmax: int | None = Field(None, ge=1, description="the budget as a number of pages in all")
+        stale: bool = Field(True, description="use the state of one window ago, so that recall overlaps decoding")
+
+        @model_validator(mode="before")
+        @classmethod
+        def _kmax_is_a_budget(cls, given: Any) -> Any:
+            if not isinstance(given, dict) or given.get("kmax") is None:
+                return given
+            pages = Budget(float(given["kmax"]) * int(given.get("granularity", 1)), "entries")
+            if Budget.parse(given.get("budget", pages)) != pages:
+                raise ValueError("kmax is a budget in pages; give one of kmax and budget")
+            return given | {"budget": pages}
+
+    def reset(self, ctx: Context) -> None:
+        super().reset(ctx)
+        if ctx.lookahead is None:
+            raise FmsimError(
+                "policy lsa: the trace holds no hidden states or index keys to score; "
+                "use one recorded from a DeepSeek-V4 model, or another policy"
+            )
+        loaded = checkpoint.load(self.params.checkpoint or checkpoint.SHIPPED)
+        state = ctx.lookahead(0)
+        loaded.check_fits(ctx.n_layers, state.hidden.shape[1], state.keys.shape[2], "policy lsa: the trace")
+        self.layers = list(self.params.layers or loaded.layers)
+        absent = sorted(set(self.layers) - set(loaded.layers))
+        if absent:
+            raise FmsimError(f"policy lsa: layers: no retriever for CSA layers {absent}; the checkpoint has {list(loaded.layers)}")
+        if self.params.scope == "per_layer" and self.layers != list(range(ctx.n_layers)):
+            raise FmsimError(f"policy lsa: scope per_layer needs layers 0 to {ctx.n_layers - 1}, not {self.layers}")
+        self.config = loaded.config
+        parts = [loaded.layers[layer] for layer in self.layers]
+        self.weights = [LayerWeights(*(ctx.xp.asarray(part, device=ctx.device) for part in layer)) for layer in parts]
+        self.lowest_logit = scorer.logit(self.params.threshold or loaded.threshold or 0.5)
+        self.floor = self.lowest_logit if self.params.page_rank == "max" else 1.0
+
+    def pins(self) -> Pins:
+        pages = self.ctx.pages
+        return Pins(sink=pages(self.params.sink_entries), recent=pages(self.params.recent_entries), decoded=True)
+
+    def score(self, step: int) -> Array:
+        state, xp = self._state(step), self.ctx.xp
+        hidden, keys = ([array[layer] for layer in self.layers] for array in (state.hidden, state.keys))
+        logits = scorer.layer_logits(self.weights, self.config, hidden, state.position, keys)
+        if self.params.scope == "shared":
+            logits = scorer.combine(logits, self.params.combine)[None]
+        pages = self.ctx.pages(state.n_entries)
+        missing = pages * self.ctx.granularity - state.n_entries
+        padding = xp.full((logits.shape[0], missing), -np.inf, dtype=logits.dtype, device=self.ctx.device)
+        in_pages = xp.reshape(xp.concat((logits, padding), axis=1), (logits.shape[0], pages, self.ctx.granularity))
+        best = xp.max(in_pages, axis=2)
+        if self.params.page_rank == "max":
+            return best
+        above = xp.sum(xp.astype(in_pages >= self.lowest_logit, best.dtype), axis=2)
+        return above + scorer.sigmoid(best) * 0.5  # pages with as many go by their best entry
+
+    def scored_entries(self, step: int) -> int:
+        return self._state(step).n_entries * len(self.layers)
+
+    def _state(self, step: int) -> LookaheadState:
+        """The state that the set from `step` on is chosen by; the first window has no older one than its own."""
+        window = step // self.ctx.tau
+        return self.ctx.lookahead(max(window - 1, 0) if self.params.stale else window)

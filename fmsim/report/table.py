@@ -1,0 +1,113 @@
+"""One run as one table: a row a policy, exact and lossy ones together, each with both of its prices."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from rich.console import Console, Group
+from rich.table import Table
+from rich.text import Text
+
+from fmsim.report.console import wide_console
+
+GIB, MIB = 2**30, 2**20
+MIN_WIDTH = 132  # columns that the table needs
+
+
+def render(report: dict[str, Any]) -> Group:
+    """The head, the table and its notes, from the report's JSON object."""
+    return Group(*_head(report["scenario"]), _table(report), *_notes(report["scenario"]))
+
+
+def show(report: dict[str, Any]) -> None:
+    """Print to standard output."""
+    wide_console(MIN_WIDTH).print(render(report))
+
+
+def svg(report: dict[str, Any], title: str) -> str:
+    """The same as a picture."""
+    console = Console(record=True, width=MIN_WIDTH, file=_Nowhere(), force_terminal=True, color_system="truecolor")
+    console.print(render(report))
+    return console.export_svg(title=title)
+
+
+class _Nowhere:
+    def write(self, text: str) -> int:
+        return len(text)
+
+    def flush(self) -> None:
+        pass
+
+
+def _head(about: dict[str, Any]) -> list[Text]:
+    trace, model, hardware = about["trace"], about["model"], about["hardware"]
+    quality = ", ".join(f"{key} {value}" for key, value in trace["quality"].items() if isinstance(value, (int, float, str)))
+    lines = [
+        Text.assemble((about["name"], "bold"), f"  {about['description']}"),
+        Text(
+            f"trace     {trace['file']}: {trace['model']}, {trace['prompt_kind']}, {trace['prompt_tokens']:,} tokens "
+            f"+ {trace['steps']} steps, {trace['csa_layers']} CSA layers, top-{trace['topk']}" + (f"; {quality}" if quality else "")
+        ),
+        Text(f"model     {model['name']}: {model['csa_layers']} of {model['layers']} layers CSA; {_layer_map(about)}"),
+        Text(
+            f"hardware  {hardware['title']}, tensor parallel {hardware['tensor_parallel']}, batch {about['batch']}; "
+            f"full KV {about['full_kv_bytes'] / GIB:.2f} GiB a request"
+        ),
+    ]
+    if trace["source"] == "dense_pooled":
+        lines.insert(2, Text("          dense attention, pooled over 4-token entries, then top-k: not a sparse model's own choice"))
+    return lines
+
+
+def _layer_map(about: dict[str, Any]) -> str:
+    layers, driven = about["trace"]["csa_layers"], about["layer_map"]
+    counts = sorted({driven.count(layer) for layer in range(layers)})
+    if counts == [1]:
+        return "each driven by a trace layer of its own"
+    return f"layer map: each trace layer drives {' or '.join(map(str, counts))} of them"
+
+
+def _table(report: dict[str, Any]) -> Table:
+    table = Table(header_style="bold", pad_edge=False, row_styles=("", "dim"))
+    table.add_column("policy", no_wrap=True)
+    table.add_column("")
+    for name in (
+        "KV\nGiB", "of\nfull", "on GPU\nGiB", "golden\nkept", "mass\nkept", "set\noverlap", "decode\ntokens/s*", "step ms*\np50", "\np99",
+        "PCIe\nMiB/step", "stall*", "requests\nfit*",
+    ):  # fmt: skip
+        table.add_column(name, justify="right", no_wrap=True)
+    steps = report["scenario"]["trace"]["steps"]
+    for row in report["policies"]:
+        table.add_row(*_cells(row, report["scenario"]["details"][row["policy"]], steps))
+    return table
+
+
+def _cells(row: dict[str, Any], details: dict[str, Any], steps: int) -> list[str | Text]:
+    exact = details["exact"]
+    bound = " h" if details["max_requests_bound"] == "host memory" else "  "
+    return [
+        row["policy"],
+        Text("exact", "green") if exact else Text("lossy", "yellow"),
+        f"{row['kv_hbm_bytes'] / GIB:.3f}",
+        f"{row['kv_hbm_ratio']:.1%}",
+        f"{details['gpu_kv_bytes'] / GIB:.3f}",
+        f"{row['entry_recall']:.1%}",
+        f"{row['mass_kept']:.1%}",
+        "-" if row["set_overlap"] is None else f"{row['set_overlap']:.2f}",
+        f"{row['decode_tokens_per_s']:.1f}",
+        f"{row['step_s']['p50'] * 1e3:.2f}",
+        f"{row['step_s']['p99'] * 1e3:.2f}",
+        f"{row['h2d_bytes'] / MIB / steps:.2f}",
+        f"{row['stall_ratio']:.1%}",
+        f"{row['max_requests']}{bound}",
+    ]
+
+
+def _notes(about: dict[str, Any]) -> list[Text]:
+    notes = [
+        "exact: every entry selected in this trace was attended to; a miss stalls its layer.  lossy: what was not resident was left out.",
+        "KV: the full cache's bytes times the kept share of CSA entries, mean over steps (the paper's accounting).",
+        "on GPU: the most that lies there in a step, with HCA entries, windows and index keys.  golden kept: resident when needed.",
+        "* simulated from kernel tables and link curves, not measured; the rest is counted in the replay.  h: host memory binds.",
+    ]
+    return [Text(note, style="dim") for note in notes]

@@ -1,0 +1,151 @@
+"""Which page sits in which slot of GPU memory. Pure bookkeeping: no clock, no I/O, no policy.
+
+The replay and the GPU engine use this same class, the one with numpy arrays and the other with torch's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from fmsim import arrays
+from fmsim.errors import FmsimError
+
+Array = Any
+
+
+@dataclass(frozen=True)
+class Moves:
+    """Slots moved, int64 [G] each. A page that finds no slot passes through: it counts as loaded and as evicted.
+
+    `pages` and `slots` [G, m] say where each incoming page went (-1 = padding): what an engine has to copy.
+    """
+
+    loaded: Array
+    evicted: Array
+    pages: Array
+    slots: Array
+
+
+class Residency:
+    """G groups of S slots over P pages.
+
+    slots int32 [G, S]: the page in each slot, or -1; table int32 [G, P + 1]: slot of the page, or -1 (last column: always -1).
+    """
+
+    def __init__(self, n_groups: int, n_pages: int, n_slots: int, xp: Any, device: Any = None) -> None:
+        if n_pages >= arrays.MAX_PAGES:
+            raise FmsimError(f"{n_pages} pages are more than {arrays.MAX_PAGES}; use a larger granularity")
+        self.n_groups, self.n_pages, self.n_slots, self.xp = n_groups, n_pages, n_slots, xp
+        self._slots = xp.full((n_groups, n_slots + 1), -1, dtype=xp.int32, device=device)  # the last column is padding's
+        self.table = xp.full((n_groups, n_pages + 1), -1, dtype=xp.int32, device=device)
+        self._table_start = arrays.offsets(self.table, xp)
+        self._slots_start = arrays.offsets(self._slots, xp)
+        self.filled = xp.zeros((n_groups,), dtype=xp.int64, device=device)  # slots that hold a page
+        self._slot_ids = xp.arange(n_slots + 1, dtype=xp.int64, device=device)[None, :]
+
+    @property
+    def slots(self) -> Array:
+        """int32 [G, S], a view: the page in each slot, or -1."""
+        return self._slots[:, : self.n_slots]
+
+    def lookup(self, pages: Array) -> Array:
+        """Slot of each page [G, n], int32, or -1."""
+        return arrays.read(self.table, self._table_start, pages)
+
+    def present(self) -> Array:
+        """bool [G, P], a new array: which pages are resident."""
+        return self.table[:, : self.n_pages] >= 0
+
+    def overlap(self, earlier: Array) -> Array:
+        """Jaccard index of the present set with an `earlier` one (bool [G, P]), float [G]; 1 where both are empty."""
+        xp, now = self.xp, self.present()
+        both = xp.sum(xp.astype(now & earlier, xp.int64), axis=1)
+        either = xp.sum(xp.astype(now | earlier, xp.int64), axis=1)
+        return xp.where(either > 0, both / xp.where(either > 0, either, 1), 1.0)
+
+    def admit(
+        self,
+        pages: Array,
+        incoming: Array,
+        worth: Callable[[Array], Array],
+        pinned: Callable[[Array], Array] | None = None,
+        in_use: Array | None = None,
+    ) -> Moves:
+        """Bring in `pages` [G, n] where `incoming`, in place of the resident pages of least worth.
+
+        worth(pages [G, S + 1]) is asked for the resident pages (-1 = none); pinned(pages) says which must stay, and the
+        slots `in_use` [G, n] (-1 = none) must stay as well. Free slots go first. Where slots run out, the later pages pass through.
+        """
+        xp, n = self.xp, arrays.width(incoming, min(incoming.shape[1], self.n_slots))
+        loaded = xp.sum(xp.astype(incoming, xp.int64), axis=1)
+        if n == 0:
+            nothing = xp.full((self.n_groups, 0), -1, dtype=xp.int64)
+            return Moves(loaded, loaded, nothing, nothing)
+        chosen = arrays.pack(pages, incoming, n)
+        if self.n_slots >= self.n_pages:  # every page has the slot of its own number
+            return self._place(chosen, chosen, xp.full_like(chosen, -1), loaded, xp.zeros_like(loaded))
+        key = self._victim_key(worth, pinned, in_use)
+        victims = arrays.smallest(key, n)
+        enters = (chosen >= 0) & (arrays.read(key, self._slots_start, victims) < arrays.PROTECTED)
+        old = xp.where(enters, arrays.read(self._slots, self._slots_start, victims), -1)
+        left = xp.sum(xp.astype(old >= 0, xp.int64), axis=1)
+        passed = loaded - xp.sum(xp.astype(enters, xp.int64), axis=1)
+        return self._place(xp.where(enters, chosen, -1), xp.where(enters, victims, -1), old, loaded, left + passed)
+
+    def choose(self, worth: Array, floor: float | None = None, pinned: Callable[[Array], Array] | None = None) -> Moves:
+        """Make the resident set the S pages of highest worth among the first n; worth [G, n].
+
+        Pinned pages come first; others of less than `floor` stay out. Pages that stay keep their slots.
+        """
+        xp, n = self.xp, worth.shape[1]
+        pages = xp.arange(n, dtype=xp.int64, device=worth.device)[None, :]
+        key = arrays.order_key(worth, pages)
+        if floor is not None:
+            key = xp.where(worth >= floor, key, -1)
+        if pinned is not None:
+            key = xp.where(pinned(pages), arrays.PROTECTED + pages, key)
+        keep = key >= 0
+        if self.n_slots < n:
+            keep = keep & (key >= arrays.nth_largest(key, self.n_slots))
+        incoming = keep & (self.table[:, :n] < 0)
+        evicted = self._drop(keep)
+        m = arrays.width(incoming, min(n, self.n_slots))
+        chosen = arrays.pack(pages, incoming, m)
+        places = chosen if self.n_slots >= self.n_pages else arrays.pack(self._slot_ids[:, : self.n_slots], self.slots < 0, m)
+        loaded = xp.sum(xp.astype(incoming, xp.int64), axis=1)
+        return self._place(chosen, xp.where(chosen >= 0, places, -1), xp.full_like(chosen, -1), loaded, evicted)
+
+    def _victim_key(
+        self, worth: Callable[[Array], Array], pinned: Callable[[Array], Array] | None, in_use: Array | None
+    ) -> Array:
+        """[G, S + 1] int64: slots in the order in which they are given up; empty ones first, PROTECTED ones never."""
+        xp, slots = self.xp, self._slots
+        key = arrays.order_key(worth(slots), xp.where(slots < 0, 0, slots))
+        key = xp.where(slots < 0, self._slot_ids - self.n_slots, key)
+        if pinned is not None:
+            key = xp.where(pinned(slots) & (slots >= 0), arrays.PROTECTED, key)
+        if in_use is not None:
+            arrays.put(key, self._slots_start, in_use, arrays.PROTECTED)
+        key[:, self.n_slots] = arrays.PROTECTED
+        return key
+
+    def _drop(self, keep: Array) -> Array:
+        """Empty the slots of pages outside keep [G, n]; returns how many, [G]."""
+        xp = self.xp
+        goes = (self.slots >= 0) & ~arrays.read(keep, arrays.offsets(keep, xp), self.slots)
+        arrays.put(self.table, self._table_start, xp.where(goes, self.slots, -1), -1)
+        self._slots[:, : self.n_slots] = xp.where(goes, -1, self.slots)
+        return xp.sum(xp.astype(goes, xp.int64), axis=1)
+
+    def _place(self, pages: Array, slots: Array, old: Array, loaded: Array, evicted: Array) -> Moves:
+        """Put pages[g, i] into slots[g, i] in place of old[g, i] (-1 = padding), and book the rest of the arguments."""
+        xp = self.xp
+        arrays.put(self.table, self._table_start, old, -1)
+        arrays.put(self._slots, self._slots_start, slots, xp.astype(pages, xp.int32))
+        arrays.put(self.table, self._table_start, pages, xp.astype(slots, xp.int32))
+        self.table[:, self.n_pages] = -1
+        self._slots[:, self.n_slots] = -1
+        self.filled = self.filled + loaded - evicted
+        return Moves(loaded, evicted, pages, slots)

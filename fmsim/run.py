@@ -1,0 +1,182 @@
+"""From a scenario to its report: trace x policies -> ledgers -> timelines -> rows."""
+
+from __future__ import annotations
+
+import difflib
+import json
+import os
+import re
+import tempfile
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from fmsim import __version__, metrics
+from fmsim.errors import FmsimError
+from fmsim.footprint import check_layer_map
+from fmsim.geometry import PRESETS, Geometry, from_config
+from fmsim.hw import Hardware, load_hardware
+from fmsim.ledger import Ledger
+from fmsim.parallel import in_parallel
+from fmsim.policies import registry
+from fmsim.policies.base import Policy
+from fmsim.replay import Replayer
+from fmsim.scenario import PolicySpec, ScenarioFile
+from fmsim.simulate import Timeline, simulate
+from fmsim.trace import Trace, read
+
+
+@dataclass(frozen=True)
+class PolicyRun:
+    """One policy's results."""
+
+    label: str
+    ledger: Ledger
+    timeline: Timeline
+    row: dict[str, Any]
+    details: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Report:
+    """All rows of a scenario, and what they were made from."""
+
+    scenario: dict[str, Any]
+    runs: tuple[PolicyRun, ...]
+
+    def as_json(self) -> dict[str, Any]:
+        """The object that `fmsim run --json` prints."""
+        details = {run.label: run.details for run in self.runs}
+        return {"scenario": self.scenario | {"details": details}, "policies": [run.row for run in self.runs]}
+
+    def save(self, folder: Path) -> None:
+        """Write report.json, and each policy's ledger and timeline; every file appears whole or not at all."""
+        try:
+            for run in self.runs:
+                stem = re.sub(r"[^\w.+-]", "_", run.label)
+                run.ledger.save(folder / "ledgers" / f"{stem}.npz")
+                run.timeline.save(folder / "timelines" / f"{stem}.json")
+            _write(folder / "report.json", json.dumps(self.as_json(), indent=1) + "\n")
+        except OSError as error:
+            raise FmsimError(f"--out {folder}: cannot be written ({error.strerror or error}); choose another folder") from None
+
+
+def run_scenario(
+    file: ScenarioFile, selected: Sequence[str] = (), progress: Callable[[str, int, int], None] = lambda label, done, total: None
+) -> Report:
+    """Run every policy of `file`, or those `selected` by label or name.
+
+    A selected policy that the scenario lacks runs with its defaults. `progress` is told (label, done, total) as they
+    finish. Raises FmsimError for whatever the user can mend.
+    """
+    scenario = file.scenario
+    geometry = load_geometry(file)
+    hw = _located(file, ("hardware",), lambda: load_hardware(scenario.hardware))
+    trace = read(file.file(scenario.trace))
+    layer_map = _located(file, ("layer_map",), lambda: check_layer_map(scenario.layer_map, trace.n_layers, geometry.n_csa))
+    policies = [(spec.label, _build(file, spec)) for spec in _select(file, selected)]
+    replayer = Replayer(trace, entry_bytes=geometry.kv_entry_bytes, model_layers=geometry.n_csa)
+
+    def run_one(index: int) -> PolicyRun:
+        label, policy = policies[index]
+        ledger = replayer.run(policy)
+        timeline = simulate(ledger, geometry, hw, layer_map, scenario.batch)
+        row = metrics.row(ledger, timeline, geometry, hw, layer_map) | {"policy": label}
+        return PolicyRun(label, ledger, timeline, row, metrics.details(ledger, geometry, hw, layer_map))
+
+    for key in {(policy.params.granularity, policy.params.scope == "shared") for _, policy in policies}:
+        replayer.paged(*key)  # once, before the processes part
+    runs = []
+    progress(policies[0][0], 0, len(policies))
+    for run in in_parallel(run_one, len(policies)):
+        runs.append(run)
+        progress(run.label, len(runs), len(policies))
+    return Report(_about(file, trace, geometry, hw, layer_map), tuple(runs))
+
+
+def load_geometry(file: ScenarioFile) -> Geometry:
+    """The scenario's model: a preset's name, or a config.json beside the scenario (or the folder that holds one)."""
+    name = file.scenario.model
+    if name in PRESETS:
+        return PRESETS[name]
+    path = file.file(name)
+    path = path / "config.json" if path.is_dir() else path
+    if not path.is_file():
+        near = difflib.get_close_matches(name, PRESETS, n=1)
+        hint = f"did you mean '{near[0]}'?" if near else f"presets are {', '.join(PRESETS)}"
+        raise FmsimError(f"{file.where(('model',))}: neither a preset nor a config.json: {name!r}; {hint}")
+    try:
+        return from_config(json.loads(path.read_text(encoding="utf-8")), name=path.parent.name)
+    except (OSError, ValueError) as error:
+        raise FmsimError(f"{path}: not a usable DeepSeek-V4 config ({error})") from None
+
+
+def _select(file: ScenarioFile, selected: Sequence[str]) -> list[PolicySpec]:
+    if not selected:
+        return list(file.scenario.policies)
+    specs: list[PolicySpec] = []
+    for name in dict.fromkeys(selected):
+        found = [spec for spec in file.scenario.policies if name in (spec.label, spec.policy)]
+        if not found:
+            registry.get(name)
+            found = [PolicySpec.model_validate(name)]
+        specs += [spec for spec in found if spec not in specs]
+    return specs
+
+
+def _build(file: ScenarioFile, spec: PolicySpec) -> Policy:
+    build = lambda: registry.build({"policy": spec.policy} | spec.params)  # noqa: E731
+    if spec not in file.scenario.policies:
+        return build()
+    return _located(file, ("policies", file.scenario.policies.index(spec)), build)
+
+
+def _located(file: ScenarioFile, loc: tuple[str | int, ...], make: Callable[[], Any]) -> Any:
+    """`make()`, its FmsimError led by where the scenario says so."""
+    try:
+        return make()
+    except FmsimError as error:
+        raise FmsimError(f"{file.where(loc)}: {error}") from None
+
+
+def _about(file: ScenarioFile, trace: Trace, geometry: Geometry, hw: Hardware, layer_map: tuple[int, ...]) -> dict[str, Any]:
+    """What the rows were made from, for the report's head."""
+    header, scenario = trace.header, file.scenario
+    return {
+        "name": scenario.name,
+        "description": scenario.description,
+        "file": str(file.path),
+        "fmsim": __version__,
+        "trace": {
+            "file": str(file.file(scenario.trace)),
+            "model": header.model.name,
+            "source": header.source,
+            "prompt_kind": header.prompt_kind,
+            "prompt_tokens": header.prompt_tokens,
+            "steps": trace.n_steps,
+            "csa_layers": trace.n_layers,
+            "topk": trace.topk,
+            "quality": header.quality,
+            "content_sha256": header.content_sha256,
+        },
+        "model": {"name": geometry.name, "csa_layers": geometry.n_csa, "layers": geometry.n_layers},
+        "layer_map": list(layer_map),
+        "hardware": {"name": hw.name, "title": hw.title, "tensor_parallel": hw.n_gpus, "kernel_source": hw.kernel_source},
+        "batch": scenario.batch,
+        "full_kv_bytes": geometry.full_kv_bytes(header.prompt_tokens),
+        "simulated": ["decode_tokens_per_s", "step_s", "stall_ratio", "max_requests"],
+        "replayed": ["kv_hbm_bytes", "kv_hbm_ratio", "entry_recall", "mass_kept", "set_overlap", "h2d_bytes"],
+    }
+
+
+def _write(path: Path, text: str) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.name, suffix=".part")
+    try:
+        with os.fdopen(handle, "w", encoding="utf-8") as out:
+            out.write(text)
+        os.replace(temporary, path)
+    except BaseException:
+        os.unlink(temporary)
+        raise

@@ -1,0 +1,10 @@
+"""Attention traces: what a real model attended to, step by step, in one safetensors file. No torch in here but for
+the dense recorder (`fmsim.trace.dense`), which is imported by itself."""
+
+from fmsim.trace.check import validate
+from fmsim.trace.format import ENTRY_TOKENS, FORMAT_VERSION, ModelInfo, Trace, TraceHeader
+from fmsim.trace.reader import read
+from fmsim.trace.recorder import TraceRecorder
+from fmsim.trace.writer import write
+
+__all__ = ["ENTRY_TOKENS", "FORMAT_VERSION", "ModelInfo", "Trace", "TraceHeader", "TraceRecorder", "read", "validate", "write"]

@@ -1,0 +1,210 @@
+"""What a trace is: its header, its arrays, and which of them a file must hold in which shape (docs/trace-format.md).
+
+Axes: T decode steps, L CSA layers, K selected entries, E entries at the end of the trace, W windows of tau steps,
+H hidden width, D index key width, N = prompt_tokens + T. Decode step t reads the token at position prompt_tokens + t.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+from pydantic import BaseModel, ConfigDict, Field
+
+from fmsim.trace import float8
+
+FORMAT_VERSION = 1
+METADATA_KEY = "fmsim_trace"  # the safetensors metadata entry that holds the header
+ENTRY_TOKENS = 4  # tokens from one CSA entry to the next
+PADDING = 65535  # an entry id of this, in files whose ids are uint16, is no entry
+
+
+class ModelInfo(BaseModel):
+    """The model that was watched. ``sha256`` is over its weight files, None where they were not hashed."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    name: str
+    sha256: str | None = None
+    dtype: str
+
+
+class TraceHeader(BaseModel):
+    """What a trace was recorded from, and how."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    format_version: Literal[1] = FORMAT_VERSION
+    geometry: dict[str, Any]
+    model: ModelInfo
+    source: Literal["deepseek_v4", "dense_pooled"]
+    prompt_kind: str
+    prompt_text: str = ""  # what the text is, where it comes from, its licence
+    prompt_tokens: int = Field(ge=1)
+    prompt_mass_queries: int = Field(0, ge=0, le=65504)  # last prompt queries summed in `prompt_mass`; float16 holds no more
+    seed: int
+    tau: int = Field(64, ge=1)
+    quality: dict[str, Any] = {}  # how well the model answered, e.g. {"asked": 20, "exact": 19}
+    device: str
+    created: str  # ISO 8601
+    content_sha256: str | None = None  # of the header without this key, then the tensors' bytes; set by the writer
+
+
+class TensorSpec(NamedTuple):
+    """A tensor of the file: stored types (the first is preferred), one letter an axis, and whether it may be missing."""
+
+    dtypes: tuple[str, ...]
+    axes: str
+    optional: bool = False
+
+
+TENSORS = {
+    "entry_ids": TensorSpec(("uint16", "int32"), "TLK"),
+    "mass": TensorSpec(("float16",), "TLK"),
+    "window_mass": TensorSpec(("float16",), "TL"),
+    "sink_mass": TensorSpec(("float16",), "TL"),
+    "token_ids": TensorSpec(("uint16", "int32"), "N"),
+    "forced": TensorSpec(("bool",), "T"),
+    "hidden": TensorSpec(("float16",), "WLH", optional=True),
+    "index_keys": TensorSpec(("uint8",), "LED", optional=True),
+    "index_key_scales": TensorSpec(("float32",), "LS", optional=True),
+    "prompt_mass": TensorSpec(("float16",), "LE", optional=True),
+}
+
+
+@dataclass(frozen=True, eq=False)
+class Column:
+    """A tensor left in its file: indexing it reads and decodes just that part, ``np.asarray`` all of it."""
+
+    stored: np.ndarray
+    decode: Callable[[np.ndarray], np.ndarray]
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.stored.shape
+
+    @property
+    def ndim(self) -> int:
+        return self.stored.ndim
+
+    @property
+    def dtype(self) -> np.dtype:
+        return self.decode(self.stored[:0]).dtype
+
+    def __len__(self) -> int:
+        return len(self.stored)
+
+    def __getitem__(self, key: Any) -> np.ndarray:
+        return self.decode(self.stored[key])
+
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
+        decoded = self.decode(self.stored)
+        return decoded if dtype is None else decoded.astype(dtype, copy=False)
+
+
+Array = np.ndarray | Column
+
+
+@dataclass(frozen=True, eq=False)
+class Trace:
+    """One decode, as the CSA layers saw it. Arrays are numpy, or `Column` where they are read from a file.
+
+    entry_ids         int32 [T, L, K]   selected entries, ascending in a row; -1 (padding) stands at the row's end
+    mass              float32 [T, L, K] softmax probability on the entry, mean over heads; 0 on padding
+    window_mass       float32 [T, L]    the same on the sliding window's tokens
+    sink_mass         float32 [T, L]    the same on the attention sink
+    token_ids         int32 [N]         the prompt, then each step's input token
+    forced            bool [T]          the step's input token was given, not generated
+    hidden            float32 [W, L, H] the layer's attention input at position prompt_tokens + tau * w - 1, or None
+    index_keys        uint8 [L, E, D]   float8 e4m3fn codes, RoPE already applied, or None; `keys` decodes them
+    index_key_scales  float32 [L, E or 1]
+    prompt_mass       float32 [L, E]    mass summed over the last `header.prompt_mass_queries` prompt tokens, or None
+
+    Mass of entries, window and sink sum to 1 where the model is a DeepSeek-V4. In a dense_pooled trace the sum is below 1
+    by what fell on entries beyond the top k. ``path`` is the file, for messages.
+    """
+
+    header: TraceHeader
+    entry_ids: Array
+    mass: Array
+    window_mass: Array
+    sink_mass: Array
+    token_ids: np.ndarray
+    forced: np.ndarray
+    hidden: Array | None = None
+    index_keys: np.ndarray | None = None
+    index_key_scales: np.ndarray | None = None
+    prompt_mass: Array | None = None
+    path: Path | None = None
+
+    @property
+    def n_steps(self) -> int:
+        return self.entry_ids.shape[0]
+
+    @property
+    def n_layers(self) -> int:
+        return self.entry_ids.shape[1]
+
+    @property
+    def topk(self) -> int:
+        """K, the width of a row."""
+        return self.entry_ids.shape[2]
+
+    @property
+    def n_windows(self) -> int:
+        return -(-self.n_steps // self.header.tau)
+
+    @property
+    def prompt_entries(self) -> int:
+        """Entries that the prompt alone closes."""
+        return self.header.prompt_tokens // ENTRY_TOKENS
+
+    @property
+    def total_entries(self) -> int:
+        """E: entries closed by the end of the trace."""
+        return (self.header.prompt_tokens + self.n_steps) // ENTRY_TOKENS
+
+    def n_entries(self, step: int) -> int:
+        """Entries visible to the token of decode step ``step``; an entry closes with its fourth token."""
+        return (self.header.prompt_tokens + step + 1) // ENTRY_TOKENS
+
+    def keys(self, entries: int | None = None) -> np.ndarray:
+        """Index keys of the first ``entries`` entries (all by default), decoded: float32 [L, entries, D]."""
+        codes, scales = self.index_keys[:, :entries], self.index_key_scales[:, :entries]
+        return float8.decode(codes) * scales[:, :, None]
+
+    def with_header(self, **changes: Any) -> Trace:
+        """The same trace with header fields replaced."""
+        return replace(self, header=self.header.model_copy(update=changes))
+
+
+def decode_ids(stored: np.ndarray) -> np.ndarray:
+    """Stored entry ids -> int32 with -1 for padding."""
+    if stored.dtype == np.int32:
+        return stored
+    ids = stored.astype(np.int32)
+    ids[stored == PADDING] = -1
+    return ids
+
+
+def encode_ids(ids: np.ndarray, total_entries: int) -> np.ndarray:
+    """int32 ids with -1 for padding -> uint16 where all ids fit below PADDING, else int32."""
+    if total_entries > PADDING:
+        return np.asarray(ids, dtype=np.int32)
+    return np.where(ids < 0, PADDING, ids).astype(np.uint16)
+
+
+def to_int32(stored: np.ndarray) -> np.ndarray:
+    return stored.astype(np.int32)
+
+
+def encode_tokens(tokens: np.ndarray) -> np.ndarray:
+    """int32 token ids -> uint16 where all of them fit."""
+    return np.asarray(tokens, np.uint16 if np.max(tokens) <= np.iinfo(np.uint16).max else np.int32)
+
+
+def to_float32(stored: np.ndarray) -> np.ndarray:
+    return stored.astype(np.float32)

@@ -1,0 +1,46 @@
+"""What a trace holds, as a dict for people and machines."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from fmsim.trace.format import Trace
+
+HEAD_SHARE = 0.95
+
+
+def summary(trace: Trace) -> dict:
+    """``about``: the header in words; ``layers``: of each layer the shares of mass and of entries described in ``layer_row``."""
+    header = trace.header
+    about = {
+        "model": f"{header.model.name} ({header.model.dtype}), {header.source}",
+        "prompt": f"{header.prompt_kind}, {header.prompt_tokens:,} tokens, seed {header.seed}",
+        "text": header.prompt_text or "not said",
+        "decode": f"{trace.n_steps} steps, {int((~trace.forced).sum())} of them generated",
+        "selected": f"{trace.topk} of {trace.total_entries:,} entries a step and layer, {trace.n_layers} layers",
+        "answers": ", ".join(f"{key} {value}" for key, value in header.quality.items()) or "none asked",
+        "for lookahead": "hidden states and index keys" if trace.hidden is not None and trace.index_keys is not None else "nothing",
+        "recorded": f"{header.created} on {header.device}",
+    }
+    rows = [layer_row(trace, layer) for layer in range(trace.n_layers)]
+    return {"about": about, "bytes": trace.path.stat().st_size if trace.path else 0, "header": header.model_dump(), "layers": rows}
+
+
+def layer_row(trace: Trace, layer: int) -> dict[str, float]:
+    """Mean mass on entries, window and sink; then, as shares of the prompt's entries and means over windows of tau steps,
+    the union of what was selected, and the fewest entries that carry 95% of the window's mass."""
+    unions, heads = [], []
+    for start in range(0, trace.n_steps, trace.header.tau):
+        steps = slice(start, start + trace.header.tau)
+        ids, mass = trace.entry_ids[steps, layer], trace.mass[steps, layer]
+        total = np.bincount(ids[ids >= 0], weights=mass[ids >= 0])
+        unions.append(np.unique(ids[ids >= 0]).size)
+        ranked = np.sort(total)[::-1].cumsum()
+        heads.append(np.searchsorted(ranked, HEAD_SHARE * ranked[-1]) + 1)
+    return {
+        "mass_on_entries": float(trace.mass[:, layer].sum(-1).mean()),
+        "mass_on_window": float(trace.window_mass[:, layer].mean()),
+        "mass_on_sink": float(trace.sink_mass[:, layer].mean()),
+        "union_of_a_window": float(np.mean(unions)) / trace.prompt_entries,
+        "carrying_95%": float(np.mean(heads)) / trace.prompt_entries,
+    }

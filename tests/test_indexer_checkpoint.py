@@ -1,0 +1,117 @@
+import json
+
+import numpy as np
+import pytest
+import torch
+from safetensors.numpy import load_file, save_file
+
+from fmsim.errors import FmsimError
+from fmsim.indexer import checkpoint
+from fmsim.indexer.checkpoint import Checkpoint
+from fmsim.indexer.scorer import PUBLISHED, LayerWeights, ScorerConfig, Yarn
+
+
+def published_tensors(layers=(10, 12, 20), hidden=12, rank=6, heads=3, head_dim=4) -> dict[str, np.ndarray]:
+    random = np.random.default_rng(0)
+    shapes = {
+        "wq_a.weight": (rank, hidden),
+        "wq_b.weight": (heads * head_dim, rank),
+        "q_norm_weight": (rank,),
+        "weights_proj.weight": (heads, hidden),
+    }
+    return {
+        f"retrievers.l{layer}.{key}": random.standard_normal(shape).astype(np.float32)
+        for layer in layers
+        for key, shape in shapes.items()
+    }
+
+
+@pytest.mark.parametrize("metadata", [None, {"format": "pt"}])
+def test_a_published_checkpoint_is_written_back_unchanged(tmp_path, metadata):
+    save_file(published_tensors(), tmp_path / "theirs.safetensors", metadata=metadata)
+    found = checkpoint.load(tmp_path / "theirs.safetensors")
+    assert sorted(found.layers) == [10, 12, 20]
+    assert found.config == PUBLISHED and found.threshold is None
+    assert (found.hidden_size, found.head_dim, found.layers[10].heads) == (12, 4, 3)
+    checkpoint.save(found, tmp_path / "ours.safetensors")
+    assert (tmp_path / "ours.safetensors").read_bytes() == (tmp_path / "theirs.safetensors").read_bytes()
+
+
+def test_pt_holds_the_same_and_its_rotations_are_ignored(tmp_path):
+    tensors = published_tensors()
+    state = {key: torch.from_numpy(value) for key, value in tensors.items()}
+    state["retrievers.l10.freqs_cis"] = torch.ones(4, dtype=torch.complex64)
+    torch.save(state, tmp_path / "theirs.pt")
+    checkpoint.save(checkpoint.load(tmp_path / "theirs.pt"), tmp_path / "ours.safetensors")
+    written = load_file(tmp_path / "ours.safetensors")
+    assert written.keys() == tensors.keys()
+    assert all(np.array_equal(written[key], tensors[key]) for key in tensors)
+
+
+class Hostile:
+    def __reduce__(self):
+        return (print, ("a pickle must not run",))
+
+
+def test_pt_is_loaded_as_weights_only(tmp_path, capsys):
+    torch.save({"retrievers.l0.wq_a.weight": Hostile()}, tmp_path / "hostile.pt")
+    with pytest.raises(FmsimError, match="hostile.pt"):
+        checkpoint.load(tmp_path / "hostile.pt")
+    assert "must not run" not in capsys.readouterr().out
+
+
+def test_our_header_survives(tmp_path):
+    random = np.random.default_rng(1)
+    shapes = ((5, 7), (5,), (8, 5), (2, 7))
+    weights = {layer: LayerWeights(*(random.standard_normal(shape).astype(np.float32) for shape in shapes)) for layer in (0, 3)}
+    config = ScorerConfig(2, 1e4, Yarn(4.0, 512), hadamard=True, norm_eps=1e-5)
+    checkpoint.save(Checkpoint(weights, config, 0.37, {"seed": 5}), tmp_path / "a.safetensors")
+    found = checkpoint.load(tmp_path / "a.safetensors")
+    assert (found.config, found.threshold, found.training) == (config, 0.37, {"seed": 5})
+    assert all(np.array_equal(x, y) for layer in (0, 3) for x, y in zip(found.layers[layer], weights[layer], strict=True))
+
+
+def drop(key):
+    return lambda tensors: tensors.pop(key)
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda tensors: tensors.clear(), "no retrievers"),
+        (drop("retrievers.l12.wq_b.weight"), r"l12 lacks wq_b\.weight"),
+        (lambda tensors: tensors.update(other=np.zeros(3, np.float32)), "'other' is not"),
+        (lambda tensors: tensors.update({"retrievers.l10.q_norm_weight": np.zeros(6, np.float16)}), "float16"),
+        (lambda tensors: tensors.update({"retrievers.l10.q_norm_weight": np.zeros(7, np.float32)}), "do not fit together"),
+        (lambda tensors: tensors.update(published_tensors((12,), hidden=8)), "other widths"),
+    ],
+)
+def test_a_damaged_checkpoint_is_one_clear_error(tmp_path, damage, message):
+    tensors = published_tensors()
+    damage(tensors)
+    save_file(tensors, tmp_path / "c.safetensors")
+    with pytest.raises(FmsimError, match=message) as error:
+        checkpoint.load(tmp_path / "c.safetensors")
+    assert "c.safetensors" in str(error.value)
+
+
+def test_missing_truncated_and_foreign_files(tmp_path):
+    path = tmp_path / "c.safetensors"
+    with pytest.raises(FmsimError, match="no such"):
+        checkpoint.load(path)
+    save_file(published_tensors(), path)
+    path.write_bytes(path.read_bytes()[:-9])
+    with pytest.raises(FmsimError, match="not a readable"):
+        checkpoint.load(path)
+    save_file(published_tensors(), path, metadata={checkpoint.METADATA_KEY: json.dumps({"scorer": {"rope": 3}})})
+    with pytest.raises(FmsimError, match="metadata"):
+        checkpoint.load(path)
+
+
+def test_misfits_are_named():
+    weights = {2: LayerWeights(*(np.zeros(shape, np.float32) for shape in ((5, 7), (5,), (8, 5), (2, 7))))}
+    found = Checkpoint(weights, PUBLISHED)
+    found.check_fits(3, 7, 4, "t.safetensors")
+    for misfit, message in (((2, 7, 4), "CSA layers"), ((3, 8, 4), "hidden_size"), ((3, 7, 5), "head_dim")):
+        with pytest.raises(FmsimError, match=message):
+            found.check_fits(*misfit, "t.safetensors")

@@ -1,0 +1,126 @@
+"""The memory indexer's two renderings, against the formula written out entry by entry in float64."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from fmsim.errors import FmsimError
+from fmsim.indexer import scorer
+from fmsim.indexer.network import MemoryIndexer
+from fmsim.indexer.scorer import PUBLISHED, LayerWeights, ScorerConfig, Yarn
+
+
+def formula(weights: LayerWeights, config: ScorerConfig, hidden, position: int, keys) -> np.ndarray:
+    """FACTS: logit = sum_h w_h relu(q_h . k), float64, one number at a time."""
+    wq_a, q_norm, wq_b, weights_proj = (np.asarray(part, dtype=np.float64) for part in weights)
+    hidden, keys = hidden.astype(np.float64), keys.astype(np.float64)
+    latent = wq_a @ hidden
+    latent = q_norm * latent / math.sqrt(sum(latent**2) / len(latent) + config.norm_eps)
+    heads, size = len(weights_proj), len(wq_b) // len(weights_proj)
+    logits = np.zeros(len(keys))
+    for head in range(heads):
+        query = wq_b[head * size : (head + 1) * size] @ latent
+        for pair in range(config.rope_dims // 2):
+            at = size - config.rope_dims + 2 * pair
+            angle = position * frequency(config, pair)
+            even, odd = query[at], query[at + 1]
+            query[at] = even * math.cos(angle) - odd * math.sin(angle)
+            query[at + 1] = even * math.sin(angle) + odd * math.cos(angle)
+        if config.hadamard:  # Sylvester order: entry (i, j) is -1 to the number of ones shared by i and j
+            signs = [[(-1) ** bin(i & j).count("1") for j in range(size)] for i in range(size)]
+            query = np.array(signs) @ query / math.sqrt(size)
+        weight = weights_proj[head] @ hidden / math.sqrt(heads * size)
+        logits += [weight * max(query @ key, 0.0) for key in keys]
+    return logits
+
+
+def frequency(config: ScorerConfig, pair: int) -> float:
+    plain = config.rope_theta ** (-2 * pair / config.rope_dims)
+    if config.yarn is None:
+        return plain
+    bounds = [
+        config.rope_dims * math.log(config.yarn.original_tokens / (turns * 2 * math.pi)) / (2 * math.log(config.rope_theta))
+        for turns in (config.yarn.beta_fast, config.yarn.beta_slow)
+    ]
+    low, high = max(math.floor(bounds[0]), 0), min(math.ceil(bounds[1]), config.rope_dims - 1)
+    ramp = min(max((pair - low) / (high - low), 0.0), 1.0)
+    return plain * (1 - ramp) + plain / config.yarn.factor * ramp
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    heads=st.integers(1, 5),
+    head_dim=st.sampled_from([4, 8, 16]),
+    rope_dims=st.sampled_from([0, 2, 4]),
+    hadamard=st.booleans(),
+    yarn=st.sampled_from([None, Yarn(16.0, 65_536), Yarn(4.0, 256)]),
+    position=st.integers(0, 1_000_000),
+    seed=st.integers(0, 99),
+)
+def test_both_renderings_equal_the_formula(heads, head_dim, rope_dims, hadamard, yarn, position, seed):
+    config = ScorerConfig(rope_dims, 160_000.0, yarn, hadamard)
+    torch.manual_seed(seed)
+    model = MemoryIndexer([0, 2], hidden_size=12, heads=heads, head_dim=head_dim, rank=6, config=config)
+    torch.nn.init.normal_(model.retrievers["l2"].q_norm_weight)
+    random = np.random.default_rng(seed)
+    hidden = random.standard_normal((3, 12)).astype(np.float32)
+    keys = random.standard_normal((3, 20, head_dim)).astype(np.float32)
+    weights = model.weights()
+    expected = np.stack([formula(weights[layer], config, hidden[layer], position, keys[layer]) for layer in (0, 2)])
+    tolerance = 1e-5 * max(1.0, float(np.abs(expected).max()))
+    plain = scorer.layer_logits([weights[0], weights[2]], config, hidden[[0, 2]], position, keys[[0, 2]])
+    assert plain.dtype == np.float32
+    np.testing.assert_allclose(plain, expected, atol=tolerance)
+    with torch.no_grad():
+        rotation = tuple(map(torch.from_numpy, scorer.rotation(config, np.array([position]))))
+        trained = model(torch.from_numpy(hidden)[None], rotation, torch.from_numpy(keys))
+    np.testing.assert_allclose(trained[:, 0], expected, atol=tolerance)
+
+
+def test_torch_arrays_and_many_blocks_give_the_same(monkeypatch):
+    random = np.random.default_rng(3)
+    shapes = ((6, 12), (6,), (24, 6), (3, 12))
+    weights = LayerWeights(*(random.standard_normal(shape).astype(np.float32) for shape in shapes))
+    config = ScorerConfig(4, 160_000.0, hadamard=True)
+    hidden, keys = random.standard_normal((1, 12)).astype(np.float32), random.standard_normal((1, 37, 8)).astype(np.float32)
+    whole = scorer.layer_logits([weights], config, hidden, 77, keys)
+    monkeypatch.setattr(scorer, "ENTRIES_PER_BLOCK", 10)
+    np.testing.assert_allclose(scorer.layer_logits([weights], config, hidden, 77, keys), whole, rtol=1e-5, atol=1e-6)
+    as_torch = LayerWeights(*(torch.from_numpy(part) for part in weights))
+    scored = scorer.layer_logits([as_torch], config, torch.from_numpy(hidden), 77, torch.from_numpy(keys))
+    np.testing.assert_allclose(scored.numpy(), whole, rtol=1e-5, atol=1e-6)
+    assert scorer.layer_logits([weights], config, hidden, 77, keys[:, :0]).shape == (1, 0)
+
+
+def test_the_published_ramp_runs_from_pair_15_to_25():
+    stretch = scorer.inverse_frequencies(PUBLISHED) * 160_000.0 ** (2 * np.arange(32) / 64)
+    np.testing.assert_allclose(stretch[:16], 1.0)
+    np.testing.assert_allclose(stretch[25:], 1 / 16)
+    assert (np.diff(stretch[15:26]) < 0).all()
+
+
+def test_combinations():
+    scored = np.array([[1.0, -2.0], [3.0, 0.0]], dtype=np.float32)
+    assert scorer.combine(scored, "max").tolist() == [3.0, 0.0]
+    assert scorer.combine(scored, "mean").tolist() == [2.0, -1.0]
+    assert scorer.sigmoid(np.zeros(1)).tolist() == [0.5]
+
+
+def test_config_from_a_trace_header():
+    plain = {"rope_dims": 16, "compress_rope": {"rope_type": "default", "rope_theta": 160_000.0}}
+    assert ScorerConfig.from_geometry(plain) == ScorerConfig(16, 160_000.0)
+    yarn = {"rope_type": "yarn", "rope_theta": 160_000.0, "factor": 16, "original_max_position_embeddings": 65_536}
+    assert ScorerConfig.from_geometry({"rope_dims": 64, "compress_rope": yarn, "index_hadamard": True}) == PUBLISHED
+    unknown = plain | {"compress_rope": {"rope_type": "x", "rope_theta": 1}}
+    for broken, message in (({"rope_dims": 16}, "compress_rope"), (unknown, "'x'")):
+        with pytest.raises(FmsimError, match=message):
+            ScorerConfig.from_geometry(broken)
+
+
+def test_a_hadamard_transform_needs_a_power_of_two():
+    with pytest.raises(FmsimError, match="power of two"):
+        scorer.hadamard_matrix(24)

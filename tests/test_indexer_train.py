@@ -1,0 +1,93 @@
+"""Training on constructed windows whose hidden state decides linearly which keys will be used."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+from fmsim.errors import FmsimError
+from fmsim.indexer import checkpoint, scorer
+from fmsim.indexer.scorer import ScorerConfig
+from fmsim.indexer.train import TrainOptions, train
+from fmsim.indexer.windows import Windows
+
+CONFIG = ScorerConfig(rope_dims=2, rope_theta=10_000.0)
+HIDDEN, HEAD_DIM, LAYERS, ENTRIES, QUERIES = 16, 8, 2, 256, 24
+OPTIONS = TrainOptions(heads=8, rank=16, steps=200, evaluate_every=50, learning_rate=1e-2, seed=1)
+READOUT = np.random.default_rng(99).standard_normal((LAYERS, HEAD_DIM, HIDDEN)) / HIDDEN**0.5
+
+
+def constructed(seed: int) -> Windows:
+    """A query's positives are the 5% of keys nearest to what its hidden state of layer 0 or 1 points at."""
+    random = np.random.default_rng(seed)
+    keys = random.standard_normal((LAYERS, ENTRIES, HEAD_DIM)).astype(np.float32)
+    pointed = random.standard_normal((QUERIES, LAYERS, HEAD_DIM))
+    pointed[..., -CONFIG.rope_dims :] = 0.0  # what the rotation does not touch
+    hidden = np.einsum("wld,ldh->wlh", pointed, READOUT).astype(np.float32)
+    hidden[..., 0] = 1.0  # without a bias, the head weights need a constant to be positive for a query and its opposite
+    entries = np.linspace(ENTRIES // 2, ENTRIES, QUERIES).astype(np.int64)
+    golden = np.zeros((QUERIES, ENTRIES), dtype=bool)
+    for query, seen in enumerate(entries):
+        for layer in range(LAYERS):
+            near = keys[layer, :seen] @ pointed[query, layer]
+            golden[query, np.argsort(-near)[: seen // 40]] = True
+    return Windows(f"made {seed}", 4 * entries - 1, entries, hidden, keys, golden, golden.astype(np.float32))
+
+
+def shuffled(windows: Windows, seed: int) -> Windows:
+    golden = np.zeros_like(windows.golden)
+    for query, seen in enumerate(windows.entries):
+        golden[query, :seen] = np.random.default_rng([seed, query]).permutation(windows.golden[query, :seen])
+    return windows._replace(golden=golden, mass=golden.astype(np.float32))
+
+
+torch.set_num_threads(1)  # tensors this small are slower on many
+TRAINING, HELD_OUT = [constructed(seed) for seed in range(8)], [constructed(100)]
+
+
+@pytest.mark.parametrize(("loss", "reached"), [("focal", 0.7), ("infonce", 0.9)])
+def test_it_learns_what_can_be_learnt(loss, reached):
+    seen = []
+    trained = train(TRAINING, HELD_OUT, CONFIG, replace(OPTIONS, loss=loss), report=seen.append)
+    assert seen[-1].loss < 0.85 * seen[0].loss
+    assert max(progress.recall[1] for progress in seen) == pytest.approx(trained.training["recall"]["0.1"], abs=0.02)
+    assert trained.training["recall"]["0.1"] > reached
+
+
+def test_it_does_not_learn_shuffled_labels():
+    training = [shuffled(windows, seed) for seed, windows in enumerate(TRAINING)]
+    recall = train(training, HELD_OUT, CONFIG, OPTIONS).training["recall"]["0.1"]
+    assert recall < 0.35  # a tenth by chance
+
+
+def test_a_seed_decides_the_weights_and_the_threshold_keeps_its_share(tmp_path):
+    options = replace(OPTIONS, steps=40, evaluate_every=20, kept_share=0.2)
+    first, second = (train(TRAINING[:3], HELD_OUT, CONFIG, options) for _ in range(2))
+    other = train(TRAINING[:3], HELD_OUT, CONFIG, replace(options, seed=2))
+    assert np.array_equal(first.layers[1].wq_b, second.layers[1].wq_b)
+    assert not np.array_equal(first.layers[1].wq_b, other.layers[1].wq_b)
+    checkpoint.save(first, tmp_path / "i.safetensors")
+    loaded, held_out = checkpoint.load(tmp_path / "i.safetensors"), HELD_OUT[0]
+    shares = []
+    for query, seen in enumerate(held_out.entries):
+        keys, position = held_out.keys[:, :seen], int(held_out.positions[query])
+        logits = scorer.layer_logits(list(loaded.layers.values()), CONFIG, held_out.hidden[query], position, keys)
+        shares.append((scorer.combine(logits, "max") >= scorer.logit(loaded.threshold)).mean())
+    assert np.mean(shares) == pytest.approx(0.2, abs=0.01)
+
+
+def test_it_stops_when_held_out_recall_no_longer_grows():
+    seen = []
+    train(TRAINING[:2], HELD_OUT, CONFIG, replace(OPTIONS, steps=5000, evaluate_every=10, patience=2), report=seen.append)
+    best = max(range(len(seen)), key=lambda place: seen[place].merit)
+    assert len(seen) == best + 3
+
+
+def test_nothing_to_learn_from_and_unlike_traces_are_errors():
+    barren = HELD_OUT[0]._replace(golden=np.zeros_like(HELD_OUT[0].golden))
+    with pytest.raises(FmsimError, match="golden"):
+        train(TRAINING, [barren], CONFIG, OPTIONS)
+    wider = HELD_OUT[0]._replace(hidden=np.zeros((QUERIES, LAYERS, 20), np.float32), name="wide.safetensors")
+    with pytest.raises(FmsimError, match="wide.safetensors"):
+        train([TRAINING[0], wider], HELD_OUT, CONFIG, OPTIONS)

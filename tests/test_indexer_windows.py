@@ -1,0 +1,101 @@
+"""Traces as training data, and the commands, on small traces made by hand."""
+
+import json
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from typer.testing import CliRunner
+
+from fmsim import trace as traces
+from fmsim.cli.indexer import app
+from fmsim.errors import FmsimError
+from fmsim.indexer import checkpoint
+from fmsim.indexer.labels import LabelRule
+from fmsim.indexer.windows import read_windows
+from fmsim.trace import float8
+from fmsim.trace.format import ModelInfo, Trace, TraceHeader
+
+LAYERS, TOPK, HIDDEN, HEAD_DIM, TAU = 2, 3, 6, 4, 8
+GEOMETRY = {
+    "csa_layers": [2, 4], "index_topk": TOPK, "hidden_size": HIDDEN, "index_head_dim": HEAD_DIM,
+    "rope_dims": 2, "compress_rope": {"rope_type": "default", "rope_theta": 160_000.0},
+}  # fmt: skip
+
+
+def small_trace(seed: int = 0, prompt_tokens: int = 42, steps: int = 20) -> Trace:
+    random = np.random.default_rng(seed)
+    ids = np.empty((steps, LAYERS, TOPK), np.int32)
+    for step in range(steps):
+        for layer in range(LAYERS):
+            ids[step, layer] = np.sort(random.permutation((prompt_tokens + step + 1) // 4)[:TOPK])
+    mass = random.dirichlet(np.ones(TOPK + 2), (steps, LAYERS)).astype(np.float32)
+    entries = (prompt_tokens + steps) // 4
+    codes, scales = float8.quantise(random.standard_normal((LAYERS, entries, HEAD_DIM)))
+    header = TraceHeader(
+        geometry=GEOMETRY, model=ModelInfo(name="made by hand", dtype="float32"), source="deepseek_v4", prompt_kind="needles",
+        prompt_tokens=prompt_tokens, seed=seed, tau=TAU, device="cpu", created="2026-01-01T00:00:00Z",
+    )  # fmt: skip
+    hidden = random.standard_normal((-(-steps // TAU), LAYERS, HIDDEN)).astype(np.float32)
+    return Trace(
+        header, ids, mass[..., :TOPK], mass[..., TOPK], mass[..., TOPK + 1],
+        np.zeros(prompt_tokens + steps, np.int32), np.ones(steps, bool), hidden, codes, scales,
+    )  # fmt: skip
+
+
+def test_queries_stand_before_their_windows_and_labels_follow_them():
+    trace = small_trace()
+    windows = read_windows(trace, "small", LabelRule(head_share=1e-9))  # golden: the heaviest entry of each list
+    assert windows.positions.tolist() == [41, 49, 57]
+    assert windows.entries.tolist() == [10, 12, 14]
+    assert windows.keys.shape == (LAYERS, 14, HEAD_DIM)
+    np.testing.assert_allclose(windows.keys, float8.decode(trace.index_keys[:, :14]) * trace.index_key_scales[..., None])
+    for window, seen in enumerate(windows.entries):
+        steps = slice(TAU * window, TAU * (window + 1))
+        ids, mass = trace.entry_ids[steps], trace.mass[steps]
+        heaviest = np.take_along_axis(ids, mass.argmax(-1, keepdims=True), -1)
+        assert np.flatnonzero(windows.golden[window]).tolist() == sorted({entry for entry in heaviest.flat if entry < seen})
+        assert windows.mass[window].sum() == pytest.approx(mass[ids < seen].sum(), rel=1e-5)
+    longer = read_windows(trace, "small", LabelRule(head_share=1e-9, horizon_steps=2 * TAU))
+    expected = windows.golden[0] | (windows.golden[1] & (np.arange(14) < 10))
+    assert (longer.golden[0] == expected)[:10].all()
+
+
+@pytest.mark.parametrize("missing", ["hidden", "index_keys"])
+def test_a_trace_without_states_or_keys_is_refused(missing):
+    with pytest.raises(FmsimError, match=f"old.safetensors: this deepseek_v4 trace holds no {missing}"):
+        read_windows(replace(small_trace(), **{missing: None}), "old.safetensors", LabelRule())
+
+
+@pytest.fixture
+def files(tmp_path):
+    paths = [tmp_path / f"{seed}.safetensors" for seed in range(3)]
+    for seed, path in enumerate(paths):
+        traces.write(path, small_trace(seed))
+    return [str(path) for path in paths]
+
+
+def test_train_then_eval_from_the_command_line(files, tmp_path):
+    out = str(tmp_path / "indexer.safetensors")
+    options = ["--heads", "2", "--rank", "4", "--steps", "4", "--evaluate-every", "2", "--device", "cpu", "--kept-share", "0.3"]
+    trained = CliRunner().invoke(app, ["train", *files[:2], "--held-out", files[2], "--out", out, *options])
+    assert trained.exit_code == 0, trained.output
+    assert "step     4" in trained.output and "peak memory" in trained.output
+    found = checkpoint.load(out)
+    assert (sorted(found.layers), found.hidden_size, found.head_dim) == ([0, 1], HIDDEN, HEAD_DIM)
+    assert found.training["held_out"] == ["2.safetensors"]
+    table = CliRunner().invoke(app, ["eval", out, files[2]])
+    assert table.exit_code == 0 and "golden entries recalled" in table.output
+    numbers = json.loads(CliRunner().invoke(app, ["eval", out, files[2], "--json"]).stdout)
+    assert numbers["threshold"]["kept_share"] == pytest.approx(0.3, abs=0.06)
+    assert numbers["mass_recall"]["oracle"][-1] >= numbers["mass_recall"]["lsa (max)"][-1]
+
+
+def test_without_held_out_traces_every_tenth_is_one(files, tmp_path):
+    out = str(tmp_path / "indexer.safetensors")
+    options = ["--steps", "1", "--heads", "2", "--rank", "4", "--device", "cpu"]
+    run = CliRunner().invoke(app, ["train", *files, "--out", out, *options])
+    assert run.exit_code == 0, run.output
+    assert checkpoint.load(out).training["held_out"] == ["0.safetensors"]
+    alone = CliRunner().invoke(app, ["train", files[0], "--out", out])
+    assert isinstance(alone.exception, FmsimError)
