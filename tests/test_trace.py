@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from fmsim import trace as traces
 from fmsim.errors import FmsimError
 from fmsim.trace import float8
-from fmsim.trace.format import METADATA_KEY
+from fmsim.trace.format import METADATA_KEY, decode_blocked_ids, encode_blocked_ids
 from fmsim.trace.summary import summary
 
 
@@ -166,3 +166,25 @@ def test_the_summary_by_hand(tmp_path):
     assert row["mass_on_entries"] == pytest.approx(0.5)
     assert row["union_of_a_window"] == 5 / 10  # entries 0 to 4 of the prompt's ten
     assert row["carrying_95%"] == 4 / 10  # 1.6 of 2.0 on entry 0, then 0.1 each: four reach 1.9
+
+
+@settings(max_examples=50, deadline=None)
+@given(data=st.data(), total_entries=st.integers(65_536, 300_000))
+def test_ids_of_long_traces_come_back_from_their_low_bits_and_block_counts(data, total_entries):
+    ids = st.lists(st.integers(0, total_entries - 1), max_size=7, unique=True)
+    rows = data.draw(st.lists(ids, min_size=1, max_size=6))
+    padded = np.array([sorted(row) + [-1] * (7 - len(row)) for row in rows], np.int32)
+    low, blocks = encode_blocked_ids(padded, total_entries)
+    assert low.dtype == blocks.dtype == np.uint16
+    assert np.array_equal(decode_blocked_ids(low, blocks), padded)
+
+
+def test_a_long_trace_takes_two_bytes_an_id_and_is_read_by_parts(tmp_path):
+    path = tmp_path / "long.safetensors"
+    written = made(prompt_tokens=600_000, lookahead=False, topk=6)
+    traces.write(path, written)
+    read = traces.read(path, check=True)
+    assert_equal(written, read)
+    assert read.entry_ids.stored.dtype == np.uint16 and read.entry_ids.dtype == np.int32
+    for key in (3, (3, 1), slice(2, 5), (slice(None), 1), (3, 1, slice(0, 2))):
+        assert np.array_equal(read.entry_ids[key], written.entry_ids[key])

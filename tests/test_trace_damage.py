@@ -20,6 +20,20 @@ def sound(tmp_path_factory) -> bytes:
     return path.read_bytes()
 
 
+@pytest.fixture
+def holding(sound, tmp_path):
+    """The bytes of a trace that holds the tensor ``name``; only a long one has blocks of ids."""
+
+    def find(name: str) -> bytes:
+        if name != "entry_blocks":
+            return sound
+        path = tmp_path / "long.safetensors"
+        traces.write(path, make_trace(prompt_tokens=264_000, n_steps=2, n_layers=1))
+        return path.read_bytes()
+
+    return find
+
+
 def parts(data: bytes) -> tuple[dict, bytes]:
     length = int.from_bytes(data[:8], "little")
     return json.loads(data[8 : 8 + length]), data[8 + length :]
@@ -41,26 +55,33 @@ def told(path, data: bytes, check: bool = False) -> str:
 
 
 @pytest.mark.parametrize("name", TENSORS)
-def test_a_tensor_of_another_shape_type_or_place(name, sound, tmp_path):
-    path = tmp_path / "trace.safetensors"
+def test_a_tensor_of_another_shape_type_or_place(name, holding, tmp_path):
+    path, whole = tmp_path / "trace.safetensors", holding(name)
     for key, value in (("shape", [1, 7]), ("dtype", "F64"), ("dtype", 5), ("data_offsets", [0]), ("data_offsets", [-4, 4]), ("shape", "x")):
-        table, data = parts(sound)
+        table, data = parts(whole)
         table[name][key] = value
         assert name in told(path, joined(table, data))
 
 
 @pytest.mark.parametrize("name", TENSORS)
-def test_a_tensor_whose_shape_fits_its_bytes_but_not_the_others(name, sound, tmp_path):
-    table, data = parts(sound)
+def test_a_tensor_whose_shape_fits_its_bytes_but_not_the_others(name, holding, tmp_path):
+    table, data = parts(holding(name))
     table[name]["shape"] = [*table[name]["shape"], 1]
     assert name in told(tmp_path / "trace.safetensors", joined(table, data))
 
 
 @pytest.mark.parametrize("name", TENSORS)
-def test_a_missing_tensor(name, sound, tmp_path):
-    table, data = parts(sound)
+def test_a_missing_tensor(name, holding, tmp_path):
+    table, data = parts(holding(name))
     del table[name]
     told(tmp_path / "trace.safetensors", joined(table, data))
+
+
+def test_ids_without_the_blocks_that_a_long_trace_needs(sound, tmp_path):
+    table, data = parts(sound)
+    header = json.loads(table["__metadata__"][METADATA_KEY]) | {"prompt_tokens": 400_000}
+    table["__metadata__"][METADATA_KEY] = json.dumps(header)
+    assert "entry_blocks: are missing" in told(tmp_path / "trace.safetensors", joined(table, data))
 
 
 def test_tensors_that_overlap_leave_holes_or_are_unknown(sound, tmp_path):

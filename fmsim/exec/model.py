@@ -284,7 +284,7 @@ class Attention(nn.Module):
             out, _ = self._attend(q, window, local, logits, entries)
             return self._output(out, angles), None
         ids = self._select(x, q_latent, positions, angles, visible, cache)
-        chosen = torch.take_along_dim(entries[:, None], ids.clamp(min=0)[..., None], 2)  # [B, S, K, C]
+        chosen = torch.stack([F.embedding(rows, table) for rows, table in zip(ids.clamp(min=0), entries)])  # [B, S, K, C]
         logits = torch.einsum("bshc,bskc->bshk", q, chosen).float() * self.scale
         logits = logits.masked_fill(ids[:, :, None] < 0, MASKED)
         out, masses = self._attend(q, window, local, logits, chosen)

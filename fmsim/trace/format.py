@@ -20,6 +20,7 @@ FORMAT_VERSION = 1
 METADATA_KEY = "fmsim_trace"  # the safetensors metadata entry that holds the header
 ENTRY_TOKENS = 4  # tokens from one CSA entry to the next
 PADDING = 65535  # an entry id of this, in files whose ids are uint16, is no entry
+BLOCK = 65536  # entries whose ids differ in their low 16 bits: a longer trace stores these, and how many of a row stand in each block
 
 
 class ModelInfo(BaseModel):
@@ -63,6 +64,7 @@ class TensorSpec(NamedTuple):
 
 TENSORS = {
     "entry_ids": TensorSpec(("uint16", "int32"), "TLK"),
+    "entry_blocks": TensorSpec(("uint16",), "TLB", optional=True),
     "mass": TensorSpec(("float16",), "TLK"),
     "window_mass": TensorSpec(("float16",), "TL"),
     "sink_mass": TensorSpec(("float16",), "TL"),
@@ -103,6 +105,20 @@ class Column:
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
         decoded = self.decode(self.stored)
         return decoded if dtype is None else decoded.astype(dtype, copy=False)
+
+
+@dataclass(frozen=True, eq=False)
+class BlockedIds(Column):
+    """Entry ids left in their file as low 16 bits and counts by block (`decode_blocked_ids`); indexed by step and layer."""
+
+    blocks: np.ndarray  # uint16 [T, L, B]
+
+    def __getitem__(self, key: Any) -> np.ndarray:
+        key = key if isinstance(key, tuple) else (key,)
+        return decode_blocked_ids(self.stored[key[:2]], self.blocks[key[:2]])[(..., *key[2:])]
+
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
+        return self[:] if dtype is None else self[:].astype(dtype, copy=False)
 
 
 Array = np.ndarray | Column
@@ -182,7 +198,7 @@ class Trace:
 
 
 def decode_ids(stored: np.ndarray) -> np.ndarray:
-    """Stored entry ids -> int32 with -1 for padding."""
+    """Stored entry ids of a trace without blocks -> int32 with -1 for padding."""
     if stored.dtype == np.int32:
         return stored
     ids = stored.astype(np.int32)
@@ -190,11 +206,29 @@ def decode_ids(stored: np.ndarray) -> np.ndarray:
     return ids
 
 
-def encode_ids(ids: np.ndarray, total_entries: int) -> np.ndarray:
-    """int32 ids with -1 for padding -> uint16 where all ids fit below PADDING, else int32."""
-    if total_entries > PADDING:
-        return np.asarray(ids, dtype=np.int32)
+def encode_ids(ids: np.ndarray) -> np.ndarray:
+    """int32 ids below PADDING, -1 for padding -> uint16."""
     return np.where(ids < 0, PADDING, ids).astype(np.uint16)
+
+
+def encode_blocked_ids(ids: np.ndarray, total_entries: int) -> tuple[np.ndarray, np.ndarray]:
+    """Rows [..., K] of ascending int32 ids, padding -1 last -> their low 16 bits, uint16, and how many stand in each block of
+    65,536 entries, uint16 [..., B]. Half the bytes of int32, and exact: the ids of a row ascend, so counts tell the rest.
+    """
+    block = np.where(ids < 0, -1, ids // BLOCK)[..., None]
+    return ids.astype(np.uint16), (block == np.arange(n_blocks(total_entries))).sum(-2).astype(np.uint16)
+
+
+def decode_blocked_ids(low: np.ndarray, blocks: np.ndarray) -> np.ndarray:
+    """What `encode_blocked_ids` made -> int32 ids, -1 where a row has fewer."""
+    ends = np.cumsum(blocks, axis=-1, dtype=np.int64)[..., None, :]
+    block = (np.arange(low.shape[-1])[:, None] >= ends).sum(-1)
+    return np.where(block == blocks.shape[-1], -1, low + BLOCK * block).astype(np.int32)
+
+
+def n_blocks(total_entries: int) -> int:
+    """B: blocks of 65,536 entries."""
+    return -(-total_entries // BLOCK)
 
 
 def to_int32(stored: np.ndarray) -> np.ndarray:

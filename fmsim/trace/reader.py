@@ -16,7 +16,9 @@ from pydantic import ValidationError
 
 from fmsim.errors import FmsimError
 from fmsim.trace.check import check_structure, fail, validate
-from fmsim.trace.format import FORMAT_VERSION, METADATA_KEY, TENSORS, Column, Trace, TraceHeader, decode_ids, to_float32, to_int32
+from fmsim.trace.format import (
+    ENTRY_TOKENS, FORMAT_VERSION, METADATA_KEY, PADDING, TENSORS, BlockedIds, Column, Trace, TraceHeader, decode_ids, n_blocks, to_float32, to_int32,
+)  # fmt: skip
 from fmsim.trace.writer import SAFETENSORS_NAMES, content_sha256
 
 MAX_HEADER_BYTES = 1 << 20  # a trace's header takes a few kilobytes
@@ -36,7 +38,9 @@ def read(path: str | Path, check: bool = False) -> Trace:
     table, start = _safetensors_header(path, data)
     header = _trace_header(path, table.pop("__metadata__", None))
     stored = _tensors(path, table, data[start:])
-    trace = Trace(header=header, path=path, **{name: _column(name, array) for name, array in stored.items()})
+    columns = {name: _column(name, array) for name, array in stored.items() if name != "entry_blocks"}
+    columns["entry_ids"] = _entry_ids(path, header, stored)
+    trace = Trace(header=header, path=path, **columns)
     check_structure(trace)
     if check:
         if header.content_sha256 not in (None, content_sha256(header, stored, [data[start:]])):
@@ -150,10 +154,23 @@ def _place(path: Path, name: str, entry: Any) -> _Place:
     return _Place(begin, end, dtype, shape)
 
 
+def _entry_ids(path: Path, header: TraceHeader, stored: dict[str, np.ndarray]) -> Column:
+    """Entry ids, decoded where they are read: whole ones, or low 16 bits and the counts of each block of entries."""
+    ids, blocks = stored["entry_ids"], stored.get("entry_blocks")
+    total_entries = (header.prompt_tokens + len(ids)) // ENTRY_TOKENS if ids.ndim else 0
+    if (blocks is not None) != (ids.dtype == np.uint16 and total_entries > PADDING):
+        there = "are there" if blocks is not None else "are missing"
+        raise FmsimError(f"{path}: entry_blocks: {there}, though {total_entries} entries and {ids.dtype} ids say otherwise; {TRUNCATED}")
+    if blocks is None:
+        return Column(ids, decode_ids)
+    wanted = [*ids.shape[:2], n_blocks(total_entries)]
+    if list(blocks.shape) != wanted:
+        raise FmsimError(f"{path}: entry_blocks: has shape {list(blocks.shape)}, entry_ids and the header say {wanted}; {TRUNCATED}")
+    return BlockedIds(ids, decode_ids, blocks)
+
+
 def _column(name: str, stored: np.ndarray) -> np.ndarray | Column:
     """As `Trace` gives it out: small and directly usable tensors as arrays, the others decoded where they are read."""
-    if name == "entry_ids":
-        return Column(stored, decode_ids)
     if name in ("window_mass", "sink_mass"):
         return to_float32(stored)
     if name == "token_ids":

@@ -12,7 +12,7 @@ import numpy as np
 
 from fmsim.errors import FmsimError
 from fmsim.trace.check import validate
-from fmsim.trace.format import METADATA_KEY, TENSORS, Trace, TraceHeader, encode_ids, encode_tokens
+from fmsim.trace.format import METADATA_KEY, PADDING, TENSORS, Trace, TraceHeader, encode_blocked_ids, encode_ids, encode_tokens
 
 SAFETENSORS_NAMES = {"int32": "I32", "float32": "F32", "uint16": "U16", "float16": "F16", "uint8": "U8", "bool": "BOOL"}
 
@@ -36,13 +36,18 @@ def write(path: str | Path, trace: Trace) -> None:
 def encode_tensors(trace: Trace) -> dict[str, np.ndarray]:
     """Tensors as they are stored, in the file's order: widest types first, so that each is aligned in the file."""
     tensors = {}
-    encoders = {"entry_ids": lambda ids: encode_ids(ids, trace.total_entries), "token_ids": encode_tokens}
     for name, spec in TENSORS.items():
-        array = getattr(trace, name)
-        if array is not None:
-            encode = encoders.get(name, lambda values, dtype=spec.dtypes[0]: np.asarray(values, dtype))
-            tensors[name] = np.ascontiguousarray(encode(np.asarray(array)))
-    return dict(sorted(tensors.items(), key=lambda item: -item[1].itemsize))
+        values = getattr(trace, name, None)  # entry_blocks is a matter of the file alone
+        if values is not None and name not in ("entry_ids", "token_ids"):
+            tensors[name] = np.ascontiguousarray(np.asarray(values, spec.dtypes[0]))
+    ids = np.asarray(trace.entry_ids)
+    if trace.total_entries > PADDING:
+        tensors["entry_ids"], tensors["entry_blocks"] = encode_blocked_ids(ids, trace.total_entries)
+    else:
+        tensors["entry_ids"] = encode_ids(ids)
+    tensors["token_ids"] = encode_tokens(np.asarray(trace.token_ids))
+    names = list(TENSORS)
+    return dict(sorted(tensors.items(), key=lambda item: (-item[1].itemsize, names.index(item[0]))))
 
 
 def content_sha256(header: TraceHeader, tensors: dict[str, np.ndarray], buffers: Iterable) -> str:
