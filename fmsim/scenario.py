@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -87,7 +88,7 @@ class ScenarioFile:
 
     def file(self, name: str | Path) -> Path:
         """A path that the scenario names: relative to the scenario, or to the working directory where --set gave it."""
-        beside = self.path.parent / name
+        beside = Path(os.path.normpath(self.path.parent / name))
         return Path(name) if ("trace",) in self._overridden and str(name) == str(self.scenario.trace) else beside
 
     def where(self, loc: Loc) -> str:
