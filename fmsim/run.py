@@ -5,7 +5,6 @@ from __future__ import annotations
 import difflib
 import json
 import os
-import re
 import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -16,12 +15,13 @@ from fmsim import __version__, metrics
 from fmsim.errors import FmsimError
 from fmsim.footprint import check_layer_map
 from fmsim.geometry import PRESETS, Geometry, from_config
-from fmsim.hw import Hardware, load_hardware
+from fmsim.hw import Hardware, load_hardware, replace_figure
 from fmsim.ledger import Ledger
 from fmsim.parallel import in_parallel
 from fmsim.policies import registry
 from fmsim.policies.base import Policy
 from fmsim.replay import Replayer
+from fmsim.results import REPORT_NAME, ledger_path, timeline_path
 from fmsim.scenario import PolicySpec, ScenarioFile
 from fmsim.simulate import Timeline, simulate
 from fmsim.trace import Trace, read
@@ -54,12 +54,36 @@ class Report:
         """Write report.json, and each policy's ledger and timeline; every file appears whole or not at all."""
         try:
             for run in self.runs:
-                stem = re.sub(r"[^\w.+-]", "_", run.label)
-                run.ledger.save(folder / "ledgers" / f"{stem}.npz")
-                run.timeline.save(folder / "timelines" / f"{stem}.json")
-            _write(folder / "report.json", json.dumps(self.as_json(), indent=1) + "\n")
+                run.ledger.save(ledger_path(folder, run.label))
+                run.timeline.save(timeline_path(folder, run.label))
+            _write(folder / REPORT_NAME, json.dumps(self.as_json(), indent=1) + "\n")
         except OSError as error:
             raise FmsimError(f"--out {folder}: cannot be written ({error.strerror or error}); choose another folder") from None
+
+
+class Setting:
+    """What every policy of a scenario runs on: the trace, the model and the hardware."""
+
+    def __init__(self, file: ScenarioFile) -> None:
+        """Raises FmsimError for whatever the user can mend."""
+        scenario = file.scenario
+        self.file, self.batch = file, scenario.batch
+        self.geometry = load_geometry(file)
+        self.hw = load_scenario_hardware(file)
+        self.trace = read(file.file(scenario.trace))
+        self.layer_map = _located(
+            file, ("layer_map",), lambda: check_layer_map(scenario.layer_map, self.trace.n_layers, self.geometry.n_csa)
+        )
+
+    def replayer(self) -> Replayer:
+        return Replayer(self.trace, entry_bytes=self.geometry.kv_entry_bytes, model_layers=self.geometry.n_csa)
+
+    def run(self, replayer: Replayer, label: str, policy: Policy) -> PolicyRun:
+        """Replay one policy and time it."""
+        ledger = replayer.run(policy)
+        timeline = simulate(ledger, self.geometry, self.hw, self.layer_map, self.batch)
+        row = metrics.row(ledger, timeline, self.geometry, self.hw, self.layer_map) | {"policy": label}
+        return PolicyRun(label, ledger, timeline, row, metrics.details(ledger, self.geometry, self.hw, self.layer_map))
 
 
 def run_scenario(
@@ -70,29 +94,31 @@ def run_scenario(
     A selected policy that the scenario lacks runs with its defaults. `progress` is told (label, done, total) as they
     finish. Raises FmsimError for whatever the user can mend.
     """
-    scenario = file.scenario
-    geometry = load_geometry(file)
-    hw = _located(file, ("hardware",), lambda: load_hardware(scenario.hardware))
-    trace = read(file.file(scenario.trace))
-    layer_map = _located(file, ("layer_map",), lambda: check_layer_map(scenario.layer_map, trace.n_layers, geometry.n_csa))
-    policies = [(spec.label, _build(file, spec)) for spec in _select(file, selected)]
-    replayer = Replayer(trace, entry_bytes=geometry.kv_entry_bytes, model_layers=geometry.n_csa)
-
-    def run_one(index: int) -> PolicyRun:
-        label, policy = policies[index]
-        ledger = replayer.run(policy)
-        timeline = simulate(ledger, geometry, hw, layer_map, scenario.batch)
-        row = metrics.row(ledger, timeline, geometry, hw, layer_map) | {"policy": label}
-        return PolicyRun(label, ledger, timeline, row, metrics.details(ledger, geometry, hw, layer_map))
-
+    setting = Setting(file)
+    policies = build_policies(file, selected)
+    replayer = setting.replayer()
     for key in {(policy.params.granularity, policy.params.scope == "shared") for _, policy in policies}:
         replayer.paged(*key)  # once, before the processes part
     runs = []
     progress(policies[0][0], 0, len(policies))
-    for run in in_parallel(run_one, len(policies)):
+    for run in in_parallel(lambda index: setting.run(replayer, *policies[index]), len(policies)):
         runs.append(run)
         progress(run.label, len(runs), len(policies))
-    return Report(_about(file, trace, geometry, hw, layer_map), tuple(runs))
+    return Report(_about(setting), tuple(runs))
+
+
+def build_policies(file: ScenarioFile, selected: Sequence[str] = ()) -> list[tuple[str, Policy]]:
+    """(label, policy) of every entry of `policies`, or of those `selected` by label or name."""
+    return [(spec.label, _build(file, spec)) for spec in _select(file, selected)]
+
+
+def load_scenario_hardware(file: ScenarioFile) -> Hardware:
+    """The scenario's preset, with the scenario's own figures in it."""
+    scenario = file.scenario
+    hw = _located(file, ("hardware",), lambda: load_hardware(scenario.hardware))
+    for name in scenario.hardware_figures:
+        hw = _located(file, ("hardware_figures", name), lambda: replace_figure(hw, name, scenario.hardware_figures[name]))
+    return hw
 
 
 def load_geometry(file: ScenarioFile) -> Geometry:
@@ -140,8 +166,9 @@ def _located(file: ScenarioFile, loc: tuple[str | int, ...], make: Callable[[], 
         raise FmsimError(f"{file.where(loc)}: {error}") from None
 
 
-def _about(file: ScenarioFile, trace: Trace, geometry: Geometry, hw: Hardware, layer_map: tuple[int, ...]) -> dict[str, Any]:
+def _about(setting: Setting) -> dict[str, Any]:
     """What the rows were made from, for the report's head."""
+    file, trace, geometry, hw = setting.file, setting.trace, setting.geometry, setting.hw
     header, scenario = trace.header, file.scenario
     return {
         "name": scenario.name,
@@ -161,8 +188,14 @@ def _about(file: ScenarioFile, trace: Trace, geometry: Geometry, hw: Hardware, l
             "content_sha256": header.content_sha256,
         },
         "model": {"name": geometry.name, "csa_layers": geometry.n_csa, "layers": geometry.n_layers},
-        "layer_map": list(layer_map),
-        "hardware": {"name": hw.name, "title": hw.title, "tensor_parallel": hw.n_gpus, "kernel_source": hw.kernel_source},
+        "layer_map": list(setting.layer_map),
+        "hardware": {
+            "name": hw.name,
+            "title": hw.title,
+            "tensor_parallel": hw.n_gpus,
+            "kernel_source": hw.kernel_source,
+            "figures": scenario.hardware_figures,
+        },
         "batch": scenario.batch,
         "full_kv_bytes": geometry.full_kv_bytes(header.prompt_tokens),
         "simulated": ["decode_tokens_per_s", "step_s", "stall_ratio", "max_requests"],

@@ -47,6 +47,7 @@ class Scenario(BaseModel):
     trace: Path
     model: str = "v4-flash"  # a preset, or the path of a DeepSeek-V4 config.json
     hardware: str = "h100"  # a preset
+    hardware_figures: dict[str, float] = {}  # in place of the preset's, e.g. link_bytes_per_s, host_bytes
     batch: int = Field(1, ge=1)  # equal requests that decode side by side
     layer_map: tuple[int, ...] | None = None  # for each CSA layer of the model the trace layer that drives it
     policies: tuple[PolicySpec, ...] = Field(min_length=1)
@@ -119,7 +120,12 @@ class ScenarioFile:
         if not equals or not all(loc):
             raise FmsimError(f"--set {override}: write key=value, such as --set batch=8 or --set policies.lsa.budget=20%")
         if loc[0] == "policies" and len(loc) > 1:
-            loc[1] = _policy_index(raw, str(loc[1]), override)
+            for index in _policy_indices(raw, str(loc[1]), override):
+                self._set(raw, ["policies", index, *loc[2:]], value, override)
+        else:
+            self._set(raw, loc, value, override)
+
+    def _set(self, raw: dict[str, Any], loc: list[str | int], value: str, override: str) -> None:
         target: Any = raw
         for step in loc[:-1]:
             if isinstance(target, dict) and target.get(step) is None:
@@ -160,16 +166,19 @@ class ScenarioFile:
         return line
 
 
-def _policy_index(raw: dict[str, Any], label: str, override: str) -> int:
-    """Position in `policies` of the entry with this label; a bare name becomes a mapping, to hold the new key."""
+def _policy_indices(raw: dict[str, Any], label: str, override: str) -> list[int]:
+    """Positions in `policies` of the entry with this label, or of all for "*"; a bare name becomes a mapping, to hold the new key."""
     policies = raw.get("policies")
     entries = policies if isinstance(policies, list) else []
+    found = []
     for index, entry in enumerate(entries):
         entry = {"policy": entry} if isinstance(entry, str) else entry
-        if isinstance(entry, dict) and label in (str(index), entry.get("label", entry.get("policy"))):
+        if isinstance(entry, dict) and label in ("*", str(index), entry.get("label", entry.get("policy"))):
             entries[index] = entry
-            return index
-    raise FmsimError(f"--set {override}: the scenario has no policy '{label}'")
+            found.append(index)
+    if not found:
+        raise FmsimError(f"--set {override}: the scenario has no policy '{label}'")
+    return found if label == "*" else found[:1]
 
 
 def _yaml_names(folder: Path) -> list[str]:

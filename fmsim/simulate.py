@@ -12,10 +12,12 @@ import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import simpy
 
+from fmsim.errors import FmsimError
 from fmsim.footprint import Footprint, footprint
 from fmsim.geometry import Geometry
 from fmsim.hw.gather import GatherCurve
@@ -23,6 +25,16 @@ from fmsim.hw.kernels import memory_indexer_s, step_costs
 from fmsim.hw.memory import MemorySystem
 from fmsim.hw.spec import Hardware
 from fmsim.ledger import Ledger
+
+
+class Transfer(NamedTuple):
+    """Bytes on one direction of the link, from the gather's start (or the copy's) to its end."""
+
+    kind: str  # "recall", "write_back", or "misses": of one layer, or of all layers of a step where they had the link alone
+    step: int  # the decode step that asked for it; of a recall, the step that its window begins with
+    start_s: float
+    end_s: float
+    n_bytes: float
 
 
 @dataclass(frozen=True)
@@ -39,6 +51,9 @@ class Timeline:
     recall_wait_s: np.ndarray  # waiting for a recall that was not there when its window began
     h2d_bytes: np.ndarray  # asked for by this step's misses and by the decision that it begins with
     d2h_bytes: np.ndarray  # write-back of entries closed since the last one
+    kv_bytes: np.ndarray  # of one request, logical: the full cache's bytes times the kept share of CSA entries
+    gpu_kv_bytes: np.ndarray  # of one request, on the GPU
+    transfers: tuple[Transfer, ...]  # that ended within the decode
 
     @property
     def step_s(self) -> np.ndarray:
@@ -58,6 +73,18 @@ class Timeline:
         except BaseException:
             os.unlink(temporary)
             raise
+
+    @classmethod
+    def load(cls, path: str | Path) -> Timeline:
+        """Read what `save` wrote. Raises FmsimError for a file that is missing, truncated or foreign."""
+        try:
+            plain = json.loads(Path(path).read_text(encoding="utf-8"))
+            transfers = tuple(Transfer(*transfer) for transfer in plain.pop("transfers"))
+            return cls(**{name: np.array(value) if isinstance(value, list) else value for name, value in plain.items()}, transfers=transfers)
+        except FileNotFoundError:
+            raise FmsimError(f"{path}: no such timeline file") from None
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            raise FmsimError(f"{path}: not a whole fmsim timeline ({error}); run the scenario again with --out") from None
 
 
 def simulate(
@@ -85,6 +112,9 @@ def simulate(
         recall_wait_s=decode.recall_wait_s,
         h2d_bytes=decode.demand_bytes.sum(axis=1) + decode.recall_bytes,
         d2h_bytes=decode.write_back_bytes,
+        kv_bytes=place.logical_bytes,
+        gpu_kv_bytes=place.gpu_bytes,
+        transfers=tuple(decode.transfers),
     )
 
 
@@ -111,6 +141,7 @@ class _Decode:
         self.recall: simpy.Event = env.timeout(0)  # the prefill left the first window's set on the GPU
         self.start_s, self.end_s = np.zeros(self.n_steps), np.zeros(self.n_steps)
         self.stall_s, self.recall_wait_s = np.zeros(self.n_steps), np.zeros(self.n_steps)
+        self.transfers: list[Transfer] = []
 
     def _write_back(self, tau: int, geometry: Geometry, place: Footprint, batch: int) -> np.ndarray:
         """[T] bytes: once a window, the entries that closed in it go to the host's mirror, where there is one."""
@@ -125,7 +156,7 @@ class _Decode:
         for step in range(self.n_steps):
             self.start_s[step] = self.env.now
             if self.write_back_bytes[step]:
-                self.memory.to_host.transfer(self.write_back_bytes[step])
+                self._booked("write_back", step, self.memory.to_host.transfer(self.write_back_bytes[step]), self.write_back_bytes[step])
             if self.cadence > 1 and step % self.cadence == 0:
                 if not self.overlaps:
                     self.recall = self._recall(step)
@@ -142,7 +173,16 @@ class _Decode:
         """Start to load what the decision at `step` recalls; the event is its end."""
         if step >= self.n_steps or not self.recall_bytes[step]:
             return self.env.timeout(0)
-        return self.env.process(self._gather(self.recall_bytes[step]))
+        return self._booked("recall", step, self.env.process(self._gather(self.recall_bytes[step])), self.recall_bytes[step])
+
+    def _booked(self, kind: str, step: int, done: simpy.Event, n_bytes: float) -> simpy.Event:
+        """`done`, which ends a transfer that starts now."""
+        start_s = self.env.now
+        done.callbacks.append(lambda _: self._book(kind, step, start_s, self.env.now, n_bytes))
+        return done
+
+    def _book(self, kind: str, step: int, start_s: float, end_s: float, n_bytes: float) -> None:
+        self.transfers.append(Transfer(kind, step, float(start_s), float(end_s), float(n_bytes)))
 
     def _gather(self, n_bytes: float) -> Iterator[simpy.Event]:
         """One gather: its fixed cost, then its bytes at a rate that its rows allow and that the link has to spare."""
@@ -161,6 +201,7 @@ class _Decode:
             alone_s = self.gather.seconds(self.row_bytes, self.demand_bytes[step, missed])
             self.stall_s[step] = alone_s.sum()
             self.memory.to_gpu.moved_bytes += self.demand_bytes[step].sum()
+            self._book("misses", step, self.env.now, self.env.now + self.stall_s[step], self.demand_bytes[step].sum())
             yield self.env.timeout(compute_s + self.stall_s[step])
         else:
             yield from self._contended_step(step, missed, compute_s)
@@ -171,4 +212,5 @@ class _Decode:
             before_s = self.env.now
             yield from self._gather(self.demand_bytes[step, layer])
             self.stall_s[step] += self.env.now - before_s
+            self._book("misses", step, before_s, self.env.now, self.demand_bytes[step, layer])
             yield self.env.timeout(compute_s / len(missed))

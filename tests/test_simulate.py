@@ -15,7 +15,7 @@ from fmsim.hw import hardware_names, load_hardware
 from fmsim.hw.gather import GatherCurve
 from fmsim.hw.kernels import step_costs
 from fmsim.ledger import Ledger
-from fmsim.simulate import simulate
+from fmsim.simulate import Timeline, simulate
 
 FLASH, H100 = PRESETS["v4-flash"], load_hardware("h100")
 
@@ -158,6 +158,38 @@ def test_a_timeline_is_written_whole(tmp_path):
     timeline.save(tmp_path / "out" / "t.json")
     assert json.loads((tmp_path / "out" / "t.json").read_text())["end_s"] == timeline.end_s.tolist()
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["t.json"]
+
+
+def test_a_timeline_reads_back_equal_or_tells_what_is_wrong(tmp_path):
+    path = tmp_path / "t.json"
+    timeline = simulate(ledger(lookahead_loads=loads(128, s64=300)), FLASH, H100, batch=2)
+    timeline.save(path)
+    back = Timeline.load(path)
+    assert (back.policy, back.batch, back.transfers) == (timeline.policy, 2, timeline.transfers)
+    for name in ("start_s", "end_s", "stall_s", "recall_wait_s", "h2d_bytes", "d2h_bytes", "kv_bytes", "gpu_kv_bytes"):
+        np.testing.assert_array_equal(getattr(back, name), getattr(timeline, name))
+    path.write_text(path.read_text()[:-5])
+    with pytest.raises(FmsimError, match="t.json: not a whole fmsim timeline"):
+        Timeline.load(path)
+    path.write_text('{"policy": "lru", "transfers": []}')
+    with pytest.raises(FmsimError, match="not a whole fmsim timeline"):
+        Timeline.load(path)
+    with pytest.raises(FmsimError, match="no such timeline"):
+        Timeline.load(tmp_path / "none.json")
+
+
+def test_transfers_are_what_was_moved_and_waited_for():
+    moves = ledger(on_miss="fallback", demand_loads=loads(128, s0=200, s70=40), lookahead_loads=loads(128, s64=20_000))
+    timeline = simulate(moves, FLASH, H100)
+    by_kind = {kind: [move for move in timeline.transfers if move.kind == kind] for kind in ("misses", "recall", "write_back")}
+    assert sum(move.n_bytes for move in by_kind["misses"] + by_kind["recall"]) == timeline.h2d_bytes.sum()
+    assert [move.step for move in by_kind["recall"]] == [64] and by_kind["recall"][0].start_s == 0
+    assert [move.step for move in by_kind["misses"]] == [0] * 21 + [70]  # layer by layer beside the recall, then alone on the link
+    for step in (0, 70):
+        waited_s = sum(move.end_s - move.start_s for move in by_kind["misses"] if move.step == step)
+        assert waited_s == pytest.approx(timeline.stall_s[step])
+    assert [move.n_bytes for move in by_kind["write_back"]] == [timeline.d2h_bytes[64]]
+    assert all(timeline.start_s[0] <= move.start_s <= move.end_s <= timeline.end_s[-1] for move in timeline.transfers)
 
 
 def test_nine_policies_of_512_steps_take_less_than_two_seconds():

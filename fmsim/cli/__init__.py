@@ -6,7 +6,10 @@ import sys
 import typer
 
 from fmsim import __version__
+from fmsim.cli.report import report
 from fmsim.cli.run import run
+from fmsim.cli.sweep import sweep
+from fmsim.cli.tune import tune
 from fmsim.errors import FmsimError
 
 app = typer.Typer(
@@ -20,6 +23,9 @@ app = typer.Typer(
 )
 
 app.command()(run)
+app.command()(sweep)
+app.command()(tune)
+app.command()(report)
 
 # Modules below fmsim.cli, each with an `app`; what they need beyond typer they import when a command runs.
 SUB_APPS = ("policy", "trace", "indexer")

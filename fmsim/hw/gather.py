@@ -20,7 +20,7 @@ class GatherCurve:
     def __init__(self, link: Link) -> None:
         gathers = sorted(link.gathers, key=lambda gather: gather.row_bytes)
         self._log_rows = [math.log(gather.row_bytes) for gather in gathers]
-        self._curves = [_time_curve(gather) for gather in gathers]
+        self._curves = [_time_curve(gather, link.gather_speedup) for gather in gathers]
 
     def fixed_s(self, row_bytes: float) -> float:
         """Time before the first byte: launch, and the latency of host memory."""
@@ -39,13 +39,14 @@ class GatherCurve:
         return values[low] * (1 - share) + values[low + 1] * share
 
 
-def _time_curve(gather: Gather) -> tuple[np.ndarray, np.ndarray]:
-    """(bytes, seconds) of the measured points, led by (0, fixed cost)."""
+def _time_curve(gather: Gather, speedup: float) -> tuple[np.ndarray, np.ndarray]:
+    """(bytes, seconds) of the measured points, led by (0, fixed cost); what lies above the fixed cost is divided by `speedup`."""
     rows = np.array(sorted(gather.bytes_per_s))
     n_bytes = rows * float(gather.row_bytes)
     seconds = n_bytes / np.array([gather.bytes_per_s[row] for row in rows])
     slope = (seconds[1] - seconds[0]) / (n_bytes[1] - n_bytes[0])
-    return np.append(0.0, n_bytes), np.append(seconds[0] - slope * n_bytes[0], seconds)
+    fixed_s = seconds[0] - slope * n_bytes[0]
+    return np.append(0.0, n_bytes), np.append(fixed_s, fixed_s + (seconds - fixed_s) / speedup)
 
 
 def _extended(x: np.ndarray, xs: np.ndarray, ys: np.ndarray) -> np.ndarray:

@@ -11,6 +11,8 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from fmsim.errors import FmsimError
 
+LINK_FIGURE = "link_bytes_per_s"  # the figure that stands in the link's own file
+
 
 class _Strict(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -37,6 +39,7 @@ class Link(_Strict):
     bandwidth_bytes_per_s: Figure
     gather_source: str
     gathers: tuple[Gather, ...]
+    gather_speedup: float = Field(1.0, gt=0)  # of the measured rates, where a scenario gives another bandwidth; fixed costs stay
 
 
 class KernelTable(_Strict):
@@ -102,6 +105,28 @@ def load_hardware(name: str) -> Hardware:
     if "kernels_of" in raw:  # no table of its own: another device's, times kernel_factor
         raw["kernels"] = _read(f"presets/{raw.pop('kernels_of')}.yaml")["kernels"]
     return Hardware(name=name, **raw)
+
+
+def figure_names() -> list[str]:
+    """Figures that `replace_figure` takes."""
+    return [*(name for name, field in Hardware.model_fields.items() if field.annotation is Figure), LINK_FIGURE]
+
+
+def replace_figure(hw: Hardware, name: str, value: float) -> Hardware:
+    """`hw` with another value of one figure. Raises FmsimError for a name that is none, or a value not above zero.
+
+    With another bandwidth of the link the measured rates of gathers change alike; their fixed costs stay.
+    """
+    if name not in figure_names():
+        near = difflib.get_close_matches(name, figure_names(), n=1)
+        raise FmsimError("no such figure; " + (f"did you mean '{near[0]}'?" if near else f"there are {', '.join(figure_names())}"))
+    if not value > 0:
+        raise FmsimError(f"must be above zero, not {value:g}")
+    figure = Figure(value=value, source="given by the scenario")
+    if name != LINK_FIGURE:
+        return hw.model_copy(update={name: figure})
+    speedup = hw.link.gather_speedup * value / hw.link.bandwidth_bytes_per_s.value
+    return hw.model_copy(update={"link": hw.link.model_copy(update={"bandwidth_bytes_per_s": figure, "gather_speedup": speedup})})
 
 
 def _read(path: str) -> dict[str, Any]:

@@ -12,11 +12,21 @@ from fmsim.report.console import wide_console
 
 GIB, MIB = 2**30, 2**20
 MIN_WIDTH = 132  # columns that the table needs
+FIGURES = (  # headings of the columns behind the policy and its kind; * = simulated
+    "KV\nGiB", "of\nfull", "on GPU\nGiB", "golden\nkept", "mass\nkept", "set\noverlap", "decode\ntokens/s*", "step ms*\np50", "\np99",
+    "PCIe\nMiB/step", "stall*", "requests\nfit*",
+)  # fmt: skip
+NOTES = (
+    "exact: every entry selected in this trace was attended to; a miss stalls its layer.  lossy: what was not resident was left out.",
+    "KV: the full cache's bytes times the kept share of CSA entries, mean over steps (the paper's accounting).",
+    "on GPU: the most that lies there in a step, with HCA entries, windows and index keys.  golden kept: resident when needed.",
+    "* simulated from kernel tables and link curves, not measured; the rest is counted in the replay.  h: host memory binds.",
+)
 
 
 def render(report: dict[str, Any]) -> Group:
     """The head, the table and its notes, from the report's JSON object."""
-    return Group(*_head(report["scenario"]), _table(report), *_notes(report["scenario"]))
+    return Group(*head(report["scenario"]), _table(report), *(Text(note, style="dim") for note in NOTES))
 
 
 def show(report: dict[str, Any]) -> None:
@@ -39,7 +49,8 @@ class _Nowhere:
         pass
 
 
-def _head(about: dict[str, Any]) -> list[Text]:
+def head(about: dict[str, Any]) -> list[Text]:
+    """Lines that say what the rows were made from."""
     trace, model, hardware = about["trace"], about["model"], about["hardware"]
     quality = ", ".join(f"{key} {value}" for key, value in trace["quality"].items() if isinstance(value, (int, float, str)))
     lines = [
@@ -51,12 +62,16 @@ def _head(about: dict[str, Any]) -> list[Text]:
         Text(f"model     {model['name']}: {model['csa_layers']} of {model['layers']} layers CSA; {_layer_map(about)}"),
         Text(
             f"hardware  {hardware['title']}, tensor parallel {hardware['tensor_parallel']}, batch {about['batch']}; "
-            f"full KV {about['full_kv_bytes'] / GIB:.2f} GiB a request"
+            f"full KV {about['full_kv_bytes'] / GIB:.2f} GiB a request" + _figures(hardware["figures"])
         ),
     ]
     if trace["source"] == "dense_pooled":
         lines.insert(2, Text("          dense attention, pooled over 4-token entries, then top-k: not a sparse model's own choice"))
     return lines
+
+
+def _figures(figures: dict[str, float]) -> str:
+    return f"; the scenario's own: {', '.join(f'{name} {value:g}' for name, value in figures.items())}" if figures else ""
 
 
 def _layer_map(about: dict[str, Any]) -> str:
@@ -71,18 +86,16 @@ def _table(report: dict[str, Any]) -> Table:
     table = Table(header_style="bold", pad_edge=False, row_styles=("", "dim"))
     table.add_column("policy", no_wrap=True)
     table.add_column("")
-    for name in (
-        "KV\nGiB", "of\nfull", "on GPU\nGiB", "golden\nkept", "mass\nkept", "set\noverlap", "decode\ntokens/s*", "step ms*\np50", "\np99",
-        "PCIe\nMiB/step", "stall*", "requests\nfit*",
-    ):  # fmt: skip
+    for name in FIGURES:
         table.add_column(name, justify="right", no_wrap=True)
     steps = report["scenario"]["trace"]["steps"]
     for row in report["policies"]:
-        table.add_row(*_cells(row, report["scenario"]["details"][row["policy"]], steps))
+        table.add_row(*cells(row, report["scenario"]["details"][row["policy"]], steps))
     return table
 
 
-def _cells(row: dict[str, Any], details: dict[str, Any], steps: int) -> list[str | Text]:
+def cells(row: dict[str, Any], details: dict[str, Any], steps: int) -> list[str | Text]:
+    """One policy's line: its label, exact or lossy, then FIGURES."""
     exact = details["exact"]
     bound = " h" if details["max_requests_bound"] == "host memory" else "  "
     return [
@@ -102,12 +115,3 @@ def _cells(row: dict[str, Any], details: dict[str, Any], steps: int) -> list[str
         f"{row['max_requests']}{bound}",
     ]
 
-
-def _notes(about: dict[str, Any]) -> list[Text]:
-    notes = [
-        "exact: every entry selected in this trace was attended to; a miss stalls its layer.  lossy: what was not resident was left out.",
-        "KV: the full cache's bytes times the kept share of CSA entries, mean over steps (the paper's accounting).",
-        "on GPU: the most that lies there in a step, with HCA entries, windows and index keys.  golden kept: resident when needed.",
-        "* simulated from kernel tables and link curves, not measured; the rest is counted in the replay.  h: host memory binds.",
-    ]
-    return [Text(note, style="dim") for note in notes]
