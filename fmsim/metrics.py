@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -31,7 +32,6 @@ def row(ledger: Ledger, timeline: Timeline, geometry: Geometry, hw: Hardware, la
     Sums over layers weigh each trace layer by the model layers that it drives.
     """
     place = footprint(ledger, geometry, layer_map)
-    weights = np.bincount(place.layer_map, minlength=ledger.n_layers)
     step_s = timeline.step_s
     waited_s = float(timeline.stall_s.sum() + timeline.recall_wait_s.sum())
     total_s = float(timeline.end_s[-1] - timeline.start_s[0])
@@ -39,8 +39,7 @@ def row(ledger: Ledger, timeline: Timeline, geometry: Geometry, hw: Hardware, la
         "policy": ledger.policy,
         "kv_hbm_bytes": round(float(place.logical_bytes.mean())),
         "kv_hbm_ratio": float(place.logical_bytes.mean() / place.full_bytes.mean()),
-        "entry_recall": _ratio(ledger.golden_hit, ledger.golden, weights),
-        "mass_kept": _ratio(ledger.mass_kept, ledger.mass_total, weights),
+        **kept(ledger, place.layer_map),
         "set_overlap": float(ledger.set_overlap.mean()) if len(ledger.set_overlap) else None,
         "decode_tokens_per_s": timeline.batch * ledger.n_steps / total_s,
         "step_s": {"p50": float(np.percentile(step_s, 50)), "p99": float(np.percentile(step_s, 99))},
@@ -50,11 +49,25 @@ def row(ledger: Ledger, timeline: Timeline, geometry: Geometry, hw: Hardware, la
     }
 
 
+def kept(ledger: Ledger, layer_map: Sequence[int]) -> dict[str, float]:
+    """`entry_recall` and `mass_kept` of a row."""
+    weights = np.bincount(layer_map, minlength=ledger.n_layers)
+    return {
+        "entry_recall": _ratio(ledger.golden_hit, ledger.golden, weights),
+        "mass_kept": _ratio(ledger.mass_kept, ledger.mass_total, weights),
+    }
+
+
+def exact(ledger: Ledger) -> bool:
+    """Everything that was selected was attended to."""
+    return bool(np.all(ledger.mass_kept >= ledger.mass_total * (1 - 1e-6)))
+
+
 def details(ledger: Ledger, geometry: Geometry, hw: Hardware, layer_map: tuple[int, ...] | None = None) -> dict[str, Any]:
     """What the row leaves out: is it exact, what lies where, and which memory bounds the number of requests."""
     place = footprint(ledger, geometry, layer_map)
     return {
-        "exact": bool(np.all(ledger.mass_kept >= ledger.mass_total * (1 - 1e-6))),
+        "exact": exact(ledger),
         "params": ledger.params,
         "gpu_kv_bytes": int(place.gpu_bytes.max()),
         "host_kv_bytes": place.host_bytes,

@@ -56,7 +56,7 @@ class Report:
             for run in self.runs:
                 run.ledger.save(ledger_path(folder, run.label))
                 run.timeline.save(timeline_path(folder, run.label))
-            _write(folder / REPORT_NAME, json.dumps(self.as_json(), indent=1) + "\n")
+            write_text(folder / REPORT_NAME, json.dumps(self.as_json(), indent=1) + "\n")
         except OSError as error:
             raise FmsimError(f"--out {folder}: cannot be written ({error.strerror or error}); choose another folder") from None
 
@@ -75,8 +75,12 @@ class Setting:
             file, ("layer_map",), lambda: check_layer_map(scenario.layer_map, self.trace.n_layers, self.geometry.n_csa)
         )
 
-    def replayer(self) -> Replayer:
-        return Replayer(self.trace, entry_bytes=self.geometry.kv_entry_bytes, model_layers=self.geometry.n_csa)
+    def replayer(self, policies: Sequence[tuple[str, Policy]] = ()) -> Replayer:
+        """Of the trace; what `policies` need of it is read now, before processes part."""
+        replayer = Replayer(self.trace, entry_bytes=self.geometry.kv_entry_bytes, model_layers=self.geometry.n_csa)
+        for key in {(policy.params.granularity, policy.params.scope == "shared") for _, policy in policies}:
+            replayer.paged(*key)
+        return replayer
 
     def run(self, replayer: Replayer, label: str, policy: Policy) -> PolicyRun:
         """Replay one policy and time it."""
@@ -96,15 +100,13 @@ def run_scenario(
     """
     setting = Setting(file)
     policies = build_policies(file, selected)
-    replayer = setting.replayer()
-    for key in {(policy.params.granularity, policy.params.scope == "shared") for _, policy in policies}:
-        replayer.paged(*key)  # once, before the processes part
+    replayer = setting.replayer(policies)
     runs = []
     progress(policies[0][0], 0, len(policies))
     for run in in_parallel(lambda index: setting.run(replayer, *policies[index]), len(policies)):
         runs.append(run)
         progress(run.label, len(runs), len(policies))
-    return Report(_about(setting), tuple(runs))
+    return Report(about(setting), tuple(runs))
 
 
 def build_policies(file: ScenarioFile, selected: Sequence[str] = ()) -> list[tuple[str, Policy]]:
@@ -166,7 +168,7 @@ def _located(file: ScenarioFile, loc: tuple[str | int, ...], make: Callable[[], 
         raise FmsimError(f"{file.where(loc)}: {error}") from None
 
 
-def _about(setting: Setting) -> dict[str, Any]:
+def about(setting: Setting) -> dict[str, Any]:
     """What the rows were made from, for the report's head."""
     file, trace, geometry, hw = setting.file, setting.trace, setting.geometry, setting.hw
     header, scenario = trace.header, file.scenario
@@ -203,7 +205,8 @@ def _about(setting: Setting) -> dict[str, Any]:
     }
 
 
-def _write(path: Path, text: str) -> None:
+def write_text(path: Path, text: str) -> None:
+    """The file appears whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.name, suffix=".part")
     try:

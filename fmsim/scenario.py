@@ -12,6 +12,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from fmsim.errors import FmsimError
+from fmsim.serve import spec as serving
 
 _Loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 Loc = tuple[str | int, ...]
@@ -51,6 +52,8 @@ class Scenario(BaseModel):
     batch: int = Field(1, ge=1)  # equal requests that decode side by side
     layer_map: tuple[int, ...] | None = None  # for each CSA layer of the model the trace layer that drives it
     policies: tuple[PolicySpec, ...] = Field(min_length=1)
+    workload: serving.Workload | None = None  # requests to serve: the run is then one of many requests on a server
+    server: serving.Server = serving.Server()
 
     @field_validator("policies")
     @classmethod
@@ -89,8 +92,8 @@ class ScenarioFile:
 
     def file(self, name: str | Path) -> Path:
         """A path that the scenario names: relative to the scenario, or to the working directory where --set gave it."""
-        beside = Path(os.path.normpath(self.path.parent / name))
-        return Path(name) if ("trace",) in self._overridden and str(name) == str(self.scenario.trace) else beside
+        given = [self._overridden.get(loc, "").partition("=")[2] for loc in (("trace",), ("workload", "file"))]
+        return Path(name) if str(name) in given else Path(os.path.normpath(self.path.parent / name))
 
     def where(self, loc: Loc) -> str:
         """For a message: 'file, line N: key', or the --set that gave the key."""
@@ -142,13 +145,18 @@ class ScenarioFile:
     def _explain(self, error: ValidationError) -> str:
         """The first mistake, with what to do."""
         item = error.errors()[0]
-        loc = tuple(part for part in item["loc"] if isinstance(part, int) or not part.startswith("function-"))
+        kinds = serving.WORKLOADS if item["loc"][0] == "workload" else {}
+        loc = tuple(part for part in item["loc"] if isinstance(part, int) or not (part.startswith("function-") or part in kinds))
         if item["type"] == "extra_forbidden":
-            near = difflib.get_close_matches(str(loc[-1]), Scenario.model_fields, n=1)
-            fix = f"did you mean '{near[0]}'?" if near else f"known are {', '.join(Scenario.model_fields)}"
+            known = _fields(item["loc"][:-1])
+            near = difflib.get_close_matches(str(loc[-1]), known, n=1)
+            fix = f"did you mean '{near[0]}'?" if near else f"known are {', '.join(known)}"
             return f"{self.where(loc)}: unknown key; {fix}"
         if item["type"] == "missing":
-            return f"{self.path}: the key '{loc[-1]}' is missing"
+            block = f"{self.where(loc[:-1])}" if loc[:-1] else f"{self.path}"
+            return f"{block}: the key '{loc[-1]}' is missing"
+        if item["type"].startswith("union_tag"):
+            return f"{self.where(loc)}: give it a 'kind': {', '.join(kinds)}"
         return f"{self.where(loc)}: {item['msg'].removeprefix('Value error, ')}, not {_short(item['input'])}"
 
     def _line(self, loc: Loc) -> int:
@@ -179,6 +187,17 @@ def _policy_indices(raw: dict[str, Any], label: str, override: str) -> list[int]
     if not found:
         raise FmsimError(f"--set {override}: the scenario has no policy '{label}'")
     return found if label == "*" else found[:1]
+
+
+def _fields(loc: Loc) -> list[str]:
+    """The keys that the block at `loc` (as pydantic names it) may have."""
+    model: type[BaseModel] = Scenario
+    for part in loc:
+        if part in serving.WORKLOADS:
+            model = serving.WORKLOADS[part]
+        elif isinstance(part, str) and part in model.model_fields and part != "workload":
+            model = model.model_fields[part].annotation
+    return list(model.model_fields)
 
 
 def _yaml_names(folder: Path) -> list[str]:

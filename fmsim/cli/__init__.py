@@ -6,6 +6,7 @@ import sys
 import typer
 
 from fmsim import __version__
+from fmsim.cli.plan import plan
 from fmsim.cli.report import report
 from fmsim.cli.run import run
 from fmsim.cli.sweep import sweep
@@ -23,6 +24,7 @@ app = typer.Typer(
 )
 
 app.command()(run)
+app.command()(plan)
 app.command()(sweep)
 app.command()(tune)
 app.command()(report)

@@ -9,6 +9,7 @@ import typer
 
 if TYPE_CHECKING:
     from fmsim.run import Report
+    from fmsim.serve.run import ServingReport
     from fmsim.scenario import ScenarioFile
 
 
@@ -23,38 +24,46 @@ def run(
 ) -> None:
     """Replay a trace under policies and print what each keeps, moves and costs.
 
+    A scenario with a `workload` block serves many requests instead, each of which replays the trace, and prints what the server
+    holds, how fast it is, and what binds.
+
     \b
     fmsim run scenarios/500k.yaml
     fmsim run scenarios/500k.yaml -p lsa -p lru --set hardware=h200 --set batch=16
     fmsim run scenarios/500k.yaml --json --out results
+    fmsim run scenarios/serve.yaml --set workload.requests=60 --set server.prefill=separate
     """
-    from fmsim.report import table
+    from fmsim.report import serving, table
     from fmsim.scenario import ScenarioFile
 
-    report = _with_progress(ScenarioFile(scenario, override), policy, quiet)
+    file = ScenarioFile(scenario, override)
+    shown = table if file.scenario.workload is None else serving
+    report = _with_progress(file, policy, quiet)
     if out is not None:
         report.save(out)
     if svg is not None:
-        _write_svg(svg, table.svg(report.as_json(), f"fmsim run {scenario}"))
+        _write_svg(svg, shown.svg(report.as_json(), f"fmsim run {scenario}"))
     if as_json:
         import json
 
         typer.echo(json.dumps(report.as_json()))
     else:
-        table.show(report.as_json())
+        shown.show(report.as_json())
 
 
-def _with_progress(file: ScenarioFile, policies: list[str], quiet: bool) -> Report:
+def _with_progress(file: ScenarioFile, policies: list[str], quiet: bool) -> Report | ServingReport:
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
     from fmsim.run import run_scenario
+    from fmsim.serve.run import serve_scenario
 
+    run = run_scenario if file.scenario.workload is None else serve_scenario
     console = Console(stderr=True)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns, console=console, transient=True, disable=quiet or not console.is_terminal) as bar:
         task = bar.add_task("reading the trace", total=None)
-        return run_scenario(file, policies, lambda label, done, total: bar.update(task, description=label, completed=done, total=total))
+        return run(file, policies, lambda label, done, total: bar.update(task, description=label, completed=done, total=total))
 
 
 def _write_svg(path: Path, text: str) -> None:

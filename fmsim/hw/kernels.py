@@ -2,6 +2,9 @@
 
 One step = for each layer: hyper-connections, attention module (CSA or HCA; a sliding layer is taken as an HCA layer of an empty
 context), two all-reduces, router and routed experts (the shared expert runs beside them); then the output head.
+
+What grows with the context is measured for one request at a time. Further requests of a batch find the GPU's launches and its idle
+processors paid for already, so they add their operations or their bytes at the device's rates, whichever takes longer.
 """
 
 from __future__ import annotations
@@ -14,11 +17,12 @@ from fmsim.geometry import PRESETS, SLIDING, Geometry
 from fmsim.hw.spec import Hardware, KernelTable
 
 _INDEXER_HEADS, _INDEXER_WIDTH = 128, 128  # of the memory indexer's scorer (arXiv 2606.09079)
+_FP8_SPEEDUP = 2.0  # of matrix products over bf16, on every device here
 
 
 @dataclass(frozen=True)
 class StepCosts:
-    """Times of one decode step on one GPU for a batch of equal requests, in seconds, one value a step."""
+    """Times of one decode step on one GPU for a batch of requests, in seconds, one value a step."""
 
     csa_s: np.ndarray  # [T] one CSA layer's attention
     rest_s: np.ndarray  # [T] everything else of the step, all layers
@@ -28,18 +32,52 @@ class StepCosts:
 
 
 def step_costs(hw: Hardware, geometry: Geometry, batch: int, tokens: np.ndarray, scored_entries: np.ndarray) -> StepCosts:
-    """`tokens` [T]: context of each step; `scored_entries` [T]: entries that the lightning indexer scores in a CSA layer."""
+    """`batch` equal requests. `tokens` [T]: context of each step; `scored_entries` [T]: entries that the lightning indexer
+    scores in a CSA layer.
+    """
+    return mixed_step_costs(hw, geometry, batch, Spread(batch * tokens, tokens), Spread(batch * scored_entries, scored_entries))
+
+
+@dataclass(frozen=True)
+class Spread:
+    """A quantity over the requests of a batch: what all have together, and what the largest has. Arrays [T]."""
+
+    total: np.ndarray
+    largest: np.ndarray
+
+
+def mixed_step_costs(hw: Hardware, geometry: Geometry, batch: int, tokens: Spread, scored_entries: Spread) -> StepCosts:
+    """`batch` requests of any sizes, with their contexts and the entries that each scores in a CSA layer."""
     table, factor = _table(hw, geometry)
-    scored_tokens = scored_entries * geometry.csa_rate
-    csa_ms = _attention_ms(table.csa_context_ms, table.csa_batch_ms, table.csa_request_ms_per_mtoken, batch, scored_tokens)
-    hca_ms = _attention_ms(table.hca_context_ms, table.hca_batch_ms, table.hca_request_ms_per_mtoken, batch, tokens)
+    csa_s = _by_batch(table.csa_batch_ms, batch) * factor / 1e3 + _scoring_s(hw, geometry, table, factor, scored_entries)
+    hca_s = _by_batch(table.hca_batch_ms, batch) * factor / 1e3 + _hca_s(hw, geometry, table, factor, tokens)
     sliding_ms = _by_batch(table.hca_batch_ms, batch)
     n_sliding = geometry.layer_types.count(SLIDING)
     every_layer_ms = _by_batch(table.hyper_connections_batch_ms, batch) + _by_batch(table.moe_batch_ms, batch)
     every_layer_ms += _by_batch(table.router_batch_ms, batch) + 2 * _by_batch(table.all_reduce_batch_ms, batch)
-    rest_ms = geometry.n_hca * hca_ms + n_sliding * sliding_ms + geometry.n_layers * every_layer_ms
-    rest_ms = rest_ms + _by_batch(table.head_batch_ms, batch)
-    return StepCosts(csa_s=csa_ms * factor / 1e3, rest_s=rest_ms * factor / 1e3)
+    rest_ms = n_sliding * sliding_ms + geometry.n_layers * every_layer_ms + _by_batch(table.head_batch_ms, batch)
+    return StepCosts(csa_s=csa_s, rest_s=geometry.n_hca * hca_s + rest_ms * factor / 1e3)
+
+
+def _scoring_s(hw: Hardware, geometry: Geometry, table: KernelTable, factor: float, entries: Spread) -> np.ndarray:
+    """What the history adds to one CSA layer: index scores of all entries, and top-k, in which a request has one processor."""
+    one_entry_s = max(
+        geometry.index_key_bytes / hw.hbm_bytes_per_s.value,
+        geometry.index_n_heads * (2 * geometry.index_head_dim + 2) / (_FP8_SPEEDUP * hw.matmul_flops.value),
+    )
+    largest_tokens = entries.largest * geometry.csa_rate
+    if hw.topk_context_ms:
+        return _by_context(hw.topk_context_ms, largest_tokens) / 1e3 + entries.total * one_entry_s
+    return _grown(table.csa_context_ms, largest_tokens) * factor / 1e3 + (entries.total - entries.largest) * one_entry_s
+
+
+def _hca_s(hw: Hardware, geometry: Geometry, table: KernelTable, factor: float, tokens: Spread) -> np.ndarray:
+    """What the history adds to one HCA layer. The attention kernel works on all query heads on every GPU, padded where it has few."""
+    one_entry_s = max(
+        geometry.kv_entry_bytes / hw.hbm_bytes_per_s.value, 4 * geometry.n_heads * geometry.head_dim / hw.matmul_flops.value
+    )
+    others = (tokens.total - tokens.largest) / geometry.hca_rate
+    return _grown(table.hca_context_ms, tokens.largest) * factor / 1e3 + others * one_entry_s
 
 
 def memory_indexer_s(hw: Hardware, geometry: Geometry, scored: np.ndarray) -> np.ndarray:
@@ -58,13 +96,14 @@ def _table(hw: Hardware, geometry: Geometry) -> tuple[KernelTable, float]:
     return hw.kernels["v4-flash"], factor * max(1.0, per_layer / (flash.active_parameters / flash.n_layers))
 
 
-def _attention_ms(
-    by_context: dict[int, float], by_batch: dict[int, float], ms_per_mtoken: float, batch: int, tokens: np.ndarray
-) -> np.ndarray:
-    """Batch 1 by context, plus what the batch adds at a short context, plus each further request's share by context."""
-    contexts = sorted(by_context)
-    alone = np.interp(tokens, contexts, [by_context[context] for context in contexts])
-    return alone + _by_batch(by_batch, batch) - by_batch[1] + (batch - 1) * ms_per_mtoken * tokens / 1e6
+def _by_context(points: dict[int, float], tokens: np.ndarray) -> np.ndarray:
+    contexts = sorted(points)
+    return np.interp(tokens, contexts, [points[context] for context in contexts])
+
+
+def _grown(points: dict[int, float], tokens: np.ndarray) -> np.ndarray:
+    """How much more than at the smallest context measured."""
+    return _by_context(points, tokens) - points[min(points)]
 
 
 def _by_batch(points: dict[int, float], batch: int) -> float:

@@ -45,16 +45,13 @@ class Link(_Strict):
 class KernelTable(_Strict):
     """Measured times of one model's decode modules on one of `n_gpus` tensor-parallel GPUs, in milliseconds.
 
-    `*_context_ms` is by context tokens at batch 1, `*_batch_ms` by batch (attention: at the smallest context), and
-    `*_request_ms_per_mtoken` what a further request adds by its context (slope of batch 16 from 8K to 32K tokens).
+    `*_context_ms` is by context tokens at batch 1, `*_batch_ms` by batch (attention: at the smallest context).
     """
 
     csa_context_ms: dict[int, float]
     csa_batch_ms: dict[int, float]
-    csa_request_ms_per_mtoken: float
     hca_context_ms: dict[int, float]
     hca_batch_ms: dict[int, float]
-    hca_request_ms_per_mtoken: float
     moe_batch_ms: dict[int, float]
     hyper_connections_batch_ms: dict[int, float]
     all_reduce_batch_ms: dict[int, float]
@@ -73,15 +70,19 @@ class Hardware(_Strict):
     matmul_flops: Figure
     reserve_bytes: Figure
     host_bytes: Figure  # of the whole server
+    host_reserve_bytes: Figure | None = None  # of it, what no mirror can have
     link: Link
     kernel_source: str
     kernel_factor: Figure
+    topk_context_ms: dict[int, float] | None = None  # by context, of a top-k kernel other than the one in the kernel table
+    topk_source: str = ""
     kernels: dict[str, KernelTable]
 
     @property
     def host_bytes_per_gpu(self) -> float:
         """Each GPU's process pins its own mirror."""
-        return self.host_bytes.value / self.n_gpus
+        reserve_bytes = self.host_reserve_bytes.value if self.host_reserve_bytes else 0.0
+        return (self.host_bytes.value - reserve_bytes) / self.n_gpus
 
     def kv_pool_bytes(self, weight_bytes: float) -> float:
         """GPU memory that weights and the runtime leave for KV; may be negative."""
@@ -109,7 +110,7 @@ def load_hardware(name: str) -> Hardware:
 
 def figure_names() -> list[str]:
     """Figures that `replace_figure` takes."""
-    return [*(name for name, field in Hardware.model_fields.items() if field.annotation is Figure), LINK_FIGURE]
+    return [*(name for name, field in Hardware.model_fields.items() if field.annotation in (Figure, Figure | None)), LINK_FIGURE]
 
 
 def replace_figure(hw: Hardware, name: str, value: float) -> Hardware:

@@ -36,12 +36,14 @@ def show(report: dict[str, Any]) -> None:
 
 def svg(report: dict[str, Any], title: str) -> str:
     """The same as a picture."""
-    console = Console(record=True, width=MIN_WIDTH, file=_Nowhere(), force_terminal=True, color_system="truecolor")
+    console = Console(record=True, width=MIN_WIDTH, file=Nowhere(), force_terminal=True, color_system="truecolor")
     console.print(render(report))
     return console.export_svg(title=title)
 
 
-class _Nowhere:
+class Nowhere:
+    """A file for consoles that only record."""
+
     def write(self, text: str) -> int:
         return len(text)
 

@@ -1,0 +1,1 @@
+"""Many requests on one server: arrivals, admission, continuous batching, and what binds."""
