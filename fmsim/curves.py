@@ -72,7 +72,7 @@ def compute(
             label: _curve(found.get(("granularity", label), []), lost_share if _is_lossy(ledger) else missed_share, weights)
             for label, ledger in _tiered(ledgers).items()
         },
-        "regret": {label: _regret(ledger, found[("regret", label)][0][1]) for label, ledger in _tiered(ledgers).items() if ("regret", label) in found},
+        "regret": {label: _regret(ledgers[label], points[0][1]) for (curve, label), points in found.items() if curve == "regret"},
     }
 
 

@@ -24,7 +24,7 @@ from fmsim.replay import Replayer
 from fmsim.results import REPORT_NAME, ledger_path, timeline_path
 from fmsim.scenario import PolicySpec, ScenarioFile
 from fmsim.simulate import Timeline, simulate
-from fmsim.trace import Trace, read
+from fmsim.trace import read
 
 
 @dataclass(frozen=True)

@@ -41,12 +41,21 @@ class Axis:
         texts = [values[node.start_mark.index - 1 : node.end_mark.index - 1].strip() for node in nodes]
         if any("=" in value for value in texts):
             raise FmsimError(f"--grid {text}: one key a --grid; repeat --grid for the next key")
-        shown = [yaml.safe_load(value) for value in texts]
-        numeric = all(isinstance(value, (int, float)) and not isinstance(value, bool) for value in shown)
-        axis = cls(key.strip(), tuple(zip(texts, shown if numeric else texts)))
+        numbers = [_number(value) for value in texts]
+        axis = cls(key.strip(), tuple(zip(texts, texts if None in numbers else numbers)))
         if len(set(texts)) < len(texts):
             raise FmsimError(f"--grid {text}: a value stands there twice")
         return axis
+
+
+def _number(text: str) -> int | float | None:
+    """The number that `text` says (27.5e9 too, which YAML takes for a word), or None."""
+    for kind in (int, float):
+        try:
+            return kind(text)
+        except ValueError:
+            continue
+    return None
 
 
 @dataclass(frozen=True)

@@ -32,6 +32,10 @@ def fmsim(*arguments):
     return subprocess.run([*MAIN, *map(str, arguments)], capture_output=True, text=True, env=environment)
 
 
+def budgets(n):
+    return "policies.lru.budget=" + ",".join(f"{20 + i} entries" for i in range(n))
+
+
 def planned(scenario, *grids, overrides=(), selected=()):
     return plan(str(scenario), overrides, [Axis.parse(grid) for grid in grids], selected)
 
@@ -45,6 +49,7 @@ def rows_of(path):
     [
         ("policies.lsa.budget=5%,10%, 2x topk", "policies.lsa.budget", [("5%", "5%"), ("10%", "10%"), ("2x topk", "2x topk")]),
         ("batch=1,16", "batch", [("1", 1), ("16", 16)]),
+        ("hardware_figures.host_bytes=1e12,2.5e12", "hardware_figures.host_bytes", [("1e12", 1e12), ("2.5e12", 2.5e12)]),
         ("layer_map=[0,1],[1,0]", "layer_map", [("[0,1]", "[0,1]"), ("[1,0]", "[1,0]")]),
         ("name='a,b',c", "name", [("'a,b'", "'a,b'"), ("c", "c")]),
     ],
@@ -133,7 +138,7 @@ def test_a_mistake_is_told_before_anything_runs(scenario, tmp_path, arguments, s
 
 def test_a_killed_sweep_goes_on_and_runs_nothing_twice(scenario, tmp_path):
     out = tmp_path / "rows.jsonl"
-    command = ["sweep", scenario, "-p", "lru", "-g", "policies.lru.budget=" + ",".join(f"{n} entries" for n in range(20, 44)), "--out", out, "-j", "2"]
+    command = ["sweep", scenario, "-p", "lru", "-g", budgets(24), "--out", out, "-j", "2"]
     with subprocess.Popen([*MAIN, *map(str, command)], stdout=subprocess.DEVNULL) as process:
         while not out.exists() or out.read_text().count("\n") < 3:
             assert process.poll() is None, "the sweep ended before it could be killed"
@@ -155,7 +160,7 @@ def test_a_killed_sweep_goes_on_and_runs_nothing_twice(scenario, tmp_path):
 
 def test_workers_end_with_a_killed_sweep(scenario, tmp_path):
     out = tmp_path / "rows.jsonl"
-    command = ["sweep", scenario, "-p", "lru", "-g", "policies.lru.budget=" + ",".join(f"{n} entries" for n in range(20, 80)), "--out", out, "-j", "2"]
+    command = ["sweep", scenario, "-p", "lru", "-g", budgets(60), "--out", out, "-j", "2"]
     with subprocess.Popen([*MAIN, *map(str, command)], stdout=subprocess.PIPE) as process:
         while not out.exists() or not out.read_text():
             time.sleep(0.002)

@@ -135,8 +135,8 @@ def over_granularity(results: Results, style: Style, curves: dict[str, Any]) -> 
     for label, curve in curves["granularity"].items():
         fetches = results.ledgers[label].on_miss == "fetch"
         figure.add_scatter(
-            x=[str(int(x)) for x in curve["x"]], y=curve["y"], name=label, mode="lines+markers", marker=style.marker(label, 8), line=style.line(label),
-            hovertemplate=f"{label}, pages of %{{x}}: %{{y:.1%}}<extra></extra>", row=1, col=1 if fetches else 2,
+            x=[str(int(x)) for x in curve["x"]], y=curve["y"], name=label, mode="lines+markers", marker=style.marker(label, 8),
+            line=style.line(label), hovertemplate=f"{label}, pages of %{{x}}: %{{y:.1%}}<extra></extra>", row=1, col=1 if fetches else 2,
         )  # fmt: skip
     figure.update_xaxes(title="entries in a page", type="category")
     figure.update_yaxes(tickformat=".0%", rangemode="tozero")
@@ -155,7 +155,8 @@ def regret(results: Results, style: Style, curves: dict[str, Any]) -> go.Figure:
     for place, (kind, found) in enumerate(kinds.items(), 1):
         points = np.array([np.subtract(one["own"], one["bound"]) for one in found.values()]) * 100
         figure.add_heatmap(
-            z=points, x=[str(layer) for layer in range(points.shape[1])], y=list(found), colorscale=HEAT, zmin=0, showscale=False, xgap=2, ygap=2,
+            z=points, x=[str(layer) for layer in range(points.shape[1])], y=list(found), xgap=2, ygap=2,
+            colorscale=HEAT, zmin=0, zmax=max(points.max(), 1e-9), showscale=False,
             text=points.round(1), texttemplate="%{text:.1f}" if points.shape[1] <= 32 else None,
             hovertemplate="%{y}, layer %{x}: %{z:.2f} points<extra></extra>", row=place, col=1,
         )  # fmt: skip
@@ -213,7 +214,8 @@ def _finish(figure: go.Figure, height: int, legend: bool = True) -> go.Figure:
     """The look that all figures share."""
     figure.update_layout(
         template="plotly_white", height=height, showlegend=legend, font={"family": FONT, "size": 13, "color": "#27303f"},
-        margin={"l": 70, "r": 24, "t": 34, "b": 56}, hoverlabel={"font": {"family": FONT}}, paper_bgcolor="rgba(0,0,0,0)", plot_bgcolor="rgba(0,0,0,0)",
+        margin={"l": 70, "r": 24, "t": 34, "b": 56}, hoverlabel={"font": {"family": FONT}},
+        paper_bgcolor="rgba(0,0,0,0)", plot_bgcolor="rgba(0,0,0,0)",
         legend={"orientation": "v", "x": 1.01, "y": 1}, modebar={"bgcolor": "rgba(0,0,0,0)", "color": "#c3ccd9", "activecolor": "#3b6fd4"},
     )  # fmt: skip
     figure.update_xaxes(gridcolor="#e8ecf2", linecolor="#c7d0de", zeroline=False)

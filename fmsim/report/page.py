@@ -22,9 +22,10 @@ KNOWN = {  # fields of a row that the table shows, or that name it
 
 
 class Section(NamedTuple):
-    """A heading, what to see in its figure, and how the figure is drawn from results, style and, where it needs them, curves."""
+    """Its name in the page's head, a heading, what to see in its figure, and how that is drawn: from results, style and maybe curves."""
 
     id: str
+    short: str
     title: str
     kind: str
     text: str
@@ -34,38 +35,38 @@ class Section(NamedTuple):
 
 SECTIONS = (
     Section(
-        "trade-off", "What is kept against what it takes", "counted",
+        "trade-off", "Trade-off", "What is kept against what it takes", "counted",
         "Up is better, left is cheaper. Circles are exact: they lose nothing, and pay in stalls. Diamonds are lossy. "
         "belady and oracle see the future: bounds, not policies to deploy.", figures.trade_off,
     ),
     Section(
-        "time", "Footprint and hit rate over time", "counted",
+        "time", "Over time", "Footprint and hit rate over time", "counted",
         "KV of one request in the paper's accounting, and the share of the entries selected in a step that were resident when it began. "
         "Lossy policies are dashed, bounds dotted.", figures.over_time,
     ),
     Section(
-        "misses", "Misses over budget", "counted",
+        "misses", "Misses", "Misses over budget", "counted",
         "LRU at every budget, from one pass by stack distance; below it belady, which no policy that loads on demand can beat. The darker "
-        "the line, the larger the page: the same memory in larger pages misses more. Marked are the exact policies of this run.",
+        "the line, the larger the page. A line begins where a step's own pages just fit. Marked are this run's policies that fetch.",
         figures.misses_over_budget, True,
     ),
     Section(
-        "lost-mass", "Lost attention mass over budget", "counted",
+        "lost-mass", "Lost mass", "Lost attention mass over budget", "counted",
         "Each lossy policy replayed at several budgets, all else as in the run. Attention mass on selected entries that were not "
         "attended to; lost mass is not yet a lost answer. The oracle is the bound of what is chosen once a window.",
         figures.lost_mass_over_budget, True,
     ),
     Section(
-        "granularity", "Over granularity", "counted",
-        "Every policy at its own budget, with pages of 1 to 64 entries.", figures.over_granularity, True,
+        "granularity", "Page size", "Over granularity", "counted",
+        "Every policy at its own budget in bytes, with pages of 1 to 64 entries: a page is kept and moved whole.", figures.over_granularity, True,
     ),
     Section(
-        "regret", "Regret by layer", "counted",
+        "regret", "Regret", "Regret by layer", "counted",
         "How far each policy is from its bound at the same budget, scope and page size, in percentage points. Dark layers are where a better "
         "choice would pay. A policy that decides more often than the oracle may go below its bound.", figures.regret, True,
     ),
     Section(
-        "bound", "What bound the run", "simulated",
+        "bound", "What bound it", "What bound the run", "simulated",
         "Left: where the time of a step goes. Right: how often the request fits one GPU, and which memory ends it.", figures.what_bound,
     ),
 )  # fmt: skip
@@ -84,11 +85,11 @@ def render(results: Results, curves: dict[str, Any] | None, why_no_curves: str =
         title=html.escape(about["name"]),
         description=html.escape(about["description"]),
         plotly=plotly.offline.get_plotlyjs(),
-        links="".join(f'<a href="#{id_}">{title}</a>' for id_, title in [("table", "Table"), *((s.id, s.title) for s in SECTIONS)]),
+        links="".join(f'<a href="#{id_}">{title}</a>' for id_, title in [("table", "Table"), *((s.id, s.short) for s in SECTIONS)]),
         facts=_facts(about),
         cards=_cards(results),
         sections="\n".join(sections),
-        footer=f"Made by fmsim {html.escape(about['fmsim'])} from {html.escape(about['file'])}. Kernel times: {html.escape(about['hardware']['kernel_source'])}.",
+        footer=html.escape(f"Made by fmsim {about['fmsim']} from {about['file']}. Kernel times: {about['hardware']['kernel_source']}."),
     )
 
 
@@ -129,18 +130,20 @@ def _cards(results: Results) -> str:
         best = max(lossy, key=lambda row: row["mass_kept"])
         note = f"{best['policy']}, with {best['kv_hbm_ratio']:.1%} of the cache, {best['decode_tokens_per_s']:.1f} tokens/s*"
         cards.append(("Most mass kept by a lossy one", f"{best['mass_kept']:.1%}", note))
-    return "".join(f'<div class="card"><span>{head}</span><strong>{figure}</strong><small>{html.escape(note)}</small></div>' for head, figure, note in cards)
+    card = '<div class="card"><span>{}</span><strong>{}</strong><small>{}</small></div>'
+    return "".join(card.format(*map(html.escape, texts)) for texts in cards)
 
 
 def _table(results: Results) -> str:
     """The terminal's table, with further figures that the rows may hold."""
-    further = list(dict.fromkeys(name for row in results.rows for name, value in row.items() if name not in KNOWN and isinstance(value, (int, float))))
+    fields = [(name, value) for row in results.rows for name, value in row.items()]
+    further = list(dict.fromkeys(name for name, value in fields if name not in KNOWN and isinstance(value, (int, float))))
     heads = ["policy", "", *table.FIGURES, *(name.replace("_", " ") for name in further)]
     steps = results.about["trace"]["steps"]
     body = []
     for row in results.rows:
         cells = [str(cell).strip() for cell in table.cells(row, results.about["details"][row["policy"]], steps)]
-        cells += [f"{row[name]:.4g}" if name in row else "-" for name in further]
+        cells += [f"{row[name]:.4g}" if isinstance(row.get(name), (int, float)) else "-" for name in further]
         kind = f' class="{cells[1]}"'
         body.append("<tr>" + "".join(f"<td{kind if i == 1 else ''}>{html.escape(cell)}</td>" for i, cell in enumerate(cells)) + "</tr>")
     head = "".join(f"<th>{html.escape(name)}</th>" for name in heads)
