@@ -6,7 +6,7 @@ This is a model: a ledger says what a policy did at its own trace's length, and 
   keeps everything). A budget in multiples of top-k follows the model's top-k, one in entries or bytes stays what it is.
 - Missed entries are shares of the model's top-k, whatever the length; a request that fits its budget whole misses nothing.
 - A memory indexer scores the whole history.
-- A request that is longer than the ledger replays the ledger's whole windows again, without the first, which the prefill fills.
+- A request that is longer than the ledger replays the ledger's whole windows again, without the first ones, which are the prefill's.
 """
 
 from __future__ import annotations
@@ -63,8 +63,7 @@ class Demand:
         self.misses, self.recalls = bool(ledger.demand_loads.any()), bool(ledger.lookahead_loads.any())
         self.mirrored = self.misses or self.recalls
         self.overlaps = bool(ledger.params.get("stale", True))  # a window's recall may run during the window before
-        whole = ledger.n_steps // self.cadence * self.cadence
-        self._first, self._end = (self.cadence, whole) if 1 < self.cadence <= whole // 2 else (0, ledger.n_steps)
+        self._first, self._end = _repeated_steps(ledger)
 
     @property
     def offsets(self) -> np.ndarray:
@@ -116,3 +115,13 @@ class Demand:
     def recall_bytes_per_step(self, prompt_tokens: int) -> float:
         """Mean over the windows that repeat."""
         return float(self.recall_bytes[self._first : self._end].mean()) * self.growth(prompt_tokens)
+
+
+def _repeated_steps(ledger: Ledger) -> tuple[int, int]:
+    """[first, end) of the ledger steps that a long request replays again and again: whole windows whose recall is a decision's own.
+
+    The first window is filled by the prefill. A policy that decides by a stale state has seen nothing new at its second decision either.
+    """
+    cadence, stale = ledger.cadence, ledger.params.get("stale") is True
+    first, end = cadence * (1 + stale), ledger.n_steps // ledger.cadence * ledger.cadence
+    return (first, end) if cadence > 1 and first < end else (0, ledger.n_steps)

@@ -10,9 +10,8 @@ import numpy as np
 
 from fmsim.geometry import Geometry
 from fmsim.hw.gather import GatherCurve
-from fmsim.hw.kernels import memory_indexer_s
+from fmsim.hw.kernels import memory_indexer_s, step_costs
 from fmsim.hw.spec import Hardware
-from fmsim.serve.batch import mean_step_s
 from fmsim.serve.demand import Demand
 
 
@@ -69,9 +68,11 @@ class SteadyState:
             stall_s = float((self._gather.seconds(demand.row_bytes, batch * demand.miss_bytes) @ layers).mean())
             miss_bytes = float((batch * demand.miss_bytes @ layers).mean())
         recall_bytes = batch * self._recall_bytes
-        scored = demand.indexer_scored.mean() * demand.length_ratio(self.tokens)
-        compute_s = mean_step_s(self.engine, self.geometry, demand, np.full(batch, self.tokens))
-        compute_s += batch * float(memory_indexer_s(self.engine, self.geometry, scored))
+        entries = self.geometry.csa_entries(self.tokens)
+        scored = min(demand.resident.mean() * demand.growth(self.tokens), entries) if demand.keys_tiered else entries
+        costs = step_costs(self.engine, self.geometry, batch, np.array([self.tokens]), np.array([scored]))
+        by_indexer = batch * demand.indexer_scored.mean() * demand.length_ratio(self.tokens)
+        compute_s = float(costs.total_s(self.geometry.n_csa)[0] + memory_indexer_s(self.engine, self.geometry, by_indexer))
         compute_s += (recall_bytes + miss_bytes) / self.engine.hbm_bytes_per_s.value
         link_s = stall_s + recall_bytes / self.engine.link.bandwidth_bytes_per_s.value
         return Steady(batch, compute_s, stall_s, link_s)
