@@ -117,7 +117,7 @@ def build_policies(file: ScenarioFile, selected: Sequence[str] = ()) -> list[tup
 def load_scenario_hardware(file: ScenarioFile) -> Hardware:
     """The scenario's preset, with the scenario's own figures in it."""
     scenario = file.scenario
-    hw = _located(file, ("hardware",), lambda: load_hardware(scenario.hardware))
+    hw = _located(file, ("hardware",), lambda: load_hardware(scenario.hardware, file.path.parent))
     for name in scenario.hardware_figures:
         hw = _located(file, ("hardware_figures", name), lambda: replace_figure(hw, name, scenario.hardware_figures[name]))
     return hw

@@ -47,7 +47,7 @@ class Scenario(BaseModel):
     description: str = ""
     trace: Path
     model: str = "v4-flash"  # a preset, or the path of a DeepSeek-V4 config.json
-    hardware: str = "h100"  # a preset
+    hardware: str = "h100"  # a preset, or the path of a file that `fmsim hw calibrate` wrote
     hardware_figures: dict[str, float] = {}  # in place of the preset's, e.g. link_bytes_per_s, host_bytes
     batch: int = Field(1, ge=1)  # equal requests that decode side by side
     layer_map: tuple[int, ...] | None = None  # for each CSA layer of the model the trace layer that drives it

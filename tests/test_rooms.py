@@ -27,6 +27,7 @@ FORBIDDEN = {
     "tune.py": ("fmsim.exec", "fmsim.report"),
     "indexer": ("fmsim.hw", "fmsim.simulate", "fmsim.exec"),
     "exec": ("fmsim.simulate",),
+    "exec/kernels": ("fmsim.simulate", "fmsim.policies", "fmsim.residency", "fmsim.hw", "fmsim.exec.model", "fmsim.exec.session"),
     "report": ("fmsim.policies", "fmsim.hw", "fmsim.replay", "fmsim.exec", "fmsim.trace"),
 }
 TORCH_ROOMS = ("exec", "indexer", "nano", "trace/dense")

@@ -30,7 +30,7 @@ app.command()(tune)
 app.command()(report)
 
 # Modules below fmsim.cli, each with an `app`; what they need beyond typer they import when a command runs.
-SUB_APPS = ("policy", "trace", "indexer")
+SUB_APPS = ("policy", "trace", "indexer", "hw")
 
 
 @app.callback(invoke_without_command=True)

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import difflib
 from importlib.resources import files
+from importlib.resources.abc import Traversable
+from pathlib import Path
 from typing import Any
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from fmsim.errors import FmsimError
 
@@ -94,17 +96,21 @@ def hardware_names() -> list[str]:
     return sorted(entry.name.removesuffix(".yaml") for entry in folder.iterdir() if entry.name.endswith(".yaml"))
 
 
-def load_hardware(name: str) -> Hardware:
-    """The preset called `name`. Raises FmsimError with the nearest names when there is none."""
+def load_hardware(name: str, folder: Path | None = None) -> Hardware:
+    """The preset called `name`, or the file of that name if it ends in .yaml (as `fmsim hw calibrate` writes it), taken
+    from `folder`. Raises FmsimError with the nearest names when there is none, or with what is wrong with the file."""
+    if name.endswith(".yaml"):
+        return _from_file((folder or Path()) / name)
     names = hardware_names()
     if name not in names:
         near = difflib.get_close_matches(name, names, n=1)
-        hint = f"did you mean '{near[0]}'?" if near else f"choose one of {', '.join(names)}"
+        hint = f"did you mean '{near[0]}'?" if near else f"choose one of {', '.join(names)}, or a .yaml file of fmsim hw calibrate"
         raise FmsimError(f"no hardware preset '{name}'; {hint}")
-    raw = _read(f"presets/{name}.yaml")
-    raw["link"] = _read(f"links/{raw['link']}.yaml")
+    presets = files("fmsim.hw")
+    raw = _read(presets / "presets" / f"{name}.yaml")
+    raw["link"] = _read(presets / "links" / f"{raw['link']}.yaml")
     if "kernels_of" in raw:  # no table of its own: another device's, times kernel_factor
-        raw["kernels"] = _read(f"presets/{raw.pop('kernels_of')}.yaml")["kernels"]
+        raw["kernels"] = _read(presets / "presets" / f"{raw.pop('kernels_of')}.yaml")["kernels"]
     return Hardware(name=name, **raw)
 
 
@@ -130,6 +136,20 @@ def replace_figure(hw: Hardware, name: str, value: float) -> Hardware:
     return hw.model_copy(update={"link": hw.link.model_copy(update={"bandwidth_bytes_per_s": figure, "gather_speedup": speedup})})
 
 
-def _read(path: str) -> dict[str, Any]:
-    text = (files("fmsim.hw") / path).read_text(encoding="utf-8")
-    return yaml.load(text, Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader))
+def _from_file(path: Path) -> Hardware:
+    """A preset outside the package, whose link lies beside it."""
+    try:
+        raw = _read(path)
+        return Hardware(**raw | {"name": path.stem, "link": _read(path.with_name(f"{raw['link']}.yaml"))})
+    except OSError as error:
+        raise FmsimError(f"hardware file {error.filename}: {error.strerror}; fmsim hw calibrate --out {path} writes one") from None
+    except ValidationError as error:
+        first = error.errors()[0]
+        key = ".".join(map(str, first["loc"]))
+        raise FmsimError(f"hardware file {path}: {key}: {first['msg']}; fmsim hw calibrate --out {path} writes it anew") from None
+    except (KeyError, TypeError, yaml.YAMLError):
+        raise FmsimError(f"hardware file {path} is no hardware preset; fmsim hw calibrate --out {path} writes one") from None
+
+
+def _read(path: Path | Traversable) -> dict[str, Any]:
+    return yaml.load(path.read_text(encoding="utf-8"), Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader))

@@ -1,0 +1,105 @@
+"""Every kernel against its floor and its peers, on one GPU: bytes, time, share of the bandwidth, and the best other way.
+
+    python benchmarks/kernels.py [--kernel NAME ...] [--out benchmarks/results/kernels.json]
+
+A floor is the fewest bytes that a kernel must move over the measured copy bandwidth: 3.0 TB/s of HBM on an H100, 55 GB/s of PCIe for
+recall. Times are medians of CUDA graph replays with a cold L2. Each kernel's result is compared with its torch reference first.
+Peers: torch.topk, FlashInfer's top_k where it is installed, torch.compile of the reference where that makes no host synchronisation.
+FlashInfer and TileLang hold no kernel that reads the other kernels' layouts, so there is no like for like.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import importlib.metadata
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+
+try:
+    import flashinfer
+except ImportError:
+    flashinfer = None
+
+from fmsim.exec import kernel_cases as cases
+from fmsim.exec.kernels.layout import KEY, LATENT
+from fmsim.exec.timing import median_s
+
+HBM_BYTES_PER_S, PCIE_BYTES_PER_S = 3.0e12, 55e9
+DEVICE = "cuda"
+LIMITS = {"index scores": 1e-2, "index scores, float8 queries": 1e-2, "sparse attention": 1e-2, "sparse attention with masses": 1e-2, "top-k": 0.0}
+PEERS = {} if flashinfer is None else {"flashinfer.top_k": lambda scores: flashinfer.top_k(scores, cases.TOP_K)}
+BUILDERS = {
+    "index scores": [lambda b=b, n=n: cases.index_scoring(b, n, DEVICE) for b, n in ((1, 32_768), (1, 131_072), (8, 128_000), (32, 32_768))],
+    "index scores, float8 queries": [lambda: cases.index_scoring(8, 128_000, DEVICE, float8_queries=True)],
+    "top-k": [lambda b=b, n=n: cases.selection(b, n, DEVICE, PEERS) for b, n in ((1, 32_768), (1, 131_072), (1, 262_144), (8, 128_000))],
+    "sparse attention": [lambda b=b: cases.attention(b, 128_000, DEVICE) for b in (1, 8, 32)],
+    "sparse attention with masses": [lambda: cases.attention(8, 128_000, DEVICE, masses=True)],
+    "append": [lambda: cases.appending(8, LATENT, 4, 2, DEVICE), lambda: cases.appending(8, KEY, 4, 2, DEVICE), lambda: cases.appending(8, LATENT, 128, 1, DEVICE)],
+    "memory scores": [lambda n=n: cases.memory_scoring(1, n, DEVICE) for n in (32_768, 131_072)],
+    "recall": [lambda r=r, n=n: cases.recall(r, n, DEVICE) for r, n in ((584, 4096), (584, 32_768), (2336, 8192), (37_376, 96), (37_376, 384), (37_376, 2000))],
+}  # fmt: skip
+
+
+def wrong_by(case: cases.Case) -> float | None:
+    """Relative error against the reference, or None where there is no reference."""
+    if case.reference is None:
+        return None
+    expected, found = case.reference().double(), case.run().double()
+    return float((found[:, : expected.shape[1]] - expected).norm() / expected.norm())
+
+
+def measured(name: str, case: cases.Case) -> dict[str, Any]:
+    error = wrong_by(case)
+    if error is not None and not error <= LIMITS[name]:
+        sys.exit(f"{case.kernel}, {case.shape}: relative error {error:.1e} against the reference; nothing is timed")
+    bandwidth = PCIE_BYTES_PER_S if name == "recall" else HBM_BYTES_PER_S
+    seconds = median_s(case.run, DEVICE)
+    peers = {label: median_s(run, DEVICE) for label, run in (case.peers or {}).items()}
+    if name.startswith("sparse attention"):  # the other references read lengths on the host
+        peers["torch.compile"] = median_s(torch.compile(case.reference, dynamic=False), DEVICE, graph=False)
+    return {
+        "kernel": case.kernel, "shape": case.shape, "bytes": case.n_bytes, "relative_error": error, "us": seconds * 1e6,
+        "share_of_floor": case.n_bytes / bandwidth / seconds, "peers_us": {label: peer * 1e6 for label, peer in peers.items()},
+    }  # fmt: skip
+
+
+def installed(name: str) -> str | None:
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--kernel", action="append", choices=list(BUILDERS), help="only this one; repeat for more")
+    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "kernels.json")
+    given = parser.parse_args()
+    if not torch.cuda.is_available():
+        sys.exit("benchmarks/kernels.py needs a CUDA device, and torch finds none; the kernels' tests run without one")
+    versions = {name: installed(name) for name in ("torch", "triton", "flashinfer-python", "tilelang")}
+    rows = []
+    print(f"{'kernel':30} {'shape':>16} {'MB':>8} {'us':>9} {'of floor':>9}  peers, us")
+    for name in given.kernel or BUILDERS:
+        for build in BUILDERS[name]:
+            row = measured(name, build())
+            rows.append(row)
+            peers = ", ".join(f"{label} {us:.1f}" for label, us in row["peers_us"].items())
+            print(f"{row['kernel']:30} {row['shape']:>16} {row['bytes'] / 1e6:8.1f} {row['us']:9.1f} {row['share_of_floor']:9.1%}  {peers}", flush=True)
+            torch.cuda.empty_cache()
+    result = {
+        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"), "device": torch.cuda.get_device_name(), "versions": versions,
+        "floors_bytes_per_s": {"hbm": HBM_BYTES_PER_S, "pcie": PCIE_BYTES_PER_S}, "rows": rows,
+    }  # fmt: skip
+    given.out.parent.mkdir(parents=True, exist_ok=True)
+    given.out.write_text(json.dumps(result, indent=1) + "\n")
+    print(f"written to {given.out}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,259 @@
+"""Measures a GPU for the simulator: memory, link, launches, every kernel by shape, and a decode step's modules. `fmsim hw calibrate`.
+
+The modules are `fmsim.exec.model`'s with random bfloat16 weights at full width, their attention from kernels. A preset made here says
+what this engine does on this GPU, not what a serving framework with FP8 weights would.
+"""
+
+from __future__ import annotations
+
+import datetime
+import os
+import platform
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+from torch import nn
+from transformers import DeepseekV4Config
+
+from fmsim.errors import FmsimError
+from fmsim.exec import kernel_cases as cases
+from fmsim.exec.decode_attention import DecodeAttention
+from fmsim.exec.kernels.layout import KEY, LATENT, Layout
+from fmsim.exec.model import CSA, HCA, Attention, HyperConnection, HyperHead, MoE, RMSNorm, linear
+from fmsim.exec.timing import median_s
+from fmsim.geometry import PRESETS, Geometry
+from fmsim.hw.calibration import Calibration, Timing
+from fmsim.hw.spec import KernelTable
+
+Report = Callable[[str], object]
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """What to measure. Contexts in tokens; ``gathers`` maps the bytes of a row to numbers of rows."""
+
+    contexts: tuple[int, ...] = (1024, 4096, 16_384, 65_536, 131_072, 262_144, 524_288, 1_048_576)
+    batches: tuple[int, ...] = (1, 2, 4, 8, 16, 32, 64)
+    slope_batch: int = 16
+    slope_contexts: tuple[int, int] = (8192, 32_768)
+    gathers: dict[int, tuple[int, ...]] = field(
+        default_factory=lambda: {584: (512, 4096, 32_768, 131_072), 2336: (128, 4096, 32_768), 37_376: (8, 96, 384, 2000)}
+    )
+    kernel_shapes: tuple[tuple[int, int], ...] = ((1, 8192), (1, 32_768), (1, 131_072), (1, 262_144), (8, 32_768), (8, 131_072), (32, 32_768))
+    copy_bytes: int = 2**32
+    link_bytes: int = 2**30
+    host_bytes: int = 2**31
+    matmul: int = 8192
+
+
+def calibrate(model: str, device: str, seed: int = 0, report: Report = lambda line: None) -> Calibration:
+    """Everything, for the modules of the preset geometry ``model``. Takes minutes; ``report`` is told each figure as it comes."""
+    if model not in PRESETS:
+        raise FmsimError(f"--model {model}: no such geometry; choose one of {', '.join(PRESETS)}")
+    return measure(PRESETS[model], model_config(PRESETS[model]), (LATENT, KEY), device, Sizes(), seed, report)
+
+
+@torch.inference_mode()
+def measure(
+    geometry: Geometry, config: DeepseekV4Config, layouts: tuple[Layout, Layout], device: str, sizes: Sizes, seed: int, report: Report
+) -> Calibration:
+    torch.manual_seed(seed)
+    cuda = device == "cuda"
+    total, held = _memory_bytes(device)
+    report(f"{torch.cuda.get_device_name() if cuda else platform.processor() or 'CPU'}: {total / 1e9:.1f} GB, {held / 1e9:.2f} held by the runtime")
+    figures = _memory_figures(device, sizes) | _launches(device)
+    for name, value in figures.items():
+        report(f"{name} {value:.4g}")
+    gathers = {size: {rows: _gather_bytes_per_s(size, rows, device, sizes, report) for rows in counts} for size, counts in sizes.gathers.items()}
+    timings = tuple(_kernels(device, sizes, report))
+    table = module_table(config, layouts, device, sizes, report)
+    return Calibration(
+        device=torch.cuda.get_device_name() if cuda else "CPU",
+        software=f"torch {torch.__version__}, Python {platform.python_version()}",
+        date=datetime.datetime.now(datetime.UTC).date().isoformat(),
+        hbm_bytes=total, reserve_bytes=held, host_bytes=_host_bytes(), gathers=gathers, kernels={geometry.name: table}, timings=timings, **figures,
+    )  # fmt: skip
+
+
+def _host_bytes() -> int:
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
+def _memory_bytes(device: str) -> tuple[int, int]:
+    """Of the device: in all, and what is in use before anything is allocated (context, libraries)."""
+    if device != "cuda":
+        return _host_bytes(), 2**20
+    torch.ones(64, 64, device=device) @ torch.ones(64, 64, device=device)  # loads the matrix library and its workspace
+    torch.cuda.synchronize()
+    free, total = torch.cuda.mem_get_info()
+    return total, total - free
+
+
+def _memory_figures(device: str, sizes: Sizes) -> dict[str, float]:
+    source = torch.randint(0, 256, (sizes.copy_bytes,), dtype=torch.uint8, device=device)
+    target = torch.empty_like(source)
+    copy_s = median_s(lambda: target.copy_(source), device)
+    host = torch.randint(0, 256, (sizes.link_bytes,), dtype=torch.uint8, pin_memory=device == "cuda")
+    link_s = median_s(lambda: target[: sizes.link_bytes].copy_(host, non_blocking=True), device, graph=False)
+    a, b = (torch.randn(sizes.matmul, sizes.matmul, device=device).to(torch.bfloat16) for _ in range(2))
+    matmul_s = median_s(lambda: a @ b, device)
+    return {
+        "copy_bytes_per_s": 2 * sizes.copy_bytes / copy_s,
+        "link_bytes_per_s": sizes.link_bytes / link_s,
+        "matmul_flops": 2 * sizes.matmul**3 / matmul_s,
+    }
+
+
+def _launches(device: str, count: int = 200) -> dict[str, float]:
+    """Seconds of one launch of a kernel that does nearly nothing: within a graph, and by the host."""
+    x = torch.zeros(1, device=device)
+
+    def many() -> None:
+        for _ in range(count):
+            x.add_(1)
+
+    in_graph_s = median_s(many, device, cold=False) / count
+    many()
+    if device == "cuda":
+        torch.cuda.synchronize()
+    start = time.perf_counter()
+    many()  # returns when the last one is launched, not when it is done
+    return {"graph_launch_s": in_graph_s, "host_launch_s": (time.perf_counter() - start) / count}
+
+
+def _gather_bytes_per_s(row_bytes: int, rows: int, device: str, sizes: Sizes, report: Report) -> float:
+    case = cases.recall(row_bytes, rows, device, host_bytes=sizes.host_bytes)
+    rate = case.n_bytes / median_s(case.run, device)
+    report(f"gather of {rows:,} rows of {row_bytes:,} bytes: {rate / 1e9:.1f} GB/s")
+    return rate
+
+
+def _kernels(device: str, sizes: Sizes, report: Report):
+    """Every kernel of the decode at every (batch, entries)."""
+    builders = (cases.index_scoring, cases.selection, cases.attention, cases.memory_scoring)
+    for batch, entries in sizes.kernel_shapes:
+        for build in builders:
+            case = build(batch, entries, device)
+            seconds = median_s(case.run, device)
+            report(f"{case.kernel}, {case.shape}: {seconds * 1e6:.1f} us, {case.n_bytes / seconds / 1e9:.0f} GB/s")
+            yield Timing(kernel=case.kernel, shape=case.shape, n_bytes=case.n_bytes, seconds=seconds)
+
+
+# ----------------------------------------------------------------------------------------- the modules of a decode step
+
+
+def model_config(geometry: Geometry) -> DeepseekV4Config:
+    """One layer's configuration at the geometry's full width."""
+    return DeepseekV4Config(
+        vocab_size=geometry.vocabulary,
+        hidden_size=geometry.hidden_size,
+        num_hidden_layers=2,
+        layer_types=[CSA, HCA],
+        compress_rates={CSA: geometry.csa_rate, HCA: geometry.hca_rate},
+        sliding_window=geometry.window_tokens,
+        num_attention_heads=geometry.n_heads,
+        head_dim=geometry.head_dim,
+        partial_rotary_factor=geometry.rope_dim / geometry.head_dim,
+        q_lora_rank=geometry.q_lora_rank,
+        o_groups=geometry.o_groups,
+        o_lora_rank=geometry.o_lora_rank,
+        index_n_heads=geometry.index_n_heads,
+        index_head_dim=geometry.index_head_dim,
+        index_topk=geometry.index_topk,
+        n_routed_experts=geometry.n_experts,
+        num_experts_per_tok=geometry.n_active_experts,
+        moe_intermediate_size=geometry.expert_width,
+        num_hash_layers=0,
+    )
+
+
+def module_table(config: DeepseekV4Config, layouts: tuple[Layout, Layout], device: str, sizes: Sizes, report: Report) -> KernelTable:
+    """Times of the modules of a decode step on one GPU, as the simulator adds them up."""
+
+    def attention_ms(kind: str, batch: int, tokens: int) -> float:
+        milliseconds = 1e3 * attention_s(config, kind, batch, tokens, layouts, device)
+        report(f"{'CSA' if kind == CSA else 'HCA'} attention, batch {batch}, {tokens:,} tokens: {milliseconds:.4f} ms")
+        return milliseconds
+
+    columns = {}
+    for name, kind in (("csa", CSA), ("hca", HCA)):
+        columns[f"{name}_context_ms"] = {tokens: attention_ms(kind, 1, tokens) for tokens in sizes.contexts}
+        columns[f"{name}_batch_ms"] = {batch: attention_ms(kind, batch, sizes.contexts[0]) for batch in sizes.batches}
+        few, many = ([attention_ms(kind, batch, tokens) for tokens in sizes.slope_contexts] for batch in (1, sizes.slope_batch))
+        further = ((many[1] - many[0]) - (few[1] - few[0])) / (sizes.slope_batch - 1)
+        columns[f"{name}_request_ms_per_mtoken"] = max(0.0, further / (sizes.slope_contexts[1] - sizes.slope_contexts[0]) * 1e6)
+    for name, (build, graph) in _MODULES.items():
+        columns[f"{name}_batch_ms"] = {}
+        with torch.device(device):
+            work = build(config)
+        for batch in sizes.batches:
+            milliseconds = 1e3 * median_s(work(batch), device, graph=graph)
+            report(f"{name}, batch {batch}: {milliseconds:.4f} ms")
+            columns[f"{name}_batch_ms"][batch] = milliseconds
+    none = dict.fromkeys(sizes.batches, 0.0)  # one GPU reduces nothing, and the router is timed within its experts
+    return KernelTable(**columns, all_reduce_batch_ms=none, router_batch_ms=none)
+
+
+def attention_s(config: DeepseekV4Config, kind: str, batch: int, tokens: int, layouts: tuple[Layout, Layout], device: str) -> float:
+    """Seconds of one layer's attention at a context of ``tokens`` in every sequence, over entries of made-up content."""
+    with torch.device(device):
+        attention = _random(Attention(config, kind))
+        decode = DecodeAttention(attention, batch, tokens, *layouts)
+        for store in filter(None, (decode.entries, decode.keys)):
+            if store.layout.kind != "plain":
+                store.pool, store.table = cases.paged(store.layout, batch, store.table.shape[1] * cases.PER_PAGE, device)
+        x = torch.randn(batch, 1, config.hidden_size).to(torch.bfloat16)
+        positions = torch.full((batch,), tokens - 1, dtype=torch.int32)
+    return median_s(lambda: decode.step(x, positions), device)
+
+
+def _random(module: nn.Module) -> nn.Module:
+    for parameter in module.parameters():
+        parameter.normal_(std=max(parameter.shape) ** -0.5)
+    return module.to(torch.bfloat16)
+
+
+def _experts(config: DeepseekV4Config):
+    layer = _random(MoE(config, hashed=False))
+
+    def at(batch: int):
+        x, tokens = torch.randn(batch, 1, config.hidden_size, device=layer.gate.weight.device), torch.zeros(batch, 1, dtype=torch.long)
+        x, tokens = x.to(torch.bfloat16), tokens.to(x.device)
+        return lambda: layer(x, tokens)
+
+    return at
+
+
+def _hyper_connections(config: DeepseekV4Config):
+    """Those of a layer: into and out of the attention, into and out of the experts, with the norms between."""
+    connections = [(_random(HyperConnection(config)), _random(RMSNorm(config.hidden_size, config.rms_norm_eps))) for _ in range(2)]
+
+    def at(batch: int):
+        streams = torch.randn(batch, 1, config.hc_mult, config.hidden_size, device=connections[0][0].fn.device).to(torch.bfloat16)
+
+        def work():
+            out = streams
+            for connection, norm in connections:
+                x, write, mix = connection.enter(out)
+                out = connection.leave(out, norm(x), write, mix)
+            return out
+
+        return work
+
+    return at
+
+
+def _head(config: DeepseekV4Config):
+    head, norm, out = _random(HyperHead(config)), _random(RMSNorm(config.hidden_size, config.rms_norm_eps)), _random(linear(config.hidden_size, config.vocab_size))
+
+    def at(batch: int):
+        streams = torch.randn(batch, 1, config.hc_mult, config.hidden_size, device=out.weight.device).to(torch.bfloat16)
+        return lambda: out(norm(head(streams)))
+
+    return at
+
+
+# name in KernelTable -> what builds it, and whether a CUDA graph can hold it: `Experts` asks the host which experts were chosen
+_MODULES = {"moe": (_experts, False), "hyper_connections": (_hyper_connections, True), "head": (_head, True)}

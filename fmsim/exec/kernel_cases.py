@@ -1,0 +1,124 @@
+"""Every kernel at a given shape, on made-up inputs: what the benchmark and the calibration time.
+
+Sizes and contents are DeepSeek-V4-Flash's; pages lie in random order, since that is what a paged cache looks like.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from fmsim.exec.kernels.compress import Pooling, compress_and_append
+from fmsim.exec.kernels.gather import copy_rows
+from fmsim.exec.kernels.index_score import index_scores, index_scores_reference, new_scores
+from fmsim.exec.kernels.lang import cdiv
+from fmsim.exec.kernels.layout import KEY, LATENT, Layout
+from fmsim.exec.kernels.memory_score import memory_scores
+from fmsim.exec.kernels.sparse_attention import Rows, sparse_attention, sparse_attention_reference
+from fmsim.exec.kernels.top_k import top_k, top_k_reference
+
+PER_PAGE, WINDOW, TOP_K = 64, 128, 512
+HEADS, MEMORY_HEADS = 64, 128
+
+
+@dataclass(frozen=True)
+class Case:
+    """``n_bytes``: the fewest bytes that ``run`` must move, each input read once and each output written once. ``reference``
+    computes the same in torch, where that fits in memory; ``peers`` are other ways to the same result."""
+
+    kernel: str
+    shape: str
+    n_bytes: int
+    run: Callable[[], object]
+    reference: Callable[[], object] | None = None
+    peers: dict[str, Callable[[], object]] | None = None
+
+
+def paged(layout: Layout, batch: int, entries: int, device) -> tuple[Tensor, Tensor]:
+    """A pool of entries without nan (codes below 0x78), and a block table over its pages in random order."""
+    pages = cdiv(entries, PER_PAGE)
+    pool = torch.randint(0, 0x78, (batch * pages, PER_PAGE * layout.entry_bytes), dtype=torch.uint8, device=device)
+    values, scales = pool[:, : PER_PAGE * layout.value_bytes], pool[:, PER_PAGE * layout.value_bytes :]
+    if layout.kind == "key":
+        scales.copy_(torch.tensor([0, 0, 0x80, 0x3C], device=device).repeat(PER_PAGE))  # float32 2^-6
+    else:
+        values.unflatten(1, (PER_PAGE, -1))[..., 448:] = 0x3F  # bfloat16 0.75
+        scales.fill_(119)  # 2^-8
+    return pool, torch.randperm(batch * pages, device=device).view(batch, pages).to(torch.int32)
+
+
+def index_scoring(batch: int, entries: int, device, float8_queries: bool = False) -> Case:
+    pool, table = paged(KEY, batch, entries, device)
+    queries = torch.randn(batch, HEADS, KEY.width, device=device).to(torch.float8_e4m3fn if float8_queries else torch.bfloat16)
+    weights, lengths = torch.randn(batch, HEADS, device=device), torch.full((batch,), entries, dtype=torch.int32, device=device)
+    inputs, out = (queries, weights, pool, KEY, table, lengths), new_scores(batch, table.shape[1] * PER_PAGE, device)
+    n_bytes = batch * entries * (KEY.entry_bytes + 4)
+    name = "index scores, float8 queries" if float8_queries else "index scores"
+    return Case(name, f"{batch} x {entries:,}", n_bytes, lambda: index_scores(*inputs, out).scores, lambda: index_scores_reference(*inputs).scores)
+
+
+def selection(batch: int, entries: int, device, others: dict[str, Callable[[Tensor], object]] | None = None) -> Case:
+    """``others``: further ways to the same set, by name, each called with the scores."""
+    scores, lengths = torch.randn(batch, entries, device=device), torch.full((batch,), entries, dtype=torch.int32, device=device)
+    maxima = torch.nn.functional.pad(scores, (0, -entries % 32), value=float("-inf")).view(batch, -1, 32).amax(2)
+    peers = {
+        "without pre-selection": lambda: top_k(scores, lengths, TOP_K),
+        "torch.topk": lambda: scores.topk(min(TOP_K, entries), sorted=False).indices,
+    }
+    peers |= {name: lambda way=way: way(scores) for name, way in (others or {}).items()}
+    n_bytes = batch * (entries * 4 + TOP_K * 4)
+    return Case(
+        "top-k", f"{batch} x {entries:,}", n_bytes, lambda: top_k(scores, lengths, TOP_K, maxima), lambda: top_k_reference(scores, lengths, TOP_K), peers
+    )
+
+
+def attention(batch: int, entries: int, device, masses: bool = False) -> Case:
+    pool, table = paged(LATENT, batch, entries, device)
+    window = torch.full((batch, WINDOW * LATENT.entry_bytes), 0x3F, dtype=torch.uint8, device=device)
+    window[:, WINDOW * LATENT.value_bytes :] = 119
+    selected = min(TOP_K, entries)
+    ids = torch.stack([torch.randperm(entries, device=device)[:selected].sort().values for _ in range(batch)]).to(torch.int32)
+    rows = Rows(LATENT, window, torch.full((batch,), WINDOW, dtype=torch.int32, device=device), pool, table, ids)
+    queries, sinks = torch.randn(batch, HEADS, LATENT.width, device=device).to(torch.bfloat16), torch.zeros(HEADS, device=device)
+    inputs = queries, rows, sinks, LATENT.width**-0.5, masses
+    n_bytes = batch * ((WINDOW + selected) * LATENT.entry_bytes + 2 * queries[0].numel() * 2)
+    name = "sparse attention with masses" if masses else "sparse attention"
+    return Case(name, f"{batch} x {entries:,}", n_bytes, lambda: sparse_attention(*inputs)[0], lambda: sparse_attention_reference(*inputs)[0])
+
+
+def appending(batch: int, layout: Layout, rate: int, series: int, device) -> Case:
+    """A token that closes an entry in every sequence."""
+    width, device = layout.width, torch.device(device)
+    pool, table = paged(layout, batch, PER_PAGE, device)
+    pooling = Pooling(rate, series, torch.randn(rate, series * width, device=device), torch.ones(width, device=device), 1e-6)
+    ring = pooling.new_ring(batch, torch.bfloat16)
+    kv, gate = (torch.randn(batch, 1, series * width, device=device).to(torch.bfloat16) for _ in range(2))
+    starts = torch.full((batch,), 2 * rate - 1, dtype=torch.int32, device=device)
+    turn = torch.ones(batch, 1, 32, device=device), torch.zeros(batch, 1, 32, device=device)
+    n_bytes = batch * (series * rate * width * 2 * 2 + layout.entry_bytes)
+    return Case(
+        f"append, {layout.kind}", f"{batch} x {rate}", n_bytes, lambda: compress_and_append(kv, gate, starts, pooling, ring, turn, pool, layout, table)
+    )
+
+
+def memory_scoring(batch: int, entries: int, device, layers: int = 3) -> Case:
+    pools, tables = zip(*(paged(KEY, batch, entries, device) for _ in range(layers)), strict=True)
+    queries = torch.randn(layers, batch, MEMORY_HEADS, KEY.width, device=device).to(torch.bfloat16)
+    weights, lengths = torch.randn(layers, batch, MEMORY_HEADS, device=device), torch.full((batch,), entries, dtype=torch.int32, device=device)
+    out = new_scores(batch, tables[0].shape[1] * PER_PAGE, device)
+    n_bytes = batch * entries * (layers * KEY.entry_bytes + 4)
+    return Case("memory scores", f"{layers} x {batch} x {entries:,}", n_bytes, lambda: memory_scores(queries, weights, pools, KEY, tables, lengths, out=out))
+
+
+def recall(row_bytes: int, count: int, device, programs: int | None = None, host_bytes: int = 2**31) -> Case:
+    """Random rows of pinned host memory into slots of the device's."""
+    device = torch.device(device)
+    host_rows = max(count, host_bytes // row_bytes)
+    source = torch.empty(1, host_rows, row_bytes, dtype=torch.uint8, pin_memory=device.type == "cuda")
+    target = torch.empty(1, count, row_bytes, dtype=torch.uint8, device=device)
+    pages = torch.randint(0, host_rows, (1, count), device=device)
+    slots, counts = torch.randperm(count, device=device)[None], torch.full((1,), count, dtype=torch.int32, device=device)
+    return Case(f"recall, {row_bytes:,} B", f"{count:,}", row_bytes * count, lambda: copy_rows(source, target, pages, slots, counts, programs))

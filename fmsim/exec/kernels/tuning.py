@@ -1,0 +1,47 @@
+"""Every size that a GPU decides, in one place. Starting values for Hopper, from counting; not yet measured on one.
+
+What they trade: larger blocks read in longer runs and hold more registers and shared memory; more programs fill the GPU's
+multiprocessors at small batches and leave more partial results to combine.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+MAXIMA_ENTRIES = 32  # entries that share one maximum in the pre-selection: 8,192 maxima at 262,144 entries
+
+
+class IndexScores(NamedTuple):
+    block_entries: int = 128  # rows of one matrix product; a multiple of MAXIMA_ENTRIES
+    programs: int = 528  # over batch and splits: four on each of 132 multiprocessors
+    warps: int = 4
+    stages: int = 3
+
+
+class TopK(NamedTuple):
+    chunk: int = 8192  # scores that one program (one sequence) holds at a time
+    warps: int = 32
+
+
+class Attention(NamedTuple):
+    block_heads: int = 16  # 16 x 512 float32 of output a program; the other heads' programs find the entries in the L2
+    block_rows: int = 32
+    programs: int = 132  # over batch, head blocks and splits
+    warps: int = 4
+    stages: int = 2
+    mass_rows: int = 128
+
+
+class Compress(NamedTuple):
+    block_tokens: int = 8
+    warps: int = 4
+
+
+class Gather(NamedTuple):
+    block_words: int = 2048  # of 8 bytes, that one program has on the way
+    programs: int = 16
+    warps: int = 8
+    stages: int = 3
+
+
+INDEX_SCORES, TOP_K, ATTENTION, COMPRESS, GATHER = IndexScores(), TopK(), Attention(), Compress(), Gather()

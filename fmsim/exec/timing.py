@@ -1,0 +1,53 @@
+"""How long work takes on a device: the median of many runs, with cold caches on a GPU."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable
+
+import torch
+
+FLUSH_BYTES = 256 * 2**20  # more than any GPU's L2
+
+
+def median_s(work: Callable[[], object], device: torch.device | str, runs: int = 30, graph: bool = True, cold: bool = True) -> float:
+    """Seconds of one call of ``work``.
+
+    On a GPU by device events, as the replay of a CUDA graph where ``graph`` (so without the host's launches) and with the L2
+    overwritten before each run where ``cold``, as the weights of other layers would do in a decode. On a CPU by its clock.
+    """
+    if torch.device(device).type != "cuda":
+        work()
+        return statistics.median(_cpu_s(work) for _ in range(min(runs, 3)))
+    run = captured(work) if graph else work
+    run()
+    flush = torch.empty(FLUSH_BYTES if cold else 0, dtype=torch.uint8, device=device)
+    marks = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(runs)]
+    for start, end in marks:
+        flush.zero_()  # it also keeps the GPU busy while the host gets ahead, so that no launch is waited for between the marks
+        start.record()
+        run()
+        end.record()
+    torch.cuda.synchronize()
+    return statistics.median(start.elapsed_time(end) for start, end in marks) / 1e3
+
+
+def captured(work: Callable[[], object]) -> Callable[[], None]:
+    """``work`` as a CUDA graph; call what is returned to replay it."""
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(3):  # compiles kernels and creates handles, which a capture must not
+            work()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        work()
+    return graph.replay
+
+
+def _cpu_s(work: Callable[[], object]) -> float:
+    start = time.perf_counter()
+    work()
+    return time.perf_counter() - start

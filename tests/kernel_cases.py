@@ -1,0 +1,42 @@
+"""What the kernels' tests share: the ways to run one, and pools whose pages lie in no order."""
+
+import pytest
+import torch
+
+from fmsim.exec.kernels.layout import KEY, LATENT, Layout, write_entries
+
+# The interpreter where there is no GPU (conftest.py); the same test again, compiled, where there is one.
+DEVICES = [
+    pytest.param("cpu", marks=pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU is here: the kernels run compiled on it")),
+    pytest.param(
+        "cuda",
+        marks=[pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device: the kernel ran in Triton's interpreter only")],
+    ),
+]
+on_each_device = pytest.mark.parametrize("device", DEVICES)
+
+
+def scattered_pool(rows: torch.Tensor, layout: Layout, per_page: int, missing: float, generator: torch.Generator):
+    """Entries [B, N, width] written to pages in random order -> (pool, block table int32 [B, pages], some pages -1).
+
+    Bytes that belong to no entry are random, so reading them shows; so do pages that the table does not name.
+    """
+    batch, entries, _ = rows.shape
+    pages = -(-entries // per_page)
+    spare = 3
+    pool = torch.randint(0, 256, (batch * pages + spare, per_page * layout.entry_bytes), dtype=torch.uint8, generator=generator)
+    table = torch.randperm(len(pool), generator=generator)[: batch * pages].view(batch, pages)
+    ids = torch.arange(entries)
+    slots = table[:, ids // per_page] * per_page + ids % per_page
+    write_entries(pool, layout, slots.flatten(), rows.flatten(0, 1))
+    lost = torch.rand(table.shape, generator=generator) < missing
+    return pool, table.masked_fill(lost, -1).to(torch.int32)
+
+
+def relative_error(found: torch.Tensor, expected: torch.Tensor) -> float:
+    """Norm of the difference over the norm of what is expected; nan where anything is."""
+    found, expected = found.double().cpu(), expected.double().cpu()
+    return float((found - expected).norm() / expected.norm().clamp(min=1e-30))
+
+
+__all__ = ["DEVICES", "KEY", "LATENT", "on_each_device", "relative_error", "scattered_pool"]

@@ -1,0 +1,81 @@
+"""One launch of every kernel at DeepSeek-V4-Flash's shapes and at nano's, on tensors whose content does not matter."""
+
+import torch
+
+from fmsim.exec.kernels.compress import Pooling, compress_and_append_triton
+from fmsim.exec.kernels.gather import copy_rows_triton
+from fmsim.exec.kernels.index_score import index_scores_triton
+from fmsim.exec.kernels.layout import KEY, LATENT, plain
+from fmsim.exec.kernels.sparse_attention import Rows, sparse_attention_triton
+from fmsim.exec.kernels.top_k import top_k_triton
+
+BATCH, PAGES = 2, 32
+
+
+def zeros(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    return torch.zeros(shape, dtype=dtype)
+
+
+def whole(*shape: int) -> torch.Tensor:
+    return zeros(*shape, dtype=torch.int32)
+
+
+def scores(layout, heads, dtype, per_page=64):
+    def launch():
+        pool = layout.new_pool(PAGES, per_page)
+        index_scores_triton(zeros(BATCH, heads, layout.width, dtype=dtype), zeros(BATCH, heads), pool, layout, whole(BATCH, PAGES), whole(BATCH))
+
+    return launch
+
+
+def selection(preselect):
+    return lambda: top_k_triton(zeros(BATCH, 262_144), whole(BATCH), 512, zeros(BATCH, 8192) if preselect else None)
+
+
+def attention(layout, heads, dtype, per_page=64):
+    def launch():
+        rows = Rows(layout, layout.new_pool(BATCH, 128), whole(BATCH), layout.new_pool(PAGES, per_page), whole(BATCH, PAGES), whole(BATCH, 512))
+        sparse_attention_triton(zeros(BATCH, heads, layout.width, dtype=dtype), rows, zeros(heads), 1.0, want_masses=True)
+
+    return launch
+
+
+def append(layout, rate, series, hadamard=False, tokens=1):
+    def launch():
+        width = layout.width
+        pooling = Pooling(rate, series, zeros(rate, series * width), zeros(width), 1e-6, zeros(width, width) if hadamard else None)
+        new, turn = (zeros(BATCH, tokens, series * width, dtype=torch.bfloat16), zeros(BATCH, pooling.most_closed(tokens), 32))
+        ring, pool = pooling.new_ring(BATCH, torch.bfloat16), layout.new_pool(PAGES, 64)
+        compress_and_append_triton(new, new, whole(BATCH), pooling, ring, (turn, turn), pool, layout, whole(BATCH, PAGES))
+
+    return launch
+
+
+def rows(row_bytes):
+    def launch():
+        source, target = zeros(21, 64, row_bytes, dtype=torch.uint8), zeros(21, 32, row_bytes, dtype=torch.uint8)
+        copy_rows_triton(source, target, whole(21, 8), whole(21, 8), whole(21))
+
+    return launch
+
+
+LAUNCHES = {
+    "index_scores": scores(KEY, 64, torch.bfloat16),
+    "index_scores, float8 queries": scores(KEY, 64, torch.float8_e4m3fn),
+    "index_scores, single entries": scores(KEY, 64, torch.bfloat16, per_page=1),
+    "index_scores, nano": scores(plain(torch.bfloat16, 32), 4, torch.bfloat16),
+    "memory_scores": scores(KEY, 128, torch.bfloat16),
+    "top_k": selection(False),
+    "top_k, preselected": selection(True),
+    "sparse_attention": attention(LATENT, 64, torch.bfloat16),
+    "sparse_attention, single entries": attention(LATENT, 64, torch.bfloat16, per_page=1),
+    "sparse_attention, nano": attention(plain(torch.bfloat16, 64), 6, torch.bfloat16),
+    "compress, csa": append(LATENT, 4, 2),
+    "compress, a window's token": append(LATENT, 1, 1),
+    "compress, hca": append(LATENT, 128, 1),
+    "compress, keys": append(KEY, 4, 2, hadamard=True),
+    "compress, a chunk": append(LATENT, 4, 2, tokens=256),
+    "compress, nano": append(plain(torch.bfloat16, 64), 4, 2),
+    "copy_rows, entries": rows(584),
+    "copy_rows, pages": rows(37_376),
+}

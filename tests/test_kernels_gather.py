@@ -1,0 +1,58 @@
+"""Row copies by a list: the kernel against its reference over row sizes, paddings and counts."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from kernel_cases import on_each_device
+
+from fmsim.exec.kernels.gather import copy_rows_reference, copy_rows_triton
+from fmsim.exec.kernels.tuning import Gather
+
+
+@on_each_device
+@settings(max_examples=20, deadline=None)
+@given(
+    seed=st.integers(0, 2**32),
+    groups=st.integers(1, 3),
+    row_bytes=st.sampled_from([8, 16, 584, 716 * 4, 2336]),
+    moves=st.integers(1, 40),
+    padding=st.sampled_from([0.0, 0.3, 1.0]),
+    ids=st.sampled_from([torch.int32, torch.int64]),
+    programs=st.integers(1, 5),
+)
+def test_the_kernel_is_the_reference(device, seed, groups, row_bytes, moves, padding, ids, programs):
+    generator = torch.Generator().manual_seed(seed)
+    source = torch.randint(0, 256, (groups, 50, row_bytes), dtype=torch.uint8, generator=generator)
+    target = torch.randint(0, 256, (groups, 45, row_bytes), dtype=torch.uint8, generator=generator)
+    pages = torch.randint(0, 50, (groups, moves), generator=generator)
+    slots = torch.stack([torch.randperm(45, generator=generator)[:moves] for _ in range(groups)])
+    for part in (pages, slots):
+        part.masked_fill_(torch.rand(part.shape, generator=generator) < padding / 2, -1)
+    counts = torch.randint(0, moves + 1, (groups,), generator=generator).to(torch.int32)
+    lists = [part.to(ids).to(device) for part in (pages, slots)] + [counts.to(device)]
+    expected = target.clone()
+    copy_rows_reference(source, expected, *lists)
+    if device == "cuda":  # recall: the source stays in host memory
+        source, target = source.pin_memory(), target.to(device)
+    copy_rows_triton(source, target, *lists, tune=Gather(block_words=64, programs=programs))
+    assert torch.equal(target.cpu(), expected)
+
+
+def test_by_hand():
+    source, target = torch.arange(32, dtype=torch.uint8).view(1, 4, 8), torch.zeros(1, 3, 8, dtype=torch.uint8)
+    pages, slots = torch.tensor([[3, -1, 0, 2]]), torch.tensor([[1, 0, -1, 2]])
+    copy_rows_reference(source, target, pages, slots, torch.tensor([3], dtype=torch.int32))
+    assert target[0].tolist() == [[0] * 8, list(range(24, 32)), [0] * 8]
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device: pinned memory and its addresses beyond 2^31 bytes need one")
+def test_rows_beyond_two_gib_of_pinned_memory():
+    rows = 2**31 // 37_376 + 1000
+    source = torch.zeros(1, rows, 37_376, dtype=torch.uint8, pin_memory=True)
+    source[0, -1] = 7
+    target = torch.zeros(1, 2, 37_376, dtype=torch.uint8, device="cuda")
+    lists = [torch.tensor([[value]], device="cuda") for value in (rows - 1, 1)]
+    copy_rows_triton(source, target, *lists, torch.ones(1, dtype=torch.int32, device="cuda"))
+    assert (target[0, 1] == 7).all() and (target[0, 0] == 0).all()

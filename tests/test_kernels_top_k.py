@@ -1,0 +1,66 @@
+"""Exact top-k: the kernel against a stable sort over random rows full of ties, with and without pre-selection."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from kernel_cases import on_each_device
+
+from fmsim.exec.kernels.index_score import GROUP
+from fmsim.exec.kernels.top_k import top_k_reference, top_k_triton
+from fmsim.exec.kernels.tuning import TopK
+
+SMALL = TopK(chunk=256, warps=4)  # rows of more than one chunk at lengths that an interpreter manages
+
+
+def maxima_of(scores: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
+    known = scores.masked_fill(torch.arange(scores.shape[1], device=scores.device) >= lengths[:, None], float("-inf"))
+    return torch.nn.functional.pad(known, (0, -scores.shape[1] % GROUP), value=float("-inf")).unflatten(1, (-1, GROUP)).amax(2)
+
+
+def test_by_hand():
+    scores = torch.tensor([[1.0, 3.0, -0.0, 3.0, float("-inf"), 0.0, 2.0, 9.0]])
+    length = torch.tensor([7], dtype=torch.int32)  # the 9 lies beyond it
+    for k, expected in ((1, [1]), (2, [1, 3]), (4, [0, 1, 3, 6]), (5, [0, 1, 2, 3, 6]), (8, [0, 1, 2, 3, 5, 6, -1, -1])):
+        assert top_k_reference(scores, length, k).tolist() == [expected]
+
+
+@on_each_device
+@pytest.mark.parametrize("preselect", [False, True])
+@settings(max_examples=20, deadline=None)
+@given(
+    seed=st.integers(0, 2**32),
+    batch=st.integers(1, 3),
+    entries=st.integers(1, 3000),
+    k=st.sampled_from([1, 5, 64, 512]),
+    values=st.sampled_from(["any", "few", "signs", "spread"]),
+    missing=st.sampled_from([0.0, 0.5, 1.0]),
+)
+def test_the_kernel_is_the_reference(device, preselect, seed, batch, entries, k, values, missing):
+    generator = torch.Generator().manual_seed(seed)
+    scores = torch.randn(batch, entries, generator=generator)
+    if values == "few":  # ties beyond any k
+        scores = scores.round()
+    elif values == "signs":
+        scores = torch.sign(scores) * 0.0
+    elif values == "spread":  # every exponent
+        scores = scores * 2.0 ** torch.randint(-140, 120, scores.shape, generator=generator)
+    scores = scores.masked_fill(torch.rand(scores.shape, generator=generator) < missing, float("-inf"))
+    lengths = torch.randint(0, entries + 1, (batch,), generator=generator).to(torch.int32)
+    lengths[-1] = entries
+    scores, lengths = scores.to(device), lengths.to(device)
+    found = top_k_triton(scores, lengths, k, maxima_of(scores, lengths) if preselect else None, tune=SMALL)
+    assert torch.equal(found, top_k_reference(scores, lengths, k))
+
+
+@on_each_device
+def test_preselection_leaves_most_scores_unread(device):
+    """Scores of groups below the bound may be anything, since the kernel must not read them."""
+    generator = torch.Generator().manual_seed(0)
+    scores = torch.randn(1, 64 * GROUP, generator=generator).to(device)
+    lengths = torch.tensor([64 * GROUP], dtype=torch.int32, device=device)
+    maxima, expected = maxima_of(scores, lengths), top_k_reference(scores, lengths, 8)
+    bound = maxima.sort(descending=True).values[0, 7]
+    poisoned = torch.where((maxima < bound)[..., None], float("inf"), scores.view(1, 64, GROUP)).view(1, -1)
+    assert int((poisoned != scores).sum()) == 56 * GROUP
+    assert torch.equal(top_k_triton(poisoned, lengths, 8, maxima, tune=SMALL), expected)
