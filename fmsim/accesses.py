@@ -7,6 +7,10 @@ from functools import cached_property
 from typing import Any
 
 import numpy as np
+from array_api_compat import array_namespace
+
+from fmsim import arrays
+from fmsim.keeper import Accesses
 
 GOLDEN_SHARE = 0.6  # arXiv 2606.09079, section 3.2
 CHUNK_STEPS = 64  # bounds the temporaries
@@ -135,3 +139,38 @@ def _page_rows(keys: np.ndarray, mass: np.ndarray) -> tuple[np.ndarray, np.ndarr
     column = np.empty(keys.shape, dtype=np.int32)
     np.put_along_axis(column, order, np.minimum(at, n - 1).astype(np.int32), axis=1)
     return pages[:, :n], count[:, :n], weight.astype(np.float32).reshape(pages.shape)[:, :n], column
+
+
+def page_step(ids: Any, mass: Any, granularity: int, shared: bool) -> Accesses:
+    """One step's `ids` [L, K] (unique in a row, -1 = padding) and their mass, by page: as `page_trace`, in any library.
+
+    Rows are as wide as they could be, K or L x K. Sums of float16 masses are exact, so they do not depend on the order.
+    """
+    xp = array_namespace(ids)
+    if shared:
+        ids, mass = xp.reshape(ids, (1, -1)), xp.reshape(mass, (1, -1))
+    beyond = arrays.MAX_PAGES
+    pages = xp.where(ids < 0, beyond, xp.astype(ids, xp.int64) // granularity)
+    order = xp.argsort(pages, axis=1, stable=True)
+    start, width = arrays.offsets(pages, xp), pages.shape[1]
+    pages = arrays.read(pages, start, order)
+    summed = xp.cumulative_sum(xp.astype(arrays.read(mass, start, order), xp.float64), axis=1)
+    last = pages < beyond
+    last[:, :-1] &= pages[:, 1:] != pages[:, :-1]
+    at = arrays.pack(xp.arange(width, dtype=xp.int64, device=ids.device)[None, :], last, width)  # where each page's run ends
+    before = xp.concat((xp.full_like(at[:, :1], -1), at[:, :-1]), axis=1)
+    none = at < 0
+    to_here, to_before = (xp.where(place < 0, 0.0, arrays.read(summed, start, place)) for place in (at, before))
+    return Accesses(
+        pages=xp.astype(xp.where(none, -1, arrays.read(pages, start, at)), xp.int32),
+        count=xp.astype(xp.where(none, 0, at - before), xp.int32),
+        mass=xp.astype(xp.where(none, 0.0, to_here - to_before), xp.float32),
+    )
+
+
+def page_mass(mass: np.ndarray, granularity: int, n_pages: int, shared: bool) -> np.ndarray:
+    """Mass of entries float [L, E] -> of pages, float32 [G, n_pages]; entries beyond are left out."""
+    mass = np.asarray(mass, dtype=np.float64)[:, : n_pages * granularity]
+    mass = np.pad(mass, ((0, 0), (0, n_pages * granularity - mass.shape[1])))
+    mass = mass.reshape(len(mass), n_pages, granularity).sum(axis=2)
+    return (mass.sum(axis=0, keepdims=True) if shared else mass).astype(np.float32)

@@ -94,17 +94,25 @@ class Keeper:
 
     def access(self, step: int, use: Accesses) -> Outcome:
         """Look the step's pages up, load what `on_miss` says, and let the policy see."""
-        xp, params = self.ctx.xp, self.policy.params
         slot = self.residency.lookup(use.pages)
-        hit = slot >= 0
-        missing = (use.pages >= 0) & ~hit
+        return self._settle(step, use, slot, self.to_fetch(use, (use.pages >= 0) & (slot < 0)))
+
+    def to_fetch(self, use: Accesses, missing: Array) -> Array:
+        """Which of the missing pages `on_miss` loads: bool [G, n]."""
+        params = self.policy.params
         if params.on_miss == "fallback":
-            fetched = heaviest_missing(use, missing, params.fallback_below)
-        else:
-            fetched = missing if params.on_miss == "fetch" else use.pages < -1
+            return heaviest_missing(use, missing, params.fallback_below)
+        return missing if params.on_miss == "fetch" else use.pages < -1
+
+    def settle(self, step: int, use: Accesses, fetched: Array) -> Outcome:
+        """End a step whose missing pages were loaded where `fetched`: let the policy see, and give them slots."""
+        return self._settle(step, use, self.residency.lookup(use.pages), fetched)
+
+    def _settle(self, step: int, use: Accesses, slot: Array, fetched: Array) -> Outcome:
+        xp, hit = self.ctx.xp, slot >= 0
         seen = xp.where(hit | fetched, use.mass, 0.0)
         self.policy.observe(step, Observation(use.pages, use.count, seen, hit, fetched))
-        if params.on_miss == "mask":
+        if self.policy.params.on_miss == "mask":
             return Outcome(hit, fetched, None)
         moves = self.residency.admit(use.pages, fetched, lambda pages: self.policy.worth(step, pages), self._pinned(), slot)
         return Outcome(hit, fetched, moves)

@@ -3,15 +3,27 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
 from fmsim.footprint import Footprint, footprint
 from fmsim.geometry import Geometry
-from fmsim.hw.spec import Hardware
 from fmsim.ledger import Ledger
-from fmsim.simulate import Timeline
+
+if TYPE_CHECKING:
+    from fmsim.hw.spec import Hardware
+
+
+class Timeline(Protocol):
+    """When each step of a batch ran and what it waited for, arrays [T] in seconds: simulated (`fmsim.simulate`) or measured (`fmsim.exec`)."""
+
+    batch: int
+    start_s: np.ndarray
+    end_s: np.ndarray
+    stall_s: np.ndarray
+    recall_wait_s: np.ndarray
+    h2d_bytes: np.ndarray
 
 
 def row(ledger: Ledger, timeline: Timeline, geometry: Geometry, hw: Hardware, layer_map: tuple[int, ...] | None = None) -> dict[str, Any]:
@@ -32,29 +44,35 @@ def row(ledger: Ledger, timeline: Timeline, geometry: Geometry, hw: Hardware, la
     Sums over layers weigh each trace layer by the model layers that it drives.
     """
     place = footprint(ledger, geometry, layer_map)
-    step_s = timeline.step_s
-    waited_s = float(timeline.stall_s.sum() + timeline.recall_wait_s.sum())
-    total_s = float(timeline.end_s[-1] - timeline.start_s[0])
     return {
         "policy": ledger.policy,
         "kv_hbm_bytes": round(float(place.logical_bytes.mean())),
         "kv_hbm_ratio": float(place.logical_bytes.mean() / place.full_bytes.mean()),
         **kept(ledger, place.layer_map),
-        "set_overlap": float(ledger.set_overlap.mean()) if len(ledger.set_overlap) else None,
-        "decode_tokens_per_s": timeline.batch * ledger.n_steps / total_s,
-        "step_s": {"p50": float(np.percentile(step_s, 50)), "p99": float(np.percentile(step_s, 99))},
-        "h2d_bytes": round(float(timeline.h2d_bytes.sum())),
-        "stall_ratio": waited_s / total_s,
+        **timed(timeline),
         "max_requests": capacity(place, geometry, hw)[0],
     }
 
 
-def kept(ledger: Ledger, layer_map: Sequence[int]) -> dict[str, float]:
-    """`entry_recall` and `mass_kept` of a row."""
+def kept(ledger: Ledger, layer_map: Sequence[int]) -> dict[str, float | None]:
+    """A row's `entry_recall`, `mass_kept` and `set_overlap`."""
     weights = np.bincount(layer_map, minlength=ledger.n_layers)
     return {
         "entry_recall": _ratio(ledger.golden_hit, ledger.golden, weights),
         "mass_kept": _ratio(ledger.mass_kept, ledger.mass_total, weights),
+        "set_overlap": float(ledger.set_overlap.mean()) if len(ledger.set_overlap) else None,
+    }
+
+
+def timed(timeline: Timeline) -> dict[str, Any]:
+    """A row's `decode_tokens_per_s`, `step_s`, `h2d_bytes` and `stall_ratio`."""
+    step_s = timeline.end_s - timeline.start_s
+    total_s = float(timeline.end_s[-1] - timeline.start_s[0])
+    return {
+        "decode_tokens_per_s": timeline.batch * len(step_s) / total_s,
+        "step_s": {"p50": float(np.percentile(step_s, 50)), "p99": float(np.percentile(step_s, 99))},
+        "h2d_bytes": round(float(timeline.h2d_bytes.sum())),
+        "stall_ratio": float(timeline.stall_s.sum() + timeline.recall_wait_s.sum()) / total_s,
     }
 
 

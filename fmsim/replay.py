@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -11,6 +13,7 @@ from fmsim.keeper import Accesses, Keeper
 from fmsim.ledger import Ledger
 from fmsim.policies.base import Context, LookaheadState, Policy
 from fmsim.policies.guard import Guarded
+from fmsim.tally import Tally
 
 ENTRY_TOKENS = 4  # the CSA rate: entry i is visible from position 4 * i + 3
 
@@ -36,15 +39,16 @@ class Replayer:
         self.has_lookahead = trace.hidden is not None and trace.index_keys is not None  # dense models have none
         self._keys: np.ndarray | None = None
 
-    def run(self, policy: Policy) -> Ledger:
-        """Replay one policy. Raises FmsimError, naming policy and step, where the policy misbehaves."""
+    def run(self, policy: Policy, watch: Callable[[Keeper], None] = lambda keeper: None) -> Ledger:
+        """Replay one policy; `watch` sees the keeper at the end of each step. Raises FmsimError, naming policy and step, where the
+        policy misbehaves."""
         paged = self.paged(policy.params.granularity, policy.params.scope == "shared")
         guarded = Guarded(policy)
         ctx = self.context(policy, paged)
         keeper = Keeper(guarded, ctx)
         if not self.cold:
             keeper.start()
-        return Run(self, paged, keeper).ledger()
+        return Run(self, paged, keeper).ledger(watch)
 
     def paged(self, granularity: int, shared: bool) -> accesses.Paged:
         """The trace by pages; kept for the next policy of the same granularity and scope."""
@@ -83,10 +87,7 @@ class Replayer:
         """[G, P] float32, or None where the trace has none."""
         if self.trace.prompt_mass is None:
             return None
-        mass = np.asarray(self.trace.prompt_mass, dtype=np.float64)[:, : paged.n_pages * granularity]
-        mass = np.pad(mass, ((0, 0), (0, paged.n_pages * granularity - mass.shape[1])))
-        mass = mass.reshape(self.n_layers, paged.n_pages, granularity).sum(axis=2)
-        return (mass if paged.pages.shape[1] == self.n_layers else mass.sum(axis=0, keepdims=True)).astype(np.float32)
+        return accesses.page_mass(self.trace.prompt_mass, granularity, paged.n_pages, paged.pages.shape[1] < self.n_layers)
 
     def _lookahead(self, window: int) -> LookaheadState:
         """The state at the last token before decode window `window`; index keys are decoded once, on first use."""
@@ -101,80 +102,60 @@ class Run:
     """One policy's way through the trace."""
 
     def __init__(self, source: Replayer, paged: accesses.Paged, keeper: Keeper) -> None:
-        self.source, self.paged, self.keeper = source, paged, keeper
-        steps, groups, n = paged.pages.shape
-        self.hit = np.zeros((steps, groups, n), dtype=bool)
-        self.attended = np.zeros((steps, groups, n), dtype=bool)
-        self.counts = {
-            name: np.zeros((steps, groups), dtype=np.int32) for name in ("resident", "demand_loads", "lookahead_loads", "written", "evicted")
-        }
-        self.scored = np.zeros(steps, dtype=np.int64)
-        self.overlap: list[float] = []
+        self.source, self.paged, self.tally = source, paged, Tally(keeper, source.n_steps)
+        self.hit = np.zeros(paged.pages.shape, dtype=bool)
+        self.attended = np.zeros(paged.pages.shape, dtype=bool)
 
-    def ledger(self) -> Ledger:
+    def ledger(self, watch: Callable[[Keeper], None]) -> Ledger:
         """Run all steps."""
-        residency = self.keeper.residency
-        initial = residency.filled.astype(np.int32)
-        params, tau = self.keeper.policy.params, self.source.header.tau
-        before = residency.present()
-        for step in range(len(self.hit)):
-            self._count(step, "written", self.keeper.write(step, self.source.entries[step]))
-            if params.cadence > 1 and step % params.cadence == 0 and step:
-                self._count(step, "lookahead_loads", self.keeper.decide(step))
-            if step % params.cadence == 0 and params.cadence > 1 or step == 0:
-                self.scored[step] = self.keeper.policy.scored_entries(step)
-            if step % tau == 0 and step:
-                self.overlap.append(float(residency.overlap(before).mean()))
-                before = residency.present()
-            self._access(step)
-            self.counts["resident"][step] = residency.filled
-        return self._finish(initial)
-
-    def _count(self, step: int, name: str, moves: Any) -> None:
-        if moves is not None:
-            self.counts[name][step] += moves.loaded.astype(np.int32)
-            self.counts["evicted"][step] += moves.evicted.astype(np.int32)
-
-    def _access(self, step: int) -> None:
-        paged = self.paged
-        outcome = self.keeper.access(step, Accesses(paged.pages[step], paged.count[step], paged.mass[step]))
-        self.hit[step] = outcome.hit
-        self.attended[step] = outcome.hit | outcome.fetched
-        self._count(step, "demand_loads", outcome.moves)
-
-    def _finish(self, initial: np.ndarray) -> Ledger:
-        """From pages back to entries."""
-        source, policy, ctx = self.source, self.keeper.policy, self.keeper.ctx
-        layers = source.n_layers
-        hit = self.paged.by_entry(self.hit, layers) & source.valid
-        attended = self.paged.by_entry(self.attended, layers)
-        return Ledger(
-            policy=policy.name,
-            params=policy.params.model_dump(mode="json"),
-            granularity=ctx.granularity,
-            scope=policy.params.scope,
-            on_miss=policy.params.on_miss,
-            cadence=policy.params.cadence,
-            tau=ctx.tau,
-            n_steps=source.n_steps,
-            n_layers=layers,
-            n_groups=ctx.n_groups,
-            n_slots=ctx.n_slots,
-            prompt_entries=ctx.prompt_entries,
-            topk=ctx.topk,
-            accessed=source.valid.sum(axis=2, dtype=np.int32),
-            hit=hit.sum(axis=2, dtype=np.int32),
-            golden=source.golden.sum(axis=2, dtype=np.int32),
-            golden_hit=(source.golden & hit).sum(axis=2, dtype=np.int32),
-            mass_total=source.mass.sum(axis=2),
-            mass_kept=np.einsum("tlk,tlk->tl", source.mass, attended),
-            initial=initial,
-            set_overlap=np.array(self.overlap, dtype=np.float32),
-            scored=self.scored,
-            **self.counts,
-        )
+        source, paged = self.source, self.paged
+        for step in range(source.n_steps):
+            self.tally.begin(step, source.entries[step])
+            outcome = self.tally.access(step, Accesses(paged.pages[step], paged.count[step], paged.mass[step]))
+            self.hit[step] = outcome.hit
+            self.attended[step] = outcome.hit | outcome.fetched
+            watch(self.tally.keeper)
+        hit, attended = (paged.by_entry(flag, source.n_layers) for flag in (self.hit, self.attended))
+        return self.tally.ledger(source.ids, source.mass, hit, attended, source.golden)
 
 
 def replay(trace: Any, policy: Policy, **options: Any) -> Ledger:
     """Replay one policy against `trace`; `options` are Replayer's. Make one Replayer for several policies of a trace."""
     return Replayer(trace, **options).run(policy)
+
+
+def context_in(ctx: Context, xp: Any, device: Any = None) -> Context:
+    """The same context with the arrays of another library, on `device`: for an engine that is driven by a trace."""
+
+    def there(array: Any) -> Any:
+        return xp.asarray(np.array(array), device=device)
+
+    def lookahead(window: int) -> LookaheadState:
+        state = ctx.lookahead(window)
+        return replace(state, hidden=there(state.hidden), keys=there(state.keys))
+
+    return replace(
+        ctx,
+        xp=xp,
+        device=device,
+        prompt_mass=None if ctx.prompt_mass is None else there(ctx.prompt_mass),
+        lookahead=None if ctx.lookahead is None else lookahead,
+        future=None if ctx.future is None else _FutureIn(ctx.future, there),
+    )
+
+
+class _FutureIn:
+    """A `Future` whose arrays are another library's."""
+
+    def __init__(self, future: Any, there: Callable[[Any], Any]) -> None:
+        self.future, self.there, self.never = future, there, future.never
+
+    def window(self, step: int, horizon: int) -> tuple[Any, Any]:
+        mass, used = self.future.window(step, horizon)
+        return self.there(mass), self.there(used)
+
+    def first_use(self) -> Any:
+        return self.there(self.future.first_use())
+
+    def next_use(self, step: int) -> Any:
+        return self.there(self.future.next_use(step))

@@ -59,10 +59,10 @@ class Residency:
         return self.table[:, : self.n_pages] >= 0
 
     def overlap(self, earlier: Array) -> Array:
-        """Jaccard index of the present set with an `earlier` one (bool [G, P]), float [G]; 1 where both are empty."""
+        """Jaccard index of the present set with an `earlier` one (bool [G, P]), float64 [G]; 1 where both are empty."""
         xp, now = self.xp, self.present()
-        both = xp.sum(xp.astype(now & earlier, xp.int64), axis=1)
-        either = xp.sum(xp.astype(now | earlier, xp.int64), axis=1)
+        both = xp.sum(xp.astype(now & earlier, xp.float64), axis=1)
+        either = xp.sum(xp.astype(now | earlier, xp.float64), axis=1)
         return xp.where(either > 0, both / xp.where(either > 0, either, 1), 1.0)
 
     def admit(

@@ -9,7 +9,6 @@ from __future__ import annotations
 import importlib.util
 import pickle
 from collections.abc import Iterator
-from dataclasses import replace
 from typing import Any, get_args
 
 import array_api_compat.numpy as numpy_namespace
@@ -18,8 +17,8 @@ from pydantic import ValidationError
 
 from fmsim.keeper import Accesses, Keeper
 from fmsim.policies import base
-from fmsim.policies.base import LookaheadState, Policy, PolicyParams
-from fmsim.replay import Replayer
+from fmsim.policies.base import Policy, PolicyParams
+from fmsim.replay import Replayer, context_in
 from fmsim.trace import ModelInfo, Trace, TraceHeader
 
 SWITCHES = ({}, {"scope": "shared"}, {"granularity": 4}, {"cadence": 16}, {"on_miss": "fallback"}, {"on_miss": "mask", "cadence": 16})
@@ -91,7 +90,7 @@ def slot_history(policy: Policy, trace: Any, xp: Any) -> Iterator[np.ndarray]:
     """The pages in the slots, int32 [G, S], at the end of each step, computed with the arrays of `xp`."""
     replayer = Replayer(trace)
     paged = replayer.paged(policy.params.granularity, policy.params.scope == "shared")
-    keeper = Keeper(policy, _context_of(replayer.context(policy, paged), xp))
+    keeper = Keeper(policy, context_in(replayer.context(policy, paged), xp))
     keeper.start()
     for step in range(replayer.n_steps):
         keeper.write(step, replayer.entries[step])
@@ -99,39 +98,6 @@ def slot_history(policy: Policy, trace: Any, xp: Any) -> Iterator[np.ndarray]:
             keeper.decide(step)
         keeper.access(step, Accesses(*(xp.asarray(np.array(part[step])) for part in (paged.pages, paged.count, paged.mass))))
         yield np.asarray(keeper.residency.slots).copy()
-
-
-class _FutureOf:
-    """A `Future` whose arrays are another library's."""
-
-    def __init__(self, future: Any, xp: Any) -> None:
-        self.future, self.xp, self.never = future, xp, future.never
-
-    def window(self, step: int, horizon: int) -> tuple[Any, Any]:
-        mass, used = self.future.window(step, horizon)
-        return self.xp.asarray(mass), self.xp.asarray(used)
-
-    def first_use(self) -> Any:
-        return self.xp.asarray(self.future.first_use())
-
-    def next_use(self, step: int) -> Any:
-        return self.xp.asarray(self.future.next_use(step))
-
-
-def _context_of(ctx: base.Context, xp: Any) -> base.Context:
-    """The same context with the arrays of `xp`."""
-
-    def lookahead(window: int) -> LookaheadState:
-        state = ctx.lookahead(window)
-        return replace(state, hidden=xp.asarray(state.hidden), keys=xp.asarray(np.array(state.keys)))
-
-    return replace(
-        ctx,
-        xp=xp,
-        prompt_mass=None if ctx.prompt_mass is None else xp.asarray(ctx.prompt_mass),
-        lookahead=None if ctx.lookahead is None else lookahead,
-        future=None if ctx.future is None else _FutureOf(ctx.future, xp),
-    )
 
 
 def sample_trace(prompt_tokens: int = 1600, n_steps: int = 70, n_layers: int = 2, topk: int = 16, hidden: int = 8, seed: int = 0) -> Trace:

@@ -6,6 +6,7 @@ import sys
 import typer
 
 from fmsim import __version__
+from fmsim.cli.exec import exec_
 from fmsim.cli.plan import plan
 from fmsim.cli.report import report
 from fmsim.cli.run import run
@@ -20,10 +21,12 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     help="Which KV pages should stay in GPU memory, and what does that choice cost and save?\n\n"
     "\b\nfmsim run scenarios/500k.yaml   replay a trace under every policy\n"
+    "fmsim exec --policy lru         decode with a real model under a policy\n"
     "fmsim policy show lsa           a policy's parameters and its source",
 )
 
 app.command()(run)
+app.command("exec")(exec_)
 app.command()(plan)
 app.command()(sweep)
 app.command()(tune)

@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-if TYPE_CHECKING:
-    from collections.abc import Callable
+from fmsim.cli.progress import token_bar
 
+if TYPE_CHECKING:
     from fmsim.nano.prompts import Stream
 
 app = typer.Typer(help="Record attention traces, and look into them.", no_args_is_help=True)
@@ -110,7 +110,7 @@ def _deepseek(model: Path | None, stream: Stream, seed: int, device: str):
 
     folder = model or MODEL_FOLDER
     loaded = load_model(folder, device)
-    with _progress(len(stream.prompt) + stream.steps) as advance:
+    with token_bar(len(stream.prompt) + stream.steps) as advance:
         [recorded] = record(loaded, [stream], name=folder.name, seed=seed, sha256=weights_digest(folder), progress=advance)
     return recorded
 
@@ -126,11 +126,12 @@ def _stream(model: Path | None, prompt_file: Path | None, kind: Kind | None, cor
         if corpus is None:
             raise FmsimError("trace record: --kind needs --corpus, the folder that `python -m fmsim.nano.tokens` writes")
         return prompts.decode_stream(kind.value, context, np.random.default_rng(seed), tokens.load(corpus, "held_out"), steps)
-    ids = _encode(model or MODEL_FOLDER, prompt_file, context)
+    ids = encode(model or MODEL_FOLDER, prompt_file, context)
     return prompts.Stream("text", np.array(ids), [prompts.Turn([], steps)])
 
 
-def _encode(folder: Path, prompt_file: Path, context: int) -> list[int]:
+def encode(folder: Path, prompt_file: Path, context: int) -> list[int]:
+    """The first `context` tokens of a text file, by the tokenizer of a model's folder."""
     from transformers import AutoTokenizer
 
     from fmsim.errors import FmsimError
@@ -158,26 +159,7 @@ def _dense(path: Path, prompt_file: Path, context: int, steps: int, device: str)
     ids = tokenizer(_text(prompt_file))["input_ids"][: context + steps]
     if len(ids) < context + steps:
         raise FmsimError(f"--prompt-file {prompt_file}: has {len(ids)} tokens, --context and --steps ask for {context + steps}; lower one of them")
-    with _progress(len(ids)) as advance:
+    with token_bar(len(ids)) as advance:
         return record_dense(
             loaded, ids, steps, name=path.resolve().name, sha256=weights_sha256(path), prompt_text=prompt_file.name, progress=advance
         )  # fmt: skip
-
-
-def _progress(total: int):
-    """A bar on standard error, as a context manager that gives ``advance(tokens)``."""
-    from contextlib import contextmanager
-
-    from rich.console import Console
-    from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
-
-    @contextmanager
-    def bar():
-        console = Console(stderr=True)
-        columns = (TextColumn("reading and decoding"), BarColumn(), TaskProgressColumn(), TimeRemainingColumn())
-        with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
-            task = progress.add_task("", total=total)
-            advance: Callable[[int], None] = lambda tokens: progress.advance(task, tokens)  # noqa: E731
-            yield advance
-
-    return bar()

@@ -11,8 +11,9 @@ E closed entries of a compressed layer, K selected entries, W window.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -96,6 +97,43 @@ class Cache:
         return cls(layers, max_tokens)
 
 
+@dataclass
+class StepCompressor:
+    """One compressor's open window as a decode step needs it: static, each of B sequences at a position of its own."""
+
+    kv: Tensor  # [B, rate, width]: token p's projection at p % rate
+    gate: Tensor  # the same, position bias added
+    prior: tuple[Tensor, Tensor] | None  # kv and gate of the last closed window's Ca series, [B, rate, C]
+
+
+class Pager(Protocol):
+    """Where a CSA layer's entries and index keys lie during decode, and which of them are attended to."""
+
+    def append(self, entry: Tensor, key: Tensor, index: Tensor) -> None:
+        """Keep what just closed: entry [B, C], key [B, index width], index int64 [B] its number, -1 where none closed."""
+
+    def select(self, queries: Tensor, weights: Tensor, visible: Tensor, top_k: int) -> Tensor:
+        """From the indexer's queries [B, 1, heads, width] and weights [B, 1, heads]: ids int64 [B, K] of the entries to
+        attend to, -1 for none, out of the first ``visible`` [B]."""
+
+    def read(self, ids: Tensor) -> Tensor:
+        """Entries [B, K, C]; whatever for an id of -1."""
+
+    def attended(self, access: Access, masses_of: Callable[[Tensor, Tensor], tuple[Tensor, Tensor, Tensor]]) -> None:
+        """What came of it. ``masses_of`` tells what other ids [B, K], with their entries [B, K, C], would have had."""
+
+
+@dataclass
+class StepLayer:
+    """A layer's state for decode steps of B sequences of different lengths. Shapes never change, so that a step can be a CUDA graph."""
+
+    window: Tensor  # rotated KV, [B, W, C]: token p at p % W
+    kv: StepCompressor | None = None
+    index: StepCompressor | None = None
+    entries: Tensor | None = None  # of an HCA layer, [B, capacity + 1, C]; the last is written where nothing closes
+    pager: Pager | None = None  # of a CSA layer
+
+
 # ------------------------------------------------------------------------------------------------- small parts
 
 
@@ -169,7 +207,10 @@ class Compressor(nn.Module):
         if windows == 0:
             return kv.new_zeros(kv.shape[0], 0, self.width) if state is None else state.entries[:, : state.closed]
         shape = (kv.shape[0], windows, self.rate, -1)
-        entries = self._pool(kv[:, :usable].reshape(shape), gate[:, :usable].reshape(shape) + self.position_bias, state)
+        kv, gate = kv[:, :usable].reshape(shape), gate[:, :usable].reshape(shape) + self.position_bias
+        entries = self._pool(kv, gate, None if state is None or state.prior_kv is None else (state.prior_kv, state.prior_gate))
+        if state is not None and self.overlapping:
+            state.prior_kv, state.prior_gate = (part[:, -1, :, : self.width] for part in (kv, gate))
         if state is None:
             first = positions[:, : usable : self.rate]
         else:
@@ -181,17 +222,30 @@ class Compressor(nn.Module):
         state.closed += windows
         return state.entries[:, : state.closed]
 
-    def _pool(self, kv: Tensor, gate: Tensor, state: CompressorState | None) -> Tensor:
-        """Weighted mean over a window, kv and gate [B, N, rate, width or 2 x width] -> [B, N, width]."""
+    def close(self, x: Tensor, positions: Tensor, inv_freq: Tensor, state: StepCompressor) -> Tensor:
+        """Take in one token of each sequence, x [B, 1, D] at ``positions`` [B]; -> the entry that it closes, [B, C].
+
+        Where the position is not the last of a window the entry is meaningless, and the caller drops it.
+        """
+        rows, place = torch.arange(len(x), device=x.device), positions % self.rate
+        state.kv[rows, place] = self.kv_proj(x)[:, 0]
+        state.gate[rows, place] = self.gate_proj(x)[:, 0] + self.position_bias[place]
+        entry = self._pool(state.kv[:, None], state.gate[:, None], state.prior)[:, 0]
+        if self.overlapping:
+            closes = (place == self.rate - 1)[:, None, None]
+            for prior, part in zip(state.prior, (state.kv, state.gate)):
+                prior.copy_(torch.where(closes, part[..., : self.width], prior))
+        return rotate(self.kv_norm(entry), (positions - place)[:, None].float() * inv_freq)
+
+    def _pool(self, kv: Tensor, gate: Tensor, prior: tuple[Tensor, Tensor] | None) -> Tensor:
+        """Weighted mean over a window, kv and gate [B, N, rate, width or 2 x width] -> [B, N, width].
+
+        ``prior`` is the Ca series of the window before the first, kv and gate [B, rate, width], if there was one.
+        """
         if self.overlapping:
             kv_a, kv_b = kv.split(self.width, -1)
             gate_a, gate_b = gate.split(self.width, -1)
-            if state is None or state.prior_kv is None:
-                before_kv, before_gate = torch.zeros_like(kv_a[:, 0]), torch.full_like(gate_a[:, 0], MASKED)
-            else:
-                before_kv, before_gate = state.prior_kv, state.prior_gate
-            if state is not None:
-                state.prior_kv, state.prior_gate = kv_a[:, -1], gate_a[:, -1]
+            before_kv, before_gate = prior or (torch.zeros_like(kv_a[:, 0]), torch.full_like(gate_a[:, 0], MASKED))
             kv = torch.cat((torch.cat((before_kv[:, None], kv_a[:, :-1]), 1), kv_b), 2)
             gate = torch.cat((torch.cat((before_gate[:, None], gate_a[:, :-1]), 1), gate_b), 2)
         return (kv * gate.softmax(2, dtype=torch.float32).to(kv.dtype)).sum(2)
@@ -241,6 +295,14 @@ def index_scores_blocked(queries: Tensor, weights: Tensor, keys: Tensor) -> Tens
     return scores
 
 
+def top_entries(scores: Tensor, top_k: int) -> Tensor:
+    """The best entries of each row, ascending; -1 where fewer than ``top_k`` are not MASKED. [B, S, E] -> int64 [B, S, K]."""
+    best = scores.topk(min(top_k, scores.shape[-1]), sorted=False)
+    beyond = torch.iinfo(torch.int64).max
+    ids = best.indices.masked_fill(best.values < MASKED / 2, beyond).sort(-1).values
+    return ids.masked_fill(ids == beyond, -1)
+
+
 # --------------------------------------------------------------------------------------------------- attention
 
 
@@ -283,12 +345,37 @@ class Attention(nn.Module):
             logits = self._entry_logits(q, entries, visible)
             out, _ = self._attend(q, window, local, logits, entries)
             return self._output(out, angles), None
-        ids = self._select(x, q_latent, positions, angles, visible, cache)
+        ids = top_entries(self._scores(x, q_latent, positions, angles, visible, cache), self.compressor.indexer.top_k)
         chosen = torch.stack([F.embedding(rows, table) for rows, table in zip(ids.clamp(min=0), entries)])  # [B, S, K, C]
-        logits = torch.einsum("bshc,bskc->bshk", q, chosen).float() * self.scale
-        logits = logits.masked_fill(ids[:, :, None] < 0, MASKED)
-        out, masses = self._attend(q, window, local, logits, chosen)
+        out, masses = self._attend(q, window, local, self._chosen_logits(q, chosen, ids), chosen)
         return self._output(out, angles), Access(ids, *masses, hidden=x)
+
+    def decode(self, x: Tensor, positions: Tensor, state: StepLayer) -> Tensor:
+        """One token of each sequence: x [B, 1, D] at ``positions`` int64 [B], each its own -> output [B, 1, D]."""
+        angles = positions[:, None, None].float() * self.inv_freq
+        q, q_latent, kv = self._project(x, angles)
+        rows, local = torch.arange(len(x), device=x.device), state.window[:, None]
+        state.window[rows, positions % self.window] = kv[:, 0]
+        unseen = torch.arange(self.window, device=x.device) > positions[:, None]  # [B, W]
+        window = torch.einsum("bshc,bwc->bshw", q, state.window).float() * self.scale
+        window = window.masked_fill(unseen[:, None, None], MASKED)
+        if self.kind == SLIDING:
+            return self._output(self._attend(q, window, local, None, None)[0], angles)
+        rate, visible = self.compressor.rate, (positions + 1) // self.compressor.rate
+        closed = torch.where((positions + 1) % rate == 0, positions // rate, -1)
+        entry = self.compressor.close(x, positions, self.inv_freq, state.kv)
+        if self.kind == HCA:
+            state.entries[rows, closed] = entry
+            logits = self._entry_logits(q, state.entries, visible[:, None])
+            return self._output(self._attend(q, window, local, logits, state.entries)[0], angles)
+        indexer, pager = self.compressor.indexer, state.pager
+        pager.append(entry, indexer.close(x, positions, self.inv_freq, state.index), closed)
+        ids = pager.select(*indexer.queries(x, q_latent, angles), visible, indexer.top_k)
+        chosen = pager.read(ids)[:, None]
+        out, masses = self._attend(q, window, local, self._chosen_logits(q, chosen, ids[:, None]), chosen)
+        masses_of = lambda other, entries: self._masses(window, self._chosen_logits(q, entries[:, None], other[:, None]))  # noqa: E731
+        pager.attended(Access(ids[:, None], *masses, hidden=x), masses_of)
+        return self._output(out, angles)
 
     def train_forward(self, x: Tensor, positions: Tensor, sparse: bool) -> tuple[Tensor, Tensor | None]:
         """The same function over whole sequences, differentiable; -> output, and a CSA layer's indexer loss.
@@ -365,17 +452,18 @@ class Attention(nn.Module):
         hidden = torch.arange(entries.shape[1], device=q.device) >= visible[..., None]
         return logits.masked_fill(hidden[:, :, None], MASKED)
 
-    def _select(self, x, q_latent, positions, angles, visible, cache: LayerCache | None) -> Tensor:
-        """The indexer's top-k entries, ascending; -1 where fewer are visible. int64 [B, S, K]."""
+    def _scores(self, x, q_latent, positions, angles, visible, cache: LayerCache | None) -> Tensor:
+        """The indexer's scores of all entries [B, S, E], MASKED where they are not visible."""
         indexer = self.compressor.indexer
         keys = indexer.compress(x, positions, self.inv_freq, cache.index if cache is not None else None)
         scoring = index_scores if x.is_cuda else index_scores_blocked
         scores = scoring(*indexer.queries(x, q_latent, angles), keys)
-        scores = scores.masked_fill_(torch.arange(keys.shape[1], device=x.device) >= visible[..., None], MASKED)
-        ids = scores.topk(min(indexer.top_k, keys.shape[1]), sorted=False).indices
-        beyond = torch.iinfo(torch.int64).max
-        ids = ids.masked_fill(ids >= visible[..., None], beyond).sort(-1).values
-        return ids.masked_fill(ids == beyond, -1)
+        return scores.masked_fill_(torch.arange(keys.shape[1], device=x.device) >= visible[..., None], MASKED)
+
+    def _chosen_logits(self, q: Tensor, chosen: Tensor, ids: Tensor) -> Tensor:
+        """float32 [B, S, H, K] against each query's own entries [B, S, K, C]; masked where their id is -1."""
+        logits = torch.einsum("bshc,bskc->bshk", q, chosen).float() * self.scale
+        return logits.masked_fill(ids[:, :, None] < 0, MASKED)
 
     def _train_scores(self, x, q_latent, positions, angles, visible) -> Tensor:
         """The indexer's scores of all entries; it learns from its own loss alone, so its inputs are cut off."""
@@ -390,21 +478,33 @@ class Attention(nn.Module):
         ``entries`` is [B, E, C], one set for all queries, or [B, S, K, C], each query's own.
         """
         tokens = q.shape[1]
-        total = torch.logaddexp(window.logsumexp(-1), self.sinks.float().expand(window.shape[:-1]))
-        if logits is not None and logits.shape[-1]:
-            total = torch.logaddexp(total, logits.logsumexp(-1))
+        total = self._total(window, logits)
         near = (window - total[..., None]).exp()
-        block = local.shape[2] - self.window
+        block = min(tokens, self.window)
         out = (self._blocks(near.to(q.dtype)) @ local).unflatten(2, (block, self.heads)).flatten(1, 2)[:, :tokens]
-        masses = (near.sum(-1).mean(-1), (self.sinks.float() - total).exp().mean(-1))
         if logits is None:
-            return out, masses
+            return out, None
         far = (logits - total[..., None]).exp()
         if entries.dim() == 4:
             out = out + torch.einsum("bshk,bskc->bshc", far.to(q.dtype), entries)
         else:
             out = out + (far.to(q.dtype).flatten(1, 2) @ entries).unflatten(1, (-1, self.heads))
-        return out, (far.mean(2), *masses)
+        return out, self._shares(far, near, total)
+
+    def _total(self, window: Tensor, logits: Tensor | None) -> Tensor:
+        """The softmax's denominator as a logarithm, [B, S, H]."""
+        total = torch.logaddexp(window.logsumexp(-1), self.sinks.float().expand(window.shape[:-1]))
+        if logits is not None and logits.shape[-1]:
+            total = torch.logaddexp(total, logits.logsumexp(-1))
+        return total
+
+    def _masses(self, window: Tensor, logits: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Softmax probabilities, mean over heads: of entries [B, S, K], the window [B, S] and the sink [B, S]."""
+        total = self._total(window, logits)
+        return self._shares((logits - total[..., None]).exp(), (window - total[..., None]).exp(), total)
+
+    def _shares(self, far: Tensor, near: Tensor, total: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        return far.mean(2), near.sum(-1).mean(-1), (self.sinks.float() - total).exp().mean(-1)
 
     def _output(self, out: Tensor, angles: Tensor) -> Tensor:
         """Undo the values' RoPE at the query's position, then the grouped low-rank projection."""
@@ -587,6 +687,10 @@ class Layer(nn.Module):
         out, access = self.self_attn(x, positions, cache)
         return self._feed_forward(streams, out, write, mix, tokens)[0], access
 
+    def decode(self, streams, tokens, positions, state: StepLayer) -> Tensor:
+        x, write, mix = self._enter_attention(streams)
+        return self._feed_forward(streams, self.self_attn.decode(x, positions, state), write, mix, tokens)[0]
+
     def train_forward(self, streams, tokens, positions, sparse: bool) -> tuple[Tensor, Aux]:
         """``streams`` [1, B * S, R, D]: what works token by token then has one shape at every length of a curriculum,
         and is compiled once."""
@@ -646,6 +750,13 @@ class DeepseekV4(nn.Module):
         if cache is not None:
             cache.length += tokens.shape[1]
         return self.lm_head(self._final(streams[:, -1:] if last_only else streams)), accesses
+
+    def decode(self, tokens: Tensor, positions: Tensor, states: list[StepLayer]) -> Tensor:
+        """One token of each sequence: tokens and ``positions`` int64 [B], each its own -> logits [B, vocabulary]."""
+        streams = self._embed(tokens[:, None])
+        for layer, state in zip(self.model.layers, states):
+            streams = layer.decode(streams, tokens[:, None], positions, state)
+        return self.lm_head(self._final(streams))[:, 0]
 
     def train_forward(self, tokens: Tensor, positions: Tensor, sparse: bool) -> tuple[Tensor, list[Aux]]:
         """Whole sequences [B, S] -> final hidden states [B, S, D] (``lm_head`` gives the logits) and the losses' parts."""

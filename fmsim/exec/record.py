@@ -5,20 +5,18 @@ from __future__ import annotations
 import copy
 import datetime
 import hashlib
-from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
-import numpy as np
 import torch
 
 from fmsim.exec.loader import weight_files
 from fmsim.exec.model import CSA, Access, DeepseekV4
+from fmsim.exec.prompt import PROMPT_QUERIES, PromptWatcher, to_numpy
+from fmsim.exec.request import Request
 from fmsim.exec.session import Session
 from fmsim.nano.prompts import Stream, exact
-from fmsim.trace import ENTRY_TOKENS, ModelInfo, Trace, TraceHeader, TraceRecorder
-
-PROMPT_QUERIES = 1024  # the last queries of the prompt whose attention mass per entry is kept
+from fmsim.trace import ModelInfo, Trace, TraceHeader, TraceRecorder
 
 
 def record(
@@ -37,20 +35,8 @@ def record(
     Greedy tokens are judged against the answers they should give (``header.quality``). ``progress`` is told of tokens.
     """
     prompt = [int(token) for token in streams[0].prompt]
-    header = TraceHeader(
-        geometry=geometry(model),
-        model=ModelInfo(name=name, sha256=sha256, dtype=str(model.lm_head.weight.dtype).removeprefix("torch.")),
-        source="deepseek_v4",
-        prompt_kind=streams[0].kind,
-        prompt_text=prompt_text,
-        prompt_tokens=len(prompt),
-        prompt_mass_queries=min(PROMPT_QUERIES, len(prompt)),
-        seed=seed,
-        tau=tau,
-        device=torch.cuda.get_device_name() if model.lm_head.weight.is_cuda else "cpu",
-        created=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-    )
-    shared = PromptWatcher(header)
+    header = trace_header(model, len(prompt), name=name, seed=seed, sha256=sha256, prompt_text=prompt_text, tau=tau)
+    shared = PromptWatcher(len(prompt), header.prompt_mass_queries)
     session = Session(model, len(prompt) + max(stream.steps for stream in streams), shared)
     session.read(prompt, progress)
     for stream in streams:
@@ -62,7 +48,7 @@ def record(
 def _decode(session: Session, prompt: PromptWatcher, stream: Stream, header: TraceHeader, progress) -> Trace:
     config = session.model.config
     recorder = TraceRecorder(header, stream.steps, config.layer_types.count(CSA), config.index_topk)
-    prompt.hand_over(recorder)
+    _hand_over(prompt, recorder)
     session.observer = DecodeWatcher(recorder)
     tokens, forced, verdicts = list(map(int, stream.prompt)), [], []
     for turn in stream.turns:
@@ -78,26 +64,44 @@ def _decode(session: Session, prompt: PromptWatcher, stream: Stream, header: Tra
     return recorder.finish(tokens, forced).with_header(quality=quality)
 
 
-class PromptWatcher:
-    """Observes the reading of a prompt: its last masses, and the state of its last token, with which window 0 begins."""
+def _hand_over(prompt: PromptWatcher, recorder: TraceRecorder) -> None:
+    for layer, state in prompt.hidden.items():
+        recorder.hidden(0, layer, state)
+        recorder.prompt_mass(layer, prompt.mass[layer])
 
-    def __init__(self, header: TraceHeader):
-        self.first = header.prompt_tokens - header.prompt_mass_queries
-        self.mass: dict[int, np.ndarray] = defaultdict(lambda: np.zeros(header.prompt_tokens // ENTRY_TOKENS, np.float32))
-        self.hidden: dict[int, np.ndarray] = {}
 
-    def __call__(self, start: int, tokens: int, accesses: list[Access]) -> None:
-        for layer, access in enumerate(accesses):
-            self.hidden[layer] = _numpy(access.hidden[0, -1])
-            if start + tokens > self.first:
-                rows = slice(max(0, self.first - start), None)
-                ids, mass = _numpy(access.ids[0, rows]), _numpy(access.mass[0, rows])
-                np.add.at(self.mass[layer], ids[ids >= 0], mass[ids >= 0])
+def trace_header(
+    model: DeepseekV4, prompt_tokens: int, *, name: str, seed: int, sha256: str | None, prompt_text: str = "", kind: str = "text", tau: int = 64
+) -> TraceHeader:
+    """The header of a trace that is about to be recorded from `model`."""
+    return TraceHeader(
+        geometry=geometry(model),
+        model=ModelInfo(name=name, sha256=sha256, dtype=str(model.lm_head.weight.dtype).removeprefix("torch.")),
+        source="deepseek_v4",
+        prompt_kind=kind,
+        prompt_text=prompt_text,
+        prompt_tokens=prompt_tokens,
+        prompt_mass_queries=min(PROMPT_QUERIES, prompt_tokens),
+        seed=seed,
+        tau=tau,
+        device=torch.cuda.get_device_name() if model.lm_head.weight.is_cuda else "cpu",
+        created=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+    )
 
-    def hand_over(self, recorder: TraceRecorder) -> None:
-        for layer, state in self.hidden.items():
-            recorder.hidden(0, layer, state)
-            recorder.prompt_mass(layer, self.mass[layer])
+
+def trace_of(request: Request, header: TraceHeader, forced: Sequence[bool]) -> Trace:
+    """What `request` selected among all entries in the steps so far, under whatever policy it ran. `forced` is by step."""
+    steps = request.step
+    recorder = TraceRecorder(header, steps, request.layers, request.topk)
+    keys = request.keys_of((header.prompt_tokens + steps) // request.rate)
+    for layer in range(request.layers):
+        near = to_numpy(request.near_mass[:steps, layer])
+        recorder.step(0, layer, request.wanted[:steps, layer].cpu().numpy(), to_numpy(request.mass[:steps, layer]), near[:, 0], near[:, 1])
+        recorder.prompt_mass(layer, request.prompt.mass[layer])
+        recorder.index_keys(layer, to_numpy(keys[layer]))
+        for window in range(-(-steps // header.tau)):
+            recorder.hidden(window, layer, to_numpy(request.hidden[window][layer]))
+    return recorder.finish([*request.prompt.tokens, *request.tokens], list(forced))
 
 
 class DecodeWatcher:
@@ -110,19 +114,15 @@ class DecodeWatcher:
     def __call__(self, start: int, tokens: int, accesses: list[Access]) -> None:
         first = start - self.prompt_tokens
         for layer, access in enumerate(accesses):
-            self.recorder.step(first, layer, *(_numpy(part[0]) for part in access[:4]))
+            self.recorder.step(first, layer, *(to_numpy(part[0]) for part in access[:4]))
             for step in range(first, first + tokens):  # window w begins after step tau * w - 1
                 if (step + 1) % self.tau == 0 and step + 1 < self.steps:
-                    self.recorder.hidden((step + 1) // self.tau, layer, _numpy(access.hidden[0, step - first]))
-
-
-def _numpy(tensor: torch.Tensor):
-    return (tensor if tensor.dtype == torch.int64 else tensor.float()).cpu().numpy()
+                    self.recorder.hidden((step + 1) // self.tau, layer, to_numpy(access.hidden[0, step - first]))
 
 
 def _index_keys(session: Session) -> list:
     states = [layer.index for layer in session.cache.layers if layer.index is not None]
-    return [_numpy(state.entries[0, : state.closed]) for state in states]
+    return [to_numpy(state.entries[0, : state.closed]) for state in states]
 
 
 def geometry(model: DeepseekV4) -> dict:

@@ -12,7 +12,8 @@ from fmsim.trace.format import ENTRY_TOKENS, Trace, TraceHeader
 
 def sort_rows(ids: np.ndarray, mass: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Rows [..., K] in a trace's order: ascending ids, padding (any negative id) last as -1 with mass 0."""
-    ids = np.where(np.asarray(ids) < 0, np.iinfo(np.int64).max, ids)
+    ids = np.asarray(ids, np.int64)
+    ids = np.where(ids < 0, np.iinfo(np.int64).max, ids)
     order = np.argsort(ids, axis=-1, kind="stable")
     ids, mass = np.take_along_axis(ids, order, -1), np.take_along_axis(np.asarray(mass, np.float32), order, -1)
     padding = ids == np.iinfo(np.int64).max

@@ -1,0 +1,135 @@
+"""`fmsim exec`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+if TYPE_CHECKING:
+    from fmsim.nano.prompts import Stream
+    from fmsim.policies.base import Policy
+
+STEPS = 128
+
+
+def exec_(
+    policy: Annotated[str, typer.Option("--policy", "-p", help="which policy keeps the pages; see `fmsim policy list`")] = "lsa",
+    override: Annotated[list[str], typer.Option("--set", "-s", help="a parameter of the policy, e.g. budget=20%, on_miss=fallback")] = [],  # noqa: B006
+    model: Annotated[Path | None, typer.Option(help="a DeepSeek-V4 directory; the shipped nano by default")] = None,
+    prompt_file: Annotated[Path | None, typer.Option(help="text to read, and then to continue; built-in questions by default")] = None,
+    context: Annotated[int, typer.Option(min=1, help="tokens of the prompt; a longer text is cut")] = 8192,
+    steps: Annotated[int, typer.Option(min=1, help="decode steps")] = STEPS,
+    batch: Annotated[int, typer.Option(min=1, help="requests side by side, each somewhat shorter than the one before")] = 1,
+    record: Annotated[Path | None, typer.Option(help="write what the first request selected, as a trace")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="print one JSON object, in the fields of `fmsim run`")] = False,
+    device: Annotated[str | None, typer.Option(help="cuda or cpu; cuda where there is one by default")] = None,
+    seed: Annotated[int, typer.Option(help="decides the built-in questions")] = 0,
+) -> None:
+    """Decode with a real model under a policy: the answer, and what it cost, measured.
+
+    \b
+    fmsim exec --policy lsa
+    fmsim exec --policy lru --set budget=1024entries --context 16384 --json
+    fmsim exec --policy full --prompt-file book.txt --steps 256 --record book.safetensors
+    """
+    from fmsim.errors import FmsimError
+
+    try:
+        import torch
+    except ModuleNotFoundError:
+        raise FmsimError("exec needs torch: pip install 'fmsim[model]'") from None
+    from fmsim.exec import run
+    from fmsim.exec.loader import load_model
+    from fmsim.exec.question import TEXT
+    from fmsim.nano.tokenizer import MODEL_FOLDER
+
+    chosen = _policy(policy, override)
+    device = _device(device, torch.cuda.is_available())
+    folder, text = model or MODEL_FOLDER, TEXT if prompt_file is None else prompt_file.name
+    streams = _streams(model, prompt_file, context, steps, batch, seed)
+    loaded = load_model(folder, device)
+    from fmsim.cli.progress import token_bar
+
+    with token_bar(sum(len(stream.prompt) + min(s.steps for s in streams) for stream in streams)) as advance:
+        decoding, decoded = run.decode(loaded, streams, chosen, seed=seed, progress=advance)
+    report = run.report(decoding, decoded, policy, folder.name if model else "nano", text)
+    if record is not None:
+        _record(record, run, decoding, decoded, folder, seed, text, streams[0].kind)
+    if as_json:
+        import json
+
+        typer.echo(json.dumps(report))
+    else:
+        from fmsim.report import measured
+
+        measured.show(report, _transcript(folder, decoded[0]))
+
+
+def _policy(name: str, overrides: list[str]) -> Policy:
+    import yaml
+
+    from fmsim.errors import FmsimError
+    from fmsim.policies import registry
+
+    given: dict[str, Any] = {}
+    for override in overrides:
+        key, equals, value = override.partition("=")
+        if not equals or not key:
+            raise FmsimError(f"--set {override}: write key=value, such as --set budget=20%")
+        given[key] = yaml.safe_load(value)
+    return registry.build({"policy": name} | given)
+
+
+def _device(asked: str | None, has_cuda: bool) -> str:
+    from fmsim.errors import FmsimError
+
+    if asked not in (None, "cpu", "cuda"):
+        raise FmsimError(f"--device {asked}: write cpu or cuda")
+    if asked == "cuda" and not has_cuda:
+        raise FmsimError("--device cuda: torch finds no CUDA device here; use --device cpu")
+    return asked or ("cuda" if has_cuda else "cpu")
+
+
+def _streams(model: Path | None, prompt_file: Path | None, context: int, steps: int, batch: int, seed: int) -> list[Stream]:
+    """One stream a request. Each later one is 37 tokens shorter, so that a batch's lengths differ in every way."""
+    import numpy as np
+
+    from fmsim.errors import FmsimError
+    from fmsim.nano.prompts import Stream, Turn
+
+    lengths = [context - 37 * number for number in range(batch)]
+    if lengths[-1] < 1:
+        raise FmsimError(f"--batch {batch}: needs --context {37 * batch} or more")
+    if prompt_file is not None:
+        from fmsim.cli.trace import encode
+        from fmsim.nano.tokenizer import MODEL_FOLDER
+
+        ids = encode(model or MODEL_FOLDER, prompt_file, context)
+        return [Stream("text", np.array(ids[:length]), [Turn([], steps)]) for length in lengths]
+    if model is not None:
+        raise FmsimError("--model: the built-in questions are in nano's wording; give a --prompt-file with a model of your own")
+    from fmsim.exec.question import SHORTEST_TOKENS, haystack, questions
+
+    if lengths[-1] < SHORTEST_TOKENS:
+        raise FmsimError(f"--context {context}: the built-in questions need {SHORTEST_TOKENS + 37 * (batch - 1):,} tokens or more")
+    corpus = haystack()
+    return [questions(length, steps, seed + number, corpus) for number, length in enumerate(lengths)]
+
+
+def _record(path: Path, run, decoding, decoded, folder: Path, seed: int, text: str, kind: str) -> None:
+    from fmsim import trace
+    from fmsim.exec.record import weights_digest
+
+    found = run.recorded(decoding, decoded, name=folder.name, sha256=weights_digest(folder), seed=seed, prompt_text=text, kind=kind)
+    trace.write(path, found)
+    typer.echo(f"{path}: {found.n_steps} steps after {found.header.prompt_tokens} tokens", err=True)
+
+
+def _transcript(folder: Path, decoded) -> list[tuple[str, str, bool | None]]:
+    """(asked, answered, right) as text."""
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    return [(tokenizer.decode(asked), tokenizer.decode(answer), right) for asked, answer, right in decoded.answers]

@@ -1,0 +1,179 @@
+"""CSA entries of a batch in two tiers: all of them in a host mirror, and in GPU memory the pages that a policy keeps.
+
+A page of the mirror and a slot of the pool hold the same bytes, in a layout of `fmsim.exec.kernels.layout`. What a
+`fmsim.residency.Residency` moves is carried out here, and counted as it is copied. Missed pages are first *staged*: read from the mirror
+into spare pages of the pool, where the layer that waits for them attends to them; when the step ends, those that got a slot are copied
+there within the GPU, and the others are dropped.
+
+On a GPU the mirror is pinned. On a CPU both tiers are ordinary memory, and every copy is really made.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from fmsim.errors import FmsimError
+from fmsim.exec.kernels.layout import Layout, read_entries, write_entries
+from fmsim.residency import Moves
+
+GIB = 2**30
+
+
+@dataclass(frozen=True)
+class RequestSize:
+    """Pages that one request will have at its end, slots that it may fill in each layer, and pages that one step may miss."""
+
+    pages: int
+    slots: int
+    staged: int
+
+
+class TieredCache:
+    """`layers` CSA layers of a batch of requests; ``mirrored`` is False where nothing ever comes back from the host.
+
+    A request's slot s is page ``slot_start[b] + s`` of a layer's pool, and its page p is page ``page_start[b] + p`` of a layer's mirror.
+    `recalled_pages` and `staged_pages` count what was copied from the mirror, int64 on the device, all layers together.
+    """
+
+    def __init__(
+        self, layout: Layout, layers: int, granularity: int, sizes: Sequence[RequestSize], device: torch.device | str = "cpu", mirrored: bool = True
+    ):
+        self.layout, self.layers, self.granularity, self.sizes = layout, layers, granularity, tuple(sizes)
+        self.device, self.mirrored = torch.device(device), mirrored
+        self.page_bytes = granularity * layout.entry_bytes
+        self.slot_start = _starts(size.slots for size in sizes)
+        self.stage_start = [self.slot_start[-1] + start for start in _starts(size.staged for size in sizes)]
+        self.page_start = _starts(size.pages for size in sizes)
+        pool_pages = self.stage_start[-1] + 1  # the last one takes what is written for nobody
+        mirror_pages = self.page_start[-1] if mirrored else 0
+        check_memory(self.device, layers * pool_pages * self.page_bytes, layers * mirror_pages * self.page_bytes)
+        self.pool = torch.zeros(layers, pool_pages, self.page_bytes, dtype=torch.uint8, device=self.device)
+        self.mirror = torch.zeros(layers, mirror_pages, self.page_bytes, dtype=torch.uint8, pin_memory=self.device.type == "cuda" and mirrored)
+        self.recalled_pages, self.staged_pages = (torch.zeros((), dtype=torch.int64, device=self.device) for _ in range(2))
+
+    @property
+    def stage_pages(self) -> int:
+        """Staging pages of each layer."""
+        return self.stage_start[-1] - self.stage_start[0]
+
+    @property
+    def slot_bytes(self) -> int:
+        """What the slots alone take of GPU memory."""
+        return self.layers * self.slot_start[-1] * self.page_bytes
+
+    @property
+    def pool_bytes(self) -> int:
+        """What the pool takes of GPU memory, staging included."""
+        return self.pool.untyped_storage().nbytes()
+
+    @property
+    def full_bytes(self) -> int:
+        """What the pool would take if every page had a slot."""
+        return self.layers * (self.page_start[-1] + 1) * self.page_bytes
+
+    @property
+    def mirror_bytes(self) -> int:
+        return self.mirror.untyped_storage().nbytes()
+
+    def fill(self, request: int, layer: int, entries: Tensor, table: Tensor) -> None:
+        """A prefill's entries [E, C]: all to the mirror, and to the pool those whose page has a slot in `table` int32 [P + 1]."""
+        numbers = torch.arange(len(entries), device=entries.device)
+        if self.mirrored:
+            places = self.page_start[request] * self.granularity + numbers
+            write_entries(self.mirror[layer], self.layout, places.to(self.mirror.device), entries.to(self.mirror.device))
+        self._write_pool(request, layer, entries, numbers, table)
+
+    def append(self, request: int, layer: int, entry: Tensor, index: Tensor, table: Tensor) -> None:
+        """Write a new entry [1, C], number `index` [1] (-1 = none), through to both tiers."""
+        if self.mirrored:
+            place = torch.where(index < 0, -1, self.page_start[request] * self.granularity + index)
+            write_entries(self.mirror[layer], self.layout, place.to(self.mirror.device), entry.to(self.mirror.device))
+        self._write_pool(request, layer, entry, index, table)
+
+    def blocks(self, request: int, table: Tensor) -> Tensor:
+        """The pool page of each of the request's pages, int64 [P + 1], from a residency table's row; -1 where not resident."""
+        table = table.long()
+        return torch.where(table < 0, -1, table + self.slot_start[request])
+
+    def recall(self, request: int, layer: int, pages: Tensor, slots: Tensor) -> None:
+        """Copy pages [m] of the mirror into slots [m]; -1 = padding."""
+        to = torch.where(slots < 0, -1, slots + self.slot_start[request])
+        self.recalled_pages += copy_pages(self.mirror[layer], pages + self.page_start[request], self.pool[layer], to)
+
+    def stage(self, request: int, layer: int, pages: Tensor, fetched: Tensor, blocks: Tensor) -> None:
+        """Bring `pages` [n] of the mirror where `fetched` into the request's staging pages, and enter them in `blocks`."""
+        to = torch.where(fetched, self.stage_start[request] + torch.arange(len(pages), device=pages.device), -1)
+        self.staged_pages += copy_pages(self.mirror[layer], pages + self.page_start[request], self.pool[layer], to)
+        blocks[torch.where(fetched, pages, -1).long()] = to
+        blocks[-1] = -1
+
+    def settle(self, request: int, layer: int, moves: Moves, blocks: Tensor, group: int) -> None:
+        """Give the pages that were let in their slots: from staging where this layer has them there, or from the mirror."""
+        pages, slots = moves.pages[group], moves.slots[group]
+        staged = torch.where(pages < 0, -1, blocks[pages])
+        to = torch.where(slots < 0, -1, slots + self.slot_start[request])
+        copy_pages(self.pool[layer], staged, self.pool[layer], torch.where(staged >= 0, to, -1))
+        self.recall(request, layer, pages, torch.where(staged >= 0, -1, slots))
+
+    def read(self, layer: int, blocks: Tensor, ids: Tensor) -> Tensor:
+        """float32 [K, C]: entries `ids` [K] through `blocks`; whatever where an id is -1 or its page is not there."""
+        page = blocks[torch.where(ids < 0, -1, ids // self.granularity)]
+        return read_entries(self.pool[layer], self.layout, torch.where(page < 0, 0, page) * self.granularity + ids % self.granularity)
+
+    def read_mirror(self, request: int, layer: int, ids: Tensor) -> Tensor:
+        """The same straight from the mirror, for measuring what attention would have seen; not counted as traffic."""
+        places = self.page_start[request] * self.granularity + ids.clamp(min=0)
+        return read_entries(self.mirror[layer], self.layout, places.to(self.mirror.device)).to(self.device)
+
+    def _write_pool(self, request: int, layer: int, entries: Tensor, numbers: Tensor, table: Tensor) -> None:
+        page = self.blocks(request, table)[torch.where(numbers < 0, -1, numbers // self.granularity)]
+        write_entries(self.pool[layer], self.layout, torch.where(page < 0, -1, page * self.granularity + numbers % self.granularity), entries)
+
+
+def copy_pages(source: Tensor, pages: Tensor, target: Tensor, to: Tensor) -> Tensor:
+    """target[to] = source[pages] where `to` >= 0; returns how many pages that were, int64 on the target's device."""
+    moved = to >= 0
+    target[to[moved]] = source[pages[moved].to(source.device)].to(target.device)
+    return moved.sum()
+
+
+def check_memory(device: torch.device, device_bytes: int, host_bytes: int) -> None:
+    """Raise FmsimError with the figure that is short, before anything is allocated."""
+    if device.type == "cuda":
+        free_bytes = torch.cuda.mem_get_info(device)[0]
+        _check("GPU memory for resident entries", device_bytes, free_bytes, "lower --context, --batch or the policy's budget")
+    else:
+        host_bytes += device_bytes
+    free_bytes = host_free_bytes()
+    if free_bytes is not None:
+        _check("host memory for the cache", host_bytes, free_bytes, "lower --context or --batch")
+
+
+def _check(what: str, needed_bytes: int, free_bytes: int, fix: str) -> None:
+    if needed_bytes > free_bytes:
+        raise FmsimError(
+            f"{what}: {needed_bytes / GIB:.2f} GiB are needed, {(needed_bytes - free_bytes) / GIB:.2f} GiB more than the "
+            f"{free_bytes / GIB:.2f} GiB that are free; {fix}"
+        )
+
+
+def host_free_bytes() -> int | None:
+    """Memory that can be had without swapping, as Linux tells; None elsewhere."""
+    try:
+        with open("/proc/meminfo") as file:
+            fields = dict(line.split(":", 1) for line in file)
+        return int(fields["MemAvailable"].split()[0]) * 1024
+    except (OSError, KeyError, ValueError):
+        return None
+
+
+def _starts(sizes) -> list[int]:
+    """Offsets of parts laid end to end, and the end."""
+    starts = [0]
+    for size in sizes:
+        starts.append(starts[-1] + size)
+    return starts

@@ -1,0 +1,94 @@
+"""`fmsim validate`: each policy of a scenario in both worlds on one trace, and what differs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields
+from typing import Any
+
+import numpy as np
+import torch
+
+from fmsim.exec.driven import DrivenDecode, Outcome
+from fmsim.footprint import Footprint, footprint, indexer_layers
+from fmsim.geometry import Geometry
+from fmsim.ledger import Ledger
+from fmsim.policies.base import Policy
+from fmsim.replay import Replayer
+
+
+@dataclass(frozen=True)
+class Check:
+    """One policy's comparison. `first_difference` is the first step whose slots differ, None where none does."""
+
+    label: str
+    first_difference: int | None
+    differing_fields: list[str]  # of the ledgers
+    replay_pages: int
+    engine_pages: int
+    replay_bytes: int
+    engine_bytes: int
+    predicted_kv_bytes: int
+    allocated_kv_bytes: int
+    staging_bytes: int
+    measured_step_p50_s: float
+
+    @property
+    def identical(self) -> bool:
+        """Slots at every step, all counts, and the bytes moved."""
+        return self.first_difference is None and not self.differing_fields and self.replay_bytes == self.engine_bytes
+
+    def row(self) -> dict[str, Any]:
+        return {"policy": self.label, "identical": self.identical} | {f.name: getattr(self, f.name) for f in fields(self) if f.name != "label"}
+
+
+def validate(
+    policies: Sequence[tuple[str, Callable[[], Policy]]],
+    replayer: Replayer,
+    geometry: Geometry,
+    layer_map: Sequence[int],
+    device: str = "cpu",
+    progress: Callable[[str, int, int], None] = lambda label, done, total: None,
+) -> list[Check]:
+    """Run each of `policies` (label, a way to make it) as a replay in numpy and as a driven decode in torch."""
+    checks = []
+    for number, (label, make) in enumerate(policies):
+        progress(label, number, len(policies))
+        slots: list[np.ndarray] = []
+        ledger = replayer.run(make(), lambda keeper: slots.append(keeper.residency.slots.copy()))  # noqa: B023
+        place = footprint(ledger, geometry, layer_map)
+        keyed_layers = min(geometry.n_csa, indexer_layers(ledger)) if place.keys_tiered else geometry.n_csa
+        outcome = DrivenDecode(replayer, make(), geometry, place.groups, keyed_layers, device).run()
+        checks.append(compare(label, ledger, np.stack(slots), outcome, geometry, place, keyed_layers))
+    return checks
+
+
+def compare(
+    label: str, ledger: Ledger, slots: np.ndarray, outcome: Outcome, geometry: Geometry, place: Footprint, keyed_layers: int
+) -> Check:
+    """The replay's `ledger` and `slots` beside the engine's `outcome`."""
+    differs = np.flatnonzero((slots != outcome.slots).any(axis=(1, 2)))
+    fields_apart = [f.name for f in fields(Ledger) if not np.array_equal(getattr(ledger, f.name), getattr(outcome.ledger, f.name))]
+    loads, engine_loads = ((one.demand_loads + one.lookahead_loads).sum(axis=0, dtype=np.int64) for one in (ledger, outcome.ledger))
+    tiered_keys = place.groups[keyed_layers:]
+    entry_bytes, key_bytes = (ledger.granularity * size for size in (geometry.kv_entry_bytes, geometry.index_key_bytes))
+    tokens = int(place.tokens[-1])
+    slot_entries = ledger.n_slots * ledger.granularity
+    keyed_pairs = keyed_layers * geometry.csa_entries(tokens) + (geometry.n_csa - keyed_layers) * slot_entries
+    return Check(
+        label=label,
+        first_difference=int(differs[0]) if len(differs) else None,
+        differing_fields=fields_apart,
+        replay_pages=int(loads[place.groups].sum()),
+        engine_pages=int(engine_loads[place.groups].sum()),
+        replay_bytes=int(loads[place.groups].sum() * entry_bytes + loads[tiered_keys].sum() * key_bytes),
+        engine_bytes=outcome.h2d_bytes,
+        predicted_kv_bytes=geometry.gpu_kv_bytes(tokens, slot_entries * geometry.n_csa, keyed_pairs),
+        allocated_kv_bytes=outcome.allocated_bytes,
+        staging_bytes=outcome.staging_bytes,
+        measured_step_p50_s=float(np.median(outcome.step_s)),
+    )
+
+
+def device_name(device: str) -> str:
+    return torch.cuda.get_device_name(device) if device.startswith("cuda") else "CPU"

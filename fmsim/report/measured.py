@@ -1,0 +1,70 @@
+"""What `fmsim exec` prints: answers, and one policy's measured figures."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from rich.table import Table
+from rich.text import Text
+
+from fmsim.report.console import wide_console
+
+MIB = 2**20
+Transcript = list[tuple[str, str, bool | None]]
+
+
+def show(report: dict[str, Any], transcript: Transcript) -> None:
+    """Print to standard output, from the report's JSON object and the first request's questions and answers."""
+    console = wide_console(100)
+    for line in _head(report):
+        console.print(line)
+    for asked, answered, right in transcript:
+        console.print()
+        if asked.strip():
+            console.print(Text(asked.strip(), style="dim"))
+        verdict = {True: ("  right", "green"), False: ("  wrong", "red"), None: ("", "")}[right]
+        console.print(Text.assemble((answered.strip(), "bold"), verdict))
+    console.print()
+    console.print(_figures(report))
+
+
+def _head(report: dict[str, Any]) -> list[Text]:
+    about, row = report["scenario"], report["policies"][0]
+    model, prompt = about["model"], about["prompt"]
+    tokens = " and ".join(f"{count:,}" for count in prompt["tokens"])
+    return [
+        Text(f"model   {model['name']}: {model['csa_layers']} of {model['layers']} layers CSA, top-{model['topk']}; {about['dtype']} on {about['device']}"),
+        Text(f"prompt  {tokens} tokens: {prompt['text']}; {about['steps']} decode steps, batch {about['batch']}"),
+        Text(f"policy  {row['policy']}: " + ", ".join(f"{key} {value}" for key, value in _main(about["details"][row["policy"]]["params"]).items())),
+    ]
+
+
+def _main(params: dict[str, Any]) -> dict[str, Any]:
+    return {key: params[key] for key in ("budget", "granularity", "scope", "cadence", "on_miss") if key in params}
+
+
+def _figures(report: dict[str, Any]) -> Table:
+    about, row = report["scenario"], report["policies"][0]
+    details, quality = about["details"][row["policy"]], about["quality"]
+    table = Table("measured", "", show_header=True, header_style="bold", box=None, pad_edge=False)
+    if quality["asked"]:
+        table.add_row("answers", f"{quality['exact']} of {quality['asked']} right")
+    table.add_row(
+        "KV allocated",
+        f"{row['kv_hbm_bytes'] / MIB:.2f} MiB a request, {row['kv_hbm_ratio']:.1%} of what keeping every page takes "
+        f"({details['slot_bytes'] / MIB:.2f} slots, {details['fixed_bytes'] / MIB:.2f} index keys, HCA entries, windows; all requests)",
+    )
+    table.add_row("host mirror", f"{details['host_kv_bytes'] / MIB:.2f} MiB")
+    table.add_row(
+        "step",
+        f"p50 {row['step_s']['p50'] * 1e3:.1f} ms, p99 {row['step_s']['p99'] * 1e3:.1f} ms, {row['decode_tokens_per_s']:.1f} tokens/s "
+        f"on {about['device']}, bookkeeping of these figures included; {row['stall_ratio']:.1%} of it waiting for pages",
+    )
+    pages = details["pages"]
+    table.add_row(
+        "pages moved",
+        f"{pages['lookahead_loads']:,} recalled, {pages['demand_loads']:,} fetched, {pages['written']:,} written, {pages['evicted']:,} given up; "
+        f"{row['h2d_bytes'] / MIB:.2f} MiB from the host",
+    )
+    table.add_row("kept", f"{row['entry_recall']:.1%} of golden entries, {row['mass_kept']:.1%} of the attention mass on selected entries")
+    return table

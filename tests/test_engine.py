@@ -1,0 +1,107 @@
+"""A decode under a policy: against the plain decode where nothing is lost, and against the replay of its own trace."""
+
+import numpy as np
+import pytest
+
+torch = pytest.importorskip("torch", reason="the engine needs fmsim[model]")
+pytest.importorskip("transformers", reason="the engine needs fmsim[model]")
+
+from dataclasses import fields  # noqa: E402
+
+from test_model import CSA, HCA, SLIDING, oracle, ours  # noqa: E402
+
+from fmsim.errors import FmsimError  # noqa: E402
+from fmsim.exec.engine import Engine  # noqa: E402
+from fmsim.exec.prompt import Prompt  # noqa: E402
+from fmsim.exec.record import trace_header, trace_of  # noqa: E402
+from fmsim.policies import registry  # noqa: E402
+from fmsim.replay import Replayer  # noqa: E402
+
+STEPS, TAU = 44, 8
+
+
+@pytest.fixture(scope="module")
+def prompt():
+    model = ours(oracle(layer_types=[SLIDING, CSA, HCA, CSA], index_topk=8))
+    return Prompt(model, torch.randint(0, 64, (150,), generator=torch.Generator().manual_seed(3)).tolist(), STEPS)
+
+
+def decoded(prompt, spec, **options):
+    engine = Engine(prompt, registry.build(spec), tau=TAU, **options)
+    engine.read(range(4))
+    engine.generate(STEPS - 4)
+    return engine
+
+
+EXACT = [
+    "full",
+    "lru",
+    {"policy": "lru", "budget": "9 entries"},
+    {"policy": "lru", "budget": "5 entries"},  # fewer than a step selects: pages pass through
+    {"policy": "lfu", "granularity": 4, "scope": "shared", "budget": "20%"},
+    {"policy": "h2o", "budget": "60 entries"},  # room for all there will be
+]
+
+
+@pytest.mark.parametrize("spec", EXACT, ids=str)
+def test_an_exact_policy_changes_no_token_and_no_logit(prompt, spec):
+    plain = prompt.session()
+    for token in range(4):
+        plain.read([token])
+    tokens = plain.generate(STEPS - 4)
+    engine = decoded(prompt, spec)
+    assert engine.tokens[4:] == tokens
+    torch.testing.assert_close(engine.logits[0], plain.logits, atol=1e-4, rtol=0)
+    ledger = engine.ledger()
+    np.testing.assert_array_equal(ledger.mass_kept, ledger.mass_total)
+
+
+LOSSY = [
+    {"policy": "recency", "budget": "40%"},
+    {"policy": "random", "budget": "50%"},
+    {"policy": "h2o", "budget": "30%"},
+    {"policy": "h2o", "budget": "50%", "scope": "shared", "granularity": 4},
+]
+
+
+@pytest.mark.parametrize("spec", EXACT + LOSSY, ids=str)
+def test_the_replay_of_its_trace_takes_the_same_decisions(prompt, spec):
+    engine = decoded(prompt, spec, select="all")
+    header = trace_header(prompt.model, len(prompt.tokens), name="tiny", seed=0, sha256=None, tau=TAU)
+    trace = trace_of(engine.request, header, [True] * 4 + [False] * (STEPS - 4))
+    entry_bytes = 16 * 4  # 16 dims of float32
+    replayed, measured = Replayer(trace, entry_bytes=entry_bytes).run(registry.build(spec)), engine.ledger()
+    for field in fields(replayed):
+        one, other = getattr(replayed, field.name), getattr(measured, field.name)
+        if field.name.startswith("mass"):
+            np.testing.assert_allclose(one, other, rtol=1e-6)  # numpy sums strided and whole rows in another order
+        else:
+            assert np.array_equal(one, other), field.name
+
+
+def test_masked_selection_is_of_resident_entries_alone(prompt):
+    spec = {"policy": "recency", "budget": "40%"}
+    resident, full = decoded(prompt, spec), decoded(prompt, spec, select="all")
+    pager = resident.pagers[0]
+    assert (pager.ids >= 0).all()  # the next best fill the row
+    assert resident.request.here(0, pager.ids[0]).all()
+    pager = full.pagers[0]
+    assert 0 < (pager.ids >= 0).sum() < 8
+    assert torch.equal(pager.ids >= 0, pager.hit)
+
+
+def test_fallback_fetches_until_enough_is_there(prompt):
+    ledger = decoded(prompt, {"policy": "lru", "on_miss": "fallback", "budget": "10 entries", "fallback_below": 0.75}).ledger()
+    assert ledger.demand_loads.sum() > 0
+    assert (ledger.hit + ledger.demand_loads >= 0.75 * ledger.accessed).all()
+    assert (ledger.hit + ledger.demand_loads < ledger.accessed).any()
+    change = np.diff(ledger.resident, axis=0, prepend=ledger.initial[None])
+    assert np.array_equal(change, ledger.demand_loads + ledger.lookahead_loads + ledger.written - ledger.evicted)
+
+
+def test_what_an_engine_cannot_do_is_one_clear_error(prompt):
+    with pytest.raises(FmsimError, match="future"):
+        Engine(prompt, registry.build("belady"))
+    engine = decoded(prompt, "full")
+    with pytest.raises(FmsimError, match="room for 44 decode steps"):
+        engine.read([1])

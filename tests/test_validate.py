@@ -1,0 +1,89 @@
+"""Replay and engine on one trace: the same slots at every step, and the same bytes, which are really moved."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+pytest.importorskip("torch", reason="the engine needs fmsim[model]")
+pytest.importorskip("transformers", reason="the engine needs fmsim[model]")
+
+from made_trace import HIDDEN, KEY_WIDTH, make_trace  # noqa: E402
+
+from fmsim.errors import FmsimError  # noqa: E402
+from fmsim.exec.driven import DrivenDecode  # noqa: E402
+from fmsim.exec.validate import validate  # noqa: E402
+from fmsim.footprint import spread  # noqa: E402
+from fmsim.geometry import CSA, HCA, PRESETS, SLIDING, from_config  # noqa: E402
+from fmsim.indexer import checkpoint  # noqa: E402
+from fmsim.indexer.checkpoint import Checkpoint  # noqa: E402
+from fmsim.indexer.scorer import LayerWeights, ScorerConfig  # noqa: E402
+from fmsim.policies import registry  # noqa: E402
+from fmsim.replay import Replayer  # noqa: E402
+
+SMALL = {
+    "model_type": "deepseek_v4", "num_hidden_layers": 8, "hidden_size": 384, "compress_ratios": [0, 0, 4, 128, 4, 128, 4, 128],
+    "num_attention_heads": 6, "head_dim": 64, "qk_rope_head_dim": 16, "sliding_window": 128, "index_topk": 16, "index_n_heads": 4,
+    "index_head_dim": 32, "q_lora_rank": 192, "o_lora_rank": 160, "o_groups": 2, "n_routed_experts": 4, "num_experts_per_tok": 2,
+    "moe_intermediate_size": 160, "vocab_size": 4096,
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def replayer():
+    return Replayer(make_trace(prompt_tokens=800, n_steps=70))
+
+
+@pytest.fixture(scope="module")
+def indexer(tmp_path_factory):
+    """Random weights: decisions that mean nothing, and must still be the same in both worlds."""
+    rng, heads = np.random.default_rng(0), 4
+    shapes = ((6, HIDDEN), (6,), (heads * KEY_WIDTH, 6), (heads, HIDDEN))
+    layers = {layer: LayerWeights(*(rng.standard_normal(shape).astype(np.float32) for shape in shapes)) for layer in (0, 1, 2)}
+    path = tmp_path_factory.mktemp("indexer") / "indexer.safetensors"
+    checkpoint.save(Checkpoint(layers, ScorerConfig(rope_dims=2, rope_theta=1e4), 0.5), path)
+    return str(path)
+
+
+POLICIES = [
+    "full",
+    {"policy": "recency", "budget": "10%"},
+    "lru",
+    {"policy": "lru", "budget": "10 entries"},  # fewer slots than a step selects: pages pass through
+    {"policy": "lru", "granularity": 4, "scope": "shared", "budget": "20%"},
+    {"policy": "lru", "on_miss": "fallback"},
+    {"policy": "h2o", "budget": "20%"},
+    {"policy": "lsa", "budget": "30%"},
+    {"policy": "lsa", "budget": "60%", "granularity": 16, "on_miss": "fallback"},
+    {"policy": "lsa", "budget": "30%", "scope": "per_layer", "on_miss": "fetch", "stale": False},
+    {"policy": "oracle"},
+    "belady",
+]
+
+
+@pytest.mark.parametrize("spec", POLICIES, ids=str)
+def test_both_worlds_agree_slot_for_slot_and_byte_for_byte(replayer, indexer, spec):
+    name = spec if isinstance(spec, str) else spec["policy"]
+    given = ({"policy": spec} if isinstance(spec, str) else spec) | ({"checkpoint": indexer} if name == "lsa" else {})
+    geometry = from_config(SMALL, "small")
+    [check] = validate([("it", lambda: registry.build(given))], replayer, geometry, spread(3, 3))
+    assert check.identical, check
+    assert check.allocated_kv_bytes == check.predicted_kv_bytes
+    assert (check.engine_bytes > 0) == (name in ("lru", "lsa", "oracle", "belady"))
+
+
+def test_the_published_geometry_moves_its_own_bytes(replayer):
+    flash = replace(PRESETS["v4-flash"], layer_types=(SLIDING, CSA, HCA, CSA, CSA, CSA))
+    [check] = validate([("lru", lambda: registry.build("lru"))], replayer, flash, spread(3, 4))
+    assert check.identical and check.engine_bytes == check.engine_pages * 584 > 0
+
+
+def test_a_wrong_byte_and_a_wrong_decision_are_found(replayer):
+    geometry = from_config(SMALL, "small")
+    decode = DrivenDecode(replayer, registry.build("lru"), geometry, range(3), 3)
+    decode.entries.pool[:, : decode.entries.slot_start[-1]] ^= 1
+    with pytest.raises(FmsimError, match="differs from the mirror"):
+        decode.run()
+    specs = iter(["lru", "lfu"])
+    [check] = validate([("it", lambda: registry.build(next(specs)))], replayer, geometry, spread(3, 3))
+    assert not check.identical and check.first_difference is not None
