@@ -34,7 +34,7 @@ class Replayer:
         self.prompt_entries = self.header.prompt_tokens // ENTRY_TOKENS
         self.entry_bytes, self.model_layers = entry_bytes, model_layers or self.n_layers
         self.valid = self.ids >= 0
-        self.golden = accesses.golden_mask(self.ids, self.mass)
+        self.golden = self.valid if trace.holds_labels else accesses.golden_mask(self.ids, self.mass)
         self._paged: dict[tuple[int, bool], accesses.Paged] = {}
         self.has_lookahead = trace.hidden is not None and trace.index_keys is not None  # dense models have none
         self._keys: np.ndarray | None = None
@@ -75,6 +75,7 @@ class Replayer:
             granularity=params.granularity,
             prompt_entries=self.prompt_entries,
             topk=self.topk,
+            csa_numbers=tuple(self.trace.csa_numbers),
             n_steps=self.n_steps,
             tau=self.header.tau,
             seed=self.header.seed,

@@ -19,6 +19,7 @@ class HandTrace:
         self.header = SimpleNamespace(prompt_tokens=4 * prompt_entries, tau=tau, seed=0)
         self.prompt_mass = None if prompt_mass is None else np.asarray(prompt_mass, np.float32)
         self.hidden = self.index_keys = None
+        self.holds_labels, self.csa_numbers = False, list(range(shape[1]))
         self.still = still
 
     def n_entries(self, step):

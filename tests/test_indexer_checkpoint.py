@@ -4,7 +4,9 @@ import numpy as np
 import pytest
 import torch
 from safetensors.numpy import load_file, save_file
+from typer.testing import CliRunner
 
+from fmsim.cli.indexer import app
 from fmsim.errors import FmsimError
 from fmsim.indexer import checkpoint
 from fmsim.indexer.checkpoint import Checkpoint
@@ -46,6 +48,31 @@ def test_pt_holds_the_same_and_its_rotations_are_ignored(tmp_path):
     written = load_file(tmp_path / "ours.safetensors")
     assert written.keys() == tensors.keys()
     assert all(np.array_equal(written[key], tensors[key]) for key in tensors)
+
+
+@pytest.mark.parametrize("layers", [(0,), (10, 12, 20), (6, 8, 10, 12, 14, 16, 18, 20)])
+def test_any_layers_and_widths_go_from_pt_to_safetensors_and_back(tmp_path, layers):
+    tensors = published_tensors(layers, hidden=20, rank=7, heads=5, head_dim=8)
+    wider = published_tensors(layers[-1:], hidden=20, rank=9, heads=3, head_dim=8)  # heads and rank may differ by layer
+    tensors |= wider
+    save_file(tensors, tmp_path / "theirs.safetensors")
+    run = CliRunner()
+    for source, target in (("theirs.safetensors", "a.pt"), ("a.pt", "ours.safetensors")):
+        done = run.invoke(app, ["convert", str(tmp_path / source), str(tmp_path / target)])
+        assert done.exit_code == 0 and "3 heads x 8, rank 9" in done.output, done.output
+    state = torch.load(tmp_path / "a.pt", weights_only=True)
+    assert state.keys() == tensors.keys()
+    assert all(np.array_equal(state[key].numpy().view(np.int32), tensors[key].view(np.int32)) for key in tensors)
+    assert (tmp_path / "ours.safetensors").read_bytes() == (tmp_path / "theirs.safetensors").read_bytes()
+
+
+def test_a_pt_does_not_take_what_it_cannot_hold(tmp_path):
+    weights = {0: LayerWeights(*(np.zeros(shape, np.float32) for shape in ((5, 7), (5,), (8, 5), (2, 7))))}
+    for unlike in (Checkpoint(weights, PUBLISHED, threshold=0.6), Checkpoint(weights, ScorerConfig(2, 1e4))):
+        with pytest.raises(FmsimError, match="safetensors"):
+            checkpoint.save(unlike, tmp_path / "a.pt")
+    with pytest.raises(FmsimError, match="a.bin"):
+        checkpoint.save(Checkpoint(weights, PUBLISHED), tmp_path / "a.bin")
 
 
 class Hostile:
@@ -111,7 +138,7 @@ def test_missing_truncated_and_foreign_files(tmp_path):
 def test_misfits_are_named():
     weights = {2: LayerWeights(*(np.zeros(shape, np.float32) for shape in ((5, 7), (5,), (8, 5), (2, 7))))}
     found = Checkpoint(weights, PUBLISHED)
-    found.check_fits(3, 7, 4, "t.safetensors")
-    for misfit, message in (((2, 7, 4), "CSA layers"), ((3, 8, 4), "hidden_size"), ((3, 7, 5), "head_dim")):
+    found.check_fits(range(3), 7, 4, "t.safetensors")
+    for misfit, message in ((((0, 1), 7, 4), "CSA layers"), (((1, 2), 8, 4), "hidden_size"), (((2,), 7, 5), "head_dim")):
         with pytest.raises(FmsimError, match=message):
             found.check_fits(*misfit, "t.safetensors")

@@ -47,6 +47,19 @@ def test_rankings_know_the_past_and_not_the_window():
     assert sorted(np.argsort(-second["oracle"])[:2]) == [1, 3]
 
 
+def test_the_native_indexer_held_is_the_union_of_its_layers_lists():
+    one = np.ones((1, 1), np.float32)
+    native = Checkpoint(dict.fromkeys((0, 1), LayerWeights(one, one[0], one, one)), ScorerConfig(rope_dims=0, rope_theta=1e4))
+    keys = np.array([[5.0, 4.0, 3.0, 2.0, 1.0], [1.0, 2.0, 30.0, 4.0, 5.0]])[..., None]
+    windows = windows_of([[1, 0, 1, 0, 1]], [[1.0] * 5], [5], keys)._replace(hidden=np.ones((1, 2, 1), np.float32))
+    empty = np.zeros((1, 2, 1))
+    trace = SimpleNamespace(header=SimpleNamespace(tau=2), prompt_mass=None, entry_ids=empty.astype(int) - 1, mass=empty)
+    [(_, ranked)] = rankings(one_head(), trace, windows, native)
+    assert ranked["native, held"].tolist() == [0, -1, 0, -2, -1]  # firsts: 0 and 2; seconds: 1 and 4
+    found = evaluate(one_head(), [(trace, windows)], shares=[0.4], native=native)
+    assert found["golden_recall"]["native, held"] == pytest.approx([2 / 3])
+
+
 def test_evaluate_means_over_windows_and_reads_the_threshold():
     keys = np.array([0.0, 3.0, 1.0, 2.0]).reshape(1, 4, 1)  # scores .5 .95 .73 .88: two are above the threshold
     windows = windows_of([[0, 1, 0, 0], [1, 0, 0, 1]], [[0, 1, 0, 0], [0.5, 0, 0, 0.5]], [4, 4], keys)

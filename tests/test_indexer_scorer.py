@@ -9,9 +9,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fmsim.errors import FmsimError
-from fmsim.indexer import scorer
+from fmsim.indexer import checkpoint, scorer
 from fmsim.indexer.network import MemoryIndexer
 from fmsim.indexer.scorer import PUBLISHED, LayerWeights, ScorerConfig, Yarn
+from fmsim.trace import float8
 
 
 def formula(weights: LayerWeights, config: ScorerConfig, hidden, position: int, keys) -> np.ndarray:
@@ -77,8 +78,27 @@ def test_both_renderings_equal_the_formula(heads, head_dim, rope_dims, hadamard,
     np.testing.assert_allclose(plain, expected, atol=tolerance)
     with torch.no_grad():
         rotation = tuple(map(torch.from_numpy, scorer.rotation(config, np.array([position]))))
-        trained = model(torch.from_numpy(hidden)[None], rotation, torch.from_numpy(keys))
+        trained = model(torch.from_numpy(hidden[[0, 2]])[None], rotation, torch.from_numpy(keys[[0, 2]]))
     np.testing.assert_allclose(trained[:, 0], expected, atol=tolerance)
+
+
+@pytest.mark.parametrize("position", [0, 3, 65_536, 1_000_003])
+def test_a_published_scorer_on_float8_keys_equals_the_formula(tmp_path, position):
+    """DeepSeek-V4's rotation (YaRN), Hadamard and 132-byte keys, weights through a checkpoint file, entries through float8."""
+    random = np.random.default_rng(position)
+    shapes = ((32, 64), (32,), (6 * 128, 32), (6, 64))
+    weights = {layer: LayerWeights(*(random.standard_normal(shape).astype(np.float32) for shape in shapes)) for layer in (10, 20)}
+    checkpoint.save(checkpoint.Checkpoint(weights, PUBLISHED), tmp_path / "published.safetensors")
+    loaded = checkpoint.load(tmp_path / "published.safetensors")
+    codes = float8.encode(random.standard_normal((2, 30, 128)) * 100)
+    scales = random.uniform(1e-3, 2e-2, (2, 30)).astype(np.float32)
+    exact = torch.from_numpy(codes).view(torch.float8_e4m3fn).double().numpy() * scales[..., None].astype(np.float64)
+    hidden = torch.from_numpy(random.standard_normal((2, 64))).bfloat16().float().numpy()
+    expected = np.stack([formula(weights[layer], PUBLISHED, hidden[n], position, exact[n]) for n, layer in enumerate((10, 20))])
+    keys = float8.decode(codes) * scales[..., None]
+    found = scorer.layer_logits(list(loaded.layers.values()), loaded.config, hidden, position, keys)
+    np.testing.assert_allclose(found, expected, atol=2e-5 * np.abs(expected).max())
+    np.testing.assert_allclose(scorer.sigmoid(found), 1 / (1 + np.exp(-expected)), atol=1e-4)
 
 
 def test_torch_arrays_and_many_blocks_give_the_same(monkeypatch):

@@ -84,6 +84,42 @@ def test_it_stops_when_held_out_recall_no_longer_grows():
     assert len(seen) == best + 3
 
 
+def test_an_interrupted_run_goes_on_as_if_it_had_not_been(tmp_path):
+    options, state = replace(OPTIONS, steps=60, evaluate_every=20), tmp_path / "run.state"
+
+    def interrupt(progress):
+        if progress.step == 40:
+            raise KeyboardInterrupt
+
+    whole = train(TRAINING[:3], HELD_OUT, CONFIG, options)
+    with pytest.raises(KeyboardInterrupt):
+        train(TRAINING[:3], HELD_OUT, CONFIG, options, report=interrupt, state=state)
+    seen = []
+    resumed = train(TRAINING[:3], HELD_OUT, CONFIG, options, report=seen.append, state=state, resume=True)
+    assert [progress.step for progress in seen] == [60] and not state.exists()
+    assert resumed.threshold == whole.threshold and resumed.training["recall"] == whole.training["recall"]
+    for layer in whole.layers:
+        assert all(np.array_equal(a, b) for a, b in zip(resumed.layers[layer], whole.layers[layer], strict=True))
+
+
+def test_only_a_run_of_the_same_traces_and_options_is_resumed(tmp_path):
+    options, state = replace(OPTIONS, steps=4, evaluate_every=2), tmp_path / "run.state"
+
+    def interrupt(progress):
+        raise KeyboardInterrupt
+
+    with pytest.raises(FmsimError, match="no interrupted training"):
+        train(TRAINING[:2], HELD_OUT, CONFIG, options, state=state, resume=True)
+    with pytest.raises(KeyboardInterrupt):
+        train(TRAINING[:2], HELD_OUT, CONFIG, options, report=interrupt, state=state)
+    for traces, other in ((TRAINING[:2], replace(options, seed=5)), (TRAINING[:3], options)):
+        with pytest.raises(FmsimError, match="run.state: is the state of a run with other"):
+            train(traces, HELD_OUT, CONFIG, other, state=state, resume=True)
+    state.write_bytes(state.read_bytes()[:100])
+    with pytest.raises(FmsimError, match="run.state: no training state"):
+        train(TRAINING[:2], HELD_OUT, CONFIG, options, state=state, resume=True)
+
+
 def test_nothing_to_learn_from_and_unlike_traces_are_errors():
     barren = HELD_OUT[0]._replace(golden=np.zeros_like(HELD_OUT[0].golden))
     with pytest.raises(FmsimError, match="golden"):

@@ -86,6 +86,9 @@ def test_train_then_eval_from_the_command_line(files, tmp_path):
     assert found.training["held_out"] == ["2.safetensors"]
     table = CliRunner().invoke(app, ["eval", out, files[2]])
     assert table.exit_code == 0 and "golden entries recalled" in table.output
+    plot = tmp_path / "plots" / "recall.html"
+    assert CliRunner().invoke(app, ["eval", out, files[2], "--native", out, "--plot", str(plot)]).exit_code == 0
+    assert "native, held" in plot.read_text() and "attention mass kept" in plot.read_text()
     numbers = json.loads(CliRunner().invoke(app, ["eval", out, files[2], "--json"]).stdout)
     assert numbers["threshold"]["kept_share"] == pytest.approx(0.3, abs=0.06)
     assert numbers["mass_recall"]["oracle"][-1] >= numbers["mass_recall"]["lsa (max)"][-1]

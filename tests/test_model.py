@@ -75,6 +75,24 @@ def test_logits_equal_the_oracle_however_the_prompt_is_cut(layers, tokens, cuts,
 
 
 @torch.no_grad()
+def test_the_native_indexer_as_a_checkpoint_selects_what_the_model_selects():
+    from fmsim.exec.native import native_indexer
+    from fmsim.indexer.scorer import layer_logits
+
+    model = ours(oracle(3, layer_types=[SLIDING, CSA, HCA, CSA]))
+    native = native_indexer(model, "tiny")
+    cache = model.new_cache(1, 80)
+    _, accesses = model(torch.randint(0, 64, (1, 80)), cache)
+    keys = [layer.index.entries[0].numpy() for layer in cache.layers if layer.index is not None]
+    for position in (19, 42, 79):
+        hidden = [access.hidden[0, position].numpy() for access in accesses]
+        visible = (position + 1) // 4
+        logits = layer_logits(list(native.layers.values()), native.config, hidden, position, [part[:visible] for part in keys])
+        for layer, access in enumerate(accesses):
+            assert sorted((-logits[layer]).argsort()[:4].tolist()) == access.ids[0, position].tolist()
+
+
+@torch.no_grad()
 def test_the_training_pass_is_the_same_function():
     reference = oracle(layer_types=[SLIDING, CSA, HCA, CSA])
     ids = torch.randint(0, 64, (2, 75))

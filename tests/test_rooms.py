@@ -11,7 +11,7 @@ PACKAGE = Path(__file__).parents[1] / "fmsim"
 FORBIDDEN = {
     "geometry.py": ("fmsim.",),
     "scenario.py": ("fmsim.replay", "fmsim.hw", "fmsim.exec"),
-    "trace": ("fmsim.policies", "fmsim.hw", "fmsim.exec"),
+    "trace": ("fmsim.policies", "fmsim.hw", "fmsim.exec", "fmsim.indexer"),
     "policies": ("fmsim.hw", "fmsim.exec", "fmsim.trace"),
     "residency.py": ("fmsim.policies", "fmsim.hw", "fmsim.exec"),
     "replay.py": ("fmsim.hw", "fmsim.exec"),
@@ -28,6 +28,7 @@ FORBIDDEN = {
     "indexer": ("fmsim.hw", "fmsim.simulate", "fmsim.exec"),
     "exec": ("fmsim.simulate",),
     "exec/kernels": ("fmsim.simulate", "fmsim.policies", "fmsim.residency", "fmsim.hw", "fmsim.exec.model", "fmsim.exec.session"),
+    "tasks": ("fmsim.policies", "fmsim.hw", "fmsim.exec", "fmsim.replay", "fmsim.trace"),
     "report": ("fmsim.policies", "fmsim.hw", "fmsim.replay", "fmsim.exec", "fmsim.trace"),
 }
 TORCH_ROOMS = ("exec", "indexer", "nano", "trace/dense")

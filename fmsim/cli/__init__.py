@@ -6,6 +6,7 @@ import sys
 import typer
 
 from fmsim import __version__
+from fmsim.cli.eval import evaluate
 from fmsim.cli.exec import exec_
 from fmsim.cli.plan import plan
 from fmsim.cli.report import report
@@ -27,6 +28,7 @@ app = typer.Typer(
 
 app.command()(run)
 app.command("exec")(exec_)
+app.command("eval")(evaluate)
 app.command()(plan)
 app.command()(sweep)
 app.command()(tune)

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 if TYPE_CHECKING:
+    from fmsim.indexer.checkpoint import Checkpoint
     from fmsim.indexer.labels import LabelRule
     from fmsim.indexer.windows import Windows
     from fmsim.trace import Trace
@@ -39,7 +40,10 @@ def train(
     random_negatives: Annotated[float, typer.Option(help="negatives sampled a positive")] = 3.0,
     hard_negatives: Annotated[float, typer.Option(help="highest-scoring negatives a positive")] = 1.0,
     mass_power: Annotated[float, typer.Option(help="a positive weighs its mass to this power; 0: all alike")] = 1.0,
+    focal_gamma: Annotated[float, typer.Option(help="focal loss: how little what is already right counts")] = 2.0,
     learning_rate: Annotated[float, typer.Option(help="AdamW's peak learning rate")] = 2e-3,
+    weight_decay: Annotated[float, typer.Option(help="AdamW's weight decay")] = 0.01,
+    warm_up: Annotated[float, typer.Option(help="share of the steps in which the rate rises; then it falls as a cosine")] = 0.05,
     steps: Annotated[int, typer.Option(help="optimizer steps")] = 2000,
     traces_per_step: Annotated[int, typer.Option(help="traces whose queries make a batch")] = 4,
     evaluate_every: Annotated[int, typer.Option(help="steps between evaluations")] = 100,
@@ -49,9 +53,15 @@ def train(
     min_layers: MinLayers = 1,
     horizon: Horizon = None,
     seed: Annotated[int, typer.Option(help="decides the weights and the sampling")] = 0,
+    resume: Annotated[bool, typer.Option("--resume", help="go on with an interrupted run of the same traces and options")] = False,
     device: Annotated[str | None, typer.Option(help="cuda or cpu; cuda where there is one by default")] = None,
 ) -> None:
-    """Train a memory indexer from traces alone; the model that made them is never loaded."""
+    """Train a memory indexer from traces alone; the model that made them is never loaded.
+
+    \b
+    fmsim indexer train traces/*.safetensors --held-out held/*.safetensors --out indexer.safetensors
+    fmsim indexer train traces/*.safetensors --out focal.safetensors --loss focal --min-layers 3 --mass-power 0
+    """
     from fmsim.errors import FmsimError
 
     try:
@@ -71,7 +81,10 @@ def train(
         random_negatives=random_negatives,
         hard_negatives=hard_negatives,
         mass_power=mass_power,
+        focal_gamma=focal_gamma,
         learning_rate=learning_rate,
+        weight_decay=weight_decay,
+        warm_up=warm_up,
         steps=steps,
         traces_per_step=traces_per_step,
         evaluate_every=evaluate_every,
@@ -88,7 +101,11 @@ def train(
     config = ScorerConfig.from_geometry(_geometry(traces[0]))
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     typer.echo(f"{sum(len(windows.entries) for windows in parts[0])} queries of {len(traces)} traces, on {device}", err=True)
-    trained = run(*parts, config, options, device, report=_show_progress)
+    state = out.with_name(out.name + ".state")
+    if state.exists() and not resume:
+        typer.echo(f"{state}: an interrupted run is overwritten; --resume would go on with it", err=True)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    trained = run(*parts, config, options, device, _show_progress, state, resume)
     checkpoint.save(trained, out)
     recall = ", ".join(f"{value:.3f} at {float(share):.0%} kept" for share, value in trained.training["recall"].items())
     typer.echo(f"{out}: golden recall {recall} on held-out traces, in {trained.training['seconds']} s{_peak(device)}")
@@ -101,15 +118,86 @@ def evaluate(
     head_share: HeadShare = 0.6,
     min_layers: MinLayers = 1,
     horizon: Horizon = None,
+    native: Annotated[Path | None, typer.Option(help="the model's lightning indexer (fmsim indexer native); found for nano's traces")] = None,
+    plot: Annotated[Path | None, typer.Option(help="write the curves as an HTML page")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="print one JSON object")] = False,
 ) -> None:
-    """Recall of golden entries and of attention mass against kept share, beside simpler rankings and the oracle."""
+    """Recall of golden entries and of attention mass against kept share, beside simpler rankings and the oracle.
+
+    \b
+    fmsim indexer eval indexer.safetensors held/*.safetensors --plot recall.html
+    """
     from fmsim.indexer import checkpoint as checkpoints
     from fmsim.indexer.eval import evaluate as run
     from fmsim.indexer.labels import LabelRule
 
-    found = run(checkpoints.load(checkpoint), _read(traces, LabelRule(head_share, min_layers, horizon), "scoring"))
+    if plot:
+        from fmsim.cli.plots import check_plotly
+
+        check_plotly()
+    read = _read(traces, LabelRule(head_share, min_layers, horizon), "scoring")
+    held = checkpoints.load(native) if native else _nanos_own([found for found, _ in read])
+    found = run(checkpoints.load(checkpoint), read, native=held)
+    if plot:
+        from fmsim.report.plot import write_page
+        from fmsim.report.recall_plot import recall_figure
+
+        write_page(recall_figure(found), plot)
     typer.echo(json.dumps(found, indent=1)) if as_json else _show(found)
+
+
+def _nanos_own(traces: list[Trace]) -> Checkpoint | None:
+    """nano's lightning indexer, where all traces are of the shipped weights and torch is there to read them."""
+    try:
+        from fmsim.exec.loader import load_model
+        from fmsim.exec.native import native_indexer
+        from fmsim.exec.record import weights_digest
+    except ModuleNotFoundError:
+        return None
+    from fmsim.nano.tokenizer import MODEL_FOLDER
+
+    if {found.header.model.sha256 for found in traces} != {weights_digest(MODEL_FOLDER)}:
+        return None
+    return native_indexer(load_model(MODEL_FOLDER), "nano")
+
+
+@app.command()
+def native(
+    out: Annotated[Path, typer.Option(help="checkpoint to write (.safetensors)")],
+    model: Annotated[Path | None, typer.Argument(help="a DeepSeek-V4 directory; the shipped nano by default")] = None,
+) -> None:
+    """Write a model's own lightning indexer as a checkpoint, to hold for a window: a baseline for eval, and for the policy lsa.
+
+    \b
+    fmsim indexer native --out native.safetensors
+    fmsim run scenarios/500k.yaml -p lsa --set policies.lsa.checkpoint=native.safetensors
+    """
+    from fmsim.exec.loader import load_model
+    from fmsim.exec.native import native_indexer
+    from fmsim.indexer import checkpoint
+    from fmsim.nano.tokenizer import MODEL_FOLDER
+
+    name = model.resolve().name if model else "nano"
+    checkpoint.save(native_indexer(load_model(model or MODEL_FOLDER), name), out)
+    typer.echo(f"{out}: the lightning indexer of {name}")
+
+
+@app.command()
+def convert(
+    source: Annotated[Path, typer.Argument(help="indexer checkpoint (.safetensors or .pt)")],
+    target: Annotated[Path, typer.Argument(help="checkpoint to write; its suffix decides the format")],
+) -> None:
+    """Read a checkpoint, check it, and write its weights unchanged in the other format.
+
+    \b
+    fmsim indexer convert flashmemory.pt flashmemory.safetensors
+    """
+    from fmsim.indexer import checkpoint
+
+    found = checkpoint.load(source)
+    checkpoint.save(found, target)
+    shapes = {f"l{layer}": f"{weights.heads} heads x {weights.head_dim}, rank {len(weights.q_norm)}" for layer, weights in found.layers.items()}
+    typer.echo(f"{target}: hidden size {found.hidden_size}; " + "; ".join(f"{layer}: {shape}" for layer, shape in shapes.items()))
 
 
 def _read(paths: list[Path], rule: LabelRule, doing: str) -> list[tuple[Trace, Windows]]:

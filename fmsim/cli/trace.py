@@ -1,4 +1,4 @@
-"""`fmsim trace`: record what a model attends to, and look into a recording."""
+"""`fmsim trace`: record what a model attends to, look into a recording, exchange it."""
 
 from __future__ import annotations
 
@@ -9,12 +9,15 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from fmsim.cli import exchange
 from fmsim.cli.progress import token_bar
 
 if TYPE_CHECKING:
     from fmsim.nano.prompts import Stream
 
 app = typer.Typer(help="Record attention traces, and look into them.", no_args_is_help=True)
+app.command("import")(exchange.import_traces)
+app.command("export")(exchange.export_traces)
 
 
 class Kind(enum.StrEnum):

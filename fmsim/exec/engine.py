@@ -50,7 +50,10 @@ class Batch:
     Raises FmsimError before anything starts where memory is short, and for what the policy cannot do.
     """
 
-    def __init__(self, prompts: Sequence[Prompt], policy: Policy, *, select: Select = "resident", tau: int = 64, seed: int = 0):
+    def __init__(
+        self, prompts: Sequence[Prompt], policy: Policy, *, select: Select = "resident", tau: int = 64, seed: int = 0,
+        hindsight: Request | None = None,
+    ):  # fmt: skip
         self.model, self.policy = prompts[0].model, policy
         self.device, config = self.model.lm_head.weight.device, self.model.config
         dtype = self.model.lm_head.weight.dtype
@@ -59,7 +62,10 @@ class Batch:
         self.keys = IndexKeys(plain(dtype, config.index_head_dim), layers, capacities, self.device)
         self._fill_keys(prompts)
         self.requests = [
-            Request(prompt, type(policy)(policy.params), entry_bytes=layout.entry_bytes, keys_of=self._keys_of(b), select=select, tau=tau, seed=seed)
+            Request(
+                prompt, type(policy)(policy.params), entry_bytes=layout.entry_bytes, keys_of=self._keys_of(b), select=select, tau=tau, seed=seed,
+                hindsight=hindsight,
+            )  # fmt: skip
             for b, prompt in enumerate(prompts)
         ]
         self.tiers = self._tiers(layout, layers)

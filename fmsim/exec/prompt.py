@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 import torch
 
+from fmsim.errors import FmsimError
 from fmsim.exec.model import CSA, Access, Cache, DeepseekV4, LayerCache
 from fmsim.exec.session import Session
 from fmsim.trace import ENTRY_TOKENS
@@ -48,6 +49,26 @@ class Prompt:
         layers = range(model.config.layer_types.count(CSA))
         self.hidden = np.stack([watcher.hidden[layer] for layer in layers])
         self.mass = np.stack([watcher.mass[layer] for layer in layers]).astype(np.float16).astype(np.float32)
+
+    def extended(self, tokens: Sequence[int], max_steps: int) -> Prompt:
+        """A prompt that goes on with ``tokens``, with room for ``max_steps`` after them, which this one's own room must hold.
+
+        Its mass is this one's and that of the new queries. So a long context is read once, whatever is asked about it.
+        """
+        if len(tokens) + max_steps > self.max_steps:
+            raise FmsimError(f"the prompt was read with room for {self.max_steps} tokens, {len(tokens)} and {max_steps} steps were asked for")
+        longer = copy.copy(self)
+        longer.tokens, longer.max_steps = [*self.tokens, *map(int, tokens)], max_steps
+        watcher = PromptWatcher(len(longer.tokens), len(tokens))
+        longer._session = self.session()
+        longer._session.observer = watcher
+        longer._session.read(list(map(int, tokens)))
+        layers = range(len(self.hidden))
+        longer.hidden = np.stack([watcher.hidden[layer] for layer in layers])
+        mass = np.stack([watcher.mass[layer] for layer in layers])
+        mass[:, : self.mass.shape[1]] += self.mass
+        longer.mass = mass.astype(np.float16).astype(np.float32)
+        return longer
 
     @property
     def model(self) -> DeepseekV4:

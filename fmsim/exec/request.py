@@ -11,6 +11,7 @@ from torch import Tensor
 
 from fmsim.accesses import page_mass, page_step
 from fmsim.errors import FmsimError
+from fmsim.exec.hindsight import Hindsight
 from fmsim.exec.model import CSA
 from fmsim.exec.prompt import Prompt
 from fmsim.keeper import Keeper
@@ -27,13 +28,16 @@ class Request:
 
     Per step, CSA layer and place of the selection among all entries, torch on the device: `wanted` int32 [T, L, K] ids (-1 = none), `mass`
     float32, `hit` and `attended` bool; `near_mass` float32 [T, L, 2] on window and sink. `hidden` float32 [L, H] by window. `keys_of(n)`
-    gives the index keys of the first n entries, float32 [L, n, D]. Raises FmsimError for a policy that an engine cannot run.
+    gives the index keys of the first n entries, float32 [L, n, D]. ``hindsight``, a decode of the same prompt that is over, is what a policy
+    that looks into the future is told. Raises FmsimError for a policy that an engine cannot run, such as that one without it.
     """
 
     def __init__(
-        self, prompt: Prompt, policy: Policy, *, entry_bytes: int, keys_of: Callable[[int], Tensor], select: Select, tau: int, seed: int
-    ):
-        if policy.evidence == "future":
+        self, prompt: Prompt, policy: Policy, *, entry_bytes: int, keys_of: Callable[[int], Tensor], select: Select, tau: int, seed: int,
+        hindsight: Request | None = None,
+    ):  # fmt: skip
+        self.hindsight = hindsight
+        if policy.evidence == "future" and hindsight is None:
             raise FmsimError(f"policy {policy.name}: looks into the future, which a running model does not have; replay it with `fmsim run`")
         config, self.device = prompt.model.config, prompt.model.lm_head.weight.device
         self.prompt, self.policy, self.keys_of, self.select, self.tau = prompt, policy, keys_of, select, tau
@@ -126,6 +130,7 @@ class Request:
             seed=seed,
             prompt_mass=torch.from_numpy(mass).to(self.device),
             lookahead=self._lookahead,
+            future=Hindsight(self.hindsight, params.granularity, self.shared, n_pages) if self.policy.evidence == "future" else None,
             xp=xp,
             device=self.device,
         )

@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import os
 import re
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -49,10 +50,10 @@ class Checkpoint:
     def head_dim(self) -> int:
         return next(iter(self.layers.values())).head_dim
 
-    def check_fits(self, layers: int, hidden_size: int, head_dim: int, source: str) -> None:
-        """Raise FmsimError unless the retrievers can score states and keys of these widths and layers."""
-        if max(self.layers) >= layers:
-            raise FmsimError(f"{source}: has {layers} CSA layers, but the indexer scores CSA layers {sorted(self.layers)}")
+    def check_fits(self, layers: Sequence[int], hidden_size: int, head_dim: int, source: str) -> None:
+        """Raise FmsimError unless the retrievers can score states and keys of these widths and CSA layers, numbered from 0."""
+        if not set(self.layers) <= set(layers):
+            raise FmsimError(f"{source}: has the CSA layers {list(layers)}, but the indexer scores CSA layers {sorted(self.layers)}")
         for name, ours, theirs in (("hidden_size", self.hidden_size, hidden_size), ("head_dim", self.head_dim, head_dim)):
             if ours != theirs:
                 raise FmsimError(
@@ -81,14 +82,21 @@ def load(path: str | os.PathLike) -> Checkpoint:
 
 
 def save(checkpoint: Checkpoint, path: str | os.PathLike) -> None:
-    """Write .safetensors, whole or not at all. A published checkpoint comes out as it came in: same keys, bits, metadata."""
+    """Write .safetensors or .pt, whole or not at all. A published checkpoint comes out as it came in: same keys, bits, metadata.
+
+    A .pt is a state dict alone, without the ``freqs_cis`` that FlashMemory's trainer leaves in it and its loaders skip; FmsimError where
+    the checkpoint says more than that can hold.
+    """
     path = Path(path)
-    if path.suffix != ".safetensors":
-        raise FmsimError(f"{path}: indexer checkpoints are written as .safetensors")
+    if path.suffix not in (".safetensors", ".pt"):
+        raise FmsimError(f"{path}: indexer checkpoints are written as .safetensors or .pt")
     metadata = dict(checkpoint.metadata)
-    if (checkpoint.config, checkpoint.threshold, checkpoint.training) != (PUBLISHED, None, {}):
+    published = (checkpoint.config, checkpoint.threshold, checkpoint.training) == (PUBLISHED, None, {})
+    if not published:
         header = {"scorer": asdict(checkpoint.config), "threshold": checkpoint.threshold, "training": checkpoint.training}
         metadata[METADATA_KEY] = json.dumps(header)
+    if path.suffix == ".pt" and not published:
+        raise FmsimError(f"{path}: a .pt cannot hold this checkpoint's rotation, threshold and training; give a .safetensors file")
     tensors = {
         f"retrievers.l{layer}.{key}": np.ascontiguousarray(getattr(weights, part))
         for layer, weights in checkpoint.layers.items()
@@ -96,7 +104,7 @@ def save(checkpoint: Checkpoint, path: str | os.PathLike) -> None:
     }
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(path.name + ".partial")
-    save_file(tensors, partial, metadata=metadata or None)
+    _write_pt(tensors, partial) if path.suffix == ".pt" else save_file(tensors, partial, metadata=metadata or None)
     partial.replace(path)
 
 
@@ -117,6 +125,12 @@ def _read_pt(path: Path) -> tuple[dict[str, np.ndarray], dict[str, str]]:
         return {key: tensor.numpy() for key, tensor in tensors.items()}, {}
     except Exception as error:  # torch names no common class for what a damaged or foreign pickle raises
         raise FmsimError(f"{path}: not a state dict of tensors: {str(error).splitlines()[0]}") from None
+
+
+def _write_pt(tensors: dict[str, np.ndarray], path: Path) -> None:
+    import torch
+
+    torch.save({key: torch.from_numpy(tensor) for key, tensor in tensors.items()}, path)
 
 
 def _layers(path: Path, tensors: dict[str, np.ndarray]) -> dict[int, LayerWeights]:

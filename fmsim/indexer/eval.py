@@ -36,12 +36,15 @@ def recall_curve(rank: np.ndarray, windows: Windows, query: int, shares: Sequenc
     return found
 
 
-def rankings(checkpoint: Checkpoint, trace: Trace, windows: Windows) -> Iterator[tuple[int, dict[str, np.ndarray]]]:
+def rankings(
+    checkpoint: Checkpoint, trace: Trace, windows: Windows, native: Checkpoint | None = None
+) -> Iterator[tuple[int, dict[str, np.ndarray]]]:
     """Every window's rankings by name, each [entries visible at its start]; windows in order.
 
-    "h2o" is the mass accumulated so far, the prompt's included where the trace has it; "lru" the step of last use.
+    "native, held" is the model's lightning indexer (``native``) at the token before the window: an entry's worth is its best place in any
+    layer's list, so that a cut is the union of the layers' top-k. "h2o" is the mass accumulated so far, the prompt's included
+    where the trace has it; "lru" the step of last use.
     """
-    layers, weights = list(checkpoint.layers), list(checkpoint.layers.values())
     most = windows.golden.shape[1]
     mass_so_far = np.zeros(most, dtype=np.float64)
     if trace.prompt_mass is not None:
@@ -51,13 +54,14 @@ def rankings(checkpoint: Checkpoint, trace: Trace, windows: Windows) -> Iterator
     random = np.random.default_rng(0)
     tau = trace.header.tau
     for query, seen in enumerate(windows.entries.tolist()):
-        keys, position = windows.keys[layers, :seen], int(windows.positions[query])
-        logits = scorer.layer_logits(weights, checkpoint.config, windows.hidden[query, layers], position, keys)
+        logits = _logits(checkpoint, windows, query)
+        held = {"native, held": -_places(_logits(native, windows, query)).min(axis=0)} if native else {}
         golden, mass = windows.golden[query, :seen], windows.mass[query, :seen]
         yield query, {
             "lsa (max)": scorer.combine(logits, "max"),
             "lsa (mean)": scorer.combine(logits, "mean"),
-            **{f"lsa (l{layer})": logits[place] for place, layer in enumerate(layers)},
+            **{f"lsa (l{layer})": logits[place] for place, layer in enumerate(checkpoint.layers)},
+            **held,
             "oracle": np.where(golden, mass + mass.sum() + 1.0, mass),
             "h2o": mass_so_far[:seen].copy(),
             "lru": last_use[:seen].copy(),
@@ -66,6 +70,18 @@ def rankings(checkpoint: Checkpoint, trace: Trace, windows: Windows) -> Iterator
         }
         past = slice(query * tau, (query + 1) * tau)
         _account(trace.entry_ids[past], trace.mass[past], query * tau, mass_so_far, last_use)
+
+
+def _logits(checkpoint: Checkpoint, windows: Windows, query: int) -> np.ndarray:
+    """float32 [layers of the checkpoint, entries visible to the query]."""
+    layers, seen = [windows.layers.index(layer) for layer in checkpoint.layers], int(windows.entries[query])
+    keys, position = windows.keys[layers, :seen], int(windows.positions[query])
+    return scorer.layer_logits(list(checkpoint.layers.values()), checkpoint.config, windows.hidden[query, layers], position, keys)
+
+
+def _places(logits: np.ndarray) -> np.ndarray:
+    """Each entry's place in its layer's list sorted by logit, 0 the highest: int [layers, entries]."""
+    return np.argsort(np.argsort(-logits, axis=1, kind="stable"), axis=1, kind="stable")
 
 
 def _account(ids: np.ndarray, mass: np.ndarray, first_step: int, mass_so_far: np.ndarray, last_use: np.ndarray) -> None:
@@ -77,7 +93,10 @@ def _account(ids: np.ndarray, mass: np.ndarray, first_step: int, mass_so_far: np
 
 
 def evaluate(
-    checkpoint: Checkpoint, traces: Sequence[tuple[Trace, Windows]], shares: Sequence[float] = KEPT_SHARES
+    checkpoint: Checkpoint,
+    traces: Sequence[tuple[Trace, Windows]],
+    shares: Sequence[float] = KEPT_SHARES,
+    native: Checkpoint | None = None,
 ) -> dict[str, Any]:
     """Recall of every ranking over all windows of ``traces``, and what the recommended threshold keeps.
 
@@ -87,8 +106,9 @@ def evaluate(
     curves: dict[str, list[np.ndarray]] = {}
     at_threshold = []
     for trace, windows in traces:
-        checkpoint.check_fits(windows.hidden.shape[1], windows.hidden.shape[2], windows.keys.shape[2], windows.name)
-        for query, ranked in rankings(checkpoint, trace, windows):
+        for scoring in filter(None, (checkpoint, native)):
+            scoring.check_fits(windows.layers, windows.hidden.shape[2], windows.keys.shape[2], windows.name)
+        for query, ranked in rankings(checkpoint, trace, windows, native):
             for name, rank in ranked.items():
                 curves.setdefault(name, []).append(recall_curve(rank, windows, query, shares))
             if checkpoint.threshold is not None:

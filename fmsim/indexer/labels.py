@@ -62,3 +62,23 @@ def labels(entry_ids: np.ndarray, mass: np.ndarray, entries: int, rule: LabelRul
     positives = np.zeros(entries, dtype=bool)
     positives[chosen[layers >= rule.min_layers] % max(entries, 1)] = True
     return Labels(positives, np.bincount(ids[seen], weights=mass[seen], minlength=entries).astype(np.float32))
+
+
+def voted_labels(entry_ids: np.ndarray, share: np.ndarray, entries: int, rule: LabelRule, voters: int) -> Labels:
+    """Labels of a query from golden entries that were found already: ids int [n, K] (negative = padding) and the share [n, K] of
+    ``voters`` layers that chose each. ``Labels.mass`` is the shares' sum."""
+    ids = np.asarray(entry_ids).astype(np.int64)
+    seen = (ids >= 0) & (ids < entries)
+    votes = np.rint(np.asarray(share, dtype=np.float32) * voters)
+    positives = np.zeros(entries, dtype=bool)
+    positives[ids[seen & (votes >= rule.min_layers)]] = True
+    return Labels(positives, np.bincount(ids[seen], weights=np.asarray(share)[seen], minlength=entries).astype(np.float32))
+
+
+def step_votes(entry_ids: np.ndarray, mass: np.ndarray, rule: LabelRule) -> tuple[np.ndarray, np.ndarray]:
+    """One decode step's golden entries, ids int32 [n] ascending, and how many layers chose each: from ids and mass [L, K]."""
+    ids = np.asarray(entry_ids)
+    golden = golden_mask(np.where(ids >= 0, mass, 0.0), rule.head_share) & (ids >= 0)
+    found, layers = np.unique(ids[golden], return_counts=True)
+    chosen = layers >= rule.min_layers
+    return found[chosen].astype(np.int32), layers[chosen].astype(np.int32)

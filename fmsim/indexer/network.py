@@ -59,11 +59,11 @@ class MemoryIndexer(nn.Module):
         self.margin = nn.Parameter(torch.zeros(()))
 
     def forward(self, hidden: Tensor, rotation: tuple[Tensor, Tensor], keys: Tensor) -> Tensor:
-        """hidden [W, L, hidden_size], keys [L, E, head_dim] -> logits [layers scored, W, E].
+        """hidden [W, L, hidden_size], keys [L, E, head_dim], L the layers scored -> logits [L, W, E].
 
         ``rotation``: cosine and sine of the queries' angles, [W, rope_dims / 2] each, as `scorer.rotation` gives them.
         """
-        scored = [self.retrievers[f"l{layer}"](hidden[:, layer], rotation, keys[layer]) for layer in self.layers]
+        scored = [self.retrievers[f"l{layer}"](hidden[:, n], rotation, keys[n]) for n, layer in enumerate(self.layers)]
         return torch.stack(scored)
 
     def weights(self) -> dict[int, LayerWeights]:

@@ -7,9 +7,12 @@ learn jointly, through the maximum of their logits, which is what a resident set
 
 from __future__ import annotations
 
+import json
+import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -23,7 +26,6 @@ from fmsim.indexer.network import MemoryIndexer
 from fmsim.indexer.scorer import ScorerConfig, rotation
 from fmsim.indexer.windows import Windows
 
-FOCAL_GAMMA = 2.0
 PRODUCTS_PER_BATCH = 2**26  # [queries, heads, entries] of one layer, 256 MiB in float32: bounds memory
 RECALL_SHARES = (0.05, 0.10)
 
@@ -31,7 +33,7 @@ RECALL_SHARES = (0.05, 0.10)
 @dataclass(frozen=True)
 class TrainOptions:
     """``random_negatives`` and ``hard_negatives`` a positive; ``loss`` "focal" or "infonce"; ``mass_power``: a positive
-    weighs its attention mass to this power (0 = all alike); ``kept_share``: the share of entries that the recommended
+    weighs its attention mass to this power (0 = all alike); ``warm_up``: share of the steps; ``kept_share``: the share of entries that the recommended
     threshold keeps on the held-out queries; ``patience``: evaluations without a better recall before stopping."""
 
     heads: int = 32
@@ -42,6 +44,8 @@ class TrainOptions:
     mass_power: float = 1.0
     learning_rate: float = 2e-3
     weight_decay: float = 0.01
+    warm_up: float = 0.05
+    focal_gamma: float = 2.0
     steps: int = 2000
     traces_per_step: int = 4
     evaluate_every: int = 100
@@ -84,28 +88,34 @@ def train(
     options: TrainOptions,
     device: str = "cpu",
     report: Callable[[Progress], None] = lambda progress: None,
+    state: Path | None = None,
+    resume: bool = False,
 ) -> Checkpoint:
     """Train retrievers for every CSA layer of the traces; the parameters of the best held-out recall are returned.
 
-    The same inputs, options and device give the same parameters. Raises FmsimError where there is nothing to learn
-    from, or where the traces' widths differ.
+    The same inputs, options and device give the same parameters. With ``state``, a file, each evaluation leaves there what is needed to go on;
+    ``resume`` does, and ends with the parameters that an uninterrupted run has. Raises FmsimError where there is nothing to
+    learn from, where the traces' widths differ, or where the state is another run's.
     """
     started = time.perf_counter()
     batches, held_out_batches = (_batches(part, config, options.heads, device) for part in (training, held_out))
     if not batches or not held_out_batches:
         raise FmsimError("indexer train: needs golden entries in training and in held-out traces; these hold none")
     torch.manual_seed(options.seed)
-    _, layers, hidden_size = training[0].hidden.shape
-    head_dim = training[0].keys.shape[2]
-    model = MemoryIndexer(list(range(layers)), hidden_size, options.heads, head_dim, options.rank, config).to(device)
-    best, best_weights = None, model.weights()
-    for progress in _optimise(model, batches, held_out_batches, options):
+    hidden_size, head_dim = training[0].hidden.shape[2], training[0].keys.shape[2]
+    model = MemoryIndexer(training[0].layers, hidden_size, options.heads, head_dim, options.rank, config).to(device)
+    run = TrainingRun(model, batches, options, [windows.name for windows in (*training, *held_out)])
+    if resume:
+        run.load(state)
+    while not run.finished:
+        progress = run.advance(held_out_batches)
+        if state is not None:
+            run.save(state)
         report(progress)
-        if best is None or progress.merit > best.merit:
-            best, best_weights = progress, model.weights()
-        elif progress.step - best.step >= options.patience * options.evaluate_every:
-            break
-    _restore(model, best_weights)
+    if state is not None:
+        state.unlink(missing_ok=True)
+    best = run.best
+    model.load_state_dict(run.best_parameters)
     record = {
         "options": asdict(options),
         "traces": [windows.name for windows in training],
@@ -115,35 +125,93 @@ def train(
         "mass_kept": dict(zip(map(str, RECALL_SHARES), best.mass_kept, strict=True)),
         "seconds": round(time.perf_counter() - started, 1),
     }
-    return Checkpoint(best_weights, config, threshold_of_share(model, held_out_batches, options.kept_share), record)
+    return Checkpoint(model.weights(), config, threshold_of_share(model, held_out_batches, options.kept_share), record)
 
 
-def _optimise(model: MemoryIndexer, batches: list[Batch], held_out: list[Batch], options: TrainOptions):
-    """AdamW over ``options.steps`` steps, warm-up then cosine; yields a Progress an evaluation."""
-    optimizer = torch.optim.AdamW(model.parameters(), lr=options.learning_rate, weight_decay=options.weight_decay)
-    warm_up = max(options.steps // 20, 1)
+class TrainingRun:
+    """AdamW over the options' steps, warm-up then cosine, from one evaluation to the next; it can be saved in between."""
 
-    def rate(step: int) -> float:
-        cosine = 0.5 * (1 + np.cos(np.pi * max(step - warm_up, 0) / max(options.steps - warm_up, 1)))
+    def __init__(self, model: MemoryIndexer, batches: list[Batch], options: TrainOptions, traces: list[str]):
+        self.model, self.batches, self.options = model, batches, options
+        self.about = json.dumps([asdict(options), traces])
+        self.optimizer = torch.optim.AdamW(model.parameters(), lr=options.learning_rate, weight_decay=options.weight_decay)
+        self.schedule = torch.optim.lr_scheduler.LambdaLR(self.optimizer, self._rate)
+        self.order = np.random.default_rng(options.seed)
+        self.generator = torch.Generator(device=batches[0].hidden.device).manual_seed(options.seed)
+        self.step = 0
+        self.best: Progress | None = None
+        self.best_parameters: dict[str, Tensor] = {}
+
+    def _rate(self, step: int) -> float:
+        warm_up = max(int(self.options.steps * self.options.warm_up), 1)
+        cosine = 0.5 * (1 + math.cos(math.pi * max(step - warm_up, 0) / max(self.options.steps - warm_up, 1)))
         return min((step + 1) / warm_up, cosine)
 
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, rate)
-    order = np.random.default_rng(options.seed)
-    generator = torch.Generator(device=batches[0].hidden.device).manual_seed(options.seed)
-    losses = []
-    for step in range(1, options.steps + 1):
-        picked = order.choice(len(batches), size=min(options.traces_per_step, len(batches)), replace=False)
+    @property
+    def finished(self) -> bool:
+        options = self.options
+        stale = self.best is not None and self.step - self.best.step >= options.patience * options.evaluate_every
+        return stale or self.step >= options.steps
+
+    def advance(self, held_out: list[Batch]) -> Progress:
+        """Train up to the next evaluation, evaluate, and keep the parameters if they are the best so far."""
+        losses = []
+        while not losses or (self.step % self.options.evaluate_every and self.step < self.options.steps):
+            losses.append(self._one_step())
+        progress = Progress(self.step, torch.stack(losses).mean().item(), *recall_at(self.model, held_out, RECALL_SHARES))
+        if self.best is None or progress.merit > self.best.merit:
+            self.best, self.best_parameters = progress, {key: value.clone() for key, value in self.model.state_dict().items()}
+        return progress
+
+    def _one_step(self) -> Tensor:
+        picked = self.order.choice(len(self.batches), size=min(self.options.traces_per_step, len(self.batches)), replace=False)
+        losses = []
         for index in picked:
-            loss = _loss(model, batches[index], options, generator) / len(picked)
-            loss.backward()
-            losses.append(loss.detach() * len(picked))
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
-        schedule.step()
-        if step % options.evaluate_every == 0 or step == options.steps:
-            yield Progress(step, torch.stack(losses).mean().item(), *recall_at(model, held_out, RECALL_SHARES))
-            losses = []
+            loss = _loss(self.model, self.batches[index], self.options, self.generator)
+            (loss / len(picked)).backward()
+            losses.append(loss.detach())
+        torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        self.schedule.step()
+        self.step += 1
+        return torch.stack(losses).mean()
+
+    def save(self, path: Path) -> None:
+        """Write the run's state, whole or not at all."""
+        found = {
+            "about": self.about,
+            "step": self.step,
+            "model": self.model.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "schedule": self.schedule.state_dict(),
+            "order": json.dumps(self.order.bit_generator.state),
+            "generator": self.generator.get_state(),
+            "best": list(self.best),
+            "best_parameters": self.best_parameters,
+        }
+        partial = path.with_name(path.name + ".partial")
+        torch.save(found, partial)
+        partial.replace(path)
+
+    def load(self, path: Path) -> None:
+        """Go on from a saved state; FmsimError where it is missing, damaged, or of other traces or options."""
+        if not path.exists():
+            raise FmsimError(f"{path}: no interrupted training to resume; leave out --resume")
+        try:
+            found = torch.load(path, map_location=self.generator.device, weights_only=True)
+            about = found["about"]
+        except Exception as error:  # torch names no common class for what a damaged file raises
+            raise FmsimError(f"{path}: no training state ({str(error).splitlines()[0]}); take it away and train anew") from None
+        if about != self.about:
+            raise FmsimError(f"{path}: is the state of a run with other traces or options; give those, or train without --resume")
+        self.model.load_state_dict(found["model"])
+        self.optimizer.load_state_dict(found["optimizer"])
+        self.schedule.load_state_dict(found["schedule"])
+        self.order.bit_generator.state = json.loads(found["order"])
+        self.generator.set_state(found["generator"].cpu())
+        self.step, self.best_parameters = found["step"], found["best_parameters"]
+        self.best = Progress(*(tuple(part) if isinstance(part, list | tuple) else part for part in found["best"]))
 
 
 def _loss(model: MemoryIndexer, batch: Batch, options: TrainOptions, generator: torch.Generator) -> Tensor:
@@ -153,7 +221,7 @@ def _loss(model: MemoryIndexer, batch: Batch, options: TrainOptions, generator: 
     weights = weights / weights.sum(-1, keepdim=True) * batch.golden.sum(-1, keepdim=True)  # mean 1 a positive
     if options.loss == "infonce":
         return infonce_loss(logits, weights, batch.golden | negatives)
-    return focal_loss(logits - model.margin, weights, negatives)
+    return focal_loss(logits - model.margin, weights, negatives, options.focal_gamma)
 
 
 def _negatives(logits: Tensor, batch: Batch, options: TrainOptions, generator: torch.Generator) -> Tensor:
@@ -168,11 +236,11 @@ def _negatives(logits: Tensor, batch: Batch, options: TrainOptions, generator: t
     return candidates & (chosen | (logits > highest.gather(1, hard)))
 
 
-def focal_loss(logits: Tensor, positive_weights: Tensor, negatives: Tensor) -> Tensor:
-    """Focal loss (arXiv 1708.02002, gamma 2) a positive: logits, weights (0 = no positive) [W, E], negatives bool."""
+def focal_loss(logits: Tensor, positive_weights: Tensor, negatives: Tensor, gamma: float) -> Tensor:
+    """Focal loss (arXiv 1708.02002) a positive: logits, weights (0 = no positive) [W, E], negatives bool."""
     score = logits.sigmoid()
-    missed = positive_weights * (1 - score) ** FOCAL_GAMMA * F.softplus(-logits)
-    false = negatives * score**FOCAL_GAMMA * F.softplus(logits)
+    missed = positive_weights * (1 - score) ** gamma * F.softplus(-logits)
+    false = negatives * score**gamma * F.softplus(logits)
     return (missed + false).sum() / positive_weights.sum()
 
 
@@ -216,7 +284,7 @@ def _batches(parts: Sequence[Windows], config: ScorerConfig, heads: int, device:
     """Windows on the device, split so that no batch exceeds PRODUCTS_PER_BATCH; queries without positives left out."""
     batches = []
     for windows in parts:
-        if windows.hidden.shape[1:] != parts[0].hidden.shape[1:] or windows.keys.shape[2] != parts[0].keys.shape[2]:
+        if windows.layers != parts[0].layers or windows.hidden.shape[2] != parts[0].hidden.shape[2] or windows.keys.shape[2] != parts[0].keys.shape[2]:
             raise FmsimError(f"{windows.name}: its layers or widths differ from those of {parts[0].name}")
         keys = torch.from_numpy(windows.keys).to(device)
         queries = np.flatnonzero(windows.golden.any(1))
@@ -229,12 +297,3 @@ def _batches(parts: Sequence[Windows], config: ScorerConfig, heads: int, device:
             cos, sin = (torch.from_numpy(array).to(device) for array in rotation(config, windows.positions[part]))
             batches.append(Batch((cos, sin), hidden, keys, visible, golden, mass, int(golden.sum(1).max())))
     return batches
-
-
-def _restore(model: MemoryIndexer, weights: dict) -> None:
-    with torch.no_grad():
-        for layer, parts in weights.items():
-            retriever = model.retrievers[f"l{layer}"]
-            targets = (retriever.wq_a.weight, retriever.q_norm_weight, retriever.wq_b.weight, retriever.weights_proj.weight)
-            for target, value in zip(targets, parts, strict=True):
-                target.copy_(torch.from_numpy(value))

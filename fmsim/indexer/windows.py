@@ -7,7 +7,7 @@ from typing import NamedTuple
 import numpy as np
 
 from fmsim.errors import FmsimError
-from fmsim.indexer.labels import LabelRule, labels
+from fmsim.indexer.labels import LabelRule, labels, voted_labels
 from fmsim.trace.format import ENTRY_TOKENS, Trace
 
 
@@ -16,7 +16,8 @@ class Windows(NamedTuple):
 
     ``positions`` int64 [W] of the query tokens, ``entries`` int64 [W] visible to each, ``hidden`` float32 [W, L, H],
     ``keys`` float32 [L, E, D] with E the most entries that a query sees, ``golden`` bool [W, E] and ``mass`` float32
-    [W, E] (False and 0 beyond a query's entries).
+    [W, E] (False and 0 beyond a query's entries). ``csa_numbers``: which of the model's CSA layers the L are, from 0; the first L if
+    empty.
     """
 
     name: str
@@ -26,6 +27,12 @@ class Windows(NamedTuple):
     keys: np.ndarray
     golden: np.ndarray
     mass: np.ndarray
+    csa_numbers: tuple[int, ...] = ()
+
+    @property
+    def layers(self) -> list[int]:
+        """The CSA layers' numbers, in the order of the L axis."""
+        return list(self.csa_numbers or range(self.hidden.shape[1]))
 
 
 def check_scorable(trace: Trace, name: str) -> None:
@@ -39,7 +46,10 @@ def check_scorable(trace: Trace, name: str) -> None:
 
 
 def read_windows(trace: Trace, name: str, rule: LabelRule) -> Windows:
-    """Queries, keys and labels of ``trace``; ``name`` stands in messages. Decode steps are read a window at a time."""
+    """Queries, keys and labels of ``trace``; ``name`` stands in messages. Decode steps are read a window at a time.
+
+    A trace that holds labels (`Trace.holds_labels`) has only the rule's ``min_layers`` and ``horizon_steps`` applied to them.
+    """
     check_scorable(trace, name)
     tau = trace.header.tau
     positions = trace.header.prompt_tokens + tau * np.arange(trace.n_windows) - 1
@@ -50,6 +60,10 @@ def read_windows(trace: Trace, name: str, rule: LabelRule) -> Windows:
     horizon = rule.horizon_steps or tau
     for window, visible in enumerate(entries):
         ahead = slice(window * tau, window * tau + horizon)
-        found = labels(trace.entry_ids[ahead], trace.mass[ahead], int(visible), rule)
+        rows = trace.entry_ids[ahead], trace.mass[ahead]
+        if trace.holds_labels:
+            found = voted_labels(rows[0][:, 0], rows[1][:, 0], int(visible), rule, trace.header.geometry["label_layers"])
+        else:
+            found = labels(*rows, int(visible), rule)
         golden[window, :visible], mass[window, :visible] = found
-    return Windows(name, positions, entries, trace.hidden[:], trace.keys(most), golden, mass)
+    return Windows(name, positions, entries, trace.hidden[:], trace.keys(most), golden, mass, tuple(trace.csa_numbers))

@@ -89,6 +89,7 @@ class Context:
     n_steps: int  # T; the engine passes the most it will decode
     tau: int = 64
     entry_tokens: int = 4  # tokens of the text in an entry (the CSA rate)
+    csa_numbers: tuple[int, ...] = ()  # which of the model's CSA layers the n_layers are, from 0; the first ones if empty
     seed: int = 0
     prompt_mass: Array | None = None  # [G, P] float32: attention mass of the prompt's queries on each page
     lookahead: Callable[[int], LookaheadState] | None = None  # window -> state

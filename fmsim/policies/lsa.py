@@ -64,13 +64,15 @@ class LSA(LookaheadPolicy):
             )
         loaded = checkpoint.load(self.params.checkpoint or checkpoint.SHIPPED)
         state = ctx.lookahead(0)
-        loaded.check_fits(ctx.n_layers, state.hidden.shape[1], state.keys.shape[2], "policy lsa: the trace")
+        numbers = list(ctx.csa_numbers or range(ctx.n_layers))
+        loaded.check_fits(numbers, state.hidden.shape[1], state.keys.shape[2], "policy lsa: the trace")
         self.layers = list(self.params.layers or loaded.layers)
         absent = sorted(set(self.layers) - set(loaded.layers))
         if absent:
             raise FmsimError(f"policy lsa: layers: no retriever for CSA layers {absent}; the checkpoint has {list(loaded.layers)}")
-        if self.params.scope == "per_layer" and self.layers != list(range(ctx.n_layers)):
-            raise FmsimError(f"policy lsa: scope per_layer needs layers 0 to {ctx.n_layers - 1}, not {self.layers}")
+        if self.params.scope == "per_layer" and self.layers != numbers:
+            raise FmsimError(f"policy lsa: scope per_layer needs the trace's CSA layers, {numbers}, not {self.layers}")
+        self.rows = [numbers.index(layer) for layer in self.layers]  # of the lookahead state
         self.config = loaded.config
         parts = [loaded.layers[layer] for layer in self.layers]
         self.weights = [LayerWeights(*(ctx.xp.asarray(part, device=ctx.device) for part in layer)) for layer in parts]
@@ -83,7 +85,7 @@ class LSA(LookaheadPolicy):
 
     def score(self, step: int) -> Array:
         state, xp = self._state(step), self.ctx.xp
-        hidden, keys = ([array[layer] for layer in self.layers] for array in (state.hidden, state.keys))
+        hidden, keys = ([array[row] for row in self.rows] for array in (state.hidden, state.keys))
         logits = scorer.layer_logits(self.weights, self.config, hidden, state.position, keys)
         if self.params.scope == "shared":
             logits = scorer.combine(logits, self.params.combine)[None]
@@ -92,6 +94,7 @@ class LSA(LookaheadPolicy):
         padding = xp.full((logits.shape[0], missing), -np.inf, dtype=logits.dtype, device=self.ctx.device)
         in_pages = xp.reshape(xp.concat((logits, padding), axis=1), (logits.shape[0], pages, self.ctx.granularity))
         best = xp.max(in_pages, axis=2)
+        self.confidence = xp.max(best)  # that there is anything to recall at all: a signal to weigh against misses
         if self.params.page_rank == "max":
             return best
         above = xp.sum(xp.astype(in_pages >= self.lowest_logit, best.dtype), axis=2)

@@ -50,8 +50,12 @@ def axis_sizes(trace: Trace) -> dict[str, int]:
     csa_layers = _geometry(trace, "csa_layers", list)
     if len(csa_layers) != layers:
         fail(trace, "geometry.csa_layers", f"lists {len(csa_layers)} layers, entry_ids holds {layers}")
-    if _geometry(trace, "index_topk", int) < topk:
+    if _geometry(trace, "index_topk", int) < topk and not trace.holds_labels:
         fail(trace, "geometry.index_topk", f"is {trace.header.geometry['index_topk']}, yet entry_ids holds {topk} ids a row")
+    if "csa_numbers" in trace.header.geometry and len(_geometry(trace, "csa_numbers", list)) != layers:
+        fail(trace, "geometry.csa_numbers", f"numbers {len(trace.csa_numbers)} layers, entry_ids holds {layers}")
+    if trace.holds_labels and _geometry(trace, "label_layers", int) < 1:
+        fail(trace, "geometry.label_layers", "is below 1")
     sizes = {"T": steps, "L": layers, "K": topk, "E": trace.total_entries, "W": trace.n_windows}
     sizes["N"] = trace.header.prompt_tokens + steps
     sizes["H"] = 0 if trace.hidden is None else _geometry(trace, "hidden_size", int)
@@ -73,7 +77,7 @@ def validate(trace: Trace) -> None:
     check_structure(trace)
     for first in range(0, trace.n_steps, STEPS_AT_ONCE):
         _check_steps(trace, first)
-    if np.min(trace.token_ids) < 0:
+    if trace.token_ids is not None and np.min(trace.token_ids) < 0:
         fail(trace, "token_ids", f"token {int(np.argmin(trace.token_ids))} is negative")
     forced = np.asarray(trace.forced)
     if forced.dtype == bool and forced.view(np.uint8).max() > 1:
@@ -107,7 +111,7 @@ def _check_steps(trace: Trace, first: int) -> None:
         total = total + part
     least = 1 - MASS_TOLERANCE if trace.header.source == "deepseek_v4" else 0
     wrong = (total > 1 + MASS_TOLERANCE) | (total < least)
-    if wrong.any():
+    if wrong.any() and not trace.holds_labels:
         step, layer = np.argwhere(wrong)[0]
         what = f"with window_mass and sink_mass it sums to {total[step, layer]:.3f}, not 1"
         _at(trace, "mass", wrong, first, what)

@@ -19,6 +19,7 @@ from fmsim.trace import float8
 FORMAT_VERSION = 1
 METADATA_KEY = "fmsim_trace"  # the safetensors metadata entry that holds the header
 ENTRY_TOKENS = 4  # tokens from one CSA entry to the next
+LABELS = "flashmemory_labels"  # the source of a trace whose rows are golden labels, not accesses
 PADDING = 65535  # an entry id of this, in files whose ids are uint16, is no entry
 BLOCK = 65536  # entries whose ids differ in their low 16 bits: a longer trace stores these, and how many of a row stand in each block
 
@@ -41,7 +42,7 @@ class TraceHeader(BaseModel):
     format_version: Literal[1] = FORMAT_VERSION
     geometry: dict[str, Any]
     model: ModelInfo
-    source: Literal["deepseek_v4", "dense_pooled"]
+    source: Literal["deepseek_v4", "dense_pooled", "flashmemory_labels"]
     prompt_kind: str
     prompt_text: str = ""  # what the text is, where it comes from, its licence
     prompt_tokens: int = Field(ge=1)
@@ -68,7 +69,7 @@ TENSORS = {
     "mass": TensorSpec(("float16",), "TLK"),
     "window_mass": TensorSpec(("float16",), "TL"),
     "sink_mass": TensorSpec(("float16",), "TL"),
-    "token_ids": TensorSpec(("uint16", "int32"), "N"),
+    "token_ids": TensorSpec(("uint16", "int32"), "N", optional=True),
     "forced": TensorSpec(("bool",), "T"),
     "hidden": TensorSpec(("float16",), "WLH", optional=True),
     "index_keys": TensorSpec(("uint8",), "LED", optional=True),
@@ -132,7 +133,7 @@ class Trace:
     mass              float32 [T, L, K] softmax probability on the entry, mean over heads; 0 on padding
     window_mass       float32 [T, L]    the same on the sliding window's tokens
     sink_mass         float32 [T, L]    the same on the attention sink
-    token_ids         int32 [N]         the prompt, then each step's input token
+    token_ids         int32 [N]         the prompt, then each step's input token, or None
     forced            bool [T]          the step's input token was given, not generated
     hidden            float32 [W, L, H] the layer's attention input at position prompt_tokens + tau * w - 1, or None
     index_keys        uint8 [L, E, D]   float8 e4m3fn codes, RoPE already applied, or None; `keys` decodes them
@@ -140,7 +141,8 @@ class Trace:
     prompt_mass       float32 [L, E]    mass summed over the last `header.prompt_mass_queries` prompt tokens, or None
 
     Mass of entries, window and sink sum to 1 where the model is a DeepSeek-V4. In a dense_pooled trace the sum is below 1
-    by what fell on entries beyond the top k. ``path`` is the file, for messages.
+    by what fell on entries beyond the top k. Where `holds_labels`, rows are golden labels and mass is no mass. ``path`` is the
+    file, for messages.
     """
 
     header: TraceHeader
@@ -148,7 +150,7 @@ class Trace:
     mass: Array
     window_mass: Array
     sink_mass: Array
-    token_ids: np.ndarray
+    token_ids: np.ndarray | None
     forced: np.ndarray
     hidden: Array | None = None
     index_keys: np.ndarray | None = None
@@ -168,6 +170,16 @@ class Trace:
     def topk(self) -> int:
         """K, the width of a row."""
         return self.entry_ids.shape[2]
+
+    @property
+    def holds_labels(self) -> bool:
+        """Rows are the entries golden at a step, the same in all layers, and mass the share of the model's CSA layers that chose each."""
+        return self.header.source == LABELS
+
+    @property
+    def csa_numbers(self) -> list[int]:
+        """The number, from 0, of each of the trace's layers among the model's CSA layers."""
+        return self.header.geometry.get("csa_numbers") or list(range(self.n_layers))
 
     @property
     def n_windows(self) -> int:

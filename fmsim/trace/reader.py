@@ -38,7 +38,8 @@ def read(path: str | Path, check: bool = False) -> Trace:
     table, start = _safetensors_header(path, data)
     header = _trace_header(path, table.pop("__metadata__", None))
     stored = _tensors(path, table, data[start:])
-    columns = {name: _column(name, array) for name, array in stored.items() if name != "entry_blocks"}
+    columns = dict.fromkeys(name for name in TENSORS if name != "entry_blocks")
+    columns |= {name: _column(name, array) for name, array in stored.items() if name != "entry_blocks"}
     columns["entry_ids"] = _entry_ids(path, header, stored)
     trace = Trace(header=header, path=path, **columns)
     check_structure(trace)

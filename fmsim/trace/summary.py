@@ -7,6 +7,7 @@ import numpy as np
 from fmsim.trace.format import Trace
 
 HEAD_SHARE = 0.95
+LABELLED = "golden labels, not attention; mass is the share of CSA layers that chose an entry"
 
 
 def summary(trace: Trace) -> dict:
@@ -17,7 +18,7 @@ def summary(trace: Trace) -> dict:
         "prompt": f"{header.prompt_kind}, {header.prompt_tokens:,} tokens, seed {header.seed}",
         "text": header.prompt_text or "not said",
         "decode": f"{trace.n_steps} steps, {int((~trace.forced).sum())} of them generated",
-        "selected": f"{trace.topk} of {trace.total_entries:,} entries a step and layer, {trace.n_layers} layers",
+        "selected": LABELLED if trace.holds_labels else f"{trace.topk} of {trace.total_entries:,} entries a step and layer, {trace.n_layers} layers",
         "answers": ", ".join(f"{key} {value}" for key, value in header.quality.items()) or "none asked",
         "for lookahead": "hidden states and index keys" if trace.hidden is not None and trace.index_keys is not None else "nothing",
         "recorded": f"{header.created} on {header.device}",

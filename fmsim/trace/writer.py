@@ -45,7 +45,8 @@ def encode_tensors(trace: Trace) -> dict[str, np.ndarray]:
         tensors["entry_ids"], tensors["entry_blocks"] = encode_blocked_ids(ids, trace.total_entries)
     else:
         tensors["entry_ids"] = encode_ids(ids)
-    tensors["token_ids"] = encode_tokens(np.asarray(trace.token_ids))
+    if trace.token_ids is not None:
+        tensors["token_ids"] = encode_tokens(np.asarray(trace.token_ids))
     names = list(TENSORS)
     return dict(sorted(tensors.items(), key=lambda item: (-item[1].itemsize, names.index(item[0]))))
 

@@ -1,0 +1,92 @@
+"""`fmsim eval`."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+DEFAULT_POLICIES = ["full", "lsa", "lsa:on_miss=fallback", "recency", "random", "lru", "h2o", "oracle"]
+
+
+def evaluate(
+    task: Annotated[list[str], typer.Option("--task", "-t", help="task family; repeat for more; all by default")] = [],  # noqa: B006
+    length: Annotated[list[int], typer.Option("--length", "-l", help="tokens of a context; repeat for more")] = [32_768],  # noqa: B006
+    samples: Annotated[int, typer.Option(help="contexts a family and length")] = 10,
+    policy: Annotated[list[str], typer.Option("--policy", "-p", help="name, or name:key=value,key=value; repeat for more")] = DEFAULT_POLICIES,
+    budget: Annotated[str, typer.Option(help="of every policy that does not name its own")] = "10%",
+    checkpoint: Annotated[Path | None, typer.Option(help="lsa's memory indexer; the shipped one by default")] = None,
+    corpus: Annotated[Path | None, typer.Option(help="folder of `python -m fmsim.nano.tokens`: text that nano never read")] = None,
+    text: Annotated[list[Path], typer.Option(help="text files instead of a corpus")] = [],  # noqa: B006
+    geometry: Annotated[str, typer.Option(help="preset whose full cache gives the GiB")] = "v4-flash",
+    hardware: Annotated[str, typer.Option(help="preset of the simulated stalls")] = "h100",
+    seed: Annotated[int, typer.Option(help="decides texts, facts and questions")] = 42,
+    device: Annotated[str | None, typer.Option(help="cuda or cpu; cuda where there is one by default")] = None,
+    out: Annotated[Path | None, typer.Option(help="folder for answers.jsonl, from which an interrupted run goes on, and report.json")] = None,
+    plot: Annotated[Path | None, typer.Option(help="write accuracy against footprint as an HTML page")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="print one JSON object instead of the tables")] = False,
+) -> None:
+    """Ask nano questions over long contexts under every policy, and print score and KV cache side by side.
+
+    \b
+    fmsim eval --corpus tokens --length 32768 --length 131072 --out results
+    fmsim eval --text book.txt -l 8192 --samples 4 -t niah_single -t vt -p full -p lsa:budget=20% -p recency
+    """
+    from fmsim import accuracy
+    from fmsim.accuracy import Lines, Plan
+    from fmsim.cli.plots import check_plotly
+    from fmsim.errors import FmsimError
+    from fmsim.report import accuracy as table
+    from fmsim.tasks import FAMILIES
+
+    if plot:
+        check_plotly()
+    if (corpus is None) == (not text):
+        raise FmsimError("eval: give either --corpus, the folder that `python -m fmsim.nano.tokens` writes, or --text, one or more text files")
+    try:
+        import torch
+    except ModuleNotFoundError:
+        raise FmsimError("eval needs torch: pip install 'fmsim[model]'") from None
+    given = str(checkpoint) if checkpoint else None
+    plan = Plan(tuple(task) or FAMILIES, tuple(length), samples, tuple(policy), budget, given, seed, geometry, hardware)
+    read, source = _text(corpus, text)
+    model, about = _model(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    about |= {"text": source}
+    lines = accuracy.run(model, read, plan, Lines(plan, about, out / "answers.jsonl" if out else None), _show_progress)
+    report = {"about": about | {"plan": vars(plan)}} | accuracy.summary(lines)
+    if out:
+        (out / "report.json").write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+    if plot:
+        from fmsim.report.accuracy_plot import footprint_figure
+        from fmsim.report.plot import write_page
+
+        write_page(footprint_figure(report), plot)
+    typer.echo(json.dumps(report)) if as_json else table.show(report)
+
+
+def _model(device: str):
+    from fmsim.exec.loader import load_model
+    from fmsim.exec.record import weights_digest
+    from fmsim.nano.tokenizer import MODEL_FOLDER
+
+    return load_model(MODEL_FOLDER, device), {"model": "nano", "sha256": weights_digest(MODEL_FOLDER)}
+
+
+def _text(corpus: Path | None, files: list[Path]):
+    """The text, and what it is: a corpus, and the digest of its tokens."""
+    import hashlib
+
+    from fmsim.errors import FmsimError
+    from fmsim.nano import tokens
+
+    try:
+        found = tokens.load(corpus, "held_out") if corpus else tokens.from_texts({path.name: path.read_text(encoding="utf-8") for path in files})
+    except (OSError, UnicodeDecodeError) as error:
+        raise FmsimError(f"--text: cannot be read as UTF-8 text ({error})") from None
+    return found, hashlib.sha256(found.tokens.tobytes()).hexdigest()
+
+
+def _show_progress(what: str, done: int, total: int) -> None:
+    typer.echo(f"{done} of {total}: {what}", err=True)

@@ -1,0 +1,79 @@
+"""What a model still answers under each policy: the table of `fmsim eval`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from rich.console import Group
+from rich.table import Table
+from rich.text import Text
+
+from fmsim.report.console import wide_console
+
+GIB, MIB = 2**30, 2**20
+MIN_WIDTH, TASK_WIDTH, CELL_WIDTH = 132, 24, 20  # columns; figures are never cut
+SPREADS = 2  # standard errors within which a difference is none
+
+
+def show(report: dict[str, Any]) -> None:
+    """Print to standard output: a table a length, then the prices."""
+    lengths = sorted({cell["tokens"] for cell in report["cells"]})
+    parts = [part for tokens in lengths for part in (_scores(report, tokens), Text())]
+    policies = len(report["overall"])
+    wide_console(max(MIN_WIDTH, TASK_WIDTH + CELL_WIDTH * policies)).print(Group(*parts, _prices(report), *_signals(report), *_notes(report)))
+
+
+def _scores(report: dict[str, Any], tokens: int) -> Table:
+    """Tasks x policies: score / KV GiB."""
+    cells = {(cell["task"], cell["policy"]): cell for cell in report["cells"] if cell["tokens"] == tokens}
+    averages = {row["policy"]: row for row in report["averages"] if row["tokens"] == tokens}
+    table = Table(title=f"{tokens:,} tokens: score / KV GiB", title_justify="left", header_style="bold", pad_edge=False)
+    table.add_column("task", no_wrap=True)
+    for policy in averages:
+        table.add_column(policy.replace(":", "\n").replace(",", "\n"), justify="right", no_wrap=True)
+    for task in dict.fromkeys(task for task, _ in cells):
+        table.add_row(task, *(_score(cells[task, policy]) if (task, policy) in cells else "-" for policy in averages))
+    table.add_section()
+    table.add_row("average", *(_score(row) for row in averages.values()), style="bold")
+    return table
+
+
+def _score(row: dict[str, Any]) -> str:
+    mark = ""
+    if row.get("versus_full_se") is not None and row["policy"] != "full":
+        beyond = abs(row["versus_full"]) > SPREADS * row["versus_full_se"]
+        mark = ("+" if row["versus_full"] > 0 else "-") if beyond and row["versus_full"] else " "
+    return f"{100 * row['score']:.1f}{mark} / {row['kv_bytes'] / GIB:.3f}"
+
+
+def _prices(report: dict[str, Any]) -> Table:
+    table = Table(title="all lengths", title_justify="left", header_style="bold", pad_edge=False)
+    table.add_column("policy", no_wrap=True)
+    for name in ("score", "KV GiB", "of full", "golden kept", "mass kept", "PCIe MiB/step", "stall*"):
+        table.add_column(name, justify="right", no_wrap=True)
+    for row in report["overall"]:
+        table.add_row(
+            row["policy"], f"{100 * row['score']:.1f}", f"{row['kv_bytes'] / GIB:.3f}", f"{row['kv_ratio']:.1%}", f"{row['golden_kept']:.1%}",
+            f"{row['mass_kept']:.1%}", f"{row['h2d_bytes_per_step'] / MIB:.2f}", f"{row['stall_ratio']:.1%}",
+        )  # fmt: skip
+    return table
+
+
+def _signals(report: dict[str, Any]) -> list[Text]:
+    lines = [Text("what tells a lost answer from a kept one (AUC; 0.5 is nothing)", "bold")] if report["signals"] else []
+    for policy, row in report["signals"].items():
+        known = ", ".join(f"{name} {auc:.2f}" for name, auc in row["auc"].items())
+        lines.append(Text(f"{policy}: {row['lost']} lost, {row['kept']} kept; {known}"))
+    return lines
+
+
+def _notes(report: dict[str, Any]) -> list[Text]:
+    about, samples = report["about"], sorted({cell["samples"] for cell in report["cells"]})
+    notes = [
+        f"{about['model']}, {' to '.join(map(str, dict.fromkeys((samples[0], samples[-1]))))} samples a cell, seed {about['plan']['seed']}, "
+        f"budget {about['plan']['budget']} of the prompt's entries where a policy names none; scores by RULER's rules, of 100.",
+        f"KV GiB: kept share of CSA entries x {about['plan']['model']}'s full cache (the paper's accounting), mean over the answer's steps.",
+        f"+, -: differs from full by more than {SPREADS} standard errors of the paired difference.  "
+        f"* simulated for {about['plan']['hardware']}, not measured; the rest is measured or counted.",
+    ]
+    return [Text(note, style="dim") for note in notes]

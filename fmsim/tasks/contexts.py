@@ -1,0 +1,49 @@
+"""From names of families to contexts with questions. The same seed, length and sample give the same tokens anywhere."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from fmsim.errors import FmsimError
+from fmsim.nano.tasks import weave
+from fmsim.nano.tokens import Corpus
+from fmsim.tasks.lists import LISTS
+from fmsim.tasks.questions import Context, Question
+from fmsim.tasks.woven import ALONE, IN_SESSIONS, SHARING, Draw, Woven, sessions
+
+FAMILIES = (*SHARING, *ALONE, *LISTS)
+
+
+def build(tasks: Sequence[str], length_tokens: int, sample: int, corpus: Corpus, seed: int = 42) -> list[Context]:
+    """The contexts of one sample, each of exactly ``length_tokens``.
+
+    Families in `SHARING` stand in one context, which is costly to read; their facts are about different things. The others have one each,
+    since theirs fill it. Raises FmsimError for a name that is no family's, or a length too short for what is told.
+    """
+    unknown = [task for task in tasks if task not in FAMILIES]
+    if unknown:
+        raise FmsimError(f"no task family {unknown[0]!r}; there are {', '.join(FAMILIES)}")
+    contexts = []
+    together = [task for task in SHARING if task in tasks]
+    if together:
+        contexts.append(_woven(together, _draw(together[0], length_tokens, sample, seed), corpus))
+    for task in (task for task in (*ALONE, *LISTS) if task in tasks):
+        draw = _draw(task, length_tokens, sample, seed)
+        contexts.append(_woven([task], draw, corpus) if task in ALONE else LISTS[task](draw))
+    return contexts
+
+
+def _draw(task: str, length_tokens: int, sample: int, seed: int) -> Draw:
+    """Families that share a context draw from one generator in turn, so what one tells depends on which others were asked for."""
+    group = 0 if task in SHARING else FAMILIES.index(task)
+    return Draw(np.random.default_rng((seed, length_tokens, sample, group)), length_tokens)
+
+
+def _woven(tasks: list[str], draw: Draw, corpus: Corpus) -> Context:
+    families: list[Woven] = [(SHARING | ALONE)[task](draw) for task in tasks]
+    marks = sessions(draw) if set(tasks) & set(IN_SESSIONS) else []
+    tokens = weave(draw.rng, corpus, draw.length, marks + [item for family in families for item in family.told]).tokens
+    questions: list[Question] = [question for family in families for question in family.ask(tokens)]
+    return Context(tokens, tuple(questions))

@@ -1,0 +1,185 @@
+"""Answers under policies, from a small untrained model: what decodes, what is kept of it, and what the table makes of lines."""
+
+import json
+
+import numpy as np
+import pytest
+from typer.testing import CliRunner
+
+torch = pytest.importorskip("torch", reason="answers need fmsim[model]")
+
+from test_model import CSA, HCA, SLIDING, oracle, ours  # noqa: E402
+
+from fmsim import accuracy  # noqa: E402
+from fmsim.accuracy import Lines, Plan, policy_of, summary  # noqa: E402
+from fmsim.cli import app  # noqa: E402
+from fmsim.errors import FmsimError  # noqa: E402
+from fmsim.exec.answer import answers  # noqa: E402
+from fmsim.exec.engine import Engine  # noqa: E402
+from fmsim.exec.native import native_indexer  # noqa: E402
+from fmsim.exec.prompt import Prompt  # noqa: E402
+from fmsim.indexer import checkpoint  # noqa: E402
+from fmsim.nano import tokens as corpora  # noqa: E402
+from fmsim.report import accuracy as table  # noqa: E402
+from fmsim.tasks import Context, Question  # noqa: E402
+
+torch.set_num_threads(1)
+MODEL = ours(oracle(5, layer_types=[SLIDING, CSA, HCA, CSA], vocab_size=4096))
+RANDOM = np.random.default_rng(0)
+CONTEXT = Context(
+    RANDOM.integers(2, 4096, 300).astype(np.uint16),
+    tuple(Question("t", tuple(RANDOM.integers(2, 4096, size).tolist()), tuple(range(10, 22)), ("no such thing",)) for size in (7, 3)),
+)
+TEXT = "The river ran past an old mill, and nobody knew who had built it there before the stones of the bridge were cut. " * 60
+
+
+@torch.no_grad()
+def test_a_prompt_that_goes_on_is_the_prompt_that_was_read_whole():
+    tokens, more = CONTEXT.tokens.tolist(), list(CONTEXT.questions[0].tokens)
+    extended = Prompt(MODEL, tokens, 20).extended(more, 5)
+    whole = Prompt(MODEL, tokens + more, 5)
+    assert extended.tokens == whole.tokens
+    np.testing.assert_allclose(extended.hidden, whole.hidden, atol=1e-4)
+    np.testing.assert_allclose(extended.mass, whole.mass, atol=2e-2, rtol=2e-3)  # sums of float16
+    torch.testing.assert_close(extended.session().logits, whole.session().logits, atol=1e-4, rtol=0)
+    with pytest.raises(FmsimError, match="room for 20"):
+        Prompt(MODEL, tokens, 20).extended(more, 14)
+
+
+@pytest.fixture(scope="module")
+def found():
+    makers = {spec: (lambda spec=spec: policy_of(spec, "20%")) for spec in ("full", "lru", "recency", "random", "h2o", "oracle")}
+    wanted = [(number, label) for number in range(2) for label in makers]
+    return {(answer.question, answer.label): answer for answer in answers(MODEL, CONTEXT, wanted, makers)}
+
+
+@torch.no_grad()
+def test_exact_policies_answer_as_a_plain_decode_does(found):
+    for number, question in enumerate(CONTEXT.questions):
+        session = Prompt(MODEL, [*CONTEXT.tokens.tolist(), *question.tokens], 12).session()
+        greedy = session.generate(12)
+        for label in ("full", "lru"):
+            assert found[number, label].tokens == greedy
+    assert found[0, "full"].ledger.hit.sum() == found[0, "full"].ledger.accessed.sum()
+
+
+def test_the_oracle_keeps_more_than_any_other_of_the_same_budget(found):
+    for number in range(2):
+        kept = {label: float(found[number, label].ledger.mass_kept.sum()) for label in ("recency", "random", "h2o", "oracle")}
+        assert max(kept, key=kept.get) == "oracle"
+        slots = {label: found[number, label].ledger.n_slots for label in kept}
+        assert len(set(slots.values())) == 1
+        assert (found[number, "oracle"].ledger.resident <= slots["oracle"]).all()
+
+
+def test_the_future_is_refused_without_hindsight():
+    prompt = Prompt(MODEL, CONTEXT.tokens.tolist(), 4)
+    with pytest.raises(FmsimError, match="oracle: looks into the future"):
+        Engine(prompt, policy_of("oracle", "20%"))
+
+
+def test_policies_are_read_from_specs(tmp_path):
+    assert str(policy_of("recency", "10%").params.budget) == str(policy_of("recency:budget=10%", "40%").params.budget)
+    path = tmp_path / "i.safetensors"
+    lsa = policy_of("lsa:on_miss=fallback,fallback_below=0.9", "10%", str(path))
+    assert (lsa.params.on_miss, lsa.params.fallback_below, lsa.params.checkpoint) == ("fallback", 0.9, path)
+    for spec, said in (("lsa:fallback", "key=value"), ("lru:budget=[", "no value of budget"), ("lsi", "did you mean"), ("lru:bugdet=3", "bugdet")):
+        with pytest.raises(FmsimError, match=said):
+            policy_of(spec, "10%")
+
+
+@pytest.fixture(scope="module")
+def corpus():
+    return corpora.from_texts({f"text {n}": TEXT for n in range(3)})
+
+
+@pytest.fixture(scope="module")
+def native(tmp_path_factory):
+    path = tmp_path_factory.mktemp("native") / "native.safetensors"
+    checkpoint.save(native_indexer(MODEL, "tiny"), path)
+    return str(path)
+
+
+def small_plan(native, **changes):
+    plan = {"tasks": ("niah_single", "memory"), "lengths": (768,), "samples": 2, "policies": ("full", "lsa", "recency"), "budget": "30%", "checkpoint": native}
+    return Plan(**(plan | changes))
+
+
+def test_a_run_goes_on_where_it_was_interrupted(tmp_path, corpus, native, monkeypatch):
+    plan, path = small_plan(native), tmp_path / "answers.jsonl"
+    whole = accuracy.run(MODEL, corpus, plan, Lines(plan, {"model": "tiny"}, path))
+    assert len(whole) == 2 * 2 * 3
+    kept = path.read_text().splitlines(keepends=True)
+    path.write_text("".join(kept[:6]) + kept[6][:20])  # killed while it wrote the sixth answer
+    asked = []
+    real = accuracy._costs
+    monkeypatch.setattr(accuracy, "_costs", lambda ledger, plan: asked.append(1) or real(ledger, plan))
+    again = accuracy.run(MODEL, corpus, plan, Lines(plan, {"model": "tiny"}, path))
+    assert len(asked) == 7 and again == whole
+    longer = small_plan(native, samples=3, policies=("full", "recency", "random"))
+    more = accuracy.run(MODEL, corpus, longer, Lines(longer, {"model": "tiny"}, path))
+    assert len(more) == 3 * 2 * 3 and [line for line in more if line["policy"] == "full" and line["sample"] < 2] == [
+        line for line in whole if line["policy"] == "full"
+    ]
+    path.write_text(path.read_text() + "no answer\n")
+    with pytest.raises(FmsimError, match="line 24 is no answer"):
+        Lines(plan, {"model": "tiny"}, path)
+    for other, about in ((small_plan(native, seed=1), {"model": "tiny"}), (plan, {"model": "other"})):
+        with pytest.raises(FmsimError, match="answers.jsonl: holds answers of another"):
+            Lines(other, about, path)
+
+
+def line(policy, score, task="vt", tokens=1024, sample=0, question=0, missing=0.0):
+    costs = {"kv_bytes": 10, "kv_ratio": 0.1, "golden_kept": 1.0, "mass_kept": 1.0, "h2d_bytes_per_step": 4.0, "stall_ratio": 0.0}
+    return {"policy": policy, "task": task, "tokens": tokens, "sample": sample, "question": question, "score": score, "selected_resident": 1 - missing, "confidence": None if policy == "full" else missing} | costs
+
+
+def test_the_summary_by_hand():
+    lines = [
+        line("full", 1.0), line("lsa", 0.0, missing=0.9),
+        line("full", 1.0, sample=1), line("lsa", 1.0, sample=1, missing=0.2),
+        line("full", 0.0, sample=2), line("lsa", 0.5, sample=2, missing=0.5),
+        line("full", 1.0, task="qa"), line("lsa", 1.0, task="qa", missing=0.3),
+        line("full", 1.0, task="qa", question=1), line("lsa", 0.0, task="qa", question=1, missing=0.1),
+    ]  # fmt: skip
+    found = summary(lines)
+    cells = {(cell["task"], cell["policy"]): cell for cell in found["cells"]}
+    assert cells["vt", "lsa"]["score"] == pytest.approx(0.5) and cells["vt", "lsa"]["samples"] == 3
+    assert cells["qa", "lsa"]["score"] == pytest.approx(0.5) and cells["qa", "lsa"]["versus_full_se"] is None
+    differences = np.array([-1.0, 0.0, 0.5])
+    assert cells["vt", "lsa"]["versus_full"] == pytest.approx(differences.mean())
+    assert cells["vt", "lsa"]["versus_full_se"] == pytest.approx(differences.std(ddof=1) / 3**0.5)
+    [average] = [row for row in found["averages"] if row["policy"] == "full"]
+    assert average["score"] == pytest.approx((2 / 3 + 1) / 2)
+    assert found["overall"][0]["kv_ratio"] == pytest.approx(0.1)
+    # lost with 0.9 and 0.1 missing, kept with 0.2 and 0.3; what full does not answer does not count
+    auc = {"selected entries not resident": 0.5, "indexer unsure": 0.5}
+    assert found["signals"] == {"lsa": {"lost": 2, "kept": 2, "auc": auc}}
+
+
+def test_a_signal_is_judged_by_how_it_orders_lost_and_kept():
+    lost = np.array([True, False, False])
+    assert accuracy._auc(np.array([0.9, 0.1, 0.2]), lost) == 1.0
+    assert accuracy._auc(np.array([0.1, 0.1, 0.2]), lost) == 0.25
+
+
+def test_the_command_prints_writes_and_plots(tmp_path, native, monkeypatch):
+    from fmsim.cli import eval as command
+
+    monkeypatch.setattr(command, "_model", lambda device: (MODEL, {"model": "tiny"}))
+    text = tmp_path / "text.txt"
+    text.write_text(TEXT * 3)
+    call = ["eval", "--text", str(text), "-t", "niah_single", "-t", "vt", "-l", "768", "--samples", "1", "--budget", "30%", "--checkpoint", native]
+    call += ["--out", str(tmp_path / "out"), "-p", "full", "-p", "lsa", "-p", "lsa:on_miss=fallback", "-p", "oracle"]
+    shown = CliRunner().invoke(app, [*call, "--plot", str(tmp_path / "plot.html")])
+    assert shown.exit_code == 0, shown.output
+    assert "768 tokens: score / KV GiB" in shown.stdout and "PCIe MiB/step" in shown.stdout and "niah_single" in shown.stdout
+    assert "Accuracy against footprint" in (tmp_path / "plot.html").read_text()
+    report = json.loads(CliRunner().invoke(app, [*call, "--json"]).stdout)
+    assert report["cells"] == json.loads((tmp_path / "out" / "report.json").read_text())["cells"]
+    ratios = {row["policy"]: row["kv_ratio"] for row in report["overall"]}
+    assert ratios["full"] == 1.0 and max(ratio for policy, ratio in ratios.items() if policy != "full") <= 0.32
+    table.show(report)
+    for wrong, said in ((["eval"], "--corpus"), ([*call, "-t", "niah"], "niah"), ([*call, "-p", "nope"], "nope")):
+        with pytest.raises(FmsimError, match=said):
+            CliRunner().invoke(app, wrong, catch_exceptions=False)
