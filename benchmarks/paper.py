@@ -1,9 +1,9 @@
 """FlashMemory's published figures against fmsim's: Table 1's footprints, and the serving table on 8 x H20.
 
-    python benchmarks/paper.py [--out benchmarks/results/paper.json]
+    python benchmarks/paper.py [--only serving|footprints] [--out benchmarks/results/paper.json]
 
-Footprints: what a policy keeps of the entries older than the last 8K tokens is measured by replaying it (scenarios/paper/footprints.yaml), and
-taken to each suite's mean length. Serving: scenarios/paper/h20-*.yaml, each policy a simulation of its own. A policy that cannot run
+Footprints: what a policy keeps of the entries older than the last 8K tokens is measured by replaying it (scenarios/paper/footprints.yaml, on the
+trace that is nearest to a suite in kind), and taken to each suite's mean length. Serving: scenarios/paper/h20-*.yaml, each policy a simulation of its own. A policy that cannot run
 (lsa, where no memory indexer is at hand) is left out, and the reason printed.
 """
 
@@ -37,6 +37,7 @@ FOOTPRINTS = {
     "RULER 256K": (256 * K, 0.94, 0.09, 0.04, 0.12),
     "RULER 512K": (512 * K, 1.87, 0.18, 0.04, 0.22),
 }
+TRACES = {"LongBench": "nano-500k-continuation", "LongMemEval": "nano-500k-memory", "RULER": "nano-500k-needles"}
 # github.com/libertywing/FlashMemory-Deepseek-V4, technical report, section 6.1: scenario, --set, requests at once, tokens/s
 FULL, LSA = "full", "lsa"
 SERVING = [
@@ -54,7 +55,7 @@ SET_ON = {  # constant -> the published rows it is set on
     "h20.yaml host_reserve_bytes": "1M: 40 mirrors fit, 60 do not",
     "scenarios' recall_bytes_per_s": "requests, lsa, 512K",
 }
-STAND_INS = ("lsa", "oracle pages", "lru pages")  # as many pages each; they differ in what they recall
+STAND_INS = ("oracle pages", "lru pages")  # at 512K beside lsa: as many pages, which change less and more from window to window
 
 
 def footprint_bytes(geometry: Geometry, tokens: int, share: float) -> float:
@@ -75,33 +76,39 @@ def share_kept(report: dict[str, Any], policy: str) -> float | None:
 
 
 def footprints() -> dict[str, Any]:
-    """Rows of (published, modelled) by suite."""
-    from fmsim.run import run_scenario
-    from fmsim.scenario import ScenarioFile
-
-    file = ScenarioFile(ROOT / "scenarios/paper/footprints.yaml")
-    shares: dict[str, float | None] = {"recency": 0.0, "random": RANDOM_SHARE}
-    for policy in ("random", "lsa"):
-        try:
-            shares[f"{policy} replayed"] = share_kept(run_scenario(file, [policy]).as_json(), policy)
-        except FmsimError as error:
-            print(f"{policy}: {error}", file=sys.stderr)
-            shares[f"{policy} replayed"] = None
+    """Rows of (published, modelled) by suite. The share that lsa keeps is its replay's, on the trace nearest to the suite in kind."""
+    shares = {suite: _replayed_share(trace, "lsa") for suite, trace in TRACES.items()}
+    shares["random, replayed"] = _replayed_share("nano-500k-continuation", "random")
     geometry, rows = PRESETS["v4-flash"], {}
     for suite, (tokens, full, lsa, recency, random) in FOOTPRINTS.items():
-        row = {"full": (full, geometry.full_kv_bytes(tokens) / GIB)}
-        for name, published, share in (("lsa", lsa, shares["lsa replayed"]), ("recency", recency, 0.0), ("random", random, RANDOM_SHARE)):
+        kept = next(share for name, share in shares.items() if suite.startswith(name))
+        row = {"full": (full, round(geometry.full_kv_bytes(tokens) / GIB, 4))}
+        for name, published, share in (("lsa", lsa, kept), ("recency", recency, 0.0), ("random", random, RANDOM_SHARE)):
             row[name] = (published, None if share is None else round(footprint_bytes(geometry, tokens, share) / GIB, 4))
         rows[suite] = row
         print(f"{suite:16}" + "".join(f"  {name} {pair[0]:.2f} / {'-' if pair[1] is None else format(pair[1], '.3f')}" for name, pair in row.items()))
-    return {"shares": shares, "decoded_tokens": DECODED_TOKENS, "rows": rows}
+    return {"shares_of_older_entries": shares, "decoded_tokens": DECODED_TOKENS, "rows": rows}
+
+
+def _replayed_share(trace: str, policy: str) -> float | None:
+    from fmsim.run import run_scenario
+    from fmsim.scenario import ScenarioFile
+
+    try:
+        file = ScenarioFile(ROOT / "scenarios/paper/footprints.yaml", [f"trace={ROOT}/traces/{trace}.safetensors"])
+        share = share_kept(run_scenario(file, [policy]).as_json(), policy)
+    except FmsimError as error:
+        print(f"{policy}: {error}", file=sys.stderr)
+        return None
+    print(f"{policy} keeps {share:.1%} of the older entries of {trace}", flush=True)
+    return share
 
 
 def serving() -> list[dict[str, Any]]:
-    """One simulation a row; for lsa one more with each policy that keeps as many pages."""
+    """One simulation a row, and at 512K one more with each stand-in for lsa."""
     rows = []
     for scenario, policy, budgets, requests, tokens_per_s in SERVING:
-        for name in (policy,) if policy == FULL else STAND_INS:
+        for name in (policy, *(STAND_INS if (scenario, policy) == ("h20-512k", LSA) else ())):
             row = {"scenario": scenario, "published": policy, "modelled": name, "budget": budgets[0] if budgets else "9.375%"}
             found = _served(scenario, name, [f"policies.{name}.budget={budget}" for budget in budgets])
             if found:
@@ -127,13 +134,14 @@ def _served(scenario: str, policy: str, overrides: list[str]) -> dict[str, Any] 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "paper.json")
+    parser.add_argument("--only", choices=("serving", "footprints"), help="renew this part of --out")
     given = parser.parse_args()
-    result = {
-        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "serving_constants_set_on": SET_ON,
-        "serving": serving(),
-        "footprints_gib_published_modelled": footprints(),
-    }
+    result = json.loads(given.out.read_text()) if given.only else {}
+    result["date"] = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+    result["serving_constants_set_on"] = SET_ON
+    for name, make in (("serving", serving), ("footprints", footprints)):
+        if given.only in (None, name):
+            result[name] = make()
     given.out.parent.mkdir(parents=True, exist_ok=True)
     given.out.write_text(json.dumps(result, indent=1) + "\n")
     print(f"written to {given.out}")

@@ -237,7 +237,7 @@ def test_whatever_comes_is_served_within_the_pools(seed, prefill, on_miss, misse
     assert row["held"] <= (max_batch or 10**9)
     assert server.memory.hbm.level == pytest.approx(server.memory.hbm.capacity)  # all was given back
     assert server.memory.to_gpu.moved_bytes <= server.memory.to_gpu.bytes_per_s * row["simulated_s"] * (1 + 1e-9)
-    assert server.memory.to_gpu.idle and not server.admitted and not server.queue
+    assert server.memory.to_gpu.idle and not server.admission.admitted and not server.admission.queue
     for request in log.requests:
         if not request.refused:
             assert request.arrival_s <= request.admitted_s <= request.first_token_s <= request.finished_s

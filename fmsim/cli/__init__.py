@@ -23,6 +23,7 @@ app = typer.Typer(
     help="Which KV pages should stay in GPU memory, and what does that choice cost and save?\n\n"
     "\b\nfmsim run scenarios/500k.yaml   replay a trace under every policy\n"
     "fmsim exec --policy lru         decode with a real model under a policy\n"
+    "fmsim plan scenarios/serve.yaml   how many requests a server holds, and what binds\n"
     "fmsim policy show lsa           a policy's parameters and its source",
 )
 

@@ -7,8 +7,8 @@ from typing import Any
 from fmsim.geometry import Geometry
 from fmsim.hw.spec import Hardware
 from fmsim.serve import spec
+from fmsim.serve.admission import BATCH, GPU, HOST, server_hardware
 from fmsim.serve.demand import Demand
-from fmsim.serve.server import BATCH, GPU, HOST, server_hardware
 
 
 def banner(hw: Hardware, geometry: Geometry, demand: Demand, options: spec.Server, prompt_tokens: int, output_tokens: int) -> dict[str, Any]:

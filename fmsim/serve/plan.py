@@ -8,9 +8,9 @@ from typing import Any
 from fmsim.geometry import Geometry
 from fmsim.hw.spec import LINK_FIGURE, Figure, Hardware, replace_figure
 from fmsim.serve import spec
+from fmsim.serve.admission import LINK, server_hardware
 from fmsim.serve.banner import request_limits
 from fmsim.serve.demand import Demand
-from fmsim.serve.server import LINK, server_hardware
 from fmsim.serve.steady import Steady, SteadyState
 from fmsim.serve.summary import COMPUTE
 

@@ -19,29 +19,15 @@ from fmsim.hw.kernels import memory_indexer_s, mixed_step_costs
 from fmsim.hw.memory import FairLink, MemorySystem
 from fmsim.hw.spec import Hardware
 from fmsim.serve import spec
-from fmsim.serve.batch import Batch, Request, mean_step_s
+from fmsim.serve.admission import Admission, server_hardware
+from fmsim.serve.batch import Batch, Request
 from fmsim.serve.demand import Demand
 from fmsim.serve.log import Log
 from fmsim.serve.prefill import chunks, prefill_s
 from fmsim.serve.requests import Arrival
 from fmsim.serve.workload import Source
 
-GPU, HOST, BATCH, LINK = "GPU memory", "host memory", "batch limit", "PCIe"
 _MOST_STEPS = 1024  # in one span, which bounds its arrays
-
-
-def server_hardware(hw: Hardware, options: spec.Server) -> Hardware:
-    """The hardware as the engine uses it: one shared mirror has the whole host, and a slow copy path caps the link."""
-    changes = {}
-    if options.mirror == "shared":
-        for name in ("host_bytes", "host_reserve_bytes"):
-            figure = getattr(hw, name)
-            changes[name] = figure and figure.model_copy(update={"value": figure.value * hw.n_gpus})
-    if options.recall_bytes_per_s:
-        rate = min(options.recall_bytes_per_s, hw.link.bandwidth_bytes_per_s.value)
-        bandwidth = hw.link.bandwidth_bytes_per_s.model_copy(update={"value": rate})
-        changes["link"] = hw.link.model_copy(update={"bandwidth_bytes_per_s": bandwidth})
-    return hw.model_copy(update=changes)
 
 
 @dataclass(frozen=True)
@@ -66,11 +52,10 @@ class ServerRun:
         self.memory = MemorySystem(self.env, self.hw, geometry)
         self.gather = GatherCurve(self.hw.link)
         self.network = FairLink(self.env, options.network_bytes_per_s)
-        self.queue: deque[Request] = deque()  # waiting for admission
+        self.admission = Admission(self.memory, self.hw, geometry, demand, options)
         self.prefilling: deque[Request] = deque()  # admitted, prompt not done; served one after another
         self.ready: deque[Request] = deque()  # admitted and KV in place: to join at the next step
         self.batch = Batch(demand)
-        self.admitted: dict[int, Request] = {}  # by number: all that hold memory
         self._wake: simpy.Event | None = None  # what cuts the present wait short
         self._prefillers = simpy.Resource(self.env, options.prefill_servers)
         self._offsets = np.random.default_rng([source.workload.seed, 1])  # a stream of its own, so that lengths do not depend on it
@@ -103,16 +88,13 @@ class ServerRun:
             pools=self.demand.pools(arrival.prompt_tokens, arrival.output_tokens),
         )
         self.log.requests.append(request)
-        request.refused = next((kind for kind, pool, n_bytes in self._needs(request) if n_bytes > pool.capacity), None)
+        request.refused = self.admission.never_fits(request)
         if request.refused:
             return
         if self.options.prefill == "separate":
             self.env.process(self._prefill_elsewhere(request))
         else:
             self._enqueue(request)
-
-    def _needs(self, request: Request) -> list[tuple[str, simpy.Container, int]]:
-        return [(GPU, self.memory.hbm, request.pools.gpu_bytes), (HOST, self.memory.host, request.pools.mirror)]
 
     def _prefill_elsewhere(self, request: Request) -> Iterator[simpy.Event]:
         with self._prefillers.request() as turn:
@@ -124,7 +106,7 @@ class ServerRun:
         return chunks(request.prompt_tokens, self.options.prefill_chunk_tokens)
 
     def _enqueue(self, request: Request) -> None:
-        self.queue.append(request)
+        self.admission.queue.append(request)
         self._call()
 
     def _call(self) -> None:
@@ -133,52 +115,20 @@ class ServerRun:
             self._wake.succeed()
 
     def _somebody_can_join(self) -> bool:
-        return bool(self.ready) or (bool(self.queue) and self._lacks(self.queue[0]) is None)
+        return bool(self.ready) or self.admission.head_can_enter()
 
     def _leave(self, request: Request) -> None:
         request.finished_s = self.env.now
-        del self.admitted[request.number]
-        for _, pool, n_bytes in self._needs(request):
-            if n_bytes:
-                pool.put(n_bytes)
+        self.admission.release(request)
         following = self.source.after(self.env.now)
         if following is not None:
             self._receive(following)
 
-    # Admission
-
-    def _lacks(self, request: Request) -> str | None:
-        """What `request` cannot get now, or None."""
-        if self.options.max_batch and len(self.admitted) >= self.options.max_batch:
-            return BATCH
-        short = next((kind for kind, pool, n_bytes in self._needs(request) if n_bytes > pool.level), None)
-        if short is None and self.options.admit_by_link and not self._link_has_room(request):
-            return LINK
-        return short
-
-    def _link_has_room(self, request: Request) -> bool:
-        """With `request` beside those admitted, all recalls still fit into the time of their windows."""
-        together = [*self.admitted.values(), request]
-        if len(together) == 1 or not self.demand.recalls:
-            return True
-        bytes_per_step = sum(self.demand.recall_bytes_per_step(each.prompt_tokens) for each in together)
-        tokens = np.array([each.prompt_tokens for each in together])
-        return bytes_per_step <= self.memory.to_gpu.bytes_per_s * mean_step_s(self.hw, self.geometry, self.demand, tokens)
-
     def _admit(self) -> None:
-        """First come, first served: the head of the queue waits until there is room for it."""
-        self.log.waits_for = None
-        while self.queue:
-            self.log.waits_for = self._lacks(self.queue[0])
-            if self.log.waits_for:
-                return
-            request = self.queue.popleft()
-            self.admitted[request.number] = request
+        for request in self.admission.enter():
             request.admitted_s = self.env.now
-            for _, pool, n_bytes in self._needs(request):
-                if n_bytes:
-                    pool.get(n_bytes)
             self._start(request)
+        self.log.waits_for = self.admission.waits_for
 
     def _start(self, request: Request) -> None:
         """Bring an admitted request's KV into place."""
@@ -219,7 +169,7 @@ class ServerRun:
                 self._sample()
 
     def _join(self) -> None:
-        before = len(self.admitted)
+        before = len(self.admission.admitted)
         self._admit()
         while self.ready:
             request = self.ready.popleft()
@@ -228,7 +178,7 @@ class ServerRun:
             else:  # its prefill made all it wanted
                 self._leave(request)
                 self._admit()
-        if len(self.admitted) != before:
+        if len(self.admission.admitted) != before:
             self._sample()
 
     def _span(self) -> Iterator[simpy.Event]:
@@ -338,5 +288,5 @@ class ServerRun:
     def _sample(self) -> None:
         hbm, host = self.memory.hbm, self.memory.host
         in_use = hbm.capacity - hbm.level, host.capacity - host.level
-        counts = len(self.batch), len(self.admitted), len(self.queue)
+        counts = len(self.batch), len(self.admission.admitted), len(self.admission.queue)
         self.log.samples.append((self.env.now, *counts, *in_use, self.memory.to_gpu.moved_bytes, self.log.tokens))

@@ -6,8 +6,9 @@ from typing import Any
 
 import numpy as np
 
+from fmsim.serve.admission import GPU, HOST, LINK
 from fmsim.serve.batch import Request
-from fmsim.serve.server import GPU, HOST, LINK, ServerRun
+from fmsim.serve.server import ServerRun
 from fmsim.serve.spec import Slo
 
 POINTS_OVER_TIME = 120
