@@ -15,6 +15,7 @@ import datetime
 import importlib.metadata
 import json
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -25,12 +26,16 @@ try:
 except ImportError:
     flashinfer = None
 
+from fmsim.exec import calibrate
 from fmsim.exec import kernel_cases as cases
 from fmsim.exec.kernels.layout import KEY, LATENT
+from fmsim.exec.model import CSA, Attention
 from fmsim.exec.timing import median_s
+from fmsim.geometry import PRESETS
 
 HBM_BYTES_PER_S, PCIE_BYTES_PER_S = 3.0e12, 55e9
 DEVICE = "cuda"
+SGLANG = "SGLang 0.5.14, H100, FP8 weights (aiconfigurator-core 0.12.0 table, not run here)"
 LIMITS = {"index scores": 1e-2, "index scores, float8 queries": 1e-2, "sparse attention": 1e-2, "sparse attention with masses": 1e-2, "top-k": 0.0}
 PEERS = {} if flashinfer is None else {"flashinfer.top_k": lambda scores: flashinfer.top_k(scores, cases.TOP_K)}
 BUILDERS = {
@@ -50,7 +55,7 @@ def wrong_by(case: cases.Case) -> float | None:
     if case.reference is None:
         return None
     expected, found = case.reference().double(), case.run().double()
-    return float((found[:, : expected.shape[1]] - expected).norm() / expected.norm())
+    return float((found - expected).norm() / expected.norm())
 
 
 def measured(name: str, case: cases.Case) -> dict[str, Any]:
@@ -68,6 +73,28 @@ def measured(name: str, case: cases.Case) -> dict[str, Any]:
     }  # fmt: skip
 
 
+def csa_layer(tokens: int = 524_288) -> dict[str, Any]:
+    """One CSA layer's attention at batch 1: projections in bfloat16 through torch, kernels between them, one CUDA graph."""
+    flash = PRESETS["v4-flash"]
+    config = calibrate.model_config(flash)
+    seconds = calibrate.attention_s(config, CSA, 1, tokens, (LATENT, KEY), DEVICE)
+    with torch.device("meta"):
+        weight_bytes = 2 * sum(parameter.numel() for parameter in Attention(config, CSA).parameters())
+    attended = flash.index_topk + flash.window_tokens
+    n_bytes = weight_bytes + flash.csa_entries(tokens) * (KEY.entry_bytes + 4) + attended * LATENT.entry_bytes
+    return {
+        "kernel": "a CSA layer, bf16 weights", "shape": f"1 x {tokens:,} tokens", "bytes": n_bytes, "relative_error": None, "us": seconds * 1e6,
+        "share_of_floor": n_bytes / HBM_BYTES_PER_S / seconds, "peers_us": {SGLANG: 137.0} if tokens == 524_288 else {},
+    }  # fmt: skip
+
+
+def rows_of(name: str) -> Iterator[dict[str, Any]]:
+    if name == "csa layer":
+        yield csa_layer()
+    else:
+        yield from (measured(name, build()) for build in BUILDERS[name])
+
+
 def installed(name: str) -> str | None:
     try:
         return importlib.metadata.version(name)
@@ -75,9 +102,10 @@ def installed(name: str) -> str | None:
         return None
 
 
+@torch.inference_mode()
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--kernel", action="append", choices=list(BUILDERS), help="only this one; repeat for more")
+    parser.add_argument("--kernel", action="append", choices=[*BUILDERS, "csa layer"], help="only this one; repeat for more")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "kernels.json")
     given = parser.parse_args()
     if not torch.cuda.is_available():
@@ -85,9 +113,8 @@ def main() -> None:
     versions = {name: installed(name) for name in ("torch", "triton", "flashinfer-python", "tilelang")}
     rows = []
     print(f"{'kernel':30} {'shape':>16} {'MB':>8} {'us':>9} {'of floor':>9}  peers, us")
-    for name in given.kernel or BUILDERS:
-        for build in BUILDERS[name]:
-            row = measured(name, build())
+    for name in given.kernel or [*BUILDERS, "csa layer"]:
+        for row in rows_of(name):
             rows.append(row)
             peers = ", ".join(f"{label} {us:.1f}" for label, us in row["peers_us"].items())
             print(f"{row['kernel']:30} {row['shape']:>16} {row['bytes'] / 1e6:8.1f} {row['us']:9.1f} {row['share_of_floor']:9.1%}  {peers}", flush=True)

@@ -6,6 +6,7 @@ import torch
 from fmsim.exec.decode_attention import DecodeAttention
 from fmsim.exec.kernels.layout import plain
 from fmsim.exec.model import CSA, HCA, SLIDING, Attention, CompressorState, LayerCache
+from fmsim.exec.timing import captured
 from fmsim.nano.config import nano_config
 
 
@@ -42,3 +43,22 @@ def test_it_is_the_models_attention(kind):
                 count = int((ids[b] >= 0).sum())
                 assert ids[b, :count].tolist() == access.ids[0, 0, :count].tolist()
                 torch.testing.assert_close(masses.entries[b, :count], access.mass[0, 0, :count], rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device: a CUDA graph needs one")
+@torch.inference_mode()
+def test_a_cuda_graph_holds_a_step():
+    """One captured step, replayed at every position, gives what steps run one by one give: nothing in it depends on a length."""
+    torch.manual_seed(0)
+    config = nano_config()
+    attention = Attention(config, CSA).cuda().to(torch.bfloat16)
+    eager, held = (DecodeAttention(attention, 2, 200, plain(torch.bfloat16, 64), plain(torch.bfloat16, 32)) for _ in range(2))
+    x = torch.zeros(2, 1, config.hidden_size, device="cuda", dtype=torch.bfloat16)
+    positions, out = torch.zeros(2, device="cuda", dtype=torch.int32), torch.zeros_like(x)
+    replay = captured(lambda: out.copy_(held.step(x, positions)[0]))
+    for step in range(150):
+        x.normal_()
+        positions.copy_(torch.tensor([step, step // 2]))
+        replay()
+        assert torch.equal(out, eager.step(x, positions)[0])

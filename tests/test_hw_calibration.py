@@ -74,6 +74,11 @@ def test_a_place_that_cannot_be_written_is_named(tmp_path):
         write_preset(given(), tmp_path / "mine")
 
 
+def test_presets_are_listed():
+    result = CliRunner().invoke(app, ["list"])
+    assert result.exit_code == 0 and "h100" in result.output and "55" in result.output
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU is here, so the command would measure it")
 def test_without_a_gpu_it_says_so(tmp_path):
     result = CliRunner().invoke(app, ["calibrate", "--out", str(tmp_path / "mine.yaml")])

@@ -4,7 +4,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from kernel_cases import on_each_device, relative_error
+from kernel_pools import on_each_device, relative_error
 
 from fmsim.exec.kernels.compress import Pooling, compress_and_append_reference, compress_and_append_triton
 from fmsim.exec.kernels.layout import KEY, LATENT, plain, read_entries

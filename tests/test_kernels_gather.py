@@ -4,7 +4,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from kernel_cases import on_each_device
+from kernel_pools import on_each_device
 
 from fmsim.exec.kernels.gather import copy_rows_reference, copy_rows_triton
 from fmsim.exec.kernels.tuning import Gather

@@ -3,7 +3,7 @@
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from kernel_cases import on_each_device, relative_error, scattered_pool
+from kernel_pools import on_each_device, relative_error, scattered_pool
 
 from fmsim.exec import model
 from fmsim.exec.kernels.index_score import index_scores_reference, index_scores_triton, new_scores

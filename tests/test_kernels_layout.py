@@ -5,7 +5,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from kernel_cases import on_each_device
+from kernel_pools import on_each_device
 
 from fmsim.exec.kernels.lang import tl, triton
 from fmsim.exec.kernels.layout import KEY, LATENT, decode, encode, float8_codes, plain, power_of_two_exponent, read_entries, scale_exponent, write_entries

@@ -4,7 +4,7 @@ import numpy as np
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from kernel_cases import on_each_device, relative_error, scattered_pool
+from kernel_pools import on_each_device, relative_error, scattered_pool
 
 from fmsim.exec.kernels.layout import KEY, plain, read_entries, slots_of
 from fmsim.exec.kernels.memory_score import memory_scores_reference, memory_scores_triton

@@ -4,7 +4,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from kernel_cases import on_each_device, relative_error, scattered_pool
+from kernel_pools import on_each_device, relative_error, scattered_pool
 
 from fmsim.exec.kernels.layout import LATENT, plain, write_entries
 from fmsim.exec.kernels.sparse_attention import Rows, sparse_attention_reference, sparse_attention_triton

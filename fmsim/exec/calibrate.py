@@ -246,7 +246,8 @@ def _hyper_connections(config: DeepseekV4Config):
 
 
 def _head(config: DeepseekV4Config):
-    head, norm, out = _random(HyperHead(config)), _random(RMSNorm(config.hidden_size, config.rms_norm_eps)), _random(linear(config.hidden_size, config.vocab_size))
+    norm = _random(RMSNorm(config.hidden_size, config.rms_norm_eps))
+    head, out = _random(HyperHead(config)), _random(linear(config.hidden_size, config.vocab_size))
 
     def at(batch: int):
         streams = torch.randn(batch, 1, config.hc_mult, config.hidden_size, device=out.weight.device).to(torch.bfloat16)

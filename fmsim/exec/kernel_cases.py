@@ -57,7 +57,10 @@ def index_scoring(batch: int, entries: int, device, float8_queries: bool = False
     inputs, out = (queries, weights, pool, KEY, table, lengths), new_scores(batch, table.shape[1] * PER_PAGE, device)
     n_bytes = batch * entries * (KEY.entry_bytes + 4)
     name = "index scores, float8 queries" if float8_queries else "index scores"
-    return Case(name, f"{batch} x {entries:,}", n_bytes, lambda: index_scores(*inputs, out).scores, lambda: index_scores_reference(*inputs).scores)
+    of = slice(None), slice(entries)
+    return Case(
+        name, f"{batch} x {entries:,}", n_bytes, lambda: index_scores(*inputs, out).scores[of], lambda: index_scores_reference(*inputs).scores[of]
+    )
 
 
 def selection(batch: int, entries: int, device, others: dict[str, Callable[[Tensor], object]] | None = None) -> Case:

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from fmsim.exec.kernels.layout import KEY, LATENT, Layout, write_entries
+from fmsim.exec.kernels.layout import Layout, write_entries
 
 # The interpreter where there is no GPU (conftest.py); the same test again, compiled, where there is one.
 DEVICES = [
@@ -37,6 +37,3 @@ def relative_error(found: torch.Tensor, expected: torch.Tensor) -> float:
     """Norm of the difference over the norm of what is expected; nan where anything is."""
     found, expected = found.double().cpu(), expected.double().cpu()
     return float((found - expected).norm() / expected.norm().clamp(min=1e-30))
-
-
-__all__ = ["DEVICES", "KEY", "LATENT", "on_each_device", "relative_error", "scattered_pool"]
