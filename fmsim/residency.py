@@ -100,6 +100,9 @@ class Residency:
         Pinned pages come first; others of less than `floor` stay out. Pages that stay keep their slots.
         """
         xp, n = self.xp, worth.shape[1]
+        if n == 0:  # a prompt too short for one entry
+            nothing = xp.full((self.n_groups, 0), -1, dtype=xp.int64, device=worth.device)
+            return Moves(xp.zeros_like(self.filled), xp.zeros_like(self.filled), nothing, nothing)
         pages = xp.arange(n, dtype=xp.int64, device=worth.device)[None, :]
         key = arrays.order_key(worth, pages)
         if floor is not None:

@@ -111,7 +111,7 @@ def run_scenario(
 
 def build_policies(file: ScenarioFile, selected: Sequence[str] = ()) -> list[tuple[str, Policy]]:
     """(label, policy) of every entry of `policies`, or of those `selected` by label or name."""
-    return [(spec.label, _build(file, spec)) for spec in _select(file, selected)]
+    return [(spec.label, build(file, spec)) for spec in select(file, selected)]
 
 
 def load_scenario_hardware(file: ScenarioFile) -> Hardware:
@@ -140,7 +140,8 @@ def load_geometry(file: ScenarioFile) -> Geometry:
         raise FmsimError(f"{path}: not a usable DeepSeek-V4 config ({error})") from None
 
 
-def _select(file: ScenarioFile, selected: Sequence[str]) -> list[PolicySpec]:
+def select(file: ScenarioFile, selected: Sequence[str]) -> list[PolicySpec]:
+    """The scenario's policies, or those `selected` by label or name; one that it lacks has its defaults."""
     if not selected:
         return list(file.scenario.policies)
     specs: list[PolicySpec] = []
@@ -153,11 +154,12 @@ def _select(file: ScenarioFile, selected: Sequence[str]) -> list[PolicySpec]:
     return specs
 
 
-def _build(file: ScenarioFile, spec: PolicySpec) -> Policy:
-    build = lambda: registry.build({"policy": spec.policy} | spec.params)  # noqa: E731
+def build(file: ScenarioFile, spec: PolicySpec) -> Policy:
+    """A new policy object for an entry of the scenario; FmsimError says where its parameters are wrong."""
+    make = lambda: registry.build({"policy": spec.policy} | spec.params)  # noqa: E731
     if spec not in file.scenario.policies:
-        return build()
-    return _located(file, ("policies", file.scenario.policies.index(spec)), build)
+        return make()
+    return _located(file, ("policies", file.scenario.policies.index(spec)), make)
 
 
 def _located(file: ScenarioFile, loc: tuple[str | int, ...], make: Callable[[], Any]) -> Any:

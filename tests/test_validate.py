@@ -1,5 +1,6 @@
 """Replay and engine on one trace: the same slots at every step, and the same bytes, which are really moved."""
 
+import json
 from dataclasses import replace
 
 import numpy as np
@@ -9,10 +10,11 @@ pytest.importorskip("torch", reason="the engine needs fmsim[model]")
 pytest.importorskip("transformers", reason="the engine needs fmsim[model]")
 
 from made_trace import HIDDEN, KEY_WIDTH, make_trace  # noqa: E402
+from test_run import fmsim  # noqa: E402
 
 from fmsim.errors import FmsimError  # noqa: E402
 from fmsim.exec.driven import DrivenDecode  # noqa: E402
-from fmsim.exec.validate import validate  # noqa: E402
+from fmsim.validate import validate  # noqa: E402
 from fmsim.footprint import spread  # noqa: E402
 from fmsim.geometry import CSA, HCA, PRESETS, SLIDING, from_config  # noqa: E402
 from fmsim.indexer import checkpoint  # noqa: E402
@@ -20,6 +22,7 @@ from fmsim.indexer.checkpoint import Checkpoint  # noqa: E402
 from fmsim.indexer.scorer import LayerWeights, ScorerConfig  # noqa: E402
 from fmsim.policies import registry  # noqa: E402
 from fmsim.replay import Replayer  # noqa: E402
+from fmsim.trace import write  # noqa: E402
 
 SMALL = {
     "model_type": "deepseek_v4", "num_hidden_layers": 8, "hidden_size": 384, "compress_ratios": [0, 0, 4, 128, 4, 128, 4, 128],
@@ -53,7 +56,7 @@ POLICIES = [
     {"policy": "lru", "granularity": 4, "scope": "shared", "budget": "20%"},
     {"policy": "lru", "on_miss": "fallback"},
     {"policy": "h2o", "budget": "20%"},
-    {"policy": "lsa", "budget": "30%"},
+    {"policy": "lsa", "budget": "30%", "stale": False},
     {"policy": "lsa", "budget": "60%", "granularity": 16, "on_miss": "fallback"},
     {"policy": "lsa", "budget": "30%", "scope": "per_layer", "on_miss": "fetch", "stale": False},
     {"policy": "oracle"},
@@ -87,3 +90,17 @@ def test_a_wrong_byte_and_a_wrong_decision_are_found(replayer):
     specs = iter(["lru", "lfu"])
     [check] = validate([("it", lambda: registry.build(next(specs)))], replayer, geometry, spread(3, 3))
     assert not check.identical and check.first_difference is not None
+
+
+def test_the_command_shows_both_worlds_and_never_in_one_column(tmp_path):
+    write(tmp_path / "small.safetensors", make_trace(prompt_tokens=800, n_steps=20))
+    (tmp_path / "nano").mkdir()
+    (tmp_path / "nano/config.json").write_text(json.dumps(SMALL))
+    (tmp_path / "small.yaml").write_text("name: small\ntrace: small.safetensors\nmodel: nano\npolicies: [full, lru]\n")
+    done = fmsim("validate", "small.yaml", "--json", folder=tmp_path)
+    assert done.returncode == 0, done.stderr
+    rows = json.loads(done.stdout)["policies"]
+    assert [(row["policy"], row["identical"]) for row in rows] == [("full", True), ("lru", True)]
+    assert rows[1]["replay_bytes"] == rows[1]["engine_bytes"] > 0
+    shown = fmsim("validate", "small.yaml", "-p", "lru", folder=tmp_path)
+    assert "yes" in shown.stdout and "simulated" in shown.stdout and "measured" in shown.stdout

@@ -13,6 +13,7 @@ from fmsim.cli.report import report
 from fmsim.cli.run import run
 from fmsim.cli.sweep import sweep
 from fmsim.cli.tune import tune
+from fmsim.cli.validate import validate
 from fmsim.errors import FmsimError
 
 app = typer.Typer(
@@ -34,6 +35,7 @@ app.command()(plan)
 app.command()(sweep)
 app.command()(tune)
 app.command()(report)
+app.command()(validate)
 
 # Modules below fmsim.cli, each with an `app`; what they need beyond typer they import when a command runs.
 SUB_APPS = ("policy", "trace", "indexer", "hw")

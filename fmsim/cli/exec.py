@@ -12,6 +12,8 @@ if TYPE_CHECKING:
     from fmsim.policies.base import Policy
 
 STEPS = 128
+SHORTEST_TOKENS = 1024  # of a built-in prompt: what its facts and some text between them take
+SHORTER_TOKENS = 37  # each request of a batch than the one before, so that their lengths differ in every way
 
 
 def exec_(
@@ -36,6 +38,8 @@ def exec_(
     """
     from fmsim.errors import FmsimError
 
+    chosen = _policy(policy, override)
+    lengths = _lengths(model, prompt_file, context, batch)
     try:
         import torch
     except ModuleNotFoundError:
@@ -45,10 +49,9 @@ def exec_(
     from fmsim.exec.question import TEXT
     from fmsim.nano.tokenizer import MODEL_FOLDER
 
-    chosen = _policy(policy, override)
     device = _device(device, torch.cuda.is_available())
     folder, text = model or MODEL_FOLDER, TEXT if prompt_file is None else prompt_file.name
-    streams = _streams(model, prompt_file, context, steps, batch, seed)
+    streams = _streams(model, prompt_file, lengths, steps, seed)
     loaded = load_model(folder, device)
     from fmsim.cli.progress import token_bar
 
@@ -92,28 +95,33 @@ def _device(asked: str | None, has_cuda: bool) -> str:
     return asked or ("cuda" if has_cuda else "cpu")
 
 
-def _streams(model: Path | None, prompt_file: Path | None, context: int, steps: int, batch: int, seed: int) -> list[Stream]:
-    """One stream a request. Each later one is 37 tokens shorter, so that a batch's lengths differ in every way."""
+def _lengths(model: Path | None, prompt_file: Path | None, context: int, batch: int) -> list[int]:
+    """Prompt tokens of each request."""
+    from fmsim.errors import FmsimError
+
+    if model is not None and prompt_file is None:
+        raise FmsimError("--model: the built-in questions are in nano's wording; give a --prompt-file with a model of your own")
+    shorter, least = SHORTER_TOKENS * (batch - 1), SHORTEST_TOKENS if prompt_file is None else 1
+    if context - shorter < least:
+        what = "the built-in questions need" if prompt_file is None else f"a batch of {batch} needs"
+        raise FmsimError(f"--context {context}: {what} {least + shorter:,} tokens or more")
+    return [context - SHORTER_TOKENS * number for number in range(batch)]
+
+
+def _streams(model: Path | None, prompt_file: Path | None, lengths: list[int], steps: int, seed: int) -> list[Stream]:
+    """What each request reads and is asked."""
     import numpy as np
 
-    from fmsim.errors import FmsimError
     from fmsim.nano.prompts import Stream, Turn
 
-    lengths = [context - 37 * number for number in range(batch)]
-    if lengths[-1] < 1:
-        raise FmsimError(f"--batch {batch}: needs --context {37 * batch} or more")
     if prompt_file is not None:
         from fmsim.cli.trace import encode
         from fmsim.nano.tokenizer import MODEL_FOLDER
 
-        ids = encode(model or MODEL_FOLDER, prompt_file, context)
+        ids = encode(model or MODEL_FOLDER, prompt_file, lengths[0])
         return [Stream("text", np.array(ids[:length]), [Turn([], steps)]) for length in lengths]
-    if model is not None:
-        raise FmsimError("--model: the built-in questions are in nano's wording; give a --prompt-file with a model of your own")
-    from fmsim.exec.question import SHORTEST_TOKENS, haystack, questions
+    from fmsim.exec.question import haystack, questions
 
-    if lengths[-1] < SHORTEST_TOKENS:
-        raise FmsimError(f"--context {context}: the built-in questions need {SHORTEST_TOKENS + 37 * (batch - 1):,} tokens or more")
     corpus = haystack()
     return [questions(length, steps, seed + number, corpus) for number, length in enumerate(lengths)]
 

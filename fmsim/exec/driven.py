@@ -150,3 +150,7 @@ def layouts(geometry: Geometry) -> tuple[Layout, Layout]:
     entry = LATENT if geometry.kv_entry_bytes == LATENT.entry_bytes else Layout("plain", geometry.kv_entry_bytes, geometry.kv_entry_bytes, 0)
     key = KEY if geometry.index_key_bytes == KEY.entry_bytes else Layout("plain", geometry.index_key_bytes, geometry.index_key_bytes, 0)
     return entry, key
+
+
+def device_name(device: str) -> str:
+    return torch.cuda.get_device_name(device) if device.startswith("cuda") else "CPU"

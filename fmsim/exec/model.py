@@ -326,8 +326,8 @@ class Attention(nn.Module):
             self.compressor = Compressor(config, kind, size, overlapping=kind == CSA)
         if kind == CSA:
             self.compressor.indexer = Indexer(config)
-        rope = inverse_frequencies(config, "main" if kind == SLIDING else "compress")
-        self.register_buffer("inv_freq", rope, persistent=False)
+        self.rope_kind = "main" if kind == SLIDING else "compress"
+        self.register_buffer("inv_freq", inverse_frequencies(config, self.rope_kind), persistent=False)
 
     def forward(self, x: Tensor, positions: Tensor, cache: LayerCache | None) -> tuple[Tensor, Access | None]:
         """Inference: x [B, S, D] at contiguous ``positions`` [B, S] -> output [B, S, D], and a CSA layer's accesses."""

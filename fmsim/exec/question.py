@@ -11,7 +11,6 @@ from fmsim.nano.tokens import Corpus, from_texts
 
 PACKAGE = Path(__file__).parents[1]
 TEXT = "fmsim's own source (MIT), with facts woven in"
-SHORTEST_TOKENS = 1024  # what the facts and some text between them take
 
 
 def haystack() -> Corpus:

@@ -4,17 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
+from functools import partial
 from typing import Any
 
 import numpy as np
-import torch
 
-from fmsim.exec.driven import DrivenDecode, Outcome
-from fmsim.footprint import Footprint, footprint, indexer_layers
+from fmsim.exec.driven import DrivenDecode, Outcome, device_name
+from fmsim.footprint import Footprint, check_layer_map, footprint, indexer_layers
 from fmsim.geometry import Geometry
 from fmsim.ledger import Ledger
 from fmsim.policies.base import Policy
 from fmsim.replay import Replayer
+from fmsim.run import build, load_geometry, run_scenario, select
+from fmsim.scenario import ScenarioFile
+from fmsim.trace import read
 
 
 @dataclass(frozen=True)
@@ -63,6 +66,36 @@ def validate(
     return checks
 
 
+def validate_scenario(
+    file: ScenarioFile, selected: Sequence[str], device: str, progress: Callable[[str, int, int], None] = lambda label, done, total: None
+) -> dict[str, Any]:
+    """`validate` for a scenario's policies: the object that `fmsim validate --json` prints, the simulation's step times beside the measured."""
+    simulated = run_scenario(file, selected)
+    scenario, geometry = file.scenario, load_geometry(file)
+    trace = read(file.file(scenario.trace))
+    layer_map = check_layer_map(scenario.layer_map, trace.n_layers, geometry.n_csa)
+    replayer = Replayer(trace, entry_bytes=geometry.kv_entry_bytes, model_layers=geometry.n_csa)
+    policies = [(spec.label, partial(build, file, spec)) for spec in select(file, selected)]
+    rows = [check.row() for check in validate(policies, replayer, geometry, layer_map, device, progress)]
+    for row, run in zip(rows, simulated.runs, strict=True):
+        row["simulated_step_p50_s"] = run.row["step_s"]["p50"]
+    about = {
+        "name": scenario.name,
+        "trace": str(file.file(scenario.trace)),
+        "steps": trace.n_steps,
+        "model": geometry.name,
+        "csa_layers": geometry.n_csa,
+        "device": device_name(device),
+        "simulated_hardware": scenario.hardware,
+        "notes": [
+            f"simulated: a whole decode step of {geometry.name} on {scenario.hardware}.  measured: the moves and their bookkeeping on this "
+            f"{device_name(device)}, without a model's compute; the two are not to be compared.",
+            "predicted and allocated: every slot of the budget, index keys, HCA entries and windows.  staging: spare pages for misses, beside it.",
+        ],
+    }
+    return {"scenario": about, "policies": rows}
+
+
 def compare(
     label: str, ledger: Ledger, slots: np.ndarray, outcome: Outcome, geometry: Geometry, place: Footprint, keyed_layers: int
 ) -> Check:
@@ -88,7 +121,3 @@ def compare(
         staging_bytes=outcome.staging_bytes,
         measured_step_p50_s=float(np.median(outcome.step_s)),
     )
-
-
-def device_name(device: str) -> str:
-    return torch.cuda.get_device_name(device) if device.startswith("cuda") else "CPU"

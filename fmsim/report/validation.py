@@ -1,0 +1,48 @@
+"""What `fmsim validate` prints: the replay beside the engine, a row a policy."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from rich.table import Table
+from rich.text import Text
+
+from fmsim.report.console import wide_console
+
+MIB = 2**20
+
+
+def show(report: dict[str, Any]) -> None:
+    """Print to standard output, from the report's JSON object."""
+    about, console = report["scenario"], wide_console(132)
+    console.print(Text(f"{about['name']}: {about['trace']}, {about['steps']} steps; pages of {about['model']}'s {about['csa_layers']} CSA layers on {about['device']}"))
+    table = Table(header_style="bold", pad_edge=False)
+    table.add_column("policy", no_wrap=True)
+    for name in (
+        "slots\nidentical", "pages moved\nreplay", "\nengine", "MiB moved\nreplay", "\nengine", "KV MiB on GPU\npredicted", "\nallocated",
+        "staging\nMiB", "step ms p50\nsimulated", "\nmeasured",
+    ):  # fmt: skip
+        table.add_column(name, justify="right", no_wrap=True)
+    for row in report["policies"]:
+        table.add_row(*_cells(row))
+    console.print(table)
+    for note in about["notes"]:
+        console.print(Text(note, style="dim"))
+
+
+def _cells(row: dict[str, Any]) -> list[str | Text]:
+    differs = row["first_difference"] if row["first_difference"] is not None else ", ".join(row["differing_fields"]) or "bytes"
+    where = f"no: step {differs}" if row["first_difference"] is not None else f"no: {differs}"
+    return [
+        row["policy"],
+        Text("yes", "green") if row["identical"] else Text(where, "red"),
+        f"{row['replay_pages']:,}",
+        f"{row['engine_pages']:,}",
+        f"{row['replay_bytes'] / MIB:.2f}",
+        f"{row['engine_bytes'] / MIB:.2f}",
+        f"{row['predicted_kv_bytes'] / MIB:.2f}",
+        f"{row['allocated_kv_bytes'] / MIB:.2f}",
+        f"{row['staging_bytes'] / MIB:.2f}",
+        f"{row['simulated_step_p50_s'] * 1e3:.2f}",
+        f"{row['measured_step_p50_s'] * 1e3:.2f}",
+    ]

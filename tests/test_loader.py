@@ -1,0 +1,101 @@
+"""Quantised directories: what is loaded is what the scales and codes say, worked out here element by element."""
+
+import json
+
+import pytest
+
+torch = pytest.importorskip("torch", reason="the loader needs fmsim[model]")
+pytest.importorskip("transformers", reason="the loader needs fmsim[model]")
+from safetensors.torch import load_file, save_file  # noqa: E402
+from test_model import CSA, HCA, SLIDING, oracle  # noqa: E402
+
+from fmsim.errors import FmsimError  # noqa: E402
+from fmsim.exec.loader import dequantise, load_model  # noqa: E402
+
+FOUR_BIT = [0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0]
+
+
+def test_float8_blocks_by_hand():
+    codes = torch.tensor([[1.0, -2.0, 3.0], [4.0, 5.0, -6.0]]).to(torch.float8_e4m3fn)
+    scales = torch.tensor([[2.0, 0.5]])
+    assert dequantise(codes, scales, (2, 2), "w").tolist() == [[2.0, -4.0, 1.5], [8.0, 10.0, -3.0]]
+
+
+def test_four_bit_pairs_by_hand():
+    codes = torch.zeros(1, 32, dtype=torch.uint8)
+    codes[0, 0], codes[0, 16] = 0x2F, 0x71  # -6 then 1; in the second block 0.5 then 6
+    scales = torch.tensor([[128, 126]], dtype=torch.uint8)  # 2 and a half
+    row = dequantise(codes.view(torch.int8), scales, (128, 128), "w")[0]
+    assert row[:3].tolist() == [-12.0, 2.0, 0.0] and row[32:35].tolist() == [0.25, 3.0, 0.0]
+
+
+def quantised(directory, official: bool):
+    """A saved tiny model with float8 projections and 4-bit experts in two shards; returns the weights it should load as."""
+    reference = oracle(layer_types=[SLIDING, CSA, HCA])
+    reference.save_pretrained(directory)
+    stored, shards, expected = load_file(directory / "model.safetensors"), ({}, {}), {}
+    for number, (name, tensor) in enumerate(stored.items()):
+        shard = shards[number % 2]
+        if ".experts." in name:
+            codes = torch.randint(0, 16, tensor.shape, generator=torch.Generator().manual_seed(number))
+            exponents = torch.randint(120, 130, (tensor.shape[0], -(-tensor.shape[1] // 32)), dtype=torch.uint8)
+            values = torch.tensor(FOUR_BIT + [-v for v in FOUR_BIT])[codes]
+            expected[name] = values * torch.exp2(exponents.float() - 127).repeat_interleave(32, 1)[:, : tensor.shape[1]]
+            shard[name] = (codes[:, ::2] | codes[:, 1::2] << 4).to(torch.uint8).view(torch.int8)
+            shards[1 - number % 2][name.removesuffix("weight") + "scale"] = exponents.view(torch.float8_e8m0fnu)
+        elif name.endswith(("wkv.weight", "wo_b.weight")) and ".attn." in name:
+            scale = torch.rand(-(-tensor.shape[0] // 16), -(-tensor.shape[1] // 16)) + 0.5
+            wide = scale.repeat_interleave(16, 0).repeat_interleave(16, 1)[: tensor.shape[0], : tensor.shape[1]]
+            shard[name] = (tensor / wide).to(torch.float8_e4m3fn)
+            expected[name] = shard[name].float() * wide
+            shards[1 - number % 2][name.removesuffix("weight") + "scale" if official else name + "_scale_inv"] = scale
+        else:
+            shard[name] = expected[name] = tensor
+    (directory / "model.safetensors").unlink()
+    for number, shard in enumerate(shards):
+        save_file(shard, directory / f"part-{number}.safetensors")
+    weight_map = {name: f"part-{number}.safetensors" for number, shard in enumerate(shards) for name in shard}
+    (directory / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    config = json.loads((directory / "config.json").read_text())
+    config["quantization_config"] = {"quant_method": "fp8", "weight_block_size": [16, 16]}
+    (directory / "config.json").write_text(json.dumps(config))
+    return expected
+
+
+@pytest.mark.parametrize("official", [False, True])
+def test_a_quantised_directory_loads_as_its_widened_twin(tmp_path, official):
+    expected = quantised(tmp_path / "small", official)
+    widened = tmp_path / "wide"
+    widened.mkdir()
+    config = json.loads((tmp_path / "small/config.json").read_text())
+    config.pop("quantization_config")
+    (widened / "config.json").write_text(json.dumps(config))
+    save_file({name: tensor.contiguous() for name, tensor in expected.items()}, widened / "model.safetensors")
+    small, wide = load_model(tmp_path / "small").state_dict(), load_model(widened).state_dict()
+    assert any("float8" in str(t.dtype) for t in load_file(tmp_path / "small/part-0.safetensors").values())
+    for name, tensor in wide.items():
+        assert torch.equal(small[name], tensor), name
+
+
+def test_what_cannot_be_loaded_is_named(tmp_path):
+    quantised(tmp_path, official=True)
+    shard = load_file(tmp_path / "part-0.safetensors")
+    lost = next(name for name in shard if name.endswith(".scale") and ".experts." in name)
+    shard.pop(lost)
+    save_file(shard, tmp_path / "part-0.safetensors")
+    with pytest.raises(FmsimError, match="has no scales beside it.*scale"):
+        load_model(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    config["quantization_config"]["quant_method"] = "gptq"
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(FmsimError, match="config.json: quantization_config: quant_method 'gptq'"):
+        load_model(tmp_path)
+
+
+def test_bfloat16_keeps_rotation_and_small_sums_in_float32(tmp_path):
+    oracle(layer_types=[SLIDING, CSA]).save_pretrained(tmp_path)
+    model = load_model(tmp_path, dtype=torch.bfloat16)
+    attention = model.model.layers[1].self_attn
+    assert attention.inv_freq.dtype == attention.sinks.dtype == torch.float32
+    assert model.lm_head.weight.dtype == torch.bfloat16
+    assert model(torch.randint(0, 64, (1, 20)))[0].isfinite().all()
