@@ -122,9 +122,8 @@ class Tuning:
 
     @property
     def best(self) -> Trial | None:
-        """The most tokens/s with the mass kept at or above the floor; of equals the smallest footprint."""
-        fit = [trial for trial in self.trials if trial.figures["mass_kept"] >= self.floor]
-        return max(fit, key=lambda trial: (trial.figures["decode_tokens_per_s"], -trial.figures["kv_hbm_bytes"]), default=None)
+        """Of the front the fastest with the mass kept at or above the floor."""
+        return next((trial for trial in self.front if trial.figures["mass_kept"] >= self.floor), None)
 
     @property
     def front(self) -> list[Trial]:

@@ -36,8 +36,6 @@ class Sizes:
 
     contexts: tuple[int, ...] = (1024, 4096, 16_384, 65_536, 131_072, 262_144, 524_288, 1_048_576)
     batches: tuple[int, ...] = (1, 2, 4, 8, 16, 32, 64)
-    slope_batch: int = 16
-    slope_contexts: tuple[int, int] = (8192, 32_768)
     gathers: dict[int, tuple[int, ...]] = field(
         default_factory=lambda: {584: (512, 4096, 32_768, 131_072), 2336: (128, 4096, 32_768), 37_376: (8, 96, 384, 2000)}
     )
@@ -181,9 +179,6 @@ def module_table(config: DeepseekV4Config, layouts: tuple[Layout, Layout], devic
     for name, kind in (("csa", CSA), ("hca", HCA)):
         columns[f"{name}_context_ms"] = {tokens: attention_ms(kind, 1, tokens) for tokens in sizes.contexts}
         columns[f"{name}_batch_ms"] = {batch: attention_ms(kind, batch, sizes.contexts[0]) for batch in sizes.batches}
-        few, many = ([attention_ms(kind, batch, tokens) for tokens in sizes.slope_contexts] for batch in (1, sizes.slope_batch))
-        further = ((many[1] - many[0]) - (few[1] - few[0])) / (sizes.slope_batch - 1)
-        columns[f"{name}_request_ms_per_mtoken"] = max(0.0, further / (sizes.slope_contexts[1] - sizes.slope_contexts[0]) * 1e6)
     for name, (build, graph) in _MODULES.items():
         columns[f"{name}_batch_ms"] = {}
         with torch.device(device):
