@@ -70,6 +70,7 @@ def _write_svg(path: Path, text: str) -> None:
     from fmsim.errors import FmsimError
 
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(text, encoding="utf-8")
     except OSError as error:
         raise FmsimError(f"--svg {path}: cannot be written ({error.strerror}); choose another place") from None
