@@ -14,6 +14,9 @@ from fmsim.errors import FmsimError  # noqa: E402
 from fmsim.exec.engine import Engine  # noqa: E402
 from fmsim.exec.prompt import Prompt  # noqa: E402
 from fmsim.exec.record import trace_header, trace_of  # noqa: E402
+from fmsim.indexer import checkpoint  # noqa: E402
+from fmsim.indexer.checkpoint import Checkpoint  # noqa: E402
+from fmsim.indexer.scorer import LayerWeights, ScorerConfig  # noqa: E402
 from fmsim.policies import registry  # noqa: E402
 from fmsim.replay import Replayer  # noqa: E402
 
@@ -97,6 +100,20 @@ def test_fallback_fetches_until_enough_is_there(prompt):
     assert (ledger.hit + ledger.demand_loads < ledger.accessed).any()
     change = np.diff(ledger.resident, axis=0, prepend=ledger.initial[None])
     assert np.array_equal(change, ledger.demand_loads + ledger.lookahead_loads + ledger.written - ledger.evicted)
+
+
+def test_a_lookahead_policy_scores_the_running_models_own_states(prompt, tmp_path):
+    """Random weights: what they choose means nothing, but that it comes from live states and is carried out can be seen."""
+    rng, heads, hidden, width = np.random.default_rng(0), 4, 32, 16
+    shapes = ((6, hidden), (6,), (heads * width, 6), (heads, hidden))
+    layers = {layer: LayerWeights(*(rng.standard_normal(shape).astype(np.float32) for shape in shapes)) for layer in (0, 1)}
+    checkpoint.save(Checkpoint(layers, ScorerConfig(rope_dims=8, rope_theta=1e4), 0.01), tmp_path / "indexer.safetensors")
+    spec = {"policy": "lsa", "checkpoint": str(tmp_path / "indexer.safetensors"), "budget": "20 entries", "cadence": TAU, "recent_entries": 2}
+    engine = decoded(prompt, spec | {"stale": False})
+    ledger = engine.ledger()
+    assert ledger.lookahead_loads.sum() > 0 and (ledger.resident <= 20).all()
+    assert engine.h2d_bytes == ledger.lookahead_loads.sum() * 2 * 16 * 4  # two layers share a set; 16 dims of float32
+    assert np.flatnonzero(ledger.scored).tolist() == list(range(0, STEPS, TAU))
 
 
 def test_what_an_engine_cannot_do_is_one_clear_error(prompt):

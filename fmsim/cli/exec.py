@@ -22,7 +22,7 @@ def exec_(
     model: Annotated[Path | None, typer.Option(help="a DeepSeek-V4 directory; the shipped nano by default")] = None,
     prompt_file: Annotated[Path | None, typer.Option(help="text to read, and then to continue; built-in questions by default")] = None,
     context: Annotated[int, typer.Option(min=1, help="tokens of the prompt; a longer text is cut")] = 8192,
-    steps: Annotated[int, typer.Option(min=1, help="decode steps")] = STEPS,
+    steps: Annotated[int, typer.Option(min=1, help="decode steps; built-in questions go on to the end of an answer")] = STEPS,
     batch: Annotated[int, typer.Option(min=1, help="requests side by side, each somewhat shorter than the one before")] = 1,
     record: Annotated[Path | None, typer.Option(help="write what the first request selected, as a trace")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="print one JSON object, in the fields of `fmsim run`")] = False,

@@ -183,6 +183,6 @@ def logit(score: float) -> float:
 
 
 def _like(array: np.ndarray, other):
-    """A numpy array as an array of ``other``'s library and device."""
+    """A numpy array as an array of ``other``'s library, type and device."""
     xp = array_namespace(other)
-    return xp.asarray(array, device=other.device)
+    return xp.asarray(array, dtype=other.dtype, device=other.device)

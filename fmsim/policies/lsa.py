@@ -75,7 +75,8 @@ class LSA(LookaheadPolicy):
         self.rows = [numbers.index(layer) for layer in self.layers]  # of the lookahead state
         self.config = loaded.config
         parts = [loaded.layers[layer] for layer in self.layers]
-        self.weights = [LayerWeights(*(ctx.xp.asarray(part, device=ctx.device) for part in layer)) for layer in parts]
+        # In float64, rounded to float32 at the end: so that libraries that sum in other orders rank pages alike.
+        self.weights = [LayerWeights(*(ctx.xp.asarray(part, dtype=ctx.xp.float64, device=ctx.device) for part in layer)) for layer in parts]
         self.lowest_logit = scorer.logit(self.params.threshold or loaded.threshold or 0.5)
         self.floor = self.lowest_logit if self.params.page_rank == "max" else 1.0
 
@@ -85,8 +86,8 @@ class LSA(LookaheadPolicy):
 
     def score(self, step: int) -> Array:
         state, xp = self._state(step), self.ctx.xp
-        hidden, keys = ([array[row] for row in self.rows] for array in (state.hidden, state.keys))
-        logits = scorer.layer_logits(self.weights, self.config, hidden, state.position, keys)
+        hidden, keys = ([xp.astype(array[row], xp.float64) for row in self.rows] for array in (state.hidden, state.keys))
+        logits = xp.astype(scorer.layer_logits(self.weights, self.config, hidden, state.position, keys), xp.float32)
         if self.params.scope == "shared":
             logits = scorer.combine(logits, self.params.combine)[None]
         pages = self.ctx.pages(state.n_entries)
