@@ -34,6 +34,14 @@ def run(bandwidth, transfers):
 FREE = float("inf")
 
 
+def test_transfers_end_late_in_a_long_run():
+    """At 10^7 s the clock's resolution is 2 ns, in which a fast link moves many bytes: no end may wait for less than that."""
+    transfers = [(1e7 + i * 1e-7, 3000.0 + i, FREE) for i in range(40)]
+    ends, link, _ = run(55.1e9, transfers)
+    assert all(end is not None for end in ends) and link.idle
+    assert link.moved_bytes == pytest.approx(sum(n_bytes for _, n_bytes, _ in transfers))
+
+
 @pytest.mark.parametrize(
     ("transfers", "ends"),
     [

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 
 import simpy
@@ -79,8 +80,10 @@ class FairLink:
             return
         shortest_s = min(flow.left_bytes / flow.rate for flow in self._flows)
         self._advance()
-        # Rounding may leave a fraction of a byte of the flow that the timer was set for, or of one equal to it.
-        ended = [flow for flow in self._flows if flow.left_bytes <= 1e-9 * flow.rate * shortest_s + 1e-6]
+        # Rounding, of the bytes or of a clock that has run for long, may leave a bit of the flow that the timer was set for, or of one
+        # equal to it. It must end now: a timer shorter than the clock's resolution would never let it.
+        short_s = 1e-9 * shortest_s + 4 * math.ulp(self.env.now)
+        ended = [flow for flow in self._flows if flow.left_bytes <= flow.rate * short_s + 1e-6]
         for flow in ended:
             self.moved_bytes += flow.left_bytes
             self._flows.remove(flow)
