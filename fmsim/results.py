@@ -53,6 +53,8 @@ class Results:
         path = folder / REPORT_NAME
         try:
             report = json.loads(path.read_text(encoding="utf-8"))
+            if "serving" in report:
+                raise FmsimError(f"{path}: is of a scenario with a workload, which has no page yet; run it with --set workload=null for a page of one decode")
             labels = [row["policy"] for row in report["policies"]]
             known = set(report["scenario"]["details"]) >= set(labels)
         except FileNotFoundError:

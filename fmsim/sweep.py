@@ -16,8 +16,10 @@ from fmsim import __version__
 from fmsim.errors import FmsimError
 from fmsim.replay import Replayer
 from fmsim.rows import Row
-from fmsim.run import PolicyRun, Setting, build_policies
+from fmsim.run import Setting, build_policies
 from fmsim.scenario import ScenarioFile
+from fmsim.serve.run import serve_policy
+from fmsim.serve.spec import RequestFile
 
 
 @dataclass(frozen=True)
@@ -74,11 +76,13 @@ class Run:
         file = ScenarioFile(self.scenario, self.overrides)
         head = {"scenario": file.scenario.name} | head
         try:
-            setting = Setting(file)
-            run = setting.run(_replayer(setting), self.label, dict(build_policies(file, [self.label]))[self.label])
+            setting, policy = Setting(file), dict(build_policies(file, [self.label]))[self.label]
+            if file.scenario.workload is not None:
+                return head | _flat(serve_policy(setting, _replayer(setting), self.label, policy)[0], leave=("policy", "over_time", "memory"))
+            run = setting.run(_replayer(setting), self.label, policy)
         except FmsimError as error:
             return head | {"error": str(error)}
-        return head | _figures(run)
+        return head | _flat(run.row | run.details, leave=("policy", "params"))
 
 
 def plan(scenario: str, overrides: Sequence[str], axes: Sequence[Axis], selected: Sequence[str] = ()) -> list[Run]:
@@ -128,13 +132,18 @@ def _digest(file: ScenarioFile, label: str) -> str:
         "hardware": setting.hw.model_dump(mode="json"),
         "batch": setting.batch,
         "layer_map": setting.layer_map,
-        "trace": _trace_digest(str(setting.trace.path)),
+        "trace": _file_digest(str(setting.trace.path)),
     }
+    workload = file.scenario.workload
+    if workload is not None:
+        content["workload"], content["server"] = workload.model_dump(mode="json"), file.scenario.server.model_dump(mode="json")
+        if isinstance(workload, RequestFile):
+            content["requests"] = _file_digest(str(file.file(workload.file)))
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
 
 
 @lru_cache(maxsize=8)
-def _trace_digest(path: str) -> str:
+def _file_digest(path: str) -> str:
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
@@ -150,11 +159,13 @@ def _replayer(setting: Setting) -> Replayer:
     return _kept[key]
 
 
-def _figures(run: PolicyRun) -> Row:
-    """The policy's row and details, flat."""
-    row = {name: value for name, value in run.row.items() if name not in ("policy", "step_s")}
-    row |= {f"step_s_{quantile}": value for quantile, value in run.row["step_s"].items()}
-    return row | {name: value for name, value in run.details.items() if name != "params"}
+def _flat(row: Row, leave: Sequence[str]) -> Row:
+    """A report's row without what it must leave, and with one column for each figure of a group: `step_s_p99`."""
+    flat: Row = {}
+    for name, value in row.items():
+        if name not in leave:
+            flat |= {f"{name}_{part}": inner for part, inner in _flat(value, ()).items()} if isinstance(value, dict) else {name: value}
+    return flat
 
 
 def left(runs: Iterable[Run], rows: Iterable[Row]) -> list[Run]:

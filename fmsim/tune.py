@@ -152,6 +152,8 @@ def tune(
         import optuna
     except ModuleNotFoundError:
         raise FmsimError("fmsim tune needs optuna; pip install 'fmsim[tune]'") from None
+    if file.scenario.workload is not None:
+        raise FmsimError(f"{file.where(('workload',))}: tune looks at one decode; add --set workload=null")
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     setting = Setting(file)
     base = dict(build_policies(file, [label]))

@@ -114,6 +114,17 @@ def test_rows_hold_what_run_would_print_and_a_faster_link_stalls_less(scenario, 
     assert (rows[1]["kv_hbm_bytes"], rows[1]["step_s_p99"]) == (alone["kv_hbm_bytes"], pytest.approx(alone["step_s"]["p99"]))
 
 
+def test_a_workload_gives_rows_of_what_the_server_did(scenario, tmp_path):
+    workload = "workload={kind: bursts, burst: 2, every_s: 10, prompt_tokens: 4096, output_tokens: [64, 200], duration_s: 10}"
+    arguments = ["-p", "lru", "--set", workload, "-g", "workload.seed=0,1", "--out", tmp_path / "rows.jsonl"]
+    shown = fmsim("sweep", scenario, *arguments)
+    assert shown.returncode == 0 and "TTFT p95" in shown.stdout, shown.stderr
+    rows = json.loads(fmsim("sweep", scenario, *arguments, "--json").stdout)
+    alone = json.loads(fmsim("run", scenario, "-p", "lru", "--set", workload, "--json").stdout)["serving"][0]
+    assert [row["set.workload.seed"] for row in rows] == [0, 1] and rows[0]["tokens"] != rows[1]["tokens"]
+    assert (rows[0]["tokens"], rows[0]["ttft_s_p95"], rows[0]["requests_finished"]) == (alone["tokens"], alone["ttft_s"]["p95"], 2)
+
+
 def test_a_run_that_does_not_fit_is_a_row_too(scenario, tmp_path):
     done = fmsim("sweep", scenario, "-p", "full", "-g", "batch=1,100000", "--out", tmp_path / "rows.jsonl")
     assert done.returncode == 0 and "no run" in done.stdout and "GiB more than" in done.stdout

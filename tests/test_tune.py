@@ -114,6 +114,7 @@ def test_the_command_shows_the_front_and_prints_json(scenario):
         (["-p", "lru", "--range", "granularity=3,5"], "policy lru: granularity"),
         (["-p", "lru", "--set", "batch=100000"], "none of 2 settings could run; the last: policy lru, batch 100000"),
         (["-p", "lru", "--range", "nonsense"], "no parameter 'nonsense'"),
+        (["-p", "lru", "--set", "workload={kind: poisson, rate_per_s: 1, prompt_tokens: 64, output_tokens: 8, duration_s: 9}"], "--set workload=null"),
     ],
 )
 def test_a_users_mistake_is_told_in_one_line(scenario, arguments, says):

@@ -35,12 +35,13 @@ def sweep(
     fmsim sweep scenarios/500k.yaml --grid policies.lsa.budget=5%,10%,20% --grid hardware=h100,h200
     fmsim sweep scenarios/500k.yaml -p lru -p lfu --grid "policies.*.budget=2x topk,4x topk" --out lru.parquet
     fmsim sweep scenarios/500k.yaml --grid hardware_figures.link_bytes_per_s=27e9,55e9,110e9 --grid batch=1,16
+    fmsim sweep scenarios/serve.yaml --grid workload.rate_per_s=1,2,4 --grid server.mirror=per_gpu,shared
 
     A key policies.LABEL.PARAMETER varies that policy alone; "*" is every policy. A value that holds a comma goes in brackets
     or quotes, as in YAML: layer_map=[0,0,1],[0,1,1].
 
     A row is written as its run ends. Killed and started again, the same command runs what is left and nothing twice: a run is known
-    by a digest of its policy, settings, hardware figures and trace. A run that cannot be (its KV does not fit) gets a row with an
+    by a digest of its policy, settings, hardware figures, workload and trace. A run that cannot be (its KV does not fit) gets a row with an
     "error".
 
     --engine ray uses the cluster at RAY_ADDRESS, else one of its own on this machine; every node must see the scenario and its trace

@@ -25,4 +25,4 @@ def haystack() -> Corpus:
 
 def questions(context_tokens: int, steps: int, seed: int, corpus: Corpus) -> prompts.Stream:
     """A prompt of `context_tokens` and at least `steps` decode steps of questions about it, in nano's tokens."""
-    return prompts.decode_stream("needles", context_tokens, np.random.default_rng(seed), corpus, steps)
+    return prompts.question_stream(context_tokens, np.random.default_rng(seed), corpus, steps)

@@ -151,26 +151,33 @@ def decode_stream(kind: str, prompt_tokens: int, rng: np.random.Generator, corpu
     return STREAMS[kind](prompt_tokens, rng, corpus, steps)
 
 
+def question_stream(prompt_tokens: int, rng: np.random.Generator, corpus: Corpus, steps: int, facts: int = 4) -> Stream:
+    """A prompt that holds ``facts`` facts, and questions about one of them at a time: what nano answers well."""
+    keys, values, told = _stream_facts(rng, facts)
+    prompt = weave(rng, corpus, prompt_tokens, told).tokens
+    return Stream("questions", prompt, _needle_turns(rng, keys, values, steps, joint_odds=0.0))
+
+
 def _needles_stream(prompt_tokens: int, rng: np.random.Generator, corpus: Corpus, steps: int) -> Stream:
     keys, values, facts = _stream_facts(rng)
     prompt = weave(rng, corpus, prompt_tokens, facts).tokens
     return Stream("needles", prompt, _needle_turns(rng, keys, values, steps))
 
 
-def _stream_facts(rng: np.random.Generator) -> tuple[list[Tokens], list[Tokens], list[Insert]]:
+def _stream_facts(rng: np.random.Generator, count: int = STREAM_FACTS) -> tuple[list[Tokens], list[Tokens], list[Insert]]:
     words = say.wording(evaluation=True)
-    keys, values = words.keys(rng, STREAM_FACTS), [words.value(rng, VALUE_DIGITS) for _ in range(STREAM_FACTS)]
+    keys, values = words.keys(rng, count), [words.value(rng, VALUE_DIGITS) for _ in range(count)]
     return keys, values, [say.fact(rng, place, key, value) for place, key, value in zip(rng.random(len(keys)), keys, values)]
 
 
-def _needle_turns(rng: np.random.Generator, keys: list[Tokens], values: list[Tokens], steps: int) -> list[Turn]:
+def _needle_turns(rng: np.random.Generator, keys: list[Tokens], values: list[Tokens], steps: int, joint_odds: float = 0.15) -> list[Turn]:
     """Questions about one key, or now and then about two or three, in rounds over all keys."""
     turns: list[Turn] = []
     after: Tokens = []
     while _steps(turns) < steps:
         order = rng.permutation(len(keys))
         while len(order) and _steps(turns) < steps:
-            count = int(rng.integers(2, 4)) if rng.random() < 0.15 and len(order) >= 3 else 1
+            count = int(rng.integers(2, 4)) if rng.random() < joint_odds and len(order) >= 3 else 1
             chosen, order = order[:count], order[count:]
             asked, known = [keys[i] for i in chosen], [values[i] for i in chosen]
             question = say.ask(1.0, asked[0], known[0]) if count == 1 else say.ask_each(1.0, asked, known)

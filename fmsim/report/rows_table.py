@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 from rich.table import Table
@@ -20,6 +21,17 @@ FIGURES = {  # heading -> text of a row's figure; * = simulated
     "stall*": lambda row: f"{row['stall_ratio']:.1%}",
     "requests fit*": lambda row: str(row["max_requests"]),
 }
+SERVING_FIGURES = {  # of a scenario with a workload
+    "mass kept": lambda row: f"{row['mass_kept']:.1%}",
+    "held*": lambda row: str(row["held"]),
+    "tokens/s*": lambda row: f"{row['tokens_per_s']:,.0f}",
+    "TTFT p95 s*": lambda row: f"{row['ttft_s_p95']:.2f}",
+    "TPOT p95 ms*": lambda row: f"{row['tpot_s_p95'] * 1e3:.2f}",
+    "in SLO*": lambda row: f"{row['slo_share']:.0%}",
+    "stall*": lambda row: f"{row['stall_share']:.1%}",
+    "done": lambda row: str(row["requests_finished"]),
+    "bound by*": lambda row: row["bound"],
+}
 
 
 def show(rows: list[dict[str, Any]], note: str) -> None:
@@ -28,11 +40,12 @@ def show(rows: list[dict[str, Any]], note: str) -> None:
     table = Table(header_style="bold", pad_edge=False)
     for name in ["policy", *(name.removeprefix("set.") for name in varied)]:
         table.add_column(name, no_wrap=True)
-    for heading in FIGURES:
+    figures = SERVING_FIGURES if any("held" in row for row in rows) else FIGURES
+    for heading in figures:
         table.add_column(heading, justify="right", no_wrap=True)
     for row in rows:
         known = [row["policy"], *(str(row.get(name) if row.get(name) is not None else "-") for name in varied)]
-        table.add_row(*known, *_cells(row))
+        table.add_row(*known, *_cells(row, figures))
     console = wide_console(wide_console(1000).measure(table).maximum)
     console.print(table)
     for row in rows:
@@ -41,7 +54,7 @@ def show(rows: list[dict[str, Any]], note: str) -> None:
     console.print(Text(f"{note}.  * simulated, not measured", style="dim"))
 
 
-def _cells(row: dict[str, Any]) -> list[str | Text]:
+def _cells(row: dict[str, Any], figures: dict[str, Callable[[dict[str, Any]], str]]) -> list[str | Text]:
     if "error" in row:
-        return [Text("no run", "yellow"), *("" for _ in list(FIGURES)[1:])]
-    return [text(row) for text in FIGURES.values()]
+        return [Text("no run", "yellow"), *("" for _ in list(figures)[1:])]
+    return [text(row) for text in figures.values()]

@@ -66,7 +66,7 @@ def serve_scenario(
     replayer = setting.replayer(policies)
     rows, ledgers = [], {}
     progress(policies[0][0], 0, len(policies))
-    for row, ledger in in_parallel(lambda index: _serve_policy(setting, replayer, *policies[index]), len(policies)):
+    for row, ledger in in_parallel(lambda index: serve_policy(setting, replayer, *policies[index]), len(policies)):
         rows.append(row)
         ledgers[row["policy"]] = ledger
         progress(row["policy"], len(rows), len(policies))
@@ -97,7 +97,8 @@ def plan_scenario(file: ScenarioFile, selected: Sequence[str], tokens: int | Non
     return {"scenario": about(setting) | {"server": file.scenario.server.model_dump(mode="json")}, "plans": rows}
 
 
-def _serve_policy(setting: Setting, replayer: Replayer, label: str, policy: Policy) -> tuple[dict[str, Any], Ledger]:
+def serve_policy(setting: Setting, replayer: Replayer, label: str, policy: Policy) -> tuple[dict[str, Any], Ledger]:
+    """One policy's row of a report, and the ledger that its requests replay."""
     ledger = replayer.run(policy)
     demand = Demand(ledger, setting.geometry, setting.layer_map)
     options, source = setting.file.scenario.server, _source(setting.file)
