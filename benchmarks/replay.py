@@ -51,7 +51,7 @@ class Made:
         self.mass = (mass / mass.sum(-1, keepdims=True) / 2).astype(np.float16).astype(np.float32)
         self.header = SimpleNamespace(prompt_tokens=4 * entries, tau=64, seed=seed)
         self.hidden = self.index_keys = self.prompt_mass = None
-        self.holds_labels = False
+        self.holds_labels, self.csa_numbers = False, range(layers)
         self.still = still
 
     def n_entries(self, step: int) -> int:
