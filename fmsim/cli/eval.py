@@ -8,6 +8,8 @@ from typing import Annotated
 
 import typer
 
+from fmsim.cli.extras import require
+
 DEFAULT_POLICIES = ["full", "lsa", "lsa:on_miss=fallback", "recency", "random", "lru", "h2o", "oracle"]
 
 
@@ -34,21 +36,18 @@ def evaluate(
     fmsim eval --corpus tokens --length 32768 --length 131072 --out results
     fmsim eval --text book.txt -l 8192 --samples 4 -t niah_single -t vt -p full -p lsa:budget=20% -p recency
     """
+    require("model", "eval")
     from fmsim import accuracy
     from fmsim.accuracy import Lines, Plan
-    from fmsim.cli.plots import check_plotly
     from fmsim.errors import FmsimError
     from fmsim.report import accuracy as table
     from fmsim.tasks import FAMILIES
 
     if plot:
-        check_plotly()
+        require("report", "--plot")
     if (corpus is None) == (not text):
         raise FmsimError("eval: give either --corpus, the folder that `python -m fmsim.nano.tokens` writes, or --text, one or more text files")
-    try:
-        import torch
-    except ModuleNotFoundError:
-        raise FmsimError("eval needs torch: pip install 'fmsim[model]'") from None
+    import torch
     given = str(checkpoint) if checkpoint else None
     plan = Plan(tuple(task) or FAMILIES, tuple(length), samples, tuple(policy), budget, given, seed, geometry, hardware)
     read, source = _text(corpus, text)

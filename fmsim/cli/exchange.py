@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from fmsim.cli.extras import require
+
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
@@ -67,16 +69,12 @@ def export_traces(
     fmsim trace export traces/nano-32k-*.safetensors --format flashmemory --out dumps/nano
     """
     from fmsim import trace
-    from fmsim.errors import FmsimError
     from fmsim.indexer.labels import LabelRule
     from fmsim.indexer.windows import check_scorable
     from fmsim.trace.flashmemory import TRAINER_WIDTHS
     from fmsim.trace.flashmemory_writer import write_document
 
-    try:
-        import torch  # noqa: F401
-    except ModuleNotFoundError:
-        raise FmsimError("trace export needs torch: pip install 'fmsim[model]'") from None
+    require("model", "trace export")
     rule, read = LabelRule(head_share, min_layers), None
     out.mkdir(parents=True, exist_ok=True)
     for number, path in enumerate(_track(traces, "exporting")):

@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from fmsim.cli.extras import require
+
 if TYPE_CHECKING:
     from fmsim.nano.prompts import Stream
     from fmsim.policies.base import Policy
@@ -36,14 +38,11 @@ def exec_(
     fmsim exec --policy lru --set budget=1024entries --context 16384 --json
     fmsim exec --policy full --prompt-file book.txt --steps 256 --record book.safetensors
     """
-    from fmsim.errors import FmsimError
-
     chosen = _policy(policy, override)
     lengths = _lengths(model, prompt_file, context, batch)
-    try:
-        import torch
-    except ModuleNotFoundError:
-        raise FmsimError("exec needs torch: pip install 'fmsim[model]'") from None
+    require("model", "exec")
+    import torch
+
     from fmsim.exec import run
     from fmsim.exec.loader import load_model
     from fmsim.exec.question import TEXT

@@ -7,6 +7,8 @@ from typing import Annotated
 
 import typer
 
+from fmsim.cli.extras import require
+
 app = typer.Typer(help="List hardware presets, or measure one on this machine's GPU.", no_args_is_help=True)
 
 
@@ -43,10 +45,8 @@ def calibrate(
     """
     from fmsim.errors import FmsimError
 
-    try:
-        import torch
-    except ModuleNotFoundError:
-        raise FmsimError("hw calibrate needs torch: pip install 'fmsim[model]'") from None
+    require("model", "hw calibrate")
+    import torch
     if not torch.cuda.is_available():
         raise FmsimError("hw calibrate measures a GPU, and torch finds no CUDA device here; run it on the machine to be simulated")
     from fmsim.exec.calibrate import calibrate as measure

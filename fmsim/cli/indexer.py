@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from fmsim.cli.extras import require
+
 if TYPE_CHECKING:
     from fmsim.indexer.checkpoint import Checkpoint
     from fmsim.indexer.labels import LabelRule
@@ -64,10 +66,9 @@ def train(
     """
     from fmsim.errors import FmsimError
 
-    try:
-        import torch
-    except ModuleNotFoundError:
-        raise FmsimError("indexer train needs torch: pip install 'fmsim[model]'") from None
+    require("model", "indexer train")
+    import torch
+
     from fmsim.indexer import checkpoint
     from fmsim.indexer.labels import LabelRule
     from fmsim.indexer.scorer import ScorerConfig
@@ -132,9 +133,7 @@ def evaluate(
     from fmsim.indexer.labels import LabelRule
 
     if plot:
-        from fmsim.cli.plots import check_plotly
-
-        check_plotly()
+        require("report", "--plot")
     read = _read(traces, LabelRule(head_share, min_layers, horizon), "scoring")
     held = checkpoints.load(native) if native else _nanos_own([found for found, _ in read])
     found = run(checkpoints.load(checkpoint), read, native=held)
@@ -172,6 +171,7 @@ def native(
     fmsim indexer native --out native.safetensors
     fmsim run scenarios/500k.yaml -p lsa --set policies.lsa.checkpoint=native.safetensors
     """
+    require("model", "indexer native")
     from fmsim.exec.loader import load_model
     from fmsim.exec.native import native_indexer
     from fmsim.indexer import checkpoint

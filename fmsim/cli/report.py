@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from fmsim.cli.extras import require
+
 if TYPE_CHECKING:
     from fmsim.results import Results
 
@@ -24,16 +26,12 @@ def report(
     fmsim run scenarios/500k.yaml --out results && fmsim report results
     fmsim report results --out 500k.html --perfetto 500k.perfetto.json
     """
-    from fmsim.errors import FmsimError
     from fmsim.results import Results
 
     results = Results.load(folder)
-    try:
-        from fmsim.report import page
-    except ModuleNotFoundError as error:
-        if error.name is None or error.name.split(".")[0] != "plotly":
-            raise
-        raise FmsimError("fmsim report needs plotly; pip install 'fmsim[report]'") from None
+    require("report", "fmsim report")
+    from fmsim.report import page
+
     curves, why = _curves(results, trace, quiet)
     _write(out or folder / "report.html", page.render(results, curves, why), "--out")
     if perfetto is not None:

@@ -9,8 +9,8 @@ import typer
 
 if TYPE_CHECKING:
     from fmsim.run import Report
-    from fmsim.serve.run import ServingReport
     from fmsim.scenario import ScenarioFile
+    from fmsim.serve.run import ServingReport
 
 
 def run(

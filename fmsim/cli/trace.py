@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from fmsim.cli import exchange
+from fmsim.cli.extras import require
 from fmsim.cli.progress import token_bar
 
 if TYPE_CHECKING:
@@ -89,10 +90,9 @@ def record(
 
     if (prompt_file is None) == (kind is None):
         raise FmsimError("trace record: give either --prompt-file or --kind")
-    try:
-        import torch
-    except ModuleNotFoundError:
-        raise FmsimError("trace record needs torch: pip install 'fmsim[model]'") from None
+    require("model", "trace record")
+    import torch
+
     from fmsim import trace
 
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")

@@ -7,6 +7,8 @@ from typing import Annotated
 
 import typer
 
+from fmsim.cli.extras import require
+
 
 def validate(
     scenario: Annotated[Path, typer.Argument(help="scenario file (.yaml)")],
@@ -25,15 +27,13 @@ def validate(
     """
     from fmsim.errors import FmsimError
 
-    try:
-        import torch
-    except ModuleNotFoundError:
-        raise FmsimError("validate needs torch: pip install 'fmsim[model]'") from None
+    require("model", "validate")
+    import torch
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-    from fmsim.validate import validate_scenario
     from fmsim.scenario import ScenarioFile
+    from fmsim.validate import validate_scenario
 
     if device == "cuda" and not torch.cuda.is_available():
         raise FmsimError("--device cuda: torch finds no CUDA device here; use --device cpu")
