@@ -106,11 +106,6 @@ class Context:
         start = self.xp.arange(self.n_groups, dtype=self.xp.int64, device=self.device)[:, None] * (self.n_pages + 1)
         object.__setattr__(self, "_start", start)
 
-    @property
-    def prompt_pages(self) -> int:
-        """Pages that hold at least one entry of the prompt."""
-        return -(-self.prompt_entries // self.granularity)
-
     def pages(self, entries: int) -> int:
         """The number of pages that `entries` entries fill, rounded up."""
         return -(-entries // self.granularity)
@@ -194,7 +189,7 @@ class Policy:
 
         Never NaN, not for padding (-1) either. Ties keep the higher page id.
         """
-        raise NotImplementedError
+        raise NotImplementedError  # abstract: every policy defines it
 
     def worth_of_first(self, step: int, n: int) -> Array:
         """`worth` of pages 0 to n - 1, [G, n]. Override only where a slice of a table is cheaper."""
@@ -218,7 +213,7 @@ class LookaheadPolicy(Policy):
 
     def score(self, step: int) -> Array:
         """float32 [G, n] for the first n pages: the worth of each in the window that starts at `step`."""
-        raise NotImplementedError
+        raise NotImplementedError  # abstract: every lookahead policy defines it
 
     def decide(self, step: int) -> None:
         scores = self.score(step)
