@@ -147,6 +147,8 @@ def page_step(ids: Any, mass: Any, granularity: int, shared: bool) -> Accesses:
     Rows are as wide as they could be, K or L x K. Sums of float16 masses are exact, so they do not depend on the order.
     """
     xp = array_namespace(ids)
+    if granularity == 1 and not shared:  # an entry is a page
+        return Accesses(xp.astype(ids, xp.int32), xp.astype(ids >= 0, xp.int32), xp.where(ids < 0, 0.0, mass))
     if shared:
         ids, mass = xp.reshape(ids, (1, -1)), xp.reshape(mass, (1, -1))
     beyond = arrays.MAX_PAGES

@@ -51,6 +51,10 @@ class Tally:
         """The same where the caller has already decided what to fetch; bool beside `use.pages`."""
         return self._accessed(step, self.keeper.settle(step, use, fetched))
 
+    def rest(self, step: int) -> None:
+        """The step's accesses changed nothing, and the policy learns nothing of them."""
+        self.counts["resident"][step] = self.residency.filled
+
     def _accessed(self, step: int, outcome: Outcome) -> Outcome:
         self._count(step, "demand_loads", outcome.moves)
         self.counts["resident"][step] = self.residency.filled

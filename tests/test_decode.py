@@ -15,12 +15,12 @@ from fmsim.policies import registry  # noqa: E402
 
 
 @torch.no_grad()
-def check(reference, lengths, steps, spec):
+def check(reference, lengths, steps, spec, **options):
     """Every step's logits of every request are the oracle's for the same tokens."""
     texts = [torch.randint(0, 64, (length + steps,)) for length in lengths]
     expected = [reference(text[None]).logits[0] for text in texts]
     model = ours(reference)
-    batch = Batch([Prompt(model, text[:length].tolist(), steps) for text, length in zip(texts, lengths)], registry.build(spec))
+    batch = Batch([Prompt(model, text[:length].tolist(), steps) for text, length in zip(texts, lengths)], registry.build(spec), **options)
     for step in range(steps):
         batch.step([int(text[length + step]) for text, length in zip(texts, lengths)])
         for row, (logits, length) in enumerate(zip(expected, lengths)):
@@ -41,3 +41,9 @@ def test_a_batch_of_different_lengths_is_the_oracle(layers, lengths, granularity
 
 def test_six_hundred_steps_cross_every_boundary():
     check(oracle(layer_types=[SLIDING, CSA, HCA]), [30, 7], 600, "full")
+
+
+def test_so_do_kernels():
+    """By their references: rings, pages and block tables instead of torch's own arrays, from a prefill that ends anywhere."""
+    for seed, lengths in enumerate(([30, 7], [1], [133, 128, 4])):
+        check(oracle(seed, layer_types=[SLIDING, CSA, HCA, CSA]), lengths, 140 if seed == 0 else 20, "full" if seed == 1 else "lru", kernels=True)

@@ -35,10 +35,10 @@ def test_it_is_the_models_attention(kind):
         positions = torch.tensor([step, late])
         x = torch.stack([inputs[0, step], inputs[1, late]])[:, None]
         expected = [attention(x[b : b + 1], positions[b].view(1, 1), caches[b]) for b in range(2)]
-        found, ids, masses = decode.step(x, positions.to(torch.int32), want_masses=True)
-        torch.testing.assert_close(found, torch.cat([out for out, _ in expected]), rtol=1e-4, atol=1e-5)
+        found = decode(x, positions.to(torch.int32))
         torch.testing.assert_close(found, torch.cat([out for out, _ in expected]), rtol=1e-4, atol=1e-5)
         if kind == CSA:
+            ids, masses = decode.pager.ids, decode.pager.masses
             for b, (_, access) in enumerate(expected):
                 count = int((ids[b] >= 0).sum())
                 assert ids[b, :count].tolist() == access.ids[0, 0, :count].tolist()
@@ -56,9 +56,9 @@ def test_a_cuda_graph_holds_a_step():
     eager, held = (DecodeAttention(attention, 2, 200, plain(torch.bfloat16, 64), plain(torch.bfloat16, 32)) for _ in range(2))
     x = torch.zeros(2, 1, config.hidden_size, device="cuda", dtype=torch.bfloat16)
     positions, out = torch.zeros(2, device="cuda", dtype=torch.int32), torch.zeros_like(x)
-    replay = captured(lambda: out.copy_(held.step(x, positions)[0]))
+    replay = captured(lambda: out.copy_(held(x, positions)))
     for step in range(150):
         x.normal_()
         positions.copy_(torch.tensor([step, step // 2]))
         replay()
-        assert torch.equal(out, eager.step(x, positions)[0])
+        assert torch.equal(out, eager(x, positions))

@@ -59,6 +59,20 @@ def test_an_exact_policy_changes_no_token_and_no_logit(prompt, spec):
     np.testing.assert_array_equal(ledger.mass_kept, ledger.mass_total)
 
 
+@pytest.mark.parametrize("spec", ["full", {"policy": "lru", "budget": "9 entries"}, {"policy": "h2o", "budget": "30%"}], ids=str)
+def test_attention_from_kernels_decodes_the_same(prompt, spec):
+    """Here their references; on a GPU, kernels in a CUDA graph (tests/test_gpu_engine.py)."""
+    plain, kernels = decoded(prompt, spec, kernels=False), decoded(prompt, spec, kernels=True)
+    assert kernels.tokens == plain.tokens
+    torch.testing.assert_close(kernels.logits, plain.logits, atol=1e-4, rtol=0)
+    one, other = plain.ledger(), kernels.ledger()
+    for field in fields(one):
+        if field.name.startswith("mass"):
+            np.testing.assert_allclose(getattr(one, field.name), getattr(other, field.name), rtol=1e-3)
+        else:
+            assert np.array_equal(getattr(one, field.name), getattr(other, field.name)), field.name
+
+
 LOSSY = [
     {"policy": "recency", "budget": "40%"},
     {"policy": "random", "budget": "50%"},

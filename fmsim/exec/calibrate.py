@@ -19,7 +19,7 @@ from transformers import DeepseekV4Config
 
 from fmsim.errors import FmsimError
 from fmsim.exec import kernel_cases as cases
-from fmsim.exec.decode_attention import DecodeAttention
+from fmsim.exec.decode_attention import DecodeAttention, Home
 from fmsim.exec.kernels.layout import KEY, LATENT, Layout
 from fmsim.exec.model import CSA, HCA, Attention, HyperConnection, HyperHead, MoE, RMSNorm, linear
 from fmsim.exec.timing import median_s
@@ -196,12 +196,19 @@ def attention_s(config: DeepseekV4Config, kind: str, batch: int, tokens: int, la
     with torch.device(device):
         attention = _random(Attention(config, kind))
         decode = DecodeAttention(attention, batch, tokens, *layouts)
-        for store in filter(None, (decode.entries, decode.keys)):
-            if store.layout.kind != "plain":
-                store.pool, store.table = cases.paged(store.layout, batch, store.table.shape[1] * cases.PER_PAGE, device)
+        for appender in filter(None, (decode.entries, decode.keys)):
+            _fill(appender.layout, appender.homes[0])
         x = torch.randn(batch, 1, config.hidden_size).to(torch.bfloat16)
         positions = torch.full((batch,), tokens - 1, dtype=torch.int32)
-    return median_s(lambda: decode.step(x, positions), device)
+    return median_s(lambda: decode(x, positions), device)
+
+
+def _fill(layout: Layout, home: Home) -> None:
+    """Entries of made-up content, in pages that lie in random order."""
+    if layout.kind != "plain":
+        pool, table = cases.paged(layout, len(home.table), home.table.shape[1] * cases.PER_PAGE, home.pool.device)
+        home.pool.copy_(pool)
+        home.table.copy_(table)
 
 
 def _random(module: nn.Module) -> nn.Module:

@@ -69,8 +69,8 @@ class DrivenDecode:
         tokens = replayer.header.prompt_tokens + replayer.n_steps
         pinned_bytes = geometry.gpu_kv_bytes(tokens, 0, keyed_layers * geometry.csa_entries(tokens))
         self.fixed = torch.zeros(pinned_bytes, dtype=torch.uint8, device=self.device)  # windows, HCA entries, the other index keys
-        self.parts = [(self.entries, layer, group) for layer, group in enumerate(self.groups)]
-        self.parts += [(self.keys, layer, self.groups[keyed_layers + layer]) for layer in range(self.keys.layers)]
+        # each tier with the group of each of its layers
+        self.parts = [(tiers, torch.tensor(of, device=self.device)) for tiers, of in ((self.entries, self.groups), (self.keys, self.groups[keyed_layers:])) if of]
         self._fill()
 
     def run(self) -> Outcome:
@@ -96,24 +96,25 @@ class DrivenDecode:
     def _step(self, step: int):
         written, recalled = self.tally.begin(step, self.replayer.entries[step])
         if recalled is not None:
-            for tiers, layer, group in self.parts:
-                tiers.recall(0, layer, recalled.pages[group], recalled.slots[group])
+            for tiers, groups in self.parts:
+                tiers.recall(0, recalled.pages[groups], recalled.slots[groups])
         if written is not None:
             self._write(written)
         use = Accesses(*(torch.from_numpy(np.array(part[step])).to(self.device) for part in (self.paged.pages, self.paged.count, self.paged.mass)))
         table = self.keeper.residency.table
-        blocks = [tiers.blocks(0, table[group]) for tiers, _, group in self.parts]
+        blocks = [tiers.blocks(0, table[groups]) for tiers, groups in self.parts]
         missing = (use.pages >= 0) & (self.keeper.residency.lookup(use.pages) < 0)
         fetched = self.keeper.to_fetch(use, missing)
         if self.entries.stage_pages:
-            for (tiers, layer, group), block in zip(self.parts, blocks):
-                tiers.stage(0, layer, use.pages[group].long(), fetched[group], block)
+            for (tiers, groups), block in zip(self.parts, blocks):
+                for layer, group in enumerate(groups):
+                    tiers.stage(layer, use.pages[group][None].long(), fetched[group][None], block[layer : layer + 1])
         if self.check and self.entries.mirrored:
             self._compare(step, torch.where(missing & ~fetched, -1, use.pages), blocks)
         outcome = self.tally.access(step, use)
         if outcome.moves is not None and self.entries.stage_pages:
-            for (tiers, layer, group), block in zip(self.parts, blocks):
-                tiers.settle(0, layer, outcome.moves, block, group)
+            for (tiers, groups), block in zip(self.parts, blocks):
+                tiers.settle(0, outcome.moves.pages[groups], outcome.moves.slots[groups], block)
         return outcome
 
     def _fill(self) -> None:
@@ -122,27 +123,27 @@ class DrivenDecode:
         for tiers in (self.entries, self.keys):
             tiers.mirror.random_(0, 256, generator=generator)
         pages = self.keeper.residency.slots
-        for tiers, layer, group in self.parts:
-            if tiers.mirrored:
-                places = torch.arange(pages.shape[1], device=self.device)
-                tiers.recall(0, layer, pages[group].clamp(min=0).long(), torch.where(pages[group] < 0, -1, places))
-        for tiers in (self.entries, self.keys):
-            tiers.recalled_pages.zero_()
+        places = torch.arange(pages.shape[1], device=self.device)
+        self._uncounted(pages.clamp(min=0).long(), torch.where(pages < 0, -1, places))
 
     def _write(self, written) -> None:
         """Pages that begin: their entries come from the GPU, so their bytes go straight into slot and mirror, which has them already."""
-        for tiers, layer, group in self.parts:
-            if tiers.mirrored:
-                before = tiers.recalled_pages.clone()
-                tiers.recall(0, layer, written.pages[group], written.slots[group])
-                tiers.recalled_pages.copy_(before)
+        self._uncounted(written.pages, written.slots)
+
+    def _uncounted(self, pages: torch.Tensor, slots: torch.Tensor) -> None:
+        """Copy from the mirror into slots, both [G, m], what no link would carry."""
+        for tiers, groups in self.parts:
+            before = tiers.recalled_pages.clone()
+            tiers.recall(0, pages[groups], slots[groups])
+            tiers.recalled_pages.copy_(before)
 
     def _compare(self, step: int, pages: torch.Tensor, blocks: list[torch.Tensor]) -> None:
-        for (tiers, layer, group), block in zip(self.parts, blocks):
-            attended = pages[group][pages[group] >= 0].long()
-            held, kept = tiers.pool[layer][block[attended]], tiers.mirror[layer][attended.to(tiers.mirror.device)]
-            if not torch.equal(held.cpu(), kept):
-                raise FmsimError(f"policy {self.keeper.policy.name}, step {step}, layer {layer}: a page on the GPU differs from the mirror's: a bug in fmsim")
+        for (tiers, groups), block in zip(self.parts, blocks):
+            for layer, group in enumerate(groups):
+                attended = pages[group][pages[group] >= 0].long()
+                held, kept = tiers.pool[layer][block[layer][attended].long()], tiers.mirror[layer][attended.to(tiers.mirror.device)]
+                if not torch.equal(held.cpu(), kept):
+                    raise FmsimError(f"policy {self.keeper.policy.name}, step {step}, layer {layer}: a page on the GPU differs from the mirror's: a bug in fmsim")
 
 
 def layouts(geometry: Geometry) -> tuple[Layout, Layout]:

@@ -1,10 +1,7 @@
 """A decode under a policy: the replay's own keeper, ledger and step order, with a model that attends to what is kept.
 
-In a step, new entries are written and a decision may recall pages. Then each CSA layer's indexer selects: with `on_miss`
-"fetch" and "fallback" among all entries, since all index keys are scored; with "mask" among the resident ones alone, as
-FlashMemory does (arXiv 2606.09079), so that the next best resident entry takes the place of one that is not there. A replay has
-only what was selected among all. To compare the two, `select="all"` selects as the recorded model did, and then leaves out what is
-missing.
+A step is: the policies' decisions and their recalls; the model with its selections (`fmsim.exec.pager`), on a GPU one CUDA graph from kernels; then
+what was fetched gets its slots. No step waits for the host: tokens are chosen, logged and read on the device, and every shape is static.
 
 What the ledger says was wanted is always the selection among all entries, and its mass what attention would have put there, given
 this decode's own past.
@@ -12,29 +9,35 @@ this decode's own past.
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from fmsim.accesses import page_step
 from fmsim.errors import FmsimError
+from fmsim.exec import step_state
+from fmsim.exec.kernels.lang import HAS_TRITON
 from fmsim.exec.kernels.layout import Layout, plain
-from fmsim.exec.kernels.top_k import top_k as best
 from fmsim.exec.keys import IndexKeys
-from fmsim.exec.model import CSA, HCA, MASKED, SLIDING, Access, Compressor, CompressorState, LayerCache, StepCompressor, StepLayer
+from fmsim.exec.model import CSA
+from fmsim.exec.pager import LayerPager
 from fmsim.exec.prompt import Prompt
 from fmsim.exec.request import Request, Select
+from fmsim.exec.selections import Selections
+from fmsim.exec.step_clock import StepClock
 from fmsim.exec.tiered import RequestSize, TieredCache
 from fmsim.policies.base import Policy
 
 
 @dataclass(frozen=True)
 class Timeline:
-    """When each step ran, seconds [T] from the first, and what of it went into loading misses and recalls: measured."""
+    """When each step ran, seconds [T] from the first, and what of it went into loading misses and recalls: measured.
+
+    `stall_s` is nan where misses are loaded within a CUDA graph, which tells no parts of its time.
+    """
 
     batch: int
     start_s: np.ndarray
@@ -47,72 +50,82 @@ class Timeline:
 class Batch:
     """Requests of any lengths that decode side by side, each under a policy of its own, all of one kind: `policy`.
 
-    Raises FmsimError before anything starts where memory is short, and for what the policy cannot do.
+    ``kernels``: attention from GPU kernels; by default where there is a GPU. Raises FmsimError before anything starts where memory is short, and for what the policy
+    cannot do.
     """
 
     def __init__(
         self, prompts: Sequence[Prompt], policy: Policy, *, select: Select = "resident", tau: int = 64, seed: int = 0,
-        hindsight: Request | None = None,
+        hindsight: Request | None = None, kernels: bool | None = None,
     ):  # fmt: skip
-        self.model, self.policy = prompts[0].model, policy
+        self.model, self.policy, self.select = prompts[0].model, policy, select
         self.device, config = self.model.lm_head.weight.device, self.model.config
         dtype = self.model.lm_head.weight.dtype
         capacities = [(len(prompt.tokens) + prompt.max_steps) // config.compress_rates[CSA] for prompt in prompts]
-        layers, layout = config.layer_types.count(CSA), plain(dtype, config.head_dim)
-        self.keys = IndexKeys(plain(dtype, config.index_head_dim), layers, capacities, self.device)
+        self.layers, layout = config.layer_types.count(CSA), plain(dtype, config.head_dim)
+        self.keys = IndexKeys(plain(dtype, config.index_head_dim), self.layers, capacities, self.device)
         self._fill_keys(prompts)
+        self.max_steps = min(prompt.max_steps for prompt in prompts)
+        self.selections = Selections(self.max_steps, self.layers, len(prompts), config.index_topk, config.hidden_size, self.device)
         self.requests = [
             Request(
-                prompt, type(policy)(policy.params), entry_bytes=layout.entry_bytes, keys_of=self._keys_of(b), select=select, tau=tau, seed=seed,
-                hindsight=hindsight,
+                prompt, type(policy)(policy.params), index=b, selections=self.selections, entry_bytes=layout.entry_bytes, keys_of=self._keys_of(b),
+                select=select, tau=tau, seed=seed, hindsight=hindsight,
             )  # fmt: skip
             for b, prompt in enumerate(prompts)
         ]
-        self.tiers = self._tiers(layout, layers)
-        self.states = self._states(prompts)
+        self.tiers = self._tiers(layout)
+        self._tables = self._new_tables()
+        self.pagers = [LayerPager(self, layer, self._tables[layer % len(self._tables)]) for layer in range(self.layers)]
+        on_gpu = self.device.type == "cuda" and HAS_TRITON
+        kernels = on_gpu if kernels is None else kernels
+        self.state = (step_state.from_kernels if kernels else step_state.from_torch)(self.model, prompts, self.pagers, layout, self.keys.layout)
         self.logits = torch.stack([prompt.logits for prompt in prompts])
-        self._clock: list[tuple[float, float, float, int]] = []  # of each step: seconds, in stalls, in recalls; bytes moved before its end
-        self.stall_s = 0.0  # of the step under way
+        self.step_count = 0
+        self._input = torch.zeros(len(prompts), dtype=torch.int64, device=self.device)
+        self._positions = torch.tensor([len(prompt.tokens) for prompt in prompts], dtype=torch.int32, device=self.device)
+        self._clock = StepClock(self.device)
+        self._forward: Callable[[], None] = step_state.graph_after_one(self._compute) if on_gpu and kernels else self._compute
+
+    @property
+    def among_resident(self) -> bool:
+        """The indexers select among resident entries alone."""
+        return self.requests[0].among_resident
 
     @torch.inference_mode()
-    def step(self, tokens: Sequence[int]) -> None:
-        """Process one token of each request; `logits` [B, vocabulary] are then those of the next."""
-        room = min(request.prompt.max_steps - request.step for request in self.requests)
-        if not room:
-            raise FmsimError(f"the prompts were read with room for {self.requests[0].step} decode steps, and they are used up; read them with more")
-        start_s = time.perf_counter()
-        self.stall_s = 0.0
-        self._recall()
-        recall_s = time.perf_counter() - start_s
-        positions = torch.tensor([len(request.prompt.tokens) + request.step for request in self.requests], device=self.device)
-        self.logits = self.model.decode(torch.tensor(list(tokens), device=self.device), positions, self.states)
-        for b, (request, token) in enumerate(zip(self.requests, tokens, strict=True)):
-            moves = request.settle(int(token))
-            if moves is not None:
-                for pager in self.pagers:
-                    self.tiers.settle(b, pager.layer, moves, pager.blocks[b], request.group(pager.layer))
-        if self.device.type == "cuda":
-            torch.cuda.synchronize()
-        self._clock.append((time.perf_counter() - start_s, self.stall_s, recall_s, self.h2d_bytes))
+    def step(self, tokens: Sequence[int] | None = None) -> None:
+        """Process one token of each request, its own choice where none are given; `logits` [B, vocabulary] are then those of the next."""
+        if self.step_count == self.max_steps:
+            raise FmsimError(f"the prompts were read with room for {self.step_count} decode steps, and they are used up; read them with more")
+        with self._clock.step(self.h2d_pages):
+            with self._clock.recall():
+                self._recall()
+            self._input.copy_(self.logits.argmax(-1) if tokens is None else torch.tensor(list(tokens)))
+            self.selections.tokens[self.step_count].copy_(self._input)
+            self._forward()
+            self.selections.keep(self.step_count)
+            self.step_count += 1
+            self._positions += 1
+            for b, request in enumerate(self.requests):
+                moves = request.settle()
+                if moves is not None and self.tiers.stage_pages:
+                    blocks = self._tables[:, b]
+                    self.tiers.settle(b, request.by_layer(moves.pages), request.by_layer(moves.slots), blocks)
 
     def generate(self, count: int, progress: Callable[[int], None] | None = None) -> list[list[int]]:
         """Greedy tokens of each request, each processed as it is chosen."""
-        first = [request.step for request in self.requests]
+        first = self.step_count
         for _ in range(count):
-            self.step(self.logits.argmax(-1).tolist())
+            self.step()
             if progress is not None:
                 progress(1)
-        return [request.tokens[start:] for request, start in zip(self.requests, first)]
+        return [request.tokens[first:] for request in self.requests]
 
     def timeline(self) -> Timeline:
         """Of the steps so far."""
-        step_s, stall_s, recall_s, moved_bytes = np.array(self._clock, dtype=np.float64).reshape(-1, 4).T
+        step_s, stall_s, recall_s, moved = self._clock.figures()
         end_s = step_s.cumsum()
-        return Timeline(len(self.requests), end_s - step_s, end_s, stall_s, recall_s, np.diff(moved_bytes, prepend=0.0))
-
-    @property
-    def pagers(self) -> list[LayerPager]:
-        return [state.pager for state in self.states if state.pager is not None]
+        return Timeline(len(self.requests), end_s - step_s, end_s, stall_s, recall_s, np.diff(moved * self.tiers.page_bytes, prepend=0.0))
 
     @property
     def gpu_kv_bytes(self) -> int:
@@ -127,20 +140,33 @@ class Batch:
     @property
     def fixed_kv_bytes(self) -> int:
         """What no policy changes: index keys, HCA entries, windows, open compressor windows."""
-        return self.keys.pool_bytes + sum(tensor.untyped_storage().nbytes() for state in self.states for tensor in _tensors(state))
+        return self.keys.pool_bytes + sum(tensor.untyped_storage().nbytes() for tensor in self.state.tensors)
 
     @property
     def h2d_bytes(self) -> int:
         """Copied from the mirror so far."""
-        return int(self.tiers.recalled_pages + self.tiers.staged_pages) * self.tiers.page_bytes
+        return int(self.h2d_pages()) * self.tiers.page_bytes
+
+    def h2d_pages(self) -> Tensor:
+        """Pages copied from the mirror so far, int64 on the device."""
+        return self.tiers.recalled_pages + self.tiers.staged_pages
+
+    def stalled(self) -> AbstractContextManager[None]:
+        """Around the loading of misses: it counts as a stall."""
+        return self._clock.stall()
+
+    def _compute(self) -> None:
+        """The part of a step that a CUDA graph holds."""
+        for b, request in enumerate(self.requests):
+            table = request.residency.table
+            self.tiers.blocks(b, request.by_layer(table) if len(self._tables) > len(table) else table, self._tables[:, b, : table.shape[1]])
+        self.logits.copy_(self.model.decode(self._input, self._positions, self.state.attends))
 
     def _recall(self) -> None:
         for b, request in enumerate(self.requests):
             moves = request.begin()
             if moves is not None:
-                for layer in range(request.layers):
-                    group = request.group(layer)
-                    self.tiers.recall(b, layer, moves.pages[group], moves.slots[group])
+                self.tiers.recall(b, request.by_layer(moves.pages), request.by_layer(moves.slots))
 
     def _keys_of(self, request: int) -> Callable[[int], Tensor]:
         return lambda n_entries: torch.stack([self.keys.read(request, layer, n_entries) for layer in range(len(self.keys.pool))])
@@ -151,7 +177,7 @@ class Batch:
                 keys = cache.index.entries[0, : cache.index.closed]
                 self.keys.write(b, layer, torch.arange(len(keys), device=self.device), keys)
 
-    def _tiers(self, layout: Layout, layers: int) -> TieredCache:
+    def _tiers(self, layout: Layout) -> TieredCache:
         params, sizes, lossy = self.policy.params, [], False
         for request in self.requests:
             ctx = request.keeper.ctx
@@ -159,30 +185,17 @@ class Batch:
             lossy |= not full
             staged = 0 if full or params.on_miss == "mask" else min(ctx.topk, ctx.n_pages)
             sizes.append(RequestSize(ctx.n_pages, ctx.n_slots, staged))
-        tiers = TieredCache(layout, layers, params.granularity, sizes, self.device, mirrored=lossy)
+        tiers = TieredCache(layout, self.layers, params.granularity, sizes, self.device, mirrored=lossy)
         for b, request in enumerate(self.requests):
             for layer, cache in enumerate(request.prompt.csa_caches):
                 tiers.fill(b, layer, cache.kv.entries[0, : cache.kv.closed], request.residency.table[request.group(layer)])
         return tiers
 
-    def _states(self, prompts: Sequence[Prompt]) -> list[StepLayer]:
-        """Each layer's state for decode steps, from what the prompts' prefills left."""
-        states, csa = [], 0
-        for number, layer in enumerate(self.model.model.layers):
-            caches, attention = [prompt.cache.layers[number] for prompt in prompts], layer.self_attn
-            state = StepLayer(torch.cat([_ring(cache, len(p.tokens), attention.window) for cache, p in zip(caches, prompts)]))
-            if attention.kind != SLIDING:
-                state.kv = step_compressor(attention.compressor, [cache.kv for cache in caches])
-            if attention.kind == HCA:
-                entries = [cache.kv.entries[0] for cache in caches]
-                state.entries = torch.nn.utils.rnn.pad_sequence(entries, batch_first=True)
-                state.entries = torch.nn.functional.pad(state.entries, (0, 0, 0, 1))
-            if attention.kind == CSA:
-                state.index = step_compressor(attention.compressor.indexer, [cache.index for cache in caches])
-                state.pager = LayerPager(self, csa)
-                csa += 1
-            states.append(state)
-        return states
+    def _new_tables(self) -> Tensor:
+        """int32 [L or G, B, P + 1]: what each layer's pager takes for its blocks. Layers that share a set share them, unless they load on their own."""
+        rows = self.layers if self.tiers.stage_pages else self.requests[0].keeper.ctx.n_groups
+        pages = max(request.keeper.ctx.n_pages for request in self.requests)
+        return torch.full((rows, len(self.requests), pages + 1), -1, dtype=torch.int32, device=self.device)
 
 
 class Engine(Batch):
@@ -211,100 +224,3 @@ class Engine(Batch):
     def ledger(self):
         """What moved and what was kept in the steps so far; measured."""
         return self.request.ledger()
-
-
-class LayerPager:
-    """`fmsim.exec.model.Pager` of one CSA layer of a batch."""
-
-    def __init__(self, batch: Batch, layer: int):
-        self.batch, self.layer = batch, layer
-        self.blocks: list[Tensor] = []  # each request's pages -> pages of the pool, in this step
-
-    def append(self, entry: Tensor, key: Tensor, index: Tensor) -> None:
-        for b, request in enumerate(self.batch.requests):
-            table = request.residency.table[request.group(self.layer)]
-            self.batch.tiers.append(b, self.layer, entry[b : b + 1], index[b : b + 1], table)
-            self.batch.keys.write(b, self.layer, index[b : b + 1], key[b : b + 1])
-
-    def select(self, queries: Tensor, weights: Tensor, visible: Tensor, top_k: int) -> Tensor:
-        batch, lengths = self.batch, visible.int()
-        scores = batch.keys.scores(self.layer, queries, weights, visible)
-        self.wanted = best(scores, lengths, top_k).long()
-        self.hit = self._each(lambda request, b: request.here(self.layer, self.wanted[b]))
-        self.blocks = [batch.tiers.blocks(b, r.residency.table[r.group(self.layer)]) for b, r in enumerate(batch.requests)]
-        if batch.requests[0].among_resident:
-            numbers = torch.arange(scores.shape[1], device=scores.device)
-            here = self._each(lambda request, b: request.here(self.layer, torch.where(numbers < request.n_entries, numbers, -1)))
-            self.ids, attended = best(scores.masked_fill(~here, float("-inf")), lengths, top_k).long(), self.hit
-        else:
-            attended = self._each(lambda request, b: self._load(request, b, scores[b]))
-            self.ids = torch.where(attended, self.wanted, -1)
-        for b, request in enumerate(batch.requests):
-            request.book_selection(self.layer, self.wanted[b], self.hit[b], attended[b], self.ids[b])
-        return self.ids
-
-    def read(self, ids: Tensor) -> Tensor:
-        tiers, dtype = self.batch.tiers, self.batch.logits.dtype
-        return torch.stack([tiers.read(self.layer, blocks, ids[b]) for b, blocks in enumerate(self.blocks)]).to(dtype)
-
-    def attended(self, access: Access, masses_of: Callable[[Tensor, Tensor], tuple[Tensor, Tensor, Tensor]]) -> None:
-        tiers, wanted_masses = self.batch.tiers, (access.mass, access.window_mass, access.sink_mass)
-        if tiers.mirrored and self.batch.policy.params.on_miss != "fetch":
-            entries = torch.stack([tiers.read_mirror(b, self.layer, ids) for b, ids in enumerate(self.wanted)])
-            wanted_masses = masses_of(self.wanted, entries.to(self.batch.logits.dtype))
-        for b, request in enumerate(self.batch.requests):
-            request.book_masses(self.layer, access.mass[b, 0], tuple(part[b, 0] for part in wanted_masses), access.hidden[b, 0])
-
-    def _each(self, make: Callable[[Request, int], Tensor]) -> Tensor:
-        return torch.stack([make(request, b) for b, request in enumerate(self.batch.requests)])
-
-    def _load(self, request: Request, b: int, scores: Tensor) -> Tensor:
-        """Load what `on_miss` says of the wanted entries; bool [K], which of them can be attended to.
-
-        "fallback" takes the heaviest pages first: by the indexer's softmax, which is trained to follow the attention mass.
-        """
-        hit, wanted, batch = self.hit[b], self.wanted[b], self.batch
-        if request.policy.params.on_miss == "mask" or not batch.tiers.mirrored:
-            return hit
-        start_s = time.perf_counter()
-        granularity = request.keeper.ctx.granularity
-        weight = torch.where(wanted < 0, float("-inf"), scores[wanted]).softmax(-1)
-        use = page_step(wanted[None], weight[None], granularity, shared=False)
-        missing = (use.pages >= 0) & ~request.here(self.layer, use.pages.long() * granularity)
-        fetched = request.keeper.to_fetch(use, missing)
-        batch.tiers.stage(b, self.layer, use.pages[0].long(), fetched[0], self.blocks[b])
-        batch.stall_s += time.perf_counter() - start_s
-        return (wanted >= 0) & (self.blocks[b][torch.where(wanted < 0, -1, wanted // granularity)] >= 0)
-
-
-def step_compressor(compressor: Compressor, prefilled: Sequence[CompressorState]) -> StepCompressor:
-    """The open windows that prefills left, one row a request."""
-    width, count = compressor.kv_proj.out_features, len(prefilled)
-    like = compressor.kv_proj.weight
-    kv, gate = (like.new_zeros(count, compressor.rate, width) for _ in range(2))
-    prior = None
-    if compressor.overlapping:
-        prior = (like.new_zeros(count, compressor.rate, compressor.width), like.new_full((count, compressor.rate, compressor.width), MASKED))
-    for b, state in enumerate(prefilled):
-        n = 0 if state.open_kv is None else state.open_kv.shape[1]
-        if n:
-            kv[b, :n], gate[b, :n] = state.open_kv[0], state.open_gate[0] + compressor.position_bias[:n]
-        if prior is not None and state.prior_kv is not None:
-            prior[0][b], prior[1][b] = state.prior_kv[0], state.prior_gate[0]
-    return StepCompressor(kv, gate, prior)
-
-
-def _ring(cache: LayerCache, tokens: int, window: int) -> Tensor:
-    """The window of a prefill [1, n, C] with token p at p % window, [1, window, C]."""
-    known = cache.window.shape[1]
-    ring = cache.window.new_zeros(1, window, cache.window.shape[2])
-    ring[:, torch.arange(tokens - known, tokens, device=ring.device) % window] = cache.window
-    return ring
-
-
-def _tensors(state: StepLayer) -> list[Tensor]:
-    found = [state.window]
-    for compressor in (state.kv, state.index):
-        if compressor is not None:
-            found += [compressor.kv, compressor.gate, *(compressor.prior or ())]
-    return found if state.entries is None else [*found, state.entries]

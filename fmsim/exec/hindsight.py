@@ -18,8 +18,7 @@ class Hindsight:
     """`fmsim.policies.base.Future` as torch arrays: what `decoded` selected, by pages. Its text may differ from what is to be decoded."""
 
     def __init__(self, decoded: Request, granularity: int, shared: bool, n_pages: int):
-        steps = slice(decoded.step)
-        ids, mass = (np.ascontiguousarray(part[steps].cpu().numpy()) for part in (decoded.wanted, decoded.mass))
+        ids, mass = (np.ascontiguousarray(part.cpu().numpy()) for part in (decoded.wanted, decoded.mass))
         self.future = PagedFuture(page_trace(ids, mass, granularity, shared, n_pages))
         self.never, self.device = self.future.never, decoded.device
 

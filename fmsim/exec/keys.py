@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from fmsim.exec.kernels.index_score import index_scores
+from fmsim.exec.kernels.index_score import GROUP, Scores, index_scores, new_scores
 from fmsim.exec.kernels.layout import Layout, read_entries, write_entries
 from fmsim.exec.model import index_scores_blocked
 
@@ -24,6 +24,7 @@ class IndexKeys:
         page_bytes = PAGE_ENTRIES * layout.entry_bytes
         self.pool = torch.zeros(layers, self.batch * pages, page_bytes, dtype=torch.uint8, device=device)
         self.table = torch.arange(self.batch * pages, dtype=torch.int32, device=device).view(self.batch, pages)
+        self.buffers = new_scores(self.batch, self.capacity, device)  # of a step's scores, one layer after another; never beyond a length
 
     @property
     def pool_bytes(self) -> int:
@@ -38,11 +39,11 @@ class IndexKeys:
         first = request * self.capacity
         return read_entries(self.pool[layer], self.layout, torch.arange(first, first + n_entries, device=self.pool.device))
 
-    def scores(self, layer: int, queries: Tensor, weights: Tensor, visible: Tensor) -> Tensor:
-        """queries [B, 1, heads, width], weights [B, 1, heads], visible int64 [B] -> float32 [B, capacity], -inf beyond visible."""
+    def scores(self, layer: int, queries: Tensor, weights: Tensor, lengths: Tensor) -> Scores:
+        """queries [B, 1, heads, width], weights [B, 1, heads], lengths int32 [B] -> scores [B, capacity], -inf beyond the lengths."""
         if self.layout.kind == "plain" and not queries.is_cuda:
             keys = self.pool[layer].view(self.layout.dtype).view(self.batch, self.capacity, -1)
             scores = index_scores_blocked(queries, weights, keys)[:, 0].float()
-        else:
-            scores = index_scores(queries[:, 0], weights[:, 0].float(), self.pool[layer], self.layout, self.table, visible.int()).scores
-        return scores.masked_fill_(torch.arange(self.capacity, device=scores.device) >= visible[:, None], float("-inf"))
+            scores.masked_fill_(torch.arange(self.capacity, device=scores.device) >= lengths[:, None], float("-inf"))
+            return Scores(scores, scores.unflatten(1, (-1, GROUP)).amax(2))
+        return index_scores(queries[:, 0], weights[:, 0].float(), self.pool[layer], self.layout, self.table, lengths, self.buffers)

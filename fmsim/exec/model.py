@@ -11,7 +11,7 @@ E closed entries of a compressed layer, K selected entries, W window.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
@@ -110,10 +110,10 @@ class Pager(Protocol):
     """Where a CSA layer's entries and index keys lie during decode, and which of them are attended to."""
 
     def append(self, entry: Tensor, key: Tensor, index: Tensor) -> None:
-        """Keep what just closed: entry [B, C], key [B, index width], index int64 [B] its number, -1 where none closed."""
+        """Keep what just closed: entry [B, C], key [B, index width], index int [B] its number, -1 where none closed."""
 
     def select(self, queries: Tensor, weights: Tensor, visible: Tensor, top_k: int) -> Tensor:
-        """From the indexer's queries [B, 1, heads, width] and weights [B, 1, heads]: ids int64 [B, K] of the entries to
+        """From the indexer's queries [B, 1, heads, width] and weights [B, 1, heads]: ids int32 [B, K] of the entries to
         attend to, -1 for none, out of the first ``visible`` [B]."""
 
     def read(self, ids: Tensor) -> Tensor:
@@ -123,9 +123,12 @@ class Pager(Protocol):
         """What came of it. ``masses_of`` tells what other ids [B, K], with their entries [B, K, C], would have had."""
 
 
+Attend = Callable[[Tensor, Tensor], Tensor]  # a layer's attention over what it keeps: x [B, 1, D] at positions [B] -> output [B, 1, D]
+
+
 @dataclass
 class StepLayer:
-    """A layer's state for decode steps of B sequences of different lengths. Shapes never change, so that a step can be a CUDA graph."""
+    """What a layer keeps of B sequences of different lengths, for `Attention.decode`. Shapes never change."""
 
     window: Tensor  # rotated KV, [B, W, C]: token p at p % W
     kv: StepCompressor | None = None
@@ -351,7 +354,7 @@ class Attention(nn.Module):
         return self._output(out, angles), Access(ids, *masses, hidden=x)
 
     def decode(self, x: Tensor, positions: Tensor, state: StepLayer) -> Tensor:
-        """One token of each sequence: x [B, 1, D] at ``positions`` int64 [B], each its own -> output [B, 1, D]."""
+        """One token of each sequence: x [B, 1, D] at ``positions`` int [B], each its own -> output [B, 1, D]."""
         angles = positions[:, None, None].float() * self.inv_freq
         q, q_latent, kv = self._project(x, angles)
         rows, local = torch.arange(len(x), device=x.device), state.window[:, None]
@@ -687,9 +690,9 @@ class Layer(nn.Module):
         out, access = self.self_attn(x, positions, cache)
         return self._feed_forward(streams, out, write, mix, tokens)[0], access
 
-    def decode(self, streams, tokens, positions, state: StepLayer) -> Tensor:
+    def decode(self, streams, tokens, positions, attend: Attend) -> Tensor:
         x, write, mix = self._enter_attention(streams)
-        return self._feed_forward(streams, self.self_attn.decode(x, positions, state), write, mix, tokens)[0]
+        return self._feed_forward(streams, attend(x, positions), write, mix, tokens)[0]
 
     def train_forward(self, streams, tokens, positions, sparse: bool) -> tuple[Tensor, Aux]:
         """``streams`` [1, B * S, R, D]: what works token by token then has one shape at every length of a curriculum,
@@ -751,11 +754,11 @@ class DeepseekV4(nn.Module):
             cache.length += tokens.shape[1]
         return self.lm_head(self._final(streams[:, -1:] if last_only else streams)), accesses
 
-    def decode(self, tokens: Tensor, positions: Tensor, states: list[StepLayer]) -> Tensor:
-        """One token of each sequence: tokens and ``positions`` int64 [B], each its own -> logits [B, vocabulary]."""
+    def decode(self, tokens: Tensor, positions: Tensor, attends: Sequence[Attend]) -> Tensor:
+        """One token of each sequence: tokens int64 and ``positions`` int32 [B], each its own; each layer's attention -> logits [B, vocabulary]."""
         streams = self._embed(tokens[:, None])
-        for layer, state in zip(self.model.layers, states):
-            streams = layer.decode(streams, tokens[:, None], positions, state)
+        for layer, attend in zip(self.model.layers, attends, strict=True):
+            streams = layer.decode(streams, tokens[:, None], positions, attend)
         return self.lm_head(self._final(streams))[:, 0]
 
     def train_forward(self, tokens: Tensor, positions: Tensor, sparse: bool) -> tuple[Tensor, list[Aux]]:

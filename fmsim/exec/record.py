@@ -95,8 +95,8 @@ def trace_of(request: Request, header: TraceHeader, forced: Sequence[bool]) -> T
     recorder = TraceRecorder(header, steps, request.layers, request.topk)
     keys = request.keys_of((header.prompt_tokens + steps) // request.rate)
     for layer in range(request.layers):
-        near = to_numpy(request.near_mass[:steps, layer])
-        recorder.step(0, layer, request.wanted[:steps, layer].cpu().numpy(), to_numpy(request.mass[:steps, layer]), near[:, 0], near[:, 1])
+        near = to_numpy(request.near_mass[:, layer])
+        recorder.step(0, layer, request.wanted[:, layer].cpu().numpy(), to_numpy(request.mass[:, layer]), near[:, 0], near[:, 1])
         recorder.prompt_mass(layer, request.prompt.mass[layer])
         recorder.index_keys(layer, to_numpy(keys[layer]))
         for window in range(-(-steps // header.tau)):

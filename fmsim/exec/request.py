@@ -14,7 +14,8 @@ from fmsim.errors import FmsimError
 from fmsim.exec.hindsight import Hindsight
 from fmsim.exec.model import CSA
 from fmsim.exec.prompt import Prompt
-from fmsim.keeper import Keeper
+from fmsim.exec.selections import Selections
+from fmsim.keeper import Accesses, Keeper
 from fmsim.ledger import Ledger
 from fmsim.policies.base import Context, LookaheadState, Policy
 from fmsim.residency import Moves
@@ -24,23 +25,23 @@ Select = Literal["resident", "all"]
 
 
 class Request:
-    """`prompt`, and the steps decoded after it under `policy`.
+    """`prompt`, and the steps decoded after it under `policy`, as request number `index` of a batch.
 
-    Per step, CSA layer and place of the selection among all entries, torch on the device: `wanted` int32 [T, L, K] ids (-1 = none), `mass`
-    float32, `hit` and `attended` bool; `near_mass` float32 [T, L, 2] on window and sink. `hidden` float32 [L, H] by window. `keys_of(n)`
-    gives the index keys of the first n entries, float32 [L, n, D]. ``hindsight``, a decode of the same prompt that is over, is what a policy
-    that looks into the future is told. Raises FmsimError for a policy that an engine cannot run, such as that one without it.
+    `step` counts them; `selections` is what the batch's layers select. `hidden` float32 [L, H] by window. `keys_of(n)` gives the index keys of
+    the first n entries, float32 [L, n, D]. ``hindsight``, a decode of the same prompt that is over, is what a policy that looks into the
+    future is told. Raises FmsimError for a policy that an engine cannot run, such as that one without it.
     """
 
     def __init__(
-        self, prompt: Prompt, policy: Policy, *, entry_bytes: int, keys_of: Callable[[int], Tensor], select: Select, tau: int, seed: int,
-        hindsight: Request | None = None,
+        self, prompt: Prompt, policy: Policy, *, index: int, selections: Selections, entry_bytes: int, keys_of: Callable[[int], Tensor], select: Select,
+        tau: int, seed: int, hindsight: Request | None = None,
     ):  # fmt: skip
         self.hindsight = hindsight
         if policy.evidence == "future" and hindsight is None:
             raise FmsimError(f"policy {policy.name}: looks into the future, which a running model does not have; replay it with `fmsim run`")
         config, self.device = prompt.model.config, prompt.model.lm_head.weight.device
-        self.prompt, self.policy, self.keys_of, self.select, self.tau = prompt, policy, keys_of, select, tau
+        self.prompt, self.policy, self.index, self.selections = prompt, policy, index, selections
+        self.keys_of, self.select, self.tau = keys_of, select, tau
         self.rate, self.topk, self.layers = config.compress_rates[CSA], config.index_topk, config.layer_types.count(CSA)
         self.n_entries = (len(prompt.tokens) + prompt.max_steps) // self.rate  # at the end
         self.shared = policy.params.scope == "shared"
@@ -48,27 +49,41 @@ class Request:
         self.keeper = Keeper(policy, self._context(entry_bytes, seed))
         self.keeper.start()
         self.residency, self.tally = self.keeper.residency, Tally(self.keeper, prompt.max_steps)
-        self.tokens: list[int] = []
-        shape = (prompt.max_steps, self.layers, self.topk)
-        self.wanted = torch.full(shape, -1, dtype=torch.int32, device=self.device)
-        self.mass = torch.zeros(shape, device=self.device)
-        self.hit, self.attended = (torch.zeros(shape, dtype=torch.bool, device=self.device) for _ in range(2))
-        self.near_mass = torch.zeros(*shape[:2], 2, device=self.device)
-        self._ids = torch.full(shape[1:], -1, dtype=torch.int64, device=self.device)  # attended to in this step
-        self._seen_mass = torch.zeros(shape[1:], device=self.device)
-
-    @property
-    def step(self) -> int:
-        """The decode step that is under way, or that comes next."""
-        return len(self.tokens)
+        blind = type(policy).observe is Policy.observe
+        self.passive = blind and (policy.params.on_miss == "mask" or self.residency.n_slots >= self.residency.n_pages)  # a step changes nothing
+        self.step = 0  # the decode step that is under way, or that comes next
 
     @property
     def among_resident(self) -> bool:
         """The indexer selects among resident entries alone."""
         return self.policy.params.on_miss == "mask" and self.select == "resident"
 
+    @property
+    def tokens(self) -> list[int]:
+        """Processed since the prompt."""
+        return self.selections.tokens[: self.step, self.index].tolist()
+
+    @property
+    def wanted(self) -> Tensor:
+        """Of the steps so far, the selection among all entries: int32 [t, L, K], -1 = none."""
+        return self._logged("wanted")
+
+    @property
+    def mass(self) -> Tensor:
+        """Its attention mass, float32 [t, L, K]."""
+        return self._logged("mass")
+
+    @property
+    def near_mass(self) -> Tensor:
+        """Of the steps so far, mass on the window and on the sink: float32 [t, L, 2]."""
+        return self._logged("near_mass")
+
     def group(self, layer: int) -> int:
         return 0 if self.shared else layer
+
+    def by_layer(self, of_groups: Tensor) -> Tensor:
+        """[G, ...] -> [L, ...]: each layer's group's."""
+        return of_groups.expand(self.layers, *of_groups.shape[1:]) if self.shared else of_groups
 
     def begin(self) -> Moves | None:
         """A step begins; what its decision recalls, if there is one."""
@@ -77,38 +92,33 @@ class Request:
     def here(self, layer: int, ids: Tensor) -> Tensor:
         """bool, whether entries lie in a slot."""
         table = self.residency.table[self.group(layer)]
-        return table[torch.where(ids < 0, -1, ids // self.keeper.ctx.granularity)] >= 0
+        return table[torch.where(ids < 0, -1, ids // self.keeper.ctx.granularity).long()] >= 0
 
-    def book_selection(self, layer: int, wanted: Tensor, hit: Tensor, attended: Tensor, ids: Tensor) -> None:
-        """All [K]: the selection among all entries, what of it is resident and is attended to, and what is attended to in all."""
-        at = (self.step, layer)
-        self.wanted[at], self.hit[at], self.attended[at], self._ids[layer] = wanted.int(), hit, attended, ids
-
-    def book_masses(self, layer: int, attended: Tensor, wanted: tuple[Tensor, ...], hidden: Tensor) -> None:
-        """Mass [K] of what was attended to, and (entries [K], window, sink) of the selection among all; hidden [H]."""
-        at = (self.step, layer)
-        self.mass[at] = rounded(wanted[0])
-        self.near_mass[at] = torch.stack(wanted[1:])
-        self._seen_mass[layer] = self.mass[at] if self.select == "all" else rounded(attended)
-        if (self.step + 1) % self.tau == 0:
-            state = self.hidden.setdefault((self.step + 1) // self.tau, torch.empty_like(self.hidden[0]))
-            state[layer] = hidden
-
-    def settle(self, token: int) -> Moves | None:
+    def settle(self) -> Moves | None:
         """All layers have attended: the policy sees it, and what was fetched gets its slots."""
-        ctx, step = self.keeper.ctx, self.step
-        seen = self._ids if self.among_resident else self.wanted[step].long()
-        use = page_step(seen, self._seen_mass, ctx.granularity, self.shared)
+        step, self.step = self.step, self.step + 1
+        if (step + 1) % self.tau == 0:
+            self.hidden[(step + 1) // self.tau] = self.selections.hidden[:, self.index].clone()
+        if self.passive:
+            return self.tally.rest(step)
+        ctx, picked = self.keeper.ctx, self.selections
+        ids, mass = picked.ids[:, self.index].long(), picked.seen_mass[:, self.index]
+        seen = ids if self.among_resident else picked.wanted[:, self.index].long()
+        use = page_step(seen, mass, ctx.granularity, self.shared)
         used = ctx.table(0, "bool")
-        ctx.put(used, page_step(self._ids, self._seen_mass, ctx.granularity, self.shared).pages, True)
-        fetched = ctx.read(used, use.pages) & (use.pages >= 0) & (self.residency.lookup(use.pages) < 0)
-        moves = self.tally.settle(step, use, fetched).moves
-        self.tokens.append(token)
-        return moves
+        ctx.put(used, page_step(ids, mass, ctx.granularity, self.shared).pages, True)
+        return self.tally.settle(step, use, self._fetched(use, used)).moves
 
     def ledger(self) -> Ledger:
         """What moved and what was kept in the steps so far; measured."""
-        return self.tally.ledger(*(part[: self.step].cpu().numpy() for part in (self.wanted, self.mass, self.hit, self.attended)))
+        return self.tally.ledger(*(self._logged(name).cpu().numpy() for name in ("wanted", "mass", "hit", "attended")))
+
+    def _fetched(self, use: Accesses, used: Tensor) -> Tensor:
+        """What was attended to without being resident was loaded for this step."""
+        return self.keeper.ctx.read(used, use.pages) & (use.pages >= 0) & (self.residency.lookup(use.pages) < 0)
+
+    def _logged(self, name: str) -> Tensor:
+        return self.selections.log[name][: self.step, :, self.index]
 
     def _context(self, entry_bytes: int, seed: int) -> Context:
         prompt, params = self.prompt, self.policy.params
@@ -140,8 +150,3 @@ class Request:
         position = len(self.prompt.tokens) + self.tau * window - 1
         n_entries = (position + 1) // self.rate
         return LookaheadState(self.hidden[window], position, self.keys_of(n_entries), n_entries)
-
-
-def rounded(mass: Tensor) -> Tensor:
-    """float32 as a trace keeps it: in float16. So a replay of this decode's trace sees the same."""
-    return mass.half().float()

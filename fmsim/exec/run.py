@@ -39,31 +39,37 @@ def decode(
     """Read every stream's prompt, then decode them side by side under `policy`. `progress` is told of tokens."""
     prompts = [Prompt(model, stream.prompt, stream.steps, progress) for stream in streams]
     batch, decoded = Batch(prompts, policy, seed=seed), [Decoded() for _ in streams]
-    plans = [_plan(stream, result) for stream, result in zip(streams, decoded)]
-    for plan in plans:
-        next(plan)
-    for _ in range(min(stream.steps for stream in streams)):
-        batch.step([plan.send(int(choice)) for plan, choice in zip(plans, batch.logits.argmax(-1).tolist())])
+    plans = [_plan(stream) for stream in streams]
+    for given in zip(*plans):  # to the end of the shortest
+        if all(token is None for token in given):
+            batch.step()
+        else:
+            batch.step([_chosen(batch, b) if token is None else token for b, token in enumerate(given)])
         progress(len(streams))
-    for plan in plans:
-        plan.close()
+    for request, stream, plan, result in zip(batch.requests, streams, plans, decoded):
+        _book(stream, plan[: request.step], request.tokens, result)
     return batch, decoded
 
 
-def _plan(stream: Stream, result: Decoded):
-    """A coroutine: sent the model's choice, it gives the token to process, and books what it was."""
-    choice = yield
+def _plan(stream: Stream) -> list[int | None]:
+    """What each step processes: a given token, or None for the model's own choice."""
+    return [token for turn in stream.turns for token in [*map(int, turn.forced), *[None] * turn.generate]]
+
+
+def _chosen(batch: Batch, request: int) -> int:
+    return int(batch.logits[request].argmax())
+
+
+def _book(stream: Stream, plan: Sequence[int | None], tokens: Sequence[int], result: Decoded) -> None:
+    """Which tokens were given, and the answers that came out whole."""
+    result.forced = [token is not None for token in plan]
+    end = 0
     for turn in stream.turns:
-        for token in turn.forced:
-            result.forced.append(True)
-            choice = yield int(token)
-        answer: list[int] = []
-        for _ in range(turn.generate):
-            answer.append(choice)
-            result.forced.append(False)
-            if len(answer) == turn.generate:
-                result.answers.append((list(turn.forced), answer, exact(turn.answer, answer) if turn.answer else None))
-            choice = yield answer[-1]
+        start = end + len(turn.forced)
+        end = start + turn.generate
+        if turn.generate and end <= len(tokens):
+            answer = list(tokens[start:end])
+            result.answers.append((list(turn.forced), answer, exact(turn.answer, answer) if turn.answer else None))
 
 
 def report(batch: Batch, decoded: Sequence[Decoded], label: str, name: str, prompt_text: str) -> dict[str, Any]:

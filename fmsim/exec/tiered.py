@@ -12,13 +12,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
 
 from fmsim.errors import FmsimError
+from fmsim.exec.kernels.gather import copy_rows
 from fmsim.exec.kernels.layout import Layout, read_entries, write_entries
-from fmsim.residency import Moves
 
 GIB = 2**30
 
@@ -53,7 +54,15 @@ class TieredCache:
         check_memory(self.device, layers * pool_pages * self.page_bytes, layers * mirror_pages * self.page_bytes)
         self.pool = torch.zeros(layers, pool_pages, self.page_bytes, dtype=torch.uint8, device=self.device)
         self.mirror = torch.zeros(layers, mirror_pages, self.page_bytes, dtype=torch.uint8, pin_memory=self.device.type == "cuda" and mirrored)
+        self._first_stage, self._first_page = (torch.tensor(starts, device=self.device)[:-1, None] for starts in (self.stage_start, self.page_start))
         self.recalled_pages, self.staged_pages = (torch.zeros((), dtype=torch.int64, device=self.device) for _ in range(2))
+
+    @cached_property
+    def mirror_table(self) -> Tensor:
+        """int32 [B, P + 1]: the mirror's page of each of a request's pages, -1 beyond its last."""
+        number = torch.arange(max(size.pages for size in self.sizes) + 1, dtype=torch.int32, device=self.device)
+        pages = torch.tensor([size.pages for size in self.sizes], device=self.device)[:, None]
+        return torch.where(number < pages, number + self._first_page.int(), -1)
 
     @property
     def stage_pages(self) -> int:
@@ -94,33 +103,36 @@ class TieredCache:
             write_entries(self.mirror[layer], self.layout, place.to(self.mirror.device), entry.to(self.mirror.device))
         self._write_pool(request, layer, entry, index, table)
 
-    def blocks(self, request: int, table: Tensor) -> Tensor:
-        """The pool page of each of the request's pages, int64 [P + 1], from a residency table's row; -1 where not resident."""
-        table = table.long()
-        return torch.where(table < 0, -1, table + self.slot_start[request])
+    def blocks(self, request: int, table: Tensor, out: Tensor | None = None) -> Tensor:
+        """The pool page of each of the request's pages, int32 as `table` [..., P + 1], rows of a residency's table; -1 where not resident."""
+        start = self.slot_start[request]
+        found = torch.where(table < 0, table, table + start)
+        return found if out is None else out.copy_(found)
 
-    def recall(self, request: int, layer: int, pages: Tensor, slots: Tensor) -> None:
-        """Copy pages [m] of the mirror into slots [m]; -1 = padding."""
+    def recall(self, request: int, pages: Tensor, slots: Tensor) -> None:
+        """Copy pages [L, m] of the mirror into slots [L, m], of every layer; -1 = padding."""
+        if self.mirrored:
+            to = torch.where(slots < 0, -1, slots + self.slot_start[request])
+            self.recalled_pages += (to >= 0).sum()
+            self._copy(self.mirror, pages + self.page_start[request], self.pool, to)
+
+    def stage(self, layer: int, pages: Tensor, fetched: Tensor, blocks: Tensor) -> None:
+        """Bring pages [B, n] of each request where `fetched` from the mirror into staging pages, and enter them in `blocks` int32 [B, P + 1]."""
+        to = torch.where(fetched, self._first_stage + torch.arange(pages.shape[1], device=pages.device), -1)
+        self.staged_pages += fetched.sum()
+        self._copy(self.mirror[layer : layer + 1], (pages + self._first_page).view(1, -1), self.pool[layer : layer + 1], to.view(1, -1))
+        blocks.scatter_(1, torch.where(fetched, pages, blocks.shape[1] - 1).long(), to.int())
+        blocks[:, -1] = -1
+
+    def settle(self, request: int, pages: Tensor, slots: Tensor, blocks: Tensor) -> None:
+        """Give pages [L, m] that were let in their slots [L, m]: from staging where `blocks` [L, P + 1] has them there, or from the mirror."""
+        staged = torch.where(pages < 0, -1, blocks.gather(1, torch.where(pages < 0, blocks.shape[1] - 1, pages)).long())
         to = torch.where(slots < 0, -1, slots + self.slot_start[request])
-        self.recalled_pages += copy_pages(self.mirror[layer], pages + self.page_start[request], self.pool[layer], to)
-
-    def stage(self, request: int, layer: int, pages: Tensor, fetched: Tensor, blocks: Tensor) -> None:
-        """Bring `pages` [n] of the mirror where `fetched` into the request's staging pages, and enter them in `blocks`."""
-        to = torch.where(fetched, self.stage_start[request] + torch.arange(len(pages), device=pages.device), -1)
-        self.staged_pages += copy_pages(self.mirror[layer], pages + self.page_start[request], self.pool[layer], to)
-        blocks[torch.where(fetched, pages, -1).long()] = to
-        blocks[-1] = -1
-
-    def settle(self, request: int, layer: int, moves: Moves, blocks: Tensor, group: int) -> None:
-        """Give the pages that were let in their slots: from staging where this layer has them there, or from the mirror."""
-        pages, slots = moves.pages[group], moves.slots[group]
-        staged = torch.where(pages < 0, -1, blocks[pages])
-        to = torch.where(slots < 0, -1, slots + self.slot_start[request])
-        copy_pages(self.pool[layer], staged, self.pool[layer], torch.where(staged >= 0, to, -1))
-        self.recall(request, layer, pages, torch.where(staged >= 0, -1, slots))
+        self._copy(self.pool, staged, self.pool, torch.where(staged >= 0, to, -1))
+        self.recall(request, pages, torch.where(staged >= 0, -1, slots))
 
     def read(self, layer: int, blocks: Tensor, ids: Tensor) -> Tensor:
-        """float32 [K, C]: entries `ids` [K] through `blocks`; whatever where an id is -1 or its page is not there."""
+        """float32 [K, C]: entries `ids` [K] through `blocks` [P + 1]; whatever where an id is -1 or its page is not there."""
         page = blocks[torch.where(ids < 0, -1, ids // self.granularity)]
         return read_entries(self.pool[layer], self.layout, torch.where(page < 0, 0, page) * self.granularity + ids % self.granularity)
 
@@ -133,12 +145,10 @@ class TieredCache:
         page = self.blocks(request, table)[torch.where(numbers < 0, -1, numbers // self.granularity)]
         write_entries(self.pool[layer], self.layout, torch.where(page < 0, -1, page * self.granularity + numbers % self.granularity), entries)
 
-
-def copy_pages(source: Tensor, pages: Tensor, target: Tensor, to: Tensor) -> Tensor:
-    """target[to] = source[pages] where `to` >= 0; returns how many pages that were, int64 on the target's device."""
-    moved = to >= 0
-    target[to[moved]] = source[pages[moved].to(source.device)].to(target.device)
-    return moved.sum()
+    def _copy(self, source: Tensor, pages: Tensor, target: Tensor, to: Tensor) -> None:
+        """target[l, to[l, i]] = source[l, pages[l, i]] where both are >= 0, without asking the host how many that are."""
+        counts = torch.full((len(pages),), pages.shape[1], dtype=torch.int32, device=pages.device)
+        copy_rows(source, target, pages.contiguous(), to.contiguous(), counts)
 
 
 def check_memory(device: torch.device, device_bytes: int, host_bytes: int) -> None:
