@@ -59,17 +59,22 @@ class Keeper:
             )
 
     def _see(self, n_entries: int) -> None:
-        """From now on the first `n_entries` entries are visible. The page that is still being filled counts as pinned."""
-        self.visible = self.ctx.pages(n_entries)
-        open_page = 1 if n_entries % self.ctx.granularity else 0
-        tail = self.visible - max(self.pins.recent, open_page)
-        self.tail = min(tail, self.ctx.prompt_entries // self.ctx.granularity) if self.pins.decoded else tail
+        """From now on the first `n_entries` entries are visible."""
+        self.visible, self.tail = self._view(n_entries)
 
-    def _pinned(self) -> Any:
+    def _view(self, n_entries: int) -> tuple[int, int]:
+        """Pages visible when `n_entries` entries are, and the first of the pinned tail. The page that is still being filled counts as pinned."""
+        visible = self.ctx.pages(n_entries)
+        open_page = 1 if n_entries % self.ctx.granularity else 0
+        tail = visible - max(self.pins.recent, open_page)
+        return visible, min(tail, self.ctx.prompt_entries // self.ctx.granularity) if self.pins.decoded else tail
+
+    def _pinned(self, visible: int | None = None, tail: int | None = None) -> Any:
         """The test for pinned pages, or None where none can be."""
-        if self.pins.sink == 0 and self.tail >= self.visible:
+        visible, tail = (self.visible, self.tail) if visible is None else (visible, tail)
+        if self.pins.sink == 0 and tail >= visible:
             return None
-        return lambda pages: (pages < self.pins.sink) | (pages >= self.tail)
+        return lambda pages: (pages < self.pins.sink) | (pages >= tail)
 
     def start(self) -> None:
         """Choose what the prefill leaves on the GPU; not traffic, since the prefill wrote it there."""
@@ -91,6 +96,18 @@ class Keeper:
         """Choose the resident set anew among all visible pages."""
         self.policy.decide(step)
         return self.residency.choose(self.policy.worth_of_first(step, self.visible), self.policy.floor, self._pinned())
+
+    def foresee(self, step: int, n_entries: int, most: int) -> Array | None:
+        """Up to `most` pages that the decision at the later `step`, when `n_entries` are visible, will recall: int64 [G, most], -1 = padding.
+
+        None for a policy that decides from what it cannot know yet. What is foreseen will be recalled; a page that is evicted until then can be
+        recalled without having been foreseen.
+        """
+        if not self.policy.decides_ahead or step >= self.ctx.n_steps:
+            return None
+        visible, tail = self._view(n_entries)
+        worth = self.policy.ahead(step, visible)
+        return self.residency.foresee(worth, self.policy.floor, self._pinned(visible, tail), most)
 
     def access(self, step: int, use: Accesses) -> Outcome:
         """Look the step's pages up, load what `on_miss` says, and let the policy see."""

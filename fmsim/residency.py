@@ -103,6 +103,23 @@ class Residency:
         if n == 0:  # a prompt too short for one entry
             nothing = xp.full((self.n_groups, 0), -1, dtype=xp.int64, device=worth.device)
             return Moves(xp.zeros_like(self.filled), xp.zeros_like(self.filled), nothing, nothing)
+        pages, keep = self._best(worth, floor, pinned)
+        incoming = keep & (self.table[:, :n] < 0)
+        evicted = self._drop(keep)
+        m = arrays.width(incoming, min(n, self.n_slots))
+        chosen = arrays.pack(pages, incoming, m)
+        places = chosen if self.n_slots >= self.n_pages else arrays.pack(self._slot_ids[:, : self.n_slots], self.slots < 0, m)
+        loaded = xp.sum(xp.astype(incoming, xp.int64), axis=1)
+        return self._place(chosen, xp.where(chosen >= 0, places, -1), xp.full_like(chosen, -1), loaded, evicted)
+
+    def foresee(self, worth: Array, floor: float | None, pinned: Callable[[Array], Array] | None, most: int) -> Array:
+        """The first `most` pages that `choose` would bring in, int64 [G, most] padded with -1; pages without a worth yet count as resident."""
+        pages, keep = self._best(worth, floor, pinned)
+        return arrays.pack(pages, keep & (self.table[:, : worth.shape[1]] < 0) & (worth < float("inf")), most)
+
+    def _best(self, worth: Array, floor: float | None, pinned: Callable[[Array], Array] | None) -> tuple[Array, Array]:
+        """The numbers of the first n pages, int64 [1, n], and which of them `choose` makes the resident set, bool [G, n]."""
+        xp, n = self.xp, worth.shape[1]
         pages = xp.arange(n, dtype=xp.int64, device=worth.device)[None, :]
         key = arrays.order_key(worth, pages)
         if floor is not None:
@@ -112,13 +129,7 @@ class Residency:
         keep = key >= 0
         if self.n_slots < n:
             keep = keep & (key >= arrays.nth_largest(key, self.n_slots))
-        incoming = keep & (self.table[:, :n] < 0)
-        evicted = self._drop(keep)
-        m = arrays.width(incoming, min(n, self.n_slots))
-        chosen = arrays.pack(pages, incoming, m)
-        places = chosen if self.n_slots >= self.n_pages else arrays.pack(self._slot_ids[:, : self.n_slots], self.slots < 0, m)
-        loaded = xp.sum(xp.astype(incoming, xp.int64), axis=1)
-        return self._place(chosen, xp.where(chosen >= 0, places, -1), xp.full_like(chosen, -1), loaded, evicted)
+        return pages, keep
 
     def _victim_key(
         self, worth: Callable[[Array], Array], pinned: Callable[[Array], Array] | None, in_use: Array | None

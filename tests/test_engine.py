@@ -136,3 +136,23 @@ def test_what_an_engine_cannot_do_is_one_clear_error(prompt):
     engine = decoded(prompt, "full")
     with pytest.raises(FmsimError, match="room for 44 decode steps"):
         engine.read([1])
+
+
+def test_what_a_decision_will_recall_is_copied_ahead_of_it(prompt, tmp_path):
+    """The same tokens, sets and bytes as without; and every page that is recalled was foreseen, but for those evicted in between."""
+    rng, heads, hidden, width = np.random.default_rng(1), 4, 32, 16
+    shapes = ((6, hidden), (6,), (heads * width, 6), (heads, hidden))
+    layers = {layer: LayerWeights(*(rng.standard_normal(shape).astype(np.float32) for shape in shapes)) for layer in (0, 1)}
+    checkpoint.save(Checkpoint(layers, ScorerConfig(rope_dims=8, rope_theta=1e4), 0.01), tmp_path / "indexer.safetensors")
+    spec = {"policy": "lsa", "checkpoint": str(tmp_path / "indexer.safetensors"), "budget": "28 entries", "cadence": TAU, "recent_entries": 2}
+    found = []
+    for room in (1, 10**9):  # pages ahead: as many as slots, or one
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr("fmsim.exec.engine.AHEAD", room)
+            found.append(decoded(prompt, spec))
+    early, late = found
+    assert early.tiers.ahead_pages == 28 and late.tiers.ahead_pages == 1
+    assert early.tokens == late.tokens and torch.equal(early.logits, late.logits)
+    assert early.ledger().lookahead_loads.sum() > 20
+    for engine in found:
+        assert engine.h2d_bytes == engine.ledger().lookahead_loads.sum() * 2 * 16 * 4

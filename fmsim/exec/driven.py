@@ -97,7 +97,7 @@ class DrivenDecode:
         written, recalled = self.tally.begin(step, self.replayer.entries[step])
         if recalled is not None:
             for tiers, groups in self.parts:
-                tiers.recall(0, recalled.pages[groups], recalled.slots[groups])
+                tiers.recall(recalled.pages[groups], recalled.slots[groups])
         if written is not None:
             self._write(written)
         use = Accesses(*(torch.from_numpy(np.array(part[step])).to(self.device) for part in (self.paged.pages, self.paged.count, self.paged.mass)))
@@ -114,7 +114,7 @@ class DrivenDecode:
         outcome = self.tally.access(step, use)
         if outcome.moves is not None and self.entries.stage_pages:
             for (tiers, groups), block in zip(self.parts, blocks):
-                tiers.settle(0, outcome.moves.pages[groups], outcome.moves.slots[groups], block)
+                tiers.settle(outcome.moves.pages[groups], outcome.moves.slots[groups], block[:, None])
         return outcome
 
     def _fill(self) -> None:
@@ -134,7 +134,7 @@ class DrivenDecode:
         """Copy from the mirror into slots, both [G, m], what no link would carry."""
         for tiers, groups in self.parts:
             before = tiers.recalled_pages.clone()
-            tiers.recall(0, pages[groups], slots[groups])
+            tiers.recall(pages[groups], slots[groups])
             tiers.recalled_pages.copy_(before)
 
     def _compare(self, step: int, pages: torch.Tensor, blocks: list[torch.Tensor]) -> None:

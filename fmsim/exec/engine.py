@@ -32,6 +32,9 @@ from fmsim.exec.tiered import RequestSize, TieredCache
 from fmsim.policies.base import Policy
 
 
+AHEAD = 4  # of as many slots, one more page for what is recalled ahead of a decision
+
+
 @dataclass(frozen=True)
 class Timeline:
     """When each step ran, seconds [T] from the first, and what of it went into loading misses and recalls: measured.
@@ -109,8 +112,7 @@ class Batch:
             for b, request in enumerate(self.requests):
                 moves = request.settle()
                 if moves is not None and self.tiers.stage_pages:
-                    blocks = self._tables[:, b]
-                    self.tiers.settle(b, request.by_layer(moves.pages), request.by_layer(moves.slots), blocks)
+                    self.tiers.settle(request.by_layer(moves.pages), request.by_layer(moves.slots), self._tables[:, b : b + 1], b)
 
     def generate(self, count: int, progress: Callable[[int], None] | None = None) -> list[list[int]]:
         """Greedy tokens of each request, each processed as it is chosen."""
@@ -166,7 +168,10 @@ class Batch:
         for b, request in enumerate(self.requests):
             moves = request.begin()
             if moves is not None:
-                self.tiers.recall(b, request.by_layer(moves.pages), request.by_layer(moves.slots))
+                self.tiers.recall(request.by_layer(moves.pages), request.by_layer(moves.slots), b)
+            foreseen = request.foresee(self.tiers.sizes[b].ahead)
+            if foreseen is not None:
+                self.tiers.recall_ahead(request.by_layer(foreseen), b)
 
     def _keys_of(self, request: int) -> Callable[[int], Tensor]:
         return lambda n_entries: torch.stack([self.keys.read(request, layer, n_entries) for layer in range(len(self.keys.pool))])
@@ -184,7 +189,8 @@ class Batch:
             full = ctx.n_slots >= ctx.n_pages
             lossy |= not full
             staged = 0 if full or params.on_miss == "mask" else min(ctx.topk, ctx.n_pages)
-            sizes.append(RequestSize(ctx.n_pages, ctx.n_slots, staged))
+            ahead = -(-ctx.n_slots // AHEAD) if request.policy.decides_ahead and not full else 0
+            sizes.append(RequestSize(ctx.n_pages, ctx.n_slots, staged, ahead))
         tiers = TieredCache(layout, self.layers, params.granularity, sizes, self.device, mirrored=lossy)
         for b, request in enumerate(self.requests):
             for layer, cache in enumerate(request.prompt.csa_caches):

@@ -89,6 +89,14 @@ class Request:
         """A step begins; what its decision recalls, if there is one."""
         return self.tally.begin(self.step, (len(self.prompt.tokens) + self.step + 1) // self.rate)[1]
 
+    def foresee(self, most: int) -> Tensor | None:
+        """At a decision: up to `most` pages that the next one will recall, int64 [G, most]; None at other steps, or where nothing can be foreseen."""
+        cadence = self.policy.params.cadence
+        if not most or self.step % cadence:
+            return None
+        then = self.step + cadence
+        return self.keeper.foresee(then, (len(self.prompt.tokens) + then + 1) // self.rate, most)
+
     def here(self, layer: int, ids: Tensor) -> Tensor:
         """bool, whether entries lie in a slot."""
         table = self.residency.table[self.group(layer)]

@@ -26,35 +26,43 @@ GIB = 2**30
 
 @dataclass(frozen=True)
 class RequestSize:
-    """Pages that one request will have at its end, slots that it may fill in each layer, and pages that one step may miss."""
+    """Pages that one request will have at its end, slots that it may fill in each layer, pages that one step may miss, and pages that may
+    be recalled ahead of a decision."""
 
     pages: int
     slots: int
-    staged: int
+    staged: int = 0
+    ahead: int = 0
 
 
 class TieredCache:
     """`layers` CSA layers of a batch of requests; ``mirrored`` is False where nothing ever comes back from the host.
 
-    A request's slot s is page ``slot_start[b] + s`` of a layer's pool, and its page p is page ``page_start[b] + p`` of a layer's mirror.
+    A request's slot s is page ``slot_start[b] + s`` of a layer's pool, and its page p is page ``page_start[b] + p`` of a layer's mirror. With
+    ``one_text`` all requests have read the same, and share the mirror of one. What is recalled ahead is copied on a stream of its own.
     `recalled_pages` and `staged_pages` count what was copied from the mirror, int64 on the device, all layers together.
     """
 
     def __init__(
-        self, layout: Layout, layers: int, granularity: int, sizes: Sequence[RequestSize], device: torch.device | str = "cpu", mirrored: bool = True
-    ):
+        self, layout: Layout, layers: int, granularity: int, sizes: Sequence[RequestSize], device: torch.device | str = "cpu", mirrored: bool = True,
+        one_text: bool = False,
+    ):  # fmt: skip
         self.layout, self.layers, self.granularity, self.sizes = layout, layers, granularity, tuple(sizes)
         self.device, self.mirrored = torch.device(device), mirrored
         self.page_bytes = granularity * layout.entry_bytes
         self.slot_start = _starts(size.slots for size in sizes)
         self.stage_start = [self.slot_start[-1] + start for start in _starts(size.staged for size in sizes)]
-        self.page_start = _starts(size.pages for size in sizes)
-        pool_pages = self.stage_start[-1] + 1  # the last one takes what is written for nobody
+        self.ahead_start = [self.stage_start[-1] + start for start in _starts(size.ahead for size in sizes)]
+        self.page_start = [0] * len(self.sizes) + [self.sizes[0].pages] if one_text else _starts(size.pages for size in sizes)
+        pool_pages = self.ahead_start[-1]
         mirror_pages = self.page_start[-1] if mirrored else 0
         check_memory(self.device, layers * pool_pages * self.page_bytes, layers * mirror_pages * self.page_bytes)
         self.pool = torch.zeros(layers, pool_pages, self.page_bytes, dtype=torch.uint8, device=self.device)
         self.mirror = torch.zeros(layers, mirror_pages, self.page_bytes, dtype=torch.uint8, pin_memory=self.device.type == "cuda" and mirrored)
-        self._first_stage, self._first_page = (torch.tensor(starts, device=self.device)[:-1, None] for starts in (self.stage_start, self.page_start))
+        starts = (self.slot_start, self.stage_start, self.ahead_start, self.page_start)
+        self._first_slot, self._first_stage, self._first_ahead, self._first_page = (torch.tensor(s, device=self.device)[:-1, None] for s in starts)
+        self._side = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
+        self._ahead: Tensor | None = None  # pool pages of what was recalled ahead, int32 [L, B, P + 1], or -1
         self.recalled_pages, self.staged_pages = (torch.zeros((), dtype=torch.int64, device=self.device) for _ in range(2))
 
     @cached_property
@@ -66,8 +74,13 @@ class TieredCache:
 
     @property
     def stage_pages(self) -> int:
-        """Staging pages of each layer."""
+        """Staging pages of each layer, for the misses of a step."""
         return self.stage_start[-1] - self.stage_start[0]
+
+    @property
+    def ahead_pages(self) -> int:
+        """Pages of each layer for what is recalled ahead of a decision."""
+        return self.ahead_start[-1] - self.ahead_start[0]
 
     @property
     def slot_bytes(self) -> int:
@@ -82,7 +95,7 @@ class TieredCache:
     @property
     def full_bytes(self) -> int:
         """What the pool would take if every page had a slot."""
-        return self.layers * (self.page_start[-1] + 1) * self.page_bytes
+        return self.layers * sum(size.pages for size in self.sizes) * self.page_bytes
 
     @property
     def mirror_bytes(self) -> int:
@@ -109,27 +122,66 @@ class TieredCache:
         found = torch.where(table < 0, table, table + start)
         return found if out is None else out.copy_(found)
 
-    def recall(self, request: int, pages: Tensor, slots: Tensor) -> None:
-        """Copy pages [L, m] of the mirror into slots [L, m], of every layer; -1 = padding."""
-        if self.mirrored:
-            to = torch.where(slots < 0, -1, slots + self.slot_start[request])
-            self.recalled_pages += (to >= 0).sum()
-            self._copy(self.mirror, pages + self.page_start[request], self.pool, to)
+    def recall(self, pages: Tensor, slots: Tensor, request: int | None = None) -> None:
+        """Copy pages [L, m] of the mirror into slots [L, m], of every layer, for one request or for all alike; -1 = padding."""
+        if not self.mirrored:
+            return
+        if self._ahead is None:
+            self._admit(pages[:, None], slots[:, None], None, request)
+            return
+        if self._side is not None:
+            torch.cuda.current_stream(self.device).wait_stream(self._side)
+        blocks = self._ahead if request is None else self._ahead[:, request : request + 1]
+        self.settle(pages, slots, blocks, request)
+        blocks.fill_(-1)
+
+    def recall_ahead(self, pages: Tensor, request: int | None = None) -> None:
+        """Begin to copy pages [L, m], m up to the request's `ahead`, out of the mirror, beside whatever else runs; the next `recall` finds them here."""
+        first, part = (self._first_ahead, slice(None)) if request is None else (self._first_ahead[request : request + 1], slice(request, request + 1))
+        if self._ahead is None:
+            most = max(size.pages for size in self.sizes)
+            self._ahead = torch.full((self.layers, len(self.sizes), most + 1), -1, dtype=torch.int32, device=self.device)
+        blocks, pages = self._ahead[:, part], pages[:, None].expand(-1, len(first), -1)
+        to = torch.where(pages < 0, -1, first + torch.arange(pages.shape[2], device=pages.device))
+        blocks.fill_(-1)
+        blocks.scatter_(2, torch.where(pages < 0, blocks.shape[2] - 1, pages), to.int())
+        blocks[:, :, -1] = -1
+        self.recalled_pages += (to >= 0).sum()
+        source = torch.where(pages < 0, -1, pages + self._first_page[part])
+        if self._side is None:
+            self._copy(self.mirror, source, self.pool, to)
+            return
+        self._side.wait_stream(torch.cuda.current_stream(self.device))
+        with torch.cuda.stream(self._side):
+            self._copy(self.mirror, source, self.pool, to)
+        for tensor in (source, to):
+            tensor.record_stream(self._side)
 
     def stage(self, layer: int, pages: Tensor, fetched: Tensor, blocks: Tensor) -> None:
         """Bring pages [B, n] of each request where `fetched` from the mirror into staging pages, and enter them in `blocks` int32 [B, P + 1]."""
         to = torch.where(fetched, self._first_stage + torch.arange(pages.shape[1], device=pages.device), -1)
         self.staged_pages += fetched.sum()
-        self._copy(self.mirror[layer : layer + 1], (pages + self._first_page).view(1, -1), self.pool[layer : layer + 1], to.view(1, -1))
+        self._copy(self.mirror[layer : layer + 1], (pages + self._first_page)[None], self.pool[layer : layer + 1], to[None])
         blocks.scatter_(1, torch.where(fetched, pages, blocks.shape[1] - 1).long(), to.int())
         blocks[:, -1] = -1
 
-    def settle(self, request: int, pages: Tensor, slots: Tensor, blocks: Tensor) -> None:
-        """Give pages [L, m] that were let in their slots [L, m]: from staging where `blocks` [L, P + 1] has them there, or from the mirror."""
-        staged = torch.where(pages < 0, -1, blocks.gather(1, torch.where(pages < 0, blocks.shape[1] - 1, pages)).long())
-        to = torch.where(slots < 0, -1, slots + self.slot_start[request])
-        self._copy(self.pool, staged, self.pool, torch.where(staged >= 0, to, -1))
-        self.recall(request, pages, torch.where(staged >= 0, -1, slots))
+    def settle(self, pages: Tensor, slots: Tensor, blocks: Tensor, request: int | None = None) -> None:
+        """Give pages [L, m] that were let in their slots [L, m]: from staging where `blocks` int32 [L, B or 1, P + 1] has them there, or from
+        the mirror; for one request or for all alike."""
+        pages, slots = pages[:, None].expand(-1, blocks.shape[1], -1), slots[:, None]
+        self._admit(pages, slots, blocks.gather(2, torch.where(pages < 0, blocks.shape[2] - 1, pages)).long(), request)
+
+    def _admit(self, pages: Tensor, slots: Tensor, staged: Tensor | None, request: int | None) -> None:
+        """Copy pages [L, B or 1, m] into slots: within the GPU where they are `staged` in the pool, or from the mirror, which is counted."""
+        part = slice(None) if request is None else slice(request, request + 1)
+        to = torch.where(slots < 0, -1, slots + self._first_slot[part])
+        if staged is not None:
+            self._copy(self.pool, staged, self.pool, torch.where(staged >= 0, to, -1))
+            to = torch.where(staged >= 0, -1, to)
+        source, to = torch.broadcast_tensors(torch.where(pages < 0, -1, pages + self._first_page[part]), to)
+        self.recalled_pages += (to >= 0).sum()
+        if self.mirrored:
+            self._copy(self.mirror, source, self.pool, to)
 
     def read(self, layer: int, blocks: Tensor, ids: Tensor) -> Tensor:
         """float32 [K, C]: entries `ids` [K] through `blocks` [P + 1]; whatever where an id is -1 or its page is not there."""
@@ -146,9 +198,10 @@ class TieredCache:
         write_entries(self.pool[layer], self.layout, torch.where(page < 0, -1, page * self.granularity + numbers % self.granularity), entries)
 
     def _copy(self, source: Tensor, pages: Tensor, target: Tensor, to: Tensor) -> None:
-        """target[l, to[l, i]] = source[l, pages[l, i]] where both are >= 0, without asking the host how many that are."""
+        """target[l, to[l, ...]] = source[l, pages[l, ...]] where both are >= 0, without asking the host how many that are."""
+        pages, to = (part.flatten(1).contiguous() for part in torch.broadcast_tensors(pages, to))
         counts = torch.full((len(pages),), pages.shape[1], dtype=torch.int32, device=pages.device)
-        copy_rows(source, target, pages.contiguous(), to.contiguous(), counts)
+        copy_rows(source, target, pages, to, counts)
 
 
 def check_memory(device: torch.device, device_bytes: int, host_bytes: int) -> None:

@@ -155,6 +155,7 @@ class Policy:
     class Params(PolicyParams):
         pass
 
+    decides_ahead = False  # a decision needs nothing that is not known one cadence before it, so that an engine can recall in the meantime
     floor: float | None = None  # a page of lower worth is not kept at a decision, even where there is room
 
     def __init__(self, params: PolicyParams | None = None, **kwargs: Any) -> None:
@@ -210,14 +211,28 @@ class LookaheadPolicy(Policy):
     def reset(self, ctx: Context) -> None:
         super().reset(ctx)
         self.scores = ctx.table(float("inf"))
+        self._prepared: tuple[int, Array] | None = None  # a step, and its scores
 
     def score(self, step: int) -> Array:
         """float32 [G, n] for the first n pages: the worth of each in the window that starts at `step`."""
         raise NotImplementedError  # abstract: every lookahead policy defines it
 
     def decide(self, step: int) -> None:
-        scores = self.score(step)
+        scores = self._prepare(step)
         self.scores[:, : scores.shape[1]] = scores
+
+    def ahead(self, step: int, n: int) -> Array:
+        """What `worth_of_first` will be at the decision at the later `step`, [G, n]; +inf for pages that are younger than its scores."""
+        scores = self._prepare(step)
+        worth = self.ctx.table(float("inf"))[:, :n]
+        worth[:, : scores.shape[1]] = scores[:, :n]
+        return worth
+
+    def _prepare(self, step: int) -> Array:
+        """The scores for `step`, computed once."""
+        if self._prepared is None or self._prepared[0] != step:
+            self._prepared = step, self.score(step)
+        return self._prepared[1]
 
     def worth(self, step: int, pages: Array) -> Array:
         return self.ctx.read(self.scores, pages)

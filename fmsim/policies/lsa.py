@@ -80,6 +80,10 @@ class LSA(LookaheadPolicy):
         self.lowest_logit = scorer.logit(self.params.threshold or loaded.threshold or 0.5)
         self.floor = self.lowest_logit if self.params.page_rank == "max" else 1.0
 
+    @property
+    def decides_ahead(self) -> bool:
+        return self.params.stale
+
     def pins(self) -> Pins:
         pages = self.ctx.pages
         return Pins(sink=pages(self.params.sink_entries), recent=pages(self.params.recent_entries), decoded=True)
@@ -95,11 +99,15 @@ class LSA(LookaheadPolicy):
         padding = xp.full((logits.shape[0], missing), -np.inf, dtype=logits.dtype, device=self.ctx.device)
         in_pages = xp.reshape(xp.concat((logits, padding), axis=1), (logits.shape[0], pages, self.ctx.granularity))
         best = xp.max(in_pages, axis=2)
-        self.confidence = xp.max(best)  # that there is anything to recall at all: a signal to weigh against misses
+        self._highest = xp.max(best)
         if self.params.page_rank == "max":
             return best
         above = xp.sum(xp.astype(in_pages >= self.lowest_logit, best.dtype), axis=2)
         return above + scorer.sigmoid(best) * 0.5  # pages with as many go by their best entry
+
+    def decide(self, step: int) -> None:
+        super().decide(step)
+        self.confidence = self._highest  # that there is anything to recall at all: a signal to weigh against misses
 
     def scored_entries(self, step: int) -> int:
         return self._state(step).n_entries * len(self.layers)
