@@ -5,7 +5,7 @@ import json
 import pytest
 
 torch = pytest.importorskip("torch", reason="the loader needs fmsim[model]")
-pytest.importorskip("transformers", reason="the loader needs fmsim[model]")
+transformers = pytest.importorskip("transformers", reason="the loader needs fmsim[model]")
 from safetensors.torch import load_file, save_file  # noqa: E402
 from test_model import CSA, HCA, SLIDING, oracle  # noqa: E402
 
@@ -92,10 +92,11 @@ def test_what_cannot_be_loaded_is_named(tmp_path):
         load_model(tmp_path)
 
 
-def test_bfloat16_keeps_rotation_and_small_sums_in_float32(tmp_path):
-    oracle(layer_types=[SLIDING, CSA]).save_pretrained(tmp_path)
+def test_in_bfloat16_everything_has_the_type_that_transformers_gives_it(tmp_path):
+    oracle(layer_types=[SLIDING, CSA, HCA]).save_pretrained(tmp_path)
+    expected = transformers.DeepseekV4ForCausalLM.from_pretrained(tmp_path, dtype=torch.bfloat16).state_dict()
     model = load_model(tmp_path, dtype=torch.bfloat16)
-    attention = model.model.layers[1].self_attn
-    assert attention.inv_freq.dtype == attention.sinks.dtype == torch.float32
-    assert model.lm_head.weight.dtype == torch.bfloat16
+    assert {name: tensor.dtype for name, tensor in model.state_dict().items()} == {name: tensor.dtype for name, tensor in expected.items()}
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in model.state_dict().items())
+    assert model.model.layers[1].self_attn.inv_freq.dtype == torch.float32
     assert model(torch.randint(0, 64, (1, 20)))[0].isfinite().all()

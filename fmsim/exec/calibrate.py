@@ -22,6 +22,7 @@ from fmsim.exec import kernel_cases as cases
 from fmsim.exec.decode_attention import DecodeAttention, Home
 from fmsim.exec.kernels.layout import KEY, LATENT, Layout
 from fmsim.exec.model import CSA, HCA, Attention, HyperConnection, HyperHead, MoE, RMSNorm, linear
+from fmsim.exec.synthetic import synthetic_config
 from fmsim.exec.timing import median_s
 from fmsim.geometry import PRESETS, Geometry
 from fmsim.hw.calibration import Calibration, Timing
@@ -50,7 +51,8 @@ def calibrate(model: str, device: str, seed: int = 0, report: Report = lambda li
     """Everything, for the modules of the preset geometry ``model``. Takes minutes; ``report`` is told each figure as it comes."""
     if model not in PRESETS:
         raise FmsimError(f"--model {model}: no such geometry; choose one of {', '.join(PRESETS)}")
-    return measure(PRESETS[model], model_config(PRESETS[model]), (LATENT, KEY), device, Sizes(), seed, report)
+    geometry = PRESETS[model]
+    return measure(geometry, synthetic_config(geometry, geometry.n_experts), (LATENT, KEY), device, Sizes(), seed, report)
 
 
 @torch.inference_mode()
@@ -142,31 +144,6 @@ def _kernels(device: str, sizes: Sizes, report: Report):
 # ----------------------------------------------------------------------------------------- the modules of a decode step
 
 
-def model_config(geometry: Geometry) -> DeepseekV4Config:
-    """One layer's configuration at the geometry's full width."""
-    return DeepseekV4Config(
-        vocab_size=geometry.vocabulary,
-        hidden_size=geometry.hidden_size,
-        num_hidden_layers=2,
-        layer_types=[CSA, HCA],
-        compress_rates={CSA: geometry.csa_rate, HCA: geometry.hca_rate},
-        sliding_window=geometry.window_tokens,
-        num_attention_heads=geometry.n_heads,
-        head_dim=geometry.head_dim,
-        partial_rotary_factor=geometry.rope_dim / geometry.head_dim,
-        q_lora_rank=geometry.q_lora_rank,
-        o_groups=geometry.o_groups,
-        o_lora_rank=geometry.o_lora_rank,
-        index_n_heads=geometry.index_n_heads,
-        index_head_dim=geometry.index_head_dim,
-        index_topk=geometry.index_topk,
-        n_routed_experts=geometry.n_experts,
-        num_experts_per_tok=geometry.n_active_experts,
-        moe_intermediate_size=geometry.expert_width,
-        num_hash_layers=0,
-    )
-
-
 def module_table(config: DeepseekV4Config, layouts: tuple[Layout, Layout], device: str, sizes: Sizes, report: Report) -> KernelTable:
     """Times of the modules of a decode step on one GPU, as the simulator adds them up."""
 
@@ -179,12 +156,12 @@ def module_table(config: DeepseekV4Config, layouts: tuple[Layout, Layout], devic
     for name, kind in (("csa", CSA), ("hca", HCA)):
         columns[f"{name}_context_ms"] = {tokens: attention_ms(kind, 1, tokens) for tokens in sizes.contexts}
         columns[f"{name}_batch_ms"] = {batch: attention_ms(kind, batch, sizes.contexts[0]) for batch in sizes.batches}
-    for name, (build, graph) in _MODULES.items():
+    for name, build in _MODULES.items():
         columns[f"{name}_batch_ms"] = {}
         with torch.device(device):
             work = build(config)
         for batch in sizes.batches:
-            milliseconds = 1e3 * median_s(work(batch), device, graph=graph)
+            milliseconds = 1e3 * median_s(work(batch), device)
             report(f"{name}, batch {batch}: {milliseconds:.4f} ms")
             columns[f"{name}_batch_ms"][batch] = milliseconds
     none = dict.fromkeys(sizes.batches, 0.0)  # one GPU reduces nothing, and the router is timed within its experts
@@ -258,5 +235,5 @@ def _head(config: DeepseekV4Config):
     return at
 
 
-# name in KernelTable -> what builds it, and whether a CUDA graph can hold it: `Experts` asks the host which experts were chosen
-_MODULES = {"moe": (_experts, False), "hyper_connections": (_hyper_connections, True), "head": (_head, True)}
+# name in KernelTable -> what builds it
+_MODULES = {"moe": _experts, "hyper_connections": _hyper_connections, "head": _head}

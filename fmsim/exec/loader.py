@@ -51,7 +51,8 @@ RENAMES = [
 EXPERT = re.compile(r"(.*\.mlp\.experts)\.(\d+)\.w([123])\.weight$")
 
 
-KEPT_FLOAT32 = re.compile(r"(_hc\.|hc_head\.|sinks$|e_score_correction_bias$)")  # small, and summed or compared in float32
+# As transformers keeps them (`_keep_in_fp32_modules_strict`): small, and added, multiplied or compared in float32.
+KEPT_FLOAT32 = re.compile(r"(_hc\.|hc_head\.|norm\.weight$|sinks$|position_bias$|e_score_correction_bias$|inv_freq$)")
 FP8_BLOCK = (128, 128)
 FP4_BLOCK = 32
 E2M1 = torch.tensor([0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0])
@@ -77,15 +78,20 @@ def load_model(directory: Path, device: str = "cpu", dtype: torch.dtype = torch.
 
 def empty_model(config: DeepseekV4Config, device: str, dtype: torch.dtype) -> DeepseekV4:
     """A model whose weights are allocated once, on ``device``, and not yet filled."""
+    model = meta_model(config, dtype).to_empty(device=device)
+    for module in model.modules():
+        if isinstance(module, Attention):  # no weight, and in no file
+            module.inv_freq = inverse_frequencies(config, module.rope_kind).to(device)
+    return model
+
+
+def meta_model(config: DeepseekV4Config, dtype: torch.dtype) -> DeepseekV4:
+    """A model of the right shapes and types without memory; ``dtype`` is that of what is not KEPT_FLOAT32."""
     with torch.device("meta"):
         model = DeepseekV4(config)
     for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
         if tensor.is_floating_point():
             tensor.data = tensor.data.to(torch.float32 if KEPT_FLOAT32.search(name) else dtype)
-    model.to_empty(device=device)
-    for module in model.modules():
-        if isinstance(module, Attention):  # no weight, and in no file
-            module.inv_freq = inverse_frequencies(config, module.rope_kind).to(device)
     return model
 
 

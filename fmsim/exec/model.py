@@ -26,6 +26,7 @@ CSA, HCA, SLIDING = "compressed_sparse_attention", "heavily_compressed_attention
 MASKED = -1e30  # finite, so that a row with nothing visible has a gradient of 0 and not of nan
 QUERY_BLOCK, KEY_BLOCK = 64, 1000  # of index scores on a CPU: 1 MiB at four heads
 FEW_EXPERTS = 8  # up to here, running every expert on every token beats sorting tokens by expert
+GROUPED_MULTIPLE = 8  # bfloat16 rows of a grouped matrix product begin at multiples of 16 bytes
 
 
 class Access(NamedTuple):
@@ -232,7 +233,7 @@ class Compressor(nn.Module):
         """
         rows, place = torch.arange(len(x), device=x.device), positions % self.rate
         state.kv[rows, place] = self.kv_proj(x)[:, 0]
-        state.gate[rows, place] = self.gate_proj(x)[:, 0] + self.position_bias[place]
+        state.gate[rows, place] = (self.gate_proj(x)[:, 0] + self.position_bias[place]).to(state.gate.dtype)
         entry = self._pool(state.kv[:, None], state.gate[:, None], state.prior)[:, 0]
         if self.overlapping:
             closes = (place == self.rate - 1)[:, None, None]
@@ -560,9 +561,18 @@ class Experts(nn.Module):
         self.down_proj = nn.Parameter(torch.empty(count, config.hidden_size, width))
 
     def forward(self, x: Tensor, chosen: Tensor, weights: Tensor) -> Tensor:
-        """x [N, D], chosen int64 and weights float32 [N, top_k] -> [N, D]."""
+        """x [N, D], chosen int64 and weights float32 [N, top_k] -> [N, D].
+
+        In bfloat16, and with few experts, the host is never asked who was chosen, so a CUDA graph can hold it.
+        """
         if len(self.gate_up_proj) <= FEW_EXPERTS:
             return self._every_expert(x, chosen, weights)
+        if x.dtype == self.down_proj.dtype == torch.bfloat16 and not any(size % GROUPED_MULTIPLE for size in self.down_proj.shape[1:]):
+            return self._grouped(x, chosen, weights)
+        return self._one_by_one(x, chosen, weights)
+
+    def _one_by_one(self, x: Tensor, chosen: Tensor, weights: Tensor) -> Tensor:
+        """The reference: a loop over the experts that were chosen at all."""
         out = torch.zeros_like(x)
         for expert in chosen.unique().tolist():
             token, slot = torch.where(chosen == expert)
@@ -570,6 +580,15 @@ class Experts(nn.Module):
             result = F.linear(clamped_swiglu(gate, up, self.limit), self.down_proj[expert])
             out.index_add_(0, token, (result * weights[token, slot, None]).to(out.dtype))
         return out
+
+    def _grouped(self, x: Tensor, chosen: Tensor, weights: Tensor) -> Tensor:
+        """One matrix product over all experts, of (token, slot) pairs sorted by expert; shapes depend on N alone."""
+        experts, order = chosen.flatten().sort(stable=True)
+        ends = torch.searchsorted(experts, torch.arange(len(self.gate_up_proj), device=x.device), right=True, out_int32=True)
+        gate, up = F.grouped_mm(x[order // chosen.shape[1]], self.gate_up_proj.transpose(1, 2), offs=ends).chunk(2, -1)
+        result = F.grouped_mm(clamped_swiglu(gate, up, self.limit), self.down_proj.transpose(1, 2), offs=ends)
+        shares = result * weights.flatten()[order, None]  # float32, sorted by expert; back to the order of tokens
+        return torch.empty_like(shares).index_copy(0, order, shares).unflatten(0, chosen.shape).sum(1).to(x.dtype)
 
     def _every_expert(self, x: Tensor, chosen: Tensor, weights: Tensor) -> Tensor:
         count = len(self.gate_up_proj)

@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 import argparse
-import re
 from pathlib import Path
 
 import torch
 from safetensors.torch import load_file
 from transformers import DeepseekV4ForCausalLM
 
+from fmsim.exec.loader import KEPT_FLOAT32
 from fmsim.nano.config import nano_config
-
-# transformers keeps these in float32 whatever the model's dtype; rounding them would change what it computes.
-KEPT_FLOAT32 = re.compile(r"_hc\.|hc_head|sinks|position_bias|e_score_correction_bias|norm")
 
 
 def export(checkpoint: Path, out: Path) -> None:
