@@ -1,13 +1,18 @@
 """One launch of every kernel at DeepSeek-V4-Flash's shapes and at nano's, on tensors whose content does not matter."""
 
 import torch
+from transformers import DeepseekV4Config
 
 from fmsim.exec.kernels.compress import Pooling, compress_and_append_triton
 from fmsim.exec.kernels.gather import copy_rows_triton
+from fmsim.exec.kernels.hyper_connection import Pending, enter_triton, read_out_triton
 from fmsim.exec.kernels.index_score import index_scores_triton
 from fmsim.exec.kernels.layout import KEY, LATENT, plain
+from fmsim.exec.kernels.norm_rope import norm_rope_triton
+from fmsim.exec.kernels.rms_norm import rms_norm_triton
 from fmsim.exec.kernels.sparse_attention import Rows, sparse_attention_triton
 from fmsim.exec.kernels.top_k import top_k_triton
+from fmsim.exec.model import HyperConnection, HyperHead, RMSNorm
 
 BATCH, PAGES = 2, 32
 
@@ -59,6 +64,35 @@ def rows(row_bytes):
     return launch
 
 
+def connection(width, first=False):
+    def launch():
+        config = DeepseekV4Config(hidden_size=width)
+        module, streams = HyperConnection(config), zeros(BATCH, 1, 4, width, dtype=torch.bfloat16)
+        pending = Pending(module, streams[:, :, 0], zeros(BATCH, 1, 4), zeros(BATCH, 1, 4, 4))
+        enter_triton(streams, None if first else pending, module, RMSNorm(width, 1e-6))
+
+    return launch
+
+
+def stream_head(width):
+    def launch():
+        config = DeepseekV4Config(hidden_size=width)
+        module, streams = HyperConnection(config), zeros(BATCH, 1, 4, width, dtype=torch.bfloat16)
+        pending = Pending(module, streams[:, :, 0], zeros(BATCH, 1, 4), zeros(BATCH, 1, 4, 4))
+        read_out_triton(streams, pending, HyperHead(config), RMSNorm(width, 1e-6))
+
+    return launch
+
+
+def turned(heads, width, pairs, **how):
+    turn = zeros(BATCH, pairs), zeros(BATCH, pairs)
+    return lambda: norm_rope_triton(zeros(BATCH, heads, width, dtype=torch.bfloat16), turn, **how)
+
+
+def normed(width):
+    return lambda: rms_norm_triton(zeros(BATCH, 1, width, dtype=torch.bfloat16), RMSNorm(width, 1e-6))
+
+
 LAUNCHES = {
     "index_scores": scores(KEY, 64, torch.bfloat16),
     "index_scores, float8 queries": scores(KEY, 64, torch.float8_e4m3fn),
@@ -76,6 +110,17 @@ LAUNCHES = {
     "compress, keys": append(KEY, 4, 2, hadamard=True),
     "compress, a chunk": append(LATENT, 4, 2, tokens=256),
     "compress, nano": append(plain(torch.bfloat16, 64), 4, 2),
+    "hyper_connection": connection(4096),
+    "hyper_connection, first": connection(4096, first=True),
+    "hyper_connection, pro": connection(7168),
+    "hyper_connection, nano": connection(384),
+    "hyper_connection, head": stream_head(4096),
+    "norm_rope": turned(64, 512, 32, eps=1e-6),
+    "norm_rope, output": turned(64, 512, 32, inverse=True),
+    "norm_rope, index queries": turned(64, 128, 32),
+    "norm_rope, nano": turned(6, 64, 8, eps=1e-6),
+    "rms_norm": normed(1024),
+    "rms_norm, pro": normed(1536),
     "copy_rows, entries": rows(584),
     "copy_rows, pages": rows(37_376),
 }

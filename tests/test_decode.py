@@ -7,9 +7,12 @@ from hypothesis import strategies as st
 torch = pytest.importorskip("torch", reason="the engine needs fmsim[model]")
 pytest.importorskip("transformers", reason="the oracle is transformers' DeepseekV4ForCausalLM")
 
+from kernel_pools import on_each_device  # noqa: E402
 from test_model import CSA, HCA, SLIDING, kinds, oracle, ours  # noqa: E402
 
+from fmsim.exec import model as exec_model  # noqa: E402
 from fmsim.exec.engine import Batch  # noqa: E402
+from fmsim.exec.kernels import hyper_connection  # noqa: E402
 from fmsim.exec.prompt import Prompt  # noqa: E402
 from fmsim.policies import registry  # noqa: E402
 
@@ -41,6 +44,23 @@ def test_a_batch_of_different_lengths_is_the_oracle(layers, lengths, granularity
 
 def test_six_hundred_steps_cross_every_boundary():
     check(oracle(layer_types=[SLIDING, CSA, HCA]), [30, 7], 600, "full")
+
+
+@on_each_device
+@torch.no_grad()
+def test_hyper_connections_from_kernels_are_those_of_torch(device, monkeypatch):
+    reference = oracle(layer_types=[SLIDING, CSA, HCA], hc_mult=4)
+    model, texts, found = ours(reference).to(device), [torch.randint(0, 64, (length,)).tolist() for length in (30, 7)], []
+    for way in ("reference", "triton"):
+        for name in ("enter", "read_out"):
+            monkeypatch.setattr(exec_model, name, getattr(hyper_connection, f"{name}_{way}"))
+        batch = Batch([Prompt(model, text, 6) for text in texts], registry.build("full"))
+        found.append([])
+        for token in range(6):
+            batch.step([token, token + 1])
+            found[-1].append(batch.logits.clone())
+    torch.testing.assert_close(torch.stack(found[1]), torch.stack(found[0]), atol=2e-5, rtol=0)
+    assert not torch.equal(torch.stack(found[1]), torch.stack(found[0]))  # they were two ways
 
 
 def test_so_do_kernels():

@@ -11,7 +11,14 @@ import pytest
 
 HERE = Path(__file__).parent
 # One launch of each kernel, to take seconds; `python tests/compile_kernels.py` compiles all that kernel_launches.py lists.
-LAUNCHES = ["index_scores", "index_scores, float8 queries", "top_k, preselected", "sparse_attention", "compress, csa", "copy_rows, entries"]
+LAUNCHES = [
+    "index_scores", "index_scores, float8 queries", "top_k, preselected", "sparse_attention", "compress, csa", "hyper_connection", "norm_rope",
+    "rms_norm", "copy_rows, entries",
+]  # fmt: skip
+KERNELS = {
+    "_index_scores", "_top_k", "_attend", "_combine", "_row_masses", "_compress", "_leave_and_project", "_enter", "_norm_rope", "_rms_norm",
+    "_copy_rows",
+}  # fmt: skip
 
 
 @pytest.mark.skipif(not importlib.util.find_spec("triton"), reason="Triton is not installed: it exists for Linux only")
@@ -21,6 +28,6 @@ def test_every_kernel_compiles_for_sm_90(tmp_path):
     done = subprocess.run([sys.executable, str(HERE / "compile_kernels.py"), *LAUNCHES], env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
     found = [json.loads(line) for line in done.stdout.splitlines()]
-    assert {row["kernel"] for row in found} == {"_index_scores", "_top_k", "_attend", "_combine", "_row_masses", "_compress", "_copy_rows"}
+    assert {row["kernel"] for row in found} == KERNELS
     scoring = [kind for row in found if row["kernel"] == "_index_scores" for kind in row["ptx"]]
     assert any("wgmma" in kind and "e4m3" in kind for kind in scoring) and any("wgmma" in kind and "f16" in kind for kind in scoring)

@@ -1,4 +1,4 @@
-"""DeepSeek-V4 in one file of plain torch: training, chunked prefill and decode.
+"""DeepSeek-V4 in one file of plain torch: training, chunked prefill and decode. On a GPU a decode step's hyper-connections are kernels.
 
 Structure and parameter names are those of transformers' ``DeepseekV4ForCausalLM``, which is the oracle of the tests;
 equation numbers are those of the DeepSeek-V4 paper. Two things differ from the oracle, and only in how they compute:
@@ -21,6 +21,8 @@ import torch.utils.checkpoint
 from torch import Tensor, nn
 from transformers import DeepseekV4Config
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+from fmsim.exec.kernels.hyper_connection import Pending, enter, read_out
 
 CSA, HCA, SLIDING = "compressed_sparse_attention", "heavily_compressed_attention", "sliding_attention"
 MASKED = -1e30  # finite, so that a row with nothing visible has a gradient of 0 and not of nan
@@ -511,8 +513,12 @@ class Attention(nn.Module):
         return far.mean(2), near.sum(-1).mean(-1), (self.sinks.float() - total).exp().mean(-1)
 
     def _output(self, out: Tensor, angles: Tensor) -> Tensor:
-        """Undo the values' RoPE at the query's position, then the grouped low-rank projection."""
-        out = rotate(out, angles[:, :, None], inverse=True).flatten(2).unflatten(-1, (self.groups, -1))
+        """Undo the values' RoPE at the query's position, then project."""
+        return self.project_out(rotate(out, angles[:, :, None], inverse=True))
+
+    def project_out(self, out: Tensor) -> Tensor:
+        """The grouped low-rank projection, [B, S, H, C] -> [B, S, D]."""
+        out = out.flatten(2).unflatten(-1, (self.groups, -1))
         weight = self.o_a_proj.weight.unflatten(0, (self.groups, -1))
         return self.o_b_proj(torch.einsum("bsgi,goi->bsgo", out, weight.to(out.dtype)).flatten(2))
 
@@ -709,9 +715,12 @@ class Layer(nn.Module):
         out, access = self.self_attn(x, positions, cache)
         return self._feed_forward(streams, out, write, mix, tokens)[0], access
 
-    def decode(self, streams, tokens, positions, attend: Attend) -> Tensor:
-        x, write, mix = self._enter_attention(streams)
-        return self._feed_forward(streams, attend(x, positions), write, mix, tokens)[0]
+    def decode(self, streams, pending: Pending | None, tokens, positions, attend: Attend) -> tuple[Tensor, Pending]:
+        """``streams`` without the last block's output, which is ``pending``, in and out: one launch writes it and reads for the next block."""
+        streams, x, write, mix = enter(streams, pending, self.attn_hc, self.input_layernorm)
+        pending = Pending(self.attn_hc, attend(x, positions), write, mix)
+        streams, x, write, mix = enter(streams, pending, self.ffn_hc, self.post_attention_layernorm)
+        return streams, Pending(self.ffn_hc, self.mlp(x, tokens)[0], write, mix)
 
     def train_forward(self, streams, tokens, positions, sparse: bool) -> tuple[Tensor, Aux]:
         """``streams`` [1, B * S, R, D]: what works token by token then has one shape at every length of a curriculum,
@@ -775,10 +784,10 @@ class DeepseekV4(nn.Module):
 
     def decode(self, tokens: Tensor, positions: Tensor, attends: Sequence[Attend]) -> Tensor:
         """One token of each sequence: tokens int64 and ``positions`` int32 [B], each its own; each layer's attention -> logits [B, vocabulary]."""
-        streams = self._embed(tokens[:, None])
+        streams, pending = self._embed(tokens[:, None]), None
         for layer, attend in zip(self.model.layers, attends, strict=True):
-            streams = layer.decode(streams, tokens[:, None], positions, attend)
-        return self.lm_head(self._final(streams))[:, 0]
+            streams, pending = layer.decode(streams, pending, tokens[:, None], positions, attend)
+        return self.lm_head(read_out(streams, pending, self.model.hc_head, self.model.norm))[:, 0]
 
     def train_forward(self, tokens: Tensor, positions: Tensor, sparse: bool) -> tuple[Tensor, list[Aux]]:
         """Whole sequences [B, S] -> final hidden states [B, S, D] (``lm_head`` gives the logits) and the losses' parts."""

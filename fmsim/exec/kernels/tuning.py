@@ -44,4 +44,17 @@ class Gather(NamedTuple):
     stages: int = 3
 
 
+class HyperConnection(NamedTuple):
+    block_channels: int = 128  # of one stream, a tile: with four streams of 4,096 channels 128 programs read the weights of one token
+    programs: int = 528  # over tiles and runs of tokens: from five tokens on a program takes several and reads its weights once
+    project_warps: int = 4
+    enter_warps: int = 8
+
+
+class NormRope(NamedTuple):
+    block_values: int = 1024  # of whole heads, that one program turns
+    warps: int = 4
+
+
+HYPER_CONNECTION, NORM_ROPE = HyperConnection(), NormRope()
 INDEX_SCORES, TOP_K, ATTENTION, COMPRESS, GATHER = IndexScores(), TopK(), Attention(), Compress(), Gather()
