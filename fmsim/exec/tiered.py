@@ -20,6 +20,7 @@ from torch import Tensor
 from fmsim.errors import FmsimError
 from fmsim.exec.kernels.gather import copy_rows
 from fmsim.exec.kernels.layout import Layout, read_entries, write_entries
+from fmsim.exec.mirror import HostMirror
 
 GIB = 2**30
 
@@ -39,13 +40,14 @@ class TieredCache:
     """`layers` CSA layers of a batch of requests; ``mirrored`` is False where nothing ever comes back from the host.
 
     A request's slot s is page ``slot_start[b] + s`` of a layer's pool, and its page p is page ``page_start[b] + p`` of a layer's mirror. With
-    ``one_text`` all requests have read the same, and share the mirror of one. What is recalled ahead is copied on a stream of its own.
+    ``one_text`` all requests have read the same, and share the mirror of one; with ``shared_name`` the processes of a host do
+    (`fmsim.exec.mirror`). What is recalled ahead is copied on a stream of its own.
     `recalled_pages` and `staged_pages` count what was copied from the mirror, int64 on the device, all layers together.
     """
 
     def __init__(
         self, layout: Layout, layers: int, granularity: int, sizes: Sequence[RequestSize], device: torch.device | str = "cpu", mirrored: bool = True,
-        one_text: bool = False,
+        one_text: bool = False, shared_name: str | None = None,
     ):  # fmt: skip
         self.layout, self.layers, self.granularity, self.sizes = layout, layers, granularity, tuple(sizes)
         self.device, self.mirrored = torch.device(device), mirrored
@@ -58,7 +60,8 @@ class TieredCache:
         mirror_pages = self.page_start[-1] if mirrored else 0
         check_memory(self.device, layers * pool_pages * self.page_bytes, layers * mirror_pages * self.page_bytes)
         self.pool = torch.zeros(layers, pool_pages, self.page_bytes, dtype=torch.uint8, device=self.device)
-        self.mirror = torch.zeros(layers, mirror_pages, self.page_bytes, dtype=torch.uint8, pin_memory=self.device.type == "cuda" and mirrored)
+        self._host = HostMirror(layers, mirror_pages, self.page_bytes, self.device, shared_name if mirrored else None)
+        self.mirror = self._host.pages
         starts = (self.slot_start, self.stage_start, self.ahead_start, self.page_start)
         self._first_slot, self._first_stage, self._first_ahead, self._first_page = (torch.tensor(s, device=self.device)[:-1, None] for s in starts)
         self._side = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
@@ -99,7 +102,7 @@ class TieredCache:
 
     @property
     def mirror_bytes(self) -> int:
-        return self.mirror.untyped_storage().nbytes()
+        return self._host.n_bytes
 
     def fill(self, request: int, layer: int, entries: Tensor, table: Tensor) -> None:
         """A prefill's entries [E, C]: all to the mirror, and to the pool those whose page has a slot in `table` int32 [P + 1]."""
