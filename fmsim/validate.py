@@ -33,7 +33,7 @@ class Check:
     engine_bytes: int
     predicted_kv_bytes: int
     allocated_kv_bytes: int
-    staging_bytes: int
+    spare_bytes: int
     measured_step_p50_s: float
 
     @property
@@ -61,8 +61,8 @@ def validate(
         ledger = replayer.run(make(), lambda keeper: slots.append(keeper.residency.slots.copy()))  # noqa: B023
         place = footprint(ledger, geometry, layer_map)
         keyed_layers = min(geometry.n_csa, indexer_layers(ledger)) if place.keys_tiered else geometry.n_csa
-        outcome = DrivenDecode(replayer, make(), geometry, place.groups, keyed_layers, device).run()
-        checks.append(compare(label, ledger, np.stack(slots), outcome, geometry, place, keyed_layers))
+        decode = DrivenDecode(replayer, make(), geometry, place.groups, keyed_layers, device)
+        checks.append(compare(label, ledger, np.stack(slots), decode, decode.run(), place))
     return checks
 
 
@@ -90,16 +90,15 @@ def validate_scenario(
         "notes": [
             f"simulated: a whole decode step of {geometry.name} on {scenario.hardware}.  measured: the moves and their bookkeeping on this "
             f"{device_name(device)}, without a model's compute; the two are not to be compared.",
-            "predicted and allocated: every slot of the budget, index keys, HCA entries and windows.  staging: spare pages for misses, beside it.",
+            "predicted and allocated: every slot of the budget, index keys, HCA entries and windows.  spare: pages for misses and for what is recalled ahead, beside it.",
         ],
     }
     return {"scenario": about, "policies": rows}
 
 
-def compare(
-    label: str, ledger: Ledger, slots: np.ndarray, outcome: Outcome, geometry: Geometry, place: Footprint, keyed_layers: int
-) -> Check:
-    """The replay's `ledger` and `slots` beside the engine's `outcome`."""
+def compare(label: str, ledger: Ledger, slots: np.ndarray, decode: DrivenDecode, outcome: Outcome, place: Footprint) -> Check:
+    """The replay's `ledger` and `slots` beside the `outcome` of the engine's `decode`."""
+    geometry, keyed_layers = decode.geometry, decode.keyed_layers
     differs = np.flatnonzero((slots != outcome.slots).any(axis=(1, 2)))
     fields_apart = [f.name for f in fields(Ledger) if not np.array_equal(getattr(ledger, f.name), getattr(outcome.ledger, f.name))]
     loads, engine_loads = ((one.demand_loads + one.lookahead_loads).sum(axis=0, dtype=np.int64) for one in (ledger, outcome.ledger))
@@ -117,7 +116,7 @@ def compare(
         replay_bytes=int(loads[place.groups].sum() * entry_bytes + loads[tiered_keys].sum() * key_bytes),
         engine_bytes=outcome.h2d_bytes,
         predicted_kv_bytes=geometry.gpu_kv_bytes(tokens, slot_entries * geometry.n_csa, keyed_pairs),
-        allocated_kv_bytes=outcome.allocated_bytes,
-        staging_bytes=outcome.staging_bytes,
+        allocated_kv_bytes=decode.slot_bytes + decode.fixed.nbytes,
+        spare_bytes=decode.spare_bytes,
         measured_step_p50_s=float(np.median(outcome.step_s)),
     )

@@ -1,21 +1,23 @@
-"""The engine's side of `fmsim validate`: its keeper in torch and its tiered cache, driven by what a trace says was selected.
+"""The engine's keeper in torch and its tiered cache, driven by what a trace says was selected: the engine's side of `fmsim validate`.
 
-No model runs: a trace of one model's layers drives another geometry's by a layer map, and what is to be shown is that pages move as
-the replay says, byte for byte. The mirror holds random bytes; every page that a step attends to is compared with it.
+A trace of one model's layers drives another geometry's by a layer map, and pages move as the replay says, byte for byte. Without a model
+the mirror holds random bytes, and every page that a step attends to is compared with it. With one of random weights
+(`fmsim.exec.synthetic_decode`) the same moves run beside, and within, whole decode steps.
 """
 
 from __future__ import annotations
 
-import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import array_api_compat.torch as xp
 import numpy as np
 import torch
+from torch import Tensor
 
 from fmsim.errors import FmsimError
 from fmsim.exec.kernels.layout import KEY, LATENT, Layout
+from fmsim.exec.step_clock import StepClock
 from fmsim.exec.tiered import RequestSize, TieredCache
 from fmsim.geometry import Geometry
 from fmsim.keeper import Accesses, Keeper
@@ -24,33 +26,37 @@ from fmsim.policies.base import Policy
 from fmsim.replay import Replayer, context_in
 from fmsim.tally import Tally
 
+AHEAD = 4  # of as many slots, one more page for what is recalled ahead of a decision
+
 
 @dataclass(frozen=True)
 class Outcome:
-    """`slots` int32 [T, G, S] at each step's end. `allocated_bytes`: slots, keys and what no policy changes; staging apart."""
+    """`slots` int32 [T, G, S] at each step's end, where they were watched. Bytes are of one request, seconds of a step."""
 
     ledger: Ledger
-    slots: np.ndarray
+    slots: np.ndarray | None
     h2d_bytes: int
-    allocated_bytes: int
-    staging_bytes: int
-    step_s: np.ndarray  # [T], measured: moves and bookkeeping, without a model's compute
+    step_s: np.ndarray  # [T]
+    recall_wait_s: np.ndarray  # [T]: of it, at a window's start
 
 
 class DrivenDecode:
     """`policy` on the trace of `replayer`, moving the bytes of `geometry`'s CSA layers; layer j follows group `groups[j]`.
 
-    `keyed_layers` of them keep all their index keys on the GPU; the others' keys lie with their entries. With `check` every page
-    attended to is compared with the mirror's.
+    `keyed_layers` of them keep all their index keys on the GPU; the others' keys lie with their entries. ``batch`` requests follow the trace in
+    step, so one keeper decides for all, and all share one mirror; each has slots of its own. With `watch` the slots of every step are kept, and every
+    page attended to is compared with the mirror's.
     """
 
     def __init__(
-        self, replayer: Replayer, policy: Policy, geometry: Geometry, groups: Sequence[int], keyed_layers: int, device: str = "cpu", check: bool = True
-    ):
+        self, replayer: Replayer, policy: Policy, geometry: Geometry, groups: Sequence[int], keyed_layers: int, device: str = "cpu", *,
+        batch: int = 1, watch: bool = True,
+    ):  # fmt: skip
         params = policy.params
-        self.replayer, self.geometry, self.groups, self.check = replayer, geometry, [int(group) for group in groups], check
-        self.device = torch.device(device)
-        self.paged = replayer.paged(params.granularity, params.scope == "shared")
+        self.replayer, self.policy, self.geometry, self.batch, self.watch = replayer, policy, geometry, batch, watch
+        self.keyed_layers, self.device = keyed_layers, torch.device(device)
+        shared = params.scope == "shared"
+        self.paged = replayer.paged(params.granularity, shared)
         ctx = replayer.context(policy, self.paged)
         self.keeper = Keeper(policy, context_in(ctx, xp, self.device))
         self.keeper.start()
@@ -58,92 +64,129 @@ class DrivenDecode:
         full = ctx.n_slots >= ctx.n_pages
         staged = 0 if full or params.on_miss == "mask" else min(self.paged.pages.shape[2], ctx.n_pages)
         comes_back = not full and (params.on_miss != "mask" or params.cadence > 1)
+        ahead = -(-ctx.n_slots // AHEAD) if comes_back and policy.decides_ahead else 0
+        size = RequestSize(ctx.n_pages, ctx.n_slots, staged, ahead)
         entry, key = layouts(geometry)
 
         def tiers(layout: Layout, layers: int) -> TieredCache:
-            size = RequestSize(ctx.n_pages, ctx.n_slots, staged)
-            return TieredCache(layout, layers, params.granularity, [size], self.device, mirrored=comes_back)
+            return TieredCache(layout, layers, params.granularity, [size] * batch, self.device, mirrored=comes_back, one_text=True)
 
-        self.entries = tiers(entry, geometry.n_csa)
-        self.keys = tiers(key, geometry.n_csa - keyed_layers)
+        groups = [int(group) for group in groups]
+        self.entries, self.keys = tiers(entry, geometry.n_csa), tiers(key, geometry.n_csa - keyed_layers)
+        # each tier with the group of each of its layers, and the pool pages of theirs in this step, int32 [L, B, P + 1]
+        self.parts = [(t, torch.tensor(of, device=self.device)) for t, of in ((self.entries, groups), (self.keys, groups[keyed_layers:])) if of]
+        self.blocks = [torch.full((t.layers, batch, ctx.n_pages + 1), -1, dtype=torch.int32, device=self.device) for t, _ in self.parts]
+        self._uses = [self._there(part) for part in (self.paged.pages, self.paged.count, self.paged.mass)]
+        shape = self.paged.pages.shape
+        self.pages = torch.full(shape[1:], -1, dtype=torch.int64, device=self.device)  # of this step [G, n], and which are loaded for it
+        self.fetched = torch.zeros(shape[1:], dtype=torch.bool, device=self.device)
+        self._hit, self._attended = (torch.zeros(shape, dtype=torch.bool, device=self.device) for _ in range(2))
+        self._slots: list[np.ndarray] = []
+        self.clock = StepClock(self.device)
         tokens = replayer.header.prompt_tokens + replayer.n_steps
-        pinned_bytes = geometry.gpu_kv_bytes(tokens, 0, keyed_layers * geometry.csa_entries(tokens))
-        self.fixed = torch.zeros(pinned_bytes, dtype=torch.uint8, device=self.device)  # windows, HCA entries, the other index keys
-        # each tier with the group of each of its layers
-        self.parts = [(tiers, torch.tensor(of, device=self.device)) for tiers, of in ((self.entries, self.groups), (self.keys, self.groups[keyed_layers:])) if of]
-        self._fill()
+        fixed_bytes = geometry.gpu_kv_bytes(tokens, 0, keyed_layers * geometry.csa_entries(tokens)) if watch else 0
+        self.fixed = torch.zeros(fixed_bytes, dtype=torch.uint8, device=self.device)  # in the place of windows, HCA entries, the other index keys
+        self._fill_slots(ctx)
 
-    def run(self) -> Outcome:
-        """All steps of the trace."""
-        slots, step_s, hit, attended = [], [], np.zeros(self.paged.pages.shape, bool), np.zeros(self.paged.pages.shape, bool)
+    def run(self, compute: Callable[[int], None] | None = None, progress: Callable[[int], None] = lambda steps: None) -> Outcome:
+        """All steps of the trace. ``compute(step)`` is what a step does beside moves; it loads the misses itself."""
         for step in range(self.replayer.n_steps):
-            start_s = time.perf_counter()
-            outcome = self._step(step)
-            step_s.append(time.perf_counter() - start_s)
-            hit[step], attended[step] = outcome.hit.cpu(), (outcome.hit | outcome.fetched).cpu()
-            slots.append(self.keeper.residency.slots.cpu().numpy().copy())
-        by_entry = (self.paged.by_entry(flag, self.replayer.n_layers) for flag in (hit, attended))
-        tiers = (self.entries, self.keys)
+            with self.clock.step(lambda: self.entries.recalled_pages):
+                self._step(step, compute)
+            if self.watch:
+                self._slots.append(self.keeper.residency.slots.cpu().numpy().copy())
+            progress(1)
+        by_entry = (self.paged.by_entry(flag.cpu().numpy(), self.replayer.n_layers) for flag in (self._hit, self._attended))
+        step_s, _, recall_wait_s, _ = self.clock.figures()
         return Outcome(
             ledger=self.tally.ledger(self.replayer.ids, self.replayer.mass, *by_entry, self.replayer.golden),
-            slots=np.stack(slots),
-            h2d_bytes=sum(int(t.recalled_pages + t.staged_pages) * t.page_bytes for t in tiers),
-            allocated_bytes=sum(t.slot_bytes for t in tiers) + self.fixed.untyped_storage().nbytes(),
-            staging_bytes=sum(t.pool_bytes - t.slot_bytes for t in tiers),
-            step_s=np.array(step_s),
+            slots=np.stack(self._slots) if self.watch else None,
+            h2d_bytes=sum(int(t.recalled_pages + t.staged_pages) * t.page_bytes for t, _ in self.parts) // self.batch,
+            step_s=step_s,
+            recall_wait_s=recall_wait_s,
         )
 
-    def _step(self, step: int):
+    @property
+    def slot_bytes(self) -> int:
+        """Of one request: what its slots take, in both tiers."""
+        return sum(tiers.slot_bytes for tiers, _ in self.parts) // self.batch
+
+    @property
+    def spare_bytes(self) -> int:
+        """Of one request: pages for misses and for what is recalled ahead."""
+        return sum(tiers.pool_bytes - tiers.slot_bytes for tiers, _ in self.parts) // self.batch
+
+    def stage(self, part: int, layer: int) -> None:
+        """Load this step's misses of a layer of a tier, of every request."""
+        tiers, groups = self.parts[part]
+        pages, fetched = (of[groups[layer]].expand(self.batch, -1) for of in (self.pages, self.fetched))
+        tiers.stage(layer, pages, fetched, self.blocks[part][layer])
+
+    def _step(self, step: int, compute: Callable[[int], None] | None) -> None:
+        with self.clock.recall():
+            self._decide(step, moved_by_copies=compute is None)
+        use = Accesses(*(part[step] for part in self._uses))
+        missing = (use.pages >= 0) & (self.keeper.residency.lookup(use.pages) < 0)
+        self.pages.copy_(use.pages)
+        self.fetched.copy_(self.keeper.to_fetch(use, missing))
+        for (tiers, groups), blocks in zip(self.parts, self.blocks):
+            tiers.blocks_of_all(self.keeper.residency.table[groups], blocks)
+        if compute is not None:
+            compute(step)
+        elif self.entries.stage_pages:
+            for part, (tiers, _) in enumerate(self.parts):
+                for layer in range(tiers.layers):
+                    self.stage(part, layer)
+        if self.watch and self.entries.mirrored:
+            self._compare(step, torch.where(missing & ~self.fetched, -1, use.pages))
+        outcome = self.tally.access(step, use)
+        self._hit[step], self._attended[step] = outcome.hit, outcome.hit | outcome.fetched
+        if outcome.moves is not None and self.entries.stage_pages:
+            for (tiers, groups), blocks in zip(self.parts, self.blocks):
+                tiers.settle(outcome.moves.pages[groups], outcome.moves.slots[groups], blocks)
+
+    def _decide(self, step: int, moved_by_copies: bool) -> None:
+        """What begins, what a decision recalls, and what the next one will."""
         written, recalled = self.tally.begin(step, self.replayer.entries[step])
         if recalled is not None:
             for tiers, groups in self.parts:
                 tiers.recall(recalled.pages[groups], recalled.slots[groups])
-        if written is not None:
-            self._write(written)
-        use = Accesses(*(torch.from_numpy(np.array(part[step])).to(self.device) for part in (self.paged.pages, self.paged.count, self.paged.mass)))
-        table = self.keeper.residency.table
-        blocks = [tiers.blocks(0, table[groups]) for tiers, groups in self.parts]
-        missing = (use.pages >= 0) & (self.keeper.residency.lookup(use.pages) < 0)
-        fetched = self.keeper.to_fetch(use, missing)
-        if self.entries.stage_pages:
-            for (tiers, groups), block in zip(self.parts, blocks):
-                for layer, group in enumerate(groups):
-                    tiers.stage(layer, use.pages[group][None].long(), fetched[group][None], block[layer : layer + 1])
-        if self.check and self.entries.mirrored:
-            self._compare(step, torch.where(missing & ~fetched, -1, use.pages), blocks)
-        outcome = self.tally.access(step, use)
-        if outcome.moves is not None and self.entries.stage_pages:
-            for (tiers, groups), block in zip(self.parts, blocks):
-                tiers.settle(outcome.moves.pages[groups], outcome.moves.slots[groups], block[:, None])
-        return outcome
+        if written is not None and moved_by_copies:  # entries come from the GPU: into slot and mirror, which has these bytes already
+            self._uncounted(written.pages, written.slots)
+        most, then = self.entries.sizes[0].ahead, step + self.policy.params.cadence
+        if most and step % self.policy.params.cadence == 0 and then < self.replayer.n_steps:
+            foreseen = self.keeper.foresee(then, int(self.replayer.entries[then]), most)
+            for tiers, groups in self.parts if foreseen is not None else ():
+                tiers.recall_ahead(foreseen[groups])
 
-    def _fill(self) -> None:
+    def _fill_slots(self, ctx) -> None:
         """Random bytes in the mirror, and in the slots what the prefill leaves there; not traffic."""
-        generator = torch.Generator().manual_seed(self.replayer.header.seed)
-        for tiers in (self.entries, self.keys):
-            tiers.mirror.random_(0, 256, generator=generator)
+        if self.watch:
+            generator = torch.Generator().manual_seed(self.replayer.header.seed)
+            for tiers, _ in self.parts:
+                tiers.mirror.random_(0, 256, generator=generator)
         pages = self.keeper.residency.slots
         places = torch.arange(pages.shape[1], device=self.device)
         self._uncounted(pages.clamp(min=0).long(), torch.where(pages < 0, -1, places))
 
-    def _write(self, written) -> None:
-        """Pages that begin: their entries come from the GPU, so their bytes go straight into slot and mirror, which has them already."""
-        self._uncounted(written.pages, written.slots)
-
-    def _uncounted(self, pages: torch.Tensor, slots: torch.Tensor) -> None:
+    def _uncounted(self, pages: Tensor, slots: Tensor) -> None:
         """Copy from the mirror into slots, both [G, m], what no link would carry."""
         for tiers, groups in self.parts:
             before = tiers.recalled_pages.clone()
-            tiers.recall(pages[groups], slots[groups])
+            tiers.fetch(pages[groups], slots[groups])
             tiers.recalled_pages.copy_(before)
 
-    def _compare(self, step: int, pages: torch.Tensor, blocks: list[torch.Tensor]) -> None:
-        for (tiers, groups), block in zip(self.parts, blocks):
+    def _compare(self, step: int, pages: Tensor) -> None:
+        for (tiers, groups), blocks in zip(self.parts, self.blocks):
             for layer, group in enumerate(groups):
                 attended = pages[group][pages[group] >= 0].long()
-                held, kept = tiers.pool[layer][block[layer][attended].long()], tiers.mirror[layer][attended.to(tiers.mirror.device)]
-                if not torch.equal(held.cpu(), kept):
-                    raise FmsimError(f"policy {self.keeper.policy.name}, step {step}, layer {layer}: a page on the GPU differs from the mirror's: a bug in fmsim")
+                kept = tiers.mirror[layer][attended.to(tiers.mirror.device)]
+                for table in blocks[layer]:
+                    if not torch.equal(tiers.pool[layer][table[attended].long()].cpu(), kept):
+                        raise FmsimError(f"policy {self.policy.name}, step {step}, layer {layer}: a page on the GPU differs from the mirror's: a bug in fmsim")
+
+    def _there(self, array: np.ndarray) -> Tensor:
+        return torch.from_numpy(np.array(array)).to(self.device)
 
 
 def layouts(geometry: Geometry) -> tuple[Layout, Layout]:

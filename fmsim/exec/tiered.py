@@ -125,12 +125,19 @@ class TieredCache:
         found = torch.where(table < 0, table, table + start)
         return found if out is None else out.copy_(found)
 
-    def recall(self, pages: Tensor, slots: Tensor, request: int | None = None) -> None:
+    def blocks_of_all(self, table: Tensor, out: Tensor) -> None:
+        """The same for all requests, which share the rows [L, P + 1], into int32 [L, B, P + 1]."""
+        out.copy_(torch.where(table[:, None] < 0, -1, table[:, None] + self._first_slot))
+
+    def fetch(self, pages: Tensor, slots: Tensor, request: int | None = None) -> None:
         """Copy pages [L, m] of the mirror into slots [L, m], of every layer, for one request or for all alike; -1 = padding."""
-        if not self.mirrored:
-            return
-        if self._ahead is None:
+        if self.mirrored:
             self._admit(pages[:, None], slots[:, None], None, request)
+
+    def recall(self, pages: Tensor, slots: Tensor, request: int | None = None) -> None:
+        """`fetch`, for a decision: what was recalled ahead of it is here already."""
+        if not self.mirrored or self._ahead is None:
+            self.fetch(pages, slots, request)
             return
         if self._side is not None:
             torch.cuda.current_stream(self.device).wait_stream(self._side)

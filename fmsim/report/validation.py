@@ -20,7 +20,7 @@ def show(report: dict[str, Any]) -> None:
     table.add_column("policy", no_wrap=True)
     for name in (
         "slots\nidentical", "pages moved\nreplay", "\nengine", "MiB moved\nreplay", "\nengine", "KV MiB on GPU\npredicted", "\nallocated",
-        "staging\nMiB", "step ms p50\nsimulated", "\nmeasured",
+        "spare\nMiB", "step ms p50\nsimulated", "\nmeasured",
     ):  # fmt: skip
         table.add_column(name, justify="right", no_wrap=True)
     for row in report["policies"]:
@@ -42,7 +42,7 @@ def _cells(row: dict[str, Any]) -> list[str | Text]:
         f"{row['engine_bytes'] / MIB:.2f}",
         f"{row['predicted_kv_bytes'] / MIB:.2f}",
         f"{row['allocated_kv_bytes'] / MIB:.2f}",
-        f"{row['staging_bytes'] / MIB:.2f}",
+        f"{row['spare_bytes'] / MIB:.2f}",
         f"{row['simulated_step_p50_s'] * 1e3:.2f}",
         f"{row['measured_step_p50_s'] * 1e3:.2f}",
     ]
