@@ -27,6 +27,8 @@ def test_it_is_the_models_attention(kind):
         kv = None if kind == SLIDING else CompressorState(torch.zeros(1, 100, 64))
         return LayerCache(kv=kv, index=CompressorState(torch.zeros(1, 100, 32)) if kind == CSA else None)
 
+    if kind == CSA:
+        decode.pager.wants_masses = True
     caches = [cache(), cache()]
     for step in range(tokens):
         late = max(step - lag, 0)  # the second sequence starts again and again, then runs behind

@@ -39,18 +39,21 @@ class Home(NamedTuple):
 class EntryPager(Protocol):
     """Where a CSA layer's entries and index keys lie, and which of them are attended to: what a policy decides."""
 
+    wants_masses: bool
     homes: Sequence[Home]  # of entries: where they are attended to, then further copies that new ones are written to
     key_homes: Sequence[Home]
 
     def select(self, queries: Tensor, weights: Tensor, visible: Tensor, top_k: int) -> Tensor:
         """As `model.Pager.select`."""
 
-    def reports(self, q: Tensor, rows: Rows, masses: Masses, x: Tensor, attention: Attention) -> None:
-        """What came of it."""
+    def reports(self, q: Tensor, rows: Rows, masses: Masses | None, x: Tensor, attention: Attention) -> None:
+        """What came of it; masses where they are wanted."""
 
 
 class AllEntries:
     """The `EntryPager` of a layer that keeps everything: the indexer's top-k of all entries."""
+
+    wants_masses = False
 
     def __init__(self, attention: Attention, batch: int, entries: int, latent: Layout, key: Layout):
         device = attention.kv_proj.weight.device
@@ -94,10 +97,6 @@ class _Appender:
             self.ring.kv[b, tokens, :width] = state.prior_kv[0]
             self.ring.gate[b, tokens, :width] = state.prior_gate[0] - self.compressor.position_bias[:, :width]  # the kernel adds it
 
-    @property
-    def tensors(self) -> list[Tensor]:
-        return [*self.ring]
-
 
 class DecodeAttention:
     """The weights of ``attention``, and what it keeps of B sequences of up to ``max_tokens``.
@@ -139,7 +138,7 @@ class DecodeAttention:
         compress_and_append(kv, kv, positions, self.as_it_is, self.no_ring, turn, self.window, self.latent, self.window_table)
         ids, home = self._select(x, latent, positions, angles)
         rows = Rows(self.latent, self.window, (positions + 1).clamp(max=attention.window), *home, ids)
-        out, masses = sparse_attention(q, rows, attention.sinks, attention.scale, self.pager is not None)
+        out, masses = sparse_attention(q, rows, attention.sinks, attention.scale, self.pager is not None and self.pager.wants_masses)
         if self.pager is not None:
             self.pager.reports(q, rows, masses, x, attention)
         return attention._output(out[:, None], angles)
@@ -171,7 +170,11 @@ class DecodeAttention:
                 appender.take(b, state)
 
     @property
-    def tensors(self) -> list[Tensor]:
-        """What it keeps beside its pager: the window, HCA entries, open windows of compressors."""
-        found = [self.window] if self.hca is None else [self.window, self.hca.pool]
-        return found + [tensor for appender in (self.entries, self.keys) if appender is not None for tensor in appender.tensors]
+    def cache_bytes(self) -> int:
+        """What its window and its HCA entries take."""
+        return self.window.nbytes + (0 if self.hca is None else self.hca.pool.nbytes)
+
+    @property
+    def open_windows(self) -> list[Tensor]:
+        """Projections of tokens that have not closed an entry yet."""
+        return [tensor for appender in (self.entries, self.keys) if appender is not None for tensor in appender.ring]

@@ -142,7 +142,7 @@ class Batch:
     @property
     def fixed_kv_bytes(self) -> int:
         """What no policy changes: index keys, HCA entries, windows, open compressor windows."""
-        return self.keys.pool_bytes + sum(tensor.untyped_storage().nbytes() for tensor in self.state.tensors)
+        return self.keys.pool_bytes + self.state.n_bytes
 
     @property
     def h2d_bytes(self) -> int:

@@ -37,16 +37,27 @@ class Case:
     peers: dict[str, Callable[[], object]] | None = None
 
 
-def paged(layout: Layout, batch: int, entries: int, device) -> tuple[Tensor, Tensor]:
-    """A pool of entries without nan (codes below 0x78), and a block table over its pages in random order."""
-    pages = cdiv(entries, PER_PAGE)
-    pool = torch.randint(0, 0x78, (batch * pages, PER_PAGE * layout.entry_bytes), dtype=torch.uint8, device=device)
-    values, scales = pool[:, : PER_PAGE * layout.value_bytes], pool[:, PER_PAGE * layout.value_bytes :]
+def fill_entries(pool: Tensor, layout: Layout) -> Tensor:
+    """Made-up entries without nan (codes below 0x78) in every page of a pool, which is returned."""
+    per_page = layout.per_page(pool)
+    values, scales = pool[:, : per_page * layout.value_bytes], pool[:, per_page * layout.value_bytes :]
+    if layout.kind == "plain":
+        width = layout.dtype.itemsize
+        values.copy_(torch.randn(len(pool), values.shape[1] // width, device=pool.device).to(layout.dtype).view(torch.uint8) if width > 1 else values)
+        return pool
+    values.random_(0, 0x78)
     if layout.kind == "key":
-        scales.copy_(torch.tensor([0, 0, 0x80, 0x3C], device=device).repeat(PER_PAGE))  # float32 2^-6
+        scales.copy_(torch.tensor([0, 0, 0x80, 0x3C], dtype=torch.uint8, device=pool.device).repeat(per_page))  # float32 2^-6
     else:
-        values.unflatten(1, (PER_PAGE, -1))[..., 448:] = 0x3F  # bfloat16 0.75
+        values.unflatten(1, (per_page, -1))[..., 448:] = 0x3F  # bfloat16 0.75
         scales.fill_(119)  # 2^-8
+    return pool
+
+
+def paged(layout: Layout, batch: int, entries: int, device) -> tuple[Tensor, Tensor]:
+    """A pool of made-up entries, and a block table over its pages in random order."""
+    pages = cdiv(entries, PER_PAGE)
+    pool = fill_entries(torch.empty(batch * pages, PER_PAGE * layout.entry_bytes, dtype=torch.uint8, device=device), layout)
     return pool, torch.randperm(batch * pages, device=device).view(batch, pages).to(torch.int32)
 
 

@@ -35,6 +35,8 @@ class LayerPager:
     column is padding's.
     """
 
+    wants_masses = True  # the ledger does
+
     def __init__(self, batch: Batch, layer: int, blocks: Tensor):
         self.batch, self.layer, self.blocks = batch, layer, blocks
         self.granularity, self.params = batch.tiers.granularity, batch.policy.params

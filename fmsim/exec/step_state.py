@@ -17,10 +17,10 @@ from fmsim.exec.prompt import Prompt
 
 
 class StepState(NamedTuple):
-    """`attends`: each layer's attention; `tensors`: all that they keep, pagers aside."""
+    """`attends`: each layer's attention; `n_bytes`: all that they keep, pagers aside."""
 
     attends: list[Attend]
-    tensors: list[Tensor]
+    n_bytes: int
 
 
 def from_kernels(model: DeepseekV4, prompts: Sequence[Prompt], pagers: Sequence[LayerPager], latent: Layout, key: Layout) -> StepState:
@@ -33,7 +33,7 @@ def from_kernels(model: DeepseekV4, prompts: Sequence[Prompt], pagers: Sequence[
         for b, prompt in enumerate(prompts):
             attend.take(b, prompt.cache.layers[number], len(prompt.tokens))
         attends.append(attend)
-    return StepState(attends, [tensor for attend in attends for tensor in attend.tensors])
+    return StepState(attends, sum(a.cache_bytes + sum(tensor.nbytes for tensor in a.open_windows) for a in attends))
 
 
 def from_torch(model: DeepseekV4, prompts: Sequence[Prompt], pagers: Sequence[LayerPager], latent: Layout, key: Layout) -> StepState:
@@ -52,7 +52,7 @@ def from_torch(model: DeepseekV4, prompts: Sequence[Prompt], pagers: Sequence[La
             state.pager = next(left)
         states.append(state)
     attends = [partial(layer.self_attn.decode, state=state) for layer, state in zip(model.model.layers, states)]
-    return StepState(attends, [tensor for state in states for tensor in _tensors(state)])
+    return StepState(attends, sum(tensor.nbytes for state in states for tensor in _tensors(state)))
 
 
 def graph_after_one(work: Callable[[], None]) -> Callable[[], None]:

@@ -1,0 +1,136 @@
+"""Whole decode steps of a model with random weights under a policy that a trace drives: footprints and times at a published model's size.
+
+The model (`fmsim.exec.synthetic`) runs every layer, scores its index keys and selects, in the published layouts of 584 and 132 bytes. Since random
+weights attend to nothing in particular, what it selects is dropped, and the trace's own selection is attended to, through the block tables that
+the policy's residency keeps: so recalls and misses are real traffic of the real policy on real attention.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from fmsim.exec.decode_attention import PER_PAGE, DecodeAttention, Home
+from fmsim.exec.driven import DrivenDecode, layouts
+from fmsim.exec.kernel_cases import fill_entries
+from fmsim.exec.kernels.index_score import index_scores, new_scores
+from fmsim.exec.kernels.layout import Layout
+from fmsim.exec.kernels.memory_score import memory_scores
+from fmsim.exec.kernels.sparse_attention import Masses, Rows
+from fmsim.exec.kernels.top_k import top_k as best
+from fmsim.exec.model import CSA, Attention, DeepseekV4
+from fmsim.exec.step_state import graph_after_one
+from fmsim.policies.base import Policy
+
+MEMORY_HEADS = 128  # of the published memory indexer, a layer (arXiv 2606.09079)
+
+
+class TracePager:
+    """`fmsim.exec.decode_attention.EntryPager` of CSA layer `layer`: what a trace selected, where a policy keeps it."""
+
+    def __init__(self, step: SyntheticStep, layer: int):
+        decode = step.decode
+        self.step, self.decode, self.layer, self.trace_layer = step, decode, layer, step.layer_map[layer]
+        self.blocks = decode.blocks[0][layer]
+        self.wants_masses = step.observes
+        self.homes = [Home(decode.entries.pool[layer], self.blocks)]
+        tiered = layer - decode.keyed_layers
+        if decode.entries.mirrored:
+            self.homes.append(Home(decode.entries.mirror[layer], decode.entries.mirror_table))
+        if tiered < 0:
+            self.key_homes = [Home(step.keys.pool[layer], step.keys.table)]
+        else:
+            self.key_homes = [Home(decode.keys.pool[tiered], decode.blocks[1][tiered])]
+            if decode.keys.mirrored:
+                self.key_homes.append(Home(decode.keys.mirror[tiered], decode.keys.mirror_table))
+
+    def select(self, queries: Tensor, weights: Tensor, visible: Tensor, top_k: int) -> Tensor:
+        pool, table = self.key_homes[0]
+        scores = index_scores(queries[:, 0], weights[:, 0].float(), pool, self.step.key, table, visible, self.step.scores)
+        best(scores.scores, visible, top_k, scores.maxima)
+        if self.decode.entries.stage_pages:
+            self.decode.stage(0, self.layer)
+        ids = self.step.given[self.trace_layer].expand(len(queries), -1)
+        page = torch.where(ids < 0, self.blocks.shape[1] - 1, ids // self.decode.entries.granularity).long()
+        return torch.where(self.blocks.gather(1, page) >= 0, ids, -1)
+
+    def reports(self, q: Tensor, rows: Rows, masses: Masses | None, x: Tensor, attention: Attention) -> None:
+        """A trace's masses are known."""
+
+
+@dataclass(frozen=True)
+class _AllKeys:
+    """Index keys of the layers that keep all theirs: a pool a layer, [layers, pages, page bytes], and one table int32 [B, pages]."""
+
+    pool: Tensor
+    table: Tensor
+
+
+class SyntheticStep:
+    """What a step of `decode` computes: call it with the step's number. Made before `decode` runs, and with it on one device."""
+
+    def __init__(self, decode: DrivenDecode, model: DeepseekV4, layer_map: tuple[int, ...], seed: int = 0):
+        self.decode, self.model, self.layer_map = decode, model, layer_map
+        latent, self.key = layouts(decode.geometry)
+        device, batch = decode.device, decode.batch
+        self.observes = type(decode.policy).observe is not Policy.observe
+        self.first_token, self.longest = decode.replayer.header.prompt_tokens, decode.replayer.header.prompt_tokens + decode.replayer.n_steps
+        entries = decode.geometry.csa_entries(self.longest)
+        home = Home.of_its_own(self.key, batch, entries, device)
+        self.keys = _AllKeys(home.pool.expand(decode.keyed_layers, *home.pool.shape).contiguous(), home.table)
+        self.scores = new_scores(batch, max(home.table.shape[1] * PER_PAGE, decode.blocks[0].shape[2] * decode.entries.granularity), device)
+        self._selected = torch.from_numpy(decode.replayer.ids.copy()).to(device)  # int32 [T, L, K]
+        self.given = self._selected[0].clone()
+        pagers = iter([TracePager(self, layer) for layer in range(decode.geometry.n_csa)])
+        attentions = [layer.self_attn for layer in model.model.layers]
+        self.attends = [
+            DecodeAttention(attention, batch, self.longest, latent, self.key, next(pagers) if attention.kind == CSA else None) for attention in attentions
+        ]
+        self._fill(latent, seed)
+        self._tokens = torch.zeros(batch, dtype=torch.int64, device=device)
+        self._positions = torch.full((batch,), self.first_token, dtype=torch.int32, device=device)
+        self.logits = torch.zeros(batch, model.config.vocab_size, device=device, dtype=model.lm_head.weight.dtype)
+        self._forward = graph_after_one(self._compute) if device.type == "cuda" else self._compute
+        self._indexer = torch.randn(decode.keyed_layers, batch, MEMORY_HEADS, self.key.width, device=device).to(torch.bfloat16)
+
+    @torch.inference_mode()
+    def __call__(self, step: int) -> None:
+        params = self.decode.policy.params
+        if params.cadence > 1 and step % params.cadence == 0 and self.decode.keyed_layers < self.decode.geometry.n_csa and len(self._indexer):
+            self._score_memory()
+        self.given.copy_(self._selected[step])
+        self._positions.fill_(self.first_token + step)
+        self._forward()
+
+    @property
+    def fixed_bytes(self) -> int:
+        """Of one request: index keys that are all kept, HCA entries and windows."""
+        return (self.keys.pool.nbytes + sum(attend.cache_bytes for attend in self.attends)) // self.decode.batch
+
+    @property
+    def open_bytes(self) -> int:
+        """Of one request: the compressors' open windows, which the geometry's arithmetic leaves out."""
+        return sum(tensor.nbytes for attend in self.attends for tensor in attend.open_windows) // self.decode.batch
+
+    def _compute(self) -> None:
+        self.logits.copy_(self.model.decode(self._tokens, self._positions, self.attends))
+        self._tokens.copy_(self.logits.argmax(-1))
+
+    def _score_memory(self) -> None:
+        """A memory indexer of the published size over the layers that keep all keys: for its time; the trace's decides."""
+        pools, tables = list(self.keys.pool), [self.keys.table] * len(self._indexer)
+        memory_scores(self._indexer, self._indexer[..., 0].float(), pools, self.key, tables, self._positions // 4, out=self.scores)
+
+    def _fill(self, latent: Layout, seed: int) -> None:
+        """Entries and keys of made-up content, all finite."""
+        torch.manual_seed(seed)
+        tiers = [tiers for tiers, _ in self.decode.parts]
+        pools = [(t.pool.flatten(0, 1), t.layout) for t in tiers] + [(self.keys.pool.flatten(0, 1), self.key)]
+        pools += [(attend.window, latent) for attend in self.attends] + [(attend.hca.pool, latent) for attend in self.attends if attend.hca is not None]
+        for pool, layout in pools:
+            fill_entries(pool, layout)
+        for t in tiers:
+            for layer in range(t.layers if t.mirrored else 0):  # made on the device, which is faster at it
+                t.mirror[layer].copy_(fill_entries(torch.empty_like(t.mirror[layer], device=self.decode.device), t.layout))
