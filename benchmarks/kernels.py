@@ -36,7 +36,11 @@ from fmsim.geometry import PRESETS
 HBM_BYTES_PER_S, PCIE_BYTES_PER_S = 3.0e12, 55e9
 DEVICE = "cuda"
 SGLANG = "SGLang 0.5.14, H100, FP8 weights (aiconfigurator-core 0.12.0 table, not run here)"
-LIMITS = {"index scores": 1e-2, "index scores, float8 queries": 1e-2, "sparse attention": 1e-2, "sparse attention with masses": 1e-2, "top-k": 0.0}
+LIMITS = {
+    "index scores": 1e-2, "index scores, float8 queries": 1e-2, "sparse attention": 1e-2, "sparse attention with masses": 1e-2, "top-k": 0.0,
+    "hyper-connection": 1e-2, "hyper-connection, head": 1e-2, "norm and RoPE": 1e-2, "RoPE": 1e-2, "RMSNorm": 1e-2,
+}  # fmt: skip
+COMPILED = {"hyper-connection", "hyper-connection, head", "norm and RoPE", "RoPE", "RMSNorm"}  # whose compiled reference a CUDA graph holds too
 PEERS = {} if flashinfer is None else {"flashinfer.top_k": lambda scores: flashinfer.top_k(scores, cases.TOP_K)}
 BUILDERS = {
     "index scores": [lambda b=b, n=n: cases.index_scoring(b, n, DEVICE) for b, n in ((1, 32_768), (1, 131_072), (8, 128_000), (32, 32_768))],
@@ -45,6 +49,11 @@ BUILDERS = {
     "sparse attention": [lambda b=b: cases.attention(b, 128_000, DEVICE) for b in (1, 8, 32)],
     "sparse attention with masses": [lambda: cases.attention(8, 128_000, DEVICE, masses=True)],
     "append": [lambda: cases.appending(8, LATENT, 4, 2, DEVICE), lambda: cases.appending(8, KEY, 4, 2, DEVICE), lambda: cases.appending(8, LATENT, 128, 1, DEVICE)],
+    "hyper-connection": [lambda b=b: cases.connecting(b, DEVICE) for b in (1, 8, 64)],
+    "hyper-connection, head": [lambda b=b: cases.connecting(b, DEVICE, head=True) for b in (1, 64)],
+    "norm and RoPE": [lambda b=b: cases.turning(b, cases.HEADS, LATENT.width, DEVICE, normalised=True) for b in (1, 8, 64)],
+    "RoPE": [lambda w=w: cases.turning(8, cases.HEADS, w, DEVICE) for w in (KEY.width, LATENT.width)],
+    "RMSNorm": [lambda b=b: cases.norming(b, DEVICE) for b in (1, 64)],
     "memory scores": [lambda n=n: cases.memory_scoring(1, n, DEVICE) for n in (32_768, 131_072)],
     "recall": [lambda r=r, n=n: cases.recall(r, n, DEVICE) for r, n in ((584, 4096), (584, 32_768), (2336, 8192), (37_376, 96), (37_376, 384), (37_376, 2000))],
 }  # fmt: skip
@@ -67,6 +76,9 @@ def measured(name: str, case: cases.Case) -> dict[str, Any]:
     peers = {label: median_s(run, DEVICE) for label, run in (case.peers or {}).items()}
     if name.startswith("sparse attention"):  # the other references read lengths on the host
         peers["torch.compile"] = median_s(torch.compile(case.reference, dynamic=False), DEVICE, graph=False)
+    if name in COMPILED:
+        peers["torch"] = median_s(case.reference, DEVICE)
+        peers["torch.compile"] = median_s(torch.compile(case.reference, dynamic=False), DEVICE)
     return {
         "kernel": case.kernel, "shape": case.shape, "bytes": case.n_bytes, "relative_error": error, "us": seconds * 1e6,
         "share_of_floor": case.n_bytes / bandwidth / seconds, "peers_us": {label: peer * 1e6 for label, peer in peers.items()},
@@ -74,7 +86,8 @@ def measured(name: str, case: cases.Case) -> dict[str, Any]:
 
 
 def csa_layer(tokens: int = 524_288) -> dict[str, Any]:
-    """One CSA layer's attention at batch 1: projections in bfloat16 through torch, kernels between them, one CUDA graph."""
+    """One CSA layer's attention at batch 1: projections in bfloat16 through torch, kernels between them, one CUDA graph; the step's
+    angles and lengths, which layers share, given."""
     flash = PRESETS["v4-flash"]
     config = calibrate.model_config(flash)
     seconds = calibrate.attention_s(config, CSA, 1, tokens, (LATENT, KEY), DEVICE)

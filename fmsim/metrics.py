@@ -65,14 +65,14 @@ def kept(ledger: Ledger, layer_map: Sequence[int]) -> dict[str, float | None]:
 
 
 def timed(timeline: Timeline) -> dict[str, Any]:
-    """A row's `decode_tokens_per_s`, `step_s`, `h2d_bytes` and `stall_ratio`."""
+    """A row's `decode_tokens_per_s`, `step_s`, `h2d_bytes` and `stall_ratio`, which is None where stalls within a step are not known."""
     step_s = timeline.end_s - timeline.start_s
     total_s = float(timeline.end_s[-1] - timeline.start_s[0])
     return {
         "decode_tokens_per_s": timeline.batch * len(step_s) / total_s,
         "step_s": {"p50": float(np.percentile(step_s, 50)), "p99": float(np.percentile(step_s, 99))},
         "h2d_bytes": round(float(timeline.h2d_bytes.sum())),
-        "stall_ratio": float(timeline.stall_s.sum() + timeline.recall_wait_s.sum()) / total_s,
+        "stall_ratio": None if np.isnan(timeline.stall_s).any() else float(timeline.stall_s.sum() + timeline.recall_wait_s.sum()) / total_s,
     }
 
 

@@ -23,12 +23,14 @@ class Replayer:
 
     entry_bytes and model_layers (KV bytes of one entry in one CSA layer, and the layers that share the GPU) turn a budget in
     bytes into slots; they default to V4-Flash's 584 B and the trace's own layers. `cold` starts with nothing
-    resident, as a cache benchmark does; otherwise the prefill leaves what the policy chooses at step 0.
+    resident, as a cache benchmark does; otherwise the prefill leaves what the policy chooses at step 0. Only the first `max_steps` are replayed.
     """
 
-    def __init__(self, trace: Any, *, entry_bytes: float = 584, model_layers: int | None = None, cold: bool = False) -> None:
+    def __init__(
+        self, trace: Any, *, entry_bytes: float = 584, model_layers: int | None = None, cold: bool = False, max_steps: int | None = None
+    ) -> None:
         self.trace, self.header, self.cold = trace, trace.header, cold
-        self.ids, self.mass = accesses.read_trace(trace)
+        self.ids, self.mass = (part[:max_steps] for part in accesses.read_trace(trace))
         self.n_steps, self.n_layers, self.topk = self.ids.shape
         self.entries = [int(trace.n_entries(step)) for step in range(self.n_steps)]
         self.prompt_entries = self.header.prompt_tokens // ENTRY_TOKENS

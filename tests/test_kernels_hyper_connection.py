@@ -14,7 +14,7 @@ from fmsim.exec.model import HyperConnection, HyperHead, RMSNorm
 
 SMALL = Tuning(block_channels=32, programs=4)
 # bfloat16: the model rounds every product on the way back, the kernel the sum of them
-LIMITS = {torch.float32: 2e-6, torch.bfloat16: 1e-2}
+LIMITS = {torch.float32: 5e-6, torch.bfloat16: 1e-2}
 
 
 def modules(seed: int, width: int, count: int, device: str) -> tuple[HyperConnection, HyperConnection, HyperHead, RMSNorm]:
@@ -76,9 +76,10 @@ def test_a_cuda_graph_holds_them():
 
     one, other, head, norm = modules(0, 384, 4, "cuda")
     streams, out, read = torch.randn(8, 1, 4, 384, device="cuda"), torch.randn(8, 1, 384, device="cuda"), torch.empty(8, 1, 384, device="cuda")
+    pending = Pending(one, out, *one.enter(streams)[1:])
 
     def work() -> torch.Tensor:
-        left, _, *gates = enter_triton(streams, Pending(one, out, *one.enter(streams)[1:]), other, norm)
+        left, _, *gates = enter_triton(streams, pending, other, norm)
         return read.copy_(read_out_triton(left, Pending(other, out, *gates), head, norm))
 
     replay = captured(work)

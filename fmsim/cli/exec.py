@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import enum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -13,6 +14,23 @@ if TYPE_CHECKING:
     from fmsim.nano.prompts import Stream
     from fmsim.policies.base import Policy
 
+
+
+class Weights(enum.StrEnum):
+    own = "own"
+    synthetic = "synthetic"
+
+
+def _tokens(text: str) -> int:
+    """8192, or 32k: thousands of tokens as contexts are named, so 500k is the 512,000 that a trace of that name has."""
+    import re
+
+    found = re.fullmatch(r"(\d+)([kK]?)", str(text).replace("_", "").replace(",", ""))
+    if not found or not int(found[1]):
+        raise typer.BadParameter(f"{text!r} is no number of tokens; write 8192 or 32k")
+    return int(found[1]) * (1024 if found[2] else 1)
+
+
 STEPS = 128
 SHORTEST_TOKENS = 1024  # of a built-in prompt: what its facts and some text between them take
 SHORTER_TOKENS = 37  # each request of a batch than the one before, so that their lengths differ in every way
@@ -21,11 +39,14 @@ SHORTER_TOKENS = 37  # each request of a batch than the one before, so that thei
 def exec_(
     policy: Annotated[str, typer.Option("--policy", "-p", help="which policy keeps the pages; see `fmsim policy list`")] = "lsa",
     override: Annotated[list[str], typer.Option("--set", "-s", help="a parameter of the policy, e.g. budget=20%, on_miss=fallback")] = [],  # noqa: B006
-    model: Annotated[Path | None, typer.Option(help="a DeepSeek-V4 directory; the shipped nano by default")] = None,
+    model: Annotated[Path | None, typer.Option(help="a DeepSeek-V4 directory; the shipped nano by default. With --weights synthetic a preset")] = None,
+    weights: Annotated[Weights, typer.Option(help="the model's own, or random ones at a preset's full size, whose accesses a trace drives")] = Weights.own,
     prompt_file: Annotated[Path | None, typer.Option(help="text to read, and then to continue; built-in questions by default")] = None,
-    context: Annotated[int, typer.Option(min=1, help="tokens of the prompt; a longer text is cut")] = 8192,
+    context: Annotated[int, typer.Option(parser=_tokens, metavar="TOKENS", help="of the prompt, such as 8192 or 32k; a longer text is cut")] = 8192,
     steps: Annotated[int, typer.Option(min=1, help="decode steps; built-in questions go on to the end of an answer")] = STEPS,
     batch: Annotated[int, typer.Option(min=1, help="requests side by side, each somewhat shorter than the one before")] = 1,
+    trace: Annotated[Path | None, typer.Option(help="with --weights synthetic: what drives the accesses; by default traces/nano-CONTEXT-needles")] = None,
+    kv_budget: Annotated[str | None, typer.Option(help="with --weights synthetic: as many requests as these bytes of KV hold, such as 16GiB")] = None,
     record: Annotated[Path | None, typer.Option(help="write what the first request selected, as a trace")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="print one JSON object, in the fields of `fmsim run`")] = False,
     device: Annotated[str | None, typer.Option(help="cuda or cpu; cuda where there is one by default")] = None,
@@ -37,7 +58,13 @@ def exec_(
     fmsim exec --policy lsa
     fmsim exec --policy lru --set budget=1024entries --context 16384 --json
     fmsim exec --policy full --prompt-file book.txt --steps 256 --record book.safetensors
+    fmsim exec --weights synthetic --model v4-flash --context 500k --policy lsa --kv-budget 16GiB
     """
+    if weights is Weights.synthetic:
+        from fmsim.cli import exec_synthetic
+
+        exec_synthetic.show(policy, override, str(model or "v4-flash"), context, batch, steps, trace, kv_budget, as_json, device, seed)
+        return
     chosen = _policy(policy, override)
     lengths = _lengths(model, prompt_file, context, batch)
     require("model", "exec")

@@ -20,6 +20,7 @@ from transformers import DeepseekV4Config
 from fmsim.errors import FmsimError
 from fmsim.exec import kernel_cases as cases
 from fmsim.exec.decode_attention import DecodeAttention, Home
+from fmsim.exec.kernels.hyper_connection import Pending, enter, read_out
 from fmsim.exec.kernels.layout import KEY, LATENT, Layout
 from fmsim.exec.model import CSA, HCA, Attention, HyperConnection, HyperHead, MoE, RMSNorm, linear
 from fmsim.exec.synthetic import synthetic_config
@@ -176,8 +177,8 @@ def attention_s(config: DeepseekV4Config, kind: str, batch: int, tokens: int, la
         for appender in filter(None, (decode.entries, decode.keys)):
             _fill(appender.layout, appender.homes[0])
         x = torch.randn(batch, 1, config.hidden_size).to(torch.bfloat16)
-        positions = torch.full((batch,), tokens - 1, dtype=torch.int32)
-    return median_s(lambda: decode(x, positions), device)
+        now = decode.moment(torch.full((batch,), tokens - 1, dtype=torch.int32))  # once a step, not once a layer: not timed
+    return median_s(lambda: decode.attend(x, now), device)
 
 
 def _fill(layout: Layout, home: Home) -> None:
@@ -207,30 +208,38 @@ def _experts(config: DeepseekV4Config):
 
 def _hyper_connections(config: DeepseekV4Config):
     """Those of a layer: into and out of the attention, into and out of the experts, with the norms between."""
-    connections = [(_random(HyperConnection(config)), _random(RMSNorm(config.hidden_size, config.rms_norm_eps))) for _ in range(2)]
+    connections = [(_random(HyperConnection(config)).float(), _random(RMSNorm(config.hidden_size, config.rms_norm_eps))) for _ in range(2)]
 
     def at(batch: int):
-        streams = torch.randn(batch, 1, config.hc_mult, config.hidden_size, device=connections[0][0].fn.device).to(torch.bfloat16)
+        given = _after_a_block(connections[0][0], batch, config)
 
         def work():
-            out = streams
+            streams, pending = given
             for connection, norm in connections:
-                x, write, mix = connection.enter(out)
-                out = connection.leave(out, norm(x), write, mix)
-            return out
+                streams, x, write, mix = enter(streams, pending, connection, norm)
+                pending = Pending(connection, x, write, mix)
+            return streams
 
         return work
 
     return at
 
 
+def _after_a_block(connection: HyperConnection, batch: int, config: DeepseekV4Config) -> tuple[torch.Tensor, Pending]:
+    """Streams, and a block's output that is not yet in them."""
+    streams = torch.randn(batch, 1, config.hc_mult, config.hidden_size, device=connection.fn.device).to(torch.bfloat16)
+    x, write, mix = connection.enter(streams)
+    return streams, Pending(connection, x, write, mix)
+
+
 def _head(config: DeepseekV4Config):
     norm = _random(RMSNorm(config.hidden_size, config.rms_norm_eps))
-    head, out = _random(HyperHead(config)), _random(linear(config.hidden_size, config.vocab_size))
+    last, head = _random(HyperConnection(config)).float(), _random(HyperHead(config)).float()
+    out = _random(linear(config.hidden_size, config.vocab_size))
 
     def at(batch: int):
-        streams = torch.randn(batch, 1, config.hc_mult, config.hidden_size, device=out.weight.device).to(torch.bfloat16)
-        return lambda: out(norm(head(streams)))
+        given = _after_a_block(last, batch, config)
+        return lambda: out(read_out(*given, head, norm))
 
     return at
 

@@ -15,11 +15,37 @@ from fmsim.exec.kernels.compress import Pooling, compress_and_append
 from fmsim.exec.kernels.index_score import index_scores, new_scores
 from fmsim.exec.kernels.lang import cdiv
 from fmsim.exec.kernels.layout import Layout, write_entries
+from fmsim.exec.kernels.norm_rope import norm_rope
+from fmsim.exec.kernels.rms_norm import rms_norm
 from fmsim.exec.kernels.sparse_attention import Masses, Rows, sparse_attention
 from fmsim.exec.kernels.top_k import top_k
-from fmsim.exec.model import CSA, HCA, SLIDING, Attention, Compressor, CompressorState, LayerCache, rms_normalise, rotate
+from fmsim.exec.model import CSA, HCA, SLIDING, Attention, Compressor, CompressorState, LayerCache
 
 PER_PAGE = 64
+
+
+Turn = tuple[Tensor, Tensor]  # cosine and sine of RoPE's angles, float32 [B, 1, pairs]
+
+
+class Moment(NamedTuple):
+    """What a step's positions mean to every layer of one kind: worked out once a step, by the first of them.
+
+    ``positions`` int32 [B]; ``turn`` of RoPE there, and ``entry_turn`` at the first token of the entry that each is in; ``window_lengths``
+    and ``visible`` int32 [B], tokens in the window and entries closed; ``every`` int32 [B, K] the ids of the latter, then -1. None where
+    the kind has no use for it.
+    """
+
+    positions: Tensor
+    turn: Turn
+    window_lengths: Tensor
+    entry_turn: Turn | None = None
+    visible: Tensor | None = None
+    every: Tensor | None = None
+
+
+def turn_at(positions: Tensor, inv_freq: Tensor) -> Turn:
+    angles = positions[:, None, None].float() * inv_freq
+    return angles.cos(), angles.sin()
 
 
 class Home(NamedTuple):
@@ -80,11 +106,10 @@ class _Appender:
         self.pooling = Pooling(compressor.rate, series, compressor.position_bias.detach(), norm.weight.detach(), norm.eps)
         self.ring = self.pooling.new_ring(batch, dtype)
 
-    def append(self, x: Tensor, positions: Tensor, inv_freq: Tensor) -> None:
-        angles = (positions // self.pooling.rate * self.pooling.rate)[:, None, None].float() * inv_freq
-        kv, gate, turn = self.compressor.kv_proj(x), self.compressor.gate_proj(x), (angles.cos(), angles.sin())
+    def append(self, x: Tensor, now: Moment) -> None:
+        kv, gate = self.compressor.kv_proj(x), self.compressor.gate_proj(x)
         for pool, table in self.homes:
-            compress_and_append(kv, gate, positions, self.pooling, self.ring, turn, pool, self.layout, table)
+            compress_and_append(kv, gate, now.positions, self.pooling, self.ring, now.entry_turn, pool, self.layout, table)
 
     def take(self, b: int, state: CompressorState) -> None:
         """Go on from the windows that a prefill left open, as sequence ``b``; its entries are not taken."""
@@ -102,12 +127,15 @@ class DecodeAttention:
     """The weights of ``attention``, and what it keeps of B sequences of up to ``max_tokens``.
 
     ``latent`` and ``key``: layouts of entries and of index keys, e.g. LATENT and KEY. ``pager`` says where a CSA layer's lie; everything is
-    kept by default.
+    kept by default. ``first``: the model's first layer of this kind, where this is a later one; in each step that one is called before.
     """
 
-    def __init__(self, attention: Attention, batch: int, max_tokens: int, latent: Layout, key: Layout, pager: EntryPager | None = None):
+    def __init__(
+        self, attention: Attention, batch: int, max_tokens: int, latent: Layout, key: Layout, pager: EntryPager | None = None,
+        first: DecodeAttention | None = None,
+    ):  # fmt: skip
         weight, window = attention.kv_proj.weight, attention.window
-        self.attention, self.latent = attention, latent
+        self.attention, self.latent, self.first = attention, latent, first or self
         self.window = latent.new_pool(batch, window, weight.device)
         # A window is a ring: each sequence's one page of W tokens, whichever W tokens they are.
         page = torch.arange(batch, dtype=torch.int32, device=weight.device)[:, None]
@@ -124,38 +152,54 @@ class DecodeAttention:
         if attention.kind == CSA:
             self.pager = pager or AllEntries(attention, batch, max_tokens // attention.compressor.rate, latent, key)
             self.entries = _Appender(attention.compressor, latent, self.pager.homes, batch, weight.dtype)
-            self.keys = _Appender(attention.compressor.indexer, key, self.pager.key_homes, batch, weight.dtype)
+            indexer = attention.compressor.indexer
+            self.keys = _Appender(indexer, key, self.pager.key_homes, batch, weight.dtype)
+            self.index_scale = torch.full((1,), (indexer.heads * indexer.width) ** -0.5, device=weight.device)  # a vector makes float32 of bfloat16
 
     def __call__(self, x: Tensor, positions: Tensor) -> Tensor:
         """x [B, 1, D], the attention's input at ``positions`` int32 [B] -> output [B, 1, D]."""
+        if self.first is self:
+            self.now = self.moment(positions)
+        return self.attend(x, self.first.now)
+
+    def moment(self, positions: Tensor) -> Moment:
+        """Of ``positions`` int32 [B], for all layers of this kind."""
         attention = self.attention
-        angles = positions[:, None, None].float() * attention.inv_freq
-        latent = attention.q_a_norm(attention.q_a_proj(x))
-        q = rms_normalise(attention.q_b_proj(latent).unflatten(-1, (attention.heads, attention.size)), attention.eps)
-        q = rotate(q, angles[:, :, None])[:, 0]
+        now = Moment(positions, turn_at(positions, attention.inv_freq), (positions + 1).clamp(max=attention.window))
+        if attention.kind == SLIDING:
+            return now
+        rate = attention.compressor.rate
+        now = now._replace(entry_turn=turn_at(positions // rate * rate, attention.inv_freq), visible=(positions + 1) // rate)
+        return now if attention.kind == CSA else now._replace(every=torch.where(self.every_id < now.visible[:, None], self.every_id, -1))
+
+    def attend(self, x: Tensor, now: Moment) -> Tensor:
+        """x [B, 1, D], the attention's input -> output [B, 1, D]."""
+        attention, turn = self.attention, tuple(part[:, 0] for part in now.turn)
+        latent = rms_norm(attention.q_a_proj(x), attention.q_a_norm)
+        q = norm_rope(attention.q_b_proj(latent).view(-1, attention.heads, attention.size), turn, attention.eps)
         kv = attention.kv_proj(x)
-        turn = angles.cos(), angles.sin()
-        compress_and_append(kv, kv, positions, self.as_it_is, self.no_ring, turn, self.window, self.latent, self.window_table)
-        ids, home = self._select(x, latent, positions, angles)
-        rows = Rows(self.latent, self.window, (positions + 1).clamp(max=attention.window), *home, ids)
+        compress_and_append(kv, kv, now.positions, self.as_it_is, self.no_ring, now.turn, self.window, self.latent, self.window_table)
+        ids, home = self._select(x, latent, now)
+        rows = Rows(self.latent, self.window, now.window_lengths, *home, ids)
         out, masses = sparse_attention(q, rows, attention.sinks, attention.scale, self.pager is not None and self.pager.wants_masses)
         if self.pager is not None:
             self.pager.reports(q, rows, masses, x, attention)
-        return attention._output(out[:, None], angles)
+        return attention.project_out(norm_rope(out, turn, inverse=True)[:, None])
 
-    def _select(self, x: Tensor, latent: Tensor, positions: Tensor, angles: Tensor) -> tuple[Tensor, Home]:
+    def _select(self, x: Tensor, latent: Tensor, now: Moment) -> tuple[Tensor, Home]:
         """Append what the token closes, then name the entries to attend to: none, all, or the pager's."""
         attention = self.attention
         if attention.kind == SLIDING:
-            return positions.new_empty(len(x), 0), Home(self.window, self.window_table)
-        self.entries.append(x, positions, attention.inv_freq)
-        visible = (positions + 1) // attention.compressor.rate
+            return now.positions.new_empty(len(x), 0), Home(self.window, self.window_table)
+        self.entries.append(x, now)
         if attention.kind == HCA:
-            return torch.where(self.every_id < visible[:, None], self.every_id, -1), self.hca
-        self.keys.append(x, positions, attention.inv_freq)
+            return now.every, self.hca
+        self.keys.append(x, now)
         indexer = attention.compressor.indexer
-        queries, weights = indexer.queries(x, latent, angles)
-        return self.pager.select(queries, weights, visible, indexer.top_k), self.pager.homes[0]
+        queries = indexer.q_b_proj(latent).view(-1, indexer.heads, indexer.width)
+        queries = norm_rope(queries, tuple(part[:, 0] for part in now.turn))[:, None]
+        weights = indexer.scorer.weights_proj(x) * self.index_scale
+        return self.pager.select(queries, weights, now.visible, indexer.top_k), self.pager.homes[0]
 
     def take(self, b: int, cache: LayerCache, tokens: int) -> None:
         """Go on from what a prefill of ``tokens`` tokens left, as sequence ``b``. A CSA layer's entries are its pager's to take."""

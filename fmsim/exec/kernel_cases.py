@@ -10,18 +10,24 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from transformers import DeepseekV4Config
 
 from fmsim.exec.kernels.compress import Pooling, compress_and_append
 from fmsim.exec.kernels.gather import copy_rows
+from fmsim.exec.kernels.hyper_connection import Pending, enter, enter_reference, read_out, read_out_reference
 from fmsim.exec.kernels.index_score import index_scores, index_scores_reference, new_scores
 from fmsim.exec.kernels.lang import cdiv
 from fmsim.exec.kernels.layout import KEY, LATENT, Layout
 from fmsim.exec.kernels.memory_score import memory_scores
+from fmsim.exec.kernels.norm_rope import norm_rope, norm_rope_reference
+from fmsim.exec.kernels.rms_norm import rms_norm, rms_norm_reference
 from fmsim.exec.kernels.sparse_attention import Rows, sparse_attention, sparse_attention_reference
 from fmsim.exec.kernels.top_k import top_k, top_k_reference
+from fmsim.exec.model import HyperConnection, HyperHead, RMSNorm
 
 PER_PAGE, WINDOW, TOP_K = 64, 128, 512
-HEADS, MEMORY_HEADS = 64, 128
+HEADS, MEMORY_HEADS, ROPE_PAIRS, QUERY_LATENT = 64, 128, 32, 1024
+HIDDEN, STREAMS = 4096, 4
 
 
 @dataclass(frozen=True)
@@ -116,6 +122,40 @@ def appending(batch: int, layout: Layout, rate: int, series: int, device) -> Cas
     return Case(
         f"append, {layout.kind}", f"{batch} x {rate}", n_bytes, lambda: compress_and_append(kv, gate, starts, pooling, ring, turn, pool, layout, table)
     )
+
+
+def connecting(batch: int, device, head: bool = False) -> Case:
+    """A block's output into the streams and the next one's normalised input out of them; ``head``: at the end of the model."""
+    config = DeepseekV4Config(hidden_size=HIDDEN, hc_mult=STREAMS)
+    with torch.device(device):
+        before, after, norm = HyperConnection(config), (HyperHead if head else HyperConnection)(config), RMSNorm(HIDDEN, config.rms_norm_eps)
+        for parameter in after.parameters():
+            parameter.detach().normal_(std=max(parameter.shape) ** -0.5)
+        streams, out = (torch.randn(batch, 1, *shape).to(torch.bfloat16) for shape in ((STREAMS, HIDDEN), (HIDDEN,)))
+        pending = Pending(before, out, torch.rand(batch, 1, STREAMS), torch.full((batch, 1, STREAMS, STREAMS), 1 / STREAMS))
+    weights = sum(parameter.numel() for parameter in after.parameters()) * 4 + HIDDEN * 4
+    given = streams, pending, after, norm
+    passed = STREAMS + 2 if head else 2 * STREAMS + 2  # rows of HIDDEN values read and written
+    n_bytes = weights + batch * passed * HIDDEN * 2
+    if head:
+        return Case("hyper-connection, head", f"{batch} x {HIDDEN:,}", n_bytes, lambda: read_out(*given), lambda: read_out_reference(*given))
+    return Case("hyper-connection", f"{batch} x {HIDDEN:,}", n_bytes, lambda: enter(*given)[1], lambda: enter_reference(*given)[1])
+
+
+def turning(batch: int, heads: int, width: int, device, normalised: bool = False) -> Case:
+    """RoPE of queries, and where ``normalised`` the norm of each head before."""
+    x, angles = torch.randn(batch, heads, width, device=device).to(torch.bfloat16), torch.rand(batch, ROPE_PAIRS, device=device)
+    given = x, (angles.cos(), angles.sin()), 1e-6 if normalised else None
+    n_bytes = 2 * x.numel() * 2 + 2 * angles.numel() * 4
+    name = "norm and RoPE" if normalised else "RoPE"
+    return Case(name, f"{batch} x {heads} x {width}", n_bytes, lambda: norm_rope(*given), lambda: norm_rope_reference(*given))
+
+
+def norming(batch: int, device) -> Case:
+    """RMSNorm of the queries' latent."""
+    norm, x = RMSNorm(QUERY_LATENT, 1e-6).to(device, torch.bfloat16), torch.randn(batch, 1, QUERY_LATENT, device=device).to(torch.bfloat16)
+    n_bytes = (2 * batch + 1) * QUERY_LATENT * 2
+    return Case("RMSNorm", f"{batch} x {QUERY_LATENT:,}", n_bytes, lambda: rms_norm(x, norm), lambda: rms_norm_reference(x, norm))
 
 
 def memory_scoring(batch: int, entries: int, device, layers: int = 3) -> Case:

@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fmsim.exec.decode_attention import DecodeAttention
+from fmsim.exec.decode_attention import DecodeAttention, EntryPager
 from fmsim.exec.kernels.layout import Layout
 from fmsim.exec.model import CSA, HCA, MASKED, SLIDING, Attend, Compressor, CompressorState, DeepseekV4, LayerCache, StepCompressor, StepLayer
 from fmsim.exec.pager import LayerPager
@@ -26,14 +26,23 @@ class StepState(NamedTuple):
 def from_kernels(model: DeepseekV4, prompts: Sequence[Prompt], pagers: Sequence[LayerPager], latent: Layout, key: Layout) -> StepState:
     """Attention from kernels, for a GPU (or their references)."""
     longest = max(len(prompt.tokens) + prompt.max_steps for prompt in prompts)
-    attends, left = [], iter(pagers)
-    for number, layer in enumerate(model.model.layers):
-        pager = next(left) if layer.self_attn.kind == CSA else None
-        attend = DecodeAttention(layer.self_attn, len(prompts), longest, latent, key, pager)
+    attends = decode_attentions(model, len(prompts), longest, latent, key, pagers)
+    for number, attend in enumerate(attends):
         for b, prompt in enumerate(prompts):
             attend.take(b, prompt.cache.layers[number], len(prompt.tokens))
-        attends.append(attend)
     return StepState(attends, sum(a.cache_bytes + sum(tensor.nbytes for tensor in a.open_windows) for a in attends))
+
+
+def decode_attentions(
+    model: DeepseekV4, batch: int, max_tokens: int, latent: Layout, key: Layout, pagers: Sequence[EntryPager]
+) -> list[DecodeAttention]:
+    """Each layer's, in order; a CSA layer's with its pager. Layers of a kind share what the first of them works out of a step's positions."""
+    attends, left, first = [], iter(pagers), {}
+    for layer in model.model.layers:
+        kind = layer.self_attn.kind
+        attends.append(DecodeAttention(layer.self_attn, batch, max_tokens, latent, key, next(left) if kind == CSA else None, first.get(kind)))
+        first.setdefault(kind, attends[-1])
+    return attends
 
 
 def from_torch(model: DeepseekV4, prompts: Sequence[Prompt], pagers: Sequence[LayerPager], latent: Layout, key: Layout) -> StepState:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from fmsim.exec.decode_attention import PER_PAGE, DecodeAttention, Home
+from fmsim.exec.decode_attention import PER_PAGE, Home
 from fmsim.exec.driven import DrivenDecode, layouts
 from fmsim.exec.kernel_cases import fill_entries
 from fmsim.exec.kernels.index_score import index_scores, new_scores
@@ -20,8 +20,8 @@ from fmsim.exec.kernels.layout import Layout
 from fmsim.exec.kernels.memory_score import memory_scores
 from fmsim.exec.kernels.sparse_attention import Masses, Rows
 from fmsim.exec.kernels.top_k import top_k as best
-from fmsim.exec.model import CSA, Attention, DeepseekV4
-from fmsim.exec.step_state import graph_after_one
+from fmsim.exec.model import Attention, DeepseekV4
+from fmsim.exec.step_state import decode_attentions, graph_after_one
 from fmsim.policies.base import Policy
 
 MEMORY_HEADS = 128  # of the published memory indexer, a layer (arXiv 2606.09079)
@@ -83,11 +83,8 @@ class SyntheticStep:
         self.scores = new_scores(batch, max(home.table.shape[1] * PER_PAGE, decode.blocks[0].shape[2] * decode.entries.granularity), device)
         self._selected = torch.from_numpy(decode.replayer.ids.copy()).to(device)  # int32 [T, L, K]
         self.given = self._selected[0].clone()
-        pagers = iter([TracePager(self, layer) for layer in range(decode.geometry.n_csa)])
-        attentions = [layer.self_attn for layer in model.model.layers]
-        self.attends = [
-            DecodeAttention(attention, batch, self.longest, latent, self.key, next(pagers) if attention.kind == CSA else None) for attention in attentions
-        ]
+        pagers = [TracePager(self, layer) for layer in range(decode.geometry.n_csa)]
+        self.attends = decode_attentions(model, batch, self.longest, latent, self.key, pagers)
         self._fill(latent, seed)
         self._tokens = torch.zeros(batch, dtype=torch.int64, device=device)
         self._positions = torch.full((batch,), self.first_token, dtype=torch.int32, device=device)

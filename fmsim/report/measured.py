@@ -58,7 +58,7 @@ def _figures(report: dict[str, Any]) -> Table:
     table.add_row(
         "step",
         f"p50 {row['step_s']['p50'] * 1e3:.1f} ms, p99 {row['step_s']['p99'] * 1e3:.1f} ms, {row['decode_tokens_per_s']:.1f} tokens/s "
-        f"on {about['device']}, bookkeeping of these figures included; {row['stall_ratio']:.1%} of it waiting for pages",
+        f"on {about['device']}, bookkeeping of these figures included" + ("" if row["stall_ratio"] is None else f"; {row['stall_ratio']:.1%} of it waiting for pages"),
     )
     pages = details["pages"]
     table.add_row(

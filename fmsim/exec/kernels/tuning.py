@@ -46,7 +46,7 @@ class Gather(NamedTuple):
 
 class HyperConnection(NamedTuple):
     block_channels: int = 128  # of one stream, a tile: with four streams of 4,096 channels 128 programs read the weights of one token
-    programs: int = 528  # over tiles and runs of tokens: from five tokens on a program takes several and reads its weights once
+    programs: int = 1056  # over tiles and runs of tokens: from nine tokens on a program takes several and reads its weights once
     project_warps: int = 4
     enter_warps: int = 8
 

@@ -1,0 +1,75 @@
+"""`fmsim exec --weights synthetic`: a preset's whole model with random weights, accesses from a trace."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+import typer
+
+from fmsim.cli.extras import require
+from fmsim.errors import FmsimError
+
+UNITS = {"": 1, "B": 1, "GIB": 2**30, "MIB": 2**20, "GB": 10**9, "MB": 10**6}
+CLOSE = 0.1  # how far a trace's context may be from the one asked for
+
+
+def show(
+    policy: str, override: list[str], model: str, context: int, batch: int, steps: int, trace: Path | None, kv_budget: str | None, as_json: bool,
+    device: str | None, seed: int,
+) -> None:  # fmt: skip
+    """Run, and print the table or one JSON object."""
+    require("model", "exec")
+    import torch
+
+    from fmsim import trace as traces
+    from fmsim.cli.exec import _device, _policy
+    from fmsim.cli.progress import token_bar
+    from fmsim.exec import synthetic_run
+    from fmsim.footprint import footprint, spread
+    from fmsim.geometry import PRESETS
+    from fmsim.replay import Replayer
+    from fmsim.report import measured
+
+    if model not in PRESETS:
+        raise FmsimError(f"--model {model}: synthetic weights are of a preset's size; choose one of {', '.join(PRESETS)}")
+    geometry, device, path = PRESETS[model], _device(device, torch.cuda.is_available()), _trace(trace, context)
+    found = traces.read(path)
+    replayer = Replayer(found, entry_bytes=geometry.kv_entry_bytes, model_layers=geometry.n_csa, max_steps=steps)
+    layer_map = spread(found.n_layers, geometry.n_csa)
+    ledger = replayer.run(_policy(policy, override))
+    request_bytes = synthetic_run.kv_bytes_of(footprint(ledger, geometry, layer_map), ledger, geometry)
+    if kv_budget is not None:
+        batch = synthetic_run.batch_that_fits(_bytes(kv_budget), request_bytes)
+    weights, n_experts = synthetic_run.weights_for(geometry, device, batch * request_bytes, seed)
+    with token_bar(replayer.n_steps * batch) as advance:
+        run = synthetic_run.run(
+            policy, lambda: _policy(policy, override), replayer, geometry, layer_map, weights, device, batch, seed, lambda done: advance(done * batch)
+        )
+    report = synthetic_run.report([run], replayer, geometry, layer_map, n_experts, device, path.name)
+    if as_json:
+        typer.echo(json.dumps(report))
+    else:
+        measured.show(report, [])
+
+
+def _trace(path: Path | None, context: int) -> Path:
+    """The trace asked for, or the one of about that context in traces/."""
+    if path is not None:
+        return path
+    names = {32_768: "nano-32k-needles", 131_072: "nano-128k-needles", 512_000: "nano-500k-needles"}
+    nearest = min(names, key=lambda tokens: abs(tokens - context))
+    if abs(nearest - context) > CLOSE * context:
+        raise FmsimError(f"--context {context}: no shipped trace has about as many tokens ({', '.join(map(str, names))}); give --trace FILE")
+    found = Path("traces") / f"{names[nearest]}.safetensors"
+    if not found.exists():
+        raise FmsimError(f"{found}: no such file here; give --trace FILE, or run in fmsim's own folder")
+    return found
+
+
+def _bytes(text: str) -> int:
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", text)
+    if not match or match[2].upper() not in UNITS:
+        raise FmsimError(f"--kv-budget {text}: write bytes, such as 16GiB")
+    return int(float(match[1]) * UNITS[match[2].upper()])

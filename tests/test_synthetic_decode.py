@@ -1,0 +1,46 @@
+"""Random weights, a trace's accesses: the replay's ledger and bytes whatever the batch, and pages attended to where the policy keeps them."""
+
+import numpy as np
+import pytest
+
+torch = pytest.importorskip("torch", reason="the engine needs fmsim[model]")
+pytest.importorskip("transformers", reason="the engine needs fmsim[model]")
+
+from dataclasses import fields, replace  # noqa: E402
+
+from made_trace import make_trace  # noqa: E402
+
+from fmsim.exec import synthetic_run  # noqa: E402
+from fmsim.exec.synthetic import model_bytes, synthetic_model  # noqa: E402
+from fmsim.footprint import footprint  # noqa: E402
+from fmsim.geometry import CSA, HCA, PRESETS, SLIDING  # noqa: E402
+from fmsim.policies import registry  # noqa: E402
+from fmsim.replay import Replayer  # noqa: E402
+
+# The published entries of 584 and keys of 132 bytes need heads of 512 and keys of 128; the rest is small.
+SMALL = replace(
+    PRESETS["v4-flash"], name="small", layer_types=(SLIDING, CSA, HCA, CSA, CSA), hidden_size=64, n_heads=2, index_n_heads=2, q_lora_rank=16,
+    o_lora_rank=16, o_groups=2, n_experts=8, expert_width=16, vocabulary=128, index_topk=16,
+)  # fmt: skip
+DEVICES = ["cpu", pytest.param("cuda", marks=[pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")])]
+SPECS = ["full", {"policy": "recency", "budget": "20%"}, {"policy": "lru", "budget": "40 entries"}, {"policy": "lru", "granularity": 4, "on_miss": "fallback"}]
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("spec", SPECS, ids=str)
+def test_it_moves_what_the_replay_says(spec, device):
+    replayer = Replayer(make_trace(prompt_tokens=800, n_steps=12))
+    model, experts = synthetic_model(SMALL, device, model_bytes(SMALL, 8), 0)
+    assert experts == 8
+    layer_map = (0, 1, 2)
+    ledger = replayer.run(registry.build(spec))
+    for batch in (1, 3):
+        found = synthetic_run.run("it", lambda: registry.build(spec), replayer, SMALL, layer_map, model, device, batch)
+        for field in fields(ledger):
+            assert np.array_equal(getattr(ledger, field.name), getattr(found.outcome.ledger, field.name)), field.name
+        loads = (ledger.demand_loads + ledger.lookahead_loads).sum(axis=0)[footprint(ledger, SMALL, layer_map).groups].sum()
+        assert found.outcome.h2d_bytes == loads * ledger.granularity * 584
+        predicted = synthetic_run.kv_bytes_of(footprint(ledger, SMALL, layer_map), ledger, SMALL)
+        assert found.kv_bytes == pytest.approx(predicted, rel=0.1)  # keys and HCA entries fill whole pages of 64
+    shown = synthetic_run.report([found], replayer, SMALL, layer_map, experts, device, "made")
+    assert shown["policies"][0]["decode_tokens_per_s"] > 0 and shown["scenario"]["batch"] == 3
