@@ -35,7 +35,7 @@ def test_the_kernel_is_the_reference(device, seed, groups, row_bytes, moves, pad
     copy_rows_reference(source, expected, *lists)
     if device == "cuda":  # recall: the source stays in host memory
         source, target = source.pin_memory(), target.to(device)
-    copy_rows_triton(source, target, *lists, tune=Gather(block_words=64, programs=programs))
+    copy_rows_triton(source, target, *lists, tune=Gather(segment_words=64, tile_words=256, programs=programs))
     assert torch.equal(target.cpu(), expected)
 
 

@@ -3,7 +3,7 @@
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from kernel_pools import on_each_device, relative_error, scattered_pool
+from kernel_pools import on_each_device, scattered_pool
 
 from fmsim.exec import model
 from fmsim.exec.kernels.index_score import index_scores_reference, index_scores_triton, new_scores
@@ -11,6 +11,8 @@ from fmsim.exec.kernels.layout import KEY, plain
 from fmsim.exec.kernels.tuning import IndexScores
 
 SMALL = IndexScores(block_entries=64, programs=6)
+# Hopper's matrix units add float8 products with some 14 bits, not 24: 2.6e-4 of the scores were seen on an H100. The interpreter does not.
+FLOAT8_PRODUCTS = 1e-3
 
 
 def draw(seed, batch, heads, layout, per_page, entries, missing, dtype):
@@ -49,10 +51,13 @@ def test_the_kernel_is_the_reference(device, seed, batch, heads, per_page, entri
     dtype = {"fp8 queries": torch.float8_e4m3fn, "float32": torch.float32}.get(kind, torch.bfloat16)
     given_ = [part.to(device) if isinstance(part, torch.Tensor) else part for part in draw(seed, batch, heads, layout, per_page, entries, missing, dtype)]
     expected, found = index_scores_reference(*given_), index_scores_triton(*given_, tune=SMALL)
-    for want, got in zip(expected, found, strict=True):
+    queries, weights, *rest = given_
+    added = index_scores_reference(queries, weights.abs(), *rest)  # what the heads add up to before they cancel: rounding is relative to it
+    limit = FLOAT8_PRODUCTS if kind == "fp8 queries" and device == "cuda" else 1e-5
+    for want, got, size in zip(expected, found, added, strict=True):
         assert torch.equal(want.isinf(), got.isinf())
         finite = ~want.isinf()
-        assert relative_error(got[finite], want[finite]) < 1e-5 or not finite.any()
+        assert (got - want)[finite].norm() <= limit * size[finite].norm()
 
 
 @on_each_device

@@ -10,7 +10,9 @@ from fmsim.exec.kernels.index_score import GROUP
 from fmsim.exec.kernels.top_k import top_k_reference, top_k_triton
 from fmsim.exec.kernels.tuning import TopK
 
-SMALL = TopK(chunk=256, warps=4)  # rows of more than one chunk at lengths that an interpreter manages
+SMALL = TopK(chunk=256, warps=4, maxima_groups=16)
+# At the lengths that an interpreter manages: all scores, all maxima and all candidates in one chunk; more candidates than fit; more maxima too.
+CHUNKS = [SMALL._replace(chunk=4096), SMALL, SMALL._replace(chunk=32)]
 
 
 def maxima_of(scores: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
@@ -27,16 +29,17 @@ def test_by_hand():
 
 @on_each_device
 @pytest.mark.parametrize("preselect", [False, True])
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=12, deadline=None)
 @given(
     seed=st.integers(0, 2**32),
     batch=st.integers(1, 3),
-    entries=st.integers(1, 3000),
+    entries=st.integers(1, 1500),
     k=st.sampled_from([1, 5, 64, 512]),
     values=st.sampled_from(["any", "few", "signs", "spread"]),
     missing=st.sampled_from([0.0, 0.5, 1.0]),
+    tune=st.sampled_from(CHUNKS[:2]),
 )
-def test_the_kernel_is_the_reference(device, preselect, seed, batch, entries, k, values, missing):
+def test_the_kernel_is_the_reference(device, preselect, seed, batch, entries, k, values, missing, tune):
     generator = torch.Generator().manual_seed(seed)
     scores = torch.randn(batch, entries, generator=generator)
     if values == "few":  # ties beyond any k
@@ -49,8 +52,25 @@ def test_the_kernel_is_the_reference(device, preselect, seed, batch, entries, k,
     lengths = torch.randint(0, entries + 1, (batch,), generator=generator).to(torch.int32)
     lengths[-1] = entries
     scores, lengths = scores.to(device), lengths.to(device)
-    found = top_k_triton(scores, lengths, k, maxima_of(scores, lengths) if preselect else None, tune=SMALL)
+    found = top_k_triton(scores, lengths, k, maxima_of(scores, lengths) if preselect else None, tune=tune)
     assert torch.equal(found, top_k_reference(scores, lengths, k))
+
+
+@on_each_device
+@pytest.mark.parametrize(
+    "values, tune, ks",
+    [
+        *((values, tune, (1, 154, 155)) for values in ("rising", "equal", "two values", "infinite") for tune in CHUNKS[:2]),
+        ("two values", CHUNKS[2], (155,)),
+    ],
+)
+def test_edges_of_every_path(device, values, tune, ks):
+    """1,100 scores, a length amid a group and a vector, k at the ends of what a search may meet."""
+    ids = torch.arange(1100, dtype=torch.float32)
+    scores = {"rising": ids, "equal": ids * 0 - 1, "two values": (ids % 7 == 3).float(), "infinite": (ids * 0 + 1) * float("inf")}[values]
+    scores, lengths = scores.expand(2, -1).contiguous().to(device), torch.tensor([1077, 0], dtype=torch.int32, device=device)
+    for k in ks:  # of the two values, 154 are the higher one
+        assert torch.equal(top_k_triton(scores, lengths, k, tune=tune), top_k_reference(scores, lengths, k))
 
 
 @on_each_device

@@ -108,7 +108,8 @@ def _remember(kv: Tensor, gate: Tensor, starts: Tensor, ring: Ring) -> None:
         part.scatter_(1, places[..., None].expand(-1, -1, part.shape[2]), new[:, last].to(part.dtype))
 
 
-def compress_and_append_triton(kv, gate, starts, pooling: Pooling, ring: Ring, rotation, pool, layout, table, tune=tuning.COMPRESS) -> None:
+def compress_and_append_triton(kv, gate, starts, pooling: Pooling, ring: Ring, rotation, pool, layout, table, tune: tuning.Compress | None = None) -> None:
+    tune = tune or tuning.COMPRESS
     batch, tokens, _ = kv.shape
     cos, sin = rotation
     span, one_token = pooling.series * pooling.rate, tokens == 1

@@ -1,7 +1,9 @@
 """Copies rows between two memories by a list of moves: recall from pinned host memory, and write-through to it.
 
 The kernel reads pinned memory directly over the link. It has a persistent grid of a few programs, so that it leaves the other
-multiprocessors to the decode beside it. A row (a slot of entries) may have any size that is a multiple of 8 bytes.
+multiprocessors to the decode beside it, and each has several tiles of rows on the way, since the link's latency times its bandwidth is
+over 100 KB. A row (a slot of entries, or of 132-byte keys) may have any size that is a multiple of 4 bytes. It is read by lines of 128 bytes of the
+source, since a line read in two parts crosses the link in two.
 """
 
 from __future__ import annotations
@@ -10,7 +12,9 @@ import torch
 from torch import Tensor
 
 from fmsim.exec.kernels import tuning
-from fmsim.exec.kernels.lang import runs_compiled, tl, triton
+from fmsim.exec.kernels.lang import cdiv, next_power_of_2, runs_compiled, tl, triton
+
+LINE_BYTES = 128
 
 
 def copy_rows(source: Tensor, target: Tensor, pages: Tensor, slots: Tensor, counts: Tensor, programs: int | None = None) -> None:
@@ -34,34 +38,64 @@ def copy_rows_reference(source, target, pages, slots, counts) -> None:
         target[group, slot[moved].to(target.device)] = rows.to(target.device)
 
 
-def copy_rows_triton(source, target, pages, slots, counts, tune=tuning.GATHER) -> None:
+def copy_rows_triton(source, target, pages, slots, counts, tune: tuning.Gather | None = None) -> None:
+    tune = tune or tuning.GATHER
     groups, source_rows, row_bytes = source.shape
-    row_words = row_bytes // 8
+    word = torch.int32 if row_bytes % 8 else torch.int64
+    row_words, line_words = row_bytes // word.itemsize, LINE_BYTES // word.itemsize
+    reach = row_words + (line_words - 1 if row_words % line_words else 0)  # of a row from the start of its first line
+    segment = min(tune.segment_words, max(next_power_of_2(reach), line_words))
     _copy_rows[(tune.programs,)](
-        source.view(torch.int64), target.view(torch.int64), pages, slots, counts, groups, pages.stride(0), slots.stride(0),
-        ROW_WORDS=row_words, SOURCE_WORDS=source_rows * row_words, TARGET_WORDS=target.shape[1] * row_words,
-        BLOCK=tune.block_words, STAGES=tune.stages, num_warps=tune.warps,
+        source.view(word), target.view(word), pages, slots, counts, groups, source_rows * row_words, target.shape[1] * row_words, pages.stride(0),
+        slots.stride(0), ROW_WORDS=row_words, LINE_WORDS=line_words, GROUPS_PADDED=next_power_of_2(groups), SEGMENT=segment, SEGMENTS=cdiv(reach, segment),
+        TILE=tune.tile_words // segment, STAGES=tune.stages, num_warps=tune.warps,
     )  # fmt: skip
 
 
 @triton.jit
-def _copy_rows(
-    source, target, pages, slots, counts, groups, pages_stride, slots_stride,
-    ROW_WORDS: tl.constexpr, SOURCE_WORDS: tl.constexpr, TARGET_WORDS: tl.constexpr, BLOCK: tl.constexpr, STAGES: tl.constexpr,
+def _tile(
+    number, pages, slots, rows, tiles, source_words, target_words, pages_stride, slots_stride,
+    ROW_WORDS: tl.constexpr, LINE_WORDS: tl.constexpr, GROUPS_PADDED: tl.constexpr, SEGMENT: tl.constexpr, SEGMENTS: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
-    """One program: every n-th block of words, counted through the rows of a group's list; group after group."""
-    for group in range(groups):
-        words = tl.load(counts + group).to(tl.int64) * ROW_WORDS
-        first = tl.program_id(0).to(tl.int64) * BLOCK
-        for start in tl.range(first, words, tl.num_programs(0) * BLOCK, num_stages=STAGES):
-            word = start + tl.arange(0, BLOCK)
-            row = word // ROW_WORDS
-            page = tl.load(pages + row, mask=word < words, other=-1).to(tl.int64)
-            slot = tl.load(slots + row, mask=word < words, other=-1).to(tl.int64)
-            moved = (page >= 0) & (slot >= 0)
-            value = tl.load(source + page * ROW_WORDS + word % ROW_WORDS, mask=moved)
-            tl.store(target + slot * ROW_WORDS + word % ROW_WORDS, value, mask=moved)
-        source += SOURCE_WORDS
-        target += TARGET_WORDS
-        pages += pages_stride
-        slots += slots_stride
+    """Of the segments of a tile, each [TILE]: where their rows begin in source and target, and their first word, counted in the row.
+
+    Tiles are counted through all groups' lists, of ``rows`` and ``tiles`` each [GROUPS_PADDED]; a tile lies in one group. A segment
+    that is not to be moved begins at the row's end.
+    """
+    past = tl.cumsum(tiles, 0) <= number
+    group = tl.sum(past.to(tl.int32), 0)
+    segment = (number - tl.sum(tl.where(past, tiles, 0), 0)) * TILE + tl.arange(0, TILE)
+    move = segment // SEGMENTS
+    exists = move < tl.sum(tl.where(tl.arange(0, GROUPS_PADDED) == group, rows, 0), 0)
+    page = tl.load(pages + group.to(tl.int64) * pages_stride + move, mask=exists, other=-1).to(tl.int64)
+    slot = tl.load(slots + group.to(tl.int64) * slots_stride + move, mask=exists, other=-1).to(tl.int64)
+    begin = group.to(tl.int64) * source_words + tl.maximum(page, 0) * ROW_WORDS
+    first = segment % SEGMENTS * SEGMENT - (begin % LINE_WORDS).to(tl.int32)
+    return begin, group.to(tl.int64) * target_words + slot * ROW_WORDS, tl.where((page >= 0) & (slot >= 0), first, ROW_WORDS)
+
+
+@triton.jit
+def _copy_rows(
+    source, target, pages, slots, counts, groups, source_words, target_words, pages_stride, slots_stride,
+    ROW_WORDS: tl.constexpr, LINE_WORDS: tl.constexpr, GROUPS_PADDED: tl.constexpr, SEGMENT: tl.constexpr, SEGMENTS: tl.constexpr, TILE: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    """One program: every n-th tile. A tile's moves are read a turn ahead, so that STAGES - 1 tiles of rows are on the way."""
+    group = tl.arange(0, GROUPS_PADDED)
+    rows = tl.load(counts + group, mask=group < groups, other=0)
+    tiles = tl.cdiv(rows * SEGMENTS, TILE)
+    step = tl.num_programs(0)
+    lane = tl.arange(0, SEGMENT)[None, :]
+    next_begin, next_place, next_first = _tile(
+        tl.program_id(0), pages, slots, rows, tiles, source_words, target_words, pages_stride, slots_stride,
+        ROW_WORDS, LINE_WORDS, GROUPS_PADDED, SEGMENT, SEGMENTS, TILE,
+    )  # fmt: skip
+    for number in tl.range(tl.program_id(0), tl.sum(tiles, 0), step, num_stages=STAGES):
+        begin, place, first = next_begin, next_place, next_first
+        next_begin, next_place, next_first = _tile(
+            number + step, pages, slots, rows, tiles, source_words, target_words, pages_stride, slots_stride,
+            ROW_WORDS, LINE_WORDS, GROUPS_PADDED, SEGMENT, SEGMENTS, TILE,
+        )  # fmt: skip
+        word = first[:, None] + lane
+        inside = (word >= 0) & (word < ROW_WORDS)
+        value = tl.load(source + (begin[:, None] + word), mask=inside)
+        tl.store(target + (place[:, None] + word), value, mask=inside)

@@ -6,6 +6,7 @@ it gives the maximum of every 32 of them, with which `top_k` leaves out most of 
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -63,21 +64,36 @@ def index_scores_reference(queries, weights, pool, layout, table, lengths, out=N
     return out
 
 
-def index_scores_triton(queries, weights, pool, layout, table, lengths, out=None, combine: str = "", tune=tuning.INDEX_SCORES) -> Scores:
+def index_scores_triton(
+    queries, weights, pool, layout, table, lengths, out=None, combine: str = "", tune: tuning.IndexScores | None = None
+) -> Scores:
     """``combine`` "max" or "sum" joins what ``out`` holds with the new scores: how several layers' scores become one."""
+    tune = tune or tuning.INDEX_SCORES
     batch, heads, width = queries.shape
     per_page = layout.per_page(pool)
     entries = table.shape[1] * per_page
     out = out or new_scores(batch, entries, queries.device)
-    splits = max(1, min(cdiv(entries, tune.block_entries), tune.programs // batch))
+    block = math.gcd(tune.block_entries, per_page)  # of one page, where pages are no smaller than a group
+    in_page = block >= GROUP
+    block = block if in_page else tune.block_entries
+    splits = max(1, min(cdiv(entries, block), tune.programs // batch))
     _index_scores[(batch, splits)](
         queries, weights, pool, table, lengths, out.scores, out.maxima,
         table.stride(0), out.scores.stride(0), out.maxima.stride(0),
         HEADS=heads, HEADS_PADDED=max(16, next_power_of_2(heads)), WIDTH=width,
         KIND=triton_kind(layout), PER_PAGE=per_page, PAGE_BYTES=pool.stride(0),
-        BLOCK=tune.block_entries, GROUP=GROUP, SPLITS=splits, COMBINE=combine, STAGES=tune.stages, num_warps=tune.warps,
+        BLOCK=block, IN_PAGE=in_page, GROUP=GROUP, SPLITS=splits, COMBINE=combine, STAGES=tune.stages, num_warps=tune.warps,
     )  # fmt: skip
     return out
+
+
+@triton.jit
+def _pages(table, block, length, BLOCK: tl.constexpr, IN_PAGE: tl.constexpr, PER_PAGE: tl.constexpr):
+    """The page of a block IN_PAGE, or of each of its entries [BLOCK]; -1 where there is none."""
+    entry = block * BLOCK
+    if not IN_PAGE:
+        entry = entry + tl.arange(0, BLOCK)
+    return tl.load(table + entry // PER_PAGE, mask=entry < length, other=-1)
 
 
 @triton.jit
@@ -85,35 +101,48 @@ def _index_scores(
     queries, weights, pool, table, lengths, scores, maxima, table_stride, scores_stride, maxima_stride,
     HEADS: tl.constexpr, HEADS_PADDED: tl.constexpr, WIDTH: tl.constexpr,
     KIND: tl.constexpr, PER_PAGE: tl.constexpr, PAGE_BYTES: tl.constexpr,
-    BLOCK: tl.constexpr, GROUP: tl.constexpr, SPLITS: tl.constexpr, COMBINE: tl.constexpr, STAGES: tl.constexpr,
+    BLOCK: tl.constexpr, IN_PAGE: tl.constexpr, GROUP: tl.constexpr, SPLITS: tl.constexpr, COMBINE: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """One program: a run of blocks of one sequence's entries."""
+    """One program: a run of blocks of one sequence's entries.
+
+    Pages' numbers are read a block ahead, so that the keys' loads wait for no other load and STAGES - 1 blocks of them are on the
+    way. A block that lies IN_PAGE has one number, which leaves little arithmetic; it is read whole, beyond the length too.
+    """
     b, split = tl.program_id(0).to(tl.int64), tl.program_id(1)
     length = tl.load(lengths + b)
     blocks = tl.cdiv(length, BLOCK)
     share = tl.cdiv(blocks, SPLITS)
-    head, lane = tl.arange(0, HEADS_PADDED), tl.arange(0, WIDTH)
+    first, last = split * share, tl.minimum((split + 1) * share, blocks)
+    head, lane, row = tl.arange(0, HEADS_PADDED), tl.arange(0, WIDTH), tl.arange(0, BLOCK)
+    table, scores, maxima = table + b * table_stride, scores + b * scores_stride, maxima + b * maxima_stride
+    next_page = _pages(table, first, length, BLOCK, IN_PAGE, PER_PAGE)
     exists = head < HEADS
     places = queries + b * HEADS * WIDTH + head[None, :] * WIDTH + lane[:, None]
     query = tl.load(places, mask=exists[None, :], other=0.0)  # [WIDTH, HEADS_PADDED]
     if query.dtype != tl.float8e4nv:  # float8 queries meet float8 keys as they are
         query = product_operand(query)
     weight = tl.load(weights + b * HEADS + head, mask=exists, other=0.0).to(tl.float32)
-    for block in tl.range(split * share, tl.minimum((split + 1) * share, blocks), num_stages=STAGES):
-        entry = block * BLOCK + tl.arange(0, BLOCK)
+    for block in tl.range(first, last, num_stages=STAGES):
+        entry = block * BLOCK + row
         inside = entry < length
-        page = tl.load(table + b * table_stride + entry // PER_PAGE, mask=inside, other=-1)
+        page, next_page = next_page, _pages(table, block + 1, length, BLOCK, IN_PAGE, PER_PAGE)
         present = page >= 0
-        keys, scale = load_keys(pool, tl.where(present, page, 0), entry % PER_PAGE, present, KIND, WIDTH, PER_PAGE, PAGE_BYTES)
+        start = pool + tl.maximum(page, 0).to(tl.int64) * PAGE_BYTES
+        if IN_PAGE:
+            number, valid = block * BLOCK % PER_PAGE + row, tl.full([BLOCK], 1, tl.int1)
+        else:
+            number, valid = entry % PER_PAGE, present
+        keys, scale = load_keys(start, number, valid, KIND, WIDTH, PER_PAGE)
         products = tl.dot(keys.to(query.dtype), query, input_precision="ieee")  # [BLOCK, HEADS_PADDED]
         score = tl.sum(tl.maximum(products, 0.0) * weight[None, :], 1) * scale
         score = tl.where(present, score, float("-inf"))
-        at = scores + b * scores_stride + entry
+        at = scores + entry
         if COMBINE == "max":
             score = tl.maximum(score, tl.load(at, mask=inside, other=float("-inf")))
         if COMBINE == "sum":
-            score = tl.where(inside, score + tl.load(at, mask=inside, other=0.0), float("-inf"))
+            score = score + tl.load(at, mask=inside, other=0.0)
+        score = tl.where(inside, score, float("-inf"))
         tl.store(at, score, mask=inside)
         group = block * (BLOCK // GROUP) + tl.arange(0, BLOCK // GROUP)
         highest = tl.max(tl.reshape(score, [BLOCK // GROUP, GROUP]), 1)
-        tl.store(maxima + b * maxima_stride + group, highest, mask=group * GROUP < length)
+        tl.store(maxima + group, highest, mask=group * GROUP < length)

@@ -134,9 +134,9 @@ def slots_of(table: Tensor, ids: Tensor, per_page: int) -> Tensor:
 
 
 @triton.jit
-def load_keys(pool, page, number, valid, KIND: tl.constexpr, WIDTH: tl.constexpr, PER_PAGE: tl.constexpr, PAGE_BYTES: tl.constexpr):
-    """Index keys by page and number in it, both [N]: unscaled values [N, WIDTH] and scales float32 [N]; 0 where not valid."""
-    start = pool + page.to(tl.int64) * PAGE_BYTES
+def load_keys(start, number, valid, KIND: tl.constexpr, WIDTH: tl.constexpr, PER_PAGE: tl.constexpr):
+    """Index keys by their page's uint8 pointer (one, or [N]) and number in it [N]: unscaled values [N, WIDTH] and scales
+    float32 [N]; 0 where not valid."""
     lane = tl.arange(0, WIDTH)
     if KIND == "key":
         codes = tl.load((start + number * WIDTH)[:, None] + lane[None, :], mask=valid[:, None], other=0)

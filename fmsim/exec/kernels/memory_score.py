@@ -39,10 +39,10 @@ def memory_scores_reference(queries, weights, pools, layout, tables, lengths, ho
     return out
 
 
-def memory_scores_triton(queries, weights, pools, layout, tables, lengths, how="max", out=None, tune=tuning.INDEX_SCORES) -> Scores:
+def memory_scores_triton(queries, weights, pools, layout, tables, lengths, how="max", out=None, tune: tuning.IndexScores | None = None) -> Scores:
     if how == "mean":
         weights = weights / len(weights)
     joins = ["", *(["max" if how == "max" else "sum"] * (len(pools) - 1))]
     for *parts, table, join in zip(queries, weights, pools, tables, joins, strict=True):
-        out = index_scores_triton(*parts, layout, table, lengths, out, join, tune)
+        out = index_scores_triton(*parts, layout, table, lengths, out, join, tune or tuning.MEMORY_SCORES)
     return out

@@ -70,7 +70,8 @@ def _masses(rows: Tensor, total: Tensor, sinks: Tensor, width: int) -> Masses:
     return Masses(rows[:, width:], rows[:, :width].sum(1), (sinks.float() - total).exp().mean(1))
 
 
-def sparse_attention_triton(queries, rows: Rows, sinks, scale, want_masses=False, tune=tuning.ATTENTION) -> tuple[Tensor, Masses | None]:
+def sparse_attention_triton(queries, rows: Rows, sinks, scale, want_masses=False, tune: tuning.Attention | None = None) -> tuple[Tensor, Masses | None]:
+    tune = tune or tuning.ATTENTION
     batch, heads, size = queries.shape
     window, selected = rows.layout.per_page(rows.window), rows.ids.shape[1]
     n_rows, head_blocks = window + selected, cdiv(heads, tune.block_heads)

@@ -1,7 +1,8 @@
 """The k entries of highest score, exactly, as ascending ids: the selection of a CSA layer.
 
-Ties are broken by the lowest id, so the set is the same on every machine. The kernel is a radix selection on the scores' bits,
-eight at a time, and takes no host synchronisation, so a CUDA graph may hold it.
+Ties are broken by the lowest id, so the set is the same on every machine. A program holds a sequence's candidates in its registers
+and searches the k-th of their keys by counting how many reach a threshold, three thresholds a turn. It takes no host synchronisation,
+so a CUDA graph may hold it.
 
 Pre-selection: with the maximum of every 32 scores (`index_scores` gives it), the k-th largest maximum is a lower bound of the
 k-th largest score, since k scores reach it. Groups below it are never read: of 262,144 scores some 16,384 are.
@@ -9,19 +10,23 @@ k-th largest score, since k scores reach it. Groups below it are never read: of 
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
 from fmsim.exec.kernels import tuning
 from fmsim.exec.kernels.index_score import GROUP
-from fmsim.exec.kernels.lang import next_power_of_2, runs_compiled, tl, triton
+from fmsim.exec.kernels.lang import cdiv, next_power_of_2, runs_compiled, tl, triton
+
+COUNT_BITS = 21  # of one count; three lie in an int64
 
 
 def top_k(scores: Tensor, lengths: Tensor, k: int, maxima: Tensor | None = None) -> Tensor:
     """int32 [B, k]: ascending ids of the k highest of each row's first ``lengths[b]`` scores; -1 at the end where fewer qualify.
 
-    ``scores`` float32 [B, N] without nan; -inf never qualifies. ``lengths`` int32 [B], on the device. ``maxima`` float32
-    [B, ceil(N / 32)] makes it faster and changes nothing.
+    ``scores`` float32 [B, N], N < 2^21, without nan; -inf never qualifies. ``lengths`` int32 [B], on the device. ``maxima`` float32
+    [B, ceil(N / 32)] saves a reading of the scores and changes nothing.
     """
     run = top_k_triton if runs_compiled(scores) else top_k_reference
     return run(scores, lengths, k, maxima)
@@ -36,90 +41,170 @@ def top_k_reference(scores: Tensor, lengths: Tensor, k: int, maxima: Tensor | No
     return chosen.masked_fill(chosen == scores.shape[1], -1).to(torch.int32)
 
 
-def top_k_triton(scores, lengths, k, maxima=None, tune=tuning.TOP_K) -> Tensor:
+def top_k_triton(scores, lengths, k, maxima=None, tune: tuning.TopK | None = None) -> Tensor:
+    tune = tune or tuning.TOP_K
     batch, entries = scores.shape
+    assert entries < 2**COUNT_BITS, "counts of three thresholds share an int64"
+    assert tune.chunk < 2**15, "counts of a chunk's certain ones and its ties share an int32"
     ids = torch.empty(batch, k, dtype=torch.int32, device=scores.device)
-    preselect = maxima is not None
+    chunk, n_groups = min(tune.chunk, max(next_power_of_2(entries), GROUP)), cdiv(entries, GROUP)
+    preselect = entries > chunk
+    if preselect and maxima is None:
+        maxima = torch.empty(batch, n_groups, device=scores.device)
+        _group_maxima[(batch, cdiv(n_groups, tune.maxima_groups))](
+            scores, maxima, lengths, scores.stride(0), maxima.stride(0), GROUP=GROUP, BLOCK=tune.maxima_groups
+        )
     groups = torch.empty_like(maxima, dtype=torch.int32) if preselect else ids
     maxima = maxima if preselect else scores
     _top_k[(batch,)](
         scores, maxima, groups, lengths, ids, scores.stride(0), maxima.stride(0), groups.stride(0),
-        K=k, K_PADDED=next_power_of_2(k), GROUP=GROUP, PRESELECT=preselect,
-        CHUNK=min(tune.chunk, max(next_power_of_2(entries), 32)), num_warps=tune.warps,
+        K=k, K_PADDED=next_power_of_2(k), GROUP=GROUP, PRESELECT=preselect, COUNT_BITS=COUNT_BITS,
+        CHUNK=chunk, MAXIMA_CHUNK=min(tune.chunk, max(next_power_of_2(n_groups), GROUP)),
+        VECTOR=math.gcd(scores.stride(0), 4), MAXIMA_VECTOR=math.gcd(maxima.stride(0), 4), num_warps=tune.warps,
     )  # fmt: skip
     return ids
 
 
 @triton.jit
-def _ordered(values, groups, start, count, length, GROUP: tl.constexpr, GATHER: tl.constexpr, CHUNK: tl.constexpr):
-    """Values ``start ...`` of ``count``, of the listed groups where GATHER: uint32 keys that order as they do, their ids, which exist."""
-    place = start + tl.arange(0, CHUNK)
-    exists = place < count
-    index = place
-    if GATHER:
-        index = tl.load(groups + place // GROUP, mask=exists, other=0) * GROUP + place % GROUP
-    exists = exists & (index < length)
-    value = tl.load(values + index, mask=exists, other=float("-inf"))
-    bits = tl.where(value == 0.0, 0.0, value).to(tl.uint32, bitcast=True)  # -0.0 is 0.0
-    return bits ^ tl.where(bits >> 31 != 0, 0xFFFFFFFF, 0x80000000).to(tl.uint32), index, exists
+def _group_maxima(scores, maxima, lengths, scores_stride, maxima_stride, GROUP: tl.constexpr, BLOCK: tl.constexpr):
+    """One program: the maxima of a block of one sequence's groups."""
+    b = tl.program_id(0).to(tl.int64)
+    group = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    entry = group[:, None] * GROUP + tl.arange(0, GROUP)[None, :]
+    length = tl.load(lengths + b)
+    score = tl.load(scores + b * scores_stride + entry, mask=entry < length, other=float("-inf"))
+    tl.store(maxima + b * maxima_stride + group, tl.max(score, 1), mask=group * GROUP < length)
 
 
 @triton.jit
-def _kth_key(values, groups, count, length, k, GROUP: tl.constexpr, GATHER: tl.constexpr, CHUNK: tl.constexpr):
-    """The k-th largest key, and how many lie above it. Needs k values at least."""
-    key_so_far = tl.zeros([], tl.uint32)
+def _keys(values, groups, start, count, length, GROUP: tl.constexpr, GATHER: tl.constexpr, CHUNK: tl.constexpr, VECTOR: tl.constexpr):
+    """Values ``start ...`` of ``count``, of the listed groups where GATHER: uint32 keys that order as they do, and ids, [CHUNK / GROUP, GROUP].
+
+    The key is 0 where there is no value or it is -inf. Loads take VECTOR values at once, whose rows must hold as many beyond a length.
+    """
+    row, lane = tl.arange(0, CHUNK // GROUP), tl.arange(0, GROUP)[None, :]
+    first = start + row * GROUP
+    if GATHER:
+        first = tl.load(groups + start // GROUP + row, mask=first < count, other=length // GROUP + 1) * GROUP
+    index = first[:, None] + lane
+    value = tl.load(values + index, mask=index // VECTOR * VECTOR < length, other=float("-inf"))
+    bits = tl.where(value == 0.0, 0.0, value).to(tl.uint32, bitcast=True)  # -0.0 is 0.0
+    key = bits ^ tl.where(bits >> 31 != 0, 0xFFFFFFFF, 0x80000000).to(tl.uint32)
+    return tl.where((index < length) & (value != float("-inf")), key, 0).to(tl.uint32), index
+
+
+@triton.jit
+def _before(counts):
+    """Sums of all that precede each of [rows, columns], row by row, and the whole sum."""
+    rows = tl.sum(counts, 1)
+    return tl.cumsum(counts, 1) - counts + (tl.cumsum(rows, 0) - rows)[:, None], tl.sum(rows, 0)
+
+
+@triton.jit
+def _scatter(target, places, values, mask):
+    """Each value to its place. Both as one int64, which may be taken in any order, so that no thread waits for another's."""
+    pairs = tl.where(mask, (places.to(tl.int64) << 32) | values.to(tl.int64), -1)
+    pairs = tl.ravel(pairs, can_reorder=True)
+    tl.store(target + (pairs >> 32), (pairs & 0xFFFFFFFF).to(tl.int32), mask=pairs >= 0)
+
+
+@triton.jit
+def _thresholds(low, sure):
+    """Three keys that part those from ``low`` to ``sure`` in four."""
+    step = (sure - low + 3) >> 2
+    return low + step, tl.minimum(low + 2 * step, sure), tl.minimum(low + 3 * step, sure)
+
+
+@triton.jit
+def _reaching(keys, one, two, three, COUNT_BITS: tl.constexpr):
+    """How many keys reach each threshold: three counts in one int64, and so one sum over all threads."""
+    counts = (keys >= one).to(tl.int64) + ((keys >= two).to(tl.int64) << COUNT_BITS) + ((keys >= three).to(tl.int64) << 2 * COUNT_BITS)
+    return tl.sum(counts)
+
+
+@triton.jit
+def _narrowed(low, sure, above, one, two, three, counts, k, COUNT_BITS: tl.constexpr):
+    """``low``, ``sure`` and ``above`` after a turn of the search, of which ``_kth_key`` tells."""
+    mask: tl.constexpr = (1 << COUNT_BITS) - 1
+    first, second, third = (counts & mask).to(tl.int32), ((counts >> COUNT_BITS) & mask).to(tl.int32), (counts >> 2 * COUNT_BITS).to(tl.int32)
+    low = tl.where(third > k, three, tl.where(second > k, two, tl.where(first > k, one, low)))
+    sure = tl.where(first <= k, one, tl.where(second <= k, two, tl.where(third <= k, three, sure)))
+    above = tl.where(first <= k, first, tl.where(second <= k, second, tl.where(third <= k, third, above)))
+    return low, sure, above
+
+
+@triton.jit
+def _kth_key(
+    values, groups, count, length, k,
+    GROUP: tl.constexpr, GATHER: tl.constexpr, CHUNK: tl.constexpr, VECTOR: tl.constexpr, COUNT_BITS: tl.constexpr,
+):  # fmt: skip
+    """``sure`` and ``above``: the keys from ``sure`` on are among the k largest, and are ``above`` many. Where that is fewer than k,
+    the others have the key ``sure - 1``, and are enough (or it is 0, and no more exist).
+
+    More than k keys reach ``low``, if any so few do; at most k reach ``sure``. The two approach until they are neighbours, or
+    exactly k keys reach ``sure``. Keys that fit a chunk are read once; more are read every turn.
+    """
     above = tl.zeros([], tl.int32)
-    digits = tl.arange(0, 256)
-    for turn in tl.static_range(4):
-        shift = 24 - 8 * turn
-        counts = tl.zeros([256], tl.int32)
-        for start in range(0, count, CHUNK):
-            key, _, exists = _ordered(values, groups, start, count, length, GROUP, GATHER, CHUNK)
-            if turn > 0:
-                exists = exists & ((key ^ key_so_far) >> (shift + 8) == 0)
-            counts += tl.histogram(((key >> shift) & 255).to(tl.int32), 256, mask=exists)
-        at_least = tl.cumsum(counts, 0, reverse=True)
-        digit = tl.sum((at_least >= k - above).to(tl.int32), 0) - 1
-        above += tl.sum(tl.where(digits > digit, counts, 0), 0)
-        key_so_far = key_so_far | (digit.to(tl.uint32) << shift)
-    return key_so_far, above
+    low, sure = tl.zeros([], tl.uint32), tl.full([], 0xFF800001, tl.uint32)  # beyond the key of +inf
+    if count <= CHUNK:
+        keys, _ = _keys(values, groups, 0, count, length, GROUP, GATHER, CHUNK, VECTOR)
+        real = tl.sum((keys > 0).to(tl.int32))
+        if real <= k:
+            sure, above = tl.full([], 1, tl.uint32), real
+        else:
+            sure = tl.max(keys) + 1
+            low = tl.min(tl.where(keys > 0, keys, 0xFFFFFFFF).to(tl.uint32))
+        while (sure - low > 1) & (above < k):
+            one, two, three = _thresholds(low, sure)
+            counts = _reaching(keys, one, two, three, COUNT_BITS)
+            low, sure, above = _narrowed(low, sure, above, one, two, three, counts, k, COUNT_BITS)
+    else:
+        while (sure - low > 1) & (above < k):
+            one, two, three = _thresholds(low, sure)
+            counts = tl.zeros([], tl.int64)
+            for start in range(0, count, CHUNK):
+                keys, _ = _keys(values, groups, start, count, length, GROUP, GATHER, CHUNK, VECTOR)
+                counts += _reaching(keys, one, two, three, COUNT_BITS)
+            low, sure, above = _narrowed(low, sure, above, one, two, three, counts, k, COUNT_BITS)
+    return sure, above
 
 
 @triton.jit
 def _top_k(
     scores, maxima, groups, lengths, ids, scores_stride, maxima_stride, groups_stride,
-    K: tl.constexpr, K_PADDED: tl.constexpr, GROUP: tl.constexpr, PRESELECT: tl.constexpr, CHUNK: tl.constexpr,
+    K: tl.constexpr, K_PADDED: tl.constexpr, GROUP: tl.constexpr, PRESELECT: tl.constexpr, COUNT_BITS: tl.constexpr,
+    CHUNK: tl.constexpr, MAXIMA_CHUNK: tl.constexpr, VECTOR: tl.constexpr, MAXIMA_VECTOR: tl.constexpr,
 ):  # fmt: skip
     """One program: one sequence."""
     b = tl.program_id(0).to(tl.int64)
     scores, maxima, groups, ids = scores + b * scores_stride, maxima + b * maxima_stride, groups + b * groups_stride, ids + b * K
     length = tl.load(lengths + b)
-    wanted = tl.minimum(length, K)
     count = length
     if PRESELECT:
         n_groups = tl.cdiv(length, GROUP)
-        bound = tl.zeros([], tl.uint32)
-        if n_groups > K:
-            bound, _ = _kth_key(maxima, groups, n_groups, n_groups, K, GROUP, False, CHUNK)
+        bound, above = _kth_key(maxima, groups, n_groups, n_groups, K, GROUP, False, MAXIMA_CHUNK, MAXIMA_VECTOR, COUNT_BITS)
+        bound = tl.maximum(tl.where(above < K, bound - 1, bound), 1)
         kept = tl.zeros([], tl.int32)
-        for start in range(0, n_groups, CHUNK):
-            key, group, exists = _ordered(maxima, groups, start, n_groups, n_groups, GROUP, False, CHUNK)
-            keep = (exists & (key >= bound)).to(tl.int32)
-            tl.store(groups + kept + tl.cumsum(keep, 0) - keep, group, mask=keep > 0)
-            kept += tl.sum(keep, 0)
+        for start in range(0, n_groups, MAXIMA_CHUNK):
+            key, group = _keys(maxima, groups, start, n_groups, n_groups, GROUP, False, MAXIMA_CHUNK, MAXIMA_VECTOR)
+            keep = (key >= bound).to(tl.int32)
+            before, more = _before(keep)
+            _scatter(groups, kept + before, group, keep > 0)
+            kept += more
         tl.debug_barrier()  # the list is read back by other threads than wrote it
         count = kept * GROUP
-    bound, above = _kth_key(scores, groups, count, length, wanted, GROUP, PRESELECT, CHUNK)
-    ties_wanted = wanted - above
+    sure, above = _kth_key(scores, groups, count, length, K, GROUP, PRESELECT, CHUNK, VECTOR, COUNT_BITS)
+    ties_wanted = K - above
     taken, ties = tl.zeros([], tl.int32), tl.zeros([], tl.int32)
     for start in range(0, count, CHUNK):
-        key, index, exists = _ordered(scores, groups, start, count, length, GROUP, PRESELECT, CHUNK)
-        tie = (exists & (key == bound)).to(tl.int32)
-        early = ties + tl.cumsum(tie, 0) - tie < ties_wanted
-        real = key > 0x007FFFFF  # the key of -inf
-        take = (exists & real & ((key > bound) | ((tie > 0) & early))).to(tl.int32)
-        tl.store(ids + taken + tl.cumsum(take, 0) - take, index, mask=take > 0)
-        taken += tl.sum(take, 0)
-        ties += tl.sum(tie, 0)
+        key, index = _keys(scores, groups, start, count, length, GROUP, PRESELECT, CHUNK, VECTOR)
+        certain, tie = (key >= sure).to(tl.int32), ((key == sure - 1) & (key > 0)).to(tl.int32)
+        before, more = _before(certain + (tie << 16))  # both counts in one sum: a chunk has fewer than 2^15
+        earlier_ties = ties + (before >> 16)
+        take = (certain > 0) | ((tie > 0) & (earlier_ties < ties_wanted))
+        _scatter(ids, taken + (before & 0xFFFF) + tl.minimum(earlier_ties, ties_wanted), index, take)
+        taken += more & 0xFFFF
+        ties += more >> 16
+    taken += tl.minimum(ties, ties_wanted)
     place = tl.arange(0, K_PADDED)
     tl.store(ids + place, -1, mask=(place >= taken) & (place < K))

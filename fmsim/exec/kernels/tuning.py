@@ -12,15 +12,16 @@ MAXIMA_ENTRIES = 32  # entries that share one maximum in the pre-selection: 8,19
 
 
 class IndexScores(NamedTuple):
-    block_entries: int = 128  # rows of one matrix product; a multiple of MAXIMA_ENTRIES
-    programs: int = 528  # over batch and splits: four on each of 132 multiprocessors
+    block_entries: int = 128  # rows of one matrix product, no more than lie in a page of 32 and more; a multiple of MAXIMA_ENTRIES
+    programs: int = 528  # over batch and splits: four on each of 132 multiprocessors, all that their registers hold at a time
     warps: int = 4
-    stages: int = 3
+    stages: int = 4
 
 
 class TopK(NamedTuple):
-    chunk: int = 8192  # scores that one program (one sequence) holds at a time
+    chunk: int = 16384  # scores, or maxima, that one program (one sequence) holds: 512 groups of MAXIMA_ENTRIES; less than 2^15
     warps: int = 32
+    maxima_groups: int = 128  # whose maxima one program takes, where none are given
 
 
 class Attention(NamedTuple):
@@ -33,15 +34,16 @@ class Attention(NamedTuple):
 
 
 class Compress(NamedTuple):
-    block_tokens: int = 8
-    warps: int = 4
+    block_tokens: int = 32  # at a time: an entry of 128 tokens takes four turns, each as long as memory's latency
+    warps: int = 16
 
 
 class Gather(NamedTuple):
-    block_words: int = 2048  # of 8 bytes, that one program has on the way
+    segment_words: int = 128  # of 8 bytes: a row of 584 bytes takes one segment, longer rows several
+    tile_words: int = 2048  # a multiple of segment_words; one program has (stages - 1) tiles on the way
     programs: int = 16
-    warps: int = 8
-    stages: int = 3
+    warps: int = 4
+    stages: int = 4
 
 
 class HyperConnection(NamedTuple):
@@ -57,4 +59,5 @@ class NormRope(NamedTuple):
 
 
 HYPER_CONNECTION, NORM_ROPE = HyperConnection(), NormRope()
-INDEX_SCORES, TOP_K, ATTENTION, COMPRESS, GATHER = IndexScores(), TopK(), Attention(), Compress(), Gather()
+INDEX_SCORES, MEMORY_SCORES = IndexScores(), IndexScores(programs=396)  # 128 heads leave registers for three on a multiprocessor
+TOP_K, ATTENTION, COMPRESS, GATHER = TopK(), Attention(), Compress(), Gather()
