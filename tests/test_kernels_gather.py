@@ -15,7 +15,7 @@ from fmsim.exec.kernels.tuning import Gather
 @given(
     seed=st.integers(0, 2**32),
     groups=st.integers(1, 3),
-    row_bytes=st.sampled_from([8, 16, 584, 716 * 4, 2336]),
+    row_bytes=st.sampled_from([8, 16, 132, 584, 716 * 4, 2336]),
     moves=st.integers(1, 40),
     padding=st.sampled_from([0.0, 0.3, 1.0]),
     ids=st.sampled_from([torch.int32, torch.int64]),
