@@ -634,11 +634,11 @@ class MoE(nn.Module):
         self.experts = Experts(config)
         self.shared_experts = SwiGLU(config)
 
-    def forward(self, x: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
-        """x [B, S, D], tokens [B, S] -> output, and each expert's share of the routed slots."""
+    def forward(self, x: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor | None]:
+        """x [B, S, D], tokens [B, S] -> output, and, where gradients are, each expert's share of the routed slots."""
         flat = x.flatten(0, 1)
         chosen, weights = self.gate(flat, tokens.flatten())
-        load = F.one_hot(chosen, len(self.gate.weight)).float().mean((0, 1))
+        load = F.one_hot(chosen, len(self.gate.weight)).float().mean((0, 1)) if torch.is_grad_enabled() else None
         return self.experts(flat, chosen, weights).view_as(x) + self.shared_experts(x), load
 
 
