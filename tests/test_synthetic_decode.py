@@ -41,6 +41,6 @@ def test_it_moves_what_the_replay_says(spec, device):
         loads = (ledger.demand_loads + ledger.lookahead_loads).sum(axis=0)[footprint(ledger, SMALL, layer_map).groups].sum()
         assert found.outcome.h2d_bytes == loads * ledger.granularity * 584
         predicted = synthetic_run.kv_bytes_of(footprint(ledger, SMALL, layer_map), ledger, SMALL)
-        assert found.kv_bytes == pytest.approx(predicted, rel=0.1)  # keys and HCA entries fill whole pages of 64
+        assert 0 <= found.kv_bytes - predicted <= 64 * (584 + 3 * 132)  # keys of three layers and HCA entries of one fill whole pages of 64
     shown = synthetic_run.report([found], replayer, SMALL, layer_map, experts, device, "made")
     assert shown["policies"][0]["decode_tokens_per_s"] > 0 and shown["scenario"]["batch"] == 3
