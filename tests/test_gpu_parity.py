@@ -27,7 +27,10 @@ from fmsim.policies import registry  # noqa: E402
 from fmsim.trace import read  # noqa: E402
 
 on_gpu = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device: bfloat16 was compared on the CPU only")]
-on_each_device = pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=on_gpu)])
+# On a CPU, plain torch and then the kernels' references; on a GPU the kernels, in a CUDA graph.
+on_each_device = pytest.mark.parametrize(
+    ("device", "kernels"), [("cpu", False), ("cpu", True), pytest.param("cuda", True, marks=on_gpu)], ids=["cpu", "cpu-references", "cuda"]
+)
 LENGTHS, STEPS = (40, 7), 60  # across the ends of windows, of entries, and of 16 pages
 
 
@@ -60,12 +63,12 @@ def bfloat16_twins(reference, device: str):
 
 
 @torch.inference_mode()
-def decoded(reference, device: str, texts: list[torch.Tensor], steps: int, spec="full") -> Logits:
+def decoded(reference, device: str, kernels: bool, texts: list[torch.Tensor], steps: int, spec="full") -> Logits:
     """The prompt's last token and the ``steps`` given tokens after it, of all texts."""
     reference = reference.to(device)
     theirs, ours = bfloat16_twins(reference, device)
     wholes = [[model(text[None].to(device)).logits[0, -steps - 1 :].float() for text in texts] for model in (reference, theirs)]
-    batch = Batch([Prompt(ours, text[:-steps].tolist(), steps) for text in texts], registry.build(spec))
+    batch = Batch([Prompt(ours, text[:-steps].tolist(), steps) for text in texts], registry.build(spec), kernels=kernels)
     rows = [batch.logits.float().clone()]
     for step in range(steps):
         batch.step([int(text[step - steps]) for text in texts])
@@ -86,10 +89,10 @@ def clear(found: Logits, error: torch.Tensor) -> torch.Tensor:
 @on_each_device
 @settings(max_examples=5, deadline=None)
 @given(layers=st.lists(kinds, max_size=3).flatmap(lambda mix: st.permutations([*mix, CSA])), experts=st.sampled_from([4, 16]), seed=st.integers(0, 99))
-def test_it_rounds_as_transformers_does_and_greedy_tokens_are_float32s(device, layers, experts, seed):
+def test_it_rounds_as_transformers_does_and_greedy_tokens_are_float32s(device, kernels, layers, experts, seed):
     """Every expert by the token's id, every entry among the top-k: there is nothing to choose."""
     reference = oracle(seed, layer_types=layers, n_routed_experts=experts, num_hash_layers=len(layers), index_topk=32)
-    found = decoded(reference, device, random_texts(), STEPS)
+    found = decoded(reference, device, kernels, random_texts(), STEPS)
     theirs, ours = found.errors
     assert 0 < ours.square().mean().sqrt() < 1.3 * theirs.square().mean().sqrt() < 0.05  # of logits whose deviation is 0.8
     sure = clear(found, 2 * theirs.max())
@@ -98,12 +101,12 @@ def test_it_rounds_as_transformers_does_and_greedy_tokens_are_float32s(device, l
 
 @on_each_device
 @pytest.mark.parametrize("spec", ["full", {"policy": "lru", "budget": "3x topk", "granularity": 4}], ids=["full", "lru"])
-def test_where_choices_are_free_the_typical_token_is_as_near(device, spec):
+def test_where_choices_are_free_the_typical_token_is_as_near(device, kernels, spec):
     runs = []
     for seed in range(3):
         reference = oracle(seed, layer_types=["sliding_attention", CSA, "heavily_compressed_attention", CSA], n_routed_experts=16, index_topk=8)
         texts = [torch.randint(0, 64, (length + STEPS,)) for length in (40, 33)]  # for a budget of three times top-k
-        runs.append(decoded(reference, device, texts, STEPS, spec))
+        runs.append(decoded(reference, device, kernels, texts, STEPS, spec))
     found = Logits(*map(torch.cat, zip(*runs)))
     theirs, ours = (error.amax(-1).median() for error in found.errors)
     assert ours < 1.3 * theirs < 0.15
@@ -112,11 +115,11 @@ def test_where_choices_are_free_the_typical_token_is_as_near(device, spec):
 
 
 @on_each_device
-def test_nano_decodes_as_near_and_says_the_same(device):
+def test_nano_decodes_as_near_and_says_the_same(device, kernels):
     """The shipped model on real text, with the tokens that it chooses itself."""
     reference = transformers.DeepseekV4ForCausalLM.from_pretrained(MODEL_FOLDER, dtype=torch.float32).eval()
     text = torch.from_numpy(np.asarray(read(TRACES / "nano-32k-needles.safetensors").token_ids[1:340]).astype(np.int64))
-    found = decoded(reference, device, [text], 40)
+    found = decoded(reference, device, kernels, [text], 40)
     theirs, ours = (error.amax(-1).median() for error in found.errors)
     assert ours < 1.5 * theirs
     sure = clear(found, 4 * theirs)
@@ -127,5 +130,5 @@ def test_nano_decodes_as_near_and_says_the_same(device):
     best = torch.cat(written.logits).topk(2).values
     count = int((best[:, 0] - best[:, 1] > 4 * theirs).cumprod(0).sum())  # after a near tie the texts may part
     prompt = Prompt(load_model(MODEL_FOLDER, device, torch.bfloat16), text[:-40].tolist(), 12)
-    tokens = Engine(prompt, registry.build("full")).generate(12)
+    tokens = Engine(prompt, registry.build("full"), kernels=kernels).generate(12)
     assert count > 2 and tokens[:count] == written.sequences[0, -12:][:count].tolist()

@@ -120,7 +120,8 @@ class _Appender:
         if state.prior_kv is not None:
             tokens = ((state.closed - 1) * rate + torch.arange(rate, device=self.ring.kv.device)) % span
             self.ring.kv[b, tokens, :width] = state.prior_kv[0]
-            self.ring.gate[b, tokens, :width] = state.prior_gate[0] - self.compressor.position_bias[:, :width]  # the kernel adds it
+            gate = state.prior_gate[0] - self.compressor.position_bias[:, :width]  # the kernel adds it
+            self.ring.gate[b, tokens, :width] = gate.to(self.ring.gate.dtype)
 
 
 class DecodeAttention:
