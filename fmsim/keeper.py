@@ -118,7 +118,7 @@ class Keeper:
         """Which of the missing pages `on_miss` loads: bool [G, n]."""
         params = self.policy.params
         if params.on_miss == "fallback":
-            return heaviest_missing(use, missing, params.fallback_below)
+            return heaviest_missing(use, missing, params.fallback_above, params.fallback_below)
         return missing if params.on_miss == "fetch" else use.pages < -1
 
     def settle(self, step: int, use: Accesses, fetched: Array) -> Outcome:
@@ -135,13 +135,19 @@ class Keeper:
         return Outcome(hit, fetched, moves)
 
 
-def heaviest_missing(use: Accesses, missing: Array, below: float) -> Array:
-    """Which missing pages to fetch, heaviest first, until `below` of the step's selected entries (by count) are there; bool [G, n].
+def heaviest_missing(use: Accesses, missing: Array, above: float, below: float) -> Array:
+    """Which missing pages to fetch: those that carry more than `above` of the step's mass, and further ones, heaviest first, until `below`
+    of its selected entries (by count) are there; bool [G, n].
 
-    The signal is one that a serving engine has: its native indexer scores every entry, so it knows which it selected,
-    and the lookup table says which of these are resident. Weights are the trace's attention mass; an engine has its indexer's scores.
+    The signal is one that a serving engine has: its native indexer scores every entry, so it knows which it selected and how much
+    each of them matters, and the lookup table says which are resident. `use.mass` is the trace's attention mass; in an engine its indexer's
+    softmax over the selection.
     """
     xp = array_namespace(missing)
+    mass = xp.astype(xp.where(use.pages >= 0, use.mass, 0.0), xp.float64)  # sums of float16 are exact, so libraries agree
+    heavy = missing & (mass > xp.sum(mass, axis=1, keepdims=True) * above)
+    if not below:
+        return heavy
     count = xp.astype(xp.where(use.pages >= 0, use.count, 0), xp.int64)
     present = xp.sum(xp.where(missing, 0, count), axis=1, keepdims=True)
     wanted = xp.ceil(xp.astype(xp.sum(count, axis=1, keepdims=True), xp.float64) * below)
@@ -152,4 +158,4 @@ def heaviest_missing(use: Accesses, missing: Array, below: float) -> Array:
     before = xp.cumulative_sum(sorted_count, axis=1) - sorted_count
     take = xp.zeros_like(missing)
     arrays.put(take, start, order, (present + before < wanted) & (sorted_count > 0))
-    return take
+    return take | heavy

@@ -14,7 +14,7 @@ import numpy as np
 
 from fmsim.errors import FmsimError
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 
 
 @dataclass(frozen=True)
@@ -44,6 +44,7 @@ class Ledger:
     golden_hit: np.ndarray  # [T, L] int32: of these, resident when the step began
     mass_total: np.ndarray  # [T, L] float32: attention mass on the selected entries
     mass_kept: np.ndarray  # [T, L] float32: of it, on entries attended after on_miss was applied
+    heaviest_lost: np.ndarray  # [T, L] float32: the largest mass of one selected entry that was not attended to
     resident: np.ndarray  # [T, G] int32: slots filled at the end of the step
     initial: np.ndarray  # [G] int32: slots filled before the first step (left there by the prefill: no traffic)
     demand_loads: np.ndarray  # [T, G] int32: slots fetched inside the step, which stall it

@@ -25,7 +25,7 @@ def in_parallel(work: Callable[[int], Result], n: int) -> Iterator[Result]:
     On Linux they run in forked processes, which share the parent's arrays; elsewhere, or on one core, one after another.
     An exception that `work` raises is raised here.
     """
-    n_processes = min(n, _cores())
+    n_processes = min(n, cores())
     if n_processes < 2 or sys.platform != "linux":
         yield from map(work, range(n))
         return
@@ -35,9 +35,15 @@ def in_parallel(work: Callable[[int], Result], n: int) -> Iterator[Result]:
         yield from pool.map(_inherited, range(n))
 
 
-def as_they_end(work: Callable[[Item], Result], items: Sequence[Item], jobs: int | None = None) -> Iterator[Result]:
-    """work(item) of each, as each ends, in `jobs` processes (one a core by default), which end with this one even if it is killed."""
-    with ProcessPoolExecutor(jobs or _cores(), initializer=_end_with_parent, initargs=(os.getpid(),)) as pool:
+def as_they_end(
+    work: Callable[[Item], Result], items: Sequence[Item], jobs: int | None = None, start_method: str | None = None
+) -> Iterator[Result]:
+    """work(item) of each, as each ends, in `jobs` processes (one a core by default), which end with this one even if it is killed.
+
+    `start_method` is multiprocessing's; "spawn" for work on a GPU, whose driver does not outlive a fork.
+    """
+    context = multiprocessing.get_context(start_method)
+    with ProcessPoolExecutor(jobs or cores(), context, initializer=_end_with_parent, initargs=(os.getpid(),)) as pool:
         try:
             for future in as_completed([pool.submit(work, item) for item in items]):
                 yield future.result()
@@ -78,5 +84,5 @@ def _inherited(index: int) -> Any:
     return _work(index)
 
 
-def _cores() -> int:
+def cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

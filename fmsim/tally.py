@@ -92,6 +92,7 @@ class Tally:
             golden_hit=(golden & hit).sum(axis=2, dtype=np.int32),
             mass_total=mass.sum(axis=2),
             mass_kept=np.einsum("tlk,tlk->tl", mass, attended),
+            heaviest_lost=np.where(attended, 0, mass).max(axis=2, initial=0),
             initial=_int32(self.initial),
             set_overlap=np.array([float(part.mean()) for part in self.overlap], dtype=np.float32),
             scored=self.scored[:steps],

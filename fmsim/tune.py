@@ -95,7 +95,7 @@ def ranges_of(policy: str, given: Sequence[str] = ()) -> list[Range]:
         return [Range.parse(text, fields, policy) for text in given]
     found = [range_ for name, field in fields.items() if (range_ := Range.of_schema(name, field)) is not None]
     falls_back = any(range_.name == "on_miss" and "fallback" in range_.choices for range_ in found)
-    return [range_ for range_ in found if range_.name != "fallback_below" or falls_back]
+    return [range_ for range_ in found if falls_back or not range_.name.startswith("fallback_")]
 
 
 @dataclass(frozen=True)

@@ -108,12 +108,16 @@ def test_masked_selection_is_of_resident_entries_alone(prompt):
 
 
 def test_fallback_fetches_until_enough_is_there(prompt):
-    ledger = decoded(prompt, {"policy": "lru", "on_miss": "fallback", "budget": "10 entries", "fallback_below": 0.75}).ledger()
+    spec = {"policy": "lru", "on_miss": "fallback", "budget": "10 entries", "fallback_below": 0.75}
+    ledger = decoded(prompt, spec | {"fallback_above": 1.0}).ledger()
     assert ledger.demand_loads.sum() > 0
     assert (ledger.hit + ledger.demand_loads >= 0.75 * ledger.accessed).all()
     assert (ledger.hit + ledger.demand_loads < ledger.accessed).any()
     change = np.diff(ledger.resident, axis=0, prepend=ledger.initial[None])
     assert np.array_equal(change, ledger.demand_loads + ledger.lookahead_loads + ledger.written - ledger.evicted)
+    spec = {"policy": "lru", "on_miss": "fallback", "budget": "10 entries"}
+    loads = [decoded(prompt, spec | {"fallback_above": above}).ledger().demand_loads.sum() for above in (1.0, 0.15, 0.01)]  # of the indexer's softmax
+    assert 0 == loads[0] < loads[1] < loads[2]
 
 
 def test_a_lookahead_policy_scores_the_running_models_own_states(prompt, tmp_path):

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from fmsim.accesses import golden_mask, page_trace
 from fmsim.errors import FmsimError
+from fmsim.keeper import Accesses, heaviest_missing
 from fmsim.ledger import Ledger
 from fmsim.policies import registry
 from fmsim.replay import Replayer, replay
@@ -99,13 +100,60 @@ def test_a_step_that_needs_more_pages_than_slots_thrashes_and_counts():
 def test_fallback_fetches_the_heaviest_until_enough_is_there():
     # resident from the start: 5, 6 and 7; the step wants 4 entries, and three quarters of them must be there
     trace = HandTrace([[[0, 1, 6, 7]], [[1, 6, 7]]], masses=[[[0.125, 0.25, 0.03125, 0.03125]], [[0.25, 0.0625, 0.0625]]])
-    spec = {"policy": "lru", "budget": "3 entries", "on_miss": "fallback", "cadence": 64}
+    spec = {"policy": "lru", "budget": "3 entries", "on_miss": "fallback", "fallback_above": 1.0, "cadence": 64}
     source = Replayer(trace)
     ledger = run(source, **spec, fallback_below=0.75)
     assert ledger.demand_loads[:, 0].tolist() == [1, 0] and ledger.hit[:, 0].tolist() == [2, 3]
     assert ledger.mass_kept[0, 0] == pytest.approx(0.3125)  # 1 was fetched, 0 was masked
+    assert ledger.heaviest_lost[:, 0].tolist() == [0.125, 0.0]
     assert run(source, **spec, fallback_below=0.5).demand_loads.sum() == 0
     assert run(source, **spec, fallback_below=1.0).demand_loads[:, 0].tolist() == [2, 1]  # one slot for two: 1 passed through
+
+
+def test_fallback_fetches_what_is_heavy_by_itself():
+    # the same: 0 has two sevenths of the first step's mass, 1 four; in the second, 1 has two thirds
+    trace = HandTrace([[[0, 1, 6, 7]], [[1, 6, 7]]], masses=[[[0.125, 0.25, 0.03125, 0.03125]], [[0.25, 0.0625, 0.0625]]])
+    spec = {"policy": "lru", "budget": "3 entries", "on_miss": "fallback", "cadence": 64}
+    source = Replayer(trace)
+    assert run(source, **spec, fallback_above=0.67).demand_loads.sum() == 0
+    assert run(source, **spec, fallback_above=0.6).demand_loads[:, 0].tolist() == [0, 1]
+    assert run(source, **spec, fallback_above=0.5).demand_loads[:, 0].tolist() == [1, 0]
+    assert run(source, **spec, fallback_above=0.28).demand_loads[:, 0].tolist() == [2, 1]
+    assert run(source, **spec, fallback_above=0.5, fallback_below=1.0).demand_loads[:, 0].tolist() == [2, 1]  # either calls for it
+    many = Replayer(HandTrace([[[0, 1, 2, 3, 6]]], masses=[[[0.0625, 0.0625, 0.0625, 0.0625, 0.25]]]))
+    assert run(many, **spec, fallback_above=0.13).demand_loads.sum() == 0  # half of the mass is missing, but no page of it matters
+    assert run(many, **spec, fallback_above=0.12).demand_loads.sum() == 4
+
+
+@st.composite
+def steps_in_part_there(draw):
+    """pages [G, n] padded with -1, counts, masses of a trace's precision, and which pages are missing."""
+    groups, width = draw(st.integers(1, 3)), draw(st.integers(1, 12))
+    number = st.integers(0, 2**11)
+    rows = st.lists(st.lists(number, min_size=width, max_size=width), min_size=groups, max_size=groups)
+    pages = np.argsort(np.array(draw(rows)), axis=1).astype(np.int32)
+    pages[:, draw(st.integers(1, width)) :] = -1
+    count = np.where(pages >= 0, 1 + np.array(draw(rows)) % 4, 0).astype(np.int32)
+    mass = np.where(pages >= 0, np.array(draw(rows)) / 2**11, 0).astype(np.float32)
+    return Accesses(pages, count, mass), (np.array(draw(rows)) % 2 == 1) & (pages >= 0)
+
+
+@given(step=steps_in_part_there(), above=st.floats(0.01, 1.0), below=st.floats(0.0, 1.0))
+def test_what_fallback_fetches_is_enough_and_no_more(step, above, below):
+    use, missing = step
+    taken = heaviest_missing(use, missing, above, below)
+    assert not (taken & ~missing).any()
+    for row in range(len(taken)):
+        left, mass = missing[row] & ~taken[row], use.mass[row].astype(np.float64)
+        got, needed = use.count[row, ~left].sum(), use.count[row].sum() * below
+        assert got >= needed and not (mass[left] > mass.sum() * above).any()
+        if taken[row].any():
+            lightest = min(np.flatnonzero(taken[row]), key=lambda at: (use.mass[row, at], use.pages[row, at]))
+            assert got - use.count[row, lightest] < needed or mass[lightest] > mass.sum() * above
+            assert not left.any() or use.mass[row, left].max() <= use.mass[row, lightest]
+    torch = pytest.importorskip("torch")
+    on_torch = heaviest_missing(Accesses(*map(torch.from_numpy, (use.pages, use.count, use.mass))), torch.from_numpy(missing), above, below)
+    np.testing.assert_array_equal(on_torch.numpy(), taken)
 
 
 def test_entries_that_close_are_on_the_gpu_at_once():

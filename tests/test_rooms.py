@@ -36,6 +36,9 @@ FORBIDDEN = {
     "exec": ("fmsim.simulate",),
     "exec/kernels": ("fmsim.simulate", "fmsim.policies", "fmsim.residency", "fmsim.hw", "fmsim.exec.model", "fmsim.exec.session"),
     "tasks": ("fmsim.policies", "fmsim.hw", "fmsim.exec", "fmsim.replay", "fmsim.trace"),
+    "accuracy": ("fmsim.report",),
+    "accuracy/summary.py": ("fmsim.exec", "fmsim.policies"),
+    "accuracy/signals.py": ("fmsim.exec", "fmsim.policies"),
     "report": ("fmsim.policies", "fmsim.hw", "fmsim.replay", "fmsim.exec", "fmsim.trace"),
 }
 TORCH_ROOMS = ("exec", "indexer", "nano", "trace/dense")

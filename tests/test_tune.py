@@ -37,7 +37,7 @@ def test_a_schema_gives_what_it_bounds():
     assert (ranges["threshold"].low, ranges["threshold"].high) == (0.01, 0.99)  # the ends are open
     assert not {"cadence", "checkpoint", "layers", "kmax", "sink_entries"} & set(ranges)  # no bound above
     assert "on_miss" not in {range_.name for range_ in ranges_of("recency")}  # one choice
-    assert "fallback_below" not in {range_.name for range_ in ranges_of("h2o")}  # it never falls back
+    assert not {"fallback_above", "fallback_below"} & {range_.name for range_ in ranges_of("h2o")}  # it never falls back
 
 
 @pytest.mark.parametrize(

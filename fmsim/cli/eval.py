@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
@@ -16,7 +17,7 @@ DEFAULT_POLICIES = ["full", "lsa", "lsa:on_miss=fallback", "recency", "random", 
 def evaluate(
     task: Annotated[list[str], typer.Option("--task", "-t", help="task family; repeat for more; all by default")] = [],  # noqa: B006
     length: Annotated[list[int], typer.Option("--length", "-l", help="tokens of a context; repeat for more")] = [32_768],  # noqa: B006
-    samples: Annotated[int, typer.Option(help="contexts a family and length")] = 10,
+    samples: Annotated[int, typer.Option(help="contexts a family, length and seed")] = 10,
     policy: Annotated[list[str], typer.Option("--policy", "-p", help="name, or name:key=value,key=value; repeat for more")] = DEFAULT_POLICIES,
     budget: Annotated[str, typer.Option(help="of every policy that does not name its own")] = "10%",
     checkpoint: Annotated[Path | None, typer.Option(help="lsa's memory indexer; the shipped one by default")] = None,
@@ -24,8 +25,9 @@ def evaluate(
     text: Annotated[list[Path], typer.Option(help="text files instead of a corpus")] = [],  # noqa: B006
     geometry: Annotated[str, typer.Option(help="preset whose full cache gives the GiB")] = "v4-flash",
     hardware: Annotated[str, typer.Option(help="preset of the simulated stalls")] = "h100",
-    seed: Annotated[int, typer.Option(help="decides texts, facts and questions")] = 42,
+    seed: Annotated[list[int], typer.Option(help="decides texts, facts and questions; repeat for their spread")] = [42],  # noqa: B006
     device: Annotated[str | None, typer.Option(help="cuda or cpu; cuda where there is one by default")] = None,
+    workers: Annotated[int, typer.Option("--workers", "-w", min=1, help="processes on the device, each with a model")] = 1,
     out: Annotated[Path | None, typer.Option(help="folder for answers.jsonl, from which an interrupted run goes on, and report.json")] = None,
     plot: Annotated[Path | None, typer.Option(help="write accuracy against footprint as an HTML page")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="print one JSON object instead of the tables")] = False,
@@ -35,6 +37,7 @@ def evaluate(
     \b
     fmsim eval --corpus tokens --length 32768 --length 131072 --out results
     fmsim eval --text book.txt -l 8192 --samples 4 -t niah_single -t vt -p full -p lsa:budget=20% -p recency
+    fmsim eval --corpus tokens -l 131072 --seed 42 --seed 43 --seed 44 --workers 8 --out results
     """
     require("model", "eval")
     from fmsim import accuracy
@@ -48,12 +51,13 @@ def evaluate(
     if (corpus is None) == (not text):
         raise FmsimError("eval: give either --corpus, the folder that `python -m fmsim.nano.tokens` writes, or --text, one or more text files")
     import torch
+
     given = str(checkpoint) if checkpoint else None
-    plan = Plan(tuple(task) or FAMILIES, tuple(length), samples, tuple(policy), budget, given, seed, geometry, hardware)
-    read, source = _text(corpus, text)
-    model, about = _model(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    about |= {"text": source}
-    lines = accuracy.run(model, read, plan, Lines(plan, about, out / "answers.jsonl" if out else None), _show_progress)
+    plan = Plan(tuple(task) or FAMILIES, tuple(length), samples, tuple(policy), budget, given, tuple(seed), geometry, hardware)
+    about = _about(corpus, text)
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    answers = Lines(plan, about, out / "answers.jsonl" if out else None)
+    lines = accuracy.run(partial(_open, device, corpus, text), plan, answers, _show_progress, workers)
     report = {"about": about | {"plan": vars(plan)}} | accuracy.summary(lines)
     if out:
         (out / "report.json").write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
@@ -65,26 +69,37 @@ def evaluate(
     typer.echo(json.dumps(report)) if as_json else table.show(report)
 
 
+def _open(device: str, corpus: Path | None, files: list[Path]):
+    """The model, and the text of the contexts."""
+    return _model(device), _text(corpus, files)
+
+
 def _model(device: str):
     from fmsim.exec.loader import load_model
+    from fmsim.nano.tokenizer import MODEL_FOLDER
+
+    return load_model(MODEL_FOLDER, device)
+
+
+def _about(corpus: Path | None, files: list[Path]) -> dict[str, str]:
+    """The model, its weights' digest, and that of the text's tokens."""
+    import hashlib
+
     from fmsim.exec.record import weights_digest
     from fmsim.nano.tokenizer import MODEL_FOLDER
 
-    return load_model(MODEL_FOLDER, device), {"model": "nano", "sha256": weights_digest(MODEL_FOLDER)}
+    text = hashlib.sha256(_text(corpus, files).tokens.tobytes()).hexdigest()
+    return {"model": "nano", "sha256": weights_digest(MODEL_FOLDER), "text": text}
 
 
 def _text(corpus: Path | None, files: list[Path]):
-    """The text, and what it is: a corpus, and the digest of its tokens."""
-    import hashlib
-
     from fmsim.errors import FmsimError
     from fmsim.nano import tokens
 
     try:
-        found = tokens.load(corpus, "held_out") if corpus else tokens.from_texts({path.name: path.read_text(encoding="utf-8") for path in files})
+        return tokens.load(corpus, "held_out") if corpus else tokens.from_texts({path.name: path.read_text(encoding="utf-8") for path in files})
     except (OSError, UnicodeDecodeError) as error:
         raise FmsimError(f"--text: cannot be read as UTF-8 text ({error})") from None
-    return found, hashlib.sha256(found.tokens.tobytes()).hexdigest()
 
 
 def _show_progress(what: str, done: int, total: int) -> None:

@@ -37,8 +37,9 @@ class PolicyParams(BaseModel):
     cadence: int = Field(1, ge=1, description="steps between decisions over all pages; 1 = reactive: pages come in only by a write or a miss")
     scope: Literal["per_layer", "shared"] = Field("per_layer", description="each CSA layer its own resident set, or one set for all")
     granularity: Literal[1, 4, 16, 64] = Field(1, description="entries in a slot")
-    on_miss: Literal["fetch", "mask", "fallback"] = Field("fetch", description="stall and load; attend without; or mask until too little is left")
-    fallback_below: float = Field(0.75, gt=0, le=1, description="on_miss fallback: fetch when a smaller share of the selected entries is resident")
+    on_miss: Literal["fetch", "mask", "fallback"] = Field("fetch", description="stall and load; attend without; or load the heavy, mask the rest")
+    fallback_above: float = Field(0.05, gt=0, le=1, description="on_miss fallback: fetch a page that has a larger share of the step's mass")
+    fallback_below: float = Field(0.0, ge=0, le=1, description="on_miss fallback: fetch until this share of the selected entries is resident")
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,9 @@ def show(report: dict[str, Any]) -> None:
     lengths = sorted({cell["tokens"] for cell in report["cells"]})
     parts = [part for tokens in lengths for part in (_scores(report, tokens), Text())]
     policies = len(report["overall"])
-    wide_console(max(MIN_WIDTH, TASK_WIDTH + CELL_WIDTH * policies)).print(Group(*parts, _prices(report), *_signals(report), *_notes(report)))
+    wide_console(max(MIN_WIDTH, TASK_WIDTH + CELL_WIDTH * policies)).print(
+        Group(*parts, _prices(report), *_paired(report), *_signals(report), *_notes(report))
+    )
 
 
 def _scores(report: dict[str, Any], tokens: int) -> Table:
@@ -59,6 +61,17 @@ def _prices(report: dict[str, Any]) -> Table:
     return table
 
 
+def _paired(report: dict[str, Any]) -> list[Text]:
+    """Where policies beat the full cache, where they lose to it, and whether that outlives the spread of seeds."""
+    lines = [Text("beside full, sample by sample", "bold")] if report["paired"] else []
+    for policy, row in report["paired"].items():
+        error, seeds = row["difference_se"], len(row["by_seed"])
+        spread = "one seed" if error is None else f"standard error {100 * error:.1f} over {seeds} seeds"
+        counts = f"better in {row['better']}, worse in {row['worse']}, same in {row['same']}"
+        lines.append(Text(f"{policy}: {counts}; {100 * row['difference']:+.1f} ({spread})"))
+    return lines
+
+
 def _signals(report: dict[str, Any]) -> list[Text]:
     lines = [Text("what tells a lost answer from a kept one (AUC; 0.5 is nothing)", "bold")] if report["signals"] else []
     for policy, row in report["signals"].items():
@@ -70,10 +83,15 @@ def _signals(report: dict[str, Any]) -> list[Text]:
 def _notes(report: dict[str, Any]) -> list[Text]:
     about, samples = report["about"], sorted({cell["samples"] for cell in report["cells"]})
     notes = [
-        f"{about['model']}, {' to '.join(map(str, dict.fromkeys((samples[0], samples[-1]))))} samples a cell, seed {about['plan']['seed']}, "
+        f"{about['model']}, {' to '.join(map(str, dict.fromkeys((samples[0], samples[-1]))))} samples a cell, {_seeds(about)}, "
         f"budget {about['plan']['budget']} of the prompt's entries where a policy names none; scores by RULER's rules, of 100.",
         f"KV GiB: kept share of CSA entries x {about['plan']['model']}'s full cache (the paper's accounting), mean over the answer's steps.",
         f"+, -: differs from full by more than {SPREADS} standard errors of the paired difference.  "
         f"* simulated for {about['plan']['hardware']}, not measured; the rest is measured or counted.",
     ]
     return [Text(note, style="dim") for note in notes]
+
+
+def _seeds(about: dict[str, Any]) -> str:
+    seeds = about["plan"]["seeds"]
+    return f"seed{'s' * (len(seeds) > 1)} {', '.join(map(str, seeds))}"

@@ -4,7 +4,7 @@ Families after RULER (Hsieh et al., arXiv 2404.06654), multi-session memory afte
 multi-round recall after MRCR (Vodrahalli et al., arXiv 2409.12640), in the wording that nano was trained on.
 """
 
-from fmsim.tasks.contexts import FAMILIES, build
+from fmsim.tasks.contexts import FAMILIES, build, in_contexts
 from fmsim.tasks.questions import Context, Question
 
-__all__ = ["FAMILIES", "Context", "Question", "build"]
+__all__ = ["FAMILIES", "Context", "Question", "build", "in_contexts"]

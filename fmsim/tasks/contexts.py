@@ -22,17 +22,20 @@ def build(tasks: Sequence[str], length_tokens: int, sample: int, corpus: Corpus,
     Families in `SHARING` stand in one context, which is costly to read; their facts are about different things. The others have one each,
     since theirs fill it. Raises FmsimError for a name that is no family's, or a length too short for what is told.
     """
+    contexts = []
+    for families in in_contexts(tasks):
+        draw = _draw(families[0], length_tokens, sample, seed)
+        contexts.append(LISTS[families[0]](draw) if families[0] in LISTS else _woven(families, draw, corpus))
+    return contexts
+
+
+def in_contexts(tasks: Sequence[str]) -> list[tuple[str, ...]]:
+    """``tasks`` by the context that they stand in, in the order of `build`, which makes the same context of such a part alone."""
     unknown = [task for task in tasks if task not in FAMILIES]
     if unknown:
         raise FmsimError(f"no task family {unknown[0]!r}; there are {', '.join(FAMILIES)}")
-    contexts = []
-    together = [task for task in SHARING if task in tasks]
-    if together:
-        contexts.append(_woven(together, _draw(together[0], length_tokens, sample, seed), corpus))
-    for task in (task for task in (*ALONE, *LISTS) if task in tasks):
-        draw = _draw(task, length_tokens, sample, seed)
-        contexts.append(_woven([task], draw, corpus) if task in ALONE else LISTS[task](draw))
-    return contexts
+    together = tuple(task for task in SHARING if task in tasks)
+    return ([together] if together else []) + [(task,) for task in (*ALONE, *LISTS) if task in tasks]
 
 
 def _draw(task: str, length_tokens: int, sample: int, seed: int) -> Draw:
@@ -41,7 +44,7 @@ def _draw(task: str, length_tokens: int, sample: int, seed: int) -> Draw:
     return Draw(np.random.default_rng((seed, length_tokens, sample, group)), length_tokens)
 
 
-def _woven(tasks: list[str], draw: Draw, corpus: Corpus) -> Context:
+def _woven(tasks: Sequence[str], draw: Draw, corpus: Corpus) -> Context:
     families: list[Woven] = [(SHARING | ALONE)[task](draw) for task in tasks]
     marks = sessions(draw) if set(tasks) & set(IN_SESSIONS) else []
     tokens = weave(draw.rng, corpus, draw.length, marks + [item for family in families for item in family.told]).tokens

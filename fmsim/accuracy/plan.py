@@ -1,0 +1,83 @@
+"""What `fmsim eval` asks of whom, and the contexts that are read for it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import yaml
+
+from fmsim.errors import FmsimError
+from fmsim.geometry import PRESETS
+from fmsim.policies import registry
+from fmsim.policies.base import Policy
+from fmsim.tasks import FAMILIES, in_contexts
+
+POLICIES = ("full", "lsa", "lsa:on_miss=fallback", "recency", "random", "lru", "h2o", "oracle")
+
+
+@dataclass(frozen=True)
+class Item:
+    """One context, read once: number ``sample`` of a seed and length, and the families asked about in it."""
+
+    seed: int
+    tokens: int
+    sample: int
+    tasks: tuple[str, ...]
+
+    def __str__(self) -> str:
+        return f"{self.tokens:,} tokens, seed {self.seed}, sample {self.sample + 1}, {', '.join(self.tasks)}"
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is asked of whom. ``policies`` are specs as `policy_of` reads them; ``budget`` is of all that do not name their own; ``model``
+    names the preset whose bytes, and ``hardware`` the one whose times, the answers' ledgers are turned into."""
+
+    tasks: tuple[str, ...] = FAMILIES
+    lengths: tuple[int, ...] = (32_768,)
+    samples: int = 10
+    policies: tuple[str, ...] = POLICIES
+    budget: str = "10%"
+    checkpoint: str | None = None
+    seeds: tuple[int, ...] = (42,)
+    model: str = "v4-flash"
+    hardware: str = "h100"
+
+    def __post_init__(self) -> None:
+        for task in set(self.tasks) - set(FAMILIES):
+            raise FmsimError(f"--task {task}: no such family; there are {', '.join(FAMILIES)}")
+        if self.model not in PRESETS:
+            raise FmsimError(f"--geometry {self.model}: no such preset; there are {', '.join(PRESETS)}")
+        if self.samples < 1 or min(self.lengths) < 1:
+            raise FmsimError("eval: --samples and --length must be at least 1")
+        if min(self.seeds) < 0:
+            raise FmsimError("eval: --seed must be at least 0")
+
+    def items(self) -> list[Item]:
+        """Every context, each once."""
+        every = [
+            Item(seed, tokens, sample, tasks)
+            for tokens in self.lengths for seed in self.seeds for sample in range(self.samples) for tasks in in_contexts(self.tasks)
+        ]  # fmt: skip
+        return list(dict.fromkeys(every))
+
+
+def policy_of(spec: str, budget: str, checkpoint: str | None = None) -> Policy:
+    """A policy from ``name`` or ``name:key=value,key=value``; FmsimError where it cannot be read or built."""
+    name, _, given = spec.partition(":")
+    params: dict[str, Any] = {}
+    for pair in filter(None, given.split(",")):
+        key, found, value = pair.partition("=")
+        if not found:
+            raise FmsimError(f"--policy {spec}: {pair!r} is no key=value; write e.g. lsa:on_miss=fallback,budget=20%")
+        try:
+            params[key.strip()] = yaml.safe_load(value)
+        except yaml.YAMLError:
+            raise FmsimError(f"--policy {spec}: {value!r} is no value of {key.strip()}") from None
+    fields = registry.get(name).Params.model_fields
+    if name != "full":
+        params.setdefault("budget", budget)
+    if checkpoint is not None and "checkpoint" in fields:
+        params.setdefault("checkpoint", checkpoint)
+    return registry.build({"policy": name} | params)
