@@ -30,6 +30,7 @@ from fmsim.exec import calibrate
 from fmsim.exec import kernel_cases as cases
 from fmsim.exec.kernels.layout import KEY, LATENT
 from fmsim.exec.model import CSA, Attention
+from fmsim.exec.synthetic import synthetic_config
 from fmsim.exec.timing import median_s
 from fmsim.geometry import PRESETS
 
@@ -89,7 +90,7 @@ def csa_layer(tokens: int = 524_288) -> dict[str, Any]:
     """One CSA layer's attention at batch 1: projections in bfloat16 through torch, kernels between them, one CUDA graph; the step's
     angles and lengths, which layers share, given."""
     flash = PRESETS["v4-flash"]
-    config = calibrate.model_config(flash)
+    config = synthetic_config(flash, flash.n_experts)
     seconds = calibrate.attention_s(config, CSA, 1, tokens, (LATENT, KEY), DEVICE)
     with torch.device("meta"):
         weight_bytes = 2 * sum(parameter.numel() for parameter in Attention(config, CSA).parameters())

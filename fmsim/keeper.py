@@ -48,6 +48,12 @@ class Keeper:
         self._check_pins()
         self._see(ctx.prompt_entries)
 
+    @property
+    def passive(self) -> bool:
+        """What a step selects changes nothing: it is never loaded, and the policy does not look."""
+        never_loads = self.policy.params.on_miss == "mask" or self.ctx.n_slots >= self.ctx.n_pages
+        return never_loads and type(self.policy).observe is Policy.observe
+
     def _check_pins(self) -> None:
         """Pinned pages must fit the budget to the end of the run."""
         decoded = self.ctx.n_pages - self.ctx.prompt_entries // self.ctx.granularity if self.pins.decoded else 0

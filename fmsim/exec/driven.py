@@ -139,8 +139,11 @@ class DrivenDecode:
                     self.stage(part, layer)
         if self.watch and self.entries.mirrored:
             self._compare(step, torch.where(missing & ~self.fetched, -1, use.pages))
+        self._hit[step], self._attended[step] = (use.pages >= 0) & ~missing, (use.pages >= 0) & ~(missing & ~self.fetched)
+        if self.keeper.passive:
+            self.tally.rest(step)
+            return
         outcome = self.tally.access(step, use)
-        self._hit[step], self._attended[step] = outcome.hit, outcome.hit | outcome.fetched
         if outcome.moves is not None and self.entries.stage_pages:
             for (tiers, groups), blocks in zip(self.parts, self.blocks):
                 tiers.settle(outcome.moves.pages[groups], outcome.moves.slots[groups], blocks)

@@ -80,15 +80,15 @@ class Batch:
         self.tiers = self._tiers(layout)
         self._tables = self._new_tables()
         self.pagers = [LayerPager(self, layer, self._tables[layer % len(self._tables)]) for layer in range(self.layers)]
-        on_gpu = self.device.type == "cuda" and HAS_TRITON
-        kernels = on_gpu if kernels is None else kernels
+        self._on_gpu = self.device.type == "cuda" and HAS_TRITON
+        kernels = self._on_gpu if kernels is None else kernels
         self.state = (step_state.from_kernels if kernels else step_state.from_torch)(self.model, prompts, self.pagers, layout, self.keys.layout)
         self.logits = torch.stack([prompt.logits for prompt in prompts])
         self.step_count = 0
         self._input = torch.zeros(len(prompts), dtype=torch.int64, device=self.device)
         self._positions = torch.tensor([len(prompt.tokens) for prompt in prompts], dtype=torch.int32, device=self.device)
         self._clock = StepClock(self.device)
-        self._forward: Callable[[], None] = step_state.graph_after_one(self._compute) if on_gpu and kernels else self._compute
+        self._forward: Callable[[], None] = step_state.graph_after_one(self._compute) if self._on_gpu and kernels else self._compute
 
     @property
     def among_resident(self) -> bool:
@@ -124,10 +124,12 @@ class Batch:
         return [request.tokens[first:] for request in self.requests]
 
     def timeline(self) -> Timeline:
-        """Of the steps so far."""
+        """Of the steps so far; on a GPU without the first, which compiles kernels and captures the graph."""
         step_s, stall_s, recall_s, moved = self._clock.figures()
-        end_s = step_s.cumsum()
-        return Timeline(len(self.requests), end_s - step_s, end_s, stall_s, recall_s, np.diff(moved * self.tiers.page_bytes, prepend=0.0))
+        first = 1 if self._on_gpu and self.step_count > 1 else 0
+        h2d_bytes = np.diff(moved * self.tiers.page_bytes, prepend=0.0)
+        end_s = step_s[first:].cumsum()
+        return Timeline(len(self.requests), end_s - step_s[first:], end_s, stall_s[first:], recall_s[first:], h2d_bytes[first:])
 
     @property
     def gpu_kv_bytes(self) -> int:

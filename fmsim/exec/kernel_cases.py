@@ -23,6 +23,7 @@ from fmsim.exec.kernels.norm_rope import norm_rope, norm_rope_reference
 from fmsim.exec.kernels.rms_norm import rms_norm, rms_norm_reference
 from fmsim.exec.kernels.sparse_attention import Rows, sparse_attention, sparse_attention_reference
 from fmsim.exec.kernels.top_k import top_k, top_k_reference
+from fmsim.exec.mirror import HostMirror
 from fmsim.exec.model import HyperConnection, HyperHead, RMSNorm
 
 PER_PAGE, WINDOW, TOP_K = 64, 128, 512
@@ -171,8 +172,8 @@ def recall(row_bytes: int, count: int, device, programs: int | None = None, host
     """Random rows of pinned host memory into slots of the device's."""
     device = torch.device(device)
     host_rows = max(count, host_bytes // row_bytes)
-    source = torch.empty(1, host_rows, row_bytes, dtype=torch.uint8, pin_memory=device.type == "cuda")
+    mirror = HostMirror(1, host_rows, row_bytes, device)
     target = torch.empty(1, count, row_bytes, dtype=torch.uint8, device=device)
     pages = torch.randint(0, host_rows, (1, count), device=device)
     slots, counts = torch.randperm(count, device=device)[None], torch.full((1,), count, dtype=torch.int32, device=device)
-    return Case(f"recall, {row_bytes:,} B", f"{count:,}", row_bytes * count, lambda: copy_rows(source, target, pages, slots, counts, programs))
+    return Case(f"recall, {row_bytes:,} B", f"{count:,}", row_bytes * count, lambda: copy_rows(mirror.pages, target, pages, slots, counts, programs))

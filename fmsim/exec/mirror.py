@@ -40,6 +40,8 @@ class HostMirror:
         try:
             # Not torch's own pinned memory: its allocator rounds up to a power of two.
             memory = mmap.mmap(-1, max(self.n_bytes, 1), mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS) if shared is None else mmap.mmap(shared.fd, self.n_bytes)
+            if hasattr(mmap, "MADV_HUGEPAGE"):
+                memory.madvise(mmap.MADV_HUGEPAGE)  # rows are read at random, and a GPU knows few translations of 4 KiB pages
             self.pages = torch.frombuffer(memory, dtype=torch.uint8)[: self.n_bytes].view(layers, pages, page_bytes)
             pinned = self.pages if torch.device(device).type == "cuda" and self.n_bytes else None
             if pinned is not None:

@@ -49,8 +49,6 @@ class Request:
         self.keeper = Keeper(policy, self._context(entry_bytes, seed))
         self.keeper.start()
         self.residency, self.tally = self.keeper.residency, Tally(self.keeper, prompt.max_steps)
-        blind = type(policy).observe is Policy.observe
-        self.passive = blind and (policy.params.on_miss == "mask" or self.residency.n_slots >= self.residency.n_pages)  # a step changes nothing
         self.step = 0  # the decode step that is under way, or that comes next
 
     @property
@@ -107,7 +105,7 @@ class Request:
         step, self.step = self.step, self.step + 1
         if (step + 1) % self.tau == 0:
             self.hidden[(step + 1) // self.tau] = self.selections.hidden[:, self.index].clone()
-        if self.passive:
+        if self.keeper.passive:
             return self.tally.rest(step)
         ctx, picked = self.keeper.ctx, self.selections
         ids, mass = picked.ids[:, self.index].long(), picked.seen_mass[:, self.index]

@@ -13,6 +13,7 @@ import torch
 from fmsim import __version__, metrics
 from fmsim.errors import FmsimError
 from fmsim.exec.driven import DrivenDecode, Outcome
+from fmsim.exec.engine import Timeline
 from fmsim.exec.model import DeepseekV4
 from fmsim.exec.run import MEASURED, device_name
 from fmsim.exec.synthetic import model_bytes, synthetic_model
@@ -24,7 +25,7 @@ from fmsim.replay import Replayer
 
 GIB = 2**30
 SPARE_BYTES = 4 * GIB  # for activations, scores and the graph, beside weights and KV
-WARM_UP_STEPS = 4  # the first compiles kernels and is captured; they are left out of the times
+WARM_UP_STEPS = 4  # after the first decision that recalls: until then kernels are compiled, and the step is captured; left out of the times
 
 
 @dataclass(frozen=True)
@@ -44,14 +45,18 @@ class Run:
     def kv_bytes(self) -> int:
         return self.decode.slot_bytes + self.fixed_bytes
 
-    def timeline(self):
-        from fmsim.exec.engine import Timeline
+    @property
+    def warm_up_steps(self) -> int:
+        cadence = self.policy.params.cadence
+        return min((cadence if cadence > 1 else 0) + WARM_UP_STEPS, len(self.outcome.step_s) // 2)
 
-        step_s = self.outcome.step_s[WARM_UP_STEPS:]
+    def timeline(self) -> Timeline:
+        """Of the steps after the warm-up."""
+        step_s = self.outcome.step_s[self.warm_up_steps :]
         end_s = step_s.cumsum()
         none = np.full(len(step_s), np.nan)
         moved = np.full(len(step_s), self.outcome.h2d_bytes * self.batch / len(self.outcome.step_s))
-        return Timeline(self.batch, end_s - step_s, end_s, none, self.outcome.recall_wait_s[WARM_UP_STEPS:], moved)
+        return Timeline(self.batch, end_s - step_s, end_s, none, self.outcome.recall_wait_s[self.warm_up_steps :], moved)
 
 
 def keyed_layers_of(ledger, place, geometry: Geometry) -> int:
@@ -130,7 +135,7 @@ def report(runs: Sequence[Run], replayer: Replayer, geometry: Geometry, layer_ma
         "prompt": {"text": f"the accesses of {trace}", "tokens": [replayer.header.prompt_tokens]},
         "layer_map": list(layer_map),
         "steps": replayer.n_steps,
-        "warm_up_steps": WARM_UP_STEPS,
+        "warm_up_steps": runs[0].warm_up_steps,
         "batch": runs[0].batch,
         "quality": {"asked": 0, "exact": 0},
         "details": details,

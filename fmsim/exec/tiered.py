@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from fmsim.errors import FmsimError
+from fmsim.exec.kernels import tuning
 from fmsim.exec.kernels.gather import copy_rows
 from fmsim.exec.kernels.layout import Layout, read_entries, write_entries
 from fmsim.exec.mirror import HostMirror
@@ -163,7 +164,7 @@ class TieredCache:
             return
         self._side.wait_stream(torch.cuda.current_stream(self.device))
         with torch.cuda.stream(self._side):
-            self._copy(self.mirror, source, self.pool, to)
+            self._copy(self.mirror, source, self.pool, to, tuning.PROGRAMS_BESIDE)
         for tensor in (source, to):
             tensor.record_stream(self._side)
 
@@ -207,11 +208,11 @@ class TieredCache:
         page = self.blocks(request, table)[torch.where(numbers < 0, -1, numbers // self.granularity)]
         write_entries(self.pool[layer], self.layout, torch.where(page < 0, -1, page * self.granularity + numbers % self.granularity), entries)
 
-    def _copy(self, source: Tensor, pages: Tensor, target: Tensor, to: Tensor) -> None:
+    def _copy(self, source: Tensor, pages: Tensor, target: Tensor, to: Tensor, programs: int | None = None) -> None:
         """target[l, to[l, ...]] = source[l, pages[l, ...]] where both are >= 0, without asking the host how many that are."""
         pages, to = (part.flatten(1).contiguous() for part in torch.broadcast_tensors(pages, to))
         counts = torch.full((len(pages),), pages.shape[1], dtype=torch.int32, device=pages.device)
-        copy_rows(source, target, pages, to, counts)
+        copy_rows(source, target, pages, to, counts, programs)
 
 
 def check_memory(device: torch.device, device_bytes: int, host_bytes: int) -> None:

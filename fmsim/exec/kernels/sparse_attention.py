@@ -71,8 +71,8 @@ def _masses(rows: Tensor, total: Tensor, sinks: Tensor, width: int) -> Masses:
 
 
 def sparse_attention_triton(queries, rows: Rows, sinks, scale, want_masses=False, tune: tuning.Attention | None = None) -> tuple[Tensor, Masses | None]:
-    tune = tune or tuning.ATTENTION
     batch, heads, size = queries.shape
+    tune = tune or (tuning.ATTENTION_OF_MANY if batch >= tuning.MANY_REQUESTS and heads >= 64 and rows.layout.kind == "latent" else tuning.ATTENTION)
     window, selected = rows.layout.per_page(rows.window), rows.ids.shape[1]
     n_rows, head_blocks = window + selected, cdiv(heads, tune.block_heads)
     splits = max(1, min(cdiv(n_rows, tune.block_rows), tune.programs // (batch * head_blocks)))

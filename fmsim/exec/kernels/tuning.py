@@ -1,4 +1,4 @@
-"""Every size that a GPU decides, in one place. Starting values for Hopper, from counting; not yet measured on one.
+"""Every size that a GPU decides, in one place: the best of sweeps on an H100 (benchmarks/tune_kernels.py, benchmarks/results/tune-kernels.json).
 
 What they trade: larger blocks read in longer runs and hold more registers and shared memory; more programs fill the GPU's
 multiprocessors at small batches and leave more partial results to combine.
@@ -15,12 +15,12 @@ class IndexScores(NamedTuple):
     block_entries: int = 128  # rows of one matrix product, no more than lie in a page of 32 and more; a multiple of MAXIMA_ENTRIES
     programs: int = 528  # over batch and splits: four on each of 132 multiprocessors, all that their registers hold at a time
     warps: int = 4
-    stages: int = 4
+    stages: int = 3
 
 
 class TopK(NamedTuple):
     chunk: int = 16384  # scores, or maxima, that one program (one sequence) holds: 512 groups of MAXIMA_ENTRIES; less than 2^15
-    warps: int = 32
+    warps: int = 16
     maxima_groups: int = 128  # whose maxima one program takes, where none are given
 
 
@@ -34,14 +34,14 @@ class Attention(NamedTuple):
 
 
 class Compress(NamedTuple):
-    block_tokens: int = 32  # at a time: an entry of 128 tokens takes four turns, each as long as memory's latency
-    warps: int = 16
+    block_tokens: int = 16  # at a time: an entry of 128 tokens takes eight turns, each as long as memory's latency
+    warps: int = 4
 
 
 class Gather(NamedTuple):
     segment_words: int = 128  # of 8 bytes: a row of 584 bytes takes one segment, longer rows several
     tile_words: int = 2048  # a multiple of segment_words; one program has (stages - 1) tiles on the way
-    programs: int = 16
+    programs: int = 32  # a layer waits for a miss; beside them a decode step's products would slow down by 15%
     warps: int = 4
     stages: int = 4
 
@@ -61,3 +61,6 @@ class NormRope(NamedTuple):
 HYPER_CONNECTION, NORM_ROPE = HyperConnection(), NormRope()
 INDEX_SCORES, MEMORY_SCORES = IndexScores(), IndexScores(programs=396)  # 128 heads leave registers for three on a multiprocessor
 TOP_K, ATTENTION, COMPRESS, GATHER = TopK(), Attention(), Compress(), Gather()
+MANY_REQUESTS = 16  # from here on each entry is decoded once for all heads
+ATTENTION_OF_MANY = Attention(block_heads=64, warps=8)
+PROGRAMS_BESIDE = 8  # of a recall beside a decode, whose products slow down by 4%
