@@ -72,6 +72,7 @@ class DrivenDecode:
             return TieredCache(layout, layers, params.granularity, [size] * batch, self.device, mirrored=comes_back, one_text=True)
 
         groups = [int(group) for group in groups]
+        self._group_of = [groups, groups[keyed_layers:]]  # by part
         self.entries, self.keys = tiers(entry, geometry.n_csa), tiers(key, geometry.n_csa - keyed_layers)
         # each tier with the group of each of its layers, and the pool pages of theirs in this step, int32 [L, B, P + 1]
         self.parts = [(t, torch.tensor(of, device=self.device)) for t, of in ((self.entries, groups), (self.keys, groups[keyed_layers:])) if of]
@@ -118,9 +119,9 @@ class DrivenDecode:
 
     def stage(self, part: int, layer: int) -> None:
         """Load this step's misses of a layer of a tier, of every request."""
-        tiers, groups = self.parts[part]
-        pages, fetched = (of[groups[layer]].expand(self.batch, -1) for of in (self.pages, self.fetched))
-        tiers.stage(layer, pages, fetched, self.blocks[part][layer])
+        group = self._group_of[part][layer]
+        pages, fetched = (of[group].expand(self.batch, -1) for of in (self.pages, self.fetched))
+        self.parts[part][0].stage(layer, pages, fetched, self.blocks[part][layer])
 
     def _step(self, step: int, compute: Callable[[int], None] | None) -> None:
         with self.clock.recall():
