@@ -56,7 +56,8 @@ BUILDERS = {
     "RoPE": [lambda w=w: cases.turning(8, cases.HEADS, w, DEVICE) for w in (KEY.width, LATENT.width)],
     "RMSNorm": [lambda b=b: cases.norming(b, DEVICE) for b in (1, 64)],
     "memory scores": [lambda n=n: cases.memory_scoring(1, n, DEVICE) for n in (32_768, 131_072)],
-    "recall": [lambda r=r, n=n: cases.recall(r, n, DEVICE) for r, n in ((584, 4096), (584, 32_768), (2336, 8192), (37_376, 96), (37_376, 384), (37_376, 2000))],
+    "recall": [lambda r=r, n=n: cases.recall(r, n, DEVICE) for r, n in ((584, 4096), (584, 32_768), (2336, 8192), (37_376, 96), (37_376, 384), (37_376, 2000))]
+    + [lambda n=n: cases.recall(584, n, DEVICE, ascending=True) for n in (4096, 32_768)],
 }  # fmt: skip
 
 

@@ -18,16 +18,13 @@ from torch import Tensor
 from fmsim.errors import FmsimError
 from fmsim.exec.kernels.layout import KEY, LATENT, Layout
 from fmsim.exec.step_clock import StepClock
-from fmsim.exec.tiered import RequestSize, TieredCache
+from fmsim.exec.tiered import AHEAD, RequestSize, TieredCache
 from fmsim.geometry import Geometry
 from fmsim.keeper import Accesses, Keeper
 from fmsim.ledger import Ledger
 from fmsim.policies.base import Policy
 from fmsim.replay import Replayer, context_in
 from fmsim.tally import Tally
-
-AHEAD = 4  # of as many slots, one more page for what is recalled ahead of a decision
-
 
 @dataclass(frozen=True)
 class Outcome:
@@ -74,9 +71,14 @@ class DrivenDecode:
         groups = [int(group) for group in groups]
         self._group_of = [groups, groups[keyed_layers:]]  # by part
         self.entries, self.keys = tiers(entry, geometry.n_csa), tiers(key, geometry.n_csa - keyed_layers)
-        # each tier with the group of each of its layers, and the pool pages of theirs in this step, int32 [L, B, P + 1]
+        # each tier with the group of each of its layers
         self.parts = [(t, torch.tensor(of, device=self.device)) for t, of in ((self.entries, groups), (self.keys, groups[keyed_layers:])) if of]
-        self.blocks = [torch.full((t.layers, batch, ctx.n_pages + 1), -1, dtype=torch.int32, device=self.device) for t, _ in self.parts]
+        # Pool pages of this step: of each group, int32 [G, B, P + 1], or, where layers load what they miss, of each layer.
+        rows = [t.layers if staged else ctx.n_groups for t, _ in self.parts]
+        self._tables = [torch.full((n, batch, ctx.n_pages + 1), -1, dtype=torch.int32, device=self.device) for n in rows]
+        self.blocks = [
+            [table[layer if staged else group] for layer, group in enumerate(of)] for table, of in zip(self._tables, self._group_of)
+        ]  # by part and layer, [B, P + 1]
         self._uses = [self._there(part) for part in (self.paged.pages, self.paged.count, self.paged.mass)]
         shape = self.paged.pages.shape
         self.pages = torch.full(shape[1:], -1, dtype=torch.int64, device=self.device)  # of this step [G, n], and which are loaded for it
@@ -125,13 +127,14 @@ class DrivenDecode:
 
     def _step(self, step: int, compute: Callable[[int], None] | None) -> None:
         with self.clock.recall():
-            self._decide(step, moved_by_copies=compute is None)
+            changed = self._decide(step, moved_by_copies=compute is None) or step == 0
         use = Accesses(*(part[step] for part in self._uses))
         missing = (use.pages >= 0) & (self.keeper.residency.lookup(use.pages) < 0)
         self.pages.copy_(use.pages)
         self.fetched.copy_(self.keeper.to_fetch(use, missing))
-        for (tiers, groups), blocks in zip(self.parts, self.blocks):
-            tiers.blocks_of_all(self.keeper.residency.table[groups], blocks)
+        if changed or self.entries.stage_pages:
+            for (tiers, groups), tables in zip(self.parts, self._tables):
+                tiers.blocks_of_all(self.keeper.residency.table[groups] if self.entries.stage_pages else self.keeper.residency.table, tables)
         if compute is not None:
             compute(step)
         elif self.entries.stage_pages:
@@ -146,11 +149,11 @@ class DrivenDecode:
             return
         outcome = self.tally.access(step, use)
         if outcome.moves is not None and self.entries.stage_pages:
-            for (tiers, groups), blocks in zip(self.parts, self.blocks):
-                tiers.settle(outcome.moves.pages[groups], outcome.moves.slots[groups], blocks)
+            for (tiers, groups), tables in zip(self.parts, self._tables):
+                tiers.settle(outcome.moves.pages[groups], outcome.moves.slots[groups], tables)
 
-    def _decide(self, step: int, moved_by_copies: bool) -> None:
-        """What begins, what a decision recalls, and what the next one will."""
+    def _decide(self, step: int, moved_by_copies: bool) -> bool:
+        """What begins, what a decision recalls, and what the next one will; -> whether a page may have got or lost a slot."""
         written, recalled = self.tally.begin(step, self.replayer.entries[step])
         if recalled is not None:
             for tiers, groups in self.parts:
@@ -162,6 +165,7 @@ class DrivenDecode:
             foreseen = self.keeper.foresee(then, int(self.replayer.entries[then]), most)
             for tiers, groups in self.parts if foreseen is not None else ():
                 tiers.recall_ahead(foreseen[groups])
+        return written is not None or recalled is not None
 
     def _fill_slots(self, ctx) -> None:
         """Random bytes in the mirror, and in the slots what the prefill leaves there; not traffic."""

@@ -28,11 +28,11 @@ from fmsim.exec.prompt import Prompt
 from fmsim.exec.request import Request, Select
 from fmsim.exec.selections import Selections
 from fmsim.exec.step_clock import StepClock
-from fmsim.exec.tiered import RequestSize, TieredCache
+from fmsim.exec.tiered import AHEAD, RequestSize, TieredCache
 from fmsim.policies.base import Policy
 
 
-AHEAD = 4  # of as many slots, one more page for what is recalled ahead of a decision
+GRAPH_STEPS = 32  # a shorter decode, such as an answer, is over before a capture would pay
 
 
 @dataclass(frozen=True)
@@ -88,7 +88,7 @@ class Batch:
         self._input = torch.zeros(len(prompts), dtype=torch.int64, device=self.device)
         self._positions = torch.tensor([len(prompt.tokens) for prompt in prompts], dtype=torch.int32, device=self.device)
         self._clock = StepClock(self.device)
-        self._forward: Callable[[], None] = step_state.graph_after_one(self._compute) if self._on_gpu and kernels else self._compute
+        self._forward: Callable[[], None] = step_state.graph_after_one(self._compute) if self._on_gpu and kernels and self.max_steps >= GRAPH_STEPS else self._compute
 
     @property
     def among_resident(self) -> bool:

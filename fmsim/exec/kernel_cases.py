@@ -168,12 +168,14 @@ def memory_scoring(batch: int, entries: int, device, layers: int = 3) -> Case:
     return Case("memory scores", f"{layers} x {batch} x {entries:,}", n_bytes, lambda: memory_scores(queries, weights, pools, KEY, tables, lengths, out=out))
 
 
-def recall(row_bytes: int, count: int, device, programs: int | None = None, host_bytes: int = 2**31) -> Case:
-    """Random rows of pinned host memory into slots of the device's."""
+def recall(row_bytes: int, count: int, device, programs: int | None = None, host_bytes: int = 2**31, ascending: bool = False) -> Case:
+    """Random rows of pinned host memory into slots of the device's; in random order, or ascending as a residency asks for them."""
     device = torch.device(device)
     host_rows = max(count, host_bytes // row_bytes)
     mirror = HostMirror(1, host_rows, row_bytes, device)
     target = torch.empty(1, count, row_bytes, dtype=torch.uint8, device=device)
     pages = torch.randint(0, host_rows, (1, count), device=device)
+    pages = pages.sort(1).values if ascending else pages
     slots, counts = torch.randperm(count, device=device)[None], torch.full((1,), count, dtype=torch.int32, device=device)
-    return Case(f"recall, {row_bytes:,} B", f"{count:,}", row_bytes * count, lambda: copy_rows(mirror.pages, target, pages, slots, counts, programs))
+    name = f"recall, {row_bytes:,} B" + (", ascending" if ascending else "")
+    return Case(name, f"{count:,}", row_bytes * count, lambda: copy_rows(mirror.pages, target, pages, slots, counts, programs))

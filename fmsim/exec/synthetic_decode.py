@@ -80,7 +80,7 @@ class SyntheticStep:
         entries = decode.geometry.csa_entries(self.longest)
         home = Home.of_its_own(self.key, batch, entries, device)
         self.keys = _AllKeys(home.pool.expand(decode.keyed_layers, *home.pool.shape).contiguous(), home.table)
-        self.scores = new_scores(batch, max(home.table.shape[1] * PER_PAGE, decode.blocks[0].shape[2] * decode.entries.granularity), device)
+        self.scores = new_scores(batch, max(home.table.shape[1] * PER_PAGE, decode.blocks[0][0].shape[1] * decode.entries.granularity), device)
         self._selected = torch.from_numpy(decode.replayer.ids.copy()).to(device)  # int32 [T, L, K]
         self.given = self._selected[0].clone()
         pagers = [TracePager(self, layer) for layer in range(decode.geometry.n_csa)]

@@ -23,6 +23,7 @@ from fmsim.exec.kernels.gather import copy_rows
 from fmsim.exec.kernels.layout import Layout, read_entries, write_entries
 from fmsim.exec.mirror import HostMirror
 
+AHEAD = 4  # of as many slots, one more page for what is recalled ahead of a decision
 GIB = 2**30
 
 

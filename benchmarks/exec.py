@@ -1,0 +1,179 @@
+"""Policies on a whole model of random weights at a preset's size, on one GPU: KV bytes, step times, tokens/s, beside what the simulator predicts.
+
+    python benchmarks/exec.py [--trace traces/nano-500k-needles.safetensors] [--kv-budget 16] [--out benchmarks/results/exec.json]
+
+Each policy runs for one request and for as many as the KV budget (GiB) holds, all in one process with one set of weights. The prediction is the
+simulator's with a preset that the same process calibrates, at contexts and batches other than those measured here, on the modules of the same
+weights (as many experts a layer). Times are medians over the steps after the second decision.
+"""
+
+from __future__ import annotations
+
+import argparse
+import collections
+import datetime
+import json
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import yaml
+
+from fmsim import trace as traces
+from fmsim.errors import FmsimError
+from fmsim.exec import calibrate, synthetic_run
+from fmsim.exec.driven import DrivenDecode
+from fmsim.exec.kernels.layout import KEY, LATENT
+from fmsim.exec.synthetic import synthetic_config
+from fmsim.exec.synthetic_decode import SyntheticStep
+from fmsim.footprint import footprint, spread
+from fmsim.geometry import PRESETS, Geometry
+from fmsim.hw.calibration import write_preset
+from fmsim.policies import registry
+from fmsim.policies.base import Policy
+from fmsim.replay import Replayer
+from fmsim.run import run_scenario
+from fmsim.scenario import ScenarioFile
+
+GIB = 2**30
+POLICIES: dict[str, dict[str, Any]] = {
+    "full": {"policy": "full"},
+    "lsa": {"policy": "lsa", "budget": "4%"},
+    "lru": {"policy": "lru"},
+    "recency": {"policy": "recency", "budget": "10%"},
+    "h2o": {"policy": "h2o", "budget": "10%"},
+}
+SIZES = calibrate.Sizes(
+    contexts=(1024, 65_536, 262_144, 1_048_576), batches=(1, 4, 16, 64), gathers={584: (512, 4096, 32_768), 37_376: (96, 2000)}, kernel_shapes=()
+)  # fmt: skip
+
+
+class Setting:
+    """The trace, the geometry and the weights that all runs share."""
+
+    def __init__(self, path: Path, model: str, steps: int, kv_budget_bytes: int, device: str):
+        self.path, self.device, self.geometry = path, device, PRESETS[model]
+        found = traces.read(path)
+        self.replayer = Replayer(found, entry_bytes=self.geometry.kv_entry_bytes, model_layers=self.geometry.n_csa, max_steps=steps)
+        self.layer_map = spread(found.n_layers, self.geometry.n_csa)
+        self.weights, self.n_experts = synthetic_run.weights_for(self.geometry, device, kv_budget_bytes + 4 * GIB, 0)
+
+    def request_bytes(self, make: Callable[[], Policy]) -> int:
+        ledger = self.replayer.run(make())
+        return synthetic_run.kv_bytes_of(footprint(ledger, self.geometry, self.layer_map), ledger, self.geometry)
+
+    def measured(self, label: str, make: Callable[[], Policy], batch: int) -> dict[str, Any]:
+        run = synthetic_run.run(label, make, self.replayer, self.geometry, self.layer_map, self.weights, self.device, batch)
+        row = synthetic_run.report([run], self.replayer, self.geometry, self.layer_map, self.n_experts, self.device, self.path.name)
+        about, figures = row["scenario"]["details"][label], row["policies"][0]
+        full_bytes = self.geometry.full_kv_bytes(self.replayer.header.prompt_tokens + self.replayer.n_steps)
+        step_s = run.outcome.step_s[run.warm_up_steps :]
+        return {
+            "policy": label, "batch": batch, "kv_bytes": run.kv_bytes, "spare_bytes": about["spare_bytes"], "open_bytes": about["open_bytes"],
+            "kv_and_spare_of_full": (run.kv_bytes + about["spare_bytes"]) / full_bytes, "mass_kept": figures["mass_kept"],
+            "step_p50_s": figures["step_s"]["p50"], "step_p99_s": figures["step_s"]["p99"], "tokens_per_s": batch * len(step_s) / float(step_s.sum()),
+            "h2d_bytes_per_step": run.outcome.h2d_bytes / self.replayer.n_steps, "recall_wait_s": float(run.outcome.recall_wait_s[run.warm_up_steps :].sum()),
+        }  # fmt: skip
+
+
+def calibrated(setting: Setting, folder: Path) -> Path:
+    """A preset of this GPU for the simulator, with the experts that the weights have."""
+    geometry: Geometry = setting.geometry
+    config = synthetic_config(geometry, setting.n_experts)
+    [path, *_] = sorted(write_preset(calibrate.measure(geometry, config, (LATENT, KEY), setting.device, SIZES, 0, lambda line: None), folder / "here.yaml"), key=lambda p: len(p.name))
+    return path
+
+
+def predicted(setting: Setting, model: str, hardware: Path, batch: int, spec: dict[str, Any]) -> dict[str, Any]:
+    """What `fmsim run` says of the same policy, batch and trace on the calibrated preset."""
+    scenario = {"name": "exec", "trace": str(setting.path.resolve()), "model": model, "hardware": hardware.name, "batch": batch, "policies": [spec]}
+    file = hardware.with_name("scenario.yaml")
+    file.write_text(yaml.safe_dump(scenario))
+    row = run_scenario(ScenarioFile(file)).runs[0].row
+    return {"predicted_step_p50_s": row["step_s"]["p50"], "predicted_tokens_per_s": row["decode_tokens_per_s"]}
+
+
+def kernels_of(setting: Setting, most: int = 24) -> list[dict[str, Any]]:
+    """Where a step of `full` at batch 1 spends its time, by kernel."""
+    policy = registry.build("full")
+    ledger = setting.replayer.run(registry.build("full"))
+    place = footprint(ledger, setting.geometry, setting.layer_map)
+    decode = DrivenDecode(setting.replayer, policy, setting.geometry, place.groups, setting.geometry.n_csa, setting.device, watch=False)
+    step, steps = SyntheticStep(decode, setting.weights, setting.layer_map), 2
+    for number in range(3):
+        step(number)
+    torch.cuda.synchronize()
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        for number in range(3, 3 + steps):
+            step(number)
+        torch.cuda.synchronize()
+    spent, count = collections.Counter(), collections.Counter()
+    for event in profile.events():
+        if event.device_type == torch.autograd.DeviceType.CUDA:
+            spent[event.name] += event.device_time / steps
+            count[event.name] += 1
+    return [{"kernel": name[:120], "launches": count[name] // steps, "us": round(us, 1)} for name, us in spent.most_common(most)] + [
+        {"kernel": "all", "launches": sum(count.values()) // steps, "us": round(sum(spent.values()), 1)}
+    ]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--trace", type=Path, default=Path("traces/nano-500k-needles.safetensors"))
+    parser.add_argument("--model", default="v4-flash", choices=sorted(PRESETS))
+    parser.add_argument("--kv-budget", type=float, default=16.0, help="GiB")
+    parser.add_argument("--steps", type=int, default=136)
+    parser.add_argument("--policy", action="append", choices=sorted(POLICIES), help="only this one; repeat for more")
+    parser.add_argument("--device", default="cuda")
+    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "exec.json")
+    given = parser.parse_args()
+    setting = Setting(given.trace, given.model, given.steps, int(given.kv_budget * GIB), given.device)
+    about = {
+        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "device": torch.cuda.get_device_name() if given.device == "cuda" else "CPU",
+        "command": f"python benchmarks/exec.py --trace {given.trace} --model {given.model} --kv-budget {given.kv_budget:g} --steps {given.steps}",
+        "torch": torch.__version__, "experts": setting.n_experts, "context_tokens": setting.replayer.header.prompt_tokens, "kv_budget_gib": given.kv_budget,
+    }  # fmt: skip
+    result: dict[str, Any] = about | {"rows": []}
+    given.out.parent.mkdir(parents=True, exist_ok=True)
+    print(f"{about['device']}, {setting.n_experts} experts a layer", flush=True)
+
+    def keep() -> None:
+        given.out.write_text(json.dumps(result, indent=1) + "\n")
+
+    with tempfile.TemporaryDirectory() as folder:
+        hardware = calibrated(setting, Path(folder))
+        result["calibration"] = yaml.safe_load(hardware.read_text())
+        keep()
+        for label in given.policy or POLICIES:
+            spec = POLICIES[label]
+            make = lambda spec=spec: registry.build(spec)  # noqa: E731
+            for batch in (1, synthetic_run.batch_that_fits(int(given.kv_budget * GIB), setting.request_bytes(make))):
+                try:
+                    row = setting.measured(label, make, batch) | predicted(setting, given.model, hardware, batch, spec)
+                except (FmsimError, torch.OutOfMemoryError) as error:
+                    print(f"{label}, batch {batch}: {error}", flush=True)
+                    torch.cuda.empty_cache()
+                    continue
+                torch.cuda.empty_cache() if given.device == "cuda" else None
+                result["rows"].append(row)
+                keep()
+                off = row["predicted_step_p50_s"] / row["step_p50_s"] - 1
+                print(
+                    f"{label:8} batch {batch:3}  KV {row['kv_bytes'] / 2**20:7.1f} + {row['spare_bytes'] / 2**20:5.1f} MiB, {row['kv_and_spare_of_full']:6.1%} of full  "
+                    f"step {row['step_p50_s'] * 1e3:6.2f} ms (predicted {off:+.0%})  {row['tokens_per_s']:7.1f} tokens/s  "
+                    f"{row['h2d_bytes_per_step'] / 2**20:6.2f} MiB/step",
+                    flush=True,
+                )
+    if given.device == "cuda":
+        result["kernels_of_a_full_step"] = kernels_of(setting)
+        for line in result["kernels_of_a_full_step"]:
+            print(f"{line['us']:9.1f} us {line['launches']:5}  {line['kernel'][:90]}")
+    keep()
+
+
+if __name__ == "__main__":
+    main()
