@@ -15,30 +15,32 @@ import datetime
 import json
 import tempfile
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 import yaml
 
+from fmsim import metrics
 from fmsim import trace as traces
 from fmsim.errors import FmsimError
 from fmsim.exec import calibrate, synthetic_run
 from fmsim.exec.driven import DrivenDecode
 from fmsim.exec.kernels.layout import KEY, LATENT
-from fmsim.exec.synthetic import synthetic_config
+from fmsim.exec.synthetic import experts_that_fit, synthetic_config
 from fmsim.exec.synthetic_decode import SyntheticStep
 from fmsim.footprint import footprint, spread
 from fmsim.geometry import PRESETS, Geometry
 from fmsim.hw.calibration import write_preset
+from fmsim.hw.spec import load_hardware
 from fmsim.policies import registry
 from fmsim.policies.base import Policy
 from fmsim.replay import Replayer
-from fmsim.run import run_scenario
-from fmsim.scenario import ScenarioFile
+from fmsim.simulate import simulate
 
 GIB = 2**30
+SPARE_BYTES = 4 * GIB  # beside the KV budget: pages for recall ahead, block tables, scores of many requests
 POLICIES: dict[str, dict[str, Any]] = {
     "full": {"policy": "full"},
     "lsa": {"policy": "lsa", "budget": "4%"},
@@ -59,7 +61,16 @@ class Setting:
         found = traces.read(path)
         self.replayer = Replayer(found, entry_bytes=self.geometry.kv_entry_bytes, model_layers=self.geometry.n_csa, max_steps=steps)
         self.layer_map = spread(found.n_layers, self.geometry.n_csa)
-        self.weights, self.n_experts = synthetic_run.weights_for(self.geometry, device, kv_budget_bytes + 4 * GIB, 0)
+        self.kv_bytes = kv_budget_bytes + SPARE_BYTES
+
+    def load(self) -> None:
+        """Fill the weights; after the calibration, which takes what memory holds before them for the runtime's."""
+        self.weights, self.n_experts = synthetic_run.weights_for(self.geometry, self.device, self.kv_bytes, 0)
+
+    def experts_to_be(self) -> int:
+        """How many experts a layer `load` will find room for."""
+        free_bytes = synthetic_run.free_weight_bytes(self.geometry, self.device, self.kv_bytes)
+        return experts_that_fit(self.geometry, free_bytes)
 
     def request_bytes(self, make: Callable[[], Policy]) -> int:
         ledger = self.replayer.run(make())
@@ -79,20 +90,19 @@ class Setting:
         }  # fmt: skip
 
 
-def calibrated(setting: Setting, folder: Path) -> Path:
-    """A preset of this GPU for the simulator, with the experts that the weights have."""
+def calibrated(setting: Setting, experts: int, folder: Path) -> Path:
+    """A preset of this GPU for the simulator, with the experts that the weights will have."""
     geometry: Geometry = setting.geometry
-    config = synthetic_config(geometry, setting.n_experts)
-    [path, *_] = sorted(write_preset(calibrate.measure(geometry, config, (LATENT, KEY), setting.device, SIZES, 0, lambda line: None), folder / "here.yaml"), key=lambda p: len(p.name))
+    config, path = synthetic_config(geometry, experts), folder / "here.yaml"
+    write_preset(calibrate.measure(geometry, config, (LATENT, KEY), setting.device, SIZES, 0, lambda line: None), path)
     return path
 
 
-def predicted(setting: Setting, model: str, hardware: Path, batch: int, spec: dict[str, Any]) -> dict[str, Any]:
-    """What `fmsim run` says of the same policy, batch and trace on the calibrated preset."""
-    scenario = {"name": "exec", "trace": str(setting.path.resolve()), "model": model, "hardware": hardware.name, "batch": batch, "policies": [spec]}
-    file = hardware.with_name("scenario.yaml")
-    file.write_text(yaml.safe_dump(scenario))
-    row = run_scenario(ScenarioFile(file)).runs[0].row
+def predicted(setting: Setting, hardware: Path, batch: int, make: Callable[[], Policy]) -> dict[str, Any]:
+    """What the simulator says of the same policy, batch and steps on the calibrated preset, with as many experts as the weights have."""
+    geometry = replace(setting.geometry, n_experts=setting.n_experts)
+    timeline = simulate(setting.replayer.run(make()), geometry, load_hardware(hardware.name, hardware.parent), batch=batch, layer_map=setting.layer_map)
+    row = metrics.timed(timeline)
     return {"predicted_step_p50_s": row["step_s"]["p50"], "predicted_tokens_per_s": row["decode_tokens_per_s"]}
 
 
@@ -131,21 +141,23 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "exec.json")
     given = parser.parse_args()
     setting = Setting(given.trace, given.model, given.steps, int(given.kv_budget * GIB), given.device)
+    experts = setting.experts_to_be()
     about = {
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "device": torch.cuda.get_device_name() if given.device == "cuda" else "CPU",
         "command": f"python benchmarks/exec.py --trace {given.trace} --model {given.model} --kv-budget {given.kv_budget:g} --steps {given.steps}",
-        "torch": torch.__version__, "experts": setting.n_experts, "context_tokens": setting.replayer.header.prompt_tokens, "kv_budget_gib": given.kv_budget,
+        "torch": torch.__version__, "experts": experts, "context_tokens": setting.replayer.header.prompt_tokens, "kv_budget_gib": given.kv_budget,
     }  # fmt: skip
     result: dict[str, Any] = about | {"rows": []}
     given.out.parent.mkdir(parents=True, exist_ok=True)
-    print(f"{about['device']}, {setting.n_experts} experts a layer", flush=True)
+    print(f"{about['device']}, {experts} experts a layer", flush=True)
 
     def keep() -> None:
         given.out.write_text(json.dumps(result, indent=1) + "\n")
 
     with tempfile.TemporaryDirectory() as folder:
-        hardware = calibrated(setting, Path(folder))
+        hardware = calibrated(setting, experts, Path(folder))
+        setting.load()
         result["calibration"] = yaml.safe_load(hardware.read_text())
         keep()
         for label in given.policy or POLICIES:
@@ -153,13 +165,13 @@ def main() -> None:
             make = lambda spec=spec: registry.build(spec)  # noqa: E731
             for batch in (1, synthetic_run.batch_that_fits(int(given.kv_budget * GIB), setting.request_bytes(make))):
                 try:
-                    row = setting.measured(label, make, batch) | predicted(setting, given.model, hardware, batch, spec)
+                    row = setting.measured(label, make, batch)
                 except (FmsimError, torch.OutOfMemoryError) as error:
                     print(f"{label}, batch {batch}: {error}", flush=True)
-                    torch.cuda.empty_cache()
                     continue
-                torch.cuda.empty_cache() if given.device == "cuda" else None
                 result["rows"].append(row)
+                keep()
+                row |= predicted(setting, hardware, batch, make)
                 keep()
                 off = row["predicted_step_p50_s"] / row["step_p50_s"] - 1
                 print(

@@ -96,14 +96,14 @@ class Batch:
         return self.requests[0].among_resident
 
     @torch.inference_mode()
-    def step(self, tokens: Sequence[int] | None = None) -> None:
-        """Process one token of each request, its own choice where none are given; `logits` [B, vocabulary] are then those of the next."""
+    def step(self, tokens: Sequence[int | None] | None = None) -> None:
+        """Process one token of each request, its own choice where none is given; `logits` [B, vocabulary] are then those of the next."""
         if self.step_count == self.max_steps:
             raise FmsimError(f"the prompts were read with room for {self.step_count} decode steps, and they are used up; read them with more")
         with self._clock.step(self.h2d_pages):
             with self._clock.recall():
                 self._recall()
-            self._input.copy_(self.logits.argmax(-1) if tokens is None else torch.tensor(list(tokens)))
+            self._choose(tokens or [None] * len(self.requests))
             self.selections.tokens[self.step_count].copy_(self._input)
             self._forward()
             self.selections.keep(self.step_count)
@@ -113,6 +113,15 @@ class Batch:
                 moves = request.settle()
                 if moves is not None and self.tiers.stage_pages:
                     self.tiers.settle(request.by_layer(moves.pages), request.by_layer(moves.slots), self._tables[:, b : b + 1], b)
+
+    def _choose(self, tokens: Sequence[int | None]) -> None:
+        """The step's input: what is given, and the model's own choice elsewhere, which the host is not told."""
+        if None not in tokens:
+            self._input.copy_(torch.tensor(tokens))
+            return
+        own = self.logits.argmax(-1)
+        given = torch.tensor([-1 if token is None else token for token in tokens]).to(self.device, non_blocking=True) if any(t is not None for t in tokens) else own
+        self._input.copy_(torch.where(given < 0, own, given))
 
     def generate(self, count: int, progress: Callable[[int], None] | None = None) -> list[list[int]]:
         """Greedy tokens of each request, each processed as it is chosen."""

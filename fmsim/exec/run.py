@@ -41,10 +41,7 @@ def decode(
     batch, decoded = Batch(prompts, policy, seed=seed), [Decoded() for _ in streams]
     plans = [_plan(stream) for stream in streams]
     for given in zip(*plans):  # to the end of the shortest
-        if all(token is None for token in given):
-            batch.step()
-        else:
-            batch.step([_chosen(batch, b) if token is None else token for b, token in enumerate(given)])
+        batch.step(given)
         progress(len(streams))
     for request, stream, plan, result in zip(batch.requests, streams, plans, decoded):
         _book(stream, plan[: request.step], request.tokens, result)
@@ -54,10 +51,6 @@ def decode(
 def _plan(stream: Stream) -> list[int | None]:
     """What each step processes: a given token, or None for the model's own choice."""
     return [token for turn in stream.turns for token in [*map(int, turn.forced), *[None] * turn.generate]]
-
-
-def _chosen(batch: Batch, request: int) -> int:
-    return int(batch.logits[request].argmax())
 
 
 def _book(stream: Stream, plan: Sequence[int | None], tokens: Sequence[int], result: Decoded) -> None:

@@ -73,11 +73,14 @@ def kv_bytes_of(place, ledger, geometry: Geometry) -> int:
 
 def weights_for(geometry: Geometry, device: str, kv_bytes: int, seed: int) -> tuple[DeepseekV4, int]:
     """A model with as many experts as leave ``kv_bytes`` free; -> it, and how many those are."""
+    return synthetic_model(geometry, device, free_weight_bytes(geometry, device, kv_bytes), seed)
+
+
+def free_weight_bytes(geometry: Geometry, device: str, kv_bytes: int) -> int:
+    """What ``kv_bytes`` and a reserve leave of a GPU's memory for weights; on a CPU as much as the whole model takes."""
     if device == "cuda":
-        free_bytes = torch.cuda.mem_get_info()[0] - kv_bytes - SPARE_BYTES
-    else:
-        free_bytes = model_bytes(geometry, geometry.n_experts)
-    return synthetic_model(geometry, device, free_bytes, seed)
+        return torch.cuda.mem_get_info()[0] - kv_bytes - SPARE_BYTES
+    return model_bytes(geometry, geometry.n_experts)
 
 
 def run(
