@@ -9,7 +9,9 @@ pytest.importorskip("transformers", reason="the engine needs fmsim[model]")
 from dataclasses import fields, replace  # noqa: E402
 
 from made_trace import make_trace  # noqa: E402
+from test_run import fmsim  # noqa: E402
 
+from fmsim.errors import FmsimError  # noqa: E402
 from fmsim.exec import synthetic_run  # noqa: E402
 from fmsim.exec.synthetic import model_bytes, synthetic_model  # noqa: E402
 from fmsim.footprint import footprint  # noqa: E402
@@ -44,3 +46,25 @@ def test_it_moves_what_the_replay_says(spec, device):
         assert 0 <= found.kv_bytes - predicted <= 64 * (584 + 3 * 132)  # keys of three layers and HCA entries of one fill whole pages of 64
     shown = synthetic_run.report([found], replayer, SMALL, layer_map, experts, device, "made")
     assert shown["policies"][0]["decode_tokens_per_s"] > 0 and shown["scenario"]["batch"] == 3
+
+
+WRONG = [
+    (("--model", "v9"), "--model v9: synthetic weights are of a preset's size; choose one of v4-flash, v4-pro"),
+    (("--context", "200k"), "--context 204800: no shipped trace has about as many tokens"),
+    (("--context", "many"), "'many' is no number of tokens; write 8192 or 32k"),
+    (("--trace", "absent.safetensors"), "absent.safetensors"),
+    (("--context", "500k"), "traces/nano-500k-needles.safetensors: no such file here; give --trace FILE"),
+]
+
+
+@pytest.mark.parametrize(("options", "message"), WRONG, ids=lambda value: " ".join(value) if isinstance(value, tuple) else "")
+def test_a_mistake_gets_one_clear_line(options, message, tmp_path):
+    done = fmsim("exec", "--weights", "synthetic", "--device", "cpu", *options, folder=tmp_path)
+    assert done.returncode == 2 and "Traceback" not in done.stderr
+    assert message in " ".join(done.stderr.replace("│", " ").split())
+
+
+def test_a_budget_says_how_many_requests_it_holds():
+    assert synthetic_run.batch_that_fits(16 * 2**30, 3 * 2**30) == 5
+    with pytest.raises(FmsimError, match=r"one request takes 3.00 GiB, 1.00 GiB more than the budget's 2.00 GiB"):
+        synthetic_run.batch_that_fits(2 * 2**30, 3 * 2**30)
