@@ -47,7 +47,8 @@ POLICIES: dict[str, dict[str, Any]] = {
     "lru": {"policy": "lru"},
     "recency": {"policy": "recency", "budget": "10%"},
     "h2o": {"policy": "h2o", "budget": "10%"},
-}
+} | {f"{name}, pages of {entries}": {"policy": name, "budget": "10%", "granularity": entries} for name in ("lsa", "lru") for entries in (1, 4, 16, 64)}
+DEFAULT = ("full", "lsa", "lru", "recency", "h2o")
 SIZES = calibrate.Sizes(
     contexts=(1024, 65_536, 262_144, 1_048_576), batches=(1, 4, 16, 64), gathers={584: (512, 4096, 32_768), 37_376: (96, 2000)}, kernel_shapes=()
 )  # fmt: skip
@@ -160,7 +161,7 @@ def main() -> None:
         setting.load()
         result["calibration"] = yaml.safe_load(hardware.read_text())
         keep()
-        for label in given.policy or POLICIES:
+        for label in given.policy or DEFAULT:
             spec = POLICIES[label]
             make = lambda spec=spec: registry.build(spec)  # noqa: E731
             for batch in (1, synthetic_run.batch_that_fits(int(given.kv_budget * GIB), setting.request_bytes(make))):

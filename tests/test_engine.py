@@ -120,14 +120,17 @@ def test_fallback_fetches_until_enough_is_there(prompt):
     assert 0 == loads[0] < loads[1] < loads[2]
 
 
-def test_a_lookahead_policy_scores_the_running_models_own_states(prompt, tmp_path):
-    """Random weights: what they choose means nothing, but that it comes from live states and is carried out can be seen."""
+def lookahead(folder, budget, **options):
+    """LSA with random weights: what they choose means nothing, but that it comes from live states and is carried out can be seen."""
     rng, heads, hidden, width = np.random.default_rng(0), 4, 32, 16
     shapes = ((6, hidden), (6,), (heads * width, 6), (heads, hidden))
     layers = {layer: LayerWeights(*(rng.standard_normal(shape).astype(np.float32) for shape in shapes)) for layer in (0, 1)}
-    checkpoint.save(Checkpoint(layers, ScorerConfig(rope_dims=8, rope_theta=1e4), 0.01), tmp_path / "indexer.safetensors")
-    spec = {"policy": "lsa", "checkpoint": str(tmp_path / "indexer.safetensors"), "budget": "20 entries", "cadence": TAU, "recent_entries": 2}
-    engine = decoded(prompt, spec | {"stale": False})
+    checkpoint.save(Checkpoint(layers, ScorerConfig(rope_dims=8, rope_theta=1e4), 0.01), folder / "indexer.safetensors")
+    return {"policy": "lsa", "checkpoint": str(folder / "indexer.safetensors"), "budget": budget, "cadence": TAU, "recent_entries": 2} | options
+
+
+def test_a_lookahead_policy_scores_the_running_models_own_states(prompt, tmp_path):
+    engine = decoded(prompt, lookahead(tmp_path, "20 entries", stale=False))
     ledger = engine.ledger()
     assert ledger.lookahead_loads.sum() > 0 and (ledger.resident <= 20).all()
     assert engine.h2d_bytes == ledger.lookahead_loads.sum() * 2 * 16 * 4  # two layers share a set; 16 dims of float32
@@ -143,13 +146,8 @@ def test_what_an_engine_cannot_do_is_one_clear_error(prompt):
 
 
 def test_what_a_decision_will_recall_is_copied_ahead_of_it(prompt, tmp_path):
-    """The same tokens, sets and bytes as without; and every page that is recalled was foreseen, but for those evicted in between."""
-    rng, heads, hidden, width = np.random.default_rng(1), 4, 32, 16
-    shapes = ((6, hidden), (6,), (heads * width, 6), (heads, hidden))
-    layers = {layer: LayerWeights(*(rng.standard_normal(shape).astype(np.float32) for shape in shapes)) for layer in (0, 1)}
-    checkpoint.save(Checkpoint(layers, ScorerConfig(rope_dims=8, rope_theta=1e4), 0.01), tmp_path / "indexer.safetensors")
-    spec = {"policy": "lsa", "checkpoint": str(tmp_path / "indexer.safetensors"), "budget": "28 entries", "cadence": TAU, "recent_entries": 2}
-    found = []
+    """With room for all or for one page ahead: the same tokens, sets and bytes."""
+    spec, found = lookahead(tmp_path, "28 entries"), []
     for room in (1, 10**9):  # pages ahead: as many as slots, or one
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr("fmsim.exec.engine.AHEAD", room)
