@@ -125,15 +125,19 @@ def load_scenario_hardware(file: ScenarioFile) -> Hardware:
 
 def load_geometry(file: ScenarioFile) -> Geometry:
     """The scenario's model: a preset's name, or a config.json beside the scenario (or the folder that holds one)."""
-    name = file.scenario.model
+    return geometry_named(file.scenario.model, file.file, file.where(("model",)))
+
+
+def geometry_named(name: str, find: Callable[[str], Path] = Path, where: str = "--model") -> Geometry:
+    """A preset by its name, or what a config.json says (or the folder that holds one); ``where`` is for the message of an FmsimError."""
     if name in PRESETS:
         return PRESETS[name]
-    path = file.file(name)
+    path = find(name)
     path = path / "config.json" if path.is_dir() else path
     if not path.is_file():
         near = difflib.get_close_matches(name, PRESETS, n=1)
         hint = f"did you mean '{near[0]}'?" if near else f"presets are {', '.join(PRESETS)}"
-        raise FmsimError(f"{file.where(('model',))}: neither a preset nor a config.json: {name!r}; {hint}")
+        raise FmsimError(f"{where}: neither a preset nor a config.json: {name!r}; {hint}")
     try:
         return from_config(json.loads(path.read_text(encoding="utf-8")), name=path.parent.name)
     except (OSError, ValueError) as error:

@@ -9,6 +9,8 @@ from typing import Any
 
 import numpy as np
 
+from fmsim import metrics
+from fmsim.exec import synthetic_run
 from fmsim.exec.driven import DrivenDecode, Outcome, device_name
 from fmsim.footprint import Footprint, check_layer_map, footprint, indexer_layers
 from fmsim.geometry import Geometry
@@ -67,9 +69,14 @@ def validate(
 
 
 def validate_scenario(
-    file: ScenarioFile, selected: Sequence[str], device: str, progress: Callable[[str, int, int], None] = lambda label, done, total: None
-) -> dict[str, Any]:
-    """`validate` for a scenario's policies: the object that `fmsim validate --json` prints, the simulation's step times beside the measured."""
+    file: ScenarioFile, selected: Sequence[str], device: str, progress: Callable[[str, int, int], None] = lambda label, done, total: None,
+    whole_steps: bool = False,
+) -> dict[str, Any]:  # fmt: skip
+    """`validate` for a scenario's policies: the object that `fmsim validate --json` prints, the simulation's step times beside the measured.
+
+    With ``whole_steps`` a model of random weights of the scenario's geometry decodes each policy's steps too, in the scenario's batch, so that the
+    times are of the same thing; the scenario's hardware should then be a preset that `fmsim hw calibrate` made here.
+    """
     simulated = run_scenario(file, selected)
     scenario, geometry = file.scenario, load_geometry(file)
     trace = read(file.file(scenario.trace))
@@ -78,7 +85,11 @@ def validate_scenario(
     policies = [(spec.label, partial(build, file, spec)) for spec in select(file, selected)]
     rows = [check.row() for check in validate(policies, replayer, geometry, layer_map, device, progress)]
     for row, run in zip(rows, simulated.runs, strict=True):
-        row["simulated_step_p50_s"] = run.row["step_s"]["p50"]
+        row["simulated_step_p50_s"], row["simulated_tokens_per_s"] = run.row["step_s"]["p50"], run.row["decode_tokens_per_s"]
+    measured = f"the moves and their bookkeeping on this {device_name(device)}, without a model's compute; the two are not to be compared"
+    if whole_steps:
+        n_experts = time_steps(rows, [make for _, make in policies], replayer, geometry, layer_map, device, scenario.batch, progress)
+        measured = f"the same on this {device_name(device)}, batch {scenario.batch}, with random bfloat16 weights and {n_experts} experts a layer"
     about = {
         "name": scenario.name,
         "trace": str(file.file(scenario.trace)),
@@ -86,14 +97,31 @@ def validate_scenario(
         "model": geometry.name,
         "csa_layers": geometry.n_csa,
         "device": device_name(device),
+        "whole_steps": whole_steps,
         "simulated_hardware": scenario.hardware,
         "notes": [
-            f"simulated: a whole decode step of {geometry.name} on {scenario.hardware}.  measured: the moves and their bookkeeping on this "
-            f"{device_name(device)}, without a model's compute; the two are not to be compared.",
+            f"simulated: a whole decode step of {geometry.name} on {scenario.hardware}.  measured: {measured}.",
             "predicted and allocated: every slot of the budget, index keys, HCA entries and windows.  spare: pages for misses and for what is recalled ahead, beside it.",
         ],
     }
     return {"scenario": about, "policies": rows}
+
+
+def time_steps(
+    rows: Sequence[dict[str, Any]], makes: Sequence[Callable[[], Policy]], replayer: Replayer, geometry: Geometry, layer_map: tuple[int, ...], device: str,
+    batch: int, progress: Callable[[str, int, int], None],
+) -> int:  # fmt: skip
+    """Decode whole steps under each policy with one set of random weights, and put their times into `rows`; -> experts a layer."""
+    request_bytes = max(row["predicted_kv_bytes"] + row["spare_bytes"] for row in rows)
+    weights, n_experts = synthetic_run.weights_for(geometry, device, batch * request_bytes, seed=0)
+    for number, (row, make) in enumerate(zip(rows, makes, strict=True)):
+        progress(f"{row['policy']}: whole steps", number, len(rows))
+        run = synthetic_run.run(row["policy"], make, replayer, geometry, layer_map, weights, device, batch)
+        figures = metrics.timed(run.timeline())
+        row["measured_step_p50_s"], row["measured_tokens_per_s"] = figures["step_s"]["p50"], figures["decode_tokens_per_s"]
+        row["step_error"] = row["simulated_step_p50_s"] / row["measured_step_p50_s"] - 1
+        row["modelled_kv_bytes"] = run.kv_bytes
+    return n_experts
 
 
 def compare(label: str, ledger: Ledger, slots: np.ndarray, decode: DrivenDecode, outcome: Outcome, place: Footprint) -> Check:

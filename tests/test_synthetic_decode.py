@@ -49,7 +49,7 @@ def test_it_moves_what_the_replay_says(spec, device):
 
 
 WRONG = [
-    (("--model", "v9"), "--model v9: synthetic weights are of a preset's size; choose one of v4-flash, v4-pro"),
+    (("--model", "v9"), "--model: neither a preset nor a config.json: 'v9'; presets are v4-flash, v4-pro"),
     (("--context", "200k"), "--context 204800: no shipped trace has about as many tokens"),
     (("--context", "many"), "'many' is no number of tokens; write 8192 or 32k"),
     (("--trace", "absent.safetensors"), "absent.safetensors"),

@@ -104,3 +104,22 @@ def test_the_command_shows_both_worlds_and_never_in_one_column(tmp_path):
     assert rows[1]["replay_bytes"] == rows[1]["engine_bytes"] > 0
     shown = fmsim("validate", "small.yaml", "-p", "lru", folder=tmp_path)
     assert "yes" in shown.stdout and "simulated" in shown.stdout and "measured" in shown.stdout
+
+
+def test_whole_steps_are_timed_with_random_weights(tmp_path):
+    """The published entries and keys, so heads of 512 and keys of 128; the rest small."""
+    write(tmp_path / "small.safetensors", make_trace(prompt_tokens=800, n_steps=12))
+    fields = {"compress_ratios": [0, 4, 128, 4, 4], "num_hidden_layers": 5, "hidden_size": 64, "num_attention_heads": 2, "head_dim": 512, "qk_rope_head_dim": 64}
+    fields |= {"index_n_heads": 2, "index_head_dim": 128, "q_lora_rank": 16, "o_lora_rank": 16, "moe_intermediate_size": 16, "vocab_size": 128, "n_routed_experts": 8}
+    (tmp_path / "config.json").write_text(json.dumps(SMALL | fields))
+    (tmp_path / "small.yaml").write_text("name: small\ntrace: small.safetensors\nmodel: .\nbatch: 2\npolicies: [full, {policy: lru, budget: 20 entries}]\n")
+    done = fmsim("validate", "small.yaml", "--whole-steps", "--device", "cpu", "--json", folder=tmp_path)
+    assert done.returncode == 0, done.stderr
+    report = json.loads(done.stdout)
+    assert report["scenario"]["whole_steps"] and "8 experts a layer" in report["scenario"]["notes"][0]
+    for row in report["policies"]:
+        assert row["identical"] and row["measured_tokens_per_s"] > 0
+        assert row["step_error"] == pytest.approx(row["simulated_step_p50_s"] / row["measured_step_p50_s"] - 1)
+        assert 0 <= row["modelled_kv_bytes"] - row["predicted_kv_bytes"] <= 64 * (584 + 3 * 132)
+    shown = fmsim("validate", "small.yaml", "-p", "full", "--whole-steps", "--device", "cpu", folder=tmp_path)
+    assert "differs" in shown.stdout and "tokens/s" in shown.stdout

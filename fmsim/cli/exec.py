@@ -39,8 +39,8 @@ SHORTER_TOKENS = 37  # each request of a batch than the one before, so that thei
 def exec_(
     policy: Annotated[str, typer.Option("--policy", "-p", help="which policy keeps the pages; see `fmsim policy list`")] = "lsa",
     override: Annotated[list[str], typer.Option("--set", "-s", help="a parameter of the policy, e.g. budget=20%, on_miss=fallback")] = [],  # noqa: B006
-    model: Annotated[Path | None, typer.Option(help="a DeepSeek-V4 directory; the shipped nano by default. With --weights synthetic a preset")] = None,
-    weights: Annotated[Weights, typer.Option(help="the model's own, or random ones at a preset's full size, whose accesses a trace drives")] = Weights.own,
+    model: Annotated[Path | None, typer.Option(help="a DeepSeek-V4 directory; the shipped nano by default. With --weights synthetic a preset, or a folder with a config.json")] = None,
+    weights: Annotated[Weights, typer.Option(help="the model's own, or random ones of a geometry's full size, whose accesses a trace drives")] = Weights.own,
     prompt_file: Annotated[Path | None, typer.Option(help="text to read, and then to continue; built-in questions by default")] = None,
     context: Annotated[int, typer.Option(parser=_tokens, metavar="TOKENS", help="of the prompt, such as 8192 or 32k; a longer text is cut")] = 8192,
     steps: Annotated[int, typer.Option(min=1, help="decode steps; built-in questions go on to the end of an answer")] = STEPS,

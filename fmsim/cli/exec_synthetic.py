@@ -28,13 +28,11 @@ def show(
     from fmsim.cli.progress import token_bar
     from fmsim.exec import synthetic_run
     from fmsim.footprint import footprint, spread
-    from fmsim.geometry import PRESETS
     from fmsim.replay import Replayer
     from fmsim.report import measured
+    from fmsim.run import geometry_named
 
-    if model not in PRESETS:
-        raise FmsimError(f"--model {model}: synthetic weights are of a preset's size; choose one of {', '.join(PRESETS)}")
-    geometry, device, path = PRESETS[model], _device(device, torch.cuda.is_available()), _trace(trace, context)
+    geometry, device, path = geometry_named(model), _device(device, torch.cuda.is_available()), _trace(trace, context)
     found = traces.read(path)
     replayer = Replayer(found, entry_bytes=geometry.kv_entry_bytes, model_layers=geometry.n_csa, max_steps=steps)
     layer_map = spread(found.n_layers, geometry.n_csa)

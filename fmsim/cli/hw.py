@@ -31,7 +31,7 @@ def list_hardware() -> None:
 @app.command()
 def calibrate(
     out: Annotated[Path, typer.Option(help="preset to write (.yaml); its link and every timing come beside it")] = Path("calibrated.yaml"),
-    model: Annotated[str, typer.Option(help="whose decode modules to time: v4-flash or v4-pro")] = "v4-flash",
+    model: Annotated[str, typer.Option(help="whose decode modules to time: v4-flash, v4-pro, or a folder with a config.json")] = "v4-flash",
     seed: Annotated[int, typer.Option(help="decides the made-up inputs")] = 0,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="no progress lines")] = False,
 ) -> None:
@@ -51,6 +51,7 @@ def calibrate(
         raise FmsimError("hw calibrate measures a GPU, and torch finds no CUDA device here; run it on the machine to be simulated")
     from fmsim.exec.calibrate import calibrate as measure
     from fmsim.hw.calibration import write_preset
+    from fmsim.run import geometry_named
 
-    written = write_preset(measure(model, "cuda", seed, report=lambda line: quiet or typer.echo(line, err=True)), out)
+    written = write_preset(measure(geometry_named(model), "cuda", seed, report=lambda line: quiet or typer.echo(line, err=True)), out)
     typer.echo("written: " + ", ".join(map(str, written)))

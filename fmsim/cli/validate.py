@@ -14,6 +14,7 @@ def validate(
     scenario: Annotated[Path, typer.Argument(help="scenario file (.yaml)")],
     policy: Annotated[list[str], typer.Option("--policy", "-p", help="check only this one; repeat for more")] = [],  # noqa: B006
     override: Annotated[list[str], typer.Option("--set", "-s", help="key=value, as in `fmsim run`")] = [],  # noqa: B006
+    whole_steps: Annotated[bool, typer.Option("--whole-steps", help="decode with random weights of the scenario's model too, and compare step times")] = False,
     device: Annotated[str | None, typer.Option(help="cuda or cpu; cuda where there is one by default")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="print one JSON object instead of the table")] = False,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="no progress bar")] = False,
@@ -24,6 +25,8 @@ def validate(
     \b
     fmsim validate scenarios/32k.yaml
     fmsim validate scenarios/32k.yaml -p lru -p lsa --json
+    fmsim hw calibrate --model scenarios/one-gpu --out mine.yaml
+    fmsim validate scenarios/one-gpu/500k.yaml --set hardware=$PWD/mine.yaml --whole-steps
     """
     from fmsim.errors import FmsimError
 
@@ -43,8 +46,9 @@ def validate(
     with Progress(*columns, console=console, transient=True, disable=quiet or not console.is_terminal) as bar:
         task = bar.add_task("reading the trace", total=None)
         report = validate_scenario(
-            ScenarioFile(scenario, override), policy, device, lambda label, done, total: bar.update(task, description=label, completed=done, total=total)
-        )
+            ScenarioFile(scenario, override), policy, device, lambda label, done, total: bar.update(task, description=label, completed=done, total=total),
+            whole_steps,
+        )  # fmt: skip
     if as_json:
         import json
 

@@ -17,7 +17,6 @@ import torch
 from torch import nn
 from transformers import DeepseekV4Config
 
-from fmsim.errors import FmsimError
 from fmsim.exec import kernel_cases as cases
 from fmsim.exec.decode_attention import DecodeAttention, Home
 from fmsim.exec.kernels.hyper_connection import Pending, enter, read_out
@@ -25,7 +24,7 @@ from fmsim.exec.kernels.layout import KEY, LATENT, Layout
 from fmsim.exec.model import CSA, HCA, Attention, HyperConnection, HyperHead, MoE, RMSNorm, linear
 from fmsim.exec.synthetic import synthetic_config
 from fmsim.exec.timing import median_s
-from fmsim.geometry import PRESETS, Geometry
+from fmsim.geometry import Geometry
 from fmsim.hw.calibration import Calibration, Timing
 from fmsim.hw.spec import KernelTable
 
@@ -48,11 +47,8 @@ class Sizes:
     matmul: int = 8192
 
 
-def calibrate(model: str, device: str, seed: int = 0, report: Report = lambda line: None) -> Calibration:
-    """Everything, for the modules of the preset geometry ``model``. Takes minutes; ``report`` is told each figure as it comes."""
-    if model not in PRESETS:
-        raise FmsimError(f"--model {model}: no such geometry; choose one of {', '.join(PRESETS)}")
-    geometry = PRESETS[model]
+def calibrate(geometry: Geometry, device: str, seed: int = 0, report: Report = lambda line: None) -> Calibration:
+    """Everything, for the modules of ``geometry``. Takes minutes; ``report`` is told each figure as it comes."""
     return measure(geometry, synthetic_config(geometry, geometry.n_experts), (LATENT, KEY), device, Sizes(), seed, report)
 
 
