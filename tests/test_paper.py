@@ -19,7 +19,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 import paper  # noqa: E402
 
 H20 = load_hardware("h20")
-ENGINE = Server(prefill="done", max_batch=80, recall_bytes_per_s=2.0e9, admit_by_link=True)
+ENGINE = Server(prefill="done", max_batch=80, recall_bytes_per_s=1.9e9, admit_by_link=True)
 
 
 def full(tokens):
