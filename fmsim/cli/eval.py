@@ -11,7 +11,8 @@ import typer
 
 from fmsim.cli.extras import require
 
-DEFAULT_POLICIES = ["full", "lsa", "lsa:on_miss=fallback", "recency", "random", "lru", "h2o", "oracle"]
+# All at an equal budget: LSA's own threshold would leave part of its budget unused.
+DEFAULT_POLICIES = ["full", "lsa:threshold=0.5", "lsa:threshold=0.5,on_miss=fallback", "recency", "random", "lru", "h2o", "oracle"]
 
 
 def evaluate(
