@@ -53,8 +53,8 @@ class Timeline:
 class Batch:
     """Requests of any lengths that decode side by side, each under a policy of its own, all of one kind: `policy`.
 
-    ``kernels``: attention from GPU kernels; by default where there is a GPU. Raises FmsimError before anything starts where memory is short, and for what the policy
-    cannot do.
+    ``kernels``: attention from GPU kernels; by default where there is a GPU. Raises FmsimError before anything starts where memory is short, and
+    for what the policy cannot do.
     """
 
     def __init__(
@@ -88,7 +88,8 @@ class Batch:
         self._input = torch.zeros(len(prompts), dtype=torch.int64, device=self.device)
         self._positions = torch.tensor([len(prompt.tokens) for prompt in prompts], dtype=torch.int32, device=self.device)
         self._clock = StepClock(self.device)
-        self._forward: Callable[[], None] = step_state.graph_after_one(self._compute) if self._on_gpu and kernels and self.max_steps >= GRAPH_STEPS else self._compute
+        captured = self._on_gpu and kernels and self.max_steps >= GRAPH_STEPS and not self.model.asks_the_host
+        self._forward: Callable[[], None] = step_state.graph_after_one(self._compute) if captured else self._compute
 
     @property
     def among_resident(self) -> bool:
@@ -116,12 +117,11 @@ class Batch:
 
     def _choose(self, tokens: Sequence[int | None]) -> None:
         """The step's input: what is given, and the model's own choice elsewhere, which the host is not told."""
-        if None not in tokens:
-            self._input.copy_(torch.tensor(tokens))
-            return
         own = self.logits.argmax(-1)
-        given = torch.tensor([-1 if token is None else token for token in tokens]).to(self.device, non_blocking=True) if any(t is not None for t in tokens) else own
-        self._input.copy_(torch.where(given < 0, own, given))
+        if any(token is not None for token in tokens):
+            given = torch.tensor([-1 if token is None else token for token in tokens], device=self.device)
+            own = torch.where(given < 0, own, given)
+        self._input.copy_(own)
 
     def generate(self, count: int, progress: Callable[[int], None] | None = None) -> list[list[int]]:
         """Greedy tokens of each request, each processed as it is chosen."""

@@ -573,9 +573,15 @@ class Experts(nn.Module):
         """
         if len(self.gate_up_proj) <= FEW_EXPERTS:
             return self._every_expert(x, chosen, weights)
-        if x.dtype == self.down_proj.dtype == torch.bfloat16 and not any(size % GROUPED_MULTIPLE for size in self.down_proj.shape[1:]):
+        if x.dtype == self.down_proj.dtype and not self.asks_the_host:
             return self._grouped(x, chosen, weights)
         return self._one_by_one(x, chosen, weights)
+
+    @property
+    def asks_the_host(self) -> bool:
+        """Inference waits for the host to learn who was chosen: many experts, and no bfloat16 that a grouped product takes."""
+        grouped = self.down_proj.dtype == torch.bfloat16 and not any(size % GROUPED_MULTIPLE for size in self.down_proj.shape[1:])
+        return len(self.gate_up_proj) > FEW_EXPERTS and not grouped
 
     def _one_by_one(self, x: Tensor, chosen: Tensor, weights: Tensor) -> Tensor:
         """The reference: a loop over the experts that were chosen at all."""
@@ -763,6 +769,11 @@ class DeepseekV4(nn.Module):
         self.config = config
         self.model = Backbone(config)
         self.lm_head = linear(config.hidden_size, config.vocab_size)
+
+    @property
+    def asks_the_host(self) -> bool:
+        """A decode step cannot be a CUDA graph."""
+        return any(layer.mlp.experts.asks_the_host for layer in self.model.layers)
 
     def new_cache(self, batch: int, max_tokens: int) -> Cache:
         weight = self.lm_head.weight
