@@ -7,6 +7,7 @@ from typing import Any
 import plotly.graph_objects as go
 
 GIB, MIB = 2**30, 2**20
+SHARES = [0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0]  # marked on the axis
 
 
 def footprint_figure(report: dict[str, Any]) -> go.Figure:
@@ -21,7 +22,7 @@ def footprint_figure(report: dict[str, Any]) -> go.Figure:
             customdata=[[row["kv_bytes"] / GIB, row["h2d_bytes_per_step"] / MIB] for row in rows],
             hovertemplate="%{y:.1f} of 100 at %{x:.1%} of the cache, %{customdata[0]:.3f} GiB, PCIe %{customdata[1]:.2f} MiB a step",
         )  # fmt: skip
-    figure.update_xaxes(type="log", tickformat=".0%", title="share of the full KV cache kept")
+    figure.update_xaxes(type="log", tickvals=SHARES, ticktext=[f"{100 * share:.3g}%" for share in SHARES], title="share of the full KV cache kept")
     figure.update_yaxes(range=[0, 105], title="score, mean over tasks")
     figure.update_layout(title=f"Accuracy against footprint: {report['about']['model']}", template="plotly_white")
     return figure
