@@ -101,7 +101,7 @@ def test_masked_selection_is_of_resident_entries_alone(prompt):
     resident, full = decoded(prompt, spec), decoded(prompt, spec, select="all")
     pager = resident.pagers[0]
     assert (pager.ids >= 0).all()  # the next best fill the row
-    assert resident.request.here(0, pager.ids[0]).all()
+    assert (resident.request.residency.table[0][pager.ids[0].long()] >= 0).all()  # pages of one entry
     pager = full.pagers[0]
     assert 0 < (pager.ids >= 0).sum() < 8
     assert torch.equal(pager.ids >= 0, pager.hit)
@@ -153,7 +153,7 @@ def test_what_a_decision_will_recall_is_copied_ahead_of_it(prompt, tmp_path):
             patch.setattr("fmsim.exec.engine.AHEAD", room)
             found.append(decoded(prompt, spec))
     early, late = found
-    assert early.tiers.ahead_pages == 28 and late.tiers.ahead_pages == 1
+    assert early.tiers.sizes[0].ahead == 28 and late.tiers.sizes[0].ahead == 1
     assert early.tokens == late.tokens and torch.equal(early.logits, late.logits)
     assert early.ledger().lookahead_loads.sum() > 20
     for engine in found:

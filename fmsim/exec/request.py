@@ -95,11 +95,6 @@ class Request:
         then = self.step + cadence
         return self.keeper.foresee(then, (len(self.prompt.tokens) + then + 1) // self.rate, most)
 
-    def here(self, layer: int, ids: Tensor) -> Tensor:
-        """bool, whether entries lie in a slot."""
-        table = self.residency.table[self.group(layer)]
-        return table[torch.where(ids < 0, -1, ids // self.keeper.ctx.granularity).long()] >= 0
-
     def settle(self) -> Moves | None:
         """All layers have attended: the policy sees it, and what was fetched gets its slots."""
         step, self.step = self.step, self.step + 1

@@ -63,7 +63,7 @@ def experts_that_fit(geometry: Geometry, weight_bytes: int) -> int:
     fewest_bytes = model_bytes(geometry, fewest)
     if fewest_bytes > weight_bytes:
         raise FmsimError(
-            f"GPU memory for weights: {geometry.name} with {fewest} experts a layer, the fewest that a token needs, takes {fewest_bytes / GIB:.2f} GiB, "
+            f"memory for weights: {geometry.name} with {fewest} experts a layer, the fewest that a token needs, takes {fewest_bytes / GIB:.2f} GiB, "
             f"{(fewest_bytes - weight_bytes) / GIB:.2f} GiB more than the {weight_bytes / GIB:.2f} GiB that are left for them; lower --context or --batch"
         )
     expert_bytes = model_bytes(geometry, fewest + 1) - fewest_bytes

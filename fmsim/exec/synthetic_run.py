@@ -18,6 +18,7 @@ from fmsim.exec.model import DeepseekV4
 from fmsim.exec.run import MEASURED, device_name
 from fmsim.exec.synthetic import model_bytes, synthetic_model
 from fmsim.exec.synthetic_decode import SyntheticStep
+from fmsim.exec.tiered import host_free_bytes
 from fmsim.footprint import footprint, indexer_layers
 from fmsim.geometry import Geometry
 from fmsim.policies.base import Policy
@@ -77,10 +78,10 @@ def weights_for(geometry: Geometry, device: str, kv_bytes: int, seed: int) -> tu
 
 
 def free_weight_bytes(geometry: Geometry, device: str, kv_bytes: int) -> int:
-    """What ``kv_bytes`` and a reserve leave of a GPU's memory for weights; on a CPU as much as the whole model takes."""
-    if device == "cuda":
-        return torch.cuda.mem_get_info()[0] - kv_bytes - SPARE_BYTES
-    return model_bytes(geometry, geometry.n_experts)
+    """What ``kv_bytes`` and a reserve leave of the device's free memory for weights; no more than the whole model takes."""
+    free_bytes = torch.cuda.mem_get_info()[0] if device == "cuda" else host_free_bytes()
+    whole_bytes = model_bytes(geometry, geometry.n_experts)
+    return whole_bytes if free_bytes is None else min(whole_bytes, free_bytes - kv_bytes - SPARE_BYTES)
 
 
 def run(

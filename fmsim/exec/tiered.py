@@ -83,11 +83,6 @@ class TieredCache:
         return self.stage_start[-1] - self.stage_start[0]
 
     @property
-    def ahead_pages(self) -> int:
-        """Pages of each layer for what is recalled ahead of a decision."""
-        return self.ahead_start[-1] - self.ahead_start[0]
-
-    @property
     def slot_bytes(self) -> int:
         """What the slots alone take of GPU memory."""
         return self.layers * self.slot_start[-1] * self.page_bytes
