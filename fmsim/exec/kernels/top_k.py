@@ -5,7 +5,8 @@ and searches the k-th of their keys by counting how many reach a threshold, thre
 so a CUDA graph may hold it.
 
 Pre-selection: with the maximum of every 32 scores (`index_scores` gives it), the k-th largest maximum is a lower bound of the
-k-th largest score, since k scores reach it. Groups below it are never read: of 262,144 scores some 16,384 are.
+k-th largest score, since k scores reach it; so is any maximum below it. Groups below the bound are never read: of 262,144 scores some 16,384
+are. Of those the ones that reach the bound are set aside, for they are seldom more than twice k, and the search goes on among them.
 """
 
 from __future__ import annotations
@@ -46,6 +47,7 @@ def top_k_triton(scores, lengths, k, maxima=None, tune: tuning.TopK | None = Non
     batch, entries = scores.shape
     assert entries < 2**COUNT_BITS, "counts of three thresholds share an int64"
     assert tune.chunk < 2**15, "counts of a chunk's certain ones and its ties share an int32"
+    assert tune.finalists <= 2**11, "a finalist's place, its id and its key share an int64"
     ids = torch.empty(batch, k, dtype=torch.int32, device=scores.device)
     chunk, n_groups = min(tune.chunk, max(next_power_of_2(entries), GROUP)), cdiv(entries, GROUP)
     preselect = entries > chunk
@@ -55,11 +57,13 @@ def top_k_triton(scores, lengths, k, maxima=None, tune: tuning.TopK | None = Non
             scores, maxima, lengths, scores.stride(0), maxima.stride(0), GROUP=GROUP, BLOCK=tune.maxima_groups
         )
     groups = torch.empty_like(maxima, dtype=torch.int32) if preselect else ids
+    finalists = torch.empty(batch, tune.finalists, dtype=torch.int64, device=scores.device) if preselect else ids
     maxima = maxima if preselect else scores
     _top_k[(batch,)](
-        scores, maxima, groups, lengths, ids, scores.stride(0), maxima.stride(0), groups.stride(0),
+        scores, maxima, groups, finalists, lengths, ids, scores.stride(0), maxima.stride(0), groups.stride(0),
         K=k, K_PADDED=next_power_of_2(k), GROUP=GROUP, PRESELECT=preselect, COUNT_BITS=COUNT_BITS,
         CHUNK=chunk, MAXIMA_CHUNK=min(tune.chunk, max(next_power_of_2(n_groups), GROUP)),
+        SLACK=tune.slack, GATHER_CHUNK=min(tune.gather_chunk, chunk), FINALISTS=tune.finalists,
         VECTOR=math.gcd(scores.stride(0), 4), MAXIMA_VECTOR=math.gcd(maxima.stride(0), 4), num_warps=tune.warps,
     )  # fmt: skip
     return ids
@@ -123,67 +127,115 @@ def _reaching(keys, one, two, three, COUNT_BITS: tl.constexpr):
 
 
 @triton.jit
-def _narrowed(low, sure, above, one, two, three, counts, k, COUNT_BITS: tl.constexpr):
-    """``low``, ``sure`` and ``above`` after a turn of the search, of which ``_kth_key`` tells."""
+def _narrowed(low, sure, reaching, above, one, two, three, counts, k, COUNT_BITS: tl.constexpr):
+    """``low``, ``sure``, and how many reach each, after a turn of the search, of which ``_search`` tells."""
     mask: tl.constexpr = (1 << COUNT_BITS) - 1
     first, second, third = (counts & mask).to(tl.int32), ((counts >> COUNT_BITS) & mask).to(tl.int32), (counts >> 2 * COUNT_BITS).to(tl.int32)
     low = tl.where(third > k, three, tl.where(second > k, two, tl.where(first > k, one, low)))
+    reaching = tl.where(third > k, third, tl.where(second > k, second, tl.where(first > k, first, reaching)))
     sure = tl.where(first <= k, one, tl.where(second <= k, two, tl.where(third <= k, three, sure)))
     above = tl.where(first <= k, first, tl.where(second <= k, second, tl.where(third <= k, third, above)))
+    return low, sure, reaching, above
+
+
+@triton.jit
+def _search(keys, k, SLACK: tl.constexpr, COUNT_BITS: tl.constexpr):
+    """Among keys held at once, 0 for none: ``low``, ``sure`` and ``above``.
+
+    The keys from ``sure`` on are among the k largest, and are ``above`` many. More than k keys reach ``low``, if any so few do. The two approach
+    until exactly k keys reach ``sure``, or at most k + SLACK reach ``low``, or they are neighbours; the keys of ``low`` are then as good as each other.
+    """
+    real = tl.sum((keys > 0).to(tl.int32))
+    low, sure = tl.zeros([], tl.uint32), tl.full([], 1, tl.uint32)
+    reaching, above = real, real
+    if real > k:
+        sure, above = tl.max(keys) + 1, tl.zeros([], tl.int32)
+        low = tl.min(tl.where(keys > 0, keys, 0xFFFFFFFF).to(tl.uint32))
+        while (sure - low > 1) & (above < k) & (reaching > k + SLACK):
+            one, two, three = _thresholds(low, sure)
+            counts = _reaching(keys, one, two, three, COUNT_BITS)
+            low, sure, reaching, above = _narrowed(low, sure, reaching, above, one, two, three, counts, k, COUNT_BITS)
     return low, sure, above
 
 
 @triton.jit
 def _kth_key(
     values, groups, count, length, k,
-    GROUP: tl.constexpr, GATHER: tl.constexpr, CHUNK: tl.constexpr, VECTOR: tl.constexpr, COUNT_BITS: tl.constexpr,
+    GROUP: tl.constexpr, GATHER: tl.constexpr, CHUNK: tl.constexpr, VECTOR: tl.constexpr, SLACK: tl.constexpr, COUNT_BITS: tl.constexpr,
 ):  # fmt: skip
-    """``sure`` and ``above``: the keys from ``sure`` on are among the k largest, and are ``above`` many. Where that is fewer than k,
-    the others have the key ``sure - 1``, and are enough (or it is 0, and no more exist).
-
-    More than k keys reach ``low``, if any so few do; at most k reach ``sure``. The two approach until they are neighbours, or
-    exactly k keys reach ``sure``. Keys that fit a chunk are read once; more are read every turn.
-    """
-    above = tl.zeros([], tl.int32)
-    low, sure = tl.zeros([], tl.uint32), tl.full([], 0xFF800001, tl.uint32)  # beyond the key of +inf
+    """`_search` among values in memory. Keys that fit a chunk are read once; more are read every turn."""
     if count <= CHUNK:
         keys, _ = _keys(values, groups, 0, count, length, GROUP, GATHER, CHUNK, VECTOR)
-        real = tl.sum((keys > 0).to(tl.int32))
-        if real <= k:
-            sure, above = tl.full([], 1, tl.uint32), real
-        else:
-            sure = tl.max(keys) + 1
-            low = tl.min(tl.where(keys > 0, keys, 0xFFFFFFFF).to(tl.uint32))
-        while (sure - low > 1) & (above < k):
-            one, two, three = _thresholds(low, sure)
-            counts = _reaching(keys, one, two, three, COUNT_BITS)
-            low, sure, above = _narrowed(low, sure, above, one, two, three, counts, k, COUNT_BITS)
+        low, sure, above = _search(keys, k, SLACK, COUNT_BITS)
     else:
-        while (sure - low > 1) & (above < k):
+        low, sure, above = tl.zeros([], tl.uint32), tl.full([], 0xFF800001, tl.uint32), tl.zeros([], tl.int32)  # beyond the key of +inf
+        reaching = tl.full([], 2**30, tl.int32)
+        while (sure - low > 1) & (above < k) & (reaching > k + SLACK):
             one, two, three = _thresholds(low, sure)
             counts = tl.zeros([], tl.int64)
             for start in range(0, count, CHUNK):
                 keys, _ = _keys(values, groups, start, count, length, GROUP, GATHER, CHUNK, VECTOR)
                 counts += _reaching(keys, one, two, three, COUNT_BITS)
-            low, sure, above = _narrowed(low, sure, above, one, two, three, counts, k, COUNT_BITS)
-    return sure, above
+            low, sure, reaching, above = _narrowed(low, sure, reaching, above, one, two, three, counts, k, COUNT_BITS)
+    return low, sure, above
+
+
+@triton.jit
+def _emit(ids, key, index, sure, ties_wanted, taken, ties):
+    """Write those of some candidates, in ascending order, that are chosen; -> how many certain ones and ties there were so far.
+
+    A key of at least ``sure`` is certain; one of ``sure - 1`` is a tie, of which the first ``ties_wanted`` are chosen.
+    """
+    certain, tie = (key >= sure).to(tl.int32), ((key == sure - 1) & (key > 0)).to(tl.int32)
+    before, more = _before(certain + (tie << 16))  # both counts in one sum: a chunk has fewer than 2^15
+    earlier_ties = ties + (before >> 16)
+    take = (certain > 0) | ((tie > 0) & (earlier_ties < ties_wanted))
+    _scatter(ids, taken + (before & 0xFFFF) + tl.minimum(earlier_ties, ties_wanted), index, take)
+    return taken + (more & 0xFFFF), ties + (more >> 16)
+
+
+@triton.jit
+def _set_aside(scores, groups, finalists, bound, count, length, GROUP: tl.constexpr, CHUNK: tl.constexpr, VECTOR: tl.constexpr, FINALISTS: tl.constexpr):
+    """Keys and ids of the listed groups' scores that reach ``bound``, in ascending order of ids; -> how many. Those that find no place are lost."""
+    found = tl.zeros([], tl.int32)
+    for start in range(0, count, CHUNK):
+        key, index = _keys(scores, groups, start, count, length, GROUP, True, CHUNK, VECTOR)
+        keep = (key >= bound).to(tl.int32)
+        before, more = _before(keep)
+        place = found + before
+        packed = (place.to(tl.int64) << 53) | (index.to(tl.int64) << 32) | key.to(tl.int64)  # all bits are set where there is none, and in no other
+        packed = tl.ravel(tl.where((keep > 0) & (place < FINALISTS), packed, -1), can_reorder=True)
+        tl.store(finalists + ((packed >> 53) & 0x7FF), packed, mask=packed != -1)
+        found += more
+    return found
+
+
+@triton.jit
+def _finalists(finalists, found, GROUP: tl.constexpr, FINALISTS: tl.constexpr):
+    """Keys, 0 where there is none, and ids of what was set aside, [FINALISTS / GROUP, GROUP]."""
+    place = tl.arange(0, FINALISTS // GROUP)[:, None] * GROUP + tl.arange(0, GROUP)[None, :]
+    packed = tl.load(finalists + place, mask=place < found, other=0)
+    return (packed & 0xFFFFFFFF).to(tl.uint32), ((packed >> 32) & 0x1FFFFF).to(tl.int32)
 
 
 @triton.jit
 def _top_k(
-    scores, maxima, groups, lengths, ids, scores_stride, maxima_stride, groups_stride,
+    scores, maxima, groups, finalists, lengths, ids, scores_stride, maxima_stride, groups_stride,
     K: tl.constexpr, K_PADDED: tl.constexpr, GROUP: tl.constexpr, PRESELECT: tl.constexpr, COUNT_BITS: tl.constexpr,
-    CHUNK: tl.constexpr, MAXIMA_CHUNK: tl.constexpr, VECTOR: tl.constexpr, MAXIMA_VECTOR: tl.constexpr,
+    CHUNK: tl.constexpr, MAXIMA_CHUNK: tl.constexpr, SLACK: tl.constexpr, GATHER_CHUNK: tl.constexpr, FINALISTS: tl.constexpr,
+    VECTOR: tl.constexpr, MAXIMA_VECTOR: tl.constexpr,
 ):  # fmt: skip
     """One program: one sequence."""
     b = tl.program_id(0).to(tl.int64)
     scores, maxima, groups, ids = scores + b * scores_stride, maxima + b * maxima_stride, groups + b * groups_stride, ids + b * K
     length = tl.load(lengths + b)
-    count = length
+    count, found = length, tl.full([], FINALISTS + 1, tl.int32)
+    taken, ties = tl.zeros([], tl.int32), tl.zeros([], tl.int32)
     if PRESELECT:
+        finalists += b * FINALISTS
         n_groups = tl.cdiv(length, GROUP)
-        bound, above = _kth_key(maxima, groups, n_groups, n_groups, K, GROUP, False, MAXIMA_CHUNK, MAXIMA_VECTOR, COUNT_BITS)
-        bound = tl.maximum(tl.where(above < K, bound - 1, bound), 1)
+        low, sure, above = _kth_key(maxima, groups, n_groups, n_groups, K, GROUP, False, MAXIMA_CHUNK, MAXIMA_VECTOR, SLACK, COUNT_BITS)
+        bound = tl.maximum(tl.where(above < K, low, sure), 1)
         kept = tl.zeros([], tl.int32)
         for start in range(0, n_groups, MAXIMA_CHUNK):
             key, group = _keys(maxima, groups, start, n_groups, n_groups, GROUP, False, MAXIMA_CHUNK, MAXIMA_VECTOR)
@@ -191,20 +243,19 @@ def _top_k(
             before, more = _before(keep)
             _scatter(groups, kept + before, group, keep > 0)
             kept += more
-        tl.debug_barrier()  # the list is read back by other threads than wrote it
         count = kept * GROUP
-    sure, above = _kth_key(scores, groups, count, length, K, GROUP, PRESELECT, CHUNK, VECTOR, COUNT_BITS)
-    ties_wanted = K - above
-    taken, ties = tl.zeros([], tl.int32), tl.zeros([], tl.int32)
-    for start in range(0, count, CHUNK):
-        key, index = _keys(scores, groups, start, count, length, GROUP, PRESELECT, CHUNK, VECTOR)
-        certain, tie = (key >= sure).to(tl.int32), ((key == sure - 1) & (key > 0)).to(tl.int32)
-        before, more = _before(certain + (tie << 16))  # both counts in one sum: a chunk has fewer than 2^15
-        earlier_ties = ties + (before >> 16)
-        take = (certain > 0) | ((tie > 0) & (earlier_ties < ties_wanted))
-        _scatter(ids, taken + (before & 0xFFFF) + tl.minimum(earlier_ties, ties_wanted), index, take)
-        taken += more & 0xFFFF
-        ties += more >> 16
-    taken += tl.minimum(ties, ties_wanted)
+        tl.debug_barrier()  # the list is read back by other threads than wrote it
+        found = _set_aside(scores, groups, finalists, bound, count, length, GROUP, GATHER_CHUNK, VECTOR, FINALISTS)
+        tl.debug_barrier()
+    if found <= FINALISTS:
+        key, index = _finalists(finalists, found, GROUP, FINALISTS)
+        _, sure, above = _search(key, K, 0, COUNT_BITS)
+        taken, ties = _emit(ids, key, index, sure, K - above, taken, ties)
+    else:
+        _, sure, above = _kth_key(scores, groups, count, length, K, GROUP, PRESELECT, CHUNK, VECTOR, 0, COUNT_BITS)
+        for start in range(0, count, CHUNK):
+            key, index = _keys(scores, groups, start, count, length, GROUP, PRESELECT, CHUNK, VECTOR)
+            taken, ties = _emit(ids, key, index, sure, K - above, taken, ties)
+    taken += tl.minimum(ties, K - above)
     place = tl.arange(0, K_PADDED)
     tl.store(ids + place, -1, mask=(place >= taken) & (place < K))
