@@ -26,6 +26,7 @@ from fmsim.policies.base import Policy
 from fmsim.replay import Replayer, context_in
 from fmsim.tally import Tally
 
+
 @dataclass(frozen=True)
 class Outcome:
     """`slots` int32 [T, G, S] at each step's end, where they were watched. Bytes are of one request, seconds of a step."""
@@ -85,6 +86,7 @@ class DrivenDecode:
         self.fetched = torch.zeros(shape[1:], dtype=torch.bool, device=self.device)
         self._hit, self._attended = (torch.zeros(shape, dtype=torch.bool, device=self.device) for _ in range(2))
         self._slots: list[np.ndarray] = []
+        self._shown: list[tuple[Tensor, Tensor]] = []  # of the last step, by part: what was attended to, where that is watched
         self.clock = StepClock(self.device)
         tokens = replayer.header.prompt_tokens + replayer.n_steps
         fixed_bytes = geometry.gpu_kv_bytes(tokens, 0, keyed_layers * geometry.csa_entries(tokens)) if watch else 0
@@ -98,6 +100,7 @@ class DrivenDecode:
                 self._step(step, compute)
             if self.watch:
                 self._slots.append(self.keeper.residency.slots.cpu().numpy().copy())
+                self._compare(step)
             progress(1)
         by_entry = (self.paged.by_entry(flag.cpu().numpy(), self.replayer.n_layers) for flag in (self._hit, self._attended))
         step_s, _, recall_wait_s, _ = self.clock.figures()
@@ -141,9 +144,10 @@ class DrivenDecode:
             for part, (tiers, _) in enumerate(self.parts):
                 for layer in range(tiers.layers):
                     self.stage(part, layer)
+        attended = torch.where(missing & ~self.fetched, -1, use.pages)
+        self._hit[step], self._attended[step] = (use.pages >= 0) & ~missing, attended >= 0
         if self.watch and self.entries.mirrored:
-            self._compare(step, torch.where(missing & ~self.fetched, -1, use.pages))
-        self._hit[step], self._attended[step] = (use.pages >= 0) & ~missing, (use.pages >= 0) & ~(missing & ~self.fetched)
+            self._shown = [self._attended_to(part, attended.long()) for part in range(len(self.parts))]
         if self.keeper.passive:
             self.tally.rest(step)
             return
@@ -170,9 +174,10 @@ class DrivenDecode:
     def _fill_slots(self, ctx) -> None:
         """Random bytes in the mirror, and in the slots what the prefill leaves there; not traffic."""
         if self.watch:
-            generator = torch.Generator().manual_seed(self.replayer.header.seed)
+            generator = np.random.Generator(np.random.SFC64(self.replayer.header.seed))  # the fastest there is
             for tiers, _ in self.parts:
-                tiers.mirror.random_(0, 256, generator=generator)
+                for layer in tiers.mirror.view(torch.int32).numpy():
+                    layer[:] = generator.integers(np.iinfo(np.int32).min, np.iinfo(np.int32).max, layer.shape, np.int32, endpoint=True)
         pages = self.keeper.residency.slots
         places = torch.arange(pages.shape[1], device=self.device)
         self._uncounted(pages.clamp(min=0).long(), torch.where(pages < 0, -1, places))
@@ -184,14 +189,25 @@ class DrivenDecode:
             tiers.fetch(pages[groups], slots[groups])
             tiers.recalled_pages.copy_(before)
 
-    def _compare(self, step: int, pages: Tensor) -> None:
-        for (tiers, groups), blocks in zip(self.parts, self.blocks):
-            for layer, group in enumerate(groups):
-                attended = pages[group][pages[group] >= 0].long()
-                kept = tiers.mirror[layer][attended.to(tiers.mirror.device)]
-                for table in blocks[layer]:
-                    if not torch.equal(tiers.pool[layer][table[attended].long()].cpu(), kept):
-                        raise FmsimError(f"policy {self.policy.name}, step {step}, layer {layer}: a page on the GPU differs from the mirror's: a bug in fmsim")
+    def _attended_to(self, part: int, pages: Tensor) -> tuple[Tensor, Tensor]:
+        """Of the pages of each group [G, n], -1 for none, in every layer of a tier: their numbers in the mirror's layers put end to end, int64 [m], and the
+        rows that lie in the pool for them, int32 words [B, m, page bytes / 4]."""
+        tiers, groups = self.parts[part]
+        tables = self._tables[part] if self.entries.stage_pages else self._tables[part][groups]  # [layers, B, P + 1]
+        pages = pages[groups]
+        layer, place = (pages >= 0).nonzero(as_tuple=True)
+        page = pages[layer, place]
+        rows = tiers.pool.view(torch.int32).flatten(0, 1)[layer * tiers.pool.shape[1] + tables[layer, :, page].T]
+        return layer * tiers.mirror.shape[1] + page, rows
+
+    def _compare(self, step: int) -> None:
+        """What the last step attended to with the mirror's bytes."""
+        for (tiers, _), (numbers, rows) in zip(self.parts, self._shown):
+            numbers, rows = numbers.cpu(), rows.cpu()
+            kept = tiers.mirror.view(torch.int32).flatten(0, 1)[numbers]
+            if not torch.equal(rows, kept.expand_as(rows)):
+                layer = int(numbers[(rows != kept).any(2).any(0)][0]) // tiers.mirror.shape[1]
+                raise FmsimError(f"policy {self.policy.name}, step {step}, layer {layer}: a page on the GPU differs from the mirror's: a bug in fmsim")
 
     def _there(self, array: np.ndarray) -> Tensor:
         return torch.from_numpy(np.array(array)).to(self.device)
