@@ -33,7 +33,7 @@ from fmsim.exec.synthetic_decode import SyntheticStep
 from fmsim.footprint import footprint, spread
 from fmsim.geometry import PRESETS, Geometry
 from fmsim.hw.calibration import write_preset
-from fmsim.hw.spec import load_hardware
+from fmsim.hw.spec import load_hardware, replace_figure
 from fmsim.policies import registry
 from fmsim.policies.base import Policy
 from fmsim.replay import Replayer
@@ -101,8 +101,10 @@ def calibrated(setting: Setting, experts: int, folder: Path) -> Path:
 
 def predicted(setting: Setting, hardware: Path, batch: int, make: Callable[[], Policy]) -> dict[str, Any]:
     """What the simulator says of the same policy, batch and steps on the calibrated preset, with as many experts as the weights have."""
-    geometry = replace(setting.geometry, n_experts=setting.n_experts)
-    timeline = simulate(setting.replayer.run(make()), geometry, load_hardware(hardware.name, hardware.parent), batch=batch, layer_map=setting.layer_map)
+    geometry, preset = replace(setting.geometry, n_experts=setting.n_experts), load_hardware(hardware.name, hardware.parent)
+    # All requests follow one trace here and share its mirror, where the simulator counts one for each.
+    preset = replace_figure(preset, "host_bytes", preset.host_bytes.value * batch)
+    timeline = simulate(setting.replayer.run(make()), geometry, preset, batch=batch, layer_map=setting.layer_map)
     row = metrics.timed(timeline)
     return {"predicted_step_p50_s": row["step_s"]["p50"], "predicted_tokens_per_s": row["decode_tokens_per_s"]}
 
