@@ -31,7 +31,7 @@ on_gpu = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), rea
 on_each_device = pytest.mark.parametrize(
     ("device", "kernels"), [("cpu", False), ("cpu", True), pytest.param("cuda", True, marks=on_gpu)], ids=["cpu", "cpu-references", "cuda"]
 )
-LENGTHS, STEPS = (40, 7), 60  # across the ends of windows, of entries, and of 16 pages
+LENGTHS, STEPS = (40, 7), {"cpu": 60, "cuda": 600}  # across the ends of windows, of entries, and of 16 pages
 
 
 class Logits(NamedTuple):
@@ -76,8 +76,8 @@ def decoded(reference, device: str, kernels: bool, texts: list[torch.Tensor], st
     return Logits(*(torch.cat(whole) for whole in wholes), torch.stack(rows, 1).flatten(0, 1))
 
 
-def random_texts() -> list[torch.Tensor]:
-    return [torch.randint(0, 64, (length + STEPS,)) for length in LENGTHS]
+def random_texts(steps: int, lengths: tuple[int, ...] = LENGTHS) -> list[torch.Tensor]:
+    return [torch.randint(0, 64, (length + steps,)) for length in lengths]
 
 
 def clear(found: Logits, error: torch.Tensor) -> torch.Tensor:
@@ -91,8 +91,8 @@ def clear(found: Logits, error: torch.Tensor) -> torch.Tensor:
 @given(layers=st.lists(kinds, max_size=3).flatmap(lambda mix: st.permutations([*mix, CSA])), experts=st.sampled_from([4, 16]), seed=st.integers(0, 99))
 def test_it_rounds_as_transformers_does_and_greedy_tokens_are_float32s(device, kernels, layers, experts, seed):
     """Every expert by the token's id, every entry among the top-k: there is nothing to choose."""
-    reference = oracle(seed, layer_types=layers, n_routed_experts=experts, num_hash_layers=len(layers), index_topk=32)
-    found = decoded(reference, device, kernels, random_texts(), STEPS)
+    reference = oracle(seed, layer_types=layers, n_routed_experts=experts, num_hash_layers=len(layers), index_topk=(LENGTHS[0] + STEPS[device]) // 4)
+    found = decoded(reference, device, kernels, random_texts(STEPS[device]), STEPS[device])
     theirs, ours = found.errors
     assert 0 < ours.square().mean().sqrt() < 1.3 * theirs.square().mean().sqrt() < 0.05  # of logits whose deviation is 0.8
     sure = clear(found, 2 * theirs.max())
@@ -105,8 +105,8 @@ def test_where_choices_are_free_the_typical_token_is_as_near(device, kernels, sp
     runs = []
     for seed in range(3):
         reference = oracle(seed, layer_types=["sliding_attention", CSA, "heavily_compressed_attention", CSA], n_routed_experts=16, index_topk=8)
-        texts = [torch.randint(0, 64, (length + STEPS,)) for length in (40, 33)]  # for a budget of three times top-k
-        runs.append(decoded(reference, device, kernels, texts, STEPS, spec))
+        texts = random_texts(STEPS["cpu"], (40, 33))  # for a budget of three times top-k
+        runs.append(decoded(reference, device, kernels, texts, STEPS["cpu"], spec))
     found = Logits(*map(torch.cat, zip(*runs)))
     theirs, ours = (error.amax(-1).median() for error in found.errors)
     assert ours < 1.3 * theirs < 0.15
