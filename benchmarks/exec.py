@@ -2,7 +2,8 @@
 
     python benchmarks/exec.py [--trace traces/nano-500k-needles.safetensors] [--kv-budget 16] [--out benchmarks/results/exec.json]
 
-Each policy runs for one request and for as many as the KV budget (GiB) holds, all in one process with one set of weights. The prediction is the
+Each policy runs for one request and for as many as the KV budget (GiB) holds (granularities for one request only), all in one process with one set
+of weights. The prediction is the
 simulator's with a preset that the same process calibrates, at contexts and batches other than those measured here, on the modules of the same
 weights (as many experts a layer). Times are medians over the steps after the second decision.
 """
@@ -48,7 +49,7 @@ POLICIES: dict[str, dict[str, Any]] = {
     "recency": {"policy": "recency", "budget": "10%"},
     "h2o": {"policy": "h2o", "budget": "10%"},
 } | {f"{name}, pages of {entries}": {"policy": name, "budget": "10%", "granularity": entries} for name in ("lsa", "lru") for entries in (1, 4, 16, 64)}
-DEFAULT = ("full", "lsa", "lru", "recency", "h2o")
+AT_MOST = ("full", "lsa", "lru", "recency", "h2o")  # whose largest batch in the KV budget is decoded too
 SIZES = calibrate.Sizes(
     contexts=(1024, 65_536, 262_144, 1_048_576), batches=(1, 4, 16, 64), gathers={584: (512, 4096, 32_768), 37_376: (96, 2000)}, kernel_shapes=()
 )  # fmt: skip
@@ -163,10 +164,11 @@ def main() -> None:
         setting.load()
         result["calibration"] = yaml.safe_load(hardware.read_text())
         keep()
-        for label in given.policy or DEFAULT:
+        for label in given.policy or POLICIES:
             spec = POLICIES[label]
             make = lambda spec=spec: registry.build(spec)  # noqa: E731
-            for batch in (1, synthetic_run.batch_that_fits(int(given.kv_budget * GIB), setting.request_bytes(make))):
+            most = [synthetic_run.batch_that_fits(int(given.kv_budget * GIB), setting.request_bytes(make))] if label in AT_MOST else []
+            for batch in (1, *most):
                 try:
                     row = setting.measured(label, make, batch)
                 except (FmsimError, torch.OutOfMemoryError) as error:

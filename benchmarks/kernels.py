@@ -4,7 +4,8 @@
 
 A floor is the fewest bytes that a kernel must move over the measured copy bandwidth: 3.0 TB/s of HBM on an H100, 55 GB/s of PCIe for
 recall. Times are medians of CUDA graph replays with a cold L2. Each kernel's result is compared with its torch reference first.
-Peers: torch.topk, FlashInfer's top_k where it is installed, torch.compile of the reference where that makes no host synchronisation.
+Peers: torch.topk, FlashInfer's top_k where it is installed, torch.compile of the reference where that makes no host synchronisation; of a
+recall the copy engine, with a copy for each row and the list of rows known beforehand, which a decode's host does not know.
 FlashInfer and TileLang hold no kernel that reads the other kernels' layouts, so there is no like for like.
 """
 

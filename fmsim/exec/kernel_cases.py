@@ -29,6 +29,7 @@ from fmsim.exec.model import HyperConnection, HyperHead, RMSNorm
 PER_PAGE, WINDOW, TOP_K = 64, 128, 512
 HEADS, MEMORY_HEADS, ROPE_PAIRS, QUERY_LATENT = 64, 128, 32, 1024
 HIDDEN, STREAMS = 4096, 4
+COPY_NODES = 4096
 
 
 @dataclass(frozen=True)
@@ -177,5 +178,12 @@ def recall(row_bytes: int, count: int, device, programs: int | None = None, host
     pages = torch.randint(0, host_rows, (1, count), device=device)
     pages = pages.sort(1).values if ascending else pages
     slots, counts = torch.randperm(count, device=device)[None], torch.full((1,), count, dtype=torch.int32, device=device)
+    moves = list(zip(slots[0].tolist(), pages[0].tolist(), strict=True))
+
+    def by_copy_engine() -> None:
+        for slot, page in moves:
+            target[0, slot].copy_(mirror.pages[0, page], non_blocking=True)
+
     name = f"recall, {row_bytes:,} B" + (", ascending" if ascending else "")
-    return Case(name, f"{count:,}", row_bytes * count, lambda: copy_rows(mirror.pages, target, pages, slots, counts, programs))
+    peers = {"copy engine": by_copy_engine} if count <= COPY_NODES else {}  # each move is a node of a CUDA graph
+    return Case(name, f"{count:,}", row_bytes * count, lambda: copy_rows(mirror.pages, target, pages, slots, counts, programs), peers=peers)
