@@ -28,9 +28,12 @@ from fmsim import trace as traces
 from fmsim.errors import FmsimError
 from fmsim.exec import calibrate, synthetic_run
 from fmsim.exec.driven import DrivenDecode
+from fmsim.exec.kernel_cases import recall
 from fmsim.exec.kernels.layout import KEY, LATENT
+from fmsim.exec.kernels.tuning import PROGRAMS_BESIDE
 from fmsim.exec.synthetic import experts_that_fit, synthetic_config
 from fmsim.exec.synthetic_decode import SyntheticStep
+from fmsim.exec.timing import captured, median_s
 from fmsim.footprint import footprint, spread
 from fmsim.geometry import PRESETS, Geometry
 from fmsim.hw.calibration import write_preset
@@ -110,21 +113,26 @@ def predicted(setting: Setting, hardware: Path, batch: int, make: Callable[[], P
     return {"predicted_step_p50_s": row["step_s"]["p50"], "predicted_tokens_per_s": row["decode_tokens_per_s"]}
 
 
-def kernels_of(setting: Setting, most: int = 24) -> list[dict[str, Any]]:
-    """Where a step of `full` at batch 1 spends its time, by kernel."""
+def full_step(setting: Setting) -> Callable[[int], None]:
+    """A whole step of `full` at batch 1, run three times already: call it with a step's number."""
     policy = registry.build("full")
     ledger = setting.replayer.run(registry.build("full"))
     place = footprint(ledger, setting.geometry, setting.layer_map)
     decode = DrivenDecode(setting.replayer, policy, setting.geometry, place.groups, setting.geometry.n_csa, setting.device, watch=False)
-    step, steps = SyntheticStep(decode, setting.weights, setting.layer_map), 2
+    step = SyntheticStep(decode, setting.weights, setting.layer_map)
     for number in range(3):
         step(number)
+    return step
+
+
+def kernels_of(step: Callable[[int], None], most: int = 24) -> list[dict[str, Any]]:
+    """Where a step spends its time, by kernel."""
+    steps, spent, count = 2, collections.Counter(), collections.Counter()
     torch.cuda.synchronize()
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
         for number in range(3, 3 + steps):
             step(number)
         torch.cuda.synchronize()
-    spent, count = collections.Counter(), collections.Counter()
     for event in profile.events():
         if event.device_type == torch.autograd.DeviceType.CUDA:
             spent[event.name] += event.device_time / steps
@@ -132,6 +140,32 @@ def kernels_of(setting: Setting, most: int = 24) -> list[dict[str, Any]]:
     return [{"kernel": name[:120], "launches": count[name] // steps, "us": round(us, 1)} for name, us in spent.most_common(most)] + [
         {"kernel": "all", "launches": sum(count.values()) // steps, "us": round(sum(spent.values()), 1)}
     ]
+
+
+def beside_recall(step: Callable[[int], None], programs: int, runs: int = 12) -> dict[str, Any]:
+    """Median seconds of a step alone, and while single entries are recalled all the time on another stream, by so many programs."""
+    entries = recall(584, 32_768, "cuda", programs)
+    copies, side = captured(entries.run), torch.cuda.Stream()
+    recall_s = median_s(entries.run, "cuda", runs=8, cold=False)
+
+    def timed(times: int) -> float:
+        marks = []
+        for number in range(runs):
+            torch.cuda.synchronize()
+            with torch.cuda.stream(side):
+                for _ in range(times):
+                    copies()
+            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            start.record()
+            step(number)
+            end.record()
+            torch.cuda.synchronize()
+            marks.append(start.elapsed_time(end) / 1e3)
+        return sorted(marks)[runs // 2]
+
+    alone_s = timed(0)
+    beside_s = timed(round(1.3 * alone_s / recall_s) + 1)
+    return {"programs": programs, "bytes_per_s": entries.n_bytes / recall_s, "alone_s": alone_s, "beside_s": beside_s, "slower": beside_s / alone_s - 1}
 
 
 def main() -> None:
@@ -186,7 +220,11 @@ def main() -> None:
                     flush=True,
                 )
     if given.device == "cuda":
-        result["kernels_of_a_full_step"] = kernels_of(setting)
+        step = full_step(setting)
+        result["a_full_step_beside_recall"] = [beside_recall(step, programs) for programs in (PROGRAMS_BESIDE, 16, 32)]
+        for line in result["a_full_step_beside_recall"]:
+            print(f"recall on {line['programs']} programs, {line['bytes_per_s'] / 1e9:.1f} GB/s: a step beside it {line['slower']:+.1%}", flush=True)
+        result["kernels_of_a_full_step"] = kernels_of(step)
         for line in result["kernels_of_a_full_step"]:
             print(f"{line['us']:9.1f} us {line['launches']:5}  {line['kernel'][:90]}")
     keep()
