@@ -163,24 +163,26 @@ def product_operand(x):
 
 @triton.jit
 def load_latents(values, scales, valid, KIND: tl.constexpr, WIDTH: tl.constexpr):
-    """Entries by uint8 pointers [N] to their values and scales: [N, WIDTH], float16 or the plain type; 0 where not valid."""
+    """Entries by uint8 pointers [N] to their values and scales: [N, WIDTH], float16 or the plain type; 0 where not valid. Of a latent, all but
+    the last 64 values, which are 0 here: `load_rotated` has them."""
     if KIND == "latent":
         chunk = tl.arange(0, WIDTH // 64)[None, :, None]
         lane = tl.arange(0, 64)[None, None, :]
-        row = values[:, None, None]
-        known = valid[:, None, None]
-        last: tl.constexpr = WIDTH // 64 - 1
-        codes = tl.load(row + (chunk * 64 + lane), mask=known & (chunk < last), other=0)
+        codes = tl.load(values[:, None, None] + (chunk * 64 + lane), mask=valid[:, None, None] & (chunk < WIDTH // 64 - 1), other=0)
         places = scales[:, None] + tl.arange(0, WIDTH // 64)[None, :]
         exponent = tl.load(places, mask=valid[:, None], other=0).to(tl.int32)
-        scale = (exponent << 23).to(tl.float32, bitcast=True)
-        still = codes.to(tl.float8e4nv, bitcast=True).to(tl.float16).to(tl.float32) * scale[:, :, None]
-        rotated = tl.load((row + last * 64).to(tl.pointer_type(tl.bfloat16)) + (chunk * 0 + lane), mask=known & (chunk == last), other=0.0)
-        both = tl.where(chunk < last, still, rotated.to(tl.float32)).to(tl.float16)
-        return tl.reshape(both, [values.shape[0], WIDTH])
+        scale = (exponent << 23).to(tl.float32, bitcast=True).to(tl.float16)  # a power of two, so that scaling float16 rounds no more than float32
+        return tl.reshape(codes.to(tl.float8e4nv, bitcast=True).to(tl.float16) * scale[:, :, None], [values.shape[0], WIDTH])
     else:
         typed = values.to(tl.pointer_type(KIND))
         return tl.load(typed[:, None] + tl.arange(0, WIDTH)[None, :], mask=valid[:, None], other=0.0)
+
+
+@triton.jit
+def load_rotated(values, valid, WIDTH: tl.constexpr):
+    """The last 64 values of latents, [N, 64] float16; 0 where not valid."""
+    rotated = (values + (WIDTH - 64)).to(tl.pointer_type(tl.bfloat16))
+    return product_operand(tl.load(rotated[:, None] + tl.arange(0, 64)[None, :], mask=valid[:, None], other=0.0))
 
 
 @triton.jit

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from fmsim.exec.kernels import tuning
 from fmsim.exec.kernels.lang import cdiv, next_power_of_2, runs_compiled, tl, triton
-from fmsim.exec.kernels.layout import Layout, load_latents, product_operand, read_entries, slots_of, triton_kind
+from fmsim.exec.kernels.layout import Layout, load_latents, load_rotated, product_operand, read_entries, slots_of, triton_kind
 
 
 class Rows(NamedTuple):
@@ -105,18 +105,25 @@ def _attend(
     WINDOW: tl.constexpr, WINDOW_BYTES: tl.constexpr, SELECTED: tl.constexpr, PER_PAGE: tl.constexpr, PAGE_BYTES: tl.constexpr,
     BLOCK_HEADS: tl.constexpr, BLOCK_ROWS: tl.constexpr, SPLITS: tl.constexpr, LOGITS: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """One program: a block of heads of one sequence against a run of blocks of rows."""
+    """One program: a block of heads of one sequence against a run of blocks of rows.
+
+    A latent's rotated values, which are bfloat16 among float8, go by products of their own, so that no value is converted twice.
+    """
     b, split = tl.program_id(0).to(tl.int64), tl.program_id(2)
     head = tl.program_id(1) * BLOCK_HEADS + tl.arange(0, BLOCK_HEADS)
     lane = tl.arange(0, WIDTH)
     query_places = (b * HEADS + head)[:, None] * WIDTH + lane[None, :]
     query = product_operand(tl.load(queries + query_places, mask=(head < HEADS)[:, None], other=0.0))
+    apart: tl.constexpr = KIND == "latent"
+    turn = WIDTH - 64 + tl.arange(0, 64)
+    if apart:
+        query_turned = product_operand(tl.load(queries + (b * HEADS + head)[:, None] * WIDTH + turn[None, :], mask=(head < HEADS)[:, None], other=0.0))
     length = tl.load(window_lengths + b)
     blocks: tl.constexpr = (WINDOW + SELECTED + BLOCK_ROWS - 1) // BLOCK_ROWS
     share: tl.constexpr = (blocks + SPLITS - 1) // SPLITS
     highest = tl.full([BLOCK_HEADS], float("-inf"), tl.float32)
     summed = tl.zeros([BLOCK_HEADS], tl.float32)
-    attended = tl.zeros([BLOCK_HEADS, WIDTH], tl.float32)
+    attended, attended_turned = tl.zeros([BLOCK_HEADS, WIDTH], tl.float32), tl.zeros([BLOCK_HEADS, 64], tl.float32)
     for block in tl.range(split * share, tl.minimum((split + 1) * share, blocks), num_stages=STAGES):
         row = block * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
         near = row < WINDOW
@@ -127,24 +134,33 @@ def _attend(
         number, of = tl.where(near, row, entry % PER_PAGE), tl.where(near, WINDOW, PER_PAGE)
         places = start + number * VALUE_BYTES, start + of * VALUE_BYTES + number * SCALE_BYTES
         latent = product_operand(load_latents(places[0], places[1], known, KIND, WIDTH))
-        logits = tl.dot(query, tl.trans(latent), input_precision="ieee") * scale  # [BLOCK_HEADS, BLOCK_ROWS]
+        logits = tl.dot(query, tl.trans(latent), input_precision="ieee")  # [BLOCK_HEADS, BLOCK_ROWS]
+        if apart:
+            rotated = load_rotated(places[0], known, WIDTH)
+            logits = tl.dot(query_turned, tl.trans(rotated), logits)
+        logits *= scale
         logits = tl.where(known[None, :], logits, float("-inf"))
         if LOGITS:
-            places = (b * HEADS + head)[:, None] * (WINDOW + SELECTED) + row[None, :]
-            tl.store(logits_out + places, logits, mask=(head < HEADS)[:, None] & (row < WINDOW + SELECTED)[None, :])
+            out_places = (b * HEADS + head)[:, None] * (WINDOW + SELECTED) + row[None, :]
+            tl.store(logits_out + out_places, logits, mask=(head < HEADS)[:, None] & (row < WINDOW + SELECTED)[None, :])
         risen = tl.maximum(highest, tl.max(logits, 1))
         level = tl.where(risen == float("-inf"), 0.0, risen)  # nothing known yet: exp(-inf), not exp(nan)
         weights = tl.exp(logits - level[:, None])
         fade = tl.exp(highest - level)
         summed = summed * fade + tl.sum(weights, 1)
         attended = attended * fade[:, None] + tl.dot(weights.to(latent.dtype), latent, input_precision="ieee")
+        if apart:
+            attended_turned = attended_turned * fade[:, None] + tl.dot(weights.to(rotated.dtype), rotated)
         highest = risen
     some = summed > 0
     summed = tl.where(some, summed, 1.0)
     places = (b * SPLITS + split) * HEADS + head
     tl.store(part_sums + places, tl.where(some, highest + tl.log(summed), float("-inf")), mask=head < HEADS)
-    attended = attended / summed[:, None]
-    tl.store(parts + places[:, None] * WIDTH + lane[None, :], attended, mask=(head < HEADS)[:, None])
+    tl.store(
+        parts + places[:, None] * WIDTH + lane[None, :], attended / summed[:, None], mask=(head < HEADS)[:, None] & (lane < (WIDTH - 64 if apart else WIDTH))[None, :]
+    )
+    if apart:
+        tl.store(parts + places[:, None] * WIDTH + turn[None, :], attended_turned / summed[:, None], mask=(head < HEADS)[:, None])
 
 
 @triton.jit
