@@ -61,15 +61,15 @@ SWEEPS = {
     ),
     "top-k": Sweep(
         "TOP_K",
-        {"1 x 32,768": lambda: cases.selection(1, 32_768, DEVICE), "8 x 262,144": lambda: cases.selection(8, 262_144, DEVICE)},
-        grid(chunk=[16_384, 8192], warps=[16, 32]),
+        {f"{batch} x {n:,}": lambda batch=batch, n=n: cases.selection(batch, n, DEVICE) for batch, n in ((1, 32_768), (1, 131_072), (8, 262_144))},
+        grid(slack=[0, 64, 128, 512], gather_chunk=[8192, 16_384], warps=[8, 16]) + grid(slack=[128], gather_chunk=[4096, 8192], finalists=[1024], warps=[16, 32]),
     ),
     "sparse attention": Sweep(
         "ATTENTION",
         {f"{batch} x 128,000": lambda batch=batch: cases.attention(batch, 128_000, DEVICE) for batch in (1, 8, 32)},
         grid(block_heads=[16], block_rows=[16, 32], programs=[132, 264, 528], warps=[4], stages=[2, 3])
-        + grid(block_heads=[64], block_rows=[16, 32], programs=[132, 264], warps=[8], stages=[2])
-        + grid(block_heads=[32], block_rows=[32], programs=[132, 264], warps=[4, 8], stages=[2]),
+        + grid(block_heads=[64], block_rows=[16, 32, 64], programs=[132, 264, 528], warps=[8], stages=[2])
+        + grid(block_heads=[32], block_rows=[32], programs=[132, 264, 528], warps=[4, 8], stages=[2]),
     ),
     "append": Sweep(
         "COMPRESS",
@@ -83,7 +83,7 @@ SWEEPS = {
             "8,192 x 2,336 B": lambda: cases.recall(2336, 8192, DEVICE),
             "96 x 37,376 B": lambda: cases.recall(37_376, 96, DEVICE),
         },
-        grid(programs=[4, 8, 12, 16, 24, 32], tile_words=[2048], stages=[4], warps=[4])
+        grid(programs=[4, 8, 12, 16, 24, 32, 64], tile_words=[2048], stages=[4], warps=[4])
         + grid(programs=[8, 16], tile_words=[2048], stages=[4], warps=[8])
         + grid(programs=[8, 16], tile_words=[1024, 4096], stages=[4], warps=[4])
         + grid(programs=[8, 16], tile_words=[2048], stages=[3, 6], warps=[4])
