@@ -62,7 +62,7 @@ SWEEPS = {
     "top-k": Sweep(
         "TOP_K",
         {f"{batch} x {n:,}": lambda batch=batch, n=n: cases.selection(batch, n, DEVICE) for batch, n in ((1, 32_768), (1, 131_072), (8, 262_144))},
-        grid(slack=[0, 64, 128, 512], gather_chunk=[8192, 16_384], warps=[8, 16]) + grid(slack=[128], gather_chunk=[4096, 8192], finalists=[1024], warps=[16, 32]),
+        grid(chunk=[16_384, 8192], finalists=[1024, 2048], warps=[8, 16]),
     ),
     "sparse attention": Sweep(
         "ATTENTION",

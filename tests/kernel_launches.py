@@ -33,8 +33,8 @@ def scores(layout, heads, dtype, per_page=64):
     return launch
 
 
-def selection(preselect):
-    return lambda: top_k_triton(zeros(BATCH, 262_144), whole(BATCH), 512, zeros(BATCH, 8192) if preselect else None)
+def selection(preselect, entries=262_144):
+    return lambda: top_k_triton(zeros(BATCH, entries), whole(BATCH), 512, zeros(BATCH, entries // 32) if preselect else None)
 
 
 def attention(layout, heads, dtype, per_page=64):
@@ -100,6 +100,7 @@ LAUNCHES = {
     "index_scores, nano": scores(plain(torch.bfloat16, 32), 4, torch.bfloat16),
     "memory_scores": scores(KEY, 128, torch.bfloat16),
     "top_k": selection(False),
+    "top_k, few entries": selection(False, 4096),
     "top_k, preselected": selection(True),
     "sparse_attention": attention(LATENT, 64, torch.bfloat16),
     "sparse_attention, single entries": attention(LATENT, 64, torch.bfloat16, per_page=1),

@@ -5,8 +5,8 @@ and searches the k-th of their keys by counting how many reach a threshold, thre
 so a CUDA graph may hold it.
 
 Pre-selection: with the maximum of every 32 scores (`index_scores` gives it), the k-th largest maximum is a lower bound of the
-k-th largest score, since k scores reach it; so is any maximum below it. Groups below the bound are never read: of 262,144 scores some 16,384
-are. Of those the ones that reach the bound are set aside, for they are seldom more than twice k, and the search goes on among them.
+k-th largest score, since k scores reach it. Groups below it are never read: of 262,144 scores some 16,384 are. Of those the ones that
+reach the bound are set aside, for they are seldom more than twice k, and the search goes on among them.
 """
 
 from __future__ import annotations
@@ -57,14 +57,13 @@ def top_k_triton(scores, lengths, k, maxima=None, tune: tuning.TopK | None = Non
             scores, maxima, lengths, scores.stride(0), maxima.stride(0), GROUP=GROUP, BLOCK=tune.maxima_groups
         )
     groups = torch.empty_like(maxima, dtype=torch.int32) if preselect else ids
-    finalists = torch.empty(batch, tune.finalists, dtype=torch.int64, device=scores.device) if preselect else ids
+    finalists = torch.empty(batch, tune.finalists if preselect else 1, dtype=torch.int64, device=scores.device)
     maxima = maxima if preselect else scores
     _top_k[(batch,)](
         scores, maxima, groups, finalists, lengths, ids, scores.stride(0), maxima.stride(0), groups.stride(0),
         K=k, K_PADDED=next_power_of_2(k), GROUP=GROUP, PRESELECT=preselect, COUNT_BITS=COUNT_BITS,
         CHUNK=chunk, MAXIMA_CHUNK=min(tune.chunk, max(next_power_of_2(n_groups), GROUP)),
-        SLACK=tune.slack, GATHER_CHUNK=min(tune.gather_chunk, chunk), FINALISTS=tune.finalists,
-        VECTOR=math.gcd(scores.stride(0), 4), MAXIMA_VECTOR=math.gcd(maxima.stride(0), 4), num_warps=tune.warps,
+        FINALISTS=tune.finalists, VECTOR=math.gcd(scores.stride(0), 4), MAXIMA_VECTOR=math.gcd(maxima.stride(0), 4), num_warps=tune.warps,
     )  # fmt: skip
     return ids
 
@@ -127,57 +126,55 @@ def _reaching(keys, one, two, three, COUNT_BITS: tl.constexpr):
 
 
 @triton.jit
-def _narrowed(low, sure, reaching, above, one, two, three, counts, k, COUNT_BITS: tl.constexpr):
-    """``low``, ``sure``, and how many reach each, after a turn of the search, of which ``_search`` tells."""
+def _narrowed(low, sure, above, one, two, three, counts, k, COUNT_BITS: tl.constexpr):
+    """``low``, ``sure`` and ``above`` after a turn of the search, of which `_search` tells."""
     mask: tl.constexpr = (1 << COUNT_BITS) - 1
     first, second, third = (counts & mask).to(tl.int32), ((counts >> COUNT_BITS) & mask).to(tl.int32), (counts >> 2 * COUNT_BITS).to(tl.int32)
     low = tl.where(third > k, three, tl.where(second > k, two, tl.where(first > k, one, low)))
-    reaching = tl.where(third > k, third, tl.where(second > k, second, tl.where(first > k, first, reaching)))
     sure = tl.where(first <= k, one, tl.where(second <= k, two, tl.where(third <= k, three, sure)))
     above = tl.where(first <= k, first, tl.where(second <= k, second, tl.where(third <= k, third, above)))
-    return low, sure, reaching, above
+    return low, sure, above
 
 
 @triton.jit
-def _search(keys, k, SLACK: tl.constexpr, COUNT_BITS: tl.constexpr):
-    """Among keys held at once, 0 for none: ``low``, ``sure`` and ``above``.
+def _search(keys, k, COUNT_BITS: tl.constexpr):
+    """Among keys that are held at once, 0 for none: ``sure`` and ``above``.
 
-    The keys from ``sure`` on are among the k largest, and are ``above`` many. More than k keys reach ``low``, if any so few do. The two approach
-    until exactly k keys reach ``sure``, or at most k + SLACK reach ``low``, or they are neighbours; the keys of ``low`` are then as good as each other.
+    The keys from ``sure`` on are among the k largest, and are ``above`` many. Where that is fewer than k, the others have the key ``sure - 1``, and
+    are enough (or it is 0, and no more exist). More than k keys reach ``low``, if any so few do; at most k reach ``sure``. The two approach until they
+    are neighbours, or exactly k keys reach ``sure``.
     """
-    real = tl.sum((keys > 0).to(tl.int32))
+    above = tl.sum((keys > 0).to(tl.int32))
     low, sure = tl.zeros([], tl.uint32), tl.full([], 1, tl.uint32)
-    reaching, above = real, real
-    if real > k:
+    if above > k:
         sure, above = tl.max(keys) + 1, tl.zeros([], tl.int32)
         low = tl.min(tl.where(keys > 0, keys, 0xFFFFFFFF).to(tl.uint32))
-        while (sure - low > 1) & (above < k) & (reaching > k + SLACK):
+        while (sure - low > 1) & (above < k):
             one, two, three = _thresholds(low, sure)
             counts = _reaching(keys, one, two, three, COUNT_BITS)
-            low, sure, reaching, above = _narrowed(low, sure, reaching, above, one, two, three, counts, k, COUNT_BITS)
-    return low, sure, above
+            low, sure, above = _narrowed(low, sure, above, one, two, three, counts, k, COUNT_BITS)
+    return sure, above
 
 
 @triton.jit
 def _kth_key(
     values, groups, count, length, k,
-    GROUP: tl.constexpr, GATHER: tl.constexpr, CHUNK: tl.constexpr, VECTOR: tl.constexpr, SLACK: tl.constexpr, COUNT_BITS: tl.constexpr,
+    GROUP: tl.constexpr, GATHER: tl.constexpr, CHUNK: tl.constexpr, VECTOR: tl.constexpr, COUNT_BITS: tl.constexpr,
 ):  # fmt: skip
     """`_search` among values in memory. Keys that fit a chunk are read once; more are read every turn."""
     if count <= CHUNK:
         keys, _ = _keys(values, groups, 0, count, length, GROUP, GATHER, CHUNK, VECTOR)
-        low, sure, above = _search(keys, k, SLACK, COUNT_BITS)
+        sure, above = _search(keys, k, COUNT_BITS)
     else:
         low, sure, above = tl.zeros([], tl.uint32), tl.full([], 0xFF800001, tl.uint32), tl.zeros([], tl.int32)  # beyond the key of +inf
-        reaching = tl.full([], 2**30, tl.int32)
-        while (sure - low > 1) & (above < k) & (reaching > k + SLACK):
+        while (sure - low > 1) & (above < k):
             one, two, three = _thresholds(low, sure)
             counts = tl.zeros([], tl.int64)
             for start in range(0, count, CHUNK):
                 keys, _ = _keys(values, groups, start, count, length, GROUP, GATHER, CHUNK, VECTOR)
                 counts += _reaching(keys, one, two, three, COUNT_BITS)
-            low, sure, reaching, above = _narrowed(low, sure, reaching, above, one, two, three, counts, k, COUNT_BITS)
-    return low, sure, above
+            low, sure, above = _narrowed(low, sure, above, one, two, three, counts, k, COUNT_BITS)
+    return sure, above
 
 
 @triton.jit
@@ -222,8 +219,7 @@ def _finalists(finalists, found, GROUP: tl.constexpr, FINALISTS: tl.constexpr):
 def _top_k(
     scores, maxima, groups, finalists, lengths, ids, scores_stride, maxima_stride, groups_stride,
     K: tl.constexpr, K_PADDED: tl.constexpr, GROUP: tl.constexpr, PRESELECT: tl.constexpr, COUNT_BITS: tl.constexpr,
-    CHUNK: tl.constexpr, MAXIMA_CHUNK: tl.constexpr, SLACK: tl.constexpr, GATHER_CHUNK: tl.constexpr, FINALISTS: tl.constexpr,
-    VECTOR: tl.constexpr, MAXIMA_VECTOR: tl.constexpr,
+    CHUNK: tl.constexpr, MAXIMA_CHUNK: tl.constexpr, FINALISTS: tl.constexpr, VECTOR: tl.constexpr, MAXIMA_VECTOR: tl.constexpr,
 ):  # fmt: skip
     """One program: one sequence."""
     b = tl.program_id(0).to(tl.int64)
@@ -234,8 +230,8 @@ def _top_k(
     if PRESELECT:
         finalists += b * FINALISTS
         n_groups = tl.cdiv(length, GROUP)
-        low, sure, above = _kth_key(maxima, groups, n_groups, n_groups, K, GROUP, False, MAXIMA_CHUNK, MAXIMA_VECTOR, SLACK, COUNT_BITS)
-        bound = tl.maximum(tl.where(above < K, low, sure), 1)
+        bound, above = _kth_key(maxima, groups, n_groups, n_groups, K, GROUP, False, MAXIMA_CHUNK, MAXIMA_VECTOR, COUNT_BITS)
+        bound = tl.maximum(tl.where(above < K, bound - 1, bound), 1)
         kept = tl.zeros([], tl.int32)
         for start in range(0, n_groups, MAXIMA_CHUNK):
             key, group = _keys(maxima, groups, start, n_groups, n_groups, GROUP, False, MAXIMA_CHUNK, MAXIMA_VECTOR)
@@ -245,14 +241,14 @@ def _top_k(
             kept += more
         count = kept * GROUP
         tl.debug_barrier()  # the list is read back by other threads than wrote it
-        found = _set_aside(scores, groups, finalists, bound, count, length, GROUP, GATHER_CHUNK, VECTOR, FINALISTS)
+        found = _set_aside(scores, groups, finalists, bound, count, length, GROUP, CHUNK, VECTOR, FINALISTS)
         tl.debug_barrier()
     if found <= FINALISTS:
         key, index = _finalists(finalists, found, GROUP, FINALISTS)
-        _, sure, above = _search(key, K, 0, COUNT_BITS)
+        sure, above = _search(key, K, COUNT_BITS)
         taken, ties = _emit(ids, key, index, sure, K - above, taken, ties)
     else:
-        _, sure, above = _kth_key(scores, groups, count, length, K, GROUP, PRESELECT, CHUNK, VECTOR, 0, COUNT_BITS)
+        sure, above = _kth_key(scores, groups, count, length, K, GROUP, PRESELECT, CHUNK, VECTOR, COUNT_BITS)
         for start in range(0, count, CHUNK):
             key, index = _keys(scores, groups, start, count, length, GROUP, PRESELECT, CHUNK, VECTOR)
             taken, ties = _emit(ids, key, index, sure, K - above, taken, ties)

@@ -20,10 +20,8 @@ class IndexScores(NamedTuple):
 
 class TopK(NamedTuple):
     chunk: int = 16384  # scores, or maxima, that one program (one sequence) holds: 512 groups of MAXIMA_ENTRIES; less than 2^15
-    warps: int = 16
+    warps: int = 8
     maxima_groups: int = 128  # whose maxima one program takes, where none are given
-    slack: int = 128  # groups above the k that a bound may let through: each four more turns of its search let fewer through
-    gather_chunk: int = 8192  # scores of such groups that are looked at together
     finalists: int = 2048  # that reach the bound and fit the last search; where more do, it is among all of the groups' scores
 
 
