@@ -58,7 +58,8 @@ BUILDERS = {
     "RMSNorm": [lambda b=b: cases.norming(b, DEVICE) for b in (1, 64)],
     "memory scores": [lambda n=n: cases.memory_scoring(1, n, DEVICE) for n in (32_768, 131_072)],
     "recall": [lambda r=r, n=n: cases.recall(r, n, DEVICE) for r, n in ((584, 4096), (584, 32_768), (2336, 8192), (37_376, 96), (37_376, 384), (37_376, 2000))]
-    + [lambda n=n: cases.recall(584, n, DEVICE, ascending=True) for n in (4096, 32_768)],
+    + [lambda n=n: cases.recall(584, n, DEVICE, ascending=True) for n in (4096, 32_768)]
+    + [lambda: cases.recall(584, 32_768, DEVICE, host_bytes=21 * 128_000 * 584, layers=21)],  # a request's mirror at 512K tokens, as an engine reads it
 }  # fmt: skip
 
 

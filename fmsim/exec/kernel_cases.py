@@ -169,21 +169,24 @@ def memory_scoring(batch: int, entries: int, device, layers: int = 3) -> Case:
     return Case("memory scores", f"{layers} x {batch} x {entries:,}", n_bytes, lambda: memory_scores(queries, weights, pools, KEY, tables, lengths, out=out))
 
 
-def recall(row_bytes: int, count: int, device, programs: int | None = None, host_bytes: int = 2**31, ascending: bool = False) -> Case:
-    """Random rows of pinned host memory into slots of the device's; in random order, or ascending as a residency asks for them."""
-    device = torch.device(device)
-    host_rows = max(count, host_bytes // row_bytes)
-    mirror = HostMirror(1, host_rows, row_bytes, device)
-    target = torch.empty(1, count, row_bytes, dtype=torch.uint8, device=device)
-    pages = torch.randint(0, host_rows, (1, count), device=device)
+def recall(row_bytes: int, count: int, device, programs: int | None = None, host_bytes: int = 2**31, ascending: bool = False, layers: int = 1) -> Case:
+    """Random rows of pinned host memory into slots of the device's; in random order, or ascending as a residency asks for them. With several
+    ``layers`` each has its share of the rows and of the memory, one after another as in a mirror."""
+    device, each = torch.device(device), count // layers
+    host_rows = max(each, host_bytes // row_bytes // layers)
+    mirror = HostMirror(layers, host_rows, row_bytes, device)
+    target = torch.empty(layers, each, row_bytes, dtype=torch.uint8, device=device)
+    pages = torch.randint(0, host_rows, (layers, each), device=device)
     pages = pages.sort(1).values if ascending else pages
-    slots, counts = torch.randperm(count, device=device)[None], torch.full((1,), count, dtype=torch.int32, device=device)
-    moves = list(zip(slots[0].tolist(), pages[0].tolist(), strict=True))
+    slots = torch.stack([torch.randperm(each, device=device) for _ in range(layers)])
+    counts = torch.full((layers,), each, dtype=torch.int32, device=device)
+    moves = [(layer, slot, page) for layer in range(layers) for slot, page in zip(slots[layer].tolist(), pages[layer].tolist(), strict=True)]
 
     def by_copy_engine() -> None:
-        for slot, page in moves:
-            target[0, slot].copy_(mirror.pages[0, page], non_blocking=True)
+        for layer, slot, page in moves:
+            target[layer, slot].copy_(mirror.pages[layer, page], non_blocking=True)
 
-    name = f"recall, {row_bytes:,} B" + (", ascending" if ascending else "")
-    peers = {"copy engine": by_copy_engine} if count <= COPY_NODES else {}  # each move is a node of a CUDA graph
-    return Case(name, f"{count:,}", row_bytes * count, lambda: copy_rows(mirror.pages, target, pages, slots, counts, programs), peers=peers)
+    name = f"recall, {row_bytes:,} B" + (", ascending" if ascending else "") + (f", {layers} layers" if layers > 1 else "")
+    peers = {"copy engine": by_copy_engine} if layers * each <= COPY_NODES else {}  # each move is a node of a CUDA graph
+    run = lambda: copy_rows(mirror.pages, target, pages, slots, counts, programs)  # noqa: E731
+    return Case(name, f"{layers * each:,}", row_bytes * layers * each, run, peers=peers)

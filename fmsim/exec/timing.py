@@ -14,18 +14,19 @@ FLUSH_BYTES = 256 * 2**20  # more than any GPU's L2
 def median_s(work: Callable[[], object], device: torch.device | str, runs: int = 30, graph: bool = True, cold: bool = True) -> float:
     """Seconds of one call of ``work``.
 
-    On a GPU by device events, as the replay of a CUDA graph where ``graph`` (so without the host's launches) and with the L2
-    overwritten before each run where ``cold``, as the weights of other layers would do in a decode. On a CPU by its clock.
+    On a GPU by device events, as the replay of a CUDA graph where ``graph`` (so without the host's launches) and with other bytes read into
+    the L2 before each run where ``cold``, as the weights of other layers would be in a decode. (Bytes written there would have to be written
+    back while ``work`` reads, at its cost.) On a CPU by its clock.
     """
     if torch.device(device).type != "cuda":
         work()
         return statistics.median(_cpu_s(work) for _ in range(min(runs, 3)))
     run = captured(work) if graph else work
     run()
-    flush = torch.empty(FLUSH_BYTES if cold else 0, dtype=torch.uint8, device=device)
+    flush, total = torch.zeros(FLUSH_BYTES // 4 if cold else 1, device=device), torch.zeros((), device=device)
     marks = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(runs)]
     for start, end in marks:
-        flush.zero_()  # it also keeps the GPU busy while the host gets ahead, so that no launch is waited for between the marks
+        torch.sum(flush, 0, out=total)  # it also keeps the GPU busy while the host gets ahead, so that no launch is waited for between the marks
         start.record()
         run()
         end.record()

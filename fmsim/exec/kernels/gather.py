@@ -46,29 +46,32 @@ def copy_rows_triton(source, target, pages, slots, counts, tune: tuning.Gather |
     reach = row_words + (line_words - 1 if row_words % line_words else 0)  # of a row from the start of its first line
     segment = min(tune.segment_words, max(next_power_of_2(reach), line_words))
     _copy_rows[(tune.programs,)](
-        source.view(word), target.view(word), pages, slots, counts, groups, source_rows * row_words, target.shape[1] * row_words, pages.stride(0),
-        slots.stride(0), ROW_WORDS=row_words, LINE_WORDS=line_words, GROUPS_PADDED=next_power_of_2(groups), SEGMENT=segment, SEGMENTS=cdiv(reach, segment),
+        source.view(word), target.view(word), pages, slots, counts, groups, pages.shape[1], source_rows * row_words, target.shape[1] * row_words,
+        pages.stride(0), slots.stride(0), ROW_WORDS=row_words, LINE_WORDS=line_words, GROUPS_PADDED=next_power_of_2(groups), SEGMENT=segment, SEGMENTS=cdiv(reach, segment),
         TILE=tune.tile_words // segment, STAGES=tune.stages, num_warps=tune.warps,
     )  # fmt: skip
 
 
 @triton.jit
 def _tile(
-    number, pages, slots, rows, tiles, source_words, target_words, pages_stride, slots_stride,
+    number, pages, slots, rows, tiles, groups, moves, source_words, target_words, pages_stride, slots_stride,
     ROW_WORDS: tl.constexpr, LINE_WORDS: tl.constexpr, GROUPS_PADDED: tl.constexpr, SEGMENT: tl.constexpr, SEGMENTS: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
     """Of the segments of a tile, each [TILE]: where their rows begin in source and target, and their first word, counted in the row.
 
     Tiles are counted through all groups' lists, of ``rows`` and ``tiles`` each [GROUPS_PADDED]; a tile lies in one group. A segment
-    that is not to be moved begins at the row's end.
+    that is not to be moved begins at the row's end. Lists of ``moves`` are read whole, so that with one group no read of them waits for its count.
     """
     past = tl.cumsum(tiles, 0) <= number
-    group = tl.sum(past.to(tl.int32), 0)
-    segment = (number - tl.sum(tl.where(past, tiles, 0), 0)) * TILE + tl.arange(0, TILE)
+    group = tl.sum(past.to(tl.int32), 0) if GROUPS_PADDED > 1 else tl.zeros([], tl.int32)
+    tile = number - tl.sum(tl.where(past, tiles, 0), 0) if GROUPS_PADDED > 1 else number
+    segment = tile * TILE + tl.arange(0, TILE)
     move = segment // SEGMENTS
+    listed = (move < moves) & (group < groups)
+    page = tl.load(pages + group.to(tl.int64) * pages_stride + move, mask=listed, other=-1).to(tl.int64)
+    slot = tl.load(slots + group.to(tl.int64) * slots_stride + move, mask=listed, other=-1).to(tl.int64)
     exists = move < tl.sum(tl.where(tl.arange(0, GROUPS_PADDED) == group, rows, 0), 0)
-    page = tl.load(pages + group.to(tl.int64) * pages_stride + move, mask=exists, other=-1).to(tl.int64)
-    slot = tl.load(slots + group.to(tl.int64) * slots_stride + move, mask=exists, other=-1).to(tl.int64)
+    page = tl.where(exists, page, -1)
     begin = group.to(tl.int64) * source_words + tl.maximum(page, 0) * ROW_WORDS
     first = segment % SEGMENTS * SEGMENT - (begin % LINE_WORDS).to(tl.int32)
     return begin, group.to(tl.int64) * target_words + slot * ROW_WORDS, tl.where((page >= 0) & (slot >= 0), first, ROW_WORDS)
@@ -76,7 +79,7 @@ def _tile(
 
 @triton.jit
 def _copy_rows(
-    source, target, pages, slots, counts, groups, source_words, target_words, pages_stride, slots_stride,
+    source, target, pages, slots, counts, groups, moves, source_words, target_words, pages_stride, slots_stride,
     ROW_WORDS: tl.constexpr, LINE_WORDS: tl.constexpr, GROUPS_PADDED: tl.constexpr, SEGMENT: tl.constexpr, SEGMENTS: tl.constexpr, TILE: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """One program: every n-th tile. A tile's moves are read a turn ahead, so that STAGES - 1 tiles of rows are on the way."""
@@ -86,13 +89,13 @@ def _copy_rows(
     step = tl.num_programs(0)
     lane = tl.arange(0, SEGMENT)[None, :]
     next_begin, next_place, next_first = _tile(
-        tl.program_id(0), pages, slots, rows, tiles, source_words, target_words, pages_stride, slots_stride,
+        tl.program_id(0), pages, slots, rows, tiles, groups, moves, source_words, target_words, pages_stride, slots_stride,
         ROW_WORDS, LINE_WORDS, GROUPS_PADDED, SEGMENT, SEGMENTS, TILE,
     )  # fmt: skip
     for number in tl.range(tl.program_id(0), tl.sum(tiles, 0), step, num_stages=STAGES):
         begin, place, first = next_begin, next_place, next_first
         next_begin, next_place, next_first = _tile(
-            number + step, pages, slots, rows, tiles, source_words, target_words, pages_stride, slots_stride,
+            number + step, pages, slots, rows, tiles, groups, moves, source_words, target_words, pages_stride, slots_stride,
             ROW_WORDS, LINE_WORDS, GROUPS_PADDED, SEGMENT, SEGMENTS, TILE,
         )  # fmt: skip
         word = first[:, None] + lane
