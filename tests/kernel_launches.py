@@ -4,6 +4,7 @@ import torch
 from transformers import DeepseekV4Config
 
 from fmsim.exec.kernels.compress import Pooling, compress_and_append_triton
+from fmsim.exec.kernels.experts import mixture_of_experts_triton
 from fmsim.exec.kernels.gather import copy_rows_triton
 from fmsim.exec.kernels.hyper_connection import Pending, enter_triton, read_out_triton
 from fmsim.exec.kernels.index_score import index_scores_triton
@@ -12,7 +13,7 @@ from fmsim.exec.kernels.norm_rope import norm_rope_triton
 from fmsim.exec.kernels.rms_norm import rms_norm_triton
 from fmsim.exec.kernels.sparse_attention import Rows, sparse_attention_triton
 from fmsim.exec.kernels.top_k import top_k_triton
-from fmsim.exec.model import HyperConnection, HyperHead, RMSNorm
+from fmsim.exec.model import Experts, HyperConnection, HyperHead, RMSNorm, SwiGLU
 
 BATCH, PAGES = 2, 32
 
@@ -93,6 +94,21 @@ def normed(width):
     return lambda: rms_norm_triton(zeros(BATCH, 1, width, dtype=torch.bfloat16), RMSNorm(width, 1e-6))
 
 
+def experts(tokens, dtype=torch.bfloat16, count=24, hidden=4096, width=2048, top_k=6):
+    def launch():
+        config = DeepseekV4Config(n_routed_experts=count, hidden_size=hidden, moe_intermediate_size=width)
+        with torch.device("meta"):
+            routed, shared = Experts(config).to(dtype), SwiGLU(config).to(dtype)
+            if dtype == torch.float8_e4m3fn:
+                routed.gate_up_scale, routed.down_scale = zeros(1), zeros(1)
+                for linear in shared.children():
+                    linear.scale = zeros(1)
+            x = zeros(tokens, hidden, dtype=torch.float32 if dtype == torch.float32 else torch.bfloat16)
+            mixture_of_experts_triton(x, zeros(tokens, top_k, dtype=torch.int64), zeros(tokens, top_k), routed, shared)
+
+    return launch
+
+
 LAUNCHES = {
     "index_scores": scores(KEY, 64, torch.bfloat16),
     "index_scores, float8 queries": scores(KEY, 64, torch.float8_e4m3fn),
@@ -122,6 +138,15 @@ LAUNCHES = {
     "norm_rope, nano": turned(6, 64, 8, eps=1e-6),
     "rms_norm": normed(1024),
     "rms_norm, pro": normed(1536),
+    "experts, one": experts(1),
+    "experts, few": experts(4),
+    "experts, many": experts(64),
+    "experts, float8, one": experts(1, torch.float8_e4m3fn),
+    "experts, float8, few": experts(4, torch.float8_e4m3fn),
+    "experts, float8, many": experts(64, torch.float8_e4m3fn),
+    "experts, pro": experts(8, count=384, hidden=7168, width=3072),
+    "experts, nano": experts(1, torch.float32, 4, 384, 160, 2),
+    "experts, nano, few": experts(4, torch.float32, 4, 384, 160, 2),
     "copy_rows, entries": rows(584),
     "copy_rows, pages": rows(37_376),
 }

@@ -21,6 +21,7 @@ from fmsim.errors import FmsimError
 from fmsim.exec import step_state
 from fmsim.exec.kernels.lang import HAS_TRITON
 from fmsim.exec.kernels.layout import Layout, plain
+from fmsim.exec.kernels.tuning import MOST_EXPERT_TOKENS
 from fmsim.exec.keys import IndexKeys
 from fmsim.exec.model import CSA
 from fmsim.exec.pager import LayerPager
@@ -88,7 +89,7 @@ class Batch:
         self._input = torch.zeros(len(prompts), dtype=torch.int64, device=self.device)
         self._positions = torch.tensor([len(prompt.tokens) for prompt in prompts], dtype=torch.int32, device=self.device)
         self._clock = StepClock(self.device)
-        captured = self._on_gpu and kernels and self.max_steps >= GRAPH_STEPS and not self.model.asks_the_host
+        captured = self._on_gpu and kernels and self.max_steps >= GRAPH_STEPS and len(prompts) <= MOST_EXPERT_TOKENS
         self._forward: Callable[[], None] = step_state.graph_after_one(self._compute) if captured else self._compute
 
     @property

@@ -1,4 +1,4 @@
-"""DeepSeek-V4 in one file of plain torch: training, chunked prefill and decode. On a GPU a decode step's hyper-connections are kernels.
+"""DeepSeek-V4 in one file of plain torch: training, chunked prefill and decode. On a GPU a decode step's hyper-connections and experts are kernels.
 
 Structure and parameter names are those of transformers' ``DeepseekV4ForCausalLM``, which is the oracle of the tests;
 equation numbers are those of the DeepSeek-V4 paper. Two things differ from the oracle, and only in how they compute:
@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from transformers import DeepseekV4Config
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
+from fmsim.exec.kernels.experts import clamped_swiglu, mixture_of_experts, widened
 from fmsim.exec.kernels.hyper_connection import Pending, enter, read_out
 
 CSA, HCA, SLIDING = "compressed_sparse_attention", "heavily_compressed_attention", "sliding_attention"
@@ -554,44 +555,42 @@ class SwiGLU(nn.Module):
         return self.down_proj(clamped_swiglu(self.gate_proj(x), self.up_proj(x), self.limit))
 
 
-def clamped_swiglu(gate: Tensor, up: Tensor, limit: float) -> Tensor:
-    return F.silu(gate.clamp(max=limit)) * up.clamp(min=-limit, max=limit)
-
-
 class Experts(nn.Module):
+    """The routed ones. Of float8 weights [experts, out, in] ``gate_up_scale`` and ``down_scale`` are float32 [experts, ceil(out / 128), ceil(in / 128)]."""
+
     def __init__(self, config: DeepseekV4Config):
         super().__init__()
         count, width = config.n_routed_experts, config.moe_intermediate_size
         self.limit = config.swiglu_limit
         self.gate_up_proj = nn.Parameter(torch.empty(count, 2 * width, config.hidden_size))
         self.down_proj = nn.Parameter(torch.empty(count, config.hidden_size, width))
+        self.register_buffer("gate_up_scale", None)
+        self.register_buffer("down_scale", None)
 
     def forward(self, x: Tensor, chosen: Tensor, weights: Tensor) -> Tensor:
-        """x [N, D], chosen int64 and weights float32 [N, top_k] -> [N, D].
-
-        In bfloat16, and with few experts, the host is never asked who was chosen, so a CUDA graph can hold it.
-        """
-        if len(self.gate_up_proj) <= FEW_EXPERTS:
+        """x [N, D], chosen int64 and weights float32 [N, top_k] -> [N, D]. For any N, with gradients: a decode step on a GPU takes `mixture_of_experts`."""
+        if self.down_scale is None and len(self.gate_up_proj) <= FEW_EXPERTS:
             return self._every_expert(x, chosen, weights)
-        if x.dtype == self.down_proj.dtype and not self.asks_the_host:
+        if x.dtype == self.down_proj.dtype == torch.bfloat16 and not any(size % GROUPED_MULTIPLE for size in self.down_proj.shape[1:]):
             return self._grouped(x, chosen, weights)
         return self._one_by_one(x, chosen, weights)
-
-    @property
-    def asks_the_host(self) -> bool:
-        """Inference waits for the host to learn who was chosen: many experts, and no bfloat16 that a grouped product takes."""
-        grouped = self.down_proj.dtype == torch.bfloat16 and not any(size % GROUPED_MULTIPLE for size in self.down_proj.shape[1:])
-        return len(self.gate_up_proj) > FEW_EXPERTS and not grouped
 
     def _one_by_one(self, x: Tensor, chosen: Tensor, weights: Tensor) -> Tensor:
         """The reference: a loop over the experts that were chosen at all."""
         out = torch.zeros_like(x)
         for expert in chosen.unique().tolist():
             token, slot = torch.where(chosen == expert)
-            gate, up = F.linear(x[token], self.gate_up_proj[expert]).chunk(2, -1)
-            result = F.linear(clamped_swiglu(gate, up, self.limit), self.down_proj[expert])
+            gate_up, down = self._widened(expert, x.dtype)
+            gate, up = F.linear(x[token], gate_up).chunk(2, -1)
+            result = F.linear(clamped_swiglu(gate, up, self.limit), down)
             out.index_add_(0, token, (result * weights[token, slot, None]).to(out.dtype))
         return out
+
+    def _widened(self, expert: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """An expert's two matrices as they are, or of float8 ones as ``dtype``."""
+        if self.down_scale is None:
+            return self.gate_up_proj[expert], self.down_proj[expert]
+        return widened(self.gate_up_proj[expert], self.gate_up_scale[expert], dtype), widened(self.down_proj[expert], self.down_scale[expert], dtype)
 
     def _grouped(self, x: Tensor, chosen: Tensor, weights: Tensor) -> Tensor:
         """One matrix product over all experts, of (token, slot) pairs sorted by expert; shapes depend on N alone."""
@@ -645,7 +644,7 @@ class MoE(nn.Module):
         flat = x.flatten(0, 1)
         chosen, weights = self.gate(flat, tokens.flatten())
         load = F.one_hot(chosen, len(self.gate.weight)).float().mean((0, 1)) if torch.is_grad_enabled() else None
-        return self.experts(flat, chosen, weights).view_as(x) + self.shared_experts(x), load
+        return mixture_of_experts(flat, chosen, weights, self.experts, self.shared_experts).view_as(x), load
 
 
 # ------------------------------------------------------------------------------------- hyper-connections, layers
@@ -769,11 +768,6 @@ class DeepseekV4(nn.Module):
         self.config = config
         self.model = Backbone(config)
         self.lm_head = linear(config.hidden_size, config.vocab_size)
-
-    @property
-    def asks_the_host(self) -> bool:
-        """A decode step cannot be a CUDA graph."""
-        return any(layer.mlp.experts.asks_the_host for layer in self.model.layers)
 
     def new_cache(self, batch: int, max_tokens: int) -> Cache:
         weight = self.lm_head.weight

@@ -13,11 +13,11 @@ try:
     import triton
     import triton.language as tl
 
-    HAS_TRITON = True
+    HAS_TRITON, INTERPRETED = True, triton.knobs.runtime.interpret
 except ModuleNotFoundError:
     triton = SimpleNamespace(jit=lambda function: function)
     tl = SimpleNamespace(constexpr=int)
-    HAS_TRITON = False
+    HAS_TRITON, INTERPRETED = False, False
 
 
 def runs_compiled(tensor: Tensor) -> bool:

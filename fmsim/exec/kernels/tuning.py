@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+import torch
+
 MAXIMA_ENTRIES = 32  # entries that share one maximum in the pre-selection: 8,192 maxima at 262,144 entries
 
 
@@ -59,9 +61,41 @@ class NormRope(NamedTuple):
     warps: int = 4
 
 
+class Experts(NamedTuple):
+    gate_rows: int  # of weights, that a program multiplies, gates and what they gate together
+    down_rows: int
+    block_depth: int  # of a row at a time; with scales no more than SCALE_BLOCK
+    warps: int
+    stages: int
+    token_tile: int = 16  # tokens of one expert in a program, at most; 1: multiplied without matrix units, for a single token
+    sum_columns: int = 512  # of a token, that one program adds up over its experts
+
+
 HYPER_CONNECTION, NORM_ROPE = HyperConnection(), NormRope()
 INDEX_SCORES, MEMORY_SCORES = IndexScores(), IndexScores(programs=396)  # 128 heads leave registers for three on a multiprocessor
 TOP_K, ATTENTION, COMPRESS, GATHER = TopK(), Attention(), Compress(), Gather()
 MANY_REQUESTS = 16  # from here on each entry is decoded once for all heads
 ATTENTION_OF_MANY = Attention(block_heads=64, warps=8)
 PROGRAMS_BESIDE = 8  # of a recall beside a decode, whose products slow down by 4%
+
+SCALE_BLOCK = 128  # rows and columns of a float8 weight that share a scale
+MOST_EXPERT_TOKENS = 256  # beyond, one grouped product over all experts is a prompt's way
+MANY_EXPERT_TOKENS = 32  # from here on many experts have more than 16 tokens
+# Of the experts, for one token, for few and for many. Not from a sweep yet: as wide as keeps all multiprocessors reading.
+EXPERTS_OF_ONE = Experts(gate_rows=64, down_rows=64, block_depth=128, warps=4, stages=4)
+EXPERTS_OF_FEW = Experts(gate_rows=64, down_rows=64, block_depth=128, warps=4, stages=4)
+EXPERTS_OF_MANY = Experts(gate_rows=128, down_rows=128, block_depth=64, warps=4, stages=4, token_tile=64)
+FLOAT8_EXPERTS_OF_ONE = Experts(gate_rows=64, down_rows=64, block_depth=128, warps=4, stages=4)
+FLOAT8_EXPERTS_OF_FEW = Experts(gate_rows=64, down_rows=64, block_depth=128, warps=4, stages=4)
+FLOAT8_EXPERTS_OF_MANY = Experts(gate_rows=128, down_rows=128, block_depth=128, warps=4, stages=3, token_tile=64)
+FLOAT32_EXPERTS_OF_ONE = Experts(gate_rows=16, down_rows=16, block_depth=128, warps=4, stages=3, token_tile=1)
+FLOAT32_EXPERTS = Experts(gate_rows=32, down_rows=32, block_depth=32, warps=4, stages=3)
+
+
+def experts(tokens: int, dtype: torch.dtype) -> Experts:
+    """For ``tokens`` and weights of ``dtype``."""
+    one, few, many = {
+        torch.float32: (FLOAT32_EXPERTS_OF_ONE, FLOAT32_EXPERTS, FLOAT32_EXPERTS),
+        torch.float8_e4m3fn: (FLOAT8_EXPERTS_OF_ONE, FLOAT8_EXPERTS_OF_FEW, FLOAT8_EXPERTS_OF_MANY),
+    }.get(dtype, (EXPERTS_OF_ONE, EXPERTS_OF_FEW, EXPERTS_OF_MANY))
+    return one if tokens == 1 else few if tokens < MANY_EXPERT_TOKENS else many

@@ -1,0 +1,290 @@
+"""The experts of few tokens: those that each token chose, and the shared one, which is one more that all choose.
+
+A decode step is as fast as it reads weights. A *pair* is a token and one of its experts. Pairs are sorted by expert, one launch, and
+cut into tiles of one expert each, so that an expert's weights are read once for all its tokens; a single token needs no sorting. Two
+launches do the products, each program some rows of one expert's weights for one tile: the gated inner values, then each pair's
+output. A last one adds up each token's pairs in the order in which it chose them, so the same inputs give the same bytes.
+
+The weights are the left operand: their rows, many, fill the matrix units, and tokens, few, are the columns. Float8 weights have a
+float32 scale for each block of 128 x 128; they are widened to the activations' type, and the scale multiplies what a block adds up to.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fmsim.exec.kernels import tuning
+from fmsim.exec.kernels.lang import INTERPRETED, cdiv, next_power_of_2, runs_compiled, tl, triton
+
+SCALE_BLOCK = tuning.SCALE_BLOCK
+
+
+def takes(tokens: Tensor) -> bool:
+    """Whether the kernels are the way for ``tokens`` [N, D]: on a GPU, few, and no gradient is wanted."""
+    return runs_compiled(tokens) and len(tokens) <= tuning.MOST_EXPERT_TOKENS and not torch.is_grad_enabled()
+
+
+def mixture_of_experts(x: Tensor, chosen: Tensor, weights: Tensor, routed: nn.Module, shared: nn.Module) -> Tensor:
+    """x [N, D], chosen int64 and weights float32 [N, top_k], the experts (`model.Experts`) and the shared one (`model.SwiGLU`) -> [N, D]
+    in the type of x: float32 or bfloat16. Their weights are of that type, or float8 with scales; the shared one's may be of another."""
+    run = mixture_of_experts_triton if takes(x) else mixture_of_experts_reference
+    return run(x, chosen, weights, routed, shared)
+
+
+def mixture_of_experts_reference(x, chosen, weights, routed, shared) -> Tensor:
+    return routed(x, chosen, weights) + shared(x)
+
+
+def clamped_swiglu(gate: Tensor, up: Tensor, limit: float) -> Tensor:
+    return F.silu(gate.clamp(max=limit)) * up.clamp(min=-limit, max=limit)
+
+
+def widened(weight: Tensor, scale: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """A weight [..., out, in] as ``dtype``; of float8 with its ``scale`` float32 [..., ceil(out / 128), ceil(in / 128)]."""
+    if scale is None:
+        return weight.to(dtype)
+    wide = scale.repeat_interleave(SCALE_BLOCK, -2).repeat_interleave(SCALE_BLOCK, -1)
+    return (weight.float() * wide[..., : weight.shape[-2], : weight.shape[-1]]).to(dtype)
+
+
+class _Weights(NamedTuple):
+    """Of the shared expert, or where it is another launch's of the routed ones, which nothing then reads."""
+
+    gate: Tensor
+    up: Tensor
+    down: Tensor
+    gate_scale: Tensor
+    up_scale: Tensor
+    down_scale: Tensor
+
+
+class _Tiles(NamedTuple):
+    """Pairs in tiles of up to ``size``, ``count`` tiles at most; ``schedule`` says which, as `_schedule` writes it."""
+
+    size: int
+    count: int
+    schedule: Tensor
+
+
+def mixture_of_experts_triton(x, chosen, weights, routed, shared, tune: tuning.Experts | None = None) -> Tensor:
+    if shared is not None and not _alike(routed, shared):
+        return mixture_of_experts_triton(x, chosen, weights, routed, None, tune) + shared(x)
+    tune = tune or tuning.experts(len(x), routed.down_proj.dtype)
+    x, chosen, weights = x.contiguous(), chosen.contiguous(), weights.contiguous()
+    (tokens, top_k), (count, hidden, width) = chosen.shape, routed.down_proj.shape
+    slots, scaled, of_shared = top_k + (shared is not None), routed.down_scale is not None, _shared_weights(routed, shared)
+    tiles = _tiles(chosen, slots, count, tune)
+    gate_scale, down_scale = (routed.gate_up_scale, routed.down_scale) if scaled else (routed.gate_up_proj, routed.down_proj)
+    inner = torch.empty(tokens * slots, width, dtype=x.dtype, device=x.device)
+    parts = torch.empty(tokens * slots, hidden, dtype=torch.float32, device=x.device)
+    same = dict(
+        EXPERTS=count, TOP_K=top_k, SLOTS=slots, HIDDEN=hidden, WIDTH=width, TILE=tiles.size, SORTED=tokens > 1, SHARED=shared is not None,
+        SCALED=scaled, SCALE_BLOCK=SCALE_BLOCK, BLOCK_DEPTH=min(tune.block_depth, SCALE_BLOCK) if scaled else tune.block_depth, STAGES=tune.stages,
+        WIDEN=INTERPRETED, num_warps=tune.warps,
+    )  # fmt: skip
+    _gate_up[(tiles.count, cdiv(2 * width, tune.gate_rows))](
+        x, chosen, tiles.schedule, tiles.count, routed.gate_up_proj, gate_scale, of_shared.gate, of_shared.up, of_shared.gate_scale,
+        of_shared.up_scale, inner, routed.limit, ROWS=tune.gate_rows, **same,
+    )  # fmt: skip
+    _down[(tiles.count, cdiv(hidden, tune.down_rows))](
+        inner, chosen, tiles.schedule, tiles.count, routed.down_proj, down_scale, of_shared.down, of_shared.down_scale, parts, ROWS=tune.down_rows, **same
+    )
+    out = torch.empty_like(x)
+    _add_up[(tokens, cdiv(hidden, tune.sum_columns))](parts, weights, out, TOP_K=top_k, SLOTS=slots, HIDDEN=hidden, BLOCK=tune.sum_columns, num_warps=4)
+    return out
+
+
+def _alike(routed: nn.Module, shared: nn.Module) -> bool:
+    """Whether one launch can read the weights of both."""
+    linear = shared.down_proj
+    return linear.weight.dtype == routed.down_proj.dtype and (getattr(linear, "scale", None) is None) == (routed.down_scale is None)
+
+
+def _shared_weights(routed: nn.Module, shared: nn.Module | None) -> _Weights:
+    if shared is None:
+        return _Weights(*(routed.down_proj,) * 6)
+    linears = shared.gate_proj, shared.up_proj, shared.down_proj
+    weights = [linear.weight for linear in linears]
+    scales = weights if routed.down_scale is None else [linear.scale for linear in linears]
+    return _Weights(*weights, *scales)
+
+
+def _tiles(chosen: Tensor, slots: int, count: int, tune: tuning.Experts) -> _Tiles:
+    """``count`` experts. A tile holds twice the pairs that an expert has on average, so that most experts' fit one."""
+    tokens, top_k = chosen.shape
+    routed = tokens * top_k
+    if tokens == 1:
+        return _Tiles(min(tune.token_tile, 16), slots, chosen)
+    size = min(max(next_power_of_2(cdiv(2 * routed, count)), 16), tune.token_tile)
+    experts = min(count, routed)
+    n_tiles = experts + (routed - experts) // size + (slots - top_k) * cdiv(tokens, size)
+    schedule = torch.empty(3 * n_tiles + tokens * slots, dtype=torch.int32, device=chosen.device)
+    programs = count + slots - top_k
+    _schedule[(programs,)](
+        chosen, schedule, tokens * slots, n_tiles, EXPERTS=count, TOP_K=top_k, SLOTS=slots, TILE=size, PAIRS_PADDED=next_power_of_2(tokens * slots),
+        TILES_PADDED=next_power_of_2(n_tiles), BINS=next_power_of_2(count + 2), num_warps=4,
+    )  # fmt: skip
+    return _Tiles(size, n_tiles, schedule)
+
+
+@triton.jit
+def _schedule(
+    chosen, schedule, pairs, tiles, EXPERTS: tl.constexpr, TOP_K: tl.constexpr, SLOTS: tl.constexpr, TILE: tl.constexpr,
+    PAIRS_PADDED: tl.constexpr, TILES_PADDED: tl.constexpr, BINS: tl.constexpr,
+):  # fmt: skip
+    """One program: the pairs of one expert, and its tiles. The shared expert is number EXPERTS.
+
+    ``schedule``: of each tile its expert (-1 for none), the place of its first pair in the sorted order, and how many it has, each
+    [tiles]; then the pairs, token * SLOTS + slot, sorted by expert.
+    """
+    own = tl.program_id(0)
+    pair = tl.arange(0, PAIRS_PADDED)
+    token, slot = pair // SLOTS, pair % SLOTS
+    expert = tl.load(chosen + token * TOP_K + slot, mask=(pair < pairs) & (slot < TOP_K), other=EXPERTS).to(tl.int32)
+    expert = tl.where(pair < pairs, expert, EXPERTS + 1)
+    counts, number = tl.histogram(expert, BINS), tl.arange(0, BINS)
+    first = tl.sum(tl.where(number < own, counts, 0), 0)
+    first_tile = tl.sum(tl.where(number < own, (counts + TILE - 1) // TILE, 0), 0)
+    mine = expert == own
+    place = tl.cumsum(mine.to(tl.int32), 0) - 1
+    tl.store(schedule + 3 * tiles + first + place, pair, mask=mine)
+    count, tile = tl.sum(mine.to(tl.int32), 0), tl.arange(0, TILES_PADDED)
+    own_tiles = (count + TILE - 1) // TILE
+    exists, at = tile < own_tiles, schedule + first_tile + tile
+    tl.store(at, own, mask=exists)
+    tl.store(at + tiles, first + tile * TILE, mask=exists)
+    tl.store(at + 2 * tiles, tl.minimum(count - tile * TILE, TILE), mask=exists)
+    if own == tl.num_programs(0) - 1:
+        tl.store(at, -1, mask=(tile >= own_tiles) & (first_tile + tile < tiles))
+
+
+@triton.jit
+def _expert_of(chosen, schedule, EXPERTS: tl.constexpr, TOP_K: tl.constexpr, SORTED: tl.constexpr):
+    """The expert of the program's tile, -1 where the tile is empty."""
+    tile = tl.program_id(0)
+    if SORTED:
+        expert = tl.load(schedule + tile)
+    else:
+        expert = tl.load(chosen + tile, mask=tile < TOP_K, other=EXPERTS).to(tl.int32)
+    return expert
+
+
+@triton.jit
+def _pairs_of(schedule, tiles, TILE: tl.constexpr, SORTED: tl.constexpr):
+    """The pairs [TILE] of the program's tile, and which of them exist."""
+    tile, place = tl.program_id(0), tl.arange(0, TILE)
+    if SORTED:
+        known = place < tl.load(schedule + 2 * tiles + tile)
+        pair = tl.load(schedule + 3 * tiles + tl.load(schedule + tiles + tile) + place, mask=known, other=0)
+    else:
+        known = place < 1
+        pair = tile + place
+    return pair, known
+
+
+@triton.jit
+def _products(
+    weights, scales, activations, row_known, known, DEPTH: tl.constexpr, ROWS: tl.constexpr, TILE: tl.constexpr, SCALED: tl.constexpr,
+    SCALE_BLOCK: tl.constexpr, BLOCK_DEPTH: tl.constexpr, STAGES: tl.constexpr, WIDEN: tl.constexpr,
+):  # fmt: skip
+    """Rows of weights times tokens, float32 [ROWS, TILE], by pointers to where each begins; ``scales`` to each row's first scale.
+
+    A TILE of one is multiplied without matrix units, which leaves the weights in registers.
+    """
+    lane = tl.arange(0, BLOCK_DEPTH)
+    summed = tl.zeros([ROWS, BLOCK_DEPTH if TILE == 1 else TILE], tl.float32)
+    for start in tl.range(0, DEPTH, BLOCK_DEPTH, num_stages=STAGES):
+        place = start + lane
+        weights_known, tokens_known = row_known[:, None], known[:, None]
+        if DEPTH % BLOCK_DEPTH != 0:
+            weights_known, tokens_known = weights_known & (place < DEPTH)[None, :], tokens_known & (place < DEPTH)[None, :]
+        weight = tl.load(weights[:, None] + place[None, :], mask=weights_known, other=0.0)
+        x = tl.load(activations[:, None] + place[None, :], mask=tokens_known, other=0.0)
+        if TILE == 1:
+            product = weight.to(tl.float32) * x.to(tl.float32)
+        else:
+            weight = weight.to(x.dtype)
+            if WIDEN:  # Triton's interpreter multiplies no bfloat16
+                weight, x = weight.to(tl.float32), x.to(tl.float32)
+            product = tl.dot(weight, tl.trans(x), input_precision="ieee")
+        if SCALED:
+            product = product * tl.load(scales + start // SCALE_BLOCK, mask=row_known, other=0.0)[:, None]
+        summed += product
+    if TILE == 1:
+        summed = tl.sum(summed, 1)[:, None]
+    return summed
+
+
+@triton.jit
+def _gate_up(
+    x, chosen, schedule, tiles, gate_up, scale, shared_gate, shared_up, shared_gate_scale, shared_up_scale, inner, limit,
+    EXPERTS: tl.constexpr, TOP_K: tl.constexpr, SLOTS: tl.constexpr, HIDDEN: tl.constexpr, WIDTH: tl.constexpr, TILE: tl.constexpr,
+    SORTED: tl.constexpr, SHARED: tl.constexpr, SCALED: tl.constexpr, SCALE_BLOCK: tl.constexpr, ROWS: tl.constexpr,
+    BLOCK_DEPTH: tl.constexpr, STAGES: tl.constexpr, WIDEN: tl.constexpr,
+):  # fmt: skip
+    """One program: ROWS / 2 inner channels of one tile's pairs. Rows of the gate and rows of what it gates lie alternately."""
+    expert = _expert_of(chosen, schedule, EXPERTS, TOP_K, SORTED)
+    if expert >= 0:
+        pair, known = _pairs_of(schedule, tiles, TILE, SORTED)
+        row, HALF = tl.arange(0, ROWS), ROWS // 2
+        channel, up = tl.program_id(1) * HALF + row // 2, row % 2
+        stacked = expert.to(tl.int64) * 2 * WIDTH + up * WIDTH + channel
+        weights = gate_up + stacked * HIDDEN
+        columns: tl.constexpr = (HIDDEN + SCALE_BLOCK - 1) // SCALE_BLOCK
+        scale_rows: tl.constexpr = (2 * WIDTH + SCALE_BLOCK - 1) // SCALE_BLOCK
+        scales = scale + (expert * scale_rows + (up * WIDTH + channel) // SCALE_BLOCK) * columns
+        if SHARED:
+            is_shared = expert == EXPERTS
+            weights = tl.where(is_shared, tl.where(up == 1, shared_up, shared_gate) + channel * HIDDEN, weights)
+            scales = tl.where(is_shared, tl.where(up == 1, shared_up_scale, shared_gate_scale) + channel // SCALE_BLOCK * columns, scales)
+        tokens = x + pair // SLOTS * HIDDEN
+        both = _products(weights, scales, tokens, channel < WIDTH, known, HIDDEN, ROWS, TILE, SCALED, SCALE_BLOCK, BLOCK_DEPTH, STAGES, WIDEN)
+        gate, up = tl.split(tl.permute(tl.reshape(both, [HALF, 2, TILE]), [0, 2, 1]))
+        gate = tl.minimum(gate, limit, propagate_nan=tl.PropagateNan.ALL)
+        up = tl.minimum(tl.maximum(up, -limit, propagate_nan=tl.PropagateNan.ALL), limit, propagate_nan=tl.PropagateNan.ALL)
+        channel = tl.program_id(1) * HALF + tl.arange(0, HALF)
+        places = inner + pair[None, :] * WIDTH + channel[:, None]
+        tl.store(places, (gate * tl.sigmoid(gate) * up).to(inner.dtype.element_ty), mask=known[None, :] & (channel < WIDTH)[:, None])
+
+
+@triton.jit
+def _down(
+    inner, chosen, schedule, tiles, down, scale, shared_down, shared_scale, parts,
+    EXPERTS: tl.constexpr, TOP_K: tl.constexpr, SLOTS: tl.constexpr, HIDDEN: tl.constexpr, WIDTH: tl.constexpr, TILE: tl.constexpr,
+    SORTED: tl.constexpr, SHARED: tl.constexpr, SCALED: tl.constexpr, SCALE_BLOCK: tl.constexpr, ROWS: tl.constexpr,
+    BLOCK_DEPTH: tl.constexpr, STAGES: tl.constexpr, WIDEN: tl.constexpr,
+):  # fmt: skip
+    """One program: ROWS output channels of one tile's pairs."""
+    expert = _expert_of(chosen, schedule, EXPERTS, TOP_K, SORTED)
+    if expert >= 0:
+        pair, known = _pairs_of(schedule, tiles, TILE, SORTED)
+        channel = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
+        weights = down + (expert.to(tl.int64) * HIDDEN + channel) * WIDTH
+        columns: tl.constexpr = (WIDTH + SCALE_BLOCK - 1) // SCALE_BLOCK
+        scale_rows: tl.constexpr = (HIDDEN + SCALE_BLOCK - 1) // SCALE_BLOCK
+        scales = scale + (expert * scale_rows + channel // SCALE_BLOCK) * columns
+        if SHARED:
+            is_shared = expert == EXPERTS
+            weights = tl.where(is_shared, shared_down + channel * WIDTH, weights)
+            scales = tl.where(is_shared, shared_scale + channel // SCALE_BLOCK * columns, scales)
+        values = inner + pair * WIDTH
+        out = _products(weights, scales, values, channel < HIDDEN, known, WIDTH, ROWS, TILE, SCALED, SCALE_BLOCK, BLOCK_DEPTH, STAGES, WIDEN)
+        tl.store(parts + pair[None, :] * HIDDEN + channel[:, None], out, mask=known[None, :] & (channel < HIDDEN)[:, None])
+
+
+@triton.jit
+def _add_up(parts, weights, out, TOP_K: tl.constexpr, SLOTS: tl.constexpr, HIDDEN: tl.constexpr, BLOCK: tl.constexpr):
+    """One program: some channels of one token."""
+    token, channel = tl.program_id(0), tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    inside = channel < HIDDEN
+    summed = tl.zeros([BLOCK], tl.float32)
+    for slot in tl.static_range(SLOTS):
+        part = tl.load(parts + (token * SLOTS + slot) * HIDDEN + channel, mask=inside, other=0.0)
+        if slot < TOP_K:
+            part = part * tl.load(weights + token * TOP_K + slot)
+        summed += part
+    tl.store(out + token * HIDDEN + channel, summed.to(out.dtype.element_ty), mask=inside)
