@@ -9,8 +9,9 @@ from torch.nn import functional as F
 from transformers import DeepseekV4Config
 
 from fmsim.exec.kernels import experts as kernels
-from fmsim.exec.kernels.experts import mixture_of_experts, mixture_of_experts_triton, widened
+from fmsim.exec.kernels.experts import mixture_of_experts, mixture_of_experts_triton
 from fmsim.exec.kernels.tuning import Experts as Tuning
+from fmsim.exec.kernels.weights import dequantise, scale_shape
 from fmsim.exec.model import Experts, SwiGLU
 
 SMALL = Tuning(gate_rows=16, down_rows=16, block_depth=32, warps=4, stages=2, sum_columns=32)
@@ -19,10 +20,9 @@ LIMITS = {torch.float32: 5e-6, torch.bfloat16: 1e-2, torch.float8_e4m3fn: 1e-2}
 
 
 def quantised(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """A weight [..., out, in] in float8 with scales that are no powers of two, each block's largest value at 448 or below."""
-    shape = [-(-size // 128) for size in weight.shape[-2:]]
-    scale = (0.5 + torch.rand(*weight.shape[:-2], *shape)) / 64
-    return (weight / widened(torch.ones_like(weight), scale, torch.float32)).to(torch.float8_e4m3fn), scale
+    """A weight [..., out, in] in float8 with scales that differ, and are no powers of two."""
+    scale = (0.5 + torch.rand(scale_shape(weight.shape))) / 64
+    return (weight / dequantise(torch.ones_like(weight), scale)).to(torch.float8_e4m3fn), scale
 
 
 def made(seed: int, count: int, hidden: int, width: int, dtype: torch.dtype, device: str) -> tuple[Experts, SwiGLU]:
@@ -52,7 +52,7 @@ def exact(x, chosen, weights, routed: Experts, shared: SwiGLU | None) -> torch.T
     """float64, by the formula, pair by pair; gated values in the type of x."""
 
     def wide(weight: torch.Tensor, scale: torch.Tensor | None) -> torch.Tensor:
-        return widened(weight, scale, x.dtype).double()
+        return (weight if scale is None else dequantise(weight, scale)).double()
 
     def swiglu(row: torch.Tensor, gate: torch.Tensor, up: torch.Tensor, down: torch.Tensor) -> torch.Tensor:
         return (F.silu((gate @ row).clamp(max=routed.limit)) * (up @ row).clamp(-routed.limit, routed.limit)).to(x.dtype).double() @ down.T

@@ -22,8 +22,9 @@ from torch import Tensor, nn
 from transformers import DeepseekV4Config
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-from fmsim.exec.kernels.experts import clamped_swiglu, mixture_of_experts, widened
+from fmsim.exec.kernels.experts import clamped_swiglu, mixture_of_experts
 from fmsim.exec.kernels.hyper_connection import Pending, enter, read_out
+from fmsim.exec.kernels.weights import dequantise
 
 CSA, HCA, SLIDING = "compressed_sparse_attention", "heavily_compressed_attention", "sliding_attention"
 MASKED = -1e30  # finite, so that a row with nothing visible has a gradient of 0 and not of nan
@@ -590,7 +591,8 @@ class Experts(nn.Module):
         """An expert's two matrices as they are, or of float8 ones as ``dtype``."""
         if self.down_scale is None:
             return self.gate_up_proj[expert], self.down_proj[expert]
-        return widened(self.gate_up_proj[expert], self.gate_up_scale[expert], dtype), widened(self.down_proj[expert], self.down_scale[expert], dtype)
+        gate_up, down = (self.gate_up_proj[expert], self.gate_up_scale[expert]), (self.down_proj[expert], self.down_scale[expert])
+        return dequantise(*gate_up, dtype=dtype), dequantise(*down, dtype=dtype)
 
     def _grouped(self, x: Tensor, chosen: Tensor, weights: Tensor) -> Tensor:
         """One matrix product over all experts, of (token, slot) pairs sorted by expert; shapes depend on N alone."""

@@ -5,8 +5,9 @@ cut into tiles of one expert each, so that an expert's weights are read once for
 launches do the products, each program some rows of one expert's weights for one tile: the gated inner values, then each pair's
 output. A last one adds up each token's pairs in the order in which it chose them, so the same inputs give the same bytes.
 
-The weights are the left operand: their rows, many, fill the matrix units, and tokens, few, are the columns. Float8 weights have a
-float32 scale for each block of 128 x 128; they are widened to the activations' type, and the scale multiplies what a block adds up to.
+The weights are the left operand: their rows, many, fill the matrix units, and tokens, few, are the columns. Float8 weights (`weights`)
+become float16 there, which holds them exactly and costs one instruction a pair where bfloat16 costs two slow ones more; bfloat16
+activations of ordinary size fit it too. What 128 columns add up to gets their block's scale in float32.
 """
 
 from __future__ import annotations
@@ -19,8 +20,8 @@ from torch import Tensor, nn
 
 from fmsim.exec.kernels import tuning
 from fmsim.exec.kernels.lang import INTERPRETED, cdiv, next_power_of_2, runs_compiled, tl, triton
-
-SCALE_BLOCK = tuning.SCALE_BLOCK
+from fmsim.exec.kernels.layout import product_operand
+from fmsim.exec.kernels.weights import BLOCK
 
 
 def takes(tokens: Tensor) -> bool:
@@ -41,14 +42,6 @@ def mixture_of_experts_reference(x, chosen, weights, routed, shared) -> Tensor:
 
 def clamped_swiglu(gate: Tensor, up: Tensor, limit: float) -> Tensor:
     return F.silu(gate.clamp(max=limit)) * up.clamp(min=-limit, max=limit)
-
-
-def widened(weight: Tensor, scale: Tensor | None, dtype: torch.dtype) -> Tensor:
-    """A weight [..., out, in] as ``dtype``; of float8 with its ``scale`` float32 [..., ceil(out / 128), ceil(in / 128)]."""
-    if scale is None:
-        return weight.to(dtype)
-    wide = scale.repeat_interleave(SCALE_BLOCK, -2).repeat_interleave(SCALE_BLOCK, -1)
-    return (weight.float() * wide[..., : weight.shape[-2], : weight.shape[-1]]).to(dtype)
 
 
 class _Weights(NamedTuple):
@@ -73,17 +66,18 @@ class _Tiles(NamedTuple):
 def mixture_of_experts_triton(x, chosen, weights, routed, shared, tune: tuning.Experts | None = None) -> Tensor:
     if shared is not None and not _alike(routed, shared):
         return mixture_of_experts_triton(x, chosen, weights, routed, None, tune) + shared(x)
-    tune = tune or tuning.experts(len(x), routed.down_proj.dtype)
+    tune = tune or tuning.experts(len(x), x.dtype, scaled=routed.down_scale is not None)
     x, chosen, weights = x.contiguous(), chosen.contiguous(), weights.contiguous()
     (tokens, top_k), (count, hidden, width) = chosen.shape, routed.down_proj.shape
     slots, scaled, of_shared = top_k + (shared is not None), routed.down_scale is not None, _shared_weights(routed, shared)
     tiles = _tiles(chosen, slots, count, tune)
     gate_scale, down_scale = (routed.gate_up_scale, routed.down_scale) if scaled else (routed.gate_up_proj, routed.down_proj)
-    inner = torch.empty(tokens * slots, width, dtype=x.dtype, device=x.device)
+    inner_type = torch.float16 if scaled and x.dtype == torch.bfloat16 else x.dtype
+    inner = torch.empty(tokens * slots, width, dtype=inner_type, device=x.device)
     parts = torch.empty(tokens * slots, hidden, dtype=torch.float32, device=x.device)
     same = dict(
         EXPERTS=count, TOP_K=top_k, SLOTS=slots, HIDDEN=hidden, WIDTH=width, TILE=tiles.size, SORTED=tokens > 1, SHARED=shared is not None,
-        SCALED=scaled, SCALE_BLOCK=SCALE_BLOCK, BLOCK_DEPTH=min(tune.block_depth, SCALE_BLOCK) if scaled else tune.block_depth, STAGES=tune.stages,
+        SCALED=BLOCK if scaled else 0, BLOCK_DEPTH=min(tune.block_depth, BLOCK) if scaled else tune.block_depth, STAGES=tune.stages,
         WIDEN=INTERPRETED, num_warps=tune.warps,
     )  # fmt: skip
     _gate_up[(tiles.count, cdiv(2 * width, tune.gate_rows))](
@@ -94,7 +88,7 @@ def mixture_of_experts_triton(x, chosen, weights, routed, shared, tune: tuning.E
         inner, chosen, tiles.schedule, tiles.count, routed.down_proj, down_scale, of_shared.down, of_shared.down_scale, parts, ROWS=tune.down_rows, **same
     )
     out = torch.empty_like(x)
-    _add_up[(tokens, cdiv(hidden, tune.sum_columns))](parts, weights, out, TOP_K=top_k, SLOTS=slots, HIDDEN=hidden, BLOCK=tune.sum_columns, num_warps=4)
+    _sum_pairs[(tokens, cdiv(hidden, tune.sum_columns))](parts, weights, out, TOP_K=top_k, SLOTS=slots, HIDDEN=hidden, BLOCK=tune.sum_columns, num_warps=4)
     return out
 
 
@@ -189,11 +183,10 @@ def _pairs_of(schedule, tiles, TILE: tl.constexpr, SORTED: tl.constexpr):
 @triton.jit
 def _products(
     weights, scales, activations, row_known, known, DEPTH: tl.constexpr, ROWS: tl.constexpr, TILE: tl.constexpr, SCALED: tl.constexpr,
-    SCALE_BLOCK: tl.constexpr, BLOCK_DEPTH: tl.constexpr, STAGES: tl.constexpr, WIDEN: tl.constexpr,
+    BLOCK_DEPTH: tl.constexpr, STAGES: tl.constexpr, WIDEN: tl.constexpr,
 ):  # fmt: skip
-    """Rows of weights times tokens, float32 [ROWS, TILE], by pointers to where each begins; ``scales`` to each row's first scale.
-
-    A TILE of one is multiplied without matrix units, which leaves the weights in registers.
+    """Rows of weights times tokens, float32 [ROWS, TILE], by pointers to where each begins; where SCALED, each row's every so many
+    values have a scale, and ``scales`` points to its first. A TILE of one is multiplied without matrix units.
     """
     lane = tl.arange(0, BLOCK_DEPTH)
     summed = tl.zeros([ROWS, BLOCK_DEPTH if TILE == 1 else TILE], tl.float32)
@@ -207,12 +200,13 @@ def _products(
         if TILE == 1:
             product = weight.to(tl.float32) * x.to(tl.float32)
         else:
-            weight = weight.to(x.dtype)
-            if WIDEN:  # Triton's interpreter multiplies no bfloat16
-                weight, x = weight.to(tl.float32), x.to(tl.float32)
-            product = tl.dot(weight, tl.trans(x), input_precision="ieee")
+            if SCALED:
+                x = product_operand(x)
+            elif WIDEN:  # Triton's interpreter multiplies no bfloat16
+                x = x.to(tl.float32)
+            product = tl.dot(weight.to(x.dtype), tl.trans(x), input_precision="ieee")
         if SCALED:
-            product = product * tl.load(scales + start // SCALE_BLOCK, mask=row_known, other=0.0)[:, None]
+            product = product * tl.load(scales + start // SCALED, mask=row_known, other=0.0)[:, None]
         summed += product
     if TILE == 1:
         summed = tl.sum(summed, 1)[:, None]
@@ -223,26 +217,29 @@ def _products(
 def _gate_up(
     x, chosen, schedule, tiles, gate_up, scale, shared_gate, shared_up, shared_gate_scale, shared_up_scale, inner, limit,
     EXPERTS: tl.constexpr, TOP_K: tl.constexpr, SLOTS: tl.constexpr, HIDDEN: tl.constexpr, WIDTH: tl.constexpr, TILE: tl.constexpr,
-    SORTED: tl.constexpr, SHARED: tl.constexpr, SCALED: tl.constexpr, SCALE_BLOCK: tl.constexpr, ROWS: tl.constexpr,
+    SORTED: tl.constexpr, SHARED: tl.constexpr, SCALED: tl.constexpr, ROWS: tl.constexpr,
     BLOCK_DEPTH: tl.constexpr, STAGES: tl.constexpr, WIDEN: tl.constexpr,
 ):  # fmt: skip
     """One program: ROWS / 2 inner channels of one tile's pairs. Rows of the gate and rows of what it gates lie alternately."""
     expert = _expert_of(chosen, schedule, EXPERTS, TOP_K, SORTED)
     if expert >= 0:
         pair, known = _pairs_of(schedule, tiles, TILE, SORTED)
-        row, HALF = tl.arange(0, ROWS), ROWS // 2
+        HALF: tl.constexpr = ROWS // 2
+        row = tl.arange(0, ROWS)
         channel, up = tl.program_id(1) * HALF + row // 2, row % 2
         stacked = expert.to(tl.int64) * 2 * WIDTH + up * WIDTH + channel
         weights = gate_up + stacked * HIDDEN
-        columns: tl.constexpr = (HIDDEN + SCALE_BLOCK - 1) // SCALE_BLOCK
-        scale_rows: tl.constexpr = (2 * WIDTH + SCALE_BLOCK - 1) // SCALE_BLOCK
-        scales = scale + (expert * scale_rows + (up * WIDTH + channel) // SCALE_BLOCK) * columns
+        scales = weights
         if SHARED:
-            is_shared = expert == EXPERTS
-            weights = tl.where(is_shared, tl.where(up == 1, shared_up, shared_gate) + channel * HIDDEN, weights)
-            scales = tl.where(is_shared, tl.where(up == 1, shared_up_scale, shared_gate_scale) + channel // SCALE_BLOCK * columns, scales)
+            weights = tl.where(expert == EXPERTS, tl.where(up == 1, shared_up, shared_gate) + channel * HIDDEN, weights)
+        if SCALED:
+            columns: tl.constexpr = (HIDDEN + SCALED - 1) // SCALED
+            blocks: tl.constexpr = (2 * WIDTH + SCALED - 1) // SCALED
+            scales = scale + (expert * blocks + (up * WIDTH + channel) // SCALED) * columns
+            if SHARED:
+                scales = tl.where(expert == EXPERTS, tl.where(up == 1, shared_up_scale, shared_gate_scale) + channel // SCALED * columns, scales)
         tokens = x + pair // SLOTS * HIDDEN
-        both = _products(weights, scales, tokens, channel < WIDTH, known, HIDDEN, ROWS, TILE, SCALED, SCALE_BLOCK, BLOCK_DEPTH, STAGES, WIDEN)
+        both = _products(weights, scales, tokens, channel < WIDTH, known, HIDDEN, ROWS, TILE, SCALED, BLOCK_DEPTH, STAGES, WIDEN)
         gate, up = tl.split(tl.permute(tl.reshape(both, [HALF, 2, TILE]), [0, 2, 1]))
         gate = tl.minimum(gate, limit, propagate_nan=tl.PropagateNan.ALL)
         up = tl.minimum(tl.maximum(up, -limit, propagate_nan=tl.PropagateNan.ALL), limit, propagate_nan=tl.PropagateNan.ALL)
@@ -255,7 +252,7 @@ def _gate_up(
 def _down(
     inner, chosen, schedule, tiles, down, scale, shared_down, shared_scale, parts,
     EXPERTS: tl.constexpr, TOP_K: tl.constexpr, SLOTS: tl.constexpr, HIDDEN: tl.constexpr, WIDTH: tl.constexpr, TILE: tl.constexpr,
-    SORTED: tl.constexpr, SHARED: tl.constexpr, SCALED: tl.constexpr, SCALE_BLOCK: tl.constexpr, ROWS: tl.constexpr,
+    SORTED: tl.constexpr, SHARED: tl.constexpr, SCALED: tl.constexpr, ROWS: tl.constexpr,
     BLOCK_DEPTH: tl.constexpr, STAGES: tl.constexpr, WIDEN: tl.constexpr,
 ):  # fmt: skip
     """One program: ROWS output channels of one tile's pairs."""
@@ -264,20 +261,22 @@ def _down(
         pair, known = _pairs_of(schedule, tiles, TILE, SORTED)
         channel = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
         weights = down + (expert.to(tl.int64) * HIDDEN + channel) * WIDTH
-        columns: tl.constexpr = (WIDTH + SCALE_BLOCK - 1) // SCALE_BLOCK
-        scale_rows: tl.constexpr = (HIDDEN + SCALE_BLOCK - 1) // SCALE_BLOCK
-        scales = scale + (expert * scale_rows + channel // SCALE_BLOCK) * columns
+        scales = weights
         if SHARED:
-            is_shared = expert == EXPERTS
-            weights = tl.where(is_shared, shared_down + channel * WIDTH, weights)
-            scales = tl.where(is_shared, shared_scale + channel // SCALE_BLOCK * columns, scales)
+            weights = tl.where(expert == EXPERTS, shared_down + channel * WIDTH, weights)
+        if SCALED:
+            columns: tl.constexpr = (WIDTH + SCALED - 1) // SCALED
+            blocks: tl.constexpr = (HIDDEN + SCALED - 1) // SCALED
+            scales = scale + (expert * blocks + channel // SCALED) * columns
+            if SHARED:
+                scales = tl.where(expert == EXPERTS, shared_scale + channel // SCALED * columns, scales)
         values = inner + pair * WIDTH
-        out = _products(weights, scales, values, channel < HIDDEN, known, WIDTH, ROWS, TILE, SCALED, SCALE_BLOCK, BLOCK_DEPTH, STAGES, WIDEN)
+        out = _products(weights, scales, values, channel < HIDDEN, known, WIDTH, ROWS, TILE, SCALED, BLOCK_DEPTH, STAGES, WIDEN)
         tl.store(parts + pair[None, :] * HIDDEN + channel[:, None], out, mask=known[None, :] & (channel < HIDDEN)[:, None])
 
 
 @triton.jit
-def _add_up(parts, weights, out, TOP_K: tl.constexpr, SLOTS: tl.constexpr, HIDDEN: tl.constexpr, BLOCK: tl.constexpr):
+def _sum_pairs(parts, weights, out, TOP_K: tl.constexpr, SLOTS: tl.constexpr, HIDDEN: tl.constexpr, BLOCK: tl.constexpr):
     """One program: some channels of one token."""
     token, channel = tl.program_id(0), tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = channel < HIDDEN

@@ -64,7 +64,7 @@ class NormRope(NamedTuple):
 class Experts(NamedTuple):
     gate_rows: int  # of weights, that a program multiplies, gates and what they gate together
     down_rows: int
-    block_depth: int  # of a row at a time; with scales no more than SCALE_BLOCK
+    block_depth: int  # of a row at a time; of float8 a divisor of 128, whose products share a scale
     warps: int
     stages: int
     token_tile: int = 16  # tokens of one expert in a program, at most; 1: multiplied without matrix units, for a single token
@@ -77,25 +77,25 @@ TOP_K, ATTENTION, COMPRESS, GATHER = TopK(), Attention(), Compress(), Gather()
 MANY_REQUESTS = 16  # from here on each entry is decoded once for all heads
 ATTENTION_OF_MANY = Attention(block_heads=64, warps=8)
 PROGRAMS_BESIDE = 8  # of a recall beside a decode, whose products slow down by 4%
-
-SCALE_BLOCK = 128  # rows and columns of a float8 weight that share a scale
 MOST_EXPERT_TOKENS = 256  # beyond, one grouped product over all experts is a prompt's way
 MANY_EXPERT_TOKENS = 32  # from here on many experts have more than 16 tokens
-# Of the experts, for one token, for few and for many. Not from a sweep yet: as wide as keeps all multiprocessors reading.
-EXPERTS_OF_ONE = Experts(gate_rows=64, down_rows=64, block_depth=128, warps=4, stages=4)
+# Of the experts, for one token, for few and for many: not from a sweep yet, but as many as fit one wave of programs on 132 multiprocessors.
+EXPERTS_OF_ONE = Experts(gate_rows=64, down_rows=64, block_depth=64, warps=4, stages=5)
 EXPERTS_OF_FEW = Experts(gate_rows=64, down_rows=64, block_depth=128, warps=4, stages=4)
 EXPERTS_OF_MANY = Experts(gate_rows=128, down_rows=128, block_depth=64, warps=4, stages=4, token_tile=64)
-FLOAT8_EXPERTS_OF_ONE = Experts(gate_rows=64, down_rows=64, block_depth=128, warps=4, stages=4)
-FLOAT8_EXPERTS_OF_FEW = Experts(gate_rows=64, down_rows=64, block_depth=128, warps=4, stages=4)
-FLOAT8_EXPERTS_OF_MANY = Experts(gate_rows=128, down_rows=128, block_depth=128, warps=4, stages=3, token_tile=64)
+FLOAT8_EXPERTS_OF_ONE = Experts(gate_rows=64, down_rows=64, block_depth=128, warps=2, stages=4)  # a warpgroup's product reads float8 in pairs of bytes
+FLOAT8_EXPERTS_OF_FEW = Experts(gate_rows=64, down_rows=64, block_depth=128, warps=2, stages=4)
+FLOAT8_EXPERTS_OF_MANY = Experts(gate_rows=64, down_rows=64, block_depth=128, warps=2, stages=3, token_tile=64)
 FLOAT32_EXPERTS_OF_ONE = Experts(gate_rows=16, down_rows=16, block_depth=128, warps=4, stages=3, token_tile=1)
 FLOAT32_EXPERTS = Experts(gate_rows=32, down_rows=32, block_depth=32, warps=4, stages=3)
 
 
-def experts(tokens: int, dtype: torch.dtype) -> Experts:
-    """For ``tokens`` and weights of ``dtype``."""
-    one, few, many = {
-        torch.float32: (FLOAT32_EXPERTS_OF_ONE, FLOAT32_EXPERTS, FLOAT32_EXPERTS),
-        torch.float8_e4m3fn: (FLOAT8_EXPERTS_OF_ONE, FLOAT8_EXPERTS_OF_FEW, FLOAT8_EXPERTS_OF_MANY),
-    }.get(dtype, (EXPERTS_OF_ONE, EXPERTS_OF_FEW, EXPERTS_OF_MANY))
+def experts(tokens: int, dtype: torch.dtype, scaled: bool) -> Experts:
+    """For ``tokens`` of ``dtype``, and weights that are float8 where ``scaled``."""
+    if dtype == torch.float32:
+        one, few, many = FLOAT32_EXPERTS_OF_ONE, FLOAT32_EXPERTS, FLOAT32_EXPERTS
+    elif scaled:
+        one, few, many = FLOAT8_EXPERTS_OF_ONE, FLOAT8_EXPERTS_OF_FEW, FLOAT8_EXPERTS_OF_MANY
+    else:
+        one, few, many = EXPERTS_OF_ONE, EXPERTS_OF_FEW, EXPERTS_OF_MANY
     return one if tokens == 1 else few if tokens < MANY_EXPERT_TOKENS else many
