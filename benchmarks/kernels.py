@@ -41,6 +41,7 @@ SGLANG = "SGLang 0.5.14, H100, FP8 weights (aiconfigurator-core 0.12.0 table, no
 LIMITS = {
     "index scores": 1e-2, "index scores, float8 queries": 1e-2, "sparse attention": 1e-2, "sparse attention with masses": 1e-2, "top-k": 0.0,
     "hyper-connection": 1e-2, "hyper-connection, head": 1e-2, "norm and RoPE": 1e-2, "RoPE": 1e-2, "RMSNorm": 1e-2,
+    "experts": 1e-2, "experts, float8": 1e-2,
 }  # fmt: skip
 COMPILED = {"hyper-connection", "hyper-connection, head", "norm and RoPE", "RoPE", "RMSNorm"}  # whose compiled reference a CUDA graph holds too
 PEERS = {} if flashinfer is None else {"flashinfer.top_k": lambda scores: flashinfer.top_k(scores, cases.TOP_K)}
@@ -56,6 +57,8 @@ BUILDERS = {
     "norm and RoPE": [lambda b=b: cases.turning(b, cases.HEADS, LATENT.width, DEVICE, normalised=True) for b in (1, 8, 64)],
     "RoPE": [lambda w=w: cases.turning(8, cases.HEADS, w, DEVICE) for w in (KEY.width, LATENT.width)],
     "RMSNorm": [lambda b=b: cases.norming(b, DEVICE) for b in (1, 64)],
+    "experts": [lambda b=b: cases.mixing(b, DEVICE) for b in (1, 4, 16, 64, 128)],
+    "experts, float8": [lambda b=b: cases.mixing(b, DEVICE, float8=True) for b in (1, 4, 16, 64, 128)],
     "memory scores": [lambda n=n: cases.memory_scoring(1, n, DEVICE) for n in (32_768, 131_072)],
     "recall": [lambda r=r, n=n: cases.recall(r, n, DEVICE) for r, n in ((584, 4096), (584, 32_768), (2336, 8192), (37_376, 96), (37_376, 384), (37_376, 2000))]
     + [lambda n=n: cases.recall(584, n, DEVICE, ascending=True) for n in (4096, 32_768)]

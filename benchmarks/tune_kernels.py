@@ -44,6 +44,15 @@ def grid(**values: Iterable[int]) -> list[dict[str, int]]:
     return [dict(zip(values, choice, strict=True)) for choice in itertools.product(*values.values())]
 
 
+def rows(*sizes: int, **values: Iterable[int]) -> list[dict[str, int]]:
+    """Of the experts: as many rows of weights in a program of either product."""
+    return [{"gate_rows": size, "down_rows": size} | setting for size in sizes for setting in grid(**values)]
+
+
+def mixing(*batches: int, float8: bool = False) -> dict[str, Callable[[], cases.Case]]:
+    return {str(batch): lambda batch=batch: cases.mixing(batch, DEVICE, float8) for batch in batches}
+
+
 SWEEPS = {
     "index scores": Sweep(
         "INDEX_SCORES",
@@ -70,6 +79,59 @@ SWEEPS = {
         grid(block_heads=[16], block_rows=[16, 32], programs=[132, 264, 528], warps=[4], stages=[2, 3])
         + grid(block_heads=[64], block_rows=[16, 32, 64], programs=[132, 264, 528], warps=[8], stages=[2])
         + grid(block_heads=[32], block_rows=[32], programs=[132, 264, 528], warps=[4, 8], stages=[2]),
+    ),
+    "experts, one": Sweep(
+        "EXPERTS_OF_ONE",
+        mixing(1),
+        rows(64, block_depth=[64], stages=[3, 4, 6, 8])
+        + rows(64, block_depth=[128], stages=[2, 3, 4, 5])
+        + rows(64, 128, block_depth=[256], stages=[2, 3])
+        + rows(128, block_depth=[64, 128], stages=[3, 4])
+        + rows(32, block_depth=[128, 256], stages=[3, 4])
+        + rows(16, 32, block_depth=[128], stages=[4], warps=[1, 2])
+        + rows(8, 16, token_tile=[1], block_depth=[512, 1024], stages=[1, 2, 3])
+        + rows(16, 32, token_tile=[1], block_depth=[256], stages=[1, 2, 4])
+        + grid(down_rows=[32, 128]),
+    ),
+    "experts, few": Sweep(
+        "EXPERTS_OF_FEW",
+        mixing(4, 16),
+        rows(64, block_depth=[64], stages=[3, 4, 5, 6])
+        + rows(64, block_depth=[128], stages=[2, 3, 5])
+        + rows(128, block_depth=[64, 128], stages=[3, 4])
+        + rows(128, block_depth=[64], stages=[3, 4], warps=[8])
+        + rows(32, block_depth=[128], stages=[3, 4])
+        + grid(down_rows=[128]),
+    ),
+    "experts, many": Sweep(
+        "EXPERTS_OF_MANY",
+        mixing(64, 128),
+        rows(64, 128, token_tile=[32, 64], block_depth=[64], stages=[3, 4])
+        + rows(64, 128, token_tile=[32, 64], block_depth=[128], stages=[2, 3])
+        + rows(128, token_tile=[32, 64], block_depth=[64], stages=[3, 4], warps=[8]),
+    ),
+    "experts, float8, one": Sweep(
+        "FLOAT8_EXPERTS_OF_ONE",
+        mixing(1, float8=True),
+        rows(64, stages=[3, 5, 6, 8])
+        + rows(64, warps=[4], stages=[3, 4, 6])
+        + rows(32, warps=[1, 2], stages=[4, 6, 8])
+        + rows(16, warps=[1], stages=[4, 8])
+        + rows(128, warps=[2, 4, 8], stages=[3, 4])
+        + rows(16, 32, token_tile=[1], warps=[4], stages=[1, 2, 4])
+        + grid(down_rows=[32, 128]),
+    ),
+    "experts, float8, few": Sweep(
+        "FLOAT8_EXPERTS_OF_FEW",
+        mixing(4, 16, float8=True),
+        rows(64, stages=[3, 5, 6]) + rows(64, warps=[4], stages=[3, 4]) + rows(32, warps=[1, 2], stages=[4, 6]) + rows(128, warps=[2, 4, 8], stages=[3, 4]),
+    ),
+    "experts, float8, many": Sweep(
+        "FLOAT8_EXPERTS_OF_MANY",
+        mixing(64, 128, float8=True),
+        rows(64, token_tile=[32, 64], warps=[2, 4], stages=[3, 4])
+        + rows(128, token_tile=[32, 64], warps=[4, 8], stages=[3, 4])
+        + rows(32, token_tile=[32, 64], warps=[2], stages=[4]),
     ),
     "append": Sweep(
         "COMPRESS",
@@ -113,6 +175,7 @@ def why_not(error: Exception) -> str:
 # ------------------------------------------------------------------------------------------- compiling ahead, in processes
 
 
+@torch.inference_mode()
 def compile_some(jobs: list[tuple[str, str, dict[str, int]]], deadline: float) -> None:
     """Run each job once, for Triton's cache of compiled kernels. The time that is left is the caller's too."""
     for kernel, shape, setting in jobs:

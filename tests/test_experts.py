@@ -91,9 +91,3 @@ def test_a_graph_holds_it_for_any_routing():
             static.copy_(new)
         graph.replay()
         assert relative_error(out, experts._one_by_one(x, chosen, weights)) < 0.01
-
-
-def test_who_asks_the_host_is_known_beforehand():
-    """So that no CUDA graph is tried: only many experts whose widths or type a grouped product does not take."""
-    for count, width, dtype, asks in ((4, 12, torch.float32, False), (16, 16, torch.bfloat16, False), (16, 12, torch.bfloat16, True), (16, 16, torch.float32, True)):
-        assert experts_of(count, width, "cpu", dtype).asks_the_host == asks

@@ -13,11 +13,11 @@ HERE = Path(__file__).parent
 # One launch of each kernel, to take seconds; `python tests/compile_kernels.py` compiles all that kernel_launches.py lists.
 LAUNCHES = [
     "index_scores", "index_scores, float8 queries", "top_k, preselected", "sparse_attention", "compress, csa", "hyper_connection", "norm_rope",
-    "rms_norm", "copy_rows, entries",
+    "rms_norm", "experts, many", "experts, float8, one", "copy_rows, entries",
 ]  # fmt: skip
 KERNELS = {
     "_index_scores", "_top_k", "_attend", "_combine", "_row_masses", "_compress", "_leave_and_project", "_enter", "_norm_rope", "_rms_norm",
-    "_copy_rows",
+    "_schedule", "_gate_up", "_down", "_sum_pairs", "_copy_rows",
 }  # fmt: skip
 
 
@@ -31,3 +31,6 @@ def test_every_kernel_compiles_for_sm_90(tmp_path):
     assert {row["kernel"] for row in found} == KERNELS
     scoring = [kind for row in found if row["kernel"] == "_index_scores" for kind in row["ptx"]]
     assert any("wgmma" in kind and "e4m3" in kind for kind in scoring) and any("wgmma" in kind and "f16" in kind for kind in scoring)
+    products = {kind for row in found if row["kernel"] in ("_gate_up", "_down") for kind in row["ptx"]}
+    assert any("wgmma" in kind and "bf16" in kind for kind in products) and any("mma.sync" in kind and "f16" in kind for kind in products)
+    assert "cp.async.cg.shared.global" in products  # 16 bytes a thread

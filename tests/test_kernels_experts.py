@@ -14,9 +14,9 @@ from fmsim.exec.kernels.tuning import Experts as Tuning
 from fmsim.exec.kernels.weights import dequantise, scale_shape
 from fmsim.exec.model import Experts, SwiGLU
 
-SMALL = Tuning(gate_rows=16, down_rows=16, block_depth=32, warps=4, stages=2, sum_columns=32)
-# bfloat16: gated values are rounded before the second product on both sides, and one unit of the last place apart where sums differ
-LIMITS = {torch.float32: 5e-6, torch.bfloat16: 1e-2, torch.float8_e4m3fn: 1e-2}
+SMALL = Tuning(gate_rows=64, down_rows=32, block_depth=32, warps=4, stages=2, sum_columns=64)
+# bfloat16: gated values and results are rounded, and Triton's interpreter cuts the last bits off
+LIMITS = {torch.float32: 5e-6, torch.bfloat16: 2e-2, torch.float8_e4m3fn: 2e-2}
 
 
 def quantised(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -68,10 +68,10 @@ def exact(x, chosen, weights, routed: Experts, shared: SwiGLU | None) -> torch.T
 
 
 @on_each_device
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=12, deadline=None)
 @example(seed=0, tokens=20, count=3, top_k=3, favourites=1, hidden=40, width=24, dtype=torch.bfloat16, tile=16, with_shared=True)  # all on one expert
-@example(seed=0, tokens=1, count=2, top_k=2, favourites=2, hidden=200, width=136, dtype=torch.float8_e4m3fn, tile=1, with_shared=True)
-@example(seed=0, tokens=3, count=2, top_k=1, favourites=2, hidden=272, width=144, dtype=torch.float8_e4m3fn, tile=16, with_shared=True)
+@example(seed=0, tokens=1, count=2, top_k=2, favourites=2, hidden=136, width=40, dtype=torch.float8_e4m3fn, tile=1, with_shared=True)
+@example(seed=0, tokens=3, count=2, top_k=1, favourites=2, hidden=40, width=136, dtype=torch.float8_e4m3fn, tile=16, with_shared=True)
 @given(
     seed=st.integers(0, 2**32),
     tokens=st.integers(1, 20),
@@ -93,5 +93,93 @@ def test_the_kernels_are_the_formula(device, seed, tokens, count, top_k, favouri
     found = mixture_of_experts_triton(*given_, SMALL._replace(token_tile=tile))
     assert found.dtype == kind and found.shape == (tokens, hidden)
     assert relative_error(found, exact(*given_)) < LIMITS[dtype]
-    assert torch.equal(found, mixture_of_experts_triton(*given_, SMALL._replace(token_tile=tile)))
     assert relative_error(routed._one_by_one(*inputs), exact(*inputs, routed, None)) < LIMITS[dtype]
+
+
+@on_each_device
+@settings(max_examples=10, deadline=None)
+@given(seed=st.integers(0, 2**32), tokens=st.integers(2, 40), count=st.integers(1, 5), top_k=st.integers(1, 3), favourites=st.integers(1, 5), with_shared=st.booleans())
+def test_every_pair_is_in_one_tile_of_its_expert(device, seed, tokens, count, top_k, favourites, with_shared):
+    """Whatever was chosen: the number of tiles is set before that is known."""
+    torch.manual_seed(seed)
+    _, chosen, _ = drawn(tokens, count, top_k, 1, min(favourites, count), torch.float32, device)
+    slots = top_k + with_shared
+    size, n_tiles, schedule = kernels._tiles(chosen, slots, count, SMALL)
+    tiles, order = schedule[: 3 * n_tiles].view(3, n_tiles).T.tolist(), schedule[3 * n_tiles :].tolist()
+    expert_of = [[*row, count][:slots] for row in chosen.tolist()]
+    seen = []
+    for expert, first, pairs in tiles:
+        if expert >= 0:
+            own = order[first : first + pairs]
+            assert 1 <= pairs <= size and all(expert_of[pair // slots][pair % slots] == expert for pair in own)
+            seen += own
+    assert sorted(seen) == list(range(tokens * slots))
+
+
+@on_each_device
+@pytest.mark.parametrize("tokens", [1, 20])
+@torch.no_grad()
+def test_the_same_inputs_give_the_same_bytes(device, tokens):
+    given_ = *drawn(tokens, 3, 3, 40, 2, torch.bfloat16, device), *made(0, 3, 40, 24, torch.bfloat16, device)
+    assert torch.equal(mixture_of_experts_triton(*given_, SMALL), mixture_of_experts_triton(*given_, SMALL))
+
+
+@on_each_device
+@pytest.mark.parametrize("tokens", [1, 3])
+@torch.no_grad()
+def test_experts_that_nobody_chose_are_not_read(device, tokens):
+    routed, shared = made(0, 6, 40, 24, torch.float32, device)
+    inputs = drawn(tokens, 6, 2, 40, 3, torch.float32, device)
+    expected = exact(*inputs, routed, shared)
+    routed.gate_up_proj[:3], routed.down_proj[:3] = float("nan"), float("nan")
+    assert relative_error(mixture_of_experts_triton(*inputs, routed, shared, SMALL), expected) < LIMITS[torch.float32]
+
+
+@on_each_device
+@torch.no_grad()
+def test_what_is_no_number_comes_out_as_none(device):
+    """Clamping hides no nan, and that of one token reaches no other."""
+    routed, shared = made(0, 4, 40, 24, torch.float32, device)
+    x, chosen, weights = drawn(3, 4, 2, 40, 4, torch.float32, device)
+    x[1, 7] = float("nan")
+    assert mixture_of_experts_triton(x, chosen, weights, routed, shared, SMALL).isnan().all(1).tolist() == [False, True, False]
+
+
+@on_each_device
+@torch.no_grad()
+def test_a_shared_expert_of_another_type_is_added(device):
+    routed, _ = made(0, 4, 40, 24, torch.float8_e4m3fn, device)
+    _, shared = made(1, 4, 40, 24, torch.bfloat16, device)
+    inputs = drawn(3, 4, 2, 40, 4, torch.bfloat16, device)
+    found = mixture_of_experts_triton(*inputs, routed, shared, SMALL)
+    assert relative_error(found, exact(*inputs, routed, shared)) < LIMITS[torch.bfloat16]
+
+
+def test_where_the_kernels_are_taken():
+    """On a CPU never; the model's own experts are the reference there."""
+    routed, shared = made(0, 4, 40, 24, torch.float32, "cpu")
+    inputs = drawn(3, 4, 2, 40, 4, torch.float32, "cpu")
+    with torch.no_grad():
+        assert not kernels.takes(inputs[0])
+        assert torch.equal(mixture_of_experts(*inputs, routed, shared), routed(*inputs) + shared(inputs[0]))
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device: a CUDA graph cannot be captured")
+@pytest.mark.parametrize("dtype", list(LIMITS))
+@pytest.mark.parametrize("tokens", [1, 8, 70])
+@torch.no_grad()
+def test_a_cuda_graph_holds_them_for_any_routing(dtype, tokens):
+    """In any type, with as many experts as a token has many choices; with the sizes that are set."""
+    from fmsim.exec.timing import captured
+
+    routed, shared = made(0, 32, 384, 256, dtype, "cuda")
+    x, chosen, weights = drawn(tokens, 32, 6, 384, 6, torch.float32 if dtype == torch.float32 else torch.bfloat16, "cuda")
+    assert kernels.takes(x)
+    out = torch.empty_like(x)
+    replay = captured(lambda: out.copy_(mixture_of_experts(x, chosen, weights, routed, shared)))
+    for favourites in (6, 17, 32):
+        for static, new in zip((x, chosen, weights), drawn(tokens, 32, 6, 384, favourites, x.dtype, "cuda"), strict=True):
+            static.copy_(new)
+        replay()
+        assert relative_error(out, exact(x, chosen, weights, routed, shared)) < LIMITS[dtype]

@@ -13,6 +13,7 @@ from torch import Tensor
 from transformers import DeepseekV4Config
 
 from fmsim.exec.kernels.compress import Pooling, compress_and_append
+from fmsim.exec.kernels.experts import clamped_swiglu, mixture_of_experts
 from fmsim.exec.kernels.gather import copy_rows
 from fmsim.exec.kernels.hyper_connection import Pending, enter, enter_reference, read_out, read_out_reference
 from fmsim.exec.kernels.index_score import index_scores, index_scores_reference, new_scores
@@ -23,13 +24,15 @@ from fmsim.exec.kernels.norm_rope import norm_rope, norm_rope_reference
 from fmsim.exec.kernels.rms_norm import rms_norm, rms_norm_reference
 from fmsim.exec.kernels.sparse_attention import Rows, sparse_attention, sparse_attention_reference
 from fmsim.exec.kernels.top_k import top_k, top_k_reference
+from fmsim.exec.kernels.weights import dequantise, quantise
 from fmsim.exec.mirror import HostMirror
-from fmsim.exec.model import HyperConnection, HyperHead, RMSNorm
+from fmsim.exec.model import Experts, HyperConnection, HyperHead, RMSNorm, SwiGLU
 
 PER_PAGE, WINDOW, TOP_K = 64, 128, 512
 HEADS, MEMORY_HEADS, ROPE_PAIRS, QUERY_LATENT = 64, 128, 32, 1024
 HIDDEN, STREAMS = 4096, 4
 COPY_NODES = 4096
+EXPERTS, EXPERT_WIDTH, ACTIVE = 24, 2048, 6  # as many of them as fit a GPU beside one long request
 
 
 @dataclass(frozen=True)
@@ -158,6 +161,41 @@ def norming(batch: int, device) -> Case:
     norm, x = RMSNorm(QUERY_LATENT, 1e-6).to(device, torch.bfloat16), torch.randn(batch, 1, QUERY_LATENT, device=device).to(torch.bfloat16)
     n_bytes = (2 * batch + 1) * QUERY_LATENT * 2
     return Case("RMSNorm", f"{batch} x {QUERY_LATENT:,}", n_bytes, lambda: rms_norm(x, norm), lambda: rms_norm_reference(x, norm))
+
+
+def mixing(batch: int, device, float8: bool = False) -> Case:
+    """The routed experts of a layer and the shared one; each token's choice is random."""
+    config = DeepseekV4Config(hidden_size=HIDDEN, moe_intermediate_size=EXPERT_WIDTH, n_routed_experts=EXPERTS)
+    with torch.device(device):
+        routed, shared = (kind(config).to(torch.bfloat16).requires_grad_(False) for kind in (Experts, SwiGLU))
+        for parameter in (*routed.parameters(), *shared.parameters()):
+            parameter.normal_(std=parameter.shape[-1] ** -0.5)
+        x, weights = torch.randn(batch, HIDDEN).to(torch.bfloat16), torch.rand(batch, ACTIVE)
+        chosen = torch.rand(batch, EXPERTS).topk(ACTIVE).indices
+    if float8:
+        _into_float8(routed, shared)
+    given = x, chosen, weights, routed, shared
+    read = [shared.gate_proj.weight, shared.up_proj.weight, shared.down_proj.weight]
+    for expert in chosen.unique().tolist():
+        read += [routed.gate_up_proj[expert], routed.down_proj[expert]]
+    n_bytes = sum(matrix.nbytes for matrix in read) + 2 * x.nbytes
+
+    def reference() -> Tensor:
+        gate, up, down = (linear.weight if not float8 else dequantise(linear.weight, linear.scale, dtype=x.dtype) for linear in shared.children())
+        return routed._one_by_one(x, chosen, weights) + clamped_swiglu(x @ gate.T, x @ up.T, shared.limit) @ down.T
+
+    peers = None if float8 else {"F.grouped_mm": lambda: routed._grouped(x, chosen, weights) + shared(x)}
+    name = "experts, float8" if float8 else "experts"
+    return Case(name, f"{batch} x {ACTIVE} of {EXPERTS}", n_bytes, lambda: mixture_of_experts(*given), reference, peers)
+
+
+def _into_float8(routed: Experts, shared: SwiGLU) -> None:
+    """As the experts' kernels read them; the shared one's linears then do not run by themselves. Matrix by matrix, to hold little beside."""
+    routed.gate_up_proj.data, routed.gate_up_scale = map(torch.stack, zip(*map(quantise, routed.gate_up_proj), strict=True))
+    routed.down_proj.data, routed.down_scale = map(torch.stack, zip(*map(quantise, routed.down_proj), strict=True))
+    for linear in shared.children():
+        linear.weight.data, scale = quantise(linear.weight)
+        linear.register_buffer("scale", scale)
 
 
 def memory_scoring(batch: int, entries: int, device, layers: int = 3) -> Case:

@@ -20,7 +20,6 @@ from torch import Tensor, nn
 
 from fmsim.exec.kernels import tuning
 from fmsim.exec.kernels.lang import INTERPRETED, cdiv, next_power_of_2, runs_compiled, tl, triton
-from fmsim.exec.kernels.layout import product_operand
 from fmsim.exec.kernels.weights import BLOCK
 
 
@@ -72,8 +71,10 @@ def mixture_of_experts_triton(x, chosen, weights, routed, shared, tune: tuning.E
     slots, scaled, of_shared = top_k + (shared is not None), routed.down_scale is not None, _shared_weights(routed, shared)
     tiles = _tiles(chosen, slots, count, tune)
     gate_scale, down_scale = (routed.gate_up_scale, routed.down_scale) if scaled else (routed.gate_up_proj, routed.down_proj)
-    inner_type = torch.float16 if scaled and x.dtype == torch.bfloat16 else x.dtype
-    inner = torch.empty(tokens * slots, width, dtype=inner_type, device=x.device)
+    out = torch.empty_like(x)
+    if scaled and x.dtype == torch.bfloat16:
+        x = x.to(torch.float16)
+    inner = torch.empty(tokens * slots, width, dtype=x.dtype, device=x.device)
     parts = torch.empty(tokens * slots, hidden, dtype=torch.float32, device=x.device)
     same = dict(
         EXPERTS=count, TOP_K=top_k, SLOTS=slots, HIDDEN=hidden, WIDTH=width, TILE=tiles.size, SORTED=tokens > 1, SHARED=shared is not None,
@@ -87,7 +88,6 @@ def mixture_of_experts_triton(x, chosen, weights, routed, shared, tune: tuning.E
     _down[(tiles.count, cdiv(hidden, tune.down_rows))](
         inner, chosen, tiles.schedule, tiles.count, routed.down_proj, down_scale, of_shared.down, of_shared.down_scale, parts, ROWS=tune.down_rows, **same
     )
-    out = torch.empty_like(x)
     _sum_pairs[(tokens, cdiv(hidden, tune.sum_columns))](parts, weights, out, TOP_K=top_k, SLOTS=slots, HIDDEN=hidden, BLOCK=tune.sum_columns, num_warps=4)
     return out
 
@@ -200,9 +200,7 @@ def _products(
         if TILE == 1:
             product = weight.to(tl.float32) * x.to(tl.float32)
         else:
-            if SCALED:
-                x = product_operand(x)
-            elif WIDEN:  # Triton's interpreter multiplies no bfloat16
+            if WIDEN and x.dtype == tl.bfloat16:  # Triton's interpreter multiplies no bfloat16
                 x = x.to(tl.float32)
             product = tl.dot(weight.to(x.dtype), tl.trans(x), input_precision="ieee")
         if SCALED:
