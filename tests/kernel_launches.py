@@ -11,9 +11,10 @@ from fmsim.exec.kernels.index_score import index_scores_triton
 from fmsim.exec.kernels.layout import KEY, LATENT, plain
 from fmsim.exec.kernels.norm_rope import norm_rope_triton
 from fmsim.exec.kernels.rms_norm import rms_norm_triton
+from fmsim.exec.kernels.router import route_triton
 from fmsim.exec.kernels.sparse_attention import Rows, sparse_attention_triton
 from fmsim.exec.kernels.top_k import top_k_triton
-from fmsim.exec.model import Experts, HyperConnection, HyperHead, RMSNorm, SwiGLU
+from fmsim.exec.model import Experts, HyperConnection, HyperHead, RMSNorm, Router, SwiGLU
 
 BATCH, PAGES = 2, 32
 
@@ -109,6 +110,11 @@ def experts(tokens, dtype=torch.bfloat16, count=24, hidden=4096, width=2048, top
     return launch
 
 
+def routing(count, hashed=False, top_k=6):
+    config = DeepseekV4Config(n_routed_experts=count, hidden_size=8, num_experts_per_tok=top_k)
+    return lambda: route_triton(zeros(BATCH, count, dtype=torch.bfloat16), zeros(BATCH, dtype=torch.int64), Router(config, hashed))
+
+
 LAUNCHES = {
     "index_scores": scores(KEY, 64, torch.bfloat16),
     "index_scores, float8 queries": scores(KEY, 64, torch.float8_e4m3fn),
@@ -138,6 +144,10 @@ LAUNCHES = {
     "norm_rope, nano": turned(6, 64, 8, eps=1e-6),
     "rms_norm": normed(1024),
     "rms_norm, pro": normed(1536),
+    "route": routing(256),
+    "route, hashed": routing(256, hashed=True),
+    "route, pro": routing(384),
+    "route, nano": routing(4, top_k=2),
     "experts, one": experts(1),
     "experts, few": experts(4),
     "experts, many": experts(64),

@@ -24,6 +24,7 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from fmsim.exec.kernels.experts import clamped_swiglu, mixture_of_experts
 from fmsim.exec.kernels.hyper_connection import Pending, enter, read_out
+from fmsim.exec.kernels.router import route
 from fmsim.exec.kernels.weights import dequantise
 
 CSA, HCA, SLIDING = "compressed_sparse_attention", "heavily_compressed_attention", "sliding_attention"
@@ -625,7 +626,11 @@ class Router(nn.Module):
             self.register_buffer("e_score_correction_bias", torch.zeros(count))
 
     def forward(self, x: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
-        scores = F.softplus(F.linear(x, self.weight).float()).sqrt()
+        """x [N, D], tokens [N] -> chosen int64 and weights float32 [N, top_k]."""
+        return route(F.linear(x, self.weight), tokens, self)
+
+    def choose(self, logits: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
+        scores = F.softplus(logits.float()).sqrt()
         if self.hashed:
             chosen = self.tid2eid[tokens]
         else:
