@@ -89,8 +89,11 @@ SWEEPS = {
         + rows(128, block_depth=[64, 128], stages=[3, 4])
         + rows(32, block_depth=[128, 256], stages=[3, 4])
         + rows(16, 32, block_depth=[128], stages=[4], warps=[1, 2])
-        + rows(8, 16, token_tile=[1], block_depth=[512, 1024], stages=[1, 2, 3])
+        + rows(64, token_tile=[8], block_depth=[64, 128], stages=[4, 6])
+        + rows(32, token_tile=[8], block_depth=[128, 256], stages=[3, 4], warps=[2, 4])
+        + rows(8, 16, token_tile=[1], block_depth=[512], stages=[1, 2, 3])
         + rows(16, 32, token_tile=[1], block_depth=[256], stages=[1, 2, 4])
+        + rows(8, token_tile=[1], block_depth=[1024], stages=[1, 2])
         + grid(down_rows=[32, 128]),
     ),
     "experts, few": Sweep(
@@ -101,6 +104,7 @@ SWEEPS = {
         + rows(128, block_depth=[64, 128], stages=[3, 4])
         + rows(128, block_depth=[64], stages=[3, 4], warps=[8])
         + rows(32, block_depth=[128], stages=[3, 4])
+        + rows(64, token_tile=[8], block_depth=[64, 128], stages=[4])
         + grid(down_rows=[128]),
     ),
     "experts, many": Sweep(
@@ -114,7 +118,8 @@ SWEEPS = {
         "FLOAT8_EXPERTS_OF_ONE",
         mixing(1, float8=True),
         rows(64, stages=[3, 5, 6, 8])
-        + rows(64, warps=[4], stages=[3, 4, 6])
+        + rows(64, token_tile=[16], warps=[2, 4], stages=[4, 6])
+        + rows(64, warps=[4], stages=[4, 6])
         + rows(32, warps=[1, 2], stages=[4, 6, 8])
         + rows(16, warps=[1], stages=[4, 8])
         + rows(128, warps=[2, 4, 8], stages=[3, 4])
@@ -124,7 +129,11 @@ SWEEPS = {
     "experts, float8, few": Sweep(
         "FLOAT8_EXPERTS_OF_FEW",
         mixing(4, 16, float8=True),
-        rows(64, stages=[3, 5, 6]) + rows(64, warps=[4], stages=[3, 4]) + rows(32, warps=[1, 2], stages=[4, 6]) + rows(128, warps=[2, 4, 8], stages=[3, 4]),
+        rows(64, stages=[3, 5, 6])
+        + rows(64, token_tile=[8], stages=[4, 6])
+        + rows(64, warps=[4], stages=[3, 4])
+        + rows(32, warps=[1, 2], stages=[4, 6])
+        + rows(128, warps=[2, 4, 8], stages=[3, 4]),
     ),
     "experts, float8, many": Sweep(
         "FLOAT8_EXPERTS_OF_MANY",

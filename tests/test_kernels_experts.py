@@ -81,7 +81,7 @@ def exact(x, chosen, weights, routed: Experts, shared: SwiGLU | None) -> torch.T
     hidden=st.sampled_from([16, 40, 64]),
     width=st.sampled_from([8, 20, 48]),
     dtype=st.sampled_from(list(LIMITS)),
-    tile=st.sampled_from([1, 16, 32]),
+    tile=st.sampled_from([1, 8, 16, 32]),
     with_shared=st.booleans(),
 )
 @torch.no_grad()

@@ -25,7 +25,7 @@ from fmsim.exec.kernels.weights import BLOCK
 
 def takes(tokens: Tensor) -> bool:
     """Whether the kernels are the way for ``tokens`` [N, D]: on a GPU, few, and no gradient is wanted."""
-    return runs_compiled(tokens) and len(tokens) <= tuning.MOST_EXPERT_TOKENS and not torch.is_grad_enabled()
+    return not torch.is_grad_enabled() and runs_compiled(tokens) and len(tokens) <= tuning.MOST_EXPERT_TOKENS
 
 
 def mixture_of_experts(x: Tensor, chosen: Tensor, weights: Tensor, routed: nn.Module, shared: nn.Module) -> Tensor:

@@ -67,7 +67,7 @@ class Experts(NamedTuple):
     block_depth: int  # of a row at a time; of float8 a divisor of 128, whose products share a scale
     warps: int
     stages: int
-    token_tile: int = 16  # tokens of one expert in a program, at most; 1: multiplied without matrix units, for a single token
+    token_tile: int = 16  # tokens of one expert in a program, at most: 8, or 16 and more; 1, for a single token: multiplied without matrix units
     sum_columns: int = 512  # of a token, that one program adds up over its experts
 
 
@@ -83,9 +83,9 @@ MANY_EXPERT_TOKENS = 32  # from here on many experts have more than 16 tokens
 EXPERTS_OF_ONE = Experts(gate_rows=64, down_rows=64, block_depth=64, warps=4, stages=5)
 EXPERTS_OF_FEW = Experts(gate_rows=64, down_rows=64, block_depth=128, warps=4, stages=4)
 EXPERTS_OF_MANY = Experts(gate_rows=128, down_rows=128, block_depth=64, warps=4, stages=4, token_tile=64)
-FLOAT8_EXPERTS_OF_ONE = Experts(gate_rows=64, down_rows=64, block_depth=128, warps=2, stages=4)  # a warpgroup's product reads float8 in pairs of bytes
-FLOAT8_EXPERTS_OF_FEW = Experts(gate_rows=64, down_rows=64, block_depth=128, warps=2, stages=4)
-FLOAT8_EXPERTS_OF_MANY = Experts(gate_rows=64, down_rows=64, block_depth=128, warps=2, stages=3, token_tile=64)
+FLOAT8_EXPERTS_OF_ONE = Experts(gate_rows=64, down_rows=64, block_depth=128, warps=2, stages=4, token_tile=8)
+FLOAT8_EXPERTS_OF_FEW = Experts(gate_rows=64, down_rows=64, block_depth=128, warps=2, stages=4)  # a warpgroup would read float8 in pairs of bytes
+FLOAT8_EXPERTS_OF_MANY = Experts(gate_rows=64, down_rows=64, block_depth=128, warps=4, stages=3, token_tile=64)
 FLOAT32_EXPERTS_OF_ONE = Experts(gate_rows=16, down_rows=16, block_depth=128, warps=4, stages=3, token_tile=1)
 FLOAT32_EXPERTS = Experts(gate_rows=32, down_rows=32, block_depth=32, warps=4, stages=3)
 
