@@ -57,6 +57,7 @@ BUILDERS = {
     "norm and RoPE": [lambda b=b: cases.turning(b, cases.HEADS, LATENT.width, DEVICE, normalised=True) for b in (1, 8, 64)],
     "RoPE": [lambda w=w: cases.turning(8, cases.HEADS, w, DEVICE) for w in (KEY.width, LATENT.width)],
     "RMSNorm": [lambda b=b: cases.norming(b, DEVICE) for b in (1, 64)],
+    "routing": [lambda b=b: cases.routing(b, DEVICE) for b in (1, 64)],
     "experts": [lambda b=b: cases.mixing(b, DEVICE) for b in (1, 4, 16, 64, 128)],
     "experts, float8": [lambda b=b: cases.mixing(b, DEVICE, float8=True) for b in (1, 4, 16, 64, 128)],
     "memory scores": [lambda n=n: cases.memory_scoring(1, n, DEVICE) for n in (32_768, 131_072)],

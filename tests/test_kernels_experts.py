@@ -170,7 +170,7 @@ def test_where_the_kernels_are_taken():
 @pytest.mark.parametrize("tokens", [1, 8, 70])
 @torch.no_grad()
 def test_a_cuda_graph_holds_them_for_any_routing(dtype, tokens):
-    """In any type, with as many experts as a token has many choices; with the sizes that are set."""
+    """In every type of weights, with the sizes that are set: the host is not asked who was chosen."""
     from fmsim.exec.timing import captured
 
     routed, shared = made(0, 32, 384, 256, dtype, "cuda")

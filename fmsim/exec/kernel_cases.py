@@ -22,11 +22,12 @@ from fmsim.exec.kernels.layout import KEY, LATENT, Layout
 from fmsim.exec.kernels.memory_score import memory_scores
 from fmsim.exec.kernels.norm_rope import norm_rope, norm_rope_reference
 from fmsim.exec.kernels.rms_norm import rms_norm, rms_norm_reference
+from fmsim.exec.kernels.router import route
 from fmsim.exec.kernels.sparse_attention import Rows, sparse_attention, sparse_attention_reference
 from fmsim.exec.kernels.top_k import top_k, top_k_reference
 from fmsim.exec.kernels.weights import dequantise, quantise
 from fmsim.exec.mirror import HostMirror
-from fmsim.exec.model import Experts, HyperConnection, HyperHead, RMSNorm, SwiGLU
+from fmsim.exec.model import Experts, HyperConnection, HyperHead, RMSNorm, Router, SwiGLU
 
 PER_PAGE, WINDOW, TOP_K = 64, 128, 512
 HEADS, MEMORY_HEADS, ROPE_PAIRS, QUERY_LATENT = 64, 128, 32, 1024
@@ -161,6 +162,16 @@ def norming(batch: int, device) -> Case:
     norm, x = RMSNorm(QUERY_LATENT, 1e-6).to(device, torch.bfloat16), torch.randn(batch, 1, QUERY_LATENT, device=device).to(torch.bfloat16)
     n_bytes = (2 * batch + 1) * QUERY_LATENT * 2
     return Case("RMSNorm", f"{batch} x {QUERY_LATENT:,}", n_bytes, lambda: rms_norm(x, norm), lambda: rms_norm_reference(x, norm))
+
+
+def routing(batch: int, device, experts: int = 256) -> Case:
+    """The choice of experts after the router's product. The order of a token's experts is free, so results are compared in tests only."""
+    config = DeepseekV4Config(hidden_size=HIDDEN, n_routed_experts=experts, num_experts_per_tok=ACTIVE)
+    with torch.device(device):
+        router, logits = Router(config, hashed=False), torch.randn(batch, experts).to(torch.bfloat16)
+    given = logits, torch.zeros(batch, dtype=torch.int64, device=device)
+    n_bytes = batch * (experts * 2 + ACTIVE * 12) + experts * 4
+    return Case("routing", f"{batch} x {experts}", n_bytes, lambda: route(*given, router), peers={"torch": lambda: router.choose(*given)})
 
 
 def mixing(batch: int, device, float8: bool = False) -> Case:
