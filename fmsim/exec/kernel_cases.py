@@ -177,8 +177,10 @@ def routing(batch: int, device, experts: int = 256) -> Case:
 def mixing(batch: int, device, float8: bool = False) -> Case:
     """The routed experts of a layer and the shared one; each token's choice is random."""
     config = DeepseekV4Config(hidden_size=HIDDEN, moe_intermediate_size=EXPERT_WIDTH, n_routed_experts=EXPERTS)
+    with torch.device("meta"):
+        modules = [kind(config).to(torch.bfloat16).requires_grad_(False) for kind in (Experts, SwiGLU)]
+    routed, shared = (module.to_empty(device=device) for module in modules)
     with torch.device(device):
-        routed, shared = (kind(config).to(torch.bfloat16).requires_grad_(False) for kind in (Experts, SwiGLU))
         for parameter in (*routed.parameters(), *shared.parameters()):
             parameter.normal_(std=parameter.shape[-1] ** -0.5)
         x, weights = torch.randn(batch, HIDDEN).to(torch.bfloat16), torch.rand(batch, ACTIVE)
