@@ -84,7 +84,7 @@ def test_the_published_geometry_moves_its_own_bytes(replayer):
 def test_a_wrong_byte_and_a_wrong_decision_are_found(replayer):
     geometry = from_config(SMALL, "small")
     decode = DrivenDecode(replayer, registry.build("lru"), geometry, range(3), 3)
-    decode.entries.pool[:, : decode.entries.slot_start[-1]] ^= 1
+    decode.tiers.entries.pool[:, : decode.tiers.entries.slot_start[-1]] ^= 1
     with pytest.raises(FmsimError, match="differs from the mirror"):
         decode.run()
     specs = iter(["lru", "lfu"])

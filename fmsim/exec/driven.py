@@ -17,8 +17,9 @@ from torch import Tensor
 
 from fmsim.errors import FmsimError
 from fmsim.exec.kernels.layout import KEY, LATENT, Layout
+from fmsim.exec.paired import PairedTiers
 from fmsim.exec.step_clock import StepClock
-from fmsim.exec.tiered import AHEAD, RequestSize, TieredCache
+from fmsim.exec.tiered import AHEAD, RequestSize
 from fmsim.geometry import Geometry
 from fmsim.keeper import Accesses, Keeper
 from fmsim.ledger import Ledger
@@ -64,22 +65,16 @@ class DrivenDecode:
         comes_back = not full and (params.on_miss != "mask" or params.cadence > 1)
         ahead = -(-ctx.n_slots // AHEAD) if comes_back and policy.decides_ahead else 0
         size = RequestSize(ctx.n_pages, ctx.n_slots, staged, ahead)
-        entry, key = layouts(geometry)
-
-        def tiers(layout: Layout, layers: int) -> TieredCache:
-            return TieredCache(layout, layers, params.granularity, [size] * batch, self.device, mirrored=comes_back, one_text=True)
-
         groups = [int(group) for group in groups]
-        self._group_of = [groups, groups[keyed_layers:]]  # by part
-        self.entries, self.keys = tiers(entry, geometry.n_csa), tiers(key, geometry.n_csa - keyed_layers)
-        # each tier with the group of each of its layers
-        self.parts = [(t, torch.tensor(of, device=self.device)) for t, of in ((self.entries, groups), (self.keys, groups[keyed_layers:])) if of]
+        tiered = range(keyed_layers, geometry.n_csa)
+        self.tiers = PairedTiers(
+            *layouts(geometry), groups, tiered, params.granularity, [size] * batch, self.device, mirrored=comes_back, one_text=True
+        )
+        self._groups, self.stages = groups, staged > 0
         # Pool pages of this step: of each group, int32 [G, B, P + 1], or, where layers load what they miss, of each layer.
-        rows = [t.layers if staged else ctx.n_groups for t, _ in self.parts]
-        self._tables = [torch.full((n, batch, ctx.n_pages + 1), -1, dtype=torch.int32, device=self.device) for n in rows]
-        self.blocks = [
-            [table[layer if staged else group] for layer, group in enumerate(of)] for table, of in zip(self._tables, self._group_of)
-        ]  # by part and layer, [B, P + 1]
+        rows = geometry.n_csa if staged else ctx.n_groups
+        self._tables = torch.full((rows, batch, ctx.n_pages + 1), -1, dtype=torch.int32, device=self.device)
+        self.blocks = [self._tables[layer if staged else group] for layer, group in enumerate(groups)]  # by layer, [B, P + 1]
         self._uses = [self._there(part) for part in (self.paged.pages, self.paged.count, self.paged.mass)]
         shape = self.paged.pages.shape
         self.pages = torch.full(shape[1:], -1, dtype=torch.int64, device=self.device)  # of this step [G, n], and which are loaded for it
@@ -96,7 +91,7 @@ class DrivenDecode:
     def run(self, compute: Callable[[int], None] | None = None, progress: Callable[[int], None] = lambda steps: None) -> Outcome:
         """All steps of the trace. ``compute(step)`` is what a step does beside moves; it loads the misses itself."""
         for step in range(self.replayer.n_steps):
-            with self.clock.step(lambda: self.entries.recalled_pages):
+            with self.clock.step(self.tiers.moved_bytes):
                 self._step(step, compute)
             if self.watch:
                 self._slots.append(self.keeper.residency.slots.cpu().numpy().copy())
@@ -107,7 +102,7 @@ class DrivenDecode:
         return Outcome(
             ledger=self.tally.ledger(self.replayer.ids, self.replayer.mass, *by_entry, self.replayer.golden),
             slots=np.stack(self._slots) if self.watch else None,
-            h2d_bytes=sum(int(t.recalled_pages + t.staged_pages) * t.page_bytes for t, _ in self.parts) // self.batch,
+            h2d_bytes=int(self.tiers.moved_bytes()) // self.batch,
             step_s=step_s,
             recall_wait_s=recall_wait_s,
         )
@@ -115,18 +110,18 @@ class DrivenDecode:
     @property
     def slot_bytes(self) -> int:
         """Of one request: what its slots take, in both tiers."""
-        return sum(tiers.slot_bytes for tiers, _ in self.parts) // self.batch
+        return self.tiers.slot_bytes // self.batch
 
     @property
     def spare_bytes(self) -> int:
         """Of one request: pages for misses and for what is recalled ahead."""
-        return sum(tiers.pool_bytes - tiers.slot_bytes for tiers, _ in self.parts) // self.batch
+        return (self.tiers.pool_bytes - self.tiers.slot_bytes) // self.batch
 
-    def stage(self, part: int, layer: int) -> None:
-        """Load this step's misses of a layer of a tier, of every request."""
-        group = self._group_of[part][layer]
+    def stage(self, layer: int) -> None:
+        """Load this step's misses of a layer, of every request."""
+        group = self._groups[layer]
         pages, fetched = (of[group].expand(self.batch, -1) for of in (self.pages, self.fetched))
-        self.parts[part][0].stage(layer, pages, fetched, self.blocks[part][layer])
+        self.tiers.entries.stage(layer, pages, fetched, self.blocks[layer])
 
     def _step(self, step: int, compute: Callable[[int], None] | None) -> None:
         with self.clock.recall():
@@ -135,48 +130,45 @@ class DrivenDecode:
         missing = (use.pages >= 0) & (self.keeper.residency.lookup(use.pages) < 0)
         self.pages.copy_(use.pages)
         self.fetched.copy_(self.keeper.to_fetch(use, missing))
-        if changed or self.entries.stage_pages:
-            for (tiers, groups), tables in zip(self.parts, self._tables):
-                tiers.blocks_of_all(self.keeper.residency.table[groups] if self.entries.stage_pages else self.keeper.residency.table, tables)
+        if changed or self.stages:
+            table = self.keeper.residency.table
+            self.tiers.entries.blocks_of_all(self.tiers.by_layer(table) if self.stages else table, self._tables)
         if compute is not None:
             compute(step)
-        elif self.entries.stage_pages:
-            for part, (tiers, _) in enumerate(self.parts):
-                for layer in range(tiers.layers):
-                    self.stage(part, layer)
+        elif self.stages:
+            for layer in range(self.tiers.entries.layers):
+                self.stage(layer)
         attended = torch.where(missing & ~self.fetched, -1, use.pages)
         self._hit[step], self._attended[step] = (use.pages >= 0) & ~missing, attended >= 0
-        if self.watch and self.entries.mirrored:
-            self._shown = [self._attended_to(part, attended.long()) for part in range(len(self.parts))]
+        if self.watch and self.tiers.mirrored:
+            self._shown = [self._attended_to(part, attended.long()) for part in range(len(self.tiers.caches))]
         if self.keeper.passive:
             self.tally.rest(step)
             return
         outcome = self.tally.access(step, use)
-        if outcome.moves is not None and self.entries.stage_pages:
-            for (tiers, groups), tables in zip(self.parts, self._tables):
-                tiers.settle(outcome.moves.pages[groups], outcome.moves.slots[groups], tables)
+        if outcome.moves is not None and self.stages:
+            self.tiers.settle(outcome.moves.pages, outcome.moves.slots, self._tables)
 
     def _decide(self, step: int, moved_by_copies: bool) -> bool:
         """What begins, what a decision recalls, and what the next one will; -> whether a page may have got or lost a slot."""
         written, recalled = self.tally.begin(step, self.replayer.entries[step])
         if recalled is not None:
-            for tiers, groups in self.parts:
-                tiers.recall(recalled.pages[groups], recalled.slots[groups])
+            self.tiers.recall(recalled.pages, recalled.slots)
         if written is not None and moved_by_copies:  # entries come from the GPU: into slot and mirror, which has these bytes already
             self._uncounted(written.pages, written.slots)
-        most, then = self.entries.sizes[0].ahead, step + self.policy.params.cadence
+        most, then = self.tiers.entries.sizes[0].ahead, step + self.policy.params.cadence
         if most and step % self.policy.params.cadence == 0 and then < self.replayer.n_steps:
             foreseen = self.keeper.foresee(then, int(self.replayer.entries[then]), most)
-            for tiers, groups in self.parts if foreseen is not None else ():
-                tiers.recall_ahead(foreseen[groups])
+            if foreseen is not None:
+                self.tiers.recall_ahead(foreseen)
         return written is not None or recalled is not None
 
     def _fill_slots(self, ctx) -> None:
         """Random bytes in the mirror, and in the slots what the prefill leaves there; not traffic."""
         if self.watch:
             generator = np.random.Generator(np.random.SFC64(self.replayer.header.seed))  # the fastest there is
-            for tiers, _ in self.parts:
-                for layer in tiers.mirror.view(torch.int32).numpy():
+            for cache in self.tiers.caches:
+                for layer in cache.mirror.view(torch.int32).numpy():
                     layer[:] = generator.integers(np.iinfo(np.int32).min, np.iinfo(np.int32).max, layer.shape, np.int32, endpoint=True)
         pages = self.keeper.residency.slots
         places = torch.arange(pages.shape[1], device=self.device)
@@ -184,29 +176,28 @@ class DrivenDecode:
 
     def _uncounted(self, pages: Tensor, slots: Tensor) -> None:
         """Copy from the mirror into slots, both [G, m], what no link would carry."""
-        for tiers, groups in self.parts:
-            before = tiers.recalled_pages.clone()
-            tiers.fetch(pages[groups], slots[groups])
-            tiers.recalled_pages.copy_(before)
+        before = [cache.recalled_pages.clone() for cache in self.tiers.caches]
+        self.tiers.fetch(pages, slots)
+        for cache, count in zip(self.tiers.caches, before, strict=True):
+            cache.recalled_pages.copy_(count)
 
     def _attended_to(self, part: int, pages: Tensor) -> tuple[Tensor, Tensor]:
-        """Of the pages of each group [G, n], -1 for none, in every layer of a tier: their numbers in the mirror's layers put end to end, int64 [m], and the
-        rows that lie in the pool for them, int32 words [B, m, page bytes / 4]."""
-        tiers, groups = self.parts[part]
-        tables = self._tables[part] if self.entries.stage_pages else self._tables[part][groups]  # [layers, B, P + 1]
-        pages = pages[groups]
+        """Of the pages of each group [G, n], -1 for none, in every layer of a cache: their numbers in the mirror's layers put end to end, int64 [m], and
+        the rows that lie in the pool for them, int32 words [B, m, page bytes / 4]."""
+        cache, pages = self.tiers.caches[part], self.tiers.by_layer(pages, part)
+        tables = self._tables if self.stages else self.tiers.by_layer(self._tables, part)  # [layers, B, P + 1]; where misses are staged no keys are tiered
         layer, place = (pages >= 0).nonzero(as_tuple=True)
         page = pages[layer, place]
-        rows = tiers.pool.view(torch.int32).flatten(0, 1)[layer * tiers.pool.shape[1] + tables[layer, :, page].T]
-        return layer * tiers.mirror.shape[1] + page, rows
+        rows = cache.pool.view(torch.int32).flatten(0, 1)[layer * cache.pool.shape[1] + tables[layer, :, page].T]
+        return layer * cache.mirror.shape[1] + page, rows
 
     def _compare(self, step: int) -> None:
-        """What the last step attended to with the mirror's bytes."""
-        for (tiers, _), (numbers, rows) in zip(self.parts, self._shown):
+        """What the last step attended to with the mirrors' bytes."""
+        for cache, layers, (numbers, rows) in zip(self.tiers.caches, (range(self.tiers.entries.layers), self.tiers.tiered), self._shown):
             numbers, rows = numbers.cpu(), rows.cpu()
-            kept = tiers.mirror.view(torch.int32).flatten(0, 1)[numbers]
+            kept = cache.mirror.view(torch.int32).flatten(0, 1)[numbers]
             if not torch.equal(rows, kept.expand_as(rows)):
-                layer = int(numbers[(rows != kept).any(2).any(0)][0]) // tiers.mirror.shape[1]
+                layer = layers[int(numbers[(rows != kept).any(2).any(0)][0]) // cache.mirror.shape[1]]
                 raise FmsimError(f"policy {self.policy.name}, step {step}, layer {layer}: a page on the GPU differs from the mirror's: a bug in fmsim")
 
     def _there(self, array: np.ndarray) -> Tensor:

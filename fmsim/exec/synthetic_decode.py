@@ -33,27 +33,22 @@ class TracePager:
     def __init__(self, step: SyntheticStep, layer: int):
         decode = step.decode
         self.step, self.decode, self.layer, self.trace_layer = step, decode, layer, step.layer_map[layer]
-        self.blocks = decode.blocks[0][layer]
+        self.blocks = decode.blocks[layer]
         self.wants_masses = step.observes
-        self.homes = [Home(decode.entries.pool[layer], self.blocks)]
-        tiered = layer - decode.keyed_layers
-        if decode.entries.mirrored:
-            self.homes.append(Home(decode.entries.mirror[layer], decode.entries.mirror_table))
-        if tiered < 0:
+        self.homes = decode.tiers.entries.homes(layer, self.blocks)
+        if layer < decode.keyed_layers:
             self.key_homes = [Home(step.keys.pool[layer], step.keys.table)]
         else:
-            self.key_homes = [Home(decode.keys.pool[tiered], decode.blocks[1][tiered])]
-            if decode.keys.mirrored:
-                self.key_homes.append(Home(decode.keys.mirror[tiered], decode.keys.mirror_table))
+            self.key_homes = decode.tiers.keys.homes(layer - decode.keyed_layers, self.blocks)
 
     def select(self, queries: Tensor, weights: Tensor, visible: Tensor, top_k: int) -> Tensor:
         pool, table = self.key_homes[0]
         scores = index_scores(queries[:, 0], weights[:, 0].float(), pool, self.step.key, table, visible, self.step.scores)
         best(scores.scores, visible, top_k, scores.maxima)
-        if self.decode.entries.stage_pages:
-            self.decode.stage(0, self.layer)
+        if self.decode.stages:
+            self.decode.stage(self.layer)
         ids = self.step.given[self.trace_layer].expand(len(queries), -1)
-        page = torch.where(ids < 0, self.blocks.shape[1] - 1, ids // self.decode.entries.granularity).long()
+        page = torch.where(ids < 0, self.blocks.shape[1] - 1, ids // self.decode.tiers.entries.granularity).long()
         return torch.where(self.blocks.gather(1, page) >= 0, ids, -1)
 
     def reports(self, q: Tensor, rows: Rows, masses: Masses | None, x: Tensor, attention: Attention) -> None:
@@ -80,7 +75,7 @@ class SyntheticStep:
         entries = decode.geometry.csa_entries(self.longest)
         home = Home.of_its_own(self.key, batch, entries, device)
         self.keys = _AllKeys(home.pool.expand(decode.keyed_layers, *home.pool.shape).contiguous(), home.table)
-        self.scores = new_scores(batch, max(home.table.shape[1] * PER_PAGE, decode.blocks[0][0].shape[1] * decode.entries.granularity), device)
+        self.scores = new_scores(batch, max(home.table.shape[1] * PER_PAGE, decode.blocks[0].shape[1] * decode.tiers.entries.granularity), device)
         self._selected = torch.from_numpy(decode.replayer.ids.copy()).to(device)  # int32 [T, L, K]
         self.given = self._selected[0].clone()
         pagers = [TracePager(self, layer) for layer in range(decode.geometry.n_csa)]
@@ -123,11 +118,11 @@ class SyntheticStep:
     def _fill(self, latent: Layout, seed: int) -> None:
         """Entries and keys of made-up content, all finite."""
         torch.manual_seed(seed)
-        tiers = [tiers for tiers, _ in self.decode.parts]
-        pools = [(t.pool.flatten(0, 1), t.layout) for t in tiers] + [(self.keys.pool.flatten(0, 1), self.key)]
+        caches = self.decode.tiers.caches
+        pools = [(cache.pool.flatten(0, 1), cache.layout) for cache in caches] + [(self.keys.pool.flatten(0, 1), self.key)]
         pools += [(attend.window, latent) for attend in self.attends] + [(attend.hca.pool, latent) for attend in self.attends if attend.hca is not None]
         for pool, layout in pools:
             fill_entries(pool, layout)
-        for t in tiers:
-            for layer in range(t.layers if t.mirrored else 0):  # made on the device, which is faster at it
-                t.mirror[layer].copy_(fill_entries(torch.empty_like(t.mirror[layer], device=self.decode.device), t.layout))
+        for cache in caches:
+            for layer in range(cache.layers if cache.mirrored else 0):  # made on the device, which is faster at it
+                cache.mirror[layer].copy_(fill_entries(torch.empty_like(cache.mirror[layer], device=self.decode.device), cache.layout))

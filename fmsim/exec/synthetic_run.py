@@ -96,8 +96,7 @@ def run(
         decode = DrivenDecode(replayer, policy, geometry, place.groups, keyed_layers_of(ledger, place, geometry), device, batch=batch, watch=False)
         step = SyntheticStep(decode, model, layer_map, seed)
         outcome = decode.run(step, progress)
-    host_bytes = decode.entries.mirror_bytes + decode.keys.mirror_bytes
-    found = Run(label, policy, batch, decode, outcome, step.fixed_bytes, step.open_bytes, host_bytes)
+    found = Run(label, policy, batch, decode, outcome, step.fixed_bytes, step.open_bytes, decode.tiers.mirror_bytes)
     del step
     gc.collect()
     return found

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from fmsim.errors import FmsimError
+from fmsim.exec.decode_attention import Home
 from fmsim.exec.kernels import tuning
 from fmsim.exec.kernels.gather import copy_rows
 from fmsim.exec.kernels.layout import Layout, read_entries, write_entries
@@ -76,6 +77,11 @@ class TieredCache:
         number = torch.arange(max(size.pages for size in self.sizes) + 1, dtype=torch.int32, device=self.device)
         pages = torch.tensor([size.pages for size in self.sizes], device=self.device)[:, None]
         return torch.where(number < pages, number + self._first_page.int(), -1)
+
+    def homes(self, layer: int, blocks: Tensor) -> list[Home]:
+        """Where a layer's entries lie: the pool through `blocks` int32 [B, P + 1], and the mirror if there is one."""
+        resident = Home(self.pool[layer], blocks)
+        return [resident, Home(self.mirror[layer], self.mirror_table)] if self.mirrored else [resident]
 
     @property
     def stage_pages(self) -> int:
