@@ -6,7 +6,7 @@ import json
 import os
 import tempfile
 import zipfile
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,8 @@ FORMAT_VERSION = 2
 class Ledger:
     """Axes: T steps, L CSA layers of the trace, G groups (L, or 1 in scope "shared"). A slot holds `granularity` entries.
 
-    Bytes are conserved: resident[t] - resident[t - 1] = demand_loads[t] + lookahead_loads[t] + written[t] - evicted[t].
+    A live decode that scores resident index keys alone does not know what its layers `unmeasured` would have selected among all entries: of them the
+    seven fields from `accessed` to `heaviest_lost` hold zeros, so that sums over layers are those of the others. Bytes are conserved: resident[t] - resident[t - 1] = demand_loads[t] + lookahead_loads[t] + written[t] - evicted[t].
     """
 
     policy: str
@@ -53,6 +54,7 @@ class Ledger:
     evicted: np.ndarray  # [T, G] int32: slots given up
     set_overlap: np.ndarray  # [n] float32: Jaccard of the resident sets at successive windows' starts, mean over G
     scored: np.ndarray  # [T] int64: entries scored by a memory indexer at this step
+    unmeasured: list[int] = field(default_factory=list)  # layers; none in a replay
 
     def save(self, path: str | Path) -> None:
         """Write one .npz; it appears whole or not at all."""

@@ -55,11 +55,12 @@ def row(ledger: Ledger, timeline: Timeline, geometry: Geometry, hw: Hardware, la
 
 
 def kept(ledger: Ledger, layer_map: Sequence[int]) -> dict[str, float | None]:
-    """A row's `entry_recall`, `mass_kept` and `set_overlap`."""
+    """A row's `entry_recall`, `mass_kept` and `set_overlap`; the first two over the layers that were measured, and None where none was."""
     weights = np.bincount(layer_map, minlength=ledger.n_layers)
+    weights[ledger.unmeasured] = 0
     return {
-        "entry_recall": _ratio(ledger.golden_hit, ledger.golden, weights),
-        "mass_kept": _ratio(ledger.mass_kept, ledger.mass_total, weights),
+        "entry_recall": _ratio(ledger.golden_hit, ledger.golden, weights) if weights.any() else None,
+        "mass_kept": _ratio(ledger.mass_kept, ledger.mass_total, weights) if weights.any() else None,
         "set_overlap": float(ledger.set_overlap.mean()) if len(ledger.set_overlap) else None,
     }
 
@@ -76,9 +77,10 @@ def timed(timeline: Timeline) -> dict[str, Any]:
     }
 
 
-def exact(ledger: Ledger) -> bool:
-    """Everything that was selected was attended to."""
-    return bool(np.all(ledger.mass_kept >= ledger.mass_total * (1 - 1e-6)))
+def exact(ledger: Ledger) -> bool | None:
+    """Everything that was selected was attended to; None where that holds in the layers that were measured, and others were not."""
+    lossless = bool(np.all(ledger.mass_kept >= ledger.mass_total * (1 - 1e-6)))
+    return None if lossless and ledger.unmeasured else lossless
 
 
 def details(ledger: Ledger, geometry: Geometry, hw: Hardware, layer_map: tuple[int, ...] | None = None) -> dict[str, Any]:

@@ -5,6 +5,7 @@ Counts stay arrays of the keeper's own library until `ledger` is asked for, so t
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -66,9 +67,11 @@ class Tally:
             self.counts["evicted"][step] += moves.evicted
         return moves
 
-    def ledger(self, ids: np.ndarray, mass: np.ndarray, hit: np.ndarray, attended: np.ndarray, golden: np.ndarray | None = None) -> Ledger:
-        """The ledger of the steps that ids [T, L, K] has: entries selected (-1 = none), their mass, and bool of the same
-        shape: resident when the step began; attended to. `golden` where it is known already."""
+    def ledger(
+        self, ids: np.ndarray, mass: np.ndarray, hit: np.ndarray, attended: np.ndarray, golden: np.ndarray | None = None, unmeasured: Sequence[int] = ()
+    ) -> Ledger:  # fmt: skip
+        """The ledger of the steps that ids [T, L, K] has: entries selected (-1 = none, and all of them in layers `unmeasured`), their mass, and bool of the
+        same shape: resident when the step began; attended to. `golden` where it is known already."""
         policy, ctx, steps = self.keeper.policy, self.keeper.ctx, len(ids)
         valid = ids >= 0
         golden, hit = golden_mask(ids, mass) if golden is None else golden, hit & valid
@@ -96,6 +99,7 @@ class Tally:
             initial=_int32(self.initial),
             set_overlap=np.array([float(part.mean()) for part in self.overlap], dtype=np.float32),
             scored=self.scored[:steps],
+            unmeasured=list(unmeasured),
             **{name: _int32(count)[:steps] for name, count in self.counts.items()},
         )
 

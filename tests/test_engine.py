@@ -120,12 +120,12 @@ def test_fallback_fetches_until_enough_is_there(prompt):
     assert 0 == loads[0] < loads[1] < loads[2]
 
 
-def lookahead(folder, budget, **options):
+def lookahead(folder, budget, layers=(0, 1), **options):
     """LSA with random weights: what they choose means nothing, but that it comes from live states and is carried out can be seen."""
     rng, heads, hidden, width = np.random.default_rng(0), 4, 32, 16
     shapes = ((6, hidden), (6,), (heads * width, 6), (heads, hidden))
-    layers = {layer: LayerWeights(*(rng.standard_normal(shape).astype(np.float32) for shape in shapes)) for layer in (0, 1)}
-    checkpoint.save(Checkpoint(layers, ScorerConfig(rope_dims=8, rope_theta=1e4), 0.01), folder / "indexer.safetensors")
+    retrievers = {layer: LayerWeights(*(rng.standard_normal(shape).astype(np.float32) for shape in shapes)) for layer in layers}
+    checkpoint.save(Checkpoint(retrievers, ScorerConfig(rope_dims=8, rope_theta=1e4), 0.01), folder / "indexer.safetensors")
     return {"policy": "lsa", "checkpoint": str(folder / "indexer.safetensors"), "budget": budget, "cadence": TAU, "recent_entries": 2} | options
 
 
@@ -153,7 +153,7 @@ def test_what_a_decision_will_recall_is_copied_ahead_of_it(prompt, tmp_path):
             patch.setattr("fmsim.exec.engine.AHEAD", room)
             found.append(decoded(prompt, spec))
     early, late = found
-    assert early.tiers.sizes[0].ahead == 28 and late.tiers.sizes[0].ahead == 1
+    assert early.tiers.entries.sizes[0].ahead == 28 and late.tiers.entries.sizes[0].ahead == 1
     assert early.tokens == late.tokens and torch.equal(early.logits, late.logits)
     assert early.ledger().lookahead_loads.sum() > 20
     for engine in found:

@@ -9,7 +9,7 @@ this decode's own past.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 
@@ -19,17 +19,19 @@ from torch import Tensor
 
 from fmsim.errors import FmsimError
 from fmsim.exec import step_state
+from fmsim.exec.kernels.index_score import Scores
 from fmsim.exec.kernels.lang import HAS_TRITON
 from fmsim.exec.kernels.layout import Layout, plain
 from fmsim.exec.kernels.tuning import MOST_EXPERT_TOKENS
-from fmsim.exec.keys import IndexKeys
+from fmsim.exec.keys import AllKeys, KeysByLayer, LayerKeys, ResidentKeys, Where, kept_layers, score_buffers
 from fmsim.exec.model import CSA
 from fmsim.exec.pager import LayerPager
+from fmsim.exec.paired import PairedTiers
 from fmsim.exec.prompt import Prompt
 from fmsim.exec.request import Request, Select
 from fmsim.exec.selections import Selections
 from fmsim.exec.step_clock import StepClock
-from fmsim.exec.tiered import AHEAD, RequestSize, TieredCache
+from fmsim.exec.tiered import AHEAD, RequestSize
 from fmsim.policies.base import Policy
 
 
@@ -54,36 +56,45 @@ class Timeline:
 class Batch:
     """Requests of any lengths that decode side by side, each under a policy of its own, all of one kind: `policy`.
 
-    ``kernels``: attention from GPU kernels; by default where there is a GPU. Raises FmsimError before anything starts where memory is short, and
-    for what the policy cannot do.
+    ``kernels``: attention from GPU kernels; by default where there is a GPU. ``index_keys`` "tiered" keeps on the GPU all index keys of the layers that
+    the policy's memory indexer scores, and in the others those of resident entries: what was lost there is then not measured. Raises FmsimError before
+    anything starts where memory is short, and for what the policy cannot do.
     """
 
     def __init__(
         self, prompts: Sequence[Prompt], policy: Policy, *, select: Select = "resident", tau: int = 64, seed: int = 0,
-        hindsight: Request | None = None, kernels: bool | None = None,
+        hindsight: Request | None = None, kernels: bool | None = None, index_keys: Where = "all",
     ):  # fmt: skip
         self.model, self.policy, self.select = prompts[0].model, policy, select
         self.device, config = self.model.lm_head.weight.device, self.model.config
         dtype = self.model.lm_head.weight.dtype
         capacities = [(len(prompt.tokens) + prompt.max_steps) // config.compress_rates[CSA] for prompt in prompts]
-        self.layers, layout = config.layer_types.count(CSA), plain(dtype, config.head_dim)
-        self.keys = IndexKeys(plain(dtype, config.index_head_dim), self.layers, capacities, self.device)
-        self._fill_keys(prompts)
+        self.layers, self.index_keys = config.layer_types.count(CSA), index_keys
+        layout, key = plain(dtype, config.head_dim), plain(dtype, config.index_head_dim)
+        kept = kept_layers(index_keys, policy, self.layers)
+        self.tiered = [layer for layer in range(self.layers) if layer not in kept]  # layers whose index keys lie beside their entries
+        if self.tiered and select == "all":
+            raise FmsimError('select="all": needs the scores of all index keys; leave index_keys="tiered" out')
+        buffers = score_buffers(len(prompts), max(capacities), self.device)
+        self.kept_keys = {layer: AllKeys(key, buffers, self.device) for layer in kept}
+        self._fill(self.kept_keys, prompts)
         self.max_steps = min(prompt.max_steps for prompt in prompts)
         self.selections = Selections(self.max_steps, self.layers, len(prompts), config.index_topk, config.hidden_size, self.device)
         self.requests = [
             Request(
                 prompt, type(policy)(policy.params), index=b, selections=self.selections, entry_bytes=layout.entry_bytes, keys_of=self._keys_of(b),
-                select=select, tau=tau, seed=seed, hindsight=hindsight,
+                select=select, tau=tau, seed=seed, hindsight=hindsight, unmeasured=self.tiered,
             )  # fmt: skip
             for b, prompt in enumerate(prompts)
         ]
-        self.tiers = self._tiers(layout)
+        self.tiers = self._tiers(layout, key)
         self._tables = self._new_tables()
-        self.pagers = [LayerPager(self, layer, self._tables[layer % len(self._tables)]) for layer in range(self.layers)]
+        self.keys = [self._layer_keys(layer, buffers) for layer in range(self.layers)]
+        self._fill({layer: self.keys[layer] for layer in self.tiered}, prompts)
+        self.pagers = [LayerPager(self, layer, self._blocks(layer)) for layer in range(self.layers)]
         self._on_gpu = self.device.type == "cuda" and HAS_TRITON
         kernels = self._on_gpu if kernels is None else kernels
-        self.state = (step_state.from_kernels if kernels else step_state.from_torch)(self.model, prompts, self.pagers, layout, self.keys.layout)
+        self.state = (step_state.from_kernels if kernels else step_state.from_torch)(self.model, prompts, self.pagers, layout, key)
         self.logits = torch.stack([prompt.logits for prompt in prompts])
         self.step_count = 0
         self._input = torch.zeros(len(prompts), dtype=torch.int64, device=self.device)
@@ -102,7 +113,7 @@ class Batch:
         """Process one token of each request, its own choice where none is given; `logits` [B, vocabulary] are then those of the next."""
         if self.step_count == self.max_steps:
             raise FmsimError(f"the prompts were read with room for {self.step_count} decode steps, and they are used up; read them with more")
-        with self._clock.step(self.h2d_pages):
+        with self._clock.step(self.tiers.moved_bytes):
             with self._clock.recall():
                 self._recall()
             self._choose(tokens or [None] * len(self.requests))
@@ -113,8 +124,8 @@ class Batch:
             self._positions += 1
             for b, request in enumerate(self.requests):
                 moves = request.settle()
-                if moves is not None and self.tiers.stage_pages:
-                    self.tiers.settle(request.by_layer(moves.pages), request.by_layer(moves.slots), self._tables[:, b : b + 1], b)
+                if moves is not None and self.tiers.entries.stage_pages:
+                    self.tiers.settle(moves.pages, moves.slots, self._tables[:, b : b + 1], b)
 
     def _choose(self, tokens: Sequence[int | None]) -> None:
         """The step's input: what is given, and the model's own choice elsewhere, which the host is not told."""
@@ -137,13 +148,13 @@ class Batch:
         """Of the steps so far; on a GPU without the first, which compiles kernels and captures the graph."""
         step_s, stall_s, recall_s, moved = self._clock.figures()
         first = 1 if self._on_gpu and self.step_count > 1 else 0
-        h2d_bytes = np.diff(moved * self.tiers.page_bytes, prepend=0.0)
+        h2d_bytes = np.diff(moved, prepend=0.0)
         end_s = step_s[first:].cumsum()
         return Timeline(len(self.requests), end_s - step_s[first:], end_s, stall_s[first:], recall_s[first:], h2d_bytes[first:])
 
     @property
     def gpu_kv_bytes(self) -> int:
-        """What was allocated for the batch's KV: slots, staging, index keys, HCA entries, windows and open compressor windows."""
+        """What was allocated for the batch's KV: slots, spare pages, index keys, HCA entries, windows and open compressor windows."""
         return self.tiers.pool_bytes + self.fixed_kv_bytes
 
     @property
@@ -153,17 +164,13 @@ class Batch:
 
     @property
     def fixed_kv_bytes(self) -> int:
-        """What no policy changes: index keys, HCA entries, windows, open compressor windows."""
-        return self.keys.pool_bytes + self.state.n_bytes
+        """What no decision changes: index keys of layers that keep all, HCA entries, windows, open compressor windows."""
+        return sum(keys.pool.nbytes for keys in self.kept_keys.values()) + self.state.n_bytes
 
     @property
     def h2d_bytes(self) -> int:
         """Copied from the mirror so far."""
-        return int(self.h2d_pages()) * self.tiers.page_bytes
-
-    def h2d_pages(self) -> Tensor:
-        """Pages copied from the mirror so far, int64 on the device."""
-        return self.tiers.recalled_pages + self.tiers.staged_pages
+        return int(self.tiers.moved_bytes())
 
     def stalled(self) -> AbstractContextManager[None]:
         """Around the loading of misses: it counts as a stall."""
@@ -173,28 +180,39 @@ class Batch:
         """The part of a step that a CUDA graph holds."""
         for b, request in enumerate(self.requests):
             table = request.residency.table
-            self.tiers.blocks(b, request.by_layer(table) if len(self._tables) > len(table) else table, self._tables[:, b, : table.shape[1]])
+            self.tiers.entries.blocks(b, table, self._tables[:, b, : table.shape[1]])
         self.logits.copy_(self.model.decode(self._input, self._positions, self.state.attends))
 
     def _recall(self) -> None:
         for b, request in enumerate(self.requests):
             moves = request.begin()
             if moves is not None:
-                self.tiers.recall(request.by_layer(moves.pages), request.by_layer(moves.slots), b)
-            foreseen = request.foresee(self.tiers.sizes[b].ahead)
+                self.tiers.recall(moves.pages, moves.slots, b)
+            foreseen = request.foresee(self.tiers.entries.sizes[b].ahead)
             if foreseen is not None:
-                self.tiers.recall_ahead(request.by_layer(foreseen), b)
+                self.tiers.recall_ahead(foreseen, b)
 
-    def _keys_of(self, request: int) -> Callable[[int], Tensor]:
-        return lambda n_entries: torch.stack([self.keys.read(request, layer, n_entries) for layer in range(len(self.keys.pool))])
+    def _keys_of(self, request: int) -> Callable[[int], Tensor | KeysByLayer]:
+        if self.tiered:
+            return lambda n_entries: KeysByLayer(self.kept_keys, self.layers, request, n_entries)
+        return lambda n_entries: torch.stack([keys.read(request, n_entries) for keys in self.kept_keys.values()])
 
-    def _fill_keys(self, prompts: Sequence[Prompt]) -> None:
+    def _layer_keys(self, layer: int, buffers: Scores) -> LayerKeys:
+        """A layer's index keys, wherever they are."""
+        if layer in self.kept_keys:
+            return self.kept_keys[layer]
+        tables = [request.residency.table[request.group(layer)] for request in self.requests]
+        return ResidentKeys(self.tiers.keys, self.tiered.index(layer), tables, self._blocks(layer), buffers)
+
+    @staticmethod
+    def _fill(keys: Mapping[int, LayerKeys], prompts: Sequence[Prompt]) -> None:
+        """What the prefills left, by layer."""
         for b, prompt in enumerate(prompts):
-            for layer, cache in enumerate(prompt.csa_caches):
-                keys = cache.index.entries[0, : cache.index.closed]
-                self.keys.write(b, layer, torch.arange(len(keys), device=self.device), keys)
+            for layer, of_layer in keys.items():
+                cache = prompt.csa_caches[layer].index
+                of_layer.fill(b, cache.entries[0, : cache.closed])
 
-    def _tiers(self, layout: Layout) -> TieredCache:
+    def _tiers(self, layout: Layout, key: Layout) -> PairedTiers:
         params, sizes, lossy = self.policy.params, [], False
         for request in self.requests:
             ctx = request.keeper.ctx
@@ -203,17 +221,22 @@ class Batch:
             staged = 0 if full or params.on_miss == "mask" else min(ctx.topk, ctx.n_pages)
             ahead = -(-ctx.n_slots // AHEAD) if request.policy.decides_ahead and not full else 0
             sizes.append(RequestSize(ctx.n_pages, ctx.n_slots, staged, ahead))
-        tiers = TieredCache(layout, self.layers, params.granularity, sizes, self.device, mirrored=lossy)
+        groups = [self.requests[0].group(layer) for layer in range(self.layers)]
+        tiers = PairedTiers(layout, key, groups, self.tiered, params.granularity, sizes, self.device, mirrored=lossy)
         for b, request in enumerate(self.requests):
             for layer, cache in enumerate(request.prompt.csa_caches):
-                tiers.fill(b, layer, cache.kv.entries[0, : cache.kv.closed], request.residency.table[request.group(layer)])
+                tiers.entries.fill(b, layer, cache.kv.entries[0, : cache.kv.closed], request.residency.table[request.group(layer)])
         return tiers
 
     def _new_tables(self) -> Tensor:
         """int32 [L or G, B, P + 1]: what each layer's pager takes for its blocks. Layers that share a set share them, unless they load on their own."""
-        rows = self.layers if self.tiers.stage_pages else self.requests[0].keeper.ctx.n_groups
+        rows = self.layers if self.tiers.entries.stage_pages else self.requests[0].keeper.ctx.n_groups
         pages = max(request.keeper.ctx.n_pages for request in self.requests)
         return torch.full((rows, len(self.requests), pages + 1), -1, dtype=torch.int32, device=self.device)
+
+    def _blocks(self, layer: int) -> Tensor:
+        """int32 [B, P + 1]: the layer's part of the tables."""
+        return self._tables[layer % len(self._tables)]
 
 
 class Engine(Batch):

@@ -2,7 +2,8 @@
 
 In a step, new entries are written and a decision may recall pages. Then each CSA layer's indexer selects: with `on_miss`
 "fetch" and "fallback" among all entries, since all index keys are scored; with "mask" among the resident ones alone, as
-FlashMemory does (arXiv 2606.09079), so that the next best resident entry takes the place of one that is not there. A replay has
+FlashMemory does (arXiv 2606.09079), so that the next best resident entry takes the place of one that is not there. Where a layer has all its
+keys, what it would have selected among all entries is booked beside it. A replay has
 only what was selected among all. To compare the two, `select="all"` selects as the recorded model did, and then leaves out what is
 missing.
 
@@ -39,18 +40,23 @@ class LayerPager:
 
     def __init__(self, batch: Batch, layer: int, blocks: Tensor):
         self.batch, self.layer, self.blocks = batch, layer, blocks
-        self.granularity, self.params = batch.tiers.granularity, batch.policy.params
-        self.loads = self.params.on_miss != "mask" and batch.tiers.stage_pages > 0
+        self.tiers, self.keys = batch.tiers.entries, batch.keys[layer]
+        self.granularity, self.params = self.tiers.granularity, batch.policy.params
+        self.loads = self.params.on_miss != "mask" and self.tiers.stage_pages > 0
 
     def append(self, entry: Tensor, key: Tensor, index: Tensor) -> None:
         for b, request in enumerate(self.batch.requests):
             table = request.residency.table[request.group(self.layer)]
-            self.batch.tiers.append(b, self.layer, entry[b : b + 1], index[b : b + 1], table)
-            self.batch.keys.write(b, self.layer, index[b : b + 1], key[b : b + 1])
+            self.tiers.append(b, self.layer, entry[b : b + 1], index[b : b + 1], table)
+            self.keys.append(b, key[b : b + 1], index[b : b + 1])
 
     def select(self, queries: Tensor, weights: Tensor, visible: Tensor, top_k: int) -> Tensor:
         lengths = visible.int()
-        scores = self.batch.keys.scores(self.layer, queries, weights, lengths)
+        scores = self.keys.scores(queries, weights, lengths)
+        if not self.keys.complete:  # of resident entries alone; what would have been selected among all is not known
+            self.ids = best(scores.scores, lengths, top_k, scores.maxima)
+            self.batch.selections.ids[self.layer].copy_(self.ids)
+            return self.ids
         self.wanted = best(scores.scores, lengths, top_k, scores.maxima)
         self.hit = self._here(self.wanted)
         if self.batch.among_resident:
@@ -63,38 +69,35 @@ class LayerPager:
         return self.ids
 
     def read(self, ids: Tensor) -> Tensor:
-        tiers, dtype = self.batch.tiers, self.batch.logits.dtype
-        return torch.stack([tiers.read(self.layer, blocks, ids[b]) for b, blocks in enumerate(self.blocks)]).to(dtype)
+        return torch.stack([self.tiers.read(self.layer, blocks, ids[b]) for b, blocks in enumerate(self.blocks)]).to(self.batch.logits.dtype)
 
     def attended(self, access: Access, masses_of: Callable[[Tensor, Tensor], tuple[Tensor, Tensor, Tensor]]) -> None:
         masses = tuple(part[:, 0] for part in access[1:4])
         wanted = masses
         if self.measures:
-            entries = torch.stack([self.batch.tiers.read_mirror(b, self.layer, ids) for b, ids in enumerate(self.wanted)])
+            entries = torch.stack([self.tiers.read_mirror(b, self.layer, ids) for b, ids in enumerate(self.wanted)])
             wanted = tuple(part[:, 0] for part in masses_of(self.wanted, entries.to(self.batch.logits.dtype)))
         self.book(masses[0], wanted, access.hidden[:, 0])
 
     @property
     def measures(self) -> bool:
-        """What attention would have put on the wanted entries is not what it put on those attended to."""
-        return self.batch.tiers.mirrored and self.params.on_miss != "fetch"
+        """What attention would have put on the wanted entries is not what it put on those attended to, and is worked out."""
+        return self.keys.complete and self.tiers.mirrored and self.params.on_miss != "fetch"
 
     def book(self, seen: Tensor, wanted: tuple[Tensor, Tensor, Tensor], hidden: Tensor) -> None:
         """Mass [B, K] of what was attended to; (entries [B, K], window [B], sink [B]) of the selection among all; hidden [B, H]."""
-        self.batch.selections.book_masses(self.layer, wanted[0] if self.batch.select == "all" else seen, wanted, hidden)
+        seen = wanted[0] if self.batch.select == "all" else seen
+        self.batch.selections.book_masses(self.layer, seen, wanted if self.keys.complete else None, hidden)
 
     # ------------------------------------------------------------------------------- with attention from kernels
 
     @property
     def homes(self) -> list[Home]:
-        """Where entries lie: the pool through `blocks`, and the mirror."""
-        tiers = self.batch.tiers
-        resident = Home(tiers.pool[self.layer], self.blocks)
-        return [resident, Home(tiers.mirror[self.layer], tiers.mirror_table)] if tiers.mirrored else [resident]
+        return self.tiers.homes(self.layer, self.blocks)
 
     @property
     def key_homes(self) -> list[Home]:
-        return [Home(self.batch.keys.pool[self.layer], self.batch.keys.table)]
+        return self.keys.homes
 
     def reports(self, q: Tensor, rows: Rows, masses: Masses, x: Tensor, attention: Attention) -> None:
         wanted = masses
@@ -132,5 +135,5 @@ class LayerPager:
         use = page_step(self.wanted, weight, self.granularity, shared=False)
         missing = (use.pages >= 0) & ~(self.blocks.gather(1, torch.where(use.pages < 0, self.blocks.shape[1] - 1, use.pages).long()) >= 0)
         with self.batch.stalled():
-            self.batch.tiers.stage(self.layer, use.pages.long(), self.batch.requests[0].keeper.to_fetch(use, missing), self.blocks)
+            self.tiers.stage(self.layer, use.pages.long(), self.batch.requests[0].keeper.to_fetch(use, missing), self.blocks)
         return ~none & self._here(self.wanted)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Literal
 
 import array_api_compat.torch as xp
@@ -28,15 +28,15 @@ class Request:
     """`prompt`, and the steps decoded after it under `policy`, as request number `index` of a batch.
 
     `step` counts them; `selections` is what the batch's layers select. `hidden` float32 [L, H] by window. `keys_of(n)` gives the index keys of
-    the first n entries, float32 [L, n, D]. ``hindsight``, a decode of the same prompt that is over, is what a policy that looks into the
-    future is told. Raises FmsimError for a policy that an engine cannot run, such as that one without it.
+    the first n entries, float32 [L, n, D]. Of the layers ``unmeasured`` it is not known what they would have selected among all entries.
+    ``hindsight``, a decode of the same prompt that is over, is what a policy that looks into the future is told. Raises FmsimError for a policy that an engine cannot run, such as that one without it.
     """
 
     def __init__(
         self, prompt: Prompt, policy: Policy, *, index: int, selections: Selections, entry_bytes: int, keys_of: Callable[[int], Tensor], select: Select,
-        tau: int, seed: int, hindsight: Request | None = None,
+        tau: int, seed: int, hindsight: Request | None = None, unmeasured: Sequence[int] = (),
     ):  # fmt: skip
-        self.hindsight = hindsight
+        self.hindsight, self.unmeasured = hindsight, list(unmeasured)
         if policy.evidence == "future" and hindsight is None:
             raise FmsimError(f"policy {policy.name}: looks into the future, which a running model does not have; replay it with `fmsim run`")
         config, self.device = prompt.model.config, prompt.model.lm_head.weight.device
@@ -79,10 +79,6 @@ class Request:
     def group(self, layer: int) -> int:
         return 0 if self.shared else layer
 
-    def by_layer(self, of_groups: Tensor) -> Tensor:
-        """[G, ...] -> [L, ...]: each layer's group's."""
-        return of_groups.expand(self.layers, *of_groups.shape[1:]) if self.shared else of_groups
-
     def begin(self) -> Moves | None:
         """A step begins; what its decision recalls, if there is one."""
         return self.tally.begin(self.step, (len(self.prompt.tokens) + self.step + 1) // self.rate)[1]
@@ -112,7 +108,7 @@ class Request:
 
     def ledger(self) -> Ledger:
         """What moved and what was kept in the steps so far; measured."""
-        return self.tally.ledger(*(self._logged(name).cpu().numpy() for name in ("wanted", "mass", "hit", "attended")))
+        return self.tally.ledger(*(self._logged(name).cpu().numpy() for name in ("wanted", "mass", "hit", "attended")), unmeasured=self.unmeasured)
 
     def _fetched(self, use: Accesses, used: Tensor) -> Tensor:
         """What was attended to without being resident was loaded for this step."""

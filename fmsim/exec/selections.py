@@ -12,6 +12,7 @@ class Selections:
     Of the step under way (a CUDA graph writes these): `wanted` int32 [L, B, K], the selection among all entries (-1 = none); `ids` int32, what is
     attended to; `hit` and `attended` bool, which of the wanted are resident, and are attended to; `mass` float32, the attention mass of the wanted, and
     `seen_mass` of `ids`; `near_mass` float32 [L, B, 2], on window and sink; `hidden` float32 [L, B, H], the layers' attention input.
+    Where only resident keys are scored, `wanted`, `hit`, `attended`, `mass` and `near_mass` are not known, and stay as they begin: nothing.
     `log` has `wanted`, `mass`, `hit`, `attended` and `near_mass` of each step, with a leading axis T; `tokens` int64 [T, B] what it processed.
     """
 
@@ -34,12 +35,13 @@ class Selections:
         for now, value in ((self.wanted, wanted), (self.hit, hit), (self.attended, attended), (self.ids, ids)):
             now[layer].copy_(value)
 
-    def book_masses(self, layer: int, seen: Tensor, wanted: tuple[Tensor, Tensor, Tensor], hidden: Tensor) -> None:
-        """Mass [B, K] of what was attended to; (entries [B, K], window [B], sink [B]) of the selection among all; hidden [B, H]."""
-        self.mass[layer].copy_(rounded(wanted[0]))
+    def book_masses(self, layer: int, seen: Tensor, wanted: tuple[Tensor, Tensor, Tensor] | None, hidden: Tensor) -> None:
+        """Mass [B, K] of what was attended to; (entries [B, K], window [B], sink [B]) of the selection among all, where it is known; hidden [B, H]."""
         self.seen_mass[layer].copy_(rounded(seen))
-        self.near_mass[layer].copy_(torch.stack(wanted[1:], 1))
         self.hidden[layer].copy_(hidden)
+        if wanted is not None:
+            self.mass[layer].copy_(rounded(wanted[0]))
+            self.near_mass[layer].copy_(torch.stack(wanted[1:], 1))
 
     def keep(self, step: int) -> None:
         """The step is over: log it."""

@@ -57,7 +57,7 @@ class LookaheadState:
 
     hidden: Array  # [L, H] float32: the CSA layers' attention input at `position`
     position: int  # absolute position of the last token before the window
-    keys: Array  # [L, n_entries, D] float32: index keys of the entries visible at `position`
+    keys: Array  # [L, n_entries, D] float32: index keys of the entries visible at `position`; in an engine perhaps by `keys[target layer]` only
     n_entries: int
 
 
@@ -197,6 +197,10 @@ class Policy:
         """`worth` of pages 0 to n - 1, [G, n]. Override only where a slice of a table is cheaper."""
         pages = self.ctx.xp.arange(n, dtype=self.ctx.xp.int32, device=self.ctx.device)
         return self.worth(step, self.ctx.xp.broadcast_to(pages[None, :], (self.ctx.n_groups, n)))
+
+    def target_layers(self) -> tuple[int, ...]:
+        """The model's CSA layers, from 0, whose index keys a memory indexer scores at decisions. An engine asks before `reset`."""
+        return ()
 
     def scored_entries(self, step: int) -> int:
         """Entries that a memory indexer scored at this step's decision, summed over its layers. For the cost model."""

@@ -10,6 +10,7 @@ from pydantic import Field, model_validator
 
 from fmsim.errors import FmsimError
 from fmsim.indexer import checkpoint, scorer
+from fmsim.indexer.checkpoint import Checkpoint
 from fmsim.indexer.scorer import LayerWeights
 from fmsim.policies.base import Array, Context, LookaheadPolicy, LookaheadState, Pins, PolicyParams
 from fmsim.policies.budget import Budget
@@ -62,14 +63,10 @@ class LSA(LookaheadPolicy):
                 "policy lsa: the trace holds no hidden states or index keys to score; "
                 "use one recorded from a DeepSeek-V4 model, or another policy"
             )
-        loaded = checkpoint.load(self.params.checkpoint or checkpoint.SHIPPED)
-        state = ctx.lookahead(0)
+        loaded, state = self._load(), ctx.lookahead(0)
         numbers = list(ctx.csa_numbers or range(ctx.n_layers))
         loaded.check_fits(numbers, state.hidden.shape[1], state.keys.shape[2], "policy lsa: the trace")
-        self.layers = list(self.params.layers or loaded.layers)
-        absent = sorted(set(self.layers) - set(loaded.layers))
-        if absent:
-            raise FmsimError(f"policy lsa: layers: no retriever for CSA layers {absent}; the checkpoint has {list(loaded.layers)}")
+        self.layers = self._layers_of(loaded)
         if self.params.scope == "per_layer" and self.layers != numbers:
             raise FmsimError(f"policy lsa: scope per_layer needs the trace's CSA layers, {numbers}, not {self.layers}")
         self.rows = [numbers.index(layer) for layer in self.layers]  # of the lookahead state
@@ -79,6 +76,20 @@ class LSA(LookaheadPolicy):
         self.weights = [LayerWeights(*(ctx.xp.asarray(part, dtype=ctx.xp.float64, device=ctx.device) for part in layer)) for layer in parts]
         self.lowest_logit = scorer.logit(self.params.threshold or loaded.threshold or 0.5)
         self.floor = self.lowest_logit if self.params.page_rank == "max" else 1.0
+
+    def target_layers(self) -> tuple[int, ...]:
+        return tuple(self._layers_of(self._load()))
+
+    def _load(self) -> Checkpoint:
+        return checkpoint.load(self.params.checkpoint or checkpoint.SHIPPED)
+
+    def _layers_of(self, loaded: Checkpoint) -> list[int]:
+        """The layers that are scored."""
+        layers = list(self.params.layers or loaded.layers)
+        absent = sorted(set(layers) - set(loaded.layers))
+        if absent:
+            raise FmsimError(f"policy lsa: layers: no retriever for CSA layers {absent}; the checkpoint has {list(loaded.layers)}")
+        return layers
 
     @property
     def decides_ahead(self) -> bool:
