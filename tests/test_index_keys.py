@@ -68,7 +68,7 @@ class Decoded:
 def test_both_places_of_keys_select_the_same_step_for_step(prompts, tmp_path, options, kernels, device):
     spec = lookahead(tmp_path, "28 entries", TARGETS, **options)
     everything, tiered = (Decoded(prompts(device), spec, where, kernels=kernels) for where in ("all", "tiered"))
-    assert tiered.batch.tiered == TIERED
+    assert tiered.batch.keys.tiered == TIERED
     assert torch.equal(tiered.ids, everything.ids)
     assert tiered.tokens == everything.tokens
     for one, other in zip(everything.ledgers, tiered.ledgers):

@@ -21,6 +21,11 @@ class Weights(enum.StrEnum):
     synthetic = "synthetic"
 
 
+class IndexKeys(enum.StrEnum):
+    all = "all"
+    tiered = "tiered"
+
+
 def _tokens(text: str) -> int:
     """8192, or 32k: thousands of tokens as contexts are named, so 500k is the 512,000 that a trace of that name has."""
     import re
@@ -45,6 +50,7 @@ def exec_(
     context: Annotated[int, typer.Option(parser=_tokens, metavar="TOKENS", help="of the prompt, such as 8192 or 32k; a longer text is cut")] = 8192,
     steps: Annotated[int, typer.Option(min=1, help="decode steps; built-in questions go on to the end of an answer")] = STEPS,
     batch: Annotated[int, typer.Option(min=1, help="requests side by side, each somewhat shorter than the one before")] = 1,
+    index_keys: Annotated[IndexKeys | None, typer.Option(help="on the GPU: all (the default), or tiered: in layers that the memory indexer does not score those of resident entries alone, as FlashMemory does; what such layers lose is then not measured")] = None,
     trace: Annotated[Path | None, typer.Option(help="with --weights synthetic: what drives the accesses; by default traces/nano-CONTEXT-needles")] = None,
     kv_budget: Annotated[str | None, typer.Option(help="with --weights synthetic: as many requests as these bytes of KV hold, such as 16GiB")] = None,
     record: Annotated[Path | None, typer.Option(help="write what the first request selected, as a trace")] = None,
@@ -58,11 +64,15 @@ def exec_(
     fmsim exec --policy lsa
     fmsim exec --policy lru --set budget=1024entries --context 16384 --json
     fmsim exec --policy full --prompt-file book.txt --steps 256 --record book.safetensors
+    fmsim exec --policy lsa --set checkpoint=two-layers.safetensors --index-keys tiered
     fmsim exec --weights synthetic --model v4-flash --context 500k --policy lsa --kv-budget 16GiB
     """
     if weights is Weights.synthetic:
         from fmsim.cli import exec_synthetic
+        from fmsim.errors import FmsimError
 
+        if index_keys is not None:
+            raise FmsimError("--index-keys: with --weights synthetic they lie as `fmsim run` counts them, tiered under on_miss mask; leave it out")
         exec_synthetic.show(policy, override, str(model or "v4-flash"), context, batch, steps, trace, kv_budget, as_json, device, seed)
         return
     chosen = _policy(policy, override)
@@ -75,6 +85,7 @@ def exec_(
     from fmsim.exec.question import TEXT
     from fmsim.nano.tokenizer import MODEL_FOLDER
 
+    where = _where(index_keys, chosen, record)
     device = _device(device, torch.cuda.is_available())
     folder, text = model or MODEL_FOLDER, TEXT if prompt_file is None else prompt_file.name
     streams = _streams(model, prompt_file, lengths, steps, seed)
@@ -82,7 +93,7 @@ def exec_(
     from fmsim.cli.progress import token_bar
 
     with token_bar(sum(len(stream.prompt) + min(s.steps for s in streams) for stream in streams)) as advance:
-        decoding, decoded = run.decode(loaded, streams, chosen, seed=seed, progress=advance)
+        decoding, decoded = run.decode(loaded, streams, chosen, seed=seed, index_keys=where, progress=advance)
     report = run.report(decoding, decoded, policy, folder.name if model else "nano", text)
     if record is not None:
         _record(record, run, decoding, decoded, folder, seed, text, streams[0].kind)
@@ -109,6 +120,19 @@ def _policy(name: str, overrides: list[str]) -> Policy:
             raise FmsimError(f"--set {override}: write key=value, such as --set budget=20%")
         given[key] = yaml.safe_load(value)
     return registry.build({"policy": name} | given)
+
+
+def _where(index_keys: IndexKeys | None, policy: Policy, record: Path | None) -> str:
+    """Where index keys lie. What they cannot do there is told before a model is loaded."""
+    from fmsim.errors import FmsimError
+    from fmsim.exec.keys import check_tiered
+
+    if index_keys is not IndexKeys.tiered:
+        return "all"
+    check_tiered(policy)
+    if record is not None:
+        raise FmsimError("--record: a trace says what each layer selects among all entries, which takes all index keys; leave out --index-keys tiered")
+    return "tiered"
 
 
 def _device(asked: str | None, has_cuda: bool) -> str:

@@ -9,9 +9,10 @@ this decode's own past.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
@@ -19,11 +20,10 @@ from torch import Tensor
 
 from fmsim.errors import FmsimError
 from fmsim.exec import step_state
-from fmsim.exec.kernels.index_score import Scores
 from fmsim.exec.kernels.lang import HAS_TRITON
 from fmsim.exec.kernels.layout import Layout, plain
 from fmsim.exec.kernels.tuning import MOST_EXPERT_TOKENS
-from fmsim.exec.keys import AllKeys, KeysByLayer, LayerKeys, ResidentKeys, Where, kept_layers, score_buffers
+from fmsim.exec.keys import IndexKeys, Where
 from fmsim.exec.model import CSA
 from fmsim.exec.pager import LayerPager
 from fmsim.exec.paired import PairedTiers
@@ -69,28 +69,27 @@ class Batch:
         self.device, config = self.model.lm_head.weight.device, self.model.config
         dtype = self.model.lm_head.weight.dtype
         capacities = [(len(prompt.tokens) + prompt.max_steps) // config.compress_rates[CSA] for prompt in prompts]
-        self.layers, self.index_keys = config.layer_types.count(CSA), index_keys
+        self.layers = config.layer_types.count(CSA)
         layout, key = plain(dtype, config.head_dim), plain(dtype, config.index_head_dim)
-        kept = kept_layers(index_keys, policy, self.layers)
-        self.tiered = [layer for layer in range(self.layers) if layer not in kept]  # layers whose index keys lie beside their entries
-        if self.tiered and select == "all":
-            raise FmsimError('select="all": needs the scores of all index keys; leave index_keys="tiered" out')
-        buffers = score_buffers(len(prompts), max(capacities), self.device)
-        self.kept_keys = {layer: AllKeys(key, buffers, self.device) for layer in kept}
-        self._fill(self.kept_keys, prompts)
+        if (select, index_keys) == ("all", "tiered"):
+            raise FmsimError('select="all" takes the scores of all index keys; leave out index_keys="tiered"')
+        self.keys = IndexKeys(index_keys, policy, key, self.layers, capacities, self.device)
+        self._fill_keys(self.keys.kept, prompts)
         self.max_steps = min(prompt.max_steps for prompt in prompts)
         self.selections = Selections(self.max_steps, self.layers, len(prompts), config.index_topk, config.hidden_size, self.device)
         self.requests = [
             Request(
-                prompt, type(policy)(policy.params), index=b, selections=self.selections, entry_bytes=layout.entry_bytes, keys_of=self._keys_of(b),
-                select=select, tau=tau, seed=seed, hindsight=hindsight, unmeasured=self.tiered,
+                prompt, type(policy)(policy.params), index=b, selections=self.selections, entry_bytes=layout.entry_bytes, keys_of=partial(self.keys.first, b),
+                select=select, tau=tau, seed=seed, hindsight=hindsight, unmeasured=self.keys.tiered,
             )  # fmt: skip
             for b, prompt in enumerate(prompts)
         ]
         self.tiers = self._tiers(layout, key)
         self._tables = self._new_tables()
-        self.keys = [self._layer_keys(layer, buffers) for layer in range(self.layers)]
-        self._fill({layer: self.keys[layer] for layer in self.tiered}, prompts)
+        for layer in self.keys.tiered:
+            tables = [request.residency.table[request.group(layer)] for request in self.requests]
+            self.keys.lay_beside(layer, self.tiers.keys, tables, self._blocks(layer))
+        self._fill_keys(self.keys.tiered, prompts)
         self.pagers = [LayerPager(self, layer, self._blocks(layer)) for layer in range(self.layers)]
         self._on_gpu = self.device.type == "cuda" and HAS_TRITON
         kernels = self._on_gpu if kernels is None else kernels
@@ -165,7 +164,7 @@ class Batch:
     @property
     def fixed_kv_bytes(self) -> int:
         """What no decision changes: index keys of layers that keep all, HCA entries, windows, open compressor windows."""
-        return sum(keys.pool.nbytes for keys in self.kept_keys.values()) + self.state.n_bytes
+        return self.keys.kept_bytes + self.state.n_bytes
 
     @property
     def h2d_bytes(self) -> int:
@@ -192,25 +191,12 @@ class Batch:
             if foreseen is not None:
                 self.tiers.recall_ahead(foreseen, b)
 
-    def _keys_of(self, request: int) -> Callable[[int], Tensor | KeysByLayer]:
-        if self.tiered:
-            return lambda n_entries: KeysByLayer(self.kept_keys, self.layers, request, n_entries)
-        return lambda n_entries: torch.stack([keys.read(request, n_entries) for keys in self.kept_keys.values()])
-
-    def _layer_keys(self, layer: int, buffers: Scores) -> LayerKeys:
-        """A layer's index keys, wherever they are."""
-        if layer in self.kept_keys:
-            return self.kept_keys[layer]
-        tables = [request.residency.table[request.group(layer)] for request in self.requests]
-        return ResidentKeys(self.tiers.keys, self.tiered.index(layer), tables, self._blocks(layer), buffers)
-
-    @staticmethod
-    def _fill(keys: Mapping[int, LayerKeys], prompts: Sequence[Prompt]) -> None:
-        """What the prefills left, by layer."""
-        for b, prompt in enumerate(prompts):
-            for layer, of_layer in keys.items():
+    def _fill_keys(self, layers: Iterable[int], prompts: Sequence[Prompt]) -> None:
+        """What the prefills left."""
+        for layer in layers:
+            for b, prompt in enumerate(prompts):
                 cache = prompt.csa_caches[layer].index
-                of_layer.fill(b, cache.entries[0, : cache.closed])
+                self.keys[layer].fill(b, cache.entries[0, : cache.closed])
 
     def _tiers(self, layout: Layout, key: Layout) -> PairedTiers:
         params, sizes, lossy = self.policy.params, [], False
@@ -222,7 +208,7 @@ class Batch:
             ahead = -(-ctx.n_slots // AHEAD) if request.policy.decides_ahead and not full else 0
             sizes.append(RequestSize(ctx.n_pages, ctx.n_slots, staged, ahead))
         groups = [self.requests[0].group(layer) for layer in range(self.layers)]
-        tiers = PairedTiers(layout, key, groups, self.tiered, params.granularity, sizes, self.device, mirrored=lossy)
+        tiers = PairedTiers(layout, key, groups, self.keys.tiered, params.granularity, sizes, self.device, mirrored=lossy)
         for b, request in enumerate(self.requests):
             for layer, cache in enumerate(request.prompt.csa_caches):
                 tiers.entries.fill(b, layer, cache.kv.entries[0, : cache.kv.closed], request.residency.table[request.group(layer)])

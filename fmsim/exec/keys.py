@@ -1,8 +1,8 @@
-"""Index keys of one CSA layer of a batch, and its lightning indexer's scores: over all keys, or over those that lie beside resident entries."""
+"""Index keys of a batch, and the lightning indexer's scores of them: all on the GPU, or in some layers those beside resident entries alone."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Literal
 
 import torch
@@ -17,6 +17,42 @@ from fmsim.exec.tiered import TieredCache
 from fmsim.policies.base import Policy
 
 Where = Literal["all", "tiered"]  # on the GPU: all index keys, or in layers that no memory indexer scores those of resident entries
+
+
+class IndexKeys:
+    """A batch's index keys: ``keys[layer]`` is a CSA layer's. `kept` are those of the layers that keep all theirs on the GPU, with room for ``capacities[b]``
+    of each request; the layers `tiered` get theirs by `lay_beside`, once there are entries.
+
+    Raises FmsimError for a policy that needs more than ``where`` keeps.
+    """
+
+    def __init__(self, where: Where, policy: Policy, layout: Layout, layers: int, capacities: Sequence[int], device: torch.device):
+        if where == "tiered":
+            check_tiered(policy)
+        targets = range(layers) if where == "all" else policy.target_layers()
+        self.where, self.layout, self.layers = where, layout, layers
+        self.buffers = new_scores(len(capacities), -(-max(capacities) // PER_PAGE) * PER_PAGE, device)
+        self.kept = {layer: AllKeys(layout, self.buffers, device) for layer in range(layers) if layer in targets}
+        self.tiered = [layer for layer in range(layers) if layer not in self.kept]
+        self._beside: dict[int, ResidentKeys] = {}
+
+    def lay_beside(self, layer: int, tiers: TieredCache, tables: Sequence[Tensor], blocks: Tensor) -> None:
+        """A tiered layer's keys into ``tiers``; the arguments are those of `ResidentKeys`."""
+        self._beside[layer] = ResidentKeys(tiers, self.tiered.index(layer), tables, blocks, self.buffers)
+
+    def __getitem__(self, layer: int) -> LayerKeys:
+        return self.kept[layer] if layer in self.kept else self._beside[layer]
+
+    def first(self, request: int, n_entries: int) -> Tensor | KeysByLayer:
+        """float32 [L, n_entries, width], or where some are tiered the others' by layer."""
+        if self.tiered:
+            return KeysByLayer(self, request, n_entries)
+        return torch.stack([keys.read(request, n_entries) for keys in self.kept.values()])
+
+    @property
+    def kept_bytes(self) -> int:
+        """What the layers that keep all their keys take of GPU memory."""
+        return sum(keys.pool.untyped_storage().nbytes() for keys in self.kept.values())
 
 
 class LayerKeys:
@@ -109,34 +145,26 @@ class ResidentKeys(LayerKeys):
 class KeysByLayer:
     """`LookaheadState.keys` where only some layers' are at hand: ``keys[layer]`` float32 [n, D]; `shape` (L, n, D) is that of all."""
 
-    def __init__(self, kept: Mapping[int, AllKeys], layers: int, request: int, n_entries: int):
-        self.kept, self.request, self.n_entries = kept, request, n_entries
-        self.shape = (layers, n_entries, next(iter(kept.values())).layout.width)
+    def __init__(self, keys: IndexKeys, request: int, n_entries: int):
+        self.kept, self.request, self.n_entries = keys.kept, request, n_entries
+        self.shape = (keys.layers, n_entries, keys.layout.width)
 
     def __getitem__(self, layer: int) -> Tensor:
         if layer not in self.kept:
-            raise FmsimError(f"CSA layer {layer}'s index keys lie with their entries, and only those of layers {sorted(self.kept)} can be scored; use --index-keys all")
+            raise FmsimError(f"CSA layer {layer} keeps the index keys of resident entries alone, and those of layers {list(self.kept)} are all there; use --index-keys all")
         return self.kept[layer].read(self.request, self.n_entries)
 
 
-def kept_layers(where: Where, policy: Policy, layers: int) -> list[int]:
-    """The CSA layers, of ``layers``, that keep all their index keys on the GPU. Raises FmsimError for a policy that needs more than `tiered` keys."""
-    if where == "all":
-        return list(range(layers))
-    name, on_miss, targets = policy.name, policy.params.on_miss, policy.target_layers()
+def check_tiered(policy: Policy) -> None:
+    """Raise FmsimError where `policy` needs more than tiered keys."""
+    name, on_miss = policy.name, policy.params.on_miss
     if on_miss != "mask":
         raise FmsimError(
             f"--index-keys tiered: policy {name} has on_miss {on_miss}, which chooses what to load by the scores of all index keys; "
             "give --set on_miss=mask, or --index-keys all"
         )
-    if not targets:
+    if not policy.target_layers():
         raise FmsimError(
-            f"--index-keys tiered: policy {name} has no memory indexer, whose layers keep all their index keys, so nothing would tell what it loses; "
-            "use lsa, or --index-keys all"
+            f"--index-keys tiered: policy {name} has no memory indexer, whose layers keep all their index keys, so nothing would tell what is lost; "
+            "give --policy lsa, or --index-keys all"
         )
-    return [layer for layer in range(layers) if layer in targets]
-
-
-def score_buffers(batch: int, entries: int, device: torch.device) -> Scores:
-    """Room for ``entries`` scores of each request, in whole pages."""
-    return new_scores(batch, -(-entries // PER_PAGE) * PER_PAGE, device)

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import torch
 
+from fmsim.errors import FmsimError
 from fmsim.exec.loader import weight_files
 from fmsim.exec.model import CSA, Access, DeepseekV4
 from fmsim.exec.prompt import PROMPT_QUERIES, PromptWatcher, to_numpy
@@ -90,7 +91,12 @@ def trace_header(
 
 
 def trace_of(request: Request, header: TraceHeader, forced: Sequence[bool]) -> Trace:
-    """What `request` selected among all entries in the steps so far, under whatever policy it ran. `forced` is by step."""
+    """What `request` selected among all entries in the steps so far, under whatever policy it ran. `forced` is by step.
+
+    Raises FmsimError where that is not known, since index keys were tiered.
+    """
+    if request.unmeasured:
+        raise FmsimError(f"what CSA layers {request.unmeasured} select among all entries was not measured; decode with index_keys=\"all\" to record a trace")
     steps = request.step
     recorder = TraceRecorder(header, steps, request.layers, request.topk)
     keys = request.keys_of((header.prompt_tokens + steps) // request.rate)

@@ -10,6 +10,7 @@ import torch
 
 from fmsim import __version__, metrics
 from fmsim.exec.engine import Batch
+from fmsim.exec.keys import Where
 from fmsim.exec.model import DeepseekV4
 from fmsim.exec.prompt import Prompt
 from fmsim.exec.record import trace_header, trace_of
@@ -34,11 +35,12 @@ class Decoded:
 
 
 def decode(
-    model: DeepseekV4, streams: Sequence[Stream], policy: Policy, *, seed: int = 0, progress: Callable[[int], None] = lambda tokens: None
-) -> tuple[Batch, list[Decoded]]:
+    model: DeepseekV4, streams: Sequence[Stream], policy: Policy, *, seed: int = 0, index_keys: Where = "all",
+    progress: Callable[[int], None] = lambda tokens: None,
+) -> tuple[Batch, list[Decoded]]:  # fmt: skip
     """Read every stream's prompt, then decode them side by side under `policy`. `progress` is told of tokens."""
     prompts = [Prompt(model, stream.prompt, stream.steps, progress) for stream in streams]
-    batch, decoded = Batch(prompts, policy, seed=seed), [Decoded() for _ in streams]
+    batch, decoded = Batch(prompts, policy, seed=seed, index_keys=index_keys), [Decoded() for _ in streams]
     plans = [_plan(stream) for stream in streams]
     for given in zip(*plans):  # to the end of the shortest
         batch.step(given)
@@ -69,7 +71,7 @@ def report(batch: Batch, decoded: Sequence[Decoded], label: str, name: str, prom
     """The object that `fmsim exec --json` prints: the fields of `fmsim run`, measured; `max_requests` is not, so null.
 
     `kv_hbm_bytes` is what was allocated for one request (a mean over the batch), and `kv_hbm_ratio` that over what keeping every page
-    would allocate.
+    would allocate. `entry_recall` and `mass_kept` are over the CSA layers `measured_layers` of `details`: all but those whose index keys are tiered.
     """
     ledgers, n_requests = [request.ledger() for request in batch.requests], len(batch.requests)
     kept = [metrics.kept(ledger, range(ledger.n_layers)) for ledger in ledgers]
@@ -83,13 +85,15 @@ def report(batch: Batch, decoded: Sequence[Decoded], label: str, name: str, prom
         "max_requests": None,
     }
     details = {
-        "exact": all(map(metrics.exact, ledgers)),
+        "exact": _all_of([metrics.exact(ledger) for ledger in ledgers]),
         "params": batch.policy.params.model_dump(mode="json"),
         "gpu_kv_bytes": batch.gpu_kv_bytes,
         "host_kv_bytes": batch.tiers.mirror_bytes,
         "slot_bytes": batch.tiers.pool_bytes,
         "fixed_bytes": batch.fixed_kv_bytes,
-        "page_bytes": batch.tiers.page_bytes,
+        "page_bytes": batch.tiers.entries.page_bytes,
+        "index_keys": batch.keys.where,
+        "measured_layers": list(batch.keys.kept),
         "pages": {key: int(sum(getattr(ledger, key).sum() for ledger in ledgers)) for key in ("lookahead_loads", "demand_loads", "written", "evicted")},
     }
     config = batch.model.config
@@ -118,6 +122,11 @@ def recorded(batch: Batch, decoded: Sequence[Decoded], *, name: str, sha256: str
 
 def device_name(device: torch.device) -> str:
     return torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
+
+
+def _all_of(verdicts: list[bool | None]) -> bool | None:
+    """None where one is not known and the others hold."""
+    return False if False in verdicts else None if None in verdicts else True
 
 
 def _mean(values: list[float | None]) -> float | None:
