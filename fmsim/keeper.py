@@ -49,9 +49,14 @@ class Keeper:
         self._see(ctx.prompt_entries)
 
     @property
+    def keeps_all(self) -> bool:
+        """Every page has a slot, and no decision gives one up: nothing is ever missing."""
+        return self.ctx.n_slots >= self.ctx.n_pages and self.policy.floor is None
+
+    @property
     def passive(self) -> bool:
         """What a step selects changes nothing: it is never loaded, and the policy does not look."""
-        never_loads = self.policy.params.on_miss == "mask" or self.ctx.n_slots >= self.ctx.n_pages
+        never_loads = self.policy.params.on_miss == "mask" or self.keeps_all
         return never_loads and type(self.policy).observe is Policy.observe
 
     def _check_pins(self) -> None:

@@ -158,3 +158,13 @@ def test_what_a_decision_will_recall_is_copied_ahead_of_it(prompt, tmp_path):
     assert early.ledger().lookahead_loads.sum() > 20
     for engine in found:
         assert engine.h2d_bytes == engine.ledger().lookahead_loads.sum() * 2 * 16 * 4
+
+
+def test_what_a_threshold_gives_up_is_measured_though_every_page_has_room(prompt, tmp_path):
+    """48 entries in all: one slot fewer changes nothing where the threshold keeps fewer still."""
+    one, other = (decoded(prompt, lookahead(tmp_path, f"{slots} entries", threshold=0.999999, stale=False)) for slots in (47, 48))
+    ledgers = [engine.ledger() for engine in (one, other)]
+    assert ledgers[0].resident.max() < 47 and ledgers[0].lookahead_loads.sum() > 0 and ledgers[0].mass_kept.sum() < ledgers[0].mass_total.sum()
+    for name in ("resident", "lookahead_loads", "hit", "mass_total", "mass_kept"):
+        assert np.array_equal(getattr(ledgers[0], name), getattr(ledgers[1], name)), name
+    assert one.h2d_bytes == other.h2d_bytes > 0

@@ -59,6 +59,8 @@ POLICIES = [
     {"policy": "lsa", "budget": "30%", "stale": False},
     {"policy": "lsa", "budget": "60%", "granularity": 16, "on_miss": "fallback"},
     {"policy": "lsa", "budget": "30%", "scope": "per_layer", "on_miss": "fetch", "stale": False},
+    {"policy": "lsa", "budget": "300 entries", "threshold": 0.9, "stale": False},  # room for all, of which the threshold gives up some
+    {"policy": "lsa", "budget": "300 entries", "threshold": 0.9, "on_miss": "fetch", "stale": False},
     {"policy": "oracle"},
     "belady",
 ]

@@ -60,7 +60,7 @@ class DrivenDecode:
         self.keeper = Keeper(policy, context_in(ctx, xp, self.device))
         self.keeper.start()
         self.tally = Tally(self.keeper, replayer.n_steps)
-        full = ctx.n_slots >= ctx.n_pages
+        full = self.keeper.keeps_all
         staged = 0 if full or params.on_miss == "mask" else min(self.paged.pages.shape[2], ctx.n_pages)
         comes_back = not full and (params.on_miss != "mask" or params.cadence > 1)
         ahead = -(-ctx.n_slots // AHEAD) if comes_back and policy.decides_ahead else 0

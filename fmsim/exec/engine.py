@@ -202,7 +202,7 @@ class Batch:
         params, sizes, lossy = self.policy.params, [], False
         for request in self.requests:
             ctx = request.keeper.ctx
-            full = ctx.n_slots >= ctx.n_pages
+            full = request.keeper.keeps_all
             lossy |= not full
             staged = 0 if full or params.on_miss == "mask" else min(ctx.topk, ctx.n_pages)
             ahead = -(-ctx.n_slots // AHEAD) if request.policy.decides_ahead and not full else 0
