@@ -83,6 +83,14 @@ def test_the_published_geometry_moves_its_own_bytes(replayer):
     assert check.identical and check.engine_bytes == check.engine_pages * 584 > 0
 
 
+def test_index_keys_move_with_their_entries_in_the_layers_that_the_indexer_does_not_score(replayer, indexer):
+    flash = replace(PRESETS["v4-flash"], layer_types=(SLIDING, CSA, HCA, CSA, CSA, CSA, CSA))
+    for on_miss, key_layers in (("mask", 5 - 3), ("fetch", 0)):
+        spec = {"policy": "lsa", "checkpoint": indexer, "budget": "30%", "stale": False, "on_miss": on_miss}
+        [check] = validate([("lsa", lambda: registry.build(spec))], replayer, flash, spread(3, 5))  # noqa: B023
+        assert check.identical and check.engine_bytes == check.engine_pages // 5 * (5 * 584 + key_layers * 132) > 0
+
+
 def test_a_wrong_byte_and_a_wrong_decision_are_found(replayer):
     geometry = from_config(SMALL, "small")
     decode = DrivenDecode(replayer, registry.build("lru"), geometry, range(3), 3)

@@ -64,7 +64,7 @@ def exec_(
     fmsim exec --policy lsa
     fmsim exec --policy lru --set budget=1024entries --context 16384 --json
     fmsim exec --policy full --prompt-file book.txt --steps 256 --record book.safetensors
-    fmsim exec --policy lsa --set checkpoint=two-layers.safetensors --index-keys tiered
+    fmsim exec --policy lsa --set layers=[1] --index-keys tiered --steps 400
     fmsim exec --weights synthetic --model v4-flash --context 500k --policy lsa --kv-budget 16GiB
     """
     if weights is Weights.synthetic:

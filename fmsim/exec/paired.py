@@ -30,12 +30,10 @@ class PairedTiers:
         if tiered and any(size.staged for size in sizes):
             raise ValueError("misses are chosen by the scores of all index keys, so none of these can be away from the GPU")
 
-        def cache(layout: Layout, layers: int) -> TieredCache:
-            return TieredCache(layout, layers, granularity, sizes, device, mirrored, one_text)
-
         self.tiered, self.mirrored = tuple(tiered), mirrored
-        self.entries = cache(entry, len(groups))
-        self.keys = cache(key, len(tiered)) if tiered else None
+        self.entries = TieredCache(entry, len(groups), granularity, sizes, device, mirrored, one_text)
+        # What is recalled ahead comes one after the other, so that a decode has only one gather beside it.
+        self.keys = TieredCache(key, len(tiered), granularity, sizes, device, mirrored, one_text, side=self.entries.side) if tiered else None
         self.caches = [self.entries] if self.keys is None else [self.entries, self.keys]
         self._groups = [_index(list(groups), device), _index([groups[layer] for layer in tiered], device)]
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 
 class StepClock:
-    """Of each step: how long it took, how long of that recalls and misses, and the count of pages moved by its end."""
+    """Of each step: how long it took, how long of that recalls and misses, and the bytes moved by its end."""
 
     def __init__(self, device: torch.device):
         self.device, self.on_gpu = device, device.type == "cuda"
@@ -22,7 +22,7 @@ class StepClock:
 
     @contextmanager
     def step(self, moved: Callable[[], Tensor]) -> Iterator[None]:
-        """A step runs; ``moved`` tells the pages moved so far."""
+        """A step runs; ``moved`` tells the bytes moved so far."""
         self._stalls_s.append(float("nan") if self.on_gpu else 0.0)
         self._marks = [self._mark()]
         yield
@@ -43,7 +43,7 @@ class StepClock:
         self._stalls_s[-1] += time.perf_counter() - start_s
 
     def figures(self) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-        """Of each step so far: seconds, of which in misses (nan where not known) and in recalls; pages moved by its end."""
+        """Of each step so far: seconds, of which in misses (nan where not known) and in recalls; bytes moved by its end."""
         if self.on_gpu:
             torch.cuda.synchronize(self.device)
         spans = [(self._between(start, end), self._between(start, recalled)) for start, recalled, end in self._steps]

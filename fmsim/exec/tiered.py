@@ -44,13 +44,13 @@ class TieredCache:
 
     A request's slot s is page ``slot_start[b] + s`` of a layer's pool, and its page p is page ``page_start[b] + p`` of a layer's mirror. With
     ``one_text`` all requests have read the same, and share the mirror of one; with ``shared_name`` the processes of a host do
-    (`fmsim.exec.mirror`). What is recalled ahead is copied on a stream of its own.
+    (`fmsim.exec.mirror`). What is recalled ahead is copied on a stream of its own, or on `side`, another's.
     `recalled_pages` and `staged_pages` count what was copied from the mirror, int64 on the device, all layers together.
     """
 
     def __init__(
         self, layout: Layout, layers: int, granularity: int, sizes: Sequence[RequestSize], device: torch.device | str = "cpu", mirrored: bool = True,
-        one_text: bool = False, shared_name: str | None = None,
+        one_text: bool = False, shared_name: str | None = None, side: torch.cuda.Stream | None = None,
     ):  # fmt: skip
         self.layout, self.layers, self.granularity, self.sizes = layout, layers, granularity, tuple(sizes)
         self.device, self.mirrored = torch.device(device), mirrored
@@ -67,7 +67,7 @@ class TieredCache:
         self.mirror = self._host.pages
         starts = (self.slot_start, self.stage_start, self.ahead_start, self.page_start)
         self._first_slot, self._first_stage, self._first_ahead, self._first_page = (torch.tensor(s, device=self.device)[:-1, None] for s in starts)
-        self._side = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
+        self.side = side or (torch.cuda.Stream(self.device) if self.device.type == "cuda" else None)
         self._ahead: Tensor | None = None  # pool pages of what was recalled ahead, int32 [L, B, P + 1], or -1
         self.recalled_pages, self.staged_pages = (torch.zeros((), dtype=torch.int64, device=self.device) for _ in range(2))
 
@@ -142,8 +142,8 @@ class TieredCache:
         if not self.mirrored or self._ahead is None:
             self.fetch(pages, slots, request)
             return
-        if self._side is not None:
-            torch.cuda.current_stream(self.device).wait_stream(self._side)
+        if self.side is not None:
+            torch.cuda.current_stream(self.device).wait_stream(self.side)
         blocks = self._ahead if request is None else self._ahead[:, request : request + 1]
         self.settle(pages, slots, blocks, request)
         blocks.fill_(-1)
@@ -161,14 +161,14 @@ class TieredCache:
         blocks[:, :, -1] = -1
         self.recalled_pages += (to >= 0).sum()
         source = torch.where(pages < 0, -1, pages + self._first_page[part])
-        if self._side is None:
+        if self.side is None:
             self._copy(self.mirror, source, self.pool, to)
             return
-        self._side.wait_stream(torch.cuda.current_stream(self.device))
-        with torch.cuda.stream(self._side):
+        self.side.wait_stream(torch.cuda.current_stream(self.device))
+        with torch.cuda.stream(self.side):
             self._copy(self.mirror, source, self.pool, to, tuning.PROGRAMS_BESIDE)
         for tensor in (source, to):
-            tensor.record_stream(self._side)
+            tensor.record_stream(self.side)
 
     def stage(self, layer: int, pages: Tensor, fetched: Tensor, blocks: Tensor) -> None:
         """Bring pages [B, n] of each request where `fetched` from the mirror into staging pages, and enter them in `blocks` int32 [B, P + 1]."""

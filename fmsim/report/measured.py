@@ -54,9 +54,10 @@ def _figures(report: dict[str, Any]) -> Table:
         f"{row['kv_hbm_bytes'] / MIB:.2f} MiB a request, {row['kv_hbm_ratio']:.1%} of what keeping every page takes "
         f"({details['slot_bytes'] / MIB:.2f} slots, {details['fixed_bytes'] / MIB:.2f} index keys, HCA entries, windows; all requests)",
     )
-    layers, measured = about["model"]["csa_layers"], details.get("measured_layers", [])
+    layers, measured = about["model"]["csa_layers"], len(details.get("measured_layers", []))
     if details.get("index_keys") == "tiered":
-        table.add_row("index keys", f"all in the {len(measured)} of {layers} CSA layers that the memory indexer scores; in the others with their entries, in the slots")
+        elsewhere = "; in the others beside their entries, in the slots" if measured < layers else ", so none leave the GPU"
+        table.add_row("index keys", f"all in the {measured} of {layers} CSA layers that the memory indexer scores{elsewhere}")
     table.add_row("host mirror", f"{details['host_kv_bytes'] / MIB:.2f} MiB")
     table.add_row(
         "step",
@@ -69,6 +70,6 @@ def _figures(report: dict[str, Any]) -> Table:
         f"{pages['lookahead_loads']:,} recalled, {pages['demand_loads']:,} fetched, {pages['written']:,} written, {pages['evicted']:,} given up; "
         f"{row['h2d_bytes'] / MIB:.2f} MiB from the host",
     )
-    within = f", in {len(measured)} of {layers} CSA layers; not measured in the others" if 0 < len(measured) < layers else ""
+    within = f", in {measured} of {layers} CSA layers; not measured in the others" if 0 < measured < layers else ""
     table.add_row("kept", f"{row['entry_recall']:.1%} of golden entries, {row['mass_kept']:.1%} of the attention mass on selected entries{within}")
     return table
