@@ -4,7 +4,7 @@ A step is: the policies' decisions and their recalls; the model with its selecti
 what was fetched gets its slots. No step waits for the host: tokens are chosen, logged and read on the device, and every shape is static.
 
 What the ledger says was wanted is always the selection among all entries, and its mass what attention would have put there, given
-this decode's own past.
+this decode's own past; a layer that does not keep all its index keys (`fmsim.exec.keys`) does not know it, and the ledger says so.
 """
 
 from __future__ import annotations
@@ -86,9 +86,7 @@ class Batch:
         ]
         self.tiers = self._tiers(layout, key)
         self._tables = self._new_tables()
-        for layer in self.keys.tiered:
-            tables = [request.residency.table[request.group(layer)] for request in self.requests]
-            self.keys.lay_beside(layer, self.tiers.keys, tables, self._blocks(layer))
+        self._lay_keys_beside()
         self._fill_keys(self.keys.tiered, prompts)
         self.pagers = [LayerPager(self, layer, self._blocks(layer)) for layer in range(self.layers)]
         self._on_gpu = self.device.type == "cuda" and HAS_TRITON
@@ -190,6 +188,12 @@ class Batch:
             foreseen = request.foresee(self.tiers.entries.sizes[b].ahead)
             if foreseen is not None:
                 self.tiers.recall_ahead(foreseen, b)
+
+    def _lay_keys_beside(self) -> None:
+        """The tiered layers' index keys into the slots of their entries."""
+        for layer in self.keys.tiered:
+            tables = [request.residency.table[request.group(layer)] for request in self.requests]
+            self.keys.lay_beside(layer, self.tiers.keys, tables, self._blocks(layer))
 
     def _fill_keys(self, layers: Iterable[int], prompts: Sequence[Prompt]) -> None:
         """What the prefills left."""

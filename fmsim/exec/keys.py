@@ -11,6 +11,7 @@ from torch import Tensor
 from fmsim.errors import FmsimError
 from fmsim.exec.decode_attention import PER_PAGE, Home
 from fmsim.exec.kernels.index_score import GROUP, Scores, index_scores, new_scores
+from fmsim.exec.kernels.lang import cdiv
 from fmsim.exec.kernels.layout import Layout, read_entries, slots_of, write_entries
 from fmsim.exec.model import index_scores_blocked
 from fmsim.exec.tiered import TieredCache
@@ -31,7 +32,7 @@ class IndexKeys:
             check_tiered(policy)
         targets = range(layers) if where == "all" else policy.target_layers()
         self.where, self.layout, self.layers = where, layout, layers
-        self.buffers = new_scores(len(capacities), -(-max(capacities) // PER_PAGE) * PER_PAGE, device)
+        self.buffers = new_scores(len(capacities), cdiv(max(1, *capacities), PER_PAGE) * PER_PAGE, device)
         self.kept = {layer: AllKeys(layout, self.buffers, device) for layer in range(layers) if layer in targets}
         self.tiered = [layer for layer in range(layers) if layer not in self.kept]
         self._beside: dict[int, ResidentKeys] = {}
