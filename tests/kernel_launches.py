@@ -9,11 +9,13 @@ from fmsim.exec.kernels.gather import copy_rows_triton
 from fmsim.exec.kernels.hyper_connection import Pending, enter_triton, read_out_triton
 from fmsim.exec.kernels.index_score import index_scores_triton
 from fmsim.exec.kernels.layout import KEY, LATENT, plain
+from fmsim.exec.kernels.linear import linear_triton
 from fmsim.exec.kernels.norm_rope import norm_rope_triton
 from fmsim.exec.kernels.rms_norm import rms_norm_triton
 from fmsim.exec.kernels.router import route_triton
 from fmsim.exec.kernels.sparse_attention import Rows, sparse_attention_triton
 from fmsim.exec.kernels.top_k import top_k_triton
+from fmsim.exec.kernels.weights import scale_shape
 from fmsim.exec.model import Experts, HyperConnection, HyperHead, RMSNorm, Router, SwiGLU
 
 BATCH, PAGES = 2, 32
@@ -110,6 +112,14 @@ def experts(tokens, dtype=torch.bfloat16, count=24, hidden=4096, width=2048, top
     return launch
 
 
+def product(outputs, inputs, rows=1, groups=1):
+    def launch():
+        weight = zeros(outputs, inputs, dtype=torch.uint8).view(torch.float8_e4m3fn)
+        linear_triton(zeros(rows, 1, groups * inputs, dtype=torch.bfloat16), weight, zeros(*scale_shape(weight.shape)), groups)
+
+    return launch
+
+
 def routing(count, hashed=False, top_k=6):
     config = DeepseekV4Config(n_routed_experts=count, hidden_size=8, num_experts_per_tok=top_k)
     return lambda: route_triton(zeros(BATCH, count, dtype=torch.bfloat16), zeros(BATCH, dtype=torch.int64), Router(config, hashed))
@@ -157,6 +167,14 @@ LAUNCHES = {
     "experts, pro": experts(8, count=384, hidden=7168, width=3072),
     "experts, nano": experts(1, torch.float32, 4, 384, 160, 2),
     "experts, nano, few": experts(4, torch.float32, 4, 384, 160, 2),
+    "linear, of the input": product(1536, 4096),
+    "linear, of the latent": product(40_960, 1024),
+    "linear, of the latent, 64 rows": product(40_960, 1024, rows=64),
+    "linear, grouped": product(8192, 4096, groups=8),
+    "linear, grouped, 64 rows": product(8192, 4096, rows=64, groups=8),
+    "linear, output": product(4096, 8192),
+    "linear, output, 128 rows": product(4096, 8192, rows=128),
+    "linear, odd": product(200, 136),
     "copy_rows, entries": rows(584),
     "copy_rows, pages": rows(37_376),
 }

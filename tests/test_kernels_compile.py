@@ -13,11 +13,11 @@ HERE = Path(__file__).parent
 # One launch of each kernel, to take seconds; `python tests/compile_kernels.py` compiles all that kernel_launches.py lists.
 LAUNCHES = [
     "index_scores", "index_scores, float8 queries", "top_k, preselected", "sparse_attention", "compress, csa", "hyper_connection", "norm_rope",
-    "rms_norm", "route", "experts, many", "experts, float8, one", "copy_rows, entries",
+    "rms_norm", "route", "experts, many", "experts, float8, one", "linear, output", "copy_rows, entries",
 ]  # fmt: skip
 KERNELS = {
     "_index_scores", "_top_k", "_attend", "_combine", "_row_masses", "_compress", "_leave_and_project", "_enter", "_norm_rope", "_rms_norm",
-    "_route", "_schedule", "_gate_up", "_down", "_sum_pairs", "_copy_rows",
+    "_route", "_schedule", "_gate_up", "_down", "_sum_pairs", "_linear", "_add_up", "_copy_rows",
 }  # fmt: skip
 
 
@@ -34,3 +34,5 @@ def test_every_kernel_compiles_for_sm_90(tmp_path):
     products = {kind for row in found if row["kernel"] in ("_gate_up", "_down") for kind in row["ptx"]}
     assert any("wgmma" in kind and "bf16" in kind for kind in products) and any("mma.sync" in kind and "f16" in kind for kind in products)
     assert "cp.async.cg.shared.global" in products  # 16 bytes a thread
+    product = next(row for row in found if row["kernel"] == "_linear")["ptx"]
+    assert any("mma.sync" in kind and "f16" in kind for kind in product) and "cp.async.cg.shared.global" in product  # 16 bytes a thread

@@ -56,6 +56,15 @@ class HyperConnection(NamedTuple):
     enter_warps: int = 8
 
 
+class Linear(NamedTuple):
+    block_outputs: int = 64  # of one program; a divisor of 128
+    block_inputs: int = 128  # a turn: a row's run of bytes; a divisor of 128, whose products share a scale
+    programs: int = 528  # over blocks of outputs and splits of the inputs: four on each of 132 multiprocessors
+    warps: int = 2  # whose products read shared memory in whole lines; four and 64 outputs make a warpgroup's, which read it in pairs of bytes
+    stages: int = 4
+    block_sums: int = 128  # outputs of which one program adds up the splits
+
+
 class NormRope(NamedTuple):
     block_values: int = 1024  # of whole heads, that one program turns
     warps: int = 4
@@ -74,6 +83,8 @@ class Experts(NamedTuple):
 HYPER_CONNECTION, NORM_ROPE = HyperConnection(), NormRope()
 INDEX_SCORES, MEMORY_SCORES = IndexScores(), IndexScores(programs=396)  # 128 heads leave registers for three on a multiprocessor
 TOP_K, ATTENTION, COMPRESS, GATHER = TopK(), Attention(), Compress(), Gather()
+LINEAR, LINEAR_OF_MANY = Linear(), Linear(block_outputs=128, programs=264, warps=8, stages=3)
+FEW_ROWS = 16  # a matrix instruction's
 MANY_REQUESTS = 16  # from here on each entry is decoded once for all heads
 ATTENTION_OF_MANY = Attention(block_heads=64, warps=8)
 PROGRAMS_BESIDE = 8  # of a recall beside a decode, whose products slow down by 4%
