@@ -60,8 +60,10 @@ def test_the_reference_is_the_models_compressor(kind, dtype, limit):
     per_page=st.sampled_from([1, 4]),
     missing=st.sampled_from([0.0, 0.3]),
     hadamard=st.booleans(),
+    apart=st.booleans(),
 )
-def test_the_kernel_is_the_reference(device, seed, kind, series, rate, batch, tokens, per_page, missing, hadamard):
+def test_the_kernel_is_the_reference(device, seed, kind, series, rate, batch, tokens, per_page, missing, hadamard, apart):
+    """``apart``: kv and gate are parts of longer rows, as a product of several projections at once gives them."""
     generator = torch.Generator().manual_seed(seed)
 
     def random(*shape):
@@ -71,7 +73,8 @@ def test_the_kernel_is_the_reference(device, seed, kind, series, rate, batch, to
     width = layout.width
     matrix = torch.from_numpy(hadamard_matrix(width)).to(device) if hadamard and width < 512 else None
     pooling = Pooling(rate, series, random(rate, series * width), random(width), 1e-6, matrix)
-    kv, gate = (random(batch, tokens, series * width).to(torch.bfloat16) for _ in range(2))
+    rows = [random(batch, tokens, series * width + more * apart).to(torch.bfloat16) for more in (16, 48)]
+    kv, gate = (part[..., : series * width] for part in rows)
     starts = torch.randint(0, 3 * rate, (batch,), generator=generator).to(device, torch.int32)
     rings = [pooling.new_ring(batch, torch.bfloat16) for _ in range(2)]
     rings[0].kv.copy_(random(*rings[0].kv.shape)), rings[0].gate.copy_(random(*rings[0].gate.shape))

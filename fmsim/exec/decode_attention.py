@@ -20,6 +20,7 @@ from fmsim.exec.kernels.rms_norm import rms_norm
 from fmsim.exec.kernels.sparse_attention import Masses, Rows, sparse_attention
 from fmsim.exec.kernels.top_k import top_k
 from fmsim.exec.model import CSA, HCA, SLIDING, Attention, Compressor, CompressorState, LayerCache
+from fmsim.exec.projections import Joined
 
 PER_PAGE = 64
 
@@ -106,8 +107,8 @@ class _Appender:
         self.pooling = Pooling(compressor.rate, series, compressor.position_bias.detach(), norm.weight.detach(), norm.eps)
         self.ring = self.pooling.new_ring(batch, dtype)
 
-    def append(self, x: Tensor, now: Moment) -> None:
-        kv, gate = self.compressor.kv_proj(x), self.compressor.gate_proj(x)
+    def append(self, kv: Tensor, gate: Tensor, now: Moment) -> None:
+        """A token's projections [B, 1, series * width]."""
         for pool, table in self.homes:
             compress_and_append(kv, gate, now.positions, self.pooling, self.ring, now.entry_turn, pool, self.layout, table)
 
@@ -141,21 +142,28 @@ class DecodeAttention:
         # A window is a ring: each sequence's one page of W tokens, whichever W tokens they are.
         page = torch.arange(batch, dtype=torch.int32, device=weight.device)[:, None]
         self.window_table = page.expand(-1, cdiv(max_tokens, window)).contiguous()
-        norm = attention.kv_norm
-        self.as_it_is = Pooling(1, 1, weight.new_zeros(1, attention.size, dtype=torch.float32), norm.weight.detach(), norm.eps)
-        self.no_ring = self.as_it_is.new_ring(batch, weight.dtype)
+        norm, dtype = attention.kv_norm, torch.bfloat16 if weight.dtype == torch.float8_e4m3fn else weight.dtype
+        self.as_it_is = Pooling(1, 1, norm.weight.new_zeros(1, attention.size, dtype=torch.float32), norm.weight.detach(), norm.eps)
+        self.no_ring = self.as_it_is.new_ring(batch, dtype)
+        of_input, of_latent = [attention.q_a_proj, attention.kv_proj], [attention.q_b_proj]
         self.entries = self.keys = self.pager = self.hca = None
         if attention.kind == HCA:
             count = max_tokens // attention.compressor.rate
             self.hca = Home.of_its_own(latent, batch, count, weight.device)
-            self.entries = _Appender(attention.compressor, latent, [self.hca], batch, weight.dtype)
+            self.entries = _Appender(attention.compressor, latent, [self.hca], batch, dtype)
             self.every_id = torch.arange(count, dtype=torch.int32, device=weight.device)
         if attention.kind == CSA:
             self.pager = pager or AllEntries(attention, batch, max_tokens // attention.compressor.rate, latent, key)
-            self.entries = _Appender(attention.compressor, latent, self.pager.homes, batch, weight.dtype)
+            self.entries = _Appender(attention.compressor, latent, self.pager.homes, batch, dtype)
             indexer = attention.compressor.indexer
-            self.keys = _Appender(indexer, key, self.pager.key_homes, batch, weight.dtype)
+            self.keys = _Appender(indexer, key, self.pager.key_homes, batch, dtype)
             self.index_scale = torch.full((1,), (indexer.heads * indexer.width) ** -0.5, device=weight.device)  # a vector makes float32 of bfloat16
+            of_latent.append(indexer.q_b_proj)
+        for appender in filter(None, (self.entries, self.keys)):
+            of_input += [appender.compressor.kv_proj, appender.compressor.gate_proj]
+        if attention.kind == CSA:
+            of_input.append(attention.compressor.indexer.scorer.weights_proj)
+        self.of_input, self.of_latent = Joined(of_input), Joined(of_latent)
 
     def __call__(self, x: Tensor, positions: Tensor) -> Tensor:
         """x [B, 1, D], the attention's input at ``positions`` int32 [B] -> output [B, 1, D]."""
@@ -176,31 +184,33 @@ class DecodeAttention:
     def attend(self, x: Tensor, now: Moment) -> Tensor:
         """x [B, 1, D], the attention's input -> output [B, 1, D]."""
         attention, turn = self.attention, tuple(part[:, 0] for part in now.turn)
-        latent = rms_norm(attention.q_a_proj(x), attention.q_a_norm)
-        q = norm_rope(attention.q_b_proj(latent).view(-1, attention.heads, attention.size), turn, attention.eps)
-        kv = attention.kv_proj(x)
+        latent, kv, *compressed = self.of_input(x)
+        q, *index_queries = self.of_latent(rms_norm(latent, attention.q_a_norm))
+        q = norm_rope(q.view(-1, attention.heads, attention.size), turn, attention.eps)
         compress_and_append(kv, kv, now.positions, self.as_it_is, self.no_ring, now.turn, self.window, self.latent, self.window_table)
-        ids, home = self._select(x, latent, now)
+        ids, home = self._select(compressed, index_queries, now)
         rows = Rows(self.latent, self.window, now.window_lengths, *home, ids)
         out, masses = sparse_attention(q, rows, attention.sinks, attention.scale, self.pager is not None and self.pager.wants_masses)
         if self.pager is not None:
             self.pager.reports(q, rows, masses, x, attention)
         return attention.project_out(norm_rope(out, turn, inverse=True)[:, None])
 
-    def _select(self, x: Tensor, latent: Tensor, now: Moment) -> tuple[Tensor, Home]:
-        """Append what the token closes, then name the entries to attend to: none, all, or the pager's."""
+    def _select(self, compressed: Sequence[Tensor], index_queries: Sequence[Tensor], now: Moment) -> tuple[Tensor, Home]:
+        """Append what the token closes, then name the entries to attend to: none, all, or the pager's.
+
+        ``compressed``: the compressor's projections of the token, then a CSA layer's indexer's and its head weights; ``index_queries``: its queries.
+        """
         attention = self.attention
         if attention.kind == SLIDING:
-            return now.positions.new_empty(len(x), 0), Home(self.window, self.window_table)
-        self.entries.append(x, now)
+            return now.positions.new_empty(len(now.positions), 0), Home(self.window, self.window_table)
+        self.entries.append(*compressed[:2], now)
         if attention.kind == HCA:
             return now.every, self.hca
-        self.keys.append(x, now)
+        self.keys.append(*compressed[2:4], now)
         indexer = attention.compressor.indexer
-        queries = indexer.q_b_proj(latent).view(-1, indexer.heads, indexer.width)
+        queries = index_queries[0].view(-1, indexer.heads, indexer.width)
         queries = norm_rope(queries, tuple(part[:, 0] for part in now.turn))[:, None]
-        weights = indexer.scorer.weights_proj(x) * self.index_scale
-        return self.pager.select(queries, weights, now.visible, indexer.top_k), self.pager.homes[0]
+        return self.pager.select(queries, compressed[4] * self.index_scale, now.visible, indexer.top_k), self.pager.homes[0]
 
     def take(self, b: int, cache: LayerCache, tokens: int) -> None:
         """Go on from what a prefill of ``tokens`` tokens left, as sequence ``b``. A CSA layer's entries are its pager's to take."""

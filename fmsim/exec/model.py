@@ -26,6 +26,7 @@ from fmsim.exec.kernels.experts import clamped_swiglu, mixture_of_experts
 from fmsim.exec.kernels.hyper_connection import Pending, enter, read_out
 from fmsim.exec.kernels.router import route
 from fmsim.exec.kernels.weights import dequantise
+from fmsim.exec.projections import grouped
 
 CSA, HCA, SLIDING = "compressed_sparse_attention", "heavily_compressed_attention", "sliding_attention"
 MASKED = -1e30  # finite, so that a row with nothing visible has a gradient of 0 and not of nan
@@ -521,9 +522,7 @@ class Attention(nn.Module):
 
     def project_out(self, out: Tensor) -> Tensor:
         """The grouped low-rank projection, [B, S, H, C] -> [B, S, D]."""
-        out = out.flatten(2).unflatten(-1, (self.groups, -1))
-        weight = self.o_a_proj.weight.unflatten(0, (self.groups, -1))
-        return self.o_b_proj(torch.einsum("bsgi,goi->bsgo", out, weight.to(out.dtype)).flatten(2))
+        return self.o_b_proj(grouped(out.flatten(2), self.o_a_proj, self.groups))
 
 
 def indexer_kl(scores: Tensor, logits: Tensor, window: Tensor, sinks: Tensor) -> Tensor:

@@ -8,6 +8,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from fmsim.exec.model import CSA, DeepseekV4
+from fmsim.exec.projections import wide_weight
 from fmsim.exec.record import geometry
 from fmsim.indexer.checkpoint import Checkpoint
 from fmsim.indexer.scorer import LayerWeights, ScorerConfig
@@ -23,5 +24,5 @@ def native_indexer(model: DeepseekV4, name: str) -> Checkpoint:
 
 def _weights(attention) -> LayerWeights:
     indexer = attention.compressor.indexer
-    parts = (attention.q_a_proj.weight, attention.q_a_norm.weight, indexer.q_b_proj.weight, indexer.scorer.weights_proj.weight)
-    return LayerWeights(*(part.detach().float().cpu().numpy().copy() for part in parts))
+    q_a, q_b, weights = (wide_weight(part) for part in (attention.q_a_proj, indexer.q_b_proj, indexer.scorer.weights_proj))
+    return LayerWeights(*(part.cpu().numpy().copy() for part in (q_a, attention.q_a_norm.weight.detach().float(), q_b, weights)))

@@ -54,7 +54,7 @@ def compress_and_append(
 ) -> None:
     """Take S new tokens of each sequence, write every entry that they close, and remember what stays open.
 
-    ``kv`` and ``gate`` [B, S, series * width] are the projections, ``starts`` int32 [B] the position of each first token, on the
+    ``kv`` and ``gate`` [B, S, series * width] are the projections (rows may be parts of longer ones), ``starts`` int32 [B] the position of each first token, on the
     device. ``rotation``: cosine and sine, float32 [B, most_closed(S), pairs], at the first token of the entries that may
     close, the i-th being entry ``starts // rate + i``. ``pool`` and ``table`` as in `index_scores`; an entry whose page is
     missing is not written. Nothing is returned: the pool and the ring change.
@@ -112,10 +112,12 @@ def compress_and_append_triton(kv, gate, starts, pooling: Pooling, ring: Ring, r
     tune = tune or tuning.COMPRESS
     batch, tokens, _ = kv.shape
     cos, sin = rotation
+    assert kv.stride(2) == gate.stride(2) == 1, "a token's channels lie side by side"
     span, one_token = pooling.series * pooling.rate, tokens == 1
     _compress[(batch, pooling.most_closed(tokens))](
         kv, gate, starts, pooling.bias, pooling.norm, ring.kv, ring.gate, cos, sin,
-        pooling.norm if pooling.hadamard is None else pooling.hadamard, pool, table, table.stride(0), tokens, pooling.eps,
+        pooling.norm if pooling.hadamard is None else pooling.hadamard, pool, table,
+        *kv.stride()[:2], *gate.stride()[:2], table.stride(0), tokens, pooling.eps,
         RATE=pooling.rate, SERIES=pooling.series, WIDTH=pooling.width, PAIRS=cos.shape[2], HADAMARD=pooling.hadamard is not None,
         REMEMBER=one_token, KIND=triton_kind(layout), VALUE_BYTES=layout.value_bytes, SCALE_BYTES=layout.scale_bytes,
         PER_PAGE=layout.per_page(pool), PAGE_BYTES=pool.stride(0), BLOCK=min(tune.block_tokens, span), num_warps=tune.warps,
@@ -126,7 +128,8 @@ def compress_and_append_triton(kv, gate, starts, pooling: Pooling, ring: Ring, r
 
 @triton.jit
 def _compress(
-    kv, gate, starts, bias, norm, ring_kv, ring_gate, cos, sin, hadamard, pool, table, table_stride, tokens, eps,
+    kv, gate, starts, bias, norm, ring_kv, ring_gate, cos, sin, hadamard, pool, table,
+    kv_stride, kv_token_stride, gate_stride, gate_token_stride, table_stride, tokens, eps,
     RATE: tl.constexpr, SERIES: tl.constexpr, WIDTH: tl.constexpr, PAIRS: tl.constexpr, HADAMARD: tl.constexpr,
     REMEMBER: tl.constexpr, KIND: tl.constexpr, VALUE_BYTES: tl.constexpr, SCALE_BYTES: tl.constexpr,
     PER_PAGE: tl.constexpr, PAGE_BYTES: tl.constexpr, BLOCK: tl.constexpr,
@@ -136,7 +139,7 @@ def _compress(
     SPAN: tl.constexpr = SERIES * RATE
     start = tl.load(starts + b)
     channel = tl.arange(0, WIDTH)
-    new_kv, new_gate = kv + b * tokens * SERIES * WIDTH, gate + b * tokens * SERIES * WIDTH
+    new_kv, new_gate = kv + b * kv_stride, gate + b * gate_stride
     ring_kv, ring_gate = ring_kv + b * SPAN * SERIES * WIDTH, ring_gate + b * SPAN * SERIES * WIDTH
     if REMEMBER:  # a single token takes the place of one that no open entry needs
         for series in tl.static_range(SERIES):
@@ -156,10 +159,11 @@ def _compress(
             half = tl.where(of < SPAN - RATE, 0, SERIES - 1)
             exists, new = (token >= 0)[:, None], (token >= start)[:, None]
             column = (half * WIDTH)[:, None] + channel[None, :]
-            at_new, at_ring = (token - start)[:, None] * (SERIES * WIDTH) + column, (token % SPAN)[:, None] * (SERIES * WIDTH) + column
-            value = tl.load(new_kv + at_new, mask=exists & new, other=0.0).to(tl.float32)
+            at_kv, at_gate = (token - start)[:, None] * kv_token_stride + column, (token - start)[:, None] * gate_token_stride + column
+            at_ring = (token % SPAN)[:, None] * (SERIES * WIDTH) + column
+            value = tl.load(new_kv + at_kv, mask=exists & new, other=0.0).to(tl.float32)
             value += tl.load(ring_kv + at_ring, mask=exists & (token < start)[:, None], other=0.0).to(tl.float32)
-            level = tl.load(new_gate + at_new, mask=exists & new, other=0.0).to(tl.float32)
+            level = tl.load(new_gate + at_gate, mask=exists & new, other=0.0).to(tl.float32)
             level += tl.load(ring_gate + at_ring, mask=exists & (token < start)[:, None], other=0.0).to(tl.float32)
             level += tl.load(bias + (of % RATE)[:, None] * (SERIES * WIDTH) + column).to(tl.float32)
             level = tl.where(exists, level, float("-inf"))
