@@ -51,6 +51,7 @@ class Geometry:
     n_shared_experts: int
     expert_width: int
     vocabulary: int
+    float8_weights: bool = False  # of projections and experts, as both models are published; else bfloat16
 
     @property
     def n_layers(self) -> int:
@@ -187,6 +188,7 @@ def from_config(config: Mapping[str, Any], name: str = "") -> Geometry:
         n_shared_experts=config.get("n_shared_experts", 1),
         expert_width=_need(config, "moe_intermediate_size"),
         vocabulary=_need(config, "vocab_size"),
+        float8_weights=(config.get("quantization_config") or {}).get("quant_method") == "fp8",
     )
 
 
@@ -224,6 +226,7 @@ _PUBLISHED = {
     "num_experts_per_tok": 6,
     "n_shared_experts": 1,
     "vocab_size": 129280,
+    "quantization_config": {"quant_method": "fp8", "weight_block_size": [128, 128]},
 }
 
 _FLASH = _PUBLISHED | {

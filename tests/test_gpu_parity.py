@@ -20,7 +20,7 @@ from test_model import CSA, kinds, oracle  # noqa: E402
 from test_nano_model import TRACES  # noqa: E402
 
 from fmsim.exec.engine import Batch, Engine  # noqa: E402
-from fmsim.exec.loader import empty_model, load_model  # noqa: E402
+from fmsim.exec.loader import allocate, load_model, meta_model  # noqa: E402
 from fmsim.exec.prompt import Prompt  # noqa: E402
 from fmsim.nano.tokenizer import MODEL_FOLDER  # noqa: E402
 from fmsim.policies import registry  # noqa: E402
@@ -57,7 +57,7 @@ def bfloat16_twins(reference, device: str):
     for name, part in theirs.named_buffers():
         if name in angles:
             part.data = angles[name].clone()
-    ours = empty_model(reference.config, device, torch.bfloat16)
+    ours = allocate(meta_model(reference.config, torch.bfloat16), device)
     ours.load_state_dict(reference.state_dict())
     return theirs, ours.eval().requires_grad_(False)
 

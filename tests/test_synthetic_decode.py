@@ -71,7 +71,7 @@ def test_a_budget_says_how_many_requests_it_holds():
 
 
 def test_a_model_larger_than_memory_is_refused_before_anything_is_allocated(monkeypatch):
-    monkeypatch.setattr(synthetic_run, "host_free_bytes", lambda: 23 * 2**30)
+    monkeypatch.setattr(synthetic_run, "host_free_bytes", lambda: 15 * 2**30)
     with pytest.raises(FmsimError, match="memory for weights: v4-flash with 6 experts a layer"):
         synthetic_run.weights_for(PRESETS["v4-flash"], "cpu", 2**30, seed=0)
     assert synthetic_run.free_weight_bytes(SMALL, "cpu", 2**30) == model_bytes(SMALL, 8)

@@ -1,7 +1,8 @@
 """A DeepSeek-V4 of a preset's full width and depth with random weights, and as many experts as fit: for footprints and times only.
 
-What it generates means nothing. A decode step reads the weights and moves the cache of the real model's shape, but for the experts: each
-token still runs all its active ones, chosen among fewer, so a large batch reads fewer weights than the real model's would.
+What it generates means nothing. A decode step reads the weights, float8 where the preset's are published so, and moves the cache of the real
+model's shape, but for the experts: each token still runs all its active ones, chosen among fewer, so a large batch reads fewer weights than
+the real model's would.
 """
 
 from __future__ import annotations
@@ -10,18 +11,22 @@ import torch
 from transformers import DeepseekV4Config
 
 from fmsim.errors import FmsimError
-from fmsim.exec.loader import empty_model, meta_model
+from fmsim.exec.kernels.weights import BLOCK
+from fmsim.exec.loader import allocate, meta_model
 from fmsim.exec.model import CSA, HCA, DeepseekV4
+from fmsim.exec.quantised import fill_float8, hold_float8, published_float8
 from fmsim.geometry import Geometry
 
 HASH_LAYERS = 3  # of both published models: their first MoE layers route by the token's id
 EXPERTS_MULTIPLE = 8
+QUANTISED = {"quant_method": "fp8", "weight_block_size": [BLOCK, BLOCK]}
 GIB = 2**30
 
 
 def synthetic_config(geometry: Geometry, n_experts: int) -> DeepseekV4Config:
     """All of ``geometry``'s layers, with ``n_experts`` routed ones. RoPE is plain, without YaRN, which takes the same time."""
     return DeepseekV4Config(
+        quantization_config=QUANTISED if geometry.float8_weights else None,
         vocab_size=geometry.vocabulary,
         hidden_size=geometry.hidden_size,
         num_hidden_layers=geometry.n_layers,
@@ -46,13 +51,13 @@ def synthetic_config(geometry: Geometry, n_experts: int) -> DeepseekV4Config:
 
 
 def synthetic_model(geometry: Geometry, device: str, weight_bytes: int, seed: int = 0) -> tuple[DeepseekV4, int]:
-    """A model whose weights take at most ``weight_bytes``, bfloat16 but for what is kept in float32; -> the model, and its experts.
+    """A model whose weights take at most ``weight_bytes``, float8 as in the release or bfloat16, some float32; -> the model, and its experts.
 
     The experts of a layer are at least those that a token uses and at most the geometry's own, a multiple of 8 where there is room.
     Raises FmsimError with the figure that is short where not even the fewest fit, before anything is allocated.
     """
     n_experts = experts_that_fit(geometry, weight_bytes)
-    model = empty_model(synthetic_config(geometry, n_experts), device, torch.bfloat16)
+    model = allocate(_meta_model(geometry, n_experts), device)
     fill(model, seed)
     return model.eval().requires_grad_(False), n_experts
 
@@ -73,8 +78,15 @@ def experts_that_fit(geometry: Geometry, weight_bytes: int) -> int:
 
 def model_bytes(geometry: Geometry, n_experts: int) -> int:
     """What the weights and tables of the synthetic model take; nothing is allocated."""
-    model = meta_model(synthetic_config(geometry, n_experts), torch.bfloat16)
+    model = _meta_model(geometry, n_experts)
     return sum(tensor.nbytes for tensor in [*model.parameters(), *model.buffers()])
+
+
+def _meta_model(geometry: Geometry, n_experts: int) -> DeepseekV4:
+    model = meta_model(synthetic_config(geometry, n_experts), torch.bfloat16)
+    if geometry.float8_weights:
+        hold_float8(model, published_float8(model))
+    return model
 
 
 @torch.no_grad()
@@ -82,6 +94,8 @@ def fill(model: DeepseekV4, seed: int) -> None:
     """Random weights of variance 1 / fan-in, in place and on their device: every activation is then of the order of 1, in any layer."""
     generator = torch.Generator(model.lm_head.weight.device).manual_seed(seed)
     for name, tensor in model.named_parameters():
+        if tensor.dtype == torch.float8_e4m3fn:
+            continue
         if name.endswith("norm.weight"):
             tensor.fill_(1)
         elif name.endswith("embed_tokens.weight"):
@@ -93,6 +107,7 @@ def fill(model: DeepseekV4, seed: int) -> None:
         else:  # matrices, and sinks and position biases, of which every value stands for itself
             fan_in = 1 if tensor.dim() == 1 or name.endswith("position_bias") else tensor.shape[-1]
             tensor.normal_(std=fan_in**-0.5, generator=generator)
+    fill_float8(model, generator)
     for layer in model.model.layers:
         router = layer.mlp.gate
         if router.hashed:
