@@ -54,6 +54,11 @@ class Geometry:
     float8_weights: bool = False  # of projections and experts, as both models are published; else bfloat16
 
     @property
+    def weight_type(self) -> str:
+        """Of projections and experts; the rest is bfloat16, some of it float32."""
+        return "float8" if self.float8_weights else "bfloat16"
+
+    @property
     def n_layers(self) -> int:
         return len(self.layer_types)
 

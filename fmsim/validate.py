@@ -89,7 +89,7 @@ def validate_scenario(
     measured = f"the moves and their bookkeeping on this {device_name(device)}, without a model's compute; the two are not to be compared"
     if whole_steps:
         n_experts = time_steps(rows, [make for _, make in policies], replayer, geometry, layer_map, device, scenario.batch, progress)
-        measured = f"the same on this {device_name(device)}, batch {scenario.batch}, with random bfloat16 weights and {n_experts} experts a layer"
+        measured = f"the same on this {device_name(device)}, batch {scenario.batch}, with random {geometry.weight_type} weights and {n_experts} experts a layer"
     about = {
         "name": scenario.name,
         "trace": str(file.file(scenario.trace)),

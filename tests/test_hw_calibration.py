@@ -17,7 +17,7 @@ from fmsim.hw.spec import load_hardware
 def given(**changes) -> Calibration:
     h100 = load_hardware("h100")
     fields = dict(
-        device="Some GPU", software="torch 2.11", date="2026-01-01", hbm_bytes=80e9, reserve_bytes=1e9, host_bytes=128e9, copy_bytes_per_s=2.99e12,
+        device="Some GPU", software="torch 2.11", date="2026-01-01", weights="bf16 weights", hbm_bytes=80e9, reserve_bytes=1e9, host_bytes=128e9, copy_bytes_per_s=2.99e12,
         matmul_flops=779e12, link_bytes_per_s=55.1e9, graph_launch_s=1.5e-6, host_launch_s=5e-6,
         gathers={37_376: {384: 46e9, 96: 37e9}, 584: {4096: 26e9, 32_768: 42e9}}, kernels={"v4-flash": h100.kernels["v4-flash"]},
         timings=(Timing(kernel="top-k", shape="1 x 8,192", n_bytes=34_816, seconds=1e-5),),
@@ -35,7 +35,7 @@ def test_what_is_written_is_read(tmp_path):
     assert (hw.hbm_bytes.value, hw.hbm_bytes_per_s.value, hw.matmul_flops.value) == (80e9, 2.99e12, 779e12)
     assert (hw.link.bandwidth_bytes_per_s.value, hw.kernels) == (55.1e9, calibration.kernels)
     assert {gather.row_bytes: gather.bytes_per_s for gather in hw.link.gathers} == calibration.gathers
-    assert "2026-01-01" in hw.hbm_bytes.source and "1.50 us" in hw.kernel_source
+    assert "2026-01-01" in hw.hbm_bytes.source and "bf16 weights" in hw.kernel_source and "1.50 us" in hw.kernel_source
     assert Calibration.model_validate_json(written[2].read_text()) == calibration
 
 
@@ -86,10 +86,12 @@ def test_without_a_gpu_it_says_so(tmp_path):
     assert "\n" not in str(result.exception) and not list(tmp_path.iterdir())
 
 
-def test_the_measuring_runs(tmp_path):
+@pytest.mark.parametrize("float8", [False, True])
+def test_the_measuring_runs(tmp_path, float8):
     """nano's modules on this processor: the figures mean nothing, but the whole path from clock to preset is walked."""
     from fmsim.exec.calibrate import Sizes, measure
     from fmsim.exec.kernels.layout import plain
+    from fmsim.exec.synthetic import QUANTISED
     from fmsim.nano.config import nano_config
 
     sizes = Sizes(
@@ -98,8 +100,12 @@ def test_the_measuring_runs(tmp_path):
     )  # fmt: skip
     lines: list[str] = []
     layouts = plain(torch.bfloat16, 64), plain(torch.bfloat16, 32)
-    calibration = measure(PRESETS["v4-flash"], nano_config(), layouts, "cpu", sizes, 0, lines.append)
+    config = nano_config()
+    if float8:
+        config.quantization_config = QUANTISED
+    calibration = measure(PRESETS["v4-flash"], config, layouts, "cpu", sizes, 0, lines.append)
     assert {timing.kernel for timing in calibration.timings} == {"index scores", "top-k", "sparse attention", "memory scores"}
     assert calibration.kernels["v4-flash"].csa_context_ms.keys() == {256, 512} and len(lines) > 20
+    assert ("float8" in calibration.weights) == float8
     write_preset(calibration, tmp_path / "cpu.yaml")
     assert load_hardware("cpu.yaml", tmp_path).link.gathers[1].bytes_per_s.keys() == {2, 4}

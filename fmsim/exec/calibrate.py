@@ -1,7 +1,7 @@
 """Measures a GPU for the simulator: memory, link, launches, every kernel by shape, and a decode step's modules. `fmsim hw calibrate`.
 
-The modules are `fmsim.exec.model`'s with random bfloat16 weights at full width, their attention from kernels. A preset made here says
-what this engine does on this GPU, not what a serving framework with FP8 weights would.
+The modules are `fmsim.exec.model`'s with random weights at full width, float8 where the model's are published so and bfloat16 elsewhere, their
+attention from kernels. A preset made here says what this engine does on this GPU, not what a serving framework would.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from fmsim.exec.decode_attention import DecodeAttention, Home
 from fmsim.exec.kernels.hyper_connection import Pending, enter, read_out
 from fmsim.exec.kernels.layout import KEY, LATENT, Layout
 from fmsim.exec.model import CSA, HCA, Attention, HyperConnection, HyperHead, MoE, RMSNorm, linear
+from fmsim.exec.quantised import fill_float8, hold_float8, published_float8
 from fmsim.exec.synthetic import synthetic_config
 from fmsim.exec.timing import median_s
 from fmsim.geometry import Geometry
@@ -69,6 +70,7 @@ def measure(
     return Calibration(
         device=torch.cuda.get_device_name() if cuda else "CPU",
         software=f"torch {torch.__version__}, Python {platform.python_version()}",
+        weights="float8 weights (compressors and head bf16)" if _float8(config) else "bf16 weights",
         date=datetime.datetime.now(datetime.UTC).date().isoformat(),
         hbm_bytes=total, reserve_bytes=held, host_bytes=_host_bytes(), gathers=gathers, kernels={geometry.name: table}, timings=timings, **figures,
     )  # fmt: skip
@@ -171,7 +173,7 @@ def attention_s(config: DeepseekV4Config, kind: str, batch: int, tokens: int, la
     The token closes no entry, as in three steps of four of a CSA layer and in 127 of 128 of an HCA layer.
     """
     with torch.device(device):
-        attention = _random(Attention(config, kind))
+        attention = _random(Attention(config, kind), _float8(config))
         decode = DecodeAttention(attention, batch, tokens, *layouts)
         for appender in filter(None, (decode.entries, decode.keys)):
             _fill(appender.layout, appender.homes[0])
@@ -188,14 +190,23 @@ def _fill(layout: Layout, home: Home) -> None:
         home.table.copy_(table)
 
 
-def _random(module: nn.Module) -> nn.Module:
+def _random(module: nn.Module, float8: bool = False) -> nn.Module:
+    """Random bfloat16 weights; with ``float8``, float8 for those that are published so."""
     for parameter in module.parameters():
         parameter.normal_(std=max(parameter.shape) ** -0.5)
-    return module.to(torch.bfloat16)
+    module.to(torch.bfloat16)
+    if float8:
+        hold_float8(module, published_float8(module))
+        fill_float8(module)
+    return module
+
+
+def _float8(config: DeepseekV4Config) -> bool:
+    return bool(getattr(config, "quantization_config", None))
 
 
 def _experts(config: DeepseekV4Config):
-    layer = _random(MoE(config, hashed=False))
+    layer = _random(MoE(config, hashed=False), _float8(config))
 
     def at(batch: int):
         x, tokens = torch.randn(batch, 1, config.hidden_size, device=layer.gate.weight.device), torch.zeros(batch, 1, dtype=torch.long)

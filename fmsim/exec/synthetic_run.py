@@ -132,7 +132,7 @@ def report(runs: Sequence[Run], replayer: Replayer, geometry: Geometry, layer_ma
         "device": device_name(torch.device(device)),
         "dtype": "bfloat16",
         "model": {
-            "name": f"{geometry.name}, random weights, {n_experts} of {geometry.n_experts} experts a layer",
+            "name": f"{geometry.name}, random {geometry.weight_type} weights, {n_experts} of {geometry.n_experts} experts a layer",
             "csa_layers": geometry.n_csa, "layers": geometry.n_layers, "topk": geometry.index_topk, "experts": n_experts,
         },
         "prompt": {"text": f"the accesses of {trace}", "tokens": [replayer.header.prompt_tokens]},

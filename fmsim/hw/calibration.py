@@ -35,6 +35,7 @@ class Calibration(BaseModel):
     device: str
     software: str
     date: str
+    weights: str  # of the modules of ``kernels``
     hbm_bytes: float = Field(gt=0)
     reserve_bytes: float = Field(gt=0)
     host_bytes: float = Field(gt=0)
@@ -68,7 +69,7 @@ class Calibration(BaseModel):
             "reserve_bytes": figure(self.reserve_bytes, "what the runtime holds before any weights or KV"),
             "host_bytes": figure(self.host_bytes, "the host's memory"),
             "kernel_factor": {"value": 1.0, "source": f"measured modules, added up; {source}"},
-            "kernel_source": f"{source}; bf16 weights, CUDA graphs, cold L2; a graph's launch of one kernel takes "
+            "kernel_source": f"{source}; {self.weights}, CUDA graphs, cold L2; a graph's launch of one kernel takes "
             f"{self.graph_launch_s * 1e6:.2f} us, the host's {self.host_launch_s * 1e6:.1f} us",
             "kernels": {model: table.model_dump() for model, table in self.kernels.items()},
         }
