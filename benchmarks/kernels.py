@@ -17,6 +17,7 @@ import importlib.metadata
 import json
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +31,7 @@ except ImportError:
 from fmsim.exec import calibrate
 from fmsim.exec import kernel_cases as cases
 from fmsim.exec.kernels.layout import KEY, LATENT
-from fmsim.exec.model import CSA, Attention
+from fmsim.exec.model import CSA, HCA
 from fmsim.exec.synthetic import synthetic_config
 from fmsim.exec.timing import median_s
 from fmsim.geometry import PRESETS
@@ -42,6 +43,7 @@ LIMITS = {
     "index scores": 1e-2, "index scores, float8 queries": 1e-2, "sparse attention": 1e-2, "sparse attention with masses": 1e-2, "top-k": 0.0,
     "hyper-connection": 1e-2, "hyper-connection, head": 1e-2, "norm and RoPE": 1e-2, "RoPE": 1e-2, "RMSNorm": 1e-2,
     "experts": 1e-2, "experts, float8": 1e-2,
+    "float8 linear": 1e-2,
 }  # fmt: skip
 COMPILED = {"hyper-connection", "hyper-connection, head", "norm and RoPE", "RoPE", "RMSNorm"}  # whose compiled reference a CUDA graph holds too
 PEERS = {} if flashinfer is None else {"flashinfer.top_k": lambda scores: flashinfer.top_k(scores, cases.TOP_K)}
@@ -60,11 +62,13 @@ BUILDERS = {
     "routing": [lambda b=b: cases.routing(b, DEVICE) for b in (1, 64)],
     "experts": [lambda b=b: cases.mixing(b, DEVICE) for b in (1, 4, 16, 64, 128)],
     "experts, float8": [lambda b=b: cases.mixing(b, DEVICE, float8=True) for b in (1, 4, 16, 64, 128)],
+    "float8 linear": [lambda b=b, s=s: cases.projecting(b, *s, DEVICE) for s in cases.PROJECTIONS.values() for b in (1, 8, 64)],
     "memory scores": [lambda n=n: cases.memory_scoring(1, n, DEVICE) for n in (32_768, 131_072)],
     "recall": [lambda r=r, n=n: cases.recall(r, n, DEVICE) for r, n in ((584, 4096), (584, 32_768), (2336, 8192), (37_376, 96), (37_376, 384), (37_376, 2000))]
     + [lambda n=n: cases.recall(584, n, DEVICE, ascending=True) for n in (4096, 32_768)]
     + [lambda: cases.recall(584, 32_768, DEVICE, host_bytes=21 * 128_000 * 584, layers=21)],  # a request's mirror at 512K tokens, as an engine reads it
 }  # fmt: skip
+LAYERS = {"csa layer": CSA, "hca layer": HCA}
 
 
 def wrong_by(case: cases.Case) -> float | None:
@@ -93,25 +97,25 @@ def measured(name: str, case: cases.Case) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def csa_layer(tokens: int = 524_288) -> dict[str, Any]:
-    """One CSA layer's attention at batch 1: projections in bfloat16 through torch, kernels between them, one CUDA graph; the step's
-    angles and lengths, which layers share, given; the token closes no entry, as three of four don't."""
-    flash = PRESETS["v4-flash"]
+def layer(kind: str, float8: bool, tokens: int = 524_288) -> dict[str, Any]:
+    """One layer's attention at batch 1, its weights bfloat16 or float8 as published: projections and the kernels between them, one CUDA graph;
+    the step's angles and lengths, which layers share, given; the token closes no entry, as three of four don't."""
+    flash = replace(PRESETS["v4-flash"], float8_weights=float8)
     config = synthetic_config(flash, flash.n_experts)
-    seconds = calibrate.attention_s(config, CSA, 1, tokens, (LATENT, KEY), DEVICE)
-    with torch.device("meta"):
-        weight_bytes = 2 * sum(parameter.numel() for parameter in Attention(config, CSA).parameters())
-    attended = flash.index_topk + flash.window_tokens
-    n_bytes = weight_bytes + flash.csa_entries(tokens) * (KEY.entry_bytes + 4) + attended * LATENT.entry_bytes
+    seconds = calibrate.attention_s(config, kind, 1, tokens, (LATENT, KEY), DEVICE)
+    read = flash.csa_entries(tokens) * (KEY.entry_bytes + 4) + flash.index_topk * LATENT.entry_bytes
+    read = read if kind == CSA else flash.hca_entries(tokens) * LATENT.entry_bytes
+    n_bytes = calibrate.attention_bytes(config, kind) + read + flash.window_tokens * LATENT.entry_bytes
+    name = f"{'CSA' if kind == CSA else 'HCA'} layer, {'float8' if float8 else 'bf16'} weights"
     return {
-        "kernel": "a CSA layer, bf16 weights", "shape": f"1 x {tokens:,} tokens", "bytes": n_bytes, "relative_error": None, "us": seconds * 1e6,
-        "share_of_floor": n_bytes / HBM_BYTES_PER_S / seconds, "peers_us": {SGLANG: 137.0} if tokens == 524_288 else {},
+        "kernel": name, "shape": f"1 x {tokens:,} tokens", "bytes": n_bytes, "relative_error": None, "us": seconds * 1e6,
+        "share_of_floor": n_bytes / HBM_BYTES_PER_S / seconds, "peers_us": {SGLANG: 137.0} if kind == CSA and tokens == 524_288 else {},
     }  # fmt: skip
 
 
 def rows_of(name: str) -> Iterator[dict[str, Any]]:
-    if name == "csa layer":
-        yield csa_layer()
+    if name in LAYERS:
+        yield from (layer(LAYERS[name], float8) for float8 in (False, True))
     else:
         yield from (measured(name, build()) for build in BUILDERS[name])
 
@@ -126,7 +130,7 @@ def installed(name: str) -> str | None:
 @torch.inference_mode()
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--kernel", action="append", choices=[*BUILDERS, "csa layer"], help="only this one; repeat for more")
+    parser.add_argument("--kernel", action="append", choices=[*BUILDERS, *LAYERS], help="only this one; repeat for more")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "kernels.json")
     given = parser.parse_args()
     if not torch.cuda.is_available():
@@ -134,7 +138,7 @@ def main() -> None:
     versions = {name: installed(name) for name in ("torch", "triton", "flashinfer-python", "tilelang")}
     rows = []
     print(f"{'kernel':30} {'shape':>16} {'MB':>8} {'us':>9} {'of floor':>9}  peers, us")
-    for name in given.kernel or [*BUILDERS, "csa layer"]:
+    for name in given.kernel or [*BUILDERS, *LAYERS]:
         for row in rows_of(name):
             rows.append(row)
             peers = ", ".join(f"{label} {us:.1f}" for label, us in row["peers_us"].items())

@@ -147,6 +147,20 @@ SWEEPS = {
         {"latent, 8 x 128": lambda: cases.appending(8, LATENT, 128, 1, DEVICE), "key, 8 x 4": lambda: cases.appending(8, KEY, 4, 2, DEVICE)},
         grid(block_tokens=[4, 8, 16, 32], warps=[4, 8, 16]),
     ),
+    "float8 linear": Sweep(
+        "LINEAR",
+        {f"{what}, {batch}": lambda batch=batch, shape=shape: cases.projecting(batch, *shape, DEVICE) for batch in (1, 8) for what, shape in cases.PROJECTIONS.items()},
+        grid(block_outputs=[64], programs=[264, 528, 1056], warps=[2], stages=[3, 4, 6])
+        + grid(block_outputs=[32], programs=[528, 1056], warps=[2, 4], stages=[4, 6])
+        + grid(block_outputs=[128], programs=[264, 528], warps=[2, 4], stages=[3, 4])
+        + grid(block_outputs=[64], programs=[528], warps=[4], stages=[4]),
+    ),
+    "float8 linear, many rows": Sweep(
+        "LINEAR_OF_MANY",
+        {f"{what}, 64": lambda shape=shape: cases.projecting(64, *shape, DEVICE) for what, shape in cases.PROJECTIONS.items()},
+        grid(block_outputs=[128], programs=[132, 264, 528], warps=[4, 8], stages=[3, 4])
+        + grid(block_outputs=[64], programs=[264, 528], warps=[2, 4], stages=[3, 4]),
+    ),
     "recall": Sweep(
         "GATHER",
         {

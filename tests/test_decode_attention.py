@@ -6,19 +6,24 @@ import torch
 from fmsim.exec.decode_attention import DecodeAttention
 from fmsim.exec.kernels.layout import plain
 from fmsim.exec.model import CSA, HCA, SLIDING, Attention, CompressorState, LayerCache
+from fmsim.exec.quantised import fill_float8, hold_float8, published_float8
 from fmsim.exec.timing import captured
 from fmsim.nano.config import nano_config
 
 
+@pytest.mark.parametrize("float8", [False, True])
 @pytest.mark.parametrize("kind", [SLIDING, CSA, HCA])
 @torch.inference_mode()
-def test_it_is_the_models_attention(kind):
+def test_it_is_the_models_attention(kind, float8):
     """Across the window's end and 128-token entries; more CSA entries close than the indexer may take. Two sequences of different lengths."""
     torch.manual_seed(0)
     config = nano_config()
     config.index_topk, config.index_n_heads = 20, 16  # of many heads some respond, so no two scores are equally zero
     attention = Attention(config, kind)
     attention.sinks.normal_()
+    if float8:
+        hold_float8(attention, published_float8(attention))
+        fill_float8(attention)
     tokens, lag = 140, 10
     decode = DecodeAttention(attention, 2, 200, plain(torch.float32, 64), plain(torch.float32, 32))
     inputs = torch.randn(2, tokens, config.hidden_size)
@@ -49,12 +54,16 @@ def test_it_is_the_models_attention(kind):
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device: a CUDA graph needs one")
+@pytest.mark.parametrize("float8", [False, True])
 @torch.inference_mode()
-def test_a_cuda_graph_holds_a_step():
+def test_a_cuda_graph_holds_a_step(float8):
     """One captured step, replayed at every position, gives what steps run one by one give: nothing in it depends on a length."""
     torch.manual_seed(0)
     config = nano_config()
     attention = Attention(config, CSA).cuda().to(torch.bfloat16)
+    if float8:
+        hold_float8(attention, published_float8(attention))
+        fill_float8(attention)
     eager, held = (DecodeAttention(attention, 2, 200, plain(torch.bfloat16, 64), plain(torch.bfloat16, 32)) for _ in range(2))
     x = torch.zeros(2, 1, config.hidden_size, device="cuda", dtype=torch.bfloat16)
     positions, out = torch.zeros(2, device="cuda", dtype=torch.int32), torch.zeros_like(x)

@@ -182,6 +182,13 @@ def attention_s(config: DeepseekV4Config, kind: str, batch: int, tokens: int, la
     return median_s(lambda: decode.attend(x, now), device)
 
 
+def attention_bytes(config: DeepseekV4Config, kind: str) -> int:
+    """What one layer's attention reads of weights."""
+    with torch.device("meta"):
+        attention = _random(Attention(config, kind), _float8(config))
+    return sum(tensor.nbytes for tensor in [*attention.parameters(), *attention.buffers()])
+
+
 def _fill(layout: Layout, home: Home) -> None:
     """Entries of made-up content, in pages that lie in random order."""
     if layout.kind != "plain":

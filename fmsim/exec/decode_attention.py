@@ -101,11 +101,11 @@ class AllEntries:
 class _Appender:
     """One compressor of B sequences: the projections of its open windows, and where the entries go that they close."""
 
-    def __init__(self, compressor: Compressor, layout: Layout, homes: Sequence[Home], batch: int, dtype: torch.dtype):
+    def __init__(self, compressor: Compressor, layout: Layout, homes: Sequence[Home], batch: int):
         norm, series = compressor.kv_norm, 2 if compressor.overlapping else 1
         self.compressor, self.layout, self.homes = compressor, layout, homes
         self.pooling = Pooling(compressor.rate, series, compressor.position_bias.detach(), norm.weight.detach(), norm.eps)
-        self.ring = self.pooling.new_ring(batch, dtype)
+        self.ring = self.pooling.new_ring(batch, compressor.kv_proj.weight.dtype)
 
     def append(self, kv: Tensor, gate: Tensor, now: Moment) -> None:
         """A token's projections [B, 1, series * width]."""
@@ -136,33 +136,32 @@ class DecodeAttention:
         self, attention: Attention, batch: int, max_tokens: int, latent: Layout, key: Layout, pager: EntryPager | None = None,
         first: DecodeAttention | None = None,
     ):  # fmt: skip
-        weight, window = attention.kv_proj.weight, attention.window
+        device, window = attention.kv_proj.weight.device, attention.window
         self.attention, self.latent, self.first = attention, latent, first or self
-        self.window = latent.new_pool(batch, window, weight.device)
+        self.window = latent.new_pool(batch, window, device)
         # A window is a ring: each sequence's one page of W tokens, whichever W tokens they are.
-        page = torch.arange(batch, dtype=torch.int32, device=weight.device)[:, None]
+        page = torch.arange(batch, dtype=torch.int32, device=device)[:, None]
         self.window_table = page.expand(-1, cdiv(max_tokens, window)).contiguous()
-        norm, dtype = attention.kv_norm, torch.bfloat16 if weight.dtype == torch.float8_e4m3fn else weight.dtype
+        norm = attention.kv_norm
         self.as_it_is = Pooling(1, 1, norm.weight.new_zeros(1, attention.size, dtype=torch.float32), norm.weight.detach(), norm.eps)
-        self.no_ring = self.as_it_is.new_ring(batch, dtype)
-        of_input, of_latent = [attention.q_a_proj, attention.kv_proj], [attention.q_b_proj]
+        self.no_ring = self.as_it_is.new_ring(batch, torch.bfloat16)  # never read
         self.entries = self.keys = self.pager = self.hca = None
+        of_input, of_latent = [attention.q_a_proj, attention.kv_proj], [attention.q_b_proj]
+        if attention.kind != SLIDING:
+            of_input += [attention.compressor.kv_proj, attention.compressor.gate_proj]
         if attention.kind == HCA:
             count = max_tokens // attention.compressor.rate
-            self.hca = Home.of_its_own(latent, batch, count, weight.device)
-            self.entries = _Appender(attention.compressor, latent, [self.hca], batch, dtype)
-            self.every_id = torch.arange(count, dtype=torch.int32, device=weight.device)
+            self.hca = Home.of_its_own(latent, batch, count, device)
+            self.entries = _Appender(attention.compressor, latent, [self.hca], batch)
+            self.every_id = torch.arange(count, dtype=torch.int32, device=device)
         if attention.kind == CSA:
             self.pager = pager or AllEntries(attention, batch, max_tokens // attention.compressor.rate, latent, key)
-            self.entries = _Appender(attention.compressor, latent, self.pager.homes, batch, dtype)
+            self.entries = _Appender(attention.compressor, latent, self.pager.homes, batch)
             indexer = attention.compressor.indexer
-            self.keys = _Appender(indexer, key, self.pager.key_homes, batch, dtype)
-            self.index_scale = torch.full((1,), (indexer.heads * indexer.width) ** -0.5, device=weight.device)  # a vector makes float32 of bfloat16
+            self.keys = _Appender(indexer, key, self.pager.key_homes, batch)
+            self.index_scale = torch.full((1,), (indexer.heads * indexer.width) ** -0.5, device=device)  # a vector makes float32 of bfloat16
+            of_input += [indexer.kv_proj, indexer.gate_proj, indexer.scorer.weights_proj]
             of_latent.append(indexer.q_b_proj)
-        for appender in filter(None, (self.entries, self.keys)):
-            of_input += [appender.compressor.kv_proj, appender.compressor.gate_proj]
-        if attention.kind == CSA:
-            of_input.append(attention.compressor.indexer.scorer.weights_proj)
         self.of_input, self.of_latent = Joined(of_input), Joined(of_latent)
 
     def __call__(self, x: Tensor, positions: Tensor) -> Tensor:

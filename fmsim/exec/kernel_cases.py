@@ -19,6 +19,7 @@ from fmsim.exec.kernels.hyper_connection import Pending, enter, enter_reference,
 from fmsim.exec.kernels.index_score import index_scores, index_scores_reference, new_scores
 from fmsim.exec.kernels.lang import cdiv
 from fmsim.exec.kernels.layout import KEY, LATENT, Layout
+from fmsim.exec.kernels.linear import grouped_product, linear, linear_reference
 from fmsim.exec.kernels.memory_score import memory_scores
 from fmsim.exec.kernels.norm_rope import norm_rope, norm_rope_reference
 from fmsim.exec.kernels.rms_norm import rms_norm, rms_norm_reference
@@ -34,6 +35,8 @@ HEADS, MEMORY_HEADS, ROPE_PAIRS, QUERY_LATENT = 64, 128, 32, 1024
 HIDDEN, STREAMS = 4096, 4
 COPY_NODES = 4096
 EXPERTS, EXPERT_WIDTH, ACTIVE = 24, 2048, 6  # as many of them as fit a GPU beside one long request
+# Of a CSA layer's float8 weights, by what they read: rows, inputs of each, groups.
+PROJECTIONS = {"input": (1536, HIDDEN, 1), "latent": (40_960, QUERY_LATENT, 1), "attended": (8192, HIDDEN, 8), "output": (HIDDEN, 8192, 1)}
 
 
 @dataclass(frozen=True)
@@ -209,6 +212,17 @@ def _into_float8(routed: Experts, shared: SwiGLU) -> None:
     for linear in shared.children():
         linear.weight.data, scale = quantise(linear.weight)
         linear.register_buffer("scale", scale)
+
+
+def projecting(batch: int, outputs: int, inputs: int, groups: int, device) -> Case:
+    """A product with float8 weights; the same with bfloat16 weights through torch is its peer."""
+    weight, scale = quantise(torch.randn(outputs, inputs, device=device) * inputs**-0.5)
+    x, wide = torch.randn(batch, 1, groups * inputs, device=device).to(torch.bfloat16), dequantise(weight, scale, dtype=torch.bfloat16)
+    given = x, weight, scale, groups
+    n_bytes = weight.nbytes + scale.nbytes + x.nbytes + batch * outputs * 2
+    name = f"{batch} x {inputs:,} x {outputs:,}" + (f" / {groups}" if groups > 1 else "")
+    peers = {"torch, bf16": lambda: grouped_product(x, wide, groups)}
+    return Case("float8 linear", name, n_bytes, lambda: linear(*given), lambda: linear_reference(*given), peers)
 
 
 def memory_scoring(batch: int, entries: int, device, layers: int = 3) -> Case:
