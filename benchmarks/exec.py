@@ -5,7 +5,7 @@
 Each policy runs for one request and for as many as the KV budget (GiB) holds (granularities for one request only), all in one process with one set
 of weights. The prediction is the
 simulator's with a preset that the same process calibrates, at contexts and batches other than those measured here, on the modules of the same
-weights (as many experts a layer). Times are medians over the steps after the second decision.
+weights (as many experts a layer). Weights are float8 where the release's are, and bfloat16 elsewhere. Times are medians over the steps after the second decision.
 """
 
 from __future__ import annotations
@@ -184,7 +184,7 @@ def main() -> None:
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "device": torch.cuda.get_device_name() if given.device == "cuda" else "CPU",
         "command": f"python benchmarks/exec.py --trace {given.trace} --model {given.model} --kv-budget {given.kv_budget:g} --steps {given.steps}",
-        "torch": torch.__version__, "experts": experts, "context_tokens": setting.replayer.header.prompt_tokens, "kv_budget_gib": given.kv_budget,
+        "torch": torch.__version__, "weights": setting.geometry.weight_type, "experts": experts, "context_tokens": setting.replayer.header.prompt_tokens, "kv_budget_gib": given.kv_budget,
     }  # fmt: skip
     result: dict[str, Any] = about | {"rows": []}
     given.out.parent.mkdir(parents=True, exist_ok=True)
