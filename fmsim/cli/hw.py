@@ -37,7 +37,8 @@ def calibrate(
 ) -> None:
     """Measure this machine's GPU and write a preset that scenarios read (needs a CUDA device and torch).
 
-    Copies, gathers from pinned host memory by row size and count, every kernel by shape, launches, and a decode step's modules.
+    Copies, gathers from pinned host memory by row size and count, every kernel by shape, launches, and a decode step's modules, their weights
+    float8 where the model's config has a quantization_config, as both presets' have.
 
     \b
     fmsim hw calibrate --out my-h100.yaml

@@ -57,10 +57,12 @@ class HyperConnection(NamedTuple):
 
 
 class Linear(NamedTuple):
+    """Not swept yet: chosen by what the compiler makes of it for sm_90."""
+
     block_outputs: int = 64  # of one program; a divisor of 128
-    block_inputs: int = 128  # a turn: a row's run of bytes; a divisor of 128, whose products share a scale
+    block_inputs: int = 128  # a turn: a row's run of bytes; a divisor of 128
     programs: int = 528  # over blocks of outputs and splits of the inputs: four on each of 132 multiprocessors
-    warps: int = 2  # whose products read shared memory in whole lines; four and 64 outputs make a warpgroup's, which read it in pairs of bytes
+    warps: int = 2  # four with 64 outputs are a warpgroup, whose products find float8 in shared memory in pairs of bytes; two take whole lines
     stages: int = 4
     block_sums: int = 128  # outputs of which one program adds up the splits
 
