@@ -46,7 +46,8 @@ def wide_weight(projection: Projection) -> Tensor:
 class Joined:
     """Several projections of one input: one product for each type of weight. Call it with the input for their outputs, in order, as views.
 
-    Made from projections whose weights it moves into one tensor, of which theirs become views; made again, it finds them there.
+    Made from projections whose weights it moves into one tensor, of which theirs become views; made again, it finds them there. A CUDA graph
+    that was captured before the move would read where they no longer are.
     """
 
     def __init__(self, projections: Sequence[Projection]):
