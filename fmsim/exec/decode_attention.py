@@ -5,7 +5,9 @@ Static buffers and no host synchronisation, so a CUDA graph may hold a step. Bat
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from functools import cache
 from typing import NamedTuple, Protocol
 
 import torch
@@ -47,6 +49,29 @@ class Moment(NamedTuple):
 def turn_at(positions: Tensor, inv_freq: Tensor) -> Turn:
     angles = positions[:, None, None].float() * inv_freq
     return angles.cos(), angles.sin()
+
+
+@cache
+def _side_stream(device: torch.device) -> torch.cuda.Stream:
+    return torch.cuda.Stream(device)
+
+
+@contextmanager
+def beside(device: torch.device) -> Iterator[None]:
+    """On a GPU, what is launched within runs beside what comes after, until `joined`."""
+    if device.type != "cuda":
+        yield
+        return
+    side = _side_stream(device)
+    side.wait_stream(torch.cuda.current_stream(device))
+    with torch.cuda.stream(side):
+        yield
+
+
+def joined(device: torch.device) -> None:
+    """What comes after waits for what runs `beside`."""
+    if device.type == "cuda":
+        torch.cuda.current_stream(device).wait_stream(_side_stream(device))
 
 
 class Home(NamedTuple):
@@ -184,32 +209,34 @@ class DecodeAttention:
         """x [B, 1, D], the attention's input -> output [B, 1, D]."""
         attention, turn = self.attention, tuple(part[:, 0] for part in now.turn)
         latent, kv, *compressed = self.of_input(x)
+        with beside(x.device):
+            self._append(kv, compressed[:-1] if attention.kind == CSA else compressed, now)
         q, *index_queries = self.of_latent(rms_norm(latent, attention.q_a_norm))
         q = norm_rope(q.view(-1, attention.heads, attention.size), turn, attention.eps)
-        compress_and_append(kv, kv, now.positions, self.as_it_is, self.no_ring, now.turn, self.window, self.latent, self.window_table)
-        ids, home = self._select(compressed, index_queries, now)
+        if attention.kind == CSA:
+            indexer = attention.compressor.indexer
+            queries = norm_rope(index_queries[0].view(-1, indexer.heads, indexer.width), turn)[:, None]
+            weights = compressed[-1] * self.index_scale
+        joined(x.device)
+        if attention.kind == CSA:
+            ids, home = self.pager.select(queries, weights, now.visible, indexer.top_k), self.pager.homes[0]
+        elif attention.kind == HCA:
+            ids, home = now.every, self.hca
+        else:
+            ids, home = now.positions.new_empty(len(now.positions), 0), Home(self.window, self.window_table)
         rows = Rows(self.latent, self.window, now.window_lengths, *home, ids)
         out, masses = sparse_attention(q, rows, attention.sinks, attention.scale, self.pager is not None and self.pager.wants_masses)
         if self.pager is not None:
             self.pager.reports(q, rows, masses, x, attention)
         return attention.project_out(norm_rope(out, turn, inverse=True)[:, None])
 
-    def _select(self, compressed: Sequence[Tensor], index_queries: Sequence[Tensor], now: Moment) -> tuple[Tensor, Home]:
-        """Append what the token closes, then name the entries to attend to: none, all, or the pager's.
-
-        ``compressed``: the compressor's projections of the token, then a CSA layer's indexer's and its head weights; ``index_queries``: its queries.
-        """
-        attention = self.attention
-        if attention.kind == SLIDING:
-            return now.positions.new_empty(len(now.positions), 0), Home(self.window, self.window_table)
-        self.entries.append(*compressed[:2], now)
-        if attention.kind == HCA:
-            return now.every, self.hca
-        self.keys.append(*compressed[2:4], now)
-        indexer = attention.compressor.indexer
-        queries = index_queries[0].view(-1, indexer.heads, indexer.width)
-        queries = norm_rope(queries, tuple(part[:, 0] for part in now.turn))[:, None]
-        return self.pager.select(queries, compressed[4] * self.index_scale, now.visible, indexer.top_k), self.pager.homes[0]
+    def _append(self, kv: Tensor, compressed: Sequence[Tensor], now: Moment) -> None:
+        """The token's own entry into the window, and what it closes: projections for entries, then in a CSA layer for index keys."""
+        compress_and_append(kv, kv, now.positions, self.as_it_is, self.no_ring, now.turn, self.window, self.latent, self.window_table)
+        if self.entries is not None:
+            self.entries.append(*compressed[:2], now)
+        if self.keys is not None:
+            self.keys.append(*compressed[2:], now)
 
     def take(self, b: int, cache: LayerCache, tokens: int) -> None:
         """Go on from what a prefill of ``tokens`` tokens left, as sequence ``b``. A CSA layer's entries are its pager's to take."""
