@@ -75,10 +75,9 @@ SWEEPS = {
     ),
     "sparse attention": Sweep(
         "ATTENTION",
-        {f"{batch} x 128,000": lambda batch=batch: cases.attention(batch, 128_000, DEVICE) for batch in (1, 8, 32)},
-        grid(block_heads=[16], block_rows=[16, 32], programs=[132, 264, 528], warps=[4], stages=[2, 3])
-        + grid(block_heads=[64], block_rows=[16, 32, 64], programs=[132, 264, 528], warps=[8], stages=[2])
-        + grid(block_heads=[32], block_rows=[32], programs=[132, 264, 528], warps=[4, 8], stages=[2]),
+        {f"{batch} x 640": lambda batch=batch: cases.attention(batch, 128_000, DEVICE) for batch in (1, 8, 32, 97)}
+        | {f"{batch} x 4,224": lambda batch=batch: cases.attention(batch, 4096, DEVICE, selected=4096) for batch in (1, 97)},
+        grid(block_rows=[64], programs=[132, 264], stages=[1, 2], gather_rows=[8, 16, 32]) + grid(block_rows=[32], programs=[132, 264], stages=[2, 3]),
     ),
     "experts, one": Sweep(
         "EXPERTS_OF_ONE",

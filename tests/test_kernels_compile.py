@@ -16,7 +16,7 @@ LAUNCHES = [
     "rms_norm", "route", "experts, many", "experts, float8, one", "linear, output", "copy_rows, entries",
 ]  # fmt: skip
 KERNELS = {
-    "_index_scores", "_top_k", "_attend", "_combine", "_row_masses", "_compress", "_leave_and_project", "_enter", "_norm_rope", "_rms_norm",
+    "_index_scores", "_top_k", "_gather", "_attend", "_combine", "_row_masses", "_compress", "_leave_and_project", "_enter", "_norm_rope", "_rms_norm",
     "_route", "_schedule", "_gate_up", "_down", "_sum_pairs", "_linear", "_add_up", "_copy_rows",
 }  # fmt: skip
 

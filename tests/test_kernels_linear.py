@@ -55,7 +55,7 @@ def test_quantising_loses_a_sixteenth_at_most(seed, experts, outputs, inputs):
 
 
 @on_each_device
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=15 if torch.cuda.is_available() else 150, deadline=None)  # each shape is compiled anew there
 @given(
     seed=st.integers(0, 2**32),
     rows=st.sampled_from([1, 2, 9, 17, 128]),

@@ -12,7 +12,7 @@ from fmsim.exec.kernels.tuning import Attention
 from fmsim.exec.model import CSA, Attention as ModelAttention
 from fmsim.nano.config import nano_config
 
-SMALL = Attention(block_heads=16, block_rows=16, programs=12, mass_rows=32)
+SMALL = Attention(gather_rows=8, block_heads=16, block_rows=16, programs=12, mass_rows=32)
 
 
 def draw(seed, batch, heads, layout, dtype, window, per_page, entries, selected, missing):

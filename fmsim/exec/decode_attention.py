@@ -19,7 +19,7 @@ from fmsim.exec.kernels.lang import cdiv
 from fmsim.exec.kernels.layout import Layout, write_entries
 from fmsim.exec.kernels.norm_rope import norm_rope
 from fmsim.exec.kernels.rms_norm import rms_norm
-from fmsim.exec.kernels.sparse_attention import Masses, Rows, sparse_attention
+from fmsim.exec.kernels.sparse_attention import Masses, Rows, matrix_type, sparse_attention
 from fmsim.exec.kernels.top_k import top_k
 from fmsim.exec.model import CSA, HCA, SLIDING, Attention, Compressor, CompressorState, LayerCache
 from fmsim.exec.projections import Joined
@@ -212,7 +212,7 @@ class DecodeAttention:
         with beside(x.device):
             self._append(kv, compressed[:-1] if attention.kind == CSA else compressed, now)
         q, *index_queries = self.of_latent(rms_norm(latent, attention.q_a_norm))
-        q = norm_rope(q.view(-1, attention.heads, attention.size), turn, attention.eps)
+        q = norm_rope(q.view(-1, attention.heads, attention.size), turn, attention.eps, dtype=matrix_type(self.latent))
         if attention.kind == CSA:
             indexer = attention.compressor.indexer
             queries = norm_rope(index_queries[0].view(-1, indexer.heads, indexer.width), turn)[:, None]
@@ -228,7 +228,7 @@ class DecodeAttention:
         out, masses = sparse_attention(q, rows, attention.sinks, attention.scale, self.pager is not None and self.pager.wants_masses)
         if self.pager is not None:
             self.pager.reports(q, rows, masses, x, attention)
-        return attention.project_out(norm_rope(out, turn, inverse=True)[:, None])
+        return attention.project_out(norm_rope(out, turn, inverse=True, dtype=x.dtype)[:, None])
 
     def _append(self, kv: Tensor, compressed: Sequence[Tensor], now: Moment) -> None:
         """The token's own entry into the window, and what it closes: projections for entries, then in a CSA layer for index keys."""

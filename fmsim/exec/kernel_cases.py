@@ -104,18 +104,19 @@ def selection(batch: int, entries: int, device, others: dict[str, Callable[[Tens
     )
 
 
-def attention(batch: int, entries: int, device, masses: bool = False) -> Case:
+def attention(batch: int, entries: int, device, masses: bool = False, selected: int = TOP_K) -> Case:
+    """``selected`` of the entries, at random; all of them, as in an HCA layer, where they are as many."""
     pool, table = paged(LATENT, batch, entries, device)
     window = torch.full((batch, WINDOW * LATENT.entry_bytes), 0x3F, dtype=torch.uint8, device=device)
     window[:, WINDOW * LATENT.value_bytes :] = 119
-    selected = min(TOP_K, entries)
+    selected = min(selected, entries)
     ids = torch.stack([torch.randperm(entries, device=device)[:selected].sort().values for _ in range(batch)]).to(torch.int32)
     rows = Rows(LATENT, window, torch.full((batch,), WINDOW, dtype=torch.int32, device=device), pool, table, ids)
     queries, sinks = torch.randn(batch, HEADS, LATENT.width, device=device).to(torch.bfloat16), torch.zeros(HEADS, device=device)
     inputs = queries, rows, sinks, LATENT.width**-0.5, masses
     n_bytes = batch * ((WINDOW + selected) * LATENT.entry_bytes + 2 * queries[0].numel() * 2)
     name = "sparse attention with masses" if masses else "sparse attention"
-    return Case(name, f"{batch} x {entries:,}", n_bytes, lambda: sparse_attention(*inputs)[0], lambda: sparse_attention_reference(*inputs)[0])
+    return Case(name, f"{batch} x {selected + WINDOW:,}", n_bytes, lambda: sparse_attention(*inputs)[0], lambda: sparse_attention_reference(*inputs)[0])
 
 
 def appending(batch: int, layout: Layout, rate: int, series: int, device) -> Case:

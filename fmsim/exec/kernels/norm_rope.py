@@ -9,18 +9,20 @@ from fmsim.exec.kernels import tuning
 from fmsim.exec.kernels.lang import cdiv, next_power_of_2, runs_compiled, tl, triton
 
 
-def norm_rope(x: Tensor, rotation: tuple[Tensor, Tensor], eps: float | None = None, inverse: bool = False) -> Tensor:
-    """Rows of heads, x [N, H, C] -> the same shape and type: each head normalised, without a weight, where ``eps`` is given, then turned.
+def norm_rope(
+    x: Tensor, rotation: tuple[Tensor, Tensor], eps: float | None = None, inverse: bool = False, dtype: torch.dtype | None = None
+) -> Tensor:
+    """Rows of heads, x [N, H, C] -> the same shape, and type where no ``dtype`` is given: each head normalised, without a weight, where ``eps`` is given, then turned.
 
     ``rotation``: cosine and sine, float32 [N, pairs], of the angles of the last ``2 * pairs`` channels, interleaved; they are turned back
     where ``inverse``. C is a power of two. A step's layers share their angles, so torch makes them once and exactly: a
     position of a million needs a range reduction that a fast sine has not.
     """
     run = norm_rope_triton if runs_compiled(x) else norm_rope_reference
-    return run(x, rotation, eps, inverse)
+    return run(x, rotation, eps, inverse, dtype)
 
 
-def norm_rope_reference(x, rotation, eps=None, inverse=False) -> Tensor:
+def norm_rope_reference(x, rotation, eps=None, inverse=False, dtype=None) -> Tensor:
     value, (cos, sin) = x.float(), (part.float()[:, None] for part in rotation)
     if eps is not None:
         value = value * torch.rsqrt(value.square().mean(-1, keepdim=True) + eps)
@@ -29,15 +31,15 @@ def norm_rope_reference(x, rotation, eps=None, inverse=False) -> Tensor:
     still = x.shape[2] - 2 * cos.shape[2]
     even, odd = value[..., still::2], value[..., still + 1 :: 2]
     turned = torch.stack((even * cos - odd * sin, even * sin + odd * cos), -1).flatten(-2)
-    return torch.cat((value[..., :still], turned), -1).to(x.dtype)
+    return torch.cat((value[..., :still], turned), -1).to(dtype or x.dtype)
 
 
-def norm_rope_triton(x, rotation, eps=None, inverse=False, tune=tuning.NORM_ROPE) -> Tensor:
+def norm_rope_triton(x, rotation, eps=None, inverse=False, dtype=None, tune=tuning.NORM_ROPE) -> Tensor:
     rows, heads, width = x.shape
     assert x.stride(2) == 1 and x.stride(1) == width, "a row's heads lie side by side"
     cos, sin = (part.contiguous() for part in rotation)
     block = min(next_power_of_2(heads), max(1, tune.block_values // width))
-    out = torch.empty(rows, heads, width, dtype=x.dtype, device=x.device)
+    out = torch.empty(rows, heads, width, dtype=dtype or x.dtype, device=x.device)
     _norm_rope[(rows, cdiv(heads, block))](
         x, cos, sin, out, x.stride(0), 0.0 if eps is None else eps,
         HEADS=heads, WIDTH=width, PAIRS=cos.shape[1], NORMALISE=eps is not None, INVERSE=inverse, BLOCK=block, num_warps=tune.warps,

@@ -28,10 +28,12 @@ class TopK(NamedTuple):
 
 
 class Attention(NamedTuple):
-    block_heads: int = 16  # 16 x 512 float32 of output a program; the other heads' programs find the entries in the L2
-    block_rows: int = 32
+    gather_rows: int = 16  # that one program finds and widens
+    block_heads: int = 64
+    block_rows: int = 64
+    block_bytes: int = 65_536  # of heads and of rows at most: one block of queries and two of rows fit a multiprocessor's shared memory
     programs: int = 132  # over batch, head blocks and splits
-    warps: int = 4
+    warps: int = 8
     stages: int = 2
     mass_rows: int = 128
 
@@ -57,8 +59,6 @@ class HyperConnection(NamedTuple):
 
 
 class Linear(NamedTuple):
-    """Not swept yet: chosen by what the compiler makes of it for sm_90."""
-
     block_outputs: int = 64  # of one program; a divisor of 128
     block_inputs: int = 128  # a turn: a row's run of bytes; a divisor of 128
     programs: int = 528  # over blocks of outputs and splits of the inputs: four on each of 132 multiprocessors
@@ -85,20 +85,18 @@ class Experts(NamedTuple):
 HYPER_CONNECTION, NORM_ROPE = HyperConnection(), NormRope()
 INDEX_SCORES, MEMORY_SCORES = IndexScores(), IndexScores(programs=396)  # 128 heads leave registers for three on a multiprocessor
 TOP_K, ATTENTION, COMPRESS, GATHER = TopK(), Attention(), Compress(), Gather()
-LINEAR, LINEAR_OF_MANY = Linear(), Linear(block_outputs=128, programs=264, warps=8, stages=3)
+LINEAR, LINEAR_OF_MANY = Linear(), Linear(block_outputs=128, programs=132, warps=8, stages=3)
 FEW_ROWS = 16  # a matrix instruction's
-MANY_REQUESTS = 16  # from here on each entry is decoded once for all heads
-ATTENTION_OF_MANY = Attention(block_heads=64, warps=8)
 PROGRAMS_BESIDE = 8  # of a recall beside a decode, whose products slow down by 4%
 MOST_EXPERT_TOKENS = 256  # beyond, one grouped product over all experts is a prompt's way
 MANY_EXPERT_TOKENS = 32  # from here on many experts have more than 16 tokens
-# Of the experts, for one token, for few and for many: not from a sweep yet, but as many as fit one wave of programs on 132 multiprocessors.
-EXPERTS_OF_ONE = Experts(gate_rows=64, down_rows=64, block_depth=64, warps=4, stages=5)
+# Of the experts, for one token, for few and for many. Float32 comes from no sweep.
+EXPERTS_OF_ONE = Experts(gate_rows=8, down_rows=8, block_depth=1024, warps=4, stages=2, token_tile=1)
 EXPERTS_OF_FEW = Experts(gate_rows=64, down_rows=64, block_depth=128, warps=4, stages=4)
-EXPERTS_OF_MANY = Experts(gate_rows=128, down_rows=128, block_depth=64, warps=4, stages=4, token_tile=64)
-FLOAT8_EXPERTS_OF_ONE = Experts(gate_rows=64, down_rows=64, block_depth=128, warps=2, stages=4, token_tile=8)
-FLOAT8_EXPERTS_OF_FEW = Experts(gate_rows=64, down_rows=64, block_depth=128, warps=2, stages=4)  # a warpgroup would read float8 in pairs of bytes
-FLOAT8_EXPERTS_OF_MANY = Experts(gate_rows=64, down_rows=64, block_depth=128, warps=4, stages=3, token_tile=64)
+EXPERTS_OF_MANY = Experts(gate_rows=64, down_rows=64, block_depth=128, warps=4, stages=3, token_tile=32)
+FLOAT8_EXPERTS_OF_ONE = Experts(gate_rows=32, down_rows=32, block_depth=128, warps=2, stages=4, token_tile=8)
+FLOAT8_EXPERTS_OF_FEW = Experts(gate_rows=64, down_rows=64, block_depth=128, warps=2, stages=6, token_tile=8)  # a warpgroup would read float8 in pairs of bytes
+FLOAT8_EXPERTS_OF_MANY = Experts(gate_rows=64, down_rows=64, block_depth=128, warps=4, stages=3, token_tile=32)
 FLOAT32_EXPERTS_OF_ONE = Experts(gate_rows=16, down_rows=16, block_depth=128, warps=4, stages=3, token_tile=1)
 FLOAT32_EXPERTS = Experts(gate_rows=32, down_rows=32, block_depth=32, warps=4, stages=3)
 
