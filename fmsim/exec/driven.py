@@ -117,9 +117,13 @@ class DrivenDecode:
         """Of one request: pages for misses and for what is recalled ahead."""
         return (self.tiers.pool_bytes - self.tiers.slot_bytes) // self.batch
 
+    def group(self, layer: int) -> int:
+        """The residency's group that a CSA layer follows."""
+        return self._groups[layer]
+
     def stage(self, layer: int) -> None:
         """Load this step's misses of a layer, of every request."""
-        group = self._groups[layer]
+        group = self.group(layer)
         pages, fetched = (of[group].expand(self.batch, -1) for of in (self.pages, self.fetched))
         self.tiers.entries.stage(layer, pages, fetched, self.blocks[layer])
 
@@ -133,6 +137,8 @@ class DrivenDecode:
         if changed or self.stages:
             table = self.keeper.residency.table
             self.tiers.entries.blocks_of_all(self.tiers.by_layer(table) if self.stages else table, self._tables)
+        if compute is not None and self.tiers.resident is not None:
+            self.tiers.resident.list(self.keeper.residency.slots, int(self.replayer.entries[step]))
         if compute is not None:
             compute(step)
         elif self.stages:

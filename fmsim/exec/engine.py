@@ -178,6 +178,9 @@ class Batch:
         for b, request in enumerate(self.requests):
             table = request.residency.table
             self.tiers.entries.blocks(b, table, self._tables[:, b, : table.shape[1]])
+            if self.tiers.resident is not None:
+                visible = (self._positions[b] + 1) // self.model.config.compress_rates[CSA]
+                self.tiers.resident.list(request.residency.slots, visible, b)
         self.logits.copy_(self.model.decode(self._input, self._positions, self.state.attends))
 
     def _recall(self) -> None:
@@ -192,8 +195,9 @@ class Batch:
     def _lay_keys_beside(self) -> None:
         """The tiered layers' index keys into the slots of their entries."""
         for layer in self.keys.tiered:
-            tables = [request.residency.table[request.group(layer)] for request in self.requests]
-            self.keys.lay_beside(layer, self.tiers.keys, tables, self._blocks(layer))
+            group = self.requests[0].group(layer)
+            tables = [request.residency.table[group] for request in self.requests]
+            self.keys.lay_beside(layer, self.tiers.keys, tables, self._blocks(layer), self.tiers.resident, group)
 
     def _fill_keys(self, layers: Iterable[int], prompts: Sequence[Prompt]) -> None:
         """What the prefills left."""

@@ -13,7 +13,9 @@ from fmsim.exec.decode_attention import PER_PAGE, Home
 from fmsim.exec.kernels.index_score import GROUP, Scores, index_scores, new_scores
 from fmsim.exec.kernels.lang import cdiv
 from fmsim.exec.kernels.layout import Layout, read_entries, slots_of, write_entries
+from fmsim.exec.kernels.top_k import top_k as best
 from fmsim.exec.model import index_scores_blocked
+from fmsim.exec.resident import ResidentPages
 from fmsim.exec.tiered import TieredCache
 from fmsim.policies.base import Policy
 
@@ -37,9 +39,9 @@ class IndexKeys:
         self.tiered = [layer for layer in range(layers) if layer not in self.kept]
         self._beside: dict[int, ResidentKeys] = {}
 
-    def lay_beside(self, layer: int, tiers: TieredCache, tables: Sequence[Tensor], blocks: Tensor) -> None:
+    def lay_beside(self, layer: int, tiers: TieredCache, tables: Sequence[Tensor], blocks: Tensor, resident: ResidentPages, group: int) -> None:
         """A tiered layer's keys into ``tiers``; the arguments are those of `ResidentKeys`."""
-        self._beside[layer] = ResidentKeys(tiers, self.tiered.index(layer), tables, blocks, self.buffers)
+        self._beside[layer] = ResidentKeys(tiers, self.tiered.index(layer), tables, blocks, self.buffers, resident, group)
 
     def __getitem__(self, layer: int) -> LayerKeys:
         return self.kept[layer] if layer in self.kept else self._beside[layer]
@@ -120,13 +122,17 @@ class AllKeys(LayerKeys):
 class ResidentKeys(LayerKeys):
     """Keys beside their entries: layer ``number`` of ``tiers``, its resident pages by ``tables``, rows [P + 1] of each request's residency.
 
-    ``blocks`` int32 [B, P + 1] are those of the entries' pager: a page of keys has the slot of its entries.
+    ``blocks`` int32 [B, P + 1] are those of the entries' pager: a page of keys has the slot of its entries. ``resident`` lists the pages that are here, the
+    layer's as its ``group``.
     """
 
     complete = False
 
-    def __init__(self, tiers: TieredCache, number: int, tables: Sequence[Tensor], blocks: Tensor, buffers: Scores):
+    def __init__(
+        self, tiers: TieredCache, number: int, tables: Sequence[Tensor], blocks: Tensor, buffers: Scores, resident: ResidentPages | None = None, group: int = 0
+    ):
         super().__init__(tiers.layout, buffers)
+        self.resident, self.group = resident, group
         self.tiers, self.number, self.tables, self.blocks = tiers, number, tables, blocks
         self.homes = tiers.homes(number, blocks)
 
@@ -135,6 +141,13 @@ class ResidentKeys(LayerKeys):
 
     def append(self, request: int, key: Tensor, index: Tensor) -> None:
         self.tiers.append(request, self.number, key, index, self.tables[request])
+
+    def best(self, queries: Tensor, weights: Tensor, lengths: Tensor, top_k: int) -> Tensor:
+        """Of the resident entries among the first ``lengths`` [B], the ids of the best: int32 [B, top_k], ascending, -1 where there are fewer."""
+        if queries.is_cuda:
+            return self.resident.best(self.group, queries[:, 0], weights[:, 0].float(), self.homes[0].pool, self.layout, top_k)
+        scores = self.scores(queries, weights, lengths)
+        return best(scores.scores, lengths, top_k, scores.maxima)
 
     def _in_order(self) -> tuple[Tensor, Tensor]:
         (pool, table), granularity = self.homes[0], self.tiers.granularity

@@ -52,11 +52,11 @@ class LayerPager:
 
     def select(self, queries: Tensor, weights: Tensor, visible: Tensor, top_k: int) -> Tensor:
         lengths = visible.int()
-        scores = self.keys.scores(queries, weights, lengths)
         if not self.keys.complete:  # of resident entries alone; what would have been selected among all is not known
-            self.ids = best(scores.scores, lengths, top_k, scores.maxima)
+            self.ids = self.keys.best(queries, weights, lengths, top_k)
             self.batch.selections.ids[self.layer].copy_(self.ids)
             return self.ids
+        scores = self.keys.scores(queries, weights, lengths)
         self.wanted = best(scores.scores, lengths, top_k, scores.maxima)
         self.hit = self._here(self.wanted)
         if self.batch.among_resident:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from fmsim.exec.kernels.layout import Layout
+from fmsim.exec.resident import ResidentPages
 from fmsim.exec.tiered import RequestSize, TieredCache
 
 
@@ -19,7 +20,7 @@ class PairedTiers:
     """`entries` of all CSA layers, and `keys` of the layers ``tiered``, or None where there are none.
 
     CSA layer j follows a residency's group ``groups[j]``: pages and slots come as [G, m] and go to every layer. Both caches have the same pages and
-    slots, so one block table serves both. The other arguments are `TieredCache`'s. Raises ValueError for keys in tiers where a step's misses
+    slots, so one block table serves both; `resident` lists the pages that are there, where keys are tiered. The other arguments are `TieredCache`'s. Raises ValueError for keys in tiers where a step's misses
     are loaded: what is loaded is chosen by the scores of all keys.
     """
 
@@ -35,6 +36,8 @@ class PairedTiers:
         # What is recalled ahead comes one after the other, so that a decode has only one gather beside it.
         self.keys = TieredCache(key, len(tiered), granularity, sizes, device, mirrored, one_text, side=self.entries.side) if tiered else None
         self.caches = [self.entries] if self.keys is None else [self.entries, self.keys]
+        slots, first_slots = [size.slots for size in sizes], self.entries.slot_start[:-1]
+        self.resident = ResidentPages(max(groups) + 1, slots, first_slots, granularity, self.entries.device) if tiered else None
         self._groups = [_index(list(groups), device), _index([groups[layer] for layer in tiered], device)]
 
     def fetch(self, pages: Tensor, slots: Tensor, request: int | None = None) -> None:

@@ -42,9 +42,12 @@ class TracePager:
             self.key_homes = decode.tiers.keys.homes(layer - decode.keyed_layers, self.blocks)
 
     def select(self, queries: Tensor, weights: Tensor, visible: Tensor, top_k: int) -> Tensor:
-        pool, table = self.key_homes[0]
-        scores = index_scores(queries[:, 0], weights[:, 0].float(), pool, self.step.key, table, visible, self.step.scores)
-        best(scores.scores, visible, top_k, scores.maxima)
+        (pool, table), of = self.key_homes[0], (queries[:, 0], weights[:, 0].float())
+        if self.layer < self.decode.keyed_layers:
+            scores = index_scores(*of, pool, self.step.key, table, visible, self.step.scores)
+            best(scores.scores, visible, top_k, scores.maxima)
+        else:
+            self.decode.tiers.resident.best(self.decode.group(self.layer), *of, pool, self.step.key, top_k)
         if self.decode.stages:
             self.decode.stage(self.layer)
         ids = self.step.given[self.trace_layer].expand(len(queries), -1)
@@ -75,7 +78,7 @@ class SyntheticStep:
         entries = decode.geometry.csa_entries(self.longest)
         home = Home.of_its_own(self.key, batch, entries, device)
         self.keys = _AllKeys(home.pool.expand(decode.keyed_layers, *home.pool.shape).contiguous(), home.table)
-        self.scores = new_scores(batch, max(home.table.shape[1] * PER_PAGE, decode.blocks[0].shape[1] * decode.tiers.entries.granularity), device)
+        self.scores = new_scores(batch, home.table.shape[1] * PER_PAGE, device)
         self._selected = torch.from_numpy(decode.replayer.ids.copy()).to(device)  # int32 [T, L, K]
         self.given = self._selected[0].clone()
         pagers = [TracePager(self, layer) for layer in range(decode.geometry.n_csa)]

@@ -1,0 +1,52 @@
+"""Which pages of each request are on the GPU, listed: an indexer that selects among resident entries scores these, and not a table of all pages."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from fmsim.exec.kernels.index_score import index_scores, new_scores
+from fmsim.exec.kernels.layout import Layout
+from fmsim.exec.kernels.top_k import top_k as best
+
+BEYOND = torch.iinfo(torch.int32).max  # after every page
+
+
+class ResidentPages:
+    """Of each of G residency groups and B requests, in buffers that never move (a CUDA graph reads them): `pages` int32 [G, B, S], the pages that have a
+    slot, ascending, so that equal scores are parted as among all entries; `table` int32 [G, B, S] the pool's page of each, -1 at the end; `lengths`
+    int32 [G, B], how many visible entries they hold.
+
+    ``slots``: each request's number of slots; ``first_slots``: the pool's page of its first.
+    """
+
+    def __init__(self, groups: int, slots: Sequence[int], first_slots: Sequence[int], granularity: int, device: torch.device):
+        self.granularity, self.first_slots = granularity, first_slots
+        shape = (groups, len(slots), max(slots))
+        self.pages, self.table = torch.zeros(shape, dtype=torch.int32, device=device), torch.full(shape, -1, dtype=torch.int32, device=device)
+        self.lengths = torch.zeros(shape[:2], dtype=torch.int32, device=device)
+        self._first = torch.tensor(first_slots, dtype=torch.int32, device=device)[None, :, None]
+        self._scores = new_scores(len(slots), max(slots) * granularity, device)  # of one layer after another
+
+    def list(self, slots: Tensor, visible: Tensor | int, request: int | None = None) -> None:
+        """Of one request, or of all alike: the page in each slot, int32 [G, s] (-1 = none), when ``visible`` entries are. The page that the last of
+        them is in may be a part; it is resident whenever it is one."""
+        part = slice(None) if request is None else slice(request, request + 1)
+        pages, slot = torch.where(slots < 0, BEYOND, slots).sort(1)
+        there, width = (pages < BEYOND)[:, None], slots.shape[1]
+        self.pages[:, part, :width] = torch.where(there, pages[:, None], 0)
+        self.table[:, part, :width] = torch.where(there, slot[:, None].int() + self._first[:, part], -1)
+        count = there.sum(2)
+        last = pages.gather(1, (count - 1).clamp(min=0)) * (count > 0)
+        unfilled = ((last + 1) * self.granularity - visible).clamp(min=0)
+        self.lengths[:, part] = (count * self.granularity - unfilled).clamp(min=0).int()
+
+    def best(self, group: int, queries: Tensor, weights: Tensor, pool: Tensor, layout: Layout, top_k: int) -> Tensor:
+        """int32 [B, top_k]: ids of the resident entries of highest index score, ascending, -1 where there are fewer. ``queries`` and ``weights`` as in
+        `index_scores`, ``pool`` of a layer's keys."""
+        scores = index_scores(queries, weights, pool, layout, self.table[group], self.lengths[group], self._scores)
+        places = best(scores.scores, self.lengths[group], top_k, scores.maxima)
+        page = self.pages[group].gather(1, places.clamp(min=0).long() // self.granularity)
+        return torch.where(places < 0, -1, page * self.granularity + places % self.granularity)
