@@ -51,8 +51,8 @@ BUILDERS = {
     "index scores": [lambda b=b, n=n: cases.index_scoring(b, n, DEVICE) for b, n in ((1, 32_768), (1, 131_072), (8, 128_000), (32, 32_768))],
     "index scores, float8 queries": [lambda: cases.index_scoring(8, 128_000, DEVICE, float8_queries=True)],
     "top-k": [lambda b=b, n=n: cases.selection(b, n, DEVICE, PEERS) for b, n in ((1, 32_768), (1, 131_072), (1, 262_144), (8, 128_000))],
-    "sparse attention": [lambda b=b: cases.attention(b, 128_000, DEVICE) for b in (1, 8, 32, 97)]
-    + [lambda b=b: cases.attention(b, 4096, DEVICE, selected=4096) for b in (1, 8)],
+    "sparse attention": [lambda b=b: cases.attention(b, 128_000, DEVICE) for b in (1, 8, 32)] + [lambda: cases.attention(97, 16_384, DEVICE)]
+    + [lambda b=b: cases.attention(b, 4096, DEVICE, selected=4096) for b in (1, 32)],
     "sparse attention with masses": [lambda: cases.attention(8, 128_000, DEVICE, masses=True)],
     "append": [lambda: cases.appending(8, LATENT, 4, 2, DEVICE), lambda: cases.appending(8, KEY, 4, 2, DEVICE), lambda: cases.appending(8, LATENT, 128, 1, DEVICE)],
     "hyper-connection": [lambda b=b: cases.connecting(b, DEVICE) for b in (1, 8, 64)],

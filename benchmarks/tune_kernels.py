@@ -73,10 +73,20 @@ SWEEPS = {
         {f"{batch} x {n:,}": lambda batch=batch, n=n: cases.selection(batch, n, DEVICE) for batch, n in ((1, 32_768), (1, 131_072), (8, 262_144))},
         grid(chunk=[16_384, 8192], finalists=[1024, 2048], warps=[8, 16]),
     ),
-    "sparse attention": Sweep(
+    "attention, one": Sweep(
         "ATTENTION",
-        {f"{batch} x 640": lambda batch=batch: cases.attention(batch, 128_000, DEVICE) for batch in (1, 8, 32, 97)}
-        | {f"{batch} x 4,224": lambda batch=batch: cases.attention(batch, 4096, DEVICE, selected=4096) for batch in (1, 97)},
+        {"1 x 640": lambda: cases.attention(1, 128_000, DEVICE), "1 x 4,224": lambda: cases.attention(1, 4096, DEVICE, selected=4096)},
+        grid(block_heads=[16], block_rows=[16, 32], programs=[132, 264], warps=[4], stages=[1, 2]) + grid(block_heads=[64], block_rows=[32, 64], warps=[8], stages=[1, 2]),
+    ),
+    "attention, some": Sweep(
+        "ATTENTION_OF_SOME",
+        {f"{batch} x 640": lambda batch=batch: cases.attention(batch, 128_000, DEVICE) for batch in (4, 8)},
+        grid(block_rows=[32, 64], programs=[132, 264], stages=[1, 2]) + grid(block_heads=[16], block_rows=[32], programs=[132, 264], warps=[4], stages=[2]),
+    ),
+    "attention, many": Sweep(
+        "ATTENTION_OF_MANY",
+        {f"{batch} x 640": lambda batch=batch: cases.attention(batch, 16_384, DEVICE) for batch in (16, 32, 97)}
+        | {"97 x 4,224": lambda: cases.attention(97, 4096, DEVICE, selected=4096)},
         grid(block_rows=[64], programs=[132, 264], stages=[1, 2], gather_rows=[8, 16, 32]) + grid(block_rows=[32], programs=[132, 264], stages=[2, 3]),
     ),
     "experts, one": Sweep(

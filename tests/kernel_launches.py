@@ -3,6 +3,8 @@
 import torch
 from transformers import DeepseekV4Config
 
+from fmsim.exec.kernels import tuning
+from fmsim.exec.kernels.attention_rows import Rows
 from fmsim.exec.kernels.compress import Pooling, compress_and_append_triton
 from fmsim.exec.kernels.experts import mixture_of_experts_triton
 from fmsim.exec.kernels.gather import copy_rows_triton
@@ -13,7 +15,7 @@ from fmsim.exec.kernels.linear import linear_triton
 from fmsim.exec.kernels.norm_rope import norm_rope_triton
 from fmsim.exec.kernels.rms_norm import rms_norm_triton
 from fmsim.exec.kernels.router import route_triton
-from fmsim.exec.kernels.sparse_attention import Rows, sparse_attention_triton
+from fmsim.exec.kernels.sparse_attention import sparse_attention_triton
 from fmsim.exec.kernels.top_k import top_k_triton
 from fmsim.exec.kernels.weights import scale_shape
 from fmsim.exec.model import Experts, HyperConnection, HyperHead, RMSNorm, Router, SwiGLU
@@ -41,10 +43,10 @@ def selection(preselect, entries=262_144):
     return lambda: top_k_triton(zeros(BATCH, entries), whole(BATCH), 512, zeros(BATCH, entries // 32) if preselect else None)
 
 
-def attention(layout, heads, dtype, per_page=64):
+def attention(layout, heads, dtype, per_page=64, tune=None):
     def launch():
         rows = Rows(layout, layout.new_pool(BATCH, 128), whole(BATCH), layout.new_pool(PAGES, per_page), whole(BATCH, PAGES), whole(BATCH, 512))
-        sparse_attention_triton(zeros(BATCH, heads, layout.width, dtype=dtype), rows, zeros(heads), 1.0, want_masses=True)
+        sparse_attention_triton(zeros(BATCH, heads, layout.width, dtype=dtype), rows, zeros(heads), 1.0, want_masses=True, tune=tune)
 
     return launch
 
@@ -135,6 +137,8 @@ LAUNCHES = {
     "top_k, few entries": selection(False, 4096),
     "top_k, preselected": selection(True),
     "sparse_attention": attention(LATENT, 64, torch.bfloat16),
+    "sparse_attention, some": attention(LATENT, 64, torch.bfloat16, tune=tuning.ATTENTION_OF_SOME),
+    "sparse_attention, many": attention(LATENT, 64, torch.bfloat16, tune=tuning.ATTENTION_OF_MANY),
     "sparse_attention, single entries": attention(LATENT, 64, torch.bfloat16, per_page=1),
     "sparse_attention, nano": attention(plain(torch.bfloat16, 64), 6, torch.bfloat16),
     "compress, csa": append(LATENT, 4, 2),

@@ -6,13 +6,18 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from kernel_pools import on_each_device, relative_error, scattered_pool
 
+from fmsim.exec.kernels.attention_rows import Rows
 from fmsim.exec.kernels.layout import LATENT, plain, write_entries
-from fmsim.exec.kernels.sparse_attention import Rows, sparse_attention_reference, sparse_attention_triton
-from fmsim.exec.kernels.tuning import Attention
+from fmsim.exec.kernels.sparse_attention import sparse_attention_reference, sparse_attention_triton
+from fmsim.exec.kernels.tuning import Attention, GatheredAttention
 from fmsim.exec.model import CSA, Attention as ModelAttention
 from fmsim.nano.config import nano_config
 
-SMALL = Attention(gather_rows=8, block_heads=16, block_rows=16, programs=12, mass_rows=32)
+IN_PLACE = Attention(block_heads=16, block_rows=16, programs=12)
+GATHERED = GatheredAttention(gather_rows=8, block_heads=16, block_rows=16, programs=12)
+
+
+each_way = pytest.mark.parametrize("tune", [IN_PLACE, GATHERED], ids=["in place", "gathered"])
 
 
 def draw(seed, batch, heads, layout, dtype, window, per_page, entries, selected, missing):
@@ -58,6 +63,7 @@ def test_the_reference_is_the_models_attention():
 
 
 @on_each_device
+@each_way
 @settings(max_examples=10, deadline=None)
 @given(
     seed=st.integers(0, 2**32),
@@ -70,13 +76,13 @@ def test_the_reference_is_the_models_attention():
     missing=st.sampled_from([0.0, 0.3, 1.0]),
     masses=st.booleans(),
 )
-def test_the_kernel_is_the_reference(device, seed, batch, kind, window, per_page, entries, selected, missing, masses):
+def test_the_kernel_is_the_reference(device, tune, seed, batch, kind, window, per_page, entries, selected, missing, masses):
     dtype = torch.float32 if kind == "nano float32" else torch.bfloat16
     layout, heads = (LATENT, 20) if kind == "v4" else (plain(dtype, 64), 6)
     queries, rows, sinks, scale = draw(seed, batch, heads, layout, dtype, window, per_page, entries, selected, missing)
     queries, rows, sinks = queries.to(device), moved(rows, device), sinks.to(device)
     expected, wanted = sparse_attention_reference(queries, rows, sinks, scale, masses)
-    found, got = sparse_attention_triton(queries, rows, sinks, scale, masses, tune=SMALL)
+    found, got = sparse_attention_triton(queries, rows, sinks, scale, masses, tune=tune)
     assert found.dtype == queries.dtype
     assert relative_error(found, expected) < (1e-5 if dtype == torch.float32 else 8e-3)
     if masses:
@@ -88,18 +94,20 @@ def test_the_kernel_is_the_reference(device, seed, batch, kind, window, per_page
 
 
 @on_each_device
+@each_way
 @pytest.mark.parametrize("programs", [1, 4, 64])
-def test_splits_change_nothing(device, programs):
+def test_splits_change_nothing(device, tune, programs):
     queries, rows, sinks, scale = draw(5, 1, 6, plain(torch.float32, 64), torch.float32, 40, 4, 100, 64, 0.2)
     queries, rows, sinks = queries.to(device), moved(rows, device), sinks.to(device)
     expected, _ = sparse_attention_reference(queries, rows, sinks, scale)
-    found, _ = sparse_attention_triton(queries, rows, sinks, scale, tune=SMALL._replace(programs=programs))
+    found, _ = sparse_attention_triton(queries, rows, sinks, scale, tune=tune._replace(programs=programs))
     assert relative_error(found, expected) < 1e-5
 
 
 @on_each_device
-def test_with_nothing_to_attend_to_the_output_is_zero(device):
+@each_way
+def test_with_nothing_to_attend_to_the_output_is_zero(device, tune):
     queries, rows, sinks, scale = draw(6, 1, 6, plain(torch.float32, 64), torch.float32, 8, 4, 16, 8, 1.0)
     rows = moved(rows._replace(window_lengths=torch.zeros(1, dtype=torch.int32)), device)
-    out, masses = sparse_attention_triton(queries.to(device), rows, sinks.to(device), scale, True, tune=SMALL)
+    out, masses = sparse_attention_triton(queries.to(device), rows, sinks.to(device), scale, True, tune=tune)
     assert (out == 0).all() and masses.sink.item() == pytest.approx(1.0) and (masses.entries == 0).all()

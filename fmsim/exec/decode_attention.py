@@ -13,13 +13,14 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
+from fmsim.exec.kernels.attention_rows import Rows, matrix_type
 from fmsim.exec.kernels.compress import Pooling, compress_and_append
 from fmsim.exec.kernels.index_score import index_scores, new_scores
 from fmsim.exec.kernels.lang import cdiv
 from fmsim.exec.kernels.layout import Layout, write_entries
 from fmsim.exec.kernels.norm_rope import norm_rope
 from fmsim.exec.kernels.rms_norm import rms_norm
-from fmsim.exec.kernels.sparse_attention import Masses, Rows, matrix_type, sparse_attention
+from fmsim.exec.kernels.sparse_attention import Masses, sparse_attention
 from fmsim.exec.kernels.top_k import top_k
 from fmsim.exec.model import CSA, HCA, SLIDING, Attention, Compressor, CompressorState, LayerCache
 from fmsim.exec.projections import Joined

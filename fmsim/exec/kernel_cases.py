@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from transformers import DeepseekV4Config
 
+from fmsim.exec.kernels.attention_rows import Rows, matrix_type
 from fmsim.exec.kernels.compress import Pooling, compress_and_append
 from fmsim.exec.kernels.experts import clamped_swiglu, mixture_of_experts
 from fmsim.exec.kernels.gather import copy_rows
@@ -24,7 +25,7 @@ from fmsim.exec.kernels.memory_score import memory_scores
 from fmsim.exec.kernels.norm_rope import norm_rope, norm_rope_reference
 from fmsim.exec.kernels.rms_norm import rms_norm, rms_norm_reference
 from fmsim.exec.kernels.router import route
-from fmsim.exec.kernels.sparse_attention import Rows, sparse_attention, sparse_attention_reference
+from fmsim.exec.kernels.sparse_attention import sparse_attention, sparse_attention_reference
 from fmsim.exec.kernels.top_k import top_k, top_k_reference
 from fmsim.exec.kernels.weights import dequantise, quantise
 from fmsim.exec.mirror import HostMirror
@@ -112,7 +113,7 @@ def attention(batch: int, entries: int, device, masses: bool = False, selected: 
     selected = min(selected, entries)
     ids = torch.stack([torch.randperm(entries, device=device)[:selected].sort().values for _ in range(batch)]).to(torch.int32)
     rows = Rows(LATENT, window, torch.full((batch,), WINDOW, dtype=torch.int32, device=device), pool, table, ids)
-    queries, sinks = torch.randn(batch, HEADS, LATENT.width, device=device).to(torch.bfloat16), torch.zeros(HEADS, device=device)
+    queries, sinks = torch.randn(batch, HEADS, LATENT.width, device=device).to(matrix_type(LATENT)), torch.zeros(HEADS, device=device)
     inputs = queries, rows, sinks, LATENT.width**-0.5, masses
     n_bytes = batch * ((WINDOW + selected) * LATENT.entry_bytes + 2 * queries[0].numel() * 2)
     name = "sparse attention with masses" if masses else "sparse attention"

@@ -20,8 +20,9 @@ from torch import Tensor
 
 from fmsim.accesses import page_step
 from fmsim.exec.decode_attention import Home
+from fmsim.exec.kernels.attention_rows import Rows
 from fmsim.exec.kernels.index_score import GROUP, Scores
-from fmsim.exec.kernels.sparse_attention import Masses, Rows, sparse_attention
+from fmsim.exec.kernels.sparse_attention import Masses, sparse_attention
 from fmsim.exec.kernels.top_k import top_k as best
 from fmsim.exec.model import Access, Attention
 

@@ -15,10 +15,11 @@ from torch import Tensor
 from fmsim.exec.decode_attention import PER_PAGE, Home
 from fmsim.exec.driven import DrivenDecode, layouts
 from fmsim.exec.kernel_cases import fill_entries
+from fmsim.exec.kernels.attention_rows import Rows
 from fmsim.exec.kernels.index_score import index_scores, new_scores
 from fmsim.exec.kernels.layout import Layout
 from fmsim.exec.kernels.memory_score import memory_scores
-from fmsim.exec.kernels.sparse_attention import Masses, Rows
+from fmsim.exec.kernels.sparse_attention import Masses
 from fmsim.exec.kernels.top_k import top_k as best
 from fmsim.exec.model import Attention, DeepseekV4
 from fmsim.exec.step_state import decode_attentions, graph_after_one

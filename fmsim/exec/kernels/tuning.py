@@ -28,6 +28,16 @@ class TopK(NamedTuple):
 
 
 class Attention(NamedTuple):
+    """Of few requests, in place."""
+
+    block_heads: int = 16  # 16 x 512 float32 of output a program; the other heads' programs find the entries in the L2
+    block_rows: int = 32
+    programs: int = 264  # over batch, head blocks and splits
+    warps: int = 4
+    stages: int = 2
+
+
+class GatheredAttention(NamedTuple):
     gather_rows: int = 16  # that one program finds and widens
     block_heads: int = 64
     block_rows: int = 64
@@ -35,7 +45,6 @@ class Attention(NamedTuple):
     programs: int = 132  # over batch, head blocks and splits
     warps: int = 8
     stages: int = 2
-    mass_rows: int = 128
 
 
 class Compress(NamedTuple):
@@ -84,7 +93,10 @@ class Experts(NamedTuple):
 
 HYPER_CONNECTION, NORM_ROPE = HyperConnection(), NormRope()
 INDEX_SCORES, MEMORY_SCORES = IndexScores(), IndexScores(programs=396)  # 128 heads leave registers for three on a multiprocessor
-TOP_K, ATTENTION, COMPRESS, GATHER = TopK(), Attention(), Compress(), Gather()
+TOP_K, COMPRESS, GATHER = TopK(), Compress(), Gather()
+ATTENTION, ATTENTION_OF_SOME = Attention(), Attention(block_heads=64, block_rows=64, programs=132, warps=8)
+ATTENTION_OF_MANY = GatheredAttention()
+SOME_REQUESTS, MANY_REQUESTS = 4, 16  # from here on; between them each entry is decoded once for all heads, but still in place
 LINEAR, LINEAR_OF_MANY = Linear(), Linear(block_outputs=128, programs=132, warps=8, stages=3)
 FEW_ROWS = 16  # a matrix instruction's
 PROGRAMS_BESIDE = 8  # of a recall beside a decode, whose products slow down by 4%
@@ -99,6 +111,13 @@ FLOAT8_EXPERTS_OF_FEW = Experts(gate_rows=64, down_rows=64, block_depth=128, war
 FLOAT8_EXPERTS_OF_MANY = Experts(gate_rows=64, down_rows=64, block_depth=128, warps=4, stages=3, token_tile=32)
 FLOAT32_EXPERTS_OF_ONE = Experts(gate_rows=16, down_rows=16, block_depth=128, warps=4, stages=3, token_tile=1)
 FLOAT32_EXPERTS = Experts(gate_rows=32, down_rows=32, block_depth=32, warps=4, stages=3)
+
+
+def attention(batch: int, heads: int, packed: bool) -> Attention | GatheredAttention:
+    """For entries that lie ``packed`` as float8, or plain."""
+    if heads < ATTENTION_OF_MANY.block_heads or batch < SOME_REQUESTS:
+        return ATTENTION
+    return ATTENTION_OF_MANY if batch >= MANY_REQUESTS else ATTENTION_OF_SOME if packed else ATTENTION
 
 
 def experts(tokens: int, dtype: torch.dtype, scaled: bool) -> Experts:
