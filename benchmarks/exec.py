@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import collections
 import datetime
+import gc
 import json
 import tempfile
 from collections.abc import Callable
@@ -144,7 +145,7 @@ def kernels_of(step: Callable[[int], None], most: int = 24) -> list[dict[str, An
 
 def beside_recall(step: Callable[[int], None], programs: int, runs: int = 12) -> dict[str, Any]:
     """Median seconds of a step alone, and while single entries are recalled all the time on another stream, by so many programs."""
-    entries = recall(584, 32_768, "cuda", programs)
+    entries = recall(584, 32_768, "cuda", programs, host_bytes=2**29)
     copies, side = captured(entries.run), torch.cuda.Stream()
     recall_s = median_s(entries.run, "cuda", runs=8, cold=False)
 
@@ -198,6 +199,17 @@ def main() -> None:
         setting.load()
         result["calibration"] = yaml.safe_load(hardware.read_text())
         keep()
+        if given.device == "cuda":
+            step = full_step(setting)
+            result["a_full_step_beside_recall"] = [beside_recall(step, programs) for programs in (PROGRAMS_BESIDE, 16, 32)]
+            for line in result["a_full_step_beside_recall"]:
+                print(f"recall on {line['programs']} programs, {line['bytes_per_s'] / 1e9:.1f} GB/s: a step beside it {line['slower']:+.1%}", flush=True)
+            result["kernels_of_a_full_step"] = kernels_of(step)
+            for line in result["kernels_of_a_full_step"]:
+                print(f"{line['us']:9.1f} us {line['launches']:5}  {line['kernel'][:90]}")
+            del step
+            gc.collect()
+            keep()
         for label in given.policy or POLICIES:
             spec = POLICIES[label]
             make = lambda spec=spec: registry.build(spec)  # noqa: E731
@@ -205,13 +217,13 @@ def main() -> None:
             for batch in (1, *most):
                 try:
                     row = setting.measured(label, make, batch)
+                    result["rows"].append(row)
+                    keep()
+                    row |= predicted(setting, hardware, batch, make)
+                    keep()
                 except (FmsimError, torch.OutOfMemoryError) as error:
                     print(f"{label}, batch {batch}: {error}", flush=True)
                     continue
-                result["rows"].append(row)
-                keep()
-                row |= predicted(setting, hardware, batch, make)
-                keep()
                 off = row["predicted_step_p50_s"] / row["step_p50_s"] - 1
                 print(
                     f"{label:8} batch {batch:3}  KV {row['kv_bytes'] / 2**20:7.1f} + {row['spare_bytes'] / 2**20:5.1f} MiB, {row['kv_and_spare_of_full']:6.1%} of full  "
@@ -219,15 +231,6 @@ def main() -> None:
                     f"{row['h2d_bytes_per_step'] / 2**20:6.2f} MiB/step",
                     flush=True,
                 )
-    if given.device == "cuda":
-        step = full_step(setting)
-        result["a_full_step_beside_recall"] = [beside_recall(step, programs) for programs in (PROGRAMS_BESIDE, 16, 32)]
-        for line in result["a_full_step_beside_recall"]:
-            print(f"recall on {line['programs']} programs, {line['bytes_per_s'] / 1e9:.1f} GB/s: a step beside it {line['slower']:+.1%}", flush=True)
-        result["kernels_of_a_full_step"] = kernels_of(step)
-        for line in result["kernels_of_a_full_step"]:
-            print(f"{line['us']:9.1f} us {line['launches']:5}  {line['kernel'][:90]}")
-    keep()
 
 
 if __name__ == "__main__":

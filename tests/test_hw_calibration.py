@@ -95,7 +95,7 @@ def test_the_measuring_runs(tmp_path, float8):
     from fmsim.nano.config import nano_config
 
     sizes = Sizes(
-        contexts=(256, 512), batches=(1, 2), gathers={8: (2, 4), 584: (2, 4)}, kernel_shapes=((1, 128),),
+        contexts=(256, 512), batches=(1, 2), crowd=(2, 512), gathers={8: (2, 4), 584: (2, 4)}, kernel_shapes=((1, 128),),
         copy_bytes=2**16, link_bytes=2**12, host_bytes=2**14, matmul=16,
     )  # fmt: skip
     lines: list[str] = []

@@ -38,6 +38,7 @@ class Sizes:
 
     contexts: tuple[int, ...] = (1024, 4096, 16_384, 65_536, 131_072, 262_144, 524_288, 1_048_576)
     batches: tuple[int, ...] = (1, 2, 4, 8, 16, 32, 64)
+    crowd: tuple[int, int] = (16, 262_144)  # one of the batches at one of the contexts, for what a further request's entries add
     gathers: dict[int, tuple[int, ...]] = field(
         default_factory=lambda: {584: (512, 4096, 32_768, 131_072), 2336: (128, 4096, 32_768), 37_376: (8, 96, 384, 2000)}
     )
@@ -155,6 +156,7 @@ def module_table(config: DeepseekV4Config, layouts: tuple[Layout, Layout], devic
     for name, kind in (("csa", CSA), ("hca", HCA)):
         columns[f"{name}_context_ms"] = {tokens: attention_ms(kind, 1, tokens) for tokens in sizes.contexts}
         columns[f"{name}_batch_ms"] = {batch: attention_ms(kind, batch, sizes.contexts[0]) for batch in sizes.batches}
+        columns[f"{name}_entry_ns"] = _entry_ns(columns, name, config.compress_rates[kind], sizes, attention_ms(kind, *sizes.crowd))
     for name, build in _MODULES.items():
         columns[f"{name}_batch_ms"] = {}
         with torch.device(device):
@@ -165,6 +167,15 @@ def module_table(config: DeepseekV4Config, layouts: tuple[Layout, Layout], devic
             columns[f"{name}_batch_ms"][batch] = milliseconds
     none = dict.fromkeys(sizes.batches, 0.0)  # one GPU reduces nothing, and the router is timed within its experts
     return KernelTable(**columns, all_reduce_batch_ms=none, router_batch_ms=none)
+
+
+def _entry_ns(columns: dict[str, dict[int, float]], name: str, rate: int, sizes: Sizes, crowd_ms: float) -> float:
+    """Of what a crowd's attention takes more than the same batch at the smallest context, and one request more at the crowd's context than there: the
+    part of one entry."""
+    (batch, tokens), first = sizes.crowd, sizes.contexts[0]
+    one, many = columns[f"{name}_context_ms"], columns[f"{name}_batch_ms"]
+    more_ms = crowd_ms - many[batch] - (one[tokens] - one[first])
+    return max(0.0, 1e6 * more_ms / ((batch - 1) * (tokens - first) / rate))
 
 
 def attention_s(config: DeepseekV4Config, kind: str, batch: int, tokens: int, layouts: tuple[Layout, Layout], device: str) -> float:

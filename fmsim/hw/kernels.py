@@ -4,7 +4,8 @@ One step = for each layer: hyper-connections, attention module (CSA or HCA; a sl
 context), two all-reduces, router and routed experts (the shared expert runs beside them); then the output head.
 
 What grows with the context is measured for one request at a time. Further requests of a batch find the GPU's launches and its idle
-processors paid for already, so they add their operations or their bytes at the device's rates, whichever takes longer.
+processors paid for already, so each of their entries adds what a calibration measured in a batch, or, where none did, its operations or its bytes at
+the device's rates, whichever takes longer.
 """
 
 from __future__ import annotations
@@ -61,7 +62,8 @@ def mixed_step_costs(hw: Hardware, geometry: Geometry, batch: int, tokens: Sprea
 
 def _scoring_s(hw: Hardware, geometry: Geometry, table: KernelTable, factor: float, entries: Spread) -> np.ndarray:
     """What the history adds to one CSA layer: index scores of all entries, and top-k, in which a request has one processor."""
-    one_entry_s = max(
+    one_entry_s = _entry_s(
+        table.csa_entry_ns,
         geometry.index_key_bytes / hw.hbm_bytes_per_s.value,
         geometry.index_n_heads * (2 * geometry.index_head_dim + 2) / (_FP8_SPEEDUP * hw.matmul_flops.value),
     )
@@ -73,11 +75,15 @@ def _scoring_s(hw: Hardware, geometry: Geometry, table: KernelTable, factor: flo
 
 def _hca_s(hw: Hardware, geometry: Geometry, table: KernelTable, factor: float, tokens: Spread) -> np.ndarray:
     """What the history adds to one HCA layer. The attention kernel works on all query heads on every GPU, padded where it has few."""
-    one_entry_s = max(
-        geometry.kv_entry_bytes / hw.hbm_bytes_per_s.value, 4 * geometry.n_heads * geometry.head_dim / hw.matmul_flops.value
+    one_entry_s = _entry_s(
+        table.hca_entry_ns, geometry.kv_entry_bytes / hw.hbm_bytes_per_s.value, 4 * geometry.n_heads * geometry.head_dim / hw.matmul_flops.value
     )
     others = (tokens.total - tokens.largest) / geometry.hca_rate
     return _grown(table.hca_context_ms, tokens.largest) * factor / 1e3 + others * one_entry_s
+
+
+def _entry_s(measured_ns: float | None, bytes_s: float, operations_s: float) -> float:
+    return max(bytes_s, operations_s) if measured_ns is None else measured_ns / 1e9
 
 
 def memory_indexer_s(hw: Hardware, geometry: Geometry, scored: np.ndarray) -> np.ndarray:

@@ -47,7 +47,8 @@ class Link(_Strict):
 class KernelTable(_Strict):
     """Measured times of one model's decode modules on one of `n_gpus` tensor-parallel GPUs, in milliseconds.
 
-    `*_context_ms` is by context tokens at batch 1, `*_batch_ms` by batch (attention: at the smallest context).
+    `*_context_ms` is by context tokens at batch 1, `*_batch_ms` by batch (attention: at the smallest context). `*_entry_ns`: what each entry of a
+    further request's history adds, where it was measured; otherwise it is taken from the device's rates.
     """
 
     csa_context_ms: dict[int, float]
@@ -59,6 +60,8 @@ class KernelTable(_Strict):
     all_reduce_batch_ms: dict[int, float]
     router_batch_ms: dict[int, float]
     head_batch_ms: dict[int, float]
+    csa_entry_ns: float | None = Field(None, ge=0)
+    hca_entry_ns: float | None = Field(None, ge=0)
 
 
 class Hardware(_Strict):
