@@ -147,13 +147,15 @@ def queries(weights: LayerWeights, config: ScorerConfig, hidden, position: int):
 
 
 def logits(query, head_weights, keys):
-    """``sum_h w_h relu(q_h . key)`` of every key: [heads, D], [heads], [E, D] -> float32 [E]. In blocks of entries."""
+    """``sum_h w_h relu(q_h . key)`` of every key: [heads, D], [heads], [E, D] -> float32 [E]. In blocks of entries, but on a GPU, where each
+    would be launches of its own."""
     xp = array_namespace(query)
+    block = max(1, keys.shape[0]) if getattr(keys, "is_cuda", False) else ENTRIES_PER_BLOCK
     zero = _like(np.zeros((), dtype=np.float32), query)
     transposed = xp.permute_dims(query, (1, 0))
     blocks = [
-        xp.maximum(keys[start : start + ENTRIES_PER_BLOCK] @ transposed, zero) @ head_weights
-        for start in range(0, max(keys.shape[0], 1), ENTRIES_PER_BLOCK)
+        xp.maximum(keys[start : start + block] @ transposed, zero) @ head_weights
+        for start in range(0, max(keys.shape[0], 1), block)
     ]
     return xp.concat(blocks, axis=0)
 
