@@ -24,8 +24,8 @@ def attend_gathered(queries: Tensor, rows: Rows, scale: float, want_logits: bool
     splits = max(1, min(blocks, tune.programs // (batch * head_blocks)))
     parts = Parts.new(queries, splits, rows, want_logits)
     _attend[(batch, head_blocks, splits)](
-        queries, dense, bias, parts.values, parts.sums, parts.logits if want_logits else parts.sums, scale, rows.count,
-        HEADS=heads, WIDTH=size, ROWS=dense.shape[1], BLOCK_HEADS=block_heads, BLOCK_ROWS=block_rows, SHARE=cdiv(blocks, splits), SPLITS=splits,
+        queries, dense, bias, parts.values, parts.sums, parts.logits if want_logits else parts.sums, scale, rows.count, dense.shape[1],
+        HEADS=heads, WIDTH=size, BLOCK_HEADS=block_heads, BLOCK_ROWS=block_rows,
         LOGITS=want_logits, STAGES=tune.stages, num_warps=tune.warps if block_heads >= 64 else 4,
     )  # fmt: skip
     return parts
@@ -38,9 +38,9 @@ def _gathered(rows: Rows, tune: tuning.GatheredAttention) -> tuple[Tensor, Tenso
     dense = torch.empty(batch, count, layout.width, dtype=matrix_type(layout), device=rows.ids.device)
     bias = torch.empty(batch, count, dtype=torch.float32, device=rows.ids.device)
     _gather[(batch, cdiv(count, tune.gather_rows))](
-        rows.window, rows.window_lengths, rows.pool, rows.table, rows.ids, dense, bias, rows.table.stride(0), count,
+        rows.window, rows.window_lengths, rows.pool, rows.table, rows.ids, dense, bias, rows.table.stride(0), rows.ids.shape[1], count,
         WIDTH=layout.width, KIND=triton_kind(layout), VALUE_BYTES=layout.value_bytes, SCALE_BYTES=layout.scale_bytes,
-        WINDOW=rows.window_rows, WINDOW_BYTES=rows.window.stride(0), SELECTED=rows.ids.shape[1], PER_PAGE=layout.per_page(rows.pool),
+        WINDOW=rows.window_rows, WINDOW_BYTES=rows.window.stride(0), PER_PAGE=layout.per_page(rows.pool),
         PAGE_BYTES=rows.pool.stride(0), BLOCK_ROWS=tune.gather_rows, num_warps=4,
     )  # fmt: skip
     return dense, bias
@@ -48,14 +48,14 @@ def _gathered(rows: Rows, tune: tuning.GatheredAttention) -> tuple[Tensor, Tenso
 
 @triton.jit
 def _gather(
-    window, window_lengths, pool, table, ids, dense, bias, table_stride, count,
+    window, window_lengths, pool, table, ids, dense, bias, table_stride, selected, count,
     WIDTH: tl.constexpr, KIND: tl.constexpr, VALUE_BYTES: tl.constexpr, SCALE_BYTES: tl.constexpr,
-    WINDOW: tl.constexpr, WINDOW_BYTES: tl.constexpr, SELECTED: tl.constexpr, PER_PAGE: tl.constexpr, PAGE_BYTES: tl.constexpr, BLOCK_ROWS: tl.constexpr,
+    WINDOW: tl.constexpr, WINDOW_BYTES: tl.constexpr, PER_PAGE: tl.constexpr, PAGE_BYTES: tl.constexpr, BLOCK_ROWS: tl.constexpr,
 ):  # fmt: skip
     """One program: some rows of one sequence. A latent's rotated values, which are bfloat16 among float8, are loaded apart."""
     b, row = tl.program_id(0).to(tl.int64), tl.program_id(1) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
     near, inside = row < WINDOW, row < count
-    entry = tl.load(ids + b * SELECTED + (row - WINDOW), mask=(row >= WINDOW) & (row < WINDOW + SELECTED), other=-1)
+    entry = tl.load(ids + b * selected + (row - WINDOW), mask=(row >= WINDOW) & (row < WINDOW + selected), other=-1)
     page = tl.load(table + b * table_stride + entry // PER_PAGE, mask=entry >= 0, other=-1)
     known = (near & (row < tl.load(window_lengths + b))) | (page >= 0)
     start = tl.where(near, window + b * WINDOW_BYTES, pool + page.to(tl.int64) * PAGE_BYTES)
@@ -73,20 +73,21 @@ def _gather(
 
 @triton.jit
 def _attend(
-    queries, dense, bias, parts, part_sums, logits_out, scale, n_rows,
-    HEADS: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr, BLOCK_HEADS: tl.constexpr, BLOCK_ROWS: tl.constexpr, SHARE: tl.constexpr,
-    SPLITS: tl.constexpr, LOGITS: tl.constexpr, STAGES: tl.constexpr,
+    queries, dense, bias, parts, part_sums, logits_out, scale, n_rows, count,
+    HEADS: tl.constexpr, WIDTH: tl.constexpr, BLOCK_HEADS: tl.constexpr, BLOCK_ROWS: tl.constexpr, LOGITS: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """One program: a block of heads of one sequence against a run of blocks of rows."""
     b, split = tl.program_id(0).to(tl.int64), tl.program_id(2)
     head = tl.program_id(1) * BLOCK_HEADS + tl.arange(0, BLOCK_HEADS)
     lane, exists = tl.arange(0, WIDTH), head < HEADS
     query = tl.load(queries + (b * HEADS + head)[:, None] * WIDTH + lane[None, :], mask=exists[:, None], other=0.0)
-    dense, bias = dense + b * ROWS * WIDTH, bias + b * ROWS
+    dense, bias = dense + b * count * WIDTH, bias + b * count
+    splits = tl.num_programs(2)
+    share = tl.cdiv(count // BLOCK_ROWS, splits) * BLOCK_ROWS
     highest = tl.full([BLOCK_HEADS], float("-inf"), tl.float32)
     summed = tl.zeros([BLOCK_HEADS], tl.float32)
     attended = tl.zeros([BLOCK_HEADS, WIDTH], tl.float32)
-    for start in tl.range(split * SHARE * BLOCK_ROWS, tl.minimum((split + 1) * SHARE * BLOCK_ROWS, ROWS), BLOCK_ROWS, num_stages=STAGES):
+    for start in tl.range(split * share, tl.minimum((split + 1) * share, count), BLOCK_ROWS, num_stages=STAGES):
         row = start + tl.arange(0, BLOCK_ROWS)
         latent = tl.load(dense + row[:, None] * WIDTH + lane[None, :])
         logits = tl.dot(query, tl.trans(latent), input_precision="ieee") * scale + tl.load(bias + row)[None, :]  # [BLOCK_HEADS, BLOCK_ROWS]
@@ -101,6 +102,6 @@ def _attend(
         highest = risen
     some = summed > 0
     summed = tl.where(some, summed, 1.0)
-    places = (b * SPLITS + split) * HEADS + head
+    places = (b * splits + split) * HEADS + head
     tl.store(part_sums + places, tl.where(some, highest + tl.log(summed), float("-inf")), mask=exists)
     tl.store(parts + places[:, None] * WIDTH + lane[None, :], attended / summed[:, None], mask=exists[:, None])

@@ -82,7 +82,7 @@ def index_scores_triton(
         table.stride(0), out.scores.stride(0), out.maxima.stride(0),
         HEADS=heads, HEADS_PADDED=max(16, next_power_of_2(heads)), WIDTH=width,
         KIND=triton_kind(layout), PER_PAGE=per_page, PAGE_BYTES=pool.stride(0),
-        BLOCK=block, IN_PAGE=in_page, GROUP=GROUP, SPLITS=splits, COMBINE=combine, STAGES=tune.stages, num_warps=tune.warps,
+        BLOCK=block, IN_PAGE=in_page, GROUP=GROUP, COMBINE=combine, STAGES=tune.stages, num_warps=tune.warps,
     )  # fmt: skip
     return out
 
@@ -101,7 +101,7 @@ def _index_scores(
     queries, weights, pool, table, lengths, scores, maxima, table_stride, scores_stride, maxima_stride,
     HEADS: tl.constexpr, HEADS_PADDED: tl.constexpr, WIDTH: tl.constexpr,
     KIND: tl.constexpr, PER_PAGE: tl.constexpr, PAGE_BYTES: tl.constexpr,
-    BLOCK: tl.constexpr, IN_PAGE: tl.constexpr, GROUP: tl.constexpr, SPLITS: tl.constexpr, COMBINE: tl.constexpr, STAGES: tl.constexpr,
+    BLOCK: tl.constexpr, IN_PAGE: tl.constexpr, GROUP: tl.constexpr, COMBINE: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """One program: a run of blocks of one sequence's entries.
 
@@ -111,7 +111,7 @@ def _index_scores(
     b, split = tl.program_id(0).to(tl.int64), tl.program_id(1)
     length = tl.load(lengths + b)
     blocks = tl.cdiv(length, BLOCK)
-    share = tl.cdiv(blocks, SPLITS)
+    share = tl.cdiv(blocks, tl.num_programs(1))
     first, last = split * share, tl.minimum((split + 1) * share, blocks)
     head, lane, row = tl.arange(0, HEADS_PADDED), tl.arange(0, WIDTH), tl.arange(0, BLOCK)
     table, scores, maxima = table + b * table_stride, scores + b * scores_stride, maxima + b * maxima_stride

@@ -68,38 +68,38 @@ def sparse_attention_triton(
     splits, float32 = parts.sums.shape[1], {"dtype": torch.float32, "device": queries.device}
     out, total = torch.empty_like(queries), torch.empty(batch, heads, **float32)
     _combine[(batch, heads)](
-        parts.values, parts.sums, sinks, out, total, HEADS=heads, WIDTH=size, SPLITS=splits, SPLITS_PADDED=next_power_of_2(splits), num_warps=4
+        parts.values, parts.sums, sinks, out, total, splits, HEADS=heads, WIDTH=size, SPLITS_PADDED=next_power_of_2(splits), num_warps=4
     )
     if not want_masses:
         return out, None
     shares = torch.empty(batch, rows.count, **float32)
-    _row_masses[(batch, cdiv(rows.count, MASS_ROWS))](parts.logits, total, shares, HEADS=heads, ROWS=rows.count, BLOCK=MASS_ROWS, num_warps=4)
+    _row_masses[(batch, cdiv(rows.count, MASS_ROWS))](parts.logits, total, shares, rows.count, HEADS=heads, BLOCK=MASS_ROWS, num_warps=4)
     return out, _masses(shares, total, sinks, rows.window_rows)
 
 
 @triton.jit
-def _combine(parts, part_sums, sinks, out, total_out, HEADS: tl.constexpr, WIDTH: tl.constexpr, SPLITS: tl.constexpr, SPLITS_PADDED: tl.constexpr):
+def _combine(parts, part_sums, sinks, out, total_out, splits, HEADS: tl.constexpr, WIDTH: tl.constexpr, SPLITS_PADDED: tl.constexpr):
     """One program: one head of one sequence."""
     b, head = tl.program_id(0).to(tl.int64), tl.program_id(1)
     split, lane = tl.arange(0, SPLITS_PADDED), tl.arange(0, WIDTH)
-    places = (b * SPLITS + split) * HEADS + head
-    sums = tl.load(part_sums + places, mask=split < SPLITS, other=float("-inf"))
+    places = (b * splits + split) * HEADS + head
+    sums = tl.load(part_sums + places, mask=split < splits, other=float("-inf"))
     sink = tl.load(sinks + head).to(tl.float32)
     level = tl.maximum(tl.max(sums, 0), sink)
     total = level + tl.log(tl.sum(tl.exp(sums - level), 0) + tl.exp(sink - level))
     tl.store(total_out + b * HEADS + head, total)
-    part = tl.load(parts + places[:, None] * WIDTH + lane[None, :], mask=(split < SPLITS)[:, None], other=0.0)
+    part = tl.load(parts + places[:, None] * WIDTH + lane[None, :], mask=(split < splits)[:, None], other=0.0)
     whole = tl.sum(part * tl.exp(sums - total)[:, None], 0)
     tl.store(out + (b * HEADS + head) * WIDTH + lane, whole.to(out.dtype.element_ty))
 
 
 @triton.jit
-def _row_masses(logits, total, shares, HEADS: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr):
+def _row_masses(logits, total, shares, rows, HEADS: tl.constexpr, BLOCK: tl.constexpr):
     """One program: a block of one sequence's rows, over all heads."""
     b = tl.program_id(0).to(tl.int64)
     row = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     share = tl.zeros([BLOCK], tl.float32)
     for head in range(HEADS):
-        logit = tl.load(logits + (b * HEADS + head) * ROWS + row, mask=row < ROWS, other=float("-inf"))
+        logit = tl.load(logits + (b * HEADS + head) * rows + row, mask=row < rows, other=float("-inf"))
         share += tl.exp(logit - tl.load(total + b * HEADS + head))
-    tl.store(shares + b * ROWS + row, share / HEADS, mask=row < ROWS)
+    tl.store(shares + b * rows + row, share / HEADS, mask=row < rows)
