@@ -63,7 +63,7 @@ def top_k_triton(scores, lengths, k, maxima=None, tune: tuning.TopK | None = Non
         scores, maxima, groups, finalists, lengths, ids, scores.stride(0), maxima.stride(0), groups.stride(0),
         K=k, K_PADDED=next_power_of_2(k), GROUP=GROUP, PRESELECT=preselect, COUNT_BITS=COUNT_BITS,
         CHUNK=chunk, MAXIMA_CHUNK=min(tune.chunk, max(next_power_of_2(n_groups), GROUP)),
-        FINALISTS=tune.finalists, VECTOR=math.gcd(scores.stride(0), 4), MAXIMA_VECTOR=math.gcd(maxima.stride(0), 4), num_warps=tune.warps,
+        FINALISTS=tune.finalists, VECTOR=math.gcd(scores.stride(0), 4), MAXIMA_VECTOR=math.gcd(maxima.stride(0), 4), num_warps=tune.warps if preselect else tune.whole_warps,
     )  # fmt: skip
     return ids
 

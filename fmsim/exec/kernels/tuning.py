@@ -23,6 +23,7 @@ class IndexScores(NamedTuple):
 class TopK(NamedTuple):
     chunk: int = 16384  # scores, or maxima, that one program (one sequence) holds: 512 groups of MAXIMA_ENTRIES; less than 2^15
     warps: int = 8
+    whole_warps: int = 16  # where all scores fit a chunk and none are left out beforehand
     maxima_groups: int = 128  # whose maxima one program takes, where none are given
     finalists: int = 2048  # that reach the bound and fit the last search; where more do, it is among all of the groups' scores
 
