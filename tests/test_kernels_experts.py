@@ -155,12 +155,22 @@ def test_a_shared_expert_of_another_type_is_added(device):
     assert relative_error(found, exact(*inputs, routed, shared)) < LIMITS[torch.bfloat16]
 
 
+@on_each_device
+@torch.no_grad()
+def test_many_tokens_are_taken_a_part_at_a_time(device, monkeypatch):
+    monkeypatch.setattr(kernels.tuning, "MOST_EXPERT_TOKENS", 8)
+    routed, shared = made(0, 4, 40, 24, torch.float8_e4m3fn, device)
+    inputs = drawn(20, 4, 2, 40, 4, torch.bfloat16, device)
+    assert kernels.takes(inputs[0], routed) == (device == "cuda")
+    assert relative_error(mixture_of_experts_triton(*inputs, routed, shared, SMALL), exact(*inputs, routed, shared)) < LIMITS[torch.bfloat16]
+
+
 def test_where_the_kernels_are_taken():
     """On a CPU never; the model's own experts are the reference there."""
     routed, shared = made(0, 4, 40, 24, torch.float32, "cpu")
     inputs = drawn(3, 4, 2, 40, 4, torch.float32, "cpu")
     with torch.no_grad():
-        assert not kernels.takes(inputs[0])
+        assert not kernels.takes(inputs[0], routed)
         assert torch.equal(mixture_of_experts(*inputs, routed, shared), routed(*inputs) + shared(inputs[0]))
 
 
@@ -175,7 +185,7 @@ def test_a_cuda_graph_holds_them_for_any_routing(dtype, tokens):
 
     routed, shared = made(0, 32, 384, 256, dtype, "cuda")
     x, chosen, weights = drawn(tokens, 32, 6, 384, 6, torch.float32 if dtype == torch.float32 else torch.bfloat16, "cuda")
-    assert kernels.takes(x)
+    assert kernels.takes(x, routed)
     out = torch.empty_like(x)
     replay = captured(lambda: out.copy_(mixture_of_experts(x, chosen, weights, routed, shared)))
     for favourites in (6, 17, 32):

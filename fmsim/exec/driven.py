@@ -82,6 +82,7 @@ class DrivenDecode:
         self._hit, self._attended = (torch.zeros(shape, dtype=torch.bool, device=self.device) for _ in range(2))
         self._slots: list[np.ndarray] = []
         self._shown: list[tuple[Tensor, Tensor]] = []  # of the last step, by part: what was attended to, where that is watched
+        self._listed = -1  # entries visible when the resident pages were listed
         self.clock = StepClock(self.device)
         tokens = replayer.header.prompt_tokens + replayer.n_steps
         fixed_bytes = geometry.gpu_kv_bytes(tokens, 0, keyed_layers * geometry.csa_entries(tokens)) if watch else 0
@@ -137,8 +138,10 @@ class DrivenDecode:
         if changed or self.stages:
             table = self.keeper.residency.table
             self.tiers.entries.blocks_of_all(self.tiers.by_layer(table) if self.stages else table, self._tables)
-        if compute is not None and self.tiers.resident is not None:
-            self.tiers.resident.list(self.keeper.residency.slots, int(self.replayer.entries[step]))
+        visible = int(self.replayer.entries[step])
+        if compute is not None and self.tiers.resident is not None and (changed or visible != self._listed):
+            self.tiers.resident.list(self.keeper.residency.slots, visible)
+            self._listed = visible
         if compute is not None:
             compute(step)
         elif self.stages:

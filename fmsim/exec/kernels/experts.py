@@ -23,15 +23,17 @@ from fmsim.exec.kernels.lang import INTERPRETED, cdiv, next_power_of_2, runs_com
 from fmsim.exec.kernels.weights import BLOCK
 
 
-def takes(tokens: Tensor) -> bool:
-    """Whether the kernels are the way for ``tokens`` [N, D]: on a GPU, few, and no gradient is wanted."""
-    return not torch.is_grad_enabled() and runs_compiled(tokens) and len(tokens) <= tuning.MOST_EXPERT_TOKENS
+def takes(tokens: Tensor, routed: nn.Module) -> bool:
+    """Whether the kernels are the way for ``tokens`` [N, D]: on a GPU, without gradients, few, or through float8 weights, which nothing else there reads
+    without asking the host."""
+    few = len(tokens) <= tuning.MOST_EXPERT_TOKENS or routed.down_scale is not None
+    return not torch.is_grad_enabled() and runs_compiled(tokens) and few
 
 
 def mixture_of_experts(x: Tensor, chosen: Tensor, weights: Tensor, routed: nn.Module, shared: nn.Module) -> Tensor:
     """x [N, D], chosen int64 and weights float32 [N, top_k], the experts (`model.Experts`) and the shared one (`model.SwiGLU`) -> [N, D]
     in the type of x: float32 or bfloat16. Their weights are of that type, or float8 with scales; the shared one's may be of another."""
-    run = mixture_of_experts_triton if takes(x) else mixture_of_experts_reference
+    run = mixture_of_experts_triton if takes(x, routed) else mixture_of_experts_reference
     return run(x, chosen, weights, routed, shared)
 
 
@@ -63,6 +65,9 @@ class _Tiles(NamedTuple):
 
 
 def mixture_of_experts_triton(x, chosen, weights, routed, shared, tune: tuning.Experts | None = None) -> Tensor:
+    if len(x) > tuning.MOST_EXPERT_TOKENS:
+        parts = zip(*(part.split(tuning.MOST_EXPERT_TOKENS) for part in (x, chosen, weights)), strict=True)
+        return torch.cat([mixture_of_experts_triton(*part, routed, shared, tune) for part in parts])
     if shared is not None and not _alike(routed, shared):
         return mixture_of_experts_triton(x, chosen, weights, routed, None, tune) + shared(x)
     tune = tune or tuning.experts(len(x), x.dtype, scaled=routed.down_scale is not None)

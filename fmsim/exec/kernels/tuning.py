@@ -101,7 +101,7 @@ SOME_REQUESTS, MANY_REQUESTS = 4, 16  # from here on; between them each entry is
 LINEAR, LINEAR_OF_MANY = Linear(), Linear(block_outputs=128, programs=132, warps=8, stages=3)
 FEW_ROWS = 16  # a matrix instruction's
 PROGRAMS_BESIDE = 8  # of a recall beside a decode, whose products slow down by 4%
-MOST_EXPERT_TOKENS = 256  # beyond, one grouped product over all experts is a prompt's way
+MOST_EXPERT_TOKENS = 256  # at a time; beyond, one grouped product over all experts is a prompt's way, unless they are float8
 MANY_EXPERT_TOKENS = 32  # from here on many experts have more than 16 tokens
 # Of the experts, for one token, for few and for many. Float32 comes from no sweep.
 EXPERTS_OF_ONE = Experts(gate_rows=8, down_rows=8, block_depth=1024, warps=4, stages=2, token_tile=1)
