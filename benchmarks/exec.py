@@ -21,6 +21,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import yaml
 
@@ -82,16 +83,25 @@ class Setting:
         ledger = self.replayer.run(make())
         return synthetic_run.kv_bytes_of(footprint(ledger, self.geometry, self.layer_map), ledger, self.geometry)
 
+    def kinds(self, run: synthetic_run.Run) -> np.ndarray:
+        """What sets each step apart: a decision, an entry that closed before it, or nothing."""
+        entries, cadence = self.replayer.entries[: self.replayer.n_steps], run.policy.params.cadence
+        closed = np.diff(entries, prepend=entries[0]) > 0
+        decides = (np.arange(len(entries)) % cadence == 0) & (cadence > 1)
+        return np.where(decides, "decision", np.where(closed, "entry closed", "other"))
+
     def measured(self, label: str, make: Callable[[], Policy], batch: int) -> dict[str, Any]:
         run = synthetic_run.run(label, make, self.replayer, self.geometry, self.layer_map, self.weights, self.device, batch)
         row = synthetic_run.report([run], self.replayer, self.geometry, self.layer_map, self.n_experts, self.device, self.path.name)
         about, figures = row["scenario"]["details"][label], row["policies"][0]
         full_bytes = self.geometry.full_kv_bytes(self.replayer.header.prompt_tokens + self.replayer.n_steps)
         step_s = run.outcome.step_s[run.warm_up_steps :]
+        kinds = self.kinds(run)[run.warm_up_steps :]
         return {
             "policy": label, "batch": batch, "kv_bytes": run.kv_bytes, "spare_bytes": about["spare_bytes"], "open_bytes": about["open_bytes"],
             "kv_and_spare_of_full": (run.kv_bytes + about["spare_bytes"]) / full_bytes, "mass_kept": figures["mass_kept"],
-            "step_p50_s": figures["step_s"]["p50"], "step_p99_s": figures["step_s"]["p99"], "tokens_per_s": batch * len(step_s) / float(step_s.sum()),
+            "step_p50_s": figures["step_s"]["p50"], "step_p99_s": figures["step_s"]["p99"],
+            "step_mean_s_of": {kind: float(step_s[kinds == kind].mean()) for kind in np.unique(kinds)}, "tokens_per_s": batch * len(step_s) / float(step_s.sum()),
             "h2d_bytes_per_step": run.outcome.h2d_bytes / self.replayer.n_steps, "recall_wait_s": float(run.outcome.recall_wait_s[run.warm_up_steps :].sum()),
         }  # fmt: skip
 
