@@ -23,7 +23,7 @@ from fmsim.exec.tiered import AHEAD, RequestSize
 from fmsim.geometry import Geometry
 from fmsim.keeper import Accesses, Keeper
 from fmsim.ledger import Ledger
-from fmsim.policies.base import Policy
+from fmsim.policies.base import LookaheadPolicy, Policy
 from fmsim.replay import Replayer, context_in
 from fmsim.tally import Tally
 
@@ -90,7 +90,11 @@ class DrivenDecode:
         self._fill_slots(ctx)
 
     def run(self, compute: Callable[[int], None] | None = None, progress: Callable[[int], None] = lambda steps: None) -> Outcome:
-        """All steps of the trace. ``compute(step)`` is what a step does beside moves; it loads the misses itself."""
+        """All steps of the trace. ``compute(step)`` is what a step does beside moves; it loads the misses itself, and has an indexer of its own, so the
+        trace's scores before the first step."""
+        if compute is not None and isinstance(self.policy, LookaheadPolicy):
+            cadence = self.policy.params.cadence
+            self.policy.prepare(range(cadence, self.replayer.n_steps, cadence))
         for step in range(self.replayer.n_steps):
             with self.clock.step(self.tiers.moved_bytes):
                 self._step(step, compute)

@@ -11,7 +11,7 @@ both take the same decisions, slot for slot.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal, Protocol
 
@@ -216,11 +216,15 @@ class LookaheadPolicy(Policy):
     def reset(self, ctx: Context) -> None:
         super().reset(ctx)
         self.scores = ctx.table(float("inf"))
-        self._prepared: tuple[int, Array] | None = None  # a step, and its scores
+        self._prepared: dict[int, Array] = {}  # steps, and their scores
 
     def score(self, step: int) -> Array:
         """float32 [G, n] for the first n pages: the worth of each in the window that starts at `step`."""
         raise NotImplementedError  # abstract: every lookahead policy defines it
+
+    def prepare(self, steps: Iterable[int]) -> None:
+        """Score the decisions at `steps` now: for whom their times would otherwise count."""
+        self._prepared |= {step: self.score(step) for step in steps}
 
     def decide(self, step: int) -> None:
         scores = self._prepare(step)
@@ -235,9 +239,9 @@ class LookaheadPolicy(Policy):
 
     def _prepare(self, step: int) -> Array:
         """The scores for `step`, computed once."""
-        if self._prepared is None or self._prepared[0] != step:
-            self._prepared = step, self.score(step)
-        return self._prepared[1]
+        if step not in self._prepared:
+            self._prepared = {step: self.score(step)}
+        return self._prepared[step]
 
     def worth(self, step: int, pages: Array) -> Array:
         return self.ctx.read(self.scores, pages)
