@@ -59,6 +59,7 @@ class LSA(LookaheadPolicy):
     def reset(self, ctx: Context) -> None:
         super().reset(ctx)
         self._highest: dict[int, Array] = {}  # by decision: the best page's
+        self._scored: dict[int, int] = {}  # by decision: entries, in all layers
         if ctx.lookahead is None:
             raise FmsimError(
                 "policy lsa: the trace holds no hidden states or index keys to score; "
@@ -111,7 +112,7 @@ class LSA(LookaheadPolicy):
         padding = xp.full((logits.shape[0], missing), -np.inf, dtype=logits.dtype, device=self.ctx.device)
         in_pages = xp.reshape(xp.concat((logits, padding), axis=1), (logits.shape[0], pages, self.ctx.granularity))
         best = xp.max(in_pages, axis=2)
-        self._highest[step] = xp.max(best)
+        self._highest[step], self._scored[step] = xp.max(best), state.n_entries * len(self.layers)
         if self.params.page_rank == "max":
             return best
         above = xp.sum(xp.astype(in_pages >= self.lowest_logit, best.dtype), axis=2)
@@ -119,10 +120,10 @@ class LSA(LookaheadPolicy):
 
     def decide(self, step: int) -> None:
         super().decide(step)
-        self.confidence = self._highest[step]  # that there is anything to recall at all: a signal to weigh against misses
+        self.confidence = self._highest.get(step)  # that there is anything to recall at all: a signal to weigh against misses
 
     def scored_entries(self, step: int) -> int:
-        return self._state(step).n_entries * len(self.layers)
+        return self._scored[step] if step in self._scored else self._state(step).n_entries * len(self.layers)  # of a subclass with scores of its own
 
     def _state(self, step: int) -> LookaheadState:
         """The state that the set from `step` on is chosen by; the first window has no older one than its own."""
