@@ -51,7 +51,8 @@ def test_in_bfloat16_it_is_taken_and_rounds_no_worse(device, seed, tokens, favou
     assert torch.equal(found, experts._grouped(x, chosen, weights))
     exact = experts.float()._one_by_one(x.float(), chosen, weights)
     errors = [relative_error(out, exact) for out in (found, loop)]
-    assert errors[0] < 0.01 and errors[0] < 1.5 * errors[1]
+    chance = 2 / found.numel() ** 0.5  # errors of few numbers differ by themselves
+    assert errors[0] < 0.01 and errors[0] < (1.2 + chance) * errors[1]
 
 
 def test_training_is_told_the_load_and_learns_through_either_path():
