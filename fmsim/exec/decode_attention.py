@@ -59,7 +59,7 @@ def _side_stream(device: torch.device) -> torch.cuda.Stream:
 
 @contextmanager
 def beside(device: torch.device) -> Iterator[None]:
-    """On a GPU, what is launched within runs beside what comes after, until `joined`."""
+    """On a GPU, what is launched within runs beside what comes after, until `wait_beside`."""
     if device.type != "cuda":
         yield
         return
@@ -69,7 +69,7 @@ def beside(device: torch.device) -> Iterator[None]:
         yield
 
 
-def joined(device: torch.device) -> None:
+def wait_beside(device: torch.device) -> None:
     """What comes after waits for what runs `beside`."""
     if device.type == "cuda":
         torch.cuda.current_stream(device).wait_stream(_side_stream(device))
@@ -218,7 +218,7 @@ class DecodeAttention:
             indexer = attention.compressor.indexer
             queries = norm_rope(index_queries[0].view(-1, indexer.heads, indexer.width), turn)[:, None]
             weights = compressed[-1] * self.index_scale
-        joined(x.device)
+        wait_beside(x.device)
         if attention.kind == CSA:
             ids, home = self.pager.select(queries, weights, now.visible, indexer.top_k), self.pager.homes[0]
         elif attention.kind == HCA:
