@@ -25,6 +25,7 @@ from fmsim.exec.kernels.layout import KEY, plain, read_entries  # noqa: E402
 from fmsim.exec.keys import AllKeys, ResidentKeys  # noqa: E402
 from fmsim.exec.prompt import Prompt  # noqa: E402
 from fmsim.exec.record import trace_header, trace_of  # noqa: E402
+from fmsim.exec.resident import ResidentPages  # noqa: E402
 from fmsim.exec.synthetic_run import kv_bytes_of  # noqa: E402
 from fmsim.exec.tiered import RequestSize, TieredCache  # noqa: E402
 from fmsim.footprint import footprint, indexer_layers  # noqa: E402
@@ -117,7 +118,8 @@ def test_scores_beside_entries_are_those_of_all_keys_where_pages_are(device, gra
         tables[b] = table.to(device)
         tiers.blocks(b, tables[b], blocks[b, : count + 1])
     buffers = [new_scores(len(lengths), -(-max(lengths) // 64) * 64, device) for _ in range(2)]
-    everything, resident = AllKeys(layout, buffers[0], device), ResidentKeys(tiers, 0, tables, blocks, buffers[1])
+    listing = ResidentPages(1, slots, tiers.slot_start[:-1], granularity, torch.device(device))  # which a selection takes; scores need none
+    everything, resident = AllKeys(layout, buffers[0], device), ResidentKeys(tiers, 0, tables, blocks, buffers[1], listing, 0)
     for b, length in enumerate(lengths):
         rows = torch.randn(length, layout.width, generator=generator).to(device)
         for keys in (everything, resident):

@@ -9,12 +9,12 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import DeepseekV4Config
 
 from fmsim.exec.kernels.attention_rows import Rows, matrix_type
 from fmsim.exec.kernels.compress import Pooling, compress_and_append
-from fmsim.exec.kernels.experts import clamped_swiglu, mixture_of_experts
+from fmsim.exec.kernels.experts import mixture_of_experts
 from fmsim.exec.kernels.gather import copy_rows
 from fmsim.exec.kernels.hyper_connection import Pending, enter, enter_reference, read_out, read_out_reference
 from fmsim.exec.kernels.index_score import index_scores, index_scores_reference, new_scores
@@ -30,6 +30,7 @@ from fmsim.exec.kernels.top_k import top_k, top_k_reference
 from fmsim.exec.kernels.weights import dequantise, quantise
 from fmsim.exec.mirror import HostMirror
 from fmsim.exec.model import Experts, HyperConnection, HyperHead, RMSNorm, Router, SwiGLU
+from fmsim.exec.quantised import fill_float8, hold_float8, published_float8
 
 PER_PAGE, WINDOW, TOP_K = 64, 128, 512
 HEADS, MEMORY_HEADS, ROPE_PAIRS, QUERY_LATENT = 64, 128, 32, 1024
@@ -183,15 +184,17 @@ def mixing(batch: int, device, float8: bool = False) -> Case:
     """The routed experts of a layer and the shared one; each token's choice is random."""
     config = DeepseekV4Config(hidden_size=HIDDEN, moe_intermediate_size=EXPERT_WIDTH, n_routed_experts=EXPERTS)
     with torch.device("meta"):
-        modules = [kind(config).to(torch.bfloat16).requires_grad_(False) for kind in (Experts, SwiGLU)]
-    routed, shared = (module.to_empty(device=device) for module in modules)
+        layer = nn.ModuleDict({"routed": Experts(config), "shared": SwiGLU(config)}).to(torch.bfloat16).requires_grad_(False)
+    if float8:
+        hold_float8(layer, published_float8(layer))
+    routed, shared = layer.to_empty(device=device).values()
+    fill_float8(layer)
     with torch.device(device):
-        for parameter in (*routed.parameters(), *shared.parameters()):
-            parameter.normal_(std=parameter.shape[-1] ** -0.5)
+        for parameter in layer.parameters():
+            if parameter.dtype == torch.bfloat16:
+                parameter.normal_(std=parameter.shape[-1] ** -0.5)
         x, weights = torch.randn(batch, HIDDEN).to(torch.bfloat16), torch.rand(batch, ACTIVE)
         chosen = torch.rand(batch, EXPERTS).topk(ACTIVE).indices
-    if float8:
-        _into_float8(routed, shared)
     given = x, chosen, weights, routed, shared
     read = [shared.gate_proj.weight, shared.up_proj.weight, shared.down_proj.weight]
     for expert in chosen.unique().tolist():
@@ -199,21 +202,11 @@ def mixing(batch: int, device, float8: bool = False) -> Case:
     n_bytes = sum(matrix.nbytes for matrix in read) + 2 * x.nbytes
 
     def reference() -> Tensor:
-        gate, up, down = (linear.weight if not float8 else dequantise(linear.weight, linear.scale, dtype=x.dtype) for linear in shared.children())
-        return routed._one_by_one(x, chosen, weights) + clamped_swiglu(x @ gate.T, x @ up.T, shared.limit) @ down.T
+        return routed._one_by_one(x, chosen, weights) + shared(x)
 
     peers = None if float8 else {"F.grouped_mm": lambda: routed._grouped(x, chosen, weights) + shared(x)}
     name = "experts, float8" if float8 else "experts"
     return Case(name, f"{batch} x {ACTIVE} of {EXPERTS}", n_bytes, lambda: mixture_of_experts(*given), reference, peers)
-
-
-def _into_float8(routed: Experts, shared: SwiGLU) -> None:
-    """As the experts' kernels read them; the shared one's linears then do not run by themselves. Matrix by matrix, to hold little beside."""
-    routed.gate_up_proj.data, routed.gate_up_scale = map(torch.stack, zip(*map(quantise, routed.gate_up_proj), strict=True))
-    routed.down_proj.data, routed.down_scale = map(torch.stack, zip(*map(quantise, routed.down_proj), strict=True))
-    for linear in shared.children():
-        linear.weight.data, scale = quantise(linear.weight)
-        linear.register_buffer("scale", scale)
 
 
 def projecting(batch: int, outputs: int, inputs: int, groups: int, device) -> Case:

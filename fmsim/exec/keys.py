@@ -73,11 +73,11 @@ class LayerKeys:
 
     def fill(self, request: int, keys: Tensor) -> None:
         """A prefill's keys [E, width]."""
-        raise NotImplementedError
+        raise NotImplementedError  # abstract: either place defines it
 
     def append(self, request: int, key: Tensor, index: Tensor) -> None:
         """A new key [1, width], number `index` int64 [1] (-1 = none)."""
-        raise NotImplementedError
+        raise NotImplementedError  # abstract: either place defines it
 
     def scores(self, queries: Tensor, weights: Tensor, lengths: Tensor) -> Scores:
         """queries [B, 1, heads, width], weights [B, 1, heads], lengths int32 [B] -> scores [B, capacity], -inf beyond the lengths and where a key is not here."""
@@ -91,7 +91,7 @@ class LayerKeys:
 
     def _in_order(self) -> tuple[Tensor, Tensor | bool]:
         """Keys [B, capacity, width], and which of them are not here, bool [B, capacity]."""
-        raise NotImplementedError
+        raise NotImplementedError  # abstract: either place defines it
 
 
 class AllKeys(LayerKeys):
@@ -129,7 +129,7 @@ class ResidentKeys(LayerKeys):
     complete = False
 
     def __init__(
-        self, tiers: TieredCache, number: int, tables: Sequence[Tensor], blocks: Tensor, buffers: Scores, resident: ResidentPages | None = None, group: int = 0
+        self, tiers: TieredCache, number: int, tables: Sequence[Tensor], blocks: Tensor, buffers: Scores, resident: ResidentPages, group: int
     ):
         super().__init__(tiers.layout, buffers)
         self.resident, self.group = resident, group

@@ -31,7 +31,7 @@ OPCODES = frozenset(
 )
 ZIP_MAGIC = b"PK\x03\x04"
 LEGACY_MAGIC, LEGACY_VERSION = 0x1950A86A20F9469CFC6C, 1001  # of torch.save before the zip format, which pickled storages still use
-DAMAGED = (
+DAMAGED = (  # what zipfile and our own unpickler raise of bytes that are no such file; NotImplementedError: zipfile's, of a compression it lacks
     pickle.UnpicklingError, zipfile.BadZipFile, EOFError, ValueError, TypeError, KeyError, IndexError, AttributeError, OverflowError,
     MemoryError, RecursionError, NotImplementedError, RuntimeError,
 )  # fmt: skip

@@ -42,11 +42,11 @@ def _attend_in_place(
     head = tl.program_id(1) * BLOCK_HEADS + tl.arange(0, BLOCK_HEADS)
     lane = tl.arange(0, WIDTH)
     query_places = (b * HEADS + head)[:, None] * WIDTH + lane[None, :]
-    query = product_operand(tl.load(queries + query_places, mask=(head < HEADS)[:, None], other=0.0))
+    query = tl.load(queries + query_places, mask=(head < HEADS)[:, None], other=0.0)
     apart: tl.constexpr = KIND == "latent"
     turn = WIDTH - 64 + tl.arange(0, 64)
     if apart:
-        query_turned = product_operand(tl.load(queries + (b * HEADS + head)[:, None] * WIDTH + turn[None, :], mask=(head < HEADS)[:, None], other=0.0))
+        query_turned = tl.load(queries + (b * HEADS + head)[:, None] * WIDTH + turn[None, :], mask=(head < HEADS)[:, None], other=0.0)
     length = tl.load(window_lengths + b)
     blocks: tl.constexpr = (WINDOW + SELECTED + BLOCK_ROWS - 1) // BLOCK_ROWS
     share: tl.constexpr = (blocks + SPLITS - 1) // SPLITS

@@ -186,6 +186,14 @@ def _pairs_of(schedule, tiles, TILE: tl.constexpr, SORTED: tl.constexpr):
 
 
 @triton.jit
+def _first_scales(scale, expert, row, OUT: tl.constexpr, DEPTH: tl.constexpr, SCALED: tl.constexpr):
+    """Pointers to the first scale of each ``row`` of an expert's matrix [OUT, DEPTH], of those stacked at ``scale``."""
+    columns: tl.constexpr = (DEPTH + SCALED - 1) // SCALED
+    blocks: tl.constexpr = (OUT + SCALED - 1) // SCALED
+    return scale + (expert * blocks + row // SCALED) * columns
+
+
+@triton.jit
 def _products(
     weights, scales, activations, row_known, known, DEPTH: tl.constexpr, ROWS: tl.constexpr, TILE: tl.constexpr, SCALED: tl.constexpr,
     BLOCK_DEPTH: tl.constexpr, STAGES: tl.constexpr, WIDEN: tl.constexpr,
@@ -236,11 +244,10 @@ def _gate_up(
         if SHARED:
             weights = tl.where(expert == EXPERTS, tl.where(up == 1, shared_up, shared_gate) + channel * HIDDEN, weights)
         if SCALED:
-            columns: tl.constexpr = (HIDDEN + SCALED - 1) // SCALED
-            blocks: tl.constexpr = (2 * WIDTH + SCALED - 1) // SCALED
-            scales = scale + (expert * blocks + (up * WIDTH + channel) // SCALED) * columns
+            scales = _first_scales(scale, expert, up * WIDTH + channel, 2 * WIDTH, HIDDEN, SCALED)
             if SHARED:
-                scales = tl.where(expert == EXPERTS, tl.where(up == 1, shared_up_scale, shared_gate_scale) + channel // SCALED * columns, scales)
+                of_shared = _first_scales(tl.where(up == 1, shared_up_scale, shared_gate_scale), 0, channel, WIDTH, HIDDEN, SCALED)
+                scales = tl.where(expert == EXPERTS, of_shared, scales)
         tokens = x + pair // SLOTS * HIDDEN
         both = _products(weights, scales, tokens, channel < WIDTH, known, HIDDEN, ROWS, TILE, SCALED, BLOCK_DEPTH, STAGES, WIDEN)
         gate, up = tl.split(tl.permute(tl.reshape(both, [HALF, 2, TILE]), [0, 2, 1]))
@@ -268,11 +275,9 @@ def _down(
         if SHARED:
             weights = tl.where(expert == EXPERTS, shared_down + channel * WIDTH, weights)
         if SCALED:
-            columns: tl.constexpr = (WIDTH + SCALED - 1) // SCALED
-            blocks: tl.constexpr = (HIDDEN + SCALED - 1) // SCALED
-            scales = scale + (expert * blocks + channel // SCALED) * columns
+            scales = _first_scales(scale, expert, channel, HIDDEN, WIDTH, SCALED)
             if SHARED:
-                scales = tl.where(expert == EXPERTS, shared_scale + channel // SCALED * columns, scales)
+                scales = tl.where(expert == EXPERTS, _first_scales(shared_scale, 0, channel, HIDDEN, WIDTH, SCALED), scales)
         values = inner + pair * WIDTH
         out = _products(weights, scales, values, channel < HIDDEN, known, WIDTH, ROWS, TILE, SCALED, BLOCK_DEPTH, STAGES, WIDEN)
         tl.store(parts + pair[None, :] * HIDDEN + channel[:, None], out, mask=known[None, :] & (channel < HIDDEN)[:, None])
