@@ -1,6 +1,5 @@
 """Products with float8 weights: the kernel against its reference, and the reference against numbers by hand and the exact product."""
 
-import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
