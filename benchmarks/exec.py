@@ -32,7 +32,6 @@ from fmsim.exec import calibrate, synthetic_run
 from fmsim.exec.driven import DrivenDecode
 from fmsim.exec.kernel_cases import recall
 from fmsim.exec.kernels.layout import KEY, LATENT
-from fmsim.exec.kernels.tuning import PROGRAMS_BESIDE
 from fmsim.exec.synthetic import experts_that_fit, synthetic_config
 from fmsim.exec.synthetic_decode import SyntheticStep
 from fmsim.exec.timing import captured, median_s
@@ -56,7 +55,7 @@ POLICIES: dict[str, dict[str, Any]] = {
 } | {f"{name}, pages of {entries}": {"policy": name, "budget": "10%", "granularity": entries} for name in ("lsa", "lru") for entries in (1, 4, 16, 64)}
 AT_MOST = ("full", "lsa", "lru", "recency", "h2o")  # whose largest batch in the KV budget is decoded too
 SIZES = calibrate.Sizes(
-    contexts=(1024, 262_144, 1_048_576), batches=(1, 4, 16, 64), gathers={584: (512, 4096, 32_768), 37_376: (96, 2000)}, kernel_shapes=()
+    contexts=(4096, 262_144, 1_048_576), batches=(1, 4, 16, 64), gathers={584: (512, 4096, 32_768), 37_376: (96, 2000)}, kernel_shapes=()
 )  # fmt: skip
 
 
@@ -211,7 +210,7 @@ def main() -> None:
         keep()
         if given.device == "cuda":
             step = full_step(setting)
-            result["a_full_step_beside_recall"] = [beside_recall(step, programs) for programs in (PROGRAMS_BESIDE, 16, 32)]
+            result["a_full_step_beside_recall"] = [beside_recall(step, programs) for programs in (2, 4, 8, 16)]
             for line in result["a_full_step_beside_recall"]:
                 print(f"recall on {line['programs']} programs, {line['bytes_per_s'] / 1e9:.1f} GB/s: a step beside it {line['slower']:+.1%}", flush=True)
             result["kernels_of_a_full_step"] = kernels_of(step)

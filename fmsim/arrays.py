@@ -31,7 +31,11 @@ def read(table: Array, start: Array, pages: Array) -> Array:
 
 def put(table: Array, start: Array, pages: Array, values: Array | float) -> None:
     """table[g, pages[g, i]] = values[g, i], in place. Pages must be unique in a row, padding aside."""
-    table.reshape(-1)[pages + start] = values
+    flat, places = table.reshape(-1), pages + start
+    if not is_numpy_array(table) and isinstance(values, (bool, int, float)):
+        flat.index_fill_(0, places.reshape(-1).long(), values)  # indexed assignment would copy a number to the GPU, and wait for that
+    else:
+        flat[places] = values
 
 
 def order_key(worth: Array, pages: Array) -> Array:

@@ -1,4 +1,6 @@
-"""What the kernels' tests share: the ways to run one, and pools whose pages lie in no order."""
+"""What the tests of kernels and of the engine on a GPU share: the ways to run, and pools whose pages lie in no order."""
+
+from contextlib import contextmanager
 
 import pytest
 import torch
@@ -14,6 +16,20 @@ DEVICES = [
     ),
 ]
 on_each_device = pytest.mark.parametrize("device", DEVICES)
+
+
+@contextmanager
+def no_waits():
+    """Within it, on a GPU, whatever makes the host wait for the device raises."""
+    if not torch.cuda.is_available():
+        yield
+        return
+    before = torch.cuda.get_sync_debug_mode()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode(before)
 
 
 def scattered_pool(rows: torch.Tensor, layout: Layout, per_page: int, missing: float, generator: torch.Generator):

@@ -8,6 +8,7 @@ import pytest
 torch = pytest.importorskip("torch", reason="the engine needs fmsim[model]")
 pytest.importorskip("transformers", reason="the engine needs fmsim[model]")
 
+from kernel_pools import no_waits  # noqa: E402
 from test_model import CSA, HCA, SLIDING, oracle, ours  # noqa: E402
 
 from fmsim.exec.engine import Batch  # noqa: E402
@@ -37,7 +38,9 @@ def test_a_graph_of_kernels_decodes_as_torch_does(spec, select):
         batch = Batch([Prompt(model, text, STEPS) for text in texts], registry.build(spec), tau=TAU, select=select)
         for token in range(4):
             batch.step([token, token + 1])
-        batch.generate(STEPS - 4)
+        with no_waits():  # across windows, as pages are written, missed and given up
+            for _ in range(STEPS - 4):
+                batch.step()
         found[device] = batch
     torch.testing.assert_close(found["cuda"].logits.cpu(), found["cpu"].logits, atol=1e-3, rtol=0)
     for one, other in zip(found["cpu"].requests, found["cuda"].requests):

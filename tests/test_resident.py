@@ -18,7 +18,7 @@ def test_a_listing_by_hand():
     """Two groups of one request, pages of 4 entries, 10 of them visible: page 2 holds two so far."""
     listing = ResidentPages(2, [3], [5], 4, torch.device("cpu"))
     listing.list(torch.tensor([[2, -1, 0], [-1, -1, -1]], dtype=torch.int32), 10)
-    assert listing.pages[:, 0].tolist() == [[0, 2, 0], [0, 0, 0]]
+    assert listing.entries[:, 0].tolist() == [[0, 1, 2, 3, 8, 9, 10, 11, *[-1] * 5], [-1] * 13]
     assert listing.table[:, 0].tolist() == [[7, 5, -1], [-1, -1, -1]]
     assert listing.lengths[:, 0].tolist() == [6, 0]
     listing.list(torch.tensor([[0, 1, -1], [2, 1, 0]], dtype=torch.int32), 10, request=0)

@@ -6,13 +6,16 @@ import pytest
 torch = pytest.importorskip("torch", reason="the engine needs fmsim[model]")
 pytest.importorskip("transformers", reason="the engine needs fmsim[model]")
 
+from contextlib import nullcontext  # noqa: E402
 from dataclasses import fields, replace  # noqa: E402
 
+from kernel_pools import no_waits  # noqa: E402
 from made_trace import make_trace  # noqa: E402
 from test_run import fmsim  # noqa: E402
 
 from fmsim.errors import FmsimError  # noqa: E402
 from fmsim.exec import synthetic_run  # noqa: E402
+from fmsim.exec.driven import DrivenDecode  # noqa: E402
 from fmsim.exec.synthetic import model_bytes, synthetic_model  # noqa: E402
 from fmsim.footprint import footprint  # noqa: E402
 from fmsim.geometry import CSA, HCA, PRESETS, SLIDING  # noqa: E402
@@ -25,12 +28,24 @@ SMALL = replace(
     o_lora_rank=16, o_groups=2, n_experts=8, expert_width=16, vocabulary=128, index_topk=16,
 )  # fmt: skip
 DEVICES = ["cpu", pytest.param("cuda", marks=[pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")])]
-SPECS = ["full", {"policy": "recency", "budget": "20%"}, {"policy": "lru", "budget": "40 entries"}, {"policy": "lru", "granularity": 4, "on_miss": "fallback"}]
+SPECS = [
+    "full", {"policy": "recency", "budget": "20%"}, {"policy": "h2o", "budget": "20%"}, {"policy": "lru", "budget": "40 entries"},
+    {"policy": "lru", "granularity": 4, "on_miss": "fallback"},
+]  # fmt: skip
+
+
+class Unwaiting(DrivenDecode):
+    """After the first step, which compiles kernels and captures the graph, no step waits for the device."""
+
+    def _step(self, step, compute):
+        with no_waits() if step else nullcontext():
+            super()._step(step, compute)
 
 
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("spec", SPECS, ids=str)
-def test_it_moves_what_the_replay_says(spec, device):
+def test_it_moves_what_the_replay_says(spec, device, monkeypatch):
+    monkeypatch.setattr(synthetic_run, "DrivenDecode", Unwaiting)
     replayer = Replayer(make_trace(prompt_tokens=800, n_steps=12))
     model, experts = synthetic_model(SMALL, device, model_bytes(SMALL, 8), 0)
     assert experts == 8

@@ -34,11 +34,11 @@ Report = Callable[[str], object]
 
 @dataclass(frozen=True)
 class Sizes:
-    """What to measure. Contexts in tokens; ``gathers`` maps the bytes of a row to numbers of rows."""
+    """What to measure. Contexts in tokens, from one on at which a CSA layer finds its top 512 entries; ``gathers`` maps the bytes of a row to numbers of rows."""
 
-    contexts: tuple[int, ...] = (1024, 4096, 16_384, 65_536, 131_072, 262_144, 524_288, 1_048_576)
+    contexts: tuple[int, ...] = (4096, 16_384, 65_536, 131_072, 262_144, 524_288, 1_048_576)
     batches: tuple[int, ...] = (1, 2, 4, 8, 16, 32, 64)
-    crowd: tuple[int, int] = (16, 262_144)  # one of the batches at one of the contexts, for what a further request's entries add
+    crowd: tuple[int, int] = (64, 1_048_576)  # one of the batches at one of the contexts, for what a further request's entries add to a GPU that is busy
     gathers: dict[int, tuple[int, ...]] = field(
         default_factory=lambda: {584: (512, 4096, 32_768, 131_072), 2336: (128, 4096, 32_768), 37_376: (8, 96, 384, 2000)}
     )

@@ -6,6 +6,7 @@ is held once, whatever their number. It is a file in memory (/dev/shm), which ev
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import fcntl
 import mmap
@@ -160,6 +161,8 @@ def _pin(memory: Tensor) -> None:
     runtime = torch.cuda.cudart()
     failed = runtime.cudaHostRegister(memory.data_ptr(), memory.nbytes, 0)
     if int(failed):
+        with contextlib.suppress(RuntimeError):
+            torch.zeros(1, device="cuda")  # the next launch would be told of this failure: let it be one that nobody needs
         raise FmsimError(
             f"host memory for the cache: {memory.nbytes / GIB:.2f} GiB cannot be pinned ({runtime.cudaGetErrorString(failed)}); lower --context or --batch, "
             "or raise `ulimit -l`"
@@ -170,7 +173,8 @@ def _release(pinned: Tensor | None, shared: SharedFile | None) -> None:
     try:
         if pinned is not None:
             torch.cuda.synchronize()  # a copy may still read it
-            torch.cuda.cudart().cudaHostUnregister(pinned.data_ptr())
     finally:
+        if pinned is not None:  # whatever failed before: memory that is freed while registered cannot be registered again
+            torch.cuda.cudart().cudaHostUnregister(pinned.data_ptr())
         if shared is not None:
             shared.close()

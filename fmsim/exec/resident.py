@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from fmsim import arrays
 from fmsim.exec.kernels.index_score import index_scores, new_scores
 from fmsim.exec.kernels.layout import Layout
 from fmsim.exec.kernels.top_k import top_k as best
@@ -15,9 +16,9 @@ BEYOND = torch.iinfo(torch.int32).max  # after every page
 
 
 class ResidentPages:
-    """Of each of G residency groups and B requests, in buffers that never move (a CUDA graph reads them): `pages` int32 [G, B, S], the pages that have a
-    slot, ascending, so that equal scores are parted as among all entries; `table` int32 [G, B, S] the pool's page of each, -1 at the end; `lengths`
-    int32 [G, B], how many visible entries they hold.
+    """Of each of G residency groups and B requests, in buffers that never move (a CUDA graph reads them): `entries` int32 [G, B, S x granularity + 1], the
+    ids of the entries of the S pages that have a slot, ascending, so that equal scores are parted as among all entries, then -1; `table` int32 [G, B, S] the pool's
+    page of each of these pages, -1 at the end; `lengths` int32 [G, B], how many of the entries are visible.
 
     ``slots``: each request's number of slots; ``first_slots``: the pool's page of its first.
     """
@@ -25,7 +26,8 @@ class ResidentPages:
     def __init__(self, groups: int, slots: Sequence[int], first_slots: Sequence[int], granularity: int, device: torch.device):
         self.granularity, self.first_slots = granularity, first_slots
         shape = (groups, len(slots), max(slots))
-        self.pages, self.table = torch.zeros(shape, dtype=torch.int32, device=device), torch.full(shape, -1, dtype=torch.int32, device=device)
+        self.entries, self.table = (torch.full((*shape[:2], width), -1, dtype=torch.int32, device=device) for width in (shape[2] * granularity + 1, shape[2]))
+        self._start, self._within = arrays.offsets(self.entries[0], torch), torch.arange(granularity, dtype=torch.int32, device=device)
         self.lengths = torch.zeros(shape[:2], dtype=torch.int32, device=device)
         self._first = torch.tensor(first_slots, dtype=torch.int32, device=device)[None, :, None]
         self._scores = new_scores(len(slots), max(slots) * granularity, device)  # of one layer after another
@@ -36,7 +38,8 @@ class ResidentPages:
         part = slice(None) if request is None else slice(request, request + 1)
         pages, slot = torch.where(slots < 0, BEYOND, slots).sort(1)
         there, width = (pages < BEYOND)[:, None], slots.shape[1]
-        self.pages[:, part, :width] = torch.where(there, pages[:, None], 0)
+        entries = torch.where(there[..., None], pages[:, None, :, None] * self.granularity + self._within, -1)
+        self.entries[:, part, : width * self.granularity] = entries.flatten(2)
         self.table[:, part, :width] = torch.where(there, slot[:, None].int() + self._first[:, part], -1)
         count = there.sum(2)
         last = pages.gather(1, (count - 1).clamp(min=0)) * (count > 0)
@@ -48,5 +51,4 @@ class ResidentPages:
         `index_scores`, ``pool`` of a layer's keys."""
         scores = index_scores(queries, weights, pool, layout, self.table[group], self.lengths[group], self._scores)
         places = best(scores.scores, self.lengths[group], top_k, scores.maxima)
-        page = self.pages[group].gather(1, places.clamp(min=0).long() // self.granularity)
-        return torch.where(places < 0, -1, page * self.granularity + places % self.granularity)
+        return arrays.read(self.entries[group], self._start, places)

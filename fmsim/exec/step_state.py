@@ -14,6 +14,7 @@ from fmsim.exec.kernels.layout import Layout
 from fmsim.exec.model import CSA, HCA, MASKED, SLIDING, Attend, Compressor, CompressorState, DeepseekV4, LayerCache, StepCompressor, StepLayer
 from fmsim.exec.pager import LayerPager
 from fmsim.exec.prompt import Prompt
+from fmsim.exec.timing import no_collection
 
 
 class StepState(NamedTuple):
@@ -81,7 +82,7 @@ def graph_after_one(work: Callable[[], None]) -> Callable[[], None]:
         torch.cuda.current_stream().wait_stream(side)
         torch.cuda.synchronize()
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
+        with no_collection(), torch.cuda.graph(graph):
             work()
         replay.append(graph.replay)
 

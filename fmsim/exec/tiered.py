@@ -17,6 +17,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
+from fmsim import arrays
 from fmsim.errors import FmsimError
 from fmsim.exec.decode_attention import Home
 from fmsim.exec.kernels import tuning
@@ -130,7 +131,8 @@ class TieredCache:
 
     def blocks_of_all(self, table: Tensor, out: Tensor) -> None:
         """The same for all requests, which share the rows [L, P + 1], into int32 [L, B, P + 1]."""
-        out.copy_(torch.where(table[:, None] < 0, -1, table[:, None] + self._first_slot))
+        torch.add(table[:, None], self._first_slot.int(), out=out)  # no copy of what may be a gigabyte
+        out.masked_fill_(table[:, None] < 0, -1)
 
     def fetch(self, pages: Tensor, slots: Tensor, request: int | None = None) -> None:
         """Copy pages [L, m] of the mirror into slots [L, m], of every layer, for one request or for all alike; -1 = padding."""
@@ -162,11 +164,11 @@ class TieredCache:
         self.recalled_pages += (to >= 0).sum()
         source = torch.where(pages < 0, -1, pages + self._first_page[part])
         if self.side is None:
-            self._copy(self.mirror, source, self.pool, to)
+            self._copy_some(self.mirror, source, self.pool, to)
             return
         self.side.wait_stream(torch.cuda.current_stream(self.device))
         with torch.cuda.stream(self.side):
-            self._copy(self.mirror, source, self.pool, to, tuning.PROGRAMS_BESIDE)
+            self._copy_some(self.mirror, source, self.pool, to, tuning.PROGRAMS_BESIDE)
         for tensor in (source, to):
             tensor.record_stream(self.side)
 
@@ -189,12 +191,12 @@ class TieredCache:
         part = slice(None) if request is None else slice(request, request + 1)
         to = torch.where(slots < 0, -1, slots + self._first_slot[part])
         if staged is not None:
-            self._copy(self.pool, staged, self.pool, torch.where(staged >= 0, to, -1))
+            self._copy_some(self.pool, staged, self.pool, torch.where(staged >= 0, to, -1), tuning.PROGRAMS_WITHIN)
             to = torch.where(staged >= 0, -1, to)
         source, to = torch.broadcast_tensors(torch.where(pages < 0, -1, pages + self._first_page[part]), to)
         self.recalled_pages += (to >= 0).sum()
         if self.mirrored:
-            self._copy(self.mirror, source, self.pool, to)
+            self._copy_some(self.mirror, source, self.pool, to)
 
     def read(self, layer: int, blocks: Tensor, ids: Tensor) -> Tensor:
         """float32 [K, C]: entries `ids` [K] through `blocks` [P + 1]; whatever where an id is -1 or its page is not there."""
@@ -215,6 +217,13 @@ class TieredCache:
         pages, to = (part.flatten(1).contiguous() for part in torch.broadcast_tensors(pages, to))
         counts = torch.full((len(pages),), pages.shape[1], dtype=torch.int32, device=pages.device)
         copy_rows(source, target, pages, to, counts, programs)
+
+    def _copy_some(self, source: Tensor, pages: Tensor, target: Tensor, to: Tensor, programs: int | None = None) -> None:
+        """`_copy`, where most places of the lists, which are as long as all slots of a layer, are left out: these are taken out first."""
+        pages, to = (part.flatten(1) for part in torch.broadcast_tensors(pages, to))
+        moved = (pages >= 0) & (to >= 0)
+        pages, to = (arrays.pack(part, moved, part.shape[1]) for part in (pages, to))
+        copy_rows(source, target, pages, to, moved.sum(1, dtype=torch.int32), programs)
 
 
 def check_memory(device: torch.device, device_bytes: int, host_bytes: int) -> None:
