@@ -55,7 +55,7 @@ POLICIES: dict[str, dict[str, Any]] = {
 } | {f"{name}, pages of {entries}": {"policy": name, "budget": "10%", "granularity": entries} for name in ("lsa", "lru") for entries in (1, 4, 16, 64)}
 AT_MOST = ("full", "lsa", "lru", "recency", "h2o")  # whose largest batch in the KV budget is decoded too
 SIZES = calibrate.Sizes(
-    contexts=(4096, 262_144, 1_048_576), batches=(1, 4, 16, 64), gathers={584: (512, 4096, 32_768), 37_376: (96, 2000)}, kernel_shapes=()
+    contexts=(4096, 262_144, 1_048_576), batches=(1, 4, 16, 64, 128), gathers={584: (512, 4096, 32_768), 37_376: (96, 2000)}, kernel_shapes=()
 )  # fmt: skip
 
 

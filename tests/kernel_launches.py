@@ -16,6 +16,7 @@ from fmsim.exec.kernels.norm_rope import norm_rope_triton
 from fmsim.exec.kernels.rms_norm import rms_norm_triton
 from fmsim.exec.kernels.router import route_triton
 from fmsim.exec.kernels.sparse_attention import sparse_attention_triton
+from fmsim.exec.kernels.staging import stage_triton
 from fmsim.exec.kernels.top_k import top_k_triton
 from fmsim.exec.kernels.weights import scale_shape
 from fmsim.exec.model import Experts, HyperConnection, HyperHead, RMSNorm, Router, SwiGLU
@@ -127,6 +128,12 @@ def routing(count, hashed=False, top_k=6):
     return lambda: route_triton(zeros(BATCH, count, dtype=torch.bfloat16), zeros(BATCH, dtype=torch.int64), Router(config, hashed))
 
 
+def stage():
+    long = torch.int64
+    pages, fetched = zeros(BATCH, 512, dtype=long), zeros(BATCH, 512, dtype=torch.bool)
+    stage_triton(pages, fetched, zeros(BATCH, dtype=long), zeros(BATCH, dtype=long), whole(BATCH, 1025), zeros(dtype=long))
+
+
 LAUNCHES = {
     "index_scores": scores(KEY, 64, torch.bfloat16),
     "index_scores, float8 queries": scores(KEY, 64, torch.float8_e4m3fn),
@@ -180,5 +187,6 @@ LAUNCHES = {
     "linear, output, 128 rows": product(4096, 8192, rows=128),
     "linear, odd": product(200, 136),
     "copy_rows, entries": rows(584),
+    "stage": stage,
     "copy_rows, pages": rows(37_376),
 }

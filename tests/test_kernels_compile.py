@@ -13,11 +13,11 @@ HERE = Path(__file__).parent
 # One launch of each kernel, to take seconds; `python tests/compile_kernels.py` compiles all that kernel_launches.py lists.
 LAUNCHES = [
     "index_scores", "index_scores, float8 queries", "top_k, preselected", "sparse_attention", "sparse_attention, many", "compress, csa", "hyper_connection", "norm_rope",
-    "rms_norm", "route", "experts, many", "experts, float8, one", "linear, output", "copy_rows, entries",
+    "rms_norm", "route", "experts, many", "experts, float8, one", "linear, output", "copy_rows, entries", "stage",
 ]  # fmt: skip
 KERNELS = {
     "_index_scores", "_top_k", "_attend_in_place", "_gather", "_attend", "_combine", "_row_masses", "_compress", "_leave_and_project", "_enter", "_norm_rope", "_rms_norm",
-    "_route", "_schedule", "_gate_up", "_down", "_sum_pairs", "_linear", "_add_up", "_copy_rows",
+    "_route", "_schedule", "_gate_up", "_down", "_sum_pairs", "_linear", "_add_up", "_copy_rows", "_stage",
 }  # fmt: skip
 
 

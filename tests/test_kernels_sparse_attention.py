@@ -6,6 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from kernel_pools import on_each_device, relative_error, scattered_pool
 
+from fmsim.exec.kernels import attention_gathered
 from fmsim.exec.kernels.attention_rows import Rows
 from fmsim.exec.kernels.layout import LATENT, plain, write_entries
 from fmsim.exec.kernels.sparse_attention import sparse_attention_reference, sparse_attention_triton
@@ -102,6 +103,12 @@ def test_splits_change_nothing(device, tune, programs):
     expected, _ = sparse_attention_reference(queries, rows, sinks, scale)
     found, _ = sparse_attention_triton(queries, rows, sinks, scale, tune=tune._replace(programs=programs))
     assert relative_error(found, expected) < 1e-5
+
+
+@pytest.mark.parametrize(("blocks", "runs", "splits"), [(66, 64, 2), (66, 97, 4), (66, 70, 3), (10, 97, 1), (66, 16, 8), (1, 3, 1)])
+def test_splits_fill_the_last_turn_where_parts_are_long(blocks, runs, splits):
+    """97 runs of 66 blocks on 132 processors: whole, one turn of 66; in four parts three turns of 17, the third of which is nearly full."""
+    assert attention_gathered._splits(blocks, runs, 132) == splits
 
 
 @on_each_device

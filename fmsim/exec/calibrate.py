@@ -7,6 +7,7 @@ attention from kernels. A preset made here says what this engine does on this GP
 from __future__ import annotations
 
 import datetime
+import functools
 import os
 import platform
 import time
@@ -37,8 +38,8 @@ class Sizes:
     """What to measure. Contexts in tokens, from one on at which a CSA layer finds its top 512 entries; ``gathers`` maps the bytes of a row to numbers of rows."""
 
     contexts: tuple[int, ...] = (4096, 16_384, 65_536, 131_072, 262_144, 524_288, 1_048_576)
-    batches: tuple[int, ...] = (1, 2, 4, 8, 16, 32, 64)
-    crowd: tuple[int, int] = (64, 1_048_576)  # one of the batches at one of the contexts, for what a further request's entries add to a GPU that is busy
+    batches: tuple[int, ...] = (1, 2, 4, 8, 16, 32, 64, 128)
+    crowd: tuple[int, int] = (128, 262_144)  # one of the batches at one of the contexts, for what a further request's entries add to a GPU that is busy
     gathers: dict[int, tuple[int, ...]] = field(
         default_factory=lambda: {584: (512, 4096, 32_768, 131_072), 2336: (128, 4096, 32_768), 37_376: (8, 96, 384, 2000)}
     )
@@ -147,6 +148,7 @@ def _kernels(device: str, sizes: Sizes, report: Report):
 def module_table(config: DeepseekV4Config, layouts: tuple[Layout, Layout], device: str, sizes: Sizes, report: Report) -> KernelTable:
     """Times of the modules of a decode step on one GPU, as the simulator adds them up."""
 
+    @functools.cache  # one request at the smallest context stands in two columns
     def attention_ms(kind: str, batch: int, tokens: int) -> float:
         milliseconds = 1e3 * attention_s(config, kind, batch, tokens, layouts, device)
         report(f"{'CSA' if kind == CSA else 'HCA'} attention, batch {batch}, {tokens:,} tokens: {milliseconds:.4f} ms")

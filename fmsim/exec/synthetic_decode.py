@@ -51,9 +51,7 @@ class TracePager:
             self.decode.tiers.resident.best(self.decode.group(self.layer), *of, pool, self.step.key, top_k)
         if self.decode.stages:
             self.decode.stage(self.layer)
-        ids = self.step.given[self.trace_layer].expand(len(queries), -1)
-        page = torch.where(ids < 0, self.blocks.shape[1] - 1, ids // self.decode.tiers.entries.granularity).long()
-        return torch.where(self.blocks.gather(1, page) >= 0, ids, -1)
+        return self.step.given[self.trace_layer]
 
     def reports(self, q: Tensor, rows: Rows, masses: Masses | None, x: Tensor, attention: Attention) -> None:
         """A trace's masses are known."""
@@ -81,7 +79,8 @@ class SyntheticStep:
         self.keys = _AllKeys(home.pool.expand(decode.keyed_layers, *home.pool.shape).contiguous(), home.table)
         self.scores = new_scores(batch, home.table.shape[1] * PER_PAGE, device)
         self._selected = torch.from_numpy(decode.replayer.ids.copy()).to(device)  # int32 [T, L, K]
-        self.given = self._selected[0].clone()
+        layers, width = self._selected.shape[1:]
+        self.given = torch.full((layers, batch, width), -1, dtype=torch.int32, device=device)  # of the trace's layers: what this step attends to
         pagers = [TracePager(self, layer) for layer in range(decode.geometry.n_csa)]
         self.attends = decode_attentions(model, batch, self.longest, latent, self.key, pagers)
         self._fill(latent, seed)
@@ -96,7 +95,7 @@ class SyntheticStep:
         params = self.decode.policy.params
         if params.cadence > 1 and step % params.cadence == 0 and self.decode.keyed_layers < self.decode.geometry.n_csa and len(self._indexer):
             self._score_memory()
-        self.given.copy_(self._selected[step])
+        self.given.copy_(self._there(self._selected[step])[:, None])
         self._positions.fill_(self.first_token + step)
         self._forward()
 
@@ -113,6 +112,15 @@ class SyntheticStep:
     def _compute(self) -> None:
         self.logits.copy_(self.model.decode(self._tokens, self._positions, self.attends))
         self._tokens.copy_(self.logits.argmax(-1))
+
+    def _there(self, ids: Tensor) -> Tensor:
+        """Of entries int32 [L, K] those whose page is resident, or fetched in this step, and -1 for the others."""
+        decode, residency = self.decode, self.decode.keeper.residency
+        there = residency.table >= 0
+        decode.keeper.ctx.put(there, torch.where(decode.fetched, decode.pages, -1), True)
+        there[:, -1] = False
+        page = torch.where(ids < 0, -1, ids // decode.tiers.entries.granularity)
+        return torch.where(decode.keeper.ctx.read(there, page), ids, -1)
 
     def _score_memory(self) -> None:
         """A memory indexer of the published size over the layers that keep all keys: for its time; the trace's decides."""

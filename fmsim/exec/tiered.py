@@ -17,10 +17,9 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from fmsim import arrays
 from fmsim.errors import FmsimError
 from fmsim.exec.decode_attention import Home
-from fmsim.exec.kernels import tuning
+from fmsim.exec.kernels import staging, tuning
 from fmsim.exec.kernels.gather import copy_rows
 from fmsim.exec.kernels.layout import Layout, read_entries, write_entries
 from fmsim.exec.mirror import HostMirror
@@ -164,21 +163,18 @@ class TieredCache:
         self.recalled_pages += (to >= 0).sum()
         source = torch.where(pages < 0, -1, pages + self._first_page[part])
         if self.side is None:
-            self._copy_some(self.mirror, source, self.pool, to)
+            self._copy(self.mirror, source, self.pool, to)
             return
         self.side.wait_stream(torch.cuda.current_stream(self.device))
         with torch.cuda.stream(self.side):
-            self._copy_some(self.mirror, source, self.pool, to, tuning.PROGRAMS_BESIDE)
+            self._copy(self.mirror, source, self.pool, to, tuning.PROGRAMS_BESIDE)
         for tensor in (source, to):
             tensor.record_stream(self.side)
 
     def stage(self, layer: int, pages: Tensor, fetched: Tensor, blocks: Tensor) -> None:
         """Bring pages [B, n] of each request where `fetched` from the mirror into staging pages, and enter them in `blocks` int32 [B, P + 1]."""
-        to = torch.where(fetched, self._first_stage + torch.arange(pages.shape[1], device=pages.device), -1)
-        self.staged_pages += fetched.sum()
-        self._copy(self.mirror[layer : layer + 1], (pages + self._first_page)[None], self.pool[layer : layer + 1], to[None])
-        blocks.scatter_(1, torch.where(fetched, pages, blocks.shape[1] - 1).long(), to.int())
-        blocks[:, -1] = -1
+        moves = staging.stage(pages, fetched, self._first_page[:, 0], self._first_stage[:, 0], blocks, self.staged_pages)
+        copy_rows(self.mirror[layer : layer + 1], self.pool[layer : layer + 1], *moves)
 
     def settle(self, pages: Tensor, slots: Tensor, blocks: Tensor, request: int | None = None) -> None:
         """Give pages [L, m] that were let in their slots [L, m]: from staging where `blocks` int32 [L, B or 1, P + 1] has them there, or from
@@ -191,12 +187,12 @@ class TieredCache:
         part = slice(None) if request is None else slice(request, request + 1)
         to = torch.where(slots < 0, -1, slots + self._first_slot[part])
         if staged is not None:
-            self._copy_some(self.pool, staged, self.pool, torch.where(staged >= 0, to, -1), tuning.PROGRAMS_WITHIN)
+            self._copy(self.pool, staged, self.pool, torch.where(staged >= 0, to, -1), tuning.PROGRAMS_WITHIN)
             to = torch.where(staged >= 0, -1, to)
         source, to = torch.broadcast_tensors(torch.where(pages < 0, -1, pages + self._first_page[part]), to)
         self.recalled_pages += (to >= 0).sum()
         if self.mirrored:
-            self._copy_some(self.mirror, source, self.pool, to)
+            self._copy(self.mirror, source, self.pool, to)
 
     def read(self, layer: int, blocks: Tensor, ids: Tensor) -> Tensor:
         """float32 [K, C]: entries `ids` [K] through `blocks` [P + 1]; whatever where an id is -1 or its page is not there."""
@@ -213,17 +209,20 @@ class TieredCache:
         write_entries(self.pool[layer], self.layout, torch.where(page < 0, -1, page * self.granularity + numbers % self.granularity), entries)
 
     def _copy(self, source: Tensor, pages: Tensor, target: Tensor, to: Tensor, programs: int | None = None) -> None:
-        """target[l, to[l, ...]] = source[l, pages[l, ...]] where both are >= 0, without asking the host how many that are."""
-        pages, to = (part.flatten(1).contiguous() for part in torch.broadcast_tensors(pages, to))
-        counts = torch.full((len(pages),), pages.shape[1], dtype=torch.int32, device=pages.device)
-        copy_rows(source, target, pages, to, counts, programs)
+        """target[l, to[l, b, i]] = source[l, pages[l, b, i]] where both are >= 0, without asking the host how many that are.
 
-    def _copy_some(self, source: Tensor, pages: Tensor, target: Tensor, to: Tensor, programs: int | None = None) -> None:
-        """`_copy`, where most places of the lists, which are as long as all slots of a layer, are left out: these are taken out first."""
-        pages, to = (part.flatten(1) for part in torch.broadcast_tensors(pages, to))
+        The lists are as long as all slots of a layer, and most places in them are left out; so those that are moved are brought to their front.
+        """
+        pages, to = torch.broadcast_tensors(pages, to)
         moved = (pages >= 0) & (to >= 0)
-        pages, to = (arrays.pack(part, moved, part.shape[1]) for part in (pages, to))
-        copy_rows(source, target, pages, to, moved.sum(1, dtype=torch.int32), programs)
+        of_request = moved.sum(2)
+        rank = moved.cumsum(2) - 1 + (of_request.cumsum(1) - of_request)[..., None]  # a scan a request: of all at once few processors would take part
+        places = moved[0].numel()
+        rank = torch.where(moved, rank, places).flatten(1)
+        front = rank.new_full((2, len(rank), places + 1), -1)
+        for part, out in zip((pages, to), front):
+            out.scatter_(1, rank, part.flatten(1).long())
+        copy_rows(source, target, *front[:, :, :places], of_request.sum(1, dtype=torch.int32), programs)
 
 
 def check_memory(device: torch.device, device_bytes: int, host_bytes: int) -> None:

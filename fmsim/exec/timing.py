@@ -11,6 +11,7 @@ from contextlib import contextmanager
 import torch
 
 FLUSH_BYTES = 256 * 2**20  # more than any GPU's L2
+WARM_S = 0.02  # of work before what is timed: while kernels were compiled the GPU's clocks went down
 
 
 def median_s(work: Callable[[], object], device: torch.device | str, runs: int = 30, graph: bool = True, cold: bool = True) -> float:
@@ -24,7 +25,10 @@ def median_s(work: Callable[[], object], device: torch.device | str, runs: int =
         work()
         return statistics.median(_cpu_s(work) for _ in range(min(runs, 3)))
     run = captured(work) if graph else work
-    run()
+    start_s = time.perf_counter()
+    while time.perf_counter() - start_s < WARM_S:
+        run()
+        torch.cuda.synchronize()
     flush, total = torch.zeros(FLUSH_BYTES // 4 if cold else 1, device=device), torch.zeros((), device=device)
     marks = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(runs)]
     for start, end in marks:

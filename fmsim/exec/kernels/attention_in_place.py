@@ -14,7 +14,9 @@ def attend_in_place(queries: Tensor, rows: Rows, scale: float, want_logits: bool
     """``queries`` [B, H, C] of the rows' `matrix_type`."""
     batch, heads, size = queries.shape
     head_blocks = cdiv(heads, tune.block_heads)
-    splits = max(1, min(cdiv(rows.count, tune.block_rows), tune.programs // (batch * head_blocks)))
+    blocks = cdiv(rows.count, tune.block_rows)
+    share = cdiv(blocks, max(1, tune.programs // (batch * head_blocks)))
+    splits = cdiv(blocks, share)  # none of them without a block
     parts, layout = Parts.new(queries, splits, rows, want_logits), rows.layout
     _attend_in_place[(batch, head_blocks, splits)](
         queries, rows.window, rows.window_lengths, rows.pool, rows.table, rows.ids, parts.values, parts.sums,

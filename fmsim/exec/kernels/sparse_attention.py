@@ -20,6 +20,7 @@ from fmsim.exec.kernels.lang import cdiv, next_power_of_2, runs_compiled, tl, tr
 from fmsim.exec.kernels.layout import read_entries, slots_of
 
 MASS_ROWS = 128  # of one program
+COMBINED = 8192  # values of parts that a program adds up: 64 a thread
 
 
 class Masses(NamedTuple):
@@ -50,12 +51,8 @@ def sparse_attention_reference(queries, rows: Rows, sinks, scale, want_masses=Fa
     total = torch.logaddexp(logits.logsumexp(2), sinks.float())
     shares = (logits - total[..., None]).exp()
     out = (shares @ values).to(queries.dtype)
-    return out, _masses(shares.mean(1), total, sinks, width) if want_masses else None
-
-
-def _masses(rows: Tensor, total: Tensor, sinks: Tensor, width: int) -> Masses:
-    """From each row's probability [B, W + K] and the log of each head's sum [B, H]."""
-    return Masses(rows[:, width:], rows[:, :width].sum(1), (sinks.float() - total).exp().mean(1))
+    masses = Masses(shares.mean(1)[:, width:], shares.mean(1)[:, :width].sum(1), (sinks.float() - total).exp().mean(1))
+    return out, masses if want_masses else None
 
 
 def sparse_attention_triton(
@@ -67,39 +64,50 @@ def sparse_attention_triton(
     parts = attend(queries.to(matrix_type(rows.layout)), rows, scale, want_masses, tune)
     splits, float32 = parts.sums.shape[1], {"dtype": torch.float32, "device": queries.device}
     out, total = torch.empty_like(queries), torch.empty(batch, heads, **float32)
-    _combine[(batch, heads)](
-        parts.values, parts.sums, sinks, out, total, splits, HEADS=heads, WIDTH=size, SPLITS_PADDED=next_power_of_2(splits), num_warps=4
+    padded = next_power_of_2(splits)
+    block = min(size, max(64, COMBINED // padded))
+    _combine[(batch, heads, cdiv(size, block))](
+        parts.values, parts.sums, sinks, out, total, splits, HEADS=heads, WIDTH=size, BLOCK=block, SPLITS_PADDED=padded, num_warps=4
     )
     if not want_masses:
         return out, None
-    shares = torch.empty(batch, rows.count, **float32)
-    _row_masses[(batch, cdiv(rows.count, MASS_ROWS))](parts.logits, total, shares, rows.count, HEADS=heads, BLOCK=MASS_ROWS, num_warps=4)
-    return out, _masses(shares, total, sinks, rows.window_rows)
+    masses = Masses(torch.empty(rows.ids.shape, **float32), torch.empty(batch, **float32), torch.empty(batch, **float32))
+    block = max(MASS_ROWS, next_power_of_2(rows.window_rows))  # the first program has the whole window
+    _row_masses[(batch, cdiv(rows.count, block))](
+        parts.logits, total, sinks, *masses, rows.count, WINDOW=rows.window_rows, HEADS=heads, BLOCK=block, num_warps=4
+    )
+    return out, masses
 
 
 @triton.jit
-def _combine(parts, part_sums, sinks, out, total_out, splits, HEADS: tl.constexpr, WIDTH: tl.constexpr, SPLITS_PADDED: tl.constexpr):
-    """One program: one head of one sequence."""
+def _combine(
+    parts, part_sums, sinks, out, total_out, splits, HEADS: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr, SPLITS_PADDED: tl.constexpr
+):
+    """One program: a block of channels of one head of one sequence."""
     b, head = tl.program_id(0).to(tl.int64), tl.program_id(1)
-    split, lane = tl.arange(0, SPLITS_PADDED), tl.arange(0, WIDTH)
+    split, lane = tl.arange(0, SPLITS_PADDED), tl.program_id(2) * BLOCK + tl.arange(0, BLOCK)
     places = (b * splits + split) * HEADS + head
     sums = tl.load(part_sums + places, mask=split < splits, other=float("-inf"))
     sink = tl.load(sinks + head).to(tl.float32)
     level = tl.maximum(tl.max(sums, 0), sink)
     total = level + tl.log(tl.sum(tl.exp(sums - level), 0) + tl.exp(sink - level))
-    tl.store(total_out + b * HEADS + head, total)
-    part = tl.load(parts + places[:, None] * WIDTH + lane[None, :], mask=(split < splits)[:, None], other=0.0)
+    tl.store(total_out + b * HEADS + head, total, mask=tl.program_id(2) == 0)
+    part = tl.load(parts + places[:, None] * WIDTH + lane[None, :], mask=(split < splits)[:, None] & (lane < WIDTH)[None, :], other=0.0)
     whole = tl.sum(part * tl.exp(sums - total)[:, None], 0)
-    tl.store(out + (b * HEADS + head) * WIDTH + lane, whole.to(out.dtype.element_ty))
+    tl.store(out + (b * HEADS + head) * WIDTH + lane, whole.to(out.dtype.element_ty), mask=lane < WIDTH)
 
 
 @triton.jit
-def _row_masses(logits, total, shares, rows, HEADS: tl.constexpr, BLOCK: tl.constexpr):
-    """One program: a block of one sequence's rows, over all heads."""
-    b = tl.program_id(0).to(tl.int64)
+def _row_masses(logits, total, sinks, entries_out, window_out, sink_out, rows, WINDOW: tl.constexpr, HEADS: tl.constexpr, BLOCK: tl.constexpr):
+    """One program: a block of one sequence's rows, over all heads; the first, of the window and the sink too."""
+    b, first = tl.program_id(0).to(tl.int64), tl.program_id(1) == 0
     row = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    share = tl.zeros([BLOCK], tl.float32)
+    share, sink = tl.zeros([BLOCK], tl.float32), tl.zeros([], tl.float32)
     for head in range(HEADS):
         logit = tl.load(logits + (b * HEADS + head) * rows + row, mask=row < rows, other=float("-inf"))
-        share += tl.exp(logit - tl.load(total + b * HEADS + head))
-    tl.store(shares + b * rows + row, share / HEADS, mask=row < rows)
+        of_head = tl.load(total + b * HEADS + head)
+        share += tl.exp(logit - of_head)
+        sink += tl.exp(tl.load(sinks + head).to(tl.float32) - of_head)
+    tl.store(entries_out + b * (rows - WINDOW) + row - WINDOW, share / HEADS, mask=(row >= WINDOW) & (row < rows))
+    tl.store(window_out + b, tl.sum(tl.where(row < WINDOW, share, 0.0), 0) / HEADS, mask=first)
+    tl.store(sink_out + b, sink / HEADS, mask=first)
