@@ -2,6 +2,9 @@
 
 import numpy as np
 
+from fmsim.indexer import checkpoint
+from fmsim.indexer.checkpoint import Checkpoint
+from fmsim.indexer.scorer import LayerWeights, ScorerConfig
 from fmsim.trace import ModelInfo, Trace, TraceHeader
 
 TOPK, HIDDEN, KEY_WIDTH = 16, 8, 4
@@ -42,3 +45,12 @@ def make_trace(prompt_tokens=4096, n_steps=160, n_layers=3, seed=0, **header):
         index_key_scales=np.ones((n_layers, 1), np.float32),
         prompt_mass=rng.uniform(size=(n_layers, n_entries)).astype(np.float16),
     )
+
+
+def save_indexer(path) -> str:
+    """Random weights of an indexer over three layers: decisions that mean nothing, and must still be the same in every world."""
+    rng, heads = np.random.default_rng(0), 4
+    shapes = ((6, HIDDEN), (6,), (heads * KEY_WIDTH, 6), (heads, HIDDEN))
+    layers = {layer: LayerWeights(*(rng.standard_normal(shape).astype(np.float32) for shape in shapes)) for layer in (0, 1, 2)}
+    checkpoint.save(Checkpoint(layers, ScorerConfig(rope_dims=2, rope_theta=1e4), 0.5), path)
+    return str(path)

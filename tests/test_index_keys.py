@@ -118,7 +118,7 @@ def test_scores_beside_entries_are_those_of_all_keys_where_pages_are(device, gra
         tables[b] = table.to(device)
         tiers.blocks(b, tables[b], blocks[b, : count + 1])
     buffers = [new_scores(len(lengths), -(-max(lengths) // 64) * 64, device) for _ in range(2)]
-    listing = ResidentPages(1, slots, tiers.slot_start[:-1], granularity, torch.device(device))  # which a selection takes; scores need none
+    listing = ResidentPages(1, slots, tiers.slot_start[:-1], max(pages), granularity, torch.device(device))  # which a selection takes; scores need none
     everything, resident = AllKeys(layout, buffers[0], device), ResidentKeys(tiers, 0, tables, blocks, buffers[1], listing, 0)
     for b, length in enumerate(lengths):
         rows = torch.randn(length, layout.width, generator=generator).to(device)

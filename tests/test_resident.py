@@ -16,11 +16,12 @@ from fmsim.exec.resident import ResidentPages  # noqa: E402
 
 def test_a_listing_by_hand():
     """Two groups of one request, pages of 4 entries, 10 of them visible: page 2 holds two so far."""
-    listing = ResidentPages(2, [3], [5], 4, torch.device("cpu"))
+    listing = ResidentPages(2, [3], [5], 3, 4, torch.device("cpu"))
     listing.list(torch.tensor([[2, -1, 0], [-1, -1, -1]], dtype=torch.int32), 10)
     assert listing.entries[:, 0].tolist() == [[0, 1, 2, 3, 8, 9, 10, 11, *[-1] * 5], [-1] * 13]
     assert listing.table[:, 0].tolist() == [[7, 5, -1], [-1, -1, -1]]
     assert listing.lengths[:, 0].tolist() == [6, 0]
+    assert listing.kept_table[:, 0].tolist() == [[0, 2, -1], [-1, -1, -1]]
     listing.list(torch.tensor([[0, 1, -1], [2, 1, 0]], dtype=torch.int32), 10, request=0)
     assert listing.lengths[:, 0].tolist() == [8, 10]
     assert listing.table[:, 0].tolist() == [[5, 6, -1], [7, 6, 5]]
@@ -53,10 +54,14 @@ def test_it_selects_as_among_all_with_the_absent_left_out(device, seed, granular
     queries, weights = (torch.randn(batch, 4, *size, generator=generator).round() for size in ((KEY.width,), ()))
     queries, lengths = queries.to(torch.bfloat16), visible.int()
     expected = top_k_reference(index_scores_reference(queries, weights, pool, KEY, table, lengths).scores, lengths, top_k)
-    listing = ResidentPages(1, [slots] * batch, [b * slots for b in range(batch)], granularity, torch.device(device))
+    listing = ResidentPages(1, [slots] * batch, [b * slots for b in range(batch)], pages, granularity, torch.device(device))
     if alike:
         listing.list(held[:1].to(device), int(visible[0]))
     else:
         for b in range(batch):
             listing.list(held[b : b + 1].to(device), visible[b].to(device), b)
-    assert torch.equal(listing.best(0, queries.to(device), weights.to(device), pool.to(device), KEY, top_k).cpu(), expected)
+    of = queries.to(device), weights.to(device)
+    assert torch.equal(listing.best(0, *of, pool.to(device), KEY, top_k).cpu(), expected)
+    every = KEY.new_pool(batch * pages, granularity)
+    write_entries(every, KEY, torch.arange(batch * pages * granularity), keys.flatten(0, 1))
+    assert torch.equal(listing.best(0, *of, every.to(device), KEY, top_k, kept=True).cpu(), expected)

@@ -10,7 +10,7 @@ from contextlib import nullcontext  # noqa: E402
 from dataclasses import fields, replace  # noqa: E402
 
 from kernel_pools import no_waits  # noqa: E402
-from made_trace import make_trace  # noqa: E402
+from made_trace import make_trace, save_indexer  # noqa: E402
 from test_run import fmsim  # noqa: E402
 
 from fmsim.errors import FmsimError  # noqa: E402
@@ -35,10 +35,10 @@ SPECS = [
 
 
 class Unwaiting(DrivenDecode):
-    """After the first step, which compiles kernels and captures the graph, no step waits for the device."""
+    """After the first step, which compiles kernels and captures the graph, no step within a window waits for the device."""
 
     def _step(self, step, compute):
-        with no_waits() if step else nullcontext():
+        with no_waits() if step % 64 else nullcontext():
             super()._step(step, compute)
 
 
@@ -61,6 +61,24 @@ def test_it_moves_what_the_replay_says(spec, device, monkeypatch):
         assert 0 <= found.kv_bytes - predicted <= 64 * (584 + 3 * 132)  # keys of three layers and HCA entries of one fill whole pages of 64
     shown = synthetic_run.report([found], replayer, SMALL, layer_map, experts, device, "made")
     assert shown["policies"][0]["decode_tokens_per_s"] > 0 and shown["scenario"]["batch"] == 3
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("granularity", [1, 4])
+def test_a_lookahead_policy_keeps_the_keys_of_what_its_indexer_scores(granularity, device, monkeypatch, tmp_path):
+    """One layer keeps all its keys, in pages of the residency's size, and finds those of what is resident among them."""
+    monkeypatch.setattr(synthetic_run, "DrivenDecode", Unwaiting)
+    replayer = Replayer(make_trace(prompt_tokens=800, n_steps=70))
+    spec = {"policy": "lsa", "budget": "30%", "stale": False, "layers": [0], "checkpoint": save_indexer(tmp_path / "indexer.safetensors"), "granularity": granularity}
+    model, _ = synthetic_model(SMALL, device, model_bytes(SMALL, 8), 0)
+    ledger = replayer.run(registry.build(spec))
+    found = synthetic_run.run("it", lambda: registry.build(spec), replayer, SMALL, (0, 1, 2), model, device, 2)
+    for field in fields(ledger):
+        assert np.array_equal(getattr(ledger, field.name), getattr(found.outcome.ledger, field.name)), field.name
+    loads = ledger.lookahead_loads.sum()
+    assert loads > 0 and found.outcome.h2d_bytes == loads * granularity * (3 * 584 + 2 * 132)
+    predicted = synthetic_run.kv_bytes_of(footprint(ledger, SMALL, (0, 1, 2)), ledger, SMALL)
+    assert 0 <= found.kv_bytes - predicted <= 64 * 584 + granularity * 132
 
 
 WRONG = [

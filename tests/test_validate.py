@@ -9,7 +9,7 @@ import pytest
 pytest.importorskip("torch", reason="the engine needs fmsim[model]")
 pytest.importorskip("transformers", reason="the engine needs fmsim[model]")
 
-from made_trace import HIDDEN, KEY_WIDTH, make_trace  # noqa: E402
+from made_trace import make_trace, save_indexer  # noqa: E402
 from test_run import fmsim  # noqa: E402
 
 from fmsim.errors import FmsimError  # noqa: E402
@@ -17,9 +17,6 @@ from fmsim.exec.driven import DrivenDecode  # noqa: E402
 from fmsim.validate import validate  # noqa: E402
 from fmsim.footprint import spread  # noqa: E402
 from fmsim.geometry import CSA, HCA, PRESETS, SLIDING, from_config  # noqa: E402
-from fmsim.indexer import checkpoint  # noqa: E402
-from fmsim.indexer.checkpoint import Checkpoint  # noqa: E402
-from fmsim.indexer.scorer import LayerWeights, ScorerConfig  # noqa: E402
 from fmsim.policies import registry  # noqa: E402
 from fmsim.replay import Replayer  # noqa: E402
 from fmsim.trace import write  # noqa: E402
@@ -39,13 +36,7 @@ def replayer():
 
 @pytest.fixture(scope="module")
 def indexer(tmp_path_factory):
-    """Random weights: decisions that mean nothing, and must still be the same in both worlds."""
-    rng, heads = np.random.default_rng(0), 4
-    shapes = ((6, HIDDEN), (6,), (heads * KEY_WIDTH, 6), (heads, HIDDEN))
-    layers = {layer: LayerWeights(*(rng.standard_normal(shape).astype(np.float32) for shape in shapes)) for layer in (0, 1, 2)}
-    path = tmp_path_factory.mktemp("indexer") / "indexer.safetensors"
-    checkpoint.save(Checkpoint(layers, ScorerConfig(rope_dims=2, rope_theta=1e4), 0.5), path)
-    return str(path)
+    return save_indexer(tmp_path_factory.mktemp("indexer") / "indexer.safetensors")
 
 
 POLICIES = [

@@ -82,11 +82,11 @@ class Home(NamedTuple):
     table: Tensor
 
     @classmethod
-    def of_its_own(cls, layout: Layout, batch: int, entries: int, device: torch.device) -> Home:
+    def of_its_own(cls, layout: Layout, batch: int, entries: int, device: torch.device, per_page: int = PER_PAGE) -> Home:
         """Room for ``entries`` entries of each sequence."""
-        pages = cdiv(max(entries, 1), PER_PAGE)
+        pages = cdiv(max(entries, 1), per_page)
         table = torch.arange(batch * pages, dtype=torch.int32, device=device).view(batch, pages)
-        return cls(layout.new_pool(batch * pages, PER_PAGE, device), table)
+        return cls(layout.new_pool(batch * pages, per_page, device), table)
 
 
 class EntryPager(Protocol):

@@ -158,9 +158,9 @@ class DrivenDecode:
         if self.keeper.passive:
             self.tally.rest(step)
             return
-        outcome = self.tally.access(step, use)
+        outcome = self.tally.settle(step, use, self.fetched)
         if outcome.moves is not None and self.stages:
-            self.tiers.settle(outcome.moves.pages, outcome.moves.slots, self._tables)
+            self.tiers.settle(outcome.moves.pages, outcome.moves.slots, self._tables, all_staged=True)
 
     def _decide(self, step: int, moved_by_copies: bool) -> bool:
         """What begins, what a decision recalls, and what the next one will; -> whether a page may have got or lost a slot."""

@@ -37,7 +37,8 @@ class PairedTiers:
         self.keys = TieredCache(key, len(tiered), granularity, sizes, device, mirrored, one_text, side=self.entries.side) if tiered else None
         self.caches = [self.entries] if self.keys is None else [self.entries, self.keys]
         slots, first_slots = [size.slots for size in sizes], self.entries.slot_start[:-1]
-        self.resident = ResidentPages(max(groups) + 1, slots, first_slots, granularity, self.entries.device) if tiered else None
+        pages = max(size.pages for size in sizes)
+        self.resident = ResidentPages(max(groups) + 1, slots, first_slots, pages, granularity, self.entries.device) if tiered else None
         self._groups = [_index(list(groups), device), _index([groups[layer] for layer in tiered], device)]
 
     def fetch(self, pages: Tensor, slots: Tensor, request: int | None = None) -> None:
@@ -55,9 +56,9 @@ class PairedTiers:
         for number, cache in enumerate(self.caches):
             cache.recall_ahead(self.by_layer(pages, number), request)
 
-    def settle(self, pages: Tensor, slots: Tensor, blocks: Tensor, request: int | None = None) -> None:
+    def settle(self, pages: Tensor, slots: Tensor, blocks: Tensor, request: int | None = None, all_staged: bool = False) -> None:
         """`TieredCache.settle`, of pages [G, m] into slots [G, m]: entries alone, since keys are never staged."""
-        self.entries.settle(self.by_layer(pages), self.by_layer(slots), blocks, request)
+        self.entries.settle(self.by_layer(pages), self.by_layer(slots), blocks, request, all_staged)
 
     @property
     def slot_bytes(self) -> int:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from fmsim.exec.decode_attention import PER_PAGE, Home
+from fmsim.exec.decode_attention import Home
 from fmsim.exec.driven import DrivenDecode, layouts
 from fmsim.exec.kernel_cases import fill_entries
 from fmsim.exec.kernels.attention_rows import Rows
@@ -37,18 +37,19 @@ class TracePager:
         self.blocks = decode.blocks[layer]
         self.wants_masses = step.observes
         self.homes = decode.tiers.entries.homes(layer, self.blocks)
-        if layer < decode.keyed_layers:
+        self.keeps_keys = layer < decode.keyed_layers
+        if self.keeps_keys:
             self.key_homes = [Home(step.keys.pool[layer], step.keys.table)]
         else:
             self.key_homes = decode.tiers.keys.homes(layer - decode.keyed_layers, self.blocks)
 
     def select(self, queries: Tensor, weights: Tensor, visible: Tensor, top_k: int) -> Tensor:
-        (pool, table), of = self.key_homes[0], (queries[:, 0], weights[:, 0].float())
-        if self.layer < self.decode.keyed_layers:
+        (pool, table), of, resident = self.key_homes[0], (queries[:, 0], weights[:, 0].float()), self.decode.tiers.resident
+        if resident is None:
             scores = index_scores(*of, pool, self.step.key, table, visible, self.step.scores)
             best(scores.scores, visible, top_k, scores.maxima)
         else:
-            self.decode.tiers.resident.best(self.decode.group(self.layer), *of, pool, self.step.key, top_k)
+            resident.best(self.decode.group(self.layer), *of, pool, self.step.key, top_k, kept=self.keeps_keys)
         if self.decode.stages:
             self.decode.stage(self.layer)
         return self.step.given[self.trace_layer]
@@ -74,10 +75,13 @@ class SyntheticStep:
         device, batch = decode.device, decode.batch
         self.observes = type(decode.policy).observe is not Policy.observe
         self.first_token, self.longest = decode.replayer.header.prompt_tokens, decode.replayer.header.prompt_tokens + decode.replayer.n_steps
-        entries = decode.geometry.csa_entries(self.longest)
-        home = Home.of_its_own(self.key, batch, entries, device)
+        entries, resident = decode.geometry.csa_entries(self.longest), decode.tiers.resident
+        if resident is None:
+            home = Home.of_its_own(self.key, batch, entries, device)
+        else:  # in pages as the residency's, so that those of what is resident can be found
+            home = Home.of_its_own(self.key, batch, resident.n_pages * resident.granularity, device, resident.granularity)
         self.keys = _AllKeys(home.pool.expand(decode.keyed_layers, *home.pool.shape).contiguous(), home.table)
-        self.scores = new_scores(batch, home.table.shape[1] * PER_PAGE, device)
+        self.scores = new_scores(batch, home.table.shape[1] * self.key.per_page(home.pool), device)
         self._selected = torch.from_numpy(decode.replayer.ids.copy()).to(device)  # int32 [T, L, K]
         layers, width = self._selected.shape[1:]
         self.given = torch.full((layers, batch, width), -1, dtype=torch.int32, device=device)  # of the trace's layers: what this step attends to

@@ -176,18 +176,20 @@ class TieredCache:
         moves = staging.stage(pages, fetched, self._first_page[:, 0], self._first_stage[:, 0], blocks, self.staged_pages)
         copy_rows(self.mirror[layer : layer + 1], self.pool[layer : layer + 1], *moves)
 
-    def settle(self, pages: Tensor, slots: Tensor, blocks: Tensor, request: int | None = None) -> None:
+    def settle(self, pages: Tensor, slots: Tensor, blocks: Tensor, request: int | None = None, all_staged: bool = False) -> None:
         """Give pages [L, m] that were let in their slots [L, m]: from staging where `blocks` int32 [L, B or 1, P + 1] has them there, or from
-        the mirror; for one request or for all alike."""
+        the mirror, unless they are `all_staged`; for one request or for all alike."""
         pages, slots = pages[:, None].expand(-1, blocks.shape[1], -1), slots[:, None]
-        self._admit(pages, slots, blocks.gather(2, torch.where(pages < 0, blocks.shape[2] - 1, pages)).long(), request)
+        self._admit(pages, slots, blocks.gather(2, torch.where(pages < 0, blocks.shape[2] - 1, pages)).long(), request, all_staged)
 
-    def _admit(self, pages: Tensor, slots: Tensor, staged: Tensor | None, request: int | None) -> None:
+    def _admit(self, pages: Tensor, slots: Tensor, staged: Tensor | None, request: int | None, all_staged: bool = False) -> None:
         """Copy pages [L, B or 1, m] into slots: within the GPU where they are `staged` in the pool, or from the mirror, which is counted."""
         part = slice(None) if request is None else slice(request, request + 1)
         to = torch.where(slots < 0, -1, slots + self._first_slot[part])
         if staged is not None:
-            self._copy(self.pool, staged, self.pool, torch.where(staged >= 0, to, -1), tuning.PROGRAMS_WITHIN)
+            self._copy(self.pool, staged, self.pool, to, tuning.PROGRAMS_WITHIN)
+            if all_staged:
+                return
             to = torch.where(staged >= 0, -1, to)
         source, to = torch.broadcast_tensors(torch.where(pages < 0, -1, pages + self._first_page[part]), to)
         self.recalled_pages += (to >= 0).sum()

@@ -74,7 +74,7 @@ def sparse_attention_triton(
     masses = Masses(torch.empty(rows.ids.shape, **float32), torch.empty(batch, **float32), torch.empty(batch, **float32))
     block = max(MASS_ROWS, next_power_of_2(rows.window_rows))  # the first program has the whole window
     _row_masses[(batch, cdiv(rows.count, block))](
-        parts.logits, total, sinks, *masses, rows.count, WINDOW=rows.window_rows, HEADS=heads, BLOCK=block, num_warps=4
+        parts.logits, total, sinks, *masses, rows.count, WINDOW=rows.window_rows, HEADS=heads, HEADS_PADDED=next_power_of_2(heads), BLOCK=block, num_warps=8
     )
     return out, masses
 
@@ -98,16 +98,17 @@ def _combine(
 
 
 @triton.jit
-def _row_masses(logits, total, sinks, entries_out, window_out, sink_out, rows, WINDOW: tl.constexpr, HEADS: tl.constexpr, BLOCK: tl.constexpr):
+def _row_masses(logits, total, sinks, entries_out, window_out, sink_out, rows, WINDOW: tl.constexpr, HEADS: tl.constexpr, HEADS_PADDED: tl.constexpr, BLOCK: tl.constexpr):
     """One program: a block of one sequence's rows, over all heads; the first, of the window and the sink too."""
     b, first = tl.program_id(0).to(tl.int64), tl.program_id(1) == 0
     row = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    share, sink = tl.zeros([BLOCK], tl.float32), tl.zeros([], tl.float32)
-    for head in range(HEADS):
-        logit = tl.load(logits + (b * HEADS + head) * rows + row, mask=row < rows, other=float("-inf"))
-        of_head = tl.load(total + b * HEADS + head)
-        share += tl.exp(logit - of_head)
-        sink += tl.exp(tl.load(sinks + head).to(tl.float32) - of_head)
+    head = tl.arange(0, HEADS_PADDED)
+    exists = head < HEADS
+    of_head = tl.load(total + b * HEADS + head, mask=exists, other=0.0)
+    places = (b * HEADS + head)[:, None] * rows + row[None, :]
+    logit = tl.load(logits + places, mask=exists[:, None] & (row < rows)[None, :], other=float("-inf"))
+    share = tl.sum(tl.exp(logit - of_head[:, None]), 0)
+    sink = tl.sum(tl.exp(tl.load(sinks + head, mask=exists, other=float("-inf")).to(tl.float32) - of_head), 0)
     tl.store(entries_out + b * (rows - WINDOW) + row - WINDOW, share / HEADS, mask=(row >= WINDOW) & (row < rows))
     tl.store(window_out + b, tl.sum(tl.where(row < WINDOW, share, 0.0), 0) / HEADS, mask=first)
     tl.store(sink_out + b, sink / HEADS, mask=first)
