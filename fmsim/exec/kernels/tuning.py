@@ -100,7 +100,7 @@ ATTENTION_OF_MANY = GatheredAttention()
 SOME_REQUESTS, MANY_REQUESTS = 4, 16  # from here on; between them each entry is decoded once for all heads, but still in place
 LINEAR, LINEAR_OF_MANY = Linear(), Linear(block_outputs=128, programs=132, warps=8, stages=3)
 FEW_ROWS = 16  # a matrix instruction's
-PROGRAMS_BESIDE = 4  # of a recall beside a decode: they take 10 GB/s, and a whole step slows down by less than 4%, by 6% on eight
+PROGRAMS_BESIDE = 4  # of a recall beside a decode: they take 10 GB/s, and a whole step slows down by 4%, on eight by 5 to 7%
 PROGRAMS_WITHIN = 264  # of a copy within the GPU, which nothing runs beside
 MOST_EXPERT_TOKENS = 256  # at a time; beyond, one grouped product over all experts is a prompt's way, unless they are float8
 MANY_EXPERT_TOKENS = 32  # from here on many experts have more than 16 tokens
