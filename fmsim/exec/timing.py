@@ -11,7 +11,7 @@ from contextlib import contextmanager
 import torch
 
 FLUSH_BYTES = 256 * 2**20  # more than any GPU's L2
-WARM_S = 0.02  # of work before what is timed: while kernels were compiled the GPU's clocks went down
+WARM_S = 0.02  # of work before what is timed, since a GPU that waited for a compiler may have lowered its clocks
 
 
 def median_s(work: Callable[[], object], device: torch.device | str, runs: int = 30, graph: bool = True, cold: bool = True) -> float:
