@@ -37,7 +37,7 @@ def stage_reference(pages, fetched, first_page, first_stage, blocks, staged) -> 
 
 def stage_triton(pages, fetched, first_page, first_stage, blocks, staged) -> Staged:
     batch, count = pages.shape
-    out = Staged(*(staged.new_empty(shape, dtype=torch.int32) for shape in ((1, batch * count), (1, batch * count), (1,))))
+    out = Staged(*(torch.empty(1, size, dtype=torch.int32, device=pages.device) for size in (batch * count, batch * count)), staged.new_empty(1, dtype=torch.int32))
     assert pages.stride(1) == fetched.stride(1) == blocks.stride(1) == 1, "a request's pages lie side by side"
     _stage[(batch,)](
         pages, fetched.view(torch.uint8), first_page, first_stage, blocks, staged, *out, count, pages.stride(0), fetched.stride(0), blocks.stride(0),
