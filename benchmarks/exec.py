@@ -25,24 +25,25 @@ import numpy as np
 import torch
 import yaml
 
-from fmsim import metrics
+from fmsim.sim import metrics
 from fmsim import trace as traces
 from fmsim.errors import FmsimError
-from fmsim.exec import calibrate, synthetic_run
-from fmsim.exec.driven import DrivenDecode
-from fmsim.exec.kernel_cases import recall
+from fmsim.exec.measure import calibrate
+from fmsim.exec.runs import synthetic as synthetic_run
+from fmsim.exec.decode.driven import DrivenDecode
+from fmsim.exec.measure.kernel_cases import recall
 from fmsim.exec.kernels.layout import KEY, LATENT
-from fmsim.exec.synthetic import experts_that_fit, synthetic_config
-from fmsim.exec.synthetic_decode import SyntheticStep
-from fmsim.exec.timing import captured, median_s
-from fmsim.footprint import footprint, spread
+from fmsim.exec.model.synthetic import experts_that_fit, synthetic_config
+from fmsim.exec.decode.synthetic_decode import SyntheticStep
+from fmsim.exec.measure.timing import captured, median_s
+from fmsim.sim.footprint import footprint, spread
 from fmsim.geometry import PRESETS, Geometry
 from fmsim.hw.calibration import write_preset
 from fmsim.hw.spec import load_hardware, replace_figure
 from fmsim.policies import registry
 from fmsim.policies.base import Policy
-from fmsim.replay import Replayer
-from fmsim.simulate import simulate
+from fmsim.replay.replayer import Replayer
+from fmsim.sim.decode import simulate
 
 GIB = 2**30
 SPARE_BYTES = 4 * GIB  # beside the KV budget: pages for recall ahead, block tables, scores of many requests

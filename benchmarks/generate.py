@@ -26,10 +26,10 @@ import transformers
 from transformers import DeepseekV4ForCausalLM, StoppingCriteria, StoppingCriteriaList
 
 from fmsim.errors import FmsimError
-from fmsim.exec.engine import Engine
-from fmsim.exec.loader import load_model
-from fmsim.exec.prompt import Prompt
-from fmsim.exec.question import TEXT, haystack, questions
+from fmsim.exec.decode.engine import Engine
+from fmsim.exec.model.loader import load_model
+from fmsim.exec.decode.prompt import Prompt
+from fmsim.nano.question import TEXT, haystack, questions
 from fmsim.nano.tokenizer import MODEL_FOLDER
 from fmsim.policies import registry
 

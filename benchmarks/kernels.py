@@ -28,12 +28,12 @@ try:
 except ImportError:
     flashinfer = None
 
-from fmsim.exec import calibrate
-from fmsim.exec import kernel_cases as cases
+from fmsim.exec.measure import calibrate
+from fmsim.exec.measure import kernel_cases as cases
 from fmsim.exec.kernels.layout import KEY, LATENT
-from fmsim.exec.model import CSA, HCA
-from fmsim.exec.synthetic import synthetic_config
-from fmsim.exec.timing import median_s
+from fmsim.exec.model.deepseek_v4 import CSA, HCA
+from fmsim.exec.model.synthetic import synthetic_config
+from fmsim.exec.measure.timing import median_s
 from fmsim.geometry import PRESETS
 
 HBM_BYTES_PER_S, PCIE_BYTES_PER_S = 3.0e12, 55e9

@@ -91,7 +91,7 @@ def footprints() -> dict[str, Any]:
 
 
 def _replayed_share(trace: str, policy: str) -> float | None:
-    from fmsim.run import run_scenario
+    from fmsim.experiments.run import run_scenario
     from fmsim.scenario import ScenarioFile
 
     try:
@@ -121,7 +121,7 @@ def serving() -> list[dict[str, Any]]:
 
 def _served(scenario: str, policy: str, overrides: list[str]) -> dict[str, Any] | None:
     from fmsim.scenario import ScenarioFile
-    from fmsim.serve.run import serve_scenario
+    from fmsim.experiments.serve import serve_scenario
 
     try:
         row = serve_scenario(ScenarioFile(ROOT / f"scenarios/paper/{scenario}.yaml", overrides), [policy]).as_json()["serving"][0]

@@ -27,7 +27,7 @@ from typing import Any
 import numpy as np
 
 from fmsim.policies import registry
-from fmsim.replay import Replayer
+from fmsim.replay.replayer import Replayer
 
 LAYERS, STEPS, TOPK = 21, 512, 512
 RECORD = np.dtype([("time", "<u4"), ("id", "<u8"), ("size", "<u4"), ("next", "<i8")])

@@ -26,12 +26,12 @@ import simpy
 from fmsim.geometry import PRESETS
 from fmsim.hw import load_hardware
 from fmsim.policies import registry
-from fmsim.replay import Replayer
-from fmsim.serve.demand import Demand
-from fmsim.serve.server import ServerRun
-from fmsim.serve.spec import ClosedLoop, Server
-from fmsim.serve.summary import summary
-from fmsim.serve.workload import Source
+from fmsim.replay.replayer import Replayer
+from fmsim.sim.serving.demand import Demand
+from fmsim.sim.serving.server import ServerRun
+from fmsim.sim.serving.spec import ClosedLoop, Server
+from fmsim.sim.serving.summary import summary
+from fmsim.sim.serving.workload import Source
 from fmsim.trace import read
 
 ROOT = Path(__file__).parents[1]

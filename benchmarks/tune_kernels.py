@@ -22,10 +22,10 @@ from typing import Any, NamedTuple
 
 import torch
 
-from fmsim.exec import kernel_cases as cases
+from fmsim.exec.measure import kernel_cases as cases
 from fmsim.exec.kernels import tuning
 from fmsim.exec.kernels.layout import KEY, LATENT
-from fmsim.exec.timing import captured, median_s
+from fmsim.exec.measure.timing import captured, median_s
 
 DEVICE = "cuda"
 LIMIT = 1e-2  # relative error against the reference

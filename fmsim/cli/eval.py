@@ -42,9 +42,9 @@ def evaluate(
     """
     require("model", "eval")
     from fmsim import accuracy
-    from fmsim.accuracy import Lines, Plan
+    from fmsim.experiments.accuracy import Lines, Plan
     from fmsim.errors import FmsimError
-    from fmsim.report import accuracy as table
+    from fmsim.report.tables import accuracy as table
     from fmsim.tasks import FAMILIES
 
     if plot:
@@ -63,8 +63,8 @@ def evaluate(
     if out:
         (out / "report.json").write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
     if plot:
-        from fmsim.report.accuracy_plot import footprint_figure
-        from fmsim.report.plot import write_page
+        from fmsim.report.plots.accuracy import footprint_figure
+        from fmsim.report.plots.html import write_page
 
         write_page(footprint_figure(report), plot)
     typer.echo(json.dumps(report)) if as_json else table.show(report)
@@ -76,7 +76,7 @@ def _open(device: str, corpus: Path | None, files: list[Path]):
 
 
 def _model(device: str):
-    from fmsim.exec.loader import load_model
+    from fmsim.exec.model.loader import load_model
     from fmsim.nano.tokenizer import MODEL_FOLDER
 
     return load_model(MODEL_FOLDER, device)
@@ -86,7 +86,7 @@ def _about(corpus: Path | None, files: list[Path]) -> dict[str, str]:
     """The model, its weights' digest, and that of the text's tokens."""
     import hashlib
 
-    from fmsim.exec.record import weights_digest
+    from fmsim.exec.runs.record import weights_digest
     from fmsim.nano.tokenizer import MODEL_FOLDER
 
     text = hashlib.sha256(_text(corpus, files).tokens.tobytes()).hexdigest()

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
     from fmsim.indexer.labels import LabelRule
     from fmsim.trace import Trace
-    from fmsim.trace.flashmemory import Votes
+    from fmsim.trace.importers.flashmemory import Votes
 
 
 class Format(enum.StrEnum):
@@ -38,7 +38,7 @@ def import_traces(
     fmsim indexer train traces/niah/*.safetensors --out indexer.safetensors
     """
     from fmsim import trace
-    from fmsim.trace import flashmemory
+    from fmsim.trace.importers import flashmemory
 
     paths = flashmemory.documents(folder)
     out.mkdir(parents=True, exist_ok=True)
@@ -71,8 +71,8 @@ def export_traces(
     from fmsim import trace
     from fmsim.indexer.labels import LabelRule
     from fmsim.indexer.windows import check_scorable
-    from fmsim.trace.flashmemory import TRAINER_WIDTHS
-    from fmsim.trace.flashmemory_writer import write_document
+    from fmsim.trace.importers.flashmemory import TRAINER_WIDTHS
+    from fmsim.trace.importers.flashmemory_writer import write_document
 
     require("model", "trace export")
     rule, read = LabelRule(head_share, min_layers), None
@@ -93,7 +93,7 @@ def _votes(read: Trace, rule: LabelRule, voters: int) -> Iterator[Votes]:
     import numpy as np
 
     from fmsim.indexer.labels import step_votes
-    from fmsim.trace.flashmemory import Votes
+    from fmsim.trace.importers.flashmemory import Votes
 
     for step in range(read.n_steps):
         ids, mass = read.entry_ids[step], read.mass[step]

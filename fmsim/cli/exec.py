@@ -80,9 +80,9 @@ def exec_(
     require("model", "exec")
     import torch
 
-    from fmsim.exec import run
-    from fmsim.exec.loader import load_model
-    from fmsim.exec.question import TEXT
+    from fmsim.exec.runs import live as run
+    from fmsim.exec.model.loader import load_model
+    from fmsim.nano.question import TEXT
     from fmsim.nano.tokenizer import MODEL_FOLDER
 
     where = _where(index_keys, chosen, record)
@@ -102,7 +102,7 @@ def exec_(
 
         typer.echo(json.dumps(report))
     else:
-        from fmsim.report import measured
+        from fmsim.report.tables import measured
 
         measured.show(report, _transcript(folder, decoded[0]))
 
@@ -125,7 +125,7 @@ def _policy(name: str, overrides: list[str]) -> Policy:
 def _where(index_keys: IndexKeys | None, policy: Policy, record: Path | None) -> str:
     """Where index keys lie. What they cannot do there is told before a model is loaded."""
     from fmsim.errors import FmsimError
-    from fmsim.exec.keys import check_tiered
+    from fmsim.exec.kv.keys import check_tiered
 
     if index_keys is not IndexKeys.tiered:
         return "all"
@@ -170,7 +170,7 @@ def _streams(model: Path | None, prompt_file: Path | None, lengths: list[int], s
 
         ids = encode(model or MODEL_FOLDER, prompt_file, lengths[0])
         return [Stream("text", np.array(ids[:length]), [Turn([], steps)]) for length in lengths]
-    from fmsim.exec.question import haystack, questions
+    from fmsim.nano.question import haystack, questions
 
     corpus = haystack()
     return [questions(length, steps, seed + number, corpus) for number, length in enumerate(lengths)]
@@ -178,7 +178,7 @@ def _streams(model: Path | None, prompt_file: Path | None, lengths: list[int], s
 
 def _record(path: Path, run, decoding, decoded, folder: Path, seed: int, text: str, kind: str) -> None:
     from fmsim import trace
-    from fmsim.exec.record import weights_digest
+    from fmsim.exec.runs.record import weights_digest
 
     found = run.recorded(decoding, decoded, name=folder.name, sha256=weights_digest(folder), seed=seed, prompt_text=text, kind=kind)
     trace.write(path, found)

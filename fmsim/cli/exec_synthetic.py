@@ -26,11 +26,11 @@ def show(
     from fmsim import trace as traces
     from fmsim.cli.exec import _device, _policy
     from fmsim.cli.progress import token_bar
-    from fmsim.exec import synthetic_run
-    from fmsim.footprint import footprint, spread
-    from fmsim.replay import Replayer
-    from fmsim.report import measured
-    from fmsim.run import geometry_named
+    from fmsim.exec.runs import synthetic as synthetic_run
+    from fmsim.sim.footprint import footprint, spread
+    from fmsim.replay.replayer import Replayer
+    from fmsim.report.tables import measured
+    from fmsim.experiments.run import geometry_named
 
     geometry, device, path = geometry_named(model), _device(device, torch.cuda.is_available()), _trace(trace, context)
     found = traces.read(path)

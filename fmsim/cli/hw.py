@@ -50,9 +50,9 @@ def calibrate(
     import torch
     if not torch.cuda.is_available():
         raise FmsimError("hw calibrate measures a GPU, and torch finds no CUDA device here; run it on the machine to be simulated")
-    from fmsim.exec.calibrate import calibrate as measure
+    from fmsim.exec.measure.calibrate import calibrate as measure
     from fmsim.hw.calibration import write_preset
-    from fmsim.run import geometry_named
+    from fmsim.experiments.run import geometry_named
 
     written = write_preset(measure(geometry_named(model), "cuda", seed, report=lambda line: quiet or typer.echo(line, err=True)), out)
     typer.echo("written: " + ", ".join(map(str, written)))

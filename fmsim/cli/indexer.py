@@ -138,8 +138,8 @@ def evaluate(
     held = checkpoints.load(native) if native else _nanos_own([found for found, _ in read])
     found = run(checkpoints.load(checkpoint), read, native=held)
     if plot:
-        from fmsim.report.plot import write_page
-        from fmsim.report.recall_plot import recall_figure
+        from fmsim.report.plots.html import write_page
+        from fmsim.report.plots.recall import recall_figure
 
         write_page(recall_figure(found), plot)
     typer.echo(json.dumps(found, indent=1)) if as_json else _show(found)
@@ -148,9 +148,9 @@ def evaluate(
 def _nanos_own(traces: list[Trace]) -> Checkpoint | None:
     """nano's lightning indexer, where all traces are of the shipped weights and torch is there to read them."""
     try:
-        from fmsim.exec.loader import load_model
-        from fmsim.exec.native import native_indexer
-        from fmsim.exec.record import weights_digest
+        from fmsim.exec.model.loader import load_model
+        from fmsim.exec.runs.native import native_indexer
+        from fmsim.exec.runs.record import weights_digest
     except ModuleNotFoundError:
         return None
     from fmsim.nano.tokenizer import MODEL_FOLDER
@@ -172,8 +172,8 @@ def native(
     fmsim run scenarios/500k.yaml -p lsa --set policies.lsa.checkpoint=native.safetensors
     """
     require("model", "indexer native")
-    from fmsim.exec.loader import load_model
-    from fmsim.exec.native import native_indexer
+    from fmsim.exec.model.loader import load_model
+    from fmsim.exec.runs.native import native_indexer
     from fmsim.indexer import checkpoint
     from fmsim.nano.tokenizer import MODEL_FOLDER
 

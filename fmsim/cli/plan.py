@@ -30,9 +30,9 @@ def plan(
     computing), compute (a step takes --tpot), and the scenario's server.max_batch. The crossover is where the policy makes more tokens a
     second than the full cache on the same GPUs.
     """
-    from fmsim.report import plan_table
+    from fmsim.report.tables import plan as plan_table
     from fmsim.scenario import ScenarioFile
-    from fmsim.serve.run import plan_scenario
+    from fmsim.experiments.serve import plan_scenario
 
     given = {"model": model, "hardware": hardware}
     overrides = [*override, *(f"{key}={value}" for key, value in given.items() if value is not None)]

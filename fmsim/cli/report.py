@@ -10,7 +10,7 @@ import typer
 from fmsim.cli.extras import require
 
 if TYPE_CHECKING:
-    from fmsim.results import Results
+    from fmsim.experiments.results import Results
 
 
 def report(
@@ -26,7 +26,7 @@ def report(
     fmsim run scenarios/500k.yaml --out results && fmsim report results
     fmsim report results --out 500k.html --perfetto 500k.perfetto.json
     """
-    from fmsim.results import Results
+    from fmsim.experiments.results import Results
 
     results = Results.load(folder)
     require("report", "fmsim report")
@@ -46,7 +46,7 @@ def _curves(results: Results, trace: Path | None, quiet: bool) -> tuple[dict[str
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-    from fmsim.curves import compute
+    from fmsim.experiments.curves import compute
     from fmsim.errors import FmsimError
     from fmsim.trace import read
 

@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 if TYPE_CHECKING:
-    from fmsim.run import Report
+    from fmsim.experiments.run import Report
     from fmsim.scenario import ScenarioFile
-    from fmsim.serve.run import ServingReport
+    from fmsim.experiments.serve import ServingReport
 
 
 def run(
@@ -33,7 +33,8 @@ def run(
     fmsim run scenarios/500k.yaml --json --out results
     fmsim run scenarios/serve.yaml --set workload.requests=60 --set server.prefill=separate
     """
-    from fmsim.report import serving, table
+    from fmsim.report.tables import serving
+    from fmsim.report.tables import decode as table
     from fmsim.scenario import ScenarioFile
 
     file = ScenarioFile(scenario, override)
@@ -55,8 +56,8 @@ def _with_progress(file: ScenarioFile, policies: list[str], quiet: bool) -> Repo
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-    from fmsim.run import run_scenario
-    from fmsim.serve.run import serve_scenario
+    from fmsim.experiments.run import run_scenario
+    from fmsim.experiments.serve import serve_scenario
 
     run = run_scenario if file.scenario.workload is None else serve_scenario
     console = Console(stderr=True)

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 if TYPE_CHECKING:
-    from fmsim.rows import RowFile
-    from fmsim.sweep import Run
+    from fmsim.experiments.rows import RowFile
+    from fmsim.experiments.sweep import Run
 
 
 class Engine(enum.StrEnum):
@@ -47,9 +47,9 @@ def sweep(
     --engine ray uses the cluster at RAY_ADDRESS, else one of its own on this machine; every node must see the scenario and its trace
     at the same paths.
     """
-    from fmsim.report import rows_table
-    from fmsim.rows import RowFile
-    from fmsim.sweep import Axis, left, plan
+    from fmsim.report.tables import sweep as rows_table
+    from fmsim.experiments.rows import RowFile
+    from fmsim.experiments.sweep import Axis, left, plan
 
     axes = [Axis.parse(text) for text in grid]
     runs = plan(str(scenario), override, axes, policy)
@@ -70,8 +70,8 @@ def _run_all(todo: list[Run], n_runs: int, file: RowFile, engine: Engine, jobs: 
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-    from fmsim.parallel import as_they_end, on_ray
-    from fmsim.sweep import Run
+    from fmsim.experiments.parallel import as_they_end, on_ray
+    from fmsim.experiments.sweep import Run
 
     if not todo:
         return

@@ -107,8 +107,8 @@ def record(
 
 
 def _deepseek(model: Path | None, stream: Stream, seed: int, device: str):
-    from fmsim.exec.loader import load_model
-    from fmsim.exec.record import record, weights_digest
+    from fmsim.exec.model.loader import load_model
+    from fmsim.exec.runs.record import record, weights_digest
     from fmsim.nano.tokenizer import MODEL_FOLDER
 
     folder = model or MODEL_FOLDER
@@ -156,7 +156,7 @@ def _text(prompt_file: Path) -> str:
 
 def _dense(path: Path, prompt_file: Path, context: int, steps: int, device: str):
     from fmsim.errors import FmsimError
-    from fmsim.trace.dense import load_dense, record_dense, weights_sha256
+    from fmsim.trace.importers.dense import load_dense, record_dense, weights_sha256
 
     loaded, tokenizer = load_dense(path, device)
     ids = tokenizer(_text(prompt_file))["input_ids"][: context + steps]

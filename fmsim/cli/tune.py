@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 if TYPE_CHECKING:
-    from fmsim.tune import Trial, Tuning
+    from fmsim.experiments.tune import Trial, Tuning
 
 
 def tune(
@@ -33,7 +33,7 @@ def tune(
     Shown is the Pareto front of tokens/s and mass kept; the best at or above the floor is marked.
     """
     from fmsim.scenario import ScenarioFile
-    from fmsim.tune import ranges_of
+    from fmsim.experiments.tune import ranges_of
 
     file = ScenarioFile(scenario, override)
     name = next((spec.policy for spec in file.scenario.policies if policy == spec.label), policy)
@@ -52,7 +52,7 @@ def _with_progress(file: Any, policy: str, ranges: list, trials: int, floor: flo
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-    from fmsim.tune import tune as search
+    from fmsim.experiments.tune import tune as search
 
     console = Console(stderr=True)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
@@ -71,7 +71,7 @@ def _plain(trial: Trial) -> dict[str, Any]:
 
 
 def _show(found: Tuning, policy: str) -> None:
-    from fmsim.report import rows_table
+    from fmsim.report.tables import sweep as rows_table
 
     rows = [
         trial.figures

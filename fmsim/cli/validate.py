@@ -36,7 +36,7 @@ def validate(
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
     from fmsim.scenario import ScenarioFile
-    from fmsim.validate import validate_scenario
+    from fmsim.experiments.validate import validate_scenario
 
     if device == "cuda" and not torch.cuda.is_available():
         raise FmsimError("--device cuda: torch finds no CUDA device here; use --device cpu")
@@ -54,7 +54,7 @@ def validate(
 
         typer.echo(json.dumps(report))
     else:
-        from fmsim.report import validation
+        from fmsim.report.tables import validation
 
         validation.show(report)
     if not all(row["identical"] for row in report["policies"]):

@@ -1,6 +1,6 @@
 """What a calibration measured of one GPU, written as a hardware preset and its link, which `load_hardware` reads.
 
-Measuring is `fmsim.exec.calibrate`'s; this half needs no GPU.
+Measuring is `fmsim.exec.measure.calibrate`'s; this half needs no GPU.
 """
 
 from __future__ import annotations

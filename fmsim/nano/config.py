@@ -7,7 +7,7 @@ import math
 import torch
 from transformers import DeepseekV4Config
 
-from fmsim.exec.model import CSA, HCA, SLIDING, DeepseekV4
+from fmsim.exec.model.deepseek_v4 import CSA, HCA, SLIDING, DeepseekV4
 
 VOCABULARY = 4096
 

@@ -14,7 +14,7 @@ import numpy as np
 from fmsim.errors import FmsimError
 from fmsim.nano import tokenizer as bpe
 from fmsim.nano import wording as say
-from fmsim.nano.tasks import Sessions, session_marks, weave
+from fmsim.nano.weaving import Sessions, session_marks, weave
 from fmsim.nano.tokens import Corpus
 from fmsim.nano.wording import Insert, Tokens, Wording
 

@@ -15,7 +15,7 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, train
 from transformers import PreTrainedTokenizerFast
 
 from fmsim.errors import FmsimError
-from fmsim.nano.corpus import read_documents
+from fmsim.nano.training.corpus import read_documents
 
 VOCABULARY = 4096
 BOS, EOS = "<|bos|>", "<|eos|>"
@@ -66,7 +66,7 @@ def load(folder: Path = MODEL_FOLDER) -> Tokenizer:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--corpus", type=Path, required=True, help="folder written by fmsim.nano.corpus")
+    parser.add_argument("--corpus", type=Path, required=True, help="folder written by fmsim.nano.training.corpus")
     parser.add_argument("--out", type=Path, default=MODEL_FOLDER, help="folder for the tokenizer's files")
     args = parser.parse_args()
     save(train(document.text for document in read_documents(args.corpus) if not document.held_out), args.out)

@@ -18,7 +18,7 @@ import numpy as np
 
 from fmsim.errors import FmsimError
 from fmsim.nano import tokenizer as bpe
-from fmsim.nano.corpus import Document, read_documents
+from fmsim.nano.training.corpus import Document, read_documents
 
 SPLITS = ("train", "held_out")
 FILTERS = [{"id": lzma.FILTER_LZMA2, "preset": 6, "lc": 0, "lp": 1, "pb": 1}]  # two-byte items
@@ -92,7 +92,7 @@ def save(documents: list[Document], folder: Path) -> dict[str, int]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--corpus", type=Path, required=True, help="folder written by fmsim.nano.corpus")
+    parser.add_argument("--corpus", type=Path, required=True, help="folder written by fmsim.nano.training.corpus")
     parser.add_argument("--out", type=Path, required=True, help="folder for the tokens")
     args = parser.parse_args()
     for split, tokens in save(list(read_documents(args.corpus)), args.out).items():

@@ -14,7 +14,7 @@ from collections import Counter
 from functools import cache
 from pathlib import Path
 
-from fmsim.nano.corpus import read_documents
+from fmsim.nano.training.corpus import read_documents
 
 WORDS_FILE = Path(__file__).parent / "words.json"
 HEADWORD = re.compile(r"(?m)^([A-Za-z]+) \\[^\\\n]+\\,?[^\n]{0,60}?\b(n|a|adj)\.")
@@ -49,7 +49,7 @@ def harvest(texts: list[str]) -> dict[str, list[str]]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--corpus", type=Path, required=True, help="folder written by fmsim.nano.corpus")
+    parser.add_argument("--corpus", type=Path, required=True, help="folder written by fmsim.nano.training.corpus")
     words = harvest([document.text for document in read_documents(parser.parse_args().corpus)])
     WORDS_FILE.write_text(json.dumps(words, separators=(",", ":")) + "\n")
     print({kind: len(listed) for kind, listed in words.items()})

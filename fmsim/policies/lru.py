@@ -13,7 +13,7 @@ class LRU(Policy):
     Source: HiSparse (SGLang, vLLM): a hot buffer of 2 x top-k rows a layer and request over a full copy in host memory; within
     a step, hits rank above the rows just fetched. So of the pages of one step those rank higher that were used later before it. That
     order does not depend on the budget, so a larger one always holds what a smaller one does, and one pass over
-    a trace gives the misses at all budgets (`fmsim.curves`). A page written at its closing counts as used then. Ties: the newer page stays.
+    a trace gives the misses at all budgets (`fmsim.experiments.curves`). A page written at its closing counts as used then. Ties: the newer page stays.
     """
 
     name = "lru"

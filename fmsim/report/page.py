@@ -10,9 +10,10 @@ from typing import Any, NamedTuple
 
 import plotly.offline
 
-from fmsim.report import figures, table
-from fmsim.report.figures import BOUNDS, GIB, Style
-from fmsim.results import Results
+from fmsim.report.plots import figures
+from fmsim.report.tables import decode as table
+from fmsim.report.plots.figures import BOUNDS, GIB, Style
+from fmsim.experiments.results import Results
 
 KINDS = {"counted": "counted in the replay", "simulated": "simulated, not measured"}
 KNOWN = {  # fields of a row that the table shows, or that name it

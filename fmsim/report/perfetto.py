@@ -12,8 +12,8 @@ from typing import Any
 
 import numpy as np
 
-from fmsim.ledger import Ledger
-from fmsim.simulate import Timeline, Transfer
+from fmsim.replay.ledger import Ledger
+from fmsim.sim.decode import Timeline, Transfer
 
 TRACKS = {  # key -> name, in the order in which they are shown
     "decode": "decode steps",

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from fmsim.errors import FmsimError
-from fmsim.nano.tasks import weave
+from fmsim.nano.weaving import weave
 from fmsim.nano.tokens import Corpus
 from fmsim.tasks.lists import LISTS
 from fmsim.tasks.questions import Context, Question

@@ -1,5 +1,5 @@
 """Attention traces: what a real model attended to, step by step, in one safetensors file. No torch in here but for
-the dense recorder (`fmsim.trace.dense`), which is imported by itself."""
+the dense recorder (`fmsim.trace.importers.dense`), which is imported by itself."""
 
 from fmsim.trace.check import validate
 from fmsim.trace.format import ENTRY_TOKENS, FORMAT_VERSION, ModelInfo, Trace, TraceHeader

@@ -1,0 +1,55 @@
+"""One sequence being read and continued: chunked prefill, forced tokens, greedy tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+
+import torch
+
+from fmsim.exec.model.deepseek_v4 import Access, DeepseekV4
+
+# Elements of one [chunk, entries] score matrix held at once: 1 GiB of float32 on a GPU, 128 MiB on a CPU.
+SCORES_PER_CHUNK = {"cuda": 2**28, "cpu": 2**25}
+MAX_CHUNK = {"cuda": 4096, "cpu": 256}  # tokens; a CPU is faster when a chunk stays in its caches
+
+Observer = Callable[[int, int, list[Access]], None]
+
+
+class Session:
+    """A model, its cache of one sequence, and the logits of the last token read.
+
+    ``observer(start, tokens, accesses)`` is called after every chunk that starts at absolute position ``start``.
+    """
+
+    def __init__(self, model: DeepseekV4, max_tokens: int, observer: Observer | None = None):
+        self.model, self.cache, self.observer = model, model.new_cache(1, max_tokens), observer
+        self.device = model.lm_head.weight.device
+        self.logits: torch.Tensor | None = None
+
+    @property
+    def length(self) -> int:
+        return self.cache.length
+
+    @torch.inference_mode()
+    def read(self, tokens: Iterable[int], progress: Callable[[int], None] | None = None) -> None:
+        """Process given tokens, in chunks whose memory does not grow with the square of the length."""
+        pending = torch.as_tensor(tokens, dtype=torch.long)
+        while len(pending):
+            longest = MAX_CHUNK[self.device.type]
+            size = max(1, min(longest, SCORES_PER_CHUNK[self.device.type] // (self.length // 4 + longest)))
+            chunk, pending = pending[:size], pending[size:]
+            start = self.length
+            logits, accesses = self.model(chunk[None].to(self.device), self.cache, last_only=True)
+            self.logits = logits[0, -1]
+            if self.observer is not None:
+                self.observer(start, len(chunk), accesses)
+            if progress is not None:
+                progress(len(chunk))
+
+    def generate(self, count: int, progress: Callable[[int], None] | None = None) -> list[int]:
+        """Greedy tokens, each processed as it is chosen, so that the cache holds them all."""
+        tokens = []
+        for _ in range(count):
+            tokens.append(int(self.logits.argmax()))
+            self.read(tokens[-1:], progress)
+        return tokens

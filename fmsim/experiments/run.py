@@ -1,0 +1,225 @@
+"""From a scenario to its report: trace x policies -> ledgers -> timelines -> rows."""
+
+from __future__ import annotations
+
+import difflib
+import json
+import os
+import tempfile
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from fmsim.sim import metrics
+from fmsim import __version__
+from fmsim.errors import FmsimError
+from fmsim.sim.footprint import check_layer_map
+from fmsim.geometry import PRESETS, Geometry, from_config
+from fmsim.hw import Hardware, load_hardware, replace_figure
+from fmsim.replay.ledger import Ledger
+from fmsim.experiments.parallel import in_parallel
+from fmsim.policies import registry
+from fmsim.policies.base import Policy
+from fmsim.replay.replayer import Replayer
+from fmsim.experiments.results import REPORT_NAME, ledger_path, timeline_path
+from fmsim.scenario import PolicySpec, ScenarioFile
+from fmsim.sim.decode import Timeline, simulate
+from fmsim.trace import read
+
+
+@dataclass(frozen=True)
+class PolicyRun:
+    """One policy's results."""
+
+    label: str
+    ledger: Ledger
+    timeline: Timeline
+    row: dict[str, Any]
+    details: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Report:
+    """All rows of a scenario, and what they were made from."""
+
+    scenario: dict[str, Any]
+    runs: tuple[PolicyRun, ...]
+
+    def as_json(self) -> dict[str, Any]:
+        """The object that `fmsim run --json` prints."""
+        details = {run.label: run.details for run in self.runs}
+        return {"scenario": self.scenario | {"details": details}, "policies": [run.row for run in self.runs]}
+
+    def save(self, folder: Path) -> None:
+        """Write report.json, and each policy's ledger and timeline; every file appears whole or not at all."""
+        try:
+            for run in self.runs:
+                run.ledger.save(ledger_path(folder, run.label))
+                run.timeline.save(timeline_path(folder, run.label))
+            write_text(folder / REPORT_NAME, json.dumps(self.as_json(), indent=1) + "\n")
+        except OSError as error:
+            raise FmsimError(f"--out {folder}: cannot be written ({error.strerror or error}); choose another folder") from None
+
+
+class Setting:
+    """What every policy of a scenario runs on: the trace, the model and the hardware."""
+
+    def __init__(self, file: ScenarioFile) -> None:
+        """Raises FmsimError for whatever the user can mend."""
+        scenario = file.scenario
+        self.file, self.batch = file, scenario.batch
+        self.geometry = load_geometry(file)
+        self.hw = load_scenario_hardware(file)
+        self.trace = read(file.file(scenario.trace))
+        self.layer_map = _located(
+            file, ("layer_map",), lambda: check_layer_map(scenario.layer_map, self.trace.n_layers, self.geometry.n_csa)
+        )
+
+    def replayer(self, policies: Sequence[tuple[str, Policy]] = ()) -> Replayer:
+        """Of the trace; what `policies` need of it is read now, before processes part."""
+        replayer = Replayer(self.trace, entry_bytes=self.geometry.kv_entry_bytes, model_layers=self.geometry.n_csa)
+        for key in {(policy.params.granularity, policy.params.scope == "shared") for _, policy in policies}:
+            replayer.paged(*key)
+        return replayer
+
+    def run(self, replayer: Replayer, label: str, policy: Policy) -> PolicyRun:
+        """Replay one policy and time it."""
+        ledger = replayer.run(policy)
+        timeline = simulate(ledger, self.geometry, self.hw, self.layer_map, self.batch)
+        row = metrics.row(ledger, timeline, self.geometry, self.hw, self.layer_map) | {"policy": label}
+        return PolicyRun(label, ledger, timeline, row, metrics.details(ledger, self.geometry, self.hw, self.layer_map))
+
+
+def run_scenario(
+    file: ScenarioFile, selected: Sequence[str] = (), progress: Callable[[str, int, int], None] = lambda label, done, total: None
+) -> Report:
+    """Run every policy of `file`, or those `selected` by label or name.
+
+    A selected policy that the scenario lacks runs with its defaults. `progress` is told (label, done, total) as they
+    finish. Raises FmsimError for whatever the user can mend.
+    """
+    setting = Setting(file)
+    policies = build_policies(file, selected)
+    replayer = setting.replayer(policies)
+    runs = []
+    progress(policies[0][0], 0, len(policies))
+    for run in in_parallel(lambda index: setting.run(replayer, *policies[index]), len(policies)):
+        runs.append(run)
+        progress(run.label, len(runs), len(policies))
+    return Report(about(setting), tuple(runs))
+
+
+def build_policies(file: ScenarioFile, selected: Sequence[str] = ()) -> list[tuple[str, Policy]]:
+    """(label, policy) of every entry of `policies`, or of those `selected` by label or name."""
+    return [(spec.label, build(file, spec)) for spec in select(file, selected)]
+
+
+def load_scenario_hardware(file: ScenarioFile) -> Hardware:
+    """The scenario's preset, with the scenario's own figures in it."""
+    scenario = file.scenario
+    hw = _located(file, ("hardware",), lambda: load_hardware(scenario.hardware, file.path.parent))
+    for name in scenario.hardware_figures:
+        hw = _located(file, ("hardware_figures", name), lambda: replace_figure(hw, name, scenario.hardware_figures[name]))
+    return hw
+
+
+def load_geometry(file: ScenarioFile) -> Geometry:
+    """The scenario's model: a preset's name, or a config.json beside the scenario (or the folder that holds one)."""
+    return geometry_named(file.scenario.model, file.file, file.where(("model",)))
+
+
+def geometry_named(name: str, find: Callable[[str], Path] = Path, where: str = "--model") -> Geometry:
+    """A preset by its name, or what a config.json says (or the folder that holds one); ``where`` is for the message of an FmsimError."""
+    if name in PRESETS:
+        return PRESETS[name]
+    path = find(name)
+    path = path / "config.json" if path.is_dir() else path
+    if not path.is_file():
+        near = difflib.get_close_matches(name, PRESETS, n=1)
+        hint = f"did you mean '{near[0]}'?" if near else f"presets are {', '.join(PRESETS)}"
+        raise FmsimError(f"{where}: neither a preset nor a config.json: {name!r}; {hint}")
+    try:
+        return from_config(json.loads(path.read_text(encoding="utf-8")), name=path.parent.name)
+    except (OSError, ValueError) as error:
+        raise FmsimError(f"{path}: not a usable DeepSeek-V4 config ({error})") from None
+
+
+def select(file: ScenarioFile, selected: Sequence[str]) -> list[PolicySpec]:
+    """The scenario's policies, or those `selected` by label or name; one that it lacks has its defaults."""
+    if not selected:
+        return list(file.scenario.policies)
+    specs: list[PolicySpec] = []
+    for name in dict.fromkeys(selected):
+        found = [spec for spec in file.scenario.policies if name in (spec.label, spec.policy)]
+        if not found:
+            registry.get(name)
+            found = [PolicySpec.model_validate(name)]
+        specs += [spec for spec in found if spec not in specs]
+    return specs
+
+
+def build(file: ScenarioFile, spec: PolicySpec) -> Policy:
+    """A new policy object for an entry of the scenario; FmsimError says where its parameters are wrong."""
+    make = lambda: registry.build({"policy": spec.policy} | spec.params)  # noqa: E731
+    if spec not in file.scenario.policies:
+        return make()
+    return _located(file, ("policies", file.scenario.policies.index(spec)), make)
+
+
+def _located(file: ScenarioFile, loc: tuple[str | int, ...], make: Callable[[], Any]) -> Any:
+    """`make()`, its FmsimError led by where the scenario says so."""
+    try:
+        return make()
+    except FmsimError as error:
+        raise FmsimError(f"{file.where(loc)}: {error}") from None
+
+
+def about(setting: Setting) -> dict[str, Any]:
+    """What the rows were made from, for the report's head."""
+    file, trace, geometry, hw = setting.file, setting.trace, setting.geometry, setting.hw
+    header, scenario = trace.header, file.scenario
+    return {
+        "name": scenario.name,
+        "description": scenario.description,
+        "file": str(file.path),
+        "fmsim": __version__,
+        "trace": {
+            "file": str(file.file(scenario.trace)),
+            "model": header.model.name,
+            "source": header.source,
+            "prompt_kind": header.prompt_kind,
+            "prompt_tokens": header.prompt_tokens,
+            "steps": trace.n_steps,
+            "csa_layers": trace.n_layers,
+            "topk": trace.topk,
+            "quality": header.quality,
+            "content_sha256": header.content_sha256,
+        },
+        "model": {"name": geometry.name, "csa_layers": geometry.n_csa, "layers": geometry.n_layers},
+        "layer_map": list(setting.layer_map),
+        "hardware": {
+            "name": hw.name,
+            "title": hw.title,
+            "tensor_parallel": hw.n_gpus,
+            "kernel_source": hw.kernel_source,
+            "figures": scenario.hardware_figures,
+        },
+        "batch": scenario.batch,
+        "full_kv_bytes": geometry.full_kv_bytes(header.prompt_tokens),
+        "simulated": ["decode_tokens_per_s", "step_s", "stall_ratio", "max_requests"],
+        "replayed": ["kv_hbm_bytes", "kv_hbm_ratio", "entry_recall", "mass_kept", "set_overlap", "h2d_bytes"],
+    }
+
+
+def write_text(path: Path, text: str) -> None:
+    """The file appears whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.name, suffix=".part")
+    try:
+        with os.fdopen(handle, "w", encoding="utf-8") as out:
+            out.write(text)
+        os.replace(temporary, path)
+    except BaseException:
+        os.unlink(temporary)
+        raise

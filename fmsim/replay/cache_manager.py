@@ -1,0 +1,172 @@
+"""A policy at the wheel of a residency, one decode step at a time. The replay and the engine both drive this.
+
+The order within a step: pages that just closed are written; at a decision the resident set is chosen anew; then the
+selected pages are looked up and misses dealt with as `on_miss` says.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from array_api_compat import array_namespace
+
+from fmsim import arrays
+from fmsim.errors import FmsimError
+from fmsim.policies.base import Context, Observation, Policy
+from fmsim.replay.residency import Moves, Residency
+
+Array = Any
+
+
+@dataclass(frozen=True)
+class Accesses:
+    """What one step's native indexer selected, by page: [G, n], pages int32 unique in a row, -1 = padding."""
+
+    pages: Array
+    count: Array  # int32: entries selected in the page
+    mass: Array  # float32: attention mass on them
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What became of one step's accesses: bool [G, n], beside `Accesses.pages`."""
+
+    hit: Array
+    fetched: Array
+    moves: Moves | None  # None where on_miss never loads
+
+
+class Keeper:
+    """One policy, reset with `ctx`, and its residency."""
+
+    def __init__(self, policy: Policy, ctx: Context) -> None:
+        self.policy, self.ctx = policy, ctx
+        self.residency = Residency(ctx.n_groups, ctx.n_pages, ctx.n_slots, ctx.xp, ctx.device)
+        policy.reset(ctx)
+        self.pins = policy.pins()
+        self._check_pins()
+        self._see(ctx.prompt_entries)
+
+    @property
+    def keeps_all(self) -> bool:
+        """Every page has a slot, and no decision gives one up: nothing is ever missing."""
+        return self.ctx.n_slots >= self.ctx.n_pages and self.policy.floor is None
+
+    @property
+    def passive(self) -> bool:
+        """What a step selects changes nothing: it is never loaded, and the policy does not look."""
+        never_loads = self.policy.params.on_miss == "mask" or self.keeps_all
+        return never_loads and type(self.policy).observe is Policy.observe
+
+    def _check_pins(self) -> None:
+        """Pinned pages must fit the budget to the end of the run."""
+        decoded = self.ctx.n_pages - self.ctx.prompt_entries // self.ctx.granularity if self.pins.decoded else 0
+        needed = min(self.ctx.n_pages, self.pins.sink + max(self.pins.recent, decoded, 1))
+        if needed > self.ctx.n_slots:
+            raise FmsimError(
+                f"policy {self.policy.name}: budget {self.policy.params.budget} holds {self.ctx.n_slots} pages, but {needed} are "
+                f"pinned by the end of {self.ctx.n_steps} steps; raise budget"
+            )
+
+    def _see(self, n_entries: int) -> None:
+        """From now on the first `n_entries` entries are visible."""
+        self.visible, self.tail = self._view(n_entries)
+
+    def _view(self, n_entries: int) -> tuple[int, int]:
+        """Pages visible when `n_entries` entries are, and the first of the pinned tail. The page that is still being filled counts as pinned."""
+        visible = self.ctx.pages(n_entries)
+        open_page = 1 if n_entries % self.ctx.granularity else 0
+        tail = visible - max(self.pins.recent, open_page)
+        return visible, min(tail, self.ctx.prompt_entries // self.ctx.granularity) if self.pins.decoded else tail
+
+    def _pinned(self, visible: int | None = None, tail: int | None = None) -> Any:
+        """The test for pinned pages, or None where none can be."""
+        visible, tail = (self.visible, self.tail) if visible is None else (visible, tail)
+        if self.pins.sink == 0 and tail >= visible:
+            return None
+        return lambda pages: (pages < self.pins.sink) | (pages >= tail)
+
+    def start(self) -> None:
+        """Choose what the prefill leaves on the GPU; not traffic, since the prefill wrote it there."""
+        self.decide(0)
+
+    def write(self, step: int, n_entries: int) -> Moves | None:
+        """`n_entries` are visible at this step: give newly begun pages a slot. None where none began."""
+        first = self.visible
+        self._see(n_entries)
+        if self.visible == first:
+            return None
+        xp = self.ctx.xp
+        new = xp.arange(first, self.visible, dtype=xp.int32, device=self.ctx.device)
+        new = xp.broadcast_to(new[None, :], (self.ctx.n_groups, self.visible - first))
+        self.policy.wrote(step, new)
+        return self.residency.admit(new, new >= 0, lambda pages: self.policy.worth(step, pages), self._pinned())
+
+    def decide(self, step: int) -> Moves:
+        """Choose the resident set anew among all visible pages."""
+        self.policy.decide(step)
+        return self.residency.choose(self.policy.worth_of_first(step, self.visible), self.policy.floor, self._pinned())
+
+    def foresee(self, step: int, n_entries: int, most: int) -> Array | None:
+        """Up to `most` pages that the decision at the later `step`, when `n_entries` are visible, will recall: int64 [G, most], -1 = padding.
+
+        None for a policy that decides from what it cannot know yet. What is foreseen will be recalled; a page that is evicted until then can be
+        recalled without having been foreseen.
+        """
+        if not self.policy.decides_ahead or step >= self.ctx.n_steps:
+            return None
+        visible, tail = self._view(n_entries)
+        worth = self.policy.ahead(step, visible)
+        return self.residency.foresee(worth, self.policy.floor, self._pinned(visible, tail), most)
+
+    def access(self, step: int, use: Accesses) -> Outcome:
+        """Look the step's pages up, load what `on_miss` says, and let the policy see."""
+        slot = self.residency.lookup(use.pages)
+        return self._settle(step, use, slot, self.to_fetch(use, (use.pages >= 0) & (slot < 0)))
+
+    def to_fetch(self, use: Accesses, missing: Array) -> Array:
+        """Which of the missing pages `on_miss` loads: bool [G, n]."""
+        params = self.policy.params
+        if params.on_miss == "fallback":
+            return heaviest_missing(use, missing, params.fallback_above, params.fallback_below)
+        return missing if params.on_miss == "fetch" else use.pages < -1
+
+    def settle(self, step: int, use: Accesses, fetched: Array) -> Outcome:
+        """End a step whose missing pages were loaded where `fetched`: let the policy see, and give them slots."""
+        return self._settle(step, use, self.residency.lookup(use.pages), fetched)
+
+    def _settle(self, step: int, use: Accesses, slot: Array, fetched: Array) -> Outcome:
+        xp, hit = self.ctx.xp, slot >= 0
+        seen = xp.where(hit | fetched, use.mass, 0.0)
+        self.policy.observe(step, Observation(use.pages, use.count, seen, hit, fetched))
+        if self.policy.params.on_miss == "mask":
+            return Outcome(hit, fetched, None)
+        moves = self.residency.admit(use.pages, fetched, lambda pages: self.policy.worth(step, pages), self._pinned(), slot)
+        return Outcome(hit, fetched, moves)
+
+
+def heaviest_missing(use: Accesses, missing: Array, above: float, below: float) -> Array:
+    """Which missing pages to fetch: those that carry more than `above` of the step's mass, and further ones, heaviest first, until `below`
+    of its selected entries (by count) are there; bool [G, n].
+
+    The signal is one that a serving engine has: its native indexer scores every entry, so it knows which it selected and how much
+    each of them matters, and the lookup table says which are resident. `use.mass` is the trace's attention mass; in an engine its indexer's
+    softmax over the selection.
+    """
+    xp = array_namespace(missing)
+    mass = xp.astype(xp.where(use.pages >= 0, use.mass, 0.0), xp.float64)  # sums of float16 are exact, so libraries agree
+    heavy = missing & (mass > xp.sum(mass, axis=1, keepdims=True) * above)
+    if not below:
+        return heavy
+    count = xp.astype(xp.where(use.pages >= 0, use.count, 0), xp.int64)
+    present = xp.sum(xp.where(missing, 0, count), axis=1, keepdims=True)
+    wanted = xp.ceil(xp.astype(xp.sum(count, axis=1, keepdims=True), xp.float64) * below)
+    key = xp.where(missing, arrays.order_key(use.mass, xp.where(missing, use.pages, 0)), -1)
+    order = xp.argsort(key, axis=1, descending=True)
+    start = arrays.offsets(order, xp)
+    sorted_count = xp.where(arrays.read(missing, start, order), arrays.read(count, start, order), 0)
+    before = xp.cumulative_sum(sorted_count, axis=1) - sorted_count
+    take = xp.zeros_like(missing)
+    arrays.put(take, start, order, (present + before < wanted) & (sorted_count > 0))
+    return take | heavy

@@ -1,0 +1,209 @@
+"""A scenario: which trace drives which model on which hardware, under which policies. One YAML file, checked key by key."""
+
+from __future__ import annotations
+
+import difflib
+import os
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from fmsim.errors import FmsimError
+from fmsim.sim.serving import spec as serving
+
+_Loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+Loc = tuple[str | int, ...]
+
+
+class PolicySpec(BaseModel):
+    """One entry of `policies`: a name, or a mapping of `policy`, an optional `label`, and the policy's parameters."""
+
+    model_config = ConfigDict(frozen=True)
+
+    policy: str
+    label: str
+    params: dict[str, Any]
+
+    @model_validator(mode="before")
+    @classmethod
+    def _from_yaml(cls, given: Any) -> Any:
+        if isinstance(given, str):
+            given = {"policy": given}
+        if not isinstance(given, Mapping) or not isinstance(given.get("policy"), str):
+            raise ValueError("give a policy's name, or a mapping such as {policy: lru, budget: 10%}")
+        params = {key: value for key, value in given.items() if key not in ("policy", "label")}
+        return {"policy": given["policy"], "label": str(given.get("label", given["policy"])), "params": params}
+
+
+class Scenario(BaseModel):
+    """The keys of a scenario file. Paths are relative to it."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    name: str = Field(min_length=1)
+    description: str = ""
+    trace: Path
+    model: str = "v4-flash"  # a preset, or the path of a DeepSeek-V4 config.json
+    hardware: str = "h100"  # a preset, or the path of a file that `fmsim hw calibrate` wrote
+    hardware_figures: dict[str, float] = {}  # in place of the preset's, e.g. link_bytes_per_s, host_bytes
+    batch: int = Field(1, ge=1)  # equal requests that decode side by side
+    layer_map: tuple[int, ...] | None = None  # for each CSA layer of the model the trace layer that drives it
+    policies: tuple[PolicySpec, ...] = Field(min_length=1)
+    workload: serving.Workload | None = None  # requests to serve: the run is then one of many requests on a server
+    server: serving.Server = serving.Server()
+
+    @field_validator("policies")
+    @classmethod
+    def _labels_differ(cls, policies: tuple[PolicySpec, ...]) -> tuple[PolicySpec, ...]:
+        labels = [spec.label for spec in policies]
+        twice = sorted({label for label in labels if labels.count(label) > 1})
+        if twice:
+            raise ValueError(f"{', '.join(twice)} stands there twice; give each a 'label' of its own")
+        return policies
+
+
+class ScenarioFile:
+    """A scenario and where its keys stand, so that a later mistake can name the line."""
+
+    def __init__(self, path: str | Path, overrides: Iterable[str] = ()) -> None:
+        """Read and check `path`, with `overrides` such as "batch=8" or "policies.lsa.budget=20%" applied.
+
+        Raises FmsimError that names file, line, key and fix.
+        """
+        self.path = Path(path)
+        text = self._text()
+        try:
+            self._root = yaml.compose(text, _Loader)
+            raw = yaml.load(text, _Loader)
+        except yaml.YAMLError as error:
+            raise FmsimError(f"{self._at_mark(error)}: not valid YAML: {getattr(error, 'problem', None) or error}") from None
+        if not isinstance(raw, dict):
+            raise FmsimError(f"{self.path}: a scenario is a mapping of keys; it needs 'name', 'trace' and 'policies'")
+        self._overridden: dict[Loc, str] = {}
+        for override in overrides:
+            self._override(raw, override)
+        try:
+            self.scenario = Scenario.model_validate(raw)
+        except ValidationError as error:
+            raise FmsimError(self._explain(error)) from None
+
+    def file(self, name: str | Path) -> Path:
+        """A path that the scenario names: relative to the scenario, or to the working directory where --set gave it."""
+        given = [self._overridden.get(loc, "").partition("=")[2] for loc in (("trace",), ("workload", "file"))]
+        return Path(name) if str(name) in given else Path(os.path.normpath(self.path.parent / name))
+
+    def where(self, loc: Loc) -> str:
+        """For a message: 'file, line N: key', or the --set that gave the key."""
+        key = ".".join(map(str, loc))
+        for prefix in (loc[:n] for n in range(len(loc), 0, -1)):
+            if prefix in self._overridden:
+                return f"--set {self._overridden[prefix]}: {key}"
+        return f"{self.path}, line {self._line(loc)}: {key}"
+
+    def _text(self) -> str:
+        try:
+            return self.path.read_text(encoding="utf-8")
+        except FileNotFoundError:
+            near = difflib.get_close_matches(self.path.name, _yaml_names(self.path.parent), n=1)
+            hint = f"; did you mean {self.path.parent / near[0]}?" if near else ""
+            raise FmsimError(f"{self.path}: no such scenario file{hint}") from None
+        except (OSError, UnicodeDecodeError) as error:
+            raise FmsimError(f"{self.path}: cannot be read as a scenario ({error})") from None
+
+    def _at_mark(self, error: yaml.YAMLError) -> str:
+        mark = getattr(error, "problem_mark", None)
+        return f"{self.path}, line {mark.line + 1}" if mark else str(self.path)
+
+    def _override(self, raw: dict[str, Any], override: str) -> None:
+        key, equals, value = override.partition("=")
+        loc: list[str | int] = list(key.split("."))
+        if not equals or not all(loc):
+            raise FmsimError(f"--set {override}: write key=value, such as --set batch=8 or --set policies.lsa.budget=20%")
+        if loc[0] == "policies" and len(loc) > 1:
+            for index in _policy_indices(raw, str(loc[1]), override):
+                self._set(raw, ["policies", index, *loc[2:]], value, override)
+        else:
+            self._set(raw, loc, value, override)
+
+    def _set(self, raw: dict[str, Any], loc: list[str | int], value: str, override: str) -> None:
+        target: Any = raw
+        for step in loc[:-1]:
+            if isinstance(target, dict) and target.get(step) is None:
+                target[step] = {}
+            target = target[step]
+            if not isinstance(target, (dict, list)):
+                raise FmsimError(f"--set {override}: '{step}' is a value and has no keys")
+        try:
+            target[loc[-1]] = yaml.load(value, _Loader)
+        except yaml.YAMLError:
+            raise FmsimError(f"--set {override}: {value!r} is not a YAML value; quote it") from None
+        self._overridden[tuple(loc)] = override
+
+    def _explain(self, error: ValidationError) -> str:
+        """The first mistake, with what to do."""
+        item = error.errors()[0]
+        kinds = serving.WORKLOADS if item["loc"][0] == "workload" else {}
+        loc = tuple(part for part in item["loc"] if isinstance(part, int) or not (part.startswith("function-") or part in kinds))
+        if item["type"] == "extra_forbidden":
+            known = _fields(item["loc"][:-1])
+            near = difflib.get_close_matches(str(loc[-1]), known, n=1)
+            fix = f"did you mean '{near[0]}'?" if near else f"known are {', '.join(known)}"
+            return f"{self.where(loc)}: unknown key; {fix}"
+        if item["type"] == "missing":
+            block = f"{self.where(loc[:-1])}" if loc[:-1] else f"{self.path}"
+            return f"{block}: the key '{loc[-1]}' is missing"
+        if item["type"].startswith("union_tag"):
+            return f"{self.where(loc)}: give it a 'kind': {', '.join(kinds)}"
+        return f"{self.where(loc)}: {item['msg'].removeprefix('Value error, ')}, not {_short(item['input'])}"
+
+    def _line(self, loc: Loc) -> int:
+        """The line of the deepest node on the way to `loc`, from 1."""
+        node, line = self._root, 1
+        for part in loc:
+            found = None
+            if isinstance(node, yaml.MappingNode):
+                found = next(((key, value) for key, value in node.value if key.value == str(part)), None)
+            elif isinstance(node, yaml.SequenceNode) and isinstance(part, int) and part < len(node.value):
+                found = (node.value[part], node.value[part])
+            if found is None:
+                break
+            line, node = found[0].start_mark.line + 1, found[1]
+        return line
+
+
+def _policy_indices(raw: dict[str, Any], label: str, override: str) -> list[int]:
+    """Positions in `policies` of the entry with this label, or of all for "*"; a bare name becomes a mapping, to hold the new key."""
+    policies = raw.get("policies")
+    entries = policies if isinstance(policies, list) else []
+    found = []
+    for index, entry in enumerate(entries):
+        entry = {"policy": entry} if isinstance(entry, str) else entry
+        if isinstance(entry, dict) and label in ("*", str(index), entry.get("label", entry.get("policy"))):
+            entries[index] = entry
+            found.append(index)
+    if not found:
+        raise FmsimError(f"--set {override}: the scenario has no policy '{label}'")
+    return found if label == "*" else found[:1]
+
+
+def _fields(loc: Loc) -> list[str]:
+    """The keys that the block at `loc` (as pydantic names it) may have."""
+    model: type[BaseModel] = Scenario
+    for part in loc:
+        if part in serving.WORKLOADS:
+            model = serving.WORKLOADS[part]
+        elif isinstance(part, str) and part in model.model_fields and part != "workload":
+            model = model.model_fields[part].annotation
+    return list(model.model_fields)
+
+
+def _yaml_names(folder: Path) -> list[str]:
+    return [path.name for path in folder.glob("*.yaml")] if folder.is_dir() else []
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else text[:57] + "..."

@@ -1,0 +1,292 @@
+"""One server and its requests, in SimPy: admission, continuous batching, prefill, recalls that contend for the link, misses that stall.
+
+Decode runs in spans of steps in which nothing changes: no request joins or leaves, no window begins, no prompt is done. The steps of a
+span are summed in numpy and take one event; a newcomer that can be admitted cuts a span short at the end of its step.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import simpy
+
+from fmsim.geometry import Geometry
+from fmsim.sim.transfer_cost import GatherCurve
+from fmsim.sim.step_cost import memory_indexer_s, mixed_step_costs
+from fmsim.hw.memory import FairLink, MemorySystem
+from fmsim.hw.spec import Hardware
+from fmsim.sim.serving import spec
+from fmsim.sim.serving.admission import Admission, server_hardware
+from fmsim.sim.serving.batch import Batch, Request
+from fmsim.sim.serving.demand import Demand
+from fmsim.sim.serving.log import Log
+from fmsim.sim.serving.prefill import chunks, prefill_s
+from fmsim.sim.serving.requests import Arrival
+from fmsim.sim.serving.workload import Source
+
+_MOST_STEPS = 1024  # in one span, which bounds its arrays
+
+
+@dataclass(frozen=True)
+class StepTimes:
+    """Of n coming steps, [n] each."""
+
+    compute_s: np.ndarray
+    prefill_s: np.ndarray
+    stall_s: np.ndarray  # for misses, on an idle link
+    gathers: np.ndarray  # that the misses take: one a layer which has any
+    miss_bytes: np.ndarray
+
+
+class ServerRun:
+    """Build, then `run()`, once."""
+
+    def __init__(self, hw: Hardware, geometry: Geometry, demand: Demand, options: spec.Server, source: Source) -> None:
+        """Raises FmsimError when not even the weights fit."""
+        self.env = simpy.Environment()
+        self.hw, self.geometry, self.demand = server_hardware(hw, options), geometry, demand
+        self.options, self.source, self.log = options, source, Log()
+        self.memory = MemorySystem(self.env, self.hw, geometry)
+        self.gather = GatherCurve(self.hw.link)
+        self.network = FairLink(self.env, options.network_bytes_per_s)
+        self.admission = Admission(self.memory, self.hw, geometry, demand, options)
+        self.prefilling: deque[Request] = deque()  # admitted, prompt not done; served one after another
+        self.ready: deque[Request] = deque()  # admitted and KV in place: to join at the next step
+        self.batch = Batch(demand)
+        self._wake: simpy.Event | None = None  # what cuts the present wait short
+        self._prefillers = simpy.Resource(self.env, options.prefill_servers)
+        self._offsets = np.random.default_rng([source.workload.seed, 1])  # a stream of its own, so that lengths do not depend on it
+
+    def run(self) -> Log:
+        """Serve all requests that arrive to their end."""
+        self._sample()
+        self.env.process(self._arrivals())
+        self.env.process(self._serve())
+        self.env.run()
+        self._sample()
+        return self.log
+
+    # Requests come and go
+
+    def _arrivals(self) -> Iterator[simpy.Event]:
+        for arrival in self.source.first:
+            if arrival.arrival_s > self.env.now:
+                yield self.env.timeout(arrival.arrival_s - self.env.now)
+            self._receive(arrival)
+
+    def _receive(self, arrival: Arrival) -> None:
+        request = Request(
+            number=len(self.log.requests),
+            arrival_s=self.env.now,
+            prompt_tokens=arrival.prompt_tokens,
+            output_tokens=arrival.output_tokens,
+            offset=int(self._offsets.choice(self.demand.offsets)),
+            steps=arrival.output_tokens - (self.options.prefill != "done"),  # a prefill makes the first token
+            pools=self.demand.pools(arrival.prompt_tokens, arrival.output_tokens),
+        )
+        self.log.requests.append(request)
+        request.refused = self.admission.never_fits(request)
+        if request.refused:
+            return
+        if self.options.prefill == "separate":
+            self.env.process(self._prefill_elsewhere(request))
+        else:
+            self._enqueue(request)
+
+    def _prefill_elsewhere(self, request: Request) -> Iterator[simpy.Event]:
+        with self._prefillers.request() as turn:
+            yield turn
+            yield self.env.timeout(float(prefill_s(self.hw, self.geometry, *self._chunks(request)).sum()))
+        self._enqueue(request)
+
+    def _chunks(self, request: Request) -> tuple[np.ndarray, np.ndarray]:
+        return chunks(request.prompt_tokens, self.options.prefill_chunk_tokens)
+
+    def _enqueue(self, request: Request) -> None:
+        self.admission.queue.append(request)
+        self._call()
+
+    def _call(self) -> None:
+        """Cut the server's wait short if somebody can join."""
+        if self._wake is not None and not self._wake.triggered and self._somebody_can_join():
+            self._wake.succeed()
+
+    def _somebody_can_join(self) -> bool:
+        return bool(self.ready) or self.admission.head_can_enter()
+
+    def _leave(self, request: Request) -> None:
+        request.finished_s = self.env.now
+        self.admission.release(request)
+        following = self.source.after(self.env.now)
+        if following is not None:
+            self._receive(following)
+
+    def _admit(self) -> None:
+        for request in self.admission.enter():
+            request.admitted_s = self.env.now
+            self._start(request)
+        self.log.waits_for = self.admission.waits_for
+
+    def _start(self, request: Request) -> None:
+        """Bring an admitted request's KV into place."""
+        if self.options.prefill == "done":
+            self.ready.append(request)
+        elif self.options.prefill == "separate":
+            self.env.process(self._receive_kv(request))
+        else:
+            start, length = self._chunks(request)
+            seconds = prefill_s(self.hw, self.geometry, start, length)
+            request.prefill_left = list(zip(length.tolist(), seconds.tolist()))[::-1]
+            self.prefilling.append(request)
+
+    def _receive_kv(self, request: Request) -> Iterator[simpy.Event]:
+        """The prompt's KV comes over the network, into the mirror where there is one; then the first resident set goes to the GPU."""
+        yield self.network.transfer(self.geometry.full_kv_bytes(request.prompt_tokens) + self.geometry.window_bytes)
+        if self.demand.mirrored:
+            yield self._recall(self.demand.first_set_bytes(request.prompt_tokens, request.output_tokens))
+        self._prefilled(request)
+        self._call()
+
+    def _prefilled(self, request: Request) -> None:
+        request.first_token_s = self.env.now
+        self.log.tokens += 1
+        self.ready.append(request)
+
+    # The server's loop
+
+    def _serve(self) -> Iterator[simpy.Event]:
+        while True:
+            self._join()
+            if self.batch or self.prefilling:
+                yield from self._span()
+            else:
+                self._wake = self.env.event()
+                yield self._wake
+                self.log.pass_to(self.env.now, busy=False)
+                self._sample()
+
+    def _join(self) -> None:
+        before = len(self.admission.admitted)
+        self._admit()
+        while self.ready:
+            request = self.ready.popleft()
+            if request.steps:
+                self.batch.add(request)
+            else:  # its prefill made all it wanted
+                self._leave(request)
+                self._admit()
+        if len(self.admission.admitted) != before:
+            self._sample()
+
+    def _span(self) -> Iterator[simpy.Event]:
+        """As many steps as pass without a change."""
+        if self.batch and self.demand.recalls:
+            yield from self._begin_windows()
+        contended = self.demand.misses and not self.memory.to_gpu.idle
+        times = self._step_times(1 if contended else self._steps_ahead())
+        stall_s, step_s = times.stall_s, times.compute_s + times.prefill_s
+        if contended:
+            stall_s = yield from self._contended_stall(times)
+        else:
+            step_s = step_s + stall_s
+        ends_s = np.cumsum(step_s)
+        start_s = self.env.now
+        done = yield from self._pass(ends_s)
+        if not contended:
+            self.memory.to_gpu.moved_bytes += float(times.miss_bytes[:done].sum())
+        self.log.stall_s += float(stall_s[:done].sum())
+        self.log.prefill_s += float(times.prefill_s[:done].sum())
+        self._book(done, start_s + float(ends_s[0]))
+
+    def _pass(self, ends_s: np.ndarray) -> Iterator[simpy.Event]:
+        """Let steps pass that end at `ends_s` from now; returns how many did before somebody came to join."""
+        start_s, done = self.env.now, len(ends_s)
+        if done > 1 and not self._somebody_can_join():
+            self._wake = self.env.event()
+            yield self.env.timeout(float(ends_s[-1])) | self._wake
+            if self._wake.triggered:
+                done = min(done, int(np.searchsorted(ends_s, self.env.now - start_s)) + 1)
+            self._wake = None
+        elif done > 1:
+            done = 1
+        yield self.env.timeout(max(0.0, start_s + float(ends_s[done - 1]) - self.env.now))
+        return done
+
+    def _steps_ahead(self) -> int:
+        steps = self.batch.quiet_steps() if self.batch else _MOST_STEPS
+        prefill = len(self.prefilling[0].prefill_left) if self.prefilling else _MOST_STEPS
+        return min(steps, prefill, _MOST_STEPS)
+
+    def _step_times(self, n_steps: int) -> StepTimes:
+        nothing = np.zeros(n_steps)
+        chunk_s = nothing
+        if self.prefilling:
+            chunk_s = np.array([seconds for _, seconds in self.prefilling[0].prefill_left[: -n_steps - 1 : -1]])
+        if not self.batch:
+            return StepTimes(nothing, chunk_s, nothing, nothing, nothing)
+        load, layers = self.batch.load(n_steps), self.demand.group_layers
+        costs = mixed_step_costs(self.hw, self.geometry, len(self.batch), load.tokens, load.scored)
+        stall_s = gathers = miss_bytes = nothing
+        if self.demand.misses:
+            gathers = (load.miss_bytes > 0) @ layers
+            stall_s = self.gather.seconds(self.demand.row_bytes, load.miss_bytes) @ layers
+            miss_bytes = load.miss_bytes @ layers
+        compute_s = costs.total_s(self.geometry.n_csa) + memory_indexer_s(self.hw, self.geometry, load.indexer_scored)
+        arriving_s = (load.recalled_bytes + miss_bytes) / self.hw.hbm_bytes_per_s.value  # bytes that come take their part of HBM
+        return StepTimes(compute_s + arriving_s, chunk_s, stall_s, gathers, miss_bytes)
+
+    # The link
+
+    def _contended_stall(self, times: StepTimes) -> Iterator[simpy.Event]:
+        """One step's misses beside recalls under way: the gathers' fixed costs, then their bytes. Returns how long it took, [1]."""
+        before_s, n_bytes = self.env.now, float(times.miss_bytes[0])
+        if n_bytes:
+            fixed_s = float(self.gather.fixed_s(self.demand.row_bytes)) * float(times.gathers[0])
+            yield self.env.timeout(fixed_s)
+            yield self.memory.to_gpu.transfer(n_bytes, limit=n_bytes / (float(times.stall_s[0]) - fixed_s))
+        return np.array([self.env.now - before_s])
+
+    def _begin_windows(self) -> Iterator[simpy.Event]:
+        """Requests at a window's start wait for its recall, and the batch with them; then the next window's recall starts."""
+        starts, before_s = self.batch.window_starts(), self.env.now
+        if not self.demand.overlaps:
+            for start in starts:
+                start.request.recall = self._recall(start.own_bytes)
+        for start in starts:
+            if start.request.recall is not None and not start.request.recall.processed:
+                yield start.request.recall
+            start.request.recall = self._recall(start.next_bytes) if self.demand.overlaps else None
+        self.log.recall_wait_s += self.env.now - before_s
+
+    def _recall(self, n_bytes: float) -> simpy.Event:
+        """Start one gather, at most as fast as it would be alone."""
+        alone_s = float(self.gather.seconds(self.demand.row_bytes, n_bytes))
+        return self.memory.to_gpu.transfer(n_bytes, limit=n_bytes / alone_s if alone_s else float("inf"))
+
+    # What came of a span
+
+    def _book(self, done: int, first_s: float) -> None:
+        """`done` steps have passed, the first of them at `first_s`."""
+        mirrored = len(self.batch) * done
+        self.log.tokens += len(self.batch) * done
+        self.log.pass_to(self.env.now, busy=True)
+        for request in self.batch.advance(done, first_s):
+            self._leave(request)
+        if self.prefilling:
+            request = self.prefilling[0]
+            mirrored += sum(tokens for tokens, _ in request.prefill_left[-done:])
+            del request.prefill_left[-done:]
+            if not request.prefill_left:
+                self._prefilled(self.prefilling.popleft())
+        if self.demand.mirrored:
+            self.log.written_back_bytes += mirrored / self.geometry.csa_rate * self.geometry.host_kv_bytes(self.geometry.csa_rate)
+        self._sample()
+
+    def _sample(self) -> None:
+        hbm, host = self.memory.hbm, self.memory.host
+        in_use = hbm.capacity - hbm.level, host.capacity - host.level
+        counts = len(self.batch), len(self.admission.admitted), len(self.admission.queue)
+        self.log.samples.append((self.env.now, *counts, *in_use, self.memory.to_gpu.moved_bytes, self.log.tokens))

@@ -1,0 +1,86 @@
+"""Equal requests that decode side by side for long: the time of a step, and what the link has to carry meanwhile. No queue, no events."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+
+from fmsim.geometry import Geometry
+from fmsim.sim.transfer_cost import GatherCurve
+from fmsim.sim.step_cost import memory_indexer_s, step_costs
+from fmsim.hw.spec import Hardware
+from fmsim.sim.serving.demand import Demand
+
+
+@dataclass(frozen=True)
+class Steady:
+    """Means of a decode step of `batch` requests."""
+
+    batch: int
+    compute_s: float
+    stall_s: float  # for misses
+    link_s: float  # that the link is busy, with misses and recalls
+
+    @property
+    def step_s(self) -> float:
+        """Recalls run beside decode; where they take longer than it, decode waits for the rest."""
+        return max(self.compute_s + self.stall_s, self.link_s)
+
+    @property
+    def tokens_per_s(self) -> float:
+        return self.batch / self.step_s
+
+    @property
+    def wait_share(self) -> float:
+        return 1 - self.compute_s / self.step_s
+
+
+class SteadyState:
+    """Of requests of `tokens` context under one policy."""
+
+    def __init__(self, engine: Hardware, geometry: Geometry, demand: Demand, tokens: int, output_tokens: int) -> None:
+        """`engine`: see `server_hardware`."""
+        self.engine, self.geometry, self.demand, self.tokens = engine, geometry, demand, tokens
+        self._misses = demand.misses and not demand.fits_whole(tokens, output_tokens)
+        self._known: dict[int, Steady] = {}
+
+    @cached_property
+    def _recall_bytes(self) -> float:
+        return self.demand.recall_bytes_per_step(self.tokens)
+
+    @cached_property
+    def _gather(self) -> GatherCurve:
+        return GatherCurve(self.engine.link)
+
+    def at(self, batch: int) -> Steady:
+        if batch not in self._known:
+            self._known[batch] = self._at(batch)
+        return self._known[batch]
+
+    def _at(self, batch: int) -> Steady:
+        demand = self.demand
+        stall_s = miss_bytes = 0.0
+        if self._misses:
+            layers = demand.group_layers
+            stall_s = float((self._gather.seconds(demand.row_bytes, batch * demand.miss_bytes) @ layers).mean())
+            miss_bytes = float((batch * demand.miss_bytes @ layers).mean())
+        recall_bytes = batch * self._recall_bytes
+        entries = self.geometry.csa_entries(self.tokens)
+        scored = min(demand.resident.mean() * demand.growth(self.tokens), entries) if demand.keys_tiered else entries
+        costs = step_costs(self.engine, self.geometry, batch, np.array([self.tokens]), np.array([scored]))
+        by_indexer = batch * demand.indexer_scored.mean() * demand.length_ratio(self.tokens)
+        compute_s = float(costs.total_s(self.geometry.n_csa)[0] + memory_indexer_s(self.engine, self.geometry, by_indexer))
+        compute_s += (recall_bytes + miss_bytes) / self.engine.hbm_bytes_per_s.value
+        link_s = stall_s + recall_bytes / self.engine.link.bandwidth_bytes_per_s.value
+        return Steady(batch, compute_s, stall_s, link_s)
+
+    def largest(self, holds: Callable[[Steady], bool], most: int) -> int:
+        """The largest batch up to `most` for which `holds`, which is true up to some batch and false beyond; 0 if for none."""
+        low, high = 0, most
+        while low < high:
+            middle = (low + high + 1) // 2
+            low, high = (middle, high) if holds(self.at(middle)) else (low, middle - 1)
+        return low

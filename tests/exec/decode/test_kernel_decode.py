@@ -1,0 +1,69 @@
+"""Decode steps of a batch of different lengths against transformers' model, over prefill and every boundary after it."""
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+torch = pytest.importorskip("torch", reason="the engine needs fmsim[model]")
+pytest.importorskip("transformers", reason="the oracle is transformers' DeepseekV4ForCausalLM")
+
+from kernel_pools import on_each_device  # noqa: E402
+from tiny_model import CSA, HCA, SLIDING, kinds, oracle, ours  # noqa: E402
+
+from fmsim.exec.model import deepseek_v4 as exec_model
+from fmsim.exec.decode.engine import Batch  # noqa: E402
+from fmsim.exec.kernels import hyper_connection  # noqa: E402
+from fmsim.exec.decode.prompt import Prompt  # noqa: E402
+from fmsim.policies import registry  # noqa: E402
+
+
+@torch.no_grad()
+def check(reference, lengths, steps, spec, **options):
+    """Every step's logits of every request are the oracle's for the same tokens."""
+    texts = [torch.randint(0, 64, (length + steps,)) for length in lengths]
+    expected = [reference(text[None]).logits[0] for text in texts]
+    model = ours(reference)
+    batch = Batch([Prompt(model, text[:length].tolist(), steps) for text, length in zip(texts, lengths)], registry.build(spec), **options)
+    for step in range(steps):
+        batch.step([int(text[length + step]) for text, length in zip(texts, lengths)])
+        for row, (logits, length) in enumerate(zip(expected, lengths)):
+            torch.testing.assert_close(batch.logits[row], logits[length + step], atol=1e-4, rtol=0)
+
+
+@settings(max_examples=5, deadline=None)
+@given(
+    layers=st.lists(kinds, min_size=1, max_size=3).map(lambda mix: [*mix, CSA]),
+    lengths=st.lists(st.integers(1, 40), min_size=1, max_size=3),
+    granularity=st.sampled_from([1, 4, 16]),
+    seed=st.integers(0, 99),
+)
+def test_a_batch_of_different_lengths_is_the_oracle(layers, lengths, granularity, seed):
+    spec = {"policy": "lru", "budget": "3x topk", "granularity": granularity} if min(lengths) > 8 else "full"
+    check(oracle(seed, layer_types=layers), lengths, 14, spec)
+
+
+def test_six_hundred_steps_cross_every_boundary():
+    check(oracle(layer_types=[SLIDING, CSA, HCA]), [30, 7], 600, "full")
+
+
+@on_each_device
+@torch.no_grad()
+def test_hyper_connections_from_kernels_are_those_of_torch(device, monkeypatch):
+    reference = oracle(layer_types=[SLIDING, CSA, HCA], hc_mult=4)
+    model, texts, found = ours(reference).to(device), [torch.randint(0, 64, (length,)).tolist() for length in (30, 7)], []
+    for way in ("reference", "triton"):
+        for name in ("enter", "read_out"):
+            monkeypatch.setattr(exec_model, name, getattr(hyper_connection, f"{name}_{way}"))
+        batch = Batch([Prompt(model, text, 6) for text in texts], registry.build("full"))
+        found.append([])
+        for token in range(6):
+            batch.step([token, token + 1])
+            found[-1].append(batch.logits.clone())
+    torch.testing.assert_close(torch.stack(found[1]), torch.stack(found[0]), atol=2e-5, rtol=0)
+    assert not torch.equal(torch.stack(found[1]), torch.stack(found[0]))  # they were two ways
+
+
+def test_so_do_kernels():
+    """By their references: rings, pages and block tables instead of torch's own arrays, from a prefill that ends anywhere."""
+    for seed, lengths in enumerate(([30, 7], [1], [133, 128, 4])):
+        check(oracle(seed, layer_types=[SLIDING, CSA, HCA, CSA]), lengths, 140 if seed == 0 else 20, "full" if seed == 1 else "lru", kernels=True)

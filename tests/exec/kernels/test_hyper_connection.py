@@ -1,0 +1,89 @@
+"""Hyper-connections of few tokens: the kernels against the model's own functions."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from kernel_pools import on_each_device, relative_error
+from torch import nn
+from transformers import DeepseekV4Config
+
+from fmsim.exec.kernels.hyper_connection import Pending, enter_reference, enter_triton, read_out_reference, read_out_triton
+from fmsim.exec.kernels.tuning import HyperConnection as Tuning
+from fmsim.exec.model.deepseek_v4 import HyperConnection, HyperHead, RMSNorm
+
+SMALL = Tuning(block_channels=32, programs=4)
+# bfloat16: the model rounds every product on the way back, the kernel the sum of them
+LIMITS = {torch.float32: 5e-6, torch.bfloat16: 1e-2}
+
+
+def modules(seed: int, width: int, count: int, device: str) -> tuple[HyperConnection, HyperConnection, HyperHead, RMSNorm]:
+    """Two connections, a head and a norm with weights of a trained model's spread: no gate saturates, none is flat."""
+    torch.manual_seed(seed)
+    config = DeepseekV4Config(hidden_size=width, hc_mult=count, hc_sinkhorn_iters=20)
+    made = nn.ModuleList([HyperConnection(config), HyperConnection(config), HyperHead(config), RMSNorm(width, config.rms_norm_eps)])
+    for name, parameter in made.requires_grad_(False).named_parameters():
+        parameter.normal_(std=(count * width) ** -0.5 if name.endswith("fn") else 1.0)
+    return tuple(made.to(device))
+
+
+def check(found: tuple[torch.Tensor, ...], expected: tuple[torch.Tensor, ...], limit: float) -> None:
+    for got, want in zip(found, expected, strict=True):
+        assert got.dtype == want.dtype and got.shape == want.shape
+        assert relative_error(got, want) < limit
+
+
+@on_each_device
+@settings(max_examples=15, deadline=None)
+@given(
+    seed=st.integers(0, 2**32),
+    batch=st.integers(1, 5),
+    count=st.sampled_from([2, 4]),
+    width=st.sampled_from([32, 96, 384]),
+    dtype=st.sampled_from(list(LIMITS)),
+    first=st.booleans(),
+)
+def test_the_kernels_are_the_model(device, seed, batch, count, width, dtype, first):
+    """One connection after another, and the head: at the first layer nothing is pending, and all streams are one embedding."""
+    one, other, head, norm = modules(seed, width, count, device)
+    streams, out = torch.randn(batch, 1, count, width, device=device).to(dtype), torch.randn(batch, 1, width, device=device).to(dtype)
+    if first:
+        streams, pending = streams[:, :, :1].expand(-1, -1, count, -1), None
+    else:
+        pending = Pending(one, out, *one.enter(torch.randn_like(streams))[1:])
+    expected = enter_reference(streams, pending, other, norm)
+    check(enter_triton(streams, pending, other, norm, SMALL), expected, LIMITS[dtype])
+    streams, _, *gates = expected
+    pending = Pending(other, out, *gates)
+    check((read_out_triton(streams, pending, head, norm, SMALL),), (read_out_reference(streams, pending, head, norm),), LIMITS[dtype])
+
+
+@on_each_device
+def test_mixing_is_doubly_stochastic(device):
+    """However the products come out; with the width and the tuning of DeepSeek-V4-Flash."""
+    one, _, _, norm = modules(0, 4096, 4, device)
+    _, _, write, mix = enter_triton(5 * torch.randn(3, 1, 4, 4096, device=device), None, one, norm)
+    ones = torch.ones(3, 1, 4, device=device)
+    torch.testing.assert_close(mix.sum(-1), ones, atol=1e-3, rtol=0)
+    torch.testing.assert_close(mix.sum(-2), ones, atol=1e-4, rtol=0)
+    assert (mix > 0).all() and (write > 0).all() and (write < 2).all()
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device: a CUDA graph needs one")
+def test_a_cuda_graph_holds_them():
+    from fmsim.exec.measure.timing import captured
+
+    one, other, head, norm = modules(0, 384, 4, "cuda")
+    streams, out, read = torch.randn(8, 1, 4, 384, device="cuda"), torch.randn(8, 1, 384, device="cuda"), torch.empty(8, 1, 384, device="cuda")
+    pending = Pending(one, out, *one.enter(streams)[1:])
+
+    def work() -> torch.Tensor:
+        left, _, *gates = enter_triton(streams, pending, other, norm)
+        return read.copy_(read_out_triton(left, Pending(other, out, *gates), head, norm))
+
+    replay = captured(work)
+    streams.normal_()
+    expected = work().clone()
+    replay()
+    assert torch.equal(read, expected)

@@ -1,0 +1,144 @@
+"""`fmsim run` and `fmsim policy` as a user calls them."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+from command import FIELDS, fmsim
+from made_trace import make_trace
+
+from fmsim.geometry import PRESETS
+from fmsim.replay.ledger import Ledger
+from fmsim.trace import write
+
+SCENARIO = """\
+name: small
+trace: small.safetensors
+policies: [full, {policy: recency, budget: 10%}, {policy: random, budget: 10%}, lru, lfu, {policy: h2o, budget: 10%}, oracle, belady]
+"""
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    path = tmp_path_factory.mktemp("scenario")
+    write(path / "small.safetensors", make_trace())
+    (path / "small.yaml").write_text(SCENARIO)
+    return path
+
+
+@pytest.fixture(scope="module")
+def report(folder):
+    done = fmsim("run", "small.yaml", "--json", "--out", "out", folder=folder)
+    assert done.returncode == 0, done.stderr
+    assert done.stderr == ""
+    return json.loads(done.stdout)
+
+
+def test_json_has_the_promised_fields(report):
+    assert list(report) == ["scenario", "policies"]
+    assert [row["policy"] for row in report["policies"]] == ["full", "recency", "random", "lru", "lfu", "h2o", "oracle", "belady"]
+    for row in report["policies"]:
+        assert list(row) == FIELDS
+        assert list(row["step_s"]) == ["p50", "p99"]
+
+
+def test_figures_hang_together(report):
+    rows = {row["policy"]: row for row in report["policies"]}
+    details = report["scenario"]["details"]
+    full = rows["full"]
+    geometry = PRESETS["v4-flash"]
+    assert geometry.full_kv_bytes(4096) <= full["kv_hbm_bytes"] <= geometry.full_kv_bytes(4096 + 160)
+    assert (full["kv_hbm_ratio"], full["entry_recall"], full["mass_kept"], full["h2d_bytes"], full["stall_ratio"]) == (1, 1, 1, 0, 0)
+    for name in ("full", "lru", "lfu", "belady"):
+        assert details[name]["exact"] and rows[name]["mass_kept"] == 1
+    for name in ("recency", "random", "h2o"):
+        assert not details[name]["exact"] and rows[name]["mass_kept"] < 1 and rows[name]["h2d_bytes"] == 0
+        assert rows[name]["kv_hbm_ratio"] == pytest.approx(0.1, abs=0.01)
+        assert details[name]["gpu_kv_bytes"] < details["full"]["gpu_kv_bytes"]
+    assert 0 < rows["belady"]["h2d_bytes"] <= min(rows["lru"]["h2d_bytes"], rows["lfu"]["h2d_bytes"])
+    assert rows["lru"]["stall_ratio"] > 0 and rows["lru"]["decode_tokens_per_s"] < full["decode_tokens_per_s"]
+    assert rows["oracle"]["entry_recall"] > rows["random"]["entry_recall"]
+
+
+def test_out_holds_ledgers_timelines_and_the_report(report, folder):
+    assert json.loads((folder / "out/report.json").read_text()) == report
+    ledger = Ledger.load(folder / "out/ledgers/lru.npz")
+    timeline = json.loads((folder / "out/timelines/lru.json").read_text())
+    assert ledger.policy == "lru" and len(timeline["end_s"]) == ledger.n_steps == 160
+    row = next(row for row in report["policies"] if row["policy"] == "lru")
+    assert 160 / timeline["end_s"][-1] == pytest.approx(row["decode_tokens_per_s"])
+    assert sum(timeline["h2d_bytes"]) == row["h2d_bytes"]
+
+
+def test_the_table_shows_every_policy_whole_even_in_a_narrow_pipe(folder):
+    done = fmsim("run", "small.yaml", "-p", "lru", "-p", "recency", "--set", "hardware=h200", "--svg", "table.svg", folder=folder)
+    assert done.returncode == 0, done.stderr
+    assert "H200" in done.stdout and "…" not in done.stdout
+    assert "exact" in next(line for line in done.stdout.splitlines() if "lru" in line)
+    assert "lossy" in next(line for line in done.stdout.splitlines() if "recency" in line)
+    assert "each trace layer drives 7" in done.stdout and "simulated" in done.stdout
+    assert (folder / "table.svg").read_text().startswith("<svg")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["small.yml"], "small.yml: no such scenario file; did you mean small.yaml?"),
+        (["small.yaml", "--policy", "lruu"], "no policy named 'lruu'; did you mean 'lru'?"),
+        (["small.yaml", "--set", "hardware=h10"], "--set hardware=h10: hardware: no hardware preset 'h10'; did you mean 'h100'?"),
+        (["small.yaml", "--set", "model=v4-flsh"], "did you mean 'v4-flash'?"),
+        (["small.yaml", "--set", "model=v4-pro"], "v4-pro does not fit H100"),
+        (["small.yaml", "--set", "batch=100000"], "GiB more than"),
+        (["small.yaml", "--set", "policies.lru.budgt=1"], "small.yaml, line 3: policies.3: policy lru: budgt"),
+        (["small.yaml", "--set", "layer_map=[0, 1]"], "layer_map: give 21 numbers"),
+        (["small.yaml", "--set", "trace=none.safetensors"], "none.safetensors: "),
+        (["small.yaml", "--out", "small.yaml/x"], "--out small.yaml/x: cannot be written"),
+        (["small.yaml", "--nonsense"], "No such option"),
+    ],
+)
+def test_a_users_mistake_is_told_without_a_traceback(folder, arguments, says):
+    done = fmsim("run", *arguments, folder=folder)
+    assert done.returncode == 2
+    assert says in done.stderr and "Traceback" not in done.stderr
+    if not arguments[-1].startswith("--"):
+        assert len(done.stderr.splitlines()) == 1
+    assert done.stdout == ""
+
+
+def test_a_model_may_be_a_config_file(folder):
+    config = {
+        "model_type": "deepseek_v4", "num_hidden_layers": 8, "hidden_size": 384, "compress_ratios": [0, 0, 4, 128, 4, 128, 4, 128],
+        "num_attention_heads": 6, "head_dim": 64, "qk_rope_head_dim": 16, "sliding_window": 128, "index_topk": 16, "index_n_heads": 4,
+        "index_head_dim": 32, "q_lora_rank": 192, "o_lora_rank": 160, "o_groups": 2, "n_routed_experts": 4, "num_experts_per_tok": 2,
+        "moe_intermediate_size": 160, "vocab_size": 4096,
+    }  # fmt: skip
+    (folder / "nano").mkdir()
+    (folder / "nano/config.json").write_text(json.dumps(config))
+    done = fmsim("run", "small.yaml", "-p", "full", "--set", "model=nano", "--json", folder=folder)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["scenario"]["model"] == {"name": "nano", "csa_layers": 3, "layers": 8}
+    (folder / "nano/config.json").write_text("{}")
+    done = fmsim("run", "small.yaml", "--set", "model=nano", folder=folder)
+    assert done.returncode == 2 and "not a usable DeepSeek-V4 config" in done.stderr
+
+
+def test_policies_are_listed_and_shown():
+    listed = fmsim("policy", "list")
+    assert listed.returncode == 0
+    for name in ("full", "recency", "random", "lru", "lfu", "h2o", "lsa", "oracle", "belady"):
+        assert name in listed.stdout
+    shown = fmsim("policy", "show", "lsa")
+    assert "predicted_future" in shown.stdout and "threshold" in shown.stdout and "2606.09079" in shown.stdout
+
+
+def test_nothing_loads_torch_and_help_nothing_heavy(folder):
+    probe = "import sys; from fmsim.cli import main\ntry: main()\nexcept SystemExit: pass\n"
+    probe += "print([name for name in {} if name in sys.modules])"
+    for heavy, arguments in (
+        (("torch", "transformers"), ["run", str(folder / "small.yaml"), "-p", "lru", "--json"]),
+        (("torch", "transformers", "numpy", "simpy", "pydantic", "yaml"), ["--help"]),
+    ):
+        done = subprocess.run([sys.executable, "-c", probe.format(heavy), *arguments], capture_output=True, text=True)
+        assert done.stdout.splitlines()[-1] == "[]"
+    assert "fmsim 0." in fmsim("--version").stdout

@@ -1,0 +1,58 @@
+"""The shipped nano: what transformers makes of its directory is what fmsim makes of it, and it answers."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+torch = pytest.importorskip("torch", reason="the model needs fmsim[model]")
+transformers = pytest.importorskip("transformers", reason="the oracle is transformers' DeepseekV4ForCausalLM")
+
+from fmsim.exec.model.loader import load_model  # noqa: E402
+from fmsim.exec.model.deepseek_v4 import CSA, HCA, SLIDING  # noqa: E402
+from fmsim.exec.decode.session import Session  # noqa: E402
+from fmsim.nano import tokens as corpora  # noqa: E402
+from fmsim.nano.prompts import evaluation_prompt, exact  # noqa: E402
+from fmsim.nano.tokenizer import MODEL_FOLDER  # noqa: E402
+from fmsim.trace import read  # noqa: E402
+
+TRACES = Path(__file__).parents[2] / "traces"
+
+
+@pytest.fixture(scope="module")
+def nano():
+    return load_model(MODEL_FOLDER)
+
+
+@pytest.fixture(scope="module")
+def text() -> np.ndarray:
+    """Real text in nano's tokens: the start of a shipped trace's prompt."""
+    return np.asarray(read(TRACES / "nano-32k-needles.safetensors").token_ids[1:20_000])
+
+
+@torch.no_grad()
+def test_transformers_loads_it_and_gives_the_same_logits(nano, text):
+    oracle = transformers.DeepseekV4ForCausalLM.from_pretrained(MODEL_FOLDER, dtype=torch.float32).eval()
+    ids = torch.tensor(text[None, :2304].astype(np.int64))  # 576 entries, so the top 512 leave some out
+    expected, found = oracle(ids).logits, nano(ids)[0]
+    assert (found - expected).abs().max() < 1e-3
+
+
+def test_it_is_a_deepseek_v4_in_everything_and_small():
+    config = json.loads((MODEL_FOLDER / "config.json").read_text())
+    kinds = config["layer_types"]
+    assert kinds[0] == kinds[1] == SLIDING and kinds.count(CSA) >= 3 and HCA in kinds
+    assert config["hc_mult"] > 1 and "hash_moe" in config["mlp_layer_types"] and "moe" in config["mlp_layer_types"]
+    assert (MODEL_FOLDER / "model.safetensors").stat().st_size <= 32e6
+
+
+def test_it_finds_a_needle(nano, text):
+    corpus = corpora.Corpus(text.astype(np.uint16), np.array([0, len(text)]), ["a trace's prompt"])
+    answers = []
+    for seed in range(4):
+        prompt = evaluation_prompt("single", 1500, np.random.default_rng(seed), corpus)
+        session = Session(nano, 1600)
+        session.read(prompt.tokens.astype(np.int64))
+        answers.append(exact(prompt.answer, session.generate(len(prompt.answer))))
+    assert sum(answers) >= 3

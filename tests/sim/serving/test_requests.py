@@ -1,0 +1,108 @@
+"""Recorded requests in three formats, and workloads whose seed decides everything."""
+
+import pytest
+
+from fmsim.errors import FmsimError
+from fmsim.sim.serving.requests import Arrival, read_requests, repeated_share
+from fmsim.sim.serving.spec import Bursts, ClosedLoop, Poisson, RequestFile
+from fmsim.sim.serving.workload import Source
+
+MOONCAKE = """\
+{"timestamp": 3000, "input_length": 700, "output_length": 20, "hash_ids": [1, 2]}
+{"timestamp": 1500, "input_length": 600, "output_length": 10, "hash_ids": [1, 3]}
+"""
+AZURE = """\
+TIMESTAMP,ContextTokens,GeneratedTokens
+2023-11-16 18:17:03.9799600,4808,10
+2023-11-16 18:17:04.0319600,3180,8
+2023-11-17 00:00:00.0000000,110,27
+"""
+BURSTGPT = """\
+Timestamp,Model,Request tokens,Response tokens,Total tokens,Log Type
+5,ChatGPT,472,18,490,Conversation log
+45.5,GPT-4,1087,0,1087,Conversation log
+118,ChatGPT,417,276,693,API log
+"""
+
+
+def written(tmp_path, text):
+    path = tmp_path / "requests"
+    path.write_text(text)
+    return path
+
+
+def test_mooncake_is_milliseconds_and_sorted(tmp_path):
+    path = written(tmp_path, MOONCAKE)
+    assert read_requests(path) == [Arrival(0.0, 600, 10), Arrival(1.5, 700, 20)]
+    assert repeated_share(path) == 1 / 4  # of four blocks one had been seen
+
+
+def test_azure_has_seven_digits_after_the_second_and_passes_midnight(tmp_path):
+    path = written(tmp_path, AZURE)
+    rows = read_requests(path)
+    assert [row[1:] for row in rows] == [(4808, 10), (3180, 8), (110, 27)]
+    assert rows[1].arrival_s == pytest.approx(0.052)
+    assert rows[2].arrival_s == pytest.approx(5 * 3600 + 42 * 60 + 56 + 0.02004)
+    assert repeated_share(path) is None
+
+
+def test_burstgpt_leaves_out_failed_requests(tmp_path):
+    assert read_requests(written(tmp_path, BURSTGPT)) == [Arrival(0.0, 472, 18), Arrival(113.0, 417, 276)]
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("a,b\n1,2\n", "line 1: neither Mooncake JSON lines"),
+        (MOONCAKE + '{"timestamp": 1, "input_length": 5}\n', "line 3: not a request (no 'output_length')"),
+        (MOONCAKE + "{nonsense\n", "line 3: not a request"),
+        (AZURE + "2023-11-17 00:00:00,x,3\n", "line 5: not a request"),
+        ("TIMESTAMP,ContextTokens,GeneratedTokens\n", "no request with a prompt"),
+    ],
+)
+def test_a_bad_file_is_told_by_line(tmp_path, text, says):
+    with pytest.raises(FmsimError) as error:
+        read_requests(written(tmp_path, text))
+    assert says in str(error.value)
+
+
+def test_a_file_that_is_not_there(tmp_path):
+    with pytest.raises(FmsimError, match="no such request file"):
+        read_requests(tmp_path / "none")
+
+
+def test_a_file_may_be_played_faster_longer_and_cut(tmp_path):
+    path = written(tmp_path, BURSTGPT)
+    source = Source(RequestFile(kind="file", file=path, speed=2, lengths=10), path)
+    assert source.first == [Arrival(0.0, 4720, 18), Arrival(56.5, 4170, 276)]
+    assert len(Source(RequestFile(kind="file", file=path, duration_s=60), path).first) == 1
+
+
+SIZES = {"prompt_tokens": [1000, 2000], "output_tokens": 64, "duration_s": 100.0}
+
+
+def test_poisson_comes_at_its_rate_and_as_its_seed_says():
+    make = lambda seed: Source(Poisson(kind="poisson", rate_per_s=20, seed=seed, **SIZES)).first  # noqa: E731
+    first = make(1)
+    assert first == make(1) != make(2)
+    assert 1850 < len(first) < 2150  # 2,000 with a standard deviation of 45
+    assert all(0 <= row.arrival_s < 100 and 1000 <= row.prompt_tokens <= 2000 and row.output_tokens == 64 for row in first)
+    assert [row.arrival_s for row in first] == sorted(row.arrival_s for row in first)
+
+
+def test_bursts_come_together():
+    source = Source(Bursts(kind="bursts", burst=3, every_s=40, **SIZES))
+    assert [row.arrival_s for row in source.first] == [0, 0, 0, 40, 40, 40, 80, 80, 80]
+
+
+def test_a_closed_loop_asks_again_until_its_time_is_up():
+    source = Source(ClosedLoop(kind="closed_loop", requests=4, ramp_s=10, **SIZES))
+    assert len(source.first) == 4 and all(row.arrival_s <= 10 for row in source.first)
+    assert source.after(99.0).arrival_s == 99.0
+    assert source.after(100.0) is None
+
+
+@pytest.mark.parametrize("wrong", [{"prompt_tokens": [5, 3]}, {"prompt_tokens": 0}, {"output_tokens": "many"}])
+def test_lengths_are_numbers_or_ranges(wrong):
+    with pytest.raises(ValueError, match="give a number of tokens"):
+        Poisson(kind="poisson", rate_per_s=1, **(SIZES | wrong))

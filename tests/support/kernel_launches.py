@@ -1,0 +1,192 @@
+"""One launch of every kernel at DeepSeek-V4-Flash's shapes and at nano's, on tensors whose content does not matter."""
+
+import torch
+from transformers import DeepseekV4Config
+
+from fmsim.exec.kernels import tuning
+from fmsim.exec.kernels.attention_rows import Rows
+from fmsim.exec.kernels.compress import Pooling, compress_and_append_triton
+from fmsim.exec.kernels.experts import mixture_of_experts_triton
+from fmsim.exec.kernels.gather import copy_rows_triton
+from fmsim.exec.kernels.hyper_connection import Pending, enter_triton, read_out_triton
+from fmsim.exec.kernels.index_score import index_scores_triton
+from fmsim.exec.kernels.layout import KEY, LATENT, plain
+from fmsim.exec.kernels.linear import linear_triton
+from fmsim.exec.kernels.norm_rope import norm_rope_triton
+from fmsim.exec.kernels.rms_norm import rms_norm_triton
+from fmsim.exec.kernels.router import route_triton
+from fmsim.exec.kernels.sparse_attention import sparse_attention_triton
+from fmsim.exec.kernels.staging import stage_triton
+from fmsim.exec.kernels.top_k import top_k_triton
+from fmsim.exec.kernels.weights import scale_shape
+from fmsim.exec.model.deepseek_v4 import Experts, HyperConnection, HyperHead, RMSNorm, Router, SwiGLU
+
+BATCH, PAGES = 2, 32
+
+
+def zeros(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    return torch.zeros(shape, dtype=dtype)
+
+
+def whole(*shape: int) -> torch.Tensor:
+    return zeros(*shape, dtype=torch.int32)
+
+
+def scores(layout, heads, dtype, per_page=64):
+    def launch():
+        pool = layout.new_pool(PAGES, per_page)
+        index_scores_triton(zeros(BATCH, heads, layout.width, dtype=dtype), zeros(BATCH, heads), pool, layout, whole(BATCH, PAGES), whole(BATCH))
+
+    return launch
+
+
+def selection(preselect, entries=262_144):
+    return lambda: top_k_triton(zeros(BATCH, entries), whole(BATCH), 512, zeros(BATCH, entries // 32) if preselect else None)
+
+
+def attention(layout, heads, dtype, per_page=64, tune=None):
+    def launch():
+        rows = Rows(layout, layout.new_pool(BATCH, 128), whole(BATCH), layout.new_pool(PAGES, per_page), whole(BATCH, PAGES), whole(BATCH, 512))
+        sparse_attention_triton(zeros(BATCH, heads, layout.width, dtype=dtype), rows, zeros(heads), 1.0, want_masses=True, tune=tune)
+
+    return launch
+
+
+def append(layout, rate, series, hadamard=False, tokens=1):
+    def launch():
+        width = layout.width
+        pooling = Pooling(rate, series, zeros(rate, series * width), zeros(width), 1e-6, zeros(width, width) if hadamard else None)
+        new, turn = (zeros(BATCH, tokens, series * width, dtype=torch.bfloat16), zeros(BATCH, pooling.most_closed(tokens), 32))
+        ring, pool = pooling.new_ring(BATCH, torch.bfloat16), layout.new_pool(PAGES, 64)
+        compress_and_append_triton(new, new, whole(BATCH), pooling, ring, (turn, turn), pool, layout, whole(BATCH, PAGES))
+
+    return launch
+
+
+def rows(row_bytes):
+    def launch():
+        source, target = zeros(21, 64, row_bytes, dtype=torch.uint8), zeros(21, 32, row_bytes, dtype=torch.uint8)
+        copy_rows_triton(source, target, whole(21, 8), whole(21, 8), whole(21))
+
+    return launch
+
+
+def connection(width, first=False):
+    def launch():
+        config = DeepseekV4Config(hidden_size=width)
+        module, streams = HyperConnection(config), zeros(BATCH, 1, 4, width, dtype=torch.bfloat16)
+        pending = Pending(module, streams[:, :, 0], zeros(BATCH, 1, 4), zeros(BATCH, 1, 4, 4))
+        enter_triton(streams, None if first else pending, module, RMSNorm(width, 1e-6))
+
+    return launch
+
+
+def stream_head(width):
+    def launch():
+        config = DeepseekV4Config(hidden_size=width)
+        module, streams = HyperConnection(config), zeros(BATCH, 1, 4, width, dtype=torch.bfloat16)
+        pending = Pending(module, streams[:, :, 0], zeros(BATCH, 1, 4), zeros(BATCH, 1, 4, 4))
+        read_out_triton(streams, pending, HyperHead(config), RMSNorm(width, 1e-6))
+
+    return launch
+
+
+def turned(heads, width, pairs, **how):
+    turn = zeros(BATCH, pairs), zeros(BATCH, pairs)
+    return lambda: norm_rope_triton(zeros(BATCH, heads, width, dtype=torch.bfloat16), turn, **how)
+
+
+def normed(width):
+    return lambda: rms_norm_triton(zeros(BATCH, 1, width, dtype=torch.bfloat16), RMSNorm(width, 1e-6))
+
+
+def experts(tokens, dtype=torch.bfloat16, count=24, hidden=4096, width=2048, top_k=6):
+    def launch():
+        config = DeepseekV4Config(n_routed_experts=count, hidden_size=hidden, moe_intermediate_size=width)
+        with torch.device("meta"):
+            routed, shared = Experts(config).to(dtype), SwiGLU(config).to(dtype)
+            if dtype == torch.float8_e4m3fn:
+                routed.gate_up_scale, routed.down_scale = zeros(1), zeros(1)
+                for linear in shared.children():
+                    linear.scale = zeros(1)
+            x = zeros(tokens, hidden, dtype=torch.float32 if dtype == torch.float32 else torch.bfloat16)
+            mixture_of_experts_triton(x, zeros(tokens, top_k, dtype=torch.int64), zeros(tokens, top_k), routed, shared)
+
+    return launch
+
+
+def product(outputs, inputs, rows=1, groups=1):
+    def launch():
+        weight = zeros(outputs, inputs, dtype=torch.uint8).view(torch.float8_e4m3fn)
+        linear_triton(zeros(rows, 1, groups * inputs, dtype=torch.bfloat16), weight, zeros(*scale_shape(weight.shape)), groups)
+
+    return launch
+
+
+def routing(count, hashed=False, top_k=6):
+    config = DeepseekV4Config(n_routed_experts=count, hidden_size=8, num_experts_per_tok=top_k)
+    return lambda: route_triton(zeros(BATCH, count, dtype=torch.bfloat16), zeros(BATCH, dtype=torch.int64), Router(config, hashed))
+
+
+def stage():
+    long = torch.int64
+    pages, fetched = zeros(BATCH, 512, dtype=long), zeros(BATCH, 512, dtype=torch.bool)
+    stage_triton(pages, fetched, zeros(BATCH, dtype=long), zeros(BATCH, dtype=long), whole(BATCH, 1025), zeros(dtype=long))
+
+
+LAUNCHES = {
+    "index_scores": scores(KEY, 64, torch.bfloat16),
+    "index_scores, float8 queries": scores(KEY, 64, torch.float8_e4m3fn),
+    "index_scores, single entries": scores(KEY, 64, torch.bfloat16, per_page=1),
+    "index_scores, nano": scores(plain(torch.bfloat16, 32), 4, torch.bfloat16),
+    "memory_scores": scores(KEY, 128, torch.bfloat16),
+    "top_k": selection(False),
+    "top_k, few entries": selection(False, 4096),
+    "top_k, preselected": selection(True),
+    "sparse_attention": attention(LATENT, 64, torch.bfloat16),
+    "sparse_attention, some": attention(LATENT, 64, torch.bfloat16, tune=tuning.ATTENTION_OF_SOME),
+    "sparse_attention, many": attention(LATENT, 64, torch.bfloat16, tune=tuning.ATTENTION_OF_MANY),
+    "sparse_attention, single entries": attention(LATENT, 64, torch.bfloat16, per_page=1),
+    "sparse_attention, nano": attention(plain(torch.bfloat16, 64), 6, torch.bfloat16),
+    "compress, csa": append(LATENT, 4, 2),
+    "compress, a window's token": append(LATENT, 1, 1),
+    "compress, hca": append(LATENT, 128, 1),
+    "compress, keys": append(KEY, 4, 2, hadamard=True),
+    "compress, a chunk": append(LATENT, 4, 2, tokens=256),
+    "compress, nano": append(plain(torch.bfloat16, 64), 4, 2),
+    "hyper_connection": connection(4096),
+    "hyper_connection, first": connection(4096, first=True),
+    "hyper_connection, pro": connection(7168),
+    "hyper_connection, nano": connection(384),
+    "hyper_connection, head": stream_head(4096),
+    "norm_rope": turned(64, 512, 32, eps=1e-6),
+    "norm_rope, output": turned(64, 512, 32, inverse=True),
+    "norm_rope, index queries": turned(64, 128, 32),
+    "norm_rope, nano": turned(6, 64, 8, eps=1e-6),
+    "rms_norm": normed(1024),
+    "rms_norm, pro": normed(1536),
+    "route": routing(256),
+    "route, hashed": routing(256, hashed=True),
+    "route, pro": routing(384),
+    "route, nano": routing(4, top_k=2),
+    "experts, one": experts(1),
+    "experts, few": experts(4),
+    "experts, many": experts(64),
+    "experts, float8, one": experts(1, torch.float8_e4m3fn),
+    "experts, float8, few": experts(4, torch.float8_e4m3fn),
+    "experts, float8, many": experts(64, torch.float8_e4m3fn),
+    "experts, pro": experts(8, count=384, hidden=7168, width=3072),
+    "experts, nano": experts(1, torch.float32, 4, 384, 160, 2),
+    "experts, nano, few": experts(4, torch.float32, 4, 384, 160, 2),
+    "linear, of the input": product(1536, 4096),
+    "linear, of the latent": product(40_960, 1024),
+    "linear, of the latent, 64 rows": product(40_960, 1024, rows=64),
+    "linear, grouped": product(8192, 4096, groups=8),
+    "linear, grouped, 64 rows": product(8192, 4096, rows=64, groups=8),
+    "linear, output": product(4096, 8192),
+    "linear, output, 128 rows": product(4096, 8192, rows=128),
+    "linear, odd": product(200, 136),
+    "copy_rows, entries": rows(584),
+    "stage": stage,
+    "copy_rows, pages": rows(37_376),
+}
