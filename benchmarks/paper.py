@@ -1,10 +1,13 @@
-"""FlashMemory's published figures against fmsim's: Table 1's footprints, and the serving table on 8 x H20.
+"""FlashMemory's published figures against fmsim's: Table 1's footprints, and the serving table on 8
+x H20.
 
     python benchmarks/paper.py [--only serving|footprints] [--out benchmarks/results/paper.json]
 
-Footprints: what a policy keeps of the entries older than the last 8K tokens is measured by replaying it (scenarios/paper/footprints.yaml, on the
-trace that is nearest to a suite in kind), and taken to each suite's mean length. Serving: scenarios/paper/h20-*.yaml, each policy a simulation of its own. A policy that cannot run
-(lsa, where no memory indexer is at hand) is left out, and the reason printed.
+Footprints: what a policy keeps of the entries older than the last 8K tokens is measured by
+replaying it (scenarios/paper/footprints.yaml, on the trace that is nearest to a suite in kind), and
+taken to each suite's mean length. Serving: scenarios/paper/h20-*.yaml, each policy a simulation of
+its own. A policy that cannot run (lsa, where no memory indexer is at hand) is left out, and the
+reason printed.
 """
 
 from __future__ import annotations
@@ -22,10 +25,13 @@ from fmsim.geometry import PRESETS, Geometry
 ROOT = Path(__file__).parents[1]
 GIB, K = 2**30, 1024
 RECENT_TOKENS = 8 * K  # always kept, as the paper says
-DECODED_TOKENS = 1536  # not published. The one constant of the table, set on its recency column, which is 0.03 up to 179K and 0.04 from 493K
+# not published. The one constant of the table, set on its recency column, which is 0.03 up to 179K
+# and 0.04 from 493K
+DECODED_TOKENS = 1536
 RANDOM_SHARE = 0.1
 
-# arXiv 2606.09079, Table 1: tokens, GiB with the full cache, LSA, the last 8K tokens only, and a random tenth with them
+# arXiv 2606.09079, Table 1: tokens, GiB with the full cache, LSA, the last 8K tokens only, and a
+# random tenth with them
 FOOTPRINTS = {
     "LongBench-v2 S": (46 * K, 0.17, 0.04, 0.03, 0.04),
     "LongBench-v2 M": (179 * K, 0.65, 0.08, 0.03, 0.09),
@@ -37,8 +43,13 @@ FOOTPRINTS = {
     "RULER 256K": (256 * K, 0.94, 0.09, 0.04, 0.12),
     "RULER 512K": (512 * K, 1.87, 0.18, 0.04, 0.22),
 }
-TRACES = {"LongBench": "nano-500k-continuation", "LongMemEval": "nano-500k-memory", "RULER": "nano-500k-needles"}
-# github.com/libertywing/FlashMemory-Deepseek-V4, technical report, section 6.1: scenario, --set, requests at once, tokens/s
+TRACES = {
+    "LongBench": "nano-500k-continuation",
+    "LongMemEval": "nano-500k-memory",
+    "RULER": "nano-500k-needles",
+}
+# github.com/libertywing/FlashMemory-Deepseek-V4, technical report, section 6.1: scenario, --set,
+# requests at once, tokens/s
 FULL, LSA = "full", "lsa"
 SERVING = [
     ("h20-256k", FULL, (), 47, 1584),
@@ -55,17 +66,24 @@ SET_ON = {  # constant -> the published rows it is set on
     "h20.yaml host_reserve_bytes": "1M: 40 mirrors fit, 60 do not",
     "scenarios' recall_bytes_per_s": "requests, lsa, 512K",
 }
-STAND_INS = ("oracle pages", "lru pages")  # at 512K beside lsa: as many pages, which change less and more from window to window
+STAND_INS = (
+    "oracle pages",
+    "lru pages",
+)  # at 512K beside lsa: as many pages, which change less and more from window to window
 
 
 def footprint_bytes(geometry: Geometry, tokens: int, share: float) -> float:
-    """Logical bytes with `share` of the older tokens kept, beside the recent and the decoded ones; at most the full cache."""
+    """Logical bytes with `share` of the older tokens kept, beside the recent and the decoded ones;
+    at most the full cache.
+    """
     kept = RECENT_TOKENS + DECODED_TOKENS + share * max(0, tokens - RECENT_TOKENS)
     return geometry.full_kv_bytes(tokens) * min(1.0, kept / tokens)
 
 
 def share_kept(report: dict[str, Any], policy: str) -> float | None:
-    """Share of the entries older than the last 8K tokens that a replayed policy kept; None where it did not run."""
+    """Share of the entries older than the last 8K tokens that a replayed policy kept; None where it
+    did not run.
+    """
     row = next((row for row in report["policies"] if row["policy"] == policy), None)
     if row is None:
         return None
@@ -76,17 +94,33 @@ def share_kept(report: dict[str, Any], policy: str) -> float | None:
 
 
 def footprints() -> dict[str, Any]:
-    """Rows of (published, modelled) by suite. The share that lsa keeps is its replay's, on the trace nearest to the suite in kind."""
+    """Rows of (published, modelled) by suite.
+
+    The share that lsa keeps is its replay's, on the trace nearest to the suite in kind.
+    """
     shares = {suite: _replayed_share(trace, "lsa") for suite, trace in TRACES.items()}
     shares["random, replayed"] = _replayed_share("nano-500k-continuation", "random")
     geometry, rows = PRESETS["v4-flash"], {}
     for suite, (tokens, full, lsa, recency, random) in FOOTPRINTS.items():
         kept = next(share for name, share in shares.items() if suite.startswith(name))
         row = {"full": (full, round(geometry.full_kv_bytes(tokens) / GIB, 4))}
-        for name, published, share in (("lsa", lsa, kept), ("recency", recency, 0.0), ("random", random, RANDOM_SHARE)):
-            row[name] = (published, None if share is None else round(footprint_bytes(geometry, tokens, share) / GIB, 4))
+        for name, published, share in (
+            ("lsa", lsa, kept),
+            ("recency", recency, 0.0),
+            ("random", random, RANDOM_SHARE),
+        ):
+            row[name] = (
+                published,
+                None if share is None else round(footprint_bytes(geometry, tokens, share) / GIB, 4),
+            )
         rows[suite] = row
-        print(f"{suite:16}" + "".join(f"  {name} {pair[0]:.2f} / {'-' if pair[1] is None else format(pair[1], '.3f')}" for name, pair in row.items()))
+        print(
+            f"{suite:16}"
+            + "".join(
+                f"  {name} {pair[0]:.2f} / {'-' if pair[1] is None else format(pair[1], '.3f')}"
+                for name, pair in row.items()
+            )
+        )
     return {"shares_of_older_entries": shares, "decoded_tokens": DECODED_TOKENS, "rows": rows}
 
 
@@ -95,7 +129,9 @@ def _replayed_share(trace: str, policy: str) -> float | None:
     from fmsim.scenario import ScenarioFile
 
     try:
-        file = ScenarioFile(ROOT / "scenarios/paper/footprints.yaml", [f"trace={ROOT}/traces/{trace}.safetensors"])
+        file = ScenarioFile(
+            ROOT / "scenarios/paper/footprints.yaml", [f"trace={ROOT}/traces/{trace}.safetensors"]
+        )
         share = share_kept(run_scenario(file, [policy]).as_json(), policy)
     except FmsimError as error:
         print(f"{policy}: {error}", file=sys.stderr)
@@ -109,32 +145,60 @@ def serving() -> list[dict[str, Any]]:
     rows = []
     for scenario, policy, budgets, requests, tokens_per_s in SERVING:
         for name in (policy, *(STAND_INS if (scenario, policy) == ("h20-512k", LSA) else ())):
-            row = {"scenario": scenario, "published": policy, "modelled": name, "budget": budgets[0] if budgets else "9.375%"}
-            found = _served(scenario, name, [f"policies.{name}.budget={budget}" for budget in budgets])
+            row = {
+                "scenario": scenario,
+                "published": policy,
+                "modelled": name,
+                "budget": budgets[0] if budgets else "9.375%",
+            }
+            found = _served(
+                scenario, name, [f"policies.{name}.budget={budget}" for budget in budgets]
+            )
             if found:
-                errors = {"held": found["held"] / requests - 1, "tokens_per_s": found["tokens_per_s"] / tokens_per_s - 1}
-                rows.append(row | {"published_held": requests, "published_tokens_per_s": tokens_per_s} | found | {"error": errors})
-                print(f"{scenario:9} {policy:4} {row['budget']:8} {requests:3} / {tokens_per_s:4}   {name:13}{found['held']:3} / {found['tokens_per_s']:4.0f}  "
-                      f"{errors['held']:+.0%} / {errors['tokens_per_s']:+.0%}  bound by {found['bound']}", flush=True)  # fmt: skip
+                errors = {
+                    "held": found["held"] / requests - 1,
+                    "tokens_per_s": found["tokens_per_s"] / tokens_per_s - 1,
+                }
+                rows.append(
+                    row
+                    | {"published_held": requests, "published_tokens_per_s": tokens_per_s}
+                    | found
+                    | {"error": errors}
+                )
+                print(
+                    f"{scenario:9} {policy:4} {row['budget']:8} {requests:3} / {tokens_per_s:4}  "
+                    f" {name:13}{found['held']:3} / {found['tokens_per_s']:4.0f} "
+                    f" {errors['held']:+.0%} / {errors['tokens_per_s']:+.0%}  bound by"
+                    f" {found['bound']}",
+                    flush=True,
+                )
     return rows
 
 
 def _served(scenario: str, policy: str, overrides: list[str]) -> dict[str, Any] | None:
-    from fmsim.scenario import ScenarioFile
     from fmsim.experiments.serve import serve_scenario
+    from fmsim.scenario import ScenarioFile
 
     try:
-        row = serve_scenario(ScenarioFile(ROOT / f"scenarios/paper/{scenario}.yaml", overrides), [policy]).as_json()["serving"][0]
+        row = serve_scenario(
+            ScenarioFile(ROOT / f"scenarios/paper/{scenario}.yaml", overrides), [policy]
+        ).as_json()["serving"][0]
     except FmsimError as error:
         print(f"{scenario} {policy}: {error}", file=sys.stderr)
         return None
-    return {name: row[name] for name in ("held", "tokens_per_s", "stall_share", "bound", "mass_kept")} | {"limits": row["memory"]["limits"]}
+    return {
+        name: row[name] for name in ("held", "tokens_per_s", "stall_share", "bound", "mass_kept")
+    } | {"limits": row["memory"]["limits"]}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "paper.json")
-    parser.add_argument("--only", choices=("serving", "footprints"), help="renew this part of --out")
+    parser.add_argument(
+        "--out", type=Path, default=Path(__file__).parent / "results" / "paper.json"
+    )
+    parser.add_argument(
+        "--only", choices=("serving", "footprints"), help="renew this part of --out"
+    )
     given = parser.parse_args()
     result = json.loads(given.out.read_text()) if given.only else {}
     result["date"] = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")

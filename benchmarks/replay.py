@@ -1,12 +1,15 @@
-"""How fast policies replay: lru against libCacheSim on the same accesses, all policies, and growth with the context.
+"""How fast policies replay: lru against libCacheSim on the same accesses, all policies, and growth
+with the context.
 
     python benchmarks/replay.py [--trace TRACE] [--repeats 3] [--out benchmarks/results/replay.json]
 
-The accesses are V4-Flash's in shape (21 CSA layers, 512 steps, 512 entries selected) and made up in content: seven in ten
-come back at the next step. Only times and hit counts are taken from them. libCacheSim replays one file a layer through one
-cache a layer, each step's entries in ascending order; hit counts differ since it evicts within a step and fmsim between steps.
-Its hash tables are sized to the cache (2^12 buckets); with its default of 2^24 for each of 21 caches, clearing and paging them takes most of
-its time, so that figure stands beside as "default_tables". Times are CPU seconds of one thread, which other work on the machine disturbs less than it does the clock.
+The accesses are V4-Flash's in shape (21 CSA layers, 512 steps, 512 entries selected) and made up in
+content: seven in ten come back at the next step. Only times and hit counts are taken from them.
+libCacheSim replays one file a layer through one cache a layer, each step's entries in ascending
+order; hit counts differ since it evicts within a step and fmsim between steps. Its hash tables are
+sized to the cache (2^12 buckets); with its default of 2^24 for each of 21 caches, clearing and
+paging them takes most of its time, so that figure stands beside as "default_tables". Times are CPU
+seconds of one thread, which other work on the machine disturbs less than it does the clock.
 """
 
 from __future__ import annotations
@@ -34,9 +37,14 @@ RECORD = np.dtype([("time", "<u4"), ("id", "<u8"), ("size", "<u4"), ("next", "<i
 
 
 class Made:
-    """Made-up accesses over `entries` entries of prompt. With `still`, no entry closes, as a cache benchmark needs."""
+    """Made-up accesses over `entries` entries of prompt.
 
-    def __init__(self, entries: int, layers: int = LAYERS, still: bool = False, seed: int = 0) -> None:
+    With `still`, no entry closes, as a cache benchmark needs.
+    """
+
+    def __init__(
+        self, entries: int, layers: int = LAYERS, still: bool = False, seed: int = 0
+    ) -> None:
         rng = np.random.default_rng(seed)
         self.entry_ids = np.empty((STEPS, layers, TOPK), dtype=np.int32)
         for layer in range(layers):
@@ -59,7 +67,9 @@ class Made:
 
 
 def best_of(repeats: int, work: Any) -> tuple[float, Any]:
-    """The shortest of several runs, in CPU seconds (both sides use one thread), and the last result."""
+    """The shortest of several runs, in CPU seconds (both sides use one thread), and the last
+    result.
+    """
     best = float("inf")
     for _ in range(repeats):
         start = time.process_time()
@@ -69,7 +79,9 @@ def best_of(repeats: int, work: Any) -> tuple[float, Any]:
 
 
 def against_libcachesim(repeats: int) -> dict[str, Any]:
-    """lru here and there, in turn, on the same accesses with the same slots: 2 x top-k in each layer, empty at first."""
+    """lru here and there, in turn, on the same accesses with the same slots: 2 x top-k in each
+    layer, empty at first.
+    """
     import libcachesim as lcs
 
     made = Made(128_000, still=True)
@@ -78,15 +90,33 @@ def against_libcachesim(repeats: int) -> dict[str, Any]:
         paths = [Path(folder) / str(layer) for layer in range(LAYERS)]
         for layer, path in enumerate(paths):
             records = np.zeros(STEPS * TOPK, RECORD)
-            records["time"], records["size"], records["next"] = np.arange(STEPS * TOPK) // TOPK, 1, -1
+            records["time"], records["size"], records["next"] = (
+                np.arange(STEPS * TOPK) // TOPK,
+                1,
+                -1,
+            )
             records["id"] = made.entry_ids[:, layer].reshape(-1) + 1
             records.tofile(path)
 
         def theirs(table_bits: int) -> float:
-            readers = [lcs.TraceReader(str(path), lcs.TraceType.ORACLE_GENERAL_TRACE) for path in paths]
-            return sum(1 - lcs.LRU(cache_size=slots, hashpower=table_bits).process_trace(reader)[0] for reader in readers) / LAYERS
+            readers = [
+                lcs.TraceReader(str(path), lcs.TraceType.ORACLE_GENERAL_TRACE) for path in paths
+            ]
+            return (
+                sum(
+                    1 - lcs.LRU(cache_size=slots, hashpower=table_bits).process_trace(reader)[0]
+                    for reader in readers
+                )
+                / LAYERS
+            )
 
-        pairs = [(best_of(1, lambda: replayer.run(registry.build("lru"))), best_of(1, lambda: theirs(12))) for _ in range(repeats)]
+        pairs = [
+            (
+                best_of(1, lambda: replayer.run(registry.build("lru"))),
+                best_of(1, lambda: theirs(12)),
+            )
+            for _ in range(repeats)
+        ]
         default_s, _ = best_of(1, lambda: theirs(24))
     accesses = made.entry_ids.size
     ours_s, theirs_s = min(ours[0] for ours, _ in pairs), min(other[0] for _, other in pairs)
@@ -108,9 +138,17 @@ def all_policies(repeats: int, trace: Any) -> dict[str, Any]:
     """Seconds of each policy, one after another, on one core."""
     read_s, replayer = best_of(repeats, lambda: Replayer(trace))
     names = [name for name in registry.names() if replayer.has_lookahead or name != "lsa"]
-    seconds = {name: round(best_of(repeats, lambda name=name: replayer.run(registry.build(name)))[0], 4) for name in names}
-    return {"shape": list(replayer.ids.shape), "entries": replayer.entries[-1], "read_cpu_s": round(read_s, 4), "policy_cpu_s": seconds,
-            "total_cpu_s": round(read_s + sum(seconds.values()), 4)}  # fmt: skip
+    seconds = {
+        name: round(best_of(repeats, lambda name=name: replayer.run(registry.build(name)))[0], 4)
+        for name in names
+    }
+    return {
+        "shape": list(replayer.ids.shape),
+        "entries": replayer.entries[-1],
+        "read_cpu_s": round(read_s, 4),
+        "policy_cpu_s": seconds,
+        "total_cpu_s": round(read_s + sum(seconds.values()), 4),
+    }
 
 
 def growth(repeats: int) -> list[dict[str, Any]]:
@@ -118,26 +156,45 @@ def growth(repeats: int) -> list[dict[str, Any]]:
     rows = []
     for tokens in (32_768, 131_072, 524_288, 1_048_576):
         replayer = Replayer(Made(tokens // 4))
-        times = {name: round(best_of(repeats, lambda name=name: replayer.run(registry.build(name)))[0], 4) for name in ("lru", "h2o", "oracle")}
+        times = {
+            name: round(
+                best_of(repeats, lambda name=name: replayer.run(registry.build(name)))[0], 4
+            )
+            for name in ("lru", "h2o", "oracle")
+        }
         rows.append({"context_tokens": tokens, "cpu_s": times})
-        print(f"  {tokens:>9,} tokens  " + "  ".join(f"{name} {value:.2f} s" for name, value in times.items()), flush=True)
+        print(
+            f"  {tokens:>9,} tokens  "
+            + "  ".join(f"{name} {value:.2f} s" for name, value in times.items()),
+            flush=True,
+        )
     return rows
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--trace", type=Path, help="a recorded trace to time all policies on, lsa among them")
-    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "replay.json")
+    parser.add_argument(
+        "--trace", type=Path, help="a recorded trace to time all policies on, lsa among them"
+    )
+    parser.add_argument(
+        "--out", type=Path, default=Path(__file__).parent / "results" / "replay.json"
+    )
     given = parser.parse_args()
     result: dict[str, Any] = {
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "device": f"{platform.machine()}, {os.cpu_count()} cores, load {os.getloadavg()[0]:.1f}, Python {platform.python_version()}, numpy {np.__version__}",
+        "device": (
+            f"{platform.machine()}, {os.cpu_count()} cores, load {os.getloadavg()[0]:.1f}, Python"
+            f" {platform.python_version()}, numpy {np.__version__}"
+        ),
         "command": "python " + " ".join([f"benchmarks/{Path(sys.argv[0]).name}", *sys.argv[1:]]),
     }
     versus = result["lru_against_libcachesim"] = against_libcachesim(given.repeats)
-    print(f"lru, {versus['accesses']:,} accesses: fmsim {versus['fmsim_accesses_per_s'] / 1e6:.1f} million/s, libCacheSim "
-          f"{versus['libcachesim_accesses_per_s'] / 1e6:.1f} million/s, ratio {versus['speed_ratio']:.2f}")  # fmt: skip
+    print(
+        f"lru, {versus['accesses']:,} accesses: fmsim {versus['fmsim_accesses_per_s'] / 1e6:.1f}"
+        f" million/s, libCacheSim {versus['libcachesim_accesses_per_s'] / 1e6:.1f} million/s, ratio"
+        f" {versus['speed_ratio']:.2f}"
+    )
     tables = {"made_up_21_layers": Made(128_000)}
     if given.trace:
         from fmsim.trace import read
@@ -145,7 +202,11 @@ def main() -> None:
         tables[given.trace.name] = read(given.trace)
     for label, trace in tables.items():
         row = result.setdefault("all_policies", {})[label] = all_policies(given.repeats, trace)
-        print(f"{label} {row['shape']} of {row['entries']:,}: " + ", ".join(f"{k} {v:.2f}" for k, v in row["policy_cpu_s"].items()) + f"; total {row['total_cpu_s']:.2f} s")
+        print(
+            f"{label} {row['shape']} of {row['entries']:,}: "
+            + ", ".join(f"{k} {v:.2f}" for k, v in row["policy_cpu_s"].items())
+            + f"; total {row['total_cpu_s']:.2f} s"
+        )
     print("growth with the context:")
     result["growth"] = growth(given.repeats)
     result["peak_memory_gib"] = round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20, 3)

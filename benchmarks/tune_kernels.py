@@ -1,10 +1,12 @@
-"""Times every kernel over a grid of its tuning values (`fmsim/exec/kernels/tuning.py`) on one GPU: what those values are chosen by.
+"""Times every kernel over a grid of its tuning values (`fmsim/exec/kernels/tuning.py`) on one GPU:
+what those values are chosen by.
 
     python benchmarks/tune_kernels.py [--kernel NAME ...] [--seconds 100] [--out FILE.json]
 
-A line a setting, its time at each shape; the best of each shape is marked. A setting that does not compile (out of registers or shared
-memory) is left out, and one whose result is not the reference's is an error. Processes beside this one compile first, into Triton's cache.
-For the recall also how much slower a stream of matrix products beside it becomes, which decides its number of programs.
+A line a setting, its time at each shape; the best of each shape is marked. A setting that does not
+compile (out of registers or shared memory) is left out, and one whose result is not the reference's
+is an error. Processes beside this one compile first, into Triton's cache. For the recall also how
+much slower a stream of matrix products beside it becomes, which decides its number of programs.
 """
 
 from __future__ import annotations
@@ -22,9 +24,9 @@ from typing import Any, NamedTuple
 
 import torch
 
-from fmsim.exec.measure import kernel_cases as cases
 from fmsim.exec.kernels import tuning
 from fmsim.exec.kernels.layout import KEY, LATENT
+from fmsim.exec.measure import kernel_cases as cases
 from fmsim.exec.measure.timing import captured, median_s
 
 DEVICE = "cuda"
@@ -33,7 +35,9 @@ RUNS = 8
 
 
 class Sweep(NamedTuple):
-    """``value``: the name in tuning; ``shapes``: builders of a case by label; ``settings``: what to try beside what is set."""
+    """``value``: the name in tuning; ``shapes``: builders of a case by label; ``settings``: what to
+    try beside what is set.
+    """
 
     value: str
     shapes: dict[str, Callable[[], cases.Case]]
@@ -41,16 +45,24 @@ class Sweep(NamedTuple):
 
 
 def grid(**values: Iterable[int]) -> list[dict[str, int]]:
-    return [dict(zip(values, choice, strict=True)) for choice in itertools.product(*values.values())]
+    return [
+        dict(zip(values, choice, strict=True)) for choice in itertools.product(*values.values())
+    ]
 
 
 def rows(*sizes: int, **values: Iterable[int]) -> list[dict[str, int]]:
     """Of the experts: as many rows of weights in a program of either product."""
-    return [{"gate_rows": size, "down_rows": size} | setting for size in sizes for setting in grid(**values)]
+    return [
+        {"gate_rows": size, "down_rows": size} | setting
+        for size in sizes
+        for setting in grid(**values)
+    ]
 
 
 def mixing(*batches: int, float8: bool = False) -> dict[str, Callable[[], cases.Case]]:
-    return {str(batch): lambda batch=batch: cases.mixing(batch, DEVICE, float8) for batch in batches}
+    return {
+        str(batch): lambda batch=batch: cases.mixing(batch, DEVICE, float8) for batch in batches
+    }
 
 
 SWEEPS = {
@@ -59,35 +71,57 @@ SWEEPS = {
         {
             "1 x 131,072": lambda: cases.index_scoring(1, 131_072, DEVICE),
             "8 x 128,000": lambda: cases.index_scoring(8, 128_000, DEVICE),
-            "8 x 128,000, float8 queries": lambda: cases.index_scoring(8, 128_000, DEVICE, float8_queries=True),
+            "8 x 128,000, float8 queries": lambda: cases.index_scoring(
+                8, 128_000, DEVICE, float8_queries=True
+            ),
         },
-        grid(block_entries=[64], programs=[264, 396, 528, 660], stages=[3, 4, 6]) + grid(block_entries=[32], programs=[528, 1056], stages=[4, 6]),
+        grid(block_entries=[64], programs=[264, 396, 528, 660], stages=[3, 4, 6])
+        + grid(block_entries=[32], programs=[528, 1056], stages=[4, 6]),
     ),
     "memory scores": Sweep(
         "MEMORY_SCORES",
-        {"3 x 1 x 131,072": lambda: cases.memory_scoring(1, 131_072, DEVICE), "3 x 8 x 32,768": lambda: cases.memory_scoring(8, 32_768, DEVICE)},
-        grid(block_entries=[64], programs=[264, 396, 528], stages=[4, 5], warps=[4]) + grid(block_entries=[32], programs=[396, 528, 792], stages=[4], warps=[4]),
+        {
+            "3 x 1 x 131,072": lambda: cases.memory_scoring(1, 131_072, DEVICE),
+            "3 x 8 x 32,768": lambda: cases.memory_scoring(8, 32_768, DEVICE),
+        },
+        grid(block_entries=[64], programs=[264, 396, 528], stages=[4, 5], warps=[4])
+        + grid(block_entries=[32], programs=[396, 528, 792], stages=[4], warps=[4]),
     ),
     "top-k": Sweep(
         "TOP_K",
-        {f"{batch} x {n:,}": lambda batch=batch, n=n: cases.selection(batch, n, DEVICE) for batch, n in ((1, 32_768), (1, 131_072), (8, 262_144))},
+        {
+            f"{batch} x {n:,}": lambda batch=batch, n=n: cases.selection(batch, n, DEVICE)
+            for batch, n in ((1, 32_768), (1, 131_072), (8, 262_144))
+        },
         grid(chunk=[16_384, 8192], finalists=[1024, 2048], warps=[8, 16]),
     ),
     "attention, one": Sweep(
         "ATTENTION",
-        {"1 x 640": lambda: cases.attention(1, 128_000, DEVICE), "1 x 4,224": lambda: cases.attention(1, 4096, DEVICE, selected=4096)},
-        grid(block_heads=[16], block_rows=[16, 32], programs=[132, 264], warps=[4], stages=[1, 2]) + grid(block_heads=[64], block_rows=[32, 64], warps=[8], stages=[1, 2]),
+        {
+            "1 x 640": lambda: cases.attention(1, 128_000, DEVICE),
+            "1 x 4,224": lambda: cases.attention(1, 4096, DEVICE, selected=4096),
+        },
+        grid(block_heads=[16], block_rows=[16, 32], programs=[132, 264], warps=[4], stages=[1, 2])
+        + grid(block_heads=[64], block_rows=[32, 64], warps=[8], stages=[1, 2]),
     ),
     "attention, some": Sweep(
         "ATTENTION_OF_SOME",
-        {f"{batch} x 640": lambda batch=batch: cases.attention(batch, 128_000, DEVICE) for batch in (4, 8)},
-        grid(block_rows=[32, 64], programs=[132, 264], stages=[1, 2]) + grid(block_heads=[16], block_rows=[32], programs=[132, 264], warps=[4], stages=[2]),
+        {
+            f"{batch} x 640": lambda batch=batch: cases.attention(batch, 128_000, DEVICE)
+            for batch in (4, 8)
+        },
+        grid(block_rows=[32, 64], programs=[132, 264], stages=[1, 2])
+        + grid(block_heads=[16], block_rows=[32], programs=[132, 264], warps=[4], stages=[2]),
     ),
     "attention, many": Sweep(
         "ATTENTION_OF_MANY",
-        {f"{batch} x 640": lambda batch=batch: cases.attention(batch, 16_384, DEVICE) for batch in (16, 32, 97)}
+        {
+            f"{batch} x 640": lambda batch=batch: cases.attention(batch, 16_384, DEVICE)
+            for batch in (16, 32, 97)
+        }
         | {"97 x 4,224": lambda: cases.attention(97, 4096, DEVICE, selected=4096)},
-        grid(block_rows=[64], programs=[132, 264], stages=[1, 2], gather_rows=[8, 16, 32]) + grid(block_rows=[32], programs=[132, 264], stages=[2, 3]),
+        grid(block_rows=[64], programs=[132, 264], stages=[1, 2], gather_rows=[8, 16, 32])
+        + grid(block_rows=[32], programs=[132, 264], stages=[2, 3]),
     ),
     "experts, one": Sweep(
         "EXPERTS_OF_ONE",
@@ -153,12 +187,21 @@ SWEEPS = {
     ),
     "append": Sweep(
         "COMPRESS",
-        {"latent, 8 x 128": lambda: cases.appending(8, LATENT, 128, 1, DEVICE), "key, 8 x 4": lambda: cases.appending(8, KEY, 4, 2, DEVICE)},
+        {
+            "latent, 8 x 128": lambda: cases.appending(8, LATENT, 128, 1, DEVICE),
+            "key, 8 x 4": lambda: cases.appending(8, KEY, 4, 2, DEVICE),
+        },
         grid(block_tokens=[4, 8, 16, 32], warps=[4, 8, 16]),
     ),
     "float8 linear": Sweep(
         "LINEAR",
-        {f"{what}, {batch}": lambda batch=batch, shape=shape: cases.projecting(batch, *shape, DEVICE) for batch in (1, 8) for what, shape in cases.PROJECTIONS.items()},
+        {
+            f"{what}, {batch}": lambda batch=batch, shape=shape: cases.projecting(
+                batch, *shape, DEVICE
+            )
+            for batch in (1, 8)
+            for what, shape in cases.PROJECTIONS.items()
+        },
         grid(block_outputs=[64], programs=[264, 528, 1056], warps=[2], stages=[3, 4, 6])
         + grid(block_outputs=[32], programs=[528, 1056], warps=[2, 4], stages=[4, 6])
         + grid(block_outputs=[128], programs=[264, 528], warps=[2, 4], stages=[3, 4])
@@ -166,7 +209,10 @@ SWEEPS = {
     ),
     "float8 linear, many rows": Sweep(
         "LINEAR_OF_MANY",
-        {f"{what}, 64": lambda shape=shape: cases.projecting(64, *shape, DEVICE) for what, shape in cases.PROJECTIONS.items()},
+        {
+            f"{what}, 64": lambda shape=shape: cases.projecting(64, *shape, DEVICE)
+            for what, shape in cases.PROJECTIONS.items()
+        },
         grid(block_outputs=[128], programs=[132, 264, 528], warps=[4, 8], stages=[3, 4])
         + grid(block_outputs=[64], programs=[264, 528], warps=[2, 4], stages=[3, 4]),
     ),
@@ -183,7 +229,7 @@ SWEEPS = {
         + grid(programs=[8, 16], tile_words=[2048], stages=[3, 6], warps=[4])
         + grid(programs=[16], segment_words=[64, 512], tile_words=[2048], stages=[4], warps=[4]),
     ),
-}  # fmt: skip
+}
 
 
 def set_to(sweep: Sweep, setting: dict[str, int]) -> None:
@@ -204,12 +250,15 @@ def why_not(error: Exception) -> str:
     return f"{type(error).__name__}: {str(error).splitlines()[0][:90]}"
 
 
-# ------------------------------------------------------------------------------------------- compiling ahead, in processes
+# -------------------------------------------------------------------- compiling ahead, in processes
 
 
 @torch.inference_mode()
 def compile_some(jobs: list[tuple[str, str, dict[str, int]]], deadline: float) -> None:
-    """Run each job once, for Triton's cache of compiled kernels. The time that is left is the caller's too."""
+    """Run each job once, for Triton's cache of compiled kernels.
+
+    The time that is left is the caller's too.
+    """
     for kernel, shape, setting in jobs:
         if time.time() > deadline:
             return
@@ -221,22 +270,36 @@ def compile_some(jobs: list[tuple[str, str, dict[str, int]]], deadline: float) -
 
 
 def compile_ahead(kernels: list[str], processes: int, deadline: float) -> None:
-    """All settings of all shapes, but for the recall's, whose gigabytes of pinned memory cost more than its compilation."""
-    jobs = [(name, shape, setting) for name in kernels if name != "recall" for shape in SWEEPS[name].shapes for setting in [{}, *SWEEPS[name].settings]]
+    """All settings of all shapes, but for the recall's, whose gigabytes of pinned memory cost more
+    than its compilation.
+    """
+    jobs = [
+        (name, shape, setting)
+        for name in kernels
+        if name != "recall"
+        for shape in SWEEPS[name].shapes
+        for setting in [{}, *SWEEPS[name].settings]
+    ]
     context = multiprocessing.get_context("spawn")
-    workers = [context.Process(target=compile_some, args=(jobs[n::processes], deadline)) for n in range(min(processes, len(jobs)))]
+    workers = [
+        context.Process(target=compile_some, args=(jobs[n::processes], deadline))
+        for n in range(min(processes, len(jobs)))
+    ]
     for worker in workers:
         worker.start()
     for worker in workers:
         worker.join()
 
 
-# ------------------------------------------------------------------------------------------------------------- timing
+# ------------------------------------------------------------------------------------------- timing
 
 
 def table_of(kernel: str, deadline: float) -> list[dict[str, Any]]:
     sweep = SWEEPS[kernel]
-    rows = [{"kernel": kernel, "setting": setting, "us": {}, "failed": {}} for setting in [{}, *sweep.settings]]
+    rows = [
+        {"kernel": kernel, "setting": setting, "us": {}, "failed": {}}
+        for setting in [{}, *sweep.settings]
+    ]
     for label, build in sweep.shapes.items():
         case = build()
         for row in rows:
@@ -261,19 +324,44 @@ def table_of(kernel: str, deadline: float) -> list[dict[str, Any]]:
 def print_table(kernel: str, rows: list[dict[str, Any]]) -> None:
     labels = list(SWEEPS[kernel].shapes)
     print(f"\n{kernel}: us at {'; '.join(labels)}")
-    best = {label: min((row["us"][label] for row in rows if label in row["us"] and label not in row["failed"]), default=None) for label in labels}
+    best = {
+        label: min(
+            (row["us"][label] for row in rows if label in row["us"] and label not in row["failed"]),
+            default=None,
+        )
+        for label in labels
+    }
     for row in rows:
-        told = [f"{row['us'][label]:9.1f}{'*' if row['us'][label] == best[label] else ' '}" if label in row["us"] else "        - " for label in labels]
-        setting = ", ".join(f"{name} {value}" for name, value in row["setting"].items()) or "as it is set"
-        print(" ".join(told), f" {setting}", *(f"[{label}: {why}]" for label, why in row["failed"].items()), flush=True)
+        told = [
+            (
+                f"{row['us'][label]:9.1f}{'*' if row['us'][label] == best[label] else ' '}"
+                if label in row["us"]
+                else "        - "
+            )
+            for label in labels
+        ]
+        setting = (
+            ", ".join(f"{name} {value}" for name, value in row["setting"].items()) or "as it is set"
+        )
+        print(
+            " ".join(told),
+            f" {setting}",
+            *(f"[{label}: {why}]" for label, why in row["failed"].items()),
+            flush=True,
+        )
 
 
 def slowdowns(programs: Iterable[int], deadline: float) -> list[dict[str, Any]]:
-    """How much slower 5 ms of matrix products are while entries are recalled all the time: large ones, and a decode's with few rows."""
+    """How much slower 5 ms of matrix products are while entries are recalled all the time: large
+    ones, and a decode's with few rows.
+    """
     entries = cases.recall(584, 32_768, DEVICE)
     square, thin = (torch.randn(n, 8192, device=DEVICE, dtype=torch.bfloat16) for n in (8192, 8))
     weights = torch.randn(8192, 32_768, device=DEVICE, dtype=torch.bfloat16)
-    work = {"large products": lambda: [square @ square for _ in range(4)], "a decode's products": lambda: [thin @ weights for _ in range(24)]}
+    work = {
+        "large products": lambda: [square @ square for _ in range(4)],
+        "a decode's products": lambda: [thin @ weights for _ in range(24)],
+    }
     rows = []
     for count in programs:
         if time.time() > deadline:
@@ -285,15 +373,27 @@ def slowdowns(programs: Iterable[int], deadline: float) -> list[dict[str, Any]]:
             run = captured(products)
             alone_s = _beside(run, lambda: None, 0)
             slower[label] = _beside(run, recall, round(1.5 * alone_s / recall_s) + 1) / alone_s - 1
-        rows.append({"programs": count, "recall_us": recall_s * 1e6, "gb_per_s": entries.n_bytes / recall_s / 1e9, "slower": slower})
+        rows.append(
+            {
+                "programs": count,
+                "recall_us": recall_s * 1e6,
+                "gb_per_s": entries.n_bytes / recall_s / 1e9,
+                "slower": slower,
+            }
+        )
         told = "; ".join(f"{label} {share:+.1%}" for label, share in slower.items())
-        print(f"recall on {count} programs, {rows[-1]['gb_per_s']:.1f} GB/s; beside it {told}", flush=True)
+        print(
+            f"recall on {count} programs, {rows[-1]['gb_per_s']:.1f} GB/s; beside it {told}",
+            flush=True,
+        )
     set_to(SWEEPS["recall"], {})
     return rows
 
 
 def _beside(run: Callable[[], object], recall: Callable[[], object], times: int) -> float:
-    """Seconds of ``run`` while ``recall`` goes on, ``times`` over, on another stream; the median of five."""
+    """Seconds of ``run`` while ``recall`` goes on, ``times`` over, on another stream; the median of
+    five.
+    """
     side, found = torch.cuda.Stream(), []
     for _ in range(6):
         torch.cuda.synchronize()
@@ -311,10 +411,25 @@ def _beside(run: Callable[[], object], recall: Callable[[], object], times: int)
 
 @torch.inference_mode()
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], epilog="example: python benchmarks/tune_kernels.py --kernel recall --seconds 60")
-    parser.add_argument("--kernel", action="append", choices=list(SWEEPS), help="only this one; repeat for more")
-    parser.add_argument("--seconds", type=float, default=100.0, help="time for all of it; what is not timed by then is left out and told")
-    parser.add_argument("--processes", type=int, default=max(1, min(14, (os.cpu_count() or 2) - 1)), help="that compile ahead")
+    parser = argparse.ArgumentParser(
+        description=__doc__.splitlines()[0],
+        epilog="example: python benchmarks/tune_kernels.py --kernel recall --seconds 60",
+    )
+    parser.add_argument(
+        "--kernel", action="append", choices=list(SWEEPS), help="only this one; repeat for more"
+    )
+    parser.add_argument(
+        "--seconds",
+        type=float,
+        default=100.0,
+        help="time for all of it; what is not timed by then is left out and told",
+    )
+    parser.add_argument(
+        "--processes",
+        type=int,
+        default=max(1, min(14, (os.cpu_count() or 2) - 1)),
+        help="that compile ahead",
+    )
     parser.add_argument("--out", type=Path, help="write all times as JSON")
     given = parser.parse_args()
     if not torch.cuda.is_available():
@@ -325,7 +440,9 @@ def main() -> None:
     print(f"compiled in {time.time() - start:.0f} s", flush=True)
     rows, beside = [], []
     for number, kernel in enumerate(kernels):
-        share = (deadline - time.time()) / (len(kernels) - number)  # of what is left; a kernel that needs less leaves more
+        share = (deadline - time.time()) / (
+            len(kernels) - number
+        )  # of what is left; a kernel that needs less leaves more
         found = table_of(kernel, time.time() + share * (0.6 if kernel == "recall" else 1.0))
         print_table(kernel, found)
         rows += found
@@ -333,7 +450,17 @@ def main() -> None:
             beside = slowdowns((4, 8, 12, 16, 24, 32), deadline)
     if given.out:
         given.out.parent.mkdir(parents=True, exist_ok=True)
-        given.out.write_text(json.dumps({"device": torch.cuda.get_device_name(), "rows": rows, "recall_beside_products": beside}, indent=1) + "\n")
+        given.out.write_text(
+            json.dumps(
+                {
+                    "device": torch.cuda.get_device_name(),
+                    "rows": rows,
+                    "recall_beside_products": beside,
+                },
+                indent=1,
+            )
+            + "\n"
+        )
     print(f"{time.time() - start:.0f} s in all")
 
 

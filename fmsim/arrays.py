@@ -1,7 +1,8 @@
-"""The few array operations that the array API standard lacks, for numpy and torch alike, with equal results.
+"""The few array operations that the array API standard lacks, for numpy and torch alike, with equal
+results.
 
-Shapes: G groups, P pages. A table is [G, P + 1]; page -1 reads and writes a sink column (flat index -1 past a row's
-start is the last column of the row above, or of the last row: a sink either way).
+Shapes: G groups, P pages. A table is [G, P + 1]; page -1 reads and writes a sink column (flat index
+-1 past a row's start is the last column of the row above, or of the last row: a sink either way).
 """
 
 from __future__ import annotations
@@ -20,32 +21,47 @@ PROTECTED = 2**62  # above every key: a page that must stay
 
 def offsets(table: Array, xp: Any) -> Array:
     """[G, 1] int64: the flat index at which each row of a [G, n] array starts."""
-    return (xp.arange(table.shape[0], dtype=xp.int64, device=table.device) * table.shape[1])[:, None]
+    return (xp.arange(table.shape[0], dtype=xp.int64, device=table.device) * table.shape[1])[
+        :, None
+    ]
 
 
 def read(table: Array, start: Array, pages: Array) -> Array:
-    """table[g, pages[g, i]] as [G, n]; `start` is `offsets(table)`. In numpy this is several times faster than two indices."""
+    """table[g, pages[g, i]] as [G, n]; `start` is `offsets(table)`.
+
+    In numpy this is several times faster than two indices.
+    """
     flat = table.reshape(-1)
     return flat.take(pages + start, mode="wrap") if is_numpy_array(table) else flat[pages + start]
 
 
 def put(table: Array, start: Array, pages: Array, values: Array | float) -> None:
-    """table[g, pages[g, i]] = values[g, i], in place. Pages must be unique in a row, padding aside."""
+    """table[g, pages[g, i]] = values[g, i], in place.
+
+    Pages must be unique in a row, padding aside.
+    """
     flat, places = table.reshape(-1), pages + start
     if not is_numpy_array(table) and isinstance(values, (bool, int, float)):
-        flat.index_fill_(0, places.reshape(-1).long(), values)  # indexed assignment would copy a number to the GPU, and wait for that
+        flat.index_fill_(
+            0, places.reshape(-1).long(), values
+        )  # indexed assignment would copy a number to the GPU, and wait for that
     else:
         flat[places] = values
 
 
 def order_key(worth: Array, pages: Array) -> Array:
-    """One int64 that orders pages by worth, then page id: no ties, so any library sorts alike. Below PROTECTED, and >= 0.
+    """One int64 that orders pages by worth, then page id: no ties, so any library sorts alike.
 
-    worth: float32, made order-preserving by its bits, or integers in [0, 2**37). Pages >= 0; broadcast against worth.
+    Below PROTECTED, and >= 0.
+
+    worth: float32, made order-preserving by its bits, or integers in [0, 2**37). Pages >= 0;
+    broadcast against worth.
     """
     xp = array_namespace(worth)
     if xp.isdtype(worth.dtype, "real floating"):
-        bits = (xp.astype(worth, xp.float32, copy=False) + 0.0).view(xp.int32)  # + 0.0: -0 and 0 are equal
+        bits = (xp.astype(worth, xp.float32, copy=False) + 0.0).view(
+            xp.int32
+        )  # + 0.0: -0 and 0 are equal
         bits ^= (bits >> 31) & 0x7FFFFFFF
         key = xp.astype(bits, xp.int64)
         key += 2**31
@@ -72,7 +88,9 @@ def smallest(key: Array, n: int) -> Array:
 
 
 def nth_largest(key: Array, n: int) -> Array:
-    """The n-th largest key of each row, [G, 1]; any negative number where that is negative (a page that may not be kept)."""
+    """The n-th largest key of each row, [G, 1]; any negative number where that is negative (a page
+    that may not be kept).
+    """
     if not is_numpy_array(key):
         return key.topk(n, dim=1).values[:, -1:]
     xp = array_namespace(key)
@@ -85,9 +103,11 @@ def nth_largest(key: Array, n: int) -> Array:
 
 
 def width(mask: Array, limit: int) -> int:
-    """Columns that a packed copy of `mask` needs: what its fullest row holds in numpy, always `limit` in torch.
+    """Columns that a packed copy of `mask` needs: what its fullest row holds in numpy, always
+    `limit` in torch.
 
-    This is the only place where shapes follow data; a CUDA graph needs them fixed, and the results are the same.
+    This is the only place where shapes follow data; a CUDA graph needs them fixed, and the results
+    are the same.
     """
     return min(int(mask.sum(axis=1).max()), limit) if is_numpy_array(mask) else limit
 

@@ -1,4 +1,7 @@
-"""Where there is no GPU, Triton kernels run in its interpreter. Triton asks when a kernel is defined, so this precedes every import."""
+"""Where there is no GPU, Triton kernels run in its interpreter.
+
+Triton asks when a kernel is defined, so this precedes every import.
+"""
 
 import os
 

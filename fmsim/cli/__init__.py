@@ -21,11 +21,13 @@ app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
-    help="Which KV pages should stay in GPU memory, and what does that choice cost and save?\n\n"
-    "\b\nfmsim run scenarios/500k.yaml   replay a trace under every policy\n"
-    "fmsim exec --policy lru         decode with a real model under a policy\n"
-    "fmsim plan scenarios/serve.yaml   how many requests a server holds, and what binds\n"
-    "fmsim policy show lsa           a policy's parameters and its source",
+    help=(
+        "Which KV pages should stay in GPU memory, and what does that choice cost and save?\n\n"
+        "\b\nfmsim run scenarios/500k.yaml   replay a trace under every policy\n"
+        "fmsim exec --policy lru         decode with a real model under a policy\n"
+        "fmsim plan scenarios/serve.yaml   how many requests a server holds, and what binds\n"
+        "fmsim policy show lsa           a policy's parameters and its source"
+    ),
 )
 
 app.command()(run)
@@ -37,12 +39,15 @@ app.command()(tune)
 app.command()(report)
 app.command()(validate)
 
-# Modules below fmsim.cli, each with an `app`; what they need beyond typer they import when a command runs.
+# Modules below fmsim.cli, each with an `app`; what they need beyond typer they import when a
+# command runs.
 SUB_APPS = ("policy", "trace", "indexer", "hw")
 
 
 @app.callback(invoke_without_command=True)
-def _root(version: bool = typer.Option(False, "--version", help="Print the version and leave.")) -> None:
+def _root(
+    version: bool = typer.Option(False, "--version", help="Print the version and leave."),
+) -> None:
     if version:
         typer.echo(f"fmsim {__version__}")
         raise typer.Exit()

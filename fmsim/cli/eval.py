@@ -12,53 +12,107 @@ import typer
 from fmsim.cli.extras import require
 
 # All at an equal budget: LSA's own threshold would leave part of its budget unused.
-DEFAULT_POLICIES = ["full", "lsa:threshold=0.5", "lsa:threshold=0.5,on_miss=fallback", "recency", "random", "lru", "h2o", "oracle"]
+DEFAULT_POLICIES = [
+    "full",
+    "lsa:threshold=0.5",
+    "lsa:threshold=0.5,on_miss=fallback",
+    "recency",
+    "random",
+    "lru",
+    "h2o",
+    "oracle",
+]
 
 
 def evaluate(
-    task: Annotated[list[str], typer.Option("--task", "-t", help="task family; repeat for more; all by default")] = [],  # noqa: B006
-    length: Annotated[list[int], typer.Option("--length", "-l", help="tokens of a context; repeat for more")] = [32_768],  # noqa: B006
+    task: Annotated[
+        list[str], typer.Option("--task", "-t", help="task family; repeat for more; all by default")
+    ] = [],
+    length: Annotated[
+        list[int], typer.Option("--length", "-l", help="tokens of a context; repeat for more")
+    ] = [32_768],
     samples: Annotated[int, typer.Option(help="contexts a family, length and seed")] = 10,
-    policy: Annotated[list[str], typer.Option("--policy", "-p", help="name, or name:key=value,key=value; repeat for more")] = DEFAULT_POLICIES,
+    policy: Annotated[
+        list[str],
+        typer.Option("--policy", "-p", help="name, or name:key=value,key=value; repeat for more"),
+    ] = DEFAULT_POLICIES,
     budget: Annotated[str, typer.Option(help="of every policy that does not name its own")] = "10%",
-    checkpoint: Annotated[Path | None, typer.Option(help="lsa's memory indexer; the shipped one by default")] = None,
-    corpus: Annotated[Path | None, typer.Option(help="folder of `python -m fmsim.nano.tokens`: text that nano never read")] = None,
-    text: Annotated[list[Path], typer.Option(help="text files instead of a corpus")] = [],  # noqa: B006
-    geometry: Annotated[str, typer.Option(help="preset whose full cache gives the GiB")] = "v4-flash",
+    checkpoint: Annotated[
+        Path | None, typer.Option(help="lsa's memory indexer; the shipped one by default")
+    ] = None,
+    corpus: Annotated[
+        Path | None,
+        typer.Option(help="folder of `python -m fmsim.nano.tokens`: text that nano never read"),
+    ] = None,
+    text: Annotated[list[Path], typer.Option(help="text files instead of a corpus")] = [],
+    geometry: Annotated[
+        str, typer.Option(help="preset whose full cache gives the GiB")
+    ] = "v4-flash",
     hardware: Annotated[str, typer.Option(help="preset of the simulated stalls")] = "h100",
-    seed: Annotated[list[int], typer.Option(help="decides texts, facts and questions; repeat for their spread")] = [42],  # noqa: B006
-    device: Annotated[str | None, typer.Option(help="cuda or cpu; cuda where there is one by default")] = None,
-    workers: Annotated[int, typer.Option("--workers", "-w", min=1, help="processes on the device, each with a model")] = 1,
-    out: Annotated[Path | None, typer.Option(help="folder for answers.jsonl, from which an interrupted run goes on, and report.json")] = None,
-    plot: Annotated[Path | None, typer.Option(help="write accuracy against footprint as an HTML page")] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="print one JSON object instead of the tables")] = False,
+    seed: Annotated[
+        list[int], typer.Option(help="decides texts, facts and questions; repeat for their spread")
+    ] = [42],
+    device: Annotated[
+        str | None, typer.Option(help="cuda or cpu; cuda where there is one by default")
+    ] = None,
+    workers: Annotated[
+        int,
+        typer.Option("--workers", "-w", min=1, help="processes on the device, each with a model"),
+    ] = 1,
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            help="folder for answers.jsonl, from which an interrupted run goes on, and report.json"
+        ),
+    ] = None,
+    plot: Annotated[
+        Path | None, typer.Option(help="write accuracy against footprint as an HTML page")
+    ] = None,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="print one JSON object instead of the tables")
+    ] = False,
 ) -> None:
-    """Ask nano questions over long contexts under every policy, and print score and KV cache side by side.
+    """Ask nano questions over long contexts under every policy, and print score and KV cache side
+    by side.
 
-    \b
-    fmsim eval --corpus tokens --length 32768 --length 131072 --out results
-    fmsim eval --text book.txt -l 8192 --samples 4 -t niah_single -t vt -p full -p lsa:budget=20% -p recency
-    fmsim eval --corpus tokens -l 131072 --seed 42 --seed 43 --seed 44 --workers 8 --out results
+    \b fmsim eval --corpus tokens --length 32768 --length 131072 --out results fmsim eval --text
+    book.txt -l 8192 --samples 4 -t niah_single -t vt -p full -p lsa:budget=20% -p recency fmsim
+    eval --corpus tokens -l 131072 --seed 42 --seed 43 --seed 44 --workers 8 --out results
     """
     require("model", "eval")
-    from fmsim import accuracy
-    from fmsim.experiments.accuracy import Lines, Plan
     from fmsim.errors import FmsimError
+    from fmsim.experiments import accuracy
+    from fmsim.experiments.accuracy import Lines, Plan
     from fmsim.report.tables import accuracy as table
     from fmsim.tasks import FAMILIES
 
     if plot:
         require("report", "--plot")
     if (corpus is None) == (not text):
-        raise FmsimError("eval: give either --corpus, the folder that `python -m fmsim.nano.tokens` writes, or --text, one or more text files")
+        raise FmsimError(
+            "eval: give either --corpus, the folder that `python -m fmsim.nano.tokens` writes, or"
+            " --text, one or more text files"
+        )
     import torch
 
     given = str(checkpoint) if checkpoint else None
-    plan = Plan(tuple(task) or FAMILIES, tuple(length), samples, tuple(policy), budget, given, tuple(seed), geometry, hardware)
+    plan = Plan(
+        tuple(task) or FAMILIES,
+        tuple(length),
+        samples,
+        tuple(policy),
+        budget,
+        given,
+        tuple(seed),
+        geometry,
+        hardware,
+    )
     about = _about(corpus, text)
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     answers = Lines(plan, about, out / "answers.jsonl" if out else None)
-    lines = accuracy.run(partial(_open, device, corpus, text), plan, answers, _show_progress, workers)
+    lines = accuracy.run(
+        partial(_open, device, corpus, text), plan, answers, _show_progress, workers
+    )
     report = {"about": about | {"plan": vars(plan)}} | accuracy.summary(lines)
     if out:
         (out / "report.json").write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
@@ -98,7 +152,11 @@ def _text(corpus: Path | None, files: list[Path]):
     from fmsim.nano import tokens
 
     try:
-        return tokens.load(corpus, "held_out") if corpus else tokens.from_texts({path.name: path.read_text(encoding="utf-8") for path in files})
+        return (
+            tokens.load(corpus, "held_out")
+            if corpus
+            else tokens.from_texts({path.name: path.read_text(encoding="utf-8") for path in files})
+        )
     except (OSError, UnicodeDecodeError) as error:
         raise FmsimError(f"--text: cannot be read as UTF-8 text ({error})") from None
 

@@ -22,16 +22,23 @@ class Format(enum.StrEnum):
     flashmemory = "flashmemory"
 
 
-FormatOption = Annotated[Format, typer.Option("--format", help="flashmemory: the training dumps of LSA's authors, doc_*.pkl")]
+FormatOption = Annotated[
+    Format,
+    typer.Option("--format", help="flashmemory: the training dumps of LSA's authors, doc_*.pkl"),
+]
 
 
 def import_traces(
     folder: Annotated[Path, typer.Argument(metavar="DIR", help="folder of doc_*.pkl")],
     out: Annotated[Path, typer.Option(help="folder for the traces, one a document")],
-    format: FormatOption = Format.flashmemory,  # noqa: A002
-    tau: Annotated[int, typer.Option(help="decode steps of a window; a query stands at each window's start")] = 64,
+    format: FormatOption = Format.flashmemory,
+    tau: Annotated[
+        int, typer.Option(help="decode steps of a window; a query stands at each window's start")
+    ] = 64,
 ) -> None:
-    """Turn another project's recordings into traces. Pickles are read, never run: tensors are admitted and nothing else.
+    """Turn another project's recordings into traces.
+
+    Pickles are read, never run: tensors are admitted and nothing else.
 
     \b
     fmsim trace import --format flashmemory dumps/niah --out traces/niah
@@ -49,19 +56,32 @@ def import_traces(
         quality = found.header.quality
         labels, dropped = labels + quality["labels"], dropped + quality["labels_dropped"]
         unkeyed += quality["entries_without_keys"] > 0
-    typer.echo(f"{out}: {len(paths)} traces with {labels:,} golden labels; they hold labels, not attention (docs/trace-format.md)")
+    typer.echo(
+        f"{out}: {len(paths)} traces with {labels:,} golden labels; they hold labels, not attention"
+        " (docs/trace-format.md)"
+    )
     if dropped:
         typer.echo(f"left out: {dropped:,} labels on entries that did not exist yet at their token")
     if unkeyed:
-        typer.echo(f"{unkeyed} documents lack the index keys of their last entries (the dump's second pass); these score as zero")
+        typer.echo(
+            f"{unkeyed} documents lack the index keys of their last entries (the dump's second"
+            " pass); these score as zero"
+        )
 
 
 def export_traces(
     traces: Annotated[list[Path], typer.Argument(help="traces with hidden states and index keys")],
     out: Annotated[Path, typer.Option(help="folder for doc_*.pkl and their metadata")],
-    format: FormatOption = Format.flashmemory,  # noqa: A002
-    head_share: Annotated[float, typer.Option(help="share of a step's compressed mass that golden entries carry")] = 0.6,
-    min_layers: Annotated[int, typer.Option(help="CSA layers that must choose an entry to make it golden (the paper: 3 of 21)")] = 1,
+    format: FormatOption = Format.flashmemory,
+    head_share: Annotated[
+        float, typer.Option(help="share of a step's compressed mass that golden entries carry")
+    ] = 0.6,
+    min_layers: Annotated[
+        int,
+        typer.Option(
+            help="CSA layers that must choose an entry to make it golden (the paper: 3 of 21)"
+        ),
+    ] = 1,
 ) -> None:
     """Write traces as training data of another project (needs torch).
 
@@ -83,9 +103,15 @@ def export_traces(
         voters = read.header.geometry["label_layers"] if read.holds_labels else read.n_layers
         write_document(out, number, read, _votes(read, rule, voters), voters)
     tau, widths = read.header.tau, (read.hidden.shape[2], read.index_keys.shape[2])
-    typer.echo(f"{out}: {len(traces)} documents. A trace has a hidden state every {tau} tokens: train with --sample-interval {tau}")
+    typer.echo(
+        f"{out}: {len(traces)} documents. A trace has a hidden state every {tau} tokens: train with"
+        f" --sample-interval {tau}"
+    )
     if widths != TRAINER_WIDTHS:
-        typer.echo(f"these are {widths} wide; FlashMemory's trainer takes hidden and key widths of {TRAINER_WIDTHS} only")
+        typer.echo(
+            f"these are {widths} wide; FlashMemory's trainer takes hidden and key widths of"
+            f" {TRAINER_WIDTHS} only"
+        )
 
 
 def _votes(read: Trace, rule: LabelRule, voters: int) -> Iterator[Votes]:

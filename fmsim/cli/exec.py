@@ -15,7 +15,6 @@ if TYPE_CHECKING:
     from fmsim.policies.base import Policy
 
 
-
 class Weights(enum.StrEnum):
     own = "own"
     synthetic = "synthetic"
@@ -27,7 +26,9 @@ class IndexKeys(enum.StrEnum):
 
 
 def _tokens(text: str) -> int:
-    """8192, or 32k: thousands of tokens as contexts are named, so 500k is the 512,000 that a trace of that name has."""
+    """8192, or 32k: thousands of tokens as contexts are named, so 500k is the 512,000 that a trace
+    of that name has.
+    """
     import re
 
     found = re.fullmatch(r"(\d+)([kK]?)", str(text).replace("_", "").replace(",", ""))
@@ -38,24 +39,101 @@ def _tokens(text: str) -> int:
 
 STEPS = 128
 SHORTEST_TOKENS = 1024  # of a built-in prompt: what its facts and some text between them take
-SHORTER_TOKENS = 37  # each request of a batch than the one before, so that their lengths differ in every way
+SHORTER_TOKENS = (
+    37  # each request of a batch than the one before, so that their lengths differ in every way
+)
 
 
 def exec_(
-    policy: Annotated[str, typer.Option("--policy", "-p", help="which policy keeps the pages; see `fmsim policy list`")] = "lsa",
-    override: Annotated[list[str], typer.Option("--set", "-s", help="a parameter of the policy, e.g. budget=20%, on_miss=fallback")] = [],  # noqa: B006
-    model: Annotated[Path | None, typer.Option(help="a DeepSeek-V4 directory; the shipped nano by default. With --weights synthetic a preset, or a folder with a config.json")] = None,
-    weights: Annotated[Weights, typer.Option(help="the model's own, or random ones of a geometry's full size, whose accesses a trace drives")] = Weights.own,
-    prompt_file: Annotated[Path | None, typer.Option(help="text to read, and then to continue; built-in questions by default")] = None,
-    context: Annotated[int, typer.Option(parser=_tokens, metavar="TOKENS", help="of the prompt, such as 8192 or 32k; a longer text is cut")] = 8192,
-    steps: Annotated[int, typer.Option(min=1, help="decode steps; built-in questions go on to the end of an answer")] = STEPS,
-    batch: Annotated[int, typer.Option(min=1, help="requests side by side, each somewhat shorter than the one before")] = 1,
-    index_keys: Annotated[IndexKeys | None, typer.Option(help="on the GPU: all (the default), or tiered: in layers that the memory indexer does not score those of resident entries alone, as FlashMemory does; what such layers lose is then not measured")] = None,
-    trace: Annotated[Path | None, typer.Option(help="with --weights synthetic: what drives the accesses; by default traces/nano-CONTEXT-needles")] = None,
-    kv_budget: Annotated[str | None, typer.Option(help="with --weights synthetic: as many requests as these bytes of KV hold, such as 16GiB")] = None,
-    record: Annotated[Path | None, typer.Option(help="write what the first request selected, as a trace")] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="print one JSON object, in the fields of `fmsim run`")] = False,
-    device: Annotated[str | None, typer.Option(help="cuda or cpu; cuda where there is one by default")] = None,
+    policy: Annotated[
+        str,
+        typer.Option(
+            "--policy", "-p", help="which policy keeps the pages; see `fmsim policy list`"
+        ),
+    ] = "lsa",
+    override: Annotated[
+        list[str],
+        typer.Option(
+            "--set", "-s", help="a parameter of the policy, e.g. budget=20%, on_miss=fallback"
+        ),
+    ] = [],
+    model: Annotated[
+        Path | None,
+        typer.Option(
+            help=(
+                "a DeepSeek-V4 directory; the shipped nano by default. With --weights synthetic a"
+                " preset, or a folder with a config.json"
+            )
+        ),
+    ] = None,
+    weights: Annotated[
+        Weights,
+        typer.Option(
+            help=(
+                "the model's own, or random ones of a geometry's full size, whose accesses a trace"
+                " drives"
+            )
+        ),
+    ] = Weights.own,
+    prompt_file: Annotated[
+        Path | None,
+        typer.Option(help="text to read, and then to continue; built-in questions by default"),
+    ] = None,
+    context: Annotated[
+        int,
+        typer.Option(
+            parser=_tokens,
+            metavar="TOKENS",
+            help="of the prompt, such as 8192 or 32k; a longer text is cut",
+        ),
+    ] = 8192,
+    steps: Annotated[
+        int,
+        typer.Option(min=1, help="decode steps; built-in questions go on to the end of an answer"),
+    ] = STEPS,
+    batch: Annotated[
+        int,
+        typer.Option(
+            min=1, help="requests side by side, each somewhat shorter than the one before"
+        ),
+    ] = 1,
+    index_keys: Annotated[
+        IndexKeys | None,
+        typer.Option(
+            help=(
+                "on the GPU: all (the default), or tiered: in layers that the memory indexer does"
+                " not score those of resident entries alone, as FlashMemory does; what such layers"
+                " lose is then not measured"
+            )
+        ),
+    ] = None,
+    trace: Annotated[
+        Path | None,
+        typer.Option(
+            help=(
+                "with --weights synthetic: what drives the accesses; by default"
+                " traces/nano-CONTEXT-needles"
+            )
+        ),
+    ] = None,
+    kv_budget: Annotated[
+        str | None,
+        typer.Option(
+            help=(
+                "with --weights synthetic: as many requests as these bytes of KV hold, such as"
+                " 16GiB"
+            )
+        ),
+    ] = None,
+    record: Annotated[
+        Path | None, typer.Option(help="write what the first request selected, as a trace")
+    ] = None,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="print one JSON object, in the fields of `fmsim run`")
+    ] = False,
+    device: Annotated[
+        str | None, typer.Option(help="cuda or cpu; cuda where there is one by default")
+    ] = None,
     seed: Annotated[int, typer.Option(help="decides the built-in questions")] = 0,
 ) -> None:
     """Decode with a real model under a policy: the answer, and what it cost, measured.
@@ -72,16 +150,31 @@ def exec_(
         from fmsim.errors import FmsimError
 
         if index_keys is not None:
-            raise FmsimError("--index-keys: with --weights synthetic they lie as `fmsim run` counts them, tiered under on_miss mask; leave it out")
-        exec_synthetic.show(policy, override, str(model or "v4-flash"), context, batch, steps, trace, kv_budget, as_json, device, seed)
+            raise FmsimError(
+                "--index-keys: with --weights synthetic they lie as `fmsim run` counts them, tiered"
+                " under on_miss mask; leave it out"
+            )
+        exec_synthetic.show(
+            policy,
+            override,
+            str(model or "v4-flash"),
+            context,
+            batch,
+            steps,
+            trace,
+            kv_budget,
+            as_json,
+            device,
+            seed,
+        )
         return
     chosen = _policy(policy, override)
     lengths = _lengths(model, prompt_file, context, batch)
     require("model", "exec")
     import torch
 
-    from fmsim.exec.runs import live as run
     from fmsim.exec.model.loader import load_model
+    from fmsim.exec.runs import live as run
     from fmsim.nano.question import TEXT
     from fmsim.nano.tokenizer import MODEL_FOLDER
 
@@ -92,8 +185,12 @@ def exec_(
     loaded = load_model(folder, device)
     from fmsim.cli.progress import token_bar
 
-    with token_bar(sum(len(stream.prompt) + min(s.steps for s in streams) for stream in streams)) as advance:
-        decoding, decoded = run.decode(loaded, streams, chosen, seed=seed, index_keys=where, progress=advance)
+    with token_bar(
+        sum(len(stream.prompt) + min(s.steps for s in streams) for stream in streams)
+    ) as advance:
+        decoding, decoded = run.decode(
+            loaded, streams, chosen, seed=seed, index_keys=where, progress=advance
+        )
     report = run.report(decoding, decoded, policy, folder.name if model else "nano", text)
     if record is not None:
         _record(record, run, decoding, decoded, folder, seed, text, streams[0].kind)
@@ -131,7 +228,10 @@ def _where(index_keys: IndexKeys | None, policy: Policy, record: Path | None) ->
         return "all"
     check_tiered(policy)
     if record is not None:
-        raise FmsimError("--record: a trace says what each layer selects among all entries, which takes all index keys; leave out --index-keys tiered")
+        raise FmsimError(
+            "--record: a trace says what each layer selects among all entries, which takes all"
+            " index keys; leave out --index-keys tiered"
+        )
     return "tiered"
 
 
@@ -150,7 +250,10 @@ def _lengths(model: Path | None, prompt_file: Path | None, context: int, batch: 
     from fmsim.errors import FmsimError
 
     if model is not None and prompt_file is None:
-        raise FmsimError("--model: the built-in questions are in nano's wording; give a --prompt-file with a model of your own")
+        raise FmsimError(
+            "--model: the built-in questions are in nano's wording; give a --prompt-file with a"
+            " model of your own"
+        )
     shorter, least = SHORTER_TOKENS * (batch - 1), SHORTEST_TOKENS if prompt_file is None else 1
     if context - shorter < least:
         what = "the built-in questions need" if prompt_file is None else f"a batch of {batch} needs"
@@ -158,7 +261,9 @@ def _lengths(model: Path | None, prompt_file: Path | None, context: int, batch: 
     return [context - SHORTER_TOKENS * number for number in range(batch)]
 
 
-def _streams(model: Path | None, prompt_file: Path | None, lengths: list[int], steps: int, seed: int) -> list[Stream]:
+def _streams(
+    model: Path | None, prompt_file: Path | None, lengths: list[int], steps: int, seed: int
+) -> list[Stream]:
     """What each request reads and is asked."""
     import numpy as np
 
@@ -173,14 +278,26 @@ def _streams(model: Path | None, prompt_file: Path | None, lengths: list[int], s
     from fmsim.nano.question import haystack, questions
 
     corpus = haystack()
-    return [questions(length, steps, seed + number, corpus) for number, length in enumerate(lengths)]
+    return [
+        questions(length, steps, seed + number, corpus) for number, length in enumerate(lengths)
+    ]
 
 
-def _record(path: Path, run, decoding, decoded, folder: Path, seed: int, text: str, kind: str) -> None:
+def _record(
+    path: Path, run, decoding, decoded, folder: Path, seed: int, text: str, kind: str
+) -> None:
     from fmsim import trace
     from fmsim.exec.runs.record import weights_digest
 
-    found = run.recorded(decoding, decoded, name=folder.name, sha256=weights_digest(folder), seed=seed, prompt_text=text, kind=kind)
+    found = run.recorded(
+        decoding,
+        decoded,
+        name=folder.name,
+        sha256=weights_digest(folder),
+        seed=seed,
+        prompt_text=text,
+        kind=kind,
+    )
     trace.write(path, found)
     typer.echo(f"{path}: {found.n_steps} steps after {found.header.prompt_tokens} tokens", err=True)
 
@@ -190,4 +307,7 @@ def _transcript(folder: Path, decoded) -> list[tuple[str, str, bool | None]]:
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    return [(tokenizer.decode(asked), tokenizer.decode(answer), right) for asked, answer, right in decoded.answers]
+    return [
+        (tokenizer.decode(asked), tokenizer.decode(answer), right)
+        for asked, answer, right in decoded.answers
+    ]

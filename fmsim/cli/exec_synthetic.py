@@ -1,4 +1,6 @@
-"""`fmsim exec --weights synthetic`: a preset's whole model with random weights, accesses from a trace."""
+"""`fmsim exec --weights synthetic`: a preset's whole model with random weights, accesses from a
+trace.
+"""
 
 from __future__ import annotations
 
@@ -16,9 +18,18 @@ CLOSE = 0.1  # how far a trace's context may be from the one asked for
 
 
 def show(
-    policy: str, override: list[str], model: str, context: int, batch: int, steps: int, trace: Path | None, kv_budget: str | None, as_json: bool,
-    device: str | None, seed: int,
-) -> None:  # fmt: skip
+    policy: str,
+    override: list[str],
+    model: str,
+    context: int,
+    batch: int,
+    steps: int,
+    trace: Path | None,
+    kv_budget: str | None,
+    as_json: bool,
+    device: str | None,
+    seed: int,
+) -> None:
     """Run, and print the table or one JSON object."""
     require("model", "exec")
     import torch
@@ -27,25 +38,44 @@ def show(
     from fmsim.cli.exec import _device, _policy
     from fmsim.cli.progress import token_bar
     from fmsim.exec.runs import synthetic as synthetic_run
-    from fmsim.sim.footprint import footprint, spread
+    from fmsim.experiments.run import geometry_named
     from fmsim.replay.replayer import Replayer
     from fmsim.report.tables import measured
-    from fmsim.experiments.run import geometry_named
+    from fmsim.sim.footprint import footprint, spread
 
-    geometry, device, path = geometry_named(model), _device(device, torch.cuda.is_available()), _trace(trace, context)
+    geometry, device, path = (
+        geometry_named(model),
+        _device(device, torch.cuda.is_available()),
+        _trace(trace, context),
+    )
     found = traces.read(path)
-    replayer = Replayer(found, entry_bytes=geometry.kv_entry_bytes, model_layers=geometry.n_csa, max_steps=steps)
+    replayer = Replayer(
+        found, entry_bytes=geometry.kv_entry_bytes, model_layers=geometry.n_csa, max_steps=steps
+    )
     layer_map = spread(found.n_layers, geometry.n_csa)
     ledger = replayer.run(_policy(policy, override))
-    request_bytes = synthetic_run.kv_bytes_of(footprint(ledger, geometry, layer_map), ledger, geometry)
+    request_bytes = synthetic_run.kv_bytes_of(
+        footprint(ledger, geometry, layer_map), ledger, geometry
+    )
     if kv_budget is not None:
         batch = synthetic_run.batch_that_fits(_bytes(kv_budget), request_bytes)
     weights, n_experts = synthetic_run.weights_for(geometry, device, batch * request_bytes, seed)
     with token_bar(replayer.n_steps * batch) as advance:
         run = synthetic_run.run(
-            policy, lambda: _policy(policy, override), replayer, geometry, layer_map, weights, device, batch, seed, lambda done: advance(done * batch)
+            policy,
+            lambda: _policy(policy, override),
+            replayer,
+            geometry,
+            layer_map,
+            weights,
+            device,
+            batch,
+            seed,
+            lambda done: advance(done * batch),
         )
-    report = synthetic_run.report([run], replayer, geometry, layer_map, n_experts, device, path.name)
+    report = synthetic_run.report(
+        [run], replayer, geometry, layer_map, n_experts, device, path.name
+    )
     if as_json:
         typer.echo(json.dumps(report))
     else:
@@ -59,10 +89,15 @@ def _trace(path: Path | None, context: int) -> Path:
     names = {32_768: "nano-32k-needles", 131_072: "nano-128k-needles", 512_000: "nano-500k-needles"}
     nearest = min(names, key=lambda tokens: abs(tokens - context))
     if abs(nearest - context) > CLOSE * context:
-        raise FmsimError(f"--context {context}: no shipped trace has about as many tokens ({', '.join(map(str, names))}); give --trace FILE")
+        raise FmsimError(
+            f"--context {context}: no shipped trace has about as many tokens"
+            f" ({', '.join(map(str, names))}); give --trace FILE"
+        )
     found = Path("traces") / f"{names[nearest]}.safetensors"
     if not found.exists():
-        raise FmsimError(f"{found}: no such file here; give --trace FILE, or run in fmsim's own folder")
+        raise FmsimError(
+            f"{found}: no such file here; give --trace FILE, or run in fmsim's own folder"
+        )
     return found
 
 

@@ -8,7 +8,9 @@ MODULES = {"model": ("torch", "transformers", "tokenizers"), "report": ("plotly"
 
 
 def require(extra: str, what: str) -> None:
-    """Raise FmsimError, saying that `what` needs it, where a module of the extra is not installed."""
+    """Raise FmsimError, saying that `what` needs it, where a module of the extra is not
+    installed.
+    """
     for module in MODULES[extra]:
         if find_spec(module) is None:
             raise FmsimError(f"{what} needs {module}: pip install 'fmsim[{extra}]'")

@@ -9,7 +9,9 @@ import typer
 
 from fmsim.cli.extras import require
 
-app = typer.Typer(help="List hardware presets, or measure one on this machine's GPU.", no_args_is_help=True)
+app = typer.Typer(
+    help="List hardware presets, or measure one on this machine's GPU.", no_args_is_help=True
+)
 
 
 @app.command("list")
@@ -20,25 +22,48 @@ def list_hardware() -> None:
     from fmsim.hw import hardware_names, load_hardware
     from fmsim.report.console import wide_console
 
-    table = Table("preset", "title", "GPUs", "memory, GB", "GB/s", "link, GB/s", header_style="bold", pad_edge=False)
+    table = Table(
+        "preset",
+        "title",
+        "GPUs",
+        "memory, GB",
+        "GB/s",
+        "link, GB/s",
+        header_style="bold",
+        pad_edge=False,
+    )
     for name in hardware_names():
         found = load_hardware(name)
         figures = (found.hbm_bytes, found.hbm_bytes_per_s, found.link.bandwidth_bytes_per_s)
-        table.add_row(name, found.title, str(found.n_gpus), *(f"{figure.value / 1e9:,.0f}" for figure in figures))
+        table.add_row(
+            name,
+            found.title,
+            str(found.n_gpus),
+            *(f"{figure.value / 1e9:,.0f}" for figure in figures),
+        )
     wide_console(120).print(table)
 
 
 @app.command()
 def calibrate(
-    out: Annotated[Path, typer.Option(help="preset to write (.yaml); its link and every timing come beside it")] = Path("calibrated.yaml"),
-    model: Annotated[str, typer.Option(help="whose decode modules to time: v4-flash, v4-pro, or a folder with a config.json")] = "v4-flash",
+    out: Annotated[
+        Path, typer.Option(help="preset to write (.yaml); its link and every timing come beside it")
+    ] = Path("calibrated.yaml"),
+    model: Annotated[
+        str,
+        typer.Option(
+            help="whose decode modules to time: v4-flash, v4-pro, or a folder with a config.json"
+        ),
+    ] = "v4-flash",
     seed: Annotated[int, typer.Option(help="decides the made-up inputs")] = 0,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="no progress lines")] = False,
 ) -> None:
-    """Measure this machine's GPU and write a preset that scenarios read (needs a CUDA device and torch).
+    """Measure this machine's GPU and write a preset that scenarios read (needs a CUDA device and
+    torch).
 
-    Copies, gathers from pinned host memory by row size and count, every kernel by shape, launches, and a decode step's modules, their weights
-    float8 where the model's config has a quantization_config, as both presets' have.
+    Copies, gathers from pinned host memory by row size and count, every kernel by shape, launches,
+    and a decode step's modules, their weights float8 where the model's config has a
+    quantization_config, as both presets' have.
 
     \b
     fmsim hw calibrate --out my-h100.yaml
@@ -48,11 +73,23 @@ def calibrate(
 
     require("model", "hw calibrate")
     import torch
-    if not torch.cuda.is_available():
-        raise FmsimError("hw calibrate measures a GPU, and torch finds no CUDA device here; run it on the machine to be simulated")
-    from fmsim.exec.measure.calibrate import calibrate as measure
-    from fmsim.hw.calibration import write_preset
-    from fmsim.experiments.run import geometry_named
 
-    written = write_preset(measure(geometry_named(model), "cuda", seed, report=lambda line: quiet or typer.echo(line, err=True)), out)
+    if not torch.cuda.is_available():
+        raise FmsimError(
+            "hw calibrate measures a GPU, and torch finds no CUDA device here; run it on the"
+            " machine to be simulated"
+        )
+    from fmsim.exec.measure.calibrate import calibrate as measure
+    from fmsim.experiments.run import geometry_named
+    from fmsim.hw.calibration import write_preset
+
+    written = write_preset(
+        measure(
+            geometry_named(model),
+            "cuda",
+            seed,
+            report=lambda line: quiet or typer.echo(line, err=True),
+        ),
+        out,
+    )
     typer.echo("written: " + ", ".join(map(str, written)))

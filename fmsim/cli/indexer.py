@@ -17,7 +17,9 @@ if TYPE_CHECKING:
     from fmsim.indexer.windows import Windows
     from fmsim.trace import Trace
 
-app = typer.Typer(help="Train and evaluate LSA's memory indexer (needs torch to train).", no_args_is_help=True)
+app = typer.Typer(
+    help="Train and evaluate LSA's memory indexer (needs torch to train).", no_args_is_help=True
+)
 
 
 class Loss(enum.StrEnum):
@@ -26,43 +28,73 @@ class Loss(enum.StrEnum):
 
 
 Traces = Annotated[list[Path], typer.Argument(help="traces recorded from a DeepSeek-V4 model")]
-HeadShare = Annotated[float, typer.Option(help="share of a step's compressed mass that golden entries carry")]
-MinLayers = Annotated[int, typer.Option(help="CSA layers that must choose an entry to make it golden")]
-Horizon = Annotated[int | None, typer.Option(help="steps that a query must serve; the trace's tau by default")]
+HeadShare = Annotated[
+    float, typer.Option(help="share of a step's compressed mass that golden entries carry")
+]
+MinLayers = Annotated[
+    int, typer.Option(help="CSA layers that must choose an entry to make it golden")
+]
+Horizon = Annotated[
+    int | None, typer.Option(help="steps that a query must serve; the trace's tau by default")
+]
 
 
 @app.command()
 def train(
     traces: Traces,
     out: Annotated[Path, typer.Option(help="checkpoint to write (.safetensors)")],
-    held_out: Annotated[list[Path], typer.Option(help="traces to judge by; every tenth one by default")] = [],  # noqa: B006
+    held_out: Annotated[
+        list[Path], typer.Option(help="traces to judge by; every tenth one by default")
+    ] = [],
     heads: Annotated[int, typer.Option(help="heads a layer")] = 32,
     rank: Annotated[int, typer.Option(help="width of the queries' bottleneck")] = 192,
-    loss: Annotated[Loss, typer.Option(help="over a query's list, or over single entries")] = Loss.infonce,
+    loss: Annotated[
+        Loss, typer.Option(help="over a query's list, or over single entries")
+    ] = Loss.infonce,
     random_negatives: Annotated[float, typer.Option(help="negatives sampled a positive")] = 3.0,
-    hard_negatives: Annotated[float, typer.Option(help="highest-scoring negatives a positive")] = 1.0,
-    mass_power: Annotated[float, typer.Option(help="a positive weighs its mass to this power; 0: all alike")] = 1.0,
-    focal_gamma: Annotated[float, typer.Option(help="focal loss: how little what is already right counts")] = 2.0,
+    hard_negatives: Annotated[
+        float, typer.Option(help="highest-scoring negatives a positive")
+    ] = 1.0,
+    mass_power: Annotated[
+        float, typer.Option(help="a positive weighs its mass to this power; 0: all alike")
+    ] = 1.0,
+    focal_gamma: Annotated[
+        float, typer.Option(help="focal loss: how little what is already right counts")
+    ] = 2.0,
     learning_rate: Annotated[float, typer.Option(help="AdamW's peak learning rate")] = 2e-3,
     weight_decay: Annotated[float, typer.Option(help="AdamW's weight decay")] = 0.01,
-    warm_up: Annotated[float, typer.Option(help="share of the steps in which the rate rises; then it falls as a cosine")] = 0.05,
+    warm_up: Annotated[
+        float,
+        typer.Option(help="share of the steps in which the rate rises; then it falls as a cosine"),
+    ] = 0.05,
     steps: Annotated[int, typer.Option(help="optimizer steps")] = 2000,
     traces_per_step: Annotated[int, typer.Option(help="traces whose queries make a batch")] = 4,
     evaluate_every: Annotated[int, typer.Option(help="steps between evaluations")] = 100,
-    patience: Annotated[int, typer.Option(help="evaluations without better recall before stopping")] = 5,
-    kept_share: Annotated[float, typer.Option(help="share that the recommended threshold keeps")] = 0.10,
+    patience: Annotated[
+        int, typer.Option(help="evaluations without better recall before stopping")
+    ] = 5,
+    kept_share: Annotated[
+        float, typer.Option(help="share that the recommended threshold keeps")
+    ] = 0.10,
     head_share: HeadShare = 0.6,
     min_layers: MinLayers = 1,
     horizon: Horizon = None,
     seed: Annotated[int, typer.Option(help="decides the weights and the sampling")] = 0,
-    resume: Annotated[bool, typer.Option("--resume", help="go on with an interrupted run of the same traces and options")] = False,
-    device: Annotated[str | None, typer.Option(help="cuda or cpu; cuda where there is one by default")] = None,
+    resume: Annotated[
+        bool,
+        typer.Option(
+            "--resume", help="go on with an interrupted run of the same traces and options"
+        ),
+    ] = False,
+    device: Annotated[
+        str | None, typer.Option(help="cuda or cpu; cuda where there is one by default")
+    ] = None,
 ) -> None:
     """Train a memory indexer from traces alone; the model that made them is never loaded.
 
-    \b
-    fmsim indexer train traces/*.safetensors --held-out held/*.safetensors --out indexer.safetensors
-    fmsim indexer train traces/*.safetensors --out focal.safetensors --loss focal --min-layers 3 --mass-power 0
+    \b fmsim indexer train traces/*.safetensors --held-out held/*.safetensors --out
+    indexer.safetensors fmsim indexer train traces/*.safetensors --out focal.safetensors --loss
+    focal --min-layers 3 --mass-power 0
     """
     from fmsim.errors import FmsimError
 
@@ -96,20 +128,36 @@ def train(
     if not held_out:
         traces, held_out = [path for n, path in enumerate(traces) if n % 10], traces[::10]
     if not traces:
-        raise FmsimError("indexer train: one trace is held out, which leaves none to train on; give two or more")
+        raise FmsimError(
+            "indexer train: one trace is held out, which leaves none to train on; give two or more"
+        )
     rule = LabelRule(head_share, min_layers, horizon)
-    parts = [[windows for _, windows in _read(paths, rule, "reading")] for paths in (traces, held_out)]
+    parts = [
+        [windows for _, windows in _read(paths, rule, "reading")] for paths in (traces, held_out)
+    ]
     config = ScorerConfig.from_geometry(_geometry(traces[0]))
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    typer.echo(f"{sum(len(windows.entries) for windows in parts[0])} queries of {len(traces)} traces, on {device}", err=True)
+    typer.echo(
+        f"{sum(len(windows.entries) for windows in parts[0])} queries of {len(traces)} traces, on"
+        f" {device}",
+        err=True,
+    )
     state = out.with_name(out.name + ".state")
     if state.exists() and not resume:
-        typer.echo(f"{state}: an interrupted run is overwritten; --resume would go on with it", err=True)
+        typer.echo(
+            f"{state}: an interrupted run is overwritten; --resume would go on with it", err=True
+        )
     out.parent.mkdir(parents=True, exist_ok=True)
     trained = run(*parts, config, options, device, _show_progress, state, resume)
     checkpoint.save(trained, out)
-    recall = ", ".join(f"{value:.3f} at {float(share):.0%} kept" for share, value in trained.training["recall"].items())
-    typer.echo(f"{out}: golden recall {recall} on held-out traces, in {trained.training['seconds']} s{_peak(device)}")
+    recall = ", ".join(
+        f"{value:.3f} at {float(share):.0%} kept"
+        for share, value in trained.training["recall"].items()
+    )
+    typer.echo(
+        f"{out}: golden recall {recall} on held-out traces, in {trained.training['seconds']}"
+        f" s{_peak(device)}"
+    )
 
 
 @app.command("eval")
@@ -119,11 +167,17 @@ def evaluate(
     head_share: HeadShare = 0.6,
     min_layers: MinLayers = 1,
     horizon: Horizon = None,
-    native: Annotated[Path | None, typer.Option(help="the model's lightning indexer (fmsim indexer native); found for nano's traces")] = None,
+    native: Annotated[
+        Path | None,
+        typer.Option(
+            help="the model's lightning indexer (fmsim indexer native); found for nano's traces"
+        ),
+    ] = None,
     plot: Annotated[Path | None, typer.Option(help="write the curves as an HTML page")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="print one JSON object")] = False,
 ) -> None:
-    """Recall of golden entries and of attention mass against kept share, beside simpler rankings and the oracle.
+    """Recall of golden entries and of attention mass against kept share, beside simpler rankings
+    and the oracle.
 
     \b
     fmsim indexer eval indexer.safetensors held/*.safetensors --plot recall.html
@@ -146,7 +200,9 @@ def evaluate(
 
 
 def _nanos_own(traces: list[Trace]) -> Checkpoint | None:
-    """nano's lightning indexer, where all traces are of the shipped weights and torch is there to read them."""
+    """nano's lightning indexer, where all traces are of the shipped weights and torch is there to
+    read them.
+    """
     try:
         from fmsim.exec.model.loader import load_model
         from fmsim.exec.runs.native import native_indexer
@@ -163,9 +219,12 @@ def _nanos_own(traces: list[Trace]) -> Checkpoint | None:
 @app.command()
 def native(
     out: Annotated[Path, typer.Option(help="checkpoint to write (.safetensors)")],
-    model: Annotated[Path | None, typer.Argument(help="a DeepSeek-V4 directory; the shipped nano by default")] = None,
+    model: Annotated[
+        Path | None, typer.Argument(help="a DeepSeek-V4 directory; the shipped nano by default")
+    ] = None,
 ) -> None:
-    """Write a model's own lightning indexer as a checkpoint, to hold for a window: a baseline for eval, and for the policy lsa.
+    """Write a model's own lightning indexer as a checkpoint, to hold for a window: a baseline for
+    eval, and for the policy lsa.
 
     \b
     fmsim indexer native --out native.safetensors
@@ -185,7 +244,9 @@ def native(
 @app.command()
 def convert(
     source: Annotated[Path, typer.Argument(help="indexer checkpoint (.safetensors or .pt)")],
-    target: Annotated[Path, typer.Argument(help="checkpoint to write; its suffix decides the format")],
+    target: Annotated[
+        Path, typer.Argument(help="checkpoint to write; its suffix decides the format")
+    ],
 ) -> None:
     """Read a checkpoint, check it, and write its weights unchanged in the other format.
 
@@ -196,8 +257,14 @@ def convert(
 
     found = checkpoint.load(source)
     checkpoint.save(found, target)
-    shapes = {f"l{layer}": f"{weights.heads} heads x {weights.head_dim}, rank {len(weights.q_norm)}" for layer, weights in found.layers.items()}
-    typer.echo(f"{target}: hidden size {found.hidden_size}; " + "; ".join(f"{layer}: {shape}" for layer, shape in shapes.items()))
+    shapes = {
+        f"l{layer}": f"{weights.heads} heads x {weights.head_dim}, rank {len(weights.q_norm)}"
+        for layer, weights in found.layers.items()
+    }
+    typer.echo(
+        f"{target}: hidden size {found.hidden_size}; "
+        + "; ".join(f"{layer}: {shape}" for layer, shape in shapes.items())
+    )
 
 
 def _read(paths: list[Path], rule: LabelRule, doing: str) -> list[tuple[Trace, Windows]]:
@@ -207,8 +274,14 @@ def _read(paths: list[Path], rule: LabelRule, doing: str) -> list[tuple[Trace, W
     from fmsim import trace
     from fmsim.indexer.windows import read_windows
 
-    read = (trace.read(path) for path in track(paths, doing, console=Console(stderr=True), transient=True))
-    return [(found, read_windows(found, path.name, rule)) for path, found in zip(paths, read, strict=False)]
+    read = (
+        trace.read(path)
+        for path in track(paths, doing, console=Console(stderr=True), transient=True)
+    )
+    return [
+        (found, read_windows(found, path.name, rule))
+        for path, found in zip(paths, read, strict=False)
+    ]
 
 
 def _geometry(path: Path) -> dict:
@@ -231,7 +304,11 @@ def _peak(device: str) -> str:
     import torch
 
     host = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-    on_device = f", {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB on the GPU" if device.startswith("cuda") else ""
+    on_device = (
+        f", {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB on the GPU"
+        if device.startswith("cuda")
+        else ""
+    )
     return f"; peak memory {host:.1f} GiB{on_device}"
 
 
@@ -240,7 +317,10 @@ def _show(found: dict) -> None:
     from rich.table import Table
 
     console = Console()
-    for key, title in (("golden_recall", "golden entries recalled"), ("mass_recall", "attention mass kept")):
+    for key, title in (
+        ("golden_recall", "golden entries recalled"),
+        ("mass_recall", "attention mass kept"),
+    ):
         table = Table(title=f"{title}, by share of entries kept ({found['queries']} windows)")
         table.add_column("ranking")
         for share in found["kept_shares"]:
@@ -251,6 +331,7 @@ def _show(found: dict) -> None:
     row = found["threshold"]
     if row:
         console.print(
-            f"lsa (max) at the recommended threshold {row['score']:.4f}: keeps {row['kept_share']:.1%} of the entries, "
-            f"{row['golden_recall']:.3f} of the golden ones, {row['mass_recall']:.3f} of the mass"
+            f"lsa (max) at the recommended threshold {row['score']:.4f}: keeps"
+            f" {row['kept_share']:.1%} of the entries, {row['golden_recall']:.3f} of the golden"
+            f" ones, {row['mass_recall']:.3f} of the mass"
         )

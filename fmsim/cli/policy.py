@@ -17,10 +17,20 @@ def list_policies() -> None:
     from fmsim.policies import registry
     from fmsim.report.console import wide_console
 
-    table = Table("policy", "action", "evidence", "decides per", "what it keeps", header_style="bold", pad_edge=False)
+    table = Table(
+        "policy",
+        "action",
+        "evidence",
+        "decides per",
+        "what it keeps",
+        header_style="bold",
+        pad_edge=False,
+    )
     for name in registry.names():
         info = registry.info(name)
-        table.add_row(name, info["action"], info["evidence"], info["decision_scope"], info["summary"])
+        table.add_row(
+            name, info["action"], info["evidence"], info["decision_scope"], info["summary"]
+        )
     wide_console(120).print(table)
 
 
@@ -38,6 +48,9 @@ def show(name: Annotated[str, typer.Argument(help="a policy's name, e.g. lsa")])
         table.add_row(*(parameter[key] for key in ("name", "type", "default", "description")))
     console = wide_console(120)
     console.print(f"[bold]{name}[/bold]  {info['module']}")
-    console.print(f"action {info['action']}, evidence {info['evidence']}, decides per {info['decision_scope']}\n")
+    console.print(
+        f"action {info['action']}, evidence {info['evidence']}, decides per"
+        f" {info['decision_scope']}\n"
+    )
     console.print(info["doc"] + "\n", markup=False)
     console.print(table)

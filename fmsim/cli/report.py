@@ -15,9 +15,18 @@ if TYPE_CHECKING:
 
 def report(
     folder: Annotated[Path, typer.Argument(help="what `fmsim run --out` wrote")],
-    out: Annotated[Path | None, typer.Option(help="the page; by default report.html in the folder")] = None,
-    trace: Annotated[Path | None, typer.Option(help="the run's trace, where it has moved; curves over budget and granularity need it")] = None,
-    perfetto: Annotated[Path | None, typer.Option(help="write the simulated timeline for ui.perfetto.dev here")] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="the page; by default report.html in the folder")
+    ] = None,
+    trace: Annotated[
+        Path | None,
+        typer.Option(
+            help="the run's trace, where it has moved; curves over budget and granularity need it"
+        ),
+    ] = None,
+    perfetto: Annotated[
+        Path | None, typer.Option(help="write the simulated timeline for ui.perfetto.dev here")
+    ] = None,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="no progress bar")] = False,
 ) -> None:
     """One HTML page of a run, which works offline; and its timeline for Perfetto.
@@ -37,31 +46,59 @@ def report(
     if perfetto is not None:
         from fmsim.report.perfetto import trace_json
 
-        shown = {label: f"{label} ({'exact' if results.exact(label) else 'lossy'})" for label in results.ledgers}
+        shown = {
+            label: f"{label} ({'exact' if results.exact(label) else 'lossy'})"
+            for label in results.ledgers
+        }
         _write(perfetto, trace_json(shown, results.ledgers, results.timelines), "--perfetto")
 
 
 def _curves(results: Results, trace: Path | None, quiet: bool) -> tuple[dict[str, Any] | None, str]:
     """(curves, ""), or (None, why not) where the trace is not where the run found it."""
     from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        TextColumn,
+        TimeRemainingColumn,
+    )
 
-    from fmsim.experiments.curves import compute
     from fmsim.errors import FmsimError
+    from fmsim.experiments.curves import compute
     from fmsim.trace import read
 
     known = results.about["trace"]
     path = trace or Path(known["file"])
     if trace is None and not path.exists():
-        return None, f"This needs the run's trace, {path}, which is not there. Say where it is: fmsim report ... --trace FILE."
+        return (
+            None,
+            (
+                f"This needs the run's trace, {path}, which is not there. Say where it is: fmsim"
+                " report ... --trace FILE."
+            ),
+        )
     source = read(path)
     if source.header.content_sha256 != known["content_sha256"]:
-        raise FmsimError(f"{path}: not the trace of this run (its digest differs); give the right one with --trace, or run the scenario again")
+        raise FmsimError(
+            f"{path}: not the trace of this run (its digest differs); give the right one with"
+            " --trace, or run the scenario again"
+        )
     console = Console(stderr=True)
     columns = (TextColumn("curves"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=console, transient=True, disable=quiet or not console.is_terminal) as bar:
+    with Progress(
+        *columns, console=console, transient=True, disable=quiet or not console.is_terminal
+    ) as bar:
         task = bar.add_task("curves", total=None)
-        return compute(source, results.ledgers, results.about["layer_map"], lambda done, total: bar.update(task, completed=done, total=total)), ""
+        return (
+            compute(
+                source,
+                results.ledgers,
+                results.about["layer_map"],
+                lambda done, total: bar.update(task, completed=done, total=total),
+            ),
+            "",
+        )
 
 
 def _write(path: Path, text: str, option: str) -> None:
@@ -77,5 +114,7 @@ def _write(path: Path, text: str, option: str) -> None:
             file.write(text)
         os.replace(temporary, path)
     except OSError as error:
-        raise FmsimError(f"{option} {path}: cannot be written ({error.strerror}); choose another place") from None
+        raise FmsimError(
+            f"{option} {path}: cannot be written ({error.strerror}); choose another place"
+        ) from None
     typer.echo(f"{path}  {path.stat().st_size / 1e6:.1f} MB")

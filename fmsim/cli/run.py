@@ -9,23 +9,32 @@ import typer
 
 if TYPE_CHECKING:
     from fmsim.experiments.run import Report
-    from fmsim.scenario import ScenarioFile
     from fmsim.experiments.serve import ServingReport
+    from fmsim.scenario import ScenarioFile
 
 
 def run(
     scenario: Annotated[Path, typer.Argument(help="scenario file (.yaml)")],
-    policy: Annotated[list[str], typer.Option("--policy", "-p", help="run only this one; repeat for more")] = [],  # noqa: B006
-    override: Annotated[list[str], typer.Option("--set", "-s", help="key=value, e.g. batch=8, policies.lsa.budget=20%")] = [],  # noqa: B006
-    as_json: Annotated[bool, typer.Option("--json", help="print one JSON object instead of the table")] = False,
-    out: Annotated[Path | None, typer.Option(help="folder for report.json, ledgers and timelines")] = None,
+    policy: Annotated[
+        list[str], typer.Option("--policy", "-p", help="run only this one; repeat for more")
+    ] = [],
+    override: Annotated[
+        list[str],
+        typer.Option("--set", "-s", help="key=value, e.g. batch=8, policies.lsa.budget=20%"),
+    ] = [],
+    as_json: Annotated[
+        bool, typer.Option("--json", help="print one JSON object instead of the table")
+    ] = False,
+    out: Annotated[
+        Path | None, typer.Option(help="folder for report.json, ledgers and timelines")
+    ] = None,
     svg: Annotated[Path | None, typer.Option(help="write the table as a picture")] = None,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="no progress bar")] = False,
 ) -> None:
     """Replay a trace under policies and print what each keeps, moves and costs.
 
-    A scenario with a `workload` block serves many requests instead, each of which replays the trace, and prints what the server
-    holds, how fast it is, and what binds.
+    A scenario with a `workload` block serves many requests instead, each of which replays the
+    trace, and prints what the server holds, how fast it is, and what binds.
 
     \b
     fmsim run scenarios/500k.yaml
@@ -33,8 +42,8 @@ def run(
     fmsim run scenarios/500k.yaml --json --out results
     fmsim run scenarios/serve.yaml --set workload.requests=60 --set server.prefill=separate
     """
-    from fmsim.report.tables import serving
     from fmsim.report.tables import decode as table
+    from fmsim.report.tables import serving
     from fmsim.scenario import ScenarioFile
 
     file = ScenarioFile(scenario, override)
@@ -61,10 +70,23 @@ def _with_progress(file: ScenarioFile, policies: list[str], quiet: bool) -> Repo
 
     run = run_scenario if file.scenario.workload is None else serve_scenario
     console = Console(stderr=True)
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=console, transient=True, disable=quiet or not console.is_terminal) as bar:
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+    )
+    with Progress(
+        *columns, console=console, transient=True, disable=quiet or not console.is_terminal
+    ) as bar:
         task = bar.add_task("reading the trace", total=None)
-        return run(file, policies, lambda label, done, total: bar.update(task, description=label, completed=done, total=total))
+        return run(
+            file,
+            policies,
+            lambda label, done, total: bar.update(
+                task, description=label, completed=done, total=total
+            ),
+        )
 
 
 def _write_svg(path: Path, text: str) -> None:
@@ -74,4 +96,6 @@ def _write_svg(path: Path, text: str) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(text, encoding="utf-8")
     except OSError as error:
-        raise FmsimError(f"--svg {path}: cannot be written ({error.strerror}); choose another place") from None
+        raise FmsimError(
+            f"--svg {path}: cannot be written ({error.strerror}); choose another place"
+        ) from None

@@ -20,36 +20,58 @@ class Engine(enum.StrEnum):
 
 def sweep(
     scenario: Annotated[Path, typer.Argument(help="scenario file (.yaml)")],
-    grid: Annotated[list[str], typer.Option("--grid", "-g", help="KEY=VALUE,VALUE,...: a key of --set, and a YAML list; repeat for more keys")],
-    policy: Annotated[list[str], typer.Option("--policy", "-p", help="run only this one; repeat for more")] = [],  # noqa: B006
-    override: Annotated[list[str], typer.Option("--set", "-s", help="key=value, the same in all runs")] = [],  # noqa: B006
-    out: Annotated[Path, typer.Option(help="file that gets one row a run: JSON lines, or Parquet if it ends in .parquet")] = Path("sweep.jsonl"),
-    jobs: Annotated[int | None, typer.Option("--jobs", "-j", min=1, help="processes; by default one a core")] = None,
-    engine: Annotated[Engine, typer.Option(help="where to run: this machine's processes, or a Ray cluster")] = Engine.local,
-    as_json: Annotated[bool, typer.Option("--json", help="print the sweep's rows as one JSON list")] = False,
+    grid: Annotated[
+        list[str],
+        typer.Option(
+            "--grid",
+            "-g",
+            help="KEY=VALUE,VALUE,...: a key of --set, and a YAML list; repeat for more keys",
+        ),
+    ],
+    policy: Annotated[
+        list[str], typer.Option("--policy", "-p", help="run only this one; repeat for more")
+    ] = [],
+    override: Annotated[
+        list[str], typer.Option("--set", "-s", help="key=value, the same in all runs")
+    ] = [],
+    out: Annotated[
+        Path,
+        typer.Option(
+            help="file that gets one row a run: JSON lines, or Parquet if it ends in .parquet"
+        ),
+    ] = Path("sweep.jsonl"),
+    jobs: Annotated[
+        int | None, typer.Option("--jobs", "-j", min=1, help="processes; by default one a core")
+    ] = None,
+    engine: Annotated[
+        Engine, typer.Option(help="where to run: this machine's processes, or a Ray cluster")
+    ] = Engine.local,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="print the sweep's rows as one JSON list")
+    ] = False,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="no progress bar")] = False,
 ) -> None:
     """Run a scenario's policies under every combination of settings, and collect a row a run.
 
-    \b
-    fmsim sweep scenarios/500k.yaml --grid policies.lsa.budget=5%,10%,20% --grid hardware=h100,h200
-    fmsim sweep scenarios/500k.yaml -p lru -p lfu --grid "policies.*.budget=2x topk,4x topk" --out lru.parquet
-    fmsim sweep scenarios/500k.yaml --grid hardware_figures.link_bytes_per_s=27e9,55e9,110e9 --grid batch=1,16
-    fmsim sweep scenarios/serve.yaml --grid workload.rate_per_s=1,2,4 --grid server.mirror=per_gpu,shared
+    \b fmsim sweep scenarios/500k.yaml --grid policies.lsa.budget=5%,10%,20% --grid
+    hardware=h100,h200 fmsim sweep scenarios/500k.yaml -p lru -p lfu --grid "policies.*.budget=2x
+    topk,4x topk" --out lru.parquet fmsim sweep scenarios/500k.yaml --grid
+    hardware_figures.link_bytes_per_s=27e9,55e9,110e9 --grid batch=1,16 fmsim sweep
+    scenarios/serve.yaml --grid workload.rate_per_s=1,2,4 --grid server.mirror=per_gpu,shared
 
-    A key policies.LABEL.PARAMETER varies that policy alone; "*" is every policy. A value that holds a comma goes in brackets
-    or quotes, as in YAML: layer_map=[0,0,1],[0,1,1].
+    A key policies.LABEL.PARAMETER varies that policy alone; "*" is every policy. A value that holds
+    a comma goes in brackets or quotes, as in YAML: layer_map=[0,0,1],[0,1,1].
 
-    A row is written as its run ends. Killed and started again, the same command runs what is left and nothing twice: a run is known
-    by a digest of its policy, settings, hardware figures, workload and trace. A run that cannot be (its KV does not fit) gets a row with an
-    "error".
+    A row is written as its run ends. Killed and started again, the same command runs what is left
+    and nothing twice: a run is known by a digest of its policy, settings, hardware figures,
+    workload and trace. A run that cannot be (its KV does not fit) gets a row with an "error".
 
-    --engine ray uses the cluster at RAY_ADDRESS, else one of its own on this machine; every node must see the scenario and its trace
-    at the same paths.
+    --engine ray uses the cluster at RAY_ADDRESS, else one of its own on this machine; every node
+    must see the scenario and its trace at the same paths.
     """
-    from fmsim.report.tables import sweep as rows_table
     from fmsim.experiments.rows import RowFile
     from fmsim.experiments.sweep import Axis, left, plan
+    from fmsim.report.tables import sweep as rows_table
 
     axes = [Axis.parse(text) for text in grid]
     runs = plan(str(scenario), override, axes, policy)
@@ -57,18 +79,31 @@ def sweep(
     todo = left(runs, file.rows)
     _run_all(todo, len(runs), file, engine, jobs, quiet)
     wanted = {run.key: place for place, run in enumerate(runs)}
-    rows = sorted((row for row in file.rows if row.get("key") in wanted), key=lambda row: wanted[row["key"]])
+    rows = sorted(
+        (row for row in file.rows if row.get("key") in wanted), key=lambda row: wanted[row["key"]]
+    )
     if as_json:
         import json
 
         typer.echo(json.dumps(rows))
     else:
-        rows_table.show(rows, f"{len(todo)} of {len(runs)} runs done now, the others before; rows in {out}")
+        rows_table.show(
+            rows, f"{len(todo)} of {len(runs)} runs done now, the others before; rows in {out}"
+        )
 
 
-def _run_all(todo: list[Run], n_runs: int, file: RowFile, engine: Engine, jobs: int | None, quiet: bool) -> None:
+def _run_all(
+    todo: list[Run], n_runs: int, file: RowFile, engine: Engine, jobs: int | None, quiet: bool
+) -> None:
     from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        TextColumn,
+        TimeElapsedColumn,
+        TimeRemainingColumn,
+    )
 
     from fmsim.experiments.parallel import as_they_end, on_ray
     from fmsim.experiments.sweep import Run
@@ -77,8 +112,16 @@ def _run_all(todo: list[Run], n_runs: int, file: RowFile, engine: Engine, jobs: 
         return
     results = on_ray(Run.row, todo) if engine is Engine.ray else as_they_end(Run.row, todo, jobs)
     console = Console(stderr=True)
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=console, transient=True, disable=quiet or not console.is_terminal) as bar:
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+    )
+    with Progress(
+        *columns, console=console, transient=True, disable=quiet or not console.is_terminal
+    ) as bar:
         task = bar.add_task("sweep", total=n_runs, completed=n_runs - len(todo))
         for row in results:
             file.append(row)

@@ -30,7 +30,9 @@ class Kind(enum.StrEnum):
 @app.command()
 def info(
     file: Annotated[Path, typer.Argument(help="a trace (.safetensors)")],
-    check: Annotated[bool, typer.Option("--check", help="read every value, and compare the file's digest")] = False,
+    check: Annotated[
+        bool, typer.Option("--check", help="read every value, and compare the file's digest")
+    ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="print one JSON object")] = False,
 ) -> None:
     """What a trace was recorded from, and how its attention is spread.
@@ -69,22 +71,36 @@ def _show(file: Path, found: dict) -> None:
 @app.command()
 def record(
     out: Annotated[Path, typer.Option(help="trace to write (.safetensors)")],
-    model: Annotated[Path | None, typer.Option(help="a DeepSeek-V4 directory; the shipped nano by default")] = None,
-    dense: Annotated[Path | None, typer.Option(help="a dense causal LM instead: a directory or a .gguf file")] = None,
-    prompt_file: Annotated[Path | None, typer.Option(help="text to read, and then to continue")] = None,
-    kind: Annotated[Kind | None, typer.Option(help="a built-in task instead of a text of your own (nano only)")] = None,
-    corpus: Annotated[Path | None, typer.Option(help="folder of `python -m fmsim.nano.tokens`; built-in tasks need it")] = None,
-    context: Annotated[int, typer.Option(help="tokens of the prompt; a longer text is cut")] = 32_768,
+    model: Annotated[
+        Path | None, typer.Option(help="a DeepSeek-V4 directory; the shipped nano by default")
+    ] = None,
+    dense: Annotated[
+        Path | None, typer.Option(help="a dense causal LM instead: a directory or a .gguf file")
+    ] = None,
+    prompt_file: Annotated[
+        Path | None, typer.Option(help="text to read, and then to continue")
+    ] = None,
+    kind: Annotated[
+        Kind | None, typer.Option(help="a built-in task instead of a text of your own (nano only)")
+    ] = None,
+    corpus: Annotated[
+        Path | None,
+        typer.Option(help="folder of `python -m fmsim.nano.tokens`; built-in tasks need it"),
+    ] = None,
+    context: Annotated[
+        int, typer.Option(help="tokens of the prompt; a longer text is cut")
+    ] = 32_768,
     steps: Annotated[int, typer.Option(help="decode steps")] = 512,
     seed: Annotated[int, typer.Option(help="decides a built-in task's text and facts")] = 0,
-    device: Annotated[str | None, typer.Option(help="cuda or cpu; cuda where there is one by default")] = None,
+    device: Annotated[
+        str | None, typer.Option(help="cuda or cpu; cuda where there is one by default")
+    ] = None,
 ) -> None:
     """Read a prompt, decode, and keep what every CSA layer attended to.
 
-    \b
-    fmsim trace record --prompt-file book.txt --context 32768 --out book.safetensors
-    fmsim trace record --model DeepSeek-V4-dir --prompt-file book.txt --out book.safetensors
-    fmsim trace record --dense SmolLM2-dir --prompt-file book.txt --context 8064 --steps 128 --out dense.safetensors
+    \b fmsim trace record --prompt-file book.txt --context 32768 --out book.safetensors fmsim trace
+    record --model DeepSeek-V4-dir --prompt-file book.txt --out book.safetensors fmsim trace record
+    --dense SmolLM2-dir --prompt-file book.txt --context 8064 --steps 128 --out dense.safetensors
     """
     from fmsim.errors import FmsimError
 
@@ -101,9 +117,14 @@ def record(
             raise FmsimError("trace record: --dense needs --prompt-file")
         recorded = _dense(dense, prompt_file, context, steps, device)
     else:
-        recorded = _deepseek(model, _stream(model, prompt_file, kind, corpus, context, steps, seed), seed, device)
+        recorded = _deepseek(
+            model, _stream(model, prompt_file, kind, corpus, context, steps, seed), seed, device
+        )
     trace.write(out, recorded)
-    typer.echo(f"{out}: {recorded.n_steps} steps after {recorded.header.prompt_tokens} tokens, {out.stat().st_size / 1e6:.1f} MB")
+    typer.echo(
+        f"{out}: {recorded.n_steps} steps after {recorded.header.prompt_tokens} tokens,"
+        f" {out.stat().st_size / 1e6:.1f} MB"
+    )
 
 
 def _deepseek(model: Path | None, stream: Stream, seed: int, device: str):
@@ -114,11 +135,26 @@ def _deepseek(model: Path | None, stream: Stream, seed: int, device: str):
     folder = model or MODEL_FOLDER
     loaded = load_model(folder, device)
     with token_bar(len(stream.prompt) + stream.steps) as advance:
-        [recorded] = record(loaded, [stream], name=folder.name, seed=seed, sha256=weights_digest(folder), progress=advance)
+        [recorded] = record(
+            loaded,
+            [stream],
+            name=folder.name,
+            seed=seed,
+            sha256=weights_digest(folder),
+            progress=advance,
+        )
     return recorded
 
 
-def _stream(model: Path | None, prompt_file: Path | None, kind: Kind | None, corpus: Path | None, context: int, steps: int, seed: int):
+def _stream(
+    model: Path | None,
+    prompt_file: Path | None,
+    kind: Kind | None,
+    corpus: Path | None,
+    context: int,
+    steps: int,
+    seed: int,
+):
     import numpy as np
 
     from fmsim.errors import FmsimError
@@ -127,8 +163,13 @@ def _stream(model: Path | None, prompt_file: Path | None, kind: Kind | None, cor
 
     if kind is not None:
         if corpus is None:
-            raise FmsimError("trace record: --kind needs --corpus, the folder that `python -m fmsim.nano.tokens` writes")
-        return prompts.decode_stream(kind.value, context, np.random.default_rng(seed), tokens.load(corpus, "held_out"), steps)
+            raise FmsimError(
+                "trace record: --kind needs --corpus, the folder that `python -m fmsim.nano.tokens`"
+                " writes"
+            )
+        return prompts.decode_stream(
+            kind.value, context, np.random.default_rng(seed), tokens.load(corpus, "held_out"), steps
+        )
     ids = encode(model or MODEL_FOLDER, prompt_file, context)
     return prompts.Stream("text", np.array(ids), [prompts.Turn([], steps)])
 
@@ -151,7 +192,9 @@ def _text(prompt_file: Path) -> str:
     try:
         return prompt_file.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        raise FmsimError(f"--prompt-file {prompt_file}: cannot be read as UTF-8 text ({error})") from None
+        raise FmsimError(
+            f"--prompt-file {prompt_file}: cannot be read as UTF-8 text ({error})"
+        ) from None
 
 
 def _dense(path: Path, prompt_file: Path, context: int, steps: int, device: str):
@@ -161,8 +204,17 @@ def _dense(path: Path, prompt_file: Path, context: int, steps: int, device: str)
     loaded, tokenizer = load_dense(path, device)
     ids = tokenizer(_text(prompt_file))["input_ids"][: context + steps]
     if len(ids) < context + steps:
-        raise FmsimError(f"--prompt-file {prompt_file}: has {len(ids)} tokens, --context and --steps ask for {context + steps}; lower one of them")
+        raise FmsimError(
+            f"--prompt-file {prompt_file}: has {len(ids)} tokens, --context and --steps ask for"
+            f" {context + steps}; lower one of them"
+        )
     with token_bar(len(ids)) as advance:
         return record_dense(
-            loaded, ids, steps, name=path.resolve().name, sha256=weights_sha256(path), prompt_text=prompt_file.name, progress=advance
-        )  # fmt: skip
+            loaded,
+            ids,
+            steps,
+            name=path.resolve().name,
+            sha256=weights_sha256(path),
+            prompt_text=prompt_file.name,
+            progress=advance,
+        )

@@ -13,27 +13,44 @@ if TYPE_CHECKING:
 
 def tune(
     scenario: Annotated[Path, typer.Argument(help="scenario file (.yaml)")],
-    policy: Annotated[str, typer.Option("--policy", "-p", help="the policy to tune: an entry's label, or a policy's name")],
-    range_: Annotated[list[str], typer.Option("--range", "-r", help="KEY=LOW..HIGH, KEY=VALUE,VALUE,... or KEY; repeat for more")] = [],  # noqa: B006
-    floor: Annotated[float, typer.Option(min=0, max=1, help="least share of the attention mass to keep")] = 0.95,
+    policy: Annotated[
+        str,
+        typer.Option(
+            "--policy", "-p", help="the policy to tune: an entry's label, or a policy's name"
+        ),
+    ],
+    range_: Annotated[
+        list[str],
+        typer.Option(
+            "--range", "-r", help="KEY=LOW..HIGH, KEY=VALUE,VALUE,... or KEY; repeat for more"
+        ),
+    ] = [],
+    floor: Annotated[
+        float, typer.Option(min=0, max=1, help="least share of the attention mass to keep")
+    ] = 0.95,
     trials: Annotated[int, typer.Option("--trials", "-n", min=1, help="settings to try")] = 50,
     seed: Annotated[int, typer.Option(help="the same seed tries the same settings")] = 0,
-    override: Annotated[list[str], typer.Option("--set", "-s", help="key=value, e.g. batch=8, hardware=h200")] = [],  # noqa: B006
-    as_json: Annotated[bool, typer.Option("--json", help="print one JSON object: best, pareto, trials, failed")] = False,
+    override: Annotated[
+        list[str], typer.Option("--set", "-s", help="key=value, e.g. batch=8, hardware=h200")
+    ] = [],
+    as_json: Annotated[
+        bool, typer.Option("--json", help="print one JSON object: best, pareto, trials, failed")
+    ] = False,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="no progress bar")] = False,
 ) -> None:
-    """Search a policy's parameters for the most tokens/s with the attention mass kept above a floor.
+    """Search a policy's parameters for the most tokens/s with the attention mass kept above a
+    floor.
 
-    \b
-    fmsim tune scenarios/500k.yaml -p lsa --floor 0.9
-    fmsim tune scenarios/500k.yaml -p lsa --range budget=2%..30% --range threshold=0.1..0.9 --trials 100
-    fmsim tune scenarios/500k.yaml -p lru --range "budget=1x topk..8x topk" --range granularity --set batch=16
+    \b fmsim tune scenarios/500k.yaml -p lsa --floor 0.9 fmsim tune scenarios/500k.yaml -p lsa
+    --range budget=2%..30% --range threshold=0.1..0.9 --trials 100 fmsim tune scenarios/500k.yaml -p
+    lru --range "budget=1x topk..8x topk" --range granularity --set batch=16
 
-    Without --range, all parameters are searched whose schema says what they may be (see `fmsim policy show`), and the budget from 1% to 50%.
-    Shown is the Pareto front of tokens/s and mass kept; the best at or above the floor is marked.
+    Without --range, all parameters are searched whose schema says what they may be (see `fmsim
+    policy show`), and the budget from 1% to 50%. Shown is the Pareto front of tokens/s and mass
+    kept; the best at or above the floor is marked.
     """
-    from fmsim.scenario import ScenarioFile
     from fmsim.experiments.tune import ranges_of
+    from fmsim.scenario import ScenarioFile
 
     file = ScenarioFile(scenario, override)
     name = next((spec.policy for spec in file.scenario.policies if policy == spec.label), policy)
@@ -43,31 +60,61 @@ def tune(
 
         best = _plain(found.best) if found.best else None
         failed = [{"values": values, "error": error} for values, error in found.failed]
-        typer.echo(json.dumps({"best": best, "pareto": [*map(_plain, found.front)], "trials": [*map(_plain, found.trials)], "failed": failed}))
+        typer.echo(
+            json.dumps(
+                {
+                    "best": best,
+                    "pareto": [*map(_plain, found.front)],
+                    "trials": [*map(_plain, found.trials)],
+                    "failed": failed,
+                }
+            )
+        )
     else:
         _show(found, policy)
 
 
-def _with_progress(file: Any, policy: str, ranges: list, trials: int, floor: float, seed: int, quiet: bool) -> Tuning:
+def _with_progress(
+    file: Any, policy: str, ranges: list, trials: int, floor: float, seed: int, quiet: bool
+) -> Tuning:
     from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        TextColumn,
+        TimeRemainingColumn,
+    )
 
     from fmsim.experiments.tune import tune as search
 
     console = Console(stderr=True)
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=console, transient=True, disable=quiet or not console.is_terminal) as bar:
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(),
+    )
+    with Progress(
+        *columns, console=console, transient=True, disable=quiet or not console.is_terminal
+    ) as bar:
         task = bar.add_task(policy, total=trials)
 
         def progress(done: int, tuning: Tuning) -> None:
-            best = f"{tuning.best.figures['decode_tokens_per_s']:.1f} tokens/s" if tuning.best else "none above the floor yet"
+            best = (
+                f"{tuning.best.figures['decode_tokens_per_s']:.1f} tokens/s"
+                if tuning.best
+                else "none above the floor yet"
+            )
             bar.update(task, completed=done, description=f"{policy}: {best}")
 
         return search(file, policy, ranges, trials, floor, seed, progress)
 
 
 def _plain(trial: Trial) -> dict[str, Any]:
-    return {"values": trial.values, "exact": trial.exact} | {name: value for name, value in trial.figures.items() if name != "policy"}
+    return {"values": trial.values, "exact": trial.exact} | {
+        name: value for name, value in trial.figures.items() if name != "policy"
+    }
 
 
 def _show(found: Tuning, policy: str) -> None:
@@ -75,11 +122,17 @@ def _show(found: Tuning, policy: str) -> None:
 
     rows = [
         trial.figures
-        | {"policy": f"{policy}, best" if trial is found.best else policy, "step_s_p99": trial.figures["step_s"]["p99"]}
+        | {
+            "policy": f"{policy}, best" if trial is found.best else policy,
+            "step_s_p99": trial.figures["step_s"]["p99"],
+        }
         | {f"set.{name}": value for name, value in trial.values.items()}
         for trial in found.front
     ]
-    above = f"the best that keeps {found.floor:.0%} of the mass is marked" if found.best else f"none keeps {found.floor:.0%} of the mass"
+    above = (
+        f"the best that keeps {found.floor:.0%} of the mass is marked"
+        if found.best
+        else f"none keeps {found.floor:.0%} of the mass"
+    )
     failed = f", {len(found.failed)} could not run" if found.failed else ""
     rows_table.show(rows, f"Pareto front of {len(found.trials)} settings{failed}; {above}")
-

@@ -12,15 +12,32 @@ from fmsim.cli.extras import require
 
 def validate(
     scenario: Annotated[Path, typer.Argument(help="scenario file (.yaml)")],
-    policy: Annotated[list[str], typer.Option("--policy", "-p", help="check only this one; repeat for more")] = [],  # noqa: B006
-    override: Annotated[list[str], typer.Option("--set", "-s", help="key=value, as in `fmsim run`")] = [],  # noqa: B006
-    whole_steps: Annotated[bool, typer.Option("--whole-steps", help="decode with random weights of the scenario's model too, and compare step times")] = False,
-    device: Annotated[str | None, typer.Option(help="cuda or cpu; cuda where there is one by default")] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="print one JSON object instead of the table")] = False,
+    policy: Annotated[
+        list[str], typer.Option("--policy", "-p", help="check only this one; repeat for more")
+    ] = [],
+    override: Annotated[
+        list[str], typer.Option("--set", "-s", help="key=value, as in `fmsim run`")
+    ] = [],
+    whole_steps: Annotated[
+        bool,
+        typer.Option(
+            "--whole-steps",
+            help="decode with random weights of the scenario's model too, and compare step times",
+        ),
+    ] = False,
+    device: Annotated[
+        str | None, typer.Option(help="cuda or cpu; cuda where there is one by default")
+    ] = None,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="print one JSON object instead of the table")
+    ] = False,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="no progress bar")] = False,
 ) -> None:
-    """Run policies in both worlds on one trace: the replay in numpy, and the engine's keeper in torch over a tiered cache whose bytes
-    are really moved. Resident sets must be the same slot for slot at every step. The exit code is 1 where something differs.
+    """Run policies in both worlds on one trace: the replay in numpy, and the engine's keeper in
+    torch over a tiered cache whose bytes are really moved.
+
+    Resident sets must be the same slot for slot at every step. The exit code is 1 where something
+    differs.
 
     \b
     fmsim validate scenarios/32k.yaml
@@ -35,20 +52,32 @@ def validate(
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-    from fmsim.scenario import ScenarioFile
     from fmsim.experiments.validate import validate_scenario
+    from fmsim.scenario import ScenarioFile
 
     if device == "cuda" and not torch.cuda.is_available():
         raise FmsimError("--device cuda: torch finds no CUDA device here; use --device cpu")
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     console = Console(stderr=True)
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=console, transient=True, disable=quiet or not console.is_terminal) as bar:
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+    )
+    with Progress(
+        *columns, console=console, transient=True, disable=quiet or not console.is_terminal
+    ) as bar:
         task = bar.add_task("reading the trace", total=None)
         report = validate_scenario(
-            ScenarioFile(scenario, override), policy, device, lambda label, done, total: bar.update(task, description=label, completed=done, total=total),
+            ScenarioFile(scenario, override),
+            policy,
+            device,
+            lambda label, done, total: bar.update(
+                task, description=label, completed=done, total=total
+            ),
             whole_steps,
-        )  # fmt: skip
+        )
     if as_json:
         import json
 

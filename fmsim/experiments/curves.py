@@ -1,4 +1,8 @@
-"""How a run's policies would do with other budgets and other page sizes, and how far each is from its bound. Needs the trace."""
+"""How a run's policies would do with other budgets and other page sizes, and how far each is from
+its bound.
+
+Needs the trace.
+"""
 
 from __future__ import annotations
 
@@ -9,22 +13,33 @@ from typing import Any
 import numpy as np
 
 from fmsim.errors import FmsimError
-from fmsim.sim.footprint import check_layer_map
-from fmsim.replay.ledger import Ledger
 from fmsim.experiments.parallel import in_parallel
 from fmsim.policies import registry
+from fmsim.replay.ledger import Ledger
 from fmsim.replay.replayer import Replayer
 from fmsim.replay.stack_distance import Course, distances, least_slots
+from fmsim.sim.footprint import check_layer_map
 from fmsim.trace import Trace
 
 GRANULARITIES = (1, 4, 16, 64)
-SHARES = (0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.35, 0.5)  # of the prompt's entries: budgets that are replayed
+SHARES = (
+    0.005,
+    0.01,
+    0.02,
+    0.05,
+    0.1,
+    0.2,
+    0.35,
+    0.5,
+)  # of the prompt's entries: budgets that are replayed
 LRU_POINTS = 120  # of the curve that one pass gives at every budget
 
 
 @dataclass(frozen=True)
 class _Replay:
-    """One replay that the curves need: which curve, where on it, and a policy as `registry.build` takes it."""
+    """One replay that the curves need: which curve, where on it, and a policy as `registry.build`
+    takes it.
+    """
 
     place: tuple[str, ...]
     x: float
@@ -39,23 +54,37 @@ def compute(
 ) -> dict[str, Any]:
     """Curves for the policies that `ledgers` (by label) came from, as plain JSON values.
 
-    - `misses`: share of selected entries not resident when their step began, over the budget in entries a layer: LRU at every budget, and
-      belady, the bound of whatever loads on demand, at some; for each granularity;
-    - `lost_mass`: share of the attention mass that a policy which masks its misses loses, over the budget;
+    - `misses`: share of selected entries not resident when their step began, over the budget in
+      entries a layer: LRU at every budget, and belady, the bound of whatever loads on demand, at
+      some; for each granularity;
+    - `lost_mass`: share of the attention mass that a policy which masks its misses loses, over the
+      budget;
     - `granularity`: the same two for each policy at its own budget, over the entries in a page;
-    - `regret`: by trace layer, the run's misses (or lost mass) and its bound's at the same budget and granularity: belady's, or the
-      oracle's with one decision a window.
+    - `regret`: by trace layer, the run's misses (or lost mass) and its bound's at the same budget
+      and granularity: belady's, or the oracle's with one decision a window.
 
-    Layers weigh by the model layers that they drive. A point that cannot be (pinned pages exceed the budget) is left out.
+    Layers weigh by the model layers that they drive. A point that cannot be (pinned pages exceed
+    the budget) is left out.
     """
     replayer = Replayer(trace)
-    weights = np.bincount(check_layer_map(layer_map, trace.n_layers, len(layer_map)), minlength=trace.n_layers).astype(float)
-    wanted = [*_bound_replays(replayer), *_budget_replays(replayer, ledgers), *_granularity_replays(ledgers), *_regret_replays(ledgers)]
-    for granularity, shared in {(replay.spec["granularity"], replay.spec.get("scope") == "shared") for replay in wanted}:
+    weights = np.bincount(
+        check_layer_map(layer_map, trace.n_layers, len(layer_map)), minlength=trace.n_layers
+    ).astype(float)
+    wanted = [
+        *_bound_replays(replayer),
+        *_budget_replays(replayer, ledgers),
+        *_granularity_replays(ledgers),
+        *_regret_replays(ledgers),
+    ]
+    for granularity, shared in {
+        (replay.spec["granularity"], replay.spec.get("scope") == "shared") for replay in wanted
+    }:
         replayer.paged(granularity, shared)  # once, before the processes part
     found: dict[tuple[str, ...], list[tuple[float, Ledger]]] = {}
     progress(0, len(wanted))
-    for done, (replay, ledger) in enumerate(zip(wanted, in_parallel(lambda i: _try(replayer, wanted[i].spec), len(wanted))), 1):
+    for done, (replay, ledger) in enumerate(
+        zip(wanted, in_parallel(lambda i: _try(replayer, wanted[i].spec), len(wanted))), 1
+    ):
         if ledger is not None:
             found.setdefault(replay.place, []).append((replay.x, ledger))
         progress(done, len(wanted))
@@ -64,15 +93,32 @@ def compute(
         "prompt_entries": replayer.prompt_entries,
         "topk": replayer.topk,
         "misses": {
-            "lru": {str(granularity): _lru_curve(replayer, granularity, weights) for granularity in GRANULARITIES},
-            "belady": {str(g): _curve(found.get(("misses", str(g)), []), missed_share, weights) for g in GRANULARITIES},
+            "lru": {
+                str(granularity): _lru_curve(replayer, granularity, weights)
+                for granularity in GRANULARITIES
+            },
+            "belady": {
+                str(g): _curve(found.get(("misses", str(g)), []), missed_share, weights)
+                for g in GRANULARITIES
+            },
         },
-        "lost_mass": {label: _curve(found.get(("lost_mass", label), []), lost_share, weights) for label in _lossy(ledgers)},
+        "lost_mass": {
+            label: _curve(found.get(("lost_mass", label), []), lost_share, weights)
+            for label in _lossy(ledgers)
+        },
         "granularity": {
-            label: _curve(found.get(("granularity", label), []), lost_share if _is_lossy(ledger) else missed_share, weights)
+            label: _curve(
+                found.get(("granularity", label), []),
+                lost_share if _is_lossy(ledger) else missed_share,
+                weights,
+            )
             for label, ledger in _tiered(ledgers).items()
         },
-        "regret": {label: _regret(ledgers[label], points[0][1]) for (curve, label), points in found.items() if curve == "regret"},
+        "regret": {
+            label: _regret(ledgers[label], points[0][1])
+            for (curve, label), points in found.items()
+            if curve == "regret"
+        },
     }
 
 
@@ -82,7 +128,9 @@ def missed_share(ledger: Ledger, weights: np.ndarray) -> float:
 
 
 def lost_share(ledger: Ledger, weights: np.ndarray) -> float:
-    """Attention mass on entries that were not attended to, of the mass on all selected; layers weighted."""
+    """Attention mass on entries that were not attended to, of the mass on all selected; layers
+    weighted.
+    """
     return _share(np.maximum(ledger.mass_total - ledger.mass_kept, 0), ledger.mass_total, weights)
 
 
@@ -113,14 +161,23 @@ def _lossy(ledgers: Mapping[str, Ledger]) -> dict[str, Ledger]:
 
 def _spec(ledger: Ledger, entries: int, granularity: int) -> dict[str, Any]:
     """The ledger's policy with another budget (in entries a layer) and granularity."""
-    own = {key: value for key, value in ledger.params.items() if key != "kmax"}  # kmax is a budget too
-    return own | {"policy": ledger.policy, "budget": f"{entries} entries", "granularity": granularity}
+    own = {
+        key: value for key, value in ledger.params.items() if key != "kmax"
+    }  # kmax is a budget too
+    return own | {
+        "policy": ledger.policy,
+        "budget": f"{entries} entries",
+        "granularity": granularity,
+    }
 
 
 def _bound_replays(replayer: Replayer) -> list[_Replay]:
     replays = []
     for granularity in GRANULARITIES:
-        least = least_slots(replayer.paged(granularity, False), _course(replayer, granularity)) * granularity
+        least = (
+            least_slots(replayer.paged(granularity, False), _course(replayer, granularity))
+            * granularity
+        )
         budgets = sorted({least, *(round(share * replayer.prompt_entries) for share in SHARES)})
         for entries in [entries for entries in budgets if entries >= least]:
             spec = {"policy": "belady", "budget": f"{entries} entries", "granularity": granularity}
@@ -138,7 +195,11 @@ def _budget_replays(replayer: Replayer, ledgers: Mapping[str, Ledger]) -> list[_
 
 def _granularity_replays(ledgers: Mapping[str, Ledger]) -> list[_Replay]:
     return [
-        _Replay(("granularity", label), granularity, _spec(ledger, ledger.n_slots * ledger.granularity, granularity))
+        _Replay(
+            ("granularity", label),
+            granularity,
+            _spec(ledger, ledger.n_slots * ledger.granularity, granularity),
+        )
         for label, ledger in _tiered(ledgers).items()
         for granularity in GRANULARITIES
     ]
@@ -153,17 +214,30 @@ def _regret_replays(ledgers: Mapping[str, Ledger]) -> list[_Replay]:
             "granularity": ledger.granularity,
             "scope": ledger.scope,
         }
-        replays.append(_Replay(("regret", label), 0, spec | ({"cadence": ledger.tau} if _is_lossy(ledger) else {})))
+        replays.append(
+            _Replay(
+                ("regret", label), 0, spec | ({"cadence": ledger.tau} if _is_lossy(ledger) else {})
+            )
+        )
     return replays
 
 
 def _regret(ledger: Ledger, bound: Ledger) -> dict[str, Any]:
     kind, share = ("lost_mass", lost_share) if _is_lossy(ledger) else ("misses", missed_share)
-    by_layer = lambda source: [share(source, one) for one in np.eye(source.n_layers)]  # noqa: E731
-    return {"kind": kind, "bound_policy": bound.policy, "own": by_layer(ledger), "bound": by_layer(bound)}
+    by_layer = lambda source: [share(source, one) for one in np.eye(source.n_layers)]
+    return {
+        "kind": kind,
+        "bound_policy": bound.policy,
+        "own": by_layer(ledger),
+        "bound": by_layer(bound),
+    }
 
 
-def _curve(points: list[tuple[float, Ledger]], share: Callable[[Ledger, np.ndarray], float], weights: np.ndarray) -> dict[str, list[float]]:
+def _curve(
+    points: list[tuple[float, Ledger]],
+    share: Callable[[Ledger, np.ndarray], float],
+    weights: np.ndarray,
+) -> dict[str, list[float]]:
     return {"x": [x for x, _ in points], "y": [share(ledger, weights) for _, ledger in points]}
 
 
@@ -176,8 +250,12 @@ def _lru_curve(replayer: Replayer, granularity: int, weights: np.ndarray) -> dic
     paged, course = replayer.paged(granularity, False), _course(replayer, granularity)
     found = distances(paged, course)
     counted = np.where(found >= 0, paged.count, 0) * weights[:, None]
-    at = np.bincount(np.maximum(found, 0).ravel(), weights=counted.ravel(), minlength=paged.n_pages + 1)
-    missed = at.sum() - np.concatenate(([0.0], np.cumsum(at)))  # [slots]: entries found at that position or deeper
+    at = np.bincount(
+        np.maximum(found, 0).ravel(), weights=counted.ravel(), minlength=paged.n_pages + 1
+    )
+    missed = at.sum() - np.concatenate(
+        ([0.0], np.cumsum(at))
+    )  # [slots]: entries found at that position or deeper
     least = least_slots(paged, course)
     if least > paged.n_pages:
         return {"x": [], "y": []}

@@ -22,8 +22,8 @@ _work: Callable[[int], Any]  # set just before the processes part, so that they 
 def in_parallel(work: Callable[[int], Result], n: int) -> Iterator[Result]:
     """work(0), ..., work(n - 1), in order, each as soon as it and those before it are there.
 
-    On Linux they run in forked processes, which share the parent's arrays; elsewhere, or on one core, one after another.
-    An exception that `work` raises is raised here.
+    On Linux they run in forked processes, which share the parent's arrays; elsewhere, or on one
+    core, one after another. An exception that `work` raises is raised here.
     """
     n_processes = min(n, cores())
     if n_processes < 2 or sys.platform != "linux":
@@ -36,14 +36,21 @@ def in_parallel(work: Callable[[int], Result], n: int) -> Iterator[Result]:
 
 
 def as_they_end(
-    work: Callable[[Item], Result], items: Sequence[Item], jobs: int | None = None, start_method: str | None = None
+    work: Callable[[Item], Result],
+    items: Sequence[Item],
+    jobs: int | None = None,
+    start_method: str | None = None,
 ) -> Iterator[Result]:
-    """work(item) of each, as each ends, in `jobs` processes (one a core by default), which end with this one even if it is killed.
+    """work(item) of each, as each ends, in `jobs` processes (one a core by default), which end with
+    this one even if it is killed.
 
-    `start_method` is multiprocessing's; "spawn" for work on a GPU, whose driver does not outlive a fork.
+    `start_method` is multiprocessing's; "spawn" for work on a GPU, whose driver does not outlive a
+    fork.
     """
     context = multiprocessing.get_context(start_method)
-    with ProcessPoolExecutor(jobs or cores(), context, initializer=_end_with_parent, initargs=(os.getpid(),)) as pool:
+    with ProcessPoolExecutor(
+        jobs or cores(), context, initializer=_end_with_parent, initargs=(os.getpid(),)
+    ) as pool:
         try:
             for future in as_completed([pool.submit(work, item) for item in items]):
                 yield future.result()
@@ -53,11 +60,15 @@ def as_they_end(
 
 
 def on_ray(work: Callable[[Item], Result], items: Sequence[Item]) -> Iterator[Result]:
-    """The same on a Ray cluster: the one at RAY_ADDRESS, or this machine's own. fmsim and the files must be on every node."""
+    """The same on a Ray cluster: the one at RAY_ADDRESS, or this machine's own. fmsim and the files
+    must be on every node.
+    """
     try:
         import ray
     except ModuleNotFoundError:
-        raise FmsimError("--engine ray: ray is not installed; pip install 'fmsim[ray]', or leave --engine out") from None
+        raise FmsimError(
+            "--engine ray: ray is not installed; pip install 'fmsim[ray]', or leave --engine out"
+        ) from None
     ray.init(ignore_reinit_error=True, log_to_driver=False, logging_level="warning")
     try:
         task = ray.remote(work)

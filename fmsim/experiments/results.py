@@ -29,7 +29,9 @@ def _stem(label: str) -> str:
 
 @dataclass(frozen=True)
 class Results:
-    """A run's report as `fmsim run --json` prints it; ledgers and timelines by policy label, in the report's order."""
+    """A run's report as `fmsim run --json` prints it; ledgers and timelines by policy label, in the
+    report's order.
+    """
 
     report: dict[str, Any]
     ledgers: dict[str, Ledger]
@@ -54,14 +56,27 @@ class Results:
         try:
             report = json.loads(path.read_text(encoding="utf-8"))
             if "serving" in report:
-                raise FmsimError(f"{path}: is of a scenario with a workload, which has no page yet; run it with --set workload=null for a page of one decode")
+                raise FmsimError(
+                    f"{path}: is of a scenario with a workload, which has no page yet; run it with"
+                    " --set workload=null for a page of one decode"
+                )
             labels = [row["policy"] for row in report["policies"]]
             known = set(report["scenario"]["details"]) >= set(labels)
         except FileNotFoundError:
-            raise FmsimError(f"{folder}: has no {REPORT_NAME}; write it with `fmsim run SCENARIO --out {folder}`") from None
+            raise FmsimError(
+                f"{folder}: has no {REPORT_NAME}; write it with `fmsim run SCENARIO --out {folder}`"
+            ) from None
         except (OSError, ValueError, KeyError, TypeError) as error:
-            raise FmsimError(f"{path}: not a report of `fmsim run --out` ({error}); run the scenario again") from None
+            raise FmsimError(
+                f"{path}: not a report of `fmsim run --out` ({error}); run the scenario again"
+            ) from None
         if not labels or not known:
-            raise FmsimError(f"{path}: not a whole report of `fmsim run --out`; run the scenario again")
+            raise FmsimError(
+                f"{path}: not a whole report of `fmsim run --out`; run the scenario again"
+            )
         ledgers = {label: Ledger.load(ledger_path(folder, label)) for label in labels}
-        return cls(report, ledgers, {label: Timeline.load(timeline_path(folder, label)) for label in labels})
+        return cls(
+            report,
+            ledgers,
+            {label: Timeline.load(timeline_path(folder, label)) for label in labels},
+        )

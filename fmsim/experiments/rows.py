@@ -1,4 +1,6 @@
-"""A file of result rows that grows by one row at a time: JSON lines, or Parquet where its name ends so."""
+"""A file of result rows that grows by one row at a time: JSON lines, or Parquet where its name ends
+so.
+"""
 
 from __future__ import annotations
 
@@ -14,17 +16,25 @@ Row = dict[str, Any]  # flat: no value is a mapping
 
 
 class RowFile:
-    """What is in the file when it is opened, and what is appended. A kill at any moment loses at most the row being written."""
+    """What is in the file when it is opened, and what is appended.
+
+    A kill at any moment loses at most the row being written.
+    """
 
     def __init__(self, path: str | Path) -> None:
-        """Raises FmsimError for a file that holds something else, or a place that cannot be written."""
+        """Raises FmsimError for a file that holds something else, or a place that cannot be
+        written.
+        """
         self.path = Path(path)
         self._parquet = self.path.suffix == ".parquet"
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             self.rows: list[Row] = self._read_parquet() if self._parquet else self._read_lines()
         except OSError as error:
-            raise FmsimError(f"--out {self.path}: cannot be used ({error.strerror or error}); choose another file") from None
+            raise FmsimError(
+                f"--out {self.path}: cannot be used ({error.strerror or error}); choose another"
+                " file"
+            ) from None
 
     def append(self, row: Row) -> None:
         """Write one row; it is on disk when this returns."""
@@ -50,7 +60,10 @@ class RowFile:
             except ValueError:
                 row = None
             if not isinstance(row, dict):
-                raise FmsimError(f"{self.path}, line {number}: not a row of results; give another file with --out, or mend the line")
+                raise FmsimError(
+                    f"{self.path}, line {number}: not a row of results; give another file with"
+                    " --out, or mend the line"
+                )
             rows.append(row)
         if len(whole) < len(text):
             os.truncate(self.path, len(whole))
@@ -61,9 +74,15 @@ class RowFile:
         if not self.path.exists():
             return []
         try:
-            return [{name: value for name, value in row.items() if value is not None} for row in parquet.read_table(self.path).to_pylist()]
+            return [
+                {name: value for name, value in row.items() if value is not None}
+                for row in parquet.read_table(self.path).to_pylist()
+            ]
         except ValueError as error:  # pyarrow's errors are ValueErrors
-            raise FmsimError(f"{self.path}: not a Parquet file of results ({error}); give another file with --out") from None
+            raise FmsimError(
+                f"{self.path}: not a Parquet file of results ({error}); give another file with"
+                " --out"
+            ) from None
 
     def _write_parquet(self) -> None:
         """Parquet cannot grow, so the file is written anew and takes the old one's place."""
@@ -71,7 +90,9 @@ class RowFile:
 
         columns = list(dict.fromkeys(name for row in self.rows for name in row))
         table = pyarrow.table({name: [row.get(name) for row in self.rows] for name in columns})
-        handle, temporary = tempfile.mkstemp(dir=self.path.parent, prefix=self.path.name, suffix=".part")
+        handle, temporary = tempfile.mkstemp(
+            dir=self.path.parent, prefix=self.path.name, suffix=".part"
+        )
         os.close(handle)
         try:
             self._library().write_table(table, temporary)
@@ -84,5 +105,8 @@ class RowFile:
         try:
             import pyarrow.parquet
         except ModuleNotFoundError:
-            raise FmsimError(f"--out {self.path}: Parquet needs pyarrow; pip install 'fmsim[parquet]', or name a .jsonl file") from None
+            raise FmsimError(
+                f"--out {self.path}: Parquet needs pyarrow; pip install 'fmsim[parquet]', or name a"
+                " .jsonl file"
+            ) from None
         return pyarrow.parquet

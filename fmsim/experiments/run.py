@@ -11,20 +11,20 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fmsim.sim import metrics
 from fmsim import __version__
 from fmsim.errors import FmsimError
-from fmsim.sim.footprint import check_layer_map
+from fmsim.experiments.parallel import in_parallel
+from fmsim.experiments.results import REPORT_NAME, ledger_path, timeline_path
 from fmsim.geometry import PRESETS, Geometry, from_config
 from fmsim.hw import Hardware, load_hardware, replace_figure
-from fmsim.replay.ledger import Ledger
-from fmsim.experiments.parallel import in_parallel
 from fmsim.policies import registry
 from fmsim.policies.base import Policy
+from fmsim.replay.ledger import Ledger
 from fmsim.replay.replayer import Replayer
-from fmsim.experiments.results import REPORT_NAME, ledger_path, timeline_path
 from fmsim.scenario import PolicySpec, ScenarioFile
+from fmsim.sim import metrics
 from fmsim.sim.decode import Timeline, simulate
+from fmsim.sim.footprint import check_layer_map
 from fmsim.trace import read
 
 
@@ -49,17 +49,25 @@ class Report:
     def as_json(self) -> dict[str, Any]:
         """The object that `fmsim run --json` prints."""
         details = {run.label: run.details for run in self.runs}
-        return {"scenario": self.scenario | {"details": details}, "policies": [run.row for run in self.runs]}
+        return {
+            "scenario": self.scenario | {"details": details},
+            "policies": [run.row for run in self.runs],
+        }
 
     def save(self, folder: Path) -> None:
-        """Write report.json, and each policy's ledger and timeline; every file appears whole or not at all."""
+        """Write report.json, and each policy's ledger and timeline; every file appears whole or not
+        at all.
+        """
         try:
             for run in self.runs:
                 run.ledger.save(ledger_path(folder, run.label))
                 run.timeline.save(timeline_path(folder, run.label))
             write_text(folder / REPORT_NAME, json.dumps(self.as_json(), indent=1) + "\n")
         except OSError as error:
-            raise FmsimError(f"--out {folder}: cannot be written ({error.strerror or error}); choose another folder") from None
+            raise FmsimError(
+                f"--out {folder}: cannot be written ({error.strerror or error}); choose another"
+                " folder"
+            ) from None
 
 
 class Setting:
@@ -73,13 +81,19 @@ class Setting:
         self.hw = load_scenario_hardware(file)
         self.trace = read(file.file(scenario.trace))
         self.layer_map = _located(
-            file, ("layer_map",), lambda: check_layer_map(scenario.layer_map, self.trace.n_layers, self.geometry.n_csa)
+            file,
+            ("layer_map",),
+            lambda: check_layer_map(scenario.layer_map, self.trace.n_layers, self.geometry.n_csa),
         )
 
     def replayer(self, policies: Sequence[tuple[str, Policy]] = ()) -> Replayer:
         """Of the trace; what `policies` need of it is read now, before processes part."""
-        replayer = Replayer(self.trace, entry_bytes=self.geometry.kv_entry_bytes, model_layers=self.geometry.n_csa)
-        for key in {(policy.params.granularity, policy.params.scope == "shared") for _, policy in policies}:
+        replayer = Replayer(
+            self.trace, entry_bytes=self.geometry.kv_entry_bytes, model_layers=self.geometry.n_csa
+        )
+        for key in {
+            (policy.params.granularity, policy.params.scope == "shared") for _, policy in policies
+        }:
             replayer.paged(*key)
         return replayer
 
@@ -87,17 +101,27 @@ class Setting:
         """Replay one policy and time it."""
         ledger = replayer.run(policy)
         timeline = simulate(ledger, self.geometry, self.hw, self.layer_map, self.batch)
-        row = metrics.row(ledger, timeline, self.geometry, self.hw, self.layer_map) | {"policy": label}
-        return PolicyRun(label, ledger, timeline, row, metrics.details(ledger, self.geometry, self.hw, self.layer_map))
+        row = metrics.row(ledger, timeline, self.geometry, self.hw, self.layer_map) | {
+            "policy": label
+        }
+        return PolicyRun(
+            label,
+            ledger,
+            timeline,
+            row,
+            metrics.details(ledger, self.geometry, self.hw, self.layer_map),
+        )
 
 
 def run_scenario(
-    file: ScenarioFile, selected: Sequence[str] = (), progress: Callable[[str, int, int], None] = lambda label, done, total: None
+    file: ScenarioFile,
+    selected: Sequence[str] = (),
+    progress: Callable[[str, int, int], None] = lambda label, done, total: None,
 ) -> Report:
     """Run every policy of `file`, or those `selected` by label or name.
 
-    A selected policy that the scenario lacks runs with its defaults. `progress` is told (label, done, total) as they
-    finish. Raises FmsimError for whatever the user can mend.
+    A selected policy that the scenario lacks runs with its defaults. `progress` is told (label,
+    done, total) as they finish. Raises FmsimError for whatever the user can mend.
     """
     setting = Setting(file)
     policies = build_policies(file, selected)
@@ -120,17 +144,27 @@ def load_scenario_hardware(file: ScenarioFile) -> Hardware:
     scenario = file.scenario
     hw = _located(file, ("hardware",), lambda: load_hardware(scenario.hardware, file.path.parent))
     for name in scenario.hardware_figures:
-        hw = _located(file, ("hardware_figures", name), lambda: replace_figure(hw, name, scenario.hardware_figures[name]))
+        hw = _located(
+            file,
+            ("hardware_figures", name),
+            lambda: replace_figure(hw, name, scenario.hardware_figures[name]),
+        )
     return hw
 
 
 def load_geometry(file: ScenarioFile) -> Geometry:
-    """The scenario's model: a preset's name, or a config.json beside the scenario (or the folder that holds one)."""
+    """The scenario's model: a preset's name, or a config.json beside the scenario (or the folder
+    that holds one).
+    """
     return geometry_named(file.scenario.model, file.file, file.where(("model",)))
 
 
-def geometry_named(name: str, find: Callable[[str], Path] = Path, where: str = "--model") -> Geometry:
-    """A preset by its name, or what a config.json says (or the folder that holds one); ``where`` is for the message of an FmsimError."""
+def geometry_named(
+    name: str, find: Callable[[str], Path] = Path, where: str = "--model"
+) -> Geometry:
+    """A preset by its name, or what a config.json says (or the folder that holds one); ``where`` is
+    for the message of an FmsimError.
+    """
     if name in PRESETS:
         return PRESETS[name]
     path = find(name)
@@ -146,7 +180,9 @@ def geometry_named(name: str, find: Callable[[str], Path] = Path, where: str = "
 
 
 def select(file: ScenarioFile, selected: Sequence[str]) -> list[PolicySpec]:
-    """The scenario's policies, or those `selected` by label or name; one that it lacks has its defaults."""
+    """The scenario's policies, or those `selected` by label or name; one that it lacks has its
+    defaults.
+    """
     if not selected:
         return list(file.scenario.policies)
     specs: list[PolicySpec] = []
@@ -160,8 +196,10 @@ def select(file: ScenarioFile, selected: Sequence[str]) -> list[PolicySpec]:
 
 
 def build(file: ScenarioFile, spec: PolicySpec) -> Policy:
-    """A new policy object for an entry of the scenario; FmsimError says where its parameters are wrong."""
-    make = lambda: registry.build({"policy": spec.policy} | spec.params)  # noqa: E731
+    """A new policy object for an entry of the scenario; FmsimError says where its parameters are
+    wrong.
+    """
+    make = lambda: registry.build({"policy": spec.policy} | spec.params)
     if spec not in file.scenario.policies:
         return make()
     return _located(file, ("policies", file.scenario.policies.index(spec)), make)
@@ -208,7 +246,14 @@ def about(setting: Setting) -> dict[str, Any]:
         "batch": scenario.batch,
         "full_kv_bytes": geometry.full_kv_bytes(header.prompt_tokens),
         "simulated": ["decode_tokens_per_s", "step_s", "stall_ratio", "max_requests"],
-        "replayed": ["kv_hbm_bytes", "kv_hbm_ratio", "entry_recall", "mass_kept", "set_overlap", "h2d_bytes"],
+        "replayed": [
+            "kv_hbm_bytes",
+            "kv_hbm_ratio",
+            "entry_recall",
+            "mass_kept",
+            "set_overlap",
+            "h2d_bytes",
+        ],
     }
 
 

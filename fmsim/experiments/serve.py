@@ -11,15 +11,15 @@ from typing import Any
 
 import numpy as np
 
-from fmsim.sim import metrics
 from fmsim.errors import FmsimError
-from fmsim.replay.ledger import Ledger
 from fmsim.experiments.parallel import in_parallel
+from fmsim.experiments.run import Setting, about, build_policies, write_text
 from fmsim.policies import registry
 from fmsim.policies.base import Policy
+from fmsim.replay.ledger import Ledger
 from fmsim.replay.replayer import Replayer
-from fmsim.experiments.run import Setting, about, build_policies, write_text
 from fmsim.scenario import ScenarioFile
+from fmsim.sim import metrics
 from fmsim.sim.serving.banner import banner
 from fmsim.sim.serving.demand import Demand
 from fmsim.sim.serving.plan import Question, plan
@@ -29,7 +29,17 @@ from fmsim.sim.serving.spec import RequestFile
 from fmsim.sim.serving.summary import summary
 from fmsim.sim.serving.workload import Source
 
-SIMULATED = ["requests", "held", "tokens_per_s", "ttft_s", "tpot_s", "goodput_per_s", "stall_share", "bound", "in_use"]
+SIMULATED = [
+    "requests",
+    "held",
+    "tokens_per_s",
+    "ttft_s",
+    "tpot_s",
+    "goodput_per_s",
+    "stall_share",
+    "bound",
+    "in_use",
+]
 
 
 @dataclass(frozen=True)
@@ -51,31 +61,51 @@ class ServingReport:
                 ledger.save(folder / "ledgers" / f"{re.sub(r'[^-.+0-9A-Za-z_]', '_', label)}.npz")
             write_text(folder / "report.json", json.dumps(self.as_json(), indent=1) + "\n")
         except OSError as error:
-            raise FmsimError(f"--out {folder}: cannot be written ({error.strerror or error}); choose another folder") from None
+            raise FmsimError(
+                f"--out {folder}: cannot be written ({error.strerror or error}); choose another"
+                " folder"
+            ) from None
 
 
 def serve_scenario(
-    file: ScenarioFile, selected: Sequence[str] = (), progress: Callable[[str, int, int], None] = lambda label, done, total: None
+    file: ScenarioFile,
+    selected: Sequence[str] = (),
+    progress: Callable[[str, int, int], None] = lambda label, done, total: None,
 ) -> ServingReport:
-    """Serve the scenario's workload under each of its policies, or those `selected` by label or name.
+    """Serve the scenario's workload under each of its policies, or those `selected` by label or
+    name.
 
-    `progress` is told (label, done, total) as they finish. Raises FmsimError for whatever the user can mend.
+    `progress` is told (label, done, total) as they finish. Raises FmsimError for whatever the user
+    can mend.
     """
     source = _source(file)  # so that a mistake in a request file is told first
     setting, policies = Setting(file), build_policies(file, selected)
     replayer = setting.replayer(policies)
     rows, ledgers = [], {}
     progress(policies[0][0], 0, len(policies))
-    for row, ledger in in_parallel(lambda index: serve_policy(setting, replayer, *policies[index]), len(policies)):
+    for row, ledger in in_parallel(
+        lambda index: serve_policy(setting, replayer, *policies[index]), len(policies)
+    ):
         rows.append(row)
         ledgers[row["policy"]] = ledger
         progress(row["policy"], len(rows), len(policies))
-    head = about(setting) | {"workload": _about_workload(file, source), "simulated": SIMULATED, "replayed": ["mass_kept", "entry_recall"]}
+    head = about(setting) | {
+        "workload": _about_workload(file, source),
+        "simulated": SIMULATED,
+        "replayed": ["mass_kept", "entry_recall"],
+    }
     return ServingReport(head, tuple(rows), ledgers)
 
 
-def plan_scenario(file: ScenarioFile, selected: Sequence[str], tokens: int | None, output_tokens: int, tpot_s: float) -> dict[str, Any]:
-    """`plan.plan` of each of the scenario's policies, or those `selected`, at a context of `tokens` (by default the trace's).
+def plan_scenario(
+    file: ScenarioFile,
+    selected: Sequence[str],
+    tokens: int | None,
+    output_tokens: int,
+    tpot_s: float,
+) -> dict[str, Any]:
+    """`plan.plan` of each of the scenario's policies, or those `selected`, at a context of `tokens`
+    (by default the trace's).
 
     Raises FmsimError for whatever the user can mend.
     """
@@ -91,18 +121,36 @@ def plan_scenario(file: ScenarioFile, selected: Sequence[str], tokens: int | Non
     rows = []
     for label, policy in policies:
         demand, ledger = demand_of(policy)
-        question = Question(setting.hw, setting.geometry, demand, file.scenario.server, tokens, output_tokens, tpot_s)
-        kept = {"exact": metrics.exact(ledger), "mass_kept": metrics.kept(ledger, setting.layer_map)["mass_kept"]}
+        question = Question(
+            setting.hw,
+            setting.geometry,
+            demand,
+            file.scenario.server,
+            tokens,
+            output_tokens,
+            tpot_s,
+        )
+        kept = {
+            "exact": metrics.exact(ledger),
+            "mass_kept": metrics.kept(ledger, setting.layer_map)["mass_kept"],
+        }
         rows.append({"policy": label} | kept | plan(question, full))
-    return {"scenario": about(setting) | {"server": file.scenario.server.model_dump(mode="json")}, "plans": rows}
+    return {
+        "scenario": about(setting) | {"server": file.scenario.server.model_dump(mode="json")},
+        "plans": rows,
+    }
 
 
-def serve_policy(setting: Setting, replayer: Replayer, label: str, policy: Policy) -> tuple[dict[str, Any], Ledger]:
+def serve_policy(
+    setting: Setting, replayer: Replayer, label: str, policy: Policy
+) -> tuple[dict[str, Any], Ledger]:
     """One policy's row of a report, and the ledger that its requests replay."""
     ledger = replayer.run(policy)
     demand = Demand(ledger, setting.geometry, setting.layer_map)
     options, source = setting.file.scenario.server, _source(setting.file)
-    prompt, output = (round(float(np.mean(lengths))) for lengths in zip(*(row[1:] for row in source.first)))
+    prompt, output = (
+        round(float(np.mean(lengths))) for lengths in zip(*(row[1:] for row in source.first))
+    )
     memory = banner(setting.hw, setting.geometry, demand, options, prompt, output)
     run = ServerRun(setting.hw, setting.geometry, demand, options, source)
     run.run()

@@ -1,4 +1,6 @@
-"""A scenario run over a grid of settings: which runs there are, what makes each one itself, and its row of results."""
+"""A scenario run over a grid of settings: which runs there are, what makes each one itself, and its
+row of results.
+"""
 
 from __future__ import annotations
 
@@ -14,33 +16,43 @@ import yaml
 
 from fmsim import __version__
 from fmsim.errors import FmsimError
-from fmsim.replay.replayer import Replayer
 from fmsim.experiments.rows import Row
 from fmsim.experiments.run import Setting, build_policies
-from fmsim.scenario import ScenarioFile
 from fmsim.experiments.serve import serve_policy
+from fmsim.replay.replayer import Replayer
+from fmsim.scenario import ScenarioFile
 from fmsim.sim.serving.spec import RequestFile
 
 
 @dataclass(frozen=True)
 class Axis:
-    """One key of the grid, as `--set` spells it, and its values: (text, what the row shows) each."""
+    """One key of the grid, as `--set` spells it, and its values: (text, what the row shows)
+    each.
+    """
 
     key: str
     values: tuple[tuple[str, Any], ...]
 
     @classmethod
     def parse(cls, text: str) -> Axis:
-        """KEY=VALUE,VALUE,...: the values are a YAML list without its brackets. Raises FmsimError with an example."""
+        """KEY=VALUE,VALUE,...: the values are a YAML list without its brackets.
+
+        Raises FmsimError with an example.
+        """
         key, equals, values = text.partition("=")
-        example = "write KEY=VALUE,VALUE,..., such as --grid hardware=h100,h200 or --grid policies.lsa.budget=5%,10%"
+        example = (
+            "write KEY=VALUE,VALUE,..., such as --grid hardware=h100,h200 or --grid"
+            " policies.lsa.budget=5%,10%"
+        )
         if not equals or not key.strip() or not values.strip():
             raise FmsimError(f"--grid {text}: {example}")
         try:
             nodes = yaml.compose(f"[{values}]", yaml.SafeLoader).value
         except yaml.YAMLError:
             raise FmsimError(f"--grid {text}: the values are not a YAML list; {example}") from None
-        texts = [values[node.start_mark.index - 1 : node.end_mark.index - 1].strip() for node in nodes]
+        texts = [
+            values[node.start_mark.index - 1 : node.end_mark.index - 1].strip() for node in nodes
+        ]
         if any("=" in value for value in texts):
             raise FmsimError(f"--grid {text}: one key a --grid; repeat --grid for the next key")
         numbers = [_number(value) for value in texts]
@@ -62,48 +74,70 @@ def _number(text: str) -> int | float | None:
 
 @dataclass(frozen=True)
 class Run:
-    """One policy under one setting. All that a worker on another machine needs, where it sees the same files."""
+    """One policy under one setting.
+
+    All that a worker on another machine needs, where it sees the same files.
+    """
 
     scenario: str
     overrides: tuple[str, ...]
-    settings: tuple[tuple[str, Any], ...]  # the grid's keys that concern this policy, and their values
+    settings: tuple[
+        tuple[str, Any], ...
+    ]  # the grid's keys that concern this policy, and their values
     label: str
     key: str  # a digest of all that the result depends on
 
     def row(self) -> Row:
         """Run it. A run that cannot be (its KV does not fit, say) gives a row with an `error`."""
-        head = {"key": self.key, "policy": self.label} | {f"set.{name}": value for name, value in self.settings}
+        head = {"key": self.key, "policy": self.label} | {
+            f"set.{name}": value for name, value in self.settings
+        }
         file = ScenarioFile(self.scenario, self.overrides)
         head = {"scenario": file.scenario.name} | head
         try:
             setting, policy = Setting(file), dict(build_policies(file, [self.label]))[self.label]
             if file.scenario.workload is not None:
-                return head | _flat(serve_policy(setting, _replayer(setting), self.label, policy)[0], leave=("policy", "over_time", "memory"))
+                return head | _flat(
+                    serve_policy(setting, _replayer(setting), self.label, policy)[0],
+                    leave=("policy", "over_time", "memory"),
+                )
             run = setting.run(_replayer(setting), self.label, policy)
         except FmsimError as error:
             return head | {"error": str(error)}
         return head | _flat(run.row | run.details, leave=("policy", "params"))
 
 
-def plan(scenario: str, overrides: Sequence[str], axes: Sequence[Axis], selected: Sequence[str] = ()) -> list[Run]:
+def plan(
+    scenario: str, overrides: Sequence[str], axes: Sequence[Axis], selected: Sequence[str] = ()
+) -> list[Run]:
     """All runs of the grid, in the order of the axes, the last one fastest, each once.
 
-    A key `policies.<label>...` concerns that policy alone, so the others run once, not once a value. Raises FmsimError for a mistake
-    in any setting, before anything has run.
+    A key `policies.<label>...` concerns that policy alone, so the others run once, not once a
+    value. Raises FmsimError for a mistake in any setting, before anything has run.
     """
     keys = [axis.key for axis in axes]
     twice = sorted({key for key in keys if keys.count(key) > 1})
     if twice:
-        raise FmsimError(f"--grid {twice[0]}: the key stands there twice; give all its values in one --grid")
+        raise FmsimError(
+            f"--grid {twice[0]}: the key stands there twice; give all its values in one --grid"
+        )
     runs: dict[str, Run] = {}
     for point in itertools.product(*(axis.values for axis in axes)):
         at_point = {key: value for key, value in zip(keys, point)}
         file = ScenarioFile(scenario, [*overrides, *_texts(at_point)])
         for label in [label for label, _ in build_policies(file, selected)]:
-            concerned = {key: value for key, value in at_point.items() if _concerns(file, key, label)}
+            concerned = {
+                key: value for key, value in at_point.items() if _concerns(file, key, label)
+            }
             own = (*overrides, *_texts(concerned))
             settings = tuple((key, shown) for key, (_, shown) in concerned.items())
-            run = Run(str(file.path.absolute()), own, settings, label, _digest(ScenarioFile(scenario, own), label))
+            run = Run(
+                str(file.path.absolute()),
+                own,
+                settings,
+                label,
+                _digest(ScenarioFile(scenario, own), label),
+            )
             runs.setdefault(run.key, run)
     return list(runs.values())
 
@@ -122,7 +156,9 @@ def _concerns(file: ScenarioFile, key: str, label: str) -> bool:
 
 
 def _digest(file: ScenarioFile, label: str) -> str:
-    """What the result depends on: this policy and its parameters, model, hardware, batch, layer map, and the trace's content."""
+    """What the result depends on: this policy and its parameters, model, hardware, batch, layer
+    map, and the trace's content.
+    """
     setting = Setting(file)
     policy = dict(build_policies(file, [label]))[label]
     content = {
@@ -136,7 +172,10 @@ def _digest(file: ScenarioFile, label: str) -> str:
     }
     workload = file.scenario.workload
     if workload is not None:
-        content["workload"], content["server"] = workload.model_dump(mode="json"), file.scenario.server.model_dump(mode="json")
+        content["workload"], content["server"] = (
+            workload.model_dump(mode="json"),
+            file.scenario.server.model_dump(mode="json"),
+        )
         if isinstance(workload, RequestFile):
             content["requests"] = _file_digest(str(file.file(workload.file)))
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
@@ -148,7 +187,9 @@ def _file_digest(path: str) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-_kept: dict[tuple[str, float, int], Replayer] = {}  # the last one, for the next run of this process on the same trace
+_kept: dict[
+    tuple[str, float, int], Replayer
+] = {}  # the last one, for the next run of this process on the same trace
 
 
 def _replayer(setting: Setting) -> Replayer:
@@ -160,11 +201,17 @@ def _replayer(setting: Setting) -> Replayer:
 
 
 def _flat(row: Row, leave: Sequence[str]) -> Row:
-    """A report's row without what it must leave, and with one column for each figure of a group: `step_s_p99`."""
+    """A report's row without what it must leave, and with one column for each figure of a group:
+    `step_s_p99`.
+    """
     flat: Row = {}
     for name, value in row.items():
         if name not in leave:
-            flat |= {f"{name}_{part}": inner for part, inner in _flat(value, ()).items()} if isinstance(value, dict) else {name: value}
+            flat |= (
+                {f"{name}_{part}": inner for part, inner in _flat(value, ()).items()}
+                if isinstance(value, dict)
+                else {name: value}
+            )
     return flat
 
 

@@ -1,4 +1,6 @@
-"""Search one policy's parameters for the most tokens/s with the attention mass kept above a floor (Optuna, TPE)."""
+"""Search one policy's parameters for the most tokens/s with the attention mass kept above a floor
+(Optuna, TPE).
+"""
 
 from __future__ import annotations
 
@@ -10,9 +12,9 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from fmsim.errors import FmsimError
+from fmsim.experiments.run import Setting, build_policies
 from fmsim.policies import registry
 from fmsim.policies.budget import Budget
-from fmsim.experiments.run import Setting, build_policies
 from fmsim.scenario import ScenarioFile
 
 NUMBER = re.compile(r"(?P<number>\d+(?:\.\d+)?|\.\d+)(?P<unit>\s*[a-zA-Z%].*)?")
@@ -22,7 +24,9 @@ WIDE = 10  # a range whose ends differ by this factor is searched on a logarithm
 
 @dataclass(frozen=True)
 class Range:
-    """What one parameter may be: `choices`, or numbers from `low` to `high` (whole ones if `integer`) with a `unit` behind."""
+    """What one parameter may be: `choices`, or numbers from `low` to `high` (whole ones if
+    `integer`) with a `unit` behind.
+    """
 
     name: str
     choices: tuple[Any, ...] = ()
@@ -33,42 +37,81 @@ class Range:
 
     @classmethod
     def parse(cls, text: str, fields: dict[str, Any], policy: str) -> Range:
-        """KEY=LOW..HIGH, KEY=VALUE,VALUE,..., or KEY alone for what its schema allows. Raises FmsimError with the fix."""
+        """KEY=LOW..HIGH, KEY=VALUE,VALUE,..., or KEY alone for what its schema allows.
+
+        Raises FmsimError with the fix.
+        """
         name, equals, values = text.partition("=")
         if name not in fields:
-            raise FmsimError(f"--range {text}: policy {policy} has no parameter '{name}'; it has {', '.join(fields)}")
+            raise FmsimError(
+                f"--range {text}: policy {policy} has no parameter '{name}'; it has"
+                f" {', '.join(fields)}"
+            )
         if not equals:
             found = cls.of_schema(name, fields[name])
             if found is None:
-                raise FmsimError(f"--range {text}: its schema has no bounds; write {name}=LOW..HIGH or {name}=VALUE,VALUE,...")
+                raise FmsimError(
+                    f"--range {text}: its schema has no bounds; write {name}=LOW..HIGH or"
+                    f" {name}=VALUE,VALUE,..."
+                )
             return found
         if ".." not in values:
             return cls(name, tuple(value.strip() for value in values.split(",")))
         ends = [NUMBER.fullmatch(end.strip()) for end in values.split("..")]
-        if len(ends) != 2 or None in ends or (ends[0]["unit"] or ends[1]["unit"]) != ends[1]["unit"]:
-            raise FmsimError(f"--range {text}: write {name}=LOW..HIGH with one unit, such as budget=2%..30% or threshold=0.1..0.9")
+        if (
+            len(ends) != 2
+            or None in ends
+            or (ends[0]["unit"] or ends[1]["unit"]) != ends[1]["unit"]
+        ):
+            raise FmsimError(
+                f"--range {text}: write {name}=LOW..HIGH with one unit, such as budget=2%..30% or"
+                " threshold=0.1..0.9"
+            )
         low, high = (float(end["number"]) for end in ends)
         if not low < high:
             raise FmsimError(f"--range {text}: {low:g} is not below {high:g}")
-        return cls(name, low=low, high=high, integer=int in _types(fields[name]), unit=ends[1]["unit"] or "")
+        return cls(
+            name,
+            low=low,
+            high=high,
+            integer=int in _types(fields[name]),
+            unit=ends[1]["unit"] or "",
+        )
 
     @classmethod
     def of_schema(cls, name: str, field: Any) -> Range | None:
-        """From a pydantic field: the choices of a Literal or a bool, the bounds of a number, 1% to 50% for a budget; or None."""
+        """From a pydantic field: the choices of a Literal or a bool, the bounds of a number, 1% to
+        50% for a budget; or None.
+        """
         types = _types(field)
-        choices = tuple(choice for one in types if typing.get_origin(one) is Literal for choice in typing.get_args(one))
+        choices = tuple(
+            choice
+            for one in types
+            if typing.get_origin(one) is Literal
+            for choice in typing.get_args(one)
+        )
         if types == [bool]:
             choices = (False, True)
         if types == [Budget]:
             return cls.parse(f"{name}={BUDGET_RANGE}", {name: field}, "")
         if len(choices) > 1:
             return cls(name, choices)
-        bounds = {key: getattr(item, key) for item in field.metadata for key in ("ge", "gt", "le", "lt") if hasattr(item, key)}
+        bounds = {
+            key: getattr(item, key)
+            for item in field.metadata
+            for key in ("ge", "gt", "le", "lt")
+            if hasattr(item, key)
+        }
         low, high = bounds.get("ge", bounds.get("gt")), bounds.get("le", bounds.get("lt"))
         if low is None or high is None or not {int, float} & set(types):
             return None
         margin = 0 if int in types else (high - low) / 100  # open ends are left out
-        return cls(name, low=low + margin * ("gt" in bounds), high=high - margin * ("lt" in bounds), integer=int in types)
+        return cls(
+            name,
+            low=low + margin * ("gt" in bounds),
+            high=high - margin * ("lt" in bounds),
+            integer=int in types,
+        )
 
     def suggest(self, trial: Any) -> Any:
         """A value, as `registry.build` takes it."""
@@ -84,7 +127,11 @@ class Range:
 
 def _types(field: Any) -> list[Any]:
     """The field's type, or the members of its union less None."""
-    union = typing.get_args(field.annotation) if typing.get_origin(field.annotation) is not Literal else ()
+    union = (
+        typing.get_args(field.annotation)
+        if typing.get_origin(field.annotation) is not Literal
+        else ()
+    )
     return [one for one in union if one is not type(None)] or [field.annotation]
 
 
@@ -93,14 +140,21 @@ def ranges_of(policy: str, given: Sequence[str] = ()) -> list[Range]:
     fields = registry.get(policy).Params.model_fields
     if given:
         return [Range.parse(text, fields, policy) for text in given]
-    found = [range_ for name, field in fields.items() if (range_ := Range.of_schema(name, field)) is not None]
+    found = [
+        range_
+        for name, field in fields.items()
+        if (range_ := Range.of_schema(name, field)) is not None
+    ]
     falls_back = any(range_.name == "on_miss" and "fallback" in range_.choices for range_ in found)
     return [range_ for range_ in found if falls_back or not range_.name.startswith("fallback_")]
 
 
 @dataclass(frozen=True)
 class Trial:
-    """One setting that ran. `figures` are the fields of a report's row, `exact` whether it lost nothing."""
+    """One setting that ran.
+
+    `figures` are the fields of a report's row, `exact` whether it lost nothing.
+    """
 
     values: dict[str, Any]
     figures: dict[str, Any]
@@ -123,13 +177,21 @@ class Tuning:
     @property
     def best(self) -> Trial | None:
         """Of the front the fastest with the mass kept at or above the floor."""
-        return next((trial for trial in self.front if trial.figures["mass_kept"] >= self.floor), None)
+        return next(
+            (trial for trial in self.front if trial.figures["mass_kept"] >= self.floor), None
+        )
 
     @property
     def front(self) -> list[Trial]:
-        """The Pareto front of tokens/s and mass kept, fastest first: no trial is better in one and as good in the other."""
+        """The Pareto front of tokens/s and mass kept, fastest first: no trial is better in one and
+        as good in the other.
+        """
         front: list[Trial] = []
-        for trial in sorted(self.trials, key=lambda trial: (*trial.objectives, -trial.figures["kv_hbm_bytes"]), reverse=True):
+        for trial in sorted(
+            self.trials,
+            key=lambda trial: (*trial.objectives, -trial.figures["kv_hbm_bytes"]),
+            reverse=True,
+        ):
             if not front or trial.figures["mass_kept"] > front[-1].figures["mass_kept"]:
                 front.append(trial)
         return front
@@ -144,16 +206,20 @@ def tune(
     seed: int = 0,
     progress: Callable[[int, Tuning], None] = lambda done, tuning: None,
 ) -> Tuning:
-    """Search `n_trials` settings of the scenario's policy `label` (or of the policy of that name, with its defaults).
+    """Search `n_trials` settings of the scenario's policy `label` (or of the policy of that name,
+    with its defaults).
 
-    The same seed gives the same trials. Raises FmsimError where no setting can run, or Optuna is missing.
+    The same seed gives the same trials. Raises FmsimError where no setting can run, or Optuna is
+    missing.
     """
     try:
         import optuna
     except ModuleNotFoundError:
         raise FmsimError("fmsim tune needs optuna; pip install 'fmsim[tune]'") from None
     if file.scenario.workload is not None:
-        raise FmsimError(f"{file.where(('workload',))}: tune looks at one decode; add --set workload=null")
+        raise FmsimError(
+            f"{file.where(('workload',))}: tune looks at one decode; add --set workload=null"
+        )
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     setting = Setting(file)
     base = dict(build_policies(file, [label]))
@@ -161,7 +227,9 @@ def tune(
         raise FmsimError(f"--policy {label}: give one entry's label: {', '.join(base)}")
     replayer = setting.replayer()
     own = base[label].params.model_dump(mode="json", exclude_unset=True)
-    study = optuna.create_study(directions=["maximize", "maximize"], sampler=optuna.samplers.TPESampler(seed=seed))
+    study = optuna.create_study(
+        directions=["maximize", "maximize"], sampler=optuna.samplers.TPESampler(seed=seed)
+    )
     tuning = Tuning(base[label].name, floor, [], [])
     seen: dict[str, Trial | None] = {}
     for done in range(1, n_trials + 1):
@@ -176,12 +244,24 @@ def tune(
         study.tell(trial, objectives)
         progress(done, tuning)
     if not tuning.trials:
-        raise FmsimError(f"policy {label}: none of {n_trials} settings could run; the last: {tuning.failed[-1][1]}")
+        raise FmsimError(
+            f"policy {label}: none of {n_trials} settings could run; the last:"
+            f" {tuning.failed[-1][1]}"
+        )
     return tuning
 
 
-def _run(setting: Setting, replayer: Any, tuning: Tuning, label: str, own: dict[str, Any], values: dict[str, Any]) -> Trial | None:
-    policy = registry.build({"policy": tuning.policy} | own | values)  # a wrong value of a range is the user's to mend
+def _run(
+    setting: Setting,
+    replayer: Any,
+    tuning: Tuning,
+    label: str,
+    own: dict[str, Any],
+    values: dict[str, Any],
+) -> Trial | None:
+    policy = registry.build(
+        {"policy": tuning.policy} | own | values
+    )  # a wrong value of a range is the user's to mend
     try:
         run = setting.run(replayer, label, policy)
     except FmsimError as error:

@@ -9,22 +9,25 @@ from typing import Any
 
 import numpy as np
 
-from fmsim.sim import metrics
-from fmsim.exec.runs import synthetic as synthetic_run
 from fmsim.exec.decode.driven import DrivenDecode, Outcome, device_name
-from fmsim.sim.footprint import Footprint, check_layer_map, footprint, indexer_layers
-from fmsim.geometry import Geometry
-from fmsim.replay.ledger import Ledger
-from fmsim.policies.base import Policy
-from fmsim.replay.replayer import Replayer
+from fmsim.exec.runs import synthetic as synthetic_run
 from fmsim.experiments.run import build, load_geometry, run_scenario, select
+from fmsim.geometry import Geometry
+from fmsim.policies.base import Policy
+from fmsim.replay.ledger import Ledger
+from fmsim.replay.replayer import Replayer
 from fmsim.scenario import ScenarioFile
+from fmsim.sim import metrics
+from fmsim.sim.footprint import Footprint, check_layer_map, footprint, indexer_layers
 from fmsim.trace import read
 
 
 @dataclass(frozen=True)
 class Check:
-    """One policy's comparison. `first_difference` is the first step whose slots differ, None where none does."""
+    """One policy's comparison.
+
+    `first_difference` is the first step whose slots differ, None where none does.
+    """
 
     label: str
     first_difference: int | None
@@ -41,10 +44,16 @@ class Check:
     @property
     def identical(self) -> bool:
         """Slots at every step, all counts, and the bytes moved."""
-        return self.first_difference is None and not self.differing_fields and self.replay_bytes == self.engine_bytes
+        return (
+            self.first_difference is None
+            and not self.differing_fields
+            and self.replay_bytes == self.engine_bytes
+        )
 
     def row(self) -> dict[str, Any]:
-        return {"policy": self.label, "identical": self.identical} | {f.name: getattr(self, f.name) for f in fields(self) if f.name != "label"}
+        return {"policy": self.label, "identical": self.identical} | {
+            f.name: getattr(self, f.name) for f in fields(self) if f.name != "label"
+        }
 
 
 def validate(
@@ -55,27 +64,36 @@ def validate(
     device: str = "cpu",
     progress: Callable[[str, int, int], None] = lambda label, done, total: None,
 ) -> list[Check]:
-    """Run each of `policies` (label, a way to make it) as a replay in numpy and as a driven decode in torch."""
+    """Run each of `policies` (label, a way to make it) as a replay in numpy and as a driven decode
+    in torch.
+    """
     checks = []
     for number, (label, make) in enumerate(policies):
         progress(label, number, len(policies))
         slots: list[np.ndarray] = []
-        ledger = replayer.run(make(), lambda keeper: slots.append(keeper.residency.slots.copy()))  # noqa: B023
+        ledger = replayer.run(make(), lambda keeper: slots.append(keeper.residency.slots.copy()))
         place = footprint(ledger, geometry, layer_map)
-        keyed_layers = min(geometry.n_csa, indexer_layers(ledger)) if place.keys_tiered else geometry.n_csa
+        keyed_layers = (
+            min(geometry.n_csa, indexer_layers(ledger)) if place.keys_tiered else geometry.n_csa
+        )
         decode = DrivenDecode(replayer, make(), geometry, place.groups, keyed_layers, device)
         checks.append(compare(label, ledger, np.stack(slots), decode, decode.run(), place))
     return checks
 
 
 def validate_scenario(
-    file: ScenarioFile, selected: Sequence[str], device: str, progress: Callable[[str, int, int], None] = lambda label, done, total: None,
+    file: ScenarioFile,
+    selected: Sequence[str],
+    device: str,
+    progress: Callable[[str, int, int], None] = lambda label, done, total: None,
     whole_steps: bool = False,
-) -> dict[str, Any]:  # fmt: skip
-    """`validate` for a scenario's policies: the object that `fmsim validate --json` prints, the simulation's step times beside the measured.
+) -> dict[str, Any]:
+    """`validate` for a scenario's policies: the object that `fmsim validate --json` prints, the
+    simulation's step times beside the measured.
 
-    With ``whole_steps`` a model of random weights of the scenario's geometry decodes each policy's steps too, in the scenario's batch, so that the
-    times are of the same thing; the scenario's hardware should then be a preset that `fmsim hw calibrate` made here.
+    With ``whole_steps`` a model of random weights of the scenario's geometry decodes each policy's
+    steps too, in the scenario's batch, so that the times are of the same thing; the scenario's
+    hardware should then be a preset that `fmsim hw calibrate` made here.
     """
     simulated = run_scenario(file, selected)
     scenario, geometry = file.scenario, load_geometry(file)
@@ -83,13 +101,33 @@ def validate_scenario(
     layer_map = check_layer_map(scenario.layer_map, trace.n_layers, geometry.n_csa)
     replayer = Replayer(trace, entry_bytes=geometry.kv_entry_bytes, model_layers=geometry.n_csa)
     policies = [(spec.label, partial(build, file, spec)) for spec in select(file, selected)]
-    rows = [check.row() for check in validate(policies, replayer, geometry, layer_map, device, progress)]
+    rows = [
+        check.row() for check in validate(policies, replayer, geometry, layer_map, device, progress)
+    ]
     for row, run in zip(rows, simulated.runs, strict=True):
-        row["simulated_step_p50_s"], row["simulated_tokens_per_s"] = run.row["step_s"]["p50"], run.row["decode_tokens_per_s"]
-    measured = f"the moves and their bookkeeping on this {device_name(device)}, without a model's compute; the two are not to be compared"
+        row["simulated_step_p50_s"], row["simulated_tokens_per_s"] = (
+            run.row["step_s"]["p50"],
+            run.row["decode_tokens_per_s"],
+        )
+    measured = (
+        f"the moves and their bookkeeping on this {device_name(device)}, without a model's compute;"
+        " the two are not to be compared"
+    )
     if whole_steps:
-        n_experts = time_steps(rows, [make for _, make in policies], replayer, geometry, layer_map, device, scenario.batch, progress)
-        measured = f"the same on this {device_name(device)}, batch {scenario.batch}, with random {geometry.weight_type} weights and {n_experts} experts a layer"
+        n_experts = time_steps(
+            rows,
+            [make for _, make in policies],
+            replayer,
+            geometry,
+            layer_map,
+            device,
+            scenario.batch,
+            progress,
+        )
+        measured = (
+            f"the same on this {device_name(device)}, batch {scenario.batch}, with random"
+            f" {geometry.weight_type} weights and {n_experts} experts a layer"
+        )
     about = {
         "name": scenario.name,
         "trace": str(file.file(scenario.trace)),
@@ -100,50 +138,91 @@ def validate_scenario(
         "whole_steps": whole_steps,
         "simulated_hardware": scenario.hardware,
         "notes": [
-            f"simulated: a whole decode step of {geometry.name} on {scenario.hardware}.  measured: {measured}.",
-            "predicted and allocated: every slot of the budget, index keys, HCA entries and windows.  spare: pages for misses and for what is recalled ahead, beside it.",
+            (
+                f"simulated: a whole decode step of {geometry.name} on {scenario.hardware}. "
+                f" measured: {measured}."
+            ),
+            (
+                "predicted and allocated: every slot of the budget, index keys, HCA entries and"
+                " windows.  spare: pages for misses and for what is recalled ahead, beside it."
+            ),
         ],
     }
     return {"scenario": about, "policies": rows}
 
 
 def time_steps(
-    rows: Sequence[dict[str, Any]], makes: Sequence[Callable[[], Policy]], replayer: Replayer, geometry: Geometry, layer_map: tuple[int, ...], device: str,
-    batch: int, progress: Callable[[str, int, int], None],
-) -> int:  # fmt: skip
-    """Decode whole steps under each policy with one set of random weights, and put their times into `rows`; -> experts a layer."""
+    rows: Sequence[dict[str, Any]],
+    makes: Sequence[Callable[[], Policy]],
+    replayer: Replayer,
+    geometry: Geometry,
+    layer_map: tuple[int, ...],
+    device: str,
+    batch: int,
+    progress: Callable[[str, int, int], None],
+) -> int:
+    """Decode whole steps under each policy with one set of random weights, and put their times into
+    `rows`; -> experts a layer.
+    """
     request_bytes = max(row["predicted_kv_bytes"] + row["spare_bytes"] for row in rows)
     weights, n_experts = synthetic_run.weights_for(geometry, device, batch * request_bytes, seed=0)
     for number, (row, make) in enumerate(zip(rows, makes, strict=True)):
         progress(f"{row['policy']}: whole steps", number, len(rows))
-        run = synthetic_run.run(row["policy"], make, replayer, geometry, layer_map, weights, device, batch)
+        run = synthetic_run.run(
+            row["policy"], make, replayer, geometry, layer_map, weights, device, batch
+        )
         figures = metrics.timed(run.timeline())
-        row["measured_step_p50_s"], row["measured_tokens_per_s"] = figures["step_s"]["p50"], figures["decode_tokens_per_s"]
+        row["measured_step_p50_s"], row["measured_tokens_per_s"] = (
+            figures["step_s"]["p50"],
+            figures["decode_tokens_per_s"],
+        )
         row["step_error"] = row["simulated_step_p50_s"] / row["measured_step_p50_s"] - 1
         row["modelled_kv_bytes"] = run.kv_bytes
     return n_experts
 
 
-def compare(label: str, ledger: Ledger, slots: np.ndarray, decode: DrivenDecode, outcome: Outcome, place: Footprint) -> Check:
+def compare(
+    label: str,
+    ledger: Ledger,
+    slots: np.ndarray,
+    decode: DrivenDecode,
+    outcome: Outcome,
+    place: Footprint,
+) -> Check:
     """The replay's `ledger` and `slots` beside the `outcome` of the engine's `decode`."""
     geometry, keyed_layers = decode.geometry, decode.keyed_layers
     differs = np.flatnonzero((slots != outcome.slots).any(axis=(1, 2)))
-    fields_apart = [f.name for f in fields(Ledger) if not np.array_equal(getattr(ledger, f.name), getattr(outcome.ledger, f.name))]
-    loads, engine_loads = ((one.demand_loads + one.lookahead_loads).sum(axis=0, dtype=np.int64) for one in (ledger, outcome.ledger))
+    fields_apart = [
+        f.name
+        for f in fields(Ledger)
+        if not np.array_equal(getattr(ledger, f.name), getattr(outcome.ledger, f.name))
+    ]
+    loads, engine_loads = (
+        (one.demand_loads + one.lookahead_loads).sum(axis=0, dtype=np.int64)
+        for one in (ledger, outcome.ledger)
+    )
     tiered_keys = place.groups[keyed_layers:]
-    entry_bytes, key_bytes = (ledger.granularity * size for size in (geometry.kv_entry_bytes, geometry.index_key_bytes))
+    entry_bytes, key_bytes = (
+        ledger.granularity * size for size in (geometry.kv_entry_bytes, geometry.index_key_bytes)
+    )
     tokens = int(place.tokens[-1])
     slot_entries = ledger.n_slots * ledger.granularity
-    keyed_pairs = keyed_layers * geometry.csa_entries(tokens) + (geometry.n_csa - keyed_layers) * slot_entries
+    keyed_pairs = (
+        keyed_layers * geometry.csa_entries(tokens) + (geometry.n_csa - keyed_layers) * slot_entries
+    )
     return Check(
         label=label,
         first_difference=int(differs[0]) if len(differs) else None,
         differing_fields=fields_apart,
         replay_pages=int(loads[place.groups].sum()),
         engine_pages=int(engine_loads[place.groups].sum()),
-        replay_bytes=int(loads[place.groups].sum() * entry_bytes + loads[tiered_keys].sum() * key_bytes),
+        replay_bytes=int(
+            loads[place.groups].sum() * entry_bytes + loads[tiered_keys].sum() * key_bytes
+        ),
         engine_bytes=outcome.h2d_bytes,
-        predicted_kv_bytes=geometry.gpu_kv_bytes(tokens, slot_entries * geometry.n_csa, keyed_pairs),
+        predicted_kv_bytes=geometry.gpu_kv_bytes(
+            tokens, slot_entries * geometry.n_csa, keyed_pairs
+        ),
         allocated_kv_bytes=decode.slot_bytes + decode.fixed.nbytes,
         spare_bytes=decode.spare_bytes,
         measured_step_p50_s=float(np.median(outcome.step_s)),

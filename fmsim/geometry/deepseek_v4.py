@@ -1,14 +1,17 @@
-"""What a DeepSeek-V4 model keeps for a context, in bytes, and what it computes, in operations. All byte arithmetic is here.
+"""What a DeepSeek-V4 model keeps for a context, in bytes, and what it computes, in operations.
 
-Sources: the models' published `config.json` (deepseek-ai/DeepSeek-V4-Flash and -Pro), the cache layout of the deployed
-engine (584-byte entries, 132-byte index keys), and FlashMemory, arXiv 2606.09079, for the footprints to reproduce.
+All byte arithmetic is here.
+
+Sources: the models' published `config.json` (deepseek-ai/DeepSeek-V4-Flash and -Pro), the cache
+layout of the deployed engine (584-byte entries, 132-byte index keys), and FlashMemory, arXiv
+2606.09079, for the footprints to reproduce.
 
 Two accountings of a request's KV cache are used, and always named:
 
-- *logical*: compressed entries and index keys only, a policy's share of them taken from the full cache. It is the paper's
-  accounting, and the one that its footprint column follows.
-- *on the GPU*: what a tiered engine really holds there: the resident entries, every HCA entry, the sliding windows, and
-  the index keys that still have to be scored.
+- *logical*: compressed entries and index keys only, a policy's share of them taken from the full
+  cache. It is the paper's accounting, and the one that its footprint column follows.
+- *on the GPU*: what a tiered engine really holds there: the resident entries, every HCA entry, the
+  sliding windows, and the index keys that still have to be scored.
 """
 
 from __future__ import annotations
@@ -23,13 +26,20 @@ CSA = "compressed_sparse_attention"
 HCA = "heavily_compressed_attention"
 
 _TYPE_OF_RATIO = {0: SLIDING, 4: CSA, 128: HCA}
-_SCALE_BLOCK = 64  # fp8 values that share one scale byte; an entry's scale bytes are padded to a multiple of 8
-_EXPERT_BYTES = 17 / 32  # 4-bit values with one scale byte per 32, the format that both models are published in
+_SCALE_BLOCK = (
+    64  # fp8 values that share one scale byte; an entry's scale bytes are padded to a multiple of 8
+)
+_EXPERT_BYTES = (
+    17 / 32
+)  # 4-bit values with one scale byte per 32, the format that both models are published in
 
 
 @dataclass(frozen=True)
 class Geometry:
-    """The shape of one DeepSeek-V4 model. Sizes are in elements, rates in tokens an entry; byte sizes are properties."""
+    """The shape of one DeepSeek-V4 model.
+
+    Sizes are in elements, rates in tokens an entry; byte sizes are properties.
+    """
 
     name: str
     layer_types: tuple[str, ...]
@@ -51,7 +61,9 @@ class Geometry:
     n_shared_experts: int
     expert_width: int
     vocabulary: int
-    float8_weights: bool = False  # of projections and experts, as both models are published; else bfloat16
+    float8_weights: bool = (
+        False  # of projections and experts, as both models are published; else bfloat16
+    )
 
     @property
     def weight_type(self) -> str:
@@ -72,7 +84,9 @@ class Geometry:
 
     @property
     def kv_entry_bytes(self) -> int:
-        """One cached latent: fp8 values, bf16 rotated values, and the scales. 584 for V4: 448 + 64 * 2 + 8."""
+        """One cached latent: fp8 values, bf16 rotated values, and the scales. 584 for V4: 448 + 64
+        * 2 + 8.
+        """
         fp8_values = self.head_dim - self.rope_dim
         scale_bytes = 8 * math.ceil(fp8_values / _SCALE_BLOCK / 8)
         return fp8_values + 2 * self.rope_dim + scale_bytes
@@ -90,11 +104,15 @@ class Geometry:
         return tokens // self.hca_rate
 
     def full_kv_bytes(self, tokens: int) -> int:
-        """Logical bytes of the whole cache of one request: CSA entries with their index keys, and HCA entries.
+        """Logical bytes of the whole cache of one request: CSA entries with their index keys, and
+        HCA entries.
 
-        The sliding windows are left out, as in the paper: they do not grow with the context (3.1 MiB for V4-Flash).
+        The sliding windows are left out, as in the paper: they do not grow with the context (3.1
+        MiB for V4-Flash).
         """
-        csa_bytes = self.n_csa * self.csa_entries(tokens) * (self.kv_entry_bytes + self.index_key_bytes)
+        csa_bytes = (
+            self.n_csa * self.csa_entries(tokens) * (self.kv_entry_bytes + self.index_key_bytes)
+        )
         return csa_bytes + self.n_hca * self.hca_entries(tokens) * self.kv_entry_bytes
 
     @property
@@ -105,8 +123,8 @@ class Geometry:
     def gpu_kv_bytes(self, tokens: int, resident_entries: int, keyed_entries: int) -> int:
         """Bytes on the GPU of one request under tiering.
 
-        `resident_entries` and `keyed_entries` count (layer, entry) pairs over all CSA layers whose KV, and whose index
-        key, lie on the GPU.
+        `resident_entries` and `keyed_entries` count (layer, entry) pairs over all CSA layers whose
+        KV, and whose index key, lie on the GPU.
         """
         fixed = self.window_bytes + self.n_hca * self.hca_entries(tokens) * self.kv_entry_bytes
         return fixed + resident_entries * self.kv_entry_bytes + keyed_entries * self.index_key_bytes
@@ -116,7 +134,9 @@ class Geometry:
         return self.n_csa * self.csa_entries(tokens) * (self.kv_entry_bytes + self.index_key_bytes)
 
     def slot_bytes(self, granularity: int, with_keys: bool = False) -> int:
-        """Bytes that one layer's slot of `granularity` entries moves over the link; `with_keys` where index keys are tiered."""
+        """Bytes that one layer's slot of `granularity` entries moves over the link; `with_keys`
+        where index keys are tiered.
+        """
         return granularity * (self.kv_entry_bytes + (self.index_key_bytes if with_keys else 0))
 
     @property
@@ -126,15 +146,34 @@ class Geometry:
 
     @property
     def shared_parameters(self) -> int:
-        """Everything that every token uses: attention, shared experts, routers, embedding and output head."""
-        query = self.hidden_size * self.q_lora_rank + self.q_lora_rank * self.n_heads * self.head_dim
-        output = self.n_heads * self.head_dim * self.o_lora_rank + self.o_groups * self.o_lora_rank * self.hidden_size
+        """Everything that every token uses: attention, shared experts, routers, embedding and
+        output head.
+        """
+        query = (
+            self.hidden_size * self.q_lora_rank + self.q_lora_rank * self.n_heads * self.head_dim
+        )
+        output = (
+            self.n_heads * self.head_dim * self.o_lora_rank
+            + self.o_groups * self.o_lora_rank * self.hidden_size
+        )
         attention = query + self.hidden_size * self.head_dim + output
         experts = self.n_shared_experts * self._one_expert + self.hidden_size * self.n_experts
-        compressor = 4 * self.hidden_size * self.head_dim * self.n_csa + 2 * self.hidden_size * self.head_dim * self.n_hca
-        indexer = self.n_csa * self.index_n_heads * (self.q_lora_rank * self.index_head_dim + self.hidden_size)
+        compressor = (
+            4 * self.hidden_size * self.head_dim * self.n_csa
+            + 2 * self.hidden_size * self.head_dim * self.n_hca
+        )
+        indexer = (
+            self.n_csa
+            * self.index_n_heads
+            * (self.q_lora_rank * self.index_head_dim + self.hidden_size)
+        )
         indexer += self.n_csa * 4 * self.hidden_size * self.index_head_dim
-        return self.n_layers * (attention + experts) + compressor + indexer + 2 * self.vocabulary * self.hidden_size
+        return (
+            self.n_layers * (attention + experts)
+            + compressor
+            + indexer
+            + 2 * self.vocabulary * self.hidden_size
+        )
 
     @property
     def active_parameters(self) -> int:
@@ -146,24 +185,30 @@ class Geometry:
         return 3 * self.hidden_size * self.expert_width
 
     def weight_bytes(self, n_gpus: int) -> float:
-        """Weights on each of `n_gpus` tensor-parallel GPUs: 4-bit experts, one byte for every other parameter."""
+        """Weights on each of `n_gpus` tensor-parallel GPUs: 4-bit experts, one byte for every other
+        parameter.
+        """
         return (self.expert_parameters * _EXPERT_BYTES + self.shared_parameters) / n_gpus
 
     def flops_per_token(self, tokens: int, scored_entries: int) -> float:
         """Operations of one decode step of one request at a context of `tokens`.
 
-        2 x active parameters; attention over top-k, window and HCA entries; lightning indexer over `scored_entries`
-        entries a CSA layer.
+        2 x active parameters; attention over top-k, window and HCA entries; lightning indexer over
+        `scored_entries` entries a CSA layer.
         """
         per_entry = 4 * self.n_heads * self.head_dim  # q.k and p.v
-        attended = self.n_csa * min(self.index_topk, self.csa_entries(tokens)) + self.n_layers * self.window_tokens
+        attended = (
+            self.n_csa * min(self.index_topk, self.csa_entries(tokens))
+            + self.n_layers * self.window_tokens
+        )
         attended += self.n_hca * self.hca_entries(tokens)
         scoring = self.n_csa * scored_entries * self.index_n_heads * (2 * self.index_head_dim + 2)
         return 2 * self.active_parameters + attended * per_entry + scoring
 
 
 def from_config(config: Mapping[str, Any], name: str = "") -> Geometry:
-    """The geometry of a Hugging Face DeepSeek-V4 `config.json`, in transformers' spelling or the published one.
+    """The geometry of a Hugging Face DeepSeek-V4 `config.json`, in transformers' spelling or the
+    published one.
 
     Raises ValueError when it is not a DeepSeek-V4 config, or lacks what the arithmetic needs.
     """
@@ -171,7 +216,9 @@ def from_config(config: Mapping[str, Any], name: str = "") -> Geometry:
         raise ValueError(f"model_type is {config.get('model_type')!r}, expected 'deepseek_v4'")
     n_layers = _need(config, "num_hidden_layers")
     rates = config.get("compress_rates") or {CSA: 4, HCA: 128}
-    rope_dim = config.get("qk_rope_head_dim") or round(config.get("partial_rotary_factor", 0.125) * _need(config, "head_dim"))
+    rope_dim = config.get("qk_rope_head_dim") or round(
+        config.get("partial_rotary_factor", 0.125) * _need(config, "head_dim")
+    )
     return Geometry(
         name=name or str(config.get("_name_or_path") or "custom"),
         layer_types=_layer_types(config, n_layers),
@@ -204,7 +251,9 @@ def _need(config: Mapping[str, Any], key: str) -> int:
 
 
 def _layer_types(config: Mapping[str, Any], n_layers: int) -> tuple[str, ...]:
-    """From `layer_types`, or from the published `compress_ratios` (which may go on with multi-token-prediction layers)."""
+    """From `layer_types`, or from the published `compress_ratios` (which may go on with
+    multi-token-prediction layers).
+    """
     types = config.get("layer_types")
     if types is None:
         ratios = config.get("compress_ratios") or []
@@ -213,13 +262,17 @@ def _layer_types(config: Mapping[str, Any], n_layers: int) -> tuple[str, ...]:
             raise ValueError(f"'compress_ratios' has {sorted(unknown)}; known are 0, 4 and 128")
         types = [_TYPE_OF_RATIO[ratio] for ratio in ratios[:n_layers]]
     if len(types) != n_layers or not set(types) <= {SLIDING, CSA, HCA}:
-        raise ValueError(f"'layer_types' or 'compress_ratios' must name {n_layers} layers of {SLIDING}, {CSA} or {HCA}")
+        raise ValueError(
+            f"'layer_types' or 'compress_ratios' must name {n_layers} layers of {SLIDING}, {CSA} or"
+            f" {HCA}"
+        )
     if CSA not in types:
         raise ValueError("there is no CSA layer, so nothing to page")
     return tuple(types)
 
 
-# What the two published config.json files (deepseek-ai/DeepSeek-V4-Flash, deepseek-ai/DeepSeek-V4-Pro) have in common.
+# What the two published config.json files (deepseek-ai/DeepSeek-V4-Flash,
+# deepseek-ai/DeepSeek-V4-Pro) have in common.
 _PUBLISHED = {
     "model_type": "deepseek_v4",
     "head_dim": 512,

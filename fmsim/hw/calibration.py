@@ -1,4 +1,5 @@
-"""What a calibration measured of one GPU, written as a hardware preset and its link, which `load_hardware` reads.
+"""What a calibration measured of one GPU, written as a hardware preset and its link, which
+`load_hardware` reads.
 
 Measuring is `fmsim.exec.measure.calibrate`'s; this half needs no GPU.
 """
@@ -28,7 +29,9 @@ class Timing(BaseModel):
 
 
 class Calibration(BaseModel):
-    """Measured figures, in bytes, seconds, and bytes or operations a second; ``kernels`` by model, in KernelTable's units."""
+    """Measured figures, in bytes, seconds, and bytes or operations a second; ``kernels`` by model,
+    in KernelTable's units.
+    """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -64,13 +67,20 @@ class Calibration(BaseModel):
             "n_gpus": 1,
             "link": f"{name}-link",
             "hbm_bytes": figure(self.hbm_bytes, "the driver's total"),
-            "hbm_bytes_per_s": figure(self.copy_bytes_per_s, "device-to-device copy, bytes read and written"),
+            "hbm_bytes_per_s": figure(
+                self.copy_bytes_per_s, "device-to-device copy, bytes read and written"
+            ),
             "matmul_flops": figure(self.matmul_flops, "bf16 matrix product of 8192 x 8192 x 8192"),
-            "reserve_bytes": figure(self.reserve_bytes, "what the runtime holds before any weights or KV"),
+            "reserve_bytes": figure(
+                self.reserve_bytes, "what the runtime holds before any weights or KV"
+            ),
             "host_bytes": figure(self.host_bytes, "the host's memory"),
             "kernel_factor": {"value": 1.0, "source": f"measured modules, added up; {source}"},
-            "kernel_source": f"{source}; {self.weights}, CUDA graphs, cold L2; a graph's launch of one kernel takes "
-            f"{self.graph_launch_s * 1e6:.2f} us, the host's {self.host_launch_s * 1e6:.1f} us",
+            "kernel_source": (
+                f"{source}; {self.weights}, CUDA graphs, cold L2; a graph's launch of one kernel"
+                f" takes {self.graph_launch_s * 1e6:.2f} us, the host's"
+                f" {self.host_launch_s * 1e6:.1f} us"
+            ),
             "kernels": {model: table.model_dump() for model, table in self.kernels.items()},
         }
 
@@ -78,20 +88,36 @@ class Calibration(BaseModel):
         """The link's YAML as a mapping."""
         return {
             "name": f"host link of {self.device}",
-            "bandwidth_bytes_per_s": {"value": float(self.link_bytes_per_s), "source": f"pinned contiguous copy to the GPU; {self._source}"},
-            "gather_source": f"a kernel that reads random rows of pinned host memory, nothing else running; {self._source}",
-            "gathers": [{"row_bytes": size, "bytes_per_s": dict(sorted(rates.items()))} for size, rates in sorted(self.gathers.items())],
+            "bandwidth_bytes_per_s": {
+                "value": float(self.link_bytes_per_s),
+                "source": f"pinned contiguous copy to the GPU; {self._source}",
+            },
+            "gather_source": (
+                "a kernel that reads random rows of pinned host memory, nothing else running;"
+                f" {self._source}"
+            ),
+            "gathers": [
+                {"row_bytes": size, "bytes_per_s": dict(sorted(rates.items()))}
+                for size, rates in sorted(self.gathers.items())
+            ],
         }
 
 
 def write_preset(calibration: Calibration, path: Path) -> list[Path]:
-    """Write ``path`` (``NAME.yaml``), ``NAME-link.yaml`` and ``NAME-kernels.json`` (every kernel by shape) beside it.
+    """Write ``path`` (``NAME.yaml``), ``NAME-link.yaml`` and ``NAME-kernels.json`` (every kernel by
+    shape) beside it.
 
-    Each file is replaced whole or not at all; the preset comes last, so that it never names a link that is missing. Raises FmsimError.
+    Each file is replaced whole or not at all; the preset comes last, so that it never names a link
+    that is missing. Raises FmsimError.
     """
     if path.suffix != ".yaml":
-        raise FmsimError(f"--out {path}: a hardware preset is a .yaml file; call it {path.name}.yaml")
-    link, kernels = path.with_name(f"{path.stem}-link.yaml"), path.with_name(f"{path.stem}-kernels.json")
+        raise FmsimError(
+            f"--out {path}: a hardware preset is a .yaml file; call it {path.name}.yaml"
+        )
+    link, kernels = (
+        path.with_name(f"{path.stem}-link.yaml"),
+        path.with_name(f"{path.stem}-kernels.json"),
+    )
     texts = {
         kernels: calibration.model_dump_json(indent=1) + "\n",
         link: yaml.safe_dump(calibration.link(), sort_keys=False, width=140),
@@ -104,5 +130,7 @@ def write_preset(calibration: Calibration, path: Path) -> list[Path]:
             partial.write_text(text, encoding="utf-8")
             os.replace(partial, target)
     except OSError as error:
-        raise FmsimError(f"--out {path}: cannot be written ({error.strerror or error}); choose another place") from None
+        raise FmsimError(
+            f"--out {path}: cannot be written ({error.strerror or error}); choose another place"
+        ) from None
     return [path, link, kernels]

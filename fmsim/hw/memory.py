@@ -1,4 +1,6 @@
-"""What a server's requests share, in SimPy: GPU and host memory as capacities, the link in both directions, the GPU's compute."""
+"""What a server's requests share, in SimPy: GPU and host memory as capacities, the link in both
+directions, the GPU's compute.
+"""
 
 from __future__ import annotations
 
@@ -23,10 +25,12 @@ class _Flow:
 
 
 class FairLink:
-    """One direction of a link: concurrent transfers share its bandwidth max-min fairly, none above its own limit.
+    """One direction of a link: concurrent transfers share its bandwidth max-min fairly, none above
+    its own limit.
 
-    A transfer that cannot use its share (a gather of small rows) leaves the rest to the others. No bytes are lost and
-    the rates never add up to more than the bandwidth, so a link is never credited twice.
+    A transfer that cannot use its share (a gather of small rows) leaves the rest to the others. No
+    bytes are lost and the rates never add up to more than the bandwidth, so a link is never
+    credited twice.
     """
 
     def __init__(self, env: simpy.Environment, bytes_per_s: float) -> None:
@@ -64,9 +68,14 @@ class FairLink:
             self.moved_bytes += passed
 
     def _share(self) -> None:
-        """Max-min fair rates: the most limited first, each at most an equal part of what is left. Then wait for the next end."""
+        """Max-min fair rates: the most limited first, each at most an equal part of what is left.
+
+        Then wait for the next end.
+        """
         spare = self.bytes_per_s
-        for n_left, flow in zip(range(len(self._flows), 0, -1), sorted(self._flows, key=lambda flow: flow.limit)):
+        for n_left, flow in zip(
+            range(len(self._flows), 0, -1), sorted(self._flows, key=lambda flow: flow.limit)
+        ):
             flow.rate = min(flow.limit, spare / n_left)
             spare -= flow.rate
         self._version += 1
@@ -80,8 +89,9 @@ class FairLink:
             return
         shortest_s = min(flow.left_bytes / flow.rate for flow in self._flows)
         self._advance()
-        # Rounding, of the bytes or of a clock that has run for long, may leave a bit of the flow that the timer was set for, or of one
-        # equal to it. It must end now: a timer shorter than the clock's resolution would never let it.
+        # Rounding, of the bytes or of a clock that has run for long, may leave a bit of the flow
+        # that the timer was set for, or of one equal to it. It must end now: a timer shorter than
+        # the clock's resolution would never let it.
         short_s = 1e-9 * shortest_s + 4 * math.ulp(self.env.now)
         ended = [flow for flow in self._flows if flow.left_bytes <= flow.rate * short_s + 1e-6]
         for flow in ended:
@@ -92,7 +102,10 @@ class FairLink:
 
 
 class MemorySystem:
-    """One GPU of a server with its share of host memory. Sizes in bytes; both pools start empty of KV."""
+    """One GPU of a server with its share of host memory.
+
+    Sizes in bytes; both pools start empty of KV.
+    """
 
     def __init__(self, env: simpy.Environment, hw: Hardware, geometry: Geometry) -> None:
         self.hw = hw
@@ -100,9 +113,10 @@ class MemorySystem:
         pool_bytes = hw.kv_pool_bytes(weight_bytes)
         if pool_bytes <= 0:
             raise FmsimError(
-                f"{geometry.name} does not fit {hw.title}: {weight_bytes / GIB:.1f} GiB of weights on each of {hw.n_gpus} GPUs and "
-                f"{hw.reserve_bytes.value / GIB:.1f} GiB of reserve are {-pool_bytes / GIB:.1f} GiB more than its "
-                f"{hw.hbm_bytes.value / GIB:.1f} GiB; choose larger hardware"
+                f"{geometry.name} does not fit {hw.title}: {weight_bytes / GIB:.1f} GiB of weights"
+                f" on each of {hw.n_gpus} GPUs and {hw.reserve_bytes.value / GIB:.1f} GiB of"
+                f" reserve are {-pool_bytes / GIB:.1f} GiB more than its"
+                f" {hw.hbm_bytes.value / GIB:.1f} GiB; choose larger hardware"
             )
         self.hbm = simpy.Container(env, capacity=pool_bytes, init=pool_bytes)
         self.host = simpy.Container(env, capacity=hw.host_bytes_per_gpu, init=hw.host_bytes_per_gpu)
@@ -116,8 +130,9 @@ class MemorySystem:
         for pool, n_bytes, kind in pools:
             if n_bytes > pool.level:
                 raise FmsimError(
-                    f"{what} needs {n_bytes / GIB:.2f} GiB of {kind}, {(n_bytes - pool.level) / GIB:.2f} GiB more than the "
-                    f"{pool.level / GIB:.2f} GiB that {self.hw.title} has left for KV; lower the batch or the budget"
+                    f"{what} needs {n_bytes / GIB:.2f} GiB of {kind},"
+                    f" {(n_bytes - pool.level) / GIB:.2f} GiB more than the {pool.level / GIB:.2f}"
+                    f" GiB that {self.hw.title} has left for KV; lower the batch or the budget"
                 )
         for pool, n_bytes, _ in pools:
             if n_bytes > 0:

@@ -28,7 +28,9 @@ class Figure(_Strict):
 
 
 class Gather(_Strict):
-    """Rate of a kernel that gathers rows of one size from pinned host memory, by the number of rows."""
+    """Rate of a kernel that gathers rows of one size from pinned host memory, by the number of
+    rows.
+    """
 
     row_bytes: int
     bytes_per_s: dict[int, float]
@@ -41,14 +43,18 @@ class Link(_Strict):
     bandwidth_bytes_per_s: Figure
     gather_source: str
     gathers: tuple[Gather, ...]
-    gather_speedup: float = Field(1.0, gt=0)  # of the measured rates, where a scenario gives another bandwidth; fixed costs stay
+    gather_speedup: float = Field(
+        1.0, gt=0
+    )  # of the measured rates, where a scenario gives another bandwidth; fixed costs stay
 
 
 class KernelTable(_Strict):
-    """Measured times of one model's decode modules on one of `n_gpus` tensor-parallel GPUs, in milliseconds.
+    """Measured times of one model's decode modules on one of `n_gpus` tensor-parallel GPUs, in
+    milliseconds.
 
-    `*_context_ms` is by context tokens at batch 1, `*_batch_ms` by batch (attention: at the smallest context). `*_entry_ns`: what each entry of a
-    further request's history adds, where it was measured; otherwise it is taken from the device's rates.
+    `*_context_ms` is by context tokens at batch 1, `*_batch_ms` by batch (attention: at the
+    smallest context). `*_entry_ns`: what each entry of a further request's history adds, where it
+    was measured; otherwise it is taken from the device's rates.
     """
 
     csa_context_ms: dict[int, float]
@@ -65,7 +71,9 @@ class KernelTable(_Strict):
 
 
 class Hardware(_Strict):
-    """A GPU in a server of `n_gpus` that run one model tensor-parallel, each with the whole KV cache."""
+    """A GPU in a server of `n_gpus` that run one model tensor-parallel, each with the whole KV
+    cache.
+    """
 
     name: str
     title: str
@@ -79,7 +87,9 @@ class Hardware(_Strict):
     link: Link
     kernel_source: str
     kernel_factor: Figure
-    topk_context_ms: dict[int, float] | None = None  # by context, of a top-k kernel other than the one in the kernel table
+    topk_context_ms: dict[int, float] | None = (
+        None  # by context, of a top-k kernel other than the one in the kernel table
+    )
     topk_source: str = ""
     kernels: dict[str, KernelTable]
 
@@ -96,18 +106,30 @@ class Hardware(_Strict):
 
 def hardware_names() -> list[str]:
     folder = files("fmsim.hw") / "presets"
-    return sorted(entry.name.removesuffix(".yaml") for entry in folder.iterdir() if entry.name.endswith(".yaml"))
+    return sorted(
+        entry.name.removesuffix(".yaml")
+        for entry in folder.iterdir()
+        if entry.name.endswith(".yaml")
+    )
 
 
 def load_hardware(name: str, folder: Path | None = None) -> Hardware:
-    """The preset called `name`, or the file of that name if it ends in .yaml (as `fmsim hw calibrate` writes it), taken
-    from `folder`. Raises FmsimError with the nearest names when there is none, or with what is wrong with the file."""
+    """The preset called `name`, or the file of that name if it ends in .yaml (as `fmsim hw
+    calibrate` writes it), taken from `folder`.
+
+    Raises FmsimError with the nearest names when there is none, or with what is wrong with the
+    file.
+    """
     if name.endswith(".yaml"):
         return _from_file((folder or Path()) / name)
     names = hardware_names()
     if name not in names:
         near = difflib.get_close_matches(name, names, n=1)
-        hint = f"did you mean '{near[0]}'?" if near else f"choose one of {', '.join(names)}, or a .yaml file of fmsim hw calibrate"
+        hint = (
+            f"did you mean '{near[0]}'?"
+            if near
+            else f"choose one of {', '.join(names)}, or a .yaml file of fmsim hw calibrate"
+        )
         raise FmsimError(f"no hardware preset '{name}'; {hint}")
     presets = files("fmsim.hw")
     raw = _read(presets / "presets" / f"{name}.yaml")
@@ -119,40 +141,72 @@ def load_hardware(name: str, folder: Path | None = None) -> Hardware:
 
 def figure_names() -> list[str]:
     """Figures that `replace_figure` takes."""
-    return [*(name for name, field in Hardware.model_fields.items() if field.annotation in (Figure, Figure | None)), LINK_FIGURE]
+    return [
+        *(
+            name
+            for name, field in Hardware.model_fields.items()
+            if field.annotation in (Figure, Figure | None)
+        ),
+        LINK_FIGURE,
+    ]
 
 
 def replace_figure(hw: Hardware, name: str, value: float) -> Hardware:
-    """`hw` with another value of one figure. Raises FmsimError for a name that is none, or a value not above zero.
+    """`hw` with another value of one figure.
 
-    With another bandwidth of the link the measured rates of gathers change alike; their fixed costs stay.
+    Raises FmsimError for a name that is none, or a value not above zero.
+
+    With another bandwidth of the link the measured rates of gathers change alike; their fixed costs
+    stay.
     """
     if name not in figure_names():
         near = difflib.get_close_matches(name, figure_names(), n=1)
-        raise FmsimError("no such figure; " + (f"did you mean '{near[0]}'?" if near else f"there are {', '.join(figure_names())}"))
+        raise FmsimError(
+            "no such figure; "
+            + (f"did you mean '{near[0]}'?" if near else f"there are {', '.join(figure_names())}")
+        )
     if not value > 0:
         raise FmsimError(f"must be above zero, not {value:g}")
     figure = Figure(value=value, source="given by the scenario")
     if name != LINK_FIGURE:
         return hw.model_copy(update={name: figure})
     speedup = hw.link.gather_speedup * value / hw.link.bandwidth_bytes_per_s.value
-    return hw.model_copy(update={"link": hw.link.model_copy(update={"bandwidth_bytes_per_s": figure, "gather_speedup": speedup})})
+    return hw.model_copy(
+        update={
+            "link": hw.link.model_copy(
+                update={"bandwidth_bytes_per_s": figure, "gather_speedup": speedup}
+            )
+        }
+    )
 
 
 def _from_file(path: Path) -> Hardware:
     """A preset outside the package, whose link lies beside it."""
     try:
         raw = _read(path)
-        return Hardware(**raw | {"name": path.stem, "link": _read(path.with_name(f"{raw['link']}.yaml"))})
+        return Hardware(
+            **raw | {"name": path.stem, "link": _read(path.with_name(f"{raw['link']}.yaml"))}
+        )
     except OSError as error:
-        raise FmsimError(f"hardware file {error.filename}: {error.strerror}; fmsim hw calibrate --out {path} writes one") from None
+        raise FmsimError(
+            f"hardware file {error.filename}: {error.strerror}; fmsim hw calibrate --out {path}"
+            " writes one"
+        ) from None
     except ValidationError as error:
         first = error.errors()[0]
         key = ".".join(map(str, first["loc"]))
-        raise FmsimError(f"hardware file {path}: {key}: {first['msg']}; fmsim hw calibrate --out {path} writes it anew") from None
+        raise FmsimError(
+            f"hardware file {path}: {key}: {first['msg']}; fmsim hw calibrate --out {path} writes"
+            " it anew"
+        ) from None
     except (KeyError, TypeError, yaml.YAMLError):
-        raise FmsimError(f"hardware file {path} is no hardware preset; fmsim hw calibrate --out {path} writes one") from None
+        raise FmsimError(
+            f"hardware file {path} is no hardware preset; fmsim hw calibrate --out {path}"
+            " writes one"
+        ) from None
 
 
 def _read(path: Path | Traversable) -> dict[str, Any]:
-    return yaml.load(path.read_text(encoding="utf-8"), Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader))
+    return yaml.load(
+        path.read_text(encoding="utf-8"), Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+    )

@@ -1,1 +1,3 @@
-"""LSA's memory indexer (arXiv 2606.09079): its scorer, labels, training, evaluation and checkpoints."""
+"""LSA's memory indexer (arXiv 2606.09079): its scorer, labels, training, evaluation and
+checkpoints.
+"""

@@ -1,8 +1,10 @@
-"""Memory indexer checkpoints: FlashMemory's joint files (.safetensors, .pt) and fmsim's own, which add a header.
+"""Memory indexer checkpoints: FlashMemory's joint files (.safetensors, .pt) and fmsim's own, which
+add a header.
 
-Keys are ``retrievers.l{N}.{wq_a.weight, q_norm_weight, wq_b.weight, weights_proj.weight}``, N counting CSA layers from 0.
-A published file says nothing more, and is taken for DeepSeek-V4-Flash's; fmsim's own files add the metadata key
-``fmsim_indexer``, a JSON object of rotation, recommended threshold and how the file was trained.
+Keys are ``retrievers.l{N}.{wq_a.weight, q_norm_weight, wq_b.weight, weights_proj.weight}``, N
+counting CSA layers from 0. A published file says nothing more, and is taken for
+DeepSeek-V4-Flash's; fmsim's own files add the metadata key ``fmsim_indexer``, a JSON object of
+rotation, recommended threshold and how the file was trained.
 """
 
 from __future__ import annotations
@@ -23,7 +25,12 @@ from fmsim.errors import FmsimError
 from fmsim.indexer.scorer import PUBLISHED, LayerWeights, ScorerConfig, Yarn
 
 METADATA_KEY = "fmsim_indexer"
-PART_OF_KEY = {"wq_a.weight": "wq_a", "q_norm_weight": "q_norm", "wq_b.weight": "wq_b", "weights_proj.weight": "weights_proj"}
+PART_OF_KEY = {
+    "wq_a.weight": "wq_a",
+    "q_norm_weight": "q_norm",
+    "wq_b.weight": "wq_b",
+    "weights_proj.weight": "weights_proj",
+}
 KEY = re.compile(r"retrievers\.l(\d+)\.(.+)")
 SHIPPED = Path(__file__).parents[1] / "nano" / "model" / "indexer.safetensors"
 
@@ -32,8 +39,9 @@ SHIPPED = Path(__file__).parents[1] / "nano" / "model" / "indexer.safetensors"
 class Checkpoint:
     """Retrievers by CSA layer (counted from 0), and what to do with them.
 
-    ``threshold`` is the score (after the sigmoid) recommended for a resident set, None where the file states none;
-    ``training`` is free-form; ``metadata`` holds the file's other metadata, kept when it is written again.
+    ``threshold`` is the score (after the sigmoid) recommended for a resident set, None where the
+    file states none; ``training`` is free-form; ``metadata`` holds the file's other metadata, kept
+    when it is written again.
     """
 
     layers: dict[int, LayerWeights]
@@ -50,11 +58,21 @@ class Checkpoint:
     def head_dim(self) -> int:
         return next(iter(self.layers.values())).head_dim
 
-    def check_fits(self, layers: Sequence[int], hidden_size: int, head_dim: int, source: str) -> None:
-        """Raise FmsimError unless the retrievers can score states and keys of these widths and CSA layers, numbered from 0."""
+    def check_fits(
+        self, layers: Sequence[int], hidden_size: int, head_dim: int, source: str
+    ) -> None:
+        """Raise FmsimError unless the retrievers can score states and keys of these widths and CSA
+        layers, numbered from 0.
+        """
         if not set(self.layers) <= set(layers):
-            raise FmsimError(f"{source}: has the CSA layers {list(layers)}, but the indexer scores CSA layers {sorted(self.layers)}")
-        for name, ours, theirs in (("hidden_size", self.hidden_size, hidden_size), ("head_dim", self.head_dim, head_dim)):
+            raise FmsimError(
+                f"{source}: has the CSA layers {list(layers)}, but the indexer scores CSA layers"
+                f" {sorted(self.layers)}"
+            )
+        for name, ours, theirs in (
+            ("hidden_size", self.hidden_size, hidden_size),
+            ("head_dim", self.head_dim, head_dim),
+        ):
             if ours != theirs:
                 raise FmsimError(
                     f"{source}: its {name} is {theirs}, but the indexer checkpoint's is {ours}; "
@@ -63,10 +81,15 @@ class Checkpoint:
 
 
 def load(path: str | os.PathLike) -> Checkpoint:
-    """Read a .safetensors or .pt (weights only) checkpoint; raises FmsimError naming the file and what is wrong."""
+    """Read a .safetensors or .pt (weights only) checkpoint; raises FmsimError naming the file and
+    what is wrong.
+    """
     path = Path(path)
     if not path.exists():
-        raise FmsimError(f"{path}: no such indexer checkpoint; train one with `fmsim indexer train TRACE... --out {path}`")
+        raise FmsimError(
+            f"{path}: no such indexer checkpoint; train one with `fmsim indexer train TRACE..."
+            f" --out {path}`"
+        )
     tensors, metadata = (_read_pt if path.suffix == ".pt" else _read_safetensors)(path)
     layers = _layers(path, tensors)
     own = metadata.pop(METADATA_KEY, None)
@@ -75,28 +98,45 @@ def load(path: str | os.PathLike) -> Checkpoint:
     try:
         header = json.loads(own)
         config = header["scorer"]
-        config = ScorerConfig(**(config | {"yarn": Yarn(**config["yarn"]) if config["yarn"] else None}))
+        config = ScorerConfig(
+            **(config | {"yarn": Yarn(**config["yarn"]) if config["yarn"] else None})
+        )
         return Checkpoint(layers, config, header["threshold"], header["training"], metadata)
     except (ValueError, KeyError, TypeError) as error:
-        raise FmsimError(f"{path}: metadata {METADATA_KEY!r} is not a memory indexer's: {error!r}") from None
+        raise FmsimError(
+            f"{path}: metadata {METADATA_KEY!r} is not a memory indexer's: {error!r}"
+        ) from None
 
 
 def save(checkpoint: Checkpoint, path: str | os.PathLike) -> None:
-    """Write .safetensors or .pt, whole or not at all. A published checkpoint comes out as it came in: same keys, bits, metadata.
+    """Write .safetensors or .pt, whole or not at all.
 
-    A .pt is a state dict alone, without the ``freqs_cis`` that FlashMemory's trainer leaves in it and its loaders skip; FmsimError where
-    the checkpoint says more than that can hold.
+    A published checkpoint comes out as it came in: same keys, bits, metadata.
+
+    A .pt is a state dict alone, without the ``freqs_cis`` that FlashMemory's trainer leaves in it
+    and its loaders skip; FmsimError where the checkpoint says more than that can hold.
     """
     path = Path(path)
     if path.suffix not in (".safetensors", ".pt"):
         raise FmsimError(f"{path}: indexer checkpoints are written as .safetensors or .pt")
     metadata = dict(checkpoint.metadata)
-    published = (checkpoint.config, checkpoint.threshold, checkpoint.training) == (PUBLISHED, None, {})
+    published = (checkpoint.config, checkpoint.threshold, checkpoint.training) == (
+        PUBLISHED,
+        None,
+        {},
+    )
     if not published:
-        header = {"scorer": asdict(checkpoint.config), "threshold": checkpoint.threshold, "training": checkpoint.training}
+        header = {
+            "scorer": asdict(checkpoint.config),
+            "threshold": checkpoint.threshold,
+            "training": checkpoint.training,
+        }
         metadata[METADATA_KEY] = json.dumps(header)
     if path.suffix == ".pt" and not published:
-        raise FmsimError(f"{path}: a .pt cannot hold this checkpoint's rotation, threshold and training; give a .safetensors file")
+        raise FmsimError(
+            f"{path}: a .pt cannot hold this checkpoint's rotation, threshold and training; give a"
+            " .safetensors file"
+        )
     tensors = {
         f"retrievers.l{layer}.{key}": np.ascontiguousarray(getattr(weights, part))
         for layer, weights in checkpoint.layers.items()
@@ -104,16 +144,24 @@ def save(checkpoint: Checkpoint, path: str | os.PathLike) -> None:
     }
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(path.name + ".partial")
-    _write_pt(tensors, partial) if path.suffix == ".pt" else save_file(tensors, partial, metadata=metadata or None)
+    (
+        _write_pt(tensors, partial)
+        if path.suffix == ".pt"
+        else save_file(tensors, partial, metadata=metadata or None)
+    )
     partial.replace(path)
 
 
 def _read_safetensors(path: Path) -> tuple[dict[str, np.ndarray], dict[str, str]]:
     try:
         with safe_open(path, framework="numpy") as file:
-            return {key: file.get_tensor(key).copy() for key in file.keys()}, dict(file.metadata() or {})  # noqa: SIM118
+            return {key: file.get_tensor(key).copy() for key in file.keys()}, dict(
+                file.metadata() or {}
+            )
     except (SafetensorError, OSError, TypeError) as error:
-        raise FmsimError(f"{path}: not a readable .safetensors indexer checkpoint: {error}") from None
+        raise FmsimError(
+            f"{path}: not a readable .safetensors indexer checkpoint: {error}"
+        ) from None
 
 
 def _read_pt(path: Path) -> tuple[dict[str, np.ndarray], dict[str, str]]:
@@ -123,8 +171,12 @@ def _read_pt(path: Path) -> tuple[dict[str, np.ndarray], dict[str, str]]:
         state = torch.load(path, map_location="cpu", weights_only=True)
         tensors = {key: tensor for key, tensor in state.items() if not key.endswith("freqs_cis")}
         return {key: tensor.numpy() for key, tensor in tensors.items()}, {}
-    except Exception as error:  # torch names no common class for what a damaged or foreign pickle raises
-        raise FmsimError(f"{path}: not a state dict of tensors: {str(error).splitlines()[0]}") from None
+    except (
+        Exception
+    ) as error:  # torch names no common class for what a damaged or foreign pickle raises
+        raise FmsimError(
+            f"{path}: not a state dict of tensors: {str(error).splitlines()[0]}"
+        ) from None
 
 
 def _write_pt(tensors: dict[str, np.ndarray], path: Path) -> None:
@@ -158,7 +210,12 @@ def _check_shapes(path: Path, layer: int, weights: LayerWeights, first: LayerWei
     rank, hidden = weights.wq_a.shape if weights.wq_a.ndim == 2 else (-1, -1)
     heads = len(weights.weights_proj)
     fits = weights.q_norm.shape == (rank,) and weights.weights_proj.shape == (heads, hidden)
-    fits = fits and weights.wq_b.ndim == 2 and weights.wq_b.shape[1] == rank and weights.wq_b.shape[0] % heads == 0
+    fits = (
+        fits
+        and weights.wq_b.ndim == 2
+        and weights.wq_b.shape[1] == rank
+        and weights.wq_b.shape[0] % heads == 0
+    )
     if not fits:
         shapes = {part: list(value.shape) for part, value in weights._asdict().items()}
         raise FmsimError(f"{path}: shapes of retrievers.l{layer} do not fit together: {shapes}")

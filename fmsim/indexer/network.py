@@ -1,4 +1,6 @@
-"""The memory indexer's network in torch, for training; `fmsim.indexer.scorer` is the same function without torch."""
+"""The memory indexer's network in torch, for training; `fmsim.indexer.scorer` is the same function
+without torch.
+"""
 
 from __future__ import annotations
 
@@ -9,9 +11,13 @@ from fmsim.indexer.scorer import LayerWeights, ScorerConfig, hadamard_matrix
 
 
 class Retriever(nn.Module):
-    """One CSA layer's scorer, see `fmsim.indexer.scorer` for the formula; parameter names are FlashMemory's."""
+    """One CSA layer's scorer, see `fmsim.indexer.scorer` for the formula; parameter names are
+    FlashMemory's.
+    """
 
-    def __init__(self, hidden_size: int, heads: int, head_dim: int, rank: int, config: ScorerConfig):
+    def __init__(
+        self, hidden_size: int, heads: int, head_dim: int, rank: int, config: ScorerConfig
+    ):
         super().__init__()
         self.heads, self.head_dim, self.config = heads, head_dim, config
         self.wq_a = nn.Linear(hidden_size, rank, bias=False)
@@ -21,7 +27,9 @@ class Retriever(nn.Module):
         for linear in (self.wq_a, self.wq_b, self.weights_proj):
             nn.init.normal_(linear.weight, std=linear.in_features**-0.5)
         if config.hadamard:
-            self.register_buffer("hadamard", torch.from_numpy(hadamard_matrix(head_dim)), persistent=False)
+            self.register_buffer(
+                "hadamard", torch.from_numpy(hadamard_matrix(head_dim)), persistent=False
+            )
 
     def queries(self, hidden: Tensor, rotation: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
         """hidden [W, hidden_size] -> q [W, heads, head_dim], head weights [W, heads]."""
@@ -40,30 +48,49 @@ class Retriever(nn.Module):
     def forward(self, hidden: Tensor, rotation: tuple[Tensor, Tensor], keys: Tensor) -> Tensor:
         """Logits [W, E] of keys [E, head_dim], every query against every key."""
         query, head_weights = self.queries(hidden, rotation)
-        products = (query.flatten(0, 1) @ keys.T).relu().unflatten(0, (-1, self.heads))  # [W, heads, E]
+        products = (
+            (query.flatten(0, 1) @ keys.T).relu().unflatten(0, (-1, self.heads))
+        )  # [W, heads, E]
         return (head_weights[:, None] @ products)[:, 0]
 
 
 class MemoryIndexer(nn.Module):
-    """Retrievers of some CSA layers; their logits are combined by the maximum over layers, a union of their sets.
+    """Retrievers of some CSA layers; their logits are combined by the maximum over layers, a union
+    of their sets.
 
-    ``margin`` is the logit where a loss over single entries puts its border: the network itself has no bias and gives
-    0 to whatever no head responds to. It stays out of the checkpoint, whose threshold does its work.
+    ``margin`` is the logit where a loss over single entries puts its border: the network itself has
+    no bias and gives 0 to whatever no head responds to. It stays out of the checkpoint, whose
+    threshold does its work.
     """
 
-    def __init__(self, layers: list[int], hidden_size: int, heads: int, head_dim: int, rank: int, config: ScorerConfig):
+    def __init__(
+        self,
+        layers: list[int],
+        hidden_size: int,
+        heads: int,
+        head_dim: int,
+        rank: int,
+        config: ScorerConfig,
+    ):
         super().__init__()
         self.layers, self.config = layers, config
-        build = {f"l{layer}": Retriever(hidden_size, heads, head_dim, rank, config) for layer in layers}
+        build = {
+            f"l{layer}": Retriever(hidden_size, heads, head_dim, rank, config) for layer in layers
+        }
         self.retrievers = nn.ModuleDict(build)
         self.margin = nn.Parameter(torch.zeros(()))
 
     def forward(self, hidden: Tensor, rotation: tuple[Tensor, Tensor], keys: Tensor) -> Tensor:
-        """hidden [W, L, hidden_size], keys [L, E, head_dim], L the layers scored -> logits [L, W, E].
+        """hidden [W, L, hidden_size], keys [L, E, head_dim], L the layers scored -> logits [L, W,
+        E].
 
-        ``rotation``: cosine and sine of the queries' angles, [W, rope_dims / 2] each, as `scorer.rotation` gives them.
+        ``rotation``: cosine and sine of the queries' angles, [W, rope_dims / 2] each, as
+        `scorer.rotation` gives them.
         """
-        scored = [self.retrievers[f"l{layer}"](hidden[:, n], rotation, keys[n]) for n, layer in enumerate(self.layers)]
+        scored = [
+            self.retrievers[f"l{layer}"](hidden[:, n], rotation, keys[n])
+            for n, layer in enumerate(self.layers)
+        ]
         return torch.stack(scored)
 
     def weights(self) -> dict[int, LayerWeights]:
@@ -71,6 +98,11 @@ class MemoryIndexer(nn.Module):
         found = {}
         for layer in self.layers:
             retriever = self.retrievers[f"l{layer}"]
-            parts = (retriever.wq_a.weight, retriever.q_norm_weight, retriever.wq_b.weight, retriever.weights_proj.weight)
+            parts = (
+                retriever.wq_a.weight,
+                retriever.q_norm_weight,
+                retriever.wq_b.weight,
+                retriever.weights_proj.weight,
+            )
             found[layer] = LayerWeights(*(part.detach().cpu().numpy().copy() for part in parts))
         return found

@@ -1,11 +1,14 @@
 """The memory indexer's network, for inference: numpy or torch arrays, no torch import.
 
-One retriever a CSA layer (arXiv 2606.09079, section 3): x is the layer's attention input at the query token,
+One retriever a CSA layer (arXiv 2606.09079, section 3): x is the layer's attention input at the
+query token,
 
-    a = RMSNorm(x Wa^T);  q = a Wb^T as heads;  RoPE on q's last dims;  optionally a Walsh-Hadamard transform
-    w = x Wp^T / sqrt(heads * head_dim);  logit(entry) = sum_h w_h relu(q_h . key);  score = sigmoid(logit)
+    a = RMSNorm(x Wa^T);  q = a Wb^T as heads;  RoPE on q's last dims;  optionally a Walsh-Hadamard
+    transform w = x Wp^T / sqrt(heads * head_dim);  logit(entry) = sum_h w_h relu(q_h . key);  score
+    = sigmoid(logit)
 
-Entries' keys already carry RoPE (at the entry's first token) and, in DeepSeek-V4, the Hadamard transform.
+Entries' keys already carry RoPE (at the entry's first token) and, in DeepSeek-V4, the Hadamard
+transform.
 """
 
 from __future__ import annotations
@@ -35,7 +38,9 @@ class Yarn:
 
 @dataclass(frozen=True)
 class ScorerConfig:
-    """What the weights' shapes do not say: how queries are rotated and transformed to meet the keys."""
+    """What the weights' shapes do not say: how queries are rotated and transformed to meet the
+    keys.
+    """
 
     rope_dims: int
     rope_theta: float
@@ -47,20 +52,29 @@ class ScorerConfig:
     def from_geometry(cls, geometry: dict[str, Any]) -> ScorerConfig:
         """The config whose queries meet the index keys of a trace with this header ``geometry``.
 
-        Needs ``rope_dims`` and ``compress_rope``, the model's RoPE parameters in transformers' words (``rope_theta``;
-        with ``rope_type`` "yarn" also ``factor`` and ``original_max_position_embeddings``). ``index_hadamard`` is
-        optional. Raises FmsimError naming what is missing or not supported.
+        Needs ``rope_dims`` and ``compress_rope``, the model's RoPE parameters in transformers'
+        words (``rope_theta``; with ``rope_type`` "yarn" also ``factor`` and
+        ``original_max_position_embeddings``). ``index_hadamard`` is optional. Raises FmsimError
+        naming what is missing or not supported.
         """
         try:
             rope_dims, rope = int(geometry["rope_dims"]), geometry["compress_rope"]
             kind, theta, yarn = rope.get("rope_type", "default"), float(rope["rope_theta"]), None
             if kind == "yarn":
                 betas = float(rope.get("beta_fast") or 32.0), float(rope.get("beta_slow") or 1.0)
-                yarn = Yarn(float(rope["factor"]), int(rope["original_max_position_embeddings"]), *betas)
+                yarn = Yarn(
+                    float(rope["factor"]), int(rope["original_max_position_embeddings"]), *betas
+                )
         except KeyError as missing:
-            raise FmsimError(f"trace header: the geometry lacks {missing}, which the indexer needs; record it again") from None
+            raise FmsimError(
+                f"trace header: the geometry lacks {missing}, which the indexer needs; record it"
+                " again"
+            ) from None
         if kind not in ("default", "yarn"):
-            raise FmsimError(f"trace header: geometry compress_rope: rope_type {kind!r} is not supported by the memory indexer")
+            raise FmsimError(
+                f"trace header: geometry compress_rope: rope_type {kind!r} is not supported by the"
+                " memory indexer"
+            )
         return cls(rope_dims, theta, yarn, bool(geometry.get("index_hadamard", False)))
 
 
@@ -69,8 +83,9 @@ PUBLISHED = ScorerConfig(rope_dims=64, rope_theta=160_000.0, yarn=Yarn(16.0, 65_
 
 
 class LayerWeights(NamedTuple):
-    """One retriever, float32: ``wq_a`` [rank, hidden], ``q_norm`` [rank], ``wq_b`` [heads * head_dim, rank],
-    ``weights_proj`` [heads, hidden]."""
+    """One retriever, float32: ``wq_a`` [rank, hidden], ``q_norm`` [rank], ``wq_b`` [heads *
+    head_dim, rank], ``weights_proj`` [heads, hidden].
+    """
 
     wq_a: Any
     q_norm: Any
@@ -110,15 +125,21 @@ def inverse_frequencies(config: ScorerConfig) -> np.ndarray:
 
 
 def rotation(config: ScorerConfig, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Cosine and sine of each position's angles, float32 [..., rope_dims / 2]; angles are float64, for 1M positions."""
+    """Cosine and sine of each position's angles, float32 [..., rope_dims / 2]; angles are float64,
+    for 1M positions.
+    """
     angles = np.asarray(positions, dtype=np.float64)[..., None] * inverse_frequencies(config)
     return np.cos(angles).astype(np.float32), np.sin(angles).astype(np.float32)
 
 
 def hadamard_matrix(size: int) -> np.ndarray:
-    """Normalised Walsh-Hadamard matrix in Sylvester order, float32 [size, size]; size is a power of two."""
+    """Normalised Walsh-Hadamard matrix in Sylvester order, float32 [size, size]; size is a power of
+    two.
+    """
     if size & (size - 1):
-        raise FmsimError(f"memory indexer: a Hadamard transform needs a power of two, not head_dim {size}")
+        raise FmsimError(
+            f"memory indexer: a Hadamard transform needs a power of two, not head_dim {size}"
+        )
     matrix = np.ones((1, 1))
     while len(matrix) < size:
         matrix = np.kron([[1, 1], [1, -1]], matrix)
@@ -126,10 +147,11 @@ def hadamard_matrix(size: int) -> np.ndarray:
 
 
 def queries(weights: LayerWeights, config: ScorerConfig, hidden, position: int):
-    """The scoring vectors of one query token: q [heads, head_dim] and w [heads] (scale factor folded in), float32.
+    """The scoring vectors of one query token: q [heads, head_dim] and w [heads] (scale factor
+    folded in), float32.
 
-    ``hidden`` float32 [hidden_size] is the layer's attention input (after its RMSNorm), ``position`` its absolute
-    position, 0 for the first token.
+    ``hidden`` float32 [hidden_size] is the layer's attention input (after its RMSNorm),
+    ``position`` its absolute position, 0 for the first token.
     """
     xp = array_namespace(hidden)
     latent = weights.wq_a @ hidden
@@ -139,7 +161,9 @@ def queries(weights: LayerWeights, config: ScorerConfig, hidden, position: int):
     still = weights.head_dim - config.rope_dims
     even, odd = query[:, still::2], query[:, still + 1 :: 2]
     turned = xp.stack((even * cos - odd * sin, even * sin + odd * cos), axis=-1)
-    query = xp.concat((query[:, :still], xp.reshape(turned, (weights.heads, config.rope_dims))), axis=1)
+    query = xp.concat(
+        (query[:, :still], xp.reshape(turned, (weights.heads, config.rope_dims))), axis=1
+    )
     if config.hadamard:
         query = query @ _like(hadamard_matrix(weights.head_dim), hidden)
     scale = (weights.heads * weights.head_dim) ** -0.5
@@ -147,8 +171,10 @@ def queries(weights: LayerWeights, config: ScorerConfig, hidden, position: int):
 
 
 def logits(query, head_weights, keys):
-    """``sum_h w_h relu(q_h . key)`` of every key: [heads, D], [heads], [E, D] -> float32 [E]. In blocks of entries, but on a GPU, where each
-    would be launches of its own."""
+    """``sum_h w_h relu(q_h . key)`` of every key: [heads, D], [heads], [E, D] -> float32 [E].
+
+    In blocks of entries, but on a GPU, where each would be launches of its own.
+    """
     xp = array_namespace(query)
     block = max(1, keys.shape[0]) if getattr(keys, "is_cuda", False) else ENTRIES_PER_BLOCK
     zero = _like(np.zeros((), dtype=np.float32), query)
@@ -160,10 +186,21 @@ def logits(query, head_weights, keys):
     return xp.concat(blocks, axis=0)
 
 
-def layer_logits(layers: Sequence[LayerWeights], config: ScorerConfig, hidden: Sequence, position: int, keys: Sequence):
-    """Logits of every layer, from its hidden [hidden_size] and its keys [E, D]: float32 [layers, E]."""
+def layer_logits(
+    layers: Sequence[LayerWeights],
+    config: ScorerConfig,
+    hidden: Sequence,
+    position: int,
+    keys: Sequence,
+):
+    """Logits of every layer, from its hidden [hidden_size] and its keys [E, D]: float32 [layers,
+    E].
+    """
     xp = array_namespace(hidden[0])
-    scored = [logits(*queries(weights, config, hidden[n], position), keys[n]) for n, weights in enumerate(layers)]
+    scored = [
+        logits(*queries(weights, config, hidden[n], position), keys[n])
+        for n, weights in enumerate(layers)
+    ]
     return xp.stack(scored, axis=0)
 
 
@@ -180,7 +217,10 @@ def sigmoid(values):
 
 
 def logit(score: float) -> float:
-    """The logit of a score in (0, 1). Thresholds are compared as logits: scores near 1 are all alike in float32."""
+    """The logit of a score in (0, 1).
+
+    Thresholds are compared as logits: scores near 1 are all alike in float32.
+    """
     return math.log(score / (1.0 - score))
 
 

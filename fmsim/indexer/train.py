@@ -1,8 +1,9 @@
 """Backbone-free training of the memory indexer, from traces alone (arXiv 2606.09079, section 3.2).
 
-Queries are the windows' starts of the training traces. All entries visible to a query are scored; the loss sees its
-positives, negatives sampled at random, and hard negatives: those that the indexer itself scores highest. The layers
-learn jointly, through the maximum of their logits, which is what a resident set is chosen by.
+Queries are the windows' starts of the training traces. All entries visible to a query are scored;
+the loss sees its positives, negatives sampled at random, and hard negatives: those that the indexer
+itself scores highest. The layers learn jointly, through the maximum of their logits, which is what
+a resident set is chosen by.
 """
 
 from __future__ import annotations
@@ -26,15 +27,19 @@ from fmsim.indexer.network import MemoryIndexer
 from fmsim.indexer.scorer import ScorerConfig, rotation
 from fmsim.indexer.windows import Windows
 
-PRODUCTS_PER_BATCH = 2**26  # [queries, heads, entries] of one layer, 256 MiB in float32: bounds memory
+PRODUCTS_PER_BATCH = (
+    2**26
+)  # [queries, heads, entries] of one layer, 256 MiB in float32: bounds memory
 RECALL_SHARES = (0.05, 0.10)
 
 
 @dataclass(frozen=True)
 class TrainOptions:
-    """``random_negatives`` and ``hard_negatives`` a positive; ``loss`` "focal" or "infonce"; ``mass_power``: a positive
-    weighs its attention mass to this power (0 = all alike); ``warm_up``: share of the steps; ``kept_share``: the share of entries that the recommended
-    threshold keeps on the held-out queries; ``patience``: evaluations without a better recall before stopping."""
+    """``random_negatives`` and ``hard_negatives`` a positive; ``loss`` "focal" or "infonce";
+    ``mass_power``: a positive weighs its attention mass to this power (0 = all alike); ``warm_up``:
+    share of the steps; ``kept_share``: the share of entries that the recommended threshold keeps on
+    the held-out queries; ``patience``: evaluations without a better recall before stopping.
+    """
 
     heads: int = 32
     rank: int = 192
@@ -55,8 +60,9 @@ class TrainOptions:
 
 
 class Progress(NamedTuple):
-    """One evaluation: mean loss since the last; of held-out queries at each of RECALL_SHARES, the share of golden
-    entries and of attention mass kept."""
+    """One evaluation: mean loss since the last; of held-out queries at each of RECALL_SHARES, the
+    share of golden entries and of attention mass kept.
+    """
 
     step: int
     loss: float
@@ -65,14 +71,19 @@ class Progress(NamedTuple):
 
     @property
     def merit(self) -> float:
-        """What the best parameters have most of. Mass counts too: where golden entries are many, all rankings recall alike."""
+        """What the best parameters have most of.
+
+        Mass counts too: where golden entries are many, all rankings recall alike.
+        """
         return sum(self.recall) + sum(self.mass_kept)
 
 
 class Batch(NamedTuple):
     """`Windows` on the training device."""
 
-    rotation: tuple[Tensor, Tensor]  # cosine and sine of the queries' angles, float32 [W, rope_dims / 2]
+    rotation: tuple[
+        Tensor, Tensor
+    ]  # cosine and sine of the queries' angles, float32 [W, rope_dims / 2]
     hidden: Tensor
     keys: Tensor
     visible: Tensor  # bool [W, E]
@@ -91,19 +102,28 @@ def train(
     state: Path | None = None,
     resume: bool = False,
 ) -> Checkpoint:
-    """Train retrievers for every CSA layer of the traces; the parameters of the best held-out recall are returned.
+    """Train retrievers for every CSA layer of the traces; the parameters of the best held-out
+    recall are returned.
 
-    The same inputs, options and device give the same parameters. With ``state``, a file, each evaluation leaves there what is needed to go on;
-    ``resume`` does, and ends with the parameters that an uninterrupted run has. Raises FmsimError where there is nothing to
-    learn from, where the traces' widths differ, or where the state is another run's.
+    The same inputs, options and device give the same parameters. With ``state``, a file, each
+    evaluation leaves there what is needed to go on; ``resume`` does, and ends with the parameters
+    that an uninterrupted run has. Raises FmsimError where there is nothing to learn from, where the
+    traces' widths differ, or where the state is another run's.
     """
     started = time.perf_counter()
-    batches, held_out_batches = (_batches(part, config, options.heads, device) for part in (training, held_out))
+    batches, held_out_batches = (
+        _batches(part, config, options.heads, device) for part in (training, held_out)
+    )
     if not batches or not held_out_batches:
-        raise FmsimError("indexer train: needs golden entries in training and in held-out traces; these hold none")
+        raise FmsimError(
+            "indexer train: needs golden entries in training and in held-out traces; these hold"
+            " none"
+        )
     torch.manual_seed(options.seed)
     hidden_size, head_dim = training[0].hidden.shape[2], training[0].keys.shape[2]
-    model = MemoryIndexer(training[0].layers, hidden_size, options.heads, head_dim, options.rank, config).to(device)
+    model = MemoryIndexer(
+        training[0].layers, hidden_size, options.heads, head_dim, options.rank, config
+    ).to(device)
     run = TrainingRun(model, batches, options, [windows.name for windows in (*training, *held_out)])
     if resume:
         run.load(state)
@@ -125,16 +145,27 @@ def train(
         "mass_kept": dict(zip(map(str, RECALL_SHARES), best.mass_kept, strict=True)),
         "seconds": round(time.perf_counter() - started, 1),
     }
-    return Checkpoint(model.weights(), config, threshold_of_share(model, held_out_batches, options.kept_share), record)
+    return Checkpoint(
+        model.weights(),
+        config,
+        threshold_of_share(model, held_out_batches, options.kept_share),
+        record,
+    )
 
 
 class TrainingRun:
-    """AdamW over the options' steps, warm-up then cosine, from one evaluation to the next; it can be saved in between."""
+    """AdamW over the options' steps, warm-up then cosine, from one evaluation to the next; it can
+    be saved in between.
+    """
 
-    def __init__(self, model: MemoryIndexer, batches: list[Batch], options: TrainOptions, traces: list[str]):
+    def __init__(
+        self, model: MemoryIndexer, batches: list[Batch], options: TrainOptions, traces: list[str]
+    ):
         self.model, self.batches, self.options = model, batches, options
         self.about = json.dumps([asdict(options), traces])
-        self.optimizer = torch.optim.AdamW(model.parameters(), lr=options.learning_rate, weight_decay=options.weight_decay)
+        self.optimizer = torch.optim.AdamW(
+            model.parameters(), lr=options.learning_rate, weight_decay=options.weight_decay
+        )
         self.schedule = torch.optim.lr_scheduler.LambdaLR(self.optimizer, self._rate)
         self.order = np.random.default_rng(options.seed)
         self.generator = torch.Generator(device=batches[0].hidden.device).manual_seed(options.seed)
@@ -144,27 +175,47 @@ class TrainingRun:
 
     def _rate(self, step: int) -> float:
         warm_up = max(int(self.options.steps * self.options.warm_up), 1)
-        cosine = 0.5 * (1 + math.cos(math.pi * max(step - warm_up, 0) / max(self.options.steps - warm_up, 1)))
+        cosine = 0.5 * (
+            1 + math.cos(math.pi * max(step - warm_up, 0) / max(self.options.steps - warm_up, 1))
+        )
         return min((step + 1) / warm_up, cosine)
 
     @property
     def finished(self) -> bool:
         options = self.options
-        stale = self.best is not None and self.step - self.best.step >= options.patience * options.evaluate_every
+        stale = (
+            self.best is not None
+            and self.step - self.best.step >= options.patience * options.evaluate_every
+        )
         return stale or self.step >= options.steps
 
     def advance(self, held_out: list[Batch]) -> Progress:
-        """Train up to the next evaluation, evaluate, and keep the parameters if they are the best so far."""
+        """Train up to the next evaluation, evaluate, and keep the parameters if they are the best
+        so far.
+        """
         losses = []
-        while not losses or (self.step % self.options.evaluate_every and self.step < self.options.steps):
+        while not losses or (
+            self.step % self.options.evaluate_every and self.step < self.options.steps
+        ):
             losses.append(self._one_step())
-        progress = Progress(self.step, torch.stack(losses).mean().item(), *recall_at(self.model, held_out, RECALL_SHARES))
+        progress = Progress(
+            self.step,
+            torch.stack(losses).mean().item(),
+            *recall_at(self.model, held_out, RECALL_SHARES),
+        )
         if self.best is None or progress.merit > self.best.merit:
-            self.best, self.best_parameters = progress, {key: value.clone() for key, value in self.model.state_dict().items()}
+            self.best, self.best_parameters = (
+                progress,
+                {key: value.clone() for key, value in self.model.state_dict().items()},
+            )
         return progress
 
     def _one_step(self) -> Tensor:
-        picked = self.order.choice(len(self.batches), size=min(self.options.traces_per_step, len(self.batches)), replace=False)
+        picked = self.order.choice(
+            len(self.batches),
+            size=min(self.options.traces_per_step, len(self.batches)),
+            replace=False,
+        )
         losses = []
         for index in picked:
             loss = _loss(self.model, self.batches[index], self.options, self.generator)
@@ -195,36 +246,52 @@ class TrainingRun:
         partial.replace(path)
 
     def load(self, path: Path) -> None:
-        """Go on from a saved state; FmsimError where it is missing, damaged, or of other traces or options."""
+        """Go on from a saved state; FmsimError where it is missing, damaged, or of other traces or
+        options.
+        """
         if not path.exists():
             raise FmsimError(f"{path}: no interrupted training to resume; leave out --resume")
         try:
             found = torch.load(path, map_location=self.generator.device, weights_only=True)
             about = found["about"]
         except Exception as error:  # torch names no common class for what a damaged file raises
-            raise FmsimError(f"{path}: no training state ({str(error).splitlines()[0]}); take it away and train anew") from None
+            raise FmsimError(
+                f"{path}: no training state ({str(error).splitlines()[0]}); take it away and train"
+                " anew"
+            ) from None
         if about != self.about:
-            raise FmsimError(f"{path}: is the state of a run with other traces or options; give those, or train without --resume")
+            raise FmsimError(
+                f"{path}: is the state of a run with other traces or options; give those, or train"
+                " without --resume"
+            )
         self.model.load_state_dict(found["model"])
         self.optimizer.load_state_dict(found["optimizer"])
         self.schedule.load_state_dict(found["schedule"])
         self.order.bit_generator.state = json.loads(found["order"])
         self.generator.set_state(found["generator"].cpu())
         self.step, self.best_parameters = found["step"], found["best_parameters"]
-        self.best = Progress(*(tuple(part) if isinstance(part, list | tuple) else part for part in found["best"]))
+        self.best = Progress(
+            *(tuple(part) if isinstance(part, list | tuple) else part for part in found["best"])
+        )
 
 
-def _loss(model: MemoryIndexer, batch: Batch, options: TrainOptions, generator: torch.Generator) -> Tensor:
+def _loss(
+    model: MemoryIndexer, batch: Batch, options: TrainOptions, generator: torch.Generator
+) -> Tensor:
     logits = model(batch.hidden, batch.rotation, batch.keys).amax(0)
     negatives = _negatives(logits.detach(), batch, options, generator)
     weights = batch.golden * (batch.mass.clamp(min=1e-6) ** options.mass_power)
-    weights = weights / weights.sum(-1, keepdim=True) * batch.golden.sum(-1, keepdim=True)  # mean 1 a positive
+    weights = (
+        weights / weights.sum(-1, keepdim=True) * batch.golden.sum(-1, keepdim=True)
+    )  # mean 1 a positive
     if options.loss == "infonce":
         return infonce_loss(logits, weights, batch.golden | negatives)
     return focal_loss(logits - model.margin, weights, negatives, options.focal_gamma)
 
 
-def _negatives(logits: Tensor, batch: Batch, options: TrainOptions, generator: torch.Generator) -> Tensor:
+def _negatives(
+    logits: Tensor, batch: Batch, options: TrainOptions, generator: torch.Generator
+) -> Tensor:
     """bool [W, E]: random negatives by a coin an entry, and the negatives that score highest."""
     candidates = batch.visible & ~batch.golden
     positives = batch.golden.sum(-1, keepdim=True)
@@ -237,7 +304,9 @@ def _negatives(logits: Tensor, batch: Batch, options: TrainOptions, generator: t
 
 
 def focal_loss(logits: Tensor, positive_weights: Tensor, negatives: Tensor, gamma: float) -> Tensor:
-    """Focal loss (arXiv 1708.02002) a positive: logits, weights (0 = no positive) [W, E], negatives bool."""
+    """Focal loss (arXiv 1708.02002) a positive: logits, weights (0 = no positive) [W, E], negatives
+    bool.
+    """
     score = logits.sigmoid()
     missed = positive_weights * (1 - score) ** gamma * F.softplus(-logits)
     false = negatives * score**gamma * F.softplus(logits)
@@ -245,47 +314,81 @@ def focal_loss(logits: Tensor, positive_weights: Tensor, negatives: Tensor, gamm
 
 
 def infonce_loss(logits: Tensor, positive_weights: Tensor, listed: Tensor) -> Tensor:
-    """InfoNCE with several positives: cross-entropy of the softmax over ``listed`` entries with the positives' share."""
+    """InfoNCE with several positives: cross-entropy of the softmax over ``listed`` entries with the
+    positives' share.
+    """
     log_shares = logits.masked_fill(~listed, -torch.inf).log_softmax(-1)
     target = positive_weights / positive_weights.sum(-1, keepdim=True)
     return -(target * log_shares.masked_fill(~listed, 0.0)).sum(-1).mean()
 
 
 @torch.no_grad()
-def recall_at(model: MemoryIndexer, batches: list[Batch], shares: Sequence[float]) -> tuple[tuple[float, ...], ...]:
-    """Means over queries of what the best ``share`` of the visible entries holds: of positives, and of mass, by share."""
+def recall_at(
+    model: MemoryIndexer, batches: list[Batch], shares: Sequence[float]
+) -> tuple[tuple[float, ...], ...]:
+    """Means over queries of what the best ``share`` of the visible entries holds: of positives, and
+    of mass, by share.
+    """
     found: list[Tensor] = []
     for batch in batches:
-        logits = model(batch.hidden, batch.rotation, batch.keys).amax(0).masked_fill(~batch.visible, -torch.inf)
+        logits = (
+            model(batch.hidden, batch.rotation, batch.keys)
+            .amax(0)
+            .masked_fill(~batch.visible, -torch.inf)
+        )
         order = logits.argsort(dim=1, descending=True, stable=True)
         place = torch.arange(order.shape[1], device=order.device)
         kept = [place < torch.ceil(share * batch.visible.sum(1, keepdim=True)) for share in shares]
         wanted = [part / part.sum(1, keepdim=True) for part in (batch.golden.float(), batch.mass)]
-        found.append(torch.stack([torch.stack([(part.gather(1, order) * k).sum(1) for k in kept]) for part in wanted]))
+        found.append(
+            torch.stack(
+                [torch.stack([(part.gather(1, order) * k).sum(1) for k in kept]) for part in wanted]
+            )
+        )
     golden, mass = torch.cat(found, dim=2).mean(2).tolist()  # of [2, shares, queries]
     return tuple(golden), tuple(mass)
 
 
 @torch.no_grad()
 def threshold_of_share(model: MemoryIndexer, batches: list[Batch], share: float) -> float:
-    """The score above which a query of ``batches`` has, on average, ``share`` of its visible entries."""
+    """The score above which a query of ``batches`` has, on average, ``share`` of its visible
+    entries.
+    """
     scores, weights = [], []
     for batch in batches:
         logits = model(batch.hidden, batch.rotation, batch.keys).amax(0)
         scores.append(logits[batch.visible])
         weights.append((batch.visible / batch.visible.sum(1, keepdim=True))[batch.visible])
-    score, group = torch.cat(scores).unique(return_inverse=True)  # ascending; many entries may share a logit of 0
+    score, group = torch.cat(scores).unique(
+        return_inverse=True
+    )  # ascending; many entries may share a logit of 0
     kept = torch.zeros(len(score), dtype=torch.float64, device=score.device)
     kept = kept.index_add(0, group, torch.cat(weights).double()).flip(0).cumsum(0).flip(0)
-    return score[(kept / kept[0] - share).abs().argmin()].double().sigmoid().clamp(1e-9, 1 - 1e-9).item()
+    return (
+        score[(kept / kept[0] - share).abs().argmin()]
+        .double()
+        .sigmoid()
+        .clamp(1e-9, 1 - 1e-9)
+        .item()
+    )
 
 
-def _batches(parts: Sequence[Windows], config: ScorerConfig, heads: int, device: str) -> list[Batch]:
-    """Windows on the device, split so that no batch exceeds PRODUCTS_PER_BATCH; queries without positives left out."""
+def _batches(
+    parts: Sequence[Windows], config: ScorerConfig, heads: int, device: str
+) -> list[Batch]:
+    """Windows on the device, split so that no batch exceeds PRODUCTS_PER_BATCH; queries without
+    positives left out.
+    """
     batches = []
     for windows in parts:
-        if windows.layers != parts[0].layers or windows.hidden.shape[2] != parts[0].hidden.shape[2] or windows.keys.shape[2] != parts[0].keys.shape[2]:
-            raise FmsimError(f"{windows.name}: its layers or widths differ from those of {parts[0].name}")
+        if (
+            windows.layers != parts[0].layers
+            or windows.hidden.shape[2] != parts[0].hidden.shape[2]
+            or windows.keys.shape[2] != parts[0].keys.shape[2]
+        ):
+            raise FmsimError(
+                f"{windows.name}: its layers or widths differ from those of {parts[0].name}"
+            )
         keys = torch.from_numpy(windows.keys).to(device)
         queries = np.flatnonzero(windows.golden.any(1))
         size = max(PRODUCTS_PER_BATCH // (heads * max(keys.shape[1], 1)), 1)
@@ -294,6 +397,11 @@ def _batches(parts: Sequence[Windows], config: ScorerConfig, heads: int, device:
             visible = np.arange(keys.shape[1]) < windows.entries[part, None]
             arrays = (windows.hidden[part], visible, windows.golden[part], windows.mass[part])
             hidden, visible, golden, mass = (torch.from_numpy(array).to(device) for array in arrays)
-            cos, sin = (torch.from_numpy(array).to(device) for array in rotation(config, windows.positions[part]))
-            batches.append(Batch((cos, sin), hidden, keys, visible, golden, mass, int(golden.sum(1).max())))
+            cos, sin = (
+                torch.from_numpy(array).to(device)
+                for array in rotation(config, windows.positions[part])
+            )
+            batches.append(
+                Batch((cos, sin), hidden, keys, visible, golden, mass, int(golden.sum(1).max()))
+            )
     return batches

@@ -1,4 +1,6 @@
-"""A trace as the memory indexer sees it: one query a window, the keys it scores, and what it should have kept."""
+"""A trace as the memory indexer sees it: one query a window, the keys it scores, and what it should
+have kept.
+"""
 
 from __future__ import annotations
 
@@ -14,10 +16,10 @@ from fmsim.trace.format import ENTRY_TOKENS, Trace
 class Windows(NamedTuple):
     """The queries of one trace, W of them, each at the last token before its window.
 
-    ``positions`` int64 [W] of the query tokens, ``entries`` int64 [W] visible to each, ``hidden`` float32 [W, L, H],
-    ``keys`` float32 [L, E, D] with E the most entries that a query sees, ``golden`` bool [W, E] and ``mass`` float32
-    [W, E] (False and 0 beyond a query's entries). ``csa_numbers``: which of the model's CSA layers the L are, from 0; the first L if
-    empty.
+    ``positions`` int64 [W] of the query tokens, ``entries`` int64 [W] visible to each, ``hidden``
+    float32 [W, L, H], ``keys`` float32 [L, E, D] with E the most entries that a query sees,
+    ``golden`` bool [W, E] and ``mass`` float32 [W, E] (False and 0 beyond a query's entries).
+    ``csa_numbers``: which of the model's CSA layers the L are, from 0; the first L if empty.
     """
 
     name: str
@@ -36,19 +38,24 @@ class Windows(NamedTuple):
 
 
 def check_scorable(trace: Trace, name: str) -> None:
-    """Raise FmsimError for a trace without the hidden states and index keys that an indexer reads."""
+    """Raise FmsimError for a trace without the hidden states and index keys that an indexer
+    reads.
+    """
     for what in ("hidden", "index_keys"):
         if getattr(trace, what) is None:
             raise FmsimError(
-                f"{name}: this {trace.header.source} trace holds no {what}, which the memory indexer needs; "
-                "use a trace recorded from a DeepSeek-V4 model"
+                f"{name}: this {trace.header.source} trace holds no {what}, which the memory"
+                " indexer needs; use a trace recorded from a DeepSeek-V4 model"
             )
 
 
 def read_windows(trace: Trace, name: str, rule: LabelRule) -> Windows:
-    """Queries, keys and labels of ``trace``; ``name`` stands in messages. Decode steps are read a window at a time.
+    """Queries, keys and labels of ``trace``; ``name`` stands in messages.
 
-    A trace that holds labels (`Trace.holds_labels`) has only the rule's ``min_layers`` and ``horizon_steps`` applied to them.
+    Decode steps are read a window at a time.
+
+    A trace that holds labels (`Trace.holds_labels`) has only the rule's ``min_layers`` and
+    ``horizon_steps`` applied to them.
     """
     check_scorable(trace, name)
     tau = trace.header.tau
@@ -62,8 +69,23 @@ def read_windows(trace: Trace, name: str, rule: LabelRule) -> Windows:
         ahead = slice(window * tau, window * tau + horizon)
         rows = trace.entry_ids[ahead], trace.mass[ahead]
         if trace.holds_labels:
-            found = voted_labels(rows[0][:, 0], rows[1][:, 0], int(visible), rule, trace.header.geometry["label_layers"])
+            found = voted_labels(
+                rows[0][:, 0],
+                rows[1][:, 0],
+                int(visible),
+                rule,
+                trace.header.geometry["label_layers"],
+            )
         else:
             found = labels(*rows, int(visible), rule)
         golden[window, :visible], mass[window, :visible] = found
-    return Windows(name, positions, entries, trace.hidden[:], trace.keys(most), golden, mass, tuple(trace.csa_numbers))
+    return Windows(
+        name,
+        positions,
+        entries,
+        trace.hidden[:],
+        trace.keys(most),
+        golden,
+        mass,
+        tuple(trace.csa_numbers),
+    )

@@ -44,7 +44,9 @@ def nano_config() -> DeepseekV4Config:
 
 @torch.no_grad()
 def initialise(model: DeepseekV4, seed: int) -> None:
-    """Weights of variance 1 / fan-in, block outputs scaled down by depth, hyper-connections near a plain residual."""
+    """Weights of variance 1 / fan-in, block outputs scaled down by depth, hyper-connections near a
+    plain residual.
+    """
     config = model.config
     generator = torch.Generator().manual_seed(seed)
     depth_scale = (2 * config.num_hidden_layers) ** -0.5
@@ -70,7 +72,9 @@ def initialise(model: DeepseekV4, seed: int) -> None:
 
 
 def _start_hyper_connection(connection, block: int) -> None:
-    """Streams keep to themselves; each block favours reading and writing one of them, so that they come to differ."""
+    """Streams keep to themselves; each block favours reading and writing one of them, so that they
+    come to differ.
+    """
     count = connection.streams
     favoured = torch.full((count,), -0.5)
     favoured[block % count] = 1.5

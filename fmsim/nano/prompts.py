@@ -1,7 +1,9 @@
-"""Questions put to a trained model: prompts with known answers, and streams of decode steps to record.
+"""Questions put to a trained model: prompts with known answers, and streams of decode steps to
+record.
 
-Everything stands in held-out text and is about keys that training never used. Kinds follow RULER (Hsieh et al. 2024)
-in spirit, with the wording the model was trained on; ``memory`` follows LongMemEval (Wu et al. 2024).
+Everything stands in held-out text and is about keys that training never used. Kinds follow RULER
+(Hsieh et al. 2024) in spirit, with the wording the model was trained on; ``memory`` follows
+LongMemEval (Wu et al. 2024).
 """
 
 from __future__ import annotations
@@ -14,8 +16,8 @@ import numpy as np
 from fmsim.errors import FmsimError
 from fmsim.nano import tokenizer as bpe
 from fmsim.nano import wording as say
-from fmsim.nano.weaving import Sessions, session_marks, weave
 from fmsim.nano.tokens import Corpus
+from fmsim.nano.weaving import Sessions, session_marks, weave
 from fmsim.nano.wording import Insert, Tokens, Wording
 
 VALUE_DIGITS = 5
@@ -26,7 +28,9 @@ TURN_TOKENS = (24, 48)  # of text a speaker says in a memory stream
 
 @dataclass(frozen=True)
 class Prompt:
-    """tokens: uint16 [length], up to where the answer starts; answer: the tokens to come; references: strings in it."""
+    """tokens: uint16 [length], up to where the answer starts; answer: the tokens to come;
+    references: strings in it.
+    """
 
     kind: str
     tokens: np.ndarray
@@ -36,7 +40,9 @@ class Prompt:
 
 @dataclass(frozen=True)
 class Turn:
-    """Feed ``forced``, then decode ``generate`` tokens; a good model generates ``answer``, which holds ``references``."""
+    """Feed ``forced``, then decode ``generate`` tokens; a good model generates ``answer``, which
+    holds ``references``.
+    """
 
     forced: Tokens
     generate: int = 0
@@ -58,22 +64,37 @@ class Stream:
         return _steps(self.turns)
 
 
-Task = tuple[list[Insert], Insert, list[Tokens]]  # what is told, the question, the tokens of each reference
+Task = tuple[
+    list[Insert], Insert, list[Tokens]
+]  # what is told, the question, the tokens of each reference
 
 
-def evaluation_prompt(kind: str, length_tokens: int, rng: np.random.Generator, corpus: Corpus, depth: float | None = None) -> Prompt:
+def evaluation_prompt(
+    kind: str,
+    length_tokens: int,
+    rng: np.random.Generator,
+    corpus: Corpus,
+    depth: float | None = None,
+) -> Prompt:
     """A prompt of exactly ``length_tokens`` whose question stands at its end.
 
-    ``depth`` (0 = start of the text, 1 = its end; drawn if None) is where the asked fact or the quoted text stands; kinds that
-    need several facts spread them and ignore it.
+    ``depth`` (0 = start of the text, 1 = its end; drawn if None) is where the asked fact or the
+    quoted text stands; kinds that need several facts spread them and ignore it.
     """
     if kind not in TASKS:
         raise FmsimError(f"no task kind {kind!r}; there are {', '.join(TASKS)}")
     place = float(rng.random()) if depth is None else depth
-    told, question, references = TASKS[kind](rng, say.wording(evaluation=True), length_tokens, place)
-    woven = weave(rng, corpus, length_tokens + len(question.tokens) - question.answer[0], [*told, question])
+    told, question, references = TASKS[kind](
+        rng, say.wording(evaluation=True), length_tokens, place
+    )
+    woven = weave(
+        rng, corpus, length_tokens + len(question.tokens) - question.answer[0], [*told, question]
+    )
     if not woven.spans:
-        raise FmsimError(f"the {length_tokens} tokens of text hold no quote that occurs once; take other text or another seed")
+        raise FmsimError(
+            f"the {length_tokens} tokens of text hold no quote that occurs once; take other text or"
+            " another seed"
+        )
     answer = woven.tokens[slice(*woven.spans[-1])].tolist()
     return Prompt(kind, woven.tokens[:length_tokens], answer, _texts(references or [answer]))
 
@@ -92,7 +113,10 @@ def _multikey_dense(rng: np.random.Generator, words: Wording, length: int, depth
 
 def _one_of(rng: np.random.Generator, words: Wording, depth: float, others: int) -> Task:
     """One asked fact at ``depth`` among ``others`` anywhere."""
-    keys, values = words.keys(rng, 1 + others), [words.value(rng, VALUE_DIGITS) for _ in range(1 + others)]
+    keys, values = (
+        words.keys(rng, 1 + others),
+        [words.value(rng, VALUE_DIGITS) for _ in range(1 + others)],
+    )
     places = [depth, *rng.random(others)]
     told = [say.fact(rng, place, key, value) for place, key, value in zip(places, keys, values)]
     return told, say.ask(1.0, keys[0], values[0]), [values[0]]
@@ -100,20 +124,31 @@ def _one_of(rng: np.random.Generator, words: Wording, depth: float, others: int)
 
 def _multivalue(rng: np.random.Generator, words: Wording, length: int, depth: float) -> Task:
     [key], values = words.keys(rng, 1), [words.value(rng, VALUE_DIGITS) for _ in range(4)]
-    told = [say.fact(rng, place, key, value) for place, value in zip(np.sort(rng.random(4)), values)]
+    told = [
+        say.fact(rng, place, key, value) for place, value in zip(np.sort(rng.random(4)), values)
+    ]
     return told, say.ask_all(1.0, key, values), values
 
 
 def _multiquery(rng: np.random.Generator, words: Wording, length: int, depth: float) -> Task:
     keys, values = words.keys(rng, 4), [words.value(rng, VALUE_DIGITS) for _ in range(4)]
-    told = [say.fact(rng, place, key, value) for place, key, value in zip(rng.random(4), keys, values)]
+    told = [
+        say.fact(rng, place, key, value) for place, key, value in zip(rng.random(4), keys, values)
+    ]
     return told, say.ask_each(1.0, keys, values), values
 
 
 def _tracking(rng: np.random.Generator, words: Wording, length: int, depth: float) -> Task:
-    names, value, places = words.some_names(rng, 5), words.value(rng, VALUE_DIGITS), np.sort(rng.random(5))
+    names, value, places = (
+        words.some_names(rng, 5),
+        words.value(rng, VALUE_DIGITS),
+        np.sort(rng.random(5)),
+    )
     told = [say.assign(places[0], names[0], value, None)]
-    told += [say.assign(place, name, None, source) for place, name, source in zip(places[1:], names[1:], names)]
+    told += [
+        say.assign(place, name, None, source)
+        for place, name, source in zip(places[1:], names[1:], names)
+    ]
     return told, say.ask_names(1.0, value, names), names
 
 
@@ -125,7 +160,11 @@ def _memory(rng: np.random.Generator, words: Wording, length: int, depth: float)
     """Six things told in sessions, one asked for."""
     things, values = words.some_nouns(rng, 6), [words.value(rng, VALUE_DIGITS) for _ in range(6)]
     told = [say.tell(*item) for item in zip([depth, *rng.random(5)], things, values)]
-    return session_marks(rng, length).inserts + told, say.recall(1.0, things[0], values[0]), [values[0]]
+    return (
+        session_marks(rng, length).inserts + told,
+        say.recall(1.0, things[0], values[0]),
+        [values[0]],
+    )
 
 
 TASKS: dict[str, Callable[[np.random.Generator, Wording, int, float], Task]] = {
@@ -140,37 +179,61 @@ TASKS: dict[str, Callable[[np.random.Generator, Wording, int, float], Task]] = {
 }
 
 
-def decode_stream(kind: str, prompt_tokens: int, rng: np.random.Generator, corpus: Corpus, steps: int = 512) -> Stream:
+def decode_stream(
+    kind: str, prompt_tokens: int, rng: np.random.Generator, corpus: Corpus, steps: int = 512
+) -> Stream:
     """A prompt of ``prompt_tokens`` and at least ``steps`` decode steps after it.
 
-    "needles": many questions, one after another, about ``STREAM_FACTS`` facts; "continuation": the text goes on, all
-    forced; "memory": dated sessions go on, and ask for what was told in all of them.
+    "needles": many questions, one after another, about ``STREAM_FACTS`` facts; "continuation": the
+    text goes on, all forced; "memory": dated sessions go on, and ask for what was told in all of
+    them.
     """
     if kind not in STREAMS:
         raise FmsimError(f"no stream kind {kind!r}; there are {', '.join(STREAMS)}")
     return STREAMS[kind](prompt_tokens, rng, corpus, steps)
 
 
-def question_stream(prompt_tokens: int, rng: np.random.Generator, corpus: Corpus, steps: int, facts: int = 4) -> Stream:
-    """A prompt that holds ``facts`` facts, and questions about one of them at a time: what nano answers well."""
+def question_stream(
+    prompt_tokens: int, rng: np.random.Generator, corpus: Corpus, steps: int, facts: int = 4
+) -> Stream:
+    """A prompt that holds ``facts`` facts, and questions about one of them at a time: what nano
+    answers well.
+    """
     keys, values, told = _stream_facts(rng, facts)
     prompt = weave(rng, corpus, prompt_tokens, told).tokens
     return Stream("questions", prompt, _needle_turns(rng, keys, values, steps, joint_odds=0.0))
 
 
-def _needles_stream(prompt_tokens: int, rng: np.random.Generator, corpus: Corpus, steps: int) -> Stream:
+def _needles_stream(
+    prompt_tokens: int, rng: np.random.Generator, corpus: Corpus, steps: int
+) -> Stream:
     keys, values, facts = _stream_facts(rng)
     prompt = weave(rng, corpus, prompt_tokens, facts).tokens
     return Stream("needles", prompt, _needle_turns(rng, keys, values, steps))
 
 
-def _stream_facts(rng: np.random.Generator, count: int = STREAM_FACTS) -> tuple[list[Tokens], list[Tokens], list[Insert]]:
+def _stream_facts(
+    rng: np.random.Generator, count: int = STREAM_FACTS
+) -> tuple[list[Tokens], list[Tokens], list[Insert]]:
     words = say.wording(evaluation=True)
     keys, values = words.keys(rng, count), [words.value(rng, VALUE_DIGITS) for _ in range(count)]
-    return keys, values, [say.fact(rng, place, key, value) for place, key, value in zip(rng.random(len(keys)), keys, values)]
+    return (
+        keys,
+        values,
+        [
+            say.fact(rng, place, key, value)
+            for place, key, value in zip(rng.random(len(keys)), keys, values)
+        ],
+    )
 
 
-def _needle_turns(rng: np.random.Generator, keys: list[Tokens], values: list[Tokens], steps: int, joint_odds: float = 0.15) -> list[Turn]:
+def _needle_turns(
+    rng: np.random.Generator,
+    keys: list[Tokens],
+    values: list[Tokens],
+    steps: int,
+    joint_odds: float = 0.15,
+) -> list[Turn]:
     """Questions about one key, or now and then about two or three, in rounds over all keys."""
     turns: list[Turn] = []
     after: Tokens = []
@@ -180,13 +243,17 @@ def _needle_turns(rng: np.random.Generator, keys: list[Tokens], values: list[Tok
             count = int(rng.integers(2, 4)) if rng.random() < joint_odds and len(order) >= 3 else 1
             chosen, order = order[:count], order[count:]
             asked, known = [keys[i] for i in chosen], [values[i] for i in chosen]
-            question = say.ask(1.0, asked[0], known[0]) if count == 1 else say.ask_each(1.0, asked, known)
+            question = (
+                say.ask(1.0, asked[0], known[0]) if count == 1 else say.ask_each(1.0, asked, known)
+            )
             turns.append(_turn(after, question, known))
             after = question.tokens[question.answer[1] :]
     return turns
 
 
-def _continuation_stream(prompt_tokens: int, rng: np.random.Generator, corpus: Corpus, steps: int) -> Stream:
+def _continuation_stream(
+    prompt_tokens: int, rng: np.random.Generator, corpus: Corpus, steps: int
+) -> Stream:
     """The prompt ends within a document, in the middle of what a reader would go on reading."""
     sizes = np.diff(corpus.documents)
     long = np.flatnonzero(sizes >= min(4 * steps, sizes.max()))
@@ -198,21 +265,39 @@ def _continuation_stream(prompt_tokens: int, rng: np.random.Generator, corpus: C
     return Stream("continuation", prompt, [Turn(text[prompt_tokens - 1 :].tolist())])
 
 
-def _memory_stream(prompt_tokens: int, rng: np.random.Generator, corpus: Corpus, steps: int) -> Stream:
+def _memory_stream(
+    prompt_tokens: int, rng: np.random.Generator, corpus: Corpus, steps: int
+) -> Stream:
     things, values, sessions, told = _stream_memories(rng, prompt_tokens)
     prompt = weave(rng, corpus, prompt_tokens, sessions.inserts + told).tokens
     return Stream("memory", prompt, _memory_turns(rng, corpus, sessions, things, values, steps))
 
 
-def _stream_memories(rng: np.random.Generator, prompt_tokens: int) -> tuple[list[Tokens], list[Tokens], Sessions, list[Insert]]:
-    """Twice ``MEMORY_FACTS`` things and their codes; the first half of them is told in the prompt."""
+def _stream_memories(
+    rng: np.random.Generator, prompt_tokens: int
+) -> tuple[list[Tokens], list[Tokens], Sessions, list[Insert]]:
+    """Twice ``MEMORY_FACTS`` things and their codes; the first half of them is told in the
+    prompt.
+    """
     words, sessions = say.wording(evaluation=True), session_marks(rng, prompt_tokens)
-    things, values = words.some_nouns(rng, 2 * MEMORY_FACTS), [words.value(rng, VALUE_DIGITS) for _ in range(2 * MEMORY_FACTS)]
-    return things, values, sessions, [say.tell(*item) for item in zip(rng.random(MEMORY_FACTS), things, values)]
+    things, values = (
+        words.some_nouns(rng, 2 * MEMORY_FACTS),
+        [words.value(rng, VALUE_DIGITS) for _ in range(2 * MEMORY_FACTS)],
+    )
+    return (
+        things,
+        values,
+        sessions,
+        [say.tell(*item) for item in zip(rng.random(MEMORY_FACTS), things, values)],
+    )
 
 
-def _memory_turns(rng, corpus: Corpus, sessions: Sessions, things: list[Tokens], values: list[Tokens], steps: int) -> list[Turn]:
-    """Each round: a new session, a user and an assistant turn of text, something new told (now and then), two questions."""
+def _memory_turns(
+    rng, corpus: Corpus, sessions: Sessions, things: list[Tokens], values: list[Tokens], steps: int
+) -> list[Turn]:
+    """Each round: a new session, a user and an assistant turn of text, something new told (now and
+    then), two questions.
+    """
     known, turns = MEMORY_FACTS, []
     after: Tokens = []
     while _steps(turns) < steps:
@@ -227,9 +312,13 @@ def _memory_turns(rng, corpus: Corpus, sessions: Sessions, things: list[Tokens],
     return turns
 
 
-def streams_of_one_context(prompt_tokens: int, rng: np.random.Generator, corpus: Corpus, steps: int = 512) -> list[Stream]:
-    """The three kinds of stream after one and the same prompt, which is costly to read: dated sessions in which the user
-    tells things, facts between them, and text that goes on where the prompt ends."""
+def streams_of_one_context(
+    prompt_tokens: int, rng: np.random.Generator, corpus: Corpus, steps: int = 512
+) -> list[Stream]:
+    """The three kinds of stream after one and the same prompt, which is costly to read: dated
+    sessions in which the user tells things, facts between them, and text that goes on where the
+    prompt ends.
+    """
     keys, key_values, facts = _stream_facts(rng)
     things, values, sessions, told = _stream_memories(rng, prompt_tokens)
     prompt = weave(rng, corpus, prompt_tokens, sessions.inserts + told + facts).tokens
@@ -241,7 +330,9 @@ def streams_of_one_context(prompt_tokens: int, rng: np.random.Generator, corpus:
 
 
 def _text_after(prompt: np.ndarray, corpus: Corpus, count: int) -> Tokens:
-    """The ``count`` tokens of the corpus that follow the longest end of the prompt which stands in it."""
+    """The ``count`` tokens of the corpus that follow the longest end of the prompt which stands in
+    it.
+    """
     ends = np.flatnonzero(corpus.tokens == prompt[-1])
     for back in range(1, len(prompt)):
         longer = ends[corpus.tokens[ends - back] == prompt[-1 - back]]
@@ -264,12 +355,21 @@ def _new_session(rng: np.random.Generator, corpus: Corpus, sessions: Sessions) -
     return [*head, *text[: counts[0]], *say.turn(1.0, "Assistant").tokens, *text[counts[0] :]]
 
 
-STREAMS = {"needles": _needles_stream, "continuation": _continuation_stream, "memory": _memory_stream}
+STREAMS = {
+    "needles": _needles_stream,
+    "continuation": _continuation_stream,
+    "memory": _memory_stream,
+}
 
 
 def _turn(before: Tokens, question: Insert, references: list[Tokens]) -> Turn:
     start, end = question.answer
-    return Turn([*before, *question.tokens[:start]], end - start, tuple(question.tokens[start:end]), tuple(_texts(references)))
+    return Turn(
+        [*before, *question.tokens[:start]],
+        end - start,
+        tuple(question.tokens[start:end]),
+        tuple(_texts(references)),
+    )
 
 
 def _texts(items: list[Tokens]) -> list[str]:

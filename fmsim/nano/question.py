@@ -1,4 +1,6 @@
-"""What `fmsim exec` asks when it is given no prompt: questions about facts woven into a pinned text."""
+"""What `fmsim exec` asks when it is given no prompt: questions about facts woven into a pinned
+text.
+"""
 
 from __future__ import annotations
 
@@ -24,5 +26,7 @@ def haystack() -> Corpus:
 
 
 def questions(context_tokens: int, steps: int, seed: int, corpus: Corpus) -> prompts.Stream:
-    """A prompt of `context_tokens` and at least `steps` decode steps of questions about it, in nano's tokens."""
+    """A prompt of `context_tokens` and at least `steps` decode steps of questions about it, in
+    nano's tokens.
+    """
     return prompts.question_stream(context_tokens, np.random.default_rng(seed), corpus, steps)

@@ -1,7 +1,8 @@
 """The corpus as tokens: ``python -m fmsim.nano.tokens --corpus DIR --out DIR``.
 
-One folder holds ``train.xz`` and ``held_out.xz`` (little-endian uint16, each document ended by ``<|eos|>``, in an order
-shuffled by a hash of the names) and ``documents.json`` (package, name and tokens of each document, in that order).
+One folder holds ``train.xz`` and ``held_out.xz`` (little-endian uint16, each document ended by
+``<|eos|>``, in an order shuffled by a hash of the names) and ``documents.json`` (package, name and
+tokens of each document, in that order).
 """
 
 from __future__ import annotations
@@ -37,7 +38,9 @@ class Corpus:
 
     @cached_property
     def breaks(self) -> np.ndarray:
-        """int64, ascending: the places between two tokens where a sentence or line has just ended."""
+        """int64, ascending: the places between two tokens where a sentence or line has just
+        ended.
+        """
         ends = np.zeros(bpe.VOCABULARY, bool)
         for token, number in bpe.load().get_vocab().items():
             ends[number] = token.endswith(("Ċ", ".")) or number == bpe.EOS_ID
@@ -45,7 +48,9 @@ class Corpus:
         return places[places < len(self.tokens)]
 
     def text(self, rng: np.random.Generator, length: int) -> tuple[np.ndarray, int]:
-        """A stretch of ``length`` tokens from a random place, and where it starts; wraps around at the end."""
+        """A stretch of ``length`` tokens from a random place, and where it starts; wraps around at
+        the end.
+        """
         start = int(rng.integers(len(self.tokens)))
         if start + length <= len(self.tokens):
             return self.tokens[start : start + length], start
@@ -56,22 +61,30 @@ def from_texts(texts: dict[str, str]) -> Corpus:
     """A corpus of the given texts by name, in their order."""
     encoded = [item.ids + [bpe.EOS_ID] for item in bpe.load().encode_batch(list(texts.values()))]
     ends = np.cumsum([0] + [len(item) for item in encoded])
-    return Corpus(np.concatenate([np.asarray(item, np.uint16) for item in encoded]), ends, list(texts))
+    return Corpus(
+        np.concatenate([np.asarray(item, np.uint16) for item in encoded]), ends, list(texts)
+    )
 
 
 def load(folder: Path, split: str) -> Corpus:
     """Read ``train`` or ``held_out`` from ``folder``, in about two seconds."""
     path = folder / f"{split}.xz"
     if not path.exists():
-        raise FmsimError(f"{path}: missing; make it with python -m fmsim.nano.tokens --corpus DIR --out {folder}")
+        raise FmsimError(
+            f"{path}: missing; make it with python -m fmsim.nano.tokens --corpus DIR --out {folder}"
+        )
     try:
         tokens = np.frombuffer(lzma.decompress(path.read_bytes(), lzma.FORMAT_XZ), "<u2")
     except lzma.LZMAError as error:
-        raise FmsimError(f"{path}: truncated or not xz ({error}); write it anew with python -m fmsim.nano.tokens") from error
+        raise FmsimError(
+            f"{path}: truncated or not xz ({error}); write it anew with python -m fmsim.nano.tokens"
+        ) from error
     listed = json.loads((folder / "documents.json").read_text())[split]
     ends = np.cumsum([0] + [size for _, size in listed])
     if ends[-1] != len(tokens):
-        raise FmsimError(f"{path}: {len(tokens)} tokens, but documents.json tells of {ends[-1]}; write both anew")
+        raise FmsimError(
+            f"{path}: {len(tokens)} tokens, but documents.json tells of {ends[-1]}; write both anew"
+        )
     return Corpus(tokens, ends, [name for name, _ in listed])
 
 
@@ -83,8 +96,12 @@ def save(documents: list[Document], folder: Path) -> dict[str, int]:
         chosen = [d for d in documents if d.held_out == (split == "held_out")]
         chosen.sort(key=lambda d: hashlib.blake2b(f"{d.package}/{d.name}".encode()).digest())
         corpus = from_texts({f"{d.package}/{d.name}": d.text for d in chosen})
-        (folder / f"{split}.xz").write_bytes(lzma.compress(corpus.tokens.astype("<u2").tobytes(), lzma.FORMAT_XZ, filters=FILTERS))
-        listed[split] = [[name, int(size)] for name, size in zip(corpus.names, np.diff(corpus.documents))]
+        (folder / f"{split}.xz").write_bytes(
+            lzma.compress(corpus.tokens.astype("<u2").tobytes(), lzma.FORMAT_XZ, filters=FILTERS)
+        )
+        listed[split] = [
+            [name, int(size)] for name, size in zip(corpus.names, np.diff(corpus.documents))
+        ]
         sizes[split] = len(corpus.tokens)
     (folder / "documents.json").write_text(json.dumps(listed))
     return sizes
@@ -92,11 +109,16 @@ def save(documents: list[Document], folder: Path) -> dict[str, int]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--corpus", type=Path, required=True, help="folder written by fmsim.nano.training.corpus")
+    parser.add_argument(
+        "--corpus", type=Path, required=True, help="folder written by fmsim.nano.training.corpus"
+    )
     parser.add_argument("--out", type=Path, required=True, help="folder for the tokens")
     args = parser.parse_args()
     for split, tokens in save(list(read_documents(args.corpus)), args.out).items():
-        print(f"{split}: {tokens / 1e6:.2f}M tokens, {(args.out / f'{split}.xz').stat().st_size / 1e6:.1f} MB")
+        print(
+            f"{split}: {tokens / 1e6:.2f}M tokens,"
+            f" {(args.out / f'{split}.xz').stat().st_size / 1e6:.1f} MB"
+        )
 
 
 if __name__ == "__main__":

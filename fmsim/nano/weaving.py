@@ -1,7 +1,8 @@
 """Training sequences: real text with facts woven in, and questions about them far later.
 
-Everything is drawn from one numpy ``Generator``, so a seed gives the same sequence anywhere. The dense recipe (a fact
-every 256 tokens, a question every 128) makes a small model find out about looking back; the others look like evaluation.
+Everything is drawn from one numpy ``Generator``, so a seed gives the same sequence anywhere. The
+dense recipe (a fact every 256 tokens, a question every 128) makes a small model find out about
+looking back; the others look like evaluation.
 """
 
 from __future__ import annotations
@@ -17,7 +18,9 @@ from fmsim.nano.tokens import Corpus
 from fmsim.nano.wording import Insert, Wording
 
 SHORTEST_TOKENS = 512
-BLOCK_TOKENS = 128  # positions jump only between whole blocks, so no compressed entry straddles a jump
+BLOCK_TOKENS = (
+    128  # positions jump only between whole blocks, so no compressed entry straddles a jump
+)
 TURN_TOKENS = 120  # of a memory session, on average
 TURNS_A_SESSION = 8
 SNAP_ODDS = 0.8  # of inserts standing after a sentence or line rather than anywhere
@@ -27,8 +30,8 @@ SNAP_ODDS = 0.8  # of inserts standing after a sentence or line rather than anyw
 class Mixture:
     """How often each kind of sequence comes, and how positions skip.
 
-    kinds: weights of "dense", "sparse", "mixed", "memory", "text"; skip_odds: of a sequence's positions having jumps;
-    max_position: none is as large.
+    kinds: weights of "dense", "sparse", "mixed", "memory", "text"; skip_odds: of a sequence's
+    positions having jumps; max_position: none is as large.
     """
 
     kinds: dict[str, float]
@@ -46,7 +49,9 @@ MIXTURES = {
 
 @dataclass(frozen=True)
 class Sample:
-    """tokens: uint16 [S]; answer: bool [S], tokens that answer a question; positions: int32 [S]; kind of the sequence."""
+    """tokens: uint16 [S]; answer: bool [S], tokens that answer a question; positions: int32 [S];
+    kind of the sequence.
+    """
 
     tokens: np.ndarray
     answer: np.ndarray
@@ -56,14 +61,24 @@ class Sample:
 
 @dataclass
 class Woven:
-    """tokens: uint16 [S]; spans: for each insert with an answer, in order, the (from, to) of the answer in tokens."""
+    """tokens: uint16 [S]; spans: for each insert with an answer, in order, the (from, to) of the
+    answer in tokens.
+    """
 
     tokens: np.ndarray
     spans: list[tuple[int, int]] = field(default_factory=list)
 
 
-def pack_sequence(rng: np.random.Generator, length: int, corpus: Corpus, density: float = 1.0, mixture: Mixture | str = "all") -> Sample:
-    """One training sequence of ``length`` tokens; ``density`` scales the number of facts and questions."""
+def pack_sequence(
+    rng: np.random.Generator,
+    length: int,
+    corpus: Corpus,
+    density: float = 1.0,
+    mixture: Mixture | str = "all",
+) -> Sample:
+    """One training sequence of ``length`` tokens; ``density`` scales the number of facts and
+    questions.
+    """
     mixture = find_mixture(mixture)
     kinds = list(mixture.kinds)
     odds = np.array([mixture.kinds[kind] for kind in kinds])
@@ -74,7 +89,11 @@ def pack_sequence(rng: np.random.Generator, length: int, corpus: Corpus, density
     for start, end in woven.spans:
         answer[start:end] = True
     skips = rng.random() < mixture.skip_odds
-    positions = skipping_positions(rng, length, mixture.max_position) if skips else np.arange(length, dtype=np.int32)
+    positions = (
+        skipping_positions(rng, length, mixture.max_position)
+        if skips
+        else np.arange(length, dtype=np.int32)
+    )
     return Sample(woven.tokens, answer, positions, kind)
 
 
@@ -87,8 +106,12 @@ def find_mixture(mixture: Mixture | str) -> Mixture:
     return MIXTURES[mixture]
 
 
-def dense_inserts(rng: np.random.Generator, words: Wording, length: int, density: float) -> list[Insert]:
-    """length / 256 facts and length / 128 questions, each about a fact drawn evenly from those before it."""
+def dense_inserts(
+    rng: np.random.Generator, words: Wording, length: int, density: float
+) -> list[Insert]:
+    """length / 256 facts and length / 128 questions, each about a fact drawn evenly from those
+    before it.
+    """
     count = max(2, round(density * length / 256))
     keys = words.keys(rng, count)
     values = [words.value(rng) for _ in keys]
@@ -101,8 +124,12 @@ def dense_inserts(rng: np.random.Generator, words: Wording, length: int, density
     return inserts
 
 
-def sparse_inserts(rng: np.random.Generator, words: Wording, length: int, density: float) -> list[Insert]:
-    """One to length / 512 (at least eight) facts, rather few than many; most questions near the end."""
+def sparse_inserts(
+    rng: np.random.Generator, words: Wording, length: int, density: float
+) -> list[Insert]:
+    """One to length / 512 (at least eight) facts, rather few than many; most questions near the
+    end.
+    """
     count = int(np.exp(rng.uniform(0, np.log(max(9, length // 512)))))
     keys = words.keys(rng, count)
     values = [words.value(rng) for _ in keys]
@@ -110,42 +137,68 @@ def sparse_inserts(rng: np.random.Generator, words: Wording, length: int, densit
     inserts = [say.fact(rng, place, key, value) for place, key, value in zip(places, keys, values)]
     most = 2 * min(count, 1 + length // 512, 12)
     for asked in rng.integers(count, size=max(1, round(density * rng.integers(1, most + 1)))):
-        inserts.append(say.ask(_later(rng, places[asked], at_end=rng.random() < 0.7), keys[asked], values[asked]))
+        inserts.append(
+            say.ask(
+                _later(rng, places[asked], at_end=rng.random() < 0.7), keys[asked], values[asked]
+            )
+        )
     return inserts
 
 
-def mixed_inserts(rng: np.random.Generator, words: Wording, length: int, density: float) -> list[Insert]:
-    """An episode of another kind every 640 tokens: several values, several keys, chains of variables, early text."""
+def mixed_inserts(
+    rng: np.random.Generator, words: Wording, length: int, density: float
+) -> list[Insert]:
+    """An episode of another kind every 640 tokens: several values, several keys, chains of
+    variables, early text.
+    """
     episodes = (several_values, several_keys, tracking, early_text)
     at_end = rng.random() < 0.4
     inserts = []
     keys = iter(words.keys(rng, 6 * (1 + round(density * length / 640))))
-    names = iter(words.some_names(rng, min(len(words.names), 6 * (1 + round(density * length / 640)))))
+    names = iter(
+        words.some_names(rng, min(len(words.names), 6 * (1 + round(density * length / 640))))
+    )
     for _ in range(max(1, round(density * length / 640))):
         episode = episodes[rng.choice(len(episodes), p=(0.3, 0.25, 0.25, 0.2))]
         inserts += episode(rng, words, names if episode is tracking else keys, at_end)
     return inserts
 
 
-def memory_inserts(rng: np.random.Generator, words: Wording, length: int, density: float) -> list[Insert]:
-    """Sessions of user and assistant with things told and asked for; facts are sparse or, half the time, dense."""
+def memory_inserts(
+    rng: np.random.Generator, words: Wording, length: int, density: float
+) -> list[Insert]:
+    """Sessions of user and assistant with things told and asked for; facts are sparse or, half the
+    time, dense.
+    """
     most = max(2, round(density * length / 256)) if rng.random() < 0.5 else 8
-    things = words.some_nouns(rng, int(rng.integers(1, min(most, length // 256, len(words.nouns)) + 1)))
+    things = words.some_nouns(
+        rng, int(rng.integers(1, min(most, length // 256, len(words.nouns)) + 1))
+    )
     values = [words.value(rng) for _ in things]
     places = rng.random(len(things)) * 0.9
-    inserts = session_marks(rng, length).inserts + [say.tell(*fact) for fact in zip(places, things, values)]
+    inserts = session_marks(rng, length).inserts + [
+        say.tell(*fact) for fact in zip(places, things, values)
+    ]
     at_end = rng.random() < 0.4
     for asked in rng.integers(len(things), size=2 * len(things)):
         inserts.append(say.recall(_later(rng, places[asked], at_end), things[asked], values[asked]))
     return inserts
 
 
-def text_inserts(rng: np.random.Generator, words: Wording, length: int, density: float) -> list[Insert]:
+def text_inserts(
+    rng: np.random.Generator, words: Wording, length: int, density: float
+) -> list[Insert]:
     """None: the text alone."""
     return []
 
 
-INSERTS = {"dense": dense_inserts, "sparse": sparse_inserts, "mixed": mixed_inserts, "memory": memory_inserts, "text": text_inserts}
+INSERTS = {
+    "dense": dense_inserts,
+    "sparse": sparse_inserts,
+    "mixed": mixed_inserts,
+    "memory": memory_inserts,
+    "text": text_inserts,
+}
 
 
 def several_values(rng, words: Wording, keys, at_end: bool) -> list[Insert]:
@@ -166,14 +219,19 @@ def several_keys(rng, words: Wording, keys, at_end: bool) -> list[Insert]:
 
 
 def tracking(rng, words: Wording, names, at_end: bool) -> list[Insert]:
-    """A chain of two to five variables, each set to the one before; the question wants all that hold the value."""
+    """A chain of two to five variables, each set to the one before; the question wants all that
+    hold the value.
+    """
     chain = [name for name, _ in zip(names, range(rng.integers(2, 6)))]
     if not chain:
         return []
     value = words.value(rng)
     places = np.sort(rng.random(len(chain))) * 0.95
     sets = [say.assign(places[0], chain[0], value, None)]
-    sets += [say.assign(place, name, None, source) for place, name, source in zip(places[1:], chain[1:], chain)]
+    sets += [
+        say.assign(place, name, None, source)
+        for place, name, source in zip(places[1:], chain[1:], chain)
+    ]
     return [*sets, say.ask_names(_later(rng, places[-1], at_end), value, chain)]
 
 
@@ -184,7 +242,11 @@ def early_text(rng, words: Wording, keys, at_end: bool) -> list[Insert]:
 
 def _later(rng: np.random.Generator, place: float, at_end: bool) -> float:
     """A place after ``place``: at or near the end, or anywhere."""
-    return max(place, 1.0 - rng.choice((0.0, 0.01, 0.05)) * rng.random()) if at_end else rng.uniform(place, 1.0)
+    return (
+        max(place, 1.0 - rng.choice((0.0, 0.01, 0.05)) * rng.random())
+        if at_end
+        else rng.uniform(place, 1.0)
+    )
 
 
 @dataclass
@@ -209,15 +271,24 @@ def session_marks(rng: np.random.Generator, length: int) -> Sessions:
     sessions = Sessions([], 0, int(rng.integers(300)))
     for turn, place in enumerate(places):
         new = turn == 0 or rng.random() < 1 / TURNS_A_SESSION
-        sessions.inserts.append(sessions.begin(rng, place) if new else say.turn(place, "User" if turn % 2 == 0 else "Assistant"))
+        sessions.inserts.append(
+            sessions.begin(rng, place)
+            if new
+            else say.turn(place, "User" if turn % 2 == 0 else "Assistant")
+        )
     return sessions
 
 
 def weave(rng: np.random.Generator, corpus: Corpus, length: int, inserts: list[Insert]) -> Woven:
-    """Exactly ``length`` tokens: ``<|bos|>``, then a stretch of the corpus with the inserts between its tokens."""
+    """Exactly ``length`` tokens: ``<|bos|>``, then a stretch of the corpus with the inserts between
+    its tokens.
+    """
     room = length - 1 - sum(len(item.tokens) for item in inserts)
     if length < SHORTEST_TOKENS or room < length // 16:
-        raise FmsimError(f"{length} tokens are too few for {len(inserts)} facts and questions; give more tokens or a lower density")
+        raise FmsimError(
+            f"{length} tokens are too few for {len(inserts)} facts and questions; give more tokens"
+            " or a lower density"
+        )
     inserts = sorted(inserts, key=lambda item: item.place)
     text, start = corpus.text(rng, room)
     places = np.minimum((np.array([item.place for item in inserts]) * room).astype(np.int64), room)
@@ -241,19 +312,30 @@ def weave(rng: np.random.Generator, corpus: Corpus, length: int, inserts: list[I
 
 
 def _snapped(corpus: Corpus, places: np.ndarray, start: int, room: int) -> np.ndarray:
-    """Places moved on to the next end of a sentence or line, where there is one within the text; order is kept."""
+    """Places moved on to the next end of a sentence or line, where there is one within the text;
+    order is kept.
+    """
     after = np.searchsorted(corpus.breaks, places + start)
     ends = corpus.breaks[np.minimum(after, len(corpus.breaks) - 1)] - start
     return np.where((ends >= places) & (ends <= room) & (places < room), ends, places)
 
 
-def _with_quote(rng: np.random.Generator, item: Insert, text: np.ndarray, places: np.ndarray, place: int) -> list[int] | None:
-    """The insert's tokens with a quote of unbroken, once-said text from before ``place``; None if there is none."""
+def _with_quote(
+    rng: np.random.Generator, item: Insert, text: np.ndarray, places: np.ndarray, place: int
+) -> list[int] | None:
+    """The insert's tokens with a quote of unbroken, once-said text from before ``place``; None if
+    there is none.
+    """
     given, total = item.quote_tokens, item.quote_tokens + item.answer[1] - item.answer[0]
     for _ in range(8):
-        start = int(max(1, place - total - BLOCK_TOKENS) * (rng.random() if item.quote_place is None else item.quote_place))
+        start = int(
+            max(1, place - total - BLOCK_TOKENS)
+            * (rng.random() if item.quote_place is None else item.quote_place)
+        )
         quoted = text[start : start + total]
-        cut = np.searchsorted(places, start, side="right") != np.searchsorted(places, start + total, side="left")
+        cut = np.searchsorted(places, start, side="right") != np.searchsorted(
+            places, start + total, side="left"
+        )
         if start + total > place or cut or (quoted == bpe.EOS_ID).any():
             continue
         if len(_finds(text[:place], quoted[:given])) == 1:
@@ -270,9 +352,11 @@ def _finds(text: np.ndarray, part: np.ndarray) -> np.ndarray:
 
 
 def skipping_positions(rng: np.random.Generator, length: int, max_position: int) -> np.ndarray:
-    """int32 [length], rising by one but for one to eight jumps between blocks, by multiples of a block.
+    """int32 [length], rising by one but for one to eight jumps between blocks, by multiples of a
+    block.
 
-    Positional skip-wise training (PoSE, Zhu et al. 2023): short sequences teach the model far positions.
+    Positional skip-wise training (PoSE, Zhu et al. 2023): short sequences teach the model far
+    positions.
     """
     blocks, spare = -(-length // BLOCK_TOKENS), (max_position - length) // BLOCK_TOKENS
     count = min(int(rng.integers(1, 9)), blocks - 1)

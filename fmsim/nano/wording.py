@@ -1,7 +1,10 @@
-"""What facts and questions look like, in tokens. Each line is an ``Insert``: it goes between two tokens of real text.
+"""What facts and questions look like, in tokens.
 
-The wording is fixed on purpose: a small model must learn the finding, not the language. Values are runs of single-digit
-tokens; the answer of a question starts at the first of them and ends with the full stop.
+Each line is an ``Insert``: it goes between two tokens of real text.
+
+The wording is fixed on purpose: a small model must learn the finding, not the language. Values are
+runs of single-digit tokens; the answer of a question starts at the first of them and ends with the
+full stop.
 """
 
 from __future__ import annotations
@@ -14,21 +17,30 @@ import numpy as np
 from fmsim.nano import tokenizer as bpe
 from fmsim.nano import words
 
-FACT_STYLES = ((" The", "."), ("\nThe", ".\n"), (" Note that the", "."), (" Remember that the", "."))
+FACT_STYLES = (
+    (" The", "."),
+    ("\nThe", ".\n"),
+    (" Note that the", "."),
+    (" Remember that the", "."),
+)
 FACT_STYLE_ODDS = (0.5, 0.3, 0.1, 0.1)
 PAIR_ODDS = 0.3  # of a key being adjective-noun
 NAMES, NAME_LETTERS = 8000, 5
-MONTHS = "January February March April May June July August September October November December".split()
+MONTHS = (
+    ["January", "February", "March", "April", "May", "June", "July", "August", "September", "October", "November", "December"]
+)
 
 Tokens = list[int]
 
 
 @dataclass
 class Insert:
-    """``tokens`` to stand at ``place`` (0 = start of the text, 1 = its end); ``answer`` is the span [from, to) of them.
+    """``tokens`` to stand at ``place`` (0 = start of the text, 1 = its end); ``answer`` is the span
+    [from, to) of them.
 
-    ``quote_tokens`` > 0: the last tokens are still open, to be copied from earlier text: that many that are given, then
-    the answer. The quote is from ``quote_place`` (0 = start, 1 = just before the question), or from anywhere.
+    ``quote_tokens`` > 0: the last tokens are still open, to be copied from earlier text: that many
+    that are given, then the answer. The quote is from ``quote_place`` (0 = start, 1 = just before
+    the question), or from anywhere.
     """
 
     place: float
@@ -40,7 +52,10 @@ class Insert:
 
 @lru_cache(4096)
 def piece(text: str) -> tuple[int, ...]:
-    """The tokens of a fixed phrase. Phrases end where the tokenizer starts a new piece anyway, so they may be joined."""
+    """The tokens of a fixed phrase.
+
+    Phrases end where the tokenizer starts a new piece anyway, so they may be joined.
+    """
     return tuple(bpe.load().encode(text).ids)
 
 
@@ -52,8 +67,15 @@ class Wording:
         self.nouns = _encoded(" " + word for word in listed["nouns"])
         self.adjectives = _encoded(" " + word for word in listed["adjectives"])
         self.heads = _encoded(f"-{word}" for word in listed["nouns"])
-        names = sorted({_name(letters) for letters in np.random.default_rng(0).integers(26, size=(NAMES, NAME_LETTERS))})
-        self.names = _encoded(" " + name for name in names if words.is_for_evaluation(name) == evaluation)
+        names = sorted(
+            {
+                _name(letters)
+                for letters in np.random.default_rng(0).integers(26, size=(NAMES, NAME_LETTERS))
+            }
+        )
+        self.names = _encoded(
+            " " + name for name in names if words.is_for_evaluation(name) == evaluation
+        )
         self.digits = [piece(str(digit))[0] for digit in range(10)]
 
     def keys(self, rng: np.random.Generator, count: int) -> list[Tokens]:
@@ -100,7 +122,9 @@ def _name(letters: np.ndarray) -> str:
 
 def _line(place: float, question: Tokens, answer: Tokens, after: str) -> Insert:
     """A question, its answer, and what closes it; ``answer`` includes the full stop."""
-    return Insert(place, [*question, *answer, *piece(after)], (len(question), len(question) + len(answer)))
+    return Insert(
+        place, [*question, *answer, *piece(after)], (len(question), len(question) + len(answer))
+    )
 
 
 def _joined(items: list[Tokens], between: str) -> Tokens:
@@ -113,18 +137,32 @@ def _joined(items: list[Tokens], between: str) -> Tokens:
 def fact(rng: np.random.Generator, place: float, key: Tokens, value: Tokens) -> Insert:
     """``The magic number for amber is 12345.`` in one of ``FACT_STYLES``."""
     before, after = FACT_STYLES[rng.choice(len(FACT_STYLES), p=FACT_STYLE_ODDS)]
-    return Insert(place, [*piece(before + " magic number for"), *key, *piece(" is "), *value, *piece(after)])
+    return Insert(
+        place, [*piece(before + " magic number for"), *key, *piece(" is "), *value, *piece(after)]
+    )
 
 
 def ask(place: float, key: Tokens, value: Tokens) -> Insert:
     """One key, one value."""
-    question = [*piece("\nQuestion: What is the magic number for"), *key, *piece("? Answer: The magic number for"), *key, *piece(" is ")]
+    question = [
+        *piece("\nQuestion: What is the magic number for"),
+        *key,
+        *piece("? Answer: The magic number for"),
+        *key,
+        *piece(" is "),
+    ]
     return _line(place, question, [*value, *piece(".")], "\n")
 
 
 def ask_all(place: float, key: Tokens, values: list[Tokens]) -> Insert:
     """Multi-value: every value of one key, in order of appearance."""
-    question = [*piece("\nQuestion: What are all the magic numbers for"), *key, *piece("? Answer: The magic numbers for"), *key, *piece(" are ")]
+    question = [
+        *piece("\nQuestion: What are all the magic numbers for"),
+        *key,
+        *piece("? Answer: The magic numbers for"),
+        *key,
+        *piece(" are "),
+    ]
     return _line(place, question, [*_joined(values, ", "), *piece(".")], "\n")
 
 
@@ -132,7 +170,14 @@ def ask_each(place: float, keys: list[Tokens], values: list[Tokens]) -> Insert:
     """Multi-query: several keys, answered one sentence each, in the order asked."""
     asked = [*_joined(keys[:-1], ","), *piece(" and"), *keys[-1]]
     sentence = [*piece(" The magic number for")]
-    question = [*piece("\nQuestion: What are the magic numbers for"), *asked, *piece("? Answer:"), *sentence, *keys[0], *piece(" is ")]
+    question = [
+        *piece("\nQuestion: What are the magic numbers for"),
+        *asked,
+        *piece("? Answer:"),
+        *sentence,
+        *keys[0],
+        *piece(" is "),
+    ]
     answer = [*values[0], *piece(".")]
     for key, value in zip(keys[1:], values[1:]):
         answer += [*sentence, *key, *piece(" is "), *value, *piece(".")]
@@ -147,32 +192,75 @@ def assign(place: float, name: Tokens, value: Tokens | None, source: Tokens | No
 
 def ask_names(place: float, value: Tokens, names: list[Tokens]) -> Insert:
     """Tracking: all variables that hold a value, along the chain."""
-    question = [*piece("\nQuestion: Which variables have the value "), *value, *piece("? Answer: They are")]
+    question = [
+        *piece("\nQuestion: Which variables have the value "),
+        *value,
+        *piece("? Answer: They are"),
+    ]
     return _line(place, question, [*_joined(names, ","), *piece(".")], "\n")
 
 
-def ask_text(place: float, quote_tokens: int, answer_tokens: int, quote_place: float | None = None) -> Insert:
-    """Early text: a quote of it, to be continued. What is quoted is known once the text is (``tasks.weave``)."""
+def ask_text(
+    place: float, quote_tokens: int, answer_tokens: int, quote_place: float | None = None
+) -> Insert:
+    """Early text: a quote of it, to be continued.
+
+    What is quoted is known once the text is (``tasks.weave``).
+    """
     question = [*piece("\nQuestion: How does the earlier text go on? Answer:")]
     start = len(question) + quote_tokens
-    return Insert(place, question + [0] * (quote_tokens + answer_tokens), (start, start + answer_tokens), quote_tokens, quote_place)
+    return Insert(
+        place,
+        question + [0] * (quote_tokens + answer_tokens),
+        (start, start + answer_tokens),
+        quote_tokens,
+        quote_place,
+    )
 
 
 def tell(place: float, thing: Tokens, value: Tokens) -> Insert:
     """Memory: the user says something about himself in a session."""
-    return Insert(place, [*piece("\nUser: My"), *thing, *piece(" code is "), *value, *piece(".\nAssistant: I will remember that.\nUser:")])
+    return Insert(
+        place,
+        [
+            *piece("\nUser: My"),
+            *thing,
+            *piece(" code is "),
+            *value,
+            *piece(".\nAssistant: I will remember that.\nUser:"),
+        ],
+    )
 
 
 def recall(place: float, thing: Tokens, value: Tokens) -> Insert:
     """Memory: the user asks for it later."""
-    question = [*piece("\nUser: What is my"), *thing, *piece(" code?\nAssistant: Your"), *thing, *piece(" code is ")]
+    question = [
+        *piece("\nUser: What is my"),
+        *thing,
+        *piece(" code?\nAssistant: Your"),
+        *thing,
+        *piece(" code is "),
+    ]
     return _line(place, question, [*value, *piece(".")], "\nUser:")
 
 
 def session(place: float, number: int, day: int) -> Insert:
-    """Memory: the head of a dated session; ``day`` counts from the first of January 2023, months of 28 days."""
+    """Memory: the head of a dated session; ``day`` counts from the first of January 2023, months of
+    28 days.
+    """
     month, year = MONTHS[day // 28 % 12], 2023 + day // 336
-    return Insert(place, [*piece("\n\nSession "), *_number(number), *piece(" on "), *_number(day % 28 + 1), *piece(f" {month} "), *_number(year), *piece(".\nUser:")])
+    return Insert(
+        place,
+        [
+            *piece("\n\nSession "),
+            *_number(number),
+            *piece(" on "),
+            *_number(day % 28 + 1),
+            *piece(f" {month} "),
+            *_number(year),
+            *piece(".\nUser:"),
+        ],
+    )
 
 
 def turn(place: float, speaker: str) -> Insert:

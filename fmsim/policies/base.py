@@ -1,12 +1,14 @@
 """The policy interface: a policy is a priority over pages.
 
-Axes used throughout: G groups (the trace's CSA layers, or 1 when they share), P pages of the whole run (a page is
-`granularity` consecutive entries), n any number of pages asked about. A page id of -1 is padding.
+Axes used throughout: G groups (the trace's CSA layers, or 1 when they share), P pages of the whole
+run (a page is `granularity` consecutive entries), n any number of pages asked about. A page id of
+-1 is padding.
 
-A policy keeps tables of shape [G, P + 1]; the last column is the sink that padding reads and writes, since -1 is
-also its index. So `ctx.read(table, pages)` and `ctx.put` never need a mask. Everything a policy computes stays in array programs
-over `ctx.xp` (numpy in the replay, torch in the engine) without Python branches on array values: that is what makes
-both take the same decisions, slot for slot.
+A policy keeps tables of shape [G, P + 1]; the last column is the sink that padding reads and
+writes, since -1 is also its index. So `ctx.read(table, pages)` and `ctx.put` never need a mask.
+Everything a policy computes stays in array programs over `ctx.xp` (numpy in the replay, torch in
+the engine) without Python branches on array values: that is what makes both take the same
+decisions, slot for slot.
 """
 
 from __future__ import annotations
@@ -24,27 +26,61 @@ from fmsim.policies.budget import Budget
 Array = Any  # a numpy or torch array; the array API has no common type
 
 Action = Literal["visibility_only", "evict", "hierarchical"]
-Evidence = Literal["position", "kv_derived", "current_query", "attention_history", "predicted_future", "future"]
+Evidence = Literal[
+    "position", "kv_derived", "current_query", "attention_history", "predicted_future", "future"
+]
 DecisionScope = Literal["request", "step", "layer"]
 
 
 class PolicyParams(BaseModel):
-    """The switches every policy has. A policy's own `Params` adds to them and changes their defaults."""
+    """The switches every policy has.
+
+    A policy's own `Params` adds to them and changes their defaults.
+    """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    budget: Budget = Field(Budget(2, "topk"), description="GPU memory for entries: '12 GiB', '4096 entries', '10%' of the prompt, '2x topk'")
-    cadence: int = Field(1, ge=1, description="steps between decisions over all pages; 1 = reactive: pages come in only by a write or a miss")
-    scope: Literal["per_layer", "shared"] = Field("per_layer", description="each CSA layer its own resident set, or one set for all")
+    budget: Budget = Field(
+        Budget(2, "topk"),
+        description=(
+            "GPU memory for entries: '12 GiB', '4096 entries', '10%' of the prompt, '2x topk'"
+        ),
+    )
+    cadence: int = Field(
+        1,
+        ge=1,
+        description=(
+            "steps between decisions over all pages; 1 = reactive: pages come in only by a write or"
+            " a miss"
+        ),
+    )
+    scope: Literal["per_layer", "shared"] = Field(
+        "per_layer", description="each CSA layer its own resident set, or one set for all"
+    )
     granularity: Literal[1, 4, 16, 64] = Field(1, description="entries in a slot")
-    on_miss: Literal["fetch", "mask", "fallback"] = Field("fetch", description="stall and load; attend without; or load the heavy, mask the rest")
-    fallback_above: float = Field(0.05, gt=0, le=1, description="on_miss fallback: fetch a page that has a larger share of the step's mass")
-    fallback_below: float = Field(0.0, ge=0, le=1, description="on_miss fallback: fetch until this share of the selected entries is resident")
+    on_miss: Literal["fetch", "mask", "fallback"] = Field(
+        "fetch", description="stall and load; attend without; or load the heavy, mask the rest"
+    )
+    fallback_above: float = Field(
+        0.05,
+        gt=0,
+        le=1,
+        description="on_miss fallback: fetch a page that has a larger share of the step's mass",
+    )
+    fallback_below: float = Field(
+        0.0,
+        ge=0,
+        le=1,
+        description="on_miss fallback: fetch until this share of the selected entries is resident",
+    )
 
 
 @dataclass(frozen=True)
 class Pins:
-    """Pages that are never evicted while they are resident, and always chosen at a decision. All in pages."""
+    """Pages that are never evicted while they are resident, and always chosen at a decision.
+
+    All in pages.
+    """
 
     sink: int = 0  # the first pages of the prompt
     recent: int = 0  # the newest visible pages
@@ -53,11 +89,15 @@ class Pins:
 
 @dataclass(frozen=True)
 class LookaheadState:
-    """What a lookahead policy may score for window w: nothing in it is younger than the window's start."""
+    """What a lookahead policy may score for window w: nothing in it is younger than the window's
+    start.
+    """
 
     hidden: Array  # [L, H] float32: the CSA layers' attention input at `position`
     position: int  # absolute position of the last token before the window
-    keys: Array  # [L, n_entries, D] float32: index keys of the entries visible at `position`; in an engine perhaps by `keys[target layer]` only
+    # [L, n_entries, D] float32: index keys of the entries visible at `position`; in an engine
+    # perhaps by `keys[target layer]` only
+    keys: Array
     n_entries: int
 
 
@@ -71,14 +111,19 @@ class Future(Protocol):
         """int32 [G, P]: the first step that uses each page, or `never`."""
 
     def next_use(self, step: int) -> Array:
-        """int32 [G, n], beside `Observation.pages` of this step: the next later step that uses the page, or `never`."""
+        """int32 [G, n], beside `Observation.pages` of this step: the next later step that uses the
+        page, or `never`.
+        """
 
     never: int  # later than any step
 
 
 @dataclass(frozen=True)
 class Context:
-    """What a policy knows at reset, before the first decode step. Counts are of the trace's layers and entries."""
+    """What a policy knows at reset, before the first decode step.
+
+    Counts are of the trace's layers and entries.
+    """
 
     n_layers: int
     n_groups: int
@@ -90,21 +135,29 @@ class Context:
     n_steps: int  # T; the engine passes the most it will decode
     tau: int = 64
     entry_tokens: int = 4  # tokens of the text in an entry (the CSA rate)
-    csa_numbers: tuple[int, ...] = ()  # which of the model's CSA layers the n_layers are, from 0; the first ones if empty
+    csa_numbers: tuple[
+        int, ...
+    ] = ()  # which of the model's CSA layers the n_layers are, from 0; the first ones if empty
     seed: int = 0
-    prompt_mass: Array | None = None  # [G, P] float32: attention mass of the prompt's queries on each page
+    prompt_mass: Array | None = (
+        None  # [G, P] float32: attention mass of the prompt's queries on each page
+    )
     lookahead: Callable[[int], LookaheadState] | None = None  # window -> state
     future: Future | None = None
     xp: Any = None  # array namespace; numpy unless given
     device: Any = None
-    _start: Array = field(init=False, repr=False, default=None)  # [G, 1] where each row of a table starts
+    _start: Array = field(
+        init=False, repr=False, default=None
+    )  # [G, 1] where each row of a table starts
 
     def __post_init__(self) -> None:
         if self.xp is None:
             import array_api_compat.numpy as numpy_namespace
 
             object.__setattr__(self, "xp", numpy_namespace)
-        start = self.xp.arange(self.n_groups, dtype=self.xp.int64, device=self.device)[:, None] * (self.n_pages + 1)
+        start = self.xp.arange(self.n_groups, dtype=self.xp.int64, device=self.device)[:, None] * (
+            self.n_pages + 1
+        )
         object.__setattr__(self, "_start", start)
 
     def pages(self, entries: int) -> int:
@@ -121,16 +174,21 @@ class Context:
         return arrays.read(table, self._start, pages)
 
     def put(self, table: Array, pages: Array, values: Array | float) -> None:
-        """table[g, pages[g, i]] = values[g, i] in place; page -1 writes the sink. Pages are unique in a row."""
+        """table[g, pages[g, i]] = values[g, i] in place; page -1 writes the sink.
+
+        Pages are unique in a row.
+        """
         arrays.put(table, self._start, pages, values)
 
 
 @dataclass(frozen=True)
 class Observation:
-    """One step's use of pages, after misses were dealt with. All arrays [G, n]; pages unique in a row, -1 = padding.
+    """One step's use of pages, after misses were dealt with.
 
-    `pages` are all that the native indexer selected: it scores every entry, since index keys stay on the GPU.
-    `mass` is seen only where the page was attended to, so it is 0 for a masked page.
+    All arrays [G, n]; pages unique in a row, -1 = padding.
+
+    `pages` are all that the native indexer selected: it scores every entry, since index keys stay
+    on the GPU. `mass` is seen only where the page was attended to, so it is 0 for a masked page.
     """
 
     pages: Array  # int32
@@ -141,11 +199,14 @@ class Observation:
 
 
 class Policy:
-    """A priority over pages. Subclasses set the declarations, may extend `Params`, and define `worth`.
+    """A priority over pages.
 
-    The residency manager keeps the S pages of highest worth (S slots a group). With cadence 1 it asks only for pages
-    that are resident, to find victims for what a miss or a newly closed page brings in. With a longer cadence it
-    also asks, at every decision, for all visible pages, and recalls the best.
+    Subclasses set the declarations, may extend `Params`, and define `worth`.
+
+    The residency manager keeps the S pages of highest worth (S slots a group). With cadence 1 it
+    asks only for pages that are resident, to find victims for what a miss or a newly closed page
+    brings in. With a longer cadence it also asks, at every decision, for all visible pages, and
+    recalls the best.
     """
 
     name: ClassVar[str]
@@ -156,8 +217,12 @@ class Policy:
     class Params(PolicyParams):
         pass
 
-    decides_ahead = False  # a decision needs nothing that is not known one cadence before it, so that an engine can recall in the meantime
-    floor: float | None = None  # a page of lower worth is not kept at a decision, even where there is room
+    # a decision needs nothing that is not known one cadence before it, so that an engine can recall
+    # in the meantime
+    decides_ahead = False
+    floor: float | None = (
+        None  # a page of lower worth is not kept at a decision, even where there is room
+    )
 
     def __init__(self, params: PolicyParams | None = None, **kwargs: Any) -> None:
         try:
@@ -166,7 +231,9 @@ class Policy:
             raise FmsimError(f"policy {self.name}: {describe(error)}") from None
 
     def n_slots(self, n_pages: int, **sizes: Any) -> int:
-        """Slots in each group, at most one a page; `sizes` are the arguments of `Budget.entries`."""
+        """Slots in each group, at most one a page; `sizes` are the arguments of
+        `Budget.entries`.
+        """
         return min(n_pages, self.params.budget.slots(self.params.granularity, **sizes))
 
     def reset(self, ctx: Context) -> None:
@@ -184,33 +251,46 @@ class Policy:
         """Learn that `pages` int32 [G, n] closed at this step and were written to the GPU."""
 
     def decide(self, step: int) -> None:
-        """Called at reset time (step 0) and at every decision before `worth` is asked for all visible pages."""
+        """Called at reset time (step 0) and at every decision before `worth` is asked for all
+        visible pages.
+        """
 
     def worth(self, step: int, pages: Array) -> Array:
-        """How much each of `pages` int32 [G, n] is worth keeping: float32 [G, n], or int64 in [0, 2**37) for exact order.
+        """How much each of `pages` int32 [G, n] is worth keeping: float32 [G, n], or int64 in [0,
+        2**37) for exact order.
 
         Never NaN, not for padding (-1) either. Ties keep the higher page id.
         """
         raise NotImplementedError  # abstract: every policy defines it
 
     def worth_of_first(self, step: int, n: int) -> Array:
-        """`worth` of pages 0 to n - 1, [G, n]. Override only where a slice of a table is cheaper."""
+        """`worth` of pages 0 to n - 1, [G, n].
+
+        Override only where a slice of a table is cheaper.
+        """
         pages = self.ctx.xp.arange(n, dtype=self.ctx.xp.int32, device=self.ctx.device)
         return self.worth(step, self.ctx.xp.broadcast_to(pages[None, :], (self.ctx.n_groups, n)))
 
     def target_layers(self) -> tuple[int, ...]:
-        """The model's CSA layers, from 0, whose index keys a memory indexer scores at decisions. An engine asks before `reset`."""
+        """The model's CSA layers, from 0, whose index keys a memory indexer scores at decisions.
+
+        An engine asks before `reset`.
+        """
         return ()
 
     def scored_entries(self, step: int) -> int:
-        """Entries that a memory indexer scored at this step's decision, summed over its layers. For the cost model."""
+        """Entries that a memory indexer scored at this step's decision, summed over its layers.
+
+        For the cost model.
+        """
         return 0
 
 
 class LookaheadPolicy(Policy):
     """A policy that scores all visible pages at each decision, and holds the scores until the next.
 
-    Subclasses define `score`. A page younger than its scores outranks every scored one until the next decision.
+    Subclasses define `score`. A page younger than its scores outranks every scored one until the
+    next decision.
     """
 
     def reset(self, ctx: Context) -> None:
@@ -219,7 +299,9 @@ class LookaheadPolicy(Policy):
         self._prepared: dict[int, Array] = {}  # steps, and their scores
 
     def score(self, step: int) -> Array:
-        """float32 [G, n] for the first n pages: the worth of each in the window that starts at `step`."""
+        """float32 [G, n] for the first n pages: the worth of each in the window that starts at
+        `step`.
+        """
         raise NotImplementedError  # abstract: every lookahead policy defines it
 
     def prepare(self, steps: Iterable[int]) -> None:
@@ -231,7 +313,9 @@ class LookaheadPolicy(Policy):
         self.scores[:, : scores.shape[1]] = scores
 
     def ahead(self, step: int, n: int) -> Array:
-        """What `worth_of_first` will be at the decision at the later `step`, [G, n]; +inf for pages that are younger than its scores."""
+        """What `worth_of_first` will be at the decision at the later `step`, [G, n]; +inf for pages
+        that are younger than its scores.
+        """
         scores = self._prepare(step)
         worth = self.ctx.table(float("inf"))[:, :n]
         worth[:, : scores.shape[1]] = scores[:, :n]
@@ -252,4 +336,8 @@ class LookaheadPolicy(Policy):
 
 def describe(error: ValidationError) -> str:
     """A pydantic error in one line: which key, and what is wrong with it."""
-    return "; ".join(f"{'.'.join(map(str, item['loc'])) or 'parameters'}: {item['msg'].removeprefix('Value error, ')}" for item in error.errors())
+    return "; ".join(
+        f"{'.'.join(map(str, item['loc'])) or 'parameters'}:"
+        f" {item['msg'].removeprefix('Value error, ')}"
+        for item in error.errors()
+    )

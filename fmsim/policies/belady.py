@@ -6,10 +6,13 @@ from fmsim.policies.base import Array, Context, Observation, Policy
 
 
 class Belady(Policy):
-    """Evict the page that is needed again last, or never. No policy that loads on demand has fewer misses.
+    """Evict the page that is needed again last, or never.
 
-    Source: Belady, "A study of replacement algorithms for a virtual-storage computer", IBM Systems Journal 5(2), 1966 (MIN).
-    It needs the future of the trace. Ties (never used again): the newer page stays.
+    No policy that loads on demand has fewer misses.
+
+    Source: Belady, "A study of replacement algorithms for a virtual-storage computer", IBM Systems
+    Journal 5(2), 1966 (MIN). It needs the future of the trace. Ties (never used again): the newer
+    page stays.
     """
 
     name = "belady"

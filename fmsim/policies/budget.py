@@ -1,4 +1,6 @@
-"""How much GPU memory a policy may fill: bytes, entries, a share of the history, or a multiple of top-k."""
+"""How much GPU memory a policy may fill: bytes, entries, a share of the history, or a multiple of
+top-k.
+"""
 
 from __future__ import annotations
 
@@ -10,8 +12,21 @@ from typing import Any
 
 from pydantic_core import core_schema
 
-BYTE_UNITS = {"B": 1, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
-GRAMMAR = re.compile(r"(?P<number>\d+(?:\.\d+)?|\.\d+)\s*(?P<unit>%|x\s*topk|entries|entry|[kmgt]?i?b)", re.IGNORECASE)
+BYTE_UNITS = {
+    "B": 1,
+    "KIB": 2**10,
+    "MIB": 2**20,
+    "GIB": 2**30,
+    "TIB": 2**40,
+    "KB": 10**3,
+    "MB": 10**6,
+    "GB": 10**9,
+    "TB": 10**12,
+}
+GRAMMAR = re.compile(
+    r"(?P<number>\d+(?:\.\d+)?|\.\d+)\s*(?P<unit>%|x\s*topk|entries|entry|[kmgt]?i?b)",
+    re.IGNORECASE,
+)
 
 
 @dataclass(frozen=True)
@@ -30,12 +45,18 @@ class Budget:
 
     @classmethod
     def parse(cls, text: str | Budget) -> Budget:
-        """Read the grammar above. Raises ValueError (a pydantic error inside a model) when it does not match."""
+        """Read the grammar above.
+
+        Raises ValueError (a pydantic error inside a model) when it does not match.
+        """
         if isinstance(text, Budget):
             return text
         match = GRAMMAR.fullmatch(str(text).strip())
         if match is None:
-            raise ValueError(f"budget {text!r} is not understood; write e.g. '12 GiB', '4096 entries', '10%' or '2x topk'")
+            raise ValueError(
+                f"budget {text!r} is not understood; write e.g. '12 GiB', '4096 entries', '10%' or"
+                " '2x topk'"
+            )
         number, unit = Decimal(match["number"]), "".join(match["unit"].upper().split())
         if number <= 0:
             raise ValueError(f"budget {text!r} must be above zero")
@@ -47,15 +68,26 @@ class Budget:
             return cls(float(number), "entries")
         return cls(float(number * BYTE_UNITS[unit]), "bytes")
 
-    def entries(self, *, prompt_entries: int, topk: int, entry_bytes: float, model_layers: int) -> float:
-        """Entries in each CSA layer: `entry_bytes` is the KV of one entry in one of `model_layers` layers."""
-        per_unit = {"bytes": 1 / (entry_bytes * model_layers), "entries": 1.0, "share": float(prompt_entries), "topk": float(topk)}
+    def entries(
+        self, *, prompt_entries: int, topk: int, entry_bytes: float, model_layers: int
+    ) -> float:
+        """Entries in each CSA layer: `entry_bytes` is the KV of one entry in one of `model_layers`
+        layers.
+        """
+        per_unit = {
+            "bytes": 1 / (entry_bytes * model_layers),
+            "entries": 1.0,
+            "share": float(prompt_entries),
+            "topk": float(topk),
+        }
         return self.amount * per_unit[self.unit]
 
     def slots(self, granularity: int, **sizes: Any) -> int:
-        """Whole slots of `granularity` entries in each layer (or for all layers, where they share); at least one.
+        """Whole slots of `granularity` entries in each layer (or for all layers, where they share);
+        at least one.
 
-        `sizes` are the arguments of `entries`. Rounds down, so that the budget is never exceeded by a fraction of a slot.
+        `sizes` are the arguments of `entries`. Rounds down, so that the budget is never exceeded by
+        a fraction of a slot.
         """
         return max(1, math.floor(self.entries(**sizes) / granularity + 1e-9))
 
@@ -68,12 +100,17 @@ class Budget:
             return f"{_plain(amount)}x topk"
         if self.unit == "entries":
             return f"{_plain(amount)} entries"
-        unit = next((name for name in ("TiB", "GiB", "MiB", "KiB") if amount >= BYTE_UNITS[name.upper()]), "B")
+        unit = next(
+            (name for name in ("TiB", "GiB", "MiB", "KiB") if amount >= BYTE_UNITS[name.upper()]),
+            "B",
+        )
         return f"{_plain(amount / BYTE_UNITS[unit.upper()])} {unit}"
 
     @classmethod
     def __get_pydantic_core_schema__(cls, source: Any, handler: Any) -> core_schema.CoreSchema:
-        """Lets a pydantic model say `budget: Budget` and take the text form; it serialises back to text."""
+        """Lets a pydantic model say `budget: Budget` and take the text form; it serialises back to
+        text.
+        """
         return core_schema.no_info_before_validator_function(
             cls.parse,
             core_schema.is_instance_schema(cls),

@@ -10,7 +10,10 @@ from fmsim.policies.base import Array, Policy, PolicyParams
 
 
 class Full(Policy):
-    """Every entry stays in GPU memory, as an engine without tiering does. It never misses, whatever the other switches say."""
+    """Every entry stays in GPU memory, as an engine without tiering does.
+
+    It never misses, whatever the other switches say.
+    """
 
     name = "full"
     action = "visibility_only"

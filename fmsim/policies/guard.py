@@ -13,7 +13,10 @@ from fmsim.policies.base import Context, Observation, Pins, Policy
 
 
 class Guarded:
-    """A policy whose every answer is checked. For numpy only: on a GPU the checks would wait for the device."""
+    """A policy whose every answer is checked.
+
+    For numpy only: on a GPU the checks would wait for the device.
+    """
 
     def __init__(self, policy: Policy) -> None:
         self.policy, self.name, self.params = policy, policy.name, policy.params
@@ -28,7 +31,10 @@ class Guarded:
         except FmsimError:
             raise
         except Exception as error:  # whatever a plug-in raises
-            raise FmsimError(f"policy {self.name}, {where}: {method.__name__} raised {type(error).__name__}: {error}") from error
+            raise FmsimError(
+                f"policy {self.name}, {where}: {method.__name__} raised {type(error).__name__}:"
+                f" {error}"
+            ) from error
 
     def reset(self, ctx: Context) -> None:
         self.ctx = ctx
@@ -51,11 +57,17 @@ class Guarded:
 
     def worth(self, step: int, pages: np.ndarray) -> np.ndarray:
         """The policy's worth, if it is one: right shape, right type, no NaN."""
-        return self._checked(step, self._call(f"step {step}", self.policy.worth, step, pages), pages.shape)
+        return self._checked(
+            step, self._call(f"step {step}", self.policy.worth, step, pages), pages.shape
+        )
 
     def worth_of_first(self, step: int, n: int) -> np.ndarray:
         """The same of the first n pages."""
-        return self._checked(step, self._call(f"step {step}", self.policy.worth_of_first, step, n), (self.ctx.n_groups, n))
+        return self._checked(
+            step,
+            self._call(f"step {step}", self.policy.worth_of_first, step, n),
+            (self.ctx.n_groups, n),
+        )
 
     def _checked(self, step: int, worth: Any, shape: tuple[int, ...]) -> np.ndarray:
         fault = fault_of(worth, shape)

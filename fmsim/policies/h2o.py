@@ -11,11 +11,13 @@ from fmsim.policies.budget import Budget
 
 
 class H2O(Policy):
-    """Half of the budget for the newest entries, half for the rest with the largest running sum of attention.
+    """Half of the budget for the newest entries, half for the rest with the largest running sum of
+    attention.
 
-    Source: Zhang et al., "H2O: Heavy-Hitter Oracle for Efficient Generative Inference", arXiv 2306.14048, algorithm 1: a
-    sum of post-softmax attention, the prompt's queries included, without decay; budgets fixed at prompt time. The
-    original keeps a set per head; one latent KV head serves all here, so the sum is over heads.
+    Source: Zhang et al., "H2O: Heavy-Hitter Oracle for Efficient Generative Inference", arXiv
+    2306.14048, algorithm 1: a sum of post-softmax attention, the prompt's queries included, without
+    decay; budgets fixed at prompt time. The original keeps a set per head; one latent KV head
+    serves all here, so the sum is over heads.
     """
 
     name = "h2o"
@@ -24,7 +26,9 @@ class H2O(Policy):
     decision_scope = "layer"
 
     class Params(PolicyParams):
-        budget: Budget = Field(Budget(0.1, "share"), description="heavy hitters and recent entries together, half each")
+        budget: Budget = Field(
+            Budget(0.1, "share"), description="heavy hitters and recent entries together, half each"
+        )
         on_miss: Literal["mask"] = Field("mask", description="what was evicted is gone")
         cadence: Literal[1] = Field(1, description="evicts one page for each that closes")
 

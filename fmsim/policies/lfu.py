@@ -11,8 +11,9 @@ MAX_COUNT = 2**17 - 1  # a float32-free worth has 37 bits in all
 class LFU(Policy):
     """Keep what was selected in the most steps. A page that is fetched starts again at one.
 
-    Source: the textbook in-cache LFU, with libCacheSim's tie-break: among equal counts the least recently used goes first. (Within
-    a step, hits rank above the rows just fetched, as in `lru`.) Counts saturate at 131,071 steps.
+    Source: the textbook in-cache LFU, with libCacheSim's tie-break: among equal counts the least
+    recently used goes first. (Within a step, hits rank above the rows just fetched, as in `lru`.)
+    Counts saturate at 131,071 steps.
     """
 
     name = "lfu"
@@ -28,7 +29,11 @@ class LFU(Policy):
         xp = self.ctx.xp
         before = self.ctx.read(self.rank, obs.pages) >> USE_BITS
         count = xp.where(obs.fetched, 1, xp.clip(before + 1, max=MAX_COUNT))
-        self.ctx.put(self.rank, obs.pages, (count << USE_BITS) | (2 * (step + 1) + xp.astype(obs.hit, xp.int64)))
+        self.ctx.put(
+            self.rank,
+            obs.pages,
+            (count << USE_BITS) | (2 * (step + 1) + xp.astype(obs.hit, xp.int64)),
+        )
 
     def wrote(self, step: int, pages: Array) -> None:
         self.ctx.put(self.rank, pages, 2 * (step + 1))

@@ -1,4 +1,6 @@
-"""Lookahead Sparse Attention: a trained memory indexer chooses what the next window may attend to."""
+"""Lookahead Sparse Attention: a trained memory indexer chooses what the next window may attend
+to.
+"""
 
 from __future__ import annotations
 
@@ -17,13 +19,15 @@ from fmsim.policies.budget import Budget
 
 
 class LSA(LookaheadPolicy):
-    """Keep what the memory indexer scores at or above a threshold for the coming window (arXiv 2606.09079).
+    """Keep what the memory indexer scores at or above a threshold for the coming window (arXiv
+    2606.09079).
 
-    Every `cadence` steps the indexer scores all compressed entries from the hidden state of the last token, one
-    retriever a CSA layer, and one set serves all layers: a page's worth is its best entry's logit, the layers'
-    combined by max. The newest entries and all that were decoded stay resident. The paper's accuracy was measured so,
-    with a threshold of 0.5, 2,048 recent entries and no limit; the released engine's fixed budget is `kmax` with
-    granularity 64 and page_rank "count".
+    Every `cadence` steps the indexer scores all compressed entries from the hidden state of the
+    last token, one retriever a CSA layer, and one set serves all layers: a page's worth is its best
+    entry's logit, the layers' combined by max. The newest entries and all that were decoded stay
+    resident. The paper's accuracy was measured so, with a threshold of 0.5, 2,048 recent entries
+    and no limit; the released engine's fixed budget is `kmax` with granularity 64 and page_rank
+    "count".
     """
 
     name = "lsa"
@@ -32,19 +36,42 @@ class LSA(LookaheadPolicy):
     decision_scope = "request"
 
     class Params(PolicyParams):
-        budget: Budget = Field(Budget(0.1, "share"), description="limit on what the threshold lets in, pinned pages included")
+        budget: Budget = Field(
+            Budget(0.1, "share"),
+            description="limit on what the threshold lets in, pinned pages included",
+        )
         cadence: int = Field(64, ge=1, description="steps between decisions: the paper's tau")
-        scope: Literal["per_layer", "shared"] = Field("shared", description="one set for all CSA layers, or each its own")
-        on_miss: Literal["fetch", "mask", "fallback"] = Field("mask", description="the paper masks what is not resident")
-        checkpoint: Path | None = Field(None, description="the indexer's weights; by default those shipped for nano")
-        layers: tuple[int, ...] | None = Field(None, min_length=1, description="CSA layers scored, from 0; by default the checkpoint's")
-        combine: Literal["max", "mean"] = Field("max", description="how the layers' logits become one")
-        threshold: float | None = Field(None, gt=0, lt=1, description="lowest score kept; by default the checkpoint's or 0.5")
-        page_rank: Literal["max", "count"] = Field("max", description="by the best entry, or by entries above the threshold")
-        sink_entries: int = Field(1, ge=0, description="first entries of the prompt, always resident")
-        recent_entries: int = Field(32, ge=0, description="newest entries, always resident: what the sliding window covers")
+        scope: Literal["per_layer", "shared"] = Field(
+            "shared", description="one set for all CSA layers, or each its own"
+        )
+        on_miss: Literal["fetch", "mask", "fallback"] = Field(
+            "mask", description="the paper masks what is not resident"
+        )
+        checkpoint: Path | None = Field(
+            None, description="the indexer's weights; by default those shipped for nano"
+        )
+        layers: tuple[int, ...] | None = Field(
+            None, min_length=1, description="CSA layers scored, from 0; by default the checkpoint's"
+        )
+        combine: Literal["max", "mean"] = Field(
+            "max", description="how the layers' logits become one"
+        )
+        threshold: float | None = Field(
+            None, gt=0, lt=1, description="lowest score kept; by default the checkpoint's or 0.5"
+        )
+        page_rank: Literal["max", "count"] = Field(
+            "max", description="by the best entry, or by entries above the threshold"
+        )
+        sink_entries: int = Field(
+            1, ge=0, description="first entries of the prompt, always resident"
+        )
+        recent_entries: int = Field(
+            32, ge=0, description="newest entries, always resident: what the sliding window covers"
+        )
         kmax: int | None = Field(None, ge=1, description="the budget as a number of pages in all")
-        stale: bool = Field(True, description="use the state of one window ago, so that recall overlaps decoding")
+        stale: bool = Field(
+            True, description="use the state of one window ago, so that recall overlaps decoding"
+        )
 
         @model_validator(mode="before")
         @classmethod
@@ -67,15 +94,26 @@ class LSA(LookaheadPolicy):
             )
         loaded, state = self._load(), ctx.lookahead(0)
         numbers = list(ctx.csa_numbers or range(ctx.n_layers))
-        loaded.check_fits(numbers, state.hidden.shape[1], state.keys.shape[2], "policy lsa: the trace")
+        loaded.check_fits(
+            numbers, state.hidden.shape[1], state.keys.shape[2], "policy lsa: the trace"
+        )
         self.layers = self._layers_of(loaded)
         if self.params.scope == "per_layer" and self.layers != numbers:
-            raise FmsimError(f"policy lsa: scope per_layer needs the trace's CSA layers, {numbers}, not {self.layers}")
+            raise FmsimError(
+                f"policy lsa: scope per_layer needs the trace's CSA layers, {numbers}, not"
+                f" {self.layers}"
+            )
         self.rows = [numbers.index(layer) for layer in self.layers]  # of the lookahead state
         self.config = loaded.config
         parts = [loaded.layers[layer] for layer in self.layers]
-        # In float64, rounded to float32 at the end: so that libraries that sum in other orders rank pages alike.
-        self.weights = [LayerWeights(*(ctx.xp.asarray(part, dtype=ctx.xp.float64, device=ctx.device) for part in layer)) for layer in parts]
+        # In float64, rounded to float32 at the end: so that libraries that sum in other orders rank
+        # pages alike.
+        self.weights = [
+            LayerWeights(
+                *(ctx.xp.asarray(part, dtype=ctx.xp.float64, device=ctx.device) for part in layer)
+            )
+            for layer in parts
+        ]
         self.lowest_logit = scorer.logit(self.params.threshold or loaded.threshold or 0.5)
         self.floor = self.lowest_logit if self.params.page_rank == "max" else 1.0
 
@@ -90,7 +128,10 @@ class LSA(LookaheadPolicy):
         layers = list(self.params.layers or loaded.layers)
         absent = sorted(set(layers) - set(loaded.layers))
         if absent:
-            raise FmsimError(f"policy lsa: layers: no retriever for CSA layers {absent}; the checkpoint has {list(loaded.layers)}")
+            raise FmsimError(
+                f"policy lsa: layers: no retriever for CSA layers {absent}; the checkpoint has"
+                f" {list(loaded.layers)}"
+            )
         return layers
 
     @property
@@ -99,18 +140,31 @@ class LSA(LookaheadPolicy):
 
     def pins(self) -> Pins:
         pages = self.ctx.pages
-        return Pins(sink=pages(self.params.sink_entries), recent=pages(self.params.recent_entries), decoded=True)
+        return Pins(
+            sink=pages(self.params.sink_entries),
+            recent=pages(self.params.recent_entries),
+            decoded=True,
+        )
 
     def score(self, step: int) -> Array:
         state, xp = self._state(step), self.ctx.xp
-        hidden, keys = ([xp.astype(array[row], xp.float64) for row in self.rows] for array in (state.hidden, state.keys))
-        logits = xp.astype(scorer.layer_logits(self.weights, self.config, hidden, state.position, keys), xp.float32)
+        hidden, keys = (
+            [xp.astype(array[row], xp.float64) for row in self.rows]
+            for array in (state.hidden, state.keys)
+        )
+        logits = xp.astype(
+            scorer.layer_logits(self.weights, self.config, hidden, state.position, keys), xp.float32
+        )
         if self.params.scope == "shared":
             logits = scorer.combine(logits, self.params.combine)[None]
         pages = self.ctx.pages(state.n_entries)
         missing = pages * self.ctx.granularity - state.n_entries
-        padding = xp.full((logits.shape[0], missing), -np.inf, dtype=logits.dtype, device=self.ctx.device)
-        in_pages = xp.reshape(xp.concat((logits, padding), axis=1), (logits.shape[0], pages, self.ctx.granularity))
+        padding = xp.full(
+            (logits.shape[0], missing), -np.inf, dtype=logits.dtype, device=self.ctx.device
+        )
+        in_pages = xp.reshape(
+            xp.concat((logits, padding), axis=1), (logits.shape[0], pages, self.ctx.granularity)
+        )
         best = xp.max(in_pages, axis=2)
         self._highest[step], self._scored[step] = xp.max(best), state.n_entries * len(self.layers)
         if self.params.page_rank == "max":
@@ -120,12 +174,20 @@ class LSA(LookaheadPolicy):
 
     def decide(self, step: int) -> None:
         super().decide(step)
-        self.confidence = self._highest.get(step)  # that there is anything to recall at all: a signal to weigh against misses
+        self.confidence = self._highest.get(
+            step
+        )  # that there is anything to recall at all: a signal to weigh against misses
 
     def scored_entries(self, step: int) -> int:
-        return self._scored[step] if step in self._scored else self._state(step).n_entries * len(self.layers)  # of a subclass with scores of its own
+        return (
+            self._scored[step]
+            if step in self._scored
+            else self._state(step).n_entries * len(self.layers)
+        )  # of a subclass with scores of its own
 
     def _state(self, step: int) -> LookaheadState:
-        """The state that the set from `step` on is chosen by; the first window has no older one than its own."""
+        """The state that the set from `step` on is chosen by; the first window has no older one
+        than its own.
+        """
         window = step // self.ctx.tau
         return self.ctx.lookahead(max(window - 1, 0) if self.params.stale else window)

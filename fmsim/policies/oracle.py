@@ -13,10 +13,12 @@ USED = 2.0**-24  # float16's smallest mass, so that a used page outranks every u
 
 
 class Oracle(LookaheadPolicy):
-    """At each decision, the true union of the entries selected until the next, ranked by their attention mass.
+    """At each decision, the true union of the entries selected until the next, ranked by their
+    attention mass.
 
-    Source: the oracle of arXiv 2606.09079 ("oracle entries"). It looks into the trace, so it is a bound and no policy to
-    deploy. Pages that the window does not use are not kept even where there is room.
+    Source: the oracle of arXiv 2606.09079 ("oracle entries"). It looks into the trace, so it is a
+    bound and no policy to deploy. Pages that the window does not use are not kept even where there
+    is room.
     """
 
     name = "oracle"
@@ -26,9 +28,13 @@ class Oracle(LookaheadPolicy):
     floor = USED
 
     class Params(PolicyParams):
-        budget: Budget = Field(Budget(0.1, "share"), description="at most this many; fewer when the window uses fewer")
+        budget: Budget = Field(
+            Budget(0.1, "share"), description="at most this many; fewer when the window uses fewer"
+        )
         cadence: int = Field(64, ge=1, description="steps between decisions, and how far it sees")
-        on_miss: Literal["fetch", "mask", "fallback"] = Field("mask", description="only what exceeds the budget is missed")
+        on_miss: Literal["fetch", "mask", "fallback"] = Field(
+            "mask", description="only what exceeds the budget is missed"
+        )
 
     def score(self, step: int) -> Array:
         mass, used = self.ctx.future.window(step, self.params.cadence)

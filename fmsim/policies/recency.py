@@ -11,10 +11,11 @@ from fmsim.policies.budget import Budget
 
 
 class Recency(Policy):
-    """The first few tokens and as many of the newest as the budget holds; the rest is given up for good.
+    """The first few tokens and as many of the newest as the budget holds; the rest is given up for
+    good.
 
-    Source: StreamingLLM, Xiao et al., "Efficient Streaming Language Models with Attention Sinks", arXiv 2309.17453,
-    section 3.2: four sink tokens (one compressed entry) and a rolling window.
+    Source: StreamingLLM, Xiao et al., "Efficient Streaming Language Models with Attention Sinks",
+    arXiv 2309.17453, section 3.2: four sink tokens (one compressed entry) and a rolling window.
     """
 
     name = "recency"

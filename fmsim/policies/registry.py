@@ -1,4 +1,7 @@
-"""Policies by name. Each comes from the entry point group `fmsim.policies`, fmsim's own like anyone's plug-in."""
+"""Policies by name.
+
+Each comes from the entry point group `fmsim.policies`, fmsim's own like anyone's plug-in.
+"""
 
 from __future__ import annotations
 
@@ -20,17 +23,26 @@ GROUP = "fmsim.policies"
 
 @cache
 def _found() -> dict[str, EntryPoint]:
-    """Entry points by name, sorted as importlib gives them; of two with one name the first wins, with a warning."""
+    """Entry points by name, sorted as importlib gives them; of two with one name the first wins,
+    with a warning.
+    """
     found: dict[str, EntryPoint] = {}
     for point in entry_points(group=GROUP):
         if point.name in found and point.value != found[point.name].value:
-            warnings.warn(f"policy {point.name!r} is declared twice: {found[point.name].value} is used, {point.value} is not", stacklevel=3)
+            warnings.warn(
+                f"policy {point.name!r} is declared twice: {found[point.name].value} is used,"
+                f" {point.value} is not",
+                stacklevel=3,
+            )
         found.setdefault(point.name, point)
     return found
 
 
 def names() -> list[str]:
-    """Names of all policies that can be imported. A plug-in that cannot gives a warning that names it."""
+    """Names of all policies that can be imported.
+
+    A plug-in that cannot gives a warning that names it.
+    """
     return [name for name in _found() if _load(name) is not None]
 
 
@@ -40,10 +52,18 @@ def _load(name: str) -> type[Policy] | None:
     try:
         policy = point.load()
     except Exception as error:  # whatever a plug-in's import raises
-        warnings.warn(f"policy {name!r} ({point.value}) could not be imported and is left out: {type(error).__name__}: {error}", stacklevel=3)
+        warnings.warn(
+            f"policy {name!r} ({point.value}) could not be imported and is left out:"
+            f" {type(error).__name__}: {error}",
+            stacklevel=3,
+        )
         return None
     if not (inspect.isclass(policy) and issubclass(policy, Policy)):
-        warnings.warn(f"policy {name!r} ({point.value}) is not a subclass of fmsim.policies.base.Policy and is left out", stacklevel=3)
+        warnings.warn(
+            f"policy {name!r} ({point.value}) is not a subclass of fmsim.policies.base.Policy and"
+            " is left out",
+            stacklevel=3,
+        )
         return None
     return policy
 
@@ -59,11 +79,15 @@ def get(name: str) -> type[Policy]:
 
 
 def build(spec: str | dict[str, Any]) -> Policy:
-    """A policy from its name, or from a mapping as in a scenario: {policy: lru, budget: 10%, granularity: 4}."""
+    """A policy from its name, or from a mapping as in a scenario: {policy: lru, budget: 10%,
+    granularity: 4}.
+    """
     given = {"policy": spec} if isinstance(spec, str) else dict(spec)
     name = given.pop("policy", None)
     if not isinstance(name, str):
-        raise FmsimError(f"policy {spec!r}: the key 'policy' must name one of: {', '.join(names())}")
+        raise FmsimError(
+            f"policy {spec!r}: the key 'policy' must name one of: {', '.join(names())}"
+        )
     policy = get(name)
     try:
         params = policy.Params.model_validate(given)
@@ -74,7 +98,9 @@ def build(spec: str | dict[str, Any]) -> Policy:
 
 
 def info(name: str) -> dict[str, Any]:
-    """What `fmsim policy show` prints: declarations, parameters (name, type, default, description), docstring."""
+    """What `fmsim policy show` prints: declarations, parameters (name, type, default, description),
+    docstring.
+    """
     policy = get(name)
     return {
         "name": name,
@@ -85,7 +111,12 @@ def info(name: str) -> dict[str, Any]:
         "doc": inspect.cleandoc(policy.__doc__ or ""),
         "module": policy.__module__,
         "parameters": [
-            {"name": key, "type": _type_name(field.annotation), "default": _default(field), "description": field.description or ""}
+            {
+                "name": key,
+                "type": _type_name(field.annotation),
+                "default": _default(field),
+                "description": field.description or "",
+            }
             for key, field in policy.Params.model_fields.items()
         ],
     }
@@ -103,7 +134,15 @@ def _type_name(annotation: Any) -> str:
     """int -> "int", Literal["a", "b"] -> "a | b", Path | None -> "Path | None"."""
     choices = getattr(annotation, "__args__", None)
     if getattr(annotation, "__origin__", None) in (tuple, list):
-        return f"{annotation.__origin__.__name__}[{', '.join('...' if item is ... else _type_name(item) for item in choices)}]"
+        items = ("..." if item is ... else _type_name(item) for item in choices)
+        return f"{annotation.__origin__.__name__}[{', '.join(items)}]"
     if choices:
-        return " | ".join(_type_name(item) if isinstance(item, type) or item is None else str(item) for item in choices)
-    return "None" if annotation in (None, type(None)) else getattr(annotation, "__name__", str(annotation))
+        return " | ".join(
+            _type_name(item) if isinstance(item, type) or item is None else str(item)
+            for item in choices
+        )
+    return (
+        "None"
+        if annotation in (None, type(None))
+        else getattr(annotation, "__name__", str(annotation))
+    )

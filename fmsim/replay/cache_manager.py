@@ -1,7 +1,9 @@
-"""A policy at the wheel of a residency, one decode step at a time. The replay and the engine both drive this.
+"""A policy at the wheel of a residency, one decode step at a time.
 
-The order within a step: pages that just closed are written; at a decision the resident set is chosen anew; then the
-selected pages are looked up and misses dealt with as `on_miss` says.
+The replay and the engine both drive this.
+
+The order within a step: pages that just closed are written; at a decision the resident set is
+chosen anew; then the selected pages are looked up and misses dealt with as `on_miss` says.
 """
 
 from __future__ import annotations
@@ -21,7 +23,9 @@ Array = Any
 
 @dataclass(frozen=True)
 class Accesses:
-    """What one step's native indexer selected, by page: [G, n], pages int32 unique in a row, -1 = padding."""
+    """What one step's native indexer selected, by page: [G, n], pages int32 unique in a row, -1 =
+    padding.
+    """
 
     pages: Array
     count: Array  # int32: entries selected in the page
@@ -61,12 +65,17 @@ class Keeper:
 
     def _check_pins(self) -> None:
         """Pinned pages must fit the budget to the end of the run."""
-        decoded = self.ctx.n_pages - self.ctx.prompt_entries // self.ctx.granularity if self.pins.decoded else 0
+        decoded = (
+            self.ctx.n_pages - self.ctx.prompt_entries // self.ctx.granularity
+            if self.pins.decoded
+            else 0
+        )
         needed = min(self.ctx.n_pages, self.pins.sink + max(self.pins.recent, decoded, 1))
         if needed > self.ctx.n_slots:
             raise FmsimError(
-                f"policy {self.policy.name}: budget {self.policy.params.budget} holds {self.ctx.n_slots} pages, but {needed} are "
-                f"pinned by the end of {self.ctx.n_steps} steps; raise budget"
+                f"policy {self.policy.name}: budget {self.policy.params.budget} holds"
+                f" {self.ctx.n_slots} pages, but {needed} are pinned by the end of"
+                f" {self.ctx.n_steps} steps; raise budget"
             )
 
     def _see(self, n_entries: int) -> None:
@@ -74,11 +83,18 @@ class Keeper:
         self.visible, self.tail = self._view(n_entries)
 
     def _view(self, n_entries: int) -> tuple[int, int]:
-        """Pages visible when `n_entries` entries are, and the first of the pinned tail. The page that is still being filled counts as pinned."""
+        """Pages visible when `n_entries` entries are, and the first of the pinned tail.
+
+        The page that is still being filled counts as pinned.
+        """
         visible = self.ctx.pages(n_entries)
         open_page = 1 if n_entries % self.ctx.granularity else 0
         tail = visible - max(self.pins.recent, open_page)
-        return visible, min(tail, self.ctx.prompt_entries // self.ctx.granularity) if self.pins.decoded else tail
+        return visible, (
+            min(tail, self.ctx.prompt_entries // self.ctx.granularity)
+            if self.pins.decoded
+            else tail
+        )
 
     def _pinned(self, visible: int | None = None, tail: int | None = None) -> Any:
         """The test for pinned pages, or None where none can be."""
@@ -88,11 +104,16 @@ class Keeper:
         return lambda pages: (pages < self.pins.sink) | (pages >= tail)
 
     def start(self) -> None:
-        """Choose what the prefill leaves on the GPU; not traffic, since the prefill wrote it there."""
+        """Choose what the prefill leaves on the GPU; not traffic, since the prefill wrote it
+        there.
+        """
         self.decide(0)
 
     def write(self, step: int, n_entries: int) -> Moves | None:
-        """`n_entries` are visible at this step: give newly begun pages a slot. None where none began."""
+        """`n_entries` are visible at this step: give newly begun pages a slot.
+
+        None where none began.
+        """
         first = self.visible
         self._see(n_entries)
         if self.visible == first:
@@ -101,18 +122,23 @@ class Keeper:
         new = xp.arange(first, self.visible, dtype=xp.int32, device=self.ctx.device)
         new = xp.broadcast_to(new[None, :], (self.ctx.n_groups, self.visible - first))
         self.policy.wrote(step, new)
-        return self.residency.admit(new, new >= 0, lambda pages: self.policy.worth(step, pages), self._pinned())
+        return self.residency.admit(
+            new, new >= 0, lambda pages: self.policy.worth(step, pages), self._pinned()
+        )
 
     def decide(self, step: int) -> Moves:
         """Choose the resident set anew among all visible pages."""
         self.policy.decide(step)
-        return self.residency.choose(self.policy.worth_of_first(step, self.visible), self.policy.floor, self._pinned())
+        return self.residency.choose(
+            self.policy.worth_of_first(step, self.visible), self.policy.floor, self._pinned()
+        )
 
     def foresee(self, step: int, n_entries: int, most: int) -> Array | None:
-        """Up to `most` pages that the decision at the later `step`, when `n_entries` are visible, will recall: int64 [G, most], -1 = padding.
+        """Up to `most` pages that the decision at the later `step`, when `n_entries` are visible,
+        will recall: int64 [G, most], -1 = padding.
 
-        None for a policy that decides from what it cannot know yet. What is foreseen will be recalled; a page that is evicted until then can be
-        recalled without having been foreseen.
+        None for a policy that decides from what it cannot know yet. What is foreseen will be
+        recalled; a page that is evicted until then can be recalled without having been foreseen.
         """
         if not self.policy.decides_ahead or step >= self.ctx.n_steps:
             return None
@@ -133,7 +159,9 @@ class Keeper:
         return missing if params.on_miss == "fetch" else use.pages < -1
 
     def settle(self, step: int, use: Accesses, fetched: Array) -> Outcome:
-        """End a step whose missing pages were loaded where `fetched`: let the policy see, and give them slots."""
+        """End a step whose missing pages were loaded where `fetched`: let the policy see, and give
+        them slots.
+        """
         return self._settle(step, use, self.residency.lookup(use.pages), fetched)
 
     def _settle(self, step: int, use: Accesses, slot: Array, fetched: Array) -> Outcome:
@@ -142,20 +170,26 @@ class Keeper:
         self.policy.observe(step, Observation(use.pages, use.count, seen, hit, fetched))
         if self.policy.params.on_miss == "mask":
             return Outcome(hit, fetched, None)
-        moves = self.residency.admit(use.pages, fetched, lambda pages: self.policy.worth(step, pages), self._pinned(), slot)
+        moves = self.residency.admit(
+            use.pages, fetched, lambda pages: self.policy.worth(step, pages), self._pinned(), slot
+        )
         return Outcome(hit, fetched, moves)
 
 
 def heaviest_missing(use: Accesses, missing: Array, above: float, below: float) -> Array:
-    """Which missing pages to fetch: those that carry more than `above` of the step's mass, and further ones, heaviest first, until `below`
-    of its selected entries (by count) are there; bool [G, n].
+    """Which missing pages to fetch: those that carry more than `above` of the step's mass, and
+    further ones, heaviest first, until `below` of its selected entries (by count) are there; bool
+    [G, n].
 
-    The signal is one that a serving engine has: its native indexer scores every entry, so it knows which it selected and how much
-    each of them matters, and the lookup table says which are resident. `use.mass` is the trace's attention mass; in an engine its indexer's
-    softmax over the selection.
+    The signal is one that a serving engine has: its native indexer scores every entry, so it knows
+    which it selected and how much each of them matters, and the lookup table says which are
+    resident. `use.mass` is the trace's attention mass; in an engine its indexer's softmax over the
+    selection.
     """
     xp = array_namespace(missing)
-    mass = xp.astype(xp.where(use.pages >= 0, use.mass, 0.0), xp.float64)  # sums of float16 are exact, so libraries agree
+    mass = xp.astype(
+        xp.where(use.pages >= 0, use.mass, 0.0), xp.float64
+    )  # sums of float16 are exact, so libraries agree
     heavy = missing & (mass > xp.sum(mass, axis=1, keepdims=True) * above)
     if not below:
         return heavy

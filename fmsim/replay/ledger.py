@@ -1,4 +1,7 @@
-"""What moved and what was kept, step by step: the result of replaying a trace against a policy. No clock in it."""
+"""What moved and what was kept, step by step: the result of replaying a trace against a policy.
+
+No clock in it.
+"""
 
 from __future__ import annotations
 
@@ -19,10 +22,15 @@ FORMAT_VERSION = 2
 
 @dataclass(frozen=True)
 class Ledger:
-    """Axes: T steps, L CSA layers of the trace, G groups (L, or 1 in scope "shared"). A slot holds `granularity` entries.
+    """Axes: T steps, L CSA layers of the trace, G groups (L, or 1 in scope "shared").
 
-    A live decode that scores resident index keys alone does not know what its layers `unmeasured` would have selected among all entries: of them the
-    seven fields from `accessed` to `heaviest_lost` hold zeros, so that sums over layers are those of the others. Bytes are conserved: resident[t] - resident[t - 1] = demand_loads[t] + lookahead_loads[t] + written[t] - evicted[t].
+    A slot holds `granularity` entries.
+
+    A live decode that scores resident index keys alone does not know what its layers `unmeasured`
+    would have selected among all entries: of them the seven fields from `accessed` to
+    `heaviest_lost` hold zeros, so that sums over layers are those of the others. Bytes are
+    conserved: resident[t] - resident[t - 1] = demand_loads[t] + lookahead_loads[t] + written[t] -
+    evicted[t].
     """
 
     policy: str
@@ -41,25 +49,41 @@ class Ledger:
 
     accessed: np.ndarray  # [T, L] int32: entries selected
     hit: np.ndarray  # [T, L] int32: of these, resident when the step began
-    golden: np.ndarray  # [T, L] int32: entries that carry the first 0.6 of the step's compressed mass, at least one
+    golden: (
+        np.ndarray
+    )  # [T, L] int32: entries that carry the first 0.6 of the step's compressed mass, at least one
     golden_hit: np.ndarray  # [T, L] int32: of these, resident when the step began
     mass_total: np.ndarray  # [T, L] float32: attention mass on the selected entries
     mass_kept: np.ndarray  # [T, L] float32: of it, on entries attended after on_miss was applied
-    heaviest_lost: np.ndarray  # [T, L] float32: the largest mass of one selected entry that was not attended to
+    heaviest_lost: (
+        np.ndarray
+    )  # [T, L] float32: the largest mass of one selected entry that was not attended to
     resident: np.ndarray  # [T, G] int32: slots filled at the end of the step
-    initial: np.ndarray  # [G] int32: slots filled before the first step (left there by the prefill: no traffic)
+    initial: (
+        np.ndarray
+    )  # [G] int32: slots filled before the first step (left there by the prefill: no traffic)
     demand_loads: np.ndarray  # [T, G] int32: slots fetched inside the step, which stall it
-    lookahead_loads: np.ndarray  # [T, G] int32: slots recalled by the step's decision, in the window before
-    written: np.ndarray  # [T, G] int32: slots first filled by entries that closed at this step, on the GPU
+    lookahead_loads: (
+        np.ndarray
+    )  # [T, G] int32: slots recalled by the step's decision, in the window before
+    written: (
+        np.ndarray
+    )  # [T, G] int32: slots first filled by entries that closed at this step, on the GPU
     evicted: np.ndarray  # [T, G] int32: slots given up
-    set_overlap: np.ndarray  # [n] float32: Jaccard of the resident sets at successive windows' starts, mean over G
+    set_overlap: (
+        np.ndarray
+    )  # [n] float32: Jaccard of the resident sets at successive windows' starts, mean over G
     scored: np.ndarray  # [T] int64: entries scored by a memory indexer at this step
     unmeasured: list[int] = field(default_factory=list)  # layers; none in a replay
 
     def save(self, path: str | Path) -> None:
         """Write one .npz; it appears whole or not at all."""
         path = Path(path)
-        arrays = {f.name: getattr(self, f.name) for f in fields(self) if isinstance(getattr(self, f.name), np.ndarray)}
+        arrays = {
+            f.name: getattr(self, f.name)
+            for f in fields(self)
+            if isinstance(getattr(self, f.name), np.ndarray)
+        }
         header = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in arrays}
         header["format_version"] = FORMAT_VERSION
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -74,7 +98,10 @@ class Ledger:
 
     @classmethod
     def load(cls, path: str | Path) -> Ledger:
-        """Read what `save` wrote. Raises FmsimError for a file that is missing, truncated, foreign or of another version."""
+        """Read what `save` wrote.
+
+        Raises FmsimError for a file that is missing, truncated, foreign or of another version.
+        """
         try:
             with np.load(path, allow_pickle=False) as file:
                 header = json.loads(str(file["header"]))
@@ -82,11 +109,18 @@ class Ledger:
         except FileNotFoundError:
             raise FmsimError(f"{path}: no such ledger file") from None
         except (OSError, ValueError, KeyError, IndexError, EOFError, zipfile.BadZipFile) as error:
-            raise FmsimError(f"{path}: not a whole fmsim ledger ({error}); run the scenario again with --out") from None
+            raise FmsimError(
+                f"{path}: not a whole fmsim ledger ({error}); run the scenario again with --out"
+            ) from None
         version = header.pop("format_version", None)
         if version != FORMAT_VERSION:
-            raise FmsimError(f"{path}: ledger format {version}, but this fmsim reads {FORMAT_VERSION}; run the scenario again")
+            raise FmsimError(
+                f"{path}: ledger format {version}, but this fmsim reads {FORMAT_VERSION}; run the"
+                " scenario again"
+            )
         try:
             return cls(**header, **arrays)
         except TypeError as error:
-            raise FmsimError(f"{path}: ledger fields do not match ({error}); run the scenario again") from None
+            raise FmsimError(
+                f"{path}: ledger fields do not match ({error}); run the scenario again"
+            ) from None

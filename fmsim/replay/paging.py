@@ -1,4 +1,6 @@
-"""A trace's selected entries, seen by pages: what every policy of one granularity and scope replays."""
+"""A trace's selected entries, seen by pages: what every policy of one granularity and scope
+replays.
+"""
 
 from __future__ import annotations
 
@@ -23,15 +25,24 @@ class Paged:
     pages: np.ndarray  # [T, G, n] int32, ascending and unique in a row
     count: np.ndarray  # [T, G, n] int32: entries selected in the page
     mass: np.ndarray  # [T, G, n] float32: attention mass on them
-    column: np.ndarray | None  # [T, L, K] int32: where each entry's page stands in its row; None where it is the same place
+    column: (
+        np.ndarray | None
+    )  # [T, L, K] int32: where each entry's page stands in its row; None where it is the same place
     n_pages: int
 
     def by_entry(self, flag: np.ndarray, layers: int) -> np.ndarray:
-        """Spread flags of pages, bool [t, G, n] of the first t steps, over entries: [t, L, K]. Padding's are meaningless."""
+        """Spread flags of pages, bool [t, G, n] of the first t steps, over entries: [t, L, K].
+
+        Padding's are meaningless.
+        """
         if self.column is None:
             return flag
         steps, _, k = self.column.shape[0], *self.column.shape[1:]
-        wide = np.take_along_axis(flag.reshape(steps, -1, flag.shape[-1]), self.column.reshape(steps, flag.shape[1], -1), axis=2)
+        wide = np.take_along_axis(
+            flag.reshape(steps, -1, flag.shape[-1]),
+            self.column.reshape(steps, flag.shape[1], -1),
+            axis=2,
+        )
         return wide.reshape(steps, layers, k)
 
 
@@ -49,7 +60,9 @@ class PagedFuture:
         at = (at + (np.arange(groups) * (paged.n_pages + 1))[:, None]).reshape(-1)
         size = groups * (paged.n_pages + 1)
         # float64 sums of float16 masses are exact, so their order does not matter
-        mass = np.bincount(at, weights=paged.mass[steps].reshape(-1), minlength=size).astype(np.float32)
+        mass = np.bincount(at, weights=paged.mass[steps].reshape(-1), minlength=size).astype(
+            np.float32
+        )
         used = np.zeros(size, dtype=bool)
         used[at] = True
         return mass.reshape(groups, -1)[:, :-1], used.reshape(groups, -1)[:, :-1]
@@ -62,7 +75,9 @@ class PagedFuture:
 
     @cached_property
     def _next(self) -> tuple[np.ndarray, np.ndarray]:
-        """Backwards through the trace: next use of each access [T, G, n], and first use of each page [G, P]."""
+        """Backwards through the trace: next use of each access [T, G, n], and first use of each
+        page [G, P].
+        """
         pages = self.paged.pages
         start = (np.arange(pages.shape[1]) * (self.paged.n_pages + 1))[:, None]
         table = np.full(pages.shape[1] * (self.paged.n_pages + 1), self.never, dtype=np.int32)
@@ -84,7 +99,8 @@ def read_trace(trace: Any) -> tuple[np.ndarray, np.ndarray]:
 
 
 def golden_mask(ids: np.ndarray, mass: np.ndarray) -> np.ndarray:
-    """bool [T, L, K]: the head of each step's list sorted by mass, up to and with the entry that reaches GOLDEN_SHARE.
+    """bool [T, L, K]: the head of each step's list sorted by mass, up to and with the entry that
+    reaches GOLDEN_SHARE.
 
     Of equal masses the earlier in the list comes first; a list without mass has no golden entry.
     """
@@ -92,37 +108,57 @@ def golden_mask(ids: np.ndarray, mass: np.ndarray) -> np.ndarray:
     place = (ids.shape[2] - 1 - np.arange(ids.shape[2])).astype(np.int32)
     for first in range(0, len(ids), CHUNK_STEPS):
         part = mass[first : first + CHUNK_STEPS].astype(np.float16)
-        key = (part.view(np.int16).astype(np.int32) << 16) | place  # float16 bits of a mass >= 0 keep its order
+        key = (
+            part.view(np.int16).astype(np.int32) << 16
+        ) | place  # float16 bits of a mass >= 0 keep its order
         ranked = -np.sort(-key, axis=-1)
         sorted_mass = (ranked >> 16).astype(np.int16).view(np.float16).astype(np.float32)
         before = np.cumsum(sorted_mass, axis=-1) - sorted_mass
         head = (before < GOLDEN_SHARE * sorted_mass.sum(axis=-1, keepdims=True)) & (sorted_mass > 0)
-        least = np.take_along_axis(ranked, np.maximum(head.sum(axis=-1, keepdims=True) - 1, 0), axis=-1)
+        least = np.take_along_axis(
+            ranked, np.maximum(head.sum(axis=-1, keepdims=True) - 1, 0), axis=-1
+        )
         golden[first : first + CHUNK_STEPS] = (key >= least) & (part > 0)
     return golden
 
 
-def page_trace(ids: np.ndarray, mass: np.ndarray, granularity: int, shared: bool, n_pages: int) -> Paged:
-    """Group `ids` [T, L, K] (sorted, unique in a row, -1 = padding) by page, over all layers where they share."""
+def page_trace(
+    ids: np.ndarray, mass: np.ndarray, granularity: int, shared: bool, n_pages: int
+) -> Paged:
+    """Group `ids` [T, L, K] (sorted, unique in a row, -1 = padding) by page, over all layers where
+    they share.
+    """
     if granularity == 1 and not shared:
         return Paged(ids, np.broadcast_to(np.int32(1), ids.shape), mass, None, n_pages)
     steps, layers, k = ids.shape
     groups, m = (1, layers * k) if shared else (layers, k)
     parts = [
-        _page_rows(ids[i : i + CHUNK_STEPS].reshape(-1, m) // granularity, mass[i : i + CHUNK_STEPS].reshape(-1, m))
+        _page_rows(
+            ids[i : i + CHUNK_STEPS].reshape(-1, m) // granularity,
+            mass[i : i + CHUNK_STEPS].reshape(-1, m),
+        )
         for i in range(0, steps, CHUNK_STEPS)
     ]
     n = max(part[0].shape[1] for part in parts)
     pages, count, weight = (
-        np.concatenate([np.pad(part[i], ((0, 0), (0, n - part[i].shape[1])), constant_values=fill) for part in parts]).reshape(steps, groups, n)
+        np.concatenate(
+            [
+                np.pad(part[i], ((0, 0), (0, n - part[i].shape[1])), constant_values=fill)
+                for part in parts
+            ]
+        ).reshape(steps, groups, n)
         for i, fill in ((0, -1), (1, 0), (2, 0))
     )
     column = np.concatenate([part[3] for part in parts]).reshape(steps, layers, k)
     return Paged(pages, count, weight, column, n_pages)
 
 
-def _page_rows(keys: np.ndarray, mass: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """Rows [R, m] of page ids (negative = padding) -> pages, count, mass [R, n], and column [R, m] of each key."""
+def _page_rows(
+    keys: np.ndarray, mass: np.ndarray
+) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """Rows [R, m] of page ids (negative = padding) -> pages, count, mass [R, n], and column [R, m]
+    of each key.
+    """
     order = np.argsort(keys, axis=1, kind="stable")
     ranked = np.take_along_axis(keys, order, axis=1)
     first = ranked >= 0
@@ -135,20 +171,26 @@ def _page_rows(keys: np.ndarray, mass: np.ndarray) -> tuple[np.ndarray, np.ndarr
     pages.reshape(-1)[at + rows] = ranked
     flat = (at + rows).reshape(-1)
     count = np.bincount(flat, minlength=pages.size).reshape(pages.shape).astype(np.int32)
-    weight = np.bincount(flat, weights=np.take_along_axis(mass, order, axis=1).reshape(-1), minlength=pages.size)
+    weight = np.bincount(
+        flat, weights=np.take_along_axis(mass, order, axis=1).reshape(-1), minlength=pages.size
+    )
     column = np.empty(keys.shape, dtype=np.int32)
     np.put_along_axis(column, order, np.minimum(at, n - 1).astype(np.int32), axis=1)
     return pages[:, :n], count[:, :n], weight.astype(np.float32).reshape(pages.shape)[:, :n], column
 
 
 def page_step(ids: Any, mass: Any, granularity: int, shared: bool) -> Accesses:
-    """One step's `ids` [L, K] (unique in a row, -1 = padding) and their mass, by page: as `page_trace`, in any library.
+    """One step's `ids` [L, K] (unique in a row, -1 = padding) and their mass, by page: as
+    `page_trace`, in any library.
 
-    Rows are as wide as they could be, K or L x K. Sums of float16 masses are exact, so they do not depend on the order.
+    Rows are as wide as they could be, K or L x K. Sums of float16 masses are exact, so they do not
+    depend on the order.
     """
     xp = array_namespace(ids)
     if granularity == 1 and not shared:  # an entry is a page
-        return Accesses(xp.astype(ids, xp.int32), xp.astype(ids >= 0, xp.int32), xp.where(ids < 0, 0.0, mass))
+        return Accesses(
+            xp.astype(ids, xp.int32), xp.astype(ids >= 0, xp.int32), xp.where(ids < 0, 0.0, mass)
+        )
     if shared:
         ids, mass = xp.reshape(ids, (1, -1)), xp.reshape(mass, (1, -1))
     beyond = arrays.MAX_PAGES
@@ -159,10 +201,14 @@ def page_step(ids: Any, mass: Any, granularity: int, shared: bool) -> Accesses:
     summed = xp.cumulative_sum(xp.astype(arrays.read(mass, start, order), xp.float64), axis=1)
     last = pages < beyond
     last[:, :-1] &= pages[:, 1:] != pages[:, :-1]
-    at = arrays.pack(xp.arange(width, dtype=xp.int64, device=ids.device)[None, :], last, width)  # where each page's run ends
+    at = arrays.pack(
+        xp.arange(width, dtype=xp.int64, device=ids.device)[None, :], last, width
+    )  # where each page's run ends
     before = xp.concat((xp.full_like(at[:, :1], -1), at[:, :-1]), axis=1)
     none = at < 0
-    to_here, to_before = (xp.where(place < 0, 0.0, arrays.read(summed, start, place)) for place in (at, before))
+    to_here, to_before = (
+        xp.where(place < 0, 0.0, arrays.read(summed, start, place)) for place in (at, before)
+    )
     return Accesses(
         pages=xp.astype(xp.where(none, -1, arrays.read(pages, start, at)), xp.int32),
         count=xp.astype(xp.where(none, 0, at - before), xp.int32),
@@ -171,7 +217,9 @@ def page_step(ids: Any, mass: Any, granularity: int, shared: bool) -> Accesses:
 
 
 def page_mass(mass: np.ndarray, granularity: int, n_pages: int, shared: bool) -> np.ndarray:
-    """Mass of entries float [L, E] -> of pages, float32 [G, n_pages]; entries beyond are left out."""
+    """Mass of entries float [L, E] -> of pages, float32 [G, n_pages]; entries beyond are left
+    out.
+    """
     mass = np.asarray(mass, dtype=np.float64)[:, : n_pages * granularity]
     mass = np.pad(mass, ((0, 0), (0, n_pages * granularity - mass.shape[1])))
     mass = mass.reshape(len(mass), n_pages, granularity).sum(axis=2)

@@ -1,4 +1,7 @@
-"""Replay a trace against a policy: what moves, what is kept. It runs no clock, so its ledger is the same on every machine."""
+"""Replay a trace against a policy: what moves, what is kept.
+
+It runs no clock, so its ledger is the same on every machine.
+"""
 
 from __future__ import annotations
 
@@ -8,11 +11,11 @@ from typing import Any
 
 import numpy as np
 
+from fmsim.policies.base import Context, LookaheadState, Policy
+from fmsim.policies.guard import Guarded
 from fmsim.replay import paging
 from fmsim.replay.cache_manager import Accesses, Keeper
 from fmsim.replay.ledger import Ledger
-from fmsim.policies.base import Context, LookaheadState, Policy
-from fmsim.policies.guard import Guarded
 from fmsim.replay.tally import Tally
 
 ENTRY_TOKENS = 4  # the CSA rate: entry i is visible from position 4 * i + 3
@@ -21,13 +24,20 @@ ENTRY_TOKENS = 4  # the CSA rate: entry i is visible from position 4 * i + 3
 class Replayer:
     """One trace, read once and replayed against any number of policies.
 
-    entry_bytes and model_layers (KV bytes of one entry in one CSA layer, and the layers that share the GPU) turn a budget in
-    bytes into slots; they default to V4-Flash's 584 B and the trace's own layers. `cold` starts with nothing
-    resident, as a cache benchmark does; otherwise the prefill leaves what the policy chooses at step 0. Only the first `max_steps` are replayed.
+    entry_bytes and model_layers (KV bytes of one entry in one CSA layer, and the layers that share
+    the GPU) turn a budget in bytes into slots; they default to V4-Flash's 584 B and the trace's own
+    layers. `cold` starts with nothing resident, as a cache benchmark does; otherwise the prefill
+    leaves what the policy chooses at step 0. Only the first `max_steps` are replayed.
     """
 
     def __init__(
-        self, trace: Any, *, entry_bytes: float = 584, model_layers: int | None = None, cold: bool = False, max_steps: int | None = None
+        self,
+        trace: Any,
+        *,
+        entry_bytes: float = 584,
+        model_layers: int | None = None,
+        cold: bool = False,
+        max_steps: int | None = None,
     ) -> None:
         self.trace, self.header, self.cold = trace, trace.header, cold
         self.ids, self.mass = (part[:max_steps] for part in paging.read_trace(trace))
@@ -38,12 +48,16 @@ class Replayer:
         self.valid = self.ids >= 0
         self.golden = self.valid if trace.holds_labels else paging.golden_mask(self.ids, self.mass)
         self._paged: dict[tuple[int, bool], paging.Paged] = {}
-        self.has_lookahead = trace.hidden is not None and trace.index_keys is not None  # dense models have none
+        self.has_lookahead = (
+            trace.hidden is not None and trace.index_keys is not None
+        )  # dense models have none
         self._keys: np.ndarray | None = None
 
     def run(self, policy: Policy, watch: Callable[[Keeper], None] = lambda keeper: None) -> Ledger:
-        """Replay one policy; `watch` sees the keeper at the end of each step. Raises FmsimError, naming policy and step, where the
-        policy misbehaves."""
+        """Replay one policy; `watch` sees the keeper at the end of each step.
+
+        Raises FmsimError, naming policy and step, where the policy misbehaves.
+        """
         paged = self.paged(policy.params.granularity, policy.params.scope == "shared")
         guarded = Guarded(policy)
         ctx = self.context(policy, paged)
@@ -90,15 +104,24 @@ class Replayer:
         """[G, P] float32, or None where the trace has none."""
         if self.trace.prompt_mass is None:
             return None
-        return paging.page_mass(self.trace.prompt_mass, granularity, paged.n_pages, paged.pages.shape[1] < self.n_layers)
+        return paging.page_mass(
+            self.trace.prompt_mass, granularity, paged.n_pages, paged.pages.shape[1] < self.n_layers
+        )
 
     def _lookahead(self, window: int) -> LookaheadState:
-        """The state at the last token before decode window `window`; index keys are decoded once, on first use."""
+        """The state at the last token before decode window `window`; index keys are decoded once,
+        on first use.
+        """
         if self._keys is None:
             self._keys = self.trace.keys(self.entries[-1])
         position = self.header.prompt_tokens + self.header.tau * window - 1
         n_entries = (position + 1) // ENTRY_TOKENS
-        return LookaheadState(np.asarray(self.trace.hidden[window], dtype=np.float32), position, self._keys[:, :n_entries], n_entries)
+        return LookaheadState(
+            np.asarray(self.trace.hidden[window], dtype=np.float32),
+            position,
+            self._keys[:, :n_entries],
+            n_entries,
+        )
 
 
 class Run:
@@ -114,21 +137,30 @@ class Run:
         source, paged = self.source, self.paged
         for step in range(source.n_steps):
             self.tally.begin(step, source.entries[step])
-            outcome = self.tally.access(step, Accesses(paged.pages[step], paged.count[step], paged.mass[step]))
+            outcome = self.tally.access(
+                step, Accesses(paged.pages[step], paged.count[step], paged.mass[step])
+            )
             self.hit[step] = outcome.hit
             self.attended[step] = outcome.hit | outcome.fetched
             watch(self.tally.keeper)
-        hit, attended = (paged.by_entry(flag, source.n_layers) for flag in (self.hit, self.attended))
+        hit, attended = (
+            paged.by_entry(flag, source.n_layers) for flag in (self.hit, self.attended)
+        )
         return self.tally.ledger(source.ids, source.mass, hit, attended, source.golden)
 
 
 def replay(trace: Any, policy: Policy, **options: Any) -> Ledger:
-    """Replay one policy against `trace`; `options` are Replayer's. Make one Replayer for several policies of a trace."""
+    """Replay one policy against `trace`; `options` are Replayer's.
+
+    Make one Replayer for several policies of a trace.
+    """
     return Replayer(trace, **options).run(policy)
 
 
 def context_in(ctx: Context, xp: Any, device: Any = None) -> Context:
-    """The same context with the arrays of another library, on `device`: for an engine that is driven by a trace."""
+    """The same context with the arrays of another library, on `device`: for an engine that is
+    driven by a trace.
+    """
 
     def there(array: Any) -> Any:
         return xp.asarray(np.array(array), device=device)

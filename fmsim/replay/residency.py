@@ -1,6 +1,7 @@
 """Which page sits in which slot of GPU memory. Pure bookkeeping: no clock, no I/O, no policy.
 
-The replay and the GPU engine use this same class, the one with numpy arrays and the other with torch's.
+The replay and the GPU engine use this same class, the one with numpy arrays and the other with
+torch's.
 """
 
 from __future__ import annotations
@@ -17,9 +18,12 @@ Array = Any
 
 @dataclass(frozen=True)
 class Moves:
-    """Slots moved, int64 [G] each. A page that finds no slot passes through: it counts as loaded and as evicted.
+    """Slots moved, int64 [G] each.
 
-    `pages` and `slots` [G, m] say where each incoming page went (-1 = padding): what an engine has to copy.
+    A page that finds no slot passes through: it counts as loaded and as evicted.
+
+    `pages` and `slots` [G, m] say where each incoming page went (-1 = padding): what an engine has
+    to copy.
     """
 
     loaded: Array
@@ -31,14 +35,21 @@ class Moves:
 class Residency:
     """G groups of S slots over P pages.
 
-    slots int32 [G, S]: the page in each slot, or -1; table int32 [G, P + 1]: slot of the page, or -1 (last column: always -1).
+    slots int32 [G, S]: the page in each slot, or -1; table int32 [G, P + 1]: slot of the page, or
+    -1 (last column: always -1).
     """
 
-    def __init__(self, n_groups: int, n_pages: int, n_slots: int, xp: Any, device: Any = None) -> None:
+    def __init__(
+        self, n_groups: int, n_pages: int, n_slots: int, xp: Any, device: Any = None
+    ) -> None:
         if n_pages >= arrays.MAX_PAGES:
-            raise FmsimError(f"{n_pages} pages are more than {arrays.MAX_PAGES}; use a larger granularity")
+            raise FmsimError(
+                f"{n_pages} pages are more than {arrays.MAX_PAGES}; use a larger granularity"
+            )
         self.n_groups, self.n_pages, self.n_slots, self.xp = n_groups, n_pages, n_slots, xp
-        self._slots = xp.full((n_groups, n_slots + 1), -1, dtype=xp.int32, device=device)  # the last column is padding's
+        self._slots = xp.full(
+            (n_groups, n_slots + 1), -1, dtype=xp.int32, device=device
+        )  # the last column is padding's
         self.table = xp.full((n_groups, n_pages + 1), -1, dtype=xp.int32, device=device)
         self._table_start = arrays.offsets(self.table, xp)
         self._slots_start = arrays.offsets(self._slots, xp)
@@ -59,7 +70,9 @@ class Residency:
         return self.table[:, : self.n_pages] >= 0
 
     def overlap(self, earlier: Array) -> Array:
-        """Jaccard index of the present set with an `earlier` one (bool [G, P]), float64 [G]; 1 where both are empty."""
+        """Jaccard index of the present set with an `earlier` one (bool [G, P]), float64 [G]; 1
+        where both are empty.
+        """
         xp, now = self.xp, self.present()
         both = xp.sum(xp.astype(now & earlier, xp.float64), axis=1)
         either = xp.sum(xp.astype(now | earlier, xp.float64), axis=1)
@@ -75,8 +88,9 @@ class Residency:
     ) -> Moves:
         """Bring in `pages` [G, n] where `incoming`, in place of the resident pages of least worth.
 
-        worth(pages [G, S + 1]) is asked for the resident pages (-1 = none); pinned(pages) says which must stay, and the
-        slots `in_use` [G, n] (-1 = none) must stay as well. Free slots go first. Where slots run out, the later pages pass through.
+        worth(pages [G, S + 1]) is asked for the resident pages (-1 = none); pinned(pages) says
+        which must stay, and the slots `in_use` [G, n] (-1 = none) must stay as well. Free slots go
+        first. Where slots run out, the later pages pass through.
         """
         xp, n = self.xp, arrays.width(incoming, min(incoming.shape[1], self.n_slots))
         loaded = xp.sum(xp.astype(incoming, xp.int64), axis=1)
@@ -85,19 +99,29 @@ class Residency:
             return Moves(loaded, loaded, nothing, nothing)
         chosen = arrays.pack(pages, incoming, n)
         if self.n_slots >= self.n_pages:  # every page has the slot of its own number
-            return self._place(chosen, chosen, xp.full_like(chosen, -1), loaded, xp.zeros_like(loaded))
+            return self._place(
+                chosen, chosen, xp.full_like(chosen, -1), loaded, xp.zeros_like(loaded)
+            )
         key = self._victim_key(worth, pinned, in_use)
         victims = arrays.smallest(key, n)
         enters = (chosen >= 0) & (arrays.read(key, self._slots_start, victims) < arrays.PROTECTED)
         old = xp.where(enters, arrays.read(self._slots, self._slots_start, victims), -1)
         left = xp.sum(xp.astype(old >= 0, xp.int64), axis=1)
         passed = loaded - xp.sum(xp.astype(enters, xp.int64), axis=1)
-        return self._place(xp.where(enters, chosen, -1), xp.where(enters, victims, -1), old, loaded, left + passed)
+        return self._place(
+            xp.where(enters, chosen, -1), xp.where(enters, victims, -1), old, loaded, left + passed
+        )
 
-    def choose(self, worth: Array, floor: float | None = None, pinned: Callable[[Array], Array] | None = None) -> Moves:
+    def choose(
+        self,
+        worth: Array,
+        floor: float | None = None,
+        pinned: Callable[[Array], Array] | None = None,
+    ) -> Moves:
         """Make the resident set the S pages of highest worth among the first n; worth [G, n].
 
-        Pinned pages come first; others of less than `floor` stay out. Pages that stay keep their slots.
+        Pinned pages come first; others of less than `floor` stay out. Pages that stay keep their
+        slots.
         """
         xp, n = self.xp, worth.shape[1]
         if n == 0:  # a prompt too short for one entry
@@ -108,17 +132,33 @@ class Residency:
         evicted = self._drop(keep)
         m = arrays.width(incoming, min(n, self.n_slots))
         chosen = arrays.pack(pages, incoming, m)
-        places = chosen if self.n_slots >= self.n_pages else arrays.pack(self._slot_ids[:, : self.n_slots], self.slots < 0, m)
+        places = (
+            chosen
+            if self.n_slots >= self.n_pages
+            else arrays.pack(self._slot_ids[:, : self.n_slots], self.slots < 0, m)
+        )
         loaded = xp.sum(xp.astype(incoming, xp.int64), axis=1)
-        return self._place(chosen, xp.where(chosen >= 0, places, -1), xp.full_like(chosen, -1), loaded, evicted)
+        return self._place(
+            chosen, xp.where(chosen >= 0, places, -1), xp.full_like(chosen, -1), loaded, evicted
+        )
 
-    def foresee(self, worth: Array, floor: float | None, pinned: Callable[[Array], Array] | None, most: int) -> Array:
-        """The first `most` pages that `choose` would bring in, int64 [G, most] padded with -1; pages without a worth yet count as resident."""
+    def foresee(
+        self, worth: Array, floor: float | None, pinned: Callable[[Array], Array] | None, most: int
+    ) -> Array:
+        """The first `most` pages that `choose` would bring in, int64 [G, most] padded with -1;
+        pages without a worth yet count as resident.
+        """
         pages, keep = self._best(worth, floor, pinned)
-        return arrays.pack(pages, keep & (self.table[:, : worth.shape[1]] < 0) & (worth < float("inf")), most)
+        return arrays.pack(
+            pages, keep & (self.table[:, : worth.shape[1]] < 0) & (worth < float("inf")), most
+        )
 
-    def _best(self, worth: Array, floor: float | None, pinned: Callable[[Array], Array] | None) -> tuple[Array, Array]:
-        """The numbers of the first n pages, int64 [1, n], and which of them `choose` makes the resident set, bool [G, n]."""
+    def _best(
+        self, worth: Array, floor: float | None, pinned: Callable[[Array], Array] | None
+    ) -> tuple[Array, Array]:
+        """The numbers of the first n pages, int64 [1, n], and which of them `choose` makes the
+        resident set, bool [G, n].
+        """
         xp, n = self.xp, worth.shape[1]
         pages = xp.arange(n, dtype=xp.int64, device=worth.device)[None, :]
         key = arrays.order_key(worth, pages)
@@ -132,9 +172,14 @@ class Residency:
         return pages, keep
 
     def _victim_key(
-        self, worth: Callable[[Array], Array], pinned: Callable[[Array], Array] | None, in_use: Array | None
+        self,
+        worth: Callable[[Array], Array],
+        pinned: Callable[[Array], Array] | None,
+        in_use: Array | None,
     ) -> Array:
-        """[G, S + 1] int64: slots in the order in which they are given up; empty ones first, PROTECTED ones never."""
+        """[G, S + 1] int64: slots in the order in which they are given up; empty ones first,
+        PROTECTED ones never.
+        """
         xp, slots = self.xp, self._slots
         key = arrays.order_key(worth(slots), xp.where(slots < 0, 0, slots))
         key = xp.where(slots < 0, self._slot_ids - self.n_slots, key)
@@ -153,8 +198,12 @@ class Residency:
         self._slots[:, : self.n_slots] = xp.where(goes, -1, self.slots)
         return xp.sum(xp.astype(goes, xp.int64), axis=1)
 
-    def _place(self, pages: Array, slots: Array, old: Array, loaded: Array, evicted: Array) -> Moves:
-        """Put pages[g, i] into slots[g, i] in place of old[g, i] (-1 = padding), and book the rest of the arguments."""
+    def _place(
+        self, pages: Array, slots: Array, old: Array, loaded: Array, evicted: Array
+    ) -> Moves:
+        """Put pages[g, i] into slots[g, i] in place of old[g, i] (-1 = padding), and book the rest
+        of the arguments.
+        """
         xp = self.xp
         arrays.put(self.table, self._table_start, old, -1)
         arrays.put(self._slots, self._slots_start, slots, xp.astype(pages, xp.int32))

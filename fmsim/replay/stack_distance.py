@@ -1,11 +1,12 @@
 """LRU's misses at every budget from one pass over a trace.
 
-Source: Mattson, Gecsei, Slutz, Traiger, "Evaluation techniques for storage hierarchies", IBM Systems Journal 9(2), 1970: where
-a larger cache always holds what a smaller one does, the contents of all sizes are one list, of which a cache of S pages
-holds the first S. A page found at position d (from 0) is a hit for every S > d and a miss for the others.
+Source: Mattson, Gecsei, Slutz, Traiger, "Evaluation techniques for storage hierarchies", IBM
+Systems Journal 9(2), 1970: where a larger cache always holds what a smaller one does, the contents
+of all sizes are one list, of which a cache of S pages holds the first S. A page found at position d
+(from 0) is a hit for every S > d and a miss for the others.
 
-What is replayed is `policies/lru.py` as `keeper.py` drives it: all pages of a step at once, pages that begin during decode written on
-the GPU, and the page that is still being filled pinned there.
+What is replayed is `policies/lru.py` as `keeper.py` drives it: all pages of a step at once, pages
+that begin during decode written on the GPU, and the page that is still being filled pinned there.
 """
 
 from __future__ import annotations
@@ -15,8 +16,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from fmsim.replay.paging import Paged
 from fmsim.policies.lru import STEP_BITS
+from fmsim.replay.paging import Paged
 
 
 class Course(NamedTuple):
@@ -35,12 +36,16 @@ class Course(NamedTuple):
 
 
 def least_slots(paged: Paged, course: Course) -> int:
-    """From how many slots on distances mean misses: a step's own pages must fit, beside the open one."""
+    """From how many slots on distances mean misses: a step's own pages must fit, beside the open
+    one.
+    """
     return int((paged.pages >= 0).sum(axis=2).max()) + (course.granularity > 1)
 
 
 def distances(paged: Paged, course: Course) -> np.ndarray:
-    """[T, G, n] int32: the position at which each of `paged.pages` was found, from 0; -1 where that is padding."""
+    """[T, G, n] int32: the position at which each of `paged.pages` was found, from 0; -1 where that
+    is padding.
+    """
     found = np.full(paged.pages.shape, -1, dtype=np.int32)
     for group in range(found.shape[1]):
         stack = _Stack(paged.n_pages, course)
@@ -52,9 +57,11 @@ def distances(paged: Paged, course: Course) -> np.ndarray:
 
 
 class _Stack:
-    """The list of one group: sorted by last use, but for the open page, and for one that has just closed.
+    """The list of one group: sorted by last use, but for the open page, and for one that has just
+    closed.
 
-    A closed page has the place of its last use only once a miss has let other pages pass it; until then it is `loose`.
+    A closed page has the place of its last use only once a miss has let other pages pass it; until
+    then it is `loose`.
     """
 
     def __init__(self, n_pages: int, course: Course) -> None:
@@ -79,7 +86,9 @@ class _Stack:
         self.visible = visible
 
     def use(self, step: int, pages: np.ndarray) -> np.ndarray:
-        """Positions of `pages` (ascending), which then come to the front; the open page stays right behind them."""
+        """Positions of `pages` (ascending), which then come to the front; the open page stays right
+        behind them.
+        """
         position = np.empty(len(pages), dtype=np.int32)
         if not len(pages):
             return position
@@ -101,12 +110,16 @@ class _Stack:
         return position
 
     def _settle(self, depth: int) -> None:
-        """Let the loose page sink to the place of its last use, but no deeper than `depth`: what missed passes it only that far."""
+        """Let the loose page sink to the place of its last use, but no deeper than `depth`: what
+        missed passes it only that far.
+        """
         if self.loose < 0:
             return
         at = int(np.flatnonzero(self.stack == self.loose)[0])
         behind = self.stack[at + 1 : depth + 1]
-        above = (self.used[behind] > self.used[self.loose]) | ((self.used[behind] == self.used[self.loose]) & (behind > self.loose))
+        above = (self.used[behind] > self.used[self.loose]) | (
+            (self.used[behind] == self.used[self.loose]) & (behind > self.loose)
+        )
         passed = int(above.sum())
         self.stack[at : at + passed + 1] = np.append(behind[:passed], self.loose)
         if passed < len(behind) or depth >= len(self.stack):
@@ -114,7 +127,9 @@ class _Stack:
 
 
 def distances_plain(paged: Paged, course: Course) -> np.ndarray:
-    """The same by Mattson's definition: each reference walks the list, and at every position the page of higher priority stays."""
+    """The same by Mattson's definition: each reference walks the list, and at every position the
+    page of higher priority stays.
+    """
     found = np.full(paged.pages.shape, -1, dtype=np.int32)
     for group in range(found.shape[1]):
         visible = course.pages(course.prompt_entries)
@@ -123,7 +138,7 @@ def distances_plain(paged: Paged, course: Course) -> np.ndarray:
         for step, row in enumerate(paged.pages[:, group].tolist()):
             pages = [page for page in row if page >= 0]
             protected = {course.open_page(course.entries[step])}
-            priority = lambda page: (page in protected, used[page], page)  # noqa: B023, E731
+            priority = lambda page: (page in protected, used[page], page)
             for page in range(visible, visible := course.pages(course.entries[step])):
                 used[page] = ((step + 1) << STEP_BITS) - 1
                 _reference(stack, page, priority)
@@ -136,7 +151,9 @@ def distances_plain(paged: Paged, course: Course) -> np.ndarray:
 
 
 def _reference(stack: list[int], page: int, priority: Callable[[int], tuple]) -> None:
-    """`page` comes to the front; whoever loses a place to it is carried down, past those of higher priority, to where it was."""
+    """`page` comes to the front; whoever loses a place to it is carried down, past those of higher
+    priority, to where it was.
+    """
     depth = stack.index(page) if page in stack else len(stack)
     stack[depth : depth + 1] = []
     carried = page

@@ -1,6 +1,9 @@
-"""One decode under a policy, step by step, and the count of what moved. The replay and the engine both go through it.
+"""One decode under a policy, step by step, and the count of what moved.
 
-Counts stay arrays of the keeper's own library until `ledger` is asked for, so that an engine's steps never wait for them.
+The replay and the engine both go through it.
+
+Counts stay arrays of the keeper's own library until `ledger` is asked for, so that an engine's
+steps never wait for them.
 """
 
 from __future__ import annotations
@@ -10,9 +13,9 @@ from typing import Any
 
 import numpy as np
 
-from fmsim.replay.paging import golden_mask
 from fmsim.replay.cache_manager import Accesses, Keeper, Outcome
 from fmsim.replay.ledger import Ledger
+from fmsim.replay.paging import golden_mask
 from fmsim.replay.residency import Moves
 
 Array = Any
@@ -25,18 +28,24 @@ class Tally:
     def __init__(self, keeper: Keeper, n_steps: int) -> None:
         self.keeper, self.residency = keeper, keeper.residency
         xp, shape = keeper.ctx.xp, (n_steps, keeper.ctx.n_groups)
-        self.counts = {name: xp.zeros(shape, dtype=xp.int64, device=keeper.ctx.device) for name in COUNTS}
+        self.counts = {
+            name: xp.zeros(shape, dtype=xp.int64, device=keeper.ctx.device) for name in COUNTS
+        }
         self.scored = np.zeros(n_steps, dtype=np.int64)
         self.initial = self.residency.filled + 0
         self.overlap: list[Array] = []
         self._before = self.residency.present()
 
     def begin(self, step: int, n_entries: int) -> tuple[Moves | None, Moves | None]:
-        """`n_entries` are visible from now on: what begins new pages, and what the decision recalls, if there is one."""
+        """`n_entries` are visible from now on: what begins new pages, and what the decision
+        recalls, if there is one.
+        """
         keeper, cadence = self.keeper, self.keeper.policy.params.cadence
         written = self._count(step, "written", keeper.write(step, n_entries))
         decides = cadence > 1 and step % cadence == 0
-        recalled = self._count(step, "lookahead_loads", keeper.decide(step)) if decides and step else None
+        recalled = (
+            self._count(step, "lookahead_loads", keeper.decide(step)) if decides and step else None
+        )
         if decides or step == 0:
             self.scored[step] = keeper.policy.scored_entries(step)
         if step and step % keeper.ctx.tau == 0:
@@ -68,10 +77,20 @@ class Tally:
         return moves
 
     def ledger(
-        self, ids: np.ndarray, mass: np.ndarray, hit: np.ndarray, attended: np.ndarray, golden: np.ndarray | None = None, unmeasured: Sequence[int] = ()
-    ) -> Ledger:  # fmt: skip
-        """The ledger of the steps that ids [T, L, K] has: entries selected (-1 = none, and all of them in layers `unmeasured`), their mass, and bool of the
-        same shape: resident when the step began; attended to. `golden` where it is known already."""
+        self,
+        ids: np.ndarray,
+        mass: np.ndarray,
+        hit: np.ndarray,
+        attended: np.ndarray,
+        golden: np.ndarray | None = None,
+        unmeasured: Sequence[int] = (),
+    ) -> Ledger:
+        """The ledger of the steps that ids [T, L, K] has: entries selected (-1 = none, and all of
+        them in layers `unmeasured`), their mass, and bool of the same shape: resident when the step
+        began; attended to.
+
+        `golden` where it is known already.
+        """
         policy, ctx, steps = self.keeper.policy, self.keeper.ctx, len(ids)
         valid = ids >= 0
         golden, hit = golden_mask(ids, mass) if golden is None else golden, hit & valid

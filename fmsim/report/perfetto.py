@@ -1,6 +1,8 @@
-"""Simulated decodes as a timeline for Perfetto (ui.perfetto.dev): a process a policy, a track a resource.
+"""Simulated decodes as a timeline for Perfetto (ui.perfetto.dev): a process a policy, a track a
+resource.
 
-Written in the Chrome JSON trace event format ("Trace Event Format", Chromium project), which Perfetto reads. Times are simulated.
+Written in the Chrome JSON trace event format ("Trace Event Format", Chromium project), which
+Perfetto reads. Times are simulated.
 """
 
 from __future__ import annotations
@@ -28,12 +30,22 @@ MIB = 2**20
 Event = dict[str, Any]
 
 
-def trace_json(labels: Mapping[str, str], ledgers: Mapping[str, Ledger], timelines: Mapping[str, Timeline]) -> str:
-    """The file's text. `labels` are policies and the names that their processes are shown under; all mappings are by policy label."""
+def trace_json(
+    labels: Mapping[str, str], ledgers: Mapping[str, Ledger], timelines: Mapping[str, Timeline]
+) -> str:
+    """The file's text.
+
+    `labels` are policies and the names that their processes are shown under; all mappings are by
+    policy label.
+    """
     events = [
         event
         for process, (label, shown) in enumerate(labels.items(), 1)
-        for event in (*_names(process, shown), *_slices(process, timelines[label]), *_counters(process, ledgers[label], timelines[label]))
+        for event in (
+            *_names(process, shown),
+            *_slices(process, timelines[label]),
+            *_counters(process, ledgers[label], timelines[label]),
+        )
     ]
     return json.dumps({"displayTimeUnit": "ms", "traceEvents": events}, separators=(",", ":"))
 
@@ -55,10 +67,19 @@ def _names(process: int, shown: str) -> Iterator[Event]:
 def _slices(process: int, timeline: Timeline) -> Iterator[Event]:
     missing: dict[int, list[Transfer]] = {}
     for transfer in timeline.transfers:
-        yield _slice(process, transfer.kind, transfer.kind.replace("_", "-"), transfer.start_s, transfer.end_s, _moved(transfer))
+        yield _slice(
+            process,
+            transfer.kind,
+            transfer.kind.replace("_", "-"),
+            transfer.start_s,
+            transfer.end_s,
+            _moved(transfer),
+        )
         if transfer.kind == "misses":
             missing.setdefault(transfer.step, []).append(transfer)
-    for step, (start_s, end_s) in enumerate(zip(timeline.start_s.tolist(), timeline.end_s.tolist())):
+    for step, (start_s, end_s) in enumerate(
+        zip(timeline.start_s.tolist(), timeline.end_s.tolist())
+    ):
         yield _slice(process, "decode", "step", start_s, end_s, {"step": step})
         waits = [(start_s, start_s + float(timeline.recall_wait_s[step]), "waits for recall")]
         waits += [(move.start_s, move.end_s, "waits for misses") for move in missing.get(step, [])]
@@ -74,11 +95,17 @@ def _moved(transfer: Transfer) -> dict[str, Any]:
     return {"step": transfer.step, "MiB": round(transfer.n_bytes / MIB, 3)}
 
 
-def _slice(process: int, track: str, name: str, start_s: float, end_s: float, args: dict[str, Any]) -> Event:
+def _slice(
+    process: int, track: str, name: str, start_s: float, end_s: float, args: dict[str, Any]
+) -> Event:
     """Whole nanoseconds, so that neighbours meet and never overlap."""
     start_ns, end_ns = round(start_s * 1e9), round(end_s * 1e9)
     times = {"ts": start_ns / 1000, "dur": (end_ns - start_ns) / 1000}
-    return {"ph": "X", "pid": process, "tid": _tid(process, track), "cat": track, "name": name} | times | {"args": args}
+    return (
+        {"ph": "X", "pid": process, "tid": _tid(process, track), "cat": track, "name": name}
+        | times
+        | {"args": args}
+    )
 
 
 def _counters(process: int, ledger: Ledger, timeline: Timeline) -> Iterator[Event]:
@@ -89,4 +116,10 @@ def _counters(process: int, ledger: Ledger, timeline: Timeline) -> Iterator[Even
     }
     for name, series in values.items():
         for start_s, value in zip(timeline.start_s.tolist(), series.tolist()):
-            yield {"ph": "C", "pid": process, "name": name, "ts": round(start_s * 1e9) / 1000, "args": {"value": round(value, 3)}}
+            yield {
+                "ph": "C",
+                "pid": process,
+                "name": name,
+                "ts": round(start_s * 1e9) / 1000,
+                "args": {"value": round(value, 3)},
+            }

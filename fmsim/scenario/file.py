@@ -1,4 +1,7 @@
-"""A scenario: which trace drives which model on which hardware, under which policies. One YAML file, checked key by key."""
+"""A scenario: which trace drives which model on which hardware, under which policies.
+
+One YAML file, checked key by key.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +22,9 @@ Loc = tuple[str | int, ...]
 
 
 class PolicySpec(BaseModel):
-    """One entry of `policies`: a name, or a mapping of `policy`, an optional `label`, and the policy's parameters."""
+    """One entry of `policies`: a name, or a mapping of `policy`, an optional `label`, and the
+    policy's parameters.
+    """
 
     model_config = ConfigDict(frozen=True)
 
@@ -33,9 +38,15 @@ class PolicySpec(BaseModel):
         if isinstance(given, str):
             given = {"policy": given}
         if not isinstance(given, Mapping) or not isinstance(given.get("policy"), str):
-            raise ValueError("give a policy's name, or a mapping such as {policy: lru, budget: 10%}")
+            raise ValueError(
+                "give a policy's name, or a mapping such as {policy: lru, budget: 10%}"
+            )
         params = {key: value for key, value in given.items() if key not in ("policy", "label")}
-        return {"policy": given["policy"], "label": str(given.get("label", given["policy"])), "params": params}
+        return {
+            "policy": given["policy"],
+            "label": str(given.get("label", given["policy"])),
+            "params": params,
+        }
 
 
 class Scenario(BaseModel):
@@ -48,11 +59,17 @@ class Scenario(BaseModel):
     trace: Path
     model: str = "v4-flash"  # a preset, or the path of a DeepSeek-V4 config.json
     hardware: str = "h100"  # a preset, or the path of a file that `fmsim hw calibrate` wrote
-    hardware_figures: dict[str, float] = {}  # in place of the preset's, e.g. link_bytes_per_s, host_bytes
+    hardware_figures: dict[
+        str, float
+    ] = {}  # in place of the preset's, e.g. link_bytes_per_s, host_bytes
     batch: int = Field(1, ge=1)  # equal requests that decode side by side
-    layer_map: tuple[int, ...] | None = None  # for each CSA layer of the model the trace layer that drives it
+    layer_map: tuple[int, ...] | None = (
+        None  # for each CSA layer of the model the trace layer that drives it
+    )
     policies: tuple[PolicySpec, ...] = Field(min_length=1)
-    workload: serving.Workload | None = None  # requests to serve: the run is then one of many requests on a server
+    workload: serving.Workload | None = (
+        None  # requests to serve: the run is then one of many requests on a server
+    )
     server: serving.Server = serving.Server()
 
     @field_validator("policies")
@@ -61,7 +78,9 @@ class Scenario(BaseModel):
         labels = [spec.label for spec in policies]
         twice = sorted({label for label in labels if labels.count(label) > 1})
         if twice:
-            raise ValueError(f"{', '.join(twice)} stands there twice; give each a 'label' of its own")
+            raise ValueError(
+                f"{', '.join(twice)} stands there twice; give each a 'label' of its own"
+            )
         return policies
 
 
@@ -69,7 +88,8 @@ class ScenarioFile:
     """A scenario and where its keys stand, so that a later mistake can name the line."""
 
     def __init__(self, path: str | Path, overrides: Iterable[str] = ()) -> None:
-        """Read and check `path`, with `overrides` such as "batch=8" or "policies.lsa.budget=20%" applied.
+        """Read and check `path`, with `overrides` such as "batch=8" or "policies.lsa.budget=20%"
+        applied.
 
         Raises FmsimError that names file, line, key and fix.
         """
@@ -79,9 +99,15 @@ class ScenarioFile:
             self._root = yaml.compose(text, _Loader)
             raw = yaml.load(text, _Loader)
         except yaml.YAMLError as error:
-            raise FmsimError(f"{self._at_mark(error)}: not valid YAML: {getattr(error, 'problem', None) or error}") from None
+            raise FmsimError(
+                f"{self._at_mark(error)}: not valid YAML:"
+                f" {getattr(error, 'problem', None) or error}"
+            ) from None
         if not isinstance(raw, dict):
-            raise FmsimError(f"{self.path}: a scenario is a mapping of keys; it needs 'name', 'trace' and 'policies'")
+            raise FmsimError(
+                f"{self.path}: a scenario is a mapping of keys; it needs 'name', 'trace' and"
+                " 'policies'"
+            )
         self._overridden: dict[Loc, str] = {}
         for override in overrides:
             self._override(raw, override)
@@ -91,8 +117,13 @@ class ScenarioFile:
             raise FmsimError(self._explain(error)) from None
 
     def file(self, name: str | Path) -> Path:
-        """A path that the scenario names: relative to the scenario, or to the working directory where --set gave it."""
-        given = [self._overridden.get(loc, "").partition("=")[2] for loc in (("trace",), ("workload", "file"))]
+        """A path that the scenario names: relative to the scenario, or to the working directory
+        where --set gave it.
+        """
+        given = [
+            self._overridden.get(loc, "").partition("=")[2]
+            for loc in (("trace",), ("workload", "file"))
+        ]
         return Path(name) if str(name) in given else Path(os.path.normpath(self.path.parent / name))
 
     def where(self, loc: Loc) -> str:
@@ -121,7 +152,10 @@ class ScenarioFile:
         key, equals, value = override.partition("=")
         loc: list[str | int] = list(key.split("."))
         if not equals or not all(loc):
-            raise FmsimError(f"--set {override}: write key=value, such as --set batch=8 or --set policies.lsa.budget=20%")
+            raise FmsimError(
+                f"--set {override}: write key=value, such as --set batch=8 or --set"
+                " policies.lsa.budget=20%"
+            )
         if loc[0] == "policies" and len(loc) > 1:
             for index in _policy_indices(raw, str(loc[1]), override):
                 self._set(raw, ["policies", index, *loc[2:]], value, override)
@@ -146,7 +180,11 @@ class ScenarioFile:
         """The first mistake, with what to do."""
         item = error.errors()[0]
         kinds = serving.WORKLOADS if item["loc"][0] == "workload" else {}
-        loc = tuple(part for part in item["loc"] if isinstance(part, int) or not (part.startswith("function-") or part in kinds))
+        loc = tuple(
+            part
+            for part in item["loc"]
+            if isinstance(part, int) or not (part.startswith("function-") or part in kinds)
+        )
         if item["type"] == "extra_forbidden":
             known = _fields(item["loc"][:-1])
             near = difflib.get_close_matches(str(loc[-1]), known, n=1)
@@ -157,7 +195,10 @@ class ScenarioFile:
             return f"{block}: the key '{loc[-1]}' is missing"
         if item["type"].startswith("union_tag"):
             return f"{self.where(loc)}: give it a 'kind': {', '.join(kinds)}"
-        return f"{self.where(loc)}: {item['msg'].removeprefix('Value error, ')}, not {_short(item['input'])}"
+        return (
+            f"{self.where(loc)}: {item['msg'].removeprefix('Value error, ')}, not"
+            f" {_short(item['input'])}"
+        )
 
     def _line(self, loc: Loc) -> int:
         """The line of the deepest node on the way to `loc`, from 1."""
@@ -165,8 +206,14 @@ class ScenarioFile:
         for part in loc:
             found = None
             if isinstance(node, yaml.MappingNode):
-                found = next(((key, value) for key, value in node.value if key.value == str(part)), None)
-            elif isinstance(node, yaml.SequenceNode) and isinstance(part, int) and part < len(node.value):
+                found = next(
+                    ((key, value) for key, value in node.value if key.value == str(part)), None
+                )
+            elif (
+                isinstance(node, yaml.SequenceNode)
+                and isinstance(part, int)
+                and part < len(node.value)
+            ):
                 found = (node.value[part], node.value[part])
             if found is None:
                 break
@@ -175,13 +222,19 @@ class ScenarioFile:
 
 
 def _policy_indices(raw: dict[str, Any], label: str, override: str) -> list[int]:
-    """Positions in `policies` of the entry with this label, or of all for "*"; a bare name becomes a mapping, to hold the new key."""
+    """Positions in `policies` of the entry with this label, or of all for "*"; a bare name becomes
+    a mapping, to hold the new key.
+    """
     policies = raw.get("policies")
     entries = policies if isinstance(policies, list) else []
     found = []
     for index, entry in enumerate(entries):
         entry = {"policy": entry} if isinstance(entry, str) else entry
-        if isinstance(entry, dict) and label in ("*", str(index), entry.get("label", entry.get("policy"))):
+        if isinstance(entry, dict) and label in (
+            "*",
+            str(index),
+            entry.get("label", entry.get("policy")),
+        ):
             entries[index] = entry
             found.append(index)
     if not found:

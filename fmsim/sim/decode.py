@@ -1,7 +1,9 @@
-"""Time: a ledger's moves on a memory system. One decode of a batch of equal requests, simulated with SimPy.
+"""Time: a ledger's moves on a memory system.
 
-Events stand only where something is shared or waited for: a recall in flight, a miss beside it, the window's write-back. A
-step that shares nothing is one timeout of a summed length.
+One decode of a batch of equal requests, simulated with SimPy.
+
+Events stand only where something is shared or waited for: a recall in flight, a miss beside it, the
+window's write-back. A step that shares nothing is one timeout of a summed length.
 """
 
 from __future__ import annotations
@@ -18,20 +20,24 @@ import numpy as np
 import simpy
 
 from fmsim.errors import FmsimError
-from fmsim.sim.footprint import Footprint, footprint
 from fmsim.geometry import Geometry
-from fmsim.sim.transfer_cost import GatherCurve
-from fmsim.sim.step_cost import memory_indexer_s, step_costs
 from fmsim.hw.memory import MemorySystem
 from fmsim.hw.spec import Hardware
 from fmsim.replay.ledger import Ledger
+from fmsim.sim.footprint import Footprint, footprint
+from fmsim.sim.step_cost import memory_indexer_s, step_costs
+from fmsim.sim.transfer_cost import GatherCurve
 
 
 class Transfer(NamedTuple):
     """Bytes on one direction of the link, from the gather's start (or the copy's) to its end."""
 
-    kind: str  # "recall", "write_back", or "misses": of one layer, or of all layers of a step where they had the link alone
-    step: int  # the decode step that asked for it; of a recall, the step that its window begins with
+    # "recall", "write_back", or "misses": of one layer, or of all layers of a step where they had
+    # the link alone
+    kind: str
+    step: (
+        int  # the decode step that asked for it; of a recall, the step that its window begins with
+    )
     start_s: float
     end_s: float
     n_bytes: float
@@ -39,7 +45,10 @@ class Transfer(NamedTuple):
 
 @dataclass(frozen=True)
 class Timeline:
-    """When each decode step ran, in seconds from the first, and what it waited for. Arrays [T]; simulated, not measured."""
+    """When each decode step ran, in seconds from the first, and what it waited for.
+
+    Arrays [T]; simulated, not measured.
+    """
 
     policy: str
     hardware: str
@@ -51,7 +60,9 @@ class Timeline:
     recall_wait_s: np.ndarray  # waiting for a recall that was not there when its window began
     h2d_bytes: np.ndarray  # asked for by this step's misses and by the decision that it begins with
     d2h_bytes: np.ndarray  # write-back of entries closed since the last one
-    kv_bytes: np.ndarray  # of one request, logical: the full cache's bytes times the kept share of CSA entries
+    kv_bytes: (
+        np.ndarray
+    )  # of one request, logical: the full cache's bytes times the kept share of CSA entries
     gpu_kv_bytes: np.ndarray  # of one request, on the GPU
     transfers: tuple[Transfer, ...]  # that ended within the decode
 
@@ -64,7 +75,10 @@ class Timeline:
         path = Path(path)
         path.parent.mkdir(parents=True, exist_ok=True)
         values = {f.name: getattr(self, f.name) for f in fields(self)}
-        plain = {name: value.tolist() if isinstance(value, np.ndarray) else value for name, value in values.items()}
+        plain = {
+            name: value.tolist() if isinstance(value, np.ndarray) else value
+            for name, value in values.items()
+        }
         handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.name, suffix=".part")
         try:
             with os.fdopen(handle, "w") as file:
@@ -76,29 +90,49 @@ class Timeline:
 
     @classmethod
     def load(cls, path: str | Path) -> Timeline:
-        """Read what `save` wrote. Raises FmsimError for a file that is missing, truncated or foreign."""
+        """Read what `save` wrote.
+
+        Raises FmsimError for a file that is missing, truncated or foreign.
+        """
         try:
             plain = json.loads(Path(path).read_text(encoding="utf-8"))
             transfers = tuple(Transfer(*transfer) for transfer in plain.pop("transfers"))
-            return cls(**{name: np.array(value) if isinstance(value, list) else value for name, value in plain.items()}, transfers=transfers)
+            return cls(
+                **{
+                    name: np.array(value) if isinstance(value, list) else value
+                    for name, value in plain.items()
+                },
+                transfers=transfers,
+            )
         except FileNotFoundError:
             raise FmsimError(f"{path}: no such timeline file") from None
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-            raise FmsimError(f"{path}: not a whole fmsim timeline ({error}); run the scenario again with --out") from None
+            raise FmsimError(
+                f"{path}: not a whole fmsim timeline ({error}); run the scenario again with --out"
+            ) from None
 
 
 def simulate(
-    ledger: Ledger, geometry: Geometry, hw: Hardware, layer_map: Sequence[int] | None = None, batch: int = 1
+    ledger: Ledger,
+    geometry: Geometry,
+    hw: Hardware,
+    layer_map: Sequence[int] | None = None,
+    batch: int = 1,
 ) -> Timeline:
     """Run the decode that `ledger` describes, `batch` times side by side, on one GPU of `hw`.
 
-    `layer_map` says which of the ledger's layers drives each CSA layer of the model; see `footprint.spread`.
-    Raises FmsimError, with the figure that is short, when weights, KV or the host's mirror do not fit.
+    `layer_map` says which of the ledger's layers drives each CSA layer of the model; see
+    `footprint.spread`. Raises FmsimError, with the figure that is short, when weights, KV or the
+    host's mirror do not fit.
     """
     place = footprint(ledger, geometry, layer_map)
     env = simpy.Environment()
     memory = MemorySystem(env, hw, geometry)
-    memory.take(batch * float(place.gpu_bytes.max()), batch * float(place.host_bytes), f"policy {ledger.policy}, batch {batch}:")
+    memory.take(
+        batch * float(place.gpu_bytes.max()),
+        batch * float(place.host_bytes),
+        f"policy {ledger.policy}, batch {batch}:",
+    )
     decode = _Decode(env, memory, ledger, geometry, place, batch)
     env.run(env.process(decode.run()))
     return Timeline(
@@ -119,35 +153,65 @@ def simulate(
 
 
 class _Decode:
-    """The processes of one decode: its steps, the recalls that run beside them, and the write-back of new entries."""
+    """The processes of one decode: its steps, the recalls that run beside them, and the write-back
+    of new entries.
+    """
 
     def __init__(
-        self, env: simpy.Environment, memory: MemorySystem, ledger: Ledger, geometry: Geometry, place: Footprint, batch: int
+        self,
+        env: simpy.Environment,
+        memory: MemorySystem,
+        ledger: Ledger,
+        geometry: Geometry,
+        place: Footprint,
+        batch: int,
     ) -> None:
-        self.env, self.memory, self.n_steps, self.cadence = env, memory, ledger.n_steps, ledger.cadence
+        self.env, self.memory, self.n_steps, self.cadence = (
+            env,
+            memory,
+            ledger.n_steps,
+            ledger.cadence,
+        )
         self.gather = GatherCurve(memory.hw.link)
         self.row_bytes = geometry.slot_bytes(ledger.granularity, with_keys=place.keys_tiered)
         # [T, n_csa]: what each model layer's misses move; a shared slot holds every layer's entries
-        self.demand_bytes = ledger.demand_loads[:, place.groups].astype(np.float64) * self.row_bytes * batch
-        self.recall_bytes = ledger.lookahead_loads[:, place.groups].sum(axis=1).astype(np.float64) * self.row_bytes * batch
+        self.demand_bytes = (
+            ledger.demand_loads[:, place.groups].astype(np.float64) * self.row_bytes * batch
+        )
+        self.recall_bytes = (
+            ledger.lookahead_loads[:, place.groups].sum(axis=1).astype(np.float64)
+            * self.row_bytes
+            * batch
+        )
         self.write_back_bytes = self._write_back(ledger.tau, geometry, place, batch)
         costs = step_costs(memory.hw, geometry, batch, place.tokens, place.scored_entries)
         indexer_s = batch * memory_indexer_s(memory.hw, geometry, ledger.scored)
-        arriving_s = (self.demand_bytes.sum(axis=1) + self.recall_bytes) / memory.hw.hbm_bytes_per_s.value
-        self.rest_s = costs.rest_s + indexer_s + arriving_s  # recalled bytes take their part of HBM bandwidth
+        arriving_s = (
+            self.demand_bytes.sum(axis=1) + self.recall_bytes
+        ) / memory.hw.hbm_bytes_per_s.value
+        self.rest_s = (
+            costs.rest_s + indexer_s + arriving_s
+        )  # recalled bytes take their part of HBM bandwidth
         self.csa_s, self.n_csa = costs.csa_s, geometry.n_csa
-        # The paper's set for a window is computed one window before; otherwise its recall cannot begin before the decision.
+        # The paper's set for a window is computed one window before; otherwise its recall cannot
+        # begin before the decision.
         self.overlaps = bool(ledger.params.get("stale", True))
-        self.recall: simpy.Event = env.timeout(0)  # the prefill left the first window's set on the GPU
+        self.recall: simpy.Event = env.timeout(
+            0
+        )  # the prefill left the first window's set on the GPU
         self.start_s, self.end_s = np.zeros(self.n_steps), np.zeros(self.n_steps)
         self.stall_s, self.recall_wait_s = np.zeros(self.n_steps), np.zeros(self.n_steps)
         self.transfers: list[Transfer] = []
 
     def _write_back(self, tau: int, geometry: Geometry, place: Footprint, batch: int) -> np.ndarray:
-        """[T] bytes: once a window, the entries that closed in it go to the host's mirror, where there is one."""
+        """[T] bytes: once a window, the entries that closed in it go to the host's mirror, where
+        there is one.
+        """
         n_bytes = np.zeros(self.n_steps)
         if place.host_bytes:
-            mirrored = np.array([geometry.host_kv_bytes(int(n)) for n in place.tokens[::tau]], dtype=np.float64)
+            mirrored = np.array(
+                [geometry.host_kv_bytes(int(n)) for n in place.tokens[::tau]], dtype=np.float64
+            )
             n_bytes[tau::tau] = batch * np.diff(mirrored)
         return n_bytes
 
@@ -156,7 +220,12 @@ class _Decode:
         for step in range(self.n_steps):
             self.start_s[step] = self.env.now
             if self.write_back_bytes[step]:
-                self._booked("write_back", step, self.memory.to_host.transfer(self.write_back_bytes[step]), self.write_back_bytes[step])
+                self._booked(
+                    "write_back",
+                    step,
+                    self.memory.to_host.transfer(self.write_back_bytes[step]),
+                    self.write_back_bytes[step],
+                )
             if self.cadence > 1 and step % self.cadence == 0:
                 if not self.overlaps:
                     self.recall = self._recall(step)
@@ -173,7 +242,12 @@ class _Decode:
         """Start to load what the decision at `step` recalls; the event is its end."""
         if step >= self.n_steps or not self.recall_bytes[step]:
             return self.env.timeout(0)
-        return self._booked("recall", step, self.env.process(self._gather(self.recall_bytes[step])), self.recall_bytes[step])
+        return self._booked(
+            "recall",
+            step,
+            self.env.process(self._gather(self.recall_bytes[step])),
+            self.recall_bytes[step],
+        )
 
     def _booked(self, kind: str, step: int, done: simpy.Event, n_bytes: float) -> simpy.Event:
         """`done`, which ends a transfer that starts now."""
@@ -185,7 +259,9 @@ class _Decode:
         self.transfers.append(Transfer(kind, step, float(start_s), float(end_s), float(n_bytes)))
 
     def _gather(self, n_bytes: float) -> Iterator[simpy.Event]:
-        """One gather: its fixed cost, then its bytes at a rate that its rows allow and that the link has to spare."""
+        """One gather: its fixed cost, then its bytes at a rate that its rows allow and that the
+        link has to spare.
+        """
         fixed_s = float(self.gather.fixed_s(self.row_bytes))
         moving_s = float(self.gather.seconds(self.row_bytes, n_bytes)) - fixed_s
         yield self.env.timeout(fixed_s)
@@ -201,12 +277,20 @@ class _Decode:
             alone_s = self.gather.seconds(self.row_bytes, self.demand_bytes[step, missed])
             self.stall_s[step] = alone_s.sum()
             self.memory.to_gpu.moved_bytes += self.demand_bytes[step].sum()
-            self._book("misses", step, self.env.now, self.env.now + self.stall_s[step], self.demand_bytes[step].sum())
+            self._book(
+                "misses",
+                step,
+                self.env.now,
+                self.env.now + self.stall_s[step],
+                self.demand_bytes[step].sum(),
+            )
             yield self.env.timeout(compute_s + self.stall_s[step])
         else:
             yield from self._contended_step(step, missed, compute_s)
 
-    def _contended_step(self, step: int, missed: np.ndarray, compute_s: float) -> Iterator[simpy.Event]:
+    def _contended_step(
+        self, step: int, missed: np.ndarray, compute_s: float
+    ) -> Iterator[simpy.Event]:
         """Misses that share the link with a recall, layer by layer."""
         for layer in missed:
             before_s = self.env.now

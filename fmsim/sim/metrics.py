@@ -1,4 +1,7 @@
-"""The figures of one policy's run. Every formula stands here; the names are the fields of the JSON report."""
+"""The figures of one policy's run.
+
+Every formula stands here; the names are the fields of the JSON report.
+"""
 
 from __future__ import annotations
 
@@ -7,16 +10,18 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
-from fmsim.sim.footprint import Footprint, footprint
 from fmsim.geometry import Geometry
 from fmsim.replay.ledger import Ledger
+from fmsim.sim.footprint import Footprint, footprint
 
 if TYPE_CHECKING:
     from fmsim.hw.spec import Hardware
 
 
 class Timeline(Protocol):
-    """When each step of a batch ran and what it waited for, arrays [T] in seconds: simulated (`fmsim.sim.decode`) or measured (`fmsim.exec`)."""
+    """When each step of a batch ran and what it waited for, arrays [T] in seconds: simulated
+    (`fmsim.sim.decode`) or measured (`fmsim.exec`).
+    """
 
     batch: int
     start_s: np.ndarray
@@ -26,15 +31,23 @@ class Timeline(Protocol):
     h2d_bytes: np.ndarray
 
 
-def row(ledger: Ledger, timeline: Timeline, geometry: Geometry, hw: Hardware, layer_map: tuple[int, ...] | None = None) -> dict[str, Any]:
+def row(
+    ledger: Ledger,
+    timeline: Timeline,
+    geometry: Geometry,
+    hw: Hardware,
+    layer_map: tuple[int, ...] | None = None,
+) -> dict[str, Any]:
     """One policy's row:
 
-    - `kv_hbm_bytes`: mean over steps of the full cache's logical bytes times the kept share of CSA entries (the paper's
-      accounting; `details` has what lies on the GPU), of one request;
+    - `kv_hbm_bytes`: mean over steps of the full cache's logical bytes times the kept share of CSA
+      entries (the paper's accounting; `details` has what lies on the GPU), of one request;
     - `kv_hbm_ratio`: that mean over the full cache's;
     - `entry_recall`: golden entries resident when their step began, of all golden entries;
-    - `mass_kept`: attention mass on selected entries that were attended to, of the mass on all selected entries;
-    - `set_overlap`: mean Jaccard index of resident sets at successive windows' starts; null with fewer than two windows;
+    - `mass_kept`: attention mass on selected entries that were attended to, of the mass on all
+      selected entries;
+    - `set_overlap`: mean Jaccard index of resident sets at successive windows' starts; null with
+      fewer than two windows;
     - `decode_tokens_per_s`: batch x steps / time from the first step's start to the last one's end;
     - `step_s`: median and 99th percentile of a step's time, waiting included;
     - `h2d_bytes`: bytes from host to GPU during the decode, of the whole batch;
@@ -55,36 +68,57 @@ def row(ledger: Ledger, timeline: Timeline, geometry: Geometry, hw: Hardware, la
 
 
 def kept(ledger: Ledger, layer_map: Sequence[int]) -> dict[str, float | None]:
-    """A row's `entry_recall`, `mass_kept` and `set_overlap`; the first two over the layers that were measured, and None where none was."""
+    """A row's `entry_recall`, `mass_kept` and `set_overlap`; the first two over the layers that
+    were measured, and None where none was.
+    """
     weights = np.bincount(layer_map, minlength=ledger.n_layers)
     weights[ledger.unmeasured] = 0
     return {
-        "entry_recall": _ratio(ledger.golden_hit, ledger.golden, weights) if weights.any() else None,
-        "mass_kept": _ratio(ledger.mass_kept, ledger.mass_total, weights) if weights.any() else None,
+        "entry_recall": (
+            _ratio(ledger.golden_hit, ledger.golden, weights) if weights.any() else None
+        ),
+        "mass_kept": (
+            _ratio(ledger.mass_kept, ledger.mass_total, weights) if weights.any() else None
+        ),
         "set_overlap": float(ledger.set_overlap.mean()) if len(ledger.set_overlap) else None,
     }
 
 
 def timed(timeline: Timeline) -> dict[str, Any]:
-    """A row's `decode_tokens_per_s`, `step_s`, `h2d_bytes` and `stall_ratio`, which is None where stalls within a step are not known."""
+    """A row's `decode_tokens_per_s`, `step_s`, `h2d_bytes` and `stall_ratio`, which is None where
+    stalls within a step are not known.
+    """
     step_s = timeline.end_s - timeline.start_s
     total_s = float(timeline.end_s[-1] - timeline.start_s[0])
     return {
         "decode_tokens_per_s": timeline.batch * len(step_s) / total_s,
-        "step_s": {"p50": float(np.percentile(step_s, 50)), "p99": float(np.percentile(step_s, 99))},
+        "step_s": {
+            "p50": float(np.percentile(step_s, 50)),
+            "p99": float(np.percentile(step_s, 99)),
+        },
         "h2d_bytes": round(float(timeline.h2d_bytes.sum())),
-        "stall_ratio": None if np.isnan(timeline.stall_s).any() else float(timeline.stall_s.sum() + timeline.recall_wait_s.sum()) / total_s,
+        "stall_ratio": (
+            None
+            if np.isnan(timeline.stall_s).any()
+            else float(timeline.stall_s.sum() + timeline.recall_wait_s.sum()) / total_s
+        ),
     }
 
 
 def exact(ledger: Ledger) -> bool | None:
-    """Everything that was selected was attended to; None where that holds in the layers that were measured, and others were not."""
+    """Everything that was selected was attended to; None where that holds in the layers that were
+    measured, and others were not.
+    """
     lossless = bool(np.all(ledger.mass_kept >= ledger.mass_total * (1 - 1e-6)))
     return None if lossless and ledger.unmeasured else lossless
 
 
-def details(ledger: Ledger, geometry: Geometry, hw: Hardware, layer_map: tuple[int, ...] | None = None) -> dict[str, Any]:
-    """What the row leaves out: is it exact, what lies where, and which memory bounds the number of requests."""
+def details(
+    ledger: Ledger, geometry: Geometry, hw: Hardware, layer_map: tuple[int, ...] | None = None
+) -> dict[str, Any]:
+    """What the row leaves out: is it exact, what lies where, and which memory bounds the number of
+    requests.
+    """
     place = footprint(ledger, geometry, layer_map)
     return {
         "exact": exact(ledger),
@@ -96,10 +130,16 @@ def details(ledger: Ledger, geometry: Geometry, hw: Hardware, layer_map: tuple[i
 
 
 def capacity(place: Footprint, geometry: Geometry, hw: Hardware) -> tuple[int, str]:
-    """(requests, which memory binds): how often the largest footprint of the run goes into the GPU's KV pool, and its
-    mirror into the GPU's part of host memory. The pool is what weights and the preset's reserve leave of HBM.
+    """(requests, which memory binds): how often the largest footprint of the run goes into the
+    GPU's KV pool, and its mirror into the GPU's part of host memory.
+
+    The pool is what weights and the preset's reserve leave of HBM.
     """
-    fits = {"GPU memory": int(hw.kv_pool_bytes(geometry.weight_bytes(hw.n_gpus)) // place.gpu_bytes.max())}
+    fits = {
+        "GPU memory": int(
+            hw.kv_pool_bytes(geometry.weight_bytes(hw.n_gpus)) // place.gpu_bytes.max()
+        )
+    }
     if place.host_bytes:
         fits["host memory"] = int(hw.host_bytes_per_gpu // place.host_bytes)
     bound = min(fits, key=lambda kind: fits[kind])
@@ -107,6 +147,8 @@ def capacity(place: Footprint, geometry: Geometry, hw: Hardware) -> tuple[int, s
 
 
 def _ratio(part: np.ndarray, whole: np.ndarray, layer_weights: np.ndarray) -> float:
-    """Sum of [T, L] `part` over that of `whole`, layers weighted; 1 where there was nothing to lose."""
+    """Sum of [T, L] `part` over that of `whole`, layers weighted; 1 where there was nothing to
+    lose.
+    """
     total = float(whole.sum(axis=0, dtype=np.float64) @ layer_weights)
     return float(part.sum(axis=0, dtype=np.float64) @ layer_weights) / total if total else 1.0

@@ -1,4 +1,6 @@
-"""How long a gather of rows from host memory takes on an idle link: a fixed cost, then a rate that depends on the rows."""
+"""How long a gather of rows from host memory takes on an idle link: a fixed cost, then a rate that
+depends on the rows.
+"""
 
 from __future__ import annotations
 
@@ -12,9 +14,10 @@ from fmsim.hw.spec import Gather, Link
 class GatherCurve:
     """Measured rates, interpolated.
 
-    For one row size the measured points give time against bytes, taken as piecewise linear: the first segment,
-    drawn back to zero bytes, gives the fixed cost of a gather, so a handful of rows costs that and little more. Between
-    row sizes both are interpolated over the logarithm of the size; outside the measured sizes the nearest one holds.
+    For one row size the measured points give time against bytes, taken as piecewise linear: the
+    first segment, drawn back to zero bytes, gives the fixed cost of a gather, so a handful of rows
+    costs that and little more. Between row sizes both are interpolated over the logarithm of the
+    size; outside the measured sizes the nearest one holds.
     """
 
     def __init__(self, link: Link) -> None:
@@ -27,7 +30,9 @@ class GatherCurve:
         return self._between_rows(row_bytes, [seconds[0] for _, seconds in self._curves])
 
     def seconds(self, row_bytes: float, n_bytes: np.ndarray | float) -> np.ndarray:
-        """Time of gathers of `n_bytes` each in rows of `row_bytes`; 0 where there is nothing to move."""
+        """Time of gathers of `n_bytes` each in rows of `row_bytes`; 0 where there is nothing to
+        move.
+        """
         n_bytes = np.asarray(n_bytes, dtype=np.float64)
         alone = [_extended(n_bytes, *curve) for curve in self._curves]
         return np.where(n_bytes > 0, self._between_rows(row_bytes, alone), 0.0)
@@ -40,7 +45,9 @@ class GatherCurve:
 
 
 def _time_curve(gather: Gather, speedup: float) -> tuple[np.ndarray, np.ndarray]:
-    """(bytes, seconds) of the measured points, led by (0, fixed cost); what lies above the fixed cost is divided by `speedup`."""
+    """(bytes, seconds) of the measured points, led by (0, fixed cost); what lies above the fixed
+    cost is divided by `speedup`.
+    """
     rows = np.array(sorted(gather.bytes_per_s))
     n_bytes = rows * float(gather.row_bytes)
     seconds = n_bytes / np.array([gather.bytes_per_s[row] for row in rows])

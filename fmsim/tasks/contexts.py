@@ -1,4 +1,7 @@
-"""From names of families to contexts with questions. The same seed, length and sample give the same tokens anywhere."""
+"""From names of families to contexts with questions.
+
+The same seed, length and sample give the same tokens anywhere.
+"""
 
 from __future__ import annotations
 
@@ -7,8 +10,8 @@ from collections.abc import Sequence
 import numpy as np
 
 from fmsim.errors import FmsimError
-from fmsim.nano.weaving import weave
 from fmsim.nano.tokens import Corpus
+from fmsim.nano.weaving import weave
 from fmsim.tasks.lists import LISTS
 from fmsim.tasks.questions import Context, Question
 from fmsim.tasks.woven import ALONE, IN_SESSIONS, SHARING, Draw, Woven, sessions
@@ -16,30 +19,41 @@ from fmsim.tasks.woven import ALONE, IN_SESSIONS, SHARING, Draw, Woven, sessions
 FAMILIES = (*SHARING, *ALONE, *LISTS)
 
 
-def build(tasks: Sequence[str], length_tokens: int, sample: int, corpus: Corpus, seed: int = 42) -> list[Context]:
+def build(
+    tasks: Sequence[str], length_tokens: int, sample: int, corpus: Corpus, seed: int = 42
+) -> list[Context]:
     """The contexts of one sample, each of exactly ``length_tokens``.
 
-    Families in `SHARING` stand in one context, which is costly to read; their facts are about different things. The others have one each,
-    since theirs fill it. Raises FmsimError for a name that is no family's, or a length too short for what is told.
+    Families in `SHARING` stand in one context, which is costly to read; their facts are about
+    different things. The others have one each, since theirs fill it. Raises FmsimError for a name
+    that is no family's, or a length too short for what is told.
     """
     contexts = []
     for families in in_contexts(tasks):
         draw = _draw(families[0], length_tokens, sample, seed)
-        contexts.append(LISTS[families[0]](draw) if families[0] in LISTS else _woven(families, draw, corpus))
+        contexts.append(
+            LISTS[families[0]](draw) if families[0] in LISTS else _woven(families, draw, corpus)
+        )
     return contexts
 
 
 def in_contexts(tasks: Sequence[str]) -> list[tuple[str, ...]]:
-    """``tasks`` by the context that they stand in, in the order of `build`, which makes the same context of such a part alone."""
+    """``tasks`` by the context that they stand in, in the order of `build`, which makes the same
+    context of such a part alone.
+    """
     unknown = [task for task in tasks if task not in FAMILIES]
     if unknown:
         raise FmsimError(f"no task family {unknown[0]!r}; there are {', '.join(FAMILIES)}")
     together = tuple(task for task in SHARING if task in tasks)
-    return ([together] if together else []) + [(task,) for task in (*ALONE, *LISTS) if task in tasks]
+    return ([together] if together else []) + [
+        (task,) for task in (*ALONE, *LISTS) if task in tasks
+    ]
 
 
 def _draw(task: str, length_tokens: int, sample: int, seed: int) -> Draw:
-    """Families that share a context draw from one generator in turn, so what one tells depends on which others were asked for."""
+    """Families that share a context draw from one generator in turn, so what one tells depends on
+    which others were asked for.
+    """
     group = 0 if task in SHARING else FAMILIES.index(task)
     return Draw(np.random.default_rng((seed, length_tokens, sample, group)), length_tokens)
 
@@ -47,6 +61,8 @@ def _draw(task: str, length_tokens: int, sample: int, seed: int) -> Draw:
 def _woven(tasks: Sequence[str], draw: Draw, corpus: Corpus) -> Context:
     families: list[Woven] = [(SHARING | ALONE)[task](draw) for task in tasks]
     marks = sessions(draw) if set(tasks) & set(IN_SESSIONS) else []
-    tokens = weave(draw.rng, corpus, draw.length, marks + [item for family in families for item in family.told]).tokens
+    tokens = weave(
+        draw.rng, corpus, draw.length, marks + [item for family in families for item in family.told]
+    ).tokens
     questions: list[Question] = [question for family in families for question in family.ask(tokens)]
     return Context(tokens, tuple(questions))

@@ -15,10 +15,13 @@ Scoring = Literal["all", "any", "exact"]
 
 @dataclass(frozen=True)
 class Question:
-    """Asked after a context. ``tokens`` lead up to the answer; ``answer`` are the tokens that a good model generates.
+    """Asked after a context.
 
-    scoring, as RULER defines it, on the generated text whatever its case: "all", the share of ``references`` found in it; "any", whether one
-    is. "exact": whether just the answer's tokens were generated.
+    ``tokens`` lead up to the answer; ``answer`` are the tokens that a good model generates.
+
+    scoring, as RULER defines it, on the generated text whatever its case: "all", the share of
+    ``references`` found in it; "any", whether one is. "exact": whether just the answer's tokens
+    were generated.
     """
 
     task: str
@@ -46,4 +49,9 @@ class Context:
 
 def texts(items: Sequence[Sequence[int]]) -> tuple[str, ...]:
     """Tokens as text, without blanks around."""
-    return tuple(text.strip() for text in bpe.load().decode_batch([list(item) for item in items], skip_special_tokens=False))
+    return tuple(
+        text.strip()
+        for text in bpe.load().decode_batch(
+            [list(item) for item in items], skip_special_tokens=False
+        )
+    )

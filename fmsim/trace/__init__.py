@@ -1,5 +1,8 @@
-"""Attention traces: what a real model attended to, step by step, in one safetensors file. No torch in here but for
-the dense recorder (`fmsim.trace.importers.dense`), which is imported by itself."""
+"""Attention traces: what a real model attended to, step by step, in one safetensors file.
+
+No torch in here but for the dense recorder (`fmsim.trace.importers.dense`), which is imported by
+itself.
+"""
 
 from fmsim.trace.check import validate
 from fmsim.trace.format import ENTRY_TOKENS, FORMAT_VERSION, ModelInfo, Trace, TraceHeader
@@ -7,4 +10,14 @@ from fmsim.trace.reader import read
 from fmsim.trace.recorder import TraceRecorder
 from fmsim.trace.writer import write
 
-__all__ = ["ENTRY_TOKENS", "FORMAT_VERSION", "ModelInfo", "Trace", "TraceHeader", "TraceRecorder", "read", "validate", "write"]
+__all__ = [
+    "ENTRY_TOKENS",
+    "FORMAT_VERSION",
+    "ModelInfo",
+    "Trace",
+    "TraceHeader",
+    "TraceRecorder",
+    "read",
+    "validate",
+    "write",
+]

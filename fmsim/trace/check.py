@@ -1,4 +1,7 @@
-"""Is a trace sound? `check_structure` looks at shapes and types only; `validate` reads every value."""
+"""Is a trace sound?
+
+`check_structure` looks at shapes and types only; `validate` reads every value.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +16,9 @@ from fmsim.trace.format import ENTRY_TOKENS, TENSORS, Trace
 STEPS_AT_ONCE = 64
 # Stored masses are float16, and a bfloat16 model's softmax rows do not sum to 1 exactly.
 MASS_TOLERANCE = 0.02
-RECORD_AGAIN = "the file is damaged or was written by a faulty recorder; record it again (fmsim trace record)"
+RECORD_AGAIN = (
+    "the file is damaged or was written by a faulty recorder; record it again (fmsim trace record)"
+)
 
 
 def fail(trace: Trace, field: str, what: str) -> NoReturn:
@@ -24,7 +29,12 @@ def fail(trace: Trace, field: str, what: str) -> NoReturn:
 def check_structure(trace: Trace) -> None:
     """Raise FmsimError where a tensor's shape contradicts the header or another tensor."""
     if len(trace.entry_ids.shape) != 3 or 0 in trace.entry_ids.shape:
-        fail(trace, "entry_ids", f"has shape {list(trace.entry_ids.shape)}, not [steps, layers, top-k] of one or more each")
+        fail(
+            trace,
+            "entry_ids",
+            f"has shape {list(trace.entry_ids.shape)}, not [steps, layers, top-k] of one or more"
+            " each",
+        )
     if (trace.index_keys is None) != (trace.index_key_scales is None):
         fail(trace, "index_keys", "must come with index_key_scales, and the reverse")
     sizes = axis_sizes(trace)
@@ -35,25 +45,54 @@ def check_structure(trace: Trace) -> None:
         wanted = [sizes[axis] for axis in spec.axes]
         if list(array.shape) != wanted:
             axes = ", ".join(AXES[axis] for axis in spec.axes)
-            fail(trace, name, f"has shape {list(array.shape)}; the header and the other tensors say {wanted} ({axes})")
+            fail(
+                trace,
+                name,
+                f"has shape {list(array.shape)}; the header and the other tensors say {wanted}"
+                f" ({axes})",
+            )
 
 
 AXES = {
-    "T": "steps", "L": "layers", "K": "top-k", "N": "prompt_tokens + steps", "W": "windows", "H": "geometry.hidden_size",
-    "E": "entries", "D": "geometry.index_head_dim", "S": "entries or 1",
-}  # fmt: skip
+    "T": "steps",
+    "L": "layers",
+    "K": "top-k",
+    "N": "prompt_tokens + steps",
+    "W": "windows",
+    "H": "geometry.hidden_size",
+    "E": "entries",
+    "D": "geometry.index_head_dim",
+    "S": "entries or 1",
+}
 
 
 def axis_sizes(trace: Trace) -> dict[str, int]:
-    """The length of each axis, from the header and entry_ids; geometry is looked into only where a tensor needs it."""
+    """The length of each axis, from the header and entry_ids; geometry is looked into only where a
+    tensor needs it.
+    """
     steps, layers, topk = trace.entry_ids.shape
     csa_layers = _geometry(trace, "csa_layers", list)
     if len(csa_layers) != layers:
-        fail(trace, "geometry.csa_layers", f"lists {len(csa_layers)} layers, entry_ids holds {layers}")
+        fail(
+            trace,
+            "geometry.csa_layers",
+            f"lists {len(csa_layers)} layers, entry_ids holds {layers}",
+        )
     if _geometry(trace, "index_topk", int) < topk and not trace.holds_labels:
-        fail(trace, "geometry.index_topk", f"is {trace.header.geometry['index_topk']}, yet entry_ids holds {topk} ids a row")
-    if "csa_numbers" in trace.header.geometry and len(_geometry(trace, "csa_numbers", list)) != layers:
-        fail(trace, "geometry.csa_numbers", f"numbers {len(trace.csa_numbers)} layers, entry_ids holds {layers}")
+        fail(
+            trace,
+            "geometry.index_topk",
+            f"is {trace.header.geometry['index_topk']}, yet entry_ids holds {topk} ids a row",
+        )
+    if (
+        "csa_numbers" in trace.header.geometry
+        and len(_geometry(trace, "csa_numbers", list)) != layers
+    ):
+        fail(
+            trace,
+            "geometry.csa_numbers",
+            f"numbers {len(trace.csa_numbers)} layers, entry_ids holds {layers}",
+        )
     if trace.holds_labels and _geometry(trace, "label_layers", int) < 1:
         fail(trace, "geometry.label_layers", "is below 1")
     sizes = {"T": steps, "L": layers, "K": topk, "E": trace.total_entries, "W": trace.n_windows}
@@ -68,7 +107,11 @@ def axis_sizes(trace: Trace) -> dict[str, int]:
 def _geometry(trace: Trace, key: str, kind: type):
     value = trace.header.geometry.get(key)
     if not isinstance(value, kind) or isinstance(value, bool):
-        fail(trace, f"geometry.{key}", "is missing" if value is None else f"is {value!r}, not of type {kind.__name__}")
+        fail(
+            trace,
+            f"geometry.{key}",
+            "is missing" if value is None else f"is {value!r}, not of type {kind.__name__}",
+        )
     return value
 
 
@@ -88,8 +131,16 @@ def validate(trace: Trace) -> None:
         _check_keys(trace)
     if trace.prompt_mass is not None:
         prompt_mass = np.asarray(trace.prompt_mass)
-        if not ((prompt_mass >= 0) & (prompt_mass <= trace.header.prompt_mass_queries * (1 + MASS_TOLERANCE))).all():
-            fail(trace, "prompt_mass", f"is not between 0 and prompt_mass_queries = {trace.header.prompt_mass_queries} everywhere")
+        if not (
+            (prompt_mass >= 0)
+            & (prompt_mass <= trace.header.prompt_mass_queries * (1 + MASS_TOLERANCE))
+        ).all():
+            fail(
+                trace,
+                "prompt_mass",
+                f"is not between 0 and prompt_mass_queries = {trace.header.prompt_mass_queries}"
+                " everywhere",
+            )
 
 
 def _check_steps(trace: Trace, first: int) -> None:
@@ -97,11 +148,29 @@ def _check_steps(trace: Trace, first: int) -> None:
     ids, mass = np.asarray(trace.entry_ids[steps]), np.asarray(trace.mass[steps])
     visible = (trace.header.prompt_tokens + np.arange(first, first + len(ids)) + 1) // ENTRY_TOKENS
     _at(trace, "entry_ids", (ids < -1).any(-1), first, "an entry id is negative")
-    _at(trace, "entry_ids", (ids >= visible[:, None, None]).any(-1), first, "an entry id is not yet visible, or out of range")
+    _at(
+        trace,
+        "entry_ids",
+        (ids >= visible[:, None, None]).any(-1),
+        first,
+        "an entry id is not yet visible, or out of range",
+    )
     padding = ids < 0
     rising = (ids[..., 1:] > ids[..., :-1]) | padding[..., 1:]
-    _at(trace, "entry_ids", ~rising.all(-1), first, "ids are not in ascending order, or one stands twice")
-    _at(trace, "entry_ids", (padding[..., :-1] & ~padding[..., 1:]).any(-1), first, "padding stands before an entry id")
+    _at(
+        trace,
+        "entry_ids",
+        ~rising.all(-1),
+        first,
+        "ids are not in ascending order, or one stands twice",
+    )
+    _at(
+        trace,
+        "entry_ids",
+        (padding[..., :-1] & ~padding[..., 1:]).any(-1),
+        first,
+        "padding stands before an entry id",
+    )
     _at(trace, "mass", ~((mass >= 0) & (mass <= 1)).all(-1), first, "a mass is not between 0 and 1")
     _at(trace, "mass", ((mass != 0) & padding).any(-1), first, "padding has mass")
     total = mass.sum(-1)

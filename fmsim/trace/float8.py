@@ -1,6 +1,8 @@
-"""float8 e4m3fn in numpy: one sign, four exponent (bias 7) and three mantissa bits; no infinities, NaN = 0x7f and 0xff.
+"""float8 e4m3fn in numpy: one sign, four exponent (bias 7) and three mantissa bits; no infinities,
+NaN = 0x7f and 0xff.
 
-The format of index keys in DeepSeek's caches; definition: "FP8 Formats for Deep Learning", arXiv 2209.05433, table 1.
+The format of index keys in DeepSeek's caches; definition: "FP8 Formats for Deep Learning", arXiv
+2209.05433, table 1.
 """
 
 from __future__ import annotations
@@ -16,7 +18,9 @@ def _positive_values() -> np.ndarray:
     codes = np.arange(0x7F)
     exponent, mantissa = codes >> 3, codes & 7
     subnormal = mantissa * 2.0**-9
-    return np.where(exponent == 0, subnormal, (8 + mantissa) * 2.0 ** (exponent - 10.0)).astype(np.float32)
+    return np.where(exponent == 0, subnormal, (8 + mantissa) * 2.0 ** (exponent - 10.0)).astype(
+        np.float32
+    )
 
 
 VALUES = _positive_values()
@@ -31,7 +35,8 @@ def decode(codes: np.ndarray) -> np.ndarray:
 
 
 def encode(values: np.ndarray) -> np.ndarray:
-    """Finite floats of any shape -> uint8 codes, to the nearest value, ties to the even code; beyond +-448 saturates.
+    """Finite floats of any shape -> uint8 codes, to the nearest value, ties to the even code;
+    beyond +-448 saturates.
 
     NaN becomes 0x7f.
     """
@@ -45,9 +50,11 @@ def encode(values: np.ndarray) -> np.ndarray:
 
 
 def quantise(keys: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """float32 [..., E, D] -> (codes uint8 [..., E, D], scales float32 [..., 1]), with keys ~ scales * decode(codes).
+    """float32 [..., E, D] -> (codes uint8 [..., E, D], scales float32 [..., 1]), with keys ~ scales
+    * decode(codes).
 
-    One scale for all entries: what it has to fit is the format's range of 2**15 between normal numbers, not a mantissa.
+    One scale for all entries: what it has to fit is the format's range of 2**15 between normal
+    numbers, not a mantissa.
     """
     largest = np.abs(keys).max(axis=(-2, -1), initial=0.0)
     scales = np.where(largest > 0, largest / MAX, 1.0).astype(np.float32)

@@ -1,7 +1,9 @@
-"""What a trace is: its header, its arrays, and which of them a file must hold in which shape (docs/trace-format.md).
+"""What a trace is: its header, its arrays, and which of them a file must hold in which shape
+(docs/trace-format.md).
 
-Axes: T decode steps, L CSA layers, K selected entries, E entries at the end of the trace, W windows of tau steps,
-H hidden width, D index key width, N = prompt_tokens + T. Decode step t reads the token at position prompt_tokens + t.
+Axes: T decode steps, L CSA layers, K selected entries, E entries at the end of the trace, W windows
+of tau steps, H hidden width, D index key width, N = prompt_tokens + T. Decode step t reads the
+token at position prompt_tokens + t.
 """
 
 from __future__ import annotations
@@ -21,11 +23,16 @@ METADATA_KEY = "fmsim_trace"  # the safetensors metadata entry that holds the he
 ENTRY_TOKENS = 4  # tokens from one CSA entry to the next
 LABELS = "flashmemory_labels"  # the source of a trace whose rows are golden labels, not accesses
 PADDING = 65535  # an entry id of this, in files whose ids are uint16, is no entry
-BLOCK = 65536  # entries whose ids differ in their low 16 bits: a longer trace stores these, and how many of a row stand in each block
+# entries whose ids differ in their low 16 bits: a longer trace stores these, and how many of a row
+# stand in each block
+BLOCK = 65536
 
 
 class ModelInfo(BaseModel):
-    """The model that was watched. ``sha256`` is over its weight files, None where they were not hashed."""
+    """The model that was watched.
+
+    ``sha256`` is over its weight files, None where they were not hashed.
+    """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -46,17 +53,23 @@ class TraceHeader(BaseModel):
     prompt_kind: str
     prompt_text: str = ""  # what the text is, where it comes from, its licence
     prompt_tokens: int = Field(ge=1)
-    prompt_mass_queries: int = Field(0, ge=0, le=65504)  # last prompt queries summed in `prompt_mass`; float16 holds no more
+    prompt_mass_queries: int = Field(
+        0, ge=0, le=65504
+    )  # last prompt queries summed in `prompt_mass`; float16 holds no more
     seed: int
     tau: int = Field(64, ge=1)
     quality: dict[str, Any] = {}  # how well the model answered, e.g. {"asked": 20, "exact": 19}
     device: str
     created: str  # ISO 8601
-    content_sha256: str | None = None  # of the header without this key, then the tensors' bytes; set by the writer
+    content_sha256: str | None = (
+        None  # of the header without this key, then the tensors' bytes; set by the writer
+    )
 
 
 class TensorSpec(NamedTuple):
-    """A tensor of the file: stored types (the first is preferred), one letter an axis, and whether it may be missing."""
+    """A tensor of the file: stored types (the first is preferred), one letter an axis, and whether
+    it may be missing.
+    """
 
     dtypes: tuple[str, ...]
     axes: str
@@ -80,7 +93,9 @@ TENSORS = {
 
 @dataclass(frozen=True, eq=False)
 class Column:
-    """A tensor left in its file: indexing it reads and decodes just that part, ``np.asarray`` all of it."""
+    """A tensor left in its file: indexing it reads and decodes just that part, ``np.asarray`` all
+    of it.
+    """
 
     stored: np.ndarray
     decode: Callable[[np.ndarray], np.ndarray]
@@ -110,7 +125,9 @@ class Column:
 
 @dataclass(frozen=True, eq=False)
 class BlockedIds(Column):
-    """Entry ids left in their file as low 16 bits and counts by block (`decode_blocked_ids`); indexed by step and layer."""
+    """Entry ids left in their file as low 16 bits and counts by block (`decode_blocked_ids`);
+    indexed by step and layer.
+    """
 
     blocks: np.ndarray  # uint16 [T, L, B]
 
@@ -127,22 +144,24 @@ Array = np.ndarray | Column
 
 @dataclass(frozen=True, eq=False)
 class Trace:
-    """One decode, as the CSA layers saw it. Arrays are numpy, or `Column` where they are read from a file.
+    """One decode, as the CSA layers saw it.
 
-    entry_ids         int32 [T, L, K]   selected entries, ascending in a row; -1 (padding) stands at the row's end
-    mass              float32 [T, L, K] softmax probability on the entry, mean over heads; 0 on padding
-    window_mass       float32 [T, L]    the same on the sliding window's tokens
-    sink_mass         float32 [T, L]    the same on the attention sink
-    token_ids         int32 [N]         the prompt, then each step's input token, or None
-    forced            bool [T]          the step's input token was given, not generated
-    hidden            float32 [W, L, H] the layer's attention input at position prompt_tokens + tau * w - 1, or None
-    index_keys        uint8 [L, E, D]   float8 e4m3fn codes, RoPE already applied, or None; `keys` decodes them
-    index_key_scales  float32 [L, E or 1]
-    prompt_mass       float32 [L, E]    mass summed over the last `header.prompt_mass_queries` prompt tokens, or None
+    Arrays are numpy, or `Column` where they are read from a file.
 
-    Mass of entries, window and sink sum to 1 where the model is a DeepSeek-V4. In a dense_pooled trace the sum is below 1
-    by what fell on entries beyond the top k. Where `holds_labels`, rows are golden labels and mass is no mass. ``path`` is the
-    file, for messages.
+    entry_ids         int32 [T, L, K]   selected entries, ascending in a row; -1 (padding) stands at
+    the row's end mass              float32 [T, L, K] softmax probability on the entry, mean over
+    heads; 0 on padding window_mass       float32 [T, L]    the same on the sliding window's tokens
+    sink_mass         float32 [T, L]    the same on the attention sink token_ids         int32 [N]
+    the prompt, then each step's input token, or None forced            bool [T]          the step's
+    input token was given, not generated hidden            float32 [W, L, H] the layer's attention
+    input at position prompt_tokens + tau * w - 1, or None index_keys        uint8 [L, E, D]
+    float8 e4m3fn codes, RoPE already applied, or None; `keys` decodes them index_key_scales
+    float32 [L, E or 1] prompt_mass       float32 [L, E]    mass summed over the last
+    `header.prompt_mass_queries` prompt tokens, or None
+
+    Mass of entries, window and sink sum to 1 where the model is a DeepSeek-V4. In a dense_pooled
+    trace the sum is below 1 by what fell on entries beyond the top k. Where `holds_labels`, rows
+    are golden labels and mass is no mass. ``path`` is the file, for messages.
     """
 
     header: TraceHeader
@@ -173,7 +192,9 @@ class Trace:
 
     @property
     def holds_labels(self) -> bool:
-        """Rows are the entries golden at a step, the same in all layers, and mass the share of the model's CSA layers that chose each."""
+        """Rows are the entries golden at a step, the same in all layers, and mass the share of the
+        model's CSA layers that chose each.
+        """
         return self.header.source == LABELS
 
     @property
@@ -196,11 +217,15 @@ class Trace:
         return (self.header.prompt_tokens + self.n_steps) // ENTRY_TOKENS
 
     def n_entries(self, step: int) -> int:
-        """Entries visible to the token of decode step ``step``; an entry closes with its fourth token."""
+        """Entries visible to the token of decode step ``step``; an entry closes with its fourth
+        token.
+        """
         return (self.header.prompt_tokens + step + 1) // ENTRY_TOKENS
 
     def keys(self, entries: int | None = None) -> np.ndarray:
-        """Index keys of the first ``entries`` entries (all by default), decoded: float32 [L, entries, D]."""
+        """Index keys of the first ``entries`` entries (all by default), decoded: float32 [L,
+        entries, D].
+        """
         codes, scales = self.index_keys[:, :entries], self.index_key_scales[:, :entries]
         return float8.decode(codes) * scales[:, :, None]
 
@@ -224,11 +249,15 @@ def encode_ids(ids: np.ndarray) -> np.ndarray:
 
 
 def encode_blocked_ids(ids: np.ndarray, total_entries: int) -> tuple[np.ndarray, np.ndarray]:
-    """Rows [..., K] of ascending int32 ids, padding -1 last -> their low 16 bits, uint16, and how many stand in each block of
-    65,536 entries, uint16 [..., B]. Half the bytes of int32, and exact: the ids of a row ascend, so counts tell the rest.
+    """Rows [..., K] of ascending int32 ids, padding -1 last -> their low 16 bits, uint16, and how
+    many stand in each block of 65,536 entries, uint16 [..., B].
+
+    Half the bytes of int32, and exact: the ids of a row ascend, so counts tell the rest.
     """
     block = np.where(ids < 0, -1, ids // BLOCK)[..., None]
-    return ids.astype(np.uint16), (block == np.arange(n_blocks(total_entries))).sum(-2).astype(np.uint16)
+    return ids.astype(np.uint16), (block == np.arange(n_blocks(total_entries))).sum(-2).astype(
+        np.uint16
+    )
 
 
 def decode_blocked_ids(low: np.ndarray, blocks: np.ndarray) -> np.ndarray:

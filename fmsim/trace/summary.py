@@ -11,25 +11,47 @@ LABELLED = "golden labels, not attention; mass is the share of CSA layers that c
 
 
 def summary(trace: Trace) -> dict:
-    """``about``: the header in words; ``layers``: of each layer the shares of mass and of entries described in ``layer_row``."""
+    """``about``: the header in words; ``layers``: of each layer the shares of mass and of entries
+    described in ``layer_row``.
+    """
     header = trace.header
     about = {
         "model": f"{header.model.name} ({header.model.dtype}), {header.source}",
         "prompt": f"{header.prompt_kind}, {header.prompt_tokens:,} tokens, seed {header.seed}",
         "text": header.prompt_text or "not said",
         "decode": f"{trace.n_steps} steps, {int((~trace.forced).sum())} of them generated",
-        "selected": LABELLED if trace.holds_labels else f"{trace.topk} of {trace.total_entries:,} entries a step and layer, {trace.n_layers} layers",
-        "answers": ", ".join(f"{key} {value}" for key, value in header.quality.items()) or "none asked",
-        "for lookahead": "hidden states and index keys" if trace.hidden is not None and trace.index_keys is not None else "nothing",
+        "selected": (
+            LABELLED
+            if trace.holds_labels
+            else (
+                f"{trace.topk} of {trace.total_entries:,} entries a step and layer,"
+                f" {trace.n_layers} layers"
+            )
+        ),
+        "answers": (
+            ", ".join(f"{key} {value}" for key, value in header.quality.items()) or "none asked"
+        ),
+        "for lookahead": (
+            "hidden states and index keys"
+            if trace.hidden is not None and trace.index_keys is not None
+            else "nothing"
+        ),
         "recorded": f"{header.created} on {header.device}",
     }
     rows = [layer_row(trace, layer) for layer in range(trace.n_layers)]
-    return {"about": about, "bytes": trace.path.stat().st_size if trace.path else 0, "header": header.model_dump(), "layers": rows}
+    return {
+        "about": about,
+        "bytes": trace.path.stat().st_size if trace.path else 0,
+        "header": header.model_dump(),
+        "layers": rows,
+    }
 
 
 def layer_row(trace: Trace, layer: int) -> dict[str, float]:
-    """Mean mass on entries, window and sink; then, as shares of the prompt's entries and means over windows of tau steps,
-    the union of what was selected, and the fewest entries that carry 95% of the window's mass."""
+    """Mean mass on entries, window and sink; then, as shares of the prompt's entries and means over
+    windows of tau steps, the union of what was selected, and the fewest entries that carry 95% of
+    the window's mass.
+    """
     unions, heads = [], []
     for start in range(0, trace.n_steps, trace.header.tau):
         steps = slice(start, start + trace.header.tau)

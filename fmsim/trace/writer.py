@@ -12,13 +12,30 @@ import numpy as np
 
 from fmsim.errors import FmsimError
 from fmsim.trace.check import validate
-from fmsim.trace.format import METADATA_KEY, PADDING, TENSORS, Trace, TraceHeader, encode_blocked_ids, encode_ids, encode_tokens
+from fmsim.trace.format import (
+    METADATA_KEY,
+    PADDING,
+    TENSORS,
+    Trace,
+    TraceHeader,
+    encode_blocked_ids,
+    encode_ids,
+    encode_tokens,
+)
 
-SAFETENSORS_NAMES = {"int32": "I32", "float32": "F32", "uint16": "U16", "float16": "F16", "uint8": "U8", "bool": "BOOL"}
+SAFETENSORS_NAMES = {
+    "int32": "I32",
+    "float32": "F32",
+    "uint16": "U16",
+    "float16": "F16",
+    "uint8": "U8",
+    "bool": "BOOL",
+}
 
 
 def write(path: str | Path, trace: Trace) -> None:
-    """Validate ``trace`` and write it to ``path``, replacing a file of that name only when the new one is complete.
+    """Validate ``trace`` and write it to ``path``, replacing a file of that name only when the new
+    one is complete.
 
     Raises FmsimError where the trace is unsound or the place cannot be written.
     """
@@ -26,15 +43,22 @@ def write(path: str | Path, trace: Trace) -> None:
     validate(trace)
     tensors = encode_tensors(trace)
     buffers = [array.data for array in tensors.values()]
-    header = trace.header.model_copy(update={"content_sha256": content_sha256(trace.header, tensors, buffers)})
+    header = trace.header.model_copy(
+        update={"content_sha256": content_sha256(trace.header, tensors, buffers)}
+    )
     try:
         _replace(path, [_file_head(header, tensors), *buffers])
     except OSError as error:
-        raise FmsimError(f"{path}: cannot write the trace: {error.strerror}; give another --out or free the place") from error
+        raise FmsimError(
+            f"{path}: cannot write the trace: {error.strerror}; give another --out or free the"
+            " place"
+        ) from error
 
 
 def encode_tensors(trace: Trace) -> dict[str, np.ndarray]:
-    """Tensors as they are stored, in the file's order: widest types first, so that each is aligned in the file."""
+    """Tensors as they are stored, in the file's order: widest types first, so that each is aligned
+    in the file.
+    """
     tensors = {}
     for name, spec in TENSORS.items():
         values = getattr(trace, name, None)  # entry_blocks is a matter of the file alone
@@ -52,28 +76,44 @@ def encode_tensors(trace: Trace) -> dict[str, np.ndarray]:
 
 
 def content_sha256(header: TraceHeader, tensors: dict[str, np.ndarray], buffers: Iterable) -> str:
-    """Hex digest of the header without its own digest, the tensors' names, types and shapes, then their bytes; in file order."""
-    digest = hashlib.sha256(header.model_copy(update={"content_sha256": None}).model_dump_json().encode())
-    digest.update(json.dumps([[name, array.dtype.name, array.shape] for name, array in tensors.items()]).encode())
+    """Hex digest of the header without its own digest, the tensors' names, types and shapes, then
+    their bytes; in file order.
+    """
+    digest = hashlib.sha256(
+        header.model_copy(update={"content_sha256": None}).model_dump_json().encode()
+    )
+    digest.update(
+        json.dumps(
+            [[name, array.dtype.name, array.shape] for name, array in tensors.items()]
+        ).encode()
+    )
     for buffer in buffers:
         digest.update(buffer)
     return digest.hexdigest()
 
 
 def _file_head(header: TraceHeader, tensors: dict[str, np.ndarray]) -> bytes:
-    """The 8 length bytes and the JSON of a safetensors file, padded with blanks so that the tensors start aligned."""
+    """The 8 length bytes and the JSON of a safetensors file, padded with blanks so that the tensors
+    start aligned.
+    """
     table: dict = {"__metadata__": {METADATA_KEY: header.model_dump_json()}}
     end = 0
     for name, array in tensors.items():
         begin, end = end, end + array.nbytes
-        table[name] = {"dtype": SAFETENSORS_NAMES[array.dtype.name], "shape": array.shape, "data_offsets": [begin, end]}
+        table[name] = {
+            "dtype": SAFETENSORS_NAMES[array.dtype.name],
+            "shape": array.shape,
+            "data_offsets": [begin, end],
+        }
     text = json.dumps(table, separators=(",", ":"), allow_nan=False).encode()
     text += b" " * (-len(text) % 8)
     return len(text).to_bytes(8, "little") + text
 
 
 def _replace(path: Path, parts: list) -> None:
-    """Write beside ``path``, force it to the disk, then rename: a crash leaves the old file or the new one, never half."""
+    """Write beside ``path``, force it to the disk, then rename: a crash leaves the old file or the
+    new one, never half.
+    """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
         with temporary.open("wb") as file:

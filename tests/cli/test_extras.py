@@ -13,9 +13,15 @@ COMMANDS = {
     "validate scenarios/32k.yaml": "validate needs torch: pip install 'fmsim[model]'",
     "hw calibrate --out x.yaml": "hw calibrate needs torch: pip install 'fmsim[model]'",
     "indexer native --out x.safetensors": "indexer native needs torch: pip install 'fmsim[model]'",
-    "indexer train x.safetensors --out y.safetensors": "indexer train needs torch: pip install 'fmsim[model]'",
-    "indexer eval x.safetensors y.safetensors --plot z.html": "--plot needs plotly: pip install 'fmsim[report]'",
-    "trace record --prompt-file x.txt --out y.safetensors": "trace record needs torch: pip install 'fmsim[model]'",
+    "indexer train x.safetensors --out y.safetensors": (
+        "indexer train needs torch: pip install 'fmsim[model]'"
+    ),
+    "indexer eval x.safetensors y.safetensors --plot z.html": (
+        "--plot needs plotly: pip install 'fmsim[report]'"
+    ),
+    "trace record --prompt-file x.txt --out y.safetensors": (
+        "trace record needs torch: pip install 'fmsim[model]'"
+    ),
     "trace export x.safetensors --out y": "trace export needs torch: pip install 'fmsim[model]'",
 }
 

@@ -1,4 +1,6 @@
-"""Answers under policies, from a small untrained model: what decodes, what is kept of it, and what the table makes of lines."""
+"""Answers under policies, from a small untrained model: what decodes, what is kept of it, and what
+the table makes of lines.
+"""
 
 import json
 from dataclasses import fields
@@ -10,32 +12,40 @@ from typer.testing import CliRunner
 
 torch = pytest.importorskip("torch", reason="answers need fmsim[model]")
 
-from tiny_model import CSA, HCA, SLIDING, oracle, ours  # noqa: E402
+from tiny_model import CSA, HCA, SLIDING, oracle, ours
 
-from fmsim import accuracy  # noqa: E402
-from fmsim.experiments.accuracy import ask
-from fmsim.experiments.accuracy import signals
-from fmsim.experiments.accuracy import summary
-from fmsim.experiments.accuracy import Lines, Plan, policy_of
-from fmsim.cli import app  # noqa: E402
-from fmsim.errors import FmsimError  # noqa: E402
-from fmsim.experiments.accuracy.answer import abreast, answers  # noqa: E402
-from fmsim.exec.decode.engine import Engine  # noqa: E402
-from fmsim.exec.runs.native import native_indexer  # noqa: E402
-from fmsim.exec.decode.prompt import Prompt  # noqa: E402
-from fmsim.indexer import checkpoint  # noqa: E402
-from fmsim.nano import tokens as corpora  # noqa: E402
+from fmsim.cli import app
+from fmsim.errors import FmsimError
+from fmsim.exec.decode.engine import Engine
+from fmsim.exec.decode.prompt import Prompt
+from fmsim.exec.runs.native import native_indexer
+from fmsim.experiments import accuracy
+from fmsim.experiments.accuracy import Lines, Plan, ask, policy_of, signals, summary
+from fmsim.experiments.accuracy.answer import abreast, answers
+from fmsim.indexer import checkpoint
+from fmsim.nano import tokens as corpora
 from fmsim.report.tables import accuracy as table
-from fmsim.tasks import Context, Question  # noqa: E402
+from fmsim.tasks import Context, Question
 
 torch.set_num_threads(1)
 MODEL = ours(oracle(5, layer_types=[SLIDING, CSA, HCA, CSA], vocab_size=4096))
 RANDOM = np.random.default_rng(0)
 CONTEXT = Context(
     RANDOM.integers(2, 4096, 300).astype(np.uint16),
-    tuple(Question("t", tuple(RANDOM.integers(2, 4096, size).tolist()), tuple(range(10, 22)), ("no such thing",)) for size in (7, 3)),
+    tuple(
+        Question(
+            "t",
+            tuple(RANDOM.integers(2, 4096, size).tolist()),
+            tuple(range(10, 22)),
+            ("no such thing",),
+        )
+        for size in (7, 3)
+    ),
 )
-TEXT = "The river ran past an old mill, and nobody knew who had built it there before the stones of the bridge were cut. " * 60
+TEXT = (
+    "The river ran past an old mill, and nobody knew who had built it there before the stones of"
+    " the bridge were cut. " * 60
+)
 
 
 @torch.no_grad()
@@ -53,9 +63,15 @@ def test_a_prompt_that_goes_on_is_the_prompt_that_was_read_whole():
 
 @pytest.fixture(scope="module")
 def found():
-    makers = {spec: (lambda spec=spec: policy_of(spec, "20%")) for spec in ("full", "lru", "recency", "random", "h2o", "oracle")}
+    makers = {
+        spec: lambda spec=spec: policy_of(spec, "20%")
+        for spec in ("full", "lru", "recency", "random", "h2o", "oracle")
+    }
     wanted = [(number, label) for number in range(2) for label in makers]
-    return {(answer.question, answer.label): answer for answer in answers(MODEL, CONTEXT, wanted, makers)}
+    return {
+        (answer.question, answer.label): answer
+        for answer in answers(MODEL, CONTEXT, wanted, makers)
+    }
 
 
 @torch.no_grad()
@@ -71,36 +87,66 @@ def test_exact_policies_answer_as_a_plain_decode_does(found):
 def test_questions_side_by_side_are_answered_as_one_by_one(native):
     answer = CONTEXT.questions[0].answer
     lengths = (6, 4, 6, 6, 4)
-    questions = tuple(Question("t", tuple(RANDOM.integers(2, 4096, 3 + n).tolist()), answer[:length], ("x",)) for n, length in enumerate(lengths))
+    questions = tuple(
+        Question("t", tuple(RANDOM.integers(2, 4096, 3 + n).tolist()), answer[:length], ("x",))
+        for n, length in enumerate(lengths)
+    )
     context = Context(CONTEXT.tokens, questions)
-    specs = ("full", "lsa:budget=60%", "lsa:budget=60%,on_miss=fallback", "lru:granularity=4", "random", "h2o", "oracle")
-    makers = {spec: (lambda spec=spec: policy_of(spec, "20%", native)) for spec in specs}
-    wanted = [(number, spec) for number in range(5) for spec in specs if (number, spec) not in ((2, "full"), (0, "h2o"), (3, "h2o"))]
+    specs = (
+        "full",
+        "lsa:budget=60%",
+        "lsa:budget=60%,on_miss=fallback",
+        "lru:granularity=4",
+        "random",
+        "h2o",
+        "oracle",
+    )
+    makers = {spec: lambda spec=spec: policy_of(spec, "20%", native) for spec in specs}
+    wanted = [
+        (number, spec)
+        for number in range(5)
+        for spec in specs
+        if (number, spec) not in ((2, "full"), (0, "h2o"), (3, "h2o"))
+    ]
     together, alone = (
-        {(found.question, found.label): found for found in answers(MODEL, context, wanted, makers, abreast_tokens=tokens)} for tokens in (2000, 1)
+        {
+            (found.question, found.label): found
+            for found in answers(MODEL, context, wanted, makers, abreast_tokens=tokens)
+        }
+        for tokens in (2000, 1)
     )
     assert set(together) == set(alone) == set(wanted)
     for key, one in alone.items():
         other = together[key]
         assert other.tokens == one.tokens and len(one.tokens) == lengths[key[0]]
-        assert (other.confidence is None) == (one.confidence is None) and other.confidence == pytest.approx(one.confidence)
+        assert (other.confidence is None) == (
+            one.confidence is None
+        ) and other.confidence == pytest.approx(one.confidence)
         for field in fields(one.ledger):
             kept, wanted_kept = getattr(other.ledger, field.name), getattr(one.ledger, field.name)
             if field.name.startswith("mass"):
-                np.testing.assert_allclose(kept, wanted_kept, rtol=1e-3, atol=1e-5)  # sums of float16
+                np.testing.assert_allclose(
+                    kept, wanted_kept, rtol=1e-3, atol=1e-5
+                )  # sums of float16
             else:
                 assert np.array_equal(kept, wanted_kept), (key, field.name)
 
 
 def test_as_many_questions_stand_side_by_side_as_fit():
-    questions = {number: Question("t", (1,), (2,) * size, ("x",)) for number, size in ((0, 5), (1, 9), (3, 5), (4, 5), (7, 5))}
+    questions = {
+        number: Question("t", (1,), (2,) * size, ("x",))
+        for number, size in ((0, 5), (1, 9), (3, 5), (4, 5), (7, 5))
+    }
     assert abreast(questions, 3) == [[0, 3, 4], [7], [1]]
     assert abreast(questions, 1) == [[0], [3], [4], [7], [1]]
 
 
 def test_the_oracle_keeps_more_than_any_other_of_the_same_budget(found):
     for number in range(2):
-        kept = {label: float(found[number, label].ledger.mass_kept.sum()) for label in ("recency", "random", "h2o", "oracle")}
+        kept = {
+            label: float(found[number, label].ledger.mass_kept.sum())
+            for label in ("recency", "random", "h2o", "oracle")
+        }
         assert max(kept, key=kept.get) == "oracle"
         slots = {label: found[number, label].ledger.n_slots for label in kept}
         assert len(set(slots.values())) == 1
@@ -114,11 +160,22 @@ def test_the_future_is_refused_without_hindsight():
 
 
 def test_policies_are_read_from_specs(tmp_path):
-    assert str(policy_of("recency", "10%").params.budget) == str(policy_of("recency:budget=10%", "40%").params.budget)
+    assert str(policy_of("recency", "10%").params.budget) == str(
+        policy_of("recency:budget=10%", "40%").params.budget
+    )
     path = tmp_path / "i.safetensors"
     lsa = policy_of("lsa:on_miss=fallback,fallback_below=0.9", "10%", str(path))
-    assert (lsa.params.on_miss, lsa.params.fallback_below, lsa.params.checkpoint) == ("fallback", 0.9, path)
-    for spec, said in (("lsa:fallback", "key=value"), ("lru:budget=[", "no value of budget"), ("lsi", "did you mean"), ("lru:bugdet=3", "bugdet")):
+    assert (lsa.params.on_miss, lsa.params.fallback_below, lsa.params.checkpoint) == (
+        "fallback",
+        0.9,
+        path,
+    )
+    for spec, said in (
+        ("lsa:fallback", "key=value"),
+        ("lru:budget=[", "no value of budget"),
+        ("lsi", "did you mean"),
+        ("lru:bugdet=3", "bugdet"),
+    ):
         with pytest.raises(FmsimError, match=said):
             policy_of(spec, "10%")
 
@@ -135,7 +192,14 @@ def native(tmp_path_factory):
 
 
 def small_plan(native, **changes):
-    plan = {"tasks": ("niah_single", "memory"), "lengths": (768,), "samples": 2, "policies": ("full", "lsa", "recency"), "budget": "30%", "checkpoint": native}
+    plan = {
+        "tasks": ("niah_single", "memory"),
+        "lengths": (768,),
+        "samples": 2,
+        "policies": ("full", "lsa", "recency"),
+        "budget": "30%",
+        "checkpoint": native,
+    }
     return Plan(**(plan | changes))
 
 
@@ -152,13 +216,16 @@ def test_a_run_goes_on_where_it_was_interrupted(tmp_path, native, monkeypatch):
     assert len(asked) == 7 and again == whole
     longer = small_plan(native, samples=3, policies=("full", "recency", "random"))
     more = accuracy.run(opened, longer, Lines(longer, {"model": "tiny"}, path))
-    assert len(more) == 3 * 2 * 3 and [line for line in more if line["policy"] == "full" and line["sample"] < 2] == [
-        line for line in whole if line["policy"] == "full"
-    ]
+    assert len(more) == 3 * 2 * 3 and [
+        line for line in more if line["policy"] == "full" and line["sample"] < 2
+    ] == [line for line in whole if line["policy"] == "full"]
     path.write_text(path.read_text() + "no answer\n")
     with pytest.raises(FmsimError, match="line 24 is no answer"):
         Lines(plan, {"model": "tiny"}, path)
-    for other, about in ((small_plan(native, budget="31%"), {"model": "tiny"}), (plan, {"model": "other"})):
+    for other, about in (
+        (small_plan(native, budget="31%"), {"model": "tiny"}),
+        (plan, {"model": "other"}),
+    ):
         with pytest.raises(FmsimError, match="answers.jsonl: holds answers of another"):
             Lines(other, about, path)
 
@@ -166,35 +233,71 @@ def test_a_run_goes_on_where_it_was_interrupted(tmp_path, native, monkeypatch):
 def test_several_processes_answer_as_one_does(tmp_path, native):
     torch.save(opened(), tmp_path / "source.pt")
     source = partial(torch.load, tmp_path / "source.pt", weights_only=False)
-    plan, path = small_plan(native, lengths=(768, 700), samples=1, seeds=(42, 7), policies=("full", "lsa")), tmp_path / "answers.jsonl"
+    plan, path = (
+        small_plan(native, lengths=(768, 700), samples=1, seeds=(42, 7), policies=("full", "lsa")),
+        tmp_path / "answers.jsonl",
+    )
     alone = accuracy.run(opened, plan, Lines(plan, {}, path))
-    assert [(line["tokens"], line["seed"]) for line in alone] == [pair for pair in ((768, 42), (768, 7), (700, 42), (700, 7)) for _ in range(4)]
+    assert [(line["tokens"], line["seed"]) for line in alone] == [
+        pair for pair in ((768, 42), (768, 7), (700, 42), (700, 7)) for _ in range(4)
+    ]
     kept = path.read_text().splitlines(keepends=True)
     path.write_text("".join(kept[:4]))  # three answers of the first context
     told = []
-    again = accuracy.run(source, plan, Lines(plan, {}, path), lambda *what: told.append(what), workers=2)
+    again = accuracy.run(
+        source, plan, Lines(plan, {}, path), lambda *what: told.append(what), workers=2
+    )
     assert again == alone and summary(again) == summary(alone)
     assert sorted(path.read_text().splitlines()) == sorted("".join(kept).splitlines())
-    assert [done for _, done, _ in told] == [0, 1, 2, 3, 4] and {total for _, _, total in told} == {4}
+    assert [done for _, done, _ in told] == [0, 1, 2, 3, 4] and {total for _, _, total in told} == {
+        4
+    }
 
 
 def line(policy, score, task="vt", tokens=1024, sample=0, question=0, missing=0.0, seed=42):
-    costs = {"kv_bytes": 10, "kv_ratio": 0.1, "golden_kept": 1.0, "mass_kept": 1.0 - missing / 2, "least_mass_kept": 0.1, "heaviest_lost": missing, "h2d_bytes_per_step": 4.0, "stall_ratio": 0.0}
-    return {"policy": policy, "task": task, "tokens": tokens, "seed": seed, "sample": sample, "question": question, "score": score, "selected_resident": 1 - missing, "confidence": None if policy == "full" else missing} | costs
+    costs = {
+        "kv_bytes": 10,
+        "kv_ratio": 0.1,
+        "golden_kept": 1.0,
+        "mass_kept": 1.0 - missing / 2,
+        "least_mass_kept": 0.1,
+        "heaviest_lost": missing,
+        "h2d_bytes_per_step": 4.0,
+        "stall_ratio": 0.0,
+    }
+    return {
+        "policy": policy,
+        "task": task,
+        "tokens": tokens,
+        "seed": seed,
+        "sample": sample,
+        "question": question,
+        "score": score,
+        "selected_resident": 1 - missing,
+        "confidence": None if policy == "full" else missing,
+    } | costs
 
 
 def test_the_summary_by_hand():
     lines = [
-        line("full", 1.0), line("lsa", 0.0, missing=0.9),
-        line("full", 1.0, sample=1), line("lsa", 1.0, sample=1, missing=0.2),
-        line("full", 0.0, sample=2), line("lsa", 0.5, sample=2, missing=0.5),
-        line("full", 1.0, task="qa"), line("lsa", 1.0, task="qa", missing=0.3),
-        line("full", 1.0, task="qa", question=1), line("lsa", 0.0, task="qa", question=1, missing=0.1),
-    ]  # fmt: skip
+        line("full", 1.0),
+        line("lsa", 0.0, missing=0.9),
+        line("full", 1.0, sample=1),
+        line("lsa", 1.0, sample=1, missing=0.2),
+        line("full", 0.0, sample=2),
+        line("lsa", 0.5, sample=2, missing=0.5),
+        line("full", 1.0, task="qa"),
+        line("lsa", 1.0, task="qa", missing=0.3),
+        line("full", 1.0, task="qa", question=1),
+        line("lsa", 0.0, task="qa", question=1, missing=0.1),
+    ]
     found = summary(lines)
     cells = {(cell["task"], cell["policy"]): cell for cell in found["cells"]}
     assert cells["vt", "lsa"]["score"] == pytest.approx(0.5) and cells["vt", "lsa"]["samples"] == 3
-    assert cells["qa", "lsa"]["score"] == pytest.approx(0.5) and cells["qa", "lsa"]["versus_full_se"] is None
+    assert (
+        cells["qa", "lsa"]["score"] == pytest.approx(0.5)
+        and cells["qa", "lsa"]["versus_full_se"] is None
+    )
     differences = np.array([-1.0, 0.0, 0.5])
     assert cells["vt", "lsa"]["versus_full"] == pytest.approx(differences.mean())
     assert cells["vt", "lsa"]["versus_full_se"] == pytest.approx(differences.std(ddof=1) / 3**0.5)
@@ -204,9 +307,17 @@ def test_the_summary_by_hand():
     # lost with 0.9 and 0.1 missing, kept with 0.2 and 0.3; what full does not answer does not count
     auc = dict.fromkeys(signals.SIGNALS, 0.5)
     assert found["signals"] == {"lsa": {"lost": 2, "kept": 2, "auc": auc}}
-    # by sample: vt -1, 0 and +0.5; qa's one sample the mean of 0 and -1; the seed's the mean of both tasks'
+    # by sample: vt -1, 0 and +0.5; qa's one sample the mean of 0 and -1; the seed's the mean of
+    # both tasks'
     assert found["paired"] == {
-        "lsa": {"better": 1, "worse": 2, "same": 1, "difference": pytest.approx(-1 / 3), "difference_se": None, "by_seed": {"42": pytest.approx(-1 / 3)}}
+        "lsa": {
+            "better": 1,
+            "worse": 2,
+            "same": 1,
+            "difference": pytest.approx(-1 / 3),
+            "difference_se": None,
+            "by_seed": {"42": pytest.approx(-1 / 3)},
+        }
     }
 
 
@@ -214,7 +325,10 @@ def test_a_difference_is_weighed_against_the_spread_from_seed_to_seed():
     lines = []
     for seed, scores in ((42, (1.0, 0.5)), (43, (0.0, 0.5)), (44, (1.0, 1.0))):
         for sample, score in enumerate(scores):
-            lines += [line("full", 0.5, sample=sample, seed=seed), line("lsa", score, sample=sample, seed=seed)]
+            lines += [
+                line("full", 0.5, sample=sample, seed=seed),
+                line("lsa", score, sample=sample, seed=seed),
+            ]
     lines += [line("recency", 0.0, sample=9, seed=45)]  # full was not asked
     found = summary(lines)
     row = found["paired"].pop("lsa")
@@ -223,7 +337,9 @@ def test_a_difference_is_weighed_against_the_spread_from_seed_to_seed():
     assert row["difference"] == pytest.approx(1 / 6)
     assert row["difference_se"] == pytest.approx(np.std([0.25, -0.25, 0.5], ddof=1) / 3**0.5)
     [cell] = [cell for cell in found["cells"] if cell["policy"] == "lsa"]
-    assert cell["samples"] == 6 and cell["versus_full"] == pytest.approx(1 / 6)  # each seed's samples are their own
+    assert cell["samples"] == 6 and cell["versus_full"] == pytest.approx(
+        1 / 6
+    )  # each seed's samples are their own
 
 
 def test_a_signal_is_judged_by_how_it_orders_lost_and_kept():
@@ -238,17 +354,56 @@ def test_the_command_prints_writes_and_plots(tmp_path, native, monkeypatch):
     monkeypatch.setattr(command, "_model", lambda device: MODEL)
     text = tmp_path / "text.txt"
     text.write_text(TEXT * 3)
-    call = ["eval", "--text", str(text), "-t", "niah_single", "-t", "vt", "-l", "768", "--samples", "1", "--budget", "30%", "--checkpoint", native]
-    call += ["--out", str(tmp_path / "out"), "-p", "full", "-p", "lsa", "-p", "lsa:on_miss=fallback", "-p", "oracle"]
+    call = [
+        "eval",
+        "--text",
+        str(text),
+        "-t",
+        "niah_single",
+        "-t",
+        "vt",
+        "-l",
+        "768",
+        "--samples",
+        "1",
+        "--budget",
+        "30%",
+        "--checkpoint",
+        native,
+    ]
+    call += [
+        "--out",
+        str(tmp_path / "out"),
+        "-p",
+        "full",
+        "-p",
+        "lsa",
+        "-p",
+        "lsa:on_miss=fallback",
+        "-p",
+        "oracle",
+    ]
     shown = CliRunner().invoke(app, [*call, "--plot", str(tmp_path / "plot.html")])
     assert shown.exit_code == 0, shown.output
-    assert "768 tokens: score / KV GiB" in shown.stdout and "PCIe MiB/step" in shown.stdout and "beside full" in shown.stdout and "niah_single" in shown.stdout
+    assert (
+        "768 tokens: score / KV GiB" in shown.stdout
+        and "PCIe MiB/step" in shown.stdout
+        and "beside full" in shown.stdout
+        and "niah_single" in shown.stdout
+    )
     assert "Accuracy against footprint" in (tmp_path / "plot.html").read_text()
     report = json.loads(CliRunner().invoke(app, [*call, "--json"]).stdout)
     assert report["cells"] == json.loads((tmp_path / "out" / "report.json").read_text())["cells"]
     ratios = {row["policy"]: row["kv_ratio"] for row in report["overall"]}
-    assert ratios["full"] == 1.0 and max(ratio for policy, ratio in ratios.items() if policy != "full") <= 0.32
+    assert (
+        ratios["full"] == 1.0
+        and max(ratio for policy, ratio in ratios.items() if policy != "full") <= 0.32
+    )
     table.show(report)
-    for wrong, said in ((["eval"], "--corpus"), ([*call, "-t", "niah"], "niah"), ([*call, "-p", "nope"], "nope")):
+    for wrong, said in (
+        (["eval"], "--corpus"),
+        ([*call, "-t", "niah"], "niah"),
+        ([*call, "-p", "nope"], "nope"),
+    ):
         with pytest.raises(FmsimError, match=said):
             CliRunner().invoke(app, wrong, catch_exceptions=False)

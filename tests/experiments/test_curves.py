@@ -19,21 +19,41 @@ SPECS = {
     "wide": {"policy": "lru", "budget": "256 entries", "granularity": 4},
     "h2o": {"policy": "h2o", "budget": "10%"},
     "oracle": {"policy": "oracle", "budget": "5%"},
-    "sinks": {"policy": "lsa", "budget": "20%", "recent_entries": 32},  # no checkpoint fits this trace: it cannot be replayed
+    "sinks": {
+        "policy": "lsa",
+        "budget": "20%",
+        "recent_entries": 32,
+    },  # no checkpoint fits this trace: it cannot be replayed
 }
 
 
 @pytest.fixture(scope="module")
 def ledgers():
     replayer = Replayer(make_trace())
-    found = {label: replayer.run(registry.build(spec)) for label, spec in SPECS.items() if label != "sinks"}
-    return found | {"sinks": found["h2o"].__class__(**vars(found["h2o"]) | {"policy": "lsa", "params": SPECS["sinks"] | {"policy": "lsa"}})}
+    found = {
+        label: replayer.run(registry.build(spec))
+        for label, spec in SPECS.items()
+        if label != "sinks"
+    }
+    return found | {
+        "sinks": (
+            found["h2o"].__class__(
+                **vars(found["h2o"])
+                | {
+                    "policy": "lsa",
+                    "params": SPECS["sinks"] | {"policy": "lsa"},
+                }
+            )
+        )
+    }
 
 
 @pytest.fixture(scope="module")
 def curves(ledgers):
     ticks = []
-    found = compute(make_trace(), ledgers, LAYER_MAP, lambda done, total: ticks.append((done, total)))
+    found = compute(
+        make_trace(), ledgers, LAYER_MAP, lambda done, total: ticks.append((done, total))
+    )
     assert [done for done, _ in ticks] == list(range(ticks[0][1] + 1))
     return json.loads(json.dumps(found))  # plain values
 
@@ -42,7 +62,10 @@ def test_the_one_pass_curve_passes_through_the_runs_own_points(ledgers, curves):
     for label, granularity in (("lru", "1"), ("wide", "4")):
         curve = curves["misses"]["lru"][granularity]
         at = ledgers[label].n_slots * ledgers[label].granularity
-        below, above = (bound(x for x in curve["x"] if side(x)) for bound, side in ((max, lambda x: x <= at), (min, lambda x: x >= at)))
+        below, above = (
+            bound(x for x in curve["x"] if side(x))
+            for bound, side in ((max, lambda x: x <= at), (min, lambda x: x >= at))
+        )
         low, high = (curve["y"][curve["x"].index(x)] for x in (above, below))
         assert low <= missed_share(ledgers[label], WEIGHTS) <= high
         if above == below:
@@ -72,7 +95,9 @@ def test_granularity_curves_pass_through_the_run(ledgers, curves):
     for label, share in (("lru", missed_share), ("h2o", lost_share), ("wide", missed_share)):
         curve = curves["granularity"][label]
         assert curve["x"] == list(GRANULARITIES)
-        assert curve["y"][curve["x"].index(ledgers[label].granularity)] == pytest.approx(share(ledgers[label], WEIGHTS))
+        assert curve["y"][curve["x"].index(ledgers[label].granularity)] == pytest.approx(
+            share(ledgers[label], WEIGHTS)
+        )
     assert "full" not in curves["granularity"]
 
 
@@ -84,4 +109,8 @@ def test_regret_by_layer_is_measured_against_the_bound_at_the_same_budget(ledger
     assert all(own >= bound for own, bound in zip(regret["lru"]["own"], regret["lru"]["bound"]))
     by_hand = 1 - ledgers["lru"].hit[:, 2].sum() / ledgers["lru"].accessed[:, 2].sum()
     assert regret["lru"]["own"][2] == pytest.approx(by_hand) and len(regret["lru"]["own"]) == 3
-    assert (regret["h2o"]["kind"], regret["h2o"]["bound_policy"], regret["wide"]["kind"]) == ("lost_mass", "oracle", "misses")
+    assert (regret["h2o"]["kind"], regret["h2o"]["bound_policy"], regret["wide"]["kind"]) == (
+        "lost_mass",
+        "oracle",
+        "misses",
+    )

@@ -15,7 +15,15 @@ from fmsim.trace import write
 SCENARIO = """\
 name: small
 trace: small.safetensors
-policies: [full, {policy: recency, budget: 10%}, {policy: random, budget: 10%}, lru, lfu, {policy: h2o, budget: 10%}, oracle, belady]
+policies:
+  - full
+  - {policy: recency, budget: 10%}
+  - {policy: random, budget: 10%}
+  - lru
+  - lfu
+  - {policy: h2o, budget: 10%}
+  - oracle
+  - belady
 """
 
 
@@ -37,7 +45,16 @@ def report(folder):
 
 def test_json_has_the_promised_fields(report):
     assert list(report) == ["scenario", "policies"]
-    assert [row["policy"] for row in report["policies"]] == ["full", "recency", "random", "lru", "lfu", "h2o", "oracle", "belady"]
+    assert [row["policy"] for row in report["policies"]] == [
+        "full",
+        "recency",
+        "random",
+        "lru",
+        "lfu",
+        "h2o",
+        "oracle",
+        "belady",
+    ]
     for row in report["policies"]:
         assert list(row) == FIELDS
         assert list(row["step_s"]) == ["p50", "p99"]
@@ -48,16 +65,33 @@ def test_figures_hang_together(report):
     details = report["scenario"]["details"]
     full = rows["full"]
     geometry = PRESETS["v4-flash"]
-    assert geometry.full_kv_bytes(4096) <= full["kv_hbm_bytes"] <= geometry.full_kv_bytes(4096 + 160)
-    assert (full["kv_hbm_ratio"], full["entry_recall"], full["mass_kept"], full["h2d_bytes"], full["stall_ratio"]) == (1, 1, 1, 0, 0)
+    assert (
+        geometry.full_kv_bytes(4096) <= full["kv_hbm_bytes"] <= geometry.full_kv_bytes(4096 + 160)
+    )
+    assert (
+        full["kv_hbm_ratio"],
+        full["entry_recall"],
+        full["mass_kept"],
+        full["h2d_bytes"],
+        full["stall_ratio"],
+    ) == (1, 1, 1, 0, 0)
     for name in ("full", "lru", "lfu", "belady"):
         assert details[name]["exact"] and rows[name]["mass_kept"] == 1
     for name in ("recency", "random", "h2o"):
-        assert not details[name]["exact"] and rows[name]["mass_kept"] < 1 and rows[name]["h2d_bytes"] == 0
+        assert (
+            not details[name]["exact"]
+            and rows[name]["mass_kept"] < 1
+            and rows[name]["h2d_bytes"] == 0
+        )
         assert rows[name]["kv_hbm_ratio"] == pytest.approx(0.1, abs=0.01)
         assert details[name]["gpu_kv_bytes"] < details["full"]["gpu_kv_bytes"]
-    assert 0 < rows["belady"]["h2d_bytes"] <= min(rows["lru"]["h2d_bytes"], rows["lfu"]["h2d_bytes"])
-    assert rows["lru"]["stall_ratio"] > 0 and rows["lru"]["decode_tokens_per_s"] < full["decode_tokens_per_s"]
+    assert (
+        0 < rows["belady"]["h2d_bytes"] <= min(rows["lru"]["h2d_bytes"], rows["lfu"]["h2d_bytes"])
+    )
+    assert (
+        rows["lru"]["stall_ratio"] > 0
+        and rows["lru"]["decode_tokens_per_s"] < full["decode_tokens_per_s"]
+    )
     assert rows["oracle"]["entry_recall"] > rows["random"]["entry_recall"]
 
 
@@ -72,7 +106,19 @@ def test_out_holds_ledgers_timelines_and_the_report(report, folder):
 
 
 def test_the_table_shows_every_policy_whole_even_in_a_narrow_pipe(folder):
-    done = fmsim("run", "small.yaml", "-p", "lru", "-p", "recency", "--set", "hardware=h200", "--svg", "table.svg", folder=folder)
+    done = fmsim(
+        "run",
+        "small.yaml",
+        "-p",
+        "lru",
+        "-p",
+        "recency",
+        "--set",
+        "hardware=h200",
+        "--svg",
+        "table.svg",
+        folder=folder,
+    )
     assert done.returncode == 0, done.stderr
     assert "H200" in done.stdout and "…" not in done.stdout
     assert "exact" in next(line for line in done.stdout.splitlines() if "lru" in line)
@@ -86,11 +132,17 @@ def test_the_table_shows_every_policy_whole_even_in_a_narrow_pipe(folder):
     [
         (["small.yml"], "small.yml: no such scenario file; did you mean small.yaml?"),
         (["small.yaml", "--policy", "lruu"], "no policy named 'lruu'; did you mean 'lru'?"),
-        (["small.yaml", "--set", "hardware=h10"], "--set hardware=h10: hardware: no hardware preset 'h10'; did you mean 'h100'?"),
+        (
+            ["small.yaml", "--set", "hardware=h10"],
+            "--set hardware=h10: hardware: no hardware preset 'h10'; did you mean 'h100'?",
+        ),
         (["small.yaml", "--set", "model=v4-flsh"], "did you mean 'v4-flash'?"),
         (["small.yaml", "--set", "model=v4-pro"], "v4-pro does not fit H100"),
         (["small.yaml", "--set", "batch=100000"], "GiB more than"),
-        (["small.yaml", "--set", "policies.lru.budgt=1"], "small.yaml, line 3: policies.3: policy lru: budgt"),
+        (
+            ["small.yaml", "--set", "policies.lru.budgt=1"],
+            "small.yaml, line 3: policies.3: policy lru: budgt",
+        ),
         (["small.yaml", "--set", "layer_map=[0, 1]"], "layer_map: give 21 numbers"),
         (["small.yaml", "--set", "trace=none.safetensors"], "none.safetensors: "),
         (["small.yaml", "--out", "small.yaml/x"], "--out small.yaml/x: cannot be written"),
@@ -108,16 +160,34 @@ def test_a_users_mistake_is_told_without_a_traceback(folder, arguments, says):
 
 def test_a_model_may_be_a_config_file(folder):
     config = {
-        "model_type": "deepseek_v4", "num_hidden_layers": 8, "hidden_size": 384, "compress_ratios": [0, 0, 4, 128, 4, 128, 4, 128],
-        "num_attention_heads": 6, "head_dim": 64, "qk_rope_head_dim": 16, "sliding_window": 128, "index_topk": 16, "index_n_heads": 4,
-        "index_head_dim": 32, "q_lora_rank": 192, "o_lora_rank": 160, "o_groups": 2, "n_routed_experts": 4, "num_experts_per_tok": 2,
-        "moe_intermediate_size": 160, "vocab_size": 4096,
-    }  # fmt: skip
+        "model_type": "deepseek_v4",
+        "num_hidden_layers": 8,
+        "hidden_size": 384,
+        "compress_ratios": [0, 0, 4, 128, 4, 128, 4, 128],
+        "num_attention_heads": 6,
+        "head_dim": 64,
+        "qk_rope_head_dim": 16,
+        "sliding_window": 128,
+        "index_topk": 16,
+        "index_n_heads": 4,
+        "index_head_dim": 32,
+        "q_lora_rank": 192,
+        "o_lora_rank": 160,
+        "o_groups": 2,
+        "n_routed_experts": 4,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 160,
+        "vocab_size": 4096,
+    }
     (folder / "nano").mkdir()
     (folder / "nano/config.json").write_text(json.dumps(config))
     done = fmsim("run", "small.yaml", "-p", "full", "--set", "model=nano", "--json", folder=folder)
     assert done.returncode == 0, done.stderr
-    assert json.loads(done.stdout)["scenario"]["model"] == {"name": "nano", "csa_layers": 3, "layers": 8}
+    assert json.loads(done.stdout)["scenario"]["model"] == {
+        "name": "nano",
+        "csa_layers": 3,
+        "layers": 8,
+    }
     (folder / "nano/config.json").write_text("{}")
     done = fmsim("run", "small.yaml", "--set", "model=nano", folder=folder)
     assert done.returncode == 2 and "not a usable DeepSeek-V4 config" in done.stderr
@@ -129,7 +199,11 @@ def test_policies_are_listed_and_shown():
     for name in ("full", "recency", "random", "lru", "lfu", "h2o", "lsa", "oracle", "belady"):
         assert name in listed.stdout
     shown = fmsim("policy", "show", "lsa")
-    assert "predicted_future" in shown.stdout and "threshold" in shown.stdout and "2606.09079" in shown.stdout
+    assert (
+        "predicted_future" in shown.stdout
+        and "threshold" in shown.stdout
+        and "2606.09079" in shown.stdout
+    )
 
 
 def test_nothing_loads_torch_and_help_nothing_heavy(folder):
@@ -139,6 +213,8 @@ def test_nothing_loads_torch_and_help_nothing_heavy(folder):
         (("torch", "transformers"), ["run", str(folder / "small.yaml"), "-p", "lru", "--json"]),
         (("torch", "transformers", "numpy", "simpy", "pydantic", "yaml"), ["--help"]),
     ):
-        done = subprocess.run([sys.executable, "-c", probe.format(heavy), *arguments], capture_output=True, text=True)
+        done = subprocess.run(
+            [sys.executable, "-c", probe.format(heavy), *arguments], capture_output=True, text=True
+        )
         assert done.stdout.splitlines()[-1] == "[]"
     assert "fmsim 0." in fmsim("--version").stdout

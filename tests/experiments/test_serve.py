@@ -3,8 +3,8 @@
 import json
 
 import pytest
-from made_trace import make_trace
 from command import fmsim
+from made_trace import make_trace
 
 from fmsim.trace import write
 
@@ -22,7 +22,16 @@ server:
   prefill: chunked
 """
 REQUESTS = "".join(
-    json.dumps({"timestamp": 700 * i, "input_length": 3000 + 100 * i, "output_length": 20 + i, "hash_ids": [0, i]}) + "\n" for i in range(8)
+    json.dumps(
+        {
+            "timestamp": 700 * i,
+            "input_length": 3000 + 100 * i,
+            "output_length": 20 + i,
+            "hash_ids": [0, i],
+        }
+    )
+    + "\n"
+    for i in range(8)
 )
 
 
@@ -40,7 +49,11 @@ def test_a_workload_is_served_and_the_same_again(folder):
     assert first.returncode == 0, first.stderr
     report = json.loads(first.stdout)
     assert json.loads((folder / "out/report.json").read_text()) == report
-    assert sorted(path.name for path in (folder / "out/ledgers").iterdir()) == ["full.npz", "lru.npz", "oracle.npz"]
+    assert sorted(path.name for path in (folder / "out/ledgers").iterdir()) == [
+        "full.npz",
+        "lru.npz",
+        "oracle.npz",
+    ]
     assert [row["policy"] for row in report["serving"]] == ["full", "lru", "oracle"]
     for row in report["serving"]:
         assert row["requests"] == {"arrived": 8, "finished": 8, "refused": 0}
@@ -56,7 +69,15 @@ def test_a_workload_is_served_and_the_same_again(folder):
 def test_the_table_shows_memory_policies_and_use_whole(folder):
     done = fmsim("run", "served.yaml", "-p", "lru", "--svg", "served.svg", folder=folder)
     assert done.returncode == 0, done.stderr
-    for text in ("host mirror", "why not more", "TTFT", "TPOT", "goodput", "in use over time", "simulated"):
+    for text in (
+        "host mirror",
+        "why not more",
+        "TTFT",
+        "TPOT",
+        "goodput",
+        "in use over time",
+        "simulated",
+    ):
         assert text in done.stdout
     assert "…" not in done.stdout and (folder / "served.svg").read_text().startswith("<svg")
 
@@ -71,7 +92,13 @@ def test_the_table_shows_memory_policies_and_use_whole(folder):
         ("server.prefil=done", "server.prefil: unknown key; did you mean 'prefill'?"),
         ("server.prefill=never", "server.prefill: Input should be 'done', 'chunked' or 'separate'"),
         ("workload={kind: poisson, rate_per_s: 1}", "the key 'prompt_tokens' is missing"),
-        ("workload={kind: bursts, burst: 1, every_s: 9, prompt_tokens: [9, 1], output_tokens: 5, duration_s: 1}", "workload.prompt_tokens: give a number"),
+        (
+            (
+                "workload={kind: bursts, burst: 1, every_s: 9, prompt_tokens: [9, 1],"
+                " output_tokens: 5, duration_s: 1}"
+            ),
+            "workload.prompt_tokens: give a number",
+        ),
     ],
 )
 def test_a_mistake_in_the_workload_is_told_in_one_line(folder, override, says):
@@ -81,7 +108,18 @@ def test_a_mistake_in_the_workload_is_told_in_one_line(folder, override, says):
 
 
 def test_plan_prints_walls_and_json(folder):
-    done = fmsim("plan", "served.yaml", "-c", "256K", "-p", "lru", "--hardware", "h200", "--json", folder=folder)
+    done = fmsim(
+        "plan",
+        "served.yaml",
+        "-c",
+        "256K",
+        "-p",
+        "lru",
+        "--hardware",
+        "h200",
+        "--json",
+        folder=folder,
+    )
     assert done.returncode == 0, done.stderr
     report = json.loads(done.stdout)
     found = report["plans"][0]
@@ -90,7 +128,12 @@ def test_plan_prints_walls_and_json(folder):
     assert {"GPU memory", "host memory", "PCIe", "compute"} <= set(found["walls"])
     shown = fmsim("plan", "served.yaml", "-c", "100000", "-p", "full", "-p", "lru", folder=folder)
     assert shown.returncode == 0, shown.stderr
-    for text in ("what would move it", "where KV on the host pays", "twice the GPU memory", "from batch"):
+    for text in (
+        "what would move it",
+        "where KV on the host pays",
+        "twice the GPU memory",
+        "from batch",
+    ):
         assert text in shown.stdout
 
 

@@ -1,4 +1,6 @@
-"""`fmsim sweep`: the grid's grammar, what makes a run itself, and that a killed sweep goes on where it was."""
+"""`fmsim sweep`: the grid's grammar, what makes a run itself, and that a killed sweep goes on where
+it was.
+"""
 
 import json
 import os
@@ -15,7 +17,9 @@ from fmsim.experiments.rows import RowFile
 from fmsim.experiments.sweep import Axis, left, plan
 from fmsim.trace import write
 
-SCENARIO = "name: small\ntrace: small.safetensors\npolicies: [full, lru, {policy: h2o, budget: 10%}]\n"
+SCENARIO = (
+    "name: small\ntrace: small.safetensors\npolicies: [full, lru, {policy: h2o, budget: 10%}]\n"
+)
 MAIN = [sys.executable, "-c", "from fmsim.cli import main; main()"]
 
 
@@ -29,7 +33,9 @@ def scenario(tmp_path_factory):
 
 def fmsim(*arguments):
     environment = os.environ | {"COLUMNS": "80", "OMP_NUM_THREADS": "1"}
-    return subprocess.run([*MAIN, *map(str, arguments)], capture_output=True, text=True, env=environment)
+    return subprocess.run(
+        [*MAIN, *map(str, arguments)], capture_output=True, text=True, env=environment
+    )
 
 
 def budgets(n):
@@ -47,9 +53,17 @@ def rows_of(path):
 @pytest.mark.parametrize(
     ("text", "key", "values"),
     [
-        ("policies.lsa.budget=5%,10%, 2x topk", "policies.lsa.budget", [("5%", "5%"), ("10%", "10%"), ("2x topk", "2x topk")]),
+        (
+            "policies.lsa.budget=5%,10%, 2x topk",
+            "policies.lsa.budget",
+            [("5%", "5%"), ("10%", "10%"), ("2x topk", "2x topk")],
+        ),
         ("batch=1,16", "batch", [("1", 1), ("16", 16)]),
-        ("hardware_figures.host_bytes=1e12,2.5e12", "hardware_figures.host_bytes", [("1e12", 1e12), ("2.5e12", 2.5e12)]),
+        (
+            "hardware_figures.host_bytes=1e12,2.5e12",
+            "hardware_figures.host_bytes",
+            [("1e12", 1e12), ("2.5e12", 2.5e12)],
+        ),
         ("layer_map=[0,1],[1,0]", "layer_map", [("[0,1]", "[0,1]"), ("[1,0]", "[1,0]")]),
         ("name='a,b',c", "name", [("'a,b'", "'a,b'"), ("c", "c")]),
     ],
@@ -77,9 +91,14 @@ def test_a_policys_own_key_varies_that_policy_alone(scenario):
     runs = planned(scenario, "policies.lru.budget=5%,10%,20%", "hardware=h100,h200")
     told = [(run.label, dict(run.settings)) for run in runs]
     assert len(runs) == 2 + 2 + 6 and len({run.key for run in runs}) == 10
-    assert ("full", {"hardware": "h200"}) in told and ("lru", {"policies.lru.budget": "20%", "hardware": "h100"}) in told
+    assert ("full", {"hardware": "h200"}) in told and (
+        "lru",
+        {"policies.lru.budget": "20%", "hardware": "h100"},
+    ) in told
     assert len(planned(scenario, "policies.1.budget=5%,10%")) == 1 + 2 + 1  # by place
-    assert len(planned(scenario, "policies.*.budget=5%,10%", selected=["lru", "h2o"])) == 4  # every policy
+    assert (
+        len(planned(scenario, "policies.*.budget=5%,10%", selected=["lru", "h2o"])) == 4
+    )  # every policy
 
 
 def test_a_runs_key_follows_what_its_result_depends_on(scenario, tmp_path):
@@ -103,7 +122,17 @@ def test_a_runs_key_follows_what_its_result_depends_on(scenario, tmp_path):
 
 def test_rows_hold_what_run_would_print_and_a_faster_link_stalls_less(scenario, tmp_path):
     out = tmp_path / "rows.jsonl"
-    done = fmsim("sweep", scenario, "-p", "lru", "-g", "hardware_figures.link_bytes_per_s=10e9,55.1e9,220e9", "--out", out, "--json")
+    done = fmsim(
+        "sweep",
+        scenario,
+        "-p",
+        "lru",
+        "-g",
+        "hardware_figures.link_bytes_per_s=10e9,55.1e9,220e9",
+        "--out",
+        out,
+        "--json",
+    )
     assert done.returncode == 0, done.stderr
     rows = json.loads(done.stdout)
     assert sorted(map(str, rows)) == sorted(map(str, rows_of(out)))
@@ -111,24 +140,52 @@ def test_rows_hold_what_run_would_print_and_a_faster_link_stalls_less(scenario, 
     assert stalls == sorted(stalls, reverse=True) and len(set(stalls)) == 3
     alone = json.loads(fmsim("run", scenario, "-p", "lru", "--json").stdout)["policies"][0]
     assert rows[1]["decode_tokens_per_s"] == pytest.approx(alone["decode_tokens_per_s"], rel=1e-12)
-    assert (rows[1]["kv_hbm_bytes"], rows[1]["step_s_p99"]) == (alone["kv_hbm_bytes"], pytest.approx(alone["step_s"]["p99"]))
+    assert (rows[1]["kv_hbm_bytes"], rows[1]["step_s_p99"]) == (
+        alone["kv_hbm_bytes"],
+        pytest.approx(alone["step_s"]["p99"]),
+    )
 
 
 def test_a_workload_gives_rows_of_what_the_server_did(scenario, tmp_path):
-    workload = "workload={kind: bursts, burst: 2, every_s: 10, prompt_tokens: 4096, output_tokens: [64, 200], duration_s: 10}"
-    arguments = ["-p", "lru", "--set", workload, "-g", "workload.seed=0,1", "--out", tmp_path / "rows.jsonl"]
+    workload = (
+        "workload={kind: bursts, burst: 2, every_s: 10, prompt_tokens: 4096, output_tokens: [64,"
+        " 200], duration_s: 10}"
+    )
+    arguments = [
+        "-p",
+        "lru",
+        "--set",
+        workload,
+        "-g",
+        "workload.seed=0,1",
+        "--out",
+        tmp_path / "rows.jsonl",
+    ]
     shown = fmsim("sweep", scenario, *arguments)
     assert shown.returncode == 0 and "TTFT p95" in shown.stdout, shown.stderr
     rows = json.loads(fmsim("sweep", scenario, *arguments, "--json").stdout)
-    alone = json.loads(fmsim("run", scenario, "-p", "lru", "--set", workload, "--json").stdout)["serving"][0]
-    assert [row["set.workload.seed"] for row in rows] == [0, 1] and rows[0]["tokens"] != rows[1]["tokens"]
-    assert (rows[0]["tokens"], rows[0]["ttft_s_p95"], rows[0]["requests_finished"]) == (alone["tokens"], alone["ttft_s"]["p95"], 2)
+    alone = json.loads(fmsim("run", scenario, "-p", "lru", "--set", workload, "--json").stdout)[
+        "serving"
+    ][0]
+    assert [row["set.workload.seed"] for row in rows] == [0, 1] and rows[0]["tokens"] != rows[1][
+        "tokens"
+    ]
+    assert (rows[0]["tokens"], rows[0]["ttft_s_p95"], rows[0]["requests_finished"]) == (
+        alone["tokens"],
+        alone["ttft_s"]["p95"],
+        2,
+    )
 
 
 def test_a_run_that_does_not_fit_is_a_row_too(scenario, tmp_path):
-    done = fmsim("sweep", scenario, "-p", "full", "-g", "batch=1,100000", "--out", tmp_path / "rows.jsonl")
+    done = fmsim(
+        "sweep", scenario, "-p", "full", "-g", "batch=1,100000", "--out", tmp_path / "rows.jsonl"
+    )
     assert done.returncode == 0 and "no run" in done.stdout and "GiB more than" in done.stdout
-    assert [("error" in row) for row in sorted(rows_of(tmp_path / "rows.jsonl"), key=lambda row: row["set.batch"])] == [False, True]
+    assert [
+        ("error" in row)
+        for row in sorted(rows_of(tmp_path / "rows.jsonl"), key=lambda row: row["set.batch"])
+    ] == [False, True]
 
 
 @pytest.mark.parametrize(
@@ -138,11 +195,19 @@ def test_a_run_that_does_not_fit_is_a_row_too(scenario, tmp_path):
         (["-g", "policies.lru.budgt=1,2"], "budgt"),
         (["-g", "hardware=h100,h20o"], "did you mean 'h20'?"),
         (["-g", "hardware_figures.link_byte_per_s=1"], "did you mean 'link_bytes_per_s'?"),
-        (["-g", "batch=1", "--out", "/dev/null/x.jsonl"], "--out /dev/null/x.jsonl: cannot be used"),
+        (
+            ["-g", "batch=1", "--out", "/dev/null/x.jsonl"],
+            "--out /dev/null/x.jsonl: cannot be used",
+        ),
     ],
 )
 def test_a_mistake_is_told_before_anything_runs(scenario, tmp_path, arguments, says):
-    done = fmsim("sweep", scenario, *(["--out", tmp_path / "rows.jsonl"] if "--out" not in arguments else []), *arguments)
+    done = fmsim(
+        "sweep",
+        scenario,
+        *(["--out", tmp_path / "rows.jsonl"] if "--out" not in arguments else []),
+        *arguments,
+    )
     assert done.returncode == 2 and says in done.stderr and len(done.stderr.splitlines()) == 1
     assert not (tmp_path / "rows.jsonl").exists()
 
@@ -176,7 +241,8 @@ def test_workers_end_with_a_killed_sweep(scenario, tmp_path):
         while not out.exists() or not out.read_text():
             time.sleep(0.002)
         process.send_signal(signal.SIGKILL)
-        process.stdout.read()  # its end comes when the last process that inherited the pipe has ended
+        # its end comes when the last process that inherited the pipe has ended
+        process.stdout.read()
 
 
 def test_a_file_of_something_else_is_not_touched(tmp_path):
@@ -188,7 +254,9 @@ def test_a_file_of_something_else_is_not_touched(tmp_path):
 
 
 def test_rows_in_parquet_read_back_and_grow(tmp_path):
-    parquet = pytest.importorskip("pyarrow.parquet", reason="pyarrow is not installed (extra: parquet)")
+    parquet = pytest.importorskip(
+        "pyarrow.parquet", reason="pyarrow is not installed (extra: parquet)"
+    )
     path = tmp_path / "rows.parquet"
     RowFile(path).append({"key": "a", "batch": 1})
     RowFile(path).append({"key": "b", "error": "does not fit"})
@@ -200,17 +268,46 @@ def test_rows_in_parquet_read_back_and_grow(tmp_path):
 
 
 def test_a_ray_cluster_gives_the_same_rows(scenario, tmp_path):
-    pytest.importorskip("ray", reason="ray is not installed (extra: ray; 80 MB, so not among the test extra)")
-    grid = ["sweep", scenario, "-p", "lru", "-p", "h2o", "-g", "policies.*.budget=10%,20%", "--json"]
-    on_ray, local = (fmsim(*grid, "--out", tmp_path / f"{engine}.jsonl", "--engine", engine) for engine in ("ray", "local"))
+    pytest.importorskip(
+        "ray", reason="ray is not installed (extra: ray; 80 MB, so not among the test extra)"
+    )
+    grid = [
+        "sweep",
+        scenario,
+        "-p",
+        "lru",
+        "-p",
+        "h2o",
+        "-g",
+        "policies.*.budget=10%,20%",
+        "--json",
+    ]
+    on_ray, local = (
+        fmsim(*grid, "--out", tmp_path / f"{engine}.jsonl", "--engine", engine)
+        for engine in ("ray", "local")
+    )
     assert on_ray.returncode == local.returncode == 0, on_ray.stderr
-    assert json.loads(on_ray.stdout) == json.loads(local.stdout) and len(rows_of(tmp_path / "ray.jsonl")) == 4
+    assert (
+        json.loads(on_ray.stdout) == json.loads(local.stdout)
+        and len(rows_of(tmp_path / "ray.jsonl")) == 4
+    )
 
 
 def test_without_ray_the_fix_is_told(scenario, tmp_path):
     hidden = "import sys; sys.modules['ray'] = None; from fmsim.cli import main; main()"
-    command = ["sweep", scenario, "-g", "batch=1", "--engine", "ray", "--out", tmp_path / "rows.jsonl"]
-    done = subprocess.run([sys.executable, "-c", hidden, *map(str, command)], capture_output=True, text=True)
+    command = [
+        "sweep",
+        scenario,
+        "-g",
+        "batch=1",
+        "--engine",
+        "ray",
+        "--out",
+        tmp_path / "rows.jsonl",
+    ]
+    done = subprocess.run(
+        [sys.executable, "-c", hidden, *map(str, command)], capture_output=True, text=True
+    )
     assert done.returncode == 2 and "pip install 'fmsim[ray]'" in done.stderr
 
 

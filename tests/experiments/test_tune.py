@@ -1,4 +1,6 @@
-"""`fmsim tune`: ranges from schemas and by hand, the front and the floor, and that a seed fixes the search."""
+"""`fmsim tune`: ranges from schemas and by hand, the front and the floor, and that a seed fixes the
+search.
+"""
 
 import json
 import os
@@ -9,12 +11,15 @@ import pytest
 from made_trace import make_trace
 
 from fmsim.errors import FmsimError
+from fmsim.experiments.tune import Range, Trial, Tuning, ranges_of, tune
 from fmsim.scenario import ScenarioFile
 from fmsim.trace import write
-from fmsim.experiments.tune import Range, Trial, Tuning, ranges_of, tune
 
 pytest.importorskip("optuna", reason="optuna is not installed (extra: tune)")
-SCENARIO = "name: small\ntrace: small.safetensors\npolicies: [lru, {policy: h2o, label: heavy, budget: 10%}, {policy: oracle, on_miss: fallback}]\n"
+SCENARIO = (
+    "name: small\ntrace: small.safetensors\npolicies: [lru, {policy: h2o, label: heavy, budget:"
+    " 10%}, {policy: oracle, on_miss: fallback}]\n"
+)
 
 
 @pytest.fixture(scope="module")
@@ -27,17 +32,26 @@ def scenario(tmp_path_factory):
 
 def fmsim(*arguments):
     command = [sys.executable, "-c", "from fmsim.cli import main; main()", *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    return subprocess.run(
+        command, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"}
+    )
 
 
 def test_a_schema_gives_what_it_bounds():
     ranges = {range_.name: range_ for range_ in ranges_of("lsa")}
-    assert ranges["granularity"].choices == (1, 4, 16, 64) and ranges["stale"].choices == (False, True)
+    assert ranges["granularity"].choices == (1, 4, 16, 64) and ranges["stale"].choices == (
+        False,
+        True,
+    )
     assert (ranges["budget"].low, ranges["budget"].high, ranges["budget"].unit) == (1, 50, "%")
     assert (ranges["threshold"].low, ranges["threshold"].high) == (0.01, 0.99)  # the ends are open
-    assert not {"cadence", "checkpoint", "layers", "kmax", "sink_entries"} & set(ranges)  # no bound above
+    assert not {"cadence", "checkpoint", "layers", "kmax", "sink_entries"} & set(
+        ranges
+    )  # no bound above
     assert "on_miss" not in {range_.name for range_ in ranges_of("recency")}  # one choice
-    assert not {"fallback_above", "fallback_below"} & {range_.name for range_ in ranges_of("h2o")}  # it never falls back
+    assert not {"fallback_above", "fallback_below"} & {
+        range_.name for range_ in ranges_of("h2o")
+    }  # it never falls back
 
 
 @pytest.mark.parametrize(
@@ -73,11 +87,23 @@ def test_a_wrong_range_is_told(text, says):
 
 
 def made(tokens_per_s, mass_kept, kv=1):
-    return Trial({}, {"decode_tokens_per_s": tokens_per_s, "mass_kept": mass_kept, "kv_hbm_bytes": kv}, mass_kept == 1)
+    return Trial(
+        {},
+        {"decode_tokens_per_s": tokens_per_s, "mass_kept": mass_kept, "kv_hbm_bytes": kv},
+        mass_kept == 1,
+    )
 
 
 def test_the_front_and_the_best_by_hand():
-    trials = [made(10, 0.9), made(12, 0.8), made(12, 0.85), made(9, 0.9), made(8, 1.0), made(8, 0.95), made(12, 0.85, kv=0.5)]
+    trials = [
+        made(10, 0.9),
+        made(12, 0.8),
+        made(12, 0.85),
+        made(9, 0.9),
+        made(8, 1.0),
+        made(8, 0.95),
+        made(12, 0.85, kv=0.5),
+    ]
     tuning = Tuning("lru", 0.9, trials, [])
     assert [trial.objectives for trial in tuning.front] == [(12, 0.85), (10, 0.9), (8, 1.0)]
     assert tuning.front[0].figures["kv_hbm_bytes"] == 0.5  # of equals the smaller
@@ -86,25 +112,53 @@ def test_the_front_and_the_best_by_hand():
 
 
 def test_a_search_keeps_the_floor_finds_the_fast_and_repeats_by_its_seed(scenario):
-    search = lambda seed: tune(ScenarioFile(scenario), "oracle", ranges_of("oracle", ["budget=1%..60%", "granularity"]), 12, 0.9, seed)  # noqa: E731
+    search = lambda seed: tune(
+        ScenarioFile(scenario),
+        "oracle",
+        ranges_of("oracle", ["budget=1%..60%", "granularity"]),
+        12,
+        0.9,
+        seed,
+    )
     first, again, other = search(0), search(0), search(1)
     assert first.trials == again.trials != other.trials
-    assert len({json.dumps(trial.values) for trial in first.trials}) == len(first.trials)  # a setting that comes again is not run again
+    assert len({json.dumps(trial.values) for trial in first.trials}) == len(
+        first.trials
+    )  # a setting that comes again is not run again
     assert first.best.figures["mass_kept"] >= 0.9
-    assert first.best.objectives[0] == max(t.objectives[0] for t in first.trials if t.figures["mass_kept"] >= 0.9)
+    assert first.best.objectives[0] == max(
+        t.objectives[0] for t in first.trials if t.figures["mass_kept"] >= 0.9
+    )
     for trial in first.trials:
-        assert any(f.objectives[0] >= trial.objectives[0] and f.objectives[1] >= trial.objectives[1] for f in first.front)
+        assert any(
+            f.objectives[0] >= trial.objectives[0] and f.objectives[1] >= trial.objectives[1]
+            for f in first.front
+        )
 
 
 def test_the_command_shows_the_front_and_prints_json(scenario):
-    arguments = ["tune", scenario, "-p", "heavy", "--range", "budget=5%..90%", "-n", "6", "--floor", "0.1"]
+    arguments = [
+        "tune",
+        scenario,
+        "-p",
+        "heavy",
+        "--range",
+        "budget=5%..90%",
+        "-n",
+        "6",
+        "--floor",
+        "0.1",
+    ]
     shown = fmsim(*arguments)
     assert shown.returncode == 0, shown.stderr
     assert "heavy, best" in shown.stdout and "keeps 10% of the mass" in shown.stdout
     found = json.loads(fmsim(*arguments, "--json").stdout)
     assert list(found) == ["best", "pareto", "trials", "failed"] and 1 <= len(found["trials"]) <= 6
     assert found["best"] in found["pareto"] and found["best"]["mass_kept"] >= 0.1
-    assert all(set(trial["values"]) == {"budget"} and trial["values"]["budget"].endswith("%") for trial in found["trials"])
+    assert all(
+        set(trial["values"]) == {"budget"} and trial["values"]["budget"].endswith("%")
+        for trial in found["trials"]
+    )
 
 
 @pytest.mark.parametrize(
@@ -112,9 +166,23 @@ def test_the_command_shows_the_front_and_prints_json(scenario):
     [
         (["-p", "lry"], "did you mean 'lru'?"),
         (["-p", "lru", "--range", "granularity=3,5"], "policy lru: granularity"),
-        (["-p", "lru", "--set", "batch=100000"], "none of 2 settings could run; the last: policy lru, batch 100000"),
+        (
+            ["-p", "lru", "--set", "batch=100000"],
+            "none of 2 settings could run; the last: policy lru, batch 100000",
+        ),
         (["-p", "lru", "--range", "nonsense"], "no parameter 'nonsense'"),
-        (["-p", "lru", "--set", "workload={kind: poisson, rate_per_s: 1, prompt_tokens: 64, output_tokens: 8, duration_s: 9}"], "--set workload=null"),
+        (
+            [
+                "-p",
+                "lru",
+                "--set",
+                (
+                    "workload={kind: poisson, rate_per_s: 1, prompt_tokens: 64, output_tokens: 8,"
+                    " duration_s: 9}"
+                ),
+            ],
+            "--set workload=null",
+        ),
     ],
 )
 def test_a_users_mistake_is_told_in_one_line(scenario, arguments, says):

@@ -1,4 +1,6 @@
-"""Replay and engine on one trace: the same slots at every step, and the same bytes, which are really moved."""
+"""Replay and engine on one trace: the same slots at every step, and the same bytes, which are
+really moved.
+"""
 
 import json
 from dataclasses import replace
@@ -8,24 +10,38 @@ import pytest
 pytest.importorskip("torch", reason="the engine needs fmsim[model]")
 pytest.importorskip("transformers", reason="the engine needs fmsim[model]")
 
-from made_trace import make_trace, save_indexer  # noqa: E402
-from command import fmsim  # noqa: E402
+from command import fmsim
+from made_trace import make_trace, save_indexer
 
-from fmsim.errors import FmsimError  # noqa: E402
-from fmsim.exec.decode.driven import DrivenDecode  # noqa: E402
-from fmsim.experiments.validate import validate  # noqa: E402
-from fmsim.sim.footprint import spread  # noqa: E402
-from fmsim.geometry import CSA, HCA, PRESETS, SLIDING, from_config  # noqa: E402
-from fmsim.policies import registry  # noqa: E402
-from fmsim.replay.replayer import Replayer  # noqa: E402
-from fmsim.trace import write  # noqa: E402
+from fmsim.errors import FmsimError
+from fmsim.exec.decode.driven import DrivenDecode
+from fmsim.experiments.validate import validate
+from fmsim.geometry import CSA, HCA, PRESETS, SLIDING, from_config
+from fmsim.policies import registry
+from fmsim.replay.replayer import Replayer
+from fmsim.sim.footprint import spread
+from fmsim.trace import write
 
 SMALL = {
-    "model_type": "deepseek_v4", "num_hidden_layers": 8, "hidden_size": 384, "compress_ratios": [0, 0, 4, 128, 4, 128, 4, 128],
-    "num_attention_heads": 6, "head_dim": 64, "qk_rope_head_dim": 16, "sliding_window": 128, "index_topk": 16, "index_n_heads": 4,
-    "index_head_dim": 32, "q_lora_rank": 192, "o_lora_rank": 160, "o_groups": 2, "n_routed_experts": 4, "num_experts_per_tok": 2,
-    "moe_intermediate_size": 160, "vocab_size": 4096,
-}  # fmt: skip
+    "model_type": "deepseek_v4",
+    "num_hidden_layers": 8,
+    "hidden_size": 384,
+    "compress_ratios": [0, 0, 4, 128, 4, 128, 4, 128],
+    "num_attention_heads": 6,
+    "head_dim": 64,
+    "qk_rope_head_dim": 16,
+    "sliding_window": 128,
+    "index_topk": 16,
+    "index_n_heads": 4,
+    "index_head_dim": 32,
+    "q_lora_rank": 192,
+    "o_lora_rank": 160,
+    "o_groups": 2,
+    "n_routed_experts": 4,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 160,
+    "vocab_size": 4096,
+}
 
 
 @pytest.fixture(scope="module")
@@ -42,15 +58,29 @@ POLICIES = [
     "full",
     {"policy": "recency", "budget": "10%"},
     "lru",
-    {"policy": "lru", "budget": "10 entries"},  # fewer slots than a step selects: pages pass through
+    {
+        "policy": "lru",
+        "budget": "10 entries",
+    },  # fewer slots than a step selects: pages pass through
     {"policy": "lru", "granularity": 4, "scope": "shared", "budget": "20%"},
     {"policy": "lru", "on_miss": "fallback"},
     {"policy": "h2o", "budget": "20%"},
     {"policy": "lsa", "budget": "30%", "stale": False},
     {"policy": "lsa", "budget": "60%", "granularity": 16, "on_miss": "fallback"},
     {"policy": "lsa", "budget": "30%", "scope": "per_layer", "on_miss": "fetch", "stale": False},
-    {"policy": "lsa", "budget": "300 entries", "threshold": 0.9, "stale": False},  # room for all, of which the threshold gives up some
-    {"policy": "lsa", "budget": "300 entries", "threshold": 0.9, "on_miss": "fetch", "stale": False},
+    {
+        "policy": "lsa",
+        "budget": "300 entries",
+        "threshold": 0.9,
+        "stale": False,
+    },  # room for all, of which the threshold gives up some
+    {
+        "policy": "lsa",
+        "budget": "300 entries",
+        "threshold": 0.9,
+        "on_miss": "fetch",
+        "stale": False,
+    },
     {"policy": "oracle"},
     "belady",
 ]
@@ -59,7 +89,9 @@ POLICIES = [
 @pytest.mark.parametrize("spec", POLICIES, ids=str)
 def test_both_worlds_agree_slot_for_slot_and_byte_for_byte(replayer, indexer, spec):
     name = spec if isinstance(spec, str) else spec["policy"]
-    given = ({"policy": spec} if isinstance(spec, str) else spec) | ({"checkpoint": indexer} if name == "lsa" else {})
+    given = ({"policy": spec} if isinstance(spec, str) else spec) | (
+        {"checkpoint": indexer} if name == "lsa" else {}
+    )
     geometry = from_config(SMALL, "small")
     [check] = validate([("it", lambda: registry.build(given))], replayer, geometry, spread(3, 3))
     assert check.identical, check
@@ -73,12 +105,23 @@ def test_the_published_geometry_moves_its_own_bytes(replayer):
     assert check.identical and check.engine_bytes == check.engine_pages * 584 > 0
 
 
-def test_index_keys_move_with_their_entries_in_the_layers_that_the_indexer_does_not_score(replayer, indexer):
+def test_index_keys_move_with_their_entries_in_the_layers_that_the_indexer_does_not_score(
+    replayer, indexer
+):
     flash = replace(PRESETS["v4-flash"], layer_types=(SLIDING, CSA, HCA, CSA, CSA, CSA, CSA))
     for on_miss, key_layers in (("mask", 5 - 3), ("fetch", 0)):
-        spec = {"policy": "lsa", "checkpoint": indexer, "budget": "30%", "stale": False, "on_miss": on_miss}
-        [check] = validate([("lsa", lambda: registry.build(spec))], replayer, flash, spread(3, 5))  # noqa: B023
-        assert check.identical and check.engine_bytes == check.engine_pages // 5 * (5 * 584 + key_layers * 132) > 0
+        spec = {
+            "policy": "lsa",
+            "checkpoint": indexer,
+            "budget": "30%",
+            "stale": False,
+            "on_miss": on_miss,
+        }
+        [check] = validate([("lsa", lambda: registry.build(spec))], replayer, flash, spread(3, 5))
+        assert (
+            check.identical
+            and check.engine_bytes == check.engine_pages // 5 * (5 * 584 + key_layers * 132) > 0
+        )
 
 
 def test_a_wrong_byte_and_a_wrong_decision_are_found(replayer):
@@ -88,7 +131,9 @@ def test_a_wrong_byte_and_a_wrong_decision_are_found(replayer):
     with pytest.raises(FmsimError, match="differs from the mirror"):
         decode.run()
     specs = iter(["lru", "lfu"])
-    [check] = validate([("it", lambda: registry.build(next(specs)))], replayer, geometry, spread(3, 3))
+    [check] = validate(
+        [("it", lambda: registry.build(next(specs)))], replayer, geometry, spread(3, 3)
+    )
     assert not check.identical and check.first_difference is not None
 
 
@@ -96,7 +141,9 @@ def test_the_command_shows_both_worlds_and_never_in_one_column(tmp_path):
     write(tmp_path / "small.safetensors", make_trace(prompt_tokens=800, n_steps=20))
     (tmp_path / "nano").mkdir()
     (tmp_path / "nano/config.json").write_text(json.dumps(SMALL))
-    (tmp_path / "small.yaml").write_text("name: small\ntrace: small.safetensors\nmodel: nano\npolicies: [full, lru]\n")
+    (tmp_path / "small.yaml").write_text(
+        "name: small\ntrace: small.safetensors\nmodel: nano\npolicies: [full, lru]\n"
+    )
     done = fmsim("validate", "small.yaml", "--json", folder=tmp_path)
     assert done.returncode == 0, done.stderr
     rows = json.loads(done.stdout)["policies"]
@@ -109,17 +156,43 @@ def test_the_command_shows_both_worlds_and_never_in_one_column(tmp_path):
 def test_whole_steps_are_timed_with_random_weights(tmp_path):
     """The published entries and keys, so heads of 512 and keys of 128; the rest small."""
     write(tmp_path / "small.safetensors", make_trace(prompt_tokens=800, n_steps=12))
-    fields = {"compress_ratios": [0, 4, 128, 4, 4], "num_hidden_layers": 5, "hidden_size": 64, "num_attention_heads": 2, "head_dim": 512, "qk_rope_head_dim": 64}
-    fields |= {"index_n_heads": 2, "index_head_dim": 128, "q_lora_rank": 16, "o_lora_rank": 16, "moe_intermediate_size": 16, "vocab_size": 128, "n_routed_experts": 8}
+    fields = {
+        "compress_ratios": [0, 4, 128, 4, 4],
+        "num_hidden_layers": 5,
+        "hidden_size": 64,
+        "num_attention_heads": 2,
+        "head_dim": 512,
+        "qk_rope_head_dim": 64,
+    }
+    fields |= {
+        "index_n_heads": 2,
+        "index_head_dim": 128,
+        "q_lora_rank": 16,
+        "o_lora_rank": 16,
+        "moe_intermediate_size": 16,
+        "vocab_size": 128,
+        "n_routed_experts": 8,
+    }
     (tmp_path / "config.json").write_text(json.dumps(SMALL | fields))
-    (tmp_path / "small.yaml").write_text("name: small\ntrace: small.safetensors\nmodel: .\nbatch: 2\npolicies: [full, {policy: lru, budget: 20 entries}]\n")
-    done = fmsim("validate", "small.yaml", "--whole-steps", "--device", "cpu", "--json", folder=tmp_path)
+    (tmp_path / "small.yaml").write_text(
+        "name: small\ntrace: small.safetensors\nmodel: .\nbatch: 2\npolicies: [full, {policy: lru,"
+        " budget: 20 entries}]\n"
+    )
+    done = fmsim(
+        "validate", "small.yaml", "--whole-steps", "--device", "cpu", "--json", folder=tmp_path
+    )
     assert done.returncode == 0, done.stderr
     report = json.loads(done.stdout)
-    assert report["scenario"]["whole_steps"] and "8 experts a layer" in report["scenario"]["notes"][0]
+    assert (
+        report["scenario"]["whole_steps"] and "8 experts a layer" in report["scenario"]["notes"][0]
+    )
     for row in report["policies"]:
         assert row["identical"] and row["measured_tokens_per_s"] > 0
-        assert row["step_error"] == pytest.approx(row["simulated_step_p50_s"] / row["measured_step_p50_s"] - 1)
+        assert row["step_error"] == pytest.approx(
+            row["simulated_step_p50_s"] / row["measured_step_p50_s"] - 1
+        )
         assert 0 <= row["modelled_kv_bytes"] - row["predicted_kv_bytes"] <= 64 * (584 + 3 * 132)
-    shown = fmsim("validate", "small.yaml", "-p", "full", "--whole-steps", "--device", "cpu", folder=tmp_path)
+    shown = fmsim(
+        "validate", "small.yaml", "-p", "full", "--whole-steps", "--device", "cpu", folder=tmp_path
+    )
     assert "differs" in shown.stdout and "tokens/s" in shown.stdout

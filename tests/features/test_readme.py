@@ -9,12 +9,18 @@ CI = (ROOT / ".ci/run").read_text().splitlines()
 
 
 def commands():
-    return [line for block in re.findall(r"```bash\n(.*?)```", README, re.DOTALL) for line in block.splitlines()]
+    return [
+        line
+        for block in re.findall(r"```bash\n(.*?)```", README, re.DOTALL)
+        for line in block.splitlines()
+    ]
 
 
 def test_ci_runs_the_readmes_test_command_and_its_scenario():
     tests = [line for line in commands() if "pytest" in line]
-    scenario = [line for line in commands() if line.startswith("python3.11") and "fmsim run" in line]
+    scenario = [
+        line for line in commands() if line.startswith("python3.11") and "fmsim run" in line
+    ]
     assert len(tests) == len(scenario) == 1
     assert tests[0] in CI
     assert scenario[0].split(" && ")[-1] in CI

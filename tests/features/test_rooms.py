@@ -23,8 +23,21 @@ FORBIDDEN = {
     "metrics.py": ("fmsim.policies", "fmsim.exec", "fmsim.sim.decode"),
     "stack_distance.py": ("fmsim.hw", "fmsim.sim.decode", "fmsim.exec"),
     "curves.py": ("fmsim.hw", "fmsim.sim.decode", "fmsim.exec"),
-    "results.py": ("fmsim.policies", "fmsim.hw", "fmsim.replay.replayer", "fmsim.exec", "fmsim.trace"),
-    "rows.py": ("fmsim.policies", "fmsim.hw", "fmsim.replay.replayer", "fmsim.experiments.run", "fmsim.exec", "fmsim.trace"),
+    "results.py": (
+        "fmsim.policies",
+        "fmsim.hw",
+        "fmsim.replay.replayer",
+        "fmsim.exec",
+        "fmsim.trace",
+    ),
+    "rows.py": (
+        "fmsim.policies",
+        "fmsim.hw",
+        "fmsim.replay.replayer",
+        "fmsim.experiments.run",
+        "fmsim.exec",
+        "fmsim.trace",
+    ),
     "sweep.py": ("fmsim.exec", "fmsim.report"),
     "tune.py": ("fmsim.exec", "fmsim.report"),
     "serve": ("fmsim.exec", "fmsim.report"),
@@ -34,7 +47,14 @@ FORBIDDEN = {
     "serve/plan.py": ("fmsim.policies", "fmsim.replay.replayer", "fmsim.trace"),
     "indexer": ("fmsim.hw", "fmsim.sim.decode", "fmsim.exec"),
     "exec": ("fmsim.sim.decode",),
-    "exec/kernels": ("fmsim.sim.decode", "fmsim.policies", "fmsim.replay.residency", "fmsim.hw", "fmsim.exec.model.deepseek_v4", "fmsim.exec.decode.session"),
+    "exec/kernels": (
+        "fmsim.sim.decode",
+        "fmsim.policies",
+        "fmsim.replay.residency",
+        "fmsim.hw",
+        "fmsim.exec.model.deepseek_v4",
+        "fmsim.exec.decode.session",
+    ),
     "tasks": ("fmsim.policies", "fmsim.hw", "fmsim.exec", "fmsim.replay.replayer", "fmsim.trace"),
     "accuracy": ("fmsim.report",),
     "accuracy/summary.py": ("fmsim.exec", "fmsim.policies"),
@@ -67,12 +87,18 @@ def test_a_room_knows_only_what_it_may(room):
     assert paths
     for path in paths:
         for name in imported(path):
-            assert not name.startswith(FORBIDDEN[room]), f"{path.relative_to(PACKAGE)} imports {name}"
+            assert not name.startswith(FORBIDDEN[room]), (
+                f"{path.relative_to(PACKAGE)} imports {name}"
+            )
 
 
 def test_torch_stays_in_its_rooms():
     for path in PACKAGE.rglob("*.py"):
         room = str(path.relative_to(PACKAGE))
         if not room.startswith(TORCH_ROOMS):
-            heavy = {name for name in imported(path, top_level_only=True) if name.split(".")[0] in ("torch", "transformers")}
+            heavy = {
+                name
+                for name in imported(path, top_level_only=True)
+                if name.split(".")[0] in ("torch", "transformers")
+            }
             assert not heavy, f"{room} imports {heavy}"

@@ -9,7 +9,8 @@ from fmsim.geometry import CSA, HCA, PRESETS, from_config
 GIB = 2**30
 FLASH = PRESETS["v4-flash"]
 
-# FlashMemory (arXiv 2606.09079): mean context in K tokens (K = 1024), full-cache footprint per request in GiB
+# FlashMemory (arXiv 2606.09079): mean context in K tokens (K = 1024), full-cache footprint per
+# request in GiB
 PUBLISHED = [
     ("LongBench-v2 S", 46, 0.17),
     ("LongBench-v2 M", 179, 0.65),
@@ -42,7 +43,9 @@ def test_layers_of_v4_pro():
     assert pro.layer_types[:4] == (HCA, HCA, CSA, HCA)
 
 
-@pytest.mark.parametrize(("name", "total_b", "active_b"), [("v4-flash", 284, 13), ("v4-pro", 1600, 49)])
+@pytest.mark.parametrize(
+    ("name", "total_b", "active_b"), [("v4-flash", 284, 13), ("v4-pro", 1600, 49)]
+)
 def test_parameters_match_the_model_cards(name, total_b, active_b):
     geometry = PRESETS[name]
     total = geometry.expert_parameters + geometry.shared_parameters
@@ -54,16 +57,33 @@ def test_flops_at_512k_follow_the_published_formula():
     tokens = 512 * 1024
     scoring = 131_072 * 21 * 64 * (2 * 128 + 2)
     hca = 20 * (tokens // 128) * 64 * 512 * 4
-    assert FLASH.flops_per_token(tokens, tokens // 4) == pytest.approx(26.5e9 + 1.41e9 + scoring + hca, rel=0.03)
+    assert FLASH.flops_per_token(tokens, tokens // 4) == pytest.approx(
+        26.5e9 + 1.41e9 + scoring + hca, rel=0.03
+    )
 
 
 def test_a_transformers_config_gives_the_same_geometry():
     config = {
-        "model_type": "deepseek_v4", "num_hidden_layers": 3, "layer_types": ["sliding_attention", CSA, HCA], "hidden_size": 384,
-        "compress_rates": {CSA: 4, HCA: 128}, "num_attention_heads": 6, "head_dim": 64, "partial_rotary_factor": 0.25,
-        "sliding_window": 128, "index_topk": 64, "index_n_heads": 4, "index_head_dim": 32, "q_lora_rank": 192, "o_lora_rank": 160,
-        "o_groups": 2, "n_routed_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 160, "vocab_size": 4096,
-    }  # fmt: skip
+        "model_type": "deepseek_v4",
+        "num_hidden_layers": 3,
+        "layer_types": ["sliding_attention", CSA, HCA],
+        "hidden_size": 384,
+        "compress_rates": {CSA: 4, HCA: 128},
+        "num_attention_heads": 6,
+        "head_dim": 64,
+        "partial_rotary_factor": 0.25,
+        "sliding_window": 128,
+        "index_topk": 64,
+        "index_n_heads": 4,
+        "index_head_dim": 32,
+        "q_lora_rank": 192,
+        "o_lora_rank": 160,
+        "o_groups": 2,
+        "n_routed_experts": 4,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 160,
+        "vocab_size": 4096,
+    }
     nano = from_config(config)
     assert (nano.kv_entry_bytes, nano.index_key_bytes) == (48 + 2 * 16 + 8, 36)
     assert nano.full_kv_bytes(1024) == 256 * (88 + 36) + 8 * 88
@@ -81,11 +101,24 @@ def test_a_transformers_config_gives_the_same_geometry():
 )
 def test_a_wrong_config_is_refused_by_name(change, says):
     config = {
-        "model_type": "deepseek_v4", "num_hidden_layers": 3, "compress_ratios": [0, 4, 128], "hidden_size": 64, "head_dim": 64,
-        "num_attention_heads": 2, "sliding_window": 128, "index_topk": 64, "index_n_heads": 4, "index_head_dim": 32,
-        "q_lora_rank": 32, "o_lora_rank": 32, "o_groups": 2, "n_routed_experts": 4, "num_experts_per_tok": 2,
-        "moe_intermediate_size": 64, "vocab_size": 256,
-    }  # fmt: skip
+        "model_type": "deepseek_v4",
+        "num_hidden_layers": 3,
+        "compress_ratios": [0, 4, 128],
+        "hidden_size": 64,
+        "head_dim": 64,
+        "num_attention_heads": 2,
+        "sliding_window": 128,
+        "index_topk": 64,
+        "index_n_heads": 4,
+        "index_head_dim": 32,
+        "q_lora_rank": 32,
+        "o_lora_rank": 32,
+        "o_groups": 2,
+        "n_routed_experts": 4,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 64,
+        "vocab_size": 256,
+    }
     from_config(config)
     with pytest.raises(ValueError, match=says):
         from_config(config | change)
@@ -94,6 +127,8 @@ def test_a_wrong_config_is_refused_by_name(change, says):
 @given(tokens=st.integers(0, 2_000_000), more=st.integers(0, 10_000))
 def test_everything_resident_is_the_full_cache_and_its_windows(tokens, more):
     pairs = FLASH.n_csa * FLASH.csa_entries(tokens)
-    assert FLASH.gpu_kv_bytes(tokens, pairs, pairs) == FLASH.full_kv_bytes(tokens) + FLASH.window_bytes
+    assert (
+        FLASH.gpu_kv_bytes(tokens, pairs, pairs) == FLASH.full_kv_bytes(tokens) + FLASH.window_bytes
+    )
     assert FLASH.full_kv_bytes(tokens + more) >= FLASH.full_kv_bytes(tokens)
     assert FLASH.host_kv_bytes(tokens) <= FLASH.full_kv_bytes(tokens)

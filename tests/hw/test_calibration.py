@@ -1,4 +1,6 @@
-"""Calibration: what it writes is what the simulator reads; without a GPU it says so; and its measuring runs, at sizes that mean nothing, on a CPU."""
+"""Calibration: what it writes is what the simulator reads; without a GPU it says so; and its
+measuring runs, at sizes that mean nothing, on a CPU.
+"""
 
 import pytest
 import torch
@@ -9,19 +11,30 @@ from fmsim.cli.hw import app
 from fmsim.errors import FmsimError
 from fmsim.geometry import PRESETS
 from fmsim.hw.calibration import Calibration, Timing, write_preset
-from fmsim.sim.transfer_cost import GatherCurve
-from fmsim.sim.step_cost import step_costs
 from fmsim.hw.spec import load_hardware
+from fmsim.sim.step_cost import step_costs
+from fmsim.sim.transfer_cost import GatherCurve
 
 
 def given(**changes) -> Calibration:
     h100 = load_hardware("h100")
     fields = dict(
-        device="Some GPU", software="torch 2.11", date="2026-01-01", weights="bf16 weights", hbm_bytes=80e9, reserve_bytes=1e9, host_bytes=128e9, copy_bytes_per_s=2.99e12,
-        matmul_flops=779e12, link_bytes_per_s=55.1e9, graph_launch_s=1.5e-6, host_launch_s=5e-6,
-        gathers={37_376: {384: 46e9, 96: 37e9}, 584: {4096: 26e9, 32_768: 42e9}}, kernels={"v4-flash": h100.kernels["v4-flash"]},
+        device="Some GPU",
+        software="torch 2.11",
+        date="2026-01-01",
+        weights="bf16 weights",
+        hbm_bytes=80e9,
+        reserve_bytes=1e9,
+        host_bytes=128e9,
+        copy_bytes_per_s=2.99e12,
+        matmul_flops=779e12,
+        link_bytes_per_s=55.1e9,
+        graph_launch_s=1.5e-6,
+        host_launch_s=5e-6,
+        gathers={37_376: {384: 46e9, 96: 37e9}, 584: {4096: 26e9, 32_768: 42e9}},
+        kernels={"v4-flash": h100.kernels["v4-flash"]},
         timings=(Timing(kernel="top-k", shape="1 x 8,192", n_bytes=34_816, seconds=1e-5),),
-    )  # fmt: skip
+    )
     return Calibration(**fields | changes)
 
 
@@ -29,13 +42,25 @@ def test_what_is_written_is_read(tmp_path):
     calibration = given()
     written = write_preset(calibration, tmp_path / "new" / "mine.yaml")
     assert [path.name for path in written] == ["mine.yaml", "mine-link.yaml", "mine-kernels.json"]
-    assert sorted(path.name for path in (tmp_path / "new").iterdir()) == sorted(path.name for path in written)
+    assert sorted(path.name for path in (tmp_path / "new").iterdir()) == sorted(
+        path.name for path in written
+    )
     hw = load_hardware("new/mine.yaml", tmp_path)
     assert (hw.name, hw.title, hw.n_gpus) == ("mine", "Some GPU", 1)
-    assert (hw.hbm_bytes.value, hw.hbm_bytes_per_s.value, hw.matmul_flops.value) == (80e9, 2.99e12, 779e12)
+    assert (hw.hbm_bytes.value, hw.hbm_bytes_per_s.value, hw.matmul_flops.value) == (
+        80e9,
+        2.99e12,
+        779e12,
+    )
     assert (hw.link.bandwidth_bytes_per_s.value, hw.kernels) == (55.1e9, calibration.kernels)
-    assert {gather.row_bytes: gather.bytes_per_s for gather in hw.link.gathers} == calibration.gathers
-    assert "2026-01-01" in hw.hbm_bytes.source and "bf16 weights" in hw.kernel_source and "1.50 us" in hw.kernel_source
+    assert {
+        gather.row_bytes: gather.bytes_per_s for gather in hw.link.gathers
+    } == calibration.gathers
+    assert (
+        "2026-01-01" in hw.hbm_bytes.source
+        and "bf16 weights" in hw.kernel_source
+        and "1.50 us" in hw.kernel_source
+    )
     assert Calibration.model_validate_json(written[2].read_text()) == calibration
 
 
@@ -44,8 +69,13 @@ def test_a_simulation_computes_with_it(tmp_path):
     hw, h100 = load_hardware("mine.yaml", tmp_path), load_hardware("h100")
     assert GatherCurve(hw.link).seconds(584, 584 * 4096) == pytest.approx(584 * 4096 / 26e9)
     tokens = torch.tensor([8192.0, 131_072.0]).numpy()
-    mine, theirs = (step_costs(which, PRESETS["v4-flash"], 1, tokens, tokens / 4) for which in (hw, h100))
-    assert mine.csa_s.tolist() == theirs.csa_s.tolist() and mine.rest_s.tolist() == theirs.rest_s.tolist()
+    mine, theirs = (
+        step_costs(which, PRESETS["v4-flash"], 1, tokens, tokens / 4) for which in (hw, h100)
+    )
+    assert (
+        mine.csa_s.tolist() == theirs.csa_s.tolist()
+        and mine.rest_s.tolist() == theirs.rest_s.tolist()
+    )
 
 
 @pytest.mark.parametrize(
@@ -79,7 +109,9 @@ def test_presets_are_listed():
     assert result.exit_code == 0 and "h100" in result.output and "55" in result.output
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU is here, so the command would measure it")
+@pytest.mark.skipif(
+    torch.cuda.is_available(), reason="a GPU is here, so the command would measure it"
+)
 def test_without_a_gpu_it_says_so(tmp_path):
     result = CliRunner().invoke(app, ["calibrate", "--out", str(tmp_path / "mine.yaml")])
     assert isinstance(result.exception, FmsimError) and "no CUDA device" in str(result.exception)
@@ -88,23 +120,37 @@ def test_without_a_gpu_it_says_so(tmp_path):
 
 @pytest.mark.parametrize("float8", [False, True])
 def test_the_measuring_runs(tmp_path, float8):
-    """nano's modules on this processor: the figures mean nothing, but the whole path from clock to preset is walked."""
-    from fmsim.exec.measure.calibrate import Sizes, measure
+    """nano's modules on this processor: the figures mean nothing, but the whole path from clock to
+    preset is walked.
+    """
     from fmsim.exec.kernels.layout import plain
+    from fmsim.exec.measure.calibrate import Sizes, measure
     from fmsim.exec.model.synthetic import QUANTISED
     from fmsim.nano.config import nano_config
 
     sizes = Sizes(
-        contexts=(256, 512), batches=(1, 2), crowd=(2, 512), gathers={8: (2, 4), 584: (2, 4)}, kernel_shapes=((1, 128),),
-        copy_bytes=2**16, link_bytes=2**12, host_bytes=2**14, matmul=16,
-    )  # fmt: skip
+        contexts=(256, 512),
+        batches=(1, 2),
+        crowd=(2, 512),
+        gathers={8: (2, 4), 584: (2, 4)},
+        kernel_shapes=((1, 128),),
+        copy_bytes=2**16,
+        link_bytes=2**12,
+        host_bytes=2**14,
+        matmul=16,
+    )
     lines: list[str] = []
     layouts = plain(torch.bfloat16, 64), plain(torch.bfloat16, 32)
     config = nano_config()
     if float8:
         config.quantization_config = QUANTISED
     calibration = measure(PRESETS["v4-flash"], config, layouts, "cpu", sizes, 0, lines.append)
-    assert {timing.kernel for timing in calibration.timings} == {"index scores", "top-k", "sparse attention", "memory scores"}
+    assert {timing.kernel for timing in calibration.timings} == {
+        "index scores",
+        "top-k",
+        "sparse attention",
+        "memory scores",
+    }
     assert calibration.kernels["v4-flash"].csa_context_ms.keys() == {256, 512} and len(lines) > 20
     assert ("float8" in calibration.weights) == float8
     write_preset(calibration, tmp_path / "cpu.yaml")

@@ -1,4 +1,6 @@
-"""The link conserves bytes, never exceeds its bandwidth and shares it fairly; pools say what is short."""
+"""The link conserves bytes, never exceeds its bandwidth and shares it fairly; pools say what is
+short.
+"""
 
 import pytest
 import simpy
@@ -12,7 +14,10 @@ from fmsim.hw.memory import FairLink, MemorySystem
 
 
 def run(bandwidth, transfers):
-    """transfers: (start_s, bytes, limit). Returns the end of each, the link, and the total rate after every start."""
+    """transfers: (start_s, bytes, limit).
+
+    Returns the end of each, the link, and the total rate after every start.
+    """
     env = simpy.Environment()
     link = FairLink(env, bandwidth)
     ends, totals = [None] * len(transfers), []
@@ -35,7 +40,9 @@ FREE = float("inf")
 
 
 def test_transfers_end_late_in_a_long_run():
-    """At 10^7 s the clock's resolution is 2 ns, in which a fast link moves many bytes: no end may wait for less than that."""
+    """At 10^7 s the clock's resolution is 2 ns, in which a fast link moves many bytes: no end may
+    wait for less than that.
+    """
     transfers = [(1e7 + i * 1e-7, 3000.0 + i, FREE) for i in range(40)]
     ends, link, _ = run(55.1e9, transfers)
     assert all(end is not None for end in ends) and link.idle
@@ -48,8 +55,14 @@ def test_transfers_end_late_in_a_long_run():
         ([(0, 100, FREE)], [10]),
         ([(0, 100, 5)], [20]),  # its own limit binds
         ([(0, 100, FREE), (0, 100, FREE)], [20, 20]),
-        ([(0, 100, FREE), (5, 100, FREE)], [15, 20]),  # 50 alone, then 50 at half speed; the second then alone
-        ([(0, 100, FREE), (0, 20, 2)], [12, 10]),  # the limited one leaves 8 of 10 to the other: 80, then 20 alone
+        (
+            [(0, 100, FREE), (5, 100, FREE)],
+            [15, 20],
+        ),  # 50 alone, then 50 at half speed; the second then alone
+        (
+            [(0, 100, FREE), (0, 20, 2)],
+            [12, 10],
+        ),  # the limited one leaves 8 of 10 to the other: 80, then 20 alone
         ([(0, 30, FREE), (0, 60, FREE), (0, 90, FREE)], [9, 15, 18]),
         ([(0, 0, FREE)], [0]),
     ],
@@ -58,7 +71,9 @@ def test_fair_sharing_in_worked_cases(transfers, ends):
     assert run(10, transfers)[0] == pytest.approx(ends)
 
 
-TRANSFER = st.tuples(st.floats(0, 50), st.floats(0, 1e4), st.one_of(st.just(FREE), st.floats(0.1, 200)))
+TRANSFER = st.tuples(
+    st.floats(0, 50), st.floats(0, 1e4), st.one_of(st.just(FREE), st.floats(0.1, 200))
+)
 
 
 @given(bandwidth=st.floats(0.5, 500), transfers=st.lists(TRANSFER, min_size=1, max_size=8))

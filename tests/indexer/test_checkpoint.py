@@ -13,7 +13,9 @@ from fmsim.indexer.checkpoint import Checkpoint
 from fmsim.indexer.scorer import PUBLISHED, LayerWeights, ScorerConfig, Yarn
 
 
-def published_tensors(layers=(10, 12, 20), hidden=12, rank=6, heads=3, head_dim=4) -> dict[str, np.ndarray]:
+def published_tensors(
+    layers=(10, 12, 20), hidden=12, rank=6, heads=3, head_dim=4
+) -> dict[str, np.ndarray]:
     random = np.random.default_rng(0)
     shapes = {
         "wq_a.weight": (rank, hidden),
@@ -36,7 +38,9 @@ def test_a_published_checkpoint_is_written_back_unchanged(tmp_path, metadata):
     assert found.config == PUBLISHED and found.threshold is None
     assert (found.hidden_size, found.head_dim, found.layers[10].heads) == (12, 4, 3)
     checkpoint.save(found, tmp_path / "ours.safetensors")
-    assert (tmp_path / "ours.safetensors").read_bytes() == (tmp_path / "theirs.safetensors").read_bytes()
+    assert (tmp_path / "ours.safetensors").read_bytes() == (
+        tmp_path / "theirs.safetensors"
+    ).read_bytes()
 
 
 def test_pt_holds_the_same_and_its_rotations_are_ignored(tmp_path):
@@ -53,7 +57,9 @@ def test_pt_holds_the_same_and_its_rotations_are_ignored(tmp_path):
 @pytest.mark.parametrize("layers", [(0,), (10, 12, 20), (6, 8, 10, 12, 14, 16, 18, 20)])
 def test_any_layers_and_widths_go_from_pt_to_safetensors_and_back(tmp_path, layers):
     tensors = published_tensors(layers, hidden=20, rank=7, heads=5, head_dim=8)
-    wider = published_tensors(layers[-1:], hidden=20, rank=9, heads=3, head_dim=8)  # heads and rank may differ by layer
+    wider = published_tensors(
+        layers[-1:], hidden=20, rank=9, heads=3, head_dim=8
+    )  # heads and rank may differ by layer
     tensors |= wider
     save_file(tensors, tmp_path / "theirs.safetensors")
     run = CliRunner()
@@ -62,13 +68,23 @@ def test_any_layers_and_widths_go_from_pt_to_safetensors_and_back(tmp_path, laye
         assert done.exit_code == 0 and "3 heads x 8, rank 9" in done.output, done.output
     state = torch.load(tmp_path / "a.pt", weights_only=True)
     assert state.keys() == tensors.keys()
-    assert all(np.array_equal(state[key].numpy().view(np.int32), tensors[key].view(np.int32)) for key in tensors)
-    assert (tmp_path / "ours.safetensors").read_bytes() == (tmp_path / "theirs.safetensors").read_bytes()
+    assert all(
+        np.array_equal(state[key].numpy().view(np.int32), tensors[key].view(np.int32))
+        for key in tensors
+    )
+    assert (tmp_path / "ours.safetensors").read_bytes() == (
+        tmp_path / "theirs.safetensors"
+    ).read_bytes()
 
 
 def test_a_pt_does_not_take_what_it_cannot_hold(tmp_path):
-    weights = {0: LayerWeights(*(np.zeros(shape, np.float32) for shape in ((5, 7), (5,), (8, 5), (2, 7))))}
-    for unlike in (Checkpoint(weights, PUBLISHED, threshold=0.6), Checkpoint(weights, ScorerConfig(2, 1e4))):
+    weights = {
+        0: LayerWeights(*(np.zeros(shape, np.float32) for shape in ((5, 7), (5,), (8, 5), (2, 7))))
+    }
+    for unlike in (
+        Checkpoint(weights, PUBLISHED, threshold=0.6),
+        Checkpoint(weights, ScorerConfig(2, 1e4)),
+    ):
         with pytest.raises(FmsimError, match="safetensors"):
             checkpoint.save(unlike, tmp_path / "a.pt")
     with pytest.raises(FmsimError, match="a.bin"):
@@ -90,12 +106,19 @@ def test_pt_is_loaded_as_weights_only(tmp_path, capsys):
 def test_our_header_survives(tmp_path):
     random = np.random.default_rng(1)
     shapes = ((5, 7), (5,), (8, 5), (2, 7))
-    weights = {layer: LayerWeights(*(random.standard_normal(shape).astype(np.float32) for shape in shapes)) for layer in (0, 3)}
+    weights = {
+        layer: LayerWeights(*(random.standard_normal(shape).astype(np.float32) for shape in shapes))
+        for layer in (0, 3)
+    }
     config = ScorerConfig(2, 1e4, Yarn(4.0, 512), hadamard=True, norm_eps=1e-5)
     checkpoint.save(Checkpoint(weights, config, 0.37, {"seed": 5}), tmp_path / "a.safetensors")
     found = checkpoint.load(tmp_path / "a.safetensors")
     assert (found.config, found.threshold, found.training) == (config, 0.37, {"seed": 5})
-    assert all(np.array_equal(x, y) for layer in (0, 3) for x, y in zip(found.layers[layer], weights[layer], strict=True))
+    assert all(
+        np.array_equal(x, y)
+        for layer in (0, 3)
+        for x, y in zip(found.layers[layer], weights[layer], strict=True)
+    )
 
 
 def drop(key):
@@ -108,8 +131,18 @@ def drop(key):
         (lambda tensors: tensors.clear(), "no retrievers"),
         (drop("retrievers.l12.wq_b.weight"), r"l12 lacks wq_b\.weight"),
         (lambda tensors: tensors.update(other=np.zeros(3, np.float32)), "'other' is not"),
-        (lambda tensors: tensors.update({"retrievers.l10.q_norm_weight": np.zeros(6, np.float16)}), "float16"),
-        (lambda tensors: tensors.update({"retrievers.l10.q_norm_weight": np.zeros(7, np.float32)}), "do not fit together"),
+        (
+            lambda tensors: tensors.update(
+                {"retrievers.l10.q_norm_weight": np.zeros(6, np.float16)}
+            ),
+            "float16",
+        ),
+        (
+            lambda tensors: tensors.update(
+                {"retrievers.l10.q_norm_weight": np.zeros(7, np.float32)}
+            ),
+            "do not fit together",
+        ),
         (lambda tensors: tensors.update(published_tensors((12,), hidden=8)), "other widths"),
     ],
 )
@@ -130,15 +163,25 @@ def test_missing_truncated_and_foreign_files(tmp_path):
     path.write_bytes(path.read_bytes()[:-9])
     with pytest.raises(FmsimError, match="not a readable"):
         checkpoint.load(path)
-    save_file(published_tensors(), path, metadata={checkpoint.METADATA_KEY: json.dumps({"scorer": {"rope": 3}})})
+    save_file(
+        published_tensors(),
+        path,
+        metadata={checkpoint.METADATA_KEY: json.dumps({"scorer": {"rope": 3}})},
+    )
     with pytest.raises(FmsimError, match="metadata"):
         checkpoint.load(path)
 
 
 def test_misfits_are_named():
-    weights = {2: LayerWeights(*(np.zeros(shape, np.float32) for shape in ((5, 7), (5,), (8, 5), (2, 7))))}
+    weights = {
+        2: LayerWeights(*(np.zeros(shape, np.float32) for shape in ((5, 7), (5,), (8, 5), (2, 7))))
+    }
     found = Checkpoint(weights, PUBLISHED)
     found.check_fits(range(3), 7, 4, "t.safetensors")
-    for misfit, message in ((((0, 1), 7, 4), "CSA layers"), (((1, 2), 8, 4), "hidden_size"), (((2,), 7, 5), "head_dim")):
+    for misfit, message in (
+        (((0, 1), 7, 4), "CSA layers"),
+        (((1, 2), 8, 4), "hidden_size"),
+        (((2,), 7, 5), "head_dim"),
+    ):
         with pytest.raises(FmsimError, match=message):
             found.check_fits(*misfit, "t.safetensors")

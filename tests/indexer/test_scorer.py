@@ -1,4 +1,6 @@
-"""The memory indexer's two renderings, against the formula written out entry by entry in float64."""
+"""The memory indexer's two renderings, against the formula written out entry by entry in
+float64.
+"""
 
 import math
 
@@ -31,7 +33,9 @@ def formula(weights: LayerWeights, config: ScorerConfig, hidden, position: int, 
             even, odd = query[at], query[at + 1]
             query[at] = even * math.cos(angle) - odd * math.sin(angle)
             query[at + 1] = even * math.sin(angle) + odd * math.cos(angle)
-        if config.hadamard:  # Sylvester order: entry (i, j) is -1 to the number of ones shared by i and j
+        if (
+            config.hadamard
+        ):  # Sylvester order: entry (i, j) is -1 to the number of ones shared by i and j
             signs = [[(-1) ** bin(i & j).count("1") for j in range(size)] for i in range(size)]
             query = np.array(signs) @ query / math.sqrt(size)
         weight = weights_proj[head] @ hidden / math.sqrt(heads * size)
@@ -44,7 +48,9 @@ def frequency(config: ScorerConfig, pair: int) -> float:
     if config.yarn is None:
         return plain
     bounds = [
-        config.rope_dims * math.log(config.yarn.original_tokens / (turns * 2 * math.pi)) / (2 * math.log(config.rope_theta))
+        config.rope_dims
+        * math.log(config.yarn.original_tokens / (turns * 2 * math.pi))
+        / (2 * math.log(config.rope_theta))
         for turns in (config.yarn.beta_fast, config.yarn.beta_slow)
     ]
     low, high = max(math.floor(bounds[0]), 0), min(math.ceil(bounds[1]), config.rope_dims - 1)
@@ -62,39 +68,61 @@ def frequency(config: ScorerConfig, pair: int) -> float:
     position=st.integers(0, 1_000_000),
     seed=st.integers(0, 99),
 )
-def test_both_renderings_equal_the_formula(heads, head_dim, rope_dims, hadamard, yarn, position, seed):
+def test_both_renderings_equal_the_formula(
+    heads, head_dim, rope_dims, hadamard, yarn, position, seed
+):
     config = ScorerConfig(rope_dims, 160_000.0, yarn, hadamard)
     torch.manual_seed(seed)
-    model = MemoryIndexer([0, 2], hidden_size=12, heads=heads, head_dim=head_dim, rank=6, config=config)
+    model = MemoryIndexer(
+        [0, 2], hidden_size=12, heads=heads, head_dim=head_dim, rank=6, config=config
+    )
     torch.nn.init.normal_(model.retrievers["l2"].q_norm_weight)
     random = np.random.default_rng(seed)
     hidden = random.standard_normal((3, 12)).astype(np.float32)
     keys = random.standard_normal((3, 20, head_dim)).astype(np.float32)
     weights = model.weights()
-    expected = np.stack([formula(weights[layer], config, hidden[layer], position, keys[layer]) for layer in (0, 2)])
+    expected = np.stack(
+        [formula(weights[layer], config, hidden[layer], position, keys[layer]) for layer in (0, 2)]
+    )
     tolerance = 1e-5 * max(1.0, float(np.abs(expected).max()))
-    plain = scorer.layer_logits([weights[0], weights[2]], config, hidden[[0, 2]], position, keys[[0, 2]])
+    plain = scorer.layer_logits(
+        [weights[0], weights[2]], config, hidden[[0, 2]], position, keys[[0, 2]]
+    )
     assert plain.dtype == np.float32
     np.testing.assert_allclose(plain, expected, atol=tolerance)
     with torch.no_grad():
         rotation = tuple(map(torch.from_numpy, scorer.rotation(config, np.array([position]))))
-        trained = model(torch.from_numpy(hidden[[0, 2]])[None], rotation, torch.from_numpy(keys[[0, 2]]))
+        trained = model(
+            torch.from_numpy(hidden[[0, 2]])[None], rotation, torch.from_numpy(keys[[0, 2]])
+        )
     np.testing.assert_allclose(trained[:, 0], expected, atol=tolerance)
 
 
 @pytest.mark.parametrize("position", [0, 3, 65_536, 1_000_003])
 def test_a_published_scorer_on_float8_keys_equals_the_formula(tmp_path, position):
-    """DeepSeek-V4's rotation (YaRN), Hadamard and 132-byte keys, weights through a checkpoint file, entries through float8."""
+    """DeepSeek-V4's rotation (YaRN), Hadamard and 132-byte keys, weights through a checkpoint file,
+    entries through float8.
+    """
     random = np.random.default_rng(position)
     shapes = ((32, 64), (32,), (6 * 128, 32), (6, 64))
-    weights = {layer: LayerWeights(*(random.standard_normal(shape).astype(np.float32) for shape in shapes)) for layer in (10, 20)}
+    weights = {
+        layer: LayerWeights(*(random.standard_normal(shape).astype(np.float32) for shape in shapes))
+        for layer in (10, 20)
+    }
     checkpoint.save(checkpoint.Checkpoint(weights, PUBLISHED), tmp_path / "published.safetensors")
     loaded = checkpoint.load(tmp_path / "published.safetensors")
     codes = float8.encode(random.standard_normal((2, 30, 128)) * 100)
     scales = random.uniform(1e-3, 2e-2, (2, 30)).astype(np.float32)
-    exact = torch.from_numpy(codes).view(torch.float8_e4m3fn).double().numpy() * scales[..., None].astype(np.float64)
+    exact = torch.from_numpy(codes).view(torch.float8_e4m3fn).double().numpy() * scales[
+        ..., None
+    ].astype(np.float64)
     hidden = torch.from_numpy(random.standard_normal((2, 64))).bfloat16().float().numpy()
-    expected = np.stack([formula(weights[layer], PUBLISHED, hidden[n], position, exact[n]) for n, layer in enumerate((10, 20))])
+    expected = np.stack(
+        [
+            formula(weights[layer], PUBLISHED, hidden[n], position, exact[n])
+            for n, layer in enumerate((10, 20))
+        ]
+    )
     keys = float8.decode(codes) * scales[..., None]
     found = scorer.layer_logits(list(loaded.layers.values()), loaded.config, hidden, position, keys)
     np.testing.assert_allclose(found, expected, atol=2e-5 * np.abs(expected).max())
@@ -106,12 +134,19 @@ def test_torch_arrays_and_many_blocks_give_the_same(monkeypatch):
     shapes = ((6, 12), (6,), (24, 6), (3, 12))
     weights = LayerWeights(*(random.standard_normal(shape).astype(np.float32) for shape in shapes))
     config = ScorerConfig(4, 160_000.0, hadamard=True)
-    hidden, keys = random.standard_normal((1, 12)).astype(np.float32), random.standard_normal((1, 37, 8)).astype(np.float32)
+    hidden, keys = (
+        random.standard_normal((1, 12)).astype(np.float32),
+        random.standard_normal((1, 37, 8)).astype(np.float32),
+    )
     whole = scorer.layer_logits([weights], config, hidden, 77, keys)
     monkeypatch.setattr(scorer, "ENTRIES_PER_BLOCK", 10)
-    np.testing.assert_allclose(scorer.layer_logits([weights], config, hidden, 77, keys), whole, rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(
+        scorer.layer_logits([weights], config, hidden, 77, keys), whole, rtol=1e-5, atol=1e-6
+    )
     as_torch = LayerWeights(*(torch.from_numpy(part) for part in weights))
-    scored = scorer.layer_logits([as_torch], config, torch.from_numpy(hidden), 77, torch.from_numpy(keys))
+    scored = scorer.layer_logits(
+        [as_torch], config, torch.from_numpy(hidden), 77, torch.from_numpy(keys)
+    )
     np.testing.assert_allclose(scored.numpy(), whole, rtol=1e-5, atol=1e-6)
     assert scorer.layer_logits([weights], config, hidden, 77, keys[:, :0]).shape == (1, 0)
 
@@ -133,8 +168,16 @@ def test_combinations():
 def test_config_from_a_trace_header():
     plain = {"rope_dims": 16, "compress_rope": {"rope_type": "default", "rope_theta": 160_000.0}}
     assert ScorerConfig.from_geometry(plain) == ScorerConfig(16, 160_000.0)
-    yarn = {"rope_type": "yarn", "rope_theta": 160_000.0, "factor": 16, "original_max_position_embeddings": 65_536}
-    assert ScorerConfig.from_geometry({"rope_dims": 64, "compress_rope": yarn, "index_hadamard": True}) == PUBLISHED
+    yarn = {
+        "rope_type": "yarn",
+        "rope_theta": 160_000.0,
+        "factor": 16,
+        "original_max_position_embeddings": 65_536,
+    }
+    assert (
+        ScorerConfig.from_geometry({"rope_dims": 64, "compress_rope": yarn, "index_hadamard": True})
+        == PUBLISHED
+    )
     unknown = plain | {"compress_rope": {"rope_type": "x", "rope_theta": 1}}
     for broken, message in (({"rope_dims": 16}, "compress_rope"), (unknown, "'x'")):
         with pytest.raises(FmsimError, match=message):

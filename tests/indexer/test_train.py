@@ -19,26 +19,36 @@ READOUT = np.random.default_rng(99).standard_normal((LAYERS, HEAD_DIM, HIDDEN)) 
 
 
 def constructed(seed: int) -> Windows:
-    """A query's positives are the 5% of keys nearest to what its hidden state of layer 0 or 1 points at."""
+    """A query's positives are the 5% of keys nearest to what its hidden state of layer 0 or 1
+    points at.
+    """
     random = np.random.default_rng(seed)
     keys = random.standard_normal((LAYERS, ENTRIES, HEAD_DIM)).astype(np.float32)
     pointed = random.standard_normal((QUERIES, LAYERS, HEAD_DIM))
     pointed[..., -CONFIG.rope_dims :] = 0.0  # what the rotation does not touch
     hidden = np.einsum("wld,ldh->wlh", pointed, READOUT).astype(np.float32)
-    hidden[..., 0] = 1.0  # without a bias, the head weights need a constant to be positive for a query and its opposite
+    hidden[..., 0] = (
+        # without a bias, the head weights need a constant to be positive for a query and its
+        # opposite
+        1.0
+    )
     entries = np.linspace(ENTRIES // 2, ENTRIES, QUERIES).astype(np.int64)
     golden = np.zeros((QUERIES, ENTRIES), dtype=bool)
     for query, seen in enumerate(entries):
         for layer in range(LAYERS):
             near = keys[layer, :seen] @ pointed[query, layer]
             golden[query, np.argsort(-near)[: seen // 40]] = True
-    return Windows(f"made {seed}", 4 * entries - 1, entries, hidden, keys, golden, golden.astype(np.float32))
+    return Windows(
+        f"made {seed}", 4 * entries - 1, entries, hidden, keys, golden, golden.astype(np.float32)
+    )
 
 
 def shuffled(windows: Windows, seed: int) -> Windows:
     golden = np.zeros_like(windows.golden)
     for query, seen in enumerate(windows.entries):
-        golden[query, :seen] = np.random.default_rng([seed, query]).permutation(windows.golden[query, :seen])
+        golden[query, :seen] = np.random.default_rng([seed, query]).permutation(
+            windows.golden[query, :seen]
+        )
     return windows._replace(golden=golden, mass=golden.astype(np.float32))
 
 
@@ -51,7 +61,9 @@ def test_it_learns_what_can_be_learnt(loss, reached):
     seen = []
     trained = train(TRAINING, HELD_OUT, CONFIG, replace(OPTIONS, loss=loss), report=seen.append)
     assert seen[-1].loss < 0.85 * seen[0].loss
-    assert max(progress.recall[1] for progress in seen) == pytest.approx(trained.training["recall"]["0.1"], abs=0.02)
+    assert max(progress.recall[1] for progress in seen) == pytest.approx(
+        trained.training["recall"]["0.1"], abs=0.02
+    )
     assert trained.training["recall"]["0.1"] > reached
 
 
@@ -72,14 +84,22 @@ def test_a_seed_decides_the_weights_and_the_threshold_keeps_its_share(tmp_path):
     shares = []
     for query, seen in enumerate(held_out.entries):
         keys, position = held_out.keys[:, :seen], int(held_out.positions[query])
-        logits = scorer.layer_logits(list(loaded.layers.values()), CONFIG, held_out.hidden[query], position, keys)
+        logits = scorer.layer_logits(
+            list(loaded.layers.values()), CONFIG, held_out.hidden[query], position, keys
+        )
         shares.append((scorer.combine(logits, "max") >= scorer.logit(loaded.threshold)).mean())
     assert np.mean(shares) == pytest.approx(0.2, abs=0.01)
 
 
 def test_it_stops_when_held_out_recall_no_longer_grows():
     seen = []
-    train(TRAINING[:2], HELD_OUT, CONFIG, replace(OPTIONS, steps=5000, evaluate_every=10, patience=2), report=seen.append)
+    train(
+        TRAINING[:2],
+        HELD_OUT,
+        CONFIG,
+        replace(OPTIONS, steps=5000, evaluate_every=10, patience=2),
+        report=seen.append,
+    )
     best = max(range(len(seen)), key=lambda place: seen[place].merit)
     assert len(seen) == best + 3
 
@@ -95,11 +115,19 @@ def test_an_interrupted_run_goes_on_as_if_it_had_not_been(tmp_path):
     with pytest.raises(KeyboardInterrupt):
         train(TRAINING[:3], HELD_OUT, CONFIG, options, report=interrupt, state=state)
     seen = []
-    resumed = train(TRAINING[:3], HELD_OUT, CONFIG, options, report=seen.append, state=state, resume=True)
+    resumed = train(
+        TRAINING[:3], HELD_OUT, CONFIG, options, report=seen.append, state=state, resume=True
+    )
     assert [progress.step for progress in seen] == [60] and not state.exists()
-    assert resumed.threshold == whole.threshold and resumed.training["recall"] == whole.training["recall"]
+    assert (
+        resumed.threshold == whole.threshold
+        and resumed.training["recall"] == whole.training["recall"]
+    )
     for layer in whole.layers:
-        assert all(np.array_equal(a, b) for a, b in zip(resumed.layers[layer], whole.layers[layer], strict=True))
+        assert all(
+            np.array_equal(a, b)
+            for a, b in zip(resumed.layers[layer], whole.layers[layer], strict=True)
+        )
 
 
 def test_only_a_run_of_the_same_traces_and_options_is_resumed(tmp_path):
@@ -124,6 +152,8 @@ def test_nothing_to_learn_from_and_unlike_traces_are_errors():
     barren = HELD_OUT[0]._replace(golden=np.zeros_like(HELD_OUT[0].golden))
     with pytest.raises(FmsimError, match="golden"):
         train(TRAINING, [barren], CONFIG, OPTIONS)
-    wider = HELD_OUT[0]._replace(hidden=np.zeros((QUERIES, LAYERS, 20), np.float32), name="wide.safetensors")
+    wider = HELD_OUT[0]._replace(
+        hidden=np.zeros((QUERIES, LAYERS, 20), np.float32), name="wide.safetensors"
+    )
     with pytest.raises(FmsimError, match="wide.safetensors"):
         train([TRAINING[0], wider], HELD_OUT, CONFIG, OPTIONS)

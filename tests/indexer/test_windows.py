@@ -18,9 +18,13 @@ from fmsim.trace.format import ModelInfo, Trace, TraceHeader
 
 LAYERS, TOPK, HIDDEN, HEAD_DIM, TAU = 2, 3, 6, 4, 8
 GEOMETRY = {
-    "csa_layers": [2, 4], "index_topk": TOPK, "hidden_size": HIDDEN, "index_head_dim": HEAD_DIM,
-    "rope_dims": 2, "compress_rope": {"rope_type": "default", "rope_theta": 160_000.0},
-}  # fmt: skip
+    "csa_layers": [2, 4],
+    "index_topk": TOPK,
+    "hidden_size": HIDDEN,
+    "index_head_dim": HEAD_DIM,
+    "rope_dims": 2,
+    "compress_rope": {"rope_type": "default", "rope_theta": 160_000.0},
+}
 
 
 def small_trace(seed: int = 0, prompt_tokens: int = 42, steps: int = 20) -> Trace:
@@ -33,28 +37,49 @@ def small_trace(seed: int = 0, prompt_tokens: int = 42, steps: int = 20) -> Trac
     entries = (prompt_tokens + steps) // 4
     codes, scales = float8.quantise(random.standard_normal((LAYERS, entries, HEAD_DIM)))
     header = TraceHeader(
-        geometry=GEOMETRY, model=ModelInfo(name="made by hand", dtype="float32"), source="deepseek_v4", prompt_kind="needles",
-        prompt_tokens=prompt_tokens, seed=seed, tau=TAU, device="cpu", created="2026-01-01T00:00:00Z",
-    )  # fmt: skip
+        geometry=GEOMETRY,
+        model=ModelInfo(name="made by hand", dtype="float32"),
+        source="deepseek_v4",
+        prompt_kind="needles",
+        prompt_tokens=prompt_tokens,
+        seed=seed,
+        tau=TAU,
+        device="cpu",
+        created="2026-01-01T00:00:00Z",
+    )
     hidden = random.standard_normal((-(-steps // TAU), LAYERS, HIDDEN)).astype(np.float32)
     return Trace(
-        header, ids, mass[..., :TOPK], mass[..., TOPK], mass[..., TOPK + 1],
-        np.zeros(prompt_tokens + steps, np.int32), np.ones(steps, bool), hidden, codes, scales,
-    )  # fmt: skip
+        header,
+        ids,
+        mass[..., :TOPK],
+        mass[..., TOPK],
+        mass[..., TOPK + 1],
+        np.zeros(prompt_tokens + steps, np.int32),
+        np.ones(steps, bool),
+        hidden,
+        codes,
+        scales,
+    )
 
 
 def test_queries_stand_before_their_windows_and_labels_follow_them():
     trace = small_trace()
-    windows = read_windows(trace, "small", LabelRule(head_share=1e-9))  # golden: the heaviest entry of each list
+    windows = read_windows(
+        trace, "small", LabelRule(head_share=1e-9)
+    )  # golden: the heaviest entry of each list
     assert windows.positions.tolist() == [41, 49, 57]
     assert windows.entries.tolist() == [10, 12, 14]
     assert windows.keys.shape == (LAYERS, 14, HEAD_DIM)
-    np.testing.assert_allclose(windows.keys, float8.decode(trace.index_keys[:, :14]) * trace.index_key_scales[..., None])
+    np.testing.assert_allclose(
+        windows.keys, float8.decode(trace.index_keys[:, :14]) * trace.index_key_scales[..., None]
+    )
     for window, seen in enumerate(windows.entries):
         steps = slice(TAU * window, TAU * (window + 1))
         ids, mass = trace.entry_ids[steps], trace.mass[steps]
         heaviest = np.take_along_axis(ids, mass.argmax(-1, keepdims=True), -1)
-        assert np.flatnonzero(windows.golden[window]).tolist() == sorted({entry for entry in heaviest.flat if entry < seen})
+        assert np.flatnonzero(windows.golden[window]).tolist() == sorted(
+            {entry for entry in heaviest.flat if entry < seen}
+        )
         assert windows.mass[window].sum() == pytest.approx(mass[ids < seen].sum(), rel=1e-5)
     longer = read_windows(trace, "small", LabelRule(head_share=1e-9, horizon_steps=2 * TAU))
     expected = windows.golden[0] | (windows.golden[1] & (np.arange(14) < 10))
@@ -63,7 +88,9 @@ def test_queries_stand_before_their_windows_and_labels_follow_them():
 
 @pytest.mark.parametrize("missing", ["hidden", "index_keys"])
 def test_a_trace_without_states_or_keys_is_refused(missing):
-    with pytest.raises(FmsimError, match=f"old.safetensors: this deepseek_v4 trace holds no {missing}"):
+    with pytest.raises(
+        FmsimError, match=f"old.safetensors: this deepseek_v4 trace holds no {missing}"
+    ):
         read_windows(replace(small_trace(), **{missing: None}), "old.safetensors", LabelRule())
 
 
@@ -77,8 +104,23 @@ def files(tmp_path):
 
 def test_train_then_eval_from_the_command_line(files, tmp_path):
     out = str(tmp_path / "indexer.safetensors")
-    options = ["--heads", "2", "--rank", "4", "--steps", "4", "--evaluate-every", "2", "--device", "cpu", "--kept-share", "0.3"]
-    trained = CliRunner().invoke(app, ["train", *files[:2], "--held-out", files[2], "--out", out, *options])
+    options = [
+        "--heads",
+        "2",
+        "--rank",
+        "4",
+        "--steps",
+        "4",
+        "--evaluate-every",
+        "2",
+        "--device",
+        "cpu",
+        "--kept-share",
+        "0.3",
+    ]
+    trained = CliRunner().invoke(
+        app, ["train", *files[:2], "--held-out", files[2], "--out", out, *options]
+    )
     assert trained.exit_code == 0, trained.output
     assert "step     4" in trained.output and "peak memory" in trained.output
     found = checkpoint.load(out)
@@ -87,7 +129,12 @@ def test_train_then_eval_from_the_command_line(files, tmp_path):
     table = CliRunner().invoke(app, ["eval", out, files[2]])
     assert table.exit_code == 0 and "golden entries recalled" in table.output
     plot = tmp_path / "plots" / "recall.html"
-    assert CliRunner().invoke(app, ["eval", out, files[2], "--native", out, "--plot", str(plot)]).exit_code == 0
+    assert (
+        CliRunner()
+        .invoke(app, ["eval", out, files[2], "--native", out, "--plot", str(plot)])
+        .exit_code
+        == 0
+    )
     assert "native, held" in plot.read_text() and "attention mass kept" in plot.read_text()
     numbers = json.loads(CliRunner().invoke(app, ["eval", out, files[2], "--json"]).stdout)
     assert numbers["threshold"]["kept_share"] == pytest.approx(0.3, abs=0.06)

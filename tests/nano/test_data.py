@@ -1,4 +1,7 @@
-"""nano's text, tokenizer, woven tasks and batches. The corpus here is made up; the tokenizer is the committed one."""
+"""nano's text, tokenizer, woven tasks and batches.
+
+The corpus here is made up; the tokenizer is the committed one.
+"""
 
 import re
 import struct
@@ -10,24 +13,34 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fmsim.errors import FmsimError
-from fmsim.nano.training import batches
-from fmsim.nano.training import extract
-from fmsim.nano import weaving
-from fmsim.nano import prompts, tokens, words
+from fmsim.nano import prompts, tokens, weaving, words
 from fmsim.nano import tokenizer as bpe
 from fmsim.nano import wording as say
-from fmsim.nano.training.corpus import Document, is_english, is_held_out, read_documents, write_documents
+from fmsim.nano.training import batches, extract
+from fmsim.nano.training.corpus import (
+    Document,
+    is_english,
+    is_held_out,
+    read_documents,
+    write_documents,
+)
 
-SUBJECTS = "The engine,A clerk,My neighbour,This table,Her letter,The kernel,Some index,One page".split(",")
-VERBS = "reads,forgets,moves,keeps,returns,measures,opens,describes".split(",")
-OBJECTS = "the old house.,a long list.,every line of it.,his coat.,two of them.,the cache.,nothing at all.,a garden.".split(",")
+SUBJECTS = (
+    ["The engine", "A clerk", "My neighbour", "This table", "Her letter", "The kernel", "Some index", "One page"]
+)
+VERBS = ["reads", "forgets", "moves", "keeps", "returns", "measures", "opens", "describes"]
+OBJECTS = (
+    ["the old house.", "a long list.", "every line of it.", "his coat.", "two of them.", "the cache.", "nothing at all.", "a garden."]
+)
 
 
 def made_up_text(seed: int, sentences: int) -> str:
     rng = np.random.default_rng(seed)
     picks = rng.integers(8, size=(sentences, 3))
     numbers = rng.integers(1000, size=sentences)
-    return " ".join(f"{SUBJECTS[a]} {VERBS[b]} {OBJECTS[c]} {n}\n" for (a, b, c), n in zip(picks, numbers))
+    return " ".join(
+        f"{SUBJECTS[a]} {VERBS[b]} {OBJECTS[c]} {n}\n" for (a, b, c), n in zip(picks, numbers)
+    )
 
 
 @pytest.fixture(scope="module")
@@ -51,14 +64,18 @@ def values_told(before: str, key: str) -> list[str]:
 def expected_answer(before: str) -> str:
     """Read the text up to an answer as a person would, and answer."""
     *earlier, question = re.split(r"\nQuestion: |\nUser: (?=What is my)", before)
-    told = "\n".join(re.sub(r"^[^\n]*\? Answer:[^\n]*\n", "", part) for part in earlier)  # without answers already given
+    told = "\n".join(
+        re.sub(r"^[^\n]*\? Answer:[^\n]*\n", "", part) for part in earlier
+    )  # without answers already given
     if found := re.match(r"What is the magic number for (.+?)\?", question):
         return values_told(told, found[1])[0] + "."
     if found := re.match(r"What are all the magic numbers for (.+?)\?", question):
         return ", ".join(values_told(told, found[1])) + "."
     if found := re.match(r"What are the magic numbers for (.+?)\?", question):
         keys = re.split(r", | and ", found[1])
-        sentences = " ".join(f"The magic number for {key} is {values_told(told, key)[0]}." for key in keys)
+        sentences = " ".join(
+            f"The magic number for {key} is {values_told(told, key)[0]}." for key in keys
+        )
         return sentences.removeprefix(f"The magic number for {keys[0]} is ")
     if found := re.match(r"Which variables have the value (\d+)\?", question):
         chain = re.findall(rf"VAR ([A-Z]+) = {found[1]}\.", told)[:1]
@@ -75,7 +92,9 @@ def expected_answer(before: str) -> str:
 def test_every_answer_is_where_the_mask_says_and_follows_from_earlier_text(corpus, kind, length):
     checked = 0
     for seed in range(4):
-        sample = weaving.pack_sequence(np.random.default_rng(seed), length, corpus, mixture=weaving.Mixture({kind: 1.0}))
+        sample = weaving.pack_sequence(
+            np.random.default_rng(seed), length, corpus, mixture=weaving.Mixture({kind: 1.0})
+        )
         assert len(sample.tokens) == len(sample.answer) == length and sample.tokens[0] == bpe.BOS_ID
         for start, end in answer_spans(sample.answer):
             before = decoded(sample.tokens[:start])
@@ -98,7 +117,10 @@ def test_dense_sequences_carry_the_recipe(corpus):
 
 def test_text_between_the_inserts_is_the_corpus_unchanged(corpus):
     rng = np.random.default_rng(5)
-    told = [say.fact(rng, place, *item) for place, item in zip((0.2, 0.7), [([500], [18, 19, 20, 21]), ([501], [22, 23, 24, 25])])]
+    told = [
+        say.fact(rng, place, *item)
+        for place, item in zip((0.2, 0.7), [([500], [18, 19, 20, 21]), ([501], [22, 23, 24, 25])])
+    ]
     woven = weaving.weave(rng, corpus, 2000, told)
     plain = woven.tokens[1:].tolist()
     for item in told:
@@ -111,13 +133,22 @@ def test_text_between_the_inserts_is_the_corpus_unchanged(corpus):
 
 @pytest.mark.parametrize("mixture", list(weaving.MIXTURES))
 def test_a_seed_gives_one_sequence(corpus, mixture):
-    first, again, other = (weaving.pack_sequence(np.random.default_rng(s), 1024, corpus, mixture=mixture) for s in (1, 1, 2))
-    assert all(np.array_equal(getattr(first, part), getattr(again, part)) for part in ("tokens", "answer", "positions"))
+    first, again, other = (
+        weaving.pack_sequence(np.random.default_rng(s), 1024, corpus, mixture=mixture)
+        for s in (1, 1, 2)
+    )
+    assert all(
+        np.array_equal(getattr(first, part), getattr(again, part))
+        for part in ("tokens", "answer", "positions")
+    )
     assert not np.array_equal(first.tokens, other.tokens)
 
 
 def test_batches_do_not_depend_on_the_workers(corpus):
-    streams = [iter(batches.stream_batches(corpus, 512, 2, "all", seed=3, start=s, workers=w)) for s, w in ((0, 0), (0, 2), (2, 0))]
+    streams = [
+        iter(batches.stream_batches(corpus, 512, 2, "all", seed=3, start=s, workers=w))
+        for s, w in ((0, 0), (0, 2), (2, 0))
+    ]
     alone = [next(streams[0]) for _ in range(4)]
     shared = [next(streams[1]) for _ in range(4)]
     resumed = [next(streams[2]) for _ in range(2)]
@@ -146,7 +177,10 @@ def test_positions_rise_and_jump_by_whole_blocks_between_blocks(seed, length, sp
 
 
 def test_skipping_mixtures_reach_far(corpus):
-    samples = [weaving.pack_sequence(np.random.default_rng(s), 1024, corpus, mixture="all_skipping") for s in range(40)]
+    samples = [
+        weaving.pack_sequence(np.random.default_rng(s), 1024, corpus, mixture="all_skipping")
+        for s in range(40)
+    ]
     ends = np.array([sample.positions[-1] for sample in samples])
     assert (ends == 1023).any() and ends.max() > 400_000 and ends.max() < 786_432
 
@@ -156,7 +190,9 @@ def test_training_and_evaluation_share_no_word_and_no_name():
     for part in ("nouns", "adjectives", "names"):
         ours, theirs = ({tuple(item) for item in getattr(w, part)} for w in (train, evaluation))
         assert len(ours) > 500 and len(theirs) > 200 and not ours & theirs
-    assert not {w for listed in words.load(False).values() for w in listed} & {w for listed in words.load(True).values() for w in listed}
+    assert not {w for listed in words.load(False).values() for w in listed} & {
+        w for listed in words.load(True).values() for w in listed
+    }
 
 
 @pytest.mark.parametrize("kind", list(prompts.TASKS))
@@ -165,9 +201,18 @@ def test_prompts_have_the_length_asked_and_hold_their_answer(corpus, kind, lengt
     for seed in range(3):
         prompt = prompts.evaluation_prompt(kind, length, np.random.default_rng(seed), corpus)
         assert len(prompt.tokens) == length
-        assert prompts.score(prompt.references, prompt.answer) == 1.0 and prompts.exact(prompt.answer, [*prompt.answer, 7])
+        assert prompts.score(prompt.references, prompt.answer) == 1.0 and prompts.exact(
+            prompt.answer, [*prompt.answer, 7]
+        )
         if kind == "early_text":
-            assert len(weaving._finds(prompt.tokens[:-12], np.concatenate([prompt.tokens[-12:], prompt.answer]))) == 1
+            assert (
+                len(
+                    weaving._finds(
+                        prompt.tokens[:-12], np.concatenate([prompt.tokens[-12:], prompt.answer])
+                    )
+                )
+                == 1
+            )
         else:
             assert decoded(prompt.answer) == expected_answer(decoded(prompt.tokens))
 
@@ -176,14 +221,20 @@ def test_prompts_have_the_length_asked_and_hold_their_answer(corpus, kind, lengt
 def test_depth_places_the_needle(corpus, depth):
     prompt = prompts.evaluation_prompt("single", 2000, np.random.default_rng(1), corpus, depth)
     text = decoded(prompt.tokens)
-    assert text.index(prompt.references[0]) / text.rindex("\nQuestion") == pytest.approx(depth, abs=0.06)
+    assert text.index(prompt.references[0]) / text.rindex("\nQuestion") == pytest.approx(
+        depth, abs=0.06
+    )
 
 
 def test_score_is_the_share_of_references_and_exact_is_strict():
     generated = bpe.load().encode(" 123, 456 and VAR abcde").ids
     assert prompts.score(["123", "999"], generated) == 0.5
     assert prompts.score(["ABCDE"], generated) == 1.0
-    assert not prompts.exact([5, 6], [5, 7]) and not prompts.exact([5, 6], [5]) and prompts.exact([5, 6], [5, 6, 7])
+    assert (
+        not prompts.exact([5, 6], [5, 7])
+        and not prompts.exact([5, 6], [5])
+        and prompts.exact([5, 6], [5, 6, 7])
+    )
 
 
 @pytest.mark.parametrize("kind", list(prompts.STREAMS))
@@ -203,7 +254,9 @@ def test_streams_ask_only_what_was_told(corpus, kind):
 
 
 def test_continuation_stream_is_unbroken_text(corpus):
-    stream = prompts.decode_stream("continuation", 1000, np.random.default_rng(0), corpus, steps=300)
+    stream = prompts.decode_stream(
+        "continuation", 1000, np.random.default_rng(0), corpus, steps=300
+    )
     run = np.concatenate([stream.prompt[1:], np.array(stream.turns[0].forced, np.uint16)])
     assert len(weaving._finds(np.concatenate([corpus.tokens] * 2), run)) >= 1
 
@@ -222,10 +275,21 @@ def test_each_digit_is_a_token(number):
 
 def test_woven_questions_are_what_the_tokenizer_would_give():
     rng, chosen = np.random.default_rng(0), say.Wording(True)
-    keys, values, names = chosen.keys(rng, 12), [chosen.value(rng) for _ in range(4)], chosen.some_names(rng, 4)
+    keys, values, names = (
+        chosen.keys(rng, 12),
+        [chosen.value(rng) for _ in range(4)],
+        chosen.some_names(rng, 4),
+    )
     lines = [say.ask(0, key, values[0]) for key in keys]
-    lines += [say.ask_all(0, keys[0], values), say.ask_each(0, keys[:4], values), say.ask_names(0, values[0], names)]
-    lines += [say.recall(0, noun, values[1]) for noun in chosen.some_nouns(rng, 8)] + [say.session(0, 37, 500), say.assign(0, names[0], None, names[1])]
+    lines += [
+        say.ask_all(0, keys[0], values),
+        say.ask_each(0, keys[:4], values),
+        say.ask_names(0, values[0], names),
+    ]
+    lines += [say.recall(0, noun, values[1]) for noun in chosen.some_nouns(rng, 8)] + [
+        say.session(0, 37, 500),
+        say.assign(0, names[0], None, names[1]),
+    ]
     lines += [say.fact(rng, 0, key, values[2]) for key in keys]
     for line in lines:
         assert bpe.load().encode(decoded(line.tokens)).ids == line.tokens
@@ -282,21 +346,32 @@ def test_missing_or_foreign_token_files_are_told(tmp_path):
 
 
 def test_html_keeps_the_text_and_drops_the_page_furniture():
-    page = """<html><head><title>T</title><style>p {}</style></head><body><div class="sphinxsidebar"><div>Menu</div></div>
+    page = """<html><head><title>T</title><style>p {}</style></head>
+    <body><div class="sphinxsidebar"><div>Menu</div></div>
     <h1>Caches<a class="headerlink">&para;</a></h1><p>A  cache is
     <b>small</b> &amp; fast.<br>It forgets.</p><pre>a  =  1
 b</pre><script>x()</script><ul><li>one<li>two</ul></body></html>"""
-    assert extract.html_text(page) == "Caches\n\nA cache is small & fast.\nIt forgets.\n\na  =  1\nb\n\none\ntwo\n"
+    assert (
+        extract.html_text(page)
+        == "Caches\n\nA cache is small & fast.\nIt forgets.\n\na  =  1\nb\n\none\ntwo\n"
+    )
 
 
 def test_pod_becomes_text():
-    page = "=encoding utf8\n\n=head1 NAME\n\n=over 4\n\n=item B<open>\n\nSee L<close|perlfunc/close> or C<< $a->b >>, I<C<x E<lt> y>>.\n\n=back\n"
+    page = (
+        "=encoding utf8\n\n=head1 NAME\n\n=over 4\n\n=item B<open>\n\nSee L<close|perlfunc/close>"
+        " or C<< $a->b >>, I<C<x E<lt> y>>.\n\n=back\n"
+    )
     assert extract.pod_text(page) == "NAME\n\nopen\n\nSee close or $a->b, x < y.\n"
 
 
 def test_r_character_vectors_are_read_and_other_files_refused(tmp_path):
-    body = b"X\n" + struct.pack(">iiii", 3, 0x40201, 0x30500, 5) + b"UTF-8" + struct.pack(">ii", 16, 2)
-    body += b"".join(struct.pack(">ii", 0x40009, len(line)) + line for line in (b"EMMA", b"by Jane Austen"))
+    body = (
+        b"X\n" + struct.pack(">iiii", 3, 0x40201, 0x30500, 5) + b"UTF-8" + struct.pack(">ii", 16, 2)
+    )
+    body += b"".join(
+        struct.pack(">ii", 0x40009, len(line)) + line for line in (b"EMMA", b"by Jane Austen")
+    )
     chunk = struct.pack(">I", len(body)) + zlib.compress(body)
     path = tmp_path / "Rdata.rdb"
     path.write_bytes(chunk * 2)
@@ -314,6 +389,11 @@ def test_the_split_is_by_name_and_about_a_thirtieth():
 
 
 def test_english_is_told_from_other_text():
-    assert is_english("It is a truth that a man in possession of it must be in want of the other. " * 9)
-    assert not is_english("Der Speicher ist klein und schnell, aber er vergisst, was lange nicht gebraucht wurde. " * 9)
+    assert is_english(
+        "It is a truth that a man in possession of it must be in want of the other. " * 9
+    )
+    assert not is_english(
+        "Der Speicher ist klein und schnell, aber er vergisst, was lange nicht gebraucht wurde. "
+        * 9
+    )
     assert not is_english("缓存很小，但速度很快。" * 50)

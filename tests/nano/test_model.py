@@ -1,4 +1,6 @@
-"""The shipped nano: what transformers makes of its directory is what fmsim makes of it, and it answers."""
+"""The shipped nano: what transformers makes of its directory is what fmsim makes of it, and it
+answers.
+"""
 
 import json
 from pathlib import Path
@@ -7,15 +9,17 @@ import numpy as np
 import pytest
 
 torch = pytest.importorskip("torch", reason="the model needs fmsim[model]")
-transformers = pytest.importorskip("transformers", reason="the oracle is transformers' DeepseekV4ForCausalLM")
+transformers = pytest.importorskip(
+    "transformers", reason="the oracle is transformers' DeepseekV4ForCausalLM"
+)
 
-from fmsim.exec.model.loader import load_model  # noqa: E402
-from fmsim.exec.model.deepseek_v4 import CSA, HCA, SLIDING  # noqa: E402
-from fmsim.exec.decode.session import Session  # noqa: E402
-from fmsim.nano import tokens as corpora  # noqa: E402
-from fmsim.nano.prompts import evaluation_prompt, exact  # noqa: E402
-from fmsim.nano.tokenizer import MODEL_FOLDER  # noqa: E402
-from fmsim.trace import read  # noqa: E402
+from fmsim.exec.decode.session import Session
+from fmsim.exec.model.deepseek_v4 import CSA, HCA, SLIDING
+from fmsim.exec.model.loader import load_model
+from fmsim.nano import tokens as corpora
+from fmsim.nano.prompts import evaluation_prompt, exact
+from fmsim.nano.tokenizer import MODEL_FOLDER
+from fmsim.trace import read
 
 TRACES = Path(__file__).parents[2] / "traces"
 
@@ -33,8 +37,12 @@ def text() -> np.ndarray:
 
 @torch.no_grad()
 def test_transformers_loads_it_and_gives_the_same_logits(nano, text):
-    oracle = transformers.DeepseekV4ForCausalLM.from_pretrained(MODEL_FOLDER, dtype=torch.float32).eval()
-    ids = torch.tensor(text[None, :2304].astype(np.int64))  # 576 entries, so the top 512 leave some out
+    oracle = transformers.DeepseekV4ForCausalLM.from_pretrained(
+        MODEL_FOLDER, dtype=torch.float32
+    ).eval()
+    ids = torch.tensor(
+        text[None, :2304].astype(np.int64)
+    )  # 576 entries, so the top 512 leave some out
     expected, found = oracle(ids).logits, nano(ids)[0]
     assert (found - expected).abs().max() < 1e-3
 
@@ -43,7 +51,11 @@ def test_it_is_a_deepseek_v4_in_everything_and_small():
     config = json.loads((MODEL_FOLDER / "config.json").read_text())
     kinds = config["layer_types"]
     assert kinds[0] == kinds[1] == SLIDING and kinds.count(CSA) >= 3 and HCA in kinds
-    assert config["hc_mult"] > 1 and "hash_moe" in config["mlp_layer_types"] and "moe" in config["mlp_layer_types"]
+    assert (
+        config["hc_mult"] > 1
+        and "hash_moe" in config["mlp_layer_types"]
+        and "moe" in config["mlp_layer_types"]
+    )
     assert (MODEL_FOLDER / "model.safetensors").stat().st_size <= 32e6
 
 

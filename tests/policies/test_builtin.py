@@ -33,7 +33,13 @@ def test_lru_evicts_what_was_used_longest_ago():
 def test_lru_ranks_a_steps_hits_above_what_it_fetched():
     trace = HandTrace([[[1, 2]], [[2, 3]], [[4]], [[2]], [[3]]])
     spec = {"policy": "lru", "budget": "2 entries"}
-    assert hits(trace, spec, cold=True) == [0, 1, 0, 1, 0]  # 4 evicts 3, fetched in the step in which 2 was hit
+    assert hits(trace, spec, cold=True) == [
+        0,
+        1,
+        0,
+        1,
+        0,
+    ]  # 4 evicts 3, fetched in the step in which 2 was hit
 
 
 def test_lfu_evicts_the_rarest_and_of_equals_the_one_used_longest_ago():
@@ -43,12 +49,24 @@ def test_lfu_evicts_the_rarest_and_of_equals_the_one_used_longest_ago():
 
 def test_lfu_forgets_a_page_that_left():
     assert demand("lfu", [1, 1, 1, 2, 2, 2, 2, 3, 1], 1)[-1] == 0
-    assert demand("lfu", [1, 1, 2, 2, 3, 3, 3, 1, 2], 2) == [0, 1, 0, 1, 0, 1, 1, 0, 0]  # 1 comes back at one use: 2 evicts it
+    assert demand("lfu", [1, 1, 2, 2, 3, 3, 3, 1, 2], 2) == [
+        0,
+        1,
+        0,
+        1,
+        0,
+        1,
+        1,
+        0,
+        0,
+    ]  # 1 comes back at one use: 2 evicts it
 
 
 def test_belady_evicts_what_is_needed_last():
     assert demand("belady", [1, 2, 3, 1, 2, 4, 1], 2) == [0, 0, 0, 1, 0, 0, 1]
-    assert sum(demand("belady", [1, 2, 3, 1, 2, 4, 1], 2)) > sum(demand("lru", [1, 2, 3, 1, 2, 4, 1], 2))
+    assert sum(demand("belady", [1, 2, 3, 1, 2, 4, 1], 2)) > sum(
+        demand("lru", [1, 2, 3, 1, 2, 4, 1], 2)
+    )
 
 
 def test_full_never_misses_and_grows_with_the_text():
@@ -60,7 +78,15 @@ def test_full_never_misses_and_grows_with_the_text():
 def test_recency_keeps_the_sink_and_the_newest():
     trace = HandTrace([[list(range(8))]] * 4 + [[list(range(1, 9))]], still=False)
     replayer = Replayer(trace)
-    assert replayer.run(registry.build({"policy": "recency", "budget": "3 entries"})).hit[:, 0].tolist() == [3, 3, 3, 2, 2]  # entry 8 closes
+    assert replayer.run(registry.build({"policy": "recency", "budget": "3 entries"})).hit[
+        :, 0
+    ].tolist() == [
+        3,
+        3,
+        3,
+        2,
+        2,
+    ]  # entry 8 closes
     bare = registry.build({"policy": "recency", "budget": "3 entries", "sink_tokens": 0})
     assert replayer.run(bare).hit[:, 0].tolist() == [3, 3, 3, 2, 3]
 
@@ -75,14 +101,20 @@ def test_random_draws_once_by_the_seed_and_keeps_what_is_decoded():
 
 
 def test_h2o_keeps_the_recent_half_and_the_heaviest_of_the_rest():
-    # prompt mass makes 1 and 3 heavy; 6 and 7 are recent; at step 3 entry 8 closes, so 6 competes with 1 and 3
+    # prompt mass makes 1 and 3 heavy; 6 and 7 are recent; at step 3 entry 8 closes, so 6 competes
+    # with 1 and 3
     mass = [[0, 5, 0, 4, 0, 0, 0, 0]]
     spec = {"policy": "h2o", "budget": "4 entries"}
     seen = HandTrace([[[1, 3, 6, 7]]] * 3 + [[[1, 3, 6, 7, 8]]], prompt_mass=mass, still=False)
     ledger = Replayer(seen).run(registry.build(spec))
     assert ledger.hit[:, 0].tolist() == [4, 4, 4, 4]  # 6 had 3/16 only, so it left
     light = HandTrace([[[6]]] * 3 + [[[3, 6]]], prompt_mass=np.multiply(mass, 0.01), still=False)
-    assert Replayer(light).run(registry.build(spec)).hit[:, 0].tolist() == [1, 1, 1, 1]  # now 3 left: 6 gathered more
+    assert Replayer(light).run(registry.build(spec)).hit[:, 0].tolist() == [
+        1,
+        1,
+        1,
+        1,
+    ]  # now 3 left: 6 gathered more
 
 
 def test_h2o_evicts_for_good():
@@ -97,7 +129,9 @@ def test_oracle_holds_the_next_windows_union_and_nothing_else():
     replayer = Replayer(HandTrace(first + second))
     ledger = replayer.run(registry.build({"policy": "oracle", "budget": "4 entries", "cadence": 2}))
     assert (ledger.hit == ledger.accessed).all() and ledger.resident[:, 0].tolist() == [3, 3, 3, 3]
-    assert ledger.lookahead_loads[:, 0].tolist() == [0, 0, 3, 0] and ledger.evicted[:, 0].tolist() == [0, 0, 3, 0]
+    assert ledger.lookahead_loads[:, 0].tolist() == [0, 0, 3, 0] and ledger.evicted[
+        :, 0
+    ].tolist() == [0, 0, 3, 0]
 
 
 def test_oracle_ranks_by_mass_when_the_union_does_not_fit():
@@ -112,7 +146,9 @@ def test_lookahead_cadence_recalls_what_lfu_counted():
     assert hits(trace, spec) == [0, 0, 0, 1, 1]
 
 
-@pytest.mark.parametrize("name", [name for name in NAMES if name != "lsa"])  # lsa has its own tests: it needs a checkpoint
+@pytest.mark.parametrize(
+    "name", [name for name in NAMES if name != "lsa"]
+)  # lsa has its own tests: it needs a checkpoint
 def test_conformance(name):
     check_policy(registry.get(name))
 
@@ -122,14 +158,32 @@ def test_conformance(name):
 
 @pytest.mark.parametrize(
     ("text", "slots"),
-    [("2x topk", 128), ("2 x topk", 128), ("10%", 100), ("4096 entries", 4096), ("1 entry", 1), ("0.001%", 1), ("584 B", 1), ("1 MiB", 85), ("2.1 MB", 171)],
+    [
+        ("2x topk", 128),
+        ("2 x topk", 128),
+        ("10%", 100),
+        ("4096 entries", 4096),
+        ("1 entry", 1),
+        ("0.001%", 1),
+        ("584 B", 1),
+        ("1 MiB", 85),
+        ("2.1 MB", 171),
+    ],
 )
 def test_budget_in_slots(text, slots):
-    assert Budget.parse(text).slots(1, prompt_entries=1000, topk=64, entry_bytes=584, model_layers=21) == slots
+    assert (
+        Budget.parse(text).slots(1, prompt_entries=1000, topk=64, entry_bytes=584, model_layers=21)
+        == slots
+    )
 
 
 def test_budget_counts_whole_slots():
-    assert Budget.parse("100 entries").slots(16, prompt_entries=1000, topk=64, entry_bytes=584, model_layers=21) == 6
+    assert (
+        Budget.parse("100 entries").slots(
+            16, prompt_entries=1000, topk=64, entry_bytes=584, model_layers=21
+        )
+        == 6
+    )
 
 
 @pytest.mark.parametrize("text", ["", "ten", "10", "-5%", "0%", "10 parsecs", "5 x", None])
@@ -156,7 +210,9 @@ def test_names_are_the_nine():
 def test_info_describes_every_policy_and_parameter(name):
     info = registry.info(name)
     assert info["name"] == name == registry.get(name).name and info["summary"] and info["evidence"]
-    assert {"cadence", "scope", "granularity", "on_miss", "budget"} <= {p["name"] for p in info["parameters"]}
+    assert {"cadence", "scope", "granularity", "on_miss", "budget"} <= {
+        p["name"] for p in info["parameters"]
+    }
     assert all(p["description"] for p in info["parameters"])
 
 
@@ -180,7 +236,10 @@ def plugged(monkeypatch):
     """Declares more entry points, for as long as the test lasts."""
 
     def plug(**points):
-        found = [importlib.metadata.EntryPoint(name, value, registry.GROUP) for name, value in points.items()]
+        found = [
+            importlib.metadata.EntryPoint(name, value, registry.GROUP)
+            for name, value in points.items()
+        ]
         monkeypatch.setattr(registry, "entry_points", lambda group: found)
         registry._found.cache_clear(), registry._load.cache_clear()
 
@@ -190,11 +249,21 @@ def plugged(monkeypatch):
 
 
 def test_a_plug_in_that_does_not_import_is_named_and_left_out(plugged):
-    plugged(lru="fmsim.policies.lru:LRU", broken="no_such_module:Policy", odd="fmsim.policies.budget:Budget")
-    with pytest.warns(UserWarning, match="'broken'.*ModuleNotFoundError"), pytest.warns(UserWarning, match="'odd'"):
+    plugged(
+        lru="fmsim.policies.lru:LRU",
+        broken="no_such_module:Policy",
+        odd="fmsim.policies.budget:Budget",
+    )
+    with (
+        pytest.warns(UserWarning, match="'broken'.*ModuleNotFoundError"),
+        pytest.warns(UserWarning, match="'odd'"),
+    ):
         assert registry.names() == ["lru"]
     registry._load.cache_clear()
-    with pytest.warns(UserWarning, match="'odd'.*not a subclass"), pytest.warns(UserWarning, match="'broken'"):
+    with (
+        pytest.warns(UserWarning, match="'odd'.*not a subclass"),
+        pytest.warns(UserWarning, match="'broken'"),
+    ):
         registry.names()
     with pytest.raises(FmsimError, match="no policy named 'broken'"):
         registry.build("broken")
@@ -243,7 +312,9 @@ def test_check_policy_finds_what_is_not_deterministic_or_undeclared():
         name, action, evidence, decision_scope = "moody", "evict", "position", "step"
 
         def worth(self, step, pages):
-            return self.ctx.xp.asarray(np.random.default_rng().random(pages.shape, dtype=np.float32))
+            return self.ctx.xp.asarray(
+                np.random.default_rng().random(pages.shape, dtype=np.float32)
+            )
 
     with pytest.raises(AssertionError, match="moody: .* not deterministic"):
         check_policy(Moody)

@@ -1,4 +1,6 @@
-"""LSA's decisions by hand: two layers of width 1, whose logit is relu(key) x the sign of the hidden state."""
+"""LSA's decisions by hand: two layers of width 1, whose logit is relu(key) x the sign of the hidden
+state.
+"""
 
 import array_api_compat.torch as torch_namespace
 import numpy as np
@@ -12,7 +14,9 @@ from fmsim.indexer.scorer import LayerWeights, ScorerConfig, logit, sigmoid
 from fmsim.policies.base import Context, LookaheadState
 from fmsim.policies.lsa import LSA
 
-KEYS = np.array([[0, 3, 1, 0, 2, 0, 4, 0], [0, 0, 2, 0, 0, 5, 0, 0]], dtype=np.float32)[..., None]  # [L, E, 1]
+KEYS = np.array([[0, 3, 1, 0, 2, 0, 4, 0], [0, 0, 2, 0, 0, 5, 0, 0]], dtype=np.float32)[
+    ..., None
+]  # [L, E, 1]
 
 
 @pytest.fixture
@@ -26,7 +30,9 @@ def weights(tmp_path):
 
 
 def state(window: int) -> LookaheadState:
-    """Window 0 sees 6 entries, window 1 sees 7 and window 2 all 8, each with its own scale of the hidden state."""
+    """Window 0 sees 6 entries, window 1 sees 7 and window 2 all 8, each with its own scale of the
+    hidden state.
+    """
     seen = 6 + window
     hidden = np.full((2, 1), 1.0 + window, np.float32)
     return LookaheadState(hidden, 4 * seen - 1, KEYS[:, :seen], seen)
@@ -34,7 +40,9 @@ def state(window: int) -> LookaheadState:
 
 def started(weights, granularity=1, groups=1, lookahead=state, xp=None, **params) -> LSA:
     policy = LSA(checkpoint=weights, granularity=granularity, **params)
-    context = Context(2, groups, -(-8 // granularity), 8, granularity, 6, 2, 12, tau=4, lookahead=lookahead, xp=xp)
+    context = Context(
+        2, groups, -(-8 // granularity), 8, granularity, 6, 2, 12, tau=4, lookahead=lookahead, xp=xp
+    )
     policy.reset(context)
     return policy
 
@@ -63,23 +71,36 @@ def test_stale_recall_scores_with_the_state_of_the_window_before(weights):
     assert worths(fresh, 4)[1] == pytest.approx(6, rel=1e-4)
     assert worths(stale, 8)[5:] == pytest.approx([10, 8, INF], rel=1e-4)
     assert worths(fresh, 8)[5:] == pytest.approx([15, 12, 0], rel=1e-4)
-    assert worths(fresh, 6)[1] == pytest.approx(6, rel=1e-4)  # within a window, its own start's state
+    assert worths(fresh, 6)[1] == pytest.approx(
+        6, rel=1e-4
+    )  # within a window, its own start's state
     assert (stale.scored_entries(8), fresh.scored_entries(8)) == (14, 16)
 
 
 def test_layers_combine_by_mean_or_alone_or_each_for_itself(weights):
-    assert worths(started(weights, combine="mean"), 0)[:6] == pytest.approx([0, 1.5, 1.5, 0, 1, 2.5], rel=1e-4)
-    assert worths(started(weights, layers=[1]), 0)[:6] == pytest.approx([0, 0, 2, 0, 0, 5], rel=1e-4)
+    assert worths(started(weights, combine="mean"), 0)[:6] == pytest.approx(
+        [0, 1.5, 1.5, 0, 1, 2.5], rel=1e-4
+    )
+    assert worths(started(weights, layers=[1]), 0)[:6] == pytest.approx(
+        [0, 0, 2, 0, 0, 5], rel=1e-4
+    )
     each = worths(started(weights, scope="per_layer", groups=2), 0)
-    assert [row[:6] for row in each] == [pytest.approx([0, 3, 1, 0, 2, 0], rel=1e-4), pytest.approx([0, 0, 2, 0, 0, 5], rel=1e-4)]
+    assert [row[:6] for row in each] == [
+        pytest.approx([0, 3, 1, 0, 2, 0], rel=1e-4),
+        pytest.approx([0, 0, 2, 0, 0, 5], rel=1e-4),
+    ]
 
 
 def test_pages_go_by_their_best_entry_or_by_entries_above_the_threshold(weights):
     assert worths(started(weights, granularity=4), 0) == pytest.approx([3, 5], rel=1e-4)
     by_count = started(weights, granularity=4, page_rank="count")
     assert by_count.floor == 1.0
-    assert worths(by_count, 0) == pytest.approx([2 + 0.5 * sigmoid(np.float32(3)), 2 + 0.5 * sigmoid(np.float32(5))], abs=1e-3)
-    stricter = started(weights, granularity=4, page_rank="count", threshold=float(sigmoid(np.float64(4.0))))
+    assert worths(by_count, 0) == pytest.approx(
+        [2 + 0.5 * sigmoid(np.float32(3)), 2 + 0.5 * sigmoid(np.float32(5))], abs=1e-3
+    )
+    stricter = started(
+        weights, granularity=4, page_rank="count", threshold=float(sigmoid(np.float64(4.0)))
+    )
     first, second = worths(stricter, 0)
     assert first < stricter.floor <= second
 
@@ -104,9 +125,17 @@ def test_pins_and_kmax_are_counted_in_pages(weights):
 def test_torch_takes_the_same_decision(weights):
     def as_torch(window: int) -> LookaheadState:
         made = state(window)
-        return LookaheadState(torch.from_numpy(made.hidden), made.position, torch.from_numpy(made.keys), made.n_entries)
+        return LookaheadState(
+            torch.from_numpy(made.hidden),
+            made.position,
+            torch.from_numpy(made.keys),
+            made.n_entries,
+        )
 
-    plain, on_torch = started(weights, granularity=4), started(weights, granularity=4, lookahead=as_torch, xp=torch_namespace)
+    plain, on_torch = (
+        started(weights, granularity=4),
+        started(weights, granularity=4, lookahead=as_torch, xp=torch_namespace),
+    )
     assert worths(on_torch, 8) == pytest.approx(worths(plain, 8), rel=1e-6)
 
 
@@ -114,8 +143,18 @@ def test_torch_takes_the_same_decision(weights):
     ("wrong", "message"),
     [
         ({"lookahead": None}, "no hidden states"),
-        ({"lookahead": lambda w: LookaheadState(np.ones((2, 3), np.float32), 23, KEYS, 8)}, "hidden_size is 3"),
-        ({"lookahead": lambda w: LookaheadState(np.ones((2, 1), np.float32), 23, np.ones((2, 8, 4)), 8)}, "head_dim is 4"),
+        (
+            {"lookahead": lambda w: LookaheadState(np.ones((2, 3), np.float32), 23, KEYS, 8)},
+            "hidden_size is 3",
+        ),
+        (
+            {
+                "lookahead": lambda w: LookaheadState(
+                    np.ones((2, 1), np.float32), 23, np.ones((2, 8, 4)), 8
+                )
+            },
+            "head_dim is 4",
+        ),
         ({"layers": [0, 5]}, r"no retriever for CSA layers \[5\]"),
         ({"layers": [1], "scope": "per_layer"}, "per_layer needs"),
     ],

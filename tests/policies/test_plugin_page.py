@@ -15,7 +15,9 @@ def blocks(language):
 
 @pytest.fixture
 def package(tmp_path, monkeypatch):
-    """The printed files in a folder on the import path, with the metadata that an install would write."""
+    """The printed files in a folder on the import path, with the metadata that an install would
+    write.
+    """
     import tomllib
 
     policy, test = blocks("python")
@@ -26,7 +28,9 @@ def package(tmp_path, monkeypatch):
     info.mkdir()
     (info / "METADATA").write_text("Metadata-Version: 2.1\nName: fmsim-lru2\nVersion: 0.1.0\n")
     points = project["project"]["entry-points"]["fmsim.policies"]
-    (info / "entry_points.txt").write_text("[fmsim.policies]\n" + "".join(f"{name} = {value}\n" for name, value in points.items()))
+    (info / "entry_points.txt").write_text(
+        "[fmsim.policies]\n" + "".join(f"{name} = {value}\n" for name, value in points.items())
+    )
     monkeypatch.syspath_prepend(str(tmp_path))
     from fmsim.policies import registry
 
@@ -44,13 +48,22 @@ def test_the_printed_plug_in_conforms_and_appears_by_itself(package):
 
     test_lru2()
     assert "lru2" in registry.names()
-    assert registry.build({"policy": "lru2", "budget": "10%", "newcomer_steps": 8}).params.newcomer_steps == 8
+    assert (
+        registry.build(
+            {"policy": "lru2", "budget": "10%", "newcomer_steps": 8}
+        ).params.newcomer_steps
+        == 8
+    )
     assert registry.info("lru2")["parameters"][-1]["name"] == "newcomer_steps"
 
 
 def test_the_page_names_every_policy_and_no_other():
     from fmsim.policies import registry
 
-    rows = re.findall(r"^\| (`\w+`(?:, `\w+`)*) \|", DOC.read_text().partition("come with fmsim")[2], flags=re.MULTILINE)
+    rows = re.findall(
+        r"^\| (`\w+`(?:, `\w+`)*) \|",
+        DOC.read_text().partition("come with fmsim")[2],
+        flags=re.MULTILINE,
+    )
     ours = {name for name in registry.names() if registry.get(name).__module__.startswith("fmsim.")}
     assert set(re.findall(r"\w+", " ".join(rows))) == ours

@@ -20,16 +20,29 @@ ROW = st.lists(st.integers(0, 60), unique=True, max_size=9)
 
 @pytest.mark.parametrize("xp", LIBRARIES, ids=lambda xp: xp.__name__)
 @settings(max_examples=40, deadline=None)
-@given(rows=st.lists(ROW, min_size=1, max_size=3), granularity=st.sampled_from([1, 4, 16]), shared=st.booleans(), seed=st.integers(0, 9))
+@given(
+    rows=st.lists(ROW, min_size=1, max_size=3),
+    granularity=st.sampled_from([1, 4, 16]),
+    shared=st.booleans(),
+    seed=st.integers(0, 9),
+)
 def test_a_step_is_a_trace_of_one_step(xp, rows, granularity, shared, seed):
     ids = np.full((len(rows), 9), -1, np.int32)
     for row, chosen in zip(ids, rows):
         row[: len(chosen)] = sorted(chosen)
-    mass = np.where(ids < 0, 0, np.random.default_rng(seed).uniform(size=ids.shape)).astype(np.float16).astype(np.float32)
+    mass = (
+        np.where(ids < 0, 0, np.random.default_rng(seed).uniform(size=ids.shape))
+        .astype(np.float16)
+        .astype(np.float32)
+    )
     paged = page_trace(ids[None], mass[None], granularity, shared, 61)
     use = page_step(xp.asarray(ids), xp.asarray(mass), granularity, shared)
     width = paged.pages.shape[2]
-    for mine, whole, padding in ((use.pages, paged.pages, -1), (use.count, paged.count, 0), (use.mass, paged.mass, 0)):
+    for mine, whole, padding in (
+        (use.pages, paged.pages, -1),
+        (use.count, paged.count, 0),
+        (use.mass, paged.mass, 0),
+    ):
         known = paged.pages[0] >= 0
         mine = np.asarray(mine)
         assert np.array_equal(mine[:, :width][known], whole[0][known])

@@ -1,4 +1,6 @@
-"""LRU's misses at every budget from one pass: against a walk through Mattson's list, and against replaying LRU at each size."""
+"""LRU's misses at every budget from one pass: against a walk through Mattson's list, and against
+replaying LRU at each size.
+"""
 
 from pathlib import Path
 
@@ -26,7 +28,11 @@ def assert_as_replayed(replayer, granularity, shared, sizes=None):
     paged, course = replayer.paged(granularity, shared), course_of(replayer, granularity)
     found = distances(paged, course)
     for slots in sizes or range(least_slots(paged, course), paged.n_pages + 1):
-        policy = LRU(budget=f"{slots * granularity} entries", granularity=granularity, scope="shared" if shared else "per_layer")
+        policy = LRU(
+            budget=f"{slots * granularity} entries",
+            granularity=granularity,
+            scope="shared" if shared else "per_layer",
+        )
         ledger = replayer.run(policy)
         assert ((found >= slots).sum(axis=2) == ledger.demand_loads).all(), slots
         missed = np.where(found >= slots, paged.count, 0).sum(axis=2)
@@ -37,18 +43,27 @@ def test_by_hand():
     """Prompt pages 0 to 3 start as 3, 2, 1, 0, the newest first."""
     replayer = Replayer(HandTrace([[[3]], [[0]], [[3]], [[1, 2]], [[0]], [[2]]], prompt_entries=4))
     found = distances(replayer.paged(1, False), course_of(replayer, 1))[:, 0]
-    # 3210 -> 3210 -> 0321 -> 3021 -> 2130 (2 and 1 were never used before: the higher page first) -> 0213
+    # 3210 -> 3210 -> 0321 -> 3021 -> 2130 (2 and 1 were never used before: the higher page first)
+    # -> 0213
     assert found.tolist() == [[0, -1], [3, -1], [1, -1], [3, 2], [3, -1], [1, -1]]
 
 
 @st.composite
 def traces(draw):
-    """Two layers, from 1 to 40 steps of up to 5 entries among those visible, which grow as the decode goes on."""
+    """Two layers, from 1 to 40 steps of up to 5 entries among those visible, which grow as the
+    decode goes on.
+    """
     prompt = draw(st.integers(6, 40))
     n_steps = draw(st.integers(1, 40))
     visible = [prompt + (step + 1) // 4 for step in range(n_steps)]
-    step_ids = lambda n: st.lists(st.sets(st.integers(0, n - 1), min_size=1, max_size=5), min_size=2, max_size=2)  # noqa: E731
-    return HandTrace([[sorted(ids) for ids in draw(step_ids(n))] for n in visible], prompt_entries=prompt, still=False)
+    step_ids = lambda n: st.lists(
+        st.sets(st.integers(0, n - 1), min_size=1, max_size=5), min_size=2, max_size=2
+    )
+    return HandTrace(
+        [[sorted(ids) for ids in draw(step_ids(n))] for n in visible],
+        prompt_entries=prompt,
+        still=False,
+    )
 
 
 @settings(max_examples=60, deadline=None)
@@ -58,7 +73,9 @@ def test_one_pass_agrees_with_mattsons_walk_and_with_every_replay(trace, granula
     paged, course = replayer.paged(granularity, shared), course_of(replayer, granularity)
     least = least_slots(paged, course)
     fast, plain = distances(paged, course), distances_plain(paged, course)
-    assert (np.maximum(fast, least - 1) == np.maximum(plain, least - 1)).all()  # the order of what every size holds says nothing
+    assert (
+        np.maximum(fast, least - 1) == np.maximum(plain, least - 1)
+    ).all()  # the order of what every size holds says nothing
     assert_as_replayed(replayer, granularity, shared)
 
 
@@ -67,7 +84,12 @@ def test_a_recorded_trace_at_some_sizes(granularity):
     replayer = Replayer(read(SHIPPED))
     least = least_slots(replayer.paged(granularity, False), course_of(replayer, granularity))
     n_pages = replayer.paged(granularity, False).n_pages
-    assert_as_replayed(replayer, granularity, False, sorted({least, (least + n_pages) // 3, n_pages - 1, n_pages} - set(range(least))))
+    assert_as_replayed(
+        replayer,
+        granularity,
+        False,
+        sorted({least, (least + n_pages) // 3, n_pages - 1, n_pages} - set(range(least))),
+    )
 
 
 def test_a_larger_budget_never_misses_more():
@@ -79,4 +101,8 @@ def test_a_larger_budget_never_misses_more():
 
 def test_a_step_without_entries_changes_nothing():
     replayer = Replayer(HandTrace([[[1]], [[]], [[1]]], prompt_entries=4))
-    assert distances(replayer.paged(1, False), course_of(replayer, 1))[:, 0].tolist() == [[2], [-1], [0]]
+    assert distances(replayer.paged(1, False), course_of(replayer, 1))[:, 0].tolist() == [
+        [2],
+        [-1],
+        [0],
+    ]

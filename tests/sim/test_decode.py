@@ -1,4 +1,6 @@
-"""Steps against sums worked by hand: what overlaps, what stalls, and that no byte is lost or counted twice."""
+"""Steps against sums worked by hand: what overlaps, what stalls, and that no byte is lost or
+counted twice.
+"""
 
 import json
 
@@ -9,12 +11,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fmsim.errors import FmsimError
-from fmsim.sim.footprint import footprint, spread
 from fmsim.geometry import PRESETS
 from fmsim.hw import hardware_names, load_hardware
-from fmsim.sim.transfer_cost import GatherCurve
-from fmsim.sim.step_cost import step_costs
 from fmsim.sim.decode import Timeline, simulate
+from fmsim.sim.footprint import footprint, spread
+from fmsim.sim.step_cost import step_costs
+from fmsim.sim.transfer_cost import GatherCurve
+
 
 def test_full_residency_is_the_sum_of_the_kernel_costs():
     full = ledger(slots=8100, on_miss="fetch")
@@ -38,11 +41,17 @@ def test_a_miss_stalls_its_layer_for_one_gather():
 def test_a_recall_in_the_window_before_costs_no_time_and_a_late_one_its_rest():
     recalled = ledger(lookahead_loads=loads(128, s64=300))
     timeline = simulate(recalled, FLASH, H100)
-    assert timeline.h2d_bytes.sum() == 300 * 21 * (584 + 132)  # masked: keys move with their entries
+    assert timeline.h2d_bytes.sum() == 300 * 21 * (
+        584 + 132
+    )  # masked: keys move with their entries
     assert timeline.recall_wait_s.sum() == 0
     n_bytes = 300 * 21 * (584 + 132)
-    late = simulate(ledger(lookahead_loads=loads(128, s64=300), params={"stale": False}), FLASH, H100)
-    assert late.recall_wait_s[64] == pytest.approx(float(GatherCurve(H100.link).seconds(716, n_bytes)))
+    late = simulate(
+        ledger(lookahead_loads=loads(128, s64=300), params={"stale": False}), FLASH, H100
+    )
+    assert late.recall_wait_s[64] == pytest.approx(
+        float(GatherCurve(H100.link).seconds(716, n_bytes))
+    )
     assert late.step_s[64] == pytest.approx(timeline.step_s[64] + late.recall_wait_s[64])
 
 
@@ -55,7 +64,9 @@ def test_a_recall_longer_than_its_window_is_waited_for():
 
 def test_misses_beside_a_recall_share_the_link():
     alone = ledger(on_miss="fallback", demand_loads=loads(128, s0=200))
-    beside = ledger(on_miss="fallback", demand_loads=loads(128, s0=200), lookahead_loads=loads(128, s64=20_000))
+    beside = ledger(
+        on_miss="fallback", demand_loads=loads(128, s0=200), lookahead_loads=loads(128, s64=20_000)
+    )
     stall_alone, stall_beside = (simulate(each, FLASH, H100).stall_s[0] for each in (alone, beside))
     assert stall_alone < stall_beside < 2.1 * stall_alone
 
@@ -78,11 +89,21 @@ def test_a_batch_moves_its_bytes_and_needs_its_memory():
 )
 def test_time_only_grows_and_bytes_are_the_ledgers(demand, recall, on_miss, granularity):
     moves = ledger(
-        n_steps=96, granularity=granularity, on_miss=on_miss, slots=8000 // granularity // 10,
-        demand_loads=np.array(demand, np.int32)[:, None], lookahead_loads=loads(96, s64=recall),
-    )  # fmt: skip
+        n_steps=96,
+        granularity=granularity,
+        on_miss=on_miss,
+        slots=8000 // granularity // 10,
+        demand_loads=np.array(demand, np.int32)[:, None],
+        lookahead_loads=loads(96, s64=recall),
+    )
     timeline = simulate(moves, FLASH, H100)
-    still = simulate(ledger(n_steps=96, granularity=granularity, on_miss=on_miss, slots=8000 // granularity // 10), FLASH, H100)
+    still = simulate(
+        ledger(
+            n_steps=96, granularity=granularity, on_miss=on_miss, slots=8000 // granularity // 10
+        ),
+        FLASH,
+        H100,
+    )
     row_bytes = granularity * (716 if on_miss == "mask" else 584)
     assert timeline.h2d_bytes.sum() == (sum(demand) + recall) * 21 * row_bytes
     assert (timeline.step_s >= still.step_s * (1 - 1e-12)).all()
@@ -101,10 +122,16 @@ def test_every_preset_costs_more_for_more(name):
         assert (np.diff(one) > 0).all() and (many > one).all() and (many < 100 * one).all()
 
 
-@pytest.mark.parametrize(("tokens", "batch", "tokens_per_s"), [(262_144, 47, 1584), (524_288, 25, 1028)])
+@pytest.mark.parametrize(
+    ("tokens", "batch", "tokens_per_s"), [(262_144, 47, 1584), (524_288, 25, 1028)]
+)
 def test_h20_decodes_the_full_cache_at_the_published_rates(tokens, batch, tokens_per_s):
-    """FlashMemory's serving table; one factor of h20.yaml is calibrated on both rows, so each may be off by 10%."""
-    costs = step_costs(load_hardware("h20"), FLASH, batch, np.array([tokens]), np.array([tokens // 4]))
+    """FlashMemory's serving table; one factor of h20.yaml is calibrated on both rows, so each may
+    be off by 10%.
+    """
+    costs = step_costs(
+        load_hardware("h20"), FLASH, batch, np.array([tokens]), np.array([tokens // 4])
+    )
     assert batch / costs.total_s(FLASH.n_csa)[0] == pytest.approx(tokens_per_s, rel=0.10)
 
 
@@ -138,7 +165,16 @@ def test_a_timeline_reads_back_equal_or_tells_what_is_wrong(tmp_path):
     timeline.save(path)
     back = Timeline.load(path)
     assert (back.policy, back.batch, back.transfers) == (timeline.policy, 2, timeline.transfers)
-    for name in ("start_s", "end_s", "stall_s", "recall_wait_s", "h2d_bytes", "d2h_bytes", "kv_bytes", "gpu_kv_bytes"):
+    for name in (
+        "start_s",
+        "end_s",
+        "stall_s",
+        "recall_wait_s",
+        "h2d_bytes",
+        "d2h_bytes",
+        "kv_bytes",
+        "gpu_kv_bytes",
+    ):
         np.testing.assert_array_equal(getattr(back, name), getattr(timeline, name))
     path.write_text(path.read_text()[:-5])
     with pytest.raises(FmsimError, match="t.json: not a whole fmsim timeline"):
@@ -151,14 +187,29 @@ def test_a_timeline_reads_back_equal_or_tells_what_is_wrong(tmp_path):
 
 
 def test_transfers_are_what_was_moved_and_waited_for():
-    moves = ledger(on_miss="fallback", demand_loads=loads(128, s0=200, s70=40), lookahead_loads=loads(128, s64=20_000))
+    moves = ledger(
+        on_miss="fallback",
+        demand_loads=loads(128, s0=200, s70=40),
+        lookahead_loads=loads(128, s64=20_000),
+    )
     timeline = simulate(moves, FLASH, H100)
-    by_kind = {kind: [move for move in timeline.transfers if move.kind == kind] for kind in ("misses", "recall", "write_back")}
-    assert sum(move.n_bytes for move in by_kind["misses"] + by_kind["recall"]) == timeline.h2d_bytes.sum()
+    by_kind = {
+        kind: [move for move in timeline.transfers if move.kind == kind]
+        for kind in ("misses", "recall", "write_back")
+    }
+    assert (
+        sum(move.n_bytes for move in by_kind["misses"] + by_kind["recall"])
+        == timeline.h2d_bytes.sum()
+    )
     assert [move.step for move in by_kind["recall"]] == [64] and by_kind["recall"][0].start_s == 0
-    assert [move.step for move in by_kind["misses"]] == [0] * 21 + [70]  # layer by layer beside the recall, then alone on the link
+    assert [move.step for move in by_kind["misses"]] == [0] * 21 + [
+        70
+    ]  # layer by layer beside the recall, then alone on the link
     for step in (0, 70):
         waited_s = sum(move.end_s - move.start_s for move in by_kind["misses"] if move.step == step)
         assert waited_s == pytest.approx(timeline.stall_s[step])
     assert [move.n_bytes for move in by_kind["write_back"]] == [timeline.d2h_bytes[64]]
-    assert all(timeline.start_s[0] <= move.start_s <= move.end_s <= timeline.end_s[-1] for move in timeline.transfers)
+    assert all(
+        timeline.start_s[0] <= move.start_s <= move.end_s <= timeline.end_s[-1]
+        for move in timeline.transfers
+    )

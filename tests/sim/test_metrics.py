@@ -4,10 +4,10 @@ import numpy as np
 import pytest
 from hand_ledger import FLASH, H100, ledger, loads
 
-from fmsim.sim import metrics
-from fmsim.sim.footprint import footprint
 from fmsim.hw import load_hardware
+from fmsim.sim import metrics
 from fmsim.sim.decode import simulate
+from fmsim.sim.footprint import footprint
 
 TOKENS = 512_000
 ENTRIES = TOKENS // 4
@@ -25,7 +25,9 @@ def test_logical_bytes_are_the_kept_share_of_the_full_cache():
 
 
 def test_shares_are_sums_over_steps_weighted_by_the_layers_driven():
-    """Of the 21 layers, trace layer 0 drives 15: its golden entries were all there, the others' were not."""
+    """Of the 21 layers, trace layer 0 drives 15: its golden entries were all there, the others'
+    were not.
+    """
     layer_map = (0,) * 15 + (1,) * 3 + (2,) * 3
     made = ledger()
     made.golden_hit[:, 0], made.golden_hit[:, 1:] = 10, 0
@@ -34,11 +36,18 @@ def test_shares_are_sums_over_steps_weighted_by_the_layers_driven():
     assert row["entry_recall"] == pytest.approx(15 / 21)
     assert row["mass_kept"] == pytest.approx((15 + 6 * 0.5) / 21)
     assert row["set_overlap"] == 0.5
-    assert metrics.row(ledger(set_overlap=np.zeros(0, np.float32)), simulate(made, FLASH, H100), FLASH, H100)["set_overlap"] is None
+    assert (
+        metrics.row(
+            ledger(set_overlap=np.zeros(0, np.float32)), simulate(made, FLASH, H100), FLASH, H100
+        )["set_overlap"]
+        is None
+    )
 
 
 def test_rates_and_stalls_come_from_the_timeline():
-    made = ledger(n_groups=3, on_miss="fetch", cadence=1, demand_loads=loads(128, 3, s10=40, s11=80))
+    made = ledger(
+        n_groups=3, on_miss="fetch", cadence=1, demand_loads=loads(128, 3, s10=40, s11=80)
+    )
     timeline = simulate(made, FLASH, H100, batch=4)
     row = metrics.row(made, timeline, FLASH, H100)
     assert row["decode_tokens_per_s"] == pytest.approx(4 * 128 / timeline.end_s[-1])
@@ -50,12 +59,16 @@ def test_rates_and_stalls_come_from_the_timeline():
 def test_index_keys_stay_where_misses_are_fetched_and_move_where_they_are_masked():
     pairs, hca = 21 * ENTRIES, 20 * (TOKENS // 128) * 584
     fixed = FLASH.window_bytes + hca
-    fetched = footprint(ledger(n_steps=1, prompt_entries=ENTRIES, slots=1024, on_miss="fetch"), FLASH)
+    fetched = footprint(
+        ledger(n_steps=1, prompt_entries=ENTRIES, slots=1024, on_miss="fetch"), FLASH
+    )
     assert fetched.gpu_bytes[0] == fixed + 21 * 1024 * 584 + pairs * 132
     masked = footprint(ledger(n_steps=1, prompt_entries=ENTRIES, slots=1024), FLASH)
     assert masked.gpu_bytes[0] == fixed + 21 * 1024 * (584 + 132)
     # a memory indexer scored three layers' keys, so those stay whole
-    scored = footprint(ledger(n_steps=1, prompt_entries=ENTRIES, slots=1024, scored=np.array([3 * ENTRIES])), FLASH)
+    scored = footprint(
+        ledger(n_steps=1, prompt_entries=ENTRIES, slots=1024, scored=np.array([3 * ENTRIES])), FLASH
+    )
     assert scored.gpu_bytes[0] == fixed + 21 * 1024 * 584 + (3 * ENTRIES + 18 * 1024) * 132
 
 
@@ -64,8 +77,14 @@ def test_capacity_names_what_binds():
     pool = H100.kv_pool_bytes(FLASH.weight_bytes(8))
     place = footprint(never_back, FLASH)
     assert place.host_bytes == 0
-    assert metrics.capacity(place, FLASH, H100) == (int(pool // place.gpu_bytes.max()), "GPU memory")
-    recalled = footprint(ledger(prompt_entries=ENTRIES, slots=ENTRIES // 100, lookahead_loads=loads(128, s64=1)), FLASH)
+    assert metrics.capacity(place, FLASH, H100) == (
+        int(pool // place.gpu_bytes.max()),
+        "GPU memory",
+    )
+    recalled = footprint(
+        ledger(prompt_entries=ENTRIES, slots=ENTRIES // 100, lookahead_loads=loads(128, s64=1)),
+        FLASH,
+    )
     mirror = FLASH.host_kv_bytes(TOKENS + 128)
     assert metrics.capacity(recalled, FLASH, H100) == (int(2e12 / 8 // mirror), "host memory")
 
@@ -78,7 +97,11 @@ def test_exact_means_that_nothing_selected_was_left_out():
 
 @pytest.mark.parametrize(("k_tokens", "admitted"), [(256, 47), (512, 25)])
 def test_h20_admits_the_published_number_of_full_caches(k_tokens, admitted):
-    """FlashMemory's serving table; the preset's reserve is derived from both rows, so each may be off by 5%."""
+    """FlashMemory's serving table; the preset's reserve is derived from both rows, so each may be
+    off by 5%.
+    """
     hw, entries = load_hardware("h20"), k_tokens * 1024 // 4
-    full = footprint(ledger(n_steps=1, prompt_entries=entries, slots=entries, on_miss="fetch"), FLASH)
+    full = footprint(
+        ledger(n_steps=1, prompt_entries=entries, slots=entries, on_miss="fetch"), FLASH
+    )
     assert metrics.capacity(full, FLASH, hw)[0] == pytest.approx(admitted, rel=0.05)

@@ -5,9 +5,19 @@ import subprocess
 import sys
 
 FIELDS = [
-    "policy", "kv_hbm_bytes", "kv_hbm_ratio", "entry_recall", "mass_kept", "set_overlap", "decode_tokens_per_s", "step_s",
-    "h2d_bytes", "stall_ratio", "max_requests",
-]  # fmt: skip
+    "policy",
+    "kv_hbm_bytes",
+    "kv_hbm_ratio",
+    "entry_recall",
+    "mass_kept",
+    "set_overlap",
+    "decode_tokens_per_s",
+    "step_s",
+    "h2d_bytes",
+    "stall_ratio",
+    "max_requests",
+]
+
 
 def fmsim(*arguments, folder=None):
     command = [sys.executable, "-c", "from fmsim.cli import main; main()", *map(str, arguments)]

@@ -1,8 +1,10 @@
-"""Compiles kernels for a Hopper GPU where there is none: run by tests/exec/kernels/test_compile.py, in a process without the interpreter.
+"""Compiles kernels for a Hopper GPU where there is none: run by tests/exec/kernels/test_compile.py,
+in a process without the interpreter.
 
-Every launch of a kernel is replaced by a compilation for sm_90 with that launch's arguments, which finds what an interpreter lets
-pass: types, shapes, layouts, more shared memory than a multiprocessor has. Prints one line of JSON a kernel:
-its name, shared memory, and the kinds of its loads and matrix instructions.
+Every launch of a kernel is replaced by a compilation for sm_90 with that launch's arguments, which
+finds what an interpreter lets pass: types, shapes, layouts, more shared memory than a
+multiprocessor has. Prints one line of JSON a kernel: its name, shared memory, and the kinds of its
+loads and matrix instructions.
 """
 
 import json
@@ -15,8 +17,15 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
 
-TYPES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16", torch.uint8: "u8", torch.int32: "i32", torch.int64: "i64",
-         torch.float8_e4m3fn: "fp8e4nv"}  # fmt: skip
+TYPES = {
+    torch.float32: "fp32",
+    torch.bfloat16: "bf16",
+    torch.float16: "fp16",
+    torch.uint8: "u8",
+    torch.int32: "i32",
+    torch.int64: "i64",
+    torch.float8_e4m3fn: "fp8e4nv",
+}
 OPTIONS = ("num_warps", "num_stages")
 SHARED_BYTES = 227 * 1024  # that one program can have on sm_90
 
@@ -30,7 +39,10 @@ def compile_launch(function: JITFunction, *args, grid, warmup, **kwargs) -> None
         if parameter.is_constexpr:
             signature[parameter.name], constants[(number,)] = "constexpr", value
         elif isinstance(value, torch.Tensor):
-            signature[parameter.name], attributes[(number,)] = f"*{TYPES[value.dtype]}", [["tt.divisibility", 16]]
+            signature[parameter.name], attributes[(number,)] = (
+                f"*{TYPES[value.dtype]}",
+                [["tt.divisibility", 16]],
+            )
         elif value == 1:  # Triton makes a constant of it
             signature[parameter.name], constants[(number,)] = "constexpr", 1
         elif isinstance(value, float):
@@ -40,11 +52,30 @@ def compile_launch(function: JITFunction, *args, grid, warmup, **kwargs) -> None
             if value % 16 == 0:
                 attributes[(number,)] = [["tt.divisibility", 16]]
     target = GPUTarget("cuda", 90, 32)
-    compiled = triton.compile(ASTSource(function, signature, constants, attributes), target=target, options=options)
+    compiled = triton.compile(
+        ASTSource(function, signature, constants, attributes), target=target, options=options
+    )
     ptx = compiled.asm["ptx"]
-    kinds = sorted(set(re.findall(r"ld\.global[\w:.]*|cp\.async\.c[\w.]*|wgmma\.mma_async[\w.]*|mma\.sync[\w.]*", ptx)))
-    print(json.dumps({"kernel": function.__name__, "warps": options.get("num_warps"), "shared_bytes": compiled.metadata.shared, "ptx": kinds}))
-    assert compiled.metadata.shared <= SHARED_BYTES, f"{function.__name__} needs {compiled.metadata.shared} bytes of shared memory"
+    kinds = sorted(
+        set(
+            re.findall(
+                r"ld\.global[\w:.]*|cp\.async\.c[\w.]*|wgmma\.mma_async[\w.]*|mma\.sync[\w.]*", ptx
+            )
+        )
+    )
+    print(
+        json.dumps(
+            {
+                "kernel": function.__name__,
+                "warps": options.get("num_warps"),
+                "shared_bytes": compiled.metadata.shared,
+                "ptx": kinds,
+            }
+        )
+    )
+    assert compiled.metadata.shared <= SHARED_BYTES, (
+        f"{function.__name__} needs {compiled.metadata.shared} bytes of shared memory"
+    )
 
 
 def main() -> None:

@@ -6,7 +6,10 @@ import numpy as np
 
 
 class HandTrace:
-    """ids: nested lists [T][L][k], ragged; masses of the same shape, or 1/16 each. With `still`, no entry closes."""
+    """ids: nested lists [T][L][k], ragged; masses of the same shape, or 1/16 each.
+
+    With `still`, no entry closes.
+    """
 
     def __init__(self, ids, masses=None, prompt_entries=8, still=True, tau=64, prompt_mass=None):
         width = max(len(row) for step in ids for row in step)

@@ -1,4 +1,6 @@
-"""One launch of every kernel at DeepSeek-V4-Flash's shapes and at nano's, on tensors whose content does not matter."""
+"""One launch of every kernel at DeepSeek-V4-Flash's shapes and at nano's, on tensors whose content
+does not matter.
+"""
 
 import torch
 from transformers import DeepseekV4Config
@@ -19,7 +21,14 @@ from fmsim.exec.kernels.sparse_attention import sparse_attention_triton
 from fmsim.exec.kernels.staging import stage_triton
 from fmsim.exec.kernels.top_k import top_k_triton
 from fmsim.exec.kernels.weights import scale_shape
-from fmsim.exec.model.deepseek_v4 import Experts, HyperConnection, HyperHead, RMSNorm, Router, SwiGLU
+from fmsim.exec.model.deepseek_v4 import (
+    Experts,
+    HyperConnection,
+    HyperHead,
+    RMSNorm,
+    Router,
+    SwiGLU,
+)
 
 BATCH, PAGES = 2, 32
 
@@ -35,19 +44,42 @@ def whole(*shape: int) -> torch.Tensor:
 def scores(layout, heads, dtype, per_page=64):
     def launch():
         pool = layout.new_pool(PAGES, per_page)
-        index_scores_triton(zeros(BATCH, heads, layout.width, dtype=dtype), zeros(BATCH, heads), pool, layout, whole(BATCH, PAGES), whole(BATCH))
+        index_scores_triton(
+            zeros(BATCH, heads, layout.width, dtype=dtype),
+            zeros(BATCH, heads),
+            pool,
+            layout,
+            whole(BATCH, PAGES),
+            whole(BATCH),
+        )
 
     return launch
 
 
 def selection(preselect, entries=262_144):
-    return lambda: top_k_triton(zeros(BATCH, entries), whole(BATCH), 512, zeros(BATCH, entries // 32) if preselect else None)
+    return lambda: top_k_triton(
+        zeros(BATCH, entries), whole(BATCH), 512, zeros(BATCH, entries // 32) if preselect else None
+    )
 
 
 def attention(layout, heads, dtype, per_page=64, tune=None):
     def launch():
-        rows = Rows(layout, layout.new_pool(BATCH, 128), whole(BATCH), layout.new_pool(PAGES, per_page), whole(BATCH, PAGES), whole(BATCH, 512))
-        sparse_attention_triton(zeros(BATCH, heads, layout.width, dtype=dtype), rows, zeros(heads), 1.0, want_masses=True, tune=tune)
+        rows = Rows(
+            layout,
+            layout.new_pool(BATCH, 128),
+            whole(BATCH),
+            layout.new_pool(PAGES, per_page),
+            whole(BATCH, PAGES),
+            whole(BATCH, 512),
+        )
+        sparse_attention_triton(
+            zeros(BATCH, heads, layout.width, dtype=dtype),
+            rows,
+            zeros(heads),
+            1.0,
+            want_masses=True,
+            tune=tune,
+        )
 
     return launch
 
@@ -55,17 +87,32 @@ def attention(layout, heads, dtype, per_page=64, tune=None):
 def append(layout, rate, series, hadamard=False, tokens=1):
     def launch():
         width = layout.width
-        pooling = Pooling(rate, series, zeros(rate, series * width), zeros(width), 1e-6, zeros(width, width) if hadamard else None)
-        new, turn = (zeros(BATCH, tokens, series * width, dtype=torch.bfloat16), zeros(BATCH, pooling.most_closed(tokens), 32))
+        pooling = Pooling(
+            rate,
+            series,
+            zeros(rate, series * width),
+            zeros(width),
+            1e-6,
+            zeros(width, width) if hadamard else None,
+        )
+        new, turn = (
+            zeros(BATCH, tokens, series * width, dtype=torch.bfloat16),
+            zeros(BATCH, pooling.most_closed(tokens), 32),
+        )
         ring, pool = pooling.new_ring(BATCH, torch.bfloat16), layout.new_pool(PAGES, 64)
-        compress_and_append_triton(new, new, whole(BATCH), pooling, ring, (turn, turn), pool, layout, whole(BATCH, PAGES))
+        compress_and_append_triton(
+            new, new, whole(BATCH), pooling, ring, (turn, turn), pool, layout, whole(BATCH, PAGES)
+        )
 
     return launch
 
 
 def rows(row_bytes):
     def launch():
-        source, target = zeros(21, 64, row_bytes, dtype=torch.uint8), zeros(21, 32, row_bytes, dtype=torch.uint8)
+        source, target = (
+            zeros(21, 64, row_bytes, dtype=torch.uint8),
+            zeros(21, 32, row_bytes, dtype=torch.uint8),
+        )
         copy_rows_triton(source, target, whole(21, 8), whole(21, 8), whole(21))
 
     return launch
@@ -97,20 +144,28 @@ def turned(heads, width, pairs, **how):
 
 
 def normed(width):
-    return lambda: rms_norm_triton(zeros(BATCH, 1, width, dtype=torch.bfloat16), RMSNorm(width, 1e-6))
+    return lambda: rms_norm_triton(
+        zeros(BATCH, 1, width, dtype=torch.bfloat16), RMSNorm(width, 1e-6)
+    )
 
 
 def experts(tokens, dtype=torch.bfloat16, count=24, hidden=4096, width=2048, top_k=6):
     def launch():
-        config = DeepseekV4Config(n_routed_experts=count, hidden_size=hidden, moe_intermediate_size=width)
+        config = DeepseekV4Config(
+            n_routed_experts=count, hidden_size=hidden, moe_intermediate_size=width
+        )
         with torch.device("meta"):
             routed, shared = Experts(config).to(dtype), SwiGLU(config).to(dtype)
             if dtype == torch.float8_e4m3fn:
                 routed.gate_up_scale, routed.down_scale = zeros(1), zeros(1)
                 for linear in shared.children():
                     linear.scale = zeros(1)
-            x = zeros(tokens, hidden, dtype=torch.float32 if dtype == torch.float32 else torch.bfloat16)
-            mixture_of_experts_triton(x, zeros(tokens, top_k, dtype=torch.int64), zeros(tokens, top_k), routed, shared)
+            x = zeros(
+                tokens, hidden, dtype=torch.float32 if dtype == torch.float32 else torch.bfloat16
+            )
+            mixture_of_experts_triton(
+                x, zeros(tokens, top_k, dtype=torch.int64), zeros(tokens, top_k), routed, shared
+            )
 
     return launch
 
@@ -118,20 +173,36 @@ def experts(tokens, dtype=torch.bfloat16, count=24, hidden=4096, width=2048, top
 def product(outputs, inputs, rows=1, groups=1):
     def launch():
         weight = zeros(outputs, inputs, dtype=torch.uint8).view(torch.float8_e4m3fn)
-        linear_triton(zeros(rows, 1, groups * inputs, dtype=torch.bfloat16), weight, zeros(*scale_shape(weight.shape)), groups)
+        linear_triton(
+            zeros(rows, 1, groups * inputs, dtype=torch.bfloat16),
+            weight,
+            zeros(*scale_shape(weight.shape)),
+            groups,
+        )
 
     return launch
 
 
 def routing(count, hashed=False, top_k=6):
     config = DeepseekV4Config(n_routed_experts=count, hidden_size=8, num_experts_per_tok=top_k)
-    return lambda: route_triton(zeros(BATCH, count, dtype=torch.bfloat16), zeros(BATCH, dtype=torch.int64), Router(config, hashed))
+    return lambda: route_triton(
+        zeros(BATCH, count, dtype=torch.bfloat16),
+        zeros(BATCH, dtype=torch.int64),
+        Router(config, hashed),
+    )
 
 
 def stage():
     long = torch.int64
     pages, fetched = zeros(BATCH, 512, dtype=long), zeros(BATCH, 512, dtype=torch.bool)
-    stage_triton(pages, fetched, zeros(BATCH, dtype=long), zeros(BATCH, dtype=long), whole(BATCH, 1025), zeros(dtype=long))
+    stage_triton(
+        pages,
+        fetched,
+        zeros(BATCH, dtype=long),
+        zeros(BATCH, dtype=long),
+        whole(BATCH, 1025),
+        zeros(dtype=long),
+    )
 
 
 LAUNCHES = {

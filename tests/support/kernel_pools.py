@@ -1,4 +1,6 @@
-"""What the tests of kernels and of the engine on a GPU share: the ways to run, and pools whose pages lie in no order."""
+"""What the tests of kernels and of the engine on a GPU share: the ways to run, and pools whose
+pages lie in no order.
+"""
 
 from contextlib import contextmanager
 
@@ -7,12 +9,24 @@ import torch
 
 from fmsim.exec.kernels.layout import Layout, write_entries
 
-# The interpreter where there is no GPU (conftest.py); the same test again, compiled, where there is one.
+# The interpreter where there is no GPU (conftest.py); the same test again, compiled, where there is
+# one.
 DEVICES = [
-    pytest.param("cpu", marks=pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU is here: the kernels run compiled on it")),
+    pytest.param(
+        "cpu",
+        marks=pytest.mark.skipif(
+            torch.cuda.is_available(), reason="a GPU is here: the kernels run compiled on it"
+        ),
+    ),
     pytest.param(
         "cuda",
-        marks=[pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device: the kernel ran in Triton's interpreter only")],
+        marks=[
+            pytest.mark.gpu,
+            pytest.mark.skipif(
+                not torch.cuda.is_available(),
+                reason="no CUDA device: the kernel ran in Triton's interpreter only",
+            ),
+        ],
     ),
 ]
 on_each_device = pytest.mark.parametrize("device", DEVICES)
@@ -32,15 +46,25 @@ def no_waits():
         torch.cuda.set_sync_debug_mode(before)
 
 
-def scattered_pool(rows: torch.Tensor, layout: Layout, per_page: int, missing: float, generator: torch.Generator):
-    """Entries [B, N, width] written to pages in random order -> (pool, block table int32 [B, pages], some pages -1).
+def scattered_pool(
+    rows: torch.Tensor, layout: Layout, per_page: int, missing: float, generator: torch.Generator
+):
+    """Entries [B, N, width] written to pages in random order -> (pool, block table int32 [B,
+    pages], some pages -1).
 
-    Bytes that belong to no entry are random, so reading them shows; so do pages that the table does not name.
+    Bytes that belong to no entry are random, so reading them shows; so do pages that the table does
+    not name.
     """
     batch, entries, _ = rows.shape
     pages = -(-entries // per_page)
     spare = 3
-    pool = torch.randint(0, 256, (batch * pages + spare, per_page * layout.entry_bytes), dtype=torch.uint8, generator=generator)
+    pool = torch.randint(
+        0,
+        256,
+        (batch * pages + spare, per_page * layout.entry_bytes),
+        dtype=torch.uint8,
+        generator=generator,
+    )
     table = torch.randperm(len(pool), generator=generator)[: batch * pages].view(batch, pages)
     ids = torch.arange(entries)
     slots = table[:, ids // per_page] * per_page + ids % per_page

@@ -8,10 +8,25 @@ from fmsim.indexer.scorer import LayerWeights, ScorerConfig
 
 TAU = 8
 
+
 def lookahead(folder, budget, layers=(0, 1), **options):
-    """LSA with random weights: what they choose means nothing, but that it comes from live states and is carried out can be seen."""
+    """LSA with random weights: what they choose means nothing, but that it comes from live states
+    and is carried out can be seen.
+    """
     rng, heads, hidden, width = np.random.default_rng(0), 4, 32, 16
     shapes = ((6, hidden), (6,), (heads * width, 6), (heads, hidden))
-    retrievers = {layer: LayerWeights(*(rng.standard_normal(shape).astype(np.float32) for shape in shapes)) for layer in layers}
-    checkpoint.save(Checkpoint(retrievers, ScorerConfig(rope_dims=8, rope_theta=1e4), 0.01), folder / "indexer.safetensors")
-    return {"policy": "lsa", "checkpoint": str(folder / "indexer.safetensors"), "budget": budget, "cadence": TAU, "recent_entries": 2} | options
+    retrievers = {
+        layer: LayerWeights(*(rng.standard_normal(shape).astype(np.float32) for shape in shapes))
+        for layer in layers
+    }
+    checkpoint.save(
+        Checkpoint(retrievers, ScorerConfig(rope_dims=8, rope_theta=1e4), 0.01),
+        folder / "indexer.safetensors",
+    )
+    return {
+        "policy": "lsa",
+        "checkpoint": str(folder / "indexer.safetensors"),
+        "budget": budget,
+        "cadence": TAU,
+        "recent_entries": 2,
+    } | options

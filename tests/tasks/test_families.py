@@ -13,8 +13,12 @@ from fmsim.tasks import FAMILIES, Question, build, in_contexts
 from fmsim.tasks.contexts import SHARING
 
 rng = np.random.default_rng(0)
-WORDS = "the river ran past an old mill and nobody knew who had built it there before stones".split()
-CORPUS = corpora.from_texts({f"text {n}": " ".join(rng.choice(WORDS, 4000)) + "." for n in range(6)})
+WORDS = (
+    ["the", "river", "ran", "past", "an", "old", "mill", "and", "nobody", "knew", "who", "had", "built", "it", "there", "before", "stones"]
+)
+CORPUS = corpora.from_texts(
+    {f"text {n}": " ".join(rng.choice(WORDS, 4000)) + "." for n in range(6)}
+)
 
 
 def text_of(tokens):
@@ -22,13 +26,21 @@ def text_of(tokens):
 
 
 @settings(max_examples=20, deadline=None)
-@given(tasks=st.lists(st.sampled_from(FAMILIES), min_size=1, max_size=5, unique=True), length=st.integers(2048, 6000), sample=st.integers(0, 3))
+@given(
+    tasks=st.lists(st.sampled_from(FAMILIES), min_size=1, max_size=5, unique=True),
+    length=st.integers(2048, 6000),
+    sample=st.integers(0, 3),
+)
 def test_contexts_have_their_length_and_a_seed_decides_them(tasks, length, sample):
     contexts = build(tasks, length, sample, CORPUS)
-    assert all(len(context.tokens) == length and context.tokens[0] == bpe.BOS_ID for context in contexts)
+    assert all(
+        len(context.tokens) == length and context.tokens[0] == bpe.BOS_ID for context in contexts
+    )
     assert {question.task for context in contexts for question in context.questions} == set(tasks)
     assert len(contexts) == len(set(tasks) - set(SHARING)) + bool(set(tasks) & set(SHARING))
-    again = [context for part in in_contexts(tasks) for context in build(part, length, sample, CORPUS)]  # one at a time
+    again = [
+        context for part in in_contexts(tasks) for context in build(part, length, sample, CORPUS)
+    ]  # one at a time
     other = build(tasks, length, sample, CORPUS, seed=43)
     for context, same, unlike in zip(contexts, again, other, strict=True):
         assert np.array_equal(context.tokens, same.tokens) and context.questions == same.questions
@@ -67,7 +79,9 @@ def test_needles_of_one_context_are_about_different_keys():
     [context] = build(list(SHARING), 8192, 1, CORPUS)
     text = text_of(context.tokens)
     keys = [part.split(" is ")[0] for part in text.split("magic number for ")[1:]]
-    assert len(keys) == 1 + 4 + 4 + 4 and len(set(keys)) == 1 + 4 + 1 + 4  # the key of several values comes four times
+    assert (
+        len(keys) == 1 + 4 + 4 + 4 and len(set(keys)) == 1 + 4 + 1 + 4
+    )  # the key of several values comes four times
 
 
 def test_an_updated_memory_is_the_one_told_last():
@@ -87,7 +101,10 @@ def test_rounds_stand_after_the_rounds_before_rightly_answered():
     text, asked = text_of(context.tokens), context.questions
     assert len(asked) == 4 and text.count(" code is ") == 8
     for before, question in zip(asked, asked[1:]):
-        assert question.tokens[: len(before.tokens) + len(before.answer)] == before.tokens + before.answer
+        assert (
+            question.tokens[: len(before.tokens) + len(before.answer)]
+            == before.tokens + before.answer
+        )
     for question in asked:
         thing = text_of(question.tokens).rsplit("What is my ", 1)[1].split(" code")[0]
         assert f"My {thing} code is {question.references[0]}." in text
@@ -104,8 +121,13 @@ def test_recalled_text_goes_on_from_a_quote_that_occurs_once():
 @pytest.mark.parametrize("length", [2048, 20_000])
 def test_common_and_frequent_words_are_just_that(length):
     text, [question] = questions("cwe", length)
-    listed = [item.split()[-1] if item.split() else "" for item in text.replace("<|bos|>", "").split(".")]
-    counts = {word: sum(word == "".join(c for c in item if not c.isdigit()) for item in listed) for word in question.references}
+    listed = [
+        item.split()[-1] if item.split() else "" for item in text.replace("<|bos|>", "").split(".")
+    ]
+    counts = {
+        word: sum(word == "".join(c for c in item if not c.isdigit()) for item in listed)
+        for word in question.references
+    }
     others = {}
     for item in listed:
         word = "".join(c for c in item if not c.isdigit())
@@ -119,9 +141,13 @@ def test_common_and_frequent_words_are_just_that(length):
 
 
 def test_scoring_is_rulers():
-    tokens = lambda text: tuple(bpe.load().encode(text).ids)  # noqa: E731
+    tokens = lambda text: tuple(bpe.load().encode(text).ids)
     question = Question("t", (), tokens("12, 34."), ("12", "34"), "all")
-    assert [question.score(tokens(text)) for text in ("I say 34 and 12", "only 12", "none")] == [1.0, 0.5, 0.0]
+    assert [question.score(tokens(text)) for text in ("I say 34 and 12", "only 12", "none")] == [
+        1.0,
+        0.5,
+        0.0,
+    ]
     assert Question("t", (), (), ("Amber", "Mill"), "any").score(tokens(" the AMBER light")) == 1.0
     exact = Question("t", (), tokens(" a b"), ("a b",), "exact")
     assert exact.score(tokens(" a b") + tokens(" c")) == 1.0 and exact.score(tokens(" A b")) == 0.0

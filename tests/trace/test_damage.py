@@ -1,4 +1,6 @@
-"""Every way in which a trace file can be wrong is told in one line that names the file and the field."""
+"""Every way in which a trace file can be wrong is told in one line that names the file and the
+field.
+"""
 
 import json
 import resource
@@ -57,7 +59,14 @@ def told(path, data: bytes, check: bool = False) -> str:
 @pytest.mark.parametrize("name", TENSORS)
 def test_a_tensor_of_another_shape_type_or_place(name, holding, tmp_path):
     path, whole = tmp_path / "trace.safetensors", holding(name)
-    for key, value in (("shape", [1, 7]), ("dtype", "F64"), ("dtype", 5), ("data_offsets", [0]), ("data_offsets", [-4, 4]), ("shape", "x")):
+    for key, value in (
+        ("shape", [1, 7]),
+        ("dtype", "F64"),
+        ("dtype", 5),
+        ("data_offsets", [0]),
+        ("data_offsets", [-4, 4]),
+        ("shape", "x"),
+    ):
         table, data = parts(whole)
         table[name][key] = value
         assert name in told(path, joined(table, data))
@@ -97,9 +106,18 @@ def test_tensors_that_overlap_leave_holes_or_are_unknown(sound, tmp_path):
 
 @pytest.mark.parametrize(
     ("key", "value"),
-    [("prompt_tokens", 255 + 64), ("prompt_tokens", 0), ("tau", 3), ("geometry", {}), ("source", "guessed"), ("colour", "red"), ("model", "nano"),
-     ("format_version", 0), ("format_version", "1")],
-)  # fmt: skip
+    [
+        ("prompt_tokens", 255 + 64),
+        ("prompt_tokens", 0),
+        ("tau", 3),
+        ("geometry", {}),
+        ("source", "guessed"),
+        ("colour", "red"),
+        ("model", "nano"),
+        ("format_version", 0),
+        ("format_version", "1"),
+    ],
+)
 def test_a_header_that_contradicts_the_tensors_or_itself(key, value, sound, tmp_path):
     table, data = parts(sound)
     header = json.loads(table["__metadata__"][METADATA_KEY]) | {key: value}
@@ -156,7 +174,16 @@ def test_values_that_cannot_be_name_step_and_layer(field, place, value, said):
         traces.validate(trace)
 
 
-@pytest.mark.parametrize(("field", "value"), [("token_ids", -1), ("hidden", np.inf), ("index_keys", 0x7F), ("index_key_scales", 0), ("prompt_mass", np.nan)])
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("token_ids", -1),
+        ("hidden", np.inf),
+        ("index_keys", 0x7F),
+        ("index_key_scales", 0),
+        ("prompt_mass", np.nan),
+    ],
+)
 def test_values_that_cannot_be_outside_the_steps(field, value):
     trace = make_trace(prompt_tokens=256, n_steps=8, n_layers=2)
     getattr(trace, field).flat[0] = value
@@ -187,10 +214,20 @@ def test_a_file_larger_than_memory_opens(sound, tmp_path):
     header |= {"prompt_tokens": prompt, "content_sha256": None}
     axes = {"T": steps, "L": layers, "K": topk, "N": prompt + steps}
     new, end = {"__metadata__": {METADATA_KEY: json.dumps(header)}}, 0
-    for name, code, width in (("entry_ids", "I32", 4), ("token_ids", "I32", 4), ("mass", "F16", 2), ("window_mass", "F16", 2),
-                              ("sink_mass", "F16", 2), ("forced", "BOOL", 1)):  # fmt: skip
+    for name, code, width in (
+        ("entry_ids", "I32", 4),
+        ("token_ids", "I32", 4),
+        ("mass", "F16", 2),
+        ("window_mass", "F16", 2),
+        ("sink_mass", "F16", 2),
+        ("forced", "BOOL", 1),
+    ):
         shape = [axes[axis] for axis in TENSORS[name].axes]
-        new[name] = {"dtype": code, "shape": shape, "data_offsets": [end, end := end + int(np.prod(shape, dtype=np.int64)) * width]}
+        new[name] = {
+            "dtype": code,
+            "shape": shape,
+            "data_offsets": [end, end := end + int(np.prod(shape, dtype=np.int64)) * width],
+        }
     path = tmp_path / "huge.safetensors"
     path.write_bytes(joined(new, b""))
     with path.open("r+b") as file:
@@ -198,4 +235,6 @@ def test_a_file_larger_than_memory_opens(sound, tmp_path):
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     trace = traces.read(path)
     assert trace.entry_ids[12_345, 3].shape == (topk,) and not trace.mass[-1, -1].any()
-    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 256 << 10  # KiB; window and sink mass take 96 MiB with their stored form
+    assert (
+        resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 256 << 10
+    )  # KiB; window and sink mass take 96 MiB with their stored form

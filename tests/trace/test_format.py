@@ -1,4 +1,6 @@
-"""Traces: what is written is read back, reading maps instead of loading, and what is damaged is told in one line."""
+"""Traces: what is written is read back, reading maps instead of loading, and what is damaged is
+told in one line.
+"""
 
 import json
 
@@ -14,14 +16,28 @@ from fmsim.trace.format import METADATA_KEY, decode_blocked_ids, encode_blocked_
 from fmsim.trace.summary import summary
 
 
-def made(prompt_tokens=40, steps=10, layers=2, topk=4, tau=4, seed=0, lookahead=True) -> traces.Trace:
+def made(
+    prompt_tokens=40, steps=10, layers=2, topk=4, tau=4, seed=0, lookahead=True
+) -> traces.Trace:
     """A sound trace of made-up accesses: for the container, not for what is in it."""
     rng = np.random.default_rng(seed)
     header = traces.TraceHeader(
-        geometry={"csa_layers": list(range(layers)), "index_topk": topk, "hidden_size": 5, "index_head_dim": 6}, model=traces.ModelInfo(name="made", dtype="float32"), source="deepseek_v4",
-        prompt_kind="made", prompt_tokens=prompt_tokens, prompt_mass_queries=8, seed=seed, tau=tau, device="cpu",
+        geometry={
+            "csa_layers": list(range(layers)),
+            "index_topk": topk,
+            "hidden_size": 5,
+            "index_head_dim": 6,
+        },
+        model=traces.ModelInfo(name="made", dtype="float32"),
+        source="deepseek_v4",
+        prompt_kind="made",
+        prompt_tokens=prompt_tokens,
+        prompt_mass_queries=8,
+        seed=seed,
+        tau=tau,
+        device="cpu",
         created="2026-01-01T00:00:00+00:00",
-    )  # fmt: skip
+    )
     recorder = traces.TraceRecorder(header, steps, layers, topk)
     entries = (prompt_tokens + steps) // 4
     for layer in range(layers):
@@ -49,16 +65,25 @@ def assert_equal(one: traces.Trace, other: traces.Trace) -> None:
 
 @settings(max_examples=25, deadline=None)
 @given(
-    prompt_tokens=st.integers(8, 200), steps=st.integers(1, 20), layers=st.integers(1, 3), topk=st.integers(1, 6),
-    tau=st.integers(1, 8), lookahead=st.booleans(), seed=st.integers(0, 9),
-)  # fmt: skip
-def test_what_is_written_is_read_back(tmp_path_factory, prompt_tokens, steps, layers, topk, tau, lookahead, seed):
+    prompt_tokens=st.integers(8, 200),
+    steps=st.integers(1, 20),
+    layers=st.integers(1, 3),
+    topk=st.integers(1, 6),
+    tau=st.integers(1, 8),
+    lookahead=st.booleans(),
+    seed=st.integers(0, 9),
+)
+def test_what_is_written_is_read_back(
+    tmp_path_factory, prompt_tokens, steps, layers, topk, tau, lookahead, seed
+):
     path = tmp_path_factory.mktemp("trace") / "a.safetensors"
     written = made(prompt_tokens, steps, layers, topk, tau, seed, lookahead)
     traces.write(path, written)
     read = traces.read(path, check=True)
     assert_equal(written, read)
-    assert read.header.model_dump(exclude={"content_sha256"}) == written.header.model_dump(exclude={"content_sha256"})
+    assert read.header.model_dump(exclude={"content_sha256"}) == written.header.model_dump(
+        exclude={"content_sha256"}
+    )
     again = path.with_name("b.safetensors")
     traces.write(again, read)
     assert again.read_bytes() == path.read_bytes()
@@ -151,7 +176,9 @@ def test_float8_is_torchs():
     codes = np.arange(256, dtype=np.uint8)
     expected = torch.from_numpy(codes).view(torch.float8_e4m3fn).float().numpy()
     assert np.array_equal(float8.decode(codes), expected, equal_nan=True)
-    values = np.random.default_rng(0).normal(size=5000).astype(np.float32) * np.logspace(-4, 2.6, 5000, dtype=np.float32)
+    values = np.random.default_rng(0).normal(size=5000).astype(np.float32) * np.logspace(
+        -4, 2.6, 5000, dtype=np.float32
+    )
     ties = (float8.VALUES[1:] + float8.VALUES[:-1]) / 2
     values = np.concatenate([values, ties, -ties]).clip(-448, 448)
     expected = torch.from_numpy(values).to(torch.float8_e4m3fn).view(torch.uint8).numpy()

@@ -1,6 +1,8 @@
-"""One layer's attention for one decode step, from kernels, over pages in any layout: the same function as `model.Attention.decode`.
+"""One layer's attention for one decode step, from kernels, over pages in any layout: the same
+function as `model.Attention.decode`.
 
-Static buffers and no host synchronisation, so a CUDA graph may hold a step. Batches of different lengths decode side by side.
+Static buffers and no host synchronisation, so a CUDA graph may hold a step. Batches of different
+lengths decode side by side.
 """
 
 from __future__ import annotations
@@ -22,7 +24,15 @@ from fmsim.exec.kernels.norm_rope import norm_rope
 from fmsim.exec.kernels.rms_norm import rms_norm
 from fmsim.exec.kernels.sparse_attention import Masses, sparse_attention
 from fmsim.exec.kernels.top_k import top_k
-from fmsim.exec.model.deepseek_v4 import CSA, HCA, SLIDING, Attention, Compressor, CompressorState, LayerCache
+from fmsim.exec.model.deepseek_v4 import (
+    CSA,
+    HCA,
+    SLIDING,
+    Attention,
+    Compressor,
+    CompressorState,
+    LayerCache,
+)
 from fmsim.exec.model.projections import Joined
 
 PER_PAGE = 64
@@ -32,11 +42,13 @@ Turn = tuple[Tensor, Tensor]  # cosine and sine of RoPE's angles, float32 [B, 1,
 
 
 class Moment(NamedTuple):
-    """What a step's positions mean to every layer of one kind: worked out once a step, by the first of them.
+    """What a step's positions mean to every layer of one kind: worked out once a step, by the first
+    of them.
 
-    ``positions`` int32 [B]; ``turn`` of RoPE there, and ``entry_turn`` at the first token of the entry that each is in; ``window_lengths``
-    and ``visible`` int32 [B], tokens in the window and entries closed; ``every`` int32 [B, K] the ids of the latter, then -1. None where
-    the kind has no use for it.
+    ``positions`` int32 [B]; ``turn`` of RoPE there, and ``entry_turn`` at the first token of the
+    entry that each is in; ``window_lengths`` and ``visible`` int32 [B], tokens in the window and
+    entries closed; ``every`` int32 [B, K] the ids of the latter, then -1. None where the kind has
+    no use for it.
     """
 
     positions: Tensor
@@ -76,13 +88,22 @@ def wait_beside(device: torch.device) -> None:
 
 
 class Home(NamedTuple):
-    """Where entries lie: ``pool`` uint8 [pages, page bytes], and ``table`` int32 [B, pages of a sequence], -1 = nowhere."""
+    """Where entries lie: ``pool`` uint8 [pages, page bytes], and ``table`` int32 [B, pages of a
+    sequence], -1 = nowhere.
+    """
 
     pool: Tensor
     table: Tensor
 
     @classmethod
-    def of_its_own(cls, layout: Layout, batch: int, entries: int, device: torch.device, per_page: int = PER_PAGE) -> Home:
+    def of_its_own(
+        cls,
+        layout: Layout,
+        batch: int,
+        entries: int,
+        device: torch.device,
+        per_page: int = PER_PAGE,
+    ) -> Home:
         """Room for ``entries`` entries of each sequence."""
         pages = cdiv(max(entries, 1), per_page)
         table = torch.arange(batch * pages, dtype=torch.int32, device=device).view(batch, pages)
@@ -90,16 +111,22 @@ class Home(NamedTuple):
 
 
 class EntryPager(Protocol):
-    """Where a CSA layer's entries and index keys lie, and which of them are attended to: what a policy decides."""
+    """Where a CSA layer's entries and index keys lie, and which of them are attended to: what a
+    policy decides.
+    """
 
     wants_masses: bool
-    homes: Sequence[Home]  # of entries: where they are attended to, then further copies that new ones are written to
+    homes: Sequence[
+        Home
+    ]  # of entries: where they are attended to, then further copies that new ones are written to
     key_homes: Sequence[Home]
 
     def select(self, queries: Tensor, weights: Tensor, visible: Tensor, top_k: int) -> Tensor:
         """As `model.Pager.select`."""
 
-    def reports(self, q: Tensor, rows: Rows, masses: Masses | None, x: Tensor, attention: Attention) -> None:
+    def reports(
+        self, q: Tensor, rows: Rows, masses: Masses | None, x: Tensor, attention: Attention
+    ) -> None:
         """What came of it; masses where they are wanted."""
 
 
@@ -110,58 +137,104 @@ class AllEntries:
 
     def __init__(self, attention: Attention, batch: int, entries: int, latent: Layout, key: Layout):
         device = attention.kv_proj.weight.device
-        self.homes, self.key_homes = ([Home.of_its_own(layout, batch, entries, device)] for layout in (latent, key))
-        self.key, self.scores = key, new_scores(batch, self.key_homes[0].table.shape[1] * PER_PAGE, device)
+        self.homes, self.key_homes = (
+            [Home.of_its_own(layout, batch, entries, device)] for layout in (latent, key)
+        )
+        self.key, self.scores = (
+            key,
+            new_scores(batch, self.key_homes[0].table.shape[1] * PER_PAGE, device),
+        )
         self.ids = self.masses = None  # of the last step
 
     def select(self, queries: Tensor, weights: Tensor, visible: Tensor, top_k_: int) -> Tensor:
         pool, table = self.key_homes[0]
-        scores = index_scores(queries[:, 0], weights[:, 0].float(), pool, self.key, table, visible, self.scores)
+        scores = index_scores(
+            queries[:, 0], weights[:, 0].float(), pool, self.key, table, visible, self.scores
+        )
         self.ids = top_k(scores.scores, visible, top_k_, scores.maxima)
         return self.ids
 
-    def reports(self, q: Tensor, rows: Rows, masses: Masses, x: Tensor, attention: Attention) -> None:
+    def reports(
+        self, q: Tensor, rows: Rows, masses: Masses, x: Tensor, attention: Attention
+    ) -> None:
         self.masses = masses
 
 
 class _Appender:
-    """One compressor of B sequences: the projections of its open windows, and where the entries go that they close."""
+    """One compressor of B sequences: the projections of its open windows, and where the entries go
+    that they close.
+    """
 
     def __init__(self, compressor: Compressor, layout: Layout, homes: Sequence[Home], batch: int):
         norm, series = compressor.kv_norm, 2 if compressor.overlapping else 1
         self.compressor, self.layout, self.homes = compressor, layout, homes
-        self.pooling = Pooling(compressor.rate, series, compressor.position_bias.detach(), norm.weight.detach(), norm.eps)
+        self.pooling = Pooling(
+            compressor.rate,
+            series,
+            compressor.position_bias.detach(),
+            norm.weight.detach(),
+            norm.eps,
+        )
         self.ring = self.pooling.new_ring(batch, compressor.kv_proj.weight.dtype)
 
     def append(self, kv: Tensor, gate: Tensor, now: Moment) -> None:
         """A token's projections [B, 1, series * width]."""
         for pool, table in self.homes:
-            compress_and_append(kv, gate, now.positions, self.pooling, self.ring, now.entry_turn, pool, self.layout, table)
+            compress_and_append(
+                kv,
+                gate,
+                now.positions,
+                self.pooling,
+                self.ring,
+                now.entry_turn,
+                pool,
+                self.layout,
+                table,
+            )
 
     def take(self, b: int, state: CompressorState) -> None:
-        """Go on from the windows that a prefill left open, as sequence ``b``; its entries are not taken."""
+        """Go on from the windows that a prefill left open, as sequence ``b``; its entries are not
+        taken.
+        """
         rate, width, span = self.pooling.rate, self.pooling.width, self.ring.kv.shape[1]
         if state.open_kv is not None:
-            tokens = (state.closed * rate + torch.arange(state.open_kv.shape[1], device=self.ring.kv.device)) % span
-            self.ring.kv[b, tokens], self.ring.gate[b, tokens] = state.open_kv[0], state.open_gate[0]
+            tokens = (
+                state.closed * rate
+                + torch.arange(state.open_kv.shape[1], device=self.ring.kv.device)
+            ) % span
+            self.ring.kv[b, tokens], self.ring.gate[b, tokens] = (
+                state.open_kv[0],
+                state.open_gate[0],
+            )
         if state.prior_kv is not None:
-            tokens = ((state.closed - 1) * rate + torch.arange(rate, device=self.ring.kv.device)) % span
+            tokens = (
+                (state.closed - 1) * rate + torch.arange(rate, device=self.ring.kv.device)
+            ) % span
             self.ring.kv[b, tokens, :width] = state.prior_kv[0]
-            gate = state.prior_gate[0] - self.compressor.position_bias[:, :width]  # the kernel adds it
+            gate = (
+                state.prior_gate[0] - self.compressor.position_bias[:, :width]
+            )  # the kernel adds it
             self.ring.gate[b, tokens, :width] = gate.to(self.ring.gate.dtype)
 
 
 class DecodeAttention:
     """The weights of ``attention``, and what it keeps of B sequences of up to ``max_tokens``.
 
-    ``latent`` and ``key``: layouts of entries and of index keys, e.g. LATENT and KEY. ``pager`` says where a CSA layer's lie; everything is
-    kept by default. ``first``: the model's first layer of this kind, where this is a later one; in each step that one is called before.
+    ``latent`` and ``key``: layouts of entries and of index keys, e.g. LATENT and KEY. ``pager``
+    says where a CSA layer's lie; everything is kept by default. ``first``: the model's first layer
+    of this kind, where this is a later one; in each step that one is called before.
     """
 
     def __init__(
-        self, attention: Attention, batch: int, max_tokens: int, latent: Layout, key: Layout, pager: EntryPager | None = None,
+        self,
+        attention: Attention,
+        batch: int,
+        max_tokens: int,
+        latent: Layout,
+        key: Layout,
+        pager: EntryPager | None = None,
         first: DecodeAttention | None = None,
-    ):  # fmt: skip
+    ):
         device, window = attention.kv_proj.weight.device, attention.window
         self.attention, self.latent, self.first = attention, latent, first or self
         self.window = latent.new_pool(batch, window, device)
@@ -169,7 +242,13 @@ class DecodeAttention:
         page = torch.arange(batch, dtype=torch.int32, device=device)[:, None]
         self.window_table = page.expand(-1, cdiv(max_tokens, window)).contiguous()
         norm = attention.kv_norm
-        self.as_it_is = Pooling(1, 1, norm.weight.new_zeros(1, attention.size, dtype=torch.float32), norm.weight.detach(), norm.eps)
+        self.as_it_is = Pooling(
+            1,
+            1,
+            norm.weight.new_zeros(1, attention.size, dtype=torch.float32),
+            norm.weight.detach(),
+            norm.eps,
+        )
         self.no_ring = self.as_it_is.new_ring(batch, torch.bfloat16)  # never read
         self.entries = self.keys = self.pager = self.hca = None
         of_input, of_latent = [attention.q_a_proj, attention.kv_proj], [attention.q_b_proj]
@@ -181,11 +260,15 @@ class DecodeAttention:
             self.entries = _Appender(attention.compressor, latent, [self.hca], batch)
             self.every_id = torch.arange(count, dtype=torch.int32, device=device)
         if attention.kind == CSA:
-            self.pager = pager or AllEntries(attention, batch, max_tokens // attention.compressor.rate, latent, key)
+            self.pager = pager or AllEntries(
+                attention, batch, max_tokens // attention.compressor.rate, latent, key
+            )
             self.entries = _Appender(attention.compressor, latent, self.pager.homes, batch)
             indexer = attention.compressor.indexer
             self.keys = _Appender(indexer, key, self.pager.key_homes, batch)
-            self.index_scale = torch.full((1,), (indexer.heads * indexer.width) ** -0.5, device=device)  # a vector makes float32 of bfloat16
+            self.index_scale = torch.full(
+                (1,), (indexer.heads * indexer.width) ** -0.5, device=device
+            )  # a vector makes float32 of bfloat16
             of_input += [indexer.kv_proj, indexer.gate_proj, indexer.scorer.weights_proj]
             of_latent.append(indexer.q_b_proj)
         self.of_input, self.of_latent = Joined(of_input), Joined(of_latent)
@@ -199,12 +282,25 @@ class DecodeAttention:
     def moment(self, positions: Tensor) -> Moment:
         """Of ``positions`` int32 [B], for all layers of this kind."""
         attention = self.attention
-        now = Moment(positions, turn_at(positions, attention.inv_freq), (positions + 1).clamp(max=attention.window))
+        now = Moment(
+            positions,
+            turn_at(positions, attention.inv_freq),
+            (positions + 1).clamp(max=attention.window),
+        )
         if attention.kind == SLIDING:
             return now
         rate = attention.compressor.rate
-        now = now._replace(entry_turn=turn_at(positions // rate * rate, attention.inv_freq), visible=(positions + 1) // rate)
-        return now if attention.kind == CSA else now._replace(every=torch.where(self.every_id < now.visible[:, None], self.every_id, -1))
+        now = now._replace(
+            entry_turn=turn_at(positions // rate * rate, attention.inv_freq),
+            visible=(positions + 1) // rate,
+        )
+        return (
+            now
+            if attention.kind == CSA
+            else now._replace(
+                every=torch.where(self.every_id < now.visible[:, None], self.every_id, -1)
+            )
+        )
 
     def attend(self, x: Tensor, now: Moment) -> Tensor:
         """x [B, 1, D], the attention's input -> output [B, 1, D]."""
@@ -213,40 +309,79 @@ class DecodeAttention:
         with beside(x.device):
             self._append(kv, compressed[:-1] if attention.kind == CSA else compressed, now)
         q, *index_queries = self.of_latent(rms_norm(latent, attention.q_a_norm))
-        q = norm_rope(q.view(-1, attention.heads, attention.size), turn, attention.eps, dtype=matrix_type(self.latent))
+        q = norm_rope(
+            q.view(-1, attention.heads, attention.size),
+            turn,
+            attention.eps,
+            dtype=matrix_type(self.latent),
+        )
         if attention.kind == CSA:
             indexer = attention.compressor.indexer
-            queries = norm_rope(index_queries[0].view(-1, indexer.heads, indexer.width), turn)[:, None]
+            queries = norm_rope(index_queries[0].view(-1, indexer.heads, indexer.width), turn)[
+                :, None
+            ]
             weights = compressed[-1] * self.index_scale
         wait_beside(x.device)
         if attention.kind == CSA:
-            ids, home = self.pager.select(queries, weights, now.visible, indexer.top_k), self.pager.homes[0]
+            ids, home = (
+                self.pager.select(queries, weights, now.visible, indexer.top_k),
+                self.pager.homes[0],
+            )
         elif attention.kind == HCA:
             ids, home = now.every, self.hca
         else:
-            ids, home = now.positions.new_empty(len(now.positions), 0), Home(self.window, self.window_table)
+            ids, home = (
+                now.positions.new_empty(len(now.positions), 0),
+                Home(self.window, self.window_table),
+            )
         rows = Rows(self.latent, self.window, now.window_lengths, *home, ids)
-        out, masses = sparse_attention(q, rows, attention.sinks, attention.scale, self.pager is not None and self.pager.wants_masses)
+        out, masses = sparse_attention(
+            q,
+            rows,
+            attention.sinks,
+            attention.scale,
+            self.pager is not None and self.pager.wants_masses,
+        )
         if self.pager is not None:
             self.pager.reports(q, rows, masses, x, attention)
         return attention.project_out(norm_rope(out, turn, inverse=True, dtype=x.dtype)[:, None])
 
     def _append(self, kv: Tensor, compressed: Sequence[Tensor], now: Moment) -> None:
-        """The token's own entry into the window, and what it closes: projections for entries, then in a CSA layer for index keys."""
-        compress_and_append(kv, kv, now.positions, self.as_it_is, self.no_ring, now.turn, self.window, self.latent, self.window_table)
+        """The token's own entry into the window, and what it closes: projections for entries, then
+        in a CSA layer for index keys.
+        """
+        compress_and_append(
+            kv,
+            kv,
+            now.positions,
+            self.as_it_is,
+            self.no_ring,
+            now.turn,
+            self.window,
+            self.latent,
+            self.window_table,
+        )
         if self.entries is not None:
             self.entries.append(*compressed[:2], now)
         if self.keys is not None:
             self.keys.append(*compressed[2:], now)
 
     def take(self, b: int, cache: LayerCache, tokens: int) -> None:
-        """Go on from what a prefill of ``tokens`` tokens left, as sequence ``b``. A CSA layer's entries are its pager's to take."""
+        """Go on from what a prefill of ``tokens`` tokens left, as sequence ``b``.
+
+        A CSA layer's entries are its pager's to take.
+        """
         known, width = cache.window.shape[1], self.attention.window
         places = torch.arange(tokens - known, tokens, device=self.window.device) % width
         write_entries(self.window, self.latent, b * width + places, cache.window[0])
         if self.hca is not None:
             numbers = torch.arange(cache.kv.closed, device=self.window.device)
-            write_entries(self.hca.pool, self.latent, int(self.hca.table[b, 0]) * PER_PAGE + numbers, cache.kv.entries[0, : cache.kv.closed])
+            write_entries(
+                self.hca.pool,
+                self.latent,
+                int(self.hca.table[b, 0]) * PER_PAGE + numbers,
+                cache.kv.entries[0, : cache.kv.closed],
+            )
         for appender, state in ((self.entries, cache.kv), (self.keys, cache.index)):
             if appender is not None:
                 appender.take(b, state)
@@ -259,4 +394,9 @@ class DecodeAttention:
     @property
     def open_windows(self) -> list[Tensor]:
         """Projections of tokens that have not closed an entry yet."""
-        return [tensor for appender in (self.entries, self.keys) if appender is not None for tensor in appender.ring]
+        return [
+            tensor
+            for appender in (self.entries, self.keys)
+            if appender is not None
+            for tensor in appender.ring
+        ]

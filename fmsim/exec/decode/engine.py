@@ -1,10 +1,14 @@
-"""A decode under a policy: the replay's own keeper, ledger and step order, with a model that attends to what is kept.
+"""A decode under a policy: the replay's own keeper, ledger and step order, with a model that
+attends to what is kept.
 
-A step is: the policies' decisions and their recalls; the model with its selections (`fmsim.exec.decode.pager`), on a GPU one CUDA graph from kernels; then
-what was fetched gets its slots. No step waits for the host: tokens are chosen, logged and read on the device, and every shape is static.
+A step is: the policies' decisions and their recalls; the model with its selections
+(`fmsim.exec.decode.pager`), on a GPU one CUDA graph from kernels; then what was fetched gets its
+slots. No step waits for the host: tokens are chosen, logged and read on the device, and every shape
+is static.
 
-What the ledger says was wanted is always the selection among all entries, and its mass what attention would have put there, given
-this decode's own past; a layer that does not keep all its index keys (`fmsim.exec.kv.keys`) does not know it, and the ledger says so.
+What the ledger says was wanted is always the selection among all entries, and its mass what
+attention would have put there, given this decode's own past; a layer that does not keep all its
+index keys (`fmsim.exec.kv.keys`) does not know it, and the ledger says so.
 """
 
 from __future__ import annotations
@@ -20,27 +24,27 @@ from torch import Tensor
 
 from fmsim.errors import FmsimError
 from fmsim.exec.decode import step_state
+from fmsim.exec.decode.pager import LayerPager
+from fmsim.exec.decode.prompt import Prompt
+from fmsim.exec.decode.request import Request, Select
+from fmsim.exec.decode.selections import Selections
 from fmsim.exec.kernels.lang import HAS_TRITON
 from fmsim.exec.kernels.layout import Layout, plain
 from fmsim.exec.kernels.tuning import MOST_EXPERT_TOKENS
 from fmsim.exec.kv.keys import IndexKeys, Where
-from fmsim.exec.model.deepseek_v4 import CSA
-from fmsim.exec.decode.pager import LayerPager
 from fmsim.exec.kv.paired import PairedTiers
-from fmsim.exec.decode.prompt import Prompt
-from fmsim.exec.decode.request import Request, Select
-from fmsim.exec.decode.selections import Selections
-from fmsim.exec.measure.step_clock import StepClock
 from fmsim.exec.kv.tiered import AHEAD, RequestSize
+from fmsim.exec.measure.step_clock import StepClock
+from fmsim.exec.model.deepseek_v4 import CSA
 from fmsim.policies.base import Policy
-
 
 GRAPH_STEPS = 32  # a shorter decode, such as an answer, is over before a capture would pay
 
 
 @dataclass(frozen=True)
 class Timeline:
-    """When each step ran, seconds [T] from the first, and what of it went into loading misses and recalls: measured.
+    """When each step ran, seconds [T] from the first, and what of it went into loading misses and
+    recalls: measured.
 
     `stall_s` is nan where misses are loaded within a CUDA graph, which tells no parts of its time.
     """
@@ -54,34 +58,65 @@ class Timeline:
 
 
 class Batch:
-    """Requests of any lengths that decode side by side, each under a policy of its own, all of one kind: `policy`.
+    """Requests of any lengths that decode side by side, each under a policy of its own, all of one
+    kind: `policy`.
 
-    ``kernels``: attention from GPU kernels; by default where there is a GPU. ``index_keys`` "tiered" keeps on the GPU all index keys of the layers that
-    the policy's memory indexer scores, and in the others those of resident entries: what was lost there is then not measured. Raises FmsimError before
-    anything starts where memory is short, and for what the policy cannot do.
+    ``kernels``: attention from GPU kernels; by default where there is a GPU. ``index_keys``
+    "tiered" keeps on the GPU all index keys of the layers that the policy's memory indexer scores,
+    and in the others those of resident entries: what was lost there is then not measured. Raises
+    FmsimError before anything starts where memory is short, and for what the policy cannot do.
     """
 
     def __init__(
-        self, prompts: Sequence[Prompt], policy: Policy, *, select: Select = "resident", tau: int = 64, seed: int = 0,
-        hindsight: Request | None = None, kernels: bool | None = None, index_keys: Where = "all",
-    ):  # fmt: skip
+        self,
+        prompts: Sequence[Prompt],
+        policy: Policy,
+        *,
+        select: Select = "resident",
+        tau: int = 64,
+        seed: int = 0,
+        hindsight: Request | None = None,
+        kernels: bool | None = None,
+        index_keys: Where = "all",
+    ):
         self.model, self.policy, self.select = prompts[0].model, policy, select
         self.device, config = self.model.lm_head.weight.device, self.model.config
         dtype = self.model.lm_head.weight.dtype
-        capacities = [(len(prompt.tokens) + prompt.max_steps) // config.compress_rates[CSA] for prompt in prompts]
+        capacities = [
+            (len(prompt.tokens) + prompt.max_steps) // config.compress_rates[CSA]
+            for prompt in prompts
+        ]
         self.layers = config.layer_types.count(CSA)
         layout, key = plain(dtype, config.head_dim), plain(dtype, config.index_head_dim)
         if (select, index_keys) == ("all", "tiered"):
-            raise FmsimError('select="all" takes the scores of all index keys; leave out index_keys="tiered"')
+            raise FmsimError(
+                'select="all" takes the scores of all index keys; leave out index_keys="tiered"'
+            )
         self.keys = IndexKeys(index_keys, policy, key, self.layers, capacities, self.device)
         self._fill_keys(self.keys.kept, prompts)
         self.max_steps = min(prompt.max_steps for prompt in prompts)
-        self.selections = Selections(self.max_steps, self.layers, len(prompts), config.index_topk, config.hidden_size, self.device)
+        self.selections = Selections(
+            self.max_steps,
+            self.layers,
+            len(prompts),
+            config.index_topk,
+            config.hidden_size,
+            self.device,
+        )
         self.requests = [
             Request(
-                prompt, type(policy)(policy.params), index=b, selections=self.selections, entry_bytes=layout.entry_bytes, keys_of=partial(self.keys.first, b),
-                select=select, tau=tau, seed=seed, hindsight=hindsight, unmeasured=self.keys.tiered,
-            )  # fmt: skip
+                prompt,
+                type(policy)(policy.params),
+                index=b,
+                selections=self.selections,
+                entry_bytes=layout.entry_bytes,
+                keys_of=partial(self.keys.first, b),
+                select=select,
+                tau=tau,
+                seed=seed,
+                hindsight=hindsight,
+                unmeasured=self.keys.tiered,
+            )
             for b, prompt in enumerate(prompts)
         ]
         self.tiers = self._tiers(layout, key)
@@ -91,14 +126,25 @@ class Batch:
         self.pagers = [LayerPager(self, layer, self._blocks(layer)) for layer in range(self.layers)]
         self._on_gpu = self.device.type == "cuda" and HAS_TRITON
         kernels = self._on_gpu if kernels is None else kernels
-        self.state = (step_state.from_kernels if kernels else step_state.from_torch)(self.model, prompts, self.pagers, layout, key)
+        self.state = (step_state.from_kernels if kernels else step_state.from_torch)(
+            self.model, prompts, self.pagers, layout, key
+        )
         self.logits = torch.stack([prompt.logits for prompt in prompts])
         self.step_count = 0
         self._input = torch.zeros(len(prompts), dtype=torch.int64, device=self.device)
-        self._positions = torch.tensor([len(prompt.tokens) for prompt in prompts], dtype=torch.int32, device=self.device)
+        self._positions = torch.tensor(
+            [len(prompt.tokens) for prompt in prompts], dtype=torch.int32, device=self.device
+        )
         self._clock = StepClock(self.device)
-        captured = self._on_gpu and kernels and self.max_steps >= GRAPH_STEPS and len(prompts) <= MOST_EXPERT_TOKENS
-        self._forward: Callable[[], None] = step_state.graph_after_one(self._compute) if captured else self._compute
+        captured = (
+            self._on_gpu
+            and kernels
+            and self.max_steps >= GRAPH_STEPS
+            and len(prompts) <= MOST_EXPERT_TOKENS
+        )
+        self._forward: Callable[[], None] = (
+            step_state.graph_after_one(self._compute) if captured else self._compute
+        )
 
     @property
     def among_resident(self) -> bool:
@@ -107,9 +153,14 @@ class Batch:
 
     @torch.inference_mode()
     def step(self, tokens: Sequence[int | None] | None = None) -> None:
-        """Process one token of each request, its own choice where none is given; `logits` [B, vocabulary] are then those of the next."""
+        """Process one token of each request, its own choice where none is given; `logits` [B,
+        vocabulary] are then those of the next.
+        """
         if self.step_count == self.max_steps:
-            raise FmsimError(f"the prompts were read with room for {self.step_count} decode steps, and they are used up; read them with more")
+            raise FmsimError(
+                f"the prompts were read with room for {self.step_count} decode steps, and they are"
+                " used up; read them with more"
+            )
         with self._clock.step(self.tiers.moved_bytes):
             with self._clock.recall():
                 self._recall()
@@ -125,14 +176,20 @@ class Batch:
                     self.tiers.settle(moves.pages, moves.slots, self._tables[:, b : b + 1], b)
 
     def _choose(self, tokens: Sequence[int | None]) -> None:
-        """The step's input: what is given, and the model's own choice elsewhere, which the host is not told."""
+        """The step's input: what is given, and the model's own choice elsewhere, which the host is
+        not told.
+        """
         own = self.logits.argmax(-1)
         if any(token is not None for token in tokens):
-            given = torch.tensor([-1 if token is None else token for token in tokens], device=self.device)
+            given = torch.tensor(
+                [-1 if token is None else token for token in tokens], device=self.device
+            )
             own = torch.where(given < 0, own, given)
         self._input.copy_(own)
 
-    def generate(self, count: int, progress: Callable[[int], None] | None = None) -> list[list[int]]:
+    def generate(
+        self, count: int, progress: Callable[[int], None] | None = None
+    ) -> list[list[int]]:
         """Greedy tokens of each request, each processed as it is chosen."""
         first = self.step_count
         for _ in range(count):
@@ -142,16 +199,27 @@ class Batch:
         return [request.tokens[first:] for request in self.requests]
 
     def timeline(self) -> Timeline:
-        """Of the steps so far; on a GPU without the first, which compiles kernels and captures the graph."""
+        """Of the steps so far; on a GPU without the first, which compiles kernels and captures the
+        graph.
+        """
         step_s, stall_s, recall_s, moved = self._clock.figures()
         first = 1 if self._on_gpu and self.step_count > 1 else 0
         h2d_bytes = np.diff(moved, prepend=0.0)
         end_s = step_s[first:].cumsum()
-        return Timeline(len(self.requests), end_s - step_s[first:], end_s, stall_s[first:], recall_s[first:], h2d_bytes[first:])
+        return Timeline(
+            len(self.requests),
+            end_s - step_s[first:],
+            end_s,
+            stall_s[first:],
+            recall_s[first:],
+            h2d_bytes[first:],
+        )
 
     @property
     def gpu_kv_bytes(self) -> int:
-        """What was allocated for the batch's KV: slots, spare pages, index keys, HCA entries, windows and open compressor windows."""
+        """What was allocated for the batch's KV: slots, spare pages, index keys, HCA entries,
+        windows and open compressor windows.
+        """
         return self.tiers.pool_bytes + self.fixed_kv_bytes
 
     @property
@@ -161,7 +229,9 @@ class Batch:
 
     @property
     def fixed_kv_bytes(self) -> int:
-        """What no decision changes: index keys of layers that keep all, HCA entries, windows, open compressor windows."""
+        """What no decision changes: index keys of layers that keep all, HCA entries, windows, open
+        compressor windows.
+        """
         return self.keys.kept_bytes + self.state.n_bytes
 
     @property
@@ -197,7 +267,9 @@ class Batch:
         for layer in self.keys.tiered:
             group = self.requests[0].group(layer)
             tables = [request.residency.table[group] for request in self.requests]
-            self.keys.lay_beside(layer, self.tiers.keys, tables, self._blocks(layer), self.tiers.resident, group)
+            self.keys.lay_beside(
+                layer, self.tiers.keys, tables, self._blocks(layer), self.tiers.resident, group
+            )
 
     def _fill_keys(self, layers: Iterable[int], prompts: Sequence[Prompt]) -> None:
         """What the prefills left."""
@@ -216,17 +288,38 @@ class Batch:
             ahead = -(-ctx.n_slots // AHEAD) if request.policy.decides_ahead and not full else 0
             sizes.append(RequestSize(ctx.n_pages, ctx.n_slots, staged, ahead))
         groups = [self.requests[0].group(layer) for layer in range(self.layers)]
-        tiers = PairedTiers(layout, key, groups, self.keys.tiered, params.granularity, sizes, self.device, mirrored=lossy)
+        tiers = PairedTiers(
+            layout,
+            key,
+            groups,
+            self.keys.tiered,
+            params.granularity,
+            sizes,
+            self.device,
+            mirrored=lossy,
+        )
         for b, request in enumerate(self.requests):
             for layer, cache in enumerate(request.prompt.csa_caches):
-                tiers.entries.fill(b, layer, cache.kv.entries[0, : cache.kv.closed], request.residency.table[request.group(layer)])
+                tiers.entries.fill(
+                    b,
+                    layer,
+                    cache.kv.entries[0, : cache.kv.closed],
+                    request.residency.table[request.group(layer)],
+                )
         return tiers
 
     def _new_tables(self) -> Tensor:
-        """int32 [L or G, B, P + 1]: what each layer's pager takes for its blocks. Layers that share a set share them, unless they load on their own."""
-        rows = self.layers if self.tiers.entries.stage_pages else self.requests[0].keeper.ctx.n_groups
+        """int32 [L or G, B, P + 1]: what each layer's pager takes for its blocks.
+
+        Layers that share a set share them, unless they load on their own.
+        """
+        rows = (
+            self.layers if self.tiers.entries.stage_pages else self.requests[0].keeper.ctx.n_groups
+        )
         pages = max(request.keeper.ctx.n_pages for request in self.requests)
-        return torch.full((rows, len(self.requests), pages + 1), -1, dtype=torch.int32, device=self.device)
+        return torch.full(
+            (rows, len(self.requests), pages + 1), -1, dtype=torch.int32, device=self.device
+        )
 
     def _blocks(self, layer: int) -> Tensor:
         """int32 [B, P + 1]: the layer's part of the tables."""

@@ -1,4 +1,6 @@
-"""The future of a decode, as far as another decode of the same prompt tells it: what the oracle is given in an engine."""
+"""The future of a decode, as far as another decode of the same prompt tells it: what the oracle is
+given in an engine.
+"""
 
 from __future__ import annotations
 
@@ -15,10 +17,15 @@ if TYPE_CHECKING:
 
 
 class Hindsight:
-    """`fmsim.policies.base.Future` as torch arrays: what `decoded` selected, by pages. Its text may differ from what is to be decoded."""
+    """`fmsim.policies.base.Future` as torch arrays: what `decoded` selected, by pages.
+
+    Its text may differ from what is to be decoded.
+    """
 
     def __init__(self, decoded: Request, granularity: int, shared: bool, n_pages: int):
-        ids, mass = (np.ascontiguousarray(part.cpu().numpy()) for part in (decoded.wanted, decoded.mass))
+        ids, mass = (
+            np.ascontiguousarray(part.cpu().numpy()) for part in (decoded.wanted, decoded.mass)
+        )
         self.future = PagedFuture(page_trace(ids, mass, granularity, shared, n_pages))
         self.never, self.device = self.future.never, decoded.device
 

@@ -1,11 +1,13 @@
-"""Which entries a CSA layer attends to during a decode under policies, and where they lie: the same on CPU and GPU.
+"""Which entries a CSA layer attends to during a decode under policies, and where they lie: the same
+on CPU and GPU.
 
-In a step, new entries are written and a decision may recall pages. Then each CSA layer's indexer selects: with `on_miss`
-"fetch" and "fallback" among all entries, since all index keys are scored; with "mask" among the resident ones alone, as
-FlashMemory does (arXiv 2606.09079), so that the next best resident entry takes the place of one that is not there. Where a layer has all its
-keys, what it would have selected among all entries is booked beside it. A replay has
-only what was selected among all. To compare the two, `select="all"` selects as the recorded model did, and then leaves out what is
-missing.
+In a step, new entries are written and a decision may recall pages. Then each CSA layer's indexer
+selects: with `on_miss` "fetch" and "fallback" among all entries, since all index keys are scored;
+with "mask" among the resident ones alone, as FlashMemory does (arXiv 2606.09079), so that the next
+best resident entry takes the place of one that is not there. Where a layer has all its keys, what
+it would have selected among all entries is booked beside it. A replay has only what was selected
+among all. To compare the two, `select="all"` selects as the recorded model did, and then leaves out
+what is missing.
 
 Nothing here asks the host about an array, so that a CUDA graph holds it.
 """
@@ -18,23 +20,24 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from fmsim.replay.paging import page_step
 from fmsim.exec.decode.decode_attention import Home
 from fmsim.exec.kernels.attention_rows import Rows
 from fmsim.exec.kernels.index_score import GROUP, Scores
 from fmsim.exec.kernels.sparse_attention import Masses, sparse_attention
 from fmsim.exec.kernels.top_k import top_k as best
 from fmsim.exec.model.deepseek_v4 import Access, Attention
+from fmsim.replay.paging import page_step
 
 if TYPE_CHECKING:
     from fmsim.exec.decode.engine import Batch
 
 
 class LayerPager:
-    """`fmsim.exec.model.deepseek_v4.Pager` and `fmsim.exec.decode.decode_attention.EntryPager` of one CSA layer of a batch.
+    """`fmsim.exec.model.deepseek_v4.Pager` and `fmsim.exec.decode.decode_attention.EntryPager` of
+    one CSA layer of a batch.
 
-    `blocks` int32 [B, P + 1] is the pool page of each request's pages in this step, -1 where a page is neither resident nor staged; its last
-    column is padding's.
+    `blocks` int32 [B, P + 1] is the pool page of each request's pages in this step, -1 where a page
+    is neither resident nor staged; its last column is padding's.
     """
 
     wants_masses = True  # the ledger does
@@ -53,7 +56,9 @@ class LayerPager:
 
     def select(self, queries: Tensor, weights: Tensor, visible: Tensor, top_k: int) -> Tensor:
         lengths = visible.int()
-        if not self.keys.complete:  # of resident entries alone; what would have been selected among all is not known
+        if (
+            not self.keys.complete
+        ):  # of resident entries alone; what would have been selected among all is not known
             self.ids = self.keys.best(queries, weights, lengths, top_k)
             self.batch.selections.ids[self.layer].copy_(self.ids)
             return self.ids
@@ -70,27 +75,41 @@ class LayerPager:
         return self.ids
 
     def read(self, ids: Tensor) -> Tensor:
-        return torch.stack([self.tiers.read(self.layer, blocks, ids[b]) for b, blocks in enumerate(self.blocks)]).to(self.batch.logits.dtype)
+        return torch.stack(
+            [self.tiers.read(self.layer, blocks, ids[b]) for b, blocks in enumerate(self.blocks)]
+        ).to(self.batch.logits.dtype)
 
-    def attended(self, access: Access, masses_of: Callable[[Tensor, Tensor], tuple[Tensor, Tensor, Tensor]]) -> None:
+    def attended(
+        self, access: Access, masses_of: Callable[[Tensor, Tensor], tuple[Tensor, Tensor, Tensor]]
+    ) -> None:
         masses = tuple(part[:, 0] for part in access[1:4])
         wanted = masses
         if self.measures:
-            entries = torch.stack([self.tiers.read_mirror(b, self.layer, ids) for b, ids in enumerate(self.wanted)])
-            wanted = tuple(part[:, 0] for part in masses_of(self.wanted, entries.to(self.batch.logits.dtype)))
+            entries = torch.stack(
+                [self.tiers.read_mirror(b, self.layer, ids) for b, ids in enumerate(self.wanted)]
+            )
+            wanted = tuple(
+                part[:, 0] for part in masses_of(self.wanted, entries.to(self.batch.logits.dtype))
+            )
         self.book(masses[0], wanted, access.hidden[:, 0])
 
     @property
     def measures(self) -> bool:
-        """What attention would have put on the wanted entries is not what it put on those attended to, and is worked out."""
+        """What attention would have put on the wanted entries is not what it put on those attended
+        to, and is worked out.
+        """
         return self.keys.complete and self.tiers.mirrored and self.params.on_miss != "fetch"
 
     def book(self, seen: Tensor, wanted: tuple[Tensor, Tensor, Tensor], hidden: Tensor) -> None:
-        """Mass [B, K] of what was attended to; (entries [B, K], window [B], sink [B]) of the selection among all; hidden [B, H]."""
+        """Mass [B, K] of what was attended to; (entries [B, K], window [B], sink [B]) of the
+        selection among all; hidden [B, H].
+        """
         seen = wanted[0] if self.batch.select == "all" else seen
-        self.batch.selections.book_masses(self.layer, seen, wanted if self.keys.complete else None, hidden)
+        self.batch.selections.book_masses(
+            self.layer, seen, wanted if self.keys.complete else None, hidden
+        )
 
-    # ------------------------------------------------------------------------------- with attention from kernels
+    # ------------------------------------------------------------------ with attention from kernels
 
     @property
     def homes(self) -> list[Home]:
@@ -100,7 +119,9 @@ class LayerPager:
     def key_homes(self) -> list[Home]:
         return self.keys.homes
 
-    def reports(self, q: Tensor, rows: Rows, masses: Masses, x: Tensor, attention: Attention) -> None:
+    def reports(
+        self, q: Tensor, rows: Rows, masses: Masses, x: Tensor, attention: Attention
+    ) -> None:
         wanted = masses
         if self.measures:
             mirror = self.homes[1]
@@ -108,7 +129,7 @@ class LayerPager:
             wanted = sparse_attention(q, everything, attention.sinks, attention.scale, True)[1]
         self.book(masses.entries, wanted, x[:, 0])
 
-    # --------------------------------------------------------------------------------------------------- selection
+    # ------------------------------------------------------------------------------------ selection
 
     def _pages(self, ids: Tensor) -> Tensor:
         """int64 pages of ids [B, K]; padding's column for -1."""
@@ -122,19 +143,37 @@ class LayerPager:
         """The same scores with -inf for what is not resident."""
         known, pages = scores.scores, self.blocks.shape[1] - 1
         missing = (self.blocks[:, :pages] < 0).repeat_interleave(self.granularity, 1)
-        missing = torch.nn.functional.pad(missing, (0, known.shape[1] - missing.shape[1])) if missing.shape[1] < known.shape[1] else missing
+        missing = (
+            torch.nn.functional.pad(missing, (0, known.shape[1] - missing.shape[1]))
+            if missing.shape[1] < known.shape[1]
+            else missing
+        )
         known = known.masked_fill(missing[:, : known.shape[1]], float("-inf"))
         return Scores(known, known.unflatten(1, (-1, GROUP)).amax(2))
 
     def _load(self, scores: Tensor) -> Tensor:
-        """Load what `on_miss` says of the wanted entries; bool [B, K], which of them can be attended to.
+        """Load what `on_miss` says of the wanted entries; bool [B, K], which of them can be
+        attended to.
 
-        "fallback" takes the heaviest pages first: by the indexer's softmax, which is trained to follow the attention mass.
+        "fallback" takes the heaviest pages first: by the indexer's softmax, which is trained to
+        follow the attention mass.
         """
         none = self.wanted < 0
-        weight = torch.where(none, float("-inf"), scores.gather(1, self.wanted.clamp(min=0).long())).softmax(-1)
+        weight = torch.where(
+            none, float("-inf"), scores.gather(1, self.wanted.clamp(min=0).long())
+        ).softmax(-1)
         use = page_step(self.wanted, weight, self.granularity, shared=False)
-        missing = (use.pages >= 0) & ~(self.blocks.gather(1, torch.where(use.pages < 0, self.blocks.shape[1] - 1, use.pages).long()) >= 0)
+        missing = (use.pages >= 0) & ~(
+            self.blocks.gather(
+                1, torch.where(use.pages < 0, self.blocks.shape[1] - 1, use.pages).long()
+            )
+            >= 0
+        )
         with self.batch.stalled():
-            self.tiers.stage(self.layer, use.pages.long(), self.batch.requests[0].keeper.to_fetch(use, missing), self.blocks)
+            self.tiers.stage(
+                self.layer,
+                use.pages.long(),
+                self.batch.requests[0].keeper.to_fetch(use, missing),
+                self.blocks,
+            )
         return ~none & self._here(self.wanted)

@@ -1,4 +1,6 @@
-"""A prompt that a model has read: what every decode after it starts from, however many there are."""
+"""A prompt that a model has read: what every decode after it starts from, however many there
+are.
+"""
 
 from __future__ import annotations
 
@@ -10,19 +12,23 @@ import numpy as np
 import torch
 
 from fmsim.errors import FmsimError
-from fmsim.exec.model.deepseek_v4 import CSA, Access, Cache, DeepseekV4, LayerCache
 from fmsim.exec.decode.session import Session
+from fmsim.exec.model.deepseek_v4 import CSA, Access, Cache, DeepseekV4, LayerCache
 from fmsim.trace import ENTRY_TOKENS
 
 PROMPT_QUERIES = 1024  # the last queries of the prompt whose attention mass per entry is kept
 
 
 class PromptWatcher:
-    """Observes the reading of a prompt: its last masses, and the state of its last token, with which window 0 begins."""
+    """Observes the reading of a prompt: its last masses, and the state of its last token, with
+    which window 0 begins.
+    """
 
     def __init__(self, prompt_tokens: int, queries: int):
         self.first = prompt_tokens - queries
-        self.mass: dict[int, np.ndarray] = defaultdict(lambda: np.zeros(prompt_tokens // ENTRY_TOKENS, np.float32))
+        self.mass: dict[int, np.ndarray] = defaultdict(
+            lambda: np.zeros(prompt_tokens // ENTRY_TOKENS, np.float32)
+        )
         self.hidden: dict[int, np.ndarray] = {}
 
     def __call__(self, start: int, tokens: int, accesses: list[Access]) -> None:
@@ -37,26 +43,41 @@ class PromptWatcher:
 class Prompt:
     """`tokens` read by `model`, with room for `max_steps` more.
 
-    hidden float32 [L, H]: the CSA layers' attention input at the last token; mass float32 [L, E]: what the last
-    PROMPT_QUERIES queries attended to, rounded as a trace rounds it.
+    hidden float32 [L, H]: the CSA layers' attention input at the last token; mass float32 [L, E]:
+    what the last PROMPT_QUERIES queries attended to, rounded as a trace rounds it.
     """
 
-    def __init__(self, model: DeepseekV4, tokens: Sequence[int], max_steps: int, progress: Callable[[int], None] | None = None):
+    def __init__(
+        self,
+        model: DeepseekV4,
+        tokens: Sequence[int],
+        max_steps: int,
+        progress: Callable[[int], None] | None = None,
+    ):
         self.tokens, self.max_steps = [int(token) for token in tokens], max_steps
         watcher = PromptWatcher(len(self.tokens), min(PROMPT_QUERIES, len(self.tokens)))
         self._session = Session(model, len(self.tokens) + max_steps, watcher)
         self._session.read(self.tokens, progress)
         layers = range(model.config.layer_types.count(CSA))
         self.hidden = np.stack([watcher.hidden[layer] for layer in layers])
-        self.mass = np.stack([watcher.mass[layer] for layer in layers]).astype(np.float16).astype(np.float32)
+        self.mass = (
+            np.stack([watcher.mass[layer] for layer in layers])
+            .astype(np.float16)
+            .astype(np.float32)
+        )
 
     def extended(self, tokens: Sequence[int], max_steps: int) -> Prompt:
-        """A prompt that goes on with ``tokens``, with room for ``max_steps`` after them, which this one's own room must hold.
+        """A prompt that goes on with ``tokens``, with room for ``max_steps`` after them, which this
+        one's own room must hold.
 
-        Its mass is this one's and that of the new queries. So a long context is read once, whatever is asked about it.
+        Its mass is this one's and that of the new queries. So a long context is read once, whatever
+        is asked about it.
         """
         if len(tokens) + max_steps > self.max_steps:
-            raise FmsimError(f"the prompt was read with room for {self.max_steps} tokens, {len(tokens)} and {max_steps} steps were asked for")
+            raise FmsimError(
+                f"the prompt was read with room for {self.max_steps} tokens, {len(tokens)} and"
+                f" {max_steps} steps were asked for"
+            )
         longer = copy.copy(self)
         longer.tokens, longer.max_steps = [*self.tokens, *map(int, tokens)], max_steps
         watcher = PromptWatcher(len(longer.tokens), len(tokens))
@@ -89,7 +110,9 @@ class Prompt:
         return self._session.logits
 
     def session(self) -> Session:
-        """A session of its own that stands at the end of the prompt: a decode that keeps everything."""
+        """A session of its own that stands at the end of the prompt: a decode that keeps
+        everything.
+        """
         session = copy.copy(self._session)
         session.cache, session.observer = copy.deepcopy(self._session.cache), None
         return session

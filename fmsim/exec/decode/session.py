@@ -8,7 +8,8 @@ import torch
 
 from fmsim.exec.model.deepseek_v4 import Access, DeepseekV4
 
-# Elements of one [chunk, entries] score matrix held at once: 1 GiB of float32 on a GPU, 128 MiB on a CPU.
+# Elements of one [chunk, entries] score matrix held at once: 1 GiB of float32 on a GPU, 128 MiB on
+# a CPU.
 SCORES_PER_CHUNK = {"cuda": 2**28, "cpu": 2**25}
 MAX_CHUNK = {"cuda": 4096, "cpu": 256}  # tokens; a CPU is faster when a chunk stays in its caches
 
@@ -18,7 +19,8 @@ Observer = Callable[[int, int, list[Access]], None]
 class Session:
     """A model, its cache of one sequence, and the logits of the last token read.
 
-    ``observer(start, tokens, accesses)`` is called after every chunk that starts at absolute position ``start``.
+    ``observer(start, tokens, accesses)`` is called after every chunk that starts at absolute
+    position ``start``.
     """
 
     def __init__(self, model: DeepseekV4, max_tokens: int, observer: Observer | None = None):
@@ -32,11 +34,15 @@ class Session:
 
     @torch.inference_mode()
     def read(self, tokens: Iterable[int], progress: Callable[[int], None] | None = None) -> None:
-        """Process given tokens, in chunks whose memory does not grow with the square of the length."""
+        """Process given tokens, in chunks whose memory does not grow with the square of the
+        length.
+        """
         pending = torch.as_tensor(tokens, dtype=torch.long)
         while len(pending):
             longest = MAX_CHUNK[self.device.type]
-            size = max(1, min(longest, SCORES_PER_CHUNK[self.device.type] // (self.length // 4 + longest)))
+            size = max(
+                1, min(longest, SCORES_PER_CHUNK[self.device.type] // (self.length // 4 + longest))
+            )
             chunk, pending = pending[:size], pending[size:]
             start = self.length
             logits, accesses = self.model(chunk[None].to(self.device), self.cache, last_only=True)

@@ -1,8 +1,11 @@
-"""Whole decode steps of a model with random weights under a policy that a trace drives: footprints and times at a published model's size.
+"""Whole decode steps of a model with random weights under a policy that a trace drives: footprints
+and times at a published model's size.
 
-The model (`fmsim.exec.model.synthetic`) runs every layer, scores its index keys and selects, in the published layouts of 584 and 132 bytes. Since random
-weights attend to nothing in particular, what it selects is dropped, and the trace's own selection is attended to, through the block tables that
-the policy's residency keeps: so recalls and misses are real traffic of the real policy on real attention.
+The model (`fmsim.exec.model.synthetic`) runs every layer, scores its index keys and selects, in the
+published layouts of 584 and 132 bytes. Since random weights attend to nothing in particular, what
+it selects is dropped, and the trace's own selection is attended to, through the block tables that
+the policy's residency keeps: so recalls and misses are real traffic of the real policy on real
+attention.
 """
 
 from __future__ import annotations
@@ -14,26 +17,33 @@ from torch import Tensor
 
 from fmsim.exec.decode.decode_attention import Home
 from fmsim.exec.decode.driven import DrivenDecode, layouts
-from fmsim.exec.measure.kernel_cases import fill_entries
+from fmsim.exec.decode.step_state import decode_attentions, graph_after_one
 from fmsim.exec.kernels.attention_rows import Rows
 from fmsim.exec.kernels.index_score import index_scores, new_scores
 from fmsim.exec.kernels.layout import Layout
 from fmsim.exec.kernels.memory_score import memory_scores
 from fmsim.exec.kernels.sparse_attention import Masses
 from fmsim.exec.kernels.top_k import top_k as best
+from fmsim.exec.measure.kernel_cases import fill_entries
 from fmsim.exec.model.deepseek_v4 import Attention, DeepseekV4
-from fmsim.exec.decode.step_state import decode_attentions, graph_after_one
 from fmsim.policies.base import Policy
 
 MEMORY_HEADS = 128  # of the published memory indexer, a layer (arXiv 2606.09079)
 
 
 class TracePager:
-    """`fmsim.exec.decode.decode_attention.EntryPager` of CSA layer `layer`: what a trace selected, where a policy keeps it."""
+    """`fmsim.exec.decode.decode_attention.EntryPager` of CSA layer `layer`: what a trace selected,
+    where a policy keeps it.
+    """
 
     def __init__(self, step: SyntheticStep, layer: int):
         decode = step.decode
-        self.step, self.decode, self.layer, self.trace_layer = step, decode, layer, step.layer_map[layer]
+        self.step, self.decode, self.layer, self.trace_layer = (
+            step,
+            decode,
+            layer,
+            step.layer_map[layer],
+        )
         self.blocks = decode.blocks[layer]
         self.wants_masses = step.observes
         self.homes = decode.tiers.entries.homes(layer, self.blocks)
@@ -44,60 +54,97 @@ class TracePager:
             self.key_homes = decode.tiers.keys.homes(layer - decode.keyed_layers, self.blocks)
 
     def select(self, queries: Tensor, weights: Tensor, visible: Tensor, top_k: int) -> Tensor:
-        (pool, table), of, resident = self.key_homes[0], (queries[:, 0], weights[:, 0].float()), self.decode.tiers.resident
+        (pool, table), of, resident = (
+            self.key_homes[0],
+            (queries[:, 0], weights[:, 0].float()),
+            self.decode.tiers.resident,
+        )
         if resident is None:
             scores = index_scores(*of, pool, self.step.key, table, visible, self.step.scores)
             best(scores.scores, visible, top_k, scores.maxima)
         else:
-            resident.best(self.decode.group(self.layer), *of, pool, self.step.key, top_k, kept=self.keeps_keys)
+            resident.best(
+                self.decode.group(self.layer), *of, pool, self.step.key, top_k, kept=self.keeps_keys
+            )
         if self.decode.stages:
             self.decode.stage(self.layer)
         return self.step.given[self.trace_layer]
 
-    def reports(self, q: Tensor, rows: Rows, masses: Masses | None, x: Tensor, attention: Attention) -> None:
+    def reports(
+        self, q: Tensor, rows: Rows, masses: Masses | None, x: Tensor, attention: Attention
+    ) -> None:
         """A trace's masses are known."""
 
 
 @dataclass(frozen=True)
 class _AllKeys:
-    """Index keys of the layers that keep all theirs: a pool a layer, [layers, pages, page bytes], and one table int32 [B, pages]."""
+    """Index keys of the layers that keep all theirs: a pool a layer, [layers, pages, page bytes],
+    and one table int32 [B, pages].
+    """
 
     pool: Tensor
     table: Tensor
 
 
 class SyntheticStep:
-    """What a step of `decode` computes: call it with the step's number. Made before `decode` runs, and with it on one device."""
+    """What a step of `decode` computes: call it with the step's number.
 
-    def __init__(self, decode: DrivenDecode, model: DeepseekV4, layer_map: tuple[int, ...], seed: int = 0):
+    Made before `decode` runs, and with it on one device.
+    """
+
+    def __init__(
+        self, decode: DrivenDecode, model: DeepseekV4, layer_map: tuple[int, ...], seed: int = 0
+    ):
         self.decode, self.model, self.layer_map = decode, model, layer_map
         latent, self.key = layouts(decode.geometry)
         device, batch = decode.device, decode.batch
         self.observes = type(decode.policy).observe is not Policy.observe
-        self.first_token, self.longest = decode.replayer.header.prompt_tokens, decode.replayer.header.prompt_tokens + decode.replayer.n_steps
+        self.first_token, self.longest = (
+            decode.replayer.header.prompt_tokens,
+            decode.replayer.header.prompt_tokens + decode.replayer.n_steps,
+        )
         entries, resident = decode.geometry.csa_entries(self.longest), decode.tiers.resident
         if resident is None:
             home = Home.of_its_own(self.key, batch, entries, device)
         else:  # in pages as the residency's, so that those of what is resident can be found
-            home = Home.of_its_own(self.key, batch, resident.n_pages * resident.granularity, device, resident.granularity)
-        self.keys = _AllKeys(home.pool.expand(decode.keyed_layers, *home.pool.shape).contiguous(), home.table)
+            home = Home.of_its_own(
+                self.key,
+                batch,
+                resident.n_pages * resident.granularity,
+                device,
+                resident.granularity,
+            )
+        self.keys = _AllKeys(
+            home.pool.expand(decode.keyed_layers, *home.pool.shape).contiguous(), home.table
+        )
         self.scores = new_scores(batch, home.table.shape[1] * self.key.per_page(home.pool), device)
         self._selected = torch.from_numpy(decode.replayer.ids.copy()).to(device)  # int32 [T, L, K]
         layers, width = self._selected.shape[1:]
-        self.given = torch.full((layers, batch, width), -1, dtype=torch.int32, device=device)  # of the trace's layers: what this step attends to
+        self.given = torch.full(
+            (layers, batch, width), -1, dtype=torch.int32, device=device
+        )  # of the trace's layers: what this step attends to
         pagers = [TracePager(self, layer) for layer in range(decode.geometry.n_csa)]
         self.attends = decode_attentions(model, batch, self.longest, latent, self.key, pagers)
         self._fill(latent, seed)
         self._tokens = torch.zeros(batch, dtype=torch.int64, device=device)
         self._positions = torch.full((batch,), self.first_token, dtype=torch.int32, device=device)
-        self.logits = torch.zeros(batch, model.config.vocab_size, device=device, dtype=model.lm_head.weight.dtype)
+        self.logits = torch.zeros(
+            batch, model.config.vocab_size, device=device, dtype=model.lm_head.weight.dtype
+        )
         self._forward = graph_after_one(self._compute) if device.type == "cuda" else self._compute
-        self._indexer = torch.randn(decode.keyed_layers, batch, MEMORY_HEADS, self.key.width, device=device).to(torch.bfloat16)
+        self._indexer = torch.randn(
+            decode.keyed_layers, batch, MEMORY_HEADS, self.key.width, device=device
+        ).to(torch.bfloat16)
 
     @torch.inference_mode()
     def __call__(self, step: int) -> None:
         params = self.decode.policy.params
-        if params.cadence > 1 and step % params.cadence == 0 and self.decode.keyed_layers < self.decode.geometry.n_csa and len(self._indexer):
+        if (
+            params.cadence > 1
+            and step % params.cadence == 0
+            and self.decode.keyed_layers < self.decode.geometry.n_csa
+            and len(self._indexer)
+        ):
             self._score_memory()
         self.given.copy_(self._there(self._selected[step])[:, None])
         self._positions.fill_(self.first_token + step)
@@ -106,19 +153,28 @@ class SyntheticStep:
     @property
     def fixed_bytes(self) -> int:
         """Of one request: index keys that are all kept, HCA entries and windows."""
-        return (self.keys.pool.nbytes + sum(attend.cache_bytes for attend in self.attends)) // self.decode.batch
+        return (
+            self.keys.pool.nbytes + sum(attend.cache_bytes for attend in self.attends)
+        ) // self.decode.batch
 
     @property
     def open_bytes(self) -> int:
-        """Of one request: the compressors' open windows, which the geometry's arithmetic leaves out."""
-        return sum(tensor.nbytes for attend in self.attends for tensor in attend.open_windows) // self.decode.batch
+        """Of one request: the compressors' open windows, which the geometry's arithmetic leaves
+        out.
+        """
+        return (
+            sum(tensor.nbytes for attend in self.attends for tensor in attend.open_windows)
+            // self.decode.batch
+        )
 
     def _compute(self) -> None:
         self.logits.copy_(self.model.decode(self._tokens, self._positions, self.attends))
         self._tokens.copy_(self.logits.argmax(-1))
 
     def _there(self, ids: Tensor) -> Tensor:
-        """Of entries int32 [L, K] those whose page is resident, or fetched in this step, and -1 for the others."""
+        """Of entries int32 [L, K] those whose page is resident, or fetched in this step, and -1 for
+        the others.
+        """
         decode, residency = self.decode, self.decode.keeper.residency
         there = residency.table >= 0
         decode.keeper.ctx.put(there, torch.where(decode.fetched, decode.pages, -1), True)
@@ -127,18 +183,39 @@ class SyntheticStep:
         return torch.where(decode.keeper.ctx.read(there, page), ids, -1)
 
     def _score_memory(self) -> None:
-        """A memory indexer of the published size over the layers that keep all keys: for its time; the trace's decides."""
+        """A memory indexer of the published size over the layers that keep all keys: for its time;
+        the trace's decides.
+        """
         pools, tables = list(self.keys.pool), [self.keys.table] * len(self._indexer)
-        memory_scores(self._indexer, self._indexer[..., 0].float(), pools, self.key, tables, self._positions // 4, out=self.scores)
+        memory_scores(
+            self._indexer,
+            self._indexer[..., 0].float(),
+            pools,
+            self.key,
+            tables,
+            self._positions // 4,
+            out=self.scores,
+        )
 
     def _fill(self, latent: Layout, seed: int) -> None:
         """Entries and keys of made-up content, all finite."""
         torch.manual_seed(seed)
         caches = self.decode.tiers.caches
-        pools = [(cache.pool.flatten(0, 1), cache.layout) for cache in caches] + [(self.keys.pool.flatten(0, 1), self.key)]
-        pools += [(attend.window, latent) for attend in self.attends] + [(attend.hca.pool, latent) for attend in self.attends if attend.hca is not None]
+        pools = [(cache.pool.flatten(0, 1), cache.layout) for cache in caches] + [
+            (self.keys.pool.flatten(0, 1), self.key)
+        ]
+        pools += [(attend.window, latent) for attend in self.attends] + [
+            (attend.hca.pool, latent) for attend in self.attends if attend.hca is not None
+        ]
         for pool, layout in pools:
             fill_entries(pool, layout)
         for cache in caches:
-            for layer in range(cache.layers if cache.mirrored else 0):  # made on the device, which is faster at it
-                cache.mirror[layer].copy_(fill_entries(torch.empty_like(cache.mirror[layer], device=self.decode.device), cache.layout))
+            for layer in range(
+                cache.layers if cache.mirrored else 0
+            ):  # made on the device, which is faster at it
+                cache.mirror[layer].copy_(
+                    fill_entries(
+                        torch.empty_like(cache.mirror[layer], device=self.decode.device),
+                        cache.layout,
+                    )
+                )

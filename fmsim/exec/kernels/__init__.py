@@ -1,1 +1,3 @@
-"""GPU kernels of the decode, one file each: the function to call, its torch reference (also the CPU's path) and its Triton kernel."""
+"""GPU kernels of the decode, one file each: the function to call, its torch reference (also the
+CPU's path) and its Triton kernel.
+"""

@@ -1,4 +1,5 @@
-"""Attention of many requests: rows are first gathered and widened, side by side, then read by products as the matrix units take them.
+"""Attention of many requests: rows are first gathered and widened, side by side, then read by
+products as the matrix units take them.
 
 So each row is decoded once for all heads, and the registers are left to the products.
 """
@@ -13,31 +14,50 @@ from fmsim.exec.kernels.attention_rows import Parts, Rows, matrix_type
 from fmsim.exec.kernels.lang import cdiv, next_power_of_2, tl, triton
 from fmsim.exec.kernels.layout import load_latents, load_rotated, triton_kind
 
-
 MOST_SPLITS = 16
-PART_BLOCKS = 0.03  # of a block's time, about 3.5 us, that a part of 64 heads takes to be written and combined
+# of a block's time, about 3.5 us, that a part of 64 heads takes to be written and combined
+PART_BLOCKS = 0.03
 
 
-def attend_gathered(queries: Tensor, rows: Rows, scale: float, want_logits: bool, tune: tuning.GatheredAttention) -> Parts:
+def attend_gathered(
+    queries: Tensor, rows: Rows, scale: float, want_logits: bool, tune: tuning.GatheredAttention
+) -> Parts:
     """``queries`` [B, H, C] of the rows' `matrix_type`."""
     batch, heads, size = queries.shape
     dense, bias = _gathered(rows, tune)
     fitting = tune.block_bytes // (size * dense.element_size())
-    block_heads, block_rows = min(tune.block_heads, max(16, next_power_of_2(heads)), fitting), min(tune.block_rows, fitting)
+    block_heads, block_rows = (
+        min(tune.block_heads, max(16, next_power_of_2(heads)), fitting),
+        min(tune.block_rows, fitting),
+    )
     blocks, head_blocks = dense.shape[1] // block_rows, cdiv(heads, block_heads)
     splits = _splits(blocks, batch * head_blocks, tune.programs)
     parts = Parts.new(queries, splits, rows, want_logits)
     _attend[(batch, head_blocks, splits)](
-        queries, dense, bias, parts.values, parts.sums, parts.logits if want_logits else parts.sums, scale, rows.count, dense.shape[1],
-        HEADS=heads, WIDTH=size, BLOCK_HEADS=block_heads, BLOCK_ROWS=block_rows,
-        LOGITS=want_logits, STAGES=tune.stages, num_warps=tune.warps if block_heads >= 64 else 4,
-    )  # fmt: skip
+        queries,
+        dense,
+        bias,
+        parts.values,
+        parts.sums,
+        parts.logits if want_logits else parts.sums,
+        scale,
+        rows.count,
+        dense.shape[1],
+        HEADS=heads,
+        WIDTH=size,
+        BLOCK_HEADS=block_heads,
+        BLOCK_ROWS=block_rows,
+        LOGITS=want_logits,
+        STAGES=tune.stages,
+        num_warps=tune.warps if block_heads >= 64 else 4,
+    )
     return parts
 
 
 def _splits(blocks: int, runs: int, at_a_time: int) -> int:
-    """In how many parts to cut each of the ``runs`` of ``blocks`` blocks: programs come in turns of ``at_a_time``, the last of them rarely full, and each
-    part is written, and read to be combined."""
+    """In how many parts to cut each of the ``runs`` of ``blocks`` blocks: programs come in turns of
+    ``at_a_time``, the last of them rarely full, and each part is written, and read to be combined.
+    """
 
     def block_times(splits: int) -> float:
         return cdiv(runs * splits, at_a_time) * cdiv(blocks, splits) + PART_BLOCKS * runs * splits
@@ -46,30 +66,75 @@ def _splits(blocks: int, runs: int, at_a_time: int) -> int:
 
 
 def _gathered(rows: Rows, tune: tuning.GatheredAttention) -> tuple[Tensor, Tensor]:
-    """The rows [B, N, C] in their `matrix_type`, and a bias float32 [B, N]: -inf for what is not there. N is padded to whole blocks."""
+    """The rows [B, N, C] in their `matrix_type`, and a bias float32 [B, N]: -inf for what is not
+    there.
+
+    N is padded to whole blocks.
+    """
     layout, batch = rows.layout, len(rows.ids)
     count = cdiv(rows.count, tune.block_rows) * tune.block_rows
-    dense = torch.empty(batch, count, layout.width, dtype=matrix_type(layout), device=rows.ids.device)
+    dense = torch.empty(
+        batch, count, layout.width, dtype=matrix_type(layout), device=rows.ids.device
+    )
     bias = torch.empty(batch, count, dtype=torch.float32, device=rows.ids.device)
     _gather[(batch, cdiv(count, tune.gather_rows))](
-        rows.window, rows.window_lengths, rows.pool, rows.table, rows.ids, dense, bias, rows.table.stride(0), rows.ids.shape[1], count,
-        WIDTH=layout.width, KIND=triton_kind(layout), VALUE_BYTES=layout.value_bytes, SCALE_BYTES=layout.scale_bytes,
-        WINDOW=rows.window_rows, WINDOW_BYTES=rows.window.stride(0), PER_PAGE=layout.per_page(rows.pool),
-        PAGE_BYTES=rows.pool.stride(0), BLOCK_ROWS=tune.gather_rows, num_warps=4,
-    )  # fmt: skip
+        rows.window,
+        rows.window_lengths,
+        rows.pool,
+        rows.table,
+        rows.ids,
+        dense,
+        bias,
+        rows.table.stride(0),
+        rows.ids.shape[1],
+        count,
+        WIDTH=layout.width,
+        KIND=triton_kind(layout),
+        VALUE_BYTES=layout.value_bytes,
+        SCALE_BYTES=layout.scale_bytes,
+        WINDOW=rows.window_rows,
+        WINDOW_BYTES=rows.window.stride(0),
+        PER_PAGE=layout.per_page(rows.pool),
+        PAGE_BYTES=rows.pool.stride(0),
+        BLOCK_ROWS=tune.gather_rows,
+        num_warps=4,
+    )
     return dense, bias
 
 
 @triton.jit
 def _gather(
-    window, window_lengths, pool, table, ids, dense, bias, table_stride, selected, count,
-    WIDTH: tl.constexpr, KIND: tl.constexpr, VALUE_BYTES: tl.constexpr, SCALE_BYTES: tl.constexpr,
-    WINDOW: tl.constexpr, WINDOW_BYTES: tl.constexpr, PER_PAGE: tl.constexpr, PAGE_BYTES: tl.constexpr, BLOCK_ROWS: tl.constexpr,
-):  # fmt: skip
-    """One program: some rows of one sequence. A latent's rotated values, which are bfloat16 among float8, are loaded apart."""
+    window,
+    window_lengths,
+    pool,
+    table,
+    ids,
+    dense,
+    bias,
+    table_stride,
+    selected,
+    count,
+    WIDTH: tl.constexpr,
+    KIND: tl.constexpr,
+    VALUE_BYTES: tl.constexpr,
+    SCALE_BYTES: tl.constexpr,
+    WINDOW: tl.constexpr,
+    WINDOW_BYTES: tl.constexpr,
+    PER_PAGE: tl.constexpr,
+    PAGE_BYTES: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr,
+):
+    """One program: some rows of one sequence.
+
+    A latent's rotated values, which are bfloat16 among float8, are loaded apart.
+    """
     b, row = tl.program_id(0).to(tl.int64), tl.program_id(1) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
     near, inside = row < WINDOW, row < count
-    entry = tl.load(ids + b * selected + (row - WINDOW), mask=(row >= WINDOW) & (row < WINDOW + selected), other=-1)
+    entry = tl.load(
+        ids + b * selected + (row - WINDOW),
+        mask=(row >= WINDOW) & (row < WINDOW + selected),
+        other=-1,
+    )
     page = tl.load(table + b * table_stride + entry // PER_PAGE, mask=entry >= 0, other=-1)
     known = (near & (row < tl.load(window_lengths + b))) | (page >= 0)
     start = tl.where(near, window + b * WINDOW_BYTES, pool + page.to(tl.int64) * PAGE_BYTES)
@@ -79,7 +144,11 @@ def _gather(
     latent = load_latents(values, scales, known, KIND, WIDTH).to(dense.dtype.element_ty)
     if KIND == "latent":
         tl.store(places + lane, latent, mask=inside[:, None] & (lane < WIDTH - 64))
-        tl.store(places + (WIDTH - 64 + tl.arange(0, 64))[None, :], load_rotated(values, known, WIDTH), mask=inside[:, None])
+        tl.store(
+            places + (WIDTH - 64 + tl.arange(0, 64))[None, :],
+            load_rotated(values, known, WIDTH),
+            mask=inside[:, None],
+        )
     else:
         tl.store(places + lane, latent, mask=inside[:, None])
     tl.store(bias + b * count + row, tl.where(known, 0.0, float("-inf")), mask=inside)
@@ -87,35 +156,71 @@ def _gather(
 
 @triton.jit
 def _attend(
-    queries, dense, bias, parts, part_sums, logits_out, scale, n_rows, count,
-    HEADS: tl.constexpr, WIDTH: tl.constexpr, BLOCK_HEADS: tl.constexpr, BLOCK_ROWS: tl.constexpr, LOGITS: tl.constexpr, STAGES: tl.constexpr,
-):  # fmt: skip
+    queries,
+    dense,
+    bias,
+    parts,
+    part_sums,
+    logits_out,
+    scale,
+    n_rows,
+    count,
+    HEADS: tl.constexpr,
+    WIDTH: tl.constexpr,
+    BLOCK_HEADS: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr,
+    LOGITS: tl.constexpr,
+    STAGES: tl.constexpr,
+):
     """One program: a block of heads of one sequence against a run of blocks of rows."""
     b, split = tl.program_id(0).to(tl.int64), tl.program_id(2)
     head = tl.program_id(1) * BLOCK_HEADS + tl.arange(0, BLOCK_HEADS)
     lane, exists = tl.arange(0, WIDTH), head < HEADS
-    query = tl.load(queries + (b * HEADS + head)[:, None] * WIDTH + lane[None, :], mask=exists[:, None], other=0.0)
+    query = tl.load(
+        queries + (b * HEADS + head)[:, None] * WIDTH + lane[None, :],
+        mask=exists[:, None],
+        other=0.0,
+    )
     dense, bias = dense + b * count * WIDTH, bias + b * count
     splits = tl.num_programs(2)
     share = tl.cdiv(count // BLOCK_ROWS, splits) * BLOCK_ROWS
     highest = tl.full([BLOCK_HEADS], float("-inf"), tl.float32)
     summed = tl.zeros([BLOCK_HEADS], tl.float32)
     attended = tl.zeros([BLOCK_HEADS, WIDTH], tl.float32)
-    for start in tl.range(split * share, tl.minimum((split + 1) * share, count), BLOCK_ROWS, num_stages=STAGES):
+    for start in tl.range(
+        split * share, tl.minimum((split + 1) * share, count), BLOCK_ROWS, num_stages=STAGES
+    ):
         row = start + tl.arange(0, BLOCK_ROWS)
         latent = tl.load(dense + row[:, None] * WIDTH + lane[None, :])
-        logits = tl.dot(query, tl.trans(latent), input_precision="ieee") * scale + tl.load(bias + row)[None, :]  # [BLOCK_HEADS, BLOCK_ROWS]
+        logits = (
+            tl.dot(query, tl.trans(latent), input_precision="ieee") * scale
+            + tl.load(bias + row)[None, :]
+        )  # [BLOCK_HEADS, BLOCK_ROWS]
         if LOGITS:
-            tl.store(logits_out + (b * HEADS + head)[:, None] * n_rows + row[None, :], logits, mask=exists[:, None] & (row < n_rows)[None, :])
+            tl.store(
+                logits_out + (b * HEADS + head)[:, None] * n_rows + row[None, :],
+                logits,
+                mask=exists[:, None] & (row < n_rows)[None, :],
+            )
         risen = tl.maximum(highest, tl.max(logits, 1))
-        level = tl.where(risen == float("-inf"), 0.0, risen)  # nothing known yet: exp(-inf), not exp(nan)
+        level = tl.where(
+            risen == float("-inf"), 0.0, risen
+        )  # nothing known yet: exp(-inf), not exp(nan)
         weights = tl.exp(logits - level[:, None])
         fade = tl.exp(highest - level)
         summed = summed * fade + tl.sum(weights, 1)
-        attended = tl.dot(weights.to(latent.dtype), latent, attended * fade[:, None], input_precision="ieee")
+        attended = tl.dot(
+            weights.to(latent.dtype), latent, attended * fade[:, None], input_precision="ieee"
+        )
         highest = risen
     some = summed > 0
     summed = tl.where(some, summed, 1.0)
     places = (b * splits + split) * HEADS + head
-    tl.store(part_sums + places, tl.where(some, highest + tl.log(summed), float("-inf")), mask=exists)
-    tl.store(parts + places[:, None] * WIDTH + lane[None, :], attended / summed[:, None], mask=exists[:, None])
+    tl.store(
+        part_sums + places, tl.where(some, highest + tl.log(summed), float("-inf")), mask=exists
+    )
+    tl.store(
+        parts + places[:, None] * WIDTH + lane[None, :],
+        attended / summed[:, None],
+        mask=exists[:, None],
+    )

@@ -1,4 +1,7 @@
-"""Attention of few requests: rows are read where they lie, and widened on the way to the products. One launch less than `attention_gathered`."""
+"""Attention of few requests: rows are read where they lie, and widened on the way to the products.
+
+One launch less than `attention_gathered`.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +13,9 @@ from fmsim.exec.kernels.lang import cdiv, tl, triton
 from fmsim.exec.kernels.layout import load_latents, load_rotated, product_operand, triton_kind
 
 
-def attend_in_place(queries: Tensor, rows: Rows, scale: float, want_logits: bool, tune: tuning.Attention) -> Parts:
+def attend_in_place(
+    queries: Tensor, rows: Rows, scale: float, want_logits: bool, tune: tuning.Attention
+) -> Parts:
     """``queries`` [B, H, C] of the rows' `matrix_type`."""
     batch, heads, size = queries.shape
     head_blocks = cdiv(heads, tune.block_heads)
@@ -19,26 +24,70 @@ def attend_in_place(queries: Tensor, rows: Rows, scale: float, want_logits: bool
     splits = cdiv(blocks, share)  # none of them without a block
     parts, layout = Parts.new(queries, splits, rows, want_logits), rows.layout
     _attend_in_place[(batch, head_blocks, splits)](
-        queries, rows.window, rows.window_lengths, rows.pool, rows.table, rows.ids, parts.values, parts.sums,
-        parts.logits if want_logits else parts.sums, scale, rows.table.stride(0),
-        HEADS=heads, WIDTH=size, KIND=triton_kind(layout), VALUE_BYTES=layout.value_bytes, SCALE_BYTES=layout.scale_bytes,
-        WINDOW=rows.window_rows, WINDOW_BYTES=rows.window.stride(0), SELECTED=rows.ids.shape[1], PER_PAGE=layout.per_page(rows.pool),
-        PAGE_BYTES=rows.pool.stride(0), BLOCK_HEADS=tune.block_heads, BLOCK_ROWS=tune.block_rows, SPLITS=splits, LOGITS=want_logits,
-        STAGES=tune.stages, num_warps=tune.warps,
-    )  # fmt: skip
+        queries,
+        rows.window,
+        rows.window_lengths,
+        rows.pool,
+        rows.table,
+        rows.ids,
+        parts.values,
+        parts.sums,
+        parts.logits if want_logits else parts.sums,
+        scale,
+        rows.table.stride(0),
+        HEADS=heads,
+        WIDTH=size,
+        KIND=triton_kind(layout),
+        VALUE_BYTES=layout.value_bytes,
+        SCALE_BYTES=layout.scale_bytes,
+        WINDOW=rows.window_rows,
+        WINDOW_BYTES=rows.window.stride(0),
+        SELECTED=rows.ids.shape[1],
+        PER_PAGE=layout.per_page(rows.pool),
+        PAGE_BYTES=rows.pool.stride(0),
+        BLOCK_HEADS=tune.block_heads,
+        BLOCK_ROWS=tune.block_rows,
+        SPLITS=splits,
+        LOGITS=want_logits,
+        STAGES=tune.stages,
+        num_warps=tune.warps,
+    )
     return parts
 
 
 @triton.jit
 def _attend_in_place(
-    queries, window, window_lengths, pool, table, ids, parts, part_sums, logits_out, scale, table_stride,
-    HEADS: tl.constexpr, WIDTH: tl.constexpr, KIND: tl.constexpr, VALUE_BYTES: tl.constexpr, SCALE_BYTES: tl.constexpr,
-    WINDOW: tl.constexpr, WINDOW_BYTES: tl.constexpr, SELECTED: tl.constexpr, PER_PAGE: tl.constexpr, PAGE_BYTES: tl.constexpr,
-    BLOCK_HEADS: tl.constexpr, BLOCK_ROWS: tl.constexpr, SPLITS: tl.constexpr, LOGITS: tl.constexpr, STAGES: tl.constexpr,
-):  # fmt: skip
+    queries,
+    window,
+    window_lengths,
+    pool,
+    table,
+    ids,
+    parts,
+    part_sums,
+    logits_out,
+    scale,
+    table_stride,
+    HEADS: tl.constexpr,
+    WIDTH: tl.constexpr,
+    KIND: tl.constexpr,
+    VALUE_BYTES: tl.constexpr,
+    SCALE_BYTES: tl.constexpr,
+    WINDOW: tl.constexpr,
+    WINDOW_BYTES: tl.constexpr,
+    SELECTED: tl.constexpr,
+    PER_PAGE: tl.constexpr,
+    PAGE_BYTES: tl.constexpr,
+    BLOCK_HEADS: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr,
+    SPLITS: tl.constexpr,
+    LOGITS: tl.constexpr,
+    STAGES: tl.constexpr,
+):
     """One program: a block of heads of one sequence against a run of blocks of rows.
 
-    A latent's rotated values, which are bfloat16 among float8, go by products of their own, so that no value is converted twice.
+    A latent's rotated values, which are bfloat16 among float8, go by products of their own, so that
+    no value is converted twice.
     """
     b, split = tl.program_id(0).to(tl.int64), tl.program_id(2)
     head = tl.program_id(1) * BLOCK_HEADS + tl.arange(0, BLOCK_HEADS)
@@ -48,24 +97,39 @@ def _attend_in_place(
     apart: tl.constexpr = KIND == "latent"
     turn = WIDTH - 64 + tl.arange(0, 64)
     if apart:
-        query_turned = tl.load(queries + (b * HEADS + head)[:, None] * WIDTH + turn[None, :], mask=(head < HEADS)[:, None], other=0.0)
+        query_turned = tl.load(
+            queries + (b * HEADS + head)[:, None] * WIDTH + turn[None, :],
+            mask=(head < HEADS)[:, None],
+            other=0.0,
+        )
     length = tl.load(window_lengths + b)
     blocks: tl.constexpr = (WINDOW + SELECTED + BLOCK_ROWS - 1) // BLOCK_ROWS
     share: tl.constexpr = (blocks + SPLITS - 1) // SPLITS
     highest = tl.full([BLOCK_HEADS], float("-inf"), tl.float32)
     summed = tl.zeros([BLOCK_HEADS], tl.float32)
-    attended, attended_turned = tl.zeros([BLOCK_HEADS, WIDTH], tl.float32), tl.zeros([BLOCK_HEADS, 64], tl.float32)
-    for block in tl.range(split * share, tl.minimum((split + 1) * share, blocks), num_stages=STAGES):
+    attended, attended_turned = (
+        tl.zeros([BLOCK_HEADS, WIDTH], tl.float32),
+        tl.zeros([BLOCK_HEADS, 64], tl.float32),
+    )
+    for block in tl.range(
+        split * share, tl.minimum((split + 1) * share, blocks), num_stages=STAGES
+    ):
         row = block * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
         near = row < WINDOW
-        entry = tl.load(ids + b * SELECTED + (row - WINDOW), mask=(row >= WINDOW) & (row < WINDOW + SELECTED), other=-1)
+        entry = tl.load(
+            ids + b * SELECTED + (row - WINDOW),
+            mask=(row >= WINDOW) & (row < WINDOW + SELECTED),
+            other=-1,
+        )
         page = tl.load(table + b * table_stride + entry // PER_PAGE, mask=entry >= 0, other=-1)
         known = (near & (row < length)) | (page >= 0)
         start = tl.where(near, window + b * WINDOW_BYTES, pool + page.to(tl.int64) * PAGE_BYTES)
         number, of = tl.where(near, row, entry % PER_PAGE), tl.where(near, WINDOW, PER_PAGE)
         places = start + number * VALUE_BYTES, start + of * VALUE_BYTES + number * SCALE_BYTES
         latent = product_operand(load_latents(places[0], places[1], known, KIND, WIDTH))
-        logits = tl.dot(query, tl.trans(latent), input_precision="ieee")  # [BLOCK_HEADS, BLOCK_ROWS]
+        logits = tl.dot(
+            query, tl.trans(latent), input_precision="ieee"
+        )  # [BLOCK_HEADS, BLOCK_ROWS]
         if apart:
             rotated = load_rotated(places[0], known, WIDTH)
             logits = tl.dot(query_turned, tl.trans(rotated), logits)
@@ -73,22 +137,42 @@ def _attend_in_place(
         logits = tl.where(known[None, :], logits, float("-inf"))
         if LOGITS:
             out_places = (b * HEADS + head)[:, None] * (WINDOW + SELECTED) + row[None, :]
-            tl.store(logits_out + out_places, logits, mask=(head < HEADS)[:, None] & (row < WINDOW + SELECTED)[None, :])
+            tl.store(
+                logits_out + out_places,
+                logits,
+                mask=(head < HEADS)[:, None] & (row < WINDOW + SELECTED)[None, :],
+            )
         risen = tl.maximum(highest, tl.max(logits, 1))
-        level = tl.where(risen == float("-inf"), 0.0, risen)  # nothing known yet: exp(-inf), not exp(nan)
+        level = tl.where(
+            risen == float("-inf"), 0.0, risen
+        )  # nothing known yet: exp(-inf), not exp(nan)
         weights = tl.exp(logits - level[:, None])
         fade = tl.exp(highest - level)
         summed = summed * fade + tl.sum(weights, 1)
-        attended = attended * fade[:, None] + tl.dot(weights.to(latent.dtype), latent, input_precision="ieee")
+        attended = attended * fade[:, None] + tl.dot(
+            weights.to(latent.dtype), latent, input_precision="ieee"
+        )
         if apart:
-            attended_turned = attended_turned * fade[:, None] + tl.dot(weights.to(rotated.dtype), rotated)
+            attended_turned = attended_turned * fade[:, None] + tl.dot(
+                weights.to(rotated.dtype), rotated
+            )
         highest = risen
     some = summed > 0
     summed = tl.where(some, summed, 1.0)
     places = (b * SPLITS + split) * HEADS + head
-    tl.store(part_sums + places, tl.where(some, highest + tl.log(summed), float("-inf")), mask=head < HEADS)
     tl.store(
-        parts + places[:, None] * WIDTH + lane[None, :], attended / summed[:, None], mask=(head < HEADS)[:, None] & (lane < (WIDTH - 64 if apart else WIDTH))[None, :]
+        part_sums + places,
+        tl.where(some, highest + tl.log(summed), float("-inf")),
+        mask=head < HEADS,
+    )
+    tl.store(
+        parts + places[:, None] * WIDTH + lane[None, :],
+        attended / summed[:, None],
+        mask=(head < HEADS)[:, None] & (lane < (WIDTH - 64 if apart else WIDTH))[None, :],
     )
     if apart:
-        tl.store(parts + places[:, None] * WIDTH + turn[None, :], attended_turned / summed[:, None], mask=(head < HEADS)[:, None])
+        tl.store(
+            parts + places[:, None] * WIDTH + turn[None, :],
+            attended_turned / summed[:, None],
+            mask=(head < HEADS)[:, None],
+        )

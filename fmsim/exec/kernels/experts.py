@@ -1,13 +1,17 @@
-"""The experts of few tokens: those that each token chose, and the shared one, which is one more that all choose.
+"""The experts of few tokens: those that each token chose, and the shared one, which is one more
+that all choose.
 
-A decode step is as fast as it reads weights. A *pair* is a token and one of its experts. Pairs are sorted by expert, one launch, and
-cut into tiles of one expert each, so that an expert's weights are read once for all its tokens; a single token needs no sorting. Two
-launches do the products, each program some rows of one expert's weights for one tile: the gated inner values, then each pair's
-output. A last one adds up each token's pairs in the order in which it chose them, so the same inputs give the same bytes.
+A decode step is as fast as it reads weights. A *pair* is a token and one of its experts. Pairs are
+sorted by expert, one launch, and cut into tiles of one expert each, so that an expert's weights are
+read once for all its tokens; a single token needs no sorting. Two launches do the products, each
+program some rows of one expert's weights for one tile: the gated inner values, then each pair's
+output. A last one adds up each token's pairs in the order in which it chose them, so the same
+inputs give the same bytes.
 
-The weights are the left operand: their rows, many, fill the matrix units, and tokens, few, are the columns. Float8 weights (`weights`)
-become float16 there, which holds them exactly and costs one instruction a pair where bfloat16 costs two slow ones more; bfloat16
-activations of ordinary size fit it too. What 128 columns add up to gets their block's scale in float32.
+The weights are the left operand: their rows, many, fill the matrix units, and tokens, few, are the
+columns. Float8 weights (`weights`) become float16 there, which holds them exactly and costs one
+instruction a pair where bfloat16 costs two slow ones more; bfloat16 activations of ordinary size
+fit it too. What 128 columns add up to gets their block's scale in float32.
 """
 
 from __future__ import annotations
@@ -24,15 +28,21 @@ from fmsim.exec.kernels.weights import BLOCK
 
 
 def takes(tokens: Tensor, routed: nn.Module) -> bool:
-    """Whether the kernels are the way for ``tokens`` [N, D]: on a GPU, without gradients, few, or through float8 weights, which nothing else there reads
-    without asking the host."""
+    """Whether the kernels are the way for ``tokens`` [N, D]: on a GPU, without gradients, few, or
+    through float8 weights, which nothing else there reads without asking the host.
+    """
     few = len(tokens) <= tuning.MOST_EXPERT_TOKENS or routed.down_scale is not None
     return not torch.is_grad_enabled() and runs_compiled(tokens) and few
 
 
-def mixture_of_experts(x: Tensor, chosen: Tensor, weights: Tensor, routed: nn.Module, shared: nn.Module) -> Tensor:
-    """x [N, D], chosen int64 and weights float32 [N, top_k], the experts (`model.Experts`) and the shared one (`model.SwiGLU`) -> [N, D]
-    in the type of x: float32 or bfloat16. Their weights are of that type, or float8 with scales; the shared one's may be of another."""
+def mixture_of_experts(
+    x: Tensor, chosen: Tensor, weights: Tensor, routed: nn.Module, shared: nn.Module
+) -> Tensor:
+    """x [N, D], chosen int64 and weights float32 [N, top_k], the experts (`model.Experts`) and the
+    shared one (`model.SwiGLU`) -> [N, D] in the type of x: float32 or bfloat16.
+
+    Their weights are of that type, or float8 with scales; the shared one's may be of another.
+    """
     run = mixture_of_experts_triton if takes(x, routed) else mixture_of_experts_reference
     return run(x, chosen, weights, routed, shared)
 
@@ -46,7 +56,9 @@ def clamped_swiglu(gate: Tensor, up: Tensor, limit: float) -> Tensor:
 
 
 class _Weights(NamedTuple):
-    """Of the shared expert, or where it is another launch's of the routed ones, which nothing then reads."""
+    """Of the shared expert, or where it is another launch's of the routed ones, which nothing then
+    reads.
+    """
 
     gate: Tensor
     up: Tensor
@@ -57,50 +69,107 @@ class _Weights(NamedTuple):
 
 
 class _Tiles(NamedTuple):
-    """Pairs in tiles of up to ``size``, ``count`` tiles at most; ``schedule`` says which, as `_schedule` writes it."""
+    """Pairs in tiles of up to ``size``, ``count`` tiles at most; ``schedule`` says which, as
+    `_schedule` writes it.
+    """
 
     size: int
     count: int
     schedule: Tensor
 
 
-def mixture_of_experts_triton(x, chosen, weights, routed, shared, tune: tuning.Experts | None = None) -> Tensor:
+def mixture_of_experts_triton(
+    x, chosen, weights, routed, shared, tune: tuning.Experts | None = None
+) -> Tensor:
     if len(x) > tuning.MOST_EXPERT_TOKENS:
-        parts = zip(*(part.split(tuning.MOST_EXPERT_TOKENS) for part in (x, chosen, weights)), strict=True)
+        parts = zip(
+            *(part.split(tuning.MOST_EXPERT_TOKENS) for part in (x, chosen, weights)), strict=True
+        )
         return torch.cat([mixture_of_experts_triton(*part, routed, shared, tune) for part in parts])
     if shared is not None and not _alike(routed, shared):
         return mixture_of_experts_triton(x, chosen, weights, routed, None, tune) + shared(x)
     tune = tune or tuning.experts(len(x), x.dtype, scaled=routed.down_scale is not None)
     x, chosen, weights = x.contiguous(), chosen.contiguous(), weights.contiguous()
     (tokens, top_k), (count, hidden, width) = chosen.shape, routed.down_proj.shape
-    slots, scaled, of_shared = top_k + (shared is not None), routed.down_scale is not None, _shared_weights(routed, shared)
+    slots, scaled, of_shared = (
+        top_k + (shared is not None),
+        routed.down_scale is not None,
+        _shared_weights(routed, shared),
+    )
     tiles = _tiles(chosen, slots, count, tune)
-    gate_scale, down_scale = (routed.gate_up_scale, routed.down_scale) if scaled else (routed.gate_up_proj, routed.down_proj)
+    gate_scale, down_scale = (
+        (routed.gate_up_scale, routed.down_scale)
+        if scaled
+        else (routed.gate_up_proj, routed.down_proj)
+    )
     out = torch.empty_like(x)
     if scaled and x.dtype == torch.bfloat16:
         x = x.to(torch.float16)
     inner = torch.empty(tokens * slots, width, dtype=x.dtype, device=x.device)
     parts = torch.empty(tokens * slots, hidden, dtype=torch.float32, device=x.device)
     same = dict(
-        EXPERTS=count, TOP_K=top_k, SLOTS=slots, HIDDEN=hidden, WIDTH=width, TILE=tiles.size, SORTED=tokens > 1, SHARED=shared is not None,
-        SCALED=BLOCK if scaled else 0, BLOCK_DEPTH=min(tune.block_depth, BLOCK) if scaled else tune.block_depth, STAGES=tune.stages,
-        WIDEN=INTERPRETED, num_warps=tune.warps,
-    )  # fmt: skip
-    _gate_up[(tiles.count, cdiv(2 * width, tune.gate_rows))](
-        x, chosen, tiles.schedule, tiles.count, routed.gate_up_proj, gate_scale, of_shared.gate, of_shared.up, of_shared.gate_scale,
-        of_shared.up_scale, inner, routed.limit, ROWS=tune.gate_rows, **same,
-    )  # fmt: skip
-    _down[(tiles.count, cdiv(hidden, tune.down_rows))](
-        inner, chosen, tiles.schedule, tiles.count, routed.down_proj, down_scale, of_shared.down, of_shared.down_scale, parts, ROWS=tune.down_rows, **same
+        EXPERTS=count,
+        TOP_K=top_k,
+        SLOTS=slots,
+        HIDDEN=hidden,
+        WIDTH=width,
+        TILE=tiles.size,
+        SORTED=tokens > 1,
+        SHARED=shared is not None,
+        SCALED=BLOCK if scaled else 0,
+        BLOCK_DEPTH=min(tune.block_depth, BLOCK) if scaled else tune.block_depth,
+        STAGES=tune.stages,
+        WIDEN=INTERPRETED,
+        num_warps=tune.warps,
     )
-    _sum_pairs[(tokens, cdiv(hidden, tune.sum_columns))](parts, weights, out, TOP_K=top_k, SLOTS=slots, HIDDEN=hidden, BLOCK=tune.sum_columns, num_warps=4)
+    _gate_up[(tiles.count, cdiv(2 * width, tune.gate_rows))](
+        x,
+        chosen,
+        tiles.schedule,
+        tiles.count,
+        routed.gate_up_proj,
+        gate_scale,
+        of_shared.gate,
+        of_shared.up,
+        of_shared.gate_scale,
+        of_shared.up_scale,
+        inner,
+        routed.limit,
+        ROWS=tune.gate_rows,
+        **same,
+    )
+    _down[(tiles.count, cdiv(hidden, tune.down_rows))](
+        inner,
+        chosen,
+        tiles.schedule,
+        tiles.count,
+        routed.down_proj,
+        down_scale,
+        of_shared.down,
+        of_shared.down_scale,
+        parts,
+        ROWS=tune.down_rows,
+        **same,
+    )
+    _sum_pairs[(tokens, cdiv(hidden, tune.sum_columns))](
+        parts,
+        weights,
+        out,
+        TOP_K=top_k,
+        SLOTS=slots,
+        HIDDEN=hidden,
+        BLOCK=tune.sum_columns,
+        num_warps=4,
+    )
     return out
 
 
 def _alike(routed: nn.Module, shared: nn.Module) -> bool:
     """Whether one launch can read the weights of both."""
     linear = shared.down_proj
-    return linear.weight.dtype == routed.down_proj.dtype and (getattr(linear, "scale", None) is None) == (routed.down_scale is None)
+    return linear.weight.dtype == routed.down_proj.dtype and (
+        getattr(linear, "scale", None) is None
+    ) == (routed.down_scale is None)
 
 
 def _shared_weights(routed: nn.Module, shared: nn.Module | None) -> _Weights:
@@ -113,7 +182,10 @@ def _shared_weights(routed: nn.Module, shared: nn.Module | None) -> _Weights:
 
 
 def _tiles(chosen: Tensor, slots: int, count: int, tune: tuning.Experts) -> _Tiles:
-    """``count`` experts. A tile holds twice the pairs that an expert has on average, so that most experts' fit one."""
+    """``count`` experts.
+
+    A tile holds twice the pairs that an expert has on average, so that most experts' fit one.
+    """
     tokens, top_k = chosen.shape
     routed = tokens * top_k
     if tokens == 1:
@@ -124,26 +196,48 @@ def _tiles(chosen: Tensor, slots: int, count: int, tune: tuning.Experts) -> _Til
     schedule = torch.empty(3 * n_tiles + tokens * slots, dtype=torch.int32, device=chosen.device)
     programs = count + slots - top_k
     _schedule[(programs,)](
-        chosen, schedule, tokens * slots, n_tiles, EXPERTS=count, TOP_K=top_k, SLOTS=slots, TILE=size, PAIRS_PADDED=next_power_of_2(tokens * slots),
-        TILES_PADDED=next_power_of_2(n_tiles), BINS=next_power_of_2(count + 2), num_warps=4,
-    )  # fmt: skip
+        chosen,
+        schedule,
+        tokens * slots,
+        n_tiles,
+        EXPERTS=count,
+        TOP_K=top_k,
+        SLOTS=slots,
+        TILE=size,
+        PAIRS_PADDED=next_power_of_2(tokens * slots),
+        TILES_PADDED=next_power_of_2(n_tiles),
+        BINS=next_power_of_2(count + 2),
+        num_warps=4,
+    )
     return _Tiles(size, n_tiles, schedule)
 
 
 @triton.jit
 def _schedule(
-    chosen, schedule, pairs, tiles, EXPERTS: tl.constexpr, TOP_K: tl.constexpr, SLOTS: tl.constexpr, TILE: tl.constexpr,
-    PAIRS_PADDED: tl.constexpr, TILES_PADDED: tl.constexpr, BINS: tl.constexpr,
-):  # fmt: skip
+    chosen,
+    schedule,
+    pairs,
+    tiles,
+    EXPERTS: tl.constexpr,
+    TOP_K: tl.constexpr,
+    SLOTS: tl.constexpr,
+    TILE: tl.constexpr,
+    PAIRS_PADDED: tl.constexpr,
+    TILES_PADDED: tl.constexpr,
+    BINS: tl.constexpr,
+):
     """One program: the pairs of one expert, and its tiles. The shared expert is number EXPERTS.
 
-    ``schedule``: of each tile its expert (-1 for none), the place of its first pair in the sorted order, and how many it has, each
-    [tiles]; then the pairs, token * SLOTS + slot, sorted by expert.
+    ``schedule``: of each tile its expert (-1 for none), the place of its first pair in the sorted
+    order, and how many it has, each [tiles]; then the pairs, token * SLOTS + slot, sorted by
+    expert.
     """
     own = tl.program_id(0)
     pair = tl.arange(0, PAIRS_PADDED)
     token, slot = pair // SLOTS, pair % SLOTS
-    expert = tl.load(chosen + token * TOP_K + slot, mask=(pair < pairs) & (slot < TOP_K), other=EXPERTS).to(tl.int32)
+    expert = tl.load(
+        chosen + token * TOP_K + slot, mask=(pair < pairs) & (slot < TOP_K), other=EXPERTS
+    ).to(tl.int32)
     expert = tl.where(pair < pairs, expert, EXPERTS + 1)
     counts, number = tl.histogram(expert, BINS), tl.arange(0, BINS)
     first = tl.sum(tl.where(number < own, counts, 0), 0)
@@ -178,7 +272,9 @@ def _pairs_of(schedule, tiles, TILE: tl.constexpr, SORTED: tl.constexpr):
     tile, place = tl.program_id(0), tl.arange(0, TILE)
     if SORTED:
         known = place < tl.load(schedule + 2 * tiles + tile)
-        pair = tl.load(schedule + 3 * tiles + tl.load(schedule + tiles + tile) + place, mask=known, other=0)
+        pair = tl.load(
+            schedule + 3 * tiles + tl.load(schedule + tiles + tile) + place, mask=known, other=0
+        )
     else:
         known = place < 1
         pair = tile + place
@@ -187,7 +283,9 @@ def _pairs_of(schedule, tiles, TILE: tl.constexpr, SORTED: tl.constexpr):
 
 @triton.jit
 def _first_scales(scale, expert, row, OUT: tl.constexpr, DEPTH: tl.constexpr, SCALED: tl.constexpr):
-    """Pointers to the first scale of each ``row`` of an expert's matrix [OUT, DEPTH], of those stacked at ``scale``."""
+    """Pointers to the first scale of each ``row`` of an expert's matrix [OUT, DEPTH], of those
+    stacked at ``scale``.
+    """
     columns: tl.constexpr = (DEPTH + SCALED - 1) // SCALED
     blocks: tl.constexpr = (OUT + SCALED - 1) // SCALED
     return scale + (expert * blocks + row // SCALED) * columns
@@ -195,11 +293,23 @@ def _first_scales(scale, expert, row, OUT: tl.constexpr, DEPTH: tl.constexpr, SC
 
 @triton.jit
 def _products(
-    weights, scales, activations, row_known, known, DEPTH: tl.constexpr, ROWS: tl.constexpr, TILE: tl.constexpr, SCALED: tl.constexpr,
-    BLOCK_DEPTH: tl.constexpr, STAGES: tl.constexpr, WIDEN: tl.constexpr,
-):  # fmt: skip
-    """Rows of weights times tokens, float32 [ROWS, TILE], by pointers to where each begins; where SCALED, each row's every so many
-    values have a scale, and ``scales`` points to its first. A TILE of one is multiplied without matrix units.
+    weights,
+    scales,
+    activations,
+    row_known,
+    known,
+    DEPTH: tl.constexpr,
+    ROWS: tl.constexpr,
+    TILE: tl.constexpr,
+    SCALED: tl.constexpr,
+    BLOCK_DEPTH: tl.constexpr,
+    STAGES: tl.constexpr,
+    WIDEN: tl.constexpr,
+):
+    """Rows of weights times tokens, float32 [ROWS, TILE], by pointers to where each begins; where
+    SCALED, each row's every so many values have a scale, and ``scales`` points to its first.
+
+    A TILE of one is multiplied without matrix units.
     """
     lane = tl.arange(0, BLOCK_DEPTH)
     summed = tl.zeros([ROWS, BLOCK_DEPTH if TILE == 1 else TILE], tl.float32)
@@ -207,7 +317,10 @@ def _products(
         place = start + lane
         weights_known, tokens_known = row_known[:, None], known[:, None]
         if DEPTH % BLOCK_DEPTH != 0:
-            weights_known, tokens_known = weights_known & (place < DEPTH)[None, :], tokens_known & (place < DEPTH)[None, :]
+            weights_known, tokens_known = (
+                weights_known & (place < DEPTH)[None, :],
+                tokens_known & (place < DEPTH)[None, :],
+            )
         weight = tl.load(weights[:, None] + place[None, :], mask=weights_known, other=0.0)
         x = tl.load(activations[:, None] + place[None, :], mask=tokens_known, other=0.0)
         if TILE == 1:
@@ -217,7 +330,9 @@ def _products(
                 x = x.to(tl.float32)
             product = tl.dot(weight.to(x.dtype), tl.trans(x), input_precision="ieee")
         if SCALED:
-            product = product * tl.load(scales + start // SCALED, mask=row_known, other=0.0)[:, None]
+            product = (
+                product * tl.load(scales + start // SCALED, mask=row_known, other=0.0)[:, None]
+            )
         summed += product
     if TILE == 1:
         summed = tl.sum(summed, 1)[:, None]
@@ -226,12 +341,36 @@ def _products(
 
 @triton.jit
 def _gate_up(
-    x, chosen, schedule, tiles, gate_up, scale, shared_gate, shared_up, shared_gate_scale, shared_up_scale, inner, limit,
-    EXPERTS: tl.constexpr, TOP_K: tl.constexpr, SLOTS: tl.constexpr, HIDDEN: tl.constexpr, WIDTH: tl.constexpr, TILE: tl.constexpr,
-    SORTED: tl.constexpr, SHARED: tl.constexpr, SCALED: tl.constexpr, ROWS: tl.constexpr,
-    BLOCK_DEPTH: tl.constexpr, STAGES: tl.constexpr, WIDEN: tl.constexpr,
-):  # fmt: skip
-    """One program: ROWS / 2 inner channels of one tile's pairs. Rows of the gate and rows of what it gates lie alternately."""
+    x,
+    chosen,
+    schedule,
+    tiles,
+    gate_up,
+    scale,
+    shared_gate,
+    shared_up,
+    shared_gate_scale,
+    shared_up_scale,
+    inner,
+    limit,
+    EXPERTS: tl.constexpr,
+    TOP_K: tl.constexpr,
+    SLOTS: tl.constexpr,
+    HIDDEN: tl.constexpr,
+    WIDTH: tl.constexpr,
+    TILE: tl.constexpr,
+    SORTED: tl.constexpr,
+    SHARED: tl.constexpr,
+    SCALED: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK_DEPTH: tl.constexpr,
+    STAGES: tl.constexpr,
+    WIDEN: tl.constexpr,
+):
+    """One program: ROWS / 2 inner channels of one tile's pairs.
+
+    Rows of the gate and rows of what it gates lie alternately.
+    """
     expert = _expert_of(chosen, schedule, EXPERTS, TOP_K, SORTED)
     if expert >= 0:
         pair, known = _pairs_of(schedule, tiles, TILE, SORTED)
@@ -242,29 +381,79 @@ def _gate_up(
         weights = gate_up + stacked * HIDDEN
         scales = weights
         if SHARED:
-            weights = tl.where(expert == EXPERTS, tl.where(up == 1, shared_up, shared_gate) + channel * HIDDEN, weights)
+            weights = tl.where(
+                expert == EXPERTS,
+                tl.where(up == 1, shared_up, shared_gate) + channel * HIDDEN,
+                weights,
+            )
         if SCALED:
             scales = _first_scales(scale, expert, up * WIDTH + channel, 2 * WIDTH, HIDDEN, SCALED)
             if SHARED:
-                of_shared = _first_scales(tl.where(up == 1, shared_up_scale, shared_gate_scale), 0, channel, WIDTH, HIDDEN, SCALED)
+                of_shared = _first_scales(
+                    tl.where(up == 1, shared_up_scale, shared_gate_scale),
+                    0,
+                    channel,
+                    WIDTH,
+                    HIDDEN,
+                    SCALED,
+                )
                 scales = tl.where(expert == EXPERTS, of_shared, scales)
         tokens = x + pair // SLOTS * HIDDEN
-        both = _products(weights, scales, tokens, channel < WIDTH, known, HIDDEN, ROWS, TILE, SCALED, BLOCK_DEPTH, STAGES, WIDEN)
+        both = _products(
+            weights,
+            scales,
+            tokens,
+            channel < WIDTH,
+            known,
+            HIDDEN,
+            ROWS,
+            TILE,
+            SCALED,
+            BLOCK_DEPTH,
+            STAGES,
+            WIDEN,
+        )
         gate, up = tl.split(tl.permute(tl.reshape(both, [HALF, 2, TILE]), [0, 2, 1]))
         gate = tl.minimum(gate, limit, propagate_nan=tl.PropagateNan.ALL)
-        up = tl.minimum(tl.maximum(up, -limit, propagate_nan=tl.PropagateNan.ALL), limit, propagate_nan=tl.PropagateNan.ALL)
+        up = tl.minimum(
+            tl.maximum(up, -limit, propagate_nan=tl.PropagateNan.ALL),
+            limit,
+            propagate_nan=tl.PropagateNan.ALL,
+        )
         channel = tl.program_id(1) * HALF + tl.arange(0, HALF)
         places = inner + pair[None, :] * WIDTH + channel[:, None]
-        tl.store(places, (gate * tl.sigmoid(gate) * up).to(inner.dtype.element_ty), mask=known[None, :] & (channel < WIDTH)[:, None])
+        tl.store(
+            places,
+            (gate * tl.sigmoid(gate) * up).to(inner.dtype.element_ty),
+            mask=known[None, :] & (channel < WIDTH)[:, None],
+        )
 
 
 @triton.jit
 def _down(
-    inner, chosen, schedule, tiles, down, scale, shared_down, shared_scale, parts,
-    EXPERTS: tl.constexpr, TOP_K: tl.constexpr, SLOTS: tl.constexpr, HIDDEN: tl.constexpr, WIDTH: tl.constexpr, TILE: tl.constexpr,
-    SORTED: tl.constexpr, SHARED: tl.constexpr, SCALED: tl.constexpr, ROWS: tl.constexpr,
-    BLOCK_DEPTH: tl.constexpr, STAGES: tl.constexpr, WIDEN: tl.constexpr,
-):  # fmt: skip
+    inner,
+    chosen,
+    schedule,
+    tiles,
+    down,
+    scale,
+    shared_down,
+    shared_scale,
+    parts,
+    EXPERTS: tl.constexpr,
+    TOP_K: tl.constexpr,
+    SLOTS: tl.constexpr,
+    HIDDEN: tl.constexpr,
+    WIDTH: tl.constexpr,
+    TILE: tl.constexpr,
+    SORTED: tl.constexpr,
+    SHARED: tl.constexpr,
+    SCALED: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK_DEPTH: tl.constexpr,
+    STAGES: tl.constexpr,
+    WIDEN: tl.constexpr,
+):
     """One program: ROWS output channels of one tile's pairs."""
     expert = _expert_of(chosen, schedule, EXPERTS, TOP_K, SORTED)
     if expert >= 0:
@@ -277,14 +466,43 @@ def _down(
         if SCALED:
             scales = _first_scales(scale, expert, channel, HIDDEN, WIDTH, SCALED)
             if SHARED:
-                scales = tl.where(expert == EXPERTS, _first_scales(shared_scale, 0, channel, HIDDEN, WIDTH, SCALED), scales)
+                scales = tl.where(
+                    expert == EXPERTS,
+                    _first_scales(shared_scale, 0, channel, HIDDEN, WIDTH, SCALED),
+                    scales,
+                )
         values = inner + pair * WIDTH
-        out = _products(weights, scales, values, channel < HIDDEN, known, WIDTH, ROWS, TILE, SCALED, BLOCK_DEPTH, STAGES, WIDEN)
-        tl.store(parts + pair[None, :] * HIDDEN + channel[:, None], out, mask=known[None, :] & (channel < HIDDEN)[:, None])
+        out = _products(
+            weights,
+            scales,
+            values,
+            channel < HIDDEN,
+            known,
+            WIDTH,
+            ROWS,
+            TILE,
+            SCALED,
+            BLOCK_DEPTH,
+            STAGES,
+            WIDEN,
+        )
+        tl.store(
+            parts + pair[None, :] * HIDDEN + channel[:, None],
+            out,
+            mask=known[None, :] & (channel < HIDDEN)[:, None],
+        )
 
 
 @triton.jit
-def _sum_pairs(parts, weights, out, TOP_K: tl.constexpr, SLOTS: tl.constexpr, HIDDEN: tl.constexpr, BLOCK: tl.constexpr):
+def _sum_pairs(
+    parts,
+    weights,
+    out,
+    TOP_K: tl.constexpr,
+    SLOTS: tl.constexpr,
+    HIDDEN: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
     """One program: some channels of one token."""
     token, channel = tl.program_id(0), tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = channel < HIDDEN

@@ -1,9 +1,11 @@
-"""Copies rows between two memories by a list of moves: recall from pinned host memory, and write-through to it.
+"""Copies rows between two memories by a list of moves: recall from pinned host memory, and
+write-through to it.
 
-The kernel reads pinned memory directly over the link. It has a persistent grid of a few programs, so that it leaves the other
-multiprocessors to the decode beside it, and each has several tiles of rows on the way, since the link's latency times its bandwidth is
-over 100 KB. A row (a slot of entries, or of 132-byte keys) may have any size that is a multiple of 4 bytes. It is read by lines of 128 bytes of the
-source, since a line read in two parts crosses the link in two.
+The kernel reads pinned memory directly over the link. It has a persistent grid of a few programs,
+so that it leaves the other multiprocessors to the decode beside it, and each has several tiles of
+rows on the way, since the link's latency times its bandwidth is over 100 KB. A row (a slot of
+entries, or of 132-byte keys) may have any size that is a multiple of 4 bytes. It is read by lines
+of 128 bytes of the source, since a line read in two parts crosses the link in two.
 """
 
 from __future__ import annotations
@@ -17,15 +19,31 @@ from fmsim.exec.kernels.lang import cdiv, next_power_of_2, runs_compiled, tl, tr
 LINE_BYTES = 128
 
 
-def copy_rows(source: Tensor, target: Tensor, pages: Tensor, slots: Tensor, counts: Tensor, programs: int | None = None) -> None:
-    """``target[g, slots[g, i]] = source[g, pages[g, i]]`` for the first ``counts[g]`` moves of each group g (a layer).
+def copy_rows(
+    source: Tensor,
+    target: Tensor,
+    pages: Tensor,
+    slots: Tensor,
+    counts: Tensor,
+    programs: int | None = None,
+) -> None:
+    """``target[g, slots[g, i]] = source[g, pages[g, i]]`` for the first ``counts[g]`` moves of each
+    group g (a layer).
 
-    ``source`` uint8 [G, pages, row bytes] and ``target`` uint8 [G, slots, row bytes], contiguous; either may be pinned host
-    memory. ``pages`` and ``slots`` [G, n], int32 or int64, with -1 in either for a move to be left out; ``counts`` int32 [G]; the three
-    on the device. Slots of a group are distinct. ``programs``: how many the copy may take, at most a multiprocessor each.
+    ``source`` uint8 [G, pages, row bytes] and ``target`` uint8 [G, slots, row bytes], contiguous;
+    either may be pinned host memory. ``pages`` and ``slots`` [G, n], int32 or int64, with -1 in
+    either for a move to be left out; ``counts`` int32 [G]; the three on the device. Slots of a
+    group are distinct. ``programs``: how many the copy may take, at most a multiprocessor each.
     """
     if runs_compiled(pages):
-        copy_rows_triton(source, target, pages, slots, counts, tune=tuning.GATHER._replace(programs=programs or tuning.GATHER.programs))
+        copy_rows_triton(
+            source,
+            target,
+            pages,
+            slots,
+            counts,
+            tune=tuning.GATHER._replace(programs=programs or tuning.GATHER.programs),
+        )
     else:
         copy_rows_reference(source, target, pages, slots, counts)
 
@@ -38,29 +56,66 @@ def copy_rows_reference(source, target, pages, slots, counts) -> None:
         target[group, slot[moved].to(target.device)] = rows.to(target.device)
 
 
-def copy_rows_triton(source, target, pages, slots, counts, tune: tuning.Gather | None = None) -> None:
+def copy_rows_triton(
+    source, target, pages, slots, counts, tune: tuning.Gather | None = None
+) -> None:
     tune = tune or tuning.GATHER
     groups, source_rows, row_bytes = source.shape
     word = torch.int32 if row_bytes % 8 else torch.int64
     row_words, line_words = row_bytes // word.itemsize, LINE_BYTES // word.itemsize
-    reach = row_words + (line_words - 1 if row_words % line_words else 0)  # of a row from the start of its first line
+    reach = row_words + (
+        line_words - 1 if row_words % line_words else 0
+    )  # of a row from the start of its first line
     segment = min(tune.segment_words, max(next_power_of_2(reach), line_words))
     _copy_rows[(tune.programs,)](
-        source.view(word), target.view(word), pages, slots, counts, groups, pages.shape[1], source_rows * row_words, target.shape[1] * row_words,
-        pages.stride(0), slots.stride(0), ROW_WORDS=row_words, LINE_WORDS=line_words, GROUPS_PADDED=next_power_of_2(groups), SEGMENT=segment, SEGMENTS=cdiv(reach, segment),
-        TILE=tune.tile_words // segment, STAGES=tune.stages, num_warps=tune.warps,
-    )  # fmt: skip
+        source.view(word),
+        target.view(word),
+        pages,
+        slots,
+        counts,
+        groups,
+        pages.shape[1],
+        source_rows * row_words,
+        target.shape[1] * row_words,
+        pages.stride(0),
+        slots.stride(0),
+        ROW_WORDS=row_words,
+        LINE_WORDS=line_words,
+        GROUPS_PADDED=next_power_of_2(groups),
+        SEGMENT=segment,
+        SEGMENTS=cdiv(reach, segment),
+        TILE=tune.tile_words // segment,
+        STAGES=tune.stages,
+        num_warps=tune.warps,
+    )
 
 
 @triton.jit
 def _tile(
-    number, pages, slots, rows, tiles, groups, moves, source_words, target_words, pages_stride, slots_stride,
-    ROW_WORDS: tl.constexpr, LINE_WORDS: tl.constexpr, GROUPS_PADDED: tl.constexpr, SEGMENT: tl.constexpr, SEGMENTS: tl.constexpr, TILE: tl.constexpr,
-):  # fmt: skip
-    """Of the segments of a tile, each [TILE]: where their rows begin in source and target, and their first word, counted in the row.
+    number,
+    pages,
+    slots,
+    rows,
+    tiles,
+    groups,
+    moves,
+    source_words,
+    target_words,
+    pages_stride,
+    slots_stride,
+    ROW_WORDS: tl.constexpr,
+    LINE_WORDS: tl.constexpr,
+    GROUPS_PADDED: tl.constexpr,
+    SEGMENT: tl.constexpr,
+    SEGMENTS: tl.constexpr,
+    TILE: tl.constexpr,
+):
+    """Of the segments of a tile, each [TILE]: where their rows begin in source and target, and
+    their first word, counted in the row.
 
-    Tiles are counted through all groups' lists, of ``rows`` and ``tiles`` each [GROUPS_PADDED]; a tile lies in one group. A segment
-    that is not to be moved begins at the row's end. Lists of ``moves`` are read whole, so that with one group no read of them waits for its count.
+    Tiles are counted through all groups' lists, of ``rows`` and ``tiles`` each [GROUPS_PADDED]; a
+    tile lies in one group. A segment that is not to be moved begins at the row's end. Lists of
+    ``moves`` are read whole, so that with one group no read of them waits for its count.
     """
     past = tl.cumsum(tiles, 0) <= number
     group = tl.sum(past.to(tl.int32), 0) if GROUPS_PADDED > 1 else tl.zeros([], tl.int32)
@@ -68,36 +123,93 @@ def _tile(
     segment = tile * TILE + tl.arange(0, TILE)
     move = segment // SEGMENTS
     listed = (move < moves) & (group < groups)
-    page = tl.load(pages + group.to(tl.int64) * pages_stride + move, mask=listed, other=-1).to(tl.int64)
-    slot = tl.load(slots + group.to(tl.int64) * slots_stride + move, mask=listed, other=-1).to(tl.int64)
+    page = tl.load(pages + group.to(tl.int64) * pages_stride + move, mask=listed, other=-1).to(
+        tl.int64
+    )
+    slot = tl.load(slots + group.to(tl.int64) * slots_stride + move, mask=listed, other=-1).to(
+        tl.int64
+    )
     exists = move < tl.sum(tl.where(tl.arange(0, GROUPS_PADDED) == group, rows, 0), 0)
     page = tl.where(exists, page, -1)
     begin = group.to(tl.int64) * source_words + tl.maximum(page, 0) * ROW_WORDS
     first = segment % SEGMENTS * SEGMENT - (begin % LINE_WORDS).to(tl.int32)
-    return begin, group.to(tl.int64) * target_words + slot * ROW_WORDS, tl.where((page >= 0) & (slot >= 0), first, ROW_WORDS)
+    return (
+        begin,
+        group.to(tl.int64) * target_words + slot * ROW_WORDS,
+        tl.where((page >= 0) & (slot >= 0), first, ROW_WORDS),
+    )
 
 
 @triton.jit
 def _copy_rows(
-    source, target, pages, slots, counts, groups, moves, source_words, target_words, pages_stride, slots_stride,
-    ROW_WORDS: tl.constexpr, LINE_WORDS: tl.constexpr, GROUPS_PADDED: tl.constexpr, SEGMENT: tl.constexpr, SEGMENTS: tl.constexpr, TILE: tl.constexpr, STAGES: tl.constexpr,
-):  # fmt: skip
-    """One program: every n-th tile. A tile's moves are read a turn ahead, so that STAGES - 1 tiles of rows are on the way."""
+    source,
+    target,
+    pages,
+    slots,
+    counts,
+    groups,
+    moves,
+    source_words,
+    target_words,
+    pages_stride,
+    slots_stride,
+    ROW_WORDS: tl.constexpr,
+    LINE_WORDS: tl.constexpr,
+    GROUPS_PADDED: tl.constexpr,
+    SEGMENT: tl.constexpr,
+    SEGMENTS: tl.constexpr,
+    TILE: tl.constexpr,
+    STAGES: tl.constexpr,
+):
+    """One program: every n-th tile.
+
+    A tile's moves are read a turn ahead, so that STAGES - 1 tiles of rows are on the way.
+    """
     group = tl.arange(0, GROUPS_PADDED)
     rows = tl.load(counts + group, mask=group < groups, other=0)
     tiles = tl.cdiv(rows * SEGMENTS, TILE)
     step = tl.num_programs(0)
     lane = tl.arange(0, SEGMENT)[None, :]
     next_begin, next_place, next_first = _tile(
-        tl.program_id(0), pages, slots, rows, tiles, groups, moves, source_words, target_words, pages_stride, slots_stride,
-        ROW_WORDS, LINE_WORDS, GROUPS_PADDED, SEGMENT, SEGMENTS, TILE,
-    )  # fmt: skip
+        tl.program_id(0),
+        pages,
+        slots,
+        rows,
+        tiles,
+        groups,
+        moves,
+        source_words,
+        target_words,
+        pages_stride,
+        slots_stride,
+        ROW_WORDS,
+        LINE_WORDS,
+        GROUPS_PADDED,
+        SEGMENT,
+        SEGMENTS,
+        TILE,
+    )
     for number in tl.range(tl.program_id(0), tl.sum(tiles, 0), step, num_stages=STAGES):
         begin, place, first = next_begin, next_place, next_first
         next_begin, next_place, next_first = _tile(
-            number + step, pages, slots, rows, tiles, groups, moves, source_words, target_words, pages_stride, slots_stride,
-            ROW_WORDS, LINE_WORDS, GROUPS_PADDED, SEGMENT, SEGMENTS, TILE,
-        )  # fmt: skip
+            number + step,
+            pages,
+            slots,
+            rows,
+            tiles,
+            groups,
+            moves,
+            source_words,
+            target_words,
+            pages_stride,
+            slots_stride,
+            ROW_WORDS,
+            LINE_WORDS,
+            GROUPS_PADDED,
+            SEGMENT,
+            SEGMENTS,
+            TILE,
+        )
         word = first[:, None] + lane
         inside = (word >= 0) & (word < ROW_WORDS)
         value = tl.load(source + (begin[:, None] + word), mask=inside)

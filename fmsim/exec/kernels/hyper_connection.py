@@ -1,9 +1,11 @@
-"""Hyper-connections of few tokens (section 2.2): the last block's output into the streams, and the next block's input out of them.
+"""Hyper-connections of few tokens (section 2.2): the last block's output into the streams, and the
+next block's input out of them.
 
-A connection's weights are as large as the streams of a hundred tokens, and its arithmetic is a chain of small steps, so two
-launches do one: the first, split over channels, writes the pending output back and takes its part of every product with the weights ``fn``;
-the second, a token a program, adds the parts up, and ends with the RMSNorm before the block. A second program of each token
-does what only the way back needs: write weights and Sinkhorn's iterations, in registers.
+A connection's weights are as large as the streams of a hundred tokens, and its arithmetic is a
+chain of small steps, so two launches do one: the first, split over channels, writes the pending
+output back and takes its part of every product with the weights ``fn``; the second, a token a
+program, adds the parts up, and ends with the RMSNorm before the block. A second program of each
+token does what only the way back needs: write weights and Sinkhorn's iterations, in registers.
 """
 
 from __future__ import annotations
@@ -18,8 +20,10 @@ from fmsim.exec.kernels.lang import cdiv, next_power_of_2, runs_compiled, tl, tr
 
 
 class Pending(NamedTuple):
-    """A block's output that is not yet in the streams: ``out`` [B, S, D] of the block of ``connection`` (`model.HyperConnection`),
-    and what `enter` gave for it: ``write`` float32 [B, S, R], ``mix`` float32 [B, S, R, R]."""
+    """A block's output that is not yet in the streams: ``out`` [B, S, D] of the block of
+    ``connection`` (`model.HyperConnection`), and what `enter` gave for it: ``write`` float32 [B, S,
+    R], ``mix`` float32 [B, S, R, R].
+    """
 
     connection: nn.Module
     out: Tensor
@@ -27,18 +31,24 @@ class Pending(NamedTuple):
     mix: Tensor
 
 
-def enter(streams: Tensor, pending: Pending | None, connection: nn.Module, norm: nn.Module) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Write what is ``pending`` into ``streams`` [B, S, R, D], then enter the block of ``connection`` (`model.HyperConnection`).
+def enter(
+    streams: Tensor, pending: Pending | None, connection: nn.Module, norm: nn.Module
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Write what is ``pending`` into ``streams`` [B, S, R, D], then enter the block of
+    ``connection`` (`model.HyperConnection`).
 
-    -> the streams [B, S, R, D], the block's input after ``norm`` (`model.RMSNorm`) [B, S, D], both in the streams' type, and the
-    block's write weights and mixing, as in `Pending`. R is a power of two. For up to some 128 tokens; S is 1 in decode.
+    -> the streams [B, S, R, D], the block's input after ``norm`` (`model.RMSNorm`) [B, S, D], both
+    in the streams' type, and the block's write weights and mixing, as in `Pending`. R is a power of
+    two. For up to some 128 tokens; S is 1 in decode.
     """
     run = enter_triton if runs_compiled(streams) else enter_reference
     return run(streams, pending, connection, norm)
 
 
 def read_out(streams: Tensor, pending: Pending | None, head: nn.Module, norm: nn.Module) -> Tensor:
-    """After the last layer: write what is ``pending``, join the streams by ``head`` (`model.HyperHead`), and ``norm``; -> [B, S, D]."""
+    """After the last layer: write what is ``pending``, join the streams by ``head``
+    (`model.HyperHead`), and ``norm``; -> [B, S, D].
+    """
     run = read_out_triton if runs_compiled(streams) else read_out_reference
     return run(streams, pending, head, norm)
 
@@ -57,13 +67,17 @@ def _left(streams: Tensor, pending: Pending | None) -> Tensor:
     return streams if pending is None else pending.connection.leave(streams, *pending[1:])
 
 
-def enter_triton(streams, pending, connection, norm, tune=tuning.HYPER_CONNECTION) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def enter_triton(
+    streams, pending, connection, norm, tune=tuning.HYPER_CONNECTION
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     count, of = streams.shape[2], streams.shape[:2]
     streams, parts = _project(streams, pending, connection.fn, tune)
     x = torch.empty_like(streams[:, :, 0])
     write = torch.empty(*of, count, dtype=torch.float32, device=streams.device)
     mix = torch.empty(*of, count, count, dtype=torch.float32, device=streams.device)
-    _join(streams, parts, connection.base, connection.scale, connection, norm, x, (write, mix), tune)
+    _join(
+        streams, parts, connection.base, connection.scale, connection, norm, x, (write, mix), tune
+    )
     return streams, x, write, mix
 
 
@@ -75,50 +89,110 @@ def read_out_triton(streams, pending, head, norm, tune=tuning.HYPER_CONNECTION) 
 
 
 def _project(streams: Tensor, pending: Pending | None, fn: Tensor, tune) -> tuple[Tensor, Tensor]:
-    """-> the streams [B, S, R, D] with what was pending, and float32 [N, tiles, rows]: each tile's part of the products with the
-    rows of ``fn``, then of the sum of squares."""
+    """-> the streams [B, S, R, D] with what was pending, and float32 [N, tiles, rows]: each tile's
+    part of the products with the rows of ``fn``, then of the sum of squares.
+    """
     batch, tokens, count, width = streams.shape
     flat = streams.flatten(0, 1)
     total, rows, blocks = len(flat), len(fn), cdiv(width, tune.block_channels)
     assert flat.stride(2) == 1, "a stream's channels lie side by side"
-    parts = torch.empty(total, count * blocks, next_power_of_2(rows + 1), dtype=torch.float32, device=streams.device)
-    left = streams if pending is None else torch.empty(batch, tokens, count, width, dtype=streams.dtype, device=streams.device)
-    of_block = (flat,) * 3 if pending is None else (pending.out.contiguous(), pending.write, pending.mix)
+    parts = torch.empty(
+        total, count * blocks, next_power_of_2(rows + 1), dtype=torch.float32, device=streams.device
+    )
+    left = (
+        streams
+        if pending is None
+        else torch.empty(batch, tokens, count, width, dtype=streams.dtype, device=streams.device)
+    )
+    of_block = (
+        (flat,) * 3 if pending is None else (pending.out.contiguous(), pending.write, pending.mix)
+    )
     per_program = cdiv(total * count * blocks, tune.programs)
     _leave_and_project[(count * blocks, cdiv(total, per_program))](
-        flat, *of_block, fn, left, parts, total, flat.stride(0), flat.stride(1),
-        STREAMS=count, WIDTH=width, ROWS=rows, ROWS_PADDED=parts.shape[2], BLOCKS=blocks, BLOCK=tune.block_channels,
-        TOKENS=per_program, LEAVE=pending is not None, num_warps=tune.project_warps,
-    )  # fmt: skip
+        flat,
+        *of_block,
+        fn,
+        left,
+        parts,
+        total,
+        flat.stride(0),
+        flat.stride(1),
+        STREAMS=count,
+        WIDTH=width,
+        ROWS=rows,
+        ROWS_PADDED=parts.shape[2],
+        BLOCKS=blocks,
+        BLOCK=tune.block_channels,
+        TOKENS=per_program,
+        LEAVE=pending is not None,
+        num_warps=tune.project_warps,
+    )
     return left, parts
 
 
 def _join(streams, parts, base, scale, module, norm, x, gates, tune) -> None:
-    """The block's input into ``x``, and where ``gates`` are given, the write weights and the mixing into them."""
+    """The block's input into ``x``, and where ``gates`` are given, the write weights and the mixing
+    into them.
+    """
     flat = streams.flatten(0, 1)
     total, count, width = flat.shape
     write, mix = (parts, parts) if gates is None else gates
     _enter[(total, 1 if gates is None else 2)](
-        parts, base, scale, flat, norm.weight, x, write, mix, flat.stride(0), flat.stride(1), module.eps, module.norm_eps, norm.eps,
-        STREAMS=count, WIDTH=width, WIDTH_PADDED=next_power_of_2(width), ROWS=len(base), ROWS_PADDED=parts.shape[2],
-        TILES=parts.shape[1], TILES_PADDED=next_power_of_2(parts.shape[1]), ITERATIONS=0 if gates is None else module.iterations,
+        parts,
+        base,
+        scale,
+        flat,
+        norm.weight,
+        x,
+        write,
+        mix,
+        flat.stride(0),
+        flat.stride(1),
+        module.eps,
+        module.norm_eps,
+        norm.eps,
+        STREAMS=count,
+        WIDTH=width,
+        WIDTH_PADDED=next_power_of_2(width),
+        ROWS=len(base),
+        ROWS_PADDED=parts.shape[2],
+        TILES=parts.shape[1],
+        TILES_PADDED=next_power_of_2(parts.shape[1]),
+        ITERATIONS=0 if gates is None else module.iterations,
         num_warps=tune.enter_warps,
-    )  # fmt: skip
+    )
 
 
 @triton.jit
 def _leave_and_project(
-    streams, out, write, mix, fn, left, parts, total, token_stride, stream_stride,
-    STREAMS: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr, ROWS_PADDED: tl.constexpr, BLOCKS: tl.constexpr, BLOCK: tl.constexpr,
-    TOKENS: tl.constexpr, LEAVE: tl.constexpr,
-):  # fmt: skip
+    streams,
+    out,
+    write,
+    mix,
+    fn,
+    left,
+    parts,
+    total,
+    token_stride,
+    stream_stride,
+    STREAMS: tl.constexpr,
+    WIDTH: tl.constexpr,
+    ROWS: tl.constexpr,
+    ROWS_PADDED: tl.constexpr,
+    BLOCKS: tl.constexpr,
+    BLOCK: tl.constexpr,
+    TOKENS: tl.constexpr,
+    LEAVE: tl.constexpr,
+):
     """One program: a block of one stream's channels, of a run of tokens."""
     tile, first = tl.program_id(0), tl.program_id(1) * TOKENS
     stream = tile // BLOCKS
     channel, row = (tile % BLOCKS) * BLOCK + tl.arange(0, BLOCK), tl.arange(0, ROWS_PADDED)
     inside = channel < WIDTH
     places = row[:, None] * (STREAMS * WIDTH) + (stream * WIDTH + channel)[None, :]
-    weights = tl.load(fn + places, mask=(row < ROWS)[:, None] & inside[None, :], other=0.0).to(tl.float32)
+    weights = tl.load(fn + places, mask=(row < ROWS)[:, None] & inside[None, :], other=0.0).to(
+        tl.float32
+    )
     for token in range(first, tl.minimum(first + TOKENS, total)):
         source = streams + token * token_stride + channel
         if LEAVE:
@@ -126,7 +200,9 @@ def _leave_and_project(
             x = part * tl.load(write + token * STREAMS + stream)
             for other in tl.static_range(STREAMS):
                 share = tl.load(mix + (token * STREAMS + other) * STREAMS + stream)
-                x += share * tl.load(source + other * stream_stride, mask=inside, other=0.0).to(tl.float32)
+                x += share * tl.load(source + other * stream_stride, mask=inside, other=0.0).to(
+                    tl.float32
+                )
             kept = x.to(left.dtype.element_ty)
             tl.store(left + (token * STREAMS + stream) * WIDTH + channel, kept, mask=inside)
             x = kept.to(tl.float32)  # what the connection reads is what the streams hold
@@ -139,10 +215,28 @@ def _leave_and_project(
 
 @triton.jit
 def _enter(
-    parts, base, scale, streams, weight, x_out, write_out, mix_out, token_stride, stream_stride, eps, norm_eps, out_eps,
-    STREAMS: tl.constexpr, WIDTH: tl.constexpr, WIDTH_PADDED: tl.constexpr, ROWS: tl.constexpr, ROWS_PADDED: tl.constexpr,
-    TILES: tl.constexpr, TILES_PADDED: tl.constexpr, ITERATIONS: tl.constexpr,
-):  # fmt: skip
+    parts,
+    base,
+    scale,
+    streams,
+    weight,
+    x_out,
+    write_out,
+    mix_out,
+    token_stride,
+    stream_stride,
+    eps,
+    norm_eps,
+    out_eps,
+    STREAMS: tl.constexpr,
+    WIDTH: tl.constexpr,
+    WIDTH_PADDED: tl.constexpr,
+    ROWS: tl.constexpr,
+    ROWS_PADDED: tl.constexpr,
+    TILES: tl.constexpr,
+    TILES_PADDED: tl.constexpr,
+    ITERATIONS: tl.constexpr,
+):
     """Two programs a token: its block input, and its write weights and mixing."""
     token, tile, stream = tl.program_id(0), tl.arange(0, TILES_PADDED), tl.arange(0, STREAMS)
     known, parts = tile < TILES, parts + (token * TILES + tile) * ROWS_PADDED
@@ -154,18 +248,31 @@ def _enter(
         places = streams + token * token_stride + stream[:, None] * stream_stride + channel[None, :]
         held = tl.load(places, mask=inside[None, :], other=0.0).to(tl.float32)
         read = tl.sum(tl.load(parts[:, None] + stream[None, :], mask=known[:, None], other=0.0), 0)
-        read = tl.sigmoid(read * level * tl.load(scale).to(tl.float32) + tl.load(base + stream).to(tl.float32)) + eps
+        read = (
+            tl.sigmoid(
+                read * level * tl.load(scale).to(tl.float32) + tl.load(base + stream).to(tl.float32)
+            )
+            + eps
+        )
         x = tl.sum(read[:, None] * held, 0).to(x_out.dtype.element_ty).to(tl.float32)
-        x = x * tl.rsqrt(tl.sum(x * x, 0) / WIDTH + out_eps) * tl.load(weight + channel, mask=inside, other=0.0).to(tl.float32)
+        x = (
+            x
+            * tl.rsqrt(tl.sum(x * x, 0) / WIDTH + out_eps)
+            * tl.load(weight + channel, mask=inside, other=0.0).to(tl.float32)
+        )
         tl.store(x_out + token * WIDTH + channel, x.to(x_out.dtype.element_ty), mask=inside)
     else:
         row = STREAMS + stream
         write = tl.sum(tl.load(parts[:, None] + row[None, :], mask=known[:, None], other=0.0), 0)
-        write = 2 * tl.sigmoid(write * level * tl.load(scale + 1).to(tl.float32) + tl.load(base + row).to(tl.float32))
+        write = 2 * tl.sigmoid(
+            write * level * tl.load(scale + 1).to(tl.float32) + tl.load(base + row).to(tl.float32)
+        )
         tl.store(write_out + token * STREAMS + stream, write)
         cell = stream[:, None] * STREAMS + stream[None, :]
         row = 2 * STREAMS + cell
-        mix = tl.sum(tl.load(parts[:, None, None] + row[None, :, :], mask=known[:, None, None], other=0.0), 0)
+        mix = tl.sum(
+            tl.load(parts[:, None, None] + row[None, :, :], mask=known[:, None, None], other=0.0), 0
+        )
         mix = mix * level * tl.load(scale + 2).to(tl.float32) + tl.load(base + row).to(tl.float32)
         mix = tl.exp(mix - tl.max(mix, 1)[:, None])
         mix = mix / tl.sum(mix, 1)[:, None] + eps

@@ -1,7 +1,9 @@
-"""Index scores of one decode token against every entry: ``score(e) = scale_e sum_h w_h relu(q_h . key_e)`` (eqs. 15-16).
+"""Index scores of one decode token against every entry: ``score(e) = scale_e sum_h w_h relu(q_h .
+key_e)`` (eqs. 15-16).
 
-The 132-byte keys are read once, page by page through a block table, so pages may lie anywhere and be missing. Beside the scores
-it gives the maximum of every 32 of them, with which `top_k` leaves out most of the scores (see there).
+The 132-byte keys are read once, page by page through a block table, so pages may lie anywhere and
+be missing. Beside the scores it gives the maximum of every 32 of them, with which `top_k` leaves
+out most of the scores (see there).
 """
 
 from __future__ import annotations
@@ -14,22 +16,35 @@ from torch import Tensor
 
 from fmsim.exec.kernels import tuning
 from fmsim.exec.kernels.lang import cdiv, next_power_of_2, runs_compiled, tl, triton
-from fmsim.exec.kernels.layout import Layout, load_keys, product_operand, read_entries, slots_of, triton_kind
+from fmsim.exec.kernels.layout import (
+    Layout,
+    load_keys,
+    product_operand,
+    read_entries,
+    slots_of,
+    triton_kind,
+)
 from fmsim.indexer import scorer
 
 GROUP = tuning.MAXIMA_ENTRIES
 
 
 class Scores(NamedTuple):
-    """``scores`` float32 [B, N]; -inf where an entry's page is missing, and untouched from a sequence's length on.
-    ``maxima`` float32 [B, ceil(N / 32)]: of each 32 scores, those beyond the length left out."""
+    """``scores`` float32 [B, N]; -inf where an entry's page is missing, and untouched from a
+    sequence's length on.
+
+    ``maxima`` float32 [B, ceil(N / 32)]: of each 32 scores, those beyond the length left out.
+    """
 
     scores: Tensor
     maxima: Tensor
 
 
 def new_scores(batch: int, entries: int, device: torch.device | str) -> Scores:
-    """Buffers for up to ``entries`` entries, filled with -inf. Kernels write a sequence's first ``lengths[b]`` only."""
+    """Buffers for up to ``entries`` entries, filled with -inf.
+
+    Kernels write a sequence's first ``lengths[b]`` only.
+    """
 
     def filled(width: int) -> Tensor:
         return torch.full((batch, width), float("-inf"), device=device)
@@ -38,14 +53,21 @@ def new_scores(batch: int, entries: int, device: torch.device | str) -> Scores:
 
 
 def index_scores(
-    queries: Tensor, weights: Tensor, pool: Tensor, layout: Layout, table: Tensor, lengths: Tensor, out: Scores | None = None
+    queries: Tensor,
+    weights: Tensor,
+    pool: Tensor,
+    layout: Layout,
+    table: Tensor,
+    lengths: Tensor,
+    out: Scores | None = None,
 ) -> Scores:
     """Score the first ``lengths[b]`` entries of each sequence.
 
-    ``queries`` [B, H, D] rotated: bfloat16 or float8_e4m3fn (its scales folded into the weights) for ``layout`` KEY, the
-    keys' type for a plain one; ``weights`` float32 [B, H], scale factors folded in; ``pool`` uint8 [pages, page bytes];
-    ``table`` int32 [B, max pages] the page in the pool of each page of a sequence, or -1; ``lengths`` int32 [B], on the
-    device. ``out`` are buffers of `new_scores`, to write into.
+    ``queries`` [B, H, D] rotated: bfloat16 or float8_e4m3fn (its scales folded into the weights)
+    for ``layout`` KEY, the keys' type for a plain one; ``weights`` float32 [B, H], scale factors
+    folded in; ``pool`` uint8 [pages, page bytes]; ``table`` int32 [B, max pages] the page in the
+    pool of each page of a sequence, or -1; ``lengths`` int32 [B], on the device. ``out`` are
+    buffers of `new_scores`, to write into.
     """
     run = index_scores_triton if runs_compiled(queries) else index_scores_reference
     return run(queries, weights, pool, layout, table, lengths, out)
@@ -57,38 +79,73 @@ def index_scores_reference(queries, weights, pool, layout, table, lengths, out=N
     for b, length in enumerate(lengths.tolist()):
         ids = torch.arange(length, device=queries.device)
         slots = slots_of(table[b : b + 1], ids[None], layout.per_page(pool))[0]
-        scores = scorer.logits(queries[b].float(), weights[b].float(), read_entries(pool, layout, slots))
+        scores = scorer.logits(
+            queries[b].float(), weights[b].float(), read_entries(pool, layout, slots)
+        )
         out.scores[b, :length] = scores.masked_fill(slots < 0, float("-inf"))
-        padded = torch.nn.functional.pad(out.scores[b, :length], (0, -length % GROUP), value=float("-inf"))
+        padded = torch.nn.functional.pad(
+            out.scores[b, :length], (0, -length % GROUP), value=float("-inf")
+        )
         out.maxima[b, : cdiv(length, GROUP)] = padded.view(-1, GROUP).amax(1)
     return out
 
 
 def index_scores_triton(
-    queries, weights, pool, layout, table, lengths, out=None, combine: str = "", tune: tuning.IndexScores | None = None
+    queries,
+    weights,
+    pool,
+    layout,
+    table,
+    lengths,
+    out=None,
+    combine: str = "",
+    tune: tuning.IndexScores | None = None,
 ) -> Scores:
-    """``combine`` "max" or "sum" joins what ``out`` holds with the new scores: how several layers' scores become one."""
+    """``combine`` "max" or "sum" joins what ``out`` holds with the new scores: how several layers'
+    scores become one.
+    """
     tune = tune or tuning.INDEX_SCORES
     batch, heads, width = queries.shape
     per_page = layout.per_page(pool)
     entries = table.shape[1] * per_page
     out = out or new_scores(batch, entries, queries.device)
-    block = math.gcd(tune.block_entries, per_page)  # of one page, where pages are no smaller than a group
+    block = math.gcd(
+        tune.block_entries, per_page
+    )  # of one page, where pages are no smaller than a group
     in_page = block >= GROUP
     block = block if in_page else tune.block_entries
     splits = max(1, min(cdiv(entries, block), tune.programs // batch))
     _index_scores[(batch, splits)](
-        queries, weights, pool, table, lengths, out.scores, out.maxima,
-        table.stride(0), out.scores.stride(0), out.maxima.stride(0),
-        HEADS=heads, HEADS_PADDED=max(16, next_power_of_2(heads)), WIDTH=width,
-        KIND=triton_kind(layout), PER_PAGE=per_page, PAGE_BYTES=pool.stride(0),
-        BLOCK=block, IN_PAGE=in_page, GROUP=GROUP, COMBINE=combine, STAGES=tune.stages, num_warps=tune.warps,
-    )  # fmt: skip
+        queries,
+        weights,
+        pool,
+        table,
+        lengths,
+        out.scores,
+        out.maxima,
+        table.stride(0),
+        out.scores.stride(0),
+        out.maxima.stride(0),
+        HEADS=heads,
+        HEADS_PADDED=max(16, next_power_of_2(heads)),
+        WIDTH=width,
+        KIND=triton_kind(layout),
+        PER_PAGE=per_page,
+        PAGE_BYTES=pool.stride(0),
+        BLOCK=block,
+        IN_PAGE=in_page,
+        GROUP=GROUP,
+        COMBINE=combine,
+        STAGES=tune.stages,
+        num_warps=tune.warps,
+    )
     return out
 
 
 @triton.jit
-def _pages(table, block, length, BLOCK: tl.constexpr, IN_PAGE: tl.constexpr, PER_PAGE: tl.constexpr):
+def _pages(
+    table, block, length, BLOCK: tl.constexpr, IN_PAGE: tl.constexpr, PER_PAGE: tl.constexpr
+):
     """The page of a block IN_PAGE, or of each of its entries [BLOCK]; -1 where there is none."""
     entry = block * BLOCK
     if not IN_PAGE:
@@ -98,15 +155,33 @@ def _pages(table, block, length, BLOCK: tl.constexpr, IN_PAGE: tl.constexpr, PER
 
 @triton.jit
 def _index_scores(
-    queries, weights, pool, table, lengths, scores, maxima, table_stride, scores_stride, maxima_stride,
-    HEADS: tl.constexpr, HEADS_PADDED: tl.constexpr, WIDTH: tl.constexpr,
-    KIND: tl.constexpr, PER_PAGE: tl.constexpr, PAGE_BYTES: tl.constexpr,
-    BLOCK: tl.constexpr, IN_PAGE: tl.constexpr, GROUP: tl.constexpr, COMBINE: tl.constexpr, STAGES: tl.constexpr,
-):  # fmt: skip
+    queries,
+    weights,
+    pool,
+    table,
+    lengths,
+    scores,
+    maxima,
+    table_stride,
+    scores_stride,
+    maxima_stride,
+    HEADS: tl.constexpr,
+    HEADS_PADDED: tl.constexpr,
+    WIDTH: tl.constexpr,
+    KIND: tl.constexpr,
+    PER_PAGE: tl.constexpr,
+    PAGE_BYTES: tl.constexpr,
+    BLOCK: tl.constexpr,
+    IN_PAGE: tl.constexpr,
+    GROUP: tl.constexpr,
+    COMBINE: tl.constexpr,
+    STAGES: tl.constexpr,
+):
     """One program: a run of blocks of one sequence's entries.
 
-    Pages' numbers are read a block ahead, so that the keys' loads wait for no other load and STAGES - 1 blocks of them are on the
-    way. A block that lies IN_PAGE has one number, which leaves little arithmetic; it is read whole, beyond the length too.
+    Pages' numbers are read a block ahead, so that the keys' loads wait for no other load and STAGES
+    - 1 blocks of them are on the way. A block that lies IN_PAGE has one number, which leaves little
+    arithmetic; it is read whole, beyond the length too.
     """
     b, split = tl.program_id(0).to(tl.int64), tl.program_id(1)
     length = tl.load(lengths + b)
@@ -114,7 +189,11 @@ def _index_scores(
     share = tl.cdiv(blocks, tl.num_programs(1))
     first, last = split * share, tl.minimum((split + 1) * share, blocks)
     head, lane, row = tl.arange(0, HEADS_PADDED), tl.arange(0, WIDTH), tl.arange(0, BLOCK)
-    table, scores, maxima = table + b * table_stride, scores + b * scores_stride, maxima + b * maxima_stride
+    table, scores, maxima = (
+        table + b * table_stride,
+        scores + b * scores_stride,
+        maxima + b * maxima_stride,
+    )
     next_page = _pages(table, first, length, BLOCK, IN_PAGE, PER_PAGE)
     exists = head < HEADS
     places = queries + b * HEADS * WIDTH + head[None, :] * WIDTH + lane[:, None]
@@ -133,7 +212,9 @@ def _index_scores(
         else:
             number, valid = entry % PER_PAGE, present
         keys, scale = load_keys(start, number, valid, KIND, WIDTH, PER_PAGE)
-        products = tl.dot(keys.to(query.dtype), query, input_precision="ieee")  # [BLOCK, HEADS_PADDED]
+        products = tl.dot(
+            keys.to(query.dtype), query, input_precision="ieee"
+        )  # [BLOCK, HEADS_PADDED]
         score = tl.sum(tl.maximum(products, 0.0) * weight[None, :], 1) * scale
         score = tl.where(present, score, float("-inf"))
         at = scores + entry

@@ -1,6 +1,8 @@
-"""Triton where it is installed; elsewhere (macOS, Windows) stand-ins, with which the kernels' files import and their references run.
+"""Triton where it is installed; elsewhere (macOS, Windows) stand-ins, with which the kernels' files
+import and their references run.
 
-``TRITON_INTERPRET=1``, set before the first import, makes Triton run kernels on the CPU: how the tests run without a GPU.
+``TRITON_INTERPRET=1``, set before the first import, makes Triton run kernels on the CPU: how the
+tests run without a GPU.
 """
 
 from __future__ import annotations

@@ -1,6 +1,8 @@
-"""The memory indexer's logits of every entry: `index_scores` over several layers, joined (arXiv 2606.09079, section 3).
+"""The memory indexer's logits of every entry: `index_scores` over several layers, joined (arXiv
+2606.09079, section 3).
 
-It runs once a window, so each layer is a launch of its own; the second and later ones join their scores to what is there.
+It runs once a window, so each layer is a launch of its own; the second and later ones join their
+scores to what is there.
 """
 
 from __future__ import annotations
@@ -9,40 +11,76 @@ import torch
 from torch import Tensor
 
 from fmsim.exec.kernels import tuning
-from fmsim.exec.kernels.index_score import Scores, index_scores_reference, index_scores_triton, new_scores
+from fmsim.exec.kernels.index_score import (
+    Scores,
+    index_scores_reference,
+    index_scores_triton,
+    new_scores,
+)
 from fmsim.exec.kernels.lang import runs_compiled
 from fmsim.exec.kernels.layout import Layout
 from fmsim.indexer import scorer
 
 
 def memory_scores(
-    queries: Tensor, weights: Tensor, pools: list[Tensor], layout: Layout, tables: list[Tensor], lengths: Tensor, how: str = "max", out: Scores | None = None
+    queries: Tensor,
+    weights: Tensor,
+    pools: list[Tensor],
+    layout: Layout,
+    tables: list[Tensor],
+    lengths: Tensor,
+    how: str = "max",
+    out: Scores | None = None,
 ) -> Scores:
-    """``queries`` [L, B, H, D] and ``weights`` float32 [L, B, H], as `scorer.queries` makes them, a layer each; ``pools`` and
-    ``tables``, L of each, and ``lengths`` as in `index_scores`. ``how``: an entry's logit is the layers' "max" or "mean".
+    """``queries`` [L, B, H, D] and ``weights`` float32 [L, B, H], as `scorer.queries` makes them, a
+    layer each; ``pools`` and ``tables``, L of each, and ``lengths`` as in `index_scores`.
 
-    A key that is missing counts as -inf: in the maximum the other layers decide, in the mean it is missing.
+    ``how``: an entry's logit is the layers' "max" or "mean".
+
+    A key that is missing counts as -inf: in the maximum the other layers decide, in the mean it is
+    missing.
     """
     run = memory_scores_triton if runs_compiled(queries) else memory_scores_reference
     return run(queries, weights, pools, layout, tables, lengths, how, out)
 
 
-def memory_scores_reference(queries, weights, pools, layout, tables, lengths, how="max", out=None) -> Scores:
-    out = out or new_scores(queries.shape[1], tables[0].shape[1] * layout.per_page(pools[0]), queries.device)
-    each = [index_scores_reference(*parts[:3], layout, parts[3], lengths) for parts in zip(queries, weights, pools, tables, strict=True)]
+def memory_scores_reference(
+    queries, weights, pools, layout, tables, lengths, how="max", out=None
+) -> Scores:
+    out = out or new_scores(
+        queries.shape[1], tables[0].shape[1] * layout.per_page(pools[0]), queries.device
+    )
+    each = [
+        index_scores_reference(*parts[:3], layout, parts[3], lengths)
+        for parts in zip(queries, weights, pools, tables, strict=True)
+    ]
     joined = scorer.combine(torch.stack([found.scores for found in each]), how)
     for b, length in enumerate(lengths.tolist()):
         out.scores[b, :length] = joined[b, :length]
-        padded = torch.nn.functional.pad(joined[b, :length], (0, -length % tuning.MAXIMA_ENTRIES), value=float("-inf"))
+        padded = torch.nn.functional.pad(
+            joined[b, :length], (0, -length % tuning.MAXIMA_ENTRIES), value=float("-inf")
+        )
         groups = padded.view(-1, tuning.MAXIMA_ENTRIES)
         out.maxima[b, : len(groups)] = groups.amax(1)
     return out
 
 
-def memory_scores_triton(queries, weights, pools, layout, tables, lengths, how="max", out=None, tune: tuning.IndexScores | None = None) -> Scores:
+def memory_scores_triton(
+    queries,
+    weights,
+    pools,
+    layout,
+    tables,
+    lengths,
+    how="max",
+    out=None,
+    tune: tuning.IndexScores | None = None,
+) -> Scores:
     if how == "mean":
         weights = weights / len(weights)
     joins = ["", *(["max" if how == "max" else "sum"] * (len(pools) - 1))]
     for *parts, table, join in zip(queries, weights, pools, tables, joins, strict=True):
-        out = index_scores_triton(*parts, layout, table, lengths, out, join, tune or tuning.MEMORY_SCORES)
+        out = index_scores_triton(
+            *parts, layout, table, lengths, out, join, tune or tuning.MEMORY_SCORES
+        )
     return out

@@ -1,4 +1,6 @@
-"""RMS normalisation of each head and RoPE on its trailing channels, in one launch: queries, index queries, and the attention's output."""
+"""RMS normalisation of each head and RoPE on its trailing channels, in one launch: queries, index
+queries, and the attention's output.
+"""
 
 from __future__ import annotations
 
@@ -10,13 +12,19 @@ from fmsim.exec.kernels.lang import cdiv, next_power_of_2, runs_compiled, tl, tr
 
 
 def norm_rope(
-    x: Tensor, rotation: tuple[Tensor, Tensor], eps: float | None = None, inverse: bool = False, dtype: torch.dtype | None = None
+    x: Tensor,
+    rotation: tuple[Tensor, Tensor],
+    eps: float | None = None,
+    inverse: bool = False,
+    dtype: torch.dtype | None = None,
 ) -> Tensor:
-    """Rows of heads, x [N, H, C] -> the same shape, and type where no ``dtype`` is given: each head normalised, without a weight, where ``eps`` is given, then turned.
+    """Rows of heads, x [N, H, C] -> the same shape, and type where no ``dtype`` is given: each head
+    normalised, without a weight, where ``eps`` is given, then turned.
 
-    ``rotation``: cosine and sine, float32 [N, pairs], of the angles of the last ``2 * pairs`` channels, interleaved; they are turned back
-    where ``inverse``. C is a power of two. A step's layers share their angles, so torch makes them once and exactly: a
-    position of a million needs a range reduction that a fast sine has not.
+    ``rotation``: cosine and sine, float32 [N, pairs], of the angles of the last ``2 * pairs``
+    channels, interleaved; they are turned back where ``inverse``. C is a power of two. A step's
+    layers share their angles, so torch makes them once and exactly: a position of a million needs a
+    range reduction that a fast sine has not.
     """
     run = norm_rope_triton if runs_compiled(x) else norm_rope_reference
     return run(x, rotation, eps, inverse, dtype)
@@ -34,24 +42,47 @@ def norm_rope_reference(x, rotation, eps=None, inverse=False, dtype=None) -> Ten
     return torch.cat((value[..., :still], turned), -1).to(dtype or x.dtype)
 
 
-def norm_rope_triton(x, rotation, eps=None, inverse=False, dtype=None, tune=tuning.NORM_ROPE) -> Tensor:
+def norm_rope_triton(
+    x, rotation, eps=None, inverse=False, dtype=None, tune=tuning.NORM_ROPE
+) -> Tensor:
     rows, heads, width = x.shape
     assert x.stride(2) == 1 and x.stride(1) == width, "a row's heads lie side by side"
     cos, sin = (part.contiguous() for part in rotation)
     block = min(next_power_of_2(heads), max(1, tune.block_values // width))
     out = torch.empty(rows, heads, width, dtype=dtype or x.dtype, device=x.device)
     _norm_rope[(rows, cdiv(heads, block))](
-        x, cos, sin, out, x.stride(0), 0.0 if eps is None else eps,
-        HEADS=heads, WIDTH=width, PAIRS=cos.shape[1], NORMALISE=eps is not None, INVERSE=inverse, BLOCK=block, num_warps=tune.warps,
-    )  # fmt: skip
+        x,
+        cos,
+        sin,
+        out,
+        x.stride(0),
+        0.0 if eps is None else eps,
+        HEADS=heads,
+        WIDTH=width,
+        PAIRS=cos.shape[1],
+        NORMALISE=eps is not None,
+        INVERSE=inverse,
+        BLOCK=block,
+        num_warps=tune.warps,
+    )
     return out
 
 
 @triton.jit
 def _norm_rope(
-    x, cos, sin, out, row_stride, eps,
-    HEADS: tl.constexpr, WIDTH: tl.constexpr, PAIRS: tl.constexpr, NORMALISE: tl.constexpr, INVERSE: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
+    x,
+    cos,
+    sin,
+    out,
+    row_stride,
+    eps,
+    HEADS: tl.constexpr,
+    WIDTH: tl.constexpr,
+    PAIRS: tl.constexpr,
+    NORMALISE: tl.constexpr,
+    INVERSE: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
     """One program: a block of one row's heads."""
     row, head = tl.program_id(0).to(tl.int64), tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     places, exists = head[:, None] * WIDTH + tl.arange(0, WIDTH)[None, :], (head < HEADS)[:, None]

@@ -23,7 +23,14 @@ def rms_norm_triton(x: Tensor, norm: nn.Module, tune=tuning.NORM_ROPE) -> Tensor
     assert rows.stride(1) == 1, "a row's values lie side by side"
     out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     _rms_norm[(len(rows),)](
-        rows, norm.weight, out, rows.stride(0), norm.eps, WIDTH=width, WIDTH_PADDED=next_power_of_2(width), num_warps=tune.warps
+        rows,
+        norm.weight,
+        out,
+        rows.stride(0),
+        norm.eps,
+        WIDTH=width,
+        WIDTH_PADDED=next_power_of_2(width),
+        num_warps=tune.warps,
     )
     return out
 
@@ -33,7 +40,9 @@ def _rms_norm(x, weight, out, row_stride, eps, WIDTH: tl.constexpr, WIDTH_PADDED
     """One program: one row."""
     row, channel = tl.program_id(0).to(tl.int64), tl.arange(0, WIDTH_PADDED)
     inside = channel < WIDTH
-    scale = tl.load(weight + channel, mask=inside, other=0.0).to(tl.float32)  # before the sum, so that both are on the way at once
+    scale = tl.load(weight + channel, mask=inside, other=0.0).to(
+        tl.float32
+    )  # before the sum, so that both are on the way at once
     value = tl.load(x + row * row_stride + channel, mask=inside, other=0.0).to(tl.float32)
     value = value * tl.rsqrt(tl.sum(value * value, 0) / WIDTH + eps) * scale
     tl.store(out + row * WIDTH + channel, value.to(out.dtype.element_ty), mask=inside)

@@ -1,4 +1,6 @@
-"""Which experts a token takes, and how much of each: all that follows the router's product, in one launch."""
+"""Which experts a token takes, and how much of each: all that follows the router's product, in one
+launch.
+"""
 
 from __future__ import annotations
 
@@ -9,9 +11,11 @@ from fmsim.exec.kernels.lang import next_power_of_2, runs_compiled, tl, triton
 
 
 def route(logits: Tensor, tokens: Tensor, router: nn.Module) -> tuple[Tensor, Tensor]:
-    """``logits`` [N, experts] of a `model.Router`, ``tokens`` int64 [N] their ids -> chosen int64 and weights float32 [N, top_k].
+    """``logits`` [N, experts] of a `model.Router`, ``tokens`` int64 [N] their ids -> chosen int64
+    and weights float32 [N, top_k].
 
-    In no particular order; among equal scores any may be taken. No gradient comes of the kernel, so training takes the reference.
+    In no particular order; among equal scores any may be taken. No gradient comes of the kernel, so
+    training takes the reference.
     """
     run = route_triton if runs_compiled(logits) and not torch.is_grad_enabled() else route_reference
     return run(logits, tokens, router)
@@ -27,9 +31,19 @@ def route_triton(logits, tokens, router) -> tuple[Tensor, Tensor]:
     chosen = torch.empty(of, top_k, dtype=torch.int64, device=logits.device)
     weights = torch.empty(of, top_k, dtype=torch.float32, device=logits.device)
     _route[(of,)](
-        logits, tokens, router.tid2eid if router.hashed else router.e_score_correction_bias, chosen, weights, router.scaling,
-        EXPERTS=count, EXPERTS_PADDED=next_power_of_2(count), TOP_K=top_k, TOP_K_PADDED=next_power_of_2(top_k), HASHED=router.hashed, num_warps=1,
-    )  # fmt: skip
+        logits,
+        tokens,
+        router.tid2eid if router.hashed else router.e_score_correction_bias,
+        chosen,
+        weights,
+        router.scaling,
+        EXPERTS=count,
+        EXPERTS_PADDED=next_power_of_2(count),
+        TOP_K=top_k,
+        TOP_K_PADDED=next_power_of_2(top_k),
+        HASHED=router.hashed,
+        num_warps=1,
+    )
     return chosen, weights
 
 
@@ -46,18 +60,35 @@ def _score(logit):
 
 @triton.jit
 def _route(
-    logits, tokens, given, chosen_out, weights_out, scaling, EXPERTS: tl.constexpr, EXPERTS_PADDED: tl.constexpr, TOP_K: tl.constexpr,
-    TOP_K_PADDED: tl.constexpr, HASHED: tl.constexpr,
-):  # fmt: skip
-    """One program: one token. ``given``: the experts of each token's id where HASHED, otherwise what is added to scores for the choice."""
+    logits,
+    tokens,
+    given,
+    chosen_out,
+    weights_out,
+    scaling,
+    EXPERTS: tl.constexpr,
+    EXPERTS_PADDED: tl.constexpr,
+    TOP_K: tl.constexpr,
+    TOP_K_PADDED: tl.constexpr,
+    HASHED: tl.constexpr,
+):
+    """One program: one token.
+
+    ``given``: the experts of each token's id where HASHED, otherwise what is added to scores for
+    the choice.
+    """
     token, slot = tl.program_id(0).to(tl.int64), tl.arange(0, TOP_K_PADDED)
     logits, exists = logits + token * EXPERTS, slot < TOP_K
     if HASHED:
-        chosen = tl.load(given + tl.load(tokens + token) * TOP_K + slot, mask=exists, other=0).to(tl.int32)
+        chosen = tl.load(given + tl.load(tokens + token) * TOP_K + slot, mask=exists, other=0).to(
+            tl.int32
+        )
     else:
         expert, chosen = tl.arange(0, EXPERTS_PADDED), tl.zeros([TOP_K_PADDED], tl.int32)
         inside = expert < EXPERTS
-        rank = _score(tl.load(logits + expert, mask=inside, other=0.0)) + tl.load(given + expert, mask=inside, other=0.0).to(tl.float32)
+        rank = _score(tl.load(logits + expert, mask=inside, other=0.0)) + tl.load(
+            given + expert, mask=inside, other=0.0
+        ).to(tl.float32)
         rank = tl.where(rank == rank, rank, float("inf"))  # nan is the greatest, as torch has it
         rank = tl.where(inside, rank, float("-inf"))
         for number in tl.static_range(TOP_K):

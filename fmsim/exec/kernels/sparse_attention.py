@@ -1,7 +1,9 @@
-"""Attention of one decode token over its window and its selected entries: shared K = V latent, a sink a head (eqs. 18-19).
+"""Attention of one decode token over its window and its selected entries: shared K = V latent, a
+sink a head (eqs. 18-19).
 
-The rows (the window's, then the entries') are split over programs, each of which keeps a running softmax, by one of two kernels as there are few
-requests or many. Another combines the splits by their log-sum-exp and adds the sink, which takes part in the sum and has no value. A last one gives
+The rows (the window's, then the entries') are split over programs, each of which keeps a running
+softmax, by one of two kernels as there are few requests or many. Another combines the splits by
+their log-sum-exp and adds the sink, which takes part in the sum and has no value. A last one gives
 each row's probability, mean over heads, where a trace or a policy needs it.
 """
 
@@ -24,24 +26,34 @@ COMBINED = 8192  # values of parts that a program adds up: 64 a thread
 
 
 class Masses(NamedTuple):
-    """Probabilities, mean over heads: ``entries`` float32 [B, K], ``window`` and ``sink`` float32 [B]; the three sum to 1."""
+    """Probabilities, mean over heads: ``entries`` float32 [B, K], ``window`` and ``sink`` float32
+    [B]; the three sum to 1.
+    """
 
     entries: Tensor
     window: Tensor
     sink: Tensor
 
 
-def sparse_attention(queries: Tensor, rows: Rows, sinks: Tensor, scale: float, want_masses: bool = False) -> tuple[Tensor, Masses | None]:
+def sparse_attention(
+    queries: Tensor, rows: Rows, sinks: Tensor, scale: float, want_masses: bool = False
+) -> tuple[Tensor, Masses | None]:
     """``queries`` [B, H, C] rotated, of `matrix_type` or bfloat16, ``sinks`` float32 [H]
     -> output [B, H, C] in the queries' type, RoPE not yet undone, and the masses where wanted."""
     run = sparse_attention_triton if runs_compiled(queries) else sparse_attention_reference
     return run(queries, rows, sinks, scale, want_masses)
 
 
-def sparse_attention_reference(queries, rows: Rows, sinks, scale, want_masses=False) -> tuple[Tensor, Masses | None]:
+def sparse_attention_reference(
+    queries, rows: Rows, sinks, scale, want_masses=False
+) -> tuple[Tensor, Masses | None]:
     batch, width = len(queries), rows.layout.per_page(rows.window)
     places = torch.arange(width, device=queries.device)
-    near = read_entries(rows.window, rows.layout, torch.arange(batch, device=queries.device)[:, None] * width + places)
+    near = read_entries(
+        rows.window,
+        rows.layout,
+        torch.arange(batch, device=queries.device)[:, None] * width + places,
+    )
     slots = slots_of(rows.table, rows.ids, rows.layout.per_page(rows.pool))
     values = torch.cat((near, read_entries(rows.pool, rows.layout, slots)), 1)  # [B, W + K, C]
     known = torch.cat((places < rows.window_lengths[:, None], slots >= 0), 1)
@@ -51,14 +63,26 @@ def sparse_attention_reference(queries, rows: Rows, sinks, scale, want_masses=Fa
     total = torch.logaddexp(logits.logsumexp(2), sinks.float())
     shares = (logits - total[..., None]).exp()
     out = (shares @ values).to(queries.dtype)
-    masses = Masses(shares.mean(1)[:, width:], shares.mean(1)[:, :width].sum(1), (sinks.float() - total).exp().mean(1))
+    masses = Masses(
+        shares.mean(1)[:, width:],
+        shares.mean(1)[:, :width].sum(1),
+        (sinks.float() - total).exp().mean(1),
+    )
     return out, masses if want_masses else None
 
 
 def sparse_attention_triton(
-    queries, rows: Rows, sinks, scale, want_masses=False, tune: tuning.Attention | tuning.GatheredAttention | None = None
+    queries,
+    rows: Rows,
+    sinks,
+    scale,
+    want_masses=False,
+    tune: tuning.Attention | tuning.GatheredAttention | None = None,
 ) -> tuple[Tensor, Masses | None]:
-    (batch, heads, size), tune = queries.shape, tune or tuning.attention(*queries.shape[:2], packed=rows.layout.kind == "latent")
+    (batch, heads, size), tune = (
+        queries.shape,
+        tune or tuning.attention(*queries.shape[:2], packed=rows.layout.kind == "latent"),
+    )
     attend = attend_in_place if isinstance(tune, tuning.Attention) else attend_gathered
     # queries in the rows' own type: converted in the kernel they would fill the registers
     parts = attend(queries.to(matrix_type(rows.layout)), rows, scale, want_masses, tune)
@@ -67,21 +91,55 @@ def sparse_attention_triton(
     padded = next_power_of_2(splits)
     block = min(size, max(64, COMBINED // padded))
     _combine[(batch, heads, cdiv(size, block))](
-        parts.values, parts.sums, sinks, out, total, splits, HEADS=heads, WIDTH=size, BLOCK=block, SPLITS_PADDED=padded, num_warps=4
+        parts.values,
+        parts.sums,
+        sinks,
+        out,
+        total,
+        splits,
+        HEADS=heads,
+        WIDTH=size,
+        BLOCK=block,
+        SPLITS_PADDED=padded,
+        num_warps=4,
     )
     if not want_masses:
         return out, None
-    masses = Masses(torch.empty(rows.ids.shape, **float32), torch.empty(batch, **float32), torch.empty(batch, **float32))
-    block = max(MASS_ROWS, next_power_of_2(rows.window_rows))  # the first program has the whole window
+    masses = Masses(
+        torch.empty(rows.ids.shape, **float32),
+        torch.empty(batch, **float32),
+        torch.empty(batch, **float32),
+    )
+    block = max(
+        MASS_ROWS, next_power_of_2(rows.window_rows)
+    )  # the first program has the whole window
     _row_masses[(batch, cdiv(rows.count, block))](
-        parts.logits, total, sinks, *masses, rows.count, WINDOW=rows.window_rows, HEADS=heads, HEADS_PADDED=next_power_of_2(heads), BLOCK=block, num_warps=8
+        parts.logits,
+        total,
+        sinks,
+        *masses,
+        rows.count,
+        WINDOW=rows.window_rows,
+        HEADS=heads,
+        HEADS_PADDED=next_power_of_2(heads),
+        BLOCK=block,
+        num_warps=8,
     )
     return out, masses
 
 
 @triton.jit
 def _combine(
-    parts, part_sums, sinks, out, total_out, splits, HEADS: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr, SPLITS_PADDED: tl.constexpr
+    parts,
+    part_sums,
+    sinks,
+    out,
+    total_out,
+    splits,
+    HEADS: tl.constexpr,
+    WIDTH: tl.constexpr,
+    BLOCK: tl.constexpr,
+    SPLITS_PADDED: tl.constexpr,
 ):
     """One program: a block of channels of one head of one sequence."""
     b, head = tl.program_id(0).to(tl.int64), tl.program_id(1)
@@ -92,23 +150,51 @@ def _combine(
     level = tl.maximum(tl.max(sums, 0), sink)
     total = level + tl.log(tl.sum(tl.exp(sums - level), 0) + tl.exp(sink - level))
     tl.store(total_out + b * HEADS + head, total, mask=tl.program_id(2) == 0)
-    part = tl.load(parts + places[:, None] * WIDTH + lane[None, :], mask=(split < splits)[:, None] & (lane < WIDTH)[None, :], other=0.0)
+    part = tl.load(
+        parts + places[:, None] * WIDTH + lane[None, :],
+        mask=(split < splits)[:, None] & (lane < WIDTH)[None, :],
+        other=0.0,
+    )
     whole = tl.sum(part * tl.exp(sums - total)[:, None], 0)
-    tl.store(out + (b * HEADS + head) * WIDTH + lane, whole.to(out.dtype.element_ty), mask=lane < WIDTH)
+    tl.store(
+        out + (b * HEADS + head) * WIDTH + lane, whole.to(out.dtype.element_ty), mask=lane < WIDTH
+    )
 
 
 @triton.jit
-def _row_masses(logits, total, sinks, entries_out, window_out, sink_out, rows, WINDOW: tl.constexpr, HEADS: tl.constexpr, HEADS_PADDED: tl.constexpr, BLOCK: tl.constexpr):
-    """One program: a block of one sequence's rows, over all heads; the first, of the window and the sink too."""
+def _row_masses(
+    logits,
+    total,
+    sinks,
+    entries_out,
+    window_out,
+    sink_out,
+    rows,
+    WINDOW: tl.constexpr,
+    HEADS: tl.constexpr,
+    HEADS_PADDED: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """One program: a block of one sequence's rows, over all heads; the first, of the window and the
+    sink too.
+    """
     b, first = tl.program_id(0).to(tl.int64), tl.program_id(1) == 0
     row = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     head = tl.arange(0, HEADS_PADDED)
     exists = head < HEADS
     of_head = tl.load(total + b * HEADS + head, mask=exists, other=0.0)
     places = (b * HEADS + head)[:, None] * rows + row[None, :]
-    logit = tl.load(logits + places, mask=exists[:, None] & (row < rows)[None, :], other=float("-inf"))
+    logit = tl.load(
+        logits + places, mask=exists[:, None] & (row < rows)[None, :], other=float("-inf")
+    )
     share = tl.sum(tl.exp(logit - of_head[:, None]), 0)
-    sink = tl.sum(tl.exp(tl.load(sinks + head, mask=exists, other=float("-inf")).to(tl.float32) - of_head), 0)
-    tl.store(entries_out + b * (rows - WINDOW) + row - WINDOW, share / HEADS, mask=(row >= WINDOW) & (row < rows))
+    sink = tl.sum(
+        tl.exp(tl.load(sinks + head, mask=exists, other=float("-inf")).to(tl.float32) - of_head), 0
+    )
+    tl.store(
+        entries_out + b * (rows - WINDOW) + row - WINDOW,
+        share / HEADS,
+        mask=(row >= WINDOW) & (row < rows),
+    )
     tl.store(window_out + b, tl.sum(tl.where(row < WINDOW, share, 0.0), 0) / HEADS, mask=first)
     tl.store(sink_out + b, sink / HEADS, mask=first)

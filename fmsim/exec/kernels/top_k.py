@@ -1,12 +1,14 @@
 """The k entries of highest score, exactly, as ascending ids: the selection of a CSA layer.
 
-Ties are broken by the lowest id, so the set is the same on every machine. A program holds a sequence's candidates in its registers
-and searches the k-th of their keys by counting how many reach a threshold, three thresholds a turn. It takes no host synchronisation,
-so a CUDA graph may hold it.
+Ties are broken by the lowest id, so the set is the same on every machine. A program holds a
+sequence's candidates in its registers and searches the k-th of their keys by counting how many
+reach a threshold, three thresholds a turn. It takes no host synchronisation, so a CUDA graph may
+hold it.
 
-Pre-selection: with the maximum of every 32 scores (`index_scores` gives it), the k-th largest maximum is a lower bound of the
-k-th largest score, since k scores reach it. Groups below it are never read: of 262,144 scores some 16,384 are. Of those the ones that
-reach the bound are set aside, for they are seldom more than twice k, and the search goes on among them.
+Pre-selection: with the maximum of every 32 scores (`index_scores` gives it), the k-th largest
+maximum is a lower bound of the k-th largest score, since k scores reach it. Groups below it are
+never read: of 262,144 scores some 16,384 are. Of those the ones that reach the bound are set aside,
+for they are seldom more than twice k, and the search goes on among them.
 """
 
 from __future__ import annotations
@@ -24,21 +26,29 @@ COUNT_BITS = 21  # of one count; three lie in an int64
 
 
 def top_k(scores: Tensor, lengths: Tensor, k: int, maxima: Tensor | None = None) -> Tensor:
-    """int32 [B, k]: ascending ids of the k highest of each row's first ``lengths[b]`` scores; -1 at the end where fewer qualify.
+    """int32 [B, k]: ascending ids of the k highest of each row's first ``lengths[b]`` scores; -1 at
+    the end where fewer qualify.
 
-    ``scores`` float32 [B, N], N < 2^21, without nan; -inf never qualifies. ``lengths`` int32 [B], on the device. ``maxima`` float32
-    [B, ceil(N / 32)] saves a reading of the scores and changes nothing.
+    ``scores`` float32 [B, N], N < 2^21, without nan; -inf never qualifies. ``lengths`` int32 [B],
+    on the device. ``maxima`` float32 [B, ceil(N / 32)] saves a reading of the scores and changes
+    nothing.
     """
     run = top_k_triton if runs_compiled(scores) else top_k_reference
     return run(scores, lengths, k, maxima)
 
 
-def top_k_reference(scores: Tensor, lengths: Tensor, k: int, maxima: Tensor | None = None) -> Tensor:
+def top_k_reference(
+    scores: Tensor, lengths: Tensor, k: int, maxima: Tensor | None = None
+) -> Tensor:
     ids = torch.arange(scores.shape[1], device=scores.device)
     known = scores.masked_fill(ids >= lengths[:, None], float("-inf"))
     best = known.sort(dim=1, descending=True, stable=True)
     chosen = best.indices[:, :k].masked_fill(best.values[:, :k] == float("-inf"), scores.shape[1])
-    chosen = torch.nn.functional.pad(chosen, (0, k - chosen.shape[1]), value=scores.shape[1]).sort(1).values
+    chosen = (
+        torch.nn.functional.pad(chosen, (0, k - chosen.shape[1]), value=scores.shape[1])
+        .sort(1)
+        .values
+    )
     return chosen.masked_fill(chosen == scores.shape[1], -1).to(torch.int32)
 
 
@@ -54,22 +64,48 @@ def top_k_triton(scores, lengths, k, maxima=None, tune: tuning.TopK | None = Non
     if preselect and maxima is None:
         maxima = torch.empty(batch, n_groups, device=scores.device)
         _group_maxima[(batch, cdiv(n_groups, tune.maxima_groups))](
-            scores, maxima, lengths, scores.stride(0), maxima.stride(0), GROUP=GROUP, BLOCK=tune.maxima_groups
+            scores,
+            maxima,
+            lengths,
+            scores.stride(0),
+            maxima.stride(0),
+            GROUP=GROUP,
+            BLOCK=tune.maxima_groups,
         )
     groups = torch.empty_like(maxima, dtype=torch.int32) if preselect else ids
-    finalists = torch.empty(batch, tune.finalists if preselect else 1, dtype=torch.int64, device=scores.device)
+    finalists = torch.empty(
+        batch, tune.finalists if preselect else 1, dtype=torch.int64, device=scores.device
+    )
     maxima = maxima if preselect else scores
     _top_k[(batch,)](
-        scores, maxima, groups, finalists, lengths, ids, scores.stride(0), maxima.stride(0), groups.stride(0),
-        K=k, K_PADDED=next_power_of_2(k), GROUP=GROUP, PRESELECT=preselect, COUNT_BITS=COUNT_BITS,
-        CHUNK=chunk, MAXIMA_CHUNK=min(tune.chunk, max(next_power_of_2(n_groups), GROUP)),
-        FINALISTS=tune.finalists, VECTOR=math.gcd(scores.stride(0), 4), MAXIMA_VECTOR=math.gcd(maxima.stride(0), 4), num_warps=tune.warps if preselect else tune.whole_warps,
-    )  # fmt: skip
+        scores,
+        maxima,
+        groups,
+        finalists,
+        lengths,
+        ids,
+        scores.stride(0),
+        maxima.stride(0),
+        groups.stride(0),
+        K=k,
+        K_PADDED=next_power_of_2(k),
+        GROUP=GROUP,
+        PRESELECT=preselect,
+        COUNT_BITS=COUNT_BITS,
+        CHUNK=chunk,
+        MAXIMA_CHUNK=min(tune.chunk, max(next_power_of_2(n_groups), GROUP)),
+        FINALISTS=tune.finalists,
+        VECTOR=math.gcd(scores.stride(0), 4),
+        MAXIMA_VECTOR=math.gcd(maxima.stride(0), 4),
+        num_warps=tune.warps if preselect else tune.whole_warps,
+    )
     return ids
 
 
 @triton.jit
-def _group_maxima(scores, maxima, lengths, scores_stride, maxima_stride, GROUP: tl.constexpr, BLOCK: tl.constexpr):
+def _group_maxima(
+    scores, maxima, lengths, scores_stride, maxima_stride, GROUP: tl.constexpr, BLOCK: tl.constexpr
+):
     """One program: the maxima of a block of one sequence's groups."""
     b = tl.program_id(0).to(tl.int64)
     group = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
@@ -80,15 +116,30 @@ def _group_maxima(scores, maxima, lengths, scores_stride, maxima_stride, GROUP: 
 
 
 @triton.jit
-def _keys(values, groups, start, count, length, GROUP: tl.constexpr, GATHER: tl.constexpr, CHUNK: tl.constexpr, VECTOR: tl.constexpr):
-    """Values ``start ...`` of ``count``, of the listed groups where GATHER: uint32 keys that order as they do, and ids, [CHUNK / GROUP, GROUP].
+def _keys(
+    values,
+    groups,
+    start,
+    count,
+    length,
+    GROUP: tl.constexpr,
+    GATHER: tl.constexpr,
+    CHUNK: tl.constexpr,
+    VECTOR: tl.constexpr,
+):
+    """Values ``start ...`` of ``count``, of the listed groups where GATHER: uint32 keys that order
+    as they do, and ids, [CHUNK / GROUP, GROUP].
 
-    The key is 0 where there is no value or it is -inf. Loads take VECTOR values at once, whose rows must hold as many beyond a length.
+    The key is 0 where there is no value or it is -inf. Loads take VECTOR values at once, whose rows
+    must hold as many beyond a length.
     """
     row, lane = tl.arange(0, CHUNK // GROUP), tl.arange(0, GROUP)[None, :]
     first = start + row * GROUP
     if GATHER:
-        first = tl.load(groups + start // GROUP + row, mask=first < count, other=length // GROUP + 1) * GROUP
+        first = (
+            tl.load(groups + start // GROUP + row, mask=first < count, other=length // GROUP + 1)
+            * GROUP
+        )
     index = first[:, None] + lane
     value = tl.load(values + index, mask=index // VECTOR * VECTOR < length, other=float("-inf"))
     bits = tl.where(value == 0.0, 0.0, value).to(tl.uint32, bitcast=True)  # -0.0 is 0.0
@@ -105,7 +156,10 @@ def _before(counts):
 
 @triton.jit
 def _scatter(target, places, values, mask):
-    """Each value to its place. Both as one int64, which may be taken in any order, so that no thread waits for another's."""
+    """Each value to its place.
+
+    Both as one int64, which may be taken in any order, so that no thread waits for another's.
+    """
     pairs = tl.where(mask, (places.to(tl.int64) << 32) | values.to(tl.int64), -1)
     pairs = tl.ravel(pairs, can_reorder=True)
     tl.store(target + (pairs >> 32), (pairs & 0xFFFFFFFF).to(tl.int32), mask=pairs >= 0)
@@ -120,8 +174,14 @@ def _thresholds(low, sure):
 
 @triton.jit
 def _reaching(keys, one, two, three, COUNT_BITS: tl.constexpr):
-    """How many keys reach each threshold: three counts in one int64, and so one sum over all threads."""
-    counts = (keys >= one).to(tl.int64) + ((keys >= two).to(tl.int64) << COUNT_BITS) + ((keys >= three).to(tl.int64) << 2 * COUNT_BITS)
+    """How many keys reach each threshold: three counts in one int64, and so one sum over all
+    threads.
+    """
+    counts = (
+        (keys >= one).to(tl.int64)
+        + ((keys >= two).to(tl.int64) << COUNT_BITS)
+        + ((keys >= three).to(tl.int64) << 2 * COUNT_BITS)
+    )
     return tl.sum(counts)
 
 
@@ -129,10 +189,16 @@ def _reaching(keys, one, two, three, COUNT_BITS: tl.constexpr):
 def _narrowed(low, sure, above, one, two, three, counts, k, COUNT_BITS: tl.constexpr):
     """``low``, ``sure`` and ``above`` after a turn of the search, of which `_search` tells."""
     mask: tl.constexpr = (1 << COUNT_BITS) - 1
-    first, second, third = (counts & mask).to(tl.int32), ((counts >> COUNT_BITS) & mask).to(tl.int32), (counts >> 2 * COUNT_BITS).to(tl.int32)
+    first, second, third = (
+        (counts & mask).to(tl.int32),
+        ((counts >> COUNT_BITS) & mask).to(tl.int32),
+        (counts >> 2 * COUNT_BITS).to(tl.int32),
+    )
     low = tl.where(third > k, three, tl.where(second > k, two, tl.where(first > k, one, low)))
     sure = tl.where(first <= k, one, tl.where(second <= k, two, tl.where(third <= k, three, sure)))
-    above = tl.where(first <= k, first, tl.where(second <= k, second, tl.where(third <= k, third, above)))
+    above = tl.where(
+        first <= k, first, tl.where(second <= k, second, tl.where(third <= k, third, above))
+    )
     return low, sure, above
 
 
@@ -140,9 +206,10 @@ def _narrowed(low, sure, above, one, two, three, counts, k, COUNT_BITS: tl.const
 def _search(keys, k, COUNT_BITS: tl.constexpr):
     """Among keys that are held at once, 0 for none: ``sure`` and ``above``.
 
-    The keys from ``sure`` on are among the k largest, and are ``above`` many. Where that is fewer than k, the others have the key ``sure - 1``, and
-    are enough (or it is 0, and no more exist). More than k keys reach ``low``, if any so few do; at most k reach ``sure``. The two approach until they
-    are neighbours, or exactly k keys reach ``sure``.
+    The keys from ``sure`` on are among the k largest, and are ``above`` many. Where that is fewer
+    than k, the others have the key ``sure - 1``, and are enough (or it is 0, and no more exist).
+    More than k keys reach ``low``, if any so few do; at most k reach ``sure``. The two approach
+    until they are neighbours, or exactly k keys reach ``sure``.
     """
     above = tl.sum((keys > 0).to(tl.int32))
     low, sure = tl.zeros([], tl.uint32), tl.full([], 1, tl.uint32)
@@ -158,15 +225,30 @@ def _search(keys, k, COUNT_BITS: tl.constexpr):
 
 @triton.jit
 def _kth_key(
-    values, groups, count, length, k,
-    GROUP: tl.constexpr, GATHER: tl.constexpr, CHUNK: tl.constexpr, VECTOR: tl.constexpr, COUNT_BITS: tl.constexpr,
-):  # fmt: skip
-    """`_search` among values in memory. Keys that fit a chunk are read once; more are read every turn."""
+    values,
+    groups,
+    count,
+    length,
+    k,
+    GROUP: tl.constexpr,
+    GATHER: tl.constexpr,
+    CHUNK: tl.constexpr,
+    VECTOR: tl.constexpr,
+    COUNT_BITS: tl.constexpr,
+):
+    """`_search` among values in memory.
+
+    Keys that fit a chunk are read once; more are read every turn.
+    """
     if count <= CHUNK:
         keys, _ = _keys(values, groups, 0, count, length, GROUP, GATHER, CHUNK, VECTOR)
         sure, above = _search(keys, k, COUNT_BITS)
     else:
-        low, sure, above = tl.zeros([], tl.uint32), tl.full([], 0xFF800001, tl.uint32), tl.zeros([], tl.int32)  # beyond the key of +inf
+        low, sure, above = (
+            tl.zeros([], tl.uint32),
+            tl.full([], 0xFF800001, tl.uint32),
+            tl.zeros([], tl.int32),
+        )  # beyond the key of +inf
         while (sure - low > 1) & (above < k):
             one, two, three = _thresholds(low, sure)
             counts = tl.zeros([], tl.int64)
@@ -179,12 +261,16 @@ def _kth_key(
 
 @triton.jit
 def _emit(ids, key, index, sure, ties_wanted, taken, ties):
-    """Write those of some candidates, in ascending order, that are chosen; -> how many certain ones and ties there were so far.
+    """Write those of some candidates, in ascending order, that are chosen; -> how many certain ones
+    and ties there were so far.
 
-    A key of at least ``sure`` is certain; one of ``sure - 1`` is a tie, of which the first ``ties_wanted`` are chosen.
+    A key of at least ``sure`` is certain; one of ``sure - 1`` is a tie, of which the first
+    ``ties_wanted`` are chosen.
     """
     certain, tie = (key >= sure).to(tl.int32), ((key == sure - 1) & (key > 0)).to(tl.int32)
-    before, more = _before(certain + (tie << 16))  # both counts in one sum: a chunk has fewer than 2^15
+    before, more = _before(
+        certain + (tie << 16)
+    )  # both counts in one sum: a chunk has fewer than 2^15
     earlier_ties = ties + (before >> 16)
     take = (certain > 0) | ((tie > 0) & (earlier_ties < ties_wanted))
     _scatter(ids, taken + (before & 0xFFFF) + tl.minimum(earlier_ties, ties_wanted), index, take)
@@ -192,15 +278,32 @@ def _emit(ids, key, index, sure, ties_wanted, taken, ties):
 
 
 @triton.jit
-def _set_aside(scores, groups, finalists, bound, count, length, GROUP: tl.constexpr, CHUNK: tl.constexpr, VECTOR: tl.constexpr, FINALISTS: tl.constexpr):
-    """Keys and ids of the listed groups' scores that reach ``bound``, in ascending order of ids; -> how many. Those that find no place are lost."""
+def _set_aside(
+    scores,
+    groups,
+    finalists,
+    bound,
+    count,
+    length,
+    GROUP: tl.constexpr,
+    CHUNK: tl.constexpr,
+    VECTOR: tl.constexpr,
+    FINALISTS: tl.constexpr,
+):
+    """Keys and ids of the listed groups' scores that reach ``bound``, in ascending order of ids; ->
+    how many.
+
+    Those that find no place are lost.
+    """
     found = tl.zeros([], tl.int32)
     for start in range(0, count, CHUNK):
         key, index = _keys(scores, groups, start, count, length, GROUP, True, CHUNK, VECTOR)
         keep = (key >= bound).to(tl.int32)
         before, more = _before(keep)
         place = found + before
-        packed = (place.to(tl.int64) << 53) | (index.to(tl.int64) << 32) | key.to(tl.int64)  # all bits are set where there is none, and in no other
+        packed = (
+            (place.to(tl.int64) << 53) | (index.to(tl.int64) << 32) | key.to(tl.int64)
+        )  # all bits are set where there is none, and in no other
         packed = tl.ravel(tl.where((keep > 0) & (place < FINALISTS), packed, -1), can_reorder=True)
         tl.store(finalists + ((packed >> 53) & 0x7FF), packed, mask=packed != -1)
         found += more
@@ -217,40 +320,80 @@ def _finalists(finalists, found, GROUP: tl.constexpr, FINALISTS: tl.constexpr):
 
 @triton.jit
 def _top_k(
-    scores, maxima, groups, finalists, lengths, ids, scores_stride, maxima_stride, groups_stride,
-    K: tl.constexpr, K_PADDED: tl.constexpr, GROUP: tl.constexpr, PRESELECT: tl.constexpr, COUNT_BITS: tl.constexpr,
-    CHUNK: tl.constexpr, MAXIMA_CHUNK: tl.constexpr, FINALISTS: tl.constexpr, VECTOR: tl.constexpr, MAXIMA_VECTOR: tl.constexpr,
-):  # fmt: skip
+    scores,
+    maxima,
+    groups,
+    finalists,
+    lengths,
+    ids,
+    scores_stride,
+    maxima_stride,
+    groups_stride,
+    K: tl.constexpr,
+    K_PADDED: tl.constexpr,
+    GROUP: tl.constexpr,
+    PRESELECT: tl.constexpr,
+    COUNT_BITS: tl.constexpr,
+    CHUNK: tl.constexpr,
+    MAXIMA_CHUNK: tl.constexpr,
+    FINALISTS: tl.constexpr,
+    VECTOR: tl.constexpr,
+    MAXIMA_VECTOR: tl.constexpr,
+):
     """One program: one sequence."""
     b = tl.program_id(0).to(tl.int64)
-    scores, maxima, groups, ids = scores + b * scores_stride, maxima + b * maxima_stride, groups + b * groups_stride, ids + b * K
+    scores, maxima, groups, ids = (
+        scores + b * scores_stride,
+        maxima + b * maxima_stride,
+        groups + b * groups_stride,
+        ids + b * K,
+    )
     length = tl.load(lengths + b)
     count, found = length, tl.full([], FINALISTS + 1, tl.int32)
     taken, ties = tl.zeros([], tl.int32), tl.zeros([], tl.int32)
     if PRESELECT:
         finalists += b * FINALISTS
         n_groups = tl.cdiv(length, GROUP)
-        bound, above = _kth_key(maxima, groups, n_groups, n_groups, K, GROUP, False, MAXIMA_CHUNK, MAXIMA_VECTOR, COUNT_BITS)
+        bound, above = _kth_key(
+            maxima,
+            groups,
+            n_groups,
+            n_groups,
+            K,
+            GROUP,
+            False,
+            MAXIMA_CHUNK,
+            MAXIMA_VECTOR,
+            COUNT_BITS,
+        )
         bound = tl.maximum(tl.where(above < K, bound - 1, bound), 1)
         kept = tl.zeros([], tl.int32)
         for start in range(0, n_groups, MAXIMA_CHUNK):
-            key, group = _keys(maxima, groups, start, n_groups, n_groups, GROUP, False, MAXIMA_CHUNK, MAXIMA_VECTOR)
+            key, group = _keys(
+                maxima, groups, start, n_groups, n_groups, GROUP, False, MAXIMA_CHUNK, MAXIMA_VECTOR
+            )
             keep = (key >= bound).to(tl.int32)
             before, more = _before(keep)
             _scatter(groups, kept + before, group, keep > 0)
             kept += more
         count = kept * GROUP
         tl.debug_barrier()  # the list is read back by other threads than wrote it
-        found = _set_aside(scores, groups, finalists, bound, count, length, GROUP, CHUNK, VECTOR, FINALISTS)
+        found = _set_aside(
+            scores, groups, finalists, bound, count, length, GROUP, CHUNK, VECTOR, FINALISTS
+        )
         tl.debug_barrier()
     if found <= FINALISTS:
         key, index = _finalists(finalists, found, GROUP, FINALISTS)
         sure, above = _search(key, K, COUNT_BITS)
         taken, ties = _emit(ids, key, index, sure, K - above, taken, ties)
     else:
-        sure, above = _kth_key(scores, groups, count, length, K, GROUP, PRESELECT, CHUNK, VECTOR, COUNT_BITS)
+        sure, above = _kth_key(
+            scores, groups, count, length, K, GROUP, PRESELECT, CHUNK, VECTOR, COUNT_BITS
+        )
         for start in range(0, count, CHUNK):
-            key, index = _keys(scores, groups, start, count, length, GROUP, PRESELECT, CHUNK, VECTOR)
+            key, index = _keys(
+                scores, groups, start, count, length, GROUP, PRESELECT, CHUNK, VECTOR
+            )
             taken, ties = _emit(ids, key, index, sure, K - above, taken, ties)
     taken += tl.minimum(ties, K - above)
     place = tl.arange(0, K_PADDED)

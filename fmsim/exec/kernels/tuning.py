@@ -1,7 +1,8 @@
-"""Every size that a GPU decides, in one place: the best of sweeps on an H100 (benchmarks/tune_kernels.py, benchmarks/results/tune-kernels.json).
+"""Every size that a GPU decides, in one place: the best of sweeps on an H100
+(benchmarks/tune_kernels.py, benchmarks/results/tune-kernels.json).
 
-What they trade: larger blocks read in longer runs and hold more registers and shared memory; more programs fill the GPU's
-multiprocessors at small batches and leave more partial results to combine.
+What they trade: larger blocks read in longer runs and hold more registers and shared memory; more
+programs fill the GPU's multiprocessors at small batches and leave more partial results to combine.
 """
 
 from __future__ import annotations
@@ -10,28 +11,39 @@ from typing import NamedTuple
 
 import torch
 
-MAXIMA_ENTRIES = 32  # entries that share one maximum in the pre-selection: 8,192 maxima at 262,144 entries
+MAXIMA_ENTRIES = (
+    32  # entries that share one maximum in the pre-selection: 8,192 maxima at 262,144 entries
+)
 
 
 class IndexScores(NamedTuple):
-    block_entries: int = 128  # rows of one matrix product, no more than lie in a page of 32 and more; a multiple of MAXIMA_ENTRIES
-    programs: int = 528  # over batch and splits: four on each of 132 multiprocessors, all that their registers hold at a time
+    # rows of one matrix product, no more than lie in a page of 32 and more; a multiple of
+    # MAXIMA_ENTRIES
+    block_entries: int = 128
+    # over batch and splits: four on each of 132 multiprocessors, all that their registers hold at a
+    # time
+    programs: int = 528
     warps: int = 4
     stages: int = 3
 
 
 class TopK(NamedTuple):
-    chunk: int = 16384  # scores, or maxima, that one program (one sequence) holds: 512 groups of MAXIMA_ENTRIES; less than 2^15
+    # scores, or maxima, that one program (one sequence) holds: 512 groups of MAXIMA_ENTRIES; less
+    # than 2^15
+    chunk: int = 16384
     warps: int = 8
     whole_warps: int = 16  # where all scores fit a chunk and none are left out beforehand
     maxima_groups: int = 128  # whose maxima one program takes, where none are given
-    finalists: int = 2048  # that reach the bound and fit the last search; where more do, it is among all of the groups' scores
+    # that reach the bound and fit the last search; where more do, it is among all of the groups'
+    # scores
+    finalists: int = 2048
 
 
 class Attention(NamedTuple):
     """Of few requests, in place."""
 
-    block_heads: int = 16  # 16 x 512 float32 of output a program; the other heads' programs find the entries in the L2
+    # 16 x 512 float32 of output a program; the other heads' programs find the entries in the L2
+    block_heads: int = 16
     block_rows: int = 32
     programs: int = 264  # over batch, head blocks and splits
     warps: int = 4
@@ -42,28 +54,42 @@ class GatheredAttention(NamedTuple):
     gather_rows: int = 16  # that one program finds and widens
     block_heads: int = 64
     block_rows: int = 64
-    block_bytes: int = 65_536  # of heads and of rows at most: one block of queries and two of rows fit a multiprocessor's shared memory
+    # of heads and of rows at most: one block of queries and two of rows fit a multiprocessor's
+    # shared memory
+    block_bytes: int = 65_536
     programs: int = 132  # over batch, head blocks and splits
     warps: int = 8
     stages: int = 2
 
 
 class Compress(NamedTuple):
-    block_tokens: int = 16  # at a time: an entry of 128 tokens takes eight turns, each as long as memory's latency
+    block_tokens: int = (
+        16  # at a time: an entry of 128 tokens takes eight turns, each as long as memory's latency
+    )
     warps: int = 4
 
 
 class Gather(NamedTuple):
-    segment_words: int = 128  # of 8 bytes: a row of 584 bytes takes one segment, longer rows several
-    tile_words: int = 2048  # a multiple of segment_words; one program has (stages - 1) tiles on the way
-    programs: int = 32  # a layer waits for a miss; beside them a decode step's products would slow down by 15%
+    segment_words: int = (
+        128  # of 8 bytes: a row of 584 bytes takes one segment, longer rows several
+    )
+    tile_words: int = (
+        2048  # a multiple of segment_words; one program has (stages - 1) tiles on the way
+    )
+    programs: int = (
+        32  # a layer waits for a miss; beside them a decode step's products would slow down by 15%
+    )
     warps: int = 4
     stages: int = 4
 
 
 class HyperConnection(NamedTuple):
-    block_channels: int = 128  # of one stream, a tile: with four streams of 4,096 channels 128 programs read the weights of one token
-    programs: int = 1056  # over tiles and runs of tokens: from nine tokens on a program takes several and reads its weights once
+    # of one stream, a tile: with four streams of 4,096 channels 128 programs read the weights of
+    # one token
+    block_channels: int = 128
+    # over tiles and runs of tokens: from nine tokens on a program takes several and reads its
+    # weights once
+    programs: int = 1056
     project_warps: int = 4
     enter_warps: int = 8
 
@@ -71,8 +97,12 @@ class HyperConnection(NamedTuple):
 class Linear(NamedTuple):
     block_outputs: int = 64  # of one program; a divisor of 128
     block_inputs: int = 128  # a turn: a row's run of bytes; a divisor of 128
-    programs: int = 528  # over blocks of outputs and splits of the inputs: four on each of 132 multiprocessors
-    warps: int = 2  # four with 64 outputs are a warpgroup, whose products find float8 in shared memory in pairs of bytes; two take whole lines
+    programs: int = (
+        528  # over blocks of outputs and splits of the inputs: four on each of 132 multiprocessors
+    )
+    # four with 64 outputs are a warpgroup, whose products find float8 in shared memory in pairs of
+    # bytes; two take whole lines
+    warps: int = 2
     stages: int = 4
     block_sums: int = 128  # outputs of which one program adds up the splits
 
@@ -88,30 +118,56 @@ class Experts(NamedTuple):
     block_depth: int  # of a row at a time; of float8 a divisor of 128, whose products share a scale
     warps: int
     stages: int
-    token_tile: int = 16  # tokens of one expert in a program, at most: 8, or 16 and more; 1, for a single token: multiplied without matrix units
+    # tokens of one expert in a program, at most: 8, or 16 and more; 1, for a single token:
+    # multiplied without matrix units
+    token_tile: int = 16
     sum_columns: int = 512  # of a token, that one program adds up over its experts
 
 
 HYPER_CONNECTION, NORM_ROPE = HyperConnection(), NormRope()
-INDEX_SCORES, MEMORY_SCORES = IndexScores(), IndexScores(programs=396)  # 128 heads leave registers for three on a multiprocessor
+INDEX_SCORES, MEMORY_SCORES = (
+    IndexScores(),
+    IndexScores(programs=396),
+)  # 128 heads leave registers for three on a multiprocessor
 TOP_K, COMPRESS, GATHER = TopK(), Compress(), Gather()
-ATTENTION, ATTENTION_OF_SOME = Attention(), Attention(block_heads=64, block_rows=64, programs=132, warps=8)
+ATTENTION, ATTENTION_OF_SOME = (
+    Attention(),
+    Attention(block_heads=64, block_rows=64, programs=132, warps=8),
+)
 ATTENTION_OF_MANY = GatheredAttention()
-SOME_REQUESTS, MANY_REQUESTS = 4, 16  # from here on; between them each entry is decoded once for all heads, but still in place
+SOME_REQUESTS, MANY_REQUESTS = (
+    4,
+    16,
+)  # from here on; between them each entry is decoded once for all heads, but still in place
 LINEAR, LINEAR_OF_MANY = Linear(), Linear(block_outputs=128, programs=132, warps=8, stages=3)
 FEW_ROWS = 16  # a matrix instruction's
-PROGRAMS_BESIDE = 4  # of a recall beside a decode: they take 10 GB/s, and a whole step slows down by 4%, on eight by 5 to 7%
+# of a recall beside a decode: they take 10 GB/s, and a whole step slows down by 4%, on eight by 5
+# to 7%
+PROGRAMS_BESIDE = 4
 PROGRAMS_WITHIN = 264  # of a copy within the GPU, which nothing runs beside
-MOST_EXPERT_TOKENS = 256  # at a time; beyond, one grouped product over all experts is a prompt's way, unless they are float8
+# at a time; beyond, one grouped product over all experts is a prompt's way, unless they are float8
+MOST_EXPERT_TOKENS = 256
 MANY_EXPERT_TOKENS = 32  # from here on many experts have more than 16 tokens
 # Of the experts, for one token, for few and for many. Float32 comes from no sweep.
-EXPERTS_OF_ONE = Experts(gate_rows=8, down_rows=8, block_depth=1024, warps=4, stages=2, token_tile=1)
+EXPERTS_OF_ONE = Experts(
+    gate_rows=8, down_rows=8, block_depth=1024, warps=4, stages=2, token_tile=1
+)
 EXPERTS_OF_FEW = Experts(gate_rows=64, down_rows=64, block_depth=128, warps=4, stages=4)
-EXPERTS_OF_MANY = Experts(gate_rows=64, down_rows=64, block_depth=128, warps=4, stages=3, token_tile=32)
-FLOAT8_EXPERTS_OF_ONE = Experts(gate_rows=32, down_rows=32, block_depth=128, warps=2, stages=4, token_tile=8)
-FLOAT8_EXPERTS_OF_FEW = Experts(gate_rows=64, down_rows=64, block_depth=128, warps=2, stages=6, token_tile=8)  # a warpgroup would read float8 in pairs of bytes
-FLOAT8_EXPERTS_OF_MANY = Experts(gate_rows=64, down_rows=64, block_depth=128, warps=4, stages=3, token_tile=32)
-FLOAT32_EXPERTS_OF_ONE = Experts(gate_rows=16, down_rows=16, block_depth=128, warps=4, stages=3, token_tile=1)
+EXPERTS_OF_MANY = Experts(
+    gate_rows=64, down_rows=64, block_depth=128, warps=4, stages=3, token_tile=32
+)
+FLOAT8_EXPERTS_OF_ONE = Experts(
+    gate_rows=32, down_rows=32, block_depth=128, warps=2, stages=4, token_tile=8
+)
+FLOAT8_EXPERTS_OF_FEW = Experts(
+    gate_rows=64, down_rows=64, block_depth=128, warps=2, stages=6, token_tile=8
+)  # a warpgroup would read float8 in pairs of bytes
+FLOAT8_EXPERTS_OF_MANY = Experts(
+    gate_rows=64, down_rows=64, block_depth=128, warps=4, stages=3, token_tile=32
+)
+FLOAT32_EXPERTS_OF_ONE = Experts(
+    gate_rows=16, down_rows=16, block_depth=128, warps=4, stages=3, token_tile=1
+)
 FLOAT32_EXPERTS = Experts(gate_rows=32, down_rows=32, block_depth=32, warps=4, stages=3)
 
 
@@ -119,7 +175,9 @@ def attention(batch: int, heads: int, packed: bool) -> Attention | GatheredAtten
     """For entries that lie ``packed`` as float8, or plain."""
     if heads < ATTENTION_OF_MANY.block_heads or batch < SOME_REQUESTS:
         return ATTENTION
-    return ATTENTION_OF_MANY if batch >= MANY_REQUESTS else ATTENTION_OF_SOME if packed else ATTENTION
+    return (
+        ATTENTION_OF_MANY if batch >= MANY_REQUESTS else ATTENTION_OF_SOME if packed else ATTENTION
+    )
 
 
 def experts(tokens: int, dtype: torch.dtype, scaled: bool) -> Experts:

@@ -1,7 +1,8 @@
-"""CSA entries in two tiers, and the index keys of some layers beside them, moved by the same decisions.
+"""CSA entries in two tiers, and the index keys of some layers beside them, moved by the same
+decisions.
 
-As in the published FlashMemory engine (arXiv 2606.09079): the layers that a memory indexer scores keep all their keys on the GPU, and in the
-others a page's keys come and go with its entries.
+As in the published FlashMemory engine (arXiv 2606.09079): the layers that a memory indexer scores
+keep all their keys on the GPU, and in the others a page's keys come and go with its entries.
 """
 
 from __future__ import annotations
@@ -17,29 +18,69 @@ from fmsim.exec.kv.tiered import RequestSize, TieredCache
 
 
 class PairedTiers:
-    """`entries` of all CSA layers, and `keys` of the layers ``tiered``, or None where there are none.
+    """`entries` of all CSA layers, and `keys` of the layers ``tiered``, or None where there are
+    none.
 
-    CSA layer j follows a residency's group ``groups[j]``: pages and slots come as [G, m] and go to every layer. Both caches have the same pages and
-    slots, so one block table serves both; `resident` lists the pages that are there, where keys are tiered. The other arguments are `TieredCache`'s. Raises ValueError for keys in tiers where a step's misses
-    are loaded: what is loaded is chosen by the scores of all keys.
+    CSA layer j follows a residency's group ``groups[j]``: pages and slots come as [G, m] and go to
+    every layer. Both caches have the same pages and slots, so one block table serves both;
+    `resident` lists the pages that are there, where keys are tiered. The other arguments are
+    `TieredCache`'s. Raises ValueError for keys in tiers where a step's misses are loaded: what is
+    loaded is chosen by the scores of all keys.
     """
 
     def __init__(
-        self, entry: Layout, key: Layout, groups: Sequence[int], tiered: Sequence[int], granularity: int, sizes: Sequence[RequestSize],
-        device: torch.device | str = "cpu", *, mirrored: bool = True, one_text: bool = False,
-    ):  # fmt: skip
+        self,
+        entry: Layout,
+        key: Layout,
+        groups: Sequence[int],
+        tiered: Sequence[int],
+        granularity: int,
+        sizes: Sequence[RequestSize],
+        device: torch.device | str = "cpu",
+        *,
+        mirrored: bool = True,
+        one_text: bool = False,
+    ):
         if tiered and any(size.staged for size in sizes):
-            raise ValueError("misses are chosen by the scores of all index keys, so none of these can be away from the GPU")
+            raise ValueError(
+                "misses are chosen by the scores of all index keys, so none of these can be away"
+                " from the GPU"
+            )
 
         self.tiered, self.mirrored = tuple(tiered), mirrored
-        self.entries = TieredCache(entry, len(groups), granularity, sizes, device, mirrored, one_text)
-        # What is recalled ahead comes one after the other, so that a decode has only one gather beside it.
-        self.keys = TieredCache(key, len(tiered), granularity, sizes, device, mirrored, one_text, side=self.entries.side) if tiered else None
+        self.entries = TieredCache(
+            entry, len(groups), granularity, sizes, device, mirrored, one_text
+        )
+        # What is recalled ahead comes one after the other, so that a decode has only one gather
+        # beside it.
+        self.keys = (
+            TieredCache(
+                key,
+                len(tiered),
+                granularity,
+                sizes,
+                device,
+                mirrored,
+                one_text,
+                side=self.entries.side,
+            )
+            if tiered
+            else None
+        )
         self.caches = [self.entries] if self.keys is None else [self.entries, self.keys]
         slots, first_slots = [size.slots for size in sizes], self.entries.slot_start[:-1]
         pages = max(size.pages for size in sizes)
-        self.resident = ResidentPages(max(groups) + 1, slots, first_slots, pages, granularity, self.entries.device) if tiered else None
-        self._groups = [_index(list(groups), device), _index([groups[layer] for layer in tiered], device)]
+        self.resident = (
+            ResidentPages(
+                max(groups) + 1, slots, first_slots, pages, granularity, self.entries.device
+            )
+            if tiered
+            else None
+        )
+        self._groups = [
+            _index(list(groups), device),
+            _index([groups[layer] for layer in tiered], device),
+        ]
 
     def fetch(self, pages: Tensor, slots: Tensor, request: int | None = None) -> None:
         """`TieredCache.fetch`, of pages [G, m] into slots [G, m]."""
@@ -56,8 +97,17 @@ class PairedTiers:
         for number, cache in enumerate(self.caches):
             cache.recall_ahead(self.by_layer(pages, number), request)
 
-    def settle(self, pages: Tensor, slots: Tensor, blocks: Tensor, request: int | None = None, all_staged: bool = False) -> None:
-        """`TieredCache.settle`, of pages [G, m] into slots [G, m]: entries alone, since keys are never staged."""
+    def settle(
+        self,
+        pages: Tensor,
+        slots: Tensor,
+        blocks: Tensor,
+        request: int | None = None,
+        all_staged: bool = False,
+    ) -> None:
+        """`TieredCache.settle`, of pages [G, m] into slots [G, m]: entries alone, since keys are
+        never staged.
+        """
         self.entries.settle(self.by_layer(pages), self.by_layer(slots), blocks, request, all_staged)
 
     @property
@@ -67,7 +117,9 @@ class PairedTiers:
 
     @property
     def pool_bytes(self) -> int:
-        """What the pools take of GPU memory, pages for misses and for what is recalled ahead included."""
+        """What the pools take of GPU memory, pages for misses and for what is recalled ahead
+        included.
+        """
         return sum(cache.pool_bytes for cache in self.caches)
 
     @property
@@ -81,13 +133,23 @@ class PairedTiers:
 
     def moved_bytes(self) -> Tensor:
         """Copied from the mirrors so far, int64 on the device."""
-        return sum((cache.recalled_pages + cache.staged_pages) * cache.page_bytes for cache in self.caches)
+        return sum(
+            (cache.recalled_pages + cache.staged_pages) * cache.page_bytes for cache in self.caches
+        )
 
     def by_layer(self, of_groups: Tensor, number: int = 0) -> Tensor:
         """[G, ...] -> [layers of cache ``number``, ...]: each layer's group's."""
-        return of_groups.expand(self.caches[number].layers, *of_groups.shape[1:]) if len(of_groups) == 1 else of_groups[self._groups[number]]
+        return (
+            of_groups.expand(self.caches[number].layers, *of_groups.shape[1:])
+            if len(of_groups) == 1
+            else of_groups[self._groups[number]]
+        )
 
 
 def _index(groups: list[int], device: torch.device | str) -> slice | Tensor:
     """What picks these rows: nothing is copied where they are all, in order."""
-    return slice(None) if groups == list(range(len(groups))) else torch.tensor(groups, dtype=torch.int64, device=device)
+    return (
+        slice(None)
+        if groups == list(range(len(groups)))
+        else torch.tensor(groups, dtype=torch.int64, device=device)
+    )

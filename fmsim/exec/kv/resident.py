@@ -1,4 +1,6 @@
-"""Which pages of each request are on the GPU, listed: an indexer that selects among resident entries scores these, and not a table of all pages."""
+"""Which pages of each request are on the GPU, listed: an indexer that selects among resident
+entries scores these, and not a table of all pages.
+"""
 
 from __future__ import annotations
 
@@ -16,44 +18,89 @@ BEYOND = torch.iinfo(torch.int32).max  # after every page
 
 
 class ResidentPages:
-    """Of each of G residency groups and B requests, in buffers that never move (a CUDA graph reads them): `entries` int32 [G, B, S x granularity + 1], the
-    ids of the entries of the S pages that have a slot, ascending, so that equal scores are parted as among all entries, then -1; `table` int32 [G, B, S] the pool's
-    page of each of these pages, -1 at the end; `kept_table` the same for a pool that keeps all pages of each request, one after another; `lengths` int32 [G, B],
-    how many of the entries are visible.
+    """Of each of G residency groups and B requests, in buffers that never move (a CUDA graph reads
+    them): `entries` int32 [G, B, S x granularity + 1], the ids of the entries of the S pages that
+    have a slot, ascending, so that equal scores are parted as among all entries, then -1; `table`
+    int32 [G, B, S] the pool's page of each of these pages, -1 at the end; `kept_table` the same for
+    a pool that keeps all pages of each request, one after another; `lengths` int32 [G, B], how many
+    of the entries are visible.
 
-    ``slots``: each request's number of slots; ``first_slots``: the pool's page of its first; ``pages``: how many a request has where all are kept.
+    ``slots``: each request's number of slots; ``first_slots``: the pool's page of its first;
+    ``pages``: how many a request has where all are kept.
     """
 
-    def __init__(self, groups: int, slots: Sequence[int], first_slots: Sequence[int], pages: int, granularity: int, device: torch.device):
+    def __init__(
+        self,
+        groups: int,
+        slots: Sequence[int],
+        first_slots: Sequence[int],
+        pages: int,
+        granularity: int,
+        device: torch.device,
+    ):
         self.granularity, self.first_slots, self.n_pages = granularity, first_slots, pages
         shape = (groups, len(slots), max(slots))
-        self.entries, self.table = (torch.full((*shape[:2], width), -1, dtype=torch.int32, device=device) for width in (shape[2] * granularity + 1, shape[2]))
-        self._start, self._within = arrays.offsets(self.entries[0], torch), torch.arange(granularity, dtype=torch.int32, device=device)
+        self.entries, self.table = (
+            torch.full((*shape[:2], width), -1, dtype=torch.int32, device=device)
+            for width in (shape[2] * granularity + 1, shape[2])
+        )
+        self._start, self._within = (
+            arrays.offsets(self.entries[0], torch),
+            torch.arange(granularity, dtype=torch.int32, device=device),
+        )
         self.lengths = torch.zeros(shape[:2], dtype=torch.int32, device=device)
         self.kept_table = self.table.clone()
-        self._first_page = torch.arange(len(slots), dtype=torch.int32, device=device)[None, :, None] * pages
+        self._first_page = (
+            torch.arange(len(slots), dtype=torch.int32, device=device)[None, :, None] * pages
+        )
         self._first = torch.tensor(first_slots, dtype=torch.int32, device=device)[None, :, None]
-        self._scores = new_scores(len(slots), max(slots) * granularity, device)  # of one layer after another
+        self._scores = new_scores(
+            len(slots), max(slots) * granularity, device
+        )  # of one layer after another
 
     def list(self, slots: Tensor, visible: Tensor | int, request: int | None = None) -> None:
-        """Of one request, or of all alike: the page in each slot, int32 [G, s] (-1 = none), when ``visible`` entries are. The page that the last of
-        them is in may be a part; it is resident whenever it is one."""
+        """Of one request, or of all alike: the page in each slot, int32 [G, s] (-1 = none), when
+        ``visible`` entries are.
+
+        The page that the last of them is in may be a part; it is resident whenever it is one.
+        """
         part = slice(None) if request is None else slice(request, request + 1)
         pages, slot = torch.where(slots < 0, BEYOND, slots).sort(1)
         there, width = (pages < BEYOND)[:, None], slots.shape[1]
-        entries = torch.where(there[..., None], pages[:, None, :, None] * self.granularity + self._within, -1)
+        entries = torch.where(
+            there[..., None], pages[:, None, :, None] * self.granularity + self._within, -1
+        )
         self.entries[:, part, : width * self.granularity] = entries.flatten(2)
-        self.table[:, part, :width] = torch.where(there, slot[:, None].int() + self._first[:, part], -1)
-        self.kept_table[:, part, :width] = torch.where(there, pages[:, None] + self._first_page[:, part], -1)
+        self.table[:, part, :width] = torch.where(
+            there, slot[:, None].int() + self._first[:, part], -1
+        )
+        self.kept_table[:, part, :width] = torch.where(
+            there, pages[:, None] + self._first_page[:, part], -1
+        )
         count = there.sum(2)
         last = pages.gather(1, (count - 1).clamp(min=0)) * (count > 0)
         unfilled = ((last + 1) * self.granularity - visible).clamp(min=0)
         self.lengths[:, part] = (count * self.granularity - unfilled).clamp(min=0).int()
 
-    def best(self, group: int, queries: Tensor, weights: Tensor, pool: Tensor, layout: Layout, top_k: int, kept: bool = False) -> Tensor:
-        """int32 [B, top_k]: ids of the resident entries of highest index score, ascending, -1 where there are fewer. ``queries`` and ``weights`` as in
-        `index_scores`, ``pool`` of a layer's keys: of those in slots, or, where they are ``kept``, of all."""
+    def best(
+        self,
+        group: int,
+        queries: Tensor,
+        weights: Tensor,
+        pool: Tensor,
+        layout: Layout,
+        top_k: int,
+        kept: bool = False,
+    ) -> Tensor:
+        """int32 [B, top_k]: ids of the resident entries of highest index score, ascending, -1 where
+        there are fewer.
+
+        ``queries`` and ``weights`` as in `index_scores`, ``pool`` of a layer's keys: of those in
+        slots, or, where they are ``kept``, of all.
+        """
         table = self.kept_table if kept else self.table
-        scores = index_scores(queries, weights, pool, layout, table[group], self.lengths[group], self._scores)
+        scores = index_scores(
+            queries, weights, pool, layout, table[group], self.lengths[group], self._scores
+        )
         places = best(scores.scores, self.lengths[group], top_k, scores.maxima)
         return arrays.read(self.entries[group], self._start, places)

@@ -1,11 +1,14 @@
-"""CSA entries of a batch in two tiers: all of them in a host mirror, and in GPU memory the pages that a policy keeps.
+"""CSA entries of a batch in two tiers: all of them in a host mirror, and in GPU memory the pages
+that a policy keeps.
 
-A page of the mirror and a slot of the pool hold the same bytes, in a layout of `fmsim.exec.kernels.layout`. What a
-`fmsim.replay.residency.Residency` moves is carried out here, and counted as it is copied. Missed pages are first *staged*: read from the mirror
-into spare pages of the pool, where the layer that waits for them attends to them; when the step ends, those that got a slot are copied
-there within the GPU, and the others are dropped.
+A page of the mirror and a slot of the pool hold the same bytes, in a layout of
+`fmsim.exec.kernels.layout`. What a `fmsim.replay.residency.Residency` moves is carried out here,
+and counted as it is copied. Missed pages are first *staged*: read from the mirror into spare pages
+of the pool, where the layer that waits for them attends to them; when the step ends, those that got
+a slot are copied there within the GPU, and the others are dropped.
 
-On a GPU the mirror is pinned. On a CPU both tiers are ordinary memory, and every copy is really made.
+On a GPU the mirror is pinned. On a CPU both tiers are ordinary memory, and every copy is really
+made.
 """
 
 from __future__ import annotations
@@ -30,8 +33,9 @@ GIB = 2**30
 
 @dataclass(frozen=True)
 class RequestSize:
-    """Pages that one request will have at its end, slots that it may fill in each layer, pages that one step may miss, and pages that may
-    be recalled ahead of a decision."""
+    """Pages that one request will have at its end, slots that it may fill in each layer, pages that
+    one step may miss, and pages that may be recalled ahead of a decision.
+    """
 
     pages: int
     slots: int
@@ -40,48 +44,92 @@ class RequestSize:
 
 
 class TieredCache:
-    """`layers` CSA layers of a batch of requests; ``mirrored`` is False where nothing ever comes back from the host.
+    """`layers` CSA layers of a batch of requests; ``mirrored`` is False where nothing ever comes
+    back from the host.
 
-    A request's slot s is page ``slot_start[b] + s`` of a layer's pool, and its page p is page ``page_start[b] + p`` of a layer's mirror. With
-    ``one_text`` all requests have read the same, and share the mirror of one; with ``shared_name`` the processes of a host do
-    (`fmsim.exec.kv.mirror`). What is recalled ahead is copied on a stream of its own, or on `side`, another's.
-    `recalled_pages` and `staged_pages` count what was copied from the mirror, int64 on the device, all layers together.
+    A request's slot s is page ``slot_start[b] + s`` of a layer's pool, and its page p is page
+    ``page_start[b] + p`` of a layer's mirror. With ``one_text`` all requests have read the same,
+    and share the mirror of one; with ``shared_name`` the processes of a host do
+    (`fmsim.exec.kv.mirror`). What is recalled ahead is copied on a stream of its own, or on `side`,
+    another's. `recalled_pages` and `staged_pages` count what was copied from the mirror, int64 on
+    the device, all layers together.
     """
 
     def __init__(
-        self, layout: Layout, layers: int, granularity: int, sizes: Sequence[RequestSize], device: torch.device | str = "cpu", mirrored: bool = True,
-        one_text: bool = False, shared_name: str | None = None, side: torch.cuda.Stream | None = None,
-    ):  # fmt: skip
-        self.layout, self.layers, self.granularity, self.sizes = layout, layers, granularity, tuple(sizes)
+        self,
+        layout: Layout,
+        layers: int,
+        granularity: int,
+        sizes: Sequence[RequestSize],
+        device: torch.device | str = "cpu",
+        mirrored: bool = True,
+        one_text: bool = False,
+        shared_name: str | None = None,
+        side: torch.cuda.Stream | None = None,
+    ):
+        self.layout, self.layers, self.granularity, self.sizes = (
+            layout,
+            layers,
+            granularity,
+            tuple(sizes),
+        )
         self.device, self.mirrored = torch.device(device), mirrored
         self.page_bytes = granularity * layout.entry_bytes
         self.slot_start = _starts(size.slots for size in sizes)
-        self.stage_start = [self.slot_start[-1] + start for start in _starts(size.staged for size in sizes)]
-        self.ahead_start = [self.stage_start[-1] + start for start in _starts(size.ahead for size in sizes)]
-        self.page_start = [0] * len(self.sizes) + [self.sizes[0].pages] if one_text else _starts(size.pages for size in sizes)
+        self.stage_start = [
+            self.slot_start[-1] + start for start in _starts(size.staged for size in sizes)
+        ]
+        self.ahead_start = [
+            self.stage_start[-1] + start for start in _starts(size.ahead for size in sizes)
+        ]
+        self.page_start = (
+            [0] * len(self.sizes) + [self.sizes[0].pages]
+            if one_text
+            else _starts(size.pages for size in sizes)
+        )
         pool_pages = self.ahead_start[-1]
         mirror_pages = self.page_start[-1] if mirrored else 0
-        check_memory(self.device, layers * pool_pages * self.page_bytes, layers * mirror_pages * self.page_bytes)
-        self.pool = torch.zeros(layers, pool_pages, self.page_bytes, dtype=torch.uint8, device=self.device)
-        self._host = HostMirror(layers, mirror_pages, self.page_bytes, self.device, shared_name if mirrored else None)
+        check_memory(
+            self.device,
+            layers * pool_pages * self.page_bytes,
+            layers * mirror_pages * self.page_bytes,
+        )
+        self.pool = torch.zeros(
+            layers, pool_pages, self.page_bytes, dtype=torch.uint8, device=self.device
+        )
+        self._host = HostMirror(
+            layers, mirror_pages, self.page_bytes, self.device, shared_name if mirrored else None
+        )
         self.mirror = self._host.pages
         starts = (self.slot_start, self.stage_start, self.ahead_start, self.page_start)
-        self._first_slot, self._first_stage, self._first_ahead, self._first_page = (torch.tensor(s, device=self.device)[:-1, None] for s in starts)
+        self._first_slot, self._first_stage, self._first_ahead, self._first_page = (
+            torch.tensor(s, device=self.device)[:-1, None] for s in starts
+        )
         self.side = side or (torch.cuda.Stream(self.device) if self.device.type == "cuda" else None)
-        self._ahead: Tensor | None = None  # pool pages of what was recalled ahead, int32 [L, B, P + 1], or -1
-        self.recalled_pages, self.staged_pages = (torch.zeros((), dtype=torch.int64, device=self.device) for _ in range(2))
+        self._ahead: Tensor | None = (
+            None  # pool pages of what was recalled ahead, int32 [L, B, P + 1], or -1
+        )
+        self.recalled_pages, self.staged_pages = (
+            torch.zeros((), dtype=torch.int64, device=self.device) for _ in range(2)
+        )
 
     @cached_property
     def mirror_table(self) -> Tensor:
         """int32 [B, P + 1]: the mirror's page of each of a request's pages, -1 beyond its last."""
-        number = torch.arange(max(size.pages for size in self.sizes) + 1, dtype=torch.int32, device=self.device)
+        number = torch.arange(
+            max(size.pages for size in self.sizes) + 1, dtype=torch.int32, device=self.device
+        )
         pages = torch.tensor([size.pages for size in self.sizes], device=self.device)[:, None]
         return torch.where(number < pages, number + self._first_page.int(), -1)
 
     def homes(self, layer: int, blocks: Tensor) -> list[Home]:
-        """Where a layer's entries lie: the pool through `blocks` int32 [B, P + 1], and the mirror if there is one."""
+        """Where a layer's entries lie: the pool through `blocks` int32 [B, P + 1], and the mirror
+        if there is one.
+        """
         resident = Home(self.pool[layer], blocks)
-        return [resident, Home(self.mirror[layer], self.mirror_table)] if self.mirrored else [resident]
+        return (
+            [resident, Home(self.mirror[layer], self.mirror_table)] if self.mirrored else [resident]
+        )
 
     @property
     def stage_pages(self) -> int:
@@ -108,33 +156,51 @@ class TieredCache:
         return self._host.n_bytes
 
     def fill(self, request: int, layer: int, entries: Tensor, table: Tensor) -> None:
-        """A prefill's entries [E, C]: all to the mirror, and to the pool those whose page has a slot in `table` int32 [P + 1]."""
+        """A prefill's entries [E, C]: all to the mirror, and to the pool those whose page has a
+        slot in `table` int32 [P + 1].
+        """
         numbers = torch.arange(len(entries), device=entries.device)
         if self.mirrored:
             places = self.page_start[request] * self.granularity + numbers
-            write_entries(self.mirror[layer], self.layout, places.to(self.mirror.device), entries.to(self.mirror.device))
+            write_entries(
+                self.mirror[layer],
+                self.layout,
+                places.to(self.mirror.device),
+                entries.to(self.mirror.device),
+            )
         self._write_pool(request, layer, entries, numbers, table)
 
     def append(self, request: int, layer: int, entry: Tensor, index: Tensor, table: Tensor) -> None:
         """Write a new entry [1, C], number `index` [1] (-1 = none), through to both tiers."""
         if self.mirrored:
             place = torch.where(index < 0, -1, self.page_start[request] * self.granularity + index)
-            write_entries(self.mirror[layer], self.layout, place.to(self.mirror.device), entry.to(self.mirror.device))
+            write_entries(
+                self.mirror[layer],
+                self.layout,
+                place.to(self.mirror.device),
+                entry.to(self.mirror.device),
+            )
         self._write_pool(request, layer, entry, index, table)
 
     def blocks(self, request: int, table: Tensor, out: Tensor | None = None) -> Tensor:
-        """The pool page of each of the request's pages, int32 as `table` [..., P + 1], rows of a residency's table; -1 where not resident."""
+        """The pool page of each of the request's pages, int32 as `table` [..., P + 1], rows of a
+        residency's table; -1 where not resident.
+        """
         start = self.slot_start[request]
         found = torch.where(table < 0, table, table + start)
         return found if out is None else out.copy_(found)
 
     def blocks_of_all(self, table: Tensor, out: Tensor) -> None:
         """The same for all requests, which share the rows [L, P + 1], into int32 [L, B, P + 1]."""
-        torch.add(table[:, None], self._first_slot.int(), out=out)  # no copy of what may be a gigabyte
+        torch.add(
+            table[:, None], self._first_slot.int(), out=out
+        )  # no copy of what may be a gigabyte
         out.masked_fill_(table[:, None] < 0, -1)
 
     def fetch(self, pages: Tensor, slots: Tensor, request: int | None = None) -> None:
-        """Copy pages [L, m] of the mirror into slots [L, m], of every layer, for one request or for all alike; -1 = padding."""
+        """Copy pages [L, m] of the mirror into slots [L, m], of every layer, for one request or for
+        all alike; -1 = padding.
+        """
         if self.mirrored:
             self._admit(pages[:, None], slots[:, None], None, request)
 
@@ -150,11 +216,19 @@ class TieredCache:
         blocks.fill_(-1)
 
     def recall_ahead(self, pages: Tensor, request: int | None = None) -> None:
-        """Begin to copy pages [L, m], m up to the request's `ahead`, out of the mirror, beside whatever else runs; the next `recall` finds them here."""
-        first, part = (self._first_ahead, slice(None)) if request is None else (self._first_ahead[request : request + 1], slice(request, request + 1))
+        """Begin to copy pages [L, m], m up to the request's `ahead`, out of the mirror, beside
+        whatever else runs; the next `recall` finds them here.
+        """
+        first, part = (
+            (self._first_ahead, slice(None))
+            if request is None
+            else (self._first_ahead[request : request + 1], slice(request, request + 1))
+        )
         if self._ahead is None:
             most = max(size.pages for size in self.sizes)
-            self._ahead = torch.full((self.layers, len(self.sizes), most + 1), -1, dtype=torch.int32, device=self.device)
+            self._ahead = torch.full(
+                (self.layers, len(self.sizes), most + 1), -1, dtype=torch.int32, device=self.device
+            )
         blocks, pages = self._ahead[:, part], pages[:, None].expand(-1, len(first), -1)
         to = torch.where(pages < 0, -1, first + torch.arange(pages.shape[2], device=pages.device))
         blocks.fill_(-1)
@@ -172,18 +246,51 @@ class TieredCache:
             tensor.record_stream(self.side)
 
     def stage(self, layer: int, pages: Tensor, fetched: Tensor, blocks: Tensor) -> None:
-        """Bring pages [B, n] of each request where `fetched` from the mirror into staging pages, and enter them in `blocks` int32 [B, P + 1]."""
-        moves = staging.stage(pages, fetched, self._first_page[:, 0], self._first_stage[:, 0], blocks, self.staged_pages)
+        """Bring pages [B, n] of each request where `fetched` from the mirror into staging pages,
+        and enter them in `blocks` int32 [B, P + 1].
+        """
+        moves = staging.stage(
+            pages,
+            fetched,
+            self._first_page[:, 0],
+            self._first_stage[:, 0],
+            blocks,
+            self.staged_pages,
+        )
         copy_rows(self.mirror[layer : layer + 1], self.pool[layer : layer + 1], *moves)
 
-    def settle(self, pages: Tensor, slots: Tensor, blocks: Tensor, request: int | None = None, all_staged: bool = False) -> None:
-        """Give pages [L, m] that were let in their slots [L, m]: from staging where `blocks` int32 [L, B or 1, P + 1] has them there, or from
-        the mirror, unless they are `all_staged`; for one request or for all alike."""
+    def settle(
+        self,
+        pages: Tensor,
+        slots: Tensor,
+        blocks: Tensor,
+        request: int | None = None,
+        all_staged: bool = False,
+    ) -> None:
+        """Give pages [L, m] that were let in their slots [L, m]: from staging where `blocks` int32
+        [L, B or 1, P + 1] has them there, or from the mirror, unless they are `all_staged`; for one
+        request or for all alike.
+        """
         pages, slots = pages[:, None].expand(-1, blocks.shape[1], -1), slots[:, None]
-        self._admit(pages, slots, blocks.gather(2, torch.where(pages < 0, blocks.shape[2] - 1, pages)).long(), request, all_staged)
+        self._admit(
+            pages,
+            slots,
+            blocks.gather(2, torch.where(pages < 0, blocks.shape[2] - 1, pages)).long(),
+            request,
+            all_staged,
+        )
 
-    def _admit(self, pages: Tensor, slots: Tensor, staged: Tensor | None, request: int | None, all_staged: bool = False) -> None:
-        """Copy pages [L, B or 1, m] into slots: within the GPU where they are `staged` in the pool, or from the mirror, which is counted."""
+    def _admit(
+        self,
+        pages: Tensor,
+        slots: Tensor,
+        staged: Tensor | None,
+        request: int | None,
+        all_staged: bool = False,
+    ) -> None:
+        """Copy pages [L, B or 1, m] into slots: within the GPU where they are `staged` in the pool,
+        or from the mirror, which is counted.
+        """
         part = slice(None) if request is None else slice(request, request + 1)
         to = torch.where(slots < 0, -1, slots + self._first_slot[part])
         if staged is not None:
@@ -191,47 +298,81 @@ class TieredCache:
             if all_staged:
                 return
             to = torch.where(staged >= 0, -1, to)
-        source, to = torch.broadcast_tensors(torch.where(pages < 0, -1, pages + self._first_page[part]), to)
+        source, to = torch.broadcast_tensors(
+            torch.where(pages < 0, -1, pages + self._first_page[part]), to
+        )
         self.recalled_pages += (to >= 0).sum()
         if self.mirrored:
             self._copy(self.mirror, source, self.pool, to)
 
     def read(self, layer: int, blocks: Tensor, ids: Tensor) -> Tensor:
-        """float32 [K, C]: entries `ids` [K] through `blocks` [P + 1]; whatever where an id is -1 or its page is not there."""
+        """float32 [K, C]: entries `ids` [K] through `blocks` [P + 1]; whatever where an id is -1 or
+        its page is not there.
+        """
         page = blocks[torch.where(ids < 0, -1, ids // self.granularity)]
-        return read_entries(self.pool[layer], self.layout, torch.where(page < 0, 0, page) * self.granularity + ids % self.granularity)
+        return read_entries(
+            self.pool[layer],
+            self.layout,
+            torch.where(page < 0, 0, page) * self.granularity + ids % self.granularity,
+        )
 
     def read_mirror(self, request: int, layer: int, ids: Tensor) -> Tensor:
-        """The same straight from the mirror, for measuring what attention would have seen; not counted as traffic."""
+        """The same straight from the mirror, for measuring what attention would have seen; not
+        counted as traffic.
+        """
         places = self.page_start[request] * self.granularity + ids.clamp(min=0)
-        return read_entries(self.mirror[layer], self.layout, places.to(self.mirror.device)).to(self.device)
+        return read_entries(self.mirror[layer], self.layout, places.to(self.mirror.device)).to(
+            self.device
+        )
 
-    def _write_pool(self, request: int, layer: int, entries: Tensor, numbers: Tensor, table: Tensor) -> None:
-        page = self.blocks(request, table)[torch.where(numbers < 0, -1, numbers // self.granularity)]
-        write_entries(self.pool[layer], self.layout, torch.where(page < 0, -1, page * self.granularity + numbers % self.granularity), entries)
+    def _write_pool(
+        self, request: int, layer: int, entries: Tensor, numbers: Tensor, table: Tensor
+    ) -> None:
+        page = self.blocks(request, table)[
+            torch.where(numbers < 0, -1, numbers // self.granularity)
+        ]
+        write_entries(
+            self.pool[layer],
+            self.layout,
+            torch.where(page < 0, -1, page * self.granularity + numbers % self.granularity),
+            entries,
+        )
 
-    def _copy(self, source: Tensor, pages: Tensor, target: Tensor, to: Tensor, programs: int | None = None) -> None:
-        """target[l, to[l, b, i]] = source[l, pages[l, b, i]] where both are >= 0, without asking the host how many that are.
+    def _copy(
+        self, source: Tensor, pages: Tensor, target: Tensor, to: Tensor, programs: int | None = None
+    ) -> None:
+        """target[l, to[l, b, i]] = source[l, pages[l, b, i]] where both are >= 0, without asking
+        the host how many that are.
 
-        The lists are as long as all slots of a layer, and most places in them are left out; so those that are moved are brought to their front.
+        The lists are as long as all slots of a layer, and most places in them are left out; so
+        those that are moved are brought to their front.
         """
         pages, to = torch.broadcast_tensors(pages, to)
         moved = (pages >= 0) & (to >= 0)
         of_request = moved.sum(2)
-        rank = moved.cumsum(2) - 1 + (of_request.cumsum(1) - of_request)[..., None]  # a scan a request: of all at once few processors would take part
+        rank = (
+            moved.cumsum(2) - 1 + (of_request.cumsum(1) - of_request)[..., None]
+        )  # a scan a request: of all at once few processors would take part
         places = moved[0].numel()
         rank = torch.where(moved, rank, places).flatten(1)
         front = rank.new_full((2, len(rank), places + 1), -1)
         for part, out in zip((pages, to), front):
             out.scatter_(1, rank, part.flatten(1).long())
-        copy_rows(source, target, *front[:, :, :places], of_request.sum(1, dtype=torch.int32), programs)
+        copy_rows(
+            source, target, *front[:, :, :places], of_request.sum(1, dtype=torch.int32), programs
+        )
 
 
 def check_memory(device: torch.device, device_bytes: int, host_bytes: int) -> None:
     """Raise FmsimError with the figure that is short, before anything is allocated."""
     if device.type == "cuda":
         free_bytes = torch.cuda.mem_get_info(device)[0]
-        _check("GPU memory for resident entries", device_bytes, free_bytes, "lower --context, --batch or the policy's budget")
+        _check(
+            "GPU memory for resident entries",
+            device_bytes,
+            free_bytes,
+            "lower --context, --batch or the policy's budget",
+        )
     else:
         host_bytes += device_bytes
     free_bytes = host_free_bytes()
@@ -242,8 +383,9 @@ def check_memory(device: torch.device, device_bytes: int, host_bytes: int) -> No
 def _check(what: str, needed_bytes: int, free_bytes: int, fix: str) -> None:
     if needed_bytes > free_bytes:
         raise FmsimError(
-            f"{what}: {needed_bytes / GIB:.2f} GiB are needed, {(needed_bytes - free_bytes) / GIB:.2f} GiB more than the "
-            f"{free_bytes / GIB:.2f} GiB that are free; {fix}"
+            f"{what}: {needed_bytes / GIB:.2f} GiB are needed,"
+            f" {(needed_bytes - free_bytes) / GIB:.2f} GiB more than the {free_bytes / GIB:.2f} GiB"
+            f" that are free; {fix}"
         )
 
 

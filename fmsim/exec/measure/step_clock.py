@@ -1,4 +1,6 @@
-"""When the steps of a decode ran, without making one wait for another: device events on a GPU, the host's clock on a CPU."""
+"""When the steps of a decode ran, without making one wait for another: device events on a GPU, the
+host's clock on a CPU.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +14,9 @@ from torch import Tensor
 
 
 class StepClock:
-    """Of each step: how long it took, how long of that recalls and misses, and the bytes moved by its end."""
+    """Of each step: how long it took, how long of that recalls and misses, and the bytes moved by
+    its end.
+    """
 
     def __init__(self, device: torch.device):
         self.device, self.on_gpu = device, device.type == "cuda"
@@ -37,18 +41,31 @@ class StepClock:
 
     @contextmanager
     def stall(self) -> Iterator[None]:
-        """Within a step: misses are loaded. On a GPU that is part of a graph, which tells no parts of its time."""
+        """Within a step: misses are loaded.
+
+        On a GPU that is part of a graph, which tells no parts of its time.
+        """
         start_s = time.perf_counter()
         yield
         self._stalls_s[-1] += time.perf_counter() - start_s
 
     def figures(self) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-        """Of each step so far: seconds, of which in misses (nan where not known) and in recalls; bytes moved by its end."""
+        """Of each step so far: seconds, of which in misses (nan where not known) and in recalls;
+        bytes moved by its end.
+        """
         if self.on_gpu:
             torch.cuda.synchronize(self.device)
-        spans = [(self._between(start, end), self._between(start, recalled)) for start, recalled, end in self._steps]
+        spans = [
+            (self._between(start, end), self._between(start, recalled))
+            for start, recalled, end in self._steps
+        ]
         step_s, recall_s = np.array(spans, dtype=np.float64).reshape(-1, 2).T
-        return step_s, np.array(self._stalls_s), recall_s, np.array([int(count) for count in self._moved], dtype=np.float64)
+        return (
+            step_s,
+            np.array(self._stalls_s),
+            recall_s,
+            np.array([int(count) for count in self._moved], dtype=np.float64),
+        )
 
     def _mark(self):
         if not self.on_gpu:

@@ -11,15 +11,23 @@ from contextlib import contextmanager
 import torch
 
 FLUSH_BYTES = 256 * 2**20  # more than any GPU's L2
-WARM_S = 0.02  # of work before what is timed, since a GPU that waited for a compiler may have lowered its clocks
+# of work before what is timed, since a GPU that waited for a compiler may have lowered its clocks
+WARM_S = 0.02
 
 
-def median_s(work: Callable[[], object], device: torch.device | str, runs: int = 30, graph: bool = True, cold: bool = True) -> float:
+def median_s(
+    work: Callable[[], object],
+    device: torch.device | str,
+    runs: int = 30,
+    graph: bool = True,
+    cold: bool = True,
+) -> float:
     """Seconds of one call of ``work``.
 
-    On a GPU by device events, as the replay of a CUDA graph where ``graph`` (so without the host's launches) and with other bytes read into
-    the L2 before each run where ``cold``, as the weights of other layers would be in a decode. (Bytes written there would have to be written
-    back while ``work`` reads, at its cost.) On a CPU by its clock.
+    On a GPU by device events, as the replay of a CUDA graph where ``graph`` (so without the host's
+    launches) and with other bytes read into the L2 before each run where ``cold``, as the weights
+    of other layers would be in a decode. (Bytes written there would have to be written back while
+    ``work`` reads, at its cost.) On a CPU by its clock.
     """
     if torch.device(device).type != "cuda":
         work()
@@ -29,10 +37,19 @@ def median_s(work: Callable[[], object], device: torch.device | str, runs: int =
     while time.perf_counter() - start_s < WARM_S:
         run()
         torch.cuda.synchronize()
-    flush, total = torch.zeros(FLUSH_BYTES // 4 if cold else 1, device=device), torch.zeros((), device=device)
+    flush, total = (
+        torch.zeros(FLUSH_BYTES // 4 if cold else 1, device=device),
+        torch.zeros((), device=device),
+    )
     marks = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(runs)]
     for start, end in marks:
-        torch.sum(flush, 0, out=total)  # it also keeps the GPU busy while the host gets ahead, so that no launch is waited for between the marks
+        torch.sum(
+            flush,
+            0,
+            out=total,
+            # it also keeps the GPU busy while the host gets ahead, so that no launch is waited for
+            # between the marks
+        )
         start.record()
         run()
         end.record()
@@ -56,7 +73,9 @@ def captured(work: Callable[[], object]) -> Callable[[], None]:
 
 @contextmanager
 def no_collection() -> Iterator[None]:
-    """No garbage is collected meanwhile, but before: to free a graph or a pinned mirror of earlier work would spoil a capture."""
+    """No garbage is collected meanwhile, but before: to free a graph or a pinned mirror of earlier
+    work would spoil a capture.
+    """
     gc.collect()
     was_on = gc.isenabled()
     gc.disable()

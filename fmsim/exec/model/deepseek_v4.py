@@ -1,12 +1,15 @@
-"""DeepSeek-V4 in one file of plain torch: training, chunked prefill and decode. On a GPU a decode step's hyper-connections and experts are kernels.
+"""DeepSeek-V4 in one file of plain torch: training, chunked prefill and decode.
 
-Structure and parameter names are those of transformers' ``DeepseekV4ForCausalLM``, which is the oracle of the tests;
-equation numbers are those of the DeepSeek-V4 paper. Two things differ from the oracle, and only in how they compute:
-the window is attended in blocks of its own length, and a CSA layer gathers its top-k entries, so that memory grows
-with the length of a chunk times the history, never with the square of the length.
+On a GPU a decode step's hyper-connections and experts are kernels.
 
-Shapes: B sequences, S tokens of this call, D hidden size, R residual streams (``hc_mult``), H heads, C head size,
-E closed entries of a compressed layer, K selected entries, W window.
+Structure and parameter names are those of transformers' ``DeepseekV4ForCausalLM``, which is the
+oracle of the tests; equation numbers are those of the DeepSeek-V4 paper. Two things differ from the
+oracle, and only in how they compute: the window is attended in blocks of its own length, and a CSA
+layer gathers its top-k entries, so that memory grows with the length of a chunk times the history,
+never with the square of the length.
+
+Shapes: B sequences, S tokens of this call, D hidden size, R residual streams (``hc_mult``), H
+heads, C head size, E closed entries of a compressed layer, K selected entries, W window.
 """
 
 from __future__ import annotations
@@ -28,7 +31,11 @@ from fmsim.exec.kernels.router import route
 from fmsim.exec.kernels.weights import dequantise
 from fmsim.exec.model.projections import grouped
 
-CSA, HCA, SLIDING = "compressed_sparse_attention", "heavily_compressed_attention", "sliding_attention"
+CSA, HCA, SLIDING = (
+    "compressed_sparse_attention",
+    "heavily_compressed_attention",
+    "sliding_attention",
+)
 MASKED = -1e30  # finite, so that a row with nothing visible has a gradient of 0 and not of nan
 QUERY_BLOCK, KEY_BLOCK = 64, 1000  # of index scores on a CPU: 1 MiB at four heads
 FEW_EXPERTS = 8  # up to here, running every expert on every token beats sorting tokens by expert
@@ -38,9 +45,9 @@ GROUPED_MULTIPLE = 8  # bfloat16 rows of a grouped matrix product begin at multi
 class Access(NamedTuple):
     """What one CSA layer attended to: the raw material of a trace.
 
-    ``ids`` int64 [B, S, K] selected entries, ascending, -1 where fewer were visible; ``mass`` float32 [B, S, K],
-    ``window_mass`` and ``sink_mass`` float32 [B, S] are softmax probabilities, mean over heads, so the three sum to 1.
-    ``hidden`` [B, S, D] is the layer's attention input.
+    ``ids`` int64 [B, S, K] selected entries, ascending, -1 where fewer were visible; ``mass``
+    float32 [B, S, K], ``window_mass`` and ``sink_mass`` float32 [B, S] are softmax probabilities,
+    mean over heads, so the three sum to 1. ``hidden`` [B, S, D] is the layer's attention input.
     """
 
     ids: Tensor
@@ -51,24 +58,30 @@ class Access(NamedTuple):
 
 
 class Aux(NamedTuple):
-    """What training needs of one layer: the indexer's KL loss (CSA layers) and the experts' load (MoE layers)."""
+    """What training needs of one layer: the indexer's KL loss (CSA layers) and the experts' load
+    (MoE layers).
+    """
 
     index_loss: Tensor | None
     expert_load: Tensor | None  # float32 [experts], the share of routed slots
 
 
-# ---------------------------------------------------------------------------------------------------- the cache
+# ---------------------------------------------------------------------------------------- the cache
 
 
 @dataclass
 class CompressorState:
-    """Closed entries of one compressor, and the projections of the tokens that have not closed one yet."""
+    """Closed entries of one compressor, and the projections of the tokens that have not closed one
+    yet.
+    """
 
     entries: Tensor  # [B, capacity, C], the first `closed` of which are valid
     closed: int = 0
     open_kv: Tensor | None = None  # [B, n < rate, width]
     open_gate: Tensor | None = None
-    prior_kv: Tensor | None = None  # the last closed window's Ca series, [B, rate, C] (overlapping series only)
+    prior_kv: Tensor | None = (
+        None  # the last closed window's Ca series, [B, rate, C] (overlapping series only)
+    )
     prior_gate: Tensor | None = None
 
 
@@ -88,7 +101,9 @@ class Cache:
     length: int = 0
 
     @classmethod
-    def allocate(cls, config: DeepseekV4Config, batch: int, max_tokens: int, device, dtype) -> Cache:
+    def allocate(
+        cls, config: DeepseekV4Config, batch: int, max_tokens: int, device, dtype
+    ) -> Cache:
         def state(kind: str, width: int) -> CompressorState:
             capacity = max_tokens // config.compress_rates[kind]
             return CompressorState(torch.zeros(batch, capacity, width, device=device, dtype=dtype))
@@ -106,45 +121,66 @@ class Cache:
 
 @dataclass
 class StepCompressor:
-    """One compressor's open window as a decode step needs it: static, each of B sequences at a position of its own."""
+    """One compressor's open window as a decode step needs it: static, each of B sequences at a
+    position of its own.
+    """
 
     kv: Tensor  # [B, rate, width]: token p's projection at p % rate
     gate: Tensor  # the same, position bias added
-    prior: tuple[Tensor, Tensor] | None  # kv and gate of the last closed window's Ca series, [B, rate, C]
+    prior: (
+        tuple[Tensor, Tensor] | None
+    )  # kv and gate of the last closed window's Ca series, [B, rate, C]
 
 
 class Pager(Protocol):
-    """Where a CSA layer's entries and index keys lie during decode, and which of them are attended to."""
+    """Where a CSA layer's entries and index keys lie during decode, and which of them are attended
+    to.
+    """
 
     def append(self, entry: Tensor, key: Tensor, index: Tensor) -> None:
-        """Keep what just closed: entry [B, C], key [B, index width], index int [B] its number, -1 where none closed."""
+        """Keep what just closed: entry [B, C], key [B, index width], index int [B] its number, -1
+        where none closed.
+        """
 
     def select(self, queries: Tensor, weights: Tensor, visible: Tensor, top_k: int) -> Tensor:
-        """From the indexer's queries [B, 1, heads, width] and weights [B, 1, heads]: ids int32 [B, K] of the entries to
-        attend to, -1 for none, out of the first ``visible`` [B]."""
+        """From the indexer's queries [B, 1, heads, width] and weights [B, 1, heads]: ids int32 [B,
+        K] of the entries to attend to, -1 for none, out of the first ``visible`` [B].
+        """
 
     def read(self, ids: Tensor) -> Tensor:
         """Entries [B, K, C]; whatever for an id of -1."""
 
-    def attended(self, access: Access, masses_of: Callable[[Tensor, Tensor], tuple[Tensor, Tensor, Tensor]]) -> None:
-        """What came of it. ``masses_of`` tells what other ids [B, K], with their entries [B, K, C], would have had."""
+    def attended(
+        self, access: Access, masses_of: Callable[[Tensor, Tensor], tuple[Tensor, Tensor, Tensor]]
+    ) -> None:
+        """What came of it.
+
+        ``masses_of`` tells what other ids [B, K], with their entries [B, K, C], would have had.
+        """
 
 
-Attend = Callable[[Tensor, Tensor], Tensor]  # a layer's attention over what it keeps: x [B, 1, D] at positions [B] -> output [B, 1, D]
+Attend = Callable[
+    [Tensor, Tensor], Tensor
+]  # a layer's attention over what it keeps: x [B, 1, D] at positions [B] -> output [B, 1, D]
 
 
 @dataclass
 class StepLayer:
-    """What a layer keeps of B sequences of different lengths, for `Attention.decode`. Shapes never change."""
+    """What a layer keeps of B sequences of different lengths, for `Attention.decode`.
+
+    Shapes never change.
+    """
 
     window: Tensor  # rotated KV, [B, W, C]: token p at p % W
     kv: StepCompressor | None = None
     index: StepCompressor | None = None
-    entries: Tensor | None = None  # of an HCA layer, [B, capacity + 1, C]; the last is written where nothing closes
+    entries: Tensor | None = (
+        None  # of an HCA layer, [B, capacity + 1, C]; the last is written where nothing closes
+    )
     pager: Pager | None = None  # of a CSA layer
 
 
-# ------------------------------------------------------------------------------------------------- small parts
+# -------------------------------------------------------------------------------------- small parts
 
 
 class RMSNorm(nn.Module):
@@ -162,7 +198,9 @@ def rms_normalise(x: Tensor, eps: float) -> Tensor:
 
 
 def inverse_frequencies(config: DeepseekV4Config, kind: str) -> Tensor:
-    """Angles per position of each rotated pair, float32 [rope_dims / 2]; ``kind`` is "main" or "compress"."""
+    """Angles per position of each rotated pair, float32 [rope_dims / 2]; ``kind`` is "main" or
+    "compress".
+    """
     parameters = config.rope_parameters[kind]
     if parameters["rope_type"] != "default":
         return ROPE_INIT_FUNCTIONS[parameters["rope_type"]](config, "cpu", layer_type=kind)[0]
@@ -171,7 +209,9 @@ def inverse_frequencies(config: DeepseekV4Config, kind: str) -> Tensor:
 
 
 def rotate(x: Tensor, angles: Tensor, inverse: bool = False) -> Tensor:
-    """RoPE on the trailing dims of x [..., C], pairs interleaved; ``angles`` float32 [..., rope_dims / 2]."""
+    """RoPE on the trailing dims of x [..., C], pairs interleaved; ``angles`` float32 [...,
+    rope_dims / 2].
+    """
     dims = 2 * angles.shape[-1]
     cos, sin = angles.cos(), angles.sin()
     if inverse:
@@ -185,13 +225,15 @@ def linear(inputs: int, outputs: int) -> nn.Linear:
     return nn.Linear(inputs, outputs, bias=False)
 
 
-# ------------------------------------------------------------------------------------------------- compression
+# -------------------------------------------------------------------------------------- compression
 
 
 class Compressor(nn.Module):
-    """Pools every ``rate`` tokens into one entry, softmax-gated per channel (eqs. 9-12 for CSA, 20-23 for HCA).
+    """Pools every ``rate`` tokens into one entry, softmax-gated per channel (eqs. 9-12 for CSA,
+    20-23 for HCA).
 
-    With ``overlapping`` series an entry pools its own window's Cb and the previous window's Ca: 2 x rate tokens.
+    With ``overlapping`` series an entry pools its own window's Cb and the previous window's Ca: 2 x
+    rate tokens.
     """
 
     def __init__(self, config: DeepseekV4Config, kind: str, width: int, overlapping: bool):
@@ -203,10 +245,15 @@ class Compressor(nn.Module):
         self.position_bias = nn.Parameter(torch.zeros(self.rate, series * width))
         self.kv_norm = RMSNorm(width, config.rms_norm_eps)
 
-    def compress(self, x: Tensor, positions: Tensor, inv_freq: Tensor, state: CompressorState | None) -> Tensor:
-        """Entries that x [B, S, D] closes, rotated at their first token: all of them [B, E, C] (with ``state``,
-        those of earlier calls too). ``positions`` int64 [B, S] serves the call without state; with one, positions
-        are contiguous from the start."""
+    def compress(
+        self, x: Tensor, positions: Tensor, inv_freq: Tensor, state: CompressorState | None
+    ) -> Tensor:
+        """Entries that x [B, S, D] closes, rotated at their first token: all of them [B, E, C]
+        (with ``state``, those of earlier calls too).
+
+        ``positions`` int64 [B, S] serves the call without state; with one, positions are contiguous
+        from the start.
+        """
         kv, gate = self.kv_proj(x), self.gate_proj(x)
         if state is not None and state.open_kv is not None:
             kv, gate = torch.cat((state.open_kv, kv), 1), torch.cat((state.open_gate, gate), 1)
@@ -215,10 +262,21 @@ class Compressor(nn.Module):
         if state is not None:
             state.open_kv, state.open_gate = kv[:, usable:], gate[:, usable:]
         if windows == 0:
-            return kv.new_zeros(kv.shape[0], 0, self.width) if state is None else state.entries[:, : state.closed]
+            return (
+                kv.new_zeros(kv.shape[0], 0, self.width)
+                if state is None
+                else state.entries[:, : state.closed]
+            )
         shape = (kv.shape[0], windows, self.rate, -1)
-        kv, gate = kv[:, :usable].reshape(shape), gate[:, :usable].reshape(shape) + self.position_bias
-        entries = self._pool(kv, gate, None if state is None or state.prior_kv is None else (state.prior_kv, state.prior_gate))
+        kv, gate = (
+            kv[:, :usable].reshape(shape),
+            gate[:, :usable].reshape(shape) + self.position_bias,
+        )
+        entries = self._pool(
+            kv,
+            gate,
+            None if state is None or state.prior_kv is None else (state.prior_kv, state.prior_gate),
+        )
         if state is not None and self.overlapping:
             state.prior_kv, state.prior_gate = (part[:, -1, :, : self.width] for part in (kv, gate))
         if state is None:
@@ -232,14 +290,20 @@ class Compressor(nn.Module):
         state.closed += windows
         return state.entries[:, : state.closed]
 
-    def close(self, x: Tensor, positions: Tensor, inv_freq: Tensor, state: StepCompressor) -> Tensor:
-        """Take in one token of each sequence, x [B, 1, D] at ``positions`` [B]; -> the entry that it closes, [B, C].
+    def close(
+        self, x: Tensor, positions: Tensor, inv_freq: Tensor, state: StepCompressor
+    ) -> Tensor:
+        """Take in one token of each sequence, x [B, 1, D] at ``positions`` [B]; -> the entry that
+        it closes, [B, C].
 
-        Where the position is not the last of a window the entry is meaningless, and the caller drops it.
+        Where the position is not the last of a window the entry is meaningless, and the caller
+        drops it.
         """
         rows, place = torch.arange(len(x), device=x.device), positions % self.rate
         state.kv[rows, place] = self.kv_proj(x)[:, 0]
-        state.gate[rows, place] = (self.gate_proj(x)[:, 0] + self.position_bias[place]).to(state.gate.dtype)
+        state.gate[rows, place] = (self.gate_proj(x)[:, 0] + self.position_bias[place]).to(
+            state.gate.dtype
+        )
         entry = self._pool(state.kv[:, None], state.gate[:, None], state.prior)[:, 0]
         if self.overlapping:
             closes = (place == self.rate - 1)[:, None, None]
@@ -248,14 +312,19 @@ class Compressor(nn.Module):
         return rotate(self.kv_norm(entry), (positions - place)[:, None].float() * inv_freq)
 
     def _pool(self, kv: Tensor, gate: Tensor, prior: tuple[Tensor, Tensor] | None) -> Tensor:
-        """Weighted mean over a window, kv and gate [B, N, rate, width or 2 x width] -> [B, N, width].
+        """Weighted mean over a window, kv and gate [B, N, rate, width or 2 x width] -> [B, N,
+        width].
 
-        ``prior`` is the Ca series of the window before the first, kv and gate [B, rate, width], if there was one.
+        ``prior`` is the Ca series of the window before the first, kv and gate [B, rate, width], if
+        there was one.
         """
         if self.overlapping:
             kv_a, kv_b = kv.split(self.width, -1)
             gate_a, gate_b = gate.split(self.width, -1)
-            before_kv, before_gate = prior or (torch.zeros_like(kv_a[:, 0]), torch.full_like(gate_a[:, 0], MASKED))
+            before_kv, before_gate = prior or (
+                torch.zeros_like(kv_a[:, 0]),
+                torch.full_like(gate_a[:, 0], MASKED),
+            )
             kv = torch.cat((torch.cat((before_kv[:, None], kv_a[:, :-1]), 1), kv_b), 2)
             gate = torch.cat((torch.cat((before_gate[:, None], gate_a[:, :-1]), 1), gate_b), 2)
         return (kv * gate.softmax(2, dtype=torch.float32).to(kv.dtype)).sum(2)
@@ -268,7 +337,9 @@ class Scorer(nn.Module):
 
 
 class Indexer(Compressor):
-    """Lightning indexer (eqs. 13-17): its own small entries, scored by ``sum_h w_h relu(q_h . k)``."""
+    """Lightning indexer (eqs. 13-17): its own small entries, scored by ``sum_h w_h relu(q_h .
+    k)``.
+    """
 
     def __init__(self, config: DeepseekV4Config):
         super().__init__(config, CSA, config.index_head_dim, overlapping=True)
@@ -277,14 +348,18 @@ class Indexer(Compressor):
         self.scorer = Scorer(config)
 
     def queries(self, x: Tensor, q_latent: Tensor, angles: Tensor) -> tuple[Tensor, Tensor]:
-        """Rotated queries [B, S, heads, width] and head weights [B, S, heads], both scale factors folded in."""
+        """Rotated queries [B, S, heads, width] and head weights [B, S, heads], both scale factors
+        folded in.
+        """
         queries = self.q_b_proj(q_latent).unflatten(-1, (self.heads, self.width))
         weights = self.scorer.weights_proj(x) * (self.heads * self.width) ** -0.5
         return rotate(queries, angles[:, :, None]), weights
 
 
 def index_scores(queries: Tensor, weights: Tensor, keys: Tensor) -> Tensor:
-    """[B, S, heads, width] x [B, S, heads] x [B, E, width] -> [B, S, E]; head by head, to hold one score matrix."""
+    """[B, S, heads, width] x [B, S, heads] x [B, E, width] -> [B, S, E]; head by head, to hold one
+    score matrix.
+    """
     keys = keys.transpose(1, 2)
     scores = weights[:, :, 0, None] * F.relu(queries[:, :, 0] @ keys)
     for head in range(1, queries.shape[2]):
@@ -293,7 +368,9 @@ def index_scores(queries: Tensor, weights: Tensor, keys: Tensor) -> Tensor:
 
 
 def index_scores_blocked(queries: Tensor, weights: Tensor, keys: Tensor) -> Tensor:
-    """``index_scores`` for long histories on a CPU: in blocks that stay in its caches, four times as fast."""
+    """``index_scores`` for long histories on a CPU: in blocks that stay in its caches, four times
+    as fast.
+    """
     batch, tokens, heads, width = queries.shape
     scores = queries.new_empty(batch, tokens, keys.shape[1])
     for b in range(batch):
@@ -301,23 +378,31 @@ def index_scores_blocked(queries: Tensor, weights: Tensor, keys: Tensor) -> Tens
             query, weight = queries[b, rows].flatten(0, 1), weights[b, rows, :, None]
             for start in range(0, keys.shape[1], KEY_BLOCK):
                 part = (query @ keys[b, start : start + KEY_BLOCK].T).unflatten(0, (-1, heads))
-                torch.sum(part.relu_().mul_(weight), 1, out=scores[b, rows[0] : rows[-1] + 1, start : start + KEY_BLOCK])
+                torch.sum(
+                    part.relu_().mul_(weight),
+                    1,
+                    out=scores[b, rows[0] : rows[-1] + 1, start : start + KEY_BLOCK],
+                )
     return scores
 
 
 def top_entries(scores: Tensor, top_k: int) -> Tensor:
-    """The best entries of each row, ascending; -1 where fewer than ``top_k`` are not MASKED. [B, S, E] -> int64 [B, S, K]."""
+    """The best entries of each row, ascending; -1 where fewer than ``top_k`` are not MASKED. [B, S,
+    E] -> int64 [B, S, K].
+    """
     best = scores.topk(min(top_k, scores.shape[-1]), sorted=False)
     beyond = torch.iinfo(torch.int64).max
     ids = best.indices.masked_fill(best.values < MASKED / 2, beyond).sort(-1).values
     return ids.masked_fill(ids == beyond, -1)
 
 
-# --------------------------------------------------------------------------------------------------- attention
+# ---------------------------------------------------------------------------------------- attention
 
 
 class Attention(nn.Module):
-    """Shared K=V attention over the window, the compressed entries and a sink per head; RoPE undone on the output."""
+    """Shared K=V attention over the window, the compressed entries and a sink per head; RoPE undone
+    on the output.
+    """
 
     def __init__(self, config: DeepseekV4Config, kind: str):
         super().__init__()
@@ -337,10 +422,16 @@ class Attention(nn.Module):
         if kind == CSA:
             self.compressor.indexer = Indexer(config)
         self.rope_kind = "main" if kind == SLIDING else "compress"
-        self.register_buffer("inv_freq", inverse_frequencies(config, self.rope_kind), persistent=False)
+        self.register_buffer(
+            "inv_freq", inverse_frequencies(config, self.rope_kind), persistent=False
+        )
 
-    def forward(self, x: Tensor, positions: Tensor, cache: LayerCache | None) -> tuple[Tensor, Access | None]:
-        """Inference: x [B, S, D] at contiguous ``positions`` [B, S] -> output [B, S, D], and a CSA layer's accesses."""
+    def forward(
+        self, x: Tensor, positions: Tensor, cache: LayerCache | None
+    ) -> tuple[Tensor, Access | None]:
+        """Inference: x [B, S, D] at contiguous ``positions`` [B, S] -> output [B, S, D], and a CSA
+        layer's accesses.
+        """
         angles = positions[..., None].float() * self.inv_freq
         q, q_latent, kv = self._project(x, angles)
         local, prefix = self._local_keys(kv, cache)
@@ -355,13 +446,20 @@ class Attention(nn.Module):
             logits = self._entry_logits(q, entries, visible)
             out, _ = self._attend(q, window, local, logits, entries)
             return self._output(out, angles), None
-        ids = top_entries(self._scores(x, q_latent, positions, angles, visible, cache), self.compressor.indexer.top_k)
-        chosen = torch.stack([F.embedding(rows, table) for rows, table in zip(ids.clamp(min=0), entries)])  # [B, S, K, C]
+        ids = top_entries(
+            self._scores(x, q_latent, positions, angles, visible, cache),
+            self.compressor.indexer.top_k,
+        )
+        chosen = torch.stack(
+            [F.embedding(rows, table) for rows, table in zip(ids.clamp(min=0), entries)]
+        )  # [B, S, K, C]
         out, masses = self._attend(q, window, local, self._chosen_logits(q, chosen, ids), chosen)
         return self._output(out, angles), Access(ids, *masses, hidden=x)
 
     def decode(self, x: Tensor, positions: Tensor, state: StepLayer) -> Tensor:
-        """One token of each sequence: x [B, 1, D] at ``positions`` int [B], each its own -> output [B, 1, D]."""
+        """One token of each sequence: x [B, 1, D] at ``positions`` int [B], each its own -> output
+        [B, 1, D].
+        """
         angles = positions[:, None, None].float() * self.inv_freq
         q, q_latent, kv = self._project(x, angles)
         rows, local = torch.arange(len(x), device=x.device), state.window[:, None]
@@ -382,17 +480,25 @@ class Attention(nn.Module):
         pager.append(entry, indexer.close(x, positions, self.inv_freq, state.index), closed)
         ids = pager.select(*indexer.queries(x, q_latent, angles), visible, indexer.top_k)
         chosen = pager.read(ids)[:, None]
-        out, masses = self._attend(q, window, local, self._chosen_logits(q, chosen, ids[:, None]), chosen)
-        masses_of = lambda other, entries: self._masses(window, self._chosen_logits(q, entries[:, None], other[:, None]))  # noqa: E731
+        out, masses = self._attend(
+            q, window, local, self._chosen_logits(q, chosen, ids[:, None]), chosen
+        )
+        masses_of = lambda other, entries: self._masses(
+            window, self._chosen_logits(q, entries[:, None], other[:, None])
+        )
         pager.attended(Access(ids[:, None], *masses, hidden=x), masses_of)
         return self._output(out, angles)
 
-    def train_forward(self, x: Tensor, positions: Tensor, sparse: bool) -> tuple[Tensor, Tensor | None]:
-        """The same function over whole sequences, differentiable; -> output, and a CSA layer's indexer loss.
+    def train_forward(
+        self, x: Tensor, positions: Tensor, sparse: bool
+    ) -> tuple[Tensor, Tensor | None]:
+        """The same function over whole sequences, differentiable; -> output, and a CSA layer's
+        indexer loss.
 
-        All entries are scored densely; with ``sparse`` those outside the indexer's top-k are masked, which is what
-        inference does by gathering. The loss is the KL of the indexer's softmax to the attention over *all*
-        visible entries summed over heads, so the indexer also learns of entries it missed.
+        All entries are scored densely; with ``sparse`` those outside the indexer's top-k are
+        masked, which is what inference does by gathering. The loss is the KL of the indexer's
+        softmax to the attention over *all* visible entries summed over heads, so the indexer also
+        learns of entries it missed.
         """
         angles = positions[..., None].float() * self.inv_freq
         q, q_latent, kv = self._project(x, angles)
@@ -409,7 +515,11 @@ class Attention(nn.Module):
             scores = self._train_scores(x, q_latent, positions, angles, visible)
             index_loss = indexer_kl(scores, logits.detach(), window.detach(), self.sinks.detach())
             if sparse and entries.shape[1] > self.compressor.indexer.top_k:
-                kth = scores.detach().topk(self.compressor.indexer.top_k, sorted=True).values[..., -1:]
+                kth = (
+                    scores.detach()
+                    .topk(self.compressor.indexer.top_k, sorted=True)
+                    .values[..., -1:]
+                )
                 logits = logits.masked_fill((scores.detach() < kth)[:, :, None], MASKED)
         out, _ = self._attend(q, window, local, logits, entries)
         return self._output(out, angles), index_loss
@@ -421,7 +531,9 @@ class Attention(nn.Module):
         return rotate(q, angles[:, :, None]), q_latent, rotate(kv, angles)
 
     def _local_keys(self, kv: Tensor, cache: LayerCache | None) -> tuple[Tensor, int]:
-        """Keys of each block of queries: [B, N, W + block, C], and how many of the first W exist."""
+        """Keys of each block of queries: [B, N, W + block, C], and how many of the first W
+        exist.
+        """
         batch, tokens, size = kv.shape
         before = kv.new_zeros(batch, self.window, size)
         known = 0
@@ -447,43 +559,66 @@ class Attention(nn.Module):
         """float32 [B, S, H, W + block], masked to the last W tokens including the query's own."""
         tokens = q.shape[1]
         block = local.shape[2] - self.window
-        logits = (self._blocks(q) @ local.transpose(-1, -2)).unflatten(2, (block, self.heads)).float() * self.scale
+        logits = (self._blocks(q) @ local.transpose(-1, -2)).unflatten(
+            2, (block, self.heads)
+        ).float() * self.scale
         device = q.device
-        distance = self.window + torch.arange(block, device=device)[:, None] - torch.arange(local.shape[2], device=device)
+        distance = (
+            self.window
+            + torch.arange(block, device=device)[:, None]
+            - torch.arange(local.shape[2], device=device)
+        )
         seen = (distance >= 0) & (distance < self.window)
         first = torch.arange(local.shape[1], device=device)[:, None, None] > 0
         exists = torch.arange(local.shape[2], device=device) >= self.window - known
-        logits = logits.masked_fill(~(seen & (first | exists))[:, :, None], MASKED)  # mask [N, block, 1, W + block]
+        logits = logits.masked_fill(
+            ~(seen & (first | exists))[:, :, None], MASKED
+        )  # mask [N, block, 1, W + block]
         return logits.flatten(1, 2)[:, :tokens]
 
     def _entry_logits(self, q: Tensor, entries: Tensor, visible: Tensor) -> Tensor:
-        """float32 [B, S, H, E] against all entries, masked to the first ``visible`` [B, S] of them."""
-        logits = (q.flatten(1, 2) @ entries.transpose(1, 2)).unflatten(1, (-1, self.heads)).float() * self.scale
+        """float32 [B, S, H, E] against all entries, masked to the first ``visible`` [B, S] of
+        them.
+        """
+        logits = (q.flatten(1, 2) @ entries.transpose(1, 2)).unflatten(
+            1, (-1, self.heads)
+        ).float() * self.scale
         hidden = torch.arange(entries.shape[1], device=q.device) >= visible[..., None]
         return logits.masked_fill(hidden[:, :, None], MASKED)
 
     def _scores(self, x, q_latent, positions, angles, visible, cache: LayerCache | None) -> Tensor:
         """The indexer's scores of all entries [B, S, E], MASKED where they are not visible."""
         indexer = self.compressor.indexer
-        keys = indexer.compress(x, positions, self.inv_freq, cache.index if cache is not None else None)
+        keys = indexer.compress(
+            x, positions, self.inv_freq, cache.index if cache is not None else None
+        )
         scoring = index_scores if x.is_cuda else index_scores_blocked
         scores = scoring(*indexer.queries(x, q_latent, angles), keys)
-        return scores.masked_fill_(torch.arange(keys.shape[1], device=x.device) >= visible[..., None], MASKED)
+        return scores.masked_fill_(
+            torch.arange(keys.shape[1], device=x.device) >= visible[..., None], MASKED
+        )
 
     def _chosen_logits(self, q: Tensor, chosen: Tensor, ids: Tensor) -> Tensor:
-        """float32 [B, S, H, K] against each query's own entries [B, S, K, C]; masked where their id is -1."""
+        """float32 [B, S, H, K] against each query's own entries [B, S, K, C]; masked where their id
+        is -1.
+        """
         logits = torch.einsum("bshc,bskc->bshk", q, chosen).float() * self.scale
         return logits.masked_fill(ids[:, :, None] < 0, MASKED)
 
     def _train_scores(self, x, q_latent, positions, angles, visible) -> Tensor:
-        """The indexer's scores of all entries; it learns from its own loss alone, so its inputs are cut off."""
+        """The indexer's scores of all entries; it learns from its own loss alone, so its inputs are
+        cut off.
+        """
         indexer, x, q_latent = self.compressor.indexer, x.detach(), q_latent.detach()
         keys = indexer.compress(x, positions, self.inv_freq, None)
         scores = index_scores(*indexer.queries(x, q_latent, angles), keys).float()
-        return scores.masked_fill(torch.arange(keys.shape[1], device=x.device) >= visible[..., None], MASKED)
+        return scores.masked_fill(
+            torch.arange(keys.shape[1], device=x.device) >= visible[..., None], MASKED
+        )
 
     def _attend(self, q, window, local, logits, entries):
-        """One softmax over window, entries and sink; -> [B, S, H, C] and (mass, window mass, sink mass).
+        """One softmax over window, entries and sink; -> [B, S, H, C] and (mass, window mass, sink
+        mass).
 
         ``entries`` is [B, E, C], one set for all queries, or [B, S, K, C], each query's own.
         """
@@ -491,7 +626,11 @@ class Attention(nn.Module):
         total = self._total(window, logits)
         near = (window - total[..., None]).exp()
         block = min(tokens, self.window)
-        out = (self._blocks(near.to(q.dtype)) @ local).unflatten(2, (block, self.heads)).flatten(1, 2)[:, :tokens]
+        out = (
+            (self._blocks(near.to(q.dtype)) @ local)
+            .unflatten(2, (block, self.heads))
+            .flatten(1, 2)[:, :tokens]
+        )
         if logits is None:
             return out, None
         far = (logits - total[..., None]).exp()
@@ -509,9 +648,13 @@ class Attention(nn.Module):
         return total
 
     def _masses(self, window: Tensor, logits: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Softmax probabilities, mean over heads: of entries [B, S, K], the window [B, S] and the sink [B, S]."""
+        """Softmax probabilities, mean over heads: of entries [B, S, K], the window [B, S] and the
+        sink [B, S].
+        """
         total = self._total(window, logits)
-        return self._shares((logits - total[..., None]).exp(), (window - total[..., None]).exp(), total)
+        return self._shares(
+            (logits - total[..., None]).exp(), (window - total[..., None]).exp(), total
+        )
 
     def _shares(self, far: Tensor, near: Tensor, total: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         return far.mean(2), near.sum(-1).mean(-1), (self.sinks.float() - total).exp().mean(-1)
@@ -526,10 +669,12 @@ class Attention(nn.Module):
 
 
 def indexer_kl(scores: Tensor, logits: Tensor, window: Tensor, sinks: Tensor) -> Tensor:
-    """KL(attention over entries, summed over heads || softmax of index scores), a mean over queries.
+    """KL(attention over entries, summed over heads || softmax of index scores), a mean over
+    queries.
 
-    A query counts by the attention that it spends on entries at all: one that looks at its window only has nothing
-    to teach. scores [B, S, E], logits [B, S, H, E], window [B, S, H, W], sinks [H].
+    A query counts by the attention that it spends on entries at all: one that looks at its window
+    only has nothing to teach. scores [B, S, E], logits [B, S, H, E], window [B, S, H, W], sinks
+    [H].
     """
     with torch.no_grad():
         total = torch.logaddexp(window.logsumexp(-1), sinks.float().expand(window.shape[:-1]))
@@ -537,11 +682,13 @@ def indexer_kl(scores: Tensor, logits: Tensor, window: Tensor, sinks: Tensor) ->
         target = (logits - total[..., None]).exp().mean(2)
         mass = target.sum(-1)
         target = target / mass.clamp(min=1e-9)[..., None]
-    divergence = torch.special.xlogy(target, target).sum(-1) - (target * scores.log_softmax(-1)).sum(-1)
+    divergence = torch.special.xlogy(target, target).sum(-1) - (
+        target * scores.log_softmax(-1)
+    ).sum(-1)
     return (divergence * mass).sum() / mass.sum().clamp(min=1e-9)
 
 
-# --------------------------------------------------------------------------------------------------- experts
+# ------------------------------------------------------------------------------------------ experts
 
 
 class SwiGLU(nn.Module):
@@ -557,7 +704,11 @@ class SwiGLU(nn.Module):
 
 
 class Experts(nn.Module):
-    """The routed ones. Of float8 weights [experts, out, in] ``gate_up_scale`` and ``down_scale`` are float32 [experts, ceil(out / 128), ceil(in / 128)]."""
+    """The routed ones.
+
+    Of float8 weights [experts, out, in] ``gate_up_scale`` and ``down_scale`` are float32 [experts,
+    ceil(out / 128), ceil(in / 128)].
+    """
 
     def __init__(self, config: DeepseekV4Config):
         super().__init__()
@@ -569,10 +720,15 @@ class Experts(nn.Module):
         self.register_buffer("down_scale", None)
 
     def forward(self, x: Tensor, chosen: Tensor, weights: Tensor) -> Tensor:
-        """x [N, D], chosen int64 and weights float32 [N, top_k] -> [N, D]. For any N, with gradients: a decode step on a GPU takes `mixture_of_experts`."""
+        """x [N, D], chosen int64 and weights float32 [N, top_k] -> [N, D].
+
+        For any N, with gradients: a decode step on a GPU takes `mixture_of_experts`.
+        """
         if self.down_scale is None and len(self.gate_up_proj) <= FEW_EXPERTS:
             return self._every_expert(x, chosen, weights)
-        if x.dtype == self.down_proj.dtype == torch.bfloat16 and not any(size % GROUPED_MULTIPLE for size in self.down_proj.shape[1:]):
+        if x.dtype == self.down_proj.dtype == torch.bfloat16 and not any(
+            size % GROUPED_MULTIPLE for size in self.down_proj.shape[1:]
+        ):
             return self._grouped(x, chosen, weights)
         return self._one_by_one(x, chosen, weights)
 
@@ -591,36 +747,72 @@ class Experts(nn.Module):
         """An expert's two matrices as they are, or of float8 ones as ``dtype``."""
         if self.down_scale is None:
             return self.gate_up_proj[expert], self.down_proj[expert]
-        gate_up, down = (self.gate_up_proj[expert], self.gate_up_scale[expert]), (self.down_proj[expert], self.down_scale[expert])
+        gate_up, down = (
+            (self.gate_up_proj[expert], self.gate_up_scale[expert]),
+            (self.down_proj[expert], self.down_scale[expert]),
+        )
         return dequantise(*gate_up, dtype=dtype), dequantise(*down, dtype=dtype)
 
     def _grouped(self, x: Tensor, chosen: Tensor, weights: Tensor) -> Tensor:
-        """One matrix product over all experts, of (token, slot) pairs sorted by expert; shapes depend on N alone."""
+        """One matrix product over all experts, of (token, slot) pairs sorted by expert; shapes
+        depend on N alone.
+        """
         experts, order = chosen.flatten().sort(stable=True)
-        ends = torch.searchsorted(experts, torch.arange(len(self.gate_up_proj), device=x.device), right=True, out_int32=True)
-        gate, up = F.grouped_mm(x[order // chosen.shape[1]], self.gate_up_proj.transpose(1, 2), offs=ends).chunk(2, -1)
-        result = F.grouped_mm(clamped_swiglu(gate, up, self.limit), self.down_proj.transpose(1, 2), offs=ends)
-        shares = result * weights.flatten()[order, None]  # float32, sorted by expert; back to the order of tokens
-        return torch.empty_like(shares).index_copy(0, order, shares).unflatten(0, chosen.shape).sum(1).to(x.dtype)
+        ends = torch.searchsorted(
+            experts,
+            torch.arange(len(self.gate_up_proj), device=x.device),
+            right=True,
+            out_int32=True,
+        )
+        gate, up = F.grouped_mm(
+            x[order // chosen.shape[1]], self.gate_up_proj.transpose(1, 2), offs=ends
+        ).chunk(2, -1)
+        result = F.grouped_mm(
+            clamped_swiglu(gate, up, self.limit), self.down_proj.transpose(1, 2), offs=ends
+        )
+        shares = (
+            result * weights.flatten()[order, None]
+        )  # float32, sorted by expert; back to the order of tokens
+        return (
+            torch.empty_like(shares)
+            .index_copy(0, order, shares)
+            .unflatten(0, chosen.shape)
+            .sum(1)
+            .to(x.dtype)
+        )
 
     def _every_expert(self, x: Tensor, chosen: Tensor, weights: Tensor) -> Tensor:
         count = len(self.gate_up_proj)
-        share = torch.zeros(len(x), count, device=x.device, dtype=weights.dtype).scatter_add(1, chosen, weights)
-        gate, up = F.linear(x, self.gate_up_proj.flatten(0, 1)).unflatten(-1, (count, -1)).chunk(2, -1)
-        inner = clamped_swiglu(gate, up, self.limit) * share[..., None].to(x.dtype)  # [N, experts, width]
+        share = torch.zeros(len(x), count, device=x.device, dtype=weights.dtype).scatter_add(
+            1, chosen, weights
+        )
+        gate, up = (
+            F.linear(x, self.gate_up_proj.flatten(0, 1)).unflatten(-1, (count, -1)).chunk(2, -1)
+        )
+        inner = clamped_swiglu(gate, up, self.limit) * share[..., None].to(
+            x.dtype
+        )  # [N, experts, width]
         return inner.flatten(1) @ self.down_proj.transpose(1, 2).flatten(0, 1).to(x.dtype)
 
 
 class Router(nn.Module):
-    """Scores by sqrt(softplus); picks by score and balance bias, or, in the first layers, by the token's hash."""
+    """Scores by sqrt(softplus); picks by score and balance bias, or, in the first layers, by the
+    token's hash.
+    """
 
     def __init__(self, config: DeepseekV4Config, hashed: bool):
         super().__init__()
-        count, self.top_k, self.scaling = config.n_routed_experts, config.num_experts_per_tok, config.routed_scaling_factor
+        count, self.top_k, self.scaling = (
+            config.n_routed_experts,
+            config.num_experts_per_tok,
+            config.routed_scaling_factor,
+        )
         self.hashed = hashed
         self.weight = nn.Parameter(torch.empty(count, config.hidden_size))
         if hashed:
-            self.register_buffer("tid2eid", torch.zeros(config.vocab_size, self.top_k, dtype=torch.long))
+            self.register_buffer(
+                "tid2eid", torch.zeros(config.vocab_size, self.top_k, dtype=torch.long)
+            )
         else:
             self.register_buffer("e_score_correction_bias", torch.zeros(count))
 
@@ -633,7 +825,9 @@ class Router(nn.Module):
         if self.hashed:
             chosen = self.tid2eid[tokens]
         else:
-            chosen = (scores + self.e_score_correction_bias).topk(self.top_k, -1, sorted=False).indices
+            chosen = (
+                (scores + self.e_score_correction_bias).topk(self.top_k, -1, sorted=False).indices
+            )
         weights = scores.gather(1, chosen)
         return chosen, weights / (weights.sum(-1, keepdim=True) + 1e-20) * self.scaling
 
@@ -646,14 +840,23 @@ class MoE(nn.Module):
         self.shared_experts = SwiGLU(config)
 
     def forward(self, x: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor | None]:
-        """x [B, S, D], tokens [B, S] -> output, and, where gradients are, each expert's share of the routed slots."""
+        """x [B, S, D], tokens [B, S] -> output, and, where gradients are, each expert's share of
+        the routed slots.
+        """
         flat = x.flatten(0, 1)
         chosen, weights = self.gate(flat, tokens.flatten())
-        load = F.one_hot(chosen, len(self.gate.weight)).float().mean((0, 1)) if torch.is_grad_enabled() else None
-        return mixture_of_experts(flat, chosen, weights, self.experts, self.shared_experts).view_as(x), load
+        load = (
+            F.one_hot(chosen, len(self.gate.weight)).float().mean((0, 1))
+            if torch.is_grad_enabled()
+            else None
+        )
+        return (
+            mixture_of_experts(flat, chosen, weights, self.experts, self.shared_experts).view_as(x),
+            load,
+        )
 
 
-# ------------------------------------------------------------------------------------- hyper-connections, layers
+# ------------------------------------------------------------------------ hyper-connections, layers
 
 
 @torch.compiler.disable  # the compiler unrolls the loop into one expression, which takes it minutes
@@ -667,7 +870,9 @@ def sinkhorn(mix: Tensor, iterations: int, eps: float) -> Tensor:
 
 
 class HyperConnection(nn.Module):
-    """Manifold-constrained hyper-connection (section 2.2): R residual streams into a block and back."""
+    """Manifold-constrained hyper-connection (section 2.2): R residual streams into a block and
+    back.
+    """
 
     def __init__(self, config: DeepseekV4Config):
         super().__init__()
@@ -692,7 +897,9 @@ class HyperConnection(nn.Module):
 
     @staticmethod
     def leave(streams: Tensor, out: Tensor, write: Tensor, mix: Tensor) -> Tensor:
-        mixed = (mix.to(streams.dtype)[..., None] * streams[:, :, :, None]).sum(2)  # out stream k = sum_j mix[j, k] x_j
+        mixed = (mix.to(streams.dtype)[..., None] * streams[:, :, :, None]).sum(
+            2
+        )  # out stream k = sum_j mix[j, k] x_j
         return mixed + write.to(streams.dtype)[..., None] * out[:, :, None]
 
 
@@ -705,7 +912,9 @@ class HyperHead(nn.Module):
         self.hc_scale = nn.Parameter(torch.ones(1))
 
     def forward(self, streams: Tensor) -> Tensor:
-        mixes = F.linear(rms_normalise(streams.flatten(2).float(), self.norm_eps), self.hc_fn.float())
+        mixes = F.linear(
+            rms_normalise(streams.flatten(2).float(), self.norm_eps), self.hc_fn.float()
+        )
         read = torch.sigmoid(mixes * self.hc_scale.float() + self.hc_base.float()) + self.eps
         return (read[..., None] * streams).sum(2).to(streams.dtype)
 
@@ -719,27 +928,41 @@ class Layer(nn.Module):
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.attn_hc = HyperConnection(config)
         self.ffn_hc = HyperConnection(config)
-        self.recompute_attention = False  # in the backward pass of training, where its activations would not fit
+        self.recompute_attention = (
+            False  # in the backward pass of training, where its activations would not fit
+        )
 
-    def forward(self, streams, tokens, positions, cache: LayerCache | None) -> tuple[Tensor, Access | None]:
+    def forward(
+        self, streams, tokens, positions, cache: LayerCache | None
+    ) -> tuple[Tensor, Access | None]:
         x, write, mix = self._enter_attention(streams)
         out, access = self.self_attn(x, positions, cache)
         return self._feed_forward(streams, out, write, mix, tokens)[0], access
 
-    def decode(self, streams, pending: Pending | None, tokens, positions, attend: Attend) -> tuple[Tensor, Pending]:
-        """``streams`` without the last block's output, which is ``pending``, in and out: one launch writes it and reads for the next block."""
+    def decode(
+        self, streams, pending: Pending | None, tokens, positions, attend: Attend
+    ) -> tuple[Tensor, Pending]:
+        """``streams`` without the last block's output, which is ``pending``, in and out: one launch
+        writes it and reads for the next block.
+        """
         streams, x, write, mix = enter(streams, pending, self.attn_hc, self.input_layernorm)
         pending = Pending(self.attn_hc, attend(x, positions), write, mix)
         streams, x, write, mix = enter(streams, pending, self.ffn_hc, self.post_attention_layernorm)
         return streams, Pending(self.ffn_hc, self.mlp(x, tokens)[0], write, mix)
 
     def train_forward(self, streams, tokens, positions, sparse: bool) -> tuple[Tensor, Aux]:
-        """``streams`` [1, B * S, R, D]: what works token by token then has one shape at every length of a curriculum,
-        and is compiled once."""
+        """``streams`` [1, B * S, R, D]: what works token by token then has one shape at every
+        length of a curriculum, and is compiled once.
+        """
         x, write, mix = self._enter_attention(streams)
-        attention, inputs = self.self_attn.train_forward, (x.view(*tokens.shape, -1), positions, sparse)
+        attention, inputs = (
+            self.self_attn.train_forward,
+            (x.view(*tokens.shape, -1), positions, sparse),
+        )
         if self.recompute_attention:
-            out, index_loss = torch.utils.checkpoint.checkpoint(attention, *inputs, use_reentrant=False)
+            out, index_loss = torch.utils.checkpoint.checkpoint(
+                attention, *inputs, use_reentrant=False
+            )
         else:
             out, index_loss = attention(*inputs)
         streams, load = self._feed_forward(streams, out.view_as(x), write, mix, tokens.view(1, -1))
@@ -750,7 +973,9 @@ class Layer(nn.Module):
         return self.input_layernorm(x), write, mix
 
     def _feed_forward(self, streams, out, write, mix, tokens) -> tuple[Tensor, Tensor]:
-        """Write the attention's output back, then the experts; -> streams, and the experts' load."""
+        """Write the attention's output back, then the experts; -> streams, and the experts'
+        load.
+        """
         streams = self.attn_hc.leave(streams, out, write, mix)
         x, write, mix = self.ffn_hc.enter(streams)
         out, load = self.mlp(self.post_attention_layernorm(x), tokens)
@@ -761,7 +986,9 @@ class Backbone(nn.Module):
     def __init__(self, config: DeepseekV4Config):
         super().__init__()
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
-        self.layers = nn.ModuleList(Layer(config, number) for number in range(config.num_hidden_layers))
+        self.layers = nn.ModuleList(
+            Layer(config, number) for number in range(config.num_hidden_layers)
+        )
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.hc_head = HyperHead(config)
 
@@ -779,14 +1006,20 @@ class DeepseekV4(nn.Module):
         weight = self.lm_head.weight
         return Cache.allocate(self.config, batch, max_tokens, weight.device, weight.dtype)
 
-    def forward(self, tokens: Tensor, cache: Cache | None = None, last_only: bool = False) -> tuple[Tensor, list[Access]]:
-        """tokens int64 [B, S], continuing ``cache`` -> logits [B, S or 1, vocabulary] and each CSA layer's accesses."""
+    def forward(
+        self, tokens: Tensor, cache: Cache | None = None, last_only: bool = False
+    ) -> tuple[Tensor, list[Access]]:
+        """tokens int64 [B, S], continuing ``cache`` -> logits [B, S or 1, vocabulary] and each CSA
+        layer's accesses.
+        """
         start = cache.length if cache is not None else 0
         positions = (start + torch.arange(tokens.shape[1], device=tokens.device)).expand_as(tokens)
         streams = self._embed(tokens)
         accesses = []
         for number, layer in enumerate(self.model.layers):
-            streams, access = layer(streams, tokens, positions, cache.layers[number] if cache is not None else None)
+            streams, access = layer(
+                streams, tokens, positions, cache.layers[number] if cache is not None else None
+            )
             if access is not None:
                 accesses.append(access)
         if cache is not None:
@@ -794,14 +1027,20 @@ class DeepseekV4(nn.Module):
         return self.lm_head(self._final(streams[:, -1:] if last_only else streams)), accesses
 
     def decode(self, tokens: Tensor, positions: Tensor, attends: Sequence[Attend]) -> Tensor:
-        """One token of each sequence: tokens int64 and ``positions`` int32 [B], each its own; each layer's attention -> logits [B, vocabulary]."""
+        """One token of each sequence: tokens int64 and ``positions`` int32 [B], each its own; each
+        layer's attention -> logits [B, vocabulary].
+        """
         streams, pending = self._embed(tokens[:, None]), None
         for layer, attend in zip(self.model.layers, attends, strict=True):
             streams, pending = layer.decode(streams, pending, tokens[:, None], positions, attend)
         return self.lm_head(read_out(streams, pending, self.model.hc_head, self.model.norm))[:, 0]
 
-    def train_forward(self, tokens: Tensor, positions: Tensor, sparse: bool) -> tuple[Tensor, list[Aux]]:
-        """Whole sequences [B, S] -> final hidden states [B, S, D] (``lm_head`` gives the logits) and the losses' parts."""
+    def train_forward(
+        self, tokens: Tensor, positions: Tensor, sparse: bool
+    ) -> tuple[Tensor, list[Aux]]:
+        """Whole sequences [B, S] -> final hidden states [B, S, D] (``lm_head`` gives the logits)
+        and the losses' parts.
+        """
         streams, aux = self._embed(tokens).reshape(1, tokens.numel(), self.config.hc_mult, -1), []
         if torch.is_autocast_enabled(tokens.device.type):
             streams = streams.to(torch.get_autocast_dtype(tokens.device.type))

@@ -1,8 +1,9 @@
 """Load a DeepSeek-V4 directory in Hugging Face layout into ``fmsim.exec.model.deepseek_v4``.
 
-Names are transformers' or the official release's. Weights may be floats, float8 with a scale a block (128 x 128), or pairs of 4-bit e2m1
-values with a power-of-two scale for every 32 of a row. A bfloat16 model keeps the released float8; all else is widened to the model's type.
-Tensors are read one at a time, into a model that is allocated once.
+Names are transformers' or the official release's. Weights may be floats, float8 with a scale a
+block (128 x 128), or pairs of 4-bit e2m1 values with a power-of-two scale for every 32 of a row. A
+bfloat16 model keeps the released float8; all else is widened to the model's type. Tensors are read
+one at a time, into a model that is allocated once.
 """
 
 from __future__ import annotations
@@ -22,7 +23,8 @@ from fmsim.exec.kernels.weights import BLOCK, FP4_BLOCK, scale_shape
 from fmsim.exec.model.deepseek_v4 import Attention, DeepseekV4, Experts, inverse_frequencies
 from fmsim.exec.model.quantised import hold_float8, published_float8
 
-# transformers writes most tensors under the names of the official release; in order, first the longer patterns.
+# transformers writes most tensors under the names of the official release; in order, first the
+# longer patterns.
 RENAMES = [
     (r"^(layers|norm|hc_head|embed)", r"model.\1"),
     (r"^model\.embed\.", "model.embed_tokens."),
@@ -54,16 +56,22 @@ RENAMES = [
 EXPERT = re.compile(r"(.*\.mlp\.experts)\.(\d+)\.w([123])\.weight$")
 
 
-# As transformers keeps them (`_keep_in_fp32_modules_strict`): small, and added, multiplied or compared in float32.
-KEPT_FLOAT32 = re.compile(r"(_hc\.|hc_head\.|norm\.weight$|sinks$|position_bias$|e_score_correction_bias$|inv_freq$)")
+# As transformers keeps them (`_keep_in_fp32_modules_strict`): small, and added, multiplied or
+# compared in float32.
+KEPT_FLOAT32 = re.compile(
+    r"(_hc\.|hc_head\.|norm\.weight$|sinks$|position_bias$|e_score_correction_bias$|inv_freq$)"
+)
 FP8_BLOCK = (BLOCK, BLOCK)
 
 
-def load_model(directory: Path, device: str = "cpu", dtype: torch.dtype = torch.float32) -> DeepseekV4:
+def load_model(
+    directory: Path, device: str = "cpu", dtype: torch.dtype = torch.float32
+) -> DeepseekV4:
     """The model of ``directory`` with its weights as ``dtype``, ready for inference.
 
-    In bfloat16, float8 weights with scales for 128 x 128 stay as they are: half the memory. Raises FmsimError naming the file and the tensor
-    where the directory holds no DeepSeek-V4 that can be loaded.
+    In bfloat16, float8 weights with scales for 128 x 128 stay as they are: half the memory. Raises
+    FmsimError naming the file and the tensor where the directory holds no DeepSeek-V4 that can be
+    loaded.
     """
     model, shards = meta_model(read_config(directory), dtype), Shards(directory)
     if dtype == torch.bfloat16:
@@ -73,12 +81,16 @@ def load_model(directory: Path, device: str = "cpu", dtype: torch.dtype = torch.
     filled = {_place(slots, shards, name) for name in shards.names if not name.startswith("mtp.")}
     missing = sorted(expected_parts(slots) - filled)
     if missing:
-        raise FmsimError(f"{directory}: {len(missing)} tensors are missing, the first is {missing[0]}")
+        raise FmsimError(
+            f"{directory}: {len(missing)} tensors are missing, the first is {missing[0]}"
+        )
     return model.eval().requires_grad_(False)
 
 
 def meta_model(config: DeepseekV4Config, dtype: torch.dtype) -> DeepseekV4:
-    """A model of the right shapes and types without memory; ``dtype`` is that of what is not KEPT_FLOAT32."""
+    """A model of the right shapes and types without memory; ``dtype`` is that of what is not
+    KEPT_FLOAT32.
+    """
     with torch.device("meta"):
         model = DeepseekV4(config)
     for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
@@ -88,7 +100,9 @@ def meta_model(config: DeepseekV4Config, dtype: torch.dtype) -> DeepseekV4:
 
 
 def allocate(model: DeepseekV4, device: str) -> DeepseekV4:
-    """Give a `meta_model` its memory, once, on ``device``; weights are not yet filled. -> the same model."""
+    """Give a `meta_model` its memory, once, on ``device``; weights are not yet filled. -> the same
+    model.
+    """
     model.to_empty(device=device)
     for module in model.modules():
         if isinstance(module, Attention):  # no weight, and in no file
@@ -97,7 +111,10 @@ def allocate(model: DeepseekV4, device: str) -> DeepseekV4:
 
 
 class Shards:
-    """The weights of a directory by their stored ``names``, read one at a time. Raises FmsimError where a file is not readable."""
+    """The weights of a directory by their stored ``names``, read one at a time.
+
+    Raises FmsimError where a file is not readable.
+    """
 
     def __init__(self, directory: Path):
         path, self.files = directory, {}
@@ -106,7 +123,7 @@ class Shards:
                 self.files[path] = safe_open(path, framework="pt")
         except SafetensorError as error:
             raise _unreadable(path, error) from error
-        self.where = {name: path for path, file in self.files.items() for name in file.keys()}  # noqa: SIM118
+        self.where = {name: path for path, file in self.files.items() for name in file.keys()}
         scales = {scale for name in self.where for scale in scale_names(name)}
         self.names = [name for name in self.where if name not in scales]
         self.block = _fp8_block(directory)
@@ -123,20 +140,31 @@ class Shards:
         return None if found is None else self.read(found)
 
     def float8_modules(self, model: DeepseekV4) -> list[str]:
-        """Names of the modules of ``model`` that the release has in float8 and this directory too, every matrix with scales for 128 x 128."""
+        """Names of the modules of ``model`` that the release has in float8 and this directory too,
+        every matrix with scales for 128 x 128.
+        """
         held: dict[str, bool] = {}
         for name in self.names:
             module = target_of(name).slot.rpartition(".")[0]
-            float8 = self.files[self.where[name]].get_slice(name).get_dtype() == "F8_E4M3" and self._scale_name(name) is not None
+            float8 = (
+                self.files[self.where[name]].get_slice(name).get_dtype() == "F8_E4M3"
+                and self._scale_name(name) is not None
+            )
             held[module] = held.get(module, True) and float8
-        return [name for name in published_float8(model) if self.block == FP8_BLOCK and held.get(name) and _stacks(model.get_submodule(name))]
+        return [
+            name
+            for name in published_float8(model)
+            if self.block == FP8_BLOCK and held.get(name) and _stacks(model.get_submodule(name))
+        ]
 
     def _scale_name(self, name: str) -> str | None:
         return next((scale for scale in scale_names(name) if scale in self.where), None)
 
 
 def _stacks(module: torch.nn.Module) -> bool:
-    """Whether its parts' scales stack as the parts do: those of experts whose gate ends with a block."""
+    """Whether its parts' scales stack as the parts do: those of experts whose gate ends with a
+    block.
+    """
     return not isinstance(module, Experts) or module.down_proj.shape[2] % BLOCK == 0
 
 
@@ -145,32 +173,50 @@ def _unreadable(path: Path, error: Exception) -> FmsimError:
 
 
 def scale_names(name: str) -> tuple[str, ...]:
-    """Where the scales of a weight may be: transformers' name for them, and the official release's."""
+    """Where the scales of a weight may be: transformers' name for them, and the official
+    release's.
+    """
     official = (name.removesuffix("weight") + "scale",) if name.endswith(".weight") else ()
     return (name + "_scale_inv", *official)
 
 
-def dequantise(weight: torch.Tensor, scale: torch.Tensor | None, block: tuple[int, int], where: str) -> torch.Tensor:
-    """float32 of a quantised weight [..., out, in]; a weight of floats as it is. ``where`` is for the message of an FmsimError.
+def dequantise(
+    weight: torch.Tensor, scale: torch.Tensor | None, block: tuple[int, int], where: str
+) -> torch.Tensor:
+    """float32 of a quantised weight [..., out, in]; a weight of floats as it is.
 
-    float8 has a scale for each ``block``; 4-bit values come in pairs, the even one in a byte's low half, with a scale for each 32 of a row.
+    ``where`` is for the message of an FmsimError.
+
+    float8 has a scale for each ``block``; 4-bit values come in pairs, the even one in a byte's low
+    half, with a scale for each 32 of a row.
     """
     if weight.dtype not in (torch.float8_e4m3fn, torch.int8, torch.uint8):
         return weight
     if scale is None:
-        raise FmsimError(f"{where} is {str(weight.dtype).removeprefix('torch.')} but has no scales beside it ({' or '.join(scale_names(where.split()[-1]))})")
+        raise FmsimError(
+            f"{where} is {str(weight.dtype).removeprefix('torch.')} but has no scales beside it"
+            f" ({' or '.join(scale_names(where.split()[-1]))})"
+        )
     if weight.dtype != torch.float8_e4m3fn:
         weight, block = weights.four_bit_values(weight), (1, FP4_BLOCK)
     return weights.dequantise(weight, checked_scale(weight, scale, block, where), block)
 
 
-def checked_scale(weight: torch.Tensor, scale: torch.Tensor, block: tuple[int, int], where: str) -> torch.Tensor:
-    """``scale`` as float32. Raises FmsimError where it is not one for each ``block`` of the weight."""
+def checked_scale(
+    weight: torch.Tensor, scale: torch.Tensor, block: tuple[int, int], where: str
+) -> torch.Tensor:
+    """``scale`` as float32.
+
+    Raises FmsimError where it is not one for each ``block`` of the weight.
+    """
     if scale.dtype == torch.uint8:
         scale = torch.exp2(scale.float() - 127)
     if scale.shape[-2:] != scale_shape(weight.shape, block)[-2:]:
         needed = list(scale_shape(weight.shape, block)[-2:])
-        raise FmsimError(f"{where}: its scales are {list(scale.shape)}, blocks of {block[0]} x {block[1]} need {needed}")
+        raise FmsimError(
+            f"{where}: its scales are {list(scale.shape)}, blocks of {block[0]} x {block[1]} need"
+            f" {needed}"
+        )
     return scale.float()
 
 
@@ -184,14 +230,22 @@ def read_config(directory: Path) -> DeepseekV4Config:
     try:
         fields = json.loads(path.read_text())
     except FileNotFoundError:
-        raise FmsimError(f"{path}: no such file; name a model directory in Hugging Face layout") from None
+        raise FmsimError(
+            f"{path}: no such file; name a model directory in Hugging Face layout"
+        ) from None
     except json.JSONDecodeError as error:
         raise FmsimError(f"{path}: not JSON ({error})") from None
     if fields.get("model_type") != "deepseek_v4":
-        raise FmsimError(f"{path}: model_type is {fields.get('model_type')!r}, and only 'deepseek_v4' can be run here")
+        raise FmsimError(
+            f"{path}: model_type is {fields.get('model_type')!r}, and only 'deepseek_v4' can be run"
+            " here"
+        )
     method = (fields.get("quantization_config") or {}).get("quant_method", "fp8")
     if method != "fp8":
-        raise FmsimError(f"{path}: quantization_config: quant_method {method!r} cannot be loaded; known is 'fp8' (with 4-bit experts or without)")
+        raise FmsimError(
+            f"{path}: quantization_config: quant_method {method!r} cannot be loaded; known is 'fp8'"
+            " (with 4-bit experts or without)"
+        )
     return DeepseekV4Config.from_pretrained(directory)
 
 
@@ -204,27 +258,43 @@ def weight_files(directory: Path) -> list[Path]:
         names = ["model.safetensors"]
     for name in names:
         if not (directory / name).exists():
-            raise FmsimError(f"{directory / name}: no such file; the directory's weights are incomplete")
+            raise FmsimError(
+                f"{directory / name}: no such file; the directory's weights are incomplete"
+            )
     return [directory / name for name in names]
 
 
 def expected_parts(slots: dict[str, torch.Tensor]) -> set[str]:
-    """Names of everything a directory must hold: tensors, and of stacked experts each matrix. Scales come with their weights."""
-    parts, scales = set(), {scale_slot(name) for name, tensor in slots.items() if tensor.dtype == torch.float8_e4m3fn}
+    """Names of everything a directory must hold: tensors, and of stacked experts each matrix.
+
+    Scales come with their weights.
+    """
+    parts, scales = (
+        set(),
+        {scale_slot(name) for name, tensor in slots.items() if tensor.dtype == torch.float8_e4m3fn},
+    )
     for name, tensor in slots.items():
         numbers = range(len(tensor)) if ".experts." in name else [None]
         stacked = {"gate_up_proj": "13", "down_proj": "2"}.get(name.rsplit(".", 1)[-1], "")
-        parts |= {name} if numbers == [None] else {f"{name} of expert {n} (w{w})" for n in numbers for w in stacked}
+        parts |= (
+            {name}
+            if numbers == [None]
+            else {f"{name} of expert {n} (w{w})" for n in numbers for w in stacked}
+        )
     return parts - scales
 
 
 def scale_slot(slot: str) -> str:
-    """Where a model holds the scales of its float8 weight ``slot``: `Float8Linear`'s and `Experts`' names."""
+    """Where a model holds the scales of its float8 weight ``slot``: `Float8Linear`'s and `Experts`'
+    names.
+    """
     return slot.removesuffix("weight").removesuffix("proj") + "scale"
 
 
 class Target(NamedTuple):
-    """Where in the model a stored tensor belongs: a name of its state, and of stacked experts which one and which of its matrices."""
+    """Where in the model a stored tensor belongs: a name of its state, and of stacked experts which
+    one and which of its matrices.
+    """
 
     slot: str
     expert: int | None = None
@@ -235,10 +305,18 @@ class Target(NamedTuple):
         tensor = slots[scale_slot(self.slot) if scale else self.slot]
         if self.expert is None:
             return tensor
-        return tensor[self.expert] if self.part == "2" else tensor[self.expert].chunk(2)[self.part == "3"]
+        return (
+            tensor[self.expert]
+            if self.part == "2"
+            else tensor[self.expert].chunk(2)[self.part == "3"]
+        )
 
     def __str__(self) -> str:
-        return self.slot if self.expert is None else f"{self.slot} of expert {self.expert} (w{self.part})"
+        return (
+            self.slot
+            if self.expert is None
+            else f"{self.slot} of expert {self.expert} (w{self.part})"
+        )
 
 
 def target_of(name: str) -> Target:
@@ -247,20 +325,36 @@ def target_of(name: str) -> Target:
     expert = EXPERT.match(name)
     if expert is None:
         return Target(name)
-    return Target(expert[1] + (".down_proj" if expert[3] == "2" else ".gate_up_proj"), int(expert[2]), expert[3])
+    return Target(
+        expert[1] + (".down_proj" if expert[3] == "2" else ".gate_up_proj"),
+        int(expert[2]),
+        expert[3],
+    )
 
 
 def _place(slots: dict[str, torch.Tensor], shards: Shards, name: str) -> str:
-    """Copy one stored tensor into the model's slot of it; returns its name in ``expected_parts``."""
+    """Copy one stored tensor into the model's slot of it; returns its name in
+    ``expected_parts``.
+    """
     target, path = target_of(name), shards.where[name]
     if target.slot not in slots:
-        raise FmsimError(f"{path}: tensor {name} has no place in the model that config.json describes")
-    slot, tensor, scale, where = target.of(slots), shards.read(name), shards.scale_of(name), f"{path}: tensor {name}"
+        raise FmsimError(
+            f"{path}: tensor {name} has no place in the model that config.json describes"
+        )
+    slot, tensor, scale, where = (
+        target.of(slots),
+        shards.read(name),
+        shards.scale_of(name),
+        f"{path}: tensor {name}",
+    )
     held = slot.dtype == torch.float8_e4m3fn
     if not held:
         tensor = dequantise(tensor, scale, shards.block, where)
     if slot.shape != tensor.shape:
-        raise FmsimError(f"{path}: tensor {name} is {list(tensor.shape)}, config.json asks for {list(slot.shape)}")
+        raise FmsimError(
+            f"{path}: tensor {name} is {list(tensor.shape)}, config.json asks for"
+            f" {list(slot.shape)}"
+        )
     slot.copy_(tensor)
     if held:
         target.of(slots, scale=True).copy_(checked_scale(tensor, scale, shards.block, where))

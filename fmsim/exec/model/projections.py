@@ -1,4 +1,6 @@
-"""Projections beyond `nn.Linear`: with float8 weights, in groups, and several of one input joined into one product."""
+"""Projections beyond `nn.Linear`: with float8 weights, in groups, and several of one input joined
+into one product.
+"""
 
 from __future__ import annotations
 
@@ -12,16 +14,25 @@ from fmsim.exec.kernels.weights import BLOCK, dequantise, scale_shape
 
 
 class Float8Linear(nn.Module):
-    """`nn.Linear` without a bias, its ``weight`` float8_e4m3fn [out, in] with ``scale`` float32 [ceil(out / 128), ceil(in / 128)].
+    """`nn.Linear` without a bias, its ``weight`` float8_e4m3fn [out, in] with ``scale`` float32
+    [ceil(out / 128), ceil(in / 128)].
 
-    Few rows on a GPU are multiplied by a kernel that reads float8; for others the weight is widened to their type at each call.
+    Few rows on a GPU are multiplied by a kernel that reads float8; for others the weight is widened
+    to their type at each call.
     """
 
-    def __init__(self, in_features: int, out_features: int, device: torch.device | str | None = None):
+    def __init__(
+        self, in_features: int, out_features: int, device: torch.device | str | None = None
+    ):
         super().__init__()
         self.in_features, self.out_features = in_features, out_features
-        self.register_buffer("weight", torch.empty(out_features, in_features, dtype=torch.float8_e4m3fn, device=device))
-        self.register_buffer("scale", torch.empty(scale_shape(self.weight.shape), dtype=torch.float32, device=device))
+        self.register_buffer(
+            "weight",
+            torch.empty(out_features, in_features, dtype=torch.float8_e4m3fn, device=device),
+        )
+        self.register_buffer(
+            "scale", torch.empty(scale_shape(self.weight.shape), dtype=torch.float32, device=device)
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         return linear(x, self.weight, self.scale)
@@ -31,7 +42,9 @@ Projection = nn.Linear | Float8Linear
 
 
 def grouped(x: Tensor, projection: Projection, groups: int) -> Tensor:
-    """x [..., groups * in] -> [..., out]: group g of the projection's rows [out, in] times the g-th slice of x."""
+    """x [..., groups * in] -> [..., out]: group g of the projection's rows [out, in] times the g-th
+    slice of x.
+    """
     if isinstance(projection, Float8Linear):
         return linear(x, projection.weight, projection.scale, groups)
     return grouped_product(x, projection.weight.to(x.dtype), groups)
@@ -40,33 +53,54 @@ def grouped(x: Tensor, projection: Projection, groups: int) -> Tensor:
 def wide_weight(projection: Projection) -> Tensor:
     """float32 [out, in]."""
     weight = projection.weight.detach()
-    return dequantise(weight, projection.scale) if isinstance(projection, Float8Linear) else weight.float()
+    return (
+        dequantise(weight, projection.scale)
+        if isinstance(projection, Float8Linear)
+        else weight.float()
+    )
 
 
 class Joined:
-    """Several projections of one input: one product for each type of weight. Call it with the input for their outputs, in order, as views.
+    """Several projections of one input: one product for each type of weight.
 
-    Made from projections whose weights it moves into one tensor, of which theirs become views; made again, it finds them there. A CUDA graph
-    that was captured before the move would read where they no longer are.
+    Call it with the input for their outputs, in order, as views.
+
+    Made from projections whose weights it moves into one tensor, of which theirs become views; made
+    again, it finds them there. A CUDA graph that was captured before the move would read where they
+    no longer are.
     """
 
     def __init__(self, projections: Sequence[Projection]):
         kinds: dict[tuple, list[int]] = {}
         for number, projection in enumerate(projections):
-            alone = isinstance(projection, Float8Linear) and projection.out_features % BLOCK  # its last scale would be shared with the next
-            kinds.setdefault((projection.weight.dtype, number if alone else None), []).append(number)
-        self.products = [(numbers, joined([projections[number] for number in numbers])) for numbers in kinds.values()]
+            alone = (
+                isinstance(projection, Float8Linear) and projection.out_features % BLOCK
+            )  # its last scale would be shared with the next
+            kinds.setdefault((projection.weight.dtype, number if alone else None), []).append(
+                number
+            )
+        self.products = [
+            (numbers, joined([projections[number] for number in numbers]))
+            for numbers in kinds.values()
+        ]
         self.sizes = [projection.out_features for projection in projections]
 
     def __call__(self, x: Tensor) -> list[Tensor]:
         found: dict[int, Tensor] = {}
         for numbers, product in self.products:
-            found |= zip(numbers, product(x).split([self.sizes[number] for number in numbers], -1), strict=True)
+            found |= zip(
+                numbers,
+                product(x).split([self.sizes[number] for number in numbers], -1),
+                strict=True,
+            )
         return [found[number] for number in range(len(self.sizes))]
 
 
 def joined(projections: Sequence[Projection]) -> Projection:
-    """One projection with all their rows. They must be of one type, and all but the last float8 ones of whole scale blocks."""
+    """One projection with all their rows.
+
+    They must be of one type, and all but the last float8 ones of whole scale blocks.
+    """
     first, outputs = projections[0], sum(projection.out_features for projection in projections)
     if isinstance(first, Float8Linear):
         whole = Float8Linear(first.in_features, outputs, device="meta")
@@ -74,21 +108,31 @@ def joined(projections: Sequence[Projection]) -> Projection:
         whole.weight = _one_tensor([projection.weight for projection in projections])
     else:
         whole = nn.Linear(first.in_features, outputs, bias=False, device="meta")
-        whole.weight = nn.Parameter(_one_tensor([projection.weight for projection in projections]), requires_grad=False)
+        whole.weight = nn.Parameter(
+            _one_tensor([projection.weight for projection in projections]), requires_grad=False
+        )
     return whole
 
 
 def _one_tensor(parts: Sequence[Tensor]) -> Tensor:
-    """Matrices of one width -> all their rows in one tensor. The parts become views of it, unless they are already."""
+    """Matrices of one width -> all their rows in one tensor.
+
+    The parts become views of it, unless they are already.
+    """
     first, rows = parts[0], [len(part) for part in parts]
     width, start = first.shape[1], first.storage_offset()
     places = [start + sum(rows[:number]) * width for number in range(len(parts))]
     storage = first.untyped_storage().data_ptr()
-    together = all(part.untyped_storage().data_ptr() == storage and part.storage_offset() == place for part, place in zip(parts, places, strict=True))
+    together = all(
+        part.untyped_storage().data_ptr() == storage and part.storage_offset() == place
+        for part, place in zip(parts, places, strict=True)
+    )
     if not together:
         with torch.inference_mode(first.is_inference()), torch.no_grad():
             whole = first.new_empty(sum(rows), width)
             for part, view in zip(parts, whole.split(rows), strict=True):
                 view.copy_(part)
                 part.data = view
-    return torch.empty(0, dtype=first.dtype, device=first.device).set_(first.untyped_storage(), first.storage_offset(), (sum(rows), width), (width, 1))
+    return torch.empty(0, dtype=first.dtype, device=first.device).set_(
+        first.untyped_storage(), first.storage_offset(), (sum(rows), width), (width, 1)
+    )

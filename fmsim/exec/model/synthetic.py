@@ -1,8 +1,10 @@
-"""A DeepSeek-V4 of a preset's full width and depth with random weights, and as many experts as fit: for footprints and times only.
+"""A DeepSeek-V4 of a preset's full width and depth with random weights, and as many experts as fit:
+for footprints and times only.
 
-What it generates means nothing. A decode step reads the weights, float8 where the preset's are published so, and moves the cache of the real
-model's shape, but for the experts: each token still runs all its active ones, chosen among fewer, so a large batch reads fewer weights than
-the real model's would.
+What it generates means nothing. A decode step reads the weights, float8 where the preset's are
+published so, and moves the cache of the real model's shape, but for the experts: each token still
+runs all its active ones, chosen among fewer, so a large batch reads fewer weights than the real
+model's would.
 """
 
 from __future__ import annotations
@@ -12,8 +14,8 @@ from transformers import DeepseekV4Config
 
 from fmsim.errors import FmsimError
 from fmsim.exec.kernels.weights import BLOCK
-from fmsim.exec.model.loader import allocate, meta_model
 from fmsim.exec.model.deepseek_v4 import CSA, HCA, DeepseekV4
+from fmsim.exec.model.loader import allocate, meta_model
 from fmsim.exec.model.quantised import fill_float8, hold_float8, published_float8
 from fmsim.geometry import Geometry
 
@@ -24,7 +26,10 @@ GIB = 2**30
 
 
 def synthetic_config(geometry: Geometry, n_experts: int) -> DeepseekV4Config:
-    """All of ``geometry``'s layers, with ``n_experts`` routed ones. RoPE is plain, without YaRN, which takes the same time."""
+    """All of ``geometry``'s layers, with ``n_experts`` routed ones.
+
+    RoPE is plain, without YaRN, which takes the same time.
+    """
     return DeepseekV4Config(
         quantization_config=QUANTISED if geometry.float8_weights else None,
         vocab_size=geometry.vocabulary,
@@ -50,11 +55,15 @@ def synthetic_config(geometry: Geometry, n_experts: int) -> DeepseekV4Config:
     )
 
 
-def synthetic_model(geometry: Geometry, device: str, weight_bytes: int, seed: int = 0) -> tuple[DeepseekV4, int]:
-    """A model whose weights take at most ``weight_bytes``, float8 as in the release or bfloat16, some float32; -> the model, and its experts.
+def synthetic_model(
+    geometry: Geometry, device: str, weight_bytes: int, seed: int = 0
+) -> tuple[DeepseekV4, int]:
+    """A model whose weights take at most ``weight_bytes``, float8 as in the release or bfloat16,
+    some float32; -> the model, and its experts.
 
-    The experts of a layer are at least those that a token uses and at most the geometry's own, a multiple of 8 where there is room.
-    Raises FmsimError with the figure that is short where not even the fewest fit, before anything is allocated.
+    The experts of a layer are at least those that a token uses and at most the geometry's own, a
+    multiple of 8 where there is room. Raises FmsimError with the figure that is short where not
+    even the fewest fit, before anything is allocated.
     """
     n_experts = experts_that_fit(geometry, weight_bytes)
     model = allocate(_meta_model(geometry, n_experts), device)
@@ -68,8 +77,10 @@ def experts_that_fit(geometry: Geometry, weight_bytes: int) -> int:
     fewest_bytes = model_bytes(geometry, fewest)
     if fewest_bytes > weight_bytes:
         raise FmsimError(
-            f"memory for weights: {geometry.name} with {fewest} experts a layer, the fewest that a token needs, takes {fewest_bytes / GIB:.2f} GiB, "
-            f"{(fewest_bytes - weight_bytes) / GIB:.2f} GiB more than the {weight_bytes / GIB:.2f} GiB that are left for them; lower --context or --batch"
+            f"memory for weights: {geometry.name} with {fewest} experts a layer, the fewest that a"
+            f" token needs, takes {fewest_bytes / GIB:.2f} GiB,"
+            f" {(fewest_bytes - weight_bytes) / GIB:.2f} GiB more than the {weight_bytes / GIB:.2f}"
+            " GiB that are left for them; lower --context or --batch"
         )
     expert_bytes = model_bytes(geometry, fewest + 1) - fewest_bytes
     count = min(fewest + (weight_bytes - fewest_bytes) // expert_bytes, geometry.n_experts)
@@ -91,7 +102,9 @@ def _meta_model(geometry: Geometry, n_experts: int) -> DeepseekV4:
 
 @torch.no_grad()
 def fill(model: DeepseekV4, seed: int) -> None:
-    """Random weights of variance 1 / fan-in, in place and on their device: every activation is then of the order of 1, in any layer."""
+    """Random weights of variance 1 / fan-in, in place and on their device: every activation is then
+    of the order of 1, in any layer.
+    """
     generator = torch.Generator(model.lm_head.weight.device).manual_seed(seed)
     for name, tensor in model.named_parameters():
         if tensor.dtype == torch.float8_e4m3fn:
@@ -111,7 +124,12 @@ def fill(model: DeepseekV4, seed: int) -> None:
     for layer in model.model.layers:
         router = layer.mlp.gate
         if router.hashed:
-            chance = torch.rand(len(router.tid2eid), len(router.weight), device=router.weight.device, generator=generator)
+            chance = torch.rand(
+                len(router.tid2eid),
+                len(router.weight),
+                device=router.weight.device,
+                generator=generator,
+            )
             router.tid2eid.copy_(chance.topk(router.top_k).indices)
         else:
             router.e_score_correction_bias.normal_(std=0.1, generator=generator)

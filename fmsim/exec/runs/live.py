@@ -1,4 +1,6 @@
-"""`fmsim exec`: a model, prompts and a policy in; answers and measured figures out, in the fields of `fmsim run`'s report."""
+"""`fmsim exec`: a model, prompts and a policy in; answers and measured figures out, in the fields
+of `fmsim run`'s report.
+"""
 
 from __future__ import annotations
 
@@ -8,23 +10,35 @@ from typing import Any
 
 import torch
 
-from fmsim.sim import metrics
 from fmsim import __version__
 from fmsim.exec.decode.engine import Batch
+from fmsim.exec.decode.prompt import Prompt
 from fmsim.exec.kv.keys import Where
 from fmsim.exec.model.deepseek_v4 import DeepseekV4
-from fmsim.exec.decode.prompt import Prompt
 from fmsim.exec.runs.record import trace_header, trace_of
 from fmsim.nano.prompts import Stream, exact
 from fmsim.policies.base import Policy
+from fmsim.sim import metrics
 from fmsim.trace import Trace
 
-MEASURED = ["kv_hbm_bytes", "kv_hbm_ratio", "entry_recall", "mass_kept", "set_overlap", "decode_tokens_per_s", "step_s", "h2d_bytes", "stall_ratio"]
+MEASURED = [
+    "kv_hbm_bytes",
+    "kv_hbm_ratio",
+    "entry_recall",
+    "mass_kept",
+    "set_overlap",
+    "decode_tokens_per_s",
+    "step_s",
+    "h2d_bytes",
+    "stall_ratio",
+]
 
 
 @dataclass
 class Decoded:
-    """One request's way: `answers` are (tokens asked, tokens answered, right or None where nothing is known to be)."""
+    """One request's way: `answers` are (tokens asked, tokens answered, right or None where nothing
+    is known to be).
+    """
 
     forced: list[bool] = field(default_factory=list)
     answers: list[tuple[list[int], list[int], bool | None]] = field(default_factory=list)
@@ -36,12 +50,23 @@ class Decoded:
 
 
 def decode(
-    model: DeepseekV4, streams: Sequence[Stream], policy: Policy, *, seed: int = 0, index_keys: Where = "all",
+    model: DeepseekV4,
+    streams: Sequence[Stream],
+    policy: Policy,
+    *,
+    seed: int = 0,
+    index_keys: Where = "all",
     progress: Callable[[int], None] = lambda tokens: None,
-) -> tuple[Batch, list[Decoded]]:  # fmt: skip
-    """Read every stream's prompt, then decode them side by side under `policy`. `progress` is told of tokens."""
+) -> tuple[Batch, list[Decoded]]:
+    """Read every stream's prompt, then decode them side by side under `policy`.
+
+    `progress` is told of tokens.
+    """
     prompts = [Prompt(model, stream.prompt, stream.steps, progress) for stream in streams]
-    batch, decoded = Batch(prompts, policy, seed=seed, index_keys=index_keys), [Decoded() for _ in streams]
+    batch, decoded = (
+        Batch(prompts, policy, seed=seed, index_keys=index_keys),
+        [Decoded() for _ in streams],
+    )
     plans = [_plan(stream) for stream in streams]
     for given in zip(*plans):  # to the end of the shortest
         batch.step(given)
@@ -53,10 +78,16 @@ def decode(
 
 def _plan(stream: Stream) -> list[int | None]:
     """What each step processes: a given token, or None for the model's own choice."""
-    return [token for turn in stream.turns for token in [*map(int, turn.forced), *[None] * turn.generate]]
+    return [
+        token
+        for turn in stream.turns
+        for token in [*map(int, turn.forced), *[None] * turn.generate]
+    ]
 
 
-def _book(stream: Stream, plan: Sequence[int | None], tokens: Sequence[int], result: Decoded) -> None:
+def _book(
+    stream: Stream, plan: Sequence[int | None], tokens: Sequence[int], result: Decoded
+) -> None:
     """Which tokens were given, and the answers that came out whole."""
     result.forced = [token is not None for token in plan]
     end = 0
@@ -65,14 +96,20 @@ def _book(stream: Stream, plan: Sequence[int | None], tokens: Sequence[int], res
         end = start + turn.generate
         if turn.generate and end <= len(tokens):
             answer = list(tokens[start:end])
-            result.answers.append((list(turn.forced), answer, exact(turn.answer, answer) if turn.answer else None))
+            result.answers.append(
+                (list(turn.forced), answer, exact(turn.answer, answer) if turn.answer else None)
+            )
 
 
-def report(batch: Batch, decoded: Sequence[Decoded], label: str, name: str, prompt_text: str) -> dict[str, Any]:
-    """The object that `fmsim exec --json` prints: the fields of `fmsim run`, measured; `max_requests` is not, so null.
+def report(
+    batch: Batch, decoded: Sequence[Decoded], label: str, name: str, prompt_text: str
+) -> dict[str, Any]:
+    """The object that `fmsim exec --json` prints: the fields of `fmsim run`, measured;
+    `max_requests` is not, so null.
 
-    `kv_hbm_bytes` is what was allocated for one request (a mean over the batch), and `kv_hbm_ratio` that over what keeping every page
-    would allocate. `entry_recall` and `mass_kept` are over the CSA layers `measured_layers` of `details`: all but those whose index keys are tiered.
+    `kv_hbm_bytes` is what was allocated for one request (a mean over the batch), and `kv_hbm_ratio`
+    that over what keeping every page would allocate. `entry_recall` and `mass_kept` are over the
+    CSA layers `measured_layers` of `details`: all but those whose index keys are tiered.
     """
     ledgers, n_requests = [request.ledger() for request in batch.requests], len(batch.requests)
     kept = [metrics.kept(ledger, range(ledger.n_layers)) for ledger in ledgers]
@@ -95,18 +132,31 @@ def report(batch: Batch, decoded: Sequence[Decoded], label: str, name: str, prom
         "page_bytes": batch.tiers.entries.page_bytes,
         "index_keys": batch.keys.where,
         "measured_layers": list(batch.keys.kept),
-        "pages": {key: int(sum(getattr(ledger, key).sum() for ledger in ledgers)) for key in ("lookahead_loads", "demand_loads", "written", "evicted")},
+        "pages": {
+            key: int(sum(getattr(ledger, key).sum() for ledger in ledgers))
+            for key in ("lookahead_loads", "demand_loads", "written", "evicted")
+        },
     }
     config = batch.model.config
     about = {
         "fmsim": __version__,
         "device": device_name(batch.device),
         "dtype": str(batch.logits.dtype).removeprefix("torch."),
-        "model": {"name": name, "csa_layers": batch.requests[0].layers, "layers": config.num_hidden_layers, "topk": config.index_topk},
-        "prompt": {"text": prompt_text, "tokens": [len(request.prompt.tokens) for request in batch.requests]},
+        "model": {
+            "name": name,
+            "csa_layers": batch.requests[0].layers,
+            "layers": config.num_hidden_layers,
+            "topk": config.index_topk,
+        },
+        "prompt": {
+            "text": prompt_text,
+            "tokens": [len(request.prompt.tokens) for request in batch.requests],
+        },
         "steps": batch.requests[0].step,
         "batch": n_requests,
-        "quality": {key: sum(result.quality.get(key, 0) for result in decoded) for key in ("asked", "exact")},
+        "quality": {
+            key: sum(result.quality.get(key, 0) for result in decoded) for key in ("asked", "exact")
+        },
         "details": {label: details},
         "measured": MEASURED,
         "simulated": [],
@@ -114,11 +164,30 @@ def report(batch: Batch, decoded: Sequence[Decoded], label: str, name: str, prom
     return {"scenario": about, "policies": [row]}
 
 
-def recorded(batch: Batch, decoded: Sequence[Decoded], *, name: str, sha256: str, seed: int, prompt_text: str, kind: str) -> Trace:
+def recorded(
+    batch: Batch,
+    decoded: Sequence[Decoded],
+    *,
+    name: str,
+    sha256: str,
+    seed: int,
+    prompt_text: str,
+    kind: str,
+) -> Trace:
     """The first request as a trace: what it selected among all entries at each step."""
     request = batch.requests[0]
-    header = trace_header(batch.model, len(request.prompt.tokens), name=name, seed=seed, sha256=sha256, prompt_text=prompt_text, kind=kind)
-    return trace_of(request, header, decoded[0].forced[: request.step]).with_header(quality=decoded[0].quality)
+    header = trace_header(
+        batch.model,
+        len(request.prompt.tokens),
+        name=name,
+        seed=seed,
+        sha256=sha256,
+        prompt_text=prompt_text,
+        kind=kind,
+    )
+    return trace_of(request, header, decoded[0].forced[: request.step]).with_header(
+        quality=decoded[0].quality
+    )
 
 
 def device_name(device: torch.device) -> str:

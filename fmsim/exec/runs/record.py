@@ -1,4 +1,6 @@
-"""Record what a DeepSeek-V4 model attends to while it answers: a model and streams of turns in, traces out."""
+"""Record what a DeepSeek-V4 model attends to while it answers: a model and streams of turns in,
+traces out.
+"""
 
 from __future__ import annotations
 
@@ -11,11 +13,11 @@ from pathlib import Path
 import torch
 
 from fmsim.errors import FmsimError
-from fmsim.exec.model.loader import weight_files
-from fmsim.exec.model.deepseek_v4 import CSA, Access, DeepseekV4
 from fmsim.exec.decode.prompt import PROMPT_QUERIES, PromptWatcher, to_numpy
 from fmsim.exec.decode.request import Request
 from fmsim.exec.decode.session import Session
+from fmsim.exec.model.deepseek_v4 import CSA, Access, DeepseekV4
+from fmsim.exec.model.loader import weight_files
 from fmsim.nano.prompts import Stream, exact
 from fmsim.trace import ModelInfo, Trace, TraceHeader, TraceRecorder
 
@@ -31,22 +33,30 @@ def record(
     tau: int = 64,
     progress: Callable[[int], None] = lambda tokens: None,
 ) -> Iterator[Trace]:
-    """A trace of each of ``streams``, which share one prompt: it is read once, and each decode starts from its state.
+    """A trace of each of ``streams``, which share one prompt: it is read once, and each decode
+    starts from its state.
 
-    Greedy tokens are judged against the answers they should give (``header.quality``). ``progress`` is told of tokens.
+    Greedy tokens are judged against the answers they should give (``header.quality``). ``progress``
+    is told of tokens.
     """
     prompt = [int(token) for token in streams[0].prompt]
-    header = trace_header(model, len(prompt), name=name, seed=seed, sha256=sha256, prompt_text=prompt_text, tau=tau)
+    header = trace_header(
+        model, len(prompt), name=name, seed=seed, sha256=sha256, prompt_text=prompt_text, tau=tau
+    )
     shared = PromptWatcher(len(prompt), header.prompt_mass_queries)
     session = Session(model, len(prompt) + max(stream.steps for stream in streams), shared)
     session.read(prompt, progress)
     for stream in streams:
         decode = copy.copy(session)
         decode.cache = copy.deepcopy(session.cache)
-        yield _decode(decode, shared, stream, header.model_copy(update={"prompt_kind": stream.kind}), progress)
+        yield _decode(
+            decode, shared, stream, header.model_copy(update={"prompt_kind": stream.kind}), progress
+        )
 
 
-def _decode(session: Session, prompt: PromptWatcher, stream: Stream, header: TraceHeader, progress) -> Trace:
+def _decode(
+    session: Session, prompt: PromptWatcher, stream: Stream, header: TraceHeader, progress
+) -> Trace:
     config = session.model.config
     recorder = TraceRecorder(header, stream.steps, config.layer_types.count(CSA), config.index_topk)
     _hand_over(prompt, recorder)
@@ -72,12 +82,22 @@ def _hand_over(prompt: PromptWatcher, recorder: TraceRecorder) -> None:
 
 
 def trace_header(
-    model: DeepseekV4, prompt_tokens: int, *, name: str, seed: int, sha256: str | None, prompt_text: str = "", kind: str = "text", tau: int = 64
+    model: DeepseekV4,
+    prompt_tokens: int,
+    *,
+    name: str,
+    seed: int,
+    sha256: str | None,
+    prompt_text: str = "",
+    kind: str = "text",
+    tau: int = 64,
 ) -> TraceHeader:
     """The header of a trace that is about to be recorded from `model`."""
     return TraceHeader(
         geometry=geometry(model),
-        model=ModelInfo(name=name, sha256=sha256, dtype=str(model.lm_head.weight.dtype).removeprefix("torch.")),
+        model=ModelInfo(
+            name=name, sha256=sha256, dtype=str(model.lm_head.weight.dtype).removeprefix("torch.")
+        ),
         source="deepseek_v4",
         prompt_kind=kind,
         prompt_text=prompt_text,
@@ -91,18 +111,30 @@ def trace_header(
 
 
 def trace_of(request: Request, header: TraceHeader, forced: Sequence[bool]) -> Trace:
-    """What `request` selected among all entries in the steps so far, under whatever policy it ran. `forced` is by step.
+    """What `request` selected among all entries in the steps so far, under whatever policy it ran.
+
+    `forced` is by step.
 
     Raises FmsimError where that is not known, since index keys were tiered.
     """
     if request.unmeasured:
-        raise FmsimError(f"what CSA layers {request.unmeasured} select among all entries was not measured; decode with index_keys=\"all\" to record a trace")
+        raise FmsimError(
+            f"what CSA layers {request.unmeasured} select among all entries was not measured;"
+            ' decode with index_keys="all" to record a trace'
+        )
     steps = request.step
     recorder = TraceRecorder(header, steps, request.layers, request.topk)
     keys = request.keys_of((header.prompt_tokens + steps) // request.rate)
     for layer in range(request.layers):
         near = to_numpy(request.near_mass[:, layer])
-        recorder.step(0, layer, request.wanted[:, layer].cpu().numpy(), to_numpy(request.mass[:, layer]), near[:, 0], near[:, 1])
+        recorder.step(
+            0,
+            layer,
+            request.wanted[:, layer].cpu().numpy(),
+            to_numpy(request.mass[:, layer]),
+            near[:, 0],
+            near[:, 1],
+        )
         recorder.prompt_mass(layer, request.prompt.mass[layer])
         recorder.index_keys(layer, to_numpy(keys[layer]))
         for window in range(-(-steps // header.tau)):
@@ -111,7 +143,9 @@ def trace_of(request: Request, header: TraceHeader, forced: Sequence[bool]) -> T
 
 
 class DecodeWatcher:
-    """Observes the decode: passes accesses, and the states that the later windows begin with, on to a recorder."""
+    """Observes the decode: passes accesses, and the states that the later windows begin with, on to
+    a recorder.
+    """
 
     def __init__(self, recorder: TraceRecorder):
         self.recorder, self.steps = recorder, recorder.steps
@@ -123,7 +157,9 @@ class DecodeWatcher:
             self.recorder.step(first, layer, *(to_numpy(part[0]) for part in access[:4]))
             for step in range(first, first + tokens):  # window w begins after step tau * w - 1
                 if (step + 1) % self.tau == 0 and step + 1 < self.steps:
-                    self.recorder.hidden((step + 1) // self.tau, layer, to_numpy(access.hidden[0, step - first]))
+                    self.recorder.hidden(
+                        (step + 1) // self.tau, layer, to_numpy(access.hidden[0, step - first])
+                    )
 
 
 def _index_keys(session: Session) -> list:
@@ -132,7 +168,9 @@ def _index_keys(session: Session) -> list:
 
 
 def geometry(model: DeepseekV4) -> dict:
-    """The trace header's description of the model: what a replay or a memory indexer needs of its config."""
+    """The trace header's description of the model: what a replay or a memory indexer needs of its
+    config.
+    """
     config = model.config
     rope = config.rope_parameters["compress"]
     return {

@@ -1,4 +1,6 @@
-"""`fmsim exec --weights synthetic`: a trace, a preset geometry and a policy in; measured footprint and times out, in the fields of `fmsim run`."""
+"""`fmsim exec --weights synthetic`: a trace, a preset geometry and a policy in; measured footprint
+and times out, in the fields of `fmsim run`.
+"""
 
 from __future__ import annotations
 
@@ -10,29 +12,33 @@ from typing import Any
 import numpy as np
 import torch
 
-from fmsim.sim import metrics
 from fmsim import __version__
 from fmsim.errors import FmsimError
 from fmsim.exec.decode.driven import DrivenDecode, Outcome
 from fmsim.exec.decode.engine import Timeline
-from fmsim.exec.model.deepseek_v4 import DeepseekV4
-from fmsim.exec.runs.live import MEASURED, device_name
-from fmsim.exec.model.synthetic import model_bytes, synthetic_model
 from fmsim.exec.decode.synthetic_decode import SyntheticStep
 from fmsim.exec.kv.tiered import host_free_bytes
-from fmsim.sim.footprint import footprint, indexer_layers
+from fmsim.exec.model.deepseek_v4 import DeepseekV4
+from fmsim.exec.model.synthetic import model_bytes, synthetic_model
+from fmsim.exec.runs.live import MEASURED, device_name
 from fmsim.geometry import Geometry
 from fmsim.policies.base import Policy
 from fmsim.replay.replayer import Replayer
+from fmsim.sim import metrics
+from fmsim.sim.footprint import footprint, indexer_layers
 
 GIB = 2**30
 SPARE_BYTES = 4 * GIB  # for activations, scores and the graph, beside weights and KV
-WARM_UP_STEPS = 4  # after the first decision that recalls: until then kernels are compiled, and the step is captured; left out of the times
+# after the first decision that recalls: until then kernels are compiled, and the step is captured;
+# left out of the times
+WARM_UP_STEPS = 4
 
 
 @dataclass(frozen=True)
 class Run:
-    """`policy` for ``batch`` requests: what was allocated for one of them, and what `decode` measured."""
+    """`policy` for ``batch`` requests: what was allocated for one of them, and what `decode`
+    measured.
+    """
 
     label: str
     policy: Policy
@@ -58,7 +64,14 @@ class Run:
         end_s = step_s.cumsum()
         none = np.full(len(step_s), np.nan)
         moved = np.full(len(step_s), self.outcome.h2d_bytes * self.batch / len(self.outcome.step_s))
-        return Timeline(self.batch, end_s - step_s, end_s, none, self.outcome.recall_wait_s[self.warm_up_steps :], moved)
+        return Timeline(
+            self.batch,
+            end_s - step_s,
+            end_s,
+            none,
+            self.outcome.recall_wait_s[self.warm_up_steps :],
+            moved,
+        )
 
 
 def keyed_layers_of(ledger, place, geometry: Geometry) -> int:
@@ -70,53 +83,106 @@ def kv_bytes_of(place, ledger, geometry: Geometry) -> int:
     """What one request will take: every slot of its budget, the keys, HCA entries and windows."""
     tokens, slots = int(place.tokens[-1]), ledger.n_slots * ledger.granularity
     keyed = keyed_layers_of(ledger, place, geometry)
-    return geometry.gpu_kv_bytes(tokens, slots * geometry.n_csa, keyed * geometry.csa_entries(tokens) + (geometry.n_csa - keyed) * slots)
+    return geometry.gpu_kv_bytes(
+        tokens,
+        slots * geometry.n_csa,
+        keyed * geometry.csa_entries(tokens) + (geometry.n_csa - keyed) * slots,
+    )
 
 
-def weights_for(geometry: Geometry, device: str, kv_bytes: int, seed: int) -> tuple[DeepseekV4, int]:
+def weights_for(
+    geometry: Geometry, device: str, kv_bytes: int, seed: int
+) -> tuple[DeepseekV4, int]:
     """A model with as many experts as leave ``kv_bytes`` free; -> it, and how many those are."""
     return synthetic_model(geometry, device, free_weight_bytes(geometry, device, kv_bytes), seed)
 
 
 def free_weight_bytes(geometry: Geometry, device: str, kv_bytes: int) -> int:
-    """What ``kv_bytes`` and a reserve leave of the device's free memory for weights; no more than the whole model takes."""
+    """What ``kv_bytes`` and a reserve leave of the device's free memory for weights; no more than
+    the whole model takes.
+    """
     free_bytes = torch.cuda.mem_get_info()[0] if device == "cuda" else host_free_bytes()
     whole_bytes = model_bytes(geometry, geometry.n_experts)
-    return whole_bytes if free_bytes is None else min(whole_bytes, free_bytes - kv_bytes - SPARE_BYTES)
+    return (
+        whole_bytes if free_bytes is None else min(whole_bytes, free_bytes - kv_bytes - SPARE_BYTES)
+    )
 
 
 def run(
-    label: str, make: Callable[[], Policy], replayer: Replayer, geometry: Geometry, layer_map: tuple[int, ...], model: DeepseekV4, device: str, batch: int,
-    seed: int = 0, progress: Callable[[int], None] = lambda steps: None,
-) -> Run:  # fmt: skip
-    """Decode the whole trace with ``batch`` requests under one policy. Raises FmsimError where memory is short."""
+    label: str,
+    make: Callable[[], Policy],
+    replayer: Replayer,
+    geometry: Geometry,
+    layer_map: tuple[int, ...],
+    model: DeepseekV4,
+    device: str,
+    batch: int,
+    seed: int = 0,
+    progress: Callable[[int], None] = lambda steps: None,
+) -> Run:
+    """Decode the whole trace with ``batch`` requests under one policy.
+
+    Raises FmsimError where memory is short.
+    """
     ledger = replayer.run(make())
     place = footprint(ledger, geometry, layer_map)
     with torch.inference_mode():
         policy = make()
-        decode = DrivenDecode(replayer, policy, geometry, place.groups, keyed_layers_of(ledger, place, geometry), device, batch=batch, watch=False)
+        decode = DrivenDecode(
+            replayer,
+            policy,
+            geometry,
+            place.groups,
+            keyed_layers_of(ledger, place, geometry),
+            device,
+            batch=batch,
+            watch=False,
+        )
         step = SyntheticStep(decode, model, layer_map, seed)
         outcome = decode.run(step, progress)
-    found = Run(label, policy, batch, decode, outcome, step.fixed_bytes, step.open_bytes, decode.tiers.mirror_bytes)
+    found = Run(
+        label,
+        policy,
+        batch,
+        decode,
+        outcome,
+        step.fixed_bytes,
+        step.open_bytes,
+        decode.tiers.mirror_bytes,
+    )
     del step
     gc.collect()
     return found
 
 
-def report(runs: Sequence[Run], replayer: Replayer, geometry: Geometry, layer_map: Sequence[int], n_experts: int, device: str, trace: str) -> dict[str, Any]:
-    """The object that `fmsim exec --weights synthetic --json` prints: `fmsim run`'s fields, measured. Bytes are of one request."""
+def report(
+    runs: Sequence[Run],
+    replayer: Replayer,
+    geometry: Geometry,
+    layer_map: Sequence[int],
+    n_experts: int,
+    device: str,
+    trace: str,
+) -> dict[str, Any]:
+    """The object that `fmsim exec --weights synthetic --json` prints: `fmsim run`'s fields,
+    measured.
+
+    Bytes are of one request.
+    """
     full_bytes = geometry.full_kv_bytes(replayer.header.prompt_tokens + replayer.n_steps)
     rows, details = [], {}
     for found in runs:
         ledger = found.outcome.ledger
-        rows.append({
-            "policy": found.label,
-            "kv_hbm_bytes": found.kv_bytes,
-            "kv_hbm_ratio": found.kv_bytes / full_bytes,
-            **metrics.kept(ledger, layer_map),
-            **metrics.timed(found.timeline()),
-            "max_requests": None,
-        })  # fmt: skip
+        rows.append(
+            {
+                "policy": found.label,
+                "kv_hbm_bytes": found.kv_bytes,
+                "kv_hbm_ratio": found.kv_bytes / full_bytes,
+                **metrics.kept(ledger, layer_map),
+                **metrics.timed(found.timeline()),
+                "max_requests": None,
+            }
+        )
         details[found.label] = {
             "exact": metrics.exact(ledger),
             "params": found.policy.params.model_dump(mode="json"),
@@ -126,15 +192,24 @@ def report(runs: Sequence[Run], replayer: Replayer, geometry: Geometry, layer_ma
             "spare_bytes": found.decode.spare_bytes,
             "open_bytes": found.open_bytes,
             "host_kv_bytes": found.host_bytes,
-            "pages": {key: int(getattr(ledger, key).sum()) for key in ("lookahead_loads", "demand_loads", "written", "evicted")},
+            "pages": {
+                key: int(getattr(ledger, key).sum())
+                for key in ("lookahead_loads", "demand_loads", "written", "evicted")
+            },
         }
     about = {
         "fmsim": __version__,
         "device": device_name(torch.device(device)),
         "dtype": "bfloat16",
         "model": {
-            "name": f"{geometry.name}, random {geometry.weight_type} weights, {n_experts} of {geometry.n_experts} experts a layer",
-            "csa_layers": geometry.n_csa, "layers": geometry.n_layers, "topk": geometry.index_topk, "experts": n_experts,
+            "name": (
+                f"{geometry.name}, random {geometry.weight_type} weights, {n_experts} of"
+                f" {geometry.n_experts} experts a layer"
+            ),
+            "csa_layers": geometry.n_csa,
+            "layers": geometry.n_layers,
+            "topk": geometry.index_topk,
+            "experts": n_experts,
         },
         "prompt": {"text": f"the accesses of {trace}", "tokens": [replayer.header.prompt_tokens]},
         "layer_map": list(layer_map),
@@ -145,7 +220,7 @@ def report(runs: Sequence[Run], replayer: Replayer, geometry: Geometry, layer_ma
         "details": details,
         "measured": MEASURED,
         "simulated": [],
-    }  # fmt: skip
+    }
     return {"scenario": about, "policies": rows}
 
 
@@ -153,9 +228,8 @@ def batch_that_fits(kv_budget_bytes: int, request_bytes: int) -> int:
     """How many requests a budget of KV bytes holds. Raises FmsimError where it holds none."""
     if kv_budget_bytes < request_bytes:
         raise FmsimError(
-            f"--kv-budget: one request takes {request_bytes / GIB:.2f} GiB, {(request_bytes - kv_budget_bytes) / GIB:.2f} GiB more than the budget's "
-            f"{kv_budget_bytes / GIB:.2f} GiB; raise it, or lower the policy's budget"
+            f"--kv-budget: one request takes {request_bytes / GIB:.2f} GiB,"
+            f" {(request_bytes - kv_budget_bytes) / GIB:.2f} GiB more than the budget's"
+            f" {kv_budget_bytes / GIB:.2f} GiB; raise it, or lower the policy's budget"
         )
     return kv_budget_bytes // request_bytes
-
-

@@ -1,7 +1,9 @@
-"""What a model still answers under each policy, and what the policy keeps for it: `fmsim eval` from plan to summary.
+"""What a model still answers under each policy, and what the policy keeps for it: `fmsim eval` from
+plan to summary.
 
-Each answer becomes a line, a dict of plain values; lines are kept in a file as they come, so that a run can be interrupted and
-go on. `summary` makes the table's cells of lines. torch is imported inside functions only.
+Each answer becomes a line, a dict of plain values; lines are kept in a file as they come, so that a
+run can be interrupted and go on. `summary` makes the table's cells of lines. torch is imported
+inside functions only.
 """
 
 from fmsim.experiments.accuracy.ask import run

@@ -1,4 +1,6 @@
-"""From a plan to its lines: contexts are read, questions answered, and each answer's ledger turned into what it costs."""
+"""From a plan to its lines: contexts are read, questions answered, and each answer's ledger turned
+into what it costs.
+"""
 
 from __future__ import annotations
 
@@ -6,21 +8,21 @@ from collections.abc import Callable, Iterator
 from functools import partial
 from typing import TYPE_CHECKING
 
-from fmsim.sim import metrics
 from fmsim.experiments.accuracy.lines import Line, Lines
 from fmsim.experiments.accuracy.plan import Item, Plan, policy_of
-from fmsim.sim.footprint import check_layer_map
+from fmsim.experiments.parallel import as_they_end, cores
 from fmsim.geometry import PRESETS
 from fmsim.hw.spec import load_hardware
-from fmsim.experiments.parallel import as_they_end, cores
+from fmsim.sim import metrics
 from fmsim.sim.decode import simulate
+from fmsim.sim.footprint import check_layer_map
 from fmsim.tasks import build
 from fmsim.tasks.questions import texts
 
 if TYPE_CHECKING:
     from fmsim.exec.model.deepseek_v4 import DeepseekV4
-    from fmsim.replay.ledger import Ledger
     from fmsim.nano.tokens import Corpus
+    from fmsim.replay.ledger import Ledger
 
 OpenSource = Callable[[], "tuple[DeepseekV4, Corpus]"]
 
@@ -32,21 +34,28 @@ def run(
     progress: Callable[[str, int, int], None] = lambda what, done, total: None,
     workers: int = 1,
 ) -> list[Line]:
-    """All lines of ``plan``; those that ``lines`` has are not asked again. ``progress`` is told (what, contexts done, contexts in all).
+    """All lines of ``plan``; those that ``lines`` has are not asked again.
 
-    ``open_source`` gives the model and the text of the contexts. With several ``workers`` it is pickled, and called in each; this process
-    opens nothing, and writes the lines of a context when it is whole, so an interruption loses the contexts under way.
+    ``progress`` is told (what, contexts done, contexts in all).
+
+    ``open_source`` gives the model and the text of the contexts. With several ``workers`` it is
+    pickled, and called in each; this process opens nothing, and writes the lines of a context when
+    it is whole, so an interruption loses the contexts under way.
     """
     for spec in plan.policies:
         policy_of(spec, plan.budget, plan.checkpoint)  # a mistake is told before anything is read
     items = plan.items()
-    for done, what in enumerate((_one_by_one if workers == 1 else _side_by_side)(open_source, plan, items, lines, workers)):
+    for done, what in enumerate(
+        (_one_by_one if workers == 1 else _side_by_side)(open_source, plan, items, lines, workers)
+    ):
         progress(what, done, len(items))
     progress("done", len(items), len(items))
     return lines.of(items, plan.policies)
 
 
-def _one_by_one(open_source: OpenSource, plan: Plan, items: list[Item], lines: Lines, workers: int) -> Iterator[str]:
+def _one_by_one(
+    open_source: OpenSource, plan: Plan, items: list[Item], lines: Lines, workers: int
+) -> Iterator[str]:
     """Gives what comes next; lines are added as they come."""
     model, corpus = open_source()
     for item in items:
@@ -55,9 +64,17 @@ def _one_by_one(open_source: OpenSource, plan: Plan, items: list[Item], lines: L
             lines.add(line)
 
 
-def _side_by_side(open_source: OpenSource, plan: Plan, items: list[Item], lines: Lines, workers: int) -> Iterator[str]:
-    """Gives what has just ended. The longest are begun first, so that none is left alone at the end."""
-    jobs = [(item, {lines.key(line) for line in lines.of([item], plan.policies)}) for item in sorted(items, key=lambda item: -item.tokens)]
+def _side_by_side(
+    open_source: OpenSource, plan: Plan, items: list[Item], lines: Lines, workers: int
+) -> Iterator[str]:
+    """Gives what has just ended.
+
+    The longest are begun first, so that none is left alone at the end.
+    """
+    jobs = [
+        (item, {lines.key(line) for line in lines.of([item], plan.policies)})
+        for item in sorted(items, key=lambda item: -item.tokens)
+    ]
     yield f"{workers} processes begin"
     work = partial(_in_process, open_source, plan, max(1, cores() // workers))
     ended = 0
@@ -72,7 +89,9 @@ def _side_by_side(open_source: OpenSource, plan: Plan, items: list[Item], lines:
 _opened: list[tuple[DeepseekV4, Corpus]] = []  # this worker's, for its next context
 
 
-def _in_process(open_source: OpenSource, plan: Plan, threads: int, job: tuple[Item, set[tuple]]) -> tuple[Item, list[Line]]:
+def _in_process(
+    open_source: OpenSource, plan: Plan, threads: int, job: tuple[Item, set[tuple]]
+) -> tuple[Item, list[Line]]:
     if not _opened:
         import torch
 
@@ -82,18 +101,26 @@ def _in_process(open_source: OpenSource, plan: Plan, threads: int, job: tuple[It
     return item, list(_ask(*_opened[0], plan, item, known))
 
 
-def _ask(model: DeepseekV4, corpus: Corpus, plan: Plan, item: Item, known: set[tuple]) -> Iterator[Line]:
+def _ask(
+    model: DeepseekV4, corpus: Corpus, plan: Plan, item: Item, known: set[tuple]
+) -> Iterator[Line]:
     """One context's lines, but for those whose keys are ``known``."""
     from fmsim.experiments.accuracy.answer import answers
 
     [context] = build(item.tasks, item.tokens, item.sample, corpus, item.seed)
-    makers = {spec: partial(policy_of, spec, plan.budget, plan.checkpoint) for spec in plan.policies}
+    makers = {
+        spec: partial(policy_of, spec, plan.budget, plan.checkpoint) for spec in plan.policies
+    }
 
     def head(number: int, label: str) -> Line:
         return {
-            "policy": label, "task": context.questions[number].task, "tokens": item.tokens, "seed": item.seed, "sample": item.sample,
+            "policy": label,
+            "task": context.questions[number].task,
+            "tokens": item.tokens,
+            "seed": item.seed,
+            "sample": item.sample,
             "question": number,
-        }  # fmt: skip
+        }
 
     pairs = [(number, label) for number in range(len(context.questions)) for label in makers]
     wanted = [pair for pair in pairs if Lines.key(head(*pair)) not in known]
@@ -102,11 +129,18 @@ def _ask(model: DeepseekV4, corpus: Corpus, plan: Plan, item: Item, known: set[t
     for answered in answers(model, context, wanted, makers, seed=1000 * item.seed + item.sample):
         question = context.questions[answered.question]
         judged = {"score": question.score(answered.tokens), "text": texts([answered.tokens])[0]}
-        yield head(answered.question, answered.label) | judged | costs(answered.ledger, plan) | {"confidence": answered.confidence}
+        yield (
+            head(answered.question, answered.label)
+            | judged
+            | costs(answered.ledger, plan)
+            | {"confidence": answered.confidence}
+        )
 
 
 def costs(ledger: Ledger, plan: Plan) -> Line:
-    """What `fmsim run` says of a ledger, as far as the table needs it, in the plan's model and hardware; and what foretells a lost answer."""
+    """What `fmsim run` says of a ledger, as far as the table needs it, in the plan's model and
+    hardware; and what foretells a lost answer.
+    """
     geometry, hw = PRESETS[plan.model], load_hardware(plan.hardware)
     layer_map = check_layer_map(None, ledger.n_layers, geometry.n_csa)
     row = metrics.row(ledger, simulate(ledger, geometry, hw, layer_map, 1), geometry, hw, layer_map)
@@ -116,8 +150,12 @@ def costs(ledger: Ledger, plan: Plan) -> Line:
         "kv_ratio": row["kv_hbm_ratio"],
         "golden_kept": row["entry_recall"],
         "mass_kept": row["mass_kept"],
-        "least_mass_kept": float(((mass_kept + 1e-9) / (mass_total + 1e-9)).min()),  # of all steps; a step without mass loses none
-        "heaviest_lost": float((ledger.heaviest_lost / (ledger.mass_total + 1e-9)).max()),  # one entry's share of its step and layer
+        "least_mass_kept": float(
+            ((mass_kept + 1e-9) / (mass_total + 1e-9)).min()
+        ),  # of all steps; a step without mass loses none
+        "heaviest_lost": float(
+            (ledger.heaviest_lost / (ledger.mass_total + 1e-9)).max()
+        ),  # one entry's share of its step and layer
         "selected_resident": float(ledger.hit.sum() / max(1, ledger.accessed.sum())),
         "h2d_bytes_per_step": row["h2d_bytes"] / ledger.n_steps,
         "stall_ratio": row["stall_ratio"],

@@ -8,12 +8,17 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from fmsim.experiments.accuracy.plan import Item, Plan
 from fmsim.errors import FmsimError
+from fmsim.experiments.accuracy.plan import Item, Plan
 
 Line = dict[str, Any]
 KEY = ("policy", "task", "tokens", "seed", "sample", "question")
-EXTENT = ("lengths", "samples", "policies", "seeds")  # of a plan: how much is asked, not what is answered
+EXTENT = (
+    "lengths",
+    "samples",
+    "policies",
+    "seeds",
+)  # of a plan: how much is asked, not what is answered
 
 
 class Lines:
@@ -35,18 +40,29 @@ class Lines:
             else:
                 path.write_text(head + "\n", encoding="utf-8")
         except OSError as error:
-            raise FmsimError(f"{path}: the answers cannot be kept there ({error.strerror}); give another --out") from None
+            raise FmsimError(
+                f"{path}: the answers cannot be kept there ({error.strerror}); give another --out"
+            ) from None
 
     def _load(self, path: Path, head: str) -> None:
-        whole = [text for text in path.read_text(encoding="utf-8").splitlines(keepends=True) if text.endswith("\n")]  # a kill may cut the last
+        whole = [
+            text
+            for text in path.read_text(encoding="utf-8").splitlines(keepends=True)
+            if text.endswith("\n")
+        ]  # a kill may cut the last
         if not whole or whole[0].strip() != head:
-            raise FmsimError(f"{path}: holds answers of another plan, model or text; give another --out, or take it away")
+            raise FmsimError(
+                f"{path}: holds answers of another plan, model or text; give another --out, or take"
+                " it away"
+            )
         for number, text in enumerate(whole[1:], start=2):
             try:
                 line = json.loads(text)
                 self.found[self.key(line)] = line
             except (ValueError, KeyError, TypeError):
-                raise FmsimError(f"{path}: line {number} is no answer; take it out, and it is asked again") from None
+                raise FmsimError(
+                    f"{path}: line {number} is no answer; take it out, and it is asked again"
+                ) from None
         path.write_text("".join(whole), encoding="utf-8")
 
     @staticmethod
@@ -61,11 +77,19 @@ class Lines:
 
     def of(self, items: Iterable[Item], policies: Iterable[str]) -> list[Line]:
         """Those of ``items`` and ``policies``, in their order; of one item by question."""
-        item_of = {(item.seed, item.tokens, item.sample, task): place for place, item in enumerate(items) for task in item.tasks}
+        item_of = {
+            (item.seed, item.tokens, item.sample, task): place
+            for place, item in enumerate(items)
+            for task in item.tasks
+        }
         policy_of = {policy: place for place, policy in enumerate(policies)}
         places = {}
         for policy, task, tokens, seed, sample, question in self.found:
             item = item_of.get((seed, tokens, sample, task))
             if item is not None and policy in policy_of:
-                places[policy, task, tokens, seed, sample, question] = (item, question, policy_of[policy])
+                places[policy, task, tokens, seed, sample, question] = (
+                    item,
+                    question,
+                    policy_of[policy],
+                )
         return [self.found[key] for key in sorted(places, key=places.__getitem__)]

@@ -18,7 +18,9 @@ POLICIES = ("full", "lsa", "lsa:on_miss=fallback", "recency", "random", "lru", "
 
 @dataclass(frozen=True)
 class Item:
-    """One context, read once: number ``sample`` of a seed and length, and the families asked about in it."""
+    """One context, read once: number ``sample`` of a seed and length, and the families asked about
+    in it.
+    """
 
     seed: int
     tokens: int
@@ -26,13 +28,20 @@ class Item:
     tasks: tuple[str, ...]
 
     def __str__(self) -> str:
-        return f"{self.tokens:,} tokens, seed {self.seed}, sample {self.sample + 1}, {', '.join(self.tasks)}"
+        return (
+            f"{self.tokens:,} tokens, seed {self.seed}, sample {self.sample + 1},"
+            f" {', '.join(self.tasks)}"
+        )
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What is asked of whom. ``policies`` are specs as `policy_of` reads them; ``budget`` is of all that do not name their own; ``model``
-    names the preset whose bytes, and ``hardware`` the one whose times, the answers' ledgers are turned into."""
+    """What is asked of whom.
+
+    ``policies`` are specs as `policy_of` reads them; ``budget`` is of all that do not name their
+    own; ``model`` names the preset whose bytes, and ``hardware`` the one whose times, the answers'
+    ledgers are turned into.
+    """
 
     tasks: tuple[str, ...] = FAMILIES
     lengths: tuple[int, ...] = (32_768,)
@@ -48,7 +57,9 @@ class Plan:
         for task in set(self.tasks) - set(FAMILIES):
             raise FmsimError(f"--task {task}: no such family; there are {', '.join(FAMILIES)}")
         if self.model not in PRESETS:
-            raise FmsimError(f"--geometry {self.model}: no such preset; there are {', '.join(PRESETS)}")
+            raise FmsimError(
+                f"--geometry {self.model}: no such preset; there are {', '.join(PRESETS)}"
+            )
         if self.samples < 1 or min(self.lengths) < 1:
             raise FmsimError("eval: --samples and --length must be at least 1")
         if min(self.seeds) < 0:
@@ -58,19 +69,27 @@ class Plan:
         """Every context, each once."""
         every = [
             Item(seed, tokens, sample, tasks)
-            for tokens in self.lengths for seed in self.seeds for sample in range(self.samples) for tasks in in_contexts(self.tasks)
-        ]  # fmt: skip
+            for tokens in self.lengths
+            for seed in self.seeds
+            for sample in range(self.samples)
+            for tasks in in_contexts(self.tasks)
+        ]
         return list(dict.fromkeys(every))
 
 
 def policy_of(spec: str, budget: str, checkpoint: str | None = None) -> Policy:
-    """A policy from ``name`` or ``name:key=value,key=value``; FmsimError where it cannot be read or built."""
+    """A policy from ``name`` or ``name:key=value,key=value``; FmsimError where it cannot be read or
+    built.
+    """
     name, _, given = spec.partition(":")
     params: dict[str, Any] = {}
     for pair in filter(None, given.split(",")):
         key, found, value = pair.partition("=")
         if not found:
-            raise FmsimError(f"--policy {spec}: {pair!r} is no key=value; write e.g. lsa:on_miss=fallback,budget=20%")
+            raise FmsimError(
+                f"--policy {spec}: {pair!r} is no key=value; write e.g."
+                " lsa:on_miss=fallback,budget=20%"
+            )
         try:
             params[key.strip()] = yaml.safe_load(value)
         except yaml.YAMLError:

@@ -1,4 +1,6 @@
-"""Training batches from worker processes; batch i of a seed is the same however many workers make it."""
+"""Training batches from worker processes; batch i of a seed is the same however many workers make
+it.
+"""
 
 from __future__ import annotations
 
@@ -11,8 +13,8 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 
 from fmsim.nano import tokens as corpora
 from fmsim.nano import wording
-from fmsim.nano.weaving import Mixture, find_mixture, pack_sequence
 from fmsim.nano.tokens import Corpus
+from fmsim.nano.weaving import Mixture, find_mixture, pack_sequence
 
 
 class Batches(Dataset):
@@ -21,13 +23,24 @@ class Batches(Dataset):
     ``weights[b, s]`` is 1 where the predicted token ``tokens[b, s + 1]`` answers a question.
     """
 
-    def __init__(self, corpus: Corpus, length: int, sequences: int, mixture: Mixture | str, seed: int, density: float = 1.0):
+    def __init__(
+        self,
+        corpus: Corpus,
+        length: int,
+        sequences: int,
+        mixture: Mixture | str,
+        seed: int,
+        density: float = 1.0,
+    ):
         self.corpus, self.length, self.sequences = corpus, length, sequences
         self.mixture, self.seed, self.density = find_mixture(mixture), seed, density
 
     def __getitem__(self, number: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         rng = np.random.default_rng((self.seed, number))
-        samples = [pack_sequence(rng, self.length + 1, self.corpus, self.density, self.mixture) for _ in range(self.sequences)]
+        samples = [
+            pack_sequence(rng, self.length + 1, self.corpus, self.density, self.mixture)
+            for _ in range(self.sequences)
+        ]
         tokens = np.stack([sample.tokens for sample in samples]).astype(np.int64)
         weights = np.stack([sample.answer[1:] for sample in samples]).astype(np.float32)
         positions = np.stack([sample.positions[:-1] for sample in samples]).astype(np.int64)
@@ -59,7 +72,8 @@ def stream_batches(
 ) -> DataLoader:
     """Endless batches of ``sequences`` sequences of ``length`` tokens, from batch ``start`` on.
 
-    ``corpus`` is a corpus or the folder of one (its training part is read). Workers are forked, and share its memory.
+    ``corpus`` is a corpus or the folder of one (its training part is read). Workers are forked, and
+    share its memory.
     """
     if not isinstance(corpus, Corpus):
         corpus = corpora.load(corpus, "train")

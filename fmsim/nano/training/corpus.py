@@ -1,8 +1,9 @@
 """The real text ``nano`` learns from: ``python -m fmsim.nano.training.corpus --out DIR``.
 
-Downloads Debian documentation packages (``apt-get download``, no root needed), strips their markup and writes
-``DIR/documents.jsonl.xz``, one document a line: package, version, licence, name, held_out, text. The split into train and
-held-out is by a hash of the document's name. ``fmsim.nano.tokens`` makes tokens of it.
+Downloads Debian documentation packages (``apt-get download``, no root needed), strips their markup
+and writes ``DIR/documents.jsonl.xz``, one document a line: package, version, licence, name,
+held_out, text. The split into train and held-out is by a hash of the document's name.
+``fmsim.nano.tokens`` makes tokens of it.
 """
 
 from __future__ import annotations
@@ -28,12 +29,16 @@ HELD_OUT_NAMES = frozenset({"r-cran-janeaustenr/Mansfield Park"})
 SHORTEST_CHARS = 600
 SHORTEST_REPEATED_CHARS = 200  # a paragraph this long is kept once in the whole corpus
 DICTIONARY_PART_CHARS = 65_536
-COMMON_WORDS = frozenset("the of and to in is a for it be that this with as on or not are by if from".split())
+COMMON_WORDS = frozenset(
+    ["the", "of", "and", "to", "in", "is", "a", "for", "it", "be", "that", "this", "with", "as", "on", "or", "not", "are", "by", "if", "from"]
+)
 
 
 @dataclass(frozen=True)
 class Source:
-    """A package, the files of it that are read, and those that are not (indexes, copies of other pages, translations)."""
+    """A package, the files of it that are read, and those that are not (indexes, copies of other
+    pages, translations).
+    """
 
     package: str
     licence: str
@@ -43,16 +48,46 @@ class Source:
 
 SOURCES = (
     Source("anarchism", "GPL-2 or GFDL-1.1", r"/html/[^/]*\.html$", r"changelog"),
-    Source("debian-handbook", "CC-BY-SA-3.0 or GPL-2.0+", r"/html/en-US/[^/]*\.html$", r"/index\.html$|/ix01\.html$"),
-    Source("debian-policy", "GPL-2+", r"/policy\.html/.*\.html$|/fhs/fhs-3\.0\.html$", r"genindex|search\.html"),
-    Source("developers-reference", "GPL-2+", r"/developers-reference/[^/]*\.html$", r"developers-reference\.html$|genindex|search\.html"),
+    Source(
+        "debian-handbook",
+        "CC-BY-SA-3.0 or GPL-2.0+",
+        r"/html/en-US/[^/]*\.html$",
+        r"/index\.html$|/ix01\.html$",
+    ),
+    Source(
+        "debian-policy",
+        "GPL-2+",
+        r"/policy\.html/.*\.html$|/fhs/fhs-3\.0\.html$",
+        r"genindex|search\.html",
+    ),
+    Source(
+        "developers-reference",
+        "GPL-2+",
+        r"/developers-reference/[^/]*\.html$",
+        r"developers-reference\.html$|genindex|search\.html",
+    ),
     Source("dict-gcide", "GPL-3+", r"/gcide\.dict\.dz$"),
-    Source("linux-doc-6.1", "GPL-2", r"/html/.*\.html$", r"/translations/|genindex|search\.html|/index\.html$|/maintainers\.html$"),
+    Source(
+        "linux-doc-6.1",
+        "GPL-2",
+        r"/html/.*\.html$",
+        r"/translations/|genindex|search\.html|/index\.html$|/maintainers\.html$",
+    ),
     Source("perl-doc", "Artistic or GPL-1+", r"\.pod$", r"/perltoc\.pod$|/perluniprops\.pod$"),
     Source("postgresql-doc-15", "PostgreSQL", r"/html/[^/]*\.html$", r"bookindex|legalnotice"),
-    Source("python3.11-doc", "PSF-2.0", r"/html/.*\.html$", r"genindex|contents\.html$|search\.html|modindex|/index\.html$"),
+    Source(
+        "python3.11-doc",
+        "PSF-2.0",
+        r"/html/.*\.html$",
+        r"genindex|contents\.html$|search\.html|modindex|/index\.html$",
+    ),
     Source("r-cran-janeaustenr", "MIT (public-domain novels)", r"/data/Rdata\.rdb$"),
-    Source("sqlite3-doc", "public-domain", r"/sqlite3?/.*\.html$", r"requirements\.html|crossref|matrix|keyword_index|sitemap|doclist"),
+    Source(
+        "sqlite3-doc",
+        "public-domain",
+        r"/sqlite3?/.*\.html$",
+        r"requirements\.html|crossref|matrix|keyword_index|sitemap|doclist",
+    ),
     Source("vim-doc", "Vim or OPL-1.0", r"/html/[^/]*\.html$", r"/tags\.html$|/index\.html$"),
 )
 
@@ -73,15 +108,28 @@ def download(folder: Path) -> None:
     """Fetch the packages of ``SOURCES`` as .deb files into ``folder``."""
     packages = [source.package for source in SOURCES]
     try:
-        subprocess.run(["apt-get", "download", *packages], cwd=folder, check=True, capture_output=True, text=True)
+        subprocess.run(
+            ["apt-get", "download", *packages],
+            cwd=folder,
+            check=True,
+            capture_output=True,
+            text=True,
+        )
     except FileNotFoundError as error:
-        raise FmsimError("apt-get is not on this machine; fetch the .deb files elsewhere and give --packages DIR") from error
+        raise FmsimError(
+            "apt-get is not on this machine; fetch the .deb files elsewhere and give --packages DIR"
+        ) from error
     except subprocess.CalledProcessError as error:
-        raise FmsimError(f"apt-get download failed ({error.stderr.strip()[-200:]}); run apt-get update, or give --packages DIR") from error
+        raise FmsimError(
+            f"apt-get download failed ({error.stderr.strip()[-200:]}); run apt-get update, or give"
+            " --packages DIR"
+        ) from error
 
 
 def read_packages(folder: Path) -> Iterator[Document]:
-    """All documents of the .deb files in ``folder``: English, of some length, no paragraph twice, in a stable order."""
+    """All documents of the .deb files in ``folder``: English, of some length, no paragraph twice,
+    in a stable order.
+    """
     seen: set[bytes] = set()
     with multiprocessing.Pool() as pool:
         for source in SOURCES:
@@ -89,14 +137,27 @@ def read_packages(folder: Path) -> Iterator[Document]:
             version = _field(archive, "Version")
             with tempfile.TemporaryDirectory() as unpacked:
                 subprocess.run(["dpkg-deb", "-x", archive, unpacked], check=True)
-                found = sorted(p for p in Path(unpacked).rglob("*") if p.is_file() and re.search(source.files, str(p)))
-                paths = [p for p in found if not p.is_symlink() and not re.search(source.skip, str(p))]
+                found = sorted(
+                    p
+                    for p in Path(unpacked).rglob("*")
+                    if p.is_file() and re.search(source.files, str(p))
+                )
+                paths = [
+                    p for p in found if not p.is_symlink() and not re.search(source.skip, str(p))
+                ]
                 for texts in pool.imap(read_file, paths, chunksize=4):
                     for name, text in texts:
                         text = _unseen(text, seen)
                         if len(text) >= SHORTEST_CHARS and is_english(text):
                             name = name.replace(unpacked, "").removeprefix("/usr/share/")
-                            yield Document(source.package, version, source.licence, name, is_held_out(source.package, name), text)
+                            yield Document(
+                                source.package,
+                                version,
+                                source.licence,
+                                name,
+                                is_held_out(source.package, name),
+                                text,
+                            )
 
 
 def _archive(folder: Path, package: str) -> Path:
@@ -107,13 +168,18 @@ def _archive(folder: Path, package: str) -> Path:
 
 
 def _field(archive: Path, field: str) -> str:
-    return subprocess.run(["dpkg-deb", "-f", archive, field], check=True, capture_output=True, text=True).stdout.strip()
+    return subprocess.run(
+        ["dpkg-deb", "-f", archive, field], check=True, capture_output=True, text=True
+    ).stdout.strip()
 
 
 def read_file(path: Path) -> list[tuple[str, str]]:
     """(name, text) of each document in one file."""
     if path.suffix == ".dz":
-        return [(f"gcide {number:04}", part) for number, part in enumerate(_dictionary_parts(dictd_text(path)))]
+        return [
+            (f"gcide {number:04}", part)
+            for number, part in enumerate(_dictionary_parts(dictd_text(path)))
+        ]
     if path.suffix == ".rdb":
         return [(_novel_title(lines), "\n".join(lines).strip() + "\n") for lines in r_strings(path)]
     page = path.read_bytes()
@@ -177,7 +243,9 @@ def read_documents(folder: Path) -> Iterator[Document]:
     """The documents that ``write_documents`` put into ``folder``."""
     path = folder / "documents.jsonl.xz"
     if not path.exists():
-        raise FmsimError(f"{path}: missing; make it with python -m fmsim.nano.training.corpus --out {folder}")
+        raise FmsimError(
+            f"{path}: missing; make it with python -m fmsim.nano.training.corpus --out {folder}"
+        )
     with lzma.open(path, "rt", encoding="utf-8") as lines:
         for line in lines:
             yield Document(**json.loads(line))
@@ -185,14 +253,18 @@ def read_documents(folder: Path) -> Iterator[Document]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--out", type=Path, required=True, help="folder to write documents.jsonl.xz into")
+    parser.add_argument(
+        "--out", type=Path, required=True, help="folder to write documents.jsonl.xz into"
+    )
     parser.add_argument("--packages", type=Path, help="folder of .deb files already downloaded")
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as fresh:
         if args.packages is None:
             download(Path(fresh))
-        sizes = write_documents(read_packages(args.packages or Path(fresh)), args.out / "documents.jsonl.xz")
+        sizes = write_documents(
+            read_packages(args.packages or Path(fresh)), args.out / "documents.jsonl.xz"
+        )
     for package, size_bytes in sorted(sizes.items(), key=lambda item: -item[1]):
         print(f"{package:24}{size_bytes / 1e6:8.1f} MB")
     print(f"{'all':24}{sum(sizes.values()) / 1e6:8.1f} MB")

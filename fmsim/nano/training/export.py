@@ -1,4 +1,6 @@
-"""Write a training checkpoint as a Hugging Face directory: ``python -m fmsim.nano.training.export CHECKPOINT OUT``."""
+"""Write a training checkpoint as a Hugging Face directory: ``python -m fmsim.nano.training.export
+CHECKPOINT OUT``.
+"""
 
 from __future__ import annotations
 
@@ -26,7 +28,11 @@ def export(checkpoint: Path, out: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("checkpoint", type=Path, help="folder with weights.safetensors, written by fmsim.nano.training.train")
+    parser.add_argument(
+        "checkpoint",
+        type=Path,
+        help="folder with weights.safetensors, written by fmsim.nano.training.train",
+    )
     parser.add_argument("out", type=Path)
     args = parser.parse_args()
     export(args.checkpoint, args.out)

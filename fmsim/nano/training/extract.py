@@ -1,4 +1,6 @@
-"""Plain text out of the formats that Debian's documentation packages hold: HTML, POD, dictd files, R data."""
+"""Plain text out of the formats that Debian's documentation packages hold: HTML, POD, dictd files,
+R data.
+"""
 
 from __future__ import annotations
 
@@ -14,20 +16,20 @@ from pathlib import Path
 from fmsim.errors import FmsimError
 
 BLOCKS = frozenset(
-    "address article aside blockquote body br caption dd div dl dt fieldset figure footer form h1 h2 h3 h4 h5 h6 header hr "
-    "li main ol option p pre section table tbody thead title tr ul".split()
+    ["address", "article", "aside", "blockquote", "body", "br", "caption", "dd", "div", "dl", "dt", "fieldset", "figure", "footer", "form", "h1", "h2", "h3", "h4", "h5", "h6", "header", "hr", "li", "main", "ol", "option", "p", "pre", "section", "table", "tbody", "thead", "title", "tr", "ul"]
 )
-PARAGRAPHS = frozenset("p pre h1 h2 h3 h4 h5 h6 dl ul ol table blockquote section".split())
-SKIPPED_TAGS = frozenset("script style head nav header footer button svg select".split())
+PARAGRAPHS = frozenset(["p", "pre", "h1", "h2", "h3", "h4", "h5", "h6", "dl", "ul", "ol", "table", "blockquote", "section"])
+SKIPPED_TAGS = frozenset(["script", "style", "head", "nav", "header", "footer", "button", "svg", "select"])
 SKIPPED_MARKS = frozenset(
-    "sphinxsidebar related footer navheader navfooter docnav headerlink wy-nav-side wy-nav-top rst-footer-buttons toc "
-    "toctree-wrapper navigation nosearch fancy_title genindextable".split()
+    ["sphinxsidebar", "related", "footer", "navheader", "navfooter", "docnav", "headerlink", "wy-nav-side", "wy-nav-top", "rst-footer-buttons", "toc", "toctree-wrapper", "navigation", "nosearch", "fancy_title", "genindextable"]
 )
-VOID = frozenset("area base br col embed hr img input link meta source track wbr".split())
+VOID = frozenset(["area", "base", "br", "col", "embed", "hr", "img", "input", "link", "meta", "source", "track", "wbr"])
 
 
 class _Reader(HTMLParser):
-    """Text in reading order; blocks end lines, ``pre`` keeps its white space, navigation is left out."""
+    """Text in reading order; blocks end lines, ``pre`` keeps its white space, navigation is left
+    out.
+    """
 
     def __init__(self) -> None:
         super().__init__(convert_charrefs=True)
@@ -72,8 +74,14 @@ def html_text(page: str) -> str:
 
 
 def pod_text(page: str) -> str:
-    """The text of a Perl POD page: commands become lines, formatting codes (``C<x>``, ``L<name|target>``) their content."""
-    lines = [line for line in page.splitlines() if not re.match(r"=(encoding|over|back|cut|pod|begin|end|for)\b", line)]
+    """The text of a Perl POD page: commands become lines, formatting codes (``C<x>``,
+    ``L<name|target>``) their content.
+    """
+    lines = [
+        line
+        for line in page.splitlines()
+        if not re.match(r"=(encoding|over|back|cut|pod|begin|end|for)\b", line)
+    ]
     text = re.sub(r"(?m)^=(head\d|item)\s*", "", "\n".join(lines))
     text = re.sub(r"\b[BCFILS]<<+ (.*?) >>+", r"\1", text)  # doubled brackets may hold single ones
     text = re.sub(r"[XZ]<[^<>]*>", "", text)
@@ -87,26 +95,41 @@ def pod_text(page: str) -> str:
 
 
 def dictd_text(path: Path) -> str:
-    """The whole text of a dictd dictionary (gzip with an index in its header), without its source marks."""
+    """The whole text of a dictd dictionary (gzip with an index in its header), without its source
+    marks.
+    """
     text = gzip.decompress(path.read_bytes()).decode("utf-8", "replace")
-    return tidy(re.sub(r"(?m)^\s*\[(1913 Webster|PJC|WordNet 1\.5|Webster 1913 Suppl\.|Century Dict[^\]]*)\][^\n]*\n", "", text))
+    return tidy(
+        re.sub(
+            r"(?m)^\s*\[(1913 Webster|PJC|WordNet 1\.5|Webster 1913 Suppl\.|Century"
+            r" Dict[^\]]*)\][^\n]*\n",
+            "",
+            text,
+        )
+    )
 
 
 def r_strings(path: Path) -> list[list[str]]:
     """The character vectors of an R lazy-load database (``*.rdb``), in file order.
 
-    The file is a run of chunks, each a big-endian length, then (unless zlib) a letter naming the compression, then an object in R's XDR
-    serialisation (R Internals, section 1.8). Only plain character vectors are read.
+    The file is a run of chunks, each a big-endian length, then (unless zlib) a letter naming the
+    compression, then an object in R's XDR serialisation (R Internals, section 1.8). Only plain
+    character vectors are read.
     """
     data, place, vectors = path.read_bytes(), 0, []
     while place + 5 < len(data):
         kind = data[place + 4 : place + 5]
         start = place + (4 if kind == b"x" else 5)
-        unpacker = {b"2": bz2.BZ2Decompressor, b"Z": lzma.LZMADecompressor}.get(kind, zlib.decompressobj)()
+        unpacker = {b"2": bz2.BZ2Decompressor, b"Z": lzma.LZMADecompressor}.get(
+            kind, zlib.decompressobj
+        )()
         try:
             chunk = unpacker.decompress(data[start:])
         except (OSError, lzma.LZMAError, zlib.error) as error:
-            raise FmsimError(f"{path}: not an R lazy-load database (byte {place}: {error}); give the .rdb of an R data package") from error
+            raise FmsimError(
+                f"{path}: not an R lazy-load database (byte {place}: {error}); give the .rdb of an"
+                " R data package"
+            ) from error
         place = len(data) - len(unpacker.unused_data)
         vectors += _character_vector(chunk)
     return vectors
@@ -130,7 +153,9 @@ def _character_vector(chunk: bytes) -> list[list[str]]:
 
 
 def tidy(text: str) -> str:
-    """No trailing blanks, no carriage returns, at most one empty line in a row, at most two newlines at the end."""
+    """No trailing blanks, no carriage returns, at most one empty line in a row, at most two
+    newlines at the end.
+    """
     text = text.replace("\r", "").replace("\u00a0", " ").replace("\t", "    ")
     text = re.sub(r"[ ]+\n", "\n", text)
     text = re.sub(r"(?m)^ (?=\S)", "", text)

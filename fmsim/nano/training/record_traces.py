@@ -1,7 +1,9 @@
-"""Record nano's traces: ``python -m fmsim.nano.training.record_traces --corpus DIR --out traces --context 512000 --kinds needles,memory``.
+"""Record nano's traces: ``python -m fmsim.nano.training.record_traces --corpus DIR --out traces
+--context 512000 --kinds needles,memory``.
 
-One prompt of each context is read once, and every kind of decode starts from its state, since reading is what costs.
-The traces that the project ships stand in held-out text; those a memory indexer learns from, in the training text.
+One prompt of each context is read once, and every kind of decode starts from its state, since
+reading is what costs. The traces that the project ships stand in held-out text; those a memory
+indexer learns from, in the training text.
 """
 
 from __future__ import annotations
@@ -16,8 +18,8 @@ import numpy as np
 import torch
 
 from fmsim import trace
-from fmsim.exec.model.loader import load_model
 from fmsim.exec.model.deepseek_v4 import DeepseekV4
+from fmsim.exec.model.loader import load_model
 from fmsim.exec.runs.record import record, weights_digest
 from fmsim.nano import tokens as corpora
 from fmsim.nano.prompts import streams_of_one_context
@@ -25,26 +27,52 @@ from fmsim.nano.tokenizer import MODEL_FOLDER
 from fmsim.nano.tokens import Corpus
 
 TEXT = {
-    "held_out": "held-out documents of Debian packages, free licences, with facts woven in (fmsim.nano.training.corpus)",
-    "train": "documents of Debian packages that nano was trained on, free licences, with facts woven in (fmsim.nano.training.corpus)",
+    "held_out": (
+        "held-out documents of Debian packages, free licences, with facts woven in"
+        " (fmsim.nano.training.corpus)"
+    ),
+    "train": (
+        "documents of Debian packages that nano was trained on, free licences, with facts woven in"
+        " (fmsim.nano.training.corpus)"
+    ),
 }
 REPORT_SECONDS = 20
 
 
 def record_context(
-    model: DeepseekV4, corpus: Corpus, split: str, out: Path, stem: str, context: int, kinds: list[str], steps: int, seed: int
+    model: DeepseekV4,
+    corpus: Corpus,
+    split: str,
+    out: Path,
+    stem: str,
+    context: int,
+    kinds: list[str],
+    steps: int,
+    seed: int,
 ) -> None:
-    """Write ``out/stem-KIND.safetensors`` for each kind, all after one prompt of ``context`` tokens."""
+    """Write ``out/stem-KIND.safetensors`` for each kind, all after one prompt of ``context``
+    tokens.
+    """
     streams = streams_of_one_context(context, np.random.default_rng((seed, context)), corpus, steps)
     chosen = [stream for stream in streams if stream.kind in kinds]
     total = context + sum(stream.steps for stream in chosen)
     digest = weights_digest(MODEL_FOLDER)
     for found in record(
-        model, chosen, name="nano", seed=seed, sha256=digest, prompt_text=TEXT[split], progress=_progress(stem, total)
-    ):  # fmt: skip
+        model,
+        chosen,
+        name="nano",
+        seed=seed,
+        sha256=digest,
+        prompt_text=TEXT[split],
+        progress=_progress(stem, total),
+    ):
         path = out / f"{stem}-{found.header.prompt_kind}.safetensors"
         trace.write(path, found)
-        print(f"{path}: {found.n_steps} steps, {path.stat().st_size / 1e6:.1f} MB, {found.header.quality}", flush=True)
+        print(
+            f"{path}: {found.n_steps} steps, {path.stat().st_size / 1e6:.1f} MB,"
+            f" {found.header.quality}",
+            flush=True,
+        )
 
 
 def _progress(stem: str, total: int) -> Callable[[int], None]:
@@ -57,19 +85,33 @@ def _progress(stem: str, total: int) -> Callable[[int], None]:
         done += tokens
         if time.monotonic() - reported > REPORT_SECONDS:
             reported = time.monotonic()
-            print(f"{stem}: {done / total:.0%}, {done / (reported - started):.0f} tokens/s", file=sys.stderr, flush=True)
+            print(
+                f"{stem}: {done / total:.0%}, {done / (reported - started):.0f} tokens/s",
+                file=sys.stderr,
+                flush=True,
+            )
 
     return advance
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--corpus", type=Path, required=True, help="folder written by fmsim.nano.tokens")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--corpus", type=Path, required=True, help="folder written by fmsim.nano.tokens"
+    )
     parser.add_argument("--split", choices=corpora.SPLITS, default="held_out")
     parser.add_argument("--out", type=Path, required=True, help="folder for the traces")
-    parser.add_argument("--name", default="nano", help="file names are NAME-KIND.safetensors, with the seed between where there are several")
+    parser.add_argument(
+        "--name",
+        default="nano",
+        help="file names are NAME-KIND.safetensors, with the seed between where there are several",
+    )
     parser.add_argument("--context", type=int, required=True, help="tokens of the prompt")
-    parser.add_argument("--kinds", default="needles,memory,continuation", help="of these, with commas between")
+    parser.add_argument(
+        "--kinds", default="needles,memory,continuation", help="of these, with commas between"
+    )
     parser.add_argument("--steps", type=int, default=512, help="least decode steps of each")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0], help="one context for each")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
@@ -79,7 +121,17 @@ def main() -> None:
     model, corpus = load_model(MODEL_FOLDER, args.device), corpora.load(args.corpus, args.split)
     for seed in args.seeds:
         stem = f"{args.name}-{seed}" if len(args.seeds) > 1 else args.name
-        record_context(model, corpus, args.split, args.out, stem, args.context, args.kinds.split(","), args.steps, seed)
+        record_context(
+            model,
+            corpus,
+            args.split,
+            args.out,
+            stem,
+            args.context,
+            args.kinds.split(","),
+            args.steps,
+            seed,
+        )
 
 
 if __name__ == "__main__":

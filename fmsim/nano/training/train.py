@@ -1,8 +1,8 @@
 """Train ``nano``: ``python -m fmsim.nano.training.train --corpus DIR --out DIR``.
 
-A curriculum of growing lengths: dense attention first, while the lightning indexer learns by KL what the attention
-looks at, then only what the indexer picks. Every stage ends in a checkpoint; a call that runs out of its ``--minutes``
-leaves one too, and ``--resume`` goes on from it.
+A curriculum of growing lengths: dense attention first, while the lightning indexer learns by KL
+what the attention looks at, then only what the indexer picks. Every stage ends in a checkpoint; a
+call that runs out of its ``--minutes`` leaves one too, and ``--resume`` goes on from it.
 """
 
 from __future__ import annotations
@@ -15,14 +15,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-import torch.utils.checkpoint
 import torch.nn.functional as F
+import torch.utils.checkpoint
 from safetensors.torch import load_file, save_file
 
 from fmsim.errors import FmsimError
 from fmsim.exec.model.deepseek_v4 import CSA, DeepseekV4
-from fmsim.nano.training.batches import stream_batches
 from fmsim.nano.config import initialise, nano_config
+from fmsim.nano.training.batches import stream_batches
 
 ANSWER_WEIGHT = 2.0
 INDEX_WEIGHT = 1.0
@@ -34,9 +34,9 @@ LOSS_TOKENS = 8192  # logits held at once
 class Stage:
     """One length of the curriculum; ``mixture`` names a task mixture of ``fmsim.nano.weaving``.
 
-    The stage ends after ``steps``, or after ``seconds`` counted from its first step (which compiles), whichever is
-    first; the learning rate reaches ``final_lr`` then. Attention is recomputed in the backward pass at lengths where
-    it would not fit otherwise (``recompute``).
+    The stage ends after ``steps``, or after ``seconds`` counted from its first step (which
+    compiles), whichever is first; the learning rate reaches ``final_lr`` then. Attention is
+    recomputed in the backward pass at lengths where it would not fit otherwise (``recompute``).
     """
 
     length: int
@@ -54,7 +54,18 @@ class Stage:
 CURRICULUM = (
     Stage(1024, 2700, 400, 32768, 2e-3, 2e-3, sparse=False, mixture="dense"),
     Stage(4096, 1200, 105, 65536, 1.5e-3, 6e-4, sparse=True, mixture="all_skipping", warmup=50),
-    Stage(32768, 600, 55, 65536, 6e-4, 2e-5, sparse=True, mixture="all_skipping", warmup=10, recompute=True),
+    Stage(
+        32768,
+        600,
+        55,
+        65536,
+        6e-4,
+        2e-5,
+        sparse=True,
+        mixture="all_skipping",
+        warmup=10,
+        recompute=True,
+    ),
 )
 
 
@@ -67,7 +78,10 @@ class Trainer:
         initialise_on_cpu(self.model, seed)
         matrices = [p for p in self.model.parameters() if p.dim() >= 2]
         others = [p for p in self.model.parameters() if p.dim() < 2]
-        groups = [{"params": matrices, "weight_decay": 0.05}, {"params": others, "weight_decay": 0.0}]
+        groups = [
+            {"params": matrices, "weight_decay": 0.05},
+            {"params": others, "weight_decay": 0.0},
+        ]
         self.optimiser = torch.optim.AdamW(groups, betas=(0.9, 0.95), fused=device == "cuda")
         self.stage, self.step, self.tokens_seen = 0, 0, 0
         self.stage_started: float | None = None
@@ -78,11 +92,20 @@ class Trainer:
         """Weights and both moments, one file each, written beside and then renamed."""
         directory.mkdir(parents=True, exist_ok=True)
         state = {
-            name: {k: self.optimiser.state[p][k] for k in ("exp_avg", "exp_avg_sq", "step")} if p in self.optimiser.state else {}
+            name: (
+                {k: self.optimiser.state[p][k] for k in ("exp_avg", "exp_avg_sq", "step")}
+                if p in self.optimiser.state
+                else {}
+            )
             for name, p in self.model.named_parameters()
         }
         moments = {f"{name}/{k}": v for name, parts in state.items() for k, v in parts.items()}
-        place = {"stage": self.stage, "step": self.step, "tokens_seen": self.tokens_seen, "seed": self.seed}
+        place = {
+            "stage": self.stage,
+            "step": self.step,
+            "tokens_seen": self.tokens_seen,
+            "seed": self.seed,
+        }
         for filename, tensors in (("weights", self.model.state_dict()), ("moments", moments)):
             save_file(tensors, directory / f"{filename}.tmp")
             (directory / f"{filename}.tmp").replace(directory / f"{filename}.safetensors")
@@ -94,13 +117,25 @@ class Trainer:
             moments = load_file(directory / "moments.safetensors", device=self.device)
             for name, p in self.model.named_parameters():
                 if f"{name}/step" in moments:
-                    self.optimiser.state[p] = {k: moments[f"{name}/{k}"] for k in ("exp_avg", "exp_avg_sq")}
-                    self.optimiser.state[p]["step"] = moments[f"{name}/step"].cpu() if self.device == "cpu" else moments[f"{name}/step"]
+                    self.optimiser.state[p] = {
+                        k: moments[f"{name}/{k}"] for k in ("exp_avg", "exp_avg_sq")
+                    }
+                    self.optimiser.state[p]["step"] = (
+                        moments[f"{name}/step"].cpu()
+                        if self.device == "cpu"
+                        else moments[f"{name}/step"]
+                    )
         place = json.loads((directory / "place.json").read_text())
-        self.stage, self.step, self.tokens_seen = place["stage"], place["step"], place["tokens_seen"]
+        self.stage, self.step, self.tokens_seen = (
+            place["stage"],
+            place["step"],
+            place["tokens_seen"],
+        )
 
     def train_step(self, stage: Stage, tokens, weights, positions) -> dict[str, torch.Tensor]:
-        """One update on tokens [B, S + 1], loss weights [B, S] of the predicted tokens, positions [B, S]."""
+        """One update on tokens [B, S + 1], loss weights [B, S] of the predicted tokens, positions
+        [B, S].
+        """
         for group in self.optimiser.param_groups:
             group["lr"] = learning_rate(stage, self.step, self.stage_share(stage))
         for layer in self.model.model.layers:
@@ -130,12 +165,15 @@ class Trainer:
         for layer, parts in zip(self.model.model.layers, aux):
             if not layer.mlp.gate.hashed:
                 load = parts.expert_load
-                layer.mlp.gate.e_score_correction_bias += BALANCE_STEP * torch.sign(load.mean() - load)
+                layer.mlp.gate.e_score_correction_bias += BALANCE_STEP * torch.sign(
+                    load.mean() - load
+                )
 
 
 def compile_layers(model: DeepseekV4) -> None:
-    """Compile what is worth its half minute: all that works token by token, and the attention of CSA layers, whose
-    shapes alone change with the length."""
+    """Compile what is worth its half minute: all that works token by token, and the attention of
+    CSA layers, whose shapes alone change with the length.
+    """
     torch._dynamo.config.recompile_limit = 64
     for layer in model.model.layers:
         parts = [(layer, "_enter_attention"), (layer, "_feed_forward")]
@@ -153,7 +191,9 @@ def initialise_on_cpu(model: DeepseekV4, seed: int) -> None:
 
 
 def chunked_loss(head, hidden, targets, weights) -> tuple[torch.Tensor, torch.Tensor]:
-    """Mean cross-entropy over all tokens and over answer tokens; logits of ``LOSS_TOKENS`` at a time, recomputed."""
+    """Mean cross-entropy over all tokens and over answer tokens; logits of ``LOSS_TOKENS`` at a
+    time, recomputed.
+    """
     total = hidden.new_zeros((), dtype=torch.float32)
     answers = total.clone()
 
@@ -169,20 +209,34 @@ def chunked_loss(head, hidden, targets, weights) -> tuple[torch.Tensor, torch.Te
 
 
 def learning_rate(stage: Stage, step: int, share: float) -> float:
-    """Linear warm-up in steps, then a cosine from the stage's peak to its final rate over the share of it that is done."""
-    cosine = stage.final_lr + (stage.peak_lr - stage.final_lr) * 0.5 * (1 + math.cos(math.pi * min(1.0, share)))
+    """Linear warm-up in steps, then a cosine from the stage's peak to its final rate over the share
+    of it that is done.
+    """
+    cosine = stage.final_lr + (stage.peak_lr - stage.final_lr) * 0.5 * (
+        1 + math.cos(math.pi * min(1.0, share))
+    )
     return min(cosine, stage.peak_lr * (step + 1) / stage.warmup)
 
 
-def run(trainer: Trainer, corpus: Path, out: Path, minutes: float, workers: int, curriculum=CURRICULUM) -> bool:
-    """Train until the curriculum or the time ends; True if it is complete. Losses go to ``out/log.jsonl``."""
+def run(
+    trainer: Trainer, corpus: Path, out: Path, minutes: float, workers: int, curriculum=CURRICULUM
+) -> bool:
+    """Train until the curriculum or the time ends; True if it is complete.
+
+    Losses go to ``out/log.jsonl``.
+    """
     deadline = time.monotonic() + 60 * minutes
     out.mkdir(parents=True, exist_ok=True)
     while trainer.stage < len(curriculum):
         stage = curriculum[trainer.stage]
         batches = stream_batches(
-            corpus, stage.length, stage.batch_tokens // stage.length, stage.mixture,
-            seed=trainer.seed * 1000 + trainer.stage, start=trainer.step, workers=workers,
+            corpus,
+            stage.length,
+            stage.batch_tokens // stage.length,
+            stage.mixture,
+            seed=trainer.seed * 1000 + trainer.stage,
+            start=trainer.step,
+            workers=workers,
         )
         trainer.stage_started = None
         finished = run_stage(trainer, stage, batches, deadline, out)
@@ -202,18 +256,29 @@ def run_stage(trainer: Trainer, stage: Stage, batches, deadline: float, out: Pat
                 return True
             if time.monotonic() > deadline:
                 return False
-            losses = trainer.train_step(stage, *(x.to(trainer.device, non_blocking=True) for x in (tokens, weights, positions)))
+            losses = trainer.train_step(
+                stage,
+                *(x.to(trainer.device, non_blocking=True) for x in (tokens, weights, positions)),
+            )
             if trainer.stage_started is None:
                 trainer.stage_started = time.monotonic()
                 since = trainer.tokens_seen
             if trainer.step % 20 == 0 or trainer.step <= 3:
                 row = {k: round(v.item(), 4) for k, v in losses.items()}
                 if not math.isfinite(row["norm"]):
-                    raise FmsimError(f"training diverged in stage {trainer.stage} at step {trainer.step}: {row}; lower the rate")
+                    raise FmsimError(
+                        f"training diverged in stage {trainer.stage} at step {trainer.step}: {row};"
+                        " lower the rate"
+                    )
                 seconds = time.monotonic() - trainer.stage_started
-                row |= {"length": stage.length, "step": trainer.step, "lr": trainer.optimiser.param_groups[0]["lr"],
-                        "seconds": round(seconds, 1), "tokens": trainer.tokens_seen,
-                        "tokens_per_s": round((trainer.tokens_seen - since) / max(seconds, 1e-9))}
+                row |= {
+                    "length": stage.length,
+                    "step": trainer.step,
+                    "lr": trainer.optimiser.param_groups[0]["lr"],
+                    "seconds": round(seconds, 1),
+                    "tokens": trainer.tokens_seen,
+                    "tokens_per_s": round((trainer.tokens_seen - since) / max(seconds, 1e-9)),
+                }
                 log.write(json.dumps(row) + "\n")
                 log.flush()
                 if trainer.step % 100 == 0 or trainer.step <= 3:
@@ -223,7 +288,9 @@ def run_stage(trainer: Trainer, stage: Stage, batches, deadline: float, out: Pat
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--corpus", type=Path, required=True, help="folder written by fmsim.nano.training.corpus")
+    parser.add_argument(
+        "--corpus", type=Path, required=True, help="folder written by fmsim.nano.training.corpus"
+    )
     parser.add_argument("--out", type=Path, required=True, help="folder of checkpoint and log")
     parser.add_argument("--resume", type=Path, help="checkpoint folder to go on from")
     parser.add_argument("--minutes", type=float, default=9.0, help="stop and save after this long")
@@ -236,7 +303,13 @@ def main() -> None:
     if args.resume:
         trainer.load(args.resume)
     done = run(trainer, args.corpus, args.out, args.minutes, args.workers)
-    print("curriculum complete" if done else f"out of time in stage {trainer.stage} at step {trainer.step}; call again with --resume")
+    print(
+        "curriculum complete"
+        if done
+        else (
+            f"out of time in stage {trainer.stage} at step {trainer.step}; call again with --resume"
+        )
+    )
 
 
 if __name__ == "__main__":

@@ -16,13 +16,28 @@ def footprint_figure(report: dict[str, Any]) -> go.Figure:
     for number, policy in enumerate(dict.fromkeys(row["policy"] for row in report["averages"])):
         rows = [row for row in report["averages"] if row["policy"] == policy]
         figure.add_scatter(
-            x=[row["kv_ratio"] for row in rows], y=[100 * row["score"] for row in rows], name=policy, mode="lines+markers+text",
-            text=[f"{row['tokens'] // 1024}K" for row in rows], textposition="top center", marker={"size": 9},
+            x=[row["kv_ratio"] for row in rows],
+            y=[100 * row["score"] for row in rows],
+            name=policy,
+            mode="lines+markers+text",
+            text=[f"{row['tokens'] // 1024}K" for row in rows],
+            textposition="top center",
+            marker={"size": 9},
             line={"color": f"hsl({number * 47 % 360}, 60%, 45%)", "dash": "dot"},
             customdata=[[row["kv_bytes"] / GIB, row["h2d_bytes_per_step"] / MIB] for row in rows],
-            hovertemplate="%{y:.1f} of 100 at %{x:.1%} of the cache, %{customdata[0]:.3f} GiB, PCIe %{customdata[1]:.2f} MiB a step",
-        )  # fmt: skip
-    figure.update_xaxes(type="log", tickvals=SHARES, ticktext=[f"{100 * share:.3g}%" for share in SHARES], title="share of the full KV cache kept")
+            hovertemplate=(
+                "%{y:.1f} of 100 at %{x:.1%} of the cache, %{customdata[0]:.3f} GiB, PCIe"
+                " %{customdata[1]:.2f} MiB a step"
+            ),
+        )
+    figure.update_xaxes(
+        type="log",
+        tickvals=SHARES,
+        ticktext=[f"{100 * share:.3g}%" for share in SHARES],
+        title="share of the full KV cache kept",
+    )
     figure.update_yaxes(range=[0, 105], title="score, mean over tasks")
-    figure.update_layout(title=f"Accuracy against footprint: {report['about']['model']}", template="plotly_white")
+    figure.update_layout(
+        title=f"Accuracy against footprint: {report['about']['model']}", template="plotly_white"
+    )
     return figure

@@ -17,4 +17,6 @@ def write_page(figure: go.Figure, path: Path) -> None:
         partial.write_text(figure.to_html(include_plotlyjs=True), encoding="utf-8")
         partial.replace(path)
     except OSError as error:
-        raise FmsimError(f"{path}: the plot cannot be written ({error.strerror}); give another file") from None
+        raise FmsimError(
+            f"{path}: the plot cannot be written ({error.strerror}); give another file"
+        ) from None

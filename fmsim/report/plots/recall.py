@@ -16,11 +16,30 @@ def recall_figure(found: dict[str, Any]) -> go.Figure:
     figure = make_subplots(cols=2, subplot_titles=list(TITLES.values()), shared_yaxes=True)
     for column, key in enumerate(TITLES, start=1):
         for number, (name, recalls) in enumerate(found[key].items()):
-            line = {"color": f"hsl({number * 47 % 360}, 60%, 45%)", "dash": DASHES.get(name.split(" ")[0], "dot")}
+            line = {
+                "color": f"hsl({number * 47 % 360}, 60%, 45%)",
+                "dash": DASHES.get(name.split(" ")[0], "dot"),
+            }
             figure.add_scatter(
-                x=found["kept_shares"], y=recalls, name=name, legendgroup=name, showlegend=column == 1, mode="lines+markers", line=line, row=1, col=column
-            )  # fmt: skip
-    figure.update_xaxes(type="log", tickformat=".0%", title="share of visible entries kept", tickvals=found["kept_shares"])
+                x=found["kept_shares"],
+                y=recalls,
+                name=name,
+                legendgroup=name,
+                showlegend=column == 1,
+                mode="lines+markers",
+                line=line,
+                row=1,
+                col=column,
+            )
+    figure.update_xaxes(
+        type="log",
+        tickformat=".0%",
+        title="share of visible entries kept",
+        tickvals=found["kept_shares"],
+    )
     figure.update_yaxes(range=[0, 1.02], tickformat=".0%")
-    figure.update_layout(title=f"What a ranking keeps of the next window ({found['queries']} windows)", template="plotly_white")
+    figure.update_layout(
+        title=f"What a ranking keeps of the next window ({found['queries']} windows)",
+        template="plotly_white",
+    )
     return figure

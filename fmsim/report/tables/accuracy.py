@@ -27,14 +27,29 @@ def show(report: dict[str, Any]) -> None:
 
 def _scores(report: dict[str, Any], tokens: int) -> Table:
     """Tasks x policies: score / KV GiB."""
-    cells = {(cell["task"], cell["policy"]): cell for cell in report["cells"] if cell["tokens"] == tokens}
+    cells = {
+        (cell["task"], cell["policy"]): cell for cell in report["cells"] if cell["tokens"] == tokens
+    }
     averages = {row["policy"]: row for row in report["averages"] if row["tokens"] == tokens}
-    table = Table(title=f"{tokens:,} tokens: score / KV GiB", title_justify="left", header_style="bold", pad_edge=False)
+    table = Table(
+        title=f"{tokens:,} tokens: score / KV GiB",
+        title_justify="left",
+        header_style="bold",
+        pad_edge=False,
+    )
     table.add_column("task", no_wrap=True)
     for policy in averages:
-        table.add_column(policy.replace(":", "\n").replace(",", "\n"), justify="right", no_wrap=True)
+        table.add_column(
+            policy.replace(":", "\n").replace(",", "\n"), justify="right", no_wrap=True
+        )
     for task in dict.fromkeys(task for task, _ in cells):
-        table.add_row(task, *(_score(cells[task, policy]) if (task, policy) in cells else "-" for policy in averages))
+        table.add_row(
+            task,
+            *(
+                _score(cells[task, policy]) if (task, policy) in cells else "-"
+                for policy in averages
+            ),
+        )
     table.add_section()
     table.add_row("average", *(_score(row) for row in averages.values()), style="bold")
     return table
@@ -51,29 +66,51 @@ def _score(row: dict[str, Any]) -> str:
 def _prices(report: dict[str, Any]) -> Table:
     table = Table(title="all lengths", title_justify="left", header_style="bold", pad_edge=False)
     table.add_column("policy", no_wrap=True)
-    for name in ("score", "KV GiB", "of full", "golden kept", "mass kept", "PCIe MiB/step", "stall*"):
+    for name in (
+        "score",
+        "KV GiB",
+        "of full",
+        "golden kept",
+        "mass kept",
+        "PCIe MiB/step",
+        "stall*",
+    ):
         table.add_column(name, justify="right", no_wrap=True)
     for row in report["overall"]:
         table.add_row(
-            row["policy"], f"{100 * row['score']:.1f}", f"{row['kv_bytes'] / GIB:.3f}", f"{row['kv_ratio']:.1%}", f"{row['golden_kept']:.1%}",
-            f"{row['mass_kept']:.1%}", f"{row['h2d_bytes_per_step'] / MIB:.2f}", f"{row['stall_ratio']:.1%}",
-        )  # fmt: skip
+            row["policy"],
+            f"{100 * row['score']:.1f}",
+            f"{row['kv_bytes'] / GIB:.3f}",
+            f"{row['kv_ratio']:.1%}",
+            f"{row['golden_kept']:.1%}",
+            f"{row['mass_kept']:.1%}",
+            f"{row['h2d_bytes_per_step'] / MIB:.2f}",
+            f"{row['stall_ratio']:.1%}",
+        )
     return table
 
 
 def _paired(report: dict[str, Any]) -> list[Text]:
-    """Where policies beat the full cache, where they lose to it, and whether that outlives the spread of seeds."""
+    """Where policies beat the full cache, where they lose to it, and whether that outlives the
+    spread of seeds.
+    """
     lines = [Text("beside full, sample by sample", "bold")] if report["paired"] else []
     for policy, row in report["paired"].items():
         error, seeds = row["difference_se"], len(row["by_seed"])
-        spread = "one seed" if error is None else f"standard error {100 * error:.1f} over {seeds} seeds"
+        spread = (
+            "one seed" if error is None else f"standard error {100 * error:.1f} over {seeds} seeds"
+        )
         counts = f"better in {row['better']}, worse in {row['worse']}, same in {row['same']}"
         lines.append(Text(f"{policy}: {counts}; {100 * row['difference']:+.1f} ({spread})"))
     return lines
 
 
 def _signals(report: dict[str, Any]) -> list[Text]:
-    lines = [Text("what tells a lost answer from a kept one (AUC; 0.5 is nothing)", "bold")] if report["signals"] else []
+    lines = (
+        [Text("what tells a lost answer from a kept one (AUC; 0.5 is nothing)", "bold")]
+        if report["signals"]
+        else []
+    )
     for policy, row in report["signals"].items():
         known = ", ".join(f"{name} {auc:.2f}" for name, auc in row["auc"].items())
         lines.append(Text(f"{policy}: {row['lost']} lost, {row['kept']} kept; {known}"))
@@ -83,11 +120,20 @@ def _signals(report: dict[str, Any]) -> list[Text]:
 def _notes(report: dict[str, Any]) -> list[Text]:
     about, samples = report["about"], sorted({cell["samples"] for cell in report["cells"]})
     notes = [
-        f"{about['model']}, {' to '.join(map(str, dict.fromkeys((samples[0], samples[-1]))))} samples a cell, {_seeds(about)}, "
-        f"budget {about['plan']['budget']} of the prompt's entries where a policy names none; scores by RULER's rules, of 100.",
-        f"KV GiB: kept share of CSA entries x {about['plan']['model']}'s full cache (the paper's accounting), mean over the answer's steps.",
-        f"+, -: differs from full by more than {SPREADS} standard errors of the paired difference.  "
-        f"* simulated for {about['plan']['hardware']}, not measured; the rest is measured or counted.",
+        (
+            f"{about['model']}, {' to '.join(map(str, dict.fromkeys((samples[0], samples[-1]))))}"
+            f" samples a cell, {_seeds(about)}, budget {about['plan']['budget']} of the prompt's"
+            " entries where a policy names none; scores by RULER's rules, of 100."
+        ),
+        (
+            f"KV GiB: kept share of CSA entries x {about['plan']['model']}'s full cache (the"
+            " paper's accounting), mean over the answer's steps."
+        ),
+        (
+            f"+, -: differs from full by more than {SPREADS} standard errors of the paired"
+            f" difference.  * simulated for {about['plan']['hardware']}, not measured; the rest is"
+            " measured or counted."
+        ),
     ]
     return [Text(note, style="dim") for note in notes]
 

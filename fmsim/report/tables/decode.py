@@ -1,4 +1,6 @@
-"""One run as one table: a row a policy, exact and lossy ones together, each with both of its prices."""
+"""One run as one table: a row a policy, exact and lossy ones together, each with both of its
+prices.
+"""
 
 from __future__ import annotations
 
@@ -13,20 +15,44 @@ from fmsim.report.console import wide_console
 GIB, MIB = 2**30, 2**20
 MIN_WIDTH = 132  # columns that the table needs
 FIGURES = (  # headings of the columns behind the policy and its kind; * = simulated
-    "KV\nGiB", "of\nfull", "on GPU\nGiB", "golden\nkept", "mass\nkept", "set\noverlap", "decode\ntokens/s*", "step ms*\np50", "\np99",
-    "PCIe\nMiB/step", "stall*", "requests\nfit*",
-)  # fmt: skip
+    "KV\nGiB",
+    "of\nfull",
+    "on GPU\nGiB",
+    "golden\nkept",
+    "mass\nkept",
+    "set\noverlap",
+    "decode\ntokens/s*",
+    "step ms*\np50",
+    "\np99",
+    "PCIe\nMiB/step",
+    "stall*",
+    "requests\nfit*",
+)
 NOTES = (
-    "exact: every entry selected in this trace was attended to; a miss stalls its layer.  lossy: what was not resident was left out.",
-    "KV: the full cache's bytes times the kept share of CSA entries, mean over steps (the paper's accounting).",
-    "on GPU: the most that lies there in a step, with HCA entries, windows and index keys.  golden kept: resident when needed.",
-    "* simulated from kernel tables and link curves, not measured; the rest is counted in the replay.  h: host memory binds.",
+    (
+        "exact: every entry selected in this trace was attended to; a miss stalls its layer. "
+        " lossy: what was not resident was left out."
+    ),
+    (
+        "KV: the full cache's bytes times the kept share of CSA entries, mean over steps (the"
+        " paper's accounting)."
+    ),
+    (
+        "on GPU: the most that lies there in a step, with HCA entries, windows and index keys. "
+        " golden kept: resident when needed."
+    ),
+    (
+        "* simulated from kernel tables and link curves, not measured; the rest is counted in the"
+        " replay.  h: host memory binds."
+    ),
 )
 
 
 def render(report: dict[str, Any]) -> Group:
     """The head, the table and its notes, from the report's JSON object."""
-    return Group(*head(report["scenario"]), _table(report), *(Text(note, style="dim") for note in NOTES))
+    return Group(
+        *head(report["scenario"]), _table(report), *(Text(note, style="dim") for note in NOTES)
+    )
 
 
 def show(report: dict[str, Any]) -> None:
@@ -36,7 +62,9 @@ def show(report: dict[str, Any]) -> None:
 
 def svg(report: dict[str, Any], title: str) -> str:
     """The same as a picture."""
-    console = Console(record=True, width=MIN_WIDTH, file=Nowhere(), force_terminal=True, color_system="truecolor")
+    console = Console(
+        record=True, width=MIN_WIDTH, file=Nowhere(), force_terminal=True, color_system="truecolor"
+    )
     console.print(render(report))
     return console.export_svg(title=title)
 
@@ -54,26 +82,45 @@ class Nowhere:
 def head(about: dict[str, Any]) -> list[Text]:
     """Lines that say what the rows were made from."""
     trace, model, hardware = about["trace"], about["model"], about["hardware"]
-    quality = ", ".join(f"{key} {value}" for key, value in trace["quality"].items() if isinstance(value, (int, float, str)))
+    quality = ", ".join(
+        f"{key} {value}"
+        for key, value in trace["quality"].items()
+        if isinstance(value, (int, float, str))
+    )
     lines = [
         Text.assemble((about["name"], "bold"), f"  {about['description']}"),
         Text(
-            f"trace     {trace['file']}: {trace['model']}, {trace['prompt_kind']}, {trace['prompt_tokens']:,} tokens "
-            f"+ {trace['steps']} steps, {trace['csa_layers']} CSA layers, top-{trace['topk']}" + (f"; {quality}" if quality else "")
+            f"trace     {trace['file']}: {trace['model']}, {trace['prompt_kind']},"
+            f" {trace['prompt_tokens']:,} tokens + {trace['steps']} steps, {trace['csa_layers']}"
+            f" CSA layers, top-{trace['topk']}" + (f"; {quality}" if quality else "")
         ),
-        Text(f"model     {model['name']}: {model['csa_layers']} of {model['layers']} layers CSA; {_layer_map(about)}"),
         Text(
-            f"hardware  {hardware['title']}, tensor parallel {hardware['tensor_parallel']}, batch {about['batch']}; "
-            f"full KV {about['full_kv_bytes'] / GIB:.2f} GiB a request" + _figures(hardware["figures"])
+            f"model     {model['name']}: {model['csa_layers']} of {model['layers']} layers CSA;"
+            f" {_layer_map(about)}"
+        ),
+        Text(
+            f"hardware  {hardware['title']}, tensor parallel {hardware['tensor_parallel']}, batch"
+            f" {about['batch']}; full KV {about['full_kv_bytes'] / GIB:.2f} GiB a request"
+            + _figures(hardware["figures"])
         ),
     ]
     if trace["source"] == "dense_pooled":
-        lines.insert(2, Text("          dense attention, pooled over 4-token entries, then top-k: not a sparse model's own choice"))
+        lines.insert(
+            2,
+            Text(
+                "          dense attention, pooled over 4-token entries, then top-k: not a sparse"
+                " model's own choice"
+            ),
+        )
     return lines
 
 
 def _figures(figures: dict[str, float]) -> str:
-    return f"; the scenario's own: {', '.join(f'{name} {value:g}' for name, value in figures.items())}" if figures else ""
+    return (
+        f"; the scenario's own: {', '.join(f'{name} {value:g}' for name, value in figures.items())}"
+        if figures
+        else ""
+    )
 
 
 def _layer_map(about: dict[str, Any]) -> str:
@@ -116,4 +163,3 @@ def cells(row: dict[str, Any], details: dict[str, Any], steps: int) -> list[str 
         f"{row['stall_ratio']:.1%}",
         f"{row['max_requests']}{bound}",
     ]
-

@@ -14,7 +14,9 @@ Transcript = list[tuple[str, str, bool | None]]
 
 
 def show(report: dict[str, Any], transcript: Transcript) -> None:
-    """Print to standard output, from the report's JSON object and the first request's questions and answers."""
+    """Print to standard output, from the report's JSON object and the first request's questions and
+    answers.
+    """
     console = wide_console(100)
     for line in _head(report):
         console.print(line)
@@ -33,14 +35,30 @@ def _head(report: dict[str, Any]) -> list[Text]:
     model, prompt = about["model"], about["prompt"]
     tokens = " and ".join(f"{count:,}" for count in prompt["tokens"])
     return [
-        Text(f"model   {model['name']}: {model['csa_layers']} of {model['layers']} layers CSA, top-{model['topk']}; {about['dtype']} on {about['device']}"),
-        Text(f"prompt  {tokens} tokens: {prompt['text']}; {about['steps']} decode steps, batch {about['batch']}"),
-        Text(f"policy  {row['policy']}: " + ", ".join(f"{key} {value}" for key, value in _main(about["details"][row["policy"]]["params"]).items())),
+        Text(
+            f"model   {model['name']}: {model['csa_layers']} of {model['layers']} layers CSA,"
+            f" top-{model['topk']}; {about['dtype']} on {about['device']}"
+        ),
+        Text(
+            f"prompt  {tokens} tokens: {prompt['text']}; {about['steps']} decode steps, batch"
+            f" {about['batch']}"
+        ),
+        Text(
+            f"policy  {row['policy']}: "
+            + ", ".join(
+                f"{key} {value}"
+                for key, value in _main(about["details"][row["policy"]]["params"]).items()
+            )
+        ),
     ]
 
 
 def _main(params: dict[str, Any]) -> dict[str, Any]:
-    return {key: params[key] for key in ("budget", "granularity", "scope", "cadence", "on_miss") if key in params}
+    return {
+        key: params[key]
+        for key in ("budget", "granularity", "scope", "cadence", "on_miss")
+        if key in params
+    }
 
 
 def _figures(report: dict[str, Any]) -> Table:
@@ -51,25 +69,49 @@ def _figures(report: dict[str, Any]) -> Table:
         table.add_row("answers", f"{quality['exact']} of {quality['asked']} right")
     table.add_row(
         "KV allocated",
-        f"{row['kv_hbm_bytes'] / MIB:.2f} MiB a request, {row['kv_hbm_ratio']:.1%} of what keeping every page takes "
-        f"({details['slot_bytes'] / MIB:.2f} slots, {details['fixed_bytes'] / MIB:.2f} index keys, HCA entries, windows; all requests)",
+        f"{row['kv_hbm_bytes'] / MIB:.2f} MiB a request, {row['kv_hbm_ratio']:.1%} of what keeping"
+        f" every page takes ({details['slot_bytes'] / MIB:.2f} slots,"
+        f" {details['fixed_bytes'] / MIB:.2f} index keys, HCA entries, windows; all requests)",
     )
     layers, measured = about["model"]["csa_layers"], len(details.get("measured_layers", []))
     if details.get("index_keys") == "tiered":
-        elsewhere = "; in the others beside their entries, in the slots" if measured < layers else ", so none leave the GPU"
-        table.add_row("index keys", f"all in the {measured} of {layers} CSA layers that the memory indexer scores{elsewhere}")
+        elsewhere = (
+            "; in the others beside their entries, in the slots"
+            if measured < layers
+            else ", so none leave the GPU"
+        )
+        table.add_row(
+            "index keys",
+            f"all in the {measured} of {layers} CSA layers that the memory indexer"
+            f" scores{elsewhere}",
+        )
     table.add_row("host mirror", f"{details['host_kv_bytes'] / MIB:.2f} MiB")
     table.add_row(
         "step",
-        f"p50 {row['step_s']['p50'] * 1e3:.1f} ms, p99 {row['step_s']['p99'] * 1e3:.1f} ms, {row['decode_tokens_per_s']:.1f} tokens/s "
-        f"on {about['device']}, bookkeeping of these figures included" + ("" if row["stall_ratio"] is None else f"; {row['stall_ratio']:.1%} of it waiting for pages"),
+        f"p50 {row['step_s']['p50'] * 1e3:.1f} ms, p99 {row['step_s']['p99'] * 1e3:.1f} ms,"
+        f" {row['decode_tokens_per_s']:.1f} tokens/s on {about['device']}, bookkeeping of these"
+        " figures included"
+        + (
+            ""
+            if row["stall_ratio"] is None
+            else f"; {row['stall_ratio']:.1%} of it waiting for pages"
+        ),
     )
     pages = details["pages"]
     table.add_row(
         "pages moved",
-        f"{pages['lookahead_loads']:,} recalled, {pages['demand_loads']:,} fetched, {pages['written']:,} written, {pages['evicted']:,} given up; "
-        f"{row['h2d_bytes'] / MIB:.2f} MiB from the host",
+        f"{pages['lookahead_loads']:,} recalled, {pages['demand_loads']:,} fetched,"
+        f" {pages['written']:,} written, {pages['evicted']:,} given up;"
+        f" {row['h2d_bytes'] / MIB:.2f} MiB from the host",
     )
-    within = f", in {measured} of {layers} CSA layers; not measured in the others" if 0 < measured < layers else ""
-    table.add_row("kept", f"{row['entry_recall']:.1%} of golden entries, {row['mass_kept']:.1%} of the attention mass on selected entries{within}")
+    within = (
+        f", in {measured} of {layers} CSA layers; not measured in the others"
+        if 0 < measured < layers
+        else ""
+    )
+    table.add_row(
+        "kept",
+        f"{row['entry_recall']:.1%} of golden entries, {row['mass_kept']:.1%} of the attention mass"
+        f" on selected entries{within}",
+    )
     return table

@@ -14,7 +14,15 @@ from fmsim.report.tables.decode import Nowhere
 GIB = 2**30
 BARS = " ▁▂▃▄▅▆▇█"
 CHART_WIDTH = 60
-POOLS = {"csa": "CSA", "slots": "slots", "hca": "HCA", "index_keys": "index keys", "window": "window", "gpu": "on GPU", "mirror": "host mirror"}
+POOLS = {
+    "csa": "CSA",
+    "slots": "slots",
+    "hca": "HCA",
+    "index_keys": "index keys",
+    "window": "window",
+    "gpu": "on GPU",
+    "mirror": "host mirror",
+}
 
 
 def render(report: dict[str, Any]) -> Group:
@@ -30,7 +38,13 @@ def show(report: dict[str, Any]) -> None:
 
 def svg(report: dict[str, Any], title: str) -> str:
     """The same as a picture."""
-    console = Console(record=True, width=_width(report), file=Nowhere(), force_terminal=True, color_system="truecolor")
+    console = Console(
+        record=True,
+        width=_width(report),
+        file=Nowhere(),
+        force_terminal=True,
+        color_system="truecolor",
+    )
     console.print(render(report))
     return console.export_svg(title=title)
 
@@ -38,23 +52,51 @@ def svg(report: dict[str, Any], title: str) -> str:
 def _width(report: dict[str, Any]) -> int:
     """Columns that the widest table needs."""
     unbounded = Console(width=1000)
-    return max(unbounded.measure(part).maximum for part in render(report).renderables if isinstance(part, Table))
+    return max(
+        unbounded.measure(part).maximum
+        for part in render(report).renderables
+        if isinstance(part, Table)
+    )
 
 
 def _head(about: dict[str, Any]) -> list[Text]:
-    workload, server, hardware, trace = about["workload"], about["workload"]["server"], about["hardware"], about["trace"]
-    kind = {"closed_loop": "clients", "poisson": "requests", "bursts": "requests", "file": "recorded requests"}[workload["kind"]]
+    workload, server, hardware, trace = (
+        about["workload"],
+        about["workload"]["server"],
+        about["hardware"],
+        about["trace"],
+    )
+    kind = {
+        "closed_loop": "clients",
+        "poisson": "requests",
+        "bursts": "requests",
+        "file": "recorded requests",
+    }[workload["kind"]]
     lines = [
         Text.assemble((about["name"], "bold"), f"  {about['description']}"),
         Text(
-            f"workload  {workload['kind'].replace('_', ' ')}: {workload['first_requests']:,} {kind}, prompts of {workload['prompt_tokens_mean']:,.0f} and "
-            f"outputs of {workload['output_tokens_mean']:,.0f} tokens (mean), seed {workload['seed']}; prefill {server['prefill']}"
+            f"workload  {workload['kind'].replace('_', ' ')}: {workload['first_requests']:,}"
+            f" {kind}, prompts of {workload['prompt_tokens_mean']:,.0f} and outputs of"
+            f" {workload['output_tokens_mean']:,.0f} tokens (mean), seed {workload['seed']};"
+            f" prefill {server['prefill']}"
         ),
-        Text(f"server    {hardware['title']}, tensor parallel {hardware['tensor_parallel']}; model {about['model']['name']}"),
-        Text(f"replays   {trace['file']}: {trace['model']}, {trace['prompt_tokens']:,} tokens + {trace['steps']} steps, in shares of each request's length"),
+        Text(
+            f"server    {hardware['title']}, tensor parallel {hardware['tensor_parallel']}; model"
+            f" {about['model']['name']}"
+        ),
+        Text(
+            f"replays   {trace['file']}: {trace['model']}, {trace['prompt_tokens']:,} tokens +"
+            f" {trace['steps']} steps, in shares of each request's length"
+        ),
     ]
     if workload.get("repeated_prompt_share"):
-        lines.append(Text(f"          {workload['repeated_prompt_share']:.0%} of the prompt blocks repeat earlier ones; no prefix is reused here", "dim"))
+        lines.append(
+            Text(
+                f"          {workload['repeated_prompt_share']:.0%} of the prompt blocks repeat"
+                " earlier ones; no prefix is reused here",
+                "dim",
+            )
+        )
     return lines
 
 
@@ -63,20 +105,33 @@ def memory_table(rows: list[dict[str, Any]]) -> Table:
     memory = rows[0]["memory"]
     hbm = memory["hbm_bytes"]
     title = (
-        f"memory of each GPU: {hbm['all'] / GIB:.1f} GiB = {hbm['weights'] / GIB:.1f} weights + {hbm['reserve'] / GIB:.1f} reserve + "
-        f"{hbm['kv'] / GIB:.1f} for KV; on the host {memory['host_bytes'] / GIB:.1f} GiB for its mirror"
+        f"memory of each GPU: {hbm['all'] / GIB:.1f} GiB = {hbm['weights'] / GIB:.1f} weights +"
+        f" {hbm['reserve'] / GIB:.1f} reserve + {hbm['kv'] / GIB:.1f} for KV; on the host"
+        f" {memory['host_bytes'] / GIB:.1f} GiB for its mirror"
     )
-    table = Table(title=title, title_justify="left", title_style="", header_style="bold", pad_edge=False)
-    table.add_column(f"GiB of a request of {memory['prompt_tokens']:,} + {memory['output_tokens']:,} tokens", no_wrap=True)
+    table = Table(
+        title=title, title_justify="left", title_style="", header_style="bold", pad_edge=False
+    )
+    table.add_column(
+        f"GiB of a request of {memory['prompt_tokens']:,} + {memory['output_tokens']:,} tokens",
+        no_wrap=True,
+    )
     for name in POOLS.values():
         table.add_column(name, justify="right")
     table.add_column("fit", justify="right")
     table.add_column("why not more")
     for row in rows:
         pools, limits = row["memory"]["request_bytes"], row["memory"]["limits"]
-        others = ", ".join(f"{kind} {count:,}" for kind, count in limits.items() if kind != row["memory"]["bound"])
+        others = ", ".join(
+            f"{kind} {count:,}" for kind, count in limits.items() if kind != row["memory"]["bound"]
+        )
         why = row["memory"]["bound"] + (f" ({others})" if others else "")
-        table.add_row(row["policy"], *(f"{pools[key] / GIB:.3f}" for key in POOLS), f"{row['memory']['fits']:,}", why)
+        table.add_row(
+            row["policy"],
+            *(f"{pools[key] / GIB:.3f}" for key in POOLS),
+            f"{row['memory']['fits']:,}",
+            why,
+        )
     return table
 
 
@@ -85,9 +140,21 @@ def _table(rows: list[dict[str, Any]]) -> Table:
     table.add_column("policy", no_wrap=True)
     table.add_column("")
     for name in (
-        "mass\nkept", "held*", "tokens/s*", "TTFT s*\np50", "\np95", "\np99", "TPOT ms*\np50", "\np95", "\np99", "goodput*\nrequests/s", "in\nSLO*",
-        "stall*", "done", "refused",
-    ):  # fmt: skip
+        "mass\nkept",
+        "held*",
+        "tokens/s*",
+        "TTFT s*\np50",
+        "\np95",
+        "\np99",
+        "TPOT ms*\np50",
+        "\np95",
+        "\np99",
+        "goodput*\nrequests/s",
+        "in\nSLO*",
+        "stall*",
+        "done",
+        "refused",
+    ):
         table.add_column(name, justify="right", no_wrap=True)
     table.add_column("bound by*", no_wrap=True)
     for row in rows:
@@ -120,7 +187,14 @@ def _number(seconds: float | None, scale: float = 1.0) -> str:
 
 def _over_time(rows: list[dict[str, Any]]) -> Table:
     """Shares in use, one character a stretch of time."""
-    table = Table(title="in use over time", title_justify="left", title_style="", header_style="bold", pad_edge=False, box=None)
+    table = Table(
+        title="in use over time",
+        title_justify="left",
+        title_style="",
+        header_style="bold",
+        pad_edge=False,
+        box=None,
+    )
     table.add_column("policy", no_wrap=True)
     table.add_column("")
     table.add_column(f"0 to {rows[0]['simulated_s']:,.0f} s", no_wrap=True, min_width=CHART_WIDTH)
@@ -130,12 +204,20 @@ def _over_time(rows: list[dict[str, Any]]) -> Table:
         for number, (kind, series) in enumerate(_series(row).items()):
             use = row["in_use"][kind]
             peak = use.get("peak", max(series))
-            table.add_row(row["policy"] if number == 0 else "", kind, _bars(series), f"{use['mean']:.0%}", f"{peak:.0%}")
+            table.add_row(
+                row["policy"] if number == 0 else "",
+                kind,
+                _bars(series),
+                f"{use['mean']:.0%}",
+                f"{peak:.0%}",
+            )
     return table
 
 
 def _series(row: dict[str, Any]) -> dict[str, list[float]]:
-    """Shares in use by resource; a memory's is taken from its peak, so that no capacity needs to be known here."""
+    """Shares in use by resource; a memory's is taken from its peak, so that no capacity needs to be
+    known here.
+    """
     over, use = row["over_time"], row["in_use"]
     found = {}
     for kind, name in (("GPU memory", "gpu_bytes"), ("host memory", "host_bytes")):
@@ -150,15 +232,29 @@ def _series(row: dict[str, Any]) -> dict[str, list[float]]:
 
 def _bars(series: list[float]) -> str:
     per_bar = max(1, len(series) // CHART_WIDTH)
-    means = [sum(series[i : i + per_bar]) / len(series[i : i + per_bar]) for i in range(0, len(series), per_bar)]
-    return "".join(BARS[min(len(BARS) - 1, max(0, round(value * (len(BARS) - 1))))] for value in means)
+    means = [
+        sum(series[i : i + per_bar]) / len(series[i : i + per_bar])
+        for i in range(0, len(series), per_bar)
+    ]
+    return "".join(
+        BARS[min(len(BARS) - 1, max(0, round(value * (len(BARS) - 1))))] for value in means
+    )
 
 
 def _notes(about: dict[str, Any]) -> list[Text]:
     slo = about["workload"]["slo"]
     notes = [
-        f"SLO: first token within {slo['ttft_s']:g} s, then {slo['tpot_s'] * 1e3:g} ms a token.  held: most requests at once.  refused: they could never fit.",
-        "* simulated from kernel tables, link curves and shares of one trace, not measured.  mass kept: counted in the trace's replay.",
-        "bound by: what the queue's head waited for; where nobody waited, what running requests waited for (PCIe) or did (compute).",
+        (
+            f"SLO: first token within {slo['ttft_s']:g} s, then {slo['tpot_s'] * 1e3:g} ms a token."
+            "  held: most requests at once.  refused: they could never fit."
+        ),
+        (
+            "* simulated from kernel tables, link curves and shares of one trace, not measured. "
+            " mass kept: counted in the trace's replay."
+        ),
+        (
+            "bound by: what the queue's head waited for; where nobody waited, what running requests"
+            " waited for (PCIe) or did (compute)."
+        ),
     ]
     return [Text(note, style="dim") for note in notes]

@@ -44,7 +44,10 @@ def show(rows: list[dict[str, Any]], note: str) -> None:
     for heading in figures:
         table.add_column(heading, justify="right", no_wrap=True)
     for row in rows:
-        known = [row["policy"], *(str(row.get(name) if row.get(name) is not None else "-") for name in varied)]
+        known = [
+            row["policy"],
+            *(str(row.get(name) if row.get(name) is not None else "-") for name in varied),
+        ]
         table.add_row(*known, *_cells(row, figures))
     console = wide_console(wide_console(1000).measure(table).maximum)
     console.print(table)
@@ -54,7 +57,9 @@ def show(rows: list[dict[str, Any]], note: str) -> None:
     console.print(Text(f"{note}.  * simulated, not measured", style="dim"))
 
 
-def _cells(row: dict[str, Any], figures: dict[str, Callable[[dict[str, Any]], str]]) -> list[str | Text]:
+def _cells(
+    row: dict[str, Any], figures: dict[str, Callable[[dict[str, Any]], str]]
+) -> list[str | Text]:
     if "error" in row:
         return [Text("no run", "yellow"), *("" for _ in list(figures)[1:])]
     return [text(row) for text in figures.values()]

@@ -16,13 +16,27 @@ def show(report: dict[str, Any]) -> None:
     """Print to standard output, from the report's JSON object."""
     about = report["scenario"]
     console = wide_console(170 if about["whole_steps"] else 132)
-    console.print(Text(f"{about['name']}: {about['trace']}, {about['steps']} steps; pages of {about['model']}'s {about['csa_layers']} CSA layers on {about['device']}"))
+    console.print(
+        Text(
+            f"{about['name']}: {about['trace']}, {about['steps']} steps; pages of"
+            f" {about['model']}'s {about['csa_layers']} CSA layers on {about['device']}"
+        )
+    )
     table = Table(header_style="bold", pad_edge=False)
     table.add_column("policy", no_wrap=True)
     for name in (
-        "slots\nidentical", "pages moved\nreplay", "\nengine", "MiB moved\nreplay", "\nengine", "KV MiB on GPU\npredicted", "\nallocated",
-        "spare\nMiB", "step ms p50\nsimulated", "\nmeasured", *(["\ndiffers", "tokens/s\nsimulated", "\nmeasured"] if about["whole_steps"] else []),
-    ):  # fmt: skip
+        "slots\nidentical",
+        "pages moved\nreplay",
+        "\nengine",
+        "MiB moved\nreplay",
+        "\nengine",
+        "KV MiB on GPU\npredicted",
+        "\nallocated",
+        "spare\nMiB",
+        "step ms p50\nsimulated",
+        "\nmeasured",
+        *(["\ndiffers", "tokens/s\nsimulated", "\nmeasured"] if about["whole_steps"] else []),
+    ):
         table.add_column(name, justify="right", no_wrap=True)
     for row in report["policies"]:
         table.add_row(*_cells(row))
@@ -32,7 +46,11 @@ def show(report: dict[str, Any]) -> None:
 
 
 def _cells(row: dict[str, Any]) -> list[str | Text]:
-    differs = row["first_difference"] if row["first_difference"] is not None else ", ".join(row["differing_fields"]) or "bytes"
+    differs = (
+        row["first_difference"]
+        if row["first_difference"] is not None
+        else ", ".join(row["differing_fields"]) or "bytes"
+    )
     where = f"no: step {differs}" if row["first_difference"] is not None else f"no: {differs}"
     return [
         row["policy"],
@@ -46,5 +64,13 @@ def _cells(row: dict[str, Any]) -> list[str | Text]:
         f"{row['spare_bytes'] / MIB:.2f}",
         f"{row['simulated_step_p50_s'] * 1e3:.2f}",
         f"{row['measured_step_p50_s'] * 1e3:.2f}",
-        *([f"{row['step_error']:+.1%}", f"{row['simulated_tokens_per_s']:.1f}", f"{row['measured_tokens_per_s']:.1f}"] if "step_error" in row else []),
+        *(
+            [
+                f"{row['step_error']:+.1%}",
+                f"{row['simulated_tokens_per_s']:.1f}",
+                f"{row['measured_tokens_per_s']:.1f}",
+            ]
+            if "step_error" in row
+            else []
+        ),
     ]

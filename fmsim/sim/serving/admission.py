@@ -1,4 +1,6 @@
-"""Who may enter a server: room in GPU memory and on the host, an engine's own limit, and, if asked for, room on the link."""
+"""Who may enter a server: room in GPU memory and on the host, an engine's own limit, and, if asked
+for, room on the link.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +21,9 @@ GPU, HOST, BATCH, LINK = "GPU memory", "host memory", "batch limit", "PCIe"
 
 
 def server_hardware(hw: Hardware, options: spec.Server) -> Hardware:
-    """The hardware as the engine uses it: one shared mirror has the whole host, and a slow copy path caps the link."""
+    """The hardware as the engine uses it: one shared mirror has the whole host, and a slow copy
+    path caps the link.
+    """
     changes = {}
     if options.mirror == "shared":
         for name in ("host_bytes", "host_reserve_bytes"):
@@ -35,16 +39,34 @@ def server_hardware(hw: Hardware, options: spec.Server) -> Hardware:
 class Admission:
     """A queue, first come, first served, and what those that were admitted hold."""
 
-    def __init__(self, memory: MemorySystem, hw: Hardware, geometry: Geometry, demand: Demand, options: spec.Server) -> None:
-        self.memory, self.hw, self.geometry, self.demand, self.options = memory, hw, geometry, demand, options
+    def __init__(
+        self,
+        memory: MemorySystem,
+        hw: Hardware,
+        geometry: Geometry,
+        demand: Demand,
+        options: spec.Server,
+    ) -> None:
+        self.memory, self.hw, self.geometry, self.demand, self.options = (
+            memory,
+            hw,
+            geometry,
+            demand,
+            options,
+        )
         self.queue: deque[Request] = deque()
         self.admitted: dict[int, Request] = {}  # by number
         self.waits_for: str | None = None  # what the head of the queue could not get
-        self._link_verdict: tuple[tuple[int, ...], bool] = ((), True)  # for these requests by number
+        self._link_verdict: tuple[tuple[int, ...], bool] = (
+            (),
+            True,
+        )  # for these requests by number
 
     def never_fits(self, request: Request) -> str | None:
         """The memory that `request` would not fit even alone, or None."""
-        return next((kind for kind, pool, n_bytes in self._needs(request) if n_bytes > pool.capacity), None)
+        return next(
+            (kind for kind, pool, n_bytes in self._needs(request) if n_bytes > pool.capacity), None
+        )
 
     def head_can_enter(self) -> bool:
         return bool(self.queue) and self.lacks(self.queue[0]) is None
@@ -74,23 +96,37 @@ class Admission:
         """What `request` cannot get now, or None."""
         if self.options.max_batch and len(self.admitted) >= self.options.max_batch:
             return BATCH
-        short = next((kind for kind, pool, n_bytes in self._needs(request) if n_bytes > pool.level), None)
+        short = next(
+            (kind for kind, pool, n_bytes in self._needs(request) if n_bytes > pool.level), None
+        )
         if short is None and self.options.admit_by_link and not self._link_has_room(request):
             return LINK
         return short
 
     def _link_has_room(self, request: Request) -> bool:
-        """With `request` beside those admitted, all recalls still fit into the time of their windows."""
+        """With `request` beside those admitted, all recalls still fit into the time of their
+        windows.
+        """
         together = [*self.admitted.values(), request]
         if len(together) == 1 or not self.demand.recalls:
             return True
         numbers = tuple(each.number for each in together)
-        if self._link_verdict[0] != numbers:  # asked at every span, while the same ones are admitted
-            bytes_per_step = sum(self.demand.recall_bytes_per_step(each.prompt_tokens) for each in together)
+        if (
+            self._link_verdict[0] != numbers
+        ):  # asked at every span, while the same ones are admitted
+            bytes_per_step = sum(
+                self.demand.recall_bytes_per_step(each.prompt_tokens) for each in together
+            )
             tokens = np.array([each.prompt_tokens for each in together])
             time_s = mean_step_s(self.hw, self.geometry, self.demand, tokens)
-            self._link_verdict = (numbers, bytes_per_step <= self.memory.to_gpu.bytes_per_s * time_s)
+            self._link_verdict = (
+                numbers,
+                bytes_per_step <= self.memory.to_gpu.bytes_per_s * time_s,
+            )
         return self._link_verdict[1]
 
     def _needs(self, request: Request) -> list[tuple[str, simpy.Container, int]]:
-        return [(GPU, self.memory.hbm, request.pools.gpu_bytes), (HOST, self.memory.host, request.pools.mirror)]
+        return [
+            (GPU, self.memory.hbm, request.pools.gpu_bytes),
+            (HOST, self.memory.host, request.pools.mirror),
+        ]

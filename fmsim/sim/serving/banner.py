@@ -1,4 +1,6 @@
-"""Where the memory goes before a request comes: bytes of each pool, requests that fit, and why not more."""
+"""Where the memory goes before a request comes: bytes of each pool, requests that fit, and why not
+more.
+"""
 
 from __future__ import annotations
 
@@ -11,10 +13,19 @@ from fmsim.sim.serving.admission import BATCH, GPU, HOST, server_hardware
 from fmsim.sim.serving.demand import Demand
 
 
-def banner(hw: Hardware, geometry: Geometry, demand: Demand, options: spec.Server, prompt_tokens: int, output_tokens: int) -> dict[str, Any]:
-    """For requests of this size: `request_bytes` of each pool, what each GPU and the host have, and `fits`, what binds by name.
+def banner(
+    hw: Hardware,
+    geometry: Geometry,
+    demand: Demand,
+    options: spec.Server,
+    prompt_tokens: int,
+    output_tokens: int,
+) -> dict[str, Any]:
+    """For requests of this size: `request_bytes` of each pool, what each GPU and the host have, and
+    `fits`, what binds by name.
 
-    All bytes are of one GPU; the tensor-parallel group has the same on each, since V4 has one KV head.
+    All bytes are of one GPU; the tensor-parallel group has the same on each, since V4 has one KV
+    head.
     """
     pools = demand.pools(prompt_tokens, output_tokens)
     engine, weight_bytes = server_hardware(hw, options), geometry.weight_bytes(hw.n_gpus)
@@ -31,21 +42,38 @@ def banner(hw: Hardware, geometry: Geometry, demand: Demand, options: spec.Serve
         },
         "host_bytes": engine.host_bytes_per_gpu,
         "request_bytes": {
-            "csa": pools.csa, "slots": pools.slots, "hca": pools.hca, "index_keys": pools.index_keys, "window": pools.window,
-            "gpu": pools.gpu_bytes, "mirror": pools.mirror,
+            "csa": pools.csa,
+            "slots": pools.slots,
+            "hca": pools.hca,
+            "index_keys": pools.index_keys,
+            "window": pools.window,
+            "gpu": pools.gpu_bytes,
+            "mirror": pools.mirror,
         },
         "limits": limits,
         "fits": limits[bound],
         "bound": bound,
-    }  # fmt: skip
+    }
 
 
 def request_limits(
-    engine: Hardware, geometry: Geometry, demand: Demand, options: spec.Server, prompt_tokens: int, output_tokens: int
+    engine: Hardware,
+    geometry: Geometry,
+    demand: Demand,
+    options: spec.Server,
+    prompt_tokens: int,
+    output_tokens: int,
 ) -> dict[str, int]:
-    """How many requests of one size each memory, and the engine's own limit, allow at once. `engine`: see `server_hardware`."""
+    """How many requests of one size each memory, and the engine's own limit, allow at once.
+
+    `engine`: see `server_hardware`.
+    """
     pools = demand.pools(prompt_tokens, output_tokens)
-    limits = {GPU: max(0, int(engine.kv_pool_bytes(geometry.weight_bytes(engine.n_gpus)) // pools.gpu_bytes))}
+    limits = {
+        GPU: max(
+            0, int(engine.kv_pool_bytes(geometry.weight_bytes(engine.n_gpus)) // pools.gpu_bytes)
+        )
+    }
     if pools.mirror:
         limits[HOST] = int(engine.host_bytes_per_gpu // pools.mirror)
     if options.max_batch:

@@ -8,9 +8,9 @@ import numpy as np
 import simpy
 
 from fmsim.geometry import Geometry
-from fmsim.sim.step_cost import Spread, mixed_step_costs
 from fmsim.hw.spec import Hardware
 from fmsim.sim.serving.demand import Demand, Pools
+from fmsim.sim.step_cost import Spread, mixed_step_costs
 
 
 @dataclass
@@ -28,7 +28,9 @@ class Request:
     admitted_s: float | None = None
     first_token_s: float | None = None
     finished_s: float | None = None
-    prefill_left: list[tuple[int, float]] = field(default_factory=list)  # (tokens, seconds) of chunks, the next one last
+    prefill_left: list[tuple[int, float]] = field(
+        default_factory=list
+    )  # (tokens, seconds) of chunks, the next one last
     recall: simpy.Event | None = None  # of its next window
 
 
@@ -52,10 +54,12 @@ class WindowStart:
     next_bytes: float
 
 
-# position: ledger steps from the ledger's start, windows that repeat counted again; context: tokens, the next step's included;
-# left: steps; missing: 0 for a request that the budget holds whole, else 1
+# position: ledger steps from the ledger's start, windows that repeat counted again; context:
+# tokens, the next step's included; left: steps; missing: 0 for a request that the budget holds
+# whole, else 1
 _STATE = np.dtype(
-    [(name, np.int64) for name in ("offset", "position", "context", "left")] + [(name, np.float64) for name in ("growth", "ratio", "missing")]
+    [(name, np.int64) for name in ("offset", "position", "context", "left")]
+    + [(name, np.float64) for name in ("growth", "ratio", "missing")]
 )
 
 
@@ -73,7 +77,15 @@ class Batch:
     def add(self, request: Request) -> None:
         demand, prompt = self.demand, request.prompt_tokens
         missing = float(not demand.fits_whole(prompt, request.output_tokens))
-        row = (request.offset, request.offset, prompt + 1, request.steps, demand.growth(prompt), demand.length_ratio(prompt), missing)
+        row = (
+            request.offset,
+            request.offset,
+            prompt + 1,
+            request.steps,
+            demand.growth(prompt),
+            demand.length_ratio(prompt),
+            missing,
+        )
         self.requests.append(request)
         self._state = np.append(self._state, np.array([row], dtype=_STATE))
 
@@ -81,7 +93,11 @@ class Batch:
         """Steps until a request is done or, where windows matter, begins one."""
         state, cadence = self._state, self.demand.cadence
         left = int(state["left"].min())
-        return min(left, int((cadence - state["position"] % cadence).min())) if self.demand.recalls else left
+        return (
+            min(left, int((cadence - state["position"] % cadence).min()))
+            if self.demand.recalls
+            else left
+        )
 
     def window_starts(self) -> list[WindowStart]:
         """The requests for which a window begins at the next step."""
@@ -89,9 +105,20 @@ class Batch:
         places = np.flatnonzero(self._state["position"] % demand.cadence == 0)
         state = self._state[places]
         grown = state["growth"] * state["missing"]
-        own = demand.recall_bytes[demand.at(state["position"])] * grown * (state["position"] > state["offset"])  # the first set is there
-        following = demand.recall_bytes[demand.at(state["position"] + demand.cadence)] * grown * (state["left"] > demand.cadence)
-        return [WindowStart(self.requests[i], float(a), float(b)) for i, a, b in zip(places, own, following)]
+        own = (
+            demand.recall_bytes[demand.at(state["position"])]
+            * grown
+            * (state["position"] > state["offset"])
+        )  # the first set is there
+        following = (
+            demand.recall_bytes[demand.at(state["position"] + demand.cadence)]
+            * grown
+            * (state["left"] > demand.cadence)
+        )
+        return [
+            WindowStart(self.requests[i], float(a), float(b))
+            for i, a, b in zip(places, own, following)
+        ]
 
     def load(self, n_steps: int) -> Load:
         """Sums over the batch for each of the next `n_steps`; at most `quiet_steps`."""
@@ -108,11 +135,18 @@ class Batch:
             scored=_spread(scored),
             recalled_bytes=(state["growth"] * state["missing"]) @ recalled,
             indexer_scored=state["ratio"] @ demand.indexer_scored[at],
-            miss_bytes=np.einsum("b,bng->ng", state["missing"], demand.miss_bytes[at]) if demand.misses else np.zeros((n_steps, 1)),
+            miss_bytes=(
+                np.einsum("b,bng->ng", state["missing"], demand.miss_bytes[at])
+                if demand.misses
+                else np.zeros((n_steps, 1))
+            ),
         )
 
     def advance(self, steps: int, first_s: float) -> list[Request]:
-        """Move on; returns the requests that are done. `first_s`: when the first of these steps ended."""
+        """Move on; returns the requests that are done.
+
+        `first_s`: when the first of these steps ended.
+        """
         for request in self.requests:
             if request.first_token_s is None:
                 request.first_token_s = first_s
@@ -134,9 +168,15 @@ def _spread(values: np.ndarray) -> Spread:
 
 
 def mean_step_s(hw: Hardware, geometry: Geometry, demand: Demand, tokens: np.ndarray) -> float:
-    """Compute time of a decode step of requests with these contexts [B], at the ledger's mean resident set."""
+    """Compute time of a decode step of requests with these contexts [B], at the ledger's mean
+    resident set.
+    """
     scored = entries = tokens // geometry.csa_rate
     if demand.keys_tiered:
-        scored = np.minimum(demand.resident.mean() * np.array([demand.growth(int(n)) for n in tokens]), entries)
-    costs = mixed_step_costs(hw, geometry, len(tokens), _spread(tokens[:, None]), _spread(scored[:, None]))
+        scored = np.minimum(
+            demand.resident.mean() * np.array([demand.growth(int(n)) for n in tokens]), entries
+        )
+    costs = mixed_step_costs(
+        hw, geometry, len(tokens), _spread(tokens[:, None]), _spread(scored[:, None])
+    )
     return float(costs.total_s(geometry.n_csa)[0])

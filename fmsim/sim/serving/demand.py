@@ -1,12 +1,17 @@
-"""What one request of any length asks of a server, step by step, from a ledger that was recorded at one length.
+"""What one request of any length asks of a server, step by step, from a ledger that was recorded at
+one length.
 
-This is a model: a ledger says what a policy did at its own trace's length, and a request of another length is taken to do the same in shares.
+This is a model: a ledger says what a policy did at its own trace's length, and a request of another
+length is taken to do the same in shares.
 
-- Resident and recalled entries are shares of the history, and grow with it, where the policy's budget is a share of the history (or it
-  keeps everything). A budget in multiples of top-k follows the model's top-k, one in entries or bytes stays what it is.
-- Missed entries are shares of the model's top-k, whatever the length; a request that fits its budget whole misses nothing.
+- Resident and recalled entries are shares of the history, and grow with it, where the policy's
+  budget is a share of the history (or it keeps everything). A budget in multiples of top-k follows
+  the model's top-k, one in entries or bytes stays what it is.
+- Missed entries are shares of the model's top-k, whatever the length; a request that fits its
+  budget whole misses nothing.
 - A memory indexer scores the whole history.
-- A request that is longer than the ledger replays the ledger's whole windows again, without the first ones, which are the prefill's.
+- A request that is longer than the ledger replays the ledger's whole windows again, without the
+  first ones, which are the prefill's.
 """
 
 from __future__ import annotations
@@ -17,14 +22,16 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from fmsim.sim.footprint import footprint, indexer_layers
 from fmsim.geometry import Geometry
 from fmsim.replay.ledger import Ledger
+from fmsim.sim.footprint import footprint, indexer_layers
 
 
 @dataclass(frozen=True)
 class Pools:
-    """Whole bytes of one request at its end, by what they hold; `mirror` lies on the host, all others on every GPU."""
+    """Whole bytes of one request at its end, by what they hold; `mirror` lies on the host, all
+    others on every GPU.
+    """
 
     csa: int  # all CSA entries, where the policy keeps all
     slots: int  # resident CSA entries, where it does not
@@ -41,28 +48,56 @@ class Pools:
 class Demand:
     """One ledger in a geometry's bytes. Arrays over ledger steps [T]; G groups of CSA layers."""
 
-    def __init__(self, ledger: Ledger, geometry: Geometry, layer_map: Sequence[int] | None = None) -> None:
+    def __init__(
+        self, ledger: Ledger, geometry: Geometry, layer_map: Sequence[int] | None = None
+    ) -> None:
         """Raises FmsimError for a layer map that does not fit."""
         place = footprint(ledger, geometry, layer_map)
-        self.geometry, self.ledger_entries, self.cadence = geometry, ledger.prompt_entries, ledger.cadence
+        self.geometry, self.ledger_entries, self.cadence = (
+            geometry,
+            ledger.prompt_entries,
+            ledger.cadence,
+        )
         self.keys_tiered = place.keys_tiered
-        self.entry_bytes = geometry.slot_bytes(1, with_keys=place.keys_tiered)  # that come over the link for one entry
+        self.entry_bytes = geometry.slot_bytes(
+            1, with_keys=place.keys_tiered
+        )  # that come over the link for one entry
         self.row_bytes = geometry.slot_bytes(ledger.granularity, with_keys=place.keys_tiered)
-        self.group_layers = np.bincount(place.groups, minlength=ledger.n_groups)  # [G] model layers that each group serves
-        self.miss_bytes = ledger.demand_loads.astype(np.float64) * self.row_bytes * geometry.index_topk / ledger.topk  # [T, G] of each layer
-        self.recall_bytes = ledger.lookahead_loads.astype(np.float64) @ self.group_layers * self.row_bytes  # [T] of all layers
+        self.group_layers = np.bincount(
+            place.groups, minlength=ledger.n_groups
+        )  # [G] model layers that each group serves
+        self.miss_bytes = (
+            ledger.demand_loads.astype(np.float64)
+            * self.row_bytes
+            * geometry.index_topk
+            / ledger.topk
+        )  # [T, G] of each layer
+        self.recall_bytes = (
+            ledger.lookahead_loads.astype(np.float64) @ self.group_layers * self.row_bytes
+        )  # [T] of all layers
         entries = place.tokens // geometry.csa_rate
-        resident = np.minimum(ledger.resident.astype(np.int64) * ledger.granularity, entries[:, None])
-        self.resident = resident @ self.group_layers / geometry.n_csa  # [T] entries a layer, mean over layers
+        resident = np.minimum(
+            ledger.resident.astype(np.int64) * ledger.granularity, entries[:, None]
+        )
+        self.resident = (
+            resident @ self.group_layers / geometry.n_csa
+        )  # [T] entries a layer, mean over layers
         self.holds_all = bool((resident >= entries[:, None]).all())
         budget = str(ledger.params.get("budget", "%"))
         self._grows = self.holds_all or budget.endswith("%")
         self._fixed_growth = geometry.index_topk / ledger.topk if budget.endswith("topk") else 1.0
         self.indexer_scored = ledger.scored.astype(np.float64)
-        self.keyed_layers = min(geometry.n_csa, indexer_layers(ledger)) if place.keys_tiered else geometry.n_csa
-        self.misses, self.recalls = bool(ledger.demand_loads.any()), bool(ledger.lookahead_loads.any())
+        self.keyed_layers = (
+            min(geometry.n_csa, indexer_layers(ledger)) if place.keys_tiered else geometry.n_csa
+        )
+        self.misses, self.recalls = (
+            bool(ledger.demand_loads.any()),
+            bool(ledger.lookahead_loads.any()),
+        )
         self.mirrored = self.misses or self.recalls
-        self.overlaps = bool(ledger.params.get("stale", True))  # a window's recall may run during the window before
+        self.overlaps = bool(
+            ledger.params.get("stale", True)
+        )  # a window's recall may run during the window before
         self._first, self._end = _repeated_steps(ledger)
 
     @property
@@ -85,7 +120,9 @@ class Demand:
 
     def fits_whole(self, prompt_tokens: int, output_tokens: int) -> bool:
         """The budget holds all entries that the request ever has."""
-        return self._most_resident(prompt_tokens, output_tokens) >= self.geometry.csa_entries(prompt_tokens + output_tokens)
+        return self._most_resident(prompt_tokens, output_tokens) >= self.geometry.csa_entries(
+            prompt_tokens + output_tokens
+        )
 
     def pools(self, prompt_tokens: int, output_tokens: int) -> Pools:
         """What has to be there for the whole of a request's life."""
@@ -106,11 +143,19 @@ class Demand:
     def _most_resident(self, prompt_tokens: int, output_tokens: int) -> float:
         """Entries a layer."""
         entries = self.geometry.csa_entries(prompt_tokens + output_tokens)
-        return float(entries if self.holds_all else min(entries, self.resident.max() * self.growth(prompt_tokens)))
+        return float(
+            entries
+            if self.holds_all
+            else min(entries, self.resident.max() * self.growth(prompt_tokens))
+        )
 
     def first_set_bytes(self, prompt_tokens: int, output_tokens: int) -> float:
         """What a request that comes with its whole KV in the mirror loads before its first step."""
-        return self._most_resident(prompt_tokens, output_tokens) * self.geometry.n_csa * self.entry_bytes
+        return (
+            self._most_resident(prompt_tokens, output_tokens)
+            * self.geometry.n_csa
+            * self.entry_bytes
+        )
 
     def recall_bytes_per_step(self, prompt_tokens: int) -> float:
         """Mean over the windows that repeat."""
@@ -118,9 +163,11 @@ class Demand:
 
 
 def _repeated_steps(ledger: Ledger) -> tuple[int, int]:
-    """[first, end) of the ledger steps that a long request replays again and again: whole windows whose recall is a decision's own.
+    """[first, end) of the ledger steps that a long request replays again and again: whole windows
+    whose recall is a decision's own.
 
-    The first window is filled by the prefill. A policy that decides by a stale state has seen nothing new at its second decision either.
+    The first window is filled by the prefill. A policy that decides by a stale state has seen
+    nothing new at its second decision either.
     """
     cadence, stale = ledger.cadence, ledger.params.get("stale") is True
     first, end = cadence * (1 + stale), ledger.n_steps // ledger.cadence * ledger.cadence

@@ -37,7 +37,9 @@ class Log:
             self.waited_s[self.waits_for] += elapsed_s
 
     def over_time(self, n_points: int) -> dict[str, list[float]]:
-        """The samples on an even grid; bytes and tokens, which are sums, as rates since the point before."""
+        """The samples on an even grid; bytes and tokens, which are sums, as rates since the point
+        before.
+        """
         table = np.array(self.samples)
         grid_s = np.linspace(0.0, table[-1, 0], n_points)
         latest = np.maximum(np.searchsorted(table[:, 0], grid_s, side="right") - 1, 0)
@@ -45,7 +47,9 @@ class Log:
         for place, name in enumerate(SAMPLE[1:], 1):
             if name in ("h2d_bytes", "tokens"):
                 sums = np.interp(grid_s, table[:, 0], table[:, place])
-                columns[f"{name}_per_s"] = (np.diff(sums, prepend=sums[0]) / max(grid_s[1], 1e-12)).tolist()
+                columns[f"{name}_per_s"] = (
+                    np.diff(sums, prepend=sums[0]) / max(grid_s[1], 1e-12)
+                ).tolist()
             else:
                 columns[name] = table[latest, place].tolist()
         return columns
@@ -54,7 +58,9 @@ class Log:
         """Mean over time of a sampled quantity, which holds until the next sample."""
         table = np.array(self.samples)
         held_s = np.diff(table[:, 0])
-        return float(table[:-1, SAMPLE.index(name)] @ held_s / held_s.sum()) if held_s.sum() else 0.0
+        return (
+            float(table[:-1, SAMPLE.index(name)] @ held_s / held_s.sum()) if held_s.sum() else 0.0
+        )
 
     def most(self, name: str) -> float:
         return float(max(sample[SAMPLE.index(name)] for sample in self.samples))

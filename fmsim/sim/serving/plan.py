@@ -1,4 +1,6 @@
-"""How many requests a server takes, what the wall is, what would move it, and from where on KV on the host pays."""
+"""How many requests a server takes, what the wall is, what would move it, and from where on KV on
+the host pays.
+"""
 
 from __future__ import annotations
 
@@ -32,25 +34,35 @@ class Question:
 
     def state(self) -> SteadyState:
         engine = server_hardware(self.hw, self.options)
-        return SteadyState(engine, self.geometry, self.demand, self.tokens + self.output_tokens, self.output_tokens)
+        return SteadyState(
+            engine, self.geometry, self.demand, self.tokens + self.output_tokens, self.output_tokens
+        )
 
     def walls(self) -> dict[str, int]:
         """Requests at once that each resource allows:
 
-        - GPU memory, host memory: their pools over one request's bytes; batch limit: the engine's own;
-        - PCIe: misses and recalls of a step take no longer than its computing, beyond which recalls are late and misses the larger part;
+        - GPU memory, host memory: their pools over one request's bytes; batch limit: the engine's
+          own;
+        - PCIe: misses and recalls of a step take no longer than its computing, beyond which recalls
+          are late and misses the larger part;
         - compute: a step, waiting included, keeps `tpot_s`.
         """
         engine, state = server_hardware(self.hw, self.options), self.state()
-        walls = request_limits(engine, self.geometry, self.demand, self.options, self.tokens, self.output_tokens)
+        walls = request_limits(
+            engine, self.geometry, self.demand, self.options, self.tokens, self.output_tokens
+        )
         if self.demand.misses or self.demand.recalls:
-            walls[LINK] = state.largest(lambda steady: steady.link_s <= steady.compute_s, MOST_REQUESTS)
+            walls[LINK] = state.largest(
+                lambda steady: steady.link_s <= steady.compute_s, MOST_REQUESTS
+            )
         walls[COMPUTE] = state.largest(lambda steady: steady.step_s <= self.tpot_s, MOST_REQUESTS)
         return walls
 
 
 def plan(question: Question, full: Demand) -> dict[str, Any]:
-    """`requests`, the `wall` by name, all `walls`, speed there, what each change would give, and the crossover against `full`."""
+    """`requests`, the `wall` by name, all `walls`, speed there, what each change would give, and
+    the crossover against `full`.
+    """
     walls = question.walls()
     wall = min(walls, key=lambda kind: walls[kind])
     at_wall = question.state().at(max(1, walls[wall]))
@@ -71,7 +83,12 @@ def plan(question: Question, full: Demand) -> dict[str, Any]:
 
 
 def _speed(steady: Steady) -> dict[str, float]:
-    return {"batch": steady.batch, "tokens_per_s": steady.tokens_per_s, "step_s": steady.step_s, "wait_share": steady.wait_share}
+    return {
+        "batch": steady.batch,
+        "tokens_per_s": steady.tokens_per_s,
+        "step_s": steady.step_s,
+        "wait_share": steady.wait_share,
+    }
 
 
 def moves(question: Question) -> list[dict[str, Any]]:
@@ -86,21 +103,42 @@ def moves(question: Question) -> list[dict[str, Any]]:
 
 def _changes(question: Question) -> list[tuple[str, Question]]:
     hw, options = question.hw, question.options
-    # A faster link helps an engine whose own copy path is slower only if that path gets faster with it.
-    copies = options.model_copy(update={"recall_bytes_per_s": options.recall_bytes_per_s and 2 * options.recall_bytes_per_s})
+    # A faster link helps an engine whose own copy path is slower only if that path gets faster with
+    # it.
+    copies = options.model_copy(
+        update={"recall_bytes_per_s": options.recall_bytes_per_s and 2 * options.recall_bytes_per_s}
+    )
     changes = [
         ("twice the GPU memory", replace(question, hw=_doubled(hw, "hbm_bytes", hw.hbm_bytes))),
-        ("twice the link to the host", replace(question, hw=_doubled(hw, LINK_FIGURE, hw.link.bandwidth_bytes_per_s), options=copies)),
+        (
+            "twice the link to the host",
+            replace(
+                question,
+                hw=_doubled(hw, LINK_FIGURE, hw.link.bandwidth_bytes_per_s),
+                options=copies,
+            ),
+        ),
         ("half the context", replace(question, tokens=question.tokens // 2)),
         ("twice the time a token", replace(question, tpot_s=2 * question.tpot_s)),
     ]
     if question.demand.mirrored:
-        changes.insert(1, ("twice the host memory", replace(question, hw=_doubled(hw, "host_bytes", hw.host_bytes))))
+        changes.insert(
+            1,
+            (
+                "twice the host memory",
+                replace(question, hw=_doubled(hw, "host_bytes", hw.host_bytes)),
+            ),
+        )
         if options.mirror == "per_gpu" and hw.n_gpus > 1:
             shared = options.model_copy(update={"mirror": "shared"})
             changes.insert(2, ("one mirror that all GPUs share", replace(question, options=shared)))
     if options.max_batch:
-        changes.append(("no batch limit", replace(question, options=options.model_copy(update={"max_batch": None}))))
+        changes.append(
+            (
+                "no batch limit",
+                replace(question, options=options.model_copy(update={"max_batch": None})),
+            )
+        )
     return changes
 
 
@@ -109,15 +147,22 @@ def _doubled(hw: Hardware, name: str, figure: Figure) -> Hardware:
 
 
 def crossover(question: Question, full: Demand) -> dict[str, Any] | None:
-    """Where the policy makes more tokens a second than the full cache does on the same GPUs; None for a policy that mirrors nothing.
+    """Where the policy makes more tokens a second than the full cache does on the same GPUs; None
+    for a policy that mirrors nothing.
 
-    - `batch`: at this context, the smallest number of requests to serve at once (the full cache's GPU takes what fits and queues the rest);
-    - `context_tokens`: with as many requests as each can take, the smallest context, to 1,024 tokens; null where it never does up to 1M.
+    - `batch`: at this context, the smallest number of requests to serve at once (the full cache's
+      GPU takes what fits and queues the rest);
+    - `context_tokens`: with as many requests as each can take, the smallest context, to 1,024
+      tokens; null where it never does up to 1M.
     """
     if not question.demand.mirrored:
         return None
     contexts = [_compare(replace(question, tokens=tokens), full) for tokens in CONTEXTS]
-    return {"batch": _smallest_batch(question, full), "context_tokens": _smallest_context(question, full, contexts), "by_context": contexts}
+    return {
+        "batch": _smallest_batch(question, full),
+        "context_tokens": _smallest_context(question, full, contexts),
+        "by_context": contexts,
+    }
 
 
 def _compare(question: Question, full: Demand) -> dict[str, Any]:
@@ -125,7 +170,10 @@ def _compare(question: Question, full: Demand) -> dict[str, Any]:
     row: dict[str, Any] = {"context_tokens": question.tokens}
     for name, side in (("policy", question), ("full", replace(question, demand=full))):
         n_requests = min(side.walls().values())
-        row |= {f"{name}_requests": n_requests, f"{name}_tokens_per_s": side.state().at(n_requests).tokens_per_s if n_requests else 0.0}
+        row |= {
+            f"{name}_requests": n_requests,
+            f"{name}_tokens_per_s": side.state().at(n_requests).tokens_per_s if n_requests else 0.0,
+        }
     return row | {"pays": row["policy_tokens_per_s"] > row["full_tokens_per_s"]}
 
 
@@ -140,12 +188,18 @@ def _smallest_batch(question: Question, full: Demand) -> int | None:
     return None
 
 
-def _smallest_context(question: Question, full: Demand, contexts: list[dict[str, Any]]) -> int | None:
+def _smallest_context(
+    question: Question, full: Demand, contexts: list[dict[str, Any]]
+) -> int | None:
     paying = next((place for place, row in enumerate(contexts) if row["pays"]), None)
     if not paying:
         return contexts[0]["context_tokens"] if paying == 0 else None
     low, high = contexts[paying - 1]["context_tokens"], contexts[paying]["context_tokens"]
     while high - low > 1024:
         middle = (low + high) // 2
-        low, high = (low, middle) if _compare(replace(question, tokens=middle), full)["pays"] else (middle, high)
+        low, high = (
+            (low, middle)
+            if _compare(replace(question, tokens=middle), full)["pays"]
+            else (middle, high)
+        )
     return high

@@ -1,8 +1,9 @@
 """Recorded requests: Mooncake's JSON lines, and the CSV of Azure's and of BurstGPT's traces.
 
-Formats: kvcache-ai/Mooncake FAST25-release (`timestamp` in ms, `input_length`, `output_length`, `hash_ids` of 512-token prefix blocks);
-Azure/AzurePublicDataset LLM inference traces (`TIMESTAMP,ContextTokens,GeneratedTokens`); HPMLL/BurstGPT
-(`Timestamp` in s, `Model`, `Request tokens`, `Response tokens`, `Total tokens`, `Log Type`).
+Formats: kvcache-ai/Mooncake FAST25-release (`timestamp` in ms, `input_length`, `output_length`,
+`hash_ids` of 512-token prefix blocks); Azure/AzurePublicDataset LLM inference traces
+(`TIMESTAMP,ContextTokens,GeneratedTokens`); HPMLL/BurstGPT (`Timestamp` in s, `Model`, `Request
+tokens`, `Response tokens`, `Total tokens`, `Log Type`).
 """
 
 from __future__ import annotations
@@ -27,24 +28,34 @@ class Arrival(NamedTuple):
 
 
 def read_requests(path: Path) -> list[Arrival]:
-    """All requests of a file by arrival, the first at 0 s. Those without a prompt or an output (failed ones) are left out.
+    """All requests of a file by arrival, the first at 0 s.
+
+    Those without a prompt or an output (failed ones) are left out.
 
     Raises FmsimError that names file, line and what is wrong.
     """
     try:
         text = path.read_text(encoding="utf-8-sig")
     except FileNotFoundError:
-        raise FmsimError(f"{path}: no such request file; name one in the Mooncake, Azure or BurstGPT format") from None
+        raise FmsimError(
+            f"{path}: no such request file; name one in the Mooncake, Azure or BurstGPT format"
+        ) from None
     except (OSError, UnicodeDecodeError) as error:
         raise FmsimError(f"{path}: cannot be read as requests ({error})") from None
-    rows = sorted(row for row in _reader(path, text)(path, text) if row.prompt_tokens > 0 and row.output_tokens > 0)
+    rows = sorted(
+        row
+        for row in _reader(path, text)(path, text)
+        if row.prompt_tokens > 0 and row.output_tokens > 0
+    )
     if not rows:
         raise FmsimError(f"{path}: no request with a prompt and an output in it")
     return [row._replace(arrival_s=row.arrival_s - rows[0].arrival_s) for row in rows]
 
 
 def repeated_share(path: Path) -> float | None:
-    """Share of prompt blocks that an earlier request of a Mooncake file had as well; None for files without block ids."""
+    """Share of prompt blocks that an earlier request of a Mooncake file had as well; None for files
+    without block ids.
+    """
     text = path.read_text(encoding="utf-8-sig")
     if not text.lstrip().startswith("{"):
         return None
@@ -67,8 +78,10 @@ def _reader(path: Path, text: str) -> Callable[[Path, str], Iterator[Arrival]]:
     if {"Timestamp", "Request tokens", "Response tokens"} <= columns:
         return _burstgpt
     raise FmsimError(
-        f"{path}, line 1: neither Mooncake JSON lines ('timestamp', 'input_length', 'output_length') nor a CSV with Azure's columns "
-        "(TIMESTAMP,ContextTokens,GeneratedTokens) or BurstGPT's (Timestamp,Request tokens,Response tokens)"
+        f"{path}, line 1: neither Mooncake JSON lines ('timestamp', 'input_length',"
+        " 'output_length') nor a CSV with Azure's columns"
+        " (TIMESTAMP,ContextTokens,GeneratedTokens) or BurstGPT's (Timestamp,Request"
+        " tokens,Response tokens)"
     )
 
 
@@ -79,15 +92,29 @@ def _mooncake(path: Path, text: str) -> Iterator[Arrival]:
 
 
 def _mooncake_row(row: dict) -> Arrival:
-    return Arrival(float(row["timestamp"]) / 1e3, int(row["input_length"]), int(row["output_length"]))
+    return Arrival(
+        float(row["timestamp"]) / 1e3, int(row["input_length"]), int(row["output_length"])
+    )
 
 
 def _azure(path: Path, text: str) -> Iterator[Arrival]:
-    yield from _csv(path, text, lambda row: Arrival(_time_s(row["TIMESTAMP"]), int(row["ContextTokens"]), int(row["GeneratedTokens"])))
+    yield from _csv(
+        path,
+        text,
+        lambda row: Arrival(
+            _time_s(row["TIMESTAMP"]), int(row["ContextTokens"]), int(row["GeneratedTokens"])
+        ),
+    )
 
 
 def _burstgpt(path: Path, text: str) -> Iterator[Arrival]:
-    yield from _csv(path, text, lambda row: Arrival(float(row["Timestamp"]), int(row["Request tokens"]), int(row["Response tokens"])))
+    yield from _csv(
+        path,
+        text,
+        lambda row: Arrival(
+            float(row["Timestamp"]), int(row["Request tokens"]), int(row["Response tokens"])
+        ),
+    )
 
 
 def _csv(path: Path, text: str, parse: Callable[[dict[str, str]], Arrival]) -> Iterator[Arrival]:
@@ -97,9 +124,13 @@ def _csv(path: Path, text: str, parse: Callable[[dict[str, str]], Arrival]) -> I
 
 
 def _time_s(text: str) -> float:
-    """Azure writes seven digits after the second; Python reads six, so the fraction is read apart."""
+    """Azure writes seven digits after the second; Python reads six, so the fraction is read
+    apart.
+    """
     whole, _, fraction = text.strip().removesuffix("+00:00").partition(".")
-    return (datetime.fromisoformat(whole) - datetime(2023, 1, 1)).total_seconds() + float(f"0.{fraction or 0}")
+    return (datetime.fromisoformat(whole) - datetime(2023, 1, 1)).total_seconds() + float(
+        f"0.{fraction or 0}"
+    )
 
 
 def _arrival(path: Path, number: int, parse: Callable[[], Arrival]) -> Arrival:

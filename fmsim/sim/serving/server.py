@@ -1,7 +1,9 @@
-"""One server and its requests, in SimPy: admission, continuous batching, prefill, recalls that contend for the link, misses that stall.
+"""One server and its requests, in SimPy: admission, continuous batching, prefill, recalls that
+contend for the link, misses that stall.
 
-Decode runs in spans of steps in which nothing changes: no request joins or leaves, no window begins, no prompt is done. The steps of a
-span are summed in numpy and take one event; a newcomer that can be admitted cuts a span short at the end of its step.
+Decode runs in spans of steps in which nothing changes: no request joins or leaves, no window
+begins, no prompt is done. The steps of a span are summed in numpy and take one event; a newcomer
+that can be admitted cuts a span short at the end of its step.
 """
 
 from __future__ import annotations
@@ -14,8 +16,6 @@ import numpy as np
 import simpy
 
 from fmsim.geometry import Geometry
-from fmsim.sim.transfer_cost import GatherCurve
-from fmsim.sim.step_cost import memory_indexer_s, mixed_step_costs
 from fmsim.hw.memory import FairLink, MemorySystem
 from fmsim.hw.spec import Hardware
 from fmsim.sim.serving import spec
@@ -26,6 +26,8 @@ from fmsim.sim.serving.log import Log
 from fmsim.sim.serving.prefill import chunks, prefill_s
 from fmsim.sim.serving.requests import Arrival
 from fmsim.sim.serving.workload import Source
+from fmsim.sim.step_cost import memory_indexer_s, mixed_step_costs
+from fmsim.sim.transfer_cost import GatherCurve
 
 _MOST_STEPS = 1024  # in one span, which bounds its arrays
 
@@ -44,7 +46,9 @@ class StepTimes:
 class ServerRun:
     """Build, then `run()`, once."""
 
-    def __init__(self, hw: Hardware, geometry: Geometry, demand: Demand, options: spec.Server, source: Source) -> None:
+    def __init__(
+        self, hw: Hardware, geometry: Geometry, demand: Demand, options: spec.Server, source: Source
+    ) -> None:
         """Raises FmsimError when not even the weights fit."""
         self.env = simpy.Environment()
         self.hw, self.geometry, self.demand = server_hardware(hw, options), geometry, demand
@@ -53,12 +57,16 @@ class ServerRun:
         self.gather = GatherCurve(self.hw.link)
         self.network = FairLink(self.env, options.network_bytes_per_s)
         self.admission = Admission(self.memory, self.hw, geometry, demand, options)
-        self.prefilling: deque[Request] = deque()  # admitted, prompt not done; served one after another
+        self.prefilling: deque[Request] = (
+            deque()
+        )  # admitted, prompt not done; served one after another
         self.ready: deque[Request] = deque()  # admitted and KV in place: to join at the next step
         self.batch = Batch(demand)
         self._wake: simpy.Event | None = None  # what cuts the present wait short
         self._prefillers = simpy.Resource(self.env, options.prefill_servers)
-        self._offsets = np.random.default_rng([source.workload.seed, 1])  # a stream of its own, so that lengths do not depend on it
+        self._offsets = np.random.default_rng(
+            [source.workload.seed, 1]
+        )  # a stream of its own, so that lengths do not depend on it
 
     def run(self) -> Log:
         """Serve all requests that arrive to their end."""
@@ -84,7 +92,8 @@ class ServerRun:
             prompt_tokens=arrival.prompt_tokens,
             output_tokens=arrival.output_tokens,
             offset=int(self._offsets.choice(self.demand.offsets)),
-            steps=arrival.output_tokens - (self.options.prefill != "done"),  # a prefill makes the first token
+            steps=arrival.output_tokens
+            - (self.options.prefill != "done"),  # a prefill makes the first token
             pools=self.demand.pools(arrival.prompt_tokens, arrival.output_tokens),
         )
         self.log.requests.append(request)
@@ -99,7 +108,9 @@ class ServerRun:
     def _prefill_elsewhere(self, request: Request) -> Iterator[simpy.Event]:
         with self._prefillers.request() as turn:
             yield turn
-            yield self.env.timeout(float(prefill_s(self.hw, self.geometry, *self._chunks(request)).sum()))
+            yield self.env.timeout(
+                float(prefill_s(self.hw, self.geometry, *self._chunks(request)).sum())
+            )
         self._enqueue(request)
 
     def _chunks(self, request: Request) -> tuple[np.ndarray, np.ndarray]:
@@ -143,10 +154,16 @@ class ServerRun:
             self.prefilling.append(request)
 
     def _receive_kv(self, request: Request) -> Iterator[simpy.Event]:
-        """The prompt's KV comes over the network, into the mirror where there is one; then the first resident set goes to the GPU."""
-        yield self.network.transfer(self.geometry.full_kv_bytes(request.prompt_tokens) + self.geometry.window_bytes)
+        """The prompt's KV comes over the network, into the mirror where there is one; then the
+        first resident set goes to the GPU.
+        """
+        yield self.network.transfer(
+            self.geometry.full_kv_bytes(request.prompt_tokens) + self.geometry.window_bytes
+        )
         if self.demand.mirrored:
-            yield self._recall(self.demand.first_set_bytes(request.prompt_tokens, request.output_tokens))
+            yield self._recall(
+                self.demand.first_set_bytes(request.prompt_tokens, request.output_tokens)
+            )
         self._prefilled(request)
         self._call()
 
@@ -202,7 +219,9 @@ class ServerRun:
         self._book(done, start_s + float(ends_s[0]))
 
     def _pass(self, ends_s: np.ndarray) -> Iterator[simpy.Event]:
-        """Let steps pass that end at `ends_s` from now; returns how many did before somebody came to join."""
+        """Let steps pass that end at `ends_s` from now; returns how many did before somebody came
+        to join.
+        """
         start_s, done = self.env.now, len(ends_s)
         if done > 1 and not self._somebody_can_join():
             self._wake = self.env.event()
@@ -224,7 +243,9 @@ class ServerRun:
         nothing = np.zeros(n_steps)
         chunk_s = nothing
         if self.prefilling:
-            chunk_s = np.array([seconds for _, seconds in self.prefilling[0].prefill_left[: -n_steps - 1 : -1]])
+            chunk_s = np.array(
+                [seconds for _, seconds in self.prefilling[0].prefill_left[: -n_steps - 1 : -1]]
+            )
         if not self.batch:
             return StepTimes(nothing, chunk_s, nothing, nothing, nothing)
         load, layers = self.batch.load(n_steps), self.demand.group_layers
@@ -234,23 +255,34 @@ class ServerRun:
             gathers = (load.miss_bytes > 0) @ layers
             stall_s = self.gather.seconds(self.demand.row_bytes, load.miss_bytes) @ layers
             miss_bytes = load.miss_bytes @ layers
-        compute_s = costs.total_s(self.geometry.n_csa) + memory_indexer_s(self.hw, self.geometry, load.indexer_scored)
-        arriving_s = (load.recalled_bytes + miss_bytes) / self.hw.hbm_bytes_per_s.value  # bytes that come take their part of HBM
+        compute_s = costs.total_s(self.geometry.n_csa) + memory_indexer_s(
+            self.hw, self.geometry, load.indexer_scored
+        )
+        arriving_s = (
+            load.recalled_bytes + miss_bytes
+        ) / self.hw.hbm_bytes_per_s.value  # bytes that come take their part of HBM
         return StepTimes(compute_s + arriving_s, chunk_s, stall_s, gathers, miss_bytes)
 
     # The link
 
     def _contended_stall(self, times: StepTimes) -> Iterator[simpy.Event]:
-        """One step's misses beside recalls under way: the gathers' fixed costs, then their bytes. Returns how long it took, [1]."""
+        """One step's misses beside recalls under way: the gathers' fixed costs, then their bytes.
+
+        Returns how long it took, [1].
+        """
         before_s, n_bytes = self.env.now, float(times.miss_bytes[0])
         if n_bytes:
             fixed_s = float(self.gather.fixed_s(self.demand.row_bytes)) * float(times.gathers[0])
             yield self.env.timeout(fixed_s)
-            yield self.memory.to_gpu.transfer(n_bytes, limit=n_bytes / (float(times.stall_s[0]) - fixed_s))
+            yield self.memory.to_gpu.transfer(
+                n_bytes, limit=n_bytes / (float(times.stall_s[0]) - fixed_s)
+            )
         return np.array([self.env.now - before_s])
 
     def _begin_windows(self) -> Iterator[simpy.Event]:
-        """Requests at a window's start wait for its recall, and the batch with them; then the next window's recall starts."""
+        """Requests at a window's start wait for its recall, and the batch with them; then the next
+        window's recall starts.
+        """
         starts, before_s = self.batch.window_starts(), self.env.now
         if not self.demand.overlaps:
             for start in starts:
@@ -264,7 +296,9 @@ class ServerRun:
     def _recall(self, n_bytes: float) -> simpy.Event:
         """Start one gather, at most as fast as it would be alone."""
         alone_s = float(self.gather.seconds(self.demand.row_bytes, n_bytes))
-        return self.memory.to_gpu.transfer(n_bytes, limit=n_bytes / alone_s if alone_s else float("inf"))
+        return self.memory.to_gpu.transfer(
+            n_bytes, limit=n_bytes / alone_s if alone_s else float("inf")
+        )
 
     # What came of a span
 
@@ -282,11 +316,17 @@ class ServerRun:
             if not request.prefill_left:
                 self._prefilled(self.prefilling.popleft())
         if self.demand.mirrored:
-            self.log.written_back_bytes += mirrored / self.geometry.csa_rate * self.geometry.host_kv_bytes(self.geometry.csa_rate)
+            self.log.written_back_bytes += (
+                mirrored
+                / self.geometry.csa_rate
+                * self.geometry.host_kv_bytes(self.geometry.csa_rate)
+            )
         self._sample()
 
     def _sample(self) -> None:
         hbm, host = self.memory.hbm, self.memory.host
         in_use = hbm.capacity - hbm.level, host.capacity - host.level
         counts = len(self.batch), len(self.admission.admitted), len(self.admission.queue)
-        self.log.samples.append((self.env.now, *counts, *in_use, self.memory.to_gpu.moved_bytes, self.log.tokens))
+        self.log.samples.append(
+            (self.env.now, *counts, *in_use, self.memory.to_gpu.moved_bytes, self.log.tokens)
+        )

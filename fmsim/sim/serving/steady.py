@@ -1,4 +1,8 @@
-"""Equal requests that decode side by side for long: the time of a step, and what the link has to carry meanwhile. No queue, no events."""
+"""Equal requests that decode side by side for long: the time of a step, and what the link has to
+carry meanwhile.
+
+No queue, no events.
+"""
 
 from __future__ import annotations
 
@@ -9,10 +13,10 @@ from functools import cached_property
 import numpy as np
 
 from fmsim.geometry import Geometry
-from fmsim.sim.transfer_cost import GatherCurve
-from fmsim.sim.step_cost import memory_indexer_s, step_costs
 from fmsim.hw.spec import Hardware
 from fmsim.sim.serving.demand import Demand
+from fmsim.sim.step_cost import memory_indexer_s, step_costs
+from fmsim.sim.transfer_cost import GatherCurve
 
 
 @dataclass(frozen=True)
@@ -41,7 +45,9 @@ class Steady:
 class SteadyState:
     """Of requests of `tokens` context under one policy."""
 
-    def __init__(self, engine: Hardware, geometry: Geometry, demand: Demand, tokens: int, output_tokens: int) -> None:
+    def __init__(
+        self, engine: Hardware, geometry: Geometry, demand: Demand, tokens: int, output_tokens: int
+    ) -> None:
         """`engine`: see `server_hardware`."""
         self.engine, self.geometry, self.demand, self.tokens = engine, geometry, demand, tokens
         self._misses = demand.misses and not demand.fits_whole(tokens, output_tokens)
@@ -65,20 +71,33 @@ class SteadyState:
         stall_s = miss_bytes = 0.0
         if self._misses:
             layers = demand.group_layers
-            stall_s = float((self._gather.seconds(demand.row_bytes, batch * demand.miss_bytes) @ layers).mean())
+            stall_s = float(
+                (self._gather.seconds(demand.row_bytes, batch * demand.miss_bytes) @ layers).mean()
+            )
             miss_bytes = float((batch * demand.miss_bytes @ layers).mean())
         recall_bytes = batch * self._recall_bytes
         entries = self.geometry.csa_entries(self.tokens)
-        scored = min(demand.resident.mean() * demand.growth(self.tokens), entries) if demand.keys_tiered else entries
-        costs = step_costs(self.engine, self.geometry, batch, np.array([self.tokens]), np.array([scored]))
+        scored = (
+            min(demand.resident.mean() * demand.growth(self.tokens), entries)
+            if demand.keys_tiered
+            else entries
+        )
+        costs = step_costs(
+            self.engine, self.geometry, batch, np.array([self.tokens]), np.array([scored])
+        )
         by_indexer = batch * demand.indexer_scored.mean() * demand.length_ratio(self.tokens)
-        compute_s = float(costs.total_s(self.geometry.n_csa)[0] + memory_indexer_s(self.engine, self.geometry, by_indexer))
+        compute_s = float(
+            costs.total_s(self.geometry.n_csa)[0]
+            + memory_indexer_s(self.engine, self.geometry, by_indexer)
+        )
         compute_s += (recall_bytes + miss_bytes) / self.engine.hbm_bytes_per_s.value
         link_s = stall_s + recall_bytes / self.engine.link.bandwidth_bytes_per_s.value
         return Steady(batch, compute_s, stall_s, link_s)
 
     def largest(self, holds: Callable[[Steady], bool], most: int) -> int:
-        """The largest batch up to `most` for which `holds`, which is true up to some batch and false beyond; 0 if for none."""
+        """The largest batch up to `most` for which `holds`, which is true up to some batch and
+        false beyond; 0 if for none.
+        """
         low, high = 0, most
         while low < high:
             middle = (low + high + 1) // 2

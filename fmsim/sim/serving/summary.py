@@ -1,4 +1,7 @@
-"""The figures of one policy's serving run. Every formula stands here; the names are the fields of the JSON report."""
+"""The figures of one policy's serving run.
+
+Every formula stands here; the names are the fields of the JSON report.
+"""
 
 from __future__ import annotations
 
@@ -20,15 +23,22 @@ def summary(run: ServerRun) -> dict[str, Any]:
 
     - `requests`: arrived, finished, refused (they fit no memory even alone);
     - `held`: most requests that held memory at once; `held_mean`: mean over time;
-    - `tokens_per_s`: tokens made while requests arrived, by that time; `prefill_tokens` aside, the first of each request is its prefill's;
-    - `ttft_s`: arrival to first token; `tpot_s`: time between later tokens, mean of each request; percentiles over finished requests;
-    - `goodput_per_s`: requests that kept the SLO, by the time in which requests arrived; `slo_share`: of those that arrived;
-    - `stall_share`: time that running requests waited for misses or late recalls, of the time in which any ran;
-    - `bound`, `waited_share`: what the queue's head waited for, and for what share of the whole time;
-    - `in_use`: mean and peak share of each memory, mean share of the link to the GPU and of compute;
+    - `tokens_per_s`: tokens made while requests arrived, by that time; `prefill_tokens` aside, the
+      first of each request is its prefill's;
+    - `ttft_s`: arrival to first token; `tpot_s`: time between later tokens, mean of each request;
+      percentiles over finished requests;
+    - `goodput_per_s`: requests that kept the SLO, by the time in which requests arrived;
+      `slo_share`: of those that arrived;
+    - `stall_share`: time that running requests waited for misses or late recalls, of the time in
+      which any ran;
+    - `bound`, `waited_share`: what the queue's head waited for, and for what share of the whole
+      time;
+    - `in_use`: mean and peak share of each memory, mean share of the link to the GPU and of
+      compute;
     - `over_time`: samples on an even grid.
 
-    `bound` is what was waited for longest; where nobody waited it is what running requests waited for (PCIe) or did (compute).
+    `bound` is what was waited for longest; where nobody waited it is what running requests waited
+    for (PCIe) or did (compute).
     """
     log, memory = run.log, run.memory
     finished = [request for request in log.requests if request.finished_s is not None]
@@ -37,18 +47,26 @@ def summary(run: ServerRun) -> dict[str, Any]:
     stall_s = log.stall_s + log.recall_wait_s
     good = sum(_keeps(request, run.source.workload.slo) for request in finished)
     return {
-        "requests": {"arrived": len(log.requests), "finished": len(finished), "refused": sum(bool(request.refused) for request in log.requests)},
+        "requests": {
+            "arrived": len(log.requests),
+            "finished": len(finished),
+            "refused": sum(bool(request.refused) for request in log.requests),
+        },
         "held": int(log.most("admitted")),
         "held_mean": log.mean_in_use("admitted"),
         "tokens": log.tokens,
         "tokens_per_s": log.tokens_by(window_s) / window_s,
         "ttft_s": _percentiles([request.first_token_s - request.arrival_s for request in finished]),
-        "tpot_s": _percentiles([tpot_s(request) for request in finished if request.output_tokens > 1]),
+        "tpot_s": _percentiles(
+            [tpot_s(request) for request in finished if request.output_tokens > 1]
+        ),
         "goodput_per_s": good / window_s,
         "slo_share": good / len(log.requests),
         "stall_share": stall_s / log.busy_s if log.busy_s else 0.0,
         "bound": _bound(run, stall_s),
-        "waited_share": {kind: waited_s / total_s for kind, waited_s in sorted(log.waited_s.items())},
+        "waited_share": {
+            kind: waited_s / total_s for kind, waited_s in sorted(log.waited_s.items())
+        },
         "in_use": {
             GPU: _share(run, "gpu_bytes", memory.hbm.capacity),
             HOST: _share(run, "host_bytes", memory.host.capacity),

@@ -12,15 +12,25 @@ from fmsim.sim.serving.spec import Bursts, ClosedLoop, Poisson, RequestFile
 
 
 class Source:
-    """The requests of one workload: those that come by themselves, and, in a closed loop, the next one of a client."""
+    """The requests of one workload: those that come by themselves, and, in a closed loop, the next
+    one of a client.
+    """
 
-    def __init__(self, workload: ClosedLoop | Poisson | Bursts | RequestFile, path: Path | None = None) -> None:
+    def __init__(
+        self, workload: ClosedLoop | Poisson | Bursts | RequestFile, path: Path | None = None
+    ) -> None:
         """`path`: where a workload's file lies. Raises FmsimError when it is no request file."""
         self.workload = workload
         self._rng = np.random.default_rng(workload.seed)
-        self.first = self._recorded(path) if isinstance(workload, RequestFile) else [self._draw(at_s) for at_s in self._times()]
+        self.first = (
+            self._recorded(path)
+            if isinstance(workload, RequestFile)
+            else [self._draw(at_s) for at_s in self._times()]
+        )
         if not self.first:
-            raise FmsimError("workload: no request arrives within its duration_s; raise duration_s or the rate")
+            raise FmsimError(
+                "workload: no request arrives within its duration_s; raise duration_s or the rate"
+            )
 
     @property
     def window_s(self) -> float:
@@ -28,7 +38,9 @@ class Source:
         return self.workload.duration_s or max(self.first[-1].arrival_s, 1e-9)
 
     def after(self, now_s: float) -> Arrival | None:
-        """What a client asks when it has been answered; None where nobody waits for answers or the time is up."""
+        """What a client asks when it has been answered; None where nobody waits for answers or the
+        time is up.
+        """
         if not isinstance(self.workload, ClosedLoop) or now_s >= self.workload.duration_s:
             return None
         return self._draw(now_s)
@@ -36,10 +48,18 @@ class Source:
     def _recorded(self, path: Path) -> list[Arrival]:
         workload = self.workload
         requests = [
-            Arrival(row.arrival_s / workload.speed, max(1, round(row.prompt_tokens * workload.lengths)), row.output_tokens)
+            Arrival(
+                row.arrival_s / workload.speed,
+                max(1, round(row.prompt_tokens * workload.lengths)),
+                row.output_tokens,
+            )
             for row in read_requests(path)
         ]
-        return [row for row in requests if workload.duration_s is None or row.arrival_s < workload.duration_s]
+        return [
+            row
+            for row in requests
+            if workload.duration_s is None or row.arrival_s < workload.duration_s
+        ]
 
     def _times(self) -> np.ndarray:
         """Arrival times, ascending."""
@@ -49,10 +69,15 @@ class Source:
         if isinstance(workload, Bursts):
             return np.repeat(np.arange(0, workload.duration_s, workload.every_s), workload.burst)
         expected = workload.rate_per_s * workload.duration_s
-        gaps_s = self._rng.exponential(1 / workload.rate_per_s, int(expected + 10 * expected**0.5 + 10))
+        gaps_s = self._rng.exponential(
+            1 / workload.rate_per_s, int(expected + 10 * expected**0.5 + 10)
+        )
         times_s = np.cumsum(gaps_s)
         return times_s[times_s < workload.duration_s]
 
     def _draw(self, arrival_s: float) -> Arrival:
-        prompt, output = (int(self._rng.integers(low, high + 1)) for low, high in (self.workload.prompt_tokens, self.workload.output_tokens))
+        prompt, output = (
+            int(self._rng.integers(low, high + 1))
+            for low, high in (self.workload.prompt_tokens, self.workload.output_tokens)
+        )
         return Arrival(float(arrival_s), prompt, output)

@@ -1,15 +1,17 @@
-"""Record a trace from a dense transformers causal LM, as if its attention went to compressed entries.
+"""Record a trace from a dense transformers causal LM, as if its attention went to compressed
+entries.
 
-A dense model has no CSA layers, so its attention is pooled the way that a DeepSeek-V4 model is built:
+A dense model has no CSA layers, so its attention is pooled the way that a DeepSeek-V4 model is
+built:
 
 - the query's 128 newest tokens are its sliding window, and their probability is ``window_mass``;
-- every older token's probability counts for its entry (token // 4), so that nothing counts twice; an entry that the window's edge
-  divides has the tokens outside the window only;
+- every older token's probability counts for its entry (token // 4), so that nothing counts twice;
+  an entry that the window's edge divides has the tokens outside the window only;
 - heads are averaged, and a row holds the ``topk`` heaviest entries of that layer and step;
 - there is no learned sink: ``sink_mass`` is 0, and what the first token draws is seen on entry 0.
 
-What fell on entries beyond the top k is in no row. Such a trace has no index keys and no hidden states, since there is no
-lightning indexer to make them: policies that need them refuse it.
+What fell on entries beyond the top k is in no row. Such a trace has no index keys and no hidden
+states, since there is no lightning indexer to make them: policies that need them refuse it.
 """
 
 from __future__ import annotations
@@ -30,43 +32,64 @@ from fmsim.trace.recorder import TraceRecorder
 WINDOW_TOKENS = 128
 PROMPT_QUERIES = 1024
 CHUNK_TOKENS = 512  # read at once while nothing is recorded
-RECORDED_TOKENS = 64  # read at once while attention is materialised: [heads, 64, context] of one layer at a time
+RECORDED_TOKENS = (
+    64  # read at once while attention is materialised: [heads, 64, context] of one layer at a time
+)
 ATTENTION = "fmsim_pooled"
 
 
-def pool(probs: torch.Tensor, first: int, window: int = WINDOW_TOKENS) -> tuple[torch.Tensor, torch.Tensor]:
-    """Attention of n queries at positions ``first``... : probs [heads, n, S] -> (entry mass [n, S // 4], window mass [n]).
+def pool(
+    probs: torch.Tensor, first: int, window: int = WINDOW_TOKENS
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Attention of n queries at positions ``first``... : probs [heads, n, S] -> (entry mass [n, S
+    // 4], window mass [n]).
 
-    Entries that the query may not see yet, or that lie in its window, get 0. S must be the context's length, first + n.
+    Entries that the query may not see yet, or that lie in its window, get 0. S must be the
+    context's length, first + n.
     """
     mean = probs.float().mean(0)
     positions = torch.arange(first, first + len(mean), device=mean.device)[:, None]
     recent = torch.arange(mean.shape[1], device=mean.device)[None, :] > positions - window
     older = torch.where(recent, 0, mean)
     entries = mean.shape[1] // ENTRY_TOKENS
-    return older[:, : entries * ENTRY_TOKENS].unflatten(1, (entries, ENTRY_TOKENS)).sum(-1), torch.where(recent, mean, 0).sum(-1)
+    return older[:, : entries * ENTRY_TOKENS].unflatten(1, (entries, ENTRY_TOKENS)).sum(
+        -1
+    ), torch.where(recent, mean, 0).sum(-1)
 
 
 class Watcher:
-    """Stands in for the attention of every layer; records pooled attention of the queries it is told to."""
+    """Stands in for the attention of every layer; records pooled attention of the queries it is
+    told to.
+    """
 
     def __init__(self) -> None:
         self.keep: Callable[[int, int, torch.Tensor, torch.Tensor], None] | None = None
 
-    def __call__(self, module, query, key, value, attention_mask, *, scaling=None, dropout=0.0, **options):  # noqa: ARG002
-        """query [1, heads, n, d], key and value [1, kv_heads, S, d] -> output [1, n, heads, d]; causal, the queries newest."""
+    def __call__(
+        self, module, query, key, value, attention_mask, *, scaling=None, dropout=0.0, **options
+    ):
+        """query [1, heads, n, d], key and value [1, kv_heads, S, d] -> output [1, n, heads, d];
+        causal, the queries newest.
+        """
         for name in ("sliding_window", "softcap", "s_aux", "position_bias"):
             if options.get(name) is not None:
-                raise FmsimError(f"trace record --dense: this model's attention uses {name}, which is not plain softmax attention; give another")
+                raise FmsimError(
+                    f"trace record --dense: this model's attention uses {name}, which is not plain"
+                    " softmax attention; give another"
+                )
         heads, tokens, context = query.shape[1], query.shape[2], key.shape[2]
         first = context - tokens
         group = heads // key.shape[1]
         key, value = key[0].repeat_interleave(group, 0), value[0].repeat_interleave(group, 0)
         causal = torch.ones(tokens, context, dtype=torch.bool, device=query.device).tril(first)
         if self.keep is None:
-            output = torch.nn.functional.scaled_dot_product_attention(query[0], key, value, causal, scale=scaling)
+            output = torch.nn.functional.scaled_dot_product_attention(
+                query[0], key, value, causal, scale=scaling
+            )
         else:
-            scores = (query[0] @ key.mT).float() * (query.shape[-1] ** -0.5 if scaling is None else scaling)
+            scores = (query[0] @ key.mT).float() * (
+                query.shape[-1] ** -0.5 if scaling is None else scaling
+            )
             probs = scores.masked_fill_(~causal, -torch.inf).softmax(-1)
             self.keep(module.layer_idx, first, *pool(probs, first))
             output = probs.to(value.dtype) @ value
@@ -84,20 +107,30 @@ def watch(model: Any) -> Watcher:
 
 
 def record_dense(
-    model: Any, tokens: Sequence[int], steps: int, *, name: str, prompt_text: str, sha256: str | None = None, topk: int = 64,
+    model: Any,
+    tokens: Sequence[int],
+    steps: int,
+    *,
+    name: str,
+    prompt_text: str,
+    sha256: str | None = None,
+    topk: int = 64,
     progress: Callable[[int], None] = lambda tokens: None,
-) -> Trace:  # fmt: skip
-    """Read ``tokens`` with a causal LM ``model``; its last ``steps`` tokens are decode steps, each the text's own next token.
+) -> Trace:
+    """Read ``tokens`` with a causal LM ``model``; its last ``steps`` tokens are decode steps, each
+    the text's own next token.
 
-    ``name`` and ``sha256`` say which weights, ``prompt_text`` which text. ``progress`` is told of tokens. Raises FmsimError where
-    the model cannot read that many tokens, or its attention is not plain causal softmax.
+    ``name`` and ``sha256`` say which weights, ``prompt_text`` which text. ``progress`` is told of
+    tokens. Raises FmsimError where the model cannot read that many tokens, or its attention is not
+    plain causal softmax.
     """
     prompt_tokens = len(tokens) - steps
     longest = getattr(model.config, "max_position_embeddings", len(tokens))
     if not 0 < prompt_tokens < len(tokens) <= longest:
         raise FmsimError(
-            f"{name}: {len(tokens)} tokens of text for {steps} steps after a prompt; the model reads {longest} at most: "
-            "give a text longer than --steps, and a smaller --context if it is too long"
+            f"{name}: {len(tokens)} tokens of text for {steps} steps after a prompt; the model"
+            f" reads {longest} at most: give a text longer than --steps, and a smaller --context if"
+            " it is too long"
         )
     layers, queries = model.config.num_hidden_layers, min(PROMPT_QUERIES, prompt_tokens)
     header = TraceHeader(
@@ -115,25 +148,41 @@ def record_dense(
     recorder = TraceRecorder(header, steps, layers, topk)
     reading = _Reading(model, watch(model), progress)
     reading.read(tokens[: prompt_tokens - queries], CHUNK_TOKENS)
-    reading.watcher.keep = lambda layer, first, mass, window_mass: recorder.prompt_mass(layer, mass.sum(0).cpu().numpy())
+    reading.watcher.keep = lambda layer, first, mass, window_mass: recorder.prompt_mass(
+        layer, mass.sum(0).cpu().numpy()
+    )
     before = reading.read(tokens[prompt_tokens - queries : prompt_tokens], RECORDED_TOKENS)[-1:]
 
     def keep(layer: int, first: int, mass: torch.Tensor, window_mass: torch.Tensor) -> None:
         best = mass.topk(min(topk, mass.shape[1]), dim=1)
         ids = torch.where(best.values > 0, best.indices, -1)
-        recorder.step(first - prompt_tokens, layer, ids.cpu().numpy(), best.values.cpu().numpy(), window_mass.cpu().numpy(), 0.0)
+        recorder.step(
+            first - prompt_tokens,
+            layer,
+            ids.cpu().numpy(),
+            best.values.cpu().numpy(),
+            window_mass.cpu().numpy(),
+            0.0,
+        )
 
     reading.watcher.keep = keep
     logits = torch.cat([before, reading.read(tokens[prompt_tokens:], RECORDED_TOKENS)])[:-1]
-    recorder.header = header.model_copy(update={"quality": _quality(logits, tokens[prompt_tokens:])})
+    recorder.header = header.model_copy(
+        update={"quality": _quality(logits, tokens[prompt_tokens:])}
+    )
     return recorder.finish(np.array(tokens), np.ones(steps, bool))
 
 
 def _quality(logits: torch.Tensor, tokens: Sequence[int]) -> dict[str, float]:
-    """How well the model foretold the text it was made to read: logits [n, vocabulary] of ``tokens``."""
+    """How well the model foretold the text it was made to read: logits [n, vocabulary] of
+    ``tokens``.
+    """
     wanted = torch.tensor(tokens, device=logits.device)
     loss = torch.nn.functional.cross_entropy(logits.float(), wanted)
-    return {"nll_per_token": round(float(loss), 4), "greedy_agrees": round(float((logits.argmax(-1) == wanted).float().mean()), 4)}
+    return {
+        "nll_per_token": round(float(loss), 4),
+        "greedy_agrees": round(float((logits.argmax(-1) == wanted).float().mean()), 4),
+    }
 
 
 class _Reading:
@@ -147,12 +196,18 @@ class _Reading:
 
     @torch.inference_mode()
     def read(self, tokens: Sequence[int], chunk: int) -> torch.Tensor:
-        """Read ``tokens``, ``chunk`` at once: logits [n, vocabulary]; those of a prompt that nobody asks about are left out."""
+        """Read ``tokens``, ``chunk`` at once: logits [n, vocabulary]; those of a prompt that nobody
+        asks about are left out.
+        """
         logits = [torch.empty(0, self.model.config.vocab_size, device=self.model.device)]
         for begin in range(0, len(tokens), chunk):
             part = torch.tensor([list(tokens[begin : begin + chunk])], device=self.model.device)
             wanted = part.shape[1] if self.watcher.keep else 1
-            logits.append(self.model(part, past_key_values=self.cache, use_cache=True, logits_to_keep=wanted).logits[0])
+            logits.append(
+                self.model(
+                    part, past_key_values=self.cache, use_cache=True, logits_to_keep=wanted
+                ).logits[0]
+            )
             self.progress(part.shape[1])
         return torch.cat(logits)
 
@@ -168,27 +223,37 @@ def geometry(config: Any, topk: int) -> dict[str, Any]:
         "compress_rates": {"full_attention": ENTRY_TOKENS},
         "window": WINDOW_TOKENS,
         "n_heads": config.num_attention_heads,
-        "head_dim": getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads,
+        "head_dim": (
+            getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        ),
         "index_topk": topk,
     }
 
 
 def load_dense(place: Path, device: str = "cpu") -> tuple[Any, Any]:
-    """(model, tokenizer) of a transformers directory or a GGUF file, from this disk only; float32 on a CPU, else bfloat16."""
+    """(model, tokenizer) of a transformers directory or a GGUF file, from this disk only; float32
+    on a CPU, else bfloat16.
+    """
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     if not place.exists():
         raise FmsimError(f"{place}: no such model; give a transformers directory or a .gguf file")
-    directory, options = (place, {}) if place.is_dir() else (place.parent, {"gguf_file": place.name})
+    directory, options = (
+        (place, {}) if place.is_dir() else (place.parent, {"gguf_file": place.name})
+    )
     dtype = torch.float32 if device == "cpu" else torch.bfloat16
     try:
         tokenizer = AutoTokenizer.from_pretrained(directory, local_files_only=True, **options)
-        model = AutoModelForCausalLM.from_pretrained(directory, local_files_only=True, dtype=dtype, **options)
+        model = AutoModelForCausalLM.from_pretrained(
+            directory, local_files_only=True, dtype=dtype, **options
+        )
     except ImportError as error:
         raise FmsimError(f"{place}: {error}") from error
     except (OSError, ValueError) as error:
         hint = "; GGUF files need `pip install gguf accelerate`" if options else ""
-        raise FmsimError(f"{place}: transformers cannot load it: {str(error).splitlines()[0]}{hint}") from error
+        raise FmsimError(
+            f"{place}: transformers cannot load it: {str(error).splitlines()[0]}{hint}"
+        ) from error
     return model.to(device).eval(), tokenizer
 
 

@@ -1,15 +1,17 @@
-"""FlashMemory's training dumps (github.com/libertywing/FlashMemory-Deepseek-V4) as traces; `flashmemory_writer` writes them.
+"""FlashMemory's training dumps (github.com/libertywing/FlashMemory-Deepseek-V4) as traces;
+`flashmemory_writer` writes them.
 
 A dump is a pickled dict of tensors, ``doc_00000.pkl``, one a document. Row t is one decode token:
 
     hidden_layer_{c}   bfloat16 [T, H]     attention input of the model's CSA layer number c, from 0
-    positions_layer_{c} int64 [T]          its absolute position
-    compk_layer_{c}    uint8 [P, D + 4]    an entry's index key: D float8 codes, then its float32 scale
-    label_indices, label_scores int32 [N]  golden entries of all rows, and how many of the model's CSA layers chose each
+    positions_layer_{c} int64 [T]          its absolute position compk_layer_{c}    uint8 [P, D + 4]
+    an entry's index key: D float8 codes, then its float32 scale label_indices, label_scores int32
+    [N]  golden entries of all rows, and how many of the model's CSA layers chose each
     label_pointers     int32 [T + 1]       row t's labels are [pointers[t], pointers[t + 1])
 
-A dump does not say what a layer attended to, nor how much: it says for each token which entries were golden, and by how many layers. What that
-means in a trace stands in docs/trace-format.md; ``Trace.holds_labels`` is true of such a one.
+A dump does not say what a layer attended to, nor how much: it says for each token which entries
+were golden, and by how many layers. What that means in a trace stands in docs/trace-format.md;
+``Trace.holds_labels`` is true of such a one.
 """
 
 from __future__ import annotations
@@ -23,24 +25,40 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from fmsim.errors import FmsimError
-from fmsim.trace.importers import tensor_pickle
 from fmsim.trace.format import ENTRY_TOKENS, LABELS, ModelInfo, Trace, TraceHeader
+from fmsim.trace.importers import tensor_pickle
 
 SCALE_BYTES = 4
 METADATA_FILE, HEADER_KEY = "server_metadata.jsonl", "fmsim_trace"
-# What the dumping server's model is, since a dump does not say: DeepSeek-V4-Flash, whose CSA layers are every second from layer 2.
-TRAINER_WIDTHS = (4096, 128)  # hidden and key widths of FlashMemory's trainer, which are not parameters there
+# What the dumping server's model is, since a dump does not say: DeepSeek-V4-Flash, whose CSA layers
+# are every second from layer 2.
+TRAINER_WIDTHS = (
+    4096,
+    128,
+)  # hidden and key widths of FlashMemory's trainer, which are not parameters there
 FIRST_CSA_LAYER, CSA_STEP = 2, 2
 PUBLISHED = {
-    "model_type": "deepseek_v4", "index_topk": 512, "index_n_heads": 64, "rope_dims": 64, "index_hadamard": True, "label_layers": 21,
+    "model_type": "deepseek_v4",
+    "index_topk": 512,
+    "index_n_heads": 64,
+    "rope_dims": 64,
+    "index_hadamard": True,
+    "label_layers": 21,
     "compress_rope": {
-        "rope_type": "yarn", "rope_theta": 160_000.0, "factor": 16, "original_max_position_embeddings": 65_536, "beta_fast": 32, "beta_slow": 1,
+        "rope_type": "yarn",
+        "rope_theta": 160_000.0,
+        "factor": 16,
+        "original_max_position_embeddings": 65_536,
+        "beta_fast": 32,
+        "beta_slow": 1,
     },
-}  # fmt: skip
+}
 
 
 class Votes(NamedTuple):
-    """Golden entries of one token: ids int32 [n] ascending, and how many layers chose each, int32 [n]."""
+    """Golden entries of one token: ids int32 [n] ascending, and how many layers chose each, int32
+    [n].
+    """
 
     ids: np.ndarray
     layers: np.ndarray
@@ -50,17 +68,24 @@ def documents(folder: Path) -> list[Path]:
     """The dumps of a folder in order; FmsimError where there is none."""
     found = sorted(folder.glob("doc_*.pkl"))
     if not found:
-        raise FmsimError(f"{folder}: holds no doc_*.pkl; give the folder that FlashMemory's run_dump_training_data.py wrote")
+        raise FmsimError(
+            f"{folder}: holds no doc_*.pkl; give the folder that FlashMemory's"
+            " run_dump_training_data.py wrote"
+        )
     return found
 
 
 def read_document(path: Path, tau: int = 64) -> Trace:
-    """One dump as a trace. Its first row is the query of window 0, so it counts as the last token of the prompt.
+    """One dump as a trace.
+
+    Its first row is the query of window 0, so it counts as the last token of the prompt.
 
     Raises FmsimError, naming the file, where tensors are missing or contradict each other.
     """
     tensors = tensor_pickle.load(path)
-    numbers = sorted(int(match[1]) for key in tensors if (match := re.fullmatch(r"hidden_layer_(\d+)", key)))
+    numbers = sorted(
+        int(match[1]) for key in tensors if (match := re.fullmatch(r"hidden_layer_(\d+)", key))
+    )
     dump = _Dump(path, tensors, numbers)
     dump.check()
     own = _own_header(path)
@@ -81,8 +106,18 @@ def read_document(path: Path, tau: int = 64) -> Trace:
         "device": "not said",
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
     } | (own or {})
-    header |= {"geometry": geometry, "source": LABELS, "prompt_tokens": prompt_tokens, "tau": tau, "prompt_mass_queries": 0}
-    header["quality"] = {"labels": int(sum(len(row.ids) for row in votes[1:])), "labels_dropped": dropped, "entries_without_keys": unkeyed}
+    header |= {
+        "geometry": geometry,
+        "source": LABELS,
+        "prompt_tokens": prompt_tokens,
+        "tau": tau,
+        "prompt_mass_queries": 0,
+    }
+    header["quality"] = {
+        "labels": int(sum(len(row.ids) for row in votes[1:])),
+        "labels_dropped": dropped,
+        "entries_without_keys": unkeyed,
+    }
     return Trace(
         header=TraceHeader(**header),
         entry_ids=np.repeat(ids[:, None], len(numbers), axis=1),
@@ -115,31 +150,73 @@ class _Dump(NamedTuple):
         """Shapes and types that contradict each other or the format."""
         if not self.numbers:
             self.fail("holds no hidden_layer_*")
-        wanted = {f"{kind}_layer_{number}" for kind in ("hidden", "positions", "compk") for number in self.numbers}
-        missing = sorted((wanted | {"label_indices", "label_scores", "label_pointers"}) - self.tensors.keys())
+        wanted = {
+            f"{kind}_layer_{number}"
+            for kind in ("hidden", "positions", "compk")
+            for number in self.numbers
+        }
+        missing = sorted(
+            (wanted | {"label_indices", "label_scores", "label_pointers"}) - self.tensors.keys()
+        )
         if missing:
             self.fail(f"lacks {', '.join(missing)}")
         rows = len(self.positions)
         if rows < 2:
             self.fail(f"holds {rows} decode tokens, a trace needs two")
         for number in self.numbers:
-            hidden, keys, positions = (self.tensors[f"{kind}_layer_{number}"] for kind in ("hidden", "compk", "positions"))
-            if hidden.ndim != 2 or hidden.dtype.kind != "f" or len(hidden) != rows or hidden.shape[1] != self._of_first("hidden").shape[1]:
-                self.fail(f"hidden_layer_{number} is {hidden.dtype} {list(hidden.shape)}, not floats [{rows}, {self._of_first('hidden').shape[-1]}]")
-            if keys.ndim != 2 or keys.dtype != np.uint8 or keys.shape != self._of_first("compk").shape or keys.shape[1] <= SCALE_BYTES:
-                self.fail(f"compk_layer_{number} is {keys.dtype} {list(keys.shape)}, not uint8 [entries, key width + 4] as in every layer")
-            if not np.array_equal(positions, positions[0] + np.arange(rows)) or positions[0] < 0 or not np.array_equal(positions, self.positions):
-                self.fail(f"positions_layer_{number} do not rise by one, or differ from another layer's")
+            hidden, keys, positions = (
+                self.tensors[f"{kind}_layer_{number}"] for kind in ("hidden", "compk", "positions")
+            )
+            if (
+                hidden.ndim != 2
+                or hidden.dtype.kind != "f"
+                or len(hidden) != rows
+                or hidden.shape[1] != self._of_first("hidden").shape[1]
+            ):
+                self.fail(
+                    f"hidden_layer_{number} is {hidden.dtype} {list(hidden.shape)}, not floats"
+                    f" [{rows}, {self._of_first('hidden').shape[-1]}]"
+                )
+            if (
+                keys.ndim != 2
+                or keys.dtype != np.uint8
+                or keys.shape != self._of_first("compk").shape
+                or keys.shape[1] <= SCALE_BYTES
+            ):
+                self.fail(
+                    f"compk_layer_{number} is {keys.dtype} {list(keys.shape)}, not uint8 [entries,"
+                    " key width + 4] as in every layer"
+                )
+            if (
+                not np.array_equal(positions, positions[0] + np.arange(rows))
+                or positions[0] < 0
+                or not np.array_equal(positions, self.positions)
+            ):
+                self.fail(
+                    f"positions_layer_{number} do not rise by one, or differ from another layer's"
+                )
         self._check_labels(rows)
 
     def _of_first(self, kind: str) -> np.ndarray:
         return self.tensors[f"{kind}_layer_{self.numbers[0]}"]
 
     def _check_labels(self, rows: int) -> None:
-        indices, scores, pointers = (self.tensors[f"label_{kind}"] for kind in ("indices", "scores", "pointers"))
-        if any(part.ndim != 1 or part.dtype.kind not in "iu" for part in (indices, scores, pointers)) or len(indices) != len(scores):
-            self.fail("label_indices, label_scores and label_pointers are not lists of integers, the first two equally long")
-        if len(pointers) != rows + 1 or pointers[0] != 0 or pointers[-1] != len(indices) or (np.diff(pointers) < 0).any():
+        indices, scores, pointers = (
+            self.tensors[f"label_{kind}"] for kind in ("indices", "scores", "pointers")
+        )
+        if any(
+            part.ndim != 1 or part.dtype.kind not in "iu" for part in (indices, scores, pointers)
+        ) or len(indices) != len(scores):
+            self.fail(
+                "label_indices, label_scores and label_pointers are not lists of integers, the"
+                " first two equally long"
+            )
+        if (
+            len(pointers) != rows + 1
+            or pointers[0] != 0
+            or pointers[-1] != len(indices)
+            or (np.diff(pointers) < 0).any()
+        ):
             self.fail(f"label_pointers are not {rows + 1} rising numbers from 0 to {len(indices)}")
         if len(indices) and (indices.min() < 0 or scores.min() < 1):
             self.fail("a label's index is negative, or its score below 1")
@@ -148,14 +225,21 @@ class _Dump(NamedTuple):
         """DeepSeek-V4-Flash's, at the dump's hidden width."""
         width = self._of_first("compk").shape[1] - SCALE_BYTES
         if width != TRAINER_WIDTHS[1]:
-            self.fail(f"its keys are {width} wide, DeepSeek-V4's are {TRAINER_WIDTHS[1]}, and no {METADATA_FILE} says what model this is")
+            self.fail(
+                f"its keys are {width} wide, DeepSeek-V4's are {TRAINER_WIDTHS[1]}, and no"
+                f" {METADATA_FILE} says what model this is"
+            )
         layers = [FIRST_CSA_LAYER + CSA_STEP * number for number in self.numbers]
         widths = {"hidden_size": self._of_first("hidden").shape[1], "index_head_dim": width}
         return PUBLISHED | widths | {"csa_layers": layers, "csa_numbers": self.numbers}
 
     def votes(self, voters: int) -> tuple[list[Votes], int]:
-        """Each row's labels, ascending, the highest score of an entry that stands twice; and how many were no entry yet at that token."""
-        indices, scores, pointers = (self.tensors[f"label_{kind}"] for kind in ("indices", "scores", "pointers"))
+        """Each row's labels, ascending, the highest score of an entry that stands twice; and how
+        many were no entry yet at that token.
+        """
+        indices, scores, pointers = (
+            self.tensors[f"label_{kind}"] for kind in ("indices", "scores", "pointers")
+        )
         if len(scores) and scores.max() > voters:
             self.fail(f"a label's score is {scores.max()}, but the model has {voters} CSA layers")
         rows, dropped = [], 0
@@ -165,28 +249,45 @@ class _Dump(NamedTuple):
             ids, first = np.unique(indices[span][order], return_index=True)
             seen = ids < (position + 1) // ENTRY_TOKENS
             dropped += int((~seen).sum())
-            rows.append(Votes(ids[seen].astype(np.int32), scores[span][order][first][seen].astype(np.int32)))
+            rows.append(
+                Votes(ids[seen].astype(np.int32), scores[span][order][first][seen].astype(np.int32))
+            )
         return rows, dropped
 
     def keys(self, entries: int) -> tuple[np.ndarray, np.ndarray, int]:
-        """codes uint8 [L, entries, D], scales float32 [L, entries], and how many entries the dump has no key of (zeros, scale 1)."""
-        rows = np.stack([self.tensors[f"compk_layer_{number}"][:entries] for number in self.numbers])
+        """codes uint8 [L, entries, D], scales float32 [L, entries], and how many entries the dump
+        has no key of (zeros, scale 1).
+        """
+        rows = np.stack(
+            [self.tensors[f"compk_layer_{number}"][:entries] for number in self.numbers]
+        )
         unkeyed = entries - rows.shape[1]
         codes = np.pad(rows[..., :-SCALE_BYTES], ((0, 0), (0, unkeyed), (0, 0)))
         scales = np.ascontiguousarray(rows[..., -SCALE_BYTES:]).view("<f4")[..., 0]
-        return codes, np.pad(scales, ((0, 0), (0, unkeyed)), constant_values=1.0).astype(np.float32), unkeyed
+        return (
+            codes,
+            np.pad(scales, ((0, 0), (0, unkeyed)), constant_values=1.0).astype(np.float32),
+            unkeyed,
+        )
 
     def hidden(self, rows: np.ndarray) -> np.ndarray:
         """float32 [W, L, H]."""
-        states = np.stack([self.tensors[f"hidden_layer_{number}"][rows] for number in self.numbers], axis=1).astype(np.float32)
+        states = np.stack(
+            [self.tensors[f"hidden_layer_{number}"][rows] for number in self.numbers], axis=1
+        ).astype(np.float32)
         if not np.isfinite(states).all():
             window = int(np.argwhere(~np.isfinite(states))[0][0])
-            self.fail(f"row {rows[window]} has no finite hidden state, and is the query of window {window}; give the --tau that it was written with")
+            self.fail(
+                f"row {rows[window]} has no finite hidden state, and is the query of window"
+                f" {window}; give the --tau that it was written with"
+            )
         return states
 
 
 def _padded(votes: list[Votes], voters: int) -> tuple[np.ndarray, np.ndarray]:
-    """ids int32 [T, K], -1 = padding, and the share of the model's CSA layers that chose each, float32 [T, K]."""
+    """ids int32 [T, K], -1 = padding, and the share of the model's CSA layers that chose each,
+    float32 [T, K].
+    """
     most = max(1, *(len(row.ids) for row in votes))
     ids, share = np.full((len(votes), most), -1, np.int32), np.zeros((len(votes), most), np.float32)
     for step, row in enumerate(votes):
@@ -195,13 +296,29 @@ def _padded(votes: list[Votes], voters: int) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _own_header(path: Path) -> dict[str, Any] | None:
-    """The trace header that `flashmemory_writer.write_document` put beside a dump, None where another program wrote it."""
+    """The trace header that `flashmemory_writer.write_document` put beside a dump, None where
+    another program wrote it.
+    """
     listed = path.parent / METADATA_FILE
     if not listed.is_file():
         return None
     try:
-        lines = [json.loads(line) for line in listed.read_text(encoding="utf-8").splitlines() if line.strip()]
-        found = [line[HEADER_KEY] for line in lines if line.get("filename") == path.name and HEADER_KEY in line]
-        return TraceHeader.model_validate(found[-1]).model_dump(exclude={"content_sha256"}) if found else None
+        lines = [
+            json.loads(line)
+            for line in listed.read_text(encoding="utf-8").splitlines()
+            if line.strip()
+        ]
+        found = [
+            line[HEADER_KEY]
+            for line in lines
+            if line.get("filename") == path.name and HEADER_KEY in line
+        ]
+        return (
+            TraceHeader.model_validate(found[-1]).model_dump(exclude={"content_sha256"})
+            if found
+            else None
+        )
     except (OSError, ValueError, AttributeError, TypeError) as error:
-        raise FmsimError(f"{listed}: is no list of dumps ({str(error).splitlines()[0]}); mend it or take it away") from None
+        raise FmsimError(
+            f"{listed}: is no list of dumps ({str(error).splitlines()[0]}); mend it or take it away"
+        ) from None

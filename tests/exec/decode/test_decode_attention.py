@@ -1,13 +1,15 @@
-"""A layer's decode step from kernels (here their references) against the model's attention, token by token."""
+"""A layer's decode step from kernels (here their references) against the model's attention, token
+by token.
+"""
 
 import pytest
 import torch
 
 from fmsim.exec.decode.decode_attention import DecodeAttention
 from fmsim.exec.kernels.layout import plain
+from fmsim.exec.measure.timing import captured
 from fmsim.exec.model.deepseek_v4 import CSA, HCA, SLIDING, Attention, CompressorState, LayerCache
 from fmsim.exec.model.quantised import fill_float8, hold_float8, published_float8
-from fmsim.exec.measure.timing import captured
 from fmsim.nano.config import nano_config
 
 
@@ -15,10 +17,17 @@ from fmsim.nano.config import nano_config
 @pytest.mark.parametrize("kind", [SLIDING, CSA, HCA])
 @torch.inference_mode()
 def test_it_is_the_models_attention(kind, float8):
-    """Across the window's end and 128-token entries; more CSA entries close than the indexer may take. Two sequences of different lengths."""
+    """Across the window's end and 128-token entries; more CSA entries close than the indexer may
+    take.
+
+    Two sequences of different lengths.
+    """
     torch.manual_seed(0)
     config = nano_config()
-    config.index_topk, config.index_n_heads = 20, 16  # of many heads some respond, so no two scores are equally zero
+    config.index_topk, config.index_n_heads = (
+        20,
+        16,
+    )  # of many heads some respond, so no two scores are equally zero
     attention = Attention(config, kind)
     attention.sinks.normal_()
     if float8:
@@ -30,7 +39,9 @@ def test_it_is_the_models_attention(kind, float8):
 
     def cache() -> LayerCache:
         kv = None if kind == SLIDING else CompressorState(torch.zeros(1, 100, 64))
-        return LayerCache(kv=kv, index=CompressorState(torch.zeros(1, 100, 32)) if kind == CSA else None)
+        return LayerCache(
+            kv=kv, index=CompressorState(torch.zeros(1, 100, 32)) if kind == CSA else None
+        )
 
     if kind == CSA:
         decode.pager.wants_masses = True
@@ -43,13 +54,17 @@ def test_it_is_the_models_attention(kind, float8):
         x = torch.stack([inputs[0, step], inputs[1, late]])[:, None]
         expected = [attention(x[b : b + 1], positions[b].view(1, 1), caches[b]) for b in range(2)]
         found = decode(x, positions.to(torch.int32))
-        torch.testing.assert_close(found, torch.cat([out for out, _ in expected]), rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(
+            found, torch.cat([out for out, _ in expected]), rtol=1e-4, atol=1e-5
+        )
         if kind == CSA:
             ids, masses = decode.pager.ids, decode.pager.masses
             for b, (_, access) in enumerate(expected):
                 count = int((ids[b] >= 0).sum())
                 assert ids[b, :count].tolist() == access.ids[0, 0, :count].tolist()
-                torch.testing.assert_close(masses.entries[b, :count], access.mass[0, 0, :count], rtol=1e-4, atol=1e-6)
+                torch.testing.assert_close(
+                    masses.entries[b, :count], access.mass[0, 0, :count], rtol=1e-4, atol=1e-6
+                )
 
 
 @pytest.mark.gpu
@@ -57,14 +72,19 @@ def test_it_is_the_models_attention(kind, float8):
 @pytest.mark.parametrize("float8", [False, True])
 @torch.inference_mode()
 def test_a_cuda_graph_holds_a_step(float8):
-    """One captured step, replayed at every position, gives what steps run one by one give: nothing in it depends on a length."""
+    """One captured step, replayed at every position, gives what steps run one by one give: nothing
+    in it depends on a length.
+    """
     torch.manual_seed(0)
     config = nano_config()
     attention = Attention(config, CSA).cuda().to(torch.bfloat16)
     if float8:
         hold_float8(attention, published_float8(attention))
         fill_float8(attention)
-    eager, held = (DecodeAttention(attention, 2, 200, plain(torch.bfloat16, 64), plain(torch.bfloat16, 32)) for _ in range(2))
+    eager, held = (
+        DecodeAttention(attention, 2, 200, plain(torch.bfloat16, 64), plain(torch.bfloat16, 32))
+        for _ in range(2)
+    )
     x = torch.zeros(2, 1, config.hidden_size, device="cuda", dtype=torch.bfloat16)
     positions, out = torch.zeros(2, device="cuda", dtype=torch.int32), torch.zeros_like(x)
     replay = captured(lambda: out.copy_(held(x, positions)))

@@ -1,4 +1,6 @@
-"""A decode under a policy: against the plain decode where nothing is lost, and against the replay of its own trace."""
+"""A decode under a policy: against the plain decode where nothing is lost, and against the replay
+of its own trace.
+"""
 
 import numpy as np
 import pytest
@@ -6,17 +8,17 @@ import pytest
 torch = pytest.importorskip("torch", reason="the engine needs fmsim[model]")
 pytest.importorskip("transformers", reason="the engine needs fmsim[model]")
 
-from dataclasses import fields  # noqa: E402
+from dataclasses import fields
 
-from tiny_indexer import lookahead  # noqa: E402
-from tiny_model import CSA, HCA, SLIDING, oracle, ours  # noqa: E402
+from tiny_indexer import lookahead
+from tiny_model import CSA, HCA, SLIDING, oracle, ours
 
-from fmsim.errors import FmsimError  # noqa: E402
-from fmsim.exec.decode.engine import Engine  # noqa: E402
-from fmsim.exec.decode.prompt import Prompt  # noqa: E402
-from fmsim.exec.runs.record import trace_header, trace_of  # noqa: E402
-from fmsim.policies import registry  # noqa: E402
-from fmsim.replay.replayer import Replayer  # noqa: E402
+from fmsim.errors import FmsimError
+from fmsim.exec.decode.engine import Engine
+from fmsim.exec.decode.prompt import Prompt
+from fmsim.exec.runs.record import trace_header, trace_of
+from fmsim.policies import registry
+from fmsim.replay.replayer import Replayer
 
 STEPS, TAU = 44, 8
 
@@ -24,7 +26,11 @@ STEPS, TAU = 44, 8
 @pytest.fixture(scope="module")
 def prompt():
     model = ours(oracle(layer_types=[SLIDING, CSA, HCA, CSA], index_topk=8))
-    return Prompt(model, torch.randint(0, 64, (150,), generator=torch.Generator().manual_seed(3)).tolist(), STEPS)
+    return Prompt(
+        model,
+        torch.randint(0, 64, (150,), generator=torch.Generator().manual_seed(3)).tolist(),
+        STEPS,
+    )
 
 
 def decoded(prompt, spec, **options):
@@ -57,7 +63,11 @@ def test_an_exact_policy_changes_no_token_and_no_logit(prompt, spec):
     np.testing.assert_array_equal(ledger.mass_kept, ledger.mass_total)
 
 
-@pytest.mark.parametrize("spec", ["full", {"policy": "lru", "budget": "9 entries"}, {"policy": "h2o", "budget": "30%"}], ids=str)
+@pytest.mark.parametrize(
+    "spec",
+    ["full", {"policy": "lru", "budget": "9 entries"}, {"policy": "h2o", "budget": "30%"}],
+    ids=str,
+)
 def test_attention_from_kernels_decodes_the_same(prompt, spec):
     """Here their references; on a GPU, kernels in a CUDA graph (tests/test_gpu_engine.py)."""
     plain, kernels = decoded(prompt, spec, kernels=False), decoded(prompt, spec, kernels=True)
@@ -66,7 +76,9 @@ def test_attention_from_kernels_decodes_the_same(prompt, spec):
     one, other = plain.ledger(), kernels.ledger()
     for field in fields(one):
         if field.name.startswith("mass"):
-            np.testing.assert_allclose(getattr(one, field.name), getattr(other, field.name), rtol=1e-3)
+            np.testing.assert_allclose(
+                getattr(one, field.name), getattr(other, field.name), rtol=1e-3
+            )
         else:
             assert np.array_equal(getattr(one, field.name), getattr(other, field.name)), field.name
 
@@ -82,14 +94,21 @@ LOSSY = [
 @pytest.mark.parametrize("spec", EXACT + LOSSY, ids=str)
 def test_the_replay_of_its_trace_takes_the_same_decisions(prompt, spec):
     engine = decoded(prompt, spec, select="all")
-    header = trace_header(prompt.model, len(prompt.tokens), name="tiny", seed=0, sha256=None, tau=TAU)
+    header = trace_header(
+        prompt.model, len(prompt.tokens), name="tiny", seed=0, sha256=None, tau=TAU
+    )
     trace = trace_of(engine.request, header, [True] * 4 + [False] * (STEPS - 4))
     entry_bytes = 16 * 4  # 16 dims of float32
-    replayed, measured = Replayer(trace, entry_bytes=entry_bytes).run(registry.build(spec)), engine.ledger()
+    replayed, measured = (
+        Replayer(trace, entry_bytes=entry_bytes).run(registry.build(spec)),
+        engine.ledger(),
+    )
     for field in fields(replayed):
         one, other = getattr(replayed, field.name), getattr(measured, field.name)
         if field.name.startswith("mass"):
-            np.testing.assert_allclose(one, other, rtol=1e-6)  # numpy sums strided and whole rows in another order
+            np.testing.assert_allclose(
+                one, other, rtol=1e-6
+            )  # numpy sums strided and whole rows in another order
         else:
             assert np.array_equal(one, other), field.name
 
@@ -99,7 +118,9 @@ def test_masked_selection_is_of_resident_entries_alone(prompt):
     resident, full = decoded(prompt, spec), decoded(prompt, spec, select="all")
     pager = resident.pagers[0]
     assert (pager.ids >= 0).all()  # the next best fill the row
-    assert (resident.request.residency.table[0][pager.ids[0].long()] >= 0).all()  # pages of one entry
+    assert (
+        resident.request.residency.table[0][pager.ids[0].long()] >= 0
+    ).all()  # pages of one entry
     pager = full.pagers[0]
     assert 0 < (pager.ids >= 0).sum() < 8
     assert torch.equal(pager.ids >= 0, pager.hit)
@@ -112,9 +133,14 @@ def test_fallback_fetches_until_enough_is_there(prompt):
     assert (ledger.hit + ledger.demand_loads >= 0.75 * ledger.accessed).all()
     assert (ledger.hit + ledger.demand_loads < ledger.accessed).any()
     change = np.diff(ledger.resident, axis=0, prepend=ledger.initial[None])
-    assert np.array_equal(change, ledger.demand_loads + ledger.lookahead_loads + ledger.written - ledger.evicted)
+    assert np.array_equal(
+        change, ledger.demand_loads + ledger.lookahead_loads + ledger.written - ledger.evicted
+    )
     spec = {"policy": "lru", "on_miss": "fallback", "budget": "10 entries"}
-    loads = [decoded(prompt, spec | {"fallback_above": above}).ledger().demand_loads.sum() for above in (1.0, 0.15, 0.01)]  # of the indexer's softmax
+    loads = [
+        decoded(prompt, spec | {"fallback_above": above}).ledger().demand_loads.sum()
+        for above in (1.0, 0.15, 0.01)
+    ]  # of the indexer's softmax
     assert 0 == loads[0] < loads[1] < loads[2]
 
 
@@ -122,7 +148,9 @@ def test_a_lookahead_policy_scores_the_running_models_own_states(prompt, tmp_pat
     engine = decoded(prompt, lookahead(tmp_path, "20 entries", stale=False))
     ledger = engine.ledger()
     assert ledger.lookahead_loads.sum() > 0 and (ledger.resident <= 20).all()
-    assert engine.h2d_bytes == ledger.lookahead_loads.sum() * 2 * 16 * 4  # two layers share a set; 16 dims of float32
+    assert (
+        engine.h2d_bytes == ledger.lookahead_loads.sum() * 2 * 16 * 4
+    )  # two layers share a set; 16 dims of float32
     assert np.flatnonzero(ledger.scored).tolist() == list(range(0, STEPS, TAU))
 
 
@@ -151,9 +179,16 @@ def test_what_a_decision_will_recall_is_copied_ahead_of_it(prompt, tmp_path):
 
 def test_what_a_threshold_gives_up_is_measured_though_every_page_has_room(prompt, tmp_path):
     """48 entries in all: one slot fewer changes nothing where the threshold keeps fewer still."""
-    one, other = (decoded(prompt, lookahead(tmp_path, f"{slots} entries", threshold=0.999999, stale=False)) for slots in (47, 48))
+    one, other = (
+        decoded(prompt, lookahead(tmp_path, f"{slots} entries", threshold=0.999999, stale=False))
+        for slots in (47, 48)
+    )
     ledgers = [engine.ledger() for engine in (one, other)]
-    assert ledgers[0].resident.max() < 47 and ledgers[0].lookahead_loads.sum() > 0 and ledgers[0].mass_kept.sum() < ledgers[0].mass_total.sum()
+    assert (
+        ledgers[0].resident.max() < 47
+        and ledgers[0].lookahead_loads.sum() > 0
+        and ledgers[0].mass_kept.sum() < ledgers[0].mass_total.sum()
+    )
     for name in ("resident", "lookahead_loads", "hit", "mass_total", "mass_kept"):
         assert np.array_equal(getattr(ledgers[0], name), getattr(ledgers[1], name)), name
     assert one.h2d_bytes == other.h2d_bytes > 0

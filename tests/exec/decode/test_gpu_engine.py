@@ -1,4 +1,6 @@
-"""The engine on a GPU, its step one CUDA graph, against the same decode in plain torch on the CPU."""
+"""The engine on a GPU, its step one CUDA graph, against the same decode in plain torch on the
+CPU.
+"""
 
 from dataclasses import fields
 
@@ -8,14 +10,19 @@ import pytest
 torch = pytest.importorskip("torch", reason="the engine needs fmsim[model]")
 pytest.importorskip("transformers", reason="the engine needs fmsim[model]")
 
-from kernel_pools import no_waits  # noqa: E402
-from tiny_model import CSA, HCA, SLIDING, oracle, ours  # noqa: E402
+from kernel_pools import no_waits
+from tiny_model import CSA, HCA, SLIDING, oracle, ours
 
-from fmsim.exec.decode.engine import Batch  # noqa: E402
-from fmsim.exec.decode.prompt import Prompt  # noqa: E402
-from fmsim.policies import registry  # noqa: E402
+from fmsim.exec.decode.engine import Batch
+from fmsim.exec.decode.prompt import Prompt
+from fmsim.policies import registry
 
-pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device: the engine ran on the CPU only")]
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(
+        not torch.cuda.is_available(), reason="no CUDA device: the engine ran on the CPU only"
+    ),
+]
 STEPS, TAU = 44, 8
 SPECS = [
     "full",
@@ -31,11 +38,19 @@ SPECS = [
 @pytest.mark.parametrize("spec", SPECS, ids=str)
 def test_a_graph_of_kernels_decodes_as_torch_does(spec, select):
     reference = oracle(layer_types=[SLIDING, CSA, HCA, CSA], index_topk=8)
-    texts = [torch.randint(0, 64, (length,), generator=torch.Generator().manual_seed(3)).tolist() for length in (150, 97)]
+    texts = [
+        torch.randint(0, 64, (length,), generator=torch.Generator().manual_seed(3)).tolist()
+        for length in (150, 97)
+    ]
     found = {}
     for device in ("cpu", "cuda"):
         model = ours(reference).to(device)
-        batch = Batch([Prompt(model, text, STEPS) for text in texts], registry.build(spec), tau=TAU, select=select)
+        batch = Batch(
+            [Prompt(model, text, STEPS) for text in texts],
+            registry.build(spec),
+            tau=TAU,
+            select=select,
+        )
         for token in range(4):
             batch.step([token, token + 1])
         with no_waits():  # across windows, as pages are written, missed and given up
@@ -46,7 +61,10 @@ def test_a_graph_of_kernels_decodes_as_torch_does(spec, select):
     for one, other in zip(found["cpu"].requests, found["cuda"].requests):
         assert one.tokens == other.tokens
         for field in fields(one.ledger()):
-            expected, measured = getattr(one.ledger(), field.name), getattr(other.ledger(), field.name)
+            expected, measured = (
+                getattr(one.ledger(), field.name),
+                getattr(other.ledger(), field.name),
+            )
             if field.name.startswith("mass"):
                 np.testing.assert_allclose(measured, expected, rtol=2e-3)
             else:

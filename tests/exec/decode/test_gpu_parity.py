@@ -1,38 +1,52 @@
-"""bfloat16, on a GPU where there is one: what our decode makes of it is as near to float32 as what transformers' model makes of it.
+"""bfloat16, on a GPU where there is one: what our decode makes of it is as near to float32 as what
+transformers' model makes of it.
 
-In all three runs the weights are the same, rounded to bfloat16 beforehand. Where a run has to choose entries and experts by scores that
-are nearly equal, bfloat16 may choose others, and one token's logits are then far off, in transformers' run as in ours. So the strict
-test is of models whose choices no rounding can change; where choices are free the typical token is compared.
+In all three runs the weights are the same, rounded to bfloat16 beforehand. Where a run has to
+choose entries and experts by scores that are nearly equal, bfloat16 may choose others, and one
+token's logits are then far off, in transformers' run as in ours. So the strict test is of models
+whose choices no rounding can change; where choices are free the typical token is compared.
 """
 
 import copy
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-from pathlib import Path
-
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 torch = pytest.importorskip("torch", reason="the engine needs fmsim[model]")
-transformers = pytest.importorskip("transformers", reason="the oracle is transformers' DeepseekV4ForCausalLM")
+transformers = pytest.importorskip(
+    "transformers", reason="the oracle is transformers' DeepseekV4ForCausalLM"
+)
 
-from tiny_model import CSA, kinds, oracle  # noqa: E402
+from tiny_model import CSA, kinds, oracle
 
-from fmsim.exec.decode.engine import Batch, Engine  # noqa: E402
-from fmsim.exec.model.loader import allocate, load_model, meta_model  # noqa: E402
-from fmsim.exec.decode.prompt import Prompt  # noqa: E402
-from fmsim.nano.tokenizer import MODEL_FOLDER  # noqa: E402
-from fmsim.policies import registry  # noqa: E402
-from fmsim.trace import read  # noqa: E402
+from fmsim.exec.decode.engine import Batch, Engine
+from fmsim.exec.decode.prompt import Prompt
+from fmsim.exec.model.loader import allocate, load_model, meta_model
+from fmsim.nano.tokenizer import MODEL_FOLDER
+from fmsim.policies import registry
+from fmsim.trace import read
 
-on_gpu = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device: bfloat16 was compared on the CPU only")]
+on_gpu = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(
+        not torch.cuda.is_available(),
+        reason="no CUDA device: bfloat16 was compared on the CPU only",
+    ),
+]
 # On a CPU, plain torch and then the kernels' references; on a GPU the kernels, in a CUDA graph.
 on_each_device = pytest.mark.parametrize(
-    ("device", "kernels"), [("cpu", False), ("cpu", True), pytest.param("cuda", True, marks=on_gpu)], ids=["cpu", "cpu-references", "cuda"]
+    ("device", "kernels"),
+    [("cpu", False), ("cpu", True), pytest.param("cuda", True, marks=on_gpu)],
+    ids=["cpu", "cpu-references", "cuda"],
 )
-LENGTHS, STEPS = (40, 7), {"cpu": 60, "cuda": 600}  # across the ends of windows, of entries, and of 16 pages
+LENGTHS, STEPS = (
+    (40, 7),
+    {"cpu": 60, "cuda": 600},
+)  # across the ends of windows, of entries, and of 16 pages
 
 
 class Logits(NamedTuple):
@@ -50,11 +64,20 @@ class Logits(NamedTuple):
 
 def bfloat16_twins(reference, device: str):
     """``reference``, its weights rounded, as transformers' bfloat16 model and as ours."""
-    numbers = [*reference.parameters(), *(part for name, part in reference.named_buffers() if name.endswith("e_score_correction_bias"))]
+    numbers = [
+        *reference.parameters(),
+        *(
+            part
+            for name, part in reference.named_buffers()
+            if name.endswith("e_score_correction_bias")
+        ),
+    ]
     for number in numbers:
         number.data = number.data.bfloat16().float()
     theirs = copy.deepcopy(reference).to(torch.bfloat16)
-    angles = {name: part for name, part in reference.named_buffers() if "inv_freq" in name}  # these a loaded model has in float32
+    angles = {
+        name: part for name, part in reference.named_buffers() if "inv_freq" in name
+    }  # these a loaded model has in float32
     for name, part in theirs.named_buffers():
         if name in angles:
             part.data = angles[name].clone()
@@ -64,12 +87,21 @@ def bfloat16_twins(reference, device: str):
 
 
 @torch.inference_mode()
-def decoded(reference, device: str, kernels: bool, texts: list[torch.Tensor], steps: int, spec="full") -> Logits:
+def decoded(
+    reference, device: str, kernels: bool, texts: list[torch.Tensor], steps: int, spec="full"
+) -> Logits:
     """The prompt's last token and the ``steps`` given tokens after it, of all texts."""
     reference = reference.to(device)
     theirs, ours = bfloat16_twins(reference, device)
-    wholes = [[model(text[None].to(device)).logits[0, -steps - 1 :].float() for text in texts] for model in (reference, theirs)]
-    batch = Batch([Prompt(ours, text[:-steps].tolist(), steps) for text in texts], registry.build(spec), kernels=kernels)
+    wholes = [
+        [model(text[None].to(device)).logits[0, -steps - 1 :].float() for text in texts]
+        for model in (reference, theirs)
+    ]
+    batch = Batch(
+        [Prompt(ours, text[:-steps].tolist(), steps) for text in texts],
+        registry.build(spec),
+        kernels=kernels,
+    )
     rows = [batch.logits.float().clone()]
     for step in range(steps):
         batch.step([int(text[step - steps]) for text in texts])
@@ -82,54 +114,96 @@ def random_texts(steps: int, lengths: tuple[int, ...] = LENGTHS) -> list[torch.T
 
 
 def clear(found: Logits, error: torch.Tensor) -> torch.Tensor:
-    """bool [tokens]: float32's best token leads by more than ``error`` could take from it and add to another."""
+    """bool [tokens]: float32's best token leads by more than ``error`` could take from it and add
+    to another.
+    """
     best = found.exact.topk(2).values
     return best[:, 0] - best[:, 1] > 2 * error
 
 
 @on_each_device
 @settings(max_examples=5, deadline=None)
-@given(layers=st.lists(kinds, max_size=3).flatmap(lambda mix: st.permutations([*mix, CSA])), experts=st.sampled_from([4, 16]), seed=st.integers(0, 99))
-def test_it_rounds_as_transformers_does_and_greedy_tokens_are_float32s(device, kernels, layers, experts, seed):
+@given(
+    layers=st.lists(kinds, max_size=3).flatmap(lambda mix: st.permutations([*mix, CSA])),
+    experts=st.sampled_from([4, 16]),
+    seed=st.integers(0, 99),
+)
+def test_it_rounds_as_transformers_does_and_greedy_tokens_are_float32s(
+    device, kernels, layers, experts, seed
+):
     """Every expert by the token's id, every entry among the top-k: there is nothing to choose."""
-    reference = oracle(seed, layer_types=layers, n_routed_experts=experts, num_hash_layers=len(layers), index_topk=(LENGTHS[0] + STEPS[device]) // 4)
+    reference = oracle(
+        seed,
+        layer_types=layers,
+        n_routed_experts=experts,
+        num_hash_layers=len(layers),
+        index_topk=(LENGTHS[0] + STEPS[device]) // 4,
+    )
     found = decoded(reference, device, kernels, random_texts(STEPS[device]), STEPS[device])
     theirs, ours = found.errors
-    assert 0 < ours.square().mean().sqrt() < 1.3 * theirs.square().mean().sqrt() < 0.05  # of logits whose deviation is 0.8
+    assert (
+        0 < ours.square().mean().sqrt() < 1.3 * theirs.square().mean().sqrt() < 0.05
+    )  # of logits whose deviation is 0.8
     sure = clear(found, 2 * theirs.max())
     assert sure.any() and torch.equal(found.ours[sure].argmax(-1), found.exact[sure].argmax(-1))
 
 
 @on_each_device
-@pytest.mark.parametrize("spec", ["full", {"policy": "lru", "budget": "3x topk", "granularity": 4}], ids=["full", "lru"])
+@pytest.mark.parametrize(
+    "spec", ["full", {"policy": "lru", "budget": "3x topk", "granularity": 4}], ids=["full", "lru"]
+)
 def test_where_choices_are_free_the_typical_token_is_as_near(device, kernels, spec):
     runs = []
     for seed in range(3):
-        reference = oracle(seed, layer_types=["sliding_attention", CSA, "heavily_compressed_attention", CSA], n_routed_experts=16, index_topk=8)
+        reference = oracle(
+            seed,
+            layer_types=["sliding_attention", CSA, "heavily_compressed_attention", CSA],
+            n_routed_experts=16,
+            index_topk=8,
+        )
         texts = random_texts(STEPS["cpu"], (40, 33))  # for a budget of three times top-k
         runs.append(decoded(reference, device, kernels, texts, STEPS["cpu"], spec))
     found = Logits(*map(torch.cat, zip(*runs)))
     theirs, ours = (error.amax(-1).median() for error in found.errors)
     assert ours < 1.3 * theirs < 0.15
-    agreements = [(logits.argmax(-1) == found.exact.argmax(-1)).float().mean() for logits in (found.theirs, found.ours)]
+    agreements = [
+        (logits.argmax(-1) == found.exact.argmax(-1)).float().mean()
+        for logits in (found.theirs, found.ours)
+    ]
     assert agreements[1] > agreements[0] - 0.05 > 0.8
 
 
 @on_each_device
 def test_nano_decodes_as_near_and_says_the_same(device, kernels):
     """The shipped model on real text, with the tokens that it chooses itself."""
-    reference = transformers.DeepseekV4ForCausalLM.from_pretrained(MODEL_FOLDER, dtype=torch.float32).eval()
-    text = torch.from_numpy(np.asarray(read(Path(__file__).parents[3] / "traces/nano-32k-needles.safetensors").token_ids[1:340]).astype(np.int64))
+    reference = transformers.DeepseekV4ForCausalLM.from_pretrained(
+        MODEL_FOLDER, dtype=torch.float32
+    ).eval()
+    text = torch.from_numpy(
+        np.asarray(
+            read(Path(__file__).parents[3] / "traces/nano-32k-needles.safetensors").token_ids[1:340]
+        ).astype(np.int64)
+    )
     found = decoded(reference, device, kernels, [text], 40)
     theirs, ours = (error.amax(-1).median() for error in found.errors)
     assert ours < 1.5 * theirs
     sure = clear(found, 4 * theirs)
-    assert sure.sum() > 10 and torch.equal(found.ours[sure].argmax(-1), found.exact[sure].argmax(-1))
+    assert sure.sum() > 10 and torch.equal(
+        found.ours[sure].argmax(-1), found.exact[sure].argmax(-1)
+    )
     written = reference.generate(
-        text[None, :-40].to(device), max_new_tokens=12, do_sample=False, eos_token_id=None, pad_token_id=0, output_logits=True, return_dict_in_generate=True
+        text[None, :-40].to(device),
+        max_new_tokens=12,
+        do_sample=False,
+        eos_token_id=None,
+        pad_token_id=0,
+        output_logits=True,
+        return_dict_in_generate=True,
     )
     best = torch.cat(written.logits).topk(2).values
-    count = int((best[:, 0] - best[:, 1] > 4 * theirs).cumprod(0).sum())  # after a near tie the texts may part
+    count = int(
+        (best[:, 0] - best[:, 1] > 4 * theirs).cumprod(0).sum()
+    )  # after a near tie the texts may part
     prompt = Prompt(load_model(MODEL_FOLDER, device, torch.bfloat16), text[:-40].tolist(), 12)
     tokens = Engine(prompt, registry.build("full"), kernels=kernels).generate(12)
     assert count > 2 and tokens[:count] == written.sequences[0, -12:][:count].tolist()

@@ -1,4 +1,6 @@
-"""Decode steps of a batch of different lengths against transformers' model, over prefill and every boundary after it."""
+"""Decode steps of a batch of different lengths against transformers' model, over prefill and every
+boundary after it.
+"""
 
 import pytest
 from hypothesis import given, settings
@@ -7,14 +9,14 @@ from hypothesis import strategies as st
 torch = pytest.importorskip("torch", reason="the engine needs fmsim[model]")
 pytest.importorskip("transformers", reason="the oracle is transformers' DeepseekV4ForCausalLM")
 
-from kernel_pools import on_each_device  # noqa: E402
-from tiny_model import CSA, HCA, SLIDING, kinds, oracle, ours  # noqa: E402
+from kernel_pools import on_each_device
+from tiny_model import CSA, HCA, SLIDING, kinds, oracle, ours
 
+from fmsim.exec.decode.engine import Batch
+from fmsim.exec.decode.prompt import Prompt
+from fmsim.exec.kernels import hyper_connection
 from fmsim.exec.model import deepseek_v4 as exec_model
-from fmsim.exec.decode.engine import Batch  # noqa: E402
-from fmsim.exec.kernels import hyper_connection  # noqa: E402
-from fmsim.exec.decode.prompt import Prompt  # noqa: E402
-from fmsim.policies import registry  # noqa: E402
+from fmsim.policies import registry
 
 
 @torch.no_grad()
@@ -23,7 +25,11 @@ def check(reference, lengths, steps, spec, **options):
     texts = [torch.randint(0, 64, (length + steps,)) for length in lengths]
     expected = [reference(text[None]).logits[0] for text in texts]
     model = ours(reference)
-    batch = Batch([Prompt(model, text[:length].tolist(), steps) for text, length in zip(texts, lengths)], registry.build(spec), **options)
+    batch = Batch(
+        [Prompt(model, text[:length].tolist(), steps) for text, length in zip(texts, lengths)],
+        registry.build(spec),
+        **options,
+    )
     for step in range(steps):
         batch.step([int(text[length + step]) for text, length in zip(texts, lengths)])
         for row, (logits, length) in enumerate(zip(expected, lengths)):
@@ -38,7 +44,11 @@ def check(reference, lengths, steps, spec, **options):
     seed=st.integers(0, 99),
 )
 def test_a_batch_of_different_lengths_is_the_oracle(layers, lengths, granularity, seed):
-    spec = {"policy": "lru", "budget": "3x topk", "granularity": granularity} if min(lengths) > 8 else "full"
+    spec = (
+        {"policy": "lru", "budget": "3x topk", "granularity": granularity}
+        if min(lengths) > 8
+        else "full"
+    )
     check(oracle(seed, layer_types=layers), lengths, 14, spec)
 
 
@@ -50,7 +60,11 @@ def test_six_hundred_steps_cross_every_boundary():
 @torch.no_grad()
 def test_hyper_connections_from_kernels_are_those_of_torch(device, monkeypatch):
     reference = oracle(layer_types=[SLIDING, CSA, HCA], hc_mult=4)
-    model, texts, found = ours(reference).to(device), [torch.randint(0, 64, (length,)).tolist() for length in (30, 7)], []
+    model, texts, found = (
+        ours(reference).to(device),
+        [torch.randint(0, 64, (length,)).tolist() for length in (30, 7)],
+        [],
+    )
     for way in ("reference", "triton"):
         for name in ("enter", "read_out"):
             monkeypatch.setattr(exec_model, name, getattr(hyper_connection, f"{name}_{way}"))
@@ -64,6 +78,14 @@ def test_hyper_connections_from_kernels_are_those_of_torch(device, monkeypatch):
 
 
 def test_so_do_kernels():
-    """By their references: rings, pages and block tables instead of torch's own arrays, from a prefill that ends anywhere."""
+    """By their references: rings, pages and block tables instead of torch's own arrays, from a
+    prefill that ends anywhere.
+    """
     for seed, lengths in enumerate(([30, 7], [1], [133, 128, 4])):
-        check(oracle(seed, layer_types=[SLIDING, CSA, HCA, CSA]), lengths, 140 if seed == 0 else 20, "full" if seed == 1 else "lru", kernels=True)
+        check(
+            oracle(seed, layer_types=[SLIDING, CSA, HCA, CSA]),
+            lengths,
+            140 if seed == 0 else 20,
+            "full" if seed == 1 else "lru",
+            kernels=True,
+        )

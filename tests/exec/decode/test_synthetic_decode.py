@@ -1,4 +1,6 @@
-"""Random weights, a trace's accesses: the replay's ledger and bytes whatever the batch, and pages attended to where the policy keeps them."""
+"""Random weights, a trace's accesses: the replay's ledger and bytes whatever the batch, and pages
+attended to where the policy keeps them.
+"""
 
 import numpy as np
 import pytest
@@ -6,36 +8,62 @@ import pytest
 torch = pytest.importorskip("torch", reason="the engine needs fmsim[model]")
 pytest.importorskip("transformers", reason="the engine needs fmsim[model]")
 
-from contextlib import nullcontext  # noqa: E402
-from dataclasses import fields, replace  # noqa: E402
+from contextlib import nullcontext
+from dataclasses import fields, replace
 
-from kernel_pools import no_waits  # noqa: E402
-from made_trace import make_trace, save_indexer  # noqa: E402
-from command import fmsim  # noqa: E402
+from command import fmsim
+from kernel_pools import no_waits
+from made_trace import make_trace, save_indexer
 
-from fmsim.errors import FmsimError  # noqa: E402
+from fmsim.errors import FmsimError
+from fmsim.exec.decode.driven import DrivenDecode
+from fmsim.exec.model.synthetic import model_bytes, synthetic_model
 from fmsim.exec.runs import synthetic as synthetic_run
-from fmsim.exec.decode.driven import DrivenDecode  # noqa: E402
-from fmsim.exec.model.synthetic import model_bytes, synthetic_model  # noqa: E402
-from fmsim.sim.footprint import footprint  # noqa: E402
-from fmsim.geometry import CSA, HCA, PRESETS, SLIDING  # noqa: E402
-from fmsim.policies import registry  # noqa: E402
-from fmsim.replay.replayer import Replayer  # noqa: E402
+from fmsim.geometry import CSA, HCA, PRESETS, SLIDING
+from fmsim.policies import registry
+from fmsim.replay.replayer import Replayer
+from fmsim.sim.footprint import footprint
 
-# The published entries of 584 and keys of 132 bytes need heads of 512 and keys of 128; the rest is small.
+# The published entries of 584 and keys of 132 bytes need heads of 512 and keys of 128; the rest is
+# small.
 SMALL = replace(
-    PRESETS["v4-flash"], name="small", layer_types=(SLIDING, CSA, HCA, CSA, CSA), hidden_size=64, n_heads=2, index_n_heads=2, q_lora_rank=16,
-    o_lora_rank=16, o_groups=2, n_experts=8, expert_width=16, vocabulary=128, index_topk=16,
-)  # fmt: skip
-DEVICES = ["cpu", pytest.param("cuda", marks=[pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")])]
+    PRESETS["v4-flash"],
+    name="small",
+    layer_types=(SLIDING, CSA, HCA, CSA, CSA),
+    hidden_size=64,
+    n_heads=2,
+    index_n_heads=2,
+    q_lora_rank=16,
+    o_lora_rank=16,
+    o_groups=2,
+    n_experts=8,
+    expert_width=16,
+    vocabulary=128,
+    index_topk=16,
+)
+DEVICES = [
+    "cpu",
+    pytest.param(
+        "cuda",
+        marks=[
+            pytest.mark.gpu,
+            pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device"),
+        ],
+    ),
+]
 SPECS = [
-    "full", {"policy": "recency", "budget": "20%"}, {"policy": "h2o", "budget": "20%"}, {"policy": "lru", "budget": "40 entries"},
+    "full",
+    {"policy": "recency", "budget": "20%"},
+    {"policy": "h2o", "budget": "20%"},
+    {"policy": "lru", "budget": "40 entries"},
     {"policy": "lru", "granularity": 4, "on_miss": "fallback"},
-]  # fmt: skip
+]
 
 
 class Unwaiting(DrivenDecode):
-    """After the first step, which compiles kernels and captures the graph, no step within a window waits for the device."""
+    """After the first step, which compiles kernels and captures the graph, no step within a window
+    waits for the device.
+    """
 
     def _step(self, step, compute):
         with no_waits() if step % 64 else nullcontext():
@@ -52,29 +80,54 @@ def test_it_moves_what_the_replay_says(spec, device, monkeypatch):
     layer_map = (0, 1, 2)
     ledger = replayer.run(registry.build(spec))
     for batch in (1, 3):
-        found = synthetic_run.run("it", lambda: registry.build(spec), replayer, SMALL, layer_map, model, device, batch)
+        found = synthetic_run.run(
+            "it", lambda: registry.build(spec), replayer, SMALL, layer_map, model, device, batch
+        )
         for field in fields(ledger):
-            assert np.array_equal(getattr(ledger, field.name), getattr(found.outcome.ledger, field.name)), field.name
-        loads = (ledger.demand_loads + ledger.lookahead_loads).sum(axis=0)[footprint(ledger, SMALL, layer_map).groups].sum()
+            assert np.array_equal(
+                getattr(ledger, field.name), getattr(found.outcome.ledger, field.name)
+            ), field.name
+        loads = (
+            (ledger.demand_loads + ledger.lookahead_loads)
+            .sum(axis=0)[footprint(ledger, SMALL, layer_map).groups]
+            .sum()
+        )
         assert found.outcome.h2d_bytes == loads * ledger.granularity * 584
         predicted = synthetic_run.kv_bytes_of(footprint(ledger, SMALL, layer_map), ledger, SMALL)
-        assert 0 <= found.kv_bytes - predicted <= 64 * (584 + 3 * 132)  # keys of three layers and HCA entries of one fill whole pages of 64
+        assert (
+            0 <= found.kv_bytes - predicted <= 64 * (584 + 3 * 132)
+        )  # keys of three layers and HCA entries of one fill whole pages of 64
     shown = synthetic_run.report([found], replayer, SMALL, layer_map, experts, device, "made")
     assert shown["policies"][0]["decode_tokens_per_s"] > 0 and shown["scenario"]["batch"] == 3
 
 
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("granularity", [1, 4])
-def test_a_lookahead_policy_keeps_the_keys_of_what_its_indexer_scores(granularity, device, monkeypatch, tmp_path):
-    """One layer keeps all its keys, in pages of the residency's size, and finds those of what is resident among them."""
+def test_a_lookahead_policy_keeps_the_keys_of_what_its_indexer_scores(
+    granularity, device, monkeypatch, tmp_path
+):
+    """One layer keeps all its keys, in pages of the residency's size, and finds those of what is
+    resident among them.
+    """
     monkeypatch.setattr(synthetic_run, "DrivenDecode", Unwaiting)
     replayer = Replayer(make_trace(prompt_tokens=800, n_steps=70))
-    spec = {"policy": "lsa", "budget": "30%", "stale": False, "layers": [0], "checkpoint": save_indexer(tmp_path / "indexer.safetensors"), "granularity": granularity}
+    spec = {
+        "policy": "lsa",
+        "budget": "30%",
+        "stale": False,
+        "layers": [0],
+        "checkpoint": save_indexer(tmp_path / "indexer.safetensors"),
+        "granularity": granularity,
+    }
     model, _ = synthetic_model(SMALL, device, model_bytes(SMALL, 8), 0)
     ledger = replayer.run(registry.build(spec))
-    found = synthetic_run.run("it", lambda: registry.build(spec), replayer, SMALL, (0, 1, 2), model, device, 2)
+    found = synthetic_run.run(
+        "it", lambda: registry.build(spec), replayer, SMALL, (0, 1, 2), model, device, 2
+    )
     for field in fields(ledger):
-        assert np.array_equal(getattr(ledger, field.name), getattr(found.outcome.ledger, field.name)), field.name
+        assert np.array_equal(
+            getattr(ledger, field.name), getattr(found.outcome.ledger, field.name)
+        ), field.name
     loads = ledger.lookahead_loads.sum()
     assert loads > 0 and found.outcome.h2d_bytes == loads * granularity * (3 * 584 + 2 * 132)
     predicted = synthetic_run.kv_bytes_of(footprint(ledger, SMALL, (0, 1, 2)), ledger, SMALL)
@@ -82,15 +135,25 @@ def test_a_lookahead_policy_keeps_the_keys_of_what_its_indexer_scores(granularit
 
 
 WRONG = [
-    (("--model", "v9"), "--model: neither a preset nor a config.json: 'v9'; presets are v4-flash, v4-pro"),
+    (
+        ("--model", "v9"),
+        "--model: neither a preset nor a config.json: 'v9'; presets are v4-flash, v4-pro",
+    ),
     (("--context", "200k"), "--context 204800: no shipped trace has about as many tokens"),
     (("--context", "many"), "'many' is no number of tokens; write 8192 or 32k"),
     (("--trace", "absent.safetensors"), "absent.safetensors"),
-    (("--context", "500k"), "traces/nano-500k-needles.safetensors: no such file here; give --trace FILE"),
+    (
+        ("--context", "500k"),
+        "traces/nano-500k-needles.safetensors: no such file here; give --trace FILE",
+    ),
 ]
 
 
-@pytest.mark.parametrize(("options", "message"), WRONG, ids=lambda value: " ".join(value) if isinstance(value, tuple) else "")
+@pytest.mark.parametrize(
+    ("options", "message"),
+    WRONG,
+    ids=lambda value: " ".join(value) if isinstance(value, tuple) else "",
+)
 def test_a_mistake_gets_one_clear_line(options, message, tmp_path):
     done = fmsim("exec", "--weights", "synthetic", "--device", "cpu", *options, folder=tmp_path)
     assert done.returncode == 2 and "Traceback" not in done.stderr
@@ -99,7 +162,9 @@ def test_a_mistake_gets_one_clear_line(options, message, tmp_path):
 
 def test_a_budget_says_how_many_requests_it_holds():
     assert synthetic_run.batch_that_fits(16 * 2**30, 3 * 2**30) == 5
-    with pytest.raises(FmsimError, match=r"one request takes 3.00 GiB, 1.00 GiB more than the budget's 2.00 GiB"):
+    with pytest.raises(
+        FmsimError, match=r"one request takes 3.00 GiB, 1.00 GiB more than the budget's 2.00 GiB"
+    ):
         synthetic_run.batch_that_fits(2 * 2**30, 3 * 2**30)
 
 

@@ -1,4 +1,6 @@
-"""Every kernel compiles for a Hopper GPU, fits its shared memory, and reaches its matrix instructions: no GPU needed."""
+"""Every kernel compiles for a Hopper GPU, fits its shared memory, and reaches its matrix
+instructions: no GPU needed.
+"""
 
 import importlib.util
 import json
@@ -10,29 +12,84 @@ from pathlib import Path
 import pytest
 
 SUPPORT = Path(__file__).parents[2] / "support"
-# One launch of each kernel, to take seconds; `python tests/support/compile_kernels.py` compiles all that kernel_launches.py lists.
+# One launch of each kernel, to take seconds; `python tests/support/compile_kernels.py` compiles all
+# that kernel_launches.py lists.
 LAUNCHES = [
-    "index_scores", "index_scores, float8 queries", "top_k, preselected", "sparse_attention", "sparse_attention, many", "compress, csa", "hyper_connection", "norm_rope",
-    "rms_norm", "route", "experts, many", "experts, float8, one", "linear, output", "copy_rows, entries", "stage",
-]  # fmt: skip
+    "index_scores",
+    "index_scores, float8 queries",
+    "top_k, preselected",
+    "sparse_attention",
+    "sparse_attention, many",
+    "compress, csa",
+    "hyper_connection",
+    "norm_rope",
+    "rms_norm",
+    "route",
+    "experts, many",
+    "experts, float8, one",
+    "linear, output",
+    "copy_rows, entries",
+    "stage",
+]
 KERNELS = {
-    "_index_scores", "_top_k", "_attend_in_place", "_gather", "_attend", "_combine", "_row_masses", "_compress", "_leave_and_project", "_enter", "_norm_rope", "_rms_norm",
-    "_route", "_schedule", "_gate_up", "_down", "_sum_pairs", "_linear", "_add_up", "_copy_rows", "_stage",
-}  # fmt: skip
+    "_index_scores",
+    "_top_k",
+    "_attend_in_place",
+    "_gather",
+    "_attend",
+    "_combine",
+    "_row_masses",
+    "_compress",
+    "_leave_and_project",
+    "_enter",
+    "_norm_rope",
+    "_rms_norm",
+    "_route",
+    "_schedule",
+    "_gate_up",
+    "_down",
+    "_sum_pairs",
+    "_linear",
+    "_add_up",
+    "_copy_rows",
+    "_stage",
+}
 
 
-@pytest.mark.skipif(not importlib.util.find_spec("triton"), reason="Triton is not installed: it exists for Linux only")
+@pytest.mark.skipif(
+    not importlib.util.find_spec("triton"),
+    reason="Triton is not installed: it exists for Linux only",
+)
 def test_every_kernel_compiles_for_sm_90(tmp_path):
     # the interpreter takes the compiler's place where it is on, so this is another process
-    environment = os.environ | {"TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(tmp_path), "PYTHONPATH": os.pathsep.join([str(SUPPORT.parents[1]), str(SUPPORT)])}
-    done = subprocess.run([sys.executable, str(SUPPORT / "compile_kernels.py"), *LAUNCHES], env=environment, capture_output=True, text=True, check=False)
+    environment = os.environ | {
+        "TRITON_INTERPRET": "0",
+        "TRITON_CACHE_DIR": str(tmp_path),
+        "PYTHONPATH": os.pathsep.join([str(SUPPORT.parents[1]), str(SUPPORT)]),
+    }
+    done = subprocess.run(
+        [sys.executable, str(SUPPORT / "compile_kernels.py"), *LAUNCHES],
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
     assert done.returncode == 0, done.stderr[-3000:]
     found = [json.loads(line) for line in done.stdout.splitlines()]
     assert {row["kernel"] for row in found} == KERNELS
     scoring = [kind for row in found if row["kernel"] == "_index_scores" for kind in row["ptx"]]
-    assert any("wgmma" in kind and "e4m3" in kind for kind in scoring) and any("wgmma" in kind and "f16" in kind for kind in scoring)
-    products = {kind for row in found if row["kernel"] in ("_gate_up", "_down") for kind in row["ptx"]}
-    assert any("wgmma" in kind and "bf16" in kind for kind in products) and any("mma.sync" in kind and "f16" in kind for kind in products)
+    assert any("wgmma" in kind and "e4m3" in kind for kind in scoring) and any(
+        "wgmma" in kind and "f16" in kind for kind in scoring
+    )
+    products = {
+        kind for row in found if row["kernel"] in ("_gate_up", "_down") for kind in row["ptx"]
+    }
+    assert any("wgmma" in kind and "bf16" in kind for kind in products) and any(
+        "mma.sync" in kind and "f16" in kind for kind in products
+    )
     assert "cp.async.cg.shared.global" in products  # 16 bytes a thread
     product = next(row for row in found if row["kernel"] == "_linear")["ptx"]
-    assert any("mma.sync" in kind and "f16" in kind for kind in product) and "cp.async.cg.shared.global" in product  # 16 bytes a thread
+    assert (
+        any("mma.sync" in kind and "f16" in kind for kind in product)
+        and "cp.async.cg.shared.global" in product
+    )  # 16 bytes a thread

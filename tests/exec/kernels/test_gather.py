@@ -21,7 +21,9 @@ from fmsim.exec.kernels.tuning import Gather
     ids=st.sampled_from([torch.int32, torch.int64]),
     programs=st.integers(1, 5),
 )
-def test_the_kernel_is_the_reference(device, seed, groups, row_bytes, moves, padding, ids, programs):
+def test_the_kernel_is_the_reference(
+    device, seed, groups, row_bytes, moves, padding, ids, programs
+):
     generator = torch.Generator().manual_seed(seed)
     source = torch.randint(0, 256, (groups, 50, row_bytes), dtype=torch.uint8, generator=generator)
     target = torch.randint(0, 256, (groups, 45, row_bytes), dtype=torch.uint8, generator=generator)
@@ -35,19 +37,27 @@ def test_the_kernel_is_the_reference(device, seed, groups, row_bytes, moves, pad
     copy_rows_reference(source, expected, *lists)
     if device == "cuda":  # recall: the source stays in host memory
         source, target = source.pin_memory(), target.to(device)
-    copy_rows_triton(source, target, *lists, tune=Gather(segment_words=64, tile_words=256, programs=programs))
+    copy_rows_triton(
+        source, target, *lists, tune=Gather(segment_words=64, tile_words=256, programs=programs)
+    )
     assert torch.equal(target.cpu(), expected)
 
 
 def test_by_hand():
-    source, target = torch.arange(32, dtype=torch.uint8).view(1, 4, 8), torch.zeros(1, 3, 8, dtype=torch.uint8)
+    source, target = (
+        torch.arange(32, dtype=torch.uint8).view(1, 4, 8),
+        torch.zeros(1, 3, 8, dtype=torch.uint8),
+    )
     pages, slots = torch.tensor([[3, -1, 0, 2]]), torch.tensor([[1, 0, -1, 2]])
     copy_rows_reference(source, target, pages, slots, torch.tensor([3], dtype=torch.int32))
     assert target[0].tolist() == [[0] * 8, list(range(24, 32)), [0] * 8]
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device: pinned memory and its addresses beyond 2^31 bytes need one")
+@pytest.mark.skipif(
+    not torch.cuda.is_available(),
+    reason="no CUDA device: pinned memory and its addresses beyond 2^31 bytes need one",
+)
 def test_rows_beyond_two_gib_of_pinned_memory():
     rows = 2**31 // 37_376 + 1000
     source = torch.zeros(1, rows, 37_376, dtype=torch.uint8, pin_memory=True)

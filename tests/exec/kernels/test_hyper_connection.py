@@ -8,7 +8,13 @@ from kernel_pools import on_each_device, relative_error
 from torch import nn
 from transformers import DeepseekV4Config
 
-from fmsim.exec.kernels.hyper_connection import Pending, enter_reference, enter_triton, read_out_reference, read_out_triton
+from fmsim.exec.kernels.hyper_connection import (
+    Pending,
+    enter_reference,
+    enter_triton,
+    read_out_reference,
+    read_out_triton,
+)
 from fmsim.exec.kernels.tuning import HyperConnection as Tuning
 from fmsim.exec.model.deepseek_v4 import HyperConnection, HyperHead, RMSNorm
 
@@ -17,17 +23,30 @@ SMALL = Tuning(block_channels=32, programs=4)
 LIMITS = {torch.float32: 5e-6, torch.bfloat16: 1e-2}
 
 
-def modules(seed: int, width: int, count: int, device: str) -> tuple[HyperConnection, HyperConnection, HyperHead, RMSNorm]:
-    """Two connections, a head and a norm with weights of a trained model's spread: no gate saturates, none is flat."""
+def modules(
+    seed: int, width: int, count: int, device: str
+) -> tuple[HyperConnection, HyperConnection, HyperHead, RMSNorm]:
+    """Two connections, a head and a norm with weights of a trained model's spread: no gate
+    saturates, none is flat.
+    """
     torch.manual_seed(seed)
     config = DeepseekV4Config(hidden_size=width, hc_mult=count, hc_sinkhorn_iters=20)
-    made = nn.ModuleList([HyperConnection(config), HyperConnection(config), HyperHead(config), RMSNorm(width, config.rms_norm_eps)])
+    made = nn.ModuleList(
+        [
+            HyperConnection(config),
+            HyperConnection(config),
+            HyperHead(config),
+            RMSNorm(width, config.rms_norm_eps),
+        ]
+    )
     for name, parameter in made.requires_grad_(False).named_parameters():
         parameter.normal_(std=(count * width) ** -0.5 if name.endswith("fn") else 1.0)
     return tuple(made.to(device))
 
 
-def check(found: tuple[torch.Tensor, ...], expected: tuple[torch.Tensor, ...], limit: float) -> None:
+def check(
+    found: tuple[torch.Tensor, ...], expected: tuple[torch.Tensor, ...], limit: float
+) -> None:
     for got, want in zip(found, expected, strict=True):
         assert got.dtype == want.dtype and got.shape == want.shape
         assert relative_error(got, want) < limit
@@ -44,9 +63,14 @@ def check(found: tuple[torch.Tensor, ...], expected: tuple[torch.Tensor, ...], l
     first=st.booleans(),
 )
 def test_the_kernels_are_the_model(device, seed, batch, count, width, dtype, first):
-    """One connection after another, and the head: at the first layer nothing is pending, and all streams are one embedding."""
+    """One connection after another, and the head: at the first layer nothing is pending, and all
+    streams are one embedding.
+    """
     one, other, head, norm = modules(seed, width, count, device)
-    streams, out = torch.randn(batch, 1, count, width, device=device).to(dtype), torch.randn(batch, 1, width, device=device).to(dtype)
+    streams, out = (
+        torch.randn(batch, 1, count, width, device=device).to(dtype),
+        torch.randn(batch, 1, width, device=device).to(dtype),
+    )
     if first:
         streams, pending = streams[:, :, :1].expand(-1, -1, count, -1), None
     else:
@@ -55,7 +79,11 @@ def test_the_kernels_are_the_model(device, seed, batch, count, width, dtype, fir
     check(enter_triton(streams, pending, other, norm, SMALL), expected, LIMITS[dtype])
     streams, _, *gates = expected
     pending = Pending(other, out, *gates)
-    check((read_out_triton(streams, pending, head, norm, SMALL),), (read_out_reference(streams, pending, head, norm),), LIMITS[dtype])
+    check(
+        (read_out_triton(streams, pending, head, norm, SMALL),),
+        (read_out_reference(streams, pending, head, norm),),
+        LIMITS[dtype],
+    )
 
 
 @on_each_device
@@ -75,7 +103,11 @@ def test_a_cuda_graph_holds_them():
     from fmsim.exec.measure.timing import captured
 
     one, other, head, norm = modules(0, 384, 4, "cuda")
-    streams, out, read = torch.randn(8, 1, 4, 384, device="cuda"), torch.randn(8, 1, 384, device="cuda"), torch.empty(8, 1, 384, device="cuda")
+    streams, out, read = (
+        torch.randn(8, 1, 4, 384, device="cuda"),
+        torch.randn(8, 1, 384, device="cuda"),
+        torch.empty(8, 1, 384, device="cuda"),
+    )
     pending = Pending(one, out, *one.enter(streams)[1:])
 
     def work() -> torch.Tensor:

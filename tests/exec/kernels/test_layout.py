@@ -1,4 +1,6 @@
-"""The bytes of entries and keys: against the format's definition, the geometry's sizes and numpy's float8."""
+"""The bytes of entries and keys: against the format's definition, the geometry's sizes and numpy's
+float8.
+"""
 
 import numpy as np
 import pytest
@@ -8,7 +10,18 @@ from hypothesis import strategies as st
 from kernel_pools import on_each_device
 
 from fmsim.exec.kernels.lang import tl, triton
-from fmsim.exec.kernels.layout import KEY, LATENT, decode, encode, float8_codes, plain, power_of_two_exponent, read_entries, scale_exponent, write_entries
+from fmsim.exec.kernels.layout import (
+    KEY,
+    LATENT,
+    decode,
+    encode,
+    float8_codes,
+    plain,
+    power_of_two_exponent,
+    read_entries,
+    scale_exponent,
+    write_entries,
+)
 from fmsim.geometry import PRESETS
 from fmsim.trace import float8
 
@@ -23,7 +36,9 @@ def test_sizes_are_the_geometrys():
 
 
 def test_a_key_is_its_codes_and_its_scale():
-    """The largest value is 7: 7 / 448 = 2^-6, so the codes are those of 64 times the values, and the scale is 2^-6."""
+    """The largest value is 7: 7 / 448 = 2^-6, so the codes are those of 64 times the values, and
+    the scale is 2^-6.
+    """
     row = torch.zeros(1, 128)
     row[0, :3] = torch.tensor([7.0, -1.0, 0.03])
     values, scales = encode(row, KEY)
@@ -34,12 +49,17 @@ def test_a_key_is_its_codes_and_its_scale():
 
 
 def test_a_page_of_64_is_the_deployed_one():
-    """64 x 576 bytes of values, then 64 x 8 of scales; padding at the end (37,440 bytes) is left alone."""
+    """64 x 576 bytes of values, then 64 x 8 of scales; padding at the end (37,440 bytes) is left
+    alone.
+    """
     pool = torch.full((2, 37_440), 0xAA, dtype=torch.uint8)
     assert LATENT.per_page(pool) == 64
     row = torch.ones(1, 512)
     write_entries(pool, LATENT, torch.tensor([64 + 5]), row)
-    one, page = float8.encode(np.ones(1) * 256)[0], pool[1]  # 1 fits 448 with the scale 2^-8, biased exponent 119
+    one, page = (
+        float8.encode(np.ones(1) * 256)[0],
+        pool[1],
+    )  # 1 fits 448 with the scale 2^-8, biased exponent 119
     assert (page[5 * 576 : 5 * 576 + 448] == one).all()
     assert (page[5 * 576 + 448 : 6 * 576].view(torch.bfloat16) == 1).all()
     assert page[64 * 576 + 5 * 8 : 64 * 576 + 6 * 8].tolist() == [119] * 7 + [0]
@@ -52,8 +72,12 @@ def test_a_page_of_64_is_the_deployed_one():
 def test_encoding_errs_by_half_a_step(layout, seed, power):
     rows = torch.randn(5, layout.width, generator=torch.Generator().manual_seed(seed)) * 2.0**power
     found = decode(*encode(rows, layout), layout)
-    step = {torch.float32: 0.0, torch.bfloat16: 2.0**-8}.get(layout.dtype, 2.0**-4)  # half a step, relative
-    smallest = 2.0**-18 * rows.abs().amax() if layout.scale_bytes else 0.0  # half of e4m3's 2^-9, at 448 = 2^8.8
+    step = {torch.float32: 0.0, torch.bfloat16: 2.0**-8}.get(
+        layout.dtype, 2.0**-4
+    )  # half a step, relative
+    smallest = (
+        2.0**-18 * rows.abs().amax() if layout.scale_bytes else 0.0
+    )  # half of e4m3's 2^-9, at 448 = 2^8.8
     floor = 2.0**-13 * 2.0**-18 if layout.scale_bytes else 0.0
     assert ((found - rows).abs() <= rows.abs() * step + smallest + floor).all()
 
@@ -81,18 +105,33 @@ def _decoded(codes, x, N: tl.constexpr):
 
 @on_each_device
 def test_float8_in_triton_is_torchs_and_numpys(device):
-    """Every code, every midpoint of two codes and both its neighbours; then random numbers of every size."""
+    """Every code, every midpoint of two codes and both its neighbours; then random numbers of every
+    size.
+    """
     middle = torch.from_numpy(float8.MIDPOINTS.astype(np.float32))
-    around = torch.cat([middle, torch.nextafter(middle, middle * 0), torch.nextafter(middle, middle * 2)])
-    random = torch.randn(4096, generator=torch.Generator().manual_seed(0)) * 2.0 ** torch.linspace(-14, 7, 4096)
-    x = torch.cat([torch.from_numpy(float8.VALUES), around, -around, random, torch.tensor([0.0, -0.0])]).clamp(-448, 448)
+    around = torch.cat(
+        [middle, torch.nextafter(middle, middle * 0), torch.nextafter(middle, middle * 2)]
+    )
+    random = torch.randn(4096, generator=torch.Generator().manual_seed(0)) * 2.0 ** torch.linspace(
+        -14, 7, 4096
+    )
+    x = torch.cat(
+        [torch.from_numpy(float8.VALUES), around, -around, random, torch.tensor([0.0, -0.0])]
+    ).clamp(-448, 448)
     x = torch.nn.functional.pad(x, (0, 8192 - len(x))).to(device)
-    codes, exponents = torch.zeros(8192, dtype=torch.uint8, device=device), torch.zeros(8192, dtype=torch.int32, device=device)
+    codes, exponents = (
+        torch.zeros(8192, dtype=torch.uint8, device=device),
+        torch.zeros(8192, dtype=torch.int32, device=device),
+    )
     _codes[(1,)](x, codes, exponents, 8192)
     assert torch.equal(codes, x.to(torch.float8_e4m3fn).view(torch.uint8))
     assert np.array_equal(codes.cpu().numpy(), float8.encode(x.cpu().numpy()))
     assert torch.equal(exponents, power_of_two_exponent(x.abs()))
-    every = torch.tensor([code for code in range(256) if code not in float8.NAN_CODES] + [0, 0], dtype=torch.uint8, device=device)
+    every = torch.tensor(
+        [code for code in range(256) if code not in float8.NAN_CODES] + [0, 0],
+        dtype=torch.uint8,
+        device=device,
+    )
     found = torch.full((256,), float("nan"), device=device)
     _decoded[(1,)](every, found, 256)
     assert torch.equal(found, every.view(torch.float8_e4m3fn).float())
@@ -107,5 +146,10 @@ def test_a_write_touches_its_slots_alone(layout, per_page):
     write_entries(pool, layout, torch.arange(3 * per_page), rows)
     before, kept = pool.clone(), [slot for slot in range(3 * per_page) if slot != per_page]
     write_entries(pool, layout, torch.tensor([per_page, -1]), torch.ones(2, layout.width))
-    assert torch.equal(read_entries(pool, layout, torch.tensor(kept)), read_entries(before, layout, torch.tensor(kept)))
-    assert torch.equal(read_entries(pool, layout, torch.tensor([per_page])), torch.ones(1, layout.width))
+    assert torch.equal(
+        read_entries(pool, layout, torch.tensor(kept)),
+        read_entries(before, layout, torch.tensor(kept)),
+    )
+    assert torch.equal(
+        read_entries(pool, layout, torch.tensor([per_page])), torch.ones(1, layout.width)
+    )

@@ -1,4 +1,6 @@
-"""Products with float8 weights: the kernel against its reference, and the reference against numbers by hand and the exact product."""
+"""Products with float8 weights: the kernel against its reference, and the reference against numbers
+by hand and the exact product.
+"""
 
 import torch
 from hypothesis import given, settings
@@ -9,7 +11,11 @@ from fmsim.exec.kernels import tuning
 from fmsim.exec.kernels.linear import linear_reference, linear_triton
 from fmsim.exec.kernels.weights import dequantise, quantise, scale_shape
 
-LIMITS = {torch.float32: 0.0, torch.float16: 2**-10, torch.bfloat16: 2**-7}  # one last bit of bfloat16: the interpreter cuts it off
+LIMITS = {
+    torch.float32: 0.0,
+    torch.float16: 2**-10,
+    torch.bfloat16: 2**-7,
+}  # one last bit of bfloat16: the interpreter cuts it off
 TUNES = [
     tuning.Linear(block_outputs=16, block_inputs=64, programs=1),
     tuning.Linear(block_outputs=32, programs=40),
@@ -17,7 +23,9 @@ TUNES = [
 ]
 
 
-def drawn(generator: torch.Generator, outputs: int, inputs: int) -> tuple[torch.Tensor, torch.Tensor]:
+def drawn(
+    generator: torch.Generator, outputs: int, inputs: int
+) -> tuple[torch.Tensor, torch.Tensor]:
     """A weight whose blocks differ in size a thousandfold."""
     size = torch.rand(scale_shape((outputs, inputs)), generator=generator) * 10 - 5
     sizes = torch.exp2(size).repeat_interleave(128, 0).repeat_interleave(128, 1)[:outputs, :inputs]
@@ -25,8 +33,12 @@ def drawn(generator: torch.Generator, outputs: int, inputs: int) -> tuple[torch.
 
 
 def agrees(found: torch.Tensor, exact: torch.Tensor, amounts: torch.Tensor, limit: float) -> bool:
-    """Within ``limit`` of what is ``exact``, for its type, and a millionth of the ``amounts`` added up, for sums in float32."""
-    return float((found.double() - exact).norm()) <= limit * float(exact.norm()) + 1e-6 * float(amounts.norm())
+    """Within ``limit`` of what is ``exact``, for its type, and a millionth of the ``amounts`` added
+    up, for sums in float32.
+    """
+    return float((found.double() - exact).norm()) <= limit * float(exact.norm()) + 1e-6 * float(
+        amounts.norm()
+    )
 
 
 def test_quantised_by_hand():
@@ -40,9 +52,17 @@ def test_quantised_by_hand():
 
 
 @settings(max_examples=20, deadline=None)
-@given(seed=st.integers(0, 2**32), experts=st.integers(0, 3), outputs=st.integers(1, 300), inputs=st.integers(1, 300))
+@given(
+    seed=st.integers(0, 2**32),
+    experts=st.integers(0, 3),
+    outputs=st.integers(1, 300),
+    inputs=st.integers(1, 300),
+)
 def test_quantising_loses_a_sixteenth_at_most(seed, experts, outputs, inputs):
-    """Of each value, but for those that a block's largest dwarfs. Matrices stacked are quantised one by one."""
+    """Of each value, but for those that a block's largest dwarfs.
+
+    Matrices stacked are quantised one by one.
+    """
     generator = torch.Generator().manual_seed(seed)
     weight = torch.randn(*[experts] * (experts > 0), outputs, inputs, generator=generator)
     codes, scale = quantise(weight)
@@ -54,7 +74,9 @@ def test_quantising_loses_a_sixteenth_at_most(seed, experts, outputs, inputs):
 
 
 @on_each_device
-@settings(max_examples=15 if torch.cuda.is_available() else 150, deadline=None)  # each shape is compiled anew there
+@settings(
+    max_examples=15 if torch.cuda.is_available() else 150, deadline=None
+)  # each shape is compiled anew there
 @given(
     seed=st.integers(0, 2**32),
     rows=st.sampled_from([1, 2, 9, 17, 128]),
@@ -65,10 +87,14 @@ def test_quantising_loses_a_sixteenth_at_most(seed, experts, outputs, inputs):
     apart=st.booleans(),
 )
 def test_the_kernel_is_the_reference(device, seed, rows, outputs, inputs, dtype, tune, apart):
-    """``apart``: rows are parts of longer ones, as a product of several projections at once gives them."""
+    """``apart``: rows are parts of longer ones, as a product of several projections at once gives
+    them.
+    """
     generator = torch.Generator().manual_seed(seed)
     weight, scale = (part.to(device) for part in drawn(generator, outputs, inputs))
-    x = torch.randn(rows, 1, inputs + 16 * apart, generator=generator).to(device, dtype)[..., :inputs]
+    x = torch.randn(rows, 1, inputs + 16 * apart, generator=generator).to(device, dtype)[
+        ..., :inputs
+    ]
     wide = dequantise(weight, scale).double()
     exact, amounts = x.double() @ wide.T, x.double().abs() @ wide.abs().T
     found = linear_triton(x, weight, scale, tune=tune)
@@ -94,7 +120,13 @@ def test_groups_have_inputs_of_their_own(device, seed, rows, groups, of_group, i
     x = torch.randn(rows, 1, groups * inputs, generator=generator).to(device)
 
     def product(x: torch.Tensor, wide: torch.Tensor) -> torch.Tensor:
-        return torch.cat([x[..., g * inputs : (g + 1) * inputs] @ wide[g * of_group : (g + 1) * of_group].T for g in range(groups)], -1)
+        return torch.cat(
+            [
+                x[..., g * inputs : (g + 1) * inputs] @ wide[g * of_group : (g + 1) * of_group].T
+                for g in range(groups)
+            ],
+            -1,
+        )
 
     x64, wide = x.double(), dequantise(weight, scale).double()
     exact, amounts = product(x64, wide), product(x64.abs(), wide.abs())

@@ -1,4 +1,6 @@
-"""Norms and RoPE in one launch: the kernels against their references, and the references against the model's functions."""
+"""Norms and RoPE in one launch: the kernels against their references, and the references against
+the model's functions.
+"""
 
 import pytest
 import torch
@@ -10,7 +12,10 @@ from fmsim.exec.kernels.norm_rope import norm_rope_reference, norm_rope_triton
 from fmsim.exec.kernels.rms_norm import rms_norm_reference, rms_norm_triton
 from fmsim.exec.model.deepseek_v4 import RMSNorm, rms_normalise, rotate
 
-LIMITS = {torch.float32: 1e-6, torch.bfloat16: 2**-7}  # one last bit of bfloat16: the interpreter cuts it off
+LIMITS = {
+    torch.float32: 1e-6,
+    torch.bfloat16: 2**-7,
+}  # one last bit of bfloat16: the interpreter cuts it off
 
 
 def angles(rows: int, pairs: int, generator: torch.Generator) -> torch.Tensor:
@@ -32,7 +37,9 @@ def test_turning_back_is_the_inverse():
     generator = torch.Generator().manual_seed(0)
     x, turn = torch.randn(3, 6, 64, generator=generator), angles(3, 8, generator)
     rotation = turn.cos(), turn.sin()
-    torch.testing.assert_close(norm_rope_reference(norm_rope_reference(x, rotation), rotation, inverse=True), x)
+    torch.testing.assert_close(
+        norm_rope_reference(norm_rope_reference(x, rotation), rotation, inverse=True), x
+    )
 
 
 @on_each_device
@@ -48,10 +55,16 @@ def test_turning_back_is_the_inverse():
     inverse=st.booleans(),
     apart=st.booleans(),
 )
-def test_the_kernel_is_the_reference(device, seed, rows, heads, width, pairs, dtype, eps, inverse, apart):
-    """``apart``: rows are parts of longer ones, as a product of several projections at once gives them."""
+def test_the_kernel_is_the_reference(
+    device, seed, rows, heads, width, pairs, dtype, eps, inverse, apart
+):
+    """``apart``: rows are parts of longer ones, as a product of several projections at once gives
+    them.
+    """
     generator = torch.Generator().manual_seed(seed)
-    x = torch.randn(rows, heads + 3 * apart, width, generator=generator).to(device, dtype)[:, :heads]
+    x = torch.randn(rows, heads + 3 * apart, width, generator=generator).to(device, dtype)[
+        :, :heads
+    ]
     turn = angles(rows, pairs, generator).to(device)
     given_ = x, (turn.cos(), turn.sin()), eps, inverse
     expected, found = norm_rope_reference(*given_), norm_rope_triton(*given_)
@@ -64,7 +77,11 @@ def test_the_kernel_is_the_reference(device, seed, rows, heads, width, pairs, dt
 @on_each_device
 @settings(max_examples=10, deadline=None)
 @given(
-    seed=st.integers(0, 2**32), rows=st.integers(1, 4), width=st.sampled_from([32, 192, 1024, 1536]), dtype=st.sampled_from(list(LIMITS)), apart=st.booleans()
+    seed=st.integers(0, 2**32),
+    rows=st.integers(1, 4),
+    width=st.sampled_from([32, 192, 1024, 1536]),
+    dtype=st.sampled_from(list(LIMITS)),
+    apart=st.booleans(),
 )
 def test_the_norms_kernel_is_the_models(device, seed, rows, width, dtype, apart):
     generator = torch.Generator().manual_seed(seed)

@@ -13,7 +13,13 @@ VOCABULARY = 50
 
 
 def router_of(count: int, top_k: int, hashed: bool, device: str) -> Router:
-    config = DeepseekV4Config(hidden_size=8, vocab_size=VOCABULARY, n_routed_experts=count, num_experts_per_tok=top_k, routed_scaling_factor=2.5)
+    config = DeepseekV4Config(
+        hidden_size=8,
+        vocab_size=VOCABULARY,
+        n_routed_experts=count,
+        num_experts_per_tok=top_k,
+        routed_scaling_factor=2.5,
+    )
     router = Router(config, hashed).requires_grad_(False)
     if hashed:
         router.tid2eid.random_(0, count)
@@ -43,9 +49,18 @@ def test_the_kernel_is_the_model(device, seed, batch, count, top_k, hashed, spre
     """From logits so small that 1 + e^logit is 1, to such that e^logit is infinite."""
     torch.manual_seed(seed)
     router = router_of(count, min(top_k, count), hashed, device)
-    logits, tokens = (spread * torch.randn(batch, count)).to(device, dtype), torch.randint(0, VOCABULARY, (batch,)).to(device)
-    (chosen, weights), (found, found_weights) = (in_order(*run(logits, tokens, router)) for run in (route_reference, route_triton))
-    assert torch.equal(found, chosen) and found.dtype == torch.int64 and found_weights.dtype == torch.float32
+    logits, tokens = (
+        (spread * torch.randn(batch, count)).to(device, dtype),
+        torch.randint(0, VOCABULARY, (batch,)).to(device),
+    )
+    (chosen, weights), (found, found_weights) = (
+        in_order(*run(logits, tokens, router)) for run in (route_reference, route_triton)
+    )
+    assert (
+        torch.equal(found, chosen)
+        and found.dtype == torch.int64
+        and found_weights.dtype == torch.float32
+    )
     torch.testing.assert_close(found_weights, weights, rtol=1e-5, atol=1e-8)
 
 
@@ -54,7 +69,9 @@ def test_the_kernel_is_the_model(device, seed, batch, count, top_k, hashed, spre
 def test_of_equal_scores_each_is_taken_once(device):
     router = router_of(6, 4, False, device)
     router.e_score_correction_bias.zero_()
-    chosen, weights = route_triton(torch.zeros(2, 6, device=device), torch.zeros(2, dtype=torch.int64, device=device), router)
+    chosen, weights = route_triton(
+        torch.zeros(2, 6, device=device), torch.zeros(2, dtype=torch.int64, device=device), router
+    )
     assert chosen.tolist() == [[0, 1, 2, 3]] * 2
     torch.testing.assert_close(weights, torch.full((2, 4), 2.5 / 4, device=device))
 
@@ -63,12 +80,18 @@ def test_of_equal_scores_each_is_taken_once(device):
 @torch.no_grad()
 def test_what_is_no_number_chooses_experts_that_exist(device):
     router = router_of(5, 3, False, device)
-    chosen, weights = route_triton(torch.full((1, 5), float("nan"), device=device), torch.zeros(1, dtype=torch.int64, device=device), router)
+    chosen, weights = route_triton(
+        torch.full((1, 5), float("nan"), device=device),
+        torch.zeros(1, dtype=torch.int64, device=device),
+        router,
+    )
     assert chosen.tolist() == [[0, 1, 2]] and weights.isnan().all()
 
 
 def test_training_takes_the_model():
     router = router_of(5, 3, False, "cuda" if torch.cuda.is_available() else "cpu")
     logits = torch.randn(2, 5, device=router.weight.device, requires_grad=True)
-    route(logits, torch.zeros(2, dtype=torch.int64, device=logits.device), router)[1].sum().backward()
+    route(logits, torch.zeros(2, dtype=torch.int64, device=logits.device), router)[
+        1
+    ].sum().backward()
     assert logits.grad is not None

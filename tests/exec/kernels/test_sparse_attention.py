@@ -1,4 +1,6 @@
-"""Sparse decode attention: the kernel against its reference over random shapes, and the reference against the model's."""
+"""Sparse decode attention: the kernel against its reference over random shapes, and the reference
+against the model's.
+"""
 
 import pytest
 import torch
@@ -11,7 +13,8 @@ from fmsim.exec.kernels.attention_rows import Rows
 from fmsim.exec.kernels.layout import LATENT, plain, write_entries
 from fmsim.exec.kernels.sparse_attention import sparse_attention_reference, sparse_attention_triton
 from fmsim.exec.kernels.tuning import Attention, GatheredAttention
-from fmsim.exec.model.deepseek_v4 import CSA, Attention as ModelAttention
+from fmsim.exec.model.deepseek_v4 import CSA
+from fmsim.exec.model.deepseek_v4 import Attention as ModelAttention
 from fmsim.nano.config import nano_config
 
 IN_PLACE = Attention(block_heads=16, block_rows=16, programs=12)
@@ -26,12 +29,22 @@ def draw(seed, batch, heads, layout, dtype, window, per_page, entries, selected,
     queries = torch.randn(batch, heads, layout.width, generator=generator).to(dtype)
     rows = torch.randn(batch, entries, layout.width, generator=generator)
     pool, table = scattered_pool(rows, layout, per_page, missing, generator)
-    # a window beyond its length is whatever a former request left there: any bytes, not even numbers
-    near = torch.randint(0, 256, (batch, window * layout.entry_bytes), dtype=torch.uint8, generator=generator)
+    # a window beyond its length is whatever a former request left there: any bytes, not even
+    # numbers
+    near = torch.randint(
+        0, 256, (batch, window * layout.entry_bytes), dtype=torch.uint8, generator=generator
+    )
     lengths = torch.randint(0, window + 1, (batch,), generator=generator).to(torch.int32)
     for b, length in enumerate(lengths.tolist()):
-        write_entries(near[b : b + 1], layout, torch.arange(length), torch.randn(length, layout.width, generator=generator))
-    ids = torch.stack([torch.randperm(entries, generator=generator)[:selected] for _ in range(batch)])
+        write_entries(
+            near[b : b + 1],
+            layout,
+            torch.arange(length),
+            torch.randn(length, layout.width, generator=generator),
+        )
+    ids = torch.stack(
+        [torch.randperm(entries, generator=generator)[:selected] for _ in range(batch)]
+    )
     ids = torch.nn.functional.pad(ids, (0, selected - ids.shape[1]), value=-1).to(torch.int32)
     sinks = torch.randn(heads, generator=generator)
     return queries, Rows(layout, near, lengths, pool, table, ids), sinks, layout.width**-0.5
@@ -47,16 +60,22 @@ def test_the_reference_is_the_models_attention():
     config = nano_config()
     attention = ModelAttention(config, CSA)
     attention.sinks.data.normal_()
-    queries, rows, _, scale = draw(3, 1, 6, plain(torch.float32, 64), torch.float32, 128, 4, 50, 30, 0.0)
+    queries, rows, _, scale = draw(
+        3, 1, 6, plain(torch.float32, 64), torch.float32, 128, 4, 50, 30, 0.0
+    )
     rows = rows._replace(window_lengths=torch.tensor([128], dtype=torch.int32))
     near = torch.randn(128, 64)
     write_entries(rows.window, rows.layout, torch.arange(128), near)
     slots = rows.table[0, rows.ids[0].long() // 4].long() * 4 + rows.ids[0] % 4
     chosen = rows.pool.view(torch.float32).view(-1, 64)[slots]
-    local = torch.cat((torch.zeros(1, 64), near))[None, None]  # one query, whose window is the last 128 of 129 keys
+    local = torch.cat((torch.zeros(1, 64), near))[
+        None, None
+    ]  # one query, whose window is the last 128 of 129 keys
     window_logits = attention._window_logits(queries[:, None], local, 128)
     entry_logits = torch.einsum("bhc,kc->bhk", queries, chosen)[:, None] * scale
-    expected, masses = attention._attend(queries[:, None], window_logits, local, entry_logits, chosen[None, None])
+    expected, masses = attention._attend(
+        queries[:, None], window_logits, local, entry_logits, chosen[None, None]
+    )
     out, found = sparse_attention_reference(queries, rows, attention.sinks, scale, want_masses=True)
     torch.testing.assert_close(out, expected[:, 0].detach())
     for got, want in zip(found, masses, strict=True):
@@ -77,10 +96,14 @@ def test_the_reference_is_the_models_attention():
     missing=st.sampled_from([0.0, 0.3, 1.0]),
     masses=st.booleans(),
 )
-def test_the_kernel_is_the_reference(device, tune, seed, batch, kind, window, per_page, entries, selected, missing, masses):
+def test_the_kernel_is_the_reference(
+    device, tune, seed, batch, kind, window, per_page, entries, selected, missing, masses
+):
     dtype = torch.float32 if kind == "nano float32" else torch.bfloat16
     layout, heads = (LATENT, 20) if kind == "v4" else (plain(dtype, 64), 6)
-    queries, rows, sinks, scale = draw(seed, batch, heads, layout, dtype, window, per_page, entries, selected, missing)
+    queries, rows, sinks, scale = draw(
+        seed, batch, heads, layout, dtype, window, per_page, entries, selected, missing
+    )
     queries, rows, sinks = queries.to(device), moved(rows, device), sinks.to(device)
     expected, wanted = sparse_attention_reference(queries, rows, sinks, scale, masses)
     found, got = sparse_attention_triton(queries, rows, sinks, scale, masses, tune=tune)
@@ -89,7 +112,9 @@ def test_the_kernel_is_the_reference(device, tune, seed, batch, kind, window, pe
     if masses:
         for have, want in zip(got, wanted, strict=True):
             torch.testing.assert_close(have, want, rtol=1e-3, atol=1e-5)
-        torch.testing.assert_close(got.entries.sum(1) + got.window + got.sink, torch.ones(batch, device=device))
+        torch.testing.assert_close(
+            got.entries.sum(1) + got.window + got.sink, torch.ones(batch, device=device)
+        )
     else:
         assert got is None and wanted is None
 
@@ -98,23 +123,40 @@ def test_the_kernel_is_the_reference(device, tune, seed, batch, kind, window, pe
 @each_way
 @pytest.mark.parametrize("programs", [1, 4, 64])
 def test_splits_change_nothing(device, tune, programs):
-    queries, rows, sinks, scale = draw(5, 1, 6, plain(torch.float32, 64), torch.float32, 40, 4, 100, 64, 0.2)
+    queries, rows, sinks, scale = draw(
+        5, 1, 6, plain(torch.float32, 64), torch.float32, 40, 4, 100, 64, 0.2
+    )
     queries, rows, sinks = queries.to(device), moved(rows, device), sinks.to(device)
     expected, _ = sparse_attention_reference(queries, rows, sinks, scale)
-    found, _ = sparse_attention_triton(queries, rows, sinks, scale, tune=tune._replace(programs=programs))
+    found, _ = sparse_attention_triton(
+        queries, rows, sinks, scale, tune=tune._replace(programs=programs)
+    )
     assert relative_error(found, expected) < 1e-5
 
 
-@pytest.mark.parametrize(("blocks", "runs", "splits"), [(66, 64, 2), (66, 97, 4), (66, 70, 3), (10, 97, 1), (66, 16, 8), (1, 3, 1)])
+@pytest.mark.parametrize(
+    ("blocks", "runs", "splits"),
+    [(66, 64, 2), (66, 97, 4), (66, 70, 3), (10, 97, 1), (66, 16, 8), (1, 3, 1)],
+)
 def test_splits_fill_the_last_turn_where_parts_are_long(blocks, runs, splits):
-    """97 runs of 66 blocks on 132 processors: whole, one turn of 66; in four parts three turns of 17, the third of which is nearly full."""
+    """97 runs of 66 blocks on 132 processors: whole, one turn of 66; in four parts three turns of
+    17, the third of which is nearly full.
+    """
     assert attention_gathered._splits(blocks, runs, 132) == splits
 
 
 @on_each_device
 @each_way
 def test_with_nothing_to_attend_to_the_output_is_zero(device, tune):
-    queries, rows, sinks, scale = draw(6, 1, 6, plain(torch.float32, 64), torch.float32, 8, 4, 16, 8, 1.0)
+    queries, rows, sinks, scale = draw(
+        6, 1, 6, plain(torch.float32, 64), torch.float32, 8, 4, 16, 8, 1.0
+    )
     rows = moved(rows._replace(window_lengths=torch.zeros(1, dtype=torch.int32)), device)
-    out, masses = sparse_attention_triton(queries.to(device), rows, sinks.to(device), scale, True, tune=tune)
-    assert (out == 0).all() and masses.sink.item() == pytest.approx(1.0) and (masses.entries == 0).all()
+    out, masses = sparse_attention_triton(
+        queries.to(device), rows, sinks.to(device), scale, True, tune=tune
+    )
+    assert (
+        (out == 0).all()
+        and masses.sink.item() == pytest.approx(1.0)
+        and (masses.entries == 0).all()
+    )

@@ -10,7 +10,13 @@ from fmsim.exec.kernels.staging import stage_reference, stage_triton
 
 @on_each_device
 @settings(max_examples=20, deadline=None)
-@given(seed=st.integers(0, 2**32), batch=st.integers(1, 4), width=st.integers(1, 40), share=st.floats(0, 1), alike=st.booleans())
+@given(
+    seed=st.integers(0, 2**32),
+    batch=st.integers(1, 4),
+    width=st.integers(1, 40),
+    share=st.floats(0, 1),
+    alike=st.booleans(),
+)
 def test_the_kernel_is_the_reference(device, seed, batch, width, share, alike):
     generator = torch.Generator().manual_seed(seed)
     rows = 1 if alike else batch
@@ -20,7 +26,10 @@ def test_the_kernel_is_the_reference(device, seed, batch, width, share, alike):
     first_page, first_stage = torch.arange(batch) * 50, 200 + torch.arange(batch) * width
     blocks = torch.randint(-1, 200, (batch, 51), generator=generator, dtype=torch.int32)
     blocks[:, -1] = -1
-    given = [part.to(device).expand(batch, -1) for part in (pages, fetched)] + [first_page.to(device), first_stage.to(device)]
+    given = [part.to(device).expand(batch, -1) for part in (pages, fetched)] + [
+        first_page.to(device),
+        first_stage.to(device),
+    ]
     found = []
     for run in (stage_reference, stage_triton):
         table, staged = blocks.to(device), torch.full((), 7, dtype=torch.int64, device=device)
@@ -30,8 +39,15 @@ def test_the_kernel_is_the_reference(device, seed, batch, width, share, alike):
 
 
 def test_by_hand():
-    blocks, staged = torch.tensor([[4, -1, -1, -1]], dtype=torch.int32), torch.zeros((), dtype=torch.int64)
+    blocks, staged = (
+        torch.tensor([[4, -1, -1, -1]], dtype=torch.int32),
+        torch.zeros((), dtype=torch.int64),
+    )
     pages, fetched = torch.tensor([[0, 2, -1, 1]]), torch.tensor([[False, True, False, True]])
     moves = stage_reference(pages, fetched, torch.tensor([10]), torch.tensor([6]), blocks, staged)
-    assert moves.pages.tolist() == [[-1, 12, -1, 11]] and moves.to.tolist() == [[-1, 7, -1, 9]] and moves.count.tolist() == [4]
+    assert (
+        moves.pages.tolist() == [[-1, 12, -1, 11]]
+        and moves.to.tolist() == [[-1, 7, -1, 9]]
+        and moves.count.tolist() == [4]
+    )
     assert blocks.tolist() == [[4, 9, 7, -1]] and staged == 2

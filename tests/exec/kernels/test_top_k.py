@@ -1,4 +1,6 @@
-"""Exact top-k: the kernel against a stable sort over random rows full of ties, with and without pre-selection."""
+"""Exact top-k: the kernel against a stable sort over random rows full of ties, with and without
+pre-selection.
+"""
 
 import pytest
 import torch
@@ -11,19 +13,32 @@ from fmsim.exec.kernels.top_k import top_k_reference, top_k_triton
 from fmsim.exec.kernels.tuning import TopK
 
 SMALL = TopK(chunk=256, warps=4, maxima_groups=16, finalists=256)
-# At the lengths that an interpreter manages: all scores, all maxima and all candidates in one chunk; more candidates than fit; more maxima too.
+# At the lengths that an interpreter manages: all scores, all maxima and all candidates in one
+# chunk; more candidates than fit; more maxima too.
 CHUNKS = [SMALL._replace(chunk=4096, finalists=2048), SMALL, SMALL._replace(chunk=32)]
 
 
 def maxima_of(scores: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
-    known = scores.masked_fill(torch.arange(scores.shape[1], device=scores.device) >= lengths[:, None], float("-inf"))
-    return torch.nn.functional.pad(known, (0, -scores.shape[1] % GROUP), value=float("-inf")).unflatten(1, (-1, GROUP)).amax(2)
+    known = scores.masked_fill(
+        torch.arange(scores.shape[1], device=scores.device) >= lengths[:, None], float("-inf")
+    )
+    return (
+        torch.nn.functional.pad(known, (0, -scores.shape[1] % GROUP), value=float("-inf"))
+        .unflatten(1, (-1, GROUP))
+        .amax(2)
+    )
 
 
 def test_by_hand():
     scores = torch.tensor([[1.0, 3.0, -0.0, 3.0, float("-inf"), 0.0, 2.0, 9.0]])
     length = torch.tensor([7], dtype=torch.int32)  # the 9 lies beyond it
-    for k, expected in ((1, [1]), (2, [1, 3]), (4, [0, 1, 3, 6]), (5, [0, 1, 2, 3, 6]), (8, [0, 1, 2, 3, 5, 6, -1, -1])):
+    for k, expected in (
+        (1, [1]),
+        (2, [1, 3]),
+        (4, [0, 1, 3, 6]),
+        (5, [0, 1, 2, 3, 6]),
+        (8, [0, 1, 2, 3, 5, 6, -1, -1]),
+    ):
         assert top_k_reference(scores, length, k).tolist() == [expected]
 
 
@@ -39,7 +54,9 @@ def test_by_hand():
     missing=st.sampled_from([0.0, 0.5, 1.0]),
     tune=st.sampled_from(CHUNKS[:2]),
 )
-def test_the_kernel_is_the_reference(device, preselect, seed, batch, entries, k, values, missing, tune):
+def test_the_kernel_is_the_reference(
+    device, preselect, seed, batch, entries, k, values, missing, tune
+):
     generator = torch.Generator().manual_seed(seed)
     scores = torch.randn(batch, entries, generator=generator)
     if values == "few":  # ties beyond any k
@@ -48,11 +65,15 @@ def test_the_kernel_is_the_reference(device, preselect, seed, batch, entries, k,
         scores = torch.sign(scores) * 0.0
     elif values == "spread":  # every exponent
         scores = scores * 2.0 ** torch.randint(-140, 120, scores.shape, generator=generator)
-    scores = scores.masked_fill(torch.rand(scores.shape, generator=generator) < missing, float("-inf"))
+    scores = scores.masked_fill(
+        torch.rand(scores.shape, generator=generator) < missing, float("-inf")
+    )
     lengths = torch.randint(0, entries + 1, (batch,), generator=generator).to(torch.int32)
     lengths[-1] = entries
     scores, lengths = scores.to(device), lengths.to(device)
-    found = top_k_triton(scores, lengths, k, maxima_of(scores, lengths) if preselect else None, tune=tune)
+    found = top_k_triton(
+        scores, lengths, k, maxima_of(scores, lengths) if preselect else None, tune=tune
+    )
     assert torch.equal(found, top_k_reference(scores, lengths, k))
 
 
@@ -60,17 +81,31 @@ def test_the_kernel_is_the_reference(device, preselect, seed, batch, entries, k,
 @pytest.mark.parametrize(
     "values, tune, ks",
     [
-        *((values, tune, (1, 154, 155)) for values in ("rising", "equal", "two values", "infinite") for tune in CHUNKS[:2]),
+        *(
+            (values, tune, (1, 154, 155))
+            for values in ("rising", "equal", "two values", "infinite")
+            for tune in CHUNKS[:2]
+        ),
         ("two values", CHUNKS[2], (155,)),
     ],
 )
 def test_edges_of_every_path(device, values, tune, ks):
     """1,100 scores, a length amid a group and a vector, k at the ends of what a search may meet."""
     ids = torch.arange(1100, dtype=torch.float32)
-    scores = {"rising": ids, "equal": ids * 0 - 1, "two values": (ids % 7 == 3).float(), "infinite": (ids * 0 + 1) * float("inf")}[values]
-    scores, lengths = scores.expand(2, -1).contiguous().to(device), torch.tensor([1077, 0], dtype=torch.int32, device=device)
+    scores = {
+        "rising": ids,
+        "equal": ids * 0 - 1,
+        "two values": (ids % 7 == 3).float(),
+        "infinite": (ids * 0 + 1) * float("inf"),
+    }[values]
+    scores, lengths = (
+        scores.expand(2, -1).contiguous().to(device),
+        torch.tensor([1077, 0], dtype=torch.int32, device=device),
+    )
     for k in ks:  # of the two values, 154 are the higher one
-        assert torch.equal(top_k_triton(scores, lengths, k, tune=tune), top_k_reference(scores, lengths, k))
+        assert torch.equal(
+            top_k_triton(scores, lengths, k, tune=tune), top_k_reference(scores, lengths, k)
+        )
 
 
 @on_each_device
@@ -81,6 +116,8 @@ def test_preselection_leaves_most_scores_unread(device):
     lengths = torch.tensor([64 * GROUP], dtype=torch.int32, device=device)
     maxima, expected = maxima_of(scores, lengths), top_k_reference(scores, lengths, 8)
     bound = maxima.sort(descending=True).values[0, 7]
-    poisoned = torch.where((maxima < bound)[..., None], float("inf"), scores.view(1, 64, GROUP)).view(1, -1)
+    poisoned = torch.where(
+        (maxima < bound)[..., None], float("inf"), scores.view(1, 64, GROUP)
+    ).view(1, -1)
     assert int((poisoned != scores).sum()) == 56 * GROUP
     assert torch.equal(top_k_triton(poisoned, lengths, 8, maxima, tune=SMALL), expected)

@@ -1,4 +1,6 @@
-"""Index keys that come and go with their entries, in the layers that no memory indexer scores: the same decode as with all keys on the GPU."""
+"""Index keys that come and go with their entries, in the layers that no memory indexer scores: the
+same decode as with all keys on the GPU.
+"""
 
 import json
 
@@ -10,36 +12,45 @@ from hypothesis import strategies as st
 torch = pytest.importorskip("torch", reason="the engine needs fmsim[model]")
 pytest.importorskip("transformers", reason="the engine needs fmsim[model]")
 
-from dataclasses import replace  # noqa: E402
+from dataclasses import replace
 
-from tiny_indexer import lookahead  # noqa: E402
-from tiny_model import CSA, HCA, SLIDING, oracle, ours  # noqa: E402
-from command import fmsim  # noqa: E402
+from command import fmsim
+from tiny_indexer import lookahead
+from tiny_model import CSA, HCA, SLIDING, oracle, ours
 
-from fmsim.sim import metrics
-from fmsim.errors import FmsimError  # noqa: E402
+from fmsim.errors import FmsimError
+from fmsim.exec.decode.engine import Batch, Engine
+from fmsim.exec.decode.prompt import Prompt
+from fmsim.exec.kernels.index_score import GROUP, new_scores
+from fmsim.exec.kernels.layout import KEY, plain, read_entries
+from fmsim.exec.kv.keys import AllKeys, ResidentKeys
+from fmsim.exec.kv.resident import ResidentPages
+from fmsim.exec.kv.tiered import RequestSize, TieredCache
 from fmsim.exec.runs import live as run
-from fmsim.exec.decode.engine import Batch, Engine  # noqa: E402
-from fmsim.exec.kernels.index_score import GROUP, new_scores  # noqa: E402
-from fmsim.exec.kernels.layout import KEY, plain, read_entries  # noqa: E402
-from fmsim.exec.kv.keys import AllKeys, ResidentKeys  # noqa: E402
-from fmsim.exec.decode.prompt import Prompt  # noqa: E402
-from fmsim.exec.runs.record import trace_header, trace_of  # noqa: E402
-from fmsim.exec.kv.resident import ResidentPages  # noqa: E402
-from fmsim.exec.runs.synthetic import kv_bytes_of  # noqa: E402
-from fmsim.exec.kv.tiered import RequestSize, TieredCache  # noqa: E402
-from fmsim.sim.footprint import footprint, indexer_layers  # noqa: E402
-from fmsim.geometry import Geometry  # noqa: E402
-from fmsim.replay.ledger import Ledger  # noqa: E402
-from fmsim.nano.prompts import Stream, Turn  # noqa: E402
-from fmsim.policies import registry  # noqa: E402
-from fmsim.policies.base import LookaheadState  # noqa: E402
-from fmsim.replay.replayer import Replayer  # noqa: E402
+from fmsim.exec.runs.record import trace_header, trace_of
+from fmsim.exec.runs.synthetic import kv_bytes_of
+from fmsim.geometry import Geometry
+from fmsim.nano.prompts import Stream, Turn
+from fmsim.policies import registry
+from fmsim.policies.base import LookaheadState
+from fmsim.replay.ledger import Ledger
+from fmsim.replay.replayer import Replayer
+from fmsim.sim import metrics
+from fmsim.sim.footprint import footprint, indexer_layers
 
 TARGETS, TIERED, LAYERS = (1, 3), [0, 2, 4], 5
 LENGTHS, STEPS, TAU = (212, 97), 44, 8  # 64 entries at the end of the first
 ENTRY_BYTES, KEY_BYTES = 32 * 4, 16 * 4
-DEVICES = ["cpu", pytest.param("cuda", marks=[pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")])]
+DEVICES = [
+    "cpu",
+    pytest.param(
+        "cuda",
+        marks=[
+            pytest.mark.gpu,
+            pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device"),
+        ],
+    ),
+]
 OPTIONS = [
     {"stale": False},
     {},
@@ -59,7 +70,10 @@ def prompts(reference):
 
     def on(device):
         if device not in read:
-            texts = [torch.randint(0, 64, (length,), generator=torch.Generator().manual_seed(3)).tolist() for length in LENGTHS]
+            texts = [
+                torch.randint(0, 64, (length,), generator=torch.Generator().manual_seed(3)).tolist()
+                for length in LENGTHS
+            ]
             model = ours(reference).to(device)
             read[device] = [Prompt(model, text, STEPS) for text in texts]
         return read[device]
@@ -85,16 +99,31 @@ class Decoded:
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("kernels", [None, True], ids=["", "kernels"])
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
-def test_both_places_of_keys_select_the_same_step_for_step(prompts, tmp_path, options, kernels, device):
+def test_both_places_of_keys_select_the_same_step_for_step(
+    prompts, tmp_path, options, kernels, device
+):
     spec = lookahead(tmp_path, "28 entries", TARGETS, **options)
-    everything, tiered = (Decoded(prompts(device), spec, where, kernels=kernels) for where in ("all", "tiered"))
+    everything, tiered = (
+        Decoded(prompts(device), spec, where, kernels=kernels) for where in ("all", "tiered")
+    )
     assert tiered.batch.keys.tiered == TIERED
     assert torch.equal(tiered.ids, everything.ids)
     assert tiered.tokens == everything.tokens
     for one, other in zip(everything.ledgers, tiered.ledgers):
         assert one.lookahead_loads.sum() > 1 and one.evicted.sum() > 1
-        assert (one.hit[:, TIERED] < one.accessed[:, TIERED]).mean() > 0.2  # the selections among all keys would have been others
-        for name in ("resident", "initial", "lookahead_loads", "demand_loads", "written", "evicted", "set_overlap", "scored"):
+        assert (
+            one.hit[:, TIERED] < one.accessed[:, TIERED]
+        ).mean() > 0.2  # the selections among all keys would have been others
+        for name in (
+            "resident",
+            "initial",
+            "lookahead_loads",
+            "demand_loads",
+            "written",
+            "evicted",
+            "set_overlap",
+            "scored",
+        ):
             assert np.array_equal(getattr(one, name), getattr(other, name)), name
     if device == "cpu":
         assert torch.equal(tiered.batch.logits, everything.batch.logits)
@@ -103,40 +132,66 @@ def test_both_places_of_keys_select_the_same_step_for_step(prompts, tmp_path, op
 @pytest.mark.parametrize("device", DEVICES)
 @settings(max_examples=20, deadline=None)
 @given(
-    granularity=st.sampled_from([1, 4, 16, 64]), lengths=st.lists(st.integers(1, 150), min_size=1, max_size=3), share=st.floats(0, 1),
-    layout=st.sampled_from([plain(torch.float32, 32), plain(torch.bfloat16, 32), KEY]), seed=st.integers(0, 2**32),
-)  # fmt: skip
-def test_scores_beside_entries_are_those_of_all_keys_where_pages_are(device, granularity, lengths, share, layout, seed):
+    granularity=st.sampled_from([1, 4, 16, 64]),
+    lengths=st.lists(st.integers(1, 150), min_size=1, max_size=3),
+    share=st.floats(0, 1),
+    layout=st.sampled_from([plain(torch.float32, 32), plain(torch.bfloat16, 32), KEY]),
+    seed=st.integers(0, 2**32),
+)
+def test_scores_beside_entries_are_those_of_all_keys_where_pages_are(
+    device, granularity, lengths, share, layout, seed
+):
     generator = torch.Generator().manual_seed(seed)
     pages = [-(-length // granularity) for length in lengths]
     slots = [max(1, round(share * count)) for count in pages]
-    tiers = TieredCache(layout, 1, granularity, [RequestSize(*size) for size in zip(pages, slots)], device)
+    tiers = TieredCache(
+        layout, 1, granularity, [RequestSize(*size) for size in zip(pages, slots)], device
+    )
     tables = [torch.full((count + 1,), -1, dtype=torch.int32) for count in pages]
     blocks = torch.full((len(lengths), max(pages) + 1), -1, dtype=torch.int32, device=device)
     for b, (table, count, some) in enumerate(zip(tables, pages, slots)):
-        table[torch.randperm(count, generator=generator)[:some]] = torch.arange(some, dtype=torch.int32)
+        table[torch.randperm(count, generator=generator)[:some]] = torch.arange(
+            some, dtype=torch.int32
+        )
         tables[b] = table.to(device)
         tiers.blocks(b, tables[b], blocks[b, : count + 1])
     buffers = [new_scores(len(lengths), -(-max(lengths) // 64) * 64, device) for _ in range(2)]
-    listing = ResidentPages(1, slots, tiers.slot_start[:-1], max(pages), granularity, torch.device(device))  # which a selection takes; scores need none
-    everything, resident = AllKeys(layout, buffers[0], device), ResidentKeys(tiers, 0, tables, blocks, buffers[1], listing, 0)
+    listing = ResidentPages(
+        1, slots, tiers.slot_start[:-1], max(pages), granularity, torch.device(device)
+    )  # which a selection takes; scores need none
+    everything, resident = (
+        AllKeys(layout, buffers[0], device),
+        ResidentKeys(tiers, 0, tables, blocks, buffers[1], listing, 0),
+    )
     for b, length in enumerate(lengths):
         rows = torch.randn(length, layout.width, generator=generator).to(device)
         for keys in (everything, resident):
             keys.fill(b, rows[:-1])
             keys.append(b, rows[-1:], torch.tensor([length - 1], device=device))
     dtype = layout.dtype if layout.kind == "plain" else torch.bfloat16
-    queries, weights = (torch.randn(len(lengths), 1, *shape, generator=generator).to(device, dtype) for shape in ((4, layout.width), (4,)))
-    known, found = (keys.scores(queries, weights, torch.tensor(lengths, dtype=torch.int32, device=device)) for keys in (everything, resident))
+    queries, weights = (
+        torch.randn(len(lengths), 1, *shape, generator=generator).to(device, dtype)
+        for shape in ((4, layout.width), (4,))
+    )
+    known, found = (
+        keys.scores(queries, weights, torch.tensor(lengths, dtype=torch.int32, device=device))
+        for keys in (everything, resident)
+    )
     entries = torch.arange(buffers[0].scores.shape[1], device=device)
     here = blocks[:, (entries // granularity).clamp(max=blocks.shape[1] - 1)] >= 0
-    rtol, atol = (0, 0) if device == "cpu" else (1e-3, 1e-4)  # pages of other sizes may be multiplied in other blocks
-    torch.testing.assert_close(found.scores, known.scores.masked_fill(~here, float("-inf")), rtol=rtol, atol=atol)
+    rtol, atol = (
+        (0, 0) if device == "cpu" else (1e-3, 1e-4)
+    )  # pages of other sizes may be multiplied in other blocks
+    torch.testing.assert_close(
+        found.scores, known.scores.masked_fill(~here, float("-inf")), rtol=rtol, atol=atol
+    )
     assert torch.equal(found.maxima, found.scores.unflatten(1, (-1, GROUP)).amax(2))
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device: the engine ran on the CPU only")
+@pytest.mark.skipif(
+    not torch.cuda.is_available(), reason="no CUDA device: the engine ran on the CPU only"
+)
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
 def test_a_graph_of_kernels_decodes_as_torch_does(prompts, tmp_path, options):
     spec = lookahead(tmp_path, "28 entries", TARGETS, **options)
@@ -157,8 +212,12 @@ def test_with_room_for_everything_nothing_is_lost(prompts, tmp_path, device):
 
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("granularity", [1, 4])
-def test_a_page_of_keys_is_where_its_entries_are_and_the_mirror_has_them_all(prompts, tmp_path, granularity, device):
-    """At every step: new keys were written through, and recalled ones, ahead of a decision or not, came whole."""
+def test_a_page_of_keys_is_where_its_entries_are_and_the_mirror_has_them_all(
+    prompts, tmp_path, granularity, device
+):
+    """At every step: new keys were written through, and recalled ones, ahead of a decision or not,
+    came whole.
+    """
     spec = lookahead(tmp_path, "28 entries", TARGETS, granularity=granularity)
 
     def compare(batch):
@@ -172,15 +231,35 @@ def test_a_page_of_keys_is_where_its_entries_are_and_the_mirror_has_them_all(pro
                 kept = read_entries(cache.mirror[number], layout, places).to(ids.device)
                 assert kept.abs().amax(1).min() > 0
                 slot = table[ids // granularity]
-                here = read_entries(cache.pool[number], layout, (cache.slot_start[b] + slot) * granularity + ids % granularity)
-                assert torch.equal(here[slot >= 0], kept[slot >= 0]) and (slot >= 0).any() and ((slot < 0).any() or b > 0)
+                here = read_entries(
+                    cache.pool[number],
+                    layout,
+                    (cache.slot_start[b] + slot) * granularity + ids % granularity,
+                )
+                assert (
+                    torch.equal(here[slot >= 0], kept[slot >= 0])
+                    and (slot >= 0).any()
+                    and ((slot < 0).any() or b > 0)
+                )
 
-    tiered, everything = Decoded(prompts(device), spec, "tiered", compare), Decoded(prompts(device), spec, "all")
+    tiered, everything = (
+        Decoded(prompts(device), spec, "tiered", compare),
+        Decoded(prompts(device), spec, "all"),
+    )
     for b, closed in enumerate((length + STEPS) // 4 for length in LENGTHS):
         for number, layer in enumerate(TIERED):
             cache = tiered.batch.tiers.keys
-            kept = read_entries(cache.mirror[number], cache.layout, cache.page_start[b] * granularity + torch.arange(closed))
-            torch.testing.assert_close(kept, everything.batch.keys.kept[layer].read(b, closed).cpu(), atol=0 if device == "cpu" else 1e-5, rtol=0)
+            kept = read_entries(
+                cache.mirror[number],
+                cache.layout,
+                cache.page_start[b] * granularity + torch.arange(closed),
+            )
+            torch.testing.assert_close(
+                kept,
+                everything.batch.keys.kept[layer].read(b, closed).cpu(),
+                atol=0 if device == "cpu" else 1e-5,
+                rtol=0,
+            )
 
 
 def test_what_a_decision_will_recall_is_copied_ahead_keys_too(prompts, tmp_path):
@@ -206,13 +285,33 @@ def plain_geometry(config) -> Geometry:
         kv_entry_bytes, index_key_bytes = ENTRY_BYTES, KEY_BYTES
 
     zeros = dict.fromkeys(
-        ("hidden_size", "n_heads", "rope_dim", "index_n_heads", "q_lora_rank", "o_lora_rank", "o_groups", "n_experts", "n_active_experts",
-         "n_shared_experts", "expert_width", "vocabulary"), 0,
-    )  # fmt: skip
+        (
+            "hidden_size",
+            "n_heads",
+            "rope_dim",
+            "index_n_heads",
+            "q_lora_rank",
+            "o_lora_rank",
+            "o_groups",
+            "n_experts",
+            "n_active_experts",
+            "n_shared_experts",
+            "expert_width",
+            "vocabulary",
+        ),
+        0,
+    )
     return Plain(
-        name="tiny", layer_types=tuple(config.layer_types), head_dim=config.head_dim, window_tokens=config.sliding_window, csa_rate=4, hca_rate=8,
-        index_topk=config.index_topk, index_head_dim=config.index_head_dim, **zeros,
-    )  # fmt: skip
+        name="tiny",
+        layer_types=tuple(config.layer_types),
+        head_dim=config.head_dim,
+        window_tokens=config.sliding_window,
+        csa_rate=4,
+        hca_rate=8,
+        index_topk=config.index_topk,
+        index_head_dim=config.index_head_dim,
+        **zeros,
+    )
 
 
 class ReplayerOf(Replayer):
@@ -224,15 +323,23 @@ class ReplayerOf(Replayer):
 
     def _lookahead(self, window):
         state = self.request._lookahead(window)
-        return LookaheadState(state.hidden.numpy(), state.position, state.keys.numpy(), state.n_entries)
+        return LookaheadState(
+            state.hidden.numpy(), state.position, state.keys.numpy(), state.n_entries
+        )
 
 
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
 def test_bytes_are_those_of_the_replay_and_of_its_footprint(prompts, tmp_path, options):
     spec, [prompt] = lookahead(tmp_path, "28 entries", TARGETS, **options), prompts("cpu")[:1]
     everything, tiered = (Decoded([prompt], spec, where) for where in ("all", "tiered"))
-    trace = trace_of(everything.batch.requests[0], trace_header(prompt.model, LENGTHS[0], name="tiny", seed=0, sha256=None, tau=TAU), [False] * STEPS)
-    replayed = ReplayerOf(trace, everything.batch.requests[0], entry_bytes=ENTRY_BYTES).run(registry.build(spec))
+    trace = trace_of(
+        everything.batch.requests[0],
+        trace_header(prompt.model, LENGTHS[0], name="tiny", seed=0, sha256=None, tau=TAU),
+        [False] * STEPS,
+    )
+    replayed = ReplayerOf(trace, everything.batch.requests[0], entry_bytes=ENTRY_BYTES).run(
+        registry.build(spec)
+    )
     [ledger] = tiered.ledgers
     for name in ("resident", "lookahead_loads", "written", "evicted", "scored", "initial"):
         assert np.array_equal(getattr(ledger, name), getattr(replayed, name)), name
@@ -241,9 +348,13 @@ def test_bytes_are_those_of_the_replay_and_of_its_footprint(prompts, tmp_path, o
     assert place.keys_tiered and own.keys_tiered and indexer_layers(replayed) == len(TARGETS)
     assert np.array_equal(place.gpu_bytes, own.gpu_bytes)
     entries, granularity = (LENGTHS[0] + STEPS) // 4, ledger.granularity
-    assert batch.tiers.slot_bytes == ledger.n_slots * granularity * (LAYERS * ENTRY_BYTES + len(TIERED) * KEY_BYTES)
+    assert batch.tiers.slot_bytes == ledger.n_slots * granularity * (
+        LAYERS * ENTRY_BYTES + len(TIERED) * KEY_BYTES
+    )
     tokens = LENGTHS[0] + STEPS
-    assert batch.tiers.slot_bytes + batch.keys.kept_bytes == kv_bytes_of(place, replayed, geometry) - geometry.gpu_kv_bytes(tokens, 0, 0)
+    assert batch.tiers.slot_bytes + batch.keys.kept_bytes == kv_bytes_of(
+        place, replayed, geometry
+    ) - geometry.gpu_kv_bytes(tokens, 0, 0)
     assert batch.tiers.mirror_bytes == entries * (LAYERS * ENTRY_BYTES + len(TIERED) * KEY_BYTES)
     loads = int(replayed.lookahead_loads.sum()) * granularity
     assert batch.h2d_bytes == loads * (LAYERS * ENTRY_BYTES + len(TIERED) * KEY_BYTES) > 0
@@ -257,9 +368,19 @@ def test_what_is_not_measured_is_said_and_never_counted(prompts, tmp_path):
     everything, tiered = (Decoded(prompts("cpu"), spec, where) for where in ("all", "tiered"))
     for one, other in zip(everything.ledgers, tiered.ledgers):
         assert one.unmeasured == [] and other.unmeasured == TIERED
-        for name in ("accessed", "hit", "golden", "golden_hit", "mass_total", "mass_kept", "heaviest_lost"):
+        for name in (
+            "accessed",
+            "hit",
+            "golden",
+            "golden_hit",
+            "mass_total",
+            "mass_kept",
+            "heaviest_lost",
+        ):
             assert not getattr(other, name)[:, TIERED].any()
-            assert np.array_equal(getattr(one, name)[:, TARGETS], getattr(other, name)[:, TARGETS]), name
+            assert np.array_equal(
+                getattr(one, name)[:, TARGETS], getattr(other, name)[:, TARGETS]
+            ), name
         kept, only = metrics.kept(other, range(LAYERS)), metrics.kept(one, TARGETS)
         assert kept == only and 0 < kept["mass_kept"] < 1
         assert metrics.kept(other, TIERED) == only | {"entry_recall": None, "mass_kept": None}
@@ -275,7 +396,9 @@ def test_the_report_says_over_how_many_layers(reference, tmp_path, capsys, targe
 
     stream = Stream("text", np.random.default_rng(0).integers(0, 64, 120), [Turn([1, 2, 3], 20)])
     policy = registry.build(lookahead(tmp_path, "20 entries", targets, cadence=64))
-    report = run.report(*run.decode(ours(reference), [stream], policy, index_keys="tiered"), "lsa", "tiny", "text")
+    report = run.report(
+        *run.decode(ours(reference), [stream], policy, index_keys="tiered"), "lsa", "tiny", "text"
+    )
     details = report["scenario"]["details"]["lsa"]
     assert details["index_keys"] == "tiered" and details["measured_layers"] == list(targets)
     measured.show(report, [])
@@ -287,7 +410,10 @@ def test_the_report_says_over_how_many_layers(reference, tmp_path, capsys, targe
 REFUSED = [
     ("lru", "policy lru has on_miss fetch, .* give --set on_miss=mask, or --index-keys all"),
     ({"policy": "lsa", "on_miss": "fallback"}, "policy lsa has on_miss fallback"),
-    ({"policy": "recency", "budget": "40%"}, "policy recency has no memory indexer, .* give --policy lsa, or --index-keys all"),
+    (
+        {"policy": "recency", "budget": "40%"},
+        "policy recency has no memory indexer, .* give --policy lsa, or --index-keys all",
+    ),
 ]
 
 
@@ -304,7 +430,9 @@ def test_what_was_not_measured_cannot_be_asked_for(prompts, tmp_path):
     engine = Engine(prompt, registry.build(spec), index_keys="tiered")
     engine.generate(2)
     header = trace_header(prompt.model, LENGTHS[0], name="tiny", seed=0, sha256=None, tau=TAU)
-    with pytest.raises(FmsimError, match=r"what CSA layers \[0, 2, 4\] select among all entries was not measured"):
+    with pytest.raises(
+        FmsimError, match=r"what CSA layers \[0, 2, 4\] select among all entries was not measured"
+    ):
         trace_of(engine.request, header, [False] * 2)
     with pytest.raises(FmsimError, match=r"CSA layer 2 .* those of layers \[1, 3\] are all there"):
         engine.keys.first(0, 9)[2]
@@ -313,8 +441,14 @@ def test_what_was_not_measured_cannot_be_asked_for(prompts, tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
-        (["--record", "it.safetensors"], "--record: a trace says what each layer selects among all entries"),
-        (["--weights", "synthetic"], "--index-keys: with --weights synthetic they lie as `fmsim run` counts them"),
+        (
+            ["--record", "it.safetensors"],
+            "--record: a trace says what each layer selects among all entries",
+        ),
+        (
+            ["--weights", "synthetic"],
+            "--index-keys: with --weights synthetic they lie as `fmsim run` counts them",
+        ),
     ],
 )
 def test_a_users_mistake_is_one_line(arguments, says):
@@ -324,7 +458,25 @@ def test_a_users_mistake_is_one_line(arguments, says):
 
 def test_nano_tiers_the_layers_that_its_indexer_is_told_to_leave_out():
     """It scores all three of nano's CSA layers unless told otherwise."""
-    done = fmsim("exec", "--context", "1024", "--steps", "24", "--device", "cpu", "--json", "--index-keys", "tiered", "--set", "layers=[1]", "--set", "budget=30%")
+    done = fmsim(
+        "exec",
+        "--context",
+        "1024",
+        "--steps",
+        "24",
+        "--device",
+        "cpu",
+        "--json",
+        "--index-keys",
+        "tiered",
+        "--set",
+        "layers=[1]",
+        "--set",
+        "budget=30%",
+    )
     assert done.returncode == 0, done.stderr
     report = json.loads(done.stdout)
-    assert report["scenario"]["details"]["lsa"]["measured_layers"] == [1] and 0 < report["policies"][0]["mass_kept"] < 1
+    assert (
+        report["scenario"]["details"]["lsa"]["measured_layers"] == [1]
+        and 0 < report["policies"][0]["mass_kept"] < 1
+    )

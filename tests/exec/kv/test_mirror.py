@@ -1,4 +1,6 @@
-"""A mirror shared by real processes: one creates it, all see each other's bytes, and it is gone when its creator is."""
+"""A mirror shared by real processes: one creates it, all see each other's bytes, and it is gone
+when its creator is.
+"""
 
 import os
 import subprocess
@@ -10,14 +12,15 @@ import pytest
 
 torch = pytest.importorskip("torch", reason="the mirror is a torch tensor")
 
-from fmsim.errors import FmsimError  # noqa: E402
+from fmsim.errors import FmsimError
 from fmsim.exec.kv import mirror as module
-from fmsim.exec.kv.mirror import HostMirror  # noqa: E402
+from fmsim.exec.kv.mirror import HostMirror
 
 SHAPE = (2, 5, 3000)
 shared = pytest.mark.skipif(not module.SHARED_ROOT.is_dir(), reason="no /dev/shm here")
 
-# A process that opens the mirror, says whether it created it, and does what it is told, line by line.
+# A process that opens the mirror, says whether it created it, and does what it is told, line by
+# line.
 OTHER = """
 import sys, torch
 from fmsim.exec.kv.mirror import HostMirror
@@ -35,7 +38,13 @@ class Other:
 
     def __init__(self, name: str, device: str = "cpu"):
         arguments = [sys.executable, "-c", OTHER, name, device, *map(str, SHAPE)]
-        self.process = subprocess.Popen(arguments, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        self.process = subprocess.Popen(
+            arguments,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
 
     def told(self, line: str) -> str:
         self.say(line)
@@ -67,7 +76,12 @@ def path_of(name: str) -> Path:
 
 def test_a_processs_own_mirror_is_zero_and_writable():
     with HostMirror(*SHAPE) as mirror:
-        assert mirror.created and mirror.pages.shape == SHAPE and mirror[1].shape == SHAPE[1:] and not mirror.pages.any()
+        assert (
+            mirror.created
+            and mirror.pages.shape == SHAPE
+            and mirror[1].shape == SHAPE[1:]
+            and not mirror.pages.any()
+        )
         mirror[1][4] = 7
         assert mirror.pages[1, 4].unique().tolist() == [7] and mirror.n_bytes == mirror.pages.nbytes
     assert HostMirror(2, 0, 64).pages.shape == (2, 0, 64)
@@ -112,9 +126,13 @@ def test_a_creator_that_fails_leaves_nothing_and_one_that_is_killed_is_told_of(n
 def test_what_cannot_be_shared_is_one_clear_error(name):
     with HostMirror(*SHAPE, shared_name=name) as mirror:
         assert mirror.created
-        with pytest.raises(FmsimError, match="30,000 bytes were created by another process, 36,000 are needed"):
+        with pytest.raises(
+            FmsimError, match="30,000 bytes were created by another process, 36,000 are needed"
+        ):
             HostMirror(2, 6, 3000, shared_name=name)
-    free_gib = os.statvfs(module.SHARED_ROOT).f_bavail * os.statvfs(module.SHARED_ROOT).f_frsize / 2**30
+    free_gib = (
+        os.statvfs(module.SHARED_ROOT).f_bavail * os.statvfs(module.SHARED_ROOT).f_frsize / 2**30
+    )
     with pytest.raises(FmsimError, match=r"GiB more than the .* that are free in /dev/shm"):
         HostMirror(1, int(free_gib) + 100, 2**30, shared_name=name)
     assert not path_of(name).exists()
@@ -137,14 +155,18 @@ def test_a_forked_child_does_not_take_the_name_away(name):
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device: nothing can be pinned for one")
+@pytest.mark.skipif(
+    not torch.cuda.is_available(), reason="no CUDA device: nothing can be pinned for one"
+)
 def test_two_processes_pin_one_mirror_and_read_it_from_their_gpus(name):
     mirror = HostMirror(*SHAPE, device="cuda", shared_name=name)
     assert mirror.pages.is_pinned()
     mirror[1][2].copy_(torch.arange(3000) % 251)
     other = Other(name, "cuda")
     assert other.told("go") == "up" and other.answer() == "False"
-    assert other.told("mirror.pages.is_pinned(), mirror[1][2].cuda(non_blocking=True).sum().item()") == str((True, int((torch.arange(3000) % 251).sum())))
+    assert other.told(
+        "mirror.pages.is_pinned(), mirror[1][2].cuda(non_blocking=True).sum().item()"
+    ) == str((True, int((torch.arange(3000) % 251).sum())))
     other.told("mirror[0][0].copy_(torch.full((3000,), 5, device='cuda')).sum().item()")
     assert mirror[0][0].cuda().unique().tolist() == [5]
     assert other.end()[0] == 0

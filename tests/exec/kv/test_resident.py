@@ -1,4 +1,6 @@
-"""Selecting among the listed resident pages: the same ids as the best of all entries' scores with the absent ones left out."""
+"""Selecting among the listed resident pages: the same ids as the best of all entries' scores with
+the absent ones left out.
+"""
 
 import pytest
 from hypothesis import given, settings
@@ -6,16 +8,18 @@ from hypothesis import strategies as st
 
 torch = pytest.importorskip("torch", reason="the engine needs fmsim[model]")
 
-from kernel_pools import on_each_device  # noqa: E402
+from kernel_pools import on_each_device
 
-from fmsim.exec.kernels.index_score import index_scores_reference  # noqa: E402
-from fmsim.exec.kernels.layout import KEY, slots_of, write_entries  # noqa: E402
-from fmsim.exec.kernels.top_k import top_k_reference  # noqa: E402
-from fmsim.exec.kv.resident import ResidentPages  # noqa: E402
+from fmsim.exec.kernels.index_score import index_scores_reference
+from fmsim.exec.kernels.layout import KEY, slots_of, write_entries
+from fmsim.exec.kernels.top_k import top_k_reference
+from fmsim.exec.kv.resident import ResidentPages
 
 
 def test_a_listing_by_hand():
-    """Two groups of one request, pages of 4 entries, 10 of them visible: page 2 holds two so far."""
+    """Two groups of one request, pages of 4 entries, 10 of them visible: page 2 holds two so
+    far.
+    """
     listing = ResidentPages(2, [3], [5], 3, 4, torch.device("cpu"))
     listing.list(torch.tensor([[2, -1, 0], [-1, -1, -1]], dtype=torch.int32), 10)
     assert listing.entries[:, 0].tolist() == [[0, 1, 2, 3, 8, 9, 10, 11, *[-1] * 5], [-1] * 13]
@@ -29,32 +33,61 @@ def test_a_listing_by_hand():
 
 @on_each_device
 @settings(max_examples=12, deadline=None)
-@given(seed=st.integers(0, 2**32), granularity=st.sampled_from([1, 4, 64]), batch=st.integers(1, 3), top_k=st.sampled_from([1, 24]), alike=st.booleans())
-def test_it_selects_as_among_all_with_the_absent_left_out(device, seed, granularity, batch, top_k, alike):
+@given(
+    seed=st.integers(0, 2**32),
+    granularity=st.sampled_from([1, 4, 64]),
+    batch=st.integers(1, 3),
+    top_k=st.sampled_from([1, 24]),
+    alike=st.booleans(),
+)
+def test_it_selects_as_among_all_with_the_absent_left_out(
+    device, seed, granularity, batch, top_k, alike
+):
     generator = torch.Generator().manual_seed(seed)
-    visible, slots = torch.randint(1, 300, (batch,), generator=generator), int(torch.randint(1, 90, (), generator=generator))
+    visible, slots = (
+        torch.randint(1, 300, (batch,), generator=generator),
+        int(torch.randint(1, 90, (), generator=generator)),
+    )
     visible = visible[:1].expand(batch) if alike else visible
     pages = -(-int(visible.max()) // granularity)
     held = torch.full((batch, slots), -1, dtype=torch.int32)
     for b in range(batch):
         there = -(-int(visible[b]) // granularity)
         some = torch.randperm(there, generator=generator)[:slots]
-        some = torch.cat((torch.tensor([there - 1]), some[some != there - 1]))[:slots]  # the page being filled is always there
+        some = torch.cat((torch.tensor([there - 1]), some[some != there - 1]))[
+            :slots
+        ]  # the page being filled is always there
         held[b, torch.randperm(slots, generator=generator)[: len(some)]] = some.int()
     held = held[:1].expand(batch, -1) if alike else held
-    pool, table = KEY.new_pool(batch * slots, granularity), torch.full((batch, pages), -1, dtype=torch.int32)
+    pool, table = (
+        KEY.new_pool(batch * slots, granularity),
+        torch.full((batch, pages), -1, dtype=torch.int32),
+    )
     for b in range(batch):
         for slot, page in enumerate(held[b].tolist()):
             if page >= 0:
                 table[b, page] = b * slots + slot
     ids = torch.arange(pages * granularity)
     places = slots_of(table, ids.expand(batch, -1), granularity)
-    keys = torch.randn(batch, len(ids), KEY.width, generator=generator).round() / 4  # few values: scores are exact, and some are equal
+    keys = (
+        torch.randn(batch, len(ids), KEY.width, generator=generator).round() / 4
+    )  # few values: scores are exact, and some are equal
     write_entries(pool, KEY, places.flatten(), keys.flatten(0, 1))
-    queries, weights = (torch.randn(batch, 4, *size, generator=generator).round() for size in ((KEY.width,), ()))
+    queries, weights = (
+        torch.randn(batch, 4, *size, generator=generator).round() for size in ((KEY.width,), ())
+    )
     queries, lengths = queries.to(torch.bfloat16), visible.int()
-    expected = top_k_reference(index_scores_reference(queries, weights, pool, KEY, table, lengths).scores, lengths, top_k)
-    listing = ResidentPages(1, [slots] * batch, [b * slots for b in range(batch)], pages, granularity, torch.device(device))
+    expected = top_k_reference(
+        index_scores_reference(queries, weights, pool, KEY, table, lengths).scores, lengths, top_k
+    )
+    listing = ResidentPages(
+        1,
+        [slots] * batch,
+        [b * slots for b in range(batch)],
+        pages,
+        granularity,
+        torch.device(device),
+    )
     if alike:
         listing.list(held[:1].to(device), int(visible[0]))
     else:
@@ -64,4 +97,6 @@ def test_it_selects_as_among_all_with_the_absent_left_out(device, seed, granular
     assert torch.equal(listing.best(0, *of, pool.to(device), KEY, top_k).cpu(), expected)
     every = KEY.new_pool(batch * pages, granularity)
     write_entries(every, KEY, torch.arange(batch * pages * granularity), keys.flatten(0, 1))
-    assert torch.equal(listing.best(0, *of, every.to(device), KEY, top_k, kept=True).cpu(), expected)
+    assert torch.equal(
+        listing.best(0, *of, every.to(device), KEY, top_k, kept=True).cpu(), expected
+    )

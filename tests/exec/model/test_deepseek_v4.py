@@ -6,13 +6,16 @@ from hypothesis import strategies as st
 
 torch = pytest.importorskip("torch", reason="the model needs fmsim[model]")
 safetensors_torch = pytest.importorskip("safetensors.torch")
-transformers = pytest.importorskip("transformers", reason="the oracle is transformers' DeepseekV4ForCausalLM")
+transformers = pytest.importorskip(
+    "transformers", reason="the oracle is transformers' DeepseekV4ForCausalLM"
+)
 
-from tiny_model import CSA, HCA, SLIDING, kinds, oracle, ours  # noqa: E402
+from tiny_model import CSA, HCA, SLIDING, kinds, oracle, ours
 
-from fmsim.errors import FmsimError  # noqa: E402
-from fmsim.exec.model.loader import load_model  # noqa: E402
-from fmsim.exec.model.deepseek_v4 import index_scores  # noqa: E402
+from fmsim.errors import FmsimError
+from fmsim.exec.model.deepseek_v4 import index_scores
+from fmsim.exec.model.loader import load_model
+
 
 @settings(max_examples=8, deadline=None)
 @given(
@@ -54,9 +57,17 @@ def test_the_native_indexer_as_a_checkpoint_selects_what_the_model_selects():
     for position in (19, 42, 79):
         hidden = [access.hidden[0, position].numpy() for access in accesses]
         visible = (position + 1) // 4
-        logits = layer_logits(list(native.layers.values()), native.config, hidden, position, [part[:visible] for part in keys])
+        logits = layer_logits(
+            list(native.layers.values()),
+            native.config,
+            hidden,
+            position,
+            [part[:visible] for part in keys],
+        )
         for layer, access in enumerate(accesses):
-            assert sorted((-logits[layer]).argsort()[:4].tolist()) == access.ids[0, position].tolist()
+            assert (
+                sorted((-logits[layer]).argsort()[:4].tolist()) == access.ids[0, position].tolist()
+            )
 
 
 @torch.no_grad()
@@ -70,7 +81,9 @@ def test_the_training_pass_is_the_same_function():
 
 def test_the_indexer_learns_from_its_own_loss_alone():
     model = ours(oracle(layer_types=[SLIDING, CSA]))
-    hidden, aux = model.train_forward(torch.randint(0, 64, (1, 40)), torch.arange(40)[None], sparse=False)
+    hidden, aux = model.train_forward(
+        torch.randint(0, 64, (1, 40)), torch.arange(40)[None], sparse=False
+    )
     aux[1].index_loss.backward(retain_graph=True)
     touched = {name for name, p in model.named_parameters() if p.grad is not None and p.grad.any()}
     assert touched and all("indexer" in name for name in touched)
@@ -102,7 +115,9 @@ def test_a_saved_directory_loads_again(tmp_path):
     reference = oracle(layer_types=[SLIDING, CSA, HCA])
     reference.save_pretrained(tmp_path)
     ids = torch.randint(0, 64, (1, 30))
-    torch.testing.assert_close(load_model(tmp_path)(ids)[0], reference(ids).logits, atol=1e-4, rtol=0)
+    torch.testing.assert_close(
+        load_model(tmp_path)(ids)[0], reference(ids).logits, atol=1e-4, rtol=0
+    )
 
 
 def test_what_cannot_be_loaded_is_named(tmp_path):

@@ -1,4 +1,6 @@
-"""Quantised directories: what is loaded is what the scales and codes say, worked out here element by element."""
+"""Quantised directories: what is loaded is what the scales and codes say, worked out here element
+by element.
+"""
 
 import json
 
@@ -6,13 +8,13 @@ import pytest
 
 torch = pytest.importorskip("torch", reason="the loader needs fmsim[model]")
 transformers = pytest.importorskip("transformers", reason="the loader needs fmsim[model]")
-from kernel_pools import relative_error  # noqa: E402
-from safetensors.torch import load_file, save_file  # noqa: E402
-from tiny_model import CSA, HCA, SLIDING, oracle  # noqa: E402
+from kernel_pools import relative_error
+from safetensors.torch import load_file, save_file
+from tiny_model import CSA, HCA, SLIDING, oracle
 
-from fmsim.errors import FmsimError  # noqa: E402
-from fmsim.exec.kernels.weights import quantise  # noqa: E402
-from fmsim.exec.model.loader import dequantise, load_model  # noqa: E402
+from fmsim.errors import FmsimError
+from fmsim.exec.kernels.weights import quantise
+from fmsim.exec.model.loader import dequantise, load_model
 
 FOUR_BIT = [0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0]
 
@@ -32,31 +34,48 @@ def test_four_bit_pairs_by_hand():
 
 
 def quantised(directory, official: bool):
-    """A saved tiny model with float8 projections and 4-bit experts in two shards; returns the weights it should load as."""
+    """A saved tiny model with float8 projections and 4-bit experts in two shards; returns the
+    weights it should load as.
+    """
     reference = oracle(layer_types=[SLIDING, CSA, HCA])
     reference.save_pretrained(directory)
     stored, shards, expected = load_file(directory / "model.safetensors"), ({}, {}), {}
     for number, (name, tensor) in enumerate(stored.items()):
         shard = shards[number % 2]
         if ".experts." in name:
-            codes = torch.randint(0, 16, tensor.shape, generator=torch.Generator().manual_seed(number))
-            exponents = torch.randint(120, 130, (tensor.shape[0], -(-tensor.shape[1] // 32)), dtype=torch.uint8)
+            codes = torch.randint(
+                0, 16, tensor.shape, generator=torch.Generator().manual_seed(number)
+            )
+            exponents = torch.randint(
+                120, 130, (tensor.shape[0], -(-tensor.shape[1] // 32)), dtype=torch.uint8
+            )
             values = torch.tensor(FOUR_BIT + [-v for v in FOUR_BIT])[codes]
-            expected[name] = values * torch.exp2(exponents.float() - 127).repeat_interleave(32, 1)[:, : tensor.shape[1]]
+            expected[name] = (
+                values
+                * torch.exp2(exponents.float() - 127).repeat_interleave(32, 1)[:, : tensor.shape[1]]
+            )
             shard[name] = (codes[:, ::2] | codes[:, 1::2] << 4).to(torch.uint8).view(torch.int8)
-            shards[1 - number % 2][name.removesuffix("weight") + "scale"] = exponents.view(torch.float8_e8m0fnu)
+            shards[1 - number % 2][name.removesuffix("weight") + "scale"] = exponents.view(
+                torch.float8_e8m0fnu
+            )
         elif name.endswith(("wkv.weight", "wo_b.weight")) and ".attn." in name:
             scale = torch.rand(-(-tensor.shape[0] // 16), -(-tensor.shape[1] // 16)) + 0.5
-            wide = scale.repeat_interleave(16, 0).repeat_interleave(16, 1)[: tensor.shape[0], : tensor.shape[1]]
+            wide = scale.repeat_interleave(16, 0).repeat_interleave(16, 1)[
+                : tensor.shape[0], : tensor.shape[1]
+            ]
             shard[name] = (tensor / wide).to(torch.float8_e4m3fn)
             expected[name] = shard[name].float() * wide
-            shards[1 - number % 2][name.removesuffix("weight") + "scale" if official else name + "_scale_inv"] = scale
+            shards[1 - number % 2][
+                name.removesuffix("weight") + "scale" if official else name + "_scale_inv"
+            ] = scale
         else:
             shard[name] = expected[name] = tensor
     (directory / "model.safetensors").unlink()
     for number, shard in enumerate(shards):
         save_file(shard, directory / f"part-{number}.safetensors")
-    weight_map = {name: f"part-{number}.safetensors" for number, shard in enumerate(shards) for name in shard}
+    weight_map = {
+        name: f"part-{number}.safetensors" for number, shard in enumerate(shards) for name in shard
+    }
     (directory / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
     config = json.loads((directory / "config.json").read_text())
     config["quantization_config"] = {"quant_method": "fp8", "weight_block_size": [16, 16]}
@@ -72,25 +91,47 @@ def test_a_quantised_directory_loads_as_its_widened_twin(tmp_path, official):
     config = json.loads((tmp_path / "small/config.json").read_text())
     config.pop("quantization_config")
     (widened / "config.json").write_text(json.dumps(config))
-    save_file({name: tensor.contiguous() for name, tensor in expected.items()}, widened / "model.safetensors")
+    save_file(
+        {name: tensor.contiguous() for name, tensor in expected.items()},
+        widened / "model.safetensors",
+    )
     small, wide = load_model(tmp_path / "small").state_dict(), load_model(widened).state_dict()
-    assert any("float8" in str(t.dtype) for t in load_file(tmp_path / "small/part-0.safetensors").values())
+    assert any(
+        "float8" in str(t.dtype) for t in load_file(tmp_path / "small/part-0.safetensors").values()
+    )
     for name, tensor in wide.items():
         assert torch.equal(small[name], tensor), name
 
 
-RELEASED = ("attn.wq_a.weight", "attn.wq_b.weight", "attn.wkv.weight", "attn.wo_a.weight", "attn.wo_b.weight", "indexer.wq_b.weight")
+RELEASED = (
+    "attn.wq_a.weight",
+    "attn.wq_b.weight",
+    "attn.wkv.weight",
+    "attn.wo_a.weight",
+    "attn.wo_b.weight",
+    "indexer.wq_b.weight",
+)
 
 
 def released(directory, experts_width: int) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
-    """A saved tiny model with the release's float8 weights and scales, its experts float8 too; returns those by name."""
-    oracle(layer_types=[SLIDING, CSA, HCA], moe_intermediate_size=experts_width, n_routed_experts=12).save_pretrained(directory)
+    """A saved tiny model with the release's float8 weights and scales, its experts float8 too;
+    returns those by name.
+    """
+    oracle(
+        layer_types=[SLIDING, CSA, HCA], moe_intermediate_size=experts_width, n_routed_experts=12
+    ).save_pretrained(directory)
     stored = load_file(directory / "model.safetensors")
-    float8 = {name: quantise(tensor) for name, tensor in stored.items() if name.endswith(RELEASED) or "experts." in name}
+    float8 = {
+        name: quantise(tensor)
+        for name, tensor in stored.items()
+        if name.endswith(RELEASED) or "experts." in name
+    }
     for name, (codes, scale) in float8.items():
         stored |= {name: codes, name.removesuffix("weight") + "scale": scale}
     save_file(stored, directory / "model.safetensors")
-    config = json.loads((directory / "config.json").read_text()) | {"quantization_config": {"quant_method": "fp8", "weight_block_size": [128, 128]}}
+    config = json.loads((directory / "config.json").read_text()) | {
+        "quantization_config": {"quant_method": "fp8", "weight_block_size": [128, 128]}
+    }
     (directory / "config.json").write_text(json.dumps(config))
     return float8
 
@@ -101,39 +142,72 @@ def test_in_bfloat16_the_releases_float8_stays(tmp_path):
     assert len(float8) == 3 * (5 + 3 * 12 + 3) + 1
     model = load_model(tmp_path, dtype=torch.bfloat16)
     state, attention, experts = model.state_dict(), "layers.1.self_attn", "layers.1.mlp.experts"
-    for name, held in (("wq_a", "q_a_proj"), ("wkv", "kv_proj"), ("wo_a", "o_a_proj"), ("indexer.wq_b", "compressor.indexer.q_b_proj")):
+    for name, held in (
+        ("wq_a", "q_a_proj"),
+        ("wkv", "kv_proj"),
+        ("wo_a", "o_a_proj"),
+        ("indexer.wq_b", "compressor.indexer.q_b_proj"),
+    ):
         codes, scale = float8[f"model.layers.1.attn.{name}.weight"]
-        assert torch.equal(state[f"model.{attention}.{held}.weight"].view(torch.uint8), codes.view(torch.uint8))
+        assert torch.equal(
+            state[f"model.{attention}.{held}.weight"].view(torch.uint8), codes.view(torch.uint8)
+        )
         assert torch.equal(state[f"model.{attention}.{held}.scale"], scale)
     for number in (0, 11):
-        gate, up, down = (float8[f"model.layers.1.ffn.experts.{number}.w{part}.weight"] for part in "132")
+        gate, up, down = (
+            float8[f"model.layers.1.ffn.experts.{number}.w{part}.weight"] for part in "132"
+        )
         for place in (0, 1):
             stacked = torch.cat((gate[place], up[place]))
             for held, stored in (("gate_up", stacked), ("down", down[place])):
-                assert torch.equal(state[f"model.{experts}.{held}_{('proj', 'scale')[place]}"][number].float(), stored.float())
-    assert state["model.layers.1.self_attn.compressor.kv_proj.weight"].dtype == state["lm_head.weight"].dtype == torch.bfloat16
-    assert sum(tensor.dtype == torch.float8_e4m3fn for tensor in state.values()) == 3 * (5 + 3 + 2) + 1
+                assert torch.equal(
+                    state[f"model.{experts}.{held}_{('proj', 'scale')[place]}"][number].float(),
+                    stored.float(),
+                )
+    assert (
+        state["model.layers.1.self_attn.compressor.kv_proj.weight"].dtype
+        == state["lm_head.weight"].dtype
+        == torch.bfloat16
+    )
+    assert (
+        sum(tensor.dtype == torch.float8_e4m3fn for tensor in state.values()) == 3 * (5 + 3 + 2) + 1
+    )
     tokens = torch.randint(0, 64, (1, 20))
-    assert relative_error(model(tokens)[0], load_model(tmp_path)(tokens)[0]) < 0.05  # choices that are close may fall otherwise
-    assert not any("float8" in str(tensor.dtype) for tensor in load_model(tmp_path).state_dict().values())
+    assert (
+        relative_error(model(tokens)[0], load_model(tmp_path)(tokens)[0]) < 0.05
+    )  # choices that are close may fall otherwise
+    assert not any(
+        "float8" in str(tensor.dtype) for tensor in load_model(tmp_path).state_dict().values()
+    )
 
 
 def test_what_has_other_blocks_is_widened_in_bfloat16_too(tmp_path):
-    """Scales for 16 x 16; and experts whose gate ends within a block, so that the scales of gate and up do not stack."""
+    """Scales for 16 x 16; and experts whose gate ends within a block, so that the scales of gate
+    and up do not stack.
+    """
     quantised(tmp_path / "small", official=True)
-    assert not any("float8" in str(tensor.dtype) for tensor in load_model(tmp_path / "small", dtype=torch.bfloat16).state_dict().values())
+    assert not any(
+        "float8" in str(tensor.dtype)
+        for tensor in load_model(tmp_path / "small", dtype=torch.bfloat16).state_dict().values()
+    )
     released(tmp_path / "narrow", 16)
     state = load_model(tmp_path / "narrow", dtype=torch.bfloat16).state_dict()
-    assert {name.split(".mlp.")[1] for name, tensor in state.items() if ".mlp." in name and "float8" in str(tensor.dtype)} == {
-        f"shared_experts.{part}_proj.weight" for part in ("gate", "up", "down")
-    }
+    assert {
+        name.split(".mlp.")[1]
+        for name, tensor in state.items()
+        if ".mlp." in name and "float8" in str(tensor.dtype)
+    } == {f"shared_experts.{part}_proj.weight" for part in ("gate", "up", "down")}
 
 
 def test_float8_of_a_wrong_shape_is_named(tmp_path):
     released(tmp_path, 128)
     stored, name = load_file(tmp_path / "model.safetensors"), "model.layers.1.attn.wkv.weight"
-    save_file(stored | {name.replace("weight", "scale"): torch.ones(2, 1)}, tmp_path / "model.safetensors")
-    with pytest.raises(FmsimError, match=rf"{name}: its scales are \[2, 1\], blocks of 128 x 128 need \[1, 1\]"):
+    save_file(
+        stored | {name.replace("weight", "scale"): torch.ones(2, 1)}, tmp_path / "model.safetensors"
+    )
+    with pytest.raises(
+        FmsimError, match=rf"{name}: its scales are \[2, 1\], blocks of 128 x 128 need \[1, 1\]"
+    ):
         load_model(tmp_path, dtype=torch.bfloat16)
     save_file(stored | {name: stored[name][:8].clone()}, tmp_path / "model.safetensors")
     with pytest.raises(FmsimError, match=rf"{name} is \[8, 32\], config.json asks for \[16, 32\]"):
@@ -157,9 +231,13 @@ def test_what_cannot_be_loaded_is_named(tmp_path):
 
 def test_in_bfloat16_everything_has_the_type_that_transformers_gives_it(tmp_path):
     oracle(layer_types=[SLIDING, CSA, HCA]).save_pretrained(tmp_path)
-    expected = transformers.DeepseekV4ForCausalLM.from_pretrained(tmp_path, dtype=torch.bfloat16).state_dict()
+    expected = transformers.DeepseekV4ForCausalLM.from_pretrained(
+        tmp_path, dtype=torch.bfloat16
+    ).state_dict()
     model = load_model(tmp_path, dtype=torch.bfloat16)
-    assert {name: tensor.dtype for name, tensor in model.state_dict().items()} == {name: tensor.dtype for name, tensor in expected.items()}
+    assert {name: tensor.dtype for name, tensor in model.state_dict().items()} == {
+        name: tensor.dtype for name, tensor in expected.items()
+    }
     assert all(torch.equal(tensor, expected[name]) for name, tensor in model.state_dict().items())
     assert model.model.layers[1].self_attn.inv_freq.dtype == torch.float32
     assert model(torch.randint(0, 64, (1, 20)))[0].isfinite().all()

@@ -1,4 +1,6 @@
-"""Float8 and joined projections: the products are the same, the weights' values and names too, and nothing is kept twice."""
+"""Float8 and joined projections: the products are the same, the weights' values and names too, and
+nothing is kept twice.
+"""
 
 import pytest
 import torch
@@ -30,11 +32,17 @@ def tensors(module: nn.Module) -> dict[str, torch.Tensor]:
 @settings(max_examples=40, deadline=None)
 @given(
     seed=st.integers(0, 2**32),
-    parts=st.lists(st.tuples(st.sampled_from(["bfloat16", "float8"]), st.sampled_from([8, 128, 200, 256])), min_size=1, max_size=7),
+    parts=st.lists(
+        st.tuples(st.sampled_from(["bfloat16", "float8"]), st.sampled_from([8, 128, 200, 256])),
+        min_size=1,
+        max_size=7,
+    ),
     mode=st.booleans(),
 )
 def test_joined_they_compute_the_same_from_the_same_memory(seed, parts, mode):
-    """Made within inference mode or not; float8 outputs of no whole number of scale blocks stay alone."""
+    """Made within inference mode or not; float8 outputs of no whole number of scale blocks stay
+    alone.
+    """
     torch.manual_seed(seed)
     module = nn.ModuleList(projection(*part) for part in parts)
     x, before = torch.randn(2, 1, INPUTS).to(torch.bfloat16), tensors(module)
@@ -47,9 +55,17 @@ def test_joined_they_compute_the_same_from_the_same_memory(seed, parts, mode):
         for out, want in zip(outputs, expected, strict=True):
             torch.testing.assert_close(out, want)
     after = tensors(module)
-    assert before.keys() == after.keys() and all(torch.equal(before[name], after[name]) for name in before)
-    kinds = len({kind for kind, size in parts if kind != "float8" or size % 128 == 0}) + sum(kind == "float8" and size % 128 > 0 for kind, size in parts)
-    assert len({part.weight.untyped_storage().data_ptr() for part in module}) == len(joined.products) == kinds
+    assert before.keys() == after.keys() and all(
+        torch.equal(before[name], after[name]) for name in before
+    )
+    kinds = len({kind for kind, size in parts if kind != "float8" or size % 128 == 0}) + sum(
+        kind == "float8" and size % 128 > 0 for kind, size in parts
+    )
+    assert (
+        len({part.weight.untyped_storage().data_ptr() for part in module})
+        == len(joined.products)
+        == kinds
+    )
     for (_, product), (_, same) in zip(joined.products, again.products, strict=True):
         assert product.weight.data_ptr() == same.weight.data_ptr()
 
@@ -68,18 +84,24 @@ def test_new_values_reach_the_joined_product():
 def test_groups_have_inputs_of_their_own(kind):
     made, x = projection(kind, 24), torch.randn(2, 5, 3 * INPUTS)
     wide = wide_weight(made)
-    expected = [x[..., g * INPUTS : (g + 1) * INPUTS] @ wide[g * 8 : (g + 1) * 8].T for g in range(3)]
+    expected = [
+        x[..., g * INPUTS : (g + 1) * INPUTS] @ wide[g * 8 : (g + 1) * 8].T for g in range(3)
+    ]
     torch.testing.assert_close(grouped(x, made, 3), torch.cat(expected, -1))
     torch.testing.assert_close(made(x[..., :INPUTS]), x[..., :INPUTS] @ wide.T)
 
 
 def test_what_the_release_has_in_float8():
-    """transformers' list of what an official float8 checkpoint leaves in bfloat16, read the other way round."""
+    """transformers' list of what an official float8 checkpoint leaves in bfloat16, read the other
+    way round.
+    """
     config = nano_config()
     attention = ["q_a_proj", "q_b_proj", "kv_proj", "o_a_proj", "o_b_proj"]
     for kind, more in ((SLIDING, []), (HCA, []), (CSA, ["compressor.indexer.q_b_proj"])):
         assert published_float8(Attention(config, kind)) == attention + more
-    assert set(published_float8(MoE(config, hashed=False))) == {"experts"} | {f"shared_experts.{part}_proj" for part in ("gate", "up", "down")}
+    assert set(published_float8(MoE(config, hashed=False))) == {"experts"} | {
+        f"shared_experts.{part}_proj" for part in ("gate", "up", "down")
+    }
 
 
 def test_experts_hold_float8_and_compute_with_it():
@@ -96,5 +118,9 @@ def test_experts_hold_float8_and_compute_with_it():
     wide.gate_up_proj.copy_(dequantise(experts.gate_up_proj, experts.gate_up_scale))
     wide.down_proj.copy_(dequantise(experts.down_proj, experts.down_scale))
     assert wide.down_proj.std().item() == pytest.approx(100**-0.5, rel=0.05)
-    x, chosen, weights = torch.randn(6, 150), torch.stack([torch.randperm(10)[:2] for _ in range(6)]), torch.rand(6, 2)
+    x, chosen, weights = (
+        torch.randn(6, 150),
+        torch.stack([torch.randperm(10)[:2] for _ in range(6)]),
+        torch.rand(6, 2),
+    )
     torch.testing.assert_close(experts(x, chosen, weights), wide._one_by_one(x, chosen, weights))

@@ -7,23 +7,27 @@ import pytest
 torch = pytest.importorskip("torch", reason="exec needs fmsim[model]")
 pytest.importorskip("transformers", reason="exec needs fmsim[model]")
 
-import numpy as np  # noqa: E402
-from tiny_model import CSA, HCA, SLIDING, oracle, ours  # noqa: E402
-from command import FIELDS, fmsim  # noqa: E402
+import numpy as np
+from command import FIELDS, fmsim
+from tiny_model import CSA, HCA, SLIDING, oracle, ours
 
-from fmsim import trace  # noqa: E402
-from fmsim.errors import FmsimError  # noqa: E402
-from fmsim.exec.runs import live as run
+from fmsim import trace
+from fmsim.errors import FmsimError
 from fmsim.exec.kv import tiered
-from fmsim.nano.prompts import Stream, Turn  # noqa: E402
-from fmsim.policies import registry  # noqa: E402
+from fmsim.exec.runs import live as run
+from fmsim.nano.prompts import Stream, Turn
+from fmsim.policies import registry
 
 
 def decoded(spec, count=2):
     model = ours(oracle(layer_types=[SLIDING, CSA, HCA, CSA], index_topk=8))
     rng = np.random.default_rng(0)
     turns = [Turn([1, 2, 3], 2, (5, 6)), Turn([4], 9)]
-    return run.decode(model, [Stream("text", rng.integers(0, 64, 120 - 7 * n), turns) for n in range(count)], registry.build(spec))
+    return run.decode(
+        model,
+        [Stream("text", rng.integers(0, 64, 120 - 7 * n), turns) for n in range(count)],
+        registry.build(spec),
+    )
 
 
 def test_the_report_has_the_fields_of_a_run_and_they_hang_together():
@@ -37,8 +41,15 @@ def test_the_report_has_the_fields_of_a_run_and_they_hang_together():
         assert report["scenario"]["quality"]["asked"] == 2
         reports[batch.policy.name] = row
     assert reports["full"]["kv_hbm_ratio"] == pytest.approx(1) and reports["full"]["h2d_bytes"] == 0
-    assert reports["lru"]["mass_kept"] == 1 and reports["lru"]["h2d_bytes"] > 0 and reports["lru"]["stall_ratio"] > 0
-    assert reports["recency"]["mass_kept"] < 1 and reports["recency"]["kv_hbm_bytes"] < reports["full"]["kv_hbm_bytes"]
+    assert (
+        reports["lru"]["mass_kept"] == 1
+        and reports["lru"]["h2d_bytes"] > 0
+        and reports["lru"]["stall_ratio"] > 0
+    )
+    assert (
+        reports["recency"]["mass_kept"] < 1
+        and reports["recency"]["kv_hbm_bytes"] < reports["full"]["kv_hbm_bytes"]
+    )
 
 
 def test_what_was_forced_and_answered_is_told_apart(tmp_path):
@@ -47,18 +58,28 @@ def test_what_was_forced_and_answered_is_told_apart(tmp_path):
     assert results[0].forced == [True] * 3 + [False] * 2 + [True] + [False] * 9
     assert [answer for _, answer, _ in results[0].answers] == [tokens[3:5], tokens[6:]]
     assert [right for *_, right in results[0].answers] == [tokens[3:5] == [5, 6], None]
-    trace.write(tmp_path / "it.safetensors", run.recorded(batch, results, name="tiny", sha256="", seed=0, prompt_text="", kind="text"))
+    trace.write(
+        tmp_path / "it.safetensors",
+        run.recorded(batch, results, name="tiny", sha256="", seed=0, prompt_text="", kind="text"),
+    )
     assert trace.read(tmp_path / "it.safetensors", check=True).n_steps == 15
 
 
 def test_memory_that_is_short_is_told_with_the_figure(monkeypatch):
     monkeypatch.setattr(tiered, "host_free_bytes", lambda: 1000)
-    with pytest.raises(FmsimError, match=r"host memory for the cache: .* GiB are needed, .* GiB more than the .* that are free"):
+    with pytest.raises(
+        FmsimError,
+        match=(
+            r"host memory for the cache: .* GiB are needed, .* GiB more than the .* that are free"
+        ),
+    ):
         decoded("lru")
 
 
 def test_nano_answers_from_the_command_line():
-    done = fmsim("exec", "--policy", "lru", "--context", "1024", "--steps", "24", "--device", "cpu", "--json")
+    done = fmsim(
+        "exec", "--policy", "lru", "--context", "1024", "--steps", "24", "--device", "cpu", "--json"
+    )
     assert done.returncode == 0, done.stderr
     report = json.loads(done.stdout)
     assert list(report["policies"][0]) == FIELDS
@@ -70,7 +91,10 @@ def test_nano_answers_from_the_command_line():
     [
         (["--policy", "lruu"], "no policy named 'lruu'; did you mean 'lru'?"),
         (["--policy", "lru", "--set", "budget"], "--set budget: write key=value"),
-        (["--policy", "lru", "--context", "600"], "--context 600: the built-in questions need 1,024 tokens or more"),
+        (
+            ["--policy", "lru", "--context", "600"],
+            "--context 600: the built-in questions need 1,024 tokens or more",
+        ),
         (["--policy", "lru", "--model", "."], "give a --prompt-file"),
     ],
 )

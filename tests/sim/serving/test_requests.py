@@ -47,14 +47,20 @@ def test_azure_has_seven_digits_after_the_second_and_passes_midnight(tmp_path):
 
 
 def test_burstgpt_leaves_out_failed_requests(tmp_path):
-    assert read_requests(written(tmp_path, BURSTGPT)) == [Arrival(0.0, 472, 18), Arrival(113.0, 417, 276)]
+    assert read_requests(written(tmp_path, BURSTGPT)) == [
+        Arrival(0.0, 472, 18),
+        Arrival(113.0, 417, 276),
+    ]
 
 
 @pytest.mark.parametrize(
     ("text", "says"),
     [
         ("a,b\n1,2\n", "line 1: neither Mooncake JSON lines"),
-        (MOONCAKE + '{"timestamp": 1, "input_length": 5}\n', "line 3: not a request (no 'output_length')"),
+        (
+            MOONCAKE + '{"timestamp": 1, "input_length": 5}\n',
+            "line 3: not a request (no 'output_length')",
+        ),
         (MOONCAKE + "{nonsense\n", "line 3: not a request"),
         (AZURE + "2023-11-17 00:00:00,x,3\n", "line 5: not a request"),
         ("TIMESTAMP,ContextTokens,GeneratedTokens\n", "no request with a prompt"),
@@ -82,11 +88,14 @@ SIZES = {"prompt_tokens": [1000, 2000], "output_tokens": 64, "duration_s": 100.0
 
 
 def test_poisson_comes_at_its_rate_and_as_its_seed_says():
-    make = lambda seed: Source(Poisson(kind="poisson", rate_per_s=20, seed=seed, **SIZES)).first  # noqa: E731
+    make = lambda seed: Source(Poisson(kind="poisson", rate_per_s=20, seed=seed, **SIZES)).first
     first = make(1)
     assert first == make(1) != make(2)
     assert 1850 < len(first) < 2150  # 2,000 with a standard deviation of 45
-    assert all(0 <= row.arrival_s < 100 and 1000 <= row.prompt_tokens <= 2000 and row.output_tokens == 64 for row in first)
+    assert all(
+        0 <= row.arrival_s < 100 and 1000 <= row.prompt_tokens <= 2000 and row.output_tokens == 64
+        for row in first
+    )
     assert [row.arrival_s for row in first] == sorted(row.arrival_s for row in first)
 
 
@@ -102,7 +111,9 @@ def test_a_closed_loop_asks_again_until_its_time_is_up():
     assert source.after(100.0) is None
 
 
-@pytest.mark.parametrize("wrong", [{"prompt_tokens": [5, 3]}, {"prompt_tokens": 0}, {"output_tokens": "many"}])
+@pytest.mark.parametrize(
+    "wrong", [{"prompt_tokens": [5, 3]}, {"prompt_tokens": 0}, {"output_tokens": "many"}]
+)
 def test_lengths_are_numbers_or_ranges(wrong):
     with pytest.raises(ValueError, match="give a number of tokens"):
         Poisson(kind="poisson", rate_per_s=1, **(SIZES | wrong))

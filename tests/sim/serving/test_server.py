@@ -1,17 +1,18 @@
-"""Many requests on one server: against one decode, against sums worked by hand, and what must hold whatever comes."""
+"""Many requests on one server: against one decode, against sums worked by hand, and what must hold
+whatever comes.
+"""
 
 import json
 
 import numpy as np
 import pytest
+from hand_ledger import FLASH, H100, ledger, loads
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from hand_ledger import FLASH, H100, ledger, loads
 
-from fmsim.sim.transfer_cost import GatherCurve
-from fmsim.sim.step_cost import Spread, mixed_step_costs, step_costs
-from fmsim.sim.metrics import capacity
+from fmsim.sim.decode import simulate
 from fmsim.sim.footprint import footprint
+from fmsim.sim.metrics import capacity
 from fmsim.sim.serving.demand import Demand
 from fmsim.sim.serving.prefill import chunks, prefill_s
 from fmsim.sim.serving.requests import Arrival
@@ -19,7 +20,8 @@ from fmsim.sim.serving.server import ServerRun
 from fmsim.sim.serving.spec import ClosedLoop, Poisson, Server
 from fmsim.sim.serving.summary import summary
 from fmsim.sim.serving.workload import Source
-from fmsim.sim.decode import simulate
+from fmsim.sim.step_cost import Spread, mixed_step_costs, step_costs
+from fmsim.sim.transfer_cost import GatherCurve
 
 PROMPT = 32_000  # tokens of the hand-made ledger's prompt
 ONE_WINDOW = {"lookahead_loads": loads(128, s64=300)}
@@ -29,7 +31,15 @@ class Given(Source):
     """Requests that stand there one by one."""
 
     def __init__(self, *arrivals, duration_s=1e-9):
-        super().__init__(ClosedLoop(kind="closed_loop", requests=1, prompt_tokens=1, output_tokens=1, duration_s=duration_s))
+        super().__init__(
+            ClosedLoop(
+                kind="closed_loop",
+                requests=1,
+                prompt_tokens=1,
+                output_tokens=1,
+                duration_s=duration_s,
+            )
+        )
         self.first = [Arrival(*arrival) for arrival in arrivals]
 
 
@@ -42,18 +52,24 @@ class FromTheStart(ServerRun):
 
 
 def serve(made, *arrivals, hw=H100, run=FromTheStart, **options):
-    server = run(hw, FLASH, Demand(made, FLASH), Server(**({"prefill": "done"} | options)), Given(*arrivals))
+    server = run(
+        hw, FLASH, Demand(made, FLASH), Server(**({"prefill": "done"} | options)), Given(*arrivals)
+    )
     server.run()
     return server
 
 
 LEDGERS = {
     "full": ledger(slots=8100, on_miss="fetch"),
-    "misses": ledger(n_groups=3, on_miss="fetch", cadence=1, demand_loads=loads(128, 3, s10=40, s11=400)),
+    "misses": ledger(
+        n_groups=3, on_miss="fetch", cadence=1, demand_loads=loads(128, 3, s10=40, s11=400)
+    ),
     "recall": ledger(**ONE_WINDOW),
     "recall that is late": ledger(lookahead_loads=loads(128, s64=2_000_000)),
     "recall not begun early": ledger(**ONE_WINDOW, params={"stale": False}),
-    "scored by an indexer": ledger(**ONE_WINDOW, scored=np.where(np.arange(128) % 64 == 0, 24_000, 0)),
+    "scored by an indexer": ledger(
+        **ONE_WINDOW, scored=np.where(np.arange(128) % 64 == 0, 24_000, 0)
+    ),
 }
 
 
@@ -66,11 +82,15 @@ def test_one_request_of_the_ledgers_size_takes_what_one_decode_takes(name):
     assert server.log.stall_s == pytest.approx(timeline.stall_s.sum())
     assert server.log.recall_wait_s == pytest.approx(timeline.recall_wait_s.sum(), rel=1e-6)
     assert server.memory.to_gpu.moved_bytes == pytest.approx(timeline.h2d_bytes.sum())
-    assert server.demand.pools(PROMPT, 128).gpu_bytes == pytest.approx(footprint(made, FLASH).gpu_bytes.max())
+    assert server.demand.pools(PROMPT, 128).gpu_bytes == pytest.approx(
+        footprint(made, FLASH).gpu_bytes.max()
+    )
 
 
 def test_misses_beside_a_recall_wait_for_their_part_of_the_link():
-    made = ledger(on_miss="fallback", demand_loads=loads(128, s0=200), lookahead_loads=loads(128, s64=20_000))
+    made = ledger(
+        on_miss="fallback", demand_loads=loads(128, s0=200), lookahead_loads=loads(128, s64=20_000)
+    )
     alone = ledger(on_miss="fallback", demand_loads=loads(128, s0=200))
     stall_s, stall_alone_s = (serve(each, (0, PROMPT, 128)).log.stall_s for each in (made, alone))
     assert stall_alone_s < stall_s < 2.1 * stall_alone_s
@@ -79,23 +99,33 @@ def test_misses_beside_a_recall_wait_for_their_part_of_the_link():
 def test_two_equal_requests_take_what_a_batch_of_two_takes():
     timeline = simulate(LEDGERS["recall"], FLASH, H100, batch=2)
     server = serve(LEDGERS["recall"], (0, PROMPT, 128), (0, PROMPT, 128))
-    assert [request.finished_s for request in server.log.requests] == pytest.approx([timeline.end_s[-1]] * 2, rel=1e-9)
+    assert [request.finished_s for request in server.log.requests] == pytest.approx(
+        [timeline.end_s[-1]] * 2, rel=1e-9
+    )
     assert server.memory.to_gpu.moved_bytes == pytest.approx(timeline.h2d_bytes.sum())
 
 
 def test_two_recalls_share_the_link_by_hand():
-    """Each recall alone takes a little less than its window; both together take twice that, and the batch waits for the rest."""
+    """Each recall alone takes a little less than its window; both together take twice that, and the
+    batch waits for the rest.
+    """
     seconds = GatherCurve(H100.link).seconds
     made = ledger(lookahead_loads=loads(128, s64=900_000))
     one, two = serve(made, (0, PROMPT, 128)), serve(made, (0, PROMPT, 128), (0, PROMPT, 128))
     n_bytes = 900_000 * 21 * 716
     rate = min(H100.link.bandwidth_bytes_per_s.value / 2, n_bytes / float(seconds(716, n_bytes)))
-    assert one.log.recall_wait_s == pytest.approx(max(0.0, float(seconds(716, n_bytes)) - window_s(made, 1)), rel=1e-6)
+    assert one.log.recall_wait_s == pytest.approx(
+        max(0.0, float(seconds(716, n_bytes)) - window_s(made, 1)), rel=1e-6
+    )
     assert two.log.recall_wait_s == pytest.approx(n_bytes / rate - window_s(made, 2), rel=1e-6)
 
 
 def window_s(made, batch):
-    return float(simulate(made, FLASH, H100, batch=batch).step_s[:64].sum() if batch == 1 else steps_s(made, batch)[:64].sum())
+    return float(
+        simulate(made, FLASH, H100, batch=batch).step_s[:64].sum()
+        if batch == 1
+        else steps_s(made, batch)[:64].sum()
+    )
 
 
 def steps_s(made, batch):
@@ -109,18 +139,35 @@ def test_a_newcomer_joins_at_the_end_of_the_step_under_way():
     server = serve(LEDGERS["full"], (0, PROMPT, 100), (arrival_s, PROMPT, 20))
     joined_s = float(alone_s[:4].sum())
     context = PROMPT + 1 + np.array([4, 0])
-    costs = mixed_step_costs(H100, FLASH, 2, *(Spread(np.array([v.sum()]), np.array([v.max()])) for v in (context, context // 4)))
-    assert server.log.requests[1].first_token_s == pytest.approx(joined_s + float(costs.total_s(21)[0]), rel=1e-6)
+    costs = mixed_step_costs(
+        H100,
+        FLASH,
+        2,
+        *(Spread(np.array([v.sum()]), np.array([v.max()])) for v in (context, context // 4)),
+    )
+    assert server.log.requests[1].first_token_s == pytest.approx(
+        joined_s + float(costs.total_s(21)[0]), rel=1e-6
+    )
 
 
 def test_what_does_not_fit_waits_and_what_never_fits_is_refused():
     limit = capacity(footprint(LEDGERS["full"], FLASH), FLASH, H100)[0]
     server = serve(LEDGERS["full"], *[(0, PROMPT, 128)] * (limit + 1), (0, 4 * 10**9, 10))
-    first, last, refused = server.log.requests[0], server.log.requests[limit], server.log.requests[limit + 1]
+    first, last, refused = (
+        server.log.requests[0],
+        server.log.requests[limit],
+        server.log.requests[limit + 1],
+    )
     assert summary(server)["held"] == limit
-    assert last.admitted_s == first.finished_s and server.log.waited_s["GPU memory"] == pytest.approx(first.finished_s)
+    assert last.admitted_s == first.finished_s and server.log.waited_s[
+        "GPU memory"
+    ] == pytest.approx(first.finished_s)
     assert refused.refused == "GPU memory" and refused.admitted_s is None
-    assert summary(server)["requests"] == {"arrived": limit + 2, "finished": limit + 1, "refused": 1}
+    assert summary(server)["requests"] == {
+        "arrived": limit + 2,
+        "finished": limit + 1,
+        "refused": 1,
+    }
 
 
 def test_host_memory_batch_limit_and_link_bind_by_name():
@@ -133,7 +180,10 @@ def test_host_memory_batch_limit_and_link_bind_by_name():
     row = summary(serve(LEDGERS["full"], *[(0, PROMPT, 128)] * 5, max_batch=3))
     assert (row["held"], row["bound"]) == (3, "batch limit")
     heavy = ledger(n_steps=256, lookahead_loads=loads(256, s64=120_000, s128=120_000, s192=120_000))
-    held = {admits: summary(serve(heavy, *[(0, PROMPT, 256)] * 40, admit_by_link=admits)) for admits in (False, True)}
+    held = {
+        admits: summary(serve(heavy, *[(0, PROMPT, 256)] * 40, admit_by_link=admits))
+        for admits in (False, True)
+    }
     assert held[True]["bound"] == "PCIe" and held[True]["held"] < held[False]["held"] == 40
     assert held[True]["stall_share"] < 0.01 < held[False]["stall_share"]
 
@@ -143,7 +193,9 @@ def test_a_prompt_prefilled_in_chunks_shares_steps_with_decode():
     start, length = chunks(PROMPT, 8192)
     assert length.sum() == PROMPT and list(start[1:]) == [8192, 16384, 24576]
     request = server.log.requests[0]
-    assert request.first_token_s == pytest.approx(float(prefill_s(H100, FLASH, start, length).sum()))
+    assert request.first_token_s == pytest.approx(
+        float(prefill_s(H100, FLASH, start, length).sum())
+    )
     assert server.log.tokens == 65
     decode_s = steps_s(LEDGERS["full"], 1)[:64].sum()
     assert request.finished_s == pytest.approx(request.first_token_s + decode_s)
@@ -163,7 +215,10 @@ def test_chunks_of_a_prompt_take_as_long_as_the_whole():
 def test_a_prompt_prefilled_elsewhere_arrives_through_network_mirror_and_link():
     server = serve(LEDGERS["recall"], (0, PROMPT, 65), prefill="separate", network_bytes_per_s=1e9)
     request = server.log.requests[0]
-    there_s = float(prefill_s(H100, FLASH, *chunks(PROMPT, 8192)).sum()) + (FLASH.full_kv_bytes(PROMPT) + FLASH.window_bytes) / 1e9
+    there_s = (
+        float(prefill_s(H100, FLASH, *chunks(PROMPT, 8192)).sum())
+        + (FLASH.full_kv_bytes(PROMPT) + FLASH.window_bytes) / 1e9
+    )
     first_set_s = float(GatherCurve(H100.link).seconds(716, 800 * 21 * 716))
     assert request.first_token_s == pytest.approx(there_s + first_set_s)
     assert server.log.tokens == 65
@@ -172,20 +227,44 @@ def test_a_prompt_prefilled_elsewhere_arrives_through_network_mirror_and_link():
 def test_a_request_replays_windows_again_when_it_outlasts_its_ledger():
     made = ledger(n_steps=192, lookahead_loads=loads(192, s64=100, s128=200))
     demand = Demand(made, FLASH)
-    assert list(demand.at(np.array([0, 64, 128, 191, 192, 256, 320]))) == [0, 64, 128, 191, 64, 128, 64]
+    assert list(demand.at(np.array([0, 64, 128, 191, 192, 256, 320]))) == [
+        0,
+        64,
+        128,
+        191,
+        64,
+        128,
+        64,
+    ]
     server = serve(made, (0, PROMPT, 384))
-    assert server.memory.to_gpu.moved_bytes == pytest.approx((100 + 200 + 100 + 200 + 100) * 21 * 716)
+    assert server.memory.to_gpu.moved_bytes == pytest.approx(
+        (100 + 200 + 100 + 200 + 100) * 21 * 716
+    )
 
 
 def test_other_lengths_keep_the_ledgers_shares():
     share = Demand(ledger(params={"budget": "10%"}, **ONE_WINDOW), FLASH)
     assert share.pools(2 * PROMPT, 128).slots == pytest.approx(2 * share.pools(PROMPT, 128).slots)
-    assert share.recall_bytes_per_step(2 * PROMPT) == pytest.approx(2 * share.recall_bytes_per_step(PROMPT))
-    fixed = Demand(ledger(params={"budget": "800 entries"}, on_miss="fetch", demand_loads=loads(128, s5=50)), FLASH)
+    assert share.recall_bytes_per_step(2 * PROMPT) == pytest.approx(
+        2 * share.recall_bytes_per_step(PROMPT)
+    )
+    fixed = Demand(
+        ledger(params={"budget": "800 entries"}, on_miss="fetch", demand_loads=loads(128, s5=50)),
+        FLASH,
+    )
     assert fixed.pools(2 * PROMPT, 128).slots == fixed.pools(PROMPT, 128).slots == 21 * 800 * 584
     assert serve_misses(fixed, 4 * PROMPT) == serve_misses(fixed, PROMPT) == 21 * 50 * 584
     assert serve_misses(fixed, 2000) == 0  # 500 entries fit the budget whole
-    of_topk = Demand(ledger(params={"budget": "2x topk"}, topk=64, slots=128, on_miss="fetch", demand_loads=loads(128, s5=50)), FLASH)
+    of_topk = Demand(
+        ledger(
+            params={"budget": "2x topk"},
+            topk=64,
+            slots=128,
+            on_miss="fetch",
+            demand_loads=loads(128, s5=50),
+        ),
+        FLASH,
+    )
     assert of_topk.pools(PROMPT, 128).slots == 21 * 1024 * 584
     assert serve_misses(of_topk, PROMPT) == 21 * 400 * 584
 
@@ -205,8 +284,12 @@ def test_gpu_bytes_are_those_of_the_geometry():
 
 
 MIX = {
-    "kind": "poisson", "rate_per_s": 3.0, "prompt_tokens": [1, 60_000], "output_tokens": [1, 160], "duration_s": 6.0,
-}  # fmt: skip
+    "kind": "poisson",
+    "rate_per_s": 3.0,
+    "prompt_tokens": [1, 60_000],
+    "output_tokens": [1, 160],
+    "duration_s": 6.0,
+}
 
 
 @settings(max_examples=15, deadline=None)
@@ -220,31 +303,61 @@ MIX = {
     max_batch=st.sampled_from([None, 1, 7]),
     hbm_bytes=st.sampled_from([85.5e9, 47.5e9]),
 )
-def test_whatever_comes_is_served_within_the_pools(seed, prefill, on_miss, misses, recalled, budget, max_batch, hbm_bytes):
+def test_whatever_comes_is_served_within_the_pools(
+    seed, prefill, on_miss, misses, recalled, budget, max_batch, hbm_bytes
+):
     at_64 = loads(128, s64=recalled)
     made = ledger(
-        on_miss=on_miss, params={"budget": budget}, lookahead_loads=at_64, demand_loads=np.full((128, 1), misses, np.int32) * (on_miss != "mask")
+        on_miss=on_miss,
+        params={"budget": budget},
+        lookahead_loads=at_64,
+        demand_loads=np.full((128, 1), misses, np.int32) * (on_miss != "mask"),
     )
-    hw = H100.model_copy(update={"hbm_bytes": H100.hbm_bytes.model_copy(update={"value": hbm_bytes})})
+    hw = H100.model_copy(
+        update={"hbm_bytes": H100.hbm_bytes.model_copy(update={"value": hbm_bytes})}
+    )
     server = ServerRun(
-        hw, FLASH, Demand(made, FLASH), Server(prefill=prefill, max_batch=max_batch), Source(Poisson(**MIX, seed=seed))
+        hw,
+        FLASH,
+        Demand(made, FLASH),
+        Server(prefill=prefill, max_batch=max_batch),
+        Source(Poisson(**MIX, seed=seed)),
     )
     log = server.run()
     row = summary(server)
-    assert row["requests"]["finished"] + row["requests"]["refused"] == row["requests"]["arrived"] == len(server.source.first)
-    assert log.tokens == sum(request.output_tokens for request in log.requests if not request.refused)
+    assert (
+        row["requests"]["finished"] + row["requests"]["refused"]
+        == row["requests"]["arrived"]
+        == len(server.source.first)
+    )
+    assert log.tokens == sum(
+        request.output_tokens for request in log.requests if not request.refused
+    )
     assert max(row["in_use"]["GPU memory"]["peak"], row["in_use"]["host memory"]["peak"]) <= 1
     assert row["held"] <= (max_batch or 10**9)
-    assert server.memory.hbm.level == pytest.approx(server.memory.hbm.capacity)  # all was given back
-    assert server.memory.to_gpu.moved_bytes <= server.memory.to_gpu.bytes_per_s * row["simulated_s"] * (1 + 1e-9)
-    assert server.memory.to_gpu.idle and not server.admission.admitted and not server.admission.queue
+    assert server.memory.hbm.level == pytest.approx(
+        server.memory.hbm.capacity
+    )  # all was given back
+    assert server.memory.to_gpu.moved_bytes <= server.memory.to_gpu.bytes_per_s * row[
+        "simulated_s"
+    ] * (1 + 1e-9)
+    assert (
+        server.memory.to_gpu.idle and not server.admission.admitted and not server.admission.queue
+    )
     for request in log.requests:
         if not request.refused:
-            assert request.arrival_s <= request.admitted_s <= request.first_token_s <= request.finished_s
+            assert (
+                request.arrival_s
+                <= request.admitted_s
+                <= request.first_token_s
+                <= request.finished_s
+            )
     assert log.busy_s <= row["simulated_s"] * (1 + 1e-9)
     assert 0 <= row["stall_share"] <= 1 and row["slo_share"] <= 1
     served = [made for made in log.requests if not made.refused]
-    assert sum(served_bytes(server, each) for each in served) == pytest.approx(server.memory.to_gpu.moved_bytes, rel=1e-6, abs=1)
+    assert sum(served_bytes(server, each) for each in served) == pytest.approx(
+        server.memory.to_gpu.moved_bytes, rel=1e-6, abs=1
+    )
 
 
 def served_bytes(server, request):
@@ -256,7 +369,9 @@ def served_bytes(server, request):
         position = request.offset + np.arange(request.steps)
         at = demand.at(position)
         moved = float((demand.miss_bytes[at] @ demand.group_layers).sum())
-        moved += float(demand.recall_bytes[at][position > request.offset].sum()) * demand.growth(prompt)
+        moved += float(demand.recall_bytes[at][position > request.offset].sum()) * demand.growth(
+            prompt
+        )
     if server.options.prefill == "separate" and demand.mirrored:
         moved += demand.first_set_bytes(prompt, request.output_tokens)
     return moved
@@ -265,7 +380,11 @@ def served_bytes(server, request):
 def test_the_same_seed_gives_the_same_bytes():
     def text(seed):
         server = ServerRun(
-            H100, FLASH, Demand(LEDGERS["recall"], FLASH), Server(prefill="separate"), Source(Poisson(**MIX, seed=seed))
+            H100,
+            FLASH,
+            Demand(LEDGERS["recall"], FLASH),
+            Server(prefill="separate"),
+            Source(Poisson(**MIX, seed=seed)),
         )
         server.run()
         return json.dumps(summary(server))

@@ -1,4 +1,6 @@
-"""The dense recorder: a transformers model's own attention, pooled over entries, against a plain reference."""
+"""The dense recorder: a transformers model's own attention, pooled over entries, against a plain
+reference.
+"""
 
 import json
 
@@ -8,8 +10,8 @@ import pytest
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
 
-from fmsim import trace as traces  # noqa: E402
-from fmsim.errors import FmsimError  # noqa: E402
+from fmsim import trace as traces
+from fmsim.errors import FmsimError
 from fmsim.trace.importers import dense
 
 PROMPT, STEPS, TOPK = 1100, 70, 8  # a prompt longer than the 1,024 queries that prompt_mass sums
@@ -17,9 +19,15 @@ PROMPT, STEPS, TOPK = 1100, 70, 8  # a prompt longer than the 1,024 queries that
 
 def tiny_llama(**changes):
     shape = {
-        "vocab_size": 50, "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 2, "num_attention_heads": 4,
-        "num_key_value_heads": 2, "max_position_embeddings": 2048, "initializer_range": 0.5,
-    }  # fmt: skip
+        "vocab_size": 50,
+        "hidden_size": 16,
+        "intermediate_size": 16,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 2048,
+        "initializer_range": 0.5,
+    }
     torch.manual_seed(0)
     config = transformers.LlamaConfig(**(shape | changes))
     return transformers.LlamaForCausalLM(config).eval()
@@ -33,7 +41,9 @@ def recorded():
     with torch.inference_mode():
         found = model(torch.tensor([tokens]), output_attentions=True)
     attention = [layer[0].mean(0).numpy() for layer in found.attentions]  # [S, S] a layer
-    trace = dense.record_dense(model, tokens, STEPS, name="tiny", prompt_text="drawn tokens", topk=TOPK)
+    trace = dense.record_dense(
+        model, tokens, STEPS, name="tiny", prompt_text="drawn tokens", topk=TOPK
+    )
     return tokens, attention, found.logits[0], trace
 
 
@@ -49,11 +59,15 @@ def pooled(row: np.ndarray, position: int) -> tuple[dict[int, float], float]:
 
 
 def test_pooling_by_hand():
-    """Two heads, one query at position 9, a window of 3 tokens: 0 to 6 are older; tokens 8 and 9 close no entry."""
+    """Two heads, one query at position 9, a window of 3 tokens: 0 to 6 are older; tokens 8 and 9
+    close no entry.
+    """
     first = [0.10, 0.00, 0.10, 0.20, 0.05, 0.05, 0.10, 0.10, 0.10, 0.20]
     second = [0.30, 0.10, 0.00, 0.00, 0.15, 0.05, 0.00, 0.20, 0.20, 0.00]
     mass, window = dense.pool(torch.tensor([[first], [second]]), 9, window=3)
-    assert mass.tolist() == [pytest.approx([0.40, 0.20])]  # entry 1 is divided by the window's edge: token 7 is in the window
+    assert mass.tolist() == [
+        pytest.approx([0.40, 0.20])
+    ]  # entry 1 is divided by the window's edge: token 7 is in the window
     assert window.tolist() == pytest.approx([0.40])
 
 
@@ -64,7 +78,9 @@ def test_rows_are_the_heaviest_entries_of_the_models_own_attention(recorded):
             masses, window = pooled(attention[layer][PROMPT + step], PROMPT + step)
             heaviest = sorted(sorted(masses, key=masses.get)[-TOPK:])
             assert trace.entry_ids[step, layer].tolist() == heaviest
-            assert trace.mass[step, layer] == pytest.approx([masses[entry] for entry in heaviest], rel=1e-4, abs=1e-7)
+            assert trace.mass[step, layer] == pytest.approx(
+                [masses[entry] for entry in heaviest], rel=1e-4, abs=1e-7
+            )
             assert trace.window_mass[step, layer] == pytest.approx(window, rel=1e-4)
     assert not trace.sink_mass.any()
 
@@ -100,7 +116,9 @@ def test_a_short_context_pads_its_rows():
 
 def test_what_cannot_be_recorded_is_told(tmp_path):
     with pytest.raises(FmsimError, match="at most"):
-        dense.record_dense(tiny_llama(max_position_embeddings=64), [1] * 80, 10, name="tiny", prompt_text="")
+        dense.record_dense(
+            tiny_llama(max_position_embeddings=64), [1] * 80, 10, name="tiny", prompt_text=""
+        )
     with pytest.raises(FmsimError, match="--steps"):
         dense.record_dense(tiny_llama(), [1] * 10, 10, name="tiny", prompt_text="")
     with pytest.raises(FmsimError, match="no such model"):
@@ -109,10 +127,18 @@ def test_what_cannot_be_recorded_is_told(tmp_path):
     with pytest.raises(FmsimError, match=str(tmp_path)):
         dense.load_dense(tmp_path)
     window = transformers.MistralConfig(
-        vocab_size=50, hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=1, sliding_window=8
-    )  # fmt: skip
+        vocab_size=50,
+        hidden_size=16,
+        intermediate_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        sliding_window=8,
+    )
     with pytest.raises(FmsimError, match="sliding_window"):
-        dense.record_dense(transformers.MistralForCausalLM(window), [1] * 30, 10, name="tiny", prompt_text="")
+        dense.record_dense(
+            transformers.MistralForCausalLM(window), [1] * 30, 10, name="tiny", prompt_text=""
+        )
 
 
 def test_recording_from_the_command_line(tmp_path):
@@ -127,10 +153,26 @@ def test_recording_from_the_command_line(tmp_path):
     tiny_llama().save_pretrained(tmp_path / "model")
     (tmp_path / "text.txt").write_text("a b b a " * 100)
     out = tmp_path / "out.safetensors"
-    made = ["record", "--dense", tmp_path / "model", "--prompt-file", tmp_path / "text.txt", "--context", 200, "--steps", 20, "--out", out]
+    made = [
+        "record",
+        "--dense",
+        tmp_path / "model",
+        "--prompt-file",
+        tmp_path / "text.txt",
+        "--context",
+        200,
+        "--steps",
+        20,
+        "--out",
+        out,
+    ]
     done = CliRunner().invoke(app, [str(word) for word in made], catch_exceptions=False)
     assert done.exit_code == 0
     trace = traces.read(out, check=True)
-    assert (trace.n_steps, trace.header.prompt_tokens, len(trace.header.model.sha256)) == (20, 200, 64)
+    assert (trace.n_steps, trace.header.prompt_tokens, len(trace.header.model.sha256)) == (
+        20,
+        200,
+        64,
+    )
     told = CliRunner().invoke(app, ["info", str(out), "--check", "--json"], catch_exceptions=False)
     assert json.loads(told.stdout)["header"]["source"] == "dense_pooled"

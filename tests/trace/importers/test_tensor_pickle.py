@@ -17,7 +17,18 @@ from hypothesis import strategies as st
 from fmsim.errors import FmsimError
 from fmsim.trace.importers import tensor_pickle
 
-DTYPES = [torch.float32, torch.float64, torch.float16, torch.bfloat16, torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.bool]
+DTYPES = [
+    torch.float32,
+    torch.float64,
+    torch.float16,
+    torch.bfloat16,
+    torch.int64,
+    torch.int32,
+    torch.int16,
+    torch.int8,
+    torch.uint8,
+    torch.bool,
+]
 SAVERS = {
     "plain": pickle.dump,
     "plain, protocol 3": lambda value, file: pickle.dump(value, file, protocol=3),
@@ -38,12 +49,20 @@ def test_tensors_of_every_type_come_back(tmp_path, saver):
     torch.manual_seed(0)
     tensors = {str(dtype): (torch.randn(3, 4) * 20).to(dtype) for dtype in DTYPES}
     whole = torch.arange(60).reshape(3, 4, 5)
-    tensors |= {"slice": whole[1:, 2], "transposed": whole.transpose(0, 2), "shared": whole, "empty": torch.zeros(0, 7), "scalar": torch.tensor(3.5)}
+    tensors |= {
+        "slice": whole[1:, 2],
+        "transposed": whole.transpose(0, 2),
+        "shared": whole,
+        "empty": torch.zeros(0, 7),
+        "scalar": torch.tensor(3.5),
+    }
     found = tensor_pickle.load(written(tmp_path, tensors | {"a note": "kept out"}, saver))
     assert found.keys() == tensors.keys()
     for key, tensor in tensors.items():
         expected = tensor.float() if tensor.dtype == torch.bfloat16 else tensor
-        assert found[key].dtype == expected.numpy().dtype and np.array_equal(found[key], expected.numpy()), key
+        assert found[key].dtype == expected.numpy().dtype and np.array_equal(
+            found[key], expected.numpy()
+        ), key
 
 
 def reduced(function, *arguments):
@@ -71,7 +90,9 @@ HOSTILE = {
     "a class": Custom,
     "an OrderedDict with state": with_state,
     "a numpy array": lambda: np.arange(3),
-    "a code-carrying partial": lambda: reduced(__import__("functools").partial, os.system, "touch {mark}"),
+    "a code-carrying partial": lambda: reduced(
+        __import__("functools").partial, os.system, "touch {mark}"
+    ),
 }
 
 
@@ -82,7 +103,10 @@ def test_a_hostile_object_is_refused_and_does_not_run(tmp_path, name, saver):
     value = HOSTILE[name]()
     if hasattr(value, "__reduce__") and type(value).__name__ == "Hostile":
         function, arguments = value.__reduce__()
-        value = reduced(function, *(part.format(mark=str(mark)) if isinstance(part, str) else part for part in arguments))
+        value = reduced(
+            function,
+            *(part.format(mark=str(mark)) if isinstance(part, str) else part for part in arguments),
+        )
     path = written(tmp_path, {"hidden_layer_0": torch.zeros(2), "x": value}, saver)
     with pytest.raises(FmsimError, match="doc_00000.pkl: refused"):
         tensor_pickle.load(path)
@@ -99,15 +123,21 @@ def unicode(text):
 
 
 HOSTILE_BYTES = {
-    "stack global os.system": raw(unicode("os"), unicode("system"), b"\x93", unicode("true"), b"\x85R"),
-    "dotted name in an admitted module": raw(unicode("torch._utils"), unicode("_rebuild_tensor_v2.__globals__"), b"\x93"),
+    "stack global os.system": raw(
+        unicode("os"), unicode("system"), b"\x93", unicode("true"), b"\x85R"
+    ),
+    "dotted name in an admitted module": raw(
+        unicode("torch._utils"), unicode("_rebuild_tensor_v2.__globals__"), b"\x93"
+    ),
     "INST": b"(S'true'\nios\nsystem\n.",
     "EXT": raw(b"\x82\x01"),
     "BUILD on a dict": raw(b"}", b"}", b"b"),
     "persistent id": raw(unicode("anything"), b"Q"),
     "persistent id in a persistent id": raw(unicode("storage"), b"Q", b"\x85", b"Q"),
     "memo with holes": raw(b"}", b"r", struct.pack("<I", 2**31), b"0"),
-    "a list of storages for bytes": raw(unicode("torch.storage"), unicode("_load_from_bytes"), b"\x93", b"C\x03abc", b"\x85R"),
+    "a list of storages for bytes": raw(
+        unicode("torch.storage"), unicode("_load_from_bytes"), b"\x93", b"C\x03abc", b"\x85R"
+    ),
     "bytes that do not come": raw(b"\x8e", struct.pack("<Q", 2**60)),
     "frame that does not come": b"\x80\x04\x95" + struct.pack("<Q", 2**62) + b"}.",
     "not a dict": pickle.dumps([1, 2]),
@@ -126,16 +156,29 @@ def test_hostile_bytes_are_one_clear_error(tmp_path, name):
         tensor_pickle.load(path)
 
 
-def with_tensor(size, stride, offset=0, kind="FloatStorage", elements=4, bytes_there=16, key="0", pid_key=None):
+def with_tensor(
+    size, stride, offset=0, kind="FloatStorage", elements=4, bytes_there=16, key="0", pid_key=None
+):
     """A zip of torch.save whose data.pkl claims these for one tensor."""
 
     class Writer(pickle.Pickler):
         def persistent_id(self, value):
-            return ("storage", getattr(torch, kind), pid_key or key, "cpu", elements) if value == "here" else None
+            return (
+                ("storage", getattr(torch, kind), pid_key or key, "cpu", elements)
+                if value == "here"
+                else None
+            )
 
         def reducer_override(self, value):
             if isinstance(value, Custom):
-                return torch._utils._rebuild_tensor_v2, ("here", offset, size, stride, False, OrderedDict())
+                return torch._utils._rebuild_tensor_v2, (
+                    "here",
+                    offset,
+                    size,
+                    stride,
+                    False,
+                    OrderedDict(),
+                )
             return NotImplemented
 
     pickled, archive = io.BytesIO(), io.BytesIO()
@@ -182,7 +225,9 @@ def test_compressed_members_are_refused(tmp_path):
 
 @pytest.mark.parametrize("saver", SAVERS)
 def test_a_truncated_file_is_told_wherever_it_ends(tmp_path, saver):
-    path = written(tmp_path, {"x": torch.arange(9.0), "y": torch.zeros(2, 3, dtype=torch.bfloat16)}, saver)
+    path = written(
+        tmp_path, {"x": torch.arange(9.0), "y": torch.zeros(2, 3, dtype=torch.bfloat16)}, saver
+    )
     data = path.read_bytes()
     for cut in range(0, len(data) - 1, max(1, len(data) // 60)):
         path.write_bytes(data[:cut])
@@ -193,7 +238,11 @@ def test_a_truncated_file_is_told_wherever_it_ends(tmp_path, saver):
 @settings(max_examples=200, deadline=None)
 @given(st.sampled_from(sorted(SAVERS)), st.integers(0, 10**6), st.integers(1, 255))
 def test_a_changed_byte_gives_tensors_or_one_error(tmp_path_factory, saver, place, value):
-    path = written(tmp_path_factory.mktemp("flip"), {"x": torch.arange(9.0), "y": torch.zeros(2, 3, dtype=torch.bfloat16)}, saver)
+    path = written(
+        tmp_path_factory.mktemp("flip"),
+        {"x": torch.arange(9.0), "y": torch.zeros(2, 3, dtype=torch.bfloat16)},
+        saver,
+    )
     data = bytearray(path.read_bytes())
     data[place % len(data)] ^= value
     path.write_bytes(data)
