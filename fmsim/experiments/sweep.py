@@ -123,7 +123,7 @@ def plan(
         )
     runs: dict[str, Run] = {}
     for point in itertools.product(*(axis.values for axis in axes)):
-        at_point = {key: value for key, value in zip(keys, point)}
+        at_point = dict(zip(keys, point))
         file = ScenarioFile(scenario, [*overrides, *_texts(at_point)])
         for label in [label for label, _ in build_policies(file, selected)]:
             concerned = {

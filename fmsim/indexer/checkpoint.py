@@ -155,7 +155,7 @@ def save(checkpoint: Checkpoint, path: str | os.PathLike) -> None:
 def _read_safetensors(path: Path) -> tuple[dict[str, np.ndarray], dict[str, str]]:
     try:
         with safe_open(path, framework="numpy") as file:
-            return {key: file.get_tensor(key).copy() for key in file.keys()}, dict(
+            return {key: file.get_tensor(key).copy() for key in file.keys()}, dict(  # noqa: SIM118 (not a dict)
                 file.metadata() or {}
             )
     except (SafetensorError, OSError, TypeError) as error:

@@ -59,7 +59,7 @@ class Corpus:
 
 def from_texts(texts: dict[str, str]) -> Corpus:
     """A corpus of the given texts by name, in their order."""
-    encoded = [item.ids + [bpe.EOS_ID] for item in bpe.load().encode_batch(list(texts.values()))]
+    encoded = [[*item.ids, bpe.EOS_ID] for item in bpe.load().encode_batch(list(texts.values()))]
     ends = np.cumsum([0] + [len(item) for item in encoded])
     return Corpus(
         np.concatenate([np.asarray(item, np.uint16) for item in encoded]), ends, list(texts)

@@ -26,9 +26,20 @@ FACT_STYLES = (
 FACT_STYLE_ODDS = (0.5, 0.3, 0.1, 0.1)
 PAIR_ODDS = 0.3  # of a key being adjective-noun
 NAMES, NAME_LETTERS = 8000, 5
-MONTHS = (
-    ["January", "February", "March", "April", "May", "June", "July", "August", "September", "October", "November", "December"]
-)
+MONTHS = [
+    "January",
+    "February",
+    "March",
+    "April",
+    "May",
+    "June",
+    "July",
+    "August",
+    "September",
+    "October",
+    "November",
+    "December",
+]
 
 Tokens = list[int]
 

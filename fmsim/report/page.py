@@ -248,6 +248,7 @@ def _table(results: Results) -> str:
     notes = "".join(f"<li>{html.escape(note)}</li>" for note in table.NOTES)
     rows = "".join(body)
     return (
-        f'<div class="scroll"><table><thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table></div>'
+        f'<div class="scroll"><table><thead><tr>{head}</tr></thead>'
+        f"<tbody>{rows}</tbody></table></div>"
         f'<ul class="notes">{notes}</ul>'
     )

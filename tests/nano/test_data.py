@@ -25,13 +25,27 @@ from fmsim.nano.training.corpus import (
     write_documents,
 )
 
-SUBJECTS = (
-    ["The engine", "A clerk", "My neighbour", "This table", "Her letter", "The kernel", "Some index", "One page"]
-)
+SUBJECTS = [
+    "The engine",
+    "A clerk",
+    "My neighbour",
+    "This table",
+    "Her letter",
+    "The kernel",
+    "Some index",
+    "One page",
+]
 VERBS = ["reads", "forgets", "moves", "keeps", "returns", "measures", "opens", "describes"]
-OBJECTS = (
-    ["the old house.", "a long list.", "every line of it.", "his coat.", "two of them.", "the cache.", "nothing at all.", "a garden."]
-)
+OBJECTS = [
+    "the old house.",
+    "a long list.",
+    "every line of it.",
+    "his coat.",
+    "two of them.",
+    "the cache.",
+    "nothing at all.",
+    "a garden.",
+]
 
 
 def made_up_text(seed: int, sentences: int) -> str:

@@ -2,6 +2,7 @@
 trace processor.
 """
 
+import itertools
 import json
 import shutil
 import subprocess
@@ -78,7 +79,7 @@ def test_no_two_slices_of_a_track_overlap(runs, text):
     for process in range(1, len(runs) + 1):
         for track in TRACKS:
             events = sorted(slices(text, process, track), key=lambda event: event["ts"])
-            for first, second in zip(events, events[1:]):
+            for first, second in itertools.pairwise(events):
                 assert round((first["ts"] + first["dur"]) * 1000) <= round(second["ts"] * 1000), (
                     track,
                     first,

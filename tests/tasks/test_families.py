@@ -1,5 +1,7 @@
 """Task families: exact lengths, answers that the context holds, fixed seeds, RULER's scoring."""
 
+import itertools
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -13,9 +15,25 @@ from fmsim.tasks import FAMILIES, Question, build, in_contexts
 from fmsim.tasks.contexts import SHARING
 
 rng = np.random.default_rng(0)
-WORDS = (
-    ["the", "river", "ran", "past", "an", "old", "mill", "and", "nobody", "knew", "who", "had", "built", "it", "there", "before", "stones"]
-)
+WORDS = [
+    "the",
+    "river",
+    "ran",
+    "past",
+    "an",
+    "old",
+    "mill",
+    "and",
+    "nobody",
+    "knew",
+    "who",
+    "had",
+    "built",
+    "it",
+    "there",
+    "before",
+    "stones",
+]
 CORPUS = corpora.from_texts(
     {f"text {n}": " ".join(rng.choice(WORDS, 4000)) + "." for n in range(6)}
 )
@@ -93,14 +111,14 @@ def test_an_updated_memory_is_the_one_told_last():
 def test_variables_form_a_chain():
     text, [question] = questions("vt")
     names = question.references
-    assert all(f"VAR {name} = VAR {source}." in text for source, name in zip(names, names[1:]))
+    assert all(f"VAR {name} = VAR {source}." in text for source, name in itertools.pairwise(names))
 
 
 def test_rounds_stand_after_the_rounds_before_rightly_answered():
     [context] = build(["multi_round"], 4096, 0, CORPUS)
     text, asked = text_of(context.tokens), context.questions
     assert len(asked) == 4 and text.count(" code is ") == 8
-    for before, question in zip(asked, asked[1:]):
+    for before, question in itertools.pairwise(asked):
         assert (
             question.tokens[: len(before.tokens) + len(before.answer)]
             == before.tokens + before.answer

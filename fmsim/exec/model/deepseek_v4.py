@@ -371,7 +371,7 @@ def index_scores_blocked(queries: Tensor, weights: Tensor, keys: Tensor) -> Tens
     """``index_scores`` for long histories on a CPU: in blocks that stay in its caches, four times
     as fast.
     """
-    batch, tokens, heads, width = queries.shape
+    batch, tokens, heads, _width = queries.shape
     scores = queries.new_empty(batch, tokens, keys.shape[1])
     for b in range(batch):
         for rows in torch.arange(tokens).split(QUERY_BLOCK):

@@ -123,7 +123,7 @@ class Shards:
                 self.files[path] = safe_open(path, framework="pt")
         except SafetensorError as error:
             raise _unreadable(path, error) from error
-        self.where = {name: path for path, file in self.files.items() for name in file.keys()}
+        self.where = {name: path for path, file in self.files.items() for name in file.keys()}  # noqa: SIM118 (not a dict)
         scales = {scale for name in self.where for scale in scale_names(name)}
         self.names = [name for name in self.where if name not in scales]
         self.block = _fp8_block(directory)

@@ -30,7 +30,29 @@ SHORTEST_CHARS = 600
 SHORTEST_REPEATED_CHARS = 200  # a paragraph this long is kept once in the whole corpus
 DICTIONARY_PART_CHARS = 65_536
 COMMON_WORDS = frozenset(
-    ["the", "of", "and", "to", "in", "is", "a", "for", "it", "be", "that", "this", "with", "as", "on", "or", "not", "are", "by", "if", "from"]
+    [
+        "the",
+        "of",
+        "and",
+        "to",
+        "in",
+        "is",
+        "a",
+        "for",
+        "it",
+        "be",
+        "that",
+        "this",
+        "with",
+        "as",
+        "on",
+        "or",
+        "not",
+        "are",
+        "by",
+        "if",
+        "from",
+    ]
 )
 
 

@@ -16,14 +16,103 @@ from pathlib import Path
 from fmsim.errors import FmsimError
 
 BLOCKS = frozenset(
-    ["address", "article", "aside", "blockquote", "body", "br", "caption", "dd", "div", "dl", "dt", "fieldset", "figure", "footer", "form", "h1", "h2", "h3", "h4", "h5", "h6", "header", "hr", "li", "main", "ol", "option", "p", "pre", "section", "table", "tbody", "thead", "title", "tr", "ul"]
+    [
+        "address",
+        "article",
+        "aside",
+        "blockquote",
+        "body",
+        "br",
+        "caption",
+        "dd",
+        "div",
+        "dl",
+        "dt",
+        "fieldset",
+        "figure",
+        "footer",
+        "form",
+        "h1",
+        "h2",
+        "h3",
+        "h4",
+        "h5",
+        "h6",
+        "header",
+        "hr",
+        "li",
+        "main",
+        "ol",
+        "option",
+        "p",
+        "pre",
+        "section",
+        "table",
+        "tbody",
+        "thead",
+        "title",
+        "tr",
+        "ul",
+    ]
 )
-PARAGRAPHS = frozenset(["p", "pre", "h1", "h2", "h3", "h4", "h5", "h6", "dl", "ul", "ol", "table", "blockquote", "section"])
-SKIPPED_TAGS = frozenset(["script", "style", "head", "nav", "header", "footer", "button", "svg", "select"])
+PARAGRAPHS = frozenset(
+    [
+        "p",
+        "pre",
+        "h1",
+        "h2",
+        "h3",
+        "h4",
+        "h5",
+        "h6",
+        "dl",
+        "ul",
+        "ol",
+        "table",
+        "blockquote",
+        "section",
+    ]
+)
+SKIPPED_TAGS = frozenset(
+    ["script", "style", "head", "nav", "header", "footer", "button", "svg", "select"]
+)
 SKIPPED_MARKS = frozenset(
-    ["sphinxsidebar", "related", "footer", "navheader", "navfooter", "docnav", "headerlink", "wy-nav-side", "wy-nav-top", "rst-footer-buttons", "toc", "toctree-wrapper", "navigation", "nosearch", "fancy_title", "genindextable"]
+    [
+        "sphinxsidebar",
+        "related",
+        "footer",
+        "navheader",
+        "navfooter",
+        "docnav",
+        "headerlink",
+        "wy-nav-side",
+        "wy-nav-top",
+        "rst-footer-buttons",
+        "toc",
+        "toctree-wrapper",
+        "navigation",
+        "nosearch",
+        "fancy_title",
+        "genindextable",
+    ]
 )
-VOID = frozenset(["area", "base", "br", "col", "embed", "hr", "img", "input", "link", "meta", "source", "track", "wbr"])
+VOID = frozenset(
+    [
+        "area",
+        "base",
+        "br",
+        "col",
+        "embed",
+        "hr",
+        "img",
+        "input",
+        "link",
+        "meta",
+        "source",
+        "track",
+        "wbr",
+    ]
+)
 
 
 class _Reader(HTMLParser):

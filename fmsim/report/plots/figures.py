@@ -273,7 +273,7 @@ def regret(results: Results, style: Style, curves: dict[str, Any]) -> go.Figure:
         subplot_titles=[titles[kind] for kind in kinds],
         row_heights=[len(found) for found in kinds.values()] or None,
     )
-    for place, (kind, found) in enumerate(kinds.items(), 1):
+    for place, (_kind, found) in enumerate(kinds.items(), 1):
         points = np.array([np.subtract(one["own"], one["bound"]) for one in found.values()]) * 100
         figure.add_heatmap(
             z=points,

@@ -2,6 +2,7 @@
 server writes them (pickle.dump of tensors).
 """
 
+import itertools
 import json
 import pickle
 from dataclasses import replace
@@ -206,7 +207,7 @@ def test_an_imported_dump_is_exported_as_it_was(tmp_path):
         )
         assert ours[f"hidden_layer_{layer}"][1].isnan().all()
     pointers = ours["label_pointers"].tolist()
-    rows = [slice(*pair) for pair in zip(pointers, pointers[1:])]
+    rows = [slice(*pair) for pair in itertools.pairwise(pointers)]
     written = [
         list(zip(ours["label_indices"][row].tolist(), ours["label_scores"][row].tolist()))
         for row in rows
