@@ -30,8 +30,8 @@ import yaml
 
 from fmsim import trace as traces
 from fmsim.errors import FmsimError
-from fmsim.exec.decode.driven import DrivenDecode
 from fmsim.exec.decode.synthetic_decode import SyntheticStep
+from fmsim.exec.decode.trace_driven import TraceDrivenDecode
 from fmsim.exec.kernels.layout import KEY, LATENT
 from fmsim.exec.measure import calibrate
 from fmsim.exec.measure.kernel_cases import recall
@@ -46,7 +46,7 @@ from fmsim.policies.base import Policy
 from fmsim.replay.replayer import Replayer
 from fmsim.sim import metrics
 from fmsim.sim.decode import simulate
-from fmsim.sim.footprint import footprint, spread
+from fmsim.sim.footprint import allocation, footprint, spread
 
 GIB = 2**30
 SPARE_BYTES = (
@@ -107,12 +107,9 @@ class Setting:
         return experts_that_fit(self.geometry, free_bytes)
 
     def request_bytes(self, make: Callable[[], Policy]) -> int:
-        ledger = self.replayer.run(make())
-        return synthetic_run.kv_bytes_of(
-            footprint(ledger, self.geometry, self.layer_map), ledger, self.geometry
-        )
+        return allocation(self.replayer.run(make()), self.geometry).kv_bytes
 
-    def kinds(self, run: synthetic_run.Run) -> np.ndarray:
+    def kinds(self, run: synthetic_run.SyntheticRun) -> np.ndarray:
         """What sets each step apart: a decision, an entry that closed before it, or nothing."""
         entries, cadence = self.replayer.entries[: self.replayer.n_steps], run.policy.params.cadence
         closed = np.diff(entries, prepend=entries[0]) > 0
@@ -205,7 +202,7 @@ def full_step(setting: Setting) -> Callable[[int], None]:
     policy = registry.build("full")
     ledger = setting.replayer.run(registry.build("full"))
     place = footprint(ledger, setting.geometry, setting.layer_map)
-    decode = DrivenDecode(
+    decode = TraceDrivenDecode(
         setting.replayer,
         policy,
         setting.geometry,

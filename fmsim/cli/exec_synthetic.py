@@ -41,7 +41,7 @@ def show(
     from fmsim.experiments.run import geometry_named
     from fmsim.replay.replayer import Replayer
     from fmsim.report.tables import measured
-    from fmsim.sim.footprint import footprint, spread
+    from fmsim.sim.footprint import allocation, spread
 
     geometry, device, path = (
         geometry_named(model),
@@ -54,9 +54,7 @@ def show(
     )
     layer_map = spread(found.n_layers, geometry.n_csa)
     ledger = replayer.run(_policy(policy, override))
-    request_bytes = synthetic_run.kv_bytes_of(
-        footprint(ledger, geometry, layer_map), ledger, geometry
-    )
+    request_bytes = allocation(ledger, geometry).kv_bytes
     if kv_budget is not None:
         batch = synthetic_run.batch_that_fits(_bytes(kv_budget), request_bytes)
     weights, n_experts = synthetic_run.weights_for(geometry, device, batch * request_bytes, seed)

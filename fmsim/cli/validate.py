@@ -33,8 +33,8 @@ def validate(
     ] = False,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="no progress bar")] = False,
 ) -> None:
-    """Run policies in both worlds on one trace: the replay in numpy, and the engine's keeper in
-    torch over a tiered cache whose bytes are really moved.
+    """Run policies in both worlds on one trace: the replay in numpy, and the engine's loop in torch
+    over a tiered cache whose bytes are really moved.
 
     Resident sets must be the same slot for slot at every step. The exit code is 1 where something
     differs.

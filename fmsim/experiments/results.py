@@ -10,7 +10,7 @@ from typing import Any
 
 from fmsim.errors import FmsimError
 from fmsim.replay.ledger import Ledger
-from fmsim.sim.decode import Timeline
+from fmsim.sim.timeline import SimulatedTimeline
 
 REPORT_NAME = "report.json"
 
@@ -35,7 +35,7 @@ class Results:
 
     report: dict[str, Any]
     ledgers: dict[str, Ledger]
-    timelines: dict[str, Timeline]
+    timelines: dict[str, SimulatedTimeline]
 
     @property
     def rows(self) -> list[dict[str, Any]]:
@@ -78,5 +78,5 @@ class Results:
         return cls(
             report,
             ledgers,
-            {label: Timeline.load(timeline_path(folder, label)) for label in labels},
+            {label: SimulatedTimeline.load(timeline_path(folder, label)) for label in labels},
         )

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import difflib
 import json
-import os
-import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +13,7 @@ from fmsim import __version__
 from fmsim.errors import FmsimError
 from fmsim.experiments.parallel import in_parallel
 from fmsim.experiments.results import REPORT_NAME, ledger_path, timeline_path
+from fmsim.files import write_text
 from fmsim.geometry import PRESETS, Geometry, from_config
 from fmsim.hw import Hardware, load_hardware, replace_figure
 from fmsim.policies import registry
@@ -23,8 +22,9 @@ from fmsim.replay.ledger import Ledger
 from fmsim.replay.replayer import Replayer
 from fmsim.scenario import PolicySpec, ScenarioFile
 from fmsim.sim import metrics
-from fmsim.sim.decode import Timeline, simulate
+from fmsim.sim.decode import simulate
 from fmsim.sim.footprint import check_layer_map
+from fmsim.sim.timeline import SimulatedTimeline
 from fmsim.trace import read
 
 
@@ -34,7 +34,7 @@ class PolicyRun:
 
     label: str
     ledger: Ledger
-    timeline: Timeline
+    timeline: SimulatedTimeline
     row: dict[str, Any]
     details: dict[str, Any]
 
@@ -255,16 +255,3 @@ def about(setting: Setting) -> dict[str, Any]:
             "h2d_bytes",
         ],
     }
-
-
-def write_text(path: Path, text: str) -> None:
-    """The file appears whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.name, suffix=".part")
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8") as out:
-            out.write(text)
-        os.replace(temporary, path)
-    except BaseException:
-        os.unlink(temporary)
-        raise

@@ -13,7 +13,8 @@ import numpy as np
 
 from fmsim.errors import FmsimError
 from fmsim.experiments.parallel import in_parallel
-from fmsim.experiments.run import Setting, about, build_policies, write_text
+from fmsim.experiments.run import Setting, about, build_policies
+from fmsim.files import write_text
 from fmsim.policies import registry
 from fmsim.policies.base import Policy
 from fmsim.replay.ledger import Ledger

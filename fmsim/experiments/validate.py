@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from fmsim.exec.decode.driven import DrivenDecode, Outcome, device_name
+from fmsim.exec.decode.trace_driven import TraceDrivenDecode, TraceDrivenRun, device_name
 from fmsim.exec.runs import synthetic as synthetic_run
 from fmsim.experiments.run import build, load_geometry, run_scenario, select
 from fmsim.geometry import Geometry
@@ -18,7 +18,13 @@ from fmsim.replay.ledger import Ledger
 from fmsim.replay.replayer import Replayer
 from fmsim.scenario import ScenarioFile
 from fmsim.sim import metrics
-from fmsim.sim.footprint import Footprint, check_layer_map, footprint, indexer_layers
+from fmsim.sim.footprint import (
+    Footprint,
+    allocation,
+    check_layer_map,
+    footprint,
+    keyed_layers,
+)
 from fmsim.trace import read
 
 
@@ -71,12 +77,10 @@ def validate(
     for number, (label, make) in enumerate(policies):
         progress(label, number, len(policies))
         slots: list[np.ndarray] = []
-        ledger = replayer.run(make(), lambda keeper: slots.append(keeper.residency.slots.copy()))
+        ledger = replayer.run(make(), lambda manager: slots.append(manager.residency.slots.copy()))
         place = footprint(ledger, geometry, layer_map)
-        keyed_layers = (
-            min(geometry.n_csa, indexer_layers(ledger)) if place.keys_tiered else geometry.n_csa
-        )
-        decode = DrivenDecode(replayer, make(), geometry, place.groups, keyed_layers, device)
+        keyed = keyed_layers(ledger, geometry)
+        decode = TraceDrivenDecode(replayer, make(), geometry, place.groups, keyed, device)
         checks.append(compare(label, ledger, np.stack(slots), decode, decode.run(), place))
     return checks
 
@@ -185,12 +189,12 @@ def compare(
     label: str,
     ledger: Ledger,
     slots: np.ndarray,
-    decode: DrivenDecode,
-    outcome: Outcome,
+    decode: TraceDrivenDecode,
+    outcome: TraceDrivenRun,
     place: Footprint,
 ) -> Check:
     """The replay's `ledger` and `slots` beside the `outcome` of the engine's `decode`."""
-    geometry, keyed_layers = decode.geometry, decode.keyed_layers
+    geometry = decode.geometry
     differs = np.flatnonzero((slots != outcome.slots).any(axis=(1, 2)))
     fields_apart = [
         f.name
@@ -201,14 +205,9 @@ def compare(
         (one.demand_loads + one.lookahead_loads).sum(axis=0, dtype=np.int64)
         for one in (ledger, outcome.ledger)
     )
-    tiered_keys = place.groups[keyed_layers:]
+    tiered_keys = place.groups[decode.keyed_layers :]
     entry_bytes, key_bytes = (
         ledger.granularity * size for size in (geometry.kv_entry_bytes, geometry.index_key_bytes)
-    )
-    tokens = int(place.tokens[-1])
-    slot_entries = ledger.n_slots * ledger.granularity
-    keyed_pairs = (
-        keyed_layers * geometry.csa_entries(tokens) + (geometry.n_csa - keyed_layers) * slot_entries
     )
     return Check(
         label=label,
@@ -220,9 +219,7 @@ def compare(
             loads[place.groups].sum() * entry_bytes + loads[tiered_keys].sum() * key_bytes
         ),
         engine_bytes=outcome.h2d_bytes,
-        predicted_kv_bytes=geometry.gpu_kv_bytes(
-            tokens, slot_entries * geometry.n_csa, keyed_pairs
-        ),
+        predicted_kv_bytes=allocation(ledger, geometry).kv_bytes,
         allocated_kv_bytes=decode.slot_bytes + decode.fixed.nbytes,
         spare_bytes=decode.spare_bytes,
         measured_step_p50_s=float(np.median(outcome.step_s)),

@@ -230,6 +230,11 @@ class Policy:
         except ValidationError as error:
             raise FmsimError(f"policy {self.name}: {describe(error)}") from None
 
+    @property
+    def observes(self) -> bool:
+        """The policy learns from what a step selects."""
+        return type(self).observe is not Policy.observe
+
     def n_slots(self, n_pages: int, **sizes: Any) -> int:
         """Slots in each group, at most one a page; `sizes` are the arguments of
         `Budget.entries`.

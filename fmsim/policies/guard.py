@@ -22,12 +22,30 @@ class Guarded:
         self.policy, self.name, self.params = policy, policy.name, policy.params
 
     @property
+    def evidence(self) -> str:
+        return self.policy.evidence
+
+    @property
     def floor(self) -> float | None:
         return self.policy.floor
 
-    def _call(self, where: str, method: Callable[..., Any], *args: Any) -> Any:
+    @property
+    def decides_ahead(self) -> bool:
+        return self.policy.decides_ahead
+
+    @property
+    def observes(self) -> bool:
+        return self.policy.observes
+
+    def n_slots(self, n_pages: int, **sizes: Any) -> int:
+        return self._call("reset", self.policy.n_slots, n_pages, **sizes)
+
+    def target_layers(self) -> tuple[int, ...]:
+        return self._call("reset", self.policy.target_layers)
+
+    def _call(self, where: str, method: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         try:
-            return method(*args)
+            return method(*args, **kwargs)
         except FmsimError:
             raise
         except Exception as error:  # whatever a plug-in raises

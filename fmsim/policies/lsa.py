@@ -186,8 +186,9 @@ class LSA(LookaheadPolicy):
         )  # of a subclass with scores of its own
 
     def _state(self, step: int) -> LookaheadState:
-        """The state that the set from `step` on is chosen by; the first window has no older one
-        than its own.
+        """The newest state known when the set from `step` on is chosen.
+
+        A stale one is known one cadence earlier; the first set has none older than its own.
         """
-        window = step // self.ctx.tau
-        return self.ctx.lookahead(max(window - 1, 0) if self.params.stale else window)
+        known = max(step - self.params.cadence, 0) if self.params.stale else step
+        return self.ctx.lookahead(known // self.ctx.tau)

@@ -26,6 +26,7 @@ class Oracle(LookaheadPolicy):
     evidence = "future"
     decision_scope = "layer"
     floor = USED
+    decides_ahead = True  # it knows every window
 
     class Params(PolicyParams):
         budget: Budget = Field(

@@ -1,9 +1,6 @@
-"""A policy at the wheel of a residency, one decode step at a time.
+"""A policy at the wheel of a residency.
 
-The replay and the engine both drive this.
-
-The order within a step: pages that just closed are written; at a decision the resident set is
-chosen anew; then the selected pages are looked up and misses dealt with as `on_miss` says.
+`fmsim.replay.decode_loop` says in which order a step asks it for what.
 """
 
 from __future__ import annotations
@@ -16,41 +13,45 @@ from array_api_compat import array_namespace
 from fmsim import arrays
 from fmsim.errors import FmsimError
 from fmsim.policies.base import Context, Observation, Policy
+from fmsim.replay.paging import Accesses
 from fmsim.replay.residency import Moves, Residency
 
 Array = Any
+AHEAD = 4  # slots to each spare slot for what is recalled ahead of a decision
 
 
 @dataclass(frozen=True)
-class Accesses:
-    """What one step's native indexer selected, by page: [G, n], pages int32 unique in a row, -1 =
-    padding.
+class Served:
+    """One step's accesses and what the cache had of them: [G, n], beside `Accesses.pages`."""
+
+    use: Accesses
+    slot: Array  # int32: where the page lay when the step began, or -1
+    hit: Array  # bool: it was resident
+    fetched: Array  # bool: it was loaded for this step
+
+    @property
+    def attended(self) -> Array:
+        """bool: attention could read it."""
+        return self.hit | self.fetched
+
+
+class CacheManager:
+    """One policy, reset with `ctx`, and its residency.
+
+    Unless `cold`, the first set is what the prefill leaves on the GPU. That is no traffic, since
+    the prefill wrote it there.
     """
 
-    pages: Array
-    count: Array  # int32: entries selected in the page
-    mass: Array  # float32: attention mass on them
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """What became of one step's accesses: bool [G, n], beside `Accesses.pages`."""
-
-    hit: Array
-    fetched: Array
-    moves: Moves | None  # None where on_miss never loads
-
-
-class Keeper:
-    """One policy, reset with `ctx`, and its residency."""
-
-    def __init__(self, policy: Policy, ctx: Context) -> None:
-        self.policy, self.ctx = policy, ctx
+    def __init__(self, policy: Policy, ctx: Context, *, cold: bool = False) -> None:
+        self.policy = policy
+        self.ctx = ctx
         self.residency = Residency(ctx.n_groups, ctx.n_pages, ctx.n_slots, ctx.xp, ctx.device)
         policy.reset(ctx)
         self.pins = policy.pins()
         self._check_pins()
         self._see(ctx.prompt_entries)
+        if not cold:
+            self.decide(0)
 
     @property
     def keeps_all(self) -> bool:
@@ -61,7 +62,35 @@ class Keeper:
     def passive(self) -> bool:
         """What a step selects changes nothing: it is never loaded, and the policy does not look."""
         never_loads = self.policy.params.on_miss == "mask" or self.keeps_all
-        return never_loads and type(self.policy).observe is Policy.observe
+        return never_loads and not self.policy.observes
+
+    @property
+    def comes_back(self) -> bool:
+        """Pages can be loaded from the host: by a miss or by a decision."""
+        params = self.policy.params
+        return not self.keeps_all and (params.on_miss != "mask" or params.cadence > 1)
+
+    @property
+    def needs_all_keys(self) -> bool:
+        """The native indexer scores every entry, so all index keys stay on the GPU.
+
+        Otherwise a layer scores what is resident, and keys come and go with their entries; only the
+        layers that a memory indexer scores keep all (arXiv 2606.09079).
+        """
+        return self.policy.params.on_miss != "mask" or self.keeps_all
+
+    @property
+    def ahead_slots(self) -> int:
+        """Spare slots of each group for what is recalled before its decision."""
+        if not (self.comes_back and self.policy.decides_ahead and self.policy.params.cadence > 1):
+            return 0
+        return -(-self.ctx.n_slots // AHEAD)
+
+    def miss_slots(self, selected: int) -> int:
+        """Spare slots of each group for one step's misses, of at most `selected` pages."""
+        if self.keeps_all or self.policy.params.on_miss == "mask":
+            return 0
+        return min(selected, self.ctx.n_pages)
 
     def _check_pins(self) -> None:
         """Pinned pages must fit the budget to the end of the run."""
@@ -103,12 +132,6 @@ class Keeper:
             return None
         return lambda pages: (pages < self.pins.sink) | (pages >= tail)
 
-    def start(self) -> None:
-        """Choose what the prefill leaves on the GPU; not traffic, since the prefill wrote it
-        there.
-        """
-        self.decide(0)
-
     def write(self, step: int, n_entries: int) -> Moves | None:
         """`n_entries` are visible at this step: give newly begun pages a slot.
 
@@ -146,10 +169,17 @@ class Keeper:
         worth = self.policy.ahead(step, visible)
         return self.residency.foresee(worth, self.policy.floor, self._pinned(visible, tail), most)
 
-    def access(self, step: int, use: Accesses) -> Outcome:
-        """Look the step's pages up, load what `on_miss` says, and let the policy see."""
+    def look_up(self, use: Accesses) -> Served:
+        """Which of a step's pages are here, and which of the missing ones `on_miss` loads."""
         slot = self.residency.lookup(use.pages)
-        return self._settle(step, use, slot, self.to_fetch(use, (use.pages >= 0) & (slot < 0)))
+        hit = slot >= 0
+        return Served(use, slot, hit, self.to_fetch(use, (use.pages >= 0) & ~hit))
+
+    def look_back(self, use: Accesses, attended: Array) -> Served:
+        """The same of a step whose layers loaded what they missed: bool `attended` [G, n]."""
+        slot = self.residency.lookup(use.pages)
+        hit = slot >= 0
+        return Served(use, slot, hit, attended & (use.pages >= 0) & ~hit)
 
     def to_fetch(self, use: Accesses, missing: Array) -> Array:
         """Which of the missing pages `on_miss` loads: bool [G, n]."""
@@ -158,22 +188,25 @@ class Keeper:
             return heaviest_missing(use, missing, params.fallback_above, params.fallback_below)
         return missing if params.on_miss == "fetch" else use.pages < -1
 
-    def settle(self, step: int, use: Accesses, fetched: Array) -> Outcome:
-        """End a step whose missing pages were loaded where `fetched`: let the policy see, and give
-        them slots.
-        """
-        return self._settle(step, use, self.residency.lookup(use.pages), fetched)
+    def settle(self, step: int, served: Served) -> Moves | None:
+        """End a step: let the policy see, and give slots to what was fetched.
 
-    def _settle(self, step: int, use: Accesses, slot: Array, fetched: Array) -> Outcome:
-        xp, hit = self.ctx.xp, slot >= 0
-        seen = xp.where(hit | fetched, use.mass, 0.0)
-        self.policy.observe(step, Observation(use.pages, use.count, seen, hit, fetched))
-        if self.policy.params.on_miss == "mask":
-            return Outcome(hit, fetched, None)
-        moves = self.residency.admit(
-            use.pages, fetched, lambda pages: self.policy.worth(step, pages), self._pinned(), slot
+        None where `on_miss` never loads.
+        """
+        use = served.use
+        seen = self.ctx.xp.where(served.attended, use.mass, 0.0)
+        self.policy.observe(
+            step, Observation(use.pages, use.count, seen, served.hit, served.fetched)
         )
-        return Outcome(hit, fetched, moves)
+        if self.policy.params.on_miss == "mask":
+            return None
+        return self.residency.admit(
+            use.pages,
+            served.fetched,
+            lambda pages: self.policy.worth(step, pages),
+            self._pinned(),
+            served.slot,
+        )
 
 
 def heaviest_missing(use: Accesses, missing: Array, above: float, below: float) -> Array:

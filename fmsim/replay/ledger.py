@@ -17,7 +17,7 @@ import numpy as np
 
 from fmsim.errors import FmsimError
 
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 
 
 @dataclass(frozen=True)
@@ -75,6 +75,14 @@ class Ledger:
     )  # [n] float32: Jaccard of the resident sets at successive windows' starts, mean over G
     scored: np.ndarray  # [T] int64: entries scored by a memory indexer at this step
     unmeasured: list[int] = field(default_factory=list)  # layers; none in a replay
+
+    # What the run needs of a server, declared by the policy and its cache manager.
+    decides_ahead: bool = False  # what a decision recalls is known one cadence before it
+    # CSA layers, from 0, whose index keys a memory indexer scores: they keep all of them
+    target_layers: list[int] = field(default_factory=list)
+    all_keys: bool = True  # every layer's index keys all stay on the GPU
+    ahead_slots: int = 0  # spare slots a group for what is recalled ahead of its decision
+    miss_slots: int = 0  # spare slots a group for one step's misses
 
     def save(self, path: str | Path) -> None:
         """Write one .npz; it appears whole or not at all."""

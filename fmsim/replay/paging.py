@@ -4,6 +4,7 @@ replays.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -12,10 +13,21 @@ import numpy as np
 from array_api_compat import array_namespace
 
 from fmsim import arrays
-from fmsim.replay.cache_manager import Accesses
 
-GOLDEN_SHARE = 0.6  # arXiv 2606.09079, section 3.2
+Array = Any
+
 CHUNK_STEPS = 64  # bounds the temporaries
+
+
+@dataclass(frozen=True)
+class Accesses:
+    """What one step's native indexer selected, by page: [G, n], pages int32 unique in a row, -1 =
+    padding.
+    """
+
+    pages: Array
+    count: Array  # int32: entries selected in the page
+    mass: Array  # float32: attention mass on them
 
 
 @dataclass(frozen=True)
@@ -25,9 +37,8 @@ class Paged:
     pages: np.ndarray  # [T, G, n] int32, ascending and unique in a row
     count: np.ndarray  # [T, G, n] int32: entries selected in the page
     mass: np.ndarray  # [T, G, n] float32: attention mass on them
-    column: (
-        np.ndarray | None
-    )  # [T, L, K] int32: where each entry's page stands in its row; None where it is the same place
+    # [T, L, K] int32: where each entry's page stands in its row; None where it is the same place
+    column: np.ndarray | None
     n_pages: int
 
     def by_entry(self, flag: np.ndarray, layers: int) -> np.ndarray:
@@ -47,13 +58,14 @@ class Paged:
 
 
 class PagedFuture:
-    """`policies.base.Future` over a Paged trace."""
+    """`policies.base.Future` over a Paged trace, in the arrays that `there` makes of numpy's."""
 
-    def __init__(self, paged: Paged) -> None:
+    def __init__(self, paged: Paged, there: Callable[[np.ndarray], Any] = lambda array: array):
         self.paged = paged
+        self.there = there
         self.never = len(paged.pages)
 
-    def window(self, step: int, horizon: int) -> tuple[np.ndarray, np.ndarray]:
+    def window(self, step: int, horizon: int) -> tuple[Any, Any]:
         paged, steps = self.paged, slice(step, step + horizon)
         groups = paged.pages.shape[1]
         at = np.where(paged.pages[steps] < 0, paged.n_pages, paged.pages[steps])
@@ -65,13 +77,14 @@ class PagedFuture:
         )
         used = np.zeros(size, dtype=bool)
         used[at] = True
-        return mass.reshape(groups, -1)[:, :-1], used.reshape(groups, -1)[:, :-1]
+        mass, used = (part.reshape(groups, -1)[:, :-1] for part in (mass, used))
+        return self.there(mass), self.there(used)
 
-    def first_use(self) -> np.ndarray:
-        return self._next[1]
+    def first_use(self) -> Any:
+        return self.there(self._next[1])
 
-    def next_use(self, step: int) -> np.ndarray:
-        return self._next[0][step]
+    def next_use(self, step: int) -> Any:
+        return self.there(self._next[0][step])
 
     @cached_property
     def _next(self) -> tuple[np.ndarray, np.ndarray]:
@@ -96,30 +109,6 @@ def read_trace(trace: Any) -> tuple[np.ndarray, np.ndarray]:
     if (ids < 0).any():
         mass = np.where(ids < 0, np.float32(0), mass)
     return ids, mass
-
-
-def golden_mask(ids: np.ndarray, mass: np.ndarray) -> np.ndarray:
-    """bool [T, L, K]: the head of each step's list sorted by mass, up to and with the entry that
-    reaches GOLDEN_SHARE.
-
-    Of equal masses the earlier in the list comes first; a list without mass has no golden entry.
-    """
-    golden = np.empty(ids.shape, dtype=bool)
-    place = (ids.shape[2] - 1 - np.arange(ids.shape[2])).astype(np.int32)
-    for first in range(0, len(ids), CHUNK_STEPS):
-        part = mass[first : first + CHUNK_STEPS].astype(np.float16)
-        key = (
-            part.view(np.int16).astype(np.int32) << 16
-        ) | place  # float16 bits of a mass >= 0 keep its order
-        ranked = -np.sort(-key, axis=-1)
-        sorted_mass = (ranked >> 16).astype(np.int16).view(np.float16).astype(np.float32)
-        before = np.cumsum(sorted_mass, axis=-1) - sorted_mass
-        head = (before < GOLDEN_SHARE * sorted_mass.sum(axis=-1, keepdims=True)) & (sorted_mass > 0)
-        least = np.take_along_axis(
-            ranked, np.maximum(head.sum(axis=-1, keepdims=True) - 1, 0), axis=-1
-        )
-        golden[first : first + CHUNK_STEPS] = (key >= least) & (part > 0)
-    return golden
 
 
 def page_trace(

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from fmsim.replay.ledger import Ledger
-from fmsim.sim.decode import Timeline, Transfer
+from fmsim.sim.timeline import SimulatedTimeline, Transfer
 
 TRACKS = {  # key -> name, in the order in which they are shown
     "decode": "decode steps",
@@ -31,7 +31,9 @@ Event = dict[str, Any]
 
 
 def trace_json(
-    labels: Mapping[str, str], ledgers: Mapping[str, Ledger], timelines: Mapping[str, Timeline]
+    labels: Mapping[str, str],
+    ledgers: Mapping[str, Ledger],
+    timelines: Mapping[str, SimulatedTimeline],
 ) -> str:
     """The file's text.
 
@@ -64,7 +66,7 @@ def _names(process: int, shown: str) -> Iterator[Event]:
         yield about | {"name": "thread_sort_index", "args": {"sort_index": PLACE[track]}}
 
 
-def _slices(process: int, timeline: Timeline) -> Iterator[Event]:
+def _slices(process: int, timeline: SimulatedTimeline) -> Iterator[Event]:
     missing: dict[int, list[Transfer]] = {}
     for transfer in timeline.transfers:
         yield _slice(
@@ -108,7 +110,7 @@ def _slice(
     )
 
 
-def _counters(process: int, ledger: Ledger, timeline: Timeline) -> Iterator[Event]:
+def _counters(process: int, ledger: Ledger, timeline: SimulatedTimeline) -> Iterator[Event]:
     accessed = np.maximum(ledger.accessed.sum(axis=1), 1)
     values = {
         "KV on GPU, one request (MiB)": timeline.gpu_kv_bytes / MIB,

@@ -8,108 +8,19 @@ window's write-back. A step that shares nothing is one timeout of a summed lengt
 
 from __future__ import annotations
 
-import json
-import os
-import tempfile
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, fields
-from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import simpy
 
-from fmsim.errors import FmsimError
 from fmsim.geometry import Geometry
 from fmsim.hw.memory import MemorySystem
 from fmsim.hw.spec import Hardware
 from fmsim.replay.ledger import Ledger
 from fmsim.sim.footprint import Footprint, footprint
 from fmsim.sim.step_cost import memory_indexer_s, step_costs
+from fmsim.sim.timeline import SimulatedTimeline, Transfer
 from fmsim.sim.transfer_cost import GatherCurve
-
-
-class Transfer(NamedTuple):
-    """Bytes on one direction of the link, from the gather's start (or the copy's) to its end."""
-
-    # "recall", "write_back", or "misses": of one layer, or of all layers of a step where they had
-    # the link alone
-    kind: str
-    step: (
-        int  # the decode step that asked for it; of a recall, the step that its window begins with
-    )
-    start_s: float
-    end_s: float
-    n_bytes: float
-
-
-@dataclass(frozen=True)
-class Timeline:
-    """When each decode step ran, in seconds from the first, and what it waited for.
-
-    Arrays [T]; simulated, not measured.
-    """
-
-    policy: str
-    hardware: str
-    model: str
-    batch: int
-    start_s: np.ndarray
-    end_s: np.ndarray
-    stall_s: np.ndarray  # waiting for demand loads inside the step
-    recall_wait_s: np.ndarray  # waiting for a recall that was not there when its window began
-    h2d_bytes: np.ndarray  # asked for by this step's misses and by the decision that it begins with
-    d2h_bytes: np.ndarray  # write-back of entries closed since the last one
-    kv_bytes: (
-        np.ndarray
-    )  # of one request, logical: the full cache's bytes times the kept share of CSA entries
-    gpu_kv_bytes: np.ndarray  # of one request, on the GPU
-    transfers: tuple[Transfer, ...]  # that ended within the decode
-
-    @property
-    def step_s(self) -> np.ndarray:
-        return self.end_s - self.start_s
-
-    def save(self, path: str | Path) -> None:
-        """Write JSON; it appears whole or not at all."""
-        path = Path(path)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        values = {f.name: getattr(self, f.name) for f in fields(self)}
-        plain = {
-            name: value.tolist() if isinstance(value, np.ndarray) else value
-            for name, value in values.items()
-        }
-        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.name, suffix=".part")
-        try:
-            with os.fdopen(handle, "w") as file:
-                json.dump(plain, file)
-            os.replace(temporary, path)
-        except BaseException:
-            os.unlink(temporary)
-            raise
-
-    @classmethod
-    def load(cls, path: str | Path) -> Timeline:
-        """Read what `save` wrote.
-
-        Raises FmsimError for a file that is missing, truncated or foreign.
-        """
-        try:
-            plain = json.loads(Path(path).read_text(encoding="utf-8"))
-            transfers = tuple(Transfer(*transfer) for transfer in plain.pop("transfers"))
-            return cls(
-                **{
-                    name: np.array(value) if isinstance(value, list) else value
-                    for name, value in plain.items()
-                },
-                transfers=transfers,
-            )
-        except FileNotFoundError:
-            raise FmsimError(f"{path}: no such timeline file") from None
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-            raise FmsimError(
-                f"{path}: not a whole fmsim timeline ({error}); run the scenario again with --out"
-            ) from None
 
 
 def simulate(
@@ -118,7 +29,7 @@ def simulate(
     hw: Hardware,
     layer_map: Sequence[int] | None = None,
     batch: int = 1,
-) -> Timeline:
+) -> SimulatedTimeline:
     """Run the decode that `ledger` describes, `batch` times side by side, on one GPU of `hw`.
 
     `layer_map` says which of the ledger's layers drives each CSA layer of the model; see
@@ -135,7 +46,7 @@ def simulate(
     )
     decode = _Decode(env, memory, ledger, geometry, place, batch)
     env.run(env.process(decode.run()))
-    return Timeline(
+    return SimulatedTimeline(
         policy=ledger.policy,
         hardware=hw.name,
         model=geometry.name,
@@ -193,12 +104,10 @@ class _Decode:
             costs.rest_s + indexer_s + arriving_s
         )  # recalled bytes take their part of HBM bandwidth
         self.csa_s, self.n_csa = costs.csa_s, geometry.n_csa
-        # The paper's set for a window is computed one window before; otherwise its recall cannot
-        # begin before the decision.
-        self.overlaps = bool(ledger.params.get("stale", True))
-        self.recall: simpy.Event = env.timeout(
-            0
-        )  # the prefill left the first window's set on the GPU
+        # What is not known one window before cannot be recalled before the decision.
+        self.overlaps = ledger.decides_ahead
+        # The prefill left the first window's set on the GPU.
+        self.recall: simpy.Event = env.timeout(0)
         self.start_s, self.end_s = np.zeros(self.n_steps), np.zeros(self.n_steps)
         self.stall_s, self.recall_wait_s = np.zeros(self.n_steps), np.zeros(self.n_steps)
         self.transfers: list[Transfer] = []

@@ -43,10 +43,8 @@ def footprint(
 ) -> Footprint:
     """Bytes of `ledger`'s request in a model of `geometry`.
 
-    Index keys: a policy that fetches what was selected needs the selection over all entries, so all
-    keys stay on the GPU. With on_miss "mask" a layer scores what is resident, and keys move with
-    their entries, but for the layers whose keys a memory indexer scores (arXiv 2606.09079). Raises
-    FmsimError for a layer map that does not fit.
+    Which index keys stay is what the ledger declares. Raises FmsimError for a layer map that does
+    not fit.
     """
     layer_map = check_layer_map(layer_map, ledger.n_layers, geometry.n_csa)
     groups = (
@@ -61,14 +59,9 @@ def footprint(
     )  # the last page may be partly filled
     resident_pairs = resident[:, groups].sum(axis=1)
     full_bytes = np.array([geometry.full_kv_bytes(int(n)) for n in tokens])
-    keys_tiered = ledger.on_miss == "mask" and bool((resident < entries[:, None]).any())
-    keyed_pairs = entries * geometry.n_csa
-    if keys_tiered:
-        target_layers = min(geometry.n_csa, indexer_layers(ledger))
-        keyed_pairs = (
-            entries * target_layers
-            + resident_pairs * (geometry.n_csa - target_layers) // geometry.n_csa
-        )
+    keyed = keyed_layers(ledger, geometry)
+    keys_tiered = keyed < geometry.n_csa
+    keyed_pairs = entries * keyed + resident_pairs * (geometry.n_csa - keyed) // geometry.n_csa
     gpu_bytes = [
         geometry.gpu_kv_bytes(*map(int, step)) for step in zip(tokens, resident_pairs, keyed_pairs)
     ]
@@ -103,12 +96,45 @@ def check_layer_map(
     return tuple(layer_map)
 
 
-def indexer_layers(ledger: Ledger) -> int:
-    """Layers whose index keys a memory indexer scored, from the entries it scored at the first
-    decision that it made.
-    """
-    decisions = np.flatnonzero(ledger.scored)
-    if not len(decisions):
-        return 0
-    # A stale state sees fewer entries than the step has, by less than one window; so round up.
-    return int(-(-ledger.scored[decisions[0]] // max(1, ledger.prompt_entries + decisions[0])))
+def keyed_layers(ledger: Ledger, geometry: Geometry) -> int:
+    """CSA layers of the model that keep all their index keys on the GPU."""
+    if ledger.all_keys:
+        return geometry.n_csa
+    return min(geometry.n_csa, len(ledger.target_layers))
+
+
+@dataclass(frozen=True)
+class Allocation:
+    """What an engine allocates on the GPU for one request and its whole life, in bytes."""
+
+    slots: int  # the budget's: CSA entries, and beside them the keys that come and go with them
+    spare: int  # pages for misses, and for what is recalled ahead of its decision
+    index_keys: int  # of the layers that keep all
+    hca: int
+    windows: int
+
+    @property
+    def kv_bytes(self) -> int:
+        """All but the spare pages."""
+        return self.slots + self.index_keys + self.hca + self.windows
+
+    @property
+    def total(self) -> int:
+        return self.kv_bytes + self.spare
+
+
+def allocation(ledger: Ledger, geometry: Geometry) -> Allocation:
+    """The allocation for `ledger`'s request in a model of `geometry`."""
+    tokens = ledger.prompt_entries * geometry.csa_rate + ledger.n_steps
+    keyed = keyed_layers(ledger, geometry)
+    slot_keys_bytes = (geometry.n_csa - keyed) * geometry.index_key_bytes
+    entry_bytes = geometry.n_csa * geometry.kv_entry_bytes
+    keys_bytes = keyed * geometry.csa_entries(tokens) * geometry.index_key_bytes
+    ahead_bytes = ledger.ahead_slots * (entry_bytes + slot_keys_bytes)
+    return Allocation(
+        slots=ledger.n_slots * ledger.granularity * (entry_bytes + slot_keys_bytes),
+        spare=ledger.granularity * (ledger.miss_slots * entry_bytes + ahead_bytes),
+        index_keys=keys_bytes,
+        hca=geometry.n_hca * geometry.hca_entries(tokens) * geometry.kv_entry_bytes,
+        windows=geometry.window_bytes,
+    )

@@ -6,29 +6,17 @@ Every formula stands here; the names are the fields of the JSON report.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from fmsim.geometry import Geometry
 from fmsim.replay.ledger import Ledger
 from fmsim.sim.footprint import Footprint, footprint
+from fmsim.sim.timeline import Timeline
 
 if TYPE_CHECKING:
     from fmsim.hw.spec import Hardware
-
-
-class Timeline(Protocol):
-    """When each step of a batch ran and what it waited for, arrays [T] in seconds: simulated
-    (`fmsim.sim.decode`) or measured (`fmsim.exec`).
-    """
-
-    batch: int
-    start_s: np.ndarray
-    end_s: np.ndarray
-    stall_s: np.ndarray
-    recall_wait_s: np.ndarray
-    h2d_bytes: np.ndarray
 
 
 def row(
@@ -88,7 +76,7 @@ def timed(timeline: Timeline) -> dict[str, Any]:
     """A row's `decode_tokens_per_s`, `step_s`, `h2d_bytes` and `stall_ratio`, which is None where
     stalls within a step are not known.
     """
-    step_s = timeline.end_s - timeline.start_s
+    step_s = timeline.step_s
     total_s = float(timeline.end_s[-1] - timeline.start_s[0])
     return {
         "decode_tokens_per_s": timeline.batch * len(step_s) / total_s,

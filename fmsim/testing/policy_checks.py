@@ -17,8 +17,8 @@ from pydantic import ValidationError
 
 from fmsim.policies import base
 from fmsim.policies.base import Policy, PolicyParams
-from fmsim.replay.cache_manager import Accesses, Keeper
-from fmsim.replay.replayer import Replayer, context_in
+from fmsim.replay.decode_loop import DecodeLoop
+from fmsim.replay.replayer import Replayer
 from fmsim.trace import ModelInfo, Trace, TraceHeader
 
 SWITCHES = (
@@ -129,23 +129,11 @@ def slot_history(policy: Policy, trace: Any, xp: Any) -> Iterator[np.ndarray]:
     `xp`.
     """
     replayer = Replayer(trace)
-    paged = replayer.paged(policy.params.granularity, policy.params.scope == "shared")
-    keeper = Keeper(policy, context_in(replayer.context(policy, paged), xp))
-    keeper.start()
-    for step in range(replayer.n_steps):
-        keeper.write(step, replayer.entries[step])
-        if policy.params.cadence > 1 and step and step % policy.params.cadence == 0:
-            keeper.decide(step)
-        keeper.access(
-            step,
-            Accesses(
-                *(
-                    xp.asarray(np.array(part[step]))
-                    for part in (paged.pages, paged.count, paged.mass)
-                )
-            ),
-        )
-        yield np.asarray(keeper.residency.slots).copy()
+    source = replayer.source(policy, xp)
+    loop = DecodeLoop([source.book], source)
+    for _ in range(replayer.n_steps):
+        loop.advance()
+        yield np.asarray(source.manager.residency.slots).copy()
 
 
 def sample_trace(

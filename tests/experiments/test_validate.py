@@ -14,7 +14,7 @@ from command import fmsim
 from made_trace import make_trace, save_indexer
 
 from fmsim.errors import FmsimError
-from fmsim.exec.decode.driven import DrivenDecode
+from fmsim.exec.decode.trace_driven import TraceDrivenDecode
 from fmsim.experiments.validate import validate
 from fmsim.geometry import CSA, HCA, PRESETS, SLIDING, from_config
 from fmsim.policies import registry
@@ -126,7 +126,7 @@ def test_index_keys_move_with_their_entries_in_the_layers_that_the_indexer_does_
 
 def test_a_wrong_byte_and_a_wrong_decision_are_found(replayer):
     geometry = from_config(SMALL, "small")
-    decode = DrivenDecode(replayer, registry.build("lru"), geometry, range(3), 3)
+    decode = TraceDrivenDecode(replayer, registry.build("lru"), geometry, range(3), 3)
     decode.tiers.entries.pool[:, : decode.tiers.entries.slot_start[-1]] ^= 1
     with pytest.raises(FmsimError, match="differs from the mirror"):
         decode.run()

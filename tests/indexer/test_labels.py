@@ -3,7 +3,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fmsim.indexer.labels import LabelRule, golden_mask, labels
-from fmsim.replay import paging
+from fmsim.replay import golden
 
 
 def test_the_head_holds_the_entry_that_reaches_the_share():
@@ -26,7 +26,7 @@ def test_the_indexer_and_the_ledger_call_the_same_entries_golden():
         random.dirichlet(np.full(40, 0.1), (70, 2)) * 64
     ).round() / 64  # many equal masses, exact sums
     ids = np.tile(np.arange(40), (70, 2, 1))
-    assert np.array_equal(golden_mask(mass, paging.GOLDEN_SHARE), paging.golden_mask(ids, mass))
+    assert np.array_equal(golden_mask(mass, golden.GOLDEN_SHARE), golden.golden_mask(ids, mass))
 
 
 def test_positives_are_the_causal_union_of_what_enough_layers_choose():

@@ -39,7 +39,7 @@ def state(window: int) -> LookaheadState:
 
 
 def started(weights, granularity=1, groups=1, lookahead=state, xp=None, **params) -> LSA:
-    policy = LSA(checkpoint=weights, granularity=granularity, **params)
+    policy = LSA(checkpoint=weights, granularity=granularity, cadence=4, **params)
     context = Context(
         2, groups, -(-8 // granularity), 8, granularity, 6, 2, 12, tau=4, lookahead=lookahead, xp=xp
     )

@@ -12,9 +12,10 @@ from hypothesis import strategies as st
 
 from fmsim.errors import FmsimError
 from fmsim.policies import registry
-from fmsim.replay.cache_manager import Accesses, heaviest_missing
+from fmsim.replay.cache_manager import heaviest_missing
+from fmsim.replay.golden import golden_mask
 from fmsim.replay.ledger import Ledger
-from fmsim.replay.paging import golden_mask, page_trace
+from fmsim.replay.paging import Accesses, page_trace
 from fmsim.replay.replayer import Replayer, replay
 from fmsim.testing import sample_trace
 

@@ -13,9 +13,10 @@ from hypothesis import strategies as st
 from fmsim.errors import FmsimError
 from fmsim.geometry import PRESETS
 from fmsim.hw import hardware_names, load_hardware
-from fmsim.sim.decode import Timeline, simulate
+from fmsim.sim.decode import simulate
 from fmsim.sim.footprint import footprint, spread
 from fmsim.sim.step_cost import step_costs
+from fmsim.sim.timeline import SimulatedTimeline
 from fmsim.sim.transfer_cost import GatherCurve
 
 
@@ -163,7 +164,7 @@ def test_a_timeline_reads_back_equal_or_tells_what_is_wrong(tmp_path):
     path = tmp_path / "t.json"
     timeline = simulate(ledger(lookahead_loads=loads(128, s64=300)), FLASH, H100, batch=2)
     timeline.save(path)
-    back = Timeline.load(path)
+    back = SimulatedTimeline.load(path)
     assert (back.policy, back.batch, back.transfers) == (timeline.policy, 2, timeline.transfers)
     for name in (
         "start_s",
@@ -178,12 +179,12 @@ def test_a_timeline_reads_back_equal_or_tells_what_is_wrong(tmp_path):
         np.testing.assert_array_equal(getattr(back, name), getattr(timeline, name))
     path.write_text(path.read_text()[:-5])
     with pytest.raises(FmsimError, match="t.json: not a whole fmsim timeline"):
-        Timeline.load(path)
+        SimulatedTimeline.load(path)
     path.write_text('{"policy": "lru", "transfers": []}')
     with pytest.raises(FmsimError, match="not a whole fmsim timeline"):
-        Timeline.load(path)
+        SimulatedTimeline.load(path)
     with pytest.raises(FmsimError, match="no such timeline"):
-        Timeline.load(tmp_path / "none.json")
+        SimulatedTimeline.load(tmp_path / "none.json")
 
 
 def test_transfers_are_what_was_moved_and_waited_for():

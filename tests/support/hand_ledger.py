@@ -54,7 +54,15 @@ def ledger(
         "set_overlap": np.array([0.5], np.float32),
         "scored": np.zeros(n_steps, np.int64),
     }
-    return Ledger(**(given | changes))
+    given |= changes
+    decisions = np.flatnonzero(given["scored"])
+    layers = -(-given["scored"][decisions[0]] // prompt_entries) if len(decisions) else 0
+    declared = {
+        "decides_ahead": given["params"].get("stale", True),
+        "target_layers": list(range(layers)),
+        "all_keys": on_miss != "mask",
+    }
+    return Ledger(**(declared | given))
 
 
 def loads(n_steps, n_groups=1, **at):

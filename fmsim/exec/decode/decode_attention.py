@@ -24,6 +24,7 @@ from fmsim.exec.kernels.norm_rope import norm_rope
 from fmsim.exec.kernels.rms_norm import rms_norm
 from fmsim.exec.kernels.sparse_attention import Masses, sparse_attention
 from fmsim.exec.kernels.top_k import top_k
+from fmsim.exec.kv.home import PER_PAGE, Home
 from fmsim.exec.model.deepseek_v4 import (
     CSA,
     HCA,
@@ -34,9 +35,6 @@ from fmsim.exec.model.deepseek_v4 import (
     LayerCache,
 )
 from fmsim.exec.model.projections import Joined
-
-PER_PAGE = 64
-
 
 Turn = tuple[Tensor, Tensor]  # cosine and sine of RoPE's angles, float32 [B, 1, pairs]
 
@@ -85,29 +83,6 @@ def wait_beside(device: torch.device) -> None:
     """What comes after waits for what runs `beside`."""
     if device.type == "cuda":
         torch.cuda.current_stream(device).wait_stream(_side_stream(device))
-
-
-class Home(NamedTuple):
-    """Where entries lie: ``pool`` uint8 [pages, page bytes], and ``table`` int32 [B, pages of a
-    sequence], -1 = nowhere.
-    """
-
-    pool: Tensor
-    table: Tensor
-
-    @classmethod
-    def of_its_own(
-        cls,
-        layout: Layout,
-        batch: int,
-        entries: int,
-        device: torch.device,
-        per_page: int = PER_PAGE,
-    ) -> Home:
-        """Room for ``entries`` entries of each sequence."""
-        pages = cdiv(max(entries, 1), per_page)
-        table = torch.arange(batch * pages, dtype=torch.int32, device=device).view(batch, pages)
-        return cls(layout.new_pool(batch * pages, per_page, device), table)
 
 
 class EntryPager(Protocol):

@@ -14,22 +14,49 @@ Nothing here asks the host about an array, so that a CUDA graph holds it.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from fmsim.exec.decode.decode_attention import Home
+from fmsim.exec.decode.device_tiers import StepTables
+from fmsim.exec.decode.request import Request, Select
+from fmsim.exec.decode.selections import Selections
 from fmsim.exec.kernels.attention_rows import Rows
 from fmsim.exec.kernels.index_score import GROUP, Scores
 from fmsim.exec.kernels.sparse_attention import Masses, sparse_attention
 from fmsim.exec.kernels.top_k import top_k as best
+from fmsim.exec.kv.home import Home
+from fmsim.exec.kv.keys import LayerKeys
+from fmsim.exec.kv.tiered import TieredCache
 from fmsim.exec.model.deepseek_v4 import Access, Attention
+from fmsim.policies.base import PolicyParams
 from fmsim.replay.paging import page_step
 
-if TYPE_CHECKING:
-    from fmsim.exec.decode.engine import Batch
+
+@dataclass(frozen=True)
+class StepView:
+    """What the pagers of a batch see of it."""
+
+    requests: Sequence[Request]
+    tiers: TieredCache
+    tables: StepTables
+    keys: Mapping[int, LayerKeys]
+    selections: Selections
+    select: Select
+    dtype: torch.dtype
+    stalled: Callable[[], AbstractContextManager[None]]  # around the loading of misses
+
+    @property
+    def params(self) -> PolicyParams:
+        return self.requests[0].policy.params
+
+    @property
+    def among_resident(self) -> bool:
+        """The indexers select among resident entries alone."""
+        return self.requests[0].among_resident
 
 
 class LayerPager:
@@ -42,14 +69,18 @@ class LayerPager:
 
     wants_masses = True  # the ledger does
 
-    def __init__(self, batch: Batch, layer: int, blocks: Tensor):
-        self.batch, self.layer, self.blocks = batch, layer, blocks
-        self.tiers, self.keys = batch.tiers.entries, batch.keys[layer]
-        self.granularity, self.params = self.tiers.granularity, batch.policy.params
+    def __init__(self, view: StepView, layer: int):
+        self.view = view
+        self.layer = layer
+        self.blocks = view.tables.blocks(layer, view.requests[0].group(layer))
+        self.tiers = view.tiers
+        self.keys = view.keys[layer]
+        self.granularity = view.tiers.granularity
+        self.params = view.params
         self.loads = self.params.on_miss != "mask" and self.tiers.stage_pages > 0
 
     def append(self, entry: Tensor, key: Tensor, index: Tensor) -> None:
-        for b, request in enumerate(self.batch.requests):
+        for b, request in enumerate(self.view.requests):
             table = request.residency.table[request.group(self.layer)]
             self.tiers.append(b, self.layer, entry[b : b + 1], index[b : b + 1], table)
             self.keys.append(b, key[b : b + 1], index[b : b + 1])
@@ -60,24 +91,24 @@ class LayerPager:
             not self.keys.complete
         ):  # of resident entries alone; what would have been selected among all is not known
             self.ids = self.keys.best(queries, weights, lengths, top_k)
-            self.batch.selections.ids[self.layer].copy_(self.ids)
+            self.view.selections.ids[self.layer].copy_(self.ids)
             return self.ids
         scores = self.keys.scores(queries, weights, lengths)
         self.wanted = best(scores.scores, lengths, top_k, scores.maxima)
         self.hit = self._here(self.wanted)
-        if self.batch.among_resident:
+        if self.view.among_resident:
             resident = self._among_resident(scores)
             self.ids, attended = best(resident.scores, lengths, top_k, resident.maxima), self.hit
         else:
             attended = self._load(scores.scores) if self.loads else self.hit
             self.ids = torch.where(attended, self.wanted, -1)
-        self.batch.selections.book(self.layer, self.wanted, self.hit, attended, self.ids)
+        self.view.selections.book(self.layer, self.wanted, self.hit, attended, self.ids)
         return self.ids
 
     def read(self, ids: Tensor) -> Tensor:
         return torch.stack(
             [self.tiers.read(self.layer, blocks, ids[b]) for b, blocks in enumerate(self.blocks)]
-        ).to(self.batch.logits.dtype)
+        ).to(self.view.dtype)
 
     def attended(
         self, access: Access, masses_of: Callable[[Tensor, Tensor], tuple[Tensor, Tensor, Tensor]]
@@ -89,7 +120,7 @@ class LayerPager:
                 [self.tiers.read_mirror(b, self.layer, ids) for b, ids in enumerate(self.wanted)]
             )
             wanted = tuple(
-                part[:, 0] for part in masses_of(self.wanted, entries.to(self.batch.logits.dtype))
+                part[:, 0] for part in masses_of(self.wanted, entries.to(self.view.dtype))
             )
         self.book(masses[0], wanted, access.hidden[:, 0])
 
@@ -104,8 +135,8 @@ class LayerPager:
         """Mass [B, K] of what was attended to; (entries [B, K], window [B], sink [B]) of the
         selection among all; hidden [B, H].
         """
-        seen = wanted[0] if self.batch.select == "all" else seen
-        self.batch.selections.book_masses(
+        seen = wanted[0] if self.view.select == "all" else seen
+        self.view.selections.book_masses(
             self.layer, seen, wanted if self.keys.complete else None, hidden
         )
 
@@ -169,11 +200,11 @@ class LayerPager:
             )
             >= 0
         )
-        with self.batch.stalled():
+        with self.view.stalled():
             self.tiers.stage(
                 self.layer,
                 use.pages.long(),
-                self.batch.requests[0].keeper.to_fetch(use, missing),
+                self.view.requests[0].manager.to_fetch(use, missing),
                 self.blocks,
             )
         return ~none & self._here(self.wanted)

@@ -1,5 +1,5 @@
-"""One request of a decode under a policy: the replay's own keeper and tally, and what its ledger
-and its trace are made of.
+"""One request of a decode under a policy: its cache manager, and what its ledger and its trace are
+made of.
 """
 
 from __future__ import annotations
@@ -8,20 +8,20 @@ from collections.abc import Callable, Sequence
 from typing import Literal
 
 import array_api_compat.torch as xp
+import numpy as np
 import torch
 from torch import Tensor
 
 from fmsim.errors import FmsimError
-from fmsim.exec.decode.hindsight import Hindsight
 from fmsim.exec.decode.prompt import Prompt
 from fmsim.exec.decode.selections import Selections
 from fmsim.exec.model.deepseek_v4 import CSA
 from fmsim.policies.base import Context, LookaheadState, Policy
-from fmsim.replay.cache_manager import Accesses, Keeper
+from fmsim.replay.cache_manager import CacheManager, Served
+from fmsim.replay.context import RequestShape, build_context
 from fmsim.replay.ledger import Ledger
-from fmsim.replay.paging import page_mass, page_step
-from fmsim.replay.residency import Moves
-from fmsim.replay.tally import Tally
+from fmsim.replay.ledger_builder import LedgerBuilder
+from fmsim.replay.paging import Paged, page_step, page_trace
 
 Select = Literal["resident", "all"]
 
@@ -53,26 +53,29 @@ class Request:
         hindsight: Request | None = None,
         unmeasured: Sequence[int] = (),
     ):
-        self.hindsight, self.unmeasured = hindsight, list(unmeasured)
         if policy.evidence == "future" and hindsight is None:
             raise FmsimError(
                 f"policy {policy.name}: looks into the future, which a running model does not have;"
                 " replay it with `fmsim run`"
             )
-        config, self.device = prompt.model.config, prompt.model.lm_head.weight.device
-        self.prompt, self.policy, self.index, self.selections = prompt, policy, index, selections
-        self.keys_of, self.select, self.tau = keys_of, select, tau
-        self.rate, self.topk, self.layers = (
-            config.compress_rates[CSA],
-            config.index_topk,
-            config.layer_types.count(CSA),
-        )
-        self.n_entries = (len(prompt.tokens) + prompt.max_steps) // self.rate  # at the end
+        config = prompt.model.config
+        self.device = prompt.model.lm_head.weight.device
+        self.prompt = prompt
+        self.policy = policy
+        self.index = index
+        self.selections = selections
+        self.keys_of = keys_of
+        self.select = select
+        self.tau = tau
+        self.unmeasured = list(unmeasured)
+        self.rate = config.compress_rates[CSA]
+        self.topk = config.index_topk
+        self.layers = config.layer_types.count(CSA)
         self.shared = policy.params.scope == "shared"
         self.hidden = {0: torch.from_numpy(prompt.hidden).to(self.device)}
-        self.keeper = Keeper(policy, self._context(entry_bytes, seed))
-        self.keeper.start()
-        self.residency, self.tally = self.keeper.residency, Tally(self.keeper, prompt.max_steps)
+        self.manager = CacheManager(policy, self._context(entry_bytes, seed, hindsight))
+        self.residency = self.manager.residency
+        self.book = LedgerBuilder(self.manager, prompt.max_steps)
         self.step = 0  # the decode step that is under way, or that comes next
 
     @property
@@ -101,93 +104,82 @@ class Request:
         return self._logged("near_mass")
 
     def group(self, layer: int) -> int:
+        """The residency's group that a CSA layer follows."""
         return 0 if self.shared else layer
 
-    def begin(self) -> Moves | None:
-        """A step begins; what its decision recalls, if there is one."""
-        return self.tally.begin(self.step, (len(self.prompt.tokens) + self.step + 1) // self.rate)[
-            1
-        ]
+    def n_entries(self, step: int) -> int:
+        """Entries that are visible in a step."""
+        return (len(self.prompt.tokens) + step + 1) // self.rate
 
-    def foresee(self, most: int) -> Tensor | None:
-        """At a decision: up to `most` pages that the next one will recall, int64 [G, most]; None at
-        other steps, or where nothing can be foreseen.
+    def served(self) -> Served | None:
+        """All layers have attended in the step under way: what they selected, and what was loaded
+        for it. None where that changes nothing.
         """
-        cadence = self.policy.params.cadence
-        if not most or self.step % cadence:
-            return None
-        then = self.step + cadence
-        return self.keeper.foresee(then, (len(self.prompt.tokens) + then + 1) // self.rate, most)
-
-    def settle(self) -> Moves | None:
-        """All layers have attended: the policy sees it, and what was fetched gets its slots."""
         step, self.step = self.step, self.step + 1
         if (step + 1) % self.tau == 0:
             self.hidden[(step + 1) // self.tau] = self.selections.hidden[:, self.index].clone()
-        if self.keeper.passive:
-            return self.tally.rest(step)
-        ctx, picked = self.keeper.ctx, self.selections
-        ids, mass = picked.ids[:, self.index].long(), picked.seen_mass[:, self.index]
+        if self.manager.passive:
+            return None
+        ctx, picked = self.manager.ctx, self.selections
+        ids = picked.ids[:, self.index].long()
+        mass = picked.seen_mass[:, self.index]
         seen = ids if self.among_resident else picked.wanted[:, self.index].long()
         use = page_step(seen, mass, ctx.granularity, self.shared)
-        used = ctx.table(0, "bool")
-        ctx.put(used, page_step(ids, mass, ctx.granularity, self.shared).pages, True)
-        return self.tally.settle(step, use, self._fetched(use, used)).moves
+        attended = ctx.table(0, "bool")
+        ctx.put(attended, page_step(ids, mass, ctx.granularity, self.shared).pages, True)
+        return self.manager.look_back(use, ctx.read(attended, use.pages))
+
+    def lookahead(self, window: int) -> LookaheadState:
+        """The state at the last token before decode window `window`."""
+        position = len(self.prompt.tokens) + self.tau * window - 1
+        n_entries = (position + 1) // self.rate
+        return LookaheadState(self.hidden[window], position, self.keys_of(n_entries), n_entries)
 
     def ledger(self) -> Ledger:
         """What moved and what was kept in the steps so far; measured."""
-        return self.tally.ledger(
+        return self.book.ledger(
             *(self._logged(name).cpu().numpy() for name in ("wanted", "mass", "hit", "attended")),
             unmeasured=self.unmeasured,
-        )
-
-    def _fetched(self, use: Accesses, used: Tensor) -> Tensor:
-        """What was attended to without being resident was loaded for this step."""
-        return (
-            self.keeper.ctx.read(used, use.pages)
-            & (use.pages >= 0)
-            & (self.residency.lookup(use.pages) < 0)
+            all_keys=not self.unmeasured,
+            miss_slots=self.manager.miss_slots(self.topk),
         )
 
     def _logged(self, name: str) -> Tensor:
         return self.selections.log[name][: self.step, :, self.index]
 
-    def _context(self, entry_bytes: int, seed: int) -> Context:
-        prompt, params = self.prompt, self.policy.params
-        entries = len(prompt.tokens) // self.rate
-        n_pages = -(-self.n_entries // params.granularity)
-        sizes = {
-            "prompt_entries": entries,
-            "topk": self.topk,
-            "entry_bytes": entry_bytes,
-            "model_layers": self.layers,
-        }
-        mass = page_mass(prompt.mass, params.granularity, n_pages, self.shared)
-        return Context(
+    def _context(self, entry_bytes: int, seed: int, hindsight: Request | None) -> Context:
+        tokens = len(self.prompt.tokens)
+        shape = RequestShape(
             n_layers=self.layers,
-            n_groups=1 if self.shared else self.layers,
-            n_pages=n_pages,
-            n_slots=self.policy.n_slots(n_pages, **sizes),
-            granularity=params.granularity,
-            prompt_entries=entries,
+            prompt_entries=tokens // self.rate,
+            n_entries=(tokens + self.prompt.max_steps) // self.rate,
             topk=self.topk,
-            n_steps=prompt.max_steps,
-            tau=self.tau,
+            n_steps=self.prompt.max_steps,
             entry_tokens=self.rate,
+            tau=self.tau,
+            entry_bytes=entry_bytes,
+            model_layers=self.layers,
             seed=seed,
-            prompt_mass=torch.from_numpy(mass).to(self.device),
-            lookahead=self._lookahead,
-            future=(
-                Hindsight(self.hindsight, params.granularity, self.shared, n_pages)
-                if self.policy.evidence == "future"
-                else None
-            ),
+        )
+        future = None
+        if hindsight is not None and self.policy.evidence == "future":
+            future = self._seen_by(hindsight, shape)
+        return build_context(
+            self.policy,
+            shape,
+            prompt_mass=self.prompt.mass,
+            lookahead=self.lookahead,
+            future=future,
             xp=xp,
             device=self.device,
         )
 
-    def _lookahead(self, window: int) -> LookaheadState:
-        """The state at the last token before decode window `window`."""
-        position = len(self.prompt.tokens) + self.tau * window - 1
-        n_entries = (position + 1) // self.rate
-        return LookaheadState(self.hidden[window], position, self.keys_of(n_entries), n_entries)
+    def _seen_by(self, decoded: Request, shape: RequestShape) -> Paged:
+        """What another decode of the prompt selected, by pages. Its text may differ from what is to
+        be decoded.
+        """
+        granularity = self.policy.params.granularity
+        ids, mass = (
+            np.ascontiguousarray(part.cpu().numpy()) for part in (decoded.wanted, decoded.mass)
+        )
+        return page_trace(ids, mass, granularity, self.shared, shape.n_pages(granularity))

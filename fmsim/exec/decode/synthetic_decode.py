@@ -15,15 +15,15 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from fmsim.exec.decode.decode_attention import Home
-from fmsim.exec.decode.driven import DrivenDecode, layouts
 from fmsim.exec.decode.step_state import decode_attentions, graph_after_one
+from fmsim.exec.decode.trace_driven import TraceDrivenDecode, layouts
 from fmsim.exec.kernels.attention_rows import Rows
 from fmsim.exec.kernels.index_score import index_scores, new_scores
 from fmsim.exec.kernels.layout import Layout
 from fmsim.exec.kernels.memory_score import memory_scores
 from fmsim.exec.kernels.sparse_attention import Masses
 from fmsim.exec.kernels.top_k import top_k as best
+from fmsim.exec.kv.home import Home
 from fmsim.exec.measure.kernel_cases import fill_entries
 from fmsim.exec.model.deepseek_v4 import Attention, DeepseekV4
 from fmsim.policies.base import Policy
@@ -93,7 +93,11 @@ class SyntheticStep:
     """
 
     def __init__(
-        self, decode: DrivenDecode, model: DeepseekV4, layer_map: tuple[int, ...], seed: int = 0
+        self,
+        decode: TraceDrivenDecode,
+        model: DeepseekV4,
+        layer_map: tuple[int, ...],
+        seed: int = 0,
     ):
         self.decode, self.model, self.layer_map = decode, model, layer_map
         latent, self.key = layouts(decode.geometry)
@@ -175,12 +179,12 @@ class SyntheticStep:
         """Of entries int32 [L, K] those whose page is resident, or fetched in this step, and -1 for
         the others.
         """
-        decode, residency = self.decode, self.decode.keeper.residency
+        decode, residency = self.decode, self.decode.manager.residency
         there = residency.table >= 0
-        decode.keeper.ctx.put(there, torch.where(decode.fetched, decode.pages, -1), True)
+        decode.manager.ctx.put(there, torch.where(decode.fetched, decode.pages, -1), True)
         there[:, -1] = False
         page = torch.where(ids < 0, -1, ids // decode.tiers.entries.granularity)
-        return torch.where(decode.keeper.ctx.read(there, page), ids, -1)
+        return torch.where(decode.manager.ctx.read(there, page), ids, -1)
 
     def _score_memory(self) -> None:
         """A memory indexer of the published size over the layers that keep all keys: for its time;

@@ -11,30 +11,25 @@ import torch
 from torch import Tensor
 
 from fmsim.errors import FmsimError
-from fmsim.exec.decode.decode_attention import PER_PAGE, Home
 from fmsim.exec.kernels.index_score import GROUP, Scores, index_scores, new_scores
 from fmsim.exec.kernels.lang import cdiv
 from fmsim.exec.kernels.layout import Layout, read_entries, slots_of, write_entries
 from fmsim.exec.kernels.top_k import top_k as best
+from fmsim.exec.kv.home import PER_PAGE, Home
 from fmsim.exec.kv.resident import ResidentPages
 from fmsim.exec.kv.tiered import TieredCache
 from fmsim.exec.model.deepseek_v4 import index_scores_blocked
 from fmsim.policies.base import Policy
 
-Where = Literal[
-    "all", "tiered"
-    # on the GPU: all index keys, or in layers
-    # that no memory indexer scores those of resident entries
-]
+# On the GPU: all index keys, or in layers that no memory indexer scores those of resident entries.
+Where = Literal["all", "tiered"]
 
 
-class IndexKeys:
-    """A batch's index keys: ``keys[layer]`` is a CSA layer's.
+class KeptKeys:
+    """Index keys of the layers that keep all theirs on the GPU: ``kept[layer]``.
 
-    `kept` are those of the layers that keep all theirs on the GPU, with room for ``capacities[b]``
-    of each request; the layers `tiered` get theirs by `lay_beside`, once there are entries.
-
-    Raises FmsimError for a policy that needs more than ``where`` keeps.
+    There is room for ``capacities[b]`` keys of each request. The other layers are `tiered`. Raises
+    FmsimError for a policy that needs more than ``where`` keeps.
     """
 
     def __init__(
@@ -49,34 +44,17 @@ class IndexKeys:
         if where == "tiered":
             check_tiered(policy)
         targets = range(layers) if where == "all" else policy.target_layers()
-        self.where, self.layout, self.layers = where, layout, layers
-        self.buffers = new_scores(
-            len(capacities), cdiv(max(1, *capacities), PER_PAGE) * PER_PAGE, device
-        )
+        self.where = where
+        self.layout = layout
+        self.layers = layers
+        capacity = cdiv(max(1, *capacities), PER_PAGE) * PER_PAGE
+        self.buffers = new_scores(len(capacities), capacity, device)
         self.kept = {
             layer: AllKeys(layout, self.buffers, device)
             for layer in range(layers)
             if layer in targets
         }
         self.tiered = [layer for layer in range(layers) if layer not in self.kept]
-        self._beside: dict[int, ResidentKeys] = {}
-
-    def lay_beside(
-        self,
-        layer: int,
-        tiers: TieredCache,
-        tables: Sequence[Tensor],
-        blocks: Tensor,
-        resident: ResidentPages,
-        group: int,
-    ) -> None:
-        """A tiered layer's keys into ``tiers``; the arguments are those of `ResidentKeys`."""
-        self._beside[layer] = ResidentKeys(
-            tiers, self.tiered.index(layer), tables, blocks, self.buffers, resident, group
-        )
-
-    def __getitem__(self, layer: int) -> LayerKeys:
-        return self.kept[layer] if layer in self.kept else self._beside[layer]
 
     def first(self, request: int, n_entries: int) -> Tensor | KeysByLayer:
         """float32 [L, n_entries, width], or where some are tiered the others' by layer."""
@@ -86,7 +64,7 @@ class IndexKeys:
 
     @property
     def kept_bytes(self) -> int:
-        """What the layers that keep all their keys take of GPU memory."""
+        """What these layers' keys take of GPU memory."""
         return sum(keys.pool.untyped_storage().nbytes() for keys in self.kept.values())
 
 
@@ -227,7 +205,7 @@ class KeysByLayer:
     `shape` (L, n, D) is that of all.
     """
 
-    def __init__(self, keys: IndexKeys, request: int, n_entries: int):
+    def __init__(self, keys: KeptKeys, request: int, n_entries: int):
         self.kept, self.request, self.n_entries = keys.kept, request, n_entries
         self.shape = (keys.layers, n_entries, keys.layout.width)
 

@@ -21,13 +21,12 @@ import torch
 from torch import Tensor
 
 from fmsim.errors import FmsimError
-from fmsim.exec.decode.decode_attention import Home
 from fmsim.exec.kernels import staging, tuning
 from fmsim.exec.kernels.gather import copy_rows
 from fmsim.exec.kernels.layout import Layout, read_entries, write_entries
+from fmsim.exec.kv.home import Home
 from fmsim.exec.kv.mirror import HostMirror
 
-AHEAD = 4  # of as many slots, one more page for what is recalled ahead of a decision
 GIB = 2**30
 
 

@@ -22,9 +22,10 @@ import torch
 from torch import nn
 from transformers import DeepseekV4Config
 
-from fmsim.exec.decode.decode_attention import DecodeAttention, Home
+from fmsim.exec.decode.decode_attention import DecodeAttention
 from fmsim.exec.kernels.hyper_connection import Pending, enter, read_out
 from fmsim.exec.kernels.layout import KEY, LATENT, Layout
+from fmsim.exec.kv.home import Home
 from fmsim.exec.measure import kernel_cases as cases
 from fmsim.exec.measure.timing import median_s
 from fmsim.exec.model.deepseek_v4 import (

@@ -14,9 +14,8 @@ import torch
 
 from fmsim import __version__
 from fmsim.errors import FmsimError
-from fmsim.exec.decode.driven import DrivenDecode, Outcome
-from fmsim.exec.decode.engine import Timeline
 from fmsim.exec.decode.synthetic_decode import SyntheticStep
+from fmsim.exec.decode.trace_driven import TraceDrivenDecode, TraceDrivenRun
 from fmsim.exec.kv.tiered import host_free_bytes
 from fmsim.exec.model.deepseek_v4 import DeepseekV4
 from fmsim.exec.model.synthetic import model_bytes, synthetic_model
@@ -25,7 +24,8 @@ from fmsim.geometry import Geometry
 from fmsim.policies.base import Policy
 from fmsim.replay.replayer import Replayer
 from fmsim.sim import metrics
-from fmsim.sim.footprint import footprint, indexer_layers
+from fmsim.sim.footprint import footprint, keyed_layers
+from fmsim.sim.timeline import Timeline
 
 GIB = 2**30
 SPARE_BYTES = 4 * GIB  # for activations, scores and the graph, beside weights and KV
@@ -35,7 +35,7 @@ WARM_UP_STEPS = 4
 
 
 @dataclass(frozen=True)
-class Run:
+class SyntheticRun:
     """`policy` for ``batch`` requests: what was allocated for one of them, and what `decode`
     measured.
     """
@@ -43,8 +43,8 @@ class Run:
     label: str
     policy: Policy
     batch: int
-    decode: DrivenDecode
-    outcome: Outcome
+    decode: TraceDrivenDecode
+    outcome: TraceDrivenRun
     fixed_bytes: int  # index keys that are all kept, HCA entries, windows
     open_bytes: int  # open windows of compressors
     host_bytes: int
@@ -72,22 +72,6 @@ class Run:
             self.outcome.recall_wait_s[self.warm_up_steps :],
             moved,
         )
-
-
-def keyed_layers_of(ledger, place, geometry: Geometry) -> int:
-    """CSA layers that keep all their index keys on the GPU."""
-    return min(geometry.n_csa, indexer_layers(ledger)) if place.keys_tiered else geometry.n_csa
-
-
-def kv_bytes_of(place, ledger, geometry: Geometry) -> int:
-    """What one request will take: every slot of its budget, the keys, HCA entries and windows."""
-    tokens, slots = int(place.tokens[-1]), ledger.n_slots * ledger.granularity
-    keyed = keyed_layers_of(ledger, place, geometry)
-    return geometry.gpu_kv_bytes(
-        tokens,
-        slots * geometry.n_csa,
-        keyed * geometry.csa_entries(tokens) + (geometry.n_csa - keyed) * slots,
-    )
 
 
 def weights_for(
@@ -119,7 +103,7 @@ def run(
     batch: int,
     seed: int = 0,
     progress: Callable[[int], None] = lambda steps: None,
-) -> Run:
+) -> SyntheticRun:
     """Decode the whole trace with ``batch`` requests under one policy.
 
     Raises FmsimError where memory is short.
@@ -128,19 +112,19 @@ def run(
     place = footprint(ledger, geometry, layer_map)
     with torch.inference_mode():
         policy = make()
-        decode = DrivenDecode(
+        decode = TraceDrivenDecode(
             replayer,
             policy,
             geometry,
             place.groups,
-            keyed_layers_of(ledger, place, geometry),
+            keyed_layers(ledger, geometry),
             device,
             batch=batch,
             watch=False,
         )
         step = SyntheticStep(decode, model, layer_map, seed)
         outcome = decode.run(step, progress)
-    found = Run(
+    found = SyntheticRun(
         label,
         policy,
         batch,
@@ -156,7 +140,7 @@ def run(
 
 
 def report(
-    runs: Sequence[Run],
+    runs: Sequence[SyntheticRun],
     replayer: Replayer,
     geometry: Geometry,
     layer_map: Sequence[int],

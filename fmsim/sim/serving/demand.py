@@ -24,7 +24,7 @@ import numpy as np
 
 from fmsim.geometry import Geometry
 from fmsim.replay.ledger import Ledger
-from fmsim.sim.footprint import footprint, indexer_layers
+from fmsim.sim.footprint import footprint, keyed_layers
 
 
 @dataclass(frozen=True)
@@ -87,17 +87,13 @@ class Demand:
         self._grows = self.holds_all or budget.endswith("%")
         self._fixed_growth = geometry.index_topk / ledger.topk if budget.endswith("topk") else 1.0
         self.indexer_scored = ledger.scored.astype(np.float64)
-        self.keyed_layers = (
-            min(geometry.n_csa, indexer_layers(ledger)) if place.keys_tiered else geometry.n_csa
-        )
+        self.keyed_layers = keyed_layers(ledger, geometry)
         self.misses, self.recalls = (
             bool(ledger.demand_loads.any()),
             bool(ledger.lookahead_loads.any()),
         )
         self.mirrored = self.misses or self.recalls
-        self.overlaps = bool(
-            ledger.params.get("stale", True)
-        )  # a window's recall may run during the window before
+        self.overlaps = ledger.decides_ahead  # a recall may run during the window before its own
         self._first, self._end = _repeated_steps(ledger)
 
     @property
@@ -166,9 +162,9 @@ def _repeated_steps(ledger: Ledger) -> tuple[int, int]:
     """[first, end) of the ledger steps that a long request replays again and again: whole windows
     whose recall is a decision's own.
 
-    The first window is filled by the prefill. A policy that decides by a stale state has seen
-    nothing new at its second decision either.
+    The first window is filled by the prefill. A policy that decides one window ahead by a state has
+    seen nothing new at its second decision either.
     """
-    cadence, stale = ledger.cadence, ledger.params.get("stale") is True
+    cadence, stale = ledger.cadence, ledger.decides_ahead and bool(ledger.target_layers)
     first, end = cadence * (1 + stale), ledger.n_steps // ledger.cadence * ledger.cadence
     return (first, end) if cadence > 1 and first < end else (0, ledger.n_steps)

@@ -16,13 +16,14 @@ from kernel_pools import no_waits
 from made_trace import make_trace, save_indexer
 
 from fmsim.errors import FmsimError
-from fmsim.exec.decode.driven import DrivenDecode
+from fmsim.exec.decode import trace_driven
 from fmsim.exec.model.synthetic import model_bytes, synthetic_model
 from fmsim.exec.runs import synthetic as synthetic_run
 from fmsim.geometry import CSA, HCA, PRESETS, SLIDING
 from fmsim.policies import registry
+from fmsim.replay.decode_loop import DecodeLoop
 from fmsim.replay.replayer import Replayer
-from fmsim.sim.footprint import footprint
+from fmsim.sim.footprint import allocation, footprint
 
 # The published entries of 584 and keys of 132 bytes need heads of 512 and keys of 128; the rest is
 # small.
@@ -60,20 +61,20 @@ SPECS = [
 ]
 
 
-class Unwaiting(DrivenDecode):
+class Unwaiting(DecodeLoop):
     """After the first step, which compiles kernels and captures the graph, no step within a window
     waits for the device.
     """
 
-    def _step(self, step, compute):
-        with no_waits() if step % 64 else nullcontext():
-            super()._step(step, compute)
+    def advance(self):
+        with no_waits() if self.step % 64 else nullcontext():
+            super().advance()
 
 
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("spec", SPECS, ids=str)
 def test_it_moves_what_the_replay_says(spec, device, monkeypatch):
-    monkeypatch.setattr(synthetic_run, "DrivenDecode", Unwaiting)
+    monkeypatch.setattr(trace_driven, "DecodeLoop", Unwaiting)
     replayer = Replayer(make_trace(prompt_tokens=800, n_steps=12))
     model, experts = synthetic_model(SMALL, device, model_bytes(SMALL, 8), 0)
     assert experts == 8
@@ -93,7 +94,7 @@ def test_it_moves_what_the_replay_says(spec, device, monkeypatch):
             .sum()
         )
         assert found.outcome.h2d_bytes == loads * ledger.granularity * 584
-        predicted = synthetic_run.kv_bytes_of(footprint(ledger, SMALL, layer_map), ledger, SMALL)
+        predicted = allocation(ledger, SMALL).kv_bytes
         assert (
             0 <= found.kv_bytes - predicted <= 64 * (584 + 3 * 132)
         )  # keys of three layers and HCA entries of one fill whole pages of 64
@@ -109,7 +110,7 @@ def test_a_lookahead_policy_keeps_the_keys_of_what_its_indexer_scores(
     """One layer keeps all its keys, in pages of the residency's size, and finds those of what is
     resident among them.
     """
-    monkeypatch.setattr(synthetic_run, "DrivenDecode", Unwaiting)
+    monkeypatch.setattr(trace_driven, "DecodeLoop", Unwaiting)
     replayer = Replayer(make_trace(prompt_tokens=800, n_steps=70))
     spec = {
         "policy": "lsa",
@@ -130,7 +131,8 @@ def test_a_lookahead_policy_keeps_the_keys_of_what_its_indexer_scores(
         ), field.name
     loads = ledger.lookahead_loads.sum()
     assert loads > 0 and found.outcome.h2d_bytes == loads * granularity * (3 * 584 + 2 * 132)
-    predicted = synthetic_run.kv_bytes_of(footprint(ledger, SMALL, (0, 1, 2)), ledger, SMALL)
+    predicted = allocation(ledger, SMALL).kv_bytes
+    assert found.decode.spare_bytes == allocation(ledger, SMALL).spare
     assert 0 <= found.kv_bytes - predicted <= 64 * 584 + granularity * 132
 
 

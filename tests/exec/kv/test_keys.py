@@ -28,15 +28,13 @@ from fmsim.exec.kv.resident import ResidentPages
 from fmsim.exec.kv.tiered import RequestSize, TieredCache
 from fmsim.exec.runs import live as run
 from fmsim.exec.runs.record import trace_header, trace_of
-from fmsim.exec.runs.synthetic import kv_bytes_of
 from fmsim.geometry import Geometry
 from fmsim.nano.prompts import Stream, Turn
 from fmsim.policies import registry
-from fmsim.policies.base import LookaheadState
 from fmsim.replay.ledger import Ledger
 from fmsim.replay.replayer import Replayer
 from fmsim.sim import metrics
-from fmsim.sim.footprint import footprint, indexer_layers
+from fmsim.sim.footprint import allocation, footprint, keyed_layers
 
 TARGETS, TIERED, LAYERS = (1, 3), [0, 2, 4], 5
 LENGTHS, STEPS, TAU = (212, 97), 44, 8  # 64 entries at the end of the first
@@ -322,10 +320,8 @@ class ReplayerOf(Replayer):
         self.request = request
 
     def _lookahead(self, window):
-        state = self.request._lookahead(window)
-        return LookaheadState(
-            state.hidden.numpy(), state.position, state.keys.numpy(), state.n_entries
-        )
+        state = self.request.lookahead(window)
+        return state.hidden.numpy(), state.position, state.keys.numpy()
 
 
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
@@ -345,16 +341,18 @@ def test_bytes_are_those_of_the_replay_and_of_its_footprint(prompts, tmp_path, o
         assert np.array_equal(getattr(ledger, name), getattr(replayed, name)), name
     geometry, batch = plain_geometry(prompt.model.config), tiered.batch
     place, own = footprint(replayed, geometry), footprint(ledger, geometry)
-    assert place.keys_tiered and own.keys_tiered and indexer_layers(replayed) == len(TARGETS)
+    assert (
+        place.keys_tiered and own.keys_tiered and keyed_layers(replayed, geometry) == len(TARGETS)
+    )
     assert np.array_equal(place.gpu_bytes, own.gpu_bytes)
     entries, granularity = (LENGTHS[0] + STEPS) // 4, ledger.granularity
     assert batch.tiers.slot_bytes == ledger.n_slots * granularity * (
         LAYERS * ENTRY_BYTES + len(TIERED) * KEY_BYTES
     )
-    tokens = LENGTHS[0] + STEPS
-    assert batch.tiers.slot_bytes + batch.keys.kept_bytes == kv_bytes_of(
-        place, replayed, geometry
-    ) - geometry.gpu_kv_bytes(tokens, 0, 0)
+    planned = allocation(replayed, geometry)
+    assert batch.tiers.slot_bytes == planned.slots
+    assert batch.keys.kept_bytes == planned.index_keys
+    assert batch.tiers.pool_bytes - batch.tiers.slot_bytes == planned.spare
     assert batch.tiers.mirror_bytes == entries * (LAYERS * ENTRY_BYTES + len(TIERED) * KEY_BYTES)
     loads = int(replayed.lookahead_loads.sum()) * granularity
     assert batch.h2d_bytes == loads * (LAYERS * ENTRY_BYTES + len(TIERED) * KEY_BYTES) > 0

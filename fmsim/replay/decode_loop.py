@@ -1,0 +1,182 @@
+"""The order of a decode step. It stands here and nowhere else.
+
+A step, for each request of a batch:
+
+1. Entries that closed are written: a page that begins gets a slot.
+2. At a decision the resident set is chosen anew, and what it lacks is recalled. What the *next*
+   decision will recall is said now, where the policy knows it, so that it can come in the meantime.
+3. The native indexer selects. Misses are loaded as `on_miss` says.
+4. The policy sees the step. What was fetched gets a slot.
+
+What varies is plugged in. An access source says what is selected: a trace, or a model's indexer.
+Tiers carry out the moves: nothing does in a replay, a tiered cache does in an engine. A clock
+tells the time: nothing does in a replay, device events do in an engine.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, Protocol
+
+from fmsim.replay.cache_manager import Served
+from fmsim.replay.ledger_builder import LedgerBuilder
+from fmsim.replay.residency import Moves
+
+Array = Any
+
+
+class AccessSource(Protocol):
+    """What the native indexers of a batch select."""
+
+    def n_entries(self, request: int, step: int) -> int:
+        """Entries that are visible to a request in a step; also of the decision to come."""
+
+    def serve(self, step: int) -> Sequence[Served | None]:
+        """Let every request select, and load its misses as its `on_miss` says.
+
+        None for a request whose selection changes nothing, and that nobody looks at.
+        """
+
+
+class Tiers(Protocol):
+    """What moves the bytes of a batch. Pages and slots are those of `Moves`, int64 [G, m]."""
+
+    def ahead_pages(self, request: int) -> int:
+        """Pages of each group that can be recalled ahead of a decision."""
+
+    def wrote(self, request: int, moves: Moves) -> None:
+        """Pages began at this step. The entries themselves come from the GPU."""
+
+    def recall(self, request: int, moves: Moves) -> None:
+        """A decision's pages come into their slots, before anything attends to them."""
+
+    def recall_ahead(self, request: int, pages: Array) -> None:
+        """Begin to load what the next decision will recall: int64 [G, m], -1 = padding."""
+
+    def settle(self, request: int, moves: Moves) -> None:
+        """What the step fetched gets slots."""
+
+    def moved_bytes(self) -> Any:
+        """Bytes moved from the host so far, all requests together."""
+
+
+class Clock(Protocol):
+    """What tells the time of a step."""
+
+    def step(self, moved: Callable[[], Any]) -> AbstractContextManager[None]:
+        """Around a step; `moved` tells the bytes moved so far."""
+
+    def recall(self) -> AbstractContextManager[None]:
+        """Within a step, around its first two parts."""
+
+
+class NoTiers:
+    """Tiers of a replay: nothing moves."""
+
+    def ahead_pages(self, request: int) -> int:
+        return 0
+
+    def wrote(self, request: int, moves: Moves) -> None:
+        pass
+
+    def recall(self, request: int, moves: Moves) -> None:
+        pass
+
+    def recall_ahead(self, request: int, pages: Array) -> None:
+        pass
+
+    def settle(self, request: int, moves: Moves) -> None:
+        pass
+
+    def moved_bytes(self) -> int:
+        return 0
+
+
+class NoClock:
+    """Clock of a replay: time stands still."""
+
+    def step(self, moved: Callable[[], Any]) -> AbstractContextManager[None]:
+        return nullcontext()
+
+    def recall(self) -> AbstractContextManager[None]:
+        return nullcontext()
+
+
+class DecodeLoop:
+    """A batch of requests. `books[r]` counts what request r moves, and has its cache manager.
+
+    `step` is the step that comes next.
+    """
+
+    def __init__(
+        self,
+        books: Sequence[LedgerBuilder],
+        source: AccessSource,
+        tiers: Tiers | None = None,
+        clock: Clock | None = None,
+    ) -> None:
+        self.books = list(books)
+        self.source = source
+        self.tiers = NoTiers() if tiers is None else tiers
+        self.clock = NoClock() if clock is None else clock
+        self.step = 0
+
+    def advance(self) -> None:
+        """Decode one step."""
+        step = self.step
+        with self.clock.step(self.tiers.moved_bytes):
+            with self.clock.recall():
+                for request in range(len(self.books)):
+                    self._write(request, step)
+                    self._decide(request, step)
+            for request, served in enumerate(self.source.serve(step)):
+                if served is not None:
+                    self._settle(request, step, served)
+                self.books[request].end(step)
+        self.step += 1
+
+    def _write(self, request: int, step: int) -> None:
+        """Entries that closed: new pages get slots."""
+        written = self.books[request].manager.write(step, self.source.n_entries(request, step))
+        if written is not None:
+            self.books[request].moved(step, "written", written)
+            self.tiers.wrote(request, written)
+
+    def _decide(self, request: int, step: int) -> None:
+        """At a decision: recall what it lacks, and begin with what the next one will.
+
+        The set of the first step is what the prefill left.
+        """
+        book = self.books[request]
+        manager = book.manager
+        cadence = manager.policy.params.cadence
+        decides = cadence > 1 and step % cadence == 0
+        if decides and step:
+            recalled = manager.decide(step)
+            book.moved(step, "lookahead_loads", recalled)
+            self.tiers.recall(request, recalled)
+        if decides or step == 0:
+            book.scored[step] = manager.policy.scored_entries(step)
+        if decides:
+            self._foresee(request, step + cadence)
+        if step and step % manager.ctx.tau == 0:
+            book.window_began()
+
+    def _foresee(self, request: int, decision: int) -> None:
+        """Begin to recall for the decision at the later step `decision`."""
+        manager = self.books[request].manager
+        most = self.tiers.ahead_pages(request)
+        if not most or decision >= manager.ctx.n_steps:
+            return
+        n_entries = self.source.n_entries(request, decision)
+        pages = manager.foresee(decision, n_entries, most)
+        if pages is not None:
+            self.tiers.recall_ahead(request, pages)
+
+    def _settle(self, request: int, step: int, served: Served) -> None:
+        """The policy sees what was selected; what was fetched gets slots."""
+        moves = self.books[request].manager.settle(step, served)
+        if moves is not None:
+            self.books[request].moved(step, "demand_loads", moves)
+            self.tiers.settle(request, moves)

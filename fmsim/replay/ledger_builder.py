@@ -1,0 +1,114 @@
+"""Counts what a decode moves, step by step, into a ledger.
+
+Counts stay arrays of the cache manager's own library until `ledger` is asked for, so that an
+engine's steps never wait for them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from fmsim.replay.cache_manager import CacheManager
+from fmsim.replay.golden import golden_mask
+from fmsim.replay.ledger import Ledger
+from fmsim.replay.residency import Moves
+
+Array = Any
+COUNTS = ("resident", "demand_loads", "lookahead_loads", "written", "evicted")
+
+
+class LedgerBuilder:
+    """The counts of one request, from the start of a decode of at most `n_steps` steps."""
+
+    def __init__(self, manager: CacheManager, n_steps: int) -> None:
+        self.manager = manager
+        self.residency = manager.residency
+        xp = manager.ctx.xp
+        shape = (n_steps, manager.ctx.n_groups)
+        self.counts = {
+            name: xp.zeros(shape, dtype=xp.int64, device=manager.ctx.device) for name in COUNTS
+        }
+        self.scored = np.zeros(n_steps, dtype=np.int64)
+        self.initial = self.residency.filled + 0
+        self.overlap: list[Array] = []
+        self._before = self.residency.present()
+
+    def moved(self, step: int, name: str, moves: Moves | None) -> None:
+        """Count what a part of the step brought in, under `name` of COUNTS, and what it evicted."""
+        if moves is not None:
+            self.counts[name][step] += moves.loaded
+            self.counts["evicted"][step] += moves.evicted
+
+    def window_began(self) -> None:
+        """Compare the resident set with that of the window before."""
+        self.overlap.append(self.residency.overlap(self._before))
+        self._before = self.residency.present()
+
+    def end(self, step: int) -> None:
+        """The step is over."""
+        self.counts["resident"][step] = self.residency.filled
+
+    def ledger(
+        self,
+        ids: np.ndarray,
+        mass: np.ndarray,
+        hit: np.ndarray,
+        attended: np.ndarray,
+        *,
+        miss_slots: int,
+        golden: np.ndarray | None = None,
+        unmeasured: Sequence[int] = (),
+        all_keys: bool | None = None,
+    ) -> Ledger:
+        """The ledger of the steps that ids [T, L, K] has.
+
+        `ids` are the entries selected (-1 = none, and all of them in layers `unmeasured`), `mass`
+        their attention mass; bool of the same shape says which were resident when the step began,
+        and which were attended to. `miss_slots` are the spare slots that the decode had for misses.
+        `golden` and `all_keys` are worked out where they are not given.
+        """
+        manager = self.manager
+        policy, ctx, steps = manager.policy, manager.ctx, len(ids)
+        valid = ids >= 0
+        golden = golden_mask(ids, mass) if golden is None else golden
+        hit = hit & valid
+        return Ledger(
+            policy=policy.name,
+            params=policy.params.model_dump(mode="json"),
+            granularity=ctx.granularity,
+            scope=policy.params.scope,
+            on_miss=policy.params.on_miss,
+            cadence=policy.params.cadence,
+            tau=ctx.tau,
+            n_steps=steps,
+            n_layers=ids.shape[1],
+            n_groups=ctx.n_groups,
+            n_slots=ctx.n_slots,
+            prompt_entries=ctx.prompt_entries,
+            topk=ctx.topk,
+            accessed=valid.sum(axis=2, dtype=np.int32),
+            hit=hit.sum(axis=2, dtype=np.int32),
+            golden=golden.sum(axis=2, dtype=np.int32),
+            golden_hit=(golden & hit).sum(axis=2, dtype=np.int32),
+            mass_total=mass.sum(axis=2),
+            mass_kept=np.einsum("tlk,tlk->tl", mass, attended),
+            heaviest_lost=np.where(attended, 0, mass).max(axis=2, initial=0),
+            initial=_int32(self.initial),
+            set_overlap=np.array([float(part.mean()) for part in self.overlap], dtype=np.float32),
+            scored=self.scored[:steps],
+            unmeasured=list(unmeasured),
+            decides_ahead=policy.decides_ahead,
+            target_layers=list(policy.target_layers()),
+            all_keys=manager.needs_all_keys if all_keys is None else all_keys,
+            ahead_slots=manager.ahead_slots,
+            miss_slots=miss_slots,
+            **{name: _int32(count)[:steps] for name, count in self.counts.items()},
+        )
+
+
+def _int32(counts: Array) -> np.ndarray:
+    """Counts of any library and device as int32 numpy."""
+    return np.asarray(counts if isinstance(counts, np.ndarray) else counts.cpu()).astype(np.int32)

@@ -1,0 +1,91 @@
+"""When each step of a decode ran, and what it waited for: simulated or measured."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from fmsim.errors import FmsimError
+from fmsim.files import write_text
+
+
+class Transfer(NamedTuple):
+    """Bytes on one direction of the link, from the gather's start (or the copy's) to its end.
+
+    `kind` is "recall", "write_back", or "misses": of one layer, or of all layers of a step where
+    they had the link alone. `step` is the decode step that asked for it; of a recall, the step that
+    its window begins with.
+    """
+
+    kind: str
+    step: int
+    start_s: float
+    end_s: float
+    n_bytes: float
+
+
+@dataclass(frozen=True)
+class Timeline:
+    """Of a batch: arrays [T], in seconds from the first step's start, and bytes."""
+
+    batch: int
+    start_s: np.ndarray
+    end_s: np.ndarray
+    # Waiting for misses inside the step; nan where they are loaded within a CUDA graph, which
+    # tells no parts of its time.
+    stall_s: np.ndarray
+    recall_wait_s: np.ndarray  # waiting for a recall that was not there when its window began
+    h2d_bytes: np.ndarray  # asked for by this step's misses and by the decision it begins with
+
+    @property
+    def step_s(self) -> np.ndarray:
+        return self.end_s - self.start_s
+
+
+@dataclass(frozen=True)
+class SimulatedTimeline(Timeline):
+    """A simulated one, with all that the simulation knows."""
+
+    policy: str
+    hardware: str
+    model: str
+    d2h_bytes: np.ndarray  # write-back of entries closed since the last one
+    kv_bytes: np.ndarray  # of one request, logical: the full cache's times the kept share of CSA
+    gpu_kv_bytes: np.ndarray  # of one request, on the GPU
+    transfers: tuple[Transfer, ...]  # that ended within the decode
+
+    def save(self, path: str | Path) -> None:
+        """Write JSON; it appears whole or not at all."""
+        values = {f.name: getattr(self, f.name) for f in fields(self)}
+        plain = {
+            name: value.tolist() if isinstance(value, np.ndarray) else value
+            for name, value in values.items()
+        }
+        write_text(Path(path), json.dumps(plain))
+
+    @classmethod
+    def load(cls, path: str | Path) -> SimulatedTimeline:
+        """Read what `save` wrote.
+
+        Raises FmsimError for a file that is missing, truncated or foreign.
+        """
+        try:
+            plain = json.loads(Path(path).read_text(encoding="utf-8"))
+            transfers = tuple(Transfer(*transfer) for transfer in plain.pop("transfers"))
+            return cls(
+                **{
+                    name: np.array(value) if isinstance(value, list) else value
+                    for name, value in plain.items()
+                },
+                transfers=transfers,
+            )
+        except FileNotFoundError:
+            raise FmsimError(f"{path}: no such timeline file") from None
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            raise FmsimError(
+                f"{path}: not a whole fmsim timeline ({error}); run the scenario again with --out"
+            ) from None
