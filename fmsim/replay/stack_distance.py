@@ -5,8 +5,9 @@ Systems Journal 9(2), 1970: where a larger cache always holds what a smaller one
 of all sizes are one list, of which a cache of S pages holds the first S. A page found at position d
 (from 0) is a hit for every S > d and a miss for the others.
 
-What is replayed is `policies/lru.py` as the decode loop drives it: all pages of a step at once, pages
-that begin during decode written on the GPU, and the page that is still being filled pinned there.
+What is replayed is `policies/lru.py` as the decode loop drives it: all pages of a step at once,
+pages that begin during decode written on the GPU, and the page that is still being filled pinned
+there.
 """
 
 from __future__ import annotations
