@@ -61,6 +61,11 @@ class PolicyParams(BaseModel):
     on_miss: Literal["fetch", "mask", "fallback"] = Field(
         "fetch", description="stall and load; attend without; or load the heavy, mask the rest"
     )
+    sees: Literal["resident", "all"] = Field(
+        "resident",
+        description="on_miss mask: what the policy is shown of a step, resident entries alone, or"
+        " all that was selected, for which all index keys stay on the GPU",
+    )
     fallback_above: float = Field(
         0.05,
         gt=0,
@@ -118,6 +123,17 @@ class Future(Protocol):
     never: int  # later than any step
 
 
+class Residents(Protocol):
+    """What is resident now: a view that changes as pages move."""
+
+    def has(self, pages: Array) -> Array:
+        """bool [G, n]: which of `pages` int [G, n] are resident; False for padding (-1)."""
+
+    @property
+    def pages(self) -> Array:
+        """int32 [G, S]: the page in each slot, -1 where a slot is empty. Not to be written to."""
+
+
 @dataclass(frozen=True)
 class Context:
     """What a policy knows at reset, before the first decode step.
@@ -144,6 +160,7 @@ class Context:
     )
     lookahead: Callable[[int], LookaheadState] | None = None  # window -> state
     future: Future | None = None
+    residents: Residents | None = None
     xp: Any = None  # array namespace; numpy unless given
     device: Any = None
     _start: Array = field(
@@ -187,8 +204,9 @@ class Observation:
 
     All arrays [G, n]; pages unique in a row, -1 = padding.
 
-    `pages` are all that the native indexer selected: it scores every entry, since index keys stay
-    on the GPU. `mass` is seen only where the page was attended to, so it is 0 for a masked page.
+    Where all index keys stay on the GPU, `pages` are all that the native indexer selected. Where a
+    policy masks and `sees` residents alone, they are those of the resident pages. `mass` is seen
+    only where the page was attended to, so it is 0 for a masked page.
     """
 
     pages: Array  # int32
@@ -235,6 +253,16 @@ class Policy:
         """The policy learns from what a step selects."""
         return type(self).observe is not Policy.observe
 
+    @property
+    def watches(self) -> bool:
+        """The policy follows what moves."""
+        return type(self).moved is not Policy.moved
+
+    @property
+    def prefetches(self) -> bool:
+        """The policy asks for pages before they are missed, between decisions."""
+        return type(self).prefetch is not Policy.prefetch
+
     def n_slots(self, n_pages: int, **sizes: Any) -> int:
         """Slots in each group, at most one a page; `sizes` are the arguments of
         `Budget.entries`.
@@ -254,6 +282,22 @@ class Policy:
 
     def wrote(self, step: int, pages: Array) -> None:
         """Learn that `pages` int32 [G, n] closed at this step and were written to the GPU."""
+
+    def moved(self, step: int, loaded: Array, evicted: Array) -> None:
+        """Learn that the resident set changed: pages int64 [G, n] that got a slot, and pages [G, m]
+        that lost theirs; -1 = padding.
+
+        Called after every change: by a write, a decision, a prefetch or a miss; and for what the
+        prefill leaves, with step 0.
+        """
+
+    def prefetch(self, step: int) -> Array | None:
+        """Pages to load before this step's accesses: int [G, n], unique in a row, -1 = padding.
+
+        Asked at every step, with cadence 1 only. What is resident already is left out, and a page
+        gets its slot as a missed one does.
+        """
+        return None
 
     def decide(self, step: int) -> None:
         """Called at reset time (step 0) and at every decision before `worth` is asked for all

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import fields, replace
 from typing import Any
 
 import numpy as np
@@ -37,6 +38,14 @@ class Guarded:
     def observes(self) -> bool:
         return self.policy.observes
 
+    @property
+    def watches(self) -> bool:
+        return self.policy.watches
+
+    @property
+    def prefetches(self) -> bool:
+        return self.policy.prefetches
+
     def n_slots(self, n_pages: int, **sizes: Any) -> int:
         return self._call("reset", self.policy.n_slots, n_pages, **sizes)
 
@@ -56,13 +65,38 @@ class Guarded:
 
     def reset(self, ctx: Context) -> None:
         self.ctx = ctx
+        if ctx.prompt_mass is not None:
+            ctx = replace(ctx, prompt_mass=read_only(ctx.prompt_mass))
         self._call("reset", self.policy.reset, ctx)
 
     def pins(self) -> Pins:
         return self._call("reset", self.policy.pins)
 
     def observe(self, step: int, obs: Observation) -> None:
-        self._call(f"step {step}", self.policy.observe, step, obs)
+        shown = Observation(*(read_only(getattr(obs, f.name)) for f in fields(obs)))
+        self._call(f"step {step}", self.policy.observe, step, shown)
+
+    def moved(self, step: int, loaded: np.ndarray, evicted: np.ndarray) -> None:
+        self._call(f"step {step}", self.policy.moved, step, read_only(loaded), read_only(evicted))
+
+    def prefetch(self, step: int) -> np.ndarray | None:
+        """The pages that the policy asks for, if they are pages."""
+        pages = self._call(f"step {step}", self.policy.prefetch, step)
+        fault = None if pages is None else self._not_pages(pages)
+        if fault:
+            raise FmsimError(f"policy {self.name}, step {step}: prefetch {fault}")
+        return pages
+
+    def _not_pages(self, pages: Any) -> str | None:
+        """What is wrong with `pages` as rows of page numbers, or None."""
+        if not isinstance(pages, np.ndarray) or pages.dtype.kind != "i":
+            return "must return an array of integers, or None"
+        if pages.ndim != 2 or len(pages) != self.ctx.n_groups:
+            return f"has shape {pages.shape}; it must be [{self.ctx.n_groups}, n]"
+        ranked = np.sort(pages, axis=1)
+        if ((ranked[:, 1:] == ranked[:, :-1]) & (ranked[:, 1:] >= 0)).any():
+            return "asks for a page twice"
+        return None
 
     def wrote(self, step: int, pages: np.ndarray) -> None:
         self._call(f"step {step}", self.policy.wrote, step, pages)
@@ -94,6 +128,13 @@ class Guarded:
         return worth
 
 
+def read_only(array: np.ndarray) -> np.ndarray:
+    """A view that cannot be written to."""
+    view = array.view()
+    view.flags.writeable = False
+    return view
+
+
 def fault_of(worth: Any, shape: tuple[int, ...]) -> str | None:
     """What is wrong with `worth` as an answer about pages of this shape, or None."""
     if not isinstance(worth, np.ndarray):
@@ -101,6 +142,8 @@ def fault_of(worth: Any, shape: tuple[int, ...]) -> str | None:
     if worth.shape != shape:
         return f"has shape {worth.shape}, but pages of shape {shape} were asked about"
     if worth.dtype.kind == "f":
+        if worth.dtype != np.float32:
+            return f"has dtype {worth.dtype}; it must be float32 or an integer"
         return "is NaN for some page" if np.isnan(worth).any() else None
     if worth.dtype.kind not in "iu":
         return f"has dtype {worth.dtype}; it must be float32 or an integer"

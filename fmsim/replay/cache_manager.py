@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from array_api_compat import array_namespace
@@ -14,7 +14,7 @@ from fmsim import arrays
 from fmsim.errors import FmsimError
 from fmsim.policies.base import Context, Observation, Policy
 from fmsim.replay.paging import Accesses
-from fmsim.replay.residency import Moves, Residency
+from fmsim.replay.residency import Moves, Residency, ResidentView
 
 Array = Any
 AHEAD = 4  # slots to each spare slot for what is recalled ahead of a decision
@@ -44,9 +44,9 @@ class CacheManager:
 
     def __init__(self, policy: Policy, ctx: Context, *, cold: bool = False) -> None:
         self.policy = policy
-        self.ctx = ctx
         self.residency = Residency(ctx.n_groups, ctx.n_pages, ctx.n_slots, ctx.xp, ctx.device)
-        policy.reset(ctx)
+        self.ctx = replace(ctx, residents=ResidentView(self.residency))
+        policy.reset(self.ctx)
         self.pins = policy.pins()
         self._check_pins()
         self._see(ctx.prompt_entries)
@@ -66,9 +66,10 @@ class CacheManager:
 
     @property
     def comes_back(self) -> bool:
-        """Pages can be loaded from the host: by a miss or by a decision."""
+        """Pages can be loaded from the host: by a miss, a decision or a prefetch."""
         params = self.policy.params
-        return not self.keeps_all and (params.on_miss != "mask" or params.cadence > 1)
+        ahead = params.cadence > 1 or self.policy.prefetches
+        return not self.keeps_all and (params.on_miss != "mask" or ahead)
 
     @property
     def needs_all_keys(self) -> bool:
@@ -77,7 +78,8 @@ class CacheManager:
         Otherwise a layer scores what is resident, and keys come and go with their entries; only the
         layers that a memory indexer scores keep all (arXiv 2606.09079).
         """
-        return self.policy.params.on_miss != "mask" or self.keeps_all
+        params = self.policy.params
+        return params.on_miss != "mask" or params.sees == "all" or self.keeps_all
 
     @property
     def ahead_slots(self) -> int:
@@ -145,16 +147,23 @@ class CacheManager:
         new = xp.arange(first, self.visible, dtype=xp.int32, device=self.ctx.device)
         new = xp.broadcast_to(new[None, :], (self.ctx.n_groups, self.visible - first))
         self.policy.wrote(step, new)
-        return self.residency.admit(
-            new, new >= 0, lambda pages: self.policy.worth(step, pages), self._pinned()
-        )
+        return self._admit(step, new, new >= 0)
 
     def decide(self, step: int) -> Moves:
         """Choose the resident set anew among all visible pages."""
         self.policy.decide(step)
-        return self.residency.choose(
-            self.policy.worth_of_first(step, self.visible), self.policy.floor, self._pinned()
-        )
+        worth = self.policy.worth_of_first(step, self.visible)
+        return self._told(step, self.residency.choose(worth, self.policy.floor, self._pinned()))
+
+    def prefetch(self, step: int) -> Moves | None:
+        """Bring in what the policy asks for before the step's accesses; None where it asks for
+        nothing.
+        """
+        pages = self.policy.prefetch(step)
+        if pages is None:
+            return None
+        wanted = (pages >= 0) & (pages < self.visible) & (self.residency.lookup(pages) < 0)
+        return self._admit(step, pages, wanted)
 
     def foresee(self, step: int, n_entries: int, most: int) -> Array | None:
         """Up to `most` pages that the decision at the later `step`, when `n_entries` are visible,
@@ -193,20 +202,40 @@ class CacheManager:
 
         None where `on_miss` never loads.
         """
-        use = served.use
-        seen = self.ctx.xp.where(served.attended, use.mass, 0.0)
-        self.policy.observe(
-            step, Observation(use.pages, use.count, seen, served.hit, served.fetched)
-        )
+        if self.policy.observes:
+            self.policy.observe(step, self._observation(served))
         if self.policy.params.on_miss == "mask":
             return None
-        return self.residency.admit(
-            use.pages,
-            served.fetched,
-            lambda pages: self.policy.worth(step, pages),
+        return self._admit(step, served.use.pages, served.fetched, served.slot)
+
+    def _observation(self, served: Served) -> Observation:
+        """What a server would know of the step: without all index keys, what is resident alone."""
+        xp, use = self.ctx.xp, served.use
+        mass = xp.where(served.attended, use.mass, 0.0)
+        if self.needs_all_keys:
+            return Observation(use.pages, use.count, mass, served.hit, served.fetched)
+        pages = xp.where(served.hit, use.pages, -1)
+        count = xp.where(served.hit, use.count, 0)
+        return Observation(pages, count, mass, served.hit, served.fetched)
+
+    def _admit(
+        self, step: int, pages: Array, incoming: Array, in_use: Array | None = None
+    ) -> Moves:
+        """Slots for the `incoming` of pages [G, n]; the slots `in_use` are not taken."""
+        moves = self.residency.admit(
+            pages,
+            incoming,
+            lambda resident: self.policy.worth(step, resident),
             self._pinned(),
-            served.slot,
+            in_use,
         )
+        return self._told(step, moves)
+
+    def _told(self, step: int, moves: Moves) -> Moves:
+        """The same moves, once a policy that follows them was told."""
+        if self.policy.watches:
+            self.policy.moved(step, moves.pages, moves.out)
+        return moves
 
 
 def heaviest_missing(use: Accesses, missing: Array, above: float, below: float) -> Array:

@@ -5,6 +5,7 @@ A step, for each request of a batch:
 1. Entries that closed are written: a page that begins gets a slot.
 2. At a decision the resident set is chosen anew, and what it lacks is recalled. What the *next*
    decision will recall is said now, where the policy knows it, so that it can come in the meantime.
+   A policy without decisions may prefetch pages instead.
 3. The native indexer selects. Misses are loaded as `on_miss` says.
 4. The policy sees the step. What was fetched gets a slot.
 
@@ -156,12 +157,21 @@ class DecodeLoop:
             recalled = manager.decide(step)
             book.moved(step, "lookahead_loads", recalled)
             self.tiers.recall(request, recalled)
+        if cadence == 1 and manager.policy.prefetches:
+            self._prefetch(request, step)
         if decides or step == 0:
             book.scored[step] = manager.policy.scored_entries(step)
         if decides:
             self._foresee(request, step + cadence)
         if step and step % manager.ctx.tau == 0:
             book.window_began()
+
+    def _prefetch(self, request: int, step: int) -> None:
+        """What the policy asks for between decisions comes in before the step's accesses."""
+        moves = self.books[request].manager.prefetch(step)
+        if moves is not None:
+            self.books[request].moved(step, "lookahead_loads", moves)
+            self.tiers.recall(request, moves)
 
     def _foresee(self, request: int, decision: int) -> None:
         """Begin to recall for the decision at the later step `decision`."""

@@ -7,8 +7,10 @@ torch's.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
+
+from array_api_compat import is_numpy_array
 
 from fmsim import arrays
 from fmsim.errors import FmsimError
@@ -23,13 +25,14 @@ class Moves:
     A page that finds no slot passes through: it counts as loaded and as evicted.
 
     `pages` and `slots` [G, m] say where each incoming page went (-1 = padding): what an engine has
-    to copy.
+    to copy. `out` [G, k] are the pages that left their slots.
     """
 
     loaded: Array
     evicted: Array
     pages: Array
     slots: Array
+    out: Array
 
 
 class Residency:
@@ -96,7 +99,7 @@ class Residency:
         loaded = xp.sum(xp.astype(incoming, xp.int64), axis=1)
         if n == 0:
             nothing = xp.full((self.n_groups, 0), -1, dtype=xp.int64)
-            return Moves(loaded, loaded, nothing, nothing)
+            return Moves(loaded, loaded, nothing, nothing, nothing)
         chosen = arrays.pack(pages, incoming, n)
         if self.n_slots >= self.n_pages:  # every page has the slot of its own number
             return self._place(
@@ -126,10 +129,12 @@ class Residency:
         xp, n = self.xp, worth.shape[1]
         if n == 0:  # a prompt too short for one entry
             nothing = xp.full((self.n_groups, 0), -1, dtype=xp.int64, device=worth.device)
-            return Moves(xp.zeros_like(self.filled), xp.zeros_like(self.filled), nothing, nothing)
+            none = xp.zeros_like(self.filled)
+            return Moves(none, none, nothing, nothing, nothing)
         pages, keep = self._best(worth, floor, pinned)
         incoming = keep & (self.table[:, :n] < 0)
-        evicted = self._drop(keep)
+        out = self._drop(keep)
+        evicted = xp.sum(xp.astype(out >= 0, xp.int64), axis=1)
         m = arrays.width(incoming, min(n, self.n_slots))
         chosen = arrays.pack(pages, incoming, m)
         places = (
@@ -138,9 +143,10 @@ class Residency:
             else arrays.pack(self._slot_ids[:, : self.n_slots], self.slots < 0, m)
         )
         loaded = xp.sum(xp.astype(incoming, xp.int64), axis=1)
-        return self._place(
+        moves = self._place(
             chosen, xp.where(chosen >= 0, places, -1), xp.full_like(chosen, -1), loaded, evicted
         )
+        return replace(moves, out=out)
 
     def foresee(
         self, worth: Array, floor: float | None, pinned: Callable[[Array], Array] | None, most: int
@@ -191,12 +197,13 @@ class Residency:
         return key
 
     def _drop(self, keep: Array) -> Array:
-        """Empty the slots of pages outside keep [G, n]; returns how many, [G]."""
+        """Empty the slots of pages outside keep [G, n]; returns these pages, [G, S], -1 = none."""
         xp = self.xp
         goes = (self.slots >= 0) & ~arrays.read(keep, arrays.offsets(keep, xp), self.slots)
-        arrays.put(self.table, self._table_start, xp.where(goes, self.slots, -1), -1)
+        out = xp.where(goes, self.slots, -1)
+        arrays.put(self.table, self._table_start, out, -1)
         self._slots[:, : self.n_slots] = xp.where(goes, -1, self.slots)
-        return xp.sum(xp.astype(goes, xp.int64), axis=1)
+        return out
 
     def _place(
         self, pages: Array, slots: Array, old: Array, loaded: Array, evicted: Array
@@ -211,4 +218,22 @@ class Residency:
         self.table[:, self.n_pages] = -1
         self._slots[:, self.n_slots] = -1
         self.filled = self.filled + loaded - evicted
-        return Moves(loaded, evicted, pages, slots)
+        return Moves(loaded, evicted, pages, slots, old)
+
+
+class ResidentView:
+    """`policies.base.Residents` of a residency."""
+
+    def __init__(self, residency: Residency) -> None:
+        self._residency = residency
+
+    def has(self, pages: Array) -> Array:
+        return self._residency.lookup(pages) >= 0
+
+    @property
+    def pages(self) -> Array:
+        slots = self._residency.slots
+        if is_numpy_array(slots):
+            slots = slots.view()
+            slots.flags.writeable = False
+        return slots

@@ -106,6 +106,7 @@ class _Decode:
         self.csa_s, self.n_csa = costs.csa_s, geometry.n_csa
         # What is not known one window before cannot be recalled before the decision.
         self.overlaps = ledger.decides_ahead
+        self.recalls = bool(ledger.lookahead_loads.any())
         # The prefill left the first window's set on the GPU.
         self.recall: simpy.Event = env.timeout(0)
         self.start_s, self.end_s = np.zeros(self.n_steps), np.zeros(self.n_steps)
@@ -135,7 +136,7 @@ class _Decode:
                     self.memory.to_host.transfer(self.write_back_bytes[step]),
                     self.write_back_bytes[step],
                 )
-            if self.cadence > 1 and step % self.cadence == 0:
+            if self.recalls and step % self.cadence == 0:
                 if not self.overlaps:
                     self.recall = self._recall(step)
                 yield self.recall

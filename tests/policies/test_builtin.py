@@ -143,7 +143,8 @@ def test_oracle_ranks_by_mass_when_the_union_does_not_fit():
 def test_lookahead_cadence_recalls_what_lfu_counted():
     trace = HandTrace([[[1]], [[1]], [[2]], [[1]], [[1]]])
     spec = {"policy": "lfu", "budget": "1 entries", "cadence": 3, "on_miss": "mask"}
-    assert hits(trace, spec) == [0, 0, 0, 1, 1]
+    assert hits(trace, spec | {"sees": "all"}) == [0, 0, 0, 1, 1]
+    assert hits(trace, spec) == [0, 0, 0, 0, 0]  # what is masked is never seen, so never counted
 
 
 @pytest.mark.parametrize(

@@ -49,6 +49,7 @@ def test_slots_are_conserved_under_every_switch(replayer, granularity, scope, on
         scope=scope,
         on_miss=on_miss,
         cadence=cadence,
+        sees="all",
     )
     assert not balance(ledger).any() and (ledger.resident <= ledger.n_slots).all()
     assert (

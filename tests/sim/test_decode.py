@@ -56,6 +56,17 @@ def test_a_recall_in_the_window_before_costs_no_time_and_a_late_one_its_rest():
     assert late.step_s[64] == pytest.approx(timeline.step_s[64] + late.recall_wait_s[64])
 
 
+def test_a_prefetch_between_decisions_is_waited_for_unless_it_is_known_a_step_ahead():
+    at = loads(128, s10=300)
+    late, ahead = (
+        simulate(ledger(cadence=1, lookahead_loads=at, params={"stale": known}), FLASH, H100)
+        for known in (False, True)
+    )
+    gather_s = float(GatherCurve(H100.link).seconds(716, 300 * 21 * 716))
+    assert late.recall_wait_s[10] == late.recall_wait_s.sum() == pytest.approx(gather_s)
+    assert ahead.recall_wait_s.sum() == 0  # it ran beside step 9
+
+
 def test_a_recall_longer_than_its_window_is_waited_for():
     slots = 2_000_000  # far more than 64 steps can bring in
     timeline = simulate(ledger(lookahead_loads=loads(128, s64=slots)), FLASH, H100)

@@ -5,6 +5,7 @@ made of.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Literal
 
 import array_api_compat.torch as xp
@@ -123,10 +124,17 @@ class Request:
         ctx, picked = self.manager.ctx, self.selections
         ids = picked.ids[:, self.index].long()
         mass = picked.seen_mass[:, self.index]
-        seen = ids if self.among_resident else picked.wanted[:, self.index].long()
-        use = page_step(seen, mass, ctx.granularity, self.shared)
+        use = page_step(ids, mass, ctx.granularity, self.shared)
+        if self.among_resident and not self.manager.needs_all_keys:
+            return self.manager.look_back(use, use.pages >= 0)
+        # The policy sees all that was selected, and the mass of what was attended to.
+        masses = ctx.table()
+        ctx.put(masses, use.pages, use.mass)
         attended = ctx.table(0, "bool")
-        ctx.put(attended, page_step(ids, mass, ctx.granularity, self.shared).pages, True)
+        ctx.put(attended, use.pages, True)
+        wanted = picked.wanted[:, self.index].long()
+        use = page_step(wanted, mass, ctx.granularity, self.shared)
+        use = replace(use, mass=ctx.read(masses, use.pages))
         return self.manager.look_back(use, ctx.read(attended, use.pages))
 
     def lookahead(self, window: int) -> LookaheadState:
