@@ -13,6 +13,7 @@ from fmsim.replay.ledger import Ledger
 from fmsim.sim.timeline import SimulatedTimeline
 
 REPORT_NAME = "report.json"
+SCHEMA_VERSION = 2  # of the report; 1 had none
 
 
 def ledger_path(folder: Path, label: str) -> Path:
@@ -59,6 +60,12 @@ class Results:
                 raise FmsimError(
                     f"{path}: is of a scenario with a workload, which has no page yet; run it with"
                     " --set workload=null for a page of one decode"
+                )
+            version = report["scenario"].get("schema_version", 1)
+            if version != SCHEMA_VERSION:
+                raise FmsimError(
+                    f"{path}: report schema {version}, but this fmsim reads {SCHEMA_VERSION}; run"
+                    " the scenario again"
                 )
             labels = [row["policy"] for row in report["policies"]]
             known = set(report["scenario"]["details"]) >= set(labels)

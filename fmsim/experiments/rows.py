@@ -13,6 +13,7 @@ from typing import Any
 from fmsim.errors import FmsimError
 
 Row = dict[str, Any]  # flat: no value is a mapping
+SCHEMA_VERSION = 2  # of a row; 1 had none
 
 
 class RowFile:
@@ -35,9 +36,17 @@ class RowFile:
                 f"--out {self.path}: cannot be used ({error.strerror or error}); choose another"
                 " file"
             ) from None
+        for number, row in enumerate(self.rows, 1):
+            version = row.get("schema_version", 1)
+            if version != SCHEMA_VERSION:
+                raise FmsimError(
+                    f"--out {self.path}: row {number} has schema {version}, but this fmsim writes"
+                    f" {SCHEMA_VERSION}; give another file"
+                )
 
     def append(self, row: Row) -> None:
         """Write one row; it is on disk when this returns."""
+        row = {"schema_version": SCHEMA_VERSION} | row
         self.rows.append(row)
         if self._parquet:
             self._write_parquet()

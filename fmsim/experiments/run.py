@@ -12,7 +12,7 @@ from typing import Any
 from fmsim import __version__
 from fmsim.errors import FmsimError
 from fmsim.experiments.parallel import in_parallel
-from fmsim.experiments.results import REPORT_NAME, ledger_path, timeline_path
+from fmsim.experiments.results import REPORT_NAME, SCHEMA_VERSION, ledger_path, timeline_path
 from fmsim.files import write_text
 from fmsim.geometry import PRESETS, Geometry, from_config
 from fmsim.hw import Hardware, load_hardware, replace_figure
@@ -221,6 +221,7 @@ def about(setting: Setting) -> dict[str, Any]:
         "name": scenario.name,
         "description": scenario.description,
         "file": str(file.path),
+        "schema_version": SCHEMA_VERSION,
         "fmsim": __version__,
         "trace": {
             "file": str(file.file(scenario.trace)),

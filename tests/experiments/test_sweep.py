@@ -13,7 +13,7 @@ import pytest
 from made_trace import make_trace
 
 from fmsim.errors import FmsimError
-from fmsim.experiments.rows import RowFile
+from fmsim.experiments.rows import SCHEMA_VERSION, RowFile
 from fmsim.experiments.sweep import Axis, left, plan
 from fmsim.trace import write
 
@@ -253,6 +253,14 @@ def test_a_file_of_something_else_is_not_touched(tmp_path):
     assert path.read_text() == '{"key": "a"}\nhello\n'
 
 
+def test_rows_of_another_schema_are_refused_by_name(tmp_path):
+    path = tmp_path / "old.jsonl"
+    path.write_text('{"key": "a", "policy": "lru"}\n')
+    with pytest.raises(FmsimError, match="old.jsonl: row 1 has schema 1, but this fmsim writes 2"):
+        RowFile(path)
+    assert path.read_text() == '{"key": "a", "policy": "lru"}\n'
+
+
 def test_rows_in_parquet_read_back_and_grow(tmp_path):
     parquet = pytest.importorskip(
         "pyarrow.parquet", reason="pyarrow is not installed (extra: parquet)"
@@ -260,8 +268,17 @@ def test_rows_in_parquet_read_back_and_grow(tmp_path):
     path = tmp_path / "rows.parquet"
     RowFile(path).append({"key": "a", "batch": 1})
     RowFile(path).append({"key": "b", "error": "does not fit"})
-    assert RowFile(path).rows == [{"key": "a", "batch": 1}, {"key": "b", "error": "does not fit"}]
-    assert parquet.read_table(path).column_names == ["key", "batch", "error"]
+    version = {"schema_version": SCHEMA_VERSION}
+    assert RowFile(path).rows == [
+        version | {"key": "a", "batch": 1},
+        version | {"key": "b", "error": "does not fit"},
+    ]
+    assert parquet.read_table(path).column_names == [
+        "schema_version",
+        "key",
+        "batch",
+        "error",
+    ]
     path.write_bytes(b"not parquet")
     with pytest.raises(FmsimError, match="not a Parquet file"):
         RowFile(path)

@@ -12,6 +12,8 @@ import sys
 import pytest
 from made_trace import make_trace
 
+from fmsim.errors import FmsimError
+from fmsim.experiments.results import Results
 from fmsim.report.page import SECTIONS
 from fmsim.trace import write
 
@@ -218,3 +220,10 @@ def test_without_plotly_the_fix_is_told(folder):
         text=True,
     )
     assert done.returncode == 2 and "pip install 'fmsim[report]'" in done.stderr
+
+
+def test_a_report_of_another_schema_is_refused_by_name(tmp_path):
+    old = {"scenario": {"details": {}}, "policies": []}
+    (tmp_path / "report.json").write_text(json.dumps(old))
+    with pytest.raises(FmsimError, match="report schema 1, but this fmsim reads 2"):
+        Results.load(tmp_path)
