@@ -88,11 +88,13 @@ class CacheManager:
             return 0
         return -(-self.ctx.n_slots // AHEAD)
 
-    def miss_slots(self, selected: int) -> int:
-        """Spare slots of each group for one step's misses, of at most `selected` pages."""
+    @property
+    def miss_slots(self) -> int:
+        """Spare slots of each group for one step's misses: every selected page may be missing."""
         if self.keeps_all or self.policy.params.on_miss == "mask":
             return 0
-        return min(selected, self.ctx.n_pages)
+        selecting_layers = self.ctx.n_layers // self.ctx.n_groups
+        return min(self.ctx.topk * selecting_layers, self.ctx.n_pages)
 
     def _check_pins(self) -> None:
         """Pinned pages must fit the budget to the end of the run."""

@@ -58,7 +58,6 @@ class LedgerBuilder:
         hit: np.ndarray,
         attended: np.ndarray,
         *,
-        miss_slots: int,
         golden: np.ndarray | None = None,
         unmeasured: Sequence[int] = (),
         all_keys: bool | None = None,
@@ -67,8 +66,8 @@ class LedgerBuilder:
 
         `ids` are the entries selected (-1 = none, and all of them in layers `unmeasured`), `mass`
         their attention mass; bool of the same shape says which were resident when the step began,
-        and which were attended to. `miss_slots` are the spare slots that the decode had for misses.
-        `golden` and `all_keys` are worked out where they are not given.
+        and which were attended to. `golden` and `all_keys` are worked out where they are not
+        given.
         """
         manager = self.manager
         policy, ctx, steps = manager.policy, manager.ctx, len(ids)
@@ -104,7 +103,7 @@ class LedgerBuilder:
             target_layers=list(policy.target_layers()),
             all_keys=manager.needs_all_keys if all_keys is None else all_keys,
             ahead_slots=manager.ahead_slots,
-            miss_slots=miss_slots,
+            miss_slots=manager.miss_slots,
             **{name: _int32(count)[:steps] for name, count in self.counts.items()},
         )
 

@@ -45,12 +45,8 @@ class TraceSource:
         self.attended[step] = served.attended
         return served
 
-    def ledger(self, trace: Any, miss_slots: int | None = None) -> Ledger:
-        """The ledger of a whole run; `trace` has `ids`, `mass` and `golden` [T, L, K].
-
-        `miss_slots` are the decode's spare slots for misses: by default what one step may miss.
-        """
-        width = self.paged.pages.shape[2]
+    def ledger(self, trace: Any) -> Ledger:
+        """The ledger of a whole run; `trace` has `ids`, `mass` and `golden` [T, L, K]."""
         hit, attended = (
             self.paged.by_entry(_numpy(flag), trace.n_layers) for flag in (self.hit, self.attended)
         )
@@ -60,7 +56,6 @@ class TraceSource:
             hit,
             attended,
             golden=trace.golden,
-            miss_slots=self.manager.miss_slots(width) if miss_slots is None else miss_slots,
         )
 
     def _there(self, array: np.ndarray) -> Array:

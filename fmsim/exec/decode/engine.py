@@ -264,7 +264,7 @@ def new_tiers(
             RequestSize(
                 pages=manager.ctx.n_pages,
                 slots=manager.ctx.n_slots,
-                staged=manager.miss_slots(manager.ctx.topk),
+                staged=manager.miss_slots,
                 ahead=manager.ahead_slots,
             )
             for manager in managers

@@ -149,7 +149,6 @@ class Request:
             *(self._logged(name).cpu().numpy() for name in ("wanted", "mass", "hit", "attended")),
             unmeasured=self.unmeasured,
             all_keys=not self.unmeasured,
-            miss_slots=self.manager.miss_slots(self.topk),
         )
 
     def _logged(self, name: str) -> Tensor:

@@ -79,7 +79,7 @@ class TraceDrivenDecode:
         size = RequestSize(
             pages=ctx.n_pages,
             slots=ctx.n_slots,
-            staged=self.manager.miss_slots(selected),
+            staged=self.manager.miss_slots,
             ahead=self.manager.ahead_slots,
         )
         self._groups = [int(group) for group in groups]
@@ -134,9 +134,8 @@ class TraceDrivenDecode:
                 self._compare(step, source.shown)
             progress(1)
         step_s, _, recall_wait_s, _ = self.clock.figures()
-        staged = self.tiers.entries.sizes[0].staged
         return TraceDrivenRun(
-            ledger=self.source.ledger(self.replayer, miss_slots=staged),
+            ledger=self.source.ledger(self.replayer),
             slots=np.stack(slots) if self.watch else None,
             h2d_bytes=int(self.tiers.moved_bytes()) // self.batch,
             step_s=step_s,
