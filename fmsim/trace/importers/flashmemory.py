@@ -98,7 +98,7 @@ def read_document(path: Path, tau: int = 64) -> Trace:
     keys, scales, unkeyed = dump.keys((prompt_tokens + rows) // ENTRY_TOKENS)
     ids, share = _padded(votes[1:], geometry["label_layers"])
     shape = (rows, len(numbers))
-    header = {
+    header: dict[str, Any] = {
         "model": ModelInfo(name="not said by the dump", dtype="bfloat16"),
         "prompt_kind": "flashmemory",
         "prompt_text": f"{path.name}: golden labels, not attention; the text is not in the dump",
