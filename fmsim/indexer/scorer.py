@@ -210,7 +210,7 @@ def combine(scored, how: str):
     return xp.max(scored, axis=0) if how == "max" else xp.mean(scored, axis=0)
 
 
-def sigmoid(values):
+def sigmoid(values: Array) -> Array:
     """The score of a logit."""
     xp = array_namespace(values)
     return 0.5 + 0.5 * xp.tanh(0.5 * values)  # overflows nowhere

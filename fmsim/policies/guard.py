@@ -70,7 +70,8 @@ class Guarded:
         self._call("reset", self.policy.reset, ctx)
 
     def pins(self) -> Pins:
-        return self._call("reset", self.policy.pins)
+        pins: Pins = self._call("reset", self.policy.pins)
+        return pins
 
     def observe(self, step: int, obs: Observation) -> None:
         shown = Observation(*(read_only(getattr(obs, f.name)) for f in fields(obs)))
@@ -105,7 +106,8 @@ class Guarded:
         self._call(f"step {step}", self.policy.decide, step)
 
     def scored_entries(self, step: int) -> int:
-        return self._call(f"step {step}", self.policy.scored_entries, step)
+        scored: int = self._call(f"step {step}", self.policy.scored_entries, step)
+        return scored
 
     def worth(self, step: int, pages: np.ndarray) -> np.ndarray:
         """The policy's worth, if it is one: right shape, right type, no NaN."""
@@ -125,7 +127,8 @@ class Guarded:
         fault = fault_of(worth, shape)
         if fault:
             raise FmsimError(f"policy {self.name}, step {step}: worth {fault}")
-        return worth
+        checked: np.ndarray = worth
+        return checked
 
 
 def read_only(array: np.ndarray) -> np.ndarray:
