@@ -263,7 +263,7 @@ def test_rows_of_another_schema_are_refused_by_name(tmp_path):
 
 def test_rows_in_parquet_read_back_and_grow(tmp_path):
     parquet = pytest.importorskip(
-        "pyarrow.parquet", reason="pyarrow is not installed (extra: parquet)"
+        "pyarrow.parquet", reason="pyarrow is not installed: pip install 'fmsim[parquet]'"
     )
     path = tmp_path / "rows.parquet"
     RowFile(path).append({"key": "a", "batch": 1})
@@ -285,9 +285,7 @@ def test_rows_in_parquet_read_back_and_grow(tmp_path):
 
 
 def test_a_ray_cluster_gives_the_same_rows(scenario, tmp_path):
-    pytest.importorskip(
-        "ray", reason="ray is not installed (extra: ray; 80 MB, so not among the test extra)"
-    )
+    pytest.importorskip("ray", reason="ray is not installed: pip install 'fmsim[ray]'")
     grid = [
         "sweep",
         scenario,
