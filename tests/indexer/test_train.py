@@ -52,7 +52,6 @@ def shuffled(windows: Windows, seed: int) -> Windows:
     return windows._replace(golden=golden, mass=golden.astype(np.float32))
 
 
-torch.set_num_threads(1)  # tensors this small are slower on many
 TRAINING, HELD_OUT = [constructed(seed) for seed in range(8)], [constructed(100)]
 
 
