@@ -242,7 +242,9 @@ def test_workers_end_with_a_killed_sweep(scenario, tmp_path):
             time.sleep(0.002)
         process.send_signal(signal.SIGKILL)
         # its end comes when the last process that inherited the pipe has ended
-        process.stdout.read()
+        process.communicate(timeout=60)
+    assert process.returncode == -signal.SIGKILL
+    assert 1 <= len(out.read_text().splitlines()) < 60
 
 
 def test_a_file_of_something_else_is_not_touched(tmp_path):
