@@ -2,8 +2,8 @@
 commands that tests start.
 
 Where there is no GPU, Triton kernels run in its interpreter; Triton asks when a kernel is defined.
-One thread a process: tests run side by side (`pytest -n 2`), and threads that wait for each other on
-busy cores take several times the processor time.
+One thread a process: tests run side by side (`pytest -n 2`), and threads that wait for each other
+on busy cores take several times the processor time.
 """
 
 import os

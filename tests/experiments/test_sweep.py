@@ -3,13 +3,13 @@ it was.
 """
 
 import json
-import os
 import signal
 import subprocess
 import sys
 import time
 
 import pytest
+from command import fmsim, fmsim_here
 from made_trace import make_trace
 
 from fmsim.errors import FmsimError
@@ -29,13 +29,6 @@ def scenario(tmp_path_factory):
     write(folder / "small.safetensors", make_trace())
     (folder / "small.yaml").write_text(SCENARIO)
     return folder / "small.yaml"
-
-
-def fmsim(*arguments):
-    environment = os.environ | {"COLUMNS": "80", "OMP_NUM_THREADS": "1"}
-    return subprocess.run(
-        [*MAIN, *map(str, arguments)], capture_output=True, text=True, env=environment
-    )
 
 
 def budgets(n):
@@ -202,7 +195,7 @@ def test_a_run_that_does_not_fit_is_a_row_too(scenario, tmp_path):
     ],
 )
 def test_a_mistake_is_told_before_anything_runs(scenario, tmp_path, arguments, says):
-    done = fmsim(
+    done = fmsim_here(
         "sweep",
         scenario,
         *(["--out", tmp_path / "rows.jsonl"] if "--out" not in arguments else []),

@@ -14,7 +14,7 @@ ROOT = Path(__file__).parents[2]
 PACKAGE = ROOT / "fmsim"
 HEAVY = {"torch", "transformers", "triton"}
 HEAVY_ROOMS = ("exec", "indexer", "nano", "trace/importers")
-# What `import fmsim` and `fmsim --help` must not load: a start takes 0.2 s without them.
+# What `import fmsim` must not load.
 SLOW_TO_LOAD = {"torch", "transformers", "numpy", "simpy", "plotly", "optuna"}
 
 
@@ -53,22 +53,11 @@ def test_torch_is_loaded_by_its_rooms_only():
     assert not elsewhere, f"{elsewhere} import {HEAVY} at load; import it in the function"
 
 
-@pytest.mark.parametrize(
-    "start",
-    [
-        "import fmsim",
-        "import sys; sys.argv = ['fmsim', '--help']; from fmsim.cli import main; main()",
-    ],
-    ids=["import", "help"],
-)
-def test_a_start_loads_nothing_slow(start):
-    code = f"""
-import atexit, sys
-atexit.register(lambda: print("LOADED", *sys.modules))
-{start}
-"""
+def test_import_fmsim_loads_nothing_slow():
+    """`fmsim --help` is in tests/experiments/test_run.py."""
+    code = "import sys, fmsim; print(*sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 0, done.stderr
-    loaded = done.stdout.rpartition("LOADED")[2].split()
+    loaded = done.stdout.split()
     assert "fmsim" in loaded
     assert not SLOW_TO_LOAD & set(loaded)

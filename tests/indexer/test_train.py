@@ -4,7 +4,6 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-import torch
 
 from fmsim.errors import FmsimError
 from fmsim.indexer import checkpoint, scorer
