@@ -1,7 +1,7 @@
 """The conformance kit for policy plug-ins.
 
-    from fmsim.testing import check_policy
-    check_policy(MyPolicy)
+from fmsim.testing import check_policy
+check_policy(MyPolicy)
 """
 
 from fmsim.testing.policy_checks import check_policy, sample_trace, slot_history
