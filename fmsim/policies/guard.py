@@ -47,10 +47,12 @@ class Guarded:
         return self.policy.prefetches
 
     def n_slots(self, n_pages: int, **sizes: Any) -> int:
-        return self._call("reset", self.policy.n_slots, n_pages, **sizes)
+        slots: int = self._call("reset", self.policy.n_slots, n_pages, **sizes)
+        return slots
 
     def target_layers(self) -> tuple[int, ...]:
-        return self._call("reset", self.policy.target_layers)
+        layers: tuple[int, ...] = self._call("reset", self.policy.target_layers)
+        return layers
 
     def _call(self, where: str, method: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         try:
@@ -121,6 +123,12 @@ class Guarded:
             step,
             self._call(f"step {step}", self.policy.worth_of_first, step, n),
             (self.ctx.n_groups, n),
+        )
+
+    def ahead(self, step: int, n: int) -> np.ndarray:
+        """The same of a later decision's first n pages."""
+        return self._checked(
+            step, self._call(f"step {step}", self.policy.ahead, step, n), (self.ctx.n_groups, n)
         )
 
     def _checked(self, step: int, worth: Any, shape: tuple[int, ...]) -> np.ndarray:

@@ -1,1 +1,1 @@
-"""Traces from elsewhere: dense models of transformers, and FlashMemory's dumps, read and written."""
+"""Traces from elsewhere: dense models' own attention, and FlashMemory's dumps, both ways."""
