@@ -84,7 +84,7 @@ class Guarded:
 
     def prefetch(self, step: int) -> np.ndarray | None:
         """The pages that the policy asks for, if they are pages."""
-        pages = self._call(f"step {step}", self.policy.prefetch, step)
+        pages: np.ndarray | None = self._call(f"step {step}", self.policy.prefetch, step)
         fault = None if pages is None else self._not_pages(pages)
         if fault:
             raise FmsimError(f"policy {self.name}, step {step}: prefetch {fault}")
