@@ -1,9 +1,14 @@
-"""Where there is no GPU, Triton kernels run in its interpreter.
+"""Settings that must stand before torch and triton are imported, for this process and for the
+commands that tests start.
 
-Triton asks when a kernel is defined, so this precedes every import.
+Where there is no GPU, Triton kernels run in its interpreter; Triton asks when a kernel is defined.
+One thread a process: tests run side by side (`pytest -n 2`), and threads that wait for each other
+on busy cores take several times the processor time.
 """
 
 import os
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import torch
 

@@ -245,9 +245,10 @@ def from_config(config: Mapping[str, Any], name: str = "") -> Geometry:
 
 
 def _need(config: Mapping[str, Any], key: str) -> int:
-    if not isinstance(config.get(key), int):
+    value = config.get(key)
+    if not isinstance(value, int):
         raise ValueError(f"'{key}' is missing or no whole number")
-    return config[key]
+    return value
 
 
 def _layer_types(config: Mapping[str, Any], n_layers: int) -> tuple[str, ...]:

@@ -207,6 +207,6 @@ def _from_file(path: Path) -> Hardware:
 
 
 def _read(path: Path | Traversable) -> dict[str, Any]:
-    return yaml.load(
-        path.read_text(encoding="utf-8"), Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader)
-    )
+    loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+    figures: dict[str, Any] = yaml.load(path.read_text(encoding="utf-8"), Loader=loader)
+    return figures

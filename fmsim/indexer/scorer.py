@@ -3,9 +3,10 @@
 One retriever a CSA layer (arXiv 2606.09079, section 3): x is the layer's attention input at the
 query token,
 
-    a = RMSNorm(x Wa^T);  q = a Wb^T as heads;  RoPE on q's last dims;  optionally a Walsh-Hadamard
-    transform w = x Wp^T / sqrt(heads * head_dim);  logit(entry) = sum_h w_h relu(q_h . key);  score
-    = sigmoid(logit)
+    a = RMSNorm(x Wa^T)
+    q = a Wb^T as heads;  RoPE on q's last dims;  optionally a Walsh-Hadamard transform
+    w = x Wp^T / sqrt(heads * head_dim)
+    logit(entry) = sum_h w_h relu(q_h . key);  score = sigmoid(logit)
 
 Entries' keys already carry RoPE (at the entry's first token) and, in DeepSeek-V4, the Hadamard
 transform.
@@ -210,7 +211,7 @@ def combine(scored, how: str):
     return xp.max(scored, axis=0) if how == "max" else xp.mean(scored, axis=0)
 
 
-def sigmoid(values):
+def sigmoid(values: Any) -> Any:
     """The score of a logit."""
     xp = array_namespace(values)
     return 0.5 + 0.5 * xp.tanh(0.5 * values)  # overflows nowhere

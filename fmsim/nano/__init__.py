@@ -1,0 +1,1 @@
+"""The small DeepSeek-V4 that is trained here: its config, its prompts, its shipped weights."""

@@ -235,9 +235,6 @@ class Policy:
     class Params(PolicyParams):
         pass
 
-    # a decision needs nothing that is not known one cadence before it, so that an engine can recall
-    # in the meantime
-    decides_ahead = False
     floor: float | None = (
         None  # a page of lower worth is not kept at a decision, even where there is room
     )
@@ -262,6 +259,13 @@ class Policy:
     def prefetches(self) -> bool:
         """The policy asks for pages before they are missed, between decisions."""
         return type(self).prefetch is not Policy.prefetch
+
+    @property
+    def decides_ahead(self) -> bool:
+        """A decision needs nothing that is not known one cadence before it, so that an engine can
+        recall in the meantime. A policy that says so defines `ahead`.
+        """
+        return False
 
     def n_slots(self, n_pages: int, **sizes: Any) -> int:
         """Slots in each group, at most one a page; `sizes` are the arguments of
@@ -319,6 +323,10 @@ class Policy:
         """
         pages = self.ctx.xp.arange(n, dtype=self.ctx.xp.int32, device=self.ctx.device)
         return self.worth(step, self.ctx.xp.broadcast_to(pages[None, :], (self.ctx.n_groups, n)))
+
+    def ahead(self, step: int, n: int) -> Array:
+        """What `worth_of_first` will be at the decision at the later `step`, [G, n]."""
+        raise NotImplementedError  # abstract: every policy that decides ahead defines it
 
     def target_layers(self) -> tuple[int, ...]:
         """The model's CSA layers, from 0, whose index keys a memory indexer scores at decisions.

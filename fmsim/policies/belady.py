@@ -22,11 +22,13 @@ class Belady(Policy):
 
     def reset(self, ctx: Context) -> None:
         super().reset(ctx)
-        self.next_use = ctx.table(ctx.future.never, "int32")
-        self.next_use[:, : ctx.n_pages] = ctx.future.first_use()
+        assert ctx.future is not None  # given to policies whose evidence is "future"
+        self.future = ctx.future
+        self.next_use = ctx.table(self.future.never, "int32")
+        self.next_use[:, : ctx.n_pages] = self.future.first_use()
 
     def observe(self, step: int, obs: Observation) -> None:
-        self.ctx.put(self.next_use, obs.pages, self.ctx.future.next_use(step))
+        self.ctx.put(self.next_use, obs.pages, self.future.next_use(step))
 
     def worth(self, step: int, pages: Array) -> Array:
-        return self.ctx.future.never - self.ctx.read(self.next_use, pages)
+        return self.future.never - self.ctx.read(self.next_use, pages)

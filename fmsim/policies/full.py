@@ -21,7 +21,10 @@ class Full(Policy):
     decision_scope = "request"
 
     class Params(PolicyParams):
-        budget: Literal["all"] = Field("all", description="every entry there will be")
+        # No number of slots, so no `Budget`: `n_slots` below does not ask for one.
+        budget: Literal["all"] = Field(  # type: ignore[assignment]
+            "all", description="every entry there will be"
+        )
 
     def n_slots(self, n_pages: int, **sizes: Any) -> int:
         return n_pages

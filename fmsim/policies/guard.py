@@ -47,10 +47,12 @@ class Guarded:
         return self.policy.prefetches
 
     def n_slots(self, n_pages: int, **sizes: Any) -> int:
-        return self._call("reset", self.policy.n_slots, n_pages, **sizes)
+        slots: int = self._call("reset", self.policy.n_slots, n_pages, **sizes)
+        return slots
 
     def target_layers(self) -> tuple[int, ...]:
-        return self._call("reset", self.policy.target_layers)
+        layers: tuple[int, ...] = self._call("reset", self.policy.target_layers)
+        return layers
 
     def _call(self, where: str, method: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         try:
@@ -70,7 +72,8 @@ class Guarded:
         self._call("reset", self.policy.reset, ctx)
 
     def pins(self) -> Pins:
-        return self._call("reset", self.policy.pins)
+        pins: Pins = self._call("reset", self.policy.pins)
+        return pins
 
     def observe(self, step: int, obs: Observation) -> None:
         shown = Observation(*(read_only(getattr(obs, f.name)) for f in fields(obs)))
@@ -81,7 +84,7 @@ class Guarded:
 
     def prefetch(self, step: int) -> np.ndarray | None:
         """The pages that the policy asks for, if they are pages."""
-        pages = self._call(f"step {step}", self.policy.prefetch, step)
+        pages: np.ndarray | None = self._call(f"step {step}", self.policy.prefetch, step)
         fault = None if pages is None else self._not_pages(pages)
         if fault:
             raise FmsimError(f"policy {self.name}, step {step}: prefetch {fault}")
@@ -105,7 +108,8 @@ class Guarded:
         self._call(f"step {step}", self.policy.decide, step)
 
     def scored_entries(self, step: int) -> int:
-        return self._call(f"step {step}", self.policy.scored_entries, step)
+        scored: int = self._call(f"step {step}", self.policy.scored_entries, step)
+        return scored
 
     def worth(self, step: int, pages: np.ndarray) -> np.ndarray:
         """The policy's worth, if it is one: right shape, right type, no NaN."""
@@ -121,11 +125,18 @@ class Guarded:
             (self.ctx.n_groups, n),
         )
 
+    def ahead(self, step: int, n: int) -> np.ndarray:
+        """The same of a later decision's first n pages."""
+        return self._checked(
+            step, self._call(f"step {step}", self.policy.ahead, step, n), (self.ctx.n_groups, n)
+        )
+
     def _checked(self, step: int, worth: Any, shape: tuple[int, ...]) -> np.ndarray:
         fault = fault_of(worth, shape)
         if fault:
             raise FmsimError(f"policy {self.name}, step {step}: worth {fault}")
-        return worth
+        checked: np.ndarray = worth
+        return checked
 
 
 def read_only(array: np.ndarray) -> np.ndarray:

@@ -83,6 +83,8 @@ class LSA(LookaheadPolicy):
                 raise ValueError("kmax is a budget in pages; give one of kmax and budget")
             return given | {"budget": pages}
 
+    params: Params
+
     def reset(self, ctx: Context) -> None:
         super().reset(ctx)
         self._highest: dict[int, Array] = {}  # by decision: the best page's
@@ -190,5 +192,6 @@ class LSA(LookaheadPolicy):
 
         A stale one is known one cadence earlier; the first set has none older than its own.
         """
+        assert self.ctx.lookahead is not None  # reset has refused to start without
         known = max(step - self.params.cadence, 0) if self.params.stale else step
         return self.ctx.lookahead(known // self.ctx.tau)

@@ -38,5 +38,6 @@ class Oracle(LookaheadPolicy):
         )
 
     def score(self, step: int) -> Array:
+        assert self.ctx.future is not None  # given to policies whose evidence is "future"
         mass, used = self.ctx.future.window(step, self.params.cadence)
         return self.ctx.xp.where(used, mass + USED, 0.0)

@@ -32,6 +32,8 @@ class Random(Policy):
             0, ge=0, description="newest tokens that always stay, decoded ones aside"
         )
 
+    params: Params
+
     def reset(self, ctx: Context) -> None:
         super().reset(ctx)
         drawn = np.random.default_rng(ctx.seed).random(

@@ -28,6 +28,8 @@ class Recency(Policy):
         on_miss: Literal["mask"] = Field("mask", description="what left the window is gone")
         sink_tokens: int = Field(4, ge=0, description="first tokens of the prompt that always stay")
 
+    params: Params
+
     def pins(self) -> Pins:
         return Pins(sink=self.ctx.pages(-(-self.params.sink_tokens // self.ctx.entry_tokens)))
 

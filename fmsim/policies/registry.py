@@ -132,7 +132,7 @@ def _first_line(policy: type[Policy]) -> str:
 
 def _type_name(annotation: Any) -> str:
     """int -> "int", Literal["a", "b"] -> "a | b", Path | None -> "Path | None"."""
-    choices = getattr(annotation, "__args__", None)
+    choices = getattr(annotation, "__args__", ())
     if getattr(annotation, "__origin__", None) in (tuple, list):
         items = ("..." if item is ... else _type_name(item) for item in choices)
         return f"{annotation.__origin__.__name__}[{', '.join(items)}]"

@@ -13,6 +13,7 @@ from array_api_compat import array_namespace
 from fmsim import arrays
 from fmsim.errors import FmsimError
 from fmsim.policies.base import Context, Observation, Policy
+from fmsim.policies.guard import Guarded
 from fmsim.replay.paging import Accesses
 from fmsim.replay.residency import Moves, Residency, ResidentView
 
@@ -42,7 +43,7 @@ class CacheManager:
     the prefill wrote it there.
     """
 
-    def __init__(self, policy: Policy, ctx: Context, *, cold: bool = False) -> None:
+    def __init__(self, policy: Policy | Guarded, ctx: Context, *, cold: bool = False) -> None:
         self.policy = policy
         self.residency = Residency(ctx.n_groups, ctx.n_pages, ctx.n_slots, ctx.xp, ctx.device)
         self.ctx = replace(ctx, residents=ResidentView(self.residency))
@@ -129,9 +130,9 @@ class CacheManager:
             else tail
         )
 
-    def _pinned(self, visible: int | None = None, tail: int | None = None) -> Any:
-        """The test for pinned pages, or None where none can be."""
-        visible, tail = (self.visible, self.tail) if visible is None else (visible, tail)
+    def _pinned(self, view: tuple[int, int] | None = None) -> Any:
+        """The test for pinned pages, or None where none can be; of a later `_view`, if given."""
+        visible, tail = view or (self.visible, self.tail)
         if self.pins.sink == 0 and tail >= visible:
             return None
         return lambda pages: (pages < self.pins.sink) | (pages >= tail)
@@ -176,9 +177,9 @@ class CacheManager:
         """
         if not self.policy.decides_ahead or step >= self.ctx.n_steps:
             return None
-        visible, tail = self._view(n_entries)
-        worth = self.policy.ahead(step, visible)
-        return self.residency.foresee(worth, self.policy.floor, self._pinned(visible, tail), most)
+        view = self._view(n_entries)
+        worth = self.policy.ahead(step, view[0])
+        return self.residency.foresee(worth, self.policy.floor, self._pinned(view), most)
 
     def look_up(self, use: Accesses) -> Served:
         """Which of a step's pages are here, and which of the missing ones `on_miss` loads."""

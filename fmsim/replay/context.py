@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from fmsim.policies.base import Context, LookaheadState, Policy
+from fmsim.policies.guard import Guarded
 from fmsim.replay.paging import Paged, PagedFuture, page_mass
 
 Array = Any
@@ -36,7 +37,7 @@ class RequestShape:
 
 
 def build_context(
-    policy: Policy,
+    policy: Policy | Guarded,
     shape: RequestShape,
     *,
     prompt_mass: np.ndarray | None = None,

@@ -85,7 +85,7 @@ class Replayer:
             watch(source.manager)
         return source.ledger(self)
 
-    def source(self, policy: Policy, xp: Any = None, device: Any = None) -> TraceSource:
+    def source(self, policy: Policy | Guarded, xp: Any = None, device: Any = None) -> TraceSource:
         """The trace's accesses under `policy`, in arrays of `xp` (numpy unless given) on `device`.
 
         Its cache manager is at the start of the decode.

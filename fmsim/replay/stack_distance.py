@@ -47,7 +47,7 @@ def distances(paged: Paged, course: Course) -> np.ndarray:
     """[T, G, n] int32: the position at which each of `paged.pages` was found, from 0; -1 where that
     is padding.
     """
-    found = np.full(paged.pages.shape, -1, dtype=np.int32)
+    found: np.ndarray = np.full(paged.pages.shape, -1, dtype=np.int32)
     for group in range(found.shape[1]):
         stack = _Stack(paged.n_pages, course)
         for step, pages in enumerate(paged.pages[:, group]):
@@ -131,7 +131,7 @@ def distances_plain(paged: Paged, course: Course) -> np.ndarray:
     """The same by Mattson's definition: each reference walks the list, and at every position the
     page of higher priority stays.
     """
-    found = np.full(paged.pages.shape, -1, dtype=np.int32)
+    found: np.ndarray = np.full(paged.pages.shape, -1, dtype=np.int32)
     for group in range(found.shape[1]):
         visible = course.pages(course.prompt_entries)
         used = dict.fromkeys(range(paged.n_pages), 0)
@@ -151,7 +151,9 @@ def distances_plain(paged: Paged, course: Course) -> np.ndarray:
     return found
 
 
-def _reference(stack: list[int], page: int, priority: Callable[[int], tuple]) -> None:
+def _reference(
+    stack: list[int], page: int, priority: Callable[[int], tuple[bool, int, int]]
+) -> None:
     """`page` comes to the front; whoever loses a place to it is carried down, past those of higher
     priority, to where it was.
     """

@@ -7,10 +7,10 @@ from typing import Any
 
 import numpy as np
 
-from fmsim.replay.cache_manager import Accesses, CacheManager, Served
+from fmsim.replay.cache_manager import CacheManager, Served
 from fmsim.replay.ledger import Ledger
 from fmsim.replay.ledger_builder import LedgerBuilder
-from fmsim.replay.paging import Paged
+from fmsim.replay.paging import Accesses, Paged
 
 Array = Any
 

@@ -1,6 +1,8 @@
-"""Where tables go."""
+"""Where tables go: to the terminal, or into a picture."""
 
-from rich.console import Console
+import io
+
+from rich.console import Console, RenderableType
 
 
 def wide_console(columns: int) -> Console:
@@ -9,3 +11,16 @@ def wide_console(columns: int) -> Console:
     """
     console = Console(highlight=False)
     return Console(width=max(columns, console.width), highlight=False)
+
+
+def picture(shown: RenderableType, columns: int, title: str) -> str:
+    """The same as an SVG, `columns` wide."""
+    console = Console(
+        record=True,
+        width=columns,
+        file=io.StringIO(),
+        force_terminal=True,
+        color_system="truecolor",
+    )
+    console.print(shown)
+    return console.export_svg(title=title)

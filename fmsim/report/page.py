@@ -167,9 +167,10 @@ def _draw(section: Section, results: Results, style: Style, curves: dict[str, An
         "responsive": True,
         "modeBarButtonsToRemove": ["select2d", "lasso2d"],
     }
-    return figure.to_html(
+    html: str = figure.to_html(
         full_html=False, include_plotlyjs=False, div_id=f"plot-{section.id}", config=config
     )
+    return html
 
 
 def _missing(why: str) -> str:

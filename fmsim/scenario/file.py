@@ -247,9 +247,11 @@ def _fields(loc: Loc) -> list[str]:
     model: type[BaseModel] = Scenario
     for part in loc:
         if part in serving.WORKLOADS:
-            model = serving.WORKLOADS[part]
+            model = serving.WORKLOADS[str(part)]
         elif isinstance(part, str) and part in model.model_fields and part != "workload":
-            model = model.model_fields[part].annotation
+            block = model.model_fields[part].annotation
+            assert isinstance(block, type) and issubclass(block, BaseModel)
+            model = block
     return list(model.model_fields)
 
 

@@ -8,7 +8,8 @@ window's write-back. A step that shares nothing is one timeout of a summed lengt
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
+from typing import Any
 
 import numpy as np
 import simpy
@@ -125,7 +126,7 @@ class _Decode:
             n_bytes[tau::tau] = batch * np.diff(mirrored)
         return n_bytes
 
-    def run(self) -> Iterator[simpy.Event]:
+    def run(self) -> Generator[simpy.Event, Any, None]:
         """All steps, one after another."""
         for step in range(self.n_steps):
             self.start_s[step] = self.env.now
@@ -168,7 +169,7 @@ class _Decode:
     def _book(self, kind: str, step: int, start_s: float, end_s: float, n_bytes: float) -> None:
         self.transfers.append(Transfer(kind, step, float(start_s), float(end_s), float(n_bytes)))
 
-    def _gather(self, n_bytes: float) -> Iterator[simpy.Event]:
+    def _gather(self, n_bytes: float) -> Generator[simpy.Event, Any, None]:
         """One gather: its fixed cost, then its bytes at a rate that its rows allow and that the
         link has to spare.
         """
@@ -177,7 +178,7 @@ class _Decode:
         yield self.env.timeout(fixed_s)
         yield self.memory.to_gpu.transfer(n_bytes, limit=n_bytes / moving_s)
 
-    def _step(self, step: int) -> Iterator[simpy.Event]:
+    def _step(self, step: int) -> Generator[simpy.Event, Any, None]:
         """Compute one step; a layer with misses waits for them before its attention."""
         compute_s = self.rest_s[step] + self.n_csa * self.csa_s[step]
         missed = np.flatnonzero(self.demand_bytes[step])
@@ -200,7 +201,7 @@ class _Decode:
 
     def _contended_step(
         self, step: int, missed: np.ndarray, compute_s: float
-    ) -> Iterator[simpy.Event]:
+    ) -> Generator[simpy.Event, Any, None]:
         """Misses that share the link with a recall, layer by layer."""
         for layer in missed:
             before_s = self.env.now

@@ -17,6 +17,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
+from numpy.typing import NDArray
 
 from fmsim.geometry import PRESETS, SLIDING, Geometry
 from fmsim.hw.spec import Hardware, KernelTable
@@ -24,20 +25,22 @@ from fmsim.hw.spec import Hardware, KernelTable
 _INDEXER_HEADS, _INDEXER_WIDTH = 128, 128  # of the memory indexer's scorer (arXiv 2606.09079)
 _FP8_SPEEDUP = 2.0  # of matrix products over bf16, on every device here
 
+Counts = NDArray[np.int64] | NDArray[np.float64]  # of tokens, entries: whole, or means
+
 
 @dataclass(frozen=True)
 class StepCosts:
     """Times of one decode step on one GPU for a batch of requests, in seconds, one value a step."""
 
-    csa_s: np.ndarray  # [T] one CSA layer's attention
-    rest_s: np.ndarray  # [T] everything else of the step, all layers
+    csa_s: NDArray[np.float64]  # [T] one CSA layer's attention
+    rest_s: NDArray[np.float64]  # [T] everything else of the step, all layers
 
-    def total_s(self, n_csa: int) -> np.ndarray:
+    def total_s(self, n_csa: int) -> NDArray[np.float64]:
         return n_csa * self.csa_s + self.rest_s
 
 
 def step_costs(
-    hw: Hardware, geometry: Geometry, batch: int, tokens: np.ndarray, scored_entries: np.ndarray
+    hw: Hardware, geometry: Geometry, batch: int, tokens: Counts, scored_entries: Counts
 ) -> StepCosts:
     """`batch` equal requests.
 
@@ -60,8 +63,8 @@ class Spread:
     Arrays [T].
     """
 
-    total: np.ndarray
-    largest: np.ndarray
+    total: Counts
+    largest: Counts
 
 
 def mixed_step_costs(
@@ -95,7 +98,7 @@ def mixed_step_costs(
 
 def _scoring_s(
     hw: Hardware, geometry: Geometry, table: KernelTable, factor: float, entries: Spread
-) -> np.ndarray:
+) -> NDArray[np.float64]:
     """What the history adds to one CSA layer: index scores of all entries, and top-k, in which a
     request has one processor.
     """
@@ -117,7 +120,7 @@ def _scoring_s(
 
 def _hca_s(
     hw: Hardware, geometry: Geometry, table: KernelTable, factor: float, tokens: Spread
-) -> np.ndarray:
+) -> NDArray[np.float64]:
     """What the history adds to one HCA layer.
 
     The attention kernel works on all query heads on every GPU, padded where it has few.
@@ -135,14 +138,15 @@ def _entry_s(measured_ns: float | None, bytes_s: float, operations_s: float) -> 
     return max(bytes_s, operations_s) if measured_ns is None else measured_ns / 1e9
 
 
-def memory_indexer_s(hw: Hardware, geometry: Geometry, scored: np.ndarray) -> np.ndarray:
+def memory_indexer_s(hw: Hardware, geometry: Geometry, scored: np.ndarray) -> NDArray[np.float64]:
     """Time to score `scored` entries (all its layers together): the larger of its operations and
     its reads of index keys.
     """
     flops = scored * _INDEXER_HEADS * 2.0 * _INDEXER_WIDTH
-    return np.maximum(
+    seconds: NDArray[np.float64] = np.maximum(
         flops / hw.matmul_flops.value, scored * geometry.index_key_bytes / hw.hbm_bytes_per_s.value
     )
+    return seconds
 
 
 def _table(hw: Hardware, geometry: Geometry) -> tuple[KernelTable, float]:
@@ -159,12 +163,12 @@ def _table(hw: Hardware, geometry: Geometry) -> tuple[KernelTable, float]:
     )
 
 
-def _by_context(points: dict[int, float], tokens: np.ndarray) -> np.ndarray:
+def _by_context(points: dict[int, float], tokens: Counts) -> NDArray[np.float64]:
     contexts = sorted(points)
     return np.interp(tokens, contexts, [points[context] for context in contexts])
 
 
-def _grown(points: dict[int, float], tokens: np.ndarray) -> np.ndarray:
+def _grown(points: dict[int, float], tokens: Counts) -> NDArray[np.float64]:
     """How much more than at the smallest context measured."""
     return _by_context(points, tokens) - points[min(points)]
 

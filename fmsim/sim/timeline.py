@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -43,7 +43,8 @@ class Timeline:
 
     @property
     def step_s(self) -> np.ndarray:
-        return self.end_s - self.start_s
+        step_s: np.ndarray = self.end_s - self.start_s
+        return step_s
 
 
 @dataclass(frozen=True)
@@ -76,13 +77,11 @@ class SimulatedTimeline(Timeline):
         try:
             plain = json.loads(Path(path).read_text(encoding="utf-8"))
             transfers = tuple(Transfer(*transfer) for transfer in plain.pop("transfers"))
-            return cls(
-                **{
-                    name: np.array(value) if isinstance(value, list) else value
-                    for name, value in plain.items()
-                },
-                transfers=transfers,
-            )
+            values: dict[str, Any] = {
+                name: np.array(value) if isinstance(value, list) else value
+                for name, value in plain.items()
+            }
+            return cls(**values, transfers=transfers)
         except FileNotFoundError:
             raise FmsimError(f"{path}: no such timeline file") from None
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:

@@ -7,6 +7,7 @@ from __future__ import annotations
 import math
 
 import numpy as np
+from numpy.typing import NDArray
 
 from fmsim.hw.spec import Gather, Link
 
@@ -27,24 +28,31 @@ class GatherCurve:
 
     def fixed_s(self, row_bytes: float) -> float:
         """Time before the first byte: launch, and the latency of host memory."""
-        return self._between_rows(row_bytes, [seconds[0] for _, seconds in self._curves])
+        low, high, share = self._place(row_bytes)
+        return self._fixed(low) * (1 - share) + self._fixed(high) * share
 
-    def seconds(self, row_bytes: float, n_bytes: np.ndarray | float) -> np.ndarray:
+    def seconds(self, row_bytes: float, n_bytes: np.ndarray | float) -> NDArray[np.float64]:
         """Time of gathers of `n_bytes` each in rows of `row_bytes`; 0 where there is nothing to
         move.
         """
         n_bytes = np.asarray(n_bytes, dtype=np.float64)
-        alone = [_extended(n_bytes, *curve) for curve in self._curves]
-        return np.where(n_bytes > 0, self._between_rows(row_bytes, alone), 0.0)
+        low, high, share = self._place(row_bytes)
+        below = _extended(n_bytes, *self._curves[low])
+        above = _extended(n_bytes, *self._curves[high])
+        return np.where(n_bytes > 0, below * (1 - share) + above * share, 0.0)
 
-    def _between_rows(self, row_bytes: float, values: list) -> np.ndarray | float:
-        position = np.interp(math.log(row_bytes), self._log_rows, range(len(values)))
-        low = min(int(position), len(values) - 2)
-        share = position - low
-        return values[low] * (1 - share) + values[low + 1] * share
+    def _place(self, row_bytes: float) -> tuple[int, int, float]:
+        """The curves of the row sizes measured below and above, and the second one's share."""
+        position = float(np.interp(math.log(row_bytes), self._log_rows, range(len(self._log_rows))))
+        low = min(int(position), len(self._curves) - 2)
+        return low, low + 1, position - low
+
+    def _fixed(self, curve: int) -> float:
+        _, seconds = self._curves[curve]
+        return float(seconds[0])
 
 
-def _time_curve(gather: Gather, speedup: float) -> tuple[np.ndarray, np.ndarray]:
+def _time_curve(gather: Gather, speedup: float) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
     """(bytes, seconds) of the measured points, led by (0, fixed cost); what lies above the fixed
     cost is divided by `speedup`.
     """
@@ -56,7 +64,11 @@ def _time_curve(gather: Gather, speedup: float) -> tuple[np.ndarray, np.ndarray]
     return np.append(0.0, n_bytes), np.append(fixed_s, fixed_s + (seconds - fixed_s) / speedup)
 
 
-def _extended(x: np.ndarray, xs: np.ndarray, ys: np.ndarray) -> np.ndarray:
+def _extended(
+    x: NDArray[np.float64], xs: NDArray[np.float64], ys: NDArray[np.float64]
+) -> NDArray[np.float64]:
     """Piecewise linear through the points, the last segment going on."""
-    beyond = np.maximum(x - xs[-1], 0.0) * (ys[-1] - ys[-2]) / (xs[-1] - xs[-2])
+    beyond: NDArray[np.float64] = (
+        np.maximum(x - xs[-1], 0.0) * (ys[-1] - ys[-2]) / (xs[-1] - xs[-2])
+    )
     return np.interp(x, xs, ys) + beyond

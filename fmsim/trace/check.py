@@ -5,15 +5,17 @@
 
 from __future__ import annotations
 
-from typing import NoReturn
+from typing import NoReturn, TypeVar
 
 import numpy as np
+from numpy.typing import NDArray
 
 from fmsim.errors import FmsimError
 from fmsim.trace import float8
 from fmsim.trace.format import ENTRY_TOKENS, TENSORS, Trace
 
 STEPS_AT_ONCE = 64
+Kind = TypeVar("Kind")
 # Stored masses are float16, and a bfloat16 model's softmax rows do not sum to 1 exactly.
 MASS_TOLERANCE = 0.02
 RECORD_AGAIN = (
@@ -104,7 +106,7 @@ def axis_sizes(trace: Trace) -> dict[str, int]:
     return sizes
 
 
-def _geometry(trace: Trace, key: str, kind: type):
+def _geometry(trace: Trace, key: str, kind: type[Kind]) -> Kind:
     value = trace.header.geometry.get(key)
     if not isinstance(value, kind) or isinstance(value, bool):
         fail(
@@ -186,7 +188,7 @@ def _check_steps(trace: Trace, first: int) -> None:
         _at(trace, "mass", wrong, first, what)
 
 
-def _at(trace: Trace, field: str, wrong: np.ndarray, first: int, what: str) -> None:
+def _at(trace: Trace, field: str, wrong: NDArray[np.bool] | np.bool, first: int, what: str) -> None:
     """Fail at the first (step, layer) that is wrong; wrong bool [n, L]."""
     if wrong.any():
         step, layer = np.argwhere(wrong)[0]
@@ -194,6 +196,7 @@ def _at(trace: Trace, field: str, wrong: np.ndarray, first: int, what: str) -> N
 
 
 def _check_keys(trace: Trace) -> None:
+    assert trace.index_keys is not None
     scales = np.asarray(trace.index_key_scales)
     if not (np.isfinite(scales) & (scales > 0)).all():
         fail(trace, "index_key_scales", "holds a scale that is not a positive number")

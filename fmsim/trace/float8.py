@@ -8,19 +8,19 @@ The format of index keys in DeepSeek's caches; definition: "FP8 Formats for Deep
 from __future__ import annotations
 
 import numpy as np
+from numpy.typing import NDArray
 
 MAX = 448.0  # the largest finite value, code 0x7e
 NAN_CODES = (0x7F, 0xFF)
 
 
-def _positive_values() -> np.ndarray:
+def _positive_values() -> NDArray[np.float32]:
     """float32 [127]: the values of codes 0x00 to 0x7e, ascending."""
     codes = np.arange(0x7F)
     exponent, mantissa = codes >> 3, codes & 7
     subnormal = mantissa * 2.0**-9
-    return np.where(exponent == 0, subnormal, (8 + mantissa) * 2.0 ** (exponent - 10.0)).astype(
-        np.float32
-    )
+    normal = (8 + mantissa) * 2.0 ** (exponent - 10.0)
+    return np.where(exponent == 0, subnormal, normal).astype(np.float32)
 
 
 VALUES = _positive_values()
@@ -29,12 +29,13 @@ TABLE = np.concatenate([VALUES, [np.nan], -VALUES, [np.nan]]).astype(np.float32)
 MIDPOINTS = (VALUES[:-1].astype(np.float64) + VALUES[1:]) / 2
 
 
-def decode(codes: np.ndarray) -> np.ndarray:
+def decode(codes: NDArray[np.uint8]) -> NDArray[np.float32]:
     """uint8 codes of any shape -> float32 values."""
-    return TABLE[codes]
+    values: NDArray[np.float32] = TABLE[codes]
+    return values
 
 
-def encode(values: np.ndarray) -> np.ndarray:
+def encode(values: np.ndarray) -> NDArray[np.uint8]:
     """Finite floats of any shape -> uint8 codes, to the nearest value, ties to the even code;
     beyond +-448 saturates.
 
@@ -46,10 +47,11 @@ def encode(values: np.ndarray) -> np.ndarray:
     tie = (codes < len(MIDPOINTS)) & (MIDPOINTS[np.minimum(codes, len(MIDPOINTS) - 1)] == size)
     codes += (tie & (codes % 2 == 1)).astype(np.uint8)
     codes = np.where(np.isnan(values), np.uint8(NAN_CODES[0]), codes)
-    return codes | (np.signbit(values).astype(np.uint8) << 7)
+    signed: NDArray[np.uint8] = codes | (np.signbit(values).astype(np.uint8) << 7)
+    return signed
 
 
-def quantise(keys: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def quantise(keys: np.ndarray) -> tuple[NDArray[np.uint8], NDArray[np.float32]]:
     """float32 [..., E, D] -> (codes uint8 [..., E, D], scales float32 [..., 1]), with keys ~ scales
     * decode(codes).
 

@@ -11,14 +11,15 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Final, Literal, NamedTuple
 
 import numpy as np
+from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field
 
 from fmsim.trace import float8
 
-FORMAT_VERSION = 1
+FORMAT_VERSION: Final = 1
 METADATA_KEY = "fmsim_trace"  # the safetensors metadata entry that holds the header
 ENTRY_TOKENS = 4  # tokens from one CSA entry to the next
 LABELS = "flashmemory_labels"  # the source of a trace whose rows are golden labels, not accesses
@@ -148,16 +149,19 @@ class Trace:
 
     Arrays are numpy, or `Column` where they are read from a file.
 
-    entry_ids         int32 [T, L, K]   selected entries, ascending in a row; -1 (padding) stands at
-    the row's end mass              float32 [T, L, K] softmax probability on the entry, mean over
-    heads; 0 on padding window_mass       float32 [T, L]    the same on the sliding window's tokens
-    sink_mass         float32 [T, L]    the same on the attention sink token_ids         int32 [N]
-    the prompt, then each step's input token, or None forced            bool [T]          the step's
-    input token was given, not generated hidden            float32 [W, L, H] the layer's attention
-    input at position prompt_tokens + tau * w - 1, or None index_keys        uint8 [L, E, D]
-    float8 e4m3fn codes, RoPE already applied, or None; `keys` decodes them index_key_scales
-    float32 [L, E or 1] prompt_mass       float32 [L, E]    mass summed over the last
-    `header.prompt_mass_queries` prompt tokens, or None
+    - entry_ids, int32 [T, L, K]: selected entries, ascending in a row; padding, -1, at its end.
+    - mass, float32 [T, L, K]: softmax probability on the entry, mean over heads; 0 on padding.
+    - window_mass, float32 [T, L]: the same on the sliding window's tokens.
+    - sink_mass, float32 [T, L]: the same on the attention sink.
+    - token_ids, int32 [N]: the prompt, then each step's input token; or None.
+    - forced, bool [T]: the step's input token was given, not generated.
+    - hidden, float32 [W, L, H]: the layer's attention input at position
+      prompt_tokens + tau * w - 1; or None.
+    - index_keys, uint8 [L, E, D]: float8 e4m3fn codes, RoPE already applied; `keys` decodes them;
+      or None.
+    - index_key_scales, float32 [L, E or 1].
+    - prompt_mass, float32 [L, E]: mass summed over the last `header.prompt_mass_queries` prompt
+      tokens; or None.
 
     Mass of entries, window and sink sum to 1 where the model is a DeepSeek-V4. In a dense_pooled
     trace the sum is below 1 by what fell on entries beyond the top k. Where `holds_labels`, rows
@@ -222,12 +226,14 @@ class Trace:
         """
         return (self.header.prompt_tokens + step + 1) // ENTRY_TOKENS
 
-    def keys(self, entries: int | None = None) -> np.ndarray:
+    def keys(self, entries: int | None = None) -> NDArray[np.float32]:
         """Index keys of the first ``entries`` entries (all by default), decoded: float32 [L,
         entries, D].
         """
+        assert self.index_keys is not None and self.index_key_scales is not None
         codes, scales = self.index_keys[:, :entries], self.index_key_scales[:, :entries]
-        return float8.decode(codes) * scales[:, :, None]
+        decoded: NDArray[np.float32] = float8.decode(codes) * scales[:, :, None]
+        return decoded
 
     def with_header(self, **changes: Any) -> Trace:
         """The same trace with header fields replaced."""

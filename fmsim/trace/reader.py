@@ -52,7 +52,7 @@ def read(path: str | Path, check: bool = False) -> Trace:
     table, start = _safetensors_header(path, data)
     header = _trace_header(path, table.pop("__metadata__", None))
     stored = _tensors(path, table, data[start:])
-    columns = dict.fromkeys(name for name in TENSORS if name != "entry_blocks")
+    columns: dict[str, Any] = dict.fromkeys(name for name in TENSORS if name != "entry_blocks")
     columns |= {
         name: _column(name, array) for name, array in stored.items() if name != "entry_blocks"
     }
@@ -60,7 +60,7 @@ def read(path: str | Path, check: bool = False) -> Trace:
     trace = Trace(header=header, path=path, **columns)
     check_structure(trace)
     if check:
-        if header.content_sha256 not in (None, content_sha256(header, stored, [data[start:]])):
+        if header.content_sha256 not in (None, content_sha256(header, stored, [data[start:].data])):
             fail(trace, "content_sha256", "does not match what the file holds")
         validate(trace)
     return trace

@@ -131,12 +131,13 @@ def _all_or_none(
     """Parts stacked to [*lead, ...], None where no part was given; FmsimError where some are
     missing.
     """
-    missing = sum(part is None for part in parts)
-    if missing == len(parts):
+    given = [part for part in parts if part is not None]
+    missing = len(parts) - len(given)
+    if not given:
         return None
     if missing:
         raise FmsimError(
             f"trace recorder: {missing} of {len(parts)} {name} were not given; give all or none"
         )
-    stacked = np.stack(parts)
+    stacked = np.stack(given)
     return stacked.reshape(*lead, *stacked.shape[1:])

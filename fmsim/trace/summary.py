@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 
 from fmsim.trace.format import Trace
@@ -10,7 +12,7 @@ HEAD_SHARE = 0.95
 LABELLED = "golden labels, not attention; mass is the share of CSA layers that chose an entry"
 
 
-def summary(trace: Trace) -> dict:
+def summary(trace: Trace) -> dict[str, Any]:
     """``about``: the header in words; ``layers``: of each layer the shares of mass and of entries
     described in ``layer_row``.
     """

@@ -7,6 +7,7 @@ import json
 import os
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -75,7 +76,11 @@ def encode_tensors(trace: Trace) -> dict[str, np.ndarray]:
     return dict(sorted(tensors.items(), key=lambda item: (-item[1].itemsize, names.index(item[0]))))
 
 
-def content_sha256(header: TraceHeader, tensors: dict[str, np.ndarray], buffers: Iterable) -> str:
+def content_sha256(
+    header: TraceHeader,
+    tensors: dict[str, np.ndarray],
+    buffers: Iterable[memoryview],
+) -> str:
     """Hex digest of the header without its own digest, the tensors' names, types and shapes, then
     their bytes; in file order.
     """
@@ -96,7 +101,7 @@ def _file_head(header: TraceHeader, tensors: dict[str, np.ndarray]) -> bytes:
     """The 8 length bytes and the JSON of a safetensors file, padded with blanks so that the tensors
     start aligned.
     """
-    table: dict = {"__metadata__": {METADATA_KEY: header.model_dump_json()}}
+    table: dict[str, Any] = {"__metadata__": {METADATA_KEY: header.model_dump_json()}}
     end = 0
     for name, array in tensors.items():
         begin, end = end, end + array.nbytes
@@ -110,7 +115,7 @@ def _file_head(header: TraceHeader, tensors: dict[str, np.ndarray]) -> bytes:
     return len(text).to_bytes(8, "little") + text
 
 
-def _replace(path: Path, parts: list) -> None:
+def _replace(path: Path, parts: list[bytes | memoryview]) -> None:
     """Write beside ``path``, force it to the disk, then rename: a crash leaves the old file or the
     new one, never half.
     """

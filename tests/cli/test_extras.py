@@ -6,6 +6,7 @@ import pytest
 
 from fmsim import cli
 from fmsim.cli import extras
+from fmsim.errors import FmsimError
 
 COMMANDS = {
     "eval --corpus tokens": "eval needs torch: pip install 'fmsim[model]'",
@@ -36,6 +37,9 @@ def test_what_is_missing_is_told(command, monkeypatch, capsys):
     assert capsys.readouterr().err == f"fmsim: {COMMANDS[command]}\n"
 
 
-def test_a_module_that_is_there_is_enough(monkeypatch):
+def test_a_module_that_is_there_is_enough_and_one_that_is_not_is_named(monkeypatch):
     monkeypatch.setitem(extras.MODULES, "report", ("json",))
-    extras.require("report", "anything")
+    assert extras.require("report", "anything") is None
+    monkeypatch.setitem(extras.MODULES, "report", ("json", "no_such_module"))
+    with pytest.raises(FmsimError, match="anything needs no_such_module"):
+        extras.require("report", "anything")

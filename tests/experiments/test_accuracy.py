@@ -27,7 +27,6 @@ from fmsim.nano import tokens as corpora
 from fmsim.report.tables import accuracy as table
 from fmsim.tasks import Context, Question
 
-torch.set_num_threads(1)
 MODEL = ours(oracle(5, layer_types=[SLIDING, CSA, HCA, CSA], vocab_size=4096))
 RANDOM = np.random.default_rng(0)
 CONTEXT = Context(

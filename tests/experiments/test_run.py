@@ -5,7 +5,7 @@ import subprocess
 import sys
 
 import pytest
-from command import FIELDS, fmsim
+from command import FIELDS, fmsim, fmsim_here
 from made_trace import make_trace
 
 from fmsim.geometry import PRESETS
@@ -150,7 +150,7 @@ def test_the_table_shows_every_policy_whole_even_in_a_narrow_pipe(folder):
     ],
 )
 def test_a_users_mistake_is_told_without_a_traceback(folder, arguments, says):
-    done = fmsim("run", *arguments, folder=folder)
+    done = fmsim_here("run", *arguments, folder=folder)
     assert done.returncode == 2
     assert says in done.stderr and "Traceback" not in done.stderr
     if not arguments[-1].startswith("--"):
@@ -189,16 +189,16 @@ def test_a_model_may_be_a_config_file(folder):
         "layers": 8,
     }
     (folder / "nano/config.json").write_text("{}")
-    done = fmsim("run", "small.yaml", "--set", "model=nano", folder=folder)
+    done = fmsim_here("run", "small.yaml", "--set", "model=nano", folder=folder)
     assert done.returncode == 2 and "not a usable DeepSeek-V4 config" in done.stderr
 
 
 def test_policies_are_listed_and_shown():
-    listed = fmsim("policy", "list")
+    listed = fmsim_here("policy", "list")
     assert listed.returncode == 0
     for name in ("full", "recency", "random", "lru", "lfu", "h2o", "lsa", "oracle", "belady"):
         assert name in listed.stdout
-    shown = fmsim("policy", "show", "lsa")
+    shown = fmsim_here("policy", "show", "lsa")
     assert (
         "predicted_future" in shown.stdout
         and "threshold" in shown.stdout

@@ -3,7 +3,7 @@
 import json
 
 import pytest
-from command import fmsim
+from command import fmsim, fmsim_here
 from made_trace import make_trace
 
 from fmsim.trace import write
@@ -102,7 +102,7 @@ def test_the_table_shows_memory_policies_and_use_whole(folder):
     ],
 )
 def test_a_mistake_in_the_workload_is_told_in_one_line(folder, override, says):
-    done = fmsim("run", "served.yaml", "--set", override, folder=folder)
+    done = fmsim_here("run", "served.yaml", "--set", override, folder=folder)
     assert done.returncode == 2 and says in done.stderr
     assert len(done.stderr.splitlines()) == 1 and done.stdout == ""
 
@@ -138,5 +138,5 @@ def test_plan_prints_walls_and_json(folder):
 
 
 def test_plan_refuses_what_is_no_number_of_tokens(folder):
-    done = fmsim("plan", "served.yaml", "-c", "many", folder=folder)
+    done = fmsim_here("plan", "served.yaml", "-c", "many", folder=folder)
     assert done.returncode == 2 and "--context many: give a number of tokens" in done.stderr

@@ -3,13 +3,13 @@ it was.
 """
 
 import json
-import os
 import signal
 import subprocess
 import sys
 import time
 
 import pytest
+from command import fmsim, fmsim_here
 from made_trace import make_trace
 
 from fmsim.errors import FmsimError
@@ -29,13 +29,6 @@ def scenario(tmp_path_factory):
     write(folder / "small.safetensors", make_trace())
     (folder / "small.yaml").write_text(SCENARIO)
     return folder / "small.yaml"
-
-
-def fmsim(*arguments):
-    environment = os.environ | {"COLUMNS": "80", "OMP_NUM_THREADS": "1"}
-    return subprocess.run(
-        [*MAIN, *map(str, arguments)], capture_output=True, text=True, env=environment
-    )
 
 
 def budgets(n):
@@ -202,7 +195,7 @@ def test_a_run_that_does_not_fit_is_a_row_too(scenario, tmp_path):
     ],
 )
 def test_a_mistake_is_told_before_anything_runs(scenario, tmp_path, arguments, says):
-    done = fmsim(
+    done = fmsim_here(
         "sweep",
         scenario,
         *(["--out", tmp_path / "rows.jsonl"] if "--out" not in arguments else []),
@@ -242,7 +235,9 @@ def test_workers_end_with_a_killed_sweep(scenario, tmp_path):
             time.sleep(0.002)
         process.send_signal(signal.SIGKILL)
         # its end comes when the last process that inherited the pipe has ended
-        process.stdout.read()
+        process.communicate(timeout=60)
+    assert process.returncode == -signal.SIGKILL
+    assert 1 <= len(out.read_text().splitlines()) < 60
 
 
 def test_a_file_of_something_else_is_not_touched(tmp_path):
@@ -263,7 +258,7 @@ def test_rows_of_another_schema_are_refused_by_name(tmp_path):
 
 def test_rows_in_parquet_read_back_and_grow(tmp_path):
     parquet = pytest.importorskip(
-        "pyarrow.parquet", reason="pyarrow is not installed (extra: parquet)"
+        "pyarrow.parquet", reason="pyarrow is not installed: pip install 'fmsim[parquet]'"
     )
     path = tmp_path / "rows.parquet"
     RowFile(path).append({"key": "a", "batch": 1})
@@ -285,9 +280,7 @@ def test_rows_in_parquet_read_back_and_grow(tmp_path):
 
 
 def test_a_ray_cluster_gives_the_same_rows(scenario, tmp_path):
-    pytest.importorskip(
-        "ray", reason="ray is not installed (extra: ray; 80 MB, so not among the test extra)"
-    )
+    pytest.importorskip("ray", reason="ray is not installed: pip install 'fmsim[ray]'")
     grid = [
         "sweep",
         scenario,

@@ -3,11 +3,9 @@ search.
 """
 
 import json
-import os
-import subprocess
-import sys
 
 import pytest
+from command import fmsim, fmsim_here
 from made_trace import make_trace
 
 from fmsim.errors import FmsimError
@@ -28,13 +26,6 @@ def scenario(tmp_path_factory):
     write(folder / "small.safetensors", make_trace())
     (folder / "small.yaml").write_text(SCENARIO)
     return folder / "small.yaml"
-
-
-def fmsim(*arguments):
-    command = [sys.executable, "-c", "from fmsim.cli import main; main()", *map(str, arguments)]
-    return subprocess.run(
-        command, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"}
-    )
 
 
 def test_a_schema_gives_what_it_bounds():
@@ -186,5 +177,5 @@ def test_the_command_shows_the_front_and_prints_json(scenario):
     ],
 )
 def test_a_users_mistake_is_told_in_one_line(scenario, arguments, says):
-    done = fmsim("tune", scenario, "-n", "2", *arguments)
+    done = fmsim_here("tune", scenario, "-n", "2", *arguments)
     assert done.returncode == 2 and says in done.stderr and len(done.stderr.splitlines()) == 1

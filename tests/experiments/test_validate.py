@@ -10,7 +10,7 @@ import pytest
 pytest.importorskip("torch", reason="the engine needs fmsim[model]")
 pytest.importorskip("transformers", reason="the engine needs fmsim[model]")
 
-from command import fmsim
+from command import fmsim_here
 from made_trace import make_trace, save_indexer
 
 from fmsim.errors import FmsimError
@@ -144,12 +144,12 @@ def test_the_command_shows_both_worlds_and_never_in_one_column(tmp_path):
     (tmp_path / "small.yaml").write_text(
         "name: small\ntrace: small.safetensors\nmodel: nano\npolicies: [full, lru]\n"
     )
-    done = fmsim("validate", "small.yaml", "--json", folder=tmp_path)
+    done = fmsim_here("validate", "small.yaml", "--json", folder=tmp_path)
     assert done.returncode == 0, done.stderr
     rows = json.loads(done.stdout)["policies"]
     assert [(row["policy"], row["identical"]) for row in rows] == [("full", True), ("lru", True)]
     assert rows[1]["replay_bytes"] == rows[1]["engine_bytes"] > 0
-    shown = fmsim("validate", "small.yaml", "-p", "lru", folder=tmp_path)
+    shown = fmsim_here("validate", "small.yaml", "-p", "lru", folder=tmp_path)
     assert "yes" in shown.stdout and "simulated" in shown.stdout and "measured" in shown.stdout
 
 
@@ -178,7 +178,7 @@ def test_whole_steps_are_timed_with_random_weights(tmp_path):
         "name: small\ntrace: small.safetensors\nmodel: .\nbatch: 2\npolicies: [full, {policy: lru,"
         " budget: 20 entries}]\n"
     )
-    done = fmsim(
+    done = fmsim_here(
         "validate", "small.yaml", "--whole-steps", "--device", "cpu", "--json", folder=tmp_path
     )
     assert done.returncode == 0, done.stderr
@@ -192,7 +192,7 @@ def test_whole_steps_are_timed_with_random_weights(tmp_path):
             row["simulated_step_p50_s"] / row["measured_step_p50_s"] - 1
         )
         assert 0 <= row["modelled_kv_bytes"] - row["predicted_kv_bytes"] <= 64 * (584 + 3 * 132)
-    shown = fmsim(
+    shown = fmsim_here(
         "validate", "small.yaml", "-p", "full", "--whole-steps", "--device", "cpu", folder=tmp_path
     )
     assert "differs" in shown.stdout and "tokens/s" in shown.stdout

@@ -5,14 +5,23 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text()
-CI = (ROOT / ".ci/run").read_text().splitlines()
+PAGES = [*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("fmsim/**/*.md")]
+WIDTH = 100
+
+
+def lines_of(text):
+    """Lines, those that end with a backslash joined to the next one."""
+    return re.sub(r" \\\n *", " ", text).splitlines()
+
+
+CI = lines_of((ROOT / ".ci/run").read_text())
 
 
 def commands():
     return [
         line
         for block in re.findall(r"```bash\n(.*?)```", README, re.DOTALL)
-        for line in block.splitlines()
+        for line in lines_of(block)
     ]
 
 
@@ -34,3 +43,14 @@ def test_every_scenario_named_is_there():
 def test_ci_stops_at_the_first_failure_and_can_be_executed():
     assert "set -euo pipefail" in CI
     assert (ROOT / ".ci/run").stat().st_mode & 0o111
+
+
+def test_a_page_has_at_most_100_columns():
+    assert len(PAGES) > 10
+    wide = [
+        f"{page.relative_to(ROOT)}, line {number}: {len(line)} columns"
+        for page in PAGES
+        for number, line in enumerate(page.read_text(encoding="utf-8").splitlines(), 1)
+        if len(line) > WIDTH and "://" not in line
+    ]
+    assert not wide

@@ -1,104 +1,63 @@
-"""What each module may know: docs/architecture.md, checked on the import statements."""
+"""The house's rules: import-linter's contracts in pyproject.toml, what loads torch, and the table
+of rooms that docs/architecture.md shows.
+"""
 
 import ast
+import importlib.util
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
-PACKAGE = Path(__file__).parents[2] / "fmsim"
-
-# room -> what it must not import
-FORBIDDEN = {
-    "geometry.py": ("fmsim.",),
-    "scenario.py": ("fmsim.replay.replayer", "fmsim.hw", "fmsim.exec"),
-    "trace": ("fmsim.policies", "fmsim.hw", "fmsim.exec", "fmsim.indexer"),
-    "policies": ("fmsim.hw", "fmsim.exec", "fmsim.trace"),
-    "residency.py": ("fmsim.policies", "fmsim.hw", "fmsim.exec"),
-    "replay.py": ("fmsim.hw", "fmsim.exec"),
-    "tally.py": ("fmsim.hw", "fmsim.exec"),
-    "run.py": ("fmsim.exec",),
-    "footprint.py": ("fmsim.hw", "fmsim.exec", "fmsim.policies"),
-    "hw": ("fmsim.policies", "fmsim.exec"),
-    "simulate.py": ("fmsim.policies", "fmsim.exec"),
-    "metrics.py": ("fmsim.policies", "fmsim.exec", "fmsim.sim.decode"),
-    "stack_distance.py": ("fmsim.hw", "fmsim.sim.decode", "fmsim.exec"),
-    "curves.py": ("fmsim.hw", "fmsim.sim.decode", "fmsim.exec"),
-    "results.py": (
-        "fmsim.policies",
-        "fmsim.hw",
-        "fmsim.replay.replayer",
-        "fmsim.exec",
-        "fmsim.trace",
-    ),
-    "rows.py": (
-        "fmsim.policies",
-        "fmsim.hw",
-        "fmsim.replay.replayer",
-        "fmsim.experiments.run",
-        "fmsim.exec",
-        "fmsim.trace",
-    ),
-    "sweep.py": ("fmsim.exec", "fmsim.report"),
-    "tune.py": ("fmsim.exec", "fmsim.report"),
-    "serve": ("fmsim.exec", "fmsim.report"),
-    "serve/spec.py": ("fmsim.",),
-    "serve/demand.py": ("fmsim.policies", "fmsim.replay.replayer", "fmsim.trace"),
-    "serve/server.py": ("fmsim.policies", "fmsim.replay.replayer", "fmsim.trace"),
-    "serve/plan.py": ("fmsim.policies", "fmsim.replay.replayer", "fmsim.trace"),
-    "indexer": ("fmsim.hw", "fmsim.sim.decode", "fmsim.exec"),
-    "exec": ("fmsim.sim.decode",),
-    "exec/kernels": (
-        "fmsim.sim.decode",
-        "fmsim.policies",
-        "fmsim.replay.residency",
-        "fmsim.hw",
-        "fmsim.exec.model.deepseek_v4",
-        "fmsim.exec.decode.session",
-    ),
-    "tasks": ("fmsim.policies", "fmsim.hw", "fmsim.exec", "fmsim.replay.replayer", "fmsim.trace"),
-    "accuracy": ("fmsim.report",),
-    "accuracy/summary.py": ("fmsim.exec", "fmsim.policies"),
-    "accuracy/signals.py": ("fmsim.exec", "fmsim.policies"),
-    "report": ("fmsim.policies", "fmsim.hw", "fmsim.replay.replayer", "fmsim.exec", "fmsim.trace"),
-}
-TORCH_ROOMS = ("exec", "indexer", "nano", "trace/dense")
+ROOT = Path(__file__).parents[2]
+PACKAGE = ROOT / "fmsim"
+HEAVY = {"torch", "transformers", "triton"}
+HEAVY_ROOMS = ("exec", "indexer", "nano", "trace/importers")
+# What `import fmsim` must not load.
+SLOW_TO_LOAD = {"torch", "transformers", "numpy", "simpy", "plotly", "optuna"}
 
 
-def sources(room: str) -> list[Path]:
-    path = PACKAGE / room
-    return [path] if path.is_file() else sorted(path.rglob("*.py"))
+def test_every_import_contract_is_kept(capsys):
+    cli = pytest.importorskip("importlinter.cli", reason="import-linter: pip install fmsim[dev]")
+    status = cli.lint_imports(config_filename=str(ROOT / "pyproject.toml"), no_cache=True)
+    assert status == 0, capsys.readouterr().out
 
 
-def imported(path: Path, top_level_only: bool = False) -> set[str]:
-    tree = ast.parse(path.read_text())
-    nodes = tree.body if top_level_only else list(ast.walk(tree))
+def test_the_page_shows_the_rooms_as_they_are():
+    spec = importlib.util.spec_from_file_location("rooms_table", ROOT / "docs" / "rooms_table.py")
+    rooms = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(rooms)
+    page = rooms.PAGE.read_text(encoding="utf-8")
+    assert page == rooms.with_table(page, rooms.table(ROOT)), "run python docs/rooms_table.py"
+
+
+def imported_at_load(path: Path) -> set[str]:
+    """Top-level packages that a module imports as soon as it is imported itself."""
     names = set()
-    for node in nodes:
+    for node in ast.parse(path.read_text(encoding="utf-8")).body:
         if isinstance(node, ast.Import):
-            names |= {alias.name for alias in node.names}
+            names |= {alias.name.split(".")[0] for alias in node.names}
         if isinstance(node, ast.ImportFrom):
-            names |= {node.module or ""} | {f"{node.module}.{alias.name}" for alias in node.names}
+            names.add((node.module or "").split(".")[0])
     return names
 
 
-@pytest.mark.parametrize("room", FORBIDDEN)
-def test_a_room_knows_only_what_it_may(room):
-    paths = sources(room)
-    assert paths
-    for path in paths:
-        for name in imported(path):
-            assert not name.startswith(FORBIDDEN[room]), (
-                f"{path.relative_to(PACKAGE)} imports {name}"
-            )
+def test_torch_is_loaded_by_its_rooms_only():
+    loads = {
+        str(path.relative_to(PACKAGE)): imported_at_load(path) & HEAVY
+        for path in PACKAGE.rglob("*.py")
+    }
+    assert any(heavy for heavy in loads.values())
+    elsewhere = [path for path in loads if loads[path] and not path.startswith(HEAVY_ROOMS)]
+    assert not elsewhere, f"{elsewhere} import {HEAVY} at load; import it in the function"
 
 
-def test_torch_stays_in_its_rooms():
-    for path in PACKAGE.rglob("*.py"):
-        room = str(path.relative_to(PACKAGE))
-        if not room.startswith(TORCH_ROOMS):
-            heavy = {
-                name
-                for name in imported(path, top_level_only=True)
-                if name.split(".")[0] in ("torch", "transformers")
-            }
-            assert not heavy, f"{room} imports {heavy}"
+def test_import_fmsim_loads_nothing_slow():
+    """`fmsim --help` is in tests/experiments/test_run.py."""
+    code = "import sys, fmsim; print(*sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0, done.stderr
+    loaded = done.stdout.split()
+    assert "fmsim" in loaded
+    assert not SLOW_TO_LOAD & set(loaded)

@@ -4,7 +4,6 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-import torch
 
 from fmsim.errors import FmsimError
 from fmsim.indexer import checkpoint, scorer
@@ -52,7 +51,6 @@ def shuffled(windows: Windows, seed: int) -> Windows:
     return windows._replace(golden=golden, mass=golden.astype(np.float32))
 
 
-torch.set_num_threads(1)  # tensors this small are slower on many
 TRAINING, HELD_OUT = [constructed(seed) for seed in range(8)], [constructed(100)]
 
 

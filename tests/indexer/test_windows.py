@@ -149,3 +149,4 @@ def test_without_held_out_traces_every_tenth_is_one(files, tmp_path):
     assert checkpoint.load(out).training["held_out"] == ["0.safetensors"]
     alone = CliRunner().invoke(app, ["train", files[0], "--out", out])
     assert isinstance(alone.exception, FmsimError)
+    assert "one trace is held out, which leaves none to train on" in str(alone.exception)

@@ -3,13 +3,13 @@ missing.
 """
 
 import json
-import os
 import re
 import shutil
 import subprocess
 import sys
 
 import pytest
+from command import fmsim, fmsim_here
 from made_trace import make_trace
 
 from fmsim.errors import FmsimError
@@ -39,17 +39,6 @@ policies:
 CHROMIUM = next(
     filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None
 )
-
-
-def fmsim(*arguments, folder=None):
-    command = [sys.executable, "-c", "from fmsim.cli import main; main()", *map(str, arguments)]
-    return subprocess.run(
-        command,
-        capture_output=True,
-        text=True,
-        cwd=folder,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-    )
 
 
 @pytest.fixture(scope="module")
@@ -170,14 +159,14 @@ def test_the_browser_would_tell_an_error_and_a_request(tmp_path):
 
 def test_a_page_without_the_trace_says_so_and_with_another_refuses(folder, tmp_path):
     shutil.copytree(folder / "out", tmp_path / "out")
-    done = fmsim(
+    done = fmsim_here(
         "report", "out", "--out", "page.html", folder=tmp_path
     )  # from here the trace's relative path leads nowhere
     assert done.returncode == 0
     text = (tmp_path / "page.html").read_text()
     assert text.count('class="missing"') == 4 and "--trace FILE" in text
     assert (
-        fmsim(
+        fmsim_here(
             "report",
             "out",
             "--out",
@@ -190,7 +179,7 @@ def test_a_page_without_the_trace_says_so_and_with_another_refuses(folder, tmp_p
     )
     assert 'class="missing"' not in (tmp_path / "page.html").read_text()
     write(tmp_path / "other.safetensors", make_trace(seed=1))
-    done = fmsim("report", "out", "--trace", "other.safetensors", folder=tmp_path)
+    done = fmsim_here("report", "out", "--trace", "other.safetensors", folder=tmp_path)
     assert done.returncode == 2 and "not the trace of this run" in done.stderr
 
 
@@ -208,7 +197,7 @@ def test_a_users_mistake_is_told_in_one_line(folder, tmp_path):
             "--out /dev/null/x.html: cannot be written",
         ),
     ):
-        done = fmsim("report", *arguments, folder=tmp_path)
+        done = fmsim_here("report", *arguments, folder=tmp_path)
         assert done.returncode == 2 and says in done.stderr and len(done.stderr.splitlines()) == 1
 
 

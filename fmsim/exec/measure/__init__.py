@@ -1,0 +1,3 @@
+"""What takes how long on this GPU: clocks, kernel cases, and the calibration that makes a hardware
+preset.
+"""

@@ -1,0 +1,3 @@
+"""Whole runs of the engine: a prompt answered, a trace recorded, a decode with random weights
+timed.
+"""

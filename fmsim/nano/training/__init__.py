@@ -1,0 +1,1 @@
+"""How nano is trained, examined and exported; its traces recorded."""

@@ -6,11 +6,11 @@ from __future__ import annotations
 
 from typing import Any
 
-from rich.console import Console, Group
+from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
-from fmsim.report.console import wide_console
+from fmsim.report.console import picture, wide_console
 
 GIB, MIB = 2**30, 2**20
 MIN_WIDTH = 132  # columns that the table needs
@@ -62,21 +62,7 @@ def show(report: dict[str, Any]) -> None:
 
 def svg(report: dict[str, Any], title: str) -> str:
     """The same as a picture."""
-    console = Console(
-        record=True, width=MIN_WIDTH, file=Nowhere(), force_terminal=True, color_system="truecolor"
-    )
-    console.print(render(report))
-    return console.export_svg(title=title)
-
-
-class Nowhere:
-    """A file for consoles that only record."""
-
-    def write(self, text: str) -> int:
-        return len(text)
-
-    def flush(self) -> None:
-        pass
+    return picture(render(report), MIN_WIDTH, title)
 
 
 def head(about: dict[str, Any]) -> list[Text]:

@@ -8,8 +8,7 @@ from rich.console import Console, Group
 from rich.table import Table
 from rich.text import Text
 
-from fmsim.report.console import wide_console
-from fmsim.report.tables.decode import Nowhere
+from fmsim.report.console import picture, wide_console
 
 GIB = 2**30
 BARS = " ▁▂▃▄▅▆▇█"
@@ -38,15 +37,7 @@ def show(report: dict[str, Any]) -> None:
 
 def svg(report: dict[str, Any], title: str) -> str:
     """The same as a picture."""
-    console = Console(
-        record=True,
-        width=_width(report),
-        file=Nowhere(),
-        force_terminal=True,
-        color_system="truecolor",
-    )
-    console.print(render(report))
-    return console.export_svg(title=title)
+    return picture(render(report), _width(report), title)
 
 
 def _width(report: dict[str, Any]) -> int:

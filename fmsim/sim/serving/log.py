@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import defaultdict
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -24,7 +24,9 @@ class Log:
     prefill_s: float = 0.0
     written_back_bytes: float = 0.0  # to the mirror; nothing waits for them
     waits_for: str | None = None  # what the queue's head cannot get now
-    waited_s: Counter[str] = field(default_factory=Counter)  # how long it was refused, by what
+    waited_s: defaultdict[str, float] = field(
+        default_factory=lambda: defaultdict(float)
+    )  # how long it was refused, by what
     samples: list[tuple[float, ...]] = field(default_factory=list)  # of SAMPLE, in time's order
     _now_s: float = 0.0
 

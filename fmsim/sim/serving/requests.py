@@ -13,6 +13,7 @@ import io
 import json
 from collections.abc import Callable, Iterator
 from datetime import datetime
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -88,10 +89,11 @@ def _reader(path: Path, text: str) -> Callable[[Path, str], Iterator[Arrival]]:
 def _mooncake(path: Path, text: str) -> Iterator[Arrival]:
     for number, line in enumerate(text.splitlines(), 1):
         if line.strip():
-            yield _arrival(path, number, lambda line=line: _mooncake_row(json.loads(line)))
+            yield _arrival(path, number, partial(_mooncake_row, line))
 
 
-def _mooncake_row(row: dict) -> Arrival:
+def _mooncake_row(line: str) -> Arrival:
+    row = json.loads(line)
     return Arrival(
         float(row["timestamp"]) / 1e3, int(row["input_length"]), int(row["output_length"])
     )
@@ -120,7 +122,7 @@ def _burstgpt(path: Path, text: str) -> Iterator[Arrival]:
 def _csv(path: Path, text: str, parse: Callable[[dict[str, str]], Arrival]) -> Iterator[Arrival]:
     reader = csv.DictReader(io.StringIO(text), skipinitialspace=True)
     for row in reader:
-        yield _arrival(path, reader.line_num, lambda row=row: parse(row))
+        yield _arrival(path, reader.line_num, partial(parse, row))
 
 
 def _time_s(text: str) -> float:

@@ -9,11 +9,13 @@ that can be admitted cuts a span short at the end of its step.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Generator
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import simpy
+from numpy.typing import NDArray
 
 from fmsim.geometry import Geometry
 from fmsim.hw.memory import FairLink, MemorySystem
@@ -29,6 +31,7 @@ from fmsim.sim.serving.workload import Source
 from fmsim.sim.step_cost import memory_indexer_s, mixed_step_costs
 from fmsim.sim.transfer_cost import GatherCurve
 
+Process = Generator[simpy.Event, Any, None]  # what SimPy runs: it yields what it waits for
 _MOST_STEPS = 1024  # in one span, which bounds its arrays
 
 
@@ -36,11 +39,11 @@ _MOST_STEPS = 1024  # in one span, which bounds its arrays
 class StepTimes:
     """Of n coming steps, [n] each."""
 
-    compute_s: np.ndarray
-    prefill_s: np.ndarray
-    stall_s: np.ndarray  # for misses, on an idle link
-    gathers: np.ndarray  # that the misses take: one a layer which has any
-    miss_bytes: np.ndarray
+    compute_s: NDArray[np.float64]
+    prefill_s: NDArray[np.float64]
+    stall_s: NDArray[np.float64]  # for misses, on an idle link
+    gathers: NDArray[np.int64] | NDArray[np.float64]  # of the misses: one a layer that has any
+    miss_bytes: NDArray[np.float64]
 
 
 class ServerRun:
@@ -79,7 +82,7 @@ class ServerRun:
 
     # Requests come and go
 
-    def _arrivals(self) -> Iterator[simpy.Event]:
+    def _arrivals(self) -> Process:
         for arrival in self.source.first:
             if arrival.arrival_s > self.env.now:
                 yield self.env.timeout(arrival.arrival_s - self.env.now)
@@ -105,7 +108,7 @@ class ServerRun:
         else:
             self._enqueue(request)
 
-    def _prefill_elsewhere(self, request: Request) -> Iterator[simpy.Event]:
+    def _prefill_elsewhere(self, request: Request) -> Process:
         with self._prefillers.request() as turn:
             yield turn
             yield self.env.timeout(
@@ -153,7 +156,7 @@ class ServerRun:
             request.prefill_left = list(zip(length.tolist(), seconds.tolist()))[::-1]
             self.prefilling.append(request)
 
-    def _receive_kv(self, request: Request) -> Iterator[simpy.Event]:
+    def _receive_kv(self, request: Request) -> Process:
         """The prompt's KV comes over the network, into the mirror where there is one; then the
         first resident set goes to the GPU.
         """
@@ -174,7 +177,7 @@ class ServerRun:
 
     # The server's loop
 
-    def _serve(self) -> Iterator[simpy.Event]:
+    def _serve(self) -> Process:
         while True:
             self._join()
             if self.batch or self.prefilling:
@@ -198,7 +201,7 @@ class ServerRun:
         if len(self.admission.admitted) != before:
             self._sample()
 
-    def _span(self) -> Iterator[simpy.Event]:
+    def _span(self) -> Process:
         """As many steps as pass without a change."""
         if self.batch and self.demand.recalls:
             yield from self._begin_windows()
@@ -218,7 +221,7 @@ class ServerRun:
         self.log.prefill_s += float(times.prefill_s[:done].sum())
         self._book(done, start_s + float(ends_s[0]))
 
-    def _pass(self, ends_s: np.ndarray) -> Iterator[simpy.Event]:
+    def _pass(self, ends_s: NDArray[np.float64]) -> Generator[simpy.Event, Any, int]:
         """Let steps pass that end at `ends_s` from now; returns how many did before somebody came
         to join.
         """
@@ -250,7 +253,8 @@ class ServerRun:
             return StepTimes(nothing, chunk_s, nothing, nothing, nothing)
         load, layers = self.batch.load(n_steps), self.demand.group_layers
         costs = mixed_step_costs(self.hw, self.geometry, len(self.batch), load.tokens, load.scored)
-        stall_s = gathers = miss_bytes = nothing
+        stall_s = miss_bytes = nothing
+        gathers: NDArray[np.int64] | NDArray[np.float64] = nothing
         if self.demand.misses:
             gathers = (load.miss_bytes > 0) @ layers
             stall_s = self.gather.seconds(self.demand.row_bytes, load.miss_bytes) @ layers
@@ -265,7 +269,9 @@ class ServerRun:
 
     # The link
 
-    def _contended_stall(self, times: StepTimes) -> Iterator[simpy.Event]:
+    def _contended_stall(
+        self, times: StepTimes
+    ) -> Generator[simpy.Event, Any, NDArray[np.float64]]:
         """One step's misses beside recalls under way: the gathers' fixed costs, then their bytes.
 
         Returns how long it took, [1].
@@ -279,7 +285,7 @@ class ServerRun:
             )
         return np.array([self.env.now - before_s])
 
-    def _begin_windows(self) -> Iterator[simpy.Event]:
+    def _begin_windows(self) -> Process:
         """Requests at a window's start wait for its recall, and the batch with them; then the next
         window's recall starts.
         """

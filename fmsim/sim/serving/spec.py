@@ -88,7 +88,7 @@ class RequestFile(_Strict):
 
 
 Workload = Annotated[ClosedLoop | Poisson | Bursts | RequestFile, Field(discriminator="kind")]
-WORKLOADS = {
+WORKLOADS: dict[str, type[BaseModel]] = {
     "closed_loop": ClosedLoop,
     "poisson": Poisson,
     "bursts": Bursts,

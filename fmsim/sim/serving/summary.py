@@ -56,7 +56,7 @@ def summary(run: ServerRun) -> dict[str, Any]:
         "held_mean": log.mean_in_use("admitted"),
         "tokens": log.tokens,
         "tokens_per_s": log.tokens_by(window_s) / window_s,
-        "ttft_s": _percentiles([request.first_token_s - request.arrival_s for request in finished]),
+        "ttft_s": _percentiles([ttft_s(request) for request in finished]),
         "tpot_s": _percentiles(
             [tpot_s(request) for request in finished if request.output_tokens > 1]
         ),
@@ -84,12 +84,20 @@ def summary(run: ServerRun) -> dict[str, Any]:
     }
 
 
+def ttft_s(request: Request) -> float:
+    """Arrival to first token, of a request that has one."""
+    assert request.first_token_s is not None
+    return request.first_token_s - request.arrival_s
+
+
 def tpot_s(request: Request) -> float:
+    """Time between later tokens, of a finished request of more than one."""
+    assert request.first_token_s is not None and request.finished_s is not None
     return (request.finished_s - request.first_token_s) / (request.output_tokens - 1)
 
 
 def _keeps(request: Request, slo: Slo) -> bool:
-    in_time = request.first_token_s - request.arrival_s <= slo.ttft_s
+    in_time = ttft_s(request) <= slo.ttft_s
     return in_time and (request.output_tokens == 1 or tpot_s(request) <= slo.tpot_s)
 
 

@@ -5,10 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 
 import numpy as np
+from numpy.typing import NDArray
 
 from fmsim.errors import FmsimError
 from fmsim.sim.serving.requests import Arrival, read_requests
 from fmsim.sim.serving.spec import Bursts, ClosedLoop, Poisson, RequestFile
+
+Drawn = ClosedLoop | Poisson | Bursts  # workloads whose lengths are drawn
 
 
 class Source:
@@ -19,13 +22,15 @@ class Source:
     def __init__(
         self, workload: ClosedLoop | Poisson | Bursts | RequestFile, path: Path | None = None
     ) -> None:
-        """`path`: where a workload's file lies. Raises FmsimError when it is no request file."""
+        """`path`: where a workload's file lies, where that is not relative to the working
+        directory. Raises FmsimError when it is no request file.
+        """
         self.workload = workload
         self._rng = np.random.default_rng(workload.seed)
         self.first = (
-            self._recorded(path)
+            _recorded(workload, path or workload.file)
             if isinstance(workload, RequestFile)
-            else [self._draw(at_s) for at_s in self._times()]
+            else [self._draw(workload, at_s) for at_s in self._times(workload)]
         )
         if not self.first:
             raise FmsimError(
@@ -43,27 +48,10 @@ class Source:
         """
         if not isinstance(self.workload, ClosedLoop) or now_s >= self.workload.duration_s:
             return None
-        return self._draw(now_s)
+        return self._draw(self.workload, now_s)
 
-    def _recorded(self, path: Path) -> list[Arrival]:
-        workload = self.workload
-        requests = [
-            Arrival(
-                row.arrival_s / workload.speed,
-                max(1, round(row.prompt_tokens * workload.lengths)),
-                row.output_tokens,
-            )
-            for row in read_requests(path)
-        ]
-        return [
-            row
-            for row in requests
-            if workload.duration_s is None or row.arrival_s < workload.duration_s
-        ]
-
-    def _times(self) -> np.ndarray:
+    def _times(self, workload: Drawn) -> NDArray[np.float64]:
         """Arrival times, ascending."""
-        workload = self.workload
         if isinstance(workload, ClosedLoop):
             return np.sort(self._rng.uniform(0, workload.ramp_s, workload.requests))
         if isinstance(workload, Bursts):
@@ -75,9 +63,25 @@ class Source:
         times_s = np.cumsum(gaps_s)
         return times_s[times_s < workload.duration_s]
 
-    def _draw(self, arrival_s: float) -> Arrival:
+    def _draw(self, workload: Drawn, arrival_s: float) -> Arrival:
         prompt, output = (
             int(self._rng.integers(low, high + 1))
-            for low, high in (self.workload.prompt_tokens, self.workload.output_tokens)
+            for low, high in (workload.prompt_tokens, workload.output_tokens)
         )
         return Arrival(float(arrival_s), prompt, output)
+
+
+def _recorded(workload: RequestFile, path: Path) -> list[Arrival]:
+    requests = [
+        Arrival(
+            row.arrival_s / workload.speed,
+            max(1, round(row.prompt_tokens * workload.lengths)),
+            row.output_tokens,
+        )
+        for row in read_requests(path)
+    ]
+    return [
+        row
+        for row in requests
+        if workload.duration_s is None or row.arrival_s < workload.duration_s
+    ]

@@ -1,0 +1,1 @@
+"""Traces from elsewhere: dense models' own attention, and FlashMemory's dumps, both ways."""

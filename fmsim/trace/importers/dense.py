@@ -66,8 +66,17 @@ class Watcher:
         self.keep: Callable[[int, int, torch.Tensor, torch.Tensor], None] | None = None
 
     def __call__(
-        self, module, query, key, value, attention_mask, *, scaling=None, dropout=0.0, **options
-    ):
+        self,
+        module: Any,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        attention_mask: Any,
+        *,
+        scaling: float | None = None,
+        dropout: float = 0.0,
+        **options: Any,
+    ) -> tuple[torch.Tensor, None]:
         """query [1, heads, n, d], key and value [1, kv_heads, S, d] -> output [1, n, heads, d];
         causal, the queries newest.
         """

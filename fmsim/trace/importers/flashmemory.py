@@ -3,11 +3,12 @@
 
 A dump is a pickled dict of tensors, ``doc_00000.pkl``, one a document. Row t is one decode token:
 
-    hidden_layer_{c}   bfloat16 [T, H]     attention input of the model's CSA layer number c, from 0
-    positions_layer_{c} int64 [T]          its absolute position compk_layer_{c}    uint8 [P, D + 4]
-    an entry's index key: D float8 codes, then its float32 scale label_indices, label_scores int32
-    [N]  golden entries of all rows, and how many of the model's CSA layers chose each
-    label_pointers     int32 [T + 1]       row t's labels are [pointers[t], pointers[t + 1])
+    hidden_layer_{c}     bfloat16 [T, H]   attention input of the model's CSA layer c, from 0
+    positions_layer_{c}  int64 [T]         its absolute position
+    compk_layer_{c}      uint8 [P, D + 4]  an entry's index key: D float8 codes, its float32 scale
+    label_indices        int32 [N]         golden entries of all rows
+    label_scores         int32 [N]         how many of the model's CSA layers chose each
+    label_pointers       int32 [T + 1]     row t's labels are [pointers[t], pointers[t + 1])
 
 A dump does not say what a layer attended to, nor how much: it says for each token which entries
 were golden, and by how many layers. What that means in a trace stands in docs/trace-format.md;
@@ -98,7 +99,7 @@ def read_document(path: Path, tau: int = 64) -> Trace:
     keys, scales, unkeyed = dump.keys((prompt_tokens + rows) // ENTRY_TOKENS)
     ids, share = _padded(votes[1:], geometry["label_layers"])
     shape = (rows, len(numbers))
-    header = {
+    header: dict[str, Any] = {
         "model": ModelInfo(name="not said by the dump", dtype="bfloat16"),
         "prompt_kind": "flashmemory",
         "prompt_text": f"{path.name}: golden labels, not attention; the text is not in the dump",

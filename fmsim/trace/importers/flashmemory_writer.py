@@ -36,6 +36,7 @@ def write_document(
     header = trace.header
     counts = np.cumsum([0] + [len(row.ids) for row in rows])
     tensors: dict[str, tuple[str, np.ndarray]] = {}
+    assert trace.hidden is not None and trace.index_keys is not None
     scales = np.broadcast_to(np.asarray(trace.index_key_scales, "<f4"), trace.index_keys.shape[:2])
     for layer, csa in enumerate(trace.csa_numbers):
         hidden = np.full((len(rows), trace.hidden.shape[2]), np.nan, np.float32)

@@ -184,6 +184,7 @@ class StorageReader(pickle.Unpickler):
         return self.storage(kind=pid[1], key=pid[2], elements=pid[4])
 
     def storage(self, kind: str, key: str, elements: int) -> Storage:
+        assert self.storages is not None  # persistent_load has refused it else
         data = self.storages[key].data
         if len(data) != elements * _width(kind):
             raise ValueError(
@@ -206,7 +207,12 @@ class TensorReader(StorageReader):
         )
 
     def tensor(
-        self, storage: Storage, offset: int, size: tuple, stride: tuple, *rest: Any
+        self,
+        storage: Storage,
+        offset: int,
+        size: tuple[int, ...],
+        stride: tuple[int, ...],
+        *rest: Any,
     ) -> Tensor:
         """The tensor, copied; ValueError where it would reach beyond its storage, or hold more
         elements than that.
@@ -278,7 +284,7 @@ def _check_opcodes(stream: io.BytesIO) -> None:
     for count, (opcode, argument, _) in enumerate(pickletools.genops(stream)):
         if opcode.name not in OPCODES:
             raise Refused(f"it has the opcode {opcode.name}, which no tensor needs")
-        if opcode.name in ("BINPUT", "LONG_BINPUT") and argument > count:
+        if opcode.name in ("BINPUT", "LONG_BINPUT") and int(argument or 0) > count:
             raise Refused("its memo has holes")
     stream.seek(start)
 
@@ -313,7 +319,7 @@ def _kinds(stream: io.BytesIO, reader: type[StorageReader]) -> dict[str, str]:
     """
     kinds: dict[str, str] = {}
 
-    class Noting(reader):
+    class Noting(reader):  # type: ignore[valid-type,misc] # the base is chosen by the caller
         def storage(self, kind: str, key: str, elements: int) -> Storage:
             if kinds.setdefault(key, kind) != kind:
                 raise ValueError(f"storage {key!r} is of two types")

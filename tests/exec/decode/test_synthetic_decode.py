@@ -11,7 +11,7 @@ pytest.importorskip("transformers", reason="the engine needs fmsim[model]")
 from contextlib import nullcontext
 from dataclasses import fields, replace
 
-from command import fmsim
+from command import fmsim_here
 from kernel_pools import no_waits
 from made_trace import make_trace, save_indexer
 
@@ -157,7 +157,9 @@ WRONG = [
     ids=lambda value: " ".join(value) if isinstance(value, tuple) else "",
 )
 def test_a_mistake_gets_one_clear_line(options, message, tmp_path):
-    done = fmsim("exec", "--weights", "synthetic", "--device", "cpu", *options, folder=tmp_path)
+    done = fmsim_here(
+        "exec", "--weights", "synthetic", "--device", "cpu", *options, folder=tmp_path
+    )
     assert done.returncode == 2 and "Traceback" not in done.stderr
     assert message in " ".join(done.stderr.replace("│", " ").split())
 

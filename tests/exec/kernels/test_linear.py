@@ -75,7 +75,7 @@ def test_quantising_loses_a_sixteenth_at_most(seed, experts, outputs, inputs):
 
 @on_each_device
 @settings(
-    max_examples=15 if torch.cuda.is_available() else 150, deadline=None
+    max_examples=15 if torch.cuda.is_available() else 60, deadline=None
 )  # each shape is compiled anew there
 @given(
     seed=st.integers(0, 2**32),

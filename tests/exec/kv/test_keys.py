@@ -14,7 +14,7 @@ pytest.importorskip("transformers", reason="the engine needs fmsim[model]")
 
 from dataclasses import replace
 
-from command import fmsim
+from command import fmsim_here
 from tiny_indexer import lookahead
 from tiny_model import CSA, HCA, SLIDING, oracle, ours
 
@@ -450,13 +450,13 @@ def test_what_was_not_measured_cannot_be_asked_for(prompts, tmp_path):
     ],
 )
 def test_a_users_mistake_is_one_line(arguments, says):
-    done = fmsim("exec", *arguments, "--index-keys", "tiered", "--device", "cpu")
+    done = fmsim_here("exec", *arguments, "--index-keys", "tiered", "--device", "cpu")
     assert done.returncode == 2 and says in done.stderr and len(done.stderr.splitlines()) == 1
 
 
 def test_nano_tiers_the_layers_that_its_indexer_is_told_to_leave_out():
     """It scores all three of nano's CSA layers unless told otherwise."""
-    done = fmsim(
+    done = fmsim_here(
         "exec",
         "--context",
         "1024",

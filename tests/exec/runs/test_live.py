@@ -8,7 +8,7 @@ torch = pytest.importorskip("torch", reason="exec needs fmsim[model]")
 pytest.importorskip("transformers", reason="exec needs fmsim[model]")
 
 import numpy as np
-from command import FIELDS, fmsim
+from command import FIELDS, fmsim_here
 from tiny_model import CSA, HCA, SLIDING, oracle, ours
 
 from fmsim import trace
@@ -77,7 +77,7 @@ def test_memory_that_is_short_is_told_with_the_figure(monkeypatch):
 
 
 def test_nano_answers_from_the_command_line():
-    done = fmsim(
+    done = fmsim_here(
         "exec", "--policy", "lru", "--context", "1024", "--steps", "24", "--device", "cpu", "--json"
     )
     assert done.returncode == 0, done.stderr
@@ -99,5 +99,5 @@ def test_nano_answers_from_the_command_line():
     ],
 )
 def test_a_users_mistake_is_one_line(arguments, says):
-    done = fmsim("exec", *arguments)
+    done = fmsim_here("exec", *arguments)
     assert done.returncode == 2 and says in done.stderr and len(done.stderr.splitlines()) == 1

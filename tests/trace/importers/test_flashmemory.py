@@ -332,7 +332,10 @@ def test_import_reads_a_folder_in_order_and_refuses_a_hostile_one(tmp_path):
         "doc_00003.safetensors",
     ]
     (tmp_path / "dumps" / "doc_00001.pkl").write_bytes(b"cos\nsystem\n(S'touch ran'\ntR.")
-    assert isinstance(CliRunner().invoke(app, command).exception, FmsimError)
+    refused = CliRunner().invoke(app, command).exception
+    assert isinstance(refused, FmsimError)
+    assert "doc_00001.pkl: refused: it has the opcode STRING, which no tensor needs" in str(refused)
+    assert not (tmp_path / "ran").exists()
     (tmp_path / "dumps" / "server_metadata.jsonl").write_text(
         json.dumps({"filename": "doc_00000.pkl", "fmsim_trace": {"tau": 1}})
     )
