@@ -35,7 +35,7 @@ from fmsim.exec.kernels.layout import KEY, LATENT
 from fmsim.exec.measure import calibrate
 from fmsim.exec.measure import kernel_cases as cases
 from fmsim.exec.measure.timing import median_s
-from fmsim.exec.model.deepseek_v4 import CSA, HCA
+from fmsim.exec.model.kinds import CSA, HCA
 from fmsim.exec.model.synthetic import synthetic_config
 from fmsim.geometry import PRESETS
 

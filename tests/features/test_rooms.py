@@ -52,7 +52,7 @@ FORBIDDEN = {
         "fmsim.policies",
         "fmsim.replay.residency",
         "fmsim.hw",
-        "fmsim.exec.model.deepseek_v4",
+        "fmsim.exec.model",
         "fmsim.exec.decode.session",
     ),
     "tasks": ("fmsim.policies", "fmsim.hw", "fmsim.exec", "fmsim.replay.replayer", "fmsim.trace"),

@@ -25,15 +25,10 @@ from fmsim.exec.kernels.rms_norm import rms_norm
 from fmsim.exec.kernels.sparse_attention import Masses, sparse_attention
 from fmsim.exec.kernels.top_k import top_k
 from fmsim.exec.kv.home import PER_PAGE, Home
-from fmsim.exec.model.deepseek_v4 import (
-    CSA,
-    HCA,
-    SLIDING,
-    Attention,
-    Compressor,
-    CompressorState,
-    LayerCache,
-)
+from fmsim.exec.model.attention import Attention
+from fmsim.exec.model.cache import CompressorState, LayerCache
+from fmsim.exec.model.compressor import Compressor
+from fmsim.exec.model.kinds import CSA, HCA, SLIDING
 from fmsim.exec.model.projections import Joined
 
 Turn = tuple[Tensor, Tensor]  # cosine and sine of RoPE's angles, float32 [B, 1, pairs]

@@ -33,7 +33,7 @@ from fmsim.exec.kv.keys import KeptKeys, LayerKeys, ResidentKeys, Where
 from fmsim.exec.kv.paired import PairedTiers
 from fmsim.exec.kv.tiered import RequestSize
 from fmsim.exec.measure.step_clock import StepClock
-from fmsim.exec.model.deepseek_v4 import CSA
+from fmsim.exec.model.kinds import CSA
 from fmsim.policies.base import Policy
 from fmsim.replay.decode_loop import DecodeLoop
 from fmsim.replay.ledger import Ledger

@@ -31,7 +31,8 @@ from fmsim.exec.kernels.top_k import top_k as best
 from fmsim.exec.kv.home import Home
 from fmsim.exec.kv.keys import LayerKeys
 from fmsim.exec.kv.tiered import TieredCache
-from fmsim.exec.model.deepseek_v4 import Access, Attention
+from fmsim.exec.model.attention import Attention
+from fmsim.exec.model.cache import Access
 from fmsim.policies.base import PolicyParams
 from fmsim.replay.paging import page_step
 

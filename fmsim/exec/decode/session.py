@@ -6,7 +6,8 @@ from collections.abc import Callable, Iterable
 
 import torch
 
-from fmsim.exec.model.deepseek_v4 import Access, DeepseekV4
+from fmsim.exec.model.cache import Access
+from fmsim.exec.model.deepseek_v4 import DeepseekV4
 
 # Elements of one [chunk, entries] score matrix held at once: 1 GiB of float32 on a GPU, 128 MiB on
 # a CPU.

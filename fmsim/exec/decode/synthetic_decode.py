@@ -25,7 +25,8 @@ from fmsim.exec.kernels.sparse_attention import Masses
 from fmsim.exec.kernels.top_k import top_k as best
 from fmsim.exec.kv.home import Home
 from fmsim.exec.measure.kernel_cases import fill_entries
-from fmsim.exec.model.deepseek_v4 import Attention, DeepseekV4
+from fmsim.exec.model.attention import Attention
+from fmsim.exec.model.deepseek_v4 import DeepseekV4
 from fmsim.policies.base import Policy
 
 MEMORY_HEADS = 128  # of the published memory indexer, a layer (arXiv 2606.09079)

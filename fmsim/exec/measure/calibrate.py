@@ -3,7 +3,7 @@ step's modules.
 
 `fmsim hw calibrate`.
 
-The modules are `fmsim.exec.model.deepseek_v4`'s with random weights at full width, float8 where the
+The modules are `fmsim.exec.model`'s with random weights at full width, float8 where the
 model's are published so and bfloat16 elsewhere, their attention from kernels. A preset made here
 says what this engine does on this GPU, not what a serving framework would.
 """
@@ -28,16 +28,12 @@ from fmsim.exec.kernels.layout import KEY, LATENT, Layout
 from fmsim.exec.kv.home import Home
 from fmsim.exec.measure import kernel_cases as cases
 from fmsim.exec.measure.timing import median_s
-from fmsim.exec.model.deepseek_v4 import (
-    CSA,
-    HCA,
-    Attention,
-    HyperConnection,
-    HyperHead,
-    MoE,
-    RMSNorm,
-    linear,
-)
+from fmsim.exec.model.attention import Attention
+from fmsim.exec.model.experts import MoE
+from fmsim.exec.model.hyper_connection import HyperConnection, HyperHead
+from fmsim.exec.model.kinds import CSA, HCA
+from fmsim.exec.model.norm_rope import RMSNorm
+from fmsim.exec.model.projections import linear
 from fmsim.exec.model.quantised import fill_float8, hold_float8, published_float8
 from fmsim.exec.model.synthetic import synthetic_config
 from fmsim.geometry import Geometry

@@ -36,14 +36,9 @@ from fmsim.exec.kernels.sparse_attention import sparse_attention, sparse_attenti
 from fmsim.exec.kernels.top_k import top_k, top_k_reference
 from fmsim.exec.kernels.weights import dequantise, quantise
 from fmsim.exec.kv.mirror import HostMirror
-from fmsim.exec.model.deepseek_v4 import (
-    Experts,
-    HyperConnection,
-    HyperHead,
-    RMSNorm,
-    Router,
-    SwiGLU,
-)
+from fmsim.exec.model.experts import Experts, Router, SwiGLU
+from fmsim.exec.model.hyper_connection import HyperConnection, HyperHead
+from fmsim.exec.model.norm_rope import RMSNorm
 from fmsim.exec.model.quantised import fill_float8, hold_float8, published_float8
 
 PER_PAGE, WINDOW, TOP_K = 64, 128, 512

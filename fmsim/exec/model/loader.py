@@ -1,4 +1,4 @@
-"""Load a DeepSeek-V4 directory in Hugging Face layout into ``fmsim.exec.model.deepseek_v4``.
+"""Load a DeepSeek-V4 directory in Hugging Face layout into `DeepseekV4`.
 
 Names are transformers' or the official release's. Weights may be floats, float8 with a scale a
 block (128 x 128), or pairs of 4-bit e2m1 values with a power-of-two scale for every 32 of a row. A
@@ -20,7 +20,10 @@ from transformers import DeepseekV4Config
 from fmsim.errors import FmsimError
 from fmsim.exec.kernels import weights
 from fmsim.exec.kernels.weights import BLOCK, FP4_BLOCK, scale_shape
-from fmsim.exec.model.deepseek_v4 import Attention, DeepseekV4, Experts, inverse_frequencies
+from fmsim.exec.model.attention import Attention
+from fmsim.exec.model.deepseek_v4 import DeepseekV4
+from fmsim.exec.model.experts import Experts
+from fmsim.exec.model.norm_rope import inverse_frequencies
 from fmsim.exec.model.quantised import hold_float8, published_float8
 
 # transformers writes most tensors under the names of the official release; in order, first the

@@ -16,7 +16,9 @@ from fmsim.errors import FmsimError
 from fmsim.exec.decode.prompt import PROMPT_QUERIES, PromptWatcher, to_numpy
 from fmsim.exec.decode.request import Request
 from fmsim.exec.decode.session import Session
-from fmsim.exec.model.deepseek_v4 import CSA, Access, DeepseekV4
+from fmsim.exec.model.cache import Access
+from fmsim.exec.model.deepseek_v4 import DeepseekV4
+from fmsim.exec.model.kinds import CSA
 from fmsim.exec.model.loader import weight_files
 from fmsim.nano.prompts import Stream, exact
 from fmsim.trace import ModelInfo, Trace, TraceHeader, TraceRecorder

@@ -20,7 +20,8 @@ import torch.utils.checkpoint
 from safetensors.torch import load_file, save_file
 
 from fmsim.errors import FmsimError
-from fmsim.exec.model.deepseek_v4 import CSA, DeepseekV4
+from fmsim.exec.model.deepseek_v4 import DeepseekV4
+from fmsim.exec.model.kinds import CSA
 from fmsim.nano.config import initialise, nano_config
 from fmsim.nano.training.batches import stream_batches
 

@@ -12,7 +12,7 @@ from fmsim.exec.kernels import experts as kernels
 from fmsim.exec.kernels.experts import mixture_of_experts, mixture_of_experts_triton
 from fmsim.exec.kernels.tuning import Experts as Tuning
 from fmsim.exec.kernels.weights import dequantise, scale_shape
-from fmsim.exec.model.deepseek_v4 import Experts, SwiGLU
+from fmsim.exec.model.experts import Experts, SwiGLU
 
 SMALL = Tuning(gate_rows=64, down_rows=32, block_depth=32, warps=4, stages=2, sum_columns=64)
 # bfloat16: gated values and results are rounded, and Triton's interpreter cuts the last bits off

@@ -16,7 +16,8 @@ from fmsim.exec.kernels.hyper_connection import (
     read_out_triton,
 )
 from fmsim.exec.kernels.tuning import HyperConnection as Tuning
-from fmsim.exec.model.deepseek_v4 import HyperConnection, HyperHead, RMSNorm
+from fmsim.exec.model.hyper_connection import HyperConnection, HyperHead
+from fmsim.exec.model.norm_rope import RMSNorm
 
 SMALL = Tuning(block_channels=32, programs=4)
 # bfloat16: the model rounds every product on the way back, the kernel the sum of them

@@ -10,7 +10,7 @@ from kernel_pools import on_each_device, scattered_pool
 from fmsim.exec.kernels.index_score import index_scores_reference, index_scores_triton, new_scores
 from fmsim.exec.kernels.layout import KEY, plain
 from fmsim.exec.kernels.tuning import IndexScores
-from fmsim.exec.model import deepseek_v4 as model
+from fmsim.exec.model.indexer import index_scores
 
 SMALL = IndexScores(block_entries=64, programs=6)
 # Hopper's matrix units add float8 products with some 14 bits, not 24: 2.6e-4 of the scores were
@@ -37,7 +37,7 @@ def test_the_reference_is_the_models_formula():
         0, 2, 4, plain(torch.float32, 32), 4, 40, 0.0, torch.float32
     )
     keys = torch.stack([pool[table[b].long()].view(torch.float32).view(40, 32) for b in range(2)])
-    expected = model.index_scores(queries[:, None], weights[:, None], keys)[:, 0]
+    expected = index_scores(queries[:, None], weights[:, None], keys)[:, 0]
     found = index_scores_reference(queries, weights, pool, layout, table, lengths).scores
     for b, length in enumerate(lengths.tolist()):
         torch.testing.assert_close(found[b, :length], expected[b, :length])

@@ -13,8 +13,8 @@ from fmsim.exec.kernels.attention_rows import Rows
 from fmsim.exec.kernels.layout import LATENT, plain, write_entries
 from fmsim.exec.kernels.sparse_attention import sparse_attention_reference, sparse_attention_triton
 from fmsim.exec.kernels.tuning import Attention, GatheredAttention
-from fmsim.exec.model.deepseek_v4 import CSA
-from fmsim.exec.model.deepseek_v4 import Attention as ModelAttention
+from fmsim.exec.model.attention import Attention as ModelAttention
+from fmsim.exec.model.kinds import CSA
 from fmsim.nano.config import nano_config
 
 IN_PLACE = Attention(block_heads=16, block_rows=16, programs=12)
