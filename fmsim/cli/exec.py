@@ -20,7 +20,7 @@ class Weights(enum.StrEnum):
     synthetic = "synthetic"
 
 
-class IndexKeys(enum.StrEnum):
+class IndexKeyPlace(enum.StrEnum):
     all = "all"
     tiered = "tiered"
 
@@ -98,7 +98,7 @@ def exec_(
         ),
     ] = 1,
     index_keys: Annotated[
-        IndexKeys | None,
+        IndexKeyPlace | None,
         typer.Option(
             help=(
                 "on the GPU: all (the default), or tiered: in layers that the memory indexer does"
@@ -219,12 +219,12 @@ def _policy(name: str, overrides: list[str]) -> Policy:
     return registry.build({"policy": name} | given)
 
 
-def _where(index_keys: IndexKeys | None, policy: Policy, record: Path | None) -> str:
+def _where(index_keys: IndexKeyPlace | None, policy: Policy, record: Path | None) -> str:
     """Where index keys lie. What they cannot do there is told before a model is loaded."""
     from fmsim.errors import FmsimError
     from fmsim.exec.kv.keys import check_tiered
 
-    if index_keys is not IndexKeys.tiered:
+    if index_keys is not IndexKeyPlace.tiered:
         return "all"
     check_tiered(policy)
     if record is not None:

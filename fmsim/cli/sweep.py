@@ -10,10 +10,10 @@ import typer
 
 if TYPE_CHECKING:
     from fmsim.experiments.rows import RowFile
-    from fmsim.experiments.sweep import Run
+    from fmsim.experiments.sweep import SweepRun
 
 
-class Engine(enum.StrEnum):
+class Runner(enum.StrEnum):
     local = "local"
     ray = "ray"
 
@@ -44,8 +44,8 @@ def sweep(
         int | None, typer.Option("--jobs", "-j", min=1, help="processes; by default one a core")
     ] = None,
     engine: Annotated[
-        Engine, typer.Option(help="where to run: this machine's processes, or a Ray cluster")
-    ] = Engine.local,
+        Runner, typer.Option(help="where to run: this machine's processes, or a Ray cluster")
+    ] = Runner.local,
     as_json: Annotated[
         bool, typer.Option("--json", help="print the sweep's rows as one JSON list")
     ] = False,
@@ -93,7 +93,7 @@ def sweep(
 
 
 def _run_all(
-    todo: list[Run], n_runs: int, file: RowFile, engine: Engine, jobs: int | None, quiet: bool
+    todo: list[SweepRun], n_runs: int, file: RowFile, engine: Runner, jobs: int | None, quiet: bool
 ) -> None:
     from rich.console import Console
     from rich.progress import (
@@ -106,11 +106,15 @@ def _run_all(
     )
 
     from fmsim.experiments.parallel import as_they_end, on_ray
-    from fmsim.experiments.sweep import Run
+    from fmsim.experiments.sweep import SweepRun
 
     if not todo:
         return
-    results = on_ray(Run.row, todo) if engine is Engine.ray else as_they_end(Run.row, todo, jobs)
+    results = (
+        on_ray(SweepRun.row, todo)
+        if engine is Runner.ray
+        else as_they_end(SweepRun.row, todo, jobs)
+    )
     console = Console(stderr=True)
     columns = (
         TextColumn("{task.description}"),

@@ -73,7 +73,7 @@ def _number(text: str) -> int | float | None:
 
 
 @dataclass(frozen=True)
-class Run:
+class SweepRun:
     """One policy under one setting.
 
     All that a worker on another machine needs, where it sees the same files.
@@ -109,7 +109,7 @@ class Run:
 
 def plan(
     scenario: str, overrides: Sequence[str], axes: Sequence[Axis], selected: Sequence[str] = ()
-) -> list[Run]:
+) -> list[SweepRun]:
     """All runs of the grid, in the order of the axes, the last one fastest, each once.
 
     A key `policies.<label>...` concerns that policy alone, so the others run once, not once a
@@ -121,7 +121,7 @@ def plan(
         raise FmsimError(
             f"--grid {twice[0]}: the key stands there twice; give all its values in one --grid"
         )
-    runs: dict[str, Run] = {}
+    runs: dict[str, SweepRun] = {}
     for point in itertools.product(*(axis.values for axis in axes)):
         at_point = dict(zip(keys, point))
         file = ScenarioFile(scenario, [*overrides, *_texts(at_point)])
@@ -131,7 +131,7 @@ def plan(
             }
             own = (*overrides, *_texts(concerned))
             settings = tuple((key, shown) for key, (_, shown) in concerned.items())
-            run = Run(
+            run = SweepRun(
                 str(file.path.absolute()),
                 own,
                 settings,
@@ -215,7 +215,7 @@ def _flat(row: Row, leave: Sequence[str]) -> Row:
     return flat
 
 
-def left(runs: Iterable[Run], rows: Iterable[Row]) -> list[Run]:
+def left(runs: Iterable[SweepRun], rows: Iterable[Row]) -> list[SweepRun]:
     """The runs that have no row yet."""
     done = {row.get("key") for row in rows}
     return [run for run in runs if run.key not in done]

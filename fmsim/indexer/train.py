@@ -78,7 +78,7 @@ class Progress(NamedTuple):
         return sum(self.recall) + sum(self.mass_kept)
 
 
-class Batch(NamedTuple):
+class TrainingBatch(NamedTuple):
     """`Windows` on the training device."""
 
     rotation: tuple[
@@ -159,7 +159,11 @@ class TrainingRun:
     """
 
     def __init__(
-        self, model: MemoryIndexer, batches: list[Batch], options: TrainOptions, traces: list[str]
+        self,
+        model: MemoryIndexer,
+        batches: list[TrainingBatch],
+        options: TrainOptions,
+        traces: list[str],
     ):
         self.model, self.batches, self.options = model, batches, options
         self.about = json.dumps([asdict(options), traces])
@@ -189,7 +193,7 @@ class TrainingRun:
         )
         return stale or self.step >= options.steps
 
-    def advance(self, held_out: list[Batch]) -> Progress:
+    def advance(self, held_out: list[TrainingBatch]) -> Progress:
         """Train up to the next evaluation, evaluate, and keep the parameters if they are the best
         so far.
         """
@@ -276,7 +280,7 @@ class TrainingRun:
 
 
 def _loss(
-    model: MemoryIndexer, batch: Batch, options: TrainOptions, generator: torch.Generator
+    model: MemoryIndexer, batch: TrainingBatch, options: TrainOptions, generator: torch.Generator
 ) -> Tensor:
     logits = model(batch.hidden, batch.rotation, batch.keys).amax(0)
     negatives = _negatives(logits.detach(), batch, options, generator)
@@ -290,7 +294,7 @@ def _loss(
 
 
 def _negatives(
-    logits: Tensor, batch: Batch, options: TrainOptions, generator: torch.Generator
+    logits: Tensor, batch: TrainingBatch, options: TrainOptions, generator: torch.Generator
 ) -> Tensor:
     """bool [W, E]: random negatives by a coin an entry, and the negatives that score highest."""
     candidates = batch.visible & ~batch.golden
@@ -324,7 +328,7 @@ def infonce_loss(logits: Tensor, positive_weights: Tensor, listed: Tensor) -> Te
 
 @torch.no_grad()
 def recall_at(
-    model: MemoryIndexer, batches: list[Batch], shares: Sequence[float]
+    model: MemoryIndexer, batches: list[TrainingBatch], shares: Sequence[float]
 ) -> tuple[tuple[float, ...], ...]:
     """Means over queries of what the best ``share`` of the visible entries holds: of positives, and
     of mass, by share.
@@ -350,7 +354,7 @@ def recall_at(
 
 
 @torch.no_grad()
-def threshold_of_share(model: MemoryIndexer, batches: list[Batch], share: float) -> float:
+def threshold_of_share(model: MemoryIndexer, batches: list[TrainingBatch], share: float) -> float:
     """The score above which a query of ``batches`` has, on average, ``share`` of its visible
     entries.
     """
@@ -375,7 +379,7 @@ def threshold_of_share(model: MemoryIndexer, batches: list[Batch], share: float)
 
 def _batches(
     parts: Sequence[Windows], config: ScorerConfig, heads: int, device: str
-) -> list[Batch]:
+) -> list[TrainingBatch]:
     """Windows on the device, split so that no batch exceeds PRODUCTS_PER_BATCH; queries without
     positives left out.
     """
@@ -402,6 +406,8 @@ def _batches(
                 for array in rotation(config, windows.positions[part])
             )
             batches.append(
-                Batch((cos, sin), hidden, keys, visible, golden, mass, int(golden.sum(1).max()))
+                TrainingBatch(
+                    (cos, sin), hidden, keys, visible, golden, mass, int(golden.sum(1).max())
+                )
             )
     return batches

@@ -27,7 +27,7 @@ TURN_TOKENS = (24, 48)  # of text a speaker says in a memory stream
 
 
 @dataclass(frozen=True)
-class Prompt:
+class EvaluationPrompt:
     """tokens: uint16 [length], up to where the answer starts; answer: the tokens to come;
     references: strings in it.
     """
@@ -75,7 +75,7 @@ def evaluation_prompt(
     rng: np.random.Generator,
     corpus: Corpus,
     depth: float | None = None,
-) -> Prompt:
+) -> EvaluationPrompt:
     """A prompt of exactly ``length_tokens`` whose question stands at its end.
 
     ``depth`` (0 = start of the text, 1 = its end; drawn if None) is where the asked fact or the
@@ -96,7 +96,9 @@ def evaluation_prompt(
             " another seed"
         )
     answer = woven.tokens[slice(*woven.spans[-1])].tolist()
-    return Prompt(kind, woven.tokens[:length_tokens], answer, _texts(references or [answer]))
+    return EvaluationPrompt(
+        kind, woven.tokens[:length_tokens], answer, _texts(references or [answer])
+    )
 
 
 def _single(rng: np.random.Generator, words: Wording, length: int, depth: float) -> Task:

@@ -76,7 +76,7 @@ def _unlike(words: Wording, rng: np.random.Generator) -> Iterator[Tokens]:
 
 
 @dataclass(frozen=True)
-class Woven:
+class WovenTask:
     """What a family tells, and what it asks once the text is there: ``ask`` is given the context's
     tokens.
     """
@@ -87,13 +87,13 @@ class Woven:
 
 def _asked(
     task: str, told: list[Insert], line: Insert, references: list[Tokens], scoring: Scoring = "all"
-) -> Woven:
+) -> WovenTask:
     """One question, known before the text."""
     start, end = line.answer
     question = Question(
         task, tuple(line.tokens[:start]), tuple(line.tokens[start:end]), texts(references), scoring
     )
-    return Woven(told, lambda text: [question])
+    return WovenTask(told, lambda text: [question])
 
 
 def _facts(
@@ -105,22 +105,22 @@ def _facts(
     ]
 
 
-def niah_single(draw: Draw) -> Woven:
+def niah_single(draw: Draw) -> WovenTask:
     """One key, one value."""
     return _needle("niah_single", draw, others=0)
 
 
-def niah_multikey(draw: Draw) -> Woven:
+def niah_multikey(draw: Draw) -> WovenTask:
     """One key asked among four."""
     return _needle("niah_multikey", draw, others=3)
 
 
-def niah_multikey_dense(draw: Draw) -> Woven:
+def niah_multikey_dense(draw: Draw) -> WovenTask:
     """One key asked where the haystack is made of needles."""
     return _needle("niah_multikey_dense", draw, others=max(1, draw.length // DENSE_TOKENS - 1))
 
 
-def _needle(task: str, draw: Draw, others: int) -> Woven:
+def _needle(task: str, draw: Draw, others: int) -> WovenTask:
     keys, values = draw.keys(1 + others), draw.values(1 + others)
     places = np.concatenate([draw.depths(1), LATEST * draw.rng.random(others)])
     return _asked(
@@ -128,14 +128,14 @@ def _needle(task: str, draw: Draw, others: int) -> Woven:
     )
 
 
-def niah_multivalue(draw: Draw) -> Woven:
+def niah_multivalue(draw: Draw) -> WovenTask:
     """Four values of one key."""
     [key], values = draw.keys(1), draw.values(4)
     told = _facts(draw, np.sort(draw.depths(4)), [key] * 4, values)
     return _asked("niah_multivalue", told, say.ask_all(1.0, key, values), values)
 
 
-def niah_multiquery(draw: Draw) -> Woven:
+def niah_multiquery(draw: Draw) -> WovenTask:
     """Four keys in one question."""
     keys, values = draw.keys(4), draw.values(4)
     return _asked(
@@ -146,7 +146,7 @@ def niah_multiquery(draw: Draw) -> Woven:
     )
 
 
-def vt(draw: Draw) -> Woven:
+def vt(draw: Draw) -> WovenTask:
     """A chain of five variables, each set to the one before; all that hold a value are asked
     for.
     """
@@ -159,7 +159,7 @@ def vt(draw: Draw) -> Woven:
     return _asked("vt", told, say.ask_names(1.0, value, names), names)
 
 
-def qa(draw: Draw) -> Woven:
+def qa(draw: Draw) -> WovenTask:
     """A paragraph holds the answer; every other holds a fact too, some about a key of the same noun
     or adjective.
     """
@@ -203,7 +203,7 @@ def _alike_keys(draw: Draw, count: int) -> list[Tokens]:
     return [draw.words.adjectives[adjective] + draw.words.heads[head] for adjective, head in pairs]
 
 
-def memory(draw: Draw) -> Woven:
+def memory(draw: Draw) -> WovenTask:
     """Things told in dated sessions of a user and an assistant, one asked for."""
     things, values = draw.things(MEMORIES), draw.values(MEMORIES)
     told = [
@@ -213,7 +213,7 @@ def memory(draw: Draw) -> Woven:
     return _asked("memory", told, say.recall(1.0, things[0], values[0]), values[:1])
 
 
-def memory_update(draw: Draw) -> Woven:
+def memory_update(draw: Draw) -> WovenTask:
     """A thing told twice, in different sessions: what was told last counts."""
     [thing], values = draw.things(1), draw.values(2)
     first, last = np.sort(draw.rng.choice(DEPTHS, 2, replace=False)) * LATEST / (DEPTHS - 1)
@@ -221,7 +221,7 @@ def memory_update(draw: Draw) -> Woven:
     return _asked("memory_update", told, say.recall(1.0, thing, values[1]), values[1:])
 
 
-def multi_round(draw: Draw) -> Woven:
+def multi_round(draw: Draw) -> WovenTask:
     """Exact recall in rounds: what was told in sessions is asked for, one thing a round, each after
     the rounds before, rightly answered.
     """
@@ -241,10 +241,10 @@ def multi_round(draw: Draw) -> Woven:
             )
         )
         before += line.tokens
-    return Woven(told, lambda text: asked)
+    return WovenTask(told, lambda text: asked)
 
 
-def text_recall(draw: Draw) -> Woven:
+def text_recall(draw: Draw) -> WovenTask:
     """A stretch of the text is quoted, and what followed it is asked for, word for word."""
 
     def ask(text: np.ndarray) -> list[Question]:
@@ -260,7 +260,7 @@ def text_recall(draw: Draw) -> Woven:
             )
         ]
 
-    return Woven([], ask)
+    return WovenTask([], ask)
 
 
 def unique_stretch(

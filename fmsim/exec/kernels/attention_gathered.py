@@ -20,7 +20,11 @@ PART_BLOCKS = 0.03
 
 
 def attend_gathered(
-    queries: Tensor, rows: Rows, scale: float, want_logits: bool, tune: tuning.GatheredAttention
+    queries: Tensor,
+    rows: Rows,
+    scale: float,
+    want_logits: bool,
+    tune: tuning.GatheredAttentionTuning,
 ) -> Parts:
     """``queries`` [B, H, C] of the rows' `matrix_type`."""
     batch, heads, size = queries.shape
@@ -65,7 +69,7 @@ def _splits(blocks: int, runs: int, at_a_time: int) -> int:
     return min(range(1, min(blocks, MOST_SPLITS) + 1), key=block_times)
 
 
-def _gathered(rows: Rows, tune: tuning.GatheredAttention) -> tuple[Tensor, Tensor]:
+def _gathered(rows: Rows, tune: tuning.GatheredAttentionTuning) -> tuple[Tensor, Tensor]:
     """The rows [B, N, C] in their `matrix_type`, and a bias float32 [B, N]: -inf for what is not
     there.
 

@@ -14,7 +14,7 @@ from fmsim.exec.kernels.layout import load_latents, load_rotated, product_operan
 
 
 def attend_in_place(
-    queries: Tensor, rows: Rows, scale: float, want_logits: bool, tune: tuning.Attention
+    queries: Tensor, rows: Rows, scale: float, want_logits: bool, tune: tuning.AttentionTuning
 ) -> Parts:
     """``queries`` [B, H, C] of the rows' `matrix_type`."""
     batch, heads, size = queries.shape

@@ -157,7 +157,7 @@ def compress_and_append_triton(
     pool,
     layout,
     table,
-    tune: tuning.Compress | None = None,
+    tune: tuning.CompressTuning | None = None,
 ) -> None:
     tune = tune or tuning.COMPRESS
     batch, tokens, _ = kv.shape

@@ -79,7 +79,7 @@ class _Tiles(NamedTuple):
 
 
 def mixture_of_experts_triton(
-    x, chosen, weights, routed, shared, tune: tuning.Experts | None = None
+    x, chosen, weights, routed, shared, tune: tuning.ExpertsTuning | None = None
 ) -> Tensor:
     if len(x) > tuning.MOST_EXPERT_TOKENS:
         parts = zip(
@@ -181,7 +181,7 @@ def _shared_weights(routed: nn.Module, shared: nn.Module | None) -> _Weights:
     return _Weights(*weights, *scales)
 
 
-def _tiles(chosen: Tensor, slots: int, count: int, tune: tuning.Experts) -> _Tiles:
+def _tiles(chosen: Tensor, slots: int, count: int, tune: tuning.ExpertsTuning) -> _Tiles:
     """``count`` experts.
 
     A tile holds twice the pairs that an expert has on average, so that most experts' fit one.

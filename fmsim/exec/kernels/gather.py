@@ -57,7 +57,7 @@ def copy_rows_reference(source, target, pages, slots, counts) -> None:
 
 
 def copy_rows_triton(
-    source, target, pages, slots, counts, tune: tuning.Gather | None = None
+    source, target, pages, slots, counts, tune: tuning.GatherTuning | None = None
 ) -> None:
     tune = tune or tuning.GATHER
     groups, source_rows, row_bytes = source.shape

@@ -99,7 +99,7 @@ def index_scores_triton(
     lengths,
     out=None,
     combine: str = "",
-    tune: tuning.IndexScores | None = None,
+    tune: tuning.IndexScoresTuning | None = None,
 ) -> Scores:
     """``combine`` "max" or "sum" joins what ``out`` holds with the new scores: how several layers'
     scores become one.

@@ -50,7 +50,7 @@ def grouped_product(x: Tensor, weight: Tensor, groups: int) -> Tensor:
     ).flatten(-2)
 
 
-def linear_triton(x, weight, scale, groups=1, tune: tuning.Linear | None = None) -> Tensor:
+def linear_triton(x, weight, scale, groups=1, tune: tuning.LinearTuning | None = None) -> Tensor:
     rows, (outputs, inputs) = x.flatten(0, -2), weight.shape
     total, of_group = len(rows), outputs // groups
     tune = tune or (tuning.LINEAR if total <= tuning.FEW_ROWS else tuning.LINEAR_OF_MANY)

@@ -52,7 +52,7 @@ def top_k_reference(
     return chosen.masked_fill(chosen == scores.shape[1], -1).to(torch.int32)
 
 
-def top_k_triton(scores, lengths, k, maxima=None, tune: tuning.TopK | None = None) -> Tensor:
+def top_k_triton(scores, lengths, k, maxima=None, tune: tuning.TopKTuning | None = None) -> Tensor:
     tune = tune or tuning.TOP_K
     batch, entries = scores.shape
     assert entries < 2**COUNT_BITS, "counts of three thresholds share an int64"

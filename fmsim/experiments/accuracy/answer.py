@@ -14,7 +14,7 @@ from fmsim.exec.model.deepseek_v4 import DeepseekV4
 from fmsim.policies.base import Policy
 from fmsim.policies.full import Full
 from fmsim.replay.ledger import Ledger
-from fmsim.tasks import Context, Question
+from fmsim.tasks import Question, TaskContext
 
 MakePolicy = Callable[[], Policy]
 
@@ -39,7 +39,7 @@ class Answered(NamedTuple):
 
 def answers(
     model: DeepseekV4,
-    context: Context,
+    context: TaskContext,
     wanted: Sequence[tuple[int, str]],
     policies: Mapping[str, MakePolicy],
     seed: int = 0,

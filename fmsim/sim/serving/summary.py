@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from fmsim.sim.serving.admission import GPU, HOST, LINK
-from fmsim.sim.serving.batch import Request
+from fmsim.sim.serving.batch import ServedRequest
 from fmsim.sim.serving.server import ServerRun
 from fmsim.sim.serving.spec import Slo
 
@@ -84,11 +84,11 @@ def summary(run: ServerRun) -> dict[str, Any]:
     }
 
 
-def tpot_s(request: Request) -> float:
+def tpot_s(request: ServedRequest) -> float:
     return (request.finished_s - request.first_token_s) / (request.output_tokens - 1)
 
 
-def _keeps(request: Request, slo: Slo) -> bool:
+def _keeps(request: ServedRequest, slo: Slo) -> bool:
     in_time = request.first_token_s - request.arrival_s <= slo.ttft_s
     return in_time and (request.output_tokens == 1 or tpot_s(request) <= slo.tpot_s)
 

@@ -11,7 +11,7 @@ from fmsim.sim.serving.requests import Arrival, read_requests
 from fmsim.sim.serving.spec import Bursts, ClosedLoop, Poisson, RequestFile
 
 
-class Source:
+class RequestGenerator:
     """The requests of one workload: those that come by themselves, and, in a closed loop, the next
     one of a client.
     """

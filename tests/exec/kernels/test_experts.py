@@ -10,11 +10,11 @@ from transformers import DeepseekV4Config
 
 from fmsim.exec.kernels import experts as kernels
 from fmsim.exec.kernels.experts import mixture_of_experts, mixture_of_experts_triton
-from fmsim.exec.kernels.tuning import Experts as Tuning
+from fmsim.exec.kernels.tuning import ExpertsTuning
 from fmsim.exec.kernels.weights import dequantise, scale_shape
 from fmsim.exec.model.experts import Experts, SwiGLU
 
-SMALL = Tuning(gate_rows=64, down_rows=32, block_depth=32, warps=4, stages=2, sum_columns=64)
+SMALL = ExpertsTuning(gate_rows=64, down_rows=32, block_depth=32, warps=4, stages=2, sum_columns=64)
 # bfloat16: gated values and results are rounded, and Triton's interpreter cuts the last bits off
 LIMITS = {torch.float32: 5e-6, torch.bfloat16: 2e-2, torch.float8_e4m3fn: 2e-2}
 

@@ -12,13 +12,13 @@ from fmsim.exec.kernels import attention_gathered
 from fmsim.exec.kernels.attention_rows import Rows
 from fmsim.exec.kernels.layout import LATENT, plain, write_entries
 from fmsim.exec.kernels.sparse_attention import sparse_attention_reference, sparse_attention_triton
-from fmsim.exec.kernels.tuning import Attention, GatheredAttention
+from fmsim.exec.kernels.tuning import AttentionTuning, GatheredAttentionTuning
 from fmsim.exec.model.attention import Attention as ModelAttention
 from fmsim.exec.model.kinds import CSA
 from fmsim.nano.config import nano_config
 
-IN_PLACE = Attention(block_heads=16, block_rows=16, programs=12)
-GATHERED = GatheredAttention(gather_rows=8, block_heads=16, block_rows=16, programs=12)
+IN_PLACE = AttentionTuning(block_heads=16, block_rows=16, programs=12)
+GATHERED = GatheredAttentionTuning(gather_rows=8, block_heads=16, block_rows=16, programs=12)
 
 
 each_way = pytest.mark.parametrize("tune", [IN_PLACE, GATHERED], ids=["in place", "gathered"])
