@@ -42,7 +42,9 @@ def evaluate(
     ] = None,
     corpus: Annotated[
         Path | None,
-        typer.Option(help="folder of `python -m fmsim.nano.tokens`: text that nano never read"),
+        typer.Option(
+            help="folder of `python -m fmsim.nano.training.pack_tokens`: text that nano never read"
+        ),
     ] = None,
     text: Annotated[list[Path], typer.Option(help="text files instead of a corpus")] = [],
     geometry: Annotated[
@@ -90,7 +92,8 @@ def evaluate(
         require("report", "--plot")
     if (corpus is None) == (not text):
         raise FmsimError(
-            "eval: give either --corpus, the folder that `python -m fmsim.nano.tokens` writes, or"
+            "eval: give either --corpus, the folder that"
+            " `python -m fmsim.nano.training.pack_tokens` writes, or"
             " --text, one or more text files"
         )
     import torch

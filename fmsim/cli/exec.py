@@ -11,7 +11,7 @@ import typer
 from fmsim.cli.extras import require
 
 if TYPE_CHECKING:
-    from fmsim.nano.prompts import Stream
+    from fmsim.exec.runs.stream import Stream
     from fmsim.policies.base import Policy
 
 
@@ -267,7 +267,7 @@ def _streams(
     """What each request reads and is asked."""
     import numpy as np
 
-    from fmsim.nano.prompts import Stream, Turn
+    from fmsim.exec.runs.stream import Stream, Turn
 
     if prompt_file is not None:
         from fmsim.cli.trace import encode

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from fmsim.errors import FmsimError
+from fmsim.exec.runs.stream import Stream, Turn, n_steps
 from fmsim.nano import tokenizer as bpe
 from fmsim.nano import wording as say
 from fmsim.nano.tokens import Corpus
@@ -36,32 +37,6 @@ class EvaluationPrompt:
     tokens: np.ndarray
     answer: Tokens
     references: list[str]
-
-
-@dataclass(frozen=True)
-class Turn:
-    """Feed ``forced``, then decode ``generate`` tokens; a good model generates ``answer``, which
-    holds ``references``.
-    """
-
-    forced: Tokens
-    generate: int = 0
-    answer: tuple[int, ...] = ()
-    references: tuple[str, ...] = ()
-
-
-@dataclass(frozen=True)
-class Stream:
-    """A prompt (uint16 [length]) and the turns decoded after it."""
-
-    kind: str
-    prompt: np.ndarray
-    turns: list[Turn]
-
-    @property
-    def steps(self) -> int:
-        """Tokens processed after the prompt."""
-        return _steps(self.turns)
 
 
 Task = tuple[
@@ -239,9 +214,9 @@ def _needle_turns(
     """Questions about one key, or now and then about two or three, in rounds over all keys."""
     turns: list[Turn] = []
     after: Tokens = []
-    while _steps(turns) < steps:
+    while n_steps(turns) < steps:
         order = rng.permutation(len(keys))
-        while len(order) and _steps(turns) < steps:
+        while len(order) and n_steps(turns) < steps:
             count = int(rng.integers(2, 4)) if rng.random() < joint_odds and len(order) >= 3 else 1
             chosen, order = order[:count], order[count:]
             asked, known = [keys[i] for i in chosen], [values[i] for i in chosen]
@@ -302,7 +277,7 @@ def _memory_turns(
     """
     known, turns = MEMORY_FACTS, []
     after: Tokens = []
-    while _steps(turns) < steps:
+    while n_steps(turns) < steps:
         after += _new_session(rng, corpus, sessions)
         if known < len(things) and rng.random() < 0.4:
             after += say.tell(1.0, things[known], values[known]).tokens
@@ -344,10 +319,6 @@ def _text_after(prompt: np.ndarray, corpus: Corpus, count: int) -> Tokens:
     return corpus.tokens.take(np.arange(ends[0] + 1, ends[0] + 1 + count), mode="wrap").tolist()
 
 
-def _steps(turns: list[Turn]) -> int:
-    return sum(len(turn.forced) + turn.generate for turn in turns)
-
-
 def _new_session(rng: np.random.Generator, corpus: Corpus, sessions: Sessions) -> Tokens:
     """The head of a session, and what user and assistant say in it."""
     counts = rng.integers(*TURN_TOKENS, size=2)
@@ -382,8 +353,3 @@ def score(references: list[str], generated: Tokens) -> float:
     """RULER's measure: the share of references found in the generated text, whatever the case."""
     text = bpe.load().decode(list(generated), skip_special_tokens=False).lower()
     return sum(reference.lower() in text for reference in references) / len(references)
-
-
-def exact(answer: Tokens, generated: Tokens) -> bool:
-    """Whether the generated tokens start with all of the answer's."""
-    return list(generated[: len(answer)]) == list(answer)

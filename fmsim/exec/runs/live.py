@@ -16,7 +16,7 @@ from fmsim.exec.decode.prompt import Prompt
 from fmsim.exec.kv.keys import Where
 from fmsim.exec.model.deepseek_v4 import DeepseekV4
 from fmsim.exec.runs.record import trace_header, trace_of
-from fmsim.nano.prompts import Stream, exact
+from fmsim.exec.runs.stream import Stream, exact
 from fmsim.policies.base import Policy
 from fmsim.sim import metrics
 from fmsim.trace import Trace

@@ -20,7 +20,7 @@ from fmsim.exec.model.cache import Access
 from fmsim.exec.model.deepseek_v4 import DeepseekV4
 from fmsim.exec.model.kinds import CSA
 from fmsim.exec.model.loader import weight_files
-from fmsim.nano.prompts import Stream, exact
+from fmsim.exec.runs.stream import Stream, exact
 from fmsim.trace import ModelInfo, Trace, TraceHeader, TraceRecorder
 
 

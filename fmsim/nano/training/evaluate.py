@@ -114,7 +114,10 @@ def main() -> None:
     parser.add_argument("model", type=Path)
     parser.add_argument("plan", nargs="+", help="KIND:LENGTH:SAMPLES")
     parser.add_argument(
-        "--corpus", type=Path, required=True, help="folder written by fmsim.nano.tokens"
+        "--corpus",
+        type=Path,
+        required=True,
+        help="folder written by fmsim.nano.training.pack_tokens",
     )
     parser.add_argument("--out", type=Path, help="JSON lines to append to")
     parser.add_argument("--seconds", type=float, default=3600)

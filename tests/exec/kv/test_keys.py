@@ -28,8 +28,8 @@ from fmsim.exec.kv.resident import ResidentPages
 from fmsim.exec.kv.tiered import RequestSize, TieredCache
 from fmsim.exec.runs import live as run
 from fmsim.exec.runs.record import trace_header, trace_of
+from fmsim.exec.runs.stream import Stream, Turn
 from fmsim.geometry import Geometry
-from fmsim.nano.prompts import Stream, Turn
 from fmsim.policies import registry
 from fmsim.replay.ledger import Ledger
 from fmsim.replay.replayer import Replayer
