@@ -85,6 +85,7 @@ def evaluate(
     from fmsim.errors import FmsimError
     from fmsim.experiments import accuracy
     from fmsim.experiments.accuracy import Lines, Plan
+    from fmsim.files import write_text
     from fmsim.report.tables import accuracy as table
     from fmsim.tasks import FAMILIES
 
@@ -118,7 +119,7 @@ def evaluate(
     )
     report = {"about": about | {"plan": vars(plan)}} | accuracy.summary(lines)
     if out:
-        (out / "report.json").write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+        write_text(out / "report.json", json.dumps(report, indent=1) + "\n")
     if plot:
         from fmsim.report.plots.accuracy import footprint_figure
         from fmsim.report.plots.html import write_page

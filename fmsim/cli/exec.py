@@ -207,14 +207,14 @@ def exec_(
 def _policy(name: str, overrides: list[str]) -> Policy:
     import yaml
 
-    from fmsim.errors import FmsimError
     from fmsim.policies import registry
+    from fmsim.scenario.key_value import key_value
 
     given: dict[str, Any] = {}
     for override in overrides:
-        key, equals, value = override.partition("=")
-        if not equals or not key:
-            raise FmsimError(f"--set {override}: write key=value, such as --set budget=20%")
+        key, value = key_value(
+            override, f"--set {override}: write key=value, such as --set budget=20%"
+        )
         given[key] = yaml.safe_load(value)
     return registry.build({"policy": name} | given)
 

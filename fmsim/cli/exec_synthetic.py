@@ -5,15 +5,14 @@ trace.
 from __future__ import annotations
 
 import json
-import re
 from pathlib import Path
 
 import typer
 
 from fmsim.cli.extras import require
 from fmsim.errors import FmsimError
+from fmsim.units import bytes_of
 
-UNITS = {"": 1, "B": 1, "GIB": 2**30, "MIB": 2**20, "GB": 10**9, "MB": 10**6}
 CLOSE = 0.1  # how far a trace's context may be from the one asked for
 
 
@@ -100,7 +99,7 @@ def _trace(path: Path | None, context: int) -> Path:
 
 
 def _bytes(text: str) -> int:
-    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", text)
-    if not match or match[2].upper() not in UNITS:
+    found = bytes_of(text)
+    if found is None:
         raise FmsimError(f"--kv-budget {text}: write bytes, such as 16GiB")
-    return int(float(match[1]) * UNITS[match[2].upper()])
+    return found

@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from fmsim.cli.progress import bar
+
 if TYPE_CHECKING:
     from fmsim.experiments.rows import RowFile
     from fmsim.experiments.sweep import SweepRun
@@ -95,16 +97,6 @@ def sweep(
 def _run_all(
     todo: list[SweepRun], n_runs: int, file: RowFile, engine: Runner, jobs: int | None, quiet: bool
 ) -> None:
-    from rich.console import Console
-    from rich.progress import (
-        BarColumn,
-        MofNCompleteColumn,
-        Progress,
-        TextColumn,
-        TimeElapsedColumn,
-        TimeRemainingColumn,
-    )
-
     from fmsim.experiments.parallel import as_they_end, on_ray
     from fmsim.experiments.sweep import SweepRun
 
@@ -115,18 +107,7 @@ def _run_all(
         if engine is Runner.ray
         else as_they_end(SweepRun.row, todo, jobs)
     )
-    console = Console(stderr=True)
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        TimeRemainingColumn(),
-    )
-    with Progress(
-        *columns, console=console, transient=True, disable=quiet or not console.is_terminal
-    ) as bar:
-        task = bar.add_task("sweep", total=n_runs, completed=n_runs - len(todo))
+    with bar("sweep", total=n_runs, completed=n_runs - len(todo), quiet=quiet) as show:
         for row in results:
             file.append(row)
-            bar.update(task, advance=1, description=row["policy"])
+            show(advance=1, description=row["policy"])

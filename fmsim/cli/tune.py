@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from fmsim.cli.progress import bar
+
 if TYPE_CHECKING:
     from fmsim.experiments.tune import Trial, Tuning
 
@@ -77,28 +79,9 @@ def tune(
 def _with_progress(
     file: Any, policy: str, ranges: list, trials: int, floor: float, seed: int, quiet: bool
 ) -> Tuning:
-    from rich.console import Console
-    from rich.progress import (
-        BarColumn,
-        MofNCompleteColumn,
-        Progress,
-        TextColumn,
-        TimeRemainingColumn,
-    )
-
     from fmsim.experiments.tune import tune as search
 
-    console = Console(stderr=True)
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeRemainingColumn(),
-    )
-    with Progress(
-        *columns, console=console, transient=True, disable=quiet or not console.is_terminal
-    ) as bar:
-        task = bar.add_task(policy, total=trials)
+    with bar(policy, total=trials, quiet=quiet) as show:
 
         def progress(done: int, tuning: Tuning) -> None:
             best = (
@@ -106,7 +89,7 @@ def _with_progress(
                 if tuning.best
                 else "none above the floor yet"
             )
-            bar.update(task, completed=done, description=f"{policy}: {best}")
+            show(completed=done, description=f"{policy}: {best}")
 
         return search(file, policy, ranges, trials, floor, seed, progress)
 

@@ -21,6 +21,7 @@ from fmsim.experiments.run import Setting, build_policies
 from fmsim.experiments.serve import serve_policy
 from fmsim.replay.replayer import Replayer
 from fmsim.scenario import ScenarioFile
+from fmsim.scenario.key_value import key_value
 from fmsim.sim.serving.spec import RequestFile
 
 
@@ -39,12 +40,12 @@ class Axis:
 
         Raises FmsimError with an example.
         """
-        key, equals, values = text.partition("=")
         example = (
             "write KEY=VALUE,VALUE,..., such as --grid hardware=h100,h200 or --grid"
             " policies.lsa.budget=5%,10%"
         )
-        if not equals or not key.strip() or not values.strip():
+        key, values = key_value(text, f"--grid {text}: {example}")
+        if not values:
             raise FmsimError(f"--grid {text}: {example}")
         try:
             nodes = yaml.compose(f"[{values}]", yaml.SafeLoader).value
@@ -56,7 +57,7 @@ class Axis:
         if any("=" in value for value in texts):
             raise FmsimError(f"--grid {text}: one key a --grid; repeat --grid for the next key")
         numbers = [_number(value) for value in texts]
-        axis = cls(key.strip(), tuple(zip(texts, texts if None in numbers else numbers)))
+        axis = cls(key, tuple(zip(texts, texts if None in numbers else numbers)))
         if len(set(texts)) < len(texts):
             raise FmsimError(f"--grid {text}: a value stands there twice")
         return axis

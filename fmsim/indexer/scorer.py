@@ -23,6 +23,8 @@ from array_api_compat import array_namespace
 
 from fmsim.errors import FmsimError
 
+PUBLISHED_HEADS = 128  # of a layer of the published memory indexer (arXiv 2606.09079)
+PUBLISHED_WIDTH = 128  # of each
 ENTRIES_PER_BLOCK = 4096  # a block's [entries, heads] products stay in the processor's cache
 
 

@@ -22,6 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fmsim.errors import FmsimError
+from fmsim.files import replacing
 from fmsim.indexer.checkpoint import Checkpoint
 from fmsim.indexer.network import MemoryIndexer
 from fmsim.indexer.scorer import ScorerConfig, rotation
@@ -245,9 +246,8 @@ class TrainingRun:
             "best": list(self.best),
             "best_parameters": self.best_parameters,
         }
-        partial = path.with_name(path.name + ".partial")
-        torch.save(found, partial)
-        partial.replace(path)
+        with replacing(path) as beside:
+            torch.save(found, beside)
 
     def load(self, path: Path) -> None:
         """Go on from a saved state; FmsimError where it is missing, damaged, or of other traces or

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
 
 from fmsim.errors import FmsimError
+from fmsim.files import write_bytes
 from fmsim.trace.check import validate
 from fmsim.trace.format import (
     METADATA_KEY,
@@ -47,7 +47,7 @@ def write(path: str | Path, trace: Trace) -> None:
         update={"content_sha256": content_sha256(trace.header, tensors, buffers)}
     )
     try:
-        _replace(path, [_file_head(header, tensors), *buffers])
+        write_bytes(path, [_file_head(header, tensors), *buffers])
     except OSError as error:
         raise FmsimError(
             f"{path}: cannot write the trace: {error.strerror}; give another --out or free the"
@@ -108,18 +108,3 @@ def _file_head(header: TraceHeader, tensors: dict[str, np.ndarray]) -> bytes:
     text = json.dumps(table, separators=(",", ":"), allow_nan=False).encode()
     text += b" " * (-len(text) % 8)
     return len(text).to_bytes(8, "little") + text
-
-
-def _replace(path: Path, parts: list) -> None:
-    """Write beside ``path``, force it to the disk, then rename: a crash leaves the old file or the
-    new one, never half.
-    """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
-        with temporary.open("wb") as file:
-            file.writelines(parts)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)

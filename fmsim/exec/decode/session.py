@@ -8,6 +8,7 @@ import torch
 
 from fmsim.exec.model.cache import Access
 from fmsim.exec.model.deepseek_v4 import DeepseekV4
+from fmsim.trace import ENTRY_TOKENS
 
 # Elements of one [chunk, entries] score matrix held at once: 1 GiB of float32 on a GPU, 128 MiB on
 # a CPU.
@@ -42,7 +43,11 @@ class Session:
         while len(pending):
             longest = MAX_CHUNK[self.device.type]
             size = max(
-                1, min(longest, SCORES_PER_CHUNK[self.device.type] // (self.length // 4 + longest))
+                1,
+                min(
+                    longest,
+                    SCORES_PER_CHUNK[self.device.type] // (self.length // ENTRY_TOKENS + longest),
+                ),
             )
             chunk, pending = pending[:size], pending[size:]
             start = self.length

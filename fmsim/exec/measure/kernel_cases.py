@@ -40,9 +40,10 @@ from fmsim.exec.model.experts import Experts, Router, SwiGLU
 from fmsim.exec.model.hyper_connection import HyperConnection, HyperHead
 from fmsim.exec.model.norm_rope import RMSNorm
 from fmsim.exec.model.quantised import fill_float8, hold_float8, published_float8
+from fmsim.indexer.scorer import PUBLISHED_HEADS
 
 PER_PAGE, WINDOW, TOP_K = 64, 128, 512
-HEADS, MEMORY_HEADS, ROPE_PAIRS, QUERY_LATENT = 64, 128, 32, 1024
+HEADS, ROPE_PAIRS, QUERY_LATENT = 64, 32, 1024
 HIDDEN, STREAMS = 4096, 4
 COPY_NODES = 4096
 EXPERTS, EXPERT_WIDTH, ACTIVE = 24, 2048, 6  # as many of them as fit a GPU beside one long request
@@ -400,9 +401,11 @@ def projecting(batch: int, outputs: int, inputs: int, groups: int, device) -> Ca
 
 def memory_scoring(batch: int, entries: int, device, layers: int = 3) -> Case:
     pools, tables = zip(*(paged(KEY, batch, entries, device) for _ in range(layers)), strict=True)
-    queries = torch.randn(layers, batch, MEMORY_HEADS, KEY.width, device=device).to(torch.bfloat16)
+    queries = torch.randn(layers, batch, PUBLISHED_HEADS, KEY.width, device=device).to(
+        torch.bfloat16
+    )
     weights, lengths = (
-        torch.randn(layers, batch, MEMORY_HEADS, device=device),
+        torch.randn(layers, batch, PUBLISHED_HEADS, device=device),
         torch.full((batch,), entries, dtype=torch.int32, device=device),
     )
     out = new_scores(batch, tables[0].shape[1] * PER_PAGE, device)

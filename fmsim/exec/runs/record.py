@@ -21,7 +21,7 @@ from fmsim.exec.model.deepseek_v4 import DeepseekV4
 from fmsim.exec.model.kinds import CSA
 from fmsim.exec.model.loader import weight_files
 from fmsim.exec.runs.stream import Stream, exact
-from fmsim.trace import ModelInfo, Trace, TraceHeader, TraceRecorder
+from fmsim.trace import TAU, ModelInfo, Trace, TraceHeader, TraceRecorder
 
 
 def record(
@@ -32,7 +32,7 @@ def record(
     seed: int,
     sha256: str | None = None,
     prompt_text: str = "",
-    tau: int = 64,
+    tau: int = TAU,
     progress: Callable[[int], None] = lambda tokens: None,
 ) -> Iterator[Trace]:
     """A trace of each of ``streams``, which share one prompt: it is read once, and each decode
@@ -92,7 +92,7 @@ def trace_header(
     sha256: str | None,
     prompt_text: str = "",
     kind: str = "text",
-    tau: int = 64,
+    tau: int = TAU,
 ) -> TraceHeader:
     """The header of a trace that is about to be recorded from `model`."""
     return TraceHeader(

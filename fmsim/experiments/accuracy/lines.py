@@ -10,6 +10,7 @@ from typing import Any
 
 from fmsim.errors import FmsimError
 from fmsim.experiments.accuracy.plan import Item, Plan
+from fmsim.files import write_text
 
 Line = dict[str, Any]
 KEY = ("policy", "task", "tokens", "seed", "sample", "question")
@@ -63,7 +64,7 @@ class Lines:
                 raise FmsimError(
                     f"{path}: line {number} is no answer; take it out, and it is asked again"
                 ) from None
-        path.write_text("".join(whole), encoding="utf-8")
+        write_text(path, "".join(whole))
 
     @staticmethod
     def key(line: Line) -> tuple:

@@ -22,6 +22,7 @@ from safetensors.torch import load_file, save_file
 from fmsim.errors import FmsimError
 from fmsim.exec.model.deepseek_v4 import DeepseekV4
 from fmsim.exec.model.kinds import CSA
+from fmsim.files import replacing, write_text
 from fmsim.nano.config import initialise, nano_config
 from fmsim.nano.training.batches import stream_batches
 
@@ -108,9 +109,9 @@ class Trainer:
             "seed": self.seed,
         }
         for filename, tensors in (("weights", self.model.state_dict()), ("moments", moments)):
-            save_file(tensors, directory / f"{filename}.tmp")
-            (directory / f"{filename}.tmp").replace(directory / f"{filename}.safetensors")
-        (directory / "place.json").write_text(json.dumps(place))
+            with replacing(directory / f"{filename}.safetensors") as beside:
+                save_file(tensors, beside)
+        write_text(directory / "place.json", json.dumps(place))
 
     def load(self, directory: Path) -> None:
         self.model.load_state_dict(load_file(directory / "weights.safetensors", device=self.device))

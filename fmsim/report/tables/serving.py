@@ -10,8 +10,8 @@ from rich.text import Text
 
 from fmsim.report.console import wide_console
 from fmsim.report.tables.decode import Nowhere
+from fmsim.units import GIB, gib
 
-GIB = 2**30
 BARS = " ▁▂▃▄▅▆▇█"
 CHART_WIDTH = 60
 POOLS = {
@@ -105,9 +105,9 @@ def memory_table(rows: list[dict[str, Any]]) -> Table:
     memory = rows[0]["memory"]
     hbm = memory["hbm_bytes"]
     title = (
-        f"memory of each GPU: {hbm['all'] / GIB:.1f} GiB = {hbm['weights'] / GIB:.1f} weights +"
+        f"memory of each GPU: {gib(hbm['all'], 1)} = {hbm['weights'] / GIB:.1f} weights +"
         f" {hbm['reserve'] / GIB:.1f} reserve + {hbm['kv'] / GIB:.1f} for KV; on the host"
-        f" {memory['host_bytes'] / GIB:.1f} GiB for its mirror"
+        f" {gib(memory['host_bytes'], 1)} for its mirror"
     )
     table = Table(
         title=title, title_justify="left", title_style="", header_style="bold", pad_edge=False
