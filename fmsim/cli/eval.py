@@ -77,9 +77,11 @@ def evaluate(
     """Ask nano questions over long contexts under every policy, and print score and KV cache side
     by side.
 
-    \b fmsim eval --corpus tokens --length 32768 --length 131072 --out results fmsim eval --text
-    book.txt -l 8192 --samples 4 -t niah_single -t vt -p full -p lsa:budget=20% -p recency fmsim
-    eval --corpus tokens -l 131072 --seed 42 --seed 43 --seed 44 --workers 8 --out results
+    \b
+    fmsim eval --corpus tokens --length 32768 --length 131072 --out results
+    fmsim eval --text book.txt -l 8192 --samples 4 -t niah_single -t vt -p full -p lsa:budget=20% \\
+      -p recency
+    fmsim eval --corpus tokens -l 131072 --seed 42 --seed 43 --seed 44 --workers 8 --out results
     """
     require("model", "eval")
     from fmsim.errors import FmsimError

@@ -93,9 +93,10 @@ def train(
 ) -> None:
     """Train a memory indexer from traces alone; the model that made them is never loaded.
 
-    \b fmsim indexer train traces/*.safetensors --held-out held/*.safetensors --out
-    indexer.safetensors fmsim indexer train traces/*.safetensors --out focal.safetensors --loss
-    focal --min-layers 3 --mass-power 0
+    \b
+    fmsim indexer train traces/*.safetensors --held-out held/*.safetensors --out indexer.safetensors
+    fmsim indexer train traces/*.safetensors --out focal.safetensors --loss focal --min-layers 3 \\
+      --mass-power 0
     """
     from fmsim.errors import FmsimError
 

@@ -55,11 +55,14 @@ def sweep(
 ) -> None:
     """Run a scenario's policies under every combination of settings, and collect a row a run.
 
-    \b fmsim sweep scenarios/500k.yaml --grid policies.lsa.budget=5%,10%,20% --grid
-    hardware=h100,h200 fmsim sweep scenarios/500k.yaml -p lru -p lfu --grid "policies.*.budget=2x
-    topk,4x topk" --out lru.parquet fmsim sweep scenarios/500k.yaml --grid
-    hardware_figures.link_bytes_per_s=27e9,55e9,110e9 --grid batch=1,16 fmsim sweep
-    scenarios/serve.yaml --grid workload.rate_per_s=1,2,4 --grid server.mirror=per_gpu,shared
+    \b
+    fmsim sweep scenarios/500k.yaml --grid policies.lsa.budget=5%,10%,20% --grid hardware=h100,h200
+    fmsim sweep scenarios/500k.yaml -p lru -p lfu --grid "policies.*.budget=2x topk,4x topk" \\
+      --out lru.parquet
+    fmsim sweep scenarios/500k.yaml --grid hardware_figures.link_bytes_per_s=27e9,55e9,110e9 \\
+      --grid batch=1,16
+    fmsim sweep scenarios/serve.yaml --grid workload.rate_per_s=1,2,4 \\
+      --grid server.mirror=per_gpu,shared
 
     A key policies.LABEL.PARAMETER varies that policy alone; "*" is every policy. A value that holds
     a comma goes in brackets or quotes, as in YAML: layer_map=[0,0,1],[0,1,1].

@@ -100,9 +100,11 @@ def record(
 ) -> None:
     """Read a prompt, decode, and keep what every CSA layer attended to.
 
-    \b fmsim trace record --prompt-file book.txt --context 32768 --out book.safetensors fmsim trace
-    record --model DeepSeek-V4-dir --prompt-file book.txt --out book.safetensors fmsim trace record
-    --dense SmolLM2-dir --prompt-file book.txt --context 8064 --steps 128 --out dense.safetensors
+    \b
+    fmsim trace record --prompt-file book.txt --context 32768 --out book.safetensors
+    fmsim trace record --model DeepSeek-V4-dir --prompt-file book.txt --out book.safetensors
+    fmsim trace record --dense SmolLM2-dir --prompt-file book.txt --context 8064 --steps 128 \\
+      --out dense.safetensors
     """
     from fmsim.errors import FmsimError
 

@@ -43,9 +43,12 @@ def tune(
     """Search a policy's parameters for the most tokens/s with the attention mass kept above a
     floor.
 
-    \b fmsim tune scenarios/500k.yaml -p lsa --floor 0.9 fmsim tune scenarios/500k.yaml -p lsa
-    --range budget=2%..30% --range threshold=0.1..0.9 --trials 100 fmsim tune scenarios/500k.yaml -p
-    lru --range "budget=1x topk..8x topk" --range granularity --set batch=16
+    \b
+    fmsim tune scenarios/500k.yaml -p lsa --floor 0.9
+    fmsim tune scenarios/500k.yaml -p lsa --range budget=2%..30% --range threshold=0.1..0.9 \\
+      --trials 100
+    fmsim tune scenarios/500k.yaml -p lru --range "budget=1x topk..8x topk" --range granularity \\
+      --set batch=16
 
     Without --range, all parameters are searched whose schema says what they may be (see `fmsim
     policy show`), and the budget from 1% to 50%. Shown is the Pareto front of tokens/s and mass

@@ -42,13 +42,8 @@ class Session:
         pending = torch.as_tensor(tokens, dtype=torch.long)
         while len(pending):
             longest = MAX_CHUNK[self.device.type]
-            size = max(
-                1,
-                min(
-                    longest,
-                    SCORES_PER_CHUNK[self.device.type] // (self.length // ENTRY_TOKENS + longest),
-                ),
-            )
+            entries = self.length // ENTRY_TOKENS + longest
+            size = max(1, min(longest, SCORES_PER_CHUNK[self.device.type] // entries))
             chunk, pending = pending[:size], pending[size:]
             start = self.length
             logits, accesses = self.model(chunk[None].to(self.device), self.cache, last_only=True)
