@@ -9,6 +9,7 @@ from torch.nn import functional as F
 from transformers import DeepseekV4Config
 
 from fmsim.exec.kernels import experts as kernels
+from fmsim.exec.kernels.expert_tiles import tiles_of
 from fmsim.exec.kernels.experts import mixture_of_experts, mixture_of_experts_triton
 from fmsim.exec.kernels.tuning import ExpertsTuning
 from fmsim.exec.kernels.weights import dequantise, scale_shape
@@ -187,7 +188,7 @@ def test_every_pair_is_in_one_tile_of_its_expert(
     torch.manual_seed(seed)
     _, chosen, _ = drawn(tokens, count, top_k, 1, min(favourites, count), torch.float32, device)
     slots = top_k + with_shared
-    size, n_tiles, schedule = kernels._tiles(chosen, slots, count, SMALL)
+    size, n_tiles, schedule = tiles_of(chosen, slots, count, SMALL)
     tiles, order = (
         schedule[: 3 * n_tiles].view(3, n_tiles).T.tolist(),
         schedule[3 * n_tiles :].tolist(),
