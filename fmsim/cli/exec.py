@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import enum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from fmsim.cli.extras import require
+from fmsim.cli.given import device_given, policy_given
 
 if TYPE_CHECKING:
     from fmsim.exec.runs.stream import Stream
@@ -168,7 +169,7 @@ def exec_(
             seed,
         )
         return
-    chosen = _policy(policy, override)
+    chosen = policy_given(policy, override)
     lengths = _lengths(model, prompt_file, context, batch)
     require("model", "exec")
     import torch
@@ -179,7 +180,7 @@ def exec_(
     from fmsim.nano.tokenizer import MODEL_FOLDER
 
     where = _where(index_keys, chosen, record)
-    device = _device(device, torch.cuda.is_available())
+    device = device_given(device, torch.cuda.is_available())
     folder, text = model or MODEL_FOLDER, TEXT if prompt_file is None else prompt_file.name
     streams = _streams(model, prompt_file, lengths, steps, seed)
     loaded = load_model(folder, device)
@@ -204,21 +205,6 @@ def exec_(
         measured.show(report, _transcript(folder, decoded[0]))
 
 
-def _policy(name: str, overrides: list[str]) -> Policy:
-    import yaml
-
-    from fmsim.policies import registry
-    from fmsim.scenario.key_value import key_value
-
-    given: dict[str, Any] = {}
-    for override in overrides:
-        key, value = key_value(
-            override, f"--set {override}: write key=value, such as --set budget=20%"
-        )
-        given[key] = yaml.safe_load(value)
-    return registry.build({"policy": name} | given)
-
-
 def _where(index_keys: IndexKeyPlace | None, policy: Policy, record: Path | None) -> str:
     """Where index keys lie. What they cannot do there is told before a model is loaded."""
     from fmsim.errors import FmsimError
@@ -233,16 +219,6 @@ def _where(index_keys: IndexKeyPlace | None, policy: Policy, record: Path | None
             " index keys; leave out --index-keys tiered"
         )
     return "tiered"
-
-
-def _device(asked: str | None, has_cuda: bool) -> str:
-    from fmsim.errors import FmsimError
-
-    if asked not in (None, "cpu", "cuda"):
-        raise FmsimError(f"--device {asked}: write cpu or cuda")
-    if asked == "cuda" and not has_cuda:
-        raise FmsimError("--device cuda: torch finds no CUDA device here; use --device cpu")
-    return asked or ("cuda" if has_cuda else "cpu")
 
 
 def _lengths(model: Path | None, prompt_file: Path | None, context: int, batch: int) -> list[int]:

@@ -10,6 +10,7 @@ from pathlib import Path
 import typer
 
 from fmsim.cli.extras import require
+from fmsim.cli.given import device_given, policy_given
 from fmsim.errors import FmsimError
 from fmsim.units import bytes_of
 
@@ -34,7 +35,6 @@ def show(
     import torch
 
     from fmsim import trace as traces
-    from fmsim.cli.exec import _device, _policy
     from fmsim.cli.progress import token_bar
     from fmsim.exec.runs import synthetic as synthetic_run
     from fmsim.experiments.run import geometry_named
@@ -44,7 +44,7 @@ def show(
 
     geometry, device, path = (
         geometry_named(model),
-        _device(device, torch.cuda.is_available()),
+        device_given(device, torch.cuda.is_available()),
         _trace(trace, context),
     )
     found = traces.read(path)
@@ -52,7 +52,7 @@ def show(
         found, entry_bytes=geometry.kv_entry_bytes, model_layers=geometry.n_csa, max_steps=steps
     )
     layer_map = spread(found.n_layers, geometry.n_csa)
-    ledger = replayer.run(_policy(policy, override))
+    ledger = replayer.run(policy_given(policy, override))
     request_bytes = allocation(ledger, geometry).kv_bytes
     if kv_budget is not None:
         batch = synthetic_run.batch_that_fits(_bytes(kv_budget), request_bytes)
@@ -60,7 +60,7 @@ def show(
     with token_bar(replayer.n_steps * batch) as advance:
         run = synthetic_run.run(
             policy,
-            lambda: _policy(policy, override),
+            lambda: policy_given(policy, override),
             replayer,
             geometry,
             layer_map,
