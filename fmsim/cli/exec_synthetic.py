@@ -42,11 +42,9 @@ def show(
     from fmsim.report.tables import measured
     from fmsim.sim.footprint import allocation, spread
 
-    geometry, device, path = (
-        geometry_named(model),
-        device_given(device, torch.cuda.is_available()),
-        _trace(trace, context),
-    )
+    geometry = geometry_named(model)
+    device = device_given(device, torch.cuda.is_available())
+    path = _trace(trace, context)
     found = traces.read(path)
     replayer = Replayer(
         found, entry_bytes=geometry.kv_entry_bytes, model_layers=geometry.n_csa, max_steps=steps

@@ -93,10 +93,8 @@ def rankings(
 
 def _logits(checkpoint: Checkpoint, windows: Windows, query: int) -> np.ndarray:
     """float32 [layers of the checkpoint, entries visible to the query]."""
-    layers, seen = (
-        [windows.layers.index(layer) for layer in checkpoint.layers],
-        int(windows.entries[query]),
-    )
+    layers = [windows.layers.index(layer) for layer in checkpoint.layers]
+    seen = int(windows.entries[query])
     keys, position = windows.keys[layers, :seen], int(windows.positions[query])
     return scorer.layer_logits(
         list(checkpoint.layers.values()),

@@ -209,10 +209,10 @@ class TrainingRun:
             *recall_at(self.model, held_out, RECALL_SHARES),
         )
         if self.best is None or progress.merit > self.best.merit:
-            self.best, self.best_parameters = (
-                progress,
-                {key: value.clone() for key, value in self.model.state_dict().items()},
-            )
+            self.best = progress
+            self.best_parameters = {
+                key: value.clone() for key, value in self.model.state_dict().items()
+            }
         return progress
 
     def _one_step(self) -> Tensor:

@@ -90,10 +90,8 @@ def _multikey_dense(rng: np.random.Generator, words: Wording, length: int, depth
 
 def _one_of(rng: np.random.Generator, words: Wording, depth: float, others: int) -> Task:
     """One asked fact at ``depth`` among ``others`` anywhere."""
-    keys, values = (
-        words.keys(rng, 1 + others),
-        [words.value(rng, VALUE_DIGITS) for _ in range(1 + others)],
-    )
+    keys = words.keys(rng, 1 + others)
+    values = [words.value(rng, VALUE_DIGITS) for _ in range(1 + others)]
     places = [depth, *rng.random(others)]
     told = [say.fact(rng, place, key, value) for place, key, value in zip(places, keys, values)]
     return told, say.ask(1.0, keys[0], values[0]), [values[0]]
@@ -116,11 +114,9 @@ def _multiquery(rng: np.random.Generator, words: Wording, length: int, depth: fl
 
 
 def _tracking(rng: np.random.Generator, words: Wording, length: int, depth: float) -> Task:
-    names, value, places = (
-        words.some_names(rng, 5),
-        words.value(rng, VALUE_DIGITS),
-        np.sort(rng.random(5)),
-    )
+    names = words.some_names(rng, 5)
+    value = words.value(rng, VALUE_DIGITS)
+    places = np.sort(rng.random(5))
     told = [say.assign(places[0], names[0], value, None)]
     told += [
         say.assign(place, name, None, source)
@@ -257,10 +253,8 @@ def _stream_memories(
     prompt.
     """
     words, sessions = say.wording(evaluation=True), session_marks(rng, prompt_tokens)
-    things, values = (
-        words.some_nouns(rng, 2 * MEMORY_FACTS),
-        [words.value(rng, VALUE_DIGITS) for _ in range(2 * MEMORY_FACTS)],
-    )
+    things = words.some_nouns(rng, 2 * MEMORY_FACTS)
+    values = [words.value(rng, VALUE_DIGITS) for _ in range(2 * MEMORY_FACTS)]
     return (
         things,
         values,

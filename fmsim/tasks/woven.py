@@ -36,10 +36,8 @@ class Draw:
 
     def __init__(self, rng: np.random.Generator, length: int):
         self.rng, self.length, self.words = rng, length, say.wording(evaluation=True)
-        self._keys, self._names = (
-            _unlike(self.words, rng),
-            iter(rng.permutation(len(self.words.names))),
-        )
+        self._keys = _unlike(self.words, rng)
+        self._names = iter(rng.permutation(len(self.words.names)))
         self._nouns = iter(rng.permutation(len(self.words.nouns)))
 
     def keys(self, count: int) -> list[Tokens]:
@@ -170,10 +168,8 @@ def qa(draw: Draw) -> WovenTask:
     )  # the asked one is the first of `keys`, its document is anywhere
     told = []
     for number, which in enumerate(order):
-        start, within = (
-            LATEST * number / count,
-            LATEST * (number + 0.2 + 0.6 * draw.rng.random()) / count,
-        )
+        start = LATEST * number / count
+        within = LATEST * (number + 0.2 + 0.6 * draw.rng.random()) / count
         told += [
             Insert(start, _heading(number + 1)),
             say.fact(draw.rng, within, keys[which], values[which]),

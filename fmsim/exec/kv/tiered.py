@@ -65,12 +65,10 @@ class TieredCache:
         shared_name: str | None = None,
         side: torch.cuda.Stream | None = None,
     ):
-        self.layout, self.layers, self.granularity, self.sizes = (
-            layout,
-            layers,
-            granularity,
-            tuple(sizes),
-        )
+        self.layout = layout
+        self.layers = layers
+        self.granularity = granularity
+        self.sizes = tuple(sizes)
         self.device, self.mirrored = torch.device(device), mirrored
         self.page_bytes = granularity * layout.entry_bytes
         self.slot_start = _starts(size.slots for size in sizes)

@@ -344,10 +344,8 @@ def _experts(config: DeepseekV4Config):
     layer = _random(MoE(config, hashed=False), _float8(config))
 
     def at(batch: int):
-        x, tokens = (
-            torch.randn(batch, 1, config.hidden_size, device=layer.gate.weight.device),
-            torch.zeros(batch, 1, dtype=torch.long),
-        )
+        x = torch.randn(batch, 1, config.hidden_size, device=layer.gate.weight.device)
+        tokens = torch.zeros(batch, 1, dtype=torch.long)
         x, tokens = x.to(torch.bfloat16), tokens.to(x.device)
         return lambda: layer(x, tokens)
 

@@ -50,10 +50,8 @@ class Case:
 def fill_entries(pool: Tensor, layout: Layout) -> Tensor:
     """Made-up entries without nan (codes below 0x78) in every page of a pool, which is returned."""
     per_page = layout.per_page(pool)
-    values, scales = (
-        pool[:, : per_page * layout.value_bytes],
-        pool[:, per_page * layout.value_bytes :],
-    )
+    values = pool[:, : per_page * layout.value_bytes]
+    scales = pool[:, per_page * layout.value_bytes :]
     if layout.kind == "plain":
         width = layout.dtype.itemsize
         values.copy_(
@@ -90,14 +88,10 @@ def index_scoring(batch: int, entries: int, device, float8_queries: bool = False
     queries = torch.randn(batch, HEADS, KEY.width, device=device).to(
         torch.float8_e4m3fn if float8_queries else torch.bfloat16
     )
-    weights, lengths = (
-        torch.randn(batch, HEADS, device=device),
-        torch.full((batch,), entries, dtype=torch.int32, device=device),
-    )
-    inputs, out = (
-        (queries, weights, pool, KEY, table, lengths),
-        new_scores(batch, table.shape[1] * PER_PAGE, device),
-    )
+    weights = torch.randn(batch, HEADS, device=device)
+    lengths = torch.full((batch,), entries, dtype=torch.int32, device=device)
+    inputs = (queries, weights, pool, KEY, table, lengths)
+    out = new_scores(batch, table.shape[1] * PER_PAGE, device)
     n_bytes = batch * entries * (KEY.entry_bytes + 4)
     name = "index scores, float8 queries" if float8_queries else "index scores"
     of = slice(None), slice(entries)
@@ -114,10 +108,8 @@ def selection(
     batch: int, entries: int, device, others: dict[str, Callable[[Tensor], object]] | None = None
 ) -> Case:
     """``others``: further ways to the same set, by name, each called with the scores."""
-    scores, lengths = (
-        torch.randn(batch, entries, device=device),
-        torch.full((batch,), entries, dtype=torch.int32, device=device),
-    )
+    scores = torch.randn(batch, entries, device=device)
+    lengths = torch.full((batch,), entries, dtype=torch.int32, device=device)
     maxima = (
         torch.nn.functional.pad(scores, (0, -entries % 32), value=float("-inf"))
         .view(batch, -1, 32)
@@ -162,10 +154,8 @@ def attention(
         table,
         ids,
     )
-    queries, sinks = (
-        torch.randn(batch, HEADS, LATENT.width, device=device).to(matrix_type(LATENT)),
-        torch.zeros(HEADS, device=device),
-    )
+    queries = torch.randn(batch, HEADS, LATENT.width, device=device).to(matrix_type(LATENT))
+    sinks = torch.zeros(HEADS, device=device)
     inputs = queries, rows, sinks, LATENT.width**-0.5, masses
     n_bytes = batch * ((WINDOW + selected) * LATENT.entry_bytes + 2 * queries[0].numel() * 2)
     name = "sparse attention with masses" if masses else "sparse attention"
@@ -209,10 +199,8 @@ def memory_scoring(batch: int, entries: int, device, layers: int = 3) -> Case:
     queries = torch.randn(layers, batch, PUBLISHED_HEADS, KEY.width, device=device).to(
         torch.bfloat16
     )
-    weights, lengths = (
-        torch.randn(layers, batch, PUBLISHED_HEADS, device=device),
-        torch.full((batch,), entries, dtype=torch.int32, device=device),
-    )
+    weights = torch.randn(layers, batch, PUBLISHED_HEADS, device=device)
+    lengths = torch.full((batch,), entries, dtype=torch.int32, device=device)
     out = new_scores(batch, tables[0].shape[1] * PER_PAGE, device)
     n_bytes = batch * entries * (layers * KEY.entry_bytes + 4)
     return Case(

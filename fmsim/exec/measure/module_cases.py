@@ -47,11 +47,9 @@ def connecting(batch: int, device, head: bool = False) -> Case:
     """
     config = DeepseekV4Config(hidden_size=HIDDEN, hc_mult=STREAMS)
     with torch.device(device):
-        before, after, norm = (
-            HyperConnection(config),
-            (HyperHead if head else HyperConnection)(config),
-            RMSNorm(HIDDEN, config.rms_norm_eps),
-        )
+        before = HyperConnection(config)
+        after = (HyperHead if head else HyperConnection)(config)
+        norm = RMSNorm(HIDDEN, config.rms_norm_eps)
         for parameter in after.parameters():
             parameter.detach().normal_(std=max(parameter.shape) ** -0.5)
         streams, out = (
@@ -87,10 +85,8 @@ def connecting(batch: int, device, head: bool = False) -> Case:
 
 def turning(batch: int, heads: int, width: int, device, normalised: bool = False) -> Case:
     """RoPE of queries, and where ``normalised`` the norm of each head before."""
-    x, angles = (
-        torch.randn(batch, heads, width, device=device).to(torch.bfloat16),
-        torch.rand(batch, ROPE_PAIRS, device=device),
-    )
+    x = torch.randn(batch, heads, width, device=device).to(torch.bfloat16)
+    angles = torch.rand(batch, ROPE_PAIRS, device=device)
     given = x, (angles.cos(), angles.sin()), 1e-6 if normalised else None
     n_bytes = 2 * x.numel() * 2 + 2 * angles.numel() * 4
     name = "norm and RoPE" if normalised else "RoPE"
@@ -105,10 +101,8 @@ def turning(batch: int, heads: int, width: int, device, normalised: bool = False
 
 def norming(batch: int, device) -> Case:
     """RMSNorm of the queries' latent."""
-    norm, x = (
-        RMSNorm(QUERY_LATENT, 1e-6).to(device, torch.bfloat16),
-        torch.randn(batch, 1, QUERY_LATENT, device=device).to(torch.bfloat16),
-    )
+    norm = RMSNorm(QUERY_LATENT, 1e-6).to(device, torch.bfloat16)
+    x = torch.randn(batch, 1, QUERY_LATENT, device=device).to(torch.bfloat16)
     n_bytes = (2 * batch + 1) * QUERY_LATENT * 2
     return Case(
         "RMSNorm",
@@ -128,10 +122,8 @@ def routing(batch: int, device, experts: int = 256) -> Case:
         hidden_size=HIDDEN, n_routed_experts=experts, num_experts_per_tok=ACTIVE
     )
     with torch.device(device):
-        router, logits = (
-            Router(config, hashed=False),
-            torch.randn(batch, experts).to(torch.bfloat16),
-        )
+        router = Router(config, hashed=False)
+        logits = torch.randn(batch, experts).to(torch.bfloat16)
     given = logits, torch.zeros(batch, dtype=torch.int64, device=device)
     n_bytes = batch * (experts * 2 + ACTIVE * 12) + experts * 4
     return Case(
@@ -192,10 +184,8 @@ def mixing(batch: int, device, float8: bool = False) -> Case:
 def projecting(batch: int, outputs: int, inputs: int, groups: int, device) -> Case:
     """A product with float8 weights; the same with bfloat16 weights through torch is its peer."""
     weight, scale = quantise(torch.randn(outputs, inputs, device=device) * inputs**-0.5)
-    x, wide = (
-        torch.randn(batch, 1, groups * inputs, device=device).to(torch.bfloat16),
-        dequantise(weight, scale, dtype=torch.bfloat16),
-    )
+    x = torch.randn(batch, 1, groups * inputs, device=device).to(torch.bfloat16)
+    wide = dequantise(weight, scale, dtype=torch.bfloat16)
     given = x, weight, scale, groups
     n_bytes = weight.nbytes + scale.nbytes + x.nbytes + batch * outputs * 2
     name = f"{batch} x {inputs:,} x {outputs:,}" + (f" / {groups}" if groups > 1 else "")

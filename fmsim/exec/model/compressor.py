@@ -55,10 +55,8 @@ class Compressor(nn.Module):
                 else state.entries[:, : state.closed]
             )
         shape = (kv.shape[0], windows, self.rate, -1)
-        kv, gate = (
-            kv[:, :usable].reshape(shape),
-            gate[:, :usable].reshape(shape) + self.position_bias,
-        )
+        kv = kv[:, :usable].reshape(shape)
+        gate = gate[:, :usable].reshape(shape) + self.position_bias
         entries = self._pool(
             kv,
             gate,

@@ -71,10 +71,8 @@ class Layer(nn.Module):
         length of a curriculum, and is compiled once.
         """
         x, write, mix = self._enter_attention(streams)
-        attention, inputs = (
-            self.self_attn.train_forward,
-            (x.view(*tokens.shape, -1), positions, sparse),
-        )
+        attention = self.self_attn.train_forward
+        inputs = (x.view(*tokens.shape, -1), positions, sparse)
         if self.recompute_attention:
             out, index_loss = torch.utils.checkpoint.checkpoint(
                 attention, *inputs, use_reentrant=False

@@ -75,10 +75,8 @@ class Experts(nn.Module):
         """An expert's two matrices as they are, or of float8 ones as ``dtype``."""
         if self.down_scale is None:
             return self.gate_up_proj[expert], self.down_proj[expert]
-        gate_up, down = (
-            (self.gate_up_proj[expert], self.gate_up_scale[expert]),
-            (self.down_proj[expert], self.down_scale[expert]),
-        )
+        gate_up = (self.gate_up_proj[expert], self.gate_up_scale[expert])
+        down = (self.down_proj[expert], self.down_scale[expert])
         return dequantise(*gate_up, dtype=dtype), dequantise(*down, dtype=dtype)
 
     def _grouped(self, x: Tensor, chosen: Tensor, weights: Tensor) -> Tensor:
@@ -130,11 +128,9 @@ class Router(nn.Module):
 
     def __init__(self, config: DeepseekV4Config, hashed: bool):
         super().__init__()
-        count, self.top_k, self.scaling = (
-            config.n_routed_experts,
-            config.num_experts_per_tok,
-            config.routed_scaling_factor,
-        )
+        count = config.n_routed_experts
+        self.top_k = config.num_experts_per_tok
+        self.scaling = config.routed_scaling_factor
         self.hashed = hashed
         self.weight = nn.Parameter(torch.empty(count, config.hidden_size))
         if hashed:

@@ -272,10 +272,10 @@ def expected_parts(slots: dict[str, torch.Tensor]) -> set[str]:
 
     Scales come with their weights.
     """
-    parts, scales = (
-        set(),
-        {scale_slot(name) for name, tensor in slots.items() if tensor.dtype == torch.float8_e4m3fn},
-    )
+    parts = set()
+    scales = {
+        scale_slot(name) for name, tensor in slots.items() if tensor.dtype == torch.float8_e4m3fn
+    }
     for name, tensor in slots.items():
         numbers = range(len(tensor)) if ".experts." in name else [None]
         stacked = {"gate_up_proj": "13", "down_proj": "2"}.get(name.rsplit(".", 1)[-1], "")
@@ -344,12 +344,10 @@ def _place(slots: dict[str, torch.Tensor], shards: Shards, name: str) -> str:
         raise FmsimError(
             f"{path}: tensor {name} has no place in the model that config.json describes"
         )
-    slot, tensor, scale, where = (
-        target.of(slots),
-        shards.read(name),
-        shards.scale_of(name),
-        f"{path}: tensor {name}",
-    )
+    slot = target.of(slots)
+    tensor = shards.read(name)
+    scale = shards.scale_of(name)
+    where = f"{path}: tensor {name}"
     held = slot.dtype == torch.float8_e4m3fn
     if not held:
         tensor = dequantise(tensor, scale, shards.block, where)

@@ -63,10 +63,8 @@ def decode(
     `progress` is told of tokens.
     """
     prompts = [Prompt(model, stream.prompt, stream.steps, progress) for stream in streams]
-    batch, decoded = (
-        Batch(prompts, policy, seed=seed, index_keys=index_keys),
-        [Decoded() for _ in streams],
-    )
+    batch = Batch(prompts, policy, seed=seed, index_keys=index_keys)
+    decoded = [Decoded() for _ in streams]
     plans = [_plan(stream) for stream in streams]
     for given in zip(*plans):  # to the end of the shortest
         batch.step(given)

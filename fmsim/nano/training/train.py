@@ -128,11 +128,9 @@ class Trainer:
                         else moments[f"{name}/step"]
                     )
         place = json.loads((directory / "place.json").read_text())
-        self.stage, self.step, self.tokens_seen = (
-            place["stage"],
-            place["step"],
-            place["tokens_seen"],
-        )
+        self.stage = place["stage"]
+        self.step = place["step"]
+        self.tokens_seen = place["tokens_seen"]
 
     def train_step(self, stage: Stage, tokens, weights, positions) -> dict[str, torch.Tensor]:
         """One update on tokens [B, S + 1], loss weights [B, S] of the predicted tokens, positions

@@ -60,12 +60,10 @@ def _width(report: dict[str, Any]) -> int:
 
 
 def _head(about: dict[str, Any]) -> list[Text]:
-    workload, server, hardware, trace = (
-        about["workload"],
-        about["workload"]["server"],
-        about["hardware"],
-        about["trace"],
-    )
+    workload = about["workload"]
+    server = about["workload"]["server"]
+    hardware = about["hardware"]
+    trace = about["trace"]
     kind = {
         "closed_loop": "clients",
         "poisson": "requests",
