@@ -21,7 +21,7 @@ from fmsim.trace import float8
 FORMAT_VERSION = 1
 METADATA_KEY = "fmsim_trace"  # the safetensors metadata entry that holds the header
 TAU = 64  # steps of a window, at whose start a lookahead policy decides (arXiv 2606.09079)
-ENTRY_TOKENS = 4  # tokens from one CSA entry to the next
+ENTRY_TOKENS = 4  # the CSA rate: entry i is visible from position 4 * i + 3
 LABELS = "flashmemory_labels"  # the source of a trace whose rows are golden labels, not accesses
 PADDING = 65535  # an entry id of this, in files whose ids are uint16, is no entry
 # entries whose ids differ in their low 16 bits: a longer trace stores these, and how many of a row

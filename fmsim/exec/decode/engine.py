@@ -38,6 +38,7 @@ from fmsim.policies.base import Policy
 from fmsim.replay.decode_loop import DecodeLoop
 from fmsim.replay.ledger import Ledger
 from fmsim.sim.timeline import Timeline
+from fmsim.trace.format import TAU
 
 GRAPH_STEPS = 32  # a shorter decode, such as an answer, is over before a capture would pay
 
@@ -58,7 +59,7 @@ class Batch:
         policy: Policy,
         *,
         select: Select = "resident",
-        tau: int = 64,
+        tau: int = TAU,
         seed: int = 0,
         hindsight: Request | None = None,
         kernels: bool | None = None,

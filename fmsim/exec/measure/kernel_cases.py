@@ -22,10 +22,11 @@ from fmsim.exec.kernels.layout import KEY, LATENT, Layout
 from fmsim.exec.kernels.memory_score import memory_scores
 from fmsim.exec.kernels.sparse_attention import sparse_attention, sparse_attention_reference
 from fmsim.exec.kernels.top_k import top_k, top_k_reference
+from fmsim.exec.kv.home import PER_PAGE
 from fmsim.exec.kv.mirror import HostMirror
 from fmsim.indexer.scorer import PUBLISHED_HEADS
 
-PER_PAGE, WINDOW, TOP_K = 64, 128, 512
+WINDOW, TOP_K = 128, 512
 HEADS = 64
 COPY_NODES = 4096
 
