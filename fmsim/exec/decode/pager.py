@@ -61,7 +61,7 @@ class StepView:
 
 
 class LayerPager:
-    """`fmsim.exec.model.deepseek_v4.Pager` and `fmsim.exec.decode.decode_attention.EntryPager` of
+    """`fmsim.exec.model.cache.Pager` and `fmsim.exec.decode.decode_attention.EntryPager` of
     one CSA layer of a batch.
 
     `blocks` int32 [B, P + 1] is the pool page of each request's pages in this step, -1 where a page
