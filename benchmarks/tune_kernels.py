@@ -240,9 +240,8 @@ def main() -> None:
     print(f"compiled in {time.time() - start:.0f} s", flush=True)
     rows, beside = [], []
     for number, kernel in enumerate(kernels):
-        share = (deadline - time.time()) / (
-            len(kernels) - number
-        )  # of what is left; a kernel that needs less leaves more
+        # of what is left; a kernel that needs less leaves more
+        share = (deadline - time.time()) / (len(kernels) - number)
         found = table_of(kernel, time.time() + share * (0.6 if kernel == "recall" else 1.0))
         print_table(kernel, found)
         rows += found

@@ -40,9 +40,8 @@ def _tokens(text: str) -> int:
 
 STEPS = 128
 SHORTEST_TOKENS = 1024  # of a built-in prompt: what its facts and some text between them take
-SHORTER_TOKENS = (
-    37  # each request of a batch than the one before, so that their lengths differ in every way
-)
+# each request of a batch than the one before, so that their lengths differ in every way
+SHORTER_TOKENS = 37
 
 
 def exec_(

@@ -82,9 +82,8 @@ class SweepRun:
 
     scenario: str
     overrides: tuple[str, ...]
-    settings: tuple[
-        tuple[str, Any], ...
-    ]  # the grid's keys that concern this policy, and their values
+    # the grid's keys that concern this policy, and their values
+    settings: tuple[tuple[str, Any], ...]
     label: str
     key: str  # a digest of all that the result depends on
 

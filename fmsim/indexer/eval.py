@@ -33,9 +33,8 @@ def recall_curve(
     """
     seen = int(windows.entries[query])
     order = np.argsort(-rank, kind="stable")
-    kept = np.ceil(np.asarray(shares) * seen - 1e-6).astype(
-        np.int64
-    )  # a share that is a count stays that count
+    # a share that is a count stays that count
+    kept = np.ceil(np.asarray(shares) * seen - 1e-6).astype(np.int64)
     found = np.full((2, len(shares)), np.nan)
     for row, wanted in enumerate((windows.golden[query, :seen], windows.mass[query, :seen])):
         gained = np.concatenate(([0.0], np.cumsum(wanted[order], dtype=np.float64)))

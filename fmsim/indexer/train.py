@@ -28,9 +28,8 @@ from fmsim.indexer.network import MemoryIndexer
 from fmsim.indexer.scorer import ScorerConfig, rotation
 from fmsim.indexer.windows import Windows
 
-PRODUCTS_PER_BATCH = (
-    2**26
-)  # [queries, heads, entries] of one layer, 256 MiB in float32: bounds memory
+# [queries, heads, entries] of one layer, 256 MiB in float32: bounds memory
+PRODUCTS_PER_BATCH = 2**26
 RECALL_SHARES = (0.05, 0.10)
 
 
@@ -82,9 +81,8 @@ class Progress(NamedTuple):
 class TrainingBatch(NamedTuple):
     """`Windows` on the training device."""
 
-    rotation: tuple[
-        Tensor, Tensor
-    ]  # cosine and sine of the queries' angles, float32 [W, rope_dims / 2]
+    # cosine and sine of the queries' angles, float32 [W, rope_dims / 2]
+    rotation: tuple[Tensor, Tensor]
     hidden: Tensor
     keys: Tensor
     visible: Tensor  # bool [W, E]
@@ -285,9 +283,8 @@ def _loss(
     logits = model(batch.hidden, batch.rotation, batch.keys).amax(0)
     negatives = _negatives(logits.detach(), batch, options, generator)
     weights = batch.golden * (batch.mass.clamp(min=1e-6) ** options.mass_power)
-    weights = (
-        weights / weights.sum(-1, keepdim=True) * batch.golden.sum(-1, keepdim=True)
-    )  # mean 1 a positive
+    # mean 1 a positive
+    weights = weights / weights.sum(-1, keepdim=True) * batch.golden.sum(-1, keepdim=True)
     if options.loss == "infonce":
         return infonce_loss(logits, weights, batch.golden | negatives)
     return focal_loss(logits - model.margin, weights, negatives, options.focal_gamma)
@@ -363,9 +360,8 @@ def threshold_of_share(model: MemoryIndexer, batches: list[TrainingBatch], share
         logits = model(batch.hidden, batch.rotation, batch.keys).amax(0)
         scores.append(logits[batch.visible])
         weights.append((batch.visible / batch.visible.sum(1, keepdim=True))[batch.visible])
-    score, group = torch.cat(scores).unique(
-        return_inverse=True
-    )  # ascending; many entries may share a logit of 0
+    # ascending; many entries may share a logit of 0
+    score, group = torch.cat(scores).unique(return_inverse=True)
     kept = torch.zeros(len(score), dtype=torch.float64, device=score.device)
     kept = kept.index_add(0, group, torch.cat(weights).double()).flip(0).cumsum(0).flip(0)
     return (

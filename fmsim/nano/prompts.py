@@ -39,9 +39,8 @@ class EvaluationPrompt:
     references: list[str]
 
 
-Task = tuple[
-    list[Insert], Insert, list[Tokens]
-]  # what is told, the question, the tokens of each reference
+# what is told, the question, the tokens of each reference
+Task = tuple[list[Insert], Insert, list[Tokens]]
 
 
 def evaluation_prompt(

@@ -18,9 +18,8 @@ from fmsim.nano.tokens import Corpus
 from fmsim.nano.wording import Insert, Wording
 
 SHORTEST_TOKENS = 512
-BLOCK_TOKENS = (
-    128  # positions jump only between whole blocks, so no compressed entry straddles a jump
-)
+# positions jump only between whole blocks, so no compressed entry straddles a jump
+BLOCK_TOKENS = 128
 TURN_TOKENS = 120  # of a memory session, on average
 TURNS_A_SESSION = 8
 SNAP_ODDS = 0.8  # of inserts standing after a sentence or line rather than anywhere

@@ -24,9 +24,8 @@ def cwe(draw: Draw) -> TaskContext:
     """Common words: a numbered list in which ten words come ten times as often as all others."""
     words = [draw.words.nouns[i] for i in draw.rng.permutation(len(draw.words.nouns))]
     room = draw.length - 1
-    mean = (
-        np.mean([len(word) for word in words]) + 2 + np.log10(max(room, 10))
-    )  # of an item with its number
+    # of an item with its number
+    mean = np.mean([len(word) for word in words]) + 2 + np.log10(max(room, 10))
     items = int(room / mean)
     rare = words[COMMON_WORDS : COMMON_WORDS + max(1, items // 4)]  # at least a few times each
     times = items / (COMMON_WORDS * COMMON_TIMES + len(rare))

@@ -163,9 +163,8 @@ def qa(draw: Draw) -> WovenTask:
     """
     count = max(4, draw.length // DOCUMENT_TOKENS)
     keys, values = _alike_keys(draw, count), draw.values(count)
-    order = draw.rng.permutation(
-        count
-    )  # the asked one is the first of `keys`, its document is anywhere
+    # the asked one is the first of `keys`, its document is anywhere
+    order = draw.rng.permutation(count)
     told = []
     for number, which in enumerate(order):
         start = LATEST * number / count
@@ -286,6 +285,7 @@ def sessions(draw: Draw) -> list[Insert]:
 
 
 IN_SESSIONS = ("memory", "memory_update", "multi_round")
+# may stand in one context
 SHARING = {
     family.__name__: family
     for family in (
@@ -299,5 +299,5 @@ SHARING = {
         multi_round,
         text_recall,
     )
-}  # may stand in one context
+}
 ALONE = {family.__name__: family for family in (niah_multikey_dense, qa)}

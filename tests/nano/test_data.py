@@ -79,9 +79,8 @@ def values_told(before: str, key: str) -> list[str]:
 def expected_answer(before: str) -> str:
     """Read the text up to an answer as a person would, and answer."""
     *earlier, question = re.split(r"\nQuestion: |\nUser: (?=What is my)", before)
-    told = "\n".join(
-        re.sub(r"^[^\n]*\? Answer:[^\n]*\n", "", part) for part in earlier
-    )  # without answers already given
+    # without answers already given
+    told = "\n".join(re.sub(r"^[^\n]*\? Answer:[^\n]*\n", "", part) for part in earlier)
     if found := re.match(r"What is the magic number for (.+?)\?", question):
         return values_told(told, found[1])[0] + "."
     if found := re.match(r"What are all the magic numbers for (.+?)\?", question):

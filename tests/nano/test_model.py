@@ -41,9 +41,8 @@ def test_transformers_loads_it_and_gives_the_same_logits(nano, text):
     oracle = transformers.DeepseekV4ForCausalLM.from_pretrained(
         MODEL_FOLDER, dtype=torch.float32
     ).eval()
-    ids = torch.tensor(
-        text[None, :2304].astype(np.int64)
-    )  # 576 entries, so the top 512 leave some out
+    # 576 entries, so the top 512 leave some out
+    ids = torch.tensor(text[None, :2304].astype(np.int64))
     expected, found = oracle(ids).logits, nano(ids)[0]
     assert (found - expected).abs().max() < 1e-3
 

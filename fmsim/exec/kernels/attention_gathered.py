@@ -196,10 +196,11 @@ def _attend(
     ):
         row = start + tl.arange(0, BLOCK_ROWS)
         latent = tl.load(dense + row[:, None] * WIDTH + lane[None, :])
+        # [BLOCK_HEADS, BLOCK_ROWS]
         logits = (
             tl.dot(query, tl.trans(latent), input_precision="ieee") * scale
             + tl.load(bias + row)[None, :]
-        )  # [BLOCK_HEADS, BLOCK_ROWS]
+        )
         if LOGITS:
             tl.store(
                 logits_out + (b * HEADS + head)[:, None] * n_rows + row[None, :],
@@ -207,9 +208,8 @@ def _attend(
                 mask=exists[:, None] & (row < n_rows)[None, :],
             )
         risen = tl.maximum(highest, tl.max(logits, 1))
-        level = tl.where(
-            risen == float("-inf"), 0.0, risen
-        )  # nothing known yet: exp(-inf), not exp(nan)
+        # nothing known yet: exp(-inf), not exp(nan)
+        level = tl.where(risen == float("-inf"), 0.0, risen)
         weights = tl.exp(logits - level[:, None])
         fade = tl.exp(highest - level)
         summed = summed * fade + tl.sum(weights, 1)

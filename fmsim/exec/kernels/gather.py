@@ -63,9 +63,8 @@ def copy_rows_triton(
     groups, source_rows, row_bytes = source.shape
     word = torch.int32 if row_bytes % 8 else torch.int64
     row_words, line_words = row_bytes // word.itemsize, LINE_BYTES // word.itemsize
-    reach = row_words + (
-        line_words - 1 if row_words % line_words else 0
-    )  # of a row from the start of its first line
+    # of a row from the start of its first line
+    reach = row_words + (line_words - 1 if row_words % line_words else 0)
     segment = min(tune.segment_words, max(next_power_of_2(reach), line_words))
     _copy_rows[(tune.programs,)](
         source.view(word),

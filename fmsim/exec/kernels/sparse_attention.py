@@ -110,9 +110,8 @@ def sparse_attention_triton(
         torch.empty(batch, **float32),
         torch.empty(batch, **float32),
     )
-    block = max(
-        MASS_ROWS, next_power_of_2(rows.window_rows)
-    )  # the first program has the whole window
+    # the first program has the whole window
+    block = max(MASS_ROWS, next_power_of_2(rows.window_rows))
     _row_masses[(batch, cdiv(rows.count, block))](
         parts.logits,
         total,

@@ -11,9 +11,8 @@ from typing import NamedTuple
 
 import torch
 
-MAXIMA_ENTRIES = (
-    32  # entries that share one maximum in the pre-selection: 8,192 maxima at 262,144 entries
-)
+# entries that share one maximum in the pre-selection: 8,192 maxima at 262,144 entries
+MAXIMA_ENTRIES = 32
 
 
 class IndexScoresTuning(NamedTuple):
@@ -63,22 +62,18 @@ class GatheredAttentionTuning(NamedTuple):
 
 
 class CompressTuning(NamedTuple):
-    block_tokens: int = (
-        16  # at a time: an entry of 128 tokens takes eight turns, each as long as memory's latency
-    )
+    # at a time: an entry of 128 tokens takes eight turns, each as long as memory's latency
+    block_tokens: int = 16
     warps: int = 4
 
 
 class GatherTuning(NamedTuple):
-    segment_words: int = (
-        128  # of 8 bytes: a row of 584 bytes takes one segment, longer rows several
-    )
-    tile_words: int = (
-        2048  # a multiple of segment_words; one program has (stages - 1) tiles on the way
-    )
-    programs: int = (
-        32  # a layer waits for a miss; beside them a decode step's products would slow down by 15%
-    )
+    # of 8 bytes: a row of 584 bytes takes one segment, longer rows several
+    segment_words: int = 128
+    # a multiple of segment_words; one program has (stages - 1) tiles on the way
+    tile_words: int = 2048
+    # a layer waits for a miss; beside them a decode step's products would slow down by 15%
+    programs: int = 32
     warps: int = 4
     stages: int = 4
 
@@ -97,9 +92,8 @@ class HyperConnectionTuning(NamedTuple):
 class LinearTuning(NamedTuple):
     block_outputs: int = 64  # of one program; a divisor of 128
     block_inputs: int = 128  # a turn: a row's run of bytes; a divisor of 128
-    programs: int = (
-        528  # over blocks of outputs and splits of the inputs: four on each of 132 multiprocessors
-    )
+    # over blocks of outputs and splits of the inputs: four on each of 132 multiprocessors
+    programs: int = 528
     # four with 64 outputs are a warpgroup, whose products find float8 in shared memory in pairs of
     # bytes; two take whole lines
     warps: int = 2
@@ -162,9 +156,10 @@ EXPERTS_OF_MANY = ExpertsTuning(
 FLOAT8_EXPERTS_OF_ONE = ExpertsTuning(
     gate_rows=32, down_rows=32, block_depth=128, warps=2, stages=4, token_tile=8
 )
+# a warpgroup would read float8 in pairs of bytes
 FLOAT8_EXPERTS_OF_FEW = ExpertsTuning(
     gate_rows=64, down_rows=64, block_depth=128, warps=2, stages=6, token_tile=8
-)  # a warpgroup would read float8 in pairs of bytes
+)
 FLOAT8_EXPERTS_OF_MANY = ExpertsTuning(
     gate_rows=64, down_rows=64, block_depth=128, warps=4, stages=3, token_tile=32
 )

@@ -151,9 +151,8 @@ def _memory_bytes(device: str) -> tuple[int, int]:
     """
     if device != "cuda":
         return _host_bytes(), 2**20
-    torch.ones(64, 64, device=device) @ torch.ones(
-        64, 64, device=device
-    )  # loads the matrix library and its workspace
+    # loads the matrix library and its workspace
+    torch.ones(64, 64, device=device) @ torch.ones(64, 64, device=device)
     torch.cuda.synchronize()
     free, total = torch.cuda.mem_get_info()
     return total, total - free
@@ -264,9 +263,8 @@ def module_table(
             milliseconds = 1e3 * median_s(work(batch), device)
             report(f"{name}, batch {batch}: {milliseconds:.4f} ms")
             columns[f"{name}_batch_ms"][batch] = milliseconds
-    none = dict.fromkeys(
-        sizes.batches, 0.0
-    )  # one GPU reduces nothing, and the router is timed within its experts
+    # one GPU reduces nothing, and the router is timed within its experts
+    none = dict.fromkeys(sizes.batches, 0.0)
     return KernelTable(**columns, all_reduce_batch_ms=none, router_batch_ms=none)
 
 
@@ -302,9 +300,8 @@ def attention_s(
         for appender in filter(None, (decode.entries, decode.keys)):
             _fill(appender.layout, appender.homes[0])
         x = torch.randn(batch, 1, config.hidden_size).to(torch.bfloat16)
-        now = decode.moment(
-            torch.full((batch,), tokens - 2, dtype=torch.int32)
-        )  # once a step, not once a layer: not timed
+        # once a step, not once a layer: not timed
+        now = decode.moment(torch.full((batch,), tokens - 2, dtype=torch.int32))
     return median_s(lambda: decode.attend(x, now), device)
 
 

@@ -65,9 +65,10 @@ def fill_entries(pool: Tensor, layout: Layout) -> Tensor:
         return pool
     values.random_(0, 0x78)
     if layout.kind == "key":
+        # float32 2^-6
         scales.copy_(
             torch.tensor([0, 0, 0x80, 0x3C], dtype=torch.uint8, device=pool.device).repeat(per_page)
-        )  # float32 2^-6
+        )
     else:
         values.unflatten(1, (per_page, -1))[..., 448:] = 0x3F  # bfloat16 0.75
         scales.fill_(119)  # 2^-8
@@ -250,8 +251,7 @@ def recall(
         + (", ascending" if ascending else "")
         + (f", {layers} layers" if layers > 1 else "")
     )
-    peers = (
-        {"copy engine": by_copy_engine} if layers * each <= COPY_NODES else {}
-    )  # each move is a node of a CUDA graph
+    # each move is a node of a CUDA graph
+    peers = {"copy engine": by_copy_engine} if layers * each <= COPY_NODES else {}
     run = lambda: copy_rows(mirror.pages, target, pages, slots, counts, programs)
     return Case(name, f"{layers * each:,}", row_bytes * layers * each, run, peers=peers)

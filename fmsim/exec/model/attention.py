@@ -81,9 +81,10 @@ class Attention(nn.Module):
             self._scores(x, q_latent, positions, angles, visible, cache),
             self.compressor.indexer.top_k,
         )
+        # [B, S, K, C]
         chosen = torch.stack(
             [F.embedding(rows, table) for rows, table in zip(ids.clamp(min=0), entries)]
-        )  # [B, S, K, C]
+        )
         out, masses = self._attend(q, window, local, self._chosen_logits(q, chosen, ids), chosen)
         return self._output(out, angles), Access(ids, *masses, hidden=x)
 
@@ -202,9 +203,8 @@ class Attention(nn.Module):
         seen = (distance >= 0) & (distance < self.window)
         first = torch.arange(local.shape[1], device=device)[:, None, None] > 0
         exists = torch.arange(local.shape[2], device=device) >= self.window - known
-        logits = logits.masked_fill(
-            ~(seen & (first | exists))[:, :, None], MASKED
-        )  # mask [N, block, 1, W + block]
+        # mask [N, block, 1, W + block]
+        logits = logits.masked_fill(~(seen & (first | exists))[:, :, None], MASKED)
         return logits.flatten(1, 2)[:, :tokens]
 
     def _entry_logits(self, q: Tensor, entries: Tensor, visible: Tensor) -> Tensor:

@@ -42,9 +42,8 @@ class CompressorState:
     closed: int = 0
     open_kv: Tensor | None = None  # [B, n < rate, width]
     open_gate: Tensor | None = None
-    prior_kv: Tensor | None = (
-        None  # the last closed window's Ca series, [B, rate, C] (overlapping series only)
-    )
+    # the last closed window's Ca series, [B, rate, C] (overlapping series only)
+    prior_kv: Tensor | None = None
     prior_gate: Tensor | None = None
 
 
@@ -90,9 +89,8 @@ class StepCompressor:
 
     kv: Tensor  # [B, rate, width]: token p's projection at p % rate
     gate: Tensor  # the same, position bias added
-    prior: (
-        tuple[Tensor, Tensor] | None
-    )  # kv and gate of the last closed window's Ca series, [B, rate, C]
+    # kv and gate of the last closed window's Ca series, [B, rate, C]
+    prior: tuple[Tensor, Tensor] | None
 
 
 class Pager(Protocol):
@@ -122,9 +120,8 @@ class Pager(Protocol):
         """
 
 
-Attend = Callable[
-    [Tensor, Tensor], Tensor
-]  # a layer's attention over what it keeps: x [B, 1, D] at positions [B] -> output [B, 1, D]
+# a layer's attention over what it keeps: x [B, 1, D] at positions [B] -> output [B, 1, D]
+Attend = Callable[[Tensor, Tensor], Tensor]
 
 
 @dataclass
@@ -137,7 +134,6 @@ class StepLayer:
     window: Tensor  # rotated KV, [B, W, C]: token p at p % W
     kv: StepCompressor | None = None
     index: StepCompressor | None = None
-    entries: Tensor | None = (
-        None  # of an HCA layer, [B, capacity + 1, C]; the last is written where nothing closes
-    )
+    # of an HCA layer, [B, capacity + 1, C]; the last is written where nothing closes
+    entries: Tensor | None = None
     pager: Pager | None = None  # of a CSA layer

@@ -44,9 +44,8 @@ class Layer(nn.Module):
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.attn_hc = HyperConnection(config)
         self.ffn_hc = HyperConnection(config)
-        self.recompute_attention = (
-            False  # in the backward pass of training, where its activations would not fit
-        )
+        # in the backward pass of training, where its activations would not fit
+        self.recompute_attention = False
 
     def forward(
         self, streams, tokens, positions, cache: LayerCache | None

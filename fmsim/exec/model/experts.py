@@ -96,9 +96,8 @@ class Experts(nn.Module):
         result = F.grouped_mm(
             clamped_swiglu(gate, up, self.limit), self.down_proj.transpose(1, 2), offs=ends
         )
-        shares = (
-            result * weights.flatten()[order, None]
-        )  # float32, sorted by expert; back to the order of tokens
+        # float32, sorted by expert; back to the order of tokens
+        shares = result * weights.flatten()[order, None]
         return (
             torch.empty_like(shares)
             .index_copy(0, order, shares)
@@ -115,9 +114,8 @@ class Experts(nn.Module):
         gate, up = (
             F.linear(x, self.gate_up_proj.flatten(0, 1)).unflatten(-1, (count, -1)).chunk(2, -1)
         )
-        inner = clamped_swiglu(gate, up, self.limit) * share[..., None].to(
-            x.dtype
-        )  # [N, experts, width]
+        # [N, experts, width]
+        inner = clamped_swiglu(gate, up, self.limit) * share[..., None].to(x.dtype)
         return inner.flatten(1) @ self.down_proj.transpose(1, 2).flatten(0, 1).to(x.dtype)
 
 

@@ -51,9 +51,8 @@ class HyperConnection(nn.Module):
 
     @staticmethod
     def leave(streams: Tensor, out: Tensor, write: Tensor, mix: Tensor) -> Tensor:
-        mixed = (mix.to(streams.dtype)[..., None] * streams[:, :, :, None]).sum(
-            2
-        )  # out stream k = sum_j mix[j, k] x_j
+        # out stream k = sum_j mix[j, k] x_j
+        mixed = (mix.to(streams.dtype)[..., None] * streams[:, :, :, None]).sum(2)
         return mixed + write.to(streams.dtype)[..., None] * out[:, :, None]
 
 

@@ -79,9 +79,8 @@ class Joined:
     def __init__(self, projections: Sequence[Projection]):
         kinds: dict[tuple, list[int]] = {}
         for number, projection in enumerate(projections):
-            alone = (
-                isinstance(projection, Float8Linear) and projection.out_features % BLOCK
-            )  # its last scale would be shared with the next
+            # its last scale would be shared with the next
+            alone = isinstance(projection, Float8Linear) and projection.out_features % BLOCK
             kinds.setdefault((projection.weight.dtype, number if alone else None), []).append(
                 number
             )

@@ -32,9 +32,8 @@ class Answered(NamedTuple):
     label: str
     tokens: list[int]
     ledger: Ledger
-    confidence: (
-        float | None
-    )  # the memory indexer's highest logit at its last decision, where there is one
+    # the memory indexer's highest logit at its last decision, where there is one
+    confidence: float | None
 
 
 def answers(

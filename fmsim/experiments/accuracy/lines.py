@@ -46,11 +46,12 @@ class Lines:
             ) from None
 
     def _load(self, path: Path, head: str) -> None:
+        # a kill may cut the last
         whole = [
             text
             for text in path.read_text(encoding="utf-8").splitlines(keepends=True)
             if text.endswith("\n")
-        ]  # a kill may cut the last
+        ]
         if not whole or whole[0].strip() != head:
             raise FmsimError(
                 f"{path}: holds answers of another plan, model or text; give another --out, or take"

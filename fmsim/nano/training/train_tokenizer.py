@@ -57,9 +57,8 @@ def save(tokenizer: Tokenizer, folder: Path) -> None:
         model_max_length=1_048_576,
     )
     wrapped.save_pretrained(folder)
-    path = (
-        folder / "tokenizer_config.json"
-    )  # by the class's old name, which every version of transformers knows
+    # by the class's old name, which every version of transformers knows
+    path = folder / "tokenizer_config.json"
     settings = json.loads(path.read_text())
     settings.pop("backend", None)
     path.write_text(

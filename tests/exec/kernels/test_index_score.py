@@ -63,9 +63,8 @@ def test_the_kernel_is_the_reference(device, seed, batch, heads, per_page, entri
     ]
     expected, found = index_scores_reference(*given_), index_scores_triton(*given_, tune=SMALL)
     queries, weights, *rest = given_
-    added = index_scores_reference(
-        queries, weights.abs(), *rest
-    )  # what the heads add up to before they cancel: rounding is relative to it
+    # what the heads add up to before they cancel: rounding is relative to it
+    added = index_scores_reference(queries, weights.abs(), *rest)
     limit = FLOAT8_PRODUCTS if kind == "fp8 queries" and device == "cuda" else 1e-5
     for want, got, size in zip(expected, found, added, strict=True):
         assert torch.equal(want.isinf(), got.isinf())

@@ -68,9 +68,8 @@ def test_the_reference_is_the_models_attention():
     write_entries(rows.window, rows.layout, torch.arange(128), near)
     slots = rows.table[0, rows.ids[0].long() // 4].long() * 4 + rows.ids[0] % 4
     chosen = rows.pool.view(torch.float32).view(-1, 64)[slots]
-    local = torch.cat((torch.zeros(1, 64), near))[
-        None, None
-    ]  # one query, whose window is the last 128 of 129 keys
+    # one query, whose window is the last 128 of 129 keys
+    local = torch.cat((torch.zeros(1, 64), near))[None, None]
     window_logits = attention._window_logits(queries[:, None], local, 128)
     entry_logits = torch.einsum("bhc,kc->bhk", queries, chosen)[:, None] * scale
     expected, masses = attention._attend(

@@ -92,9 +92,10 @@ def test_scores_beside_entries_are_those_of_all_keys_where_pages_are(
         tables[b] = table.to(device)
         tiers.blocks(b, tables[b], blocks[b, : count + 1])
     buffers = [new_scores(len(lengths), -(-max(lengths) // 64) * 64, device) for _ in range(2)]
+    # which a selection takes; scores need none
     listing = ResidentPages(
         1, slots, tiers.slot_start[:-1], max(pages), granularity, torch.device(device)
-    )  # which a selection takes; scores need none
+    )
     everything, resident = (
         AllKeys(layout, buffers[0], device),
         ResidentKeys(tiers, 0, tables, blocks, buffers[1], listing, 0),
@@ -115,9 +116,8 @@ def test_scores_beside_entries_are_those_of_all_keys_where_pages_are(
     )
     entries = torch.arange(buffers[0].scores.shape[1], device=device)
     here = blocks[:, (entries // granularity).clamp(max=blocks.shape[1] - 1)] >= 0
-    rtol, atol = (
-        (0, 0) if device == "cpu" else (1e-3, 1e-4)
-    )  # pages of other sizes may be multiplied in other blocks
+    # pages of other sizes may be multiplied in other blocks
+    rtol, atol = (0, 0) if device == "cpu" else (1e-3, 1e-4)
     torch.testing.assert_close(
         found.scores, known.scores.masked_fill(~here, float("-inf")), rtol=rtol, atol=atol
     )
