@@ -63,13 +63,11 @@ def _curves(results: Results, trace: Path | None, quiet: bool) -> tuple[dict[str
     known = results.about["trace"]
     path = trace or Path(known["file"])
     if trace is None and not path.exists():
-        return (
-            None,
-            (
-                f"This needs the run's trace, {path}, which is not there. Say where it is: fmsim"
-                " report ... --trace FILE."
-            ),
+        why = (
+            f"This needs the run's trace, {path}, which is not there. Say where it is:"
+            " fmsim report ... --trace FILE."
         )
+        return None, why
     source = read(path)
     if source.header.content_sha256 != known["content_sha256"]:
         raise FmsimError(
@@ -77,15 +75,9 @@ def _curves(results: Results, trace: Path | None, quiet: bool) -> tuple[dict[str
             " --trace, or run the scenario again"
         )
     with bar("curves", quiet=quiet) as show:
-        return (
-            compute(
-                source,
-                results.ledgers,
-                results.about["layer_map"],
-                lambda done, total: show(completed=done, total=total),
-            ),
-            "",
-        )
+        layer_map = results.about["layer_map"]
+        progress = lambda done, total: show(completed=done, total=total)
+        return compute(source, results.ledgers, layer_map, progress), ""
 
 
 def _write(path: Path, text: str, option: str) -> None:
