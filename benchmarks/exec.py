@@ -49,9 +49,8 @@ from fmsim.sim.decode import simulate
 from fmsim.sim.footprint import allocation, footprint, spread
 
 GIB = 2**30
-SPARE_BYTES = (
-    4 * GIB
-)  # beside the KV budget: pages for recall ahead, block tables, scores of many requests
+# beside the KV budget: pages for recall ahead, block tables, scores of many requests
+SPARE_BYTES = 4 * GIB
 POLICIES: dict[str, dict[str, Any]] = {
     "full": {"policy": "full"},
     "lsa": {"policy": "lsa", "budget": "4%"},

@@ -34,8 +34,9 @@ except ImportError:
 from fmsim.exec.kernels.layout import KEY, LATENT
 from fmsim.exec.measure import calibrate
 from fmsim.exec.measure import kernel_cases as cases
+from fmsim.exec.measure import module_cases as modules
 from fmsim.exec.measure.timing import median_s
-from fmsim.exec.model.deepseek_v4 import CSA, HCA
+from fmsim.exec.model.kinds import CSA, HCA
 from fmsim.exec.model.synthetic import synthetic_config
 from fmsim.geometry import PRESETS
 
@@ -93,24 +94,26 @@ BUILDERS = {
         lambda: cases.appending(8, KEY, 4, 2, DEVICE),
         lambda: cases.appending(8, LATENT, 128, 1, DEVICE),
     ],
-    "hyper-connection": [lambda b=b: cases.connecting(b, DEVICE) for b in (1, 8, 64)],
-    "hyper-connection, head": [lambda b=b: cases.connecting(b, DEVICE, head=True) for b in (1, 64)],
+    "hyper-connection": [lambda b=b: modules.connecting(b, DEVICE) for b in (1, 8, 64)],
+    "hyper-connection, head": [
+        lambda b=b: modules.connecting(b, DEVICE, head=True) for b in (1, 64)
+    ],
     "norm and RoPE": [
-        lambda b=b: cases.turning(b, cases.HEADS, LATENT.width, DEVICE, normalised=True)
+        lambda b=b: modules.turning(b, cases.HEADS, LATENT.width, DEVICE, normalised=True)
         for b in (1, 8, 64)
     ],
     "RoPE": [
-        lambda w=w: cases.turning(8, cases.HEADS, w, DEVICE) for w in (KEY.width, LATENT.width)
+        lambda w=w: modules.turning(8, cases.HEADS, w, DEVICE) for w in (KEY.width, LATENT.width)
     ],
-    "RMSNorm": [lambda b=b: cases.norming(b, DEVICE) for b in (1, 64)],
-    "routing": [lambda b=b: cases.routing(b, DEVICE) for b in (1, 64)],
-    "experts": [lambda b=b: cases.mixing(b, DEVICE) for b in (1, 4, 16, 64, 128)],
+    "RMSNorm": [lambda b=b: modules.norming(b, DEVICE) for b in (1, 64)],
+    "routing": [lambda b=b: modules.routing(b, DEVICE) for b in (1, 64)],
+    "experts": [lambda b=b: modules.mixing(b, DEVICE) for b in (1, 4, 16, 64, 128)],
     "experts, float8": [
-        lambda b=b: cases.mixing(b, DEVICE, float8=True) for b in (1, 4, 16, 64, 128)
+        lambda b=b: modules.mixing(b, DEVICE, float8=True) for b in (1, 4, 16, 64, 128)
     ],
     "float8 linear": [
-        lambda b=b, s=s: cases.projecting(b, *s, DEVICE)
-        for s in cases.PROJECTIONS.values()
+        lambda b=b, s=s: modules.projecting(b, *s, DEVICE)
+        for s in modules.PROJECTIONS.values()
         for b in (1, 8, 64)
     ],
     "memory scores": [lambda n=n: cases.memory_scoring(1, n, DEVICE) for n in (32_768, 131_072)],

@@ -34,7 +34,7 @@ from fmsim.sim.serving.demand import Demand
 from fmsim.sim.serving.server import ServerRun
 from fmsim.sim.serving.spec import ClosedLoop, Server
 from fmsim.sim.serving.summary import summary
-from fmsim.sim.serving.workload import Source
+from fmsim.sim.serving.workload import RequestGenerator
 from fmsim.trace import read
 
 ROOT = Path(__file__).parents[1]
@@ -67,7 +67,7 @@ def timed(demand: Demand, hours: float) -> dict[str, Any]:
         PRESETS["v4-flash"],
         demand,
         Server(prefill="done"),
-        Source(workload),
+        RequestGenerator(workload),
     )
     wall_s, cpu_s = time.perf_counter(), time.process_time()
     server.run()

@@ -42,7 +42,9 @@ def evaluate(
     ] = None,
     corpus: Annotated[
         Path | None,
-        typer.Option(help="folder of `python -m fmsim.nano.tokens`: text that nano never read"),
+        typer.Option(
+            help="folder of `python -m fmsim.nano.training.pack_tokens`: text that nano never read"
+        ),
     ] = None,
     text: Annotated[list[Path], typer.Option(help="text files instead of a corpus")] = [],
     geometry: Annotated[
@@ -75,14 +77,17 @@ def evaluate(
     """Ask nano questions over long contexts under every policy, and print score and KV cache side
     by side.
 
-    \b fmsim eval --corpus tokens --length 32768 --length 131072 --out results fmsim eval --text
-    book.txt -l 8192 --samples 4 -t niah_single -t vt -p full -p lsa:budget=20% -p recency fmsim
-    eval --corpus tokens -l 131072 --seed 42 --seed 43 --seed 44 --workers 8 --out results
+    \b
+    fmsim eval --corpus tokens --length 32768 --length 131072 --out results
+    fmsim eval --text book.txt -l 8192 --samples 4 -t niah_single -t vt -p full -p lsa:budget=20% \\
+      -p recency
+    fmsim eval --corpus tokens -l 131072 --seed 42 --seed 43 --seed 44 --workers 8 --out results
     """
     require("model", "eval")
     from fmsim.errors import FmsimError
     from fmsim.experiments import accuracy
     from fmsim.experiments.accuracy import Lines, Plan
+    from fmsim.files import write_text
     from fmsim.report.tables import accuracy as table
     from fmsim.tasks import FAMILIES
 
@@ -90,7 +95,8 @@ def evaluate(
         require("report", "--plot")
     if (corpus is None) == (not text):
         raise FmsimError(
-            "eval: give either --corpus, the folder that `python -m fmsim.nano.tokens` writes, or"
+            "eval: give either --corpus, the folder that"
+            " `python -m fmsim.nano.training.pack_tokens` writes, or"
             " --text, one or more text files"
         )
     import torch
@@ -115,7 +121,7 @@ def evaluate(
     )
     report = {"about": about | {"plan": vars(plan)}} | accuracy.summary(lines)
     if out:
-        (out / "report.json").write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+        write_text(out / "report.json", json.dumps(report, indent=1) + "\n")
     if plot:
         from fmsim.report.plots.accuracy import footprint_figure
         from fmsim.report.plots.html import write_page

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from fmsim.cli.extras import require
+from fmsim.cli.progress import track
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -50,7 +51,7 @@ def import_traces(
     paths = flashmemory.documents(folder)
     out.mkdir(parents=True, exist_ok=True)
     labels = dropped = unkeyed = 0
-    for path in _track(paths, "importing"):
+    for path in track(paths, "importing"):
         found = flashmemory.read_document(path, tau)
         trace.write(out / f"{path.stem}.safetensors", found)
         quality = found.header.quality
@@ -97,7 +98,7 @@ def export_traces(
     require("model", "trace export")
     rule, read = LabelRule(head_share, min_layers), None
     out.mkdir(parents=True, exist_ok=True)
-    for number, path in enumerate(_track(traces, "exporting")):
+    for number, path in enumerate(track(traces, "exporting")):
         read = trace.read(path)
         check_scorable(read, path.name)
         voters = read.header.geometry["label_layers"] if read.holds_labels else read.n_layers
@@ -128,10 +129,3 @@ def _votes(read: Trace, rule: LabelRule, voters: int) -> Iterator[Votes]:
             yield Votes(ids[0][there], np.rint(mass[0][there] * voters).astype(np.int32))
         else:
             yield Votes(*step_votes(ids, mass, rule))
-
-
-def _track(items: list, doing: str):
-    from rich.console import Console
-    from rich.progress import track
-
-    return track(items, doing, console=Console(stderr=True), transient=True)

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import enum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from fmsim.cli.extras import require
+from fmsim.cli.given import device_given, policy_given
 
 if TYPE_CHECKING:
-    from fmsim.nano.prompts import Stream
+    from fmsim.exec.runs.stream import Stream
     from fmsim.policies.base import Policy
 
 
@@ -20,7 +21,7 @@ class Weights(enum.StrEnum):
     synthetic = "synthetic"
 
 
-class IndexKeys(enum.StrEnum):
+class IndexKeyPlace(enum.StrEnum):
     all = "all"
     tiered = "tiered"
 
@@ -39,9 +40,8 @@ def _tokens(text: str) -> int:
 
 STEPS = 128
 SHORTEST_TOKENS = 1024  # of a built-in prompt: what its facts and some text between them take
-SHORTER_TOKENS = (
-    37  # each request of a batch than the one before, so that their lengths differ in every way
-)
+# each request of a batch than the one before, so that their lengths differ in every way
+SHORTER_TOKENS = 37
 
 
 def exec_(
@@ -98,7 +98,7 @@ def exec_(
         ),
     ] = 1,
     index_keys: Annotated[
-        IndexKeys | None,
+        IndexKeyPlace | None,
         typer.Option(
             help=(
                 "on the GPU: all (the default), or tiered: in layers that the memory indexer does"
@@ -168,7 +168,7 @@ def exec_(
             seed,
         )
         return
-    chosen = _policy(policy, override)
+    chosen = policy_given(policy, override)
     lengths = _lengths(model, prompt_file, context, batch)
     require("model", "exec")
     import torch
@@ -179,7 +179,7 @@ def exec_(
     from fmsim.nano.tokenizer import MODEL_FOLDER
 
     where = _where(index_keys, chosen, record)
-    device = _device(device, torch.cuda.is_available())
+    device = device_given(device, torch.cuda.is_available())
     folder, text = model or MODEL_FOLDER, TEXT if prompt_file is None else prompt_file.name
     streams = _streams(model, prompt_file, lengths, steps, seed)
     loaded = load_model(folder, device)
@@ -204,27 +204,12 @@ def exec_(
         measured.show(report, _transcript(folder, decoded[0]))
 
 
-def _policy(name: str, overrides: list[str]) -> Policy:
-    import yaml
-
-    from fmsim.errors import FmsimError
-    from fmsim.policies import registry
-
-    given: dict[str, Any] = {}
-    for override in overrides:
-        key, equals, value = override.partition("=")
-        if not equals or not key:
-            raise FmsimError(f"--set {override}: write key=value, such as --set budget=20%")
-        given[key] = yaml.safe_load(value)
-    return registry.build({"policy": name} | given)
-
-
-def _where(index_keys: IndexKeys | None, policy: Policy, record: Path | None) -> str:
+def _where(index_keys: IndexKeyPlace | None, policy: Policy, record: Path | None) -> str:
     """Where index keys lie. What they cannot do there is told before a model is loaded."""
     from fmsim.errors import FmsimError
     from fmsim.exec.kv.keys import check_tiered
 
-    if index_keys is not IndexKeys.tiered:
+    if index_keys is not IndexKeyPlace.tiered:
         return "all"
     check_tiered(policy)
     if record is not None:
@@ -233,16 +218,6 @@ def _where(index_keys: IndexKeys | None, policy: Policy, record: Path | None) ->
             " index keys; leave out --index-keys tiered"
         )
     return "tiered"
-
-
-def _device(asked: str | None, has_cuda: bool) -> str:
-    from fmsim.errors import FmsimError
-
-    if asked not in (None, "cpu", "cuda"):
-        raise FmsimError(f"--device {asked}: write cpu or cuda")
-    if asked == "cuda" and not has_cuda:
-        raise FmsimError("--device cuda: torch finds no CUDA device here; use --device cpu")
-    return asked or ("cuda" if has_cuda else "cpu")
 
 
 def _lengths(model: Path | None, prompt_file: Path | None, context: int, batch: int) -> list[int]:
@@ -267,7 +242,7 @@ def _streams(
     """What each request reads and is asked."""
     import numpy as np
 
-    from fmsim.nano.prompts import Stream, Turn
+    from fmsim.exec.runs.stream import Stream, Turn
 
     if prompt_file is not None:
         from fmsim.cli.trace import encode

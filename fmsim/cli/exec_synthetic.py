@@ -5,15 +5,15 @@ trace.
 from __future__ import annotations
 
 import json
-import re
 from pathlib import Path
 
 import typer
 
 from fmsim.cli.extras import require
+from fmsim.cli.given import device_given, policy_given
 from fmsim.errors import FmsimError
+from fmsim.units import bytes_of
 
-UNITS = {"": 1, "B": 1, "GIB": 2**30, "MIB": 2**20, "GB": 10**9, "MB": 10**6}
 CLOSE = 0.1  # how far a trace's context may be from the one asked for
 
 
@@ -35,7 +35,6 @@ def show(
     import torch
 
     from fmsim import trace as traces
-    from fmsim.cli.exec import _device, _policy
     from fmsim.cli.progress import token_bar
     from fmsim.exec.runs import synthetic as synthetic_run
     from fmsim.experiments.run import geometry_named
@@ -43,17 +42,15 @@ def show(
     from fmsim.report.tables import measured
     from fmsim.sim.footprint import allocation, spread
 
-    geometry, device, path = (
-        geometry_named(model),
-        _device(device, torch.cuda.is_available()),
-        _trace(trace, context),
-    )
+    geometry = geometry_named(model)
+    device = device_given(device, torch.cuda.is_available())
+    path = _trace(trace, context)
     found = traces.read(path)
     replayer = Replayer(
         found, entry_bytes=geometry.kv_entry_bytes, model_layers=geometry.n_csa, max_steps=steps
     )
     layer_map = spread(found.n_layers, geometry.n_csa)
-    ledger = replayer.run(_policy(policy, override))
+    ledger = replayer.run(policy_given(policy, override))
     request_bytes = allocation(ledger, geometry).kv_bytes
     if kv_budget is not None:
         batch = synthetic_run.batch_that_fits(_bytes(kv_budget), request_bytes)
@@ -61,7 +58,7 @@ def show(
     with token_bar(replayer.n_steps * batch) as advance:
         run = synthetic_run.run(
             policy,
-            lambda: _policy(policy, override),
+            lambda: policy_given(policy, override),
             replayer,
             geometry,
             layer_map,
@@ -100,7 +97,7 @@ def _trace(path: Path | None, context: int) -> Path:
 
 
 def _bytes(text: str) -> int:
-    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", text)
-    if not match or match[2].upper() not in UNITS:
+    found = bytes_of(text)
+    if found is None:
         raise FmsimError(f"--kv-budget {text}: write bytes, such as 16GiB")
-    return int(float(match[1]) * UNITS[match[2].upper()])
+    return found

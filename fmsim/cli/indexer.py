@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from fmsim.cli.extras import require
+from fmsim.cli.progress import track
 
 if TYPE_CHECKING:
     from fmsim.indexer.checkpoint import Checkpoint
@@ -92,9 +93,10 @@ def train(
 ) -> None:
     """Train a memory indexer from traces alone; the model that made them is never loaded.
 
-    \b fmsim indexer train traces/*.safetensors --held-out held/*.safetensors --out
-    indexer.safetensors fmsim indexer train traces/*.safetensors --out focal.safetensors --loss
-    focal --min-layers 3 --mass-power 0
+    \b
+    fmsim indexer train traces/*.safetensors --held-out held/*.safetensors --out indexer.safetensors
+    fmsim indexer train traces/*.safetensors --out focal.safetensors --loss focal --min-layers 3 \\
+      --mass-power 0
     """
     from fmsim.errors import FmsimError
 
@@ -268,16 +270,10 @@ def convert(
 
 
 def _read(paths: list[Path], rule: LabelRule, doing: str) -> list[tuple[Trace, Windows]]:
-    from rich.console import Console
-    from rich.progress import track
-
     from fmsim import trace
     from fmsim.indexer.windows import read_windows
 
-    read = (
-        trace.read(path)
-        for path in track(paths, doing, console=Console(stderr=True), transient=True)
-    )
+    read = (trace.read(path) for path in track(paths, doing))
     return [
         (found, read_windows(found, path.name, rule))
         for path, found in zip(paths, read, strict=False)
@@ -303,13 +299,15 @@ def _peak(device: str) -> str:
 
     import torch
 
-    host = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    from fmsim.units import KIB, gib
+
+    host = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * KIB
     on_device = (
-        f", {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB on the GPU"
+        f", {gib(torch.cuda.max_memory_allocated(), 1)} on the GPU"
         if device.startswith("cuda")
         else ""
     )
-    return f"; peak memory {host:.1f} GiB{on_device}"
+    return f"; peak memory {gib(host, 1)}{on_device}"
 
 
 def _show(found: dict) -> None:

@@ -40,9 +40,11 @@ def plan(
     """How many requests of one size a server takes at once, what the wall is, and what would move
     it.
 
-    \b fmsim plan scenarios/500k.yaml --context 512K fmsim plan scenarios/500k.yaml -c 256K -p lsa
-    -p full --hardware h200 --tpot 30 fmsim plan scenarios/500k.yaml -c 1M --set
-    server.mirror=shared --set policies.lsa.budget=5% --json
+    \b
+    fmsim plan scenarios/500k.yaml --context 512K
+    fmsim plan scenarios/500k.yaml -c 256K -p lsa -p full --hardware h200 --tpot 30
+    fmsim plan scenarios/500k.yaml -c 1M --set server.mirror=shared --set policies.lsa.budget=5% \\
+      --json
 
     Walls: GPU memory and host memory (their pools over one request's bytes), PCIe (recalls and
     misses of a step take as long as its computing), compute (a step takes --tpot), and the

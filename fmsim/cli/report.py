@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from fmsim.cli.extras import require
+from fmsim.cli.progress import bar
 
 if TYPE_CHECKING:
     from fmsim.experiments.results import Results
@@ -55,15 +56,6 @@ def report(
 
 def _curves(results: Results, trace: Path | None, quiet: bool) -> tuple[dict[str, Any] | None, str]:
     """(curves, ""), or (None, why not) where the trace is not where the run found it."""
-    from rich.console import Console
-    from rich.progress import (
-        BarColumn,
-        MofNCompleteColumn,
-        Progress,
-        TextColumn,
-        TimeRemainingColumn,
-    )
-
     from fmsim.errors import FmsimError
     from fmsim.experiments.curves import compute
     from fmsim.trace import read
@@ -71,48 +63,29 @@ def _curves(results: Results, trace: Path | None, quiet: bool) -> tuple[dict[str
     known = results.about["trace"]
     path = trace or Path(known["file"])
     if trace is None and not path.exists():
-        return (
-            None,
-            (
-                f"This needs the run's trace, {path}, which is not there. Say where it is: fmsim"
-                " report ... --trace FILE."
-            ),
+        why = (
+            f"This needs the run's trace, {path}, which is not there. Say where it is:"
+            " fmsim report ... --trace FILE."
         )
+        return None, why
     source = read(path)
     if source.header.content_sha256 != known["content_sha256"]:
         raise FmsimError(
             f"{path}: not the trace of this run (its digest differs); give the right one with"
             " --trace, or run the scenario again"
         )
-    console = Console(stderr=True)
-    columns = (TextColumn("curves"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(
-        *columns, console=console, transient=True, disable=quiet or not console.is_terminal
-    ) as bar:
-        task = bar.add_task("curves", total=None)
-        return (
-            compute(
-                source,
-                results.ledgers,
-                results.about["layer_map"],
-                lambda done, total: bar.update(task, completed=done, total=total),
-            ),
-            "",
-        )
+    with bar("curves", quiet=quiet) as show:
+        layer_map = results.about["layer_map"]
+        progress = lambda done, total: show(completed=done, total=total)
+        return compute(source, results.ledgers, layer_map, progress), ""
 
 
 def _write(path: Path, text: str, option: str) -> None:
-    import os
-    import tempfile
-
     from fmsim.errors import FmsimError
+    from fmsim.files import write_text
 
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.name, suffix=".part")
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            file.write(text)
-        os.replace(temporary, path)
+        write_text(path, text)
     except OSError as error:
         raise FmsimError(
             f"{option} {path}: cannot be written ({error.strerror}); choose another place"

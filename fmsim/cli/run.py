@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from fmsim.cli.progress import bar
+
 if TYPE_CHECKING:
     from fmsim.experiments.run import Report
     from fmsim.experiments.serve import ServingReport
@@ -62,39 +64,24 @@ def run(
 
 
 def _with_progress(file: ScenarioFile, policies: list[str], quiet: bool) -> Report | ServingReport:
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-
     from fmsim.experiments.run import run_scenario
     from fmsim.experiments.serve import serve_scenario
 
     run = run_scenario if file.scenario.workload is None else serve_scenario
-    console = Console(stderr=True)
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-    )
-    with Progress(
-        *columns, console=console, transient=True, disable=quiet or not console.is_terminal
-    ) as bar:
-        task = bar.add_task("reading the trace", total=None)
+    with bar("reading the trace", quiet=quiet) as show:
         return run(
             file,
             policies,
-            lambda label, done, total: bar.update(
-                task, description=label, completed=done, total=total
-            ),
+            lambda label, done, total: show(description=label, completed=done, total=total),
         )
 
 
 def _write_svg(path: Path, text: str) -> None:
     from fmsim.errors import FmsimError
+    from fmsim.files import write_text
 
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(text, encoding="utf-8")
+        write_text(path, text)
     except OSError as error:
         raise FmsimError(
             f"--svg {path}: cannot be written ({error.strerror}); choose another place"

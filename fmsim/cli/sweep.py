@@ -8,12 +8,14 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from fmsim.cli.progress import bar
+
 if TYPE_CHECKING:
     from fmsim.experiments.rows import RowFile
-    from fmsim.experiments.sweep import Run
+    from fmsim.experiments.sweep import SweepRun
 
 
-class Engine(enum.StrEnum):
+class Runner(enum.StrEnum):
     local = "local"
     ray = "ray"
 
@@ -44,8 +46,8 @@ def sweep(
         int | None, typer.Option("--jobs", "-j", min=1, help="processes; by default one a core")
     ] = None,
     engine: Annotated[
-        Engine, typer.Option(help="where to run: this machine's processes, or a Ray cluster")
-    ] = Engine.local,
+        Runner, typer.Option(help="where to run: this machine's processes, or a Ray cluster")
+    ] = Runner.local,
     as_json: Annotated[
         bool, typer.Option("--json", help="print the sweep's rows as one JSON list")
     ] = False,
@@ -53,11 +55,14 @@ def sweep(
 ) -> None:
     """Run a scenario's policies under every combination of settings, and collect a row a run.
 
-    \b fmsim sweep scenarios/500k.yaml --grid policies.lsa.budget=5%,10%,20% --grid
-    hardware=h100,h200 fmsim sweep scenarios/500k.yaml -p lru -p lfu --grid "policies.*.budget=2x
-    topk,4x topk" --out lru.parquet fmsim sweep scenarios/500k.yaml --grid
-    hardware_figures.link_bytes_per_s=27e9,55e9,110e9 --grid batch=1,16 fmsim sweep
-    scenarios/serve.yaml --grid workload.rate_per_s=1,2,4 --grid server.mirror=per_gpu,shared
+    \b
+    fmsim sweep scenarios/500k.yaml --grid policies.lsa.budget=5%,10%,20% --grid hardware=h100,h200
+    fmsim sweep scenarios/500k.yaml -p lru -p lfu --grid "policies.*.budget=2x topk,4x topk" \\
+      --out lru.parquet
+    fmsim sweep scenarios/500k.yaml --grid hardware_figures.link_bytes_per_s=27e9,55e9,110e9 \\
+      --grid batch=1,16
+    fmsim sweep scenarios/serve.yaml --grid workload.rate_per_s=1,2,4 \\
+      --grid server.mirror=per_gpu,shared
 
     A key policies.LABEL.PARAMETER varies that policy alone; "*" is every policy. A value that holds
     a comma goes in brackets or quotes, as in YAML: layer_map=[0,0,1],[0,1,1].
@@ -93,36 +98,19 @@ def sweep(
 
 
 def _run_all(
-    todo: list[Run], n_runs: int, file: RowFile, engine: Engine, jobs: int | None, quiet: bool
+    todo: list[SweepRun], n_runs: int, file: RowFile, engine: Runner, jobs: int | None, quiet: bool
 ) -> None:
-    from rich.console import Console
-    from rich.progress import (
-        BarColumn,
-        MofNCompleteColumn,
-        Progress,
-        TextColumn,
-        TimeElapsedColumn,
-        TimeRemainingColumn,
-    )
-
     from fmsim.experiments.parallel import as_they_end, on_ray
-    from fmsim.experiments.sweep import Run
+    from fmsim.experiments.sweep import SweepRun
 
     if not todo:
         return
-    results = on_ray(Run.row, todo) if engine is Engine.ray else as_they_end(Run.row, todo, jobs)
-    console = Console(stderr=True)
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        TimeRemainingColumn(),
+    results = (
+        on_ray(SweepRun.row, todo)
+        if engine is Runner.ray
+        else as_they_end(SweepRun.row, todo, jobs)
     )
-    with Progress(
-        *columns, console=console, transient=True, disable=quiet or not console.is_terminal
-    ) as bar:
-        task = bar.add_task("sweep", total=n_runs, completed=n_runs - len(todo))
+    with bar("sweep", total=n_runs, completed=n_runs - len(todo), quiet=quiet) as show:
         for row in results:
             file.append(row)
-            bar.update(task, advance=1, description=row["policy"])
+            show(advance=1, description=row["policy"])

@@ -14,7 +14,7 @@ from fmsim.cli.extras import require
 from fmsim.cli.progress import token_bar
 
 if TYPE_CHECKING:
-    from fmsim.nano.prompts import Stream
+    from fmsim.exec.runs.stream import Stream
 
 app = typer.Typer(help="Record attention traces, and look into them.", no_args_is_help=True)
 app.command("import")(exchange.import_traces)
@@ -85,7 +85,9 @@ def record(
     ] = None,
     corpus: Annotated[
         Path | None,
-        typer.Option(help="folder of `python -m fmsim.nano.tokens`; built-in tasks need it"),
+        typer.Option(
+            help="folder of `python -m fmsim.nano.training.pack_tokens`; built-in tasks need it"
+        ),
     ] = None,
     context: Annotated[
         int, typer.Option(help="tokens of the prompt; a longer text is cut")
@@ -98,9 +100,11 @@ def record(
 ) -> None:
     """Read a prompt, decode, and keep what every CSA layer attended to.
 
-    \b fmsim trace record --prompt-file book.txt --context 32768 --out book.safetensors fmsim trace
-    record --model DeepSeek-V4-dir --prompt-file book.txt --out book.safetensors fmsim trace record
-    --dense SmolLM2-dir --prompt-file book.txt --context 8064 --steps 128 --out dense.safetensors
+    \b
+    fmsim trace record --prompt-file book.txt --context 32768 --out book.safetensors
+    fmsim trace record --model DeepSeek-V4-dir --prompt-file book.txt --out book.safetensors
+    fmsim trace record --dense SmolLM2-dir --prompt-file book.txt --context 8064 --steps 128 \\
+      --out dense.safetensors
     """
     from fmsim.errors import FmsimError
 
@@ -158,20 +162,21 @@ def _stream(
     import numpy as np
 
     from fmsim.errors import FmsimError
+    from fmsim.exec.runs.stream import Stream, Turn
     from fmsim.nano import prompts, tokens
     from fmsim.nano.tokenizer import MODEL_FOLDER
 
     if kind is not None:
         if corpus is None:
             raise FmsimError(
-                "trace record: --kind needs --corpus, the folder that `python -m fmsim.nano.tokens`"
-                " writes"
+                "trace record: --kind needs --corpus, the folder that"
+                " `python -m fmsim.nano.training.pack_tokens` writes"
             )
         return prompts.decode_stream(
             kind.value, context, np.random.default_rng(seed), tokens.load(corpus, "held_out"), steps
         )
     ids = encode(model or MODEL_FOLDER, prompt_file, context)
-    return prompts.Stream("text", np.array(ids), [prompts.Turn([], steps)])
+    return Stream("text", np.array(ids), [Turn([], steps)])
 
 
 def encode(folder: Path, prompt_file: Path, context: int) -> list[int]:

@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from fmsim.cli.progress import bar
+
 if TYPE_CHECKING:
     from fmsim.experiments.tune import Trial, Tuning
 
@@ -41,9 +43,12 @@ def tune(
     """Search a policy's parameters for the most tokens/s with the attention mass kept above a
     floor.
 
-    \b fmsim tune scenarios/500k.yaml -p lsa --floor 0.9 fmsim tune scenarios/500k.yaml -p lsa
-    --range budget=2%..30% --range threshold=0.1..0.9 --trials 100 fmsim tune scenarios/500k.yaml -p
-    lru --range "budget=1x topk..8x topk" --range granularity --set batch=16
+    \b
+    fmsim tune scenarios/500k.yaml -p lsa --floor 0.9
+    fmsim tune scenarios/500k.yaml -p lsa --range budget=2%..30% --range threshold=0.1..0.9 \\
+      --trials 100
+    fmsim tune scenarios/500k.yaml -p lru --range "budget=1x topk..8x topk" --range granularity \\
+      --set batch=16
 
     Without --range, all parameters are searched whose schema says what they may be (see `fmsim
     policy show`), and the budget from 1% to 50%. Shown is the Pareto front of tokens/s and mass
@@ -77,28 +82,9 @@ def tune(
 def _with_progress(
     file: Any, policy: str, ranges: list, trials: int, floor: float, seed: int, quiet: bool
 ) -> Tuning:
-    from rich.console import Console
-    from rich.progress import (
-        BarColumn,
-        MofNCompleteColumn,
-        Progress,
-        TextColumn,
-        TimeRemainingColumn,
-    )
-
     from fmsim.experiments.tune import tune as search
 
-    console = Console(stderr=True)
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeRemainingColumn(),
-    )
-    with Progress(
-        *columns, console=console, transient=True, disable=quiet or not console.is_terminal
-    ) as bar:
-        task = bar.add_task(policy, total=trials)
+    with bar(policy, total=trials, quiet=quiet) as show:
 
         def progress(done: int, tuning: Tuning) -> None:
             best = (
@@ -106,7 +92,7 @@ def _with_progress(
                 if tuning.best
                 else "none above the floor yet"
             )
-            bar.update(task, completed=done, description=f"{policy}: {best}")
+            show(completed=done, description=f"{policy}: {best}")
 
         return search(file, policy, ranges, trials, floor, seed, progress)
 

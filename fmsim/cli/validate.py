@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from fmsim.cli.extras import require
+from fmsim.cli.progress import bar
 
 
 def validate(
@@ -49,8 +50,6 @@ def validate(
 
     require("model", "validate")
     import torch
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
     from fmsim.experiments.validate import validate_scenario
     from fmsim.scenario import ScenarioFile
@@ -58,24 +57,12 @@ def validate(
     if device == "cuda" and not torch.cuda.is_available():
         raise FmsimError("--device cuda: torch finds no CUDA device here; use --device cpu")
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    console = Console(stderr=True)
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-    )
-    with Progress(
-        *columns, console=console, transient=True, disable=quiet or not console.is_terminal
-    ) as bar:
-        task = bar.add_task("reading the trace", total=None)
+    with bar("reading the trace", quiet=quiet) as show:
         report = validate_scenario(
             ScenarioFile(scenario, override),
             policy,
             device,
-            lambda label, done, total: bar.update(
-                task, description=label, completed=done, total=total
-            ),
+            lambda label, done, total: show(description=label, completed=done, total=total),
             whole_steps,
         )
     if as_json:

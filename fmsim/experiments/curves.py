@@ -161,9 +161,8 @@ def _lossy(ledgers: Mapping[str, Ledger]) -> dict[str, Ledger]:
 
 def _spec(ledger: Ledger, entries: int, granularity: int) -> dict[str, Any]:
     """The ledger's policy with another budget (in entries a layer) and granularity."""
-    own = {
-        key: value for key, value in ledger.params.items() if key != "kmax"
-    }  # kmax is a budget too
+    # kmax is a budget too
+    own = {key: value for key, value in ledger.params.items() if key != "kmax"}
     return own | {
         "policy": ledger.policy,
         "budget": f"{entries} entries",
@@ -253,9 +252,8 @@ def _lru_curve(replayer: Replayer, granularity: int, weights: np.ndarray) -> dic
     at = np.bincount(
         np.maximum(found, 0).ravel(), weights=counted.ravel(), minlength=paged.n_pages + 1
     )
-    missed = at.sum() - np.concatenate(
-        ([0.0], np.cumsum(at))
-    )  # [slots]: entries found at that position or deeper
+    # [slots]: entries found at that position or deeper
+    missed = at.sum() - np.concatenate(([0.0], np.cumsum(at)))
     least = least_slots(paged, course)
     if least > paged.n_pages:
         return {"x": [], "y": []}

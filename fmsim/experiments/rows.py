@@ -6,11 +6,11 @@ from __future__ import annotations
 
 import json
 import os
-import tempfile
 from pathlib import Path
 from typing import Any
 
 from fmsim.errors import FmsimError
+from fmsim.files import replacing
 
 Row = dict[str, Any]  # flat: no value is a mapping
 SCHEMA_VERSION = 2  # of a row; 1 had none
@@ -99,16 +99,8 @@ class RowFile:
 
         columns = list(dict.fromkeys(name for row in self.rows for name in row))
         table = pyarrow.table({name: [row.get(name) for row in self.rows] for name in columns})
-        handle, temporary = tempfile.mkstemp(
-            dir=self.path.parent, prefix=self.path.name, suffix=".part"
-        )
-        os.close(handle)
-        try:
-            self._library().write_table(table, temporary)
-            os.replace(temporary, self.path)
-        except BaseException:
-            os.unlink(temporary)
-            raise
+        with replacing(self.path) as beside:
+            self._library().write_table(table, beside)
 
     def _library(self) -> Any:
         try:

@@ -23,12 +23,12 @@ from fmsim.scenario import ScenarioFile
 from fmsim.sim import metrics
 from fmsim.sim.serving.banner import banner
 from fmsim.sim.serving.demand import Demand
-from fmsim.sim.serving.plan import Question, plan
+from fmsim.sim.serving.plan import CapacityQuestion, plan
 from fmsim.sim.serving.requests import repeated_share
 from fmsim.sim.serving.server import ServerRun
 from fmsim.sim.serving.spec import RequestFile
 from fmsim.sim.serving.summary import summary
-from fmsim.sim.serving.workload import Source
+from fmsim.sim.serving.workload import RequestGenerator
 
 SIMULATED = [
     "requests",
@@ -122,7 +122,7 @@ def plan_scenario(
     rows = []
     for label, policy in policies:
         demand, ledger = demand_of(policy)
-        question = Question(
+        question = CapacityQuestion(
             setting.hw,
             setting.geometry,
             demand,
@@ -159,16 +159,16 @@ def serve_policy(
     return {"policy": label} | kept | summary(run) | {"memory": memory}, ledger
 
 
-def _source(file: ScenarioFile) -> Source:
+def _source(file: ScenarioFile) -> RequestGenerator:
     workload = file.scenario.workload
     path = file.file(workload.file) if isinstance(workload, RequestFile) else None
     try:
-        return Source(workload, path)
+        return RequestGenerator(workload, path)
     except FmsimError as error:
         raise FmsimError(f"{file.where(('workload',))}: {error}") from None
 
 
-def _about_workload(file: ScenarioFile, source: Source) -> dict[str, Any]:
+def _about_workload(file: ScenarioFile, source: RequestGenerator) -> dict[str, Any]:
     workload = file.scenario.workload
     prompts, outputs = (np.array(lengths) for lengths in zip(*(row[1:] for row in source.first)))
     about = workload.model_dump(mode="json") | {

@@ -21,6 +21,7 @@ from fmsim.experiments.run import Setting, build_policies
 from fmsim.experiments.serve import serve_policy
 from fmsim.replay.replayer import Replayer
 from fmsim.scenario import ScenarioFile
+from fmsim.scenario.key_value import key_value
 from fmsim.sim.serving.spec import RequestFile
 
 
@@ -39,12 +40,12 @@ class Axis:
 
         Raises FmsimError with an example.
         """
-        key, equals, values = text.partition("=")
         example = (
             "write KEY=VALUE,VALUE,..., such as --grid hardware=h100,h200 or --grid"
             " policies.lsa.budget=5%,10%"
         )
-        if not equals or not key.strip() or not values.strip():
+        key, values = key_value(text, f"--grid {text}: {example}")
+        if not values:
             raise FmsimError(f"--grid {text}: {example}")
         try:
             nodes = yaml.compose(f"[{values}]", yaml.SafeLoader).value
@@ -56,7 +57,7 @@ class Axis:
         if any("=" in value for value in texts):
             raise FmsimError(f"--grid {text}: one key a --grid; repeat --grid for the next key")
         numbers = [_number(value) for value in texts]
-        axis = cls(key.strip(), tuple(zip(texts, texts if None in numbers else numbers)))
+        axis = cls(key, tuple(zip(texts, texts if None in numbers else numbers)))
         if len(set(texts)) < len(texts):
             raise FmsimError(f"--grid {text}: a value stands there twice")
         return axis
@@ -73,7 +74,7 @@ def _number(text: str) -> int | float | None:
 
 
 @dataclass(frozen=True)
-class Run:
+class SweepRun:
     """One policy under one setting.
 
     All that a worker on another machine needs, where it sees the same files.
@@ -81,9 +82,8 @@ class Run:
 
     scenario: str
     overrides: tuple[str, ...]
-    settings: tuple[
-        tuple[str, Any], ...
-    ]  # the grid's keys that concern this policy, and their values
+    # the grid's keys that concern this policy, and their values
+    settings: tuple[tuple[str, Any], ...]
     label: str
     key: str  # a digest of all that the result depends on
 
@@ -109,7 +109,7 @@ class Run:
 
 def plan(
     scenario: str, overrides: Sequence[str], axes: Sequence[Axis], selected: Sequence[str] = ()
-) -> list[Run]:
+) -> list[SweepRun]:
     """All runs of the grid, in the order of the axes, the last one fastest, each once.
 
     A key `policies.<label>...` concerns that policy alone, so the others run once, not once a
@@ -121,7 +121,7 @@ def plan(
         raise FmsimError(
             f"--grid {twice[0]}: the key stands there twice; give all its values in one --grid"
         )
-    runs: dict[str, Run] = {}
+    runs: dict[str, SweepRun] = {}
     for point in itertools.product(*(axis.values for axis in axes)):
         at_point = dict(zip(keys, point))
         file = ScenarioFile(scenario, [*overrides, *_texts(at_point)])
@@ -131,7 +131,7 @@ def plan(
             }
             own = (*overrides, *_texts(concerned))
             settings = tuple((key, shown) for key, (_, shown) in concerned.items())
-            run = Run(
+            run = SweepRun(
                 str(file.path.absolute()),
                 own,
                 settings,
@@ -215,7 +215,7 @@ def _flat(row: Row, leave: Sequence[str]) -> Row:
     return flat
 
 
-def left(runs: Iterable[Run], rows: Iterable[Row]) -> list[Run]:
+def left(runs: Iterable[SweepRun], rows: Iterable[Row]) -> list[SweepRun]:
     """The runs that have no row yet."""
     done = {row.get("key") for row in rows}
     return [run for run in runs if run.key not in done]

@@ -259,9 +259,8 @@ def _run(
     own: dict[str, Any],
     values: dict[str, Any],
 ) -> Trial | None:
-    policy = registry.build(
-        {"policy": tuning.policy} | own | values
-    )  # a wrong value of a range is the user's to mend
+    # a wrong value of a range is the user's to mend
+    policy = registry.build({"policy": tuning.policy} | own | values)
     try:
         run = setting.run(replayer, label, policy)
     except FmsimError as error:

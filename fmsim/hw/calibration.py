@@ -6,7 +6,6 @@ Measuring is `fmsim.exec.measure.calibrate`'s; this half needs no GPU.
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +13,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field
 
 from fmsim.errors import FmsimError
+from fmsim.files import write_text
 from fmsim.hw.spec import KernelTable
 
 
@@ -124,11 +124,8 @@ def write_preset(calibration: Calibration, path: Path) -> list[Path]:
         path: yaml.safe_dump(calibration.preset(path.stem), sort_keys=False, width=140),
     }
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
         for target, text in texts.items():
-            partial = target.with_name(target.name + ".partial")
-            partial.write_text(text, encoding="utf-8")
-            os.replace(partial, target)
+            write_text(target, text)
     except OSError as error:
         raise FmsimError(
             f"--out {path}: cannot be written ({error.strerror or error}); choose another place"

@@ -12,8 +12,7 @@ import simpy
 from fmsim.errors import FmsimError
 from fmsim.geometry import Geometry
 from fmsim.hw.spec import Hardware
-
-GIB = 2**30
+from fmsim.units import gib
 
 
 @dataclass
@@ -113,10 +112,10 @@ class MemorySystem:
         pool_bytes = hw.kv_pool_bytes(weight_bytes)
         if pool_bytes <= 0:
             raise FmsimError(
-                f"{geometry.name} does not fit {hw.title}: {weight_bytes / GIB:.1f} GiB of weights"
-                f" on each of {hw.n_gpus} GPUs and {hw.reserve_bytes.value / GIB:.1f} GiB of"
-                f" reserve are {-pool_bytes / GIB:.1f} GiB more than its"
-                f" {hw.hbm_bytes.value / GIB:.1f} GiB; choose larger hardware"
+                f"{geometry.name} does not fit {hw.title}: {gib(weight_bytes, 1)} of weights"
+                f" on each of {hw.n_gpus} GPUs and {gib(hw.reserve_bytes.value, 1)} of"
+                f" reserve are {gib(-pool_bytes, 1)} more than its"
+                f" {gib(hw.hbm_bytes.value, 1)}; choose larger hardware"
             )
         self.hbm = simpy.Container(env, capacity=pool_bytes, init=pool_bytes)
         self.host = simpy.Container(env, capacity=hw.host_bytes_per_gpu, init=hw.host_bytes_per_gpu)
@@ -130,9 +129,9 @@ class MemorySystem:
         for pool, n_bytes, kind in pools:
             if n_bytes > pool.level:
                 raise FmsimError(
-                    f"{what} needs {n_bytes / GIB:.2f} GiB of {kind},"
-                    f" {(n_bytes - pool.level) / GIB:.2f} GiB more than the {pool.level / GIB:.2f}"
-                    f" GiB that {self.hw.title} has left for KV; lower the batch or the budget"
+                    f"{what} needs {gib(n_bytes)} of {kind},"
+                    f" {gib(n_bytes - pool.level)} more than the {gib(pool.level)}"
+                    f" that {self.hw.title} has left for KV; lower the batch or the budget"
                 )
         for pool, n_bytes, _ in pools:
             if n_bytes > 0:

@@ -22,6 +22,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from fmsim.errors import FmsimError
+from fmsim.files import replacing
 from fmsim.indexer.scorer import PUBLISHED, LayerWeights, ScorerConfig, Yarn
 
 METADATA_KEY = "fmsim_indexer"
@@ -142,14 +143,11 @@ def save(checkpoint: Checkpoint, path: str | os.PathLike) -> None:
         for layer, weights in checkpoint.layers.items()
         for key, part in PART_OF_KEY.items()
     }
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + ".partial")
-    (
-        _write_pt(tensors, partial)
-        if path.suffix == ".pt"
-        else save_file(tensors, partial, metadata=metadata or None)
-    )
-    partial.replace(path)
+    with replacing(path) as beside:
+        if path.suffix == ".pt":
+            _write_pt(tensors, beside)
+        else:
+            save_file(tensors, beside, metadata=metadata or None)
 
 
 def _read_safetensors(path: Path) -> tuple[dict[str, np.ndarray], dict[str, str]]:

@@ -33,9 +33,8 @@ def recall_curve(
     """
     seen = int(windows.entries[query])
     order = np.argsort(-rank, kind="stable")
-    kept = np.ceil(np.asarray(shares) * seen - 1e-6).astype(
-        np.int64
-    )  # a share that is a count stays that count
+    # a share that is a count stays that count
+    kept = np.ceil(np.asarray(shares) * seen - 1e-6).astype(np.int64)
     found = np.full((2, len(shares)), np.nan)
     for row, wanted in enumerate((windows.golden[query, :seen], windows.mass[query, :seen])):
         gained = np.concatenate(([0.0], np.cumsum(wanted[order], dtype=np.float64)))
@@ -93,10 +92,8 @@ def rankings(
 
 def _logits(checkpoint: Checkpoint, windows: Windows, query: int) -> np.ndarray:
     """float32 [layers of the checkpoint, entries visible to the query]."""
-    layers, seen = (
-        [windows.layers.index(layer) for layer in checkpoint.layers],
-        int(windows.entries[query]),
-    )
+    layers = [windows.layers.index(layer) for layer in checkpoint.layers]
+    seen = int(windows.entries[query])
     keys, position = windows.keys[layers, :seen], int(windows.positions[query])
     return scorer.layer_logits(
         list(checkpoint.layers.values()),

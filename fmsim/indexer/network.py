@@ -48,9 +48,8 @@ class Retriever(nn.Module):
     def forward(self, hidden: Tensor, rotation: tuple[Tensor, Tensor], keys: Tensor) -> Tensor:
         """Logits [W, E] of keys [E, head_dim], every query against every key."""
         query, head_weights = self.queries(hidden, rotation)
-        products = (
-            (query.flatten(0, 1) @ keys.T).relu().unflatten(0, (-1, self.heads))
-        )  # [W, heads, E]
+        # [W, heads, E]
+        products = (query.flatten(0, 1) @ keys.T).relu().unflatten(0, (-1, self.heads))
         return (head_weights[:, None] @ products)[:, 0]
 
 

@@ -22,14 +22,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fmsim.errors import FmsimError
+from fmsim.files import replacing
 from fmsim.indexer.checkpoint import Checkpoint
 from fmsim.indexer.network import MemoryIndexer
 from fmsim.indexer.scorer import ScorerConfig, rotation
 from fmsim.indexer.windows import Windows
 
-PRODUCTS_PER_BATCH = (
-    2**26
-)  # [queries, heads, entries] of one layer, 256 MiB in float32: bounds memory
+# [queries, heads, entries] of one layer, 256 MiB in float32: bounds memory
+PRODUCTS_PER_BATCH = 2**26
 RECALL_SHARES = (0.05, 0.10)
 
 
@@ -78,12 +78,11 @@ class Progress(NamedTuple):
         return sum(self.recall) + sum(self.mass_kept)
 
 
-class Batch(NamedTuple):
+class TrainingBatch(NamedTuple):
     """`Windows` on the training device."""
 
-    rotation: tuple[
-        Tensor, Tensor
-    ]  # cosine and sine of the queries' angles, float32 [W, rope_dims / 2]
+    # cosine and sine of the queries' angles, float32 [W, rope_dims / 2]
+    rotation: tuple[Tensor, Tensor]
     hidden: Tensor
     keys: Tensor
     visible: Tensor  # bool [W, E]
@@ -159,7 +158,11 @@ class TrainingRun:
     """
 
     def __init__(
-        self, model: MemoryIndexer, batches: list[Batch], options: TrainOptions, traces: list[str]
+        self,
+        model: MemoryIndexer,
+        batches: list[TrainingBatch],
+        options: TrainOptions,
+        traces: list[str],
     ):
         self.model, self.batches, self.options = model, batches, options
         self.about = json.dumps([asdict(options), traces])
@@ -189,7 +192,7 @@ class TrainingRun:
         )
         return stale or self.step >= options.steps
 
-    def advance(self, held_out: list[Batch]) -> Progress:
+    def advance(self, held_out: list[TrainingBatch]) -> Progress:
         """Train up to the next evaluation, evaluate, and keep the parameters if they are the best
         so far.
         """
@@ -204,10 +207,10 @@ class TrainingRun:
             *recall_at(self.model, held_out, RECALL_SHARES),
         )
         if self.best is None or progress.merit > self.best.merit:
-            self.best, self.best_parameters = (
-                progress,
-                {key: value.clone() for key, value in self.model.state_dict().items()},
-            )
+            self.best = progress
+            self.best_parameters = {
+                key: value.clone() for key, value in self.model.state_dict().items()
+            }
         return progress
 
     def _one_step(self) -> Tensor:
@@ -241,9 +244,8 @@ class TrainingRun:
             "best": list(self.best),
             "best_parameters": self.best_parameters,
         }
-        partial = path.with_name(path.name + ".partial")
-        torch.save(found, partial)
-        partial.replace(path)
+        with replacing(path) as beside:
+            torch.save(found, beside)
 
     def load(self, path: Path) -> None:
         """Go on from a saved state; FmsimError where it is missing, damaged, or of other traces or
@@ -276,21 +278,20 @@ class TrainingRun:
 
 
 def _loss(
-    model: MemoryIndexer, batch: Batch, options: TrainOptions, generator: torch.Generator
+    model: MemoryIndexer, batch: TrainingBatch, options: TrainOptions, generator: torch.Generator
 ) -> Tensor:
     logits = model(batch.hidden, batch.rotation, batch.keys).amax(0)
     negatives = _negatives(logits.detach(), batch, options, generator)
     weights = batch.golden * (batch.mass.clamp(min=1e-6) ** options.mass_power)
-    weights = (
-        weights / weights.sum(-1, keepdim=True) * batch.golden.sum(-1, keepdim=True)
-    )  # mean 1 a positive
+    # mean 1 a positive
+    weights = weights / weights.sum(-1, keepdim=True) * batch.golden.sum(-1, keepdim=True)
     if options.loss == "infonce":
         return infonce_loss(logits, weights, batch.golden | negatives)
     return focal_loss(logits - model.margin, weights, negatives, options.focal_gamma)
 
 
 def _negatives(
-    logits: Tensor, batch: Batch, options: TrainOptions, generator: torch.Generator
+    logits: Tensor, batch: TrainingBatch, options: TrainOptions, generator: torch.Generator
 ) -> Tensor:
     """bool [W, E]: random negatives by a coin an entry, and the negatives that score highest."""
     candidates = batch.visible & ~batch.golden
@@ -324,7 +325,7 @@ def infonce_loss(logits: Tensor, positive_weights: Tensor, listed: Tensor) -> Te
 
 @torch.no_grad()
 def recall_at(
-    model: MemoryIndexer, batches: list[Batch], shares: Sequence[float]
+    model: MemoryIndexer, batches: list[TrainingBatch], shares: Sequence[float]
 ) -> tuple[tuple[float, ...], ...]:
     """Means over queries of what the best ``share`` of the visible entries holds: of positives, and
     of mass, by share.
@@ -350,7 +351,7 @@ def recall_at(
 
 
 @torch.no_grad()
-def threshold_of_share(model: MemoryIndexer, batches: list[Batch], share: float) -> float:
+def threshold_of_share(model: MemoryIndexer, batches: list[TrainingBatch], share: float) -> float:
     """The score above which a query of ``batches`` has, on average, ``share`` of its visible
     entries.
     """
@@ -359,9 +360,8 @@ def threshold_of_share(model: MemoryIndexer, batches: list[Batch], share: float)
         logits = model(batch.hidden, batch.rotation, batch.keys).amax(0)
         scores.append(logits[batch.visible])
         weights.append((batch.visible / batch.visible.sum(1, keepdim=True))[batch.visible])
-    score, group = torch.cat(scores).unique(
-        return_inverse=True
-    )  # ascending; many entries may share a logit of 0
+    # ascending; many entries may share a logit of 0
+    score, group = torch.cat(scores).unique(return_inverse=True)
     kept = torch.zeros(len(score), dtype=torch.float64, device=score.device)
     kept = kept.index_add(0, group, torch.cat(weights).double()).flip(0).cumsum(0).flip(0)
     return (
@@ -375,7 +375,7 @@ def threshold_of_share(model: MemoryIndexer, batches: list[Batch], share: float)
 
 def _batches(
     parts: Sequence[Windows], config: ScorerConfig, heads: int, device: str
-) -> list[Batch]:
+) -> list[TrainingBatch]:
     """Windows on the device, split so that no batch exceeds PRODUCTS_PER_BATCH; queries without
     positives left out.
     """
@@ -402,6 +402,8 @@ def _batches(
                 for array in rotation(config, windows.positions[part])
             )
             batches.append(
-                Batch((cos, sin), hidden, keys, visible, golden, mass, int(golden.sum(1).max()))
+                TrainingBatch(
+                    (cos, sin), hidden, keys, visible, golden, mass, int(golden.sum(1).max())
+                )
             )
     return batches

@@ -7,7 +7,8 @@ import math
 import torch
 from transformers import DeepseekV4Config
 
-from fmsim.exec.model.deepseek_v4 import CSA, HCA, SLIDING, DeepseekV4
+from fmsim.exec.model.deepseek_v4 import DeepseekV4
+from fmsim.exec.model.kinds import CSA, HCA, SLIDING
 
 VOCABULARY = 4096
 

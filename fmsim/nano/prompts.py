@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from fmsim.errors import FmsimError
+from fmsim.exec.runs.stream import Stream, Turn, n_steps
 from fmsim.nano import tokenizer as bpe
 from fmsim.nano import wording as say
 from fmsim.nano.tokens import Corpus
@@ -27,7 +28,7 @@ TURN_TOKENS = (24, 48)  # of text a speaker says in a memory stream
 
 
 @dataclass(frozen=True)
-class Prompt:
+class EvaluationPrompt:
     """tokens: uint16 [length], up to where the answer starts; answer: the tokens to come;
     references: strings in it.
     """
@@ -38,35 +39,8 @@ class Prompt:
     references: list[str]
 
 
-@dataclass(frozen=True)
-class Turn:
-    """Feed ``forced``, then decode ``generate`` tokens; a good model generates ``answer``, which
-    holds ``references``.
-    """
-
-    forced: Tokens
-    generate: int = 0
-    answer: tuple[int, ...] = ()
-    references: tuple[str, ...] = ()
-
-
-@dataclass(frozen=True)
-class Stream:
-    """A prompt (uint16 [length]) and the turns decoded after it."""
-
-    kind: str
-    prompt: np.ndarray
-    turns: list[Turn]
-
-    @property
-    def steps(self) -> int:
-        """Tokens processed after the prompt."""
-        return _steps(self.turns)
-
-
-Task = tuple[
-    list[Insert], Insert, list[Tokens]
-]  # what is told, the question, the tokens of each reference
+# what is told, the question, the tokens of each reference
+Task = tuple[list[Insert], Insert, list[Tokens]]
 
 
 def evaluation_prompt(
@@ -75,7 +49,7 @@ def evaluation_prompt(
     rng: np.random.Generator,
     corpus: Corpus,
     depth: float | None = None,
-) -> Prompt:
+) -> EvaluationPrompt:
     """A prompt of exactly ``length_tokens`` whose question stands at its end.
 
     ``depth`` (0 = start of the text, 1 = its end; drawn if None) is where the asked fact or the
@@ -96,7 +70,9 @@ def evaluation_prompt(
             " another seed"
         )
     answer = woven.tokens[slice(*woven.spans[-1])].tolist()
-    return Prompt(kind, woven.tokens[:length_tokens], answer, _texts(references or [answer]))
+    return EvaluationPrompt(
+        kind, woven.tokens[:length_tokens], answer, _texts(references or [answer])
+    )
 
 
 def _single(rng: np.random.Generator, words: Wording, length: int, depth: float) -> Task:
@@ -113,10 +89,8 @@ def _multikey_dense(rng: np.random.Generator, words: Wording, length: int, depth
 
 def _one_of(rng: np.random.Generator, words: Wording, depth: float, others: int) -> Task:
     """One asked fact at ``depth`` among ``others`` anywhere."""
-    keys, values = (
-        words.keys(rng, 1 + others),
-        [words.value(rng, VALUE_DIGITS) for _ in range(1 + others)],
-    )
+    keys = words.keys(rng, 1 + others)
+    values = [words.value(rng, VALUE_DIGITS) for _ in range(1 + others)]
     places = [depth, *rng.random(others)]
     told = [say.fact(rng, place, key, value) for place, key, value in zip(places, keys, values)]
     return told, say.ask(1.0, keys[0], values[0]), [values[0]]
@@ -139,11 +113,9 @@ def _multiquery(rng: np.random.Generator, words: Wording, length: int, depth: fl
 
 
 def _tracking(rng: np.random.Generator, words: Wording, length: int, depth: float) -> Task:
-    names, value, places = (
-        words.some_names(rng, 5),
-        words.value(rng, VALUE_DIGITS),
-        np.sort(rng.random(5)),
-    )
+    names = words.some_names(rng, 5)
+    value = words.value(rng, VALUE_DIGITS)
+    places = np.sort(rng.random(5))
     told = [say.assign(places[0], names[0], value, None)]
     told += [
         say.assign(place, name, None, source)
@@ -237,9 +209,9 @@ def _needle_turns(
     """Questions about one key, or now and then about two or three, in rounds over all keys."""
     turns: list[Turn] = []
     after: Tokens = []
-    while _steps(turns) < steps:
+    while n_steps(turns) < steps:
         order = rng.permutation(len(keys))
-        while len(order) and _steps(turns) < steps:
+        while len(order) and n_steps(turns) < steps:
             count = int(rng.integers(2, 4)) if rng.random() < joint_odds and len(order) >= 3 else 1
             chosen, order = order[:count], order[count:]
             asked, known = [keys[i] for i in chosen], [values[i] for i in chosen]
@@ -280,10 +252,8 @@ def _stream_memories(
     prompt.
     """
     words, sessions = say.wording(evaluation=True), session_marks(rng, prompt_tokens)
-    things, values = (
-        words.some_nouns(rng, 2 * MEMORY_FACTS),
-        [words.value(rng, VALUE_DIGITS) for _ in range(2 * MEMORY_FACTS)],
-    )
+    things = words.some_nouns(rng, 2 * MEMORY_FACTS)
+    values = [words.value(rng, VALUE_DIGITS) for _ in range(2 * MEMORY_FACTS)]
     return (
         things,
         values,
@@ -300,7 +270,7 @@ def _memory_turns(
     """
     known, turns = MEMORY_FACTS, []
     after: Tokens = []
-    while _steps(turns) < steps:
+    while n_steps(turns) < steps:
         after += _new_session(rng, corpus, sessions)
         if known < len(things) and rng.random() < 0.4:
             after += say.tell(1.0, things[known], values[known]).tokens
@@ -342,10 +312,6 @@ def _text_after(prompt: np.ndarray, corpus: Corpus, count: int) -> Tokens:
     return corpus.tokens.take(np.arange(ends[0] + 1, ends[0] + 1 + count), mode="wrap").tolist()
 
 
-def _steps(turns: list[Turn]) -> int:
-    return sum(len(turn.forced) + turn.generate for turn in turns)
-
-
 def _new_session(rng: np.random.Generator, corpus: Corpus, sessions: Sessions) -> Tokens:
     """The head of a session, and what user and assistant say in it."""
     counts = rng.integers(*TURN_TOKENS, size=2)
@@ -380,8 +346,3 @@ def score(references: list[str], generated: Tokens) -> float:
     """RULER's measure: the share of references found in the generated text, whatever the case."""
     text = bpe.load().decode(list(generated), skip_special_tokens=False).lower()
     return sum(reference.lower() in text for reference in references) / len(references)
-
-
-def exact(answer: Tokens, generated: Tokens) -> bool:
-    """Whether the generated tokens start with all of the answer's."""
-    return list(generated[: len(answer)]) == list(answer)

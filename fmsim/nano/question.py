@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
+from fmsim.exec.runs.stream import Stream
 from fmsim.nano import prompts
 from fmsim.nano.tokens import Corpus, from_texts
 
@@ -25,7 +26,7 @@ def haystack() -> Corpus:
     return from_texts(json.loads(lzma.decompress(TEXT_FILE.read_bytes())))
 
 
-def questions(context_tokens: int, steps: int, seed: int, corpus: Corpus) -> prompts.Stream:
+def questions(context_tokens: int, steps: int, seed: int, corpus: Corpus) -> Stream:
     """A prompt of `context_tokens` and at least `steps` decode steps of questions about it, in
     nano's tokens.
     """

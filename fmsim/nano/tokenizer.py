@@ -1,5 +1,4 @@
-"""``nano``'s tokenizer: byte-level BPE of 4,096 tokens: ``python -m fmsim.nano.tokenizer --corpus
-DIR --out DIR``.
+"""``nano``'s tokenizer: byte-level BPE of 4,096 tokens.
 
 Every digit is a token of its own, so that a number is as many tokens as it has digits. Any text
 comes back unchanged.
@@ -7,70 +6,17 @@ comes back unchanged.
 
 from __future__ import annotations
 
-import argparse
-import json
-from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
 
-from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import PreTrainedTokenizerFast
+from tokenizers import Tokenizer
 
 from fmsim.errors import FmsimError
-from fmsim.nano.training.corpus import read_documents
 
 VOCABULARY = 4096
 BOS, EOS = "<|bos|>", "<|eos|>"
 BOS_ID, EOS_ID = 0, 1
-# A contraction, a word with the blank before it, one digit, a run of signs, white space (the last
-# blank before a word belongs to it).
-PIECES = r"'(?:s|t|re|ve|m|ll|d)| ?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 MODEL_FOLDER = Path(__file__).parent / "model"
-
-
-def train(texts: Iterator[str]) -> Tokenizer:
-    """A BPE tokenizer of exactly ``VOCABULARY`` tokens, trained on ``texts``."""
-    tokenizer = Tokenizer(models.BPE())
-    pieces = pre_tokenizers.Split(Regex(PIECES), behavior="isolated")
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [pieces, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
-    )
-    tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=VOCABULARY,
-        special_tokens=[BOS, EOS],
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    tokenizer.train_from_iterator(texts, trainer)
-    if tokenizer.get_vocab_size() != VOCABULARY:
-        raise FmsimError(
-            f"the text gives only {tokenizer.get_vocab_size()} of {VOCABULARY} tokens; train on"
-            " more text"
-        )
-    return tokenizer
-
-
-def save(tokenizer: Tokenizer, folder: Path) -> None:
-    """Write ``tokenizer.json`` and ``tokenizer_config.json``, as
-    ``AutoTokenizer.from_pretrained(folder)`` reads them.
-    """
-    wrapped = PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer,
-        bos_token=BOS,
-        eos_token=EOS,
-        clean_up_tokenization_spaces=False,
-        model_max_length=1_048_576,
-    )
-    wrapped.save_pretrained(folder)
-    path = (
-        folder / "tokenizer_config.json"
-    )  # by the class's old name, which every version of transformers knows
-    settings = json.loads(path.read_text())
-    settings.pop("backend", None)
-    path.write_text(
-        json.dumps(settings | {"tokenizer_class": "PreTrainedTokenizerFast"}, indent=2) + "\n"
-    )
 
 
 @cache
@@ -79,25 +25,7 @@ def load(folder: Path = MODEL_FOLDER) -> Tokenizer:
     path = folder / "tokenizer.json"
     if not path.exists():
         raise FmsimError(
-            f"{path}: missing; make it with python -m fmsim.nano.tokenizer --out {folder}"
+            f"{path}: missing; make it with python -m fmsim.nano.training.train_tokenizer"
+            f" --corpus DIR --out {folder}"
         )
     return Tokenizer.from_file(str(path))
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument(
-        "--corpus", type=Path, required=True, help="folder written by fmsim.nano.training.corpus"
-    )
-    parser.add_argument(
-        "--out", type=Path, default=MODEL_FOLDER, help="folder for the tokenizer's files"
-    )
-    args = parser.parse_args()
-    save(
-        train(document.text for document in read_documents(args.corpus) if not document.held_out),
-        args.out,
-    )
-
-
-if __name__ == "__main__":
-    main()

@@ -1,4 +1,4 @@
-"""The corpus as tokens: ``python -m fmsim.nano.tokens --corpus DIR --out DIR``.
+"""The corpus as tokens, as ``python -m fmsim.nano.training.pack_tokens`` writes them.
 
 One folder holds ``train.xz`` and ``held_out.xz`` (little-endian uint16, each document ended by
 ``<|eos|>``, in an order shuffled by a hash of the names) and ``documents.json`` (package, name and
@@ -7,8 +7,6 @@ tokens of each document, in that order).
 
 from __future__ import annotations
 
-import argparse
-import hashlib
 import json
 import lzma
 from dataclasses import dataclass
@@ -19,10 +17,8 @@ import numpy as np
 
 from fmsim.errors import FmsimError
 from fmsim.nano import tokenizer as bpe
-from fmsim.nano.training.corpus import Document, read_documents
 
 SPLITS = ("train", "held_out")
-FILTERS = [{"id": lzma.FILTER_LZMA2, "preset": 6, "lc": 0, "lp": 1, "pb": 1}]  # two-byte items
 
 
 @dataclass(frozen=True)
@@ -71,13 +67,15 @@ def load(folder: Path, split: str) -> Corpus:
     path = folder / f"{split}.xz"
     if not path.exists():
         raise FmsimError(
-            f"{path}: missing; make it with python -m fmsim.nano.tokens --corpus DIR --out {folder}"
+            f"{path}: missing; make it with python -m fmsim.nano.training.pack_tokens --corpus DIR"
+            f" --out {folder}"
         )
     try:
         tokens = np.frombuffer(lzma.decompress(path.read_bytes(), lzma.FORMAT_XZ), "<u2")
     except lzma.LZMAError as error:
         raise FmsimError(
-            f"{path}: truncated or not xz ({error}); write it anew with python -m fmsim.nano.tokens"
+            f"{path}: truncated or not xz ({error}); write it anew with"
+            " python -m fmsim.nano.training.pack_tokens"
         ) from error
     listed = json.loads((folder / "documents.json").read_text())[split]
     ends = np.cumsum([0] + [size for _, size in listed])
@@ -86,40 +84,3 @@ def load(folder: Path, split: str) -> Corpus:
             f"{path}: {len(tokens)} tokens, but documents.json tells of {ends[-1]}; write both anew"
         )
     return Corpus(tokens, ends, [name for name, _ in listed])
-
-
-def save(documents: list[Document], folder: Path) -> dict[str, int]:
-    """Encode and write both splits; returns tokens by split."""
-    folder.mkdir(parents=True, exist_ok=True)
-    listed, sizes = {}, {}
-    for split in SPLITS:
-        chosen = [d for d in documents if d.held_out == (split == "held_out")]
-        chosen.sort(key=lambda d: hashlib.blake2b(f"{d.package}/{d.name}".encode()).digest())
-        corpus = from_texts({f"{d.package}/{d.name}": d.text for d in chosen})
-        (folder / f"{split}.xz").write_bytes(
-            lzma.compress(corpus.tokens.astype("<u2").tobytes(), lzma.FORMAT_XZ, filters=FILTERS)
-        )
-        listed[split] = [
-            [name, int(size)] for name, size in zip(corpus.names, np.diff(corpus.documents))
-        ]
-        sizes[split] = len(corpus.tokens)
-    (folder / "documents.json").write_text(json.dumps(listed))
-    return sizes
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument(
-        "--corpus", type=Path, required=True, help="folder written by fmsim.nano.training.corpus"
-    )
-    parser.add_argument("--out", type=Path, required=True, help="folder for the tokens")
-    args = parser.parse_args()
-    for split, tokens in save(list(read_documents(args.corpus)), args.out).items():
-        print(
-            f"{split}: {tokens / 1e6:.2f}M tokens,"
-            f" {(args.out / f'{split}.xz').stat().st_size / 1e6:.1f} MB"
-        )
-
-
-if __name__ == "__main__":
-    main()

@@ -18,9 +18,8 @@ from fmsim.nano.tokens import Corpus
 from fmsim.nano.wording import Insert, Wording
 
 SHORTEST_TOKENS = 512
-BLOCK_TOKENS = (
-    128  # positions jump only between whole blocks, so no compressed entry straddles a jump
-)
+# positions jump only between whole blocks, so no compressed entry straddles a jump
+BLOCK_TOKENS = 128
 TURN_TOKENS = 120  # of a memory session, on average
 TURNS_A_SESSION = 8
 SNAP_ODDS = 0.8  # of inserts standing after a sentence or line rather than anywhere
@@ -60,7 +59,7 @@ class Sample:
 
 
 @dataclass
-class Woven:
+class WovenText:
     """tokens: uint16 [S]; spans: for each insert with an answer, in order, the (from, to) of the
     answer in tokens.
     """
@@ -279,7 +278,9 @@ def session_marks(rng: np.random.Generator, length: int) -> Sessions:
     return sessions
 
 
-def weave(rng: np.random.Generator, corpus: Corpus, length: int, inserts: list[Insert]) -> Woven:
+def weave(
+    rng: np.random.Generator, corpus: Corpus, length: int, inserts: list[Insert]
+) -> WovenText:
     """Exactly ``length`` tokens: ``<|bos|>``, then a stretch of the corpus with the inserts between
     its tokens.
     """
@@ -294,7 +295,7 @@ def weave(rng: np.random.Generator, corpus: Corpus, length: int, inserts: list[I
     places = np.minimum((np.array([item.place for item in inserts]) * room).astype(np.int64), room)
     if rng.random() < SNAP_ODDS and len(places):
         places = _snapped(corpus, places, start, room)
-    woven, done, out = Woven(np.empty(length, np.uint16)), 0, 1
+    woven, done, out = WovenText(np.empty(length, np.uint16)), 0, 1
     woven.tokens[0] = bpe.BOS_ID
     for item, place in zip(inserts, places):
         woven.tokens[out : out + place - done] = text[done:place]

@@ -12,17 +12,8 @@ from typing import Any
 
 from pydantic_core import core_schema
 
-BYTE_UNITS = {
-    "B": 1,
-    "KIB": 2**10,
-    "MIB": 2**20,
-    "GIB": 2**30,
-    "TIB": 2**40,
-    "KB": 10**3,
-    "MB": 10**6,
-    "GB": 10**9,
-    "TB": 10**12,
-}
+from fmsim.units import BYTE_UNITS
+
 GRAMMAR = re.compile(
     r"(?P<number>\d+(?:\.\d+)?|\.\d+)\s*(?P<unit>%|x\s*topk|entries|entry|[kmgt]?i?b)",
     re.IGNORECASE,

@@ -19,8 +19,7 @@ from fmsim.replay.decode_loop import DecodeLoop
 from fmsim.replay.golden import golden_mask
 from fmsim.replay.ledger import Ledger
 from fmsim.replay.trace_source import TraceSource
-
-ENTRY_TOKENS = 4  # the CSA rate: entry i is visible from position 4 * i + 3
+from fmsim.trace.format import ENTRY_TOKENS
 
 
 class Replayer:

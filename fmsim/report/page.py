@@ -12,8 +12,9 @@ import plotly.offline
 
 from fmsim.experiments.results import Results
 from fmsim.report.plots import figures
-from fmsim.report.plots.figures import BOUNDS, GIB, Style
+from fmsim.report.plots.figures import BOUNDS, Style
 from fmsim.report.tables import decode as table
+from fmsim.units import gib
 
 KINDS = {"counted": "counted in the replay", "simulated": "simulated, not measured"}
 KNOWN = {  # fields of a row that the table shows, or that name it
@@ -197,7 +198,7 @@ def _cards(results: Results) -> str:
     ]
     exact = [row for row in rows if results.exact(row["policy"])]
     lossy = [row for row in rows if not results.exact(row["policy"])]
-    cards = [("Full cache of one request", f"{results.about['full_kv_bytes'] / GIB:.3f} GiB", "")]
+    cards = [("Full cache of one request", gib(results.about["full_kv_bytes"], 3), "")]
     if exact:
         best = min(exact, key=lambda row: row["kv_hbm_bytes"])
         note = (

@@ -16,6 +16,7 @@ import numpy as np
 
 from fmsim.replay.ledger import Ledger
 from fmsim.sim.timeline import SimulatedTimeline, Transfer
+from fmsim.units import MIB
 
 TRACKS = {  # key -> name, in the order in which they are shown
     "decode": "decode steps",
@@ -26,7 +27,6 @@ TRACKS = {  # key -> name, in the order in which they are shown
     "write_back": "link to host: write-back",
 }
 PLACE = {track: place for place, track in enumerate(TRACKS)}
-MIB = 2**20
 Event = dict[str, Any]
 
 

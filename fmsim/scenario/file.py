@@ -15,6 +15,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from fmsim.errors import FmsimError
+from fmsim.scenario.key_value import key_value
 from fmsim.sim.serving import spec as serving
 
 _Loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
@@ -121,7 +122,7 @@ class ScenarioFile:
         where --set gave it.
         """
         given = [
-            self._overridden.get(loc, "").partition("=")[2]
+            self._overridden.get(loc, "").partition("=")[2].strip()
             for loc in (("trace",), ("workload", "file"))
         ]
         return Path(name) if str(name) in given else Path(os.path.normpath(self.path.parent / name))
@@ -149,13 +150,14 @@ class ScenarioFile:
         return f"{self.path}, line {mark.line + 1}" if mark else str(self.path)
 
     def _override(self, raw: dict[str, Any], override: str) -> None:
-        key, equals, value = override.partition("=")
+        wrong = (
+            f"--set {override}: write key=value, such as --set batch=8 or --set"
+            " policies.lsa.budget=20%"
+        )
+        key, value = key_value(override, wrong)
         loc: list[str | int] = list(key.split("."))
-        if not equals or not all(loc):
-            raise FmsimError(
-                f"--set {override}: write key=value, such as --set batch=8 or --set"
-                " policies.lsa.budget=20%"
-            )
+        if not all(loc):
+            raise FmsimError(wrong)
         if loc[0] == "policies" and len(loc) > 1:
             for index in _policy_indices(raw, str(loc[1]), override):
                 self._set(raw, ["policies", index, *loc[2:]], value, override)

@@ -20,9 +20,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fmsim.geometry import PRESETS, SLIDING, Geometry
+from fmsim.geometry.memory_indexer import PUBLISHED_HEADS, PUBLISHED_WIDTH
 from fmsim.hw.spec import Hardware, KernelTable
 
-_INDEXER_HEADS, _INDEXER_WIDTH = 128, 128  # of the memory indexer's scorer (arXiv 2606.09079)
 _FP8_SPEEDUP = 2.0  # of matrix products over bf16, on every device here
 
 Counts = NDArray[np.int64] | NDArray[np.float64]  # of tokens, entries: whole, or means
@@ -142,7 +142,7 @@ def memory_indexer_s(hw: Hardware, geometry: Geometry, scored: np.ndarray) -> ND
     """Time to score `scored` entries (all its layers together): the larger of its operations and
     its reads of index keys.
     """
-    flops = scored * _INDEXER_HEADS * 2.0 * _INDEXER_WIDTH
+    flops = scored * PUBLISHED_HEADS * 2.0 * PUBLISHED_WIDTH
     seconds: NDArray[np.float64] = np.maximum(
         flops / hw.matmul_flops.value, scored * geometry.index_key_bytes / hw.hbm_bytes_per_s.value
     )

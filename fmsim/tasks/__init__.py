@@ -9,6 +9,6 @@ al., arXiv 2410.10813), and exact multi-round recall after MRCR (Vodrahalli et a
 """
 
 from fmsim.tasks.contexts import FAMILIES, build, in_contexts
-from fmsim.tasks.questions import Context, Question
+from fmsim.tasks.questions import Question, TaskContext
 
-__all__ = ["FAMILIES", "Context", "Question", "build", "in_contexts"]
+__all__ = ["FAMILIES", "Question", "TaskContext", "build", "in_contexts"]

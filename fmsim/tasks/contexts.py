@@ -13,15 +13,15 @@ from fmsim.errors import FmsimError
 from fmsim.nano.tokens import Corpus
 from fmsim.nano.weaving import weave
 from fmsim.tasks.lists import LISTS
-from fmsim.tasks.questions import Context, Question
-from fmsim.tasks.woven import ALONE, IN_SESSIONS, SHARING, Draw, Woven, sessions
+from fmsim.tasks.questions import Question, TaskContext
+from fmsim.tasks.woven import ALONE, IN_SESSIONS, SHARING, Draw, WovenTask, sessions
 
 FAMILIES = (*SHARING, *ALONE, *LISTS)
 
 
 def build(
     tasks: Sequence[str], length_tokens: int, sample: int, corpus: Corpus, seed: int = 42
-) -> list[Context]:
+) -> list[TaskContext]:
     """The contexts of one sample, each of exactly ``length_tokens``.
 
     Families in `SHARING` stand in one context, which is costly to read; their facts are about
@@ -58,11 +58,11 @@ def _draw(task: str, length_tokens: int, sample: int, seed: int) -> Draw:
     return Draw(np.random.default_rng((seed, length_tokens, sample, group)), length_tokens)
 
 
-def _woven(tasks: Sequence[str], draw: Draw, corpus: Corpus) -> Context:
-    families: list[Woven] = [(SHARING | ALONE)[task](draw) for task in tasks]
+def _woven(tasks: Sequence[str], draw: Draw, corpus: Corpus) -> TaskContext:
+    families: list[WovenTask] = [(SHARING | ALONE)[task](draw) for task in tasks]
     marks = sessions(draw) if set(tasks) & set(IN_SESSIONS) else []
     tokens = weave(
         draw.rng, corpus, draw.length, marks + [item for family in families for item in family.told]
     ).tokens
     questions: list[Question] = [question for family in families for question in family.ask(tokens)]
-    return Context(tokens, tuple(questions))
+    return TaskContext(tokens, tuple(questions))

@@ -9,7 +9,7 @@ import numpy as np
 from fmsim.nano import tokenizer as bpe
 from fmsim.nano import wording as say
 from fmsim.nano.wording import Tokens
-from fmsim.tasks.questions import Context, Question, texts
+from fmsim.tasks.questions import Question, TaskContext, texts
 from fmsim.tasks.woven import Draw
 
 COMMON_WORDS, COMMON_TIMES = (
@@ -20,13 +20,12 @@ FREQUENT_WORDS = 3
 ZETA = 2.0  # frequencies fall with the square of the rank; the first rank is noise
 
 
-def cwe(draw: Draw) -> Context:
+def cwe(draw: Draw) -> TaskContext:
     """Common words: a numbered list in which ten words come ten times as often as all others."""
     words = [draw.words.nouns[i] for i in draw.rng.permutation(len(draw.words.nouns))]
     room = draw.length - 1
-    mean = (
-        np.mean([len(word) for word in words]) + 2 + np.log10(max(room, 10))
-    )  # of an item with its number
+    # of an item with its number
+    mean = np.mean([len(word) for word in words]) + 2 + np.log10(max(room, 10))
     items = int(room / mean)
     rare = words[COMMON_WORDS : COMMON_WORDS + max(1, items // 4)]  # at least a few times each
     times = items / (COMMON_WORDS * COMMON_TIMES + len(rare))
@@ -45,7 +44,7 @@ def cwe(draw: Draw) -> Context:
     )
 
 
-def fwe(draw: Draw) -> Context:
+def fwe(draw: Draw) -> TaskContext:
     """Frequent words: coded words, their counts a zeta distribution; the three that follow the
     noise are asked for.
     """
@@ -61,7 +60,7 @@ def fwe(draw: Draw) -> Context:
 
 def _list_context(
     task: str, draw: Draw, listed: list[Tokens], question: str, wanted: list[Tokens], between: str
-) -> Context:
+) -> TaskContext:
     """The list cut, or begun again, at exactly the context's length."""
     tokens = np.array([token for item in listed for token in item], np.uint16)
     filled = np.concatenate([np.array([bpe.BOS_ID], np.uint16), np.resize(tokens, draw.length - 1)])
@@ -69,7 +68,7 @@ def _list_context(
     for word in wanted[1:]:
         answer += [*say.piece(between), *word]
     lead = [*say.piece(f"\nQuestion: {question} Answer: They are")]
-    return Context(
+    return TaskContext(
         filled, (Question(task, tuple(lead), (*answer, *say.piece(".")), texts(wanted)),)
     )
 

@@ -40,7 +40,7 @@ class Question:
 
 
 @dataclass(frozen=True)
-class Context:
+class TaskContext:
     """``tokens`` uint16 [length], read once, and the questions about them, each asked by itself."""
 
     tokens: np.ndarray

@@ -36,10 +36,8 @@ class Draw:
 
     def __init__(self, rng: np.random.Generator, length: int):
         self.rng, self.length, self.words = rng, length, say.wording(evaluation=True)
-        self._keys, self._names = (
-            _unlike(self.words, rng),
-            iter(rng.permutation(len(self.words.names))),
-        )
+        self._keys = _unlike(self.words, rng)
+        self._names = iter(rng.permutation(len(self.words.names)))
         self._nouns = iter(rng.permutation(len(self.words.nouns)))
 
     def keys(self, count: int) -> list[Tokens]:
@@ -76,7 +74,7 @@ def _unlike(words: Wording, rng: np.random.Generator) -> Iterator[Tokens]:
 
 
 @dataclass(frozen=True)
-class Woven:
+class WovenTask:
     """What a family tells, and what it asks once the text is there: ``ask`` is given the context's
     tokens.
     """
@@ -87,13 +85,13 @@ class Woven:
 
 def _asked(
     task: str, told: list[Insert], line: Insert, references: list[Tokens], scoring: Scoring = "all"
-) -> Woven:
+) -> WovenTask:
     """One question, known before the text."""
     start, end = line.answer
     question = Question(
         task, tuple(line.tokens[:start]), tuple(line.tokens[start:end]), texts(references), scoring
     )
-    return Woven(told, lambda text: [question])
+    return WovenTask(told, lambda text: [question])
 
 
 def _facts(
@@ -105,22 +103,22 @@ def _facts(
     ]
 
 
-def niah_single(draw: Draw) -> Woven:
+def niah_single(draw: Draw) -> WovenTask:
     """One key, one value."""
     return _needle("niah_single", draw, others=0)
 
 
-def niah_multikey(draw: Draw) -> Woven:
+def niah_multikey(draw: Draw) -> WovenTask:
     """One key asked among four."""
     return _needle("niah_multikey", draw, others=3)
 
 
-def niah_multikey_dense(draw: Draw) -> Woven:
+def niah_multikey_dense(draw: Draw) -> WovenTask:
     """One key asked where the haystack is made of needles."""
     return _needle("niah_multikey_dense", draw, others=max(1, draw.length // DENSE_TOKENS - 1))
 
 
-def _needle(task: str, draw: Draw, others: int) -> Woven:
+def _needle(task: str, draw: Draw, others: int) -> WovenTask:
     keys, values = draw.keys(1 + others), draw.values(1 + others)
     places = np.concatenate([draw.depths(1), LATEST * draw.rng.random(others)])
     return _asked(
@@ -128,14 +126,14 @@ def _needle(task: str, draw: Draw, others: int) -> Woven:
     )
 
 
-def niah_multivalue(draw: Draw) -> Woven:
+def niah_multivalue(draw: Draw) -> WovenTask:
     """Four values of one key."""
     [key], values = draw.keys(1), draw.values(4)
     told = _facts(draw, np.sort(draw.depths(4)), [key] * 4, values)
     return _asked("niah_multivalue", told, say.ask_all(1.0, key, values), values)
 
 
-def niah_multiquery(draw: Draw) -> Woven:
+def niah_multiquery(draw: Draw) -> WovenTask:
     """Four keys in one question."""
     keys, values = draw.keys(4), draw.values(4)
     return _asked(
@@ -146,7 +144,7 @@ def niah_multiquery(draw: Draw) -> Woven:
     )
 
 
-def vt(draw: Draw) -> Woven:
+def vt(draw: Draw) -> WovenTask:
     """A chain of five variables, each set to the one before; all that hold a value are asked
     for.
     """
@@ -159,21 +157,18 @@ def vt(draw: Draw) -> Woven:
     return _asked("vt", told, say.ask_names(1.0, value, names), names)
 
 
-def qa(draw: Draw) -> Woven:
+def qa(draw: Draw) -> WovenTask:
     """A paragraph holds the answer; every other holds a fact too, some about a key of the same noun
     or adjective.
     """
     count = max(4, draw.length // DOCUMENT_TOKENS)
     keys, values = _alike_keys(draw, count), draw.values(count)
-    order = draw.rng.permutation(
-        count
-    )  # the asked one is the first of `keys`, its document is anywhere
+    # the asked one is the first of `keys`, its document is anywhere
+    order = draw.rng.permutation(count)
     told = []
     for number, which in enumerate(order):
-        start, within = (
-            LATEST * number / count,
-            LATEST * (number + 0.2 + 0.6 * draw.rng.random()) / count,
-        )
+        start = LATEST * number / count
+        within = LATEST * (number + 0.2 + 0.6 * draw.rng.random()) / count
         told += [
             Insert(start, _heading(number + 1)),
             say.fact(draw.rng, within, keys[which], values[which]),
@@ -203,7 +198,7 @@ def _alike_keys(draw: Draw, count: int) -> list[Tokens]:
     return [draw.words.adjectives[adjective] + draw.words.heads[head] for adjective, head in pairs]
 
 
-def memory(draw: Draw) -> Woven:
+def memory(draw: Draw) -> WovenTask:
     """Things told in dated sessions of a user and an assistant, one asked for."""
     things, values = draw.things(MEMORIES), draw.values(MEMORIES)
     told = [
@@ -213,7 +208,7 @@ def memory(draw: Draw) -> Woven:
     return _asked("memory", told, say.recall(1.0, things[0], values[0]), values[:1])
 
 
-def memory_update(draw: Draw) -> Woven:
+def memory_update(draw: Draw) -> WovenTask:
     """A thing told twice, in different sessions: what was told last counts."""
     [thing], values = draw.things(1), draw.values(2)
     first, last = np.sort(draw.rng.choice(DEPTHS, 2, replace=False)) * LATEST / (DEPTHS - 1)
@@ -221,7 +216,7 @@ def memory_update(draw: Draw) -> Woven:
     return _asked("memory_update", told, say.recall(1.0, thing, values[1]), values[1:])
 
 
-def multi_round(draw: Draw) -> Woven:
+def multi_round(draw: Draw) -> WovenTask:
     """Exact recall in rounds: what was told in sessions is asked for, one thing a round, each after
     the rounds before, rightly answered.
     """
@@ -241,10 +236,10 @@ def multi_round(draw: Draw) -> Woven:
             )
         )
         before += line.tokens
-    return Woven(told, lambda text: asked)
+    return WovenTask(told, lambda text: asked)
 
 
-def text_recall(draw: Draw) -> Woven:
+def text_recall(draw: Draw) -> WovenTask:
     """A stretch of the text is quoted, and what followed it is asked for, word for word."""
 
     def ask(text: np.ndarray) -> list[Question]:
@@ -260,7 +255,7 @@ def text_recall(draw: Draw) -> Woven:
             )
         ]
 
-    return Woven([], ask)
+    return WovenTask([], ask)
 
 
 def unique_stretch(
@@ -290,6 +285,7 @@ def sessions(draw: Draw) -> list[Insert]:
 
 
 IN_SESSIONS = ("memory", "memory_update", "multi_round")
+# may stand in one context
 SHARING = {
     family.__name__: family
     for family in (
@@ -303,5 +299,5 @@ SHARING = {
         multi_round,
         text_recall,
     )
-}  # may stand in one context
+}
 ALONE = {family.__name__: family for family in (niah_multikey_dense, qa)}

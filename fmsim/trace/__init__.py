@@ -5,7 +5,7 @@ itself.
 """
 
 from fmsim.trace.check import validate
-from fmsim.trace.format import ENTRY_TOKENS, FORMAT_VERSION, ModelInfo, Trace, TraceHeader
+from fmsim.trace.format import ENTRY_TOKENS, FORMAT_VERSION, TAU, ModelInfo, Trace, TraceHeader
 from fmsim.trace.reader import read
 from fmsim.trace.recorder import TraceRecorder
 from fmsim.trace.writer import write
@@ -13,6 +13,7 @@ from fmsim.trace.writer import write
 __all__ = [
     "ENTRY_TOKENS",
     "FORMAT_VERSION",
+    "TAU",
     "ModelInfo",
     "Trace",
     "TraceHeader",

@@ -21,7 +21,8 @@ from fmsim.trace import float8
 
 FORMAT_VERSION: Final = 1
 METADATA_KEY = "fmsim_trace"  # the safetensors metadata entry that holds the header
-ENTRY_TOKENS = 4  # tokens from one CSA entry to the next
+TAU = 64  # steps of a window, at whose start a lookahead policy decides (arXiv 2606.09079)
+ENTRY_TOKENS = 4  # the CSA rate: entry i is visible from position 4 * i + 3
 LABELS = "flashmemory_labels"  # the source of a trace whose rows are golden labels, not accesses
 PADDING = 65535  # an entry id of this, in files whose ids are uint16, is no entry
 # entries whose ids differ in their low 16 bits: a longer trace stores these, and how many of a row
@@ -58,7 +59,7 @@ class TraceHeader(BaseModel):
         0, ge=0, le=65504
     )  # last prompt queries summed in `prompt_mass`; float16 holds no more
     seed: int
-    tau: int = Field(64, ge=1)
+    tau: int = Field(TAU, ge=1)
     quality: dict[str, Any] = {}  # how well the model answered, e.g. {"asked": 20, "exact": 19}
     device: str
     created: str  # ISO 8601

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from fmsim.errors import FmsimError
+from fmsim.files import write_bytes
 from fmsim.trace.check import validate
 from fmsim.trace.format import (
     METADATA_KEY,
@@ -48,7 +48,7 @@ def write(path: str | Path, trace: Trace) -> None:
         update={"content_sha256": content_sha256(trace.header, tensors, buffers)}
     )
     try:
-        _replace(path, [_file_head(header, tensors), *buffers])
+        write_bytes(path, [_file_head(header, tensors), *buffers])
     except OSError as error:
         raise FmsimError(
             f"{path}: cannot write the trace: {error.strerror}; give another --out or free the"
@@ -113,18 +113,3 @@ def _file_head(header: TraceHeader, tensors: dict[str, np.ndarray]) -> bytes:
     text = json.dumps(table, separators=(",", ":"), allow_nan=False).encode()
     text += b" " * (-len(text) % 8)
     return len(text).to_bytes(8, "little") + text
-
-
-def _replace(path: Path, parts: list[bytes | memoryview]) -> None:
-    """Write beside ``path``, force it to the disk, then rename: a crash leaves the old file or the
-    new one, never half.
-    """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
-        with temporary.open("wb") as file:
-            file.writelines(parts)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)

@@ -25,11 +25,11 @@ from fmsim.experiments.accuracy.answer import abreast, answers
 from fmsim.indexer import checkpoint
 from fmsim.nano import tokens as corpora
 from fmsim.report.tables import accuracy as table
-from fmsim.tasks import Context, Question
+from fmsim.tasks import Question, TaskContext
 
 MODEL = ours(oracle(5, layer_types=[SLIDING, CSA, HCA, CSA], vocab_size=4096))
 RANDOM = np.random.default_rng(0)
-CONTEXT = Context(
+CONTEXT = TaskContext(
     RANDOM.integers(2, 4096, 300).astype(np.uint16),
     tuple(
         Question(
@@ -90,7 +90,7 @@ def test_questions_side_by_side_are_answered_as_one_by_one(native):
         Question("t", tuple(RANDOM.integers(2, 4096, 3 + n).tolist()), answer[:length], ("x",))
         for n, length in enumerate(lengths)
     )
-    context = Context(CONTEXT.tokens, questions)
+    context = TaskContext(CONTEXT.tokens, questions)
     specs = (
         "full",
         "lsa:budget=60%",

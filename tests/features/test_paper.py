@@ -11,11 +11,11 @@ from hand_ledger import FLASH, ledger, loads
 
 from fmsim.hw import load_hardware
 from fmsim.sim.serving.demand import Demand
-from fmsim.sim.serving.plan import Question
+from fmsim.sim.serving.plan import CapacityQuestion
 from fmsim.sim.serving.server import ServerRun
 from fmsim.sim.serving.spec import ClosedLoop, Server
 from fmsim.sim.serving.summary import summary
-from fmsim.sim.serving.workload import Source
+from fmsim.sim.serving.workload import RequestGenerator
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 import paper
@@ -38,7 +38,7 @@ def full(tokens):
 
 
 def served(demand, workload):
-    run = ServerRun(H20, FLASH, demand, ENGINE, Source(workload))
+    run = ServerRun(H20, FLASH, demand, ENGINE, RequestGenerator(workload))
     run.run()
     return summary(run)
 
@@ -76,7 +76,7 @@ def test_lsa_decodes_at_the_published_rate_with_the_published_number_of_requests
 
     The ledger is made by hand, of KMAX pages whose recalls never wait: it says nothing of turnover.
     """
-    state = Question(
+    state = CapacityQuestion(
         H20, FLASH, lsa(k_tokens, kmax, 0.0), ENGINE, k_tokens * 1024, 1024, 0.05
     ).state()
     assert state.at(requests).tokens_per_s == pytest.approx(tokens_per_s, rel=0.10)
@@ -107,7 +107,7 @@ def test_lsas_walls_are_the_published_ones():
     """256K: the batch limit; 1M with few pages: host memory; with many pages, recall, from a
     turnover that slows it down.
     """
-    walls = lambda k, kmax, turnover: Question(
+    walls = lambda k, kmax, turnover: CapacityQuestion(
         H20, FLASH, lsa(k, kmax, turnover), ENGINE, k * 1024, 1024, 1.0
     ).walls()
     bound = lambda found: min(found, key=found.get)

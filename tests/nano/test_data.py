@@ -13,10 +13,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fmsim.errors import FmsimError
+from fmsim.exec.runs.stream import exact
 from fmsim.nano import prompts, tokens, weaving, words
 from fmsim.nano import tokenizer as bpe
 from fmsim.nano import wording as say
-from fmsim.nano.training import batches, extract
+from fmsim.nano.training import batches, extract, pack_tokens
 from fmsim.nano.training.corpus import (
     Document,
     is_english,
@@ -78,9 +79,8 @@ def values_told(before: str, key: str) -> list[str]:
 def expected_answer(before: str) -> str:
     """Read the text up to an answer as a person would, and answer."""
     *earlier, question = re.split(r"\nQuestion: |\nUser: (?=What is my)", before)
-    told = "\n".join(
-        re.sub(r"^[^\n]*\? Answer:[^\n]*\n", "", part) for part in earlier
-    )  # without answers already given
+    # without answers already given
+    told = "\n".join(re.sub(r"^[^\n]*\? Answer:[^\n]*\n", "", part) for part in earlier)
     if found := re.match(r"What is the magic number for (.+?)\?", question):
         return values_told(told, found[1])[0] + "."
     if found := re.match(r"What are all the magic numbers for (.+?)\?", question):
@@ -215,7 +215,7 @@ def test_prompts_have_the_length_asked_and_hold_their_answer(corpus, kind, lengt
     for seed in range(3):
         prompt = prompts.evaluation_prompt(kind, length, np.random.default_rng(seed), corpus)
         assert len(prompt.tokens) == length
-        assert prompts.score(prompt.references, prompt.answer) == 1.0 and prompts.exact(
+        assert prompts.score(prompt.references, prompt.answer) == 1.0 and exact(
             prompt.answer, [*prompt.answer, 7]
         )
         if kind == "early_text":
@@ -244,11 +244,7 @@ def test_score_is_the_share_of_references_and_exact_is_strict():
     generated = bpe.load().encode(" 123, 456 and VAR abcde").ids
     assert prompts.score(["123", "999"], generated) == 0.5
     assert prompts.score(["ABCDE"], generated) == 1.0
-    assert (
-        not prompts.exact([5, 6], [5, 7])
-        and not prompts.exact([5, 6], [5])
-        and prompts.exact([5, 6], [5, 6, 7])
-    )
+    assert not exact([5, 6], [5, 7]) and not exact([5, 6], [5]) and exact([5, 6], [5, 6, 7])
 
 
 @pytest.mark.parametrize("kind", list(prompts.STREAMS))
@@ -335,7 +331,7 @@ def test_documents_and_tokens_survive_the_disk(tmp_path):
     assert sizes == {"p": sum(len(d.text) for d in documents)}
     again = list(read_documents(tmp_path))
     assert again == documents
-    counts = tokens.save(again, tmp_path)
+    counts = pack_tokens.save(again, tmp_path)
     train, held_out = tokens.load(tmp_path, "train"), tokens.load(tmp_path, "held_out")
     assert {"train": len(train.tokens), "held_out": len(held_out.tokens)} == counts
     assert held_out.names == ["p/d0"] and sorted(train.names) == ["p/d1", "p/d2"]
@@ -349,7 +345,7 @@ def test_missing_or_foreign_token_files_are_told(tmp_path):
     with pytest.raises(FmsimError, match="train.xz: missing"):
         tokens.load(tmp_path, "train")
     documents = [Document("p", "1", "MIT", f"d{i}", i == 0, made_up_text(i, 20)) for i in range(2)]
-    tokens.save(documents, tmp_path)
+    pack_tokens.save(documents, tmp_path)
     whole = (tmp_path / "train.xz").read_bytes()
     (tmp_path / "train.xz").write_bytes(whole[:-8])
     with pytest.raises(FmsimError, match="train.xz: truncated"):

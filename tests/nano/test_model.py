@@ -14,10 +14,11 @@ transformers = pytest.importorskip(
 )
 
 from fmsim.exec.decode.session import Session
-from fmsim.exec.model.deepseek_v4 import CSA, HCA, SLIDING
+from fmsim.exec.model.kinds import CSA, HCA, SLIDING
 from fmsim.exec.model.loader import load_model
+from fmsim.exec.runs.stream import exact
 from fmsim.nano import tokens as corpora
-from fmsim.nano.prompts import evaluation_prompt, exact
+from fmsim.nano.prompts import evaluation_prompt
 from fmsim.nano.tokenizer import MODEL_FOLDER
 from fmsim.trace import read
 
@@ -40,9 +41,8 @@ def test_transformers_loads_it_and_gives_the_same_logits(nano, text):
     oracle = transformers.DeepseekV4ForCausalLM.from_pretrained(
         MODEL_FOLDER, dtype=torch.float32
     ).eval()
-    ids = torch.tensor(
-        text[None, :2304].astype(np.int64)
-    )  # 576 entries, so the top 512 leave some out
+    # 576 entries, so the top 512 leave some out
+    ids = torch.tensor(text[None, :2304].astype(np.int64))
     expected, found = oracle(ids).logits, nano(ids)[0]
     assert (found - expected).abs().max() < 1e-3
 

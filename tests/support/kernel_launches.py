@@ -21,14 +21,9 @@ from fmsim.exec.kernels.sparse_attention import sparse_attention_triton
 from fmsim.exec.kernels.staging import stage_triton
 from fmsim.exec.kernels.top_k import top_k_triton
 from fmsim.exec.kernels.weights import scale_shape
-from fmsim.exec.model.deepseek_v4 import (
-    Experts,
-    HyperConnection,
-    HyperHead,
-    RMSNorm,
-    Router,
-    SwiGLU,
-)
+from fmsim.exec.model.experts import Experts, Router, SwiGLU
+from fmsim.exec.model.hyper_connection import HyperConnection, HyperHead
+from fmsim.exec.model.norm_rope import RMSNorm
 
 BATCH, PAGES = 2, 32
 

@@ -6,7 +6,8 @@ import torch
 import transformers
 from hypothesis import strategies as st
 
-from fmsim.exec.model.deepseek_v4 import CSA, HCA, SLIDING, DeepseekV4
+from fmsim.exec.model.deepseek_v4 import DeepseekV4
+from fmsim.exec.model.kinds import CSA, HCA, SLIDING
 
 # Many indexer heads: with few, relu gives exact zeros, and then ties decide which entries are
 # selected.

@@ -198,7 +198,7 @@ def test_a_failed_write_leaves_the_old_file(sound, tmp_path, monkeypatch):
     def full(descriptor):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("fmsim.trace.writer.os.fsync", full)
+    monkeypatch.setattr("fmsim.files.os.fsync", full)
     with pytest.raises(FmsimError, match="No space left"):
         traces.write(path, make_trace(prompt_tokens=256, n_steps=8))
     assert path.read_bytes() == sound

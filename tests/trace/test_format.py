@@ -171,16 +171,45 @@ def test_a_recorder_wants_every_step():
         recorder.finish(np.zeros(50, int), np.zeros(10, bool))
 
 
+def float8_by_definition() -> np.ndarray:
+    """float64 [256]: the value of every code, from the paper's table 1."""
+    codes = np.arange(256)
+    exponent, mantissa = (codes >> 3) & 15, codes & 7
+    size = np.where(exponent == 0, mantissa * 2.0**-9, (8 + mantissa) * 2.0 ** (exponent - 10.0))
+    size[[0x7F, 0xFF]] = np.nan
+    return np.where(codes < 128, size, -size)
+
+
+def test_every_float8_code_is_its_definitions_value():
+    values = float8.decode(np.arange(256, dtype=np.uint8))
+    assert values.dtype == np.float32 and np.signbit(values[128])
+    assert np.array_equal(values, float8_by_definition(), equal_nan=True)
+
+
+def test_float8_rounds_to_the_nearest_and_ties_to_the_even_code():
+    grid = float8_by_definition()[:127]
+    random = np.random.default_rng(0)
+    any_bits = random.integers(0, 2**32, 20_000, dtype=np.uint32).view(np.float32)
+    usual = random.normal(size=5000) * np.logspace(-4, 2.8, 5000)
+    ties = (grid[1:] + grid[:-1]) / 2
+    values = np.concatenate([usual, ties, grid, [0.0, 1e30, np.inf]]).astype(np.float32)
+    values = np.concatenate([values, -values, any_bits[~np.isnan(any_bits)]])
+    distance = np.abs(np.abs(values.astype(np.float64)).clip(max=448)[:, None] - grid)
+    nearest = distance == distance.min(axis=1, keepdims=True)
+    even = nearest & (np.arange(127) % 2 == 0)
+    expected = np.where(nearest.sum(axis=1) == 2, even.argmax(axis=1), nearest.argmax(axis=1))
+    expected = expected + 128 * np.signbit(values)
+    assert np.array_equal(float8.encode(values), expected)
+    assert np.isin(float8.encode(np.array([np.nan, -np.nan])), float8.NAN_CODES).all()
+
+
 def test_float8_is_torchs():
-    torch = pytest.importorskip("torch")
+    torch = pytest.importorskip("torch", reason="the other implementation is torch's")
     codes = np.arange(256, dtype=np.uint8)
     expected = torch.from_numpy(codes).view(torch.float8_e4m3fn).float().numpy()
     assert np.array_equal(float8.decode(codes), expected, equal_nan=True)
-    values = np.random.default_rng(0).normal(size=5000).astype(np.float32) * np.logspace(
-        -4, 2.6, 5000, dtype=np.float32
-    )
-    ties = (float8.VALUES[1:] + float8.VALUES[:-1]) / 2
-    values = np.concatenate([values, ties, -ties]).clip(-448, 448)
+    values = np.random.default_rng(0).normal(size=5000).astype(np.float32)
+    values = (values * np.logspace(-4, 2.6, 5000, dtype=np.float32)).clip(-448, 448)
     expected = torch.from_numpy(values).to(torch.float8_e4m3fn).view(torch.uint8).numpy()
     assert np.array_equal(float8.encode(values), expected)
 

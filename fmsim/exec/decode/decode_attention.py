@@ -25,15 +25,10 @@ from fmsim.exec.kernels.rms_norm import rms_norm
 from fmsim.exec.kernels.sparse_attention import Masses, sparse_attention
 from fmsim.exec.kernels.top_k import top_k
 from fmsim.exec.kv.home import PER_PAGE, Home
-from fmsim.exec.model.deepseek_v4 import (
-    CSA,
-    HCA,
-    SLIDING,
-    Attention,
-    Compressor,
-    CompressorState,
-    LayerCache,
-)
+from fmsim.exec.model.attention import Attention
+from fmsim.exec.model.cache import CompressorState, LayerCache
+from fmsim.exec.model.compressor import Compressor
+from fmsim.exec.model.kinds import CSA, HCA, SLIDING
 from fmsim.exec.model.projections import Joined
 
 Turn = tuple[Tensor, Tensor]  # cosine and sine of RoPE's angles, float32 [B, 1, pairs]
@@ -115,10 +110,8 @@ class AllEntries:
         self.homes, self.key_homes = (
             [Home.of_its_own(layout, batch, entries, device)] for layout in (latent, key)
         )
-        self.key, self.scores = (
-            key,
-            new_scores(batch, self.key_homes[0].table.shape[1] * PER_PAGE, device),
-        )
+        self.key = key
+        self.scores = new_scores(batch, self.key_homes[0].table.shape[1] * PER_PAGE, device)
         self.ids = self.masses = None  # of the last step
 
     def select(self, queries: Tensor, weights: Tensor, visible: Tensor, top_k_: int) -> Tensor:
@@ -298,17 +291,13 @@ class DecodeAttention:
             weights = compressed[-1] * self.index_scale
         wait_beside(x.device)
         if attention.kind == CSA:
-            ids, home = (
-                self.pager.select(queries, weights, now.visible, indexer.top_k),
-                self.pager.homes[0],
-            )
+            ids = self.pager.select(queries, weights, now.visible, indexer.top_k)
+            home = self.pager.homes[0]
         elif attention.kind == HCA:
             ids, home = now.every, self.hca
         else:
-            ids, home = (
-                now.positions.new_empty(len(now.positions), 0),
-                Home(self.window, self.window_table),
-            )
+            ids = now.positions.new_empty(len(now.positions), 0)
+            home = Home(self.window, self.window_table)
         rows = Rows(self.latent, self.window, now.window_lengths, *home, ids)
         out, masses = sparse_attention(
             q,

@@ -33,11 +33,12 @@ from fmsim.exec.kv.keys import KeptKeys, LayerKeys, ResidentKeys, Where
 from fmsim.exec.kv.paired import PairedTiers
 from fmsim.exec.kv.tiered import RequestSize
 from fmsim.exec.measure.step_clock import StepClock
-from fmsim.exec.model.deepseek_v4 import CSA
+from fmsim.exec.model.kinds import CSA
 from fmsim.policies.base import Policy
 from fmsim.replay.decode_loop import DecodeLoop
 from fmsim.replay.ledger import Ledger
 from fmsim.sim.timeline import Timeline
+from fmsim.trace.format import TAU
 
 GRAPH_STEPS = 32  # a shorter decode, such as an answer, is over before a capture would pay
 
@@ -58,7 +59,7 @@ class Batch:
         policy: Policy,
         *,
         select: Select = "resident",
-        tau: int = 64,
+        tau: int = TAU,
         seed: int = 0,
         hindsight: Request | None = None,
         kernels: bool | None = None,

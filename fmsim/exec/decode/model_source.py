@@ -12,7 +12,9 @@ from fmsim.exec.decode.prompt import Prompt
 from fmsim.exec.decode.request import Request
 from fmsim.exec.decode.selections import Selections
 from fmsim.exec.kv.paired import PairedTiers
-from fmsim.exec.model.deepseek_v4 import CSA, Attend, DeepseekV4
+from fmsim.exec.model.cache import Attend
+from fmsim.exec.model.deepseek_v4 import DeepseekV4
+from fmsim.exec.model.kinds import CSA
 from fmsim.replay.cache_manager import Served
 
 

@@ -31,7 +31,8 @@ from fmsim.exec.kernels.top_k import top_k as best
 from fmsim.exec.kv.home import Home
 from fmsim.exec.kv.keys import LayerKeys
 from fmsim.exec.kv.tiered import TieredCache
-from fmsim.exec.model.deepseek_v4 import Access, Attention
+from fmsim.exec.model.attention import Attention
+from fmsim.exec.model.cache import Access
 from fmsim.policies.base import PolicyParams
 from fmsim.replay.paging import page_step
 
@@ -60,7 +61,7 @@ class StepView:
 
 
 class LayerPager:
-    """`fmsim.exec.model.deepseek_v4.Pager` and `fmsim.exec.decode.decode_attention.EntryPager` of
+    """`fmsim.exec.model.cache.Pager` and `fmsim.exec.decode.decode_attention.EntryPager` of
     one CSA layer of a batch.
 
     `blocks` int32 [B, P + 1] is the pool page of each request's pages in this step, -1 where a page

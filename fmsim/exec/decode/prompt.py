@@ -13,7 +13,9 @@ import torch
 
 from fmsim.errors import FmsimError
 from fmsim.exec.decode.session import Session
-from fmsim.exec.model.deepseek_v4 import CSA, Access, Cache, DeepseekV4, LayerCache
+from fmsim.exec.model.cache import Access, Cache, LayerCache
+from fmsim.exec.model.deepseek_v4 import DeepseekV4
+from fmsim.exec.model.kinds import CSA
 from fmsim.trace import ENTRY_TOKENS
 
 PROMPT_QUERIES = 1024  # the last queries of the prompt whose attention mass per entry is kept

@@ -16,7 +16,7 @@ from torch import Tensor
 from fmsim.errors import FmsimError
 from fmsim.exec.decode.prompt import Prompt
 from fmsim.exec.decode.selections import Selections
-from fmsim.exec.model.deepseek_v4 import CSA
+from fmsim.exec.model.kinds import CSA
 from fmsim.policies.base import Context, LookaheadState, Policy
 from fmsim.replay.cache_manager import CacheManager, Served
 from fmsim.replay.context import RequestShape, build_context

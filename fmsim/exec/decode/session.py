@@ -6,7 +6,9 @@ from collections.abc import Callable, Iterable
 
 import torch
 
-from fmsim.exec.model.deepseek_v4 import Access, DeepseekV4
+from fmsim.exec.model.cache import Access
+from fmsim.exec.model.deepseek_v4 import DeepseekV4
+from fmsim.trace import ENTRY_TOKENS
 
 # Elements of one [chunk, entries] score matrix held at once: 1 GiB of float32 on a GPU, 128 MiB on
 # a CPU.
@@ -40,9 +42,8 @@ class Session:
         pending = torch.as_tensor(tokens, dtype=torch.long)
         while len(pending):
             longest = MAX_CHUNK[self.device.type]
-            size = max(
-                1, min(longest, SCORES_PER_CHUNK[self.device.type] // (self.length // 4 + longest))
-            )
+            entries = self.length // ENTRY_TOKENS + longest
+            size = max(1, min(longest, SCORES_PER_CHUNK[self.device.type] // entries))
             chunk, pending = pending[:size], pending[size:]
             start = self.length
             logits, accesses = self.model(chunk[None].to(self.device), self.cache, last_only=True)

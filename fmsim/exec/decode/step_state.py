@@ -16,19 +16,10 @@ from fmsim.exec.decode.pager import LayerPager
 from fmsim.exec.decode.prompt import Prompt
 from fmsim.exec.kernels.layout import Layout
 from fmsim.exec.measure.timing import no_collection
-from fmsim.exec.model.deepseek_v4 import (
-    CSA,
-    HCA,
-    MASKED,
-    SLIDING,
-    Attend,
-    Compressor,
-    CompressorState,
-    DeepseekV4,
-    LayerCache,
-    StepCompressor,
-    StepLayer,
-)
+from fmsim.exec.model.cache import Attend, CompressorState, LayerCache, StepCompressor, StepLayer
+from fmsim.exec.model.compressor import Compressor
+from fmsim.exec.model.deepseek_v4 import DeepseekV4
+from fmsim.exec.model.kinds import CSA, HCA, MASKED, SLIDING
 
 
 class StepState(NamedTuple):

@@ -25,10 +25,10 @@ from fmsim.exec.kernels.sparse_attention import Masses
 from fmsim.exec.kernels.top_k import top_k as best
 from fmsim.exec.kv.home import Home
 from fmsim.exec.measure.kernel_cases import fill_entries
-from fmsim.exec.model.deepseek_v4 import Attention, DeepseekV4
+from fmsim.exec.model.attention import Attention
+from fmsim.exec.model.deepseek_v4 import DeepseekV4
+from fmsim.geometry.memory_indexer import PUBLISHED_HEADS
 from fmsim.policies.base import Policy
-
-MEMORY_HEADS = 128  # of the published memory indexer, a layer (arXiv 2606.09079)
 
 
 class TracePager:
@@ -137,7 +137,7 @@ class SyntheticStep:
         )
         self._forward = graph_after_one(self._compute) if device.type == "cuda" else self._compute
         self._indexer = torch.randn(
-            decode.keyed_layers, batch, MEMORY_HEADS, self.key.width, device=device
+            decode.keyed_layers, batch, PUBLISHED_HEADS, self.key.width, device=device
         ).to(torch.bfloat16)
 
     @torch.inference_mode()

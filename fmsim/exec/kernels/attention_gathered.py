@@ -20,7 +20,11 @@ PART_BLOCKS = 0.03
 
 
 def attend_gathered(
-    queries: Tensor, rows: Rows, scale: float, want_logits: bool, tune: tuning.GatheredAttention
+    queries: Tensor,
+    rows: Rows,
+    scale: float,
+    want_logits: bool,
+    tune: tuning.GatheredAttentionTuning,
 ) -> Parts:
     """``queries`` [B, H, C] of the rows' `matrix_type`."""
     batch, heads, size = queries.shape
@@ -65,7 +69,7 @@ def _splits(blocks: int, runs: int, at_a_time: int) -> int:
     return min(range(1, min(blocks, MOST_SPLITS) + 1), key=block_times)
 
 
-def _gathered(rows: Rows, tune: tuning.GatheredAttention) -> tuple[Tensor, Tensor]:
+def _gathered(rows: Rows, tune: tuning.GatheredAttentionTuning) -> tuple[Tensor, Tensor]:
     """The rows [B, N, C] in their `matrix_type`, and a bias float32 [B, N]: -inf for what is not
     there.
 
@@ -192,10 +196,11 @@ def _attend(
     ):
         row = start + tl.arange(0, BLOCK_ROWS)
         latent = tl.load(dense + row[:, None] * WIDTH + lane[None, :])
+        # [BLOCK_HEADS, BLOCK_ROWS]
         logits = (
             tl.dot(query, tl.trans(latent), input_precision="ieee") * scale
             + tl.load(bias + row)[None, :]
-        )  # [BLOCK_HEADS, BLOCK_ROWS]
+        )
         if LOGITS:
             tl.store(
                 logits_out + (b * HEADS + head)[:, None] * n_rows + row[None, :],
@@ -203,9 +208,8 @@ def _attend(
                 mask=exists[:, None] & (row < n_rows)[None, :],
             )
         risen = tl.maximum(highest, tl.max(logits, 1))
-        level = tl.where(
-            risen == float("-inf"), 0.0, risen
-        )  # nothing known yet: exp(-inf), not exp(nan)
+        # nothing known yet: exp(-inf), not exp(nan)
+        level = tl.where(risen == float("-inf"), 0.0, risen)
         weights = tl.exp(logits - level[:, None])
         fade = tl.exp(highest - level)
         summed = summed * fade + tl.sum(weights, 1)

@@ -14,7 +14,7 @@ from fmsim.exec.kernels.layout import load_latents, load_rotated, product_operan
 
 
 def attend_in_place(
-    queries: Tensor, rows: Rows, scale: float, want_logits: bool, tune: tuning.Attention
+    queries: Tensor, rows: Rows, scale: float, want_logits: bool, tune: tuning.AttentionTuning
 ) -> Parts:
     """``queries`` [B, H, C] of the rows' `matrix_type`."""
     batch, heads, size = queries.shape
@@ -127,9 +127,8 @@ def _attend_in_place(
         number, of = tl.where(near, row, entry % PER_PAGE), tl.where(near, WINDOW, PER_PAGE)
         places = start + number * VALUE_BYTES, start + of * VALUE_BYTES + number * SCALE_BYTES
         latent = product_operand(load_latents(places[0], places[1], known, KIND, WIDTH))
-        logits = tl.dot(
-            query, tl.trans(latent), input_precision="ieee"
-        )  # [BLOCK_HEADS, BLOCK_ROWS]
+        # [BLOCK_HEADS, BLOCK_ROWS]
+        logits = tl.dot(query, tl.trans(latent), input_precision="ieee")
         if apart:
             rotated = load_rotated(places[0], known, WIDTH)
             logits = tl.dot(query_turned, tl.trans(rotated), logits)
@@ -143,9 +142,8 @@ def _attend_in_place(
                 mask=(head < HEADS)[:, None] & (row < WINDOW + SELECTED)[None, :],
             )
         risen = tl.maximum(highest, tl.max(logits, 1))
-        level = tl.where(
-            risen == float("-inf"), 0.0, risen
-        )  # nothing known yet: exp(-inf), not exp(nan)
+        # nothing known yet: exp(-inf), not exp(nan)
+        level = tl.where(risen == float("-inf"), 0.0, risen)
         weights = tl.exp(logits - level[:, None])
         fade = tl.exp(highest - level)
         summed = summed * fade + tl.sum(weights, 1)

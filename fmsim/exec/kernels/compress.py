@@ -87,9 +87,8 @@ def compress_and_append_reference(
     tokens, span = kv.shape[1], pooling.series * pooling.rate
     for b, start in enumerate(starts.tolist()):
         first, last = start // pooling.rate, (start + tokens) // pooling.rate
-        before = torch.arange(
-            start - span, start, device=kv.device
-        )  # the ring, in the order of tokens
+        # the ring, in the order of tokens
+        before = torch.arange(start - span, start, device=kv.device)
         known = [
             torch.cat((part[b, before % span], new[b])).float()
             for part, new in zip(ring, (kv, gate), strict=True)
@@ -157,7 +156,7 @@ def compress_and_append_triton(
     pool,
     layout,
     table,
-    tune: tuning.Compress | None = None,
+    tune: tuning.CompressTuning | None = None,
 ) -> None:
     tune = tune or tuning.COMPRESS
     batch, tokens, _ = kv.shape

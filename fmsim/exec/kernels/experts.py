@@ -23,7 +23,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fmsim.exec.kernels import tuning
-from fmsim.exec.kernels.lang import INTERPRETED, cdiv, next_power_of_2, runs_compiled, tl, triton
+from fmsim.exec.kernels.expert_tiles import expert_of, pairs_of, tiles_of
+from fmsim.exec.kernels.lang import INTERPRETED, cdiv, runs_compiled, tl, triton
 from fmsim.exec.kernels.weights import BLOCK
 
 
@@ -68,18 +69,8 @@ class _Weights(NamedTuple):
     down_scale: Tensor
 
 
-class _Tiles(NamedTuple):
-    """Pairs in tiles of up to ``size``, ``count`` tiles at most; ``schedule`` says which, as
-    `_schedule` writes it.
-    """
-
-    size: int
-    count: int
-    schedule: Tensor
-
-
 def mixture_of_experts_triton(
-    x, chosen, weights, routed, shared, tune: tuning.Experts | None = None
+    x, chosen, weights, routed, shared, tune: tuning.ExpertsTuning | None = None
 ) -> Tensor:
     if len(x) > tuning.MOST_EXPERT_TOKENS:
         parts = zip(
@@ -96,7 +87,7 @@ def mixture_of_experts_triton(
         routed.down_scale is not None,
         _shared_weights(routed, shared),
     )
-    tiles = _tiles(chosen, slots, count, tune)
+    tiles = tiles_of(chosen, slots, count, tune)
     gate_scale, down_scale = (
         (routed.gate_up_scale, routed.down_scale)
         if scaled
@@ -179,106 +170,6 @@ def _shared_weights(routed: nn.Module, shared: nn.Module | None) -> _Weights:
     weights = [linear.weight for linear in linears]
     scales = weights if routed.down_scale is None else [linear.scale for linear in linears]
     return _Weights(*weights, *scales)
-
-
-def _tiles(chosen: Tensor, slots: int, count: int, tune: tuning.Experts) -> _Tiles:
-    """``count`` experts.
-
-    A tile holds twice the pairs that an expert has on average, so that most experts' fit one.
-    """
-    tokens, top_k = chosen.shape
-    routed = tokens * top_k
-    if tokens == 1:
-        return _Tiles(min(tune.token_tile, 16), slots, chosen)
-    size = min(max(next_power_of_2(cdiv(2 * routed, count)), 16), tune.token_tile)
-    experts = min(count, routed)
-    n_tiles = experts + (routed - experts) // size + (slots - top_k) * cdiv(tokens, size)
-    schedule = torch.empty(3 * n_tiles + tokens * slots, dtype=torch.int32, device=chosen.device)
-    programs = count + slots - top_k
-    _schedule[(programs,)](
-        chosen,
-        schedule,
-        tokens * slots,
-        n_tiles,
-        EXPERTS=count,
-        TOP_K=top_k,
-        SLOTS=slots,
-        TILE=size,
-        PAIRS_PADDED=next_power_of_2(tokens * slots),
-        TILES_PADDED=next_power_of_2(n_tiles),
-        BINS=next_power_of_2(count + 2),
-        num_warps=4,
-    )
-    return _Tiles(size, n_tiles, schedule)
-
-
-@triton.jit
-def _schedule(
-    chosen,
-    schedule,
-    pairs,
-    tiles,
-    EXPERTS: tl.constexpr,
-    TOP_K: tl.constexpr,
-    SLOTS: tl.constexpr,
-    TILE: tl.constexpr,
-    PAIRS_PADDED: tl.constexpr,
-    TILES_PADDED: tl.constexpr,
-    BINS: tl.constexpr,
-):
-    """One program: the pairs of one expert, and its tiles. The shared expert is number EXPERTS.
-
-    ``schedule``: of each tile its expert (-1 for none), the place of its first pair in the sorted
-    order, and how many it has, each [tiles]; then the pairs, token * SLOTS + slot, sorted by
-    expert.
-    """
-    own = tl.program_id(0)
-    pair = tl.arange(0, PAIRS_PADDED)
-    token, slot = pair // SLOTS, pair % SLOTS
-    expert = tl.load(
-        chosen + token * TOP_K + slot, mask=(pair < pairs) & (slot < TOP_K), other=EXPERTS
-    ).to(tl.int32)
-    expert = tl.where(pair < pairs, expert, EXPERTS + 1)
-    counts, number = tl.histogram(expert, BINS), tl.arange(0, BINS)
-    first = tl.sum(tl.where(number < own, counts, 0), 0)
-    first_tile = tl.sum(tl.where(number < own, (counts + TILE - 1) // TILE, 0), 0)
-    mine = expert == own
-    place = tl.cumsum(mine.to(tl.int32), 0) - 1
-    tl.store(schedule + 3 * tiles + first + place, pair, mask=mine)
-    count, tile = tl.sum(mine.to(tl.int32), 0), tl.arange(0, TILES_PADDED)
-    own_tiles = (count + TILE - 1) // TILE
-    exists, at = tile < own_tiles, schedule + first_tile + tile
-    tl.store(at, own, mask=exists)
-    tl.store(at + tiles, first + tile * TILE, mask=exists)
-    tl.store(at + 2 * tiles, tl.minimum(count - tile * TILE, TILE), mask=exists)
-    if own == tl.num_programs(0) - 1:
-        tl.store(at, -1, mask=(tile >= own_tiles) & (first_tile + tile < tiles))
-
-
-@triton.jit
-def _expert_of(chosen, schedule, EXPERTS: tl.constexpr, TOP_K: tl.constexpr, SORTED: tl.constexpr):
-    """The expert of the program's tile, -1 where the tile is empty."""
-    tile = tl.program_id(0)
-    if SORTED:
-        expert = tl.load(schedule + tile)
-    else:
-        expert = tl.load(chosen + tile, mask=tile < TOP_K, other=EXPERTS).to(tl.int32)
-    return expert
-
-
-@triton.jit
-def _pairs_of(schedule, tiles, TILE: tl.constexpr, SORTED: tl.constexpr):
-    """The pairs [TILE] of the program's tile, and which of them exist."""
-    tile, place = tl.program_id(0), tl.arange(0, TILE)
-    if SORTED:
-        known = place < tl.load(schedule + 2 * tiles + tile)
-        pair = tl.load(
-            schedule + 3 * tiles + tl.load(schedule + tiles + tile) + place, mask=known, other=0
-        )
-    else:
-        known = place < 1
-        pair = tile + place
-    return pair, known
 
 
 @triton.jit
@@ -371,9 +262,9 @@ def _gate_up(
 
     Rows of the gate and rows of what it gates lie alternately.
     """
-    expert = _expert_of(chosen, schedule, EXPERTS, TOP_K, SORTED)
+    expert = expert_of(chosen, schedule, EXPERTS, TOP_K, SORTED)
     if expert >= 0:
-        pair, known = _pairs_of(schedule, tiles, TILE, SORTED)
+        pair, known = pairs_of(schedule, tiles, TILE, SORTED)
         HALF: tl.constexpr = ROWS // 2
         row = tl.arange(0, ROWS)
         channel, up = tl.program_id(1) * HALF + row // 2, row % 2
@@ -455,9 +346,9 @@ def _down(
     WIDEN: tl.constexpr,
 ):
     """One program: ROWS output channels of one tile's pairs."""
-    expert = _expert_of(chosen, schedule, EXPERTS, TOP_K, SORTED)
+    expert = expert_of(chosen, schedule, EXPERTS, TOP_K, SORTED)
     if expert >= 0:
-        pair, known = _pairs_of(schedule, tiles, TILE, SORTED)
+        pair, known = pairs_of(schedule, tiles, TILE, SORTED)
         channel = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
         weights = down + (expert.to(tl.int64) * HIDDEN + channel) * WIDTH
         scales = weights

@@ -57,15 +57,14 @@ def copy_rows_reference(source, target, pages, slots, counts) -> None:
 
 
 def copy_rows_triton(
-    source, target, pages, slots, counts, tune: tuning.Gather | None = None
+    source, target, pages, slots, counts, tune: tuning.GatherTuning | None = None
 ) -> None:
     tune = tune or tuning.GATHER
     groups, source_rows, row_bytes = source.shape
     word = torch.int32 if row_bytes % 8 else torch.int64
     row_words, line_words = row_bytes // word.itemsize, LINE_BYTES // word.itemsize
-    reach = row_words + (
-        line_words - 1 if row_words % line_words else 0
-    )  # of a row from the start of its first line
+    # of a row from the start of its first line
+    reach = row_words + (line_words - 1 if row_words % line_words else 0)
     segment = min(tune.segment_words, max(next_power_of_2(reach), line_words))
     _copy_rows[(tune.programs,)](
         source.view(word),

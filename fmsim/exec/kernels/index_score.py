@@ -99,7 +99,7 @@ def index_scores_triton(
     lengths,
     out=None,
     combine: str = "",
-    tune: tuning.IndexScores | None = None,
+    tune: tuning.IndexScoresTuning | None = None,
 ) -> Scores:
     """``combine`` "max" or "sum" joins what ``out`` holds with the new scores: how several layers'
     scores become one.
@@ -109,9 +109,8 @@ def index_scores_triton(
     per_page = layout.per_page(pool)
     entries = table.shape[1] * per_page
     out = out or new_scores(batch, entries, queries.device)
-    block = math.gcd(
-        tune.block_entries, per_page
-    )  # of one page, where pages are no smaller than a group
+    # of one page, where pages are no smaller than a group
+    block = math.gcd(tune.block_entries, per_page)
     in_page = block >= GROUP
     block = block if in_page else tune.block_entries
     splits = max(1, min(cdiv(entries, block), tune.programs // batch))
@@ -212,9 +211,8 @@ def _index_scores(
         else:
             number, valid = entry % PER_PAGE, present
         keys, scale = load_keys(start, number, valid, KIND, WIDTH, PER_PAGE)
-        products = tl.dot(
-            keys.to(query.dtype), query, input_precision="ieee"
-        )  # [BLOCK, HEADS_PADDED]
+        # [BLOCK, HEADS_PADDED]
+        products = tl.dot(keys.to(query.dtype), query, input_precision="ieee")
         score = tl.sum(tl.maximum(products, 0.0) * weight[None, :], 1) * scale
         score = tl.where(present, score, float("-inf"))
         at = scores + entry

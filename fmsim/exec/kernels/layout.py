@@ -217,9 +217,8 @@ def load_latents(values, scales, valid, KIND: tl.constexpr, WIDTH: tl.constexpr)
         )
         places = scales[:, None] + tl.arange(0, WIDTH // 64)[None, :]
         exponent = tl.load(places, mask=valid[:, None], other=0).to(tl.int32)
-        scale = (
-            (exponent << 23).to(tl.float32, bitcast=True).to(tl.float16)
-        )  # a power of two, so that scaling float16 rounds no more than float32
+        # a power of two, so that scaling float16 rounds no more than float32
+        scale = (exponent << 23).to(tl.float32, bitcast=True).to(tl.float16)
         return tl.reshape(
             codes.to(tl.float8e4nv, bitcast=True).to(tl.float16) * scale[:, :, None],
             [values.shape[0], WIDTH],

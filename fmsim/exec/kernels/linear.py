@@ -50,16 +50,15 @@ def grouped_product(x: Tensor, weight: Tensor, groups: int) -> Tensor:
     ).flatten(-2)
 
 
-def linear_triton(x, weight, scale, groups=1, tune: tuning.Linear | None = None) -> Tensor:
+def linear_triton(x, weight, scale, groups=1, tune: tuning.LinearTuning | None = None) -> Tensor:
     rows, (outputs, inputs) = x.flatten(0, -2), weight.shape
     total, of_group = len(rows), outputs // groups
     tune = tune or (tuning.LINEAR if total <= tuning.FEW_ROWS else tuning.LINEAR_OF_MANY)
     assert rows.stride(1) == 1 and weight.is_contiguous() and scale.is_contiguous(), (
         "a row's values lie side by side"
     )
-    block = (
-        tune.block_outputs if groups == 1 else math.gcd(tune.block_outputs, of_group)
-    )  # of one group, and of one scale
+    # of one group, and of one scale
+    block = tune.block_outputs if groups == 1 else math.gcd(tune.block_outputs, of_group)
     blocks, turns = cdiv(outputs, block), cdiv(inputs, tune.block_inputs)
     share = cdiv(turns, max(1, min(turns, tune.programs // blocks)))
     splits = cdiv(turns, share)

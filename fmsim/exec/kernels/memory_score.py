@@ -74,7 +74,7 @@ def memory_scores_triton(
     lengths,
     how="max",
     out=None,
-    tune: tuning.IndexScores | None = None,
+    tune: tuning.IndexScoresTuning | None = None,
 ) -> Scores:
     if how == "mean":
         weights = weights / len(weights)

@@ -40,9 +40,8 @@ def _rms_norm(x, weight, out, row_stride, eps, WIDTH: tl.constexpr, WIDTH_PADDED
     """One program: one row."""
     row, channel = tl.program_id(0).to(tl.int64), tl.arange(0, WIDTH_PADDED)
     inside = channel < WIDTH
-    scale = tl.load(weight + channel, mask=inside, other=0.0).to(
-        tl.float32
-    )  # before the sum, so that both are on the way at once
+    # before the sum, so that both are on the way at once
+    scale = tl.load(weight + channel, mask=inside, other=0.0).to(tl.float32)
     value = tl.load(x + row * row_stride + channel, mask=inside, other=0.0).to(tl.float32)
     value = value * tl.rsqrt(tl.sum(value * value, 0) / WIDTH + eps) * scale
     tl.store(out + row * WIDTH + channel, value.to(out.dtype.element_ty), mask=inside)

@@ -77,13 +77,13 @@ def sparse_attention_triton(
     sinks,
     scale,
     want_masses=False,
-    tune: tuning.Attention | tuning.GatheredAttention | None = None,
+    tune: tuning.AttentionTuning | tuning.GatheredAttentionTuning | None = None,
 ) -> tuple[Tensor, Masses | None]:
     (batch, heads, size), tune = (
         queries.shape,
         tune or tuning.attention(*queries.shape[:2], packed=rows.layout.kind == "latent"),
     )
-    attend = attend_in_place if isinstance(tune, tuning.Attention) else attend_gathered
+    attend = attend_in_place if isinstance(tune, tuning.AttentionTuning) else attend_gathered
     # queries in the rows' own type: converted in the kernel they would fill the registers
     parts = attend(queries.to(matrix_type(rows.layout)), rows, scale, want_masses, tune)
     splits, float32 = parts.sums.shape[1], {"dtype": torch.float32, "device": queries.device}
@@ -110,9 +110,8 @@ def sparse_attention_triton(
         torch.empty(batch, **float32),
         torch.empty(batch, **float32),
     )
-    block = max(
-        MASS_ROWS, next_power_of_2(rows.window_rows)
-    )  # the first program has the whole window
+    # the first program has the whole window
+    block = max(MASS_ROWS, next_power_of_2(rows.window_rows))
     _row_masses[(batch, cdiv(rows.count, block))](
         parts.logits,
         total,

@@ -52,7 +52,7 @@ def top_k_reference(
     return chosen.masked_fill(chosen == scores.shape[1], -1).to(torch.int32)
 
 
-def top_k_triton(scores, lengths, k, maxima=None, tune: tuning.TopK | None = None) -> Tensor:
+def top_k_triton(scores, lengths, k, maxima=None, tune: tuning.TopKTuning | None = None) -> Tensor:
     tune = tune or tuning.TOP_K
     batch, entries = scores.shape
     assert entries < 2**COUNT_BITS, "counts of three thresholds share an int64"
@@ -268,9 +268,8 @@ def _emit(ids, key, index, sure, ties_wanted, taken, ties):
     ``ties_wanted`` are chosen.
     """
     certain, tie = (key >= sure).to(tl.int32), ((key == sure - 1) & (key > 0)).to(tl.int32)
-    before, more = _before(
-        certain + (tie << 16)
-    )  # both counts in one sum: a chunk has fewer than 2^15
+    # both counts in one sum: a chunk has fewer than 2^15
+    before, more = _before(certain + (tie << 16))
     earlier_ties = ties + (before >> 16)
     take = (certain > 0) | ((tie > 0) & (earlier_ties < ties_wanted))
     _scatter(ids, taken + (before & 0xFFFF) + tl.minimum(earlier_ties, ties_wanted), index, take)
@@ -301,9 +300,8 @@ def _set_aside(
         keep = (key >= bound).to(tl.int32)
         before, more = _before(keep)
         place = found + before
-        packed = (
-            (place.to(tl.int64) << 53) | (index.to(tl.int64) << 32) | key.to(tl.int64)
-        )  # all bits are set where there is none, and in no other
+        # all bits are set where there is none, and in no other
+        packed = (place.to(tl.int64) << 53) | (index.to(tl.int64) << 32) | key.to(tl.int64)
         packed = tl.ravel(tl.where((keep > 0) & (place < FINALISTS), packed, -1), can_reorder=True)
         tl.store(finalists + ((packed >> 53) & 0x7FF), packed, mask=packed != -1)
         found += more

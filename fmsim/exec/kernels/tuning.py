@@ -11,12 +11,11 @@ from typing import NamedTuple
 
 import torch
 
-MAXIMA_ENTRIES = (
-    32  # entries that share one maximum in the pre-selection: 8,192 maxima at 262,144 entries
-)
+# entries that share one maximum in the pre-selection: 8,192 maxima at 262,144 entries
+MAXIMA_ENTRIES = 32
 
 
-class IndexScores(NamedTuple):
+class IndexScoresTuning(NamedTuple):
     # rows of one matrix product, no more than lie in a page of 32 and more; a multiple of
     # MAXIMA_ENTRIES
     block_entries: int = 128
@@ -27,7 +26,7 @@ class IndexScores(NamedTuple):
     stages: int = 3
 
 
-class TopK(NamedTuple):
+class TopKTuning(NamedTuple):
     # scores, or maxima, that one program (one sequence) holds: 512 groups of MAXIMA_ENTRIES; less
     # than 2^15
     chunk: int = 16384
@@ -39,7 +38,7 @@ class TopK(NamedTuple):
     finalists: int = 2048
 
 
-class Attention(NamedTuple):
+class AttentionTuning(NamedTuple):
     """Of few requests, in place."""
 
     # 16 x 512 float32 of output a program; the other heads' programs find the entries in the L2
@@ -50,7 +49,7 @@ class Attention(NamedTuple):
     stages: int = 2
 
 
-class GatheredAttention(NamedTuple):
+class GatheredAttentionTuning(NamedTuple):
     gather_rows: int = 16  # that one program finds and widens
     block_heads: int = 64
     block_rows: int = 64
@@ -62,28 +61,24 @@ class GatheredAttention(NamedTuple):
     stages: int = 2
 
 
-class Compress(NamedTuple):
-    block_tokens: int = (
-        16  # at a time: an entry of 128 tokens takes eight turns, each as long as memory's latency
-    )
+class CompressTuning(NamedTuple):
+    # at a time: an entry of 128 tokens takes eight turns, each as long as memory's latency
+    block_tokens: int = 16
     warps: int = 4
 
 
-class Gather(NamedTuple):
-    segment_words: int = (
-        128  # of 8 bytes: a row of 584 bytes takes one segment, longer rows several
-    )
-    tile_words: int = (
-        2048  # a multiple of segment_words; one program has (stages - 1) tiles on the way
-    )
-    programs: int = (
-        32  # a layer waits for a miss; beside them a decode step's products would slow down by 15%
-    )
+class GatherTuning(NamedTuple):
+    # of 8 bytes: a row of 584 bytes takes one segment, longer rows several
+    segment_words: int = 128
+    # a multiple of segment_words; one program has (stages - 1) tiles on the way
+    tile_words: int = 2048
+    # a layer waits for a miss; beside them a decode step's products would slow down by 15%
+    programs: int = 32
     warps: int = 4
     stages: int = 4
 
 
-class HyperConnection(NamedTuple):
+class HyperConnectionTuning(NamedTuple):
     # of one stream, a tile: with four streams of 4,096 channels 128 programs read the weights of
     # one token
     block_channels: int = 128
@@ -94,12 +89,11 @@ class HyperConnection(NamedTuple):
     enter_warps: int = 8
 
 
-class Linear(NamedTuple):
+class LinearTuning(NamedTuple):
     block_outputs: int = 64  # of one program; a divisor of 128
     block_inputs: int = 128  # a turn: a row's run of bytes; a divisor of 128
-    programs: int = (
-        528  # over blocks of outputs and splits of the inputs: four on each of 132 multiprocessors
-    )
+    # over blocks of outputs and splits of the inputs: four on each of 132 multiprocessors
+    programs: int = 528
     # four with 64 outputs are a warpgroup, whose products find float8 in shared memory in pairs of
     # bytes; two take whole lines
     warps: int = 2
@@ -107,12 +101,12 @@ class Linear(NamedTuple):
     block_sums: int = 128  # outputs of which one program adds up the splits
 
 
-class NormRope(NamedTuple):
+class NormRopeTuning(NamedTuple):
     block_values: int = 1024  # of whole heads, that one program turns
     warps: int = 4
 
 
-class Experts(NamedTuple):
+class ExpertsTuning(NamedTuple):
     gate_rows: int  # of weights, that a program multiplies, gates and what they gate together
     down_rows: int
     block_depth: int  # of a row at a time; of float8 a divisor of 128, whose products share a scale
@@ -124,22 +118,25 @@ class Experts(NamedTuple):
     sum_columns: int = 512  # of a token, that one program adds up over its experts
 
 
-HYPER_CONNECTION, NORM_ROPE = HyperConnection(), NormRope()
+HYPER_CONNECTION, NORM_ROPE = HyperConnectionTuning(), NormRopeTuning()
 INDEX_SCORES, MEMORY_SCORES = (
-    IndexScores(),
-    IndexScores(programs=396),
+    IndexScoresTuning(),
+    IndexScoresTuning(programs=396),
 )  # 128 heads leave registers for three on a multiprocessor
-TOP_K, COMPRESS, GATHER = TopK(), Compress(), Gather()
+TOP_K, COMPRESS, GATHER = TopKTuning(), CompressTuning(), GatherTuning()
 ATTENTION, ATTENTION_OF_SOME = (
-    Attention(),
-    Attention(block_heads=64, block_rows=64, programs=132, warps=8),
+    AttentionTuning(),
+    AttentionTuning(block_heads=64, block_rows=64, programs=132, warps=8),
 )
-ATTENTION_OF_MANY = GatheredAttention()
+ATTENTION_OF_MANY = GatheredAttentionTuning()
 SOME_REQUESTS, MANY_REQUESTS = (
     4,
     16,
 )  # from here on; between them each entry is decoded once for all heads, but still in place
-LINEAR, LINEAR_OF_MANY = Linear(), Linear(block_outputs=128, programs=132, warps=8, stages=3)
+LINEAR, LINEAR_OF_MANY = (
+    LinearTuning(),
+    LinearTuning(block_outputs=128, programs=132, warps=8, stages=3),
+)
 FEW_ROWS = 16  # a matrix instruction's
 # of a recall beside a decode: they take 10 GB/s, and a whole step slows down by 4%, on eight by 5
 # to 7%
@@ -149,29 +146,30 @@ PROGRAMS_WITHIN = 264  # of a copy within the GPU, which nothing runs beside
 MOST_EXPERT_TOKENS = 256
 MANY_EXPERT_TOKENS = 32  # from here on many experts have more than 16 tokens
 # Of the experts, for one token, for few and for many. Float32 comes from no sweep.
-EXPERTS_OF_ONE = Experts(
+EXPERTS_OF_ONE = ExpertsTuning(
     gate_rows=8, down_rows=8, block_depth=1024, warps=4, stages=2, token_tile=1
 )
-EXPERTS_OF_FEW = Experts(gate_rows=64, down_rows=64, block_depth=128, warps=4, stages=4)
-EXPERTS_OF_MANY = Experts(
+EXPERTS_OF_FEW = ExpertsTuning(gate_rows=64, down_rows=64, block_depth=128, warps=4, stages=4)
+EXPERTS_OF_MANY = ExpertsTuning(
     gate_rows=64, down_rows=64, block_depth=128, warps=4, stages=3, token_tile=32
 )
-FLOAT8_EXPERTS_OF_ONE = Experts(
+FLOAT8_EXPERTS_OF_ONE = ExpertsTuning(
     gate_rows=32, down_rows=32, block_depth=128, warps=2, stages=4, token_tile=8
 )
-FLOAT8_EXPERTS_OF_FEW = Experts(
+# a warpgroup would read float8 in pairs of bytes
+FLOAT8_EXPERTS_OF_FEW = ExpertsTuning(
     gate_rows=64, down_rows=64, block_depth=128, warps=2, stages=6, token_tile=8
-)  # a warpgroup would read float8 in pairs of bytes
-FLOAT8_EXPERTS_OF_MANY = Experts(
+)
+FLOAT8_EXPERTS_OF_MANY = ExpertsTuning(
     gate_rows=64, down_rows=64, block_depth=128, warps=4, stages=3, token_tile=32
 )
-FLOAT32_EXPERTS_OF_ONE = Experts(
+FLOAT32_EXPERTS_OF_ONE = ExpertsTuning(
     gate_rows=16, down_rows=16, block_depth=128, warps=4, stages=3, token_tile=1
 )
-FLOAT32_EXPERTS = Experts(gate_rows=32, down_rows=32, block_depth=32, warps=4, stages=3)
+FLOAT32_EXPERTS = ExpertsTuning(gate_rows=32, down_rows=32, block_depth=32, warps=4, stages=3)
 
 
-def attention(batch: int, heads: int, packed: bool) -> Attention | GatheredAttention:
+def attention(batch: int, heads: int, packed: bool) -> AttentionTuning | GatheredAttentionTuning:
     """For entries that lie ``packed`` as float8, or plain."""
     if heads < ATTENTION_OF_MANY.block_heads or batch < SOME_REQUESTS:
         return ATTENTION
@@ -180,7 +178,7 @@ def attention(batch: int, heads: int, packed: bool) -> Attention | GatheredAtten
     )
 
 
-def experts(tokens: int, dtype: torch.dtype, scaled: bool) -> Experts:
+def experts(tokens: int, dtype: torch.dtype, scaled: bool) -> ExpertsTuning:
     """For ``tokens`` of ``dtype``, and weights that are float8 where ``scaled``."""
     if dtype == torch.float32:
         one, few, many = FLOAT32_EXPERTS_OF_ONE, FLOAT32_EXPERTS, FLOAT32_EXPERTS

@@ -29,9 +29,8 @@ def quantise(weight: Tensor) -> tuple[Tensor, Tensor]:
     """
     rows, columns = weight.shape[-2:]
     padded = torch.nn.functional.pad(weight.float(), (0, -columns % BLOCK, 0, -rows % BLOCK))
-    blocks = padded.unflatten(-1, (-1, BLOCK)).unflatten(
-        -3, (-1, BLOCK)
-    )  # [..., out blocks, 128, in blocks, 128]
+    # [..., out blocks, 128, in blocks, 128]
+    blocks = padded.unflatten(-1, (-1, BLOCK)).unflatten(-3, (-1, BLOCK))
     largest = blocks.abs().amax((-3, -1))
     scale = torch.where(largest > 0, largest / LARGEST, 1.0)
     codes = (blocks / scale[..., :, None, :, None]).to(torch.float8_e4m3fn)

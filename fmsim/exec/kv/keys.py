@@ -18,7 +18,7 @@ from fmsim.exec.kernels.top_k import top_k as best
 from fmsim.exec.kv.home import PER_PAGE, Home
 from fmsim.exec.kv.resident import ResidentPages
 from fmsim.exec.kv.tiered import TieredCache
-from fmsim.exec.model.deepseek_v4 import index_scores_blocked
+from fmsim.exec.model.indexer import index_scores_blocked
 from fmsim.policies.base import Policy
 
 # On the GPU: all index keys, or in layers that no memory indexer scores those of resident entries.

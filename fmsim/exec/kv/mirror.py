@@ -22,10 +22,10 @@ import torch
 from torch import Tensor
 
 from fmsim.errors import FmsimError
+from fmsim.units import gib
 
 SHARED_ROOT = Path("/dev/shm")
 CREATION_LIMIT_S = 600.0  # to wait for another process to allocate what is shared
-GIB = 2**30
 
 
 class HostMirror:
@@ -163,7 +163,7 @@ class SharedFile:
             if not self._current():
                 return False
             raise FmsimError(
-                f"{self.path}: left over ({found_bytes / GIB:.2f} GiB) by a process that was"
+                f"{self.path}: left over ({gib(found_bytes)}) by a process that was"
                 " killed; delete the file, or take another name"
             )
         if found_bytes != self.n_bytes:
@@ -188,9 +188,9 @@ class SharedFile:
             if error.errno != errno.ENOSPC:
                 raise FmsimError(f"{self.path}: cannot be allocated ({error.strerror})") from None
             raise FmsimError(
-                f"{self.path}: {self.n_bytes / GIB:.2f} GiB are needed,"
-                f" {(self.n_bytes - free_bytes) / GIB:.2f} GiB more than the {free_bytes / GIB:.2f}"
-                f" GiB that are free in {SHARED_ROOT}; lower --context or --batch, or mount it"
+                f"{self.path}: {gib(self.n_bytes)} are needed,"
+                f" {gib(self.n_bytes - free_bytes)} more than the {gib(free_bytes)}"
+                f" that are free in {SHARED_ROOT}; lower --context or --batch, or mount it"
                 " larger"
             ) from None
 
@@ -218,7 +218,7 @@ def _pin(memory: Tensor) -> None:
                 1, device="cuda"
             )  # the next launch would be told of this failure: let it be one that nobody needs
         raise FmsimError(
-            f"host memory for the cache: {memory.nbytes / GIB:.2f} GiB cannot be pinned"
+            f"host memory for the cache: {gib(memory.nbytes)} cannot be pinned"
             f" ({runtime.cudaGetErrorString(failed)}); lower --context or --batch, or raise"
             " `ulimit -l`"
         )

@@ -44,10 +44,8 @@ class ResidentPages:
             torch.full((*shape[:2], width), -1, dtype=torch.int32, device=device)
             for width in (shape[2] * granularity + 1, shape[2])
         )
-        self._start, self._within = (
-            arrays.offsets(self.entries[0], torch),
-            torch.arange(granularity, dtype=torch.int32, device=device),
-        )
+        self._start = arrays.offsets(self.entries[0], torch)
+        self._within = torch.arange(granularity, dtype=torch.int32, device=device)
         self.lengths = torch.zeros(shape[:2], dtype=torch.int32, device=device)
         self.kept_table = self.table.clone()
         self._first_page = (

@@ -26,8 +26,7 @@ from fmsim.exec.kernels.gather import copy_rows
 from fmsim.exec.kernels.layout import Layout, read_entries, write_entries
 from fmsim.exec.kv.home import Home
 from fmsim.exec.kv.mirror import HostMirror
-
-GIB = 2**30
+from fmsim.units import gib
 
 
 @dataclass(frozen=True)
@@ -66,12 +65,10 @@ class TieredCache:
         shared_name: str | None = None,
         side: torch.cuda.Stream | None = None,
     ):
-        self.layout, self.layers, self.granularity, self.sizes = (
-            layout,
-            layers,
-            granularity,
-            tuple(sizes),
-        )
+        self.layout = layout
+        self.layers = layers
+        self.granularity = granularity
+        self.sizes = tuple(sizes)
         self.device, self.mirrored = torch.device(device), mirrored
         self.page_bytes = granularity * layout.entry_bytes
         self.slot_start = _starts(size.slots for size in sizes)
@@ -382,8 +379,8 @@ def check_memory(device: torch.device, device_bytes: int, host_bytes: int) -> No
 def _check(what: str, needed_bytes: int, free_bytes: int, fix: str) -> None:
     if needed_bytes > free_bytes:
         raise FmsimError(
-            f"{what}: {needed_bytes / GIB:.2f} GiB are needed,"
-            f" {(needed_bytes - free_bytes) / GIB:.2f} GiB more than the {free_bytes / GIB:.2f} GiB"
+            f"{what}: {gib(needed_bytes)} are needed,"
+            f" {gib(needed_bytes - free_bytes)} more than the {gib(free_bytes)}"
             f" that are free; {fix}"
         )
 

@@ -3,7 +3,7 @@ step's modules.
 
 `fmsim hw calibrate`.
 
-The modules are `fmsim.exec.model.deepseek_v4`'s with random weights at full width, float8 where the
+The modules are `fmsim.exec.model`'s with random weights at full width, float8 where the
 model's are published so and bfloat16 elsewhere, their attention from kernels. A preset made here
 says what this engine does on this GPU, not what a serving framework would.
 """
@@ -28,16 +28,12 @@ from fmsim.exec.kernels.layout import KEY, LATENT, Layout
 from fmsim.exec.kv.home import Home
 from fmsim.exec.measure import kernel_cases as cases
 from fmsim.exec.measure.timing import median_s
-from fmsim.exec.model.deepseek_v4 import (
-    CSA,
-    HCA,
-    Attention,
-    HyperConnection,
-    HyperHead,
-    MoE,
-    RMSNorm,
-    linear,
-)
+from fmsim.exec.model.attention import Attention
+from fmsim.exec.model.experts import MoE
+from fmsim.exec.model.hyper_connection import HyperConnection, HyperHead
+from fmsim.exec.model.kinds import CSA, HCA
+from fmsim.exec.model.norm_rope import RMSNorm
+from fmsim.exec.model.projections import linear
 from fmsim.exec.model.quantised import fill_float8, hold_float8, published_float8
 from fmsim.exec.model.synthetic import synthetic_config
 from fmsim.geometry import Geometry
@@ -155,9 +151,8 @@ def _memory_bytes(device: str) -> tuple[int, int]:
     """
     if device != "cuda":
         return _host_bytes(), 2**20
-    torch.ones(64, 64, device=device) @ torch.ones(
-        64, 64, device=device
-    )  # loads the matrix library and its workspace
+    # loads the matrix library and its workspace
+    torch.ones(64, 64, device=device) @ torch.ones(64, 64, device=device)
     torch.cuda.synchronize()
     free, total = torch.cuda.mem_get_info()
     return total, total - free
@@ -268,9 +263,8 @@ def module_table(
             milliseconds = 1e3 * median_s(work(batch), device)
             report(f"{name}, batch {batch}: {milliseconds:.4f} ms")
             columns[f"{name}_batch_ms"][batch] = milliseconds
-    none = dict.fromkeys(
-        sizes.batches, 0.0
-    )  # one GPU reduces nothing, and the router is timed within its experts
+    # one GPU reduces nothing, and the router is timed within its experts
+    none = dict.fromkeys(sizes.batches, 0.0)
     return KernelTable(**columns, all_reduce_batch_ms=none, router_batch_ms=none)
 
 
@@ -306,9 +300,8 @@ def attention_s(
         for appender in filter(None, (decode.entries, decode.keys)):
             _fill(appender.layout, appender.homes[0])
         x = torch.randn(batch, 1, config.hidden_size).to(torch.bfloat16)
-        now = decode.moment(
-            torch.full((batch,), tokens - 2, dtype=torch.int32)
-        )  # once a step, not once a layer: not timed
+        # once a step, not once a layer: not timed
+        now = decode.moment(torch.full((batch,), tokens - 2, dtype=torch.int32))
     return median_s(lambda: decode.attend(x, now), device)
 
 
@@ -348,10 +341,8 @@ def _experts(config: DeepseekV4Config):
     layer = _random(MoE(config, hashed=False), _float8(config))
 
     def at(batch: int):
-        x, tokens = (
-            torch.randn(batch, 1, config.hidden_size, device=layer.gate.weight.device),
-            torch.zeros(batch, 1, dtype=torch.long),
-        )
+        x = torch.randn(batch, 1, config.hidden_size, device=layer.gate.weight.device)
+        tokens = torch.zeros(batch, 1, dtype=torch.long)
         x, tokens = x.to(torch.bfloat16), tokens.to(x.device)
         return lambda: layer(x, tokens)
 

@@ -37,10 +37,8 @@ def median_s(
     while time.perf_counter() - start_s < WARM_S:
         run()
         torch.cuda.synchronize()
-    flush, total = (
-        torch.zeros(FLUSH_BYTES // 4 if cold else 1, device=device),
-        torch.zeros((), device=device),
-    )
+    flush = torch.zeros(FLUSH_BYTES // 4 if cold else 1, device=device)
+    total = torch.zeros((), device=device)
     marks = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(runs)]
     for start, end in marks:
         torch.sum(

@@ -1,4 +1,4 @@
-"""Load a DeepSeek-V4 directory in Hugging Face layout into ``fmsim.exec.model.deepseek_v4``.
+"""Load a DeepSeek-V4 directory in Hugging Face layout into `DeepseekV4`.
 
 Names are transformers' or the official release's. Weights may be floats, float8 with a scale a
 block (128 x 128), or pairs of 4-bit e2m1 values with a power-of-two scale for every 32 of a row. A
@@ -20,7 +20,10 @@ from transformers import DeepseekV4Config
 from fmsim.errors import FmsimError
 from fmsim.exec.kernels import weights
 from fmsim.exec.kernels.weights import BLOCK, FP4_BLOCK, scale_shape
-from fmsim.exec.model.deepseek_v4 import Attention, DeepseekV4, Experts, inverse_frequencies
+from fmsim.exec.model.attention import Attention
+from fmsim.exec.model.deepseek_v4 import DeepseekV4
+from fmsim.exec.model.experts import Experts
+from fmsim.exec.model.norm_rope import inverse_frequencies
 from fmsim.exec.model.quantised import hold_float8, published_float8
 
 # transformers writes most tensors under the names of the official release; in order, first the
@@ -269,10 +272,10 @@ def expected_parts(slots: dict[str, torch.Tensor]) -> set[str]:
 
     Scales come with their weights.
     """
-    parts, scales = (
-        set(),
-        {scale_slot(name) for name, tensor in slots.items() if tensor.dtype == torch.float8_e4m3fn},
-    )
+    parts = set()
+    scales = {
+        scale_slot(name) for name, tensor in slots.items() if tensor.dtype == torch.float8_e4m3fn
+    }
     for name, tensor in slots.items():
         numbers = range(len(tensor)) if ".experts." in name else [None]
         stacked = {"gate_up_proj": "13", "down_proj": "2"}.get(name.rsplit(".", 1)[-1], "")
@@ -341,12 +344,10 @@ def _place(slots: dict[str, torch.Tensor], shards: Shards, name: str) -> str:
         raise FmsimError(
             f"{path}: tensor {name} has no place in the model that config.json describes"
         )
-    slot, tensor, scale, where = (
-        target.of(slots),
-        shards.read(name),
-        shards.scale_of(name),
-        f"{path}: tensor {name}",
-    )
+    slot = target.of(slots)
+    tensor = shards.read(name)
+    scale = shards.scale_of(name)
+    where = f"{path}: tensor {name}"
     held = slot.dtype == torch.float8_e4m3fn
     if not held:
         tensor = dequantise(tensor, scale, shards.block, where)

@@ -9,8 +9,14 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from fmsim.exec.kernels.linear import grouped_product, linear
+from fmsim.exec.kernels.linear import grouped_product
+from fmsim.exec.kernels.linear import linear as multiply
 from fmsim.exec.kernels.weights import BLOCK, dequantise, scale_shape
+
+
+def linear(inputs: int, outputs: int) -> nn.Linear:
+    """A projection without a bias, as all of DeepSeek-V4 are."""
+    return nn.Linear(inputs, outputs, bias=False)
 
 
 class Float8Linear(nn.Module):
@@ -35,7 +41,7 @@ class Float8Linear(nn.Module):
         )
 
     def forward(self, x: Tensor) -> Tensor:
-        return linear(x, self.weight, self.scale)
+        return multiply(x, self.weight, self.scale)
 
 
 Projection = nn.Linear | Float8Linear
@@ -46,7 +52,7 @@ def grouped(x: Tensor, projection: Projection, groups: int) -> Tensor:
     slice of x.
     """
     if isinstance(projection, Float8Linear):
-        return linear(x, projection.weight, projection.scale, groups)
+        return multiply(x, projection.weight, projection.scale, groups)
     return grouped_product(x, projection.weight.to(x.dtype), groups)
 
 
@@ -73,9 +79,8 @@ class Joined:
     def __init__(self, projections: Sequence[Projection]):
         kinds: dict[tuple, list[int]] = {}
         for number, projection in enumerate(projections):
-            alone = (
-                isinstance(projection, Float8Linear) and projection.out_features % BLOCK
-            )  # its last scale would be shared with the next
+            # its last scale would be shared with the next
+            alone = isinstance(projection, Float8Linear) and projection.out_features % BLOCK
             kinds.setdefault((projection.weight.dtype, number if alone else None), []).append(
                 number
             )

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from fmsim.exec.kernels.weights import quantise, scale_shape
-from fmsim.exec.model.deepseek_v4 import Experts
+from fmsim.exec.model.experts import Experts
 from fmsim.exec.model.projections import Float8Linear
 
 # Matrices that the release has in bfloat16: transformers keeps these of a float8 checkpoint

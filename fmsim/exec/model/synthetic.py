@@ -14,15 +14,16 @@ from transformers import DeepseekV4Config
 
 from fmsim.errors import FmsimError
 from fmsim.exec.kernels.weights import BLOCK
-from fmsim.exec.model.deepseek_v4 import CSA, HCA, DeepseekV4
+from fmsim.exec.model.deepseek_v4 import DeepseekV4
+from fmsim.exec.model.kinds import CSA, HCA
 from fmsim.exec.model.loader import allocate, meta_model
 from fmsim.exec.model.quantised import fill_float8, hold_float8, published_float8
 from fmsim.geometry import Geometry
+from fmsim.units import gib
 
 HASH_LAYERS = 3  # of both published models: their first MoE layers route by the token's id
 EXPERTS_MULTIPLE = 8
 QUANTISED = {"quant_method": "fp8", "weight_block_size": [BLOCK, BLOCK]}
-GIB = 2**30
 
 
 def synthetic_config(geometry: Geometry, n_experts: int) -> DeepseekV4Config:
@@ -78,9 +79,9 @@ def experts_that_fit(geometry: Geometry, weight_bytes: int) -> int:
     if fewest_bytes > weight_bytes:
         raise FmsimError(
             f"memory for weights: {geometry.name} with {fewest} experts a layer, the fewest that a"
-            f" token needs, takes {fewest_bytes / GIB:.2f} GiB,"
-            f" {(fewest_bytes - weight_bytes) / GIB:.2f} GiB more than the {weight_bytes / GIB:.2f}"
-            " GiB that are left for them; lower --context or --batch"
+            f" token needs, takes {gib(fewest_bytes)},"
+            f" {gib(fewest_bytes - weight_bytes)} more than the {gib(weight_bytes)}"
+            " that are left for them; lower --context or --batch"
         )
     expert_bytes = model_bytes(geometry, fewest + 1) - fewest_bytes
     count = min(fewest + (weight_bytes - fewest_bytes) // expert_bytes, geometry.n_experts)

@@ -16,7 +16,7 @@ from fmsim.exec.decode.prompt import Prompt
 from fmsim.exec.kv.keys import Where
 from fmsim.exec.model.deepseek_v4 import DeepseekV4
 from fmsim.exec.runs.record import trace_header, trace_of
-from fmsim.nano.prompts import Stream, exact
+from fmsim.exec.runs.stream import Stream, exact
 from fmsim.policies.base import Policy
 from fmsim.sim import metrics
 from fmsim.trace import Trace
@@ -63,10 +63,8 @@ def decode(
     `progress` is told of tokens.
     """
     prompts = [Prompt(model, stream.prompt, stream.steps, progress) for stream in streams]
-    batch, decoded = (
-        Batch(prompts, policy, seed=seed, index_keys=index_keys),
-        [Decoded() for _ in streams],
-    )
+    batch = Batch(prompts, policy, seed=seed, index_keys=index_keys)
+    decoded = [Decoded() for _ in streams]
     plans = [_plan(stream) for stream in streams]
     for given in zip(*plans):  # to the end of the shortest
         batch.step(given)

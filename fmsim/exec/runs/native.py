@@ -9,7 +9,8 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from fmsim.exec.model.deepseek_v4 import CSA, DeepseekV4
+from fmsim.exec.model.deepseek_v4 import DeepseekV4
+from fmsim.exec.model.kinds import CSA
 from fmsim.exec.model.projections import wide_weight
 from fmsim.exec.runs.record import geometry
 from fmsim.indexer.checkpoint import Checkpoint

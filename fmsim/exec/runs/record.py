@@ -16,10 +16,12 @@ from fmsim.errors import FmsimError
 from fmsim.exec.decode.prompt import PROMPT_QUERIES, PromptWatcher, to_numpy
 from fmsim.exec.decode.request import Request
 from fmsim.exec.decode.session import Session
-from fmsim.exec.model.deepseek_v4 import CSA, Access, DeepseekV4
+from fmsim.exec.model.cache import Access
+from fmsim.exec.model.deepseek_v4 import DeepseekV4
+from fmsim.exec.model.kinds import CSA
 from fmsim.exec.model.loader import weight_files
-from fmsim.nano.prompts import Stream, exact
-from fmsim.trace import ModelInfo, Trace, TraceHeader, TraceRecorder
+from fmsim.exec.runs.stream import Stream, exact
+from fmsim.trace import TAU, ModelInfo, Trace, TraceHeader, TraceRecorder
 
 
 def record(
@@ -30,7 +32,7 @@ def record(
     seed: int,
     sha256: str | None = None,
     prompt_text: str = "",
-    tau: int = 64,
+    tau: int = TAU,
     progress: Callable[[int], None] = lambda tokens: None,
 ) -> Iterator[Trace]:
     """A trace of each of ``streams``, which share one prompt: it is read once, and each decode
@@ -90,7 +92,7 @@ def trace_header(
     sha256: str | None,
     prompt_text: str = "",
     kind: str = "text",
-    tau: int = 64,
+    tau: int = TAU,
 ) -> TraceHeader:
     """The header of a trace that is about to be recorded from `model`."""
     return TraceHeader(

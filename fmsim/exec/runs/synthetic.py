@@ -26,8 +26,8 @@ from fmsim.replay.replayer import Replayer
 from fmsim.sim import metrics
 from fmsim.sim.footprint import footprint, keyed_layers
 from fmsim.sim.timeline import Timeline
+from fmsim.units import GIB, gib
 
-GIB = 2**30
 SPARE_BYTES = 4 * GIB  # for activations, scores and the graph, beside weights and KV
 # after the first decision that recalls: until then kernels are compiled, and the step is captured;
 # left out of the times
@@ -212,8 +212,8 @@ def batch_that_fits(kv_budget_bytes: int, request_bytes: int) -> int:
     """How many requests a budget of KV bytes holds. Raises FmsimError where it holds none."""
     if kv_budget_bytes < request_bytes:
         raise FmsimError(
-            f"--kv-budget: one request takes {request_bytes / GIB:.2f} GiB,"
-            f" {(request_bytes - kv_budget_bytes) / GIB:.2f} GiB more than the budget's"
-            f" {kv_budget_bytes / GIB:.2f} GiB; raise it, or lower the policy's budget"
+            f"--kv-budget: one request takes {gib(request_bytes)},"
+            f" {gib(request_bytes - kv_budget_bytes)} more than the budget's"
+            f" {gib(kv_budget_bytes)}; raise it, or lower the policy's budget"
         )
     return kv_budget_bytes // request_bytes

@@ -14,7 +14,7 @@ from fmsim.exec.model.deepseek_v4 import DeepseekV4
 from fmsim.policies.base import Policy
 from fmsim.policies.full import Full
 from fmsim.replay.ledger import Ledger
-from fmsim.tasks import Context, Question
+from fmsim.tasks import Question, TaskContext
 
 MakePolicy = Callable[[], Policy]
 
@@ -32,14 +32,13 @@ class Answered(NamedTuple):
     label: str
     tokens: list[int]
     ledger: Ledger
-    confidence: (
-        float | None
-    )  # the memory indexer's highest logit at its last decision, where there is one
+    # the memory indexer's highest logit at its last decision, where there is one
+    confidence: float | None
 
 
 def answers(
     model: DeepseekV4,
-    context: Context,
+    context: TaskContext,
     wanted: Sequence[tuple[int, str]],
     policies: Mapping[str, MakePolicy],
     seed: int = 0,

@@ -10,6 +10,7 @@ from typing import Any
 
 from fmsim.errors import FmsimError
 from fmsim.experiments.accuracy.plan import Item, Plan
+from fmsim.files import write_text
 
 Line = dict[str, Any]
 KEY = ("policy", "task", "tokens", "seed", "sample", "question")
@@ -45,11 +46,12 @@ class Lines:
             ) from None
 
     def _load(self, path: Path, head: str) -> None:
+        # a kill may cut the last
         whole = [
             text
             for text in path.read_text(encoding="utf-8").splitlines(keepends=True)
             if text.endswith("\n")
-        ]  # a kill may cut the last
+        ]
         if not whole or whole[0].strip() != head:
             raise FmsimError(
                 f"{path}: holds answers of another plan, model or text; give another --out, or take"
@@ -63,7 +65,7 @@ class Lines:
                 raise FmsimError(
                     f"{path}: line {number} is no answer; take it out, and it is asked again"
                 ) from None
-        path.write_text("".join(whole), encoding="utf-8")
+        write_text(path, "".join(whole))
 
     @staticmethod
     def key(line: Line) -> tuple:

@@ -11,6 +11,7 @@ from fmsim.errors import FmsimError
 from fmsim.geometry import PRESETS
 from fmsim.policies import registry
 from fmsim.policies.base import Policy
+from fmsim.scenario.key_value import key_value
 from fmsim.tasks import FAMILIES, in_contexts
 
 POLICIES = ("full", "lsa", "lsa:on_miss=fallback", "recency", "random", "lru", "h2o", "oracle")
@@ -84,16 +85,15 @@ def policy_of(spec: str, budget: str, checkpoint: str | None = None) -> Policy:
     name, _, given = spec.partition(":")
     params: dict[str, Any] = {}
     for pair in filter(None, given.split(",")):
-        key, found, value = pair.partition("=")
-        if not found:
-            raise FmsimError(
-                f"--policy {spec}: {pair!r} is no key=value; write e.g."
-                " lsa:on_miss=fallback,budget=20%"
-            )
+        key, value = key_value(
+            pair,
+            f"--policy {spec}: {pair!r} is no key=value; write e.g."
+            " lsa:on_miss=fallback,budget=20%",
+        )
         try:
-            params[key.strip()] = yaml.safe_load(value)
+            params[key] = yaml.safe_load(value)
         except yaml.YAMLError:
-            raise FmsimError(f"--policy {spec}: {value!r} is no value of {key.strip()}") from None
+            raise FmsimError(f"--policy {spec}: {value!r} is no value of {key}") from None
     fields = registry.get(name).Params.model_fields
     if name != "full":
         params.setdefault("budget", budget)

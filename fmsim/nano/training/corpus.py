@@ -3,7 +3,7 @@
 Downloads Debian documentation packages (``apt-get download``, no root needed), strips their markup
 and writes ``DIR/documents.jsonl.xz``, one document a line: package, version, licence, name,
 held_out, text. The split into train and held-out is by a hash of the document's name.
-``fmsim.nano.tokens`` makes tokens of it.
+``fmsim.nano.training.pack_tokens`` makes tokens of it.
 """
 
 from __future__ import annotations

@@ -51,10 +51,8 @@ def _many(
     length: int, rng: np.random.Generator, corpus: Corpus
 ) -> tuple[np.ndarray, list[Question]]:
     words = say.wording(evaluation=True)
-    keys, values = (
-        words.keys(rng, STREAM_FACTS),
-        [words.value(rng, VALUE_DIGITS) for _ in range(STREAM_FACTS)],
-    )
+    keys = words.keys(rng, STREAM_FACTS)
+    values = [words.value(rng, VALUE_DIGITS) for _ in range(STREAM_FACTS)]
     places = 0.97 * (np.arange(STREAM_FACTS) + 0.5) / STREAM_FACTS
     facts = [say.fact(rng, place, key, value) for place, key, value in zip(places, keys, values)]
     asked = [say.ask(1.0, keys[i], values[i]) for i in rng.permutation(STREAM_FACTS)]
@@ -114,7 +112,10 @@ def main() -> None:
     parser.add_argument("model", type=Path)
     parser.add_argument("plan", nargs="+", help="KIND:LENGTH:SAMPLES")
     parser.add_argument(
-        "--corpus", type=Path, required=True, help="folder written by fmsim.nano.tokens"
+        "--corpus",
+        type=Path,
+        required=True,
+        help="folder written by fmsim.nano.training.pack_tokens",
     )
     parser.add_argument("--out", type=Path, help="JSON lines to append to")
     parser.add_argument("--seconds", type=float, default=3600)

@@ -99,7 +99,10 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument(
-        "--corpus", type=Path, required=True, help="folder written by fmsim.nano.tokens"
+        "--corpus",
+        type=Path,
+        required=True,
+        help="folder written by fmsim.nano.training.pack_tokens",
     )
     parser.add_argument("--split", choices=corpora.SPLITS, default="held_out")
     parser.add_argument("--out", type=Path, required=True, help="folder for the traces")

@@ -20,7 +20,9 @@ import torch.utils.checkpoint
 from safetensors.torch import load_file, save_file
 
 from fmsim.errors import FmsimError
-from fmsim.exec.model.deepseek_v4 import CSA, DeepseekV4
+from fmsim.exec.model.deepseek_v4 import DeepseekV4
+from fmsim.exec.model.kinds import CSA
+from fmsim.files import replacing, write_text
 from fmsim.nano.config import initialise, nano_config
 from fmsim.nano.training.batches import stream_batches
 
@@ -107,9 +109,9 @@ class Trainer:
             "seed": self.seed,
         }
         for filename, tensors in (("weights", self.model.state_dict()), ("moments", moments)):
-            save_file(tensors, directory / f"{filename}.tmp")
-            (directory / f"{filename}.tmp").replace(directory / f"{filename}.safetensors")
-        (directory / "place.json").write_text(json.dumps(place))
+            with replacing(directory / f"{filename}.safetensors") as beside:
+                save_file(tensors, beside)
+        write_text(directory / "place.json", json.dumps(place))
 
     def load(self, directory: Path) -> None:
         self.model.load_state_dict(load_file(directory / "weights.safetensors", device=self.device))
@@ -126,11 +128,9 @@ class Trainer:
                         else moments[f"{name}/step"]
                     )
         place = json.loads((directory / "place.json").read_text())
-        self.stage, self.step, self.tokens_seen = (
-            place["stage"],
-            place["step"],
-            place["tokens_seen"],
-        )
+        self.stage = place["stage"]
+        self.step = place["step"]
+        self.tokens_seen = place["tokens_seen"]
 
     def train_step(self, stage: Stage, tokens, weights, positions) -> dict[str, torch.Tensor]:
         """One update on tokens [B, S + 1], loss weights [B, S] of the predicted tokens, positions

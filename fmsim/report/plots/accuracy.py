@@ -6,7 +6,8 @@ from typing import Any
 
 import plotly.graph_objects as go
 
-GIB, MIB = 2**30, 2**20
+from fmsim.units import GIB, MIB
+
 SHARES = [0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0]  # marked on the axis
 
 

@@ -9,8 +9,8 @@ import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
 from fmsim.experiments.results import Results
+from fmsim.units import GIB
 
-GIB, MIB = 2**30, 2**20
 BOUNDS = ("belady", "oracle")  # they see the future
 PALETTE = (
     "#3b6fd4",

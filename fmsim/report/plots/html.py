@@ -7,15 +7,13 @@ from pathlib import Path
 import plotly.graph_objects as go
 
 from fmsim.errors import FmsimError
+from fmsim.files import write_text
 
 
 def write_page(figure: go.Figure, path: Path) -> None:
     """The page with plotly in it, whole or not at all; FmsimError where it cannot be written."""
-    partial = path.with_name(path.name + ".partial")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        partial.write_text(figure.to_html(include_plotlyjs=True), encoding="utf-8")
-        partial.replace(path)
+        write_text(path, figure.to_html(include_plotlyjs=True))
     except OSError as error:
         raise FmsimError(
             f"{path}: the plot cannot be written ({error.strerror}); give another file"

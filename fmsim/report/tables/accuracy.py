@@ -9,8 +9,8 @@ from rich.table import Table
 from rich.text import Text
 
 from fmsim.report.console import wide_console
+from fmsim.units import GIB, MIB
 
-GIB, MIB = 2**30, 2**20
 MIN_WIDTH, TASK_WIDTH, CELL_WIDTH = 132, 24, 20  # columns; figures are never cut
 SPREADS = 2  # standard errors within which a difference is none
 

@@ -11,8 +11,8 @@ from rich.table import Table
 from rich.text import Text
 
 from fmsim.report.console import picture, wide_console
+from fmsim.units import GIB, MIB, gib
 
-GIB, MIB = 2**30, 2**20
 MIN_WIDTH = 132  # columns that the table needs
 FIGURES = (  # headings of the columns behind the policy and its kind; * = simulated
     "KV\nGiB",
@@ -86,7 +86,7 @@ def head(about: dict[str, Any]) -> list[Text]:
         ),
         Text(
             f"hardware  {hardware['title']}, tensor parallel {hardware['tensor_parallel']}, batch"
-            f" {about['batch']}; full KV {about['full_kv_bytes'] / GIB:.2f} GiB a request"
+            f" {about['batch']}; full KV {gib(about['full_kv_bytes'])} a request"
             + _figures(hardware["figures"])
         ),
     ]

@@ -8,8 +8,8 @@ from rich.table import Table
 from rich.text import Text
 
 from fmsim.report.console import wide_console
+from fmsim.units import MIB, mib
 
-MIB = 2**20
 Transcript = list[tuple[str, str, bool | None]]
 
 
@@ -69,7 +69,7 @@ def _figures(report: dict[str, Any]) -> Table:
         table.add_row("answers", f"{quality['exact']} of {quality['asked']} right")
     table.add_row(
         "KV allocated",
-        f"{row['kv_hbm_bytes'] / MIB:.2f} MiB a request, {row['kv_hbm_ratio']:.1%} of what keeping"
+        f"{mib(row['kv_hbm_bytes'])} a request, {row['kv_hbm_ratio']:.1%} of what keeping"
         f" every page takes ({details['slot_bytes'] / MIB:.2f} slots,"
         f" {details['fixed_bytes'] / MIB:.2f} index keys, HCA entries, windows; all requests)",
     )
@@ -85,7 +85,7 @@ def _figures(report: dict[str, Any]) -> Table:
             f"all in the {measured} of {layers} CSA layers that the memory indexer"
             f" scores{elsewhere}",
         )
-    table.add_row("host mirror", f"{details['host_kv_bytes'] / MIB:.2f} MiB")
+    table.add_row("host mirror", mib(details["host_kv_bytes"]))
     table.add_row(
         "step",
         f"p50 {row['step_s']['p50'] * 1e3:.1f} ms, p99 {row['step_s']['p99'] * 1e3:.1f} ms,"
@@ -102,7 +102,7 @@ def _figures(report: dict[str, Any]) -> Table:
         "pages moved",
         f"{pages['lookahead_loads']:,} recalled, {pages['demand_loads']:,} fetched,"
         f" {pages['written']:,} written, {pages['evicted']:,} given up;"
-        f" {row['h2d_bytes'] / MIB:.2f} MiB from the host",
+        f" {mib(row['h2d_bytes'])} from the host",
     )
     within = (
         f", in {measured} of {layers} CSA layers; not measured in the others"

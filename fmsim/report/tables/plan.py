@@ -10,8 +10,8 @@ from rich.table import Table
 from rich.text import Text
 
 from fmsim.report.console import wide_console
+from fmsim.units import GIB
 
-GIB = 2**30
 WALLS = ("GPU memory", "host memory", "batch limit", "PCIe", "compute")
 
 

@@ -9,8 +9,8 @@ from rich.table import Table
 from rich.text import Text
 
 from fmsim.report.console import picture, wide_console
+from fmsim.units import GIB, gib
 
-GIB = 2**30
 BARS = " ▁▂▃▄▅▆▇█"
 CHART_WIDTH = 60
 POOLS = {
@@ -51,12 +51,10 @@ def _width(report: dict[str, Any]) -> int:
 
 
 def _head(about: dict[str, Any]) -> list[Text]:
-    workload, server, hardware, trace = (
-        about["workload"],
-        about["workload"]["server"],
-        about["hardware"],
-        about["trace"],
-    )
+    workload = about["workload"]
+    server = about["workload"]["server"]
+    hardware = about["hardware"]
+    trace = about["trace"]
     kind = {
         "closed_loop": "clients",
         "poisson": "requests",
@@ -96,9 +94,9 @@ def memory_table(rows: list[dict[str, Any]]) -> Table:
     memory = rows[0]["memory"]
     hbm = memory["hbm_bytes"]
     title = (
-        f"memory of each GPU: {hbm['all'] / GIB:.1f} GiB = {hbm['weights'] / GIB:.1f} weights +"
+        f"memory of each GPU: {gib(hbm['all'], 1)} = {hbm['weights'] / GIB:.1f} weights +"
         f" {hbm['reserve'] / GIB:.1f} reserve + {hbm['kv'] / GIB:.1f} for KV; on the host"
-        f" {memory['host_bytes'] / GIB:.1f} GiB for its mirror"
+        f" {gib(memory['host_bytes'], 1)} for its mirror"
     )
     table = Table(
         title=title, title_justify="left", title_style="", header_style="bold", pad_edge=False

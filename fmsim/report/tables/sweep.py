@@ -9,8 +9,8 @@ from rich.table import Table
 from rich.text import Text
 
 from fmsim.report.console import wide_console
+from fmsim.units import MIB
 
-MIB = 2**20
 FIGURES = {  # heading -> text of a row's figure; * = simulated
     "of full": lambda row: f"{row['kv_hbm_ratio']:.1%}",
     "golden kept": lambda row: f"{row['entry_recall']:.1%}",

@@ -8,8 +8,7 @@ from rich.table import Table
 from rich.text import Text
 
 from fmsim.report.console import wide_console
-
-MIB = 2**20
+from fmsim.units import MIB
 
 
 def show(report: dict[str, Any]) -> None:

@@ -14,7 +14,7 @@ from fmsim.geometry import Geometry
 from fmsim.hw.memory import MemorySystem
 from fmsim.hw.spec import Hardware
 from fmsim.sim.serving import spec
-from fmsim.sim.serving.batch import Request, mean_step_s
+from fmsim.sim.serving.batch import ServedRequest, mean_step_s
 from fmsim.sim.serving.demand import Demand
 
 GPU, HOST, BATCH, LINK = "GPU memory", "host memory", "batch limit", "PCIe"
@@ -54,15 +54,15 @@ class Admission:
             demand,
             options,
         )
-        self.queue: deque[Request] = deque()
-        self.admitted: dict[int, Request] = {}  # by number
+        self.queue: deque[ServedRequest] = deque()
+        self.admitted: dict[int, ServedRequest] = {}  # by number
         self.waits_for: str | None = None  # what the head of the queue could not get
         self._link_verdict: tuple[tuple[int, ...], bool] = (
             (),
             True,
         )  # for these requests by number
 
-    def never_fits(self, request: Request) -> str | None:
+    def never_fits(self, request: ServedRequest) -> str | None:
         """The memory that `request` would not fit even alone, or None."""
         return next(
             (kind for kind, pool, n_bytes in self._needs(request) if n_bytes > pool.capacity), None
@@ -71,7 +71,7 @@ class Admission:
     def head_can_enter(self) -> bool:
         return bool(self.queue) and self.lacks(self.queue[0]) is None
 
-    def enter(self) -> Iterator[Request]:
+    def enter(self) -> Iterator[ServedRequest]:
         """Admit from the queue's head on, until one has to wait."""
         self.waits_for = None
         while self.queue:
@@ -85,14 +85,14 @@ class Admission:
                     pool.get(n_bytes)
             yield request
 
-    def release(self, request: Request) -> None:
+    def release(self, request: ServedRequest) -> None:
         """Give back what `request` held."""
         del self.admitted[request.number]
         for _, pool, n_bytes in self._needs(request):
             if n_bytes:
                 pool.put(n_bytes)
 
-    def lacks(self, request: Request) -> str | None:
+    def lacks(self, request: ServedRequest) -> str | None:
         """What `request` cannot get now, or None."""
         if self.options.max_batch and len(self.admitted) >= self.options.max_batch:
             return BATCH
@@ -103,7 +103,7 @@ class Admission:
             return LINK
         return short
 
-    def _link_has_room(self, request: Request) -> bool:
+    def _link_has_room(self, request: ServedRequest) -> bool:
         """With `request` beside those admitted, all recalls still fit into the time of their
         windows.
         """
@@ -125,7 +125,7 @@ class Admission:
             )
         return self._link_verdict[1]
 
-    def _needs(self, request: Request) -> list[tuple[str, simpy.Container, int]]:
+    def _needs(self, request: ServedRequest) -> list[tuple[str, simpy.Container, int]]:
         return [
             (GPU, self.memory.hbm, request.pools.gpu_bytes),
             (HOST, self.memory.host, request.pools.mirror),

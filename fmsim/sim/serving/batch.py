@@ -14,7 +14,7 @@ from fmsim.sim.step_cost import Spread, mixed_step_costs
 
 
 @dataclass
-class Request:
+class ServedRequest:
     """One request on its way. Times in seconds; None until they come."""
 
     number: int
@@ -49,7 +49,7 @@ class Load:
 class WindowStart:
     """A request at a decision: what its window needed from the host, and what the next one will."""
 
-    request: Request
+    request: ServedRequest
     own_bytes: float
     next_bytes: float
 
@@ -63,18 +63,18 @@ _STATE = np.dtype(
 )
 
 
-class Batch:
+class RunningBatch:
     """Requests and, beside them, their state as one array."""
 
     def __init__(self, demand: Demand) -> None:
         self.demand = demand
-        self.requests: list[Request] = []
+        self.requests: list[ServedRequest] = []
         self._state = np.zeros(0, dtype=_STATE)
 
     def __len__(self) -> int:
         return len(self.requests)
 
-    def add(self, request: Request) -> None:
+    def add(self, request: ServedRequest) -> None:
         demand, prompt = self.demand, request.prompt_tokens
         missing = float(not demand.fits_whole(prompt, request.output_tokens))
         row = (
@@ -142,7 +142,7 @@ class Batch:
             ),
         )
 
-    def advance(self, steps: int, first_s: float) -> list[Request]:
+    def advance(self, steps: int, first_s: float) -> list[ServedRequest]:
         """Move on; returns the requests that are done.
 
         `first_s`: when the first of these steps ended.

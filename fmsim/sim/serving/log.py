@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from fmsim.sim.serving.batch import Request
+from fmsim.sim.serving.batch import ServedRequest
 
 SAMPLE = ("t_s", "running", "admitted", "waiting", "gpu_bytes", "host_bytes", "h2d_bytes", "tokens")
 
@@ -16,7 +16,7 @@ SAMPLE = ("t_s", "running", "admitted", "waiting", "gpu_bytes", "host_bytes", "h
 class Log:
     """Times in seconds, sums over the whole run."""
 
-    requests: list[Request] = field(default_factory=list)
+    requests: list[ServedRequest] = field(default_factory=list)
     tokens: int = 0  # made, by prefill or decode
     busy_s: float = 0.0  # some request decodes or is prefilled here; the three below are part of it
     stall_s: float = 0.0  # waiting for misses

@@ -21,7 +21,7 @@ CONTEXTS = tuple(2**k for k in range(13, 21))  # 8K to 1M tokens
 
 
 @dataclass(frozen=True)
-class Question:
+class CapacityQuestion:
     """A server and the requests that it is asked for."""
 
     hw: Hardware
@@ -59,7 +59,7 @@ class Question:
         return walls
 
 
-def plan(question: Question, full: Demand) -> dict[str, Any]:
+def plan(question: CapacityQuestion, full: Demand) -> dict[str, Any]:
     """`requests`, the `wall` by name, all `walls`, speed there, what each change would give, and
     the crossover against `full`.
     """
@@ -91,7 +91,7 @@ def _speed(steady: Steady) -> dict[str, float]:
     }
 
 
-def moves(question: Question) -> list[dict[str, Any]]:
+def moves(question: CapacityQuestion) -> list[dict[str, Any]]:
     """Each change by itself: the requests it allows, and the wall that is then met."""
     found = []
     for change, changed in _changes(question):
@@ -101,7 +101,7 @@ def moves(question: Question) -> list[dict[str, Any]]:
     return found
 
 
-def _changes(question: Question) -> list[tuple[str, Question]]:
+def _changes(question: CapacityQuestion) -> list[tuple[str, CapacityQuestion]]:
     hw, options = question.hw, question.options
     # A faster link helps an engine whose own copy path is slower only if that path gets faster with
     # it.
@@ -146,7 +146,7 @@ def _doubled(hw: Hardware, name: str, figure: Figure) -> Hardware:
     return replace_figure(hw, name, 2 * figure.value)
 
 
-def crossover(question: Question, full: Demand) -> dict[str, Any] | None:
+def crossover(question: CapacityQuestion, full: Demand) -> dict[str, Any] | None:
     """Where the policy makes more tokens a second than the full cache does on the same GPUs; None
     for a policy that mirrors nothing.
 
@@ -165,7 +165,7 @@ def crossover(question: Question, full: Demand) -> dict[str, Any] | None:
     }
 
 
-def _compare(question: Question, full: Demand) -> dict[str, Any]:
+def _compare(question: CapacityQuestion, full: Demand) -> dict[str, Any]:
     """Both at the most requests that they take."""
     row: dict[str, Any] = {"context_tokens": question.tokens}
     for name, side in (("policy", question), ("full", replace(question, demand=full))):
@@ -177,7 +177,7 @@ def _compare(question: Question, full: Demand) -> dict[str, Any]:
     return row | {"pays": row["policy_tokens_per_s"] > row["full_tokens_per_s"]}
 
 
-def _smallest_batch(question: Question, full: Demand) -> int | None:
+def _smallest_batch(question: CapacityQuestion, full: Demand) -> int | None:
     other = replace(question, demand=full)
     most, other_most = min(question.walls().values()), min(other.walls().values())
     state, other_state = question.state(), other.state()
@@ -189,7 +189,7 @@ def _smallest_batch(question: Question, full: Demand) -> int | None:
 
 
 def _smallest_context(
-    question: Question, full: Demand, contexts: list[dict[str, Any]]
+    question: CapacityQuestion, full: Demand, contexts: list[dict[str, Any]]
 ) -> int | None:
     paying = next((place for place, row in enumerate(contexts) if row["pays"]), None)
     if not paying:

@@ -22,12 +22,12 @@ from fmsim.hw.memory import FairLink, MemorySystem
 from fmsim.hw.spec import Hardware
 from fmsim.sim.serving import spec
 from fmsim.sim.serving.admission import Admission, server_hardware
-from fmsim.sim.serving.batch import Batch, Request
+from fmsim.sim.serving.batch import RunningBatch, ServedRequest
 from fmsim.sim.serving.demand import Demand
 from fmsim.sim.serving.log import Log
 from fmsim.sim.serving.prefill import chunks, prefill_s
 from fmsim.sim.serving.requests import Arrival
-from fmsim.sim.serving.workload import Source
+from fmsim.sim.serving.workload import RequestGenerator
 from fmsim.sim.step_cost import memory_indexer_s, mixed_step_costs
 from fmsim.sim.transfer_cost import GatherCurve
 
@@ -50,7 +50,12 @@ class ServerRun:
     """Build, then `run()`, once."""
 
     def __init__(
-        self, hw: Hardware, geometry: Geometry, demand: Demand, options: spec.Server, source: Source
+        self,
+        hw: Hardware,
+        geometry: Geometry,
+        demand: Demand,
+        options: spec.Server,
+        source: RequestGenerator,
     ) -> None:
         """Raises FmsimError when not even the weights fit."""
         self.env = simpy.Environment()
@@ -60,11 +65,13 @@ class ServerRun:
         self.gather = GatherCurve(self.hw.link)
         self.network = FairLink(self.env, options.network_bytes_per_s)
         self.admission = Admission(self.memory, self.hw, geometry, demand, options)
-        self.prefilling: deque[Request] = (
+        self.prefilling: deque[ServedRequest] = (
             deque()
         )  # admitted, prompt not done; served one after another
-        self.ready: deque[Request] = deque()  # admitted and KV in place: to join at the next step
-        self.batch = Batch(demand)
+        self.ready: deque[ServedRequest] = (
+            deque()
+        )  # admitted and KV in place: to join at the next step
+        self.batch = RunningBatch(demand)
         self._wake: simpy.Event | None = None  # what cuts the present wait short
         self._prefillers = simpy.Resource(self.env, options.prefill_servers)
         self._offsets = np.random.default_rng(
@@ -89,7 +96,7 @@ class ServerRun:
             self._receive(arrival)
 
     def _receive(self, arrival: Arrival) -> None:
-        request = Request(
+        request = ServedRequest(
             number=len(self.log.requests),
             arrival_s=self.env.now,
             prompt_tokens=arrival.prompt_tokens,
@@ -108,7 +115,7 @@ class ServerRun:
         else:
             self._enqueue(request)
 
-    def _prefill_elsewhere(self, request: Request) -> Process:
+    def _prefill_elsewhere(self, request: ServedRequest) -> Process:
         with self._prefillers.request() as turn:
             yield turn
             yield self.env.timeout(
@@ -116,10 +123,10 @@ class ServerRun:
             )
         self._enqueue(request)
 
-    def _chunks(self, request: Request) -> tuple[np.ndarray, np.ndarray]:
+    def _chunks(self, request: ServedRequest) -> tuple[np.ndarray, np.ndarray]:
         return chunks(request.prompt_tokens, self.options.prefill_chunk_tokens)
 
-    def _enqueue(self, request: Request) -> None:
+    def _enqueue(self, request: ServedRequest) -> None:
         self.admission.queue.append(request)
         self._call()
 
@@ -131,7 +138,7 @@ class ServerRun:
     def _somebody_can_join(self) -> bool:
         return bool(self.ready) or self.admission.head_can_enter()
 
-    def _leave(self, request: Request) -> None:
+    def _leave(self, request: ServedRequest) -> None:
         request.finished_s = self.env.now
         self.admission.release(request)
         following = self.source.after(self.env.now)
@@ -144,7 +151,7 @@ class ServerRun:
             self._start(request)
         self.log.waits_for = self.admission.waits_for
 
-    def _start(self, request: Request) -> None:
+    def _start(self, request: ServedRequest) -> None:
         """Bring an admitted request's KV into place."""
         if self.options.prefill == "done":
             self.ready.append(request)
@@ -156,7 +163,7 @@ class ServerRun:
             request.prefill_left = list(zip(length.tolist(), seconds.tolist()))[::-1]
             self.prefilling.append(request)
 
-    def _receive_kv(self, request: Request) -> Process:
+    def _receive_kv(self, request: ServedRequest) -> Process:
         """The prompt's KV comes over the network, into the mirror where there is one; then the
         first resident set goes to the GPU.
         """
@@ -170,7 +177,7 @@ class ServerRun:
         self._prefilled(request)
         self._call()
 
-    def _prefilled(self, request: Request) -> None:
+    def _prefilled(self, request: ServedRequest) -> None:
         request.first_token_s = self.env.now
         self.log.tokens += 1
         self.ready.append(request)

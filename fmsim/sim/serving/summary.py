@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from fmsim.sim.serving.admission import GPU, HOST, LINK
-from fmsim.sim.serving.batch import Request
+from fmsim.sim.serving.batch import ServedRequest
 from fmsim.sim.serving.server import ServerRun
 from fmsim.sim.serving.spec import Slo
 
@@ -84,19 +84,19 @@ def summary(run: ServerRun) -> dict[str, Any]:
     }
 
 
-def ttft_s(request: Request) -> float:
+def ttft_s(request: ServedRequest) -> float:
     """Arrival to first token, of a request that has one."""
     assert request.first_token_s is not None
     return request.first_token_s - request.arrival_s
 
 
-def tpot_s(request: Request) -> float:
+def tpot_s(request: ServedRequest) -> float:
     """Time between later tokens, of a finished request of more than one."""
     assert request.first_token_s is not None and request.finished_s is not None
     return (request.finished_s - request.first_token_s) / (request.output_tokens - 1)
 
 
-def _keeps(request: Request, slo: Slo) -> bool:
+def _keeps(request: ServedRequest, slo: Slo) -> bool:
     in_time = ttft_s(request) <= slo.ttft_s
     return in_time and (request.output_tokens == 1 or tpot_s(request) <= slo.tpot_s)
 

@@ -14,7 +14,7 @@ from fmsim.sim.serving.spec import Bursts, ClosedLoop, Poisson, RequestFile
 Drawn = ClosedLoop | Poisson | Bursts  # workloads whose lengths are drawn
 
 
-class Source:
+class RequestGenerator:
     """The requests of one workload: those that come by themselves, and, in a closed loop, the next
     one of a client.
     """

@@ -26,7 +26,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from fmsim.errors import FmsimError
-from fmsim.trace.format import ENTRY_TOKENS, LABELS, ModelInfo, Trace, TraceHeader
+from fmsim.trace.format import ENTRY_TOKENS, LABELS, TAU, ModelInfo, Trace, TraceHeader
 from fmsim.trace.importers import tensor_pickle
 
 SCALE_BYTES = 4
@@ -76,7 +76,7 @@ def documents(folder: Path) -> list[Path]:
     return found
 
 
-def read_document(path: Path, tau: int = 64) -> Trace:
+def read_document(path: Path, tau: int = TAU) -> Trace:
     """One dump as a trace.
 
     Its first row is the query of window 0, so it counts as the last token of the prompt.

@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from fmsim.files import write_bytes, write_text
 from fmsim.trace.format import Trace
 from fmsim.trace.importers import tensor_pickle
 from fmsim.trace.importers.flashmemory import HEADER_KEY, METADATA_FILE, Votes
@@ -61,9 +62,7 @@ def write_document(
     )
     tensors["label_pointers"] = ("IntStorage", counts.astype("<i4"))
     path = folder / f"doc_{number:05d}.pkl"
-    partial = path.with_name(path.name + ".partial")
-    partial.write_bytes(_pickled(tensors))
-    partial.replace(path)
+    write_bytes(path, [_pickled(tensors)])
     geometry = header.geometry | {"csa_numbers": trace.csa_numbers, "label_layers": voters}
     line = {
         "doc_index": number,
@@ -88,9 +87,7 @@ def _add_line(path: Path, line: dict[str, Any]) -> None:
         else []
     )
     lines = [other for other in lines if other.get("filename") != line["filename"]] + [line]
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text("".join(json.dumps(item) + "\n" for item in lines), encoding="utf-8")
-    partial.replace(path)
+    write_text(path, "".join(json.dumps(item) + "\n" for item in lines))
 
 
 def _bfloat16(values: np.ndarray) -> np.ndarray:

@@ -8,7 +8,9 @@ import torch
 from fmsim.exec.decode.decode_attention import DecodeAttention
 from fmsim.exec.kernels.layout import plain
 from fmsim.exec.measure.timing import captured
-from fmsim.exec.model.deepseek_v4 import CSA, HCA, SLIDING, Attention, CompressorState, LayerCache
+from fmsim.exec.model.attention import Attention
+from fmsim.exec.model.cache import CompressorState, LayerCache
+from fmsim.exec.model.kinds import CSA, HCA, SLIDING
 from fmsim.exec.model.quantised import fill_float8, hold_float8, published_float8
 from fmsim.nano.config import nano_config
 

@@ -108,9 +108,8 @@ def test_the_replay_of_its_trace_takes_the_same_decisions(prompt, spec):
             continue  # this engine keeps them, to measure what was lost
         one, other = getattr(replayed, field.name), getattr(measured, field.name)
         if field.name.startswith("mass"):
-            np.testing.assert_allclose(
-                one, other, rtol=1e-6
-            )  # numpy sums strided and whole rows in another order
+            # numpy sums strided and whole rows in another order
+            np.testing.assert_allclose(one, other, rtol=1e-6)
         else:
             assert np.array_equal(one, other), field.name
 
@@ -139,10 +138,11 @@ def test_fallback_fetches_until_enough_is_there(prompt):
         change, ledger.demand_loads + ledger.lookahead_loads + ledger.written - ledger.evicted
     )
     spec = {"policy": "lru", "on_miss": "fallback", "budget": "10 entries"}
+    # of the indexer's softmax
     loads = [
         decoded(prompt, spec | {"fallback_above": above}).ledger().demand_loads.sum()
         for above in (1.0, 0.15, 0.01)
-    ]  # of the indexer's softmax
+    ]
     assert 0 == loads[0] < loads[1] < loads[2]
 
 

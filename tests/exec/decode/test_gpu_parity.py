@@ -75,9 +75,8 @@ def bfloat16_twins(reference, device: str):
     for number in numbers:
         number.data = number.data.bfloat16().float()
     theirs = copy.deepcopy(reference).to(torch.bfloat16)
-    angles = {
-        name: part for name, part in reference.named_buffers() if "inv_freq" in name
-    }  # these a loaded model has in float32
+    # these a loaded model has in float32
+    angles = {name: part for name, part in reference.named_buffers() if "inv_freq" in name}
     for name, part in theirs.named_buffers():
         if name in angles:
             part.data = angles[name].clone()
@@ -202,9 +201,8 @@ def test_nano_decodes_as_near_and_says_the_same(device, kernels):
         return_dict_in_generate=True,
     )
     best = torch.cat(written.logits).topk(2).values
-    count = int(
-        (best[:, 0] - best[:, 1] > 4 * theirs).cumprod(0).sum()
-    )  # after a near tie the texts may part
+    # after a near tie the texts may part
+    count = int((best[:, 0] - best[:, 1] > 4 * theirs).cumprod(0).sum())
     prompt = Prompt(load_model(MODEL_FOLDER, device, torch.bfloat16), text[:-40].tolist(), 12)
     tokens = Engine(prompt, registry.build("full"), kernels=kernels).generate(12)
     assert count > 2 and tokens[:count] == written.sequences[0, -12:][:count].tolist()

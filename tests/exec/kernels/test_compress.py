@@ -14,7 +14,10 @@ from fmsim.exec.kernels.compress import (
     compress_and_append_triton,
 )
 from fmsim.exec.kernels.layout import KEY, LATENT, plain, read_entries
-from fmsim.exec.model.deepseek_v4 import CSA, HCA, Compressor, CompressorState, inverse_frequencies
+from fmsim.exec.model.cache import CompressorState
+from fmsim.exec.model.compressor import Compressor
+from fmsim.exec.model.kinds import CSA, HCA
+from fmsim.exec.model.norm_rope import inverse_frequencies
 from fmsim.indexer.scorer import hadamard_matrix
 from fmsim.nano.config import nano_config
 

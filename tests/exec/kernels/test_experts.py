@@ -9,12 +9,13 @@ from torch.nn import functional as F
 from transformers import DeepseekV4Config
 
 from fmsim.exec.kernels import experts as kernels
+from fmsim.exec.kernels.expert_tiles import tiles_of
 from fmsim.exec.kernels.experts import mixture_of_experts, mixture_of_experts_triton
-from fmsim.exec.kernels.tuning import Experts as Tuning
+from fmsim.exec.kernels.tuning import ExpertsTuning
 from fmsim.exec.kernels.weights import dequantise, scale_shape
-from fmsim.exec.model.deepseek_v4 import Experts, SwiGLU
+from fmsim.exec.model.experts import Experts, SwiGLU
 
-SMALL = Tuning(gate_rows=64, down_rows=32, block_depth=32, warps=4, stages=2, sum_columns=64)
+SMALL = ExpertsTuning(gate_rows=64, down_rows=32, block_depth=32, warps=4, stages=2, sum_columns=64)
 # bfloat16: gated values and results are rounded, and Triton's interpreter cuts the last bits off
 LIMITS = {torch.float32: 5e-6, torch.bfloat16: 2e-2, torch.float8_e4m3fn: 2e-2}
 
@@ -187,7 +188,7 @@ def test_every_pair_is_in_one_tile_of_its_expert(
     torch.manual_seed(seed)
     _, chosen, _ = drawn(tokens, count, top_k, 1, min(favourites, count), torch.float32, device)
     slots = top_k + with_shared
-    size, n_tiles, schedule = kernels._tiles(chosen, slots, count, SMALL)
+    size, n_tiles, schedule = tiles_of(chosen, slots, count, SMALL)
     tiles, order = (
         schedule[: 3 * n_tiles].view(3, n_tiles).T.tolist(),
         schedule[3 * n_tiles :].tolist(),

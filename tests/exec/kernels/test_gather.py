@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from kernel_pools import on_each_device
 
 from fmsim.exec.kernels.gather import copy_rows_reference, copy_rows_triton
-from fmsim.exec.kernels.tuning import Gather
+from fmsim.exec.kernels.tuning import GatherTuning
 
 
 @on_each_device
@@ -38,7 +38,10 @@ def test_the_kernel_is_the_reference(
     if device == "cuda":  # recall: the source stays in host memory
         source, target = source.pin_memory(), target.to(device)
     copy_rows_triton(
-        source, target, *lists, tune=Gather(segment_words=64, tile_words=256, programs=programs)
+        source,
+        target,
+        *lists,
+        tune=GatherTuning(segment_words=64, tile_words=256, programs=programs),
     )
     assert torch.equal(target.cpu(), expected)
 

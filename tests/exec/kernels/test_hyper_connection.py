@@ -15,10 +15,11 @@ from fmsim.exec.kernels.hyper_connection import (
     read_out_reference,
     read_out_triton,
 )
-from fmsim.exec.kernels.tuning import HyperConnection as Tuning
-from fmsim.exec.model.deepseek_v4 import HyperConnection, HyperHead, RMSNorm
+from fmsim.exec.kernels.tuning import HyperConnectionTuning
+from fmsim.exec.model.hyper_connection import HyperConnection, HyperHead
+from fmsim.exec.model.norm_rope import RMSNorm
 
-SMALL = Tuning(block_channels=32, programs=4)
+SMALL = HyperConnectionTuning(block_channels=32, programs=4)
 # bfloat16: the model rounds every product on the way back, the kernel the sum of them
 LIMITS = {torch.float32: 5e-6, torch.bfloat16: 1e-2}
 

@@ -9,10 +9,10 @@ from kernel_pools import on_each_device, scattered_pool
 
 from fmsim.exec.kernels.index_score import index_scores_reference, index_scores_triton, new_scores
 from fmsim.exec.kernels.layout import KEY, plain
-from fmsim.exec.kernels.tuning import IndexScores
-from fmsim.exec.model import deepseek_v4 as model
+from fmsim.exec.kernels.tuning import IndexScoresTuning
+from fmsim.exec.model.indexer import index_scores
 
-SMALL = IndexScores(block_entries=64, programs=6)
+SMALL = IndexScoresTuning(block_entries=64, programs=6)
 # Hopper's matrix units add float8 products with some 14 bits, not 24: 2.6e-4 of the scores were
 # seen on an H100. The interpreter does not.
 FLOAT8_PRODUCTS = 1e-3
@@ -37,7 +37,7 @@ def test_the_reference_is_the_models_formula():
         0, 2, 4, plain(torch.float32, 32), 4, 40, 0.0, torch.float32
     )
     keys = torch.stack([pool[table[b].long()].view(torch.float32).view(40, 32) for b in range(2)])
-    expected = model.index_scores(queries[:, None], weights[:, None], keys)[:, 0]
+    expected = index_scores(queries[:, None], weights[:, None], keys)[:, 0]
     found = index_scores_reference(queries, weights, pool, layout, table, lengths).scores
     for b, length in enumerate(lengths.tolist()):
         torch.testing.assert_close(found[b, :length], expected[b, :length])
@@ -63,9 +63,8 @@ def test_the_kernel_is_the_reference(device, seed, batch, heads, per_page, entri
     ]
     expected, found = index_scores_reference(*given_), index_scores_triton(*given_, tune=SMALL)
     queries, weights, *rest = given_
-    added = index_scores_reference(
-        queries, weights.abs(), *rest
-    )  # what the heads add up to before they cancel: rounding is relative to it
+    # what the heads add up to before they cancel: rounding is relative to it
+    added = index_scores_reference(queries, weights.abs(), *rest)
     limit = FLOAT8_PRODUCTS if kind == "fp8 queries" and device == "cuda" else 1e-5
     for want, got, size in zip(expected, found, added, strict=True):
         assert torch.equal(want.isinf(), got.isinf())

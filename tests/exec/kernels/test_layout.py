@@ -72,12 +72,10 @@ def test_a_page_of_64_is_the_deployed_one():
 def test_encoding_errs_by_half_a_step(layout, seed, power):
     rows = torch.randn(5, layout.width, generator=torch.Generator().manual_seed(seed)) * 2.0**power
     found = decode(*encode(rows, layout), layout)
-    step = {torch.float32: 0.0, torch.bfloat16: 2.0**-8}.get(
-        layout.dtype, 2.0**-4
-    )  # half a step, relative
-    smallest = (
-        2.0**-18 * rows.abs().amax() if layout.scale_bytes else 0.0
-    )  # half of e4m3's 2^-9, at 448 = 2^8.8
+    # half a step, relative
+    step = {torch.float32: 0.0, torch.bfloat16: 2.0**-8}.get(layout.dtype, 2.0**-4)
+    # half of e4m3's 2^-9, at 448 = 2^8.8
+    smallest = 2.0**-18 * rows.abs().amax() if layout.scale_bytes else 0.0
     floor = 2.0**-13 * 2.0**-18 if layout.scale_bytes else 0.0
     assert ((found - rows).abs() <= rows.abs() * step + smallest + floor).all()
 

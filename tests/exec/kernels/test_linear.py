@@ -17,9 +17,9 @@ LIMITS = {
     torch.bfloat16: 2**-7,
 }  # one last bit of bfloat16: the interpreter cuts it off
 TUNES = [
-    tuning.Linear(block_outputs=16, block_inputs=64, programs=1),
-    tuning.Linear(block_outputs=32, programs=40),
-    tuning.Linear(block_outputs=128, programs=6, warps=8, stages=3, block_sums=32),
+    tuning.LinearTuning(block_outputs=16, block_inputs=64, programs=1),
+    tuning.LinearTuning(block_outputs=32, programs=40),
+    tuning.LinearTuning(block_outputs=128, programs=6, warps=8, stages=3, block_sums=32),
 ]
 
 

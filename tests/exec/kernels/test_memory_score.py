@@ -10,11 +10,11 @@ from kernel_pools import on_each_device, relative_error, scattered_pool
 
 from fmsim.exec.kernels.layout import KEY, plain, read_entries, slots_of
 from fmsim.exec.kernels.memory_score import memory_scores_reference, memory_scores_triton
-from fmsim.exec.kernels.tuning import IndexScores
+from fmsim.exec.kernels.tuning import IndexScoresTuning
 from fmsim.indexer import scorer
 from fmsim.indexer.scorer import LayerWeights, ScorerConfig
 
-SMALL = IndexScores(block_entries=64, programs=4)
+SMALL = IndexScoresTuning(block_entries=64, programs=4)
 
 
 def draw(seed, layers, batch, heads, layout, dtype, entries, missing):

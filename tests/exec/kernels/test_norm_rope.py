@@ -10,7 +10,7 @@ from kernel_pools import on_each_device, relative_error
 
 from fmsim.exec.kernels.norm_rope import norm_rope_reference, norm_rope_triton
 from fmsim.exec.kernels.rms_norm import rms_norm_reference, rms_norm_triton
-from fmsim.exec.model.deepseek_v4 import RMSNorm, rms_normalise, rotate
+from fmsim.exec.model.norm_rope import RMSNorm, rms_normalise, rotate
 
 LIMITS = {
     torch.float32: 1e-6,

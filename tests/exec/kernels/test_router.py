@@ -7,7 +7,7 @@ from kernel_pools import on_each_device
 from transformers import DeepseekV4Config
 
 from fmsim.exec.kernels.router import route, route_reference, route_triton
-from fmsim.exec.model.deepseek_v4 import Router
+from fmsim.exec.model.experts import Router
 
 VOCABULARY = 50
 

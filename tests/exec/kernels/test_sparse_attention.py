@@ -12,13 +12,13 @@ from fmsim.exec.kernels import attention_gathered
 from fmsim.exec.kernels.attention_rows import Rows
 from fmsim.exec.kernels.layout import LATENT, plain, write_entries
 from fmsim.exec.kernels.sparse_attention import sparse_attention_reference, sparse_attention_triton
-from fmsim.exec.kernels.tuning import Attention, GatheredAttention
-from fmsim.exec.model.deepseek_v4 import CSA
-from fmsim.exec.model.deepseek_v4 import Attention as ModelAttention
+from fmsim.exec.kernels.tuning import AttentionTuning, GatheredAttentionTuning
+from fmsim.exec.model.attention import Attention as ModelAttention
+from fmsim.exec.model.kinds import CSA
 from fmsim.nano.config import nano_config
 
-IN_PLACE = Attention(block_heads=16, block_rows=16, programs=12)
-GATHERED = GatheredAttention(gather_rows=8, block_heads=16, block_rows=16, programs=12)
+IN_PLACE = AttentionTuning(block_heads=16, block_rows=16, programs=12)
+GATHERED = GatheredAttentionTuning(gather_rows=8, block_heads=16, block_rows=16, programs=12)
 
 
 each_way = pytest.mark.parametrize("tune", [IN_PLACE, GATHERED], ids=["in place", "gathered"])
@@ -68,9 +68,8 @@ def test_the_reference_is_the_models_attention():
     write_entries(rows.window, rows.layout, torch.arange(128), near)
     slots = rows.table[0, rows.ids[0].long() // 4].long() * 4 + rows.ids[0] % 4
     chosen = rows.pool.view(torch.float32).view(-1, 64)[slots]
-    local = torch.cat((torch.zeros(1, 64), near))[
-        None, None
-    ]  # one query, whose window is the last 128 of 129 keys
+    # one query, whose window is the last 128 of 129 keys
+    local = torch.cat((torch.zeros(1, 64), near))[None, None]
     window_logits = attention._window_logits(queries[:, None], local, 128)
     entry_logits = torch.einsum("bhc,kc->bhk", queries, chosen)[:, None] * scale
     expected, masses = attention._attend(

@@ -10,9 +10,9 @@ from kernel_pools import on_each_device
 
 from fmsim.exec.kernels.index_score import GROUP
 from fmsim.exec.kernels.top_k import top_k_reference, top_k_triton
-from fmsim.exec.kernels.tuning import TopK
+from fmsim.exec.kernels.tuning import TopKTuning
 
-SMALL = TopK(chunk=256, warps=4, maxima_groups=16, finalists=256)
+SMALL = TopKTuning(chunk=256, warps=4, maxima_groups=16, finalists=256)
 # At the lengths that an interpreter manages: all scores, all maxima and all candidates in one
 # chunk; more candidates than fit; more maxima too.
 CHUNKS = [SMALL._replace(chunk=4096, finalists=2048), SMALL, SMALL._replace(chunk=32)]

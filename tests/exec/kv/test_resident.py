@@ -54,9 +54,8 @@ def test_it_selects_as_among_all_with_the_absent_left_out(
     for b in range(batch):
         there = -(-int(visible[b]) // granularity)
         some = torch.randperm(there, generator=generator)[:slots]
-        some = torch.cat((torch.tensor([there - 1]), some[some != there - 1]))[
-            :slots
-        ]  # the page being filled is always there
+        # the page being filled is always there
+        some = torch.cat((torch.tensor([there - 1]), some[some != there - 1]))[:slots]
         held[b, torch.randperm(slots, generator=generator)[: len(some)]] = some.int()
     held = held[:1].expand(batch, -1) if alike else held
     pool, table = (
@@ -69,9 +68,8 @@ def test_it_selects_as_among_all_with_the_absent_left_out(
                 table[b, page] = b * slots + slot
     ids = torch.arange(pages * granularity)
     places = slots_of(table, ids.expand(batch, -1), granularity)
-    keys = (
-        torch.randn(batch, len(ids), KEY.width, generator=generator).round() / 4
-    )  # few values: scores are exact, and some are equal
+    # few values: scores are exact, and some are equal
+    keys = torch.randn(batch, len(ids), KEY.width, generator=generator).round() / 4
     write_entries(pool, KEY, places.flatten(), keys.flatten(0, 1))
     queries, weights = (
         torch.randn(batch, 4, *size, generator=generator).round() for size in ((KEY.width,), ())

@@ -13,7 +13,7 @@ transformers = pytest.importorskip(
 from tiny_model import CSA, HCA, SLIDING, kinds, oracle, ours
 
 from fmsim.errors import FmsimError
-from fmsim.exec.model.deepseek_v4 import index_scores
+from fmsim.exec.model.indexer import index_scores
 from fmsim.exec.model.loader import load_model
 
 

@@ -11,7 +11,7 @@ from kernel_pools import on_each_device, relative_error
 from tiny_model import CSA, TINY
 from transformers import DeepseekV4Config
 
-from fmsim.exec.model.deepseek_v4 import Experts, MoE
+from fmsim.exec.model.experts import Experts, MoE
 
 
 def config_of(count: int, width: int) -> DeepseekV4Config:

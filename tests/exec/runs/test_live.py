@@ -15,7 +15,7 @@ from fmsim import trace
 from fmsim.errors import FmsimError
 from fmsim.exec.kv import tiered
 from fmsim.exec.runs import live as run
-from fmsim.nano.prompts import Stream, Turn
+from fmsim.exec.runs.stream import Stream, Turn
 from fmsim.policies import registry
 
 

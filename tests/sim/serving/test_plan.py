@@ -4,7 +4,7 @@ import pytest
 from hand_ledger import FLASH, H100, ledger, loads
 
 from fmsim.sim.serving.demand import Demand
-from fmsim.sim.serving.plan import Question, plan
+from fmsim.sim.serving.plan import CapacityQuestion, plan
 from fmsim.sim.serving.spec import Server
 
 ENTRIES = 32_000
@@ -26,7 +26,7 @@ TENTH = Demand(
 
 
 def question(demand, tokens=524_288, tpot_s=0.05, hw=H100, **options):
-    return Question(hw, FLASH, demand, Server(**options), tokens, 1024, tpot_s)
+    return CapacityQuestion(hw, FLASH, demand, Server(**options), tokens, 1024, tpot_s)
 
 
 def test_memory_walls_are_pools_over_a_requests_bytes():

@@ -5,7 +5,7 @@ import pytest
 from fmsim.errors import FmsimError
 from fmsim.sim.serving.requests import Arrival, read_requests, repeated_share
 from fmsim.sim.serving.spec import Bursts, ClosedLoop, Poisson, RequestFile
-from fmsim.sim.serving.workload import Source
+from fmsim.sim.serving.workload import RequestGenerator
 
 MOONCAKE = """\
 {"timestamp": 3000, "input_length": 700, "output_length": 20, "hash_ids": [1, 2]}
@@ -79,16 +79,20 @@ def test_a_file_that_is_not_there(tmp_path):
 
 def test_a_file_may_be_played_faster_longer_and_cut(tmp_path):
     path = written(tmp_path, BURSTGPT)
-    source = Source(RequestFile(kind="file", file=path, speed=2, lengths=10), path)
+    source = RequestGenerator(RequestFile(kind="file", file=path, speed=2, lengths=10), path)
     assert source.first == [Arrival(0.0, 4720, 18), Arrival(56.5, 4170, 276)]
-    assert len(Source(RequestFile(kind="file", file=path, duration_s=60), path).first) == 1
+    assert (
+        len(RequestGenerator(RequestFile(kind="file", file=path, duration_s=60), path).first) == 1
+    )
 
 
 SIZES = {"prompt_tokens": [1000, 2000], "output_tokens": 64, "duration_s": 100.0}
 
 
 def test_poisson_comes_at_its_rate_and_as_its_seed_says():
-    make = lambda seed: Source(Poisson(kind="poisson", rate_per_s=20, seed=seed, **SIZES)).first
+    make = lambda seed: (
+        RequestGenerator(Poisson(kind="poisson", rate_per_s=20, seed=seed, **SIZES)).first
+    )
     first = make(1)
     assert first == make(1) != make(2)
     assert 1850 < len(first) < 2150  # 2,000 with a standard deviation of 45
@@ -100,12 +104,12 @@ def test_poisson_comes_at_its_rate_and_as_its_seed_says():
 
 
 def test_bursts_come_together():
-    source = Source(Bursts(kind="bursts", burst=3, every_s=40, **SIZES))
+    source = RequestGenerator(Bursts(kind="bursts", burst=3, every_s=40, **SIZES))
     assert [row.arrival_s for row in source.first] == [0, 0, 0, 40, 40, 40, 80, 80, 80]
 
 
 def test_a_closed_loop_asks_again_until_its_time_is_up():
-    source = Source(ClosedLoop(kind="closed_loop", requests=4, ramp_s=10, **SIZES))
+    source = RequestGenerator(ClosedLoop(kind="closed_loop", requests=4, ramp_s=10, **SIZES))
     assert len(source.first) == 4 and all(row.arrival_s <= 10 for row in source.first)
     assert source.after(99.0).arrival_s == 99.0
     assert source.after(100.0) is None

@@ -19,7 +19,7 @@ from fmsim.sim.serving.requests import Arrival
 from fmsim.sim.serving.server import ServerRun
 from fmsim.sim.serving.spec import ClosedLoop, Poisson, Server
 from fmsim.sim.serving.summary import summary
-from fmsim.sim.serving.workload import Source
+from fmsim.sim.serving.workload import RequestGenerator
 from fmsim.sim.step_cost import Spread, mixed_step_costs, step_costs
 from fmsim.sim.transfer_cost import GatherCurve
 
@@ -27,7 +27,7 @@ PROMPT = 32_000  # tokens of the hand-made ledger's prompt
 ONE_WINDOW = {"lookahead_loads": loads(128, s64=300)}
 
 
-class Given(Source):
+class Given(RequestGenerator):
     """Requests that stand there one by one."""
 
     def __init__(self, *arrivals, duration_s=1e-9):
@@ -321,7 +321,7 @@ def test_whatever_comes_is_served_within_the_pools(
         FLASH,
         Demand(made, FLASH),
         Server(prefill=prefill, max_batch=max_batch),
-        Source(Poisson(**MIX, seed=seed)),
+        RequestGenerator(Poisson(**MIX, seed=seed)),
     )
     log = server.run()
     row = summary(server)
@@ -384,7 +384,7 @@ def test_the_same_seed_gives_the_same_bytes():
             FLASH,
             Demand(LEDGERS["recall"], FLASH),
             Server(prefill="separate"),
-            Source(Poisson(**MIX, seed=seed)),
+            RequestGenerator(Poisson(**MIX, seed=seed)),
         )
         server.run()
         return json.dumps(summary(server))

@@ -1,0 +1,35 @@
+"""What both ways of `fmsim exec` make of their options."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from fmsim.policies.base import Policy
+
+
+def policy_given(name: str, overrides: list[str]) -> Policy:
+    """The policy of ``--policy`` with the parameters of ``--set``; FmsimError where one is none."""
+    import yaml
+
+    from fmsim.policies import registry
+    from fmsim.scenario.key_value import key_value
+
+    params: dict[str, Any] = {}
+    for override in overrides:
+        key, value = key_value(
+            override, f"--set {override}: write key=value, such as --set budget=20%"
+        )
+        params[key] = yaml.safe_load(value)
+    return registry.build({"policy": name} | params)
+
+
+def device_given(asked: str | None, has_cuda: bool) -> str:
+    """The device of ``--device``; without it, the GPU where there is one."""
+    from fmsim.errors import FmsimError
+
+    if asked not in (None, "cpu", "cuda"):
+        raise FmsimError(f"--device {asked}: write cpu or cuda")
+    if asked == "cuda" and not has_cuda:
+        raise FmsimError("--device cuda: torch finds no CUDA device here; use --device cpu")
+    return asked or ("cuda" if has_cuda else "cpu")

@@ -1,0 +1,125 @@
+"""Pairs of a token and one of its experts, sorted by expert and cut into tiles of one expert each.
+
+So an expert's weights are read once for all its tokens. A single token needs no sorting.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from fmsim.exec.kernels import tuning
+from fmsim.exec.kernels.lang import cdiv, next_power_of_2, tl, triton
+
+
+class Tiles(NamedTuple):
+    """Pairs in tiles of up to ``size``, ``count`` tiles at most; ``schedule`` says which, as
+    `_schedule` writes it.
+    """
+
+    size: int
+    count: int
+    schedule: Tensor
+
+
+def tiles_of(chosen: Tensor, slots: int, count: int, tune: tuning.ExpertsTuning) -> Tiles:
+    """The tiles of ``chosen`` int64 [N, top_k] among ``count`` experts; ``slots`` counts the shared
+    expert too, where there is one.
+
+    A tile holds twice the pairs that an expert has on average, so that most experts' fit one.
+    """
+    tokens, top_k = chosen.shape
+    routed = tokens * top_k
+    if tokens == 1:
+        return Tiles(min(tune.token_tile, 16), slots, chosen)
+    size = min(max(next_power_of_2(cdiv(2 * routed, count)), 16), tune.token_tile)
+    experts = min(count, routed)
+    n_tiles = experts + (routed - experts) // size + (slots - top_k) * cdiv(tokens, size)
+    schedule = torch.empty(3 * n_tiles + tokens * slots, dtype=torch.int32, device=chosen.device)
+    programs = count + slots - top_k
+    _schedule[(programs,)](
+        chosen,
+        schedule,
+        tokens * slots,
+        n_tiles,
+        EXPERTS=count,
+        TOP_K=top_k,
+        SLOTS=slots,
+        TILE=size,
+        PAIRS_PADDED=next_power_of_2(tokens * slots),
+        TILES_PADDED=next_power_of_2(n_tiles),
+        BINS=next_power_of_2(count + 2),
+        num_warps=4,
+    )
+    return Tiles(size, n_tiles, schedule)
+
+
+@triton.jit
+def _schedule(
+    chosen,
+    schedule,
+    pairs,
+    tiles,
+    EXPERTS: tl.constexpr,
+    TOP_K: tl.constexpr,
+    SLOTS: tl.constexpr,
+    TILE: tl.constexpr,
+    PAIRS_PADDED: tl.constexpr,
+    TILES_PADDED: tl.constexpr,
+    BINS: tl.constexpr,
+):
+    """One program: the pairs of one expert, and its tiles. The shared expert is number EXPERTS.
+
+    ``schedule``: of each tile its expert (-1 for none), the place of its first pair in the sorted
+    order, and how many it has, each [tiles]; then the pairs, token * SLOTS + slot, sorted by
+    expert.
+    """
+    own = tl.program_id(0)
+    pair = tl.arange(0, PAIRS_PADDED)
+    token, slot = pair // SLOTS, pair % SLOTS
+    expert = tl.load(
+        chosen + token * TOP_K + slot, mask=(pair < pairs) & (slot < TOP_K), other=EXPERTS
+    ).to(tl.int32)
+    expert = tl.where(pair < pairs, expert, EXPERTS + 1)
+    counts, number = tl.histogram(expert, BINS), tl.arange(0, BINS)
+    first = tl.sum(tl.where(number < own, counts, 0), 0)
+    first_tile = tl.sum(tl.where(number < own, (counts + TILE - 1) // TILE, 0), 0)
+    mine = expert == own
+    place = tl.cumsum(mine.to(tl.int32), 0) - 1
+    tl.store(schedule + 3 * tiles + first + place, pair, mask=mine)
+    count, tile = tl.sum(mine.to(tl.int32), 0), tl.arange(0, TILES_PADDED)
+    own_tiles = (count + TILE - 1) // TILE
+    exists, at = tile < own_tiles, schedule + first_tile + tile
+    tl.store(at, own, mask=exists)
+    tl.store(at + tiles, first + tile * TILE, mask=exists)
+    tl.store(at + 2 * tiles, tl.minimum(count - tile * TILE, TILE), mask=exists)
+    if own == tl.num_programs(0) - 1:
+        tl.store(at, -1, mask=(tile >= own_tiles) & (first_tile + tile < tiles))
+
+
+@triton.jit
+def expert_of(chosen, schedule, EXPERTS: tl.constexpr, TOP_K: tl.constexpr, SORTED: tl.constexpr):
+    """The expert of the program's tile, -1 where the tile is empty."""
+    tile = tl.program_id(0)
+    if SORTED:
+        expert = tl.load(schedule + tile)
+    else:
+        expert = tl.load(chosen + tile, mask=tile < TOP_K, other=EXPERTS).to(tl.int32)
+    return expert
+
+
+@triton.jit
+def pairs_of(schedule, tiles, TILE: tl.constexpr, SORTED: tl.constexpr):
+    """The pairs [TILE] of the program's tile, and which of them exist."""
+    tile, place = tl.program_id(0), tl.arange(0, TILE)
+    if SORTED:
+        known = place < tl.load(schedule + 2 * tiles + tile)
+        pair = tl.load(
+            schedule + 3 * tiles + tl.load(schedule + tiles + tile) + place, mask=known, other=0
+        )
+    else:
+        known = place < 1
+        pair = tile + place
+    return pair, known
