@@ -6,8 +6,6 @@ No clock in it.
 from __future__ import annotations
 
 import json
-import os
-import tempfile
 import zipfile
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -16,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from fmsim.errors import FmsimError
+from fmsim.files import replacing
 
 FORMAT_VERSION = 3
 
@@ -94,15 +93,8 @@ class Ledger:
         }
         header = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in arrays}
         header["format_version"] = FORMAT_VERSION
-        path.parent.mkdir(parents=True, exist_ok=True)
-        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.name, suffix=".part")
-        try:
-            with os.fdopen(handle, "wb") as file:
-                np.savez_compressed(file, header=np.array(json.dumps(header)), **arrays)
-            os.replace(temporary, path)
-        except BaseException:
-            os.unlink(temporary)
-            raise
+        with replacing(path) as beside, beside.open("wb") as file:
+            np.savez_compressed(file, header=np.array(json.dumps(header)), **arrays)
 
     @classmethod
     def load(cls, path: str | Path) -> Ledger:

@@ -106,7 +106,8 @@ def test_float8_in_triton_is_torchs_and_numpys(device):
     """Every code, every midpoint of two codes and both its neighbours; then random numbers of every
     size.
     """
-    middle = torch.from_numpy(float8.MIDPOINTS.astype(np.float32))
+    positive = float8.VALUES[:0x7F].astype(np.float64)  # every finite one, ascending
+    middle = torch.from_numpy(((positive[:-1] + positive[1:]) / 2).astype(np.float32))
     around = torch.cat(
         [middle, torch.nextafter(middle, middle * 0), torch.nextafter(middle, middle * 2)]
     )
@@ -114,7 +115,7 @@ def test_float8_in_triton_is_torchs_and_numpys(device):
         -14, 7, 4096
     )
     x = torch.cat(
-        [torch.from_numpy(float8.VALUES), around, -around, random, torch.tensor([0.0, -0.0])]
+        [torch.from_numpy(float8.VALUES[:0x7F]), around, -around, random, torch.tensor([0.0, -0.0])]
     ).clamp(-448, 448)
     x = torch.nn.functional.pad(x, (0, 8192 - len(x))).to(device)
     codes, exponents = (
