@@ -127,7 +127,7 @@ def test_index_keys_move_with_their_entries_in_the_layers_that_the_indexer_does_
 def test_a_wrong_byte_and_a_wrong_decision_are_found(replayer):
     geometry = from_config(SMALL, "small")
     decode = TraceDrivenDecode(replayer, registry.build("lru"), geometry, range(3), 3)
-    decode.tiers.entries.pool[:, : decode.tiers.entries.slot_start[-1]] ^= 1
+    decode.tiers.entries.storage ^= 1
     with pytest.raises(FmsimError, match="differs from the mirror"):
         decode.run()
     specs = iter(["lru", "lfu"])

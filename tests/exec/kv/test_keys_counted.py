@@ -112,7 +112,7 @@ def test_bytes_are_those_of_the_replay_and_of_its_footprint(prompts, tmp_path, o
     )
     assert np.array_equal(place.gpu_bytes, own.gpu_bytes)
     entries, granularity = (LENGTHS[0] + STEPS) // 4, ledger.granularity
-    assert batch.tiers.slot_bytes == ledger.n_slots * granularity * (
+    assert batch.tiers.slot_bytes == ledger.budget_entries * (
         LAYERS * ENTRY_BYTES + len(TIERED) * KEY_BYTES
     )
     planned = allocation(replayed, geometry)
