@@ -12,10 +12,11 @@ from fmsim.errors import FmsimError
 def divide(n_slots: int, shares: Sequence[float], n_pages: int, least: int) -> tuple[int, ...]:
     """Slots of each layer: together never more than `n_slots` a layer.
 
-    Every layer first gets `least`. What is left is divided by `shares`, one number a layer. No layer
-    gets more than `n_pages`: what it would have above goes to the others, by their shares. Rounded
-    down; what that leaves goes, a slot each, to the layers that lost most by it, of equals to the
-    first. Shares are taken as the exact numbers that they are, so every machine divides alike.
+    Every layer first gets `least`. What is left is divided by `shares`, one number a layer. No
+    layer gets more than `n_pages`: what it would have above goes to the others, by their shares.
+    Rounded down; what that leaves goes, a slot each, to the layers that lost most by it, of equals
+    to the first. Shares are taken as the exact numbers that they are, so every machine divides
+    alike.
     """
     room = n_pages - least
     left = (n_slots - least) * len(shares)

@@ -41,9 +41,9 @@ class Residency:
     slots int32 [G, S]: the page in each slot, or -1; table int32 [G, P + 1]: slot of the page, or
     -1 (last column: always -1).
 
-    `n_slots` is S, or each group's own number: S is the most of any then, and the slots that a group
-    lacks are closed. Nothing is ever put into them. `room` int64 [G, 1] are the groups' numbers, or
-    None where they are alike.
+    `n_slots` is S, or each group's own number: S is the most of any then, and the slots that a
+    group lacks are closed. Nothing is ever put into them. `room` int64 [G, 1] are the groups'
+    numbers, or None where they are alike.
     """
 
     def __init__(

@@ -23,9 +23,9 @@ class PairedTiers:
 
     CSA layer j follows a residency's group ``groups[j]``: pages and slots come as [G, m] and go to
     every layer, and ``sizes`` have a number of slots a group. Both caches have the same pages and
-    slots, so one block table serves both; `resident` lists the pages that are there, where keys are tiered. The other arguments are
-    `TieredCache`'s. Raises ValueError for keys in tiers where a step's misses are loaded: what is
-    loaded is chosen by the scores of all keys.
+    slots, so one block table serves both; `resident` lists the pages that are there, where keys
+    are tiered. The other arguments are `TieredCache`'s. Raises ValueError for keys in tiers where a
+    step's misses are loaded: what is loaded is chosen by the scores of all keys.
     """
 
     def __init__(

@@ -26,7 +26,8 @@ class ResidentPages:
     of the entries are visible.
 
     ``slots``: each request's number of slots, in the group that has most; ``first_slots``: in each
-    group [G][B] the pool's page of a request's first; ``pages``: how many a request has where all are kept.
+    group [G][B] the pool's page of a request's first; ``pages``: how many a request has where all
+    are kept.
     """
 
     def __init__(
