@@ -2,14 +2,12 @@
 
 from fmsim.geometry import Geometry
 
-KEY_BYTES = 16 * 4
-
 
 def plain_geometry(config) -> Geometry:
     """The tiny model, with its unscaled float32 entries and keys."""
 
     class Plain(Geometry):
-        kv_entry_bytes, index_key_bytes = config.head_dim * 4, KEY_BYTES
+        kv_entry_bytes, index_key_bytes = config.head_dim * 4, config.index_head_dim * 4
 
     zeros = dict.fromkeys(
         (

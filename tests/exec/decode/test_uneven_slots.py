@@ -1,5 +1,6 @@
 """The live engine under policies whose layers have different numbers of slots."""
 
+from contextlib import nullcontext
 from dataclasses import fields
 
 import numpy as np
@@ -70,7 +71,8 @@ def prompts():
 def decoded(batch):
     for token in range(4):
         batch.step([token, token + 1][: len(batch.requests)])
-    with no_waits():
+    scores = isinstance(batch.policy, TaperedLSA)  # at decisions, from states that are made then
+    with nullcontext() if scores else no_waits():
         for _ in range(STEPS - 4):
             batch.step()
     return batch
