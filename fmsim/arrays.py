@@ -102,6 +102,17 @@ def nth_largest(key: Array, n: int) -> Array:
     return least
 
 
+def nth_largest_of_each(key: Array, n: Array) -> Array:
+    """The n[g]-th largest key of row g, [G, 1], n int64 [G, 1]; where a row has fewer, or that one
+    is negative, a number that is not above its keys >= 0.
+    """
+    if is_numpy_array(key):
+        rows = [nth_largest(row[None], int(count)) for row, count in zip(key, n[:, 0], strict=True)]
+        return array_namespace(key).concat(rows)
+    ranked = key.sort(dim=1, descending=True).values
+    return ranked.gather(1, n.clamp(max=key.shape[1]) - 1)
+
+
 def width(mask: Array, limit: int) -> int:
     """Columns that a packed copy of `mask` needs: what its fullest row holds in numpy, always
     `limit` in torch.

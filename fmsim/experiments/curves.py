@@ -197,7 +197,7 @@ def _granularity_replays(ledgers: Mapping[str, Ledger]) -> list[_Replay]:
         _Replay(
             ("granularity", label),
             granularity,
-            _spec(ledger, ledger.n_slots * ledger.granularity, granularity),
+            _spec(ledger, ledger.budget_entries, granularity),
         )
         for label, ledger in _tiered(ledgers).items()
         for granularity in GRANULARITIES
@@ -209,7 +209,7 @@ def _regret_replays(ledgers: Mapping[str, Ledger]) -> list[_Replay]:
     for label, ledger in _tiered(ledgers).items():
         spec = {
             "policy": "oracle" if _is_lossy(ledger) else "belady",
-            "budget": f"{ledger.n_slots * ledger.granularity} entries",
+            "budget": f"{ledger.budget_entries} entries",
             "granularity": ledger.granularity,
             "scope": ledger.scope,
         }

@@ -219,7 +219,7 @@ def compare(
             loads[place.groups].sum() * entry_bytes + loads[tiered_keys].sum() * key_bytes
         ),
         engine_bytes=outcome.h2d_bytes,
-        predicted_kv_bytes=allocation(ledger, geometry).kv_bytes,
+        predicted_kv_bytes=allocation(ledger, geometry, place.layer_map).kv_bytes,
         allocated_kv_bytes=decode.slot_bytes + decode.fixed.nbytes,
         spare_bytes=decode.spare_bytes,
         measured_step_p50_s=float(np.median(outcome.step_s)),

@@ -13,7 +13,7 @@ decisions, slot for slot.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal, Protocol
 
@@ -91,6 +91,13 @@ class Pins:
     recent: int = 0  # the newest visible pages
     decoded: bool = False  # every page that holds an entry closed during decode
 
+    def most(self, n_pages: int, prompt_pages: int) -> int:
+        """The most that are pinned at once, of a run with `n_pages` at its end; at least the page
+        that is being filled. `prompt_pages` are those that the prompt fills whole.
+        """
+        decoded = n_pages - prompt_pages if self.decoded else 0
+        return min(n_pages, self.sink + max(self.recent, decoded, 1))
+
 
 @dataclass(frozen=True)
 class LookaheadState:
@@ -131,7 +138,9 @@ class Residents(Protocol):
 
     @property
     def pages(self) -> Array:
-        """int32 [G, S]: the page in each slot, -1 where a slot is empty. Not to be written to."""
+        """int32 [G, S]: the page in each slot, -1 where a slot is empty, and beyond the slots that
+        the group has (`Context.group_slots`). Not to be written to.
+        """
 
 
 @dataclass(frozen=True)
@@ -144,7 +153,7 @@ class Context:
     n_layers: int
     n_groups: int
     n_pages: int  # P: all pages there will be at the end of the run
-    n_slots: int  # S: slots in each group, from the budget
+    n_slots: int  # S: slots in each group, from the budget; the most of any group
     granularity: int
     prompt_entries: int
     topk: int
@@ -155,6 +164,8 @@ class Context:
         int, ...
     ] = ()  # which of the model's CSA layers the n_layers are, from 0; the first ones if empty
     seed: int = 0
+    # slots of each group, where a policy shares its budget unevenly; else n_slots each
+    group_slots: tuple[int, ...] = ()
     prompt_mass: Array | None = (
         None  # [G, P] float32: attention mass of the prompt's queries on each page
     )
@@ -172,6 +183,8 @@ class Context:
             import array_api_compat.numpy as numpy_namespace
 
             object.__setattr__(self, "xp", numpy_namespace)
+        if not self.group_slots:
+            object.__setattr__(self, "group_slots", (self.n_slots,) * self.n_groups)
         start = self.xp.arange(self.n_groups, dtype=self.xp.int64, device=self.device)[:, None] * (
             self.n_pages + 1
         )
@@ -272,6 +285,16 @@ class Policy:
         `Budget.entries`.
         """
         return min(n_pages, self.params.budget.slots(self.params.granularity, **sizes))
+
+    def layer_shares(self, n_layers: int) -> Sequence[float] | None:
+        """How the budget is shared over the trace's layers, one number each: twice the number,
+        twice the slots. None: evenly.
+
+        Only with scope per_layer, and asked before the run starts. Every layer first gets what
+        `pins` may need, and the rest is shared; so `reset` and `pins` are called once more, before
+        the run, and the answer of `pins` must not depend on `ctx.n_slots`.
+        """
+        return None
 
     def reset(self, ctx: Context) -> None:
         """Start a run: make tables. Overriding methods call this first."""

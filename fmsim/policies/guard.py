@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import fields, replace
 from typing import Any
 
@@ -49,6 +49,10 @@ class Guarded:
     def n_slots(self, n_pages: int, **sizes: Any) -> int:
         slots: int = self._call("reset", self.policy.n_slots, n_pages, **sizes)
         return slots
+
+    def layer_shares(self, n_layers: int) -> Sequence[float] | None:
+        shares: Sequence[float] | None = self._call("reset", self.policy.layer_shares, n_layers)
+        return shares
 
     def target_layers(self) -> tuple[int, ...]:
         layers: tuple[int, ...] = self._call("reset", self.policy.target_layers)

@@ -45,7 +45,7 @@ class CacheManager:
 
     def __init__(self, policy: Policy | Guarded, ctx: Context, *, cold: bool = False) -> None:
         self.policy = policy
-        self.residency = Residency(ctx.n_groups, ctx.n_pages, ctx.n_slots, ctx.xp, ctx.device)
+        self.residency = Residency(ctx.n_groups, ctx.n_pages, ctx.group_slots, ctx.xp, ctx.device)
         self.ctx = replace(ctx, residents=ResidentView(self.residency))
         policy.reset(self.ctx)
         self.pins = policy.pins()
@@ -57,7 +57,7 @@ class CacheManager:
     @property
     def keeps_all(self) -> bool:
         """Every page has a slot, and no decision gives one up: nothing is ever missing."""
-        return self.ctx.n_slots >= self.ctx.n_pages and self.policy.floor is None
+        return min(self.ctx.group_slots) >= self.ctx.n_pages and self.policy.floor is None
 
     @property
     def passive(self) -> bool:
@@ -83,11 +83,11 @@ class CacheManager:
         return params.on_miss != "mask" or params.sees == "all" or self.keeps_all
 
     @property
-    def ahead_slots(self) -> int:
-        """Spare slots of each group for what is recalled before its decision."""
+    def ahead_slots(self) -> tuple[int, ...]:
+        """Spare slots of each group [G] for what is recalled before its decision."""
         if not (self.comes_back and self.policy.decides_ahead and self.policy.params.cadence > 1):
-            return 0
-        return -(-self.ctx.n_slots // AHEAD)
+            return (0,) * self.ctx.n_groups
+        return tuple(-(-slots // AHEAD) for slots in self.ctx.group_slots)
 
     @property
     def miss_slots(self) -> int:
@@ -99,17 +99,14 @@ class CacheManager:
 
     def _check_pins(self) -> None:
         """Pinned pages must fit the budget to the end of the run."""
-        decoded = (
-            self.ctx.n_pages - self.ctx.prompt_entries // self.ctx.granularity
-            if self.pins.decoded
-            else 0
-        )
-        needed = min(self.ctx.n_pages, self.pins.sink + max(self.pins.recent, decoded, 1))
-        if needed > self.ctx.n_slots:
+        ctx, least = self.ctx, min(self.ctx.group_slots)
+        needed = self.pins.most(ctx.n_pages, ctx.prompt_entries // ctx.granularity)
+        if needed > least:
+            where = "" if self.residency.room is None else " in the layer that has fewest"
             raise FmsimError(
                 f"policy {self.policy.name}: budget {self.policy.params.budget} holds"
-                f" {self.ctx.n_slots} pages, but {needed} are pinned by the end of"
-                f" {self.ctx.n_steps} steps; raise budget"
+                f" {least} pages{where}, but {needed} are pinned by the end of"
+                f" {ctx.n_steps} steps; raise budget"
             )
 
     def _see(self, n_entries: int) -> None:
@@ -179,7 +176,12 @@ class CacheManager:
             return None
         view = self._view(n_entries)
         worth = self.policy.ahead(step, view[0])
-        return self.residency.foresee(worth, self.policy.floor, self._pinned(view), most)
+        pages = self.residency.foresee(worth, self.policy.floor, self._pinned(view), most)
+        if self.residency.room is None:
+            return pages
+        number = self.ctx.xp.arange(most, dtype=self.ctx.xp.int64, device=self.ctx.device)
+        spare = (self.residency.room + AHEAD - 1) // AHEAD  # the groups' `ahead_slots`
+        return self.ctx.xp.where(number < spare, pages, -1)
 
     def look_up(self, use: Accesses) -> Served:
         """Which of a step's pages are here, and which of the missing ones `on_miss` loads."""

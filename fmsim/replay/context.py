@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 
 from fmsim.policies.base import Context, LookaheadState, Policy
 from fmsim.policies.guard import Guarded
+from fmsim.replay.layer_slots import check_shares, divide
 from fmsim.replay.paging import Paged, PagedFuture, page_mass
 
 Array = Any
@@ -61,7 +62,7 @@ def build_context(
     mass = None
     if prompt_mass is not None:
         mass = there(page_mass(prompt_mass, params.granularity, n_pages, shared))
-    return Context(
+    ctx = Context(
         n_layers=shape.n_layers,
         n_groups=1 if shared else shape.n_layers,
         n_pages=n_pages,
@@ -86,3 +87,16 @@ def build_context(
         xp=xp,
         device=device,
     )
+    shares = policy.layer_shares(shape.n_layers)
+    return ctx if shares is None else _shared_unevenly(policy, ctx, shares)
+
+
+def _shared_unevenly(policy: Policy | Guarded, ctx: Context, shares: Sequence[float]) -> Context:
+    """The same context with slots by `shares`, what the policy pins in every group first."""
+    check_shares(policy.name, shares, ctx.n_layers, policy.params.scope)
+    policy.reset(ctx)
+    least = policy.pins().most(ctx.n_pages, ctx.prompt_entries // ctx.granularity)
+    if least > ctx.n_slots:  # even shares would not do: the cache manager says what is short
+        return ctx
+    slots = divide(ctx.n_slots, shares, ctx.n_pages, least)
+    return replace(ctx, n_slots=max(slots), group_slots=slots)

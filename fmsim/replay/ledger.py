@@ -42,7 +42,8 @@ class Ledger:
     n_steps: int  # T
     n_layers: int  # L
     n_groups: int  # G
-    n_slots: int  # S: the budget, in slots a group
+    n_slots: int  # S: the budget, in slots a group; the most of any group
+    group_slots: list[int]  # [G]: slots of each group
     prompt_entries: int
     topk: int
 
@@ -80,8 +81,14 @@ class Ledger:
     # CSA layers, from 0, whose index keys a memory indexer scores: they keep all of them
     target_layers: list[int] = field(default_factory=list)
     all_keys: bool = True  # every layer's index keys all stay on the GPU
-    ahead_slots: int = 0  # spare slots a group for what is recalled ahead of its decision
+    # [G] spare slots for what is recalled ahead of its decision; none where empty
+    ahead_slots: list[int] = field(default_factory=list)
     miss_slots: int = 0  # spare slots a group for one step's misses
+
+    @property
+    def budget_entries(self) -> int:
+        """Entries that the slots hold, in the mean over groups; rounded down."""
+        return sum(self.group_slots) * self.granularity // self.n_groups
 
     def save(self, path: str | Path) -> None:
         """Write one .npz; it appears whole or not at all."""

@@ -86,6 +86,7 @@ class LedgerBuilder:
             n_layers=ids.shape[1],
             n_groups=ctx.n_groups,
             n_slots=ctx.n_slots,
+            group_slots=list(ctx.group_slots),
             prompt_entries=ctx.prompt_entries,
             topk=ctx.topk,
             accessed=valid.sum(axis=2, dtype=np.int32),
@@ -102,7 +103,7 @@ class LedgerBuilder:
             decides_ahead=policy.decides_ahead,
             target_layers=list(policy.target_layers()),
             all_keys=manager.needs_all_keys if all_keys is None else all_keys,
-            ahead_slots=manager.ahead_slots,
+            ahead_slots=list(manager.ahead_slots),
             miss_slots=manager.miss_slots,
             **{name: _int32(count)[:steps] for name, count in self.counts.items()},
         )

@@ -6,7 +6,7 @@ torch's.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -40,28 +40,44 @@ class Residency:
 
     slots int32 [G, S]: the page in each slot, or -1; table int32 [G, P + 1]: slot of the page, or
     -1 (last column: always -1).
+
+    `n_slots` is S, or each group's own number: S is the most of any then, and the slots that a
+    group lacks are closed. Nothing is ever put into them. `room` int64 [G, 1] are the groups'
+    numbers, or None where they are alike.
     """
 
     def __init__(
-        self, n_groups: int, n_pages: int, n_slots: int, xp: Any, device: Any = None
+        self,
+        n_groups: int,
+        n_pages: int,
+        n_slots: int | Sequence[int],
+        xp: Any,
+        device: Any = None,
     ) -> None:
         if n_pages >= arrays.MAX_PAGES:
             raise FmsimError(
                 f"{n_pages} pages are more than {arrays.MAX_PAGES}; use a larger granularity"
             )
-        self.n_groups, self.n_pages, self.n_slots, self.xp = n_groups, n_pages, n_slots, xp
+        by_group = (n_slots,) * n_groups if isinstance(n_slots, int) else tuple(n_slots)
+        self.n_groups, self.n_pages, self.n_slots, self.xp = n_groups, n_pages, max(by_group), xp
+        self._least = min(by_group)  # slots of the group that has fewest
+        self.room: Array | None = None
+        if self._least < self.n_slots:
+            self.room = xp.asarray(by_group, dtype=xp.int64, device=device)[:, None]
         self._slots = xp.full(
-            (n_groups, n_slots + 1), -1, dtype=xp.int32, device=device
+            (n_groups, self.n_slots + 1), -1, dtype=xp.int32, device=device
         )  # the last column is padding's
         self.table = xp.full((n_groups, n_pages + 1), -1, dtype=xp.int32, device=device)
         self._table_start = arrays.offsets(self.table, xp)
         self._slots_start = arrays.offsets(self._slots, xp)
         self.filled = xp.zeros((n_groups,), dtype=xp.int64, device=device)  # slots that hold a page
-        self._slot_ids = xp.arange(n_slots + 1, dtype=xp.int64, device=device)[None, :]
+        self._slot_ids = xp.arange(self.n_slots + 1, dtype=xp.int64, device=device)[None, :]
+        # bool [G, S + 1]: slots that a group lacks, padding's among them
+        self._closed: Array | None = None if self.room is None else self._slot_ids >= self.room
 
     @property
     def slots(self) -> Array:
-        """int32 [G, S], a view: the page in each slot, or -1."""
+        """int32 [G, S], a view: the page in each slot, or -1 where it is empty or closed."""
         return self._slots[:, : self.n_slots]
 
     def lookup(self, pages: Array) -> Array:
@@ -101,7 +117,7 @@ class Residency:
             nothing = xp.full((self.n_groups, 0), -1, dtype=xp.int64)
             return Moves(loaded, loaded, nothing, nothing, nothing)
         chosen = arrays.pack(pages, incoming, n)
-        if self.n_slots >= self.n_pages:  # every page has the slot of its own number
+        if self._least >= self.n_pages:  # every page has the slot of its own number
             return self._place(
                 chosen, chosen, xp.full_like(chosen, -1), loaded, xp.zeros_like(loaded)
             )
@@ -121,7 +137,8 @@ class Residency:
         floor: float | None = None,
         pinned: Callable[[Array], Array] | None = None,
     ) -> Moves:
-        """Make the resident set the S pages of highest worth among the first n; worth [G, n].
+        """Make the resident set the pages of highest worth among the first n, as many as a group
+        has slots; worth [G, n].
 
         Pinned pages come first; others of less than `floor` stay out. Pages that stay keep their
         slots.
@@ -139,8 +156,8 @@ class Residency:
         chosen = arrays.pack(pages, incoming, m)
         places = (
             chosen
-            if self.n_slots >= self.n_pages
-            else arrays.pack(self._slot_ids[:, : self.n_slots], self.slots < 0, m)
+            if self._least >= self.n_pages
+            else arrays.pack(self._slot_ids[:, : self.n_slots], self._empty(), m)
         )
         loaded = xp.sum(xp.astype(incoming, xp.int64), axis=1)
         moves = self._place(
@@ -173,9 +190,19 @@ class Residency:
         if pinned is not None:
             key = xp.where(pinned(pages), arrays.PROTECTED + pages, key)
         keep = key >= 0
-        if self.n_slots < n:
-            keep = keep & (key >= arrays.nth_largest(key, self.n_slots))
+        if self._least < n:
+            lowest = (
+                arrays.nth_largest(key, self.n_slots)
+                if self.room is None
+                else arrays.nth_largest_of_each(key, self.room)
+            )
+            keep = keep & (key >= lowest)
         return pages, keep
+
+    def _empty(self) -> Array:
+        """bool [G, S]: slots that a page can be put into without giving one up."""
+        empty = self.slots < 0
+        return empty if self._closed is None else empty & ~self._closed[:, : self.n_slots]
 
     def _victim_key(
         self,
@@ -193,6 +220,8 @@ class Residency:
             key = xp.where(pinned(slots) & (slots >= 0), arrays.PROTECTED, key)
         if in_use is not None:
             arrays.put(key, self._slots_start, in_use, arrays.PROTECTED)
+        if self._closed is not None:
+            key = xp.where(self._closed, arrays.PROTECTED, key)
         key[:, self.n_slots] = arrays.PROTECTED
         return key
 

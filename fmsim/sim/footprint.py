@@ -47,9 +47,7 @@ def footprint(
     not fit.
     """
     layer_map = check_layer_map(layer_map, ledger.n_layers, geometry.n_csa)
-    groups = (
-        np.array(layer_map) if ledger.n_groups > 1 else np.zeros(geometry.n_csa, dtype=np.int64)
-    )
+    groups = _groups(ledger, layer_map)
     tokens = (
         ledger.prompt_entries * geometry.csa_rate + 1 + np.arange(ledger.n_steps, dtype=np.int64)
     )
@@ -77,6 +75,11 @@ def footprint(
         layer_map=layer_map,
         groups=groups,
     )
+
+
+def _groups(ledger: Ledger, layer_map: Sequence[int]) -> np.ndarray:
+    """int64 [n_csa]: the ledger's group that each layer of the model follows."""
+    return np.array(layer_map if ledger.n_groups > 1 else [0] * len(layer_map), dtype=np.int64)
 
 
 def check_layer_map(
@@ -123,18 +126,27 @@ class Allocation:
         return self.kv_bytes + self.spare
 
 
-def allocation(ledger: Ledger, geometry: Geometry) -> Allocation:
-    """The allocation for `ledger`'s request in a model of `geometry`."""
+def allocation(
+    ledger: Ledger, geometry: Geometry, layer_map: Sequence[int] | None = None
+) -> Allocation:
+    """The allocation for `ledger`'s request in a model of `geometry`; its layers that keep all
+    their index keys are the first ones.
+
+    Raises FmsimError for a layer map that does not fit.
+    """
+    layer_map = check_layer_map(layer_map, ledger.n_layers, geometry.n_csa)
+    groups = _groups(ledger, layer_map)
     tokens = ledger.prompt_entries * geometry.csa_rate + ledger.n_steps
     keyed = keyed_layers(ledger, geometry)
-    slot_keys_bytes = (geometry.n_csa - keyed) * geometry.index_key_bytes
-    entry_bytes = geometry.n_csa * geometry.kv_entry_bytes
-    keys_bytes = keyed * geometry.csa_entries(tokens) * geometry.index_key_bytes
-    ahead_bytes = ledger.ahead_slots * (entry_bytes + slot_keys_bytes)
+    entry_bytes = np.full(geometry.n_csa, geometry.kv_entry_bytes)  # of a layer, in a slot
+    entry_bytes[keyed:] += geometry.index_key_bytes
+    slots = np.array(ledger.group_slots)[groups]
+    ahead = np.array(ledger.ahead_slots or [0] * ledger.n_groups)[groups]
+    miss_bytes = geometry.n_csa * ledger.miss_slots * geometry.kv_entry_bytes
     return Allocation(
-        slots=ledger.n_slots * ledger.granularity * (entry_bytes + slot_keys_bytes),
-        spare=ledger.granularity * (ledger.miss_slots * entry_bytes + ahead_bytes),
-        index_keys=keys_bytes,
+        slots=ledger.granularity * int(slots @ entry_bytes),
+        spare=ledger.granularity * (miss_bytes + int(ahead @ entry_bytes)),
+        index_keys=keyed * geometry.csa_entries(tokens) * geometry.index_key_bytes,
         hca=geometry.n_hca * geometry.hca_entries(tokens) * geometry.kv_entry_bytes,
         windows=geometry.window_bytes,
     )

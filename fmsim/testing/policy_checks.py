@@ -100,8 +100,8 @@ def check_replay(cls: type[Policy], params: PolicyParams, trace: Any) -> None:
             assert np.array_equal(value, getattr(other, name)), (
                 f"policy {cls.name}: {name} differs after {how}: it is not deterministic"
             )
-    assert (first.resident <= first.n_slots).all() and (first.resident >= 0).all(), (
-        f"policy {cls.name} exceeds its {first.n_slots} slots"
+    assert (first.resident <= first.group_slots).all() and (first.resident >= 0).all(), (
+        f"policy {cls.name} exceeds its slots, {first.group_slots}"
     )
     change = np.diff(first.resident, axis=0, prepend=first.initial[None])
     moved = first.demand_loads + first.lookahead_loads + first.written - first.evicted

@@ -12,14 +12,16 @@ pytest.importorskip("transformers", reason="the engine needs fmsim[model]")
 
 from command import fmsim_here
 from made_trace import make_trace, save_indexer
+from tapered import Tapered, TaperedLSA
 
 from fmsim.errors import FmsimError
 from fmsim.exec.decode.trace_driven import TraceDrivenDecode
 from fmsim.experiments.validate import validate
 from fmsim.geometry import CSA, HCA, PRESETS, SLIDING, from_config
 from fmsim.policies import registry
+from fmsim.policies.pyramid import Pyramid
 from fmsim.replay.replayer import Replayer
-from fmsim.sim.footprint import spread
+from fmsim.sim.footprint import allocation, spread
 from fmsim.trace import write
 
 SMALL = {
@@ -99,6 +101,40 @@ def test_both_worlds_agree_slot_for_slot_and_byte_for_byte(replayer, indexer, sp
     assert (check.engine_bytes > 0) == (name in ("lru", "lsa", "oracle", "belady"))
 
 
+UNEVEN = {
+    "pyramid": lambda checkpoint: Pyramid(budget="20%"),
+    "lru": lambda checkpoint: Tapered(budget="12 entries"),
+    "pages": lambda checkpoint: Tapered(budget="20%", granularity=4, on_miss="fallback"),
+    "decisions": lambda checkpoint: Tapered(budget="20%", cadence=16),
+    "lsa": lambda checkpoint: TaperedLSA(
+        checkpoint=checkpoint, budget="40%", scope="per_layer", stale=False
+    ),
+    "lsa ahead": lambda checkpoint: TaperedLSA(
+        checkpoint=checkpoint, budget="40%", scope="per_layer", granularity=4, cadence=16
+    ),
+    "lsa and misses": lambda checkpoint: TaperedLSA(
+        checkpoint=checkpoint, budget="40%", scope="per_layer", on_miss="fetch", stale=False
+    ),
+}
+
+
+@pytest.mark.parametrize("name", UNEVEN)
+def test_both_worlds_agree_where_layers_have_slots_of_their_own(replayer, indexer, name):
+    """Five layers of a model on three of a trace; beside two of them index keys come and go."""
+    flash = replace(PRESETS["v4-flash"], layer_types=(SLIDING, CSA, HCA, CSA, CSA, CSA, CSA))
+    [check] = validate(
+        [(name, lambda: UNEVEN[name](indexer))], replayer, flash, layer_map=(0, 0, 1, 1, 2)
+    )
+    assert check.identical, check
+    assert check.allocated_kv_bytes == check.predicted_kv_bytes
+    ledger = replayer.run(UNEVEN[name](indexer))
+    assert len(set(ledger.group_slots)) == 3
+    assert check.spare_bytes == allocation(ledger, flash, (0, 0, 1, 1, 2)).spare
+    # the trace knows no newer state by the decisions of "lsa ahead"
+    assert (check.engine_bytes > 0) == (name not in ("pyramid", "lsa ahead"))
+    assert (check.spare_bytes > 0) == (name not in ("pyramid", "lsa"))
+
+
 def test_the_published_geometry_moves_its_own_bytes(replayer):
     flash = replace(PRESETS["v4-flash"], layer_types=(SLIDING, CSA, HCA, CSA, CSA, CSA))
     [check] = validate([("lru", lambda: registry.build("lru"))], replayer, flash, spread(3, 4))
@@ -127,7 +163,7 @@ def test_index_keys_move_with_their_entries_in_the_layers_that_the_indexer_does_
 def test_a_wrong_byte_and_a_wrong_decision_are_found(replayer):
     geometry = from_config(SMALL, "small")
     decode = TraceDrivenDecode(replayer, registry.build("lru"), geometry, range(3), 3)
-    decode.tiers.entries.pool[:, : decode.tiers.entries.slot_start[-1]] ^= 1
+    decode.tiers.entries.storage ^= 1
     with pytest.raises(FmsimError, match="differs from the mirror"):
         decode.run()
     specs = iter(["lru", "lfu"])

@@ -15,7 +15,18 @@ from fmsim.policies.budget import Budget
 from fmsim.replay.replayer import Replayer
 from fmsim.testing import check_policy
 
-NAMES = ["belady", "full", "h2o", "lfu", "lru", "lsa", "oracle", "random", "recency"]
+NAMES = [
+    "belady",
+    "full",
+    "h2o",
+    "lfu",
+    "lru",
+    "lsa",
+    "oracle",
+    "pyramid",
+    "random",
+    "recency",
+]
 
 
 def hits(trace, spec, **options):

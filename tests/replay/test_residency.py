@@ -1,5 +1,7 @@
 """The residency manager against a plain Python model of what it promises."""
 
+import importlib
+
 import array_api_compat.numpy as xp
 import numpy as np
 import pytest
@@ -173,3 +175,118 @@ def test_overlap_is_the_jaccard_index():
     earlier = residency.present()
     residency.choose(np.array([[0, 1, 1, 1]], np.float32), 1.0)
     assert residency.overlap(earlier).tolist() == [2 / 4]
+
+
+class NaiveGroup:
+    """One group in plain Python: a list of slots, each with a page or None."""
+
+    def __init__(self, n_slots, in_order):
+        self.slots, self.in_order = [None] * n_slots, in_order  # page p always in slot p
+
+    def admit(self, incoming, worth, pinned, in_use):
+        """-> loaded, evicted."""
+        if self.in_order:
+            for page in incoming:
+                self.slots[page] = page
+            return len(incoming), 0
+        empty = [slot for slot, page in enumerate(self.slots) if page is None]
+        full = [
+            (worth[page], page, slot)
+            for slot, page in enumerate(self.slots)
+            if page is not None and page not in pinned and page not in in_use
+        ]
+        places = (empty + [slot for *_, slot in sorted(full)])[: len(incoming)]
+        left = sum(self.slots[slot] is not None for slot in places)
+        for page, slot in zip(incoming, places):
+            self.slots[slot] = page
+        return len(incoming), left + len(incoming) - len(places)
+
+    def choose(self, worth, floor, pinned):
+        """-> loaded, evicted."""
+        fit = [page for page in range(len(worth)) if page in pinned or worth[page] >= floor]
+        fit.sort(key=lambda page: (page in pinned, worth[page] if page not in pinned else 0, page))
+        best = set(fit[::-1][: len(self.slots)])
+        held = {page for page in self.slots if page is not None}
+        self.slots = [page if page in best else None for page in self.slots]
+        for page in sorted(best - held):
+            self.slots[page if self.in_order else self.slots.index(None)] = page
+        return len(best - held), len(held - best)
+
+
+@pytest.mark.parametrize("library", ["numpy", "torch"])
+@settings(max_examples=150, deadline=None)
+@given(
+    st.lists(st.integers(2, PAGES), min_size=1, max_size=4),
+    st.lists(st.sampled_from(["admit", "choose"]), min_size=1, max_size=8),
+    st.integers(0, 2**32),
+)
+def test_groups_with_slots_of_their_own_match_a_naive_model(library, group_slots, calls, seed):
+    """Slot for slot, whatever the library: closed slots stay empty, and none is counted."""
+    if library == "torch":
+        pytest.importorskip("torch", reason="the engine needs fmsim[model]")
+    namespace = importlib.import_module(f"array_api_compat.{library}")
+    rng, groups = np.random.default_rng(seed), len(group_slots)
+    residency = Residency(groups, PAGES, group_slots, namespace)
+    in_order = min(group_slots) == PAGES
+    naive = [NaiveGroup(slots, in_order) for slots in group_slots]
+    for call in calls:
+        worth = rng.integers(0, 4, (groups, PAGES)).astype(np.float32)
+        table = namespace.asarray(np.pad(worth, ((0, 0), (0, 1))))
+        pinned = set(rng.choice(PAGES, 2, replace=False).tolist())
+        is_pinned = lambda pages, pinned=pinned: sum(pages == page for page in pinned) > 0
+        if call == "choose":
+            newest = int(np.asarray(residency.slots).max())  # what is resident is visible
+            n, floor = int(rng.integers(max(1, newest + 1), PAGES + 1)), float(rng.integers(0, 3))
+            moves = residency.choose(namespace.asarray(worth[:, :n]), floor, is_pinned)
+            expected = [group.choose(worth[g, :n], floor, pinned) for g, group in enumerate(naive)]
+        else:
+            width = int(rng.integers(1, PAGES + 1))
+            pages = np.sort(np.argsort(rng.random((groups, PAGES)), axis=1)[:, :width], axis=1)
+            slots = np.asarray(residency.lookup(namespace.asarray(pages)))
+            moves = residency.admit(
+                namespace.asarray(pages),
+                namespace.asarray(slots < 0),
+                lambda asked, table=table: read_table(namespace, table, asked),
+                is_pinned,
+                namespace.asarray(slots),
+            )
+            expected = [
+                group.admit(pages[g][slots[g] < 0].tolist(), worth[g], pinned, set(pages[g]))
+                for g, group in enumerate(naive)
+            ]
+        assert list(zip(moves.loaded.tolist(), moves.evicted.tolist())) == expected
+        held = content(Numpy(residency))
+        for g, group in enumerate(naive):
+            closed = [-1] * (residency.n_slots - len(group.slots))
+            found = [-1 if page is None else page for page in group.slots]
+            assert np.asarray(residency.slots)[g].tolist() == found + closed
+            assert held[g] == set(found) - {-1}
+
+
+def read_table(namespace, table, pages):
+    """table[g, pages[g, i]]; the last column for -1."""
+    at = namespace.where(pages < 0, table.shape[1] - 1, pages)
+    return namespace.take_along_axis(table, namespace.astype(at, namespace.int64), axis=1)
+
+
+class Numpy:
+    """A residency's arrays in numpy."""
+
+    def __init__(self, residency):
+        self.slots, self.table, self.filled = (
+            np.asarray(part) for part in (residency.slots, residency.table, residency.filled)
+        )
+
+
+@pytest.mark.parametrize("library", ["numpy", "torch"])
+def test_what_will_come_is_foreseen_by_each_groups_own_slots(library):
+    """Slots for one page and for three, of four pages: the best one, and the best three."""
+    if library == "torch":
+        pytest.importorskip("torch", reason="the engine needs fmsim[model]")
+    namespace = importlib.import_module(f"array_api_compat.{library}")
+    residency = Residency(2, PAGES, (1, 3), namespace)
+    worth = namespace.asarray(np.array([[3, 9, 5, 7]] * 2, np.float32))
+    foreseen = residency.foresee(worth, None, None, 4)
+    assert foreseen.tolist() == [[1, -1, -1, -1], [1, 2, 3, -1]]
+    residency.choose(worth)
+    assert residency.slots.tolist() == [[1, -1, -1], [1, 2, 3]]

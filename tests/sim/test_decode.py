@@ -3,6 +3,7 @@ counted twice.
 """
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -14,7 +15,7 @@ from fmsim.errors import FmsimError
 from fmsim.geometry import PRESETS
 from fmsim.hw import hardware_names, load_hardware
 from fmsim.sim.decode import simulate
-from fmsim.sim.footprint import footprint, spread
+from fmsim.sim.footprint import allocation, footprint, spread
 from fmsim.sim.step_cost import step_costs
 from fmsim.sim.timeline import SimulatedTimeline
 from fmsim.sim.transfer_cost import GatherCurve
@@ -225,3 +226,31 @@ def test_transfers_are_what_was_moved_and_waited_for():
         timeline.start_s[0] <= move.start_s <= move.end_s <= timeline.end_s[-1]
         for move in timeline.transfers
     )
+
+
+def test_bytes_of_layers_with_slots_of_their_own_by_hand():
+    """Three of the trace's layers drive 15, 3 and 3 of the model's 21."""
+    layer_map = (0,) * 15 + (1,) * 3 + (2,) * 3
+    made = ledger(
+        n_groups=3,
+        group_slots=[1200, 800, 400],
+        slots=1200,
+        granularity=4,
+        on_miss="fetch",
+        ahead_slots=[300, 200, 100],
+        miss_slots=512,
+        resident=np.tile(np.array([1200, 800, 400], np.int32), (128, 1)),
+    )
+    planned = allocation(made, FLASH, layer_map)
+    slots = 15 * 1200 + 3 * 800 + 3 * 400
+    assert planned.slots == slots * 4 * 584
+    assert planned.spare == (21 * 512 + 15 * 300 + 3 * 200 + 3 * 100) * 4 * 584
+    place = footprint(made, FLASH, layer_map)
+    resident_bytes = place.gpu_bytes[0] - FLASH.gpu_kv_bytes(32_001, 0, 21 * 8000)
+    assert resident_bytes == slots * 4 * 584
+    masked = replace(made, all_keys=False, target_layers=[0, 1], on_miss="mask", miss_slots=0)
+    planned = allocation(masked, FLASH, layer_map)  # keys beside all layers but the first two
+    assert planned.slots == 4 * (slots * 584 + (slots - 2 * 1200) * 132)
+    assert planned.index_keys == 2 * 8032 * 132
+    with pytest.raises(FmsimError, match="layer_map: give 21"):
+        allocation(made, FLASH, [0, 1])

@@ -36,6 +36,7 @@ def ledger(
         "n_layers": n_layers,
         "n_groups": n_groups,
         "n_slots": slots,
+        "group_slots": [slots] * n_groups,
         "prompt_entries": prompt_entries,
         "topk": 512,
         "accessed": steps_layers + 512,

@@ -15,12 +15,14 @@ from fmsim.replay.residency import Moves
 class StepTables:
     """Pool pages of this step, int32 [rows, B, P + 1]; the last column is padding's.
 
-    A row is a group of the residency's. Where layers load what they miss each has a row of its own.
+    A row is a group of the residency's. Where layers load what they miss, or have different numbers
+    of slots, each has a row of its own.
     """
 
     def __init__(self, tiers: PairedTiers, n_groups: int, n_pages: int, batch: int) -> None:
         self.tiers = tiers
-        self.by_layer = tiers.entries.stage_pages > 0
+        self.stages = tiers.entries.stage_pages > 0
+        self.by_layer = self.stages or not tiers.entries.even
         rows = tiers.entries.layers if self.by_layer else n_groups
         shape = (rows, batch, n_pages + 1)
         self.rows = torch.full(shape, -1, dtype=torch.int32, device=tiers.entries.device)
@@ -52,7 +54,7 @@ class DeviceTiers:
         self.tables = tables
 
     def ahead_pages(self, request: int) -> int:
-        return self.tiers.entries.sizes[request].ahead
+        return max(self.tiers.entries.sizes[request].ahead)
 
     def wrote(self, request: int, moves: Moves) -> None:
         """The model writes entries through to both tiers itself."""
@@ -86,7 +88,7 @@ class SharedTiers:
         self.changed = True
 
     def ahead_pages(self, request: int) -> int:
-        return self.tiers.entries.sizes[0].ahead
+        return max(self.tiers.entries.sizes[0].ahead)
 
     def wrote(self, request: int, moves: Moves) -> None:
         self.changed = True
@@ -101,7 +103,7 @@ class SharedTiers:
         self.tiers.recall_ahead(pages)
 
     def settle(self, request: int, moves: Moves) -> None:
-        if self.tables.by_layer:
+        if self.tables.stages:
             self.tiers.settle(moves.pages, moves.slots, self.tables.rows, all_staged=True)
 
     def moved_bytes(self) -> Tensor:

@@ -264,7 +264,7 @@ def new_tiers(
         [
             RequestSize(
                 pages=manager.ctx.n_pages,
-                slots=manager.ctx.n_slots,
+                slots=manager.ctx.group_slots,
                 staged=manager.miss_slots,
                 ahead=manager.ahead_slots,
             )

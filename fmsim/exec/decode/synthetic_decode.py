@@ -205,7 +205,7 @@ class SyntheticStep:
         """Entries and keys of made-up content, all finite."""
         torch.manual_seed(seed)
         caches = self.decode.tiers.caches
-        pools = [(cache.pool.flatten(0, 1), cache.layout) for cache in caches] + [
+        pools = [(cache.storage, cache.layout) for cache in caches] + [
             (self.keys.pool.flatten(0, 1), self.key)
         ]
         pools += [(attend.window, latent) for attend in self.attends] + [

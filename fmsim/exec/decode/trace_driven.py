@@ -78,7 +78,7 @@ class TraceDrivenDecode:
         selected = self.source.paged.pages.shape[2]
         size = RequestSize(
             pages=ctx.n_pages,
-            slots=ctx.n_slots,
+            slots=ctx.group_slots,
             staged=self.manager.miss_slots,
             ahead=self.manager.ahead_slots,
         )
@@ -94,7 +94,7 @@ class TraceDrivenDecode:
             one_text=True,
         )
         self.tables = StepTables(self.tiers, ctx.n_groups, ctx.n_pages, batch)
-        self.stages = self.tables.by_layer
+        self.stages = self.tables.stages
         # by layer, [B, P + 1]
         self.blocks = [self.tables.blocks(layer, group) for layer, group in enumerate(self._groups)]
         # of this step [G, n], and which are loaded for it
@@ -193,14 +193,16 @@ class TraceDrivenDecode:
         int64 [m], and the rows that lie in the pool for them, int32 words [B, m, page bytes / 4].
         """
         cache, pages = self.tiers.caches[part], self.tiers.by_layer(pages, part)
-        # [layers, B, P + 1]; where misses are staged no keys are tiered
+        # [layers, B, P + 1]
         rows = self.tables.rows
-        tables = rows if self.stages else self.tiers.by_layer(rows, part)
+        if not self.tables.by_layer:
+            tables = self.tiers.by_layer(rows, part)
+        else:
+            tables = rows[list(self.tiers.tiered)] if part else rows
+        starts = torch.tensor(cache.pool_start, device=self.device)
         layer, place = (pages >= 0).nonzero(as_tuple=True)
         page = pages[layer, place]
-        rows = cache.pool.view(torch.int32).flatten(0, 1)[
-            layer * cache.pool.shape[1] + tables[layer, :, page].T
-        ]
+        rows = cache.storage.view(torch.int32)[starts[layer] + tables[layer, :, page].T]
         return layer * cache.mirror.shape[1] + page, rows
 
     def _compare(self, step: int, shown: Sequence[tuple[Tensor, Tensor]]) -> None:

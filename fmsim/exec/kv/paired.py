@@ -22,10 +22,10 @@ class PairedTiers:
     none.
 
     CSA layer j follows a residency's group ``groups[j]``: pages and slots come as [G, m] and go to
-    every layer. Both caches have the same pages and slots, so one block table serves both;
-    `resident` lists the pages that are there, where keys are tiered. The other arguments are
-    `TieredCache`'s. Raises ValueError for keys in tiers where a step's misses are loaded: what is
-    loaded is chosen by the scores of all keys.
+    every layer, and ``sizes`` have a number of slots a group. Both caches have the same pages and
+    slots, so one block table serves both; `resident` lists the pages that are there, where keys
+    are tiered. The other arguments are `TieredCache`'s. Raises ValueError for keys in tiers where a
+    step's misses are loaded: what is loaded is chosen by the scores of all keys.
     """
 
     def __init__(
@@ -49,7 +49,13 @@ class PairedTiers:
 
         self.tiered, self.mirrored = tuple(tiered), mirrored
         self.entries = TieredCache(
-            entry, len(groups), granularity, sizes, device, mirrored, one_text
+            entry,
+            len(groups),
+            granularity,
+            [size.of(groups) for size in sizes],
+            device,
+            mirrored,
+            one_text,
         )
         # What is recalled ahead comes one after the other, so that a decode has only one gather
         # beside it.
@@ -58,7 +64,7 @@ class PairedTiers:
                 key,
                 len(tiered),
                 granularity,
-                sizes,
+                [size.of([groups[layer] for layer in tiered]) for size in sizes],
                 device,
                 mirrored,
                 one_text,
@@ -68,15 +74,18 @@ class PairedTiers:
             else None
         )
         self.caches = [self.entries] if self.keys is None else [self.entries, self.keys]
-        slots, first_slots = [size.slots for size in sizes], self.entries.slot_start[:-1]
-        pages = max(size.pages for size in sizes)
-        self.resident = (
-            ResidentPages(
-                max(groups) + 1, slots, first_slots, pages, granularity, self.entries.device
+        self.resident = None
+        if tiered:
+            first_slots = [[0] * len(sizes) for _ in range(max(groups) + 1)]
+            for group, starts in zip(groups, self.entries.slot_start, strict=True):
+                first_slots[group] = starts[:-1]
+            self.resident = ResidentPages(
+                [max(size.slots) for size in sizes],
+                first_slots,
+                max(size.pages for size in sizes),
+                granularity,
+                self.entries.device,
             )
-            if tiered
-            else None
-        )
         self._groups = [
             _index(list(groups), device),
             _index([groups[layer] for layer in tiered], device),

@@ -25,21 +25,21 @@ class ResidentPages:
     a pool that keeps all pages of each request, one after another; `lengths` int32 [G, B], how many
     of the entries are visible.
 
-    ``slots``: each request's number of slots; ``first_slots``: the pool's page of its first;
-    ``pages``: how many a request has where all are kept.
+    ``slots``: each request's number of slots, in the group that has most; ``first_slots``: in each
+    group [G][B] the pool's page of a request's first; ``pages``: how many a request has where all
+    are kept.
     """
 
     def __init__(
         self,
-        groups: int,
         slots: Sequence[int],
-        first_slots: Sequence[int],
+        first_slots: Sequence[Sequence[int]],
         pages: int,
         granularity: int,
         device: torch.device,
     ):
-        self.granularity, self.first_slots, self.n_pages = granularity, first_slots, pages
-        shape = (groups, len(slots), max(slots))
+        self.granularity, self.n_pages = granularity, pages
+        shape = (len(first_slots), len(slots), max(slots))
         self.entries, self.table = (
             torch.full((*shape[:2], width), -1, dtype=torch.int32, device=device)
             for width in (shape[2] * granularity + 1, shape[2])
@@ -51,7 +51,7 @@ class ResidentPages:
         self._first_page = (
             torch.arange(len(slots), dtype=torch.int32, device=device)[None, :, None] * pages
         )
-        self._first = torch.tensor(first_slots, dtype=torch.int32, device=device)[None, :, None]
+        self._first = torch.tensor(first_slots, dtype=torch.int32, device=device)[..., None]
         self._scores = new_scores(
             len(slots), max(slots) * granularity, device
         )  # of one layer after another

@@ -13,9 +13,11 @@ made.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
 from functools import cached_property
+from itertools import accumulate
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -32,20 +34,38 @@ from fmsim.units import gib
 @dataclass(frozen=True)
 class RequestSize:
     """Pages that one request will have at its end, slots that it may fill in each layer, pages that
-    one step may miss, and pages that may be recalled ahead of a decision.
+    a layer may miss in one step, and pages that may be recalled ahead of a decision in each layer.
     """
 
     pages: int
-    slots: int
-    staged: int = 0
-    ahead: int = 0
+    slots: tuple[int, ...]  # a number a layer
+    staged: int
+    ahead: tuple[int, ...]  # a number a layer
+
+    def of(self, rows: Sequence[int]) -> RequestSize:
+        """The same with row ``rows[l]`` of slots and of pages ahead for each layer l."""
+        slots = tuple(self.slots[row] for row in rows)
+        return replace(self, slots=slots, ahead=tuple(self.ahead[row] for row in rows))
+
+
+class _Memory(NamedTuple):
+    """Pages of all layers, one layer's after another's: uint8 [pages, page bytes]; ``first`` int64
+    [L, 1, 1], where each layer's begin.
+    """
+
+    pages: Tensor
+    first: Tensor
 
 
 class TieredCache:
     """`layers` CSA layers of a batch of requests; ``mirrored`` is False where nothing ever comes
     back from the host.
 
-    A request's slot s is page ``slot_start[b] + s`` of a layer's pool, and its page p is page
+    Layers may have different numbers of slots (`RequestSize`); ``pool[l]`` uint8 [pages, page
+    bytes] is layer l's, in one `storage` [pages of all layers, page bytes]. `even`: all layers'
+    pools are laid out alike.
+
+    A request's slot s is page ``slot_start[l][b] + s`` of layer l's pool, and its page p is page
     ``page_start[b] + p`` of a layer's mirror. With ``one_text`` all requests have read the same,
     and share the mirror of one; with ``shared_name`` the processes of a host do
     (`fmsim.exec.kv.mirror`). What is recalled ahead is copied on a stream of its own, or on `side`,
@@ -71,35 +91,51 @@ class TieredCache:
         self.sizes = tuple(sizes)
         self.device, self.mirrored = torch.device(device), mirrored
         self.page_bytes = granularity * layout.entry_bytes
-        self.slot_start = _starts(size.slots for size in sizes)
-        self.stage_start = [
-            self.slot_start[-1] + start for start in _starts(size.staged for size in sizes)
+        # Of each layer: the requests' slots, then their pages for misses, then those ahead.
+        parts = [
+            _starts(
+                [
+                    *(size.slots[layer] for size in sizes),
+                    *(size.staged for size in sizes),
+                    *(size.ahead[layer] for size in sizes),
+                ]
+            )
+            for layer in range(layers)
         ]
-        self.ahead_start = [
-            self.stage_start[-1] + start for start in _starts(size.ahead for size in sizes)
-        ]
+        batch = len(self.sizes)
+        self.slot_start = [starts[: batch + 1] for starts in parts]
+        self.even = all(starts == parts[0] for starts in parts)
         self.page_start = (
             [0] * len(self.sizes) + [self.sizes[0].pages]
             if one_text
             else _starts(size.pages for size in sizes)
         )
-        pool_pages = self.ahead_start[-1]
+        self.pool_start = _starts(starts[-1] for starts in parts)
         mirror_pages = self.page_start[-1] if mirrored else 0
         check_memory(
             self.device,
-            layers * pool_pages * self.page_bytes,
+            self.pool_start[-1] * self.page_bytes,
             layers * mirror_pages * self.page_bytes,
         )
-        self.pool = torch.zeros(
-            layers, pool_pages, self.page_bytes, dtype=torch.uint8, device=self.device
+        self.storage = torch.zeros(
+            self.pool_start[-1], self.page_bytes, dtype=torch.uint8, device=self.device
         )
+        self.pool = self.storage.split([starts[-1] for starts in parts])
         self._host = HostMirror(
             layers, mirror_pages, self.page_bytes, self.device, shared_name if mirrored else None
         )
         self.mirror = self._host.pages
-        starts = (self.slot_start, self.stage_start, self.ahead_start, self.page_start)
-        self._first_slot, self._first_stage, self._first_ahead, self._first_page = (
-            torch.tensor(s, device=self.device)[:-1, None] for s in starts
+        # int64 [L, B, 1], or [1, B, 1] for all layers alike: where a request's parts begin
+        first = torch.tensor(parts[:1] if self.even else parts, device=self.device)[:, :-1, None]
+        self._first_slot, self._first_stage, self._first_ahead = (
+            part.contiguous() for part in first.split(batch, 1)
+        )
+        self._first_block = self._first_slot.int()
+        self._first_page = torch.tensor(self.page_start, device=self.device)[:-1, None]
+        self._of_pool = _Memory(self.storage, self._layers_begin(self.pool_start[:-1]))
+        self._of_mirror = _Memory(
+            self.mirror.flatten(0, 1),
+            self._layers_begin([layer * mirror_pages for layer in range(layers)]),
         )
         self.side = side or (torch.cuda.Stream(self.device) if self.device.type == "cuda" else None)
         self._ahead: Tensor | None = (
@@ -127,20 +163,23 @@ class TieredCache:
             [resident, Home(self.mirror[layer], self.mirror_table)] if self.mirrored else [resident]
         )
 
+    def _layers_begin(self, starts: list[int]) -> Tensor:
+        return torch.tensor(starts, device=self.device)[:, None, None]
+
     @property
     def stage_pages(self) -> int:
         """Staging pages of each layer, for the misses of a step."""
-        return self.stage_start[-1] - self.stage_start[0]
+        return sum(size.staged for size in self.sizes)
 
     @property
     def slot_bytes(self) -> int:
         """What the slots alone take of GPU memory."""
-        return self.layers * self.slot_start[-1] * self.page_bytes
+        return sum(starts[-1] for starts in self.slot_start) * self.page_bytes
 
     @property
     def pool_bytes(self) -> int:
         """What the pool takes of GPU memory, staging included."""
-        return self.pool.untyped_storage().nbytes()
+        return self.storage.untyped_storage().nbytes()
 
     @property
     def full_bytes(self) -> int:
@@ -179,18 +218,15 @@ class TieredCache:
         self._write_pool(request, layer, entry, index, table)
 
     def blocks(self, request: int, table: Tensor, out: Tensor | None = None) -> Tensor:
-        """The pool page of each of the request's pages, int32 as `table` [..., P + 1], rows of a
-        residency's table; -1 where not resident.
+        """The pool page of each of the request's pages, int32 as `table`, rows [L, P + 1] of a
+        residency's table, or where layers are alike any rows; -1 where not resident.
         """
-        start = self.slot_start[request]
-        found = torch.where(table < 0, table, table + start)
+        found = torch.where(table < 0, table, table + self._first_block[:, request])
         return found if out is None else out.copy_(found)
 
     def blocks_of_all(self, table: Tensor, out: Tensor) -> None:
         """The same for all requests, which share the rows [L, P + 1], into int32 [L, B, P + 1]."""
-        torch.add(
-            table[:, None], self._first_slot.int(), out=out
-        )  # no copy of what may be a gigabyte
+        torch.add(table[:, None], self._first_block, out=out)  # no copy of what may be a gigabyte
         out.masked_fill_(table[:, None] < 0, -1)
 
     def fetch(self, pages: Tensor, slots: Tensor, request: int | None = None) -> None:
@@ -215,17 +251,14 @@ class TieredCache:
         """Begin to copy pages [L, m], m up to the request's `ahead`, out of the mirror, beside
         whatever else runs; the next `recall` finds them here.
         """
-        first, part = (
-            (self._first_ahead, slice(None))
-            if request is None
-            else (self._first_ahead[request : request + 1], slice(request, request + 1))
-        )
+        part = _part(request)
+        first = self._first_ahead[:, part]
         if self._ahead is None:
             most = max(size.pages for size in self.sizes)
             self._ahead = torch.full(
                 (self.layers, len(self.sizes), most + 1), -1, dtype=torch.int32, device=self.device
             )
-        blocks, pages = self._ahead[:, part], pages[:, None].expand(-1, len(first), -1)
+        blocks, pages = self._ahead[:, part], pages[:, None].expand(-1, first.shape[1], -1)
         to = torch.where(pages < 0, -1, first + torch.arange(pages.shape[2], device=pages.device))
         blocks.fill_(-1)
         blocks.scatter_(2, torch.where(pages < 0, blocks.shape[2] - 1, pages), to.int())
@@ -233,11 +266,11 @@ class TieredCache:
         self.recalled_pages += (to >= 0).sum()
         source = torch.where(pages < 0, -1, pages + self._first_page[part])
         if self.side is None:
-            self._copy(self.mirror, source, self.pool, to)
+            self._copy(self._of_mirror, source, to)
             return
         self.side.wait_stream(torch.cuda.current_stream(self.device))
         with torch.cuda.stream(self.side):
-            self._copy(self.mirror, source, self.pool, to, tuning.PROGRAMS_BESIDE)
+            self._copy(self._of_mirror, source, to, tuning.PROGRAMS_BESIDE)
         for tensor in (source, to):
             tensor.record_stream(self.side)
 
@@ -249,11 +282,11 @@ class TieredCache:
             pages,
             fetched,
             self._first_page[:, 0],
-            self._first_stage[:, 0],
+            self._first_stage[0 if self.even else layer, :, 0],
             blocks,
             self.staged_pages,
         )
-        copy_rows(self.mirror[layer : layer + 1], self.pool[layer : layer + 1], *moves)
+        copy_rows(self.mirror[layer : layer + 1], self.pool[layer][None], *moves)
 
     def settle(
         self,
@@ -287,10 +320,10 @@ class TieredCache:
         """Copy pages [L, B or 1, m] into slots: within the GPU where they are `staged` in the pool,
         or from the mirror, which is counted.
         """
-        part = slice(None) if request is None else slice(request, request + 1)
-        to = torch.where(slots < 0, -1, slots + self._first_slot[part])
+        part = _part(request)
+        to = torch.where(slots < 0, -1, slots + self._first_slot[:, part])
         if staged is not None:
-            self._copy(self.pool, staged, self.pool, to, tuning.PROGRAMS_WITHIN)
+            self._copy(self._of_pool, staged, to, tuning.PROGRAMS_WITHIN)
             if all_staged:
                 return
             to = torch.where(staged >= 0, -1, to)
@@ -299,7 +332,7 @@ class TieredCache:
         )
         self.recalled_pages += (to >= 0).sum()
         if self.mirrored:
-            self._copy(self.mirror, source, self.pool, to)
+            self._copy(self._of_mirror, source, to)
 
     def read(self, layer: int, blocks: Tensor, ids: Tensor) -> Tensor:
         """float32 [K, C]: entries `ids` [K] through `blocks` [P + 1]; whatever where an id is -1 or
@@ -324,26 +357,31 @@ class TieredCache:
     def _write_pool(
         self, request: int, layer: int, entries: Tensor, numbers: Tensor, table: Tensor
     ) -> None:
-        page = self.blocks(request, table)[
-            torch.where(numbers < 0, -1, numbers // self.granularity)
-        ]
+        slot = table[torch.where(numbers < 0, -1, numbers // self.granularity)]
+        page = slot + self.slot_start[layer][request]
         write_entries(
             self.pool[layer],
             self.layout,
-            torch.where(page < 0, -1, page * self.granularity + numbers % self.granularity),
+            torch.where(slot < 0, -1, page * self.granularity + numbers % self.granularity),
             entries,
         )
 
     def _copy(
-        self, source: Tensor, pages: Tensor, target: Tensor, to: Tensor, programs: int | None = None
+        self, source: _Memory, pages: Tensor, to: Tensor, programs: int | None = None
     ) -> None:
-        """target[l, to[l, b, i]] = source[l, pages[l, b, i]] where both are >= 0, without asking
-        the host how many that are.
+        """Into page ``to[l, b, i]`` of layer l's pool page ``pages[l, b, i]`` of its part of
+        `source`, where both are >= 0, without asking the host how many that are.
 
         The lists are as long as all slots of a layer, and most places in them are left out; so
-        those that are moved are brought to their front.
+        those that are moved are brought to their front. One launch copies for all layers: where
+        these are not alike, from one list with the pages' numbers in all of the memory.
         """
         pages, to = torch.broadcast_tensors(pages, to)
+        lists = self.layers
+        if not self.even:
+            pages = torch.where(pages < 0, -1, pages + source.first).flatten(0, 1)[None]
+            to = torch.where(to < 0, -1, to + self._of_pool.first).flatten(0, 1)[None]
+            lists = 1
         moved = (pages >= 0) & (to >= 0)
         of_request = moved.sum(2)
         rank = (
@@ -355,7 +393,11 @@ class TieredCache:
         for part, out in zip((pages, to), front):
             out.scatter_(1, rank, part.flatten(1).long())
         copy_rows(
-            source, target, *front[:, :, :places], of_request.sum(1, dtype=torch.int32), programs
+            source.pages.unflatten(0, (lists, -1)),
+            self.storage.unflatten(0, (lists, -1)),
+            *front[:, :, :places],
+            of_request.sum(1, dtype=torch.int32),
+            programs,
         )
 
 
@@ -395,9 +437,11 @@ def host_free_bytes() -> int | None:
         return None
 
 
-def _starts(sizes) -> list[int]:
+def _part(request: int | None) -> slice:
+    """One request of a batch, or all."""
+    return slice(None) if request is None else slice(request, request + 1)
+
+
+def _starts(sizes: Iterable[int]) -> list[int]:
     """Offsets of parts laid end to end, and the end."""
-    starts = [0]
-    for size in sizes:
-        starts.append(starts[-1] + size)
-    return starts
+    return [0, *accumulate(sizes)]

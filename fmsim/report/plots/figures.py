@@ -187,9 +187,7 @@ def misses_over_budget(results: Results, style: Style, curves: dict[str, Any]) -
     for label, ledger in results.ledgers.items():
         if ledger.on_miss == "fetch" and ledger.policy != "full":
             missed = 1 - ledger.hit.sum() / max(1, ledger.accessed.sum())
-            _own_point(
-                figure, style, label, _share([ledger.n_slots * ledger.granularity], curves), missed
-            )
+            _own_point(figure, style, label, _share([ledger.budget_entries], curves), missed)
     _budget_axis(figure)
     figure.update_yaxes(title="selected entries missed", tickformat=".0%", rangemode="tozero")
     return _finish(figure, 520)
@@ -214,7 +212,7 @@ def lost_mass_over_budget(results: Results, style: Style, curves: dict[str, Any]
             figure,
             style,
             label,
-            _share([ledger.n_slots * ledger.granularity], curves),
+            _share([ledger.budget_entries], curves),
             1 - row["mass_kept"],
         )
     _budget_axis(figure)

@@ -82,6 +82,7 @@ class Demand:
         self.resident = (
             resident @ self.group_layers / geometry.n_csa
         )  # [T] entries a layer, mean over layers
+        self._fullest = resident[self.resident.argmax()]  # [G] entries, at the fullest step
         self.holds_all = bool((resident >= entries[:, None]).all())
         budget = str(ledger.params.get("budget", "%"))
         self._grows = self.holds_all or budget.endswith("%")
@@ -137,13 +138,14 @@ class Demand:
         )
 
     def _most_resident(self, prompt_tokens: int, output_tokens: int) -> float:
-        """Entries a layer."""
+        """Entries a layer, mean over layers; none has more than there are."""
         entries = self.geometry.csa_entries(prompt_tokens + output_tokens)
-        return float(
-            entries
-            if self.holds_all
-            else min(entries, self.resident.max() * self.growth(prompt_tokens))
-        )
+        growth = self.growth(prompt_tokens)
+        wanted = self._fullest * growth
+        if self.holds_all or (wanted >= entries).all():
+            return float(entries)
+        beyond = np.maximum(wanted - entries, 0) @ self.group_layers / self.geometry.n_csa
+        return float(self.resident.max() * growth - beyond)
 
     def first_set_bytes(self, prompt_tokens: int, output_tokens: int) -> float:
         """What a request that comes with its whole KV in the mirror loads before its first step."""

@@ -81,7 +81,11 @@ def test_scores_beside_entries_are_those_of_all_keys_where_pages_are(
     pages = [-(-length // granularity) for length in lengths]
     slots = [max(1, round(share * count)) for count in pages]
     tiers = TieredCache(
-        layout, 1, granularity, [RequestSize(*size) for size in zip(pages, slots)], device
+        layout,
+        1,
+        granularity,
+        [RequestSize(count, (some,), 0, (0,)) for count, some in zip(pages, slots)],
+        device,
     )
     tables = [torch.full((count + 1,), -1, dtype=torch.int32) for count in pages]
     blocks = torch.full((len(lengths), max(pages) + 1), -1, dtype=torch.int32, device=device)
@@ -90,11 +94,11 @@ def test_scores_beside_entries_are_those_of_all_keys_where_pages_are(
             some, dtype=torch.int32
         )
         tables[b] = table.to(device)
-        tiers.blocks(b, tables[b], blocks[b, : count + 1])
+        tiers.blocks(b, tables[b][None], blocks[b : b + 1, : count + 1])
     buffers = [new_scores(len(lengths), -(-max(lengths) // 64) * 64, device) for _ in range(2)]
     # which a selection takes; scores need none
     listing = ResidentPages(
-        1, slots, tiers.slot_start[:-1], max(pages), granularity, torch.device(device)
+        slots, [tiers.slot_start[0][:-1]], max(pages), granularity, torch.device(device)
     )
     everything, resident = (
         AllKeys(layout, buffers[0], device),
@@ -170,7 +174,7 @@ def test_a_page_of_keys_is_where_its_entries_are_and_the_mirror_has_them_all(
                 here = read_entries(
                     cache.pool[number],
                     layout,
-                    (cache.slot_start[b] + slot) * granularity + ids % granularity,
+                    (cache.slot_start[number][b] + slot) * granularity + ids % granularity,
                 )
                 assert (
                     torch.equal(here[slot >= 0], kept[slot >= 0])

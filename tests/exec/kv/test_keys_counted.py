@@ -26,6 +26,7 @@ from tiered_decode import (
     TIERED,
     Decoded,
 )
+from tiny_geometry import plain_geometry
 from tiny_indexer import lookahead
 from tiny_model import ours
 
@@ -34,48 +35,11 @@ from fmsim.exec.decode.engine import Engine
 from fmsim.exec.runs import live as run
 from fmsim.exec.runs.record import trace_header, trace_of
 from fmsim.exec.runs.stream import Stream, Turn
-from fmsim.geometry import Geometry
 from fmsim.policies import registry
 from fmsim.replay.ledger import Ledger
 from fmsim.replay.replayer import Replayer
 from fmsim.sim import metrics
 from fmsim.sim.footprint import allocation, footprint, keyed_layers
-
-
-def plain_geometry(config) -> Geometry:
-    """The tiny model, with its unscaled float32 entries and keys."""
-
-    class Plain(Geometry):
-        kv_entry_bytes, index_key_bytes = ENTRY_BYTES, KEY_BYTES
-
-    zeros = dict.fromkeys(
-        (
-            "hidden_size",
-            "n_heads",
-            "rope_dim",
-            "index_n_heads",
-            "q_lora_rank",
-            "o_lora_rank",
-            "o_groups",
-            "n_experts",
-            "n_active_experts",
-            "n_shared_experts",
-            "expert_width",
-            "vocabulary",
-        ),
-        0,
-    )
-    return Plain(
-        name="tiny",
-        layer_types=tuple(config.layer_types),
-        head_dim=config.head_dim,
-        window_tokens=config.sliding_window,
-        csa_rate=4,
-        hca_rate=8,
-        index_topk=config.index_topk,
-        index_head_dim=config.index_head_dim,
-        **zeros,
-    )
 
 
 class ReplayerOf(Replayer):
@@ -112,7 +76,7 @@ def test_bytes_are_those_of_the_replay_and_of_its_footprint(prompts, tmp_path, o
     )
     assert np.array_equal(place.gpu_bytes, own.gpu_bytes)
     entries, granularity = (LENGTHS[0] + STEPS) // 4, ledger.granularity
-    assert batch.tiers.slot_bytes == ledger.n_slots * granularity * (
+    assert batch.tiers.slot_bytes == ledger.budget_entries * (
         LAYERS * ENTRY_BYTES + len(TIERED) * KEY_BYTES
     )
     planned = allocation(replayed, geometry)

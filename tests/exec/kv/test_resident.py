@@ -20,7 +20,7 @@ def test_a_listing_by_hand():
     """Two groups of one request, pages of 4 entries, 10 of them visible: page 2 holds two so
     far.
     """
-    listing = ResidentPages(2, [3], [5], 3, 4, torch.device("cpu"))
+    listing = ResidentPages([3], [[5], [5]], 3, 4, torch.device("cpu"))
     listing.list(torch.tensor([[2, -1, 0], [-1, -1, -1]], dtype=torch.int32), 10)
     assert listing.entries[:, 0].tolist() == [[0, 1, 2, 3, 8, 9, 10, 11, *[-1] * 5], [-1] * 13]
     assert listing.table[:, 0].tolist() == [[7, 5, -1], [-1, -1, -1]]
@@ -79,9 +79,8 @@ def test_it_selects_as_among_all_with_the_absent_left_out(
         index_scores_reference(queries, weights, pool, KEY, table, lengths).scores, lengths, top_k
     )
     listing = ResidentPages(
-        1,
         [slots] * batch,
-        [b * slots for b in range(batch)],
+        [[b * slots for b in range(batch)]],
         pages,
         granularity,
         torch.device(device),
