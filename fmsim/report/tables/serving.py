@@ -9,6 +9,7 @@ from rich.table import Table
 from rich.text import Text
 
 from fmsim.report.console import picture, wide_console
+from fmsim.report.tables.hardware import hardware_line
 from fmsim.units import GIB, gib
 
 BARS = " ▁▂▃▄▅▆▇█"
@@ -69,10 +70,7 @@ def _head(about: dict[str, Any]) -> list[Text]:
             f" {workload['output_tokens_mean']:,.0f} tokens (mean), seed {workload['seed']};"
             f" prefill {server['prefill']}"
         ),
-        Text(
-            f"server    {hardware['title']}, tensor parallel {hardware['tensor_parallel']}; model"
-            f" {about['model']['name']}"
-        ),
+        Text(f"server    {hardware_line(hardware)}; model {about['model']['name']}"),
         Text(
             f"replays   {trace['file']}: {trace['model']}, {trace['prompt_tokens']:,} tokens +"
             f" {trace['steps']} steps, in shares of each request's length"
