@@ -5,7 +5,7 @@ Every formula stands here; the names are the fields of the JSON report.
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import defaultdict
 from typing import Any
 
 import numpy as np
@@ -57,7 +57,10 @@ def summary(*runs: ServerRun) -> dict[str, Any]:
     window_s = min(source.window_s, total_s)
     busy_s = sum(log.busy_s for log in logs)
     stall_s = sum(log.stall_s + log.recall_wait_s for log in logs)
-    waited: Counter[str] = sum((log.waited_s for log in logs), Counter())
+    waited: defaultdict[str, float] = defaultdict(float)
+    for log in logs:
+        for kind, waited_s in log.waited_s.items():
+            waited[kind] += waited_s
     good = sum(_keeps(request, source.workload.slo) for request in finished)
     tokens = sum(log.tokens for log in logs)
     moved = sum(rank.to_gpu.moved_bytes for rank in ranks)
@@ -133,7 +136,7 @@ def _share(logs: list[Log], name: str, capacity: float) -> dict[str, float]:
     }
 
 
-def _bound(waited: Counter[str], busy_s: float, stall_s: float) -> str:
+def _bound(waited: dict[str, float], busy_s: float, stall_s: float) -> str:
     if waited:
         return max(waited, key=lambda kind: waited[kind])
     return LINK if stall_s > busy_s / 2 else COMPUTE
