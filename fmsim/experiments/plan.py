@@ -150,11 +150,13 @@ def _report(
     ask: Ask,
 ) -> dict[str, Any]:
     """A plan for each policy on each server; one that cannot be says why."""
-    if ask.tokens + ask.output_tokens > geometry.max_positions:
+    if max(ask.tokens, ask.output_tokens + 1) > geometry.max_positions:
         raise FmsimError(
             f"--context: {ask.tokens:,} + {ask.output_tokens:,} tokens are more than the"
             f" {geometry.max_positions:,} positions of {geometry.name}"
         )
+    # a prompt as long as the model reads leaves room for its answer
+    tokens = min(ask.tokens, geometry.max_positions - ask.output_tokens)
     plans: list[dict[str, Any]] = []
     for hw in servers:
         placed = hw.placed
@@ -170,7 +172,7 @@ def _report(
                     geometry,
                     each.demand,
                     options,
-                    ask.tokens,
+                    tokens,
                     ask.output_tokens,
                     ask.tpot_s,
                     ask.ttft_s,

@@ -80,6 +80,13 @@ class Setting:
         self.geometry = load_geometry(file)
         self.hw = load_scenario_hardware(file)
         self.trace = read(file.file(scenario.trace))
+        longest = self.trace.header.prompt_tokens + self.trace.n_steps
+        if longest > self.geometry.max_positions:
+            raise FmsimError(
+                f"{file.where(('trace',))}: its {longest:,} tokens are more than the"
+                f" {self.geometry.max_positions:,} positions of {self.geometry.name}; take a"
+                " shorter trace"
+            )
         self.layer_map = _located(
             file,
             ("layer_map",),

@@ -28,7 +28,9 @@ POOLS = {
 def render(report: dict[str, Any]) -> Group:
     """From the report's JSON object."""
     about, rows = report["scenario"], report["serving"]
-    return Group(*_head(about), memory_table(rows), _table(rows), *_notes(about), _over_time(rows))
+    return Group(
+        *_head(about), memory_table(rows), _table(rows), *_notes(about, rows), _over_time(rows)
+    )
 
 
 def show(report: dict[str, Any]) -> None:
@@ -228,7 +230,7 @@ def _bars(series: list[float]) -> str:
     )
 
 
-def _notes(about: dict[str, Any]) -> list[Text]:
+def _notes(about: dict[str, Any], rows: list[dict[str, Any]]) -> list[Text]:
     slo = about["workload"]["slo"]
     notes = [
         (
@@ -243,5 +245,13 @@ def _notes(about: dict[str, Any]) -> list[Text]:
             "bound by: what the queue's head waited for; where nobody waited, what running requests"
             " waited for (PCIe) or did (compute)."
         ),
+        (
+            "TTFT is a lower bound: prefill was not timed on this GPU, so it takes its operations"
+            " at the device's matrix rate."
+            if rows[0]["prefill_lower_bound"]
+            else "TTFT: prefill from modules timed on the GPU, one chunk a step, without the"
+            " tokenizer or the network to the user."
+        ),
+        "goodput and tokens/s: over the time from the first arrival to the last request's end.",
     ]
     return [Text(note, style="dim") for note in notes]

@@ -18,6 +18,7 @@ from fmsim.sim.serving.demand import Demand
 from fmsim.sim.step_cost import StepModel
 
 GPU, HOST, BATCH, LINK, SLO = "GPU memory", "host memory", "batch limit", "PCIe", "time a token"
+POSITIONS = "the model's positions"
 
 
 def server_hardware(hw: Hardware, options: spec.Server) -> Hardware:

@@ -23,7 +23,7 @@ class ServedRequest:
     steps: int  # decode steps it needs
     pools: Pools
     rank: int = 0  # whose GPUs hold it
-    refused: str | None = None  # the memory that it could never fit
+    refused: str | None = None  # the memory, or the model's positions, that it could never fit
     admitted_s: float | None = None
     first_token_s: float | None = None
     finished_s: float | None = None

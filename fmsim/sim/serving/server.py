@@ -19,7 +19,7 @@ from fmsim.geometry import Geometry
 from fmsim.hw.memory import FairLink, MemorySystem
 from fmsim.hw.spec import Hardware
 from fmsim.sim.serving import spec
-from fmsim.sim.serving.admission import Admission, server_hardware
+from fmsim.sim.serving.admission import POSITIONS, Admission, server_hardware
 from fmsim.sim.serving.batch import RunningBatch, ServedRequest
 from fmsim.sim.serving.demand import Demand
 from fmsim.sim.serving.log import Log
@@ -125,7 +125,11 @@ class ServerRun:
             pools=self.demand.pools(arrival.prompt_tokens, arrival.output_tokens),
         )
         self.log.requests.append(request)
-        request.refused = self.admission.never_fits(request)
+        longest = arrival.prompt_tokens + arrival.output_tokens
+        if longest > self.geometry.max_positions:
+            request.refused = POSITIONS
+        else:
+            request.refused = self.admission.never_fits(request)
         if request.refused:
             return
         if self.options.prefill == "separate":

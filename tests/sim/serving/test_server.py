@@ -160,7 +160,7 @@ def test_what_does_not_fit_waits_and_what_never_fits_is_refused():
     assert last.admitted_s == first.finished_s and server.log.waited_s[
         "GPU memory"
     ] == pytest.approx(first.finished_s)
-    assert refused.refused == "GPU memory" and refused.admitted_s is None
+    assert refused.refused == "the model's positions" and refused.admitted_s is None
     assert summary(server)["requests"] == {
         "arrived": limit + 2,
         "finished": limit + 1,
