@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from fmsim.errors import FmsimError
 from fmsim.geometry import PRESETS, SLIDING, Geometry
@@ -166,7 +167,8 @@ class _Tabled:
                 gathered = np.minimum(gathered, sends(max(1.0, ranked / placed.tp)))
             # the parts of a KV that is shared out are put together: scores' best, then values
             context = 2 * partial(ranked * token_bytes) if placed.cp > 1 else 0.0
-            return after_attention(ranked * token_bytes) + gathered + context
+            ms: NDArray[np.float64] = after_attention(ranked * token_bytes) + gathered + context
+            return ms
 
         return exchange
 
@@ -194,7 +196,8 @@ class _Tabled:
             layer = hyper(tokens) + np.maximum(router(tokens) + experts(tokens), shared(tokens))
             layer = layer + after_attention(tokens * token_bytes)
             layer = layer + after_experts(tokens * token_bytes)
-            return self.geometry.n_layers * layer * factor
+            ms: NDArray[np.float64] = self.geometry.n_layers * layer * factor
+            return ms
 
         sizes = np.unique(np.geomspace(1, _LARGEST_CHUNK, 240).round())
         summed = Curve(sizes, np.asarray(rest(sizes)))

@@ -13,6 +13,9 @@ from importlib.resources import files
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
+
+Floats = NDArray[np.float64]
 
 
 @dataclass(frozen=True)
@@ -23,17 +26,18 @@ class Curve:
     ms: np.ndarray  # [n]
 
     @classmethod
-    def of(cls, points: Mapping[int, float] | Mapping[str, Any]) -> Curve:
+    def of(cls, points: Mapping[Any, Any]) -> Curve:
         """From {size: ms}, or from a file's {"at": sizes, "ms": times}."""
         if "at" in points:
             return cls(np.array(points["at"], dtype=float), np.array(points["ms"], dtype=float))
-        sizes = sorted(points)
+        sizes: list[float] = sorted(points)
         times = [points[size] for size in sizes]
         return cls(np.array(sizes, dtype=float), np.array(times, dtype=float))
 
-    def __call__(self, size: np.ndarray | float) -> np.ndarray:
+    def __call__(self, size: np.ndarray | float) -> Floats:
         beyond = np.maximum(np.asarray(size) - self.at[-1], 0.0)
-        return np.interp(size, self.at, self.ms) + beyond * self._slope
+        ms: Floats = np.interp(size, self.at, self.ms) + beyond * self._slope
+        return ms
 
     @cached_property
     def _slope(self) -> float:
@@ -78,14 +82,15 @@ class AttentionTimes:
 
     def ms(
         self, of_batch: np.ndarray, batch: int, total: np.ndarray, largest: np.ndarray
-    ) -> np.ndarray:
+    ) -> Floats:
         """[T], of `batch` requests with `total` tokens [T], the longest with `largest` [T].
 
         `of_batch`: what `of_batch(batch)` gave, which a caller keeps.
         """
         short = np.interp(total / batch, self.contexts, of_batch)
         others = np.maximum(total - largest - (batch - 1) * self.contexts[-1], 0.0)
-        return short + self.grown(largest) + others * self.token_ns / 1e6
+        ms: Floats = short + self.grown(largest) + others * self.token_ns / 1e6
+        return ms
 
 
 @dataclass(frozen=True)
@@ -104,7 +109,7 @@ class PrefillTimes:
             np.array(table["ms"]),
         )
 
-    def ms(self, chunk: np.ndarray, start: np.ndarray) -> np.ndarray:
+    def ms(self, chunk: np.ndarray, start: np.ndarray) -> Floats:
         """[n]: linear between measured chunks and starts. A chunk beyond the largest counts as
         several of those, one after another; one below the smallest takes as long as that one.
         """
@@ -115,10 +120,12 @@ class PrefillTimes:
         upper = self._at(low_c + 1, low_s) * (1 - share_s)
         upper = upper + self._at(low_c + 1, low_s + 1) * share_s
         between = lower * (1 - share_c) + upper * share_c
-        return between * np.maximum(1.0, chunk / self.chunks[-1])
+        ms: Floats = between * np.maximum(1.0, chunk / self.chunks[-1])
+        return ms
 
-    def _at(self, chunk: np.ndarray, start: np.ndarray) -> np.ndarray:
-        return self.grid_ms[chunk, start]
+    def _at(self, chunk: np.ndarray, start: np.ndarray) -> Floats:
+        ms: Floats = self.grid_ms[chunk, start]
+        return ms
 
 
 def _between(x: np.ndarray, points: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -16,6 +16,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
+from numpy.typing import NDArray
 
 from fmsim.geometry import Geometry
 from fmsim.geometry.memory_indexer import PUBLISHED_HEADS, PUBLISHED_WIDTH
@@ -27,10 +28,10 @@ from fmsim.hw.spec import Hardware
 class StepCosts:
     """Times of one decode step on one GPU for a batch of requests, in seconds, one value a step."""
 
-    csa_s: np.ndarray  # [T] one CSA layer's attention
-    rest_s: np.ndarray  # [T] everything else of the step, all layers
+    csa_s: NDArray[np.float64]  # [T] one CSA layer's attention
+    rest_s: NDArray[np.float64]  # [T] everything else of the step, all layers
 
-    def total_s(self, n_csa: int) -> np.ndarray:
+    def total_s(self, n_csa: int) -> NDArray[np.float64]:
         return n_csa * self.csa_s + self.rest_s
 
 

@@ -8,6 +8,7 @@ import bisect
 import math
 
 import numpy as np
+from numpy.typing import NDArray
 
 from fmsim.hw.spec import Gather, Link
 
@@ -83,7 +84,8 @@ def _time_curve(gather: Gather, speedup: float) -> tuple[np.ndarray, np.ndarray]
     return np.append(0.0, n_bytes), np.append(fixed_s, fixed_s + (seconds - fixed_s) / speedup)
 
 
-def _extended(x: np.ndarray, xs: np.ndarray, ys: np.ndarray) -> np.ndarray:
+def _extended(x: np.ndarray, xs: np.ndarray, ys: np.ndarray) -> NDArray[np.float64]:
     """Piecewise linear through the points, the last segment going on."""
     beyond = np.maximum(x - xs[-1], 0.0) * (ys[-1] - ys[-2]) / (xs[-1] - xs[-2])
-    return np.interp(x, xs, ys) + beyond
+    seconds: NDArray[np.float64] = np.interp(x, xs, ys) + beyond
+    return seconds

@@ -123,7 +123,8 @@ class Demand:
 
     @cached_property
     def _recalled(self) -> list[float]:
-        return self.recall_bytes.tolist()
+        recalled: list[float] = self.recall_bytes.tolist()
+        return recalled
 
     def length_ratio(self, prompt_tokens: int) -> float:
         """A request's history over the ledger's."""

@@ -298,8 +298,9 @@ def _smallest_context(
 ) -> int | None:
     paying = next((place for place, row in enumerate(contexts) if row["pays"]), None)
     if not paying:
-        return contexts[0]["context_tokens"] if paying == 0 else None
-    low, high = contexts[paying - 1]["context_tokens"], contexts[paying]["context_tokens"]
+        return int(contexts[0]["context_tokens"]) if paying == 0 else None
+    low: int = contexts[paying - 1]["context_tokens"]
+    high: int = contexts[paying]["context_tokens"]
     while high - low > 1024:
         middle = (low + high) // 2
         low, high = (

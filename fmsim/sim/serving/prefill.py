@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import numpy as np
+from numpy.typing import NDArray
 
 from fmsim.geometry import SLIDING, Geometry
 from fmsim.hw.modules import modules
@@ -36,7 +37,8 @@ class PrefillModel:
             csa = geometry.n_csa * timed.csa.ms(chunk, start)
             hca = n_hca * timed.hca.ms(chunk, start)
             sliding = n_sliding * timed.hca.ms(chunk, np.zeros_like(start))
-            return csa + hca + sliding + timed.rest_ms(chunk)
+            ms: NDArray[np.float64] = csa + hca + sliding + timed.rest_ms(chunk)
+            return ms
 
         self._ms = measured
 

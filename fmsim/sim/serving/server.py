@@ -9,11 +9,13 @@ that can be admitted cuts a span short at the end of its step.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Generator
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import simpy
+from numpy.typing import NDArray
 
 from fmsim.geometry import Geometry
 from fmsim.hw.memory import FairLink, MemorySystem
@@ -28,6 +30,8 @@ from fmsim.sim.serving.requests import Arrival
 from fmsim.sim.serving.workload import RequestGenerator
 from fmsim.sim.step_cost import StepModel, memory_indexer_s
 from fmsim.sim.transfer_cost import GatherCurve
+
+Process = Generator[simpy.Event, Any, None]  # what SimPy runs: it yields what it waits for
 
 _MOST_STEPS = 1024  # in one span, which bounds its arrays
 _STEPS_AHEAD = 32  # whose times are worked out at once
@@ -107,7 +111,7 @@ class ServerRun:
 
     # Requests come and go
 
-    def _arrivals(self) -> Iterator[simpy.Event]:
+    def _arrivals(self) -> Process:
         for arrival in self.source.first:
             if arrival.arrival_s > self.env.now:
                 yield self.env.timeout(arrival.arrival_s - self.env.now)
@@ -137,7 +141,7 @@ class ServerRun:
         else:
             self._enqueue(request)
 
-    def _prefill_elsewhere(self, request: ServedRequest) -> Iterator[simpy.Event]:
+    def _prefill_elsewhere(self, request: ServedRequest) -> Process:
         with self._prefillers.request() as turn:
             yield turn
             yield self.env.timeout(float(self.prefill.seconds(*self._chunks(request)).sum()))
@@ -183,7 +187,7 @@ class ServerRun:
             request.prefill_left = list(zip(length.tolist(), seconds.tolist()))[::-1]
             self.prefilling[request.rank].append(request)
 
-    def _receive_kv(self, request: ServedRequest) -> Iterator[simpy.Event]:
+    def _receive_kv(self, request: ServedRequest) -> Process:
         """The prompt's KV comes over the network, into the mirror where there is one; then the
         first resident set goes to the GPU.
         """
@@ -202,7 +206,7 @@ class ServerRun:
 
     # The server's loop
 
-    def _serve(self) -> Iterator[simpy.Event]:
+    def _serve(self) -> Process:
         while True:
             self._join()
             if self.batch or any(self.prefilling):
@@ -226,7 +230,7 @@ class ServerRun:
         if len(self.admission.admitted) != before:
             self._sample()
 
-    def _span(self) -> Iterator[simpy.Event]:
+    def _span(self) -> Process:
         """As many steps as pass without a change."""
         if self.batch and self.demand.recalls:
             yield from self._begin_windows()
@@ -248,7 +252,7 @@ class ServerRun:
         self.log.prefill_s += float(times.prefill_s[:done].sum())
         self._book(done, start_s + float(ends_s[0]))
 
-    def _pass(self, ends_s: np.ndarray) -> Iterator[simpy.Event]:
+    def _pass(self, ends_s: np.ndarray) -> Generator[simpy.Event, Any, int]:
         """Let steps pass that end at `ends_s` from now; returns how many did before somebody came
         to join.
         """
@@ -304,7 +308,7 @@ class ServerRun:
         stall_s = gathers = miss_bytes = np.zeros((len(load.ranks), n_steps))
         if self.demand.misses:
             on_gpu = load.miss_bytes / self._parts
-            gathers = (on_gpu > 0) @ layers
+            gathers = (on_gpu > 0).astype(np.float64) @ layers
             stall_s = self.gather.seconds(self.demand.row_bytes, on_gpu) @ layers
             miss_bytes = on_gpu @ layers
         compute_s = load.costs(self.model).total_s(self.geometry.n_csa)
@@ -317,7 +321,9 @@ class ServerRun:
 
     # The link
 
-    def _contended_stall(self, times: StepTimes) -> Iterator[simpy.Event]:
+    def _contended_stall(
+        self, times: StepTimes
+    ) -> Generator[simpy.Event, Any, NDArray[np.float64]]:
         """One step's misses beside recalls under way, on every rank: the gathers' fixed costs, then
         their bytes.
 
@@ -326,13 +332,13 @@ class ServerRun:
         before_s = self.env.now
         waits = [
             self.env.process(self._misses(times, place))
-            for place in np.flatnonzero(times.miss_bytes[:, 0])
+            for place in np.flatnonzero(times.miss_bytes[:, 0]).tolist()
         ]
         if waits:
             yield self.env.all_of(waits)
         return np.array([self.env.now - before_s])
 
-    def _misses(self, times: StepTimes, place: int) -> Iterator[simpy.Event]:
+    def _misses(self, times: StepTimes, place: int) -> Process:
         n_bytes = float(times.miss_bytes[place, 0])
         fixed_s = float(self.gather.fixed_s(self.demand.row_bytes)) * float(times.gathers[place, 0])
         yield self.env.timeout(fixed_s)
@@ -340,7 +346,7 @@ class ServerRun:
         link = self.ranks[times.ranks[place]].to_gpu
         yield link.transfer(n_bytes, limit=n_bytes / moving_s)
 
-    def _begin_windows(self) -> Iterator[simpy.Event]:
+    def _begin_windows(self) -> Process:
         """Requests at a window's start wait for its recall, and the batch with them; then the next
         window's recall starts.
         """

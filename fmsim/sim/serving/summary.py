@@ -79,7 +79,7 @@ def summary(*runs: ServerRun) -> dict[str, Any]:
         "arriving_tokens_per_s": (
             sum(log.tokens_by(window_s) for log in logs) / window_s if window_s else 0.0
         ),
-        "ttft_s": _percentiles([request.first_token_s - request.arrival_s for request in finished]),
+        "ttft_s": _percentiles([ttft_s(request) for request in finished]),
         "tpot_s": _percentiles(
             [tpot_s(request) for request in finished if request.output_tokens > 1]
         ),
@@ -108,7 +108,15 @@ def summary(*runs: ServerRun) -> dict[str, Any]:
     }
 
 
+def ttft_s(request: ServedRequest) -> float:
+    """Arrival to first token, of a request that has one."""
+    assert request.first_token_s is not None
+    return request.first_token_s - request.arrival_s
+
+
 def tpot_s(request: ServedRequest) -> float:
+    """Time between later tokens, of a finished request of more than one."""
+    assert request.first_token_s is not None and request.finished_s is not None
     return (request.finished_s - request.first_token_s) / (request.output_tokens - 1)
 
 
@@ -117,11 +125,11 @@ def _served_s(finished: list[ServedRequest]) -> float:
     if not finished:
         return 0.0
     first_s = min(request.arrival_s for request in finished)
-    return max(request.finished_s for request in finished) - first_s
+    return max(request.finished_s or 0.0 for request in finished) - first_s
 
 
 def _keeps(request: ServedRequest, slo: Slo) -> bool:
-    in_time = request.first_token_s - request.arrival_s <= slo.ttft_s
+    in_time = ttft_s(request) <= slo.ttft_s
     return in_time and (request.output_tokens == 1 or tpot_s(request) <= slo.tpot_s)
 
 
