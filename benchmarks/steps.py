@@ -20,6 +20,7 @@ from typing import Any
 
 import kernel_tables
 import numpy as np
+from aiconfigurator import MODELS, Grid, Model, Tables
 
 from fmsim.geometry import PRESETS
 from fmsim.hw import load_hardware
@@ -75,8 +76,8 @@ def left_out(wheel: Path) -> dict[str, Any]:
     """Errors of rows that the table was not made from, by GPU, model and module."""
     rows = []
     for gpu in LEFT_OUT:
-        tables = kernel_tables.Tables(wheel, gpu, "sglang")
-        for name, model in kernel_tables.MODELS.items():
+        tables = Tables(wheel, gpu, "sglang")
+        for name, model in MODELS.items():
             modules = ("csa", "hca") if name.startswith("v4") else ("dsa",)
             for module in modules:
                 row = _of_module(tables, module, model)
@@ -99,9 +100,7 @@ def left_out(wheel: Path) -> dict[str, Any]:
     }
 
 
-def _of_module(
-    tables: kernel_tables.Tables, module: str, model: kernel_tables.Model
-) -> dict[str, Any] | None:
+def _of_module(tables: Tables, module: str, model: Model) -> dict[str, Any] | None:
     grids = {tp: tables.attention(module, model, tp) for tp in (1, 2, 4, 8)}
     if not all(grids.values()):
         return None
@@ -120,7 +119,7 @@ def _of_module(
     return {"batches": _errors(batches), "tp4": _errors(tp4)}
 
 
-def _times(grid: kernel_tables.Grid) -> AttentionTimes:
+def _times(grid: Grid) -> AttentionTimes:
     table, added = kernel_tables.attention_table(grid)
     return AttentionTimes.of(table, kernel_tables.token_ns([added]))
 
