@@ -298,7 +298,8 @@ class ServerRun:
             or known[0] != changes
             or steps - known[1] + n_steps > len(known[2].compute_s)
         ):
-            ahead = min(max(n_steps, _STEPS_AHEAD), self.batch.least_left)
+            lasted = 0 if known is None else steps - known[1]  # as long as the last times held
+            ahead = min(max(n_steps, min(2 * lasted + 1, _STEPS_AHEAD)), self.batch.least_left)
             known = self._ahead = changes, steps, self._worked_out(ahead)
         start = steps - known[1]
         return known[2].part(start, start + n_steps)
