@@ -326,3 +326,36 @@ def test_requests_are_dealt_out_to_servers():
     one = ServerRun(H100, FLASH, FULL, done, source)
     one.run()
     assert row["tpot_s"]["p50"] < summary(one)["tpot_s"]["p50"]
+
+
+@settings(max_examples=10, deadline=None)
+@given(which=st.sampled_from([FULL, LRU, LSA]), tokens=st.integers(4096, 900_000))
+def test_more_gpus_never_hold_fewer(which, tokens):
+    b200 = load_hardware("b200")
+    held = [
+        question(b200.deployed(Deployment(n_gpus=n)), which, tokens).walls()["GPU memory"]
+        for n in (2, 4, 8)
+    ]
+    assert held == sorted(held)
+
+
+@settings(max_examples=8, deadline=None)
+@given(seed=st.integers(0, 1000), rate=st.floats(2.0, 40.0))
+def test_a_higher_rate_never_holds_fewer_at_a_time(seed, rate):
+    def held(faster):
+        workload = Poisson(
+            kind="poisson",
+            rate_per_s=faster * rate,
+            prompt_tokens=32_000,
+            output_tokens=100,
+            duration_s=40 / rate / faster,
+            seed=seed,
+        )
+        source = RequestGenerator(workload)
+        run = ServerRun(H100, FLASH, FULL, Server(prefill="done"), source)
+        run.run()
+        return summary(run)["held_mean"], len(source.first)
+
+    (slow, n_slow), (fast, n_fast) = held(1.0), held(4.0)
+    assert n_slow == n_fast  # the same requests, four times as close
+    assert fast >= slow * 0.99
