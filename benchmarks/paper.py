@@ -157,7 +157,7 @@ def serving() -> list[dict[str, Any]]:
             if found:
                 errors = {
                     "held": found["held"] / requests - 1,
-                    "tokens_per_s": found["tokens_per_s"] / tokens_per_s - 1,
+                    "tokens_per_s": found["arriving_tokens_per_s"] / tokens_per_s - 1,
                 }
                 rows.append(
                     row
@@ -167,7 +167,7 @@ def serving() -> list[dict[str, Any]]:
                 )
                 print(
                     f"{scenario:9} {policy:4} {row['budget']:8} {requests:3} / {tokens_per_s:4}  "
-                    f" {name:13}{found['held']:3} / {found['tokens_per_s']:4.0f} "
+                    f" {name:13}{found['held']:3} / {found['arriving_tokens_per_s']:4.0f} "
                     f" {errors['held']:+.0%} / {errors['tokens_per_s']:+.0%}  bound by"
                     f" {found['bound']}",
                     flush=True,
@@ -187,7 +187,15 @@ def _served(scenario: str, policy: str, overrides: list[str]) -> dict[str, Any] 
         print(f"{scenario} {policy}: {error}", file=sys.stderr)
         return None
     return {
-        name: row[name] for name in ("held", "tokens_per_s", "stall_share", "bound", "mass_kept")
+        name: row[name]
+        for name in (
+            "held",
+            "tokens_per_s",
+            "arriving_tokens_per_s",
+            "stall_share",
+            "bound",
+            "mass_kept",
+        )
     } | {"limits": row["memory"]["limits"]}
 
 

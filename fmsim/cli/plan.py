@@ -3,77 +3,188 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
+
+from fmsim.cli import deployment
 
 
 def plan(
     scenario: Annotated[
-        Path, typer.Argument(help="scenario file (.yaml): its trace, policies and server")
-    ],
+        Path | None,
+        typer.Argument(
+            help="scenario file (.yaml): its trace, policies and server; without one, policies as"
+            " published figures have them"
+        ),
+    ] = None,
     context: Annotated[
         str | None,
         typer.Option(
             "--context",
             "-c",
-            help="tokens of a prompt, e.g. 512K or 100000; by default the trace's",
+            help="tokens of a prompt, e.g. 512K or 100000; by default the trace's, or 128K",
         ),
     ] = None,
     output: Annotated[str, typer.Option("--output", help="tokens that a request makes")] = "1K",
-    tpot_ms: Annotated[
-        float,
-        typer.Option("--tpot", min=0.001, help="longest time a token that is acceptable, in ms"),
-    ] = 50.0,
+    tpot: Annotated[
+        str, typer.Option("--tpot", help="longest time a token that is acceptable: 50, 50ms, 0.05s")
+    ] = "50ms",
+    ttft: Annotated[
+        str | None,
+        typer.Option("--ttft", help="longest time to a first token: 20s, 20000ms; none asked"),
+    ] = None,
     policy: Annotated[
         list[str], typer.Option("--policy", "-p", help="only this one; repeat for more")
     ] = [],
     model: Annotated[str | None, typer.Option(help="v4-flash, v4-pro, or a config.json")] = None,
-    hardware: Annotated[str | None, typer.Option(help="h100, h200, h20 or b200")] = None,
+    hardware: Annotated[
+        str | None, typer.Option(help="one or more of fmsim hw list: h100,h200,b200")
+    ] = None,
+    layouts: Annotated[
+        str | None,
+        typer.Option(
+            "--deployment",
+            "-d",
+            help="one or more: tp8,dp8,tp2dp4; without a scenario, tensor- and data-parallel",
+        ),
+    ] = None,
+    usd_per_gpu_hour: Annotated[
+        float | None, typer.Option(min=0, help="price, for dollars a million tokens")
+    ] = None,
     override: Annotated[
         list[str], typer.Option("--set", "-s", help="key=value, e.g. server.mirror=shared")
     ] = [],
     as_json: Annotated[
         bool, typer.Option("--json", help="print one JSON object instead of the tables")
     ] = False,
+    gpus: deployment.Gpus = None,
+    tp: deployment.Tp = None,
+    dp: deployment.Dp = None,
+    ep: deployment.Ep = None,
+    cp: deployment.Cp = None,
+    servers: deployment.Servers = None,
+    weights: deployment.Weights = None,
+    serving_engine: deployment.Engine = None,
+    kv_pool_tokens: deployment.PoolTokens = None,
+    kv_pool_bytes: deployment.PoolBytes = None,
+    mem_fraction: deployment.MemFraction = None,
+    start_log: deployment.StartLog = None,
 ) -> None:
-    """How many requests of one size a server takes at once, what the wall is, and what would move
-    it.
+    """How many requests of one size servers take, how fast and at what price, what the wall is,
+    what would move it, and whether KV on the host pays.
 
     \b
+    fmsim plan --model v4-flash --hardware h100,h200,b200 --context 512K --tpot 50
     fmsim plan scenarios/500k.yaml --context 512K
-    fmsim plan scenarios/500k.yaml -c 256K -p lsa -p full --hardware h200 --tpot 30
-    fmsim plan scenarios/500k.yaml -c 1M --set server.mirror=shared --set policies.lsa.budget=5% \\
-      --json
+    fmsim plan scenarios/500k.yaml -c 256K -p lsa -p full --hardware h200,b200 -d tp8,dp8
+    fmsim plan scenarios/500k.yaml -c 1M --set server.mirror=shared --json
 
     Walls: GPU memory and host memory (their pools over one request's bytes), PCIe (recalls and
     misses of a step take as long as its computing), compute (a step takes --tpot), and the
-    scenario's server.max_batch. The crossover is where the policy makes more tokens a second than
-    the full cache on the same GPUs.
+    scenario's server.max_batch. Goodput: the most requests a second that keep --tpot and --ttft,
+    prompts prefilled as server.prefill says. KV on the host pays where the policy makes more
+    tokens a second than the full cache on the same GPUs.
     """
-    from fmsim.experiments.serve import plan_scenario
+    from fmsim.errors import FmsimError
+    from fmsim.experiments.plan import Ask, parse_deployment, plan_model, plan_scenario
     from fmsim.report.tables import plan as plan_table
     from fmsim.scenario import ScenarioFile
 
-    given = {"model": model, "hardware": hardware}
-    overrides = [
-        *override,
-        *(f"{key}={value}" for key, value in given.items() if value is not None),
-    ]
-    tokens = None if context is None else _tokens("--context", context)
-    report = plan_scenario(
-        ScenarioFile(scenario, overrides),
-        policy,
-        tokens,
-        _tokens("--output", output),
-        tpot_ms / 1e3,
+    placed = deployment.overrides(
+        n_gpus=gpus,
+        tp=tp,
+        dp=dp,
+        ep=ep,
+        cp=cp,
+        servers=servers,
+        weights=weights,
+        engine=serving_engine,
+        kv_pool_tokens=kv_pool_tokens,
+        kv_pool_bytes=kv_pool_bytes,
+        mem_fraction=mem_fraction,
+        start_log=start_log,
     )
+    named, layouts_ = _list(hardware), _list(layouts)
+    asked: dict[str, Any] = {
+        "output_tokens": _tokens("--output", output),
+        "tpot_s": _seconds("--tpot", tpot, "ms"),
+        "usd_per_gpu_hour": usd_per_gpu_hour,
+    }
+    if ttft is not None:
+        asked["ttft_s"] = _seconds("--ttft", ttft, "s")
+    if scenario is None:
+        if policy or override:
+            raise FmsimError(
+                "fmsim plan: --policy and --set need a scenario; name one, such as"
+                " scenarios/500k.yaml"
+            )
+        base = _deployment(placed)
+        ask = Ask(_tokens("--context", context or "128K"), **asked)
+        layouts_given = [parse_deployment(text, base) for text in layouts_]
+        report = plan_model(
+            model or "v4-flash",
+            named or ["h100", "h200", "b200"],
+            layouts_given or ([base] if placed else []),
+            ask,
+        )
+    else:
+        given = {"model": model, "hardware": named[0] if len(named) == 1 else None}
+        file = ScenarioFile(
+            scenario,
+            [
+                *override,
+                *(f"{key}={value}" for key, value in given.items() if value is not None),
+                *placed,
+            ],
+        )
+        tokens = None if context is None else _tokens("--context", context)
+        report = plan_scenario(
+            file, policy, tokens, asked, named if len(named) > 1 else [], layouts_
+        )
     if as_json:
         import json
 
         typer.echo(json.dumps(report))
     else:
         plan_table.show(report)
+
+
+def _list(text: str | None) -> list[str]:
+    return [part.strip() for part in (text or "").split(",") if part.strip()]
+
+
+def _deployment(placed: list[str]) -> Any:
+    """The options as a deployment."""
+    from pydantic import ValidationError
+
+    from fmsim.errors import FmsimError
+    from fmsim.hw.deployment import Deployment
+
+    given = dict(text.removeprefix("deployment.").split("=", 1) for text in placed)
+    try:
+        return Deployment.model_validate(given)
+    except ValidationError as error:
+        first = error.errors()[0]
+        raise FmsimError(f"--{first['loc'][0]} {first['input']}: {first['msg']}") from None
+
+
+def _seconds(option: str, text: str, unit: str) -> float:
+    """ "50" in `unit`, "50ms" or "0.05s"."""
+    from fmsim.errors import FmsimError
+
+    number, scale = text.strip().lower(), {"ms": 1e-3, "s": 1.0}[unit]
+    for suffix, named in (("ms", 1e-3), ("s", 1.0)):
+        if number.endswith(suffix):
+            number, scale = number.removesuffix(suffix), named
+            break
+    try:
+        seconds = float(number) * scale
+    except ValueError:
+        seconds = 0.0
+    if not 0 < seconds < float("inf"):
+        raise FmsimError(f"{option} {text}: give a time above zero, such as 50ms or 0.05s")
+    return seconds
 
 
 def _tokens(option: str, text: str) -> int:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from fmsim.cli import deployment
 from fmsim.cli.progress import bar
 
 if TYPE_CHECKING:
@@ -32,6 +33,18 @@ def run(
     ] = None,
     svg: Annotated[Path | None, typer.Option(help="write the table as a picture")] = None,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="no progress bar")] = False,
+    gpus: deployment.Gpus = None,
+    tp: deployment.Tp = None,
+    dp: deployment.Dp = None,
+    ep: deployment.Ep = None,
+    cp: deployment.Cp = None,
+    servers: deployment.Servers = None,
+    weights: deployment.Weights = None,
+    serving_engine: deployment.Engine = None,
+    kv_pool_tokens: deployment.PoolTokens = None,
+    kv_pool_bytes: deployment.PoolBytes = None,
+    mem_fraction: deployment.MemFraction = None,
+    start_log: deployment.StartLog = None,
 ) -> None:
     """Replay a trace under policies and print what each keeps, moves and costs.
 
@@ -42,13 +55,28 @@ def run(
     fmsim run scenarios/500k.yaml
     fmsim run scenarios/500k.yaml -p lsa -p lru --set hardware=h200 --set batch=16
     fmsim run scenarios/500k.yaml --json --out results
+    fmsim run scenarios/500k.yaml --dp 8 --set batch=64
     fmsim run scenarios/serve.yaml --set workload.requests=60 --set server.prefill=separate
     """
     from fmsim.report.tables import decode as table
     from fmsim.report.tables import serving
     from fmsim.scenario import ScenarioFile
 
-    file = ScenarioFile(scenario, override)
+    placed = deployment.overrides(
+        n_gpus=gpus,
+        tp=tp,
+        dp=dp,
+        ep=ep,
+        cp=cp,
+        servers=servers,
+        weights=weights,
+        engine=serving_engine,
+        kv_pool_tokens=kv_pool_tokens,
+        kv_pool_bytes=kv_pool_bytes,
+        mem_fraction=mem_fraction,
+        start_log=start_log,
+    )
+    file = ScenarioFile(scenario, [*override, *placed])
     shown = table if file.scenario.workload is None else serving
     report = _with_progress(file, policy, quiet)
     if out is not None:

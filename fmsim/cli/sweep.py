@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from fmsim.cli import deployment
 from fmsim.cli.progress import bar
 
 if TYPE_CHECKING:
@@ -52,6 +53,18 @@ def sweep(
         bool, typer.Option("--json", help="print the sweep's rows as one JSON list")
     ] = False,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="no progress bar")] = False,
+    gpus: deployment.Gpus = None,
+    tp: deployment.Tp = None,
+    dp: deployment.Dp = None,
+    ep: deployment.Ep = None,
+    cp: deployment.Cp = None,
+    servers: deployment.Servers = None,
+    weights: deployment.Weights = None,
+    serving_engine: deployment.Engine = None,
+    kv_pool_tokens: deployment.PoolTokens = None,
+    kv_pool_bytes: deployment.PoolBytes = None,
+    mem_fraction: deployment.MemFraction = None,
+    start_log: deployment.StartLog = None,
 ) -> None:
     """Run a scenario's policies under every combination of settings, and collect a row a run.
 
@@ -79,7 +92,21 @@ def sweep(
     from fmsim.report.tables import sweep as rows_table
 
     axes = [Axis.parse(text) for text in grid]
-    runs = plan(str(scenario), override, axes, policy)
+    placed = deployment.overrides(
+        n_gpus=gpus,
+        tp=tp,
+        dp=dp,
+        ep=ep,
+        cp=cp,
+        servers=servers,
+        weights=weights,
+        engine=serving_engine,
+        kv_pool_tokens=kv_pool_tokens,
+        kv_pool_bytes=kv_pool_bytes,
+        mem_fraction=mem_fraction,
+        start_log=start_log,
+    )
+    runs = plan(str(scenario), [*override, *placed], axes, policy)
     file = RowFile(out)
     todo = left(runs, file.rows)
     _run_all(todo, len(runs), file, engine, jobs, quiet)

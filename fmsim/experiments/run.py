@@ -80,6 +80,13 @@ class Setting:
         self.geometry = load_geometry(file)
         self.hw = load_scenario_hardware(file)
         self.trace = read(file.file(scenario.trace))
+        longest = self.trace.header.prompt_tokens + self.trace.n_steps
+        if longest > self.geometry.max_positions:
+            raise FmsimError(
+                f"{file.where(('trace',))}: its {longest:,} tokens are more than the"
+                f" {self.geometry.max_positions:,} positions of {self.geometry.name}; take a"
+                " shorter trace"
+            )
         self.layer_map = _located(
             file,
             ("layer_map",),
@@ -149,7 +156,10 @@ def load_scenario_hardware(file: ScenarioFile) -> Hardware:
             ("hardware_figures", name),
             lambda: replace_figure(hw, name, scenario.hardware_figures[name]),
         )
-    return hw
+    given = scenario.deployment
+    if given.start_log is not None:
+        given = given.model_copy(update={"start_log": file.file(given.start_log)})
+    return _located(file, ("deployment",), lambda: hw.deployed(given))
 
 
 def load_geometry(file: ScenarioFile) -> Geometry:
@@ -213,6 +223,23 @@ def _located(file: ScenarioFile, loc: tuple[str | int, ...], make: Callable[[], 
         raise FmsimError(f"{file.where(loc)}: {error}") from None
 
 
+def about_deployment(hw: Hardware, geometry: Geometry) -> dict[str, Any]:
+    """How the model lies on the GPUs, and what they have left for KV."""
+    placed = hw.placed
+    pool = hw.kv_pool(geometry)
+    return {
+        "tensor_parallel": placed.tp,
+        "deployment": {"title": placed.title, **placed.model_dump()},
+        "weight_bytes_per_gpu": round(hw.weight_bytes(geometry)),
+        "kv_pool": pool
+        and {
+            "bytes_per_gpu": round(pool.value),
+            "source": pool.source,
+            "guess": pool.guess,
+        },
+    }
+
+
 def about(setting: Setting) -> dict[str, Any]:
     """What the rows were made from, for the report's head."""
     file, trace, geometry, hw = setting.file, setting.trace, setting.geometry, setting.hw
@@ -240,7 +267,7 @@ def about(setting: Setting) -> dict[str, Any]:
         "hardware": {
             "name": hw.name,
             "title": hw.title,
-            "tensor_parallel": hw.n_gpus,
+            **about_deployment(hw, geometry),
             "kernel_source": hw.kernel_source,
             "figures": scenario.hardware_figures,
         },

@@ -15,7 +15,6 @@ from fmsim.errors import FmsimError
 from fmsim.experiments.parallel import in_parallel
 from fmsim.experiments.run import Setting, about, build_policies
 from fmsim.files import write_text
-from fmsim.policies import registry
 from fmsim.policies.base import Policy
 from fmsim.replay.ledger import Ledger
 from fmsim.replay.replayer import Replayer
@@ -23,7 +22,6 @@ from fmsim.scenario import ScenarioFile
 from fmsim.sim import metrics
 from fmsim.sim.serving.banner import banner
 from fmsim.sim.serving.demand import Demand
-from fmsim.sim.serving.plan import CapacityQuestion, plan
 from fmsim.sim.serving.requests import repeated_share
 from fmsim.sim.serving.server import ServerRun
 from fmsim.sim.serving.spec import RequestFile
@@ -98,50 +96,6 @@ def serve_scenario(
     return ServingReport(head, tuple(rows), ledgers)
 
 
-def plan_scenario(
-    file: ScenarioFile,
-    selected: Sequence[str],
-    tokens: int | None,
-    output_tokens: int,
-    tpot_s: float,
-) -> dict[str, Any]:
-    """`plan.plan` of each of the scenario's policies, or those `selected`, at a context of `tokens`
-    (by default the trace's).
-
-    Raises FmsimError for whatever the user can mend.
-    """
-    setting, policies = Setting(file), build_policies(file, selected)
-    replayer = setting.replayer(policies)
-    tokens = tokens or setting.trace.header.prompt_tokens
-
-    def demand_of(policy: Policy) -> tuple[Demand, Ledger]:
-        ledger = replayer.run(policy)
-        return Demand(ledger, setting.geometry, setting.layer_map), ledger
-
-    full, _ = demand_of(registry.build("full"))
-    rows = []
-    for label, policy in policies:
-        demand, ledger = demand_of(policy)
-        question = CapacityQuestion(
-            setting.hw,
-            setting.geometry,
-            demand,
-            file.scenario.server,
-            tokens,
-            output_tokens,
-            tpot_s,
-        )
-        kept = {
-            "exact": metrics.exact(ledger),
-            "mass_kept": metrics.kept(ledger, setting.layer_map)["mass_kept"],
-        }
-        rows.append({"policy": label} | kept | plan(question, full))
-    return {
-        "scenario": about(setting) | {"server": file.scenario.server.model_dump(mode="json")},
-        "plans": rows,
-    }
-
-
 def serve_policy(
     setting: Setting, replayer: Replayer, label: str, policy: Policy
 ) -> tuple[dict[str, Any], Ledger]:
@@ -153,10 +107,15 @@ def serve_policy(
         round(float(np.mean(lengths))) for lengths in zip(*(row[1:] for row in source.first))
     )
     memory = banner(setting.hw, setting.geometry, demand, options, prompt, output)
-    run = ServerRun(setting.hw, setting.geometry, demand, options, source)
-    run.run()
+    servers = setting.hw.placed.servers
+    runs = [
+        ServerRun(setting.hw, setting.geometry, demand, options, part)
+        for part in source.dealt(servers)
+    ]
+    for run in runs:
+        run.run()
     kept = {"exact": metrics.exact(ledger)} | metrics.kept(ledger, setting.layer_map)
-    return {"policy": label} | kept | summary(run) | {"memory": memory}, ledger
+    return {"policy": label} | kept | summary(*runs) | {"memory": memory}, ledger
 
 
 def _source(file: ScenarioFile) -> RequestGenerator:

@@ -21,6 +21,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+
 SLIDING = "sliding_attention"
 CSA = "compressed_sparse_attention"
 HCA = "heavily_compressed_attention"
@@ -29,9 +31,6 @@ _TYPE_OF_RATIO = {0: SLIDING, 4: CSA, 128: HCA}
 _SCALE_BLOCK = (
     64  # fp8 values that share one scale byte; an entry's scale bytes are padded to a multiple of 8
 )
-_EXPERT_BYTES = (
-    17 / 32
-)  # 4-bit values with one scale byte per 32, the format that both models are published in
 
 
 @dataclass(frozen=True)
@@ -61,6 +60,7 @@ class Geometry:
     n_shared_experts: int
     expert_width: int
     vocabulary: int
+    max_positions: int = 2**20  # the longest context, in tokens
     float8_weights: bool = (
         False  # of projections and experts, as both models are published; else bfloat16
     )
@@ -184,26 +184,32 @@ class Geometry:
     def _one_expert(self) -> int:
         return 3 * self.hidden_size * self.expert_width
 
-    def weight_bytes(self, n_gpus: int) -> float:
-        """Weights on each of `n_gpus` tensor-parallel GPUs: 4-bit experts, one byte for every other
-        parameter.
+    @property
+    def split_flops_per_token(self) -> float:
+        """Operations of projections and experts on one token: 2 a parameter that multiplies it,
+        which the embedding's do not.
         """
-        return (self.expert_parameters * _EXPERT_BYTES + self.shared_parameters) / n_gpus
+        return 2.0 * (self.active_parameters - self.vocabulary * self.hidden_size)
 
-    def flops_per_token(self, tokens: int, scored_entries: int) -> float:
-        """Operations of one decode step of one request at a context of `tokens`.
-
-        2 x active parameters; attention over top-k, window and HCA entries; lightning indexer over
-        `scored_entries` entries a CSA layer.
+    def attention_flops_per_token(
+        self, tokens: np.ndarray | float, scored_entries: np.ndarray | float, speedup: float = 1.0
+    ) -> np.ndarray | float:
+        """Operations of one token's attention at a context of `tokens`: over top-k, window and HCA
+        entries, and the lightning indexer over `scored_entries` entries a CSA layer, whose products
+        count 1 / `speedup`.
         """
         per_entry = 4 * self.n_heads * self.head_dim  # q.k and p.v
-        attended = (
-            self.n_csa * min(self.index_topk, self.csa_entries(tokens))
-            + self.n_layers * self.window_tokens
+        attended = self.n_csa * np.minimum(self.index_topk, tokens / self.csa_rate)
+        attended = attended + self.n_layers * self.window_tokens
+        attended = attended + self.n_hca * (tokens / self.hca_rate)
+        per_score = self.index_n_heads * (2 * self.index_head_dim + 2) / speedup
+        return attended * per_entry + self.n_csa * scored_entries * per_score
+
+    def flops_per_token(self, tokens: int, scored_entries: int) -> float:
+        """Operations of one decode step of one request at a context of `tokens`."""
+        return float(
+            self.split_flops_per_token + self.attention_flops_per_token(tokens, scored_entries)
         )
-        attended += self.n_hca * self.hca_entries(tokens)
-        scoring = self.n_csa * scored_entries * self.index_n_heads * (2 * self.index_head_dim + 2)
-        return 2 * self.active_parameters + attended * per_entry + scoring
 
 
 def from_config(config: Mapping[str, Any], name: str = "") -> Geometry:
@@ -240,6 +246,7 @@ def from_config(config: Mapping[str, Any], name: str = "") -> Geometry:
         n_shared_experts=config.get("n_shared_experts", 1),
         expert_width=_need(config, "moe_intermediate_size"),
         vocabulary=_need(config, "vocab_size"),
+        max_positions=config.get("max_position_embeddings") or 2**20,
         float8_weights=(config.get("quantization_config") or {}).get("quant_method") == "fp8",
     )
 

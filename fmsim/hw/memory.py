@@ -101,22 +101,15 @@ class FairLink:
 
 
 class MemorySystem:
-    """One GPU of a server with its share of host memory.
+    """One GPU of a server with its share of host memory: the GPUs of a rank hold the same, or,
+    under context parallelism, equal parts.
 
-    Sizes in bytes; both pools start empty of KV.
+    Sizes in bytes; both pools start empty of KV. Raises FmsimError where weights leave no pool.
     """
 
     def __init__(self, env: simpy.Environment, hw: Hardware, geometry: Geometry) -> None:
         self.hw = hw
-        weight_bytes = geometry.weight_bytes(hw.n_gpus)
-        pool_bytes = hw.kv_pool_bytes(weight_bytes)
-        if pool_bytes <= 0:
-            raise FmsimError(
-                f"{geometry.name} does not fit {hw.title}: {gib(weight_bytes, 1)} of weights"
-                f" on each of {hw.n_gpus} GPUs and {gib(hw.reserve_bytes.value, 1)} of"
-                f" reserve are {gib(-pool_bytes, 1)} more than its"
-                f" {gib(hw.hbm_bytes.value, 1)}; choose larger hardware"
-            )
+        pool_bytes = hw.kv_pool_bytes(geometry)
         self.hbm = simpy.Container(env, capacity=pool_bytes, init=pool_bytes)
         self.host = simpy.Container(env, capacity=hw.host_bytes_per_gpu, init=hw.host_bytes_per_gpu)
         self.to_gpu = FairLink(env, hw.link.bandwidth_bytes_per_s.value)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+from functools import cached_property
 from importlib.resources import files
 from importlib.resources.abc import Traversable
 from pathlib import Path
@@ -12,6 +13,8 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from fmsim.errors import FmsimError
+from fmsim.geometry import Geometry
+from fmsim.hw.deployment import GIB, Deployment, Format, Placement, place, pool_of_log
 
 LINK_FIGURE = "link_bytes_per_s"  # the figure that stands in the link's own file
 
@@ -25,6 +28,7 @@ class Figure(_Strict):
 
     value: float = Field(gt=0)
     source: str = Field(min_length=8)
+    guess: bool = False  # nobody measured it here; the output says so
 
 
 class Gather(_Strict):
@@ -33,7 +37,8 @@ class Gather(_Strict):
     """
 
     row_bytes: int
-    bytes_per_s: dict[int, float]
+    bytes_per_s: dict[int, float]  # by rows
+    source: str = ""
 
 
 class Link(_Strict):
@@ -49,8 +54,8 @@ class Link(_Strict):
 
 
 class KernelTable(_Strict):
-    """Measured times of one model's decode modules on one of `n_gpus` tensor-parallel GPUs, in
-    milliseconds.
+    """Measured times of one model's decode modules on one GPU, in milliseconds, as `fmsim hw
+    calibrate` writes them.
 
     `*_context_ms` is by context tokens at batch 1, `*_batch_ms` by batch (attention: at the
     smallest context). `*_entry_ns`: what each entry of a further request's history adds, where it
@@ -71,27 +76,38 @@ class KernelTable(_Strict):
 
 
 class Hardware(_Strict):
-    """A GPU in a server of `n_gpus` that run one model tensor-parallel, each with the whole KV
-    cache.
+    """A GPU in a server, and how a model lies on the server's GPUs.
+
+    Memory is counted as nvidia-smi does, in MiB, and written in bytes.
     """
 
     name: str
     title: str
-    n_gpus: int = Field(ge=1)
+    n_gpus: int = Field(ge=1)  # of a server
     hbm_bytes: Figure
     hbm_bytes_per_s: Figure
     matmul_flops: Figure
-    reserve_bytes: Figure
+    reserve_bytes: Figure  # of GPU memory, what is neither weights nor KV
     host_bytes: Figure  # of the whole server
     host_reserve_bytes: Figure | None = None  # of it, what no mirror can have
     link: Link
+    weights: Format = "fp8"  # that the server runs unless a deployment says otherwise
     kernel_source: str
     kernel_factor: Figure
+    kernel_tables: str | None = None  # the GPU whose tables/*.json give the times, or
+    experts_as: Format | None = None  # whose experts' times stand in for the served format's
+    kernels: dict[str, KernelTable] = {}  # by model, a calibration's own
     topk_context_ms: dict[int, float] | None = (
         None  # by context, of a top-k kernel other than the one in the kernel table
     )
     topk_source: str = ""
-    kernels: dict[str, KernelTable]
+    usd_per_gpu_hour: Figure | None = None
+    deployment: Deployment = Deployment()
+
+    @cached_property
+    def placed(self) -> Placement:
+        """How a model lies on one server's GPUs. Raises FmsimError for numbers that do not fit."""
+        return place(self.deployment, self.n_gpus, self.weights)
 
     @property
     def host_bytes_per_gpu(self) -> float:
@@ -99,9 +115,65 @@ class Hardware(_Strict):
         reserve_bytes = self.host_reserve_bytes.value if self.host_reserve_bytes else 0.0
         return (self.host_bytes.value - reserve_bytes) / self.n_gpus
 
-    def kv_pool_bytes(self, weight_bytes: float) -> float:
-        """GPU memory that weights and the runtime leave for KV; may be negative."""
-        return self.hbm_bytes.value - weight_bytes - self.reserve_bytes.value
+    def deployed(self, deployment: Deployment) -> Hardware:
+        """The same hardware under another deployment, whose numbers are checked now."""
+        hw = self.model_copy(update={"deployment": deployment})
+        hw.__dict__.pop("placed", None)
+        hw.placed  # noqa: B018 - raises where the numbers do not fit
+        return hw
+
+    def weight_bytes(self, geometry: Geometry) -> float:
+        """On each GPU."""
+        return self.placed.weight_bytes(geometry)
+
+    def kv_pool(self, geometry: Geometry) -> Figure | None:
+        """Each GPU's memory for KV and where the figure comes from; None where there is none."""
+        given = self.deployment
+        weights = self.weight_bytes(geometry)
+        kind, size = "", 0.0
+        source = ""
+        if given.start_log is not None:
+            kind, size = pool_of_log(given.start_log)
+            source = f"{given.start_log}, the engine's start log"
+        elif given.kv_pool_bytes is not None:
+            kind, size, source = "bytes", given.kv_pool_bytes, "deployment.kv_pool_bytes"
+        elif given.kv_pool_tokens is not None:
+            kind, size, source = "tokens", given.kv_pool_tokens, "deployment.kv_pool_tokens"
+        if kind == "tokens":
+            size *= geometry.full_kv_bytes(_TOKENS_OF_A_POOL) / _TOKENS_OF_A_POOL
+        if kind:
+            return Figure(value=size, source=source)
+        if given.mem_fraction is not None:
+            size = given.mem_fraction * self.hbm_bytes.value - weights
+            source = "deployment.mem_fraction of GPU memory, less the weights"
+        else:
+            size = self.hbm_bytes.value - weights - self.reserve_bytes.value
+            source = f"GPU memory less weights and reserve: {self.reserve_bytes.source}"
+        if size <= 0:
+            return None
+        guess = given.mem_fraction is None and self.reserve_bytes.guess
+        return Figure(value=size, source=source, guess=guess)
+
+    def kv_pool_bytes(self, geometry: Geometry) -> float:
+        """Each GPU's memory for KV.
+
+        Raises FmsimError where the weights alone leave none.
+        """
+        pool = self.kv_pool(geometry)
+        if pool is None:
+            placed, weights = self.placed, self.weight_bytes(geometry)
+            raise FmsimError(
+                f"{geometry.name} does not fit {self.title}, {placed.title}:"
+                f" {weights / GIB:.1f} GiB of {placed.weights} weights on each of"
+                f" {placed.n_gpus} GPUs leave nothing for KV of its"
+                f" {self.hbm_bytes.value / GIB:.1f} GiB, of which"
+                f" {self.reserve_bytes.value / GIB:.1f} GiB are the engine's; take more GPUs, a"
+                " smaller weight format or larger hardware"
+            )
+        return pool.value
+
+
+_TOKENS_OF_A_POOL = 2**20  # at which a token's bytes are taken, so that rounding does not matter
 
 
 def hardware_names() -> list[str]:
@@ -134,8 +206,6 @@ def load_hardware(name: str, folder: Path | None = None) -> Hardware:
     presets = files("fmsim.hw")
     raw = _read(presets / "presets" / f"{name}.yaml")
     raw["link"] = _read(presets / "links" / f"{raw['link']}.yaml")
-    if "kernels_of" in raw:  # no table of its own: another device's, times kernel_factor
-        raw["kernels"] = _read(presets / "presets" / f"{raw.pop('kernels_of')}.yaml")["kernels"]
     return Hardware(name=name, **raw)
 
 

@@ -15,6 +15,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from fmsim.errors import FmsimError
+from fmsim.hw.deployment import Deployment
 from fmsim.scenario.key_value import key_value
 from fmsim.sim.serving import spec as serving
 
@@ -63,6 +64,7 @@ class Scenario(BaseModel):
     hardware_figures: dict[
         str, float
     ] = {}  # in place of the preset's, e.g. link_bytes_per_s, host_bytes
+    deployment: Deployment = Deployment()  # how the model lies on the server's GPUs
     batch: int = Field(1, ge=1)  # equal requests that decode side by side
     layer_map: tuple[int, ...] | None = (
         None  # for each CSA layer of the model the trace layer that drives it
@@ -123,7 +125,7 @@ class ScenarioFile:
         """
         given = [
             self._overridden.get(loc, "").partition("=")[2].strip()
-            for loc in (("trace",), ("workload", "file"))
+            for loc in (("trace",), ("workload", "file"), ("deployment", "start_log"))
         ]
         return Path(name) if str(name) in given else Path(os.path.normpath(self.path.parent / name))
 

@@ -31,7 +31,8 @@ def simulate(
     layer_map: Sequence[int] | None = None,
     batch: int = 1,
 ) -> SimulatedTimeline:
-    """Run the decode that `ledger` describes, `batch` times side by side, on one GPU of `hw`.
+    """Run the decode that `ledger` describes, `batch` times side by side on the server's ranks, on
+    one GPU of the busiest rank of `hw`.
 
     `layer_map` says which of the ledger's layers drives each CSA layer of the model; see
     `footprint.spread`. Raises FmsimError, with the figure that is short, when weights, KV or the
@@ -40,9 +41,10 @@ def simulate(
     place = footprint(ledger, geometry, layer_map)
     env = simpy.Environment()
     memory = MemorySystem(env, hw, geometry)
+    on_gpu = hw.placed.ranked(batch) / hw.placed.cp
     memory.take(
-        batch * float(place.gpu_bytes.max()),
-        batch * float(place.host_bytes),
+        on_gpu * float(place.gpu_bytes.max()),
+        on_gpu * float(place.host_bytes),
         f"policy {ledger.policy}, batch {batch}:",
     )
     decode = _Decode(env, memory, ledger, geometry, place, batch)
@@ -86,18 +88,19 @@ class _Decode:
         )
         self.gather = GatherCurve(memory.hw.link)
         self.row_bytes = geometry.slot_bytes(ledger.granularity, with_keys=place.keys_tiered)
+        on_gpu = memory.hw.placed.ranked(batch) / memory.hw.placed.cp  # requests' bytes
         # [T, n_csa]: what each model layer's misses move; a shared slot holds every layer's entries
         self.demand_bytes = (
-            ledger.demand_loads[:, place.groups].astype(np.float64) * self.row_bytes * batch
+            ledger.demand_loads[:, place.groups].astype(np.float64) * self.row_bytes * on_gpu
         )
         self.recall_bytes = (
             ledger.lookahead_loads[:, place.groups].sum(axis=1).astype(np.float64)
             * self.row_bytes
-            * batch
+            * on_gpu
         )
-        self.write_back_bytes = self._write_back(ledger.tau, geometry, place, batch)
+        self.write_back_bytes = self._write_back(ledger.tau, geometry, place, on_gpu)
         costs = step_costs(memory.hw, geometry, batch, place.tokens, place.scored_entries)
-        indexer_s = batch * memory_indexer_s(memory.hw, geometry, ledger.scored)
+        indexer_s = on_gpu * memory_indexer_s(memory.hw, geometry, ledger.scored)
         arriving_s = (
             self.demand_bytes.sum(axis=1) + self.recall_bytes
         ) / memory.hw.hbm_bytes_per_s.value
@@ -114,7 +117,9 @@ class _Decode:
         self.stall_s, self.recall_wait_s = np.zeros(self.n_steps), np.zeros(self.n_steps)
         self.transfers: list[Transfer] = []
 
-    def _write_back(self, tau: int, geometry: Geometry, place: Footprint, batch: int) -> np.ndarray:
+    def _write_back(
+        self, tau: int, geometry: Geometry, place: Footprint, on_gpu: float
+    ) -> np.ndarray:
         """[T] bytes: once a window, the entries that closed in it go to the host's mirror, where
         there is one.
         """
@@ -123,7 +128,7 @@ class _Decode:
             mirrored = np.array(
                 [geometry.host_kv_bytes(int(n)) for n in place.tokens[::tau]], dtype=np.float64
             )
-            n_bytes[tau::tau] = batch * np.diff(mirrored)
+            n_bytes[tau::tau] = on_gpu * np.diff(mirrored)
         return n_bytes
 
     def run(self) -> Generator[simpy.Event, Any, None]:

@@ -40,7 +40,7 @@ def row(
     - `step_s`: median and 99th percentile of a step's time, waiting included;
     - `h2d_bytes`: bytes from host to GPU during the decode, of the whole batch;
     - `stall_ratio`: share of the decode's time spent waiting for misses or for a late recall;
-    - `max_requests`: requests of this size that fit one GPU; see `capacity`.
+    - `max_requests`: requests of this size that one server holds; see `capacity`.
 
     Sums over layers weigh each trace layer by the model layers that it drives.
     """
@@ -118,20 +118,15 @@ def details(
 
 
 def capacity(place: Footprint, geometry: Geometry, hw: Hardware) -> tuple[int, str]:
-    """(requests, which memory binds): how often the largest footprint of the run goes into the
-    GPU's KV pool, and its mirror into the GPU's part of host memory.
-
-    The pool is what weights and the preset's reserve leave of HBM.
+    """(requests, which memory binds): how often the largest footprint of the run goes into each
+    rank's KV pool, and its mirror into the rank's part of host memory, on one server.
     """
-    fits = {
-        "GPU memory": int(
-            hw.kv_pool_bytes(geometry.weight_bytes(hw.n_gpus)) // place.gpu_bytes.max()
-        )
-    }
+    placed = hw.placed
+    fits = {"GPU memory": int(hw.kv_pool_bytes(geometry) * placed.cp // place.gpu_bytes.max())}
     if place.host_bytes:
-        fits["host memory"] = int(hw.host_bytes_per_gpu // place.host_bytes)
+        fits["host memory"] = int(hw.host_bytes_per_gpu * placed.cp // place.host_bytes)
     bound = min(fits, key=lambda kind: fits[kind])
-    return max(0, fits[bound]), bound
+    return placed.dp * fits[bound], bound
 
 
 def _ratio(part: np.ndarray, whole: np.ndarray, layer_weights: np.ndarray) -> float:

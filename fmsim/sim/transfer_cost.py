@@ -4,6 +4,7 @@ depends on the rows.
 
 from __future__ import annotations
 
+import bisect
 import math
 
 import numpy as np
@@ -23,36 +24,55 @@ class GatherCurve:
 
     def __init__(self, link: Link) -> None:
         gathers = sorted(link.gathers, key=lambda gather: gather.row_bytes)
+        self._bytes_per_s = link.bandwidth_bytes_per_s.value
         self._log_rows = [math.log(gather.row_bytes) for gather in gathers]
         self._curves = [_time_curve(gather, link.gather_speedup) for gather in gathers]
+        self._points: dict[float, tuple[list[float], ...]] = {}
+        self._of_rows: dict[float, tuple[np.ndarray, np.ndarray]] = {}
 
     def fixed_s(self, row_bytes: float) -> float:
         """Time before the first byte: launch, and the latency of host memory."""
-        low, high, share = self._place(row_bytes)
-        return self._fixed(low) * (1 - share) + self._fixed(high) * share
+        return float(self._curve(row_bytes)[1][0])
 
-    def seconds(self, row_bytes: float, n_bytes: np.ndarray | float) -> NDArray[np.float64]:
+    def seconds(self, row_bytes: float, n_bytes: np.ndarray | float) -> np.ndarray:
         """Time of gathers of `n_bytes` each in rows of `row_bytes`; 0 where there is nothing to
-        move.
+        move, and never faster than the link.
         """
         n_bytes = np.asarray(n_bytes, dtype=np.float64)
-        low, high, share = self._place(row_bytes)
-        below = _extended(n_bytes, *self._curves[low])
-        above = _extended(n_bytes, *self._curves[high])
-        return np.where(n_bytes > 0, below * (1 - share) + above * share, 0.0)
+        gathered = _extended(n_bytes, *self._curve(row_bytes))
+        gathered = np.maximum(gathered, n_bytes / self._bytes_per_s)
+        return np.where(n_bytes > 0, gathered, 0.0)
 
-    def _place(self, row_bytes: float) -> tuple[int, int, float]:
-        """The curves of the row sizes measured below and above, and the second one's share."""
-        position = float(np.interp(math.log(row_bytes), self._log_rows, range(len(self._log_rows))))
-        low = min(int(position), len(self._curves) - 2)
-        return low, low + 1, position - low
+    def one_s(self, row_bytes: float, n_bytes: float) -> float:
+        """`seconds` of one gather, without an array."""
+        if n_bytes <= 0:
+            return 0.0
+        if row_bytes not in self._points:
+            self._points[row_bytes] = tuple(part.tolist() for part in self._curve(row_bytes))
+        at, seconds = self._points[row_bytes]
+        high = min(max(bisect.bisect_right(at, n_bytes), 1), len(at) - 1)
+        slope = (seconds[high] - seconds[high - 1]) / (at[high] - at[high - 1])
+        gathered = seconds[high - 1] + slope * (n_bytes - at[high - 1])
+        return max(gathered, n_bytes / self._bytes_per_s)
 
-    def _fixed(self, curve: int) -> float:
-        _, seconds = self._curves[curve]
-        return float(seconds[0])
+    def _curve(self, row_bytes: float) -> tuple[np.ndarray, np.ndarray]:
+        """(bytes, seconds) for one row size: the two nearest measured curves, at all their points,
+        weighted.
+        """
+        if row_bytes not in self._of_rows:
+            position = np.interp(math.log(row_bytes), self._log_rows, range(len(self._curves)))
+            low = max(0, min(int(position), len(self._curves) - 2))
+            share = float(position) - low
+            near = self._curves[low : low + 2]
+            weights = (1 - share, share)[: len(near)]
+            at = np.unique(np.concatenate([points for points, _ in near]))
+            at = np.append(at, 2 * at[-1])  # so that the last segments go on, both of them
+            seconds = sum(weight * _extended(at, *curve) for weight, curve in zip(weights, near))
+            self._of_rows[row_bytes] = at, np.asarray(seconds)
+        return self._of_rows[row_bytes]
 
 
-def _time_curve(gather: Gather, speedup: float) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+def _time_curve(gather: Gather, speedup: float) -> tuple[np.ndarray, np.ndarray]:
     """(bytes, seconds) of the measured points, led by (0, fixed cost); what lies above the fixed
     cost is divided by `speedup`.
     """
@@ -64,11 +84,8 @@ def _time_curve(gather: Gather, speedup: float) -> tuple[NDArray[np.float64], ND
     return np.append(0.0, n_bytes), np.append(fixed_s, fixed_s + (seconds - fixed_s) / speedup)
 
 
-def _extended(
-    x: NDArray[np.float64], xs: NDArray[np.float64], ys: NDArray[np.float64]
-) -> NDArray[np.float64]:
+def _extended(x: np.ndarray, xs: np.ndarray, ys: np.ndarray) -> NDArray[np.float64]:
     """Piecewise linear through the points, the last segment going on."""
-    beyond: NDArray[np.float64] = (
-        np.maximum(x - xs[-1], 0.0) * (ys[-1] - ys[-2]) / (xs[-1] - xs[-2])
-    )
-    return np.interp(x, xs, ys) + beyond
+    beyond = np.maximum(x - xs[-1], 0.0) * (ys[-1] - ys[-2]) / (xs[-1] - xs[-2])
+    seconds: NDArray[np.float64] = np.interp(x, xs, ys) + beyond
+    return seconds

@@ -130,7 +130,7 @@ def test_plan_prints_walls_and_json(folder):
     assert shown.returncode == 0, shown.stderr
     for text in (
         "what would move it",
-        "where KV on the host pays",
+        "does KV on the host pay",
         "twice the GPU memory",
         "from batch",
     ):

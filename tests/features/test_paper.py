@@ -54,7 +54,7 @@ def test_the_full_cache_on_8_h20_is_served_as_published(k_tokens, held, tokens_p
     workload = ClosedLoop(
         kind="closed_loop",
         requests=60,
-        prompt_tokens=k_tokens * 1024,
+        prompt_tokens=min(k_tokens, 1023) * 1024,  # an answer takes positions too
         output_tokens=[512, 1024],
         ramp_s=10,
         duration_s=120,
@@ -62,7 +62,7 @@ def test_the_full_cache_on_8_h20_is_served_as_published(k_tokens, held, tokens_p
     row = served(full(k_tokens * 1024), workload)
     assert row["bound"] == "GPU memory"
     assert row["held"] == pytest.approx(held, rel=0.10)
-    assert row["tokens_per_s"] == pytest.approx(tokens_per_s, rel=0.15)
+    assert row["arriving_tokens_per_s"] == pytest.approx(tokens_per_s, rel=0.15)
 
 
 @pytest.mark.parametrize(

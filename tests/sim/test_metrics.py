@@ -74,7 +74,7 @@ def test_index_keys_stay_where_misses_are_fetched_and_move_where_they_are_masked
 
 def test_capacity_names_what_binds():
     never_back = ledger(prompt_entries=ENTRIES, slots=ENTRIES // 10)
-    pool = H100.kv_pool_bytes(FLASH.weight_bytes(8))
+    pool = H100.kv_pool_bytes(FLASH)
     place = footprint(never_back, FLASH)
     assert place.host_bytes == 0
     assert metrics.capacity(place, FLASH, H100) == (

@@ -11,6 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 from fmsim.report.console import picture, wide_console
+from fmsim.report.tables.hardware import hardware_line
 from fmsim.units import GIB, MIB, gib
 
 MIN_WIDTH = 132  # columns that the table needs
@@ -85,7 +86,7 @@ def head(about: dict[str, Any]) -> list[Text]:
             f" {_layer_map(about)}"
         ),
         Text(
-            f"hardware  {hardware['title']}, tensor parallel {hardware['tensor_parallel']}, batch"
+            f"hardware  {hardware_line(hardware)}; batch"
             f" {about['batch']}; full KV {gib(about['full_kv_bytes'])} a request"
             + _figures(hardware["figures"])
         ),

@@ -9,6 +9,7 @@ from rich.table import Table
 from rich.text import Text
 
 from fmsim.report.console import picture, wide_console
+from fmsim.report.tables.hardware import hardware_line
 from fmsim.units import GIB, gib
 
 BARS = " ▁▂▃▄▅▆▇█"
@@ -27,7 +28,9 @@ POOLS = {
 def render(report: dict[str, Any]) -> Group:
     """From the report's JSON object."""
     about, rows = report["scenario"], report["serving"]
-    return Group(*_head(about), memory_table(rows), _table(rows), *_notes(about), _over_time(rows))
+    return Group(
+        *_head(about), memory_table(rows), _table(rows), *_notes(about, rows), _over_time(rows)
+    )
 
 
 def show(report: dict[str, Any]) -> None:
@@ -69,10 +72,7 @@ def _head(about: dict[str, Any]) -> list[Text]:
             f" {workload['output_tokens_mean']:,.0f} tokens (mean), seed {workload['seed']};"
             f" prefill {server['prefill']}"
         ),
-        Text(
-            f"server    {hardware['title']}, tensor parallel {hardware['tensor_parallel']}; model"
-            f" {about['model']['name']}"
-        ),
+        Text(f"server    {hardware_line(hardware)}; model {about['model']['name']}"),
         Text(
             f"replays   {trace['file']}: {trace['model']}, {trace['prompt_tokens']:,} tokens +"
             f" {trace['steps']} steps, in shares of each request's length"
@@ -230,7 +230,7 @@ def _bars(series: list[float]) -> str:
     )
 
 
-def _notes(about: dict[str, Any]) -> list[Text]:
+def _notes(about: dict[str, Any], rows: list[dict[str, Any]]) -> list[Text]:
     slo = about["workload"]["slo"]
     notes = [
         (
@@ -245,5 +245,13 @@ def _notes(about: dict[str, Any]) -> list[Text]:
             "bound by: what the queue's head waited for; where nobody waited, what running requests"
             " waited for (PCIe) or did (compute)."
         ),
+        (
+            "TTFT is a lower bound: prefill was not timed on this GPU, so it takes its operations"
+            " at the device's matrix rate."
+            if rows[0]["prefill_lower_bound"]
+            else "TTFT: prefill from modules timed on the GPU, one chunk a step, without the"
+            " tokenizer or the network to the user."
+        ),
+        "goodput and tokens/s: over the time from the first arrival to the last request's end.",
     ]
     return [Text(note, style="dim") for note in notes]

@@ -10,25 +10,28 @@ from collections.abc import Iterator
 import numpy as np
 import simpy
 
-from fmsim.geometry import Geometry
 from fmsim.hw.memory import MemorySystem
 from fmsim.hw.spec import Hardware
 from fmsim.sim.serving import spec
 from fmsim.sim.serving.batch import ServedRequest, mean_step_s
 from fmsim.sim.serving.demand import Demand
+from fmsim.sim.step_cost import StepModel
 
-GPU, HOST, BATCH, LINK = "GPU memory", "host memory", "batch limit", "PCIe"
+GPU, HOST, BATCH, LINK, SLO = "GPU memory", "host memory", "batch limit", "PCIe", "time a token"
+POSITIONS = "the model's positions"
 
 
 def server_hardware(hw: Hardware, options: spec.Server) -> Hardware:
-    """The hardware as the engine uses it: one shared mirror has the whole host, and a slow copy
-    path caps the link.
+    """The hardware as the engine uses it: one shared mirror has the host memory of all GPUs of its
+    rank, and a slow copy path caps the link.
     """
     changes = {}
     if options.mirror == "shared":
         for name in ("host_bytes", "host_reserve_bytes"):
             figure = getattr(hw, name)
-            changes[name] = figure and figure.model_copy(update={"value": figure.value * hw.n_gpus})
+            changes[name] = figure and figure.model_copy(
+                update={"value": figure.value * hw.placed.tp}
+            )
     if options.recall_bytes_per_s:
         rate = min(options.recall_bytes_per_s, hw.link.bandwidth_bytes_per_s.value)
         bandwidth = hw.link.bandwidth_bytes_per_s.model_copy(update={"value": rate})
@@ -37,50 +40,49 @@ def server_hardware(hw: Hardware, options: spec.Server) -> Hardware:
 
 
 class Admission:
-    """A queue, first come, first served, and what those that were admitted hold."""
+    """A queue, first come, first served, and what those that were admitted hold, on which rank."""
 
     def __init__(
         self,
-        memory: MemorySystem,
-        hw: Hardware,
-        geometry: Geometry,
+        ranks: list[MemorySystem],
+        model: StepModel,
         demand: Demand,
         options: spec.Server,
+        slo: spec.Slo,
     ) -> None:
-        self.memory, self.hw, self.geometry, self.demand, self.options = (
-            memory,
-            hw,
-            geometry,
-            demand,
-            options,
-        )
+        self.ranks = ranks
+        self.model = model
+        self.demand = demand
+        self.options = options
+        self.slo = slo
         self.queue: deque[ServedRequest] = deque()
         self.admitted: dict[int, ServedRequest] = {}  # by number
+        self._held = [0] * len(ranks)  # of them, on each rank
         self.waits_for: str | None = None  # what the head of the queue could not get
-        self._link_verdict: tuple[tuple[int, ...], bool] = (
-            (),
-            True,
-        )  # for these requests by number
+        self._parts = model.hw.placed.cp  # GPUs that share out a request's KV
+        # for these requests by number, asked at every span while the same ones are admitted
+        self._verdicts: dict[str, tuple[tuple[int, ...], bool]] = {}
 
     def never_fits(self, request: ServedRequest) -> str | None:
         """The memory that `request` would not fit even alone, or None."""
-        return next(
-            (kind for kind, pool, n_bytes in self._needs(request) if n_bytes > pool.capacity), None
-        )
+        needs = self._needs(request, self.ranks[0])
+        return next((kind for kind, pool, n_bytes in needs if n_bytes > pool.capacity), None)
 
     def head_can_enter(self) -> bool:
-        return bool(self.queue) and self.lacks(self.queue[0]) is None
+        return bool(self.queue) and self._place(self.queue[0])[0] is not None
 
     def enter(self) -> Iterator[ServedRequest]:
         """Admit from the queue's head on, until one has to wait."""
         self.waits_for = None
         while self.queue:
-            self.waits_for = self.lacks(self.queue[0])
-            if self.waits_for:
+            rank, self.waits_for = self._place(self.queue[0])
+            if rank is None:
                 return
             request = self.queue.popleft()
+            request.rank = rank
             self.admitted[request.number] = request
-            for _, pool, n_bytes in self._needs(request):
+            self._held[rank] += 1
+            for _, pool, n_bytes in self._needs(request, self.ranks[rank]):
                 if n_bytes:
                     pool.get(n_bytes)
             yield request
@@ -88,45 +90,66 @@ class Admission:
     def release(self, request: ServedRequest) -> None:
         """Give back what `request` held."""
         del self.admitted[request.number]
-        for _, pool, n_bytes in self._needs(request):
+        self._held[request.rank] -= 1
+        for _, pool, n_bytes in self._needs(request, self.ranks[request.rank]):
             if n_bytes:
                 pool.put(n_bytes)
 
-    def lacks(self, request: ServedRequest) -> str | None:
-        """What `request` cannot get now, or None."""
+    def _place(self, request: ServedRequest) -> tuple[int | None, str | None]:
+        """The rank with the fewest requests that has room for one more, or what is lacking on the
+        emptiest.
+        """
         if self.options.max_batch and len(self.admitted) >= self.options.max_batch:
-            return BATCH
-        short = next(
-            (kind for kind, pool, n_bytes in self._needs(request) if n_bytes > pool.level), None
-        )
-        if short is None and self.options.admit_by_link and not self._link_has_room(request):
-            return LINK
-        return short
+            return None, BATCH
+        lacking = None
+        for rank in sorted(range(len(self.ranks)), key=self._held.__getitem__):
+            short = self._lacks(request, rank)
+            if short is None:
+                return rank, None
+            lacking = lacking or short
+        return None, lacking
 
-    def _link_has_room(self, request: ServedRequest) -> bool:
-        """With `request` beside those admitted, all recalls still fit into the time of their
-        windows.
+    def _lacks(self, request: ServedRequest, rank: int) -> str | None:
+        """What `request` cannot get on a rank now, or None."""
+        needs = self._needs(request, self.ranks[rank])
+        short = next((kind for kind, pool, n_bytes in needs if n_bytes > pool.level), None)
+        if short is not None or not self.admitted:
+            return short
+        if self.options.admit_by_link and not self._holds(LINK, request, rank):
+            return LINK
+        if self.options.admit_by_slo and not self._holds(SLO, request, rank):
+            return SLO
+        return None
+
+    def _holds(self, what: str, request: ServedRequest, rank: int) -> bool:
+        """With `request` on `rank` beside those admitted: all recalls fit into the time of their
+        windows (LINK), or a step with its waits keeps the time a token that is asked (SLO).
         """
         together = [*self.admitted.values(), request]
-        if len(together) == 1 or not self.demand.recalls:
-            return True
-        numbers = tuple(each.number for each in together)
-        if (
-            self._link_verdict[0] != numbers
-        ):  # asked at every span, while the same ones are admitted
-            bytes_per_step = sum(
-                self.demand.recall_bytes_per_step(each.prompt_tokens) for each in together
-            )
-            tokens = np.array([each.prompt_tokens for each in together])
-            time_s = mean_step_s(self.hw, self.geometry, self.demand, tokens)
-            self._link_verdict = (
-                numbers,
-                bytes_per_step <= self.memory.to_gpu.bytes_per_s * time_s,
-            )
-        return self._link_verdict[1]
+        numbers = (*(each.number for each in together), rank)
+        known = self._verdicts.get(what)
+        if known is None or known[0] != numbers:
+            self._verdicts[what] = known = numbers, self._verdict(what, together, rank)
+        return known[1]
 
-    def _needs(self, request: ServedRequest) -> list[tuple[str, simpy.Container, int]]:
+    def _verdict(self, what: str, together: list[ServedRequest], rank: int) -> bool:
+        tokens = np.array([each.prompt_tokens + each.output_tokens for each in together])
+        ranks = np.array([each.rank for each in together[:-1]] + [rank])
+        compute_s = mean_step_s(self.model, self.demand, tokens, ranks)
+        of_rank = [each for each, own in zip(together, ranks) if own == rank]
+        recalled = sum(self.demand.recall_bytes_per_step(each.prompt_tokens) for each in of_rank)
+        link_s = recalled / self._parts / self.ranks[rank].to_gpu.bytes_per_s
+        if what == LINK:
+            return link_s <= compute_s
+        stall_s = self.demand.mean_stall_s(
+            self.ranks[rank].hw, [(each.prompt_tokens, each.output_tokens) for each in of_rank]
+        )
+        return max(compute_s + stall_s, link_s + stall_s) <= self.slo.tpot_s
+
+    def _needs(
+        self, request: ServedRequest, memory: MemorySystem
+    ) -> list[tuple[str, simpy.Container, float]]:
         return [
-            (GPU, self.memory.hbm, request.pools.gpu_bytes),
-            (HOST, self.memory.host, request.pools.mirror),
+            (GPU, memory.hbm, request.pools.gpu_bytes / self._parts),
+            (HOST, memory.host, request.pools.mirror / self._parts),
         ]

@@ -24,11 +24,11 @@ def banner(
     """For requests of this size: `request_bytes` of each pool, what each GPU and the host have, and
     `fits`, what binds by name.
 
-    All bytes are of one GPU; the tensor-parallel group has the same on each, since V4 has one KV
-    head.
+    `request_bytes` are a whole request's: every GPU of its rank holds them, since V4 has one KV
+    head, or, under context parallelism, its part.
     """
     pools = demand.pools(prompt_tokens, output_tokens)
-    engine, weight_bytes = server_hardware(hw, options), geometry.weight_bytes(hw.n_gpus)
+    engine, weight_bytes = server_hardware(hw, options), hw.weight_bytes(geometry)
     limits = request_limits(engine, geometry, demand, options, prompt_tokens, output_tokens)
     bound = min(limits, key=lambda kind: limits[kind])
     return {
@@ -38,7 +38,7 @@ def banner(
             "all": hw.hbm_bytes.value,
             "weights": weight_bytes,
             "reserve": hw.reserve_bytes.value,
-            "kv": hw.kv_pool_bytes(weight_bytes),
+            "kv": hw.kv_pool_bytes(geometry),
         },
         "host_bytes": engine.host_bytes_per_gpu,
         "request_bytes": {
@@ -64,18 +64,15 @@ def request_limits(
     prompt_tokens: int,
     output_tokens: int,
 ) -> dict[str, int]:
-    """How many requests of one size each memory, and the engine's own limit, allow at once.
+    """How many requests of one size each memory, and the engine's own limit, allow at once on one
+    server.
 
     `engine`: see `server_hardware`.
     """
-    pools = demand.pools(prompt_tokens, output_tokens)
-    limits = {
-        GPU: max(
-            0, int(engine.kv_pool_bytes(geometry.weight_bytes(engine.n_gpus)) // pools.gpu_bytes)
-        )
-    }
+    pools, placed = demand.pools(prompt_tokens, output_tokens), engine.placed
+    limits = {GPU: placed.dp * int(engine.kv_pool_bytes(geometry) * placed.cp // pools.gpu_bytes)}
     if pools.mirror:
-        limits[HOST] = int(engine.host_bytes_per_gpu // pools.mirror)
+        limits[HOST] = placed.dp * int(engine.host_bytes_per_gpu * placed.cp // pools.mirror)
     if options.max_batch:
         limits[BATCH] = options.max_batch
     return limits

@@ -19,12 +19,15 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 
 from fmsim.geometry import Geometry
+from fmsim.hw.spec import Hardware
 from fmsim.replay.ledger import Ledger
 from fmsim.sim.footprint import footprint, keyed_layers
+from fmsim.sim.transfer_cost import GatherCurve
 
 
 @dataclass(frozen=True)
@@ -97,6 +100,12 @@ class Demand:
         self.overlaps = ledger.decides_ahead  # a recall may run during the window before its own
         self._first, self._end = _repeated_steps(ledger)
 
+    @cached_property
+    def miss_counts(self) -> tuple[np.ndarray, np.ndarray]:
+        """Different steps' misses [D, G], and the share of steps that each stands for [D]."""
+        distinct, counts = np.unique(self.miss_bytes, axis=0, return_counts=True)
+        return distinct, counts / counts.sum()
+
     @property
     def offsets(self) -> np.ndarray:
         """Ledger steps at which a request may begin: the windows' starts."""
@@ -106,6 +115,17 @@ class Demand:
         """Ledger step of each position: the ledger once, then its whole windows over and over."""
         again = self._first + (position - self._end) % (self._end - self._first)
         return np.where(position < self._end, position, again)
+
+    def recalled_at(self, position: int) -> float:
+        """Bytes that the decision at one position recalls, in the ledger's own size."""
+        if position >= self._end:
+            position = self._first + (position - self._end) % (self._end - self._first)
+        return self._recalled[position]
+
+    @cached_property
+    def _recalled(self) -> list[float]:
+        recalled: list[float] = self.recall_bytes.tolist()
+        return recalled
 
     def length_ratio(self, prompt_tokens: int) -> float:
         """A request's history over the ledger's."""
@@ -154,6 +174,18 @@ class Demand:
             * self.geometry.n_csa
             * self.entry_bytes
         )
+
+    def mean_stall_s(self, engine: Hardware, requests: Sequence[tuple[int, int]]) -> float:
+        """Mean over steps of the wait for misses of requests of these prompt and output tokens on
+        one rank of `engine`, on an idle link.
+        """
+        missing = sum(not self.fits_whole(*sizes) for sizes in requests)
+        if not self.misses or not missing:
+            return 0.0
+        missed, weights = self.miss_counts
+        n_bytes = missing * missed / engine.placed.cp
+        gathers = GatherCurve(engine.link).seconds(self.row_bytes, n_bytes)
+        return float((gathers @ self.group_layers) @ weights)
 
     def recall_bytes_per_step(self, prompt_tokens: int) -> float:
         """Mean over the windows that repeat."""

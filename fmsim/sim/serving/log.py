@@ -38,24 +38,6 @@ class Log:
         if self.waits_for:
             self.waited_s[self.waits_for] += elapsed_s
 
-    def over_time(self, n_points: int) -> dict[str, list[float]]:
-        """The samples on an even grid; bytes and tokens, which are sums, as rates since the point
-        before.
-        """
-        table = np.array(self.samples)
-        grid_s = np.linspace(0.0, table[-1, 0], n_points)
-        latest = np.maximum(np.searchsorted(table[:, 0], grid_s, side="right") - 1, 0)
-        columns: dict[str, list[float]] = {"t_s": grid_s.tolist()}
-        for place, name in enumerate(SAMPLE[1:], 1):
-            if name in ("h2d_bytes", "tokens"):
-                sums = np.interp(grid_s, table[:, 0], table[:, place])
-                columns[f"{name}_per_s"] = (
-                    np.diff(sums, prepend=sums[0]) / max(grid_s[1], 1e-12)
-                ).tolist()
-            else:
-                columns[name] = table[latest, place].tolist()
-        return columns
-
     def mean_in_use(self, name: str) -> float:
         """Mean over time of a sampled quantity, which holds until the next sample."""
         table = np.array(self.samples)
@@ -71,3 +53,24 @@ class Log:
         """Tokens made by then."""
         table = np.array(self.samples)
         return float(np.interp(now_s, table[:, 0], table[:, SAMPLE.index("tokens")]))
+
+
+def over_time(logs: list[Log], n_points: int) -> dict[str, list[float]]:
+    """The samples of all servers on an even grid; bytes and tokens, which are sums, as rates since
+    the point before.
+    """
+    tables = [np.array(log.samples) for log in logs]
+    grid_s = np.linspace(0.0, max(table[-1, 0] for table in tables), n_points)
+    columns: dict[str, list[float]] = {"t_s": grid_s.tolist()}
+    for place, name in enumerate(SAMPLE[1:], 1):
+        total = np.zeros(n_points)
+        for table in tables:
+            if name in ("h2d_bytes", "tokens"):
+                sums = np.interp(grid_s, table[:, 0], table[:, place])
+                total += np.diff(sums, prepend=sums[0]) / max(grid_s[1], 1e-12)
+            else:
+                latest = np.searchsorted(table[:, 0], grid_s, side="right") - 1
+                total += table[np.maximum(latest, 0), place]
+        rate = name in ("h2d_bytes", "tokens")
+        columns[f"{name}_per_s" if rate else name] = total.tolist()
+    return columns

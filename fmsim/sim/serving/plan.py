@@ -4,8 +4,12 @@ the host pays.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
+
+import numpy as np
 
 from fmsim.geometry import Geometry
 from fmsim.hw.spec import LINK_FIGURE, Figure, Hardware, replace_figure
@@ -13,11 +17,13 @@ from fmsim.sim.serving import spec
 from fmsim.sim.serving.admission import LINK, server_hardware
 from fmsim.sim.serving.banner import request_limits
 from fmsim.sim.serving.demand import Demand
+from fmsim.sim.serving.prefill import PrefillModel, chunks
 from fmsim.sim.serving.steady import Steady, SteadyState
 from fmsim.sim.serving.summary import COMPUTE
+from fmsim.sim.step_cost import StepModel
 
 MOST_REQUESTS = 4096  # a wall beyond that is none
-CONTEXTS = tuple(2**k for k in range(13, 21))  # 8K to 1M tokens
+CONTEXTS = tuple(2**k for k in range(13, 21))  # 8K to 1M tokens, up to the model's positions
 
 
 @dataclass(frozen=True)
@@ -31,15 +37,36 @@ class CapacityQuestion:
     tokens: int  # of a prompt
     output_tokens: int
     tpot_s: float  # the longest mean time of a decode step that is acceptable
+    ttft_s: float = float("inf")  # the longest time to a first token that is
+
+    @cached_property
+    def engine(self) -> Hardware:
+        return server_hardware(self.hw, self.options)
+
+    @cached_property
+    def model(self) -> StepModel:
+        return StepModel(self.engine, self.geometry)
+
+    def changed(self, **changes: Any) -> CapacityQuestion:
+        """The same with other fields; step times are kept where the hardware's kernels are."""
+        other = replace(self, **changes)
+        if "hw" not in changes and "options" not in changes:
+            other.__dict__["engine"] = self.engine
+            other.__dict__["model"] = self.model
+        return other
 
     def state(self) -> SteadyState:
-        engine = server_hardware(self.hw, self.options)
         return SteadyState(
-            engine, self.geometry, self.demand, self.tokens + self.output_tokens, self.output_tokens
+            self.engine,
+            self.geometry,
+            self.demand,
+            self.tokens + self.output_tokens,
+            self.output_tokens,
+            self.model,
         )
 
     def walls(self) -> dict[str, int]:
-        """Requests at once that each resource allows:
+        """Requests at once that each resource of one server allows:
 
         - GPU memory, host memory: their pools over one request's bytes; batch limit: the engine's
           own;
@@ -47,9 +74,9 @@ class CapacityQuestion:
           are late and misses the larger part;
         - compute: a step, waiting included, keeps `tpot_s`.
         """
-        engine, state = server_hardware(self.hw, self.options), self.state()
+        state = self.state()
         walls = request_limits(
-            engine, self.geometry, self.demand, self.options, self.tokens, self.output_tokens
+            self.engine, self.geometry, self.demand, self.options, self.tokens, self.output_tokens
         )
         if self.demand.misses or self.demand.recalls:
             walls[LINK] = state.largest(
@@ -58,10 +85,82 @@ class CapacityQuestion:
         walls[COMPUTE] = state.largest(lambda steady: steady.step_s <= self.tpot_s, MOST_REQUESTS)
         return walls
 
+    def prompt_chunks_s(self) -> np.ndarray:
+        """[n] seconds of each chunk of one prompt on one rank."""
+        prefill = PrefillModel(self.engine, self.geometry)
+        return prefill.seconds(*chunks(self.tokens, self.options.prefill_chunk_tokens))
+
+
+def goodput(question: CapacityQuestion) -> dict[str, Any]:
+    """The most requests a second that keep both times asked for, by one server, at a steady load.
+
+    With prompts prefilled on the same GPUs, a step in which any rank has a chunk takes that much
+    longer on all, and ranks begin their prompts as they come, each by itself. A first token waits
+    for the prompts before it on its rank (as in M/D/1) and for its own. `requests_per_s` is 0 where
+    a prompt alone takes too long, or one request's tokens do.
+    """
+    walls = question.walls()
+    most = min(MOST_REQUESTS, *(walls[kind] for kind in walls if kind != COMPUTE))
+    state, chunk_s = question.state(), question.prompt_chunks_s()
+    load = _Load(question, len(chunk_s), float(chunk_s.sum()))
+    batch = state.largest(load.keeps, most)
+    return {
+        "requests_per_s": load.requests_per_s(state.at(batch)) if batch else 0.0,
+        "batch": batch,
+        "prompt_s": load.prompt_s,
+    }
+
+
+@dataclass(frozen=True)
+class _Load:
+    """A steady load: its prompts' chunks, and when."""
+
+    question: CapacityQuestion
+    n_chunks: int
+    prompt_s: float  # of all chunks, alone
+
+    @property
+    def _beside(self) -> bool:
+        return self.question.options.prefill == "chunked"
+
+    def _busy(self, batch: int) -> float:
+        """Share of steps in which one rank has a chunk."""
+        ranks = self.question.engine.placed.dp
+        return batch * self.n_chunks / (ranks * self.question.output_tokens)
+
+    def _token_s(self, steady: Steady) -> float:
+        """Mean time a token."""
+        if not self._beside:
+            return steady.step_s
+        busy = min(1.0, self._busy(steady.batch))
+        any_rank = 1 - (1 - busy) ** self.question.engine.placed.dp
+        return steady.step_s + any_rank * self.prompt_s / self.n_chunks
+
+    def requests_per_s(self, steady: Steady) -> float:
+        return steady.batch / (self._token_s(steady) * self.question.output_tokens)
+
+    def keeps(self, steady: Steady) -> bool:
+        """Both times asked for."""
+        if self._token_s(steady) > self.question.tpot_s:
+            return False
+        prefill = self.question.options.prefill
+        if prefill == "done":
+            return True
+        if self._beside:
+            busy = self._busy(steady.batch)
+            prompt_s = self.prompt_s + self.n_chunks * steady.step_s
+        else:
+            servers = self.question.options.prefill_servers
+            busy = self.requests_per_s(steady) * self.prompt_s / servers
+            prompt_s = self.prompt_s
+        if busy >= 1:
+            return False
+        return prompt_s * (1 + busy / (2 * (1 - busy))) <= self.question.ttft_s
+
 
 def plan(question: CapacityQuestion, full: Demand) -> dict[str, Any]:
     """`requests`, the `wall` by name, all `walls`, speed there, what each change would give, and
-    the crossover against `full`.
+    the crossover against `full`. All of one server.
     """
     walls = question.walls()
     wall = min(walls, key=lambda kind: walls[kind])
@@ -71,12 +170,14 @@ def plan(question: CapacityQuestion, full: Demand) -> dict[str, Any]:
         "context_tokens": question.tokens,
         "output_tokens": question.output_tokens,
         "tpot_slo_s": question.tpot_s,
+        "ttft_slo_s": None if math.isinf(question.ttft_s) else question.ttft_s,
         "requests": walls[wall],
         "wall": wall,
         "walls": walls,
         "gpu_bytes": pools.gpu_bytes,
         "host_bytes": pools.mirror,
         "speed": _speed(at_wall) if walls[wall] else None,
+        "goodput": goodput(question),
         "moves": moves(question),
         "crossover": crossover(question, full),
     }
@@ -109,34 +210,33 @@ def _changes(question: CapacityQuestion) -> list[tuple[str, CapacityQuestion]]:
         update={"recall_bytes_per_s": options.recall_bytes_per_s and 2 * options.recall_bytes_per_s}
     )
     changes = [
-        ("twice the GPU memory", replace(question, hw=_doubled(hw, "hbm_bytes", hw.hbm_bytes))),
+        ("twice the GPU memory", question.changed(hw=_doubled(hw, "hbm_bytes", hw.hbm_bytes))),
         (
             "twice the link to the host",
-            replace(
-                question,
+            question.changed(
                 hw=_doubled(hw, LINK_FIGURE, hw.link.bandwidth_bytes_per_s),
                 options=copies,
             ),
         ),
-        ("half the context", replace(question, tokens=question.tokens // 2)),
-        ("twice the time a token", replace(question, tpot_s=2 * question.tpot_s)),
+        ("half the context", question.changed(tokens=question.tokens // 2)),
+        ("twice the time a token", question.changed(tpot_s=2 * question.tpot_s)),
     ]
     if question.demand.mirrored:
         changes.insert(
             1,
             (
                 "twice the host memory",
-                replace(question, hw=_doubled(hw, "host_bytes", hw.host_bytes)),
+                question.changed(hw=_doubled(hw, "host_bytes", hw.host_bytes)),
             ),
         )
-        if options.mirror == "per_gpu" and hw.n_gpus > 1:
+        if options.mirror == "per_gpu" and hw.placed.tp > 1:
             shared = options.model_copy(update={"mirror": "shared"})
-            changes.insert(2, ("one mirror that all GPUs share", replace(question, options=shared)))
+            changes.insert(2, ("one mirror that all GPUs share", question.changed(options=shared)))
     if options.max_batch:
         changes.append(
             (
                 "no batch limit",
-                replace(question, options=options.model_copy(update={"max_batch": None})),
+                question.changed(options=options.model_copy(update={"max_batch": None})),
             )
         )
     return changes
@@ -157,7 +257,12 @@ def crossover(question: CapacityQuestion, full: Demand) -> dict[str, Any] | None
     """
     if not question.demand.mirrored:
         return None
-    contexts = [_compare(replace(question, tokens=tokens), full) for tokens in CONTEXTS]
+    most = question.geometry.max_positions - question.output_tokens
+    contexts = [
+        _compare(question.changed(tokens=min(tokens, most)), full)
+        for tokens in CONTEXTS
+        if tokens <= most + question.output_tokens
+    ]
     return {
         "batch": _smallest_batch(question, full),
         "context_tokens": _smallest_context(question, full, contexts),
@@ -168,7 +273,7 @@ def crossover(question: CapacityQuestion, full: Demand) -> dict[str, Any] | None
 def _compare(question: CapacityQuestion, full: Demand) -> dict[str, Any]:
     """Both at the most requests that they take."""
     row: dict[str, Any] = {"context_tokens": question.tokens}
-    for name, side in (("policy", question), ("full", replace(question, demand=full))):
+    for name, side in (("policy", question), ("full", question.changed(demand=full))):
         n_requests = min(side.walls().values())
         row |= {
             f"{name}_requests": n_requests,
@@ -178,7 +283,7 @@ def _compare(question: CapacityQuestion, full: Demand) -> dict[str, Any]:
 
 
 def _smallest_batch(question: CapacityQuestion, full: Demand) -> int | None:
-    other = replace(question, demand=full)
+    other = question.changed(demand=full)
     most, other_most = min(question.walls().values()), min(other.walls().values())
     state, other_state = question.state(), other.state()
     for batch in range(1, most + 1):
@@ -200,7 +305,7 @@ def _smallest_context(
         middle = (low + high) // 2
         low, high = (
             (low, middle)
-            if _compare(replace(question, tokens=middle), full)["pays"]
+            if _compare(question.changed(tokens=middle), full)["pays"]
             else (middle, high)
         )
     return high

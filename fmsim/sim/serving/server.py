@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Generator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -21,29 +21,46 @@ from fmsim.geometry import Geometry
 from fmsim.hw.memory import FairLink, MemorySystem
 from fmsim.hw.spec import Hardware
 from fmsim.sim.serving import spec
-from fmsim.sim.serving.admission import Admission, server_hardware
+from fmsim.sim.serving.admission import POSITIONS, Admission, server_hardware
 from fmsim.sim.serving.batch import RunningBatch, ServedRequest
 from fmsim.sim.serving.demand import Demand
 from fmsim.sim.serving.log import Log
-from fmsim.sim.serving.prefill import chunks, prefill_s
+from fmsim.sim.serving.prefill import PrefillModel, chunks
 from fmsim.sim.serving.requests import Arrival
 from fmsim.sim.serving.workload import RequestGenerator
-from fmsim.sim.step_cost import memory_indexer_s, mixed_step_costs
+from fmsim.sim.step_cost import StepModel, memory_indexer_s
 from fmsim.sim.transfer_cost import GatherCurve
 
 Process = Generator[simpy.Event, Any, None]  # what SimPy runs: it yields what it waits for
+
 _MOST_STEPS = 1024  # in one span, which bounds its arrays
+_STEPS_AHEAD = 32  # whose times are worked out at once
 
 
 @dataclass(frozen=True)
 class StepTimes:
-    """Of n coming steps, [n] each."""
+    """Of n coming steps, on R ranks that decode."""
 
-    compute_s: NDArray[np.float64]
-    prefill_s: NDArray[np.float64]
-    stall_s: NDArray[np.float64]  # for misses, on an idle link
-    gathers: NDArray[np.int64] | NDArray[np.float64]  # of the misses: one a layer that has any
-    miss_bytes: NDArray[np.float64]
+    ranks: list[int]  # [R] their numbers
+    compute_s: np.ndarray  # [n]
+    prefill_s: np.ndarray  # [n]
+    stall_s: np.ndarray  # [R, n] for misses, on an idle link
+    gathers: np.ndarray  # [R, n] that the misses take: one a layer which has any
+    miss_bytes: np.ndarray  # [R, n] to each GPU
+
+    def part(self, start: int, end: int) -> StepTimes:
+        return StepTimes(
+            self.ranks,
+            self.compute_s[start:end],
+            self.prefill_s[start:end],
+            self.stall_s[:, start:end],
+            self.gathers[:, start:end],
+            self.miss_bytes[:, start:end],
+        )
+
+    def beside(self, prefill_s: np.ndarray) -> StepTimes:
+        """The same steps with a prefill's chunks in them."""
+        return replace(self, prefill_s=prefill_s)
 
 
 class ServerRun:
@@ -61,17 +78,22 @@ class ServerRun:
         self.env = simpy.Environment()
         self.hw, self.geometry, self.demand = server_hardware(hw, options), geometry, demand
         self.options, self.source, self.log = options, source, Log()
-        self.memory = MemorySystem(self.env, self.hw, geometry)
+        self.model = StepModel(self.hw, geometry)
+        self.prefill = PrefillModel(self.hw, geometry)
+        self.ranks = [MemorySystem(self.env, self.hw, geometry) for _ in range(self.hw.placed.dp)]
+        self._parts = self.hw.placed.cp  # GPUs that share out a request's KV
         self.gather = GatherCurve(self.hw.link)
-        self.network = FairLink(self.env, options.network_bytes_per_s)
-        self.admission = Admission(self.memory, self.hw, geometry, demand, options)
-        self.prefilling: deque[ServedRequest] = (
-            deque()
-        )  # admitted, prompt not done; served one after another
+        self.networks = [
+            FairLink(self.env, options.network_bytes_per_s) for _ in self.ranks
+        ]  # to each GPU
+        self.admission = Admission(self.ranks, self.model, demand, options, source.workload.slo)
+        # admitted, prompt not done, by rank; a rank does one at a time
+        self.prefilling: list[deque[ServedRequest]] = [deque() for _ in self.ranks]
         self.ready: deque[ServedRequest] = (
             deque()
         )  # admitted and KV in place: to join at the next step
         self.batch = RunningBatch(demand)
+        self._ahead: tuple[int, int, StepTimes] | None = None  # batch's changes, its step, times
         self._wake: simpy.Event | None = None  # what cuts the present wait short
         self._prefillers = simpy.Resource(self.env, options.prefill_servers)
         self._offsets = np.random.default_rng(
@@ -107,7 +129,11 @@ class ServerRun:
             pools=self.demand.pools(arrival.prompt_tokens, arrival.output_tokens),
         )
         self.log.requests.append(request)
-        request.refused = self.admission.never_fits(request)
+        longest = arrival.prompt_tokens + arrival.output_tokens
+        if longest > self.geometry.max_positions:
+            request.refused = POSITIONS
+        else:
+            request.refused = self.admission.never_fits(request)
         if request.refused:
             return
         if self.options.prefill == "separate":
@@ -118,9 +144,7 @@ class ServerRun:
     def _prefill_elsewhere(self, request: ServedRequest) -> Process:
         with self._prefillers.request() as turn:
             yield turn
-            yield self.env.timeout(
-                float(prefill_s(self.hw, self.geometry, *self._chunks(request)).sum())
-            )
+            yield self.env.timeout(float(self.prefill.seconds(*self._chunks(request)).sum()))
         self._enqueue(request)
 
     def _chunks(self, request: ServedRequest) -> tuple[np.ndarray, np.ndarray]:
@@ -159,21 +183,19 @@ class ServerRun:
             self.env.process(self._receive_kv(request))
         else:
             start, length = self._chunks(request)
-            seconds = prefill_s(self.hw, self.geometry, start, length)
+            seconds = self.prefill.seconds(start, length)
             request.prefill_left = list(zip(length.tolist(), seconds.tolist()))[::-1]
-            self.prefilling.append(request)
+            self.prefilling[request.rank].append(request)
 
     def _receive_kv(self, request: ServedRequest) -> Process:
         """The prompt's KV comes over the network, into the mirror where there is one; then the
         first resident set goes to the GPU.
         """
-        yield self.network.transfer(
-            self.geometry.full_kv_bytes(request.prompt_tokens) + self.geometry.window_bytes
-        )
+        kv_bytes = self.geometry.full_kv_bytes(request.prompt_tokens) + self.geometry.window_bytes
+        yield self.networks[request.rank].transfer(kv_bytes / self._parts)
         if self.demand.mirrored:
-            yield self._recall(
-                self.demand.first_set_bytes(request.prompt_tokens, request.output_tokens)
-            )
+            first_set = self.demand.first_set_bytes(request.prompt_tokens, request.output_tokens)
+            yield self._recall(request.rank, first_set)
         self._prefilled(request)
         self._call()
 
@@ -187,7 +209,7 @@ class ServerRun:
     def _serve(self) -> Process:
         while True:
             self._join()
-            if self.batch or self.prefilling:
+            if self.batch or any(self.prefilling):
                 yield from self._span()
             else:
                 self._wake = self.env.event()
@@ -212,23 +234,25 @@ class ServerRun:
         """As many steps as pass without a change."""
         if self.batch and self.demand.recalls:
             yield from self._begin_windows()
-        contended = self.demand.misses and not self.memory.to_gpu.idle
+        contended = self.demand.misses and not all(rank.to_gpu.idle for rank in self.ranks)
         times = self._step_times(1 if contended else self._steps_ahead())
-        stall_s, step_s = times.stall_s, times.compute_s + times.prefill_s
+        step_s = times.compute_s + times.prefill_s
         if contended:
             stall_s = yield from self._contended_stall(times)
         else:
+            stall_s = times.stall_s.max(axis=0)
             step_s = step_s + stall_s
         ends_s = np.cumsum(step_s)
         start_s = self.env.now
         done = yield from self._pass(ends_s)
         if not contended:
-            self.memory.to_gpu.moved_bytes += float(times.miss_bytes[:done].sum())
+            for rank, n_bytes in zip(times.ranks, times.miss_bytes[:, :done].sum(axis=1)):
+                self.ranks[rank].to_gpu.moved_bytes += float(n_bytes)
         self.log.stall_s += float(stall_s[:done].sum())
         self.log.prefill_s += float(times.prefill_s[:done].sum())
         self._book(done, start_s + float(ends_s[0]))
 
-    def _pass(self, ends_s: NDArray[np.float64]) -> Generator[simpy.Event, Any, int]:
+    def _pass(self, ends_s: np.ndarray) -> Generator[simpy.Event, Any, int]:
         """Let steps pass that end at `ends_s` from now; returns how many did before somebody came
         to join.
         """
@@ -246,51 +270,82 @@ class ServerRun:
 
     def _steps_ahead(self) -> int:
         steps = self.batch.quiet_steps() if self.batch else _MOST_STEPS
-        prefill = len(self.prefilling[0].prefill_left) if self.prefilling else _MOST_STEPS
-        return min(steps, prefill, _MOST_STEPS)
+        prefill = [len(request.prefill_left) for request in self._prefilled_now()]
+        return min([steps, *prefill, _MOST_STEPS])
+
+    def _prefilled_now(self) -> list[ServedRequest]:
+        """The first of each rank."""
+        return [requests[0] for requests in self.prefilling if requests]
 
     def _step_times(self, n_steps: int) -> StepTimes:
-        nothing = np.zeros(n_steps)
-        chunk_s = nothing
-        if self.prefilling:
-            chunk_s = np.array(
-                [seconds for _, seconds in self.prefilling[0].prefill_left[: -n_steps - 1 : -1]]
-            )
+        chunk_s = np.zeros(n_steps)
+        for request in self._prefilled_now():
+            own_s = [seconds for _, seconds in request.prefill_left[: -n_steps - 1 : -1]]
+            chunk_s = np.maximum(chunk_s, own_s)
         if not self.batch:
-            return StepTimes(nothing, chunk_s, nothing, nothing, nothing)
+            nothing = np.zeros((1, n_steps))
+            return StepTimes([0], nothing[0], chunk_s, nothing, nothing, nothing)
+        return self._decode_times(n_steps).beside(chunk_s)
+
+    def _decode_times(self, n_steps: int) -> StepTimes:
+        """Of the batch's next steps. They are worked out for some steps ahead, and hold until the
+        batch changes: a span ends at every window, a batch lives longer.
+        """
+        changes, steps = self.batch.changes, self.batch.steps
+        known = self._ahead
+        if (
+            known is None
+            or known[0] != changes
+            or steps - known[1] + n_steps > len(known[2].compute_s)
+        ):
+            lasted = 0 if known is None else steps - known[1]  # as long as the last times held
+            ahead = min(max(n_steps, min(2 * lasted + 1, _STEPS_AHEAD)), self.batch.least_left)
+            known = self._ahead = changes, steps, self._worked_out(ahead)
+        start = steps - known[1]
+        return known[2].part(start, start + n_steps)
+
+    def _worked_out(self, n_steps: int) -> StepTimes:
         load, layers = self.batch.load(n_steps), self.demand.group_layers
-        costs = mixed_step_costs(self.hw, self.geometry, len(self.batch), load.tokens, load.scored)
-        stall_s = miss_bytes = nothing
-        gathers: NDArray[np.int64] | NDArray[np.float64] = nothing
+        stall_s = gathers = miss_bytes = np.zeros((len(load.ranks), n_steps))
         if self.demand.misses:
-            gathers = (load.miss_bytes > 0) @ layers
-            stall_s = self.gather.seconds(self.demand.row_bytes, load.miss_bytes) @ layers
-            miss_bytes = load.miss_bytes @ layers
-        compute_s = costs.total_s(self.geometry.n_csa) + memory_indexer_s(
-            self.hw, self.geometry, load.indexer_scored
-        )
-        arriving_s = (
-            load.recalled_bytes + miss_bytes
-        ) / self.hw.hbm_bytes_per_s.value  # bytes that come take their part of HBM
-        return StepTimes(compute_s + arriving_s, chunk_s, stall_s, gathers, miss_bytes)
+            on_gpu = load.miss_bytes / self._parts
+            gathers = (on_gpu > 0).astype(np.float64) @ layers
+            stall_s = self.gather.seconds(self.demand.row_bytes, on_gpu) @ layers
+            miss_bytes = on_gpu @ layers
+        compute_s = load.costs(self.model).total_s(self.geometry.n_csa)
+        beside_s = memory_indexer_s(self.hw, self.geometry, load.indexer_scored / self._parts)
+        arriving = load.recalled_bytes / self._parts + miss_bytes
+        beside_s = beside_s + arriving / self.hw.hbm_bytes_per_s.value  # they take part of HBM
+        compute_s = compute_s + beside_s.max(axis=0)
+        nothing = np.zeros(n_steps)
+        return StepTimes(load.ranks, compute_s, nothing, stall_s, gathers, miss_bytes)
 
     # The link
 
     def _contended_stall(
         self, times: StepTimes
     ) -> Generator[simpy.Event, Any, NDArray[np.float64]]:
-        """One step's misses beside recalls under way: the gathers' fixed costs, then their bytes.
+        """One step's misses beside recalls under way, on every rank: the gathers' fixed costs, then
+        their bytes.
 
         Returns how long it took, [1].
         """
-        before_s, n_bytes = self.env.now, float(times.miss_bytes[0])
-        if n_bytes:
-            fixed_s = float(self.gather.fixed_s(self.demand.row_bytes)) * float(times.gathers[0])
-            yield self.env.timeout(fixed_s)
-            yield self.memory.to_gpu.transfer(
-                n_bytes, limit=n_bytes / (float(times.stall_s[0]) - fixed_s)
-            )
+        before_s = self.env.now
+        waits = [
+            self.env.process(self._misses(times, place))
+            for place in np.flatnonzero(times.miss_bytes[:, 0]).tolist()
+        ]
+        if waits:
+            yield self.env.all_of(waits)
         return np.array([self.env.now - before_s])
+
+    def _misses(self, times: StepTimes, place: int) -> Process:
+        n_bytes = float(times.miss_bytes[place, 0])
+        fixed_s = float(self.gather.fixed_s(self.demand.row_bytes)) * float(times.gathers[place, 0])
+        yield self.env.timeout(fixed_s)
+        moving_s = float(times.stall_s[place, 0]) - fixed_s
+        link = self.ranks[times.ranks[place]].to_gpu
+        yield link.transfer(n_bytes, limit=n_bytes / moving_s)
 
     def _begin_windows(self) -> Process:
         """Requests at a window's start wait for its recall, and the batch with them; then the next
@@ -299,17 +354,20 @@ class ServerRun:
         starts, before_s = self.batch.window_starts(), self.env.now
         if not self.demand.overlaps:
             for start in starts:
-                start.request.recall = self._recall(start.own_bytes)
+                start.request.recall = self._recall(start.request.rank, start.own_bytes)
         for start in starts:
             if start.request.recall is not None and not start.request.recall.processed:
                 yield start.request.recall
-            start.request.recall = self._recall(start.next_bytes) if self.demand.overlaps else None
+            start.request.recall = None
+            if self.demand.overlaps:
+                start.request.recall = self._recall(start.request.rank, start.next_bytes)
         self.log.recall_wait_s += self.env.now - before_s
 
-    def _recall(self, n_bytes: float) -> simpy.Event:
-        """Start one gather, at most as fast as it would be alone."""
-        alone_s = float(self.gather.seconds(self.demand.row_bytes, n_bytes))
-        return self.memory.to_gpu.transfer(
+    def _recall(self, rank: int, request_bytes: float) -> simpy.Event:
+        """Start one gather on each GPU of a rank, at most as fast as it would be alone."""
+        n_bytes = request_bytes / self._parts
+        alone_s = self.gather.one_s(self.demand.row_bytes, n_bytes)
+        return self.ranks[rank].to_gpu.transfer(
             n_bytes, limit=n_bytes / alone_s if alone_s else float("inf")
         )
 
@@ -322,12 +380,12 @@ class ServerRun:
         self.log.pass_to(self.env.now, busy=True)
         for request in self.batch.advance(done, first_s):
             self._leave(request)
-        if self.prefilling:
-            request = self.prefilling[0]
+        for request in self._prefilled_now():
             mirrored += sum(tokens for tokens, _ in request.prefill_left[-done:])
             del request.prefill_left[-done:]
             if not request.prefill_left:
-                self._prefilled(self.prefilling.popleft())
+                self.prefilling[request.rank].popleft()
+                self._prefilled(request)
         if self.demand.mirrored:
             self.log.written_back_bytes += (
                 mirrored
@@ -337,9 +395,8 @@ class ServerRun:
         self._sample()
 
     def _sample(self) -> None:
-        hbm, host = self.memory.hbm, self.memory.host
-        in_use = hbm.capacity - hbm.level, host.capacity - host.level
+        hbm = sum(rank.hbm.capacity - rank.hbm.level for rank in self.ranks)
+        host = sum(rank.host.capacity - rank.host.level for rank in self.ranks)
+        moved = sum(rank.to_gpu.moved_bytes for rank in self.ranks)
         counts = len(self.batch), len(self.admission.admitted), len(self.admission.queue)
-        self.log.samples.append(
-            (self.env.now, *counts, *in_use, self.memory.to_gpu.moved_bytes, self.log.tokens)
-        )
+        self.log.samples.append((self.env.now, *counts, hbm, host, moved, self.log.tokens))

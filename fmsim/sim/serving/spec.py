@@ -120,3 +120,4 @@ class Server(_Strict):
     admit_by_link: bool = (
         False  # admit only while the running requests' recalls fit into the time of their windows
     )
+    admit_by_slo: bool = False  # admit only while a step keeps the workload's slo.tpot_s

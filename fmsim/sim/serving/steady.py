@@ -15,7 +15,7 @@ import numpy as np
 from fmsim.geometry import Geometry
 from fmsim.hw.spec import Hardware
 from fmsim.sim.serving.demand import Demand
-from fmsim.sim.step_cost import memory_indexer_s, step_costs
+from fmsim.sim.step_cost import StepModel, memory_indexer_s
 from fmsim.sim.transfer_cost import GatherCurve
 
 
@@ -46,10 +46,17 @@ class SteadyState:
     """Of requests of `tokens` context under one policy."""
 
     def __init__(
-        self, engine: Hardware, geometry: Geometry, demand: Demand, tokens: int, output_tokens: int
+        self,
+        engine: Hardware,
+        geometry: Geometry,
+        demand: Demand,
+        tokens: int,
+        output_tokens: int,
+        model: StepModel | None = None,
     ) -> None:
-        """`engine`: see `server_hardware`."""
+        """`engine`: see `server_hardware`; `model`: its step times, where a caller has them."""
         self.engine, self.geometry, self.demand, self.tokens = engine, geometry, demand, tokens
+        self.model = model or StepModel(engine, geometry)
         self._misses = demand.misses and not demand.fits_whole(tokens, output_tokens)
         self._known: dict[int, Steady] = {}
 
@@ -62,30 +69,30 @@ class SteadyState:
         return GatherCurve(self.engine.link)
 
     def at(self, batch: int) -> Steady:
+        """`batch` requests on the server."""
         if batch not in self._known:
             self._known[batch] = self._at(batch)
         return self._known[batch]
 
     def _at(self, batch: int) -> Steady:
-        demand = self.demand
+        demand, placed = self.demand, self.engine.placed
+        on_gpu = placed.ranked(batch) / placed.cp  # requests' bytes, on the busiest rank's
         stall_s = miss_bytes = 0.0
         if self._misses:
             layers = demand.group_layers
-            stall_s = float(
-                (self._gather.seconds(demand.row_bytes, batch * demand.miss_bytes) @ layers).mean()
-            )
-            miss_bytes = float((batch * demand.miss_bytes @ layers).mean())
-        recall_bytes = batch * self._recall_bytes
+            missed, weights = demand.miss_counts
+            each_s = self._gather.seconds(demand.row_bytes, on_gpu * missed) @ layers
+            stall_s = float(each_s @ weights)
+            miss_bytes = float((on_gpu * missed @ layers) @ weights)
+        recall_bytes = on_gpu * self._recall_bytes
         entries = self.geometry.csa_entries(self.tokens)
         scored = (
             min(demand.resident.mean() * demand.growth(self.tokens), entries)
             if demand.keys_tiered
             else entries
         )
-        costs = step_costs(
-            self.engine, self.geometry, batch, np.array([self.tokens]), np.array([scored])
-        )
-        by_indexer = batch * demand.indexer_scored.mean() * demand.length_ratio(self.tokens)
+        costs = self.model.equal(batch, np.array([self.tokens]), np.array([scored]))
+        by_indexer = on_gpu * demand.indexer_scored.mean() * demand.length_ratio(self.tokens)
         compute_s = float(
             costs.total_s(self.geometry.n_csa)[0]
             + memory_indexer_s(self.engine, self.geometry, by_indexer)

@@ -5,12 +5,14 @@ Every formula stands here; the names are the fields of the JSON report.
 
 from __future__ import annotations
 
+from collections import defaultdict
 from typing import Any
 
 import numpy as np
 
 from fmsim.sim.serving.admission import GPU, HOST, LINK
 from fmsim.sim.serving.batch import ServedRequest
+from fmsim.sim.serving.log import Log, over_time
 from fmsim.sim.serving.server import ServerRun
 from fmsim.sim.serving.spec import Slo
 
@@ -18,69 +20,91 @@ POINTS_OVER_TIME = 120
 COMPUTE = "compute"
 
 
-def summary(run: ServerRun) -> dict[str, Any]:
-    """Of a run that is over:
+def summary(*runs: ServerRun) -> dict[str, Any]:
+    """Of runs that are over, one a server, taken together:
 
     - `requests`: arrived, finished, refused (they fit no memory even alone);
+    - `served_s`: from the first arrival to the last request's end;
     - `held`: most requests that held memory at once; `held_mean`: mean over time;
-    - `tokens_per_s`: tokens made while requests arrived, by that time; `prefill_tokens` aside, the
-      first of each request is its prefill's;
+    - `tokens_per_s`: tokens made, by `served_s`; `prefill_tokens` aside, the first of each request
+      is its prefill's;
+    - `arriving_tokens_per_s`: tokens made while requests arrived, by that time: a closed loop's
+      steady rate, without the last answers' tail;
     - `ttft_s`: arrival to first token; `tpot_s`: time between later tokens, mean of each request;
       percentiles over finished requests;
-    - `goodput_per_s`: requests that kept the SLO, by the time in which requests arrived;
-      `slo_share`: of those that arrived;
+    - `goodput_per_s`: requests that kept the SLO, by `served_s`; `slo_share`: of those that
+      arrived;
     - `stall_share`: time that running requests waited for misses or late recalls, of the time in
       which any ran;
     - `bound`, `waited_share`: what the queue's head waited for, and for what share of the whole
       time;
     - `in_use`: mean and peak share of each memory, mean share of the link to the GPU and of
       compute;
+    - `h2d_bytes`: from host to GPU, on one GPU of each rank;
+    - `prefill_lower_bound`: prefill was not timed on this GPU, so `ttft_s` is a lower bound;
     - `over_time`: samples on an even grid.
 
     `bound` is what was waited for longest; where nobody waited it is what running requests waited
     for (PCIe) or did (compute).
     """
-    log, memory = run.log, run.memory
-    finished = [request for request in log.requests if request.finished_s is not None]
-    total_s = log.samples[-1][0]
-    window_s = min(run.source.window_s, total_s)
-    stall_s = log.stall_s + log.recall_wait_s
-    good = sum(_keeps(request, run.source.workload.slo) for request in finished)
+    logs = [run.log for run in runs]
+    ranks = [rank for run in runs for rank in run.ranks]
+    requests = [request for log in logs for request in log.requests]
+    finished = [request for request in requests if request.finished_s is not None]
+    total_s = max(log.samples[-1][0] for log in logs)
+    served_s = _served_s(finished) or total_s
+    source = runs[0].source
+    window_s = min(source.window_s, total_s)
+    busy_s = sum(log.busy_s for log in logs)
+    stall_s = sum(log.stall_s + log.recall_wait_s for log in logs)
+    waited: defaultdict[str, float] = defaultdict(float)
+    for log in logs:
+        for kind, waited_s in log.waited_s.items():
+            waited[kind] += waited_s
+    good = sum(_keeps(request, source.workload.slo) for request in finished)
+    tokens = sum(log.tokens for log in logs)
+    moved = sum(rank.to_gpu.moved_bytes for rank in ranks)
+    link_bytes_per_s = sum(rank.to_gpu.bytes_per_s for rank in ranks)
     return {
         "requests": {
-            "arrived": len(log.requests),
+            "arrived": len(requests),
             "finished": len(finished),
-            "refused": sum(bool(request.refused) for request in log.requests),
+            "refused": sum(bool(request.refused) for request in requests),
         },
-        "held": int(log.most("admitted")),
-        "held_mean": log.mean_in_use("admitted"),
-        "tokens": log.tokens,
-        "tokens_per_s": log.tokens_by(window_s) / window_s,
+        "served_s": served_s,
+        "held": int(sum(log.most("admitted") for log in logs)),
+        "held_mean": sum(log.mean_in_use("admitted") for log in logs),
+        "tokens": tokens,
+        "tokens_per_s": tokens / served_s if served_s else 0.0,
+        "arriving_tokens_per_s": (
+            sum(log.tokens_by(window_s) for log in logs) / window_s if window_s else 0.0
+        ),
         "ttft_s": _percentiles([ttft_s(request) for request in finished]),
         "tpot_s": _percentiles(
             [tpot_s(request) for request in finished if request.output_tokens > 1]
         ),
-        "goodput_per_s": good / window_s,
-        "slo_share": good / len(log.requests),
-        "stall_share": stall_s / log.busy_s if log.busy_s else 0.0,
-        "bound": _bound(run, stall_s),
+        "goodput_per_s": good / served_s if served_s else 0.0,
+        "slo_share": good / len(requests),
+        "stall_share": stall_s / busy_s if busy_s else 0.0,
+        "bound": _bound(waited, busy_s, stall_s),
         "waited_share": {
-            kind: waited_s / total_s for kind, waited_s in sorted(log.waited_s.items())
+            kind: waited_s / total_s / len(runs) for kind, waited_s in sorted(waited.items())
         },
         "in_use": {
-            GPU: _share(run, "gpu_bytes", memory.hbm.capacity),
-            HOST: _share(run, "host_bytes", memory.host.capacity),
+            GPU: _share(logs, "gpu_bytes", sum(rank.hbm.capacity for rank in ranks)),
+            HOST: _share(logs, "host_bytes", sum(rank.host.capacity for rank in ranks)),
             LINK: {
-                "mean": memory.to_gpu.moved_bytes / (memory.to_gpu.bytes_per_s * total_s),
-                "bytes_per_s": memory.to_gpu.bytes_per_s,
+                "mean": moved / (link_bytes_per_s * total_s) if total_s else 0.0,
+                "bytes_per_s": link_bytes_per_s,
             },
-            COMPUTE: {"mean": (log.busy_s - stall_s) / total_s},
+            COMPUTE: {"mean": (busy_s - stall_s) / total_s / len(runs) if total_s else 0.0},
         },
-        "h2d_bytes": memory.to_gpu.moved_bytes,
-        "d2h_bytes": log.written_back_bytes,
-        "prefill_share": log.prefill_s / log.busy_s if log.busy_s else 0.0,
+        "h2d_bytes": moved,
+        "d2h_bytes": sum(log.written_back_bytes for log in logs),
+        "prefill_share": sum(log.prefill_s for log in logs) / busy_s if busy_s else 0.0,
+        "prefill_lower_bound": runs[0].prefill.lower_bound,
         "simulated_s": total_s,
-        "over_time": log.over_time(POINTS_OVER_TIME),
+        "over_time": over_time(logs, POINTS_OVER_TIME),
     }
 
 
@@ -96,6 +120,14 @@ def tpot_s(request: ServedRequest) -> float:
     return (request.finished_s - request.first_token_s) / (request.output_tokens - 1)
 
 
+def _served_s(finished: list[ServedRequest]) -> float:
+    """From the first arrival to the last end."""
+    if not finished:
+        return 0.0
+    first_s = min(request.arrival_s for request in finished)
+    return max(request.finished_s or 0.0 for request in finished) - first_s
+
+
 def _keeps(request: ServedRequest, slo: Slo) -> bool:
     in_time = ttft_s(request) <= slo.ttft_s
     return in_time and (request.output_tokens == 1 or tpot_s(request) <= slo.tpot_s)
@@ -105,11 +137,14 @@ def _percentiles(seconds: list[float]) -> dict[str, float | None]:
     return {f"p{q}": float(np.percentile(seconds, q)) if seconds else None for q in (50, 95, 99)}
 
 
-def _share(run: ServerRun, name: str, capacity: float) -> dict[str, float]:
-    return {"mean": run.log.mean_in_use(name) / capacity, "peak": run.log.most(name) / capacity}
+def _share(logs: list[Log], name: str, capacity: float) -> dict[str, float]:
+    return {
+        "mean": sum(log.mean_in_use(name) for log in logs) / capacity,
+        "peak": sum(log.most(name) for log in logs) / capacity,
+    }
 
 
-def _bound(run: ServerRun, stall_s: float) -> str:
-    if run.log.waited_s:
-        return max(run.log.waited_s, key=lambda kind: run.log.waited_s[kind])
-    return LINK if stall_s > run.log.busy_s / 2 else COMPUTE
+def _bound(waited: dict[str, float], busy_s: float, stall_s: float) -> str:
+    if waited:
+        return max(waited, key=lambda kind: waited[kind])
+    return LINK if stall_s > busy_s / 2 else COMPUTE

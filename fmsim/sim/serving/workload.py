@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 
 import numpy as np
@@ -41,6 +42,20 @@ class RequestGenerator:
     def window_s(self) -> float:
         """The time in which requests arrive; at least that of the last one."""
         return self.workload.duration_s or max(self.first[-1].arrival_s, 1e-9)
+
+    def dealt(self, servers: int) -> list[RequestGenerator]:
+        """The same requests dealt out to `servers` in turn, as a plain load balancer does; one that
+        gets none is left out. Clients of a closed loop stay with their server.
+        """
+        if servers == 1:
+            return [self]
+        parts = []
+        for server in range(min(servers, len(self.first))):
+            part = copy.copy(self)
+            part.first = self.first[server::servers]
+            part._rng = np.random.default_rng([self.workload.seed, 2, server])
+            parts.append(part)
+        return parts
 
     def after(self, now_s: float) -> Arrival | None:
         """What a client asks when it has been answered; None where nobody waits for answers or the

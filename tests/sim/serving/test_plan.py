@@ -32,7 +32,7 @@ def question(demand, tokens=524_288, tpot_s=0.05, hw=H100, **options):
 def test_memory_walls_are_pools_over_a_requests_bytes():
     walls = question(TENTH).walls()
     pools = TENTH.pools(524_288, 1024)
-    assert walls["GPU memory"] == int(H100.kv_pool_bytes(FLASH.weight_bytes(8)) // pools.gpu_bytes)
+    assert walls["GPU memory"] == int(H100.kv_pool_bytes(FLASH) // pools.gpu_bytes)
     assert walls["host memory"] == int(2e12 / 8 // FLASH.host_kv_bytes(525_312))
     assert question(TENTH, mirror="shared").walls()["host memory"] == int(
         2e12 // FLASH.host_kv_bytes(525_312)

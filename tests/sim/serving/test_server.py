@@ -17,10 +17,10 @@ from fmsim.sim.serving.demand import Demand
 from fmsim.sim.serving.prefill import chunks, prefill_s
 from fmsim.sim.serving.requests import Arrival
 from fmsim.sim.serving.server import ServerRun
-from fmsim.sim.serving.spec import ClosedLoop, Poisson, Server
+from fmsim.sim.serving.spec import ClosedLoop, Poisson, Server, Slo
 from fmsim.sim.serving.summary import summary
 from fmsim.sim.serving.workload import RequestGenerator
-from fmsim.sim.step_cost import Spread, mixed_step_costs, step_costs
+from fmsim.sim.step_cost import Spread, StepModel, step_costs
 from fmsim.sim.transfer_cost import GatherCurve
 
 PROMPT = 32_000  # tokens of the hand-made ledger's prompt
@@ -81,7 +81,7 @@ def test_one_request_of_the_ledgers_size_takes_what_one_decode_takes(name):
     assert server.log.requests[0].finished_s == pytest.approx(timeline.end_s[-1], rel=1e-9)
     assert server.log.stall_s == pytest.approx(timeline.stall_s.sum())
     assert server.log.recall_wait_s == pytest.approx(timeline.recall_wait_s.sum(), rel=1e-6)
-    assert server.memory.to_gpu.moved_bytes == pytest.approx(timeline.h2d_bytes.sum())
+    assert server.ranks[0].to_gpu.moved_bytes == pytest.approx(timeline.h2d_bytes.sum())
     assert server.demand.pools(PROMPT, 128).gpu_bytes == pytest.approx(
         footprint(made, FLASH).gpu_bytes.max()
     )
@@ -102,7 +102,7 @@ def test_two_equal_requests_take_what_a_batch_of_two_takes():
     assert [request.finished_s for request in server.log.requests] == pytest.approx(
         [timeline.end_s[-1]] * 2, rel=1e-9
     )
-    assert server.memory.to_gpu.moved_bytes == pytest.approx(timeline.h2d_bytes.sum())
+    assert server.ranks[0].to_gpu.moved_bytes == pytest.approx(timeline.h2d_bytes.sum())
 
 
 def test_two_recalls_share_the_link_by_hand():
@@ -139,9 +139,7 @@ def test_a_newcomer_joins_at_the_end_of_the_step_under_way():
     server = serve(LEDGERS["full"], (0, PROMPT, 100), (arrival_s, PROMPT, 20))
     joined_s = float(alone_s[:4].sum())
     context = PROMPT + 1 + np.array([4, 0])
-    costs = mixed_step_costs(
-        H100,
-        FLASH,
+    costs = StepModel(H100, FLASH).mixed(
         2,
         *(Spread(np.array([v.sum()]), np.array([v.max()])) for v in (context, context // 4)),
     )
@@ -162,7 +160,7 @@ def test_what_does_not_fit_waits_and_what_never_fits_is_refused():
     assert last.admitted_s == first.finished_s and server.log.waited_s[
         "GPU memory"
     ] == pytest.approx(first.finished_s)
-    assert refused.refused == "GPU memory" and refused.admitted_s is None
+    assert refused.refused == "the model's positions" and refused.admitted_s is None
     assert summary(server)["requests"] == {
         "arrived": limit + 2,
         "finished": limit + 1,
@@ -208,7 +206,7 @@ def test_a_prompt_prefilled_in_chunks_shares_steps_with_decode():
 def test_chunks_of_a_prompt_take_as_long_as_the_whole():
     whole = prefill_s(H100, FLASH, np.array([0]), np.array([65_536]))
     parts = prefill_s(H100, FLASH, *chunks(65_536, 8192))
-    assert parts.sum() == pytest.approx(float(whole[0]), rel=0.02)
+    assert parts.sum() == pytest.approx(float(whole[0]), rel=0.07)
     assert (np.diff(parts) > 0).all()
 
 
@@ -237,7 +235,7 @@ def test_a_request_replays_windows_again_when_it_outlasts_its_ledger():
         64,
     ]
     server = serve(made, (0, PROMPT, 384))
-    assert server.memory.to_gpu.moved_bytes == pytest.approx(
+    assert server.ranks[0].to_gpu.moved_bytes == pytest.approx(
         (100 + 200 + 100 + 200 + 100) * 21 * 716
     )
 
@@ -272,7 +270,7 @@ def test_other_lengths_keep_the_ledgers_shares():
 def serve_misses(demand, prompt):
     server = FromTheStart(H100, FLASH, demand, Server(prefill="done"), Given((0, prompt, 128)))
     server.run()
-    return round(server.memory.to_gpu.moved_bytes)
+    return round(server.ranks[0].to_gpu.moved_bytes)
 
 
 def test_gpu_bytes_are_those_of_the_geometry():
@@ -301,7 +299,7 @@ MIX = {
     recalled=st.integers(0, 4000),
     budget=st.sampled_from(["10%", "800 entries"]),
     max_batch=st.sampled_from([None, 1, 7]),
-    hbm_bytes=st.sampled_from([85.5e9, 47.5e9]),
+    hbm_bytes=st.sampled_from([85.5e9, 57.5e9]),
 )
 def test_whatever_comes_is_served_within_the_pools(
     seed, prefill, on_miss, misses, recalled, budget, max_batch, hbm_bytes
@@ -335,14 +333,14 @@ def test_whatever_comes_is_served_within_the_pools(
     )
     assert max(row["in_use"]["GPU memory"]["peak"], row["in_use"]["host memory"]["peak"]) <= 1
     assert row["held"] <= (max_batch or 10**9)
-    assert server.memory.hbm.level == pytest.approx(
-        server.memory.hbm.capacity
+    assert server.ranks[0].hbm.level == pytest.approx(
+        server.ranks[0].hbm.capacity
     )  # all was given back
-    assert server.memory.to_gpu.moved_bytes <= server.memory.to_gpu.bytes_per_s * row[
+    assert server.ranks[0].to_gpu.moved_bytes <= server.ranks[0].to_gpu.bytes_per_s * row[
         "simulated_s"
     ] * (1 + 1e-9)
     assert (
-        server.memory.to_gpu.idle and not server.admission.admitted and not server.admission.queue
+        server.ranks[0].to_gpu.idle and not server.admission.admitted and not server.admission.queue
     )
     for request in log.requests:
         if not request.refused:
@@ -356,7 +354,7 @@ def test_whatever_comes_is_served_within_the_pools(
     assert 0 <= row["stall_share"] <= 1 and row["slo_share"] <= 1
     served = [made for made in log.requests if not made.refused]
     assert sum(served_bytes(server, each) for each in served) == pytest.approx(
-        server.memory.to_gpu.moved_bytes, rel=1e-6, abs=1
+        server.ranks[0].to_gpu.moved_bytes, rel=1e-6, abs=1
     )
 
 
@@ -412,3 +410,52 @@ def test_a_layer_has_no_more_than_a_short_request_gives_it():
     assert demand.pools(prompt, 128).slots == 7 * (600 + 600 + 400) * 584
     assert not demand.fits_whole(prompt, 128)  # the last layers miss
     assert demand.fits_whole(4 * 400 - 128, 128)
+
+
+def loose(*arrivals):
+    """Goodput counts every finished request."""
+    source = Given(*arrivals)
+    slo = {"ttft_s": 1e9, "tpot_s": 1e9}
+    source.workload = source.workload.model_copy(update={"slo": Slo(**slo)})
+    server = ServerRun(H100, FLASH, Demand(LEDGERS["full"], FLASH), Server(prefill="done"), source)
+    server.run()
+    return summary(server)
+
+
+def test_rates_are_over_the_time_that_serving_took():
+    """One request of 200 tokens takes about 1.4 s, so it makes some 144 tokens a second; it is not
+    a billion requests a second because it came at one instant.
+    """
+    row = loose((0, PROMPT, 200))
+    assert row["served_s"] == pytest.approx(1.4, rel=0.1)
+    assert row["tokens_per_s"] == pytest.approx(200 / row["served_s"])
+    assert row["goodput_per_s"] == pytest.approx(1 / row["served_s"])
+    eight = loose(*[(5, PROMPT, 200)] * 8)
+    assert eight["tokens_per_s"] == pytest.approx(1600 / eight["served_s"])
+    assert row["goodput_per_s"] < eight["goodput_per_s"] == pytest.approx(8 / eight["served_s"])
+    late = loose(*[(0.05 * n, PROMPT, 1000) for n in range(400)])
+    assert late["goodput_per_s"] == pytest.approx(400 / late["served_s"])
+    assert late["served_s"] > 40 and late["tokens_per_s"] == pytest.approx(
+        1000 * late["goodput_per_s"]
+    )
+
+
+def test_a_slow_copy_path_slows_misses_on_an_idle_link_too():
+    made = ledger(n_groups=3, on_miss="fetch", demand_loads=loads(128, 3, s10=400))
+    fast, slow = (
+        serve(made, (0, PROMPT, 128), recall_bytes_per_s=rate).log.stall_s for rate in (None, 1e9)
+    )
+    assert slow == pytest.approx(400 * 21 * 584 / 1e9, rel=0.05) and slow > 5 * fast
+
+
+def test_a_server_that_knows_the_slo_admits_no_more_than_keep_it():
+    made = ledger(n_groups=3, on_miss="fetch", demand_loads=np.full((128, 3), 500, np.int32))
+    arrivals = [(0, PROMPT, 128)] * 400
+    without, with_slo = (
+        serve(made, *arrivals, admit_by_slo=admits).log for admits in (False, True)
+    )
+    tpot = lambda log: max(
+        (request.finished_s - request.admitted_s) / 128 for request in log.requests
+    )
+    assert tpot(without) > 0.05 >= tpot(with_slo) * 0.99
+    assert set(with_slo.waited_s) == {"time a token"}

@@ -1,0 +1,296 @@
+"""The modules of a decode step on one deployment: which table gives which time."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fmsim.errors import FmsimError
+from fmsim.geometry import PRESETS, SLIDING, Geometry
+from fmsim.hw.spec import Hardware, KernelTable
+from fmsim.hw.tables import (
+    NOTHING,
+    AttentionTimes,
+    Curve,
+    PrefillTimes,
+    load_table,
+    timed_engines,
+)
+
+# Between two steps an engine samples, schedules and launches, which kernel times do not hold:
+# 0.65 ms of an idle GPU at one request (github.com/pegainfer-project/pegainfer issue 999).
+BETWEEN_STEPS_MS = 0.65
+_LARGEST_CHUNK = 32_768  # tokens, beyond which a chunk's time goes on as it went
+_FP8_SPEEDUP = 2.0  # of matrix products over bf16, on every device here
+_SPLIT = "no table has {what} on {gpu} with {engine}; there are {there}"
+
+
+@dataclass(frozen=True)
+class Modules:
+    """Times of one model's modules, kernel factors applied."""
+
+    csa: AttentionTimes  # of a layer that selects
+    hca: AttentionTimes  # of a layer that does not
+    n_sliding: int  # layers taken as an HCA layer of an empty context
+    rest_ms: Callable[[int, int], float]  # by a rank's requests and the server's
+    topk: Curve | None = None  # by context, of a top-k kernel other than the table's
+    prefill: PrefillModules | None = None
+
+
+@dataclass(frozen=True)
+class PrefillModules:
+    """Of one rank that prefills."""
+
+    csa: PrefillTimes
+    hca: PrefillTimes
+    rest_ms: Callable[[np.ndarray], np.ndarray]  # all layers, by the chunk's tokens
+
+
+def modules(hw: Hardware, geometry: Geometry) -> Modules:
+    """Raises FmsimError where no table has the deployment."""
+    if hw.kernel_tables is None:
+        return _calibrated(hw, geometry)
+    return _Tabled(hw, geometry).modules()
+
+
+class _Tabled:
+    """From the tables of one GPU and engine."""
+
+    def __init__(self, hw: Hardware, geometry: Geometry) -> None:
+        self.hw = hw
+        self.geometry = geometry
+        self.placed = hw.placed
+        gpu = str(hw.kernel_tables)
+        found = load_table(gpu, self.placed.engine)
+        if found is None:
+            raise FmsimError(
+                f"deployment: {self.placed.engine}'s kernels were not timed on {gpu}; take engine:"
+                f" {', '.join(timed_engines(gpu))}"
+            )
+        self.file = found
+        self.table, self.size = _model_table(found, geometry)
+        self.factor = hw.kernel_factor.value
+
+    def modules(self) -> Modules:
+        attention = self.table["attention"]
+        csa_ns, hca_ns = _roofline_ns(self.hw, self.geometry)
+        csa = self._attention(attention["csa"], csa_ns)
+        hca = self._attention(attention["hca"], hca_ns)
+        topk = None
+        if self.hw.topk_context_ms:
+            csa = replace(csa, grown=NOTHING)
+            topk = Curve.of(self.hw.topk_context_ms)
+        return Modules(
+            csa=csa,
+            hca=hca,
+            n_sliding=self.geometry.layer_types.count(SLIDING),
+            rest_ms=self._rest_ms(),
+            topk=topk,
+            prefill=self._prefill(),
+        )
+
+    def _attention(self, by_tp: Mapping[str, Any], roofline_ns: float) -> AttentionTimes:
+        """What further tokens add is the device's own: as timed, and no faster than its rates. The
+        tables end where their reads still hide behind launches.
+        """
+        key = str(self.placed.tp)
+        if key not in by_tp:
+            there = {tp: None for tp in by_tp if tp != "token_ns"}
+            raise self._not_timed(f"attention over {key} tensor-parallel GPUs", there)
+        times = AttentionTimes.of(by_tp[key], max(by_tp["token_ns"], roofline_ns))
+        factor = self.factor * self.size
+        return replace(times, short_ms=times.short_ms * factor, grown=times.grown.scaled(factor))
+
+    def _rest_ms(self) -> Callable[[int, int], float]:
+        """Everything but attention, as a function of a rank's requests and the server's."""
+        experts, router = self._experts(), Curve.of(self.table["router"])
+        shared = self._of_tp("shared_expert")
+        hyper = Curve.of(self.table["hyper_connections"])
+        head = self._of_tp("head")
+        exchange = self._exchange()
+        n_layers = self.geometry.n_layers
+        factor = self.factor * self.size
+
+        def rest(ranked: int, batch: int) -> float:
+            routed = router(ranked) + experts(batch)
+            layer = hyper(ranked) + np.maximum(routed, shared(ranked)) + exchange(ranked, batch)
+            return float((n_layers * layer + head(ranked)) * factor) + BETWEEN_STEPS_MS
+
+        return rest
+
+    def _of_tp(self, part: str) -> Curve:
+        return Curve.of(self.table[part][str(self.placed.tp)])
+
+    def _experts(self) -> Curve:
+        """By tokens of all GPUs."""
+        formats = self.table["experts"]
+        weights = self.hw.experts_as or self.placed.weights
+        if weights not in formats:
+            raise self._not_timed(f"{weights} experts", formats)
+        of_format = formats[weights]
+        placed = self.placed
+        if placed.ep == placed.n_gpus or placed.ep == 1:
+            kind = "ep" if placed.ep > 1 else "tp"
+            split = f"{kind}{placed.n_gpus}" if placed.n_gpus > 1 else "tp1"
+        else:
+            split = f"tp{placed.n_gpus // placed.ep} x ep{placed.ep}"
+        if split not in of_format:
+            raise self._not_timed(f"experts as {split}", of_format)
+        by_distribution = of_format[split]
+        name = (
+            placed.imbalance if placed.imbalance in by_distribution else next(iter(by_distribution))
+        )
+        return Curve.of(by_distribution[name])
+
+    def _exchange(self) -> Callable[[int, int], np.ndarray]:
+        """Between the GPUs in one layer: after attention, and around the experts."""
+        placed, token_bytes = self.placed, 2 * self.geometry.hidden_size
+        after_attention = self._collective("all_reduce", placed.tp)
+        if placed.dp == 1 and placed.cp == 1:
+            after_experts = self._collective("all_reduce", placed.n_gpus)
+            return lambda ranked, batch: (
+                after_attention(ranked * token_bytes) + after_experts(batch * token_bytes)
+            )
+        gather = self._collective("all_gather", placed.n_gpus)
+        scatter = self._collective("reduce_scatter", placed.n_gpus)
+        by_tokens = self.table.get("all_to_all")
+        sends = Curve.of(by_tokens) if by_tokens and placed.ep == placed.n_gpus == 8 else None
+        partial = self._collective("all_gather", placed.cp)
+
+        def exchange(ranked: int, batch: int) -> np.ndarray:
+            gathered = gather(batch * token_bytes) + scatter(batch * token_bytes)
+            if sends is not None:  # an engine takes what is faster
+                gathered = np.minimum(gathered, sends(max(1.0, ranked / placed.tp)))
+            # the parts of a KV that is shared out are put together: scores' best, then values
+            context = 2 * partial(ranked * token_bytes) if placed.cp > 1 else 0.0
+            ms: NDArray[np.float64] = after_attention(ranked * token_bytes) + gathered + context
+            return ms
+
+        return exchange
+
+    def _collective(self, name: str, n_gpus: int) -> Curve:
+        """By bytes."""
+        if n_gpus == 1:
+            return NOTHING
+        by_gpus = self.file[name]
+        if str(n_gpus) not in by_gpus:
+            raise self._not_timed(f"{name} over {n_gpus} GPUs", by_gpus)
+        return Curve.of(by_gpus[str(n_gpus)])
+
+    def _prefill(self) -> PrefillModules | None:
+        found = self.table["prefill"]
+        key = str(self.placed.tp)
+        if key not in found.get("csa", {}) or key not in found.get("hca", {}):
+            return None
+        experts, router = self._experts(), Curve.of(self.table["router"])
+        shared, hyper = self._of_tp("shared_expert"), Curve.of(self.table["hyper_connections"])
+        after_attention = self._collective("all_reduce", self.placed.tp)
+        after_experts = self._collective("all_reduce", self.placed.n_gpus)
+        token_bytes, factor = 2 * self.geometry.hidden_size, self.factor * self.size
+
+        def rest(tokens: np.ndarray) -> np.ndarray:
+            layer = hyper(tokens) + np.maximum(router(tokens) + experts(tokens), shared(tokens))
+            layer = layer + after_attention(tokens * token_bytes)
+            layer = layer + after_experts(tokens * token_bytes)
+            ms: NDArray[np.float64] = self.geometry.n_layers * layer * factor
+            return ms
+
+        sizes = np.unique(np.geomspace(1, _LARGEST_CHUNK, 240).round())
+        summed = Curve(sizes, np.asarray(rest(sizes)))
+        times = [PrefillTimes.of(found[kind][key]) for kind in ("csa", "hca")]
+        csa, hca = (replace(time, grid_ms=time.grid_ms * factor) for time in times)
+        return PrefillModules(csa, hca, summed)
+
+    def _not_timed(self, what: str, there: Mapping[str, Any]) -> FmsimError:
+        message = _SPLIT.format(
+            what=what, gpu=self.hw.kernel_tables, engine=self.file["engine"], there=", ".join(there)
+        )
+        return FmsimError(f"deployment {self.placed.title}: {message}")
+
+
+def _model_table(file: Mapping[str, Any], geometry: Geometry) -> tuple[Mapping[str, Any], float]:
+    """The model's own table, or v4-flash's and what to scale it up by: the weights that a layer
+    reads (never down: launches stay).
+    """
+    models = file["models"]
+    if geometry.name in models:
+        return models[geometry.name], 1.0
+    return models["v4-flash"], _layer_weights(geometry)
+
+
+def _layer_weights(geometry: Geometry) -> float:
+    """A layer's active weights over v4-flash's; at least 1."""
+    flash = PRESETS["v4-flash"]
+    per_layer = geometry.active_parameters / geometry.n_layers
+    return max(1.0, per_layer / (flash.active_parameters / flash.n_layers))
+
+
+def _calibrated(hw: Hardware, geometry: Geometry) -> Modules:
+    """From a calibration's own times, of one GPU that holds the whole model."""
+    if geometry.name in hw.kernels:
+        table, size = hw.kernels[geometry.name], 1.0
+    else:
+        table, size = hw.kernels["v4-flash"], _layer_weights(geometry)
+    factor = hw.kernel_factor.value * size
+    curves = {
+        name: Curve.of(points).scaled(factor)
+        for name, points in table.model_dump().items()
+        if isinstance(points, dict)
+    }
+    n_layers = geometry.n_layers
+
+    def rest(ranked: int, batch: int) -> float:
+        layer = curves["hyper_connections_batch_ms"](ranked) + curves["moe_batch_ms"](batch)
+        layer = layer + curves["router_batch_ms"](ranked)
+        layer = layer + 2 * curves["all_reduce_batch_ms"](batch)
+        return float(n_layers * layer + curves["head_batch_ms"](ranked))
+
+    csa_ns, hca_ns = _token_ns(hw, geometry, table)
+    return Modules(
+        csa=_by_batch(curves["csa_batch_ms"], curves["csa_context_ms"], csa_ns),
+        hca=_by_batch(curves["hca_batch_ms"], curves["hca_context_ms"], hca_ns),
+        n_sliding=geometry.layer_types.count(SLIDING),
+        rest_ms=rest,
+    )
+
+
+def _by_batch(batches: Curve, contexts: Curve, token_ns: float) -> AttentionTimes:
+    """Batches were timed at the smallest context, contexts at batch 1."""
+    return AttentionTimes(
+        contexts=contexts.at[:1],
+        batches=batches.at,
+        short_ms=batches.ms[None],
+        grown=Curve(contexts.at, contexts.ms - contexts.ms[0]),
+        token_ns=token_ns,
+    )
+
+
+def _token_ns(hw: Hardware, geometry: Geometry, table: KernelTable) -> tuple[float, float]:
+    """What a token of a further request adds in a CSA and an HCA layer: as measured, or the
+    roofline's.
+    """
+    csa_ns, hca_ns = _roofline_ns(hw, geometry)
+    if table.csa_entry_ns is not None:
+        csa_ns = table.csa_entry_ns / geometry.csa_rate
+    if table.hca_entry_ns is not None:
+        hca_ns = table.hca_entry_ns / geometry.hca_rate
+    return csa_ns, hca_ns
+
+
+def _roofline_ns(hw: Hardware, geometry: Geometry) -> tuple[float, float]:
+    """A token's bytes or operations at the device's rates, whichever takes longer, in a CSA layer
+    (index scores) and an HCA layer (attention: kernels pad few heads to all).
+    """
+    keys_s = geometry.index_key_bytes / hw.hbm_bytes_per_s.value
+    scores = geometry.index_n_heads * (2 * geometry.index_head_dim + 2)
+    scores_s = scores / (_FP8_SPEEDUP * hw.matmul_flops.value)
+    entry_s = geometry.kv_entry_bytes / hw.hbm_bytes_per_s.value
+    attended_s = 4 * geometry.n_heads * geometry.head_dim / hw.matmul_flops.value
+    return (
+        max(keys_s, scores_s) * 1e9 / geometry.csa_rate,
+        max(entry_s, attended_s) * 1e9 / geometry.hca_rate,
+    )

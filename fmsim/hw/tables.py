@@ -1,0 +1,146 @@
+"""Kernel times by GPU and engine, from `tables/*.json`, which benchmarks/kernel_tables.py made.
+
+All times in milliseconds. Sizes are tokens: of a decode step (requests) or of a prefill's chunk.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property, lru_cache
+from importlib.resources import files
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+Floats = NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class Curve:
+    """Measured times by size: linear between sizes, the last slope going on beyond them."""
+
+    at: np.ndarray  # [n] ascending
+    ms: np.ndarray  # [n]
+
+    @classmethod
+    def of(cls, points: Mapping[Any, Any]) -> Curve:
+        """From {size: ms}, or from a file's {"at": sizes, "ms": times}."""
+        if "at" in points:
+            return cls(np.array(points["at"], dtype=float), np.array(points["ms"], dtype=float))
+        sizes: list[float] = sorted(points)
+        times = [points[size] for size in sizes]
+        return cls(np.array(sizes, dtype=float), np.array(times, dtype=float))
+
+    def __call__(self, size: np.ndarray | float) -> Floats:
+        beyond = np.maximum(np.asarray(size) - self.at[-1], 0.0)
+        ms: Floats = np.interp(size, self.at, self.ms) + beyond * self._slope
+        return ms
+
+    @cached_property
+    def _slope(self) -> float:
+        if len(self.at) < 2:
+            return 0.0
+        return max(0.0, float((self.ms[-1] - self.ms[-2]) / (self.at[-1] - self.at[-2])))
+
+    def scaled(self, factor: float) -> Curve:
+        return Curve(self.at, self.ms * factor)
+
+
+NOTHING = Curve(np.array([1.0]), np.array([0.0]))
+
+
+@dataclass(frozen=True)
+class AttentionTimes:
+    """One layer's decode module.
+
+    Short contexts stand in a grid with every batch. A longer context adds what it added at batch 1
+    (`grown`), and each token of the other requests beyond the grid adds `token_ns`.
+    """
+
+    contexts: np.ndarray  # [c] tokens
+    batches: np.ndarray  # [b] requests
+    short_ms: np.ndarray  # [c, b]
+    grown: Curve  # by tokens of the longest context; 0 at the grid's last one
+    token_ns: float
+
+    @classmethod
+    def of(cls, table: Mapping[str, Any], token_ns: float) -> AttentionTimes:
+        return cls(
+            contexts=np.array(table["context"], dtype=float),
+            batches=np.array(table["batch"], dtype=float),
+            short_ms=np.array(table["short_ms"]),
+            grown=Curve(np.array(table["grown_at"], dtype=float), np.array(table["grown_ms"])),
+            token_ns=token_ns,
+        )
+
+    def of_batch(self, batch: int) -> np.ndarray:
+        """[c] ms at each short context; beyond the largest batch the last slope goes on."""
+        return np.array([float(Curve(self.batches, line)(batch)) for line in self.short_ms])
+
+    def ms(
+        self, of_batch: np.ndarray, batch: int, total: np.ndarray, largest: np.ndarray
+    ) -> Floats:
+        """[T], of `batch` requests with `total` tokens [T], the longest with `largest` [T].
+
+        `of_batch`: what `of_batch(batch)` gave, which a caller keeps.
+        """
+        short = np.interp(total / batch, self.contexts, of_batch)
+        others = np.maximum(total - largest - (batch - 1) * self.contexts[-1], 0.0)
+        ms: Floats = short + self.grown(largest) + others * self.token_ns / 1e6
+        return ms
+
+
+@dataclass(frozen=True)
+class PrefillTimes:
+    """One layer's prefill module: ms by the chunk's tokens and those before it."""
+
+    chunks: np.ndarray  # [c]
+    starts: np.ndarray  # [s]
+    grid_ms: np.ndarray  # [c, s]
+
+    @classmethod
+    def of(cls, table: Mapping[str, Any]) -> PrefillTimes:
+        return cls(
+            np.array(table["chunk"], dtype=float),
+            np.array(table["start"], dtype=float),
+            np.array(table["ms"]),
+        )
+
+    def ms(self, chunk: np.ndarray, start: np.ndarray) -> Floats:
+        """[n]: linear between measured chunks and starts. A chunk beyond the largest counts as
+        several of those, one after another; one below the smallest takes as long as that one.
+        """
+        start = start + np.maximum(chunk - self.chunks[-1], 0.0) / 2
+        low_c, share_c = _between(np.clip(chunk, self.chunks[0], self.chunks[-1]), self.chunks)
+        low_s, share_s = _between(start, self.starts)  # beyond the last, its slope goes on
+        lower = self._at(low_c, low_s) * (1 - share_s) + self._at(low_c, low_s + 1) * share_s
+        upper = self._at(low_c + 1, low_s) * (1 - share_s)
+        upper = upper + self._at(low_c + 1, low_s + 1) * share_s
+        between = lower * (1 - share_c) + upper * share_c
+        ms: Floats = between * np.maximum(1.0, chunk / self.chunks[-1])
+        return ms
+
+    def _at(self, chunk: np.ndarray, start: np.ndarray) -> Floats:
+        ms: Floats = self.grid_ms[chunk, start]
+        return ms
+
+
+def _between(x: np.ndarray, points: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The point below each x and the share of the way to the next one."""
+    low = np.clip(np.searchsorted(points, x, side="right") - 1, 0, len(points) - 2)
+    return low, (x - points[low]) / (points[low + 1] - points[low])
+
+
+@lru_cache(maxsize=32)
+def load_table(gpu: str, engine: str) -> Mapping[str, Any] | None:
+    """A table file's content; None where that engine was not timed on that GPU."""
+    path = files("fmsim.hw") / "tables" / f"{gpu}-{engine}.json"
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+
+
+def timed_engines(gpu: str) -> list[str]:
+    """Engines whose kernels were timed on a GPU."""
+    return [engine for engine in ("sglang", "vllm") if load_table(gpu, engine)]
