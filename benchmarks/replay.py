@@ -57,7 +57,7 @@ class Made:
                 self.entry_ids[step, layer] = np.sort(chosen)
         mass = rng.random(self.entry_ids.shape, dtype=np.float32) ** 8
         self.mass = (mass / mass.sum(-1, keepdims=True) / 2).astype(np.float16).astype(np.float32)
-        self.header = SimpleNamespace(prompt_tokens=4 * entries, tau=64, seed=seed)
+        self.header = SimpleNamespace(prompt_tokens=4 * entries, entry_tokens=4, tau=64, seed=seed)
         self.hidden = self.index_keys = self.prompt_mass = None
         self.holds_labels, self.csa_numbers = False, range(layers)
         self.still = still

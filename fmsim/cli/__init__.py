@@ -41,7 +41,7 @@ app.command()(validate)
 
 # Modules below fmsim.cli, each with an `app`; what they need beyond typer they import when a
 # command runs.
-SUB_APPS = ("policy", "trace", "indexer", "hw")
+SUB_APPS = ("model", "policy", "trace", "indexer", "hw")
 
 
 @app.callback(invoke_without_command=True)

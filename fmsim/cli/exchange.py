@@ -21,39 +21,90 @@ if TYPE_CHECKING:
 
 class Format(enum.StrEnum):
     flashmemory = "flashmemory"
+    sglang = "sglang"
+    vllm = "vllm"
+    miles = "miles"
+    npy = "npy"
+    csv = "csv"
 
 
-FormatOption = Annotated[
-    Format,
-    typer.Option("--format", help="flashmemory: the training dumps of LSA's authors, doc_*.pkl"),
-]
+class ExportFormat(enum.StrEnum):
+    flashmemory = "flashmemory"
 
 
 def import_traces(
-    folder: Annotated[Path, typer.Argument(metavar="DIR", help="folder of doc_*.pkl")],
-    out: Annotated[Path, typer.Option(help="folder for the traces, one a document")],
-    format: FormatOption = Format.flashmemory,
+    source: Annotated[Path, typer.Argument(metavar="FILE_OR_DIR", help="one file, or a folder")],
+    out: Annotated[Path, typer.Option(help="a trace for one file, a folder for a folder")],
+    format: Annotated[
+        Format,
+        typer.Option(
+            "--format",
+            help=(
+                "sglang, vllm: responses with captured selections (.json, .jsonl, .npy); miles:"
+                " rollout dumps (.pt, .parquet); npy: [steps, layers, top-k]; csv: time, layer,"
+                " ids; flashmemory: the training dumps of LSA's authors, doc_*.pkl"
+            ),
+        ),
+    ] = Format.flashmemory,
+    model: Annotated[
+        str | None,
+        typer.Option(help="what was captured: a preset (`fmsim model list`) or a config.json"),
+    ] = None,
+    topk: Annotated[
+        int | None, typer.Option(min=1, help="entries of a row, of a model without a preset")
+    ] = None,
+    layers: Annotated[
+        int | None, typer.Option(min=1, help="layers of a row, of a model without a preset")
+    ] = None,
+    entry_tokens: Annotated[
+        int, typer.Option(min=1, help="tokens of an entry, of a model without a preset")
+    ] = 1,
+    prompt_tokens: Annotated[
+        int | None, typer.Option(min=1, help="length of the prompt, where the file does not say")
+    ] = None,
     tau: Annotated[
-        int, typer.Option(help="decode steps of a window; a query stands at each window's start")
+        int,
+        typer.Option(help="flashmemory: steps of a window; a query stands at each window's start"),
     ] = 64,
 ) -> None:
-    """Turn another project's recordings into traces.
+    """Turn an engine's captures, or another project's recordings, into traces.
 
-    Pickles are read, never run: tensors are admitted and nothing else.
+    Pickles are read, never run: numbers, texts and arrays are admitted and nothing else.
 
     \b
+    fmsim trace import response.json --format sglang --model v3.2 --out v3.2.safetensors
+    fmsim trace import steps.npy --format npy --topk 64 --layers 4 --prompt-tokens 900 --out t
     fmsim trace import --format flashmemory dumps/niah --out traces/niah
-    fmsim indexer train traces/niah/*.safetensors --out indexer.safetensors
     """
-    from fmsim import trace
-    from fmsim.trace.importers import flashmemory
+    from fmsim.trace.importers import files
 
-    paths = flashmemory.documents(folder)
-    out.mkdir(parents=True, exist_ok=True)
+    if format is Format.flashmemory:
+        _flashmemory(source, out, tau)
+        return
+    watched = files.model_of(model, topk, layers, entry_tokens)
+    pairs = files.places(source, out, format.value)
+    for path, place in track(pairs, "importing"):
+        for written, found in files.import_file(path, place, format.value, watched, prompt_tokens):
+            masses = "" if found.has_mass else ", no masses"
+            typer.echo(
+                f"{written}: {found.n_steps} steps after {found.header.prompt_tokens:,} tokens,"
+                f" {found.n_layers} selections of {found.topk}{masses}"
+            )
+
+
+def _flashmemory(source: Path, out: Path, tau: int) -> None:
+    """All dumps of a folder, or one dump."""
+    from fmsim import trace
+    from fmsim.trace.importers import files, flashmemory
+
+    one = source.is_file()
+    paths = [source] if one else flashmemory.documents(source)
+    if not one:
+        out.mkdir(parents=True, exist_ok=True)
     labels = dropped = unkeyed = 0
     for path in track(paths, "importing"):
         found = flashmemory.read_document(path, tau)
-        trace.write(out / f"{path.stem}.safetensors", found)
+        trace.write(files.place_of(path, out) if one else out / f"{path.stem}.safetensors", found)
         quality = found.header.quality
         labels, dropped = labels + quality["labels"], dropped + quality["labels_dropped"]
         unkeyed += quality["entries_without_keys"] > 0
@@ -73,7 +124,10 @@ def import_traces(
 def export_traces(
     traces: Annotated[list[Path], typer.Argument(help="traces with hidden states and index keys")],
     out: Annotated[Path, typer.Option(help="folder for doc_*.pkl and their metadata")],
-    format: FormatOption = Format.flashmemory,
+    format: Annotated[
+        ExportFormat,
+        typer.Option("--format", help="flashmemory: the training dumps of LSA's authors"),
+    ] = ExportFormat.flashmemory,
     head_share: Annotated[
         float, typer.Option(help="share of a step's compressed mass that golden entries carry")
     ] = 0.6,

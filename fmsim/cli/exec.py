@@ -135,6 +135,9 @@ def exec_(
         str | None, typer.Option(help="cuda or cpu; cuda where there is one by default")
     ] = None,
     seed: Annotated[int, typer.Option(help="decides the built-in questions")] = 0,
+    beyond_positions: Annotated[
+        bool, typer.Option("--beyond-positions", help="contexts longer than the model knows")
+    ] = False,
 ) -> None:
     """Decode with a real model under a policy: the answer, and what it cost, measured.
 
@@ -174,6 +177,7 @@ def exec_(
     import torch
 
     from fmsim.exec.model.loader import load_model
+    from fmsim.exec.model.needs import needs
     from fmsim.exec.runs import live as run
     from fmsim.nano.question import TEXT
     from fmsim.nano.tokenizer import MODEL_FOLDER
@@ -182,6 +186,10 @@ def exec_(
     device = device_given(device, torch.cuda.is_available())
     folder, text = model or MODEL_FOLDER, TEXT if prompt_file is None else prompt_file.name
     streams = _streams(model, prompt_file, lengths, steps, seed)
+    if model is not None:
+        longest = [len(stream.prompt) + stream.steps for stream in streams]
+        for line in needs(folder, device, longest, beyond_positions=beyond_positions).lines():
+            typer.echo(line, err=True)
     loaded = load_model(folder, device)
     from fmsim.cli.progress import token_bar
 

@@ -37,12 +37,12 @@ def show(
     from fmsim import trace as traces
     from fmsim.cli.progress import token_bar
     from fmsim.exec.runs import synthetic as synthetic_run
-    from fmsim.experiments.run import geometry_named
+    from fmsim.geometry import deepseek_v4_named
     from fmsim.replay.replayer import Replayer
     from fmsim.report.tables import measured
     from fmsim.sim.footprint import allocation, spread
 
-    geometry = geometry_named(model)
+    geometry = deepseek_v4_named(model)
     device = device_given(device, torch.cuda.is_available())
     path = _trace(trace, context)
     found = traces.read(path)

@@ -80,12 +80,12 @@ def calibrate(
             " machine to be simulated"
         )
     from fmsim.exec.measure.calibrate import calibrate as measure
-    from fmsim.experiments.run import geometry_named
+    from fmsim.geometry import deepseek_v4_named
     from fmsim.hw.calibration import write_preset
 
     written = write_preset(
         measure(
-            geometry_named(model),
+            deepseek_v4_named(model),
             "cuda",
             seed,
             report=lambda line: quiet or typer.echo(line, err=True),

@@ -37,7 +37,9 @@ def plan(
     policy: Annotated[
         list[str], typer.Option("--policy", "-p", help="only this one; repeat for more")
     ] = [],
-    model: Annotated[str | None, typer.Option(help="v4-flash, v4-pro, or a config.json")] = None,
+    model: Annotated[
+        str | None, typer.Option(help="a preset (`fmsim model list`), a config.json or layer specs")
+    ] = None,
     hardware: Annotated[
         str | None, typer.Option(help="one or more of fmsim hw list: h100,h200,b200")
     ] = None,
@@ -55,6 +57,9 @@ def plan(
     override: Annotated[
         list[str], typer.Option("--set", "-s", help="key=value, e.g. server.mirror=shared")
     ] = [],
+    beyond_positions: Annotated[
+        bool, typer.Option("--beyond-positions", help="contexts longer than the model knows")
+    ] = False,
     as_json: Annotated[
         bool, typer.Option("--json", help="print one JSON object instead of the tables")
     ] = False,
@@ -110,6 +115,7 @@ def plan(
         "output_tokens": _tokens("--output", output),
         "tpot_s": _seconds("--tpot", tpot, "ms"),
         "usd_per_gpu_hour": usd_per_gpu_hour,
+        "beyond_positions": beyond_positions,
     }
     if ttft is not None:
         asked["ttft_s"] = _seconds("--ttft", ttft, "s")
@@ -136,6 +142,7 @@ def plan(
                 *override,
                 *(f"{key}={value}" for key, value in given.items() if value is not None),
                 *placed,
+                *["beyond_positions=true"] * beyond_positions,
             ],
         )
         tokens = None if context is None else _tokens("--context", context)

@@ -17,7 +17,9 @@ if TYPE_CHECKING:
 
 
 def run(
-    scenario: Annotated[Path, typer.Argument(help="scenario file (.yaml)")],
+    scenario: Annotated[
+        Path, typer.Argument(help="scenario file (.yaml), a trace, or with --format a capture")
+    ],
     policy: Annotated[
         list[str], typer.Option("--policy", "-p", help="run only this one; repeat for more")
     ] = [],
@@ -33,6 +35,24 @@ def run(
     ] = None,
     svg: Annotated[Path | None, typer.Option(help="write the table as a picture")] = None,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="no progress bar")] = False,
+    model: Annotated[
+        str | None, typer.Option(help="a preset (`fmsim model list`), a config.json or layer specs")
+    ] = None,
+    hardware: Annotated[str | None, typer.Option(help="h100, h200, h20, b200 or a file")] = None,
+    capture: Annotated[
+        str | None,
+        typer.Option(
+            "--format", help="SCENARIO is an engine's capture: sglang, vllm, miles, npy or csv"
+        ),
+    ] = None,
+    prompt_tokens: Annotated[
+        int | None,
+        typer.Option(min=1, help="of a capture's prompt, where the file does not say"),
+    ] = None,
+    beyond_positions: Annotated[
+        bool,
+        typer.Option("--beyond-positions", help="contexts longer than the model knows"),
+    ] = False,
     gpus: deployment.Gpus = None,
     tp: deployment.Tp = None,
     dp: deployment.Dp = None,
@@ -57,10 +77,11 @@ def run(
     fmsim run scenarios/500k.yaml --json --out results
     fmsim run scenarios/500k.yaml --dp 8 --set batch=64
     fmsim run scenarios/serve.yaml --set workload.requests=60 --set server.prefill=separate
+    fmsim run v3.2.safetensors --model v3.2 --hardware h200
+    fmsim run response.json --format sglang --model v3.2 --hardware h200
     """
     from fmsim.report.tables import decode as table
     from fmsim.report.tables import serving
-    from fmsim.scenario import ScenarioFile
 
     placed = deployment.overrides(
         n_gpus=gpus,
@@ -76,7 +97,10 @@ def run(
         mem_fraction=mem_fraction,
         start_log=start_log,
     )
-    file = ScenarioFile(scenario, [*override, *placed])
+    given = {"model": model, "hardware": hardware}
+    overrides = [f"{key}={value}" for key, value in given.items() if value is not None]
+    overrides += ["beyond_positions=true"] * beyond_positions
+    file = _scenario(scenario, [*overrides, *override, *placed], capture, model, prompt_tokens)
     shown = table if file.scenario.workload is None else serving
     report = _with_progress(file, policy, quiet)
     if out is not None:
@@ -89,6 +113,27 @@ def run(
         typer.echo(json.dumps(report.as_json()))
     else:
         shown.show(report.as_json())
+
+
+def _scenario(
+    path: Path,
+    overrides: list[str],
+    capture: str | None,
+    model: str | None,
+    prompt_tokens: int | None,
+) -> ScenarioFile:
+    """The scenario of a file; of a trace or a capture one with every policy that it can drive."""
+    from fmsim.errors import FmsimError
+    from fmsim.experiments import captured
+    from fmsim.scenario import ScenarioFile
+
+    if capture is not None:
+        return captured.of_capture(path, capture, model, prompt_tokens, overrides)
+    if prompt_tokens is not None:
+        raise FmsimError("--prompt-tokens is about a capture; give --format as well")
+    if path.suffix == ".safetensors":
+        return captured.of_trace(path, overrides)
+    return ScenarioFile(path, overrides)
 
 
 def _with_progress(file: ScenarioFile, policies: list[str], quiet: bool) -> Report | ServingReport:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from fmsim.cli import exchange
+from fmsim.cli import exchange, trace_tools
 from fmsim.cli.extras import require
 from fmsim.cli.progress import token_bar
 
@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 app = typer.Typer(help="Record attention traces, and look into them.", no_args_is_help=True)
 app.command("import")(exchange.import_traces)
 app.command("export")(exchange.export_traces)
+app.command("cut")(trace_tools.cut)
+app.command("stats")(trace_tools.stats)
 
 
 class Kind(enum.StrEnum):
@@ -72,7 +74,10 @@ def _show(file: Path, found: dict) -> None:
 def record(
     out: Annotated[Path, typer.Option(help="trace to write (.safetensors)")],
     model: Annotated[
-        Path | None, typer.Option(help="a DeepSeek-V4 directory; the shipped nano by default")
+        Path | None,
+        typer.Option(
+            help="a directory of DeepSeek-V4, DeepSeek-V3.2 or GLM-5; the shipped nano by default"
+        ),
     ] = None,
     dense: Annotated[
         Path | None, typer.Option(help="a dense causal LM instead: a directory or a .gguf file")
@@ -98,7 +103,7 @@ def record(
         str | None, typer.Option(help="cuda or cpu; cuda where there is one by default")
     ] = None,
 ) -> None:
-    """Read a prompt, decode, and keep what every CSA layer attended to.
+    """Read a prompt, decode, and keep what every sparse layer attended to.
 
     \b
     fmsim trace record --prompt-file book.txt --context 32768 --out book.safetensors
@@ -120,6 +125,8 @@ def record(
         if prompt_file is None:
             raise FmsimError("trace record: --dense needs --prompt-file")
         recorded = _dense(dense, prompt_file, context, steps, device)
+    elif model is not None and _is_dsa(model):
+        recorded = _dsa(model, prompt_file, context, steps, device)
     else:
         recorded = _deepseek(
             model, _stream(model, prompt_file, kind, corpus, context, steps, seed), seed, device
@@ -129,6 +136,35 @@ def record(
         f"{out}: {recorded.n_steps} steps after {recorded.header.prompt_tokens} tokens,"
         f" {out.stat().st_size / 1e6:.1f} MB"
     )
+
+
+def _is_dsa(model: Path) -> bool:
+    from fmsim.trace.importers.dsa import is_dsa
+
+    return is_dsa(model)
+
+
+def _dsa(model: Path, prompt_file: Path | None, context: int, steps: int, device: str):
+    from fmsim.errors import FmsimError
+    from fmsim.trace.importers.dense import load_dense, weights_sha256
+    from fmsim.trace.importers.dsa import record_dsa
+
+    if prompt_file is None:
+        raise FmsimError("trace record: a built-in task is for nano; give --prompt-file")
+    loaded, tokenizer = load_dense(model, device)
+    ids = tokenizer(_text(prompt_file))["input_ids"][:context]
+    if not ids:
+        raise FmsimError(f"--prompt-file {prompt_file}: holds no text")
+    with token_bar(len(ids) + steps) as advance:
+        return record_dsa(
+            loaded,
+            ids,
+            steps,
+            name=model.resolve().name,
+            sha256=weights_sha256(model),
+            prompt_text=prompt_file.name,
+            progress=advance,
+        )
 
 
 def _deepseek(model: Path | None, stream: Stream, seed: int, device: str):

@@ -67,6 +67,8 @@ def compute(
     the budget) is left out.
     """
     replayer = Replayer(trace)
+    if not trace.has_mass:  # what a policy that masks loses cannot be known
+        ledgers = {label: one for label, one in ledgers.items() if not _is_lossy(one)}
     weights = np.bincount(
         check_layer_map(layer_map, trace.n_layers, len(layer_map)), minlength=trace.n_layers
     ).astype(float)

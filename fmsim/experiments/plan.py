@@ -13,9 +13,8 @@ from fmsim.experiments.run import (
     about,
     about_deployment,
     build_policies,
-    geometry_named,
 )
-from fmsim.geometry import Geometry
+from fmsim.geometry import Geometry, geometry_named
 from fmsim.hw import Hardware, load_hardware
 from fmsim.hw.deployment import Deployment
 from fmsim.policies import registry
@@ -39,6 +38,7 @@ class Ask:
     tpot_s: float
     ttft_s: float = float("inf")
     usd_per_gpu_hour: float | None = None
+    beyond_positions: bool = False  # contexts longer than the model's positions
 
 
 @dataclass(frozen=True)
@@ -100,6 +100,8 @@ def plan_model(
     Raises FmsimError for whatever the user can mend.
     """
     geometry = geometry_named(model)
+    if ask.beyond_positions:
+        geometry = geometry.beyond_positions()
     candidates = [
         Candidate(
             each.policy,
@@ -150,13 +152,12 @@ def _report(
     ask: Ask,
 ) -> dict[str, Any]:
     """A plan for each policy on each server; one that cannot be says why."""
-    if max(ask.tokens, ask.output_tokens + 1) > geometry.max_positions:
-        raise FmsimError(
-            f"--context: {ask.tokens:,} + {ask.output_tokens:,} tokens are more than the"
-            f" {geometry.max_positions:,} positions of {geometry.name}"
-        )
-    # a prompt as long as the model reads leaves room for its answer
-    tokens = min(ask.tokens, geometry.max_positions - ask.output_tokens)
+    tokens = ask.tokens
+    if geometry.max_positions is not None:
+        longest = max(ask.tokens, ask.output_tokens + 1)
+        geometry.check_context(longest, "--context and --output")
+        # a prompt as long as the model reads leaves room for its answer
+        tokens = min(ask.tokens, geometry.max_positions - ask.output_tokens)
     plans: list[dict[str, Any]] = []
     for hw in servers:
         placed = hw.placed

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -11,11 +10,13 @@ from typing import Any
 
 from fmsim import __version__
 from fmsim.errors import FmsimError
+from fmsim.experiments.driving import layers_that_drive, stands_for
 from fmsim.experiments.parallel import in_parallel
 from fmsim.experiments.results import REPORT_NAME, SCHEMA_VERSION, ledger_path, timeline_path
 from fmsim.files import write_text
-from fmsim.geometry import PRESETS, Geometry, from_config
+from fmsim.geometry import Geometry, geometry_named
 from fmsim.hw import Hardware, load_hardware, replace_figure
+from fmsim.hw.modules import stand_in
 from fmsim.policies import registry
 from fmsim.policies.base import Policy
 from fmsim.replay.ledger import Ledger
@@ -23,7 +24,7 @@ from fmsim.replay.replayer import Replayer
 from fmsim.scenario import PolicySpec, ScenarioFile
 from fmsim.sim import metrics
 from fmsim.sim.decode import simulate
-from fmsim.sim.footprint import check_layer_map
+from fmsim.sim.footprint import check_layer_map, spread
 from fmsim.sim.timeline import SimulatedTimeline
 from fmsim.trace import read
 
@@ -77,20 +78,28 @@ class Setting:
         """Raises FmsimError for whatever the user can mend."""
         scenario = file.scenario
         self.file, self.batch = file, scenario.batch
-        self.geometry = load_geometry(file)
+        geometry = load_geometry(file)
+        self.geometry = geometry.beyond_positions() if scenario.beyond_positions else geometry
         self.hw = load_scenario_hardware(file)
         self.trace = read(file.file(scenario.trace))
-        longest = self.trace.header.prompt_tokens + self.trace.n_steps
-        if longest > self.geometry.max_positions:
-            raise FmsimError(
-                f"{file.where(('trace',))}: its {longest:,} tokens are more than the"
-                f" {self.geometry.max_positions:,} positions of {self.geometry.name}; take a"
-                " shorter trace"
-            )
+        self.stands_for = stands_for(file, self.trace, self.geometry)
+        given = scenario.layer_map
+        if given is None:
+            given = layers_that_drive(self.trace, self.geometry)
+        elif given == "spread":
+            given = spread(self.trace.n_layers, self.geometry.n_csa)
         self.layer_map = _located(
             file,
             ("layer_map",),
-            lambda: check_layer_map(scenario.layer_map, self.trace.n_layers, self.geometry.n_csa),
+            lambda: check_layer_map(given, self.trace.n_layers, self.geometry.n_csa),
+        )
+        tokens = self.trace.header.prompt_tokens + self.trace.n_steps
+        self.check_context(tokens // self.trace.header.entry_tokens * self.geometry.csa_rate)
+
+    def check_context(self, tokens: int) -> None:
+        """Refuse a context that the model has no positions for, unless the scenario wants it."""
+        self.geometry.check_context(
+            tokens, f"{self.file.path}: a context of {self.file.scenario.name}"
         )
 
     def replayer(self, policies: Sequence[tuple[str, Policy]] = ()) -> Replayer:
@@ -163,30 +172,10 @@ def load_scenario_hardware(file: ScenarioFile) -> Hardware:
 
 
 def load_geometry(file: ScenarioFile) -> Geometry:
-    """The scenario's model: a preset's name, or a config.json beside the scenario (or the folder
-    that holds one).
+    """The scenario's model: a preset's name, or a file beside the scenario (see
+    `geometry_named`).
     """
     return geometry_named(file.scenario.model, file.file, file.where(("model",)))
-
-
-def geometry_named(
-    name: str, find: Callable[[str], Path] = Path, where: str = "--model"
-) -> Geometry:
-    """A preset by its name, or what a config.json says (or the folder that holds one); ``where`` is
-    for the message of an FmsimError.
-    """
-    if name in PRESETS:
-        return PRESETS[name]
-    path = find(name)
-    path = path / "config.json" if path.is_dir() else path
-    if not path.is_file():
-        near = difflib.get_close_matches(name, PRESETS, n=1)
-        hint = f"did you mean '{near[0]}'?" if near else f"presets are {', '.join(PRESETS)}"
-        raise FmsimError(f"{where}: neither a preset nor a config.json: {name!r}; {hint}")
-    try:
-        return from_config(json.loads(path.read_text(encoding="utf-8")), name=path.parent.name)
-    except (OSError, ValueError) as error:
-        raise FmsimError(f"{path}: not a usable DeepSeek-V4 config ({error})") from None
 
 
 def select(file: ScenarioFile, selected: Sequence[str]) -> list[PolicySpec]:
@@ -227,7 +216,9 @@ def about_deployment(hw: Hardware, geometry: Geometry) -> dict[str, Any]:
     """How the model lies on the GPUs, and what they have left for KV."""
     placed = hw.placed
     pool = hw.kv_pool(geometry)
+    scaled = stand_in(hw, geometry)
     return {
+        **({"kernels_stand_in": scaled} if scaled else {}),
         "tensor_parallel": placed.tp,
         "deployment": {"title": placed.title, **placed.model_dump()},
         "weight_bytes_per_gpu": round(hw.weight_bytes(geometry)),
@@ -242,6 +233,7 @@ def about_deployment(hw: Hardware, geometry: Geometry) -> dict[str, Any]:
 
 def about(setting: Setting) -> dict[str, Any]:
     """What the rows were made from, for the report's head."""
+    foreign = {"stands_for": setting.stands_for} if setting.stands_for else {}
     file, trace, geometry, hw = setting.file, setting.trace, setting.geometry, setting.hw
     header, scenario = trace.header, file.scenario
     return {
@@ -259,11 +251,13 @@ def about(setting: Setting) -> dict[str, Any]:
             "steps": trace.n_steps,
             "csa_layers": trace.n_layers,
             "topk": trace.topk,
+            "masses": trace.has_mass,
             "quality": header.quality,
             "content_sha256": header.content_sha256,
         },
         "model": {"name": geometry.name, "csa_layers": geometry.n_csa, "layers": geometry.n_layers},
         "layer_map": list(setting.layer_map),
+        **foreign,
         "hardware": {
             "name": hw.name,
             "title": hw.title,

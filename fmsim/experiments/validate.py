@@ -11,8 +11,8 @@ import numpy as np
 
 from fmsim.exec.decode.trace_driven import TraceDrivenDecode, TraceDrivenRun, device_name
 from fmsim.exec.runs import synthetic as synthetic_run
-from fmsim.experiments.run import build, load_geometry, run_scenario, select
-from fmsim.geometry import Geometry
+from fmsim.experiments.run import build, run_scenario, select
+from fmsim.geometry import Geometry, deepseek_v4_named
 from fmsim.policies.base import Policy
 from fmsim.replay.ledger import Ledger
 from fmsim.replay.replayer import Replayer
@@ -100,9 +100,14 @@ def validate_scenario(
     hardware should then be a preset that `fmsim hw calibrate` made here.
     """
     simulated = run_scenario(file, selected)
-    scenario, geometry = file.scenario, load_geometry(file)
+    scenario = file.scenario
+    geometry = deepseek_v4_named(scenario.model, file.file, file.where(("model",)))
     trace = read(file.file(scenario.trace))
-    layer_map = check_layer_map(scenario.layer_map, trace.n_layers, geometry.n_csa)
+    layer_map = check_layer_map(
+        None if scenario.layer_map == "spread" else scenario.layer_map,
+        trace.n_layers,
+        geometry.n_csa,
+    )
     replayer = Replayer(trace, entry_bytes=geometry.kv_entry_bytes, model_layers=geometry.n_csa)
     policies = [(spec.label, partial(build, file, spec)) for spec in select(file, selected)]
     rows = [

@@ -1,17 +1,8 @@
-"""What a DeepSeek-V4 model keeps for a context, in bytes, and what it computes, in operations.
-
-All byte arithmetic is here.
+"""The DeepSeek-V4 family: compressed sparse (CSA), heavily compressed (HCA) and sliding layers.
 
 Sources: the models' published `config.json` (deepseek-ai/DeepSeek-V4-Flash and -Pro), the cache
 layout of the deployed engine (584-byte entries, 132-byte index keys), and FlashMemory, arXiv
 2606.09079, for the footprints to reproduce.
-
-Two accountings of a request's KV cache are used, and always named:
-
-- *logical*: compressed entries and index keys only, a policy's share of them taken from the full
-  cache. It is the paper's accounting, and the one that its footprint column follows.
-- *on the GPU*: what a tiered engine really holds there: the resident entries, every HCA entry, the
-  sliding windows, and the index keys that still have to be scored.
 """
 
 from __future__ import annotations
@@ -19,22 +10,25 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
-import numpy as np
+from fmsim.geometry.base import Geometry
+from fmsim.geometry.layers import LayerSpec
 
+MODEL_TYPE = "deepseek_v4"
+FAMILY = "DeepSeek-V4"
 SLIDING = "sliding_attention"
 CSA = "compressed_sparse_attention"
 HCA = "heavily_compressed_attention"
 
 _TYPE_OF_RATIO = {0: SLIDING, 4: CSA, 128: HCA}
-_SCALE_BLOCK = (
-    64  # fp8 values that share one scale byte; an entry's scale bytes are padded to a multiple of 8
-)
+_SCALE_BLOCK = 64  # fp8 values that share a scale byte; scale bytes are padded to a multiple of 8
+_EXPERT_BYTES = 17 / 32  # 4-bit values with a scale byte per 32, as both models are published
 
 
 @dataclass(frozen=True)
-class Geometry:
+class DeepseekV4Geometry(Geometry):
     """The shape of one DeepSeek-V4 model.
 
     Sizes are in elements, rates in tokens an entry; byte sizes are properties.
@@ -60,27 +54,37 @@ class Geometry:
     n_shared_experts: int
     expert_width: int
     vocabulary: int
-    max_positions: int = 2**20  # the longest context, in tokens
-    float8_weights: bool = (
-        False  # of projections and experts, as both models are published; else bfloat16
-    )
+    float8_weights: bool = False  # of projections and experts, as published; else bfloat16
+    max_positions: int | None = None
+    family = FAMILY
+    dense_mlps = 0
 
     @property
     def weight_type(self) -> str:
         """Of projections and experts; the rest is bfloat16, some of it float32."""
         return "float8" if self.float8_weights else "bfloat16"
 
-    @property
-    def n_layers(self) -> int:
-        return len(self.layer_types)
-
-    @property
-    def n_csa(self) -> int:
-        return self.layer_types.count(CSA)
-
-    @property
-    def n_hca(self) -> int:
-        return self.layer_types.count(HCA)
+    @cached_property
+    def layers(self) -> tuple[LayerSpec, ...]:
+        window = {"window_tokens": self.window_tokens, "window_bytes": self.kv_entry_bytes}
+        of_type = {
+            SLIDING: LayerSpec(kind="window", **window),
+            CSA: LayerSpec(
+                kind="sparse",
+                entry_tokens=self.csa_rate,
+                entry_bytes=self.kv_entry_bytes,
+                key_bytes=self.index_key_bytes,
+                topk=self.index_topk,
+                **window,
+            ),
+            HCA: LayerSpec(
+                kind="dense",
+                entry_tokens=self.hca_rate,
+                entry_bytes=self.kv_entry_bytes,
+                **window,
+            ),
+        }
+        return tuple(of_type[kind] for kind in self.layer_types)
 
     @property
     def kv_entry_bytes(self) -> int:
@@ -95,49 +99,6 @@ class Geometry:
     def index_key_bytes(self) -> int:
         """One index key: fp8 values and one float32 scale. 132 for V4."""
         return self.index_head_dim + 4
-
-    def csa_entries(self, tokens: int) -> int:
-        """Entries that one CSA layer has closed after `tokens` tokens."""
-        return tokens // self.csa_rate
-
-    def hca_entries(self, tokens: int) -> int:
-        return tokens // self.hca_rate
-
-    def full_kv_bytes(self, tokens: int) -> int:
-        """Logical bytes of the whole cache of one request: CSA entries with their index keys, and
-        HCA entries.
-
-        The sliding windows are left out, as in the paper: they do not grow with the context (3.1
-        MiB for V4-Flash).
-        """
-        csa_bytes = (
-            self.n_csa * self.csa_entries(tokens) * (self.kv_entry_bytes + self.index_key_bytes)
-        )
-        return csa_bytes + self.n_hca * self.hca_entries(tokens) * self.kv_entry_bytes
-
-    @property
-    def window_bytes(self) -> int:
-        """The sliding windows of all layers, full."""
-        return self.n_layers * self.window_tokens * self.kv_entry_bytes
-
-    def gpu_kv_bytes(self, tokens: int, resident_entries: int, keyed_entries: int) -> int:
-        """Bytes on the GPU of one request under tiering.
-
-        `resident_entries` and `keyed_entries` count (layer, entry) pairs over all CSA layers whose
-        KV, and whose index key, lie on the GPU.
-        """
-        fixed = self.window_bytes + self.n_hca * self.hca_entries(tokens) * self.kv_entry_bytes
-        return fixed + resident_entries * self.kv_entry_bytes + keyed_entries * self.index_key_bytes
-
-    def host_kv_bytes(self, tokens: int) -> int:
-        """Bytes of the host's mirror of one request: every CSA entry with its index key."""
-        return self.n_csa * self.csa_entries(tokens) * (self.kv_entry_bytes + self.index_key_bytes)
-
-    def slot_bytes(self, granularity: int, with_keys: bool = False) -> int:
-        """Bytes that one layer's slot of `granularity` entries moves over the link; `with_keys`
-        where index keys are tiered.
-        """
-        return granularity * (self.kv_entry_bytes + (self.index_key_bytes if with_keys else 0))
 
     @property
     def expert_parameters(self) -> int:
@@ -184,35 +145,12 @@ class Geometry:
     def _one_expert(self) -> int:
         return 3 * self.hidden_size * self.expert_width
 
-    @property
-    def split_flops_per_token(self) -> float:
-        """Operations of projections and experts on one token: 2 a parameter that multiplies it,
-        which the embedding's do not.
-        """
-        return 2.0 * (self.active_parameters - self.vocabulary * self.hidden_size)
-
-    def attention_flops_per_token(
-        self, tokens: np.ndarray | float, scored_entries: np.ndarray | float, speedup: float = 1.0
-    ) -> np.ndarray | float:
-        """Operations of one token's attention at a context of `tokens`: over top-k, window and HCA
-        entries, and the lightning indexer over `scored_entries` entries a CSA layer, whose products
-        count 1 / `speedup`.
-        """
-        per_entry = 4 * self.n_heads * self.head_dim  # q.k and p.v
-        attended = self.n_csa * np.minimum(self.index_topk, tokens / self.csa_rate)
-        attended = attended + self.n_layers * self.window_tokens
-        attended = attended + self.n_hca * (tokens / self.hca_rate)
-        per_score = self.index_n_heads * (2 * self.index_head_dim + 2) / speedup
-        return attended * per_entry + self.n_csa * scored_entries * per_score
-
-    def flops_per_token(self, tokens: int, scored_entries: int) -> float:
-        """Operations of one decode step of one request at a context of `tokens`."""
-        return float(
-            self.split_flops_per_token + self.attention_flops_per_token(tokens, scored_entries)
-        )
+    def weight_bytes(self, n_gpus: int) -> float:
+        """As both models are published: 4-bit experts, one byte for every other parameter."""
+        return (self.expert_parameters * _EXPERT_BYTES + self.shared_parameters) / n_gpus
 
 
-def from_config(config: Mapping[str, Any], name: str = "") -> Geometry:
+def from_config(config: Mapping[str, Any], name: str = "") -> DeepseekV4Geometry:
     """The geometry of a Hugging Face DeepSeek-V4 `config.json`, in transformers' spelling or the
     published one.
 
@@ -225,7 +163,7 @@ def from_config(config: Mapping[str, Any], name: str = "") -> Geometry:
     rope_dim = config.get("qk_rope_head_dim") or round(
         config.get("partial_rotary_factor", 0.125) * _need(config, "head_dim")
     )
-    return Geometry(
+    return DeepseekV4Geometry(
         name=name or str(config.get("_name_or_path") or "custom"),
         layer_types=_layer_types(config, n_layers),
         hidden_size=_need(config, "hidden_size"),
@@ -246,8 +184,8 @@ def from_config(config: Mapping[str, Any], name: str = "") -> Geometry:
         n_shared_experts=config.get("n_shared_experts", 1),
         expert_width=_need(config, "moe_intermediate_size"),
         vocabulary=_need(config, "vocab_size"),
-        max_positions=config.get("max_position_embeddings") or 2**20,
         float8_weights=(config.get("quantization_config") or {}).get("quant_method") == "fp8",
+        max_positions=config.get("max_position_embeddings"),
     )
 
 
@@ -277,49 +215,3 @@ def _layer_types(config: Mapping[str, Any], n_layers: int) -> tuple[str, ...]:
     if CSA not in types:
         raise ValueError("there is no CSA layer, so nothing to page")
     return tuple(types)
-
-
-# What the two published config.json files (deepseek-ai/DeepSeek-V4-Flash,
-# deepseek-ai/DeepSeek-V4-Pro) have in common.
-_PUBLISHED = {
-    "model_type": "deepseek_v4",
-    "head_dim": 512,
-    "qk_rope_head_dim": 64,
-    "sliding_window": 128,
-    "index_n_heads": 64,
-    "index_head_dim": 128,
-    "o_lora_rank": 1024,
-    "num_experts_per_tok": 6,
-    "n_shared_experts": 1,
-    "vocab_size": 129280,
-    "quantization_config": {"quant_method": "fp8", "weight_block_size": [128, 128]},
-}
-
-_FLASH = _PUBLISHED | {
-    "num_hidden_layers": 43,
-    "compress_ratios": [0, 0] + [4, 128] * 20 + [4, 0],
-    "hidden_size": 4096,
-    "num_attention_heads": 64,
-    "index_topk": 512,
-    "q_lora_rank": 1024,
-    "o_groups": 8,
-    "n_routed_experts": 256,
-    "moe_intermediate_size": 2048,
-}
-
-_PRO = _PUBLISHED | {
-    "num_hidden_layers": 61,
-    "compress_ratios": [128, 128] + [4, 128] * 29 + [4, 0],
-    "hidden_size": 7168,
-    "num_attention_heads": 128,
-    "index_topk": 1024,
-    "q_lora_rank": 1536,
-    "o_groups": 16,
-    "n_routed_experts": 384,
-    "moe_intermediate_size": 3072,
-}
-
-PRESETS: dict[str, Geometry] = {
-    "v4-flash": from_config(_FLASH, "v4-flash"),
-    "v4-pro": from_config(_PRO, "v4-pro"),
-}

@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fmsim.errors import FmsimError
-from fmsim.geometry import PRESETS, SLIDING, Geometry
+from fmsim.geometry import PRESETS, Geometry
 from fmsim.hw.spec import Hardware, KernelTable
 from fmsim.hw.tables import (
     NOTHING,
@@ -78,8 +78,12 @@ class _Tabled:
     def modules(self) -> Modules:
         attention = self.table["attention"]
         csa_ns, hca_ns = _roofline_ns(self.hw, self.geometry)
-        csa = self._attention(attention["csa"], csa_ns)
-        hca = self._attention(attention["hca"], hca_ns)
+        if "dsa" in attention:
+            csa = self._dsa(attention, csa_ns)
+            hca = csa  # a DSA model has no other layers
+        else:
+            csa = self._attention(attention["csa"], csa_ns)
+            hca = self._attention(attention["hca"], hca_ns)
         topk = None
         if self.hw.topk_context_ms:
             csa = replace(csa, grown=NOTHING)
@@ -87,11 +91,19 @@ class _Tabled:
         return Modules(
             csa=csa,
             hca=hca,
-            n_sliding=self.geometry.layer_types.count(SLIDING),
+            n_sliding=self.geometry.n_sliding,
             rest_ms=self._rest_ms(),
             topk=topk,
             prefill=self._prefill(),
         )
+
+    def _dsa(self, attention: Mapping[str, Any], roofline_ns: float) -> AttentionTimes:
+        """The mean over layers that run an indexer and layers that use another's selection."""
+        own = self._attention(attention["dsa"], roofline_ns)
+        if "dsa_shared" not in attention:
+            return own
+        shared = self._attention(attention["dsa_shared"], 0.0)
+        return own.mean(shared, self.geometry.n_indexing / self.geometry.n_csa)
 
     def _attention(self, by_tp: Mapping[str, Any], roofline_ns: float) -> AttentionTimes:
         """What further tokens add is the device's own: as timed, and no faster than its rates. The
@@ -109,18 +121,26 @@ class _Tabled:
         """Everything but attention, as a function of a rank's requests and the server's."""
         experts, router = self._experts(), Curve.of(self.table["router"])
         shared = self._of_tp("shared_expert")
-        hyper = Curve.of(self.table["hyper_connections"])
+        hyper = self._hyper_connections()
         head = self._of_tp("head")
+        dense = self._of_tp("dense") if "dense" in self.table else NOTHING
         exchange = self._exchange()
-        n_layers = self.geometry.n_layers
+        n_dense = self.geometry.dense_mlps if "dense" in self.table else 0
+        n_routed = self.geometry.n_layers - n_dense
         factor = self.factor * self.size
 
         def rest(ranked: int, batch: int) -> float:
             routed = router(ranked) + experts(batch)
-            layer = hyper(ranked) + np.maximum(routed, shared(ranked)) + exchange(ranked, batch)
-            return float((n_layers * layer + head(ranked)) * factor) + BETWEEN_STEPS_MS
+            common = hyper(ranked) + exchange(ranked, batch)
+            layers = n_routed * (common + np.maximum(routed, shared(ranked)))
+            layers = layers + n_dense * (common + dense(ranked))
+            return float((layers + head(ranked)) * factor) + BETWEEN_STEPS_MS
 
         return rest
+
+    def _hyper_connections(self) -> Curve:
+        found = self.table.get("hyper_connections")
+        return NOTHING if found is None else Curve.of(found)
 
     def _of_tp(self, part: str) -> Curve:
         return Curve.of(self.table[part][str(self.placed.tp)])
@@ -184,10 +204,11 @@ class _Tabled:
     def _prefill(self) -> PrefillModules | None:
         found = self.table["prefill"]
         key = str(self.placed.tp)
-        if key not in found.get("csa", {}) or key not in found.get("hca", {}):
+        kinds = ("dsa", "dsa") if "dsa" in found else ("csa", "hca")
+        if any(key not in found.get(kind, {}) for kind in kinds):
             return None
         experts, router = self._experts(), Curve.of(self.table["router"])
-        shared, hyper = self._of_tp("shared_expert"), Curve.of(self.table["hyper_connections"])
+        shared, hyper = self._of_tp("shared_expert"), self._hyper_connections()
         after_attention = self._collective("all_reduce", self.placed.tp)
         after_experts = self._collective("all_reduce", self.placed.n_gpus)
         token_bytes, factor = 2 * self.geometry.hidden_size, self.factor * self.size
@@ -201,7 +222,7 @@ class _Tabled:
 
         sizes = np.unique(np.geomspace(1, _LARGEST_CHUNK, 240).round())
         summed = Curve(sizes, np.asarray(rest(sizes)))
-        times = [PrefillTimes.of(found[kind][key]) for kind in ("csa", "hca")]
+        times = [PrefillTimes.of(found[kind][key]) for kind in kinds]
         csa, hca = (replace(time, grid_ms=time.grid_ms * factor) for time in times)
         return PrefillModules(csa, hca, summed)
 
@@ -217,9 +238,44 @@ def _model_table(file: Mapping[str, Any], geometry: Geometry) -> tuple[Mapping[s
     reads (never down: launches stay).
     """
     models = file["models"]
-    if geometry.name in models:
-        return models[geometry.name], 1.0
-    return models["v4-flash"], _layer_weights(geometry)
+    name = timed_as(geometry, models)
+    return models[name], 1.0 if _alike(geometry, name) else _layer_weights(geometry)
+
+
+def timed_as(geometry: Geometry, models: Mapping[str, Any]) -> str:
+    """The model whose kernels stand for ``geometry``'s: its own, one of the same shape, or
+    v4-flash's.
+    """
+    return next((name for name in models if _alike(geometry, name)), "v4-flash")
+
+
+def stand_in(hw: Hardware, geometry: Geometry) -> str | None:
+    """In words, whose kernels give the times where nobody timed the model's own."""
+    models = hw.kernels
+    if hw.kernel_tables is not None:
+        found = load_table(hw.kernel_tables, hw.placed.engine)
+        models = {} if found is None else found["models"]
+    name = timed_as(geometry, models)
+    if _alike(geometry, name):
+        return None
+    factor = _layer_weights(geometry)
+    return (
+        f"{geometry.name}'s kernels were not timed: step times are {name}'s, x {factor:.2f} for the"
+        " weights of a layer"
+    )
+
+
+def _alike(geometry: Geometry, name: str) -> bool:
+    """The preset of that name has the same layers and widths, so the same kernels."""
+    if geometry.name == name:
+        return True
+    if name not in PRESETS:
+        return False
+    other = PRESETS[name]
+    sizes = ("hidden_size", "n_heads", "index_n_heads", "active_parameters")
+    return geometry.layers == other.layers and all(
+        getattr(geometry, size) == getattr(other, size) for size in sizes
+    )
 
 
 def _layer_weights(geometry: Geometry) -> float:
@@ -253,7 +309,7 @@ def _calibrated(hw: Hardware, geometry: Geometry) -> Modules:
     return Modules(
         csa=_by_batch(curves["csa_batch_ms"], curves["csa_context_ms"], csa_ns),
         hca=_by_batch(curves["hca_batch_ms"], curves["hca_context_ms"], hca_ns),
-        n_sliding=geometry.layer_types.count(SLIDING),
+        n_sliding=geometry.n_sliding,
         rest_ms=rest,
     )
 

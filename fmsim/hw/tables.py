@@ -76,6 +76,20 @@ class AttentionTimes:
             token_ns=token_ns,
         )
 
+    def mean(self, other: AttentionTimes, share: float) -> AttentionTimes:
+        """``share`` of layers like this and the rest like ``other``, on this one's grid."""
+        rest = 1 - share
+        at = np.union1d(self.grown.at, other.grown.at)
+        lines = np.array([other.of_batch(int(batch)) for batch in self.batches]).T  # [c', b]
+        on_grid = np.array([np.interp(self.contexts, other.contexts, line) for line in lines.T]).T
+        return AttentionTimes(
+            contexts=self.contexts,
+            batches=self.batches,
+            short_ms=share * self.short_ms + rest * on_grid,
+            grown=Curve(at, share * self.grown(at) + rest * other.grown(at)),
+            token_ns=share * self.token_ns + rest * other.token_ns,
+        )
+
     def of_batch(self, batch: int) -> np.ndarray:
         """[c] ms at each short context; beyond the largest batch the last slope goes on."""
         return np.array([float(Curve(self.batches, line)(batch)) for line in self.short_ms])

@@ -10,7 +10,7 @@ import numpy as np
 
 from fmsim.errors import FmsimError
 from fmsim.indexer.labels import LabelRule, labels, voted_labels
-from fmsim.trace.format import ENTRY_TOKENS, Trace
+from fmsim.trace.format import Trace
 
 
 class Windows(NamedTuple):
@@ -60,7 +60,7 @@ def read_windows(trace: Trace, name: str, rule: LabelRule) -> Windows:
     check_scorable(trace, name)
     tau = trace.header.tau
     positions = trace.header.prompt_tokens + tau * np.arange(trace.n_windows) - 1
-    entries = (positions + 1) // ENTRY_TOKENS
+    entries = (positions + 1) // trace.header.entry_tokens
     most = int(entries[-1])
     golden = np.zeros((trace.n_windows, most), dtype=bool)
     mass = np.zeros((trace.n_windows, most), dtype=np.float32)

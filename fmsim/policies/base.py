@@ -248,6 +248,7 @@ class Policy:
     class Params(PolicyParams):
         pass
 
+    needs_mass: ClassVar[bool] = False  # it means nothing without attention masses
     floor: float | None = (
         None  # a page of lower worth is not kept at a decision, even where there is room
     )

@@ -35,6 +35,10 @@ class Guarded:
         return self.policy.decides_ahead
 
     @property
+    def needs_mass(self) -> bool:
+        return self.policy.needs_mass
+
+    @property
     def observes(self) -> bool:
         return self.policy.observes
 

@@ -24,6 +24,7 @@ class H2O(Policy):
     action = "evict"
     evidence = "attention_history"
     decision_scope = "layer"
+    needs_mass = True
 
     class Params(PolicyParams):
         budget: Budget = Field(

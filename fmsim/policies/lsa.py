@@ -168,7 +168,9 @@ class LSA(LookaheadPolicy):
             xp.concat((logits, padding), axis=1), (logits.shape[0], pages, self.ctx.granularity)
         )
         best = xp.max(in_pages, axis=2)
-        self._highest[step], self._scored[step] = xp.max(best), state.n_entries * len(self.layers)
+        nothing = xp.asarray(-np.inf, dtype=best.dtype, device=self.ctx.device)
+        self._highest[step] = xp.max(best) if pages else nothing  # a prompt that closed no entry
+        self._scored[step] = state.n_entries * len(self.layers)
         if self.params.page_rank == "max":
             return best
         above = xp.sum(xp.astype(in_pages >= self.lowest_logit, best.dtype), axis=2)

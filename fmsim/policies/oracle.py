@@ -25,6 +25,7 @@ class Oracle(LookaheadPolicy):
     action = "hierarchical"
     evidence = "future"
     decision_scope = "layer"
+    needs_mass = True
     floor = USED
     decides_ahead = True  # it knows every window
 

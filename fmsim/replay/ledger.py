@@ -84,6 +84,8 @@ class Ledger:
     # [G] spare slots for what is recalled ahead of its decision; none where empty
     ahead_slots: list[int] = field(default_factory=list)
     miss_slots: int = 0  # spare slots a group for one step's misses
+    entry_tokens: int = 4  # tokens of the text in an entry of what was replayed
+    masses: bool = True  # the five fields from `golden` on are of masses; else they hold zeros
 
     @property
     def budget_entries(self) -> int:

@@ -61,13 +61,14 @@ class LedgerBuilder:
         golden: np.ndarray | None = None,
         unmeasured: Sequence[int] = (),
         all_keys: bool | None = None,
+        masses: bool = True,
     ) -> Ledger:
         """The ledger of the steps that ids [T, L, K] has.
 
         `ids` are the entries selected (-1 = none, and all of them in layers `unmeasured`), `mass`
         their attention mass; bool of the same shape says which were resident when the step began,
         and which were attended to. `golden` and `all_keys` are worked out where they are not
-        given.
+        given. Without `masses` nothing is known of attention mass, and `mass` holds zeros.
         """
         manager = self.manager
         policy, ctx, steps = manager.policy, manager.ctx, len(ids)
@@ -105,6 +106,8 @@ class LedgerBuilder:
             all_keys=manager.needs_all_keys if all_keys is None else all_keys,
             ahead_slots=list(manager.ahead_slots),
             miss_slots=manager.miss_slots,
+            entry_tokens=ctx.entry_tokens,
+            masses=masses,
             **{name: _int32(count)[:steps] for name, count in self.counts.items()},
         )
 

@@ -103,8 +103,12 @@ class PagedFuture:
 
 
 def read_trace(trace: Any) -> tuple[np.ndarray, np.ndarray]:
-    """(entry ids int32, mass float32), both [T, L, K] and contiguous; mass 0 where the id is -1."""
+    """(entry ids int32, mass float32), both [T, L, K]; mass 0 where the id is -1, and everywhere
+    where the trace has none.
+    """
     ids = np.ascontiguousarray(trace.entry_ids, dtype=np.int32)
+    if trace.mass is None:  # a capture: no array of zeros is made
+        return ids, np.broadcast_to(np.float32(0), ids.shape)
     mass = np.ascontiguousarray(trace.mass, dtype=np.float32)
     if (ids < 0).any():
         mass = np.where(ids < 0, np.float32(0), mass)

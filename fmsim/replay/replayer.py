@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from fmsim.errors import FmsimError
 from fmsim.policies.base import LookaheadState, Policy
 from fmsim.policies.guard import Guarded
 from fmsim.replay import paging
@@ -19,7 +20,6 @@ from fmsim.replay.decode_loop import DecodeLoop
 from fmsim.replay.golden import golden_mask
 from fmsim.replay.ledger import Ledger
 from fmsim.replay.trace_source import TraceSource
-from fmsim.trace.format import ENTRY_TOKENS
 
 
 class Replayer:
@@ -43,17 +43,18 @@ class Replayer:
         self.trace = trace
         self.header = trace.header
         self.cold = cold
+        self.has_mass = trace.mass is not None
         self.ids, self.mass = (part[:max_steps] for part in paging.read_trace(trace))
         self.n_steps, self.n_layers, self.topk = self.ids.shape
         self.entries = [int(trace.n_entries(step)) for step in range(self.n_steps)]
         self.golden = self.ids >= 0 if trace.holds_labels else golden_mask(self.ids, self.mass)
         self.shape = RequestShape(
             n_layers=self.n_layers,
-            prompt_entries=self.header.prompt_tokens // ENTRY_TOKENS,
+            prompt_entries=self.header.prompt_tokens // self.header.entry_tokens,
             n_entries=self.entries[-1],
             topk=self.topk,
             n_steps=self.n_steps,
-            entry_tokens=ENTRY_TOKENS,
+            entry_tokens=self.header.entry_tokens,
             tau=self.header.tau,
             entry_bytes=entry_bytes,
             model_layers=model_layers or self.n_layers,
@@ -90,6 +91,7 @@ class Replayer:
         Its cache manager is at the start of the decode.
         """
         params = policy.params
+        self._check_masses(policy)
         paged = self.paged(params.granularity, params.scope == "shared")
         ctx = build_context(
             policy,
@@ -101,6 +103,16 @@ class Replayer:
             device=device,
         )
         return TraceSource(paged, self.entries, CacheManager(policy, ctx, cold=self.cold))
+
+    def _check_masses(self, policy: Policy | Guarded) -> None:
+        """Refuse what ranks by attention mass where the trace has none."""
+        if self.has_mass or not (policy.needs_mass or policy.params.on_miss == "fallback"):
+            return
+        what = "ranks by attention mass" if policy.needs_mass else "on_miss fallback asks for mass"
+        raise FmsimError(
+            f"policy {policy.name}: {what}, which this trace lacks: engines capture what was"
+            " selected, not how much; leave it out (full, lru, lfu, recency and belady need none)"
+        )
 
     def paged(self, granularity: int, shared: bool) -> paging.Paged:
         """The trace by pages; kept for the next policy of the same granularity and scope."""
@@ -127,7 +139,7 @@ class Replayer:
         if self._keys is None:
             self._keys = self.trace.keys(self.entries[-1])
         position = self.header.prompt_tokens + self.header.tau * window - 1
-        n_entries = (position + 1) // ENTRY_TOKENS
+        n_entries = (position + 1) // self.header.entry_tokens
         hidden = np.asarray(self.trace.hidden[window], dtype=np.float32)
         return hidden, position, self._keys[:, :n_entries]
 

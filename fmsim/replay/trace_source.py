@@ -46,7 +46,9 @@ class TraceSource:
         return served
 
     def ledger(self, trace: Any) -> Ledger:
-        """The ledger of a whole run; `trace` has `ids`, `mass` and `golden` [T, L, K]."""
+        """The ledger of a whole run; `trace` has `ids`, `mass` and `golden` [T, L, K], and says
+        whether it `has_mass`.
+        """
         hit, attended = (
             self.paged.by_entry(_numpy(flag), trace.n_layers) for flag in (self.hit, self.attended)
         )
@@ -56,6 +58,7 @@ class TraceSource:
             hit,
             attended,
             golden=trace.golden,
+            masses=trace.has_mass,
         )
 
     def _there(self, array: np.ndarray) -> Array:

@@ -4,6 +4,16 @@ import io
 
 from rich.console import Console, RenderableType
 
+NO_MASS = (
+    "-: the trace has no attention masses (engines capture what was selected, not how much), so"
+    " this cannot be known."
+)
+
+
+def share_text(value: float | None) -> str:
+    """A share as a percentage; a dash where it is not known."""
+    return "-" if value is None else f"{value:.1%}"
+
 
 def wide_console(columns: int) -> Console:
     """Standard output, taken to be at least `columns` wide: figures are never cut, and a narrow

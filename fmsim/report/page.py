@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import plotly.offline
 
 from fmsim.experiments.results import Results
+from fmsim.report.console import share_text
 from fmsim.report.plots import figures
 from fmsim.report.plots.figures import BOUNDS, Style
 from fmsim.report.tables import decode as table
@@ -127,11 +128,12 @@ def render(results: Results, curves: dict[str, Any] | None, why_no_curves: str =
     page = Template((files("fmsim.report") / "page.html").read_text(encoding="utf-8"))
     sections = [_section("table", "All policies", "", "", _table(results))]
     for section in SECTIONS:
-        body = (
-            _missing(why_no_curves)
-            if section.needs_curves and curves is None
-            else _draw(section, results, style, curves)
-        )
+        if section.id == "lost-mass" and not table.has_mass(about):
+            body = _missing(table.NO_MASS)
+        elif section.needs_curves and curves is None:
+            body = _missing(why_no_curves)
+        else:
+            body = _draw(section, results, style, curves)
         sections.append(_section(section.id, section.title, section.kind, section.text, body))
     return page.substitute(
         title=html.escape(about["name"]),
@@ -207,12 +209,12 @@ def _cards(results: Results) -> str:
         )
         cards.append(("Smallest that loses nothing", f"{best['kv_hbm_ratio']:.1%} of full", note))
     if lossy:
-        best = max(lossy, key=lambda row: row["mass_kept"])
+        best = max(lossy, key=lambda row: row["mass_kept"] or 0.0)
         note = (
             f"{best['policy']}, with {best['kv_hbm_ratio']:.1%} of the cache,"
             f" {best['decode_tokens_per_s']:.1f} tokens/s*"
         )
-        cards.append(("Most mass kept by a lossy one", f"{best['mass_kept']:.1%}", note))
+        cards.append(("Most mass kept by a lossy one", share_text(best["mass_kept"]), note))
     card = '<div class="card"><span>{}</span><strong>{}</strong><small>{}</small></div>'
     return "".join(card.format(*map(html.escape, texts)) for texts in cards)
 
@@ -225,7 +227,8 @@ def _table(results: Results) -> str:
             name for name, value in fields if name not in KNOWN and isinstance(value, (int, float))
         )
     )
-    heads = ["policy", "", *table.FIGURES, *(name.replace("_", " ") for name in further)]
+    heads = ["policy", "", *table.headings(results.about)]
+    heads += [name.replace("_", " ") for name in further]
     steps = results.about["trace"]["steps"]
     body = []
     for row in results.rows:
@@ -247,7 +250,7 @@ def _table(results: Results) -> str:
             + "</tr>"
         )
     head = "".join(f"<th>{html.escape(name)}</th>" for name in heads)
-    notes = "".join(f"<li>{html.escape(note)}</li>" for note in table.NOTES)
+    notes = "".join(f"<li>{html.escape(note)}</li>" for note in table.notes(results.about))
     rows = "".join(body)
     return (
         f'<div class="scroll"><table><thead><tr>{head}</tr></thead>'

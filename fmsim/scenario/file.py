@@ -9,7 +9,7 @@ import difflib
 import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
@@ -59,16 +59,18 @@ class Scenario(BaseModel):
     name: str = Field(min_length=1)
     description: str = ""
     trace: Path
-    model: str = "v4-flash"  # a preset, or the path of a DeepSeek-V4 config.json
+    model: str = "v4-flash"  # a preset, or the path of a config.json or of layer specs
     hardware: str = "h100"  # a preset, or the path of a file that `fmsim hw calibrate` wrote
     hardware_figures: dict[
         str, float
     ] = {}  # in place of the preset's, e.g. link_bytes_per_s, host_bytes
     deployment: Deployment = Deployment()  # how the model lies on the server's GPUs
     batch: int = Field(1, ge=1)  # equal requests that decode side by side
-    layer_map: tuple[int, ...] | None = (
-        None  # for each CSA layer of the model the trace layer that drives it
-    )
+    # for each layer of the model that pages the trace layer that drives it; or spread evenly
+    layer_map: tuple[int, ...] | Literal["spread"] | None = None
+    # of a trace of another family: each of its entries stands for one of so many tokens
+    entry_tokens: int | None = Field(None, ge=1)
+    beyond_positions: bool = False  # contexts longer than the model's positions
     policies: tuple[PolicySpec, ...] = Field(min_length=1)
     workload: serving.Workload | None = (
         None  # requests to serve: the run is then one of many requests on a server

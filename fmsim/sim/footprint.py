@@ -48,9 +48,7 @@ def footprint(
     """
     layer_map = check_layer_map(layer_map, ledger.n_layers, geometry.n_csa)
     groups = _groups(ledger, layer_map)
-    tokens = (
-        ledger.prompt_entries * geometry.csa_rate + 1 + np.arange(ledger.n_steps, dtype=np.int64)
-    )
+    tokens = _tokens(ledger, geometry)
     entries = tokens // geometry.csa_rate
     resident = np.minimum(
         ledger.resident.astype(np.int64) * ledger.granularity, entries[:, None]
@@ -58,8 +56,9 @@ def footprint(
     resident_pairs = resident[:, groups].sum(axis=1)
     full_bytes = np.array([geometry.full_kv_bytes(int(n)) for n in tokens])
     keyed = keyed_layers(ledger, geometry)
-    keys_tiered = keyed < geometry.n_csa
-    keyed_pairs = entries * keyed + resident_pairs * (geometry.n_csa - keyed) // geometry.n_csa
+    moving = geometry.n_keyed - keyed  # layers whose keys come and go with their entries
+    keys_tiered = moving > 0
+    keyed_pairs = entries * keyed + resident_pairs * moving // geometry.n_csa
     gpu_bytes = [
         geometry.gpu_kv_bytes(*map(int, step)) for step in zip(tokens, resident_pairs, keyed_pairs)
     ]
@@ -67,7 +66,7 @@ def footprint(
     return Footprint(
         tokens=tokens,
         full_bytes=full_bytes,
-        logical_bytes=full_bytes * (resident_pairs / (entries * geometry.n_csa)),
+        logical_bytes=full_bytes * (resident_pairs / np.maximum(1, entries * geometry.n_csa)),
         gpu_bytes=np.array(gpu_bytes),
         host_bytes=geometry.host_kv_bytes(int(tokens[-1])) if comes_back else 0,
         scored_entries=resident_pairs // geometry.n_csa if keys_tiered else entries,
@@ -80,6 +79,17 @@ def footprint(
 def _groups(ledger: Ledger, layer_map: Sequence[int]) -> np.ndarray:
     """int64 [n_csa]: the ledger's group that each layer of the model follows."""
     return np.array(layer_map if ledger.n_groups > 1 else [0] * len(layer_map), dtype=np.int64)
+
+
+def _tokens(ledger: Ledger, geometry: Geometry) -> np.ndarray:
+    """int64 [T]: context of each step. Entries of another length stand for the model's own, so the
+    context grows as they close.
+    """
+    rate = geometry.csa_rate
+    decoded = 1 + np.arange(ledger.n_steps, dtype=np.int64)
+    if ledger.entry_tokens != rate:
+        decoded = decoded // ledger.entry_tokens * rate
+    return ledger.prompt_entries * rate + decoded
 
 
 def check_layer_map(
@@ -102,8 +112,8 @@ def check_layer_map(
 def keyed_layers(ledger: Ledger, geometry: Geometry) -> int:
     """CSA layers of the model that keep all their index keys on the GPU."""
     if ledger.all_keys:
-        return geometry.n_csa
-    return min(geometry.n_csa, len(ledger.target_layers))
+        return geometry.n_keyed
+    return min(geometry.n_keyed, len(ledger.target_layers))
 
 
 @dataclass(frozen=True)
@@ -136,10 +146,11 @@ def allocation(
     """
     layer_map = check_layer_map(layer_map, ledger.n_layers, geometry.n_csa)
     groups = _groups(ledger, layer_map)
-    tokens = ledger.prompt_entries * geometry.csa_rate + ledger.n_steps
+    tokens = int(_tokens(ledger, geometry)[-1])
     keyed = keyed_layers(ledger, geometry)
     entry_bytes = np.full(geometry.n_csa, geometry.kv_entry_bytes)  # of a layer, in a slot
-    entry_bytes[keyed:] += geometry.index_key_bytes
+    has_key = np.array([layer.key_bytes > 0 for layer in geometry.layers if layer.pages])
+    entry_bytes[has_key & (has_key.cumsum() > keyed)] += geometry.index_key_bytes
     slots = np.array(ledger.group_slots)[groups]
     ahead = np.array(ledger.ahead_slots or [0] * ledger.n_groups)[groups]
     miss_bytes = geometry.n_csa * ledger.miss_slots * geometry.kv_entry_bytes
@@ -147,6 +158,6 @@ def allocation(
         slots=ledger.granularity * int(slots @ entry_bytes),
         spare=ledger.granularity * (miss_bytes + int(ahead @ entry_bytes)),
         index_keys=keyed * geometry.csa_entries(tokens) * geometry.index_key_bytes,
-        hca=geometry.n_hca * geometry.hca_entries(tokens) * geometry.kv_entry_bytes,
+        hca=geometry.dense_bytes(tokens),
         windows=geometry.window_bytes,
     )

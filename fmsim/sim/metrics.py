@@ -57,19 +57,30 @@ def row(
 
 def kept(ledger: Ledger, layer_map: Sequence[int]) -> dict[str, float | None]:
     """A row's `entry_recall`, `mass_kept` and `set_overlap`; the first two over the layers that
-    were measured, and None where none was.
+    were measured, and None where none was, or where the trace has no masses.
     """
-    weights = np.bincount(layer_map, minlength=ledger.n_layers)
-    weights[ledger.unmeasured] = 0
+    weights = _layer_weights(ledger, layer_map)
+    known = ledger.masses and bool(weights.any())
     return {
-        "entry_recall": (
-            _ratio(ledger.golden_hit, ledger.golden, weights) if weights.any() else None
-        ),
-        "mass_kept": (
-            _ratio(ledger.mass_kept, ledger.mass_total, weights) if weights.any() else None
-        ),
+        "entry_recall": (_ratio(ledger.golden_hit, ledger.golden, weights) if known else None),
+        "mass_kept": (_ratio(ledger.mass_kept, ledger.mass_total, weights) if known else None),
         "set_overlap": float(ledger.set_overlap.mean()) if len(ledger.set_overlap) else None,
     }
+
+
+def hit_ratio(ledger: Ledger, layer_map: Sequence[int]) -> float | None:
+    """Selected entries that were resident when their step began, of all selected; None where no
+    layer was measured.
+    """
+    weights = _layer_weights(ledger, layer_map)
+    return _ratio(ledger.hit, ledger.accessed, weights) if weights.any() else None
+
+
+def _layer_weights(ledger: Ledger, layer_map: Sequence[int]) -> np.ndarray:
+    """How many of the model's layers each measured layer drives."""
+    weights = np.bincount(layer_map, minlength=ledger.n_layers)
+    weights[ledger.unmeasured] = 0
+    return weights
 
 
 def timed(timeline: Timeline) -> dict[str, Any]:
@@ -97,7 +108,10 @@ def exact(ledger: Ledger) -> bool | None:
     """Everything that was selected was attended to; None where that holds in the layers that were
     measured, and others were not.
     """
-    lossless = bool(np.all(ledger.mass_kept >= ledger.mass_total * (1 - 1e-6)))
+    if ledger.masses:
+        lossless = bool(np.all(ledger.mass_kept >= ledger.mass_total * (1 - 1e-6)))
+    else:
+        lossless = ledger.on_miss == "fetch" or bool(np.all(ledger.hit == ledger.accessed))
     return None if lossless and ledger.unmeasured else lossless
 
 
@@ -110,6 +124,7 @@ def details(
     place = footprint(ledger, geometry, layer_map)
     return {
         "exact": exact(ledger),
+        "hit_ratio": hit_ratio(ledger, place.layer_map),
         "params": ledger.params,
         "gpu_kv_bytes": int(place.gpu_bytes.max()),
         "host_kv_bytes": place.host_bytes,

@@ -5,7 +5,15 @@ itself.
 """
 
 from fmsim.trace.check import validate
-from fmsim.trace.format import ENTRY_TOKENS, FORMAT_VERSION, TAU, ModelInfo, Trace, TraceHeader
+from fmsim.trace.format import (
+    ENTRY_TOKENS,
+    FORMAT_VERSION,
+    TAU,
+    CacheLayout,
+    ModelInfo,
+    Trace,
+    TraceHeader,
+)
 from fmsim.trace.reader import read
 from fmsim.trace.recorder import TraceRecorder
 from fmsim.trace.writer import write
@@ -14,6 +22,7 @@ __all__ = [
     "ENTRY_TOKENS",
     "FORMAT_VERSION",
     "TAU",
+    "CacheLayout",
     "ModelInfo",
     "Trace",
     "TraceHeader",

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from fmsim.errors import FmsimError
 from fmsim.trace import float8
-from fmsim.trace.format import ENTRY_TOKENS, TENSORS, Trace
+from fmsim.trace.format import MASSES, TENSORS, Trace
 
 STEPS_AT_ONCE = 64
 Kind = TypeVar("Kind")
@@ -39,6 +39,11 @@ def check_structure(trace: Trace) -> None:
         )
     if (trace.index_keys is None) != (trace.index_key_scales is None):
         fail(trace, "index_keys", "must come with index_key_scales, and the reverse")
+    there = [name for name in MASSES if getattr(trace, name) is not None]
+    if there and len(there) < len(MASSES):
+        fail(trace, there[0], f"must come with {' and '.join(MASSES)}, or all be absent")
+    if not there and trace.header.format_version == 1:
+        fail(trace, "mass", "is missing; a trace of version 1 has masses")
     sizes = axis_sizes(trace)
     for name, spec in TENSORS.items():
         array = getattr(trace, name, None)  # entry_blocks is the reader's matter
@@ -80,12 +85,12 @@ def axis_sizes(trace: Trace) -> dict[str, int]:
             "geometry.csa_layers",
             f"lists {len(csa_layers)} layers, entry_ids holds {layers}",
         )
-    if _geometry(trace, "index_topk", int) < topk and not trace.holds_labels:
-        fail(
-            trace,
-            "geometry.index_topk",
-            f"is {trace.header.geometry['index_topk']}, yet entry_ids holds {topk} ids a row",
-        )
+    named = "geometry.index_topk" if trace.header.topk is None else "topk"
+    most = trace.header.topk or _geometry(trace, "index_topk", int)
+    if most < topk and not trace.holds_labels:
+        fail(trace, named, f"is {most}, yet entry_ids holds {topk} ids a row")
+    if trace.header.layout is not None and trace.header.layout.selections:
+        _check_selections(trace, trace.header.layout.selections, layers)
     if (
         "csa_numbers" in trace.header.geometry
         and len(_geometry(trace, "csa_numbers", list)) != layers
@@ -104,6 +109,16 @@ def axis_sizes(trace: Trace) -> dict[str, int]:
     one_scale = trace.index_key_scales is not None and trace.index_key_scales.shape[-1:] == (1,)
     sizes["S"] = 1 if one_scale else sizes["E"]
     return sizes
+
+
+def _check_selections(trace: Trace, named: tuple[int, ...], layers: int) -> None:
+    """Every layer of the trace is some model layer's selection, and each named one is there."""
+    if set(named) != set(range(layers)):
+        fail(
+            trace,
+            "layout.selections",
+            f"names layers {sorted(set(named))}, entry_ids holds {layers}",
+        )
 
 
 def _geometry(trace: Trace, key: str, kind: type[Kind]) -> Kind:
@@ -147,8 +162,9 @@ def validate(trace: Trace) -> None:
 
 def _check_steps(trace: Trace, first: int) -> None:
     steps = slice(first, first + STEPS_AT_ONCE)
-    ids, mass = np.asarray(trace.entry_ids[steps]), np.asarray(trace.mass[steps])
-    visible = (trace.header.prompt_tokens + np.arange(first, first + len(ids)) + 1) // ENTRY_TOKENS
+    ids = np.asarray(trace.entry_ids[steps])
+    seen_tokens = trace.header.prompt_tokens + np.arange(first, first + len(ids)) + 1
+    visible = seen_tokens // trace.header.entry_tokens
     _at(trace, "entry_ids", (ids < -1).any(-1), first, "an entry id is negative")
     _at(
         trace,
@@ -173,6 +189,15 @@ def _check_steps(trace: Trace, first: int) -> None:
         first,
         "padding stands before an entry id",
     )
+    if trace.mass is not None:
+        _check_masses(trace, np.asarray(trace.mass[steps]), first, padding)
+
+
+def _check_masses(
+    trace: Trace, mass: NDArray[np.float32], first: int, padding: NDArray[np.bool]
+) -> None:
+    """Masses [n, L, K] of the steps from ``first`` on; padding bool of the same shape."""
+    steps = slice(first, first + STEPS_AT_ONCE)
     _at(trace, "mass", ~((mass >= 0) & (mass <= 1)).all(-1), first, "a mass is not between 0 and 1")
     _at(trace, "mass", ((mass != 0) & padding).any(-1), first, "padding has mass")
     total = mass.sum(-1)

@@ -15,14 +15,15 @@ from typing import Any, Final, Literal, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, SerializerFunctionWrapHandler, model_serializer
 
 from fmsim.trace import float8
 
-FORMAT_VERSION: Final = 1
+FORMAT_VERSION: Final = 2
+VERSION_2_KEYS = ("entry_tokens", "topk", "layout", "prompt_history")
 METADATA_KEY = "fmsim_trace"  # the safetensors metadata entry that holds the header
 TAU = 64  # steps of a window, at whose start a lookahead policy decides (arXiv 2606.09079)
-ENTRY_TOKENS = 4  # the CSA rate: entry i is visible from position 4 * i + 3
+ENTRY_TOKENS = 4  # tokens an entry of DeepSeek-V4 and of every trace of version 1
 LABELS = "flashmemory_labels"  # the source of a trace whose rows are golden labels, not accesses
 PADDING = 65535  # an entry id of this, in files whose ids are uint16, is no entry
 # entries whose ids differ in their low 16 bits: a longer trace stores these, and how many of a row
@@ -43,15 +44,36 @@ class ModelInfo(BaseModel):
     dtype: str
 
 
-class TraceHeader(BaseModel):
-    """What a trace was recorded from, and how."""
+class CacheLayout(BaseModel):
+    """How the watched model keeps KV: what a reader needs to simulate the same model."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    format_version: Literal[1] = FORMAT_VERSION
+    family: str  # as `fmsim model list` names it
+    entry_bytes: int | None = Field(None, ge=1)
+    key_bytes: int | None = Field(None, ge=0)
+    # for each of the model's layers that page, the trace's layer that holds its selection; shorter
+    # traces than models come of layers that share one
+    selections: tuple[int, ...] = ()
+
+
+class TraceHeader(BaseModel):
+    """What a trace was recorded from, and how.
+
+    ``entry_tokens``, ``topk``, ``layout`` and ``prompt_history`` came with version 2.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    format_version: Literal[1, 2] = FORMAT_VERSION
+    entry_tokens: int = Field(ENTRY_TOKENS, ge=1)  # tokens of the text in one entry
+    topk: int | None = Field(None, ge=1)  # what the model selects at most, a step and layer
+    layout: CacheLayout | None = None
+    # what `prompt_mass` sums: attention mass, or how often the prompt's queries selected an entry
+    prompt_history: Literal["mass", "count"] = "mass"
     geometry: dict[str, Any]
     model: ModelInfo
-    source: Literal["deepseek_v4", "dense_pooled", "flashmemory_labels"]
+    source: str = Field(min_length=1, max_length=64)  # one word for who recorded it, and how
     prompt_kind: str
     prompt_text: str = ""  # what the text is, where it comes from, its licence
     prompt_tokens: int = Field(ge=1)
@@ -67,6 +89,15 @@ class TraceHeader(BaseModel):
         None  # of the header without this key, then the tensors' bytes; set by the writer
     )
 
+    @model_serializer(mode="wrap")
+    def _without_later_keys(self, plain: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """A header of version 1 keeps its bytes, and so its digest."""
+        found: dict[str, Any] = plain(self)
+        if self.format_version == 1:
+            for key in VERSION_2_KEYS:
+                found.pop(key, None)
+        return found
+
 
 class TensorSpec(NamedTuple):
     """A tensor of the file: stored types (the first is preferred), one letter an axis, and whether
@@ -78,12 +109,13 @@ class TensorSpec(NamedTuple):
     optional: bool = False
 
 
+MASSES = ("mass", "window_mass", "sink_mass")  # all there or none
 TENSORS = {
     "entry_ids": TensorSpec(("uint16", "int32"), "TLK"),
     "entry_blocks": TensorSpec(("uint16",), "TLB", optional=True),
-    "mass": TensorSpec(("float16",), "TLK"),
-    "window_mass": TensorSpec(("float16",), "TL"),
-    "sink_mass": TensorSpec(("float16",), "TL"),
+    "mass": TensorSpec(("float16",), "TLK", optional=True),
+    "window_mass": TensorSpec(("float16",), "TL", optional=True),
+    "sink_mass": TensorSpec(("float16",), "TL", optional=True),
     "token_ids": TensorSpec(("uint16", "int32"), "N", optional=True),
     "forced": TensorSpec(("bool",), "T"),
     "hidden": TensorSpec(("float16",), "WLH", optional=True),
@@ -152,6 +184,7 @@ class Trace:
 
     - entry_ids, int32 [T, L, K]: selected entries, ascending in a row; padding, -1, at its end.
     - mass, float32 [T, L, K]: softmax probability on the entry, mean over heads; 0 on padding.
+      This and the next two are None where attention was not captured.
     - window_mass, float32 [T, L]: the same on the sliding window's tokens.
     - sink_mass, float32 [T, L]: the same on the attention sink.
     - token_ids, int32 [N]: the prompt, then each step's input token; or None.
@@ -161,8 +194,8 @@ class Trace:
     - index_keys, uint8 [L, E, D]: float8 e4m3fn codes, RoPE already applied; `keys` decodes them;
       or None.
     - index_key_scales, float32 [L, E or 1].
-    - prompt_mass, float32 [L, E]: mass summed over the last `header.prompt_mass_queries` prompt
-      tokens; or None.
+    - prompt_mass, float32 [L, E]: what `header.prompt_history` says, summed over the last
+      `header.prompt_mass_queries` prompt tokens; or None.
 
     Mass of entries, window and sink sum to 1 where the model is a DeepSeek-V4. In a dense_pooled
     trace the sum is below 1 by what fell on entries beyond the top k. Where `holds_labels`, rows
@@ -171,9 +204,9 @@ class Trace:
 
     header: TraceHeader
     entry_ids: Array
-    mass: Array
-    window_mass: Array
-    sink_mass: Array
+    mass: Array | None
+    window_mass: Array | None
+    sink_mass: Array | None
     token_ids: np.ndarray | None
     forced: np.ndarray
     hidden: Array | None = None
@@ -203,6 +236,11 @@ class Trace:
         return self.header.source == LABELS
 
     @property
+    def has_mass(self) -> bool:
+        """Whether it says how much attention a selected entry got. Engines' captures do not."""
+        return self.mass is not None
+
+    @property
     def csa_numbers(self) -> list[int]:
         """The number, from 0, of each of the trace's layers among the model's CSA layers."""
         return self.header.geometry.get("csa_numbers") or list(range(self.n_layers))
@@ -214,18 +252,18 @@ class Trace:
     @property
     def prompt_entries(self) -> int:
         """Entries that the prompt alone closes."""
-        return self.header.prompt_tokens // ENTRY_TOKENS
+        return self.header.prompt_tokens // self.header.entry_tokens
 
     @property
     def total_entries(self) -> int:
         """E: entries closed by the end of the trace."""
-        return (self.header.prompt_tokens + self.n_steps) // ENTRY_TOKENS
+        return (self.header.prompt_tokens + self.n_steps) // self.header.entry_tokens
 
     def n_entries(self, step: int) -> int:
-        """Entries visible to the token of decode step ``step``; an entry closes with its fourth
+        """Entries visible to the token of decode step ``step``; an entry closes with its last
         token.
         """
-        return (self.header.prompt_tokens + step + 1) // ENTRY_TOKENS
+        return (self.header.prompt_tokens + step + 1) // self.header.entry_tokens
 
     def keys(self, entries: int | None = None) -> NDArray[np.float32]:
         """Index keys of the first ``entries`` entries (all by default), decoded: float32 [L,

@@ -18,7 +18,6 @@ from pydantic import ValidationError
 from fmsim.errors import FmsimError
 from fmsim.trace.check import check_structure, fail, validate
 from fmsim.trace.format import (
-    ENTRY_TOKENS,
     FORMAT_VERSION,
     METADATA_KEY,
     PADDING,
@@ -205,7 +204,7 @@ def _entry_ids(path: Path, header: TraceHeader, stored: dict[str, np.ndarray]) -
     block of entries.
     """
     ids, blocks = stored["entry_ids"], stored.get("entry_blocks")
-    total_entries = (header.prompt_tokens + len(ids)) // ENTRY_TOKENS if ids.ndim else 0
+    total_entries = (header.prompt_tokens + len(ids)) // header.entry_tokens if ids.ndim else 0
     if (blocks is not None) != (ids.dtype == np.uint16 and total_entries > PADDING):
         there = "are there" if blocks is not None else "are missing"
         raise FmsimError(

@@ -9,6 +9,7 @@ import numpy as np
 from fmsim.trace.format import Trace
 
 HEAD_SHARE = 0.95
+NO_MASS = "not captured, so there is no figure that needs them"
 LABELLED = "golden labels, not attention; mass is the share of CSA layers that chose an entry"
 
 
@@ -33,6 +34,8 @@ def summary(trace: Trace) -> dict[str, Any]:
         "answers": (
             ", ".join(f"{key} {value}" for key, value in header.quality.items()) or "none asked"
         ),
+        "masses": "on every selected entry" if trace.has_mass else NO_MASS,
+        "entries": f"of {header.entry_tokens} token{'s' * (header.entry_tokens > 1)}",
         "for lookahead": (
             "hidden states and index keys"
             if trace.hidden is not None and trace.index_keys is not None
@@ -52,20 +55,25 @@ def summary(trace: Trace) -> dict[str, Any]:
 def layer_row(trace: Trace, layer: int) -> dict[str, float]:
     """Mean mass on entries, window and sink; then, as shares of the prompt's entries and means over
     windows of tau steps, the union of what was selected, and the fewest entries that carry 95% of
-    the window's mass.
+    the window's mass. Without masses the union alone.
     """
+    prompt_entries = max(1, trace.prompt_entries)
     unions, heads = [], []
     for start in range(0, trace.n_steps, trace.header.tau):
         steps = slice(start, start + trace.header.tau)
-        ids, mass = trace.entry_ids[steps, layer], trace.mass[steps, layer]
-        total = np.bincount(ids[ids >= 0], weights=mass[ids >= 0])
+        ids = trace.entry_ids[steps, layer]
         unions.append(np.unique(ids[ids >= 0]).size)
-        ranked = np.sort(total)[::-1].cumsum()
-        heads.append(np.searchsorted(ranked, HEAD_SHARE * ranked[-1]) + 1)
+        if trace.mass is not None and (ids >= 0).any():
+            total = np.bincount(ids[ids >= 0], weights=trace.mass[steps, layer][ids >= 0])
+            ranked = np.sort(total)[::-1].cumsum()
+            heads.append(np.searchsorted(ranked, HEAD_SHARE * ranked[-1]) + 1)
+    union = {"union_of_a_window": float(np.mean(unions)) / prompt_entries}
+    if trace.mass is None or trace.window_mass is None or trace.sink_mass is None:
+        return union
     return {
         "mass_on_entries": float(trace.mass[:, layer].sum(-1).mean()),
         "mass_on_window": float(trace.window_mass[:, layer].mean()),
         "mass_on_sink": float(trace.sink_mass[:, layer].mean()),
-        "union_of_a_window": float(np.mean(unions)) / trace.prompt_entries,
-        "carrying_95%": float(np.mean(heads)) / trace.prompt_entries,
+        **union,
+        "carrying_95%": float(np.mean(heads or [0])) / prompt_entries,
     }

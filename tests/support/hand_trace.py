@@ -19,7 +19,9 @@ class HandTrace:
             for layer, row in enumerate(step):
                 self.entry_ids[t, layer, : len(row)] = row
                 self.mass[t, layer, : len(row)] = masses[t][layer] if masses else 1 / 16
-        self.header = SimpleNamespace(prompt_tokens=4 * prompt_entries, tau=tau, seed=0)
+        self.header = SimpleNamespace(
+            prompt_tokens=4 * prompt_entries, entry_tokens=4, tau=tau, seed=0
+        )
         self.prompt_mass = None if prompt_mass is None else np.asarray(prompt_mass, np.float32)
         self.hidden = self.index_keys = None
         self.holds_labels, self.csa_numbers = False, list(range(shape[1]))

@@ -111,7 +111,7 @@ def test_tensors_that_overlap_leave_holes_or_are_unknown(sound, tmp_path):
         ("prompt_tokens", 0),
         ("tau", 3),
         ("geometry", {}),
-        ("source", "guessed"),
+        ("source", ""),
         ("colour", "red"),
         ("model", "nano"),
         ("format_version", 0),

@@ -26,10 +26,10 @@ class PromptWatcher:
     which window 0 begins.
     """
 
-    def __init__(self, prompt_tokens: int, queries: int):
+    def __init__(self, prompt_tokens: int, queries: int, rate: int):
         self.first = prompt_tokens - queries
         self.mass: dict[int, np.ndarray] = defaultdict(
-            lambda: np.zeros(prompt_tokens // ENTRY_TOKENS, np.float32)
+            lambda: np.zeros(prompt_tokens // rate, np.float32)
         )
         self.hidden: dict[int, np.ndarray] = {}
 
@@ -57,10 +57,17 @@ class Prompt:
         progress: Callable[[int], None] | None = None,
     ):
         self.tokens, self.max_steps = [int(token) for token in tokens], max_steps
-        watcher = PromptWatcher(len(self.tokens), min(PROMPT_QUERIES, len(self.tokens)))
+        self.rate = model.config.compress_rates.get(CSA, ENTRY_TOKENS)
+        queries = min(PROMPT_QUERIES, len(self.tokens))
+        watcher = PromptWatcher(len(self.tokens), queries, self.rate)
         self._session = Session(model, len(self.tokens) + max_steps, watcher)
         self._session.read(self.tokens, progress)
         layers = range(model.config.layer_types.count(CSA))
+        if not layers:
+            raise FmsimError(
+                "the model has no CSA layer, so there is nothing to page and no policy to decode"
+                " under"
+            )
         self.hidden = np.stack([watcher.hidden[layer] for layer in layers])
         self.mass = (
             np.stack([watcher.mass[layer] for layer in layers])
@@ -82,7 +89,7 @@ class Prompt:
             )
         longer = copy.copy(self)
         longer.tokens, longer.max_steps = [*self.tokens, *map(int, tokens)], max_steps
-        watcher = PromptWatcher(len(longer.tokens), len(tokens))
+        watcher = PromptWatcher(len(longer.tokens), len(tokens), self.rate)
         longer._session = self.session()
         longer._session.observer = watcher
         longer._session.read(list(map(int, tokens)))

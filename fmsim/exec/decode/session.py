@@ -8,6 +8,7 @@ import torch
 
 from fmsim.exec.model.cache import Access
 from fmsim.exec.model.deepseek_v4 import DeepseekV4
+from fmsim.exec.model.kinds import CSA
 from fmsim.trace import ENTRY_TOKENS
 
 # Elements of one [chunk, entries] score matrix held at once: 1 GiB of float32 on a GPU, 128 MiB on
@@ -42,7 +43,9 @@ class Session:
         pending = torch.as_tensor(tokens, dtype=torch.long)
         while len(pending):
             longest = MAX_CHUNK[self.device.type]
-            entries = self.length // ENTRY_TOKENS + longest
+            entries = (
+                self.length // self.model.config.compress_rates.get(CSA, ENTRY_TOKENS) + longest
+            )
             size = max(1, min(longest, SCORES_PER_CHUNK[self.device.type] // entries))
             chunk, pending = pending[:size], pending[size:]
             start = self.length

@@ -76,13 +76,19 @@ def index_scores_blocked(queries: Tensor, weights: Tensor, keys: Tensor) -> Tens
 
 
 def top_entries(scores: Tensor, top_k: int) -> Tensor:
-    """The best entries of each row, ascending; -1 where fewer than ``top_k`` are not MASKED. [B, S,
-    E] -> int64 [B, S, K].
+    """The best entries of each row, ascending; of equal scores the lowest ids, as the kernels take
+    them. -1 stands at the end where fewer than ``top_k`` are not MASKED. [B, S, E] -> int64 [B, S,
+    K].
     """
-    best = scores.topk(min(top_k, scores.shape[-1]), sorted=False)
-    beyond = torch.iinfo(torch.int64).max
-    ids = best.indices.masked_fill(best.values < MASKED / 2, beyond).sort(-1).values
-    return ids.masked_fill(ids == beyond, -1)
+    count = min(top_k, scores.shape[-1])
+    if count == 0:
+        return torch.zeros(*scores.shape[:-1], 0, dtype=torch.int64, device=scores.device)
+    least = scores.topk(count, sorted=False).values.amin(-1, keepdim=True)
+    above, equal = scores > least, scores == least
+    missing = count - above.sum(-1, keepdim=True)
+    chosen = above | (equal & (equal.cumsum(-1) <= missing))
+    ids = chosen.nonzero()[:, -1].unflatten(0, (*scores.shape[:-1], count))
+    return ids.masked_fill(scores.gather(-1, ids) < MASKED / 2, -1)
 
 
 def indexer_kl(scores: Tensor, logits: Tensor, window: Tensor, sinks: Tensor) -> Tensor:

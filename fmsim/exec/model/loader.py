@@ -8,23 +8,23 @@ one at a time, into a model that is allocated once.
 
 from __future__ import annotations
 
-import json
 import re
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from safetensors import SafetensorError, safe_open
 from transformers import DeepseekV4Config
 
 from fmsim.errors import FmsimError
 from fmsim.exec.kernels import weights
 from fmsim.exec.kernels.weights import BLOCK, FP4_BLOCK, scale_shape
 from fmsim.exec.model.attention import Attention
+from fmsim.exec.model.config import read_config
 from fmsim.exec.model.deepseek_v4 import DeepseekV4
 from fmsim.exec.model.experts import Experts
 from fmsim.exec.model.norm_rope import inverse_frequencies
 from fmsim.exec.model.quantised import hold_float8, published_float8
+from fmsim.exec.model.shards import FP8_BLOCK, Shards, scale_names
 
 # transformers writes most tensors under the names of the official release; in order, first the
 # longer patterns.
@@ -56,7 +56,17 @@ RENAMES = [
     (r"\.shared_experts\.w2\.", ".shared_experts.down_proj."),
     (r"\.shared_experts\.w3\.", ".shared_experts.up_proj."),
 ]
-EXPERT = re.compile(r"(.*\.mlp\.experts)\.(\d+)\.w([123])\.weight$")
+EXPERT = re.compile(r"(.*\.mlp\.experts)\.(\d+)\.(?:w([123])|(gate|up|down)_proj)\.weight$")
+EXPERT_PARTS = {"gate": "1", "down": "2", "up": "3"}
+MTP = re.compile(r"(^|.*\.)mtp\.")
+LAYER = re.compile(r"(?:model\.)?layers\.(\d+)\.")
+FLOAT8 = (
+    torch.float8_e4m3fn,
+    torch.float8_e5m2,
+    torch.float8_e4m3fnuz,
+    torch.float8_e5m2fnuz,
+)
+PLAIN = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 # As transformers keeps them (`_keep_in_fp32_modules_strict`): small, and added, multiplied or
@@ -64,7 +74,6 @@ EXPERT = re.compile(r"(.*\.mlp\.experts)\.(\d+)\.w([123])\.weight$")
 KEPT_FLOAT32 = re.compile(
     r"(_hc\.|hc_head\.|norm\.weight$|sinks$|position_bias$|e_score_correction_bias$|inv_freq$)"
 )
-FP8_BLOCK = (BLOCK, BLOCK)
 
 
 def load_model(
@@ -76,18 +85,47 @@ def load_model(
     FmsimError naming the file and the tensor where the directory holds no DeepSeek-V4 that can be
     loaded.
     """
-    model, shards = meta_model(read_config(directory), dtype), Shards(directory)
-    if dtype == torch.bfloat16:
-        hold_float8(model, shards.float8_modules(model))
+    model = empty_model(directory, dtype)
+    shards = Shards(directory)
     allocate(model, device)
     slots = dict(model.state_dict())
-    filled = {_place(slots, shards, name) for name in shards.names if not name.startswith("mtp.")}
+    extra = set(extra_names(shards, model.config))
+    filled: set[str] = set()
+    for name in shards.names:
+        if name not in extra:
+            filled |= _place(slots, shards, name)
+    if model.config.tie_word_embeddings:
+        slots["lm_head.weight"].copy_(slots["model.embed_tokens.weight"])
+        filled.add("lm_head.weight")
     missing = sorted(expected_parts(slots) - filled)
     if missing:
         raise FmsimError(
             f"{directory}: {len(missing)} tensors are missing, the first is {missing[0]}"
         )
     return model.eval().requires_grad_(False)
+
+
+def empty_model(directory: Path, dtype: torch.dtype) -> DeepseekV4:
+    """The model that `load_model` fills, without memory: its shapes and types are those that it
+    will have.
+    """
+    model = meta_model(read_config(directory), dtype)
+    if dtype == torch.bfloat16:
+        hold_float8(model, _float8_modules(model, Shards(directory)))
+    return model
+
+
+def extra_names(shards: Shards, config: DeepseekV4Config) -> list[str]:
+    """Tensors of multi-token prediction, which no decode here uses: under mtp, or in layers beyond
+    the model's own.
+    """
+    found = []
+    for name in shards.names:
+        layer = LAYER.match(name)
+        beyond = layer is not None and int(layer[1]) >= config.num_hidden_layers
+        if beyond or MTP.match(name):
+            found.append(name)
+    return found
 
 
 def meta_model(config: DeepseekV4Config, dtype: torch.dtype) -> DeepseekV4:
@@ -113,55 +151,22 @@ def allocate(model: DeepseekV4, device: str) -> DeepseekV4:
     return model
 
 
-class Shards:
-    """The weights of a directory by their stored ``names``, read one at a time.
-
-    Raises FmsimError where a file is not readable.
+def _float8_modules(model: DeepseekV4, shards: Shards) -> list[str]:
+    """Names of the modules of ``model`` that the release has in float8 and this directory too,
+    every matrix with scales for 128 x 128.
     """
-
-    def __init__(self, directory: Path):
-        path, self.files = directory, {}
-        try:
-            for path in weight_files(directory):
-                self.files[path] = safe_open(path, framework="pt")
-        except SafetensorError as error:
-            raise _unreadable(path, error) from error
-        self.where = {name: path for path, file in self.files.items() for name in file.keys()}  # noqa: SIM118 (not a dict)
-        scales = {scale for name in self.where for scale in scale_names(name)}
-        self.names = [name for name in self.where if name not in scales]
-        self.block = _fp8_block(directory)
-
-    def read(self, name: str) -> torch.Tensor:
-        path = self.where[name]
-        try:
-            return self.files[path].get_tensor(name)
-        except SafetensorError as error:
-            raise _unreadable(path, error) from error
-
-    def scale_of(self, name: str) -> torch.Tensor | None:
-        found = self._scale_name(name)
-        return None if found is None else self.read(found)
-
-    def float8_modules(self, model: DeepseekV4) -> list[str]:
-        """Names of the modules of ``model`` that the release has in float8 and this directory too,
-        every matrix with scales for 128 x 128.
-        """
-        held: dict[str, bool] = {}
-        for name in self.names:
-            module = target_of(name).slot.rpartition(".")[0]
-            float8 = (
-                self.files[self.where[name]].get_slice(name).get_dtype() == "F8_E4M3"
-                and self._scale_name(name) is not None
-            )
-            held[module] = held.get(module, True) and float8
-        return [
-            name
-            for name in published_float8(model)
-            if self.block == FP8_BLOCK and held.get(name) and _stacks(model.get_submodule(name))
-        ]
-
-    def _scale_name(self, name: str) -> str | None:
-        return next((scale for scale in scale_names(name) if scale in self.where), None)
+    held: dict[str, bool] = {}
+    for name in shards.names:
+        target = target_of(name)
+        module = target.slot.rpartition(".")[0]
+        whole = ".experts." in target.slot and target.expert is None  # its scales do not stack
+        float8 = shards.stored_dtype(name) == "F8_E4M3" and shards.has_scale(name) and not whole
+        held[module] = held.get(module, True) and float8
+    return [
+        name
+        for name in published_float8(model)
+        if shards.block == FP8_BLOCK and held.get(name) and _stacks(model.get_submodule(name))
+    ]
 
 
 def _stacks(module: torch.nn.Module) -> bool:
@@ -169,18 +174,6 @@ def _stacks(module: torch.nn.Module) -> bool:
     block.
     """
     return not isinstance(module, Experts) or module.down_proj.shape[2] % BLOCK == 0
-
-
-def _unreadable(path: Path, error: Exception) -> FmsimError:
-    return FmsimError(f"{path}: not a readable safetensors file ({error}); copy it again")
-
-
-def scale_names(name: str) -> tuple[str, ...]:
-    """Where the scales of a weight may be: transformers' name for them, and the official
-    release's.
-    """
-    official = (name.removesuffix("weight") + "scale",) if name.endswith(".weight") else ()
-    return (name + "_scale_inv", *official)
 
 
 def dequantise(
@@ -193,16 +186,27 @@ def dequantise(
     float8 has a scale for each ``block``; 4-bit values come in pairs, the even one in a byte's low
     half, with a scale for each 32 of a row.
     """
-    if weight.dtype not in (torch.float8_e4m3fn, torch.int8, torch.uint8):
+    if weight.dtype in PLAIN:
+        if scale is not None:
+            raise FmsimError(
+                f"{where} is {_name_of(weight.dtype)} with scales beside it, so it is not said what"
+                " it means"
+            )
         return weight
+    if weight.dtype not in (*FLOAT8, torch.int8, torch.uint8):
+        raise FmsimError(f"{where} is {_name_of(weight.dtype)}, which cannot be loaded")
     if scale is None:
         raise FmsimError(
-            f"{where} is {str(weight.dtype).removeprefix('torch.')} but has no scales beside it"
+            f"{where} is {_name_of(weight.dtype)} but has no scales beside it"
             f" ({' or '.join(scale_names(where.split()[-1]))})"
         )
-    if weight.dtype != torch.float8_e4m3fn:
+    if weight.dtype not in FLOAT8:
         weight, block = weights.four_bit_values(weight), (1, FP4_BLOCK)
     return weights.dequantise(weight, checked_scale(weight, scale, block, where), block)
+
+
+def _name_of(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 def checked_scale(
@@ -221,50 +225,6 @@ def checked_scale(
             f" {needed}"
         )
     return scale.float()
-
-
-def _fp8_block(directory: Path) -> tuple[int, int]:
-    quantised = json.loads((directory / "config.json").read_text()).get("quantization_config") or {}
-    return tuple(quantised.get("weight_block_size") or FP8_BLOCK)
-
-
-def read_config(directory: Path) -> DeepseekV4Config:
-    path = directory / "config.json"
-    try:
-        fields = json.loads(path.read_text())
-    except FileNotFoundError:
-        raise FmsimError(
-            f"{path}: no such file; name a model directory in Hugging Face layout"
-        ) from None
-    except json.JSONDecodeError as error:
-        raise FmsimError(f"{path}: not JSON ({error})") from None
-    if fields.get("model_type") != "deepseek_v4":
-        raise FmsimError(
-            f"{path}: model_type is {fields.get('model_type')!r}, and only 'deepseek_v4' can be run"
-            " here"
-        )
-    method = (fields.get("quantization_config") or {}).get("quant_method", "fp8")
-    if method != "fp8":
-        raise FmsimError(
-            f"{path}: quantization_config: quant_method {method!r} cannot be loaded; known is 'fp8'"
-            " (with 4-bit experts or without)"
-        )
-    return DeepseekV4Config.from_pretrained(directory)
-
-
-def weight_files(directory: Path) -> list[Path]:
-    """The safetensors shards of a directory: those its index names, or the single file."""
-    index = directory / "model.safetensors.index.json"
-    if index.exists():
-        names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-    else:
-        names = ["model.safetensors"]
-    for name in names:
-        if not (directory / name).exists():
-            raise FmsimError(
-                f"{directory / name}: no such file; the directory's weights are incomplete"
-            )
-    return [directory / name for name in names]
 
 
 def expected_parts(slots: dict[str, torch.Tensor]) -> set[str]:
@@ -323,20 +283,20 @@ class Target(NamedTuple):
 
 
 def target_of(name: str) -> Target:
+    """The place of a stored tensor, by its name in any of the spellings."""
     for pattern, replacement in RENAMES:
         name = re.sub(pattern, replacement, name)
     expert = EXPERT.match(name)
     if expert is None:
         return Target(name)
+    part = expert[3] or EXPERT_PARTS[expert[4]]
     return Target(
-        expert[1] + (".down_proj" if expert[3] == "2" else ".gate_up_proj"),
-        int(expert[2]),
-        expert[3],
+        expert[1] + (".down_proj" if part == "2" else ".gate_up_proj"), int(expert[2]), part
     )
 
 
-def _place(slots: dict[str, torch.Tensor], shards: Shards, name: str) -> str:
-    """Copy one stored tensor into the model's slot of it; returns its name in
+def _place(slots: dict[str, torch.Tensor], shards: Shards, name: str) -> set[str]:
+    """Copy one stored tensor into the model's slot of it; returns its names in
     ``expected_parts``.
     """
     target, path = target_of(name), shards.where[name]
@@ -349,7 +309,9 @@ def _place(slots: dict[str, torch.Tensor], shards: Shards, name: str) -> str:
     scale = shards.scale_of(name)
     where = f"{path}: tensor {name}"
     held = slot.dtype == torch.float8_e4m3fn
-    if not held:
+    if slot.dtype == torch.int64:
+        _check_whole(tensor, where)
+    elif not held:
         tensor = dequantise(tensor, scale, shards.block, where)
     if slot.shape != tensor.shape:
         raise FmsimError(
@@ -359,4 +321,12 @@ def _place(slots: dict[str, torch.Tensor], shards: Shards, name: str) -> str:
     slot.copy_(tensor)
     if held:
         target.of(slots, scale=True).copy_(checked_scale(tensor, scale, shards.block, where))
-    return str(target)
+    if target.expert is None:
+        return expected_parts({target.slot: slots[target.slot]})
+    return {str(target)}
+
+
+def _check_whole(tensor: torch.Tensor, where: str) -> None:
+    """A table of numbers, such as the experts of each token of a hash layer."""
+    if tensor.is_floating_point() or tensor.is_complex():
+        raise FmsimError(f"{where} is {_name_of(tensor.dtype)}, not whole numbers")

@@ -23,14 +23,15 @@ def rms_normalise(x: Tensor, eps: float) -> Tensor:
 
 
 def inverse_frequencies(config: DeepseekV4Config, kind: str) -> Tensor:
-    """Angles per position of each rotated pair, float32 [rope_dims / 2]; ``kind`` is "main" or
-    "compress".
+    """Angles per position of each rotated pair, float32 [rope_dims / 2], always on the CPU (a model
+    is made on the meta device); ``kind`` is "main" or "compress".
     """
     parameters = config.rope_parameters[kind]
-    if parameters["rope_type"] != "default":
-        return ROPE_INIT_FUNCTIONS[parameters["rope_type"]](config, "cpu", layer_type=kind)[0]
-    dims = int(config.head_dim * parameters["partial_rotary_factor"])
-    return parameters["rope_theta"] ** -(torch.arange(0, dims, 2, dtype=torch.float) / dims)
+    with torch.device("cpu"):
+        if parameters["rope_type"] != "default":
+            return ROPE_INIT_FUNCTIONS[parameters["rope_type"]](config, "cpu", layer_type=kind)[0]
+        dims = int(config.head_dim * parameters.get("partial_rotary_factor", 1.0))
+        return parameters["rope_theta"] ** -(torch.arange(0, dims, 2, dtype=torch.float) / dims)
 
 
 def rotate(x: Tensor, angles: Tensor, inverse: bool = False) -> Tensor:

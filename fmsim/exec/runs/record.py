@@ -19,9 +19,10 @@ from fmsim.exec.decode.session import Session
 from fmsim.exec.model.cache import Access
 from fmsim.exec.model.deepseek_v4 import DeepseekV4
 from fmsim.exec.model.kinds import CSA
-from fmsim.exec.model.loader import weight_files
+from fmsim.exec.model.shards import weight_files
 from fmsim.exec.runs.stream import Stream, exact
-from fmsim.trace import TAU, ModelInfo, Trace, TraceHeader, TraceRecorder
+from fmsim.geometry.deepseek_v4 import FAMILY
+from fmsim.trace import TAU, CacheLayout, ModelInfo, Trace, TraceHeader, TraceRecorder
 
 
 def record(
@@ -45,7 +46,7 @@ def record(
     header = trace_header(
         model, len(prompt), name=name, seed=seed, sha256=sha256, prompt_text=prompt_text, tau=tau
     )
-    shared = PromptWatcher(len(prompt), header.prompt_mass_queries)
+    shared = PromptWatcher(len(prompt), header.prompt_mass_queries, header.entry_tokens)
     session = Session(model, len(prompt) + max(stream.steps for stream in streams), shared)
     session.read(prompt, progress)
     for stream in streams:
@@ -97,6 +98,9 @@ def trace_header(
     """The header of a trace that is about to be recorded from `model`."""
     return TraceHeader(
         geometry=geometry(model),
+        entry_tokens=model.config.compress_rates[CSA],
+        topk=model.config.index_topk,
+        layout=CacheLayout(family=FAMILY),
         model=ModelInfo(
             name=name, sha256=sha256, dtype=str(model.lm_head.weight.dtype).removeprefix("torch.")
         ),

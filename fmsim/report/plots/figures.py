@@ -67,23 +67,28 @@ class Style:
 
 
 def trade_off(results: Results, style: Style) -> go.Figure:
-    """Accuracy where the rows have it, else attention mass kept, against the footprint of one
-    request.
+    """Accuracy where the rows have it, else attention mass kept, or hits where the trace has no
+    masses, against the footprint of one request.
     """
-    score, title = (
-        ("accuracy", "accuracy")
-        if all("accuracy" in row for row in results.rows)
-        else ("mass_kept", "attention mass kept")
-    )
+    if all("accuracy" in row for row in results.rows):
+        title = "accuracy"
+        scores = [row["accuracy"] for row in results.rows]
+    elif all(row["mass_kept"] is not None for row in results.rows):
+        title = "attention mass kept"
+        scores = [row["mass_kept"] for row in results.rows]
+    else:
+        title = "selected entries resident"
+        details = results.about["details"]
+        scores = [details[row["policy"]]["hit_ratio"] for row in results.rows]
     figure = go.Figure()
     taken: dict[tuple[float, float], int] = {}  # labels at about the same place go around it
-    for row in results.rows:
+    for row, score in zip(results.rows, scores, strict=True):
         label, exact = row["policy"], results.exact(row["policy"])
-        place = (round(np.log10(row["kv_hbm_bytes"]), 1), round(row[score], 1))
+        place = (round(np.log10(row["kv_hbm_bytes"]), 1), round(score, 1))
         taken[place] = taken.get(place, -1) + 1
         figure.add_scatter(
             x=[row["kv_hbm_bytes"] / GIB],
-            y=[row[score]],
+            y=[score],
             mode="markers+text",
             text=[label],
             name=label,

@@ -8,7 +8,7 @@ from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
-from fmsim.report.console import wide_console
+from fmsim.report.console import share_text, wide_console
 from fmsim.units import GIB, MIB
 
 MIN_WIDTH, TASK_WIDTH, CELL_WIDTH = 132, 24, 20  # columns; figures are never cut
@@ -83,7 +83,7 @@ def _prices(report: dict[str, Any]) -> Table:
             f"{row['kv_bytes'] / GIB:.3f}",
             f"{row['kv_ratio']:.1%}",
             f"{row['golden_kept']:.1%}",
-            f"{row['mass_kept']:.1%}",
+            share_text(row["mass_kept"]),
             f"{row['h2d_bytes_per_step'] / MIB:.2f}",
             f"{row['stall_ratio']:.1%}",
         )

@@ -10,7 +10,7 @@ from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
-from fmsim.report.console import picture, wide_console
+from fmsim.report.console import picture, share_text, wide_console
 from fmsim.report.tables.hardware import hardware_line
 from fmsim.units import GIB, MIB, gib
 
@@ -28,6 +28,11 @@ FIGURES = (  # headings of the columns behind the policy and its kind; * = simul
     "PCIe\nMiB/step",
     "stall*",
     "requests\nfit*",
+)
+NO_MASS = (
+    "golden kept, mass kept: the trace has no attention masses (engines capture what was selected,"
+    " not how much), so these cannot be known.  hit: selected entries resident when their step"
+    " began."
 )
 NOTES = (
     (
@@ -51,9 +56,24 @@ NOTES = (
 
 def render(report: dict[str, Any]) -> Group:
     """The head, the table and its notes, from the report's JSON object."""
-    return Group(
-        *head(report["scenario"]), _table(report), *(Text(note, style="dim") for note in NOTES)
-    )
+    lines = (Text(note, style="dim") for note in notes(report["scenario"]))
+    return Group(*head(report["scenario"]), _table(report), *lines)
+
+
+def has_mass(about: dict[str, Any]) -> bool:
+    """Whether the trace of a report has attention masses; old reports are of such."""
+    return bool(about["trace"].get("masses", True))
+
+
+def headings(about: dict[str, Any]) -> tuple[str, ...]:
+    """FIGURES; without masses the share of hits stands in the place of golden entries kept."""
+    if has_mass(about):
+        return FIGURES
+    return tuple("hit" if name == "golden\nkept" else name for name in FIGURES)
+
+
+def notes(about: dict[str, Any]) -> tuple[str, ...]:
+    return NOTES if has_mass(about) else (*NOTES, NO_MASS)
 
 
 def show(report: dict[str, Any]) -> None:
@@ -91,6 +111,8 @@ def head(about: dict[str, Any]) -> list[Text]:
             + _figures(hardware["figures"])
         ),
     ]
+    if "stands_for" in about:
+        lines.insert(2, Text(f"          {about['stands_for']}", style="yellow"))
     if trace["source"] == "dense_pooled":
         lines.insert(
             2,
@@ -122,7 +144,7 @@ def _table(report: dict[str, Any]) -> Table:
     table = Table(header_style="bold", pad_edge=False, row_styles=("", "dim"))
     table.add_column("policy", no_wrap=True)
     table.add_column("")
-    for name in FIGURES:
+    for name in headings(report["scenario"]):
         table.add_column(name, justify="right", no_wrap=True)
     steps = report["scenario"]["trace"]["steps"]
     for row in report["policies"]:
@@ -140,8 +162,8 @@ def cells(row: dict[str, Any], details: dict[str, Any], steps: int) -> list[str 
         f"{row['kv_hbm_bytes'] / GIB:.3f}",
         f"{row['kv_hbm_ratio']:.1%}",
         f"{details['gpu_kv_bytes'] / GIB:.3f}",
-        f"{row['entry_recall']:.1%}",
-        f"{row['mass_kept']:.1%}",
+        share_text(details["hit_ratio"] if row["entry_recall"] is None else row["entry_recall"]),
+        share_text(row["mass_kept"]),
         "-" if row["set_overlap"] is None else f"{row['set_overlap']:.2f}",
         f"{row['decode_tokens_per_s']:.1f}",
         f"{row['step_s']['p50'] * 1e3:.2f}",

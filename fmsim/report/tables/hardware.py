@@ -19,4 +19,6 @@ def hardware_line(hardware: dict[str, Any]) -> str:
     if pool is not None:
         guess = " (a guess)" if pool["guess"] else ""
         left = f"{pool['bytes_per_gpu'] / GIB:.1f} GiB for KV{guess}"
-    return f"{hardware['title']}, {title}; on each GPU {weights:.1f} GiB of weights, {left}"
+    line = f"{hardware['title']}, {title}; on each GPU {weights:.1f} GiB of weights, {left}"
+    scaled = hardware.get("kernels_stand_in")
+    return line if scaled is None else f"{line}; {scaled}"

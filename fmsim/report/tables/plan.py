@@ -9,7 +9,7 @@ from typing import Any
 from rich.table import Table
 from rich.text import Text
 
-from fmsim.report.console import wide_console
+from fmsim.report.console import NO_MASS, share_text, wide_console
 from fmsim.report.tables.hardware import hardware_line
 from fmsim.units import GIB
 
@@ -32,6 +32,8 @@ def show(report: dict[str, Any]) -> None:
         parts.append(_crossovers(crossed, len(places) > 1))
     parts += [Text(f"{plan['hardware']}, {plan['deployment']}: {plan['error']}") for plan in failed]
     parts += [Text(note, style="dim") for note in _notes(plans)]
+    if any(plan["mass_kept"] is None for plan in plans):
+        parts.append(Text(NO_MASS, style="dim"))
     unbounded = wide_console(1000)
     console = wide_console(
         max(unbounded.measure(part).maximum for part in parts if isinstance(part, Table))
@@ -133,7 +135,7 @@ def _walls(plans: list[dict[str, Any]]) -> Table:
         table.add_row(
             plan["policy"],
             Text("exact", "green") if plan["exact"] else Text("lossy", "yellow"),
-            f"{plan['mass_kept']:.1%}",
+            share_text(plan["mass_kept"]),
             f"{plan['gpu_bytes'] / GIB:.3f}",
             f"{plan['host_bytes'] / GIB:.3f}",
             str(plan["requests"]),
@@ -234,6 +236,7 @@ def _notes(plans: list[dict[str, Any]]) -> list[str]:
             " from which the policy makes more tokens/s than the full cache."
         ),
     ]
+    notes += dict.fromkeys(plan["kernels_stand_in"] for plan in plans if "kernels_stand_in" in plan)
     guesses = {plan["hardware"]: plan["kv_pool"] for plan in plans if plan["kv_pool"]["guess"]}
     for name, pool in guesses.items():
         notes.append(f"? KV pool of {name}: a guess. {pool['source']}")

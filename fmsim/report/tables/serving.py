@@ -8,7 +8,7 @@ from rich.console import Console, Group
 from rich.table import Table
 from rich.text import Text
 
-from fmsim.report.console import picture, wide_console
+from fmsim.report.console import picture, share_text, wide_console
 from fmsim.report.tables.hardware import hardware_line
 from fmsim.units import GIB, gib
 
@@ -156,7 +156,7 @@ def _cells(row: dict[str, Any]) -> list[str | Text]:
     return [
         row["policy"],
         Text("exact", "green") if row["exact"] else Text("lossy", "yellow"),
-        f"{row['mass_kept']:.1%}",
+        share_text(row["mass_kept"]),
         str(row["held"]),
         f"{row['tokens_per_s']:,.0f}",
         *(_number(row["ttft_s"][q]) for q in ("p50", "p95", "p99")),

@@ -8,13 +8,13 @@ from typing import Any
 from rich.table import Table
 from rich.text import Text
 
-from fmsim.report.console import wide_console
+from fmsim.report.console import NO_MASS, share_text, wide_console
 from fmsim.units import MIB
 
 FIGURES = {  # heading -> text of a row's figure; * = simulated
     "of full": lambda row: f"{row['kv_hbm_ratio']:.1%}",
-    "golden kept": lambda row: f"{row['entry_recall']:.1%}",
-    "mass kept": lambda row: f"{row['mass_kept']:.1%}",
+    "golden kept": lambda row: share_text(row["entry_recall"]),
+    "mass kept": lambda row: share_text(row["mass_kept"]),
     "tokens/s*": lambda row: f"{row['decode_tokens_per_s']:.1f}",
     "p99 ms*": lambda row: f"{row['step_s_p99'] * 1e3:.2f}",
     "PCIe MiB": lambda row: f"{row['h2d_bytes'] / MIB:.1f}",
@@ -22,7 +22,7 @@ FIGURES = {  # heading -> text of a row's figure; * = simulated
     "requests fit*": lambda row: str(row["max_requests"]),
 }
 SERVING_FIGURES = {  # of a scenario with a workload
-    "mass kept": lambda row: f"{row['mass_kept']:.1%}",
+    "mass kept": lambda row: share_text(row["mass_kept"]),
     "held*": lambda row: str(row["held"]),
     "tokens/s*": lambda row: f"{row['tokens_per_s']:,.0f}",
     "TTFT p95 s*": lambda row: f"{row['ttft_s_p95']:.2f}",
@@ -54,6 +54,8 @@ def show(rows: list[dict[str, Any]], note: str) -> None:
     for row in rows:
         if "error" in row:
             console.print(Text(f"{row['policy']}: {row['error']}", style="yellow"))
+    if any(row.get("mass_kept", 0) is None for row in rows):
+        console.print(Text(NO_MASS, style="dim"))
     console.print(Text(f"{note}.  * simulated, not measured", style="dim"))
 
 

@@ -97,6 +97,8 @@ def _ledger(
         "n_layers": 1,
         "n_groups": 1,
         "n_slots": slots,
+        "group_slots": [slots],
+        "entry_tokens": geometry.csa_rate,
         "prompt_entries": entries,
         "topk": geometry.index_topk,
         "accessed": none + geometry.index_topk,

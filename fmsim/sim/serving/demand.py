@@ -151,7 +151,7 @@ class Demand:
         return Pools(
             csa=csa_bytes if self.holds_all else 0,
             slots=0 if self.holds_all else csa_bytes,
-            hca=geometry.n_hca * geometry.hca_entries(tokens) * geometry.kv_entry_bytes,
+            hca=geometry.dense_bytes(tokens),
             index_keys=math.ceil(keyed * geometry.index_key_bytes),
             window=geometry.window_bytes,
             mirror=geometry.host_kv_bytes(tokens) if self.mirrored else 0,

@@ -257,7 +257,8 @@ def crossover(question: CapacityQuestion, full: Demand) -> dict[str, Any] | None
     """
     if not question.demand.mirrored:
         return None
-    most = question.geometry.max_positions - question.output_tokens
+    positions = question.geometry.max_positions or CONTEXTS[-1] + question.output_tokens
+    most = positions - question.output_tokens
     contexts = [
         _compare(question.changed(tokens=min(tokens, most)), full)
         for tokens in CONTEXTS

@@ -12,7 +12,7 @@ from collections.abc import Callable
 import numpy as np
 from numpy.typing import NDArray
 
-from fmsim.geometry import SLIDING, Geometry
+from fmsim.geometry import Geometry
 from fmsim.hw.modules import modules
 from fmsim.hw.spec import Hardware
 
@@ -31,7 +31,7 @@ class PrefillModel:
             self._ms = lambda start, chunk: 1e3 * _at_matrix_rate_s(hw, geometry, start, chunk)
             return
         n_hca = geometry.n_hca
-        n_sliding = geometry.layer_types.count(SLIDING)
+        n_sliding = geometry.n_sliding
 
         def measured(start: np.ndarray, chunk: np.ndarray) -> np.ndarray:
             csa = geometry.n_csa * timed.csa.ms(chunk, start)

@@ -130,7 +130,8 @@ class ServerRun:
         )
         self.log.requests.append(request)
         longest = arrival.prompt_tokens + arrival.output_tokens
-        if longest > self.geometry.max_positions:
+        positions = self.geometry.max_positions
+        if positions is not None and longest > positions:
             request.refused = POSITIONS
         else:
             request.refused = self.admission.never_fits(request)

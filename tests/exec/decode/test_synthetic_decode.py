@@ -139,7 +139,7 @@ def test_a_lookahead_policy_keeps_the_keys_of_what_its_indexer_scores(
 WRONG = [
     (
         ("--model", "v9"),
-        "--model: neither a preset nor a config.json: 'v9'; presets are v4-flash, v4-pro",
+        "--model: neither a preset nor a model's file: 'v9'; presets are v4-flash, v4-pro",
     ),
     (("--context", "200k"), "--context 204800: no shipped trace has about as many tokens"),
     (("--context", "many"), "'many' is no number of tokens; write 8192 or 32k"),

@@ -220,6 +220,10 @@ def test_what_cannot_be_loaded_is_named(tmp_path):
     lost = next(name for name in shard if name.endswith(".scale") and ".experts." in name)
     shard.pop(lost)
     save_file(shard, tmp_path / "part-0.safetensors")
+    index = tmp_path / "model.safetensors.index.json"
+    places = json.loads(index.read_text())["weight_map"]
+    places.pop(lost)
+    index.write_text(json.dumps({"weight_map": places}))
     with pytest.raises(FmsimError, match="has no scales beside it.*scale"):
         load_model(tmp_path)
     config = json.loads((tmp_path / "config.json").read_text())
@@ -241,3 +245,106 @@ def test_in_bfloat16_everything_has_the_type_that_transformers_gives_it(tmp_path
     assert all(torch.equal(tensor, expected[name]) for name, tensor in model.state_dict().items())
     assert model.model.layers[1].self_attn.inv_freq.dtype == torch.float32
     assert model(torch.randint(0, 64, (1, 20)))[0].isfinite().all()
+
+
+def remade(directory, changed, dropped=()):
+    """Tensors of the saved model in ``directory`` changed, others left out; one file."""
+    path = directory / "model.safetensors"
+    stored = load_file(path)
+    kept = {name: tensor for name, tensor in stored.items() if name not in dropped}
+    save_file({**kept, **changed}, path)
+    return stored
+
+
+@pytest.mark.parametrize("dtype", [torch.float8_e5m2, torch.float8_e4m3fnuz, torch.float8_e4m3fn])
+def test_every_float8_with_scales_is_what_they_say(dtype, tmp_path):
+    oracle(layer_types=[SLIDING, CSA]).save_pretrained(tmp_path)
+    name = "model.layers.0.attn.wkv.weight"
+    weight = load_file(tmp_path / "model.safetensors")[name]
+    scale = torch.tensor([[0.25]])
+    codes = (weight / scale).to(dtype)
+    remade(tmp_path, {name: codes, name.replace("weight", "scale"): scale})
+    loaded = load_model(tmp_path).state_dict()["model.layers.0.self_attn.kv_proj.weight"]
+    assert torch.equal(loaded, codes.float() * 0.25)
+    remade(tmp_path, {}, [name.replace("weight", "scale")])
+    with pytest.raises(FmsimError, match="has no scales beside it"):
+        load_model(tmp_path)
+
+
+def test_scales_beside_floats_and_unknown_types_are_refused(tmp_path):
+    oracle(layer_types=[SLIDING, CSA]).save_pretrained(tmp_path)
+    name = "model.layers.0.attn.wkv.weight"
+    scale = name.replace("weight", "scale")
+    stored = remade(tmp_path, {scale: torch.ones(1, 1)})
+    with pytest.raises(FmsimError, match=f"{name} is float32 with scales beside it"):
+        load_model(tmp_path)
+    remade(tmp_path, {name: stored[name].to(torch.int16)}, [scale])
+    with pytest.raises(FmsimError, match=f"{name} is int16"):
+        load_model(tmp_path)
+
+
+def test_the_index_says_which_copy_of_a_tensor_counts(tmp_path):
+    reference = oracle(layer_types=[SLIDING, CSA])
+    reference.save_pretrained(tmp_path)
+    stored = load_file(tmp_path / "model.safetensors")
+    (tmp_path / "model.safetensors").unlink()
+    name = "model.layers.0.attn.wkv.weight"
+    first = {key: tensor for key, tensor in stored.items() if key != name}
+    save_file({**first, name: torch.zeros_like(stored[name])}, tmp_path / "a.safetensors")
+    save_file({name: stored[name]}, tmp_path / "b.safetensors")
+    places = dict.fromkeys(first, "a.safetensors") | {name: "b.safetensors"}
+    index = tmp_path / "model.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": places}))
+    ids = torch.randint(0, 64, (1, 30))
+    with torch.no_grad():
+        torch.testing.assert_close(
+            load_model(tmp_path)(ids)[0], reference(ids).logits, atol=1e-4, rtol=0
+        )
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "{",
+        "[]",
+        "{}",
+        '{"weight_map": 3}',
+        '{"weight_map": {"a": "../b.safetensors"}}',
+        '{"weight_map": {}}',
+        '{"weight_map": {"a": 1}}',
+    ],
+)
+def test_a_broken_or_foreign_index_is_told(text, tmp_path):
+    oracle(layer_types=[SLIDING, CSA]).save_pretrained(tmp_path)
+    (tmp_path / "model.safetensors.index.json").write_text(text)
+    with pytest.raises(FmsimError, match=r"index\.json: is no index"):
+        load_model(tmp_path)
+
+
+def test_an_index_that_names_what_is_not_there(tmp_path):
+    oracle(layer_types=[SLIDING, CSA]).save_pretrained(tmp_path)
+    places = dict.fromkeys(load_file(tmp_path / "model.safetensors"), "model.safetensors")
+    index = tmp_path / "model.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": places | {"extra": "model.safetensors"}}))
+    with pytest.raises(FmsimError, match="holds extra, which it does not"):
+        load_model(tmp_path)
+    index.write_text(json.dumps({"weight_map": places | {"extra": "gone.safetensors"}}))
+    with pytest.raises(FmsimError, match=r"gone\.safetensors: no such file"):
+        load_model(tmp_path)
+
+
+@torch.no_grad()
+def test_tied_embeddings_fused_experts_and_extra_layers(tmp_path):
+    reference = oracle(layer_types=[SLIDING, CSA], tie_word_embeddings=True)
+    reference.save_pretrained(tmp_path)
+    stored = load_file(tmp_path / "model.safetensors")
+    state = reference.state_dict()
+    fused = {name: state[name].clone() for name in state if name.endswith("experts.down_proj")}
+    assert len(fused) == 2
+    single = [name for name in stored if ".experts." in name and name.endswith("w2.weight")]
+    extra = {"mtp.0.norm.weight": torch.ones(3), "model.layers.2.attn.wkv.weight": torch.ones(3, 3)}
+    remade(tmp_path, fused | extra, [*single, "head.weight", "lm_head.weight"])
+    ids = torch.randint(0, 64, (1, 30))
+    torch.testing.assert_close(
+        load_model(tmp_path)(ids)[0], reference(ids).logits, atol=1e-4, rtol=0
+    )

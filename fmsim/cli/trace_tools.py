@@ -1,0 +1,63 @@
+"""`fmsim trace cut` and `fmsim trace stats`."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+
+def cut(
+    file: Annotated[Path, typer.Argument(help="a trace (.safetensors)")],
+    out: Annotated[Path, typer.Option(help="trace to write (.safetensors)")],
+    steps: Annotated[
+        str, typer.Option(help="decode steps as first:end; those before join the prompt")
+    ] = "0:",
+    layers: Annotated[
+        str | None, typer.Option(help="layers of the trace, e.g. 0,3,8-11; all by default")
+    ] = None,
+) -> None:
+    """Write a part of a trace as a trace of its own.
+
+    \b
+    fmsim trace cut long.safetensors --steps 0:256 --out short.safetensors
+    """
+    from fmsim import trace
+    from fmsim.trace import cut as cutting
+
+    found = trace.read(file)
+    first, end = cutting.parse_range(steps, "--steps")
+    chosen = None if layers is None else cutting.parse_numbers(layers, "--layers")
+    part = cutting.cut(found, first, found.n_steps if end is None else end, chosen)
+    trace.write(out, part)
+    typer.echo(
+        f"{out}: {part.n_steps} steps after {part.header.prompt_tokens:,} tokens,"
+        f" {part.n_layers} layers, {out.stat().st_size / 1e6:.1f} MB"
+    )
+
+
+def stats(
+    file: Annotated[Path, typer.Argument(help="a trace (.safetensors)")],
+    as_json: Annotated[bool, typer.Option("--json", help="print one JSON object")] = False,
+    html: Annotated[Path | None, typer.Option(help="write one HTML page as well")] = None,
+    steps: Annotated[int | None, typer.Option(min=1, help="only the first steps")] = None,
+) -> None:
+    """How selections repeat: unions, overlaps, reuse distances, and misses of lru and belady.
+
+    \b
+    fmsim trace stats traces/nano-32k-needles.safetensors
+    fmsim trace stats capture.safetensors --json --html capture.html
+    """
+    from fmsim import trace
+    from fmsim.experiments.trace_stats import stats as measured
+    from fmsim.report.tables import trace_stats as table
+
+    found = measured(trace.read(file), steps)
+    if html is not None:
+        table.write_page(html, file.name, found)
+    if as_json:
+        typer.echo(json.dumps(found))
+    else:
+        table.show(file.name, found)
