@@ -7,6 +7,7 @@ on busy cores take several times the processor time.
 """
 
 import os
+import tempfile
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
@@ -14,3 +15,6 @@ import torch
 
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
+
+# Which traces were found sound is remembered beside no user's own notes.
+os.environ.setdefault("XDG_CACHE_HOME", tempfile.mkdtemp(prefix="fmsim-tests-"))

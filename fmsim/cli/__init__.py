@@ -1,7 +1,15 @@
 """The `fmsim` command: mounts the sub-commands and turns user errors into one line."""
 
+import errno
 import importlib
+import io
+import signal
 import sys
+import threading
+import traceback
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NoReturn
 
 import typer
 
@@ -14,7 +22,7 @@ from fmsim.cli.run import run
 from fmsim.cli.sweep import sweep
 from fmsim.cli.tune import tune
 from fmsim.cli.validate import validate
-from fmsim.errors import FmsimError
+from fmsim.errors import ExitCode, FmsimError, shown
 
 app = typer.Typer(
     name="fmsim",
@@ -47,6 +55,7 @@ SUB_APPS = ("model", "policy", "trace", "indexer", "hw")
 @app.callback(invoke_without_command=True)
 def _root(
     version: bool = typer.Option(False, "--version", help="Print the version and leave."),
+    debug: bool = typer.Option(False, "--debug", help="Show the traceback of an error."),
 ) -> None:
     if version:
         typer.echo(f"fmsim {__version__}")
@@ -54,21 +63,87 @@ def _root(
 
 
 def _mount() -> None:
+    mounted = {group.name for group in app.registered_groups}
     for name in SUB_APPS:
-        try:
-            module = importlib.import_module(f"fmsim.cli.{name}")
-        except ModuleNotFoundError as error:
-            if error.name != f"fmsim.cli.{name}":
-                raise
-            continue
-        app.add_typer(module.app, name=name)
+        if name not in mounted:
+            app.add_typer(importlib.import_module(f"fmsim.cli.{name}").app, name=name)
 
 
-def main() -> None:
-    """Entry point of the console script; exit code 2 and one line for a user's mistake."""
-    _mount()
+def main(arguments: Sequence[str] | None = None) -> NoReturn:
+    """Entry point of the console script: runs a command, and exits as `ExitCode` says.
+
+    A user's mistake is one line on standard error. Anything else is a bug of fmsim, and says so.
+    """
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    debug = "--debug" in given[:1]
+    if threading.current_thread() is threading.main_thread():
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, _interrupt)
     try:
-        app()
+        for stream in (sys.stdout, sys.stderr):
+            if isinstance(stream, io.TextIOWrapper):
+                stream.reconfigure(errors="backslashreplace")
+        _mount()
+        app(given, prog_name="fmsim")
+        code = ExitCode.DONE
+    except Interrupted:
+        _say("interrupted", debug)
+        code = ExitCode.INTERRUPTED
     except FmsimError as error:
-        print(f"fmsim: {error}", file=sys.stderr)
-        sys.exit(2)
+        _say(str(error), debug)
+        code = error.exit_code
+    except OSError as error:
+        code = _environment(error, debug)
+    except MemoryError:
+        _say("not enough memory for this; run less at once", debug)
+        code = ExitCode.INPUT
+    except Exception as error:  # the last resort
+        code = _bug(error, debug)
+    sys.exit(code)
+
+
+class Interrupted(BaseException):
+    """Ctrl-C or SIGTERM. No KeyboardInterrupt: libraries take that for their own."""
+
+
+def _interrupt(number: int, frame: object) -> NoReturn:
+    for again in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(again, signal.SIG_IGN)  # so that the way out is not interrupted
+    raise Interrupted
+
+
+def _say(what: str, debug: bool) -> None:
+    if debug:
+        traceback.print_exc()
+    lines = "\n".join(map(shown, what.splitlines()))
+    print(f"fmsim: {lines}", file=sys.stderr)
+
+
+def _environment(error: OSError, debug: bool) -> ExitCode:
+    """What the operating system refuses is the user's to mend, wherever it happens."""
+    if error.errno is None:
+        return _bug(error, debug)
+    place = f"{error.filename}: " if error.filename else ""
+    hints = {
+        errno.ENOSPC: "the disk is full; free some of it",
+        errno.EDQUOT: "the disk quota is used up; free some of it",
+        errno.EACCES: "no permission; choose another place",
+        errno.EROFS: "a read-only file system; choose another place",
+        errno.ENOMEM: "not enough memory; run less at once",
+        errno.EMFILE: "too many open files; raise `ulimit -n`",
+    }
+    _say(place + hints.get(error.errno, error.strerror or str(error)), debug)
+    return ExitCode.INPUT
+
+
+def _bug(error: Exception, debug: bool) -> ExitCode:
+    frames = traceback.extract_tb(error.__traceback__)
+    ours = [frame for frame in frames if "fmsim" in frame.filename]
+    where = f" at {Path(ours[-1].filename).name}:{ours[-1].lineno}" if ours else ""
+    what = str(error).partition("\n")[0][:200]
+    _say(
+        f"a bug in fmsim{where}: {type(error).__name__}: {what}\n"
+        "Please report it (README.md says where), with what `fmsim --debug ...` prints for it",
+        debug,
+    )
+    return ExitCode.BUG

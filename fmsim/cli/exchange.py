@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from fmsim.cli.extras import require
+from fmsim.cli.options import NoVerify, finite
 from fmsim.cli.progress import track
 
 if TYPE_CHECKING:
@@ -129,7 +130,10 @@ def export_traces(
         typer.Option("--format", help="flashmemory: the training dumps of LSA's authors"),
     ] = ExportFormat.flashmemory,
     head_share: Annotated[
-        float, typer.Option(help="share of a step's compressed mass that golden entries carry")
+        float,
+        typer.Option(
+            callback=finite, help="share of a step's compressed mass that golden entries carry"
+        ),
     ] = 0.6,
     min_layers: Annotated[
         int,
@@ -137,6 +141,7 @@ def export_traces(
             help="CSA layers that must choose an entry to make it golden (the paper: 3 of 21)"
         ),
     ] = 1,
+    no_verify: NoVerify = False,
 ) -> None:
     """Write traces as training data of another project (needs torch).
 

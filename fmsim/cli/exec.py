@@ -10,6 +10,7 @@ import typer
 
 from fmsim.cli.extras import require
 from fmsim.cli.given import device_given, policy_given
+from fmsim.cli.options import NoVerify
 
 if TYPE_CHECKING:
     from fmsim.exec.runs.stream import Stream
@@ -138,6 +139,7 @@ def exec_(
     beyond_positions: Annotated[
         bool, typer.Option("--beyond-positions", help="contexts longer than the model knows")
     ] = False,
+    no_verify: NoVerify = False,
 ) -> None:
     """Decode with a real model under a policy: the answer, and what it cost, measured.
 

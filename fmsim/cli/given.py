@@ -10,8 +10,7 @@ if TYPE_CHECKING:
 
 def policy_given(name: str, overrides: list[str]) -> Policy:
     """The policy of ``--policy`` with the parameters of ``--set``; FmsimError where one is none."""
-    import yaml
-
+    from fmsim import strict_yaml
     from fmsim.policies import registry
     from fmsim.scenario.key_value import key_value
 
@@ -20,7 +19,7 @@ def policy_given(name: str, overrides: list[str]) -> Policy:
         key, value = key_value(
             override, f"--set {override}: write key=value, such as --set budget=20%"
         )
-        params[key] = yaml.safe_load(value)
+        params[key] = strict_yaml.load(value, f"--set {override}")
     return registry.build({"policy": name} | params)
 
 

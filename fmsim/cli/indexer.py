@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from fmsim.cli.extras import require
+from fmsim.cli.options import NoVerify, finite
 from fmsim.cli.progress import track
 
 if TYPE_CHECKING:
@@ -30,7 +31,10 @@ class Loss(enum.StrEnum):
 
 Traces = Annotated[list[Path], typer.Argument(help="traces recorded from a DeepSeek-V4 model")]
 HeadShare = Annotated[
-    float, typer.Option(help="share of a step's compressed mass that golden entries carry")
+    float,
+    typer.Option(
+        callback=finite, help="share of a step's compressed mass that golden entries carry"
+    ),
 ]
 MinLayers = Annotated[
     int, typer.Option(help="CSA layers that must choose an entry to make it golden")
@@ -52,21 +56,34 @@ def train(
     loss: Annotated[
         Loss, typer.Option(help="over a query's list, or over single entries")
     ] = Loss.infonce,
-    random_negatives: Annotated[float, typer.Option(help="negatives sampled a positive")] = 3.0,
+    random_negatives: Annotated[
+        float, typer.Option(callback=finite, help="negatives sampled a positive")
+    ] = 3.0,
     hard_negatives: Annotated[
-        float, typer.Option(help="highest-scoring negatives a positive")
+        float, typer.Option(callback=finite, help="highest-scoring negatives a positive")
     ] = 1.0,
     mass_power: Annotated[
-        float, typer.Option(help="a positive weighs its mass to this power; 0: all alike")
+        float,
+        typer.Option(
+            callback=finite, help="a positive weighs its mass to this power; 0: all alike"
+        ),
     ] = 1.0,
     focal_gamma: Annotated[
-        float, typer.Option(help="focal loss: how little what is already right counts")
+        float,
+        typer.Option(callback=finite, help="focal loss: how little what is already right counts"),
     ] = 2.0,
-    learning_rate: Annotated[float, typer.Option(help="AdamW's peak learning rate")] = 2e-3,
-    weight_decay: Annotated[float, typer.Option(help="AdamW's weight decay")] = 0.01,
+    learning_rate: Annotated[
+        float, typer.Option(callback=finite, help="AdamW's peak learning rate")
+    ] = 2e-3,
+    weight_decay: Annotated[
+        float, typer.Option(callback=finite, help="AdamW's weight decay")
+    ] = 0.01,
     warm_up: Annotated[
         float,
-        typer.Option(help="share of the steps in which the rate rises; then it falls as a cosine"),
+        typer.Option(
+            callback=finite,
+            help="share of the steps in which the rate rises; then it falls as a cosine",
+        ),
     ] = 0.05,
     steps: Annotated[int, typer.Option(help="optimizer steps")] = 2000,
     traces_per_step: Annotated[int, typer.Option(help="traces whose queries make a batch")] = 4,
@@ -75,7 +92,7 @@ def train(
         int, typer.Option(help="evaluations without better recall before stopping")
     ] = 5,
     kept_share: Annotated[
-        float, typer.Option(help="share that the recommended threshold keeps")
+        float, typer.Option(callback=finite, help="share that the recommended threshold keeps")
     ] = 0.10,
     head_share: HeadShare = 0.6,
     min_layers: MinLayers = 1,
@@ -90,6 +107,7 @@ def train(
     device: Annotated[
         str | None, typer.Option(help="cuda or cpu; cuda where there is one by default")
     ] = None,
+    no_verify: NoVerify = False,
 ) -> None:
     """Train a memory indexer from traces alone; the model that made them is never loaded.
 
@@ -177,6 +195,7 @@ def evaluate(
     ] = None,
     plot: Annotated[Path | None, typer.Option(help="write the curves as an HTML page")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="print one JSON object")] = False,
+    no_verify: NoVerify = False,
 ) -> None:
     """Recall of golden entries and of attention mass against kept share, beside simpler rankings
     and the oracle.

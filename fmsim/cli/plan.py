@@ -8,6 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from fmsim.cli import deployment
+from fmsim.cli.options import TIMEOUT_S, NoVerify, PolicyTimeout, end_with_failures
 
 
 def plan(
@@ -60,6 +61,8 @@ def plan(
     beyond_positions: Annotated[
         bool, typer.Option("--beyond-positions", help="contexts longer than the model knows")
     ] = False,
+    policy_timeout: PolicyTimeout = TIMEOUT_S,
+    no_verify: NoVerify = False,
     as_json: Annotated[
         bool, typer.Option("--json", help="print one JSON object instead of the tables")
     ] = False,
@@ -147,14 +150,21 @@ def plan(
         )
         tokens = None if context is None else _tokens("--context", context)
         report = plan_scenario(
-            file, policy, tokens, asked, named if len(named) > 1 else [], layouts_
+            file,
+            policy,
+            tokens,
+            asked,
+            named if len(named) > 1 else [],
+            layouts_,
+            policy_timeout,
         )
     if as_json:
-        import json
+        from fmsim import strict_json
 
-        typer.echo(json.dumps(report))
+        typer.echo(strict_json.dump(report))
     else:
         plan_table.show(report)
+    end_with_failures(report.get("failed", []))
 
 
 def _list(text: str | None) -> list[str]:
@@ -196,14 +206,17 @@ def _seconds(option: str, text: str, unit: str) -> float:
 
 def _tokens(option: str, text: str) -> int:
     """512K is 512 * 1024."""
-    from fmsim.errors import FmsimError
+    from fmsim.errors import FmsimError, shown
+    from fmsim.sim.serving.spec import MOST_TOKENS
 
     units = {"K": 2**10, "M": 2**20}
     number, unit = (text[:-1], units[text[-1].upper()]) if text[-1:].upper() in units else (text, 1)
     try:
         tokens = round(float(number) * unit)
-    except ValueError:
+    except (ValueError, OverflowError):  # the latter for infinity
         tokens = 0
-    if tokens < 1:
-        raise FmsimError(f"{option} {text}: give a number of tokens, such as 512K, 1M or 100000")
+    if not 1 <= tokens <= MOST_TOKENS:
+        raise FmsimError(
+            f"{option} {shown(text)}: give a number of tokens, such as 512K, 1M or 100000"
+        )
     return tokens

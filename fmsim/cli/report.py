@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from fmsim.cli.extras import require
+from fmsim.cli.options import NoVerify
 from fmsim.cli.progress import bar
 
 if TYPE_CHECKING:
@@ -28,6 +29,7 @@ def report(
     perfetto: Annotated[
         Path | None, typer.Option(help="write the simulated timeline for ui.perfetto.dev here")
     ] = None,
+    no_verify: NoVerify = False,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="no progress bar")] = False,
 ) -> None:
     """One HTML page of a run, which works offline; and its timeline for Perfetto.

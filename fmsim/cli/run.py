@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from fmsim.cli import deployment
+from fmsim.cli.options import TIMEOUT_S, NoVerify, PolicyTimeout, end_with_failures
 from fmsim.cli.progress import bar
 
 if TYPE_CHECKING:
@@ -34,6 +35,8 @@ def run(
         Path | None, typer.Option(help="folder for report.json, ledgers and timelines")
     ] = None,
     svg: Annotated[Path | None, typer.Option(help="write the table as a picture")] = None,
+    policy_timeout: PolicyTimeout = TIMEOUT_S,
+    no_verify: NoVerify = False,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="no progress bar")] = False,
     model: Annotated[
         str | None, typer.Option(help="a preset (`fmsim model list`), a config.json or layer specs")
@@ -102,17 +105,19 @@ def run(
     overrides += ["beyond_positions=true"] * beyond_positions
     file = _scenario(scenario, [*overrides, *override, *placed], capture, model, prompt_tokens)
     shown = table if file.scenario.workload is None else serving
-    report = _with_progress(file, policy, quiet)
+    report = _with_progress(file, policy, quiet, policy_timeout)
+    plain = report.as_json()
     if out is not None:
         report.save(out)
     if svg is not None:
-        _write_svg(svg, shown.svg(report.as_json(), f"fmsim run {scenario}"))
+        _write_svg(svg, shown.svg(plain, f"fmsim run {scenario}"))
     if as_json:
-        import json
+        from fmsim import strict_json
 
-        typer.echo(json.dumps(report.as_json()))
+        typer.echo(strict_json.dump(plain))
     else:
-        shown.show(report.as_json())
+        shown.show(plain)
+    end_with_failures(plain["failed"])
 
 
 def _scenario(
@@ -136,7 +141,9 @@ def _scenario(
     return ScenarioFile(path, overrides)
 
 
-def _with_progress(file: ScenarioFile, policies: list[str], quiet: bool) -> Report | ServingReport:
+def _with_progress(
+    file: ScenarioFile, policies: list[str], quiet: bool, timeout_s: float
+) -> Report | ServingReport:
     from fmsim.experiments.run import run_scenario
     from fmsim.experiments.serve import serve_scenario
 
@@ -146,6 +153,7 @@ def _with_progress(file: ScenarioFile, policies: list[str], quiet: bool) -> Repo
             file,
             policies,
             lambda label, done, total: show(description=label, completed=done, total=total),
+            timeout_s,
         )
 
 

@@ -9,9 +9,12 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from fmsim.cli import deployment
+from fmsim.cli.options import TIMEOUT_S, NoVerify, PolicyTimeout
 from fmsim.cli.progress import bar
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     from fmsim.experiments.rows import RowFile
     from fmsim.experiments.sweep import SweepRun
 
@@ -43,6 +46,9 @@ def sweep(
             help="file that gets one row a run: JSON lines, or Parquet if it ends in .parquet"
         ),
     ] = Path("sweep.jsonl"),
+    max_runs: Annotated[
+        int, typer.Option(min=1, help="refuse a grid of more runs than this")
+    ] = 10_000,
     jobs: Annotated[
         int | None, typer.Option("--jobs", "-j", min=1, help="processes; by default one a core")
     ] = None,
@@ -52,6 +58,8 @@ def sweep(
     as_json: Annotated[
         bool, typer.Option("--json", help="print the sweep's rows as one JSON list")
     ] = False,
+    policy_timeout: PolicyTimeout = TIMEOUT_S,
+    no_verify: NoVerify = False,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="no progress bar")] = False,
     gpus: deployment.Gpus = None,
     tp: deployment.Tp = None,
@@ -106,38 +114,50 @@ def sweep(
         mem_fraction=mem_fraction,
         start_log=start_log,
     )
-    runs = plan(str(scenario), [*override, *placed], axes, policy)
-    file = RowFile(out)
-    todo = left(runs, file.rows)
-    _run_all(todo, len(runs), file, engine, jobs, quiet)
-    wanted = {run.key: place for place, run in enumerate(runs)}
-    rows = sorted(
-        (row for row in file.rows if row.get("key") in wanted), key=lambda row: wanted[row["key"]]
-    )
-    if as_json:
-        import json
+    planned = plan(str(scenario), [*override, *placed], axes, policy, max_runs)
+    wanted: dict[str, int] = {}  # keys of the runs, in their order
 
-        typer.echo(json.dumps(rows))
+    def noted() -> Iterator[SweepRun]:
+        for run in planned.runs():
+            wanted[run.key] = len(wanted)
+            yield run
+
+    with RowFile(out) as file:
+        before = len(file.rows)
+        todo = left(noted(), file.rows)
+        _run_all(todo, planned.n_runs, file, engine, jobs, quiet, policy_timeout)
+        made = len(file.rows) - before
+        rows = sorted(
+            (row for row in file.rows if row["key"] in wanted), key=lambda row: wanted[row["key"]]
+        )
+    if as_json:
+        from fmsim import strict_json
+
+        typer.echo(strict_json.dump(rows))
     else:
         rows_table.show(
-            rows, f"{len(todo)} of {len(runs)} runs done now, the others before; rows in {out}"
+            rows, f"{made} of {len(wanted)} runs done now, the others before; rows in {out}"
         )
 
 
 def _run_all(
-    todo: list[SweepRun], n_runs: int, file: RowFile, engine: Runner, jobs: int | None, quiet: bool
+    todo: Iterator[SweepRun],
+    n_runs: int,
+    file: RowFile,
+    engine: Runner,
+    jobs: int | None,
+    quiet: bool,
+    timeout_s: float,
 ) -> None:
     from fmsim.experiments.parallel import as_they_end, on_ray
-    from fmsim.experiments.sweep import SweepRun
+    from fmsim.experiments.sweep import SweepRun, lost
 
-    if not todo:
-        return
     results = (
-        on_ray(SweepRun.row, todo)
+        on_ray(SweepRun.row, list(todo))
         if engine is Runner.ray
-        else as_they_end(SweepRun.row, todo, jobs)
+        else as_they_end(SweepRun.row, todo, jobs, lost=lost, timeout_s=timeout_s)
     )
-    with bar("sweep", total=n_runs, completed=n_runs - len(todo), quiet=quiet) as show:
+    with bar("sweep", total=n_runs, quiet=quiet) as show:
         for row in results:
             file.append(row)
             show(advance=1, description=row["policy"])

@@ -11,6 +11,7 @@ import typer
 
 from fmsim.cli import exchange, trace_tools
 from fmsim.cli.extras import require
+from fmsim.cli.options import NoVerify
 from fmsim.cli.progress import token_bar
 
 if TYPE_CHECKING:
@@ -33,9 +34,10 @@ class Kind(enum.StrEnum):
 def info(
     file: Annotated[Path, typer.Argument(help="a trace (.safetensors)")],
     check: Annotated[
-        bool, typer.Option("--check", help="read every value, and compare the file's digest")
+        bool, typer.Option("--check", help="read every value again, and compare the digest")
     ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="print one JSON object")] = False,
+    no_verify: NoVerify = False,
 ) -> None:
     """What a trace was recorded from, and how its attention is spread.
 
@@ -46,7 +48,7 @@ def info(
     from fmsim import trace
     from fmsim.trace.summary import summary
 
-    found = summary(trace.read(file, check))
+    found = summary(trace.read(file, check or None))
     if as_json:
         typer.echo(json.dumps(found, indent=1))
     else:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from fmsim.cli.options import TIMEOUT_S, NoVerify, PolicyTimeout, finite
 from fmsim.cli.progress import bar
 
 if TYPE_CHECKING:
@@ -28,7 +29,10 @@ def tune(
         ),
     ] = [],
     floor: Annotated[
-        float, typer.Option(min=0, max=1, help="least share of the attention mass to keep")
+        float,
+        typer.Option(
+            min=0, max=1, callback=finite, help="least share of the attention mass to keep"
+        ),
     ] = 0.95,
     trials: Annotated[int, typer.Option("--trials", "-n", min=1, help="settings to try")] = 50,
     seed: Annotated[int, typer.Option(help="the same seed tries the same settings")] = 0,
@@ -38,6 +42,11 @@ def tune(
     as_json: Annotated[
         bool, typer.Option("--json", help="print one JSON object: best, pareto, trials, failed")
     ] = False,
+    study: Annotated[
+        Path, typer.Option(help="file of JSON lines that keeps trials, so that a search goes on")
+    ] = Path("tune.jsonl"),
+    policy_timeout: PolicyTimeout = TIMEOUT_S,
+    no_verify: NoVerify = False,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="no progress bar")] = False,
 ) -> None:
     """Search a policy's parameters for the most tokens/s with the attention mass kept above a
@@ -59,14 +68,15 @@ def tune(
 
     file = ScenarioFile(scenario, override)
     name = next((spec.policy for spec in file.scenario.policies if policy == spec.label), policy)
-    found = _with_progress(file, policy, ranges_of(name, range_), trials, floor, seed, quiet)
+    ranges = ranges_of(name, range_)
+    found = _with_progress(file, policy, ranges, trials, floor, seed, quiet, study, policy_timeout)
     if as_json:
-        import json
+        from fmsim import strict_json
 
         best = _plain(found.best) if found.best else None
         failed = [{"values": values, "error": error} for values, error in found.failed]
         typer.echo(
-            json.dumps(
+            strict_json.dump(
                 {
                     "best": best,
                     "pareto": [*map(_plain, found.front)],
@@ -80,8 +90,17 @@ def tune(
 
 
 def _with_progress(
-    file: Any, policy: str, ranges: list, trials: int, floor: float, seed: int, quiet: bool
+    file: Any,
+    policy: str,
+    ranges: list,
+    trials: int,
+    floor: float,
+    seed: int,
+    quiet: bool,
+    study: Path,
+    timeout_s: float,
 ) -> Tuning:
+    from fmsim.experiments.rows import RowFile
     from fmsim.experiments.tune import tune as search
 
     with bar(policy, total=trials, quiet=quiet) as show:
@@ -94,7 +113,8 @@ def _with_progress(
             )
             show(completed=done, description=f"{policy}: {best}")
 
-        return search(file, policy, ranges, trials, floor, seed, progress)
+        with RowFile(study) as kept:
+            return search(file, policy, ranges, trials, floor, seed, progress, kept, timeout_s)
 
 
 def _plain(trial: Trial) -> dict[str, Any]:

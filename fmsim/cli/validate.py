@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from fmsim.cli.extras import require
+from fmsim.cli.options import NoVerify
 from fmsim.cli.progress import bar
 
 
@@ -32,6 +33,7 @@ def validate(
     as_json: Annotated[
         bool, typer.Option("--json", help="print one JSON object instead of the table")
     ] = False,
+    no_verify: NoVerify = False,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="no progress bar")] = False,
 ) -> None:
     """Run policies in both worlds on one trace: the replay in numpy, and the engine's loop in torch

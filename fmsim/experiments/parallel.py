@@ -1,62 +1,74 @@
-"""Independent work: on several cores, without copying what it reads, or on a Ray cluster."""
+"""Independent work in supervised processes: they share what the parent read, and end with it.
+
+A worker that dies, or takes too long, costs its own item alone. What work prints goes to standard
+error, so that a command's own output stays whole.
+"""
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import multiprocessing
 import os
+import pickle
+import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
-from typing import Any, TypeVar
+import traceback
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from multiprocessing.connection import Connection, wait
+from typing import Any, NoReturn, TypeVar
 
 from fmsim.errors import FmsimError
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
-_work: Callable[[int], Any]  # set just before the processes part, so that they inherit it
+_PR_SET_PDEATHSIG = 1  # of prctl(2)
 
 
-def in_parallel(work: Callable[[int], Result], n: int) -> Iterator[Result]:
+def in_parallel(
+    work: Callable[[int], Result],
+    n: int,
+    lost: Callable[[int, str], Result] | None = None,
+    timeout_s: float | None = None,
+) -> Iterator[Result]:
     """work(0), ..., work(n - 1), in order, each as soon as it and those before it are there.
 
-    On Linux they run in forked processes, which share the parent's arrays; elsewhere, or on one
-    core, one after another. An exception that `work` raises is raised here.
+    On Linux they run in forked processes, which share the parent's arrays; elsewhere one after
+    another in this one. An exception that `work` raises is raised here. `lost(i, why)` is the
+    result where a worker died or took longer than `timeout_s`; without it that is an FmsimError.
     """
-    n_processes = min(n, cores())
-    if n_processes < 2 or sys.platform != "linux":
-        yield from map(work, range(n))
+    if sys.platform != "linux":
+        with contextlib.redirect_stdout(sys.stderr):
+            yield from map(work, range(n))
         return
-    global _work
-    _work = work
-    with ProcessPoolExecutor(n_processes, multiprocessing.get_context("fork")) as pool:
-        yield from pool.map(_inherited, range(n))
+    early: dict[int, Result] = {}
+    place = 0
+    for index, result in _supervised(work, range(n), cores(), "fork", lost, timeout_s):
+        early[index] = result
+        while place in early:
+            yield early.pop(place)
+            place += 1
 
 
 def as_they_end(
     work: Callable[[Item], Result],
-    items: Sequence[Item],
+    items: Iterable[Item],
     jobs: int | None = None,
     start_method: str | None = None,
+    lost: Callable[[Item, str], Result] | None = None,
+    timeout_s: float | None = None,
 ) -> Iterator[Result]:
-    """work(item) of each, as each ends, in `jobs` processes (one a core by default), which end with
-    this one even if it is killed.
+    """work(item) of each, as each ends, in `jobs` processes (one a core by default).
 
     `start_method` is multiprocessing's; "spawn" for work on a GPU, whose driver does not outlive a
-    fork.
+    fork. `lost` and `timeout_s` as in `in_parallel`.
     """
-    context = multiprocessing.get_context(start_method)
-    with ProcessPoolExecutor(
-        jobs or cores(), context, initializer=_end_with_parent, initargs=(os.getpid(),)
-    ) as pool:
-        try:
-            for future in as_completed([pool.submit(work, item) for item in items]):
-                yield future.result()
-        except BaseException:
-            pool.shutdown(cancel_futures=True)
-            raise
+    found = _supervised(work, items, jobs or cores(), start_method, lost, timeout_s)
+    for _, result in found:
+        yield result
 
 
 def on_ray(work: Callable[[Item], Result], items: Sequence[Item]) -> Iterator[Result]:
@@ -80,8 +92,150 @@ def on_ray(work: Callable[[Item], Result], items: Sequence[Item]) -> Iterator[Re
         ray.shutdown()
 
 
-def _end_with_parent(parent: int) -> None:
-    """A worker whose parent was killed would wait for work for ever."""
+class _WorkerTraceback(Exception):
+    """Where a worker's exception came from; shown by `fmsim --debug`."""
+
+
+class _Worker:
+    """A process that works on one item after another."""
+
+    def __init__(self, context: Any, work: Callable[[Any], Any]) -> None:
+        self.connection, theirs = context.Pipe()
+        self.process = context.Process(target=_serve, args=(work, theirs, os.getpid()), daemon=True)
+        self.process.start()
+        theirs.close()
+        self.index = -1
+        self.item: Any = None
+        self.ends_s = float("inf")
+
+    def give(self, index: int, item: Any, timeout_s: float | None) -> None:
+        self.index = index
+        self.item = item
+        self.ends_s = time.monotonic() + timeout_s if timeout_s else float("inf")
+        with contextlib.suppress(OSError):  # a worker that died is found when its answer is read
+            self.connection.send(item)
+
+    def answer(self) -> tuple[str, Any, str] | None:
+        """What it sent, or None where it died instead."""
+        try:
+            found: tuple[str, Any, str] = self.connection.recv()
+            return found
+        except (EOFError, OSError):
+            return None
+
+    def how_it_ended(self) -> str:
+        self.process.join(5)
+        code = self.process.exitcode
+        if code is not None and code < 0:
+            hint = "; was there enough memory?" if -code == signal.SIGKILL else ""
+            return f"its process was killed by {signal.Signals(-code).name}{hint}"
+        return f"its process left with exit code {code} and no result"
+
+    def end(self) -> None:
+        self.process.kill()
+        self.process.join()
+        self.connection.close()
+
+
+def _supervised(
+    work: Callable[[Item], Result],
+    items: Iterable[Item],
+    jobs: int,
+    start_method: str | None,
+    lost: Callable[[Item, str], Result] | None,
+    timeout_s: float | None,
+) -> Iterator[tuple[int, Result]]:
+    """(index, result) of each item, as they end."""
+    context = multiprocessing.get_context(start_method)
+    left = enumerate(items)
+    idle: list[_Worker] = []
+    busy: list[_Worker] = []
+    try:
+        while True:
+            while len(busy) < jobs and (following := next(left, None)) is not None:
+                worker = idle.pop() if idle else _Worker(context, work)
+                worker.give(*following, timeout_s)
+                busy.append(worker)
+            if not busy:
+                return
+            for worker, answer in _next_answers(busy):
+                busy.remove(worker)
+                if isinstance(answer, str):
+                    worker.end()
+                    if lost is None:
+                        raise FmsimError(f"a worker was lost: {answer}; run it again")
+                    yield worker.index, lost(worker.item, answer)
+                    continue
+                idle.append(worker)
+                kind, value, text = answer
+                if kind == "raised":
+                    raise value from _WorkerTraceback(f"\n{text}")
+                yield worker.index, value
+    finally:
+        for worker in [*idle, *busy]:
+            worker.end()
+
+
+def _next_answers(busy: Sequence[_Worker]) -> Iterator[tuple[_Worker, tuple[str, Any, str] | str]]:
+    """Wait until some worker has answered, died, or run out of time; for these their answers, or
+    what became of them.
+    """
+    soonest_s = min(worker.ends_s for worker in busy)
+    wait_s = None if soonest_s == float("inf") else max(0.0, soonest_s - time.monotonic())
+    ready = wait([worker.connection for worker in busy], wait_s)
+    for worker in list(busy):
+        if worker.connection in ready:
+            answer = worker.answer()
+            yield worker, worker.how_it_ended() if answer is None else answer
+        elif worker.ends_s <= time.monotonic():
+            yield worker, "it took longer than its time limit (--policy-timeout)"
+
+
+def _serve(work: Callable[[Any], Any], connection: Connection, parent: int) -> None:
+    """A worker's life: items in, answers out, until the parent has no more."""
+    _end_with(parent)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent deals with Ctrl-C, and ends workers
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    sys.stdout.flush()
+    os.dup2(2, 1)
+    sys.stdout = sys.stderr
+    while True:
+        try:
+            item = connection.recv()
+        except (EOFError, OSError):
+            _leave()
+        try:
+            answer = ("done", work(item), "")
+        except Exception as error:
+            answer = ("raised", _portable(error), traceback.format_exc())
+        try:
+            connection.send(answer)
+        except BrokenPipeError:
+            _leave()
+
+
+def _leave() -> NoReturn:
+    sys.stderr.flush()
+    os._exit(0)  # without the parent's exit handlers
+
+
+def _portable(error: Exception) -> Exception:
+    """The exception, or one that says the same, where it does not survive a pipe."""
+    try:
+        if type(pickle.loads(pickle.dumps(error))) is type(error):
+            return error
+    except Exception:
+        pass
+    return RuntimeError(f"{type(error).__name__}: {error}")
+
+
+def _end_with(parent: int) -> None:
+    """A worker whose parent was killed must not live on."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+        if os.getppid() != parent:
+            os._exit(1)
+        return
 
     def watch() -> None:
         while os.getppid() == parent:
@@ -89,10 +243,6 @@ def _end_with_parent(parent: int) -> None:
         os._exit(1)
 
     threading.Thread(target=watch, daemon=True).start()
-
-
-def _inherited(index: int) -> Any:
-    return _work(index)
 
 
 def cores() -> int:

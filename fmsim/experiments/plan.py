@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from fmsim.errors import FmsimError
+from fmsim.experiments.failures import TIMEOUT_S, Failure, guarded, lost, raise_if_all
+from fmsim.experiments.parallel import in_parallel
 from fmsim.experiments.run import (
     Setting,
     about,
@@ -59,6 +61,7 @@ def plan_scenario(
     asked: dict[str, Any],
     hardware: Sequence[str] = (),
     deployments: Sequence[str] = (),
+    timeout_s: float = TIMEOUT_S,
 ) -> dict[str, Any]:
     """The scenario's policies, or those `selected`, on its hardware and deployment, or on each of
     those named, at a context of `tokens` (by default the trace's); `asked`: the rest of `Ask`.
@@ -86,10 +89,21 @@ def plan_scenario(
         for hw in ([load_hardware(name) for name in hardware] or [setting.hw])
         for spec in ([parse_deployment(text, given) for text in deployments] or [given])
     ]
-    candidates = [candidate(*each) for each in policies]
+    results = list(
+        in_parallel(
+            lambda index: guarded(policies[index][0], lambda: candidate(*policies[index])),
+            len(policies),
+            lambda index, why: lost(policies[index][0], why),
+            timeout_s,
+        )
+    )
+    failures = tuple(result for result in results if isinstance(result, Failure))
+    candidates = [result for result in results if isinstance(result, Candidate)]
+    raise_if_all(failures, len(candidates))
     options = file.scenario.server
     head = about(setting) | {"server": options.model_dump(mode="json")}
-    return _report(head, setting.geometry, servers, candidates, full, options, ask)
+    report = _report(head, setting.geometry, servers, candidates, full, options, ask)
+    return report | {"failed": [failure.row() for failure in failures]}
 
 
 def plan_model(

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
-import json
+import hashlib
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from pydantic import BaseModel, ConfigDict, Field
+
+from fmsim import strict_json
 from fmsim.errors import FmsimError
+from fmsim.inputs import MOST_BYTES_OF_RESULTS, check_regular, read_json
 from fmsim.replay.ledger import Ledger
 from fmsim.sim.timeline import SimulatedTimeline
 
@@ -25,7 +30,94 @@ def timeline_path(folder: Path, label: str) -> Path:
 
 
 def _stem(label: str) -> str:
-    return re.sub(r"[^\w.+-]", "_", label)
+    """A file name of its own for every label: what a file name cannot hold is replaced, and a
+    digest of the label added, so that "lru a" and "lru_a" do not share a file, on file systems
+    without case either.
+    """
+    plain = re.sub(r"[^a-z0-9+_-]", "_", label.lower())[:80]
+    digest = hashlib.sha256(label.encode()).hexdigest()[:10]
+    return label if plain == label else f"{plain}.{digest}"
+
+
+def files_of(folder: Path, labels: Iterable[str]) -> dict[str, list[str | None]]:
+    """By label the digests of its ledger and timeline as they lie in `folder`, so that a report is
+    never read with another run's; None for one that is not there.
+    """
+    return {
+        label: [_digest(ledger_path(folder, label)), _digest(timeline_path(folder, label))]
+        for label in labels
+    }
+
+
+def _digest(path: Path) -> str | None:
+    try:
+        check_regular(path, MOST_BYTES_OF_RESULTS)
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except FileNotFoundError:
+        return None
+
+
+class _Open(BaseModel):
+    """Part of a report: the keys that are read, and any others."""
+
+    model_config = ConfigDict(extra="allow", allow_inf_nan=False)
+
+
+class _Spread(_Open):
+    p50: float
+    p99: float
+
+
+class _Row(_Open):
+    policy: str
+    kv_hbm_bytes: int = Field(ge=0)
+    kv_hbm_ratio: float = Field(ge=0)
+    entry_recall: float
+    mass_kept: float
+    set_overlap: float | None
+    decode_tokens_per_s: float = Field(ge=0)
+    step_s: _Spread
+    h2d_bytes: int = Field(ge=0)
+    stall_ratio: float
+    max_requests: int = Field(ge=0)
+
+
+class _Details(_Open):
+    exact: bool | None
+    gpu_kv_bytes: int = Field(ge=0)
+    host_kv_bytes: int = Field(ge=0)
+    max_requests_bound: str
+
+
+class _Trace(_Open):
+    file: str
+    steps: int = Field(ge=1)
+    content_sha256: str | None
+
+
+class _Hardware(_Open):
+    name: str
+    title: str
+    kernel_source: str
+
+
+class _About(_Open):
+    name: str
+    description: str
+    file: str
+    fmsim: str
+    trace: _Trace
+    hardware: _Hardware
+    layer_map: list[int]
+    full_kv_bytes: int = Field(ge=1)
+    details: dict[str, _Details]
+
+
+class _Report(_Open):
+    scenario: _About
+    policies: list[_Row]
+    files: dict[str, list[str | None]]
 
 
 @dataclass(frozen=True)
@@ -55,7 +147,11 @@ class Results:
         folder = Path(folder)
         path = folder / REPORT_NAME
         try:
-            report = json.loads(path.read_text(encoding="utf-8"))
+            report = read_json(path, MOST_BYTES_OF_RESULTS)
+            if not isinstance(report, dict) or not isinstance(report.get("scenario"), dict):
+                raise FmsimError(
+                    f"{path}: not a report of `fmsim run --out`; run the scenario again"
+                )
             if "serving" in report:
                 raise FmsimError(
                     f"{path}: is of a scenario with a workload, which has no page yet; run it with"
@@ -67,6 +163,7 @@ class Results:
                     f"{path}: report schema {version}, but this fmsim reads {SCHEMA_VERSION}; run"
                     " the scenario again"
                 )
+            strict_json.check(_Report, report, str(path))
             labels = [row["policy"] for row in report["policies"]]
             known = set(report["scenario"]["details"]) >= set(labels)
         except FileNotFoundError:
@@ -82,8 +179,12 @@ class Results:
                 f"{path}: not a whole report of `fmsim run --out`; run the scenario again"
             )
         ledgers = {label: Ledger.load(ledger_path(folder, label)) for label in labels}
-        return cls(
-            report,
-            ledgers,
-            {label: SimulatedTimeline.load(timeline_path(folder, label)) for label in labels},
-        )
+        timelines = {
+            label: SimulatedTimeline.load(timeline_path(folder, label)) for label in labels
+        }
+        if report["files"] != files_of(folder, labels):
+            raise FmsimError(
+                f"{path}: its ledgers or timelines are another run's, or were changed since; run"
+                " the scenario again, into a folder of its own"
+            )
+        return cls(report, ledgers, timelines)

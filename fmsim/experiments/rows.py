@@ -4,37 +4,60 @@ so.
 
 from __future__ import annotations
 
-import json
+import fcntl
 import os
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
-from fmsim.errors import FmsimError
+from pydantic import BaseModel, ConfigDict, Field
+
+from fmsim import strict_json
+from fmsim.errors import FmsimError, shown
 from fmsim.files import replacing
+from fmsim.inputs import MOST_BYTES_OF_RESULTS, check_regular, read_bytes, reason
 
 Row = dict[str, Any]  # flat: no value is a mapping
 SCHEMA_VERSION = 2  # of a row; 1 had none
+
+MOST_ROWS = 1_000_000
+STARTS = (b'{"schema_version": ',)  # of every row that was written here
+
+
+class _Row(BaseModel):
+    """What every row has."""
+
+    model_config = ConfigDict(extra="allow")
+
+    schema_version: int = 1
+    key: str = Field(min_length=1, max_length=64)
+    policy: str = ""
+    scenario: str = ""
 
 
 class RowFile:
     """What is in the file when it is opened, and what is appended.
 
-    A kill at any moment loses at most the row being written.
+    A kill at any moment loses at most the row being written. The file is one sweep's alone while it
+    is open.
     """
 
     def __init__(self, path: str | Path) -> None:
-        """Raises FmsimError for a file that holds something else, or a place that cannot be
-        written.
+        """Raises FmsimError for a file that holds something else, that another sweep writes, or a
+        place that cannot be written.
         """
         self.path = Path(path)
         self._parquet = self.path.suffix == ".parquet"
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            self.rows: list[Row] = self._read_parquet() if self._parquet else self._read_lines()
+            self._lock = _locked(self.path)
+            try:
+                self.rows: list[Row] = self._read_parquet() if self._parquet else self._read_lines()
+            except BaseException:
+                self.close()
+                raise
         except OSError as error:
             raise FmsimError(
-                f"--out {self.path}: cannot be used ({error.strerror or error}); choose another"
-                " file"
+                f"--out {shown(self.path)}: cannot be used ({reason(error)}); choose another file"
             ) from None
         for number, row in enumerate(self.rows, 1):
             version = row.get("schema_version", 1)
@@ -44,6 +67,17 @@ class RowFile:
                     f" {SCHEMA_VERSION}; give another file"
                 )
 
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Let others write the file."""
+        _lock_path(self.path).unlink(missing_ok=True)
+        os.close(self._lock)
+
     def append(self, row: Row) -> None:
         """Write one row; it is on disk when this returns."""
         row = {"schema_version": SCHEMA_VERSION} | row
@@ -52,7 +86,7 @@ class RowFile:
             self._write_parquet()
             return
         with self.path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(row) + "\n")
+            file.write(strict_json.dump(row) + "\n")
             file.flush()
             os.fsync(file.fileno())
 
@@ -60,37 +94,56 @@ class RowFile:
         """The whole lines; a last one cut off by a kill is dropped, from the file as well."""
         if not self.path.exists():
             return []
-        text = self.path.read_bytes()
+        text = read_bytes(self.path, MOST_BYTES_OF_RESULTS)
         whole = text[: text.rfind(b"\n") + 1]
-        rows = []
-        for number, line in enumerate(whole.splitlines(), 1):
-            try:
-                row = json.loads(line)
-            except ValueError:
-                row = None
-            if not isinstance(row, dict):
-                raise FmsimError(
-                    f"{self.path}, line {number}: not a row of results; give another file with"
-                    " --out, or mend the line"
-                )
-            rows.append(row)
-        if len(whole) < len(text):
+        rows = [self._row(number, line) for number, line in enumerate(whole.split(b"\n")[:-1], 1)]
+        cut = text[len(whole) :]
+        if cut and not any(cut.startswith(start) or start.startswith(cut) for start in STARTS):
+            self._refuse(len(rows) + 1)
+        if cut:
             os.truncate(self.path, len(whole))
         return rows
+
+    def _row(self, number: int, line: bytes) -> Row:
+        where = f"{self.path}, line {number}"
+        try:
+            row: Row = strict_json.parse(line.decode(), where)
+            strict_json.check(_Row, row, where)
+        except (FmsimError, UnicodeDecodeError):
+            self._refuse(number)
+        return row
+
+    def _refuse(self, number: int) -> None:
+        raise FmsimError(
+            f"{shown(self.path)}, line {number}: not a row of results; give another file with"
+            " --out, or mend the line"
+        )
 
     def _read_parquet(self) -> list[Row]:
         parquet = self._library()
         if not self.path.exists():
             return []
+        import pyarrow
+
         try:
-            return [
+            check_regular(self.path, MOST_BYTES_OF_RESULTS)
+            about = parquet.read_metadata(self.path)
+            inflated = sum(
+                about.row_group(group).total_byte_size for group in range(about.num_row_groups)
+            )
+            if about.num_rows > MOST_ROWS or inflated > MOST_BYTES_OF_RESULTS:
+                raise ValueError(f"{about.num_rows:,} rows of {inflated:,} bytes are too many")
+            found = [
                 {name: value for name, value in row.items() if value is not None}
                 for row in parquet.read_table(self.path).to_pylist()
             ]
-        except ValueError as error:  # pyarrow's errors are ValueErrors
+            for row in found:
+                strict_json.check(_Row, row, "row")
+            return found
+        except (ValueError, TypeError, FmsimError, OSError, pyarrow.ArrowException) as error:
             raise FmsimError(
-                f"{self.path}: not a Parquet file of results ({error}); give another file with"
-                " --out"
+                f"{shown(self.path)}: not a Parquet file of results ({shown(error)}); give another"
+                " file with --out"
             ) from None
 
     def _write_parquet(self) -> None:
@@ -111,3 +164,27 @@ class RowFile:
                 " .jsonl file"
             ) from None
         return pyarrow.parquet
+
+
+def _lock_path(path: Path) -> Path:
+    return path.with_name(f".{path.name}.lock")
+
+
+def _locked(path: Path) -> int:
+    """A descriptor that holds the file's lock; the kernel lets it go with the process."""
+    while True:
+        beside = _lock_path(path)
+        handle = os.open(beside, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            os.close(handle)
+            raise FmsimError(
+                f"--out {shown(path)}: another sweep writes this file; wait for it, or give another"
+            ) from None
+        try:
+            if os.stat(beside).st_ino == os.fstat(handle).st_ino:
+                return handle
+        except FileNotFoundError:
+            pass
+        os.close(handle)  # its owner has just taken the file away

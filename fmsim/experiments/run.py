@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fmsim import __version__
+from fmsim import __version__, strict_json
 from fmsim.errors import FmsimError
 from fmsim.experiments.driving import layers_that_drive, stands_for
+from fmsim.experiments.failures import TIMEOUT_S, Failure, guarded, lost, raise_if_all
 from fmsim.experiments.parallel import in_parallel
-from fmsim.experiments.results import REPORT_NAME, SCHEMA_VERSION, ledger_path, timeline_path
+from fmsim.experiments.results import (
+    REPORT_NAME,
+    SCHEMA_VERSION,
+    files_of,
+    ledger_path,
+    timeline_path,
+)
 from fmsim.files import write_text
 from fmsim.geometry import Geometry, geometry_named
 from fmsim.hw import Hardware, load_hardware, replace_figure
@@ -46,6 +52,7 @@ class Report:
 
     scenario: dict[str, Any]
     runs: tuple[PolicyRun, ...]
+    failures: tuple[Failure, ...] = ()
 
     def as_json(self) -> dict[str, Any]:
         """The object that `fmsim run --json` prints."""
@@ -53,6 +60,7 @@ class Report:
         return {
             "scenario": self.scenario | {"details": details},
             "policies": [run.row for run in self.runs],
+            "failed": [failure.row() for failure in self.failures],
         }
 
     def save(self, folder: Path) -> None:
@@ -63,7 +71,8 @@ class Report:
             for run in self.runs:
                 run.ledger.save(ledger_path(folder, run.label))
                 run.timeline.save(timeline_path(folder, run.label))
-            write_text(folder / REPORT_NAME, json.dumps(self.as_json(), indent=1) + "\n")
+            written = self.as_json() | {"files": files_of(folder, [run.label for run in self.runs])}
+            write_text(folder / REPORT_NAME, strict_json.dump(written, indent=1) + "\n")
         except OSError as error:
             raise FmsimError(
                 f"--out {folder}: cannot be written ({error.strerror or error}); choose another"
@@ -133,21 +142,33 @@ def run_scenario(
     file: ScenarioFile,
     selected: Sequence[str] = (),
     progress: Callable[[str, int, int], None] = lambda label, done, total: None,
+    timeout_s: float = TIMEOUT_S,
 ) -> Report:
     """Run every policy of `file`, or those `selected` by label or name.
 
     A selected policy that the scenario lacks runs with its defaults. `progress` is told (label,
-    done, total) as they finish. Raises FmsimError for whatever the user can mend.
+    done, total) as they finish. A policy that fails, or takes longer than `timeout_s`, is among the
+    report's failures. Raises FmsimError for whatever the user can mend, and where none succeeds.
     """
     setting = Setting(file)
     policies = build_policies(file, selected)
     replayer = setting.replayer(policies)
-    runs = []
+
+    def work(index: int) -> PolicyRun | Failure:
+        label, policy = policies[index]
+        return guarded(label, lambda: setting.run(replayer, label, policy))
+
+    runs: list[PolicyRun] = []
+    failures: list[Failure] = []
     progress(policies[0][0], 0, len(policies))
-    for run in in_parallel(lambda index: setting.run(replayer, *policies[index]), len(policies)):
-        runs.append(run)
-        progress(run.label, len(runs), len(policies))
-    return Report(about(setting), tuple(runs))
+    results = in_parallel(
+        work, len(policies), lambda index, why: lost(policies[index][0], why), timeout_s
+    )
+    for done, result in enumerate(results, 1):
+        (failures if isinstance(result, Failure) else runs).append(result)
+        progress(result.label, done, len(policies))
+    raise_if_all(tuple(failures), len(runs))
+    return Report(about(setting), tuple(runs), tuple(failures))
 
 
 def build_policies(file: ScenarioFile, selected: Sequence[str] = ()) -> list[tuple[str, Policy]]:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,8 +9,11 @@ from typing import Any
 
 import numpy as np
 
+from fmsim import strict_json
 from fmsim.errors import FmsimError
+from fmsim.experiments.failures import TIMEOUT_S, Failure, guarded, lost, raise_if_all
 from fmsim.experiments.parallel import in_parallel
+from fmsim.experiments.results import ledger_path
 from fmsim.experiments.run import Setting, about, build_policies
 from fmsim.files import write_text
 from fmsim.policies.base import Policy
@@ -48,17 +49,22 @@ class ServingReport:
     scenario: dict[str, Any]
     policies: tuple[dict[str, Any], ...]
     ledgers: dict[str, Ledger]
+    failures: tuple[Failure, ...] = ()
 
     def as_json(self) -> dict[str, Any]:
         """The object that `fmsim run --json` prints for a scenario with a workload."""
-        return {"scenario": self.scenario, "serving": list(self.policies)}
+        return {
+            "scenario": self.scenario,
+            "serving": list(self.policies),
+            "failed": [failure.row() for failure in self.failures],
+        }
 
     def save(self, folder: Path) -> None:
         """Write report.json and each policy's ledger; every file appears whole or not at all."""
         try:
             for label, ledger in self.ledgers.items():
-                ledger.save(folder / "ledgers" / f"{re.sub(r'[^-.+0-9A-Za-z_]', '_', label)}.npz")
-            write_text(folder / "report.json", json.dumps(self.as_json(), indent=1) + "\n")
+                ledger.save(ledger_path(folder, label))
+            write_text(folder / "report.json", strict_json.dump(self.as_json(), indent=1) + "\n")
         except OSError as error:
             raise FmsimError(
                 f"--out {folder}: cannot be written ({error.strerror or error}); choose another"
@@ -70,30 +76,44 @@ def serve_scenario(
     file: ScenarioFile,
     selected: Sequence[str] = (),
     progress: Callable[[str, int, int], None] = lambda label, done, total: None,
+    timeout_s: float = TIMEOUT_S,
 ) -> ServingReport:
     """Serve the scenario's workload under each of its policies, or those `selected` by label or
     name.
 
-    `progress` is told (label, done, total) as they finish. Raises FmsimError for whatever the user
-    can mend.
+    `progress` is told (label, done, total) as they finish. A policy that fails, or takes longer
+    than `timeout_s`, is among the report's failures. Raises FmsimError for whatever the user can
+    mend, and where none succeeds.
     """
     source = _source(file)  # so that a mistake in a request file is told first
     setting, policies = Setting(file), build_policies(file, selected)
     replayer = setting.replayer(policies)
-    rows, ledgers = [], {}
+
+    def work(index: int) -> tuple[dict[str, Any], Ledger] | Failure:
+        label, policy = policies[index]
+        return guarded(label, lambda: serve_policy(setting, replayer, label, policy))
+
+    rows, ledgers, failures = [], {}, []
     progress(policies[0][0], 0, len(policies))
-    for row, ledger in in_parallel(
-        lambda index: serve_policy(setting, replayer, *policies[index]), len(policies)
-    ):
+    results = in_parallel(
+        work, len(policies), lambda index, why: lost(policies[index][0], why), timeout_s
+    )
+    for done, result in enumerate(results, 1):
+        if isinstance(result, Failure):
+            failures.append(result)
+            progress(result.label, done, len(policies))
+            continue
+        row, ledger = result
         rows.append(row)
         ledgers[row["policy"]] = ledger
-        progress(row["policy"], len(rows), len(policies))
+        progress(row["policy"], done, len(policies))
+    raise_if_all(tuple(failures), len(rows))
     head = about(setting) | {
         "workload": _about_workload(file, source),
         "simulated": SIMULATED,
         "replayed": ["mass_kept", "entry_recall"],
     }
-    return ServingReport(head, tuple(rows), ledgers)
+    return ServingReport(head, tuple(rows), ledgers, tuple(failures))
 
 
 def serve_policy(

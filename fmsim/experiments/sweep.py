@@ -5,24 +5,30 @@ row of results.
 from __future__ import annotations
 
 import hashlib
+import inspect
 import itertools
 import json
-from collections.abc import Iterable, Sequence
+import math
+import os
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from pathlib import Path
 from typing import Any
 
-import yaml
-
-from fmsim import __version__
-from fmsim.errors import FmsimError
+from fmsim import __version__, strict_yaml
+from fmsim.errors import FmsimError, shown
 from fmsim.experiments.rows import Row
-from fmsim.experiments.run import Setting, build_policies
+from fmsim.experiments.run import Setting, build_policies, select
 from fmsim.experiments.serve import serve_policy
+from fmsim.indexer.checkpoint import SHIPPED
+from fmsim.policies.base import Policy
 from fmsim.replay.replayer import Replayer
 from fmsim.scenario import ScenarioFile
 from fmsim.scenario.key_value import key_value
 from fmsim.sim.serving.spec import RequestFile
+
+MAX_RUNS = 10_000
 
 
 @dataclass(frozen=True)
@@ -44,33 +50,27 @@ class Axis:
             "write KEY=VALUE,VALUE,..., such as --grid hardware=h100,h200 or --grid"
             " policies.lsa.budget=5%,10%"
         )
-        key, values = key_value(text, f"--grid {text}: {example}")
+        where = f"--grid {shown(text)}"
+        key, values = key_value(text, f"{where}: {example}")
         if not values:
-            raise FmsimError(f"--grid {text}: {example}")
+            raise FmsimError(f"{where}: {example}")
         try:
-            nodes = yaml.compose(f"[{values}]", yaml.SafeLoader).value
-        except yaml.YAMLError:
-            raise FmsimError(f"--grid {text}: the values are not a YAML list; {example}") from None
-        texts = [
-            values[node.start_mark.index - 1 : node.end_mark.index - 1].strip() for node in nodes
-        ]
+            texts = strict_yaml.list_texts(values)
+        except FmsimError:
+            raise FmsimError(f"{where}: the values are not a YAML list; {example}") from None
         if any("=" in value for value in texts):
-            raise FmsimError(f"--grid {text}: one key a --grid; repeat --grid for the next key")
+            raise FmsimError(f"{where}: one key a --grid; repeat --grid for the next key")
         numbers = [_number(value) for value in texts]
         axis = cls(key, tuple(zip(texts, texts if None in numbers else numbers)))
         if len(set(texts)) < len(texts):
-            raise FmsimError(f"--grid {text}: a value stands there twice")
+            raise FmsimError(f"{where}: a value stands there twice")
         return axis
 
 
 def _number(text: str) -> int | float | None:
-    """The number that `text` says (27.5e9 too, which YAML takes for a word), or None."""
-    for kind in (int, float):
-        try:
-            return kind(text)
-        except ValueError:
-            continue
-    return None
+    """The number that `text` says as YAML, or None."""
+    value = strict_yaml.load(text, "--grid")
+    return value if isinstance(value, (int, float)) and not isinstance(value, bool) else None
 
 
 @dataclass(frozen=True)
@@ -80,6 +80,7 @@ class SweepRun:
     All that a worker on another machine needs, where it sees the same files.
     """
 
+    name: str  # the scenario's
     scenario: str
     overrides: tuple[str, ...]
     # the grid's keys that concern this policy, and their values
@@ -87,14 +88,16 @@ class SweepRun:
     label: str
     key: str  # a digest of all that the result depends on
 
+    def head(self) -> Row:
+        """What tells the row from others."""
+        settings = {f"set.{name}": value for name, value in self.settings}
+        return {"scenario": self.name, "key": self.key, "policy": self.label} | settings
+
     def row(self) -> Row:
         """Run it. A run that cannot be (its KV does not fit, say) gives a row with an `error`."""
-        head = {"key": self.key, "policy": self.label} | {
-            f"set.{name}": value for name, value in self.settings
-        }
-        file = ScenarioFile(self.scenario, self.overrides)
-        head = {"scenario": file.scenario.name} | head
+        head = self.head()
         try:
+            file = ScenarioFile(self.scenario, self.overrides)
             setting, policy = Setting(file), dict(build_policies(file, [self.label]))[self.label]
             if file.scenario.workload is not None:
                 return head | _flat(
@@ -107,39 +110,83 @@ class SweepRun:
         return head | _flat(run.row | run.details, leave=("policy", "params"))
 
 
-def plan(
-    scenario: str, overrides: Sequence[str], axes: Sequence[Axis], selected: Sequence[str] = ()
-) -> list[SweepRun]:
-    """All runs of the grid, in the order of the axes, the last one fastest, each once.
+@dataclass(frozen=True)
+class Grid:
+    """A scenario's runs under every combination of the axes' values.
 
-    A key `policies.<label>...` concerns that policy alone, so the others run once, not once a
-    value. Raises FmsimError for a mistake in any setting, before anything has run.
+    They are planned one by one, as they are asked for: a grid of ten thousand takes no longer to
+    begin than one of ten.
+    """
+
+    scenario: str
+    overrides: tuple[str, ...]
+    axes: tuple[Axis, ...]
+    selected: tuple[str, ...]
+    by_label: tuple[tuple[str, tuple[Axis, ...]], ...]  # each policy, and the axes it depends on
+
+    @property
+    def n_runs(self) -> int:
+        """At most so many; settings that come to the same are one run."""
+        return sum(math.prod(len(axis.values) for axis in axes) for _, axes in self.by_label)
+
+    def runs(self) -> Iterator[SweepRun]:
+        """In the order of the axes, the last one fastest, each once."""
+        seen: set[str] = set()
+        for label, axes in self.by_label:
+            for point in itertools.product(*(axis.values for axis in axes)):
+                run = self._run(label, {axis.key: value for axis, value in zip(axes, point)})
+                if run.key not in seen:
+                    seen.add(run.key)
+                    yield run
+
+    def _run(self, label: str, at_point: dict[str, tuple[str, Any]]) -> SweepRun:
+        own = (*self.overrides, *_texts(at_point))
+        file = ScenarioFile(self.scenario, own)
+        settings = tuple((key, shown_value) for key, (_, shown_value) in at_point.items())
+        name = file.scenario.name
+        return SweepRun(name, str(file.path.absolute()), own, settings, label, _digest(file, label))
+
+
+def plan(
+    scenario: str,
+    overrides: Sequence[str],
+    axes: Sequence[Axis],
+    selected: Sequence[str] = (),
+    max_runs: int = MAX_RUNS,
+) -> Grid:
+    """The grid of runs. A key `policies.<label>...` concerns that policy alone, so the others run
+    once, not once a value.
+
+    Raises FmsimError for a mistake in any value of an axis, or for more than `max_runs` runs,
+    before anything has run.
     """
     keys = [axis.key for axis in axes]
     twice = sorted({key for key in keys if keys.count(key) > 1})
     if twice:
         raise FmsimError(
-            f"--grid {twice[0]}: the key stands there twice; give all its values in one --grid"
+            f"--grid {shown(twice[0])}: the key stands there twice; give all its values in one"
+            " --grid"
         )
-    runs: dict[str, SweepRun] = {}
-    for point in itertools.product(*(axis.values for axis in axes)):
-        at_point = dict(zip(keys, point))
-        file = ScenarioFile(scenario, [*overrides, *_texts(at_point)])
-        for label in [label for label, _ in build_policies(file, selected)]:
-            concerned = {
-                key: value for key, value in at_point.items() if _concerns(file, key, label)
-            }
-            own = (*overrides, *_texts(concerned))
-            settings = tuple((key, shown) for key, (_, shown) in concerned.items())
-            run = SweepRun(
-                str(file.path.absolute()),
-                own,
-                settings,
-                label,
-                _digest(ScenarioFile(scenario, own), label),
-            )
-            runs.setdefault(run.key, run)
-    return list(runs.values())
+    n_points = math.prod(len(axis.values) for axis in axes)
+    first = {axis.key: axis.values[0] for axis in axes}
+    file = ScenarioFile(scenario, [*overrides, *_texts(first)])
+    labels = [spec.label for spec in select(file, selected)]
+    by_label = tuple(
+        (label, tuple(axis for axis in axes if _concerns(file, axis.key, label)))
+        for label in labels
+    )
+    grid = Grid(scenario, tuple(overrides), tuple(axes), tuple(selected), by_label)
+    if grid.n_runs > max_runs:
+        raise FmsimError(
+            f"--grid: {n_points:,} combinations are {grid.n_runs:,} runs, more than the"
+            f" {max_runs:,} that a sweep starts; give fewer values, or allow more with --max-runs"
+        )
+    for axis in axes:
+        for value in axis.values:
+            changed = ScenarioFile(scenario, [*overrides, *_texts(first | {axis.key: value})])
+            Setting(changed)
+            build_policies(changed, selected)
+    return grid
 
 
 def _texts(point: dict[str, tuple[str, Any]]) -> list[str]:
@@ -159,11 +206,16 @@ def _digest(file: ScenarioFile, label: str) -> str:
     """What the result depends on: this policy and its parameters, model, hardware, batch, layer
     map, and the trace's content.
     """
-    setting = Setting(file)
-    policy = dict(build_policies(file, [label]))[label]
+    return digest_of(Setting(file), label, dict(build_policies(file, [label]))[label])
+
+
+def digest_of(setting: Setting, label: str, policy: Policy) -> str:
+    """The same of a policy that need not stand in the scenario."""
+    file = setting.file
     content = {
         "fmsim": __version__,
-        "policy": [label, policy.name, policy.params.model_dump(mode="json")],
+        "policy": [label, policy.name, _contents(policy)],
+        "code": _file_digest(inspect.getfile(type(policy))),
         "model": repr(setting.geometry),
         "hardware": setting.hw.model_dump(mode="json"),
         "batch": setting.batch,
@@ -181,8 +233,26 @@ def _digest(file: ScenarioFile, label: str) -> str:
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
 
 
-@lru_cache(maxsize=8)
+def _contents(policy: Policy) -> dict[str, Any]:
+    """The policy's parameters, files among them by what they hold: a checkpoint that was trained
+    anew is another one.
+    """
+    plain = policy.params.model_dump(mode="json")
+    for name, value in policy.params:
+        if name == "checkpoint" and value is None:
+            value = SHIPPED
+        if isinstance(value, Path) and value.is_file():
+            plain[name] = _file_digest(str(value))
+    return plain
+
+
 def _file_digest(path: str) -> str:
+    found = os.stat(path)
+    return _digest_of(path, found.st_size, found.st_mtime_ns, found.st_ino)
+
+
+@lru_cache(maxsize=64)
+def _digest_of(path: str, *unchanged: int) -> str:
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
@@ -215,7 +285,12 @@ def _flat(row: Row, leave: Sequence[str]) -> Row:
     return flat
 
 
-def left(runs: Iterable[SweepRun], rows: Iterable[Row]) -> list[SweepRun]:
+def left(runs: Iterable[SweepRun], rows: Iterable[Row]) -> Iterator[SweepRun]:
     """The runs that have no row yet."""
     done = {row.get("key") for row in rows}
-    return [run for run in runs if run.key not in done]
+    return (run for run in runs if run.key not in done)
+
+
+def lost(run: SweepRun, why: str) -> Row:
+    """The row of a run whose worker died, or took too long."""
+    return run.head() | {"error": f"policy {run.label}: {why}"}

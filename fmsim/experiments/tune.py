@@ -11,10 +11,16 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from fmsim.errors import FmsimError
+from fmsim.errors import DoesNotFit, FmsimError
+from fmsim.experiments.failures import TIMEOUT_S, Failure, guarded, lost
+from fmsim.experiments.parallel import in_parallel
+from fmsim.experiments.rows import Row, RowFile
 from fmsim.experiments.run import Setting, build_policies
+from fmsim.experiments.sweep import digest_of
 from fmsim.policies import registry
+from fmsim.policies.base import Policy
 from fmsim.policies.budget import Budget
+from fmsim.replay.replayer import Replayer
 from fmsim.scenario import ScenarioFile
 
 NUMBER = re.compile(r"(?P<number>\d+(?:\.\d+)?|\.\d+)(?P<unit>\s*[a-zA-Z%].*)?")
@@ -205,12 +211,16 @@ def tune(
     floor: float,
     seed: int = 0,
     progress: Callable[[int, Tuning], None] = lambda done, tuning: None,
+    study_file: RowFile | None = None,
+    timeout_s: float = TIMEOUT_S,
 ) -> Tuning:
     """Search `n_trials` settings of the scenario's policy `label` (or of the policy of that name,
     with its defaults).
 
-    The same seed gives the same trials. Raises FmsimError where no setting can run, or Optuna is
-    missing.
+    The same seed gives the same trials. Those that `study_file` holds are not run again, so that an
+    interrupted search goes on as if nothing had been. (Optuna's own storage keeps the trials but
+    not the sampler's state, and a resumed search would try other settings.) Raises FmsimError where
+    no setting can run, or Optuna is missing.
     """
     try:
         import optuna
@@ -232,39 +242,70 @@ def tune(
     )
     tuning = Tuning(base[label].name, floor, [], [])
     seen: dict[str, Trial | None] = {}
+    known = _Known(study_file)
     for done in range(1, n_trials + 1):
         trial = study.ask()
         values = {range_.name: range_.suggest(trial) for range_ in ranges}
         key = json.dumps(values, sort_keys=True)
         if key not in seen:
-            seen[key] = _run(setting, replayer, tuning, label, own, values)
+            # a wrong value of a range is the user's to mend
+            policy = registry.build({"policy": tuning.policy} | own | values)
+            seen[key] = _kept(tuning, setting, replayer, label, policy, values, known, timeout_s)
         found = seen[key]
         objectives = found.objectives if found else (0.0, 0.0)
         trial.set_constraint("mass kept", floor - objectives[1])
         study.tell(trial, objectives)
         progress(done, tuning)
     if not tuning.trials:
-        raise FmsimError(
+        raise DoesNotFit(
             f"policy {label}: none of {n_trials} settings could run; the last:"
             f" {tuning.failed[-1][1]}"
         )
     return tuning
 
 
-def _run(
-    setting: Setting,
-    replayer: Any,
+class _Known:
+    """Trials that a study's file holds, by what their results depend on."""
+
+    def __init__(self, file: RowFile | None) -> None:
+        self.file = file
+        self.rows = {row["key"]: row for row in file.rows} if file else {}
+
+    def add(self, row: Row) -> None:
+        self.rows[row["key"]] = row
+        if self.file:
+            self.file.append(row)
+
+
+def _kept(
     tuning: Tuning,
+    setting: Setting,
+    replayer: Replayer,
     label: str,
-    own: dict[str, Any],
+    policy: Policy,
     values: dict[str, Any],
+    known: _Known,
+    timeout_s: float,
 ) -> Trial | None:
-    # a wrong value of a range is the user's to mend
-    policy = registry.build({"policy": tuning.policy} | own | values)
-    try:
-        run = setting.run(replayer, label, policy)
-    except FmsimError as error:
-        tuning.failed.append((values, str(error)))
+    """One setting's trial: from the study's file, or run now and put there."""
+    key = digest_of(setting, label, policy)
+    if key not in known.rows:
+        [result] = in_parallel(
+            lambda _: guarded(label, lambda: setting.run(replayer, label, policy)),
+            1,
+            lambda _, why: lost(label, why),
+            timeout_s,
+        )
+        row: Row = {"key": key, "policy": label, "scenario": setting.file.scenario.name}
+        if isinstance(result, Failure):
+            row |= {"error": result.error}
+        else:
+            row |= {"exact": result.details["exact"], "figures": result.row}
+        known.add(row)
+    found = known.rows[key]
+    figures = found.get("figures")
+    if not isinstance(figures, dict):
+        tuning.failed.append((values, str(found.get("error"))))
         return None
-    tuning.trials.append(Trial(values, run.row, run.details["exact"]))
+    tuning.trials.append(Trial(values, figures, bool(found.get("exact"))))
     return tuning.trials[-1]

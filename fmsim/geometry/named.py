@@ -10,12 +10,12 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
-import yaml
-
-from fmsim.errors import FmsimError
+from fmsim import strict_json, strict_yaml
+from fmsim.errors import FmsimError, short, shown
 from fmsim.geometry import deepseek_v4, dsa, minimax_m3
 from fmsim.geometry.base import Geometry
 from fmsim.geometry.described import from_description
+from fmsim.inputs import read_text
 
 _FOLDER = resources.files("fmsim.geometry") / "presets"
 _FAMILIES: dict[str, Callable[[Mapping[str, Any], str], Geometry]] = {
@@ -104,17 +104,26 @@ def geometry_named(
         return PRESETS[name]
     path = find(name)
     path = path / "config.json" if path.is_dir() else path
-    if not path.is_file():
+    try:
+        text = read_text(path)
+    except FileNotFoundError:
         near = difflib.get_close_matches(name, PRESETS, n=1)
         hint = f"did you mean '{near[0]}'?" if near else f"presets are {', '.join(PRESETS)}"
-        raise FmsimError(f"{where}: neither a preset nor a model's file: {name!r}; {hint}")
+        raise FmsimError(
+            f"{where}: neither a preset nor a model's file: {short(name)}; {hint}"
+        ) from None
     try:
-        text = path.read_text(encoding="utf-8")
         if path.suffix in (".yaml", ".yml"):
-            return from_description(yaml.safe_load(text), path.stem)
-        config = json.loads(text)
-        if not isinstance(config, dict):
-            raise ValueError("it is not a JSON object")
-        return from_config(config, path.resolve().parent.name)
-    except (OSError, ValueError, TypeError, RecursionError, yaml.YAMLError) as error:
-        raise FmsimError(f"{path}: not a usable model ({error})") from None
+            found = from_description(strict_yaml.load(text, str(path)), path.stem)
+        else:
+            config = strict_json.parse(text, str(path))
+            if not isinstance(config, dict):
+                raise ValueError("it is not a JSON object")
+            found = from_config(config, path.resolve().parent.name)
+        # what a field of the wrong kind or size breaks is found here, not half-way
+        for size in (found.full_kv_bytes(4096), found.flops_per_token(4096, 1)):
+            if not 0 <= size < 1e18:
+                raise ValueError("its sizes are beyond any model's")
+        return found
+    except (ValueError, TypeError, KeyError, AttributeError, ArithmeticError) as error:
+        raise FmsimError(f"{shown(path)}: not a usable model ({shown(error)[:300]})") from None

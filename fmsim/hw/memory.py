@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 
 import simpy
 
-from fmsim.errors import FmsimError
+from fmsim.errors import DoesNotFit
 from fmsim.geometry import Geometry
 from fmsim.hw.spec import Hardware
 from fmsim.units import gib
@@ -117,11 +117,11 @@ class MemorySystem:
         self.compute = simpy.Resource(env, capacity=1)
 
     def take(self, gpu_bytes: float, host_bytes: float, what: str) -> None:
-        """Allocate now. Raises FmsimError with the figure that is short."""
+        """Allocate now. Raises DoesNotFit with the figure that is short."""
         pools = ((self.hbm, gpu_bytes, "GPU memory"), (self.host, host_bytes, "host memory"))
         for pool, n_bytes, kind in pools:
             if n_bytes > pool.level:
-                raise FmsimError(
+                raise DoesNotFit(
                     f"{what} needs {gib(n_bytes)} of {kind},"
                     f" {gib(n_bytes - pool.level)} more than the {gib(pool.level)}"
                     f" that {self.hw.title} has left for KV; lower the batch or the budget"

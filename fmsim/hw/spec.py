@@ -9,24 +9,26 @@ from importlib.resources.abc import Traversable
 from pathlib import Path
 from typing import Any
 
-import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field
 
-from fmsim.errors import FmsimError
+from fmsim import strict_json, strict_yaml
+from fmsim.errors import DoesNotFit, FmsimError, shown
 from fmsim.geometry import Geometry
 from fmsim.hw.deployment import GIB, Deployment, Format, Placement, place, pool_of_log
+from fmsim.inputs import read_text
 
+LEAST, MOST = 1e-6, 1e21  # of a figure: beyond them, times overflow
 LINK_FIGURE = "link_bytes_per_s"  # the figure that stands in the link's own file
 
 
 class _Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
 class Figure(_Strict):
     """A number and where it comes from."""
 
-    value: float = Field(gt=0)
+    value: float = Field(ge=LEAST, le=MOST)
     source: str = Field(min_length=8)
     guess: bool = False  # nobody measured it here; the output says so
 
@@ -162,7 +164,7 @@ class Hardware(_Strict):
         pool = self.kv_pool(geometry)
         if pool is None:
             placed, weights = self.placed, self.weight_bytes(geometry)
-            raise FmsimError(
+            raise DoesNotFit(
                 f"{geometry.name} does not fit {self.title}, {placed.title}:"
                 f" {weights / GIB:.1f} GiB of {placed.weights} weights on each of"
                 f" {placed.n_gpus} GPUs leave nothing for KV of its"
@@ -204,9 +206,9 @@ def load_hardware(name: str, folder: Path | None = None) -> Hardware:
         )
         raise FmsimError(f"no hardware preset '{name}'; {hint}")
     presets = files("fmsim.hw")
-    raw = _read(presets / "presets" / f"{name}.yaml")
-    raw["link"] = _read(presets / "links" / f"{raw['link']}.yaml")
-    return Hardware(name=name, **raw)
+    raw = _packaged(presets / "presets" / f"{name}.yaml")
+    raw["link"] = _packaged(presets / "links" / f"{raw['link']}.yaml")
+    return strict_json.check(Hardware, raw | {"name": name}, f"preset {name}")
 
 
 def figure_names() -> list[str]:
@@ -235,8 +237,8 @@ def replace_figure(hw: Hardware, name: str, value: float) -> Hardware:
             "no such figure; "
             + (f"did you mean '{near[0]}'?" if near else f"there are {', '.join(figure_names())}")
         )
-    if not value > 0:
-        raise FmsimError(f"must be above zero, not {value:g}")
+    if not LEAST <= value <= MOST:
+        raise FmsimError(f"must be between {LEAST:g} and {MOST:g}, not {value:g}")
     figure = Figure(value=value, source="given by the scenario")
     if name != LINK_FIGURE:
         return hw.model_copy(update={name: figure})
@@ -252,31 +254,31 @@ def replace_figure(hw: Hardware, name: str, value: float) -> Hardware:
 
 def _from_file(path: Path) -> Hardware:
     """A preset outside the package, whose link lies beside it."""
+    raw = _mapping(path)
+    link = raw.get("link")
+    if not isinstance(link, str) or Path(link).name != link:
+        raise FmsimError(f"hardware file {shown(path)}: 'link' must name a file beside it")
+    raw |= {"name": path.stem, "link": _mapping(path.with_name(f"{link}.yaml"))}
+    return strict_json.check(Hardware, raw, f"hardware file {shown(path)}")
+
+
+def _mapping(path: Path) -> dict[str, Any]:
+    """A file of a preset, or of its link."""
     try:
-        raw = _read(path)
-        return Hardware(
-            **raw | {"name": path.stem, "link": _read(path.with_name(f"{raw['link']}.yaml"))}
+        raw = strict_yaml.load(read_text(path), f"hardware file {path}")
+    except FileNotFoundError:
+        raise FmsimError(
+            f"hardware file {shown(path)}: there is none; fmsim hw calibrate --out NAME.yaml"
+            " writes one"
+        ) from None
+    if not isinstance(raw, dict):
+        raise FmsimError(
+            f"hardware file {shown(path)} is no hardware preset; fmsim hw calibrate --out NAME.yaml"
+            " writes one"
         )
-    except OSError as error:
-        raise FmsimError(
-            f"hardware file {error.filename}: {error.strerror}; fmsim hw calibrate --out {path}"
-            " writes one"
-        ) from None
-    except ValidationError as error:
-        first = error.errors()[0]
-        key = ".".join(map(str, first["loc"]))
-        raise FmsimError(
-            f"hardware file {path}: {key}: {first['msg']}; fmsim hw calibrate --out {path} writes"
-            " it anew"
-        ) from None
-    except (KeyError, TypeError, yaml.YAMLError):
-        raise FmsimError(
-            f"hardware file {path} is no hardware preset; fmsim hw calibrate --out {path}"
-            " writes one"
-        ) from None
+    return raw
 
 
-def _read(path: Path | Traversable) -> dict[str, Any]:
-    loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
-    figures: dict[str, Any] = yaml.load(path.read_text(encoding="utf-8"), Loader=loader)
-    return figures
+def _packaged(path: Traversable) -> dict[str, Any]:
+    found: dict[str, Any] = strict_yaml.load(path.read_text(encoding="utf-8"), str(path))
+    return found

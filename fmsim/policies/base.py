@@ -20,7 +20,7 @@ from typing import Any, ClassVar, Literal, Protocol
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from fmsim import arrays
-from fmsim.errors import FmsimError
+from fmsim.errors import FmsimError, shown
 from fmsim.policies.budget import Budget
 
 Array = Any  # a numpy or torch array; the array API has no common type
@@ -38,7 +38,7 @@ class PolicyParams(BaseModel):
     A policy's own `Params` adds to them and changes their defaults.
     """
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
     budget: Budget = Field(
         Budget(2, "topk"),
@@ -418,7 +418,7 @@ class LookaheadPolicy(Policy):
 def describe(error: ValidationError) -> str:
     """A pydantic error in one line: which key, and what is wrong with it."""
     return "; ".join(
-        f"{'.'.join(map(str, item['loc'])) or 'parameters'}:"
-        f" {item['msg'].removeprefix('Value error, ')}"
-        for item in error.errors()
+        f"{shown('.'.join(map(str, item['loc']))) or 'parameters'}:"
+        f" {shown(item['msg'].removeprefix('Value error, '))}"
+        for item in error.errors()[:5]
     )

@@ -12,8 +12,10 @@ from typing import Any
 
 from pydantic_core import core_schema
 
+from fmsim.errors import short
 from fmsim.units import BYTE_UNITS
 
+MOST = 10**15  # of any unit
 GRAMMAR = re.compile(
     r"(?P<number>\d+(?:\.\d+)?|\.\d+)\s*(?P<unit>%|x\s*topk|entries|entry|[kmgt]?i?b)",
     re.IGNORECASE,
@@ -45,12 +47,12 @@ class Budget:
         match = GRAMMAR.fullmatch(str(text).strip())
         if match is None:
             raise ValueError(
-                f"budget {text!r} is not understood; write e.g. '12 GiB', '4096 entries', '10%' or"
-                " '2x topk'"
+                f"budget {short(text)} is not understood; write e.g. '12 GiB', '4096 entries',"
+                " '10%' or '2x topk'"
             )
         number, unit = Decimal(match["number"]), "".join(match["unit"].upper().split())
-        if number <= 0:
-            raise ValueError(f"budget {text!r} must be above zero")
+        if not 0 < number <= MOST:
+            raise ValueError(f"budget {short(text)} must be above zero, and at most {MOST:g}")
         if unit == "%":
             return cls(float(number / 100), "share")
         if unit == "XTOPK":

@@ -1,7 +1,12 @@
-"""Turns a policy's faults into one clear error that names the policy and the step."""
+"""Turns a policy's faults into one clear error that names the policy and the step.
+
+What a policy is shown it can only read: a plug-in that writes into an observation would change what
+the replay counts.
+"""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import fields, replace
 from typing import Any
@@ -9,26 +14,25 @@ from typing import Any
 import numpy as np
 
 from fmsim.arrays import WORTH_BITS
-from fmsim.errors import FmsimError
-from fmsim.policies.base import Context, Observation, Pins, Policy
+from fmsim.errors import FmsimError, PolicyError, short, shown
+from fmsim.policies.base import Context, Future, LookaheadState, Observation, Pins, Policy
 
 
 class Guarded:
     """A policy whose every answer is checked.
 
-    For numpy only: on a GPU the checks would wait for the device.
+    With numpy all is checked. On a GPU the checks of values would wait for the device, so that only
+    what is raised is named there.
     """
 
     def __init__(self, policy: Policy) -> None:
-        self.policy, self.name, self.params = policy, policy.name, policy.params
+        self.policy = policy
+        self.name = policy.name
+        self.params = policy.params
 
     @property
     def evidence(self) -> str:
         return self.policy.evidence
-
-    @property
-    def floor(self) -> float | None:
-        return self.policy.floor
 
     @property
     def decides_ahead(self) -> bool:
@@ -50,9 +54,42 @@ class Guarded:
     def prefetches(self) -> bool:
         return self.policy.prefetches
 
+    @property
+    def floor(self) -> float | None:
+        """The policy's floor, if it is one."""
+        floor: Any = called(f"policy {self.name}: floor", getattr, self.policy, "floor")
+        if floor is None:
+            return None
+        if not is_number(floor):
+            raise PolicyError(
+                f"policy {self.name}: floor is {short(floor)}; it must be a number or None"
+            )
+        number: float = floor
+        return number
+
+    def _call(self, where: str, method: Callable[..., Any], *args: Any) -> Any:
+        return called(f"policy {self.name}, {where}: {method.__name__}", method, *args)
+
+    def reset(self, ctx: Context) -> None:
+        self.ctx = ctx
+        self._call("reset", self.policy.reset, shown_context(ctx))
+
+    def pins(self) -> Pins:
+        """The policy's pins, if they are such."""
+        pins: Any = self._call("reset", self.policy.pins)
+        whole = isinstance(pins, Pins) and all(
+            isinstance(count, (int, np.integer)) and count >= 0
+            for count in (pins.sink, pins.recent)
+        )
+        if not whole:
+            raise PolicyError(
+                f"policy {self.name}, reset: pins returned {short(pins)}, no Pins of whole numbers"
+            )
+        checked: Pins = pins
+        return checked
+
     def n_slots(self, n_pages: int, **sizes: Any) -> int:
-        slots: int = self._call("reset", self.policy.n_slots, n_pages, **sizes)
-        return slots
+        return slots_of(self.policy, n_pages, **sizes)
 
     def layer_shares(self, n_layers: int) -> Sequence[float] | None:
         shares: Sequence[float] | None = self._call("reset", self.policy.layer_shares, n_layers)
@@ -62,30 +99,9 @@ class Guarded:
         layers: tuple[int, ...] = self._call("reset", self.policy.target_layers)
         return layers
 
-    def _call(self, where: str, method: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        try:
-            return method(*args, **kwargs)
-        except FmsimError:
-            raise
-        except Exception as error:  # whatever a plug-in raises
-            raise FmsimError(
-                f"policy {self.name}, {where}: {method.__name__} raised {type(error).__name__}:"
-                f" {error}"
-            ) from error
-
-    def reset(self, ctx: Context) -> None:
-        self.ctx = ctx
-        if ctx.prompt_mass is not None:
-            ctx = replace(ctx, prompt_mass=read_only(ctx.prompt_mass))
-        self._call("reset", self.policy.reset, ctx)
-
-    def pins(self) -> Pins:
-        pins: Pins = self._call("reset", self.policy.pins)
-        return pins
-
     def observe(self, step: int, obs: Observation) -> None:
-        shown = Observation(*(read_only(getattr(obs, f.name)) for f in fields(obs)))
-        self._call(f"step {step}", self.policy.observe, step, shown)
+        seen = Observation(*(read_only(getattr(obs, f.name)) for f in fields(obs)))
+        self._call(f"step {step}", self.policy.observe, step, seen)
 
     def moved(self, step: int, loaded: np.ndarray, evicted: np.ndarray) -> None:
         self._call(f"step {step}", self.policy.moved, step, read_only(loaded), read_only(evicted))
@@ -95,7 +111,7 @@ class Guarded:
         pages: np.ndarray | None = self._call(f"step {step}", self.policy.prefetch, step)
         fault = None if pages is None else self._not_pages(pages)
         if fault:
-            raise FmsimError(f"policy {self.name}, step {step}: prefetch {fault}")
+            raise PolicyError(f"policy {self.name}, step {step}: prefetch {fault}")
         return pages
 
     def _not_pages(self, pages: Any) -> str | None:
@@ -110,19 +126,25 @@ class Guarded:
         return None
 
     def wrote(self, step: int, pages: np.ndarray) -> None:
-        self._call(f"step {step}", self.policy.wrote, step, pages)
+        self._call(f"step {step}", self.policy.wrote, step, read_only(pages))
 
     def decide(self, step: int) -> None:
         self._call(f"step {step}", self.policy.decide, step)
 
     def scored_entries(self, step: int) -> int:
-        scored: int = self._call(f"step {step}", self.policy.scored_entries, step)
-        return scored
+        """How many entries were scored, if it is a number."""
+        found = self._call(f"step {step}", self.policy.scored_entries, step)
+        if not is_number(found) or not 0 <= found < 2**62:
+            raise PolicyError(
+                f"policy {self.name}, step {step}: scored_entries returned {short(found)}, no"
+                " number of entries"
+            )
+        return int(found)
 
     def worth(self, step: int, pages: np.ndarray) -> np.ndarray:
         """The policy's worth, if it is one: right shape, right type, no NaN."""
         return self._checked(
-            step, self._call(f"step {step}", self.policy.worth, step, pages), pages.shape
+            step, self._call(f"step {step}", self.policy.worth, step, read_only(pages)), pages.shape
         )
 
     def worth_of_first(self, step: int, n: int) -> np.ndarray:
@@ -142,16 +164,87 @@ class Guarded:
     def _checked(self, step: int, worth: Any, shape: tuple[int, ...]) -> np.ndarray:
         fault = fault_of(worth, shape)
         if fault:
-            raise FmsimError(f"policy {self.name}, step {step}: worth {fault}")
+            raise PolicyError(f"policy {self.name}, step {step}: worth {fault}")
         checked: np.ndarray = worth
         return checked
 
 
-def read_only(array: np.ndarray) -> np.ndarray:
-    """A view that cannot be written to."""
+def slots_of(policy: Policy, n_pages: int, **sizes: Any) -> int:
+    """Slots in each group: from 1 to `n_pages`, whatever the policy answers."""
+    found = called(f"policy {policy.name}: n_slots", policy.n_slots, n_pages, **sizes)
+    if not isinstance(found, (int, np.integer)) or isinstance(found, bool):
+        raise PolicyError(f"policy {policy.name}: n_slots returned {short(found)}, no whole number")
+    if not 1 <= found <= max(1, n_pages):
+        raise PolicyError(
+            f"policy {policy.name}: n_slots returned {found}; it must be from 1 to {n_pages}, the"
+            " pages that there are"
+        )
+    return int(found)
+
+
+def called(where: str, method: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """`method(...)`; whatever a plug-in raises, or its leaving, becomes a PolicyError that begins
+    with `where`.
+    """
+    try:
+        return method(*args, **kwargs)
+    except FmsimError:
+        raise
+    except SystemExit as error:
+        raise PolicyError(f"{where} called sys.exit({short(error.code)})") from error
+    except Exception as error:  # whatever a plug-in raises
+        raise PolicyError(f"{where} raised {type(error).__name__}: {shown(error)}") from error
+
+
+def read_only(array: Any) -> Any:
+    """A view that cannot be written through; arrays of other libraries as they are."""
+    if not isinstance(array, np.ndarray):
+        return array
     view = array.view()
     view.flags.writeable = False
     return view
+
+
+def shown_context(ctx: Context) -> Context:
+    """The context as a policy gets it: the trace's own arrays only to read."""
+    lookahead = ctx.lookahead
+
+    def state(window: int) -> LookaheadState:
+        assert lookahead is not None  # asked for only where there is one
+        found = lookahead(window)
+        return replace(found, hidden=read_only(found.hidden), keys=read_only(found.keys))
+
+    return replace(
+        ctx,
+        prompt_mass=read_only(ctx.prompt_mass),
+        lookahead=None if lookahead is None else state,
+        future=None if ctx.future is None else _ShownFuture(ctx.future),
+    )
+
+
+class _ShownFuture:
+    """What is to come, only to read."""
+
+    def __init__(self, future: Future) -> None:
+        self.future = future
+        self.never = future.never
+
+    def window(self, step: int, horizon: int) -> tuple[Any, Any]:
+        mass, used = self.future.window(step, horizon)
+        return read_only(mass), read_only(used)
+
+    def first_use(self) -> Any:
+        return read_only(self.future.first_use())
+
+    def next_use(self, step: int) -> Any:
+        return read_only(self.future.next_use(step))
+
+
+def is_number(value: Any) -> bool:
+    """A number, NaN and bool aside."""
+    if isinstance(value, bool) or not isinstance(value, (int, float, np.integer, np.floating)):
+        return False
+    return not math.isnan(value)
 
 
 def fault_of(worth: Any, shape: tuple[int, ...]) -> str | None:

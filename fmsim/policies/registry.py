@@ -10,15 +10,21 @@ import warnings
 from difflib import get_close_matches
 from functools import cache
 from importlib.metadata import EntryPoint, entry_points
-from typing import Any
+from typing import Any, get_args
 
 from pydantic import ValidationError
 from pydantic_core import PydanticUndefined
 
-from fmsim.errors import FmsimError
-from fmsim.policies.base import Policy, describe
+from fmsim.errors import FmsimError, PolicyError
+from fmsim.policies.base import Action, DecisionScope, Evidence, Policy, describe
+from fmsim.policies.guard import called
 
 GROUP = "fmsim.policies"
+DECLARATIONS = {
+    "action": get_args(Action),
+    "evidence": get_args(Evidence),
+    "decision_scope": get_args(DecisionScope),
+}
 
 
 @cache
@@ -51,7 +57,7 @@ def _load(name: str) -> type[Policy] | None:
     point = _found()[name]
     try:
         policy = point.load()
-    except Exception as error:  # whatever a plug-in's import raises
+    except (Exception, SystemExit) as error:  # whatever a plug-in's import raises
         warnings.warn(
             f"policy {name!r} ({point.value}) could not be imported and is left out:"
             f" {type(error).__name__}: {error}",
@@ -65,7 +71,22 @@ def _load(name: str) -> type[Policy] | None:
             stacklevel=3,
         )
         return None
+    fault = _undeclared(policy)
+    if fault:
+        warnings.warn(f"policy {name!r} ({point.value}) {fault}, and is left out", stacklevel=3)
+        return None
     return policy
+
+
+def _undeclared(policy: type[Policy]) -> str | None:
+    """What the class does not declare, or declares in other words than the interface has."""
+    name = getattr(policy, "name", None)
+    if not isinstance(name, str) or not name.isprintable() or not name:
+        return "has no class attribute `name`, a text"
+    for key, words in DECLARATIONS.items():
+        if getattr(policy, key, None) not in words:
+            return f"has no class attribute `{key}`, one of {', '.join(words)}"
+    return None
 
 
 def get(name: str) -> type[Policy]:
@@ -89,12 +110,32 @@ def build(spec: str | dict[str, Any]) -> Policy:
             f"policy {spec!r}: the key 'policy' must name one of: {', '.join(names())}"
         )
     policy = get(name)
+    known = policy.Params.model_fields
+    for key, value in given.items():
+        if isinstance(value, bool) and key in known and not takes_bool(known[key].annotation):
+            raise FmsimError(f"policy {name}: {key}: {value} is no value of it; give a number")
     try:
         params = policy.Params.model_validate(given)
     except ValidationError as error:
-        known = ", ".join(policy.Params.model_fields)
-        raise FmsimError(f"policy {name}: {describe(error)} (parameters: {known})") from None
-    return policy(params)
+        raise FmsimError(
+            f"policy {name}: {describe(error)} (parameters: {', '.join(known)})"
+        ) from None
+    except FmsimError:
+        raise
+    except Exception as error:  # whatever a plug-in's validators raise
+        raise PolicyError(
+            f"policy {name}: its Params raised {type(error).__name__}: {error}"
+        ) from error
+    made: Policy = called(f"policy {name}: __init__", policy, params)
+    return made
+
+
+def takes_bool(annotation: Any) -> bool:
+    """Whether true and false are values of a field's type; pydantic would read them as numbers."""
+    members = get_args(annotation)
+    if members:
+        return any(member in (True, False) or takes_bool(member) for member in members)
+    return annotation not in (int, float)
 
 
 def info(name: str) -> dict[str, Any]:

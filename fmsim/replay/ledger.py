@@ -7,16 +7,32 @@ from __future__ import annotations
 
 import json
 import zipfile
+import zlib
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from fmsim import strict_json
 from fmsim.errors import FmsimError
 from fmsim.files import replacing
+from fmsim.inputs import read_npz
 
 FORMAT_VERSION = 3
+
+
+DAMAGED = (OSError, ValueError, IndexError, EOFError, zipfile.BadZipFile, zlib.error)
+AXES = {
+    name: axes
+    for axes, names in (
+        ("TL", "accessed hit golden golden_hit mass_total mass_kept heaviest_lost"),
+        ("TG", "resident demand_loads lookahead_loads written evicted"),
+        ("G", "initial"),
+        ("T", "scored"),
+    )
+    for name in names.split()
+}
 
 
 @dataclass(frozen=True)
@@ -105,6 +121,31 @@ class Ledger:
         with replacing(path) as beside, beside.open("wb") as file:
             np.savez_compressed(file, header=np.array(json.dumps(header)), **arrays)
 
+    def check(self) -> None:
+        """Raise ValueError where a field is of another kind, or an array of another shape, than the
+        ledger's own sizes say.
+        """
+        for f in fields(self):
+            value = getattr(self, f.name)
+            if f.type == "int" and (type(value) is not int or value < 0):
+                raise ValueError(f"{f.name} is no count")
+            if f.type == "str" and not isinstance(value, str):
+                raise ValueError(f"{f.name} is no text")
+            if f.type == "np.ndarray" and (
+                not isinstance(value, np.ndarray) or value.dtype.kind not in "iuf"
+            ):
+                raise ValueError(f"{f.name} is no array of numbers")
+        shapes = {"T": self.n_steps, "L": self.n_layers, "G": self.n_groups}
+        for name, axes in AXES.items():
+            found = getattr(self, name).shape
+            if found != tuple(shapes[axis] for axis in axes):
+                raise ValueError(f"{name} has shape {list(found)}")
+        for name in ("mass_total", "mass_kept", "heaviest_lost", "set_overlap"):
+            if not np.isfinite(getattr(self, name)).all():
+                raise ValueError(f"{name} holds a value that is not finite")
+        if not isinstance(self.params, dict) or not self.granularity >= 1:
+            raise ValueError("params or granularity cannot be")
+
     @classmethod
     def load(cls, path: str | Path) -> Ledger:
         """Read what `save` wrote.
@@ -112,12 +153,13 @@ class Ledger:
         Raises FmsimError for a file that is missing, truncated, foreign or of another version.
         """
         try:
-            with np.load(path, allow_pickle=False) as file:
-                header = json.loads(str(file["header"]))
-                arrays = {name: file[name] for name in file.files if name != "header"}
+            arrays = read_npz(Path(path))
+            header = strict_json.parse(str(arrays.pop("header")), f"{path}: header")
+            if not isinstance(header, dict):
+                raise ValueError("its header is no JSON object")
         except FileNotFoundError:
             raise FmsimError(f"{path}: no such ledger file") from None
-        except (OSError, ValueError, KeyError, IndexError, EOFError, zipfile.BadZipFile) as error:
+        except (*DAMAGED, KeyError) as error:
             raise FmsimError(
                 f"{path}: not a whole fmsim ledger ({error}); run the scenario again with --out"
             ) from None
@@ -128,8 +170,11 @@ class Ledger:
                 " scenario again"
             )
         try:
-            return cls(**header, **arrays)
-        except TypeError as error:
+            values: dict[str, Any] = header | arrays
+            ledger = cls(**values)
+            ledger.check()
+            return ledger
+        except (TypeError, ValueError) as error:
             raise FmsimError(
                 f"{path}: ledger fields do not match ({error}); run the scenario again"
             ) from None

@@ -6,21 +6,24 @@ One YAML file, checked key by key.
 from __future__ import annotations
 
 import difflib
+import json
 import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
-import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
-from fmsim.errors import FmsimError
+from fmsim import strict_yaml
+from fmsim.errors import FmsimError, short, shown
 from fmsim.hw.deployment import Deployment
+from fmsim.inputs import read_text
 from fmsim.scenario.key_value import key_value
 from fmsim.sim.serving import spec as serving
+from fmsim.strict_yaml import MOST_DEPTH, Loc
 
-_Loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
-Loc = tuple[str | int, ...]
+MOST_LABEL = 200
+MOST_POLICIES = 1000
 
 
 class PolicySpec(BaseModel):
@@ -43,18 +46,17 @@ class PolicySpec(BaseModel):
             raise ValueError(
                 "give a policy's name, or a mapping such as {policy: lru, budget: 10%}"
             )
+        label = given.get("label", given["policy"])
+        if not isinstance(label, str) or not label.strip() or len(label) > MOST_LABEL:
+            raise ValueError(f"a label is a text of 1 to {MOST_LABEL} characters")
         params = {key: value for key, value in given.items() if key not in ("policy", "label")}
-        return {
-            "policy": given["policy"],
-            "label": str(given.get("label", given["policy"])),
-            "params": params,
-        }
+        return {"policy": given["policy"], "label": label, "params": params}
 
 
 class Scenario(BaseModel):
     """The keys of a scenario file. Paths are relative to it."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
     name: str = Field(min_length=1)
     description: str = ""
@@ -65,13 +67,14 @@ class Scenario(BaseModel):
         str, float
     ] = {}  # in place of the preset's, e.g. link_bytes_per_s, host_bytes
     deployment: Deployment = Deployment()  # how the model lies on the server's GPUs
-    batch: int = Field(1, ge=1)  # equal requests that decode side by side
+    # equal requests that decode side by side
+    batch: int = Field(1, ge=1, le=1_000_000)
     # for each layer of the model that pages the trace layer that drives it; or spread evenly
     layer_map: tuple[int, ...] | Literal["spread"] | None = None
     # of a trace of another family: each of its entries stands for one of so many tokens
-    entry_tokens: int | None = Field(None, ge=1)
+    entry_tokens: int | None = Field(None, ge=1, le=1_000_000)
     beyond_positions: bool = False  # contexts longer than the model's positions
-    policies: tuple[PolicySpec, ...] = Field(min_length=1)
+    policies: tuple[PolicySpec, ...] = Field(min_length=1, max_length=MOST_POLICIES)
     workload: serving.Workload | None = (
         None  # requests to serve: the run is then one of many requests on a server
     )
@@ -99,25 +102,18 @@ class ScenarioFile:
         Raises FmsimError that names file, line, key and fix.
         """
         self.path = Path(path)
-        text = self._text()
-        try:
-            self._root = yaml.compose(text, _Loader)
-            raw = yaml.load(text, _Loader)
-        except yaml.YAMLError as error:
-            raise FmsimError(
-                f"{self._at_mark(error)}: not valid YAML:"
-                f" {getattr(error, 'problem', None) or error}"
-            ) from None
+        self._document = strict_yaml.YamlDocument(self._text(), str(self.path))
+        raw = self._document.value
         if not isinstance(raw, dict):
             raise FmsimError(
-                f"{self.path}: a scenario is a mapping of keys; it needs 'name', 'trace' and"
+                f"{shown(self.path)}: a scenario is a mapping of keys; it needs 'name', 'trace' and"
                 " 'policies'"
             )
         self._overridden: dict[Loc, str] = {}
         for override in overrides:
             self._override(raw, override)
         try:
-            self.scenario = Scenario.model_validate(raw)
+            self.scenario = Scenario.model_validate_json(json.dumps(raw), strict=True)
         except ValidationError as error:
             raise FmsimError(self._explain(error)) from None
 
@@ -133,34 +129,28 @@ class ScenarioFile:
 
     def where(self, loc: Loc) -> str:
         """For a message: 'file, line N: key', or the --set that gave the key."""
-        key = ".".join(map(str, loc))
+        key = shown(".".join(map(str, loc)))
         for prefix in (loc[:n] for n in range(len(loc), 0, -1)):
             if prefix in self._overridden:
-                return f"--set {self._overridden[prefix]}: {key}"
-        return f"{self.path}, line {self._line(loc)}: {key}"
+                return f"--set {shown(self._overridden[prefix])}: {key}"
+        return f"{shown(self.path)}, line {self._document.line(loc)}: {key}"
 
     def _text(self) -> str:
         try:
-            return self.path.read_text(encoding="utf-8")
+            return read_text(self.path)
         except FileNotFoundError:
             near = difflib.get_close_matches(self.path.name, _yaml_names(self.path.parent), n=1)
             hint = f"; did you mean {self.path.parent / near[0]}?" if near else ""
-            raise FmsimError(f"{self.path}: no such scenario file{hint}") from None
-        except (OSError, UnicodeDecodeError) as error:
-            raise FmsimError(f"{self.path}: cannot be read as a scenario ({error})") from None
-
-    def _at_mark(self, error: yaml.YAMLError) -> str:
-        mark = getattr(error, "problem_mark", None)
-        return f"{self.path}, line {mark.line + 1}" if mark else str(self.path)
+            raise FmsimError(f"{shown(self.path)}: no such scenario file{hint}") from None
 
     def _override(self, raw: dict[str, Any], override: str) -> None:
         wrong = (
-            f"--set {override}: write key=value, such as --set batch=8 or --set"
+            f"--set {shown(override)}: write key=value, such as --set batch=8 or --set"
             " policies.lsa.budget=20%"
         )
         key, value = key_value(override, wrong)
         loc: list[str | int] = list(key.split("."))
-        if not all(loc):
+        if not all(loc) or len(loc) > MOST_DEPTH:
             raise FmsimError(wrong)
         if loc[0] == "policies" and len(loc) > 1:
             for index in _policy_indices(raw, str(loc[1]), override):
@@ -170,27 +160,30 @@ class ScenarioFile:
 
     def _set(self, raw: dict[str, Any], loc: list[str | int], value: str, override: str) -> None:
         target: Any = raw
+        where = f"--set {shown(override)}"
         for step in loc[:-1]:
             if isinstance(target, dict) and target.get(step) is None:
                 target[step] = {}
-            target = target[step]
+            target = _inside(target, step, where)
             if not isinstance(target, (dict, list)):
-                raise FmsimError(f"--set {override}: '{step}' is a value and has no keys")
-        try:
-            target[loc[-1]] = yaml.load(value, _Loader)
-        except yaml.YAMLError:
-            raise FmsimError(f"--set {override}: {value!r} is not a YAML value; quote it") from None
+                raise FmsimError(f"{where}: '{shown(step)}' is a value and has no keys")
+        if isinstance(target, list):
+            _inside(target, loc[-1], where)
+            loc[-1] = int(loc[-1])
+        target[loc[-1]] = strict_yaml.load(value, where)
         self._overridden[tuple(loc)] = override
 
     def _explain(self, error: ValidationError) -> str:
         """The first mistake, with what to do."""
         item = error.errors()[0]
-        kinds = serving.WORKLOADS if item["loc"][0] == "workload" else {}
+        kinds = serving.WORKLOADS if item["loc"][:1] == ("workload",) else {}
         loc = tuple(
             part
             for part in item["loc"]
             if isinstance(part, int) or not (part.startswith("function-") or part in kinds)
         )
+        if not loc:
+            return f"{shown(self.path)}: {shown(item['msg'])}"
         if item["type"] == "extra_forbidden":
             known = _fields(item["loc"][:-1])
             near = difflib.get_close_matches(str(loc[-1]), known, n=1)
@@ -203,28 +196,17 @@ class ScenarioFile:
             return f"{self.where(loc)}: give it a 'kind': {', '.join(kinds)}"
         return (
             f"{self.where(loc)}: {item['msg'].removeprefix('Value error, ')}, not"
-            f" {_short(item['input'])}"
+            f" {short(item['input'])}"
         )
 
-    def _line(self, loc: Loc) -> int:
-        """The line of the deepest node on the way to `loc`, from 1."""
-        node, line = self._root, 1
-        for part in loc:
-            found = None
-            if isinstance(node, yaml.MappingNode):
-                found = next(
-                    ((key, value) for key, value in node.value if key.value == str(part)), None
-                )
-            elif (
-                isinstance(node, yaml.SequenceNode)
-                and isinstance(part, int)
-                and part < len(node.value)
-            ):
-                found = (node.value[part], node.value[part])
-            if found is None:
-                break
-            line, node = found[0].start_mark.line + 1, found[1]
-        return line
+
+def _inside(target: dict[str, Any] | list[Any], step: str | int, where: str) -> Any:
+    """What stands at `step` of a mapping, or of a list."""
+    if isinstance(target, dict):
+        return target[str(step)]
+    if not str(step).isdecimal() or int(step) >= len(target):
+        raise FmsimError(f"{where}: '{shown(step)}' is no place in a list of {len(target)}")
+    return target[int(step)]
 
 
 def _policy_indices(raw: dict[str, Any], label: str, override: str) -> list[int]:
@@ -244,7 +226,7 @@ def _policy_indices(raw: dict[str, Any], label: str, override: str) -> list[int]
             entries[index] = entry
             found.append(index)
     if not found:
-        raise FmsimError(f"--set {override}: the scenario has no policy '{label}'")
+        raise FmsimError(f"--set {shown(override)}: the scenario has no policy '{shown(label)}'")
     return found if label == "*" else found[:1]
 
 
@@ -263,8 +245,3 @@ def _fields(loc: Loc) -> list[str]:
 
 def _yaml_names(folder: Path) -> list[str]:
     return [path.name for path in folder.glob("*.yaml")] if folder.is_dir() else []
-
-
-def _short(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 60 else text[:57] + "..."

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
+from fmsim import strict_json
 from fmsim.errors import FmsimError
 from fmsim.files import write_text
+from fmsim.inputs import MOST_BYTES_OF_RESULTS, read_json
 
 
 class Transfer(NamedTuple):
@@ -66,7 +67,28 @@ class SimulatedTimeline(Timeline):
             name: value.tolist() if isinstance(value, np.ndarray) else value
             for name, value in values.items()
         }
-        write_text(Path(path), json.dumps(plain))
+        write_text(Path(path), strict_json.dump(plain))
+
+    def check(self) -> None:
+        """Raise ValueError where a field is of another kind than the class says."""
+        if type(self.batch) is not int or self.batch < 1:
+            raise ValueError("batch is no count")
+        for f in fields(self):
+            value = getattr(self, f.name)
+            if f.type == "np.ndarray" and (
+                not isinstance(value, np.ndarray)
+                or value.dtype.kind not in "iuf"
+                or value.shape != (len(self.end_s),)
+                or not len(value)
+            ):
+                raise ValueError(f"{f.name} is no array of a number a step")
+            if f.type == "str" and not isinstance(value, str):
+                raise ValueError(f"{f.name} is no text")
+        for transfer in self.transfers:
+            if not isinstance(transfer.kind, str) or not all(
+                isinstance(number, (int, float)) for number in transfer[1:]
+            ):
+                raise ValueError("a transfer is not one")
 
     @classmethod
     def load(cls, path: str | Path) -> SimulatedTimeline:
@@ -75,13 +97,15 @@ class SimulatedTimeline(Timeline):
         Raises FmsimError for a file that is missing, truncated or foreign.
         """
         try:
-            plain = json.loads(Path(path).read_text(encoding="utf-8"))
+            plain = read_json(Path(path), MOST_BYTES_OF_RESULTS)
             transfers = tuple(Transfer(*transfer) for transfer in plain.pop("transfers"))
             values: dict[str, Any] = {
                 name: np.array(value) if isinstance(value, list) else value
                 for name, value in plain.items()
             }
-            return cls(**values, transfers=transfers)
+            found = cls(**values, transfers=transfers)
+            found.check()
+            return found
         except FileNotFoundError:
             raise FmsimError(f"{path}: no such timeline file") from None
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:

@@ -15,7 +15,10 @@ from typing import Any, NamedTuple
 import numpy as np
 from pydantic import ValidationError
 
-from fmsim.errors import FmsimError
+from fmsim import strict_json
+from fmsim.errors import FmsimError, shown
+from fmsim.inputs import check_regular, reason
+from fmsim.trace import verified
 from fmsim.trace.check import check_structure, fail, validate
 from fmsim.trace.format import (
     FORMAT_VERSION,
@@ -39,9 +42,9 @@ NOT_A_TRACE = "give a trace file, recorded by `fmsim trace record`"
 TRUNCATED = "the file is truncated or damaged; copy or record it again"
 
 
-def read(path: str | Path, check: bool = False) -> Trace:
-    """Open the trace at ``path`` without reading its tensors; with ``check`` read and validate
-    every value as well.
+def read(path: str | Path, check: bool | None = None) -> Trace:
+    """Open the trace at ``path``, whose values and digest are checked once, the first time that
+    this file is read (`verified`); with ``check`` they are checked anyway, or not at all.
 
     Raises FmsimError, naming file, field and fix, for a file that is missing, truncated, foreign,
     inconsistent, or of a newer version.
@@ -58,10 +61,13 @@ def read(path: str | Path, check: bool = False) -> Trace:
     columns["entry_ids"] = _entry_ids(path, header, stored)
     trace = Trace(header=header, path=path, **columns)
     check_structure(trace)
+    if check is None:
+        check = verified.wanted() and not verified.is_known(path)
     if check:
+        validate(trace)  # first, since it can say where the damage is
         if header.content_sha256 not in (None, content_sha256(header, stored, [data[start:].data])):
             fail(trace, "content_sha256", "does not match what the file holds")
-        validate(trace)
+        verified.remember(path)
     return trace
 
 
@@ -70,13 +76,12 @@ def _map(path: Path) -> np.ndarray:
     try:
         if path.is_dir():
             raise FmsimError(f"{path}: is a directory; {NOT_A_TRACE}")
-        if path.stat().st_size < 10:
-            raise FmsimError(
-                f"{path}: is empty or truncated to {path.stat().st_size} bytes; {NOT_A_TRACE}"
-            )
+        size_bytes = check_regular(path)
+        if size_bytes < 10:
+            raise FmsimError(f"{path}: is empty or truncated to {size_bytes} bytes; {NOT_A_TRACE}")
         return np.memmap(path, dtype=np.uint8, mode="r").view(np.ndarray)
     except OSError as error:
-        raise FmsimError(f"{path}: cannot be read: {error.strerror}; {NOT_A_TRACE}") from None
+        raise FmsimError(f"{shown(path)}: cannot be read: {reason(error)}; {NOT_A_TRACE}") from None
 
 
 def _safetensors_header(path: Path, data: np.ndarray) -> tuple[dict[str, Any], int]:
@@ -98,19 +103,12 @@ def _safetensors_header(path: Path, data: np.ndarray) -> tuple[dict[str, Any], i
 
 def _json_object(path: Path, what: str, text: bytes) -> dict[str, Any]:
     try:
-        value = json.loads(text.decode(), object_pairs_hook=_unique)
-    except (ValueError, RecursionError) as error:
+        value = strict_json.parse(text.decode(), f"{path}: {what}")
+    except UnicodeDecodeError as error:
         raise FmsimError(f"{path}: {what}: is not valid JSON ({error}); {TRUNCATED}") from None
     if not isinstance(value, dict):
         raise FmsimError(f"{path}: {what}: is not a JSON object; {TRUNCATED}")
     return value
-
-
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) != len(pairs):
-        raise ValueError("a key stands twice")
-    return found
 
 
 def _trace_header(path: Path, metadata: Any) -> TraceHeader:
@@ -127,7 +125,7 @@ def _trace_header(path: Path, metadata: Any) -> TraceHeader:
             " fmsim"
         )
     try:
-        return TraceHeader.model_validate(found)
+        return TraceHeader.model_validate_json(json.dumps(found), strict=True)
     except ValidationError as error:
         first = error.errors()[0]
         field = ".".join(map(str, first["loc"]))

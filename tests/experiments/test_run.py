@@ -44,7 +44,7 @@ def report(folder):
 
 
 def test_json_has_the_promised_fields(report):
-    assert list(report) == ["scenario", "policies"]
+    assert list(report) == ["scenario", "policies", "failed"]
     assert [row["policy"] for row in report["policies"]] == [
         "full",
         "recency",
@@ -96,7 +96,9 @@ def test_figures_hang_together(report):
 
 
 def test_out_holds_ledgers_timelines_and_the_report(report, folder):
-    assert json.loads((folder / "out/report.json").read_text()) == report
+    written = json.loads((folder / "out/report.json").read_text())
+    assert set(written.pop("files")) == {row["policy"] for row in report["policies"]}
+    assert written == report
     ledger = Ledger.load(folder / "out/ledgers/lru.npz")
     timeline = json.loads((folder / "out/timelines/lru.json").read_text())
     assert ledger.policy == "lru" and len(timeline["end_s"]) == ledger.n_steps == 160
@@ -137,8 +139,6 @@ def test_the_table_shows_every_policy_whole_even_in_a_narrow_pipe(folder):
             "--set hardware=h10: hardware: no hardware preset 'h10'; did you mean 'h100'?",
         ),
         (["small.yaml", "--set", "model=v4-flsh"], "did you mean 'v4-flash'?"),
-        (["small.yaml", "--set", "model=v4-pro"], "v4-pro does not fit H100"),
-        (["small.yaml", "--set", "batch=100000"], "GiB more than"),
         (
             ["small.yaml", "--set", "policies.lru.budgt=1"],
             "small.yaml, line 7: policies.3: policy lru: budgt",
@@ -218,3 +218,13 @@ def test_nothing_loads_torch_and_help_nothing_heavy(folder):
         )
         assert done.stdout.splitlines()[-1] == "[]"
     assert "fmsim 0." in fmsim("--version").stdout
+
+
+@pytest.mark.parametrize(
+    ("override", "says"),
+    [("model=v4-pro", "v4-pro does not fit H100"), ("batch=100000", "GiB more than")],
+)
+def test_where_nothing_fits_that_is_said_with_exit_code_1(folder, override, says):
+    done = fmsim("run", "small.yaml", "--set", override, folder=folder)
+    assert done.returncode == 1 and says in done.stderr and not done.stdout
+    assert "Traceback" not in done.stderr

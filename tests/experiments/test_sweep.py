@@ -36,7 +36,8 @@ def budgets(n):
 
 
 def planned(scenario, *grids, overrides=(), selected=()):
-    return plan(str(scenario), overrides, [Axis.parse(grid) for grid in grids], selected)
+    axes = [Axis.parse(grid) for grid in grids]
+    return list(plan(str(scenario), overrides, axes, selected).runs())
 
 
 def rows_of(path):
@@ -261,19 +262,17 @@ def test_rows_in_parquet_read_back_and_grow(tmp_path):
         "pyarrow.parquet", reason="pyarrow is not installed: pip install 'fmsim[parquet]'"
     )
     path = tmp_path / "rows.parquet"
-    RowFile(path).append({"key": "a", "batch": 1})
-    RowFile(path).append({"key": "b", "error": "does not fit"})
+    with RowFile(path) as file:
+        file.append({"key": "a", "batch": 1})
+    with RowFile(path) as file:
+        file.append({"key": "b", "error": "does not fit"})
     version = {"schema_version": SCHEMA_VERSION}
-    assert RowFile(path).rows == [
-        version | {"key": "a", "batch": 1},
-        version | {"key": "b", "error": "does not fit"},
-    ]
-    assert parquet.read_table(path).column_names == [
-        "schema_version",
-        "key",
-        "batch",
-        "error",
-    ]
+    with RowFile(path) as file:
+        assert file.rows == [
+            version | {"key": "a", "batch": 1},
+            version | {"key": "b", "error": "does not fit"},
+        ]
+    assert parquet.read_table(path).column_names == ["schema_version", "key", "batch", "error"]
     path.write_bytes(b"not parquet")
     with pytest.raises(FmsimError, match="not a Parquet file"):
         RowFile(path)
@@ -323,4 +322,5 @@ def test_without_ray_the_fix_is_told(scenario, tmp_path):
 
 def test_left_are_the_runs_without_a_row(scenario):
     runs = planned(scenario, "batch=1,2,3", selected=["full"])
-    assert left(runs, [{"key": runs[1].key}, {"key": "of another sweep"}, {}]) == [runs[0], runs[2]]
+    rows = [{"key": runs[1].key}, {"key": "of another sweep"}, {}]
+    assert list(left(runs, rows)) == [runs[0], runs[2]]

@@ -127,10 +127,12 @@ def test_a_search_keeps_the_floor_finds_the_fast_and_repeats_by_its_seed(scenari
         )
 
 
-def test_the_command_shows_the_front_and_prints_json(scenario):
+def test_the_command_shows_the_front_and_prints_json(scenario, tmp_path):
     arguments = [
         "tune",
         scenario,
+        "--study",
+        tmp_path / "study.jsonl",
         "-p",
         "heavy",
         "--range",
@@ -176,6 +178,24 @@ def test_the_command_shows_the_front_and_prints_json(scenario):
         ),
     ],
 )
-def test_a_users_mistake_is_told_in_one_line(scenario, arguments, says):
-    done = fmsim_here("tune", scenario, "-n", "2", *arguments)
-    assert done.returncode == 2 and says in done.stderr and len(done.stderr.splitlines()) == 1
+def test_a_users_mistake_is_told_in_one_line(scenario, tmp_path, arguments, says):
+    done = fmsim_here("tune", scenario, "-n", "2", *arguments, folder=tmp_path)
+    assert (
+        done.returncode == (1 if "batch=100000" in arguments else 2)
+        and says in done.stderr
+        and len(done.stderr.splitlines()) == 1
+    )
+
+
+def test_an_interrupted_search_goes_on_as_if_nothing_had_been(scenario, tmp_path):
+    study = tmp_path / "study.jsonl"
+    common = ["tune", scenario, "-p", "heavy", "--range", "budget=5%..90%", "--json"]
+    whole = fmsim_here(*common, "-n", "5", "--study", tmp_path / "other.jsonl")
+    fmsim_here(*common, "-n", "3", "--study", study)
+    before = study.read_bytes()
+    study.write_bytes(before[:-9])  # as if a kill had struck within the last write
+    again = fmsim_here(*common, "-n", "5", "--study", study)
+    assert again.returncode == 0 and again.stdout == whole.stdout
+    rows = [json.loads(line) for line in study.read_text().splitlines()]
+    assert len(rows) == len({row["key"] for row in rows}) == 5
+    assert study.read_bytes().startswith(before[: before[:-9].rfind(b"\n") + 1])

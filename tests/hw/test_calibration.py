@@ -81,8 +81,8 @@ def test_a_simulation_computes_with_it(tmp_path):
     [
         (lambda raw: raw.pop("hbm_bytes"), "hbm_bytes: Field required"),
         (lambda raw: raw.update(n_gpus=0), "n_gpus: Input should be greater than or equal to 1"),
-        (lambda raw: raw.pop("link"), "is no hardware preset"),
-        (lambda raw: raw.update(link="elsewhere"), "elsewhere.yaml: No such file"),
+        (lambda raw: raw.pop("link"), "must name a file beside it"),
+        (lambda raw: raw.update(link="elsewhere"), "elsewhere.yaml: there is none"),
     ],
 )
 def test_a_damaged_file_is_named(tmp_path, damage, says):

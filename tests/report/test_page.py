@@ -190,7 +190,7 @@ def test_a_users_mistake_is_told_in_one_line(folder, tmp_path):
     shutil.rmtree(tmp_path / "bare/timelines")
     for arguments, says in (
         (["none"], "none: has no report.json; write it with `fmsim run"),
-        (["cut"], "report.json: not a report of `fmsim run --out`"),
+        (["cut"], "cut/report.json: not valid JSON"),
         (["bare"], "timelines/full.json: no such timeline file"),
         (
             [folder / "out", "--out", "/dev/null/x.html"],

@@ -94,7 +94,7 @@ def test_an_overridden_trace_is_relative_to_the_working_directory(load):
         ("batch=many", "--set batch=many: batch: "),
         ("hardwre=h100", r"--set hardwre=h100: hardwre: unknown key; did you mean 'hardware'\?"),
         ("name.first=x", "--set name.first=x: 'name' is a value"),
-        ("batch=[", "is not a YAML value"),
+        ("batch=[", "not valid YAML"),
     ],
 )
 def test_a_wrong_override_is_named(load, override, says):
@@ -109,5 +109,5 @@ def test_a_missing_file_suggests_the_nearest(load, tmp_path):
     ):
         ScenarioFile(tmp_path / "smal.yaml")
     (tmp_path / "binary.yaml").write_bytes(b"\xff\xfe\x00")
-    with pytest.raises(FmsimError, match="cannot be read as a scenario"):
+    with pytest.raises(FmsimError, match="cannot be read as UTF-8 text"):
         ScenarioFile(tmp_path / "binary.yaml")

@@ -190,7 +190,7 @@ def test_a_timeline_reads_back_equal_or_tells_what_is_wrong(tmp_path):
     ):
         np.testing.assert_array_equal(getattr(back, name), getattr(timeline, name))
     path.write_text(path.read_text()[:-5])
-    with pytest.raises(FmsimError, match="t.json: not a whole fmsim timeline"):
+    with pytest.raises(FmsimError, match="t.json: not valid JSON"):
         SimulatedTimeline.load(path)
     path.write_text('{"policy": "lru", "transfers": []}')
     with pytest.raises(FmsimError, match="not a whole fmsim timeline"):

@@ -104,8 +104,8 @@ def test_opening_a_trace_does_not_read_its_tensors(tmp_path):
     data = bytearray(path.read_bytes())
     data[-40:] = b"\xff" * 40  # a change that only reading can see
     path.write_bytes(data)
-    assert traces.read(path).n_steps == 10
-    with pytest.raises(FmsimError, match="content_sha256"):
+    assert traces.read(path, check=False).n_steps == 10
+    with pytest.raises(FmsimError, match="index_keys"):
         traces.read(path, check=True)
 
 

@@ -5,8 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-import yaml
-
+from fmsim import strict_yaml
 from fmsim.errors import FmsimError
 from fmsim.geometry import PRESETS
 from fmsim.policies import registry
@@ -90,10 +89,7 @@ def policy_of(spec: str, budget: str, checkpoint: str | None = None) -> Policy:
             f"--policy {spec}: {pair!r} is no key=value; write e.g."
             " lsa:on_miss=fallback,budget=20%",
         )
-        try:
-            params[key] = yaml.safe_load(value)
-        except yaml.YAMLError:
-            raise FmsimError(f"--policy {spec}: {value!r} is no value of {key}") from None
+        params[key] = strict_yaml.load(value, f"--policy {spec}: {key}")
     fields = registry.get(name).Params.model_fields
     if name != "full":
         params.setdefault("budget", budget)

@@ -64,4 +64,12 @@ def _cells(
 ) -> list[str | Text]:
     if "error" in row:
         return [Text("no run", "yellow"), *("" for _ in list(figures)[1:])]
-    return [text(row) for text in figures.values()]
+    return [_cell(row, text) for text in figures.values()]
+
+
+def _cell(row: dict[str, Any], text: Callable[[dict[str, Any]], str]) -> str:
+    """A figure; "-" where a run has none, as the times of requests that were all refused."""
+    try:
+        return text(row)
+    except (KeyError, TypeError, ValueError):
+        return "-"

@@ -10,14 +10,19 @@ from __future__ import annotations
 
 import csv
 import io
-import json
+import re
 from collections.abc import Callable, Iterator
 from datetime import datetime
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
-from fmsim.errors import FmsimError
+from fmsim import strict_json
+from fmsim.errors import FmsimError, short, shown
+from fmsim.inputs import MOST_BYTES_OF_RESULTS, read_text
+from fmsim.sim.serving.spec import MOST_TOKENS
+
+MOST_SECONDS = 1e12  # of a recorded time, from any origin
 
 
 class Arrival(NamedTuple):
@@ -35,21 +40,14 @@ def read_requests(path: Path) -> list[Arrival]:
 
     Raises FmsimError that names file, line and what is wrong.
     """
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-    except FileNotFoundError:
-        raise FmsimError(
-            f"{path}: no such request file; name one in the Mooncake, Azure or BurstGPT format"
-        ) from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise FmsimError(f"{path}: cannot be read as requests ({error})") from None
+    text = _text(path)
     rows = sorted(
         row
         for row in _reader(path, text)(path, text)
         if row.prompt_tokens > 0 and row.output_tokens > 0
     )
     if not rows:
-        raise FmsimError(f"{path}: no request with a prompt and an output in it")
+        raise FmsimError(f"{shown(path)}: no request with a prompt and an output in it")
     return [row._replace(arrival_s=row.arrival_s - rows[0].arrival_s) for row in rows]
 
 
@@ -57,13 +55,19 @@ def repeated_share(path: Path) -> float | None:
     """Share of prompt blocks that an earlier request of a Mooncake file had as well; None for files
     without block ids.
     """
-    text = path.read_text(encoding="utf-8-sig")
+    text = _text(path)
     if not text.lstrip().startswith("{"):
         return None
     seen: set[int] = set()
     repeated = total = 0
-    for line in filter(str.strip, text.splitlines()):
-        blocks = json.loads(line).get("hash_ids", [])
+    for number, line in enumerate(text.split("\n"), 1):
+        if not line.strip():
+            continue
+        blocks = _object(path, number, line).get("hash_ids", [])
+        if not isinstance(blocks, list) or not all(type(block) is int for block in blocks):
+            raise FmsimError(
+                f"{shown(path)}, line {number}: 'hash_ids' is no list of whole numbers"
+            )
         total, repeated = total + len(blocks), repeated + sum(block in seen for block in blocks)
         seen.update(blocks)
     return repeated / total if total else None
@@ -79,7 +83,7 @@ def _reader(path: Path, text: str) -> Callable[[Path, str], Iterator[Arrival]]:
     if {"Timestamp", "Request tokens", "Response tokens"} <= columns:
         return _burstgpt
     raise FmsimError(
-        f"{path}, line 1: neither Mooncake JSON lines ('timestamp', 'input_length',"
+        f"{shown(path)}, line 1: neither Mooncake JSON lines ('timestamp', 'input_length',"
         " 'output_length') nor a CSV with Azure's columns"
         " (TIMESTAMP,ContextTokens,GeneratedTokens) or BurstGPT's (Timestamp,Request"
         " tokens,Response tokens)"
@@ -87,16 +91,22 @@ def _reader(path: Path, text: str) -> Callable[[Path, str], Iterator[Arrival]]:
 
 
 def _mooncake(path: Path, text: str) -> Iterator[Arrival]:
-    for number, line in enumerate(text.splitlines(), 1):
+    for number, line in enumerate(text.split("\n"), 1):
         if line.strip():
-            yield _arrival(path, number, partial(_mooncake_row, line))
+            row = _object(path, number, line)
+            yield _arrival(path, number, partial(_mooncake_row, row))
 
 
-def _mooncake_row(line: str) -> Arrival:
-    row = json.loads(line)
-    return Arrival(
-        float(row["timestamp"]) / 1e3, int(row["input_length"]), int(row["output_length"])
-    )
+def _mooncake_row(row: dict[str, Any]) -> Arrival:
+    for key in ("timestamp", "input_length", "output_length"):
+        kinds = (int, float) if key == "timestamp" else (int,)
+        if type(row[key]) not in kinds:
+            raise ValueError(f"'{key}' is {short(row[key])}, no {' or '.join(map(_name, kinds))}")
+    return Arrival(float(row["timestamp"]) / 1e3, row["input_length"], row["output_length"])
+
+
+def _name(kind: type) -> str:
+    return "whole number" if kind is int else "number"
 
 
 def _azure(path: Path, text: str) -> Iterator[Arrival]:
@@ -104,7 +114,7 @@ def _azure(path: Path, text: str) -> Iterator[Arrival]:
         path,
         text,
         lambda row: Arrival(
-            _time_s(row["TIMESTAMP"]), int(row["ContextTokens"]), int(row["GeneratedTokens"])
+            _time_s(row["TIMESTAMP"]), _count(row["ContextTokens"]), _count(row["GeneratedTokens"])
         ),
     )
 
@@ -114,15 +124,35 @@ def _burstgpt(path: Path, text: str) -> Iterator[Arrival]:
         path,
         text,
         lambda row: Arrival(
-            float(row["Timestamp"]), int(row["Request tokens"]), int(row["Response tokens"])
+            float(row["Timestamp"]), _count(row["Request tokens"]), _count(row["Response tokens"])
         ),
     )
 
 
 def _csv(path: Path, text: str, parse: Callable[[dict[str, str]], Arrival]) -> Iterator[Arrival]:
-    reader = csv.DictReader(io.StringIO(text), skipinitialspace=True)
-    for row in reader:
-        yield _arrival(path, reader.line_num, partial(parse, row))
+    reader = csv.DictReader(io.StringIO(text), skipinitialspace=True, strict=True)
+    try:
+        names = [name.strip() for name in reader.fieldnames or []]
+        twice = next((name for name in names if names.count(name) > 1), None)
+        if twice is not None:
+            raise FmsimError(f"{shown(path)}, line 1: the column {short(twice)} stands there twice")
+        reader.fieldnames = names
+        for row in reader:
+            if None in row or None in row.values():
+                raise FmsimError(
+                    f"{shown(path)}, line {reader.line_num}: not a request (it has more or fewer"
+                    f" values than the {len(names)} columns of line 1)"
+                )
+            yield _arrival(path, reader.line_num, partial(parse, row))
+    except csv.Error as error:
+        raise FmsimError(f"{shown(path)}, line {reader.line_num}: not CSV ({error})") from None
+
+
+def _count(text: str) -> int:
+    """Tokens, in ASCII digits alone: int() would read 1_000 and other scripts' digits too."""
+    if not re.fullmatch(r"-?[0-9]{1,18}", text.strip()):
+        raise ValueError(f"{short(text)} is no whole number")
+    return int(text)
 
 
 def _time_s(text: str) -> float:
@@ -130,14 +160,40 @@ def _time_s(text: str) -> float:
     apart.
     """
     whole, _, fraction = text.strip().removesuffix("+00:00").partition(".")
-    return (datetime.fromisoformat(whole) - datetime(2023, 1, 1)).total_seconds() + float(
-        f"0.{fraction or 0}"
-    )
+    if fraction and not re.fullmatch(r"[0-9]{1,12}", fraction):
+        raise ValueError(f"{short(text)} is no time")
+    at = datetime.fromisoformat(whole)
+    if at.tzinfo is not None:
+        raise ValueError(f"{short(text)} has a time zone; write UTC")
+    return (at - datetime(2023, 1, 1)).total_seconds() + float(f"0.{fraction or 0}")
 
 
 def _arrival(path: Path, number: int, parse: Callable[[], Arrival]) -> Arrival:
     try:
-        return parse()
-    except (KeyError, ValueError, TypeError) as error:
-        what = f"no {error}" if isinstance(error, KeyError) else error
-        raise FmsimError(f"{path}, line {number}: not a request ({what})") from None
+        row = parse()
+        if not abs(row.arrival_s) <= MOST_SECONDS:
+            raise ValueError("its time is no finite number of seconds, or too large")
+        if max(row.prompt_tokens, row.output_tokens) > MOST_TOKENS:
+            raise ValueError(f"more than {MOST_TOKENS:,} tokens")
+        return row
+    except (KeyError, ValueError, TypeError, OverflowError) as error:
+        what = f"no {error}" if isinstance(error, KeyError) else shown(error)
+        raise FmsimError(f"{shown(path)}, line {number}: not a request ({what})") from None
+
+
+def _object(path: Path, number: int, line: str) -> dict[str, Any]:
+    """One line of a JSON-lines file."""
+    row = strict_json.parse(line, f"{path}, line {number}")
+    if not isinstance(row, dict):
+        raise FmsimError(f"{shown(path)}, line {number}: not a request (no JSON object)")
+    return row
+
+
+def _text(path: Path) -> str:
+    try:
+        return read_text(path, MOST_BYTES_OF_RESULTS)
+    except FileNotFoundError:
+        raise FmsimError(
+            f"{shown(path)}: no such request file; name one in the Mooncake, Azure or BurstGPT"
+            " format"
+        ) from None

@@ -10,21 +10,23 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
+MOST_TOKENS = 10**9  # of a request; far more than any model has positions for
+MOST_SECONDS = 1e9
+MOST_REQUESTS = 200_000  # that a run takes unless the workload's max_requests says otherwise
+
 
 class _Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
 def _as_range(given: Any) -> Any:
     """A number, or [low, high]."""
     low, high = given if isinstance(given, (list, tuple)) and len(given) == 2 else (given, given)
-    if (
-        not all(
-            isinstance(end, int) and not isinstance(end, bool) and end > 0 for end in (low, high)
+    whole = all(isinstance(end, int) and not isinstance(end, bool) for end in (low, high))
+    if not whole or not 0 < low <= high <= MOST_TOKENS:
+        raise ValueError(
+            f"give a number of tokens from 1 to {MOST_TOKENS:,}, or [low, high] to draw from"
         )
-        or low > high
-    ):
-        raise ValueError("give a number of tokens, or [low, high] to draw from")
     return (low, high)
 
 
@@ -34,20 +36,25 @@ Tokens = Annotated[tuple[int, int], BeforeValidator(_as_range)]
 class Slo(_Strict):
     """What a request must keep to count as good."""
 
-    ttft_s: float = Field(30.0, gt=0)
-    tpot_s: float = Field(0.05, gt=0)
+    ttft_s: float = Field(30.0, gt=0, le=MOST_SECONDS)
+    tpot_s: float = Field(0.05, gt=0, le=MOST_SECONDS)
 
 
-class _Drawn(_Strict):
+class _Workload(_Strict):
+    """What every workload has."""
+
+    seed: int = Field(0, ge=0, lt=2**63)
+    slo: Slo = Slo()
+    max_requests: int = Field(MOST_REQUESTS, ge=1)  # a run of more is refused
+
+
+class _Drawn(_Workload):
     """Requests whose lengths are drawn uniformly."""
 
     prompt_tokens: Tokens
     output_tokens: Tokens
-    duration_s: float = Field(
-        gt=0
-    )  # requests arrive until then; what has arrived is served to its end
-    seed: int = Field(0, ge=0)
-    slo: Slo = Slo()
+    # requests arrive until then; what has arrived is served to its end
+    duration_s: float = Field(gt=0, le=MOST_SECONDS)
 
 
 class ClosedLoop(_Drawn):
@@ -55,12 +62,14 @@ class ClosedLoop(_Drawn):
 
     kind: Literal["closed_loop"]
     requests: int = Field(ge=1)
-    ramp_s: float = Field(0.0, ge=0)  # the clients' first requests are spread over this time
+    ramp_s: float = Field(
+        0.0, ge=0, le=MOST_SECONDS
+    )  # the clients' first requests are spread over this time
 
 
 class Poisson(_Drawn):
     kind: Literal["poisson"]
-    rate_per_s: float = Field(gt=0)
+    rate_per_s: float = Field(ge=1e-9, le=1e12)
 
 
 class Bursts(_Drawn):
@@ -68,23 +77,20 @@ class Bursts(_Drawn):
 
     kind: Literal["bursts"]
     burst: int = Field(ge=1)
-    every_s: float = Field(gt=0)
+    every_s: float = Field(ge=1e-9, le=MOST_SECONDS)
 
 
-class RequestFile(_Strict):
+class RequestFile(_Workload):
     """Recorded requests: Mooncake's JSON lines, or Azure's or BurstGPT's CSV, told apart by their
     first line.
     """
 
     kind: Literal["file"]
     file: Path
-    speed: float = Field(1.0, gt=0)  # 2 = the arrivals come twice as fast
-    duration_s: float | None = Field(
-        None, gt=0
-    )  # of the simulated time; later arrivals are left out
-    lengths: float = Field(1.0, gt=0)  # every prompt this many times as long
-    seed: int = Field(0, ge=0)
-    slo: Slo = Slo()
+    speed: float = Field(1.0, ge=1e-6, le=1e6)  # 2 = the arrivals come twice as fast
+    # of the simulated time; later arrivals are left out
+    duration_s: float | None = Field(None, gt=0, le=MOST_SECONDS)
+    lengths: float = Field(1.0, ge=1e-6, le=1e6)  # every prompt this many times as long
 
 
 Workload = Annotated[ClosedLoop | Poisson | Bursts | RequestFile, Field(discriminator="kind")]
@@ -105,17 +111,17 @@ class Server(_Strict):
     """
 
     prefill: Literal["done", "chunked", "separate"] = "chunked"
-    prefill_chunk_tokens: int = Field(8192, ge=1)
-    prefill_servers: int = Field(1, ge=1)  # each like the decode server
+    prefill_chunk_tokens: int = Field(8192, ge=1, le=MOST_TOKENS)
+    prefill_servers: int = Field(1, ge=1, le=10**6)  # each like the decode server
     network_bytes_per_s: float = Field(
-        25e9, gt=0
+        25e9, ge=1, le=1e18
     )  # from prefill to decode server, for each GPU: 200 Gbit/s
-    max_batch: int | None = Field(None, ge=1)  # an engine's own limit on requests at once
+    max_batch: int | None = Field(None, ge=1, le=10**9)  # an engine's own limit on requests at once
     mirror: Literal["per_gpu", "shared"] = (
         "per_gpu"  # each GPU's process pins a copy of the mirror, or all use one
     )
     recall_bytes_per_s: float | None = Field(
-        None, gt=0
+        None, ge=1, le=1e18
     )  # an engine's copy path, where it is slower than the link
     admit_by_link: bool = (
         False  # admit only while the running requests' recalls fit into the time of their windows

@@ -88,7 +88,7 @@ def summary(*runs: ServerRun) -> dict[str, Any]:
         "stall_share": stall_s / busy_s if busy_s else 0.0,
         "bound": _bound(waited, busy_s, stall_s),
         "waited_share": {
-            kind: waited_s / total_s / len(runs) for kind, waited_s in sorted(waited.items())
+            kind: _by(waited_s, total_s * len(runs)) for kind, waited_s in sorted(waited.items())
         },
         "in_use": {
             GPU: _share(logs, "gpu_bytes", sum(rank.hbm.capacity for rank in ranks)),
@@ -112,6 +112,11 @@ def ttft_s(request: ServedRequest) -> float:
     """Arrival to first token, of a request that has one."""
     assert request.first_token_s is not None
     return request.first_token_s - request.arrival_s
+
+
+def _by(amount: float, seconds: float) -> float:
+    """A rate or a share; 0 where no time passed, as when every request was refused."""
+    return amount / seconds if seconds else 0.0
 
 
 def tpot_s(request: ServedRequest) -> float:

@@ -13,6 +13,7 @@ from fmsim.sim.serving.requests import Arrival, read_requests
 from fmsim.sim.serving.spec import Bursts, ClosedLoop, Poisson, RequestFile
 
 Drawn = ClosedLoop | Poisson | Bursts  # workloads whose lengths are drawn
+SLOWEST_ANSWER_S = 100.0  # a client of a closed loop asks again at least so often
 
 
 class RequestGenerator:
@@ -27,6 +28,7 @@ class RequestGenerator:
         directory. Raises FmsimError when it is no request file.
         """
         self.workload = workload
+        _check_count(workload)
         self._rng = np.random.default_rng(workload.seed)
         self.first = (
             _recorded(workload, path or workload.file)
@@ -37,6 +39,9 @@ class RequestGenerator:
             raise FmsimError(
                 "workload: no request arrives within its duration_s; raise duration_s or the rate"
             )
+        self._asked = len(self.first)
+        if self._asked > workload.max_requests:
+            raise FmsimError(_too_many(f"{self._asked:,}", workload))
 
     @property
     def window_s(self) -> float:
@@ -63,6 +68,9 @@ class RequestGenerator:
         """
         if not isinstance(self.workload, ClosedLoop) or now_s >= self.workload.duration_s:
             return None
+        self._asked += 1
+        if self._asked > self.workload.max_requests:
+            raise FmsimError(_too_many(f"more than {self.workload.max_requests:,}", self.workload))
         return self._draw(self.workload, now_s)
 
     def _times(self, workload: Drawn) -> NDArray[np.float64]:
@@ -100,3 +108,28 @@ def _recorded(workload: RequestFile, path: Path) -> list[Arrival]:
         for row in requests
         if workload.duration_s is None or row.arrival_s < workload.duration_s
     ]
+
+
+def _check_count(workload: ClosedLoop | Poisson | Bursts | RequestFile) -> None:
+    """Refuse what cannot end, before a request is drawn.
+
+    A closed loop is refused early where its clients would have to wait `SLOWEST_ANSWER_S` for every
+    answer to stay below the bound; otherwise when it has asked as often.
+    """
+    if isinstance(workload, RequestFile):
+        return
+    if isinstance(workload, ClosedLoop):
+        n_requests = workload.requests * max(1.0, workload.duration_s / SLOWEST_ANSWER_S)
+    elif isinstance(workload, Bursts):
+        n_requests = workload.burst * workload.duration_s / workload.every_s
+    else:
+        n_requests = workload.rate_per_s * workload.duration_s
+    if n_requests > workload.max_requests + 10 * workload.max_requests**0.5:
+        raise FmsimError(_too_many(f"about {n_requests:,.0f}", workload))
+
+
+def _too_many(count: str, workload: ClosedLoop | Poisson | Bursts | RequestFile) -> str:
+    return (
+        f"{count} requests; a run takes at most {workload.max_requests:,}: lower its rate, clients"
+        " or duration_s, or raise the bound with --set workload.max_requests=N"
+    )

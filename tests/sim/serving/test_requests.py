@@ -61,7 +61,7 @@ def test_burstgpt_leaves_out_failed_requests(tmp_path):
             MOONCAKE + '{"timestamp": 1, "input_length": 5}\n',
             "line 3: not a request (no 'output_length')",
         ),
-        (MOONCAKE + "{nonsense\n", "line 3: not a request"),
+        (MOONCAKE + "{nonsense\n", "line 3: not valid JSON"),
         (AZURE + "2023-11-17 00:00:00,x,3\n", "line 5: not a request"),
         ("TIMESTAMP,ContextTokens,GeneratedTokens\n", "no request with a prompt"),
     ],

@@ -1,0 +1,49 @@
+"""Options that several commands have, and what they all do at their end."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Sequence
+from typing import Annotated, Any
+
+import typer
+
+from fmsim.errors import ExitCode, shown
+
+
+def finite(value: float | None) -> float | None:
+    """Refuse NaN and infinity, which typer's bounds let pass."""
+    if value is not None and not math.isfinite(value):
+        raise typer.BadParameter(f"{value} is not a finite number")
+    return value
+
+
+def _trust(given: bool) -> bool:
+    """Workers inherit it, as they inherit the environment."""
+    if given:
+        os.environ["FMSIM_VERIFY"] = "0"
+    return given
+
+
+NoVerify = Annotated[
+    bool,
+    typer.Option(
+        "--no-verify",
+        callback=_trust,
+        help="trust traces: leave out the check of their digest and values",
+    ),
+]
+PolicyTimeout = Annotated[
+    float,
+    typer.Option(min=0.001, callback=finite, help="seconds after which a policy's run is given up"),
+]
+TIMEOUT_S = 3600.0
+
+
+def end_with_failures(failed: Sequence[dict[str, Any]]) -> None:
+    """Name the policies that failed on standard error, and leave with exit code 1 where any did."""
+    for failure in failed:
+        typer.echo(f"fmsim: {shown(failure['error'])}", err=True)
+    if failed:
+        raise typer.Exit(ExitCode.FAILED)

@@ -1,0 +1,46 @@
+"""What became of a policy that could not be run to its end, while the others' results stand."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TypeVar
+
+from fmsim.errors import DoesNotFit, PolicyError
+
+Result = TypeVar("Result")
+
+TIMEOUT_S = 3600.0  # a policy's run takes seconds or minutes
+
+
+@dataclass(frozen=True)
+class Failure:
+    """A policy's label, and one line that names it and says what happened."""
+
+    label: str
+    error: str
+
+    def row(self) -> dict[str, str]:
+        return {"policy": self.label, "error": self.error}
+
+
+def guarded(label: str, run: Callable[[], Result]) -> Result | Failure:
+    """`run()`, or the failure of a policy that misbehaved, or whose KV does not fit.
+
+    The user's own mistakes (a wrong parameter, say) still end the command.
+    """
+    try:
+        return run()
+    except (PolicyError, DoesNotFit) as error:
+        return Failure(label, str(error))
+
+
+def lost(label: str, why: str) -> Failure:
+    """Of a policy whose worker process died, or took too long."""
+    return Failure(label, f"policy {label}: {why}")
+
+
+def raise_if_all(failures: tuple[Failure, ...], succeeded: int) -> None:
+    """Raise PolicyError where nothing is left to report."""
+    if failures and not succeeded:
+        raise PolicyError("\n".join(dict.fromkeys(failure.error for failure in failures)))

@@ -1,0 +1,193 @@
+"""Policies that misbehave are named, others' rows come out, and the exit code is 1."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from types import SimpleNamespace
+
+import pytest
+from command import fmsim_here
+from made_trace import make_trace
+
+from fmsim.policies import registry
+from fmsim.policies.base import Policy
+from fmsim.trace import write
+
+SCENARIO = "name: small\ntrace: small.safetensors\npolicies: [lru, {policy: bad}]\n"
+
+
+class Newest(Policy):
+    """Newest first: what the bad ones are made of."""
+
+    name = "bad"
+    action, evidence, decision_scope = "hierarchical", "position", "layer"
+
+    def worth(self, step, pages):
+        return self.ctx.xp.astype(pages, self.ctx.xp.float32)
+
+
+class WritesHits(Newest):
+    def observe(self, step, obs):
+        obs.hit[:] = True
+
+
+class WritesPages(Newest):
+    def observe(self, step, obs):
+        obs.pages[:] = 0
+
+
+class Leaves(Newest):
+    def observe(self, step, obs):
+        sys.exit(0)
+
+
+class LeavesAtOnce(Newest):
+    def observe(self, step, obs):
+        os._exit(0)
+
+
+class IsKilled(Newest):
+    def observe(self, step, obs):
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+class Sleeps(Newest):
+    def observe(self, step, obs):
+        time.sleep(10**6)
+
+
+class FloorOfText(Newest):
+    floor = "high"
+
+
+class ManySlots(Newest):
+    def n_slots(self, n_pages, **sizes):
+        return 10**9
+
+
+class NegativeSlots(Newest):
+    def n_slots(self, n_pages, **sizes):
+        return -1
+
+
+class Prints(Newest):
+    def observe(self, step, obs):
+        os.write(1, b"hello\n")
+
+
+class Nameless(Newest):
+    name = None
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("misbehaving")
+    write(folder / "small.safetensors", make_trace(prompt_tokens=256, n_steps=8, n_layers=1))
+    (folder / "small.yaml").write_text(SCENARIO)
+    return folder
+
+
+@pytest.fixture
+def install(monkeypatch):
+    def under_name(policy):
+        point = SimpleNamespace(name="bad", value="tests:Bad", load=lambda: policy)
+        monkeypatch.setitem(registry._found(), "bad", point)
+        registry._load.cache_clear()
+
+    yield under_name
+    registry._load.cache_clear()
+
+
+@pytest.mark.parametrize(
+    ("policy", "says"),
+    [
+        (WritesHits, "policy bad, step 0: observe raised ValueError: assignment destination"),
+        (WritesPages, "policy bad, step 0: observe raised ValueError: assignment destination"),
+        (Leaves, "policy bad, step 0: observe called sys.exit(0)"),
+        (LeavesAtOnce, "policy bad: its process left with exit code 0 and no result"),
+        (IsKilled, "policy bad: its process was killed by SIGKILL"),
+        (Sleeps, "policy bad: it took longer than its time limit (--policy-timeout)"),
+        (FloorOfText, "policy bad: floor is 'high'; it must be a number or None"),
+        (ManySlots, "policy bad: n_slots returned 1000000000; it must be from 1 to 66"),
+        (NegativeSlots, "policy bad: n_slots returned -1; it must be from 1 to 66"),
+    ],
+)
+def test_a_bad_policy_is_named_and_the_others_come_out(folder, install, policy, says):
+    install(policy)
+    done = fmsim_here("run", "small.yaml", "--json", "--policy-timeout", 1.5, folder=folder)
+    assert done.returncode == 1, done.stderr
+    report = json.loads(done.stdout)
+    assert [row["policy"] for row in report["policies"]] == ["lru"]
+    [failed] = report["failed"]
+    assert failed["policy"] == "bad" and failed["error"].startswith(says)
+    assert done.stderr == f"fmsim: {failed['error']}\n"
+
+
+def test_what_a_policy_prints_leaves_the_json_whole(folder, install, capfd):
+    install(Prints)
+    done = fmsim_here("run", "small.yaml", "--json", folder=folder)
+    assert done.returncode == 0 and len(json.loads(done.stdout)["policies"]) == 2
+    out, err = capfd.readouterr()
+    assert out == "" and err.count("hello\n") == 8
+
+
+def test_a_policy_without_a_name_is_left_out_by_name_of_its_entry_point(folder, install):
+    install(Nameless)
+    with pytest.warns(UserWarning, match="'bad' .* has no class attribute `name`"):
+        done = fmsim_here("run", "small.yaml", folder=folder)
+    assert done.returncode == 2 and "no policy named 'bad'" in done.stderr
+
+
+def test_no_worker_outlives_a_killed_command(folder):
+    """kill -9 strikes while both workers sleep in a policy."""
+    code = (
+        "import sys, time; from types import SimpleNamespace\n"
+        "from fmsim.policies import registry\n"
+        "from fmsim.policies.lru import LRU\n"
+        "class Sleeps(LRU):\n"
+        "    def observe(self, step, obs):\n"
+        "        print('asleep', flush=True); time.sleep(1000)\n"
+        "point = SimpleNamespace(name='lru', value='x', load=lambda: Sleeps)\n"
+        "registry._found()['lru'] = point\n"
+        "from fmsim.cli import main; main()\n"
+    )
+    command = [sys.executable, "-c", code, "run", "small.yaml", "-p", "lru"]
+    with subprocess.Popen(
+        command, cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+    ) as process:
+        assert process.stdout.readline() == b"asleep\n"
+        process.send_signal(signal.SIGKILL)
+        # the pipe ends when the last process that inherited it has ended
+        assert process.stdout.read() == b""
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_an_interruption_is_one_line_and_exit_code_130(folder, number):
+    code = (
+        "import time\n"
+        "from fmsim.experiments import run\n"
+        "def slow(*_): print('waiting', flush=True); time.sleep(1000)\n"
+        "run.Setting = slow\n"
+        "from fmsim.cli import main; main()\n"
+    )
+    command = [sys.executable, "-c", code, "run", "small.yaml", "-p", "lru"]
+    with subprocess.Popen(
+        command, cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as process:
+        assert process.stdout.readline() == "waiting\n"
+        process.send_signal(number)
+        out, err = process.communicate(timeout=20)
+    assert (process.returncode, out, err) == (130, "", "fmsim: interrupted\n")
+
+
+def test_a_bug_says_so_with_exit_code_70(folder, monkeypatch):
+    monkeypatch.setattr("fmsim.experiments.run.load_geometry", lambda file: 1 / 0)
+    done = fmsim_here("run", "small.yaml", "-p", "lru", folder=folder)
+    assert done.returncode == 70 and "Traceback" not in done.stderr
+    assert done.stderr.startswith("fmsim: a bug in fmsim at run.py:")
+    assert "ZeroDivisionError" in done.stderr and "report it" in done.stderr
+    debug = fmsim_here("--debug", "run", "small.yaml", "-p", "lru", folder=folder)
+    assert debug.returncode == 70 and "Traceback" in debug.stderr
