@@ -18,7 +18,8 @@ def tiny_nano(
         "vocab_size": vocabulary, "hidden_size": 32, "q_lora_rank": 16, "o_lora_rank": 8,
         "o_groups": 1, "moe_intermediate_size": 16, "head_dim": 16, "qk_rope_head_dim": 4,
         "num_attention_heads": 3, "index_head_dim": 16, "index_n_heads": 16,
-        "index_topk": TOP_K, "sliding_window": 16, "num_hidden_layers": len(kinds),
+        "index_topk": TOP_K, "sliding_window": 16, "hc_sinkhorn_iters": 3,
+        "num_hidden_layers": len(kinds),
         "layer_types": list(kinds), "mlp_layer_types": ["hash_moe"] + ["moe"] * (len(kinds) - 1),
         "compress_rates": {CSA: 4, HCA: 32},
     }  # fmt: skip
