@@ -80,7 +80,7 @@ def compile_launch(function: JITFunction, *args, grid, warmup, **kwargs) -> None
 
 def main() -> None:
     from kernel_launches import LAUNCHES
-    from training_launches import LAUNCHES as TRAINING
+    from nano_training.launches import LAUNCHES as TRAINING
 
     JITFunction.run = compile_launch
     launches = LAUNCHES | TRAINING

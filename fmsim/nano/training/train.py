@@ -3,7 +3,7 @@
 ``--model`` is a Hugging Face directory to go on from, with a fresh optimiser; the shipped nano
 grows into the next one's shape. ``--resume FILE`` goes on with moments, from what an earlier call
 on this machine left. Several GPUs: one process a GPU, each with torchrun's variables WORLD_SIZE,
-RANK, MASTER_ADDR and MASTER_PORT; ``benchmarks/train_nano.sh`` starts them.
+RANK, MASTER_ADDR and MASTER_PORT; ``benchmarks/nano/train.sh`` starts them.
 
 Every stage's losses go to OUT/log.jsonl, the weights at its end in bfloat16, in files of less than
 14 MB, to OUT/model, with the moments to OUT/state.pt. A call that runs out of its ``--seconds``

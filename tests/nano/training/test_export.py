@@ -1,7 +1,7 @@
 """Exported weights: read by fmsim and by transformers alike."""
 
 import torch
-from tiny_nano import tiny_nano
+from nano_training.tiny_nano import tiny_nano
 from transformers import DeepseekV4ForCausalLM
 
 from fmsim.exec.model.loader import load_model

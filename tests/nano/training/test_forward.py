@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 from kernel_pools import on_each_device
-from tiny_nano import BATCH, LENGTH, TOP_K, sequences, tiny_nano
+from nano_training.tiny_nano import BATCH, LENGTH, TOP_K, sequences, tiny_nano
 
 from fmsim.exec.model.kinds import CSA, HCA
 from fmsim.nano.training import forward

@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 import torch
-from tiny_nano import tiny_nano
+from nano_training.tiny_nano import tiny_nano
 
 from fmsim.exec.model.loader import load_model
 from fmsim.nano.text.pack_tokens import write

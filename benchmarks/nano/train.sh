@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Train a nano on all GPUs of this machine, then ask it and measure how restless its selection is.
 #
-#     OUT=results benchmarks/train_nano.sh TOKENS MODEL CURRICULUM SECONDS EXAM_SECONDS
+#     OUT=results benchmarks/nano/train.sh TOKENS MODEL CURRICULUM SECONDS EXAM_SECONDS
 #
 # TOKENS is what fmsim.nano.text.pack_tokens wrote, MODEL the directory to go on from. OUT gets the
 # log, the weights, answers.jsonl. It takes about 50 s more than SECONDS + EXAM_SECONDS: imports,
@@ -9,13 +9,13 @@
 # Settings: N processes, DEVICE cuda or cpu, WORKERS that make batches, PLAN of questions, PYTHON,
 # SEED of the text, RUN the folder of checkpoint and log.
 set -u
-cd "$(dirname "$0")/.."
+root=$(cd "$(dirname "$0")/../.." && pwd)
 tokens=$1 model=$2 curriculum=$3 seconds=$4 exam_seconds=$5
 python=${PYTHON:-python3} device=${DEVICE:-cuda} run=${RUN:-/tmp/nano-run}
 processes=${N:-$(nvidia-smi -L | wc -l)}
 plan=${PLAN:-many:8192:16 many:32768:10 many:131072:6 families:32768:100 many:524288:4
   single:32768:100 families:131072:50 single:131072:50 families:524288:12}
-export PYTHONPATH=$PWD OMP_NUM_THREADS=1 WORLD_SIZE=$processes MASTER_ADDR=127.0.0.1
+export PYTHONPATH=$root OMP_NUM_THREADS=1 WORLD_SIZE=$processes MASTER_ADDR=127.0.0.1
 mkdir -p "$run" "$OUT"
 
 export MASTER_PORT=29531
@@ -36,7 +36,7 @@ cp -r "$run/log.jsonl" "$run/model" "$OUT"/ || exit 1
 export MASTER_PORT=29541
 exams=
 for rank in $(seq 0 $((processes - 1))); do
-  RANK=$rank timeout $((exam_seconds + 40)) $python -u benchmarks/examine_nano.py "$run/model" \
+  RANK=$rank timeout $((exam_seconds + 40)) $python -u "$root/benchmarks/nano/examine.py" "$run/model" \
     $plan --corpus "$tokens" --out "$OUT/answers.jsonl" --seconds "$exam_seconds" \
     --device "$device" >"$run/exam$rank.log" 2>&1 &
   exams="$exams $!"

@@ -1,4 +1,4 @@
-"""How well a model answers: ``python benchmarks/examine_nano.py MODEL --corpus DIR
+"""How well a model answers: ``python benchmarks/nano/examine.py MODEL --corpus DIR
 single:8192:40 ...``.
 
 ``TASK:LENGTH:SAMPLES``. The task is one of `fmsim.nano.measure.evaluate` ("single", "many", ...) or

@@ -1,4 +1,4 @@
-"""benchmarks/examine_nano.py: questions stand where their answers are looked for."""
+"""benchmarks/nano/examine.py: questions stand where their answers are looked for."""
 
 import importlib.util
 from pathlib import Path
@@ -7,19 +7,19 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from tiny_nano import tiny_nano
+from nano_training.tiny_nano import tiny_nano
 
 from fmsim.nano.tokens import Corpus
 from fmsim.nano.training.forward import Found
 from fmsim.nano.training.trainer import Workers
 
-SCRIPT = Path(__file__).parents[3] / "benchmarks" / "examine_nano.py"
+SCRIPT = Path(__file__).parents[3] / "benchmarks" / "nano" / "examine.py"
 VOCABULARY = 4096
 
 
 @pytest.fixture(scope="module")
 def script():
-    spec = importlib.util.spec_from_file_location("examine_nano", SCRIPT)
+    spec = importlib.util.spec_from_file_location("examine", SCRIPT)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
