@@ -43,7 +43,7 @@ def evaluate(
     corpus: Annotated[
         Path | None,
         typer.Option(
-            help="folder of `python -m fmsim.nano.training.pack_tokens`: text that nano never read"
+            help="folder of `python -m fmsim.nano.text.pack_tokens`: text that nano never read"
         ),
     ] = None,
     text: Annotated[list[Path], typer.Option(help="text files instead of a corpus")] = [],
@@ -96,7 +96,7 @@ def evaluate(
     if (corpus is None) == (not text):
         raise FmsimError(
             "eval: give either --corpus, the folder that"
-            " `python -m fmsim.nano.training.pack_tokens` writes, or"
+            " `python -m fmsim.nano.text.pack_tokens` writes, or"
             " --text, one or more text files"
         )
     import torch

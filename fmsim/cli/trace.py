@@ -93,7 +93,7 @@ def record(
     corpus: Annotated[
         Path | None,
         typer.Option(
-            help="folder of `python -m fmsim.nano.training.pack_tokens`; built-in tasks need it"
+            help="folder of `python -m fmsim.nano.text.pack_tokens`; built-in tasks need it"
         ),
     ] = None,
     context: Annotated[
@@ -208,7 +208,7 @@ def _stream(
         if corpus is None:
             raise FmsimError(
                 "trace record: --kind needs --corpus, the folder that"
-                " `python -m fmsim.nano.training.pack_tokens` writes"
+                " `python -m fmsim.nano.text.pack_tokens` writes"
             )
         return prompts.decode_stream(
             kind.value, context, np.random.default_rng(seed), tokens.load(corpus, "held_out"), steps

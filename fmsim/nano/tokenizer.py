@@ -25,7 +25,7 @@ def load(folder: Path = MODEL_FOLDER) -> Tokenizer:
     path = folder / "tokenizer.json"
     if not path.exists():
         raise FmsimError(
-            f"{path}: missing; make it with python -m fmsim.nano.training.train_tokenizer"
+            f"{path}: missing; make it with python -m fmsim.nano.text.train_tokenizer"
             f" --corpus DIR --out {folder}"
         )
     return Tokenizer.from_file(str(path))

@@ -1,4 +1,4 @@
-"""The corpus as tokens, as ``python -m fmsim.nano.training.pack_tokens`` writes them.
+"""The corpus as tokens, as ``python -m fmsim.nano.text.pack_tokens`` writes them.
 
 One folder holds ``train.xz`` and ``held_out.xz`` (little-endian uint16, each document ended by
 ``<|eos|>``, in an order shuffled by a hash of the names) and ``documents.json`` (package, name and
@@ -67,7 +67,7 @@ def load(folder: Path, split: str) -> Corpus:
     path = folder / f"{split}.xz"
     if not path.exists():
         raise FmsimError(
-            f"{path}: missing; make it with python -m fmsim.nano.training.pack_tokens --corpus DIR"
+            f"{path}: missing; make it with python -m fmsim.nano.text.pack_tokens --corpus DIR"
             f" --out {folder}"
         )
     try:
@@ -75,7 +75,7 @@ def load(folder: Path, split: str) -> Corpus:
     except lzma.LZMAError as error:
         raise FmsimError(
             f"{path}: truncated or not xz ({error}); write it anew with"
-            " python -m fmsim.nano.training.pack_tokens"
+            " python -m fmsim.nano.text.pack_tokens"
         ) from error
     listed = json.loads((folder / "documents.json").read_text())[split]
     ends = np.cumsum([0] + [size for _, size in listed])

@@ -29,8 +29,8 @@ SNAP_ODDS = 0.8  # of inserts standing after a sentence or line rather than anyw
 class Mixture:
     """How often each kind of sequence comes, and how positions skip.
 
-    kinds: weights of "dense", "sparse", "mixed", "memory", "text"; skip_odds: of a sequence's
-    positions having jumps; max_position: none is as large.
+    kinds: weights of ``INSERTS``' kinds; skip_odds: of a sequence's positions having jumps;
+    max_position: none is as large.
     """
 
     kinds: dict[str, float]
@@ -39,10 +39,13 @@ class Mixture:
 
 
 ALL_KINDS = {"dense": 0.35, "sparse": 0.2, "mixed": 0.3, "memory": 0.1, "text": 0.05}
+LESSONS = {
+    "dense": 0.24, "sparse": 0.22, "mixed": 0.34, "memory": 0.1, "update": 0.08, "text": 0.02,
+}  # fmt: skip
 MIXTURES = {
     "dense": Mixture({"dense": 1.0}),
     "all": Mixture(ALL_KINDS),
-    "all_skipping": Mixture(ALL_KINDS, skip_odds=0.6),
+    "lessons": Mixture(LESSONS, skip_odds=0.5, max_position=1_040_000),
 }
 
 
@@ -184,6 +187,24 @@ def memory_inserts(
     return inserts
 
 
+def update_inserts(
+    rng: np.random.Generator, words: Wording, length: int, density: float
+) -> list[Insert]:
+    """Things told one to three times, in dated sessions; each question wants what was told last
+    before it.
+    """
+    count = max(1, min(round(density * length / 1024), len(words.nouns) // 2, 64))
+    inserts = session_marks(rng, length).inserts
+    for thing in words.some_nouns(rng, count):
+        told = np.sort(rng.random(rng.integers(1, 4))) * 0.9
+        values = [words.value(rng) for _ in told]
+        inserts += [say.tell(place, thing, value) for place, value in zip(told, values)]
+        for place in rng.uniform(told[0], 1.0, 2) ** (1 / (1 + (rng.random(2) < 0.5))):
+            latest = max(0, int(np.searchsorted(told, place)) - 1)
+            inserts.append(say.recall(float(max(place, told[0])), thing, values[latest]))
+    return inserts
+
+
 def text_inserts(
     rng: np.random.Generator, words: Wording, length: int, density: float
 ) -> list[Insert]:
@@ -196,6 +217,7 @@ INSERTS = {
     "sparse": sparse_inserts,
     "mixed": mixed_inserts,
     "memory": memory_inserts,
+    "update": update_inserts,
     "text": text_inserts,
 }
 

@@ -1,6 +1,6 @@
 """The words that facts are about.
 
-``python -m fmsim.nano.training.harvest_words`` writes them into ``words.json`` beside this file.
+``python -m fmsim.nano.text.harvest_words`` writes them into ``words.json`` beside this file.
 
 Nouns and adjectives are the headwords so marked in the Collaborative International Dictionary of
 English (dict-gcide), where the whole corpus uses them. A word belongs to training or to evaluation

@@ -17,14 +17,15 @@ from fmsim.exec.runs.stream import exact
 from fmsim.nano import prompts, tokens, weaving, words
 from fmsim.nano import tokenizer as bpe
 from fmsim.nano import wording as say
-from fmsim.nano.training import batches, extract, pack_tokens
-from fmsim.nano.training.corpus import (
+from fmsim.nano.text import extract, pack_tokens
+from fmsim.nano.text.corpus import (
     Document,
     is_english,
     is_held_out,
     read_documents,
     write_documents,
 )
+from fmsim.nano.training import batches
 
 SUBJECTS = [
     "The engine",
@@ -121,6 +122,22 @@ def test_every_answer_is_where_the_mask_says_and_follows_from_earlier_text(corpu
     assert checked >= 4
 
 
+def test_updates_ask_for_what_was_told_last(corpus):
+    asked = 0
+    for seed in range(6):
+        rng = np.random.default_rng(seed)
+        sample = weaving.pack_sequence(rng, 4096, corpus, mixture=weaving.Mixture({"update": 1.0}))
+        told, pieces = {}, decoded(sample.tokens)
+        for line in pieces.split("\n"):
+            said = line.split()
+            if line.startswith("User: My ") and " code is " in line:
+                told[said[2]] = said[5]
+            if line.startswith("Assistant: Your ") and " code is " in line:
+                assert told[said[2]] == said[5]
+                asked += 1
+    assert asked > 10
+
+
 def test_dense_sequences_carry_the_recipe(corpus):
     sample = weaving.pack_sequence(np.random.default_rng(0), 4096, corpus, mixture="dense")
     text = decoded(sample.tokens)
@@ -192,11 +209,11 @@ def test_positions_rise_and_jump_by_whole_blocks_between_blocks(seed, length, sp
 
 def test_skipping_mixtures_reach_far(corpus):
     samples = [
-        weaving.pack_sequence(np.random.default_rng(s), 1024, corpus, mixture="all_skipping")
+        weaving.pack_sequence(np.random.default_rng(s), 1024, corpus, mixture="lessons")
         for s in range(40)
     ]
     ends = np.array([sample.positions[-1] for sample in samples])
-    assert (ends == 1023).any() and ends.max() > 400_000 and ends.max() < 786_432
+    assert (ends == 1023).any() and ends.max() > 400_000 and ends.max() < 1_040_000
 
 
 def test_training_and_evaluation_share_no_word_and_no_name():

@@ -1,4 +1,4 @@
-"""Compiles kernels for a Hopper GPU where there is none: run by tests/exec/kernels/test_compile.py,
+"""Compiles kernels for a Hopper GPU where there is none: run by the tests test_compile.py,
 in a process without the interpreter.
 
 Every launch of a kernel is replaced by a compilation for sm_90 with that launch's arguments, which
@@ -80,10 +80,12 @@ def compile_launch(function: JITFunction, *args, grid, warmup, **kwargs) -> None
 
 def main() -> None:
     from kernel_launches import LAUNCHES
+    from nano_training.launches import LAUNCHES as TRAINING
 
     JITFunction.run = compile_launch
-    for name in sys.argv[1:] or LAUNCHES:
-        LAUNCHES[name]()
+    launches = LAUNCHES | TRAINING
+    for name in sys.argv[1:] or launches:
+        launches[name]()
 
 
 if __name__ == "__main__":

@@ -13,7 +13,6 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
-import torch.utils.checkpoint
 from torch import Tensor, nn
 from transformers import DeepseekV4Config
 
@@ -44,8 +43,6 @@ class Layer(nn.Module):
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.attn_hc = HyperConnection(config)
         self.ffn_hc = HyperConnection(config)
-        # in the backward pass of training, where its activations would not fit
-        self.recompute_attention = False
 
     def forward(
         self, streams, tokens, positions, cache: LayerCache | None
@@ -66,18 +63,10 @@ class Layer(nn.Module):
         return streams, Pending(self.ffn_hc, self.mlp(x, tokens)[0], write, mix)
 
     def train_forward(self, streams, tokens, positions, sparse: bool) -> tuple[Tensor, Aux]:
-        """``streams`` [1, B * S, R, D]: what works token by token then has one shape at every
-        length of a curriculum, and is compiled once.
-        """
+        """``streams`` [1, B * S, R, D], tokens and positions [B, S]."""
         x, write, mix = self._enter_attention(streams)
-        attention = self.self_attn.train_forward
-        inputs = (x.view(*tokens.shape, -1), positions, sparse)
-        if self.recompute_attention:
-            out, index_loss = torch.utils.checkpoint.checkpoint(
-                attention, *inputs, use_reentrant=False
-            )
-        else:
-            out, index_loss = attention(*inputs)
+        of_attention = x.view(*tokens.shape, -1)
+        out, index_loss = self.self_attn.train_forward(of_attention, positions, sparse)
         streams, load = self._feed_forward(streams, out.view_as(x), write, mix, tokens.view(1, -1))
         return streams, Aux(index_loss, load)
 

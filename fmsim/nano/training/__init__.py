@@ -1,1 +1,1 @@
-"""How nano is trained, examined and exported; its traces recorded."""
+"""How nano is trained: lengths, batches, a forward pass for long sequences, weights exported."""

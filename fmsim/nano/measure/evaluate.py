@@ -1,4 +1,4 @@
-"""How well a model answers, by task and length: ``python -m fmsim.nano.training.evaluate MODEL
+"""How well a model answers, by task and length: ``python -m fmsim.nano.measure.evaluate MODEL
 --corpus DIR single:8192:40 ...``.
 
 ``KIND:LENGTH:SAMPLES`` asks one question of each of SAMPLES prompts. ``many:LENGTH:SAMPLES`` puts
@@ -115,7 +115,7 @@ def main() -> None:
         "--corpus",
         type=Path,
         required=True,
-        help="folder written by fmsim.nano.training.pack_tokens",
+        help="folder written by fmsim.nano.text.pack_tokens",
     )
     parser.add_argument("--out", type=Path, help="JSON lines to append to")
     parser.add_argument("--seconds", type=float, default=3600)

@@ -1,6 +1,6 @@
 """Train ``nano``'s tokenizer.
 
-``python -m fmsim.nano.training.train_tokenizer --corpus DIR --out DIR``.
+``python -m fmsim.nano.text.train_tokenizer --corpus DIR --out DIR``.
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, train
 from transformers import PreTrainedTokenizerFast
 
 from fmsim.errors import FmsimError
+from fmsim.nano.text.corpus import read_documents
 from fmsim.nano.tokenizer import BOS, EOS, MODEL_FOLDER, VOCABULARY
-from fmsim.nano.training.corpus import read_documents
 
 # A contraction, a word with the blank before it, one digit, a run of signs, white space (the last
 # blank before a word belongs to it).
@@ -69,7 +69,7 @@ def save(tokenizer: Tokenizer, folder: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument(
-        "--corpus", type=Path, required=True, help="folder written by fmsim.nano.training.corpus"
+        "--corpus", type=Path, required=True, help="folder written by fmsim.nano.text.corpus"
     )
     parser.add_argument(
         "--out", type=Path, default=MODEL_FOLDER, help="folder for the tokenizer's files"

@@ -1,9 +1,9 @@
-"""The real text ``nano`` learns from: ``python -m fmsim.nano.training.corpus --out DIR``.
+"""The real text ``nano`` learns from: ``python -m fmsim.nano.text.corpus --out DIR``.
 
 Downloads Debian documentation packages (``apt-get download``, no root needed), strips their markup
 and writes ``DIR/documents.jsonl.xz``, one document a line: package, version, licence, name,
 held_out, text. The split into train and held-out is by a hash of the document's name.
-``fmsim.nano.training.pack_tokens`` makes tokens of it.
+``fmsim.nano.text.pack_tokens`` makes tokens of it.
 """
 
 from __future__ import annotations
@@ -17,18 +17,21 @@ import multiprocessing
 import re
 import subprocess
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from fmsim.errors import FmsimError
-from fmsim.nano.training.extract import dictd_text, html_text, pod_text, r_strings
+from fmsim.nano.text.extract import dictd_text, html_text, pod_text, r_strings, tidy
+from fmsim.nano.text.sources import HELD_OUT_SHARE, SOURCES, Source
 
-HELD_OUT_SHARE = 0.032  # of the documents, beside HELD_OUT_NAMES
 HELD_OUT_NAMES = frozenset({"r-cran-janeaustenr/Mansfield Park"})
 SHORTEST_CHARS = 600
 SHORTEST_REPEATED_CHARS = 200  # a paragraph this long is kept once in the whole corpus
 DICTIONARY_PART_CHARS = 65_536
+# what comes before a headword, by dictionary; elsewhere it is a line that is not indented
+HEADWORDS = {"gcide": r"\n\n(?=\S[^\n]* \\)"}
+SOURCE_CODE = frozenset({".c", ".go", ".h", ".py"})
 COMMON_WORDS = frozenset(
     [
         "the",
@@ -57,64 +60,6 @@ COMMON_WORDS = frozenset(
 
 
 @dataclass(frozen=True)
-class Source:
-    """A package, the files of it that are read, and those that are not (indexes, copies of other
-    pages, translations).
-    """
-
-    package: str
-    licence: str
-    files: str
-    skip: str = r"(?!)"
-
-
-SOURCES = (
-    Source("anarchism", "GPL-2 or GFDL-1.1", r"/html/[^/]*\.html$", r"changelog"),
-    Source(
-        "debian-handbook",
-        "CC-BY-SA-3.0 or GPL-2.0+",
-        r"/html/en-US/[^/]*\.html$",
-        r"/index\.html$|/ix01\.html$",
-    ),
-    Source(
-        "debian-policy",
-        "GPL-2+",
-        r"/policy\.html/.*\.html$|/fhs/fhs-3\.0\.html$",
-        r"genindex|search\.html",
-    ),
-    Source(
-        "developers-reference",
-        "GPL-2+",
-        r"/developers-reference/[^/]*\.html$",
-        r"developers-reference\.html$|genindex|search\.html",
-    ),
-    Source("dict-gcide", "GPL-3+", r"/gcide\.dict\.dz$"),
-    Source(
-        "linux-doc-6.1",
-        "GPL-2",
-        r"/html/.*\.html$",
-        r"/translations/|genindex|search\.html|/index\.html$|/maintainers\.html$",
-    ),
-    Source("perl-doc", "Artistic or GPL-1+", r"\.pod$", r"/perltoc\.pod$|/perluniprops\.pod$"),
-    Source("postgresql-doc-15", "PostgreSQL", r"/html/[^/]*\.html$", r"bookindex|legalnotice"),
-    Source(
-        "python3.11-doc",
-        "PSF-2.0",
-        r"/html/.*\.html$",
-        r"genindex|contents\.html$|search\.html|modindex|/index\.html$",
-    ),
-    Source("r-cran-janeaustenr", "MIT (public-domain novels)", r"/data/Rdata\.rdb$"),
-    Source(
-        "sqlite3-doc",
-        "public-domain",
-        r"/sqlite3?/.*\.html$",
-        r"requirements\.html|crossref|matrix|keyword_index|sitemap|doclist",
-    ),
-    Source("vim-doc", "Vim or OPL-1.0", r"/html/[^/]*\.html$", r"/tags\.html$|/index\.html$"),
-)
-
-
-@dataclass(frozen=True)
 class Document:
     """One text; ``name`` is unique in its package."""
 
@@ -126,9 +71,9 @@ class Document:
     text: str
 
 
-def download(folder: Path) -> None:
-    """Fetch the packages of ``SOURCES`` as .deb files into ``folder``."""
-    packages = [source.package for source in SOURCES]
+def download(folder: Path, sources: Sequence[Source]) -> None:
+    """Fetch the packages of ``sources`` as .deb files into ``folder``."""
+    packages = [source.package for source in sources]
     try:
         subprocess.run(
             ["apt-get", "download", *packages],
@@ -148,13 +93,13 @@ def download(folder: Path) -> None:
         ) from error
 
 
-def read_packages(folder: Path) -> Iterator[Document]:
-    """All documents of the .deb files in ``folder``: English, of some length, no paragraph twice,
-    in a stable order.
+def read_packages(folder: Path, sources: Sequence[Source]) -> Iterator[Document]:
+    """All documents of the .deb files in ``folder``: English or code, of some length, no paragraph
+    twice, in a stable order.
     """
     seen: set[bytes] = set()
     with multiprocessing.Pool() as pool:
-        for source in SOURCES:
+        for source in sources:
             archive = _archive(folder, source.package)
             version = _field(archive, "Version")
             with tempfile.TemporaryDirectory() as unpacked:
@@ -170,14 +115,14 @@ def read_packages(folder: Path) -> Iterator[Document]:
                 for texts in pool.imap(read_file, paths, chunksize=4):
                     for name, text in texts:
                         text = _unseen(text, seen)
-                        if len(text) >= SHORTEST_CHARS and is_english(text):
+                        if len(text) >= SHORTEST_CHARS and (source.code or is_english(text)):
                             name = name.replace(unpacked, "").removeprefix("/usr/share/")
                             yield Document(
                                 source.package,
                                 version,
                                 source.licence,
                                 name,
-                                is_held_out(source.package, name),
+                                is_held_out(source.package, name, source.held_out_share),
                                 text,
                             )
 
@@ -198,14 +143,15 @@ def _field(archive: Path, field: str) -> str:
 def read_file(path: Path) -> list[tuple[str, str]]:
     """(name, text) of each document in one file."""
     if path.suffix == ".dz":
-        return [
-            (f"gcide {number:04}", part)
-            for number, part in enumerate(_dictionary_parts(dictd_text(path)))
-        ]
+        stem = path.name.split(".")[0]
+        parts = _dictionary_parts(dictd_text(path), stem)
+        return [(f"{stem} {number:04}", part) for number, part in enumerate(parts)]
     if path.suffix == ".rdb":
         return [(_novel_title(lines), "\n".join(lines).strip() + "\n") for lines in r_strings(path)]
     page = path.read_bytes()
     page = (gzip.decompress(page) if path.suffix == ".gz" else page).decode("utf-8", "replace")
+    if path.suffix in SOURCE_CODE:
+        return [(str(path), tidy(page))]
     return [(str(path), pod_text(page) if path.suffix == ".pod" else html_text(page))]
 
 
@@ -213,11 +159,11 @@ def _novel_title(lines: list[str]) -> str:
     return next(line for line in lines if line.strip()).strip().title()
 
 
-def _dictionary_parts(text: str) -> Iterator[str]:
+def _dictionary_parts(text: str, stem: str) -> Iterator[str]:
     """The dictionary in parts of about ``DICTIONARY_PART_CHARS``, cut before a headword."""
-    start = 0
+    headword, start = re.compile(HEADWORDS.get(stem, r"\n(?=\S)")), 0
     while start < len(text):
-        cut = re.compile(r"\n\n(?=\S[^\n]* \\)").search(text, start + DICTIONARY_PART_CHARS)
+        cut = headword.search(text, start + DICTIONARY_PART_CHARS)
         end = cut.end() if cut else len(text)
         yield text[start:end]
         start = end
@@ -244,11 +190,11 @@ def is_english(text: str) -> bool:
     return sum(map(str.isascii, sample)) > 0.95 * len(sample) and common > 0.05 * len(words)
 
 
-def is_held_out(package: str, name: str) -> bool:
-    """Whether a document is kept from training; depends on its name alone."""
+def is_held_out(package: str, name: str, of: float = HELD_OUT_SHARE) -> bool:
+    """Whether a document is kept from training: by its name, and the share ``of`` all that is."""
     key = f"{package}/{name}"
     share = int.from_bytes(hashlib.blake2b(key.encode(), digest_size=8).digest()) / 2**64
-    return key in HELD_OUT_NAMES or share < HELD_OUT_SHARE
+    return key in HELD_OUT_NAMES or share < of
 
 
 def write_documents(documents: Iterator[Document], path: Path) -> dict[str, int]:
@@ -266,7 +212,7 @@ def read_documents(folder: Path) -> Iterator[Document]:
     path = folder / "documents.jsonl.xz"
     if not path.exists():
         raise FmsimError(
-            f"{path}: missing; make it with python -m fmsim.nano.training.corpus --out {folder}"
+            f"{path}: missing; make it with python -m fmsim.nano.text.corpus --out {folder}"
         )
     with lzma.open(path, "rt", encoding="utf-8") as lines:
         for line in lines:
@@ -279,17 +225,21 @@ def main() -> None:
         "--out", type=Path, required=True, help="folder to write documents.jsonl.xz into"
     )
     parser.add_argument("--packages", type=Path, help="folder of .deb files already downloaded")
+    parser.add_argument(
+        "--sources", choices=list(SOURCES), default="nano", help="whose text; nano2's holds nano's"
+    )
     args = parser.parse_args()
+    sources = SOURCES[args.sources]
     args.out.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as fresh:
         if args.packages is None:
-            download(Path(fresh))
+            download(Path(fresh), sources)
         sizes = write_documents(
-            read_packages(args.packages or Path(fresh)), args.out / "documents.jsonl.xz"
+            read_packages(args.packages or Path(fresh), sources), args.out / "documents.jsonl.xz"
         )
     for package, size_bytes in sorted(sizes.items(), key=lambda item: -item[1]):
-        print(f"{package:24}{size_bytes / 1e6:8.1f} MB")
-    print(f"{'all':24}{sum(sizes.values()) / 1e6:8.1f} MB")
+        print(f"{package:28}{size_bytes / 1e6:8.1f} MB")
+    print(f"{'all':28}{sum(sizes.values()) / 1e6:8.1f} MB")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Record nano's traces: ``python -m fmsim.nano.training.record_traces --corpus DIR --out traces
+"""Record nano's traces: ``python -m fmsim.nano.measure.record_traces --corpus DIR --out traces
 --context 512000 --kinds needles,memory``.
 
 One prompt of each context is read once, and every kind of decode starts from its state, since
@@ -29,11 +29,11 @@ from fmsim.nano.tokens import Corpus
 TEXT = {
     "held_out": (
         "held-out documents of Debian packages, free licences, with facts woven in"
-        " (fmsim.nano.training.corpus)"
+        " (fmsim.nano.text.corpus)"
     ),
     "train": (
         "documents of Debian packages that nano was trained on, free licences, with facts woven in"
-        " (fmsim.nano.training.corpus)"
+        " (fmsim.nano.text.corpus)"
     ),
 }
 REPORT_SECONDS = 20
@@ -102,7 +102,7 @@ def main() -> None:
         "--corpus",
         type=Path,
         required=True,
-        help="folder written by fmsim.nano.training.pack_tokens",
+        help="folder written by fmsim.nano.text.pack_tokens",
     )
     parser.add_argument("--split", choices=corpora.SPLITS, default="held_out")
     parser.add_argument("--out", type=Path, required=True, help="folder for the traces")

@@ -1,6 +1,6 @@
 """Harvest the words that facts are about.
 
-``python -m fmsim.nano.training.harvest_words --corpus DIR``.
+``python -m fmsim.nano.text.harvest_words --corpus DIR``.
 
 Nouns and adjectives are the headwords so marked in the Collaborative International Dictionary of
 English (dict-gcide), where the whole corpus uses them.
@@ -14,7 +14,7 @@ import re
 from collections import Counter
 from pathlib import Path
 
-from fmsim.nano.training.corpus import read_documents
+from fmsim.nano.text.corpus import read_documents
 from fmsim.nano.words import WORDS_FILE
 
 HEADWORD = re.compile(r"(?m)^([A-Za-z]+) \\[^\\\n]+\\,?[^\n]{0,60}?\b(n|a|adj)\.")
@@ -49,7 +49,7 @@ def harvest(texts: list[str]) -> dict[str, list[str]]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument(
-        "--corpus", type=Path, required=True, help="folder written by fmsim.nano.training.corpus"
+        "--corpus", type=Path, required=True, help="folder written by fmsim.nano.text.corpus"
     )
     words = harvest([document.text for document in read_documents(parser.parse_args().corpus)])
     WORDS_FILE.write_text(json.dumps(words, separators=(",", ":")) + "\n")

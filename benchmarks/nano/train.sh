@@ -1,0 +1,49 @@
+#!/usr/bin/env bash
+# Train a nano on all GPUs of this machine, then ask it and measure how restless its selection is.
+#
+#     OUT=results benchmarks/nano/train.sh TOKENS MODEL CURRICULUM SECONDS EXAM_SECONDS
+#
+# TOKENS is what fmsim.nano.text.pack_tokens wrote, MODEL the directory to go on from. OUT gets the
+# log, the weights, answers.jsonl. It takes about 50 s more than SECONDS + EXAM_SECONDS: imports,
+# Triton's compilation, the weights' export.
+# Settings: N processes, DEVICE cuda or cpu, WORKERS that make batches, PLAN of questions, PYTHON,
+# SEED of the text, RUN the folder of checkpoint and log.
+set -u
+root=$(cd "$(dirname "$0")/../.." && pwd)
+tokens=$1 model=$2 curriculum=$3 seconds=$4 exam_seconds=$5
+python=${PYTHON:-python3} device=${DEVICE:-cuda} run=${RUN:-/tmp/nano-run}
+processes=${N:-$(nvidia-smi -L | wc -l)}
+plan=${PLAN:-many:8192:16 many:32768:10 many:131072:6 families:32768:100 many:524288:4
+  single:32768:100 families:131072:50 single:131072:50 families:524288:12}
+export PYTHONPATH=$root OMP_NUM_THREADS=1 WORLD_SIZE=$processes MASTER_ADDR=127.0.0.1
+mkdir -p "$run" "$OUT"
+
+export MASTER_PORT=29531
+for rank in $(seq 0 $((processes - 1))); do
+  RANK=$rank $python -u -m fmsim.nano.training.train --corpus "$tokens" --model "$model" \
+    --out "$run" --curriculum "$curriculum" --seconds "$seconds" --fit --seed "${SEED:-0}" \
+    --workers "${WORKERS:-24}" --device "$device" >"$run/rank$rank.log" 2>&1 &
+done
+# a process may hang at its end; the log says when all is written
+end=$((SECONDS + seconds + 45))
+while [ $SECONDS -lt $end ] && ! grep -qs '"done"' "$run/log.jsonl" && [ -n "$(jobs -r)" ]; do
+  sleep 0.2
+done
+kill -9 $(jobs -p) 2>/dev/null
+for log in "$run"/rank*.log; do tail -n 4 "$log" | cut -c1-300; done
+cp -r "$run/log.jsonl" "$run/model" "$OUT"/ || exit 1
+
+export MASTER_PORT=29541
+exams=
+for rank in $(seq 0 $((processes - 1))); do
+  RANK=$rank timeout $((exam_seconds + 40)) $python -u "$root/benchmarks/nano/examine.py" "$run/model" \
+    $plan --corpus "$tokens" --out "$OUT/answers.jsonl" --seconds "$exam_seconds" \
+    --device "$device" >"$run/exam$rank.log" 2>&1 &
+  exams="$exams $!"
+done
+if [ "$device" = cuda ]; then
+  CUDA_VISIBLE_DEVICES=$((processes - 1)) timeout 60 $python -m fmsim.nano.measure.calm \
+    "$run/model" 32768 131072 --corpus "$tokens" --out "$OUT/answers.jsonl" >"$run/calm.log" 2>&1
+fi
+wait $exams
+tail -n 40 "$run/exam0.log" | cut -c1-200

@@ -1,0 +1,1 @@
+"""nano's text: Debian packages read, split and made tokens; its tokenizer and words made."""

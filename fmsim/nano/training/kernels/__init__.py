@@ -1,0 +1,1 @@
+"""Triton kernels of training, forward and backward; the files beside this folder call them."""

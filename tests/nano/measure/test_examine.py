@@ -1,0 +1,71 @@
+"""benchmarks/nano/examine.py: questions stand where their answers are looked for."""
+
+import importlib.util
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from nano_training.tiny_nano import tiny_nano
+
+from fmsim.nano.tokens import Corpus
+from fmsim.nano.training.forward import Found
+from fmsim.nano.training.trainer import Workers
+
+SCRIPT = Path(__file__).parents[3] / "benchmarks" / "nano" / "examine.py"
+VOCABULARY = 4096
+
+
+@pytest.fixture(scope="module")
+def script():
+    spec = importlib.util.spec_from_file_location("examine", SCRIPT)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture
+def corpus():
+    text = np.random.default_rng(0).integers(300, VOCABULARY, 20_000).astype(np.uint16)
+    return Corpus(text, np.array([0, len(text)]), ["made up"])
+
+
+@pytest.fixture
+def model():
+    made = tiny_nano(VOCABULARY)
+    made.lm_head = torch.nn.Identity()
+    return made
+
+
+def foretells(monkeypatch, but=()):
+    """A forward whose hidden states are the next token of all but some places."""
+
+    def forward(model, tokens, positions, manner):
+        following = tokens.roll(-1, 1).flatten()
+        following[list(but)] = 0
+        return Found(F.one_hot(following, VOCABULARY).float(), None, None)
+
+    monkeypatch.setattr("fmsim.nano.training.forward.train_forward", forward)
+
+
+def test_an_answer_is_right_where_every_token_of_it_was_foretold(script, model, monkeypatch):
+    one = script.sequence(np.arange(100), [("a", [7, 8], [1, 2]), ("b", [9], [3, 4, 5, 6])])
+    two = script.sequence(np.arange(200), [("c", [7], [1])])
+    assert len(one.tokens) == 128 and len(two.tokens) == 256
+    assert one.answers == [("a", 102, 104), ("b", 105, 109)]
+    foretells(monkeypatch, but=[105])  # the second token of b's answer, in the first row
+    assert script.judged(model, [one, two], torch.device("cpu")) == [
+        ("a", True, 1.0),
+        ("b", False, 0.75),
+        ("c", True, 1.0),
+    ]
+
+
+def test_a_row_a_task_with_all_its_questions(script, model, corpus, monkeypatch):
+    foretells(monkeypatch)
+    plan = ["many:2048:1", "families:4096:2"]
+    rows = list(script.examine(model, corpus, plan, 0, 600, Workers("cpu")))
+    assert rows[0]["task"] == "many" and rows[0]["questions"] == 32
+    assert {row["contexts"] for row in rows[1:]} == {2} and len(rows) > 5
+    assert all(row["exact"] == 1.0 for row in rows)

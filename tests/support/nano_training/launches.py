@@ -1,0 +1,86 @@
+"""One launch of every kernel of nano's training, forward and backward, at nano's shapes and in its
+types; content does not matter.
+"""
+
+from collections.abc import Callable
+
+import torch
+
+from fmsim.nano.training import attention, device, fused, index_scores
+from fmsim.nano.training.sinkhorn import sinkhorn
+
+TOKENS, HEADS, SIZE, ENTRIES = 256, 6, 64, 64
+STREAMS, HIDDEN, WIDTH = 4, 384, 32
+
+
+def low(*shape: int) -> torch.Tensor:
+    return torch.zeros(shape, dtype=torch.bfloat16)
+
+
+def high(*shape: int) -> torch.Tensor:
+    return torch.zeros(shape)
+
+
+def whole(*shape: int) -> torch.Tensor:
+    return torch.zeros(shape, dtype=torch.int32)
+
+
+def both_ways(function: Callable, *inputs: torch.Tensor) -> Callable[[], None]:
+    """A launch of ``function`` on ``inputs`` and of its gradient."""
+
+    def launch() -> None:
+        device.runs_kernels = lambda tensor: True  # this process does nothing else
+        out = function(*(part.requires_grad_() for part in inputs))
+        out = out[0] if isinstance(out, tuple) else out
+        out.sum().backward()
+
+    return launch
+
+
+def shares() -> None:
+    device.runs_kernels = lambda tensor: True
+    q, near = low(1, TOKENS, HEADS, SIZE), high(1, TOKENS, HEADS)
+    attention.attention_over_entries(q, low(1, ENTRIES, SIZE), whole(1, TOKENS), near)
+
+
+ATTENDED = low(1, TOKENS, HEADS, SIZE), low(1, TOKENS, SIZE), high(HEADS), low(1, ENTRIES, SIZE)
+TURNS = high(TOKENS, 8), high(TOKENS, 8)
+LAUNCHES = {
+    "training, window and range": both_ways(
+        lambda q, kv, sinks, entries: attention.attend(
+            q, kv, 128, sinks, entries, whole(1, TOKENS)
+        ),
+        *ATTENDED,
+    ),
+    "training, chosen": both_ways(
+        lambda q, kv, sinks, entries: attention.attend(
+            q, kv, 128, sinks, entries, None, whole(1, TOKENS, 512)
+        ),
+        *ATTENDED,
+    ),
+    "training, shares": shares,
+    "training, index scores": both_ways(
+        lambda queries, weights, keys: index_scores.index_scores(
+            queries, weights, keys, whole(1, TOKENS)
+        ),
+        low(1, TOKENS, 8, WIDTH), low(1, TOKENS, 8), low(1, ENTRIES, WIDTH),
+    ),
+    "training, sinkhorn": both_ways(
+        lambda mix: sinkhorn(mix, 6, 1e-6), high(TOKENS, STREAMS, STREAMS)
+    ),
+    "training, read": both_ways(fused.read, low(TOKENS, STREAMS, HIDDEN), high(TOKENS, STREAMS)),
+    "training, leave": both_ways(
+        fused.leave, low(TOKENS, STREAMS, HIDDEN), low(TOKENS, HIDDEN), high(TOKENS, STREAMS),
+        high(TOKENS, STREAMS, STREAMS),
+    ),
+    "training, norm": both_ways(
+        lambda x, weight: fused.norm_rotate(x, weight, 1e-6, TURNS), low(TOKENS, SIZE), high(SIZE)
+    ),
+    "training, turned back": both_ways(
+        lambda x: fused.norm_rotate(x, None, None, TURNS, back=True), low(TOKENS, HEADS, SIZE)
+    ),
+    "training, gated": both_ways(
+        lambda gate_up, share: fused.gated(gate_up, share, 7.0),
+        low(TOKENS, 5, 320), high(TOKENS, 5),
+    ),
+}  # fmt: skip
