@@ -40,6 +40,48 @@ OWN = {  # name: module of fmsim.policies, class
     "oracle": "oracle:Oracle",
     "belady": "belady:Belady",
 }
+OWN = {  # name: module of fmsim.policies, class
+    "full": "full:Full",
+    "recency": "recency:Recency",
+    "random": "random:Random",
+    "fifo": "fifo:FIFO",
+    "random-fetch": "random_fetch:RandomFetch",
+    "clock": "clock:Clock",
+    "sieve": "sieve:Sieve",
+    "s3fifo": "s3fifo:S3FIFO",
+    "lru": "lru:LRU",
+    "lruk": "lruk:LRUK",
+    "lfu": "lfu:LFU",
+    "lru-prefetch": "lru_prefetch:LRUPrefetch",
+    "hisparse": "hisparse:HiSparse",
+    "h2o": "h2o:H2O",
+    "snapkv": "snapkv:SnapKV",
+    "lsa": "lsa:LSA",
+    "lsa-history": "lsa_history:LSAHistory",
+    "oracle": "oracle:Oracle",
+    "belady": "belady:Belady",
+}
+OWN = {  # name: module of fmsim.policies, class
+    "full": "full:Full",
+    "recency": "recency:Recency",
+    "random": "random:Random",
+    "fifo": "fifo:FIFO",
+    "random-fetch": "random_fetch:RandomFetch",
+    "clock": "clock:Clock",
+    "sieve": "sieve:Sieve",
+    "s3fifo": "s3fifo:S3FIFO",
+    "lru": "lru:LRU",
+    "lruk": "lruk:LRUK",
+    "lfu": "lfu:LFU",
+    "lru-prefetch": "lru_prefetch:LRUPrefetch",
+    "hisparse": "hisparse:HiSparse",
+    "h2o": "h2o:H2O",
+    "snapkv": "snapkv:SnapKV",
+    "lsa": "lsa:LSA",
+    "lsa-history": "lsa_history:LSAHistory",
+    "oracle": "oracle:Oracle",
+    "belady": "belady:Belady",
+}
 
 
 @cache
