@@ -37,6 +37,7 @@ OWN = {  # name: module of fmsim.policies, class
     "pyramid": "pyramid:Pyramid",
     "lsa": "lsa:LSA",
     "lsa-history": "lsa_history:LSAHistory",
+    "native": "native:Native",
     "oracle": "oracle:Oracle",
     "belady": "belady:Belady",
 }
@@ -58,6 +59,7 @@ OWN = {  # name: module of fmsim.policies, class
     "snapkv": "snapkv:SnapKV",
     "lsa": "lsa:LSA",
     "lsa-history": "lsa_history:LSAHistory",
+    "native": "native:Native",
     "oracle": "oracle:Oracle",
     "belady": "belady:Belady",
 }
@@ -79,6 +81,7 @@ OWN = {  # name: module of fmsim.policies, class
     "snapkv": "snapkv:SnapKV",
     "lsa": "lsa:LSA",
     "lsa-history": "lsa_history:LSAHistory",
+    "native": "native:Native",
     "oracle": "oracle:Oracle",
     "belady": "belady:Belady",
 }
