@@ -16,6 +16,7 @@ import argparse
 import datetime
 import json
 import platform
+import re
 import sys
 import textwrap
 import time
@@ -90,7 +91,7 @@ class Board:
         except TooSmall as error:
             return row | {"why": str(error), "least_bytes": error.least_bytes}
         except FmsimError as error:
-            return row | {"why": str(error).removeprefix(f"policy {spec['policy']}: ")}
+            return row | {"why": re.sub(r"^policy \S+: ", "", str(error))}
         timeline = simulate(ledger, self.geometry, self.hw, self.layer_map)
         figures = metrics.kept(ledger, self.layer_map) | metrics.timed(timeline)
         return row | {
@@ -148,7 +149,11 @@ def tables(result: dict[str, Any]) -> str:
             f"{name} {share * n / MIB:.0f} MiB" for name, n in result["full_bytes"].items()
         )
         parts.append(f"## {share:.1%} of the full cache's bytes\n\n{_wrapped(sizes + '.')}")
-        lossy, exact = ([row for row in rows if row.get("exact") is flag] for flag in (False, True))
+        # A policy that loses something on one trace stands in the first table with all its traces.
+        lossy_labels = {row["policy"] for row in rows if row.get("exact") is False}
+        ran = [row for row in rows if "why" not in row]
+        lossy = [row for row in ran if row["policy"] in lossy_labels]
+        exact = [row for row in ran if row["policy"] not in lossy_labels]
         if lossy:
             parts.append("Mass kept, of policies that lose something; more is better:")
             parts.append(_table(result, lossy, "mass_kept", lambda mass: f"{mass:.3f}", best=max))
@@ -164,10 +169,10 @@ def _table(result: dict[str, Any], rows: list[Row], key: str, text: Any, best: A
     traces = list(result["full_bytes"])
     found = {(row["policy"], row["trace"]): row for row in rows}
     labels = list(dict.fromkeys(row["policy"] for row in rows))
-    complete = max(sum((label, name) in found for name in traces) for label in labels)
-    average = lambda label: mean(row[key] for row in rows if row["policy"] == label)
-    ran = lambda label: sum((label, name) in found for name in traces)
-    labels.sort(key=lambda label: (complete - ran(label), best(1, -1) * -average(label)))
+    # Sorted by the mean over the traces on which all of the table ran.
+    common = [name for name in traces if all((label, name) in found for label in labels)]
+    place = lambda label: mean(found[label, name][key] for name in common) if common else 0.0
+    labels.sort(key=place, reverse=best is max)
     judged = [label for label in labels if label not in BOUNDS]
     lines = [
         "| policy | " + " | ".join(_short(name) for name in traces) + " | step, ms |",
@@ -180,9 +185,10 @@ def _table(result: dict[str, Any], rows: list[Row], key: str, text: Any, best: A
                 cells.append("–")
                 continue
             value = found[label, name][key]
-            top = best(found[other, name][key] for other in judged if (other, name) in found)
+            rivals = [found[other, name][key] for other in judged if (other, name) in found]
             shown = text(value)
-            cells.append(f"**{shown}**" if label in judged and shown == text(top) else shown)
+            wins = label in judged and shown == text(best(rivals))
+            cells.append(f"**{shown}**" if wins else shown)
         times = [found[label, name]["step_s"] for name in traces if (label, name) in found]
         bound = " (bound)" if label in BOUNDS else ""
         lines.append(f"| {label}{bound} | {' | '.join(cells)} | {1e3 * mean(times):.2f} |")
