@@ -189,10 +189,14 @@ def _table(result: dict[str, Any], rows: list[Row], key: str, text: Any, best: A
             shown = text(value)
             wins = label in judged and shown == text(best(rivals))
             cells.append(f"**{shown}**" if wins else shown)
-        times = [found[label, name]["step_s"] for name in traces if (label, name) in found]
+        times = [found[label, name]["step_s"] for name in common]
         bound = " (bound)" if label in BOUNDS else ""
-        lines.append(f"| {label}{bound} | {' | '.join(cells)} | {1e3 * mean(times):.2f} |")
+        lines.append(f"| {label}{bound} | {' | '.join(cells)} | {_ms(times)} |")
     return "\n".join(lines)
+
+
+def _ms(times: list[float]) -> str:
+    return f"{1e3 * mean(times):.2f}" if times else "–"
 
 
 def _short(trace: str) -> str:

@@ -180,7 +180,8 @@ class Context:
     )
     lookahead: Callable[[int], LookaheadState] | None = None  # window -> state
     future: Future | None = None
-    residents: Residents | None = None
+    # given by every cache manager; a context made by hand may lack it
+    residents: Residents = None  # type: ignore[assignment]
     xp: Any = None  # array namespace; numpy unless given
     device: Any = None
     _start: Array = field(

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 from pydantic import Field
 
 from fmsim.policies import prompt
-from fmsim.policies.base import Array, Context, Observation, Policy, PolicyParams
+from fmsim.policies.base import Array, Context, Evidence, Observation, Policy, PolicyParams
 
 STEP_BITS = 18  # 262,144 steps; two steps fit the 37 bits of a worth
 
@@ -23,7 +25,7 @@ class LRU(Policy):
 
     name = "lru"
     action = "hierarchical"
-    evidence = "attention_history"
+    evidence: ClassVar[Evidence] = "attention_history"
     decision_scope = "layer"
 
     class Params(PolicyParams):

@@ -47,9 +47,10 @@ class S3FIFO(Policy):
         self.small_size = max(1, int(ctx.n_slots * self.params.small_share))
         self.main_size = ctx.n_slots - self.small_size
         ghosts = max(1, int(ctx.n_slots * self.params.ghost_share))
-        empty = lambda n: xp.full((ctx.n_groups, n), -1, dtype=xp.int64, device=ctx.device)
-        self.queue = empty(ctx.n_slots)  # both queues, pages in the order in which they came
-        self.ghosts = empty(ghosts)  # what left the small queue, oldest first
+        # both queues, pages in the order in which they came
+        self.queue = xp.full((ctx.n_groups, ctx.n_slots), -1, dtype=xp.int64, device=ctx.device)
+        # what left the small queue, oldest first
+        self.ghosts = xp.full((ctx.n_groups, ghosts), -1, dtype=xp.int64, device=ctx.device)
         self.at = xp.arange(ctx.n_slots, dtype=xp.int64, device=ctx.device)[None, :]
         self.uses = ctx.table(0, "int64")
         self.main = ctx.table(0, "bool")
@@ -72,16 +73,15 @@ class S3FIFO(Policy):
         main, uses, ripe = self._queued()
         gone = (self.queue >= 0) & ~self.ctx.residents.has(self.queue)
         stays = (self.queue >= 0) & ~gone
-        furthest = lambda mask, key: xp.max(xp.where(mask, key, -1), axis=1, keepdims=True)
 
         # The small queue was searched up to its last victim, or to its end.
         probation = ~main & ~ripe
-        searched = furthest(gone & probation, self.at)
+        searched = self._furthest(gone & probation, self.at)
         emptied = xp.any(gone & (order >= 2 * LEVELS * self.ctx.n_slots), axis=1, keepdims=True)
         promoted = stays & ripe & ((self.at < searched) | emptied)
 
         # The main queue's clock took a use for each time it passed.
-        hand = furthest(gone & (main | ripe), level * self.ctx.n_slots + self.at)
+        hand = self._furthest(gone & (main | ripe), level * self.ctx.n_slots + self.at)
         rounds = xp.clip(hand // self.ctx.n_slots - 1, min=0)
         at_ripe = hand // self.ctx.n_slots == 1
         passed = stays & main & ((self.at < hand % self.ctx.n_slots) | at_ripe) & (hand >= 0)
@@ -104,6 +104,11 @@ class S3FIFO(Policy):
             for mask in (stays & ~promoted & ~passed, promoted, passed)
         ]
         self.queue = self._packed([*parts, loaded], self.ctx.n_slots)
+
+    def _furthest(self, mask: Array, key: Array) -> Array:
+        """The largest key where `mask`, [G, 1], or -1."""
+        xp = self.ctx.xp
+        return xp.max(xp.where(mask, key, -1), axis=1, keepdims=True)
 
     def _queued(self) -> tuple[Array, Array, Array]:
         """Of the queues' pages [G, S]: in the main one; uses; in the small one with enough uses."""
