@@ -175,7 +175,7 @@ def _table(result: dict[str, Any], rows: list[Row], key: str, text: Any, best: A
     labels.sort(key=place, reverse=best is max)
     judged = [label for label in labels if label not in BOUNDS]
     lines = [
-        "| policy | " + " | ".join(_short(name) for name in traces) + " | step, ms |",
+        "| policy | " + " | ".join(_short(name) for name in traces) + " | ms |",
         "|---" * (len(traces) + 2) + "|",
     ]
     for label in labels:
@@ -200,8 +200,8 @@ def _ms(times: list[float]) -> str:
 
 
 def _short(trace: str) -> str:
-    """nano-500k-needles -> 500k needles."""
-    return trace.removeprefix("nano-").replace("-", " ")
+    """nano-500k-continuation -> 500k text."""
+    return trace.removeprefix("nano-").replace("continuation", "text").replace("-", " ")
 
 
 def _absent(rows: list[Row]) -> list[str]:
