@@ -200,8 +200,9 @@ def _ms(times: list[float]) -> str:
 
 
 def _short(trace: str) -> str:
-    """nano-500k-continuation -> 500k text."""
-    return trace.removeprefix("nano-").replace("continuation", "text").replace("-", " ")
+    """nano-500k-continuation -> 500k text; of another model's, its name."""
+    model, length, kind = trace.split("-")
+    return f"{length} {kind.replace('continuation', 'text')}" if model == "nano" else model
 
 
 def _absent(rows: list[Row]) -> list[str]:
