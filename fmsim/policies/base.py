@@ -80,6 +80,15 @@ class PolicyParams(BaseModel):
     )
 
 
+class DemandParams(PolicyParams):
+    """The switches of a policy that says what to evict, and nothing of what to bring in."""
+
+    cadence: Literal[1] = Field(1, description="pages come in by a write or a miss")
+    on_miss: Literal["fetch", "fallback"] = Field(
+        "fetch", description="stall and load; or load the heavy, mask the rest"
+    )
+
+
 @dataclass(frozen=True)
 class Pins:
     """Pages that are never evicted while they are resident, and always chosen at a decision.
@@ -171,7 +180,8 @@ class Context:
     )
     lookahead: Callable[[int], LookaheadState] | None = None  # window -> state
     future: Future | None = None
-    residents: Residents | None = None
+    # given by every cache manager; a context made by hand may lack it
+    residents: Residents = None  # type: ignore[assignment]
     xp: Any = None  # array namespace; numpy unless given
     device: Any = None
     _start: Array = field(
@@ -313,7 +323,8 @@ class Policy:
 
     def moved(self, step: int, loaded: Array, evicted: Array) -> None:
         """Learn that the resident set changed: pages int64 [G, n] that got a slot, and pages [G, m]
-        that lost theirs; -1 = padding.
+        that lost theirs; -1 = padding. What made way for a write, a prefetch or a miss comes in the
+        order of eviction, least worth first.
 
         Called after every change: by a write, a decision, a prefetch or a miss; and for what the
         prefill leaves, with step 0.

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from fmsim.policies.base import Array, Context, Observation, Policy
+from pydantic import Field
+
+from fmsim.policies import prompt
+from fmsim.policies.base import Array, Context, Observation, Policy, PolicyParams
 
 USE_BITS = 20  # last use, as 2 x (step + 1) + hit: half a million steps
 MAX_COUNT = 2**17 - 1  # a float32-free worth has 37 bits in all
@@ -21,9 +24,18 @@ class LFU(Policy):
     evidence = "attention_history"
     decision_scope = "layer"
 
+    class Params(PolicyParams):
+        prompt_history: bool = Field(
+            False, description="until a page is used, it ranks by the prompt's attention to it"
+        )
+
+    params: Params
+
     def reset(self, ctx: Context) -> None:
         super().reset(ctx)
         self.rank = ctx.table(0, "int64")  # count << USE_BITS | last use
+        if self.params.prompt_history:
+            self.rank[:, : ctx.n_pages] = prompt.ranks(ctx, self.name, USE_BITS)
 
     def observe(self, step: int, obs: Observation) -> None:
         xp = self.ctx.xp

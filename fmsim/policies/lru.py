@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
-from fmsim.policies.base import Array, Context, Observation, Policy
+from typing import ClassVar
+
+from pydantic import Field
+
+from fmsim.policies import prompt
+from fmsim.policies.base import Array, Context, Evidence, Observation, Policy, PolicyParams
 
 STEP_BITS = 18  # 262,144 steps; two steps fit the 37 bits of a worth
 
@@ -20,14 +25,23 @@ class LRU(Policy):
 
     name = "lru"
     action = "hierarchical"
-    evidence = "attention_history"
+    evidence: ClassVar[Evidence] = "attention_history"
     decision_scope = "layer"
+
+    class Params(PolicyParams):
+        prompt_history: bool = Field(
+            False, description="until a page is used, it ranks by the prompt's attention to it"
+        )
+
+    params: Params
 
     def reset(self, ctx: Context) -> None:
         super().reset(ctx)
         self.used = ctx.table(
             0, "int64"
         )  # last use and the use before it, as steps from 1, in one number
+        if self.params.prompt_history:
+            self.used[:, : ctx.n_pages] = prompt.ranks(ctx, self.name, STEP_BITS)
 
     def observe(self, step: int, obs: Observation) -> None:
         self.ctx.put(

@@ -5,7 +5,7 @@ to.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 from pydantic import Field, model_validator
@@ -14,7 +14,16 @@ from fmsim.errors import FmsimError
 from fmsim.indexer import checkpoint, scorer
 from fmsim.indexer.checkpoint import Checkpoint
 from fmsim.indexer.scorer import LayerWeights
-from fmsim.policies.base import Array, Context, LookaheadPolicy, LookaheadState, Pins, PolicyParams
+from fmsim.policies.base import (
+    Array,
+    Context,
+    DecisionScope,
+    Evidence,
+    LookaheadPolicy,
+    LookaheadState,
+    Pins,
+    PolicyParams,
+)
 from fmsim.policies.budget import Budget
 
 
@@ -32,8 +41,8 @@ class LSA(LookaheadPolicy):
 
     name = "lsa"
     action = "hierarchical"
-    evidence = "predicted_future"
-    decision_scope = "request"
+    evidence: ClassVar[Evidence] = "predicted_future"
+    decision_scope: ClassVar[DecisionScope] = "request"
 
     class Params(PolicyParams):
         budget: Budget = Field(

@@ -1,6 +1,5 @@
-"""Policies by name.
-
-Each comes from the entry point group `fmsim.policies`, fmsim's own like anyone's plug-in.
+"""Policies by name: fmsim's own from the list here, plug-ins from the entry point group
+`fmsim.policies`.
 """
 
 from __future__ import annotations
@@ -25,14 +24,39 @@ DECLARATIONS = {
     "evidence": get_args(Evidence),
     "decision_scope": get_args(DecisionScope),
 }
+OWN = {  # name: module of fmsim.policies, class
+    "full": "full:Full",
+    "recency": "recency:Recency",
+    "random": "random:Random",
+    "fifo": "fifo:FIFO",
+    "random-fetch": "random_fetch:RandomFetch",
+    "clock": "clock:Clock",
+    "sieve": "sieve:Sieve",
+    "s3fifo": "s3fifo:S3FIFO",
+    "lru": "lru:LRU",
+    "lruk": "lruk:LRUK",
+    "lfu": "lfu:LFU",
+    "lru-prefetch": "lru_prefetch:LRUPrefetch",
+    "hisparse": "hisparse:HiSparse",
+    "h2o": "h2o:H2O",
+    "snapkv": "snapkv:SnapKV",
+    "pyramid": "pyramid:Pyramid",
+    "lsa": "lsa:LSA",
+    "lsa-history": "lsa_history:LSAHistory",
+    "native": "native:Native",
+    "oracle": "oracle:Oracle",
+    "belady": "belady:Belady",
+}
 
 
 @cache
 def _found() -> dict[str, EntryPoint]:
-    """Entry points by name, sorted as importlib gives them; of two with one name the first wins,
-    with a warning.
+    """fmsim's own by name, then entry points as importlib sorts them; of two with one name the
+    first wins, with a warning.
     """
-    found: dict[str, EntryPoint] = {}
+    found = {
+        name: EntryPoint(name, f"fmsim.policies.{place}", GROUP) for name, place in OWN.items()
+    }
     for point in entry_points(group=GROUP):
         if point.name in found and point.value != found[point.name].value:
             warnings.warn(

@@ -157,9 +157,10 @@ class DecodeLoop:
             recalled = manager.decide(step)
             book.moved(step, "lookahead_loads", recalled)
             self.tiers.recall(request, recalled)
-        if cadence == 1 and manager.policy.prefetches:
+        prefetches = cadence == 1 and manager.policy.prefetches
+        if prefetches:
             self._prefetch(request, step)
-        if decides or step == 0:
+        if decides or prefetches or step == 0:
             book.scored[step] = manager.policy.scored_entries(step)
         if decides:
             self._foresee(request, step + cadence)

@@ -9,24 +9,29 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fmsim.errors import FmsimError
+from fmsim.indexer import checkpoint
+from fmsim.indexer.checkpoint import Checkpoint
+from fmsim.indexer.scorer import LayerWeights, ScorerConfig
 from fmsim.policies import registry
 from fmsim.policies.base import Policy
 from fmsim.policies.budget import Budget
 from fmsim.replay.replayer import Replayer
 from fmsim.testing import check_policy
 
-NAMES = [
-    "belady",
-    "full",
-    "h2o",
-    "lfu",
-    "lru",
-    "lsa",
-    "oracle",
-    "pyramid",
-    "random",
-    "recency",
-]
+NAMES = list(registry.OWN)
+SCORED = ("lsa", "lsa-history", "lru-prefetch")  # they need a memory indexer that fits the trace
+
+
+def indexer_of_sample(path):
+    """A memory indexer of random weights whose widths are those of the kit's `sample_trace`."""
+    rng, heads, width = np.random.default_rng(0), 2, 8
+    shapes = ((6, width), (6,), (heads * width, 6), (heads, width))
+    layers = {
+        layer: LayerWeights(*(rng.standard_normal(shape).astype(np.float32) for shape in shapes))
+        for layer in (0, 1)
+    }
+    checkpoint.save(Checkpoint(layers, ScorerConfig(rope_dims=4, rope_theta=1e4), 0.5), path)
+    return path
 
 
 def hits(trace, spec, **options):
@@ -158,11 +163,29 @@ def test_lookahead_cadence_recalls_what_lfu_counted():
     assert hits(trace, spec) == [0, 0, 0, 0, 0]  # what is masked is never seen, so never counted
 
 
-@pytest.mark.parametrize(
-    "name", [name for name in NAMES if name != "lsa"]
-)  # lsa has its own tests: it needs a checkpoint
+@pytest.mark.parametrize("name", [name for name in NAMES if name not in (*SCORED, "native")])
 def test_conformance(name):
     check_policy(registry.get(name))
+
+
+@pytest.mark.parametrize("name", SCORED)
+@pytest.mark.parametrize("more", [{}, {"prompt_history": True, "budget": "60 entries"}])
+def test_conformance_with_a_memory_indexer(name, more, tmp_path):
+    policy = registry.get(name)
+    if not set(more) <= set(policy.Params.model_fields):
+        pytest.skip("keeps no history")
+    check_policy(policy(checkpoint=indexer_of_sample(tmp_path / "indexer.safetensors"), **more))
+
+
+@pytest.mark.parametrize("name", ["lru", "lfu", "lruk"])
+def test_conformance_with_a_history_from_the_prompt(name):
+    check_policy(registry.get(name)(prompt_history=True))
+
+
+@pytest.mark.parametrize("name", ["fifo", "random-fetch", "clock", "sieve", "s3fifo", "hisparse"])
+@pytest.mark.parametrize("budget", ["1 entry", "5 entries", "200 entries", "402 entries"])
+def test_conformance_at_extreme_budgets(name, budget):
+    check_policy(registry.get(name)(budget=budget))
 
 
 # budgets
@@ -215,7 +238,7 @@ def test_budget_text_reads_back(amount, unit):
 
 
 def test_names_are_the_nine():
-    assert set(NAMES) <= set(registry.names())
+    assert registry.names()[: len(NAMES)] == NAMES
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -270,7 +293,7 @@ def test_a_plug_in_that_does_not_import_is_named_and_left_out(plugged):
         pytest.warns(UserWarning, match="'broken'.*ModuleNotFoundError"),
         pytest.warns(UserWarning, match="'odd'"),
     ):
-        assert registry.names() == ["lru"]
+        assert registry.names() == NAMES
     registry._load.cache_clear()
     with (
         pytest.warns(UserWarning, match="'odd'.*not a subclass"),

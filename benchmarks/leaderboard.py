@@ -1,0 +1,290 @@
+"""All policies on all shipped traces at two equal GPU budgets: docs/leaderboard.md.
+
+    python benchmarks/leaderboard.py [-p path/file.py:Class] [--trace NAME]
+
+A budget is a share of the bytes that the full cache takes on the GPU for one request. Each policy
+gets the most entries a layer whose allocation stays below it: its slots, spare slots for misses and
+recalls, all index keys that it needs there, HCA entries, windows (`fmsim.sim.footprint`). A policy
+that cannot be that small says why. A plug-in named with -p stands beside fmsim's own; a `budget`
+among its parameters is replaced. Misses and mass kept are replayed, step times simulated: one
+request of V4-Flash on an H100, whose CSA layers the trace's layers drive.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import json
+import platform
+import re
+import sys
+import textwrap
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from statistics import mean
+from typing import Any
+
+from fmsim.errors import FmsimError
+from fmsim.experiments.parallel import in_parallel
+from fmsim.files import write_text
+from fmsim.geometry import PRESETS
+from fmsim.hw import load_hardware
+from fmsim.policies import registry
+from fmsim.replay.ledger import Ledger
+from fmsim.replay.replayer import Replayer
+from fmsim.sim import metrics
+from fmsim.sim.decode import simulate
+from fmsim.sim.footprint import Allocation, allocation, spread
+from fmsim.trace import read
+
+ROOT = Path(__file__).parents[1]
+MODEL, HARDWARE = "v4-flash", "h100"
+SHARES = (0.125, 0.4)  # below and above what all index keys take, with some entries
+BOUNDS = ("oracle", "belady")  # they read the trace's future
+HELD = {"cadence": 64, "on_miss": "mask"}
+VARIANTS: dict[str, dict[str, Any]] = {  # beside every policy with its defaults
+    "lru, held": {"policy": "lru"} | HELD,
+    "lru, held, sees all": {"policy": "lru", "sees": "all"} | HELD,
+    "lru, held, sees all, prompt": {"policy": "lru", "sees": "all", "prompt_history": True} | HELD,
+    "lfu, held": {"policy": "lfu"} | HELD,
+    "lfu, held, sees all": {"policy": "lfu", "sees": "all"} | HELD,
+    "lsa, fallback": {"policy": "lsa", "on_miss": "fallback"},
+    "lsa-history, prompt": {"policy": "lsa-history", "prompt_history": True},
+    "lsa-history, sees all": {"policy": "lsa-history", "sees": "all"},
+}
+BEGIN = "<!-- leaderboard: made by benchmarks/leaderboard.py -->"
+END = "<!-- end of leaderboard -->"
+MIB = 2**20
+
+Row = dict[str, Any]
+
+
+class TooSmall(FmsimError):
+    """A budget that a policy exceeds before its first entry."""
+
+    def __init__(self, text: str, least_bytes: int) -> None:
+        super().__init__(text)
+        self.least_bytes = least_bytes
+
+
+class Board:
+    """One trace, and what every policy is worth on it."""
+
+    def __init__(self, path: Path) -> None:
+        trace = read(path)
+        self.name = path.stem
+        self.geometry, self.hw = PRESETS[MODEL], load_hardware(HARDWARE)
+        sizes = dict(entry_bytes=self.geometry.kv_entry_bytes, model_layers=self.geometry.n_csa)
+        self.replayer = Replayer(trace, **sizes)
+        self.first_step = Replayer(trace, **sizes, max_steps=1)
+        self.layer_map = spread(self.replayer.n_layers, self.geometry.n_csa)
+        self.full_bytes = self.allocated({"policy": "full"}).total
+
+    def row(self, label: str, spec: dict[str, Any], share: float) -> Row:
+        """The row of a policy at `share` of the full cache's bytes."""
+        row: Row = {"trace": self.name, "share": share, "policy": label}
+        try:
+            entries = self.entries(spec, int(share * self.full_bytes))
+            ledger = self.replayer.run(registry.build(spec | {"budget": f"{entries} entries"}))
+        except TooSmall as error:
+            return row | {"why": str(error), "least_bytes": error.least_bytes}
+        except FmsimError as error:
+            return row | {"why": re.sub(r"^policy \S+: ", "", str(error))}
+        timeline = simulate(ledger, self.geometry, self.hw, self.layer_map)
+        figures = metrics.kept(ledger, self.layer_map) | metrics.timed(timeline)
+        return row | {
+            "entries": entries,
+            "gpu_bytes": allocation(ledger, self.geometry).total,
+            "misses": float(1 - ledger.hit.sum() / ledger.accessed.sum()),
+            "mass_kept": figures["mass_kept"],
+            "exact": metrics.exact(ledger),
+            "step_s": 1 / figures["decode_tokens_per_s"],
+        }
+
+    def entries(self, spec: dict[str, Any], limit: int) -> int:
+        """The most entries a layer whose allocation stays within `limit` bytes.
+
+        Allocations grow along a line, but for whole slots. Raises FmsimError where none does.
+        """
+        total = lambda n: self.allocated(spec | {"budget": f"{n} entries"}).total
+        low = self.replayer.prompt_entries // 8
+        per_entry = (total(2 * low) - total(low)) / low
+        found = min(int(low + (limit - total(low)) / per_entry), self.replayer.prompt_entries)
+        while found > 0 and total(found) > limit:
+            found -= 1
+        if found > 0:
+            return found
+        least = round(total(low) - per_entry * low)
+        parts = self.allocated(spec | {"budget": f"{low} entries"})
+        fixed = {"index keys": parts.index_keys, "HCA and windows": parts.hca + parts.windows}
+        fixed["spare slots"] = least - sum(fixed.values())
+        taken = ", ".join(f"{name} {n / MIB:.0f} MiB" for name, n in fixed.items())
+        raise TooSmall(f"{limit / MIB:.0f} MiB are too few: {taken}", least)
+
+    def allocated(self, spec: dict[str, Any]) -> Allocation:
+        """What a request takes on the GPU; the ledger of one step says what a policy needs."""
+        ledger: Ledger = self.first_step.run(registry.build(spec))
+        return allocation(replace(ledger, n_steps=self.replayer.n_steps), self.geometry)
+
+
+def contestants(plugins: Sequence[str]) -> dict[str, dict[str, Any]]:
+    """Policies by label: fmsim's own with their defaults, variants, and plug-ins as -p names them;
+    but not `full`, which has no budget.
+    """
+    named = {name: {"policy": name} for name in registry.OWN if name != "full"} | VARIANTS
+    for text in plugins:
+        name, params = registry.split(text)
+        named[registry.get(name).name] = {"policy": name} | params
+    return named
+
+
+def tables(result: dict[str, Any]) -> str:
+    """The page's part between its markers."""
+    parts = []
+    for share in result["shares"]:
+        rows = [row for row in result["rows"] if row["share"] == share]
+        sizes = ", ".join(
+            f"{name} {share * n / MIB:.0f} MiB" for name, n in result["full_bytes"].items()
+        )
+        parts.append(f"## {share:.1%} of the full cache's bytes\n\n{_wrapped(sizes + '.')}")
+        # A policy that loses something on one trace stands in the first table with all its traces.
+        lossy_labels = {row["policy"] for row in rows if row.get("exact") is False}
+        ran = [row for row in rows if "why" not in row]
+        lossy = [row for row in ran if row["policy"] in lossy_labels]
+        exact = [row for row in ran if row["policy"] not in lossy_labels]
+        if lossy:
+            parts.append("Mass kept, of policies that lose something; more is better:")
+            parts.append(_table(result, lossy, "mass_kept", lambda mass: f"{mass:.3f}", best=max))
+        if exact:
+            parts.append("Misses, in % of what is selected, of policies that load them:")
+            parts.append(_table(result, exact, "misses", lambda part: f"{part:.2%}"[:-1], best=min))
+        parts += _absent([row for row in rows if "why" in row])
+    return "\n\n".join(parts)
+
+
+def _table(result: dict[str, Any], rows: list[Row], key: str, text: Any, best: Any) -> str:
+    """Policies by their mean over the traces, the best of each column in bold."""
+    traces = list(result["full_bytes"])
+    found = {(row["policy"], row["trace"]): row for row in rows}
+    labels = list(dict.fromkeys(row["policy"] for row in rows))
+    # Sorted by the mean over the traces on which all of the table ran.
+    common = [name for name in traces if all((label, name) in found for label in labels)]
+    place = lambda label: mean(found[label, name][key] for name in common) if common else 0.0
+    labels.sort(key=place, reverse=best is max)
+    judged = [label for label in labels if label not in BOUNDS]
+    lines = [
+        "| policy | " + " | ".join(_short(name) for name in traces) + " | ms |",
+        "|---" * (len(traces) + 2) + "|",
+    ]
+    for label in labels:
+        cells = []
+        for name in traces:
+            if (label, name) not in found:
+                cells.append("–")
+                continue
+            value = found[label, name][key]
+            rivals = [found[other, name][key] for other in judged if (other, name) in found]
+            shown = text(value)
+            wins = label in judged and shown == text(best(rivals))
+            cells.append(f"**{shown}**" if wins else shown)
+        times = [found[label, name]["step_s"] for name in common]
+        bound = " (bound)" if label in BOUNDS else ""
+        lines.append(f"| {label}{bound} | {' | '.join(cells)} | {_ms(times)} |")
+    return "\n".join(lines)
+
+
+def _ms(times: list[float]) -> str:
+    return f"{1e3 * mean(times):.2f}" if times else "–"
+
+
+def _short(trace: str) -> str:
+    """nano-500k-continuation -> 500k text; of another model's, its name."""
+    model, length, kind = trace.split("-")
+    return f"{length} {kind.replace('continuation', 'text')}" if model == "nano" else model
+
+
+def _absent(rows: list[Row]) -> list[str]:
+    """Why policies have no figure: what they take before the first entry, or their own words."""
+    reasons: dict[tuple[str, str], list[str]] = {}
+    for row in rows:
+        short = _short(row["trace"])
+        needs = row.get("least_bytes")
+        why = row["why"] if needs is None else f"{needs / MIB:.0f} MiB"
+        reasons.setdefault((short, why), []).append(row["policy"])
+    places: dict[tuple[str, ...], list[str]] = {}
+    for (short, why), labels in reasons.items():
+        places.setdefault(tuple(labels), []).append(f"{short}: {why}")
+    if not places:
+        return []
+    lines = [
+        _wrapped(f"- {', '.join(f'`{label}`' for label in labels)}. {'; '.join(whys)}.", "  ")
+        for labels, whys in places.items()
+    ]
+    head = (
+        "Without a figure, and the bytes that they take before the first entry (index keys, spare"
+        " slots, HCA entries, windows), or the reason:"
+    )
+    return [_wrapped(head), "\n".join(lines)]
+
+
+def _wrapped(text: str, indent: str = "") -> str:
+    """In lines of at most 100 columns."""
+    return textwrap.fill(
+        text, 100, subsequent_indent=indent, break_long_words=False, break_on_hyphens=False
+    )
+
+
+def with_tables(page: str, made: str) -> str:
+    """The page with what was made between its markers."""
+    before, _, rest = page.partition(BEGIN)
+    _, _, after = rest.partition(END)
+    return f"{before}{BEGIN}\n\n{made}\n\n{END}{after}"
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("-p", "--policy", action="append", default=[], help="a plug-in beside them")
+    parser.add_argument("--trace", action="append", help="file names without ending; all if absent")
+    parser.add_argument("--out", type=Path, default=ROOT / "benchmarks/results/leaderboard.json")
+    parser.add_argument("--page", type=Path, default=ROOT / "docs/leaderboard.md")
+    given = parser.parse_args()
+    start = time.perf_counter()
+    paths = sorted((ROOT / "traces").glob("*.safetensors"))
+    paths = [path for path in paths if not given.trace or path.stem in given.trace]
+    rows: list[Row] = []
+    full_bytes: dict[str, int] = {}
+    try:
+        named = contestants(given.policy)
+        work = [(label, named[label], share) for share in SHARES for label in named]
+        for path in paths:
+            board = Board(path)
+            full_bytes[board.name] = board.full_bytes
+            rows += in_parallel(lambda i: board.row(*work[i]), len(work))
+            print(f"{board.name}: {time.perf_counter() - start:.0f} s", file=sys.stderr)
+    except FmsimError as error:
+        print(error, file=sys.stderr)
+        return 2
+    result = {
+        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "command": "python " + " ".join([f"benchmarks/{Path(sys.argv[0]).name}", *sys.argv[1:]]),
+        "device": f"{platform.machine()}, Python {platform.python_version()}",
+        "seconds": round(time.perf_counter() - start),
+        "model": MODEL,
+        "hardware": HARDWARE,
+        "simulated": ["step_s"],
+        "replayed": ["gpu_bytes", "misses", "mass_kept"],
+        "shares": list(SHARES),
+        "full_bytes": full_bytes,
+        "rows": rows,
+    }
+    write_text(given.out, json.dumps(result, indent=1) + "\n")
+    page = given.page.read_text(encoding="utf-8") if given.page.exists() else "# Leaderboard\n\n"
+    write_text(given.page, with_tables(page, tables(result)))
+    print(tables(result))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

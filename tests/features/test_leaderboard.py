@@ -1,0 +1,57 @@
+"""benchmarks/leaderboard.py: equal bytes, and a page that shows the figures of its file."""
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+from fmsim.policies import registry
+from fmsim.sim.footprint import allocation
+
+ROOT = Path(__file__).parents[2]
+sys.path.insert(0, str(ROOT / "benchmarks"))
+import leaderboard
+
+RESULT = json.loads((ROOT / "benchmarks" / "results" / "leaderboard.json").read_text())
+
+
+@pytest.fixture(scope="module")
+def board():
+    return leaderboard.Board(ROOT / "traces" / "nano-32k-needles.safetensors")
+
+
+def test_the_page_shows_the_file():
+    page = (ROOT / "docs" / "leaderboard.md").read_text(encoding="utf-8")
+    assert leaderboard.with_tables(page, leaderboard.tables(RESULT)) == page
+
+
+def test_the_file_has_every_policy_on_every_trace_within_its_budget():
+    labels = set(leaderboard.contestants([]))
+    traces = {path.stem for path in (ROOT / "traces").glob("*.safetensors")}
+    found = {(row["policy"], row["trace"], row["share"]) for row in RESULT["rows"]}
+    wanted = {(a, b, c) for a in labels for b in traces for c in leaderboard.SHARES}
+    assert found == wanted and len(RESULT["rows"]) == len(wanted)
+    for row in RESULT["rows"]:
+        if "why" not in row:
+            limit = row["share"] * RESULT["full_bytes"][row["trace"]]
+            assert row["gpu_bytes"] <= limit
+
+
+@pytest.mark.parametrize(
+    "spec", [{"policy": "lru"}, {"policy": "hisparse"}, {"policy": "snapkv"}, {"policy": "lsa"}]
+)
+def test_one_entry_more_would_exceed_the_budget(board, spec):
+    limit = int(0.4 * board.full_bytes)
+    entries = board.entries(spec, limit)
+    for n, fits in ((entries, True), (entries + 1, False)):
+        ledger = board.replayer.run(registry.build(spec | {"budget": f"{n} entries"}))
+        assert (allocation(ledger, board.geometry).total <= limit) is fits
+
+
+def test_a_policy_that_cannot_be_so_small_says_what_takes_the_bytes(board):
+    row = board.row("lru", {"policy": "lru"}, 0.125)
+    assert "too few: index keys 2" in row["why"] and "entries" not in row
+    assert row["least_bytes"] > 0.125 * board.full_bytes
+    row = board.row("lsa", {"policy": "lsa", "checkpoint": "none.safetensors"}, 0.4)
+    assert "no such indexer checkpoint" in row["why"]

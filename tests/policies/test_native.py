@@ -1,0 +1,65 @@
+"""`native` against what nano's own indexer selected in a shipped trace."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from safetensors.numpy import save_file
+
+from fmsim.errors import FmsimError
+from fmsim.indexer import checkpoint
+from fmsim.policies.native import Native
+from fmsim.replay.replayer import Replayer
+from fmsim.testing import check_policy
+from fmsim.trace import read
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(scope="module")
+def trace():
+    return read(ROOT / "traces" / "nano-32k-needles.safetensors")
+
+
+def test_its_scores_select_what_the_model_selected(trace):
+    """The state before window w is that of step 64 w - 1, whose selection the trace holds. Its keys
+    are those of the model in 8 bits.
+    """
+    policy = Native(budget="30%", stale=False)
+    Replayer(trace, max_steps=200).source(policy)
+    for window in (1, 2, 3):
+        best = np.argsort(policy.score(64 * window), axis=1)[:, -trace.topk :]
+        for layer in range(trace.n_layers):
+            selected = set(np.asarray(trace.entry_ids[64 * window - 1, layer]).tolist())
+            assert len(selected & set(best[layer].tolist())) > 0.95 * trace.topk
+
+
+def test_conformance(tmp_path):
+    """With a model of random weights whose widths are those of the kit's trace."""
+    rng, width = np.random.default_rng(0), 8
+    shapes = {"wq_a": (6, width), "q_norm": (6,), "wq_b": (16, 6), "weights_proj": (2, width)}
+    tensors = {
+        f"model.layers.{layer}.{key}": rng.standard_normal(shapes[part]).astype(np.float32)
+        for layer in (1, 2)
+        for key, part in checkpoint.NATIVE.items()
+    }
+    save_file(tensors, tmp_path / "model.safetensors")
+    config = {
+        "layer_types": ["sliding_attention"] + 2 * ["compressed_sparse_attention"],
+        "rope_parameters": {"compress": {"rope_type": "default", "rope_theta": 1e4}},
+        "qk_rope_head_dim": 4,
+    }
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    check_policy(Native(checkpoint=tmp_path))
+
+
+def test_it_keeps_every_layers_keys_and_fills_its_budget(trace):
+    ledger = Replayer(trace, max_steps=70).run(Native(budget="10%"))
+    assert ledger.all_keys and ledger.n_groups == 3
+    assert (ledger.resident == ledger.n_slots).all()
+
+
+def test_another_folder_is_one_clear_error(tmp_path):
+    with pytest.raises(FmsimError, match="not a DeepSeek-V4 model's folder"):
+        checkpoint.of_model(tmp_path)
