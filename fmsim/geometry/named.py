@@ -114,7 +114,7 @@ def geometry_named(
         ) from None
     try:
         if path.suffix in (".yaml", ".yml"):
-            found = from_description(strict_yaml.load(text, str(path)), path.stem)
+            found: Geometry = from_description(strict_yaml.load(text, str(path)), path.stem)
         else:
             config = strict_json.parse(text, str(path))
             if not isinstance(config, dict):
