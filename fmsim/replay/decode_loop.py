@@ -62,7 +62,7 @@ class Tiers(Protocol):
         """Bytes moved from the host so far, all requests together."""
 
 
-class Clock(Protocol):
+class LoopClock(Protocol):
     """What tells the time of a step."""
 
     def step(self, moved: Callable[[], Any]) -> AbstractContextManager[None]:
@@ -115,7 +115,7 @@ class DecodeLoop:
         books: Sequence[LedgerBuilder],
         source: AccessSource,
         tiers: Tiers | None = None,
-        clock: Clock | None = None,
+        clock: LoopClock | None = None,
     ) -> None:
         self.books = list(books)
         self.source = source
