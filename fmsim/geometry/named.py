@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import json
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
 from functools import cache
 from importlib import resources
 from pathlib import Path
@@ -112,18 +113,25 @@ def geometry_named(
         raise FmsimError(
             f"{where}: neither a preset nor a model's file: {short(name)}; {hint}"
         ) from None
+    found: Geometry
     try:
         if path.suffix in (".yaml", ".yml"):
-            found: Geometry = from_description(strict_yaml.load(text, str(path)), path.stem)
+            found = from_description(strict_yaml.load(text, str(path)), path.stem)
         else:
             config = strict_json.parse(text, str(path))
             if not isinstance(config, dict):
                 raise ValueError("it is not a JSON object")
             found = from_config(config, path.resolve().parent.name)
-        # what a field of the wrong kind or size breaks is found here, not half-way
-        for size in (found.full_kv_bytes(4096), found.flops_per_token(4096, 1)):
-            if not 0 <= size < 1e18:
-                raise ValueError("its sizes are beyond any model's")
+        _check_sizes(found)
         return found
     except (ValueError, TypeError, KeyError, AttributeError, ArithmeticError) as error:
         raise FmsimError(f"{shown(path)}: not a usable model ({shown(error)[:300]})") from None
+
+
+def _check_sizes(geometry: Geometry) -> None:
+    """What a field of the wrong kind or size breaks is found here, not half-way."""
+    sizes = [float(geometry.full_kv_bytes(4096))]
+    with suppress(FmsimError):  # a described model may not say what its steps compute
+        sizes.append(geometry.flops_per_token(4096, 1))
+    if not all(0 <= size < 1e18 for size in sizes):
+        raise ValueError("its sizes are beyond any model's")
