@@ -36,8 +36,8 @@ cp -r "$run/log.jsonl" "$run/model" "$OUT"/ || exit 1
 export MASTER_PORT=29541
 exams=
 for rank in $(seq 0 $((processes - 1))); do
-  RANK=$rank timeout $((exam_seconds + 40)) $python -u "$root/benchmarks/nano/examine.py" "$run/model" \
-    $plan --corpus "$tokens" --out "$OUT/answers.jsonl" --seconds "$exam_seconds" \
+  RANK=$rank timeout $((exam_seconds + 40)) $python -u "$root/benchmarks/nano/examine.py" \
+    "$run/model" $plan --corpus "$tokens" --out "$OUT/answers.jsonl" --seconds "$exam_seconds" \
     --device "$device" >"$run/exam$rank.log" 2>&1 &
   exams="$exams $!"
 done
