@@ -7,16 +7,19 @@
 # log, the weights, answers.jsonl. It takes about 50 s more than SECONDS + EXAM_SECONDS: imports,
 # Triton's compilation, the weights' export.
 # Settings: N processes, DEVICE cuda or cpu, WORKERS that make batches, PLAN of questions, PYTHON,
-# SEED of the text, RUN the folder of checkpoint and log.
+# SEED of the text, RUN the folder of checkpoint and log (a new one).
 set -u
 root=$(cd "$(dirname "$0")/../.." && pwd)
 tokens=$1 model=$2 curriculum=$3 seconds=$4 exam_seconds=$5
-python=${PYTHON:-python3} device=${DEVICE:-cuda} run=${RUN:-/tmp/nano-run}
+python=${PYTHON:-python3} device=${DEVICE:-cuda} run=${RUN:-$(mktemp -d)}
 processes=${N:-$(nvidia-smi -L | wc -l)}
 plan=${PLAN:-many:8192:16 many:32768:10 many:131072:6 families:32768:100 many:524288:4
   single:32768:100 families:131072:50 single:131072:50 families:524288:12}
 export PYTHONPATH=$root OMP_NUM_THREADS=1 WORLD_SIZE=$processes MASTER_ADDR=127.0.0.1
 mkdir -p "$run" "$OUT"
+for folder in "$run" "$OUT"; do # or an earlier run's end would be taken for this one's
+  [ -e "$folder/log.jsonl" ] && echo "$folder has a run's log; give another RUN or OUT" && exit 1
+done
 
 export MASTER_PORT=29531
 for rank in $(seq 0 $((processes - 1))); do
@@ -36,8 +39,8 @@ cp -r "$run/log.jsonl" "$run/model" "$OUT"/ || exit 1
 export MASTER_PORT=29541
 exams=
 for rank in $(seq 0 $((processes - 1))); do
-  RANK=$rank timeout $((exam_seconds + 40)) $python -u "$root/benchmarks/nano/examine.py" "$run/model" \
-    $plan --corpus "$tokens" --out "$OUT/answers.jsonl" --seconds "$exam_seconds" \
+  RANK=$rank timeout $((exam_seconds + 40)) $python -u "$root/benchmarks/nano/examine.py" \
+    "$run/model" $plan --corpus "$tokens" --out "$OUT/answers.jsonl" --seconds "$exam_seconds" \
     --device "$device" >"$run/exam$rank.log" 2>&1 &
   exams="$exams $!"
 done
