@@ -201,7 +201,7 @@ def test_a_sweep_runs_what_has_no_row_yet(folder):
     told.clear()
     both = sweep(["lru", Newest])
     assert told[0][1:] == (0, 8) and told[-1][1:] == (4, 8)  # four of them stand there
-    assert [row["policy"] for row in both] == ["lru", "newest"] * 4
+    assert [row["policy"] for row in both] == ["lru"] * 4 + ["newest"] * 4
     assert {row["set.policies.*.budget"] for row in both} == {"5%", "10%"}
     assert not any("error" in row for row in both)
 

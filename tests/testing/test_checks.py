@@ -8,30 +8,10 @@ from pydantic import Field
 
 import fmsim
 from fmsim import LookaheadPolicy, Policy, PolicyParams, check_policy, policy_checks
-from fmsim.indexer import checkpoint
-from fmsim.indexer.checkpoint import Checkpoint
-from fmsim.indexer.scorer import LayerWeights, ScorerConfig
 from fmsim.policies import registry
 from fmsim.policies.lru import LRU
 from fmsim.policies.recency import Recency
 from fmsim.testing import sample_trace
-
-
-def indexer_of_sample(path):
-    rng, heads, width = np.random.default_rng(0), 2, 8
-    shapes = ((6, width), (6,), (heads * width, 6), (heads, width))
-    layers = {
-        layer: LayerWeights(*(rng.standard_normal(shape).astype(np.float32) for shape in shapes))
-        for layer in (0, 1)
-    }
-    checkpoint.save(Checkpoint(layers, ScorerConfig(rope_dims=4, rope_theta=1e4), 0.5), path)
-    return path
-
-
-@pytest.fixture(scope="module")
-def indexer(tmp_path_factory):
-    """A memory indexer of random weights whose widths are those of the kit's trace."""
-    return indexer_of_sample(tmp_path_factory.mktemp("indexer") / "indexer.safetensors")
 
 
 def own_policies():
@@ -39,6 +19,7 @@ def own_policies():
 
 
 def needs_indexer(name):
+    """Those are checked in tests/policies, with one that fits the kit's trace."""
     return "checkpoint" in registry.get(name).Params.model_fields
 
 
@@ -54,14 +35,6 @@ def needs_indexer(name):
 )
 def test_fmsims_own_policies_keep_every_rule(check):
     check()
-
-
-@pytest.mark.parametrize("name", [name for name in own_policies() if needs_indexer(name)])
-def test_those_with_a_memory_indexer_too(name, indexer):
-    checks = policy_checks(registry.get(name)(checkpoint=indexer))
-    assert len(checks) > 20
-    for check in checks:
-        check()
 
 
 class Good(Policy):
