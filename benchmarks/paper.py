@@ -130,9 +130,11 @@ def _replayed_share(trace: str, policy: str) -> float | None:
 
     try:
         file = ScenarioFile(
-            ROOT / "scenarios/paper/footprints.yaml", [f"trace={ROOT}/traces/{trace}.safetensors"]
+            ROOT / "scenarios/paper/footprints.yaml",
+            [f"trace={ROOT}/traces/{trace}.safetensors"],
+            [policy],
         )
-        share = share_kept(run_scenario(file, [policy]).as_json(), policy)
+        share = share_kept(run_scenario(file).as_json(), policy)
     except FmsimError as error:
         print(f"{policy}: {error}", file=sys.stderr)
         return None
@@ -181,7 +183,7 @@ def _served(scenario: str, policy: str, overrides: list[str]) -> dict[str, Any] 
 
     try:
         row = serve_scenario(
-            ScenarioFile(ROOT / f"scenarios/paper/{scenario}.yaml", overrides), [policy]
+            ScenarioFile(ROOT / f"scenarios/paper/{scenario}.yaml", overrides, [policy])
         ).as_json()["serving"][0]
     except FmsimError as error:
         print(f"{scenario} {policy}: {error}", file=sys.stderr)

@@ -34,6 +34,10 @@ class DoesNotFit(FmsimError):
     exit_code = ExitCode.FAILED
 
 
+class FmsimWarning(UserWarning):
+    """What goes on without, such as a plug-in that cannot be imported; the message names it."""
+
+
 def shown(text: object) -> str:
     """`text` as it can be printed on any terminal: control characters, escape sequences and lone
     surrogates are shown escaped, line breaks too.

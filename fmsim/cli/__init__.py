@@ -7,9 +7,10 @@ import signal
 import sys
 import threading
 import traceback
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NoReturn
+from typing import NoReturn, TextIO
 
 import typer
 
@@ -22,7 +23,7 @@ from fmsim.cli.run import run
 from fmsim.cli.sweep import sweep
 from fmsim.cli.tune import tune
 from fmsim.cli.validate import validate
-from fmsim.errors import ExitCode, FmsimError, shown
+from fmsim.errors import ExitCode, FmsimError, FmsimWarning, shown
 
 app = typer.Typer(
     name="fmsim",
@@ -84,7 +85,9 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
             if isinstance(stream, io.TextIOWrapper):
                 stream.reconfigure(errors="backslashreplace")
         _mount()
-        app(given, prog_name="fmsim")
+        with warnings.catch_warnings():
+            warnings.showwarning = _show_warning
+            app(given, prog_name="fmsim")
         code = ExitCode.DONE
     except Interrupted:
         _say("interrupted", debug)
@@ -100,6 +103,22 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
     except Exception as error:  # the last resort
         code = _bug(error, debug)
     sys.exit(code)
+
+
+def _show_warning(
+    message: Warning | str,
+    category: type[Warning],
+    filename: str,
+    lineno: int,
+    file: TextIO | None = None,
+    line: str | None = None,
+) -> None:
+    """fmsim's own warnings in one line, as its errors; others as Python writes them."""
+    if issubclass(category, FmsimWarning):
+        print(f"fmsim: {shown(message)}", file=sys.stderr)
+    else:
+        text = warnings.formatwarning(message, category, filename, lineno, line)
+        print(text, end="", file=file or sys.stderr)
 
 
 class Interrupted(BaseException):

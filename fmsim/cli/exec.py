@@ -201,7 +201,7 @@ def exec_(
         decoding, decoded = run.decode(
             loaded, streams, chosen, seed=seed, index_keys=where, progress=advance
         )
-    report = run.report(decoding, decoded, policy, folder.name if model else "nano", text)
+    report = run.report(decoding, decoded, chosen.name, folder.name if model else "nano", text)
     if record is not None:
         _record(record, run, decoding, decoded, folder, seed, text, streams[0].kind)
     if as_json:

@@ -50,14 +50,15 @@ def show(
         found, entry_bytes=geometry.kv_entry_bytes, model_layers=geometry.n_csa, max_steps=steps
     )
     layer_map = spread(found.n_layers, geometry.n_csa)
-    ledger = replayer.run(policy_given(policy, override))
+    chosen = policy_given(policy, override)
+    ledger = replayer.run(chosen)
     request_bytes = allocation(ledger, geometry).kv_bytes
     if kv_budget is not None:
         batch = synthetic_run.batch_that_fits(_bytes(kv_budget), request_bytes)
     weights, n_experts = synthetic_run.weights_for(geometry, device, batch * request_bytes, seed)
     with token_bar(replayer.n_steps * batch) as advance:
         run = synthetic_run.run(
-            policy,
+            chosen.name,
             lambda: policy_given(policy, override),
             replayer,
             geometry,

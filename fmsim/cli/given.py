@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from fmsim.policies.base import Policy
@@ -14,13 +14,13 @@ def policy_given(name: str, overrides: list[str]) -> Policy:
     from fmsim.policies import registry
     from fmsim.scenario.key_value import key_value
 
-    params: dict[str, Any] = {}
+    named, params = registry.split(name)
     for override in overrides:
         key, value = key_value(
             override, f"--set {override}: write key=value, such as --set budget=20%"
         )
         params[key] = strict_yaml.load(value, f"--set {override}")
-    return registry.build({"policy": name} | params)
+    return registry.build({"policy": named} | params)
 
 
 def device_given(asked: str | None, has_cuda: bool) -> str:

@@ -94,10 +94,10 @@ def plan(
     prompts prefilled as server.prefill says. KV on the host pays where the policy makes more
     tokens a second than the full cache on the same GPUs.
     """
+    import fmsim
     from fmsim.errors import FmsimError
-    from fmsim.experiments.plan import Ask, parse_deployment, plan_model, plan_scenario
+    from fmsim.experiments.plan import Ask, parse_deployment, plan_model
     from fmsim.report.tables import plan as plan_table
-    from fmsim.scenario import ScenarioFile
 
     placed = deployment.overrides(
         n_gpus=gpus,
@@ -139,24 +139,20 @@ def plan(
         )
     else:
         given = {"model": model, "hardware": named[0] if len(named) == 1 else None}
-        file = ScenarioFile(
+        report = fmsim.plan_capacity(
             scenario,
+            policy,
             [
                 *override,
                 *(f"{key}={value}" for key, value in given.items() if value is not None),
                 *placed,
                 *["beyond_positions=true"] * beyond_positions,
             ],
-        )
-        tokens = None if context is None else _tokens("--context", context)
-        report = plan_scenario(
-            file,
-            policy,
-            tokens,
-            asked,
-            named if len(named) > 1 else [],
-            layouts_,
-            policy_timeout,
+            context_tokens=None if context is None else _tokens("--context", context),
+            hardware=named if len(named) > 1 else [],
+            deployments=layouts_,
+            timeout_s=policy_timeout,
+            **asked,
         )
     if as_json:
         from fmsim import strict_json

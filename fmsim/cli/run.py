@@ -77,6 +77,7 @@ def run(
     \b
     fmsim run scenarios/500k.yaml
     fmsim run scenarios/500k.yaml -p lsa -p lru --set hardware=h200 --set batch=16
+    fmsim run scenarios/500k.yaml -p lru -p my_policy.py:MyPolicy:budget=10%
     fmsim run scenarios/500k.yaml --json --out results
     fmsim run scenarios/500k.yaml --dp 8 --set batch=64
     fmsim run scenarios/serve.yaml --set workload.requests=60 --set server.prefill=separate
@@ -103,9 +104,10 @@ def run(
     given = {"model": model, "hardware": hardware}
     overrides = [f"{key}={value}" for key, value in given.items() if value is not None]
     overrides += ["beyond_positions=true"] * beyond_positions
-    file = _scenario(scenario, [*overrides, *override, *placed], capture, model, prompt_tokens)
+    overrides += [*override, *placed]
+    file = _scenario(scenario, overrides, policy, capture, model, prompt_tokens)
     shown = table if file.scenario.workload is None else serving
-    report = _with_progress(file, policy, quiet, policy_timeout)
+    report = _with_progress(file, quiet, policy_timeout)
     plain = report.as_json()
     if out is not None:
         report.save(out)
@@ -123,6 +125,7 @@ def run(
 def _scenario(
     path: Path,
     overrides: list[str],
+    policies: list[str],
     capture: str | None,
     model: str | None,
     prompt_tokens: int | None,
@@ -133,27 +136,25 @@ def _scenario(
     from fmsim.scenario import ScenarioFile
 
     if capture is not None:
-        return captured.of_capture(path, capture, model, prompt_tokens, overrides)
+        return captured.of_capture(path, capture, model, prompt_tokens, overrides, policies)
     if prompt_tokens is not None:
         raise FmsimError("--prompt-tokens is about a capture; give --format as well")
     if path.suffix == ".safetensors":
-        return captured.of_trace(path, overrides)
-    return ScenarioFile(path, overrides)
+        return captured.of_trace(path, overrides, policies)
+    return ScenarioFile(path, overrides, policies)
 
 
-def _with_progress(
-    file: ScenarioFile, policies: list[str], quiet: bool, timeout_s: float
-) -> Report | ServingReport:
-    from fmsim.experiments.run import run_scenario
-    from fmsim.experiments.serve import serve_scenario
+def _with_progress(file: ScenarioFile, quiet: bool, timeout_s: float) -> Report | ServingReport:
+    import fmsim
 
-    run = run_scenario if file.scenario.workload is None else serve_scenario
+    run = fmsim.run_scenario if file.scenario.workload is None else fmsim.simulate_server
     with bar("reading the trace", quiet=quiet) as show:
         return run(
             file,
-            policies,
-            lambda label, done, total: show(description=label, completed=done, total=total),
-            timeout_s,
+            progress=lambda label, done, total: show(
+                description=label, completed=done, total=total
+            ),
+            timeout_s=timeout_s,
         )
 
 

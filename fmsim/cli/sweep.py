@@ -4,19 +4,13 @@ from __future__ import annotations
 
 import enum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
 from fmsim.cli import deployment
 from fmsim.cli.options import TIMEOUT_S, NoVerify, PolicyTimeout
 from fmsim.cli.progress import bar
-
-if TYPE_CHECKING:
-    from collections.abc import Iterator
-
-    from fmsim.experiments.rows import RowFile
-    from fmsim.experiments.sweep import SweepRun
 
 
 class Runner(enum.StrEnum):
@@ -95,11 +89,10 @@ def sweep(
     --engine ray uses the cluster at RAY_ADDRESS, else one of its own on this machine; every node
     must see the scenario and its trace at the same paths.
     """
-    from fmsim.experiments.rows import RowFile
-    from fmsim.experiments.sweep import Axis, left, plan
+    import fmsim
+    from fmsim.experiments.parallel import cores
     from fmsim.report.tables import sweep as rows_table
 
-    axes = [Axis.parse(text) for text in grid]
     placed = deployment.overrides(
         n_gpus=gpus,
         tp=tp,
@@ -114,21 +107,25 @@ def sweep(
         mem_fraction=mem_fraction,
         start_log=start_log,
     )
-    planned = plan(str(scenario), [*override, *placed], axes, policy, max_runs)
-    wanted: dict[str, int] = {}  # keys of the runs, in their order
+    made = 0
+    with bar("sweep", quiet=quiet) as show:
 
-    def noted() -> Iterator[SweepRun]:
-        for run in planned.runs():
-            wanted[run.key] = len(wanted)
-            yield run
+        def progress(label: str, done: int, total: int) -> None:
+            nonlocal made
+            made = done
+            show(description=label or "sweep", completed=done, total=total)
 
-    with RowFile(out) as file:
-        before = len(file.rows)
-        todo = left(noted(), file.rows)
-        _run_all(todo, planned.n_runs, file, engine, jobs, quiet, policy_timeout)
-        made = len(file.rows) - before
-        rows = sorted(
-            (row for row in file.rows if row["key"] in wanted), key=lambda row: wanted[row["key"]]
+        rows = fmsim.sweep_scenario(
+            scenario,
+            grid,
+            policy,
+            [*override, *placed],
+            out=out,
+            jobs=jobs or cores(),
+            on_ray=engine is Runner.ray,
+            max_runs=max_runs,
+            timeout_s=policy_timeout,
+            progress=progress,
         )
     if as_json:
         from fmsim import strict_json
@@ -136,28 +133,5 @@ def sweep(
         typer.echo(strict_json.dump(rows))
     else:
         rows_table.show(
-            rows, f"{made} of {len(wanted)} runs done now, the others before; rows in {out}"
+            rows, f"{made} of {len(rows)} runs done now, the others before; rows in {out}"
         )
-
-
-def _run_all(
-    todo: Iterator[SweepRun],
-    n_runs: int,
-    file: RowFile,
-    engine: Runner,
-    jobs: int | None,
-    quiet: bool,
-    timeout_s: float,
-) -> None:
-    from fmsim.experiments.parallel import as_they_end, on_ray
-    from fmsim.experiments.sweep import SweepRun, lost
-
-    results = (
-        on_ray(SweepRun.row, list(todo))
-        if engine is Runner.ray
-        else as_they_end(SweepRun.row, todo, jobs, lost=lost, timeout_s=timeout_s)
-    )
-    with bar("sweep", total=n_runs, quiet=quiet) as show:
-        for row in results:
-            file.append(row)
-            show(advance=1, description=row["policy"])

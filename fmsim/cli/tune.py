@@ -12,6 +12,7 @@ from fmsim.cli.progress import bar
 
 if TYPE_CHECKING:
     from fmsim.experiments.tune import Trial, Tuning
+    from fmsim.scenario import ScenarioFile
 
 
 def tune(
@@ -66,10 +67,10 @@ def tune(
     from fmsim.experiments.tune import ranges_of
     from fmsim.scenario import ScenarioFile
 
-    file = ScenarioFile(scenario, override)
-    name = next((spec.policy for spec in file.scenario.policies if policy == spec.label), policy)
-    ranges = ranges_of(name, range_)
-    found = _with_progress(file, policy, ranges, trials, floor, seed, quiet, study, policy_timeout)
+    file = ScenarioFile(scenario, override, [policy])
+    label, named = file.selected[0].label, file.selected[0].policy
+    ranges = ranges_of(named, range_)
+    found = _with_progress(file, label, ranges, trials, floor, seed, quiet, study, policy_timeout)
     if as_json:
         from fmsim import strict_json
 
@@ -86,11 +87,11 @@ def tune(
             )
         )
     else:
-        _show(found, policy)
+        _show(found, label)
 
 
 def _with_progress(
-    file: Any,
+    file: ScenarioFile,
     policy: str,
     ranges: list,
     trials: int,
@@ -114,7 +115,7 @@ def _with_progress(
             show(completed=done, description=f"{policy}: {best}")
 
         with RowFile(study) as kept:
-            return search(file, policy, ranges, trials, floor, seed, progress, kept, timeout_s)
+            return search(file, ranges, trials, floor, seed, progress, kept, timeout_s)
 
 
 def _plain(trial: Trial) -> dict[str, Any]:

@@ -61,8 +61,7 @@ def validate(
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     with bar("reading the trace", quiet=quiet) as show:
         report = validate_scenario(
-            ScenarioFile(scenario, override),
-            policy,
+            ScenarioFile(scenario, override, policy),
             device,
             lambda label, done, total: show(description=label, completed=done, total=total),
             whole_steps,

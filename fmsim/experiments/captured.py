@@ -10,14 +10,16 @@ from typing import Any
 
 from fmsim.errors import FmsimError
 from fmsim.geometry import PRESETS
-from fmsim.scenario import ScenarioFile
+from fmsim.scenario import NamedPolicy, ScenarioFile
 from fmsim.trace import Trace, read
 from fmsim.trace.importers import files
 
 BUDGET = "2x topk"
 
 
-def of_trace(path: Path, overrides: Sequence[str] = ()) -> ScenarioFile:
+def of_trace(
+    path: Path, overrides: Sequence[str] = (), chosen: Sequence[NamedPolicy] = ()
+) -> ScenarioFile:
     """The scenario of one trace file. Its model is the preset that its header names, unless
     ``overrides`` say which.
     """
@@ -38,7 +40,7 @@ def of_trace(path: Path, overrides: Sequence[str] = ()) -> ScenarioFile:
     with tempfile.TemporaryDirectory() as folder:
         place = Path(folder) / f"{path.stem}.yaml"
         place.write_text(json.dumps(scenario), encoding="utf-8")  # YAML holds JSON
-        return ScenarioFile(place, overrides)
+        return ScenarioFile(place, overrides, chosen)
 
 
 def policies(trace: Trace) -> list[Any]:
@@ -57,6 +59,7 @@ def of_capture(
     model: str | None,
     prompt_tokens: int | None,
     overrides: Sequence[str] = (),
+    chosen: Sequence[NamedPolicy] = (),
 ) -> ScenarioFile:
     """The same of one captured request; its trace is written beside no file that a user has."""
     if kind not in files.READERS:
@@ -70,4 +73,4 @@ def of_capture(
         raise FmsimError(
             f"{path}: holds {len(written)} requests; import them (`fmsim trace import`) and run one"
         )
-    return of_trace(place, overrides)
+    return of_trace(place, overrides, chosen)

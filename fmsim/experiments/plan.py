@@ -56,19 +56,18 @@ class Candidate:
 
 def plan_scenario(
     file: ScenarioFile,
-    selected: Sequence[str],
     tokens: int | None,
     asked: dict[str, Any],
     hardware: Sequence[str] = (),
     deployments: Sequence[str] = (),
     timeout_s: float = TIMEOUT_S,
 ) -> dict[str, Any]:
-    """The scenario's policies, or those `selected`, on its hardware and deployment, or on each of
-    those named, at a context of `tokens` (by default the trace's); `asked`: the rest of `Ask`.
+    """The scenario's selected policies on its hardware and deployment, or on each of those named,
+    at a context of `tokens` (by default the trace's); `asked`: the rest of `Ask`.
 
     Raises FmsimError for whatever the user can mend.
     """
-    setting, policies = Setting(file), build_policies(file, selected)
+    setting, policies = Setting(file), build_policies(file)
     replayer = setting.replayer(policies)
 
     def candidate(label: str, policy: Policy) -> Candidate:

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import fcntl
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Self
 
@@ -188,3 +189,18 @@ def _locked(path: Path) -> int:
         except FileNotFoundError:
             pass
         os.close(handle)  # its owner has just taken the file away
+
+
+def flat(row: Row, leave: Sequence[str] = ()) -> Row:
+    """A report's row without what it must leave, and with one column for each figure of a group:
+    `step_s_p99`.
+    """
+    found: Row = {}
+    for name, value in row.items():
+        if name in leave:
+            continue
+        if isinstance(value, dict):
+            found |= {f"{name}_{part}": inner for part, inner in flat(value).items()}
+        else:
+            found[name] = value
+    return found

@@ -19,7 +19,9 @@ from fmsim.experiments.results import (
     ledger_path,
     timeline_path,
 )
+from fmsim.experiments.rows import flat
 from fmsim.files import write_text
+from fmsim.frames import frame, html_table
 from fmsim.geometry import Geometry, geometry_named
 from fmsim.hw import Hardware, load_hardware, replace_figure
 from fmsim.hw.modules import stand_in
@@ -33,6 +35,20 @@ from fmsim.sim.decode import simulate
 from fmsim.sim.footprint import check_layer_map, spread
 from fmsim.sim.timeline import SimulatedTimeline
 from fmsim.trace import read
+
+# Columns of a report in a notebook.
+SHOWN = {
+    "policy": "policy",
+    "kv_hbm_ratio": "KV on the GPU, share of all",
+    "mass_kept": "attention mass kept",
+    "hit_rate": "hit rate",
+    "misses": "misses",
+    "h2d_bytes": "bytes to the GPU",
+    "decode_tokens_per_s": "tokens/s",
+    "step_s_p50": "step, median s",
+    "stall_ratio": "share of time stalled",
+    "max_requests": "requests that fit",
+}
 
 
 @dataclass(frozen=True)
@@ -62,6 +78,20 @@ class Report:
             "policies": [run.row for run in self.runs],
             "failed": [failure.row() for failure in self.failures],
         }
+
+    def to_frame(self) -> Any:
+        """A row a policy, one column a figure (`step_s_p99`), what the row leaves out behind: a
+        pandas DataFrame where pandas is installed, else a list of dicts.
+        """
+        return frame([flat(run.row) | flat(run.details, leave=("params",)) for run in self.runs])
+
+    def _repr_html_(self) -> str:
+        trace, hw = self.scenario["trace"], self.scenario["hardware"]
+        caption = (
+            f"{self.scenario['name']}: {trace['steps']} steps after {trace['prompt_tokens']:,}"
+            f" tokens, {self.scenario['model']['name']} on {hw['title']}. Speeds are simulated."
+        )
+        return html_table(caption, SHOWN, [flat(run.row) for run in self.runs])
 
     def save(self, folder: Path) -> None:
         """Write report.json, and each policy's ledger and timeline; every file appears whole or not
@@ -140,18 +170,17 @@ class Setting:
 
 def run_scenario(
     file: ScenarioFile,
-    selected: Sequence[str] = (),
     progress: Callable[[str, int, int], None] = lambda label, done, total: None,
     timeout_s: float = TIMEOUT_S,
 ) -> Report:
-    """Run every policy of `file`, or those `selected` by label or name.
+    """Run the selected policies of `file`.
 
-    A selected policy that the scenario lacks runs with its defaults. `progress` is told (label,
-    done, total) as they finish. A policy that fails, or takes longer than `timeout_s`, is among the
-    report's failures. Raises FmsimError for whatever the user can mend, and where none succeeds.
+    `progress` is told (label, done, total) as they finish. A policy that fails, or takes longer
+    than `timeout_s`, is among the report's failures. Raises FmsimError for whatever the user can
+    mend, and where none succeeds.
     """
     setting = Setting(file)
-    policies = build_policies(file, selected)
+    policies = build_policies(file)
     replayer = setting.replayer(policies)
 
     def work(index: int) -> PolicyRun | Failure:
@@ -171,9 +200,9 @@ def run_scenario(
     return Report(about(setting), tuple(runs), tuple(failures))
 
 
-def build_policies(file: ScenarioFile, selected: Sequence[str] = ()) -> list[tuple[str, Policy]]:
-    """(label, policy) of every entry of `policies`, or of those `selected` by label or name."""
-    return [(spec.label, build(file, spec)) for spec in select(file, selected)]
+def build_policies(file: ScenarioFile) -> list[tuple[str, Policy]]:
+    """(label, policy) of every selected entry of the scenario's `policies`."""
+    return [(spec.label, build(file, spec)) for spec in file.selected]
 
 
 def load_scenario_hardware(file: ScenarioFile) -> Hardware:
@@ -199,29 +228,11 @@ def load_geometry(file: ScenarioFile) -> Geometry:
     return geometry_named(file.scenario.model, file.file, file.where(("model",)))
 
 
-def select(file: ScenarioFile, selected: Sequence[str]) -> list[PolicySpec]:
-    """The scenario's policies, or those `selected` by label or name; one that it lacks has its
-    defaults.
-    """
-    if not selected:
-        return list(file.scenario.policies)
-    specs: list[PolicySpec] = []
-    for name in dict.fromkeys(selected):
-        found = [spec for spec in file.scenario.policies if name in (spec.label, spec.policy)]
-        if not found:
-            registry.get(name)
-            found = [PolicySpec.model_validate(name)]
-        specs += [spec for spec in found if spec not in specs]
-    return specs
-
-
 def build(file: ScenarioFile, spec: PolicySpec) -> Policy:
     """A new policy object for an entry of the scenario; FmsimError says where its parameters are
     wrong.
     """
     make = lambda: registry.build({"policy": spec.policy} | spec.params)
-    if spec not in file.scenario.policies:
-        return make()
     return _located(file, ("policies", file.scenario.policies.index(spec)), make)
 
 
@@ -296,5 +307,7 @@ def about(setting: Setting) -> dict[str, Any]:
             "mass_kept",
             "set_overlap",
             "h2d_bytes",
+            "hit_rate",
+            "misses",
         ],
     }

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,8 +14,10 @@ from fmsim.errors import FmsimError
 from fmsim.experiments.failures import TIMEOUT_S, Failure, guarded, lost, raise_if_all
 from fmsim.experiments.parallel import in_parallel
 from fmsim.experiments.results import ledger_path
+from fmsim.experiments.rows import flat
 from fmsim.experiments.run import Setting, about, build_policies
 from fmsim.files import write_text
+from fmsim.frames import frame, html_table
 from fmsim.policies.base import Policy
 from fmsim.replay.ledger import Ledger
 from fmsim.replay.replayer import Replayer
@@ -41,6 +43,18 @@ SIMULATED = [
     "in_use",
 ]
 
+# Columns of a report in a notebook.
+SHOWN = {
+    "policy": "policy",
+    "tokens_per_s": "tokens/s",
+    "held": "requests held",
+    "ttft_s_p50": "first token, median s",
+    "tpot_s_p50": "a token, median s",
+    "goodput_per_s": "good requests/s",
+    "stall_share": "share of time stalled",
+    "bound": "what binds",
+}
+
 
 @dataclass(frozen=True)
 class ServingReport:
@@ -59,6 +73,17 @@ class ServingReport:
             "failed": [failure.row() for failure in self.failures],
         }
 
+    def to_frame(self) -> Any:
+        """A row a policy, one column a figure: a pandas DataFrame where pandas is installed, else a
+        list of dicts.
+        """
+        return frame([flat(row, leave=("over_time", "memory")) for row in self.policies])
+
+    def _repr_html_(self) -> str:
+        hw, name = self.scenario["hardware"], self.scenario["name"]
+        caption = f"{name}: {self.scenario['model']['name']} on {hw['title']}. Simulated."
+        return html_table(caption, SHOWN, [flat(row) for row in self.policies])
+
     def save(self, folder: Path) -> None:
         """Write report.json and each policy's ledger; every file appears whole or not at all."""
         try:
@@ -74,19 +99,17 @@ class ServingReport:
 
 def serve_scenario(
     file: ScenarioFile,
-    selected: Sequence[str] = (),
     progress: Callable[[str, int, int], None] = lambda label, done, total: None,
     timeout_s: float = TIMEOUT_S,
 ) -> ServingReport:
-    """Serve the scenario's workload under each of its policies, or those `selected` by label or
-    name.
+    """Serve the scenario's workload under each of its selected policies.
 
     `progress` is told (label, done, total) as they finish. A policy that fails, or takes longer
     than `timeout_s`, is among the report's failures. Raises FmsimError for whatever the user can
     mend, and where none succeeds.
     """
     source = _source(file)  # so that a mistake in a request file is told first
-    setting, policies = Setting(file), build_policies(file, selected)
+    setting, policies = Setting(file), build_policies(file)
     replayer = setting.replayer(policies)
 
     def work(index: int) -> tuple[dict[str, Any], Ledger] | Failure:

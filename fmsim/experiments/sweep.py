@@ -5,12 +5,11 @@ row of results.
 from __future__ import annotations
 
 import hashlib
-import inspect
 import itertools
 import json
 import math
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -18,13 +17,16 @@ from typing import Any
 
 from fmsim import __version__, strict_yaml
 from fmsim.errors import FmsimError, shown
-from fmsim.experiments.rows import Row
-from fmsim.experiments.run import Setting, build_policies, select
+from fmsim.experiments.failures import TIMEOUT_S
+from fmsim.experiments.parallel import as_they_end, on_ray
+from fmsim.experiments.rows import Row, RowFile, flat
+from fmsim.experiments.run import Setting, build, build_policies
 from fmsim.experiments.serve import serve_policy
 from fmsim.indexer.checkpoint import SHIPPED
+from fmsim.policies import registry
 from fmsim.policies.base import Policy
 from fmsim.replay.replayer import Replayer
-from fmsim.scenario import ScenarioFile
+from fmsim.scenario import NamedPolicy, ScenarioFile, Source
 from fmsim.scenario.key_value import key_value
 from fmsim.sim.serving.spec import RequestFile
 
@@ -66,6 +68,16 @@ class Axis:
             raise FmsimError(f"{where}: a value stands there twice")
         return axis
 
+    @classmethod
+    def of(cls, key: str, values: Iterable[Any]) -> Axis:
+        """An axis of values made in Python."""
+        return cls(key, tuple((text_of(value), value) for value in values))
+
+
+def text_of(value: Any) -> str:
+    """A value as `--set` writes it."""
+    return str(value) if isinstance(value, (str, Path)) else json.dumps(value)
+
 
 def _number(text: str) -> int | float | None:
     """The number that `text` says as YAML, or None."""
@@ -81,8 +93,9 @@ class SweepRun:
     """
 
     name: str  # the scenario's
-    scenario: str
+    scenario: Source
     overrides: tuple[str, ...]
+    policies: tuple[NamedPolicy, ...]  # what was chosen, as `ScenarioFile` takes it
     # the grid's keys that concern this policy, and their values
     settings: tuple[tuple[str, Any], ...]
     label: str
@@ -97,17 +110,17 @@ class SweepRun:
         """Run it. A run that cannot be (its KV does not fit, say) gives a row with an `error`."""
         head = self.head()
         try:
-            file = ScenarioFile(self.scenario, self.overrides)
-            setting, policy = Setting(file), dict(build_policies(file, [self.label]))[self.label]
+            file = ScenarioFile(self.scenario, self.overrides, self.policies)
+            setting, policy = Setting(file), _policy(file, self.label)
             if file.scenario.workload is not None:
-                return head | _flat(
+                return head | flat(
                     serve_policy(setting, _replayer(setting), self.label, policy)[0],
                     leave=("policy", "over_time", "memory"),
                 )
             run = setting.run(_replayer(setting), self.label, policy)
         except FmsimError as error:
             return head | {"error": str(error)}
-        return head | _flat(run.row | run.details, leave=("policy", "params"))
+        return head | flat(run.row | run.details, leave=("policy", "params"))
 
 
 @dataclass(frozen=True)
@@ -118,10 +131,10 @@ class Grid:
     begin than one of ten.
     """
 
-    scenario: str
+    scenario: Source
     overrides: tuple[str, ...]
     axes: tuple[Axis, ...]
-    selected: tuple[str, ...]
+    policies: tuple[NamedPolicy, ...]
     by_label: tuple[tuple[str, tuple[Axis, ...]], ...]  # each policy, and the axes it depends on
 
     @property
@@ -141,17 +154,78 @@ class Grid:
 
     def _run(self, label: str, at_point: dict[str, tuple[str, Any]]) -> SweepRun:
         own = (*self.overrides, *_texts(at_point))
-        file = ScenarioFile(self.scenario, own)
+        file = ScenarioFile(self.scenario, own, self.policies)
         settings = tuple((key, shown_value) for key, (_, shown_value) in at_point.items())
         name = file.scenario.name
-        return SweepRun(name, str(file.path.absolute()), own, settings, label, _digest(file, label))
+        scenario = self.scenario
+        if isinstance(scenario, (str, Path)):
+            scenario = str(file.path.absolute())
+        key = digest_of(Setting(file), label, _policy(file, label))
+        return SweepRun(name, scenario, own, self.policies, settings, label, key)
+
+
+def sweep(
+    scenario: Source,
+    overrides: Sequence[str],
+    axes: Sequence[Axis],
+    policies: Sequence[NamedPolicy],
+    out: str | Path | None = None,
+    jobs: int | None = 1,
+    ray: bool = False,
+    max_runs: int = MAX_RUNS,
+    timeout_s: float = TIMEOUT_S,
+    progress: Callable[[str, int, int], None] = lambda label, done, total: None,
+) -> list[Row]:
+    """Run what has no row in `out` yet; -> the rows of the whole grid, in its order.
+
+    `jobs` 1 runs in this process, None in one process a core; `ray` on a cluster. `progress` is
+    told (label, done now, total).
+    """
+    grid = plan(scenario, overrides, axes, policies, max_runs)
+    progress("", 0, grid.n_runs)
+    if out is None:
+        rows: list[Row] = []
+        return _swept(grid, rows, rows.append, jobs, ray, timeout_s, progress)
+    with RowFile(out) as file:
+        return _swept(grid, file.rows, file.append, jobs, ray, timeout_s, progress)
+
+
+def _swept(
+    grid: Grid,
+    rows: list[Row],
+    add: Callable[[Row], None],
+    jobs: int | None,
+    ray: bool,
+    timeout_s: float,
+    progress: Callable[[str, int, int], None],
+) -> list[Row]:
+    """`add` puts a row among `rows`."""
+    place: dict[str, int] = {}  # keys of the runs, in their order
+
+    def noted() -> Iterator[SweepRun]:
+        for run in grid.runs():
+            place[run.key] = len(place)
+            yield run
+
+    todo = left(noted(), rows)
+    results: Iterable[Row]
+    if ray:
+        results = on_ray(SweepRun.row, list(todo))
+    elif jobs == 1:
+        results = map(SweepRun.row, todo)
+    else:
+        results = as_they_end(SweepRun.row, todo, jobs, lost=lost, timeout_s=timeout_s)
+    for done, row in enumerate(results, 1):
+        add(row)
+        progress(row["policy"], done, grid.n_runs)
+    return sorted((row for row in rows if row["key"] in place), key=lambda row: place[row["key"]])
 
 
 def plan(
-    scenario: str,
+    scenario: Source,
     overrides: Sequence[str],
     axes: Sequence[Axis],
-    selected: Sequence[str] = (),
+    policies: Sequence[NamedPolicy] = (),
     max_runs: int = MAX_RUNS,
 ) -> Grid:
     """The grid of runs. A key `policies.<label>...` concerns that policy alone, so the others run
@@ -169,13 +243,15 @@ def plan(
         )
     n_points = math.prod(len(axis.values) for axis in axes)
     first = {axis.key: axis.values[0] for axis in axes}
-    file = ScenarioFile(scenario, [*overrides, *_texts(first)])
-    labels = [spec.label for spec in select(file, selected)]
+    # a worker may stand in another folder
+    chosen = tuple(registry.absolute(given) for given in policies)
+    file = ScenarioFile(scenario, [*overrides, *_texts(first)], chosen)
+    labels = [spec.label for spec in file.selected]
     by_label = tuple(
         (label, tuple(axis for axis in axes if _concerns(file, axis.key, label)))
         for label in labels
     )
-    grid = Grid(scenario, tuple(overrides), tuple(axes), tuple(selected), by_label)
+    grid = Grid(scenario, tuple(overrides), tuple(axes), chosen, by_label)
     if grid.n_runs > max_runs:
         raise FmsimError(
             f"--grid: {n_points:,} combinations are {grid.n_runs:,} runs, more than the"
@@ -183,9 +259,10 @@ def plan(
         )
     for axis in axes:
         for value in axis.values:
-            changed = ScenarioFile(scenario, [*overrides, *_texts(first | {axis.key: value})])
+            texts = _texts(first | {axis.key: value})
+            changed = ScenarioFile(scenario, [*overrides, *texts], chosen)
             Setting(changed)
-            build_policies(changed, selected)
+            build_policies(changed)
     return grid
 
 
@@ -202,20 +279,19 @@ def _concerns(file: ScenarioFile, key: str, label: str) -> bool:
     return parts[1] in ("*", label) or (label in labels and parts[1] == str(labels.index(label)))
 
 
-def _digest(file: ScenarioFile, label: str) -> str:
-    """What the result depends on: this policy and its parameters, model, hardware, batch, layer
-    map, and the trace's content.
-    """
-    return digest_of(Setting(file), label, dict(build_policies(file, [label]))[label])
+def _policy(file: ScenarioFile, label: str) -> Policy:
+    return build(file, next(spec for spec in file.selected if spec.label == label))
 
 
 def digest_of(setting: Setting, label: str, policy: Policy) -> str:
-    """The same of a policy that need not stand in the scenario."""
+    """What the result depends on: this policy, its code and its parameters, model, hardware, batch,
+    layer map, and the trace's content. The policy need not stand in the scenario.
+    """
     file = setting.file
     content = {
         "fmsim": __version__,
         "policy": [label, policy.name, _contents(policy)],
-        "code": _file_digest(inspect.getfile(type(policy))),
+        "code": registry.source_digest(type(policy)),
         "model": repr(setting.geometry),
         "hardware": setting.hw.model_dump(mode="json"),
         "batch": setting.batch,
@@ -268,21 +344,6 @@ def _replayer(setting: Setting) -> Replayer:
         _kept.clear()
         _kept[key] = setting.replayer()
     return _kept[key]
-
-
-def _flat(row: Row, leave: Sequence[str]) -> Row:
-    """A report's row without what it must leave, and with one column for each figure of a group:
-    `step_s_p99`.
-    """
-    flat: Row = {}
-    for name, value in row.items():
-        if name not in leave:
-            flat |= (
-                {f"{name}_{part}": inner for part, inner in _flat(value, ()).items()}
-                if isinstance(value, dict)
-                else {name: value}
-            )
-    return flat
 
 
 def left(runs: Iterable[SweepRun], rows: Iterable[Row]) -> Iterator[SweepRun]:

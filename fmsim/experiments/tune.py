@@ -141,11 +141,12 @@ def _types(field: Any) -> list[Any]:
     return [one for one in union if one is not type(None)] or [field.annotation]
 
 
-def ranges_of(policy: str, given: Sequence[str] = ()) -> list[Range]:
+def ranges_of(policy: str | type[Policy], given: Sequence[str] = ()) -> list[Range]:
     """The `given` ranges, or all that the policy's schema bounds."""
-    fields = registry.get(policy).Params.model_fields
+    found_class = registry.get(policy)
+    fields = found_class.Params.model_fields
     if given:
-        return [Range.parse(text, fields, policy) for text in given]
+        return [Range.parse(text, fields, found_class.name) for text in given]
     found = [
         range_
         for name, field in fields.items()
@@ -205,7 +206,6 @@ class Tuning:
 
 def tune(
     file: ScenarioFile,
-    label: str,
     ranges: Sequence[Range],
     n_trials: int,
     floor: float,
@@ -214,8 +214,7 @@ def tune(
     study_file: RowFile | None = None,
     timeout_s: float = TIMEOUT_S,
 ) -> Tuning:
-    """Search `n_trials` settings of the scenario's policy `label` (or of the policy of that name,
-    with its defaults).
+    """Search `n_trials` settings of the scenario's one selected policy.
 
     The same seed gives the same trials. Those that `study_file` holds are not run again, so that an
     interrupted search goes on as if nothing had been. (Optuna's own storage keeps the trials but
@@ -232,15 +231,16 @@ def tune(
         )
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     setting = Setting(file)
-    base = dict(build_policies(file, [label]))
-    if label not in base:
-        raise FmsimError(f"--policy {label}: give one entry's label: {', '.join(base)}")
+    if len(file.selected) > 1:
+        labels = ", ".join(spec.label for spec in file.selected)
+        raise FmsimError(f"--policy: tune looks at one policy; give one entry's label: {labels}")
+    [(label, base)] = build_policies(file)
     replayer = setting.replayer()
-    own = base[label].params.model_dump(mode="json", exclude_unset=True)
+    own = base.params.model_dump(mode="json", exclude_unset=True)
     study = optuna.create_study(
         directions=["maximize", "maximize"], sampler=optuna.samplers.TPESampler(seed=seed)
     )
-    tuning = Tuning(base[label].name, floor, [], [])
+    tuning = Tuning(label, floor, [], [])
     seen: dict[str, Trial | None] = {}
     known = _Known(study_file)
     for done in range(1, n_trials + 1):
@@ -249,7 +249,7 @@ def tune(
         key = json.dumps(values, sort_keys=True)
         if key not in seen:
             # a wrong value of a range is the user's to mend
-            policy = registry.build({"policy": tuning.policy} | own | values)
+            policy = registry.build({"policy": type(base)} | own | values)
             seen[key] = _kept(tuning, setting, replayer, label, policy, values, known, timeout_s)
         found = seen[key]
         objectives = found.objectives if found else (0.0, 0.0)

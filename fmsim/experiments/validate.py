@@ -11,7 +11,7 @@ import numpy as np
 
 from fmsim.exec.decode.trace_driven import TraceDrivenDecode, TraceDrivenRun, device_name
 from fmsim.exec.runs import synthetic as synthetic_run
-from fmsim.experiments.run import build, run_scenario, select
+from fmsim.experiments.run import build, run_scenario
 from fmsim.geometry import Geometry, deepseek_v4_named
 from fmsim.policies.base import Policy
 from fmsim.replay.ledger import Ledger
@@ -87,19 +87,18 @@ def validate(
 
 def validate_scenario(
     file: ScenarioFile,
-    selected: Sequence[str],
     device: str,
     progress: Callable[[str, int, int], None] = lambda label, done, total: None,
     whole_steps: bool = False,
 ) -> dict[str, Any]:
-    """`validate` for a scenario's policies: the object that `fmsim validate --json` prints, the
-    simulation's step times beside the measured.
+    """`validate` for a scenario's selected policies: the object that `fmsim validate --json`
+    prints, the simulation's step times beside the measured.
 
     With ``whole_steps`` a model of random weights of the scenario's geometry decodes each policy's
     steps too, in the scenario's batch, so that the times are of the same thing; the scenario's
     hardware should then be a preset that `fmsim hw calibrate` made here.
     """
-    simulated = run_scenario(file, selected)
+    simulated = run_scenario(file)
     scenario = file.scenario
     geometry = deepseek_v4_named(scenario.model, file.file, file.where(("model",)))
     trace = read(file.file(scenario.trace))
@@ -109,7 +108,7 @@ def validate_scenario(
         geometry.n_csa,
     )
     replayer = Replayer(trace, entry_bytes=geometry.kv_entry_bytes, model_layers=geometry.n_csa)
-    policies = [(spec.label, partial(build, file, spec)) for spec in select(file, selected)]
+    policies = [(spec.label, partial(build, file, spec)) for spec in file.selected]
     rows = [
         check.row() for check in validate(policies, replayer, geometry, layer_map, device, progress)
     ]

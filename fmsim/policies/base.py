@@ -119,7 +119,7 @@ class LookaheadState:
     # [L, n_entries, D] float32: index keys of the entries visible at `position`; in an engine
     # perhaps by `keys[target layer]` only
     keys: Array
-    n_entries: int
+    n_entries: int  # visible at `position`
 
 
 class Future(Protocol):
@@ -159,31 +159,31 @@ class Context:
     Counts are of the trace's layers and entries.
     """
 
-    n_layers: int
-    n_groups: int
+    n_layers: int  # CSA layers of the trace
+    n_groups: int  # G: n_layers, or 1 with scope shared
     n_pages: int  # P: all pages there will be at the end of the run
     n_slots: int  # S: slots in each group, from the budget; the most of any group
-    granularity: int
-    prompt_entries: int
-    topk: int
+    granularity: int  # entries in a page
+    prompt_entries: int  # that the prompt leaves
+    topk: int  # entries that a layer selects in a step
     n_steps: int  # T; the engine passes the most it will decode
-    tau: int = 64
+    tau: int = 64  # steps in a window of `lookahead`
     entry_tokens: int = 4  # tokens of the text in an entry (the CSA rate)
     csa_numbers: tuple[
         int, ...
     ] = ()  # which of the model's CSA layers the n_layers are, from 0; the first ones if empty
-    seed: int = 0
+    seed: int = 0  # of all that a policy draws
     # slots of each group, where a policy shares its budget unevenly; else n_slots each
     group_slots: tuple[int, ...] = ()
     prompt_mass: Array | None = (
         None  # [G, P] float32: attention mass of the prompt's queries on each page
     )
     lookahead: Callable[[int], LookaheadState] | None = None  # window -> state
-    future: Future | None = None
-    # given by every cache manager; a context made by hand may lack it
+    future: Future | None = None  # for evidence "future" alone
+    # what is resident now; given by every cache manager, a context made by hand may lack it
     residents: Residents = None  # type: ignore[assignment]
     xp: Any = None  # array namespace; numpy unless given
-    device: Any = None
+    device: Any = None  # of the arrays; None is the namespace's own
     _start: Array = field(
         init=False, repr=False, default=None
     )  # [G, 1] where each row of a table starts

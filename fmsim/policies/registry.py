@@ -1,29 +1,35 @@
 """Policies by name: fmsim's own from the list here, plug-ins from the entry point group
 `fmsim.policies`.
+
+One that is not installed is named by its file, `path/file.py:Class`, or given as a class.
 """
 
 from __future__ import annotations
 
+import hashlib
+import importlib.util
 import inspect
+import re
+import sys
 import warnings
+from collections.abc import Mapping
 from difflib import get_close_matches
 from functools import cache
 from importlib.metadata import EntryPoint, entry_points
+from pathlib import Path
 from typing import Any, get_args
 
 from pydantic import ValidationError
 from pydantic_core import PydanticUndefined
 
-from fmsim.errors import FmsimError, PolicyError
-from fmsim.policies.base import Action, DecisionScope, Evidence, Policy, describe
+from fmsim import strict_yaml
+from fmsim.errors import FmsimError, FmsimWarning, PolicyError, shown
+from fmsim.policies.base import Action, DecisionScope, Evidence, Policy, PolicyParams, describe
 from fmsim.policies.guard import called
 
 GROUP = "fmsim.policies"
-DECLARATIONS = {
-    "action": get_args(Action),
-    "evidence": get_args(Evidence),
-    "decision_scope": get_args(DecisionScope),
-}
+FILE = re.compile(r"(?P<path>.+\.py):(?P<name>[A-Za-z_]\w*)(?::(?P<given>.+))?", re.DOTALL)
+DECLARATIONS = {"action": Action, "evidence": Evidence, "decision_scope": DecisionScope}
 OWN = {  # name: module of fmsim.policies, class
     "full": "full:Full",
     "recency": "recency:Recency",
@@ -62,6 +68,7 @@ def _found() -> dict[str, EntryPoint]:
             warnings.warn(
                 f"policy {point.name!r} is declared twice: {found[point.name].value} is used,"
                 f" {point.value} is not",
+                FmsimWarning,
                 stacklevel=3,
             )
         found.setdefault(point.name, point)
@@ -79,78 +86,187 @@ def names() -> list[str]:
 @cache
 def _load(name: str) -> type[Policy] | None:
     point = _found()[name]
+    fault: str | None
+    policy: type[Policy] | None = None
     try:
         policy = point.load()
     except (Exception, SystemExit) as error:  # whatever a plug-in's import raises
-        warnings.warn(
-            f"policy {name!r} ({point.value}) could not be imported and is left out:"
-            f" {type(error).__name__}: {error}",
-            stacklevel=3,
-        )
-        return None
-    if not (inspect.isclass(policy) and issubclass(policy, Policy)):
-        warnings.warn(
-            f"policy {name!r} ({point.value}) is not a subclass of fmsim.policies.base.Policy and"
-            " is left out",
-            stacklevel=3,
-        )
-        return None
-    fault = _undeclared(policy)
+        fault = f"could not be imported: {type(error).__name__}: {error}"
+    else:
+        fault = fault_of(policy)
     if fault:
-        warnings.warn(f"policy {name!r} ({point.value}) {fault}, and is left out", stacklevel=3)
+        warnings.warn(
+            f"policy {name!r} ({point.value}) is left out: it {fault}", FmsimWarning, stacklevel=3
+        )
         return None
     return policy
 
 
-def _undeclared(policy: type[Policy]) -> str | None:
-    """What the class does not declare, or declares in other words than the interface has."""
+def fault_of(policy: Any) -> str | None:
+    """What keeps an object from being a policy class that fmsim can use, or None."""
+    if not (inspect.isclass(policy) and issubclass(policy, Policy)):
+        return "is not a subclass of fmsim.Policy"
     name = getattr(policy, "name", None)
-    if not isinstance(name, str) or not name.isprintable() or not name:
-        return "has no class attribute `name`, a text"
+    if not isinstance(name, str) or not name or not name.isprintable():
+        return "has no `name`; set it in the class"
     for key, words in DECLARATIONS.items():
-        if getattr(policy, key, None) not in words:
-            return f"has no class attribute `{key}`, one of {', '.join(words)}"
+        if not hasattr(policy, key):
+            return f"has no `{key}`; it must be one of {', '.join(get_args(words))}"
+        value = getattr(policy, key)
+        if value not in get_args(words):
+            return f"says `{key}` is {value!r}; it must be one of {', '.join(get_args(words))}"
+    if not (inspect.isclass(policy.Params) and issubclass(policy.Params, PolicyParams)):
+        return "has `Params` that do not extend fmsim.PolicyParams"
+    if policy.worth is Policy.worth:
+        return "defines no `worth`"
     return None
 
 
-def get(name: str) -> type[Policy]:
-    """The class of a policy. Raises FmsimError that lists what there is."""
-    policy = _load(name) if name in _found() else None
-    if policy is None:
-        near = get_close_matches(name, _found(), n=1)
-        hint = f"did you mean {near[0]!r}? " if near and near[0] != name else ""
-        raise FmsimError(f"no policy named {name!r}; {hint}there are: {', '.join(names())}")
+def get(named: str | type[Policy] | Policy) -> type[Policy]:
+    """The class of a policy: by its name, by `path/file.py:Class`, or the class or object itself.
+
+    Raises FmsimError that lists what there is.
+    """
+    if not isinstance(named, str):
+        policy = named if inspect.isclass(named) else type(named)
+        fault = fault_of(policy)
+        if fault:
+            raise FmsimError(f"policy {policy.__name__}: it {fault}")
+        return policy
+    if ".py" in named:
+        return _from_file(named)
+    found = _load(named) if named in _found() else None
+    if found is None:
+        near = get_close_matches(named, _found(), n=1)
+        hint = f"did you mean {near[0]!r}? " if near and near[0] != named else ""
+        raise FmsimError(f"no policy named {named!r}; {hint}there are: {', '.join(names())}")
+    return found
+
+
+def _from_file(named: str) -> type[Policy]:
+    """The class that `path/file.py:Class` names."""
+    match = FILE.fullmatch(named)
+    path = Path(match["path"] if match else named)
+    if not path.is_file():
+        raise FmsimError(f"policy {named}: no such file: {path}")
+    module = _module(path.resolve(), path.stat().st_mtime_ns)
+    found = [name for name, value in vars(module).items() if _is_own(value, module.__name__)]
+    if match is None or match["name"] not in vars(module):
+        there = ", ".join(f"{path}:{name}" for name in found) or "no policy in it"
+        raise FmsimError(f"policy {named}: write {path}:CLASS; there is {there}")
+    policy: type[Policy] = vars(module)[match["name"]]
+    fault = fault_of(policy)
+    if fault:
+        raise FmsimError(f"policy {named}: it {fault}")
     return policy
 
 
-def build(spec: str | dict[str, Any]) -> Policy:
-    """A policy from its name, or from a mapping as in a scenario: {policy: lru, budget: 10%,
-    granularity: 4}.
+def _is_own(value: Any, module: str) -> bool:
+    return inspect.isclass(value) and issubclass(value, Policy) and value.__module__ == module
+
+
+@cache
+def _module(path: Path, changed: int) -> Any:
+    """The module in a file as it was `changed`; it can be pickled by reference in this process."""
+    digest = hashlib.sha256(str(path).encode()).hexdigest()[:8]
+    name = f"fmsim_policy_{re.sub(r'[^0-9A-Za-z_]', '_', path.stem)}_{digest}"
+    spec = importlib.util.spec_from_file_location(name, path)
+    assert spec is not None and spec.loader is not None  # it ends in .py
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module
+    try:
+        spec.loader.exec_module(module)
+    except (Exception, SystemExit) as error:  # whatever the file raises
+        del sys.modules[name]
+        raise FmsimError(
+            f"{path}: could not be imported: {type(error).__name__}: {error}"
+        ) from error
+    return module
+
+
+def split(text: str) -> tuple[str, dict[str, Any]]:
+    """A policy as `-p` takes it: `NAME`, `path/file.py:Class`, either with `:key=value,key=value`.
+
+    -> its name (or file and class), and the parameters given.
     """
-    given = {"policy": spec} if isinstance(spec, str) else dict(spec)
-    name = given.pop("policy", None)
-    if not isinstance(name, str):
+    match = FILE.fullmatch(text)
+    if match:
+        name, given = f"{match['path']}:{match['name']}", match["given"] or ""
+    else:
+        name, _, given = (text, "", "") if ".py" in text else text.partition(":")
+    params: dict[str, Any] = {}
+    for pair in re.split(r",(?=\s*\w+\s*=)", given) if given else []:
+        key, equals, value = (part.strip() for part in pair.partition("="))
+        if not equals or not key:
+            raise FmsimError(
+                f"--policy {text}: {pair!r} is no key=value; write e.g."
+                " lsa:on_miss=fallback,budget=20%"
+            )
+        params[key] = strict_yaml.load(value, f"--policy {shown(text)}: {key}")
+    return name, params
+
+
+def absolute(named: Any) -> Any:
+    """The same policy, its file named from the root; what names no file as it is."""
+    match = FILE.fullmatch(named) if isinstance(named, str) else None
+    return f"{Path(match['path']).resolve()}{named[match.end('path') :]}" if match else named
+
+
+def source_digest(policy: type[Policy]) -> str:
+    """A digest of the file that a policy stands in."""
+    try:
+        path = Path(inspect.getsourcefile(policy) or "")
+        code = path.read_text(encoding="utf-8") if path.is_file() else inspect.getsource(policy)
+    except (OSError, TypeError):  # typed in by hand
+        code = policy.__qualname__
+    return hashlib.sha256(code.encode()).hexdigest()[:16]
+
+
+def label_of(named: str | type[Policy] | Policy) -> str:
+    """What a policy is called in a table: its name, also where a file or a class names it."""
+    return named if isinstance(named, str) and ".py" not in named else get(named).name
+
+
+def build(spec: str | type[Policy] | Policy | Mapping[str, Any]) -> Policy:
+    """A new policy object.
+
+    `spec` is a name, `path/file.py:Class`, either with parameters behind (`lru:budget=10%`); a
+    class; an object, for one more with its parameters; or a mapping as in a scenario, {policy: lru,
+    budget: 10%, granularity: 4}.
+    """
+    if isinstance(spec, str):
+        name, params = split(spec)
+        return build({"policy": name} | params)
+    if not isinstance(spec, Mapping):
+        return build({"policy": spec})
+    given = dict(spec)
+    named = given.pop("policy", None)
+    if not isinstance(named, (str, Policy, type)):
         raise FmsimError(
             f"policy {spec!r}: the key 'policy' must name one of: {', '.join(names())}"
         )
-    policy = get(name)
+    policy = get(named)
+    if isinstance(named, Policy):
+        given = named.params.model_dump(exclude_unset=True) | given
     known = policy.Params.model_fields
     for key, value in given.items():
         if isinstance(value, bool) and key in known and not takes_bool(known[key].annotation):
-            raise FmsimError(f"policy {name}: {key}: {value} is no value of it; give a number")
+            raise FmsimError(
+                f"policy {policy.name}: {key}: {value} is no value of it; give a number"
+            )
     try:
-        params = policy.Params.model_validate(given)
+        checked = policy.Params.model_validate(given)
     except ValidationError as error:
         raise FmsimError(
-            f"policy {name}: {describe(error)} (parameters: {', '.join(known)})"
+            f"policy {policy.name}: {describe(error)} (parameters: {', '.join(known)})"
         ) from None
     except FmsimError:
         raise
     except Exception as error:  # whatever a plug-in's validators raise
         raise PolicyError(
-            f"policy {name}: its Params raised {type(error).__name__}: {error}"
+            f"policy {policy.name}: its Params raised {type(error).__name__}: {error}"
         ) from error
-    made: Policy = called(f"policy {name}: __init__", policy, params)
+    made: Policy = called(f"policy {policy.name}: __init__", policy, checked)
     return made
 
 
@@ -162,23 +278,23 @@ def takes_bool(annotation: Any) -> bool:
     return annotation not in (int, float)
 
 
-def info(name: str) -> dict[str, Any]:
+def info(name: str | type[Policy]) -> dict[str, Any]:
     """What `fmsim policy show` prints: declarations, parameters (name, type, default, description),
     docstring.
     """
     policy = get(name)
     return {
-        "name": name,
+        "name": policy.name,
         "action": policy.action,
         "evidence": policy.evidence,
         "decision_scope": policy.decision_scope,
         "summary": _first_line(policy),
         "doc": inspect.cleandoc(policy.__doc__ or ""),
-        "module": policy.__module__,
+        "module": name if isinstance(name, str) and ".py" in name else policy.__module__,
         "parameters": [
             {
                 "name": key,
-                "type": _type_name(field.annotation),
+                "type": type_name(field.annotation),
                 "default": _default(field),
                 "description": field.description or "",
             }
@@ -195,15 +311,15 @@ def _first_line(policy: type[Policy]) -> str:
     return inspect.cleandoc(policy.__doc__ or "").partition("\n")[0]
 
 
-def _type_name(annotation: Any) -> str:
+def type_name(annotation: Any) -> str:
     """int -> "int", Literal["a", "b"] -> "a | b", Path | None -> "Path | None"."""
     choices = getattr(annotation, "__args__", ())
     if getattr(annotation, "__origin__", None) in (tuple, list):
-        items = ("..." if item is ... else _type_name(item) for item in choices)
+        items = ("..." if item is ... else type_name(item) for item in choices)
         return f"{annotation.__origin__.__name__}[{', '.join(items)}]"
     if choices:
         return " | ".join(
-            _type_name(item) if isinstance(item, type) or item is None else str(item)
+            type_name(item) if isinstance(item, type) or item is None else str(item)
             for item in choices
         )
     return (

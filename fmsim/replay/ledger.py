@@ -10,13 +10,14 @@ import zipfile
 import zlib
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
 from fmsim import strict_json
 from fmsim.errors import FmsimError
 from fmsim.files import replacing
+from fmsim.frames import frame
 from fmsim.inputs import read_npz
 
 FORMAT_VERSION = 3
@@ -107,6 +108,39 @@ class Ledger:
     def budget_entries(self) -> int:
         """Entries that the slots hold, in the mean over groups; rounded down."""
         return sum(self.group_slots) * self.granularity // self.n_groups
+
+    def to_frame(self, by: Literal["step", "layer"] = "step") -> Any:
+        """A row a step, sums over layers and groups; by "layer" a row a step and layer, without
+        what a set that layers share has for all of them together.
+
+        Columns are the ledger's fields with a step axis, `misses` (entries selected that were not
+        resident) and `hit_rate`. A pandas DataFrame where pandas is installed, else a list of
+        dicts.
+        """
+        if by not in ("step", "layer"):
+            raise FmsimError(f"by={by!r}: write 'step' or 'layer'")
+        columns = {
+            f.name: value
+            for f in fields(self)
+            if isinstance(value := getattr(self, f.name), np.ndarray)
+            and value.ndim == 2
+            and value.shape[0] == self.n_steps
+        }
+        if by == "step":
+            columns = {name: value.sum(axis=1, keepdims=True) for name, value in columns.items()}
+            columns["heaviest_lost"] = self.heaviest_lost.max(axis=1, keepdims=True)
+        else:
+            width = self.n_layers
+            columns = {name: value for name, value in columns.items() if value.shape[1] == width}
+        columns["misses"] = columns["accessed"] - columns["hit"]
+        columns["hit_rate"] = columns["hit"] / np.maximum(columns["accessed"], 1)
+        rows = []
+        for step, layer in np.ndindex(columns["accessed"].shape):
+            place = {"step": step} | ({"layer": layer} if by == "layer" else {})
+            rows.append(
+                place | {name: value[step, layer].item() for name, value in columns.items()}
+            )
+        return frame(rows)
 
     def save(self, path: str | Path) -> None:
         """Write one .npz; it appears whole or not at all."""

@@ -1,5 +1,5 @@
 """Scenario files: what a user asks, in YAML."""
 
-from fmsim.scenario.file import PolicySpec, Scenario, ScenarioFile
+from fmsim.scenario.file import NamedPolicy, PolicySpec, Scenario, ScenarioFile, Source
 
-__all__ = ["PolicySpec", "Scenario", "ScenarioFile"]
+__all__ = ["NamedPolicy", "PolicySpec", "Scenario", "ScenarioFile", "Source"]

@@ -8,7 +8,7 @@ from __future__ import annotations
 import difflib
 import json
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Container, Iterable, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -18,10 +18,13 @@ from fmsim import strict_yaml
 from fmsim.errors import FmsimError, short, shown
 from fmsim.hw.deployment import Deployment
 from fmsim.inputs import read_text
+from fmsim.policies import registry
+from fmsim.policies.base import Policy
 from fmsim.scenario.key_value import key_value
 from fmsim.sim.serving import spec as serving
 from fmsim.strict_yaml import MOST_DEPTH, Loc
 
+NamedPolicy = str | type[Policy] | Policy | Mapping[str, Any]
 MOST_LABEL = 200
 MOST_POLICIES = 1000
 
@@ -29,28 +32,32 @@ MOST_POLICIES = 1000
 class PolicySpec(BaseModel):
     """One entry of `policies`: a name, or a mapping of `policy`, an optional `label`, and the
     policy's parameters.
+
+    In Python `policy` may be a class or an object too, and after `-p` it may be
+    `path/file.py:Class`.
     """
 
-    model_config = ConfigDict(frozen=True)
+    model_config = ConfigDict(frozen=True, arbitrary_types_allowed=True)
 
-    policy: str
+    policy: Any
     label: str
     params: dict[str, Any]
 
     @model_validator(mode="before")
     @classmethod
     def _from_yaml(cls, given: Any) -> Any:
-        if isinstance(given, str):
+        if not isinstance(given, Mapping):
             given = {"policy": given}
-        if not isinstance(given, Mapping) or not isinstance(given.get("policy"), str):
+        named = given.get("policy")
+        if not isinstance(named, (str, Policy, type)):
             raise ValueError(
                 "give a policy's name, or a mapping such as {policy: lru, budget: 10%}"
             )
-        label = given.get("label", given["policy"])
+        label = given["label"] if "label" in given else registry.label_of(named)
         if not isinstance(label, str) or not label.strip() or len(label) > MOST_LABEL:
             raise ValueError(f"a label is a text of 1 to {MOST_LABEL} characters")
         params = {key: value for key, value in given.items() if key not in ("policy", "label")}
-        return {"policy": given["policy"], "label": label, "params": params}
+        return {"policy": named, "label": label, "params": params}
 
 
 class Scenario(BaseModel):
@@ -92,16 +99,51 @@ class Scenario(BaseModel):
         return policies
 
 
+Source = str | Path | Mapping[str, Any] | Scenario
+
+
 class ScenarioFile:
     """A scenario and where its keys stand, so that a later mistake can name the line."""
 
-    def __init__(self, path: str | Path, overrides: Iterable[str] = ()) -> None:
-        """Read and check `path`, with `overrides` such as "batch=8" or "policies.lsa.budget=20%"
-        applied.
+    def __init__(
+        self,
+        source: Source,
+        overrides: Iterable[str] = (),
+        policies: Iterable[NamedPolicy] = (),
+    ) -> None:
+        """Read and check a file, a mapping with its keys, or a scenario made in Python.
 
-        Raises FmsimError that names file, line, key and fix.
+        `overrides` are such as "batch=8" or "policies.lsa.budget=20%". `policies` choose which
+        entries are `selected`, by label or by name; what the scenario lacks is added to it: a
+        policy's name, `path/file.py:Class`, either with `:key=value` behind, a class, an object, or
+        a mapping as in the file. Raises FmsimError that names file, line, key and fix.
         """
-        self.path = Path(path)
+        self._overridden: dict[Loc, str] = {}
+        self._document: strict_yaml.YamlDocument | None
+        self._added: dict[int, str] = {}  # entries of `policies` that `policies` added
+        raw = self._read(source)
+        overrides = list(overrides)
+        naming = [text for text in overrides if _names_a_policy(text.partition("=")[0])]
+        for override in naming:
+            self._override(raw, override)
+        chosen = self._choose(raw, policies)
+        for override in overrides:
+            if override not in naming:
+                self._override(raw, override)
+        try:
+            self.scenario = _checked(raw)
+        except ValidationError as error:
+            raise FmsimError(self._explain(error)) from None
+        every = self.scenario.policies
+        self.selected: tuple[PolicySpec, ...] = tuple(every[i] for i in chosen) or every
+
+    def _read(self, source: Source) -> dict[str, Any]:
+        """The scenario's keys; also sets where they stand."""
+        if not isinstance(source, (str, Path)):
+            self.path = Path("scenario")
+            self._document = None
+            return _raw(source)
+        self.path = Path(source)
         self._document = strict_yaml.YamlDocument(self._text(), str(self.path))
         raw = self._document.value
         if not isinstance(raw, dict):
@@ -109,13 +151,27 @@ class ScenarioFile:
                 f"{shown(self.path)}: a scenario is a mapping of keys; it needs 'name', 'trace' and"
                 " 'policies'"
             )
-        self._overridden: dict[Loc, str] = {}
-        for override in overrides:
-            self._override(raw, override)
-        try:
-            self.scenario = Scenario.model_validate_json(json.dumps(raw), strict=True)
-        except ValidationError as error:
-            raise FmsimError(self._explain(error)) from None
+        for index, entry in enumerate(_entries(raw)):
+            named = entry.get("policy") if isinstance(entry, dict) else entry
+            if isinstance(named, str) and ".py" in named:
+                raise FmsimError(
+                    f"{self.where(('policies', index))}: a scenario names installed policies, so"
+                    f" that reading it runs no code; name the file with --policy {named}"
+                )
+        return raw
+
+    def _choose(self, raw: dict[str, Any], policies: Iterable[NamedPolicy]) -> list[int]:
+        """Which entries of `policies` are meant; those that the scenario lacks are added."""
+        chosen: list[int] = []
+        for given in policies:
+            entries = _entries(raw)
+            found = [index for index, entry in enumerate(entries) if _is_called(entry, given)]
+            if not found:
+                raw["policies"] = [*entries, _entry(given)]
+                found = [len(entries)]
+                self._added[len(entries)] = given if isinstance(given, str) else "policies"
+            chosen += [index for index in found if index not in chosen]
+        return chosen
 
     def file(self, name: str | Path) -> Path:
         """A path that the scenario names: relative to the scenario, or to the working directory
@@ -130,10 +186,14 @@ class ScenarioFile:
     def where(self, loc: Loc) -> str:
         """For a message: 'file, line N: key', or the --set that gave the key."""
         key = shown(".".join(map(str, loc)))
+        if len(loc) > 1 and loc[0] == "policies" and loc[1] in self._added:
+            given = f"--policy {shown(self._added[int(loc[1])])}"
+            return ".".join([given, *map(str, loc[2:])])
         for prefix in (loc[:n] for n in range(len(loc), 0, -1)):
             if prefix in self._overridden:
                 return f"--set {shown(self._overridden[prefix])}: {key}"
-        return f"{shown(self.path)}, line {self._document.line(loc)}: {key}"
+        line = f", line {self._document.line(loc)}" if self._document is not None else ""
+        return f"{shown(self.path)}{line}: {key}"
 
     def _text(self) -> str:
         try:
@@ -153,7 +213,7 @@ class ScenarioFile:
         if not all(loc) or len(loc) > MOST_DEPTH:
             raise FmsimError(wrong)
         if loc[0] == "policies" and len(loc) > 1:
-            for index in _policy_indices(raw, str(loc[1]), override):
+            for index in _policy_indices(raw, str(loc[1]), override, self._added):
                 self._set(raw, ["policies", index, *loc[2:]], value, override)
         else:
             self._set(raw, loc, value, override)
@@ -209,20 +269,84 @@ def _inside(target: dict[str, Any] | list[Any], step: str | int, where: str) -> 
     return target[int(step)]
 
 
-def _policy_indices(raw: dict[str, Any], label: str, override: str) -> list[int]:
-    """Positions in `policies` of the entry with this label, or of all for "*"; a bare name becomes
-    a mapping, to hold the new key.
-    """
+def _checked(raw: dict[str, Any]) -> Scenario:
+    """The scenario of `raw`, strictly read as JSON; Python's policies take no part in that."""
+    objects: dict[str, Any] = {}
+
+    def plain(entry: Any) -> Any:
+        given = dict(entry) if isinstance(entry, Mapping) else {"policy": entry}
+        named = given.get("policy")
+        if not isinstance(named, (type, Policy)):
+            return entry
+        place = f"object {len(objects)}"
+        objects[place] = named
+        return {"label": registry.label_of(named)} | given | {"policy": place}
+
+    entries = raw.get("policies")
+    if isinstance(entries, list):
+        raw = raw | {"policies": [plain(entry) for entry in entries]}
+    text = json.dumps(raw, default=str)
+    scenario = Scenario.model_validate_json(text, strict=True)
+    policies = tuple(
+        spec.model_copy(update={"policy": objects.get(spec.policy, spec.policy)})
+        for spec in scenario.policies
+    )
+    return scenario.model_copy(update={"policies": policies})
+
+
+def _raw(source: Mapping[str, Any] | Scenario) -> dict[str, Any]:
+    """The keys of a scenario that was made in Python, as a file would hold them."""
+    if not isinstance(source, Scenario):
+        entries = source.get("policies", ())
+        copies = [dict(entry) if isinstance(entry, Mapping) else entry for entry in entries]
+        return dict(source) | {"policies": copies}
+    policies = [{"policy": s.policy, "label": s.label} | s.params for s in source.policies]
+    return source.model_dump(exclude_unset=True) | {"policies": policies}
+
+
+def _entries(raw: dict[str, Any]) -> list[Any]:
     policies = raw.get("policies")
-    entries = policies if isinstance(policies, list) else []
+    return policies if isinstance(policies, list) else []
+
+
+def _entry(given: NamedPolicy) -> Any:
+    """An entry of `policies` for what the scenario lacks; its label tells its parameters."""
+    if not isinstance(given, str):
+        return dict(given) if isinstance(given, Mapping) else given
+    name, params = registry.split(given)
+    label = registry.get(name).name
+    if params:
+        label += given.removeprefix(name)
+    return {"policy": name, "label": label} | params
+
+
+def _is_called(entry: Any, given: NamedPolicy) -> bool:
+    """Whether `given` is the label or the policy of an entry."""
+    entry = entry if isinstance(entry, Mapping) else {"policy": entry}
+    return isinstance(given, str) and given in (entry.get("label"), entry.get("policy"))
+
+
+def _names_a_policy(key: str) -> bool:
+    """Whether an override decides what an entry is called."""
+    parts = key.strip().split(".")
+    return parts[0] == "policies" and (len(parts) == 1 or parts[-1] in ("policy", "label"))
+
+
+def _policy_indices(
+    raw: dict[str, Any], label: str, override: str, added: Container[int]
+) -> list[int]:
+    """Positions in `policies` of the entry with this label, or of all for "*"; a bare name becomes
+    a mapping, to hold the new key. One that was added is found by its policy's name too.
+    """
+    entries = _entries(raw)
     found = []
     for index, entry in enumerate(entries):
-        entry = {"policy": entry} if isinstance(entry, str) else entry
-        if isinstance(entry, dict) and label in (
-            "*",
-            str(index),
-            entry.get("label", entry.get("policy")),
-        ):
+        entry = {"policy": entry} if not isinstance(entry, dict) else entry
+        named = entry.get("policy")
+        names = ["*", str(index), entry.get("label", named)]
+        if isinstance(named, (type, Policy)) or (isinstance(named, str) and index in added):
+            names.append(registry.label_of(named))
+        if label in names:
             entries[index] = entry
             found.append(index)
     if not found:

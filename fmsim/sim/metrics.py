@@ -40,7 +40,9 @@ def row(
     - `step_s`: median and 99th percentile of a step's time, waiting included;
     - `h2d_bytes`: bytes from host to GPU during the decode, of the whole batch;
     - `stall_ratio`: share of the decode's time spent waiting for misses or for a late recall;
-    - `max_requests`: requests of this size that one server holds; see `capacity`.
+    - `max_requests`: requests of this size that one server holds; see `capacity`;
+    - `hit_rate`: selected entries resident when their step began, of all selected entries;
+    - `misses`: the others, over all steps and CSA layers of the model, of one request.
 
     Sums over layers weigh each trace layer by the model layers that it drives.
     """
@@ -52,6 +54,7 @@ def row(
         **kept(ledger, place.layer_map),
         **timed(timeline),
         "max_requests": capacity(place, geometry, hw)[0],
+        **hits(ledger, place.layer_map),
     }
 
 
@@ -68,12 +71,14 @@ def kept(ledger: Ledger, layer_map: Sequence[int]) -> dict[str, float | None]:
     }
 
 
-def hit_ratio(ledger: Ledger, layer_map: Sequence[int]) -> float | None:
-    """Selected entries that were resident when their step began, of all selected; None where no
-    layer was measured.
-    """
+def hits(ledger: Ledger, layer_map: Sequence[int]) -> dict[str, Any]:
+    """A row's `hit_rate` and `misses`, over the layers that were measured; None where none was."""
     weights = _layer_weights(ledger, layer_map)
-    return _ratio(ledger.hit, ledger.accessed, weights) if weights.any() else None
+    missed = (ledger.accessed - ledger.hit).sum(axis=0, dtype=np.int64)
+    return {
+        "hit_rate": _ratio(ledger.hit, ledger.accessed, weights) if weights.any() else None,
+        "misses": int(missed @ weights) if weights.any() else None,
+    }
 
 
 def _layer_weights(ledger: Ledger, layer_map: Sequence[int]) -> np.ndarray:
@@ -124,7 +129,6 @@ def details(
     place = footprint(ledger, geometry, layer_map)
     return {
         "exact": exact(ledger),
-        "hit_ratio": hit_ratio(ledger, place.layer_map),
         "params": ledger.params,
         "gpu_kv_bytes": int(place.gpu_bytes.max()),
         "host_kv_bytes": place.host_bytes,

@@ -1,9 +1,10 @@
 """The conformance kit for policy plug-ins.
 
-from fmsim.testing import check_policy
+from fmsim import check_policy
 check_policy(MyPolicy)
 """
 
-from fmsim.testing.policy_checks import check_policy, sample_trace, slot_history
+from fmsim.testing.checks import PolicyCheck, check_policy, policy_checks
+from fmsim.testing.sample import sample_trace
 
-__all__ = ["check_policy", "sample_trace", "slot_history"]
+__all__ = ["PolicyCheck", "check_policy", "policy_checks", "sample_trace"]

@@ -49,7 +49,7 @@ def test_a_response_ends_in_a_table(kind, tmp_path):
     details = report["scenario"]["details"]
     assert report["scenario"]["trace"]["masses"] is False
     assert all(row["mass_kept"] is None and row["entry_recall"] is None for row in rows.values())
-    hits = {name: details[name]["hit_ratio"] for name in rows}
+    hits = {name: rows[name]["hit_rate"] for name in rows}
     assert hits["full"] == 1 and hits["belady"] >= max(hits["lru"], hits["lfu"])
     assert details["lru"]["exact"] is True and details["recency"]["exact"] is False
     assert rows["lru"]["h2d_bytes"] > 0 and rows["lru"]["stall_ratio"] > 0
@@ -100,11 +100,11 @@ def test_another_familys_trace_drives_only_where_it_is_said(tmp_path):
     path = Path("traces/nano-32k-needles.safetensors")
     overrides = ["model=v3.2", "hardware=h200"]
     with pytest.raises(FmsimError, match="entry_tokens: 1 and layer_map: spread"):
-        run_scenario(captured.of_trace(path, overrides), ["full"])
+        run_scenario(captured.of_trace(path, overrides, ["full"]))
     overrides += ["layer_map=spread", "entry_tokens=4"]
     with pytest.raises(FmsimError, match="v3.2 has entries of 1 tokens"):
-        run_scenario(captured.of_trace(path, overrides), ["full"])
-    report = run_scenario(captured.of_trace(path, [*overrides, "entry_tokens=1"]), ["full"])
+        run_scenario(captured.of_trace(path, overrides, ["full"]))
+    report = run_scenario(captured.of_trace(path, [*overrides, "entry_tokens=1"], ["full"]))
     assert "stand in" in report.scenario["stands_for"]
     assert report.runs[0].row["kv_hbm_ratio"] == 1
 

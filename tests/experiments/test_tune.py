@@ -104,8 +104,7 @@ def test_the_front_and_the_best_by_hand():
 
 def test_a_search_keeps_the_floor_finds_the_fast_and_repeats_by_its_seed(scenario):
     search = lambda seed: tune(
-        ScenarioFile(scenario),
-        "oracle",
+        ScenarioFile(scenario, policies=["oracle"]),
         ranges_of("oracle", ["budget=1%..60%", "granularity"]),
         12,
         0.9,

@@ -163,11 +163,6 @@ def test_lookahead_cadence_recalls_what_lfu_counted():
     assert hits(trace, spec) == [0, 0, 0, 0, 0]  # what is masked is never seen, so never counted
 
 
-@pytest.mark.parametrize("name", [name for name in NAMES if name not in (*SCORED, "native")])
-def test_conformance(name):
-    check_policy(registry.get(name))
-
-
 @pytest.mark.parametrize("name", SCORED)
 @pytest.mark.parametrize("more", [{}, {"prompt_history": True, "budget": "60 entries"}])
 def test_conformance_with_a_memory_indexer(name, more, tmp_path):
@@ -338,21 +333,3 @@ def raises(good):
 def test_a_faulty_policy_gives_one_error_with_its_name_and_step(answer, message):
     with pytest.raises(FmsimError, match=f"policy bad, step 2: .*{message}"):
         Replayer(stream([1, 2, 3, 4, 5], 10)).run(misbehaving(answer))
-
-
-def test_check_policy_finds_what_is_not_deterministic_or_undeclared():
-    class Moody(Policy):
-        """Draws its worth anew each time."""
-
-        name, action, evidence, decision_scope = "moody", "evict", "position", "step"
-
-        def worth(self, step, pages):
-            return self.ctx.xp.asarray(
-                np.random.default_rng().random(pages.shape, dtype=np.float32)
-            )
-
-    with pytest.raises(AssertionError, match="moody: .* not deterministic"):
-        check_policy(Moody)
-    Moody.evidence = "tea leaves"
-    with pytest.raises(AssertionError, match="`evidence` is 'tea leaves'"):
-        check_policy(Moody)

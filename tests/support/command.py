@@ -21,6 +21,8 @@ FIELDS = [
     "h2d_bytes",
     "stall_ratio",
     "max_requests",
+    "hit_rate",
+    "misses",
 ]
 
 

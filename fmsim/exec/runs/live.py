@@ -31,6 +31,8 @@ MEASURED = [
     "step_s",
     "h2d_bytes",
     "stall_ratio",
+    "hit_rate",
+    "misses",
 ]
 
 
@@ -112,6 +114,7 @@ def report(
     ledgers, n_requests = [request.ledger() for request in batch.requests], len(batch.requests)
     kept = [metrics.kept(ledger, range(ledger.n_layers)) for ledger in ledgers]
     figures = {key: _mean([row[key] for row in kept]) for key in kept[0]}
+    hits = [metrics.hits(ledger, range(ledger.n_layers)) for ledger in ledgers]
     row = {
         "policy": label,
         "kv_hbm_bytes": round(batch.gpu_kv_bytes / n_requests),
@@ -119,6 +122,7 @@ def report(
         **figures,
         **metrics.timed(batch.timeline()),
         "max_requests": None,
+        **{key: _mean([row[key] for row in hits]) for key in hits[0]},
     }
     details = {
         "exact": _all_of([metrics.exact(ledger) for ledger in ledgers]),

@@ -165,6 +165,7 @@ def report(
                 **metrics.kept(ledger, layer_map),
                 **metrics.timed(found.timeline()),
                 "max_requests": None,
+                **metrics.hits(ledger, layer_map),
             }
         )
         details[found.label] = {

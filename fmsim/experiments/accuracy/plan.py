@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
-from fmsim import strict_yaml
 from fmsim.errors import FmsimError
 from fmsim.geometry import PRESETS
 from fmsim.policies import registry
 from fmsim.policies.base import Policy
-from fmsim.scenario.key_value import key_value
 from fmsim.tasks import FAMILIES, in_contexts
 
 POLICIES = ("full", "lsa", "lsa:on_miss=fallback", "recency", "random", "lru", "h2o", "oracle")
@@ -81,15 +78,7 @@ def policy_of(spec: str, budget: str, checkpoint: str | None = None) -> Policy:
     """A policy from ``name`` or ``name:key=value,key=value``; FmsimError where it cannot be read or
     built.
     """
-    name, _, given = spec.partition(":")
-    params: dict[str, Any] = {}
-    for pair in filter(None, given.split(",")):
-        key, value = key_value(
-            pair,
-            f"--policy {spec}: {pair!r} is no key=value; write e.g."
-            " lsa:on_miss=fallback,budget=20%",
-        )
-        params[key] = strict_yaml.load(value, f"--policy {spec}: {key}")
+    name, params = registry.split(spec)
     fields = registry.get(name).Params.model_fields
     if name != "full":
         params.setdefault("budget", budget)

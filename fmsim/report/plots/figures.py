@@ -78,8 +78,7 @@ def trade_off(results: Results, style: Style) -> go.Figure:
         scores = [row["mass_kept"] for row in results.rows]
     else:
         title = "selected entries resident"
-        details = results.about["details"]
-        scores = [details[row["policy"]]["hit_ratio"] for row in results.rows]
+        scores = [row["hit_rate"] for row in results.rows]
     figure = go.Figure()
     taken: dict[tuple[float, float], int] = {}  # labels at about the same place go around it
     for row, score in zip(results.rows, scores, strict=True):

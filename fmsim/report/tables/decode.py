@@ -162,7 +162,7 @@ def cells(row: dict[str, Any], details: dict[str, Any], steps: int) -> list[str 
         f"{row['kv_hbm_bytes'] / GIB:.3f}",
         f"{row['kv_hbm_ratio']:.1%}",
         f"{details['gpu_kv_bytes'] / GIB:.3f}",
-        share_text(details["hit_ratio"] if row["entry_recall"] is None else row["entry_recall"]),
+        share_text(row["hit_rate"] if row["entry_recall"] is None else row["entry_recall"]),
         share_text(row["mass_kept"]),
         "-" if row["set_overlap"] is None else f"{row['set_overlap']:.2f}",
         f"{row['decode_tokens_per_s']:.1f}",
