@@ -36,7 +36,7 @@ from fmsim.exec.kernels.layout import KEY, LATENT
 from fmsim.exec.measure import calibrate
 from fmsim.exec.measure.kernel_cases import recall
 from fmsim.exec.measure.timing import captured, median_s
-from fmsim.exec.model.synthetic import experts_that_fit, synthetic_config
+from fmsim.exec.model.weights.synthetic import experts_that_fit, synthetic_config
 from fmsim.exec.runs import synthetic as synthetic_run
 from fmsim.geometry import PRESETS, Geometry
 from fmsim.hw.calibration import write_preset

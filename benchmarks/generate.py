@@ -32,7 +32,7 @@ from transformers import DeepseekV4ForCausalLM, StoppingCriteria, StoppingCriter
 from fmsim.errors import FmsimError
 from fmsim.exec.decode.engine import Engine
 from fmsim.exec.decode.prompt import Prompt
-from fmsim.exec.model.loader import load_model
+from fmsim.exec.model.weights.loader import load_model
 from fmsim.nano.question import TEXT, haystack, questions
 from fmsim.nano.tokenizer import MODEL_FOLDER
 from fmsim.policies import registry

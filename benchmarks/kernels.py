@@ -37,7 +37,7 @@ from fmsim.exec.measure import kernel_cases as cases
 from fmsim.exec.measure import module_cases as modules
 from fmsim.exec.measure.timing import median_s
 from fmsim.exec.model.kinds import CSA, HCA
-from fmsim.exec.model.synthetic import synthetic_config
+from fmsim.exec.model.weights.synthetic import synthetic_config
 from fmsim.geometry import PRESETS
 
 HBM_BYTES_PER_S, PCIE_BYTES_PER_S = 3.0e12, 55e9

@@ -24,7 +24,7 @@ import torch
 
 from fmsim import tasks
 from fmsim.exec.model.deepseek_v4 import DeepseekV4
-from fmsim.exec.model.loader import load_model
+from fmsim.exec.model.weights.loader import load_model
 from fmsim.nano import tokens as corpora
 from fmsim.nano.measure.evaluate import prompts_of
 from fmsim.nano.tokenizer import EOS_ID

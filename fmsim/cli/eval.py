@@ -136,7 +136,7 @@ def _open(device: str, corpus: Path | None, files: list[Path]):
 
 
 def _model(device: str):
-    from fmsim.exec.model.loader import load_model
+    from fmsim.exec.model.weights.loader import load_model
     from fmsim.nano.tokenizer import MODEL_FOLDER
 
     return load_model(MODEL_FOLDER, device)

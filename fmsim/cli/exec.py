@@ -178,8 +178,8 @@ def exec_(
     require("model", "exec")
     import torch
 
-    from fmsim.exec.model.loader import load_model
-    from fmsim.exec.model.needs import needs
+    from fmsim.exec.model.weights.loader import load_model
+    from fmsim.exec.model.weights.needs import needs
     from fmsim.exec.runs import live as run
     from fmsim.nano.question import TEXT
     from fmsim.nano.tokenizer import MODEL_FOLDER

@@ -10,7 +10,7 @@ if TYPE_CHECKING:
 
 def policy_given(name: str, overrides: list[str]) -> Policy:
     """The policy of ``--policy`` with the parameters of ``--set``; FmsimError where one is none."""
-    from fmsim import strict_yaml
+    from fmsim.files import strict_yaml
     from fmsim.policies import registry
     from fmsim.scenario.key_value import key_value
 

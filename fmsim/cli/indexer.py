@@ -225,7 +225,7 @@ def _nanos_own(traces: list[Trace]) -> Checkpoint | None:
     read them.
     """
     try:
-        from fmsim.exec.model.loader import load_model
+        from fmsim.exec.model.weights.loader import load_model
         from fmsim.exec.runs.native import native_indexer
         from fmsim.exec.runs.record import weights_digest
     except ModuleNotFoundError:
@@ -252,7 +252,7 @@ def native(
     fmsim run scenarios/500k.yaml -p lsa --set policies.lsa.checkpoint=native.safetensors
     """
     require("model", "indexer native")
-    from fmsim.exec.model.loader import load_model
+    from fmsim.exec.model.weights.loader import load_model
     from fmsim.exec.runs.native import native_indexer
     from fmsim.indexer import checkpoint
     from fmsim.nano.tokenizer import MODEL_FOLDER

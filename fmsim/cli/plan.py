@@ -155,7 +155,7 @@ def plan(
             **asked,
         )
     if as_json:
-        from fmsim import strict_json
+        from fmsim.files import strict_json
 
         typer.echo(strict_json.dump(report))
     else:

@@ -114,7 +114,7 @@ def run(
     if svg is not None:
         _write_svg(svg, shown.svg(plain, f"fmsim run {scenario}"))
     if as_json:
-        from fmsim import strict_json
+        from fmsim.files import strict_json
 
         typer.echo(strict_json.dump(plain))
     else:
@@ -132,7 +132,7 @@ def _scenario(
 ) -> ScenarioFile:
     """The scenario of a file; of a trace or a capture one with every policy that it can drive."""
     from fmsim.errors import FmsimError
-    from fmsim.experiments import captured
+    from fmsim.experiments.captures import captured
     from fmsim.scenario import ScenarioFile
 
     if capture is not None:

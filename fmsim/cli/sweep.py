@@ -128,7 +128,7 @@ def sweep(
             progress=progress,
         )
     if as_json:
-        from fmsim import strict_json
+        from fmsim.files import strict_json
 
         typer.echo(strict_json.dump(rows))
     else:

@@ -170,7 +170,7 @@ def _dsa(model: Path, prompt_file: Path | None, context: int, steps: int, device
 
 
 def _deepseek(model: Path | None, stream: Stream, seed: int, device: str):
-    from fmsim.exec.model.loader import load_model
+    from fmsim.exec.model.weights.loader import load_model
     from fmsim.exec.runs.record import record, weights_digest
     from fmsim.nano.tokenizer import MODEL_FOLDER
 

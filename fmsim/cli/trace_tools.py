@@ -51,7 +51,7 @@ def stats(
     fmsim trace stats capture.safetensors --json --html capture.html
     """
     from fmsim import trace
-    from fmsim.experiments.trace_stats import stats as measured
+    from fmsim.experiments.captures.trace_stats import stats as measured
     from fmsim.report.tables import trace_stats as table
 
     found = measured(trace.read(file), steps)

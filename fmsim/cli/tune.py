@@ -72,7 +72,7 @@ def tune(
     ranges = ranges_of(named, range_)
     found = _with_progress(file, label, ranges, trials, floor, seed, quiet, study, policy_timeout)
     if as_json:
-        from fmsim import strict_json
+        from fmsim.files import strict_json
 
         best = _plain(found.best) if found.best else None
         failed = [{"values": values, "error": error} for values, error in found.failed]

@@ -23,9 +23,9 @@ from fmsim.policies import registry
 from fmsim.policies.base import Policy
 from fmsim.scenario import ScenarioFile
 from fmsim.sim import metrics
-from fmsim.sim.serving.behaviour import BEHAVIOURS
+from fmsim.sim.serving.capacity.behaviour import BEHAVIOURS
+from fmsim.sim.serving.capacity.plan import CapacityQuestion, plan
 from fmsim.sim.serving.demand import Demand
-from fmsim.sim.serving.plan import CapacityQuestion, plan
 from fmsim.sim.serving.spec import Server
 
 _DEPLOYMENT = re.compile(r"(tp|dp|cp|ep)(\d+)")

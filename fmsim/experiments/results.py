@@ -11,9 +11,9 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from fmsim import strict_json
 from fmsim.errors import FmsimError
-from fmsim.inputs import MOST_BYTES_OF_RESULTS, check_regular, read_json
+from fmsim.files import strict_json
+from fmsim.files.inputs import MOST_BYTES_OF_RESULTS, check_regular, read_json
 from fmsim.replay.ledger import Ledger
 from fmsim.sim.timeline import SimulatedTimeline
 

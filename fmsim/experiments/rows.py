@@ -12,10 +12,9 @@ from typing import Any, Self
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from fmsim import strict_json
 from fmsim.errors import FmsimError, shown
-from fmsim.files import replacing
-from fmsim.inputs import MOST_BYTES_OF_RESULTS, check_regular, read_bytes, reason
+from fmsim.files import replacing, strict_json
+from fmsim.files.inputs import MOST_BYTES_OF_RESULTS, check_regular, read_bytes, reason
 
 Row = dict[str, Any]  # flat: no value is a mapping
 SCHEMA_VERSION = 2  # of a row; 1 had none

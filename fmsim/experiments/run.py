@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fmsim import __version__, strict_json
+from fmsim import __version__
 from fmsim.errors import FmsimError
 from fmsim.experiments.driving import layers_that_drive, stands_for
 from fmsim.experiments.failures import TIMEOUT_S, Failure, guarded, lost, raise_if_all
@@ -20,7 +20,7 @@ from fmsim.experiments.results import (
     timeline_path,
 )
 from fmsim.experiments.rows import flat
-from fmsim.files import write_text
+from fmsim.files import strict_json, write_text
 from fmsim.frames import frame, html_table
 from fmsim.geometry import Geometry, geometry_named
 from fmsim.hw import Hardware, load_hardware, replace_figure

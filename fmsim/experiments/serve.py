@@ -9,14 +9,13 @@ from typing import Any
 
 import numpy as np
 
-from fmsim import strict_json
 from fmsim.errors import FmsimError
 from fmsim.experiments.failures import TIMEOUT_S, Failure, guarded, lost, raise_if_all
 from fmsim.experiments.parallel import in_parallel
 from fmsim.experiments.results import ledger_path
 from fmsim.experiments.rows import flat
 from fmsim.experiments.run import Setting, about, build_policies
-from fmsim.files import write_text
+from fmsim.files import strict_json, write_text
 from fmsim.frames import frame, html_table
 from fmsim.policies.base import Policy
 from fmsim.replay.ledger import Ledger

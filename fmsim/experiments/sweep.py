@@ -15,13 +15,14 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from fmsim import __version__, strict_yaml
+from fmsim import __version__
 from fmsim.errors import FmsimError, shown
 from fmsim.experiments.failures import TIMEOUT_S
 from fmsim.experiments.parallel import as_they_end, on_ray
 from fmsim.experiments.rows import Row, RowFile, flat
 from fmsim.experiments.run import Setting, build, build_policies
 from fmsim.experiments.serve import serve_policy
+from fmsim.files import strict_yaml
 from fmsim.indexer.checkpoint import SHIPPED
 from fmsim.policies import registry
 from fmsim.policies.base import Policy

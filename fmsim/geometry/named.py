@@ -11,12 +11,12 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from fmsim import strict_json, strict_yaml
 from fmsim.errors import FmsimError, short, shown
+from fmsim.files import strict_json, strict_yaml
+from fmsim.files.inputs import read_text
 from fmsim.geometry import deepseek_v4, dsa, minimax_m3
 from fmsim.geometry.base import Geometry
 from fmsim.geometry.described import from_description
-from fmsim.inputs import read_text
 
 _FOLDER = resources.files("fmsim.geometry") / "presets"
 _FAMILIES: dict[str, Callable[[Mapping[str, Any], str], Geometry]] = {

@@ -11,11 +11,11 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from fmsim import strict_json, strict_yaml
 from fmsim.errors import DoesNotFit, FmsimError, shown
+from fmsim.files import strict_json, strict_yaml
+from fmsim.files.inputs import read_text
 from fmsim.geometry import Geometry
 from fmsim.hw.deployment import GIB, Deployment, Format, Placement, place, pool_of_log
-from fmsim.inputs import read_text
 
 LEAST, MOST = 1e-6, 1e21  # of a figure: beyond them, times overflow
 LINK_FIGURE = "link_bytes_per_s"  # the figure that stands in the link's own file

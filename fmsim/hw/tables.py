@@ -1,4 +1,4 @@
-"""Kernel times by GPU and engine, from `tables/*.json`, which benchmarks/kernel_tables.py made.
+"""Kernel times by GPU and engine, from `tables/*.json`, which benchmarks/hw_tables made.
 
 All times in milliseconds. Sizes are tokens: of a decode step (requests) or of a prefill's chunk.
 """

@@ -22,8 +22,8 @@ from typing import Any, get_args
 from pydantic import ValidationError
 from pydantic_core import PydanticUndefined
 
-from fmsim import strict_yaml
 from fmsim.errors import FmsimError, FmsimWarning, PolicyError, shown
+from fmsim.files import strict_yaml
 from fmsim.policies.base import Action, DecisionScope, Evidence, Policy, PolicyParams, describe
 from fmsim.policies.guard import called
 

@@ -14,11 +14,10 @@ from typing import Any, Literal
 
 import numpy as np
 
-from fmsim import strict_json
 from fmsim.errors import FmsimError
-from fmsim.files import replacing
+from fmsim.files import replacing, strict_json
+from fmsim.files.inputs import read_npz
 from fmsim.frames import frame
-from fmsim.inputs import read_npz
 
 FORMAT_VERSION = 3
 

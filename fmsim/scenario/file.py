@@ -14,15 +14,15 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
-from fmsim import strict_yaml
 from fmsim.errors import FmsimError, short, shown
+from fmsim.files import strict_yaml
+from fmsim.files.inputs import read_text
+from fmsim.files.strict_yaml import MOST_DEPTH, Loc
 from fmsim.hw.deployment import Deployment
-from fmsim.inputs import read_text
 from fmsim.policies import registry
 from fmsim.policies.base import Policy
 from fmsim.scenario.key_value import key_value
 from fmsim.sim.serving import spec as serving
-from fmsim.strict_yaml import MOST_DEPTH, Loc
 
 NamedPolicy = str | type[Policy] | Policy | Mapping[str, Any]
 MOST_LABEL = 200

@@ -8,10 +8,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from fmsim import strict_json
 from fmsim.errors import FmsimError
-from fmsim.files import write_text
-from fmsim.inputs import MOST_BYTES_OF_RESULTS, read_json
+from fmsim.files import strict_json, write_text
+from fmsim.files.inputs import MOST_BYTES_OF_RESULTS, read_json
 
 
 class Transfer(NamedTuple):

@@ -15,9 +15,9 @@ from typing import Any, NamedTuple
 import numpy as np
 from pydantic import ValidationError
 
-from fmsim import strict_json
 from fmsim.errors import FmsimError, shown
-from fmsim.inputs import check_regular, reason
+from fmsim.files import strict_json
+from fmsim.files.inputs import check_regular, reason
 from fmsim.trace import verified
 from fmsim.trace.check import check_structure, fail, validate
 from fmsim.trace.format import (

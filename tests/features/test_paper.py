@@ -10,8 +10,8 @@ import pytest
 from hand_ledger import FLASH, ledger, loads
 
 from fmsim.hw import load_hardware
+from fmsim.sim.serving.capacity.plan import CapacityQuestion
 from fmsim.sim.serving.demand import Demand
-from fmsim.sim.serving.plan import CapacityQuestion
 from fmsim.sim.serving.server import ServerRun
 from fmsim.sim.serving.spec import ClosedLoop, Server
 from fmsim.sim.serving.summary import summary

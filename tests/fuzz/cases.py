@@ -21,7 +21,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "support"))
 from command import fmsim_here
 from made_trace import make_trace
 
-from fmsim import strict_json
+from fmsim.files import strict_json
 from fmsim.trace import write
 
 MOST_SECONDS = 20

@@ -123,7 +123,7 @@ def test_the_measuring_runs(tmp_path, float8):
     """
     from fmsim.exec.kernels.layout import plain
     from fmsim.exec.measure.calibrate import Sizes, measure
-    from fmsim.exec.model.synthetic import QUANTISED
+    from fmsim.exec.model.weights.synthetic import QUANTISED
     from fmsim.nano.config import nano_config
 
     sizes = Sizes(

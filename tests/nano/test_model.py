@@ -15,7 +15,7 @@ transformers = pytest.importorskip(
 
 from fmsim.exec.decode.session import Session
 from fmsim.exec.model.kinds import CSA, HCA, SLIDING
-from fmsim.exec.model.loader import load_model
+from fmsim.exec.model.weights.loader import load_model
 from fmsim.exec.runs.stream import exact
 from fmsim.nano import tokens as corpora
 from fmsim.nano.prompts import evaluation_prompt

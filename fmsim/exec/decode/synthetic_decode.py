@@ -1,11 +1,11 @@
 """Whole decode steps of a model with random weights under a policy that a trace drives: footprints
 and times at a published model's size.
 
-The model (`fmsim.exec.model.synthetic`) runs every layer, scores its index keys and selects, in the
-published layouts of 584 and 132 bytes. Since random weights attend to nothing in particular, what
-it selects is dropped, and the trace's own selection is attended to, through the block tables that
-the policy's residency keeps: so recalls and misses are real traffic of the real policy on real
-attention.
+The model (`fmsim.exec.model.weights.synthetic`) runs every layer, scores its index keys and
+selects, in the published layouts of 584 and 132 bytes. Since random weights attend to nothing in
+particular, what it selects is dropped, and the trace's own selection is attended to, through the
+block tables that the policy's residency keeps: so recalls and misses are real traffic of the real
+policy on real attention.
 """
 
 from __future__ import annotations

@@ -34,8 +34,8 @@ from fmsim.exec.model.hyper_connection import HyperConnection, HyperHead
 from fmsim.exec.model.kinds import CSA, HCA
 from fmsim.exec.model.norm_rope import RMSNorm
 from fmsim.exec.model.projections import linear
-from fmsim.exec.model.quantised import fill_float8, hold_float8, published_float8
-from fmsim.exec.model.synthetic import synthetic_config
+from fmsim.exec.model.weights.quantised import fill_float8, hold_float8, published_float8
+from fmsim.exec.model.weights.synthetic import synthetic_config
 from fmsim.geometry import Geometry
 from fmsim.hw.calibration import Calibration, Timing
 from fmsim.hw.spec import KernelTable

@@ -27,7 +27,7 @@ from fmsim.exec.measure.kernel_cases import Case
 from fmsim.exec.model.experts import Experts, Router, SwiGLU
 from fmsim.exec.model.hyper_connection import HyperConnection, HyperHead
 from fmsim.exec.model.norm_rope import RMSNorm
-from fmsim.exec.model.quantised import fill_float8, hold_float8, published_float8
+from fmsim.exec.model.weights.quantised import fill_float8, hold_float8, published_float8
 
 ROPE_PAIRS, QUERY_LATENT = 32, 1024
 HIDDEN, STREAMS = 4096, 4

@@ -19,7 +19,7 @@ from fmsim.exec.decode.session import Session
 from fmsim.exec.model.cache import Access
 from fmsim.exec.model.deepseek_v4 import DeepseekV4
 from fmsim.exec.model.kinds import CSA
-from fmsim.exec.model.shards import weight_files
+from fmsim.exec.model.weights.shards import weight_files
 from fmsim.exec.runs.stream import Stream, exact
 from fmsim.geometry.deepseek_v4 import FAMILY
 from fmsim.trace import TAU, CacheLayout, ModelInfo, Trace, TraceHeader, TraceRecorder

@@ -18,7 +18,7 @@ from fmsim.exec.decode.synthetic_decode import SyntheticStep
 from fmsim.exec.decode.trace_driven import TraceDrivenDecode, TraceDrivenRun
 from fmsim.exec.kv.tiered import host_free_bytes
 from fmsim.exec.model.deepseek_v4 import DeepseekV4
-from fmsim.exec.model.synthetic import model_bytes, synthetic_model
+from fmsim.exec.model.weights.synthetic import model_bytes, synthetic_model
 from fmsim.exec.runs.live import MEASURED, device_name
 from fmsim.geometry import Geometry
 from fmsim.policies.base import Policy

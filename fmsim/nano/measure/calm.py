@@ -19,7 +19,7 @@ import numpy as np
 import torch
 
 from fmsim.exec.model.deepseek_v4 import DeepseekV4
-from fmsim.exec.model.loader import load_model
+from fmsim.exec.model.weights.loader import load_model
 from fmsim.nano import tokens as corpora
 from fmsim.nano.prompts import decode_stream
 from fmsim.nano.tokens import Corpus

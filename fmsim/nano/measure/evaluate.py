@@ -20,7 +20,7 @@ import torch
 
 from fmsim.exec.decode.session import Session
 from fmsim.exec.model.deepseek_v4 import DeepseekV4
-from fmsim.exec.model.loader import load_model
+from fmsim.exec.model.weights.loader import load_model
 from fmsim.nano import tokens as corpora
 from fmsim.nano import wording as say
 from fmsim.nano.prompts import STREAM_FACTS, VALUE_DIGITS, evaluation_prompt

@@ -19,7 +19,7 @@ import torch
 
 from fmsim import trace
 from fmsim.exec.model.deepseek_v4 import DeepseekV4
-from fmsim.exec.model.loader import load_model
+from fmsim.exec.model.weights.loader import load_model
 from fmsim.exec.runs.record import record, weights_digest
 from fmsim.nano import tokens as corpora
 from fmsim.nano.prompts import streams_of_one_context

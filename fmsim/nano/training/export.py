@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from fmsim.exec.model.deepseek_v4 import DeepseekV4
-from fmsim.exec.model.loader import KEPT_FLOAT32
+from fmsim.exec.model.weights.loader import KEPT_FLOAT32
 
 MOST_BYTES = 13_000_000  # of a file
 

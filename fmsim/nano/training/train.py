@@ -25,7 +25,7 @@ import torch
 
 from fmsim.errors import FmsimError
 from fmsim.exec.model.deepseek_v4 import DeepseekV4
-from fmsim.exec.model.loader import load_model
+from fmsim.exec.model.weights.loader import load_model
 from fmsim.nano.config import nano_config
 from fmsim.nano.training.batches import stream_batches
 from fmsim.nano.training.export import export

@@ -17,9 +17,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from fmsim import strict_json
 from fmsim.errors import FmsimError, short, shown
-from fmsim.inputs import MOST_BYTES_OF_RESULTS, read_text
+from fmsim.files import strict_json
+from fmsim.files.inputs import MOST_BYTES_OF_RESULTS, read_text
 from fmsim.sim.serving.spec import MOST_TOKENS
 
 MOST_SECONDS = 1e12  # of a recorded time, from any origin

@@ -11,7 +11,7 @@ from fmsim.exec.measure.timing import captured
 from fmsim.exec.model.attention import Attention
 from fmsim.exec.model.cache import CompressorState, LayerCache
 from fmsim.exec.model.kinds import CSA, HCA, SLIDING
-from fmsim.exec.model.quantised import fill_float8, hold_float8, published_float8
+from fmsim.exec.model.weights.quantised import fill_float8, hold_float8, published_float8
 from fmsim.nano.config import nano_config
 
 

@@ -25,7 +25,7 @@ from tiny_model import CSA, kinds, oracle
 
 from fmsim.exec.decode.engine import Batch, Engine
 from fmsim.exec.decode.prompt import Prompt
-from fmsim.exec.model.loader import allocate, load_model, meta_model
+from fmsim.exec.model.weights.loader import allocate, load_model, meta_model
 from fmsim.nano.tokenizer import MODEL_FOLDER
 from fmsim.policies import registry
 from fmsim.trace import read

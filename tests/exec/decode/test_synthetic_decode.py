@@ -17,7 +17,7 @@ from made_trace import make_trace, save_indexer
 
 from fmsim.errors import FmsimError
 from fmsim.exec.decode import trace_driven
-from fmsim.exec.model.synthetic import model_bytes, synthetic_model
+from fmsim.exec.model.weights.synthetic import model_bytes, synthetic_model
 from fmsim.exec.runs import synthetic as synthetic_run
 from fmsim.geometry import CSA, HCA, PRESETS, SLIDING
 from fmsim.policies import registry

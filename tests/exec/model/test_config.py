@@ -18,7 +18,7 @@ from fmsim.errors import FmsimError
 from fmsim.exec.decode.engine import Engine
 from fmsim.exec.decode.prompt import Prompt
 from fmsim.exec.model.config import read_config
-from fmsim.exec.model.loader import load_model
+from fmsim.exec.model.weights.loader import load_model
 from fmsim.policies import registry
 
 YARN = {

@@ -14,7 +14,7 @@ from tiny_model import CSA, HCA, SLIDING, kinds, oracle, ours
 
 from fmsim.errors import FmsimError
 from fmsim.exec.model.indexer import index_scores
-from fmsim.exec.model.loader import load_model
+from fmsim.exec.model.weights.loader import load_model
 
 
 @settings(max_examples=8, deadline=None)

@@ -13,7 +13,12 @@ from fmsim.exec.model.attention import Attention
 from fmsim.exec.model.experts import Experts, MoE
 from fmsim.exec.model.kinds import CSA, HCA, SLIDING
 from fmsim.exec.model.projections import Float8Linear, Joined, grouped, wide_weight
-from fmsim.exec.model.quantised import fill_float8, float8_weights, hold_float8, published_float8
+from fmsim.exec.model.weights.quantised import (
+    fill_float8,
+    float8_weights,
+    hold_float8,
+    published_float8,
+)
 from fmsim.nano.config import nano_config
 
 INPUTS = 40

@@ -4,7 +4,7 @@ import torch
 from nano_training.tiny_nano import tiny_nano
 from transformers import DeepseekV4ForCausalLM
 
-from fmsim.exec.model.loader import load_model
+from fmsim.exec.model.weights.loader import load_model
 from fmsim.nano.training.export import export
 
 

@@ -3,7 +3,7 @@
 import torch
 
 from fmsim.exec.model.kinds import CSA, HCA, SLIDING
-from fmsim.exec.model.loader import load_model
+from fmsim.exec.model.weights.loader import load_model
 from fmsim.nano import tokenizer as bpe
 from fmsim.nano.tokenizer import MODEL_FOLDER
 from fmsim.nano.training.grow import grow

@@ -7,7 +7,7 @@ import pytest
 import torch
 from nano_training.tiny_nano import tiny_nano
 
-from fmsim.exec.model.loader import load_model
+from fmsim.exec.model.weights.loader import load_model
 from fmsim.nano.text.pack_tokens import write
 from fmsim.nano.tokens import Corpus
 from fmsim.nano.training.batches import Batches

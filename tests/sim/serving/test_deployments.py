@@ -11,9 +11,9 @@ from fmsim.errors import FmsimError
 from fmsim.hw import hardware_names, load_hardware, replace_figure
 from fmsim.hw.deployment import WEIGHT_BYTES, Deployment, pool_of_log
 from fmsim.hw.spec import LINK_FIGURE
-from fmsim.sim.serving.behaviour import BEHAVIOURS
+from fmsim.sim.serving.capacity.behaviour import BEHAVIOURS
+from fmsim.sim.serving.capacity.plan import CapacityQuestion, goodput
 from fmsim.sim.serving.demand import Demand
-from fmsim.sim.serving.plan import CapacityQuestion, goodput
 from fmsim.sim.serving.server import ServerRun
 from fmsim.sim.serving.spec import Poisson, Server, Slo
 from fmsim.sim.serving.summary import summary

@@ -390,28 +390,6 @@ def test_the_same_seed_gives_the_same_bytes():
     assert text(3) == text(3) != text(4)
 
 
-def test_a_layer_has_no_more_than_a_short_request_gives_it():
-    """Three layers of 1200, 800 and 400 slots, for seven of the model's layers each."""
-    counts = np.tile(np.array([1200, 800, 400], np.int32), (128, 1))
-    demand = Demand(
-        ledger(
-            n_groups=3,
-            slots=1200,
-            group_slots=[1200, 800, 400],
-            resident=counts,
-            params={"budget": "800 entries"},
-            on_miss="fetch",
-            demand_loads=loads(128, 3, s5=50),
-        ),
-        FLASH,
-    )
-    assert demand.pools(PROMPT, 128).slots == 7 * 2400 * 584
-    prompt = 4 * 600 - 128
-    assert demand.pools(prompt, 128).slots == 7 * (600 + 600 + 400) * 584
-    assert not demand.fits_whole(prompt, 128)  # the last layers miss
-    assert demand.fits_whole(4 * 400 - 128, 128)
-
-
 def loose(*arrivals):
     """Goodput counts every finished request."""
     source = Given(*arrivals)

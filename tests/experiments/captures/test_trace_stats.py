@@ -9,7 +9,7 @@ from typer.testing import CliRunner
 from fmsim import trace as traces
 from fmsim.cli.trace import app
 from fmsim.errors import FmsimError
-from fmsim.experiments.trace_stats import stats
+from fmsim.experiments.captures.trace_stats import stats
 from fmsim.report.tables import trace_stats as table
 
 

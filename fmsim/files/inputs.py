@@ -15,8 +15,8 @@ from typing import Any
 
 import numpy as np
 
-from fmsim import strict_json
 from fmsim.errors import FmsimError, shown
+from fmsim.files import strict_json
 
 MIB = 2**20
 MOST_BYTES_OF_TEXT = 1 * MIB  # a scenario, a preset, a config.json: a few kilobytes

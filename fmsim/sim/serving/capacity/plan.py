@@ -16,9 +16,9 @@ from fmsim.hw.spec import LINK_FIGURE, Figure, Hardware, replace_figure
 from fmsim.sim.serving import spec
 from fmsim.sim.serving.admission import LINK, server_hardware
 from fmsim.sim.serving.banner import request_limits
+from fmsim.sim.serving.capacity.steady import Steady, SteadyState
 from fmsim.sim.serving.demand import Demand
 from fmsim.sim.serving.prefill import PrefillModel, chunks
-from fmsim.sim.serving.steady import Steady, SteadyState
 from fmsim.sim.serving.summary import COMPUTE
 from fmsim.sim.step_cost import StepModel
 

@@ -1,7 +1,7 @@
 """Derive fmsim/hw/tables/*.json, kernel times by GPU and engine, from aiconfigurator-core's tables.
 
     pip download --no-deps aiconfigurator-core==0.12.0 && unzip -d aic aiconfigurator_core-*.whl
-    python benchmarks/kernel_tables.py aic [--out fmsim/hw/tables]
+    python benchmarks/hw_tables/kernel_tables.py aic [--out fmsim/hw/tables]
 
 The wheel (NVIDIA, Apache-2.0, 81.7 MB) holds kernel times measured on each GPU under SGLang and
 vLLM. What is taken of them, and what is done to it:
@@ -175,7 +175,7 @@ def table(tables: Tables) -> dict[str, Any]:
         "engine": f"{tables.engine} {tables.version}",
         "source": f"aiconfigurator-core {VERSION}, NVIDIA, github.com/ai-dynamo/aiconfigurator",
         "licence": "Apache-2.0; Copyright (c) NVIDIA CORPORATION & AFFILIATES",
-        "made_by": "benchmarks/kernel_tables.py, which says what was changed",
+        "made_by": "benchmarks/hw_tables/kernel_tables.py, which says what was changed",
         "all_reduce": tables.all_reduce(),
         "all_gather": tables.nccl("all_gather"),
         "reduce_scatter": tables.nccl("reduce_scatter"),
@@ -187,7 +187,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("wheel", type=Path, help="folder with the unpacked wheel")
     parser.add_argument(
-        "--out", type=Path, default=Path(__file__).parents[1] / "fmsim" / "hw" / "tables"
+        "--out", type=Path, default=Path(__file__).parents[2] / "fmsim" / "hw" / "tables"
     )
     given = parser.parse_args()
     given.out.mkdir(parents=True, exist_ok=True)

@@ -16,8 +16,8 @@ from fmsim.errors import FmsimError
 from fmsim.exec.kernels.weights import BLOCK
 from fmsim.exec.model.deepseek_v4 import DeepseekV4
 from fmsim.exec.model.kinds import CSA, HCA
-from fmsim.exec.model.loader import allocate, meta_model
-from fmsim.exec.model.quantised import fill_float8, hold_float8, published_float8
+from fmsim.exec.model.weights.loader import allocate, meta_model
+from fmsim.exec.model.weights.quantised import fill_float8, hold_float8, published_float8
 from fmsim.geometry import Geometry
 from fmsim.units import gib
 

@@ -1,7 +1,7 @@
 """aiconfigurator-core's tables: one GPU's and engine's rows, by what this project asks of them.
 
-The wheel is NVIDIA's, Apache-2.0; benchmarks/kernel_tables.py says how to get it and what is done
-to its rows.
+The wheel is NVIDIA's, Apache-2.0; kernel_tables.py beside this file says how to get it and what is
+done to its rows.
 """
 
 from __future__ import annotations

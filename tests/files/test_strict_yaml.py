@@ -2,8 +2,8 @@
 
 import pytest
 
-from fmsim import strict_yaml
 from fmsim.errors import FmsimError
+from fmsim.files import strict_yaml
 
 
 @pytest.mark.parametrize(

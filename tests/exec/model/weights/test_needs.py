@@ -10,8 +10,8 @@ from safetensors.torch import load_file, save_file
 from tiny_model import CSA, HCA, SLIDING, oracle
 
 from fmsim.errors import FmsimError
-from fmsim.exec.model.loader import load_model
-from fmsim.exec.model.needs import needs
+from fmsim.exec.model.weights.loader import load_model
+from fmsim.exec.model.weights.needs import needs
 
 
 def test_bytes_are_those_of_the_loaded_model_and_its_cache(tmp_path):

@@ -11,7 +11,7 @@ from transformers import DeepseekV32Config, DeepseekV32ForCausalLM
 
 from fmsim import trace as traces
 from fmsim.errors import FmsimError
-from fmsim.experiments import captured
+from fmsim.experiments.captures import captured
 from fmsim.experiments.driving import layers_that_drive
 from fmsim.experiments.run import run_scenario
 from fmsim.geometry import PRESETS

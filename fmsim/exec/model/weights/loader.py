@@ -23,8 +23,8 @@ from fmsim.exec.model.config import read_config
 from fmsim.exec.model.deepseek_v4 import DeepseekV4
 from fmsim.exec.model.experts import Experts
 from fmsim.exec.model.norm_rope import inverse_frequencies
-from fmsim.exec.model.quantised import hold_float8, published_float8
-from fmsim.exec.model.shards import FP8_BLOCK, Shards, scale_names
+from fmsim.exec.model.weights.quantised import hold_float8, published_float8
+from fmsim.exec.model.weights.shards import FP8_BLOCK, Shards, scale_names
 
 # transformers writes most tensors under the names of the official release; in order, first the
 # longer patterns.

@@ -12,8 +12,8 @@ from transformers import DeepseekV4Config
 from fmsim.errors import FmsimError
 from fmsim.exec.model.cache import Cache
 from fmsim.exec.model.config import read_config
-from fmsim.exec.model.loader import empty_model, extra_names
-from fmsim.exec.model.shards import Shards
+from fmsim.exec.model.weights.loader import empty_model, extra_names
+from fmsim.exec.model.weights.shards import Shards
 from fmsim.units import gib
 
 

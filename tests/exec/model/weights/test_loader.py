@@ -14,7 +14,7 @@ from tiny_model import CSA, HCA, SLIDING, oracle
 
 from fmsim.errors import FmsimError
 from fmsim.exec.kernels.weights import quantise
-from fmsim.exec.model.loader import dequantise, load_model
+from fmsim.exec.model.weights.loader import dequantise, load_model
 
 FOUR_BIT = [0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0]
 

@@ -3,8 +3,8 @@
 import pytest
 from hand_ledger import FLASH, H100, ledger, loads
 
+from fmsim.sim.serving.capacity.plan import CapacityQuestion, plan
 from fmsim.sim.serving.demand import Demand
-from fmsim.sim.serving.plan import CapacityQuestion, plan
 from fmsim.sim.serving.spec import Server
 
 ENTRIES = 32_000

@@ -14,7 +14,7 @@ pytest.importorskip("transformers", reason="the model needs fmsim[model]")
 from fmsim.errors import FmsimError
 from fmsim.exec.decode.engine import Batch
 from fmsim.exec.decode.prompt import Prompt
-from fmsim.exec.model.synthetic import (
+from fmsim.exec.model.weights.synthetic import (
     experts_that_fit,
     model_bytes,
     synthetic_config,

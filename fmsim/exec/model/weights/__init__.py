@@ -1,0 +1,1 @@
+"""How a model's weights are read, held and made up."""

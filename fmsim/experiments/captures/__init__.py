@@ -1,0 +1,1 @@
+"""What is asked of a capture: a run from its file alone, and statistics."""
