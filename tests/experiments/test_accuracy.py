@@ -171,7 +171,7 @@ def test_policies_are_read_from_specs(tmp_path):
     )
     for spec, said in (
         ("lsa:fallback", "key=value"),
-        ("lru:budget=[", "no value of budget"),
+        ("lru:budget=[", "budget, line 2: not valid YAML"),
         ("lsi", "did you mean"),
         ("lru:bugdet=3", "bugdet"),
     ):
