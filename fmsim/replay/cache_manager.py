@@ -176,6 +176,7 @@ class CacheManager:
             return None
         view = self._view(n_entries)
         worth = self.policy.ahead(step, view[0])
+        worth[:, self.visible :] = float("inf")  # will be written before then, so they are there
         pages = self.residency.foresee(worth, self.policy.floor, self._pinned(view), most)
         if self.residency.room is None:
             return pages

@@ -84,6 +84,7 @@ POLICIES = [
         "stale": False,
     },
     {"policy": "oracle"},
+    {"policy": "oracle", "cadence": 16, "budget": "100%"},  # foresees pages that are not there yet
     "belady",
 ]
 

@@ -1,12 +1,12 @@
 """The byte arithmetic of the tiny model."""
 
-from fmsim.geometry import Geometry
+from fmsim.geometry import DeepseekV4Geometry
 
 
-def plain_geometry(config) -> Geometry:
+def plain_geometry(config) -> DeepseekV4Geometry:
     """The tiny model, with its unscaled float32 entries and keys."""
 
-    class Plain(Geometry):
+    class Plain(DeepseekV4Geometry):
         kv_entry_bytes, index_key_bytes = config.head_dim * 4, config.index_head_dim * 4
 
     zeros = dict.fromkeys(
