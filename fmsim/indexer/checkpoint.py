@@ -153,9 +153,9 @@ def save(checkpoint: Checkpoint, path: str | os.PathLike) -> None:
 def _read_safetensors(path: Path) -> tuple[dict[str, np.ndarray], dict[str, str]]:
     try:
         with safe_open(path, framework="numpy") as file:
-            return {key: file.get_tensor(key).copy() for key in file.keys()}, dict(  # noqa: SIM118 (not a dict)
-                file.metadata() or {}
-            )
+            names = file.keys()
+            tensors = {name: file.get_tensor(name).copy() for name in names}
+            return tensors, dict(file.metadata() or {})
     except (SafetensorError, OSError, TypeError) as error:
         raise FmsimError(
             f"{path}: not a readable .safetensors indexer checkpoint: {error}"
