@@ -51,6 +51,7 @@ def token_bar(total: int) -> Iterator[Callable[[int], None]]:
 
 def track(items: Iterable[Item], what: str, total: int | None = None) -> Iterator[Item]:
     """``items``, with a bar; ``total`` where they have no length."""
+    # only items with a length come without a total
     with bar(what, len(items) if total is None else total) as show:  # type: ignore[arg-type]
         for item in items:
             yield item

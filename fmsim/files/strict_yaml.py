@@ -29,6 +29,7 @@ _NOT_FINITE = re.compile(r"[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)")
 _KINDS = {"null": _NULL, "bool": _BOOL, "int": _INT, "float": _FLOAT}
 
 
+# the base is the C loader where libyaml is
 class _Loader(getattr(yaml, "CSafeLoader", yaml.SafeLoader)):  # type: ignore[misc]
     """The parser, without any of YAML 1.1's implicit types."""
 

@@ -214,6 +214,7 @@ def decides_ahead(subject: Subject) -> None:
     cadence, n_steps = subject.params.cadence, subject.replayer.n_steps
     foreseen: dict[int, np.ndarray] = {}
 
+    # the base is the class under test
     class Foreseeing(subject.policy):  # type: ignore[name-defined, misc]
         def decide(self, step: int) -> None:
             super().decide(step)

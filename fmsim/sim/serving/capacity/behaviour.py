@@ -117,6 +117,7 @@ def _ledger(
         "set_overlap": np.zeros(0, np.float32),
         "scored": np.zeros(_STEPS, np.int64),
     }
+    # the fields stand above by name; a mapping of them has no types
     return Ledger(**(fields | changes))  # type: ignore[arg-type]
 
 
