@@ -46,7 +46,7 @@ from fmsim.policies.base import Policy
 from fmsim.replay.replayer import Replayer
 from fmsim.sim import metrics
 from fmsim.sim.decode import simulate
-from fmsim.sim.footprint import allocation, footprint, spread
+from fmsim.sim.footprint import ModelMemory, allocation, footprint, spread
 
 GIB = 2**30
 # beside the KV budget: pages for recall ahead, block tables, scores of many requests
@@ -85,8 +85,7 @@ class Setting:
         found = traces.read(path)
         self.replayer = Replayer(
             found,
-            entry_bytes=self.geometry.kv_entry_bytes,
-            model_layers=self.geometry.n_csa,
+            memory=ModelMemory(self.geometry),
             max_steps=steps,
         )
         self.layer_map = spread(found.n_layers, self.geometry.n_csa)
@@ -106,7 +105,7 @@ class Setting:
         return experts_that_fit(self.geometry, free_bytes)
 
     def request_bytes(self, make: Callable[[], Policy]) -> int:
-        return allocation(self.replayer.run(make()), self.geometry).kv_bytes
+        return allocation(self.replayer.run(make()), self.geometry).total
 
     def kinds(self, run: synthetic_run.SyntheticRun) -> np.ndarray:
         """What sets each step apart: a decision, an entry that closed before it, or nothing."""
@@ -136,18 +135,15 @@ class Setting:
             self.path.name,
         )
         about, figures = row["scenario"]["details"][label], row["policies"][0]
-        full_bytes = self.geometry.full_kv_bytes(
-            self.replayer.header.prompt_tokens + self.replayer.n_steps
-        )
         step_s = run.outcome.step_s[run.warm_up_steps :]
         kinds = self.kinds(run)[run.warm_up_steps :]
         return {
             "policy": label,
             "batch": batch,
-            "kv_bytes": run.kv_bytes,
+            "gpu_bytes": run.gpu_bytes,
+            "gpu_ratio": figures["gpu_ratio"],
             "spare_bytes": about["spare_bytes"],
             "open_bytes": about["open_bytes"],
-            "kv_and_spare_of_full": (run.kv_bytes + about["spare_bytes"]) / full_bytes,
             "mass_kept": figures["mass_kept"],
             "step_p50_s": figures["step_s"]["p50"],
             "step_p99_s": figures["step_s"]["p99"],

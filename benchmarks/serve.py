@@ -30,6 +30,7 @@ from fmsim.geometry import PRESETS
 from fmsim.hw import load_hardware
 from fmsim.policies import registry
 from fmsim.replay.replayer import Replayer
+from fmsim.sim.footprint import ModelMemory
 from fmsim.sim.serving.demand import Demand
 from fmsim.sim.serving.server import ServerRun
 from fmsim.sim.serving.spec import ClosedLoop, Server
@@ -96,9 +97,7 @@ def main() -> None:
     )
     given = parser.parse_args()
     geometry = PRESETS["v4-flash"]
-    replayer = Replayer(
-        read(given.trace), entry_bytes=geometry.kv_entry_bytes, model_layers=geometry.n_csa
-    )
+    replayer = Replayer(read(given.trace), memory=ModelMemory(geometry))
     result: dict[str, Any] = {
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "device": (

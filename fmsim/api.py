@@ -26,7 +26,7 @@ from fmsim.replay.replayer import Replayer
 from fmsim.scenario import NamedPolicy, ScenarioFile, Source
 from fmsim.sim import metrics
 from fmsim.sim.decode import simulate
-from fmsim.sim.footprint import check_layer_map
+from fmsim.sim.footprint import ModelMemory, check_layer_map
 from fmsim.sim.timeline import SimulatedTimeline, Timeline
 from fmsim.trace import Trace, read
 
@@ -98,8 +98,7 @@ def replay_trace(
     geometry = _geometry(model)
     replayer = Replayer(
         trace if isinstance(trace, Trace) else load_trace(trace),
-        entry_bytes=geometry.kv_entry_bytes,
-        model_layers=geometry.n_csa,
+        memory=ModelMemory(geometry),
         cold=cold,
         max_steps=max_steps,
     )

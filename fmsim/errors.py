@@ -34,6 +34,12 @@ class DoesNotFit(FmsimError):
     exit_code = ExitCode.FAILED
 
 
+class BudgetTooSmall(DoesNotFit):
+    """A budget in bytes on the GPU is exceeded before a policy's first page."""
+
+    least_bytes = 0  # that it takes with its first page
+
+
 class FmsimWarning(UserWarning):
     """What goes on without, such as a plug-in that cannot be imported; the message names it."""
 

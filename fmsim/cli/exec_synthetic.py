@@ -40,19 +40,17 @@ def show(
     from fmsim.geometry import deepseek_v4_named
     from fmsim.replay.replayer import Replayer
     from fmsim.report.tables import measured
-    from fmsim.sim.footprint import allocation, spread
+    from fmsim.sim.footprint import ModelMemory, allocation, spread
 
     geometry = deepseek_v4_named(model)
     device = device_given(device, torch.cuda.is_available())
     path = _trace(trace, context)
     found = traces.read(path)
-    replayer = Replayer(
-        found, entry_bytes=geometry.kv_entry_bytes, model_layers=geometry.n_csa, max_steps=steps
-    )
+    replayer = Replayer(found, memory=ModelMemory(geometry), max_steps=steps)
     layer_map = spread(found.n_layers, geometry.n_csa)
     chosen = policy_given(policy, override)
     ledger = replayer.run(chosen)
-    request_bytes = allocation(ledger, geometry).kv_bytes
+    request_bytes = allocation(ledger, geometry).total
     if kv_budget is not None:
         batch = synthetic_run.batch_that_fits(_bytes(kv_budget), request_bytes)
     weights, n_experts = synthetic_run.weights_for(geometry, device, batch * request_bytes, seed)

@@ -18,7 +18,7 @@ from fmsim.replay.ledger import Ledger
 from fmsim.sim.timeline import SimulatedTimeline
 
 REPORT_NAME = "report.json"
-SCHEMA_VERSION = 2  # of the report; 1 had none
+SCHEMA_VERSION = 3  # of the report
 
 
 def ledger_path(folder: Path, label: str) -> Path:
@@ -71,6 +71,8 @@ class _Spread(_Open):
 
 class _Row(_Open):
     policy: str
+    gpu_bytes: int = Field(ge=0)
+    gpu_ratio: float = Field(ge=0)
     kv_hbm_bytes: int = Field(ge=0)
     kv_hbm_ratio: float = Field(ge=0)
     entry_recall: float
@@ -85,7 +87,7 @@ class _Row(_Open):
 
 class _Details(_Open):
     exact: bool | None
-    gpu_kv_bytes: int = Field(ge=0)
+    allocated: dict[str, int]
     host_kv_bytes: int = Field(ge=0)
     max_requests_bound: str
 
@@ -110,6 +112,7 @@ class _About(_Open):
     trace: _Trace
     hardware: _Hardware
     layer_map: list[int]
+    full_gpu_bytes: int = Field(ge=1)
     full_kv_bytes: int = Field(ge=1)
     details: dict[str, _Details]
 

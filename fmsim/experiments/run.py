@@ -32,14 +32,15 @@ from fmsim.replay.replayer import Replayer
 from fmsim.scenario import PolicySpec, ScenarioFile
 from fmsim.sim import metrics
 from fmsim.sim.decode import simulate
-from fmsim.sim.footprint import check_layer_map, spread
+from fmsim.sim.footprint import ModelMemory, check_layer_map, full_allocation, spread
 from fmsim.sim.timeline import SimulatedTimeline
 from fmsim.trace import read
 
 # Columns of a report in a notebook.
 SHOWN = {
     "policy": "policy",
-    "kv_hbm_ratio": "KV on the GPU, share of all",
+    "gpu_bytes": "bytes on the GPU",
+    "gpu_ratio": "of the full cache's",
     "mass_kept": "attention mass kept",
     "hit_rate": "hit rate",
     "misses": "misses",
@@ -143,9 +144,7 @@ class Setting:
 
     def replayer(self, policies: Sequence[tuple[str, Policy]] = ()) -> Replayer:
         """Of the trace; what `policies` need of it is read now, before processes part."""
-        replayer = Replayer(
-            self.trace, entry_bytes=self.geometry.kv_entry_bytes, model_layers=self.geometry.n_csa
-        )
+        replayer = Replayer(self.trace, memory=ModelMemory(self.geometry, self.layer_map))
         for key in {
             (policy.params.granularity, policy.params.scope == "shared") for _, policy in policies
         }:
@@ -298,9 +297,15 @@ def about(setting: Setting) -> dict[str, Any]:
             "figures": scenario.hardware_figures,
         },
         "batch": scenario.batch,
+        "full_gpu_bytes": full_allocation(
+            geometry,
+            header.prompt_tokens // header.entry_tokens * geometry.csa_rate + trace.n_steps,
+        ).total,
         "full_kv_bytes": geometry.full_kv_bytes(header.prompt_tokens),
         "simulated": ["decode_tokens_per_s", "step_s", "stall_ratio", "max_requests"],
         "replayed": [
+            "gpu_bytes",
+            "gpu_ratio",
             "kv_hbm_bytes",
             "kv_hbm_ratio",
             "entry_recall",

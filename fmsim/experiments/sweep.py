@@ -335,12 +335,12 @@ def _digest_of(path: str, *unchanged: int) -> str:
 
 
 _kept: dict[
-    tuple[str, float, int], Replayer
+    tuple[str, str, tuple[int, ...]], Replayer
 ] = {}  # the last one, for the next run of this process on the same trace
 
 
 def _replayer(setting: Setting) -> Replayer:
-    key = (str(setting.trace.path), setting.geometry.kv_entry_bytes, setting.geometry.n_csa)
+    key = (str(setting.trace.path), repr(setting.geometry), setting.layer_map)
     if key not in _kept:
         _kept.clear()
         _kept[key] = setting.replayer()

@@ -196,7 +196,7 @@ class Tuning:
         front: list[Trial] = []
         for trial in sorted(
             self.trials,
-            key=lambda trial: (*trial.objectives, -trial.figures["kv_hbm_bytes"]),
+            key=lambda trial: (*trial.objectives, -trial.figures["gpu_bytes"]),
             reverse=True,
         ):
             if not front or trial.figures["mass_kept"] > front[-1].figures["mass_kept"]:

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from fmsim.exec.decode.trace_driven import TraceDrivenDecode, TraceDrivenRun, device_name
+from fmsim.exec.kv.home import PER_PAGE
 from fmsim.exec.runs import synthetic as synthetic_run
 from fmsim.experiments.run import build, run_scenario
 from fmsim.geometry import Geometry, deepseek_v4_named
@@ -20,12 +21,14 @@ from fmsim.scenario import ScenarioFile
 from fmsim.sim import metrics
 from fmsim.sim.footprint import (
     Footprint,
-    allocation,
+    ModelMemory,
     check_layer_map,
     footprint,
     keyed_layers,
 )
 from fmsim.trace import read
+
+MEMORY_ERROR = 0.01  # of what is predicted
 
 
 @dataclass(frozen=True)
@@ -42,8 +45,10 @@ class Check:
     engine_pages: int
     replay_bytes: int
     engine_bytes: int
-    predicted_kv_bytes: int
-    allocated_kv_bytes: int
+    predicted_gpu_bytes: int  # of a request; the figure that leads `fmsim run`
+    built_gpu_bytes: int  # what the engine's tensors for it take
+    allocator_gpu_bytes: int | None  # what torch's allocator handed out for them; on a GPU
+    page_bytes: int  # by which pages of PER_PAGE entries may exceed what is predicted
     spare_bytes: int
     measured_step_p50_s: float
 
@@ -56,10 +61,28 @@ class Check:
             and self.replay_bytes == self.engine_bytes
         )
 
+    @property
+    def memory_error(self) -> float:
+        """By which share a request takes more on the GPU than predicted: by torch's allocator,
+        or by the tensors' sizes on a CPU.
+        """
+        found = self.allocator_gpu_bytes or self.built_gpu_bytes
+        return found / self.predicted_gpu_bytes - 1
+
+    @property
+    def memory_holds(self) -> bool:
+        """Predicted within MEMORY_ERROR, or within what whole pages round up."""
+        allowed = max(MEMORY_ERROR * self.predicted_gpu_bytes, self.page_bytes)
+        return abs(self.memory_error) * self.predicted_gpu_bytes <= allowed
+
     def row(self) -> dict[str, Any]:
-        return {"policy": self.label, "identical": self.identical} | {
-            f.name: getattr(self, f.name) for f in fields(self) if f.name != "label"
+        found = {
+            "policy": self.label,
+            "identical": self.identical,
+            "memory_holds": self.memory_holds,
+            "memory_error": self.memory_error,
         }
+        return found | {f.name: getattr(self, f.name) for f in fields(self) if f.name != "label"}
 
 
 def validate(
@@ -107,7 +130,7 @@ def validate_scenario(
         trace.n_layers,
         geometry.n_csa,
     )
-    replayer = Replayer(trace, entry_bytes=geometry.kv_entry_bytes, model_layers=geometry.n_csa)
+    replayer = Replayer(trace, memory=ModelMemory(geometry, layer_map))
     policies = [(spec.label, partial(build, file, spec)) for spec in file.selected]
     rows = [
         check.row() for check in validate(policies, replayer, geometry, layer_map, device, progress)
@@ -151,8 +174,9 @@ def validate_scenario(
                 f" measured: {measured}."
             ),
             (
-                "predicted and allocated: every slot of the budget, index keys, HCA entries and"
-                " windows.  spare: pages for misses and for what is recalled ahead, beside it."
+                "on GPU: of one request: slots, spare pages (for misses, and for what is recalled"
+                " ahead), index keys, HCA entries, windows.  built: by torch's allocator on a GPU,"
+                " by the tensors' sizes on a CPU; whole pages may exceed what is predicted."
             ),
         ],
     }
@@ -172,7 +196,7 @@ def time_steps(
     """Decode whole steps under each policy with one set of random weights, and put their times into
     `rows`; -> experts a layer.
     """
-    request_bytes = max(row["predicted_kv_bytes"] + row["spare_bytes"] for row in rows)
+    request_bytes = max(row["predicted_gpu_bytes"] for row in rows)
     weights, n_experts = synthetic_run.weights_for(geometry, device, batch * request_bytes, seed=0)
     for number, (row, make) in enumerate(zip(rows, makes, strict=True)):
         progress(f"{row['policy']}: whole steps", number, len(rows))
@@ -185,7 +209,7 @@ def time_steps(
             figures["decode_tokens_per_s"],
         )
         row["step_error"] = row["simulated_step_p50_s"] / row["measured_step_p50_s"] - 1
-        row["modelled_kv_bytes"] = run.kv_bytes
+        row["modelled_gpu_bytes"] = run.gpu_bytes
     return n_experts
 
 
@@ -223,8 +247,12 @@ def compare(
             loads[place.groups].sum() * entry_bytes + loads[tiered_keys].sum() * key_bytes
         ),
         engine_bytes=outcome.h2d_bytes,
-        predicted_kv_bytes=allocation(ledger, geometry, place.layer_map).kv_bytes,
-        allocated_kv_bytes=decode.slot_bytes + decode.fixed.nbytes,
+        predicted_gpu_bytes=place.allocated.total,
+        built_gpu_bytes=decode.gpu_bytes,
+        allocator_gpu_bytes=decode.allocator.n_bytes,
+        page_bytes=PER_PAGE
+        * geometry.n_layers
+        * (geometry.kv_entry_bytes + geometry.index_key_bytes),
         spare_bytes=decode.spare_bytes,
         measured_step_p50_s=float(np.median(outcome.step_s)),
     )

@@ -4,7 +4,7 @@ Two accountings of a request's KV cache are used, and always named:
 
 - *logical*: entries and index keys only, a policy's share of them taken from the full cache. It is
   the accounting of FlashMemory (arXiv 2606.09079), and the one that its footprint column follows.
-- *on the GPU*: what a tiered engine really holds there: the resident entries, every entry of the
+- *on the GPU*: what an engine allocates there (`fmsim.sim.footprint`): slots, every entry of the
   dense layers, the sliding windows, and the index keys that still have to be scored.
 """
 
@@ -155,15 +155,6 @@ class Geometry(ABC):
     def window_bytes(self) -> int:
         """The sliding windows of all layers, full."""
         return sum(layer.window_tokens * layer.window_bytes for layer in self.layers)
-
-    def gpu_kv_bytes(self, tokens: int, resident_entries: int, keyed_entries: int) -> int:
-        """Bytes on the GPU of one request under tiering.
-
-        ``resident_entries`` and ``keyed_entries`` count (layer, entry) pairs over all layers that
-        page whose KV, and whose index key, lie on the GPU.
-        """
-        fixed = self.window_bytes + self.dense_bytes(tokens)
-        return fixed + resident_entries * self.kv_entry_bytes + keyed_entries * self.index_key_bytes
 
     def slot_bytes(self, granularity: int, with_keys: bool = False) -> int:
         """Bytes that one layer's slot of ``granularity`` entries moves over the link; ``with_keys``

@@ -33,6 +33,13 @@ class Figure(_Strict):
     guess: bool = False  # nobody measured it here; the output says so
 
 
+HOST_RESERVE = Figure(
+    value=10 * GIB,
+    source="what SGLang's host cache leaves free (memory_pool_host.py of 0.5)",
+    guess=True,
+)
+
+
 class Gather(_Strict):
     """Rate of a kernel that gathers rows of one size from pinned host memory, by the number of
     rows.
@@ -91,7 +98,7 @@ class Hardware(_Strict):
     matmul_flops: Figure
     reserve_bytes: Figure  # of GPU memory, what is neither weights nor KV
     host_bytes: Figure  # of the whole server
-    host_reserve_bytes: Figure | None = None  # of it, what no mirror can have
+    host_reserve_bytes: Figure = HOST_RESERVE  # of it, what no mirror can have
     link: Link
     weights: Format = "fp8"  # that the server runs unless a deployment says otherwise
     kernel_source: str
@@ -114,8 +121,7 @@ class Hardware(_Strict):
     @property
     def host_bytes_per_gpu(self) -> float:
         """Each GPU's process pins its own mirror."""
-        reserve_bytes = self.host_reserve_bytes.value if self.host_reserve_bytes else 0.0
-        return (self.host_bytes.value - reserve_bytes) / self.n_gpus
+        return max(0.0, self.host_bytes.value - self.host_reserve_bytes.value) / self.n_gpus
 
     def deployed(self, deployment: Deployment) -> Hardware:
         """The same hardware under another deployment, whose numbers are checked now."""

@@ -43,7 +43,8 @@ class PolicyParams(BaseModel):
     budget: Budget = Field(
         Budget(2, "topk"),
         description=(
-            "GPU memory for entries: '12 GiB', '4096 entries', '10%' of the prompt, '2x topk'"
+            "all that a request takes on the GPU: '12.5% gpu' of the full cache, '0.25 GiB gpu'; or"
+            " entries: '12 GiB', '4096 entries', '10%' of the prompt, '2x topk'"
         ),
     )
     cadence: int = Field(

@@ -11,14 +11,14 @@ from typing import Any
 from array_api_compat import array_namespace
 
 from fmsim import arrays
-from fmsim.errors import FmsimError
+from fmsim.errors import DoesNotFit
 from fmsim.policies.base import Context, Observation, Policy
 from fmsim.policies.guard import Guarded
+from fmsim.replay import needs
 from fmsim.replay.paging import Accesses
 from fmsim.replay.residency import Moves, Residency, ResidentView
 
 Array = Any
-AHEAD = 4  # slots to each spare slot for what is recalled ahead of a decision
 
 
 @dataclass(frozen=True)
@@ -48,6 +48,7 @@ class CacheManager:
         self.residency = Residency(ctx.n_groups, ctx.n_pages, ctx.group_slots, ctx.xp, ctx.device)
         self.ctx = replace(ctx, residents=ResidentView(self.residency))
         policy.reset(self.ctx)
+        self.needs = needs.needs_of(policy, self.ctx, tuple(policy.target_layers()))
         self.pins = policy.pins()
         self._check_pins()
         self._see(ctx.prompt_entries)
@@ -55,47 +56,10 @@ class CacheManager:
             self.decide(0)
 
     @property
-    def keeps_all(self) -> bool:
-        """Every page has a slot, and no decision gives one up: nothing is ever missing."""
-        return min(self.ctx.group_slots) >= self.ctx.n_pages and self.policy.floor is None
-
-    @property
     def passive(self) -> bool:
         """What a step selects changes nothing: it is never loaded, and the policy does not look."""
-        never_loads = self.policy.params.on_miss == "mask" or self.keeps_all
+        never_loads = self.policy.params.on_miss == "mask" or self.needs.keeps_all
         return never_loads and not self.policy.observes
-
-    @property
-    def comes_back(self) -> bool:
-        """Pages can be loaded from the host: by a miss, a decision or a prefetch."""
-        params = self.policy.params
-        ahead = params.cadence > 1 or self.policy.prefetches
-        return not self.keeps_all and (params.on_miss != "mask" or ahead)
-
-    @property
-    def needs_all_keys(self) -> bool:
-        """The native indexer scores every entry, so all index keys stay on the GPU.
-
-        Otherwise a layer scores what is resident, and keys come and go with their entries; only the
-        layers that a memory indexer scores keep all (arXiv 2606.09079).
-        """
-        params = self.policy.params
-        return params.on_miss != "mask" or params.sees == "all" or self.keeps_all
-
-    @property
-    def ahead_slots(self) -> tuple[int, ...]:
-        """Spare slots of each group [G] for what is recalled before its decision."""
-        if not (self.comes_back and self.policy.decides_ahead and self.policy.params.cadence > 1):
-            return (0,) * self.ctx.n_groups
-        return tuple(-(-slots // AHEAD) for slots in self.ctx.group_slots)
-
-    @property
-    def miss_slots(self) -> int:
-        """Spare slots of each group for one step's misses: every selected page may be missing."""
-        if self.keeps_all or self.policy.params.on_miss == "mask":
-            return 0
-        selecting_layers = self.ctx.n_layers // self.ctx.n_groups
-        return min(self.ctx.topk * selecting_layers, self.ctx.n_pages)
 
     def _check_pins(self) -> None:
         """Pinned pages must fit the budget to the end of the run."""
@@ -103,7 +67,7 @@ class CacheManager:
         needed = self.pins.most(ctx.n_pages, ctx.prompt_entries // ctx.granularity)
         if needed > least:
             where = "" if self.residency.room is None else " in the layer that has fewest"
-            raise FmsimError(
+            raise DoesNotFit(
                 f"policy {self.policy.name}: budget {self.policy.params.budget} holds"
                 f" {least} pages{where}, but {needed} are pinned by the end of"
                 f" {ctx.n_steps} steps; raise budget"
@@ -181,7 +145,7 @@ class CacheManager:
         if self.residency.room is None:
             return pages
         number = self.ctx.xp.arange(most, dtype=self.ctx.xp.int64, device=self.ctx.device)
-        spare = (self.residency.room + AHEAD - 1) // AHEAD  # the groups' `ahead_slots`
+        spare = (self.residency.room + needs.AHEAD - 1) // needs.AHEAD  # the groups' `ahead_slots`
         return self.ctx.xp.where(number < spare, pages, -1)
 
     def look_up(self, use: Accesses) -> Served:
@@ -218,7 +182,7 @@ class CacheManager:
         """What a server would know of the step: without all index keys, what is resident alone."""
         xp, use = self.ctx.xp, served.use
         mass = xp.where(served.attended, use.mass, 0.0)
-        if self.needs_all_keys:
+        if self.needs.all_keys:
             return Observation(use.pages, use.count, mass, served.hit, served.fetched)
         pages = xp.where(served.hit, use.pages, -1)
         count = xp.where(served.hit, use.count, 0)

@@ -8,12 +8,17 @@ from typing import Any
 
 import numpy as np
 
+from fmsim.errors import BudgetTooSmall, FmsimError
 from fmsim.policies.base import Context, LookaheadState, Policy
+from fmsim.policies.budget import Budget
 from fmsim.policies.guard import Guarded
 from fmsim.replay.layer_slots import check_shares, divide
+from fmsim.replay.needs import GpuMemory, Needs, needs_of
 from fmsim.replay.paging import Paged, PagedFuture, page_mass
+from fmsim.units import gib
 
 Array = Any
+ENTRY_BYTES = 584  # of one V4 entry
 
 
 @dataclass(frozen=True)
@@ -27,10 +32,20 @@ class RequestShape:
     n_steps: int
     entry_tokens: int
     tau: int
-    entry_bytes: float  # KV of one entry in one layer
-    model_layers: int  # that share the GPU: a budget in bytes is over all of them
+    memory: GpuMemory | None = None  # the model's that decodes; a budget in bytes is of it
     csa_numbers: tuple[int, ...] = ()
     seed: int = 0
+
+    def sizes(self) -> dict[str, Any]:
+        """The arguments of `Budget.entries`; without a model's memory V4's bytes in these
+        layers.
+        """
+        return {
+            "prompt_entries": self.prompt_entries,
+            "topk": self.topk,
+            "entry_bytes": ENTRY_BYTES if self.memory is None else self.memory.entry_bytes,
+            "model_layers": self.n_layers if self.memory is None else self.memory.model_layers,
+        }
 
     def n_pages(self, granularity: int) -> int:
         """All pages there will be at the end of the run."""
@@ -50,7 +65,8 @@ def build_context(
     """The context of `policy` in arrays of `xp` (numpy unless given) on `device`.
 
     `prompt_mass` float [L, E] is the prompt's attention mass by entry. `lookahead` gives arrays of
-    `xp`. `future` is what is to come, for a policy that is told.
+    `xp`. `future` is what is to come, for a policy that is told. Raises BudgetTooSmall for a
+    budget in bytes on the GPU that cannot be.
     """
     params = policy.params
     shared = params.scope == "shared"
@@ -66,13 +82,7 @@ def build_context(
         n_layers=shape.n_layers,
         n_groups=1 if shared else shape.n_layers,
         n_pages=n_pages,
-        n_slots=policy.n_slots(
-            n_pages,
-            prompt_entries=shape.prompt_entries,
-            topk=shape.topk,
-            entry_bytes=shape.entry_bytes,
-            model_layers=shape.model_layers,
-        ),
+        n_slots=n_pages,
         granularity=params.granularity,
         prompt_entries=shape.prompt_entries,
         topk=shape.topk,
@@ -87,8 +97,65 @@ def build_context(
         xp=xp,
         device=device,
     )
-    shares = policy.layer_shares(shape.n_layers)
-    return ctx if shares is None else _shared_unevenly(policy, ctx, shares)
+
+    def with_slots(gpu_entries: int | None) -> Context:
+        """The context with the slots of the budget; of one on the GPU those for `gpu_entries`."""
+        n_slots = policy.n_slots(n_pages, **shape.sizes(), gpu_entries=gpu_entries)
+        sized = replace(ctx, n_slots=n_slots, group_slots=())
+        shares = policy.layer_shares(shape.n_layers)
+        return sized if shares is None else _shared_unevenly(policy, sized, shares)
+
+    budget = params.budget
+    if not (isinstance(budget, Budget) and budget.on_gpu):  # `full` has no budget
+        return with_slots(None)
+    return _within(policy, budget, shape, with_slots)
+
+
+def _within(
+    policy: Policy | Guarded,
+    budget: Budget,
+    shape: RequestShape,
+    with_slots: Callable[[int], Context],
+) -> Context:
+    """The context with as many slots as leave all that the request takes on the GPU within
+    `budget`.
+
+    Raises BudgetTooSmall where the first page does not fit, with what takes the bytes.
+    """
+    memory = shape.memory
+    if memory is None:
+        raise FmsimError(
+            f"policy {policy.name}: budget {budget} is of a model's bytes, and no model is named"
+        )
+    granularity = policy.params.granularity
+    target_layers = tuple(policy.target_layers())
+    limit_bytes = budget.gpu_bytes(memory.full_bytes(shape))
+
+    def needs(ctx: Context) -> Needs:
+        return needs_of(policy, ctx, target_layers)
+
+    def fits(pages: int) -> bool:
+        return memory.taken_bytes(needs(with_slots(pages * granularity)), shape) <= limit_bytes
+
+    most = shape.n_pages(granularity)
+    if fits(most):
+        ctx = with_slots(most * granularity)
+        policy.reset(ctx)  # who keeps all, but for what is below a floor, has it only now
+        if memory.taken_bytes(needs(ctx), shape) <= limit_bytes:
+            return ctx
+    found, beyond = 0, most
+    while beyond - found > 1:
+        middle = (found + beyond) // 2
+        found, beyond = (middle, beyond) if fits(middle) else (found, middle)
+    if found:
+        return with_slots(found * granularity)
+    least = needs(with_slots(granularity))
+    error = BudgetTooSmall(
+        f"policy {policy.name}: budget {budget} is {gib(limit_bytes, 3)}, and"
+        f" {memory.shortage(least, shape, limit_bytes)}"
+    )
+    error.least_bytes = memory.taken_bytes(least, shape)
+    raise error
 
 
 def _shared_unevenly(policy: Policy | Guarded, ctx: Context, shares: Sequence[float]) -> Context:

@@ -19,24 +19,24 @@ from fmsim.replay.context import RequestShape, build_context
 from fmsim.replay.decode_loop import DecodeLoop
 from fmsim.replay.golden import golden_mask
 from fmsim.replay.ledger import Ledger
+from fmsim.replay.needs import GpuMemory
 from fmsim.replay.trace_source import TraceSource
 
 
 class Replayer:
     """One trace, read once and replayed against any number of policies.
 
-    entry_bytes and model_layers (KV bytes of one entry in one CSA layer, and the layers that share
-    the GPU) turn a budget in bytes into slots; they default to V4-Flash's 584 B and the trace's own
-    layers. `cold` starts with nothing resident, as a cache benchmark does; otherwise the prefill
-    leaves what the policy chooses at step 0. Only the first `max_steps` are replayed.
+    `memory` is the decoding model's (`fmsim.sim.footprint.ModelMemory`): it says what a budget in
+    bytes buys. Without one, bytes are V4's in the trace's own layers. `cold` starts with nothing
+    resident, as a cache benchmark does; otherwise the prefill leaves what the policy chooses at
+    step 0. Only the first `max_steps` are replayed.
     """
 
     def __init__(
         self,
         trace: Any,
         *,
-        entry_bytes: float = 584,
-        model_layers: int | None = None,
+        memory: GpuMemory | None = None,
         cold: bool = False,
         max_steps: int | None = None,
     ) -> None:
@@ -56,8 +56,7 @@ class Replayer:
             n_steps=self.n_steps,
             entry_tokens=self.header.entry_tokens,
             tau=self.header.tau,
-            entry_bytes=entry_bytes,
-            model_layers=model_layers or self.n_layers,
+            memory=memory,
             csa_numbers=tuple(trace.csa_numbers),
             seed=self.header.seed,
         )

@@ -20,6 +20,8 @@ from fmsim.units import gib
 KINDS = {"counted": "counted in the replay", "simulated": "simulated, not measured"}
 KNOWN = {  # fields of a row that the table shows, or that name it
     "policy",
+    "gpu_bytes",
+    "gpu_ratio",
     "kv_hbm_bytes",
     "kv_hbm_ratio",
     "entry_recall",
@@ -60,7 +62,7 @@ SECTIONS = (
     Section(
         "time",
         "Over time",
-        "Footprint and hit rate over time",
+        "Entries kept and hit rate over time",
         "counted",
         "KV of one request in the paper's accounting, and the share of the entries selected in a"
         " step that were resident when it began. Lossy policies are dashed, bounds dotted.",
@@ -200,18 +202,18 @@ def _cards(results: Results) -> str:
     ]
     exact = [row for row in rows if results.exact(row["policy"])]
     lossy = [row for row in rows if not results.exact(row["policy"])]
-    cards = [("Full cache of one request", gib(results.about["full_kv_bytes"], 3), "")]
+    cards = [("Full cache of one request", gib(results.about["full_gpu_bytes"], 3), "")]
     if exact:
-        best = min(exact, key=lambda row: row["kv_hbm_bytes"])
+        best = min(exact, key=lambda row: row["gpu_bytes"])
         note = (
             f"{best['policy']}, {best['decode_tokens_per_s']:.1f} tokens/s*,"
             f" {best['stall_ratio']:.1%} of the time stalled*"
         )
-        cards.append(("Smallest that loses nothing", f"{best['kv_hbm_ratio']:.1%} of full", note))
+        cards.append(("Smallest that loses nothing", f"{best['gpu_ratio']:.1%} of full", note))
     if lossy:
         best = max(lossy, key=lambda row: row["mass_kept"] or 0.0)
         note = (
-            f"{best['policy']}, with {best['kv_hbm_ratio']:.1%} of the cache,"
+            f"{best['policy']}, with {best['gpu_ratio']:.1%} of the full cache's bytes,"
             f" {best['decode_tokens_per_s']:.1f} tokens/s*"
         )
         cards.append(("Most mass kept by a lossy one", share_text(best["mass_kept"]), note))

@@ -113,7 +113,7 @@ def _slice(
 def _counters(process: int, ledger: Ledger, timeline: SimulatedTimeline) -> Iterator[Event]:
     accessed = np.maximum(ledger.accessed.sum(axis=1), 1)
     values = {
-        "KV on GPU, one request (MiB)": timeline.gpu_kv_bytes / MIB,
+        "KV kept, one request, the paper's accounting (MiB)": timeline.kv_bytes / MIB,
         "resident when needed (%)": 100 * ledger.hit.sum(axis=1) / accessed,
     }
     for name, series in values.items():

@@ -43,7 +43,7 @@ def simulate(
     memory = MemorySystem(env, hw, geometry)
     on_gpu = hw.placed.ranked(batch) / hw.placed.cp
     memory.take(
-        on_gpu * float(place.gpu_bytes.max()),
+        on_gpu * float(place.allocated.total),
         on_gpu * float(place.host_bytes),
         f"policy {ledger.policy}, batch {batch}:",
     )
@@ -61,7 +61,6 @@ def simulate(
         h2d_bytes=decode.demand_bytes.sum(axis=1) + decode.recall_bytes,
         d2h_bytes=decode.write_back_bytes,
         kv_bytes=place.logical_bytes,
-        gpu_kv_bytes=place.gpu_bytes,
         transfers=tuple(decode.transfers),
     )
 

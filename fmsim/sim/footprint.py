@@ -1,5 +1,8 @@
-"""What a replayed request occupies in the simulated model: a ledger's slots, in the geometry's
-bytes.
+"""What a request takes in the simulated model: a policy's slots, in the geometry's bytes.
+
+`Allocation` leads everywhere: what an engine allocates on the GPU for a request and its whole life.
+`Footprint.logical_bytes` is the accounting of FlashMemory (arXiv 2606.09079), for comparison with
+its tables.
 """
 
 from __future__ import annotations
@@ -12,6 +15,8 @@ import numpy as np
 from fmsim.errors import FmsimError
 from fmsim.geometry import Geometry
 from fmsim.replay.ledger import Ledger
+from fmsim.replay.needs import Declared, Lifetime
+from fmsim.units import gib
 
 
 def spread(trace_layers: int, model_layers: int) -> tuple[int, ...]:
@@ -30,7 +35,7 @@ class Footprint:
     logical_bytes: (
         np.ndarray
     )  # logical, times the kept share of the CSA entries: the paper's accounting
-    gpu_bytes: np.ndarray  # on the GPU under tiering
+    allocated: Allocation  # on the GPU, for the whole run
     host_bytes: int  # the mirror at the end; 0 when nothing ever comes back from the host
     scored_entries: np.ndarray  # entries that a CSA layer's lightning indexer scores
     keys_tiered: bool  # index keys leave the GPU with their entries
@@ -58,16 +63,12 @@ def footprint(
     keyed = keyed_layers(ledger, geometry)
     moving = geometry.n_keyed - keyed  # layers whose keys come and go with their entries
     keys_tiered = moving > 0
-    keyed_pairs = entries * keyed + resident_pairs * moving // geometry.n_csa
-    gpu_bytes = [
-        geometry.gpu_kv_bytes(*map(int, step)) for step in zip(tokens, resident_pairs, keyed_pairs)
-    ]
     comes_back = bool(ledger.demand_loads.any() or ledger.lookahead_loads.any())
     return Footprint(
         tokens=tokens,
         full_bytes=full_bytes,
         logical_bytes=full_bytes * (resident_pairs / np.maximum(1, entries * geometry.n_csa)),
-        gpu_bytes=np.array(gpu_bytes),
+        allocated=allocation(ledger, geometry, layer_map),
         host_bytes=geometry.host_kv_bytes(int(tokens[-1])) if comes_back else 0,
         scored_entries=resident_pairs // geometry.n_csa if keys_tiered else entries,
         keys_tiered=keys_tiered,
@@ -76,20 +77,20 @@ def footprint(
     )
 
 
-def _groups(ledger: Ledger, layer_map: Sequence[int]) -> np.ndarray:
-    """int64 [n_csa]: the ledger's group that each layer of the model follows."""
-    return np.array(layer_map if ledger.n_groups > 1 else [0] * len(layer_map), dtype=np.int64)
+def _groups(declared: Declared, layer_map: Sequence[int]) -> np.ndarray:
+    """int64 [n_csa]: the group that each layer of the model follows."""
+    return np.array(layer_map if declared.n_groups > 1 else [0] * len(layer_map), dtype=np.int64)
 
 
-def _tokens(ledger: Ledger, geometry: Geometry) -> np.ndarray:
+def _tokens(request: Lifetime, geometry: Geometry) -> np.ndarray:
     """int64 [T]: context of each step. Entries of another length stand for the model's own, so the
     context grows as they close.
     """
     rate = geometry.csa_rate
-    decoded = 1 + np.arange(ledger.n_steps, dtype=np.int64)
-    if ledger.entry_tokens != rate:
-        decoded = decoded // ledger.entry_tokens * rate
-    return ledger.prompt_entries * rate + decoded
+    decoded = 1 + np.arange(request.n_steps, dtype=np.int64)
+    if request.entry_tokens != rate:
+        decoded = decoded // request.entry_tokens * rate
+    return request.prompt_entries * rate + decoded
 
 
 def check_layer_map(
@@ -109,11 +110,11 @@ def check_layer_map(
     return tuple(layer_map)
 
 
-def keyed_layers(ledger: Ledger, geometry: Geometry) -> int:
+def keyed_layers(declared: Declared, geometry: Geometry) -> int:
     """CSA layers of the model that keep all their index keys on the GPU."""
-    if ledger.all_keys:
+    if declared.all_keys:
         return geometry.n_keyed
-    return min(geometry.n_keyed, len(ledger.target_layers))
+    return min(geometry.n_keyed, len(declared.target_layers))
 
 
 @dataclass(frozen=True)
@@ -139,25 +140,90 @@ class Allocation:
 def allocation(
     ledger: Ledger, geometry: Geometry, layer_map: Sequence[int] | None = None
 ) -> Allocation:
-    """The allocation for `ledger`'s request in a model of `geometry`; its layers that keep all
-    their index keys are the first ones.
+    """The allocation for `ledger`'s request in a model of `geometry`.
 
     Raises FmsimError for a layer map that does not fit.
     """
-    layer_map = check_layer_map(layer_map, ledger.n_layers, geometry.n_csa)
-    groups = _groups(ledger, layer_map)
-    tokens = int(_tokens(ledger, geometry)[-1])
-    keyed = keyed_layers(ledger, geometry)
+    return allocated(ledger, geometry, layer_map, int(_tokens(ledger, geometry)[-1]))
+
+
+def allocated(
+    declared: Declared, geometry: Geometry, layer_map: Sequence[int] | None, tokens: int
+) -> Allocation:
+    """The allocation for a request of `tokens` in all; the layers that keep all their index keys
+    are the model's first ones.
+
+    Raises FmsimError for a layer map that does not fit.
+    """
+    layer_map = check_layer_map(layer_map, declared.n_layers, geometry.n_csa)
+    groups = _groups(declared, layer_map)
+    keyed = keyed_layers(declared, geometry)
     entry_bytes = np.full(geometry.n_csa, geometry.kv_entry_bytes)  # of a layer, in a slot
     has_key = np.array([layer.key_bytes > 0 for layer in geometry.layers if layer.pages])
     entry_bytes[has_key & (has_key.cumsum() > keyed)] += geometry.index_key_bytes
-    slots = np.array(ledger.group_slots)[groups]
-    ahead = np.array(ledger.ahead_slots or [0] * ledger.n_groups)[groups]
-    miss_bytes = geometry.n_csa * ledger.miss_slots * geometry.kv_entry_bytes
+    slots = np.array(declared.group_slots)[groups]
+    ahead = np.array(declared.ahead_slots or [0] * declared.n_groups)[groups]
+    miss_bytes = geometry.n_csa * declared.miss_slots * geometry.kv_entry_bytes
     return Allocation(
-        slots=ledger.granularity * int(slots @ entry_bytes),
-        spare=ledger.granularity * (miss_bytes + int(ahead @ entry_bytes)),
+        slots=declared.granularity * int(slots @ entry_bytes),
+        spare=declared.granularity * (miss_bytes + int(ahead @ entry_bytes)),
         index_keys=keyed * geometry.csa_entries(tokens) * geometry.index_key_bytes,
         hca=geometry.dense_bytes(tokens),
         windows=geometry.window_bytes,
     )
+
+
+def full_allocation(geometry: Geometry, tokens: int) -> Allocation:
+    """Of the full cache: a slot for every entry, and nothing spare."""
+    entries = geometry.csa_entries(tokens)
+    return Allocation(
+        slots=geometry.n_csa * entries * geometry.kv_entry_bytes,
+        spare=0,
+        index_keys=geometry.n_keyed * entries * geometry.index_key_bytes,
+        hca=geometry.dense_bytes(tokens),
+        windows=geometry.window_bytes,
+    )
+
+
+@dataclass(frozen=True)
+class ModelMemory:
+    """`fmsim.replay.needs.GpuMemory` of a model of `geometry`, whose CSA layers the trace's drive
+    as `layer_map` says.
+    """
+
+    geometry: Geometry
+    layer_map: tuple[int, ...] | None = None
+
+    @property
+    def entry_bytes(self) -> float:
+        return self.geometry.kv_entry_bytes
+
+    @property
+    def model_layers(self) -> int:
+        return self.geometry.n_csa
+
+    def full_bytes(self, request: Lifetime) -> int:
+        return full_allocation(self.geometry, self._tokens(request)).total
+
+    def taken_bytes(self, needs: Declared, request: Lifetime) -> int:
+        return self._allocated(needs, request).total
+
+    def shortage(self, needs: Declared, request: Lifetime, limit_bytes: int) -> str:
+        """Such as "index keys alone take 0.325 GiB"."""
+        taken = self._allocated(needs, request)
+        parts = {
+            "index keys": taken.index_keys,
+            "spare pages": taken.spare,
+            "HCA entries and windows": taken.hca + taken.windows,
+        }
+        largest = max(parts, key=lambda name: parts[name])
+        if parts[largest] > limit_bytes:
+            return f"{largest} alone take {gib(parts[largest], 3)}"
+        shown = ", ".join(f"{name} {gib(size, 3)}" for name, size in parts.items() if size)
+        return f"leaves no room for a page: {shown}"
+
+    def _allocated(self, needs: Declared, request: Lifetime) -> Allocation:
+        return allocated(needs, self.geometry, self.layer_map, self._tokens(request))
+
+    def _tokens(self, request: Lifetime) -> int:
+        return int(_tokens(request, self.geometry)[-1])

@@ -6,13 +6,14 @@ Every formula stands here; the names are the fields of the JSON report.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from fmsim.geometry import Geometry
 from fmsim.replay.ledger import Ledger
-from fmsim.sim.footprint import Footprint, footprint
+from fmsim.sim.footprint import Footprint, footprint, full_allocation
 from fmsim.sim.timeline import Timeline
 
 if TYPE_CHECKING:
@@ -28,8 +29,11 @@ def row(
 ) -> dict[str, Any]:
     """One policy's row:
 
-    - `kv_hbm_bytes`: mean over steps of the full cache's logical bytes times the kept share of CSA
-      entries (the paper's accounting; `details` has what lies on the GPU), of one request;
+    - `gpu_bytes`: all that an engine allocates on the GPU for one request: slots, spare pages,
+      index keys, dense entries, windows (`details` has the parts);
+    - `gpu_ratio`: that over what the full cache takes;
+    - `kv_hbm_bytes`: the paper's accounting, for comparison with its tables: mean over steps of the
+      full cache's logical bytes times the kept share of CSA entries, of one request;
     - `kv_hbm_ratio`: that mean over the full cache's;
     - `entry_recall`: golden entries resident when their step began, of all golden entries;
     - `mass_kept`: attention mass on selected entries that were attended to, of the mass on all
@@ -47,8 +51,11 @@ def row(
     Sums over layers weigh each trace layer by the model layers that it drives.
     """
     place = footprint(ledger, geometry, layer_map)
+    full_bytes = full_allocation(geometry, int(place.tokens[-1])).total
     return {
         "policy": ledger.policy,
+        "gpu_bytes": place.allocated.total,
+        "gpu_ratio": place.allocated.total / full_bytes,
         "kv_hbm_bytes": round(float(place.logical_bytes.mean())),
         "kv_hbm_ratio": float(place.logical_bytes.mean() / place.full_bytes.mean()),
         **kept(ledger, place.layer_map),
@@ -130,18 +137,18 @@ def details(
     return {
         "exact": exact(ledger),
         "params": ledger.params,
-        "gpu_kv_bytes": int(place.gpu_bytes.max()),
+        "allocated": asdict(place.allocated),
         "host_kv_bytes": place.host_bytes,
         "max_requests_bound": capacity(place, geometry, hw)[1],
     }
 
 
 def capacity(place: Footprint, geometry: Geometry, hw: Hardware) -> tuple[int, str]:
-    """(requests, which memory binds): how often the largest footprint of the run goes into each
-    rank's KV pool, and its mirror into the rank's part of host memory, on one server.
+    """(requests, which memory binds): how often what a request is allocated goes into each rank's
+    KV pool, and its mirror into the rank's part of host memory, on one server.
     """
     placed = hw.placed
-    fits = {"GPU memory": int(hw.kv_pool_bytes(geometry) * placed.cp // place.gpu_bytes.max())}
+    fits = {"GPU memory": int(hw.kv_pool_bytes(geometry) * placed.cp // place.allocated.total)}
     if place.host_bytes:
         fits["host memory"] = int(hw.host_bytes_per_gpu * placed.cp // place.host_bytes)
     bound = min(fits, key=lambda kind: fits[kind])

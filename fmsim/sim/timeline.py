@@ -56,7 +56,6 @@ class SimulatedTimeline(Timeline):
     model: str
     d2h_bytes: np.ndarray  # write-back of entries closed since the last one
     kv_bytes: np.ndarray  # of one request, logical: the full cache's times the kept share of CSA
-    gpu_kv_bytes: np.ndarray  # of one request, on the GPU
     transfers: tuple[Transfer, ...]  # that ended within the decode
 
     def save(self, path: str | Path) -> None:

@@ -69,12 +69,13 @@ def test_figures_hang_together(report):
         geometry.full_kv_bytes(4096) <= full["kv_hbm_bytes"] <= geometry.full_kv_bytes(4096 + 160)
     )
     assert (
+        full["gpu_ratio"],
         full["kv_hbm_ratio"],
         full["entry_recall"],
         full["mass_kept"],
         full["h2d_bytes"],
         full["stall_ratio"],
-    ) == (1, 1, 1, 0, 0)
+    ) == (1, 1, 1, 1, 0, 0)
     for name in ("full", "lru", "lfu", "belady"):
         assert details[name]["exact"] and rows[name]["mass_kept"] == 1
     for name in ("recency", "random", "h2o"):
@@ -84,7 +85,8 @@ def test_figures_hang_together(report):
             and rows[name]["h2d_bytes"] == 0
         )
         assert rows[name]["kv_hbm_ratio"] == pytest.approx(0.1, abs=0.01)
-        assert details[name]["gpu_kv_bytes"] < details["full"]["gpu_kv_bytes"]
+        assert rows[name]["gpu_bytes"] == sum(details[name]["allocated"].values())
+        assert rows[name]["gpu_ratio"] == rows[name]["gpu_bytes"] / full["gpu_bytes"] < 0.3
     assert (
         0 < rows["belady"]["h2d_bytes"] <= min(rows["lru"]["h2d_bytes"], rows["lfu"]["h2d_bytes"])
     )

@@ -80,7 +80,7 @@ def test_a_wrong_range_is_told(text, says):
 def made(tokens_per_s, mass_kept, kv=1):
     return Trial(
         {},
-        {"decode_tokens_per_s": tokens_per_s, "mass_kept": mass_kept, "kv_hbm_bytes": kv},
+        {"decode_tokens_per_s": tokens_per_s, "mass_kept": mass_kept, "gpu_bytes": kv},
         mass_kept == 1,
     )
 
@@ -97,7 +97,7 @@ def test_the_front_and_the_best_by_hand():
     ]
     tuning = Tuning("lru", 0.9, trials, [])
     assert [trial.objectives for trial in tuning.front] == [(12, 0.85), (10, 0.9), (8, 1.0)]
-    assert tuning.front[0].figures["kv_hbm_bytes"] == 0.5  # of equals the smaller
+    assert tuning.front[0].figures["gpu_bytes"] == 0.5  # of equals the smaller
     assert tuning.best.objectives == (10, 0.9)
     assert Tuning("lru", 1.01, trials, []).best is None
 

@@ -216,16 +216,36 @@ def test_budget_counts_whole_slots():
     )
 
 
-@pytest.mark.parametrize("text", ["", "ten", "10", "-5%", "0%", "10 parsecs", "5 x", None])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "ten",
+        "10",
+        "-5%",
+        "0%",
+        "10 parsecs",
+        "5 x",
+        "5 gpu",
+        "5 entries gpu",
+        "2x topk gpu",
+        None,
+    ],
+)
 def test_budget_that_says_nothing_is_refused(text):
     with pytest.raises(ValueError, match="budget"):
         Budget.parse(text)
 
 
-@given(st.floats(1e-3, 1e12), st.sampled_from(["bytes", "entries", "share", "topk"]))
+UNITS = ["bytes", "entries", "share", "topk", "gpu bytes", "gpu share"]
+
+
+@given(st.floats(1e-3, 1e12), st.sampled_from(UNITS))
 def test_budget_text_reads_back(amount, unit):
     again = Budget.parse(str(Budget(amount, unit)))
     assert again.unit == unit and again.amount == pytest.approx(amount, rel=1e-15)
+    assert str(Budget.parse("12.5 % GPU")) == "12.5% gpu"
+    assert Budget.parse("0.25 GiBgpu") == Budget(2**28, "gpu bytes")
     assert str(Budget.parse("7%")) == "7%" and str(Budget.parse("1.5 GiB")) == "1.5 GiB"
 
 

@@ -11,12 +11,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fmsim.errors import FmsimError
+from fmsim.geometry import PRESETS
 from fmsim.policies import registry
 from fmsim.replay.cache_manager import heaviest_missing
 from fmsim.replay.golden import golden_mask
 from fmsim.replay.ledger import Ledger
 from fmsim.replay.paging import Accesses, page_trace
 from fmsim.replay.replayer import Replayer, replay
+from fmsim.sim.footprint import ModelMemory
 from fmsim.testing import sample_trace
 
 N_ENTRIES = 24
@@ -263,7 +265,7 @@ def test_a_budget_below_what_is_pinned_is_refused():
 
 def test_bytes_are_shared_by_the_models_layers():
     policy = registry.build({"policy": "lru", "budget": "0.5 MiB"})
-    ledger = Replayer(sample_trace(), entry_bytes=584, model_layers=21).run(policy)
+    ledger = Replayer(sample_trace(), memory=ModelMemory(PRESETS["v4-flash"])).run(policy)
     assert ledger.n_slots == 2**19 // (584 * 21)
 
 

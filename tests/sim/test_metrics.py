@@ -20,6 +20,10 @@ def row_of(made, **options):
 def test_logical_bytes_are_the_kept_share_of_the_full_cache():
     tenth = ledger(prompt_entries=ENTRIES, slots=ENTRIES // 10)
     row = row_of(tenth)
+    # 12,800 of 128,032 entries with their keys, beside 4,001 HCA entries a layer and the windows
+    fixed = FLASH.window_bytes + 20 * 4001 * 584
+    assert row["gpu_bytes"] == fixed + 21 * 12_800 * 716
+    assert row["gpu_ratio"] == row["gpu_bytes"] / (fixed + 21 * 128_032 * 716)
     assert row["kv_hbm_ratio"] == pytest.approx(0.1, rel=1e-3)
     assert row["kv_hbm_bytes"] == pytest.approx(0.1 * FLASH.full_kv_bytes(TOKENS), rel=1e-3)
 
@@ -62,14 +66,14 @@ def test_index_keys_stay_where_misses_are_fetched_and_move_where_they_are_masked
     fetched = footprint(
         ledger(n_steps=1, prompt_entries=ENTRIES, slots=1024, on_miss="fetch"), FLASH
     )
-    assert fetched.gpu_bytes[0] == fixed + 21 * 1024 * 584 + pairs * 132
+    assert fetched.allocated.total == fixed + 21 * 1024 * 584 + pairs * 132
     masked = footprint(ledger(n_steps=1, prompt_entries=ENTRIES, slots=1024), FLASH)
-    assert masked.gpu_bytes[0] == fixed + 21 * 1024 * (584 + 132)
+    assert masked.allocated.total == fixed + 21 * 1024 * (584 + 132)
     # a memory indexer scored three layers' keys, so those stay whole
     scored = footprint(
         ledger(n_steps=1, prompt_entries=ENTRIES, slots=1024, scored=np.array([3 * ENTRIES])), FLASH
     )
-    assert scored.gpu_bytes[0] == fixed + 21 * 1024 * 584 + (3 * ENTRIES + 18 * 1024) * 132
+    assert scored.allocated.total == fixed + 21 * 1024 * 584 + (3 * ENTRIES + 18 * 1024) * 132
 
 
 def test_capacity_names_what_binds():
@@ -78,7 +82,7 @@ def test_capacity_names_what_binds():
     place = footprint(never_back, FLASH)
     assert place.host_bytes == 0
     assert metrics.capacity(place, FLASH, H100) == (
-        int(pool // place.gpu_bytes.max()),
+        int(pool // place.allocated.total),
         "GPU memory",
     )
     recalled = footprint(
@@ -86,7 +90,10 @@ def test_capacity_names_what_binds():
         FLASH,
     )
     mirror = FLASH.host_kv_bytes(TOKENS + 128)
-    assert metrics.capacity(recalled, FLASH, H100) == (int(2e12 / 8 // mirror), "host memory")
+    assert metrics.capacity(recalled, FLASH, H100) == (
+        int(H100.host_bytes_per_gpu // mirror),
+        "host memory",
+    )
 
 
 def test_exact_means_that_nothing_selected_was_left_out():

@@ -11,6 +11,8 @@ from fmsim.cli import main
 
 FIELDS = [
     "policy",
+    "gpu_bytes",
+    "gpu_ratio",
     "kv_hbm_bytes",
     "kv_hbm_ratio",
     "entry_recall",

@@ -26,6 +26,7 @@ from fmsim.exec.decode.pager import LayerPager, StepView
 from fmsim.exec.decode.prompt import Prompt
 from fmsim.exec.decode.request import Request, Select
 from fmsim.exec.decode.selections import Selections
+from fmsim.exec.decode.unscaled import unscaled
 from fmsim.exec.kernels.lang import HAS_TRITON
 from fmsim.exec.kernels.layout import Layout, plain
 from fmsim.exec.kernels.tuning import MOST_EXPERT_TOKENS
@@ -37,6 +38,7 @@ from fmsim.exec.model.kinds import CSA
 from fmsim.policies.base import Policy
 from fmsim.replay.decode_loop import DecodeLoop
 from fmsim.replay.ledger import Ledger
+from fmsim.sim.footprint import ModelMemory
 from fmsim.sim.timeline import Timeline
 from fmsim.trace.format import TAU
 
@@ -90,13 +92,14 @@ class Batch:
             config.hidden_size,
             self.device,
         )
+        memory = ModelMemory(unscaled(config, dtype))
         self.requests = [
             Request(
                 prompt,
                 type(policy)(policy.params),
                 index=b,
                 selections=self.selections,
-                entry_bytes=entry.entry_bytes,
+                memory=memory,
                 keys_of=partial(self.keys.first, b),
                 select=select,
                 tau=tau,
@@ -265,13 +268,13 @@ def new_tiers(
             RequestSize(
                 pages=manager.ctx.n_pages,
                 slots=manager.ctx.group_slots,
-                staged=manager.miss_slots,
-                ahead=manager.ahead_slots,
+                staged=manager.needs.miss_slots,
+                ahead=manager.needs.ahead_slots,
             )
             for manager in managers
         ],
         first.device,
-        mirrored=not all(manager.keeps_all for manager in managers),
+        mirrored=not all(manager.needs.keeps_all for manager in managers),
     )
     for b, request in enumerate(requests):
         for layer, cache in enumerate(request.prompt.csa_caches):

@@ -22,6 +22,7 @@ from fmsim.replay.cache_manager import CacheManager, Served
 from fmsim.replay.context import RequestShape, build_context
 from fmsim.replay.ledger import Ledger
 from fmsim.replay.ledger_builder import LedgerBuilder
+from fmsim.replay.needs import GpuMemory
 from fmsim.replay.paging import Paged, page_step, page_trace
 
 Select = Literal["resident", "all"]
@@ -34,9 +35,9 @@ class Request:
     `step` counts them; `selections` is what the batch's layers select. `hidden` float32 [L, H] by
     window. `keys_of(n)` gives the index keys of the first n entries, float32 [L, n, D]. Of the
     layers ``unmeasured`` it is not known what they would have selected among all entries.
-    ``hindsight``, a decode of the same prompt that is over, is what a policy that looks into the
-    future is told. Raises FmsimError for a policy that an engine cannot run, such as that one
-    without it.
+    `memory` says what a budget in bytes buys. ``hindsight``, a decode of the same prompt that is
+    over, is what a policy that looks into the future is told. Raises FmsimError for a policy that
+    an engine cannot run, such as that one without it.
     """
 
     def __init__(
@@ -46,7 +47,7 @@ class Request:
         *,
         index: int,
         selections: Selections,
-        entry_bytes: int,
+        memory: GpuMemory,
         keys_of: Callable[[int], Tensor],
         select: Select,
         tau: int,
@@ -74,7 +75,7 @@ class Request:
         self.layers = config.layer_types.count(CSA)
         self.shared = policy.params.scope == "shared"
         self.hidden = {0: torch.from_numpy(prompt.hidden).to(self.device)}
-        self.manager = CacheManager(policy, self._context(entry_bytes, seed, hindsight))
+        self.manager = CacheManager(policy, self._context(memory, seed, hindsight))
         self.residency = self.manager.residency
         self.book = LedgerBuilder(self.manager, prompt.max_steps)
         self.step = 0  # the decode step that is under way, or that comes next
@@ -125,7 +126,7 @@ class Request:
         ids = picked.ids[:, self.index].long()
         mass = picked.seen_mass[:, self.index]
         use = page_step(ids, mass, ctx.granularity, self.shared)
-        if self.among_resident and not self.manager.needs_all_keys:
+        if self.among_resident and not self.manager.needs.all_keys:
             return self.manager.look_back(use, use.pages >= 0)
         # The policy sees all that was selected, and the mass of what was attended to.
         masses = ctx.table()
@@ -154,7 +155,7 @@ class Request:
     def _logged(self, name: str) -> Tensor:
         return self.selections.log[name][: self.step, :, self.index]
 
-    def _context(self, entry_bytes: int, seed: int, hindsight: Request | None) -> Context:
+    def _context(self, memory: GpuMemory, seed: int, hindsight: Request | None) -> Context:
         tokens = len(self.prompt.tokens)
         shape = RequestShape(
             n_layers=self.layers,
@@ -164,8 +165,7 @@ class Request:
             n_steps=self.prompt.max_steps,
             entry_tokens=self.rate,
             tau=self.tau,
-            entry_bytes=entry_bytes,
-            model_layers=self.layers,
+            memory=memory,
             seed=seed,
         )
         future = None

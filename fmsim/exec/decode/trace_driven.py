@@ -20,8 +20,10 @@ from torch import Tensor
 from fmsim.errors import FmsimError
 from fmsim.exec.decode.device_tiers import SharedTiers, StepTables, copy_uncounted
 from fmsim.exec.kernels.layout import KEY, LATENT, Layout
+from fmsim.exec.kv.home import Home
 from fmsim.exec.kv.paired import PairedTiers
 from fmsim.exec.kv.tiered import RequestSize
+from fmsim.exec.measure.allocator import AllocatorMeter
 from fmsim.exec.measure.step_clock import StepClock
 from fmsim.geometry import Geometry
 from fmsim.policies.base import LookaheadPolicy, Policy
@@ -79,20 +81,24 @@ class TraceDrivenDecode:
         size = RequestSize(
             pages=ctx.n_pages,
             slots=ctx.group_slots,
-            staged=self.manager.miss_slots,
-            ahead=self.manager.ahead_slots,
+            staged=self.manager.needs.miss_slots,
+            ahead=self.manager.needs.ahead_slots,
         )
         self._groups = [int(group) for group in groups]
-        self.tiers = PairedTiers(
-            *layouts(geometry),
-            self._groups,
-            range(keyed_layers, geometry.n_csa),
-            ctx.granularity,
-            [size] * batch,
-            self.device,
-            mirrored=self.manager.comes_back,
-            one_text=True,
-        )
+        self.allocator = AllocatorMeter(self.device)
+        with self.allocator.counted():
+            self.tiers = PairedTiers(
+                *layouts(geometry),
+                self._groups,
+                range(keyed_layers, geometry.n_csa),
+                ctx.granularity,
+                [size] * batch,
+                self.device,
+                mirrored=self.manager.needs.comes_back,
+                one_text=True,
+            )
+            # with a model they are its own
+            self.fixed = self._fixed() if watch else []
         self.tables = StepTables(self.tiers, ctx.n_groups, ctx.n_pages, batch)
         self.stages = self.tables.stages
         # by layer, [B, P + 1]
@@ -102,10 +108,6 @@ class TraceDrivenDecode:
         self.pages = torch.full(shape, -1, dtype=torch.int64, device=self.device)
         self.fetched = torch.zeros(shape, dtype=torch.bool, device=self.device)
         self.clock = StepClock(self.device)
-        # in the place of windows, HCA entries and the other index keys
-        self.fixed = torch.zeros(
-            self._fixed_bytes() if watch else 0, dtype=torch.uint8, device=self.device
-        )
         if watch:
             self._fill_mirrors()
         copy_uncounted(self.tiers, *self._first_set())
@@ -143,6 +145,12 @@ class TraceDrivenDecode:
         )
 
     @property
+    def gpu_bytes(self) -> int:
+        """Of one request: all that was built for its KV, as the tensors' sizes say it."""
+        fixed_bytes = sum(pool.nbytes for pool in self.fixed)
+        return (self.tiers.pool_bytes + fixed_bytes) // self.batch
+
+    @property
     def slot_bytes(self) -> int:
         """Of one request: what its slots take, in both tiers."""
         return self.tiers.slot_bytes // self.batch
@@ -168,11 +176,27 @@ class TraceDrivenDecode:
         """
         return [self._attended_to(part, pages) for part in range(len(self.tiers.caches))]
 
-    def _fixed_bytes(self) -> int:
-        """Of one request: what no decision changes."""
+    def _fixed(self) -> list[Tensor]:
+        """What no decision changes, as an engine allocates it, layer by layer: all index keys of
+        the layers that keep theirs, dense entries, windows.
+        """
+        geometry = self.geometry
         tokens = self.replayer.header.prompt_tokens + self.replayer.n_steps
-        keyed = self.keyed_layers * self.geometry.csa_entries(tokens)
-        return self.geometry.gpu_kv_bytes(tokens, 0, keyed)
+        pools = []
+
+        def entries(count: int, entry_bytes: int) -> Tensor:
+            layout = Layout("plain", entry_bytes, entry_bytes, 0)
+            return Home.of_its_own(layout, self.batch, count, self.device).pool
+
+        for _ in range(self.keyed_layers):
+            pools.append(entries(geometry.csa_entries(tokens), geometry.index_key_bytes))
+        for layer in geometry.layers:
+            if layer.kind == "dense":
+                pools.append(entries(tokens // layer.entry_tokens, layer.entry_bytes))
+            window = layer.window_tokens * layer.window_bytes
+            if window:
+                pools.append(torch.zeros(self.batch, window, dtype=torch.uint8, device=self.device))
+        return pools
 
     def _fill_mirrors(self) -> None:
         """Random bytes, by the fastest generator there is."""

@@ -22,8 +22,8 @@ from fmsim.sim import metrics
 from fmsim.trace import Trace
 
 MEASURED = [
-    "kv_hbm_bytes",
-    "kv_hbm_ratio",
+    "gpu_bytes",
+    "gpu_ratio",
     "entry_recall",
     "mass_kept",
     "set_overlap",
@@ -107,8 +107,8 @@ def report(
     """The object that `fmsim exec --json` prints: the fields of `fmsim run`, measured;
     `max_requests` is not, so null.
 
-    `kv_hbm_bytes` is what was allocated for one request (a mean over the batch), and `kv_hbm_ratio`
-    that over what keeping every page would allocate. `entry_recall` and `mass_kept` are over the
+    `gpu_bytes` is what was allocated for one request (a mean over the batch), and `gpu_ratio` that
+    over what keeping every page would allocate. `entry_recall` and `mass_kept` are over the
     CSA layers `measured_layers` of `details`: all but those whose index keys are tiered.
     """
     ledgers, n_requests = [request.ledger() for request in batch.requests], len(batch.requests)
@@ -117,8 +117,8 @@ def report(
     hits = [metrics.hits(ledger, range(ledger.n_layers)) for ledger in ledgers]
     row = {
         "policy": label,
-        "kv_hbm_bytes": round(batch.gpu_kv_bytes / n_requests),
-        "kv_hbm_ratio": batch.gpu_kv_bytes / batch.full_kv_bytes,
+        "gpu_bytes": round(batch.gpu_kv_bytes / n_requests),
+        "gpu_ratio": batch.gpu_kv_bytes / batch.full_kv_bytes,
         **figures,
         **metrics.timed(batch.timeline()),
         "max_requests": None,

@@ -24,7 +24,7 @@ from fmsim.geometry import Geometry
 from fmsim.policies.base import Policy
 from fmsim.replay.replayer import Replayer
 from fmsim.sim import metrics
-from fmsim.sim.footprint import footprint, keyed_layers
+from fmsim.sim.footprint import footprint, full_allocation, keyed_layers
 from fmsim.sim.timeline import Timeline
 from fmsim.units import GIB, gib
 
@@ -50,8 +50,9 @@ class SyntheticRun:
     host_bytes: int
 
     @property
-    def kv_bytes(self) -> int:
-        return self.decode.slot_bytes + self.fixed_bytes
+    def gpu_bytes(self) -> int:
+        """Of one request: all but `open_bytes`."""
+        return self.decode.slot_bytes + self.decode.spare_bytes + self.fixed_bytes
 
     @property
     def warm_up_steps(self) -> int:
@@ -153,15 +154,16 @@ def report(
 
     Bytes are of one request.
     """
-    full_bytes = geometry.full_kv_bytes(replayer.header.prompt_tokens + replayer.n_steps)
+    tokens = replayer.header.prompt_tokens + replayer.n_steps
+    full_bytes = full_allocation(geometry, tokens).total
     rows, details = [], {}
     for found in runs:
         ledger = found.outcome.ledger
         rows.append(
             {
                 "policy": found.label,
-                "kv_hbm_bytes": found.kv_bytes,
-                "kv_hbm_ratio": found.kv_bytes / full_bytes,
+                "gpu_bytes": found.gpu_bytes,
+                "gpu_ratio": found.gpu_bytes / full_bytes,
                 **metrics.kept(ledger, layer_map),
                 **metrics.timed(found.timeline()),
                 "max_requests": None,

@@ -83,10 +83,10 @@ def trade_off(results: Results, style: Style) -> go.Figure:
     taken: dict[tuple[float, float], int] = {}  # labels at about the same place go around it
     for row, score in zip(results.rows, scores, strict=True):
         label, exact = row["policy"], results.exact(row["policy"])
-        place = (round(np.log10(row["kv_hbm_bytes"]), 1), round(score, 1))
+        place = (round(np.log10(row["gpu_bytes"]), 1), round(score, 1))
         taken[place] = taken.get(place, -1) + 1
         figure.add_scatter(
-            x=[row["kv_hbm_bytes"] / GIB],
+            x=[row["gpu_bytes"] / GIB],
             y=[score],
             mode="markers+text",
             text=[label],
@@ -96,7 +96,7 @@ def trade_off(results: Results, style: Style) -> go.Figure:
             textfont={"color": style.colors[label], "size": 13},
             customdata=[
                 [
-                    row["kv_hbm_ratio"],
+                    row["gpu_ratio"],
                     row["decode_tokens_per_s"],
                     row["stall_ratio"],
                     "exact" if exact else "lossy",
@@ -109,16 +109,16 @@ def trade_off(results: Results, style: Style) -> go.Figure:
             ),
         )
     figure.update_xaxes(
-        title="KV of one request, GiB (mean over steps; logarithmic)",
-        **_log([row["kv_hbm_bytes"] / GIB for row in results.rows]),
+        title="all that one request takes on the GPU, GiB (logarithmic)",
+        **_log([row["gpu_bytes"] / GIB for row in results.rows]),
     )
     figure.update_yaxes(title=title, tickformat=".0%")
     return _finish(figure, 470, legend=False)
 
 
 def over_time(results: Results, style: Style) -> go.Figure:
-    """Footprint by step, and the share of selected entries that were resident when their step
-    began.
+    """What is kept by step, in the paper's accounting, and the share of selected entries that were
+    resident when their step began.
     """
     figure = make_subplots(rows=2, cols=1, shared_xaxes=True, vertical_spacing=0.07)
     for label, ledger in results.ledgers.items():
@@ -146,7 +146,7 @@ def over_time(results: Results, style: Style) -> go.Figure:
             col=1,
         )
     every = np.concatenate([timeline.kv_bytes for timeline in results.timelines.values()]) / GIB
-    figure.update_yaxes(title="KV, GiB", **_log([every.min(), every.max()]), row=1, col=1)
+    figure.update_yaxes(title="KV kept, GiB", **_log([every.min(), every.max()]), row=1, col=1)
     figure.update_yaxes(
         title=f"resident when needed<br>(mean of {SMOOTH_STEPS} steps)",
         tickformat=".0%",

@@ -69,7 +69,7 @@ def _figures(report: dict[str, Any]) -> Table:
         table.add_row("answers", f"{quality['exact']} of {quality['asked']} right")
     table.add_row(
         "KV allocated",
-        f"{mib(row['kv_hbm_bytes'])} a request, {row['kv_hbm_ratio']:.1%} of what keeping"
+        f"{mib(row['gpu_bytes'])} a request, {row['gpu_ratio']:.1%} of what keeping"
         f" every page takes ({details['slot_bytes'] / MIB:.2f} slots,"
         f" {details['fixed_bytes'] / MIB:.2f} index keys, HCA entries, windows; all requests)",
     )

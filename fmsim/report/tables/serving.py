@@ -15,12 +15,12 @@ from fmsim.units import GIB, gib
 BARS = " ▁▂▃▄▅▆▇█"
 CHART_WIDTH = 60
 POOLS = {
-    "csa": "CSA",
-    "slots": "slots",
-    "hca": "HCA",
-    "index_keys": "index keys",
-    "window": "window",
     "gpu": "on GPU",
+    "slots": "slots",
+    "spare": "spare",
+    "index_keys": "index keys",
+    "hca": "HCA",
+    "windows": "windows",
     "mirror": "host mirror",
 }
 

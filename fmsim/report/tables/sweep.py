@@ -12,7 +12,8 @@ from fmsim.report.console import NO_MASS, share_text, wide_console
 from fmsim.units import MIB
 
 FIGURES = {  # heading -> text of a row's figure; * = simulated
-    "of full": lambda row: f"{row['kv_hbm_ratio']:.1%}",
+    "on GPU MiB": lambda row: f"{row['gpu_bytes'] / MIB:.1f}",
+    "of full": lambda row: f"{row['gpu_ratio']:.1%}",
     "golden kept": lambda row: share_text(row["entry_recall"]),
     "mass kept": lambda row: share_text(row["mass_kept"]),
     "tokens/s*": lambda row: f"{row['decode_tokens_per_s']:.1f}",

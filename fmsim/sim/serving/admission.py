@@ -29,9 +29,7 @@ def server_hardware(hw: Hardware, options: spec.Server) -> Hardware:
     if options.mirror == "shared":
         for name in ("host_bytes", "host_reserve_bytes"):
             figure = getattr(hw, name)
-            changes[name] = figure and figure.model_copy(
-                update={"value": figure.value * hw.placed.tp}
-            )
+            changes[name] = figure.model_copy(update={"value": figure.value * hw.placed.tp})
     if options.recall_bytes_per_s:
         rate = min(options.recall_bytes_per_s, hw.link.bandwidth_bytes_per_s.value)
         bandwidth = hw.link.bandwidth_bytes_per_s.model_copy(update={"value": rate})

@@ -4,6 +4,7 @@ more.
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from typing import Any
 
 from fmsim.geometry import Geometry
@@ -42,11 +43,7 @@ def banner(
         },
         "host_bytes": engine.host_bytes_per_gpu,
         "request_bytes": {
-            "csa": pools.csa,
-            "slots": pools.slots,
-            "hca": pools.hca,
-            "index_keys": pools.index_keys,
-            "window": pools.window,
+            **asdict(pools.gpu),
             "gpu": pools.gpu_bytes,
             "mirror": pools.mirror,
         },

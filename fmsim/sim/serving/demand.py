@@ -4,9 +4,11 @@ one length.
 This is a model: a ledger says what a policy did at its own trace's length, and a request of another
 length is taken to do the same in shares.
 
-- Resident and recalled entries are shares of the history, and grow with it, where the policy's
-  budget is a share of the history (or it keeps everything). A budget in multiples of top-k follows
-  the model's top-k, one in entries or bytes stays what it is.
+- Slots, and resident and recalled entries, are shares of the history, and grow with it, where the
+  policy's budget is a share of the history (or it keeps everything). A budget in multiples of top-k
+  follows the model's top-k, one in entries or bytes stays what it is. One in bytes on the GPU is
+  solved anew for each length; a request too short for it gets one slot.
+- Spare pages follow from the slots, and from the model's top-k.
 - Missed entries are shares of the model's top-k, whatever the length; a request that fits its
   budget whole misses nothing.
 - A memory indexer scores the whole history.
@@ -25,27 +27,37 @@ import numpy as np
 
 from fmsim.geometry import Geometry
 from fmsim.hw.spec import Hardware
+from fmsim.policies.budget import Budget
 from fmsim.replay.ledger import Ledger
-from fmsim.sim.footprint import footprint, keyed_layers
+from fmsim.replay.needs import AHEAD
+from fmsim.sim.footprint import Allocation, allocated, footprint, full_allocation
 from fmsim.sim.transfer_cost import GatherCurve
 
 
 @dataclass(frozen=True)
 class Pools:
-    """Whole bytes of one request at its end, by what they hold; `mirror` lies on the host, all
-    others on every GPU.
-    """
+    """Whole bytes of one request and its whole life: `gpu` on every GPU, `mirror` on the host."""
 
-    csa: int  # all CSA entries, where the policy keeps all
-    slots: int  # resident CSA entries, where it does not
-    hca: int
-    index_keys: int
-    window: int
+    gpu: Allocation
     mirror: int
 
     @property
     def gpu_bytes(self) -> int:
-        return self.csa + self.slots + self.hca + self.index_keys + self.window
+        return self.gpu.total
+
+
+@dataclass(frozen=True)
+class _Slots:
+    """`fmsim.replay.needs.Declared` of a request of another length than the ledger's."""
+
+    n_layers: int
+    n_groups: int
+    granularity: int
+    group_slots: tuple[int, ...]
+    ahead_slots: tuple[int, ...]
+    miss_slots: int
+    all_keys: bool
+    target_layers: tuple[int, ...]
 
 
 class Demand:
@@ -87,11 +99,12 @@ class Demand:
         )  # [T] entries a layer, mean over layers
         self._fullest = resident[self.resident.argmax()]  # [G] entries, at the fullest step
         self.holds_all = bool((resident >= entries[:, None]).all())
-        budget = str(ledger.params.get("budget", "%"))
-        self._grows = self.holds_all or budget.endswith("%")
-        self._fixed_growth = geometry.index_topk / ledger.topk if budget.endswith("topk") else 1.0
+        self._ledger, self._layer_map = ledger, place.layer_map
+        self._topk_ratio = geometry.index_topk / ledger.topk
+        budget = str(ledger.params.get("budget", "all"))
+        self._budget = None if budget == "all" else Budget.parse(budget)
+        self._solutions: dict[int, float] = {}  # by tokens
         self.indexer_scored = ledger.scored.astype(np.float64)
-        self.keyed_layers = keyed_layers(ledger, geometry)
         self.misses, self.recalls = (
             bool(ledger.demand_loads.any()),
             bool(ledger.lookahead_loads.any()),
@@ -132,8 +145,55 @@ class Demand:
         return self.geometry.csa_entries(prompt_tokens) / max(1, self.ledger_entries)
 
     def growth(self, prompt_tokens: int) -> float:
-        """What the ledger's resident and recalled entries are multiplied by."""
-        return self.length_ratio(prompt_tokens) if self._grows else self._fixed_growth
+        """What the ledger's slots, resident and recalled entries are multiplied by."""
+        if self.holds_all or self._budget is None or self._budget.unit == "share":
+            return self.length_ratio(prompt_tokens)
+        if self._budget.on_gpu:
+            tokens = prompt_tokens + self._ledger.n_steps
+            if tokens not in self._solutions:
+                self._solutions[tokens] = self._solved(tokens)
+            return self._solutions[tokens]
+        return self._topk_ratio if self._budget.unit == "topk" else 1.0
+
+    def _solved(self, tokens: int) -> float:
+        """Growth of a budget on the GPU: the most slots that leave a request within it."""
+        assert self._budget is not None
+        full_bytes = full_allocation(self.geometry, tokens).total
+        limit_bytes = self._budget.gpu_bytes(full_bytes)
+        most = max(self._ledger.group_slots)
+        pages = -(-self.geometry.csa_entries(tokens) // self._ledger.granularity)
+        found, beyond = 1, max(pages, most) + 1
+        while beyond - found > 1:
+            middle = (found + beyond) // 2
+            fits = self._allocated(middle / most, tokens).total <= limit_bytes
+            found, beyond = (middle, beyond) if fits else (found, middle)
+        return found / most
+
+    def _allocated(self, growth: float, tokens: int) -> Allocation:
+        """With the ledger's slots times `growth`, of a request of `tokens` in all.
+
+        What has a slot for every page has nothing spare, unless it recalls ahead all the same.
+        """
+        ledger = self._ledger
+        pages = -(-self.geometry.csa_entries(tokens) // ledger.granularity)
+        slots = tuple(
+            pages if self.holds_all else max(1, min(pages, math.floor(n * growth + 1e-9)))
+            for n in ledger.group_slots
+        )
+        ahead = tuple(-(-n // AHEAD) if any(ledger.ahead_slots) else 0 for n in slots)
+        whole = min(slots) >= pages and not any(ahead)
+        missed = math.ceil(ledger.miss_slots * self._topk_ratio)
+        needs = _Slots(
+            n_layers=ledger.n_layers,
+            n_groups=ledger.n_groups,
+            granularity=ledger.granularity,
+            group_slots=slots,
+            ahead_slots=ahead,
+            miss_slots=0 if whole else min(missed, pages),
+            all_keys=ledger.all_keys or whole,
+            target_layers=tuple(ledger.target_layers),
+        )
+        return allocated(needs, self.geometry, self._layer_map, tokens)
 
     def fits_whole(self, prompt_tokens: int, output_tokens: int) -> bool:
         """The budget holds all entries that the request ever has."""
@@ -143,18 +203,10 @@ class Demand:
 
     def pools(self, prompt_tokens: int, output_tokens: int) -> Pools:
         """What has to be there for the whole of a request's life."""
-        geometry, tokens = self.geometry, prompt_tokens + output_tokens
-        entries = geometry.csa_entries(tokens)
-        resident = self._most_resident(prompt_tokens, output_tokens)
-        keyed = entries * self.keyed_layers + resident * (geometry.n_csa - self.keyed_layers)
-        csa_bytes = math.ceil(resident * geometry.n_csa * geometry.kv_entry_bytes)
+        tokens = prompt_tokens + output_tokens
         return Pools(
-            csa=csa_bytes if self.holds_all else 0,
-            slots=0 if self.holds_all else csa_bytes,
-            hca=geometry.dense_bytes(tokens),
-            index_keys=math.ceil(keyed * geometry.index_key_bytes),
-            window=geometry.window_bytes,
-            mirror=geometry.host_kv_bytes(tokens) if self.mirrored else 0,
+            gpu=self._allocated(self.growth(prompt_tokens), tokens),
+            mirror=self.geometry.host_kv_bytes(tokens) if self.mirrored else 0,
         )
 
     def _most_resident(self, prompt_tokens: int, output_tokens: int) -> float:

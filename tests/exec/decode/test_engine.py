@@ -98,9 +98,8 @@ def test_the_replay_of_its_trace_takes_the_same_decisions(prompt, spec):
         prompt.model, len(prompt.tokens), name="tiny", seed=0, sha256=None, tau=TAU
     )
     trace = trace_of(engine.request, header, [True] * 4 + [False] * (STEPS - 4))
-    entry_bytes = 16 * 4  # 16 dims of float32
     replayed, measured = (
-        Replayer(trace, entry_bytes=entry_bytes).run(registry.build(spec)),
+        Replayer(trace).run(registry.build(spec)),
         engine.ledger(),
     )
     for field in fields(replayed):
@@ -169,7 +168,7 @@ def test_what_a_decision_will_recall_is_copied_ahead_of_it(prompt, tmp_path):
     spec, found = lookahead(tmp_path, "28 entries"), []
     for room in (1, 10**9):  # pages ahead: as many as slots, or one
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr("fmsim.replay.cache_manager.AHEAD", room)
+            patch.setattr("fmsim.replay.needs.AHEAD", room)
             found.append(decoded(prompt, spec))
     early, late = found
     sizes = [one.tiers.entries.sizes[0].ahead for one in found]

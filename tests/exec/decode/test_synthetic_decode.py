@@ -94,9 +94,9 @@ def test_it_moves_what_the_replay_says(spec, device, monkeypatch):
             .sum()
         )
         assert found.outcome.h2d_bytes == loads * ledger.granularity * 584
-        predicted = allocation(ledger, SMALL).kv_bytes
+        predicted = allocation(ledger, SMALL).total
         assert (
-            0 <= found.kv_bytes - predicted <= 64 * (584 + 3 * 132)
+            0 <= found.gpu_bytes - predicted <= 64 * (584 + 3 * 132)
         )  # keys of three layers and HCA entries of one fill whole pages of 64
     shown = synthetic_run.report([found], replayer, SMALL, layer_map, experts, device, "made")
     assert shown["policies"][0]["decode_tokens_per_s"] > 0 and shown["scenario"]["batch"] == 3
@@ -131,9 +131,9 @@ def test_a_lookahead_policy_keeps_the_keys_of_what_its_indexer_scores(
         ), field.name
     loads = ledger.lookahead_loads.sum()
     assert loads > 0 and found.outcome.h2d_bytes == loads * granularity * (3 * 584 + 2 * 132)
-    predicted = allocation(ledger, SMALL).kv_bytes
+    predicted = allocation(ledger, SMALL).total
     assert found.decode.spare_bytes == allocation(ledger, SMALL).spare
-    assert 0 <= found.kv_bytes - predicted <= 64 * 584 + granularity * 132
+    assert 0 <= found.gpu_bytes - predicted <= 64 * 584 + granularity * 132
 
 
 WRONG = [

@@ -11,12 +11,12 @@ pytest.importorskip("transformers", reason="the engine needs fmsim[model]")
 
 from kernel_pools import no_waits
 from tapered import Tapered, TaperedLSA
-from tiny_geometry import plain_geometry
 from tiny_indexer import lookahead
 from tiny_model import CSA, HCA, SLIDING, oracle, ours
 
 from fmsim.exec.decode.engine import Batch, Engine
 from fmsim.exec.decode.prompt import Prompt
+from fmsim.exec.decode.unscaled import unscaled
 from fmsim.exec.runs.record import trace_header, trace_of
 from fmsim.policies.pyramid import Pyramid
 from fmsim.replay.replayer import Replayer
@@ -83,7 +83,7 @@ def decoded(batch):
 def test_what_is_allocated_is_what_is_predicted(prompts, tmp_path, name, device):
     policy = MAKES[name](tmp_path)
     batch = decoded(Batch(prompts(device), policy, tau=TAU))
-    geometry = plain_geometry(batch.model.config)
+    geometry = unscaled(batch.model.config, torch.float32)
     ledgers = [request.ledger() for request in batch.requests]
     for ledger in ledgers:
         assert ledger.group_slots[0] > ledger.group_slots[2]
@@ -116,7 +116,7 @@ def test_the_replay_of_its_trace_takes_the_same_decisions(prompts, tmp_path, nam
     engine = decoded(Engine(prompt, MAKES[name](tmp_path), tau=TAU, select="all"))
     header = trace_header(prompt.model, LENGTHS[0], name="tiny", seed=0, sha256=None, tau=TAU)
     trace = trace_of(engine.request, header, [True] * 4 + [False] * (STEPS - 4))
-    replayed = Replayer(trace, entry_bytes=ENTRY_BYTES).run(MAKES[name](tmp_path))
+    replayed = Replayer(trace).run(MAKES[name](tmp_path))
     measured = engine.ledger()
     for field in fields(replayed):
         one, other = getattr(replayed, field.name), getattr(measured, field.name)

@@ -26,12 +26,12 @@ from tiered_decode import (
     TIERED,
     Decoded,
 )
-from tiny_geometry import plain_geometry
 from tiny_indexer import lookahead
 from tiny_model import ours
 
 from fmsim.errors import FmsimError
 from fmsim.exec.decode.engine import Engine
+from fmsim.exec.decode.unscaled import unscaled
 from fmsim.exec.runs import live as run
 from fmsim.exec.runs.record import trace_header, trace_of
 from fmsim.exec.runs.stream import Stream, Turn
@@ -63,18 +63,16 @@ def test_bytes_are_those_of_the_replay_and_of_its_footprint(prompts, tmp_path, o
         trace_header(prompt.model, LENGTHS[0], name="tiny", seed=0, sha256=None, tau=TAU),
         [False] * STEPS,
     )
-    replayed = ReplayerOf(trace, everything.batch.requests[0], entry_bytes=ENTRY_BYTES).run(
-        registry.build(spec)
-    )
+    replayed = ReplayerOf(trace, everything.batch.requests[0]).run(registry.build(spec))
     [ledger] = tiered.ledgers
     for name in ("resident", "lookahead_loads", "written", "evicted", "scored", "initial"):
         assert np.array_equal(getattr(ledger, name), getattr(replayed, name)), name
-    geometry, batch = plain_geometry(prompt.model.config), tiered.batch
+    geometry, batch = unscaled(prompt.model.config, torch.float32), tiered.batch
     place, own = footprint(replayed, geometry), footprint(ledger, geometry)
     assert (
         place.keys_tiered and own.keys_tiered and keyed_layers(replayed, geometry) == len(TARGETS)
     )
-    assert np.array_equal(place.gpu_bytes, own.gpu_bytes)
+    assert place.allocated == own.allocated
     entries, granularity = (LENGTHS[0] + STEPS) // 4, ledger.granularity
     assert batch.tiers.slot_bytes == ledger.budget_entries * (
         LAYERS * ENTRY_BYTES + len(TIERED) * KEY_BYTES

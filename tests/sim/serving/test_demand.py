@@ -23,8 +23,8 @@ def test_a_layer_has_no_more_than_a_short_request_gives_it():
         ),
         FLASH,
     )
-    assert demand.pools(PROMPT, 128).slots == 7 * 2400 * 584
+    assert demand.pools(PROMPT, 128).gpu.slots == 7 * 2400 * 584
     prompt = 4 * 600 - 128
-    assert demand.pools(prompt, 128).slots == 7 * (600 + 600 + 400) * 584
+    assert demand.pools(prompt, 128).gpu.slots == 7 * (600 + 600 + 400) * 584
     assert not demand.fits_whole(prompt, 128)  # the last layers miss
     assert demand.fits_whole(4 * 400 - 128, 128)

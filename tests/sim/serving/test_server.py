@@ -60,7 +60,7 @@ def serve(made, *arrivals, hw=H100, run=FromTheStart, **options):
 
 
 LEDGERS = {
-    "full": ledger(slots=8100, on_miss="fetch"),
+    "full": ledger(slots=8032, on_miss="fetch"),
     "misses": ledger(
         n_groups=3, on_miss="fetch", cadence=1, demand_loads=loads(128, 3, s10=40, s11=400)
     ),
@@ -82,9 +82,7 @@ def test_one_request_of_the_ledgers_size_takes_what_one_decode_takes(name):
     assert server.log.stall_s == pytest.approx(timeline.stall_s.sum())
     assert server.log.recall_wait_s == pytest.approx(timeline.recall_wait_s.sum(), rel=1e-6)
     assert server.ranks[0].to_gpu.moved_bytes == pytest.approx(timeline.h2d_bytes.sum())
-    assert server.demand.pools(PROMPT, 128).gpu_bytes == pytest.approx(
-        footprint(made, FLASH).gpu_bytes.max()
-    )
+    assert server.demand.pools(PROMPT, 128).gpu == footprint(made, FLASH).allocated
 
 
 def test_misses_beside_a_recall_wait_for_their_part_of_the_link():
@@ -170,7 +168,7 @@ def test_what_does_not_fit_waits_and_what_never_fits_is_refused():
 
 def test_host_memory_batch_limit_and_link_bind_by_name():
     host_bound = ledger(n_steps=128, prompt_entries=128_000, slots=100, **ONE_WINDOW)
-    limit = int(2e12 / 8 // Demand(host_bound, FLASH).pools(512_000, 128).mirror)
+    limit = int(H100.host_bytes_per_gpu // Demand(host_bound, FLASH).pools(512_000, 128).mirror)
     row = summary(serve(host_bound, *[(0, 512_000, 128)] * (limit + 5)))
     assert (row["held"], row["bound"]) == (limit, "host memory")
     row = summary(serve(host_bound, *[(0, 512_000, 128)] * (limit + 5), mirror="shared"))
@@ -242,7 +240,8 @@ def test_a_request_replays_windows_again_when_it_outlasts_its_ledger():
 
 def test_other_lengths_keep_the_ledgers_shares():
     share = Demand(ledger(params={"budget": "10%"}, **ONE_WINDOW), FLASH)
-    assert share.pools(2 * PROMPT, 128).slots == pytest.approx(2 * share.pools(PROMPT, 128).slots)
+    twice, once = (share.pools(tokens, 128).gpu.slots for tokens in (2 * PROMPT, PROMPT))
+    assert twice == 2 * once
     assert share.recall_bytes_per_step(2 * PROMPT) == pytest.approx(
         2 * share.recall_bytes_per_step(PROMPT)
     )
@@ -250,7 +249,8 @@ def test_other_lengths_keep_the_ledgers_shares():
         ledger(params={"budget": "800 entries"}, on_miss="fetch", demand_loads=loads(128, s5=50)),
         FLASH,
     )
-    assert fixed.pools(2 * PROMPT, 128).slots == fixed.pools(PROMPT, 128).slots == 21 * 800 * 584
+    for tokens in (PROMPT, 2 * PROMPT):
+        assert fixed.pools(tokens, 128).gpu.slots == 21 * 800 * 584
     assert serve_misses(fixed, 4 * PROMPT) == serve_misses(fixed, PROMPT) == 21 * 50 * 584
     assert serve_misses(fixed, 2000) == 0  # 500 entries fit the budget whole
     of_topk = Demand(
@@ -263,7 +263,7 @@ def test_other_lengths_keep_the_ledgers_shares():
         ),
         FLASH,
     )
-    assert of_topk.pools(PROMPT, 128).slots == 21 * 1024 * 584
+    assert of_topk.pools(PROMPT, 128).gpu.slots == 21 * 1024 * 584
     assert serve_misses(of_topk, PROMPT) == 21 * 400 * 584
 
 
@@ -275,10 +275,30 @@ def serve_misses(demand, prompt):
 
 def test_gpu_bytes_are_those_of_the_geometry():
     pools = Demand(LEDGERS["recall"], FLASH).pools(PROMPT, 128)
-    assert pools.csa == 0 and pools.mirror == FLASH.host_kv_bytes(PROMPT + 128)
-    assert pools.gpu_bytes == FLASH.gpu_kv_bytes(PROMPT + 128, 21 * 800, 21 * 800)
+    assert pools.mirror == FLASH.host_kv_bytes(PROMPT + 128)
+    fixed = FLASH.window_bytes + 20 * 251 * 584
+    assert pools.gpu_bytes == fixed + 21 * 800 * (584 + 132)
     full = Demand(LEDGERS["full"], FLASH).pools(PROMPT, 128)
-    assert full.slots == full.mirror == 0 and full.csa == 21 * (PROMPT + 128) // 4 * 584
+    assert full.mirror == full.gpu.spare == 0
+    assert full.gpu_bytes == fixed + 21 * 8032 * (584 + 132)
+
+
+@pytest.mark.parametrize(
+    ("budget", "prompt", "slots"),
+    [
+        # Of 32,128 tokens the windows take 43 x 128 x 584 = 3,214,336, HCA entries 20 x 251 x 584
+        # = 2,931,680, keys 21 x 8032 x 132 = 22,264,704, the full cache 126,915,168 in all. What
+        # half of that leaves, 35,046,864, is 2,857 entries in 21 layers; 512 are for misses.
+        ("50% gpu", PROMPT, 2345),
+        ("0.05 GiB gpu", PROMPT, 1549),
+        ("0.1 GiB gpu", 2 * PROMPT, 3880),  # 501 HCA entries, 16,032 keys
+        ("0.05 GiB gpu", 2 * PROMPT, 1),  # 14 entries are left, too few for the misses
+    ],
+)
+def test_a_budget_on_the_gpu_is_solved_for_each_length(budget, prompt, slots):
+    made = ledger(on_miss="fetch", params={"budget": budget}, miss_slots=512)
+    gpu = Demand(made, FLASH).pools(prompt, 128).gpu
+    assert gpu.slots == slots * 21 * 584 and gpu.spare == 512 * 21 * 584
 
 
 MIX = {

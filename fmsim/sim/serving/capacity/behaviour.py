@@ -13,6 +13,7 @@ import numpy as np
 
 from fmsim.geometry import Geometry
 from fmsim.replay.ledger import Ledger
+from fmsim.replay.needs import AHEAD
 
 _PROMPT_TOKENS = 2**17
 _CADENCE = 64
@@ -55,6 +56,7 @@ def _lru(geometry: Geometry) -> Ledger:
         2 * topk,
         on_miss="fetch",
         demand_loads=missed,
+        miss_slots=topk,
     )
 
 
@@ -75,6 +77,7 @@ def _lsa(geometry: Geometry) -> Ledger:
         lookahead_loads=recalled[:, None].astype(np.int32),
         scored=np.where(decisions, layers * entries, 0),
         decides_ahead=True,
+        ahead_slots=[-(-slots // AHEAD)],
         target_layers=list(range(layers)),
         all_keys=False,
     )

@@ -33,9 +33,9 @@ def test_memory_walls_are_pools_over_a_requests_bytes():
     walls = question(TENTH).walls()
     pools = TENTH.pools(524_288, 1024)
     assert walls["GPU memory"] == int(H100.kv_pool_bytes(FLASH) // pools.gpu_bytes)
-    assert walls["host memory"] == int(2e12 / 8 // FLASH.host_kv_bytes(525_312))
+    assert walls["host memory"] == int(H100.host_bytes_per_gpu // FLASH.host_kv_bytes(525_312))
     assert question(TENTH, mirror="shared").walls()["host memory"] == int(
-        2e12 // FLASH.host_kv_bytes(525_312)
+        8 * H100.host_bytes_per_gpu // FLASH.host_kv_bytes(525_312)
     )
     assert question(TENTH, max_batch=7).walls()["batch limit"] == 7
     assert "host memory" not in question(FULL).walls() and "PCIe" not in question(FULL).walls()
