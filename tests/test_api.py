@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from command import FIELDS, fmsim_here
+from command import RUN_FIELDS, fmsim_here
 from made_trace import make_trace
 
 import fmsim
@@ -122,7 +122,7 @@ def test_names_and_objects_of_models_and_hardware_are_alike(folder):
     named = fmsim.row(ledger, fmsim.simulate_decode(ledger, batch=2))
     how = {"model": PRESETS["v4-flash"], "hardware": load_hardware("h100")}
     made = fmsim.row(ledger, fmsim.simulate_decode(ledger, batch=2, **how), **how)
-    assert named == made and list(named) == FIELDS
+    assert named == made and list(named) == RUN_FIELDS
     with pytest.raises(FmsimError, match="did you mean 'v4-flash'"):
         fmsim.replay_trace(folder / "small.safetensors", "lru", model="v4-flsh")
 

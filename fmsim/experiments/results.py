@@ -81,6 +81,7 @@ class _Row(_Open):
     decode_tokens_per_s: float = Field(ge=0)
     step_s: _Spread
     h2d_bytes: int = Field(ge=0)
+    h2d_bytes_per_step: float = Field(ge=0)
     stall_ratio: float
     max_requests: int = Field(ge=0)
 

@@ -17,7 +17,7 @@ from fmsim.files import replacing, strict_json
 from fmsim.files.inputs import MOST_BYTES_OF_RESULTS, check_regular, read_bytes, reason
 
 Row = dict[str, Any]  # flat: no value is a mapping
-SCHEMA_VERSION = 2  # of a row; 1 had none
+SCHEMA_VERSION = 3  # of a row; 1 had none
 
 MOST_ROWS = 1_000_000
 STARTS = (b'{"schema_version": ',)  # of every row that was written here

@@ -34,6 +34,7 @@ from fmsim.sim import metrics
 from fmsim.sim.decode import simulate
 from fmsim.sim.footprint import ModelMemory, check_layer_map, full_allocation, spread
 from fmsim.sim.timeline import SimulatedTimeline
+from fmsim.sim.windows import differences, n_windows, steady_steps
 from fmsim.trace import read
 
 # Columns of a report in a notebook.
@@ -44,7 +45,7 @@ SHOWN = {
     "mass_kept": "attention mass kept",
     "hit_rate": "hit rate",
     "misses": "misses",
-    "h2d_bytes": "bytes to the GPU",
+    "h2d_bytes_per_step": "bytes to the GPU, a step",
     "decode_tokens_per_s": "tokens/s",
     "step_s_p50": "step, median s",
     "stall_ratio": "share of time stalled",
@@ -77,8 +78,14 @@ class Report:
         return {
             "scenario": self.scenario | {"details": details},
             "policies": [run.row for run in self.runs],
+            "differences": self.differences(),
             "failed": [failure.row() for failure in self.failures],
         }
+
+    def differences(self) -> list[dict[str, Any]]:
+        """How policies differ, pair by pair, on the same windows: `sim.windows.differences`."""
+        ledgers = {run.label: run.ledger for run in self.runs}
+        return differences(ledgers, self.scenario["layer_map"])
 
     def to_frame(self) -> Any:
         """A row a policy, one column a figure (`step_s_p99`), what the row leaves out behind: a
@@ -163,7 +170,8 @@ class Setting:
             ledger,
             timeline,
             row,
-            metrics.details(ledger, self.geometry, self.hw, self.layer_map),
+            metrics.details(ledger, self.geometry, self.hw, self.layer_map)
+            | {"evidence": policy.evidence},
         )
 
 
@@ -267,6 +275,7 @@ def about(setting: Setting) -> dict[str, Any]:
     foreign = {"stands_for": setting.stands_for} if setting.stands_for else {}
     file, trace, geometry, hw = setting.file, setting.trace, setting.geometry, setting.hw
     header, scenario = trace.header, file.scenario
+    steady = steady_steps(trace.n_steps, header.tau)
     return {
         "name": scenario.name,
         "description": scenario.description,
@@ -284,6 +293,9 @@ def about(setting: Setting) -> dict[str, Any]:
             "topk": trace.topk,
             "masses": trace.has_mass,
             "quality": header.quality,
+            "window_steps": header.tau,
+            "windows": n_windows(trace.n_steps, header.tau),
+            "steady_steps": [steady.start, steady.stop],
             "content_sha256": header.content_sha256,
         },
         "model": {"name": geometry.name, "csa_layers": geometry.n_csa, "layers": geometry.n_layers},
@@ -309,9 +321,11 @@ def about(setting: Setting) -> dict[str, Any]:
             "kv_hbm_bytes",
             "kv_hbm_ratio",
             "entry_recall",
+            "entry_recall_per_step",
             "mass_kept",
             "set_overlap",
             "h2d_bytes",
+            "h2d_bytes_per_step",
             "hit_rate",
             "misses",
         ],

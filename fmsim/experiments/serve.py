@@ -29,6 +29,7 @@ from fmsim.sim.serving.server import ServerRun
 from fmsim.sim.serving.spec import RequestFile
 from fmsim.sim.serving.summary import summary
 from fmsim.sim.serving.workload import RequestGenerator
+from fmsim.sim.windows import intervals
 
 SIMULATED = [
     "requests",
@@ -156,8 +157,9 @@ def serve_policy(
     ]
     for run in runs:
         run.run()
-    kept = {"exact": metrics.exact(ledger)} | metrics.kept(ledger, setting.layer_map)
-    return {"policy": label} | kept | summary(*runs) | {"memory": memory}, ledger
+    row: dict[str, Any] = {"policy": label, "exact": metrics.exact(ledger)}
+    row |= metrics.kept(ledger, setting.layer_map) | summary(*runs)
+    return row | {"ci95": intervals(ledger, setting.layer_map), "memory": memory}, ledger
 
 
 def _source(file: ScenarioFile) -> RequestGenerator:

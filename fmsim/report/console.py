@@ -15,6 +15,20 @@ def share_text(value: float | None) -> str:
     return "-" if value is None else f"{value:.1%}"
 
 
+def margin_text(half_width: float | None, digits: int = 1) -> str:
+    """Half of a 95% interval's width as it stands behind its figure; blank, and as wide, where it
+    is nothing or not known.
+    """
+    shown = "" if half_width is None else f"{half_width:.{digits}f}"
+    return " " * 6 if not shown.strip("0.") else f" ±{shown:<4}"
+
+
+def estimate_text(value: float | None, half_width: float | None) -> str:
+    """A share as a percentage, and in points how far it may be off."""
+    points = None if half_width is None else 100 * half_width
+    return "-" if value is None else share_text(value) + margin_text(points)
+
+
 def wide_console(columns: int) -> Console:
     """Standard output, taken to be at least `columns` wide: figures are never cut, and a narrow
     terminal wraps lines.

@@ -15,6 +15,7 @@ from fmsim.report.console import share_text
 from fmsim.report.plots import figures
 from fmsim.report.plots.figures import BOUNDS, Style
 from fmsim.report.tables import decode as table
+from fmsim.report.tables import estimates
 from fmsim.units import gib
 
 KINDS = {"counted": "counted in the replay", "simulated": "simulated, not measured"}
@@ -25,11 +26,13 @@ KNOWN = {  # fields of a row that the table shows, or that name it
     "kv_hbm_bytes",
     "kv_hbm_ratio",
     "entry_recall",
+    "entry_recall_per_step",
     "mass_kept",
     "set_overlap",
     "decode_tokens_per_s",
     "step_s",
     "h2d_bytes",
+    "h2d_bytes_per_step",
     "stall_ratio",
     "max_requests",
 }
@@ -231,12 +234,10 @@ def _table(results: Results) -> str:
     )
     heads = ["policy", "", *table.headings(results.about)]
     heads += [name.replace("_", " ") for name in further]
-    steps = results.about["trace"]["steps"]
     body = []
     for row in results.rows:
         cells = [
-            str(cell).strip()
-            for cell in table.cells(row, results.about["details"][row["policy"]], steps)
+            str(cell).strip() for cell in table.cells(row, results.about["details"][row["policy"]])
         ]
         cells += [
             f"{row[name]:.4g}" if isinstance(row.get(name), (int, float)) else "-"
@@ -252,7 +253,8 @@ def _table(results: Results) -> str:
             + "</tr>"
         )
     head = "".join(f"<th>{html.escape(name)}</th>" for name in heads)
-    notes = "".join(f"<li>{html.escape(note)}</li>" for note in table.notes(results.about))
+    told = [*table.notes(results.about), *estimates.notes(results.report)]
+    notes = "".join(f"<li>{html.escape(note)}</li>" for note in told)
     rows = "".join(body)
     return (
         f'<div class="scroll"><table><thead><tr>{head}</tr></thead>'

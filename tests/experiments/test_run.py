@@ -5,7 +5,7 @@ import subprocess
 import sys
 
 import pytest
-from command import FIELDS, fmsim, fmsim_here
+from command import RUN_FIELDS, fmsim, fmsim_here
 from made_trace import make_trace
 
 from fmsim.geometry import PRESETS
@@ -44,7 +44,7 @@ def report(folder):
 
 
 def test_json_has_the_promised_fields(report):
-    assert list(report) == ["scenario", "policies", "failed"]
+    assert list(report) == ["scenario", "policies", "differences", "failed"]
     assert [row["policy"] for row in report["policies"]] == [
         "full",
         "recency",
@@ -56,7 +56,7 @@ def test_json_has_the_promised_fields(report):
         "belady",
     ]
     for row in report["policies"]:
-        assert list(row) == FIELDS
+        assert list(row) == RUN_FIELDS
         assert list(row["step_s"]) == ["p50", "p99"]
 
 

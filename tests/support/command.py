@@ -16,16 +16,19 @@ FIELDS = [
     "kv_hbm_bytes",
     "kv_hbm_ratio",
     "entry_recall",
+    "entry_recall_per_step",
     "mass_kept",
     "set_overlap",
     "decode_tokens_per_s",
     "step_s",
     "h2d_bytes",
+    "h2d_bytes_per_step",
     "stall_ratio",
     "max_requests",
     "hit_rate",
     "misses",
 ]
+RUN_FIELDS = [*FIELDS, "ci95"]  # of a replayed row; a measured one has no intervals
 
 
 def fmsim(*arguments, folder=None):

@@ -157,6 +157,6 @@ def costs(ledger: Ledger, plan: Plan) -> Line:
             (ledger.heaviest_lost / (ledger.mass_total + 1e-9)).max()
         ),  # one entry's share of its step and layer
         "selected_resident": float(ledger.hit.sum() / max(1, ledger.accessed.sum())),
-        "h2d_bytes_per_step": row["h2d_bytes"] / ledger.n_steps,
+        "h2d_bytes_per_step": row["h2d_bytes_per_step"],
         "stall_ratio": row["stall_ratio"],
     }

@@ -10,16 +10,18 @@ from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
-from fmsim.report.console import picture, share_text, wide_console
+from fmsim.report.console import estimate_text, margin_text, picture, share_text, wide_console
+from fmsim.report.tables import estimates
 from fmsim.report.tables.hardware import hardware_line
 from fmsim.units import GIB, MIB, gib
 
-MIN_WIDTH = 140  # columns that the table needs
+MIN_WIDTH = 172  # columns that the table needs
 FIGURES = (  # headings of the columns behind the policy and its kind; * = simulated
     "on GPU\nGiB",
     "of\nfull",
     "paper's\nof full",
     "golden\nkept",
+    "per\nstep",
     "mass\nkept",
     "set\noverlap",
     "decode\ntokens/s*",
@@ -45,7 +47,7 @@ NOTES = (
     ),
     (
         "paper's: its accounting, the kept share of CSA entries, mean over steps.  golden kept:"
-        " resident when needed."
+        " resident when needed, of all; per step: the mean of the steps' shares."
     ),
     (
         "* simulated from kernel tables and link curves, not measured; the rest is counted in the"
@@ -56,8 +58,8 @@ NOTES = (
 
 def render(report: dict[str, Any]) -> Group:
     """The head, the table and its notes, from the report's JSON object."""
-    lines = (Text(note, style="dim") for note in notes(report["scenario"]))
-    return Group(*head(report["scenario"]), _table(report), *lines)
+    told = [*notes(report["scenario"]), *estimates.notes(report)]
+    return Group(*head(report["scenario"]), _table(report), *(Text(note, "dim") for note in told))
 
 
 def has_mass(about: dict[str, Any]) -> bool:
@@ -146,14 +148,14 @@ def _table(report: dict[str, Any]) -> Table:
     table.add_column("")
     for name in headings(report["scenario"]):
         table.add_column(name, justify="right", no_wrap=True)
-    steps = report["scenario"]["trace"]["steps"]
     for row in report["policies"]:
-        table.add_row(*cells(row, report["scenario"]["details"][row["policy"]], steps))
+        table.add_row(*cells(row, report["scenario"]["details"][row["policy"]]))
     return table
 
 
-def cells(row: dict[str, Any], details: dict[str, Any], steps: int) -> list[str | Text]:
+def cells(row: dict[str, Any], details: dict[str, Any]) -> list[str | Text]:
     """One policy's line: its label, exact or lossy, then FIGURES."""
+    known = "hit_rate" if row["entry_recall"] is None else "entry_recall"
     exact = details["exact"]
     bound = " h" if details["max_requests_bound"] == "host memory" else "  "
     return [
@@ -162,13 +164,21 @@ def cells(row: dict[str, Any], details: dict[str, Any], steps: int) -> list[str 
         f"{row['gpu_bytes'] / GIB:.3f}",
         f"{row['gpu_ratio']:.1%}",
         f"{row['kv_hbm_ratio']:.1%}",
-        share_text(row["hit_rate"] if row["entry_recall"] is None else row["entry_recall"]),
-        share_text(row["mass_kept"]),
-        "-" if row["set_overlap"] is None else f"{row['set_overlap']:.2f}",
+        estimate_text(row[known], estimates.half_width(row, known)),
+        share_text(row["entry_recall_per_step"]),
+        estimate_text(row["mass_kept"], estimates.half_width(row, "mass_kept")),
+        _overlap(row),
         f"{row['decode_tokens_per_s']:.1f}",
         f"{row['step_s']['p50'] * 1e3:.2f}",
         f"{row['step_s']['p99'] * 1e3:.2f}",
-        f"{row['h2d_bytes'] / MIB / steps:.2f}",
+        f"{row['h2d_bytes_per_step'] / MIB:.2f}",
         f"{row['stall_ratio']:.1%}",
         f"{row['max_requests']}{bound}",
     ]
+
+
+def _overlap(row: dict[str, Any]) -> str:
+    if row["set_overlap"] is None:
+        return "-"
+    half_width = estimates.half_width(row, "set_overlap")
+    return f"{row['set_overlap']:.2f}" + margin_text(half_width, 2)

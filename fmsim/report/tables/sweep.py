@@ -8,22 +8,23 @@ from typing import Any
 from rich.table import Table
 from rich.text import Text
 
-from fmsim.report.console import NO_MASS, share_text, wide_console
+from fmsim.report.console import NO_MASS, estimate_text, wide_console
+from fmsim.report.tables.estimates import PLUS_MINUS
 from fmsim.units import MIB
 
 FIGURES = {  # heading -> text of a row's figure; * = simulated
     "on GPU MiB": lambda row: f"{row['gpu_bytes'] / MIB:.1f}",
     "of full": lambda row: f"{row['gpu_ratio']:.1%}",
-    "golden kept": lambda row: share_text(row["entry_recall"]),
-    "mass kept": lambda row: share_text(row["mass_kept"]),
+    "golden kept": lambda row: _estimate(row, "entry_recall"),
+    "mass kept": lambda row: _estimate(row, "mass_kept"),
     "tokens/s*": lambda row: f"{row['decode_tokens_per_s']:.1f}",
     "p99 ms*": lambda row: f"{row['step_s_p99'] * 1e3:.2f}",
-    "PCIe MiB": lambda row: f"{row['h2d_bytes'] / MIB:.1f}",
+    "PCIe MiB/step": lambda row: f"{row['h2d_bytes_per_step'] / MIB:.2f}",
     "stall*": lambda row: f"{row['stall_ratio']:.1%}",
     "requests fit*": lambda row: str(row["max_requests"]),
 }
 SERVING_FIGURES = {  # of a scenario with a workload
-    "mass kept": lambda row: share_text(row["mass_kept"]),
+    "mass kept": lambda row: _estimate(row, "mass_kept"),
     "held*": lambda row: str(row["held"]),
     "tokens/s*": lambda row: f"{row['tokens_per_s']:,.0f}",
     "TTFT p95 s*": lambda row: f"{row['ttft_s_p95']:.2f}",
@@ -57,7 +58,7 @@ def show(rows: list[dict[str, Any]], note: str) -> None:
             console.print(Text(f"{row['policy']}: {row['error']}", style="yellow"))
     if any(row.get("mass_kept", 0) is None for row in rows):
         console.print(Text(NO_MASS, style="dim"))
-    console.print(Text(f"{note}.  * simulated, not measured", style="dim"))
+    console.print(Text(f"{note}.  * simulated, not measured.  {PLUS_MINUS}", style="dim"))
 
 
 def _cells(
@@ -66,6 +67,10 @@ def _cells(
     if "error" in row:
         return [Text("no run", "yellow"), *("" for _ in list(figures)[1:])]
     return [_cell(row, text) for text in figures.values()]
+
+
+def _estimate(row: dict[str, Any], name: str) -> str:
+    return estimate_text(row[name], row.get(f"ci95_{name}_half_width"))
 
 
 def _cell(row: dict[str, Any], text: Callable[[dict[str, Any]], str]) -> str:
