@@ -8,7 +8,7 @@ al., arXiv 2410.10813), and exact multi-round recall after MRCR (Vodrahalli et a
 2409.12640), in the wording that nano was trained on.
 """
 
-from fmsim.tasks.contexts import FAMILIES, build, in_contexts
+from fmsim.tasks.contexts import FAMILIES, build, context_number, in_contexts
 from fmsim.tasks.questions import Question, TaskContext
 
-__all__ = ["FAMILIES", "Question", "TaskContext", "build", "in_contexts"]
+__all__ = ["FAMILIES", "Question", "TaskContext", "build", "context_number", "in_contexts"]

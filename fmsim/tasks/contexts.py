@@ -54,8 +54,15 @@ def _draw(task: str, length_tokens: int, sample: int, seed: int) -> Draw:
     """Families that share a context draw from one generator in turn, so what one tells depends on
     which others were asked for.
     """
-    group = 0 if task in SHARING else FAMILIES.index(task)
-    return Draw(np.random.default_rng((seed, length_tokens, sample, group)), length_tokens)
+    generator = np.random.default_rng((seed, length_tokens, sample, context_number(task)))
+    return Draw(generator, length_tokens)
+
+
+def context_number(task: str) -> int:
+    """Which of a sample's contexts a family stands in: those in `SHARING` in number 0, the others
+    in one each.
+    """
+    return 0 if task in SHARING else FAMILIES.index(task)
 
 
 def _woven(tasks: Sequence[str], draw: Draw, corpus: Corpus) -> TaskContext:

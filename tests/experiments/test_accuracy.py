@@ -295,13 +295,19 @@ def test_the_summary_by_hand():
     assert cells["vt", "lsa"]["score"] == pytest.approx(0.5) and cells["vt", "lsa"]["samples"] == 3
     assert (
         cells["qa", "lsa"]["score"] == pytest.approx(0.5)
-        and cells["qa", "lsa"]["versus_full_se"] is None
+        and cells["qa", "lsa"]["versus_full_ci95"]["half_width"] is None
     )
     differences = np.array([-1.0, 0.0, 0.5])
     assert cells["vt", "lsa"]["versus_full"] == pytest.approx(differences.mean())
-    assert cells["vt", "lsa"]["versus_full_se"] == pytest.approx(differences.std(ddof=1) / 3**0.5)
+    spread = cells["vt", "lsa"]["versus_full_ci95"]
+    assert spread["n"] == 3
+    # Student's t for two degrees of freedom times the standard error
+    error = differences.std(ddof=1) / 3**0.5
+    assert spread["half_width"] == pytest.approx(4.303 * error, rel=0.05)
+    assert (spread["low"], spread["high"]) == (-1.0, 1.0)
     [average] = [row for row in found["averages"] if row["policy"] == "full"]
     assert average["score"] == pytest.approx((2 / 3 + 1) / 2)
+    assert average["score_ci95"]["n"] == 4  # vt and qa are asked in contexts of their own
     assert found["overall"][0]["kv_ratio"] == pytest.approx(0.1)
     # lost with 0.9 and 0.1 missing, kept with 0.2 and 0.3; what full does not answer does not count
     auc = dict.fromkeys(signals.SIGNALS, 0.5)
@@ -314,13 +320,17 @@ def test_the_summary_by_hand():
             "worse": 2,
             "same": 1,
             "difference": pytest.approx(-1 / 3),
-            "difference_se": None,
+            "difference_ci95": found["paired"]["lsa"]["difference_ci95"],
             "by_seed": {"42": pytest.approx(-1 / 3)},
         }
     }
+    # qa has one context, which cannot be drawn: its difference is taken for sure
+    spread = found["paired"]["lsa"]["difference_ci95"]
+    assert spread["n"] == 4
+    assert spread["half_width"] == pytest.approx(4.303 * error / 2, rel=0.05)
 
 
-def test_a_difference_is_weighed_against_the_spread_from_seed_to_seed():
+def test_a_difference_is_weighed_against_the_spread_from_context_to_context():
     lines = []
     for seed, scores in ((42, (1.0, 0.5)), (43, (0.0, 0.5)), (44, (1.0, 1.0))):
         for sample, score in enumerate(scores):
@@ -334,7 +344,12 @@ def test_a_difference_is_weighed_against_the_spread_from_seed_to_seed():
     assert found["paired"] == {} and row["by_seed"] == {"42": 0.25, "43": -0.25, "44": 0.5}
     assert (row["better"], row["worse"], row["same"]) == (3, 1, 2)
     assert row["difference"] == pytest.approx(1 / 6)
-    assert row["difference_se"] == pytest.approx(np.std([0.25, -0.25, 0.5], ddof=1) / 3**0.5)
+    differences = np.array([0.5, 0.0, -0.5, 0.0, 0.5, 0.5])
+    spread = row["difference_ci95"]
+    assert spread["n"] == 6
+    error = differences.std(ddof=1) / 6**0.5
+    assert spread["half_width"] == pytest.approx(2.571 * error, rel=0.05)
+    assert spread["low"] == pytest.approx(1 / 6 - spread["half_width"])
     [cell] = [cell for cell in found["cells"] if cell["policy"] == "lsa"]
     assert cell["samples"] == 6 and cell["versus_full"] == pytest.approx(
         1 / 6

@@ -252,7 +252,7 @@ def test_a_file_of_something_else_is_not_touched(tmp_path):
 def test_rows_of_another_schema_are_refused_by_name(tmp_path):
     path = tmp_path / "old.jsonl"
     path.write_text('{"key": "a", "policy": "lru"}\n')
-    with pytest.raises(FmsimError, match="old.jsonl: row 1 has schema 1, but this fmsim writes 2"):
+    with pytest.raises(FmsimError, match="old.jsonl: row 1 has schema 1, but this fmsim writes 3"):
         RowFile(path)
     assert path.read_text() == '{"key": "a", "policy": "lru"}\n'
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from fmsim.experiments.accuracy.intervals import interval
 from fmsim.experiments.accuracy.lines import Line
 from fmsim.experiments.accuracy.signals import signals
 
@@ -21,12 +22,22 @@ def summary(lines: Sequence[Line]) -> dict[str, Any]:
     "overall": a policy each over all of them, "paired": ..., "signals": ...}; ready for JSON.
 
     ``score`` is a mean over samples, of one's questions their mean, in 0 to 1; samples of all
-    seeds. ``versus_full`` is the mean difference to the full cache's on the same samples, and
-    ``versus_full_se`` its standard error (null for one sample): a difference within twice that is
-    not one.
+    seeds. ``versus_full`` is the mean difference to the full cache's on the same samples. Their
+    95% intervals, ``score_ci95`` and ``versus_full_ci95``, are clustered by context: see
+    `intervals.interval`. A difference whose interval holds 0 is none.
     """
+    full = {
+        tuple(line[key] for key in QUESTION): line["score"]
+        for line in lines
+        if line["policy"] == "full"
+    }
+    samples = _samples(lines)
+    pairs = _paired(lines, full)
+    pairs_of = _grouped(pairs, ("tokens", "task", "policy"))
+    samples_of = _grouped(samples, ("tokens", "task", "policy"))
     cells = [
-        _cell(*key, group) for key, group in _grouped(lines, ("tokens", "task", "policy")).items()
+        _cell(*key, group, samples_of[key], pairs_of.get(key, []))
+        for key, group in _grouped(lines, ("tokens", "task", "policy")).items()
     ]
     averages = [
         {"tokens": tokens, "policy": policy, **_mean(group)}
@@ -36,25 +47,32 @@ def summary(lines: Sequence[Line]) -> dict[str, Any]:
         {"policy": policy, **_mean(group)}
         for (policy,), group in _grouped(averages, ("policy",)).items()
     ]
-    full = {
-        tuple(line[key] for key in QUESTION): line["score"]
-        for line in lines
-        if line["policy"] == "full"
-    }
-    pairs = _paired(lines, full)
-    for cell in cells:
-        found = [
-            pair["difference"]
-            for pair in pairs
-            if all(pair[key] == cell[key] for key in ("tokens", "task", "policy"))
-        ]
-        cell |= _mean_and_error(found, "versus_full")
+    by_length = _grouped(samples, ("tokens", "policy"))
+    for row in averages:
+        row["score_ci95"] = interval(by_length[row["tokens"], row["policy"]], "score", 0.0, 1.0)
+    by_policy = _grouped(samples, ("policy",))
+    for row in overall:
+        group = by_policy[(row["policy"],)]
+        row["score_ci95"] = interval(group, "score", 0.0, 1.0, _length_by_length(group))
     return {
         "cells": cells,
         "averages": averages,
         "overall": overall,
         "paired": beside_full(pairs),
         "signals": signals(lines, full),
+    }
+
+
+def _length_by_length(samples: Sequence[Line]) -> dict[tuple[int, str], float]:
+    """Weights of cells (tokens, task) such that every length counts as much as another."""
+    tasks = {
+        tokens: {sample["task"] for sample in group}
+        for (tokens,), group in _grouped(samples, ("tokens",)).items()
+    }
+    return {
+        (tokens, task): 1 / len(of_length)
+        for tokens, of_length in tasks.items()
+        for task in of_length
     }
 
 
@@ -65,18 +83,35 @@ def _grouped(rows: Sequence[Line], keys: tuple[str, ...]) -> dict[tuple, list[Li
     return groups
 
 
-def _cell(tokens: int, task: str, policy: str, lines: list[Line]) -> Line:
-    samples = _grouped(lines, ("seed", "sample"))
-    means = [np.mean([line["score"] for line in group]) for group in samples.values()]
+def _cell(
+    tokens: int,
+    task: str,
+    policy: str,
+    lines: list[Line],
+    samples: list[Line],
+    pairs: list[Line],
+) -> Line:
     costs = {key: float(np.mean([line[key] for line in lines])) for key in COSTS}
     return {
         "tokens": tokens,
         "task": task,
         "policy": policy,
         "samples": len(samples),
-        "score": float(np.mean(means)),
+        "score": float(np.mean([sample["score"] for sample in samples])),
+        "score_ci95": interval(samples, "score", 0.0, 1.0),
         **costs,
+        "versus_full": float(np.mean([pair["difference"] for pair in pairs])) if pairs else None,
+        "versus_full_ci95": interval(pairs, "difference", -1.0, 1.0) if pairs else None,
     }
+
+
+def _samples(lines: Sequence[Line]) -> list[Line]:
+    """A policy's score in each family and context: of its questions the mean."""
+    keys = ("policy", "tokens", "task", "seed", "sample")
+    return [
+        dict(zip(keys, key)) | {"score": float(np.mean([line["score"] for line in group]))}
+        for key, group in _grouped(lines, keys).items()
+    ]
 
 
 def _mean(rows: list[Line]) -> Line:
@@ -87,13 +122,12 @@ def _mean(rows: list[Line]) -> Line:
 
 
 def beside_full(pairs: Sequence[Line]) -> dict[str, Any]:
-    """{policy: {"better", "worse", "same", "difference", "difference_se", "by_seed": {seed:
+    """{policy: {"better", "worse", "same", "difference", "difference_ci95", "by_seed": {seed:
     difference}}}, for policies other than full.
 
     A sample of a task and length is better where its score is above the full cache's on the same
-    context. A seed's difference is the mean over its tasks and lengths; ``difference`` the mean
-    over seeds and ``difference_se`` its standard error, of the spread from seed to seed (null for
-    one seed): a policy whose difference is within twice that is neither better nor worse than the
+    context. ``difference`` is the mean over tasks and lengths, of all seeds' samples, and its
+    interval clustered by context: where it holds 0, the policy is neither better nor worse than the
     full cache.
     """
     found = {}
@@ -101,15 +135,14 @@ def beside_full(pairs: Sequence[Line]) -> dict[str, Any]:
         if policy == "full":
             continue
         differences = np.array([pair["difference"] for pair in group])
-        by_seed = {
-            seed: _over_cells(part) for (seed,), part in sorted(_grouped(group, ("seed",)).items())
-        }
+        by_seed = _grouped(group, ("seed",))
         found[policy] = {
             "better": int((differences > 0).sum()),
             "worse": int((differences < 0).sum()),
             "same": int((differences == 0).sum()),
-            **_mean_and_error(list(by_seed.values()), "difference"),
-            "by_seed": {str(seed): difference for seed, difference in by_seed.items()},
+            "difference": _over_cells(group),
+            "difference_ci95": interval(group, "difference", -1.0, 1.0),
+            "by_seed": {str(seed): _over_cells(part) for (seed,), part in sorted(by_seed.items())},
         }
     return found
 
@@ -135,13 +168,3 @@ def _over_cells(pairs: list[Line]) -> float:
     return float(
         np.mean([np.mean([pair["difference"] for pair in group]) for group in cells.values()])
     )
-
-
-def _mean_and_error(differences: list[float], name: str) -> Line:
-    """Null where there is none, and the error where there is one."""
-    error = (
-        float(np.std(differences, ddof=1) / len(differences) ** 0.5)
-        if len(differences) > 1
-        else None
-    )
-    return {name: float(np.mean(differences)) if differences else None, f"{name}_se": error}

@@ -11,8 +11,7 @@ from rich.text import Text
 from fmsim.report.console import share_text, wide_console
 from fmsim.units import GIB, MIB
 
-MIN_WIDTH, TASK_WIDTH, CELL_WIDTH = 132, 24, 20  # columns; figures are never cut
-SPREADS = 2  # standard errors within which a difference is none
+MIN_WIDTH, TASK_WIDTH, CELL_WIDTH = 132, 24, 24  # columns; figures are never cut
 
 
 def show(report: dict[str, Any]) -> None:
@@ -56,11 +55,21 @@ def _scores(report: dict[str, Any], tokens: int) -> Table:
 
 
 def _score(row: dict[str, Any]) -> str:
-    mark = ""
-    if row.get("versus_full_se") is not None and row["policy"] != "full":
-        beyond = abs(row["versus_full"]) > SPREADS * row["versus_full_se"]
-        mark = ("+" if row["versus_full"] > 0 else "-") if beyond and row["versus_full"] else " "
-    return f"{100 * row['score']:.1f}{mark} / {row['kv_bytes'] / GIB:.3f}"
+    mark = _mark(row["versus_full_ci95"]) if row.get("versus_full_ci95") else ""
+    return f"{_points(row)}{mark} / {row['kv_bytes'] / GIB:.3f}"
+
+
+def _mark(interval: dict[str, Any]) -> str:
+    """Whether a difference to the full cache is one: + or - where its interval leaves out 0."""
+    if interval["half_width"] is None or interval["low"] <= 0 <= interval["high"]:
+        return " "
+    return "+" if interval["low"] > 0 else "-"
+
+
+def _points(row: dict[str, Any]) -> str:
+    """A score of 100, and half of its interval's width."""
+    half_width = row["score_ci95"]["half_width"]
+    return f"{100 * row['score']:.1f}" + ("" if half_width is None else f" ±{100 * half_width:.1f}")
 
 
 def _prices(report: dict[str, Any]) -> Table:
@@ -79,7 +88,7 @@ def _prices(report: dict[str, Any]) -> Table:
     for row in report["overall"]:
         table.add_row(
             row["policy"],
-            f"{100 * row['score']:.1f}",
+            _points(row),
             f"{row['kv_bytes'] / GIB:.3f}",
             f"{row['kv_ratio']:.1%}",
             f"{row['golden_kept']:.1%}",
@@ -91,14 +100,17 @@ def _prices(report: dict[str, Any]) -> Table:
 
 
 def _paired(report: dict[str, Any]) -> list[Text]:
-    """Where policies beat the full cache, where they lose to it, and whether that outlives the
-    spread of seeds.
+    """Where policies beat the full cache, where they lose to it, and how sure their difference
+    is.
     """
     lines = [Text("beside full, sample by sample", "bold")] if report["paired"] else []
     for policy, row in report["paired"].items():
-        error, seeds = row["difference_se"], len(row["by_seed"])
+        interval, seeds = row["difference_ci95"], len(row["by_seed"])
+        n = f"n = {interval['n']} contexts of {seeds} seed{'s' * (seeds > 1)}"
         spread = (
-            "one seed" if error is None else f"standard error {100 * error:.1f} over {seeds} seeds"
+            f"one context tells no interval; {n}"
+            if interval["half_width"] is None
+            else f"95%: {100 * interval['low']:+.1f} to {100 * interval['high']:+.1f}; {n}"
         )
         counts = f"better in {row['better']}, worse in {row['worse']}, same in {row['same']}"
         lines.append(Text(f"{policy}: {counts}; {100 * row['difference']:+.1f} ({spread})"))
@@ -130,8 +142,11 @@ def _notes(report: dict[str, Any]) -> list[Text]:
             " paper's accounting), mean over the answer's steps."
         ),
         (
-            f"+, -: differs from full by more than {SPREADS} standard errors of the paired"
-            f" difference.  * simulated for {about['plan']['hardware']}, not measured; the rest is"
+            "±: half of a 95% interval, from a bootstrap over contexts.  +, -: the paired"
+            " difference to full has an interval that leaves out 0."
+        ),
+        (
+            f"* simulated for {about['plan']['hardware']}, not measured; the rest is"
             " measured or counted."
         ),
     ]
