@@ -4,6 +4,7 @@ to.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
@@ -105,10 +106,11 @@ class LSA(LookaheadPolicy):
             )
         loaded, state = self._load(), ctx.lookahead(0)
         numbers = list(ctx.csa_numbers or range(ctx.n_layers))
-        loaded.check_fits(
+        self.layers = self._layers_of(loaded)
+        scored = replace(loaded, layers={layer: loaded.layers[layer] for layer in self.layers})
+        scored.check_fits(
             numbers, state.hidden.shape[1], state.keys.shape[2], "policy lsa: the trace"
         )
-        self.layers = self._layers_of(loaded)
         if self.params.scope == "per_layer" and self.layers != numbers:
             raise FmsimError(
                 f"policy lsa: scope per_layer needs the trace's CSA layers, {numbers}, not"

@@ -5,7 +5,7 @@ It runs no clock, so its ledger is the same on every machine.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -29,7 +29,8 @@ class Replayer:
     `memory` is the decoding model's (`fmsim.sim.footprint.ModelMemory`): it says what a budget in
     bytes buys. Without one, bytes are V4's in the trace's own layers. `cold` starts with nothing
     resident, as a cache benchmark does; otherwise the prefill leaves what the policy chooses at
-    step 0. Only the first `max_steps` are replayed.
+    step 0. Only the first `max_steps` are replayed, and of the trace's layers only `layers`,
+    ascending from 0.
     """
 
     def __init__(
@@ -39,12 +40,14 @@ class Replayer:
         memory: GpuMemory | None = None,
         cold: bool = False,
         max_steps: int | None = None,
+        layers: Sequence[int] | None = None,
     ) -> None:
         self.trace = trace
         self.header = trace.header
         self.cold = cold
         self.has_mass = trace.mass is not None
-        self.ids, self.mass = (part[:max_steps] for part in paging.read_trace(trace))
+        self._layers = slice(None) if layers is None else list(layers)
+        self.ids, self.mass = (part[:max_steps, self._layers] for part in paging.read_trace(trace))
         self.n_steps, self.n_layers, self.topk = self.ids.shape
         self.entries = [int(trace.n_entries(step)) for step in range(self.n_steps)]
         self.golden = self.ids >= 0 if trace.holds_labels else golden_mask(self.ids, self.mass)
@@ -57,13 +60,15 @@ class Replayer:
             entry_tokens=self.header.entry_tokens,
             tau=self.header.tau,
             memory=memory,
-            csa_numbers=tuple(trace.csa_numbers),
+            csa_numbers=tuple(np.array(trace.csa_numbers)[self._layers].tolist()),
             seed=self.header.seed,
         )
         self._paged: dict[tuple[int, bool], paging.Paged] = {}
         # traces of dense models have neither
         self.has_lookahead = trace.hidden is not None and trace.index_keys is not None
         self._keys: np.ndarray | None = None
+        prompt_mass = trace.prompt_mass
+        self.prompt_mass = None if prompt_mass is None else prompt_mass[self._layers]
 
     @property
     def prompt_entries(self) -> int:
@@ -95,7 +100,7 @@ class Replayer:
         ctx = build_context(
             policy,
             self.shape,
-            prompt_mass=self.trace.prompt_mass,
+            prompt_mass=self.prompt_mass,
             lookahead=self._lookahead_in(xp, device) if self.has_lookahead else None,
             future=paged if policy.evidence == "future" else None,
             xp=xp,
@@ -136,10 +141,10 @@ class Replayer:
     def _lookahead(self, window: int) -> tuple[np.ndarray, int, np.ndarray]:
         """Hidden states, position and index keys at a window's start; keys are decoded once."""
         if self._keys is None:
-            self._keys = self.trace.keys(self.entries[-1])
+            self._keys = self.trace.keys(self.entries[-1])[self._layers]
         position = self.header.prompt_tokens + self.header.tau * window - 1
         n_entries = (position + 1) // self.header.entry_tokens
-        hidden = np.asarray(self.trace.hidden[window], dtype=np.float32)
+        hidden = np.asarray(self.trace.hidden[window], dtype=np.float32)[self._layers]
         return hidden, position, self._keys[:, :n_entries]
 
 
