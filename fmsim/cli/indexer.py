@@ -24,6 +24,9 @@ app = typer.Typer(
 )
 
 
+SHOWN_WIDTH = 112  # columns that the tables of eval need
+
+
 class Loss(enum.StrEnum):
     infonce = "infonce"
     focal = "focal"
@@ -38,6 +41,14 @@ HeadShare = Annotated[
 ]
 MinLayers = Annotated[
     int, typer.Option(help="CSA layers that must choose an entry to make it golden")
+]
+StateAge = Annotated[
+    int,
+    typer.Option(
+        min=0,
+        help="windows between a query's state and the window it serves: 0 is right before it, 1 is"
+        " what a policy has that recalls ahead",
+    ),
 ]
 Horizon = Annotated[
     int | None, typer.Option(help="steps that a query must serve; the trace's tau by default")
@@ -97,6 +108,7 @@ def train(
     head_share: HeadShare = 0.6,
     min_layers: MinLayers = 1,
     horizon: Horizon = None,
+    state_age: StateAge = 0,
     seed: Annotated[int, typer.Option(help="decides the weights and the sampling")] = 0,
     resume: Annotated[
         bool,
@@ -115,6 +127,7 @@ def train(
     fmsim indexer train traces/*.safetensors --held-out held/*.safetensors --out indexer.safetensors
     fmsim indexer train traces/*.safetensors --out focal.safetensors --loss focal --min-layers 3 \\
       --mass-power 0
+    fmsim indexer train traces/*.safetensors --out stale.safetensors --state-age 1
     """
     from fmsim.errors import FmsimError
 
@@ -151,7 +164,7 @@ def train(
         raise FmsimError(
             "indexer train: one trace is held out, which leaves none to train on; give two or more"
         )
-    rule = LabelRule(head_share, min_layers, horizon)
+    rule = LabelRule(head_share, min_layers, horizon, state_age)
     parts = [
         [windows for _, windows in _read(paths, rule, "reading")] for paths in (traces, held_out)
     ]
@@ -187,6 +200,7 @@ def evaluate(
     head_share: HeadShare = 0.6,
     min_layers: MinLayers = 1,
     horizon: Horizon = None,
+    state_age: StateAge = 1,
     native: Annotated[
         Path | None,
         typer.Option(
@@ -209,7 +223,7 @@ def evaluate(
 
     if plot:
         require("report", "--plot")
-    read = _read(traces, LabelRule(head_share, min_layers, horizon), "scoring")
+    read = _read(traces, LabelRule(head_share, min_layers, horizon, state_age), "scoring")
     held = checkpoints.load(native) if native else _nanos_own([found for found, _ in read])
     found = run(checkpoints.load(checkpoint), read, native=held)
     if plot:
@@ -299,6 +313,20 @@ def _read(paths: list[Path], rule: LabelRule, doing: str) -> list[tuple[Trace, W
     ]
 
 
+def _extent(found: dict) -> str:
+    """How many windows, and what was known of each."""
+    age = found["state_age"]
+    state = "the state before it" if age == 0 else f"a state {age} window{'s' * (age > 1)} older"
+    return f"{found['queries']} windows, window 0 left out; {state}"
+
+
+def _recall(recall: float | None, half_width: float | None) -> str:
+    """A recall and half of its 95% interval's width."""
+    if recall is None:
+        return "-"
+    return f"{recall:.3f}" + ("" if half_width is None else f" ±{half_width:.3f}")
+
+
 def _geometry(path: Path) -> dict:
     from fmsim import trace
 
@@ -330,20 +358,22 @@ def _peak(device: str) -> str:
 
 
 def _show(found: dict) -> None:
-    from rich.console import Console
     from rich.table import Table
 
-    console = Console()
+    from fmsim.report.console import wide_console
+
+    console = wide_console(SHOWN_WIDTH)
     for key, title in (
         ("golden_recall", "golden entries recalled"),
         ("mass_recall", "attention mass kept"),
     ):
-        table = Table(title=f"{title}, by share of entries kept ({found['queries']} windows)")
+        table = Table(title=f"{title}, by share of entries kept ({_extent(found)})")
         table.add_column("ranking")
         for share in found["kept_shares"]:
             table.add_column(f"{share:.0%}", justify="right")
         for name, recalls in found[key].items():
-            table.add_row(name, *(f"{recall:.3f}" for recall in recalls))
+            spreads = found["half_width"][key][name]
+            table.add_row(name, *map(_recall, recalls, spreads))
         console.print(table)
     row = found["threshold"]
     if row:

@@ -20,11 +20,16 @@ import numpy as np
 class LabelRule:
     """``head_share`` of a step's compressed mass that golden entries carry, ``min_layers`` (m) that
     must choose an entry, ``horizon_steps`` that a query must serve (the trace's tau, if None).
+
+    ``state_age``: windows between a query's state and the window that it must serve. 0 is the
+    paper's training: the state right before the window. 1 is how a server uses it that recalls
+    during a window what the next one needs: the state is stale by one window.
     """
 
     head_share: float = 0.6
     min_layers: int = 1
     horizon_steps: int | None = None
+    state_age: int = 0
 
 
 class Labels(NamedTuple):

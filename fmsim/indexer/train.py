@@ -123,7 +123,11 @@ def train(
     model = MemoryIndexer(
         training[0].layers, hidden_size, options.heads, head_dim, options.rank, config
     ).to(device)
-    run = TrainingRun(model, batches, options, [windows.name for windows in (*training, *held_out)])
+    names = [windows.name for windows in (*training, *held_out)]
+    state_age = training[0].state_age
+    if any(windows.state_age != state_age for windows in (*training, *held_out)):
+        raise FmsimError("indexer train: queries of different state ages; read all traces alike")
+    run = TrainingRun(model, batches, options, names, state_age)
     if resume:
         run.load(state)
     while not run.finished:
@@ -137,6 +141,7 @@ def train(
     model.load_state_dict(run.best_parameters)
     record = {
         "options": asdict(options),
+        "state_age": state_age,
         "traces": [windows.name for windows in training],
         "held_out": [windows.name for windows in held_out],
         "step": best.step,
@@ -163,9 +168,10 @@ class TrainingRun:
         batches: list[TrainingBatch],
         options: TrainOptions,
         traces: list[str],
+        state_age: int = 0,
     ):
         self.model, self.batches, self.options = model, batches, options
-        self.about = json.dumps([asdict(options), traces])
+        self.about = json.dumps([asdict(options), traces, state_age])
         self.optimizer = torch.optim.AdamW(
             model.parameters(), lr=options.learning_rate, weight_decay=options.weight_decay
         )

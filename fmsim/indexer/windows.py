@@ -1,5 +1,8 @@
 """A trace as the memory indexer sees it: one query a window, the keys it scores, and what it should
 have kept.
+
+A query stands right before its window, or one window earlier or more (`LabelRule.state_age`).
+Entries that closed since then are neither scored nor wanted: a policy keeps them anyway.
 """
 
 from __future__ import annotations
@@ -14,12 +17,14 @@ from fmsim.trace.format import Trace
 
 
 class Windows(NamedTuple):
-    """The queries of one trace, W of them, each at the last token before its window.
+    """The queries of one trace, W of them, a window each.
 
     ``positions`` int64 [W] of the query tokens, ``entries`` int64 [W] visible to each, ``hidden``
     float32 [W, L, H], ``keys`` float32 [L, E, D] with E the most entries that a query sees,
     ``golden`` bool [W, E] and ``mass`` float32 [W, E] (False and 0 beyond a query's entries).
     ``csa_numbers``: which of the model's CSA layers the L are, from 0; the first L if empty.
+    ``state_age``: the query of window w is at the last token before window w - state_age, of the
+    first windows before window 0.
     """
 
     name: str
@@ -30,6 +35,7 @@ class Windows(NamedTuple):
     golden: np.ndarray
     mass: np.ndarray
     csa_numbers: tuple[int, ...] = ()
+    state_age: int = 0
 
     @property
     def layers(self) -> list[int]:
@@ -59,7 +65,8 @@ def read_windows(trace: Trace, name: str, rule: LabelRule) -> Windows:
     """
     check_scorable(trace, name)
     tau = trace.header.tau
-    positions = trace.header.prompt_tokens + tau * np.arange(trace.n_windows) - 1
+    states = np.maximum(np.arange(trace.n_windows) - rule.state_age, 0)
+    positions = trace.header.prompt_tokens + tau * states - 1
     entries = (positions + 1) // trace.header.entry_tokens
     most = int(entries[-1])
     golden = np.zeros((trace.n_windows, most), dtype=bool)
@@ -83,9 +90,10 @@ def read_windows(trace: Trace, name: str, rule: LabelRule) -> Windows:
         name,
         positions,
         entries,
-        trace.hidden[:],
+        np.asarray(trace.hidden[:])[states],
         trace.keys(most),
         golden,
         mass,
         tuple(trace.csa_numbers),
+        rule.state_age,
     )
