@@ -37,23 +37,17 @@ def mass_by_sharing(
     trace: Trace,
     policy_of: Callable[[tuple[int, ...]], Policy],
     most_layers: int,
-    *,
-    entry_bytes: float,
-    model_layers: int,
 ) -> list[SharedMass]:
     """Mass kept by the number of the trace's layers that share one set, 1 to `most_layers`.
 
     `policy_of(layers)` makes the policy for some of the trace's layers, from 0; its scope is
-    "shared". The other arguments are `Replayer`'s.
+    "shared", and its budget in entries.
     """
     found = []
     for n in range(1, min(most_layers, trace.n_layers) + 1):
         kept, mass = [], []
         for layers in layer_sets(trace.n_layers, n):
-            replayer = Replayer(
-                trace, entry_bytes=entry_bytes, model_layers=model_layers, layers=layers
-            )
-            ledger = replayer.run(policy_of(layers))
+            ledger = Replayer(trace, layers=layers).run(policy_of(layers))
             kept.append(window_sums(ledger, ledger.mass_kept, np.ones(n)))
             mass.append(window_sums(ledger, ledger.mass_total, np.ones(n)))
         estimate = bootstrap.ratio(np.sum(kept, axis=0), np.sum(mass, axis=0))

@@ -8,19 +8,16 @@ from fmsim.policies import registry
 from fmsim.replay.replayer import Replayer, replay
 from fmsim.testing import sample_trace
 
-SIZES = {"entry_bytes": 584, "model_layers": 2}
-
-
 def oracle(layers):
     return registry.build({"policy": "oracle", "scope": "shared", "budget": "60 entries"})
 
 
 def test_one_set_for_more_layers_keeps_less():
     trace = sample_trace()
-    one, both = mass_by_sharing(trace, oracle, 3, **SIZES)
+    one, both = mass_by_sharing(trace, oracle, 3)
     assert (one.layers, one.sets, both.layers, both.sets) == (1, 2, 2, 1)
     assert one.mass.value > both.mass.value > 0.1
-    whole = replay(trace, oracle((0, 1)), **SIZES)
+    whole = replay(trace, oracle((0, 1)))
     assert both.mass.value == pytest.approx(whole.mass_kept.sum() / whole.mass_total.sum())
 
 
