@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from fmsim.errors import FmsimError
     from fmsim.geometry import Geometry
     from fmsim.hw import Hardware
-    from fmsim.policies.base import LookaheadPolicy, Policy, PolicyParams
+    from fmsim.policies.base import LookaheadPolicy, Pins, Policy, PolicyParams
     from fmsim.policies.budget import Budget
     from fmsim.replay.ledger import Ledger
     from fmsim.scenario import Scenario
@@ -48,6 +48,7 @@ __all__ = [
     "Hardware",
     "Ledger",
     "LookaheadPolicy",
+    "Pins",
     "Policy",
     "PolicyParams",
     "Scenario",
@@ -76,6 +77,7 @@ _PLACES = {
     "Hardware": "fmsim.hw",
     "Ledger": "fmsim.replay.ledger",
     "LookaheadPolicy": "fmsim.policies.base",
+    "Pins": "fmsim.policies.base",
     "Policy": "fmsim.policies.base",
     "PolicyParams": "fmsim.policies.base",
     "Scenario": "fmsim.scenario",

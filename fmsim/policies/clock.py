@@ -36,14 +36,13 @@ class Clock(Policy):
 
     def moved(self, step: int, loaded: Array, evicted: Array) -> None:
         xp, put, residents = self.ctx.xp, self.ctx.put, self.ctx.residents
-        if evicted.shape[1]:
-            turn = xp.where(evicted >= 0, self.worth(step, evicted), -1)
-            last = xp.max(turn, axis=1, keepdims=True)
-            # Pages that the hand left behind on its way; all of them where it went round.
-            passed = self.worth(step, residents.pages) - self.ctx.n_slots < last
-            used = self.ctx.read(self.used, residents.pages)
-            put(self.used, residents.pages, xp.where(passed, 0, used))
-            self.hand = xp.where(last >= 0, (self.hand + last + 1) % self.ctx.n_slots, self.hand)
+        turn = xp.where(evicted >= 0, self.worth(step, evicted), -1)
+        last = xp.max(turn, axis=1, keepdims=True)
+        # Pages that the hand left behind on its way; all of them where it went round.
+        passed = self.worth(step, residents.pages) - self.ctx.n_slots < last
+        used = self.ctx.read(self.used, residents.pages)
+        put(self.used, residents.pages, xp.where(passed, 0, used))
+        self.hand = xp.where(last >= 0, (self.hand + last + 1) % self.ctx.n_slots, self.hand)
         put(self.used, loaded, 0)
         put(self.slot, residents.pages, self.slots)
 

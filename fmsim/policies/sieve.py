@@ -40,20 +40,19 @@ class Sieve(Policy):
     def moved(self, step: int, loaded: Array, evicted: Array) -> None:
         xp, read, put, residents = self.ctx.xp, self.ctx.read, self.ctx.put, self.ctx.residents
         put(self.came, loaded, step + 1)
-        if evicted.shape[1]:
-            turn = xp.where(evicted >= 0, self._turn(step, evicted), -1)
-            last = xp.max(turn, axis=1, keepdims=True)
-            second_round = last >= 1 << (STEP_BITS + 1 + PAGE_BITS)
-            # Pages that the hand left behind on its way; all of them where it went round.
-            way = self._turn(step, residents.pages) & ~(1 << (STEP_BITS + 1 + PAGE_BITS))
-            used = read(self.used, residents.pages)
-            put(self.used, residents.pages, xp.where((way < last) | second_round, 0, used))
-            # It stands above its last victim, or starts again where that was the newest.
-            place = last & ((1 << (STEP_BITS + PAGE_BITS)) - 1)
-            old = (residents.pages >= 0) & (read(self.came, residents.pages) <= step)
-            above = old & (self._place(residents.pages) > place)
-            on = xp.where(xp.any(above, axis=1, keepdims=True), place, -1)
-            self.hand = xp.where(last >= 0, on, self.hand)
+        turn = xp.where(evicted >= 0, self._turn(step, evicted), -1)
+        last = xp.max(turn, axis=1, keepdims=True)
+        second_round = last >= 1 << (STEP_BITS + 1 + PAGE_BITS)
+        # Pages that the hand left behind on its way; all of them where it went round.
+        way = self._turn(step, residents.pages) & ~(1 << (STEP_BITS + 1 + PAGE_BITS))
+        used = read(self.used, residents.pages)
+        put(self.used, residents.pages, xp.where((way < last) | second_round, 0, used))
+        # It stands above its last victim, or starts again where that was the newest.
+        place = last & ((1 << (STEP_BITS + PAGE_BITS)) - 1)
+        old = (residents.pages >= 0) & (read(self.came, residents.pages) <= step)
+        above = old & (self._place(residents.pages) > place)
+        on = xp.where(xp.any(above, axis=1, keepdims=True), place, -1)
+        self.hand = xp.where(last >= 0, on, self.hand)
         put(self.used, loaded, 0)
 
     def worth(self, step: int, pages: Array) -> Array:

@@ -204,8 +204,17 @@ class CacheManager:
     def _told(self, step: int, moves: Moves) -> Moves:
         """The same moves, once a policy that follows them was told."""
         if self.policy.watches:
-            self.policy.moved(step, moves.pages, moves.out)
+            self.policy.moved(step, self._with_a_column(moves.pages), self._with_a_column(moves.out))
         return moves
+
+    def _with_a_column(self, pages: Array) -> Array:
+        """`pages` [G, n], or one column of padding where n is 0, so that a policy may take the
+        largest of a row.
+        """
+        if pages.shape[1]:
+            return pages
+        xp = self.ctx.xp
+        return xp.full((self.ctx.n_groups, 1), -1, dtype=xp.int64, device=self.ctx.device)
 
 
 def heaviest_missing(use: Accesses, missing: Array, above: float, below: float) -> Array:
