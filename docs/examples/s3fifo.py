@@ -2,27 +2,26 @@
 
 from fmsim import Policy
 
-MAIN = 4  # added to the uses of what is in the main queue
-LEVEL = 2**32  # who leaves first: old small pages, main ones by their uses, young small ones
+# MAIN is added to the uses of what is in the main queue. Who leaves first: old small pages, main
+# ones by their uses, young small ones: a LEVEL each.
+MAIN, LEVEL = 4, 2**34
 
 
 class S3FIFO(Policy):
     """Evict what was not used twice soon after it came in; keep the rest in a queue of its own.
 
     Yang et al., "FIFO queues are all you need for cache eviction", SOSP 2023. The small queue has a
-    tenth of the slots; as many pages are remembered as the main queue has slots.
+    tenth of the slots; nine times as many pages are remembered.
     """
 
-    name = "example-s3fifo"
-    action = "hierarchical"
-    evidence = "attention_history"
-    decision_scope = "layer"
+    name, action = "example-s3fifo", "hierarchical"
+    evidence, decision_scope = "attention_history", "layer"
 
     def reset(self, ctx):
         super().reset(ctx)
         self.came, self.uses, self.left = (ctx.table(0, "int64") for _ in range(3))
         self.old, self.gone = ctx.table(0, "int64")[:, :1], ctx.table(10**9, "int64")[:, :1]
-        self.small = max(1, ctx.n_slots // 10)
+        self.small, self.ghosts = max(1, ctx.n_slots // 10), ctx.n_slots * 9 // 10
 
     def observe(self, step, obs):
         uses = self.ctx.read(self.uses, obs.pages)  # up to 3; from MAIN on in the main queue
@@ -31,8 +30,8 @@ class S3FIFO(Policy):
     def worth(self, step, pages):
         where = self.ctx.xp.where
         came, uses = self.ctx.read(self.came, pages), self.ctx.read(self.uses, pages)
-        old = where(uses > 1, 3 * LEVEL // 2, 0)  # used: it moves to the main queue before it goes
-        small = where(came > self.old, 5 * LEVEL, old)
+        # An old small page that was used twice moves to the main queue's end before it goes.
+        small = where(came > self.old, 5 * LEVEL, where(uses > 1, 3 * LEVEL // 2, 0))
         return came + where(uses >= MAIN, LEVEL * (1 + uses - MAIN), small)
 
     def moved(self, step, loaded, evicted):
@@ -42,8 +41,7 @@ class S3FIFO(Policy):
         from_small = xp.astype((read(self.uses, evicted) < MAIN) & (evicted >= 0), xp.int64)
         self.gone = self.gone + xp.sum(from_small, axis=1, keepdims=True)
         put(self.left, evicted, from_small * self.gone)
-        known = self.gone - read(self.left, loaded) < self.ctx.n_slots - self.small
-        put(self.uses, loaded, MAIN * xp.astype(known, xp.int64))
+        put(self.uses, loaded, xp.where(self.gone - read(self.left, loaded) < self.ghosts, MAIN, 0))
         # Places in both queues: by step, then what the hands passed, then what is new.
         number = (step + 1) * 2 * self.ctx.n_pages
         put(self.came, loaded, number + self.ctx.n_pages + loaded)
