@@ -31,9 +31,13 @@ class PyramidKV(Policy):
         step = 2 * (1 - last) / max(1, n_layers - 1)
         return [2 - last - step * layer for layer in range(n_layers)]
 
+    def reset(self, ctx):
+        super().reset(ctx)
+        self.mass = ctx.table()
+        self.mass[:, : ctx.n_pages] = ctx.prompt_mass
+
     def pins(self):
         return Pins(decoded=True)
 
     def worth(self, step, pages):
-        mass = self.ctx.prompt_mass
-        return self.ctx.read(mass, self.ctx.xp.clip(pages, 0, mass.shape[1] - 1))
+        return self.ctx.read(self.mass, pages)

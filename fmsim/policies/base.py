@@ -211,15 +211,27 @@ class Context:
         return self.xp.full(shape, value, dtype=getattr(self.xp, dtype), device=self.device)
 
     def read(self, table: Array, pages: Array) -> Array:
-        """table[g, pages[g, i]] as [G, n]; page -1 reads the sink."""
+        """table[g, pages[g, i]] as [G, n]; page -1 reads the sink. `table` is one of `table`'s
+        shape.
+        """
+        self._check(table)
         return arrays.read(table, self._start, pages)
 
     def put(self, table: Array, pages: Array, values: Array | float) -> None:
         """table[g, pages[g, i]] = values[g, i] in place; page -1 writes the sink.
 
-        Pages are unique in a row.
+        Pages are unique in a row, padding aside. `values` may be a number.
         """
+        self._check(table)
         arrays.put(table, self._start, pages, values)
+
+    def _check(self, table: Array) -> None:
+        """Another width would read another row's pages in silence."""
+        if table.shape != (self.n_groups, self.n_pages + 1):
+            raise FmsimError(
+                f"ctx.read and ctx.put take a table as ctx.table makes it,"
+                f" [{self.n_groups}, {self.n_pages + 1}]; this one is {list(table.shape)}"
+            )
 
 
 @dataclass(frozen=True)

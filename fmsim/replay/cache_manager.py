@@ -204,7 +204,9 @@ class CacheManager:
     def _told(self, step: int, moves: Moves) -> Moves:
         """The same moves, once a policy that follows them was told."""
         if self.policy.watches:
-            self.policy.moved(step, self._with_a_column(moves.pages), self._with_a_column(moves.out))
+            self.policy.moved(
+                step, self._with_a_column(moves.pages), self._with_a_column(moves.out)
+            )
         return moves
 
     def _with_a_column(self, pages: Array) -> Array:
