@@ -180,6 +180,9 @@ class Context:
         None  # [G, P] float32: attention mass of the prompt's queries on each page
     )
     lookahead: Callable[[int], LookaheadState] | None = None  # window -> state
+    # step -> the newest state that is known when the step begins, of a step that the trace has
+    # (every tau) or that the engine keeps (every tau, and every `Policy.state_steps`)
+    newest_state: Callable[[int], LookaheadState] | None = None
     future: Future | None = None  # for evidence "future" alone
     # what is resident now; given by every cache manager, a context made by hand may lack it
     residents: Residents = None  # type: ignore[assignment]
@@ -196,6 +199,9 @@ class Context:
             object.__setattr__(self, "xp", numpy_namespace)
         if not self.group_slots:
             object.__setattr__(self, "group_slots", (self.n_slots,) * self.n_groups)
+        if self.newest_state is None and self.lookahead is not None:
+            of_window, tau = self.lookahead, self.tau
+            object.__setattr__(self, "newest_state", lambda step: of_window(step // tau))
         start = self.xp.arange(self.n_groups, dtype=self.xp.int64, device=self.device)[:, None] * (
             self.n_pages + 1
         )
@@ -303,6 +309,14 @@ class Policy:
         recall in the meantime. A policy that says so defines `ahead`.
         """
         return False
+
+    @property
+    def state_steps(self) -> int | None:
+        """Steps between the states that the policy asks `ctx.newest_state` for; None: tau. An
+        engine keeps the last two of them beside those of every tau; a trace has those of every tau
+        alone.
+        """
+        return None
 
     def n_slots(self, n_pages: int, **sizes: Any) -> int:
         """Slots in each group, at most one a page; `sizes` are the arguments of

@@ -55,6 +55,10 @@ class Guarded:
         return self.policy.prefetches
 
     @property
+    def state_steps(self) -> int | None:
+        return self.policy.state_steps
+
+    @property
     def floor(self) -> float | None:
         """The policy's floor, if it is one."""
         floor: Any = called(f"policy {self.name}: floor", getattr, self.policy, "floor")
@@ -207,17 +211,24 @@ def read_only(array: Any) -> Any:
 
 def shown_context(ctx: Context) -> Context:
     """The context as a policy gets it: the trace's own arrays only to read."""
-    lookahead = ctx.lookahead
 
-    def state(window: int) -> LookaheadState:
-        assert lookahead is not None  # asked for only where there is one
-        found = lookahead(window)
-        return replace(found, hidden=read_only(found.hidden), keys=read_only(found.keys))
+    def shown_states(
+        of: Callable[[int], LookaheadState] | None,
+    ) -> Callable[[int], LookaheadState] | None:
+        if of is None:
+            return None
+
+        def state(number: int) -> LookaheadState:
+            found = of(number)
+            return replace(found, hidden=read_only(found.hidden), keys=read_only(found.keys))
+
+        return state
 
     return replace(
         ctx,
         prompt_mass=read_only(ctx.prompt_mass),
-        lookahead=None if lookahead is None else state,
+        lookahead=shown_states(ctx.lookahead),
+        newest_state=shown_states(ctx.newest_state),
         future=None if ctx.future is None else _ShownFuture(ctx.future),
     )
 

@@ -7,7 +7,6 @@ from pathlib import Path
 from pydantic import Field
 
 from fmsim import arrays
-from fmsim.errors import FmsimError
 from fmsim.policies.base import Array, Context, DemandParams
 from fmsim.policies.lru import LRU, STEP_BITS
 from fmsim.policies.lsa import LSA
@@ -19,15 +18,15 @@ class LRUPrefetch(LRU):
     Every `spacing` steps a memory indexer scores all entries, as in `lsa`, from the newest hidden
     state. The pages of highest score that are not resident are loaded, and rank as if used right
     before the step. Own work, from `lru` (HiSparse) and the scorer of arXiv 2606.09079: what
-    prefetch alone adds to an exact policy. A trace holds states every tau steps (64), so `spacing`
-    is a multiple of that.
+    prefetch alone adds to an exact policy. An engine keeps a state every `spacing` steps. A trace
+    holds one every tau steps (64): its replay scores from the newest of those.
     """
 
     name = "lru-prefetch"
     evidence = "predicted_future"
 
     class Params(DemandParams, LRU.Params):
-        spacing: int = Field(64, ge=1, description="steps between prefetches: a multiple of tau")
+        spacing: int = Field(64, ge=1, description="steps between prefetches")
         most: int = Field(256, ge=1, description="pages in each layer that one prefetch may load")
         checkpoint: Path | None = Field(
             None, description="the indexer's weights; by default those shipped for nano"
@@ -37,13 +36,12 @@ class LRUPrefetch(LRU):
 
     def reset(self, ctx: Context) -> None:
         super().reset(ctx)
-        if self.params.spacing % ctx.tau:
-            raise FmsimError(
-                f"policy lru-prefetch: spacing must be a multiple of {ctx.tau}, the steps between"
-                f" the states that are kept, not {self.params.spacing}"
-            )
         self.indexer = self._indexer()
         self.indexer.reset(ctx)
+
+    @property
+    def state_steps(self) -> int:
+        return self.params.spacing
 
     def target_layers(self) -> tuple[int, ...]:
         return self._indexer().target_layers()

@@ -148,6 +148,10 @@ class LSA(LookaheadPolicy):
         return layers
 
     @property
+    def state_steps(self) -> int:
+        return self.params.cadence
+
+    @property
     def decides_ahead(self) -> bool:
         return self.params.stale
 
@@ -205,6 +209,6 @@ class LSA(LookaheadPolicy):
 
         A stale one is known one cadence earlier; the first set has none older than its own.
         """
-        assert self.ctx.lookahead is not None  # reset has refused to start without
+        assert self.ctx.newest_state is not None  # reset has refused to start without
         known = max(step - self.params.cadence, 0) if self.params.stale else step
-        return self.ctx.lookahead(known // self.ctx.tau)
+        return self.ctx.newest_state(known)

@@ -58,15 +58,17 @@ def build_context(
     *,
     prompt_mass: np.ndarray | None = None,
     lookahead: Callable[[int], LookaheadState] | None = None,
+    newest_state: Callable[[int], LookaheadState] | None = None,
     future: Paged | None = None,
     xp: Any = None,
     device: Any = None,
 ) -> Context:
     """The context of `policy` in arrays of `xp` (numpy unless given) on `device`.
 
-    `prompt_mass` float [L, E] is the prompt's attention mass by entry. `lookahead` gives arrays of
-    `xp`. `future` is what is to come, for a policy that is told. Raises BudgetTooSmall for a
-    budget in bytes on the GPU that cannot be.
+    `prompt_mass` float [L, E] is the prompt's attention mass by entry. `lookahead` and
+    `newest_state` give arrays of `xp`; without the latter, windows begin with the newest states.
+    `future` is what is to come, for a policy that is told. Raises BudgetTooSmall for a budget in
+    bytes on the GPU that cannot be.
     """
     params = policy.params
     shared = params.scope == "shared"
@@ -93,6 +95,7 @@ def build_context(
         seed=shape.seed,
         prompt_mass=mass,
         lookahead=lookahead,
+        newest_state=newest_state,
         future=None if future is None else PagedFuture(future, there),
         xp=xp,
         device=device,

@@ -2,27 +2,24 @@
 
 import ast
 from collections import deque
-from pathlib import Path
 
 import numpy as np
 import pytest
+from every_policy import EXAMPLES, FOLDER, example
 from hand_trace import stream
 
 from fmsim import policy_checks
 from fmsim.policies import registry
 from fmsim.replay.replayer import Replayer
 
-FOLDER = Path(__file__).parents[2] / "docs" / "examples"
-EXAMPLES = {"sieve": "Sieve", "s3fifo": "S3FIFO", "snapkv": "SnapKV", "pyramidkv": "PyramidKV"}
 
-
-def example(name):
-    return registry.get(f"{FOLDER / name}.py:{EXAMPLES[name]}")
+def found(name):
+    return registry.get(example(name))
 
 
 @pytest.mark.parametrize(
     "check",
-    [check for name in EXAMPLES for check in policy_checks(example(name))],
+    [check for name in EXAMPLES for check in policy_checks(found(name))],
     ids=lambda check: f"{check.policy}-{check}",
 )
 def test_an_example_keeps_every_rule(check):
@@ -106,12 +103,12 @@ def s3fifo(entries, slots):
 @pytest.mark.parametrize("plain", [sieve, s3fifo])
 def test_an_example_hits_where_its_papers_algorithm_does(plain, slots):
     drawn = np.random.default_rng(slots).zipf(1.3, 800) % 200
-    policy = example(plain.__name__)(budget=f"{slots} entries")
+    policy = found(plain.__name__)(budget=f"{slots} entries")
     ledger = Replayer(stream(drawn, 300), cold=True).run(policy)
     assert ledger.hit[:, 0].tolist() == plain(drawn.tolist(), slots)
 
 
 def test_a_pyramid_has_more_in_the_first_layers():
-    shares = example("pyramidkv")(beta=10).layer_shares(5)
+    shares = found("pyramidkv")(beta=10).layer_shares(5)
     assert np.allclose(np.diff(shares), np.diff(shares)[0]) and np.isclose(sum(shares), 5)
     assert shares[-1] == pytest.approx(0.1)

@@ -4,6 +4,7 @@ from typing import Literal
 
 import numpy as np
 import pytest
+from every_policy import own_policies
 from pydantic import Field
 
 import fmsim
@@ -12,10 +13,6 @@ from fmsim.policies import registry
 from fmsim.policies.lru import LRU
 from fmsim.policies.recency import Recency
 from fmsim.testing import sample_trace
-
-
-def own_policies():
-    return [name for name in registry.names() if registry.get(name).__module__.startswith("fmsim.")]
 
 
 def needs_indexer(name):

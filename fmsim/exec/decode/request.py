@@ -33,8 +33,8 @@ class Request:
     batch.
 
     `step` counts them; `selections` is what the batch's layers select. `hidden` float32 [L, H] by
-    window. `keys_of(n)` gives the index keys of the first n entries, float32 [L, n, D]. Of the
-    layers ``unmeasured`` it is not known what they would have selected among all entries.
+    the step that it comes before. `keys_of(n)` gives the index keys of the first n entries, float32
+    [L, n, D]. Of the layers ``unmeasured`` it is not known what they would have selected among all entries.
     `memory` says what a budget in bytes buys. ``hindsight``, a decode of the same prompt that is
     over, is what a policy that looks into the future is told. Raises FmsimError for a policy that
     an engine cannot run, such as that one without it.
@@ -75,6 +75,7 @@ class Request:
         self.layers = config.layer_types.count(CSA)
         self.shared = policy.params.scope == "shared"
         self.hidden = {0: torch.from_numpy(prompt.hidden).to(self.device)}
+        self.state_steps = policy.state_steps or tau
         self.manager = CacheManager(policy, self._context(memory, seed, hindsight))
         self.residency = self.manager.residency
         self.book = LedgerBuilder(self.manager, prompt.max_steps)
@@ -118,8 +119,7 @@ class Request:
         for it. None where that changes nothing.
         """
         step, self.step = self.step, self.step + 1
-        if (step + 1) % self.tau == 0:
-            self.hidden[(step + 1) // self.tau] = self.selections.hidden[:, self.index].clone()
+        self._keep_state(step + 1)
         if self.manager.passive:
             return None
         ctx, picked = self.manager.ctx, self.selections
@@ -138,11 +138,30 @@ class Request:
         use = replace(use, mass=ctx.read(masses, use.pages))
         return self.manager.look_back(use, ctx.read(attended, use.pages))
 
+    def _keep_state(self, step: int) -> None:
+        """The state before `step`, if it is one of those that are kept: of every tau for the trace,
+        and the policy's own last two.
+        """
+        if step % self.tau and step % self.state_steps:
+            return
+        self.hidden[step] = self.selections.hidden[:, self.index].clone()
+        past = step - 2 * self.state_steps
+        if past % self.tau:
+            self.hidden.pop(past, None)
+
     def lookahead(self, window: int) -> LookaheadState:
         """The state at the last token before decode window `window`."""
-        position = len(self.prompt.tokens) + self.tau * window - 1
+        return self.state_before(self.tau * window)
+
+    def newest_state(self, step: int) -> LookaheadState:
+        """The newest state that is kept from before decode step `step`."""
+        return self.state_before(max(kept for kept in self.hidden if kept <= step))
+
+    def state_before(self, step: int) -> LookaheadState:
+        """The state at the last token before decode step `step`, which is kept."""
+        position = len(self.prompt.tokens) + step - 1
         n_entries = (position + 1) // self.rate
-        return LookaheadState(self.hidden[window], position, self.keys_of(n_entries), n_entries)
+        return LookaheadState(self.hidden[step], position, self.keys_of(n_entries), n_entries)
 
     def ledger(self) -> Ledger:
         """What moved and what was kept in the steps so far; measured."""
@@ -176,6 +195,7 @@ class Request:
             shape,
             prompt_mass=self.prompt.mass,
             lookahead=self.lookahead,
+            newest_state=self.newest_state,
             future=future,
             xp=xp,
             device=self.device,

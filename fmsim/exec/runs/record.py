@@ -144,7 +144,7 @@ def trace_of(request: Request, header: TraceHeader, forced: Sequence[bool]) -> T
         recorder.prompt_mass(layer, request.prompt.mass[layer])
         recorder.index_keys(layer, to_numpy(keys[layer]))
         for window in range(-(-steps // header.tau)):
-            recorder.hidden(window, layer, to_numpy(request.hidden[window][layer]))
+            recorder.hidden(window, layer, to_numpy(request.hidden[header.tau * window][layer]))
     return recorder.finish([*request.prompt.tokens, *request.tokens], list(forced))
 
 

@@ -155,6 +155,33 @@ def test_a_lookahead_policy_scores_the_running_models_own_states(prompt, tmp_pat
     assert np.flatnonzero(ledger.scored).tolist() == list(range(0, STEPS, TAU))
 
 
+@pytest.mark.parametrize("name", ["lsa", "lsa ahead", "lru-prefetch"])
+def test_states_come_at_a_spacing_of_the_policys_own(prompt, tmp_path, name):
+    """Every 12 steps, whether windows of the trace are 8 steps or 4: the same states, so the same
+    decisions.
+    """
+    if name == "lru-prefetch":
+        lsa = lookahead(tmp_path, "20 entries")
+        spec = {"policy": name, "spacing": 12, "budget": "20 entries", "most": 5}
+        spec |= {"checkpoint": lsa["checkpoint"]}
+    else:
+        spec = lookahead(tmp_path, "20 entries", cadence=12, stale=name == "lsa ahead")
+    ledgers, positions = [], []
+    for tau in (8, 4):
+        engine = Engine(prompt, registry.build(spec), tau=tau)
+        for step in range(STEPS):
+            engine.step([step] if step < 4 else None)
+            if step == 25:
+                positions.append(engine.request.newest_state(25).position)
+        ledgers.append(engine.ledger())
+        assert sorted(engine.request.hidden) == sorted({*range(0, STEPS + 1, tau), 24, 36})
+    assert positions == [150 + 24 - 1] * 2
+    assert ledgers[0].lookahead_loads.sum() > 0
+    assert np.flatnonzero(ledgers[0].scored).tolist() == [0, 12, 24, 36]
+    for name in ("resident", "lookahead_loads", "demand_loads", "hit", "scored"):
+        assert np.array_equal(getattr(ledgers[0], name), getattr(ledgers[1], name)), name
+
+
 def test_what_an_engine_cannot_do_is_one_clear_error(prompt):
     with pytest.raises(FmsimError, match="future"):
         Engine(prompt, registry.build("belady"))
