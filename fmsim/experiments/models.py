@@ -82,10 +82,10 @@ def fits(geometry: Geometry) -> list[dict[str, Any]]:
         hw = load_hardware(name)
         found_pool = hw.kv_pool(geometry)
         pool = found_pool.value if found_pool else 0.0
-        share = geometry.gpu_share(hw.placed.tp)
+        held = geometry.on_gpu(hw.placed.tp)
         requests = {}
         for tokens in CONTEXTS:
-            one = share * (geometry.full_kv_bytes(tokens) + geometry.window_bytes)
+            one = held.full_kv_bytes(tokens) + held.window_bytes
             known = geometry.max_positions is None or tokens <= geometry.max_positions
             requests[tokens] = int(pool // one) if known else None
         found.append(

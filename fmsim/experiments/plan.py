@@ -15,15 +15,17 @@ from fmsim.experiments.run import (
     about,
     about_deployment,
     build_policies,
+    load_geometry,
 )
 from fmsim.geometry import Geometry, geometry_named
 from fmsim.hw import Hardware, load_hardware
 from fmsim.hw.deployment import Deployment
 from fmsim.policies import registry
 from fmsim.policies.base import Policy
+from fmsim.replay.ledger import Ledger
 from fmsim.scenario import ScenarioFile
 from fmsim.sim import metrics
-from fmsim.sim.serving.capacity.behaviour import BEHAVIOURS
+from fmsim.sim.serving.capacity.behaviour import BEHAVIOURS, Behaviour
 from fmsim.sim.serving.capacity.plan import CapacityQuestion, plan
 from fmsim.sim.serving.demand import Demand
 from fmsim.sim.serving.spec import Server
@@ -50,8 +52,13 @@ class Candidate:
     label: str
     exact: bool | None
     mass_kept: float | None
-    demand: Demand
+    ledger: Ledger
     source: str
+    layer_map: tuple[int, ...] | None = None
+
+    def demand(self, geometry: Geometry) -> Demand:
+        """Of a request, on one GPU of a rank."""
+        return Demand(self.ledger, geometry, self.layer_map)
 
 
 def plan_scenario(
@@ -76,8 +83,9 @@ def plan_scenario(
             label,
             metrics.exact(ledger),
             metrics.kept(ledger, setting.layer_map)["mass_kept"],
-            Demand(ledger, setting.geometry, setting.layer_map),
+            ledger,
             "replayed",
+            setting.layer_map,
         )
 
     ask = Ask(tokens or setting.trace.header.prompt_tokens, **asked)
@@ -101,7 +109,10 @@ def plan_scenario(
     raise_if_all(failures, len(candidates))
     options = file.scenario.server
     head = about(setting) | {"server": options.model_dump(mode="json")}
-    report = _report(head, setting.geometry, servers, candidates, full, options, ask)
+    geometry = load_geometry(file)
+    if file.scenario.beyond_positions:
+        geometry = geometry.beyond_positions()
+    report = _report(head, geometry, servers, candidates, full, options, ask)
     return report | {"failed": [failure.row() for failure in failures]}
 
 
@@ -120,8 +131,8 @@ def plan_model(
             each.policy,
             each.exact,
             each.mass_kept,
-            Demand(each.ledger(geometry), geometry),
-            each.source,
+            each.ledger(geometry),
+            each.source + _for_each_selection(each, geometry),
         )
         for each in BEHAVIOURS
     ]
@@ -132,6 +143,17 @@ def plan_model(
     ]
     head = {"model": {"name": geometry.name}, "server": Server().model_dump(mode="json")}
     return _report(head, geometry, servers, candidates, candidates[0], Server(), ask)
+
+
+def _for_each_selection(each: Behaviour, geometry: Geometry) -> str:
+    """What a figure of one selection is taken to mean where several read one layer's KV."""
+    several = geometry.selections_of_a_store
+    if several == 1 or not each.policy.startswith("lru"):
+        return ""
+    return (
+        f"; here for each selection that reads a layer's KV ({several:g} of them, mean over layers"
+        " with KV), as if none took another's entries"
+    )
 
 
 def usual_deployments(hw: Hardware) -> list[Deployment]:
@@ -176,22 +198,24 @@ def _report(
         placed = hw.placed
         on = {"hardware": hw.name, "title": hw.title, "deployment": placed.title}
         try:
-            hw.kv_pool_bytes(geometry)
+            held = geometry.on_gpu(placed.tp)
+            hw.kv_pool_bytes(held)
+            full_demand = full.demand(held)
             on |= {"servers": placed.servers, "n_gpus": placed.n_gpus}
-            on |= about_deployment(hw, geometry)
+            on |= about_deployment(hw, held)
             on["deployment"] = placed.title
             for each in candidates:
                 question = CapacityQuestion(
                     hw,
-                    geometry,
-                    each.demand,
+                    held,
+                    each.demand(held),
                     options,
                     tokens,
                     ask.output_tokens,
                     ask.tpot_s,
                     ask.ttft_s,
                 )
-                found = plan(question, full.demand)
+                found = plan(question, full_demand)
                 kept = {
                     "policy": each.label,
                     "exact": each.exact,

@@ -126,8 +126,10 @@ class Setting:
         scenario = file.scenario
         self.file, self.batch = file, scenario.batch
         geometry = load_geometry(file)
-        self.geometry = geometry.beyond_positions() if scenario.beyond_positions else geometry
+        _located(file, ("model",), geometry.check_replayable)
         self.hw = load_scenario_hardware(file)
+        geometry = geometry.on_gpu(self.hw.placed.tp)
+        self.geometry = geometry.beyond_positions() if scenario.beyond_positions else geometry
         self.trace = read(file.file(scenario.trace))
         self.stands_for = stands_for(file, self.trace, self.geometry)
         given = scenario.layer_map

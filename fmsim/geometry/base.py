@@ -14,7 +14,7 @@ import copy
 from abc import ABC, abstractmethod
 from collections import Counter
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any, Self, overload
 
 import numpy as np
 from numpy.typing import NDArray
@@ -40,6 +40,7 @@ class Geometry(ABC):
         index_n_heads: int
         index_head_dim: int
         dense_mlps: int  # layers without routed experts
+        table_bytes: float  # of tables that tokens look up; GPUs share them out
         vocabulary: int  # of the embedding; 0: not said, and counted with what multiplies
         max_positions: int | None  # the longest context that the model knows; None: not said
 
@@ -52,8 +53,8 @@ class Geometry(ABC):
             """Everything that every token uses."""
 
         @property
-        def csa_rate(self) -> int:
-            """Tokens an entry of a layer that pages."""
+        def csa_rate(self) -> int | float:
+            """Tokens an entry of a layer that pages; the mean, where layers differ."""
 
         @property
         def hca_rate(self) -> int:
@@ -98,6 +99,11 @@ class Geometry(ABC):
         return [layer for layer in self.layers if layer.pages]
 
     @cached_property
+    def _rates(self) -> Counter[int]:
+        """How many layers that page have entries of so many tokens."""
+        return Counter(layer.entry_tokens for layer in self._paged)
+
+    @cached_property
     def _dense(self) -> Counter[tuple[int, int]]:
         """How many dense layers there are of each (tokens an entry, bytes an entry)."""
         found = [layer for layer in self.layers if layer.kind == "dense"]
@@ -115,6 +121,11 @@ class Geometry(ABC):
         return len(self._paged)
 
     @property
+    def n_selecting(self) -> int:
+        """Layers that attend to selected entries, their own or an earlier layer's."""
+        return sum(layer.kind == "sparse" for layer in self.layers)
+
+    @property
     def n_keyed(self) -> int:
         """Of these, the layers that have index keys of their own."""
         return sum(layer.key_bytes > 0 for layer in self._paged)
@@ -129,12 +140,26 @@ class Geometry(ABC):
         """Layers that have a sliding window and nothing else."""
         return sum(layer.kind == "window" for layer in self.layers)
 
-    def csa_entries(self, tokens: int) -> int:
-        """Entries that one layer that pages has closed after ``tokens`` tokens."""
-        return tokens // self.csa_rate
+    @overload
+    def csa_entries(self, tokens: int) -> int: ...
+
+    @overload
+    def csa_entries(self, tokens: NDArray[np.int64]) -> NDArray[np.int64]: ...
+
+    def csa_entries(self, tokens: int | NDArray[np.int64]) -> int | NDArray[np.int64]:
+        """Entries that one layer that pages has closed after ``tokens`` tokens, an int or an array;
+        the mean over them, where they differ.
+        """
+        return sum(n * (tokens // rate) for rate, n in self._rates.items()) // self.n_csa
 
     def hca_entries(self, tokens: int) -> int:
         return tokens // self.hca_rate
+
+    @cached_property
+    def dense_bytes_per_token(self) -> float:
+        """What a token adds in one dense layer; the mean over them, 0 where there are none."""
+        total = sum(n * size / rate for (rate, size), n in self._dense.items())
+        return total / max(1, self.n_hca)
 
     def dense_bytes(self, tokens: int) -> int:
         """The entries of all dense layers."""
@@ -152,6 +177,11 @@ class Geometry(ABC):
         return sum(n * (tokens // rate) * size for (rate, size), n in self._sparse.items())
 
     @cached_property
+    def paged_bytes_per_token(self) -> float:
+        """What a token adds in all layers that page, index keys included."""
+        return sum(n * size / rate for (rate, size), n in self._sparse.items())
+
+    @cached_property
     def window_bytes(self) -> int:
         """The sliding windows of all layers, full."""
         return sum(layer.window_tokens * layer.window_bytes for layer in self.layers)
@@ -162,6 +192,21 @@ class Geometry(ABC):
         """
         key_bytes = -(-self.index_key_bytes * self.n_keyed // self.n_csa) if with_keys else 0
         return granularity * (self.kv_entry_bytes + key_bytes)
+
+    @cached_property
+    def selections_of_a_store(self) -> float:
+        """How many selections a step makes among one layer's entries: 1, or more where layers with
+        selections of their own read that layer's KV; the mean over layers that page.
+        """
+        pairs = {
+            (
+                number if layer.kv_of is None else layer.kv_of,
+                number if layer.shares is None else layer.shares,
+            )
+            for number, layer in enumerate(self.layers)
+            if layer.kind == "sparse"
+        }
+        return len(pairs) / self.n_csa
 
     def selection_map(self) -> tuple[int, ...]:
         """For each layer that pages, the number of its selection; layers that share one have the
@@ -180,11 +225,18 @@ class Geometry(ABC):
         """What one token of context adds to the whole cache, index keys included."""
         return sum(layer.bytes_per_token() for layer in self.layers)
 
-    def gpu_share(self, tensor_parallel: int) -> float:
-        """Part of a request's KV that each of ``tensor_parallel`` GPUs holds: all of a latent, the
-        heads' part of grouped-query KV.
+    def kv_parts(self, tensor_parallel: int) -> int:
+        """Parts into which ``tensor_parallel`` GPUs split a request's KV: 1 where it is a latent of
+        all heads, which every GPU holds whole; KV heads can be shared out.
         """
-        return 1 / min(tensor_parallel, min(layer.kv_heads for layer in self.layers))
+        return min(tensor_parallel, min(layer.kv_heads for layer in self.layers))
+
+    def check_replayable(self) -> None:  # noqa: B027 - most families are
+        """Raise FmsimError where one trace cannot drive all layers that page."""
+
+    def on_gpu(self, tensor_parallel: int) -> Geometry:
+        """What one of ``tensor_parallel`` GPUs keeps of a request. Index keys are not split."""
+        return self
 
     @property
     def split_flops_per_token(self) -> float:
@@ -194,10 +246,10 @@ class Geometry(ABC):
         return 2.0 * (self.active_parameters - self.vocabulary * self.hidden_size)
 
     @cached_property
-    def _attended(self) -> Counter[tuple[str, int, int]]:
-        """How many layers attend to entries of (kind, tokens an entry, top-k)."""
+    def _attended(self) -> Counter[tuple[str, int, int, int]]:
+        """How many layers attend to entries of (kind, tokens an entry, top-k, rows an entry)."""
         found = [one for one in self.layers if one.kind != "window"]
-        return Counter((one.kind, one.entry_tokens, one.topk) for one in found)
+        return Counter((one.kind, one.entry_tokens, one.topk, one.rows) for one in found)
 
     @cached_property
     def n_indexing(self) -> int:
@@ -216,10 +268,10 @@ class Geometry(ABC):
         """
         per_entry = 4 * self.n_heads * self.head_dim  # q.k and p.v
         attended: Any = sum(layer.window_tokens for layer in self.layers)
-        for (kind, rate, topk), count in self._attended.items():
+        for (kind, rate, topk, rows), count in self._attended.items():
             entries = tokens / rate
             seen = np.minimum(topk, entries) if kind == "sparse" else entries
-            attended = attended + count * seen
+            attended = attended + count * seen * rows
         per_score = self.index_n_heads * (2 * self.index_head_dim + 2) / speedup
         scoring = self.n_indexing * scored_entries * per_score
         found: NDArray[np.float64] | float = attended * per_entry + scoring

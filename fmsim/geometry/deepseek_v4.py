@@ -58,6 +58,7 @@ class DeepseekV4Geometry(Geometry):
     max_positions: int | None = None
     family = FAMILY
     dense_mlps = 0
+    table_bytes = 0.0
 
     @property
     def weight_type(self) -> str:

@@ -36,6 +36,7 @@ class Described(BaseModel, Geometry):
     parameters_of_a_token: int | None = Field(None, gt=0)
     expert_parameters: int = Field(0, ge=0)  # of the routed experts, of all `parameters`
     weights_total_bytes: float | None = Field(None, gt=0)
+    table_bytes: float = Field(0.0, ge=0)  # of tables that tokens look up, all of them together
     max_positions: int | None = Field(None, gt=0)
 
     @field_validator("specs", mode="before")
@@ -87,20 +88,53 @@ class Described(BaseModel, Geometry):
     def window_tokens(self) -> int:
         return max(layer.window_tokens for layer in self.layers)
 
+    def _values(self, name: str) -> list[int]:
+        """Different ones of the layers that page, ascending."""
+        return sorted({getattr(layer, name) for layer in self.layers if layer.pages})
+
     def _same(self, name: str) -> int:
         """What all layers that page have in common; FmsimError where they differ."""
-        values: set[int] = {getattr(layer, name) for layer in self.layers if layer.pages}
+        values = self._values(name)
         if len(values) == 1:
-            return values.pop()
+            return values[0]
         raise FmsimError(
-            f"{self.name}: its sparse layers have {name} of"
-            f" {' and '.join(map(str, sorted(values)))}; fmsim replays models whose sparse layers"
-            " are alike (`fmsim model show` has sizes and what fits)"
+            f"{self.name}: its sparse layers have {name} of {' and '.join(map(str, values))}, and"
+            " fmsim counts with one; `fmsim model show` has sizes and what fits"
         )
 
+    def check_replayable(self) -> None:
+        rates = self._values("entry_tokens")
+        if len(rates) > 1:
+            raise FmsimError(
+                f"{self.name}: its sparse layers have entries of"
+                f" {' and '.join(map(str, rates))} tokens, and a trace has entries of one length;"
+                f" without a trace, `fmsim run --model {self.name}` has footprints, walls and the"
+                " full cache's time, and `fmsim plan` policies"
+            )
+
+    def on_gpu(self, tensor_parallel: int) -> Described:
+        parts = self.kv_parts(tensor_parallel)
+        if parts == 1:
+            return self
+        heads = [layer.kv_heads for layer in self.layers]
+        layers = tuple(
+            layer.model_copy(
+                update={
+                    "entry_bytes": -(-layer.entry_bytes // parts),
+                    "window_bytes": -(-layer.window_bytes // parts),
+                    "kv_heads": -(-held // parts),
+                }
+            )
+            for layer, held in zip(self.layers, heads, strict=True)
+        )
+        split = {"layers": layers, "n_heads": -(-self.n_heads // parts)}
+        return Described.model_validate(self.model_dump(by_alias=True) | split)
+
     @cached_property
-    def csa_rate(self) -> int:
-        return self._same("entry_tokens")
+    def csa_rate(self) -> int | float:
+        if len(self._values("entry_tokens")) == 1:
+            return self._same("entry_tokens")
+        return self.n_csa / sum(n / rate for rate, n in self._rates.items())
 
     @cached_property
     def kv_entry_bytes(self) -> int:

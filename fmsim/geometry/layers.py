@@ -26,6 +26,7 @@ class LayerSpec(BaseModel):
     entry_bytes: int = Field(0, ge=0)  # 0 where the layer reads the KV of layer `kv_of`
     key_bytes: int = Field(0, ge=0)  # index key of one entry; 0 where it has none of its own
     topk: int = Field(0, ge=0)  # entries that a sparse layer's step attends to
+    rows: int = Field(1, ge=1)  # KV rows of an entry: 1 where it is pooled, more in a block
     shares: int | None = Field(None, ge=0)  # the earlier layer whose selection it uses
     kv_of: int | None = Field(None, ge=0)  # the earlier layer whose KV it reads
     kv_heads: int = Field(1, ge=1)  # 1: a latent of all heads; every tensor-parallel GPU holds it

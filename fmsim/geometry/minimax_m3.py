@@ -44,6 +44,7 @@ def from_config(config: Mapping[str, Any], name: str = "") -> Described:
         "entry_tokens": block,
         "entry_bytes": block * token_bytes,
         "key_bytes": block * index_width * _BFLOAT16,
+        "rows": block,
         "topk": (
             (sparse.get("sparse_topk_blocks") or need(config, "index_topk_blocks"))
             + sparse.get("sparse_local_block", config.get("index_local_blocks", 0))

@@ -73,9 +73,8 @@ class Placement(BaseModel):
         """On each GPU: a share of the experts, and of everything else what `tp` leaves."""
         expert, other = WEIGHT_BYTES[self.weights]
         return (
-            geometry.expert_parameters * expert / self.n_gpus
-            + geometry.shared_parameters * other / self.tp
-        )
+            geometry.expert_parameters * expert + geometry.table_bytes
+        ) / self.n_gpus + geometry.shared_parameters * other / self.tp
 
     def ranked(self, requests: int) -> int:
         """Requests of the busiest rank."""

@@ -103,7 +103,7 @@ class _Tabled:
         if "dsa_shared" not in attention:
             return own
         shared = self._attention(attention["dsa_shared"], 0.0)
-        return own.mean(shared, self.geometry.n_indexing / self.geometry.n_csa)
+        return own.mean(shared, self.geometry.n_indexing / self.geometry.n_selecting)
 
     def _attention(self, by_tp: Mapping[str, Any], roofline_ns: float) -> AttentionTimes:
         """What further tokens add is the device's own: as timed, and no faster than its rates. The
@@ -344,9 +344,9 @@ def _roofline_ns(hw: Hardware, geometry: Geometry) -> tuple[float, float]:
     keys_s = geometry.index_key_bytes / hw.hbm_bytes_per_s.value
     scores = geometry.index_n_heads * (2 * geometry.index_head_dim + 2)
     scores_s = scores / (_FP8_SPEEDUP * hw.matmul_flops.value)
-    entry_s = geometry.kv_entry_bytes / hw.hbm_bytes_per_s.value
+    dense_s = geometry.dense_bytes_per_token / hw.hbm_bytes_per_s.value
     attended_s = 4 * geometry.n_heads * geometry.head_dim / hw.matmul_flops.value
     return (
         max(keys_s, scores_s) * 1e9 / geometry.csa_rate,
-        max(entry_s, attended_s) * 1e9 / geometry.hca_rate,
+        max(dense_s, attended_s / geometry.hca_rate) * 1e9,
     )

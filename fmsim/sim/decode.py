@@ -106,7 +106,7 @@ class _Decode:
         self.rest_s = (
             costs.rest_s + indexer_s + arriving_s
         )  # recalled bytes take their part of HBM bandwidth
-        self.csa_s, self.n_csa = costs.csa_s, geometry.n_csa
+        self.csa_s, self.n_selecting = costs.csa_s, geometry.n_selecting
         # What is not known one window before cannot be recalled before the decision.
         self.overlaps = ledger.decides_ahead
         self.recalls = bool(ledger.lookahead_loads.any())
@@ -184,7 +184,7 @@ class _Decode:
 
     def _step(self, step: int) -> Generator[simpy.Event, Any, None]:
         """Compute one step; a layer with misses waits for them before its attention."""
-        compute_s = self.rest_s[step] + self.n_csa * self.csa_s[step]
+        compute_s = self.rest_s[step] + self.n_selecting * self.csa_s[step]
         missed = np.flatnonzero(self.demand_bytes[step])
         if not len(missed):
             yield self.env.timeout(compute_s)

@@ -54,7 +54,7 @@ def footprint(
     layer_map = check_layer_map(layer_map, ledger.n_layers, geometry.n_csa)
     groups = _groups(ledger, layer_map)
     tokens = _tokens(ledger, geometry)
-    entries = tokens // geometry.csa_rate
+    entries = geometry.csa_entries(tokens)
     resident = np.minimum(
         ledger.resident.astype(np.int64) * ledger.granularity, entries[:, None]
     )  # the last page may be partly filled
@@ -87,10 +87,10 @@ def _tokens(request: Lifetime, geometry: Geometry) -> np.ndarray:
     context grows as they close.
     """
     rate = geometry.csa_rate
-    decoded = 1 + np.arange(request.n_steps, dtype=np.int64)
+    decoded = np.arange(1.0, 1 + request.n_steps)
     if request.entry_tokens != rate:
         decoded = decoded // request.entry_tokens * rate
-    return request.prompt_entries * rate + decoded
+    return (request.prompt_entries * rate + decoded).astype(np.int64)
 
 
 def check_layer_map(

@@ -31,8 +31,9 @@ class StepCosts:
     csa_s: NDArray[np.float64]  # [T] one CSA layer's attention
     rest_s: NDArray[np.float64]  # [T] everything else of the step, all layers
 
-    def total_s(self, n_csa: int) -> NDArray[np.float64]:
-        return n_csa * self.csa_s + self.rest_s
+    def total_s(self, n_selecting: int) -> NDArray[np.float64]:
+        """Of a model with so many layers that attend to selected entries."""
+        return n_selecting * self.csa_s + self.rest_s
 
 
 @dataclass(frozen=True)

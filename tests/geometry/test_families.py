@@ -71,15 +71,26 @@ def test_v4_1_makes_kv_in_four_layers_and_selects_in_eight():
     assert [n for n, layer in enumerate(layers) if layer.entry_bytes] == [2, 8, 14, 20]
     own = [n for n, one in enumerate(layers) if one.kind == "sparse" and one.shares is None]
     assert own == [2, 8, 14, 20, 24, 28, 32, 36]
-    with pytest.raises(FmsimError, match="entry_tokens of 1 and 2"):
-        _ = PRESETS["v4.1-flash"].csa_rate
-    with pytest.raises(FmsimError, match="parameters a token"):
-        _ = PRESETS["v4.1-flash"].active_parameters
+    geometry = PRESETS["v4.1-flash"]
+    with pytest.raises(FmsimError, match="entries of 1 and 2 tokens"):
+        geometry.check_replayable()
+    # three stores of a token pair and one of single tokens, read by 3 + 5 selections
+    assert geometry.csa_entries(1001) == (3 * 500 + 1001) // 4
+    assert geometry.n_selecting == 38 and geometry.selections_of_a_store == 2
+    assert geometry.csa_rate == 1.6
+    experts = 40 * 384 * 3 * 5120 * 2304
+    assert geometry.expert_parameters == experts < geometry.parameters
 
 
 def test_grouped_query_kv_is_split_over_gpus_and_a_latent_is_not():
-    assert PRESETS["minimax-m3"].gpu_share(8) == 1 / 4
-    assert PRESETS["v3.2"].gpu_share(8) == PRESETS["v4-flash"].gpu_share(8) == 1
+    m3 = PRESETS["minimax-m3"]
+    for gpus, parts in ((1, 1), (2, 2), (4, 4), (8, 4)):
+        held = m3.on_gpu(gpus)
+        # index keys are one head's, so every GPU holds them all
+        assert held.bytes_per_token() == 60 * 2048 / parts + 57 * 256
+        assert held.n_heads == 64 / parts and held.name == m3.name
+    assert PRESETS["v3.2"].on_gpu(8) is PRESETS["v3.2"]
+    assert PRESETS["v4-flash"].on_gpu(8) is PRESETS["v4-flash"]
 
 
 @given(tokens=st.integers(0, 2_000_000), name=st.sampled_from(["v3.2", "glm-5.2", "minimax-m3"]))

@@ -150,7 +150,7 @@ class RunningBatch:
         position = state["position"][:, None] + steps
         at = demand.at(position)
         tokens = state["context"][:, None] + steps
-        scored = entries = tokens // demand.geometry.csa_rate
+        scored = entries = demand.geometry.csa_entries(tokens)
         if demand.keys_tiered:
             scored = np.minimum(demand.resident[at] * state["growth"][:, None], entries)
         recalled = np.where(position > state["offset"][:, None], demand.recall_bytes[at], 0.0)
@@ -207,7 +207,7 @@ def mean_step_s(model: StepModel, demand: Demand, tokens: np.ndarray, rank: np.n
     """Compute time of a decode step of requests with these contexts [B] on these ranks [B], at the
     ledger's mean resident set.
     """
-    scored = entries = tokens // demand.geometry.csa_rate
+    scored = entries = demand.geometry.csa_entries(tokens)
     if demand.keys_tiered:
         growth = np.array([demand.growth(int(n)) for n in tokens])
         scored = np.minimum(demand.resident.mean() * growth, entries)
@@ -217,5 +217,5 @@ def mean_step_s(model: StepModel, demand: Demand, tokens: np.ndarray, rank: np.n
         costs = model.mixed(
             int(own.sum()), _spread(tokens[own, None]), _spread(scored[own, None]), len(tokens)
         )
-        totals.append(float(costs.total_s(demand.geometry.n_csa)[0]))
+        totals.append(float(costs.total_s(demand.geometry.n_selecting)[0]))
     return max(totals)

@@ -90,7 +90,7 @@ class Demand:
         self.recall_bytes = (
             ledger.lookahead_loads.astype(np.float64) @ self.group_layers * self.row_bytes
         )  # [T] of all layers
-        entries = place.tokens // geometry.csa_rate
+        entries = geometry.csa_entries(place.tokens)
         resident = np.minimum(
             ledger.resident.astype(np.int64) * ledger.granularity, entries[:, None]
         )

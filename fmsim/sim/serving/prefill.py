@@ -34,7 +34,7 @@ class PrefillModel:
         n_sliding = geometry.n_sliding
 
         def measured(start: np.ndarray, chunk: np.ndarray) -> np.ndarray:
-            csa = geometry.n_csa * timed.csa.ms(chunk, start)
+            csa = geometry.n_selecting * timed.csa.ms(chunk, start)
             hca = n_hca * timed.hca.ms(chunk, start)
             sliding = n_sliding * timed.hca.ms(chunk, np.zeros_like(start))
             ms: NDArray[np.float64] = csa + hca + sliding + timed.rest_ms(chunk)

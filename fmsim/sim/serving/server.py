@@ -313,7 +313,7 @@ class ServerRun:
             gathers = (on_gpu > 0).astype(np.float64) @ layers
             stall_s = self.gather.seconds(self.demand.row_bytes, on_gpu) @ layers
             miss_bytes = on_gpu @ layers
-        compute_s = load.costs(self.model).total_s(self.geometry.n_csa)
+        compute_s = load.costs(self.model).total_s(self.geometry.n_selecting)
         beside_s = memory_indexer_s(self.hw, self.geometry, load.indexer_scored / self._parts)
         arriving = load.recalled_bytes / self._parts + miss_bytes
         beside_s = beside_s + arriving / self.hw.hbm_bytes_per_s.value  # they take part of HBM
@@ -388,11 +388,7 @@ class ServerRun:
                 self.prefilling[request.rank].popleft()
                 self._prefilled(request)
         if self.demand.mirrored:
-            self.log.written_back_bytes += (
-                mirrored
-                / self.geometry.csa_rate
-                * self.geometry.host_kv_bytes(self.geometry.csa_rate)
-            )
+            self.log.written_back_bytes += mirrored * self.geometry.paged_bytes_per_token
         self._sample()
 
     def _sample(self) -> None:

@@ -46,11 +46,12 @@ class Watched:
 
 
 def watched(geometry: Geometry) -> Watched:
-    """The model of a preset or a config."""
+    """The model of a preset or a config; FmsimError for one that no trace can describe."""
+    geometry.check_replayable()
     return Watched(
         name=geometry.name,
         family=geometry.family,
-        entry_tokens=geometry.csa_rate,
+        entry_tokens=int(geometry.csa_rate),
         topk=geometry.index_topk,
         layers=tuple(n for n, layer in enumerate(geometry.layers) if layer.pages),
         selections=geometry.selection_map(),

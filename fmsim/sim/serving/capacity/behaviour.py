@@ -47,7 +47,8 @@ def _full(geometry: Geometry) -> Ledger:
 
 
 def _lru(geometry: Geometry) -> Ledger:
-    topk = geometry.index_topk
+    # each selection that reads a layer's entries is taken to keep and to miss entries of its own
+    topk = round(geometry.index_topk * geometry.selections_of_a_store)
     missed = np.full((_STEPS, 1), round(LRU_MISS_SHARE * topk), np.int32)
     return _ledger(
         geometry,

@@ -94,7 +94,7 @@ class SteadyState:
         costs = self.model.equal(batch, np.array([self.tokens]), np.array([scored]))
         by_indexer = on_gpu * demand.indexer_scored.mean() * demand.length_ratio(self.tokens)
         compute_s = float(
-            costs.total_s(self.geometry.n_csa)[0]
+            costs.total_s(self.geometry.n_selecting)[0]
             + memory_indexer_s(self.engine, self.geometry, by_indexer)
         )
         compute_s += (recall_bytes + miss_bytes) / self.engine.hbm_bytes_per_s.value
