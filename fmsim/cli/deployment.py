@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+
+if TYPE_CHECKING:
+    from fmsim.hw.deployment import Deployment
 
 _PANEL = "Deployment"
 
@@ -74,3 +77,18 @@ StartLog = Annotated[
 def overrides(**given: Any) -> list[str]:
     """What `--set` would say, of the options that were given."""
     return [f"deployment.{name}={value}" for name, value in given.items() if value is not None]
+
+
+def parsed(given: list[str]) -> Deployment:
+    """What `overrides` gave, as a deployment of its own."""
+    from pydantic import ValidationError
+
+    from fmsim.errors import FmsimError
+    from fmsim.hw.deployment import Deployment
+
+    fields = dict(text.removeprefix("deployment.").split("=", 1) for text in given)
+    try:
+        return Deployment.model_validate(fields)
+    except ValidationError as error:
+        first = error.errors()[0]
+        raise FmsimError(f"--{first['loc'][0]} {first['input']}: {first['msg']}") from None

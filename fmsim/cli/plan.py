@@ -115,7 +115,7 @@ def plan(
     )
     named, layouts_ = _list(hardware), _list(layouts)
     asked: dict[str, Any] = {
-        "output_tokens": _tokens("--output", output),
+        "output_tokens": parse_tokens("--output", output),
         "tpot_s": _seconds("--tpot", tpot, "ms"),
         "usd_per_gpu_hour": usd_per_gpu_hour,
         "beyond_positions": beyond_positions,
@@ -128,8 +128,8 @@ def plan(
                 "fmsim plan: --policy and --set need a scenario; name one, such as"
                 " scenarios/500k.yaml"
             )
-        base = _deployment(placed)
-        ask = Ask(_tokens("--context", context or "128K"), **asked)
+        base = deployment.parsed(placed)
+        ask = Ask(parse_tokens("--context", context or "128K"), **asked)
         layouts_given = [parse_deployment(text, base) for text in layouts_]
         report = plan_model(
             model or "v4-flash",
@@ -148,7 +148,7 @@ def plan(
                 *placed,
                 *["beyond_positions=true"] * beyond_positions,
             ],
-            context_tokens=None if context is None else _tokens("--context", context),
+            context_tokens=None if context is None else parse_tokens("--context", context),
             hardware=named if len(named) > 1 else [],
             deployments=layouts_,
             timeout_s=policy_timeout,
@@ -165,21 +165,6 @@ def plan(
 
 def _list(text: str | None) -> list[str]:
     return [part.strip() for part in (text or "").split(",") if part.strip()]
-
-
-def _deployment(placed: list[str]) -> Any:
-    """The options as a deployment."""
-    from pydantic import ValidationError
-
-    from fmsim.errors import FmsimError
-    from fmsim.hw.deployment import Deployment
-
-    given = dict(text.removeprefix("deployment.").split("=", 1) for text in placed)
-    try:
-        return Deployment.model_validate(given)
-    except ValidationError as error:
-        first = error.errors()[0]
-        raise FmsimError(f"--{first['loc'][0]} {first['input']}: {first['msg']}") from None
 
 
 def _seconds(option: str, text: str, unit: str) -> float:
@@ -200,7 +185,7 @@ def _seconds(option: str, text: str, unit: str) -> float:
     return seconds
 
 
-def _tokens(option: str, text: str) -> int:
+def parse_tokens(option: str, text: str) -> int:
     """512K is 512 * 1024."""
     from fmsim.errors import FmsimError, shown
     from fmsim.sim.serving.spec import MOST_TOKENS

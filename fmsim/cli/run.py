@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from fmsim.cli import deployment
 from fmsim.cli.options import TIMEOUT_S, NoVerify, PolicyTimeout, end_with_failures
 from fmsim.cli.progress import bar
+
+OUTPUT_TOKENS = 1024  # of a request, and
+TPOT_MS = 50.0  # a token, where there is no scenario: as `fmsim plan` asks by default
 
 if TYPE_CHECKING:
     from fmsim.experiments.run import Report
@@ -19,8 +22,12 @@ if TYPE_CHECKING:
 
 def run(
     scenario: Annotated[
-        Path, typer.Argument(help="scenario file (.yaml), a trace, or with --format a capture")
-    ],
+        Path | None,
+        typer.Argument(
+            help="scenario file (.yaml), a trace, or with --format a capture; none: sizes, walls"
+            " and the full cache's time of --model"
+        ),
+    ] = None,
     policy: Annotated[
         list[str], typer.Option("--policy", "-p", help="run only this one; repeat for more")
     ] = [],
@@ -51,6 +58,13 @@ def run(
     prompt_tokens: Annotated[
         int | None,
         typer.Option(min=1, help="of a capture's prompt, where the file does not say"),
+    ] = None,
+    context: Annotated[
+        str | None,
+        typer.Option("--context", "-c", help="without a scenario: prompt tokens, such as 512K"),
+    ] = None,
+    batch: Annotated[
+        int | None, typer.Option(min=1, help="requests side by side; the scenario's by default")
     ] = None,
     beyond_positions: Annotated[
         bool,
@@ -83,7 +97,9 @@ def run(
     fmsim run scenarios/serve.yaml --set workload.requests=60 --set server.prefill=separate
     fmsim run v3.2.safetensors --model v3.2 --hardware h200
     fmsim run response.json --format sglang --model v3.2 --hardware h200
+    fmsim run --model v4.1-flash --hardware h200 --context 512K
     """
+    from fmsim.errors import FmsimError
     from fmsim.report.tables import decode as table
     from fmsim.report.tables import serving
 
@@ -101,7 +117,15 @@ def run(
         mem_fraction=mem_fraction,
         start_log=start_log,
     )
-    given = {"model": model, "hardware": hardware}
+    if scenario is None:
+        given_in_vain = {"--policy": policy, "--set": override, "--out": out, "--format": capture}
+        _without_trace(
+            given_in_vain, model, hardware, context, batch, beyond_positions, placed, as_json, svg
+        )
+        return
+    if context is not None:
+        raise FmsimError("--context: a trace has its own; give it without a scenario")
+    given = {"model": model, "hardware": hardware, "batch": batch}
     overrides = [f"{key}={value}" for key, value in given.items() if value is not None]
     overrides += ["beyond_positions=true"] * beyond_positions
     overrides += [*override, *placed]
@@ -120,6 +144,53 @@ def run(
     else:
         shown.show(plain)
     end_with_failures(plain["failed"])
+
+
+def _without_trace(
+    in_vain: dict[str, Any],
+    model: str | None,
+    hardware: str | None,
+    context: str | None,
+    batch: int | None,
+    beyond_positions: bool,
+    placed: list[str],
+    as_json: bool,
+    svg: Path | None,
+) -> None:
+    """Sizes, walls and the full cache's time of a model, which need no selections."""
+    from fmsim.cli.plan import parse_tokens
+    from fmsim.errors import FmsimError
+    from fmsim.experiments.plan import Ask
+    from fmsim.experiments.untraced import run_untraced
+    from fmsim.hw import load_hardware
+    from fmsim.report.tables import untraced
+
+    if model is None:
+        raise FmsimError(
+            "fmsim run: give a scenario, a trace or a capture; or --model for sizes, walls and the"
+            " full cache's time, which need none"
+        )
+    for option, value in in_vain.items():
+        if value:
+            raise FmsimError(
+                f"{option}: needs a scenario, a trace or a capture, which `fmsim run` was not given"
+            )
+    hw = load_hardware(hardware or "h100").deployed(deployment.parsed(placed))
+    ask = Ask(
+        parse_tokens("--context", context or "128K"),
+        output_tokens=OUTPUT_TOKENS,
+        tpot_s=TPOT_MS / 1e3,
+        beyond_positions=beyond_positions,
+    )
+    report = run_untraced(model, hw, ask, batch or 1)
+    if svg is not None:
+        _write_svg(svg, untraced.svg(report, f"fmsim run --model {model}"))
+    if as_json:
+        from fmsim.files import strict_json
+
+        typer.echo(strict_json.dump(report))
+    else:
+        untraced.show(report)
 
 
 def _scenario(

@@ -187,12 +187,7 @@ def _report(
     ask: Ask,
 ) -> dict[str, Any]:
     """A plan for each policy on each server; one that cannot be says why."""
-    tokens = ask.tokens
-    if geometry.max_positions is not None:
-        longest = max(ask.tokens, ask.output_tokens + 1)
-        geometry.check_context(longest, "--context and --output")
-        # a prompt as long as the model reads leaves room for its answer
-        tokens = min(ask.tokens, geometry.max_positions - ask.output_tokens)
+    tokens = prompt_tokens(ask, geometry, "--context and --output")
     plans: list[dict[str, Any]] = []
     for hw in servers:
         placed = hw.placed
@@ -202,7 +197,7 @@ def _report(
             hw.kv_pool_bytes(held)
             full_demand = full.demand(held)
             on |= {"servers": placed.servers, "n_gpus": placed.n_gpus}
-            on |= about_deployment(hw, held)
+            on |= about_deployment(hw, held, geometry.kv_parts(placed.tp))
             on["deployment"] = placed.title
             for each in candidates:
                 question = CapacityQuestion(
@@ -229,6 +224,18 @@ def _report(
     if all("error" in row for row in plans):
         raise FmsimError(plans[0]["error"])
     return {"scenario": head, "plans": plans}
+
+
+def prompt_tokens(ask: Ask, geometry: Geometry, options: str) -> int:
+    """Tokens of a prompt: those asked for, or fewer, so that a prompt as long as the model reads
+    leaves room for its answer. ``options`` are where they were asked for.
+
+    Raises FmsimError where the model cannot read so many.
+    """
+    if geometry.max_positions is None:
+        return ask.tokens
+    geometry.check_context(max(ask.tokens, ask.output_tokens + 1), options)
+    return min(ask.tokens, geometry.max_positions - ask.output_tokens)
 
 
 def _price(

@@ -128,6 +128,7 @@ class Setting:
         geometry = load_geometry(file)
         _located(file, ("model",), geometry.check_replayable)
         self.hw = load_scenario_hardware(file)
+        self.kv_parts = geometry.kv_parts(self.hw.placed.tp)
         geometry = geometry.on_gpu(self.hw.placed.tp)
         self.geometry = geometry.beyond_positions() if scenario.beyond_positions else geometry
         self.trace = read(file.file(scenario.trace))
@@ -253,13 +254,17 @@ def _located(file: ScenarioFile, loc: tuple[str | int, ...], make: Callable[[], 
         raise FmsimError(f"{file.where(loc)}: {error}") from None
 
 
-def about_deployment(hw: Hardware, geometry: Geometry) -> dict[str, Any]:
-    """How the model lies on the GPUs, and what they have left for KV."""
+def about_deployment(hw: Hardware, geometry: Geometry, kv_parts: int = 1) -> dict[str, Any]:
+    """How the model lies on the GPUs, and what they have left for KV.
+
+    ``geometry`` is of what one GPU holds; ``kv_parts`` share out a request's KV heads.
+    """
     placed = hw.placed
     pool = hw.kv_pool(geometry)
     scaled = stand_in(hw, geometry)
     return {
         **({"kernels_stand_in": scaled} if scaled else {}),
+        **({"kv_parts": kv_parts} if kv_parts > 1 else {}),
         "tensor_parallel": placed.tp,
         "deployment": {"title": placed.title, **placed.model_dump()},
         "weight_bytes_per_gpu": round(hw.weight_bytes(geometry)),
@@ -306,7 +311,7 @@ def about(setting: Setting) -> dict[str, Any]:
         "hardware": {
             "name": hw.name,
             "title": hw.title,
-            **about_deployment(hw, geometry),
+            **about_deployment(hw, geometry, setting.kv_parts),
             "kernel_source": hw.kernel_source,
             "figures": scenario.hardware_figures,
         },

@@ -258,7 +258,10 @@ def stand_in(hw: Hardware, geometry: Geometry) -> str | None:
     name = timed_as(geometry, models)
     if _alike(geometry, name):
         return None
-    factor = _layer_weights(geometry)
+    try:
+        factor = _layer_weights(geometry)
+    except FmsimError as error:  # a described model's tokens were not counted
+        return str(error)
     return (
         f"{geometry.name}'s kernels were not timed: step times are {name}'s, x {factor:.2f} for the"
         " weights of a layer"

