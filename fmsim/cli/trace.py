@@ -231,13 +231,12 @@ def encode(folder: Path, prompt_file: Path, context: int) -> list[int]:
 
 def _text(prompt_file: Path) -> str:
     from fmsim.errors import FmsimError
+    from fmsim.files.inputs import MOST_BYTES_OF_RESULTS, read_text
 
     try:
-        return prompt_file.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise FmsimError(
-            f"--prompt-file {prompt_file}: cannot be read as UTF-8 text ({error})"
-        ) from None
+        return read_text(prompt_file, MOST_BYTES_OF_RESULTS)
+    except FileNotFoundError:
+        raise FmsimError(f"--prompt-file {prompt_file}: no such file") from None
 
 
 def _dense(path: Path, prompt_file: Path, context: int, steps: int, device: str):

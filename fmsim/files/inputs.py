@@ -11,7 +11,7 @@ import math
 import stat
 import zipfile
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO, Literal
 
 import numpy as np
 
@@ -21,6 +21,7 @@ from fmsim.files import strict_json
 MIB = 2**20
 MOST_BYTES_OF_TEXT = 1 * MIB  # a scenario, a preset, a config.json: a few kilobytes
 MOST_BYTES_OF_RESULTS = 256 * MIB  # reports, timelines, rows, recorded requests
+MOST_BYTES_OF_CAPTURE = 256 * 1024 * MIB  # selections of one request: V3.2's take 500 KB a token
 
 
 def check_regular(path: Path, most_bytes: int | None = None) -> int:
@@ -100,13 +101,36 @@ def read_npz(path: Path, most_bytes: int = MOST_BYTES_OF_RESULTS) -> dict[str, n
                 f" {most_bytes:,} that such a file may have; give the right file"
             )
         return {
-            member.filename.removesuffix(".npy"): _npy(archive.read(member)) for member in members
+            member.filename.removesuffix(".npy"): npy(archive.read(member)).copy()
+            for member in members
         }
 
 
-def _npy(data: bytes) -> np.ndarray:
-    """One .npy; its header is believed only where the bytes are there."""
+def read_npy(path: Path) -> np.ndarray:
+    """The array of a .npy file, memory-mapped and read-only; raises as `read_bytes` does."""
+    size = check_regular(path, MOST_BYTES_OF_CAPTURE)
+    try:
+        with path.open("rb") as file:
+            shape, order, dtype = _npy_header(file, size)
+            offset = file.tell()
+        if not math.prod(shape):
+            return np.zeros(shape, dtype)
+        return np.memmap(path, dtype, "r", offset, shape, order)
+    except (ValueError, OSError, EOFError) as error:
+        raise FmsimError(f"{shown(path)}: is no .npy array ({reason(error)})") from None
+
+
+def npy(data: bytes) -> np.ndarray:
+    """The array of the bytes of a .npy, read-only. Raises ValueError, or EOFError, for others."""
     file = io.BytesIO(data)
+    shape, order, dtype = _npy_header(file, len(data))
+    return np.frombuffer(data, dtype, offset=file.tell()).reshape(shape, order=order)
+
+
+def _npy_header(
+    file: BinaryIO, n_bytes: int
+) -> tuple[tuple[int, ...], Literal["C", "F"], np.dtype[Any]]:
+    """(shape, order, dtype), believed only where the bytes are there; ``file`` is then at them."""
     version = np.lib.format.read_magic(file)
     read = (
         np.lib.format.read_array_header_1_0
@@ -114,7 +138,6 @@ def _npy(data: bytes) -> np.ndarray:
         else np.lib.format.read_array_header_2_0
     )
     shape, fortran, dtype = read(file)
-    if dtype.hasobject or math.prod(shape) * dtype.itemsize != len(data) - file.tell():
+    if dtype.hasobject or math.prod(shape) * dtype.itemsize != n_bytes - file.tell():
         raise ValueError("an array's header does not say what is there")
-    flat = np.frombuffer(data, dtype, offset=file.tell())
-    return flat.reshape(shape, order="F" if fortran else "C").copy()
+    return shape, "F" if fortran else "C", dtype

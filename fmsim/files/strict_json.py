@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from typing import Any, TypeVar
 
 from pydantic import BaseModel, ValidationError
@@ -11,6 +12,8 @@ from pydantic import BaseModel, ValidationError
 from fmsim.errors import FmsimError, short, shown
 
 MOST_DEPTH = 100
+# A string, to its end where it has none: a capture's may be gigabytes, so no loop goes over it.
+_STRING_OR_BRACKET = re.compile(r'"[^"\\]*(?:\\.[^"\\]*)*(?:"|\Z)|[\[\]{}]', re.DOTALL)
 
 Model = TypeVar("Model", bound=BaseModel)
 
@@ -66,18 +69,12 @@ def _check_depth(text: str) -> None:
     if text.count("[") + text.count("{") <= MOST_DEPTH:
         return
     depth = 0
-    inside = escaped = False
-    for char in text:
-        if inside:
-            inside = escaped or char != '"'
-            escaped = char == "\\" and not escaped
-        elif char == '"':
-            inside = True
-        elif char in "[{":
+    for found in _STRING_OR_BRACKET.finditer(text):
+        if found[0] in ("[", "{"):
             depth += 1
             if depth > MOST_DEPTH:
                 raise ValueError(f"nested deeper than {MOST_DEPTH} levels")
-        elif char in "]}":
+        elif found[0] in ("]", "}"):
             depth -= 1
 
 

@@ -1,8 +1,12 @@
-"""A file is the old one or the new one, whatever happens between."""
+"""Files appear whole or not at all, and are read as what they say they are."""
 
+import json
+
+import numpy as np
 import pytest
 
-from fmsim.files import replacing, write_bytes, write_text
+from fmsim.errors import FmsimError
+from fmsim.files import inputs, replacing, strict_json, write_bytes, write_text
 
 
 def test_what_is_written_replaces_what_was(tmp_path):
@@ -38,3 +42,39 @@ def test_others_may_read_what_the_umask_lets_them(tmp_path):
     plain.write_text("")
     write_text(tmp_path / "it.txt", "")
     assert (tmp_path / "it.txt").stat().st_mode == plain.stat().st_mode
+
+
+@pytest.mark.parametrize("order", ["C", "F"])
+def test_npy_is_read_where_it_lies(tmp_path, order):
+    values = np.asarray(np.arange(24, dtype=np.int32).reshape(2, 3, 4), order=order)
+    np.save(tmp_path / "a.npy", values)
+    np.testing.assert_array_equal(inputs.read_npy(tmp_path / "a.npy"), values)
+    np.testing.assert_array_equal(inputs.npy((tmp_path / "a.npy").read_bytes()), values)
+    data = (tmp_path / "a.npy").read_bytes()
+    for damaged in (data[:-4], data + b"\0", data.replace(b"(2, 3", b"(9, 3"), b"", data[:20]):
+        (tmp_path / "b.npy").write_bytes(damaged)
+        with pytest.raises(FmsimError, match=r"b\.npy: is no \.npy array"):
+            inputs.read_npy(tmp_path / "b.npy")
+    np.save(tmp_path / "o.npy", np.array([{}]), allow_pickle=True)
+    with pytest.raises(FmsimError, match="is no"):
+        inputs.read_npy(tmp_path / "o.npy")
+
+
+@pytest.mark.parametrize(
+    ("text", "sound"),
+    [
+        ("[" * 100 + "]" * 100, True),
+        ("[" * 101 + "]" * 101, False),
+        ('["' + "[{" * 200 + '"]', True),
+        ('["' + '\\"[' * 200 + '", "\\\\"]', True),
+        ("[" + ",".join(["[]"] * 300) + "]", True),
+        ('["\\\\", ' + "[" * 150 + "]" * 150 + "]", False),
+        ('{"a": "' + "[" * 300, False),
+    ],
+)
+def test_only_brackets_outside_strings_nest(text, sound):
+    if sound:
+        assert strict_json.parse(text, "x") == json.loads(text)
+    else:
+        with pytest.raises(FmsimError, match="not valid JSON"):
+            strict_json.parse(text, "x")

@@ -9,11 +9,11 @@ from fmsim.indexer.scorer import LayerWeights, ScorerConfig
 TAU = 8
 
 
-def lookahead(folder, budget, layers=(0, 1), **options):
+def lookahead(folder, budget, layers=(0, 1), hidden=32, **options):
     """LSA with random weights: what they choose means nothing, but that it comes from live states
     and is carried out can be seen.
     """
-    rng, heads, hidden, width = np.random.default_rng(0), 4, 32, 16
+    rng, heads, width = np.random.default_rng(0), 4, 16
     shapes = ((6, hidden), (6,), (heads * width, 6), (heads, hidden))
     retrievers = {
         layer: LayerWeights(*(rng.standard_normal(shape).astype(np.float32) for shape in shapes))

@@ -6,7 +6,6 @@ name, so that no other model is decoded in silence.
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +14,7 @@ from transformers import DeepseekV4Config
 
 from fmsim.errors import FmsimError
 from fmsim.exec.model.kinds import SLIDING
+from fmsim.files.inputs import read_json
 
 MODEL_TYPE = "deepseek_v4"
 # What is computed here, by field. Any other value is another model.
@@ -38,13 +38,11 @@ def read_config(directory: Path) -> DeepseekV4Config:
     """
     path = directory / "config.json"
     try:
-        fields = json.loads(path.read_text(encoding="utf-8"))
+        fields = read_json(path)
     except FileNotFoundError:
         raise FmsimError(
             f"{path}: no such file; name a model directory in Hugging Face layout"
         ) from None
-    except (OSError, ValueError, RecursionError) as error:
-        raise FmsimError(f"{path}: cannot be read as JSON ({error})") from None
     if not isinstance(fields, dict):
         raise FmsimError(f"{path}: is not a JSON object")
     if fields.get("model_type") != MODEL_TYPE:

@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 
 from fmsim.errors import FmsimError
+from fmsim.files import inputs
 from fmsim.trace.importers.tensor_pickle import (
     DAMAGED,
     OPCODES,
@@ -117,6 +118,7 @@ def load(path: Path) -> Any:
 
     Raises FmsimError, naming the file, for one that is missing, damaged, or holds anything else.
     """
+    inputs.check_regular(path, inputs.MOST_BYTES_OF_CAPTURE)
     try:
         with zipfile.ZipFile(path) as archive:
             members = {item.filename.partition("/")[2]: item for item in archive.infolist()}

@@ -3,6 +3,11 @@
 Hooks watch what each indexer returns and where the attention went; the model itself is untouched.
 A layer that uses another's selection is no layer of the trace: `layout.selections` says whose
 selection it has. All attention goes to selected tokens, so the masses of a step sum to 1.
+
+The trace has the attention inputs at windows' starts and all index keys, so a memory indexer can be
+trained on it, and lookahead policies run. Keys stand in the order of dims that fmsim's scorer
+rotates queries in: rotated ones last, their pairs side by side. Products with queries in the same
+order are the model's.
 """
 
 from __future__ import annotations
@@ -17,6 +22,7 @@ import numpy as np
 import torch
 
 from fmsim.errors import FmsimError
+from fmsim.files.inputs import read_json
 from fmsim.geometry import from_config
 from fmsim.geometry.dsa import MODEL_TYPES
 from fmsim.trace.format import CacheLayout, ModelInfo, Trace, TraceHeader
@@ -32,6 +38,7 @@ class SelectionWatcher:
     def __init__(self, model: Any) -> None:
         attentions = [layer.self_attn for layer in model.model.layers]
         self.attentions = [one for one in attentions if one.indexer is not None]
+        self.states: dict[int, torch.Tensor] = {}  # by layer of the trace: [H], of the last token
         self.ids: dict[int, torch.Tensor] = {}  # by layer of the trace: [n, K]
         self.probs: dict[int, torch.Tensor] = {}  # [n, S], mean over heads
 
@@ -51,6 +58,7 @@ class SelectionWatcher:
     def _selected(self, number: int) -> Callable[..., None]:
         def keep(module: Any, given: Any, output: torch.Tensor) -> None:
             self.ids[number] = output[0]
+            self.states[number] = given[0][0, -1]
 
         return keep
 
@@ -103,11 +111,26 @@ def record_dsa(
                     recorder.prompt_mass(layer, probs[skip:].sum(0).cpu().numpy())
             progress(len(part))
         for step in range(steps):
+            if step % header.tau == 0:
+                for layer, state in watcher.states.items():
+                    recorder.hidden(step // header.tau, layer, state.float().cpu().numpy())
             tokens.append(int(output.logits[0, -1].argmax()))
             output = _forward(model, tokens[-1:], cache)
             _keep_step(recorder, step, watcher, len(tokens) - 1)
             progress(1)
+    for layer, attention in enumerate(watcher.attentions):
+        keys = cache.layers[attention.layer_idx].indexer_keys[0].float().cpu().numpy()
+        recorder.index_keys(layer, scorable(keys, config.qk_rope_head_dim))
     return recorder.finish(np.array(tokens), np.zeros(steps, bool))
+
+
+def scorable(keys: np.ndarray, rope_dims: int) -> np.ndarray:
+    """Index keys [E, D] of a model's cache with their dims in the scorer's order: what is not
+    rotated, then the rotated pairs side by side. The cache has a pair's parts in two halves of its
+    first dims.
+    """
+    pairs = np.arange(rope_dims).reshape(2, rope_dims // 2).T.reshape(-1)
+    return keys[:, np.concatenate([np.arange(rope_dims, keys.shape[1]), pairs])]
 
 
 def _forward(model: Any, tokens: Sequence[int], cache: Any) -> Any:
@@ -141,6 +164,8 @@ def _header(
             "csa_layers": own,
             "index_topk": facts.topk,
             "index_head_dim": config.index_head_dim,
+            "rope_dims": config.qk_rope_head_dim,
+            "compress_rope": dict(config.rope_parameters),
         },
         entry_tokens=1,
         topk=facts.topk,
@@ -164,10 +189,8 @@ def _header(
 
 def is_dsa(folder: Path) -> bool:
     """Whether the folder's config.json is of a model that `record_dsa` takes."""
-    import json
-
     try:
-        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        config = read_json(folder / "config.json")
+    except (OSError, FmsimError):
         return False  # whoever loads the model says what is wrong
     return isinstance(config, dict) and config.get("model_type") in MODEL_TYPES

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import base64
 import binascii
-import io
-import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -13,8 +11,8 @@ from typing import Any
 import numpy as np
 
 from fmsim.errors import FmsimError
+from fmsim.files import inputs, strict_json
 from fmsim.trace.importers.capture import Capture, Watched
-from fmsim.trace.importers.tables import load_npy
 
 NO_CAPTURE = {
     "sglang": "start the server with --enable-return-indexer-topk, and send return_indexer_topk",
@@ -29,7 +27,7 @@ def read_sglang(path: Path, model: Watched, prompt_tokens: int | None) -> list[C
     - 1, layers, top-k]; row t is the query at position t.
     """
     if path.suffix == ".npy":
-        rows = load_npy(path)
+        rows = inputs.read_npy(path)
         if rows.ndim == 1:
             rows = _shaped(path, "", rows, len(model.layers), model.topk)
         return [Capture(path, rows, 0, _given(path, "", prompt_tokens), "sglang")]
@@ -77,7 +75,7 @@ def read_vllm(path: Path, model: Watched, prompt_tokens: int | None) -> list[Cap
             choice = choice if isinstance(choice, dict) else {}
             text = choice.get("indexer_topk")
             data = _base64(path, place, "indexer_topk", text, "vllm")
-            rows = load_npy(path, io.BytesIO(data), place)
+            rows = _npy(path, place, data)
             first = _count(choice.get("indexer_topk_prompt_start")) or 0
             prompt = _given(path, place, _count(usage.get("prompt_tokens")) or prompt_tokens)
             generated = _count(usage.get("completion_tokens"))
@@ -93,19 +91,16 @@ def read_vllm(path: Path, model: Watched, prompt_tokens: int | None) -> list[Cap
 
 def _responses(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     """(place in the file, response): of one JSON object, a list of them, or one a line."""
-    try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise FmsimError(f"{path}: cannot be read as JSON text ({error})") from None
-    try:
-        if path.suffix == ".jsonl":
-            lines = [line for line in text.splitlines() if line.strip()]
-            values = [json.loads(line) for line in lines]
-        else:
-            value = json.loads(text)
-            values = value if isinstance(value, list) else [value]
-    except (ValueError, RecursionError) as error:
-        raise FmsimError(f"{path}: is not valid JSON ({error})") from None
+    text = inputs.read_text(path, inputs.MOST_BYTES_OF_CAPTURE)
+    if path.suffix == ".jsonl":
+        values = [
+            strict_json.parse(line, f"{path}, line {number}")
+            for number, line in enumerate(text.split("\n"), 1)
+            if line.strip()
+        ]
+    else:
+        value = strict_json.parse(text, str(path))
+        values = value if isinstance(value, list) else [value]
     if not values:
         raise FmsimError(f"{path}: holds no response")
     for number, value in enumerate(values):
@@ -125,6 +120,13 @@ def _base64(path: Path, where: str, field: str, text: Any, engine: str) -> bytes
         return base64.b64decode(text, validate=True)
     except (binascii.Error, ValueError) as error:
         raise FmsimError(f"{_at(path, where)}: {field} is not base64 ({error})") from None
+
+
+def _npy(path: Path, where: str, data: bytes) -> np.ndarray:
+    try:
+        return inputs.npy(data)
+    except (ValueError, EOFError) as error:
+        raise FmsimError(f"{_at(path, where)}: indexer_topk is no .npy array ({error})") from None
 
 
 def _shaped(path: Path, where: str, flat: np.ndarray, layers: int, topk: int) -> np.ndarray:

@@ -73,7 +73,10 @@ def import_file(
     """Write the trace of each request in ``path``; several get numbers behind the name."""
     if path.suffix not in SUFFIXES[kind]:
         raise FmsimError(f"{path}: --format {kind} reads {' and '.join(SUFFIXES[kind])} files")
-    captures = READERS[kind](path, model, prompt_tokens)
+    try:
+        captures = READERS[kind](path, model, prompt_tokens)
+    except FileNotFoundError:
+        raise FmsimError(f"{path}: no such file") from None
     for number, capture in enumerate(captures):
         found = to_trace(capture, model)
         several = len(captures) > 1

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import csv
+import io
 import re
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
 
 from fmsim.errors import FmsimError
+from fmsim.files import inputs
 from fmsim.trace.importers import array_pickle
 from fmsim.trace.importers.capture import Capture, Watched
 
@@ -17,22 +19,10 @@ COLUMNS = ("time", "layer", "ids")
 MILES_FIELD = "rollout_indexer_topk"
 
 
-def load_npy(path: Path, stream: BinaryIO | None = None, where: str = "") -> np.ndarray:
-    """One array of a .npy file, or of ``stream`` that stands for one in ``path``."""
-    place = f"{path} ({where})" if where else str(path)
-    try:
-        found = np.load(path if stream is None else stream, allow_pickle=False)
-    except (OSError, ValueError, EOFError, MemoryError) as error:
-        raise FmsimError(f"{place}: is no .npy array ({error})") from None
-    if not isinstance(found, np.ndarray):
-        raise FmsimError(f"{place}: holds several arrays; give one .npy array")
-    return found
-
-
 def read_npy(path: Path, model: Watched, prompt_tokens: int | None) -> list[Capture]:
     """Integers [steps, layers, top-k] of the decode steps alone."""
     prompt = _needed(path, prompt_tokens)
-    return [Capture(path, load_npy(path), prompt, prompt, "npy")]
+    return [Capture(path, inputs.read_npy(path), prompt, prompt, "npy")]
 
 
 def read_csv(path: Path, model: Watched, prompt_tokens: int | None) -> list[Capture]:
@@ -42,17 +32,17 @@ def read_csv(path: Path, model: Watched, prompt_tokens: int | None) -> list[Capt
     """
     prompt = _needed(path, prompt_tokens)
     cells: dict[tuple[int, int], list[int]] = {}
+    text = inputs.read_text(path, inputs.MOST_BYTES_OF_CAPTURE)
     try:
-        with path.open(encoding="utf-8", newline="") as file:
-            lines = csv.DictReader(file)
-            if tuple(lines.fieldnames or ()) != COLUMNS:
-                raise FmsimError(f"{path}: its first line must be {','.join(COLUMNS)}")
-            for number, line in enumerate(lines, 2):
-                key, ids = _cell(path, number, line)
-                if key in cells:
-                    raise FmsimError(f"{path}, line {number}: the step and layer stand there twice")
-                cells[key] = ids
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        lines = csv.DictReader(io.StringIO(text, newline=""))
+        if tuple(lines.fieldnames or ()) != COLUMNS:
+            raise FmsimError(f"{path}: its first line must be {','.join(COLUMNS)}")
+        for number, line in enumerate(lines, 2):
+            key, ids = _cell(path, number, line)
+            if key in cells:
+                raise FmsimError(f"{path}, line {number}: the step and layer stand there twice")
+            cells[key] = ids
+    except csv.Error as error:
         raise FmsimError(f"{path}: cannot be read as CSV ({error})") from None
     if not cells:
         raise FmsimError(f"{path}: holds no step")
@@ -140,6 +130,7 @@ def _parquet_samples(path: Path) -> list[dict[str, Any]]:
         import pyarrow.parquet as parquet
     except ImportError:
         raise FmsimError(f"{path}: reading .parquet needs `pip install pyarrow`") from None
+    inputs.check_regular(path, inputs.MOST_BYTES_OF_CAPTURE)
     try:
         rows: list[dict[str, Any]] = parquet.read_table(path).to_pylist()
     except (OSError, pyarrow.ArrowException) as error:

@@ -2,6 +2,7 @@
 
 import base64
 import json
+import os
 
 import numpy as np
 import pyarrow
@@ -255,3 +256,20 @@ def test_numbers_of_version_1_are_kept(tmp_path):
 def test_engines_name_their_source():
     assert set(files.READERS) == set(files.SUFFIXES)
     assert set(engines.NO_CAPTURE) <= set(files.READERS)
+
+
+@pytest.mark.parametrize(
+    ("kind", "suffix"), [("sglang", ".json"), ("vllm", ".jsonl"), ("csv", ".csv"), ("npy", ".npy")]
+)
+def test_captures_are_read_by_the_strict_readers(kind, suffix, tmp_path, model):
+    missing, fifo, folder = (tmp_path / f"{name}{suffix}" for name in ("a", "b", "c"))
+    os.mkfifo(fifo)
+    folder.mkdir()
+    for path, says in ((missing, "no such file"), (fifo, "a FIFO"), (folder, "a folder")):
+        with pytest.raises(FmsimError, match=says):
+            list(files.import_file(path, tmp_path / "t.safetensors", kind, model, PROMPT))
+    if kind in ("sglang", "vllm"):
+        for text in ('{"a": 1, "a": 2}', '{"a": NaN}', "[" * 200 + "]" * 200, "\xff"):
+            missing.write_bytes(text.encode("latin1"))
+            with pytest.raises(FmsimError, match=r"not valid JSON|as UTF-8"):
+                list(files.import_file(missing, tmp_path / "t.safetensors", kind, model, PROMPT))

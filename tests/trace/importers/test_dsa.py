@@ -10,8 +10,13 @@ from transformers import (
     GlmMoeDsaForCausalLM,
 )
 
+from tiny_indexer import lookahead
+
 from fmsim.errors import FmsimError
-from fmsim.trace.importers.dsa import record_dsa
+from fmsim.indexer.scorer import LayerWeights, ScorerConfig, logits, queries
+from fmsim.policies import registry
+from fmsim.replay.replayer import replay
+from fmsim.trace.importers.dsa import record_dsa, scorable
 from tests.support import captures
 
 STEPS = 12
@@ -108,3 +113,48 @@ def test_what_cannot_be_recorded_is_told():
     model.config.model_type = "llama"
     with pytest.raises(FmsimError, match="llama"):
         record_dsa(model, [1], 1, name="tiny", prompt_text="")
+
+
+@pytest.mark.parametrize("kind", ["v32", "glm"])
+def test_the_models_own_indexer_scores_by_the_recorded_keys_and_states(kind):
+    """The scorer, with the model's own weights in its order of dims, finds the model's scores at a
+    window's start; so keys, states, positions and rotation fit each other.
+    """
+    model = tiny(kind)
+    prompt = np.random.default_rng(1).integers(0, 256, 90).tolist()
+    scores = Scores(model)
+    trace = record_dsa(model, prompt, 70, name="tiny", prompt_text="random")
+    assert trace.hidden.shape == (2, trace.n_layers, 64)
+    config = ScorerConfig.from_geometry(trace.header.geometry)
+    keys = trace.keys(trace.total_entries)
+    attentions = [one.self_attn for one in model.model.layers if one.self_attn.indexer is not None]
+    for window, position in enumerate((89, 89 + 64)):
+        for layer, attention in enumerate(attentions):
+            query = attention.indexer.wq_b.weight.unflatten(0, (4, 16)).detach().numpy()
+            if kind == "glm":  # its weights have a pair side by side: as V3.2's, in halves
+                query = query[:, [0, 2, 4, 6, 1, 3, 5, 7, *range(8, 16)]]
+            ordered = np.stack([scorable(one.T, 8).T for one in query])
+            weights = LayerWeights(
+                wq_a=attention.q_a_proj.weight.detach().numpy(),
+                q_norm=attention.q_a_layernorm.weight.detach().numpy(),
+                wq_b=ordered.reshape(-1, query.shape[2]),
+                weights_proj=attention.indexer.weights_proj.weight.detach().numpy(),
+            )
+            state = np.asarray(trace.hidden[window][layer], np.float32)
+            found = logits(*queries(weights, config, state, position), keys[layer][: position + 1])
+            first = len(scores.rows[layer]) - 71  # the row of the prompt's last token
+            row = scores.rows[layer][first + 64 * window].numpy()
+            expected = row / np.sqrt(4 * 16)
+            assert len(row) == position + 1
+            # keys are stored in float8
+            np.testing.assert_allclose(found, expected, atol=0.06 * np.abs(expected).max())
+
+
+@pytest.mark.parametrize("kind", ["v32", "glm"])
+def test_lookahead_policies_run_on_a_recording(kind, tmp_path):
+    prompt = np.random.default_rng(2).integers(0, 256, 300).tolist()
+    trace = record_dsa(tiny(kind), prompt, 140, name="tiny", prompt_text="random")
+    spec = lookahead(tmp_path, "200 entries", layers=(0, 2), hidden=64, cadence=64)
+    ledger = replay(trace, registry.build(spec))
+    assert ledger.n_layers == trace.n_layers and ledger.scored.sum() > 0
+    assert (ledger.resident <= 200).all() and ledger.lookahead_loads.sum() > 0

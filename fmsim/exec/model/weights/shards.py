@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from pathlib import Path
 
@@ -11,6 +10,7 @@ from safetensors import SafetensorError, safe_open
 
 from fmsim.errors import FmsimError
 from fmsim.exec.kernels.weights import BLOCK
+from fmsim.files.inputs import MOST_BYTES_OF_RESULTS, read_json
 
 FP8_BLOCK = (BLOCK, BLOCK)
 INDEX = "model.safetensors.index.json"
@@ -103,13 +103,13 @@ def _indexed(directory: Path) -> dict[str, Path] | None:
     if not path.exists():
         return None
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
+        found = read_json(path, MOST_BYTES_OF_RESULTS)
         places = found["weight_map"]
         sound = places and all(
             isinstance(file, str) and re.fullmatch(r"[\w.\-]+\.safetensors", file)
             for file in places.values()
         )
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+    except (KeyError, TypeError, AttributeError):
         sound = False
     if not sound:
         raise FmsimError(
@@ -133,5 +133,5 @@ def _unreadable(path: Path, error: Exception) -> FmsimError:
 
 def _fp8_block(directory: Path) -> tuple[int, int]:
     path = directory / "config.json"
-    quantised = json.loads(path.read_text(encoding="utf-8")).get("quantization_config") or {}
+    quantised = read_json(path).get("quantization_config") or {}
     return tuple(quantised.get("weight_block_size") or FP8_BLOCK)

@@ -317,7 +317,7 @@ def test_the_index_says_which_copy_of_a_tensor_counts(tmp_path):
 def test_a_broken_or_foreign_index_is_told(text, tmp_path):
     oracle(layer_types=[SLIDING, CSA]).save_pretrained(tmp_path)
     (tmp_path / "model.safetensors.index.json").write_text(text)
-    with pytest.raises(FmsimError, match=r"index\.json: is no index"):
+    with pytest.raises(FmsimError, match=r"index\.json: (is no index|not valid JSON)"):
         load_model(tmp_path)
 
 
