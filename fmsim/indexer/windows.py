@@ -51,7 +51,8 @@ def check_scorable(trace: Trace, name: str) -> None:
         if getattr(trace, what) is None:
             raise FmsimError(
                 f"{name}: this {trace.header.source} trace holds no {what}, which the memory"
-                " indexer needs; use a trace that `fmsim trace record` wrote of a DeepSeek-V4 or DSA model"
+                " indexer needs; use one that `fmsim trace record` wrote of a DeepSeek-V4 or DSA"
+                " model"
             )
 
 

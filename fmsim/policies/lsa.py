@@ -102,7 +102,8 @@ class LSA(LookaheadPolicy):
         if ctx.lookahead is None:
             raise FmsimError(
                 "policy lsa: the trace holds no hidden states or index keys to score; "
-                "use one that `fmsim trace record` wrote of a DeepSeek-V4 or DSA model, or another policy"
+                "use one that `fmsim trace record` wrote of a DeepSeek-V4 or DSA model, or another"
+                " policy"
             )
         loaded, state = self._load(), ctx.lookahead(0)
         numbers = list(ctx.csa_numbers or range(ctx.n_layers))

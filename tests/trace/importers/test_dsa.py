@@ -3,14 +3,13 @@
 import numpy as np
 import pytest
 import torch
+from tiny_indexer import lookahead
 from transformers import (
     DeepseekV32Config,
     DeepseekV32ForCausalLM,
     GlmMoeDsaConfig,
     GlmMoeDsaForCausalLM,
 )
-
-from tiny_indexer import lookahead
 
 from fmsim.errors import FmsimError
 from fmsim.indexer.scorer import LayerWeights, ScorerConfig, logits, queries
