@@ -129,7 +129,7 @@ def run(
     overrides = [f"{key}={value}" for key, value in given.items() if value is not None]
     overrides += ["beyond_positions=true"] * beyond_positions
     overrides += [*override, *placed]
-    file = _scenario(scenario, overrides, policy, capture, model, prompt_tokens)
+    file = _scenario(scenario, overrides, policy, capture, model, prompt_tokens, out)
     shown = table if file.scenario.workload is None else serving
     report = _with_progress(file, quiet, policy_timeout)
     plain = report.as_json()
@@ -200,6 +200,7 @@ def _scenario(
     capture: str | None,
     model: str | None,
     prompt_tokens: int | None,
+    out: Path | None,
 ) -> ScenarioFile:
     """The scenario of a file; of a trace or a capture one with every policy that it can drive."""
     from fmsim.errors import FmsimError
@@ -207,7 +208,7 @@ def _scenario(
     from fmsim.scenario import ScenarioFile
 
     if capture is not None:
-        return captured.of_capture(path, capture, model, prompt_tokens, overrides, policies)
+        return captured.of_capture(path, capture, model, prompt_tokens, overrides, policies, out)
     if prompt_tokens is not None:
         raise FmsimError("--prompt-tokens is about a capture; give --format as well")
     if path.suffix == ".safetensors":

@@ -104,6 +104,12 @@ def record(
     device: Annotated[
         str | None, typer.Option(help="cuda or cpu; cuda where there is one by default")
     ] = None,
+    beyond_positions: Annotated[
+        bool,
+        typer.Option(
+            "--beyond-positions", help="a context longer than the model knows (DeepSeek-V4)"
+        ),
+    ] = False,
 ) -> None:
     """Read a prompt, decode, and keep what every sparse layer attended to.
 
@@ -130,9 +136,8 @@ def record(
     elif model is not None and _is_dsa(model):
         recorded = _dsa(model, prompt_file, context, steps, device)
     else:
-        recorded = _deepseek(
-            model, _stream(model, prompt_file, kind, corpus, context, steps, seed), seed, device
-        )
+        stream = _stream(model, prompt_file, kind, corpus, context, steps, seed)
+        recorded = _deepseek(model, stream, seed, device, beyond_positions)
     trace.write(out, recorded)
     typer.echo(
         f"{out}: {recorded.n_steps} steps after {recorded.header.prompt_tokens} tokens,"
@@ -169,12 +174,16 @@ def _dsa(model: Path, prompt_file: Path | None, context: int, steps: int, device
         )
 
 
-def _deepseek(model: Path | None, stream: Stream, seed: int, device: str):
+def _deepseek(model: Path | None, stream: Stream, seed: int, device: str, beyond_positions: bool):
+    from fmsim.exec.model.config import read_config
     from fmsim.exec.model.weights.loader import load_model
+    from fmsim.exec.model.weights.needs import check_positions
     from fmsim.exec.runs.record import record, weights_digest
     from fmsim.nano.tokenizer import MODEL_FOLDER
 
     folder = model or MODEL_FOLDER
+    if not beyond_positions:
+        check_positions(folder, read_config(folder), len(stream.prompt) + stream.steps)
     loaded = load_model(folder, device)
     with token_bar(len(stream.prompt) + stream.steps) as advance:
         [recorded] = record(

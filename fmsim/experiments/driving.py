@@ -48,7 +48,10 @@ def stands_for(file: ScenarioFile, trace: Trace, geometry: Geometry) -> str | No
             f"{file.where(('entry_tokens',))}: is {scenario.entry_tokens}, but {geometry.name}"
             f" has entries of {tokens} tokens"
         )
-    return (
+    said = (
         f"another family's selections stand in: each {family} entry ({header.entry_tokens} tokens)"
         f" counts as one of {geometry.name}'s ({tokens})"
     )
+    if trace.topk != geometry.index_topk:
+        said += f"; a step selects {trace.topk} of them, {geometry.name}'s {geometry.index_topk}"
+    return said

@@ -218,7 +218,9 @@ def build_policies(file: ScenarioFile) -> list[tuple[str, Policy]]:
 def load_scenario_hardware(file: ScenarioFile) -> Hardware:
     """The scenario's preset, with the scenario's own figures in it."""
     scenario = file.scenario
-    hw = _located(file, ("hardware",), lambda: load_hardware(scenario.hardware, file.path.parent))
+    folder = file.file(scenario.hardware).parent
+    named = Path(scenario.hardware).name if "/" in scenario.hardware else scenario.hardware
+    hw = _located(file, ("hardware",), lambda: load_hardware(named, folder))
     for name in scenario.hardware_figures:
         hw = _located(
             file,

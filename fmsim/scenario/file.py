@@ -179,7 +179,13 @@ class ScenarioFile:
         """
         given = [
             self._overridden.get(loc, "").partition("=")[2].strip()
-            for loc in (("trace",), ("workload", "file"), ("deployment", "start_log"))
+            for loc in (
+                ("trace",),
+                ("model",),
+                ("hardware",),
+                ("workload", "file"),
+                ("deployment", "start_log"),
+            )
         ]
         return Path(name) if str(name) in given else Path(os.path.normpath(self.path.parent / name))
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-import json
+import atexit
+import shutil
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -37,10 +38,9 @@ def of_trace(
             f"{path}: is of {trace.header.model.name!r}, which is no preset; give --model, the"
             " model that it shall drive"
         )
-    with tempfile.TemporaryDirectory() as folder:
-        place = Path(folder) / f"{path.stem}.yaml"
-        place.write_text(json.dumps(scenario), encoding="utf-8")  # YAML holds JSON
-        return ScenarioFile(place, overrides, chosen)
+    found = ScenarioFile(scenario, overrides, chosen)
+    found.path = path  # for messages
+    return found
 
 
 def policies(trace: Trace) -> list[Any]:
@@ -60,14 +60,21 @@ def of_capture(
     prompt_tokens: int | None,
     overrides: Sequence[str] = (),
     chosen: Sequence[NamedPolicy] = (),
+    keep: Path | None = None,
 ) -> ScenarioFile:
-    """The same of one captured request; its trace is written beside no file that a user has."""
+    """The same of one captured request.
+
+    Its trace is written into the folder `keep`, or into one that goes with this process.
+    """
     if kind not in files.READERS:
         raise FmsimError(f"--format {kind}: there are {', '.join(files.READERS)}")
     if model is None:
         raise FmsimError(f"{path}: give --model, what was captured (`fmsim model list`)")
     watched = files.model_of(model, None, None, 1)
-    place = Path(tempfile.mkdtemp(prefix="fmsim-")) / f"{path.stem}.safetensors"
+    if keep is None:
+        keep = Path(tempfile.mkdtemp(prefix="fmsim-"))
+        atexit.register(shutil.rmtree, keep, ignore_errors=True)
+    place = keep / f"{path.stem}.safetensors"
     written = list(files.import_file(path, place, kind, watched, prompt_tokens))
     if len(written) > 1:
         raise FmsimError(

@@ -61,6 +61,8 @@ def _head(about: dict[str, Any], plans: list[dict[str, Any]], one: bool) -> list
                 f" {trace['prompt_tokens']:,} tokens, in shares"
             )
         )
+        if "stands_for" in about:
+            lines.append(Text(about["stands_for"], style="yellow"))
     else:
         sources = dict.fromkeys(f"{plan['policy']}: {plan['source']}" for plan in plans)
         lines.append(Text("no trace: policies as published figures have them"))

@@ -99,7 +99,8 @@ def record_dsa(
     queries = min(PROMPT_QUERIES, len(prompt))
     header = _header(model, name, sha256, prompt_text, len(prompt), queries)
     recorder = TraceRecorder(header, steps, len(watcher.attentions), config.index_topk)
-    tokens, cache = list(prompt), None
+    tokens = list(prompt)
+    cache: Any = None
     with watcher.watching():
         for first in range(0, len(prompt), CHUNK_TOKENS):
             part = prompt[first : first + CHUNK_TOKENS]

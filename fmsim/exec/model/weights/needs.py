@@ -62,13 +62,8 @@ def needs(
     model's positions, unless ``beyond_positions``.
     """
     config = read_config(directory)
-    longest = max(lengths)
-    if longest > config.max_position_embeddings and not beyond_positions:
-        raise FmsimError(
-            f"{directory}: {longest:,} tokens, but config.json has max_position_embeddings"
-            f" {config.max_position_embeddings:,}; shorten --context or --steps, or say"
-            " --beyond-positions"
-        )
+    if not beyond_positions:
+        check_positions(directory, config, max(lengths))
     model = empty_model(directory, dtype)
     shards = Shards(directory)
     host_free = _host_free_bytes()
@@ -82,6 +77,16 @@ def needs(
         host_free_bytes=host_free,
         skipped=len(extra_names(shards, config)),
     )
+
+
+def check_positions(directory: Path, config: DeepseekV4Config, tokens: int) -> None:
+    """Raise FmsimError where the model has fewer positions than ``tokens``."""
+    if tokens > config.max_position_embeddings:
+        raise FmsimError(
+            f"{directory}: {tokens:,} tokens, but config.json has max_position_embeddings"
+            f" {config.max_position_embeddings:,}; shorten --context or --steps, or say"
+            " --beyond-positions"
+        )
 
 
 def _cache_bytes(config: DeepseekV4Config, length: int, dtype: torch.dtype) -> int:
