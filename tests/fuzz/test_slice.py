@@ -1,13 +1,8 @@
 """A fixed slice of the fuzzers' cases; `python -m tests.fuzz CLASS --seconds N` runs fresh ones."""
 
-import importlib.util
-from pathlib import Path
-
 import pytest
 
-spec = importlib.util.spec_from_file_location("fuzz_cases", Path(__file__).with_name("cases.py"))
-cases = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(cases)
+from tests.fuzz import cases
 
 PARTS = 2  # of each class, so that the cores share them
 COUNTS = {  # 2,000 cases; those that only read a file are cheap
@@ -15,10 +10,17 @@ COUNTS = {  # 2,000 cases; those that only read a file are cheap
     "override": 120,
     "requests": 140,
     "config": 60,
-    "trace": 1200,
+    "trace": 760,
     "results": 60,
     "rows": 150,
-    "grid": 150,
+    "grid": 120,
+    "hardware": 60,
+    "link": 60,
+    "start_log": 40,
+    "checkpoint": 150,
+    "dump": 150,
+    "capture": 150,
+    "indexer": 20,
 }
 
 

@@ -1,0 +1,408 @@
+"""Which small mutations of fmsim's core no test notices.
+
+    python -m tests.mutants --seed 1 --count 400 -j 14 --json out.json
+
+Mutations are drawn by the seed from all that `mutations.py` finds in replay, sim, policies and
+indexer. First every near test runs once, unchanged, and what it reaches is noted. Then each mutant
+meets the tests that reach it, the nearest and quickest first, until one fails. It has a process,
+a copy of the tree and a time limit of its own; a test that never ends kills it too. Needs Linux, no
+network and no GPU. The same seed gives the same mutants.
+
+It is a script of ours and no library, because a fork of a process that has imported torch and
+pytest starts a mutant's tests in a fraction of a second, and each mutant runs in a copy.
+"""
+
+from __future__ import annotations
+
+import argparse
+import compileall
+import contextlib
+import importlib
+import json
+import os
+import py_compile
+import random
+import resource
+import shutil
+import signal
+import sys
+import tempfile
+import time
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+os.environ["CUDA_VISIBLE_DEVICES"] = ""  # the GPU is another's
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+
+import pytest
+
+from tests.mutants.mutations import Mutation, every
+from tests.mutants.reach import Chosen, Reach
+
+ROOT = Path(__file__).parents[2]
+# Rooms, in the order of the table; the first that fits a file is its room.
+ROOMS = {
+    "replay": "fmsim/replay",
+    "serving": "fmsim/sim/serving",
+    "sim": "fmsim/sim",
+    "policies": "fmsim/policies",
+    "indexer": "fmsim/indexer",
+}
+NEAR = ("replay", "sim", "policies", "indexer", "testing", "experiments", "test_api.py")
+PARTS = {  # files that take long without a mutation are noted by several processes
+    "tests/policies/test_builtin.py": 10,
+    "tests/testing/test_checks.py": 4,
+    "tests/replay/test_libcachesim.py": 3,
+    "tests/experiments/test_sweep.py": 3,
+    "tests/experiments/test_tune.py": 3,
+    "tests/test_api.py": 3,
+}
+COPIED = ("fmsim", "tests", "scenarios", "traces", "docs", "benchmarks", "pyproject.toml")
+LINKED_BYTES = 200_000  # larger files are linked, not copied; no test writes into one
+PRELOADED = (
+    "numpy torch safetensors.numpy pydantic simpy yaml typer rich.table array_api_compat.torch"
+    " array_api_compat.numpy ml_dtypes hypothesis unittest.mock"
+)
+LEAST_S = 30.0  # time limit of a mutant whose tests take no time
+SLOWER = 6.0  # a mutant's tests may take so much longer than without it
+MOST_TESTS_S = 60.0  # of tests that pass, a mutant meets at most so many seconds
+MEMORY = 32 * 2**30
+TICK_S = 0.02
+
+
+@dataclass
+class Near:
+    """The tests, and what they reach."""
+
+    seconds: dict[str, float] = field(default_factory=dict)  # by test
+    by_function: dict[str, list[str]] = field(default_factory=lambda: defaultdict(list))
+    by_path: dict[str, list[str]] = field(default_factory=lambda: defaultdict(list))
+
+    def add(self, found: dict[str, Any]) -> None:
+        for test, about in found["tests"].items():
+            self.seconds[test] = about["seconds"]
+            reached = {*about["reached"], *found["shared"]}
+            for function in reached:
+                self.by_function[function].append(test)
+            for path in {function.partition(":")[0] for function in reached}:
+                self.by_path[path].append(test)
+
+    def of(self, mutation: Mutation) -> list[str]:
+        """Tests that reach the mutated function, nearest and quickest first; then, as far as time
+        allows, the others of these files, which may see what a shared helper made.
+        """
+        if mutation.function:
+            reach = self.by_function.get(f"{mutation.path}:{mutation.function}", [])
+        else:
+            reach = self.by_path.get(mutation.path, [])
+        files = {_file(test) for test in reach}
+        others = [test for test in self.seconds if _file(test) in files]
+        ordered = [
+            *sorted(reach, key=lambda test: self._place(mutation.path, test)),
+            *sorted(others, key=lambda test: self._place(mutation.path, test)),
+        ]
+        chosen: list[str] = []
+        spent = 0.0
+        for test in dict.fromkeys(ordered):
+            spent += self.seconds[test]
+            if chosen and spent > MOST_TESTS_S:
+                break
+            chosen.append(test)
+        return chosen
+
+    def _place(self, path: str, test: str) -> tuple[int, float, str]:
+        stem = Path(path).stem
+        own = _file(test).endswith(f"test_{stem}.py")
+        room = test.startswith(f"tests/{path.split('/')[1]}/")
+        return (0 if own else 1 if room else 2, self.seconds[test], test)
+
+
+@dataclass
+class Outcome:
+    """What became of a mutant."""
+
+    mutation: Mutation
+    room: str
+    state: str  # killed, timed out, survived, unreached
+    by: str  # the test that noticed
+    n_tests: int
+    seconds: float
+
+
+@dataclass
+class Child:
+    """A forked process, in a process group of its own."""
+
+    pid: int
+    copy: Path
+    ends_s: float
+    began_s: float
+    done: Callable[[int | None], None]  # is told the exit code, or None where time ran out
+
+
+def main() -> None:
+    given = _arguments()
+    os.nice(given.nice)
+    began = time.monotonic()
+    sources = {
+        str(path.relative_to(ROOT)): path.read_text(encoding="utf-8")
+        for folder in ROOMS.values()
+        for path in (ROOT / folder).rglob("*.py")
+    }
+    mutations = [one for one in every(sources) if given.only in one.path]
+    drawn = random.Random(given.seed).sample(mutations, min(given.count, len(mutations)))
+    print(f"{len(mutations)} mutations are possible; seed {given.seed} draws {len(drawn)}")
+    _preload()
+    with tempfile.TemporaryDirectory(prefix="fmsim-mutants-") as folder:
+        copies = [_copy(Path(folder) / f"copy{number}") for number in range(given.jobs)]
+        near = _near_tests(copies, given.near)
+        print(
+            f"{len(near.seconds)} tests pass without a mutation ({time.monotonic() - began:.0f} s)",
+            flush=True,
+        )
+        outcomes = _outcomes(drawn, sources, near, copies, began + given.seconds)
+    _table(outcomes, time.monotonic() - began)
+    if given.json:
+        rows = [asdict(one) | {"diff": _diff(one, sources)} for one in outcomes]
+        Path(given.json).write_text(json.dumps(rows, indent=1), encoding="utf-8")
+
+
+def _arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m tests.mutants")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--count", type=int, default=100, help="mutants to draw")
+    parser.add_argument("-j", "--jobs", type=int, default=1, help="processes")
+    parser.add_argument("--only", default="", help="files whose path holds this, alone")
+    parser.add_argument(
+        "--seconds", type=float, default=1e9, help="begin no further mutant after this time"
+    )
+    parser.add_argument("--near", nargs="+", default=NEAR, help="folders and files of tests")
+    parser.add_argument("--nice", type=int, default=0)
+    parser.add_argument("--json", help="file for all outcomes")
+    return parser.parse_args()
+
+
+def _preload() -> None:
+    """What every child would import, but for fmsim itself."""
+    for name in PRELOADED.split():
+        with contextlib.suppress(ImportError):
+            importlib.import_module(name)
+
+
+def _copy(folder: Path) -> Path:
+    """A tree of its own, compiled so that a changed source is noticed by its content."""
+    for name in COPIED:
+        source = ROOT / name
+        if source.is_dir():
+            ignored = shutil.ignore_patterns("__pycache__", "results", "fuzz", "mutants")
+            shutil.copytree(source, folder / name, ignore=ignored, copy_function=_link_or_copy)
+        elif source.exists():
+            shutil.copy(source, folder / name)
+    for path in ROOT.glob("*.md"):
+        shutil.copy(path, folder)
+    mode = py_compile.PycInvalidationMode.CHECKED_HASH
+    compileall.compile_dir(folder / "fmsim", quiet=2, invalidation_mode=mode)
+    return folder
+
+
+def _link_or_copy(source: str, target: str) -> None:
+    if os.path.getsize(source) > LINKED_BYTES:
+        try:
+            os.link(source, target)
+            return
+        except OSError:  # another file system
+            pass
+    shutil.copy2(source, target)
+
+
+def _near_tests(copies: list[Path], folders: Sequence[str]) -> Near:
+    """Run the near tests once, unchanged; those that pass count."""
+    files: list[str] = []
+    for name in folders:
+        place = ROOT / "tests" / name
+        paths = sorted(place.rglob("test_*.py")) if place.is_dir() else [place]
+        files += [str(path.relative_to(ROOT)) for path in paths]
+    parts = [(name, part) for name in files for part in range(PARTS.get(name, 1))]
+    near = Near()
+    todo = iter(sorted(parts, key=lambda one: one[0] not in PARTS))  # the long ones first
+
+    def start(copy: Path) -> Child | None:
+        name, part = next(todo, ("", 0))
+        if not name:
+            return None
+        out = copy / "reach.json"
+        out.unlink(missing_ok=True)
+
+        def done(code: int | None) -> None:
+            if code not in (0, 5):
+                text = (copy / "log").read_text(errors="replace")[-1500:]
+                print(f"{name} fails without a mutation, exit code {code}:\n{text}", flush=True)
+            if out.exists():
+                near.add(json.loads(out.read_text(encoding="utf-8")))
+
+        of = PARTS.get(name, 1)
+        plugin = lambda: Reach(copy, list(ROOMS.values()), out, part, of)
+        return _fork(copy, [name], plugin, 1200.0, done)
+
+    _run(copies, start)
+    return near
+
+
+def _outcomes(
+    mutations: list[Mutation],
+    sources: dict[str, str],
+    near: Near,
+    copies: list[Path],
+    ends_s: float,
+) -> list[Outcome]:
+    outcomes: list[Outcome] = []
+    todo = iter(mutations)
+
+    def note(mutation: Mutation, state: str, by: str, n_tests: int, seconds: float) -> None:
+        room = next(name for name, folder in ROOMS.items() if mutation.path.startswith(folder))
+        outcomes.append(Outcome(mutation, room, state, by, n_tests, round(seconds, 2)))
+        if state in ("survived", "unreached"):
+            print(f"\n{state} ({n_tests} tests) {_diff(outcomes[-1], sources)}", flush=True)
+        if len(outcomes) % 50 == 0:
+            print(f"... {len(outcomes)} of {len(mutations)}", flush=True)
+
+    def start(copy: Path) -> Child | None:
+        for mutation in todo:
+            if time.monotonic() > ends_s:
+                return None
+            tests = near.of(mutation)
+            if tests:
+                return _mutant(copy, mutation, sources[mutation.path], tests, near, note)
+            note(mutation, "unreached", "", 0, 0.0)
+        return None
+
+    _run(copies, start)
+    return outcomes
+
+
+def _mutant(
+    copy: Path,
+    mutation: Mutation,
+    source: str,
+    tests: list[str],
+    near: Near,
+    note: Callable[[Mutation, str, str, int, float], None],
+) -> Child:
+    place = copy / mutation.path
+    place.write_text(mutation.apply(source), encoding="utf-8")
+    killer = copy / "killer"
+    killer.unlink(missing_ok=True)
+    began = time.monotonic()
+
+    def done(code: int | None) -> None:
+        place.write_text(source, encoding="utf-8")
+        by = killer.read_text(encoding="utf-8") if killer.exists() else ""
+        state = "timed out" if code is None else "killed" if code else "survived"
+        note(mutation, state, by, len(tests), time.monotonic() - began)
+
+    limit_s = LEAST_S + SLOWER * sum(near.seconds[test] for test in tests)
+    files = list(dict.fromkeys(map(_file, tests)))
+    return _fork(copy, [*files, "-x"], lambda: Chosen(tests, killer), limit_s, done)
+
+
+def _fork(
+    copy: Path,
+    arguments: list[str],
+    plugin: Callable[[], Any],
+    limit_s: float,
+    done: Callable[[int | None], None],
+) -> Child:
+    """A child that runs pytest in the copy, with fmsim imported from there."""
+    sys.stdout.flush()
+    pid = os.fork()
+    now = time.monotonic()
+    if pid:
+        return Child(pid, copy, now + limit_s, now, done)
+    code = 3
+    try:
+        os.setsid()
+        log = os.open(copy / "log", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+        os.dup2(log, 1)
+        os.dup2(log, 2)
+        resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+        resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
+        os.chdir(copy)
+        sys.dont_write_bytecode = True
+        for name in [name for name in sys.modules if name.split(".")[0] in ("tests", "fmsim")]:
+            del sys.modules[name]
+        here = {"", str(ROOT)}
+        sys.path[:] = [str(copy), *(path for path in sys.path if path not in here)]
+        os.environ["PYTHONPATH"] = os.pathsep.join(
+            [str(copy), *filter(None, [os.environ.get("PYTHONPATH")])]
+        )
+        os.environ["PYTHONDONTWRITEBYTECODE"] = "1"
+        os.environ["XDG_CACHE_HOME"] = str(copy / "cache")
+        options = ["-p", "no:cacheprovider", "-p", "no:xdist", "--assert=plain", "--tb=short"]
+        temporary = f"--basetemp={copy / 'tmp'}"
+        random.seed(0)
+        code = int(pytest.main([*arguments, *options, temporary], plugins=[plugin()]))
+    finally:
+        os._exit(code)
+
+
+def _run(copies: list[Path], start: Callable[[Path], Child | None]) -> None:
+    """Keep every copy at work until `start` has nothing left."""
+    free = list(copies)
+    busy: list[Child] = []
+    more = True
+    try:
+        while more or busy:
+            while more and free:
+                child = start(free[-1])
+                more = child is not None
+                if child is not None:
+                    free.pop()
+                    busy.append(child)
+            for child in list(busy):
+                pid, status = os.waitpid(child.pid, os.WNOHANG)
+                late = time.monotonic() > child.ends_s
+                if not pid and not late:
+                    continue
+                with contextlib.suppress(ProcessLookupError):
+                    os.killpg(child.pid, signal.SIGKILL)  # with all that it started
+                if not pid:
+                    os.waitpid(child.pid, 0)
+                busy.remove(child)
+                free.append(child.copy)
+                child.done(os.waitstatus_to_exitcode(status) if pid else None)
+            time.sleep(TICK_S)
+    finally:
+        for child in busy:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(child.pid, signal.SIGKILL)
+
+
+def _file(test: str) -> str:
+    return test.partition("::")[0]
+
+
+def _diff(outcome: Outcome, sources: dict[str, str]) -> str:
+    return outcome.mutation.diff(sources[outcome.mutation.path])
+
+
+def _table(outcomes: list[Outcome], seconds: float) -> None:
+    print(
+        f"\n{'room':10} {'mutants':>8} {'killed':>8} {'timed out':>10} {'survived':>9} {'died':>7}"
+    )
+    for room in [*ROOMS, "all"]:
+        states = [one.state for one in outcomes if room in ("all", one.room)]
+        if not states:
+            continue
+        killed, late = states.count("killed"), states.count("timed out")
+        survived = len(states) - killed - late
+        share = (killed + late) / len(states)
+        print(f"{room:10} {len(states):8} {killed:8} {late:10} {survived:9} {share:7.1%}")
+    print(f"{seconds:.0f} s")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,98 @@
+"""Plugins of pytest: which functions each test reaches, and a run of chosen tests alone."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from types import CodeType, FrameType
+from typing import Any
+
+import pytest
+
+
+class Reach:
+    """Writes, for every test that passes, its time and the functions below `folders` it ran.
+
+    What a fixture ran counts for every test of the file: the fixture may be made once for all.
+    Only each `of`th test runs, from number `part`.
+    """
+
+    def __init__(self, root: Path, folders: list[str], out: Path, part: int, of: int) -> None:
+        self.part = part
+        self.of = of
+        self.root = f"{root}/"
+        self.folders = tuple(f"{root}/{folder}/" for folder in folders)
+        self.out = out
+        self.tests: dict[str, dict[str, Any]] = {}
+        self.shared: set[str] = set()  # what fixtures and the import of the file ran
+        self.seen = self.shared
+        self._watch()
+
+    def _watch(self) -> None:
+        if sys.version_info >= (3, 12):
+            watch = sys.monitoring
+            watch.use_tool_id(watch.PROFILER_ID, "mutants")
+            watch.register_callback(
+                watch.PROFILER_ID, watch.events.PY_START, lambda code, at: self._ran(code)
+            )
+            watch.set_events(watch.PROFILER_ID, watch.events.PY_START)
+            return
+
+        def on_call(frame: FrameType, event: str, arg: Any) -> None:
+            if event == "call":
+                self._ran(frame.f_code)
+
+        sys.setprofile(on_call)
+
+    def _ran(self, code: CodeType) -> Any:
+        if code.co_filename.startswith(self.folders):
+            path = code.co_filename.removeprefix(self.root)
+            self.seen.add(f"{path}:{code.co_qualname.partition('.<locals>')[0]}")
+        return sys.monitoring.DISABLE if sys.version_info >= (3, 12) else None
+
+    def pytest_collection_modifyitems(self, items: list[pytest.Item]) -> None:
+        items[:] = items[self.part :: self.of]
+
+    def _into(self, seen: set[str]) -> None:
+        self.seen = seen
+        if sys.version_info >= (3, 12):
+            sys.monitoring.restart_events()
+
+    @pytest.hookimpl(wrapper=True)
+    def pytest_runtest_setup(self) -> Iterator[None]:
+        self._into(self.shared)
+        return (yield)
+
+    @pytest.hookimpl(wrapper=True)
+    def pytest_runtest_call(self, item: pytest.Item) -> Iterator[None]:
+        own: set[str] = set()
+        self._into(own)
+        began = time.perf_counter()
+        result = yield  # raises where the test fails: it is not noted
+        seconds = time.perf_counter() - began
+        self.tests[item.nodeid] = {"seconds": round(seconds, 4), "reached": sorted(own)}
+        self._into(self.shared)
+        return result
+
+    def pytest_sessionfinish(self) -> None:
+        found = {"tests": self.tests, "shared": sorted(self.shared)}
+        self.out.write_text(json.dumps(found), encoding="utf-8")
+
+
+class Chosen:
+    """Runs the tests `wanted`, in their order; writes the first one that fails."""
+
+    def __init__(self, wanted: list[str], out: Path) -> None:
+        self.place = {name: at for at, name in enumerate(wanted)}
+        self.out = out
+
+    def pytest_collection_modifyitems(self, items: list[pytest.Item]) -> None:
+        chosen = [item for item in items if item.nodeid in self.place]
+        items[:] = sorted(chosen, key=lambda item: self.place[item.nodeid])
+
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        if report.failed:
+            self.out.write_text(report.nodeid, encoding="utf-8")

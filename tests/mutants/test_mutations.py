@@ -1,0 +1,51 @@
+"""What mutations of a source are made, and what they leave alone."""
+
+from tests.mutants.mutations import mutations_of
+
+SOURCE = '''\
+class Box:
+    """Holds 3 things."""
+
+    size: int = 2
+
+    def room(self, used: int) -> int:
+        if used < 0:
+            raise ValueError(f"{used} is less than {0}")
+        self.used = used
+        return max(self.size - used, 0)
+'''
+
+
+def test_each_place_is_changed_once_and_words_never():
+    found = mutations_of("box.py", SOURCE)
+    changed = [
+        (one.line, one.function, one.apply(SOURCE).splitlines()[one.line - 1].strip())
+        for one in found
+    ]
+    assert sorted(changed) == [
+        (4, "", "size: int = 3"),
+        (7, "Box.room", "if (not used < 0):"),
+        (7, "Box.room", "if (used <= 0):"),
+        (7, "Box.room", "if used < 1:"),
+        (9, "Box.room", "pass"),
+        (10, "Box.room", "return max((self.size + used), 0)"),
+        (10, "Box.room", "return max(self.size - used, 1)"),
+        (10, "Box.room", "return min(self.size - used, 0)"),
+    ]
+
+
+def test_the_diff_says_where_and_what():
+    [one] = [one for one in mutations_of("box.py", SOURCE) if one.new == "min"]
+    assert one.diff(SOURCE).splitlines() == [
+        "box.py:10 Box.room: another function",
+        "@@ -9,2 +9,2 @@",
+        "         self.used = used",
+        "-        return max(self.size - used, 0)",
+        "+        return min(self.size - used, 0)",
+    ]
+
+
+def test_bytes_beyond_ascii_do_not_shift_the_place():
+    source = 'NAME = "é"; LIMIT = 1.5\n'
+    [one] = mutations_of("a.py", source)
+    assert one.apply(source) == 'NAME = "é"; LIMIT = 3.0\n'
