@@ -252,8 +252,8 @@ def sweep_scenario(
     """Run a scenario's policies under every combination of settings; -> a row a run.
 
     `grid` maps keys to their values. With `out` (JSON lines, or .parquet) a row is written as its
-    run ends, and what stands there already is not run again. `jobs` 1 runs in this process; more
-    are processes, None one a core, and `on_ray` a cluster: there a policy needs a name or a file.
+    run ends, and what stands there already is not run again. `jobs` are worker
+    processes, None one a core, and `on_ray` a cluster: there a policy needs a name or a file.
     A grid of more than `max_runs` runs is refused.
 
     >>> rows = sweep_scenario("scenarios/32k.yaml", {"hardware": ["h100", "h200"]}, ["full"])

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import enum
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, NoReturn
 
 import typer
 
 from fmsim.cli.extras import require
 from fmsim.cli.given import device_given, policy_given
-from fmsim.cli.options import NoVerify
+from fmsim.cli.options import TIMEOUT_S, NoVerify, PolicyTimeout
 
 if TYPE_CHECKING:
     from fmsim.exec.runs.stream import Stream
@@ -139,6 +140,7 @@ def exec_(
     beyond_positions: Annotated[
         bool, typer.Option("--beyond-positions", help="contexts longer than the model knows")
     ] = False,
+    policy_timeout: PolicyTimeout = TIMEOUT_S,
     no_verify: NoVerify = False,
 ) -> None:
     """Decode with a real model under a policy: the answer, and what it cost, measured.
@@ -150,6 +152,10 @@ def exec_(
     fmsim exec --policy lsa --set layers=[1] --index-keys tiered --steps 400
     fmsim exec --weights synthetic --model v4-flash --context 500k --policy lsa --kv-budget 16GiB
     """
+    from fmsim.errors import PolicyError
+    from fmsim.experiments.parallel import alone
+    from fmsim.policies import registry
+
     if weights is Weights.synthetic:
         from fmsim.cli import exec_synthetic
         from fmsim.errors import FmsimError
@@ -159,7 +165,7 @@ def exec_(
                 "--index-keys: with --weights synthetic they lie as `fmsim run` counts them, tiered"
                 " under on_miss mask; leave it out"
             )
-        exec_synthetic.show(
+        asked = exec_synthetic.Asked(
             policy,
             override,
             str(model or "v4-flash"),
@@ -168,50 +174,98 @@ def exec_(
             steps,
             trace,
             kv_budget,
-            as_json,
             device,
             seed,
         )
-        return
+        work = exec_synthetic.measure
+    else:
+        asked = _Asked(
+            policy,
+            override,
+            model,
+            prompt_file,
+            context,
+            batch,
+            steps,
+            index_keys,
+            record,
+            device,
+            seed,
+            beyond_positions,
+        )
+        work = _measure
     chosen = policy_given(policy, override)
-    lengths = _lengths(model, prompt_file, context, batch)
+    if registry.is_builtin(chosen):
+        report, transcript = work(asked)
+    else:  # whatever it does, it is named
+
+        def lost(_, why: str) -> NoReturn:
+            raise PolicyError(f"policy {chosen.name}: {why}")
+
+        report, transcript = alone(work, asked, lost, policy_timeout)
+    if as_json:
+        from fmsim.files import strict_json
+
+        typer.echo(strict_json.dump(report))
+    else:
+        from fmsim.report.tables import measured
+
+        measured.show(report, transcript)
+
+
+@dataclass(frozen=True)
+class _Asked:
+    """Options of a decode with a model's own weights; another process can be told of them."""
+
+    policy: str
+    override: list[str]
+    model: Path | None
+    prompt_file: Path | None
+    context: int
+    batch: int
+    steps: int
+    index_keys: IndexKeyPlace | None
+    record: Path | None
+    device: str | None
+    seed: int
+    beyond_positions: bool
+
+
+def _measure(asked: _Asked) -> tuple[dict, list[tuple[str, str, bool | None]]]:
+    """Decode; -> the report, and what was asked and answered."""
+    model, seed = asked.model, asked.seed
+    chosen = policy_given(asked.policy, asked.override)
+    lengths = _lengths(model, asked.prompt_file, asked.context, asked.batch)
     require("model", "exec")
     import torch
 
+    from fmsim.cli.progress import token_bar
     from fmsim.exec.model.weights.loader import load_model
     from fmsim.exec.model.weights.needs import needs
     from fmsim.exec.runs import live as run
     from fmsim.nano.question import TEXT
     from fmsim.nano.tokenizer import MODEL_FOLDER
 
-    where = _where(index_keys, chosen, record)
-    device = device_given(device, torch.cuda.is_available())
-    folder, text = model or MODEL_FOLDER, TEXT if prompt_file is None else prompt_file.name
-    streams = _streams(model, prompt_file, lengths, steps, seed)
+    where = _where(asked.index_keys, chosen, asked.record)
+    device = device_given(asked.device, torch.cuda.is_available())
+    folder = model or MODEL_FOLDER
+    text = TEXT if asked.prompt_file is None else asked.prompt_file.name
+    streams = _streams(model, asked.prompt_file, lengths, asked.steps, seed)
     if model is not None:
         longest = [len(stream.prompt) + stream.steps for stream in streams]
-        for line in needs(folder, device, longest, beyond_positions=beyond_positions).lines():
+        needed = needs(folder, device, longest, beyond_positions=asked.beyond_positions)
+        for line in needed.lines():
             typer.echo(line, err=True)
     loaded = load_model(folder, device)
-    from fmsim.cli.progress import token_bar
-
-    with token_bar(
-        sum(len(stream.prompt) + min(s.steps for s in streams) for stream in streams)
-    ) as advance:
+    fewest = min(stream.steps for stream in streams)
+    with token_bar(sum(len(stream.prompt) + fewest for stream in streams)) as advance:
         decoding, decoded = run.decode(
             loaded, streams, chosen, seed=seed, index_keys=where, progress=advance
         )
     report = run.report(decoding, decoded, chosen.name, folder.name if model else "nano", text)
-    if record is not None:
-        _record(record, run, decoding, decoded, folder, seed, text, streams[0].kind)
-    if as_json:
-        import json
-
-        typer.echo(json.dumps(report))
-    else:
-        from fmsim.report.tables import measured
-
-        measured.show(report, _transcript(folder, decoded[0]))
+    if asked.record is not None:
+        _record(asked.record, run, decoding, decoded, folder, seed, text, streams[0].kind)
+    return report, _transcript(folder, decoded[0])
 
 
 def _where(index_keys: IndexKeyPlace | None, policy: Policy, record: Path | None) -> str:

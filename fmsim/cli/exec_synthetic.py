@@ -4,10 +4,9 @@ trace.
 
 from __future__ import annotations
 
-import json
+from dataclasses import dataclass
 from pathlib import Path
-
-import typer
+from typing import Any
 
 from fmsim.cli.extras import require
 from fmsim.cli.given import device_given, policy_given
@@ -17,20 +16,24 @@ from fmsim.units import bytes_of
 CLOSE = 0.1  # how far a trace's context may be from the one asked for
 
 
-def show(
-    policy: str,
-    override: list[str],
-    model: str,
-    context: int,
-    batch: int,
-    steps: int,
-    trace: Path | None,
-    kv_budget: str | None,
-    as_json: bool,
-    device: str | None,
-    seed: int,
-) -> None:
-    """Run, and print the table or one JSON object."""
+@dataclass(frozen=True)
+class Asked:
+    """Options of the command; another process can be told of them."""
+
+    policy: str
+    override: list[str]
+    model: str
+    context: int
+    batch: int
+    steps: int
+    trace: Path | None
+    kv_budget: str | None
+    device: str | None
+    seed: int
+
+
+def measure(asked: Asked) -> tuple[dict[str, Any], list[Any]]:
+    """Decode; -> the report, and no text, which such a model does not make."""
     require("model", "exec")
     import torch
 
@@ -39,25 +42,25 @@ def show(
     from fmsim.exec.runs import synthetic as synthetic_run
     from fmsim.geometry import deepseek_v4_named
     from fmsim.replay.replayer import Replayer
-    from fmsim.report.tables import measured
     from fmsim.sim.footprint import ModelMemory, allocation, spread
 
-    geometry = deepseek_v4_named(model)
-    device = device_given(device, torch.cuda.is_available())
-    path = _trace(trace, context)
+    geometry = deepseek_v4_named(asked.model)
+    device = device_given(asked.device, torch.cuda.is_available())
+    path = _trace(asked.trace, asked.context)
     found = traces.read(path)
-    replayer = Replayer(found, memory=ModelMemory(geometry), max_steps=steps)
+    replayer = Replayer(found, memory=ModelMemory(geometry), max_steps=asked.steps)
     layer_map = spread(found.n_layers, geometry.n_csa)
-    chosen = policy_given(policy, override)
+    chosen = policy_given(asked.policy, asked.override)
     ledger = replayer.run(chosen)
     request_bytes = allocation(ledger, geometry).total
-    if kv_budget is not None:
-        batch = synthetic_run.batch_that_fits(_bytes(kv_budget), request_bytes)
+    batch, seed = asked.batch, asked.seed
+    if asked.kv_budget is not None:
+        batch = synthetic_run.batch_that_fits(_bytes(asked.kv_budget), request_bytes)
     weights, n_experts = synthetic_run.weights_for(geometry, device, batch * request_bytes, seed)
     with token_bar(replayer.n_steps * batch) as advance:
         run = synthetic_run.run(
             chosen.name,
-            lambda: policy_given(policy, override),
+            lambda: policy_given(asked.policy, asked.override),
             replayer,
             geometry,
             layer_map,
@@ -70,10 +73,7 @@ def show(
     report = synthetic_run.report(
         [run], replayer, geometry, layer_map, n_experts, device, path.name
     )
-    if as_json:
-        typer.echo(json.dumps(report))
-    else:
-        measured.show(report, [])
+    return report, []
 
 
 def _trace(path: Path | None, context: int) -> Path:

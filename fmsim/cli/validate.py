@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from fmsim.cli.extras import require
-from fmsim.cli.options import NoVerify
+from fmsim.cli.options import TIMEOUT_S, NoVerify, PolicyTimeout, end_with_failures
 from fmsim.cli.progress import bar
 
 
@@ -33,6 +33,7 @@ def validate(
     as_json: Annotated[
         bool, typer.Option("--json", help="print one JSON object instead of the table")
     ] = False,
+    policy_timeout: PolicyTimeout = TIMEOUT_S,
     no_verify: NoVerify = False,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="no progress bar")] = False,
 ) -> None:
@@ -65,6 +66,7 @@ def validate(
             device,
             lambda label, done, total: show(description=label, completed=done, total=total),
             whole_steps,
+            policy_timeout,
         )
     if as_json:
         import json
@@ -74,5 +76,6 @@ def validate(
         from fmsim.report.tables import validation
 
         validation.show(report)
+    end_with_failures(report["failed"])
     if not all(row["identical"] and row["memory_holds"] for row in report["policies"]):
         raise typer.Exit(1)

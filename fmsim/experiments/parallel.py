@@ -71,6 +71,20 @@ def as_they_end(
         yield result
 
 
+def alone(
+    work: Callable[[Item], Result],
+    item: Item,
+    lost: Callable[[Item, str], Result],
+    timeout_s: float | None = None,
+) -> Result:
+    """work(item) in a new process, which may use the GPU: for a policy that is not fmsim's own.
+
+    `lost` and `timeout_s` as in `in_parallel`.
+    """
+    [result] = as_they_end(work, [item], 1, "spawn", lost, timeout_s)
+    return result
+
+
 def on_ray(work: Callable[[Item], Result], items: Sequence[Item]) -> Iterator[Result]:
     """The same on a Ray cluster: the one at RAY_ADDRESS, or this machine's own. fmsim and the files
     must be on every node.

@@ -9,6 +9,8 @@ import itertools
 import json
 import math
 import os
+import pickle
+import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -179,8 +181,8 @@ def sweep(
 ) -> list[Row]:
     """Run what has no row in `out` yet; -> the rows of the whole grid, in its order.
 
-    `jobs` 1 runs in this process, None in one process a core; `ray` on a cluster. `progress` is
-    told (label, done now, total).
+    In `jobs` processes, None for one a core, or with `ray` on a cluster. One process is this one
+    where another could not be told of the runs. `progress` is told (label, done now, total).
     """
     grid = plan(scenario, overrides, axes, policies, max_runs)
     progress("", 0, grid.n_runs)
@@ -212,14 +214,28 @@ def _swept(
     results: Iterable[Row]
     if ray:
         results = on_ray(SweepRun.row, list(todo))
-    elif jobs == 1:
+    elif jobs == 1 and not _can_be_sent(grid):
         results = map(SweepRun.row, todo)
     else:
-        results = as_they_end(SweepRun.row, todo, jobs, lost=lost, timeout_s=timeout_s)
+        start = "fork" if jobs == 1 else None
+        results = as_they_end(SweepRun.row, todo, jobs, start, lost, timeout_s)
     for done, row in enumerate(results, 1):
         add(row)
         progress(row["policy"], done, grid.n_runs)
     return sorted((row for row in rows if row["key"] in place), key=lambda row: place[row["key"]])
+
+
+def _can_be_sent(grid: Grid) -> bool:
+    """Whether another process can be told of the runs: of a class that was typed in by hand it
+    cannot, and only Linux parts processes without a new start of the program.
+    """
+    if sys.platform != "linux":
+        return False
+    try:
+        pickle.dumps((grid.scenario, grid.policies))
+    except Exception:  # whatever an object's own pickling raises
+        return False
+    return True
 
 
 def plan(

@@ -12,8 +12,11 @@ import numpy as np
 from fmsim.exec.decode.trace_driven import TraceDrivenDecode, TraceDrivenRun, device_name
 from fmsim.exec.kv.home import PER_PAGE
 from fmsim.exec.runs import synthetic as synthetic_run
+from fmsim.experiments.failures import TIMEOUT_S, Failure, guarded, lost, raise_if_all
+from fmsim.experiments.parallel import alone
 from fmsim.experiments.run import build, run_scenario
 from fmsim.geometry import Geometry, deepseek_v4_named
+from fmsim.policies import registry
 from fmsim.policies.base import Policy
 from fmsim.replay.ledger import Ledger
 from fmsim.replay.replayer import Replayer
@@ -99,13 +102,65 @@ def validate(
     checks = []
     for number, (label, make) in enumerate(policies):
         progress(label, number, len(policies))
-        slots: list[np.ndarray] = []
-        ledger = replayer.run(make(), lambda manager: slots.append(manager.residency.slots.copy()))
-        place = footprint(ledger, geometry, layer_map)
-        keyed = keyed_layers(ledger, geometry)
-        decode = TraceDrivenDecode(replayer, make(), geometry, place.groups, keyed, device)
-        checks.append(compare(label, ledger, np.stack(slots), decode, decode.run(), place))
+        checks.append(check(label, make, replayer, geometry, layer_map, device))
     return checks
+
+
+def check(
+    label: str,
+    make: Callable[[], Policy],
+    replayer: Replayer,
+    geometry: Geometry,
+    layer_map: Sequence[int],
+    device: str,
+) -> Check:
+    """One policy in both worlds."""
+    slots: list[np.ndarray] = []
+    ledger = replayer.run(make(), lambda manager: slots.append(manager.residency.slots.copy()))
+    place = footprint(ledger, geometry, layer_map)
+    keyed = keyed_layers(ledger, geometry)
+    decode = TraceDrivenDecode(replayer, make(), geometry, place.groups, keyed, device)
+    return compare(label, ledger, np.stack(slots), decode, decode.run(), place)
+
+
+class _Worlds:
+    """What the policies of a scenario are checked on."""
+
+    def __init__(self, file: ScenarioFile, device: str) -> None:
+        scenario = file.scenario
+        self.file = file
+        self.device = device
+        self.geometry = deepseek_v4_named(scenario.model, file.file, file.where(("model",)))
+        self.trace = read(file.file(scenario.trace))
+        self.layer_map = check_layer_map(
+            None if scenario.layer_map == "spread" else scenario.layer_map,
+            self.trace.n_layers,
+            self.geometry.n_csa,
+        )
+        memory = ModelMemory(self.geometry, self.layer_map)
+        self.replayer = Replayer(self.trace, memory=memory)
+
+    def make(self, label: str) -> Callable[[], Policy]:
+        spec = next(spec for spec in self.file.selected if spec.label == label)
+        return partial(build, self.file, spec)
+
+    def check(self, label: str) -> Check | Failure:
+        run = partial(
+            check,
+            label,
+            self.make(label),
+            self.replayer,
+            self.geometry,
+            self.layer_map,
+            self.device,
+        )
+        return guarded(label, run)
+
+
+def _check_alone(asked: tuple[ScenarioFile, str, str]) -> Check | Failure:
+    """The same in a process of its own; `asked` are file, label and device."""
+    file, label, device = asked
+    return _Worlds(file, device).check(label)
 
 
 def validate_scenario(
@@ -113,33 +168,38 @@ def validate_scenario(
     device: str,
     progress: Callable[[str, int, int], None] = lambda label, done, total: None,
     whole_steps: bool = False,
+    timeout_s: float = TIMEOUT_S,
 ) -> dict[str, Any]:
     """`validate` for a scenario's selected policies: the object that `fmsim validate --json`
     prints, the simulation's step times beside the measured.
 
     With ``whole_steps`` a model of random weights of the scenario's geometry decodes each policy's
     steps too, in the scenario's batch, so that the times are of the same thing; the scenario's
-    hardware should then be a preset that `fmsim hw calibrate` made here.
+    hardware should then be a preset that `fmsim hw calibrate` made here. A policy that fails, or
+    takes longer than `timeout_s`, stands under "failed".
     """
-    simulated = run_scenario(file)
+    simulated = run_scenario(file, timeout_s=timeout_s)
     scenario = file.scenario
-    geometry = deepseek_v4_named(scenario.model, file.file, file.where(("model",)))
-    trace = read(file.file(scenario.trace))
-    layer_map = check_layer_map(
-        None if scenario.layer_map == "spread" else scenario.layer_map,
-        trace.n_layers,
-        geometry.n_csa,
-    )
-    replayer = Replayer(trace, memory=ModelMemory(geometry, layer_map))
-    policies = [(spec.label, partial(build, file, spec)) for spec in file.selected]
-    rows = [
-        check.row() for check in validate(policies, replayer, geometry, layer_map, device, progress)
-    ]
-    for row, run in zip(rows, simulated.runs, strict=True):
-        row["simulated_step_p50_s"], row["simulated_tokens_per_s"] = (
-            run.row["step_s"]["p50"],
-            run.row["decode_tokens_per_s"],
-        )
+    worlds = _Worlds(file, device)
+    geometry, trace, replayer = worlds.geometry, worlds.trace, worlds.replayer
+    rows: list[dict[str, Any]] = []
+    failures = list(simulated.failures)
+    for number, run in enumerate(simulated.runs):
+        progress(run.label, number, len(simulated.runs))
+        if registry.is_builtin(worlds.make(run.label)()):
+            found = worlds.check(run.label)
+        else:
+            gone = lambda asked, why: lost(asked[1], why)
+            found = alone(_check_alone, (file, run.label, device), gone, timeout_s)
+        if isinstance(found, Failure):
+            failures.append(found)
+            continue
+        times = {
+            "simulated_step_p50_s": run.row["step_s"]["p50"],
+            "simulated_tokens_per_s": run.row["decode_tokens_per_s"],
+        }
+        rows.append(found.row() | times)
+    raise_if_all(tuple(failures), len(rows))
     measured = (
         f"the moves and their bookkeeping on this {device_name(device)}, without a model's compute;"
         " the two are not to be compared"
@@ -147,10 +207,10 @@ def validate_scenario(
     if whole_steps:
         n_experts = time_steps(
             rows,
-            [make for _, make in policies],
+            [worlds.make(row["policy"]) for row in rows],
             replayer,
             geometry,
-            layer_map,
+            worlds.layer_map,
             device,
             scenario.batch,
             progress,
@@ -180,7 +240,8 @@ def validate_scenario(
             ),
         ],
     }
-    return {"scenario": about, "policies": rows}
+    failed = [failure.row() for failure in failures]
+    return {"scenario": about, "policies": rows, "failed": failed}
 
 
 def time_steps(

@@ -212,6 +212,12 @@ def absolute(named: Any) -> Any:
     return f"{Path(match['path']).resolve()}{named[match.end('path') :]}" if match else named
 
 
+def is_builtin(policy: type[Policy] | Policy) -> bool:
+    """Whether a policy is one of fmsim's own."""
+    kind = policy if inspect.isclass(policy) else type(policy)
+    return kind.__module__.startswith("fmsim.policies.")
+
+
 def source_digest(policy: type[Policy]) -> str:
     """A digest of the file that a policy stands in."""
     try:
