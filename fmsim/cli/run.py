@@ -100,6 +100,7 @@ def run(
     fmsim run --model v4.1-flash --hardware h200 --context 512K
     """
     from fmsim.errors import FmsimError
+    from fmsim.experiments.results import writing
     from fmsim.report.tables import decode as table
     from fmsim.report.tables import serving
 
@@ -131,10 +132,11 @@ def run(
     overrides += [*override, *placed]
     file = _scenario(scenario, overrides, policy, capture, model, prompt_tokens, out)
     shown = table if file.scenario.workload is None else serving
-    report = _with_progress(file, quiet, policy_timeout)
+    with writing(out):
+        report = _with_progress(file, quiet, policy_timeout)
+        if out is not None:
+            report.save(out)
     plain = report.as_json()
-    if out is not None:
-        report.save(out)
     if svg is not None:
         _write_svg(svg, shown.svg(plain, f"fmsim run {scenario}"))
     if as_json:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,12 +14,34 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from fmsim.errors import FmsimError
 from fmsim.files import strict_json
-from fmsim.files.inputs import MOST_BYTES_OF_RESULTS, check_regular, read_json
+from fmsim.files.inputs import MOST_BYTES_OF_RESULTS, check_regular, read_json, reason
+from fmsim.files.place_lock import Taken, place_lock
 from fmsim.replay.ledger import Ledger
 from fmsim.sim.timeline import SimulatedTimeline
 
 REPORT_NAME = "report.json"
 SCHEMA_VERSION = 3  # of the report
+
+
+@contextlib.contextmanager
+def writing(folder: Path | None) -> Iterator[None]:
+    """While the block runs, `folder` is this command's alone; None for none.
+
+    Raises FmsimError where another run writes it, or where nothing can be written.
+    """
+    if folder is None:
+        yield
+        return
+    with contextlib.ExitStack() as held:
+        try:
+            held.enter_context(place_lock(folder))
+        except Taken as taken:
+            raise FmsimError(f"--out {folder}: another run writes this folder; {taken}") from None
+        except OSError as error:
+            raise FmsimError(
+                f"--out {folder}: cannot be written ({reason(error)}); choose another folder"
+            ) from None
+        yield
 
 
 def ledger_path(folder: Path, label: str) -> Path:

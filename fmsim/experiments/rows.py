@@ -4,7 +4,7 @@ so.
 
 from __future__ import annotations
 
-import fcntl
+import contextlib
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,6 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from fmsim.errors import FmsimError, shown
 from fmsim.files import replacing, strict_json
 from fmsim.files.inputs import MOST_BYTES_OF_RESULTS, check_regular, read_bytes, reason
+from fmsim.files.place_lock import Taken, place_lock
 
 Row = dict[str, Any]  # flat: no value is a mapping
 SCHEMA_VERSION = 3  # of a row; 1 had none
@@ -48,13 +49,17 @@ class RowFile:
         self.path = Path(path)
         self._parquet = self.path.suffix == ".parquet"
         try:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            self._lock = _locked(self.path)
+            self._lock = contextlib.ExitStack()
+            self._lock.enter_context(place_lock(self.path))
             try:
                 self.rows: list[Row] = self._read_parquet() if self._parquet else self._read_lines()
             except BaseException:
                 self.close()
                 raise
+        except Taken as taken:
+            raise FmsimError(
+                f"--out {shown(self.path)}: another sweep writes this file; {taken}"
+            ) from None
         except OSError as error:
             raise FmsimError(
                 f"--out {shown(self.path)}: cannot be used ({reason(error)}); choose another file"
@@ -75,8 +80,7 @@ class RowFile:
 
     def close(self) -> None:
         """Let others write the file."""
-        _lock_path(self.path).unlink(missing_ok=True)
-        os.close(self._lock)
+        self._lock.close()
 
     def append(self, row: Row) -> None:
         """Write one row; it is on disk when this returns."""
@@ -164,30 +168,6 @@ class RowFile:
                 " .jsonl file"
             ) from None
         return pyarrow.parquet
-
-
-def _lock_path(path: Path) -> Path:
-    return path.with_name(f".{path.name}.lock")
-
-
-def _locked(path: Path) -> int:
-    """A descriptor that holds the file's lock; the kernel lets it go with the process."""
-    while True:
-        beside = _lock_path(path)
-        handle = os.open(beside, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            os.close(handle)
-            raise FmsimError(
-                f"--out {shown(path)}: another sweep writes this file; wait for it, or give another"
-            ) from None
-        try:
-            if os.stat(beside).st_ino == os.fstat(handle).st_ino:
-                return handle
-        except FileNotFoundError:
-            pass
-        os.close(handle)  # its owner has just taken the file away
 
 
 def flat(row: Row, leave: Sequence[str] = ()) -> Row:

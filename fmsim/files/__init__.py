@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import os
+import re
 import secrets
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+
+_PART = re.compile(r"\..+\.(?P<pid>\d+)-[0-9a-f]{8}\.part")
 
 
 @contextmanager
@@ -15,10 +18,11 @@ def replacing(path: Path) -> Iterator[Path]:
 
     The folder is made. What was written is on the disk before the old file goes, so a crash leaves
     the old file or the new one, never half. Where the block raises, the old file stays and the new
-    one is removed. Raises OSError.
+    one is removed. What killed processes left in the folder goes first. Raises OSError.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(f".{path.name}.{secrets.token_hex(4)}.part")
+    _clear(path.parent)
+    beside = path.with_name(f".{path.name}.{os.getpid()}-{secrets.token_hex(4)}.part")
     try:
         yield beside
         with beside.open("rb") as file:
@@ -26,6 +30,27 @@ def replacing(path: Path) -> Iterator[Path]:
         beside.replace(path)
     finally:
         beside.unlink(missing_ok=True)
+
+
+def _clear(folder: Path) -> None:
+    """Remove the half files of processes that are no more."""
+    for name in os.listdir(folder):
+        found = _PART.fullmatch(name)
+        if found and not _lives(int(found["pid"])):
+            (folder / name).unlink(missing_ok=True)
+
+
+def _lives(pid: int) -> bool:
+    """Whether a process may still run; only POSIX can be asked without harm."""
+    if os.name != "posix" or not 0 < pid < 2**31:
+        return True
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except OSError:  # another user's
+        return True
+    return True
 
 
 def write_text(path: Path, text: str) -> None:

@@ -9,6 +9,7 @@ from typing import Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 from fmsim.errors import FmsimError
+from fmsim.files.inputs import MOST_BYTES_OF_RESULTS, read_bytes
 from fmsim.geometry import Geometry
 
 GIB = 2**30
@@ -130,10 +131,10 @@ def pool_of_log(path: Path) -> tuple[str, float]:
     Bytes are taken where they are printed (both mean GiB). Raises FmsimError where neither is.
     """
     try:
-        text = path.read_text(encoding="utf-8", errors="replace")
-    except OSError as error:
+        text = read_bytes(path, MOST_BYTES_OF_RESULTS).decode(errors="replace")
+    except FileNotFoundError:
         raise FmsimError(
-            f"start log {path}: {error.strerror}; give the file that the engine wrote at its start"
+            f"start log {path}: there is none; give the file that the engine wrote at its start"
         ) from None
     for pattern in (_VLLM_BYTES, _SGLANG_ALL, _SGLANG_PARTS):
         found = pattern.search(text)

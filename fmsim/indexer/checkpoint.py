@@ -12,6 +12,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import zipfile
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -23,6 +24,7 @@ from safetensors.numpy import save_file
 
 from fmsim.errors import FmsimError
 from fmsim.files import replacing
+from fmsim.files.inputs import check_regular
 from fmsim.indexer.scorer import PUBLISHED, LayerWeights, ScorerConfig, Yarn
 
 METADATA_KEY = "fmsim_indexer"
@@ -32,6 +34,7 @@ PART_OF_KEY = {
     "wq_b.weight": "wq_b",
     "weights_proj.weight": "weights_proj",
 }
+MOST_BYTES = 4 * 2**30  # published ones have 50 MB
 KEY = re.compile(r"retrievers\.l(\d+)\.(.+)")
 SHIPPED = Path(__file__).parents[1] / "nano" / "model" / "indexer.safetensors"
 
@@ -151,6 +154,7 @@ def save(checkpoint: Checkpoint, path: str | os.PathLike) -> None:
 
 
 def _read_safetensors(path: Path) -> tuple[dict[str, np.ndarray], dict[str, str]]:
+    check_regular(path, MOST_BYTES)
     try:
         with safe_open(path, framework="numpy") as file:
             names = file.keys()
@@ -165,9 +169,14 @@ def _read_safetensors(path: Path) -> tuple[dict[str, np.ndarray], dict[str, str]
 def _read_pt(path: Path) -> tuple[dict[str, np.ndarray], dict[str, str]]:
     import torch
 
+    n_bytes = check_regular(path, MOST_BYTES)
     try:
+        if zipfile.is_zipfile(path):
+            _check_members(path, n_bytes)
         state = torch.load(path, map_location="cpu", weights_only=True)
         tensors = {key: tensor for key, tensor in state.items() if not key.endswith("freqs_cis")}
+        if sum(tensor.nbytes for tensor in tensors.values()) > n_bytes:
+            raise ValueError("its tensors say that they are larger than the file")
         return {key: tensor.numpy() for key, tensor in tensors.items()}, {}
     except (
         Exception
@@ -175,6 +184,15 @@ def _read_pt(path: Path) -> tuple[dict[str, np.ndarray], dict[str, str]]:
         raise FmsimError(
             f"{path}: not a state dict of tensors: {str(error).splitlines()[0]}"
         ) from None
+
+
+def _check_members(path: Path, n_bytes: int) -> None:
+    """Refuse members that would inflate, before any is read; torch.save only stores."""
+    with zipfile.ZipFile(path) as archive:
+        members = archive.infolist()
+    stored = all(member.compress_type == zipfile.ZIP_STORED for member in members)
+    if not stored or sum(member.file_size for member in members) > n_bytes:
+        raise ValueError("its members are compressed or overlap, which torch.save never does")
 
 
 def _write_pt(tensors: dict[str, np.ndarray], path: Path) -> None:

@@ -12,6 +12,7 @@ import pytest
 from command import fmsim_here
 from made_trace import make_trace
 
+from fmsim.experiments.results import writing
 from fmsim.policies import registry
 from fmsim.policies.base import Policy
 from fmsim.trace import write
@@ -124,6 +125,85 @@ def test_a_bad_policy_is_named_and_the_others_come_out(folder, install, policy, 
     [failed] = report["failed"]
     assert failed["policy"] == "bad" and failed["error"].startswith(says)
     assert done.stderr == f"fmsim: {failed['error']}\n"
+
+
+PLUG_INS = """\
+import os, time
+from fmsim.policies.lru import LRU
+
+class LeavesAtOnce(LRU):
+    name = "leaves"
+    def observe(self, step, obs):
+        os._exit(0)
+
+class LeavesInTorch(LRU):
+    name = "leaves-in-torch"
+    def observe(self, step, obs):
+        if type(obs.pages).__module__.startswith("torch"):
+            os._exit(3)
+        super().observe(step, obs)
+
+class Sleeps(LRU):
+    name = "sleeps"
+    def observe(self, step, obs):
+        time.sleep(10**6)
+"""
+LEFT = "its process left with exit code 0 and no result"
+LATE = "it took longer than its time limit (--policy-timeout)"
+
+
+@pytest.fixture(scope="module")
+def plug_ins(folder):
+    (folder / "plug_ins.py").write_text(PLUG_INS)
+    return "plug_ins.py"
+
+
+@pytest.mark.parametrize(
+    ("kind", "label", "says"), [("LeavesAtOnce", "leaves", LEFT), ("Sleeps", "sleeps", LATE)]
+)
+def test_a_sweep_of_one_process_names_it_too(folder, plug_ins, kind, label, says):
+    policies = ["-p", f"{plug_ins}:{kind}", "-p", "lru", "--policy-timeout", 3]
+    options = ["-g", "batch=1", "-j", 1, "--out", f"{label}.jsonl", "--json"]
+    done = fmsim_here("sweep", "small.yaml", *options, *policies, folder=folder)
+    rows = {row["policy"]: row for row in json.loads(done.stdout)}
+    assert rows[label]["error"] == f"policy {label}: {says}"
+    assert rows["lru"]["mass_kept"] == 1.0
+
+
+@pytest.mark.parametrize(
+    ("kind", "label", "says"),
+    [
+        ("LeavesAtOnce", "leaves", LEFT),  # in the replay
+        ("LeavesInTorch", "leaves-in-torch", LEFT.replace("code 0", "code 3")),
+    ],
+)
+def test_validate_names_it_and_checks_the_others(folder, plug_ins, kind, label, says):
+    policies = ["-p", f"{plug_ins}:{kind}", "-p", "lru", "--device", "cpu"]
+    done = fmsim_here("validate", "small.yaml", "--json", "-q", *policies, folder=folder)
+    report = json.loads(done.stdout)
+    assert [(row["policy"], row["identical"]) for row in report["policies"]] == [("lru", True)]
+    assert report["failed"] == [{"policy": label, "error": f"policy {label}: {says}"}]
+    assert done.returncode == 1 and done.stderr.endswith(f"fmsim: policy {label}: {says}\n")
+
+
+@pytest.mark.parametrize(
+    ("kind", "label", "says"), [("LeavesAtOnce", "leaves", LEFT), ("Sleeps", "sleeps", LATE)]
+)
+def test_exec_names_it(folder, plug_ins, kind, label, says):
+    options = ["--context", 1024, "--steps", 2, "--device", "cpu", "--json"]
+    limit = ["--policy-timeout", 60 if kind == "LeavesAtOnce" else 12]
+    done = fmsim_here("exec", "-p", f"{plug_ins}:{kind}", *options, *limit, folder=folder)
+    assert (done.returncode, done.stdout) == (1, "")
+    assert done.stderr.endswith(f"fmsim: policy {label}: {says}\n")
+
+
+def test_two_runs_into_one_folder_are_not_mixed(folder):
+    with writing(folder / "one-out"):
+        done = fmsim_here("run", "small.yaml", "-p", "lru", "--out", "one-out", folder=folder)
+        assert done.returncode == 2 and "another run writes this folder; wait" in done.stderr
+        assert not (folder / "one-out").exists()
+    done = fmsim_here("run", "small.yaml", "-p", "lru", "--out", "one-out", folder=folder)
+    assert done.returncode == 0 and (folder / "one-out" / "report.json").exists()
 
 
 def test_what_a_policy_prints_leaves_the_json_whole(folder, install, capfd):

@@ -1,6 +1,9 @@
 """Files appear whole or not at all, and are read as what they say they are."""
 
 import json
+import os
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -78,3 +81,29 @@ def test_only_brackets_outside_strings_nest(text, sound):
     else:
         with pytest.raises(FmsimError, match="not valid JSON"):
             strict_json.parse(text, "x")
+
+
+def test_what_a_killed_process_left_goes_and_a_living_ones_stays(tmp_path):
+    ended = subprocess.Popen([sys.executable, "-c", ""])
+    ended.wait()
+    left = tmp_path / f".other.json.{ended.pid}-0123abcd.part"
+    under_way = tmp_path / f".other.json.{os.getpid()}-0123abcd.part"
+    foreign = tmp_path / ".mine.part"
+    for path in (left, under_way, foreign):
+        path.write_text("half")
+    write_text(tmp_path / "it.txt", "whole")
+    names = {path.name for path in tmp_path.iterdir()}
+    assert names == {"it.txt", under_way.name, foreign.name}
+
+
+def test_a_process_killed_while_it_writes_leaves_nothing_behind_the_next(tmp_path):
+    code = (
+        "import os, pathlib, signal; from fmsim.files import replacing\n"
+        "with replacing(pathlib.Path('it.txt')) as beside:\n"
+        "    beside.write_text('half'); os.kill(os.getpid(), signal.SIGKILL)\n"
+    )
+    subprocess.run([sys.executable, "-c", code], cwd=tmp_path)
+    [half] = tmp_path.iterdir()
+    assert half.name.endswith(".part")
+    write_text(tmp_path / "it.txt", "whole")
+    assert [path.name for path in tmp_path.iterdir()] == ["it.txt"]

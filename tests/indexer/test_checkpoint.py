@@ -1,4 +1,6 @@
 import json
+import tracemalloc
+import zipfile
 
 import numpy as np
 import pytest
@@ -101,6 +103,25 @@ def test_pt_is_loaded_as_weights_only(tmp_path, capsys):
     with pytest.raises(FmsimError, match="hostile.pt"):
         checkpoint.load(tmp_path / "hostile.pt")
     assert "must not run" not in capsys.readouterr().out
+
+
+def test_a_pt_that_would_inflate_is_refused_by_its_headers(tmp_path):
+    """A megabyte that says it holds a gigabyte; and a tensor that repeats one number 2**28
+    times.
+    """
+    with zipfile.ZipFile(tmp_path / "bomb.pt", "w", zipfile.ZIP_DEFLATED) as archive:
+        with archive.open("bomb/data/0", "w", force_zip64=True) as member:
+            for _ in range(1024):
+                member.write(bytes(2**20))
+    tracemalloc.start()
+    with pytest.raises(FmsimError, match="bomb.pt: .*members are compressed or overlap"):
+        checkpoint.load(tmp_path / "bomb.pt")
+    assert tracemalloc.get_traced_memory()[1] < 2**24
+    tracemalloc.stop()
+    repeated = torch.zeros(1).expand(2**14, 2**14)
+    torch.save({"retrievers.l0.wq_a.weight": repeated}, tmp_path / "wide.pt")
+    with pytest.raises(FmsimError, match="wide.pt: .*larger than the file"):
+        checkpoint.load(tmp_path / "wide.pt")
 
 
 def test_our_header_survives(tmp_path):

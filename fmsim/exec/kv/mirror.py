@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import fcntl
 import mmap
 import os
 import re
@@ -20,6 +19,11 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
+
+try:
+    import fcntl
+except ImportError:  # Windows, which has no memory files to share either
+    fcntl = None  # type: ignore[assignment]
 
 from fmsim.errors import FmsimError
 from fmsim.units import gib
