@@ -8,6 +8,7 @@ from fmsim.policies import registry
 from fmsim.replay.replayer import Replayer, replay
 from fmsim.testing import sample_trace
 
+
 def oracle(layers):
     return registry.build({"policy": "oracle", "scope": "shared", "budget": "60 entries"})
 
