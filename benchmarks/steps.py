@@ -14,21 +14,23 @@ import argparse
 import datetime
 import json
 import math
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import kernel_tables
 import numpy as np
-from aiconfigurator import MODELS, Grid, Model, Tables
 
 from fmsim.geometry import PRESETS
 from fmsim.hw import load_hardware
 from fmsim.hw.deployment import Deployment
-from fmsim.hw.modules import BETWEEN_STEPS_MS
-from fmsim.hw.tables import AttentionTimes, Curve, load_table
+from fmsim.hw.tables import AttentionTimes
 from fmsim.sim.serving.prefill import PrefillModel
 from fmsim.sim.step_cost import StepModel
+
+sys.path.insert(0, str(Path(__file__).parent / "hw_tables"))
+import kernel_tables
+from aiconfigurator import MODELS, Grid, Model, Tables
 
 KEPT_BATCHES = (1, 4, 16, 64, 256, 1024)
 LEFT_OUT = ("h100", "h200", "b200")
@@ -56,10 +58,12 @@ _AGENTS = "aarora79/agentic-coding-harness-benchmarks pull request 51, vLLM, con
 # Of the cookbook's closed loops, 8,192 + 1,024 tokens: requests that run are tokens/s x TPOT, and
 # each step prefills 8 prompt tokens for each that it makes.
 PUBLISHED = (
-    Published("v3.2", "b200", {"tp": 1, "dp": 8}, 1, 4352, 19.18, _ROADMAP),
-    Published("v3.2", "b200", {"tp": 1, "dp": 8}, 8, 4352, 19.88, _ROADMAP),
-    Published("v3.2", "b200", {"tp": 1, "dp": 8}, 16, 4352, 25.30, _ROADMAP),
-    Published("v3.2", "b200", {"tp": 1, "dp": 8}, 64, 4352, 64 / 2392.6 * 1e3, _ROADMAP),
+    Published("v3.2", "b200", {"tp": 1, "dp": 8, "weights": "fp8"}, 1, 4352, 19.18, _ROADMAP),
+    Published("v3.2", "b200", {"tp": 1, "dp": 8, "weights": "fp8"}, 8, 4352, 19.88, _ROADMAP),
+    Published("v3.2", "b200", {"tp": 1, "dp": 8, "weights": "fp8"}, 16, 4352, 25.30, _ROADMAP),
+    Published(
+        "v3.2", "b200", {"tp": 1, "dp": 8, "weights": "fp8"}, 64, 4352, 64 / 2392.6 * 1e3, _ROADMAP
+    ),
     Published("glm-5.2", "h200", {"engine": "sglang"}, 1, 10_000, 10.3, _AGENTS),
     Published("glm-5.2", "h200", {"engine": "sglang"}, 7, 10_000, 13.0, _AGENTS),
     Published("glm-5.2", "h200", {"engine": "sglang"}, 10, 10_000, 13.3, _AGENTS),
@@ -167,8 +171,6 @@ def published() -> list[dict[str, Any]]:
 
 def modelled_ms(row: Published) -> float:
     hw = load_hardware(row.hardware).deployed(Deployment(**row.deployment))
-    if row.model in ("v3.2", "glm-5.2"):
-        return _dsa_ms(row)
     geometry = PRESETS[row.model]
     tokens = np.array([row.context])
     costs = StepModel(hw, geometry).equal(row.batch, tokens, tokens // geometry.csa_rate)
@@ -177,50 +179,6 @@ def modelled_ms(row: Published) -> float:
         chunk = np.array([row.prefill_per_step / hw.placed.dp])
         step_s += float(PrefillModel(hw, geometry).seconds(np.array([4096.0]), chunk)[0])
     return step_s * 1e3
-
-
-DSA = {  # layers that select, that share a selection, that have dense feed-forwards; hidden size
-    "v3.2": (61, 0, 3, 7168),
-    "glm-5.2": (21, 57, 3, 6144),
-}
-
-
-def _dsa_ms(row: Published) -> float:
-    """A model without hyper-connections and without HCA, from the same tables."""
-    selecting, sharing, dense, hidden = DSA[row.model]
-    placed = load_hardware(row.hardware).deployed(Deployment(**row.deployment)).placed
-    file = load_table(row.hardware, placed.engine)
-    assert file is not None
-    table = file["models"][row.model]
-    ranked, tp = placed.ranked(row.batch), str(placed.tp)
-
-    def attention(kind: str) -> float:
-        by_tp = table["attention"][kind]
-        return _ms(AttentionTimes.of(by_tp[tp], by_tp["token_ns"]), ranked, row.context)
-
-    formats = table["experts"]
-    split = f"{'ep' if placed.ep > 1 else 'tp'}{placed.n_gpus}"
-    weights = "fp8" if "fp8" in formats else next(iter(formats))
-    routed = Curve.of(table["router"])(ranked) + Curve.of(
-        formats[weights][split][placed.imbalance]
-    )(row.batch)
-    experts = max(float(routed), float(Curve.of(table["shared_expert"][tp])(ranked)))
-    n_bytes, all_bytes = 2 * hidden * ranked, 2 * hidden * row.batch
-
-    def collective(name: str, size: int) -> float:
-        return float(Curve.of(file[name][str(placed.n_gpus)])(size))
-
-    if placed.dp == 1:
-        exchange = 2 * collective("all_reduce", n_bytes)
-    else:
-        exchange = collective("all_gather", all_bytes) + collective("reduce_scatter", all_bytes)
-    n_layers = selecting + sharing
-    total = selecting * attention("dsa")
-    if sharing:
-        total += sharing * attention("dsa_shared")
-    total += (n_layers - dense) * experts + n_layers * exchange
-    total += dense * float(Curve.of(table["dense"][tp])(ranked))
-    return total + float(Curve.of(table["head"][tp])(ranked)) + BETWEEN_STEPS_MS
 
 
 def main() -> None:

@@ -153,11 +153,8 @@ class _Tabled:
             raise self._not_timed(f"{weights} experts", formats)
         of_format = formats[weights]
         placed = self.placed
-        if placed.ep == placed.n_gpus or placed.ep == 1:
-            kind = "ep" if placed.ep > 1 else "tp"
-            split = f"{kind}{placed.n_gpus}" if placed.n_gpus > 1 else "tp1"
-        else:
-            split = f"tp{placed.n_gpus // placed.ep} x ep{placed.ep}"
+        parts = {"tp": placed.n_gpus // placed.ep, "ep": placed.ep}
+        split = " x ".join(f"{kind}{n}" for kind, n in parts.items() if n > 1) or "tp1"
         if split not in of_format:
             raise self._not_timed(f"experts as {split}", of_format)
         by_distribution = of_format[split]

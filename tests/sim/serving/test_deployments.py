@@ -11,6 +11,7 @@ from fmsim.errors import FmsimError
 from fmsim.hw import hardware_names, load_hardware, replace_figure
 from fmsim.hw.deployment import WEIGHT_BYTES, Deployment, pool_of_log
 from fmsim.hw.spec import LINK_FIGURE
+from fmsim.hw.tables import Curve, load_table
 from fmsim.sim.serving.capacity.behaviour import BEHAVIOURS
 from fmsim.sim.serving.capacity.plan import CapacityQuestion, goodput
 from fmsim.sim.serving.demand import Demand
@@ -90,12 +91,23 @@ def test_numbers_that_do_not_fit_are_refused(given, says):
     [
         ({"n_gpus": 16}, "no table has attention over 16 tensor-parallel GPUs on h100"),
         ({"weights": "bf16"}, "no table has bf16 experts"),
-        ({"ep": 2}, "no table has experts as tp4 x ep2"),
+        ({"ep": 2, "engine": "vllm"}, "no table has experts as tp4 x ep2 on h100"),
     ],
 )
 def test_what_was_not_timed_is_refused(given, says):
     with pytest.raises(FmsimError, match=says):
         StepModel(H100.deployed(Deployment(**given)), FLASH)
+
+
+@pytest.mark.parametrize(("ep", "split"), [(2, "tp4 x ep2"), (4, "tp2 x ep4"), (8, "ep8")])
+def test_experts_in_groups_take_what_their_table_says(ep, split):
+    """8,192 requests: the experts take longer than the shared one, which runs beside them."""
+    experts = load_table("h100", "sglang")["models"]["v4-flash"]["experts"]["fp8"]
+    took_ms = [float(Curve.of(experts[name]["power_law_1.01"])(8192)) for name in (split, "tp8")]
+    steps = [step_s(H100.deployed(Deployment(ep=n)), 8192, 1024) for n in (ep, 1)]
+    assert steps[0] - steps[1] == pytest.approx((took_ms[0] - took_ms[1]) * 43 / 1e3)
+    ranks = H100.deployed(Deployment(dp=8, ep=ep))
+    assert 1e-3 < step_s(ranks, 64, 8192) < step_s(ranks, 8192, 8192)
 
 
 def test_a_model_that_does_not_fit_is_told_with_the_figures():
