@@ -67,86 +67,111 @@ class WindowStart:
     next_bytes: float
 
 
-# position: ledger steps from the ledger's start, windows that repeat counted again; context:
-# tokens, the next step's included; left: steps; missing: 0 for a request that the budget holds
-# whole, else 1
+# Of each request. `position` (ledger steps from the ledger's start, windows that repeat counted
+# again) and `context` (tokens, the next step's included) are less the batch's own count of steps,
+# which goes on for all alike; `end` is that count when it is done. missing: 0 for a request that
+# the budget holds whole, else 1.
 _STATE = np.dtype(
-    [(name, np.int64) for name in ("rank", "offset", "position", "context", "left")]
+    [(name, np.int64) for name in ("rank", "offset", "position", "context", "end")]
     + [(name, np.float64) for name in ("growth", "ratio", "missing")]
 )
 
 
+@dataclass(frozen=True)
+class _Running:
+    """A request and its row of the state, as plain numbers."""
+
+    request: ServedRequest
+    position: int
+    end: int
+    grown: float  # what its ledger's recalls are multiplied by
+
+
 class RunningBatch:
-    """Requests and, beside them, their state as one array."""
+    """Requests and, beside them, their state as one array, which changes only when one joins or
+    leaves.
+    """
 
     def __init__(self, demand: Demand) -> None:
         self.demand = demand
-        self.requests: list[ServedRequest] = []
         self.changes = 0  # how often a request joined or left
         self.steps = 0  # that it went on, in all
+        self._running: list[_Running] = []
         self._fresh: list[ServedRequest] = []  # without a first token
         self._state = np.zeros(0, dtype=_STATE)
+        self._first_end = 0  # of the running ones
+        # those whose windows begin when `steps` modulo the cadence is the key
+        self._by_phase: dict[int, list[_Running]] = {}
 
     def __len__(self) -> int:
-        return len(self.requests)
+        return len(self._running)
+
+    @property
+    def requests(self) -> list[ServedRequest]:
+        return [running.request for running in self._running]
 
     def add(self, request: ServedRequest) -> None:
         demand, prompt = self.demand, request.prompt_tokens
         missing = float(not demand.fits_whole(prompt, request.output_tokens))
+        growth = demand.growth(prompt)
+        position = request.offset - self.steps
+        end = self.steps + request.steps
         row = (
             request.rank,
             request.offset,
-            request.offset,
-            prompt + 1,
-            request.steps,
-            demand.growth(prompt),
+            position,
+            prompt + 1 - self.steps,
+            end,
+            growth,
             demand.length_ratio(prompt),
             missing,
         )
-        self.changes += 1
-        self.requests.append(request)
+        self._running.append(_Running(request, position, end, growth * missing))
         if request.first_token_s is None:
             self._fresh.append(request)
         self._state = np.append(self._state, np.array([row], dtype=_STATE))
+        self._changed()
+
+    def _changed(self) -> None:
+        self.changes += 1
+        self._first_end = min((running.end for running in self._running), default=0)
+        self._by_phase = {}
+        for running in self._running:
+            phase = -running.position % self.demand.cadence
+            self._by_phase.setdefault(phase, []).append(running)
 
     @property
     def least_left(self) -> int:
         """Steps until the first request is done."""
-        return int(self._state["left"].min())
+        return self._first_end - self.steps
 
     def quiet_steps(self) -> int:
         """Steps until a request is done or, where windows matter, begins one."""
-        state, cadence = self._state, self.demand.cadence
-        left = int(state["left"].min())
-        return (
-            min(left, int((cadence - state["position"] % cadence).min()))
-            if self.demand.recalls
-            else left
-        )
+        if not self.demand.recalls:
+            return self.least_left
+        cadence, now = self.demand.cadence, self.steps % self.demand.cadence
+        next_window = min((phase - now - 1) % cadence + 1 for phase in self._by_phase)
+        return min(self.least_left, next_window)
 
     def window_starts(self) -> list[WindowStart]:
         """The requests for which a window begins at the next step."""
-        demand = self.demand
-        places = np.flatnonzero(self._state["position"] % demand.cadence == 0)
-        return [
-            self._window_start(self.requests[place], self._state[place])
-            for place in places.tolist()
-        ]
+        now = self.steps % self.demand.cadence
+        return [self._window_start(running) for running in self._by_phase.get(now, ())]
 
-    def _window_start(self, request: ServedRequest, state: np.void) -> WindowStart:
+    def _window_start(self, running: _Running) -> WindowStart:
         demand, cadence = self.demand, self.demand.cadence
-        position = int(state["position"])
-        grown = float(state["growth"] * state["missing"])
+        position = running.position + self.steps
         own = following = 0.0
-        if position > request.offset:  # the first set is there
-            own = demand.recalled_at(position) * grown
-        if state["left"] > cadence:
-            following = demand.recalled_at(position + cadence) * grown
-        return WindowStart(request, own, following)
+        if position > running.request.offset:  # the first set is there
+            own = demand.recalled_at(position) * running.grown
+        if running.end - self.steps > cadence:
+            following = demand.recalled_at(position + cadence) * running.grown
+        return WindowStart(running.request, own, following)
 
     def load(self, n_steps: int) -> Load:
         """Sums over the batch for each of the next `n_steps`; at most `least_left`."""
-        demand, state, steps = self.demand, self._state, np.arange(n_steps)
+        demand, state = self.demand, self._state
+        steps = self.steps + np.arange(n_steps)
         position = state["position"][:, None] + steps
         at = demand.at(position)
         tokens = state["context"][:, None] + steps
@@ -185,17 +210,12 @@ class RunningBatch:
             request.first_token_s = first_s
         self._fresh.clear()
         self.steps += steps
-        state = self._state
-        state["position"] += steps
-        state["context"] += steps
-        state["left"] -= steps
-        stay = state["left"] > 0
-        if stay.all():
+        if self.steps < self._first_end:
             return []
-        self.changes += 1
-        done = [request for request, stays in zip(self.requests, stay) if not stays]
-        self.requests = [request for request, stays in zip(self.requests, stay) if stays]
-        self._state = state[stay]
+        done = [running.request for running in self._running if running.end <= self.steps]
+        self._running = [running for running in self._running if running.end > self.steps]
+        self._state = self._state[self._state["end"] > self.steps]
+        self._changed()
         return done
 
 

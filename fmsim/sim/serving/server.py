@@ -10,12 +10,11 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Generator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import simpy
-from numpy.typing import NDArray
 
 from fmsim.geometry import Geometry
 from fmsim.hw.memory import FairLink, MemorySystem
@@ -48,19 +47,16 @@ class StepTimes:
     gathers: np.ndarray  # [R, n] that the misses take: one a layer which has any
     miss_bytes: np.ndarray  # [R, n] to each GPU
 
-    def part(self, start: int, end: int) -> StepTimes:
+    def part(self, start: int, end: int, prefill_s: np.ndarray) -> StepTimes:
+        """Some of them, with a prefill's chunks in them."""
         return StepTimes(
             self.ranks,
             self.compute_s[start:end],
-            self.prefill_s[start:end],
+            prefill_s,
             self.stall_s[:, start:end],
             self.gathers[:, start:end],
             self.miss_bytes[:, start:end],
         )
-
-    def beside(self, prefill_s: np.ndarray) -> StepTimes:
-        """The same steps with a prefill's chunks in them."""
-        return replace(self, prefill_s=prefill_s)
 
 
 class ServerRun:
@@ -239,18 +235,19 @@ class ServerRun:
         times = self._step_times(1 if contended else self._steps_ahead())
         step_s = times.compute_s + times.prefill_s
         if contended:
-            stall_s = yield from self._contended_stall(times)
-        else:
+            self.log.stall_s += yield from self._contended_stall(times)
+        elif self.demand.misses:
             stall_s = times.stall_s.max(axis=0)
             step_s = step_s + stall_s
         ends_s = np.cumsum(step_s)
         start_s = self.env.now
         done = yield from self._pass(ends_s)
-        if not contended:
+        if self.demand.misses and not contended:
             for rank, n_bytes in zip(times.ranks, times.miss_bytes[:, :done].sum(axis=1)):
                 self.ranks[rank].to_gpu.moved_bytes += float(n_bytes)
-        self.log.stall_s += float(stall_s[:done].sum())
-        self.log.prefill_s += float(times.prefill_s[:done].sum())
+            self.log.stall_s += float(stall_s[:done].sum())
+        if any(self.prefilling):
+            self.log.prefill_s += float(times.prefill_s[:done].sum())
         self._book(done, start_s + float(ends_s[0]))
 
     def _pass(self, ends_s: np.ndarray) -> Generator[simpy.Event, Any, int]:
@@ -286,9 +283,9 @@ class ServerRun:
         if not self.batch:
             nothing = np.zeros((1, n_steps))
             return StepTimes([0], nothing[0], chunk_s, nothing, nothing, nothing)
-        return self._decode_times(n_steps).beside(chunk_s)
+        return self._decode_times(n_steps, chunk_s)
 
-    def _decode_times(self, n_steps: int) -> StepTimes:
+    def _decode_times(self, n_steps: int, prefill_s: np.ndarray) -> StepTimes:
         """Of the batch's next steps. They are worked out for some steps ahead, and hold until the
         batch changes: a span ends at every window, a batch lives longer.
         """
@@ -303,7 +300,7 @@ class ServerRun:
             ahead = min(max(n_steps, min(2 * lasted + 1, _STEPS_AHEAD)), self.batch.least_left)
             known = self._ahead = changes, steps, self._worked_out(ahead)
         start = steps - known[1]
-        return known[2].part(start, start + n_steps)
+        return known[2].part(start, start + n_steps, prefill_s)
 
     def _worked_out(self, n_steps: int) -> StepTimes:
         load, layers = self.batch.load(n_steps), self.demand.group_layers
@@ -323,13 +320,11 @@ class ServerRun:
 
     # The link
 
-    def _contended_stall(
-        self, times: StepTimes
-    ) -> Generator[simpy.Event, Any, NDArray[np.float64]]:
+    def _contended_stall(self, times: StepTimes) -> Generator[simpy.Event, Any, float]:
         """One step's misses beside recalls under way, on every rank: the gathers' fixed costs, then
         their bytes.
 
-        Returns how long it took, [1].
+        Returns how long it took.
         """
         before_s = self.env.now
         waits = [
@@ -338,7 +333,7 @@ class ServerRun:
         ]
         if waits:
             yield self.env.all_of(waits)
-        return np.array([self.env.now - before_s])
+        return self.env.now - before_s
 
     def _misses(self, times: StepTimes, place: int) -> Process:
         n_bytes = float(times.miss_bytes[place, 0])
