@@ -4,6 +4,7 @@ directions, the GPU's compute.
 
 from __future__ import annotations
 
+import bisect
 import math
 from dataclasses import dataclass, field
 
@@ -23,6 +24,10 @@ class _Flow:
     rate: float = field(default=0.0)
 
 
+def _limit(flow: _Flow) -> float:
+    return flow.limit
+
+
 class FairLink:
     """One direction of a link: concurrent transfers share its bandwidth max-min fairly, none above
     its own limit.
@@ -35,7 +40,7 @@ class FairLink:
     def __init__(self, env: simpy.Environment, bytes_per_s: float) -> None:
         self.env, self.bytes_per_s = env, bytes_per_s
         self.moved_bytes = 0.0
-        self._flows: list[_Flow] = []
+        self._flows: list[_Flow] = []  # the most limited first
         self._since_s = 0.0
         self._version = 0  # a timer set before the last change of the flows is void
 
@@ -54,7 +59,7 @@ class FairLink:
         if n_bytes <= 0:
             return done.succeed()
         self._advance()
-        self._flows.append(_Flow(n_bytes, limit, done))
+        bisect.insort(self._flows, _Flow(n_bytes, limit, done), key=_limit)
         self._share()
         return done
 
@@ -72,15 +77,19 @@ class FairLink:
         Then wait for the next end.
         """
         spare = self.bytes_per_s
-        for n_left, flow in zip(
-            range(len(self._flows), 0, -1), sorted(self._flows, key=lambda flow: flow.limit)
-        ):
-            flow.rate = min(flow.limit, spare / n_left)
+        n_left = len(self._flows)
+        next_end_s = math.inf
+        for flow in self._flows:
+            fair = spare / n_left
+            flow.rate = flow.limit if flow.limit < fair else fair
             spare -= flow.rate
+            n_left -= 1
+            end_s = flow.left_bytes / flow.rate
+            if end_s < next_end_s:
+                next_end_s = end_s
         self._version += 1
         if self._flows:
             version = self._version
-            next_end_s = min(flow.left_bytes / flow.rate for flow in self._flows)
             self.env.timeout(next_end_s).callbacks.append(lambda _: self._end(version))
 
     def _end(self, version: int) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import bisect
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -77,7 +78,7 @@ _STATE = np.dtype(
 )
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class _Running:
     """A request and its row of the state, as plain numbers."""
 
@@ -100,8 +101,9 @@ class RunningBatch:
         self._fresh: list[ServedRequest] = []  # without a first token
         self._state = np.zeros(0, dtype=_STATE)
         self._first_end = 0  # of the running ones
-        # those whose windows begin when `steps` modulo the cadence is the key
+        # those whose windows begin when `steps` modulo the cadence is the key, and the keys' order
         self._by_phase: dict[int, list[_Running]] = {}
+        self._phases: list[int] = []
 
     def __len__(self) -> int:
         return len(self._running)
@@ -126,19 +128,21 @@ class RunningBatch:
             demand.length_ratio(prompt),
             missing,
         )
-        self._running.append(_Running(request, position, end, growth * missing))
+        running = _Running(request, position, end, growth * missing)
+        self._running.append(running)
+        self._by_phase.setdefault(self._phase(running), []).append(running)
         if request.first_token_s is None:
             self._fresh.append(request)
         self._state = np.append(self._state, np.array([row], dtype=_STATE))
         self._changed()
 
+    def _phase(self, running: _Running) -> int:
+        return -running.position % self.demand.cadence
+
     def _changed(self) -> None:
         self.changes += 1
-        self._first_end = min((running.end for running in self._running), default=0)
-        self._by_phase = {}
-        for running in self._running:
-            phase = -running.position % self.demand.cadence
-            self._by_phase.setdefault(phase, []).append(running)
+        self._first_end = int(self._state["end"].min()) if self._running else 0
+        self._phases = sorted(self._by_phase)
 
     @property
     def least_left(self) -> int:
@@ -150,7 +154,11 @@ class RunningBatch:
         if not self.demand.recalls:
             return self.least_left
         cadence, now = self.demand.cadence, self.steps % self.demand.cadence
-        next_window = min((phase - now - 1) % cadence + 1 for phase in self._by_phase)
+        following = bisect.bisect_right(self._phases, now)
+        if following < len(self._phases):
+            next_window = self._phases[following] - now
+        else:
+            next_window = self._phases[0] + cadence - now
         return min(self.least_left, next_window)
 
     def window_starts(self) -> list[WindowStart]:
@@ -212,11 +220,16 @@ class RunningBatch:
         self.steps += steps
         if self.steps < self._first_end:
             return []
-        done = [running.request for running in self._running if running.end <= self.steps]
+        done = [running for running in self._running if running.end <= self.steps]
         self._running = [running for running in self._running if running.end > self.steps]
+        for running in done:
+            phase = self._phase(running)
+            self._by_phase[phase].remove(running)
+            if not self._by_phase[phase]:
+                del self._by_phase[phase]
         self._state = self._state[self._state["end"] > self.steps]
         self._changed()
-        return done
+        return [running.request for running in done]
 
 
 def _spread(values: np.ndarray) -> Spread:
