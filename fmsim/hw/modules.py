@@ -45,9 +45,8 @@ class Modules:
 class PrefillModules:
     """Of one rank that prefills."""
 
-    csa: PrefillTimes
-    hca: PrefillTimes
-    rest_ms: Callable[[np.ndarray], np.ndarray]  # all layers, by the chunk's tokens
+    attention: PrefillTimes  # of all layers together
+    rest_ms: Curve  # of all layers, by the chunk's tokens
 
 
 def modules(hw: Hardware, geometry: Geometry) -> Modules:
@@ -219,9 +218,13 @@ class _Tabled:
 
         sizes = np.unique(np.geomspace(1, _LARGEST_CHUNK, 240).round())
         summed = Curve(sizes, np.asarray(rest(sizes)))
-        times = [PrefillTimes.of(found[kind][key]) for kind in kinds]
-        csa, hca = (replace(time, grid_ms=time.grid_ms * factor) for time in times)
-        return PrefillModules(csa, hca, summed)
+        csa, hca = (PrefillTimes.of(found[kind][key]) for kind in kinds)
+        geometry = self.geometry
+        chunk, start = np.meshgrid(csa.chunks, csa.starts, indexing="ij")
+        layers = geometry.n_csa * csa.grid_ms + geometry.n_hca * hca.ms(chunk, start)
+        # a sliding layer takes what an HCA layer of an empty context takes
+        layers = layers + geometry.n_sliding * hca.ms(chunk, np.zeros_like(start))
+        return PrefillModules(replace(csa, grid_ms=factor * layers), summed)
 
     def _not_timed(self, what: str, there: Mapping[str, Any]) -> FmsimError:
         message = _SPLIT.format(

@@ -5,6 +5,7 @@ All times in milliseconds. Sizes are tokens: of a decode step (requests) or of a
 
 from __future__ import annotations
 
+import bisect
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -44,6 +45,21 @@ class Curve:
         if len(self.at) < 2:
             return 0.0
         return max(0.0, float((self.ms[-1] - self.ms[-2]) / (self.at[-1] - self.at[-2])))
+
+    def one(self, size: float) -> float:
+        """At one size, without arrays."""
+        at, ms = self._lists
+        high = bisect.bisect_right(at, size)
+        if high == 0:
+            return ms[0]
+        if high == len(at):
+            return ms[-1] + (size - at[-1]) * self._slope
+        share = (size - at[high - 1]) / (at[high] - at[high - 1])
+        return ms[high - 1] + share * (ms[high] - ms[high - 1])
+
+    @cached_property
+    def _lists(self) -> tuple[list[float], list[float]]:
+        return self.at.tolist(), self.ms.tolist()
 
     def scaled(self, factor: float) -> Curve:
         return Curve(self.at, self.ms * factor)
@@ -137,6 +153,21 @@ class PrefillTimes:
         ms: Floats = between * np.maximum(1.0, chunk / self.chunks[-1])
         return ms
 
+    def one_ms(self, chunk: float, start: float) -> float:
+        """`ms` of one chunk, without arrays."""
+        chunks, starts, grid = self._lists
+        over = max(chunk - chunks[-1], 0.0)
+        low_c, share_c = _one_between(min(max(chunk, chunks[0]), chunks[-1]), chunks)
+        low_s, share_s = _one_between(start + over / 2, starts)
+        lower, upper = grid[low_c], grid[low_c + 1]
+        ms = (lower[low_s] * (1 - share_s) + lower[low_s + 1] * share_s) * (1 - share_c)
+        ms += (upper[low_s] * (1 - share_s) + upper[low_s + 1] * share_s) * share_c
+        return ms * max(1.0, chunk / chunks[-1])
+
+    @cached_property
+    def _lists(self) -> tuple[list[float], list[float], list[list[float]]]:
+        return self.chunks.tolist(), self.starts.tolist(), self.grid_ms.tolist()
+
     def _at(self, chunk: np.ndarray, start: np.ndarray) -> Floats:
         ms: Floats = self.grid_ms[chunk, start]
         return ms
@@ -145,6 +176,12 @@ class PrefillTimes:
 def _between(x: np.ndarray, points: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """The point below each x and the share of the way to the next one."""
     low = np.clip(np.searchsorted(points, x, side="right") - 1, 0, len(points) - 2)
+    return low, (x - points[low]) / (points[low + 1] - points[low])
+
+
+def _one_between(x: float, points: list[float]) -> tuple[int, float]:
+    """`_between` of one x."""
+    low = min(max(bisect.bisect_right(points, x) - 1, 0), len(points) - 2)
     return low, (x - points[low]) / (points[low + 1] - points[low])
 
 

@@ -133,7 +133,10 @@ class RunningBatch:
         self._by_phase.setdefault(self._phase(running), []).append(running)
         if request.first_token_s is None:
             self._fresh.append(request)
-        self._state = np.append(self._state, np.array([row], dtype=_STATE))
+        grown = np.empty(len(self._state) + 1, dtype=_STATE)
+        grown[:-1] = self._state
+        grown[-1] = row
+        self._state = grown
         self._changed()
 
     def _phase(self, running: _Running) -> int:

@@ -7,8 +7,6 @@ bound: operations at the device's measured matrix rate, or the reading of the we
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import numpy as np
 from numpy.typing import NDArray
 
@@ -24,42 +22,50 @@ class PrefillModel:
 
     def __init__(self, hw: Hardware, geometry: Geometry) -> None:
         """Raises FmsimError where no table has this deployment."""
-        timed = modules(hw, geometry).prefill
-        self.lower_bound = timed is None
-        self._ms: Callable[[np.ndarray, np.ndarray], np.ndarray]
-        if timed is None:
-            self._ms = lambda start, chunk: 1e3 * _at_matrix_rate_s(hw, geometry, start, chunk)
-            return
-        n_hca = geometry.n_hca
-        n_sliding = geometry.n_sliding
+        self._hw, self._geometry = hw, geometry
+        self._timed = modules(hw, geometry).prefill
+        self._full: dict[tuple[int, int], float] = {}  # seconds of whole chunks, by start and size
 
-        def measured(start: np.ndarray, chunk: np.ndarray) -> np.ndarray:
-            csa = geometry.n_selecting * timed.csa.ms(chunk, start)
-            hca = n_hca * timed.hca.ms(chunk, start)
-            sliding = n_sliding * timed.hca.ms(chunk, np.zeros_like(start))
-            ms: NDArray[np.float64] = csa + hca + sliding + timed.rest_ms(chunk)
-            return ms
+    @property
+    def lower_bound(self) -> bool:
+        """Nobody timed the prefill of this deployment."""
+        return self._timed is None
 
-        self._ms = measured
-
-    def seconds(self, start_tokens: np.ndarray, chunk_tokens: np.ndarray) -> np.ndarray:
+    def seconds(self, start_tokens: np.ndarray, chunk_tokens: np.ndarray) -> NDArray[np.float64]:
         """[n]: for each chunk of `chunk_tokens` [n] that follows `start_tokens` [n] of its
         prompt.
         """
         start, chunk = np.asarray(start_tokens, dtype=float), np.asarray(chunk_tokens, dtype=float)
-        return self._ms(start, chunk) / 1e3
+        if self._timed is None:
+            return _at_matrix_rate_s(self._hw, self._geometry, start, chunk)
+        ms = self._timed.attention.ms(chunk, start) + self._timed.rest_ms(chunk)
+        return ms / 1e3
 
+    def prompt(
+        self, prompt_tokens: int, chunk_tokens: int, done_tokens: int = 0
+    ) -> list[tuple[int, float]]:
+        """(tokens, seconds) of each chunk of one prompt, of which `done_tokens` are there."""
+        found = []
+        for start in range(done_tokens, prompt_tokens, chunk_tokens):
+            tokens = min(chunk_tokens, prompt_tokens - start)
+            if tokens < chunk_tokens:
+                found.append((tokens, self._one_s(start, tokens)))
+                continue
+            if (start, tokens) not in self._full:
+                self._full[start, tokens] = self._one_s(start, tokens)
+            found.append((tokens, self._full[start, tokens]))
+        return found
 
-def prefill_s(
-    hw: Hardware, geometry: Geometry, start_tokens: np.ndarray, chunk_tokens: np.ndarray
-) -> np.ndarray:
-    """`PrefillModel.seconds`, for one question."""
-    return PrefillModel(hw, geometry).seconds(start_tokens, chunk_tokens)
+    def _one_s(self, start: int, tokens: int) -> float:
+        if self._timed is None:
+            return float(self.seconds(np.array([start]), np.array([tokens]))[0])
+        ms = self._timed.attention.one_ms(tokens, start) + self._timed.rest_ms.one(tokens)
+        return ms / 1e3
 
 
 def _at_matrix_rate_s(
     hw: Hardware, geometry: Geometry, start_tokens: np.ndarray, chunk_tokens: np.ndarray
-) -> np.ndarray:
+) -> NDArray[np.float64]:
     """Projections and experts are split over the tensor-parallel GPUs; attention and index scores
     are not, since the one KV head is on every GPU, and the attention kernel works on all query
     heads (as the engine that FlashMemory published does).
@@ -69,10 +75,5 @@ def _at_matrix_rate_s(
     split = geometry.split_flops_per_token / hw.placed.tp
     whole = geometry.attention_flops_per_token(context, entries, _FP8_SPEEDUP)
     reading_s = hw.weight_bytes(geometry) / hw.hbm_bytes_per_s.value
-    return np.maximum(chunk_tokens * (split + whole) / hw.matmul_flops.value, reading_s)
-
-
-def chunks(prompt_tokens: int, chunk_tokens: int) -> tuple[np.ndarray, np.ndarray]:
-    """(start, length) of a prompt's chunks."""
-    start = np.arange(0, prompt_tokens, chunk_tokens)
-    return start, np.minimum(chunk_tokens, prompt_tokens - start)
+    computing_s: NDArray[np.float64] = chunk_tokens * (split + whole) / hw.matmul_flops.value
+    return np.maximum(computing_s, reading_s)

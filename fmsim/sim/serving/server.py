@@ -24,7 +24,7 @@ from fmsim.sim.serving.admission import POSITIONS, Admission, server_hardware
 from fmsim.sim.serving.batch import RunningBatch, ServedRequest
 from fmsim.sim.serving.demand import Demand
 from fmsim.sim.serving.log import Log
-from fmsim.sim.serving.prefill import PrefillModel, chunks
+from fmsim.sim.serving.prefill import PrefillModel
 from fmsim.sim.serving.requests import Arrival
 from fmsim.sim.serving.workload import RequestGenerator
 from fmsim.sim.step_cost import StepModel, memory_indexer_s
@@ -141,11 +141,11 @@ class ServerRun:
     def _prefill_elsewhere(self, request: ServedRequest) -> Process:
         with self._prefillers.request() as turn:
             yield turn
-            yield self.env.timeout(float(self.prefill.seconds(*self._chunks(request)).sum()))
+            yield self.env.timeout(sum(seconds for _, seconds in self._chunks(request)))
         self._enqueue(request)
 
-    def _chunks(self, request: ServedRequest) -> tuple[np.ndarray, np.ndarray]:
-        return chunks(request.prompt_tokens, self.options.prefill_chunk_tokens)
+    def _chunks(self, request: ServedRequest) -> list[tuple[int, float]]:
+        return self.prefill.prompt(request.prompt_tokens, self.options.prefill_chunk_tokens)
 
     def _enqueue(self, request: ServedRequest) -> None:
         self.admission.queue.append(request)
@@ -179,9 +179,7 @@ class ServerRun:
         elif self.options.prefill == "separate":
             self.env.process(self._receive_kv(request))
         else:
-            start, length = self._chunks(request)
-            seconds = self.prefill.seconds(start, length)
-            request.prefill_left = list(zip(length.tolist(), seconds.tolist()))[::-1]
+            request.prefill_left = self._chunks(request)[::-1]
             self.prefilling[request.rank].append(request)
 
     def _receive_kv(self, request: ServedRequest) -> Process:

@@ -18,7 +18,7 @@ from fmsim.sim.serving.admission import LINK, server_hardware
 from fmsim.sim.serving.banner import request_limits
 from fmsim.sim.serving.capacity.steady import Steady, SteadyState
 from fmsim.sim.serving.demand import Demand
-from fmsim.sim.serving.prefill import PrefillModel, chunks
+from fmsim.sim.serving.prefill import PrefillModel
 from fmsim.sim.serving.summary import COMPUTE
 from fmsim.sim.step_cost import StepModel
 
@@ -88,7 +88,8 @@ class CapacityQuestion:
     def prompt_chunks_s(self) -> np.ndarray:
         """[n] seconds of each chunk of one prompt on one rank."""
         prefill = PrefillModel(self.engine, self.geometry)
-        return prefill.seconds(*chunks(self.tokens, self.options.prefill_chunk_tokens))
+        chunks = prefill.prompt(self.tokens, self.options.prefill_chunk_tokens)
+        return np.array([seconds for _, seconds in chunks])
 
 
 def goodput(question: CapacityQuestion) -> dict[str, Any]:
