@@ -66,10 +66,7 @@ SET_ON = {  # constant -> the published rows it is set on
     "h20.yaml host_reserve_bytes": "1M: 40 mirrors fit, 60 do not",
     "scenarios' recall_bytes_per_s": "requests, lsa, 512K",
 }
-STAND_INS = (
-    "oracle pages",
-    "lru pages",
-)  # at 512K beside lsa: as many pages, which change less and more from window to window
+STAND_INS = ("oracle pages",)  # at 512K beside lsa: as many pages, which change less
 
 
 def footprint_bytes(geometry: Geometry, tokens: int, share: float) -> float:
