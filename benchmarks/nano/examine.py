@@ -16,6 +16,7 @@ import json
 import sys
 import time
 from collections.abc import Iterator
+from itertools import islice
 from pathlib import Path
 from typing import NamedTuple
 
@@ -58,14 +59,17 @@ def sequence(prompt: np.ndarray, questions: list[tuple[str, list[int], list[int]
     return Asked(np.array(tokens, np.uint16), answers)
 
 
-def sequences(task: str, length: int, samples: int, corpus: Corpus, seed: int) -> Iterator[Asked]:
-    """``samples`` contexts of ``length`` tokens with their questions."""
+def sequences(
+    task: str, length: int, samples: int, corpus: Corpus, seed: int, workers: Workers
+) -> Iterator[Asked]:
+    """Of ``samples`` contexts of ``length`` tokens with their questions, those of this process."""
+    mine = range(workers.rank, samples, workers.count)
     if task != "families":
-        for prompt, questions in prompts_of(task, length, samples, corpus, seed):
+        for prompt, questions in prompts_of(task, length, samples, corpus, seed, mine):
             yield sequence(prompt, [(task, *question) for question in questions])
         return
     wanted = [name for name in SHARING if name not in UNTAUGHT]
-    for sample in range(samples):
+    for sample in mine:
         [context] = tasks.build(wanted, length, sample, corpus, seed)
         rounds = [q for q in context.questions if q.task == "multi_round"]
         asked = [q for q in context.questions if q.task != "multi_round"] + rounds[-1:]
@@ -109,22 +113,14 @@ def examine(
     deadline = time.monotonic() + seconds
     for item in plan:
         task, length, samples = item.split(":")
-        started, verdicts, read, contexts = time.monotonic(), [], 0, 0
-        mine = [
-            asked
-            for number, asked in enumerate(
-                sequences(task, int(length), int(samples), corpus, seed)
-            )
-            if number % workers.count == workers.rank
-        ]  # fmt: skip
-        made, abreast = time.monotonic(), max(1, AT_ONCE // int(length))
-        for first in range(0, len(mine), abreast):
-            if time.monotonic() > deadline:
-                break
-            batch = mine[first : first + abreast]
+        started, verdicts, read, contexts, seconds_read = time.monotonic(), [], 0, 0, 0.0
+        mine = sequences(task, int(length), int(samples), corpus, seed, workers)
+        abreast = max(1, AT_ONCE // int(length))
+        while time.monotonic() < deadline and (batch := list(islice(mine, abreast))):
+            made = time.monotonic()
             verdicts += judged(model, batch, workers.device)
             read, contexts = read + sum(len(asked.tokens) for asked in batch), contexts + len(batch)
-        seconds_read = time.monotonic() - made
+            seconds_read += time.monotonic() - made
         parts = workers.gathered((verdicts, contexts, read))
         verdicts = [verdict for part in parts for verdict in part[0]]
         contexts, read = sum(part[1] for part in parts), sum(part[2] for part in parts)

@@ -15,13 +15,15 @@ from fmsim.errors import FmsimError
 from fmsim.nano import tokenizer as bpe
 from fmsim.nano import wording as say
 from fmsim.nano.tokens import Corpus
-from fmsim.nano.wording import Insert, Wording
+from fmsim.nano.wording import Insert, Tokens, Wording
 
 SHORTEST_TOKENS = 512
 # positions jump only between whole blocks, so no compressed entry straddles a jump
 BLOCK_TOKENS = 128
 TURN_TOKENS = 120  # of a memory session, on average
 TURNS_A_SESSION = 8
+# of a tracking sequence's chains: how many variables, and how often; the exam has five
+CHAIN, CHAIN_ODDS = (2, 3, 4, 5, 6), (0.1, 0.15, 0.2, 0.4, 0.15)
 SNAP_ODDS = 0.8  # of inserts standing after a sentence or line rather than anywhere
 
 
@@ -42,10 +44,15 @@ ALL_KINDS = {"dense": 0.35, "sparse": 0.2, "mixed": 0.3, "memory": 0.1, "text": 
 LESSONS = {
     "dense": 0.24, "sparse": 0.22, "mixed": 0.34, "memory": 0.1, "update": 0.08, "text": 0.02,
 }  # fmt: skip
+EXAM = {
+    "dense": 0.14, "sparse": 0.18, "mixed": 0.22, "memory": 0.1, "update": 0.1, "tracking": 0.1,
+    "together": 0.14, "text": 0.02,
+}  # fmt: skip
 MIXTURES = {
     "dense": Mixture({"dense": 1.0}),
     "all": Mixture(ALL_KINDS),
     "lessons": Mixture(LESSONS, skip_odds=0.5, max_position=1_040_000),
+    "exam": Mixture(EXAM, skip_odds=0.5, max_position=1_040_000),
 }
 
 
@@ -205,6 +212,54 @@ def update_inserts(
     return inserts
 
 
+def tracking_inserts(
+    rng: np.random.Generator, words: Wording, length: int, density: float
+) -> list[Insert]:
+    """One chain of variables to one every 1,536 tokens, rather few than many; half of them near
+    together.
+    """
+    most = max(2.0, density * length / 1536)
+    count = int(np.exp(rng.uniform(0, np.log(most + 1))))
+    names = iter(words.some_names(rng, min(len(words.names), 6 * count)))
+    at_end = rng.random() < 0.6
+    inserts = []
+    for _ in range(count):
+        chain = [name for name, _ in zip(names, range(rng.choice(CHAIN, p=CHAIN_ODDS)))]
+        if not chain:
+            break
+        width = 0.95 * (np.exp(rng.uniform(np.log(0.02), 0)) if rng.random() < 0.5 else 1.0)
+        places = (0.95 - width) * rng.random() + width * np.sort(rng.random(len(chain)))
+        inserts += chain_of(rng, words, chain, places, at_end)
+    return inserts
+
+
+def together_inserts(
+    rng: np.random.Generator, words: Wording, length: int, density: float
+) -> list[Insert]:
+    """Everything in one context of dated sessions, few or many of each kind, most of it asked for
+    near the end.
+    """
+    most = np.log(1 + max(2.0, density * length / 2048))
+    things, facts, *episodes = (int(np.exp(rng.uniform(0, most))) for _ in range(5))
+    at_end = rng.random() < 0.7
+    inserts = session_marks(rng, length).inserts
+    for thing in words.some_nouns(rng, min(2 * things, len(words.nouns))):
+        told = np.sort(rng.random(1 + (rng.random() < 0.4))) * 0.95
+        values = [words.value(rng) for _ in told]
+        inserts += [say.tell(place, thing, value) for place, value in zip(told, values)]
+        inserts.append(say.recall(_later(rng, told[-1], at_end), thing, values[-1]))
+    keys = iter(words.keys(rng, 2 * facts + 5 * sum(episodes)))
+    for key, place in zip(keys, rng.random(2 * facts) * 0.95):
+        value = words.value(rng)
+        inserts.append(say.fact(rng, place, key, value))
+        inserts.append(say.ask(_later(rng, place, at_end), key, value))
+    names = iter(words.some_names(rng, min(len(words.names), 5 * episodes[0])))
+    for episode, count in zip((tracking, several_values, several_keys), episodes):
+        for _ in range(count):
+            inserts += episode(rng, words, names if episode is tracking else keys, at_end)
+    return inserts
+
+
 def text_inserts(
     rng: np.random.Generator, words: Wording, length: int, density: float
 ) -> list[Insert]:
@@ -218,6 +273,8 @@ INSERTS = {
     "mixed": mixed_inserts,
     "memory": memory_inserts,
     "update": update_inserts,
+    "tracking": tracking_inserts,
+    "together": together_inserts,
     "text": text_inserts,
 }
 
@@ -246,8 +303,16 @@ def tracking(rng, words: Wording, names, at_end: bool) -> list[Insert]:
     chain = [name for name, _ in zip(names, range(rng.integers(2, 6)))]
     if not chain:
         return []
+    return chain_of(rng, words, chain, np.sort(rng.random(len(chain))) * 0.95, at_end)
+
+
+def chain_of(
+    rng: np.random.Generator, words: Wording, chain: list[Tokens], places: np.ndarray, at_end: bool
+) -> list[Insert]:
+    """Variables set at ``places``, the first to a value, each other to the one before it; and the
+    question.
+    """
     value = words.value(rng)
-    places = np.sort(rng.random(len(chain))) * 0.95
     sets = [say.assign(places[0], chain[0], value, None)]
     sets += [
         say.assign(place, name, None, source)

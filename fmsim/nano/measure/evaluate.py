@@ -12,7 +12,7 @@ from __future__ import annotations
 import argparse
 import json
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -31,12 +31,17 @@ Question = tuple[list[int], list[int]]  # tokens that lead up to the answer, and
 
 
 def prompts_of(
-    kind: str, length: int, samples: int, corpus: Corpus, seed: int
+    kind: str,
+    length: int,
+    samples: int,
+    corpus: Corpus,
+    seed: int,
+    numbers: Iterable[int] | None = None,
 ) -> Iterator[tuple[np.ndarray, list[Question]]]:
     """Prompts of ``length`` tokens, and the questions put to each; asked facts stand at evenly
-    spread depths.
+    spread depths. Of ``samples`` prompts those ``numbers`` alone, where they are given.
     """
-    for sample in range(samples):
+    for sample in range(samples) if numbers is None else numbers:
         rng = np.random.default_rng((seed, length, sample))
         if kind == "many":
             yield _many(length, rng, corpus)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import accumulate
 
 from fmsim.errors import FmsimError
@@ -14,9 +14,10 @@ class Stage:
     """One length of a curriculum.
 
     seconds: counted from its third step on, since the first ones compile; batch_tokens: of one GPU
-    and step; rates: the learning rate at its start and its end; top_k: how many entries a CSA
-    layer's query attends to and how often, 0 for all of them; calm and recompute: see
-    `forward.Manner`; mixture: of `weaving.MIXTURES`.
+    and step; rates: the learning rates between which half a cosine falls; top_k: how many entries a
+    CSA layer's query attends to and how often, 0 for all of them; calm and recompute: see
+    `forward.Manner`; mixture: of `weaving.MIXTURES`; part: from where to where of the half cosine
+    this stage goes, for a cosine over several stages.
     """
 
     length: int
@@ -28,13 +29,14 @@ class Stage:
     calm: float = 0.5
     recompute: bool = False
     warmup: int = 0
+    part: tuple[float, float] = (0.0, 1.0)
 
     def learning_rate(self, step: int, share: float) -> float:
-        """After ``step`` steps, at ``share`` of the stage: half a cosine from one rate to the
-        other.
-        """
+        """After ``step`` steps, at ``share`` of the stage."""
         first, last = self.rates
-        rate = last + (first - last) * 0.5 * (1 + math.cos(math.pi * min(1.0, share)))
+        start, end = self.part
+        turned = math.pi * (start + (end - start) * min(1.0, share))
+        rate = last + (first - last) * 0.5 * (1 + math.cos(turned))
         return rate * min(1.0, (step + 1) / max(1, self.warmup))
 
     def draw_top_k(self, number: float) -> int | None:
@@ -56,7 +58,7 @@ def tiny(stages: tuple[Stage, ...]) -> tuple[Stage, ...]:
             length=min(stage.length, 1024 * 2 ** min(number, 1)), seconds=2,
             batch_tokens=FEW_TOKENS,
             rates=stage.rates, top_k=((128, 0.5), (0, 0.5)), mixture=stage.mixture,
-            calm=stage.calm, recompute=stage.recompute, warmup=stage.warmup,
+            calm=stage.calm, recompute=stage.recompute, warmup=stage.warmup, part=stage.part,
         )
         for number, stage in enumerate(stages)
     )  # fmt: skip
@@ -71,6 +73,19 @@ CURRICULA = {
     ),
     # What a minute of two GPUs is good for, the first nano grown.
     "minute": (Stage(32768, 60, 32768, (8e-4, 1e-5), LAST, warmup=40),),
+    # The shipped one, in two calls of one machine: the first two stages, then the others.
+    "nano2": tuple(
+        Stage(
+            length, seconds, max(65536, length), (1e-3, 1e-5), top_k, mixture="exam", calm=0.7,
+            warmup=warmup, part=part,
+        )
+        for length, seconds, top_k, warmup, part in (
+            (4096, 50, MIXED, 60, (0.0, 0.06)),
+            (32768, 450, MIXED, 0, (0.06, 0.62)),
+            (32768, 180, MIXED, 0, (0.62, 0.86)),
+            (131072, 100, LAST, 0, (0.86, 1.0)),
+        )
+    ),
     # For a model that went through the first, a fresh optimiser and more time at long lengths.
     "longer": (
         Stage(32768, 400, 65536, (8e-4, 1.5e-4), MIXED, warmup=60),
@@ -80,8 +95,13 @@ CURRICULA = {
 
 
 def curriculum(name: str) -> tuple[Stage, ...]:
-    """A curriculum by name; "tiny-NAME" is a small likeness of it."""
-    wanted = name.removeprefix("tiny-")
-    if wanted not in CURRICULA:
+    """A curriculum by name; "tiny-NAME" is a small likeness of it, "brief-NAME" has the same
+    lengths for two seconds each, which compile all kernels.
+    """
+    manner, dash, wanted = name.rpartition("-")
+    if wanted not in CURRICULA or (dash and manner not in ("tiny", "brief")):
         raise FmsimError(f"no curriculum {name!r}; there are {', '.join(CURRICULA)}")
-    return CURRICULA[wanted] if wanted == name else tiny(CURRICULA[wanted])
+    stages = CURRICULA[wanted]
+    if manner == "tiny":
+        return tiny(stages)
+    return tuple(replace(stage, seconds=2) for stage in stages) if manner else stages

@@ -59,14 +59,19 @@ class Settings:
 
 
 def run(
-    trainer: Trainer, stages: tuple[Stage, ...], settings: Settings, first_stage: int = 0
+    trainer: Trainer,
+    stages: tuple[Stage, ...],
+    settings: Settings,
+    first_stage: int = 0,
+    until: int | None = None,
 ) -> None:
-    """The stages from ``first_stage`` on, until they or the seconds are over; each leaves its
-    state.
+    """The stages from ``first_stage`` to before ``until``, until they or the seconds are over; each
+    leaves its state.
     """
     deadline = time.monotonic() + settings.seconds
-    for number in range(first_stage, len(stages)):
-        share = stages[number].seconds / sum(stage.seconds for stage in stages[number:])
+    end = len(stages) if until is None else until
+    for number in range(first_stage, end):
+        share = stages[number].seconds / sum(stage.seconds for stage in stages[number:end])
         run_stage(trainer, stages[number], number, deadline, share, settings)
         if trainer.workers.rank == 0:
             export(trainer.model, settings.out / "model")
@@ -177,6 +182,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True, help="folder of log, state and model")
     parser.add_argument("--curriculum", default="grown", help="of fmsim.nano.training.stages")
     parser.add_argument("--stage", type=int, default=0, help="the stage to begin with")
+    parser.add_argument("--until", type=int, help="the stage to end before")
     parser.add_argument("--resume", type=Path, help="state.pt of an earlier call on this machine")
     parser.add_argument("--seconds", type=float, default=3600, help="of the whole call's training")
     parser.add_argument("--fit", action="store_true", help="share out the seconds among stages")
@@ -193,7 +199,7 @@ def main() -> None:
         trainer.load(args.resume)
     _log(workers, {"command": " ".join(sys.argv), "date": time.strftime("%F %T")}, args.out)
     settings = Settings(args.corpus, args.out, args.seconds, args.fit, args.workers, args.seed)
-    run(trainer, curriculum(args.curriculum), settings, args.stage)
+    run(trainer, curriculum(args.curriculum), settings, args.stage, args.until)
     _log(workers, {"done": True}, args.out)
     workers.first(0.0)
     workers.close()
