@@ -17,8 +17,9 @@ from fmsim.errors import FmsimError
 from fmsim.exec.runs.stream import Stream, Turn, n_steps
 from fmsim.nano import tokenizer as bpe
 from fmsim.nano import wording as say
+from fmsim.nano.lessons import Sessions, session_marks
 from fmsim.nano.tokens import Corpus
-from fmsim.nano.weaving import Sessions, session_marks, weave
+from fmsim.nano.weaving import weave
 from fmsim.nano.wording import Insert, Tokens, Wording
 
 VALUE_DIGITS = 5

@@ -13,7 +13,7 @@ import numpy as np
 from fmsim.errors import FmsimError
 from fmsim.nano import tokenizer as bpe
 from fmsim.nano import wording as say
-from fmsim.nano.weaving import session_marks
+from fmsim.nano.lessons import session_marks
 from fmsim.nano.wording import Insert, Tokens, Wording
 from fmsim.tasks.questions import Question, Scoring, texts
 

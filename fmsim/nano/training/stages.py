@@ -48,6 +48,7 @@ class Stage:
 
 MIXED = ((512, 0.5), (256, 0.25), (128, 0.25))
 LAST = ((512, 1.0),)
+SHORT = ((512, 0.7), (128, 0.3))
 FEW_TOKENS = 2048
 
 
@@ -76,14 +77,41 @@ CURRICULA = {
     # The shipped one, in two calls of one machine: the first two stages, then the others.
     "nano2": tuple(
         Stage(
-            length, seconds, max(65536, length), (1e-3, 1e-5), top_k, mixture="exam", calm=0.7,
-            warmup=warmup, part=part,
+            length,
+            seconds,
+            max(65536, length),
+            (1e-3, 1e-5),
+            top_k,
+            mixture="exam",
+            calm=0.7,
+            warmup=warmup,
+            part=part,
         )
         for length, seconds, top_k, warmup, part in (
             (4096, 50, MIXED, 60, (0.0, 0.06)),
             (32768, 450, MIXED, 0, (0.06, 0.62)),
             (32768, 180, MIXED, 0, (0.62, 0.86)),
             (131072, 100, LAST, 0, (0.86, 1.0)),
+        )
+    ),
+    # What "nano2" did not learn: names that stand before a value, values in their order.
+    "chains": tuple(
+        Stage(
+            length,
+            seconds,
+            max(65536, length),
+            (8e-4, 1e-5),
+            top_k,
+            mixture=mixture,
+            calm=0.7,
+            warmup=warmup,
+            part=part,
+        )
+        for length, seconds, top_k, mixture, warmup, part in (
+            (1024, 50, SHORT, "chains", 60, (0.0, 0.2)),
+            (4096, 60, MIXED, "chains", 0, (0.2, 0.45)),
+            (32768, 100, MIXED, "finish", 0, (0.45, 0.87)),
+            (131072, 30, LAST, "finish", 0, (0.87, 1.0)),
         )
     ),
     # For a model that went through the first, a fresh optimiser and more time at long lengths.
