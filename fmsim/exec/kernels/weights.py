@@ -23,16 +23,22 @@ def scale_shape(
     return (*shape[:-2], cdiv(shape[-2], block[0]), cdiv(shape[-1], block[1]))
 
 
-def quantise(weight: Tensor) -> tuple[Tensor, Tensor]:
+def quantise(
+    weight: Tensor, block: tuple[int, int] = (BLOCK, BLOCK), powers: bool = False
+) -> tuple[Tensor, Tensor]:
     """A weight [..., out, in] -> float8_e4m3fn of the same shape and float32 scales: each block's
-    largest amount becomes 448.
+    largest amount becomes 448, or no more than it where scales are ``powers`` of two, as the
+    release's are: then bfloat16 holds what comes back exactly.
     """
     rows, columns = weight.shape[-2:]
-    padded = torch.nn.functional.pad(weight.float(), (0, -columns % BLOCK, 0, -rows % BLOCK))
-    # [..., out blocks, 128, in blocks, 128]
-    blocks = padded.unflatten(-1, (-1, BLOCK)).unflatten(-3, (-1, BLOCK))
+    spare = (0, -columns % block[1], 0, -rows % block[0])
+    padded = torch.nn.functional.pad(weight.float(), spare)
+    # [..., out blocks, rows of one, in blocks, columns of one]
+    blocks = padded.unflatten(-1, (-1, block[1])).unflatten(-3, (-1, block[0]))
     largest = blocks.abs().amax((-3, -1))
     scale = torch.where(largest > 0, largest / LARGEST, 1.0)
+    if powers:
+        scale = torch.exp2(scale.log2().ceil())
     codes = (blocks / scale[..., :, None, :, None]).to(torch.float8_e4m3fn)
     return codes.flatten(-2).flatten(-3, -2)[..., :rows, :columns].contiguous(), scale
 
