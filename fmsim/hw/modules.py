@@ -221,7 +221,7 @@ class _Tabled:
         csa, hca = (PrefillTimes.of(found[kind][key]) for kind in kinds)
         geometry = self.geometry
         chunk, start = np.meshgrid(csa.chunks, csa.starts, indexing="ij")
-        layers = geometry.n_csa * csa.grid_ms + geometry.n_hca * hca.ms(chunk, start)
+        layers = geometry.n_selecting * csa.grid_ms + geometry.n_hca * hca.ms(chunk, start)
         # a sliding layer takes what an HCA layer of an empty context takes
         layers = layers + geometry.n_sliding * hca.ms(chunk, np.zeros_like(start))
         return PrefillModules(replace(csa, grid_ms=factor * layers), summed)
