@@ -37,9 +37,9 @@ MEANINGS = {
     "attention_history": "what past steps selected and attended to; no index keys",
     "predicted_future": "a model's guess at what comes, from hidden states and index keys",
     "future": "what will really come: a bound, not for an engine",
-    "request": "once for all layers of a request",
-    "step": "at each step, alike in all layers",
-    "layer": "each layer by itself",
+    "request": "for a whole request: once, or for all its layers together",
+    "step": "at each step, by the same in all layers",
+    "layer": "each layer by what it saw itself",
 }
 
 
@@ -67,7 +67,12 @@ def with_reference(page: str, text: str) -> str:
 def reference() -> str:
     """All sections."""
     parts = [
-        section("Declarations", "Class attributes; each must be set.", declarations()),
+        section(
+            "Declarations",
+            "Class attributes; each must be set. `decision_scope` is for the reader: nothing goes"
+            " by it.",
+            declarations(),
+        ),
         section("Switches", text_of(PolicyParams), switches()),
         section("Methods", text_of(base.Policy), members(base.Policy)),
         section(
@@ -147,6 +152,9 @@ def head_of(node: ast.FunctionDef) -> str:
     if any(isinstance(d, ast.Name) and d.id == "property" for d in node.decorator_list):
         return node.name
     names = [arg.arg for arg in node.args.args if arg.arg != "self"]
+    defaults = [ast.unparse(default) for default in node.args.defaults]
+    for place, default in enumerate(defaults, len(names) - len(defaults)):
+        names[place] += f"={default}"
     if node.args.kwarg:
         names.append(f"**{node.args.kwarg.arg}")
     return f"{node.name}({', '.join(names)})"

@@ -13,17 +13,20 @@ decisions, slot for slot.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
-from typing import Any, ClassVar, Literal, Protocol
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from fmsim import arrays
 from fmsim.errors import FmsimError, shown
 from fmsim.policies.budget import Budget
-
-Array = Any  # a numpy or torch array; the array API has no common type
+from fmsim.policies.handed import Array as Array
+from fmsim.policies.handed import Context as Context
+from fmsim.policies.handed import Future as Future
+from fmsim.policies.handed import LookaheadState as LookaheadState
+from fmsim.policies.handed import Observation as Observation
+from fmsim.policies.handed import Residents as Residents
 
 Action = Literal["visibility_only", "evict", "hierarchical"]
 Evidence = Literal[
@@ -109,155 +112,6 @@ class Pins:
         return min(n_pages, self.sink + max(self.recent, decoded, 1))
 
 
-@dataclass(frozen=True)
-class LookaheadState:
-    """What a lookahead policy may score for window w: nothing in it is younger than the window's
-    start.
-    """
-
-    hidden: Array  # [L, H] float32: the CSA layers' attention input at `position`
-    position: int  # absolute position of the last token before the window
-    # [L, n_entries, D] float32: index keys of the entries visible at `position`; in an engine
-    # perhaps by `keys[target layer]` only
-    keys: Array
-    n_entries: int  # visible at `position`
-
-
-class Future(Protocol):
-    """What is to come; handed only to policies whose evidence is "future"."""
-
-    def window(self, step: int, horizon: int) -> tuple[Array, Array]:
-        """Over the steps [step, step + horizon): (mass float32 [G, P] summed, used bool [G, P])."""
-
-    def first_use(self) -> Array:
-        """int32 [G, P]: the first step that uses each page, or `never`."""
-
-    def next_use(self, step: int) -> Array:
-        """int32 [G, n], beside `Observation.pages` of this step: the next later step that uses the
-        page, or `never`.
-        """
-
-    never: int  # later than any step
-
-
-class Residents(Protocol):
-    """What is resident now: a view that changes as pages move."""
-
-    def has(self, pages: Array) -> Array:
-        """bool [G, n]: which of `pages` int [G, n] are resident; False for padding (-1)."""
-
-    @property
-    def pages(self) -> Array:
-        """int32 [G, S]: the page in each slot, -1 where a slot is empty, and beyond the slots that
-        the group has (`Context.group_slots`). Not to be written to.
-        """
-
-
-@dataclass(frozen=True)
-class Context:
-    """What a policy knows at reset, before the first decode step.
-
-    Counts are of the trace's layers and entries.
-    """
-
-    n_layers: int  # CSA layers of the trace
-    n_groups: int  # G: n_layers, or 1 with scope shared
-    n_pages: int  # P: all pages there will be at the end of the run
-    n_slots: int  # S: slots in each group, from the budget; the most of any group
-    granularity: int  # entries in a page
-    prompt_entries: int  # that the prompt leaves
-    topk: int  # entries that a layer selects in a step
-    n_steps: int  # T; the engine passes the most it will decode
-    tau: int = 64  # steps in a window of `lookahead`
-    entry_tokens: int = 4  # tokens of the text in an entry (the CSA rate)
-    csa_numbers: tuple[
-        int, ...
-    ] = ()  # which of the model's CSA layers the n_layers are, from 0; the first ones if empty
-    seed: int = 0  # of all that a policy draws
-    # slots of each group, where a policy shares its budget unevenly; else n_slots each
-    group_slots: tuple[int, ...] = ()
-    prompt_mass: Array | None = (
-        None  # [G, P] float32: attention mass of the prompt's queries on each page
-    )
-    lookahead: Callable[[int], LookaheadState] | None = None  # window -> state
-    # step -> the newest state that is known when the step begins, of a step that the trace has
-    # (every tau) or that the engine keeps (every tau, and every `Policy.state_steps`)
-    newest_state: Callable[[int], LookaheadState] | None = None
-    future: Future | None = None  # for evidence "future" alone
-    # what is resident now; given by every cache manager, a context made by hand may lack it
-    residents: Residents = None  # type: ignore[assignment]
-    xp: Any = None  # array namespace; numpy unless given
-    device: Any = None  # of the arrays; None is the namespace's own
-    _start: Array = field(
-        init=False, repr=False, default=None
-    )  # [G, 1] where each row of a table starts
-
-    def __post_init__(self) -> None:
-        if self.xp is None:
-            import array_api_compat.numpy as numpy_namespace
-
-            object.__setattr__(self, "xp", numpy_namespace)
-        if not self.group_slots:
-            object.__setattr__(self, "group_slots", (self.n_slots,) * self.n_groups)
-        if self.newest_state is None and self.lookahead is not None:
-            of_window, tau = self.lookahead, self.tau
-            object.__setattr__(self, "newest_state", lambda step: of_window(step // tau))
-        start = self.xp.arange(self.n_groups, dtype=self.xp.int64, device=self.device)[:, None] * (
-            self.n_pages + 1
-        )
-        object.__setattr__(self, "_start", start)
-
-    def pages(self, entries: int) -> int:
-        """The number of pages that `entries` entries fill, rounded up."""
-        return -(-entries // self.granularity)
-
-    def table(self, value: float = 0, dtype: str = "float32") -> Array:
-        """A [G, P + 1] table filled with `value`; its last column is the sink of padding."""
-        shape = (self.n_groups, self.n_pages + 1)
-        return self.xp.full(shape, value, dtype=getattr(self.xp, dtype), device=self.device)
-
-    def read(self, table: Array, pages: Array) -> Array:
-        """table[g, pages[g, i]] as [G, n]; page -1 reads the sink. `table` is one of `table`'s
-        shape.
-        """
-        self._check(table)
-        return arrays.read(table, self._start, pages)
-
-    def put(self, table: Array, pages: Array, values: Array | float) -> None:
-        """table[g, pages[g, i]] = values[g, i] in place; page -1 writes the sink.
-
-        Pages are unique in a row, padding aside. `values` may be a number.
-        """
-        self._check(table)
-        arrays.put(table, self._start, pages, values)
-
-    def _check(self, table: Array) -> None:
-        """Another width would read another row's pages in silence."""
-        if table.shape != (self.n_groups, self.n_pages + 1):
-            raise FmsimError(
-                f"ctx.read and ctx.put take a table as ctx.table makes it,"
-                f" [{self.n_groups}, {self.n_pages + 1}]; this one is {list(table.shape)}"
-            )
-
-
-@dataclass(frozen=True)
-class Observation:
-    """One step's use of pages, after misses were dealt with.
-
-    All arrays [G, n]; pages unique in a row, -1 = padding.
-
-    Where all index keys stay on the GPU, `pages` are all that the native indexer selected. Where a
-    policy masks and `sees` residents alone, they are those of the resident pages. `mass` is seen
-    only where the page was attended to, so it is 0 for a masked page.
-    """
-
-    pages: Array  # int32
-    count: Array  # int32: entries selected in the page (over all layers where they share)
-    mass: Array  # float32: attention mass on them
-    hit: Array  # bool: resident when the step began
-    fetched: Array  # bool: loaded for this step
-
-
 class Policy:
     """A priority over pages.
 
@@ -277,7 +131,8 @@ class Policy:
     class Params(PolicyParams):
         pass
 
-    needs_mass: ClassVar[bool] = False  # it means nothing without attention masses
+    # it means nothing without attention masses; a trace that has none is refused
+    needs_mass: ClassVar[bool] = False
     floor: float | None = (
         None  # a page of lower worth is not kept at a decision, even where there is room
     )
@@ -354,7 +209,8 @@ class Policy:
         order of eviction, least worth first.
 
         Called after every change: by a write, a decision, a prefetch or a miss; and for what the
-        prefill leaves, with step 0.
+        prefill leaves, with step 0. Both have one column at least. Where nothing moved it may be
+        called too, with padding alone. What passes through within a step is in neither.
         """
 
     def prefetch(self, step: int) -> Array | None:

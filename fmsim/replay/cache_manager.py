@@ -11,7 +11,7 @@ from typing import Any
 from array_api_compat import array_namespace
 
 from fmsim import arrays
-from fmsim.errors import DoesNotFit
+from fmsim.errors import DoesNotFit, PolicyError
 from fmsim.policies.base import Context, Observation, Policy
 from fmsim.policies.guard import Guarded
 from fmsim.replay import needs
@@ -116,7 +116,7 @@ class CacheManager:
     def decide(self, step: int) -> Moves:
         """Choose the resident set anew among all visible pages."""
         self.policy.decide(step)
-        worth = self.policy.worth_of_first(step, self.visible)
+        worth = self._ranked(step, self.policy.worth_of_first(step, self.visible))
         return self._told(step, self.residency.choose(worth, self.policy.floor, self._pinned()))
 
     def prefetch(self, step: int) -> Moves | None:
@@ -195,11 +195,21 @@ class CacheManager:
         moves = self.residency.admit(
             pages,
             incoming,
-            lambda resident: self.policy.worth(step, resident),
+            lambda resident: self._ranked(step, self.policy.worth(step, resident)),
             self._pinned(),
             in_use,
         )
         return self._told(step, moves)
+
+    def _ranked(self, step: int, worth: Array) -> Array:
+        """The same worth, if it is of a type that can be ranked; a GPU is not waited for."""
+        xp = self.ctx.xp
+        if worth.dtype == xp.float32 or xp.isdtype(worth.dtype, "integral"):
+            return worth
+        raise PolicyError(
+            f"policy {self.policy.name}, step {step}: worth has dtype {worth.dtype}; it must be"
+            " float32 or an integer"
+        )
 
     def _told(self, step: int, moves: Moves) -> Moves:
         """The same moves, once a policy that follows them was told."""

@@ -55,7 +55,8 @@ class PolicyCheck:
             raise AssertionError(said) from error
         except (Exception, SystemExit) as error:  # whatever a policy raises
             raise AssertionError(
-                f"policy {self.policy}: it raised {type(error).__name__}: {error}"
+                f"policy {self.policy}: it raised {type(error).__name__}:"
+                f" {str(error).strip().partition(chr(10))[0]}"
             ) from error
 
     def __str__(self) -> str:

@@ -5,8 +5,9 @@ from __future__ import annotations
 import importlib.util
 import inspect
 import pickle
+import re
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from functools import cached_property
 from typing import Any
 
@@ -14,13 +15,14 @@ import array_api_compat.numpy as numpy_namespace
 import numpy as np
 
 from fmsim.policies import registry
-from fmsim.policies.base import Observation, Policy, PolicyParams
+from fmsim.policies.base import Context, Observation, Policy, PolicyParams
 from fmsim.replay.decode_loop import DecodeLoop
 from fmsim.replay.ledger import Ledger
 from fmsim.replay.replayer import Replayer
 from fmsim.testing.sample import with_other_end, with_other_keys, with_other_mass
 from fmsim.trace import Trace
 
+NAME = re.compile("[A-Za-z0-9-]+")
 BLIND_TO_MASS = ("position", "kv_derived")
 BLIND_TO_KEYS = ("position", "attention_history")
 LOADS = ("demand_loads", "lookahead_loads")
@@ -61,6 +63,8 @@ class Subject:
 def declarations(policy: type[Policy]) -> None:
     """It has a name, a docstring, and the three declarations in their own words."""
     fault = registry.fault_of(policy)
+    if fault is None and not NAME.fullmatch(policy.name):
+        fault = f"has the `name` {policy.name!r}; take letters, digits and hyphens"
     assert fault is None, f"policy {getattr(policy, 'name', policy.__name__)}: it {fault}"
     assert policy.__doc__, (
         f"policy {policy.name}: write a docstring that says what it keeps, and its source"
@@ -180,7 +184,7 @@ def torch_agrees(subject: Subject) -> None:
     import array_api_compat.torch as torch_namespace
 
     policy = only_reading(subject.policy)(subject.params)
-    theirs = _slots(subject.replayer, policy, torch_namespace)
+    theirs = _slots(subject.replayer, policy, Placing(torch_namespace))
     ours = _slots(subject.replayer, subject.make(), numpy_namespace)
     for step, (one, other) in enumerate(zip(ours, theirs, strict=True)):
         assert np.array_equal(one, other), (
@@ -205,6 +209,32 @@ def evidence(subject: Subject) -> None:
     if kind != "future":
         step = trace.n_steps * 2 // 3
         _same_with(subject, with_other_end(trace, step), step, "what is still to come")
+
+
+def target_layers(subject: Subject) -> None:
+    """With `target_layers`, the index keys of other layers make no difference."""
+    targets, trace = subject.make().target_layers(), subject.trace
+    if targets and trace.index_keys is not None:
+        others = [row for row, layer in enumerate(trace.csa_numbers) if layer not in targets]
+        changed = with_other_keys(trace, others)
+        what = f"index keys of other layers than its target layers, {list(targets)},"
+        _same_with(subject, changed, len(trace.entry_ids), what)
+
+
+def pins_stand(subject: Subject) -> None:
+    """With `layer_shares`, the answer of `pins` does not depend on `ctx.n_slots`."""
+    policy = subject.make()
+    ctx = subject.replayer.source(policy).manager.ctx
+    if policy.layer_shares(ctx.n_layers) is None:
+        return
+    answers = []
+    for n_slots in (ctx.n_slots, 2 * ctx.n_slots):
+        policy.reset(replace(ctx, n_slots=n_slots, group_slots=()))
+        answers.append(policy.pins())
+    assert answers[0] == answers[1], (
+        f"{subject.name}: pins answers {answers[0]} with {ctx.n_slots} slots and {answers[1]} with"
+        " as many again; its layers' slots are shared out by that answer"
+    )
 
 
 def decides_ahead(subject: Subject) -> None:
@@ -240,6 +270,8 @@ OF_REPLAYS: tuple[Callable[[Subject], None], ...] = (
     worth_only_answers,
     torch_agrees,
     evidence,
+    target_layers,
+    pins_stand,
     decides_ahead,
 )
 
@@ -265,6 +297,30 @@ def _slots(replayer: Replayer, policy: Policy, xp: Any = None) -> Iterator[np.nd
         yield np.asarray(source.manager.residency.slots).copy()
 
 
+class Placing:
+    """An array namespace that wants to be told where a new array lies.
+
+    Without it torch makes arrays on the host, which on a GPU fails at the first use.
+    """
+
+    def __init__(self, xp: Any) -> None:
+        self._xp = xp
+
+    def __getattr__(self, name: str) -> Any:
+        found = getattr(self._xp, name)
+        if name not in ("arange", "empty", "eye", "full", "linspace", "ones", "zeros"):
+            return found
+
+        def made(*args: Any, **kwargs: Any) -> Any:
+            assert "device" in kwargs, (
+                f"xp.{name} without a device makes an array on the host, not on the GPU; write"
+                f" xp.{name}(..., device=ctx.device)"
+            )
+            return found(*args, **kwargs)
+
+        return made
+
+
 def only_reading(policy: type[Policy]) -> type[Policy]:
     """The same policy, which says so when it writes to an array that it is handed.
 
@@ -275,7 +331,7 @@ def only_reading(policy: type[Policy]) -> type[Policy]:
         method = getattr(policy, key)
 
         def call(self: Policy, step: int, *args: Any) -> Any:
-            arrays = dict(_arrays(args))
+            arrays = dict(_arrays(args)) | _arrays_of(self.ctx)
             copies = {what: self.ctx.xp.asarray(a, copy=True) for what, a in arrays.items()}
             answer = method(self, step, *args)
             for what, array in arrays.items():
@@ -290,6 +346,12 @@ def only_reading(policy: type[Policy]) -> type[Policy]:
     handed = ("observe", "wrote", "moved", "worth")
     overridden = [key for key in handed if getattr(policy, key) is not getattr(Policy, key)]
     return type(policy.__name__, (policy,), {key: checked(key) for key in overridden})
+
+
+def _arrays_of(ctx: Context) -> dict[str, Any]:
+    """What a policy can reach at any time, and others read."""
+    of_prompt = {} if ctx.prompt_mass is None else {"ctx.prompt_mass": ctx.prompt_mass}
+    return of_prompt | {"ctx.residents.pages": ctx.residents.pages}
 
 
 def _arrays(args: tuple[Any, ...]) -> Iterator[tuple[str, Any]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -93,10 +94,16 @@ def with_other_mass(trace: Trace) -> Trace:
     return replace(trace, mass=mass, prompt_mass=prompt_mass)
 
 
-def with_other_keys(trace: Trace) -> Trace:
-    """The same selections, with other hidden states and index keys."""
+def with_other_keys(trace: Trace, layers: Sequence[int] | None = None) -> Trace:
+    """The same selections, with other hidden states and index keys; of some `layers` alone, other
+    index keys.
+    """
     if trace.hidden is None or trace.index_keys is None:
         return trace
+    if layers is not None:
+        keys = np.array(trace.index_keys)
+        keys[list(layers)] ^= 0x80
+        return replace(trace, index_keys=keys)
     hidden = np.roll(np.asarray(trace.hidden), 1, axis=2)
     return replace(trace, hidden=hidden, index_keys=trace.index_keys ^ 0x80)
 

@@ -47,7 +47,7 @@ class LRU2(Policy):
 
 
 class Newest(Policy):
-    """Version 1's pins, `wrote`, a default of its own, and a table by the name of a later method."""
+    """Version 1's pins, `wrote`, a default of its own, and a table named like a later method."""
 
     name, action, evidence, decision_scope = "newest", "hierarchical", "position", "step"
 
@@ -70,7 +70,7 @@ class Newest(Policy):
 
 
 class Scoring(LookaheadPolicy):
-    """Version 1's lookahead: `score` alone, and a decision one window ahead as a class attribute."""
+    """Version 1's lookahead: `score`, and a decision one window ahead as a class attribute."""
 
     name, action, evidence, decision_scope = "scoring", "hierarchical", "predicted_future", "layer"
     decides_ahead = True

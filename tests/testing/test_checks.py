@@ -1,5 +1,6 @@
 """The conformance kit: fmsim's own policies keep its rules, and one that breaks a rule is told."""
 
+import re
 from typing import Literal
 
 import numpy as np
@@ -10,9 +11,10 @@ from pydantic import Field
 import fmsim
 from fmsim import LookaheadPolicy, Policy, PolicyParams, check_policy, policy_checks
 from fmsim.policies import registry
+from fmsim.policies.base import Pins
 from fmsim.policies.lru import LRU
 from fmsim.policies.recency import Recency
-from fmsim.testing import sample_trace
+from fmsim.testing import rules, sample_trace
 
 
 def needs_indexer(name):
@@ -285,6 +287,87 @@ def _changing_its_mind():
     return Changing
 
 
+def _spaced():
+    class Spaced(Good):
+        """A name that `--set policies.NAME.key=` cannot hold."""
+
+        name = "two words"
+
+    return Spaced
+
+
+def _overfull():
+    class Overfull(Good):
+        """Wants more slots than there are pages."""
+
+        def n_slots(self, n_pages, **sizes):
+            return n_pages + 1
+
+    return Overfull
+
+
+def _elsewhere():
+    class Elsewhere(Good):
+        """Makes an array on the host, wherever the others are."""
+
+        def worth(self, step, pages):
+            xp = self.ctx.xp
+            return super().worth(step, pages) + xp.zeros(pages.shape, dtype=xp.float32)
+
+    return Elsewhere
+
+
+def _of_another_width():
+    class OfAnotherWidth(Good):
+        """Reads an array that is no table."""
+
+        def worth(self, step, pages):
+            return self.ctx.read(self.last[:, 1:], pages)
+
+    return OfAnotherWidth
+
+
+def _writing_to_the_prompts():
+    class WritingToThePrompts(Good):
+        """Writes to the prompt's masses, under torch alone."""
+
+        def observe(self, step, obs):
+            if not isinstance(obs.hit, np.ndarray):
+                self.ctx.prompt_mass[:] = 0
+            super().observe(step, obs)
+
+    return WritingToThePrompts
+
+
+def _reading_other_keys():
+    class ReadingOtherKeys(Scoring):
+        """Says that it scores the first layer's keys, and scores all."""
+
+        def target_layers(self):
+            return (0,)
+
+    return ReadingOtherKeys
+
+
+class OfLayers(PolicyParams):
+    scope: Literal["per_layer"] = Field("per_layer", description="each layer its own set")
+
+
+def _wavering():
+    class Wavering(Good):
+        """Shares its slots out by pins that go by its slots."""
+
+        Params = OfLayers
+
+        def layer_shares(self, n_layers):
+            return [n_layers - layer for layer in range(n_layers)]
+
+        def pins(self):
+            return Pins(sink=self.ctx.n_slots // 8)
+
+    return Wavering
+
+
 SAYS = {
     _nameless: "has no `name`",
     _undeclared: "has no `action`; it must be one of visibility_only, evict, hierarchical",
@@ -306,6 +389,13 @@ SAYS = {
     _two_tongued: "worth_of_first differs",
     _doubled: "dtype float64",
     _changing_its_mind: "`ahead` said otherwise",
+    _spaced: "the `name` 'two words'",
+    _overfull: "n_slots returned",
+    _elsewhere: "xp.zeros without a device",
+    _of_another_width: "take a table as ctx.table makes it",
+    _writing_to_the_prompts: "observe writes to ctx.prompt_mass",
+    _reading_other_keys: "index keys of other layers than its target layers",
+    _wavering: "its layers' slots are shared out by that answer",
 }
 
 
@@ -314,6 +404,25 @@ def test_a_broken_rule_is_told_in_a_sentence(make):
     with pytest.raises(AssertionError, match=SAYS[make]) as found:
         check_policy(make())
     assert str(found.value).startswith("policy ") and "\n" not in str(found.value)
+
+
+def test_every_rule_finds_a_policy_that_breaks_it():
+    """All but two, which no policy can break: they hold the cache manager to its word."""
+    found = set()
+    anywhere = {_raising, _leaving, _writing_in_numpy, _doubled, _of_another_width, _overfull}
+    for make in set(SAYS) - anywhere:  # those are told by whatever rule comes first
+        for check in policy_checks(make()):
+            rule, _, how = str(check).partition(": ")
+            if rule in found or how not in ("", "as it is"):
+                continue
+            try:
+                check()
+            except AssertionError as error:
+                if re.search(SAYS[make], str(error)):
+                    found.add(rule)
+    named = {rule.__name__.replace("_", " ") for rule in rules.OF_REPLAYS}
+    rules_of = named | {"declarations", "parameters"}
+    assert rules_of - found == {"budget holds", "moves add up"}
 
 
 @pytest.mark.parametrize("policy", [Good, Scoring, Good(budget="20%", granularity=4)])

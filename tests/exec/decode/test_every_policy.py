@@ -24,7 +24,7 @@ from fmsim.policies import registry
 from fmsim.replay.replayer import Replayer
 from fmsim.trace import Trace
 
-STEPS, TAU, ENTRY_BYTES, LENGTH = 44, 8, 16 * 4, 150
+STEPS, TAU, LENGTH = 44, 8, 150
 BUDGET = "60%"  # of 37 entries
 DEVICES = [
     "cpu",
@@ -102,7 +102,7 @@ def test_the_replay_of_its_trace_has_the_engines_ledger(
     engine.generate(STEPS - 4)
     trace, keys = recorded(engine)
     monkeypatch.setattr(Trace, "keys", lambda trace, entries: keys[:, :entries])
-    replayed = Replayer(trace, entry_bytes=ENTRY_BYTES).run(registry.build(spec))
+    replayed = Replayer(trace).run(registry.build(spec))
     measured = engine.ledger()
     for field in fields(replayed):
         one, other = getattr(replayed, field.name), getattr(measured, field.name)
