@@ -2,13 +2,12 @@
 
     python benchmarks/leaderboard.py [-p path/file.py:Class] [--trace NAME]
 
-A budget is a share of the bytes that the full cache takes on the GPU for one request. Each policy
-gets the most entries a layer whose allocation stays below it: its slots, spare slots for misses and
-recalls, all index keys that it needs there, HCA entries, windows (`fmsim.sim.footprint`). A policy
-that cannot be that small says why. A plug-in named with -p stands beside fmsim's own; a `budget`
-among its parameters is replaced. Misses and mass kept are replayed, step times simulated: one
-request of V4-Flash on an H100, whose CSA layers the trace's layers drive. Intervals are those of
-`fmsim.bootstrap`: of a trace's figure over its windows, of a mean over the traces.
+A budget is a share of the bytes that the full cache takes on the GPU for one request, such as
+"12.5% gpu" in a scenario. A policy that cannot be that small says why. A plug-in named with -p
+stands beside fmsim's own; a `budget` among its parameters is replaced. Misses and mass kept are
+replayed, step times simulated: one request of V4-Flash on an H100, whose CSA layers the trace's
+layers drive. Intervals are those of `fmsim.bootstrap`: of a trace's figure over its windows, of a
+mean over the traces.
 """
 
 from __future__ import annotations
@@ -23,7 +22,6 @@ import sys
 import textwrap
 import time
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 from statistics import mean
 from typing import Any
@@ -31,7 +29,7 @@ from typing import Any
 import numpy as np
 
 from fmsim import bootstrap
-from fmsim.errors import FmsimError
+from fmsim.errors import BudgetTooSmall, FmsimError
 from fmsim.experiments.parallel import in_parallel
 from fmsim.experiments.sharing import mass_by_sharing
 from fmsim.files import write_text
@@ -42,7 +40,7 @@ from fmsim.replay.ledger import Ledger
 from fmsim.replay.replayer import Replayer
 from fmsim.sim import metrics
 from fmsim.sim.decode import simulate
-from fmsim.sim.footprint import Allocation, allocation, spread
+from fmsim.sim.footprint import ModelMemory, allocation, full_allocation, spread
 from fmsim.sim.windows import layer_weights, steady_steps, window_sums
 from fmsim.trace import read
 
@@ -74,14 +72,6 @@ MIB = 2**20
 Row = dict[str, Any]
 
 
-class TooSmall(FmsimError):
-    """A budget that a policy exceeds before its first entry."""
-
-    def __init__(self, text: str, least_bytes: int) -> None:
-        super().__init__(text)
-        self.least_bytes = least_bytes
-
-
 class Board:
     """One trace, and what every policy is worth on it."""
 
@@ -89,21 +79,18 @@ class Board:
         self.trace = trace = read(path)
         self.name = path.stem
         self.geometry, self.hw = PRESETS[MODEL], load_hardware(HARDWARE)
-        self.sizes = sizes = dict(
-            entry_bytes=self.geometry.kv_entry_bytes, model_layers=self.geometry.n_csa
-        )
-        self.replayer = Replayer(trace, **sizes)
-        self.first_step = Replayer(trace, **sizes, max_steps=1)
-        self.layer_map = spread(self.replayer.n_layers, self.geometry.n_csa)
-        self.full_bytes = self.allocated({"policy": "full"}).total
+        layers = spread(trace.n_layers, self.geometry.n_csa)
+        self.replayer = Replayer(trace, memory=ModelMemory(self.geometry, layers))
+        self.layer_map = layers
+        tokens = trace.header.prompt_tokens + trace.n_steps
+        self.full_bytes = full_allocation(self.geometry, tokens).total
 
     def row(self, label: str, spec: dict[str, Any], share: float) -> Row:
         """The row of a policy at `share` of the full cache's bytes."""
         row: Row = {"trace": self.name, "share": share, "policy": label}
         try:
-            entries = self.entries(spec, int(share * self.full_bytes))
-            ledger = self.replayer.run(registry.build(spec | {"budget": f"{entries} entries"}))
-        except TooSmall as error:
+            ledger = self.replayer.run(registry.build(spec | {"budget": f"{share:.1%} gpu"}))
+        except BudgetTooSmall as error:
             return row | {"why": str(error), "least_bytes": error.least_bytes}
         except FmsimError as error:
             return row | {"why": re.sub(r"^policy \S+: ", "", str(error))}
@@ -112,8 +99,8 @@ class Board:
             timeline, steady_steps(ledger.n_steps, ledger.tau)
         )
         return row | {
-            "entries": entries,
-            "gpu_bytes": allocation(ledger, self.geometry).total,
+            "entries": ledger.budget_entries,
+            "gpu_bytes": allocation(ledger, self.geometry, self.layer_map).total,
             "misses": float(1 - ledger.hit.sum() / ledger.accessed.sum()),
             "mass_kept": figures["mass_kept"],
             "exact": metrics.exact(ledger),
@@ -143,7 +130,7 @@ class Board:
             own = {"layers": [numbers[layer] for layer in layers]} if scored else {}
             return registry.build(SHARED[label] | own | {"budget": f"{SHARING_BUDGET:.0%}"})
 
-        found = mass_by_sharing(self.trace, policy_of, 3, **self.sizes)
+        found = mass_by_sharing(self.trace, policy_of, 3)
         return [
             {
                 "trace": self.name,
@@ -154,31 +141,6 @@ class Board:
             }
             for each in found
         ]
-
-    def entries(self, spec: dict[str, Any], limit: int) -> int:
-        """The most entries a layer whose allocation stays within `limit` bytes.
-
-        Allocations grow along a line, but for whole slots. Raises FmsimError where none does.
-        """
-        total = lambda n: self.allocated(spec | {"budget": f"{n} entries"}).total
-        low = self.replayer.prompt_entries // 8
-        per_entry = (total(2 * low) - total(low)) / low
-        found = min(int(low + (limit - total(low)) / per_entry), self.replayer.prompt_entries)
-        while found > 0 and total(found) > limit:
-            found -= 1
-        if found > 0:
-            return found
-        least = round(total(low) - per_entry * low)
-        parts = self.allocated(spec | {"budget": f"{low} entries"})
-        fixed = {"index keys": parts.index_keys, "HCA and windows": parts.hca + parts.windows}
-        fixed["spare slots"] = least - sum(fixed.values())
-        taken = ", ".join(f"{name} {n / MIB:.0f} MiB" for name, n in fixed.items())
-        raise TooSmall(f"{limit / MIB:.0f} MiB are too few: {taken}", least)
-
-    def allocated(self, spec: dict[str, Any]) -> Allocation:
-        """What a request takes on the GPU; the ledger of one step says what a policy needs."""
-        ledger: Ledger = self.first_step.run(registry.build(spec))
-        return allocation(replace(ledger, n_steps=self.replayer.n_steps), self.geometry)
 
 
 def contestants(plugins: Sequence[str]) -> dict[str, dict[str, Any]]:

@@ -6,9 +6,6 @@ from pathlib import Path
 
 import pytest
 
-from fmsim.policies import registry
-from fmsim.sim.footprint import allocation
-
 ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT / "benchmarks"))
 import leaderboard
@@ -38,20 +35,9 @@ def test_the_file_has_every_policy_on_every_trace_within_its_budget():
             assert row["gpu_bytes"] <= limit
 
 
-@pytest.mark.parametrize(
-    "spec", [{"policy": "lru"}, {"policy": "hisparse"}, {"policy": "snapkv"}, {"policy": "lsa"}]
-)
-def test_one_entry_more_would_exceed_the_budget(board, spec):
-    limit = int(0.4 * board.full_bytes)
-    entries = board.entries(spec, limit)
-    for n, fits in ((entries, True), (entries + 1, False)):
-        ledger = board.replayer.run(registry.build(spec | {"budget": f"{n} entries"}))
-        assert (allocation(ledger, board.geometry).total <= limit) is fits
-
-
 def test_a_policy_that_cannot_be_so_small_says_what_takes_the_bytes(board):
     row = board.row("lru", {"policy": "lru"}, 0.125)
-    assert "too few: index keys 2" in row["why"] and "entries" not in row
+    assert row["why"].endswith("index keys alone take 0.021 GiB") and "entries" not in row
     assert row["least_bytes"] > 0.125 * board.full_bytes
     row = board.row("lsa", {"policy": "lsa", "checkpoint": "none.safetensors"}, 0.4)
     assert "no such indexer checkpoint" in row["why"]

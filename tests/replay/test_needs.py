@@ -95,7 +95,7 @@ def test_flash_says_what_takes_the_bytes():
         "policy lru: budget 10% gpu is 0.115 GiB, and index keys alone take 0.207 GiB"
     )
     assert found.value.least_bytes == (
-        full.index_keys + full.hca + full.windows + 21 * (1 + 512) * 584
+        full.index_keys + full.hca + full.windows + 21 * (1 + 1) * 584
     )
 
 
