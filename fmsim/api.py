@@ -24,7 +24,6 @@ from fmsim.policies.base import Policy
 from fmsim.replay.ledger import Ledger
 from fmsim.replay.replayer import Replayer
 from fmsim.scenario import NamedPolicy, ScenarioFile, Source
-from fmsim.sim import metrics
 from fmsim.sim.decode import simulate
 from fmsim.sim.footprint import ModelMemory, check_layer_map
 from fmsim.sim.timeline import SimulatedTimeline, Timeline
@@ -147,7 +146,7 @@ def row(
     """
     geometry = _geometry(model)
     layers = check_layer_map(layer_map, ledger.n_layers, geometry.n_csa)
-    return metrics.row(ledger, timeline, geometry, _hardware(hardware), layers)
+    return _run.row_of(ledger, timeline, geometry, _hardware(hardware), layers)
 
 
 def run_scenario(

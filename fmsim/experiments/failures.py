@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Any, TypeVar
 
-from fmsim.errors import DoesNotFit, PolicyError
+from fmsim.errors import BudgetTooSmall, DoesNotFit, PolicyError
 
 Result = TypeVar("Result")
 
@@ -19,9 +19,13 @@ class Failure:
 
     label: str
     error: str
+    least_bytes: int | None = None  # on the GPU, where the policy's budget is below it
 
-    def row(self) -> dict[str, str]:
-        return {"policy": self.label, "error": self.error}
+    def row(self) -> dict[str, Any]:
+        found: dict[str, Any] = {"policy": self.label, "error": self.error}
+        if self.least_bytes is not None:
+            found["least_gpu_bytes"] = self.least_bytes
+        return found
 
 
 def guarded(label: str, run: Callable[[], Result]) -> Result | Failure:
@@ -31,6 +35,8 @@ def guarded(label: str, run: Callable[[], Result]) -> Result | Failure:
     """
     try:
         return run()
+    except BudgetTooSmall as error:
+        return Failure(label, str(error), error.least_bytes)
     except (PolicyError, DoesNotFit) as error:
         return Failure(label, str(error))
 

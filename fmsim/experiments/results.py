@@ -136,6 +136,8 @@ class _About(_Open):
     trace: _Trace
     hardware: _Hardware
     layer_map: list[int]
+    budgets: dict[str, int | None]
+    runs: dict[str, dict[str, str]]
     full_gpu_bytes: int = Field(ge=1)
     full_kv_bytes: int = Field(ge=1)
     details: dict[str, _Details]

@@ -33,7 +33,7 @@ from fmsim.scenario import PolicySpec, ScenarioFile
 from fmsim.sim import metrics
 from fmsim.sim.decode import simulate
 from fmsim.sim.footprint import ModelMemory, check_layer_map, full_allocation, spread
-from fmsim.sim.timeline import SimulatedTimeline
+from fmsim.sim.timeline import SimulatedTimeline, Timeline
 from fmsim.sim.windows import differences, n_windows, steady_steps
 from fmsim.trace import read
 
@@ -50,6 +50,7 @@ SHOWN = {
     "step_s_p50": "step, median s",
     "stall_ratio": "share of time stalled",
     "max_requests": "requests that fit",
+    "at_max_requests_decode_tokens_per_s": "tokens/s with so many",
 }
 
 
@@ -165,9 +166,8 @@ class Setting:
         """Replay one policy and time it."""
         ledger = replayer.run(policy)
         timeline = simulate(ledger, self.geometry, self.hw, self.layer_map, self.batch)
-        row = metrics.row(ledger, timeline, self.geometry, self.hw, self.layer_map) | {
-            "policy": label
-        }
+        row = row_of(ledger, timeline, self.geometry, self.hw, self.layer_map)
+        row["policy"] = label
         return PolicyRun(
             label,
             ledger,
@@ -176,6 +176,24 @@ class Setting:
             metrics.details(ledger, self.geometry, self.hw, self.layer_map)
             | {"evidence": policy.evidence},
         )
+
+
+def row_of(
+    ledger: Ledger,
+    timeline: Timeline,
+    geometry: Geometry,
+    hw: Hardware,
+    layer_map: tuple[int, ...] | None = None,
+) -> dict[str, Any]:
+    """`fmsim.sim.metrics.row`, and `at_max_requests`: `decode_tokens_per_s`, `step_s`,
+    `h2d_bytes` and `stall_ratio` with as many requests as fit; None where none does.
+    """
+    row = metrics.row(ledger, timeline, geometry, hw, layer_map)
+    fit, steady = row["max_requests"], steady_steps(ledger.n_steps, ledger.tau)
+    row["at_max_requests"] = (
+        metrics.timed(simulate(ledger, geometry, hw, layer_map, fit), steady) if fit else None
+    )
+    return row
 
 
 def run_scenario(
@@ -207,7 +225,20 @@ def run_scenario(
         (failures if isinstance(result, Failure) else runs).append(result)
         progress(result.label, done, len(policies))
     raise_if_all(tuple(failures), len(runs))
-    return Report(about(setting), tuple(runs), tuple(failures))
+    head = about(setting) | {"runs": _about_runs(setting.file, policies)}
+    return Report(head, tuple(runs), tuple(failures))
+
+
+def _about_runs(file: ScenarioFile, policies: Sequence[tuple[str, Policy]]) -> dict[str, Any]:
+    """By label: the scenario's entry that it is of, its budget, and what the policy knows."""
+    return {
+        label: {
+            "entry": spec.entry,
+            "budget": str(policy.params.budget),
+            "evidence": policy.evidence,
+        }
+        for spec, (label, policy) in zip(file.selected, policies, strict=True)
+    }
 
 
 def build_policies(file: ScenarioFile) -> list[tuple[str, Policy]]:
@@ -245,7 +276,8 @@ def build(file: ScenarioFile, spec: PolicySpec) -> Policy:
     wrong.
     """
     make = lambda: registry.build({"policy": spec.policy} | spec.params)
-    return _located(file, ("policies", file.scenario.policies.index(spec)), make)
+    labels = [entry.label for entry in file.scenario.policies]
+    return _located(file, ("policies", labels.index(spec.entry)), make)
 
 
 def _located(file: ScenarioFile, loc: tuple[str | int, ...], make: Callable[[], Any]) -> Any:
@@ -285,6 +317,8 @@ def about(setting: Setting) -> dict[str, Any]:
     file, trace, geometry, hw = setting.file, setting.trace, setting.geometry, setting.hw
     header, scenario = trace.header, file.scenario
     steady = steady_steps(trace.n_steps, header.tau)
+    tokens = header.prompt_tokens // header.entry_tokens * geometry.csa_rate + trace.n_steps
+    full_bytes = full_allocation(geometry, tokens).total
     return {
         "name": scenario.name,
         "description": scenario.description,
@@ -318,12 +352,19 @@ def about(setting: Setting) -> dict[str, Any]:
             "figures": scenario.hardware_figures,
         },
         "batch": scenario.batch,
-        "full_gpu_bytes": full_allocation(
-            geometry,
-            header.prompt_tokens // header.entry_tokens * geometry.csa_rate + trace.n_steps,
-        ).total,
+        "budgets": {
+            str(budget): budget.gpu_bytes(full_bytes) if budget.on_gpu else None
+            for budget in scenario.budgets
+        },
+        "full_gpu_bytes": full_bytes,
         "full_kv_bytes": geometry.full_kv_bytes(header.prompt_tokens),
-        "simulated": ["decode_tokens_per_s", "step_s", "stall_ratio", "max_requests"],
+        "simulated": [
+            "decode_tokens_per_s",
+            "step_s",
+            "stall_ratio",
+            "max_requests",
+            "at_max_requests",
+        ],
         "replayed": [
             "gpu_bytes",
             "gpu_ratio",

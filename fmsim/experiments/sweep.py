@@ -263,10 +263,9 @@ def plan(
     # a worker may stand in another folder
     chosen = tuple(registry.absolute(given) for given in policies)
     file = ScenarioFile(scenario, [*overrides, *_texts(first)], chosen)
-    labels = [spec.label for spec in file.selected]
     by_label = tuple(
-        (label, tuple(axis for axis in axes if _concerns(file, axis.key, label)))
-        for label in labels
+        (spec.label, tuple(axis for axis in axes if _concerns(file, axis.key, spec.entry)))
+        for spec in file.selected
     )
     grid = Grid(scenario, tuple(overrides), tuple(axes), chosen, by_label)
     if grid.n_runs > max_runs:

@@ -35,6 +35,7 @@ KNOWN = {  # fields of a row that the table shows, or that name it
     "h2d_bytes_per_step",
     "stall_ratio",
     "max_requests",
+    "at_max_requests",
 }
 
 
@@ -232,12 +233,14 @@ def _table(results: Results) -> str:
             name for name, value in fields if name not in KNOWN and isinstance(value, (int, float))
         )
     )
-    heads = ["policy", "", *table.headings(results.about)]
+    heads = ["policy", "", *(column.heading for column in table.columns(results.about))]
     heads += [name.replace("_", " ") for name in further]
     body = []
     for row in results.rows:
         cells = [
-            str(cell).strip() for cell in table.cells(row, results.about["details"][row["policy"]])
+            row["policy"],
+            table.kind_of(row, results.about),
+            *(cell.strip() for cell in table.cells(row, results.about)),
         ]
         cells += [
             f"{row[name]:.4g}" if isinstance(row.get(name), (int, float)) else "-"

@@ -8,7 +8,7 @@ from __future__ import annotations
 import difflib
 import json
 import os
-from collections.abc import Container, Iterable, Mapping
+from collections.abc import Container, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -21,6 +21,7 @@ from fmsim.files.strict_yaml import MOST_DEPTH, Loc
 from fmsim.hw.deployment import Deployment
 from fmsim.policies import registry
 from fmsim.policies.base import Policy
+from fmsim.policies.budget import Budget
 from fmsim.scenario.key_value import key_value
 from fmsim.sim.serving import spec as serving
 
@@ -42,6 +43,7 @@ class PolicySpec(BaseModel):
     policy: Any
     label: str
     params: dict[str, Any]
+    entry: str  # the label in the scenario, of which `label` may be one at a budget
 
     @model_validator(mode="before")
     @classmethod
@@ -57,7 +59,32 @@ class PolicySpec(BaseModel):
         if not isinstance(label, str) or not label.strip() or len(label) > MOST_LABEL:
             raise ValueError(f"a label is a text of 1 to {MOST_LABEL} characters")
         params = {key: value for key, value in given.items() if key not in ("policy", "label")}
-        return {"policy": named, "label": label, "params": params}
+        return {"policy": named, "label": label, "params": params, "entry": label}
+
+    def at(self, budgets: Sequence[Budget]) -> list[PolicySpec]:
+        """This policy at each of `budgets`; as it is where it has a budget of its own, or takes
+        none.
+        """
+        own = self.policy.params.model_fields_set if isinstance(self.policy, Policy) else set()
+        if {"budget", "kmax"} & (set(self.params) | own) or not _takes_budget(self.policy):
+            return [self]
+        return [
+            self.model_copy(
+                update={
+                    "label": f"{self.label} {budget}" if len(budgets) > 1 else self.label,
+                    "params": self.params | {"budget": str(budget)},
+                }
+            )
+            for budget in budgets
+        ] or [self]
+
+
+def _takes_budget(named: str | type[Policy] | Policy) -> bool:
+    """Whether the policy has a budget that can be chosen; who is not known is told elsewhere."""
+    try:
+        return registry.get(named).Params.model_fields["budget"].annotation is Budget
+    except FmsimError:
+        return False
 
 
 class Scenario(BaseModel):
@@ -82,10 +109,25 @@ class Scenario(BaseModel):
     entry_tokens: int | None = Field(None, ge=1, le=1_000_000)
     beyond_positions: bool = False  # contexts longer than the model's positions
     policies: tuple[PolicySpec, ...] = Field(min_length=1, max_length=MOST_POLICIES)
+    # each policy without a budget of its own runs at each of these
+    budgets: tuple[Budget, ...] = ()
     workload: serving.Workload | None = (
         None  # requests to serve: the run is then one of many requests on a server
     )
     server: serving.Server = serving.Server()
+
+    @field_validator("budgets", mode="before")
+    @classmethod
+    def _one_budget_is_a_list(cls, given: Any) -> Any:
+        given = [given] if isinstance(given, str) else given
+        return tuple(given) if isinstance(given, list) else given
+
+    @field_validator("budgets")
+    @classmethod
+    def _budgets_differ(cls, budgets: tuple[Budget, ...]) -> tuple[Budget, ...]:
+        if len(set(budgets)) < len(budgets):
+            raise ValueError("a budget stands there twice")
+        return budgets
 
     @field_validator("policies")
     @classmethod
@@ -114,7 +156,8 @@ class ScenarioFile:
         """Read and check a file, a mapping with its keys, or a scenario made in Python.
 
         `overrides` are such as "batch=8" or "policies.lsa.budget=20%". `policies` choose which
-        entries are `selected`, by label or by name; what the scenario lacks is added to it: a
+        entries are `selected`, by label or by name, each at every one of the scenario's budgets;
+        what the scenario lacks is added to it: a
         policy's name, `path/file.py:Class`, either with `:key=value` behind, a class, an object, or
         a mapping as in the file. Raises FmsimError that names file, line, key and fix.
         """
@@ -135,7 +178,16 @@ class ScenarioFile:
         except ValidationError as error:
             raise FmsimError(self._explain(error)) from None
         every = self.scenario.policies
-        self.selected: tuple[PolicySpec, ...] = tuple(every[i] for i in chosen) or every
+        entries = [every[i] for i in chosen] or every
+        budgets = self.scenario.budgets
+        # all at the first budget, then all at the next
+        runs = [spec.at(budgets) for spec in entries]
+        self.selected: tuple[PolicySpec, ...] = tuple(
+            found[number]
+            for number in range(max(map(len, runs)))
+            for found in runs
+            if number < len(found)
+        )
 
     def _read(self, source: Source) -> dict[str, Any]:
         """The scenario's keys; also sets where they stand."""

@@ -27,6 +27,7 @@ FIELDS = [
     "max_requests",
     "hit_rate",
     "misses",
+    "at_max_requests",
 ]
 RUN_FIELDS = [*FIELDS, "ci95"]  # of a replayed row; a measured one has no intervals
 

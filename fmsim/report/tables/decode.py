@@ -4,9 +4,12 @@ prices.
 
 from __future__ import annotations
 
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
-from rich.console import Group
+from rich.console import Console, Group
 from rich.table import Table
 from rich.text import Text
 
@@ -15,22 +18,54 @@ from fmsim.report.tables import estimates
 from fmsim.report.tables.hardware import hardware_line
 from fmsim.units import GIB, MIB, gib
 
-MIN_WIDTH = 172  # columns that the table needs
-FIGURES = (  # headings of the columns behind the policy and its kind; * = simulated
-    "on GPU\nGiB",
-    "of\nfull",
-    "paper's\nof full",
-    "golden\nkept",
-    "per\nstep",
-    "mass\nkept",
-    "set\noverlap",
-    "decode\ntokens/s*",
-    "step ms*\np50",
-    "\np99",
-    "PCIe\nMiB/step",
-    "stall*",
-    "requests\nfit*",
+Row = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Column:
+    """A figure of a row: its text, and whether more of it is better (None: neither)."""
+
+    heading: str
+    text: Callable[[Row], str]
+    more_is_better: bool | None = None
+
+
+def _at_most(row: Row, name: str) -> Any:
+    found = row["at_max_requests"]
+    return None if found is None else found[name]
+
+
+def _estimate(name: str) -> Callable[[Row], str]:
+    """A share with its interval."""
+    return lambda row: estimate_text(row[name], estimates.half_width(row, name))
+
+
+def _overlap(row: Row) -> str:
+    if row["set_overlap"] is None:
+        return "-"
+    half_width = estimates.half_width(row, "set_overlap")
+    return f"{row['set_overlap']:.2f}" + margin_text(half_width, 2)
+
+
+# behind the policy and its kind; * = simulated
+COLUMNS = (
+    Column("on GPU\nGiB", lambda row: f"{row['gpu_bytes'] / GIB:.3f}"),
+    Column("of\nfull", lambda row: f"{row['gpu_ratio']:.1%}"),
+    Column("requests\nfit*", lambda row: f"{row['max_requests']}{row['bound']}", True),
+    Column(
+        "tokens/s*\nthen", lambda row: _number(_at_most(row, "decode_tokens_per_s"), ",.0f"), True
+    ),
+    Column("mass\nkept", _estimate("mass_kept"), True),
+    Column("PCIe\nMiB/step", lambda row: f"{row['h2d_bytes_per_step'] / MIB:.2f}", False),
+    Column("stall*", lambda row: f"{row['stall_ratio']:.1%}", False),
+    Column("golden\nkept", _estimate("entry_recall"), True),
+    Column("per\nstep", lambda row: share_text(row["entry_recall_per_step"]), True),
+    Column("set\noverlap", _overlap),
+    Column("decode\ntokens/s*", lambda row: f"{row['decode_tokens_per_s']:.1f}", True),
+    Column("p99 ms*\na step", lambda row: f"{row['step_s']['p99'] * 1e3:.2f}", False),
+    Column("paper's\nof full", lambda row: f"{row['kv_hbm_ratio']:.1%}"),
 )
+HIT = Column("hit", _estimate("hit_rate"), True)
 NO_MASS = (
     "golden kept, mass kept: the trace has no attention masses (engines capture what was selected,"
     " not how much), so these cannot be known.  hit: selected entries resident when their step"
@@ -39,7 +74,7 @@ NO_MASS = (
 NOTES = (
     (
         "exact: every entry selected in this trace was attended to; a miss stalls its layer. "
-        " lossy: what was not resident was left out."
+        " lossy: what was not resident was left out.  bound: knows the future."
     ),
     (
         "on GPU: all that an engine allocates for one request: slots, spare pages for misses and"
@@ -50,16 +85,22 @@ NOTES = (
         " resident when needed, of all; per step: the mean of the steps' shares."
     ),
     (
+        "then: with as many requests as fit; h: host memory binds.  Other times are the batch's."
+        "  Bold: the best, bounds and full aside."
+    ),
+    (
         "* simulated from kernel tables and link curves, not measured; the rest is counted in the"
-        " replay.  h: host memory binds."
+        " replay."
     ),
 )
 
 
 def render(report: dict[str, Any]) -> Group:
     """The head, the table and its notes, from the report's JSON object."""
-    told = [*notes(report["scenario"]), *estimates.notes(report)]
-    return Group(*head(report["scenario"]), _table(report), *(Text(note, "dim") for note in told))
+    about, failed = report["scenario"], report.get("failed", [])
+    why = (Text(f"none: {failure['error']}", style="yellow") for failure in failed)
+    told = (Text(note, "dim") for note in [*notes(about), *estimates.notes(report)])
+    return Group(*head(about), _table(report), *why, *told)
 
 
 def has_mass(about: dict[str, Any]) -> bool:
@@ -67,11 +108,11 @@ def has_mass(about: dict[str, Any]) -> bool:
     return bool(about["trace"].get("masses", True))
 
 
-def headings(about: dict[str, Any]) -> tuple[str, ...]:
-    """FIGURES; without masses the share of hits stands in the place of golden entries kept."""
+def columns(about: dict[str, Any]) -> tuple[Column, ...]:
+    """COLUMNS; without masses the share of hits stands in the place of golden entries kept."""
     if has_mass(about):
-        return FIGURES
-    return tuple("hit" if name == "golden\nkept" else name for name in FIGURES)
+        return COLUMNS
+    return tuple(HIT if column.heading == "golden\nkept" else column for column in COLUMNS)
 
 
 def notes(about: dict[str, Any]) -> tuple[str, ...]:
@@ -80,12 +121,17 @@ def notes(about: dict[str, Any]) -> tuple[str, ...]:
 
 def show(report: dict[str, Any]) -> None:
     """Print to standard output."""
-    wide_console(MIN_WIDTH).print(render(report))
+    wide_console(_width(report)).print(render(report))
 
 
 def svg(report: dict[str, Any], title: str) -> str:
     """The same as a picture."""
-    return picture(render(report), MIN_WIDTH, title)
+    return picture(render(report), _width(report), title)
+
+
+def _width(report: dict[str, Any]) -> int:
+    """Columns that the table needs."""
+    return Console(width=1000).measure(_table(report)).maximum
 
 
 def head(about: dict[str, Any]) -> list[Text]:
@@ -142,43 +188,110 @@ def _layer_map(about: dict[str, Any]) -> str:
     return f"layer map: each trace layer drives {' or '.join(map(str, counts))} of them"
 
 
+def groups(report: dict[str, Any]) -> list[tuple[str, list[Row], list[Row]]]:
+    """What stands together: a heading, rows, and policies that could not run. Under a scenario's
+    budgets a group each, behind policies with a budget of their own, or none.
+    """
+    about, failed = report["scenario"], report.get("failed", [])
+    budgets = about["budgets"] if len(about["budgets"]) > 1 else {}
+    of_run = lambda row: about["runs"][row["policy"]]["budget"]
+    found = []
+    for budget in (None, *budgets):
+        here = lambda row: (of_run(row) if of_run(row) in budgets else None) == budget
+        rows, without = (
+            [row for row in some if here(row)] for some in (report["policies"], failed)
+        )
+        if rows or without:
+            found.append((_heading(about, budget), rows, without))
+    return found
+
+
+def _heading(about: dict[str, Any], budget: str | None) -> str:
+    if budget is None:
+        return ""
+    n_bytes = about["budgets"][budget]
+    return f"at {budget}" + ("" if n_bytes is None else f", {gib(n_bytes, 3)}")
+
+
 def _table(report: dict[str, Any]) -> Table:
-    table = Table(header_style="bold", pad_edge=False, row_styles=("", "dim"))
+    about = report["scenario"]
+    table = Table(header_style="bold", pad_edge=False)
     table.add_column("policy", no_wrap=True)
-    table.add_column("")
-    for name in headings(report["scenario"]):
-        table.add_column(name, justify="right", no_wrap=True)
-    for row in report["policies"]:
-        table.add_row(*cells(row, report["scenario"]["details"][row["policy"]]))
+    table.add_column("", no_wrap=True)
+    for column in columns(about):
+        table.add_column(column.heading, justify="right", no_wrap=True)
+    for heading, rows, failed in groups(report):
+        if heading:
+            table.add_section()
+            table.add_row(Text(heading, "bold"))
+        best = _best(rows, about)
+        for row in rows:
+            shown = [
+                Text(text, "bold green" if row["policy"] in best[place] else "")
+                for place, text in enumerate(cells(row, about))
+            ]
+            table.add_row(name_of(row, about), _kind(row, about), *shown)
+        for failure in failed:
+            table.add_row(name_of(failure, about), Text("none", "red"), *_least(failure))
     return table
 
 
-def cells(row: dict[str, Any], details: dict[str, Any]) -> list[str | Text]:
-    """One policy's line: its label, exact or lossy, then FIGURES."""
-    known = "hit_rate" if row["entry_recall"] is None else "entry_recall"
-    exact = details["exact"]
-    bound = " h" if details["max_requests_bound"] == "host memory" else "  "
-    return [
-        row["policy"],
-        Text("exact", "green") if exact else Text("lossy", "yellow"),
-        f"{row['gpu_bytes'] / GIB:.3f}",
-        f"{row['gpu_ratio']:.1%}",
-        f"{row['kv_hbm_ratio']:.1%}",
-        estimate_text(row[known], estimates.half_width(row, known)),
-        share_text(row["entry_recall_per_step"]),
-        estimate_text(row["mass_kept"], estimates.half_width(row, "mass_kept")),
-        _overlap(row),
-        f"{row['decode_tokens_per_s']:.1f}",
-        f"{row['step_s']['p50'] * 1e3:.2f}",
-        f"{row['step_s']['p99'] * 1e3:.2f}",
-        f"{row['h2d_bytes_per_step'] / MIB:.2f}",
-        f"{row['stall_ratio']:.1%}",
-        f"{row['max_requests']}{bound}",
+def name_of(row: Row, about: dict[str, Any]) -> str:
+    """The policy's label; under a heading with its budget the scenario's own."""
+    name: str = about["runs"][row["policy"]]["entry"] if about["budgets"] else row["policy"]
+    return name
+
+
+def kind_of(row: Row, about: dict[str, Any]) -> str:
+    """Does it lose anything, and can it be had."""
+    if about["runs"][row["policy"]]["evidence"] == "future":
+        return "bound"
+    return "exact" if about["details"][row["policy"]]["exact"] else "lossy"
+
+
+def _kind(row: Row, about: dict[str, Any]) -> Text:
+    kind = kind_of(row, about)
+    return Text(kind, {"exact": "green", "lossy": "yellow"}.get(kind, "dim"))
+
+
+def _least(failure: Row) -> list[Text]:
+    """The bytes that a policy takes at the least, where a budget is below them."""
+    least = failure.get("least_gpu_bytes")
+    return [] if least is None else [Text(f">= {least / GIB:.3f}", "red")]
+
+
+def _best(rows: Sequence[Row], about: dict[str, Any]) -> list[set[str]]:
+    """By column, the policies with the best figure; none where all that compete are alike."""
+    rivals = [
+        row
+        for row in rows
+        if kind_of(row, about) != "bound" and about["runs"][row["policy"]]["budget"] != "all"
     ]
+    found = []
+    for place, column in enumerate(columns(about)):
+        texts = {row["policy"]: cells(row, about)[place] for row in rivals}
+        values = {label: _value(text) for label, text in texts.items()}
+        known = [value for value in values.values() if value is not None]
+        if column.more_is_better is None or len(set(known)) < 2:
+            found.append(set())
+            continue
+        best = max(known) if column.more_is_better else min(known)
+        found.append({label for label, value in values.items() if value == best})
+    return found
 
 
-def _overlap(row: dict[str, Any]) -> str:
-    if row["set_overlap"] is None:
-        return "-"
-    half_width = estimates.half_width(row, "set_overlap")
-    return f"{row['set_overlap']:.2f}" + margin_text(half_width, 2)
+def _value(text: str) -> float | None:
+    """The figure that a cell shows, so that what looks alike is alike."""
+    digits = re.match(r"[\d,]+(?:\.\d+)?", text)
+    return None if digits is None else float(digits[0].replace(",", ""))
+
+
+def cells(row: Row, about: dict[str, Any]) -> list[str]:
+    """One policy's figures, beside `columns`."""
+    bound = about["details"][row["policy"]]["max_requests_bound"]
+    marked = row | {"bound": " h" if bound == "host memory" else "  "}
+    return [column.text(marked) for column in columns(about)]
+
+
+def _number(value: float | None, form: str) -> str:
+    return "-" if value is None else f"{value:{form}}"
