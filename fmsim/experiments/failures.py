@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
-from fmsim.errors import BudgetTooSmall, DoesNotFit, PolicyError
+from fmsim.errors import BudgetTooSmall, DoesNotFit, FmsimError, PolicyError
 
 Result = TypeVar("Result")
 
@@ -36,9 +36,14 @@ def guarded(label: str, run: Callable[[], Result]) -> Result | Failure:
     try:
         return run()
     except BudgetTooSmall as error:
-        return Failure(label, str(error), error.least_bytes)
+        return Failure(label, _named(label, error), error.least_bytes)
     except (PolicyError, DoesNotFit) as error:
-        return Failure(label, str(error))
+        return Failure(label, _named(label, error))
+
+
+def _named(label: str, error: FmsimError) -> str:
+    """What went wrong, with the policy's label where the error does not say it."""
+    return str(error) if label in str(error) else f"{label}: {error}"
 
 
 def lost(label: str, why: str) -> Failure:

@@ -36,7 +36,7 @@ class Footprint:
         np.ndarray
     )  # logical, times the kept share of the CSA entries: the paper's accounting
     allocated: Allocation  # on the GPU, for the whole run
-    host_bytes: int  # the mirror at the end; 0 when nothing ever comes back from the host
+    host_bytes: int  # the mirror at the end; 0 where nothing can come back from the host
     scored_entries: np.ndarray  # entries that a CSA layer's lightning indexer scores
     keys_tiered: bool  # index keys leave the GPU with their entries
     layer_map: tuple[int, ...]  # model CSA layer -> trace layer
@@ -63,13 +63,12 @@ def footprint(
     keyed = keyed_layers(ledger, geometry)
     moving = geometry.n_keyed - keyed  # layers whose keys come and go with their entries
     keys_tiered = moving > 0
-    comes_back = bool(ledger.demand_loads.any() or ledger.lookahead_loads.any())
     return Footprint(
         tokens=tokens,
         full_bytes=full_bytes,
         logical_bytes=full_bytes * (resident_pairs / np.maximum(1, entries * geometry.n_csa)),
         allocated=allocation(ledger, geometry, layer_map),
-        host_bytes=geometry.host_kv_bytes(int(tokens[-1])) if comes_back else 0,
+        host_bytes=geometry.host_kv_bytes(int(tokens[-1])) if ledger.comes_back else 0,
         scored_entries=resident_pairs // geometry.n_csa if keys_tiered else entries,
         keys_tiered=keys_tiered,
         layer_map=layer_map,

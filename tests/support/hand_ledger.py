@@ -62,6 +62,7 @@ def ledger(
         "decides_ahead": given["params"].get("stale", True),
         "target_layers": list(range(layers)),
         "all_keys": on_miss != "mask",
+        "comes_back": bool(given["demand_loads"].any() or given["lookahead_loads"].any()),
     }
     return Ledger(**(declared | given))
 

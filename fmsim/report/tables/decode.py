@@ -98,7 +98,7 @@ NOTES = (
 def render(report: dict[str, Any]) -> Group:
     """The head, the table and its notes, from the report's JSON object."""
     about, failed = report["scenario"], report.get("failed", [])
-    why = (Text(f"none: {failure['error']}", style="yellow") for failure in failed)
+    why = (Text(text, style="yellow") for text in _reasons(failed, about))
     told = (Text(note, "dim") for note in [*notes(about), *estimates.notes(report)])
     return Group(*head(about), _table(report), *why, *told)
 
@@ -258,6 +258,18 @@ def _least(failure: Row) -> list[Text]:
     """The bytes that a policy takes at the least, where a budget is below them."""
     least = failure.get("least_gpu_bytes")
     return [] if least is None else [Text(f">= {least / GIB:.3f}", "red")]
+
+
+def _reasons(failed: Sequence[Row], about: dict[str, Any]) -> list[str]:
+    """Why policies could not run, those with one reason together."""
+    found: dict[str, list[str]] = {}
+    for failure in failed:
+        budget = re.escape(about["runs"][failure["policy"]]["budget"])
+        reason = re.sub(
+            rf"^.*?policy [^:]*: (budget {budget} is .*? GiB, and )?", "", failure["error"]
+        )
+        found.setdefault(reason, []).append(name_of(failure, about))
+    return [f"none: {', '.join(labels)}: {reason}" for reason, labels in found.items()]
 
 
 def _best(rows: Sequence[Row], about: dict[str, Any]) -> list[set[str]]:

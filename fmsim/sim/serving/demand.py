@@ -109,7 +109,7 @@ class Demand:
             bool(ledger.demand_loads.any()),
             bool(ledger.lookahead_loads.any()),
         )
-        self.mirrored = self.misses or self.recalls
+        self.mirrored = ledger.comes_back
         self.overlaps = ledger.decides_ahead  # a recall may run during the window before its own
         self._first, self._end = _repeated_steps(ledger)
 

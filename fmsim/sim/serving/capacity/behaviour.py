@@ -58,6 +58,7 @@ def _lru(geometry: Geometry) -> Ledger:
         on_miss="fetch",
         demand_loads=missed,
         miss_slots=topk,
+        comes_back=True,
     )
 
 
@@ -79,6 +80,7 @@ def _lsa(geometry: Geometry) -> Ledger:
         scored=np.where(decisions, layers * entries, 0),
         decides_ahead=True,
         ahead_slots=[-(-slots // AHEAD)],
+        comes_back=True,
         target_layers=list(range(layers)),
         all_keys=False,
     )
