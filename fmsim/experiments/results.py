@@ -81,6 +81,18 @@ def _digest(path: Path) -> str | None:
         return None
 
 
+def by_budget(about: dict[str, Any], labels: Iterable[str]) -> dict[str | None, list[str]]:
+    """Labels that stand together in a report of this head: under several budgets of the scenario
+    a group each, by the budget; all others under None, before them.
+    """
+    budgets = about["budgets"] if len(about["budgets"]) > 1 else {}
+    found: dict[str | None, list[str]] = {None: []} | {budget: [] for budget in budgets}
+    for label in labels:
+        budget = about["runs"][label]["budget"]
+        found[budget if budget in budgets else None].append(label)
+    return {budget: group for budget, group in found.items() if group}
+
+
 class _Open(BaseModel):
     """Part of a report: the keys that are read, and any others."""
 

@@ -15,6 +15,7 @@ from fmsim.experiments.parallel import in_parallel
 from fmsim.experiments.results import (
     REPORT_NAME,
     SCHEMA_VERSION,
+    by_budget,
     files_of,
     ledger_path,
     timeline_path,
@@ -84,9 +85,15 @@ class Report:
         }
 
     def differences(self) -> list[dict[str, Any]]:
-        """How policies differ, pair by pair, on the same windows: `sim.windows.differences`."""
-        ledgers = {run.label: run.ledger for run in self.runs}
-        return differences(ledgers, self.scenario["layer_map"])
+        """How policies differ, pair by pair, on the same windows: `sim.windows.differences`.
+
+        Under several budgets of the scenario, policies at one of them.
+        """
+        found = []
+        for labels in by_budget(self.scenario, [run.label for run in self.runs]).values():
+            ledgers = {run.label: run.ledger for run in self.runs if run.label in labels}
+            found += differences(ledgers, self.scenario["layer_map"])
+        return found
 
     def to_frame(self) -> Any:
         """A row a policy, one column a figure (`step_s_p99`), what the row leaves out behind: a
@@ -173,8 +180,7 @@ class Setting:
             ledger,
             timeline,
             row,
-            metrics.details(ledger, self.geometry, self.hw, self.layer_map)
-            | {"evidence": policy.evidence},
+            metrics.details(ledger, self.geometry, self.hw, self.layer_map),
         )
 
 

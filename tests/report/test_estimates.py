@@ -8,10 +8,10 @@ from fmsim.report.tables import estimates
 
 def report(steps=520, steady=(128, 512), layer_map=(0,) * 7 + (1,) * 7 + (2,) * 7):
     details = {
-        "full": {"exact": True, "mass_by_layer": [1.0, 1.0, 1.0], "evidence": "position"},
-        "a": {"exact": False, "mass_by_layer": [0.5, 0.6, 0.7], "evidence": "position"},
-        "b": {"exact": False, "mass_by_layer": [0.7, 0.8, 0.6], "evidence": "kv_derived"},
-        "bound": {"exact": False, "mass_by_layer": [0.9, 0.9, 0.9], "evidence": "future"},
+        "full": {"exact": True, "mass_by_layer": [1.0, 1.0, 1.0]},
+        "a": {"exact": False, "mass_by_layer": [0.5, 0.6, 0.7]},
+        "b": {"exact": False, "mass_by_layer": [0.7, 0.8, 0.6]},
+        "bound": {"exact": False, "mass_by_layer": [0.9, 0.9, 0.9]},
     }
     masses = {"full": 1.0, "a": 0.6, "b": 0.7, "bound": 0.9}
     return {
@@ -24,6 +24,11 @@ def report(steps=520, steady=(128, 512), layer_map=(0,) * 7 + (1,) * 7 + (2,) * 
                 "csa_layers": 3,
             },
             "layer_map": list(layer_map),
+            "budgets": {},
+            "runs": {
+                label: {"evidence": "future" if label == "bound" else "position", "budget": "10%"}
+                for label in details
+            },
             "details": details,
         },
         "policies": [{"policy": label, "mass_kept": mass} for label, mass in masses.items()],
@@ -51,6 +56,19 @@ def test_what_was_left_out_is_said():
 def test_the_best_lossy_policy_has_its_paired_margin_bounds_aside():
     [line] = [line for line in estimates.notes(report()) if line.startswith("most mass kept")]
     assert "b, 10.0 ±3.4 points more than a (paired" in line
+
+
+def test_at_several_budgets_each_has_its_own_margin():
+    made = report()
+    about = made["scenario"]
+    about["budgets"] = {"10% gpu": 100, "20% gpu": 200}
+    for label, budget in (("a", "10% gpu"), ("b", "10% gpu"), ("bound", "20% gpu")):
+        about["runs"][label]["budget"] = budget
+    lines = [line for line in estimates.notes(made) if line.startswith("most mass kept")]
+    assert lines == [
+        "most mass kept by a lossy policy at 10% gpu: b, 10.0 ±3.4 points more than a (paired: the"
+        " same windows of both)."
+    ]
 
 
 def test_the_layer_map_stands_in_the_foot_where_layers_drive_several():

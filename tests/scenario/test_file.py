@@ -111,3 +111,59 @@ def test_a_missing_file_suggests_the_nearest(load, tmp_path):
     (tmp_path / "binary.yaml").write_bytes(b"\xff\xfe\x00")
     with pytest.raises(FmsimError, match="cannot be read as UTF-8 text"):
         ScenarioFile(tmp_path / "binary.yaml")
+
+
+BUDGETS = {
+    "name": "it",
+    "trace": "t.safetensors",
+    "budgets": ["10% gpu", "0.25 GiB gpu"],
+    "policies": [
+        "full",
+        "lru",
+        {"policy": "lru", "label": "own", "budget": "2x topk"},
+        {"policy": "lsa", "kmax": 100},
+    ],
+}
+
+
+def runs_of(source, **options):
+    file = ScenarioFile(source, **options)
+    return [(spec.label, spec.entry, spec.params.get("budget")) for spec in file.selected]
+
+
+def test_policies_without_a_budget_of_their_own_run_at_each_of_the_scenarios():
+    assert runs_of(BUDGETS) == [
+        ("full", "full", None),
+        ("lru 10% gpu", "lru", "10% gpu"),
+        ("own", "own", "2x topk"),
+        ("lsa", "lsa", None),
+        ("lru 256 MiB gpu", "lru", "256 MiB gpu"),
+    ]
+    # one budget needs no name, a policy of --policy is one of the scenario's, and --set gives it
+    # a budget of its own
+    assert runs_of(BUDGETS | {"budgets": "10%"})[1] == ("lru", "lru", "10%")
+    assert runs_of(BUDGETS, policies=["lfu"]) == [
+        ("lfu 10% gpu", "lfu", "10% gpu"),
+        ("lfu 256 MiB gpu", "lfu", "256 MiB gpu"),
+    ]
+    assert runs_of(BUDGETS, policies=["lru"], overrides=["policies.lru.budget=5%"]) == [
+        ("lru", "lru", "5%"),
+        ("own", "own", "2x topk"),
+    ]
+    assert runs_of(BUDGETS, policies=["lru"], overrides=["budgets=[7%]"])[0][2] == "7%"
+    # a scenario that was read gives the same again
+    again = ScenarioFile(BUDGETS).scenario
+    assert runs_of(again) == runs_of(BUDGETS)
+
+
+@pytest.mark.parametrize(
+    ("budgets", "says"),
+    [
+        (["10% gpu", "10%gpu"], "budgets: a budget stands there twice"),
+        (["much"], "budget 'much' is not understood; write e.g. '12.5% gpu'"),
+        (7, "budgets"),
+    ],
+)
+def test_budgets_that_cannot_be_are_refused(budgets, says):
+    with pytest.raises(FmsimError, match=says):
+        ScenarioFile(BUDGETS | {"budgets": budgets})

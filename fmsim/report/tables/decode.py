@@ -13,6 +13,7 @@ from rich.console import Console, Group
 from rich.table import Table
 from rich.text import Text
 
+from fmsim.experiments.results import by_budget
 from fmsim.report.console import estimate_text, margin_text, picture, share_text, wide_console
 from fmsim.report.tables import estimates
 from fmsim.report.tables.hardware import hardware_line
@@ -193,17 +194,15 @@ def groups(report: dict[str, Any]) -> list[tuple[str, list[Row], list[Row]]]:
     budgets a group each, behind policies with a budget of their own, or none.
     """
     about, failed = report["scenario"], report.get("failed", [])
-    budgets = about["budgets"] if len(about["budgets"]) > 1 else {}
-    of_run = lambda row: about["runs"][row["policy"]]["budget"]
-    found = []
-    for budget in (None, *budgets):
-        here = lambda row: (of_run(row) if of_run(row) in budgets else None) == budget
-        rows, without = (
-            [row for row in some if here(row)] for some in (report["policies"], failed)
+    every = [row["policy"] for row in [*report["policies"], *failed]]
+    return [
+        (
+            _heading(about, budget),
+            [row for row in report["policies"] if row["policy"] in labels],
+            [row for row in failed if row["policy"] in labels],
         )
-        if rows or without:
-            found.append((_heading(about, budget), rows, without))
-    return found
+        for budget, labels in by_budget(about, every).items()
+    ]
 
 
 def _heading(about: dict[str, Any], budget: str | None) -> str:

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
+from fmsim.experiments.results import by_budget
+
 PLUS_MINUS = "±: half of a 95% interval, from a bootstrap over the trace's windows."
+
+
+MOST_BY_LAYER = 8  # policies; of more the JSON alone has each layer's share
 
 
 def half_width(row: Mapping[str, Any], figure: str) -> float | None:
@@ -39,29 +44,42 @@ def _windows(trace: dict[str, Any]) -> list[str]:
 
 
 def _margin(report: dict[str, Any]) -> list[str]:
-    """How far the best of the lossy policies is ahead of the next, as a paired difference."""
-    details = report["scenario"]["details"]
+    """How far the best of the lossy policies is ahead of the next, as a paired difference; at each
+    of the scenario's budgets.
+    """
+    about = report["scenario"]
+    groups = by_budget(about, [row["policy"] for row in report["policies"]])
+    found = [(budget, _ahead(report, labels)) for budget, labels in groups.items()]
+    return [
+        f"most mass kept by a lossy policy{f' at {budget}' if budget else ''}: {text} (paired: the"
+        " same windows of both)."
+        for budget, text in found
+        if text
+    ]
+
+
+def _ahead(report: dict[str, Any], labels: Sequence[str]) -> str:
+    """Which of the lossy policies among `labels` keeps most, and by how much; or nothing."""
+    about = report["scenario"]
     rivals = [
         row
         for row in report["policies"]
-        if row["mass_kept"] is not None
-        and not details[row["policy"]]["exact"]
-        and details[row["policy"]].get("evidence") != "future"
+        if row["policy"] in labels
+        and row["mass_kept"] is not None
+        and not about["details"][row["policy"]]["exact"]
+        and about["runs"][row["policy"]]["evidence"] != "future"
     ]
     rivals.sort(key=lambda row: row["mass_kept"], reverse=True)
     if len(rivals) < 2:
-        return []
+        return ""
     best, second = (row["policy"] for row in rivals[:2])
     for row in report.get("differences", []):
         if row["figure"] == "mass_kept" and {row["policy"], row["other"]} == {best, second}:
             spread = row["half_width"]
             sure = "" if spread is None else f" ±{100 * spread:.1f}"
             points = f"{100 * abs(row['difference']):.1f}{sure}"
-            return [
-                f"most mass kept by a lossy policy: {best}, {points} points more than {second}"
-                " (paired: the same windows of both)."
-            ]
-    return []
+            return f"{best}, {points} points more than {second}"
+    return ""
 
 
 def _layers(about: dict[str, Any]) -> list[str]:
@@ -80,7 +98,7 @@ def _layers(about: dict[str, Any]) -> list[str]:
         f" times, and a set that all layers share serves {layers} different ones; more would keep"
         " less."
     ]
-    if shares and layers > 1:
+    if 0 < len(shares) <= MOST_BY_LAYER and layers > 1:
         each = ", ".join(map(str, range(layers)))
         lines.append(f"mass kept if one layer drove all ({each}): {'; '.join(shares)}.")
     return lines
