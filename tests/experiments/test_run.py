@@ -230,3 +230,97 @@ def test_where_nothing_fits_that_is_said_with_exit_code_1(folder, override, says
     done = fmsim("run", "small.yaml", "--set", override, folder=folder)
     assert done.returncode == 1 and says in done.stderr and not done.stdout
     assert "Traceback" not in done.stderr
+
+
+AT_BUDGETS = """
+name: equal bytes
+trace: small.safetensors
+budgets: [25% gpu, 60% gpu]
+policies: [full, recency, lru, oracle]
+"""
+
+
+def test_policies_at_equal_bytes_and_who_cannot_be_there(folder):
+    """At 4,096 + 160 tokens the full cache takes 43 x 128 x 584 of windows, 20 x 33 x 584 of HCA
+    entries, 21 x 1,064 x 716 of CSA entries and keys: 19,598,080 B. Beside the fixed 3,599,776 a
+    quarter holds 1,299,744 / (21 x 716) = 86 pages with their keys; all keys alone would take
+    2,949,408.
+    """
+    (folder / "equal.yaml").write_text(AT_BUDGETS)
+    done = fmsim("run", "equal.yaml", "--json", folder=folder)
+    assert done.returncode == 1
+    report = json.loads(done.stdout)
+    about, rows = report["scenario"], {row["policy"]: row for row in report["policies"]}
+    windows, hca = 43 * 128 * 584, 20 * 33 * 584
+    full = windows + hca + 21 * 1064 * 716
+    assert about["full_gpu_bytes"] == rows["full"]["gpu_bytes"] == full
+    assert about["budgets"] == {"25% gpu": full // 4, "60% gpu": int(0.6 * full)}
+    assert list(rows) == [
+        "full",
+        "recency 25% gpu",
+        "oracle 25% gpu",
+        "recency 60% gpu",
+        "lru 60% gpu",
+        "oracle 60% gpu",
+    ]
+    left = full // 4 - windows - hca
+    parts = about["details"]["recency 25% gpu"]["allocated"]
+    assert parts["slots"] == left // (21 * 716) * 21 * 716 and parts["index_keys"] == 0
+    left = int(0.6 * full) - windows - hca - 21 * 1064 * 132
+    parts = about["details"]["lru 60% gpu"]["allocated"]
+    assert parts["spare"] == 21 * 16 * 584 and parts["index_keys"] == 21 * 1064 * 132
+    assert parts["slots"] == (left // (21 * 584) - 16) * 21 * 584
+    [failed] = report["failed"]
+    assert failed["policy"] == "lru 25% gpu" and "leaves no room" in failed["error"]
+    assert failed["least_gpu_bytes"] == windows + hca + 21 * (1064 * 132 + 17 * 584) > full // 4
+    assert "fmsim: lru 25% gpu: policy lru: budget 25% gpu is 0.005 GiB" in done.stderr
+    compared = {(row["policy"], row["other"]) for row in report["differences"]}
+    assert ("recency 25% gpu", "oracle 25% gpu") in compared
+    assert ("recency 25% gpu", "recency 60% gpu") not in compared
+    # as many requests as fit take what a batch of so many takes
+    lru = rows["lru 60% gpu"]
+    again = fmsim(
+        "run", "equal.yaml", "-p", "lru", "--json",
+        *("--set", "budgets=[60% gpu]", "--set", f"batch={lru['max_requests']}"), folder=folder,
+    )  # fmt: skip
+    assert again.returncode == 0, again.stderr
+    [row] = json.loads(again.stdout)["policies"]
+    assert row["policy"] == "lru"
+    for name in ("decode_tokens_per_s", "stall_ratio", "h2d_bytes"):
+        assert lru["at_max_requests"][name] == row[name]
+    over = fmsim_here(
+        "run", "equal.yaml", "-p", "lru", "--set", "budgets=[60% gpu]",
+        "--set", f"batch={lru['max_requests'] + 1}", folder=folder,
+    )  # fmt: skip
+    assert over.returncode == 1 and "of GPU memory" in over.stderr
+
+
+@pytest.mark.parametrize("command", ["plan", "sweep", "serve"])
+def test_budgets_on_the_gpu_go_wherever_a_budget_goes(folder, command):
+    """At a budget that all index keys exceed, the policy that needs them has a row that says so,
+    and the other comes out.
+    """
+    (folder / "equal.yaml").write_text(AT_BUDGETS)
+    workload = (
+        "workload={kind: closed_loop, requests: 2, prompt_tokens: 4096, output_tokens: 64,"
+        " duration_s: 1}"
+    )
+    options = ["-p", "recency", "-p", "lru", "--set", "budgets=[25% gpu]"]
+    given = {
+        "plan": ["plan", "equal.yaml", *options],
+        "sweep": ["sweep", "equal.yaml", *options, "--grid", "batch=1,2"],
+        "serve": ["run", "equal.yaml", *options, "--set", workload],
+    }[command]
+    done = fmsim_here(*given, "--json", folder=folder)
+    found = json.loads(done.stdout)
+    if command == "sweep":
+        assert [row["policy"] for row in found] == ["recency", "recency", "lru", "lru"]
+        assert ["error" in row for row in found] == [False, False, True, True]
+        return
+    assert done.returncode == 1
+    rows = found["plans" if command == "plan" else "serving"]
+    assert [row["policy"] for row in rows] == ["recency"]
+    assert found["failed"][0]["policy"] == "lru"
+    full = 43 * 128 * 584 + 20 * 33 * 584 + 21 * 1064 * 716
+    if command == "serve":
+        assert rows[0]["memory"]["request_bytes"]["gpu"] <= full // 4

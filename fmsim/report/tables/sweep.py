@@ -22,6 +22,7 @@ FIGURES = {  # heading -> text of a row's figure; * = simulated
     "PCIe MiB/step": lambda row: f"{row['h2d_bytes_per_step'] / MIB:.2f}",
     "stall*": lambda row: f"{row['stall_ratio']:.1%}",
     "requests fit*": lambda row: str(row["max_requests"]),
+    "tokens/s then*": lambda row: f"{row['at_max_requests_decode_tokens_per_s']:,.0f}",
 }
 SERVING_FIGURES = {  # of a scenario with a workload
     "mass kept": lambda row: _estimate(row, "mass_kept"),
