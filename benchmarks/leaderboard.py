@@ -40,7 +40,7 @@ from fmsim.replay.ledger import Ledger
 from fmsim.replay.replayer import Replayer
 from fmsim.sim import metrics
 from fmsim.sim.decode import simulate
-from fmsim.sim.footprint import ModelMemory, allocation, full_allocation, spread
+from fmsim.sim.footprint import ModelMemory, allocation, spread
 from fmsim.sim.windows import layer_weights, steady_steps, window_sums
 from fmsim.trace import read
 
@@ -83,7 +83,7 @@ class Board:
         self.replayer = Replayer(trace, memory=ModelMemory(self.geometry, layers))
         self.layer_map = layers
         tokens = trace.header.prompt_tokens + trace.n_steps
-        self.full_bytes = full_allocation(self.geometry, tokens).total
+        self.full_bytes = self.geometry.full_gpu_bytes(tokens)
 
     def row(self, label: str, spec: dict[str, Any], share: float) -> Row:
         """The row of a policy at `share` of the full cache's bytes."""

@@ -85,7 +85,7 @@ def fits(geometry: Geometry) -> list[dict[str, Any]]:
         held = geometry.on_gpu(hw.placed.tp)
         requests = {}
         for tokens in CONTEXTS:
-            one = held.full_kv_bytes(tokens) + held.window_bytes
+            one = held.full_gpu_bytes(tokens)
             known = geometry.max_positions is None or tokens <= geometry.max_positions
             requests[tokens] = int(pool // one) if known else None
         found.append(

@@ -33,7 +33,7 @@ from fmsim.replay.replayer import Replayer
 from fmsim.scenario import PolicySpec, ScenarioFile
 from fmsim.sim import metrics
 from fmsim.sim.decode import simulate
-from fmsim.sim.footprint import ModelMemory, check_layer_map, full_allocation, spread
+from fmsim.sim.footprint import ModelMemory, check_layer_map, spread
 from fmsim.sim.timeline import SimulatedTimeline, Timeline
 from fmsim.sim.windows import differences, n_windows, steady_steps
 from fmsim.trace import read
@@ -324,7 +324,7 @@ def about(setting: Setting) -> dict[str, Any]:
     header, scenario = trace.header, file.scenario
     steady = steady_steps(trace.n_steps, header.tau)
     tokens = header.prompt_tokens // header.entry_tokens * geometry.csa_rate + trace.n_steps
-    full_bytes = full_allocation(geometry, tokens).total
+    full_bytes = geometry.full_gpu_bytes(tokens)
     return {
         "name": scenario.name,
         "description": scenario.description,

@@ -104,8 +104,7 @@ def _row(each: Behaviour, held: Geometry, hw: Hardware, ask: Ask) -> dict[str, A
     return {
         "policy": each.policy,
         "gpu_bytes": pools.gpu_bytes,
-        "gpu_ratio": pools.gpu_bytes
-        / (held.full_kv_bytes(ask.tokens + ask.output_tokens) + held.window_bytes),
+        "gpu_ratio": pools.gpu_bytes / held.full_gpu_bytes(ask.tokens + ask.output_tokens),
         "host_bytes": pools.mirror,
         "max_requests": walls[bound],
         "max_requests_bound": bound,

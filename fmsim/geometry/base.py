@@ -172,6 +172,12 @@ class Geometry(ABC):
         """
         return self.host_kv_bytes(tokens) + self.dense_bytes(tokens)
 
+    def full_gpu_bytes(self, tokens: int) -> int:
+        """What an engine allocates for the full cache of one request: a slot for every entry, its
+        index keys, and the windows.
+        """
+        return self.full_kv_bytes(tokens) + self.window_bytes
+
     def host_kv_bytes(self, tokens: int) -> int:
         """Bytes of the host's mirror of one request: every entry that pages, with its index key."""
         return sum(n * (tokens // rate) * size for (rate, size), n in self._sparse.items())

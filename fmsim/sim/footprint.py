@@ -172,18 +172,6 @@ def allocated(
     )
 
 
-def full_allocation(geometry: Geometry, tokens: int) -> Allocation:
-    """Of the full cache: a slot for every entry, and nothing spare."""
-    entries = geometry.csa_entries(tokens)
-    return Allocation(
-        slots=geometry.n_csa * entries * geometry.kv_entry_bytes,
-        spare=0,
-        index_keys=geometry.n_keyed * entries * geometry.index_key_bytes,
-        hca=geometry.dense_bytes(tokens),
-        windows=geometry.window_bytes,
-    )
-
-
 @dataclass(frozen=True)
 class ModelMemory:
     """`fmsim.replay.needs.GpuMemory` of a model of `geometry`, whose CSA layers the trace's drive
@@ -202,7 +190,7 @@ class ModelMemory:
         return self.geometry.n_csa
 
     def full_bytes(self, request: Lifetime) -> int:
-        return full_allocation(self.geometry, self._tokens(request)).total
+        return self.geometry.full_gpu_bytes(self._tokens(request))
 
     def taken_bytes(self, needs: Declared, request: Lifetime) -> int:
         return self._allocated(needs, request).total

@@ -13,7 +13,7 @@ import numpy as np
 
 from fmsim.geometry import Geometry
 from fmsim.replay.ledger import Ledger
-from fmsim.sim.footprint import Footprint, footprint, full_allocation
+from fmsim.sim.footprint import Footprint, footprint
 from fmsim.sim.timeline import Timeline
 from fmsim.sim.windows import (
     golden_shares,
@@ -67,7 +67,7 @@ def row(
     Sums over layers weigh each trace layer by the model layers that it drives.
     """
     place = footprint(ledger, geometry, layer_map)
-    full_bytes = full_allocation(geometry, int(place.tokens[-1])).total
+    full_bytes = geometry.full_gpu_bytes(int(place.tokens[-1]))
     return {
         "policy": ledger.policy,
         "gpu_bytes": place.allocated.total,

@@ -26,7 +26,6 @@ from fmsim.replay.replayer import Replayer
 from fmsim.sim.footprint import (
     ModelMemory,
     allocation,
-    full_allocation,
     keyed_layers,
     spread,
 )
@@ -290,5 +289,5 @@ def test_a_request_takes_what_is_predicted_by_torchs_own_allocator(spec, trace):
     assert decode.gpu_bytes == pytest.approx(predicted, rel=0.01)
     budget = registry.build(spec).params.budget
     if spec != "full":
-        full_bytes = full_allocation(flash, found.header.prompt_tokens + 2).total
+        full_bytes = flash.full_gpu_bytes(found.header.prompt_tokens + 2)
         assert predicted <= budget.gpu_bytes(full_bytes)

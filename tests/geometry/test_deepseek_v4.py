@@ -5,7 +5,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fmsim.geometry import CSA, HCA, PRESETS, from_config
-from fmsim.sim.footprint import full_allocation
 
 GIB = 2**30
 FLASH = PRESETS["v4-flash"]
@@ -127,7 +126,7 @@ def test_a_wrong_config_is_refused_by_name(change, says):
 
 @given(tokens=st.integers(0, 2_000_000), more=st.integers(0, 10_000))
 def test_everything_resident_is_the_full_cache_and_its_windows(tokens, more):
-    on_gpu = full_allocation(FLASH, tokens).total
+    on_gpu = FLASH.full_gpu_bytes(tokens)
     assert on_gpu == FLASH.full_kv_bytes(tokens) + FLASH.window_bytes
     assert FLASH.full_kv_bytes(tokens + more) >= FLASH.full_kv_bytes(tokens)
     assert FLASH.host_kv_bytes(tokens) <= FLASH.full_kv_bytes(tokens)

@@ -10,7 +10,6 @@ from hypothesis import strategies as st
 from fmsim.errors import FmsimError
 from fmsim.geometry import PRESETS, LayerSpec, from_config, geometry_named
 from fmsim.geometry.named import deepseek_v4_named
-from fmsim.sim.footprint import full_allocation
 
 GIB = 2**30
 K = 1024
@@ -96,7 +95,7 @@ def test_grouped_query_kv_is_split_over_gpus_and_a_latent_is_not():
 @given(tokens=st.integers(0, 2_000_000), name=st.sampled_from(["v3.2", "glm-5.2", "minimax-m3"]))
 def test_everything_resident_is_the_full_cache(tokens, name):
     geometry = PRESETS[name]
-    on_gpu = full_allocation(geometry, tokens).total
+    on_gpu = geometry.full_gpu_bytes(tokens)
     assert on_gpu == geometry.full_kv_bytes(tokens) + geometry.window_bytes
 
 

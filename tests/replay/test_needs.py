@@ -13,7 +13,7 @@ from fmsim.errors import BudgetTooSmall, FmsimError
 from fmsim.policies import registry
 from fmsim.policies.pyramid import Pyramid
 from fmsim.replay.replayer import Replayer
-from fmsim.sim.footprint import ModelMemory, allocation, full_allocation
+from fmsim.sim.footprint import ModelMemory, allocation
 
 
 @dataclass(frozen=True)
@@ -87,16 +87,14 @@ def test_flash_says_what_takes_the_bytes():
     """At 320,000 tokens index keys take 21 x 80,000 x 132 B."""
     memory = ModelMemory(FLASH)
     replayer = Replayer(HandTrace([[[0]] * 3], prompt_entries=80_000), memory=memory)
-    full = full_allocation(FLASH, 320_001)
-    assert full.total == 43 * 128 * 584 + 20 * 2500 * 584 + 21 * 80_000 * 716
+    fixed = 43 * 128 * 584 + 20 * 2500 * 584
+    assert FLASH.full_gpu_bytes(320_001) == fixed + 21 * 80_000 * 716
     with pytest.raises(BudgetTooSmall) as found:
         replayer.run(registry.build("lru:budget=10% gpu"))
     assert str(found.value) == (
         "policy lru: budget 10% gpu is 0.115 GiB, and index keys alone take 0.207 GiB"
     )
-    assert found.value.least_bytes == (
-        full.index_keys + full.hca + full.windows + 21 * (1 + 1) * 584
-    )
+    assert found.value.least_bytes == fixed + 21 * (80_000 * 132 + (1 + 1) * 584)
 
 
 MADE = {
@@ -121,7 +119,7 @@ def test_a_page_more_would_exceed_the_budget(name, tmp_path):
     replayer = Replayer(
         make_trace(prompt_tokens=8000, n_steps=8), memory=ModelMemory(FLASH, layer_map)
     )
-    full_bytes = full_allocation(FLASH, 8008).total
+    full_bytes = FLASH.full_gpu_bytes(8008)
     rng = random.Random(0)
     for _ in range(4):
         limit = rng.randint(int(0.5 * full_bytes), int(0.9 * full_bytes))

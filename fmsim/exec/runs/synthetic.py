@@ -24,7 +24,7 @@ from fmsim.geometry import Geometry
 from fmsim.policies.base import Policy
 from fmsim.replay.replayer import Replayer
 from fmsim.sim import metrics
-from fmsim.sim.footprint import footprint, full_allocation, keyed_layers
+from fmsim.sim.footprint import footprint, keyed_layers
 from fmsim.sim.timeline import Timeline
 from fmsim.units import GIB, gib
 
@@ -155,7 +155,7 @@ def report(
     Bytes are of one request.
     """
     tokens = replayer.header.prompt_tokens + replayer.n_steps
-    full_bytes = full_allocation(geometry, tokens).total
+    full_bytes = geometry.full_gpu_bytes(tokens)
     rows, details = [], {}
     for found in runs:
         ledger = found.outcome.ledger

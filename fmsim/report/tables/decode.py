@@ -278,7 +278,7 @@ def _best(rows: Sequence[Row], about: dict[str, Any]) -> list[set[str]]:
         for row in rows
         if kind_of(row, about) != "bound" and about["runs"][row["policy"]]["budget"] != "all"
     ]
-    found = []
+    found: list[set[str]] = []
     for place, column in enumerate(columns(about)):
         texts = {row["policy"]: cells(row, about)[place] for row in rivals}
         values = {label: _value(text) for label, text in texts.items()}

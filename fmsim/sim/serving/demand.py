@@ -30,7 +30,7 @@ from fmsim.hw.spec import Hardware
 from fmsim.policies.budget import Budget
 from fmsim.replay.ledger import Ledger
 from fmsim.replay.needs import AHEAD
-from fmsim.sim.footprint import Allocation, allocated, footprint, full_allocation
+from fmsim.sim.footprint import Allocation, allocated, footprint
 from fmsim.sim.transfer_cost import GatherCurve
 
 
@@ -158,7 +158,7 @@ class Demand:
     def _solved(self, tokens: int) -> float:
         """Growth of a budget on the GPU: the most slots that leave a request within it."""
         assert self._budget is not None
-        full_bytes = full_allocation(self.geometry, tokens).total
+        full_bytes = self.geometry.full_gpu_bytes(tokens)
         limit_bytes = self._budget.gpu_bytes(full_bytes)
         most = max(self._ledger.group_slots)
         pages = -(-self.geometry.csa_entries(tokens) // self._ledger.granularity)
