@@ -75,7 +75,7 @@ def test_the_page_holds_the_table_and_names_nothing_outside_itself(page):
     assert len(own) < len(text) / 4
     assert "small &amp; &lt;made&gt;" in own and "goodput rps" in own and "1.25" in own
     for label in ("full", "recency", "lru", "h2o", "lru pages", "oracle", "belady"):
-        assert re.search(rf"<tr><td>{label}</td><td class=\"(exact|lossy)\">", own)
+        assert re.search(rf"<tr><td>{label}</td><td class=\"(exact|lossy|bound)\">", own)
     assert not re.search(r"(src|href)=[\"'](?!#|data:)", own) and "://" not in own
     assert {
         event["ph"]
