@@ -18,7 +18,7 @@ from typing import Any
 
 COMMANDS = {
     "help": ["--help"],
-    "500k, nine policies": ["run", "scenarios/500k.yaml", "--quiet"],
+    "500k, policies at two budgets": ["run", "scenarios/500k.yaml", "--quiet"],
     "128k, nine policies": ["run", "scenarios/128k.yaml", "--quiet"],
     "32k, nine policies": ["run", "scenarios/32k.yaml", "--quiet"],
 }

@@ -91,6 +91,7 @@ def run(
     \b
     fmsim run scenarios/500k.yaml
     fmsim run scenarios/500k.yaml -p lsa -p lru --set hardware=h200 --set batch=16
+    fmsim run scenarios/500k.yaml --set "budgets=[8% gpu, 0.5 GiB gpu]"
     fmsim run scenarios/500k.yaml -p lru -p my_policy.py:MyPolicy:budget=10%
     fmsim run scenarios/500k.yaml --json --out results
     fmsim run scenarios/500k.yaml --dp 8 --set batch=64
@@ -101,6 +102,7 @@ def run(
     """
     from fmsim.errors import FmsimError
     from fmsim.experiments.results import writing
+    from fmsim.experiments.results import failed_altogether
     from fmsim.report.tables import decode as table
     from fmsim.report.tables import serving
 
@@ -145,7 +147,7 @@ def run(
         typer.echo(strict_json.dump(plain))
     else:
         shown.show(plain)
-    end_with_failures(plain["failed"])
+    end_with_failures(failed_altogether(plain))
 
 
 def _without_trace(

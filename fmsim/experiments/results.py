@@ -93,6 +93,19 @@ def by_budget(about: dict[str, Any], labels: Iterable[str]) -> dict[str | None, 
     return {budget: group for budget, group in found.items() if group}
 
 
+def failed_altogether(report: dict[str, Any]) -> list[dict[str, Any]]:
+    """What failed in a report; but not a policy that one of the scenario's budgets is too small
+    for, where it ran at another: that is an answer.
+    """
+    failed: list[dict[str, Any]] = report["failed"]
+    runs = report["scenario"].get("runs")
+    if runs is None:  # of a server
+        return failed
+    done = {runs[row["policy"]]["entry"] for row in report["policies"]}
+    elsewhere = lambda failure: runs[failure["policy"]]["entry"] in done
+    return [one for one in failed if "least_gpu_bytes" not in one or not elsewhere(one)]
+
+
 class _Open(BaseModel):
     """Part of a report: the keys that are read, and any others."""
 
