@@ -31,6 +31,17 @@ def mib(n_bytes: float, digits: int = 2) -> str:
     return f"{n_bytes / MIB:.{digits}f} MiB"
 
 
+def sized(n_bytes: float) -> str:
+    """``n_bytes`` as text in the unit that suits them, to three digits or more: "0.325 GiB",
+    "21.2 MiB", "512 B".
+    """
+    if n_bytes >= GIB / 10:
+        return gib(n_bytes, 3)
+    if n_bytes >= MIB / 10:
+        return mib(n_bytes, 1)
+    return f"{n_bytes / KIB:.1f} KiB" if n_bytes >= KIB else f"{n_bytes:.0f} B"
+
+
 def bytes_of(text: str) -> int | None:
     """Bytes that a text such as "16GiB", "1.5 MB" or "4096" says; None where it says none."""
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", text)

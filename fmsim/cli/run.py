@@ -101,8 +101,7 @@ def run(
     fmsim run --model v4.1-flash --hardware h200 --context 512K
     """
     from fmsim.errors import FmsimError
-    from fmsim.experiments.results import writing
-    from fmsim.experiments.results import failed_altogether
+    from fmsim.experiments.results import failed_altogether, writing
     from fmsim.report.tables import decode as table
     from fmsim.report.tables import serving
 

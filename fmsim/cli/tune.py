@@ -125,14 +125,12 @@ def _plain(trial: Trial) -> dict[str, Any]:
 
 
 def _show(found: Tuning, policy: str) -> None:
+    from fmsim.experiments.rows import flat
     from fmsim.report.tables import sweep as rows_table
 
     rows = [
-        trial.figures
-        | {
-            "policy": f"{policy}, best" if trial is found.best else policy,
-            "step_s_p99": trial.figures["step_s"]["p99"],
-        }
+        flat(trial.figures)
+        | {"policy": f"{policy}, best" if trial is found.best else policy}
         | {f"set.{name}": value for name, value in trial.values.items()}
         for trial in found.front
     ]

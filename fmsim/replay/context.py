@@ -15,7 +15,7 @@ from fmsim.policies.guard import Guarded
 from fmsim.replay.layer_slots import check_shares, divide
 from fmsim.replay.needs import GpuMemory, Needs, needs_of
 from fmsim.replay.paging import Paged, PagedFuture, page_mass
-from fmsim.units import gib
+from fmsim.units import sized
 
 Array = Any
 ENTRY_BYTES = 584  # of one V4 entry
@@ -154,7 +154,7 @@ def _within(
         return with_slots(found * granularity)
     least = needs(with_slots(granularity))
     error = BudgetTooSmall(
-        f"policy {policy.name}: budget {budget} is {gib(limit_bytes, 3)}, and"
+        f"policy {policy.name}: budget {budget} is {sized(limit_bytes)}, and"
         f" {memory.shortage(least, shape, limit_bytes)}"
     )
     error.least_bytes = memory.taken_bytes(least, shape)

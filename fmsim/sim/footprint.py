@@ -16,7 +16,7 @@ from fmsim.errors import FmsimError
 from fmsim.geometry import Geometry
 from fmsim.replay.ledger import Ledger
 from fmsim.replay.needs import Declared, Lifetime
-from fmsim.units import gib
+from fmsim.units import sized
 
 
 def spread(trace_layers: int, model_layers: int) -> tuple[int, ...]:
@@ -205,8 +205,8 @@ class ModelMemory:
         }
         largest = max(parts, key=lambda name: parts[name])
         if parts[largest] > limit_bytes:
-            return f"{largest} alone take {gib(parts[largest], 3)}"
-        shown = ", ".join(f"{name} {gib(size, 3)}" for name, size in parts.items() if size)
+            return f"{largest} alone take {sized(parts[largest])}"
+        shown = ", ".join(f"{name} {sized(size)}" for name, size in parts.items() if size)
         return f"leaves no room for a page: {shown}"
 
     def _allocated(self, needs: Declared, request: Lifetime) -> Allocation:

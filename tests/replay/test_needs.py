@@ -74,7 +74,7 @@ def test_slots_worked_by_hand(spec, expected):
 def test_what_a_budget_is_exceeded_by_is_said():
     with pytest.raises(BudgetTooSmall) as found:
         slots("lru:budget=20% gpu")  # 241 B; one slot takes 10 + 40 + 200 + 7
-    assert str(found.value) == "policy lru: budget 20% gpu is 0.000 GiB, and 257 and not 241"
+    assert str(found.value) == "policy lru: budget 20% gpu is 241 B, and 257 and not 241"
     assert found.value.least_bytes == 257
 
 

@@ -17,7 +17,7 @@ from fmsim.experiments.results import by_budget
 from fmsim.report.console import estimate_text, margin_text, picture, share_text, wide_console
 from fmsim.report.tables import estimates
 from fmsim.report.tables.hardware import hardware_line
-from fmsim.units import GIB, MIB, gib
+from fmsim.units import GIB, MIB, gib, sized
 
 Row = dict[str, Any]
 
@@ -209,7 +209,7 @@ def _heading(about: dict[str, Any], budget: str | None) -> str:
     if budget is None:
         return ""
     n_bytes = about["budgets"][budget]
-    return f"at {budget}" + ("" if n_bytes is None else f", {gib(n_bytes, 3)}")
+    return f"at {budget}" + ("" if n_bytes is None else f", {sized(n_bytes)}")
 
 
 def _table(report: dict[str, Any]) -> Table:
@@ -265,7 +265,7 @@ def _reasons(failed: Sequence[Row], about: dict[str, Any]) -> list[str]:
     for failure in failed:
         budget = re.escape(about["runs"][failure["policy"]]["budget"])
         reason = re.sub(
-            rf"^.*?policy [^:]*: (budget {budget} is .*? GiB, and )?", "", failure["error"]
+            rf"^.*?policy [^:]*: (budget {budget} is .*? [KMG]?i?B, and )?", "", failure["error"]
         )
         found.setdefault(reason, []).append(name_of(failure, about))
     return [f"none: {', '.join(labels)}: {reason}" for reason, labels in found.items()]
