@@ -1,11 +1,15 @@
 """Times and bytes worked by hand, at sizes that occur."""
 
+from itertools import pairwise
+
 import numpy as np
 import pytest
 import simpy
-from hand_ledger import FLASH, ledger
+from hand_ledger import FLASH, H100, ledger, loads
+from hand_tables import round_link
 
 from fmsim.hw.memory import FairLink
+from fmsim.sim.decode import simulate
 from fmsim.sim.footprint import footprint
 from fmsim.sim.metrics import exact
 
@@ -19,6 +23,26 @@ def test_a_link_takes_bytes_over_bandwidth():
     both = [link.transfer(55e9), link.transfer(55e9)]
     env.run(env.all_of(both))
     assert env.now == pytest.approx(6.0)
+
+
+def test_a_step_whose_misses_share_the_link_with_a_recall():
+    """Two transfers share 60 GB/s, though each could do 50: 30 each. 21 layers miss 4,000 rows of
+    716 bytes: each waits 10 us and 2,864,000 / 30e9 s. Alone the rate would be 50 GB/s.
+    """
+    hw = round_link(H100, 716)
+    moves = {"demand_loads": loads(128, s0=4000), "on_miss": "fallback", "all_keys": False}
+    alone = simulate(ledger(**moves), FLASH, hw)
+    assert alone.stall_s[0] == pytest.approx(21 * (10e-6 + 2_864_000 / 50e9))
+    recall = loads(128, s64=2_000_000)  # 30 GB, far longer than a step
+    beside = simulate(ledger(**moves, lookahead_loads=recall), FLASH, hw)
+    stall_s = 21 * (10e-6 + 2_864_000 / 30e9)
+    assert beside.stall_s[0] == pytest.approx(stall_s)
+    compute_s = alone.step_s[0] - alone.stall_s[0]
+    assert beside.step_s[0] == pytest.approx(compute_s + stall_s)
+    rows = [each for each in beside.transfers if each.kind == "misses"]
+    assert len(rows) == 21 and all(each.n_bytes == 2_864_000 for each in rows)
+    gaps_s = [later.start_s - each.end_s for each, later in pairwise(rows)]
+    assert gaps_s == pytest.approx([compute_s / 21] * 20)
 
 
 def test_pages_of_four_entries_take_the_bytes_of_four_entries():
@@ -41,3 +65,14 @@ def test_a_layer_without_mass_loses_nothing():
     kept = total.copy()
     kept[1, 2] = 0.499
     assert exact(ledger(n_steps=2, mass_total=total, mass_kept=kept)) is False
+
+
+def test_without_masses_exact_means_that_misses_are_fetched_or_do_not_occur():
+    hit = np.full((2, 3), 512, np.int32)
+    for on_miss, hits, lossless in (
+        ("fetch", hit - 1, True),
+        ("mask", hit, True),
+        ("mask", hit - 1, False),
+    ):
+        made = ledger(n_steps=2, masses=False, on_miss=on_miss, hit=hits, accessed=hit)
+        assert exact(made) is lossless, (on_miss, hits[0, 0])
