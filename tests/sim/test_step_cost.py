@@ -72,8 +72,8 @@ def test_a_prompts_chunk(monkeypatch):
     assert not model.lower_bound
     expected_ms = 2 * (21 * 2.25 + 20 * 1.125 + 2 * 0.75 + 43 * 4.1)
     assert model.seconds(np.array([2048]), np.array([1536])) == pytest.approx(expected_ms / 1e3)
-    # two of 2,048, which start at 4,096 in the mean; in a sliding layer at 1,024
-    twice_ms = 2 * (21 * 4.0 * 2 + 20 * 2.0 * 2 + 2 * 1.25 * 2 + 43 * 4.1)
+    # two of 2,048, which start at 4,096 in the mean; a sliding layer sees no context
+    twice_ms = 2 * (21 * 4.0 * 2 + 20 * 2.0 * 2 + 2 * 1.0 * 2 + 43 * 4.1)
     found = model.seconds(np.array([3072]), np.array([4096]))
     assert found == pytest.approx(twice_ms / 1e3)
 
