@@ -1,0 +1,126 @@
+"""What the loop tells tiers, clock and policies, and when."""
+
+from contextlib import contextmanager
+
+import numpy as np
+import pytest
+from hand_trace import HandTrace
+from made_trace import make_trace
+
+from fmsim.policies import registry
+from fmsim.policies.base import Policy
+from fmsim.policies.guard import Guarded
+from fmsim.replay.decode_loop import DecodeLoop
+from fmsim.replay.replayer import Replayer
+
+
+class Noted:
+    """Tiers and clock that write down what they are told, with the step."""
+
+    def __init__(self, ahead_pages=10**6):
+        self.most = ahead_pages
+        self.step_number = -1
+        self.told = []
+
+    def ahead_pages(self, request):
+        return self.most
+
+    def _note(self, what, pages):
+        row = np.asarray(pages)[0]
+        self.told.append((self.step_number, what, sorted(row[row >= 0].tolist())))
+
+    def wrote(self, request, moves):
+        self._note("wrote", moves.pages)
+
+    def recall(self, request, moves):
+        self._note("recall", moves.pages)
+
+    def recall_ahead(self, request, pages):
+        self._note("ahead", pages)
+
+    def settle(self, request, moves):
+        self._note("settle", moves.pages)
+
+    def moved_bytes(self):
+        return 0
+
+    @contextmanager
+    def step(self, moved):
+        assert moved() == 0
+        self.step_number += 1
+        yield
+
+    @contextmanager
+    def recall_part(self):
+        self.told.append((self.step_number, "first", None))
+        yield
+        self.told.append((self.step_number, "then", None))
+
+
+def driven(trace, policy, steps, **options):
+    noted = Noted(**options)
+    source = Replayer(trace).source(Guarded(registry.build(policy)))
+    clock = type("Clock", (), {"step": noted.step, "recall": noted.recall_part})
+    loop = DecodeLoop([source.book], source, noted, clock)
+    for _ in range(steps):
+        loop.advance()
+    return noted.told
+
+
+def of_kind(told, kind):
+    return {step: pages for step, what, pages in told if what == kind and pages}
+
+
+def test_what_is_recalled_was_foreseen_one_cadence_before():
+    """The oracle knows its next window; of 40 steps and decisions at 8, 16, 24 and 32, the one at
+    32 is the last that there is.
+    """
+    trace = make_trace(prompt_tokens=1024, n_steps=40, n_layers=1)
+    policy = {"policy": "oracle", "budget": "24 entries", "cadence": 8}
+    told = driven(trace, policy, 40)
+    recalls, ahead = of_kind(told, "recall"), of_kind(told, "ahead")
+    assert sorted(recalls) == [8, 16, 24, 32] and sorted(ahead) == [0, 8, 16, 24]
+    for step, pages in recalls.items():
+        assert set(ahead[step - 8]) <= set(pages)
+        assert len(pages) - len(ahead[step - 8]) <= 2  # two entries close in between
+    few = of_kind(driven(trace, policy, 40, ahead_pages=3), "ahead")
+    assert few == {step: pages[:3] for step, pages in ahead.items()}
+    assert not of_kind(driven(trace, policy, 40, ahead_pages=0), "ahead")
+
+
+def test_writes_and_recalls_come_before_the_accesses_and_fetches_behind_them():
+    """Four tokens an entry: entry 8 closes at step 3. At step 2, 5 is fetched."""
+    trace = HandTrace([[[0]], [[0]], [[5]], [[8]]], prompt_entries=8, still=False)
+    told = driven(trace, {"policy": "lru", "budget": "2 entries"}, 4)
+    part = lambda step: [(what, pages) for at, what, pages in told if at == step]
+    assert part(2) == [("first", None), ("then", None), ("settle", [5])]
+    assert part(3) == [("first", None), ("wrote", [8]), ("then", None), ("settle", [])]
+
+
+@pytest.mark.parametrize("on_miss", ["mask", "fetch"])
+def test_a_policy_sees_the_mass_of_what_was_attended_to_alone(on_miss):
+    """Two slots hold 6 and 7, the newest; 1 is selected too, with more mass."""
+    seen = []
+
+    class Looks(Policy):
+        name = "looks"
+        action, evidence, decision_scope = "hierarchical", "attention_history", "layer"
+
+        def observe(self, step, obs):
+            order = np.argsort(obs.pages[0])
+            seen.append(
+                [getattr(obs, name)[0][order].tolist() for name in ("pages", "mass", "hit")]
+            )
+
+        def worth(self, step, pages):
+            return self.ctx.xp.astype(pages, self.ctx.xp.float32)
+
+    trace = HandTrace([[[1, 7]]], masses=[[[0.5, 0.25]]], prompt_entries=8)
+    spec = {"policy": Looks, "budget": "2 entries", "on_miss": on_miss}
+    Replayer(trace).run(registry.build(spec))
+    [[pages, mass, hit]] = seen
+    assert hit[pages.index(7)] and mass[pages.index(7)] == 0.25
+    if on_miss == "fetch":
+        assert (pages, mass) == ([1, 7], [0.5, 0.25])
+    else:
+        assert sum(mass) == 0.25 and not hit[1 - pages.index(7)]
