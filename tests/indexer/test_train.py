@@ -1,14 +1,27 @@
 """Training on constructed windows whose hidden state decides linearly which keys will be used."""
 
+import math
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 
 from fmsim.errors import FmsimError
 from fmsim.indexer import checkpoint, scorer
 from fmsim.indexer.scorer import ScorerConfig
-from fmsim.indexer.train import TrainOptions, train
+from fmsim.indexer.train import (
+    TrainingBatch,
+    TrainingRun,
+    TrainOptions,
+    _negatives,
+    focal_loss,
+    infonce_loss,
+    recall_at,
+    threshold_of_share,
+    train,
+)
 from fmsim.indexer.windows import Windows
 
 CONFIG = ScorerConfig(rope_dims=2, rope_theta=10_000.0)
@@ -155,3 +168,87 @@ def test_nothing_to_learn_from_and_unlike_traces_are_errors():
     )
     with pytest.raises(FmsimError, match="wide.safetensors"):
         train([TRAINING[0], wider], HELD_OUT, CONFIG, OPTIONS)
+
+
+# The parts of a step, by hand.
+
+
+def batch_of(visible, golden, mass=None):
+    """Queries by rows of 0 and 1; what a model reads is not there."""
+    wanted = torch.tensor(golden, dtype=torch.bool)
+    weights = wanted.float() if mass is None else torch.tensor(mass)
+    nothing = torch.zeros(0)
+    seen = torch.tensor(visible, dtype=torch.bool)
+    most = int(wanted.sum(-1).max())
+    return TrainingBatch((nothing, nothing), nothing, nothing, seen, wanted, weights, most)
+
+
+def model_of(logits):
+    """One that answers with these logits, in one layer."""
+    return lambda hidden, rotation, keys: torch.tensor([logits])
+
+
+def test_the_rate_rises_in_a_tenth_of_the_steps_and_falls_as_a_cosine():
+    run = SimpleNamespace(options=TrainOptions(steps=100, warm_up=0.1))
+    rates = {step: TrainingRun._rate(run, step) for step in (0, 4, 9, 10, 55, 100)}
+    expected = {0: 0.1, 4: 0.5, 9: 1.0, 10: 1.0, 55: 0.5, 100: 0.0}
+    assert rates == pytest.approx(expected, abs=1e-12)
+
+
+def test_focal_loss_of_a_positive_and_a_negative_of_score_three_quarters():
+    """Missed: 2 x (1/4)^2 x ln(4/3); false: (3/4)^2 x ln 4; a positive weighs 2."""
+    logits = torch.full((1, 3), math.log(3))
+    weights, negatives = torch.tensor([[2.0, 0, 0]]), torch.tensor([[False, True, False]])
+    expected = (2 / 16 * math.log(4 / 3) + 9 / 16 * math.log(4)) / 2
+    assert focal_loss(logits, weights, negatives, 2.0).item() == pytest.approx(expected)
+    linear = (2 / 4 * math.log(4 / 3) + 3 / 4 * math.log(4)) / 2
+    assert focal_loss(logits, weights, negatives, 1.0).item() == pytest.approx(linear)
+
+
+def test_infonce_is_the_cross_entropy_over_what_is_listed():
+    """Shares of 1/8, 2/8 and 5/8; two positives of one weight; what is not listed says nothing."""
+    logits = torch.tensor([[0.0, math.log(2), math.log(5), 50.0]])
+    listed = torch.tensor([[True, True, True, False]])
+    alike = infonce_loss(logits, torch.tensor([[1.0, 1.0, 0, 0]]), listed)
+    assert alike.item() == pytest.approx(2.5 * math.log(2))
+    uneven = infonce_loss(logits, torch.tensor([[3.0, 1.0, 0, 0]]), listed)
+    assert uneven.item() == pytest.approx((3 * 3 + 2) / 4 * math.log(2))
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        ({"random_negatives": 0.0, "hard_negatives": 1.0}, [[3], [1, 3]]),
+        ({"random_negatives": 0.0, "hard_negatives": 2.0}, [[1, 3], [0, 1, 3]]),
+        ({"random_negatives": 0.0, "hard_negatives": 0.0}, [[], []]),
+        ({"random_negatives": 9.0, "hard_negatives": 0.0}, [[0, 1, 3], [0, 1, 3]]),
+    ],
+)
+def test_negatives_are_the_highest_of_those_that_are_visible_and_not_golden(given, expected):
+    """Five entries; the last is not visible. One positive in the first query, two in the second,
+    of which one is an entry that the first lacks.
+    """
+    batch = batch_of([[1, 1, 1, 1, 0], [1, 1, 1, 1, 1]], [[0, 0, 1, 0, 0], [0, 0, 1, 0, 1]])
+    logits = torch.tensor([[0.1, 0.2, 5.0, 0.3, 9.0], [0.1, 0.2, 5.0, 0.3, 9.0]])
+    found = _negatives(logits, batch, TrainOptions(**given), torch.Generator().manual_seed(0))
+    assert [row.nonzero()[:, 0].tolist() for row in found] == expected
+
+
+def test_recall_of_the_best_of_what_is_visible():
+    """Of four visible entries 3 and 0 are the best; 30% of four are two."""
+    logits = [[2.0, 1.0, 0.0, 3.0, 9.0]]
+    batch = batch_of([[1, 1, 1, 1, 0]], [[1, 0, 1, 0, 0]], [[0.1, 0.2, 0.3, 0.4, 0.0]])
+    golden, mass = recall_at(model_of(logits), [batch], (0.25, 0.3, 0.75, 1.0))
+    assert golden == pytest.approx((0.0, 0.5, 0.5, 1.0))
+    assert mass == pytest.approx((0.4, 0.5, 0.7, 1.0))
+
+
+def test_the_threshold_keeps_a_share_of_each_query_on_average():
+    """A query of four entries and one of two. At a logit of 2 or more: 2 of 4 and 0 of 2, a quarter
+    on average; at 1: 3 of 4 and 1 of 2, five eighths.
+    """
+    logits = [[0.0, 1.0, 2.0, 3.0], [1.0, 0.0, 9.0, 9.0]]
+    batch = batch_of([[1, 1, 1, 1], [1, 1, 0, 0]], [[1, 0, 0, 0], [1, 0, 0, 0]])
+    for share, logit in ((0.25, 2.0), (0.625, 1.0), (1.0, 0.0), (0.1, 3.0)):
+        found = threshold_of_share(model_of(logits), [batch], share)
+        assert found == pytest.approx(1 / (1 + math.exp(-logit)))
