@@ -1,0 +1,227 @@
+"""Worths, pins and budgets in numbers, and what the guard refuses."""
+
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+
+from fmsim.errors import PolicyError
+from fmsim.indexer import checkpoint
+from fmsim.indexer.checkpoint import Checkpoint
+from fmsim.indexer.scorer import LayerWeights, ScorerConfig
+from fmsim.policies import guard, prompt, registry
+from fmsim.policies.base import Context, LookaheadState, Observation, Pins, Policy
+from fmsim.policies.budget import Budget
+from fmsim.policies.lru import STEP_BITS
+from fmsim.policies.lru_prefetch import LRUPrefetch
+from fmsim.policies.lsa_history import LSAHistory
+from fmsim.policies.snapkv import SnapKV
+
+INF = float("inf")
+
+
+def worths(policy, step=0):
+    pages = np.arange(policy.ctx.n_pages, dtype=np.int32)[None]
+    return np.asarray(policy.worth(step, pages))[0].tolist()
+
+
+def context(n_pages, prompt_entries, slots=4, granularity=1, **more):
+    return Context(1, 1, n_pages, slots, granularity, prompt_entries, 2, 16, tau=4, **more)
+
+
+def test_snapkv_averages_three_neighbours_and_keeps_the_window():
+    """Six pages of a prompt, two of them its last 8 tokens; beyond its ends there is nothing."""
+    mass = np.array([[3.0, 0.0, 6.0, 9.0, 1.0, 1.0, 0.0]], np.float32)
+    policy = SnapKV(pool=3, window_tokens=8)
+    policy.reset(context(7, 6, prompt_mass=mass))
+    assert worths(policy) == pytest.approx([1, 3, 5, 16 / 3, INF, INF, 0])
+    assert policy.pins() == Pins(decoded=True)
+    alone = SnapKV(pool=1, window_tokens=5)  # 5 tokens lie in two entries of 4
+    alone.reset(context(7, 6, prompt_mass=mass))
+    assert worths(alone) == [3, 0, 6, 9, INF, INF, 0]
+
+
+@pytest.fixture
+def weights(tmp_path):
+    one = np.ones((1, 1), np.float32)
+    layers = {0: LayerWeights(one, one[0], one, one)}
+    path = tmp_path / "indexer.safetensors"
+    checkpoint.save(Checkpoint(layers, ScorerConfig(rope_dims=0, rope_theta=1e4), 0.5), path)
+    return path
+
+
+def lookahead(window):
+    """Logits 0, 1, 2, 3, 0, 1, ... of the 6 entries that are there, one more a window."""
+    seen = 6 + window
+    keys = (np.arange(seen, dtype=np.float32) % 4)[None, :, None]
+    return LookaheadState(np.ones((1, 1), np.float32), 4 * seen - 1, keys, seen)
+
+
+def seen(pages, count=None):
+    row = np.array([pages], np.int32)
+    ones = np.ones_like(row) if count is None else np.array([count], np.int32)
+    hit = np.ones(row.shape, bool)
+    return Observation(row, ones, np.ones(row.shape, np.float32), hit, ~hit)
+
+
+def test_history_adds_the_logarithm_of_faded_uses(weights):
+    """Entry 0 was used three times before the decision at 4, entry 1 once: log2(4) and log2(2),
+    twice over. At 8 half of that and a further use of 0: log2(1 + 1.5 + 1) and log2(1.5).
+    """
+    policy = LSAHistory(checkpoint=weights, cadence=4, weight=2.0, fade=0.5, stale=False)
+    policy.reset(context(8, 6, lookahead=lookahead))
+    policy.decide(0)
+    assert worths(policy)[:6] == pytest.approx([0, 1, 2, 3, 0, 1], rel=1e-4)
+    for pages in ([0, 1], [0, -1], [0, -1]):
+        policy.observe(1, seen(pages))
+    policy.decide(4)
+    assert worths(policy)[:7] == pytest.approx([4, 3, 2, 3, 0, 1, 2], rel=1e-4)
+    policy.observe(5, seen([0]))
+    policy.observe(5, seen([2], count=[0]))  # shown, and not selected
+    policy.decide(8)
+    expected = [2 * np.log2(3.5), 1 + 2 * np.log2(1.5), 2, 3, 0, 1, 2, 3]
+    assert worths(policy) == pytest.approx(expected, rel=1e-4)
+
+
+def test_stale_history_is_that_of_the_window_before(weights):
+    policy = LSAHistory(checkpoint=weights, cadence=4, stale=True)
+    policy.reset(context(8, 6, lookahead=lookahead))
+    policy.decide(0)
+    policy.observe(1, seen([0]))
+    policy.decide(4)
+    assert worths(policy)[0] == 0
+    policy.decide(8)
+    assert worths(policy)[0] == pytest.approx(1)  # log2(1 + 1)
+
+
+def test_prefetch_takes_the_best_that_are_not_there_every_spacing_steps(weights):
+    """Of logits 0 1 2 3 0 1, with 3 and 0 resident: 2, then 5 before 1, as ties go."""
+    policy = LRUPrefetch(checkpoint=weights, spacing=4, most=2)
+    there = SimpleNamespace(has=lambda pages: np.isin(pages, [0, 3]))
+    policy.reset(context(8, 6, lookahead=lookahead, residents=there))
+    wanted = policy.prefetch(0)
+    assert wanted.tolist() == [[2, 5]]
+    assert policy.used[0, 2] == (1 << STEP_BITS) - 1
+    assert policy.prefetch(1) is None and policy.scored_entries(1) == 0
+    assert policy.prefetch(4).tolist() == [[6, 2]] and policy.scored_entries(4) == 7
+    many = LRUPrefetch(checkpoint=weights, spacing=4, most=100)
+    many.reset(context(8, 6, lookahead=lookahead, residents=there))
+    assert many.prefetch(0).tolist() == [[2, 5, 1, 4]]  # as many as there are slots
+    whole = LRUPrefetch(checkpoint=weights, spacing=4)
+    whole.reset(context(8, 6, slots=8, lookahead=lookahead, residents=there))
+    assert whole.prefetch(0) is None  # every page has a slot
+
+
+def test_pins_count_at_most():
+    assert Pins().most(10, 8) == 1  # the page that is being filled
+    assert Pins(sink=2, recent=3).most(10, 8) == 5
+    assert Pins(sink=2, recent=1, decoded=True).most(10, 6) == 6
+    assert Pins(sink=2, recent=9).most(10, 8) == 10
+
+
+def test_prompt_ranks_grow_with_the_attention():
+    mass = np.array([[0.0, 1e-3, 1.0, 1.5, 2.0]], np.float32)
+    ranks = prompt.ranks(context(5, 5, prompt_mass=mass), "lru", 20)[0]
+    assert (np.diff(ranks) > 0).all() and ranks[0] == 0 and ranks[-1] < 2**20
+    assert ranks[2] == np.float32(1.0).view(np.int32) >> 11
+
+
+def test_budgets_on_the_gpu_are_bytes_of_a_request():
+    share, fixed = Budget.parse("12.5% gpu"), Budget.parse("0.25 GiB gpu")
+    assert (share.on_gpu, fixed.on_gpu, Budget.parse("10%").on_gpu) == (True, True, False)
+    assert share.gpu_bytes(1001) == 125  # rounded down
+    assert fixed.gpu_bytes(10**12) == 2**28
+    sizes = {"prompt_entries": 1000, "topk": 512, "entry_bytes": 584.0, "model_layers": 21}
+    assert Budget.parse("12 MB").entries(**sizes) == pytest.approx(12e6 / 584 / 21)
+    assert share.entries(**sizes, gpu_entries=77) == 77
+    assert Budget.parse("10%").slots(16, **sizes) == 6  # 100 entries fill six pages of 16
+    assert Budget.parse("1 entry").slots(16, **sizes) == 1
+
+
+def guarded(**methods):
+    class Odd(Policy):
+        name, action, evidence, decision_scope = "odd", "evict", "position", "step"
+
+        def worth(self, step, pages):
+            return self.ctx.xp.zeros(pages.shape, dtype=self.ctx.xp.float32)
+
+    for name, method in methods.items():
+        setattr(Odd, name, method)
+    found = guard.Guarded(registry.build(Odd))
+    found.reset(context(8, 6))
+    return found
+
+
+@pytest.mark.parametrize(
+    ("methods", "call", "says"),
+    [
+        ({"pins": lambda self: 3}, lambda g: g.pins(), "pins returned 3, no Pins"),
+        ({"pins": lambda self: Pins(sink=-1)}, lambda g: g.pins(), "no Pins of whole numbers"),
+        ({"pins": lambda self: Pins(recent=1.5)}, lambda g: g.pins(), "no Pins of whole numbers"),
+        ({"floor": float("nan")}, lambda g: g.floor, "floor is nan"),
+        ({"floor": True}, lambda g: g.floor, "floor is True"),
+        (
+            {"prefetch": lambda self, step: [1]},
+            lambda g: g.prefetch(2),
+            "step 2: prefetch must return an array of integers",
+        ),
+        (
+            {"prefetch": lambda self, step: np.zeros((1, 1))},
+            lambda g: g.prefetch(2),
+            "must return an array of integers",
+        ),
+        (
+            {"prefetch": lambda self, step: np.zeros((2, 1), int)},
+            lambda g: g.prefetch(2),
+            r"has shape \(2, 1\); it must be \[1, n\]",
+        ),
+        (
+            {"prefetch": lambda self, step: np.array([[4, 1, 4]])},
+            lambda g: g.prefetch(2),
+            "asks for a page twice",
+        ),
+        (
+            {"scored_entries": lambda self, step: -1},
+            lambda g: g.scored_entries(1),
+            "scored_entries returned -1",
+        ),
+        (
+            {"scored_entries": lambda self, step: 2**62},
+            lambda g: g.scored_entries(1),
+            "no number of entries",
+        ),
+        ({"n_slots": lambda self, n, **sizes: 0}, lambda g: g.n_slots(8), "must be from 1 to 8"),
+        ({"n_slots": lambda self, n, **sizes: 9}, lambda g: g.n_slots(8), "must be from 1 to 8"),
+        ({"n_slots": lambda self, n, **sizes: True}, lambda g: g.n_slots(8), "no whole number"),
+    ],
+)
+def test_an_odd_answer_is_told(methods, call, says):
+    with pytest.raises(PolicyError, match=f"policy odd.*{says}"):
+        call(guarded(**methods))
+
+
+def test_answers_at_the_bounds_are_taken():
+    fine = guarded(
+        pins=lambda self: Pins(sink=0, recent=0),
+        prefetch=lambda self, step: np.array([[4, -1, -1]]),
+        scored_entries=lambda self, step: 2**62 - 1,
+        n_slots=lambda self, n, **sizes: n,
+        floor=0.0,
+    )
+    assert fine.pins() == Pins() and fine.floor == 0.0
+    assert fine.prefetch(0).tolist() == [[4, -1, -1]]
+    assert (
+        fine.scored_entries(0) == 2**62 - 1
+        and guarded(scored_entries=lambda self, step: 0).scored_entries(0) == 0
+    )
+    assert fine.n_slots(8) == 8 and fine.n_slots(1) == 1
+    assert guarded(prefetch=lambda self, step: None).prefetch(0) is None
+
+
+def test_integer_worths_reach_to_the_bound_of_their_bits():
+    pages = (1, 2)
+    assert guard.fault_of(np.array([[0, 2**37 - 1]]), pages) is None
+    assert "is outside" in guard.fault_of(np.array([[0, 2**37]]), pages)
+    assert "is outside" in guard.fault_of(np.array([[-1, 0]]), pages)
+    assert "has dtype float64" in guard.fault_of(np.zeros(pages), pages)
+    assert guard.fault_of(np.full(pages, INF, np.float32), pages) is None
