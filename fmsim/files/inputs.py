@@ -9,6 +9,7 @@ from __future__ import annotations
 import io
 import math
 import stat
+import tokenize
 import zipfile
 from pathlib import Path
 from typing import Any, BinaryIO, Literal
@@ -137,7 +138,10 @@ def _npy_header(
         if version == (1, 0)
         else np.lib.format.read_array_header_2_0
     )
-    shape, fortran, dtype = read(file)
+    try:
+        shape, fortran, dtype = read(file)
+    except (SyntaxError, tokenize.TokenError, TypeError, RecursionError) as error:
+        raise ValueError(f"its header cannot be read: {error}") from None
     if dtype.hasobject or math.prod(shape) * dtype.itemsize != n_bytes - file.tell():
         raise ValueError("an array's header does not say what is there")
     return shape, "F" if fortran else "C", dtype

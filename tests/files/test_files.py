@@ -107,3 +107,11 @@ def test_a_process_killed_while_it_writes_leaves_nothing_behind_the_next(tmp_pat
     assert half.name.endswith(".part")
     write_text(tmp_path / "it.txt", "whole")
     assert [path.name for path in tmp_path.iterdir()] == ["it.txt"]
+
+
+def test_a_npy_whose_header_is_no_mapping_is_told():
+    """Brackets that do not close, and words that are no values."""
+    for header in (b"{'descr': '<i4', 'shape': (2,", b"{'descr': '<i4'}", b"9 + ]", b"(" * 3000):
+        data = b"\x93NUMPY\x01\x00" + len(header).to_bytes(2, "little") + header + bytes(24)
+        with pytest.raises(ValueError, match="(?i)header"):
+            inputs.npy(data)
