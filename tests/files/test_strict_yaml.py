@@ -73,5 +73,5 @@ def test_aliases_expand_to_a_bound():
 
 def test_a_lists_items_keep_their_text():
     assert strict_yaml.list_texts("5%, [0,1],'a,b', 2x topk") == ["5%", "[0,1]", "'a,b'", "2x topk"]
-    with pytest.raises(FmsimError):
+    with pytest.raises(FmsimError, match="^list"):
         strict_yaml.list_texts("1], [2")
