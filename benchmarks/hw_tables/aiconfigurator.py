@@ -58,6 +58,7 @@ class Model:
     dense_width: int = 0  # of its first dense layers; 0 = none
     hyper_connections: bool = False
     shared_index: bool = False  # some layers take another's selection
+    heads: tuple[int, int, int] = (0, 0, 0)  # query heads, KV heads and their width, grouped-query
 
 
 MODELS = {
@@ -85,11 +86,16 @@ MODELS = {
         False,
         True,
     ),
+    "minimax-m3": Model(
+        ("MiniMaxAI/MiniMax-M3",), 6144, 3072, 4, 128, 200064, 12288, heads=(64, 4, 128)
+    ),
 }
 FORMATS = {  # of the experts, by what the tables call them
     "fp8": ("fp8_block",),
     "fp4": ("w4a8_mxfp4_mxfp8", "nvfp4"),
+    "bf16": ("bfloat16",),
 }
+MSA = {"sglang": "0.5.16"}  # MiniMax-M3's block-sparse attention was timed in another version
 
 
 class Tables:
@@ -118,6 +124,10 @@ class Tables:
 
     def attention(self, module: str, model: Model, tp: int) -> Grid:
         """ms of one layer's decode module by (batch, context); scores not flat."""
+        if module == "msa":
+            return _grid(self._msa("msa_generation_module", tp), "batch_size", "step")
+        if module == "gqa":
+            return self._grouped_query(model, tp)
         if module in ("csa", "hca"):
             rows = self.rows("sparse_attention", f"dsv4_{module}_generation_module_perf")
             op = f"dsv4_{module}_generation_module"
@@ -131,6 +141,11 @@ class Tables:
 
     def prefill(self, module: str, model: Model, tp: int) -> Grid:
         """ms of one layer's prefill module by (chunk, tokens before it), one prompt."""
+        if module == "msa":
+            rows = _only(self._msa("msa_context_module", tp), {"batch_size": 1})
+            return _grid(rows, "isl", "step")
+        if module == "gqa":
+            return self._grouped_query_prefill(model, tp)
         if module in ("csa", "hca"):
             rows = self.rows("sparse_attention", f"dsv4_{module}_context_module_perf")
             op = f"dsv4_{module}_context_module"
@@ -141,6 +156,58 @@ class Tables:
         wanted["batch_size"] = 1
         grid = _grid(_fp8_kv(_of(model, _only(rows, wanted))), "isl", "step")
         return _less(grid, self._flat_excess(module, model, decode=False))
+
+    def _msa(self, module: str, tp: int) -> Rows:
+        """MiniMax-M3's sparse layers, bfloat16 KV."""
+        rows = self.rows("msa", f"{module}_perf", version=MSA.get(self.engine, "-"))
+        return _only(rows, {"tp_size": tp, "kv_cache_dtype": "bfloat16"})
+
+    def _grouped_query(self, model: Model, tp: int) -> Grid:
+        """ms of a dense layer's decode: the attention kernel, and its projections' products."""
+        heads, kv_heads, width = model.heads
+        wanted = _kernel(heads // tp, max(1, kv_heads // tp), width)
+        rows = _only(self.rows("attention", "generation_attention_perf"), wanted)
+        around = self._projections(model, tp)
+        found = {}
+        for (batch, step), ms in _grid(rows, "batch_size", "step").items():
+            found[batch, step if step == 1 else step + 1] = ms + float(np.interp(batch, *around))
+        return found
+
+    def _grouped_query_prefill(self, model: Model, tp: int) -> Grid:
+        """ms of a dense layer's prefill: the kernel was timed on whole prompts, so a chunk is what
+        the longer prompt takes more; times beyond the longest grow with its square.
+        """
+        heads, kv_heads, width = model.heads
+        wanted = _kernel(heads // tp, max(1, kv_heads // tp), width) | {"batch_size": 1}
+        rows = _only(self.rows("attention", "context_attention_perf"), wanted)
+        if not rows:
+            return {}
+        whole = {row["isl"]: row["latency"] for row in rows if row["step"] == 0}
+        sizes = sorted(whole)
+        squared = whole[sizes[-1]] / sizes[-1] ** 2
+
+        def prompt(tokens: int) -> float:
+            if tokens > sizes[-1]:
+                return squared * tokens**2
+            return float(np.interp(tokens, sizes, [whole[size] for size in sizes]))
+
+        around = self._projections(model, tp)
+        return {
+            (chunk, start): prompt(start + chunk)
+            - (prompt(start) if start else 0.0)
+            + float(np.interp(chunk, *around))
+            for chunk in CHUNKS
+            for start in STARTS
+        }
+
+    def _projections(self, model: Model, tp: int) -> tuple[list[int], list[float]]:
+        """(tokens, ms) of a grouped-query layer's products: queries, keys and values; output."""
+        heads, kv_heads, width = model.heads
+        into = (heads // tp + 2 * max(1, kv_heads // tp)) * width
+        first = self.gemm(into, model.hidden, "bfloat16")
+        second = self.gemm(model.hidden, heads // tp * width, "bfloat16")
+        sizes = sorted(set(first) & set(second))
+        return sizes, [first[size] + second[size] for size in sizes]
 
     def _flat_excess(self, module: str, model: Model, decode: bool) -> Grid:
         """ms by which equal scores slow the top-k; nothing where it was not timed alone."""
@@ -278,6 +345,18 @@ def _of(model: Model, rows: Rows) -> Rows:
 
 def _fp8_kv(rows: Rows) -> Rows:
     return [row for row in rows if row["kv_cache_dtype"].startswith("fp8")]
+
+
+def _kernel(heads: int, kv_heads: int, width: int) -> dict[str, Any]:
+    """What names a grouped-query kernel's rows: bfloat16, no window."""
+    return {
+        "num_heads": heads,
+        "num_key_value_heads": kv_heads,
+        "head_dim": width,
+        "attn_dtype": "bfloat16",
+        "kv_cache_dtype": "bfloat16",
+        "window_size": 0,
+    }
 
 
 def _grid(rows: Rows, x: str, y: str) -> Grid:

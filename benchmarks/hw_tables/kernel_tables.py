@@ -20,7 +20,7 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -127,6 +127,8 @@ def model_table(tables: Tables, name: str, keep: Callable[[Grid], Grid] = dict) 
     model = MODELS[name]
     if name.startswith("v4"):
         modules = ("csa", "hca")
+    elif model.heads[0]:
+        modules = ("msa", "gqa")
     else:
         modules = ("dsa", "dsa_shared") if model.shared_index else ("dsa",)
     attention: dict[str, Any] = {}
@@ -143,7 +145,8 @@ def model_table(tables: Tables, name: str, keep: Callable[[Grid], Grid] = dict) 
             if context:
                 prefill.setdefault(module, {})[str(tp)] = prefill_table(context)
         if added:
-            attention[module]["token_ns"] = token_ns(added)
+            # a dense layer reads what its GPU has of the KV, which differs by split: its rates say
+            attention[module]["token_ns"] = 0.0 if module == "gqa" else token_ns(added)
     experts = {
         kind: found for kind, names in FORMATS.items() if (found := tables.experts(model, names))
     }
@@ -183,12 +186,22 @@ def table(tables: Tables) -> dict[str, Any]:
     }
 
 
+def written(path: Path, made: dict[str, Any], names: Sequence[str]) -> dict[str, Any]:
+    """`made`; where only some models are asked for, the file's others stay as they are."""
+    if not names or not path.is_file():
+        return made
+    old = json.loads(path.read_text())
+    kept = {name: value for name, value in made["models"].items() if name in names}
+    return old | {"models": old["models"] | kept}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("wheel", type=Path, help="folder with the unpacked wheel")
     parser.add_argument(
         "--out", type=Path, default=Path(__file__).parents[2] / "fmsim" / "hw" / "tables"
     )
+    parser.add_argument("--only", nargs="*", default=[], help="models to write anew")
     given = parser.parse_args()
     given.out.mkdir(parents=True, exist_ok=True)
     for gpu in GPUS:
@@ -197,6 +210,7 @@ def main() -> None:
             if not made["models"]:
                 continue
             path = given.out / f"{gpu}-{engine}.json"
+            made = written(path, made, given.only)
             path.write_text(json.dumps(made, separators=(",", ":")) + "\n")
             print(f"{path.name}: {path.stat().st_size:,} bytes, {', '.join(made['models'])}")
 

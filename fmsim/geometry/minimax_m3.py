@@ -61,6 +61,7 @@ def from_config(config: Mapping[str, Any], name: str = "") -> Described:
             "head_dim": head_dim,
             "index_n_heads": sparse.get("sparse_num_index_heads") or need(config, "index_n_heads"),
             "index_head_dim": index_width,
+            "dense_mlps": n_layers - _routed(config, n_layers),
             "vocabulary": need(config, "vocab_size"),
             "parameters": experts + shared,
             "expert_parameters": experts,
@@ -72,12 +73,17 @@ def from_config(config: Mapping[str, Any], name: str = "") -> Described:
     )
 
 
+def _routed(config: Mapping[str, Any], n_layers: int) -> int:
+    """Layers with routed experts."""
+    routed = config.get("moe_layer_freq") or [1] * n_layers
+    return sum(bool(flag) for flag in routed[:n_layers])
+
+
 def _parameters(config: Mapping[str, Any], n_layers: int) -> tuple[int, int, int]:
     """(routed experts, everything else, what one token uses)."""
     hidden, head_dim = need(config, "hidden_size"), need(config, "head_dim")
     heads, kv_heads = need(config, "num_attention_heads"), need(config, "num_key_value_heads")
-    routed = config.get("moe_layer_freq") or [1] * n_layers
-    n_sparse = sum(bool(flag) for flag in routed[:n_layers])
+    n_sparse = _routed(config, n_layers)
     one_expert = 3 * hidden * (config.get("moe_intermediate_size") or config["intermediate_size"])
     n_experts = need(config, "num_local_experts")
     shared = n_layers * hidden * head_dim * (2 * heads + 2 * kv_heads)

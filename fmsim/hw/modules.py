@@ -25,6 +25,7 @@ from fmsim.hw.tables import (
 # 0.65 ms of an idle GPU at one request (github.com/pegainfer-project/pegainfer issue 999).
 BETWEEN_STEPS_MS = 0.65
 _LARGEST_CHUNK = 32_768  # tokens, beyond which a chunk's time goes on as it went
+_PREFILLS = (("dsa", "dsa"), ("msa", "gqa"), ("csa", "hca"))  # layers that select, and that do not
 _FP8_SPEEDUP = 2.0  # of matrix products over bf16, on every device here
 _SPLIT = "no table has {what} on {gpu} with {engine}; there are {there}"
 
@@ -80,6 +81,9 @@ class _Tabled:
         if "dsa" in attention:
             csa = self._dsa(attention, csa_ns)
             hca = csa  # a DSA model has no other layers
+        elif "msa" in attention:
+            csa = self._attention(attention["msa"], csa_ns)
+            hca = self._attention(attention["gqa"], hca_ns)
         else:
             csa = self._attention(attention["csa"], csa_ns)
             hca = self._attention(attention["hca"], hca_ns)
@@ -147,7 +151,7 @@ class _Tabled:
     def _experts(self) -> Curve:
         """By tokens of all GPUs."""
         formats = self.table["experts"]
-        weights = self.hw.experts_as or self.placed.weights
+        weights = _experts_of(self.hw, formats)
         if weights not in formats:
             raise self._not_timed(f"{weights} experts", formats)
         of_format = formats[weights]
@@ -200,7 +204,7 @@ class _Tabled:
     def _prefill(self) -> PrefillModules | None:
         found = self.table["prefill"]
         key = str(self.placed.tp)
-        kinds = ("dsa", "dsa") if "dsa" in found else ("csa", "hca")
+        kinds = next(pair for pair in _PREFILLS if pair[0] in found or pair[0] == "csa")
         if any(key not in found.get(kind, {}) for kind in kinds):
             return None
         experts, router = self._experts(), Curve.of(self.table["router"])
@@ -242,6 +246,14 @@ def _model_table(file: Mapping[str, Any], geometry: Geometry) -> tuple[Mapping[s
     return models[name], 1.0 if _alike(geometry, name) else _layer_weights(geometry)
 
 
+def _experts_of(hw: Hardware, formats: Mapping[str, Any]) -> str:
+    """Whose times the experts have: the served format's, another's that the preset names, or
+    bfloat16's where nobody timed fp8.
+    """
+    weights = hw.experts_as or hw.placed.weights
+    return "bf16" if weights == "fp8" and "fp8" not in formats and "bf16" in formats else weights
+
+
 def timed_as(geometry: Geometry, models: Mapping[str, Any]) -> str:
     """The model whose kernels stand for ``geometry``'s: its own, one of the same shape, or
     v4-flash's.
@@ -251,13 +263,16 @@ def timed_as(geometry: Geometry, models: Mapping[str, Any]) -> str:
 
 def stand_in(hw: Hardware, geometry: Geometry) -> str | None:
     """In words, whose kernels give the times where nobody timed the model's own."""
-    models = hw.kernels
+    models: Mapping[str, Any] = hw.kernels
     if hw.kernel_tables is not None:
         found = load_table(hw.kernel_tables, hw.placed.engine)
         models = {} if found is None else found["models"]
     name = timed_as(geometry, models)
     if _alike(geometry, name):
-        return None
+        formats = models[name]["experts"] if hw.kernel_tables is not None else {}
+        if _experts_of(hw, formats) == (hw.experts_as or hw.placed.weights):
+            return None
+        return f"{geometry.name}'s fp8 experts were not timed: bf16's times, an upper bound"
     try:
         factor = _layer_weights(geometry)
     except FmsimError as error:  # a described model's tokens were not counted
@@ -274,10 +289,10 @@ def _alike(geometry: Geometry, name: str) -> bool:
         return True
     if name not in PRESETS:
         return False
-    other = PRESETS[name]
-    sizes = ("hidden_size", "n_heads", "index_n_heads", "active_parameters")
-    return geometry.layers == other.layers and all(
-        getattr(geometry, size) == getattr(other, size) for size in sizes
+    sizes = ("hidden_size", "n_heads", "index_n_heads", "active_parameters", "layers")
+    return any(
+        all(getattr(geometry, size) == getattr(other, size) for size in sizes)
+        for other in (PRESETS[name].on_gpu(n_gpus) for n_gpus in (1, 2, 4, 8))
     )
 
 

@@ -1,13 +1,17 @@
 """Step times of other families: their own tables, a twin's, or V4-Flash's scaled and said so."""
 
+import json
+from importlib.resources import files
+
 import numpy as np
 import pytest
 
-from fmsim.geometry import PRESETS
+from fmsim.geometry import PRESETS, geometry_named
 from fmsim.hw import load_hardware
+from fmsim.hw.deployment import Deployment
 from fmsim.hw.modules import modules, stand_in
 from fmsim.hw.tables import AttentionTimes, Curve, load_table
-from fmsim.sim.step_cost import StepModel
+from fmsim.sim.step_cost import StepModel, step_costs
 
 H200 = load_hardware("h200")
 
@@ -49,6 +53,30 @@ def test_the_mean_of_two_modules_by_hand():
 
 
 def test_an_untimed_model_is_scaled_and_said_so():
-    said = stand_in(H200, PRESETS["minimax-m3"])
+    said = stand_in(H200, PRESETS["v4.1-flash"])
     assert "not timed" in said and "v4-flash's" in said
     assert stand_in(H200, PRESETS["v4-flash"]) is None
+
+
+def test_minimax_m3_has_kernels_of_its_own():
+    """57 block-sparse layers and 3 dense ones, from the tables; its experts were timed in bf16."""
+    geometry = PRESETS["minimax-m3"].on_gpu(8)
+    hw = load_hardware("h200").deployed(Deployment(weights="bf16"))
+    assert stand_in(hw, geometry) is None
+    assert "fp8 experts were not timed" in stand_in(load_hardware("h200"), geometry)
+    tokens = np.array([4096, 131_072])
+    costs = step_costs(hw, geometry, 1, tokens, geometry.csa_entries(tokens))
+    # SGLang 0.5.16's module at tensor parallel 8, bfloat16 KV, batch 1 (aiconfigurator-core)
+    np.testing.assert_allclose(costs.csa_s * 1e3, [0.0390, 0.0691], atol=2e-4)
+    dense_ms = np.diff(costs.rest_s)[0] * 1e3 / 3
+    kv_ms = 126_976 * 512 / hw.hbm_bytes_per_s.value * 1e3  # what a dense layer reads more
+    assert kv_ms < dense_ms < 10 * kv_ms
+
+
+def test_a_config_with_the_presets_sizes_has_its_kernels(tmp_path):
+    config = json.loads((files("fmsim.geometry") / "presets" / "minimax-m3.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config["config"]))
+    mine = geometry_named(str(tmp_path))
+    assert mine.name != "minimax-m3"
+    hw = load_hardware("h200").deployed(Deployment(weights="bf16"))
+    assert stand_in(hw, mine.on_gpu(8)) is None
