@@ -58,6 +58,7 @@ class Model:
     dense_width: int = 0  # of its first dense layers; 0 = none
     hyper_connections: bool = False
     shared_index: bool = False  # some layers take another's selection
+    formats: tuple[str, ...] = ()  # of its experts; fp8 and fp4 unless given
     heads: tuple[int, int, int] = (0, 0, 0)  # query heads, KV heads and their width, grouped-query
 
 
@@ -87,7 +88,15 @@ MODELS = {
         True,
     ),
     "minimax-m3": Model(
-        ("MiniMaxAI/MiniMax-M3",), 6144, 3072, 4, 128, 200064, 12288, heads=(64, 4, 128)
+        ("MiniMaxAI/MiniMax-M3",),
+        6144,
+        3072,
+        4,
+        128,
+        200064,
+        12288,
+        formats=("fp4", "bf16"),
+        heads=(64, 4, 128),
     ),
 }
 FORMATS = {  # of the experts, by what the tables call them

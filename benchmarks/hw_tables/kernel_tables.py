@@ -147,9 +147,8 @@ def model_table(tables: Tables, name: str, keep: Callable[[Grid], Grid] = dict) 
         if added:
             # a dense layer reads what its GPU has of the KV, which differs by split: its rates say
             attention[module]["token_ns"] = 0.0 if module == "gqa" else token_ns(added)
-    experts = {
-        kind: found for kind, names in FORMATS.items() if (found := tables.experts(model, names))
-    }
+    kinds = model.formats or ("fp8", "fp4")
+    experts = {kind: found for kind in kinds if (found := tables.experts(model, FORMATS[kind]))}
     if set(attention) != set(modules) or not experts:
         return {}
     made: dict[str, Any] = {"attention": attention, "prefill": prefill, "experts": experts}
