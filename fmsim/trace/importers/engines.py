@@ -83,7 +83,9 @@ def read_vllm(path: Path, model: Watched, prompt_tokens: int | None) -> list[Cap
             if generated and len(choices) == 1 and len(rows) not in (wanted - 1, wanted):
                 raise FmsimError(
                     f"{_at(path, place)}: {len(rows)} rows from position {first}, but {prompt}"
-                    f" prompt and {generated} generated tokens make {wanted - 1}"
+                    f" prompt and {generated} generated tokens make {wanted - 1}; where the request"
+                    " left out the prompt's first rows, write its indexer_topk_prompt_start into"
+                    " the choice"
                 )
             found.append(Capture(path, rows, first, prompt, "vllm", place))
     return found

@@ -18,7 +18,7 @@ from fmsim.units import gib
 
 
 @dataclass(frozen=True)
-class Needs:
+class ModelNeeds:
     """Bytes of one decode, by where they lie, and what is there; ``skipped`` tensors are of
     multi-token prediction and not loaded.
     """
@@ -55,7 +55,7 @@ def needs(
     lengths: Sequence[int],
     dtype: torch.dtype = torch.float32,
     beyond_positions: bool = False,
-) -> Needs:
+) -> ModelNeeds:
     """Of a decode of requests of ``lengths`` tokens each, prompt and continuation together.
 
     Raises FmsimError for a directory that cannot be loaded, or a request that is longer than the
@@ -68,7 +68,7 @@ def needs(
     shards = Shards(directory)
     host_free = _host_free_bytes()
     on_gpu = device.startswith("cuda")
-    return Needs(
+    return ModelNeeds(
         device=device,
         weight_bytes=sum(tensor.nbytes for tensor in model.state_dict().values()),
         prompt_bytes=sum(_cache_bytes(config, length, dtype) for length in lengths),
