@@ -14,13 +14,14 @@ from typing import Any
 from fmsim.errors import FmsimError, short, shown
 from fmsim.files import strict_json, strict_yaml
 from fmsim.files.inputs import read_text
-from fmsim.geometry import deepseek_v4, dsa, minimax_m3
+from fmsim.geometry import deepseek_v4, deepseek_v41, dsa, minimax_m3
 from fmsim.geometry.base import Geometry
 from fmsim.geometry.described import from_description
 
 _FOLDER = resources.files("fmsim.geometry") / "presets"
 _FAMILIES: dict[str, Callable[[Mapping[str, Any], str], Geometry]] = {
     deepseek_v4.MODEL_TYPE: deepseek_v4.from_config,
+    **dict.fromkeys(deepseek_v41.MODEL_TYPES, deepseek_v41.from_config),
     **dict.fromkeys(dsa.MODEL_TYPES, dsa.from_config),
     **dict.fromkeys(minimax_m3.MODEL_TYPES, minimax_m3.from_config),
 }

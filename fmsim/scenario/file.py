@@ -309,7 +309,9 @@ class ScenarioFile:
             return f"{self.where(loc)}: unknown key; {fix}"
         if item["type"] == "missing":
             block = f"{self.where(loc[:-1])}" if loc[:-1] else f"{self.path}"
-            return f"{block}: the key '{loc[-1]}' is missing"
+            said = f"{block}: the key '{loc[-1]}' is missing"
+            without = "; without a trace there is `fmsim run --model NAME --hardware NAME`"
+            return said + (without if loc == ("trace",) else "")
         if item["type"].startswith("union_tag"):
             return f"{self.where(loc)}: give it a 'kind': {', '.join(kinds)}"
         return (

@@ -171,3 +171,45 @@ def test_a_context_beyond_the_positions_is_refused():
 def test_layers_share_with_earlier_ones_only():
     window = LayerSpec(kind="window", window_tokens=4, window_bytes=2)
     assert window.bytes_per_token() == 0 and not window.pages
+
+
+V41_CONFIG = {
+    "model_type": "deepseek_v41",
+    "text_config": {
+        "num_hidden_layers": 40,
+        "hidden_size": 5120,
+        "num_attention_heads": 64,
+        "head_dim": 512,
+        "q_lora_rank": 1280,
+        "o_lora_rank": 1024,
+        "o_groups": 8,
+        "compress_ratios": [0, 0, *[2] * 18, *[1] * 20],
+        "kv_source_layer_ids": [2, 8, 14, 20],
+        "index_source_layer_ids": [2, 8, 14, 20, 24, 28, 32, 36],
+        "index_topk": 512,
+        "index_n_heads": 32,
+        "index_head_dim": 128,
+        "sliding_window": 128,
+        "n_routed_experts": 384,
+        "num_experts_per_tok": 6,
+        "moe_intermediate_size": 2304,
+        "engram_num_embeddings": [766_000_000, 766_000_000],
+        "engram_head_dim": 128,
+        "vocab_size": 129_280,
+        "max_position_embeddings": 1_048_576,
+    },
+}
+
+
+def test_a_config_of_v4_1_is_the_preset(tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps(V41_CONFIG))
+    geometry, preset = geometry_named(str(tmp_path)), PRESETS["v4.1-flash"]
+    assert geometry.layers == preset.layers and geometry.bytes_per_token() == 890
+    assert geometry.expert_parameters == preset.expert_parameters
+    assert geometry.parameters == pytest.approx(preset.parameters, rel=0.01)
+    assert geometry.active_parameters == pytest.approx(preset.active_parameters, rel=0.15)
+    assert geometry.table_bytes == pytest.approx(preset.table_bytes, rel=0.01)
+    wrong = V41_CONFIG["text_config"] | {"index_source_layer_ids": [2, 8]}
+    (tmp_path / "config.json").write_text(json.dumps(V41_CONFIG | {"text_config": wrong}))
+    with pytest.raises(FmsimError, match="kv_source_layer_ids"):
+        geometry_named(str(tmp_path))

@@ -47,8 +47,8 @@ def read_config(directory: Path) -> DeepseekV4Config:
         raise FmsimError(f"{path}: is not a JSON object")
     if fields.get("model_type") != MODEL_TYPE:
         raise FmsimError(
-            f"{path}: model_type is {fields.get('model_type')!r}, and only {MODEL_TYPE!r} can be"
-            " run here"
+            f"{path}: model_type is {fields.get('model_type')!r}, and the GPU backend decodes"
+            f" {MODEL_TYPE!r} only; `fmsim run` and `fmsim plan` take other families"
         )
     quantised = fields.get("quantization_config") or {}
     method = quantised.get("quant_method", "fp8") if isinstance(quantised, dict) else quantised
