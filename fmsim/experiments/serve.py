@@ -147,7 +147,7 @@ def serve_policy(
     demand = Demand(ledger, setting.geometry, setting.layer_map)
     options, source = setting.file.scenario.server, _source(setting.file)
     prompt, output = (
-        round(float(np.mean(lengths))) for lengths in zip(*(row[1:] for row in source.first))
+        round(float(np.mean(lengths))) for lengths in zip(*(row[1:3] for row in source.first))
     )
     memory = banner(setting.hw, setting.geometry, demand, options, prompt, output)
     servers = setting.hw.placed.servers
@@ -173,7 +173,7 @@ def _source(file: ScenarioFile) -> RequestGenerator:
 
 def _about_workload(file: ScenarioFile, source: RequestGenerator) -> dict[str, Any]:
     workload = file.scenario.workload
-    prompts, outputs = (np.array(lengths) for lengths in zip(*(row[1:] for row in source.first)))
+    prompts, outputs = (np.array(lengths) for lengths in zip(*(row[1:3] for row in source.first)))
     about = workload.model_dump(mode="json") | {
         "first_requests": len(source.first),
         "prompt_tokens_mean": float(prompts.mean()),
@@ -181,5 +181,5 @@ def _about_workload(file: ScenarioFile, source: RequestGenerator) -> dict[str, A
         "server": file.scenario.server.model_dump(mode="json"),
     }
     if isinstance(workload, RequestFile):
-        about["repeated_prompt_share"] = repeated_share(file.file(workload.file))
+        about["repeated_prompt_share"] = repeated_share(source.first)
     return about

@@ -62,6 +62,7 @@ def _head(about: dict[str, Any]) -> list[Text]:
         "closed_loop": "clients",
         "poisson": "requests",
         "bursts": "requests",
+        "sessions": "sessions",
         "file": "recorded requests",
     }[workload["kind"]]
     lines = [
@@ -82,7 +83,7 @@ def _head(about: dict[str, Any]) -> list[Text]:
         lines.append(
             Text(
                 f"          {workload['repeated_prompt_share']:.0%} of the prompt blocks repeat"
-                " earlier ones; no prefix is reused here",
+                " earlier ones",
                 "dim",
             )
         )

@@ -5,7 +5,7 @@ for, room on the link.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 import simpy
@@ -15,10 +15,12 @@ from fmsim.hw.spec import Hardware
 from fmsim.sim.serving import spec
 from fmsim.sim.serving.batch import ServedRequest, mean_step_s
 from fmsim.sim.serving.demand import Demand
+from fmsim.sim.serving.prefix import NOTHING_FOUND, BlockTier, Found, PrefixStore
 from fmsim.sim.step_cost import StepModel
 
 GPU, HOST, BATCH, LINK, SLO = "GPU memory", "host memory", "batch limit", "PCIe", "time a token"
 POSITIONS = "the model's positions"
+KINDS = (GPU, HOST)  # of memory
 
 
 def server_hardware(hw: Hardware, options: spec.Server) -> Hardware:
@@ -47,8 +49,11 @@ class Admission:
         demand: Demand,
         options: spec.Server,
         slo: spec.Slo,
+        stores: Sequence[PrefixStore] = (),
     ) -> None:
+        """`stores`: of each rank, where prefixes are reused."""
         self.ranks = ranks
+        self.stores = stores
         self.model = model
         self.demand = demand
         self.options = options
@@ -58,13 +63,19 @@ class Admission:
         self._held = [0] * len(ranks)  # of them, on each rank
         self.waits_for: str | None = None  # what the head of the queue could not get
         self._parts = model.hw.placed.cp  # GPUs that share out a request's KV
+        # of a block on each GPU, and in a mirror
+        self._block_bytes = self._mirror_block_bytes = 0.0
+        if stores:
+            tokens, geometry = stores[0].block_tokens, model.geometry
+            self._block_bytes = geometry.full_kv_bytes(tokens) / self._parts
+            self._mirror_block_bytes = geometry.host_kv_bytes(tokens) / self._parts
         # for these requests by number, asked at every span while the same ones are admitted
         self._verdicts: dict[str, tuple[tuple[int, ...], bool]] = {}
 
     def never_fits(self, request: ServedRequest) -> str | None:
         """The memory that `request` would not fit even alone, or None."""
-        needs = self._needs(request, self.ranks[0])
-        return next((kind for kind, pool, n_bytes in needs if n_bytes > pool.capacity), None)
+        needs = zip(KINDS, self._needs(request, NOTHING_FOUND), self._pools(0))
+        return next((kind for kind, n_bytes, pool in needs if n_bytes > pool.capacity), None)
 
     def head_can_enter(self) -> bool:
         return bool(self.queue) and self._place(self.queue[0])[0] is not None
@@ -80,37 +91,77 @@ class Admission:
             request.rank = rank
             self.admitted[request.number] = request
             self._held[rank] += 1
-            for _, pool, n_bytes in self._needs(request, self.ranks[rank]):
-                if n_bytes:
-                    pool.get(n_bytes)
+            self._take(request)
             yield request
+
+    def _take(self, request: ServedRequest) -> None:
+        """What it needs of its rank's memory; blocks make room for it."""
+        rank = request.rank
+        request.found = self._found(request, rank)
+        tiers: tuple[BlockTier | None, BlockTier | None] = (None, None)
+        if self.stores:
+            store = self.stores[rank]
+            store.pin(request.found, request.pinned)
+            tiers = (store.gpu, store.host)
+        needs = self._needs(request, request.found)
+        for pool, tier, n_bytes in zip(self._pools(rank), tiers, needs):
+            if tier is not None:
+                tier.make_room(n_bytes)
+            if n_bytes > 0:
+                pool.get(n_bytes)
+        request.gpu_bytes, request.host_bytes = needs
 
     def release(self, request: ServedRequest) -> None:
         """Give back what `request` held."""
         del self.admitted[request.number]
         self._held[request.rank] -= 1
-        for _, pool, n_bytes in self._needs(request, self.ranks[request.rank]):
-            if n_bytes:
+        held = (request.gpu_bytes, request.host_bytes)
+        for pool, n_bytes in zip(self._pools(request.rank), held):
+            if n_bytes > 0:
                 pool.put(n_bytes)
+        if self.stores:
+            self.stores[request.rank].unpin(request.pinned)
+
+    def _found(self, request: ServedRequest, rank: int) -> Found:
+        """Whole blocks of its prompt that the rank has."""
+        if not self.stores or not request.asked.blocks:
+            return NOTHING_FOUND
+        store = self.stores[rank]
+        whole = request.prompt_tokens // store.block_tokens
+        return store.find(request.asked.blocks[:whole])
 
     def _place(self, request: ServedRequest) -> tuple[int | None, str | None]:
-        """The rank with the fewest requests that has room for one more, or what is lacking on the
-        emptiest.
+        """The rank with room for one more that has the fewest requests, those first that have half
+        of its prompt; or what is lacking on the first.
         """
         if self.options.max_batch and len(self.admitted) >= self.options.max_batch:
             return None, BATCH
         lacking = None
-        for rank in sorted(range(len(self.ranks)), key=self._held.__getitem__):
+        for rank in self._in_order(request):
             short = self._lacks(request, rank)
             if short is None:
                 return rank, None
             lacking = lacking or short
         return None, lacking
 
+    def _in_order(self, request: ServedRequest) -> list[int]:
+        if len(self.ranks) == 1:
+            return [0]
+        has_half = [False] * len(self.ranks)
+        if self.stores and request.asked.blocks:
+            half = request.prompt_tokens / self.stores[0].block_tokens / 2
+            has_half = [
+                self._found(request, rank).n_blocks >= half for rank in range(len(self.ranks))
+            ]
+        return sorted(
+            range(len(self.ranks)), key=lambda rank: (not has_half[rank], self._held[rank])
+        )
+
     def _lacks(self, request: ServedRequest, rank: int) -> str | None:
         """What `request` cannot get on a rank now, or None."""
-        needs = self._needs(request, self.ranks[rank])
-        short = next((kind for kind, pool, n_bytes in needs if n_bytes > pool.level), None)
+        found = self._found(request, rank)
+        needs = zip(KINDS, self._needs(request, found), self._room(rank, found))
+        short = next((kind for kind, n_bytes, room in needs if n_bytes > room), None)
         if short is not None or not self.admitted:
             return short
         if self.options.admit_by_link and not self._holds(LINK, request, rank):
@@ -144,10 +195,25 @@ class Admission:
         )
         return max(compute_s + stall_s, link_s + stall_s) <= self.slo.tpot_s
 
-    def _needs(
-        self, request: ServedRequest, memory: MemorySystem
-    ) -> list[tuple[str, simpy.Container, float]]:
-        return [
-            (GPU, memory.hbm, request.pools.gpu_bytes / self._parts),
-            (HOST, memory.host, request.pools.mirror / self._parts),
-        ]
+    def _needs(self, request: ServedRequest, found: Found) -> tuple[float, float]:
+        """Bytes on each GPU and on the host, beside blocks that are there."""
+        gpu_bytes = request.pools.gpu_bytes / self._parts
+        host_bytes = request.pools.mirror / self._parts
+        if found.gpu:
+            gpu_bytes -= len(found.gpu) * self._block_bytes
+        if host_bytes and found.host:
+            host_bytes -= len(found.host) * self._mirror_block_bytes
+        return gpu_bytes, host_bytes
+
+    def _pools(self, rank: int) -> tuple[simpy.Container, simpy.Container]:
+        return self.ranks[rank].hbm, self.ranks[rank].host
+
+    def _room(self, rank: int, found: Found) -> tuple[float, float]:
+        """Bytes that a request may have: free, or held by blocks that it does not use."""
+        gpu, host = (float(pool.level) for pool in self._pools(rank))
+        if self.stores:
+            store = self.stores[rank]
+            if store.gpu is not None:
+                gpu = store.gpu.room(found.gpu)
+            host = store.host.room(found.host)
+        return gpu, host

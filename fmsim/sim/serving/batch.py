@@ -9,6 +9,8 @@ import numpy as np
 import simpy
 
 from fmsim.sim.serving.demand import Demand, Pools
+from fmsim.sim.serving.prefix import NOTHING_FOUND, Found, Pinned
+from fmsim.sim.serving.requests import Arrival
 from fmsim.sim.step_cost import Spread, StepCosts, StepModel
 
 
@@ -17,6 +19,7 @@ class ServedRequest:
     """One request on its way. Times in seconds; None until they come."""
 
     number: int
+    asked: Arrival
     arrival_s: float
     prompt_tokens: int
     output_tokens: int
@@ -32,6 +35,15 @@ class ServedRequest:
         default_factory=list
     )  # (tokens, seconds) of chunks, the next one last
     recall: simpy.Event | None = None  # of its next window
+    prefix: simpy.Event | None = None  # what was there has come to the GPU
+    found: Found = NOTHING_FOUND  # of its prompt's blocks, when it was admitted
+    reused_tokens: int = 0  # of its prompt, that were there
+    gpu_bytes: float = 0.0  # that it holds itself on each GPU of its rank, and on the host
+    host_bytes: float = 0.0
+    pinned: Pinned = field(default_factory=Pinned)
+    waits_s: dict[str, float] = field(default_factory=dict)  # by name, before its first token
+    joined_stall_s: float = 0.0  # the server's stalls when it joined the batch
+    stall_s: float = 0.0  # that it went through, misses' and late recalls' together
 
 
 @dataclass(frozen=True)

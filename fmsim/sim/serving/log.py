@@ -18,9 +18,10 @@ class Log:
 
     requests: list[ServedRequest] = field(default_factory=list)
     tokens: int = 0  # made, by prefill or decode
-    busy_s: float = 0.0  # some request decodes or is prefilled here; the three below are part of it
+    busy_s: float = 0.0  # some request decodes or is prefilled here; the four below are part of it
     stall_s: float = 0.0  # waiting for misses
     recall_wait_s: float = 0.0  # waiting for recalls that were late
+    prefix_wait_s: float = 0.0  # waiting for prefixes that were on the host
     prefill_s: float = 0.0
     written_back_bytes: float = 0.0  # to the mirror; nothing waits for them
     waits_for: str | None = None  # what the queue's head cannot get now

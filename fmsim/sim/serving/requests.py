@@ -23,6 +23,7 @@ from fmsim.files.inputs import MOST_BYTES_OF_RESULTS, read_text
 from fmsim.sim.serving.spec import MOST_TOKENS
 
 MOST_SECONDS = 1e12  # of a recorded time, from any origin
+MOONCAKE_BLOCK = 512  # tokens
 
 
 class Arrival(NamedTuple):
@@ -31,6 +32,9 @@ class Arrival(NamedTuple):
     arrival_s: float
     prompt_tokens: int
     output_tokens: int
+    blocks: tuple[int, ...] = ()  # ids of its tokens' blocks, as far as they are known
+    session: int = 0
+    turn: int = 0  # of the session
 
 
 def read_requests(path: Path) -> list[Arrival]:
@@ -51,25 +55,14 @@ def read_requests(path: Path) -> list[Arrival]:
     return [row._replace(arrival_s=row.arrival_s - rows[0].arrival_s) for row in rows]
 
 
-def repeated_share(path: Path) -> float | None:
-    """Share of prompt blocks that an earlier request of a Mooncake file had as well; None for files
-    without block ids.
-    """
-    text = _text(path)
-    if not text.lstrip().startswith("{"):
-        return None
+def repeated_share(requests: list[Arrival]) -> float | None:
+    """Share of prompt blocks that an earlier request had as well; None where no block has an id."""
     seen: set[int] = set()
     repeated = total = 0
-    for number, line in enumerate(text.split("\n"), 1):
-        if not line.strip():
-            continue
-        blocks = _object(path, number, line).get("hash_ids", [])
-        if not isinstance(blocks, list) or not all(type(block) is int for block in blocks):
-            raise FmsimError(
-                f"{shown(path)}, line {number}: 'hash_ids' is no list of whole numbers"
-            )
-        total, repeated = total + len(blocks), repeated + sum(block in seen for block in blocks)
-        seen.update(blocks)
+    for request in requests:
+        total += len(request.blocks)
+        repeated += sum(block in seen for block in request.blocks)
+        seen.update(request.blocks)
     return repeated / total if total else None
 
 
@@ -102,7 +95,12 @@ def _mooncake_row(row: dict[str, Any]) -> Arrival:
         kinds = (int, float) if key == "timestamp" else (int,)
         if type(row[key]) not in kinds:
             raise ValueError(f"'{key}' is {short(row[key])}, no {' or '.join(map(_name, kinds))}")
-    return Arrival(float(row["timestamp"]) / 1e3, row["input_length"], row["output_length"])
+    blocks = row.get("hash_ids", [])
+    if not isinstance(blocks, list) or not all(type(block) is int for block in blocks):
+        raise ValueError("'hash_ids' is no list of whole numbers")
+    return Arrival(
+        float(row["timestamp"]) / 1e3, row["input_length"], row["output_length"], tuple(blocks)
+    )
 
 
 def _name(kind: type) -> str:

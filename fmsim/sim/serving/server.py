@@ -25,6 +25,7 @@ from fmsim.sim.serving.batch import RunningBatch, ServedRequest
 from fmsim.sim.serving.demand import Demand
 from fmsim.sim.serving.log import Log
 from fmsim.sim.serving.prefill import PrefillModel
+from fmsim.sim.serving.prefix import BlockTier, PrefixStore
 from fmsim.sim.serving.requests import Arrival
 from fmsim.sim.serving.workload import RequestGenerator
 from fmsim.sim.step_cost import StepModel, memory_indexer_s
@@ -82,12 +83,14 @@ class ServerRun:
         self.networks = [
             FairLink(self.env, options.network_bytes_per_s) for _ in self.ranks
         ]  # to each GPU
-        self.admission = Admission(self.ranks, self.model, demand, options, source.workload.slo)
+        self.stores = self._stores()
+        self.admission = Admission(
+            self.ranks, self.model, demand, options, source.workload.slo, self.stores
+        )
         # admitted, prompt not done, by rank; a rank does one at a time
         self.prefilling: list[deque[ServedRequest]] = [deque() for _ in self.ranks]
-        self.ready: deque[ServedRequest] = (
-            deque()
-        )  # admitted and KV in place: to join at the next step
+        # admitted and KV in place: to join at the next step
+        self.ready: deque[ServedRequest] = deque()
         self.batch = RunningBatch(demand)
         self._ahead: tuple[int, int, StepTimes] | None = None  # batch's changes, its step, times
         self._wake: simpy.Event | None = None  # what cuts the present wait short
@@ -95,6 +98,24 @@ class ServerRun:
         self._offsets = np.random.default_rng(
             [source.workload.seed, 1]
         )  # a stream of its own, so that lengths do not depend on it
+
+    def _stores(self) -> list[PrefixStore]:
+        """Of each rank, where the server reuses prefixes and any request has one."""
+        chunked = self.options.prefill == "chunked"
+        known = any(request.blocks for request in self.source.first)
+        if not (self.options.reuse_prefixes and chunked and known):
+            return []
+        tokens = self.source.block_tokens
+        block_bytes = self.geometry.full_kv_bytes(tokens) / self._parts
+        return [
+            PrefixStore(
+                BlockTier(rank.hbm, block_bytes) if self.demand.holds_all else None,
+                BlockTier(rank.host, block_bytes),
+                None,
+                tokens,
+            )
+            for rank in self.ranks
+        ]
 
     def run(self) -> Log:
         """Serve all requests that arrive to their end."""
@@ -116,6 +137,7 @@ class ServerRun:
     def _receive(self, arrival: Arrival) -> None:
         request = ServedRequest(
             number=len(self.log.requests),
+            asked=arrival,
             arrival_s=self.env.now,
             prompt_tokens=arrival.prompt_tokens,
             output_tokens=arrival.output_tokens,
@@ -145,7 +167,9 @@ class ServerRun:
         self._enqueue(request)
 
     def _chunks(self, request: ServedRequest) -> list[tuple[int, float]]:
-        return self.prefill.prompt(request.prompt_tokens, self.options.prefill_chunk_tokens)
+        return self.prefill.prompt(
+            request.prompt_tokens, self.options.prefill_chunk_tokens, request.reused_tokens
+        )
 
     def _enqueue(self, request: ServedRequest) -> None:
         self.admission.queue.append(request)
@@ -161,10 +185,20 @@ class ServerRun:
 
     def _leave(self, request: ServedRequest) -> None:
         request.finished_s = self.env.now
+        if self.stores:
+            self._keep(request, request.prompt_tokens + request.output_tokens)
         self.admission.release(request)
-        following = self.source.after(self.env.now)
-        if following is not None:
+        following = self.source.after(self.env.now, request.asked)
+        if following is None:
+            return
+        if following.arrival_s > self.env.now:
+            self.env.process(self._comes_later(following))
+        else:
             self._receive(following)
+
+    def _comes_later(self, arrival: Arrival) -> Process:
+        yield self.env.timeout(arrival.arrival_s - self.env.now)
+        self._receive(arrival)
 
     def _admit(self) -> None:
         for request in self.admission.enter():
@@ -179,8 +213,43 @@ class ServerRun:
         elif self.options.prefill == "separate":
             self.env.process(self._receive_kv(request))
         else:
-            request.prefill_left = self._chunks(request)[::-1]
-            self.prefilling[request.rank].append(request)
+            self._begin_prefill(request)
+
+    def _begin_prefill(self, request: ServedRequest) -> None:
+        """Of what is not there. What is on the host comes layer by layer beside the first chunk,
+        whole: the rest of the prompt selects among all of it.
+        """
+        found = request.found
+        if found.n_blocks:
+            store = self.stores[request.rank]
+            reused = found.n_blocks * store.block_tokens
+            # the last token is computed all the same: its logits are wanted
+            request.reused_tokens = min(reused, request.prompt_tokens - 1)
+            n_blocks = len(found.host) + len(found.nvme)
+            if n_blocks:
+                link = self.ranks[request.rank].to_gpu
+                request.prefix = link.transfer(n_blocks * store.host.block_bytes)
+        request.prefill_left = self._chunks(request)[::-1]
+        self.prefilling[request.rank].append(request)
+
+    def _keep(self, request: ServedRequest, tokens: int) -> None:
+        """Whole blocks of a request's first `tokens` become the store's, to be found by others."""
+        store = self.stores[request.rank]
+        blocks = request.asked.blocks[: tokens // store.block_tokens]
+        if store.gpu is not None:
+            own_bytes = store.gpu.block_bytes
+            for block in _without(blocks, request.pinned.gpu):
+                store.gpu.adopt(block, own_bytes)
+                request.gpu_bytes -= own_bytes
+                request.pinned.gpu.append(block)
+            self.log.written_back_bytes += store.host.store(blocks) * store.host.block_bytes
+            return
+        own_bytes = self.geometry.host_kv_bytes(store.block_tokens) / self._parts
+        for block in _without(blocks, request.pinned.host):
+            if not store.host.adopt(block, own_bytes):
+                break
+            request.host_bytes -= own_bytes
+            request.pinned.host.append(block)
 
     def _receive_kv(self, request: ServedRequest) -> Process:
         """The prompt's KV comes over the network, into the mirror where there is one; then the
@@ -196,6 +265,8 @@ class ServerRun:
 
     def _prefilled(self, request: ServedRequest) -> None:
         request.first_token_s = self.env.now
+        if self.stores:
+            self._keep(request, request.prompt_tokens)
         self.log.tokens += 1
         self.ready.append(request)
 
@@ -240,13 +311,25 @@ class ServerRun:
         ends_s = np.cumsum(step_s)
         start_s = self.env.now
         done = yield from self._pass(ends_s)
+        yield from self._wait_for_prefixes()
         if self.demand.misses and not contended:
             for rank, n_bytes in zip(times.ranks, times.miss_bytes[:, :done].sum(axis=1)):
                 self.ranks[rank].to_gpu.moved_bytes += float(n_bytes)
             self.log.stall_s += float(stall_s[:done].sum())
         if any(self.prefilling):
             self.log.prefill_s += float(times.prefill_s[:done].sum())
-        self._book(done, start_s + float(ends_s[0]))
+        self._book(done, start_s + float(ends_s[0]) if done > 1 else self.env.now)
+
+    def _wait_for_prefixes(self) -> Process:
+        """A step with a prompt's first chunk is not done before what was there has come."""
+        before_s = self.env.now
+        for request in self._prefilled_now():
+            if request.prefix is not None:
+                if not request.prefix.processed:
+                    yield request.prefix
+                    request.waits_s["prefix"] = self.env.now - before_s
+                request.prefix = None
+        self.log.prefix_wait_s += self.env.now - before_s
 
     def _pass(self, ends_s: np.ndarray) -> Generator[simpy.Event, Any, int]:
         """Let steps pass that end at `ends_s` from now; returns how many did before somebody came
@@ -266,7 +349,10 @@ class ServerRun:
 
     def _steps_ahead(self) -> int:
         steps = self.batch.quiet_steps() if self.batch else _MOST_STEPS
-        prefill = [len(request.prefill_left) for request in self._prefilled_now()]
+        prefill = [
+            len(request.prefill_left) if request.prefix is None else 1
+            for request in self._prefilled_now()
+        ]
         return min([steps, *prefill, _MOST_STEPS])
 
     def _prefilled_now(self) -> list[ServedRequest]:
@@ -390,3 +476,8 @@ class ServerRun:
         moved = sum(rank.to_gpu.moved_bytes for rank in self.ranks)
         counts = len(self.batch), len(self.admission.admitted), len(self.admission.queue)
         self.log.samples.append((self.env.now, *counts, hbm, host, moved, self.log.tokens))
+
+
+def _without(blocks: tuple[int, ...], known: list[int]) -> list[int]:
+    pinned = set(known)
+    return [block for block in blocks if block not in pinned]

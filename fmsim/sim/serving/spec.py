@@ -80,6 +80,24 @@ class Bursts(_Drawn):
     every_s: float = Field(ge=1e-9, le=MOST_SECONDS)
 
 
+class Sessions(_Workload):
+    """Conversations that begin at random. Each turn's prompt is all that was said before, and some
+    new tokens; it comes when the last answer has been read.
+    """
+
+    kind: Literal["sessions"]
+    rate_per_s: float = Field(ge=1e-9, le=1e12)  # of sessions
+    turns: Tokens = (1, 8)
+    think_s: float = Field(30.0, ge=0, le=MOST_SECONDS)  # mean, from an answer to the next turn
+    shared_tokens: int = Field(0, ge=0, le=MOST_TOKENS)  # that all sessions begin with
+    prompt_tokens: Tokens  # of the first turn, beyond these
+    turn_tokens: Tokens  # new ones of every later turn
+    output_tokens: Tokens
+    block_tokens: int = Field(512, ge=16, le=MOST_TOKENS)  # that are kept and found as one
+    # turns come until then; what has come is served to its end
+    duration_s: float = Field(gt=0, le=MOST_SECONDS)
+
+
 class RequestFile(_Workload):
     """Recorded requests: Mooncake's JSON lines, or Azure's or BurstGPT's CSV, told apart by their
     first line.
@@ -93,11 +111,13 @@ class RequestFile(_Workload):
     lengths: float = Field(1.0, ge=1e-6, le=1e6)  # every prompt this many times as long
 
 
-Workload = Annotated[ClosedLoop | Poisson | Bursts | RequestFile, Field(discriminator="kind")]
+AnyWorkload = ClosedLoop | Poisson | Bursts | Sessions | RequestFile
+Workload = Annotated[AnyWorkload, Field(discriminator="kind")]
 WORKLOADS: dict[str, type[BaseModel]] = {
     "closed_loop": ClosedLoop,
     "poisson": Poisson,
     "bursts": Bursts,
+    "sessions": Sessions,
     "file": RequestFile,
 }  # by kind
 
@@ -126,4 +146,6 @@ class Server(_Strict):
     admit_by_link: bool = (
         False  # admit only while the running requests' recalls fit into the time of their windows
     )
+    # of prompts that begin like earlier ones, prefill only the rest; with chunked prefill
+    reuse_prefixes: bool = True
     admit_by_slo: bool = False  # admit only while a step keeps the workload's slo.tpot_s

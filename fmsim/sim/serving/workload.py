@@ -4,16 +4,36 @@ from __future__ import annotations
 
 import copy
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from fmsim.errors import FmsimError
-from fmsim.sim.serving.requests import Arrival, read_requests
-from fmsim.sim.serving.spec import Bursts, ClosedLoop, Poisson, RequestFile
+from fmsim.sim.serving.requests import MOONCAKE_BLOCK, Arrival, read_requests
+from fmsim.sim.serving.spec import AnyWorkload, Bursts, ClosedLoop, Poisson, RequestFile, Sessions
 
 Drawn = ClosedLoop | Poisson | Bursts  # workloads whose lengths are drawn
 SLOWEST_ANSWER_S = 100.0  # a client of a closed loop asks again at least so often
+
+
+class _Turn(NamedTuple):
+    new_tokens: int
+    output_tokens: int
+    think_s: float
+
+
+def _turns(workload: Sessions, session: int) -> list[_Turn]:
+    """Drawn from a stream of the session's own, whenever its turns come."""
+    rng = np.random.default_rng([workload.seed, 3, session])
+    n_turns = int(rng.integers(workload.turns[0], workload.turns[1] + 1))
+    found = []
+    for turn in range(n_turns):
+        low, high = workload.turn_tokens if turn else workload.prompt_tokens
+        new = int(rng.integers(low, high + 1))
+        output = int(rng.integers(workload.output_tokens[0], workload.output_tokens[1] + 1))
+        found.append(_Turn(new, output, float(rng.exponential(workload.think_s))))
+    return found
 
 
 class RequestGenerator:
@@ -21,20 +41,26 @@ class RequestGenerator:
     one of a client.
     """
 
-    def __init__(
-        self, workload: ClosedLoop | Poisson | Bursts | RequestFile, path: Path | None = None
-    ) -> None:
+    def __init__(self, workload: AnyWorkload, path: Path | None = None) -> None:
         """`path`: where a workload's file lies, where that is not relative to the working
         directory. Raises FmsimError when it is no request file.
         """
         self.workload = workload
         _check_count(workload)
         self._rng = np.random.default_rng(workload.seed)
-        self.first = (
-            _recorded(workload, path or workload.file)
-            if isinstance(workload, RequestFile)
-            else [self._draw(workload, at_s) for at_s in self._times(workload)]
-        )
+        self._turns: list[list[_Turn]] = []  # of each session
+        self.first: list[Arrival]
+        if isinstance(workload, RequestFile):
+            self.first = _recorded(workload, path or workload.file)
+        elif isinstance(workload, Sessions):
+            starts_s = self._poisson(workload)
+            self._turns = [_turns(workload, session) for session in range(len(starts_s))]
+            self.first = [
+                self._turn(workload, float(at_s), session, 0, workload.shared_tokens)
+                for session, at_s in enumerate(starts_s)
+            ]
+        else:
+            self.first = [self._draw(workload, at_s) for at_s in self._times(workload)]
         if not self.first:
             raise FmsimError(
                 "workload: no request arrives within its duration_s; raise duration_s or the rate"
@@ -62,10 +88,20 @@ class RequestGenerator:
             parts.append(part)
         return parts
 
-    def after(self, now_s: float) -> Arrival | None:
-        """What a client asks when it has been answered; None where nobody waits for answers or the
-        time is up.
+    @property
+    def block_tokens(self) -> int:
+        """Tokens that a block's id stands for."""
+        if isinstance(self.workload, Sessions):
+            return self.workload.block_tokens
+        lengths = self.workload.lengths if isinstance(self.workload, RequestFile) else 1.0
+        return max(1, round(MOONCAKE_BLOCK * lengths))
+
+    def after(self, now_s: float, asked: Arrival) -> Arrival | None:
+        """What a client asks, now or later, when `asked` has been answered; None where nobody waits
+        for answers, or the time is up.
         """
+        if isinstance(self.workload, Sessions):
+            return self._next_turn(self.workload, now_s, asked)
         if not isinstance(self.workload, ClosedLoop) or now_s >= self.workload.duration_s:
             return None
         self._asked += 1
@@ -73,12 +109,37 @@ class RequestGenerator:
             raise FmsimError(_too_many(f"more than {self.workload.max_requests:,}", self.workload))
         return self._draw(self.workload, now_s)
 
+    def _next_turn(self, workload: Sessions, now_s: float, asked: Arrival) -> Arrival | None:
+        turn = asked.turn + 1
+        if turn == len(self._turns[asked.session]):
+            return None
+        at_s = now_s + self._turns[asked.session][turn].think_s
+        if at_s >= workload.duration_s:
+            return None
+        said = asked.prompt_tokens + asked.output_tokens
+        return self._turn(workload, at_s, asked.session, turn, said)
+
+    def _turn(
+        self, workload: Sessions, at_s: float, session: int, number: int, said: int
+    ) -> Arrival:
+        """A turn after `said` tokens."""
+        turn = self._turns[session][number]
+        prompt = said + turn.new_tokens
+        size = workload.block_tokens
+        common = workload.shared_tokens // size
+        own = range(common, (prompt + turn.output_tokens) // size)
+        blocks = (*range(common), *((session + 1 << 32) + block for block in own))
+        return Arrival(at_s, prompt, turn.output_tokens, blocks, session, number)
+
     def _times(self, workload: Drawn) -> NDArray[np.float64]:
         """Arrival times, ascending."""
         if isinstance(workload, ClosedLoop):
             return np.sort(self._rng.uniform(0, workload.ramp_s, workload.requests))
         if isinstance(workload, Bursts):
             return np.repeat(np.arange(0, workload.duration_s, workload.every_s), workload.burst)
+        return self._poisson(workload)
+
+    def _poisson(self, workload: Poisson | Sessions) -> NDArray[np.float64]:
         expected = workload.rate_per_s * workload.duration_s
         gaps_s = self._rng.exponential(
             1 / workload.rate_per_s, int(expected + 10 * expected**0.5 + 10)
@@ -100,6 +161,7 @@ def _recorded(workload: RequestFile, path: Path) -> list[Arrival]:
             row.arrival_s / workload.speed,
             max(1, round(row.prompt_tokens * workload.lengths)),
             row.output_tokens,
+            row.blocks,
         )
         for row in read_requests(path)
     ]
@@ -110,7 +172,7 @@ def _recorded(workload: RequestFile, path: Path) -> list[Arrival]:
     ]
 
 
-def _check_count(workload: ClosedLoop | Poisson | Bursts | RequestFile) -> None:
+def _check_count(workload: AnyWorkload) -> None:
     """Refuse what cannot end, before a request is drawn.
 
     A closed loop is refused early where its clients would have to wait `SLOWEST_ANSWER_S` for every
@@ -124,11 +186,13 @@ def _check_count(workload: ClosedLoop | Poisson | Bursts | RequestFile) -> None:
         n_requests = workload.burst * workload.duration_s / workload.every_s
     else:
         n_requests = workload.rate_per_s * workload.duration_s
+        if isinstance(workload, Sessions):
+            n_requests *= workload.turns[1]
     if n_requests > workload.max_requests + 10 * workload.max_requests**0.5:
         raise FmsimError(_too_many(f"about {n_requests:,.0f}", workload))
 
 
-def _too_many(count: str, workload: ClosedLoop | Poisson | Bursts | RequestFile) -> str:
+def _too_many(count: str, workload: AnyWorkload) -> str:
     return (
         f"{count} requests; a run takes at most {workload.max_requests:,}: lower its rate, clients"
         " or duration_s, or raise the bound with --set workload.max_requests=N"

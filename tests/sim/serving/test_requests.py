@@ -33,17 +33,17 @@ def written(tmp_path, text):
 
 def test_mooncake_is_milliseconds_and_sorted(tmp_path):
     path = written(tmp_path, MOONCAKE)
-    assert read_requests(path) == [Arrival(0.0, 600, 10), Arrival(1.5, 700, 20)]
-    assert repeated_share(path) == 1 / 4  # of four blocks one had been seen
+    assert read_requests(path) == [Arrival(0.0, 600, 10, (1, 3)), Arrival(1.5, 700, 20, (1, 2))]
+    assert repeated_share(read_requests(path)) == 1 / 4  # of four blocks one had been seen
 
 
 def test_azure_has_seven_digits_after_the_second_and_passes_midnight(tmp_path):
     path = written(tmp_path, AZURE)
     rows = read_requests(path)
-    assert [row[1:] for row in rows] == [(4808, 10), (3180, 8), (110, 27)]
+    assert [row[1:3] for row in rows] == [(4808, 10), (3180, 8), (110, 27)]
     assert rows[1].arrival_s == pytest.approx(0.052)
     assert rows[2].arrival_s == pytest.approx(5 * 3600 + 42 * 60 + 56 + 0.02004)
-    assert repeated_share(path) is None
+    assert repeated_share(rows) is None
 
 
 def test_spaces_behind_commas_say_nothing(tmp_path):
@@ -116,8 +116,9 @@ def test_bursts_come_together():
 def test_a_closed_loop_asks_again_until_its_time_is_up():
     source = RequestGenerator(ClosedLoop(kind="closed_loop", requests=4, ramp_s=10, **SIZES))
     assert len(source.first) == 4 and all(row.arrival_s <= 10 for row in source.first)
-    assert source.after(99.0).arrival_s == 99.0
-    assert source.after(100.0) is None
+    asked = source.first[0]
+    assert source.after(99.0, asked).arrival_s == 99.0
+    assert source.after(100.0, asked) is None
 
 
 @pytest.mark.parametrize(

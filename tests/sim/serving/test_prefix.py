@@ -1,0 +1,237 @@
+"""Prefixes that are kept: two requests by hand, and what must hold whatever comes."""
+
+import numpy as np
+import pytest
+import simpy
+from hand_ledger import FLASH, H100, ledger
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from fmsim.hw import replace_figure
+from fmsim.hw.deployment import Deployment
+from fmsim.hw.spec import LINK_FIGURE
+from fmsim.sim.serving.capacity.behaviour import BEHAVIOURS
+from fmsim.sim.serving.demand import Demand
+from fmsim.sim.serving.prefill import PrefillModel
+from fmsim.sim.serving.prefix import BlockTier, Found, Pinned, PrefixStore
+from fmsim.sim.serving.requests import Arrival, repeated_share
+from fmsim.sim.serving.server import ServerRun
+from fmsim.sim.serving.spec import ClosedLoop, Server, Sessions
+from fmsim.sim.serving.workload import RequestGenerator
+
+FULL, LRU, LSA = (Demand(each.ledger(FLASH), FLASH) for each in BEHAVIOURS)
+BLOCK = 512
+PREFILL = PrefillModel(H100, FLASH)
+
+
+class Given(RequestGenerator):
+    """These requests and no others."""
+
+    def __init__(self, *arrivals: Arrival) -> None:
+        super().__init__(
+            ClosedLoop(
+                kind="closed_loop",
+                requests=1,
+                prompt_tokens=1,
+                output_tokens=1,
+                duration_s=1e-9,
+            )
+        )
+        self.first = list(arrivals)
+
+
+def asked(at_s, n_blocks, output=10, first=0, own=0):
+    """A prompt of whole blocks from `first` on, the last `own` of them no other's."""
+    common = tuple(range(first, first + n_blocks - own))
+    private = tuple(10**9 + int(at_s * 1000) * 1000 + i for i in range(own))
+    return Arrival(at_s, n_blocks * BLOCK, output, common + private)
+
+
+def serve(demand, *arrivals, hw=H100, **options):
+    run = ServerRun(
+        hw, FLASH, demand, Server(prefill_chunk_tokens=8192, **options), Given(*arrivals)
+    )
+    run.run()
+    return run
+
+
+def prompt_s(tokens, done=0):
+    return sum(seconds for _, seconds in PREFILL.prompt(tokens, 8192, done))
+
+
+def test_a_prompt_that_the_gpu_still_has_is_prefilled_from_its_new_part_on():
+    run = serve(FULL, asked(0, 64), asked(1000, 96, own=32))
+    first, second = run.log.requests
+    assert first.first_token_s == pytest.approx(prompt_s(64 * BLOCK))
+    assert (second.reused_tokens, len(second.found.gpu)) == (64 * BLOCK, 64)
+    assert second.first_token_s - 1000 == pytest.approx(prompt_s(96 * BLOCK, 64 * BLOCK))
+    # 96 blocks' bytes lie there when both are done, on the GPU and, written through, on the host
+    block_bytes = FLASH.full_kv_bytes(BLOCK)
+    assert block_bytes == 21 * 128 * (584 + 132) + 20 * 4 * 584 == 1_971_328
+    memory = run.ranks[0]
+    for pool in (memory.hbm, memory.host):
+        assert pool.capacity - pool.level == pytest.approx(96 * block_bytes)
+    assert run.log.written_back_bytes == 96 * block_bytes
+
+
+def test_a_prompt_that_the_host_has_comes_over_the_link_beside_the_first_chunk():
+    """64 blocks of 1,971,328 bytes at 55.1 GB/s: 2.29 ms, less than the rest takes to compute."""
+    run = serve(LRU, asked(0, 64), asked(1000, 96, own=32))
+    _, second = run.log.requests
+    assert pytest.approx(0.00229, rel=1e-3) == 64 * 1_971_328 / 55.1e9
+    assert second.first_token_s - 1000 == pytest.approx(prompt_s(96 * BLOCK, 64 * BLOCK))
+    assert len(second.found.host) == 64 and not second.found.gpu and not second.waits_s
+    assert run.ranks[0].to_gpu.moved_bytes >= 64 * 1_971_328
+
+
+def test_a_slow_link_holds_the_first_chunk_up():
+    """At 1 MB/s the blocks take 126 s."""
+    hw = replace_figure(H100, LINK_FIGURE, 1e6)
+    run = serve(LSA, asked(0, 64, output=1), asked(1000, 65, output=1, own=1), hw=hw)
+    _, second = run.log.requests
+    assert second.first_token_s - 1000 == pytest.approx(64 * 1_971_328 / 1e6)
+    chunk_s = prompt_s(65 * BLOCK, 64 * BLOCK)
+    assert second.waits_s["prefix"] == pytest.approx(64 * 1_971_328 / 1e6 - chunk_s)
+    assert run.log.prefix_wait_s == second.waits_s["prefix"]
+
+
+def test_the_whole_prompt_again_computes_one_token():
+    run = serve(FULL, asked(0, 64), asked(1000, 64))
+    assert run.log.requests[1].reused_tokens == 64 * BLOCK - 1
+    assert run.log.requests[1].first_token_s - 1000 == pytest.approx(
+        prompt_s(64 * BLOCK, 64 * BLOCK - 1)
+    )
+
+
+def test_without_reuse_every_prompt_is_computed():
+    run = serve(FULL, asked(0, 64), asked(1000, 64), reuse_prefixes=False)
+    assert run.log.requests[1].first_token_s - 1000 == pytest.approx(prompt_s(64 * BLOCK))
+    assert not run.stores
+
+
+def tier(n_blocks, below=None):
+    return BlockTier(simpy.Container(simpy.Environment(), n_blocks, n_blocks), 1.0, below)
+
+
+def test_the_least_recently_used_block_goes_first_and_of_a_prompt_the_last():
+    host = tier(4)
+    host.store([1, 2])
+    host.store([3, 4])
+    host.store([1])  # used again
+    host.store([5])
+    assert [block in host for block in (1, 2, 3, 4, 5)] == [True, False, True, True, True]
+    host.store([6])
+    assert 4 not in host and 3 in host
+
+
+def test_what_the_host_gives_up_lies_below_until_that_is_full():
+    nvme = tier(2)
+    host = tier(2, nvme)
+    store = PrefixStore(None, host, nvme, BLOCK)
+    host.store([1, 2])
+    host.store([3])
+    assert store.find([1, 2, 3]) == Found(host=(1, 3), nvme=(2,))
+    host.store([4, 5])
+    assert store.find([1, 2]) == Found() or store.find([1]).nvme == (1,)
+    assert len(host) == len(nvme) == 2
+
+
+def test_a_pinned_block_stays():
+    host = tier(2)
+    host.store([1, 2])
+    pinned = Pinned()
+    store = PrefixStore(None, host, None, BLOCK)
+    store.pin(store.find([1, 2]), pinned)
+    assert host.store([3]) == 0 and host.room() == 0
+    store.unpin(pinned)
+    assert host.store([3]) == 1 and 1 in host and 2 not in host
+
+
+SESSIONS = {
+    "kind": "sessions",
+    "rate_per_s": 0.5,
+    "turns": [2, 5],
+    "think_s": 5,
+    "shared_tokens": 2048,
+    "prompt_tokens": [500, 4000],
+    "turn_tokens": [100, 2000],
+    "output_tokens": [5, 300],
+    "duration_s": 60,
+}
+
+
+def test_a_turns_prompt_is_all_that_was_said_and_new_tokens():
+    source = RequestGenerator(Sessions(**SESSIONS))
+    first = source.first[0]
+    second = source.after(10.0, first)
+    said = first.prompt_tokens + first.output_tokens
+    assert 100 <= second.prompt_tokens - said <= 2000 and second.arrival_s > 10
+    assert first.blocks[:4] == (0, 1, 2, 3) == source.first[1].blocks[:4]
+    assert second.blocks[: len(first.blocks)] == first.blocks
+    assert not set(first.blocks[4:]) & set(source.first[1].blocks[4:])
+    again = RequestGenerator(Sessions(**SESSIONS))
+    assert again.first == source.first and again.after(10.0, first) == second
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    which=st.sampled_from([FULL, LRU, LSA]),
+    seed=st.integers(0, 1000),
+    rate=st.floats(0.2, 3),
+    host_gb=st.sampled_from([0.2, 0.5, 3, 300]),
+    layout=st.sampled_from([{}, {"dp": 2, "tp": 4}, {"tp": 4, "cp": 2}]),
+)
+def test_what_is_reused_is_not_computed_and_capacities_hold(which, seed, rate, host_gb, layout):
+    hw = replace_figure(replace_figure(H100, "host_reserve_bytes", 1), "host_bytes", 8e9 * host_gb)
+    hw = hw.deployed(Deployment(**layout))
+    source = RequestGenerator(Sessions(**SESSIONS | {"seed": seed, "rate_per_s": rate}))
+    run = ServerRun(hw, FLASH, which, Server(prefill_chunk_tokens=2048), source)
+    computed = []
+    chunks = run._chunks
+    run._chunks = lambda request: computed.append(chunks(request)) or computed[-1]
+    log = run.run()
+    done = [request for request in log.requests if not request.refused]
+    prompts = sum(request.prompt_tokens for request in done)
+    reused = sum(request.reused_tokens for request in done)
+    assert sum(tokens for each in computed for tokens, _ in each) == prompts - reused
+    for request in done:
+        assert request.finished_s is not None and request.reused_tokens < request.prompt_tokens
+        assert request.reused_tokens <= request.found.n_blocks * 512
+        if request.asked.turn and host_gb == 300 and len(run.ranks) == 1:
+            # its session's earlier turns are there: nothing had to go
+            new = 2000 + 512
+            assert request.found.n_blocks * 512 >= request.prompt_tokens - new
+    table = np.array(log.samples)
+    for column, pools in ((4, "hbm"), (5, "host")):
+        capacity = sum(getattr(rank, pools).capacity for rank in run.ranks)
+        assert (table[:, column] >= -1).all() and (table[:, column] <= capacity * (1 + 1e-9)).all()
+    for rank, store in zip(run.ranks, run.stores):
+        held = [(rank.host, store.host)] + ([(rank.hbm, store.gpu)] if store.gpu else [])
+        for pool, blocks in held:
+            kept = len(blocks) * blocks.block_bytes
+            assert pool.capacity - pool.level == pytest.approx(kept, abs=1)
+            assert not blocks._pins
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.lists(st.lists(st.integers(0, 30), min_size=1, max_size=8, unique=True), max_size=40))
+def test_a_tier_without_end_finds_what_ever_was_there(prompts):
+    """One after another, as the share of repeated leading blocks counts them."""
+    host, seen = tier(10**6), set()
+    store = PrefixStore(None, host, None, BLOCK)
+    for blocks in prompts:
+        leading = 0
+        while leading < len(blocks) and blocks[leading] in seen:
+            leading += 1
+        assert store.find(blocks).n_blocks == leading
+        host.store(blocks)
+        seen.update(blocks)
+    arrivals = [Arrival(0.0, 1, 1, tuple(blocks)) for blocks in prompts]
+    share = repeated_share(arrivals)
+    assert share is None or 0 <= share <= 1
+
+
+def test_a_decode_of_a_given_ledger_is_as_before_where_no_block_has_an_id():
+    made = Demand(ledger(slots=8100, on_miss="fetch"), FLASH)
+    run = serve(made, Arrival(0, 32_000, 10), Arrival(0, 32_000, 10))
+    assert not run.stores and all(request.reused_tokens == 0 for request in run.log.requests)
