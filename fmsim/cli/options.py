@@ -41,6 +41,13 @@ PolicyTimeout = Annotated[
 TIMEOUT_S = 3600.0
 
 
+def echo_csv(rows: Sequence[dict[str, Any]]) -> None:
+    """Print flat rows as CSV."""
+    from fmsim.experiments.rows import csv_text
+
+    typer.echo(csv_text(rows), nl=False)
+
+
 def end_with_failures(failed: Sequence[dict[str, Any]]) -> None:
     """Name the policies that failed on standard error, and leave with exit code 1 where any did."""
     for failure in failed:

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from fmsim.cli import deployment
-from fmsim.cli.options import TIMEOUT_S, NoVerify, PolicyTimeout, end_with_failures
+from fmsim.cli.options import TIMEOUT_S, NoVerify, PolicyTimeout, echo_csv, end_with_failures
 
 
 def plan(
@@ -66,6 +66,7 @@ def plan(
     as_json: Annotated[
         bool, typer.Option("--json", help="print one JSON object instead of the tables")
     ] = False,
+    as_csv: Annotated[bool, typer.Option("--csv", help="print the rows as CSV")] = False,
     gpus: deployment.Gpus = None,
     tp: deployment.Tp = None,
     dp: deployment.Dp = None,
@@ -158,6 +159,10 @@ def plan(
         from fmsim.files import strict_json
 
         typer.echo(strict_json.dump(report))
+    elif as_csv:
+        from fmsim.experiments.rows import flat
+
+        echo_csv([flat(row, leave=("moves", "crossover")) for row in report["plans"]])
     else:
         plan_table.show(report)
     end_with_failures(report.get("failed", []))

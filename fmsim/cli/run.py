@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from fmsim.cli import deployment
-from fmsim.cli.options import TIMEOUT_S, NoVerify, PolicyTimeout, end_with_failures
+from fmsim.cli.options import TIMEOUT_S, NoVerify, PolicyTimeout, echo_csv, end_with_failures
 from fmsim.cli.progress import bar
 
 OUTPUT_TOKENS = 1024  # of a request, and
@@ -38,8 +38,13 @@ def run(
     as_json: Annotated[
         bool, typer.Option("--json", help="print one JSON object instead of the table")
     ] = False,
+    as_csv: Annotated[bool, typer.Option("--csv", help="print the rows as CSV")] = False,
     out: Annotated[
         Path | None, typer.Option(help="folder for report.json, ledgers and timelines")
+    ] = None,
+    requests: Annotated[
+        Path | None,
+        typer.Option(help="with a workload: write a row a request here, .csv or .parquet"),
     ] = None,
     svg: Annotated[Path | None, typer.Option(help="write the table as a picture")] = None,
     policy_timeout: PolicyTimeout = TIMEOUT_S,
@@ -140,10 +145,14 @@ def run(
     plain = report.as_json()
     if svg is not None:
         _write_svg(svg, shown.svg(plain, f"fmsim run {scenario}"))
+    if requests is not None:
+        _write_requests(requests, report)
     if as_json:
         from fmsim.files import strict_json
 
         typer.echo(strict_json.dump(plain))
+    elif as_csv:
+        echo_csv(report.flat_rows())
     else:
         shown.show(plain)
     end_with_failures(failed_altogether(plain))
@@ -231,6 +240,21 @@ def _with_progress(file: ScenarioFile, quiet: bool, timeout_s: float) -> Report 
             ),
             timeout_s=timeout_s,
         )
+
+
+def _write_requests(path: Path, report: Report | ServingReport) -> None:
+    from fmsim.errors import FmsimError
+    from fmsim.experiments.rows import write_rows
+    from fmsim.experiments.serve import ServingReport
+
+    if not isinstance(report, ServingReport):
+        raise FmsimError("--requests: this scenario has no workload, so there are no requests")
+    try:
+        write_rows(path, report.request_rows)
+    except OSError as error:
+        raise FmsimError(
+            f"--requests {path}: cannot be written ({error.strerror}); choose another place"
+        ) from None
 
 
 def _write_svg(path: Path, text: str) -> None:

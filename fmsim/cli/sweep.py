@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from fmsim.cli import deployment
-from fmsim.cli.options import TIMEOUT_S, NoVerify, PolicyTimeout
+from fmsim.cli.options import TIMEOUT_S, NoVerify, PolicyTimeout, echo_csv
 from fmsim.cli.progress import bar
 
 
@@ -52,6 +52,7 @@ def sweep(
     as_json: Annotated[
         bool, typer.Option("--json", help="print the sweep's rows as one JSON list")
     ] = False,
+    as_csv: Annotated[bool, typer.Option("--csv", help="print the rows as CSV")] = False,
     policy_timeout: PolicyTimeout = TIMEOUT_S,
     no_verify: NoVerify = False,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="no progress bar")] = False,
@@ -131,6 +132,8 @@ def sweep(
         from fmsim.files import strict_json
 
         typer.echo(strict_json.dump(rows))
+    elif as_csv:
+        echo_csv(rows)
     else:
         rows_table.show(
             rows, f"{made} of {len(rows)} runs done now, the others before; rows in {out}"

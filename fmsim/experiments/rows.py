@@ -5,6 +5,8 @@ so.
 from __future__ import annotations
 
 import contextlib
+import csv
+import io
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,7 +15,7 @@ from typing import Any, Self
 from pydantic import BaseModel, ConfigDict, Field
 
 from fmsim.errors import FmsimError, shown
-from fmsim.files import replacing, strict_json
+from fmsim.files import replacing, strict_json, write_text
 from fmsim.files.inputs import MOST_BYTES_OF_RESULTS, check_regular, read_bytes, reason
 from fmsim.files.place_lock import Taken, place_lock
 
@@ -124,7 +126,7 @@ class RowFile:
         )
 
     def _read_parquet(self) -> list[Row]:
-        parquet = self._library()
+        parquet = _parquet(self.path)
         if not self.path.exists():
             return []
         import pyarrow
@@ -152,22 +154,50 @@ class RowFile:
 
     def _write_parquet(self) -> None:
         """Parquet cannot grow, so the file is written anew and takes the old one's place."""
-        import pyarrow
-
-        columns = list(dict.fromkeys(name for row in self.rows for name in row))
-        table = pyarrow.table({name: [row.get(name) for row in self.rows] for name in columns})
         with replacing(self.path) as beside:
-            self._library().write_table(table, beside)
+            _parquet(self.path).write_table(_table(self.rows), beside)
 
-    def _library(self) -> Any:
-        try:
-            import pyarrow.parquet
-        except ModuleNotFoundError:
-            raise FmsimError(
-                f"--out {self.path}: Parquet needs pyarrow; pip install 'fmsim[parquet]', or name a"
-                " .jsonl file"
-            ) from None
-        return pyarrow.parquet
+
+def csv_text(rows: Sequence[Row]) -> str:
+    """Rows as CSV: the columns of all, in the order in which they first come; empty where a row has
+    none.
+    """
+    text = io.StringIO()
+    columns = dict.fromkeys(name for row in rows for name in row)
+    writer = csv.DictWriter(text, columns, lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    return text.getvalue()
+
+
+def write_rows(path: Path, rows: Sequence[Row]) -> None:
+    """A file of rows that is not gone on with: Parquet where its name ends so, else CSV.
+
+    Raises OSError, and FmsimError where Parquet's library is missing.
+    """
+    if path.suffix != ".parquet":
+        write_text(path, csv_text(rows))
+        return
+    with replacing(path) as beside:
+        _parquet(path).write_table(_table(rows), beside)
+
+
+def _table(rows: Sequence[Row]) -> Any:
+    import pyarrow
+
+    columns = dict.fromkeys(name for row in rows for name in row)
+    return pyarrow.table({name: [row.get(name) for row in rows] for name in columns})
+
+
+def _parquet(path: Path) -> Any:
+    try:
+        import pyarrow.parquet
+    except ModuleNotFoundError:
+        raise FmsimError(
+            f"{path}: Parquet needs pyarrow; pip install 'fmsim[parquet]', or name a file of"
+            " another kind"
+        ) from None
+    return pyarrow.parquet
 
 
 def flat(row: Row, leave: Sequence[str] = ()) -> Row:

@@ -99,7 +99,11 @@ class Report:
         """A row a policy, one column a figure (`step_s_p99`), what the row leaves out behind: a
         pandas DataFrame where pandas is installed, else a list of dicts.
         """
-        return frame([flat(run.row) | flat(run.details, leave=("params",)) for run in self.runs])
+        return frame(self.flat_rows())
+
+    def flat_rows(self) -> list[dict[str, Any]]:
+        """The same as a list of dicts."""
+        return [flat(run.row) | flat(run.details, leave=("params",)) for run in self.runs]
 
     def _repr_html_(self) -> str:
         trace, hw = self.scenario["trace"], self.scenario["hardware"]

@@ -13,7 +13,7 @@ from fmsim.errors import FmsimError
 from fmsim.experiments.failures import TIMEOUT_S, Failure, guarded, lost, raise_if_all
 from fmsim.experiments.parallel import in_parallel
 from fmsim.experiments.results import ledger_path
-from fmsim.experiments.rows import flat
+from fmsim.experiments.rows import flat, write_rows
 from fmsim.experiments.run import Setting, about, build_policies
 from fmsim.files import strict_json, write_text
 from fmsim.frames import frame, html_table
@@ -24,6 +24,7 @@ from fmsim.scenario import ScenarioFile
 from fmsim.sim import metrics
 from fmsim.sim.serving.banner import banner
 from fmsim.sim.serving.demand import Demand
+from fmsim.sim.serving.log import request_rows
 from fmsim.sim.serving.requests import repeated_share
 from fmsim.sim.serving.server import ServerRun
 from fmsim.sim.serving.spec import RequestFile
@@ -63,7 +64,13 @@ class ServingReport:
     scenario: dict[str, Any]
     policies: tuple[dict[str, Any], ...]
     ledgers: dict[str, Ledger]
+    requests: dict[str, list[dict[str, Any]]]  # by policy, a row each
     failures: tuple[Failure, ...] = ()
+
+    @property
+    def request_rows(self) -> list[dict[str, Any]]:
+        """Of all policies, a row a request (`fmsim.sim.serving.log.request_rows`)."""
+        return [{"policy": label} | row for label, rows in self.requests.items() for row in rows]
 
     def as_json(self) -> dict[str, Any]:
         """The object that `fmsim run --json` prints for a scenario with a workload."""
@@ -77,7 +84,11 @@ class ServingReport:
         """A row a policy, one column a figure: a pandas DataFrame where pandas is installed, else a
         list of dicts.
         """
-        return frame([flat(row, leave=("over_time", "memory")) for row in self.policies])
+        return frame(self.flat_rows())
+
+    def flat_rows(self) -> list[dict[str, Any]]:
+        """A row a policy, one column a figure."""
+        return [flat(row, leave=("over_time", "memory")) for row in self.policies]
 
     def _repr_html_(self) -> str:
         hw, name = self.scenario["hardware"], self.scenario["name"]
@@ -89,6 +100,7 @@ class ServingReport:
         try:
             for label, ledger in self.ledgers.items():
                 ledger.save(ledger_path(folder, label))
+            write_rows(folder / "requests.csv", self.request_rows)
             write_text(folder / "report.json", strict_json.dump(self.as_json(), indent=1) + "\n")
         except OSError as error:
             raise FmsimError(
@@ -112,11 +124,12 @@ def serve_scenario(
     setting, policies = Setting(file), build_policies(file)
     replayer = setting.replayer(policies)
 
-    def work(index: int) -> tuple[dict[str, Any], Ledger] | Failure:
+    def work(index: int) -> Served | Failure:
         label, policy = policies[index]
         return guarded(label, lambda: serve_policy(setting, replayer, label, policy))
 
-    rows, ledgers, failures = [], {}, []
+    served: list[Served] = []
+    failures: list[Failure] = []
     progress(policies[0][0], 0, len(policies))
     results = in_parallel(
         work, len(policies), lambda index, why: lost(policies[index][0], why), timeout_s
@@ -126,23 +139,34 @@ def serve_scenario(
             failures.append(result)
             progress(result.label, done, len(policies))
             continue
-        row, ledger = result
-        rows.append(row)
-        ledgers[row["policy"]] = ledger
-        progress(row["policy"], done, len(policies))
-    raise_if_all(tuple(failures), len(rows))
+        served.append(result)
+        progress(result.row["policy"], done, len(policies))
+    raise_if_all(tuple(failures), len(served))
     head = about(setting) | {
         "workload": _about_workload(file, source),
         "simulated": SIMULATED,
         "replayed": ["mass_kept", "entry_recall"],
     }
-    return ServingReport(head, tuple(rows), ledgers, tuple(failures))
+    return ServingReport(
+        head,
+        tuple(each.row for each in served),
+        {each.row["policy"]: each.ledger for each in served},
+        {each.row["policy"]: each.requests for each in served},
+        tuple(failures),
+    )
 
 
-def serve_policy(
-    setting: Setting, replayer: Replayer, label: str, policy: Policy
-) -> tuple[dict[str, Any], Ledger]:
-    """One policy's row of a report, and the ledger that its requests replay."""
+@dataclass(frozen=True)
+class Served:
+    """One policy's row of a report, the ledger that its requests replay, and a row of each."""
+
+    row: dict[str, Any]
+    ledger: Ledger
+    requests: list[dict[str, Any]]
+
+
+def serve_policy(setting: Setting, replayer: Replayer, label: str, policy: Policy) -> Served:
+    """Serve the scenario's workload under one policy."""
     ledger = replayer.run(policy)
     demand = Demand(ledger, setting.geometry, setting.layer_map)
     options, source = setting.file.scenario.server, _source(setting.file)
@@ -159,7 +183,8 @@ def serve_policy(
         run.run()
     row: dict[str, Any] = {"policy": label, "exact": metrics.exact(ledger)}
     row |= metrics.kept(ledger, setting.layer_map) | summary(*runs)
-    return row | {"ci95": intervals(ledger, setting.layer_map), "memory": memory}, ledger
+    row |= {"ci95": intervals(ledger, setting.layer_map), "memory": memory}
+    return Served(row, ledger, request_rows([run.log for run in runs], source.workload.slo))
 
 
 def _source(file: ScenarioFile) -> RequestGenerator:

@@ -117,7 +117,7 @@ class SweepRun:
             setting, policy = Setting(file), _policy(file, self.label)
             if file.scenario.workload is not None:
                 return head | flat(
-                    serve_policy(setting, _replayer(setting), self.label, policy)[0],
+                    serve_policy(setting, _replayer(setting), self.label, policy).row,
                     leave=("policy", "over_time", "memory"),
                 )
             run = setting.run(_replayer(setting), self.label, policy)

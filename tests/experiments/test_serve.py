@@ -86,7 +86,10 @@ def test_the_table_shows_memory_policies_and_use_whole(folder):
     ("override", "says"),
     [
         ("workload.file=none.jsonl", "none.jsonl: no such request file"),
-        ("workload.kind=poison", "workload: give it a 'kind': closed_loop, poisson, bursts, file"),
+        (
+            "workload.kind=poison",
+            "workload: give it a 'kind': closed_loop, poisson, bursts, sessions, file",
+        ),
         ("workload.sped=2", "workload.sped: unknown key; did you mean 'speed'?"),
         ("workload.slo.tpot=1", "workload.slo.tpot: unknown key; did you mean 'tpot_s'?"),
         ("server.prefil=done", "server.prefil: unknown key; did you mean 'prefill'?"),

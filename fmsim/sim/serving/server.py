@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Generator
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -27,37 +26,14 @@ from fmsim.sim.serving.log import Log
 from fmsim.sim.serving.prefill import PrefillModel
 from fmsim.sim.serving.prefix import BlockTier, PrefixStore
 from fmsim.sim.serving.requests import Arrival
+from fmsim.sim.serving.steps import DecodeTimes, StepTimes
 from fmsim.sim.serving.workload import RequestGenerator
-from fmsim.sim.step_cost import StepModel, memory_indexer_s
+from fmsim.sim.step_cost import StepModel
 from fmsim.sim.transfer_cost import GatherCurve
 
 Process = Generator[simpy.Event, Any, None]  # what SimPy runs: it yields what it waits for
 
 _MOST_STEPS = 1024  # in one span, which bounds its arrays
-_STEPS_AHEAD = 32  # whose times are worked out at once
-
-
-@dataclass(frozen=True)
-class StepTimes:
-    """Of n coming steps, on R ranks that decode."""
-
-    ranks: list[int]  # [R] their numbers
-    compute_s: np.ndarray  # [n]
-    prefill_s: np.ndarray  # [n]
-    stall_s: np.ndarray  # [R, n] for misses, on an idle link
-    gathers: np.ndarray  # [R, n] that the misses take: one a layer which has any
-    miss_bytes: np.ndarray  # [R, n] to each GPU
-
-    def part(self, start: int, end: int, prefill_s: np.ndarray) -> StepTimes:
-        """Some of them, with a prefill's chunks in them."""
-        return StepTimes(
-            self.ranks,
-            self.compute_s[start:end],
-            prefill_s,
-            self.stall_s[:, start:end],
-            self.gathers[:, start:end],
-            self.miss_bytes[:, start:end],
-        )
 
 
 class ServerRun:
@@ -84,6 +60,8 @@ class ServerRun:
             FairLink(self.env, options.network_bytes_per_s) for _ in self.ranks
         ]  # to each GPU
         self.stores = self._stores()
+        self.log.block_tokens = self.stores[0].block_tokens if self.stores else 0
+        self._head: tuple[int, float] | None = None  # of the queue: its number, and since when
         self.admission = Admission(
             self.ranks, self.model, demand, options, source.workload.slo, self.stores
         )
@@ -92,7 +70,7 @@ class ServerRun:
         # admitted and KV in place: to join at the next step
         self.ready: deque[ServedRequest] = deque()
         self.batch = RunningBatch(demand)
-        self._ahead: tuple[int, int, StepTimes] | None = None  # batch's changes, its step, times
+        self.decode_times = DecodeTimes(self.batch, self.model, self.gather)
         self._wake: simpy.Event | None = None  # what cuts the present wait short
         self._prefillers = simpy.Resource(self.env, options.prefill_servers)
         self._offsets = np.random.default_rng(
@@ -185,6 +163,7 @@ class ServerRun:
 
     def _leave(self, request: ServedRequest) -> None:
         request.finished_s = self.env.now
+        request.stall_s = self.log.stalled_s - request.joined_stall_s
         if self.stores:
             self._keep(request, request.prompt_tokens + request.output_tokens)
         self.admission.release(request)
@@ -201,10 +180,21 @@ class ServerRun:
         self._receive(arrival)
 
     def _admit(self) -> None:
+        now_s, kind = self.env.now, self.log.waits_for
         for request in self.admission.enter():
-            request.admitted_s = self.env.now
+            request.admitted_s = now_s
+            since_s = now_s
+            if kind and self._head is not None and self._head[0] == request.number:
+                since_s = self._head[1]
+                request.waits_s[kind] = now_s - since_s
+            request.waits_s["queue"] = since_s - request.arrival_s
             self._start(request)
         self.log.waits_for = self.admission.waits_for
+        head = self.admission.queue[0].number if self.admission.queue else None
+        if head is None:
+            self._head = None
+        elif self._head is None or self._head[0] != head:
+            self._head = head, now_s
 
     def _start(self, request: ServedRequest) -> None:
         """Bring an admitted request's KV into place."""
@@ -288,6 +278,7 @@ class ServerRun:
         self._admit()
         while self.ready:
             request = self.ready.popleft()
+            request.joined_stall_s = self.log.stalled_s
             if request.steps:
                 self.batch.add(request)
             else:  # its prefill made all it wanted
@@ -312,6 +303,9 @@ class ServerRun:
         start_s = self.env.now
         done = yield from self._pass(ends_s)
         yield from self._wait_for_prefixes()
+        if self.demand.misses:
+            missed_bytes = self._parts * float(times.miss_bytes[:, :done].sum())
+            self.log.missed_entries += missed_bytes / self.demand.entry_bytes
         if self.demand.misses and not contended:
             for rank, n_bytes in zip(times.ranks, times.miss_bytes[:, :done].sum(axis=1)):
                 self.ranks[rank].to_gpu.moved_bytes += float(n_bytes)
@@ -367,40 +361,7 @@ class ServerRun:
         if not self.batch:
             nothing = np.zeros((1, n_steps))
             return StepTimes([0], nothing[0], chunk_s, nothing, nothing, nothing)
-        return self._decode_times(n_steps, chunk_s)
-
-    def _decode_times(self, n_steps: int, prefill_s: np.ndarray) -> StepTimes:
-        """Of the batch's next steps. They are worked out for some steps ahead, and hold until the
-        batch changes: a span ends at every window, a batch lives longer.
-        """
-        changes, steps = self.batch.changes, self.batch.steps
-        known = self._ahead
-        if (
-            known is None
-            or known[0] != changes
-            or steps - known[1] + n_steps > len(known[2].compute_s)
-        ):
-            lasted = 0 if known is None else steps - known[1]  # as long as the last times held
-            ahead = min(max(n_steps, min(2 * lasted + 1, _STEPS_AHEAD)), self.batch.least_left)
-            known = self._ahead = changes, steps, self._worked_out(ahead)
-        start = steps - known[1]
-        return known[2].part(start, start + n_steps, prefill_s)
-
-    def _worked_out(self, n_steps: int) -> StepTimes:
-        load, layers = self.batch.load(n_steps), self.demand.group_layers
-        stall_s = gathers = miss_bytes = np.zeros((len(load.ranks), n_steps))
-        if self.demand.misses:
-            on_gpu = load.miss_bytes / self._parts
-            gathers = (on_gpu > 0).astype(np.float64) @ layers
-            stall_s = self.gather.seconds(self.demand.row_bytes, on_gpu) @ layers
-            miss_bytes = on_gpu @ layers
-        compute_s = load.costs(self.model).total_s(self.geometry.n_selecting)
-        beside_s = memory_indexer_s(self.hw, self.geometry, load.indexer_scored / self._parts)
-        arriving = load.recalled_bytes / self._parts + miss_bytes
-        beside_s = beside_s + arriving / self.hw.hbm_bytes_per_s.value  # they take part of HBM
-        compute_s = compute_s + beside_s.max(axis=0)
-        nothing = np.zeros(n_steps)
-        return StepTimes(load.ranks, compute_s, nothing, stall_s, gathers, miss_bytes)
+        return self.decode_times.ahead(n_steps, chunk_s)
 
     # The link
 
@@ -456,6 +417,7 @@ class ServerRun:
     def _book(self, done: int, first_s: float) -> None:
         """`done` steps have passed, the first of them at `first_s`."""
         mirrored = len(self.batch) * done
+        self.log.selected_entries += mirrored * self.geometry.n_csa * self.geometry.index_topk
         self.log.tokens += len(self.batch) * done
         self.log.pass_to(self.env.now, busy=True)
         for request in self.batch.advance(done, first_s):
@@ -474,8 +436,11 @@ class ServerRun:
         hbm = sum(rank.hbm.capacity - rank.hbm.level for rank in self.ranks)
         host = sum(rank.host.capacity - rank.host.level for rank in self.ranks)
         moved = sum(rank.to_gpu.moved_bytes for rank in self.ranks)
+        entries = self.log.missed_entries, self.log.selected_entries
         counts = len(self.batch), len(self.admission.admitted), len(self.admission.queue)
-        self.log.samples.append((self.env.now, *counts, hbm, host, moved, self.log.tokens))
+        self.log.samples.append(
+            (self.env.now, *counts, hbm, host, moved, self.log.tokens, *entries)
+        )
 
 
 def _without(blocks: tuple[int, ...], known: list[int]) -> list[int]:

@@ -12,9 +12,9 @@ import numpy as np
 
 from fmsim.sim.serving.admission import GPU, HOST, LINK
 from fmsim.sim.serving.batch import ServedRequest
-from fmsim.sim.serving.log import Log, over_time
+from fmsim.sim.serving.log import Log, keeps, over_time, tpot_s, ttft_s
+from fmsim.sim.serving.prefix import TIERS
 from fmsim.sim.serving.server import ServerRun
-from fmsim.sim.serving.spec import Slo
 
 POINTS_OVER_TIME = 120
 COMPUTE = "compute"
@@ -41,6 +41,9 @@ def summary(*runs: ServerRun) -> dict[str, Any]:
     - `in_use`: mean and peak share of each memory, mean share of the link to the GPU and of
       compute;
     - `h2d_bytes`: from host to GPU, on one GPU of each rank;
+    - `miss_rate`: entries fetched of those selected, in all layers that select;
+    - `prefix`: share of prompt tokens that were reused, whole blocks found by tier, in tokens, and
+      seconds that steps waited for them;
     - `prefill_lower_bound`: prefill was not timed on this GPU, so `ttft_s` is a lower bound;
     - `over_time`: samples on an even grid.
 
@@ -56,12 +59,12 @@ def summary(*runs: ServerRun) -> dict[str, Any]:
     source = runs[0].source
     window_s = min(source.window_s, total_s)
     busy_s = sum(log.busy_s for log in logs)
-    stall_s = sum(log.stall_s + log.recall_wait_s for log in logs)
+    stall_s = sum(log.stalled_s for log in logs)
     waited: defaultdict[str, float] = defaultdict(float)
     for log in logs:
         for kind, waited_s in log.waited_s.items():
             waited[kind] += waited_s
-    good = sum(_keeps(request, source.workload.slo) for request in finished)
+    good = sum(keeps(request, source.workload.slo) for request in finished)
     tokens = sum(log.tokens for log in logs)
     moved = sum(rank.to_gpu.moved_bytes for rank in ranks)
     link_bytes_per_s = sum(rank.to_gpu.bytes_per_s for rank in ranks)
@@ -80,9 +83,7 @@ def summary(*runs: ServerRun) -> dict[str, Any]:
             sum(log.tokens_by(window_s) for log in logs) / window_s if window_s else 0.0
         ),
         "ttft_s": _percentiles([ttft_s(request) for request in finished]),
-        "tpot_s": _percentiles(
-            [tpot_s(request) for request in finished if request.output_tokens > 1]
-        ),
+        "tpot_s": _percentiles([tpot_s(request) for request in finished]),
         "goodput_per_s": good / served_s if served_s else 0.0,
         "slo_share": good / len(requests),
         "stall_share": stall_s / busy_s if busy_s else 0.0,
@@ -102,27 +103,35 @@ def summary(*runs: ServerRun) -> dict[str, Any]:
         "h2d_bytes": moved,
         "d2h_bytes": sum(log.written_back_bytes for log in logs),
         "prefill_share": sum(log.prefill_s for log in logs) / busy_s if busy_s else 0.0,
+        "miss_rate": _by(
+            sum(log.missed_entries for log in logs), sum(log.selected_entries for log in logs)
+        ),
+        "prefix": _prefix(logs, requests),
         "prefill_lower_bound": runs[0].prefill.lower_bound,
         "simulated_s": total_s,
         "over_time": over_time(logs, POINTS_OVER_TIME),
     }
 
 
-def ttft_s(request: ServedRequest) -> float:
-    """Arrival to first token, of a request that has one."""
-    assert request.first_token_s is not None
-    return request.first_token_s - request.arrival_s
+def _prefix(logs: list[Log], requests: list[ServedRequest]) -> dict[str, Any] | None:
+    """None where no prefix could be reused."""
+    size = logs[0].block_tokens
+    if not size:
+        return None
+    prompts = sum(request.prompt_tokens for request in requests if request.admitted_s is not None)
+    return {
+        "reused_share": _by(sum(request.reused_tokens for request in requests), prompts),
+        "hit_tokens": {
+            tier: size * sum(len(getattr(request.found, tier.lower())) for request in requests)
+            for tier in TIERS
+        },
+        "wait_s": sum(log.prefix_wait_s for log in logs),
+    }
 
 
 def _by(amount: float, seconds: float) -> float:
     """A rate or a share; 0 where no time passed, as when every request was refused."""
     return amount / seconds if seconds else 0.0
-
-
-def tpot_s(request: ServedRequest) -> float:
-    """Time between later tokens, of a finished request of more than one."""
-    assert request.first_token_s is not None and request.finished_s is not None
-    return (request.finished_s - request.first_token_s) / (request.output_tokens - 1)
 
 
 def _served_s(finished: list[ServedRequest]) -> float:
@@ -133,13 +142,15 @@ def _served_s(finished: list[ServedRequest]) -> float:
     return max(request.finished_s or 0.0 for request in finished) - first_s
 
 
-def _keeps(request: ServedRequest, slo: Slo) -> bool:
-    in_time = ttft_s(request) <= slo.ttft_s
-    return in_time and (request.output_tokens == 1 or tpot_s(request) <= slo.tpot_s)
-
-
-def _percentiles(seconds: list[float]) -> dict[str, float | None]:
-    return {f"p{q}": float(np.percentile(seconds, q)) if seconds else None for q in (50, 95, 99)}
+def _percentiles(seconds: list[float | None]) -> dict[str, float | None]:
+    """The mean, and percentiles by linear interpolation between order statistics: the value at
+    rank q/100 x (n - 1) of the n sorted ones, the first being 0 (numpy's default).
+    """
+    known = [value for value in seconds if value is not None]
+    found: dict[str, float | None] = {
+        f"p{q}": float(np.percentile(known, q)) if known else None for q in (50, 95, 99)
+    }
+    return {"mean": float(np.mean(known)) if known else None} | found
 
 
 def _share(logs: list[Log], name: str, capacity: float) -> dict[str, float]:
