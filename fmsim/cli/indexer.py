@@ -24,9 +24,6 @@ app = typer.Typer(
 )
 
 
-SHOWN_WIDTH = 112  # columns that the tables of eval need
-
-
 class Loss(enum.StrEnum):
     infonce = "infonce"
     focal = "focal"
@@ -207,31 +204,58 @@ def evaluate(
             help="the model's lightning indexer (fmsim indexer native); found for nano's traces"
         ),
     ] = None,
+    budget: Annotated[
+        list[str],
+        typer.Option(help="replay policies at this budget, such as '12.5% gpu'; repeat for more"),
+    ] = [],
+    model: Annotated[
+        str, typer.Option(help="whose bytes a budget is of: a preset (`fmsim model list`)")
+    ] = "v4-flash",
     plot: Annotated[Path | None, typer.Option(help="write the curves as an HTML page")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="print one JSON object")] = False,
     no_verify: NoVerify = False,
 ) -> None:
     """Recall of golden entries and of attention mass against kept share, beside simpler rankings
-    and the oracle.
+    and the oracle; with --budget also as policies at equal bytes on the GPU.
 
     \b
     fmsim indexer eval indexer.safetensors held/*.safetensors --plot recall.html
+    fmsim indexer eval indexer.safetensors held/*.safetensors --budget "12.5% gpu"
     """
     from fmsim.indexer import checkpoint as checkpoints
     from fmsim.indexer.eval import evaluate as run
     from fmsim.indexer.labels import LabelRule
+    from fmsim.report.tables import indexer as table
 
     if plot:
         require("report", "--plot")
     read = _read(traces, LabelRule(head_share, min_layers, horizon, state_age), "scoring")
     held = checkpoints.load(native) if native else _nanos_own([found for found, _ in read])
     found = run(checkpoints.load(checkpoint), read, native=held)
+    if budget:
+        own = held is not None and native is None
+        found["policies"] = {
+            windows.name: _rivals(each, budget, model, checkpoint, own) for each, windows in read
+        }
     if plot:
         from fmsim.report.plots.html import write_page
         from fmsim.report.plots.recall import recall_figure
 
         write_page(recall_figure(found), plot)
-    typer.echo(json.dumps(found, indent=1)) if as_json else _show(found)
+    if as_json:
+        typer.echo(json.dumps(found, indent=1))
+    else:
+        table.show(found)
+
+
+def _rivals(
+    trace: Trace, budgets: list[str], model: str, checkpoint: Path, native: bool
+) -> list[dict]:
+    from fmsim.experiments import rivals
+    from fmsim.geometry import geometry_named
+
+    geometry = geometry_named(model, Path, "--model")
+    return rivals.compare(trace, budgets, geometry, checkpoint, native)
 
 
 def _nanos_own(traces: list[Trace]) -> Checkpoint | None:
@@ -313,20 +337,6 @@ def _read(paths: list[Path], rule: LabelRule, doing: str) -> list[tuple[Trace, W
     ]
 
 
-def _extent(found: dict) -> str:
-    """How many windows, and what was known of each."""
-    age = found["state_age"]
-    state = "the state before it" if age == 0 else f"a state {age} window{'s' * (age > 1)} older"
-    return f"{found['queries']} windows, window 0 left out; {state}"
-
-
-def _recall(recall: float | None, half_width: float | None) -> str:
-    """A recall and half of its 95% interval's width."""
-    if recall is None:
-        return "-"
-    return f"{recall:.3f}" + ("" if half_width is None else f" ±{half_width:.3f}")
-
-
 def _geometry(path: Path) -> dict:
     from fmsim import trace
 
@@ -355,30 +365,3 @@ def _peak(device: str) -> str:
         else ""
     )
     return f"; peak memory {gib(host, 1)}{on_device}"
-
-
-def _show(found: dict) -> None:
-    from rich.table import Table
-
-    from fmsim.report.console import wide_console
-
-    console = wide_console(SHOWN_WIDTH)
-    for key, title in (
-        ("golden_recall", "golden entries recalled"),
-        ("mass_recall", "attention mass kept"),
-    ):
-        table = Table(title=f"{title}, by share of entries kept ({_extent(found)})")
-        table.add_column("ranking")
-        for share in found["kept_shares"]:
-            table.add_column(f"{share:.0%}", justify="right")
-        for name, recalls in found[key].items():
-            spreads = found["half_width"][key][name]
-            table.add_row(name, *map(_recall, recalls, spreads))
-        console.print(table)
-    row = found["threshold"]
-    if row:
-        console.print(
-            f"lsa (max) at the recommended threshold {row['score']:.4f}: keeps"
-            f" {row['kept_share']:.1%} of the entries, {row['golden_recall']:.3f} of the golden"
-            f" ones, {row['mass_recall']:.3f} of the mass"
-        )
