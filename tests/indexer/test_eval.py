@@ -3,6 +3,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
+from fmsim import bootstrap
 from fmsim.indexer.checkpoint import Checkpoint
 from fmsim.indexer.eval import evaluate, rankings, recall_curve
 from fmsim.indexer.scorer import LayerWeights, ScorerConfig
@@ -53,9 +54,17 @@ def test_rankings_know_the_past_and_not_the_window():
         mass=np.array([[[0.1, 0.2, 0.0]], [[0.3, 0.4, 0.0]], [[9.0, 9.0, 9.0]]]),
     )
     (_, first), (_, second) = rankings(one_head(), trace, windows)
-    assert first["h2o"].tolist() == [0.5, 0.0, 0.25] and first["lru"].tolist() == [0, 0, 0]
+    # nothing was decoded yet: what ranks by use goes by the prompt's attention
+    assert first["h2o"].tolist() == [0.5, 0.0, 0.25]
+    assert np.argsort(-first["lru"]).tolist() == np.argsort(-first["lfu"]).tolist() == [0, 2, 1]
+    assert first["lru"].max() < 1  # below any use
     np.testing.assert_allclose(second["h2o"], [0.9, 0.4, 0.45, 0.0])
     assert second["lru"].tolist() == [2, 2, 1, 0]
+    # 0 was used twice; of 1 and 2, once each, 1 was the later; 3 never
+    assert np.argsort(-second["lfu"]).tolist() == [0, 1, 2, 3]
+    uses = np.array([0.5 / 2 + 2, 1, 0.25 / 2 + 1, 0])
+    by_hand = np.arange(4.0) + np.log2(1 + uses)
+    np.testing.assert_allclose(second["lsa + history"], by_hand, rtol=1e-5)
     assert second["recency"].tolist() == [0, 1, 2, 3]
     np.testing.assert_allclose(second["lsa (max)"], [0, 1, 2, 3], rtol=1e-5)
     np.testing.assert_allclose(second["lsa (l0)"], second["lsa (mean)"])
@@ -69,14 +78,15 @@ def test_the_native_indexer_held_is_the_union_of_its_layers_lists():
         ScorerConfig(rope_dims=0, rope_theta=1e4),
     )
     keys = np.array([[5.0, 4.0, 3.0, 2.0, 1.0], [1.0, 2.0, 30.0, 4.0, 5.0]])[..., None]
-    windows = windows_of([[1, 0, 1, 0, 1]], [[1.0] * 5], [5], keys)._replace(
-        hidden=np.ones((1, 2, 1), np.float32)
+    twice = [[1, 0, 1, 0, 1]] * 2
+    windows = windows_of(twice, [[1.0] * 5] * 2, [5, 5], keys)._replace(
+        hidden=np.ones((2, 2, 1), np.float32)
     )
-    empty = np.zeros((1, 2, 1))
+    empty = np.zeros((4, 2, 1))
     trace = SimpleNamespace(
         header=SimpleNamespace(tau=2), prompt_mass=None, entry_ids=empty.astype(int) - 1, mass=empty
     )
-    [(_, ranked)] = rankings(one_head(), trace, windows, native)
+    (_, ranked), _ = rankings(one_head(), trace, windows, native)
     assert ranked["native, held"].tolist() == [
         0,
         -1,
@@ -88,18 +98,24 @@ def test_the_native_indexer_held_is_the_union_of_its_layers_lists():
     assert found["golden_recall"]["native, held"] == pytest.approx([2 / 3])
 
 
-def test_evaluate_means_over_windows_and_reads_the_threshold():
-    keys = np.array([0.0, 3.0, 1.0, 2.0]).reshape(
-        1, 4, 1
-    )  # scores .5 .95 .73 .88: two are above the threshold
-    windows = windows_of(
-        [[0, 1, 0, 0], [1, 0, 0, 1]], [[0, 1, 0, 0], [0.5, 0, 0, 0.5]], [4, 4], keys
-    )
-    empty = np.zeros((4, 1, 1))
-    trace = SimpleNamespace(
+KEYS = np.array([0.0, 3.0, 1.0, 2.0]).reshape(1, 4, 1)  # scores .5 .95 .73 .88: two above 0.8
+
+
+def trace_of(steps: int) -> SimpleNamespace:
+    empty = np.zeros((steps, 1, 1))
+    return SimpleNamespace(
         header=SimpleNamespace(tau=2), prompt_mass=None, entry_ids=empty.astype(int), mass=empty
     )
-    found = evaluate(one_head(), [(trace, windows)], shares=[0.25, 0.5])
+
+
+def test_evaluate_means_over_windows_and_reads_the_threshold():
+    windows = windows_of(
+        [[0, 0, 1, 0], [0, 1, 0, 0], [1, 0, 0, 1]],
+        [[0, 0, 1, 0], [0, 1, 0, 0], [0.5, 0, 0, 0.5]],
+        [4, 4, 4],
+        KEYS,
+    )
+    found = evaluate(one_head(), [(trace_of(6), windows)], shares=[0.25, 0.5])
     assert found["queries"] == 2 and found["kept_shares"] == [0.25, 0.5]
     assert found["golden_recall"]["lsa (max)"] == pytest.approx([0.5, 0.75])
     assert found["golden_recall"]["oracle"] == pytest.approx([0.75, 1.0])
@@ -107,3 +123,33 @@ def test_evaluate_means_over_windows_and_reads_the_threshold():
     assert (row["kept_share"], row["golden_recall"], row["mass_recall"]) == pytest.approx(
         (0.5, 0.75, 0.75)
     )
+    # window 0 stands apart: its one golden entry is third
+    assert found["first_window"]["golden_recall"]["lsa (max)"] == [0.0, 0.0]
+    assert found["first_window"]["golden_recall"]["oracle"] == [1.0, 1.0]
+    # two windows of 1 and 0, and of 1 and 0.5
+    by_hand = [bootstrap.mean(values).half_width for values in ((1.0, 0.0), (1.0, 0.5))]
+    assert found["half_width"]["golden_recall"]["lsa (max)"] == pytest.approx(by_hand)
+
+
+def test_of_several_traces_the_traces_are_the_blocks():
+    one = windows_of([[0, 1, 0, 0]] * 3, [[0, 1, 0, 0]] * 3, [4] * 3, KEYS)
+    other = windows_of([[1, 0, 0, 0]] * 3, [[1, 0, 0, 0]] * 3, [4] * 3, KEYS)
+    both = [(trace_of(6), one), (trace_of(6), other)]
+    found = evaluate(one_head(), both, shares=[0.25])
+    assert found["queries"] == 4 and found["golden_recall"]["lsa (max)"] == [0.5]
+    spread = found["half_width"]["golden_recall"]["lsa (max)"]
+    assert spread == pytest.approx([bootstrap.mean([1.0, 0.0]).half_width])
+    alone = evaluate(one_head(), both[:1], shares=[0.25])
+    assert alone["half_width"]["golden_recall"]["lsa (max)"] == [0.0]
+
+
+def test_a_last_window_of_few_steps_and_a_trace_of_one_window_tell_nothing():
+    windows = windows_of([[0, 1, 0, 0]] * 3, [[0, 1, 0, 0]] * 3, [4] * 3, KEYS)
+    trace = trace_of(9)
+    trace.header.tau = 4  # windows of 4, 4 and 1 steps
+    assert evaluate(one_head(), [(trace, windows)])["queries"] == 1
+    first = windows_of([[0, 1, 0, 0]], [[0, 1, 0, 0]], [4], KEYS)
+    found = evaluate(one_head(), [(trace_of(2), first)], shares=[0.5])
+    assert found["queries"] == 0 and found["threshold"] is None
+    assert found["mass_recall"]["oracle"] == [None]
+    assert found["first_window"]["mass_recall"]["oracle"] == [1.0]

@@ -86,6 +86,22 @@ def test_queries_stand_before_their_windows_and_labels_follow_them():
     assert (longer.golden[0] == expected)[:10].all()
 
 
+def test_a_stale_state_serves_the_window_after_its_own():
+    """What a policy has that recalls ahead: window w is chosen from the state before w - 1."""
+    trace, rule = small_trace(), LabelRule(head_share=1e-9)
+    fresh, stale = (
+        read_windows(trace, "small", rule),
+        read_windows(trace, "small", replace(rule, state_age=1)),
+    )
+    assert stale.state_age == 1 and stale.positions.tolist() == [41, 41, 49]
+    assert stale.entries.tolist() == [10, 10, 12]
+    assert np.array_equal(stale.hidden, fresh.hidden[[0, 0, 1]])
+    for window, seen in enumerate(stale.entries):  # the same window's needs, of what is visible
+        assert np.array_equal(stale.golden[window, :seen], fresh.golden[window, :seen])
+        assert np.array_equal(stale.mass[window, :seen], fresh.mass[window, :seen])
+        assert not stale.golden[window, seen:].any()
+
+
 @pytest.mark.parametrize("missing", ["hidden", "index_keys"])
 def test_a_trace_without_states_or_keys_is_refused(missing):
     with pytest.raises(
@@ -139,6 +155,39 @@ def test_train_then_eval_from_the_command_line(files, tmp_path):
     numbers = json.loads(CliRunner().invoke(app, ["eval", out, files[2], "--json"]).stdout)
     assert numbers["threshold"]["kept_share"] == pytest.approx(0.3, abs=0.06)
     assert numbers["mass_recall"]["oracle"][-1] >= numbers["mass_recall"]["lsa (max)"][-1]
+
+
+def test_training_on_stale_states_is_an_option_that_the_checkpoint_tells(files, tmp_path):
+    options = ["--steps", "2", "--heads", "2", "--rank", "4", "--device", "cpu"]
+    found = {}
+    for age in (0, 1):
+        out = str(tmp_path / f"aged-{age}.safetensors")
+        call = ["train", *files[:2], "--held-out", files[2], "--out", out, *options]
+        run = CliRunner().invoke(app, call if age == 0 else [*call, "--state-age", "1"])
+        assert run.exit_code == 0, run.output
+        found[age] = checkpoint.load(out)
+        assert found[age].training["state_age"] == age
+    weights = [loaded.layers[0].weights_proj for loaded in found.values()]
+    assert not np.array_equal(*weights)  # other queries, other weights
+    shown = CliRunner().invoke(app, ["eval", out, files[2]]).stdout
+    assert "a state 1 window older" in " ".join(shown.split())
+    shown = CliRunner().invoke(app, ["eval", out, files[2], "--state-age", "0"]).stdout
+    assert "the state before it" in " ".join(shown.split())
+
+
+def test_policies_stand_at_equal_bytes_where_a_budget_is_given(files, tmp_path):
+    out = str(tmp_path / "indexer.safetensors")
+    options = ["--steps", "1", "--heads", "2", "--rank", "4", "--device", "cpu"]
+    assert CliRunner().invoke(app, ["train", *files, "--out", out, *options]).exit_code == 0
+    call = ["eval", out, files[2], "--budget", "10%", "--budget", "0.001 MiB gpu"]
+    rows = json.loads(CliRunner().invoke(app, [*call, "--json"]).stdout)["policies"]
+    found = {(row["budget"], row["policy"]): row for row in rows["2.safetensors"]}
+    assert found["0.001 MiB gpu", "lsa, filled"]["least_bytes"] > 2**10
+    assert "mass_kept" in found["10%", "oracle"]
+    shown = CliRunner().invoke(app, call).stdout
+    assert "policies at equal bytes" in shown and "needs" in shown
+    wrong = CliRunner().invoke(app, ["eval", out, files[2], "--budget", "10 gpu"])
+    assert isinstance(wrong.exception, FmsimError) and "--budget" in str(wrong.exception)
 
 
 def test_without_held_out_traces_every_tenth_is_one(files, tmp_path):
