@@ -51,10 +51,13 @@ BOUNDS = ("oracle", "belady")  # they read the trace's future
 HELD = {"cadence": 64, "on_miss": "mask"}
 VARIANTS: dict[str, dict[str, Any]] = {  # beside every policy with its defaults
     "lru, held": {"policy": "lru"} | HELD,
+    "lru, held, prompt": {"policy": "lru", "prompt_history": True} | HELD,
     "lru, held, sees all": {"policy": "lru", "sees": "all"} | HELD,
     "lru, held, sees all, prompt": {"policy": "lru", "sees": "all", "prompt_history": True} | HELD,
     "lfu, held": {"policy": "lfu"} | HELD,
+    "lfu, held, prompt": {"policy": "lfu", "prompt_history": True} | HELD,
     "lfu, held, sees all": {"policy": "lfu", "sees": "all"} | HELD,
+    "lfu, held, sees all, prompt": {"policy": "lfu", "sees": "all", "prompt_history": True} | HELD,
     "lsa, fallback": {"policy": "lsa", "on_miss": "fallback"},
     "lsa-history, prompt": {"policy": "lsa-history", "prompt_history": True},
     "lsa-history, sees all": {"policy": "lsa-history", "sees": "all"},
