@@ -141,3 +141,11 @@ def test_students_quantiles_are_those_of_its_density():
         above = np.trapezoid(np.cos(angle) ** (freedom - 1), angle)
         area = np.trapezoid(np.cos(whole) ** (freedom - 1), whole)
         assert above / area == pytest.approx(0.025, rel=1e-3), freedom
+
+
+def test_the_same_blocks_give_the_same_bytes_again():
+    first = bootstrap.block_weights((5, 8)).tobytes()
+    bootstrap.block_weights.cache_clear()
+    assert bootstrap.block_weights((5, 8)).tobytes() == first
+    # a stratum's draws do not depend on those beside it
+    assert np.array_equal(bootstrap.block_weights((5,)), bootstrap.block_weights((5, 8))[:, :5])

@@ -11,7 +11,7 @@ from fmsim.experiments.rivals import FIRST, compare, specs
 from fmsim.geometry import PRESETS
 from fmsim.policies import registry
 from fmsim.replay.replayer import Replayer
-from fmsim.sim.footprint import ModelMemory, full_allocation, spread
+from fmsim.sim.footprint import ModelMemory, spread
 from fmsim.trace import read
 
 TRACE = Path(__file__).parents[2] / "traces/nano-32k-needles.safetensors"
@@ -30,7 +30,7 @@ def rows(trace):
 
 
 def test_all_fill_the_same_bytes_or_say_what_they_need(rows, trace):
-    full_bytes = full_allocation(FLASH, trace.header.prompt_tokens + trace.n_steps).total
+    full_bytes = FLASH.full_gpu_bytes(trace.header.prompt_tokens + trace.n_steps)
     for (budget, label), row in rows.items():
         limit = {"12.5% gpu": 0.125, "40% gpu": 0.4}[budget] * full_bytes
         if "why" in row:

@@ -3,7 +3,7 @@
 import pytest
 
 from fmsim.report.console import estimate_text
-from fmsim.report.tables import estimates
+from fmsim.report.tables import estimates, sweep
 
 
 def report(steps=520, steady=(128, 512), layer_map=(0,) * 7 + (1,) * 7 + (2,) * 7):
@@ -92,3 +92,9 @@ def test_the_layer_map_stands_in_the_foot_where_layers_drive_several():
 )
 def test_margins_line_up(value, half_width, text):
     assert estimate_text(value, half_width) == text
+
+
+def test_a_sweeps_row_tells_its_margins_too():
+    row = {"mass_kept": 0.795, "ci95_mass_kept_half_width": 0.0212}
+    assert sweep.FIGURES["mass kept"](row) == "79.5% ±2.1 "
+    assert sweep.SERVING_FIGURES["mass kept"]({"mass_kept": 0.795}).strip() == "79.5%"
