@@ -83,8 +83,8 @@ def request_rows(logs: list[Log], slo: Slo) -> list[dict[str, Any]]:
 
     `wait_*_s` end with its admission: behind others (`queue`), then as the head of the queue, for
     what was lacking; `wait_prefix_s` is its first chunk's, for blocks from the host. `stall_s`: its
-    decode steps' waits, for misses, late recalls, and others' blocks. `hit_*_tokens`: whole blocks of its prompt that a tier
-    had. What a request does not have is None.
+    decode steps' waits, for misses, late recalls, and others' blocks. `hit_*_tokens`: whole blocks
+    of its prompt that a tier had. What a request does not have is None.
     """
     rows = []
     for server, log in enumerate(logs):
