@@ -82,7 +82,7 @@ def power_of_two_exponent(largest: Tensor) -> Tensor:
     return (bits >> 23) - 8 + ((bits & 0x7FFFFF) > 0x600000).to(torch.int32)
 
 
-def _power(exponent: Tensor) -> Tensor:
+def power(exponent: Tensor) -> Tensor:
     """The float32 of a biased exponent."""
     return (exponent.to(torch.int32) << 23).view(torch.float32)
 
@@ -98,11 +98,11 @@ def encode(rows: Tensor, layout: Layout) -> tuple[Tensor, Tensor]:
         )
     if layout.kind == "key":
         exponent = power_of_two_exponent(rows.abs().amax(1))
-        codes = (rows * _power(254 - exponent)[:, None]).to(torch.float8_e4m3fn)
-        return codes.view(torch.uint8), torch.stack([_power(exponent)], 1).view(torch.uint8)
+        codes = (rows * power(254 - exponent)[:, None]).to(torch.float8_e4m3fn)
+        return codes.view(torch.uint8), torch.stack([power(exponent)], 1).view(torch.uint8)
     still, rotated = rows[:, :-CHUNK].unflatten(1, (-1, CHUNK)), rows[:, -CHUNK:]
     exponent = power_of_two_exponent(still.abs().amax(2))
-    codes = (still * _power(254 - exponent)[..., None]).to(torch.float8_e4m3fn).flatten(1)
+    codes = (still * power(254 - exponent)[..., None]).to(torch.float8_e4m3fn).flatten(1)
     scales = torch.nn.functional.pad(exponent.to(torch.uint8), (0, 1))
     return (
         torch.cat(
@@ -122,7 +122,7 @@ def decode(values: Tensor, scales: Tensor, layout: Layout) -> Tensor:
         values[..., :448].view(torch.float8_e4m3fn).float(),
         values[..., 448:].contiguous().view(torch.bfloat16),
     )
-    still = codes.unflatten(-1, (-1, CHUNK)) * _power(scales[..., :7])[..., None]
+    still = codes.unflatten(-1, (-1, CHUNK)) * power(scales[..., :7])[..., None]
     return torch.cat((still.flatten(-2), rotated.float()), -1)
 
 

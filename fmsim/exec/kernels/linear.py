@@ -1,10 +1,16 @@
-"""Products of few rows with float8 weights as they are released (`weights`): a decode step's
-projections, bound by reading the weights.
+"""Products with float8 weights as they are released (`weights`), from one row to a prompt's.
 
-Weights become float16 on the way to the matrix units, which holds float8 exactly, and each 128
-columns' partial product gets its block's scale in float32. Where there are fewer blocks of outputs
-than a GPU needs to read at its bandwidth, several programs share the columns, and a second launch
-adds their sums up, in a fixed order.
+No weight is ever widened in memory. A program reads a block of weights as float8 and multiplies it
+on the matrix units in one of two ways, and each 128 columns' partial product gets its block's scale
+in float32:
+
+- weights become float16 in registers, which holds float8 exactly, and meet rows of float16;
+- or, where the model says that its activations are float8, weights stay as they are and meet rows
+  of float8, with one scale for each 128 values of a row (`rounded_rows`): half the bytes and twice
+  the rate.
+
+Where there are fewer blocks of outputs than a GPU needs to read at its bandwidth, several programs
+share the columns, and a second launch adds their sums up, in a fixed order.
 """
 
 from __future__ import annotations
@@ -17,27 +23,35 @@ from torch import Tensor
 from fmsim.exec.kernels import tuning
 from fmsim.exec.kernels.lang import cdiv, next_power_of_2, runs_compiled, tl, triton
 from fmsim.exec.kernels.layout import product_operand
+from fmsim.exec.kernels.rounded_rows import round_rows, rounded_reference
 from fmsim.exec.kernels.weights import BLOCK, dequantise
 
-MOST_ROWS = 128  # beyond them widening the weights once costs less
 FEWEST_OUTPUTS = 16  # of a program: a matrix instruction's
+MOST_SPLITS = 16
+# In turns of a program's loop: what a part of the columns costs to be written and added up, and
+# what the launch does that adds them up.
+PART_TURNS, SUM_TURNS = 3, 4
 
 
-def linear(x: Tensor, weight: Tensor, scale: Tensor, groups: int = 1) -> Tensor:
+def linear(
+    x: Tensor, weight: Tensor, scale: Tensor, groups: int = 1, float8_rows: bool = False
+) -> Tensor:
     """x [..., in], bfloat16 of ordinary size (it meets the weights as float16), times ``weight``
     float8_e4m3fn [out, in] with ``scale`` float32 [ceil(out / 128), ceil(in / 128)] -> [..., out]
     in x's type.
 
     With ``groups``, group g is the g-th part of the weight's rows, and its input the g-th slice of
-    x [..., groups * in]. Any number of rows is right; `MOST_ROWS` of them are fast.
+    x [..., groups * in]. With ``float8_rows``, more than `tuning.FEW_ROWS` rows are rounded to
+    float8 first; fewer are bound by the weights' bytes, and gain nothing by it.
     """
-    few = x.shape[:-1].numel() <= MOST_ROWS
     aligned = groups == 1 or len(weight) // groups % FEWEST_OUTPUTS == 0
-    run = linear_triton if runs_compiled(x) and few and aligned else linear_reference
-    return run(x, weight, scale, groups)
+    run = linear_triton if runs_compiled(x) and aligned else linear_reference
+    return run(x, weight, scale, groups, float8_rows)
 
 
-def linear_reference(x, weight, scale, groups=1) -> Tensor:
+def linear_reference(x, weight, scale, groups=1, float8_rows=False) -> Tensor:
+    if float8_rows and _are_rounded(x, weight, groups):
+        x = rounded_reference(x.unflatten(-1, (groups, -1))).flatten(-2)
     return grouped_product(x, dequantise(weight, scale, dtype=x.dtype), groups)
 
 
@@ -50,41 +64,65 @@ def grouped_product(x: Tensor, weight: Tensor, groups: int) -> Tensor:
     ).flatten(-2)
 
 
-def linear_triton(x, weight, scale, groups=1, tune: tuning.LinearTuning | None = None) -> Tensor:
-    rows, (outputs, inputs) = x.flatten(0, -2), weight.shape
+def _are_rounded(x: Tensor, weight: Tensor, groups: int) -> bool:
+    """Whether x is worth rounding, and no scale of a row's would lie across two groups."""
+    many = x.shape[:-1].numel() > tuning.FEW_ROWS
+    return many and (groups == 1 or weight.shape[1] % BLOCK == 0)
+
+
+def linear_triton(
+    x, weight, scale, groups=1, float8_rows=False, tune: tuning.LinearTuning | None = None
+) -> Tensor:
+    rows = x.flatten(0, -2)
+    outputs, inputs = weight.shape
     total, of_group = len(rows), outputs // groups
-    tune = tune or (tuning.LINEAR if total <= tuning.FEW_ROWS else tuning.LINEAR_OF_MANY)
+    float8_rows = float8_rows and _are_rounded(x, weight, groups)
+    tune = tune or tuning.linear(total, x.dtype, float8_rows)
     assert rows.stride(1) == 1 and weight.is_contiguous() and scale.is_contiguous(), (
         "a row's values lie side by side"
     )
+    levels = scale
+    if float8_rows:
+        rows, levels = round_rows(rows)
+    elif rows.dtype == torch.bfloat16 and total > tuning.FEW_ROWS:
+        # once, and not by every program that reads them
+        rows = rows.to(torch.float16)
     # of one group, and of one scale
     block = tune.block_outputs if groups == 1 else math.gcd(tune.block_outputs, of_group)
-    blocks, turns = cdiv(outputs, block), cdiv(inputs, tune.block_inputs)
-    share = cdiv(turns, max(1, min(turns, tune.programs // blocks)))
+    block_rows = min(tune.block_rows, max(16, next_power_of_2(total)))
+    row_blocks = cdiv(total, block_rows)
+    blocks, turns = cdiv(outputs, block) * row_blocks, cdiv(inputs, tune.block_inputs)
+    if total <= tuning.FEW_ROWS:
+        share = cdiv(turns, max(1, min(turns, tune.programs // blocks)))
+    else:
+        share = cdiv(turns, _splits(blocks, turns, tune.programs))
     splits = cdiv(turns, share)
     out = torch.empty(*x.shape[:-1], outputs, dtype=x.dtype, device=x.device)
-    parts = (
-        out
-        if splits == 1
-        else torch.empty(splits, total, outputs, dtype=torch.float32, device=x.device)
-    )
+    parts = out
+    if splits > 1:
+        parts = torch.empty(splits, total, outputs, dtype=torch.float32, device=x.device)
     _linear[(blocks, splits)](
         rows,
-        weight.view(torch.uint8),
+        levels,
+        weight,
         scale,
         parts,
         rows.stride(0),
+        levels.stride(0),
         total,
+        row_blocks,
         OUTPUTS=outputs,
         INPUTS=inputs,
         OF_GROUP=of_group,
         SCALES=scale.shape[1],
         SCALED=BLOCK,
-        ROWS=max(16, next_power_of_2(total)),
+        BLOCK_ROWS=block_rows,
         BLOCK_OUTPUTS=block,
         BLOCK_INPUTS=tune.block_inputs,
+        NEAR_ROWS=tune.near_rows,
         SHARE=share,
         STAGES=tune.stages,
+        FLOAT8_ROWS=float8_rows,
         num_warps=tune.warps,
     )
     if splits > 1:
@@ -100,65 +138,99 @@ def linear_triton(x, weight, scale, groups=1, tune: tuning.LinearTuning | None =
     return out
 
 
+def _splits(blocks: int, turns: int, at_a_time: int) -> int:
+    """In how many parts to cut the ``turns`` of each of the ``blocks``, of which ``at_a_time`` are
+    in work: the last turn of all is rarely full, and each part is written and added up.
+    """
+
+    def cost(splits: int) -> float:
+        rounds = cdiv(blocks * splits, at_a_time)
+        parts = PART_TURNS * rounds + SUM_TURNS if splits > 1 else 0
+        return rounds * cdiv(turns, splits) + parts
+
+    return min(range(1, min(turns, MOST_SPLITS) + 1), key=cost)
+
+
 @triton.jit
 def _linear(
     x,
+    x_scale,
     weight,
     scale,
     out,
     row_stride,
+    scale_stride,
     rows,
+    row_blocks,
     OUTPUTS: tl.constexpr,
     INPUTS: tl.constexpr,
     OF_GROUP: tl.constexpr,
     SCALES: tl.constexpr,
     SCALED: tl.constexpr,
-    ROWS: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr,
     BLOCK_OUTPUTS: tl.constexpr,
     BLOCK_INPUTS: tl.constexpr,
+    NEAR_ROWS: tl.constexpr,
     SHARE: tl.constexpr,
     STAGES: tl.constexpr,
+    FLOAT8_ROWS: tl.constexpr,
 ):
-    """One program: a block of outputs of all rows, over SHARE blocks of inputs.
+    """One program: a block of outputs of a block of rows, over SHARE blocks of inputs.
 
-    A block of outputs and a block of inputs lie in one scale's block, so a scale is one number; it
-    is read a block ahead.
+    Programs of NEAR_ROWS blocks of rows and the same outputs follow one another, so that they find
+    the weights in the L2. A block of outputs and a block of inputs lie in one scale's block, so a
+    scale is one number; it is read a block ahead.
     """
-    start, split = tl.program_id(0) * BLOCK_OUTPUTS, tl.program_id(1)
+    # the weights are the left operand: many, they fill the matrix units, and may be in registers
+    OUTPUT_BLOCKS: tl.constexpr = (OUTPUTS + BLOCK_OUTPUTS - 1) // BLOCK_OUTPUTS
+    near = tl.program_id(0) // (NEAR_ROWS * OUTPUT_BLOCKS) * NEAR_ROWS
+    of_near = tl.minimum(row_blocks - near, NEAR_ROWS)
+    number = tl.program_id(0) % (NEAR_ROWS * OUTPUT_BLOCKS)
+    first_row = (near + number % of_near) * BLOCK_ROWS
+    start, split = number // of_near * BLOCK_OUTPUTS, tl.program_id(1)
     TURNS: tl.constexpr = (INPUTS + BLOCK_INPUTS - 1) // BLOCK_INPUTS
     first, last = split * SHARE, tl.minimum((split + 1) * SHARE, TURNS)
-    output, column, row = (
-        start + tl.arange(0, BLOCK_OUTPUTS),
-        tl.arange(0, BLOCK_INPUTS),
-        tl.arange(0, ROWS),
-    )
-    exists, asked = output < OUTPUTS, row < rows
+    output, column = start + tl.arange(0, BLOCK_OUTPUTS), tl.arange(0, BLOCK_INPUTS)
+    row = first_row + tl.arange(0, BLOCK_ROWS)
+    # what lies beyond the last is read as the last, and not stored
+    there = tl.minimum(output, OUTPUTS - 1)
+    asked = tl.minimum(row, rows - 1)
     x += (start // OF_GROUP) * INPUTS
+    x_scale += (start // OF_GROUP) * (INPUTS // SCALED) * scale_stride
     scale += (start // SCALED) * SCALES
-    sums = tl.zeros([BLOCK_OUTPUTS, ROWS], tl.float32)
+    weights = weight + there.to(tl.int64)[:, None] * INPUTS + column[None, :]
+    values = x + asked.to(tl.int64)[None, :] * row_stride + column[:, None]
+    sums = tl.zeros([BLOCK_OUTPUTS, BLOCK_ROWS], tl.float32)
+    unit = 1.0
     next_level = tl.load(scale + first * BLOCK_INPUTS // SCALED)
     for turn in tl.range(first, last, num_stages=STAGES):
-        place = turn * BLOCK_INPUTS + column
-        inside = place < INPUTS
-        level, next_level = (
-            next_level,
-            tl.load(scale + tl.minimum(turn + 1, TURNS - 1) * BLOCK_INPUTS // SCALED),
-        )
-        codes = tl.load(
-            weight + output[:, None] * INPUTS + place[None, :],
-            mask=exists[:, None] & inside[None, :],
-            other=0,
-        )
-        part = tl.load(
-            x + row[None, :] * row_stride + place[:, None],
-            mask=asked[None, :] & inside[:, None],
-            other=0.0,
-        )
-        operand = product_operand(part)
-        values = codes.to(tl.float8e4nv, bitcast=True).to(operand.dtype)
-        sums += tl.dot(values, operand, input_precision="ieee") * level
-    places = (split * rows + row)[None, :] * OUTPUTS + output[:, None]
-    tl.store(out + places, sums.to(out.dtype.element_ty), mask=exists[:, None] & asked[None, :])
+        place = turn * BLOCK_INPUTS
+        level = next_level
+        next_level = tl.load(scale + tl.minimum(turn + 1, TURNS - 1) * BLOCK_INPUTS // SCALED)
+        if INPUTS % BLOCK_INPUTS == 0:
+            codes = tl.load(weights + place)
+            part = tl.load(values + place)
+        else:
+            inside = place + column < INPUTS
+            codes = tl.load(weights + place, mask=inside[None, :], other=0.0)
+            part = tl.load(values + place, mask=inside[:, None], other=0.0)
+        if FLOAT8_ROWS:
+            # float8's products are added up in fewer bits than float32's: 128 of them at most
+            of_row = tl.load(x_scale + place // SCALED * scale_stride + row)
+            sums += tl.dot(codes, part) * (of_row * level)[None, :]
+        else:
+            operand = product_operand(part)
+            if BLOCK_ROWS <= 16:
+                sums += tl.dot(codes.to(operand.dtype), operand, input_precision="ieee") * level
+            else:  # in units of the block's scale, so that products are added to it in place
+                level = tl.maximum(level, 1e-30)
+                sums *= unit / level
+                unit = level
+                sums = tl.dot(codes.to(operand.dtype), operand, sums, input_precision="ieee")
+    sums *= unit
+    places = (split * rows + row).to(tl.int64)[None, :] * OUTPUTS + output[:, None]
+    exists = (output < OUTPUTS)[:, None] & (row < rows)[None, :]
+    tl.store(out + places, sums.to(out.dtype.element_ty), mask=exists)
 
 
 @triton.jit

@@ -91,13 +91,16 @@ class HyperConnectionTuning(NamedTuple):
 
 class LinearTuning(NamedTuple):
     block_outputs: int = 64  # of one program; a divisor of 128
-    block_inputs: int = 128  # a turn: a row's run of bytes; a divisor of 128
-    # over blocks of outputs and splits of the inputs: four on each of 132 multiprocessors
+    block_inputs: int = 128  # a turn: a row's run of bytes; a divisor of 128, of float8 rows 128
+    block_rows: int = 16  # at most
+    # over blocks of outputs and of rows and splits of the inputs: four on each of 132
+    # multiprocessors
     programs: int = 528
     # four with 64 outputs are a warpgroup, whose products find float8 in shared memory in pairs of
     # bytes; two take whole lines
     warps: int = 2
     stages: int = 4
+    near_rows: int = 16  # blocks of rows whose programs follow one another
     block_sums: int = 128  # outputs of which one program adds up the splits
 
 
@@ -133,11 +136,23 @@ SOME_REQUESTS, MANY_REQUESTS = (
     4,
     16,
 )  # from here on; between them each entry is decoded once for all heads, but still in place
-LINEAR, LINEAR_OF_MANY = (
-    LinearTuning(),
-    LinearTuning(block_outputs=128, programs=132, warps=8, stages=3),
-)
 FEW_ROWS = 16  # a matrix instruction's
+LINEAR = LinearTuning()
+# By rows at most: of float16, and of float8.
+LINEAR_OF_SOME = LinearTuning(block_outputs=128, block_rows=64, programs=132, warps=8, stages=3)
+LINEAR_OF_MANY = LinearTuning(block_outputs=128, block_rows=128, programs=132, warps=8, stages=3)
+LINEAR_OF_PROMPTS = LinearTuning(block_outputs=128, block_rows=128, programs=132, warps=8, stages=3)
+FLOAT8_LINEAR_OF_SOME = LinearTuning(
+    block_outputs=128, block_rows=64, programs=264, warps=4, stages=4
+)
+FLOAT8_LINEAR_OF_MANY = LinearTuning(
+    block_outputs=128, block_rows=128, programs=264, warps=4, stages=3
+)
+FLOAT8_LINEAR_OF_PROMPTS = LinearTuning(
+    block_outputs=128, block_rows=128, programs=264, warps=4, stages=3
+)
+SOME_ROWS, MANY_ROWS = 64, 256  # at most
+FLOAT32_ROWS = 32  # of a block: they take twice the shared memory
 # of a recall beside a decode: they take 10 GB/s, and a whole step slows down by 4%, on eight by 5
 # to 7%
 PROGRAMS_BESIDE = 4
@@ -187,3 +202,21 @@ def experts(tokens: int, dtype: torch.dtype, scaled: bool) -> ExpertsTuning:
     else:
         one, few, many = EXPERTS_OF_ONE, EXPERTS_OF_FEW, EXPERTS_OF_MANY
     return one if tokens == 1 else few if tokens < MANY_EXPERT_TOKENS else many
+
+
+def linear(rows: int, dtype: torch.dtype, float8_rows: bool) -> LinearTuning:
+    """For ``rows`` of ``dtype``, which are rounded where ``float8_rows``."""
+    if rows <= FEW_ROWS:
+        return LINEAR
+    if float8_rows:
+        some, many, prompts = (
+            FLOAT8_LINEAR_OF_SOME,
+            FLOAT8_LINEAR_OF_MANY,
+            FLOAT8_LINEAR_OF_PROMPTS,
+        )
+    else:
+        some, many, prompts = LINEAR_OF_SOME, LINEAR_OF_MANY, LINEAR_OF_PROMPTS
+    tune = some if rows <= SOME_ROWS else many if rows <= MANY_ROWS else prompts
+    if dtype == torch.float32 and not float8_rows:
+        return tune._replace(block_rows=min(tune.block_rows, FLOAT32_ROWS))
+    return tune
