@@ -10,23 +10,21 @@ import torch
 from torch import Tensor
 
 from fmsim.exec.kernels import tuning
-from fmsim.exec.kernels.attention_rows import Parts, Rows, matrix_type
+from fmsim.exec.kernels.attention_rows import Parts, Rows, balanced_splits, finished, matrix_type
 from fmsim.exec.kernels.lang import cdiv, next_power_of_2, tl, triton
 from fmsim.exec.kernels.layout import load_latents, load_rotated, triton_kind
-
-MOST_SPLITS = 16
-# of a block's time, about 3.5 us, that a part of 64 heads takes to be written and combined
-PART_BLOCKS = 0.03
 
 
 def attend_gathered(
     queries: Tensor,
     rows: Rows,
+    sinks: Tensor,
     scale: float,
     want_logits: bool,
     tune: tuning.GatheredAttentionTuning,
+    out: Tensor,
 ) -> Parts:
-    """``queries`` [B, H, C] of the rows' `matrix_type`."""
+    """As `attend_in_place`."""
     batch, heads, size = queries.shape
     dense, bias = _gathered(rows, tune)
     fitting = tune.block_bytes // (size * dense.element_size())
@@ -35,12 +33,13 @@ def attend_gathered(
         min(tune.block_rows, fitting),
     )
     blocks, head_blocks = dense.shape[1] // block_rows, cdiv(heads, block_heads)
-    splits = _splits(blocks, batch * head_blocks, tune.programs)
-    parts = Parts.new(queries, splits, rows, want_logits)
+    splits = balanced_splits(blocks, batch * head_blocks, tune.programs)
+    parts = Parts.new(queries, splits, rows, want_logits, out)
     _attend[(batch, head_blocks, splits)](
         queries,
         dense,
         bias,
+        sinks,
         parts.values,
         parts.sums,
         parts.logits if want_logits else parts.sums,
@@ -51,22 +50,12 @@ def attend_gathered(
         WIDTH=size,
         BLOCK_HEADS=block_heads,
         BLOCK_ROWS=block_rows,
+        ALONE=splits == 1,
         LOGITS=want_logits,
         STAGES=tune.stages,
         num_warps=tune.warps if block_heads >= 64 else 4,
     )
     return parts
-
-
-def _splits(blocks: int, runs: int, at_a_time: int) -> int:
-    """In how many parts to cut each of the ``runs`` of ``blocks`` blocks: programs come in turns of
-    ``at_a_time``, the last of them rarely full, and each part is written, and read to be combined.
-    """
-
-    def block_times(splits: int) -> float:
-        return cdiv(runs * splits, at_a_time) * cdiv(blocks, splits) + PART_BLOCKS * runs * splits
-
-    return min(range(1, min(blocks, MOST_SPLITS) + 1), key=block_times)
 
 
 def _gathered(rows: Rows, tune: tuning.GatheredAttentionTuning) -> tuple[Tensor, Tensor]:
@@ -163,6 +152,7 @@ def _attend(
     queries,
     dense,
     bias,
+    sinks,
     parts,
     part_sums,
     logits_out,
@@ -173,6 +163,7 @@ def _attend(
     WIDTH: tl.constexpr,
     BLOCK_HEADS: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
+    ALONE: tl.constexpr,
     LOGITS: tl.constexpr,
     STAGES: tl.constexpr,
 ):
@@ -217,14 +208,11 @@ def _attend(
             weights.to(latent.dtype), latent, attended * fade[:, None], input_precision="ieee"
         )
         highest = risen
-    some = summed > 0
-    summed = tl.where(some, summed, 1.0)
+    factor, logarithm = finished(highest, summed, sinks, head, HEADS, ALONE)
     places = (b * splits + split) * HEADS + head
-    tl.store(
-        part_sums + places, tl.where(some, highest + tl.log(summed), float("-inf")), mask=exists
-    )
+    tl.store(part_sums + places, logarithm, mask=exists)
     tl.store(
         parts + places[:, None] * WIDTH + lane[None, :],
-        attended / summed[:, None],
+        (attended * factor[:, None]).to(parts.dtype.element_ty),
         mask=exists[:, None],
     )

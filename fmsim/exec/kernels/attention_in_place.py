@@ -1,6 +1,9 @@
-"""Attention of few requests: rows are read where they lie, and widened on the way to the products.
+"""Attention that reads rows where they lie, and widens them on the way to the products: each byte
+of float8 is read once for a block of heads.
 
-One launch less than `attention_gathered`.
+Which page a row is in is looked up two blocks ahead, so that the row itself can be on its way while
+the block before it is multiplied. Where rows need not be split, the program that has seen them all
+writes the output.
 """
 
 from __future__ import annotations
@@ -8,21 +11,32 @@ from __future__ import annotations
 from torch import Tensor
 
 from fmsim.exec.kernels import tuning
-from fmsim.exec.kernels.attention_rows import Parts, Rows
+from fmsim.exec.kernels.attention_rows import Parts, Rows, balanced_splits, finished
 from fmsim.exec.kernels.lang import cdiv, tl, triton
 from fmsim.exec.kernels.layout import load_latents, load_rotated, product_operand, triton_kind
 
 
 def attend_in_place(
-    queries: Tensor, rows: Rows, scale: float, want_logits: bool, tune: tuning.AttentionTuning
+    queries: Tensor,
+    rows: Rows,
+    sinks: Tensor,
+    scale: float,
+    want_logits: bool,
+    tune: tuning.AttentionTuning,
+    out: Tensor,
 ) -> Parts:
-    """``queries`` [B, H, C] of the rows' `matrix_type`."""
+    """``queries`` [B, H, C] of the rows' `matrix_type`; ``out`` [B, H, C] is written where rows are
+    not split.
+    """
     batch, heads, size = queries.shape
     head_blocks = cdiv(heads, tune.block_heads)
     blocks = cdiv(rows.count, tune.block_rows)
-    share = cdiv(blocks, max(1, tune.programs // (batch * head_blocks)))
+    if tune.balanced:
+        share = cdiv(blocks, balanced_splits(blocks, batch * head_blocks, tune.programs))
+    else:
+        share = cdiv(blocks, max(1, tune.programs // (batch * head_blocks)))
     splits = cdiv(blocks, share)  # none of them without a block
-    parts, layout = Parts.new(queries, splits, rows, want_logits), rows.layout
+    parts, layout = Parts.new(queries, splits, rows, want_logits, out), rows.layout
     _attend_in_place[(batch, head_blocks, splits)](
         queries,
         rows.window,
@@ -30,6 +44,7 @@ def attend_in_place(
         rows.pool,
         rows.table,
         rows.ids,
+        sinks,
         parts.values,
         parts.sums,
         parts.logits if want_logits else parts.sums,
@@ -47,12 +62,26 @@ def attend_in_place(
         PAGE_BYTES=rows.pool.stride(0),
         BLOCK_HEADS=tune.block_heads,
         BLOCK_ROWS=tune.block_rows,
+        SHARE=share,
         SPLITS=splits,
         LOGITS=want_logits,
         STAGES=tune.stages,
         num_warps=tune.warps,
     )
     return parts
+
+
+@triton.jit
+def _entries_of(ids, row, WINDOW: tl.constexpr, SELECTED: tl.constexpr):
+    """The entry of each row, -1 for none and for the window's."""
+    selected = (row >= WINDOW) & (row < WINDOW + SELECTED)
+    return tl.load(ids + (row - WINDOW), mask=selected, other=-1)
+
+
+@triton.jit
+def _pages_of(table, entry, PER_PAGE: tl.constexpr):
+    """The page of each entry, -1 for none."""
+    return tl.load(table + entry // PER_PAGE, mask=entry >= 0, other=-1)
 
 
 @triton.jit
@@ -63,6 +92,7 @@ def _attend_in_place(
     pool,
     table,
     ids,
+    sinks,
     parts,
     part_sums,
     logits_out,
@@ -80,18 +110,19 @@ def _attend_in_place(
     PAGE_BYTES: tl.constexpr,
     BLOCK_HEADS: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
+    SHARE: tl.constexpr,
     SPLITS: tl.constexpr,
     LOGITS: tl.constexpr,
     STAGES: tl.constexpr,
 ):
-    """One program: a block of heads of one sequence against a run of blocks of rows.
+    """One program: a block of heads of one sequence against a run of SHARE blocks of rows.
 
     A latent's rotated values, which are bfloat16 among float8, go by products of their own, so that
     no value is converted twice.
     """
     b, split = tl.program_id(0).to(tl.int64), tl.program_id(2)
     head = tl.program_id(1) * BLOCK_HEADS + tl.arange(0, BLOCK_HEADS)
-    lane = tl.arange(0, WIDTH)
+    lane, place = tl.arange(0, WIDTH), tl.arange(0, BLOCK_ROWS)
     query_places = (b * HEADS + head)[:, None] * WIDTH + lane[None, :]
     query = tl.load(queries + query_places, mask=(head < HEADS)[:, None], other=0.0)
     apart: tl.constexpr = KIND == "latent"
@@ -103,34 +134,37 @@ def _attend_in_place(
             other=0.0,
         )
     length = tl.load(window_lengths + b)
+    ids += b * SELECTED
+    table += b * table_stride
+    window += b * WINDOW_BYTES
     blocks: tl.constexpr = (WINDOW + SELECTED + BLOCK_ROWS - 1) // BLOCK_ROWS
-    share: tl.constexpr = (blocks + SPLITS - 1) // SPLITS
+    first = split * SHARE
+    entry = _entries_of(ids, first * BLOCK_ROWS + place, WINDOW, SELECTED)
+    page, within = _pages_of(table, entry, PER_PAGE), entry % PER_PAGE
+    entry = _entries_of(ids, (first + 1) * BLOCK_ROWS + place, WINDOW, SELECTED)
     highest = tl.full([BLOCK_HEADS], float("-inf"), tl.float32)
     summed = tl.zeros([BLOCK_HEADS], tl.float32)
-    attended, attended_turned = (
-        tl.zeros([BLOCK_HEADS, WIDTH], tl.float32),
-        tl.zeros([BLOCK_HEADS, 64], tl.float32),
-    )
-    for block in tl.range(
-        split * share, tl.minimum((split + 1) * share, blocks), num_stages=STAGES
-    ):
-        row = block * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
+    attended = tl.zeros([BLOCK_HEADS, WIDTH], tl.float32)
+    attended_turned = tl.zeros([BLOCK_HEADS, 64], tl.float32)
+    for block in tl.range(first, tl.minimum(first + SHARE, blocks), num_stages=STAGES):
+        row = block * BLOCK_ROWS + place
         near = row < WINDOW
-        entry = tl.load(
-            ids + b * SELECTED + (row - WINDOW),
-            mask=(row >= WINDOW) & (row < WINDOW + SELECTED),
-            other=-1,
-        )
-        page = tl.load(table + b * table_stride + entry // PER_PAGE, mask=entry >= 0, other=-1)
         known = (near & (row < length)) | (page >= 0)
-        start = tl.where(near, window + b * WINDOW_BYTES, pool + page.to(tl.int64) * PAGE_BYTES)
-        number, of = tl.where(near, row, entry % PER_PAGE), tl.where(near, WINDOW, PER_PAGE)
-        places = start + number * VALUE_BYTES, start + of * VALUE_BYTES + number * SCALE_BYTES
-        latent = product_operand(load_latents(places[0], places[1], known, KIND, WIDTH))
+        start = tl.where(near, window, pool + page.to(tl.int64) * PAGE_BYTES)
+        number, of = tl.where(near, row, within), tl.where(near, WINDOW, PER_PAGE)
+        values = start + number * VALUE_BYTES
+        latent = product_operand(
+            load_latents(
+                values, start + of * VALUE_BYTES + number * SCALE_BYTES, known, KIND, WIDTH
+            )
+        )
+        # of the next block, and of the one after it
+        page, within = _pages_of(table, entry, PER_PAGE), entry % PER_PAGE
+        entry = _entries_of(ids, row + 2 * BLOCK_ROWS, WINDOW, SELECTED)
         # [BLOCK_HEADS, BLOCK_ROWS]
         logits = tl.dot(query, tl.trans(latent), input_precision="ieee")
         if apart:
-            rotated = load_rotated(places[0], known, WIDTH)
+            rotated = load_rotated(values, known, WIDTH)
             logits = tl.dot(query_turned, tl.trans(rotated), logits)
         logits *= scale
         logits = tl.where(known[None, :], logits, float("-inf"))
@@ -147,30 +181,23 @@ def _attend_in_place(
         weights = tl.exp(logits - level[:, None])
         fade = tl.exp(highest - level)
         summed = summed * fade + tl.sum(weights, 1)
-        attended = attended * fade[:, None] + tl.dot(
-            weights.to(latent.dtype), latent, input_precision="ieee"
-        )
+        weights = weights.to(latent.dtype)
+        attended = tl.dot(weights, latent, attended * fade[:, None], input_precision="ieee")
         if apart:
-            attended_turned = attended_turned * fade[:, None] + tl.dot(
-                weights.to(rotated.dtype), rotated
-            )
+            attended_turned = tl.dot(weights, rotated, attended_turned * fade[:, None])
         highest = risen
-    some = summed > 0
-    summed = tl.where(some, summed, 1.0)
+    factor, logarithm = finished(highest, summed, sinks, head, HEADS, SPLITS == 1)
     places = (b * SPLITS + split) * HEADS + head
-    tl.store(
-        part_sums + places,
-        tl.where(some, highest + tl.log(summed), float("-inf")),
-        mask=head < HEADS,
-    )
+    tl.store(part_sums + places, logarithm, mask=head < HEADS)
+    kind = parts.dtype.element_ty
     tl.store(
         parts + places[:, None] * WIDTH + lane[None, :],
-        attended / summed[:, None],
+        (attended * factor[:, None]).to(kind),
         mask=(head < HEADS)[:, None] & (lane < (WIDTH - 64 if apart else WIDTH))[None, :],
     )
     if apart:
         tl.store(
             parts + places[:, None] * WIDTH + turn[None, :],
-            attended_turned / summed[:, None],
+            (attended_turned * factor[:, None]).to(kind),
             mask=(head < HEADS)[:, None],
         )

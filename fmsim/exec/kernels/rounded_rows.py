@@ -66,7 +66,15 @@ def round_rows_triton(x: Tensor) -> tuple[Tensor, Tensor]:
 
 @triton.jit
 def _round_rows(
-    x, codes, scales, row_stride, scale_stride, rows, COLUMNS: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr
+    x,
+    codes,
+    scales,
+    row_stride,
+    scale_stride,
+    rows,
+    COLUMNS: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):
     """One program: one block of columns of some rows."""
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)

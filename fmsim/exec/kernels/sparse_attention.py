@@ -2,9 +2,10 @@
 sink a head (eqs. 18-19).
 
 The rows (the window's, then the entries') are split over programs, each of which keeps a running
-softmax, by one of two kernels as there are few requests or many. Another combines the splits by
-their log-sum-exp and adds the sink, which takes part in the sum and has no value. A last one gives
-each row's probability, mean over heads, where a trace or a policy needs it.
+softmax, by one of three kernels: as there are few requests or many, and as rows lie. Where rows
+were split, another combines the parts by their log-sum-exp and adds the sink, which takes part in
+the sum and has no value. A last one gives each row's probability, mean over heads, where a trace or
+a policy needs it.
 """
 
 from __future__ import annotations
@@ -14,13 +15,18 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fmsim.exec.kernels import tuning
+from fmsim.exec.kernels import attention_packed, tuning
 from fmsim.exec.kernels.attention_gathered import attend_gathered
 from fmsim.exec.kernels.attention_in_place import attend_in_place
-from fmsim.exec.kernels.attention_rows import Rows, matrix_type
+from fmsim.exec.kernels.attention_rows import Parts, Rows, matrix_type
 from fmsim.exec.kernels.lang import cdiv, next_power_of_2, runs_compiled, tl, triton
 from fmsim.exec.kernels.layout import read_entries, slots_of
 
+WAYS = {
+    tuning.AttentionTuning: attend_in_place,
+    tuning.PackedAttentionTuning: attention_packed.attend_packed,
+    tuning.GatheredAttentionTuning: attend_gathered,
+}
 MASS_ROWS = 128  # of one program
 COMBINED = 8192  # values of parts that a program adds up: 64 a thread
 
@@ -77,34 +83,21 @@ def sparse_attention_triton(
     sinks,
     scale,
     want_masses=False,
-    tune: tuning.AttentionTuning | tuning.GatheredAttentionTuning | None = None,
+    tune: tuning.Attention | None = None,
 ) -> tuple[Tensor, Masses | None]:
-    (batch, heads, size), tune = (
-        queries.shape,
-        tune or tuning.attention(*queries.shape[:2], packed=rows.layout.kind == "latent"),
-    )
-    attend = attend_in_place if isinstance(tune, tuning.AttentionTuning) else attend_gathered
+    batch, heads, _ = queries.shape
+    tune = tune or tuning.attention(batch, heads, packed=attention_packed.takes(rows))
+    attend = WAYS[type(tune)]
+    out = torch.empty_like(queries)
     # queries in the rows' own type: converted in the kernel they would fill the registers
-    parts = attend(queries.to(matrix_type(rows.layout)), rows, scale, want_masses, tune)
-    splits, float32 = parts.sums.shape[1], {"dtype": torch.float32, "device": queries.device}
-    out, total = torch.empty_like(queries), torch.empty(batch, heads, **float32)
-    padded = next_power_of_2(splits)
-    block = min(size, max(64, COMBINED // padded))
-    _combine[(batch, heads, cdiv(size, block))](
-        parts.values,
-        parts.sums,
-        sinks,
-        out,
-        total,
-        splits,
-        HEADS=heads,
-        WIDTH=size,
-        BLOCK=block,
-        SPLITS_PADDED=padded,
-        num_warps=4,
-    )
+    wanted = queries.to(matrix_type(rows.layout))
+    parts = attend(wanted, rows, sinks, scale, want_masses, tune, out)
+    total = parts.sums[:, 0]
+    if parts.values is not out:
+        total = _combined(parts, sinks, out)
     if not want_masses:
         return out, None
+    float32 = {"dtype": torch.float32, "device": queries.device}
     masses = Masses(
         torch.empty(rows.ids.shape, **float32),
         torch.empty(batch, **float32),
@@ -125,6 +118,30 @@ def sparse_attention_triton(
         num_warps=8,
     )
     return out, masses
+
+
+def _combined(parts: Parts, sinks: Tensor, out: Tensor) -> Tensor:
+    """The output [B, H, C] of several parts, into ``out``, and the logarithm float32 [B, H] of what
+    its exponentials add up to, the sink's with them.
+    """
+    (batch, heads, size), splits = out.shape, parts.sums.shape[1]
+    total = torch.empty(batch, heads, dtype=torch.float32, device=out.device)
+    padded = next_power_of_2(splits)
+    block = min(size, max(64, COMBINED // padded))
+    _combine[(batch, heads, cdiv(size, block))](
+        parts.values,
+        parts.sums,
+        sinks,
+        out,
+        total,
+        splits,
+        HEADS=heads,
+        WIDTH=size,
+        BLOCK=block,
+        SPLITS_PADDED=padded,
+        num_warps=4,
+    )
+    return total
 
 
 @triton.jit

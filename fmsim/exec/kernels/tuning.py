@@ -39,13 +39,27 @@ class TopKTuning(NamedTuple):
 
 
 class AttentionTuning(NamedTuple):
-    """Of few requests, in place."""
+    """In place."""
 
     # 16 x 512 float32 of output a program; the other heads' programs find the entries in the L2
     block_heads: int = 16
     block_rows: int = 32
     programs: int = 264  # over batch, head blocks and splits
     warps: int = 4
+    # one where a program has a block of rows or two: they would only pass through shared memory
+    stages: int = 1
+    # split so that the last turn of programs is nearly full; else into as many parts as programs
+    balanced: bool = False
+
+
+class PackedAttentionTuning(NamedTuple):
+    """Of packed latents, located first."""
+
+    locate_rows: int = 64  # that one program finds
+    block_heads: int = 64
+    block_rows: int = 64
+    programs: int = 132  # over batch, head blocks and splits
+    warps: int = 8
     stages: int = 2
 
 
@@ -131,7 +145,7 @@ ATTENTION, ATTENTION_OF_SOME = (
     AttentionTuning(),
     AttentionTuning(block_heads=64, block_rows=64, programs=132, warps=8),
 )
-ATTENTION_OF_MANY = GatheredAttentionTuning()
+ATTENTION_OF_MANY, PLAIN_ATTENTION_OF_MANY = PackedAttentionTuning(), GatheredAttentionTuning()
 SOME_REQUESTS, MANY_REQUESTS = (
     4,
     16,
@@ -184,13 +198,16 @@ FLOAT32_EXPERTS_OF_ONE = ExpertsTuning(
 FLOAT32_EXPERTS = ExpertsTuning(gate_rows=32, down_rows=32, block_depth=32, warps=4, stages=3)
 
 
-def attention(batch: int, heads: int, packed: bool) -> AttentionTuning | GatheredAttentionTuning:
+Attention = AttentionTuning | PackedAttentionTuning | GatheredAttentionTuning
+
+
+def attention(batch: int, heads: int, packed: bool) -> Attention:
     """For entries that lie ``packed`` as float8, or plain."""
-    if heads < ATTENTION_OF_MANY.block_heads or batch < SOME_REQUESTS:
+    if heads < PLAIN_ATTENTION_OF_MANY.block_heads or batch < SOME_REQUESTS:
         return ATTENTION
-    return (
-        ATTENTION_OF_MANY if batch >= MANY_REQUESTS else ATTENTION_OF_SOME if packed else ATTENTION
-    )
+    if batch >= MANY_REQUESTS:
+        return ATTENTION_OF_MANY if packed else PLAIN_ATTENTION_OF_MANY
+    return ATTENTION_OF_SOME if packed else ATTENTION
 
 
 def experts(tokens: int, dtype: torch.dtype, scaled: bool) -> ExpertsTuning:

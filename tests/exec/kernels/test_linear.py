@@ -164,9 +164,7 @@ def test_rounding_costs_what_three_bits_cost(device):
     weight, scale = quantise(torch.randn(256, 512, generator=generator))
     x = torch.randn(64, 512, generator=generator)
     exact = x @ dequantise(weight, scale).T
-    found = linear_triton(
-        x.to(device), weight.to(device), scale.to(device), float8_rows=True
-    ).cpu()
+    found = linear_triton(x.to(device), weight.to(device), scale.to(device), float8_rows=True).cpu()
     assert 0.01 < float((found - exact).norm() / exact.norm()) < 0.04
 
 
