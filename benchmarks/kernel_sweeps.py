@@ -6,6 +6,7 @@ import itertools
 from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
+from fmsim.exec.kernels import tuning
 from fmsim.exec.kernels.layout import KEY, LATENT
 from fmsim.exec.measure import kernel_cases as cases
 from fmsim.exec.measure import module_cases as modules
@@ -21,6 +22,7 @@ class Sweep(NamedTuple):
     value: str
     shapes: dict[str, Callable[[], cases.Case]]
     settings: list[dict[str, int]]
+    start: tuple | None = None  # in the place of the value that is set: another way's
 
 
 def grid(**values: Iterable[int]) -> list[dict[str, int]]:
@@ -41,6 +43,17 @@ def rows(*sizes: int, **values: Iterable[int]) -> list[dict[str, int]]:
 def mixing(*batches: int, float8: bool = False) -> dict[str, Callable[[], cases.Case]]:
     return {
         str(batch): lambda batch=batch: modules.mixing(batch, DEVICE, float8) for batch in batches
+    }
+
+
+def projecting(*batches: int, float8_rows: bool = False) -> dict[str, Callable[[], cases.Case]]:
+    """The two largest of a layer's products, one short and wide, one long and narrow."""
+    return {
+        f"{what}, {batch}": lambda what=what, batch=batch: modules.projecting(
+            batch, *modules.PROJECTIONS[what], DEVICE, float8_rows
+        )
+        for batch in batches
+        for what in ("latent", "output")
     }
 
 
@@ -81,7 +94,7 @@ SWEEPS = {
             "1 x 4,224": lambda: cases.attention(1, 4096, DEVICE, selected=4096),
         },
         grid(block_heads=[16], block_rows=[16, 32], programs=[132, 264], warps=[4], stages=[1, 2])
-        + grid(block_heads=[64], block_rows=[32, 64], warps=[8], stages=[1, 2]),
+        + grid(block_heads=[64], block_rows=[32, 64], warps=[8], stages=[1]),
     ),
     "attention, some": Sweep(
         "ATTENTION_OF_SOME",
@@ -90,17 +103,36 @@ SWEEPS = {
             for batch in (4, 8)
         },
         grid(block_rows=[32, 64], programs=[132, 264], stages=[1, 2])
-        + grid(block_heads=[16], block_rows=[32], programs=[132, 264], warps=[4], stages=[2]),
+        + grid(block_heads=[16], block_rows=[32], programs=[132, 264], warps=[4], stages=[1]),
     ),
     "attention, many": Sweep(
         "ATTENTION_OF_MANY",
         {
-            f"{batch} x 640": lambda batch=batch: cases.attention(batch, 16_384, DEVICE)
-            for batch in (16, 32, 97)
+            f"{batch} x 640": lambda batch=batch: cases.attention(batch, 8192, DEVICE)
+            for batch in (8, 16, 32, 64, 97, 128, 256)
         }
-        | {"97 x 4,224": lambda: cases.attention(97, 4096, DEVICE, selected=4096)},
-        grid(block_rows=[64], programs=[132, 264], stages=[1, 2], gather_rows=[8, 16, 32])
-        + grid(block_rows=[32], programs=[132, 264], stages=[2, 3]),
+        | {"32 x 4,224": lambda: cases.attention(32, 4096, DEVICE, selected=4096)},
+        grid(block_rows=[64], stages=[1, 2], locate_rows=[16, 64])
+        + grid(block_rows=[32], stages=[2, 3]),
+    ),
+    "attention, many in place": Sweep(
+        "ATTENTION_OF_MANY",
+        {
+            f"{batch} x 640": lambda batch=batch: cases.attention(batch, 8192, DEVICE)
+            for batch in (16, 64, 128)
+        },
+        [{}],
+        tuning.AttentionTuning(block_heads=64, block_rows=64, programs=132, warps=8, balanced=True),
+    ),
+    "attention, many gathered": Sweep(
+        "ATTENTION_OF_MANY",
+        {
+            f"{batch} x 640": lambda batch=batch: cases.attention(batch, 8192, DEVICE)
+            for batch in (16, 32, 64, 97, 128)
+        }
+        | {"32 x 4,224": lambda: cases.attention(32, 4096, DEVICE, selected=4096)},
+        [{}],
+        tuning.GatheredAttentionTuning(),
     ),
     "experts, one": Sweep(
         "EXPERTS_OF_ONE",
@@ -159,10 +191,9 @@ SWEEPS = {
     ),
     "experts, float8, many": Sweep(
         "FLOAT8_EXPERTS_OF_MANY",
-        mixing(64, 128, float8=True),
-        rows(64, token_tile=[32, 64], warps=[2, 4], stages=[3, 4])
-        + rows(128, token_tile=[32, 64], warps=[4, 8], stages=[3, 4])
-        + rows(32, token_tile=[32, 64], warps=[2], stages=[4]),
+        mixing(64, 128, 256, float8=True),
+        rows(64, token_tile=[32, 64], warps=[4], stages=[3, 4])
+        + rows(128, token_tile=[32, 64, 128], warps=[8], stages=[3, 4]),
     ),
     "append": Sweep(
         "COMPRESS",
@@ -186,14 +217,47 @@ SWEEPS = {
         + grid(block_outputs=[128], programs=[264, 528], warps=[2, 4], stages=[3, 4])
         + grid(block_outputs=[64], programs=[528], warps=[4], stages=[4]),
     ),
-    "float8 linear, many rows": Sweep(
+    "float8 linear, 17 to 64 rows": Sweep(
+        "LINEAR_OF_SOME",
+        projecting(17, 64),
+        grid(
+            block_outputs=[64], block_rows=[64], programs=[132, 264, 396], warps=[4], stages=[3, 4]
+        )
+        + grid(block_outputs=[128], block_rows=[64], programs=[132, 264], warps=[8], stages=[3, 4]),
+    ),
+    "float8 linear, 65 to 256 rows": Sweep(
         "LINEAR_OF_MANY",
-        {
-            f"{what}, 64": lambda shape=shape: modules.projecting(64, *shape, DEVICE)
-            for what, shape in modules.PROJECTIONS.items()
-        },
-        grid(block_outputs=[128], programs=[132, 264, 528], warps=[4, 8], stages=[3, 4])
-        + grid(block_outputs=[64], programs=[264, 528], warps=[2, 4], stages=[3, 4]),
+        projecting(128, 256),
+        grid(block_outputs=[128], block_rows=[128, 256], programs=[132], warps=[8], stages=[2, 3])
+        + grid(block_outputs=[64], block_rows=[128], programs=[132, 264], warps=[4], stages=[3])
+        + grid(block_outputs=[64], block_rows=[64], programs=[396], warps=[4], stages=[3]),
+    ),
+    "float8 linear, a prompt": Sweep(
+        "LINEAR_OF_PROMPTS",
+        projecting(1024, 8192),
+        grid(block_outputs=[128], block_rows=[128, 256], programs=[132], warps=[8], stages=[2, 3])
+        + grid(block_outputs=[64], block_rows=[256], programs=[132], warps=[4], stages=[3]),
+    ),
+    "float8 rows, 17 to 64": Sweep(
+        "FLOAT8_LINEAR_OF_SOME",
+        projecting(17, 64, float8_rows=True),
+        grid(block_outputs=[64], block_rows=[64], programs=[264, 396], warps=[4], stages=[3, 4])
+        + grid(block_outputs=[128], block_rows=[64], programs=[132, 264], warps=[4, 8], stages=[4])
+        + grid(block_outputs=[128], block_rows=[32], programs=[264, 396], warps=[4], stages=[4]),
+    ),
+    "float8 rows, 65 to 256": Sweep(
+        "FLOAT8_LINEAR_OF_MANY",
+        projecting(128, 256, float8_rows=True),
+        grid(block_outputs=[128], block_rows=[128], programs=[132], warps=[8], stages=[3, 4])
+        + grid(block_outputs=[64], block_rows=[128], programs=[264], warps=[4], stages=[3, 4])
+        + grid(block_outputs=[128], block_rows=[64], programs=[264], warps=[4, 8], stages=[3]),
+    ),
+    "float8 rows, a prompt": Sweep(
+        "FLOAT8_LINEAR_OF_PROMPTS",
+        projecting(1024, 8192, float8_rows=True),
+        grid(block_outputs=[128], block_rows=[128], programs=[132], warps=[8], stages=[3, 4])
+        + grid(block_outputs=[64], block_rows=[128], programs=[264], warps=[4], stages=[3, 4])
+        + grid(block_outputs=[128], block_rows=[256], programs=[132], warps=[8], stages=[3]),
     ),
     "recall": Sweep(
         "GATHER",

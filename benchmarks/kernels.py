@@ -3,13 +3,14 @@ and the best other way.
 
     python benchmarks/kernels.py [--kernel NAME ...] [--out benchmarks/results/kernels.json]
 
-A floor is the fewest bytes that a kernel must move over the measured copy bandwidth: 3.0 TB/s of
-HBM on an H100, 55 GB/s of PCIe for recall. Times are medians of CUDA graph replays with a cold L2.
-Each kernel's result is compared with its torch reference first. Peers: torch.topk, FlashInfer's
-top_k where it is installed, torch.compile of the reference where that makes no host
-synchronisation; of a recall the copy engine, with a copy for each row and the list of rows known
-beforehand, which a decode's host does not know. FlashInfer and TileLang hold no kernel that reads
-the other kernels' layouts, so there is no like for like.
+A floor is the fewest bytes that a kernel must move over the bandwidth that a copy reaches here (of
+PCIe, for recall), or its matrix products' operations at 70% of the card's rate, whichever takes
+longer. Times are medians of CUDA graph replays with a cold L2. Each kernel's result is compared
+with its torch reference first; one that differs is marked, and ends the run with an error. Peers: FlashMLA, DeepGEMM and cuBLAS's float8 product (`peers`),
+FlashInfer's top_k, where they are installed (where not, the row says why); torch.topk;
+torch.compile of the reference where that makes no host synchronisation; of a recall the copy
+engine, with a copy for each row and the list of rows known beforehand, which a decode's host does
+not know.
 """
 
 from __future__ import annotations
@@ -19,11 +20,13 @@ import datetime
 import importlib.metadata
 import json
 import sys
+import time
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import peers
 import torch
 
 try:
@@ -31,6 +34,7 @@ try:
 except ImportError:
     flashinfer = None
 
+from fmsim.exec.kernels import tuning
 from fmsim.exec.kernels.layout import KEY, LATENT
 from fmsim.exec.measure import calibrate
 from fmsim.exec.measure import kernel_cases as cases
@@ -40,7 +44,9 @@ from fmsim.exec.model.kinds import CSA, HCA
 from fmsim.exec.model.weights.synthetic import synthetic_config
 from fmsim.geometry import PRESETS
 
-HBM_BYTES_PER_S, PCIE_BYTES_PER_S = 3.0e12, 55e9
+PCIE_BYTES_PER_S = 55e9
+# of an H100 and an H200, dense, by data sheet; 70% of it is what large products reach
+HALF_FLOPS_PER_S, FLOAT8_FLOPS_PER_S, REACHED = 989e12, 1979e12, 0.7
 DEVICE = "cuda"
 SGLANG = "SGLang 0.5.14, H100, FP8 weights (aiconfigurator-core 0.12.0 table, not run here)"
 LIMITS = {
@@ -57,6 +63,7 @@ LIMITS = {
     "experts": 1e-2,
     "experts, float8": 1e-2,
     "float8 linear": 1e-2,
+    "float8 linear, float8 rows": 1e-2,
 }
 COMPILED_ALONE = {"sparse attention"}  # whose reference compiles, but not for a CUDA graph
 COMPILED = {
@@ -66,27 +73,34 @@ COMPILED = {
     "RoPE",
     "RMSNorm",
 }  # whose compiled reference a CUDA graph holds too
-PEERS = (
+TOP_K_PEERS = (
     {}
     if flashinfer is None
     else {"flashinfer.top_k": lambda scores: flashinfer.top_k(scores, cases.TOP_K)}
 )
+PROJECTED = (1, 8, 16, 17, 64, 128, 129, 256, 1024, 8192)  # rows, about every change of way
+OTHERS = {
+    "sparse attention": peers.of_attention,
+    "index scores, float8 queries": peers.of_index_scores,
+    "float8 linear, float8 rows": peers.of_product,
+}
 BUILDERS = {
     "index scores": [
         lambda b=b, n=n: cases.index_scoring(b, n, DEVICE)
         for b, n in ((1, 32_768), (1, 131_072), (8, 128_000), (32, 32_768))
     ],
     "index scores, float8 queries": [
-        lambda: cases.index_scoring(8, 128_000, DEVICE, float8_queries=True)
+        lambda b=b, n=n: cases.index_scoring(b, n, DEVICE, float8_queries=True)
+        for b, n in ((1, 8192), (1, 131_072), (8, 128_000), (32, 32_768))
     ],
     "top-k": [
-        lambda b=b, n=n: cases.selection(b, n, DEVICE, PEERS)
+        lambda b=b, n=n: cases.selection(b, n, DEVICE, TOP_K_PEERS)
         for b, n in ((1, 32_768), (1, 131_072), (1, 262_144), (8, 128_000))
     ],
     "sparse attention": (
-        [lambda b=b: cases.attention(b, 128_000, DEVICE) for b in (1, 8, 32)]
-        + [lambda: cases.attention(97, 16_384, DEVICE)]
-        + [lambda b=b: cases.attention(b, 4096, DEVICE, selected=4096) for b in (1, 32)]
+        [lambda b=b: cases.attention(b, 128_000, DEVICE) for b in (1, 8, 16, 32)]
+        + [lambda b=b: cases.attention(b, 16_384, DEVICE) for b in (64, 97, 128, 256)]
+        + [lambda b=b: cases.attention(b, 4096, DEVICE, selected=4096) for b in (1, 32, 97)]
     ),
     "sparse attention with masses": [lambda: cases.attention(8, 128_000, DEVICE, masses=True)],
     "append": [
@@ -107,14 +121,20 @@ BUILDERS = {
     ],
     "RMSNorm": [lambda b=b: modules.norming(b, DEVICE) for b in (1, 64)],
     "routing": [lambda b=b: modules.routing(b, DEVICE) for b in (1, 64)],
-    "experts": [lambda b=b: modules.mixing(b, DEVICE) for b in (1, 4, 16, 64, 128)],
+    "experts": [lambda b=b: modules.mixing(b, DEVICE) for b in (1, 4, 16, 64, 128, 256)],
     "experts, float8": [
-        lambda b=b: modules.mixing(b, DEVICE, float8=True) for b in (1, 4, 16, 64, 128)
+        lambda b=b: modules.mixing(b, DEVICE, float8=True) for b in (1, 4, 16, 64, 128, 256, 320)
     ],
     "float8 linear": [
         lambda b=b, s=s: modules.projecting(b, *s, DEVICE)
         for s in modules.PROJECTIONS.values()
-        for b in (1, 8, 64)
+        for b in PROJECTED
+    ],
+    "float8 linear, float8 rows": [
+        lambda b=b, s=s: modules.projecting(b, *s, DEVICE, float8_rows=True)
+        for s in modules.PROJECTIONS.values()
+        for b in PROJECTED
+        if b > tuning.FEW_ROWS
     ],
     "memory scores": [lambda n=n: cases.memory_scoring(1, n, DEVICE) for n in (32_768, 131_072)],
     "recall": (
@@ -144,35 +164,52 @@ def wrong_by(case: cases.Case) -> float | None:
     return float((found - expected).norm() / expected.norm())
 
 
-def measured(name: str, case: cases.Case) -> dict[str, Any]:
+def measured(name: str, case: cases.Case, floors: dict[str, float], compiled: bool) -> dict:
     error = wrong_by(case)
-    if error is not None and not error <= LIMITS[name]:
-        sys.exit(
-            f"{case.kernel}, {case.shape}: relative error {error:.1e} against the reference;"
-            " nothing is timed"
-        )
-    bandwidth = PCIE_BYTES_PER_S if name == "recall" else HBM_BYTES_PER_S
+    bandwidth = PCIE_BYTES_PER_S if name == "recall" else floors["hbm"]
+    flops_per_s = FLOAT8_FLOPS_PER_S if name.endswith("float8 rows") else HALF_FLOPS_PER_S
+    floor_s = max(case.n_bytes / bandwidth, case.flops / flops_per_s / REACHED)
     seconds = median_s(case.run, DEVICE)
-    peers = {label: median_s(run, DEVICE) for label, run in (case.peers or {}).items()}
-    if name in COMPILED_ALONE:  # the other references read lengths on the host
-        peers["torch.compile"] = median_s(
+    others = {}
+    if name in OTHERS:
+        others = peers.tried(OTHERS[name](*case.given), case.run())
+    skipped = {label: way for label, way in others.items() if isinstance(way, str)}
+    ways = (case.peers or {}) | {n: way for n, way in others.items() if n not in skipped}
+    timed = {}
+    for label, way in ways.items():
+        try:
+            timed[label] = median_s(way, DEVICE)
+        except Exception as why:  # what runs need not be what a CUDA graph can hold
+            skipped[label] = f"{type(why).__name__}: {(str(why).splitlines() or [''])[0][:90]}"
+    if compiled and name in COMPILED_ALONE:  # the other references read lengths on the host
+        timed["torch.compile"] = median_s(
             torch.compile(case.reference, dynamic=False), DEVICE, graph=False
         )
-    if name in COMPILED:
-        peers["torch"] = median_s(case.reference, DEVICE)
-        peers["torch.compile"] = median_s(torch.compile(case.reference, dynamic=False), DEVICE)
+    if compiled and name in COMPILED:
+        timed["torch"] = median_s(case.reference, DEVICE)
+        timed["torch.compile"] = median_s(torch.compile(case.reference, dynamic=False), DEVICE)
     return {
         "kernel": case.kernel,
         "shape": case.shape,
         "bytes": case.n_bytes,
         "relative_error": error,
+        "right": error is None or error <= LIMITS[name],
         "us": seconds * 1e6,
-        "share_of_floor": case.n_bytes / bandwidth / seconds,
-        "peers_us": {label: peer * 1e6 for label, peer in peers.items()},
+        "share_of_floor": floor_s / seconds,
+        "peers_us": {label: peer_s * 1e6 for label, peer_s in timed.items()},
+        "of_best_peer": seconds / min(timed.values()) if timed else None,
+        "peers_skipped": skipped,
     }
 
 
-def layer(kind: str, float8: bool, tokens: int = 524_288) -> dict[str, Any]:
+def copied_bytes_per_s() -> float:
+    """Bytes read and written a second by a copy of a gigabyte."""
+    source = torch.empty(2**30, dtype=torch.uint8, device=DEVICE).random_()
+    target = torch.empty_like(source)
+    return 2 * source.nbytes / median_s(lambda: target.copy_(source), DEVICE, runs=10)
+
+
+def layer(kind: str, float8: bool, floors: dict[str, float], tokens: int = 524_288) -> dict:
     """One layer's attention at batch 1, its weights bfloat16 or float8 as published: projections
     and the kernels between them, one CUDA graph; the step's angles and lengths, which layers share,
     given; the token closes no entry, as three of four don't.
@@ -191,17 +228,31 @@ def layer(kind: str, float8: bool, tokens: int = 524_288) -> dict[str, Any]:
         "shape": f"1 x {tokens:,} tokens",
         "bytes": n_bytes,
         "relative_error": None,
+        "right": True,
         "us": seconds * 1e6,
-        "share_of_floor": n_bytes / HBM_BYTES_PER_S / seconds,
+        "share_of_floor": n_bytes / floors["hbm"] / seconds,
         "peers_us": {SGLANG: 137.0} if kind == CSA and tokens == 524_288 else {},
+        "of_best_peer": None,
+        "peers_skipped": {},
     }
 
 
-def rows_of(name: str) -> Iterator[dict[str, Any]]:
+def rows_of(name: str, floors: dict[str, float], compiled: bool) -> Iterator[dict[str, Any]]:
     if name in LAYERS:
-        yield from (layer(LAYERS[name], float8) for float8 in (False, True))
+        yield from (layer(LAYERS[name], float8, floors) for float8 in (False, True))
     else:
-        yield from (measured(name, build()) for build in BUILDERS[name])
+        yield from (measured(name, build(), floors, compiled) for build in BUILDERS[name])
+
+
+def line_of(row: dict[str, Any]) -> str:
+    told = [] if row["right"] else [f"WRONG by {row['relative_error']:.1e}"]
+    told += [f"{label} {us:.1f}" for label, us in row["peers_us"].items()]
+    told += [f"{label}: {why}" for label, why in row["peers_skipped"].items()]
+    ratio = "" if row["of_best_peer"] is None else f"{row['of_best_peer']:.2f}"
+    return (
+        f"{row['kernel']:30} {row['shape']:>22} {row['bytes'] / 1e6:8.1f} {row['us']:9.1f}"
+        f" {row['share_of_floor']:9.1%} {ratio:>13}  {', '.join(told)}"
+    )
 
 
 def installed(name: str) -> str | None:
@@ -223,6 +274,12 @@ def main() -> None:
     parser.add_argument(
         "--out", type=Path, default=Path(__file__).parent / "results" / "kernels.json"
     )
+    parser.add_argument(
+        "--no-compile", action="store_true", help="leave out torch.compile, which takes a minute"
+    )
+    parser.add_argument(
+        "--seconds", type=float, help="start no row after so many; what is left out is told"
+    )
     given = parser.parse_args()
     if not torch.cuda.is_available():
         sys.exit(
@@ -230,29 +287,38 @@ def main() -> None:
             " run without one"
         )
     versions = {
-        name: installed(name) for name in ("torch", "triton", "flashinfer-python", "tilelang")
+        name: installed(name)
+        for name in ("torch", "triton", "flashinfer-python", "sgl-flash-mla", "sgl-deep-gemm")
     }
+    floors = {"hbm": copied_bytes_per_s(), "pcie": PCIE_BYTES_PER_S}
+    start_s = time.monotonic()
     result: dict[str, Any] = {
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "device": torch.cuda.get_device_name(),
         "versions": versions,
-        "floors_bytes_per_s": {"hbm": HBM_BYTES_PER_S, "pcie": PCIE_BYTES_PER_S},
+        "floors_bytes_per_s": floors,
         "rows": [],
     }
     given.out.parent.mkdir(parents=True, exist_ok=True)
-    print(f"{'kernel':30} {'shape':>16} {'MB':>8} {'us':>9} {'of floor':>9}  peers, us")
+    print(
+        f"{'kernel':30} {'shape':>22} {'MB':>8} {'us':>9} {'of floor':>9} {'of best peer':>13}"
+        "  peers, us"
+    )
     for name in given.kernel or [*LAYERS, *BUILDERS]:
-        for row in rows_of(name):
+        if given.seconds and time.monotonic() - start_s > given.seconds:
+            print(f"{name}: no time left", flush=True)
+            continue
+        for row in rows_of(name, floors, not given.no_compile):
             result["rows"].append(row)
             given.out.write_text(json.dumps(result, indent=1) + "\n")
-            peers = ", ".join(f"{label} {us:.1f}" for label, us in row["peers_us"].items())
-            print(
-                f"{row['kernel']:30} {row['shape']:>16} {row['bytes'] / 1e6:8.1f} {row['us']:9.1f}"
-                f" {row['share_of_floor']:9.1%}  {peers}",
-                flush=True,
-            )
+            print(line_of(row), flush=True)
             torch.cuda.empty_cache()
+            if given.seconds and time.monotonic() - start_s > given.seconds:
+                print(f"{name}: no time left for further rows", flush=True)
+                break
     print(f"written to {given.out}")
+    if not all(row["right"] for row in result["rows"]):
+        sys.exit("some results are not their references': see WRONG above")
 
 
 if __name__ == "__main__":

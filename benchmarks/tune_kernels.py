@@ -33,7 +33,7 @@ RUNS = 8
 
 
 def set_to(sweep: Sweep, setting: dict[str, int]) -> None:
-    setattr(tuning, sweep.value, STARTING[sweep.value]._replace(**setting))
+    setattr(tuning, sweep.value, (sweep.start or STARTING[sweep.value])._replace(**setting))
 
 
 STARTING = {sweep.value: getattr(tuning, sweep.value) for sweep in SWEEPS.values()}
@@ -67,6 +67,7 @@ def compile_some(jobs: list[tuple[str, str, dict[str, int]]], deadline: float) -
             SWEEPS[kernel].shapes[shape]().run()
         except Exception as error:  # it will fail again where it is timed, and be told there
             print(f"{kernel}, {shape}, {setting}: {why_not(error)}", file=sys.stderr)
+        torch.cuda.empty_cache()  # the others need room too
 
 
 def compile_ahead(kernels: list[str], processes: int, deadline: float) -> None:
@@ -117,7 +118,7 @@ def table_of(kernel: str, deadline: float) -> list[dict[str, Any]]:
                 row["failed"][label] = f"relative error {error:.1e}"
         del case
         torch.cuda.empty_cache()
-    set_to(sweep, {})
+    setattr(tuning, sweep.value, STARTING[sweep.value])
     return rows
 
 
@@ -247,19 +248,14 @@ def main() -> None:
         rows += found
         if kernel == "recall":
             beside = slowdowns((4, 8, 12, 16, 24, 32), deadline)
-    if given.out:
-        given.out.parent.mkdir(parents=True, exist_ok=True)
-        given.out.write_text(
-            json.dumps(
-                {
-                    "device": torch.cuda.get_device_name(),
-                    "rows": rows,
-                    "recall_beside_products": beside,
-                },
-                indent=1,
-            )
-            + "\n"
-        )
+        if given.out:  # after each kernel: a run that is cut off leaves what it measured
+            given.out.parent.mkdir(parents=True, exist_ok=True)
+            found = {
+                "device": torch.cuda.get_device_name(),
+                "rows": rows,
+                "recall_beside_products": beside,
+            }
+            given.out.write_text(json.dumps(found, indent=1) + "\n")
     print(f"{time.time() - start:.0f} s in all")
 
 

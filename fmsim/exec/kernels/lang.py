@@ -17,7 +17,7 @@ try:
 
     HAS_TRITON, INTERPRETED = True, triton.knobs.runtime.interpret
 except ModuleNotFoundError:
-    triton = SimpleNamespace(jit=lambda function: function)
+    triton = SimpleNamespace(jit=lambda function=None, **how: function or triton.jit)
     tl = SimpleNamespace(constexpr=int)
     HAS_TRITON, INTERPRETED = False, False
 

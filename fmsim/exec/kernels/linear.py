@@ -111,6 +111,7 @@ def linear_triton(
         levels.stride(0),
         total,
         row_blocks,
+        share,
         OUTPUTS=outputs,
         INPUTS=inputs,
         OF_GROUP=of_group,
@@ -120,7 +121,6 @@ def linear_triton(
         BLOCK_OUTPUTS=block,
         BLOCK_INPUTS=tune.block_inputs,
         NEAR_ROWS=tune.near_rows,
-        SHARE=share,
         STAGES=tune.stages,
         FLOAT8_ROWS=float8_rows,
         num_warps=tune.warps,
@@ -151,7 +151,8 @@ def _splits(blocks: int, turns: int, at_a_time: int) -> int:
     return min(range(1, min(turns, MOST_SPLITS) + 1), key=cost)
 
 
-@triton.jit
+# compiled once for a kind of rows, however many there are
+@triton.jit(do_not_specialize=["rows", "row_blocks", "share"])
 def _linear(
     x,
     x_scale,
@@ -162,6 +163,7 @@ def _linear(
     scale_stride,
     rows,
     row_blocks,
+    share,
     OUTPUTS: tl.constexpr,
     INPUTS: tl.constexpr,
     OF_GROUP: tl.constexpr,
@@ -171,11 +173,10 @@ def _linear(
     BLOCK_OUTPUTS: tl.constexpr,
     BLOCK_INPUTS: tl.constexpr,
     NEAR_ROWS: tl.constexpr,
-    SHARE: tl.constexpr,
     STAGES: tl.constexpr,
     FLOAT8_ROWS: tl.constexpr,
 ):
-    """One program: a block of outputs of a block of rows, over SHARE blocks of inputs.
+    """One program: a block of outputs of a block of rows, over ``share`` blocks of inputs.
 
     Programs of NEAR_ROWS blocks of rows and the same outputs follow one another, so that they find
     the weights in the L2. A block of outputs and a block of inputs lie in one scale's block, so a
@@ -189,7 +190,7 @@ def _linear(
     first_row = (near + number % of_near) * BLOCK_ROWS
     start, split = number // of_near * BLOCK_OUTPUTS, tl.program_id(1)
     TURNS: tl.constexpr = (INPUTS + BLOCK_INPUTS - 1) // BLOCK_INPUTS
-    first, last = split * SHARE, tl.minimum((split + 1) * SHARE, TURNS)
+    first, last = split * share, tl.minimum((split + 1) * share, TURNS)
     output, column = start + tl.arange(0, BLOCK_OUTPUTS), tl.arange(0, BLOCK_INPUTS)
     row = first_row + tl.arange(0, BLOCK_ROWS)
     # what lies beyond the last is read as the last, and not stored

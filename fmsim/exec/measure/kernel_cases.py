@@ -37,7 +37,8 @@ class Case:
     written once.
 
     ``reference`` computes the same in torch, where that fits in memory; ``peers`` are other ways to
-    the same result.
+    the same result; ``given`` is what others need to compute it too; ``flops`` counts the
+    operations of matrix products, where they can be what bounds it.
     """
 
     kernel: str
@@ -46,6 +47,8 @@ class Case:
     run: Callable[[], object]
     reference: Callable[[], object] | None = None
     peers: dict[str, Callable[[], object]] | None = None
+    given: tuple = ()
+    flops: int = 0
 
 
 def fill_entries(pool: Tensor, layout: Layout) -> Tensor:
@@ -103,6 +106,7 @@ def index_scoring(batch: int, entries: int, device, float8_queries: bool = False
         n_bytes,
         lambda: index_scores(*inputs, out).scores[of],
         lambda: index_scores_reference(*inputs).scores[of],
+        given=inputs,
     )
 
 
@@ -167,6 +171,8 @@ def attention(
         n_bytes,
         lambda: sparse_attention(*inputs)[0],
         lambda: sparse_attention_reference(*inputs)[0],
+        given=inputs,
+        flops=4 * batch * (WINDOW + selected) * HEADS * LATENT.width,
     )
 
 

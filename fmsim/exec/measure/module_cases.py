@@ -181,20 +181,23 @@ def mixing(batch: int, device, float8: bool = False) -> Case:
     )
 
 
-def projecting(batch: int, outputs: int, inputs: int, groups: int, device) -> Case:
+def projecting(
+    batch: int, outputs: int, inputs: int, groups: int, device, float8_rows: bool = False
+) -> Case:
     """A product with float8 weights; the same with bfloat16 weights through torch is its peer."""
     weight, scale = quantise(torch.randn(outputs, inputs, device=device) * inputs**-0.5)
     x = torch.randn(batch, 1, groups * inputs, device=device).to(torch.bfloat16)
     wide = dequantise(weight, scale, dtype=torch.bfloat16)
-    given = x, weight, scale, groups
+    given = x, weight, scale, groups, float8_rows
     n_bytes = weight.nbytes + scale.nbytes + x.nbytes + batch * outputs * 2
-    name = f"{batch} x {inputs:,} x {outputs:,}" + (f" / {groups}" if groups > 1 else "")
-    peers = {"torch, bf16": lambda: grouped_product(x, wide, groups)}
+    shape = f"{batch} x {inputs:,} x {outputs:,}" + (f" / {groups}" if groups > 1 else "")
     return Case(
-        "float8 linear",
-        name,
+        "float8 linear, float8 rows" if float8_rows else "float8 linear",
+        shape,
         n_bytes,
         lambda: linear(*given),
         lambda: linear_reference(*given),
-        peers,
+        {"torch, bf16": lambda: grouped_product(x, wide, groups)},
+        given,
+        2 * batch * outputs * inputs,
     )
