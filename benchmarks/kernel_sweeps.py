@@ -111,7 +111,10 @@ SWEEPS = {
             f"{batch} x 640": lambda batch=batch: cases.attention(batch, 8192, DEVICE)
             for batch in (8, 16, 32, 64, 97, 128, 256)
         }
-        | {"32 x 4,224": lambda: cases.attention(32, 4096, DEVICE, selected=4096)},
+        | {
+            "97 x 640, pages of 1": lambda: cases.attention(97, 8192, DEVICE, per_page=1),
+            "32 x 4,224": lambda: cases.attention(32, 4096, DEVICE, selected=4096),
+        },
         grid(block_rows=[64], stages=[1, 2], locate_rows=[16, 64])
         + grid(block_rows=[32], stages=[2, 3]),
     ),

@@ -6,11 +6,12 @@ and the best other way.
 A floor is the fewest bytes that a kernel must move over the bandwidth that a copy reaches here (of
 PCIe, for recall), or its matrix products' operations at 70% of the card's rate, whichever takes
 longer. Times are medians of CUDA graph replays with a cold L2. Each kernel's result is compared
-with its torch reference first; one that differs is marked, and ends the run with an error. Peers: FlashMLA, DeepGEMM and cuBLAS's float8 product (`peers`),
-FlashInfer's top_k, where they are installed (where not, the row says why); torch.topk;
-torch.compile of the reference where that makes no host synchronisation; of a recall the copy
-engine, with a copy for each row and the list of rows known beforehand, which a decode's host does
-not know.
+with its torch reference first; one that differs is marked, and ends the run with an error.
+
+Peers: FlashMLA, DeepGEMM and cuBLAS's float8 product (`peers`), FlashInfer's top_k, where they are
+installed (where not, the row says why); torch.topk; torch.compile of the reference where that makes
+no host synchronisation; of a recall the copy engine, with a copy for each row and the list of rows
+known beforehand, which a decode's host does not know.
 """
 
 from __future__ import annotations
@@ -101,6 +102,7 @@ BUILDERS = {
         [lambda b=b: cases.attention(b, 128_000, DEVICE) for b in (1, 8, 16, 32)]
         + [lambda b=b: cases.attention(b, 16_384, DEVICE) for b in (64, 97, 128, 256)]
         + [lambda b=b: cases.attention(b, 4096, DEVICE, selected=4096) for b in (1, 32, 97)]
+        + [lambda b=b: cases.attention(b, 16_384, DEVICE, per_page=1) for b in (16, 97)]
     ),
     "sparse attention with masses": [lambda: cases.attention(8, 128_000, DEVICE, masses=True)],
     "append": [

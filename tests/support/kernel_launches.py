@@ -165,7 +165,7 @@ def experts(tokens, dtype=torch.bfloat16, count=24, hidden=4096, width=2048, top
     return launch
 
 
-def product(outputs, inputs, rows=1, groups=1):
+def product(outputs, inputs, rows=1, groups=1, float8_rows=False):
     def launch():
         weight = zeros(outputs, inputs, dtype=torch.uint8).view(torch.float8_e4m3fn)
         linear_triton(
@@ -173,6 +173,7 @@ def product(outputs, inputs, rows=1, groups=1):
             weight,
             zeros(*scale_shape(weight.shape)),
             groups,
+            float8_rows,
         )
 
     return launch
@@ -256,7 +257,13 @@ LAUNCHES = {
     "linear, grouped, 64 rows": product(8192, 4096, rows=64, groups=8),
     "linear, output": product(4096, 8192),
     "linear, output, 128 rows": product(4096, 8192, rows=128),
+    "linear, a prompt": product(4096, 8192, rows=1024),
+    "linear, float8 rows, 64": product(40_960, 1024, rows=64, float8_rows=True),
+    "linear, float8 rows, 128": product(4096, 8192, rows=128, float8_rows=True),
+    "linear, float8 rows, grouped": product(8192, 4096, rows=256, groups=8, float8_rows=True),
+    "linear, float8 rows, a prompt": product(4096, 8192, rows=1024, float8_rows=True),
     "linear, odd": product(200, 136),
+    "linear, odd, many rows": product(200, 136, rows=77),
     "copy_rows, entries": rows(584),
     "stage": stage,
     "copy_rows, pages": rows(37_376),

@@ -8,6 +8,7 @@ again, four times the bytes.
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -18,14 +19,15 @@ from fmsim.exec.kernels.attention_rows import Parts, Rows, balanced_splits, fini
 from fmsim.exec.kernels.lang import cdiv, next_power_of_2, tl, triton
 from fmsim.exec.kernels.layout import load_rotated
 
-ALIGNED = 16  # bytes, at whose multiples every row must begin, to be read in the widest accesses
+# bytes, at whose multiples every row must begin: a copy into shared memory takes 16 or 8 at a time
+WIDEST, NARROWEST = 16, 8
 UNKNOWN = tl.constexpr(-(2**60))
 
 
 class Located(NamedTuple):
     """Of each row, [B, N] with N whole blocks: ``places`` int64, from the pool's start in steps of
-    16 bytes, below `UNKNOWN` of what is not known (a window may lie before the pool); ``factors``
-    float16 [B, N, 8], the scales of its chunks.
+    8 or 16 bytes, below `UNKNOWN` of what is not known (a window may lie before the pool);
+    ``factors`` float16 [B, N, 8], the scales of its chunks.
     """
 
     places: Tensor
@@ -33,11 +35,15 @@ class Located(NamedTuple):
 
 
 def takes(rows: Rows) -> bool:
-    """Whether rows are packed latents that all begin at multiples of 16 bytes."""
-    starts = rows.window.data_ptr(), rows.pool.data_ptr(), rows.window.stride(0)
-    return rows.layout.kind == "latent" and not any(
-        start % ALIGNED for start in (*starts, rows.pool.stride(0))
-    )
+    """Whether rows are packed latents that copies into shared memory can begin at."""
+    return rows.layout.kind == "latent" and _step(rows) >= NARROWEST
+
+
+def _step(rows: Rows) -> int:
+    """Bytes, up to 16, at whose multiples every row begins."""
+    starts = rows.window.data_ptr(), rows.pool.data_ptr()
+    strides = rows.window.stride(0), rows.pool.stride(0), rows.layout.value_bytes
+    return math.gcd(WIDEST, *starts, *strides)
 
 
 def attend_packed(
@@ -71,6 +77,7 @@ def attend_packed(
         count,
         HEADS=heads,
         WIDTH=size,
+        STEP=_step(rows),
         BLOCK_HEADS=block_heads,
         BLOCK_ROWS=tune.block_rows,
         ALONE=splits == 1,
@@ -105,6 +112,7 @@ def _located(rows: Rows, tune: tuning.PackedAttentionTuning) -> Located:
         WINDOW_BYTES=rows.window.stride(0),
         PER_PAGE=layout.per_page(rows.pool),
         PAGE_BYTES=rows.pool.stride(0),
+        STEP=_step(rows),
         BLOCK_ROWS=tune.locate_rows,
         num_warps=4,
     )
@@ -129,6 +137,7 @@ def _locate(
     WINDOW_BYTES: tl.constexpr,
     PER_PAGE: tl.constexpr,
     PAGE_BYTES: tl.constexpr,
+    STEP: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
 ):
     """One program: some rows of one sequence."""
@@ -145,7 +154,7 @@ def _locate(
     number, of = tl.where(near, row, entry % PER_PAGE), tl.where(near, WINDOW, PER_PAGE)
     place = (start + number * VALUE_BYTES).to(tl.int64) - pool.to(tl.int64)
     at = places + b * count + row
-    tl.store(at, tl.where(known, place // 16, 2 * UNKNOWN), mask=inside)
+    tl.store(at, tl.where(known, place // STEP, 2 * UNKNOWN), mask=inside)
     lane = tl.arange(0, SCALE_BYTES)[None, :]
     scales = start + of * VALUE_BYTES + number * SCALE_BYTES
     exponent = tl.load(scales[:, None] + lane, mask=known[:, None], other=0).to(tl.int32)
@@ -170,6 +179,7 @@ def _attend_packed(
     count,
     HEADS: tl.constexpr,
     WIDTH: tl.constexpr,
+    STEP: tl.constexpr,
     BLOCK_HEADS: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
     ALONE: tl.constexpr,
@@ -200,7 +210,7 @@ def _attend_packed(
     place = tl.load(places + first + within)
     for start in tl.range(first, last, BLOCK_ROWS, num_stages=STAGES):
         known = place > UNKNOWN
-        row = place * 16
+        row = place * STEP
         codes = tl.load(
             (pool + row)[:, None] + lane[None, :],
             mask=known[:, None] & (lane < WIDTH - 64)[None, :],

@@ -23,7 +23,7 @@ from torch import Tensor
 from fmsim.exec.kernels import tuning
 from fmsim.exec.kernels.lang import cdiv, next_power_of_2, runs_compiled, tl, triton
 from fmsim.exec.kernels.layout import product_operand
-from fmsim.exec.kernels.rounded_rows import round_rows, rounded_reference
+from fmsim.exec.kernels.rounded_rows import round_rows_triton, rounded_reference
 from fmsim.exec.kernels.weights import BLOCK, dequantise
 
 FEWEST_OUTPUTS = 16  # of a program: a matrix instruction's
@@ -83,7 +83,7 @@ def linear_triton(
     )
     levels = scale
     if float8_rows:
-        rows, levels = round_rows(rows)
+        rows, levels = round_rows_triton(rows)
     elif rows.dtype == torch.bfloat16 and total > tuning.FEW_ROWS:
         # once, and not by every program that reads them
         rows = rows.to(torch.float16)

@@ -78,11 +78,13 @@ def fill_entries(pool: Tensor, layout: Layout) -> Tensor:
     return pool
 
 
-def paged(layout: Layout, batch: int, entries: int, device) -> tuple[Tensor, Tensor]:
+def paged(
+    layout: Layout, batch: int, entries: int, device, per_page: int = PER_PAGE
+) -> tuple[Tensor, Tensor]:
     """A pool of made-up entries, and a block table over its pages in random order."""
-    pages = cdiv(entries, PER_PAGE)
+    pages = cdiv(entries, per_page)
     pool = fill_entries(
-        torch.empty(batch * pages, PER_PAGE * layout.entry_bytes, dtype=torch.uint8, device=device),
+        torch.empty(batch * pages, per_page * layout.entry_bytes, dtype=torch.uint8, device=device),
         layout,
     )
     return pool, torch.randperm(batch * pages, device=device).view(batch, pages).to(torch.int32)
@@ -138,12 +140,17 @@ def selection(
 
 
 def attention(
-    batch: int, entries: int, device, masses: bool = False, selected: int = TOP_K
+    batch: int,
+    entries: int,
+    device,
+    masses: bool = False,
+    selected: int = TOP_K,
+    per_page: int = PER_PAGE,
 ) -> Case:
     """``selected`` of the entries, at random; all of them, as in an HCA layer, where they are as
     many.
     """
-    pool, table = paged(LATENT, batch, entries, device)
+    pool, table = paged(LATENT, batch, entries, device, per_page)
     window = torch.full(
         (batch, WINDOW * LATENT.entry_bytes), 0x3F, dtype=torch.uint8, device=device
     )
@@ -165,9 +172,10 @@ def attention(
     inputs = queries, rows, sinks, LATENT.width**-0.5, masses
     n_bytes = batch * ((WINDOW + selected) * LATENT.entry_bytes + 2 * queries[0].numel() * 2)
     name = "sparse attention with masses" if masses else "sparse attention"
+    pages = "" if per_page == PER_PAGE else f", pages of {per_page}"
     return Case(
         name,
-        f"{batch} x {selected + WINDOW:,}",
+        f"{batch} x {selected + WINDOW:,}{pages}",
         n_bytes,
         lambda: sparse_attention(*inputs)[0],
         lambda: sparse_attention_reference(*inputs)[0],

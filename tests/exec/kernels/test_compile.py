@@ -20,6 +20,7 @@ LAUNCHES = [
     "top_k, preselected",
     "sparse_attention",
     "sparse_attention, many",
+    "sparse_attention, many packed",
     "compress, csa",
     "hyper_connection",
     "norm_rope",
@@ -28,6 +29,8 @@ LAUNCHES = [
     "experts, many",
     "experts, float8, one",
     "linear, output",
+    "linear, output, 128 rows",
+    "linear, float8 rows, 128",
     "copy_rows, entries",
     "stage",
 ]
@@ -37,6 +40,8 @@ KERNELS = {
     "_attend_in_place",
     "_gather",
     "_attend",
+    "_locate",
+    "_attend_packed",
     "_combine",
     "_row_masses",
     "_compress",
@@ -51,6 +56,7 @@ KERNELS = {
     "_sum_pairs",
     "_linear",
     "_add_up",
+    "_round_rows",
     "_copy_rows",
     "_stage",
 }
@@ -88,8 +94,11 @@ def test_every_kernel_compiles_for_sm_90(tmp_path):
         "mma.sync" in kind and "f16" in kind for kind in products
     )
     assert "cp.async.cg.shared.global" in products  # 16 bytes a thread
-    product = next(row for row in found if row["kernel"] == "_linear")["ptx"]
-    assert (
-        any("mma.sync" in kind and "f16" in kind for kind in product)
-        and "cp.async.cg.shared.global" in product
-    )  # 16 bytes a thread
+    products = [row["ptx"] for row in found if row["kernel"] == "_linear"]
+    few, many, rounded = products
+    assert any("mma.sync" in kind and "f16" in kind for kind in few)
+    assert any("wgmma" in kind and "f16.f16" in kind for kind in many)
+    assert any("wgmma" in kind and "e4m3.e4m3" in kind for kind in rounded)
+    assert all("cp.async.cg.shared.global" in kinds for kinds in products)  # 16 bytes a thread
+    packed = next(row["ptx"] for row in found if row["kernel"] == "_attend_packed")
+    assert "cp.async.cg.shared.global" in packed and any("wgmma" in kind for kind in packed)

@@ -7,8 +7,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from kernel_pools import on_each_device
 
+from fmsim.exec.kernels import linear as products
 from fmsim.exec.kernels import tuning
 from fmsim.exec.kernels.linear import linear_reference, linear_triton
+from fmsim.exec.kernels.rounded_rows import (
+    round_rows_reference,
+    round_rows_triton,
+    rounded_reference,
+)
 from fmsim.exec.kernels.weights import dequantise, quantise, scale_shape
 
 LIMITS = {
@@ -196,3 +202,41 @@ def test_groups_have_inputs_of_their_own(device, seed, rows, groups, of_group, i
     exact, amounts = product(x64, wide), product(x64.abs(), wide.abs())
     for run in (linear_reference, lambda *given_: linear_triton(*given_, tune=tune)):
         assert agrees(run(x, weight, scale, groups), exact, amounts, 0)
+
+
+@on_each_device
+@settings(max_examples=15, deadline=None)
+@given(
+    seed=st.integers(0, 2**32),
+    rows=st.sampled_from([1, 9, 300]),
+    columns=st.sampled_from([1, 128, 200]),
+    dtype=st.sampled_from([torch.float32, torch.bfloat16]),
+)
+def test_rows_are_rounded_as_the_reference_rounds(device, seed, rows, columns, dtype):
+    """Bit for bit, out of longer rows too."""
+    generator = torch.Generator().manual_seed(seed)
+    size = torch.exp2(torch.rand(rows, 1, generator=generator) * 40 - 20)
+    x = (torch.randn(rows, columns + 8, generator=generator) * size).to(device, dtype)[:, :columns]
+    codes, scales = round_rows_triton(x)
+    expected, levels = round_rows_reference(x)
+    assert torch.equal(codes.view(torch.uint8), expected.view(torch.uint8))
+    assert torch.equal(scales[:, :rows], levels[:, :rows]) and scales.shape == levels.shape
+    assert torch.equal(
+        rounded_reference(x.float()).double(), rounded_by_hand(x).to(torch.float32).double()
+    )
+
+
+def test_no_rows_widen_a_weight(monkeypatch):
+    """However many, in memory: a decode of 129 requests would widen all of a model's at each
+    step."""
+    monkeypatch.setattr(products, "runs_compiled", lambda x: True)
+
+    def widened(*_, **__):
+        raise AssertionError("a whole weight was widened")
+
+    monkeypatch.setattr(products, "dequantise", widened)
+    weight, scale = quantise(torch.randn(128, 256))
+    for rows in (1, 16, 17, 128, 129, 256, 400):
+        for float8_rows in (False, True):
+            found = products.linear(torch.ones(rows, 256), weight, scale, float8_rows=float8_rows)
+            assert found.shape == (rows, 128)
