@@ -34,7 +34,12 @@ from fmsim.exec.model.hyper_connection import HyperConnection, HyperHead
 from fmsim.exec.model.kinds import CSA, HCA
 from fmsim.exec.model.norm_rope import RMSNorm
 from fmsim.exec.model.projections import linear
-from fmsim.exec.model.weights.quantised import fill_float8, hold_float8, published_float8
+from fmsim.exec.model.weights.quantised import (
+    fill_float8,
+    has_float8_rows,
+    hold_float8,
+    published_float8,
+)
 from fmsim.exec.model.weights.synthetic import synthetic_config
 from fmsim.geometry import Geometry
 from fmsim.hw.calibration import Calibration, Timing
@@ -295,7 +300,7 @@ def attention_s(
     layer.
     """
     with torch.device(device):
-        attention = _random(Attention(config, kind), _float8(config))
+        attention = _random(Attention(config, kind), config)
         decode = DecodeAttention(attention, batch, tokens, *layouts)
         for appender in filter(None, (decode.entries, decode.keys)):
             _fill(appender.layout, appender.homes[0])
@@ -308,7 +313,7 @@ def attention_s(
 def attention_bytes(config: DeepseekV4Config, kind: str) -> int:
     """What one layer's attention reads of weights."""
     with torch.device("meta"):
-        attention = _random(Attention(config, kind), _float8(config))
+        attention = _random(Attention(config, kind), config)
     return sum(tensor.nbytes for tensor in [*attention.parameters(), *attention.buffers()])
 
 
@@ -322,13 +327,15 @@ def _fill(layout: Layout, home: Home) -> None:
         home.table.copy_(table)
 
 
-def _random(module: nn.Module, float8: bool = False) -> nn.Module:
-    """Random bfloat16 weights; with ``float8``, float8 for those that are published so."""
+def _random(module: nn.Module, config: DeepseekV4Config | None = None) -> nn.Module:
+    """Random bfloat16 weights; of a float8 model, whose ``config`` says so, float8 for those that
+    are published so.
+    """
     for parameter in module.parameters():
         parameter.normal_(std=max(parameter.shape) ** -0.5)
     module.to(torch.bfloat16)
-    if float8:
-        hold_float8(module, published_float8(module))
+    if config is not None and _float8(config):
+        hold_float8(module, published_float8(module), has_float8_rows(config))
         fill_float8(module)
     return module
 
@@ -338,7 +345,7 @@ def _float8(config: DeepseekV4Config) -> bool:
 
 
 def _experts(config: DeepseekV4Config):
-    layer = _random(MoE(config, hashed=False), _float8(config))
+    layer = _random(MoE(config, hashed=False), config)
 
     def at(batch: int):
         x = torch.randn(batch, 1, config.hidden_size, device=layer.gate.weight.device)

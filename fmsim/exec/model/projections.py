@@ -23,15 +23,21 @@ class Float8Linear(nn.Module):
     """`nn.Linear` without a bias, its ``weight`` float8_e4m3fn [out, in] with ``scale`` float32
     [ceil(out / 128), ceil(in / 128)].
 
-    Few rows on a GPU are multiplied by a kernel that reads float8; for others the weight is widened
-    to their type at each call.
+    With ``float8_rows`` more than a few rows are rounded to float8 first, as DeepSeek's release
+    does (`kernels.linear`). On a GPU a kernel reads the float8 weights; elsewhere they are widened
+    at each call.
     """
 
     def __init__(
-        self, in_features: int, out_features: int, device: torch.device | str | None = None
+        self,
+        in_features: int,
+        out_features: int,
+        device: torch.device | str | None = None,
+        float8_rows: bool = False,
     ):
         super().__init__()
         self.in_features, self.out_features = in_features, out_features
+        self.float8_rows = float8_rows
         self.register_buffer(
             "weight",
             torch.empty(out_features, in_features, dtype=torch.float8_e4m3fn, device=device),
@@ -41,7 +47,7 @@ class Float8Linear(nn.Module):
         )
 
     def forward(self, x: Tensor) -> Tensor:
-        return multiply(x, self.weight, self.scale)
+        return multiply(x, self.weight, self.scale, float8_rows=self.float8_rows)
 
 
 Projection = nn.Linear | Float8Linear
@@ -52,7 +58,9 @@ def grouped(x: Tensor, projection: Projection, groups: int) -> Tensor:
     slice of x.
     """
     if isinstance(projection, Float8Linear):
-        return multiply(x, projection.weight, projection.scale, groups)
+        return multiply(
+            x, projection.weight, projection.scale, groups, float8_rows=projection.float8_rows
+        )
     return grouped_product(x, projection.weight.to(x.dtype), groups)
 
 
@@ -108,7 +116,7 @@ def joined(projections: Sequence[Projection]) -> Projection:
     """
     first, outputs = projections[0], sum(projection.out_features for projection in projections)
     if isinstance(first, Float8Linear):
-        whole = Float8Linear(first.in_features, outputs, device="meta")
+        whole = Float8Linear(first.in_features, outputs, "meta", first.float8_rows)
         whole.scale = _one_tensor([projection.scale for projection in projections])
         whole.weight = _one_tensor([projection.weight for projection in projections])
     else:

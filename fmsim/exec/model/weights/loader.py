@@ -23,7 +23,7 @@ from fmsim.exec.model.config import read_config
 from fmsim.exec.model.deepseek_v4 import DeepseekV4
 from fmsim.exec.model.experts import Experts
 from fmsim.exec.model.norm_rope import inverse_frequencies
-from fmsim.exec.model.weights.quantised import hold_float8, published_float8
+from fmsim.exec.model.weights.quantised import has_float8_rows, hold_float8, published_float8
 from fmsim.exec.model.weights.shards import FP8_BLOCK, Shards, scale_names
 
 # transformers writes most tensors under the names of the official release; in order, first the
@@ -109,9 +109,10 @@ def empty_model(directory: Path, dtype: torch.dtype) -> DeepseekV4:
     """The model that `load_model` fills, without memory: its shapes and types are those that it
     will have.
     """
-    model = meta_model(read_config(directory), dtype)
+    config = read_config(directory)
+    model = meta_model(config, dtype)
     if dtype == torch.bfloat16:
-        hold_float8(model, _float8_modules(model, Shards(directory)))
+        hold_float8(model, _float8_modules(model, Shards(directory)), has_float8_rows(config))
     return model
 
 

@@ -7,6 +7,7 @@ from collections.abc import Collection, Iterator
 
 import torch
 from torch import Tensor, nn
+from transformers import DeepseekV4Config
 
 from fmsim.exec.kernels.weights import quantise, scale_shape
 from fmsim.exec.model.experts import Experts
@@ -31,9 +32,17 @@ def published_float8(module: nn.Module) -> list[str]:
     ]
 
 
-def hold_float8(module: nn.Module, names: Collection[str]) -> None:
+def has_float8_rows(config: DeepseekV4Config) -> bool:
+    """Whether a model's activations are float8 beside its float8 weights, as in the release."""
+    quantised = getattr(config, "quantization_config", None) or {}
+    return quantised.get("activation_scheme") == "dynamic"
+
+
+def hold_float8(module: nn.Module, names: Collection[str], float8_rows: bool = False) -> None:
     """Make the named `nn.Linear`s `Float8Linear`s, and `Experts` hold float8 and scales, on their
     devices; what they hold is then to be filled.
+
+    ``float8_rows``: as `Float8Linear` has it; experts' rows stay as they are.
     """
     for name in names:
         part = module.get_submodule(name)
@@ -59,7 +68,7 @@ def hold_float8(module: nn.Module, names: Collection[str]) -> None:
             setattr(
                 module.get_submodule(parent),
                 last,
-                Float8Linear(part.in_features, part.out_features, part.weight.device),
+                Float8Linear(part.in_features, part.out_features, part.weight.device, float8_rows),
             )
 
 

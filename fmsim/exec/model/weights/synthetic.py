@@ -17,7 +17,12 @@ from fmsim.exec.kernels.weights import BLOCK
 from fmsim.exec.model.deepseek_v4 import DeepseekV4
 from fmsim.exec.model.kinds import CSA, HCA
 from fmsim.exec.model.weights.loader import allocate, meta_model
-from fmsim.exec.model.weights.quantised import fill_float8, hold_float8, published_float8
+from fmsim.exec.model.weights.quantised import (
+    fill_float8,
+    has_float8_rows,
+    hold_float8,
+    published_float8,
+)
 from fmsim.geometry import Geometry
 from fmsim.units import gib
 
@@ -95,9 +100,10 @@ def model_bytes(geometry: Geometry, n_experts: int) -> int:
 
 
 def _meta_model(geometry: Geometry, n_experts: int) -> DeepseekV4:
-    model = meta_model(synthetic_config(geometry, n_experts), torch.bfloat16)
+    config = synthetic_config(geometry, n_experts)
+    model = meta_model(config, torch.bfloat16)
     if geometry.float8_weights:
-        hold_float8(model, published_float8(model))
+        hold_float8(model, published_float8(model), has_float8_rows(config))
     return model
 
 
