@@ -93,8 +93,8 @@ SWEEPS = {
             "1 x 640": lambda: cases.attention(1, 128_000, DEVICE),
             "1 x 4,224": lambda: cases.attention(1, 4096, DEVICE, selected=4096),
         },
-        grid(block_heads=[16], block_rows=[16, 32], programs=[132, 264], warps=[4], stages=[1, 2])
-        + grid(block_heads=[64], block_rows=[32, 64], warps=[8], stages=[1]),
+        grid(block_heads=[16], block_rows=[16, 32], programs=[132, 264], warps=[4], stages=[1])
+        + grid(block_heads=[16], block_rows=[32], programs=[264], warps=[4], stages=[2]),
     ),
     "attention, some": Sweep(
         "ATTENTION_OF_SOME",
@@ -102,8 +102,9 @@ SWEEPS = {
             f"{batch} x 640": lambda batch=batch: cases.attention(batch, 128_000, DEVICE)
             for batch in (4, 8)
         },
-        grid(block_rows=[32, 64], programs=[132, 264], stages=[1, 2])
-        + grid(block_heads=[16], block_rows=[32], programs=[132, 264], warps=[4], stages=[1]),
+        grid(block_rows=[64], programs=[132], stages=[2])
+        + grid(block_rows=[32], programs=[132, 264], stages=[1])
+        + grid(block_heads=[16], block_rows=[32], programs=[264], warps=[4], stages=[1]),
     ),
     "attention, many": Sweep(
         "ATTENTION_OF_MANY",
@@ -115,7 +116,7 @@ SWEEPS = {
             "97 x 640, pages of 1": lambda: cases.attention(97, 8192, DEVICE, per_page=1),
             "32 x 4,224": lambda: cases.attention(32, 4096, DEVICE, selected=4096),
         },
-        grid(block_rows=[64], stages=[1, 2], locate_rows=[16, 64])
+        grid(block_rows=[64], stages=[1], locate_rows=[16, 64])
         + grid(block_rows=[32], stages=[2, 3]),
     ),
     "attention, many in place": Sweep(
@@ -223,44 +224,40 @@ SWEEPS = {
     "float8 linear, 17 to 64 rows": Sweep(
         "LINEAR_OF_SOME",
         projecting(17, 64),
-        grid(
-            block_outputs=[64], block_rows=[64], programs=[132, 264, 396], warps=[4], stages=[3, 4]
-        )
-        + grid(block_outputs=[128], block_rows=[64], programs=[132, 264], warps=[8], stages=[3, 4]),
+        grid(block_outputs=[64], block_rows=[64], programs=[264, 396], warps=[4], stages=[3, 4])
+        + grid(block_outputs=[128], block_rows=[64], programs=[264], warps=[8], stages=[3]),
     ),
     "float8 linear, 65 to 256 rows": Sweep(
         "LINEAR_OF_MANY",
         projecting(128, 256),
-        grid(block_outputs=[128], block_rows=[128, 256], programs=[132], warps=[8], stages=[2, 3])
+        grid(block_outputs=[128], block_rows=[256], programs=[132], warps=[8], stages=[2, 3])
         + grid(block_outputs=[64], block_rows=[128], programs=[132, 264], warps=[4], stages=[3])
         + grid(block_outputs=[64], block_rows=[64], programs=[396], warps=[4], stages=[3]),
     ),
     "float8 linear, a prompt": Sweep(
         "LINEAR_OF_PROMPTS",
         projecting(1024, 8192),
-        grid(block_outputs=[128], block_rows=[128, 256], programs=[132], warps=[8], stages=[2, 3])
+        grid(block_outputs=[128], block_rows=[256], programs=[132], warps=[8], stages=[2, 3])
         + grid(block_outputs=[64], block_rows=[256], programs=[132], warps=[4], stages=[3]),
     ),
     "float8 rows, 17 to 64": Sweep(
         "FLOAT8_LINEAR_OF_SOME",
         projecting(17, 64, float8_rows=True),
         grid(block_outputs=[64], block_rows=[64], programs=[264, 396], warps=[4], stages=[3, 4])
-        + grid(block_outputs=[128], block_rows=[64], programs=[132, 264], warps=[4, 8], stages=[4])
-        + grid(block_outputs=[128], block_rows=[32], programs=[264, 396], warps=[4], stages=[4]),
+        + grid(block_outputs=[128], block_rows=[64], programs=[132, 264], warps=[8], stages=[4]),
     ),
     "float8 rows, 65 to 256": Sweep(
         "FLOAT8_LINEAR_OF_MANY",
         projecting(128, 256, float8_rows=True),
         grid(block_outputs=[128], block_rows=[128], programs=[132], warps=[8], stages=[3, 4])
         + grid(block_outputs=[64], block_rows=[128], programs=[264], warps=[4], stages=[3, 4])
-        + grid(block_outputs=[128], block_rows=[64], programs=[264], warps=[4, 8], stages=[3]),
+        + grid(block_outputs=[128], block_rows=[64], programs=[132, 264], warps=[8], stages=[3]),
     ),
     "float8 rows, a prompt": Sweep(
         "FLOAT8_LINEAR_OF_PROMPTS",
         projecting(1024, 8192, float8_rows=True),
         grid(block_outputs=[128], block_rows=[128], programs=[132], warps=[8], stages=[3, 4])
-        + grid(block_outputs=[64], block_rows=[128], programs=[264], warps=[4], stages=[3, 4])
-        + grid(block_outputs=[128], block_rows=[256], programs=[132], warps=[8], stages=[3]),
+        + grid(block_outputs=[64], block_rows=[128], programs=[264], warps=[4], stages=[3]),
     ),
     "recall": Sweep(
         "GATHER",

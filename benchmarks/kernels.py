@@ -25,7 +25,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import peers
 import torch
@@ -166,28 +166,38 @@ def wrong_by(case: cases.Case) -> float | None:
     return float((found - expected).norm() / expected.norm())
 
 
-def measured(name: str, case: cases.Case, floors: dict[str, float], compiled: bool) -> dict:
+class Ways(NamedTuple):
+    """What a row is compared with: bytes a second by link, whether torch.compile is, and how long
+    the peers' first calls may take.
+    """
+
+    floors: dict[str, float]
+    compiled: bool
+    patience: peers.Patience
+
+
+def measured(name: str, case: cases.Case, ways: Ways) -> dict[str, Any]:
     error = wrong_by(case)
-    bandwidth = PCIE_BYTES_PER_S if name == "recall" else floors["hbm"]
+    bandwidth = PCIE_BYTES_PER_S if name == "recall" else ways.floors["hbm"]
     flops_per_s = FLOAT8_FLOPS_PER_S if name.endswith("float8 rows") else HALF_FLOPS_PER_S
     floor_s = max(case.n_bytes / bandwidth, case.flops / flops_per_s / REACHED)
     seconds = median_s(case.run, DEVICE)
     others = {}
     if name in OTHERS:
-        others = peers.tried(OTHERS[name](*case.given), case.run())
+        others = peers.tried(OTHERS[name](*case.given), case.run(), ways.patience)
     skipped = {label: way for label, way in others.items() if isinstance(way, str)}
-    ways = (case.peers or {}) | {n: way for n, way in others.items() if n not in skipped}
+    to_time = (case.peers or {}) | {n: way for n, way in others.items() if n not in skipped}
     timed = {}
-    for label, way in ways.items():
+    for label, way in to_time.items():
         try:
             timed[label] = median_s(way, DEVICE)
         except Exception as why:  # what runs need not be what a CUDA graph can hold
             skipped[label] = f"{type(why).__name__}: {(str(why).splitlines() or [''])[0][:90]}"
-    if compiled and name in COMPILED_ALONE:  # the other references read lengths on the host
+    if ways.compiled and name in COMPILED_ALONE:  # the other references read lengths on the host
         timed["torch.compile"] = median_s(
             torch.compile(case.reference, dynamic=False), DEVICE, graph=False
         )
-    if compiled and name in COMPILED:
+    if ways.compiled and name in COMPILED:
         timed["torch"] = median_s(case.reference, DEVICE)
         timed["torch.compile"] = median_s(torch.compile(case.reference, dynamic=False), DEVICE)
     return {
@@ -239,11 +249,11 @@ def layer(kind: str, float8: bool, floors: dict[str, float], tokens: int = 524_2
     }
 
 
-def rows_of(name: str, floors: dict[str, float], compiled: bool) -> Iterator[dict[str, Any]]:
+def rows_of(name: str, ways: Ways) -> Iterator[dict[str, Any]]:
     if name in LAYERS:
-        yield from (layer(LAYERS[name], float8, floors) for float8 in (False, True))
+        yield from (layer(LAYERS[name], float8, ways.floors) for float8 in (False, True))
     else:
-        yield from (measured(name, build(), floors, compiled) for build in BUILDERS[name])
+        yield from (measured(name, build(), ways) for build in BUILDERS[name])
 
 
 def line_of(row: dict[str, Any]) -> str:
@@ -282,6 +292,9 @@ def main() -> None:
     parser.add_argument(
         "--seconds", type=float, help="start no row after so many; what is left out is told"
     )
+    parser.add_argument(
+        "--peer-seconds", type=float, default=300, help="that peers' first calls may take in all"
+    )
     given = parser.parse_args()
     if not torch.cuda.is_available():
         sys.exit(
@@ -293,6 +306,7 @@ def main() -> None:
         for name in ("torch", "triton", "flashinfer-python", "sgl-flash-mla", "sgl-deep-gemm")
     }
     floors = {"hbm": copied_bytes_per_s(), "pcie": PCIE_BYTES_PER_S}
+    ways = Ways(floors, not given.no_compile, peers.Patience(given.peer_seconds))
     start_s = time.monotonic()
     result: dict[str, Any] = {
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
@@ -310,7 +324,7 @@ def main() -> None:
         if given.seconds and time.monotonic() - start_s > given.seconds:
             print(f"{name}: no time left", flush=True)
             continue
-        for row in rows_of(name, floors, not given.no_compile):
+        for row in rows_of(name, ways):
             result["rows"].append(row)
             given.out.write_text(json.dumps(result, indent=1) + "\n")
             print(line_of(row), flush=True)

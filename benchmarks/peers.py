@@ -9,6 +9,7 @@ sgl-deep-gemm and apache-tvm-ffi; torch brings cuBLAS with it.
 from __future__ import annotations
 
 import importlib
+import time
 from collections.abc import Callable
 from types import ModuleType
 
@@ -33,19 +34,32 @@ def package(name: str) -> ModuleType | str:
         return f"{name}: {type(error).__name__}: {str(error).splitlines()[0][:80]}"
 
 
-def tried(ways: dict[str, Way], ours: Tensor) -> dict[str, Way]:
+class Patience:
+    """How long the peers' first calls may take in all: some compile for seconds at each shape."""
+
+    def __init__(self, seconds: float):
+        self.left_s = seconds
+
+
+def tried(ways: dict[str, Way], ours: Tensor, patience: Patience) -> dict[str, Way]:
     """The ways that run and agree with ``ours``; of the others, why they do not."""
     found: dict[str, Way] = {}
     for name, way in ways.items():
         if isinstance(way, str):
             found[name] = way
             continue
+        if patience.left_s <= 0:
+            found[name] = "its first calls would take longer than --peer-seconds"
+            continue
+        start_s = time.monotonic()
         try:
             result = way().double().reshape(-1)
             torch.cuda.synchronize()
         except Exception as error:  # their refusals are of many types
             found[name] = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:90]}"
             continue
+        finally:
+            patience.left_s -= time.monotonic() - start_s
         expected = ours.double().reshape(-1)
         error = float((result - expected).norm() / expected.norm())
         found[name] = way if error <= LIMIT else f"relative error {error:.1e} against ours"
