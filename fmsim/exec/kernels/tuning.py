@@ -152,18 +152,18 @@ SOME_REQUESTS, MANY_REQUESTS = (
 )  # from here on; between them each entry is decoded once for all heads, but still in place
 FEW_ROWS = 16  # a matrix instruction's
 LINEAR = LinearTuning()
-# By rows at most: of float16, and of float8.
-LINEAR_OF_SOME = LinearTuning(block_outputs=128, block_rows=64, programs=132, warps=8, stages=3)
-LINEAR_OF_MANY = LinearTuning(block_outputs=128, block_rows=128, programs=132, warps=8, stages=3)
-LINEAR_OF_PROMPTS = LinearTuning(block_outputs=128, block_rows=128, programs=132, warps=8, stages=3)
+# By rows at most: of float16, and of float8. As registers and shared memory allow, not yet swept.
+LINEAR_OF_SOME = LinearTuning(block_outputs=64, block_rows=64, programs=396, warps=4, stages=3)
+LINEAR_OF_MANY = LinearTuning(block_outputs=128, block_rows=256, programs=132, warps=8, stages=3)
+LINEAR_OF_PROMPTS = LinearTuning(block_outputs=128, block_rows=256, programs=132, warps=8, stages=3)
 FLOAT8_LINEAR_OF_SOME = LinearTuning(
-    block_outputs=128, block_rows=64, programs=264, warps=4, stages=4
+    block_outputs=64, block_rows=64, programs=396, warps=4, stages=4
 )
 FLOAT8_LINEAR_OF_MANY = LinearTuning(
-    block_outputs=128, block_rows=128, programs=264, warps=4, stages=3
+    block_outputs=64, block_rows=128, programs=264, warps=4, stages=3
 )
 FLOAT8_LINEAR_OF_PROMPTS = LinearTuning(
-    block_outputs=128, block_rows=128, programs=264, warps=4, stages=3
+    block_outputs=128, block_rows=128, programs=132, warps=8, stages=4
 )
 SOME_ROWS, MANY_ROWS = 64, 256  # at most
 FLOAT32_ROWS = 32  # of a block: they take twice the shared memory
