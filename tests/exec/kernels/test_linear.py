@@ -157,7 +157,9 @@ def test_float8_rows_are_the_products_of_rounded_ones(
         )
     )
     found = linear_triton(x, weight, scale, groups, float8_rows=True, tune=tune)
-    assert agrees(found, exact, amounts, LIMITS[dtype])
+    # a GPU adds float8's products up in fewer bits than float32 has, 128 of them at a time
+    limit = max(LIMITS[dtype], 1e-3) if rounds and device == "cuda" else LIMITS[dtype]
+    assert agrees(found, exact, amounts, limit)
     # the rounded rows themselves are held in x's type, which bfloat16 does exactly
     reference = linear_reference(x.float(), weight, scale, groups, float8_rows=True)
     assert agrees(reference, exact, amounts, 0)
@@ -226,7 +228,8 @@ def test_rows_are_rounded_as_the_reference_rounds(device, seed, rows, columns, d
     )
 
 
-def test_no_rows_widen_a_weight(monkeypatch):
+@on_each_device
+def test_no_rows_widen_a_weight(device, monkeypatch):
     """However many, in memory: a decode of 129 requests would widen all of a model's at each
     step."""
     monkeypatch.setattr(products, "runs_compiled", lambda x: True)
@@ -235,8 +238,10 @@ def test_no_rows_widen_a_weight(monkeypatch):
         raise AssertionError("a whole weight was widened")
 
     monkeypatch.setattr(products, "dequantise", widened)
-    weight, scale = quantise(torch.randn(128, 256))
+    weight, scale = (part.to(device) for part in quantise(torch.randn(128, 256)))
     for rows in (1, 16, 17, 128, 129, 256, 400):
         for float8_rows in (False, True):
-            found = products.linear(torch.ones(rows, 256), weight, scale, float8_rows=float8_rows)
+            found = products.linear(
+                torch.ones(rows, 256, device=device), weight, scale, float8_rows=float8_rows
+            )
             assert found.shape == (rows, 128)
