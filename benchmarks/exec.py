@@ -352,9 +352,9 @@ def main() -> None:
                     continue
                 off = row["predicted_step_p50_s"] / row["step_p50_s"] - 1
                 print(
-                    f"{label:8} batch {batch:3}  KV {row['kv_bytes'] / 2**20:7.1f} +"
-                    f" {row['spare_bytes'] / 2**20:5.1f} MiB, {row['kv_and_spare_of_full']:6.1%} of"
-                    f" full  step {row['step_p50_s'] * 1e3:6.2f} ms (predicted {off:+.0%}) "
+                    f"{label:8} batch {batch:3}  on GPU {row['gpu_bytes'] / 2**20:7.1f} MiB,"
+                    f" {row['gpu_ratio']:6.1%} of full  step {row['step_p50_s'] * 1e3:6.2f} ms"
+                    f" (predicted {off:+.0%}) "
                     f" {row['tokens_per_s']:7.1f} tokens/s "
                     f" {row['h2d_bytes_per_step'] / 2**20:6.2f} MiB/step",
                     flush=True,

@@ -255,6 +255,8 @@ def test_several_processes_answer_as_one_does(tmp_path, native):
 
 def line(policy, score, task="vt", tokens=1024, sample=0, question=0, missing=0.0, seed=42):
     costs = {
+        "gpu_bytes": 20,
+        "gpu_ratio": 0.2,
         "kv_bytes": 10,
         "kv_ratio": 0.1,
         "golden_kept": 1.0,
@@ -400,7 +402,7 @@ def test_the_command_prints_writes_and_plots(tmp_path, native, monkeypatch):
     shown = CliRunner().invoke(app, [*call, "--plot", str(tmp_path / "plot.html")])
     assert shown.exit_code == 0, shown.output
     assert (
-        "768 tokens: score / KV GiB" in shown.stdout
+        "768 tokens: score / GiB on the GPU" in shown.stdout
         and "PCIe MiB/step" in shown.stdout
         and "beside full" in shown.stdout
         and "niah_single" in shown.stdout

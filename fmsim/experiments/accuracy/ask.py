@@ -5,6 +5,7 @@ into what it costs.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -143,9 +144,14 @@ def costs(ledger: Ledger, plan: Plan) -> Line:
     """
     geometry, hw = PRESETS[plan.model], load_hardware(plan.hardware)
     layer_map = check_layer_map(None, ledger.n_layers, geometry.n_csa)
+    # The engine here keeps all index keys, to measure what was lost; a server keeps what it needs.
+    sees_all = ledger.on_miss != "mask" or ledger.params.get("sees") == "all"
+    ledger = replace(ledger, all_keys=sees_all)
     row = metrics.row(ledger, simulate(ledger, geometry, hw, layer_map, 1), geometry, hw, layer_map)
     mass_total, mass_kept = ledger.mass_total.sum(axis=1), ledger.mass_kept.sum(axis=1)
     return {
+        "gpu_bytes": row["gpu_bytes"],
+        "gpu_ratio": row["gpu_ratio"],
         "kv_bytes": row["kv_hbm_bytes"],
         "kv_ratio": row["kv_hbm_ratio"],
         "golden_kept": row["entry_recall"],

@@ -60,6 +60,8 @@ class Lines:
         for number, text in enumerate(whole[1:], start=2):
             try:
                 line = json.loads(text)
+                if "gpu_bytes" not in line:
+                    raise ValueError("an answer of an older fmsim")
                 self.found[self.key(line)] = line
             except (ValueError, KeyError, TypeError):
                 raise FmsimError(

@@ -13,7 +13,16 @@ from fmsim.experiments.accuracy.intervals import interval
 from fmsim.experiments.accuracy.lines import Line
 from fmsim.experiments.accuracy.signals import signals
 
-COSTS = ("kv_bytes", "kv_ratio", "golden_kept", "mass_kept", "h2d_bytes_per_step", "stall_ratio")
+COSTS = (
+    "gpu_bytes",
+    "gpu_ratio",
+    "kv_bytes",
+    "kv_ratio",
+    "golden_kept",
+    "mass_kept",
+    "h2d_bytes_per_step",
+    "stall_ratio",
+)
 QUESTION = ("task", "tokens", "seed", "sample", "question")
 
 

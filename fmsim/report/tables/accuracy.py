@@ -25,13 +25,13 @@ def show(report: dict[str, Any]) -> None:
 
 
 def _scores(report: dict[str, Any], tokens: int) -> Table:
-    """Tasks x policies: score / KV GiB."""
+    """Tasks x policies: score / GiB on the GPU."""
     cells = {
         (cell["task"], cell["policy"]): cell for cell in report["cells"] if cell["tokens"] == tokens
     }
     averages = {row["policy"]: row for row in report["averages"] if row["tokens"] == tokens}
     table = Table(
-        title=f"{tokens:,} tokens: score / KV GiB",
+        title=f"{tokens:,} tokens: score / GiB on the GPU",
         title_justify="left",
         header_style="bold",
         pad_edge=False,
@@ -56,7 +56,7 @@ def _scores(report: dict[str, Any], tokens: int) -> Table:
 
 def _score(row: dict[str, Any]) -> str:
     mark = _mark(row["versus_full_ci95"]) if row.get("versus_full_ci95") else ""
-    return f"{_points(row)}{mark} / {row['kv_bytes'] / GIB:.3f}"
+    return f"{_points(row)}{mark} / {row['gpu_bytes'] / GIB:.3f}"
 
 
 def _mark(interval: dict[str, Any]) -> str:
@@ -77,8 +77,9 @@ def _prices(report: dict[str, Any]) -> Table:
     table.add_column("policy", no_wrap=True)
     for name in (
         "score",
-        "KV GiB",
+        "on GPU GiB",
         "of full",
+        "paper's of full",
         "golden kept",
         "mass kept",
         "PCIe MiB/step",
@@ -89,7 +90,8 @@ def _prices(report: dict[str, Any]) -> Table:
         table.add_row(
             row["policy"],
             _points(row),
-            f"{row['kv_bytes'] / GIB:.3f}",
+            f"{row['gpu_bytes'] / GIB:.3f}",
+            f"{row['gpu_ratio']:.1%}",
             f"{row['kv_ratio']:.1%}",
             f"{row['golden_kept']:.1%}",
             share_text(row["mass_kept"]),
@@ -138,8 +140,9 @@ def _notes(report: dict[str, Any]) -> list[Text]:
             " entries where a policy names none; scores by RULER's rules, of 100."
         ),
         (
-            f"KV GiB: kept share of CSA entries x {about['plan']['model']}'s full cache (the"
-            " paper's accounting), mean over the answer's steps."
+            f"on GPU: all that an engine allocates for a request of {about['plan']['model']} with"
+            " nano's slots.  paper's: the kept share of CSA entries, mean over the answer's"
+            " steps."
         ),
         (
             "±: half of a 95% interval, from a bootstrap over contexts.  +, -: the paired"
