@@ -17,6 +17,7 @@ from fmsim.files.inputs import read_text
 from fmsim.geometry import deepseek_v4, deepseek_v41, dsa, minimax_m3
 from fmsim.geometry.base import Geometry
 from fmsim.geometry.described import from_description
+from fmsim.geometry.fields import check_numbers
 
 _FOLDER = resources.files("fmsim.geometry") / "presets"
 _FAMILIES: dict[str, Callable[[Mapping[str, Any], str], Geometry]] = {
@@ -29,6 +30,7 @@ _FAMILIES: dict[str, Callable[[Mapping[str, Any], str], Geometry]] = {
 
 def from_config(config: Mapping[str, Any], name: str = "") -> Geometry:
     """The geometry of a Hugging Face `config.json`; ValueError names what it lacks."""
+    check_numbers(config)
     kind = config.get("model_type")
     if kind not in _FAMILIES:
         known = ", ".join(_FAMILIES)

@@ -22,7 +22,15 @@ from fmsim.frames import frame
 FORMAT_VERSION = 4
 
 
-DAMAGED = (OSError, ValueError, IndexError, EOFError, zipfile.BadZipFile, zlib.error)
+DAMAGED = (
+    OSError,
+    ValueError,
+    IndexError,
+    EOFError,
+    RuntimeError,  # zipfile's, of an encrypted member; also NotImplementedError
+    zipfile.BadZipFile,
+    zlib.error,
+)
 AXES = {
     name: axes
     for axes, names in (
