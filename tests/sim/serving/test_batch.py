@@ -5,13 +5,23 @@ from hand_ledger import FLASH, ledger, loads
 
 from fmsim.sim.serving.batch import RunningBatch, ServedRequest
 from fmsim.sim.serving.demand import Demand
+from fmsim.sim.serving.requests import Arrival
 
 PROMPT = 32_000  # tokens of the hand-made ledger's prompt: 8,000 entries
 
 
 def request(demand, prompt=PROMPT, output=64, rank=0):
-    pools = demand.pools(prompt, output)
-    return ServedRequest(0, 0.0, prompt, output, offset=0, steps=output, pools=pools, rank=rank)
+    return ServedRequest(
+        number=0,
+        asked=Arrival(0.0, prompt, output),
+        arrival_s=0.0,
+        prompt_tokens=prompt,
+        output_tokens=output,
+        offset=0,
+        steps=output,
+        pools=demand.pools(prompt, output),
+        rank=rank,
+    )
 
 
 def test_a_request_of_twice_the_length_has_twice_the_resident_entries():

@@ -126,9 +126,11 @@ def test_waits_are_a_share_of_all_servers_time():
 
 
 def test_samples_on_an_even_grid():
-    """Levels hold until the next sample; sums become rates since the point before."""
-    one = Log(samples=[(0.0, 1, 2, 3, 4, 5, 0, 0), (2.0, 0, 0, 0, 0, 0, 20, 8)])
-    other = Log(samples=[(0.0, 1, 1, 1, 1, 1, 0, 0), (4.0, 0, 0, 0, 0, 0, 40, 4)])
+    """Levels hold until the next sample; sums become rates since the point before. The first server
+    misses 4 of 16 entries, the other 2 of 4 in twice the time; later on it works alone.
+    """
+    one = Log(samples=[(0.0, 1, 2, 3, 4, 5, 0, 0, 0, 0), (2.0, 0, 0, 0, 0, 0, 20, 8, 4, 16)])
+    other = Log(samples=[(0.0, 1, 1, 1, 1, 1, 0, 0, 0, 0), (4.0, 0, 0, 0, 0, 0, 40, 4, 2, 4)])
     assert over_time([one, other], 5) == {
         "t_s": [0, 1, 2, 3, 4],
         "running": [2, 2, 1, 1, 0],
@@ -138,6 +140,7 @@ def test_samples_on_an_even_grid():
         "host_bytes": [6, 6, 1, 1, 0],
         "h2d_bytes_per_s": [0, 20, 20, 10, 10],
         "tokens_per_s": [0, 5, 5, 1, 1],
+        "miss_rate": [0, 2.5 / 9, 2.5 / 9, 0.5, 0.5],
     }
 
 
