@@ -121,6 +121,9 @@ class MemorySystem:
         pool_bytes = hw.kv_pool_bytes(geometry)
         self.hbm = simpy.Container(env, capacity=pool_bytes, init=pool_bytes)
         self.host = simpy.Container(env, capacity=hw.host_bytes_per_gpu, init=hw.host_bytes_per_gpu)
+        nvme_bytes = hw.nvme_bytes_per_gpu
+        self.nvme = simpy.Container(env, nvme_bytes, nvme_bytes) if nvme_bytes else None
+        self.from_nvme = FairLink(env, hw.nvme_rate_per_gpu)  # to the host
         self.to_gpu = FairLink(env, hw.link.bandwidth_bytes_per_s.value)
         self.to_host = FairLink(env, hw.link.bandwidth_bytes_per_s.value)
         self.compute = simpy.Resource(env, capacity=1)

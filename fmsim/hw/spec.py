@@ -99,6 +99,10 @@ class Hardware(_Strict):
     reserve_bytes: Figure  # of GPU memory, what is neither weights nor KV
     host_bytes: Figure  # of the whole server
     host_reserve_bytes: Figure = HOST_RESERVE  # of it, what no mirror can have
+    # below host memory, of the whole server; reads
+    nvme_bytes: Figure | None = None
+    nvme_bytes_per_s: Figure | None = None
+    nvme_usd_per_tb: Figure | None = None
     link: Link
     weights: Format = "fp8"  # that the server runs unless a deployment says otherwise
     kernel_source: str
@@ -122,6 +126,15 @@ class Hardware(_Strict):
     def host_bytes_per_gpu(self) -> float:
         """Each GPU's process pins its own mirror."""
         return max(0.0, self.host_bytes.value - self.host_reserve_bytes.value) / self.n_gpus
+
+    @property
+    def nvme_bytes_per_gpu(self) -> float:
+        return self.nvme_bytes.value / self.n_gpus if self.nvme_bytes else 0.0
+
+    @property
+    def nvme_rate_per_gpu(self) -> float:
+        """Bytes/s that each GPU's process reads, all at once."""
+        return self.nvme_bytes_per_s.value / self.n_gpus if self.nvme_bytes_per_s else 0.0
 
     def deployed(self, deployment: Deployment) -> Hardware:
         """The same hardware under another deployment, whose numbers are checked now."""

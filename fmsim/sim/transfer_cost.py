@@ -12,6 +12,16 @@ from numpy.typing import NDArray
 
 from fmsim.hw.spec import Gather, Link
 
+NVME_READ_BYTES = 4096  # the least that a drive reads
+# Of one read of a TLC drive: 70 to 100 us by data-centre drives' datasheets. Reads of one layer's
+# misses are under way together.
+NVME_LATENCY_S = 90e-6
+
+
+def nvme_read_bytes(row_bytes: float) -> float:
+    """What a drive reads for a row at a random place: whole units."""
+    return math.ceil(row_bytes / NVME_READ_BYTES) * NVME_READ_BYTES
+
 
 class GatherCurve:
     """Measured rates, interpolated.

@@ -13,7 +13,7 @@ from fmsim.report.console import NO_MASS, share_text, wide_console
 from fmsim.report.tables.hardware import hardware_line
 from fmsim.units import GIB
 
-WALLS = ("GPU memory", "host memory", "batch limit", "PCIe", "compute")
+WALLS = ("GPU memory", "host memory", "NVMe", "batch limit", "PCIe", "compute")
 
 
 def show(report: dict[str, Any]) -> None:

@@ -6,10 +6,12 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import numpy as np
 import simpy
 
+from fmsim.errors import FmsimError
 from fmsim.hw.memory import MemorySystem
 from fmsim.hw.spec import Hardware
 from fmsim.sim.serving import spec
@@ -19,17 +21,27 @@ from fmsim.sim.serving.prefix import NOTHING_FOUND, BlockTier, Found, PrefixStor
 from fmsim.sim.step_cost import StepModel
 
 GPU, HOST, BATCH, LINK, SLO = "GPU memory", "host memory", "batch limit", "PCIe", "time a token"
+NVME = "NVMe"
 POSITIONS = "the model's positions"
-KINDS = (GPU, HOST)  # of memory
 
 
 def server_hardware(hw: Hardware, options: spec.Server) -> Hardware:
-    """The hardware as the engine uses it: one shared mirror has the host memory of all GPUs of its
-    rank, and a slow copy path caps the link.
+    """The hardware as the engine uses it: one shared mirror has the host memory and the drives of
+    all GPUs of its rank, a slow copy path caps the link, and drives are there only if asked for.
+
+    Raises FmsimError where they are asked for and the preset has none.
     """
-    changes = {}
+    changes: dict[str, Any] = {}
+    if not options.nvme:
+        changes |= {"nvme_bytes": None, "nvme_bytes_per_s": None}
+    elif hw.nvme_bytes is None or hw.nvme_bytes_per_s is None:
+        raise FmsimError(
+            f"server.nvme: {hw.name} names no drives; give hardware_figures.nvme_bytes and"
+            " hardware_figures.nvme_bytes_per_s"
+        )
     if options.mirror == "shared":
-        for name in ("host_bytes", "host_reserve_bytes"):
+        shared = ["host_bytes", "host_reserve_bytes"]
+        for name in shared + ["nvme_bytes", "nvme_bytes_per_s"] * options.nvme:
             figure = getattr(hw, name)
             changes[name] = figure.model_copy(update={"value": figure.value * hw.placed.tp})
     if options.recall_bytes_per_s:
@@ -62,6 +74,7 @@ class Admission:
         self.admitted: dict[int, ServedRequest] = {}  # by number
         self._held = [0] * len(ranks)  # of them, on each rank
         self.waits_for: str | None = None  # what the head of the queue could not get
+        self._host_wall = HOST if model.hw.nvme_bytes is None else NVME
         self._parts = model.hw.placed.cp  # GPUs that share out a request's KV
         # of a block on each GPU, and in a mirror
         self._block_bytes = self._mirror_block_bytes = 0.0
@@ -74,8 +87,12 @@ class Admission:
 
     def never_fits(self, request: ServedRequest) -> str | None:
         """The memory that `request` would not fit even alone, or None."""
-        needs = zip(KINDS, self._needs(request, NOTHING_FOUND), self._pools(0))
-        return next((kind for kind, n_bytes, pool in needs if n_bytes > pool.capacity), None)
+        gpu_bytes, host_bytes = self._needs(request, NOTHING_FOUND)
+        memory = self.ranks[0]
+        if gpu_bytes > memory.hbm.capacity:
+            return GPU
+        below = memory.nvme.capacity if memory.nvme is not None else 0.0
+        return self._host_wall if host_bytes > memory.host.capacity + below else None
 
     def head_can_enter(self) -> bool:
         return bool(self.queue) and self._place(self.queue[0])[0] is not None
@@ -103,13 +120,25 @@ class Admission:
             store = self.stores[rank]
             store.pin(request.found, request.pinned)
             tiers = (store.gpu, store.host)
-        needs = self._needs(request, request.found)
-        for pool, tier, n_bytes in zip(self._pools(rank), tiers, needs):
+        gpu_bytes, host_bytes = self._needs(request, request.found)
+        memory = self.ranks[rank]
+        if tiers[1] is not None:
+            tiers[1].make_room(host_bytes)
+        if memory.nvme is not None:
+            request.nvme_bytes = max(0.0, host_bytes - float(memory.host.level))
+            host_bytes -= request.nvme_bytes
+            if request.nvme_bytes > 0:
+                if self.stores:
+                    below = self.stores[rank].nvme
+                    assert below is not None
+                    below.make_room(request.nvme_bytes)
+                memory.nvme.get(request.nvme_bytes)
+        for pool, tier, n_bytes in zip(self._pools(rank), tiers, (gpu_bytes, host_bytes)):
             if tier is not None:
                 tier.make_room(n_bytes)
             if n_bytes > 0:
                 pool.get(n_bytes)
-        request.gpu_bytes, request.host_bytes = needs
+        request.gpu_bytes, request.host_bytes = gpu_bytes, host_bytes
 
     def release(self, request: ServedRequest) -> None:
         """Give back what `request` held."""
@@ -119,8 +148,17 @@ class Admission:
         for pool, n_bytes in zip(self._pools(request.rank), held):
             if n_bytes > 0:
                 pool.put(n_bytes)
+        nvme = self.ranks[request.rank].nvme
+        if nvme is not None and request.nvme_bytes > 0:
+            nvme.put(request.nvme_bytes)
         if self.stores:
             self.stores[request.rank].unpin(request.pinned)
+
+    def spilled_share(self, rank: int) -> float:
+        """Of the mirrors of a rank's requests, what lies on NVMe."""
+        own = [each for each in self.admitted.values() if each.rank == rank]
+        spilled = sum(each.nvme_bytes for each in own)
+        return spilled / sum(each.pools.mirror / self._parts for each in own) if spilled else 0.0
 
     def _found(self, request: ServedRequest, rank: int) -> Found:
         """Whole blocks of its prompt that the rank has."""
@@ -160,7 +198,8 @@ class Admission:
     def _lacks(self, request: ServedRequest, rank: int) -> str | None:
         """What `request` cannot get on a rank now, or None."""
         found = self._found(request, rank)
-        needs = zip(KINDS, self._needs(request, found), self._room(rank, found))
+        kinds = (GPU, self._host_wall)
+        needs = zip(kinds, self._needs(request, found), self._room(rank, found))
         short = next((kind for kind, n_bytes, room in needs if n_bytes > room), None)
         if short is not None or not self.admitted:
             return short
@@ -216,4 +255,8 @@ class Admission:
             if store.gpu is not None:
                 gpu = store.gpu.room(found.gpu)
             host = store.host.room(found.host)
-        return gpu, host
+            if store.nvme is not None:
+                host += store.nvme.room(found.nvme)
+            return gpu, host
+        nvme = self.ranks[rank].nvme
+        return gpu, host if nvme is None else host + float(nvme.level)

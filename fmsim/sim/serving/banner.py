@@ -10,7 +10,7 @@ from typing import Any
 from fmsim.geometry import Geometry
 from fmsim.hw.spec import Hardware
 from fmsim.sim.serving import spec
-from fmsim.sim.serving.admission import BATCH, GPU, HOST, server_hardware
+from fmsim.sim.serving.admission import BATCH, GPU, HOST, NVME, server_hardware
 from fmsim.sim.serving.demand import Demand
 
 
@@ -42,6 +42,7 @@ def banner(
             "kv": hw.kv_pool_bytes(geometry),
         },
         "host_bytes": engine.host_bytes_per_gpu,
+        "nvme_bytes": engine.nvme_bytes_per_gpu,
         "request_bytes": {
             **asdict(pools.gpu),
             "gpu": pools.gpu_bytes,
@@ -69,7 +70,9 @@ def request_limits(
     pools, placed = demand.pools(prompt_tokens, output_tokens), engine.placed
     limits = {GPU: placed.dp * int(engine.kv_pool_bytes(geometry) * placed.cp // pools.gpu_bytes)}
     if pools.mirror:
-        limits[HOST] = placed.dp * int(engine.host_bytes_per_gpu * placed.cp // pools.mirror)
+        below = engine.nvme_bytes_per_gpu
+        room = (engine.host_bytes_per_gpu + below) * placed.cp
+        limits[NVME if below else HOST] = placed.dp * int(room // pools.mirror)
     if options.max_batch:
         limits[BATCH] = options.max_batch
     return limits

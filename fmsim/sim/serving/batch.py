@@ -40,6 +40,7 @@ class ServedRequest:
     reused_tokens: int = 0  # of its prompt, that were there
     gpu_bytes: float = 0.0  # that it holds itself on each GPU of its rank, and on the host
     host_bytes: float = 0.0
+    nvme_bytes: float = 0.0  # of its mirror, on NVMe
     pinned: Pinned = field(default_factory=Pinned)
     waits_s: dict[str, float] = field(default_factory=dict)  # by name, before its first token
     joined_stall_s: float = 0.0  # the server's stalls when it joined the batch

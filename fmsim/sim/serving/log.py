@@ -18,6 +18,7 @@ SAMPLE = (
     "waiting",
     "gpu_bytes",
     "host_bytes",
+    "nvme_bytes",
     "h2d_bytes",
     "tokens",
     "missed_entries",
@@ -81,10 +82,11 @@ class Log:
 def request_rows(logs: list[Log], slo: Slo) -> list[dict[str, Any]]:
     """A row a request, flat: times in seconds from the run's start, lengths in tokens.
 
-    `wait_*_s` end with its admission: behind others (`queue`), then as the head of the queue, for
-    what was lacking; `wait_prefix_s` is its first chunk's, for blocks from the host. `stall_s`: its
-    decode steps' waits, for misses, late recalls, and others' blocks. `hit_*_tokens`: whole blocks
-    of its prompt that a tier had. What a request does not have is None.
+    `wait_*_s` end with its admission: behind others (`queue`), then as the head of the queue,
+    for what was lacking; `wait_prefix_s` is its first chunk's, for blocks from the host.
+    `stall_s`: its decode steps' waits, for misses, late recalls, and others' blocks.
+    `hit_*_tokens`: whole blocks of its prompt that a tier had. What a request does not have is
+    None.
     """
     rows = []
     for server, log in enumerate(logs):

@@ -21,6 +21,8 @@ from dataclasses import dataclass, field
 
 import simpy
 
+from fmsim.hw.memory import MemorySystem
+
 TIERS = ("GPU", "host", "NVMe")  # from above
 
 
@@ -88,6 +90,22 @@ class BlockTier:
             self.written += 1
         self.pin([block])
         return True
+
+    def adopt_all(
+        self, blocks: Sequence[int], pinned: list[int], own_bytes: float, held_bytes: float
+    ) -> float:
+        """Adopt those that are not in `pinned`, which then has them, as long as the request, which
+        holds `held_bytes`, has its part of a block. Returns the bytes that it gave.
+        """
+        given, known = 0.0, set(pinned)
+        for block in blocks:
+            if block in known:
+                continue
+            if held_bytes - given < own_bytes or not self.adopt(block, own_bytes):
+                break  # the rest of it lies elsewhere, or there is no more room
+            given += own_bytes
+            pinned.append(block)
+        return given
 
     def unpin(self, blocks: Sequence[int]) -> None:
         for block in reversed(blocks):
@@ -176,3 +194,16 @@ class PrefixStore:
         of_each = blocks or ((), (), ())
         found = zip(tiers, of_each, (pinned.gpu, pinned.host, pinned.nvme))
         return [(tier, own, all_own) for tier, own, all_own in found if tier is not None]
+
+
+def stores(
+    ranks: Sequence[MemorySystem], block_bytes: float, block_tokens: int, on_gpu: bool
+) -> list[PrefixStore]:
+    """One a rank; `on_gpu`: the policy keeps whole caches there."""
+    found = []
+    for rank in ranks:
+        nvme = None if rank.nvme is None else BlockTier(rank.nvme, block_bytes)
+        gpu = BlockTier(rank.hbm, block_bytes) if on_gpu else None
+        host = BlockTier(rank.host, block_bytes, nvme)
+        found.append(PrefixStore(gpu, host, nvme, block_tokens))
+    return found

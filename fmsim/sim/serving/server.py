@@ -24,12 +24,12 @@ from fmsim.sim.serving.batch import RunningBatch, ServedRequest
 from fmsim.sim.serving.demand import Demand
 from fmsim.sim.serving.log import Log
 from fmsim.sim.serving.prefill import PrefillModel
-from fmsim.sim.serving.prefix import BlockTier, PrefixStore
+from fmsim.sim.serving.prefix import PrefixStore, stores
 from fmsim.sim.serving.requests import Arrival
 from fmsim.sim.serving.steps import DecodeTimes, StepTimes
 from fmsim.sim.serving.workload import RequestGenerator
 from fmsim.sim.step_cost import StepModel
-from fmsim.sim.transfer_cost import GatherCurve
+from fmsim.sim.transfer_cost import GatherCurve, nvme_read_bytes
 
 Process = Generator[simpy.Event, Any, None]  # what SimPy runs: it yields what it waits for
 
@@ -70,7 +70,9 @@ class ServerRun:
         # admitted and KV in place: to join at the next step
         self.ready: deque[ServedRequest] = deque()
         self.batch = RunningBatch(demand)
-        self.decode_times = DecodeTimes(self.batch, self.model, self.gather)
+        self.decode_times = DecodeTimes(
+            self.batch, self.model, self.gather, self.admission.spilled_share
+        )
         self._wake: simpy.Event | None = None  # what cuts the present wait short
         self._prefillers = simpy.Resource(self.env, options.prefill_servers)
         self._offsets = np.random.default_rng(
@@ -85,15 +87,7 @@ class ServerRun:
             return []
         tokens = self.source.block_tokens
         block_bytes = self.geometry.full_kv_bytes(tokens) / self._parts
-        return [
-            PrefixStore(
-                BlockTier(rank.hbm, block_bytes) if self.demand.holds_all else None,
-                BlockTier(rank.host, block_bytes),
-                None,
-                tokens,
-            )
-            for rank in self.ranks
-        ]
+        return stores(self.ranks, block_bytes, tokens, on_gpu=self.demand.holds_all)
 
     def run(self) -> Log:
         """Serve all requests that arrive to their end."""
@@ -217,8 +211,9 @@ class ServerRun:
             request.reused_tokens = min(reused, request.prompt_tokens - 1)
             n_blocks = len(found.host) + len(found.nvme)
             if n_blocks:
-                link = self.ranks[request.rank].to_gpu
-                request.prefix = link.transfer(n_blocks * store.host.block_bytes)
+                memory, size = self.ranks[request.rank], store.host.block_bytes
+                read = memory.from_nvme.transfer(len(found.nvme) * size)
+                request.prefix = read & memory.to_gpu.transfer(n_blocks * size)
         request.prefill_left = self._chunks(request)[::-1]
         self.prefilling[request.rank].append(request)
 
@@ -226,20 +221,18 @@ class ServerRun:
         """Whole blocks of a request's first `tokens` become the store's, to be found by others."""
         store = self.stores[request.rank]
         blocks = request.asked.blocks[: tokens // store.block_tokens]
+        pinned = request.pinned
         if store.gpu is not None:
             own_bytes = store.gpu.block_bytes
-            for block in _without(blocks, request.pinned.gpu):
-                store.gpu.adopt(block, own_bytes)
-                request.gpu_bytes -= own_bytes
-                request.pinned.gpu.append(block)
+            request.gpu_bytes -= store.gpu.adopt_all(
+                blocks, pinned.gpu, own_bytes, request.gpu_bytes
+            )
             self.log.written_back_bytes += store.host.store(blocks) * store.host.block_bytes
             return
         own_bytes = self.geometry.host_kv_bytes(store.block_tokens) / self._parts
-        for block in _without(blocks, request.pinned.host):
-            if not store.host.adopt(block, own_bytes):
-                break
-            request.host_bytes -= own_bytes
-            request.pinned.host.append(block)
+        request.host_bytes -= store.host.adopt_all(
+            blocks, pinned.host, own_bytes, request.host_bytes
+        )
 
     def _receive_kv(self, request: ServedRequest) -> Process:
         """The prompt's KV comes over the network, into the mirror where there is one; then the
@@ -405,12 +398,21 @@ class ServerRun:
         self.log.recall_wait_s += self.env.now - before_s
 
     def _recall(self, rank: int, request_bytes: float) -> simpy.Event:
-        """Start one gather on each GPU of a rank, at most as fast as it would be alone."""
+        """Start one gather on each GPU of a rank, at most as fast as it would be alone; what lies
+        on NVMe is read meanwhile.
+        """
         n_bytes = request_bytes / self._parts
-        alone_s = self.gather.one_s(self.demand.row_bytes, n_bytes)
-        return self.ranks[rank].to_gpu.transfer(
+        row_bytes = self.demand.row_bytes
+        alone_s = self.gather.one_s(row_bytes, n_bytes)
+        memory = self.ranks[rank]
+        gathered = memory.to_gpu.transfer(
             n_bytes, limit=n_bytes / alone_s if alone_s else float("inf")
         )
+        spilled = self.admission.spilled_share(rank) if memory.nvme is not None else 0.0
+        if not spilled:
+            return gathered
+        rows = spilled * n_bytes / row_bytes
+        return gathered & memory.from_nvme.transfer(rows * nvme_read_bytes(row_bytes))
 
     # What came of a span
 
@@ -435,14 +437,10 @@ class ServerRun:
     def _sample(self) -> None:
         hbm = sum(rank.hbm.capacity - rank.hbm.level for rank in self.ranks)
         host = sum(rank.host.capacity - rank.host.level for rank in self.ranks)
+        nvme = sum(rank.nvme.capacity - rank.nvme.level for rank in self.ranks if rank.nvme)
         moved = sum(rank.to_gpu.moved_bytes for rank in self.ranks)
         entries = self.log.missed_entries, self.log.selected_entries
         counts = len(self.batch), len(self.admission.admitted), len(self.admission.queue)
         self.log.samples.append(
-            (self.env.now, *counts, hbm, host, moved, self.log.tokens, *entries)
+            (self.env.now, *counts, hbm, host, nvme, moved, self.log.tokens, *entries)
         )
-
-
-def _without(blocks: tuple[int, ...], known: list[int]) -> list[int]:
-    pinned = set(known)
-    return [block for block in blocks if block not in pinned]

@@ -146,6 +146,7 @@ class Server(_Strict):
     admit_by_link: bool = (
         False  # admit only while the running requests' recalls fit into the time of their windows
     )
+    nvme: bool = False  # what host memory has no room for goes to the preset's NVMe drives
     # of prompts that begin like earlier ones, prefill only the rest; with chunked prefill
     reuse_prefixes: bool = True
     admit_by_slo: bool = False  # admit only while a step keeps the workload's slo.tpot_s

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
+from numpy.typing import NDArray
 
 from fmsim.sim.serving.batch import RunningBatch
 from fmsim.sim.step_cost import StepModel, memory_indexer_s
-from fmsim.sim.transfer_cost import GatherCurve
+from fmsim.sim.transfer_cost import NVME_LATENCY_S, GatherCurve, nvme_read_bytes
 
 _STEPS_AHEAD = 32  # whose times are worked out at once
 
@@ -39,7 +41,15 @@ class StepTimes:
 class DecodeTimes:
     """Of one batch, as it changes."""
 
-    def __init__(self, batch: RunningBatch, model: StepModel, gather: GatherCurve) -> None:
+    def __init__(
+        self,
+        batch: RunningBatch,
+        model: StepModel,
+        gather: GatherCurve,
+        spilled_share: Callable[[int], float],
+    ) -> None:
+        """`spilled_share`: of a rank's mirrors, what lies on NVMe now."""
+        self.spilled_share = spilled_share
         self.batch = batch
         self.model = model
         self.gather = gather
@@ -63,6 +73,21 @@ class DecodeTimes:
         start = steps - known[1]
         return known[2].part(start, start + n_steps, prefill_s)
 
+    def _from_nvme_s(
+        self, ranks: list[int], gathers: np.ndarray, miss_bytes: np.ndarray
+    ) -> NDArray[np.float64]:
+        """[R, n] that misses take longer where part of the mirrors lies on NVMe, which is asked as
+        often as host memory is: every layer's reads, before they go over the link.
+        """
+        rate = self.model.hw.nvme_rate_per_gpu
+        shares = np.array([self.spilled_share(rank) for rank in ranks])[:, None]
+        if not rate or not shares.any():
+            return np.zeros_like(miss_bytes)
+        row_bytes = self.batch.demand.row_bytes
+        read_bytes = shares * miss_bytes / row_bytes * nvme_read_bytes(row_bytes)
+        read_s: NDArray[np.float64] = gathers * (shares > 0) * NVME_LATENCY_S + read_bytes / rate
+        return read_s
+
     def _worked_out(self, n_steps: int) -> StepTimes:
         load, layers = self.batch.load(n_steps), self.batch.demand.group_layers
         stall_s = gathers = miss_bytes = np.zeros((len(load.ranks), n_steps))
@@ -71,6 +96,7 @@ class DecodeTimes:
             gathers = (on_gpu > 0).astype(np.float64) @ layers
             stall_s = self.gather.seconds(self.batch.demand.row_bytes, on_gpu) @ layers
             miss_bytes = on_gpu @ layers
+            stall_s = stall_s + self._from_nvme_s(load.ranks, gathers, miss_bytes)
         compute_s = load.costs(self.model).total_s(self.model.geometry.n_selecting)
         beside_s = memory_indexer_s(
             self.model.hw, self.model.geometry, load.indexer_scored / self._parts

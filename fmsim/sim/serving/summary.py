@@ -10,7 +10,8 @@ from typing import Any
 
 import numpy as np
 
-from fmsim.sim.serving.admission import GPU, HOST, LINK
+from fmsim.hw.memory import MemorySystem
+from fmsim.sim.serving.admission import GPU, HOST, LINK, NVME
 from fmsim.sim.serving.batch import ServedRequest
 from fmsim.sim.serving.log import Log, keeps, over_time, tpot_s, ttft_s
 from fmsim.sim.serving.prefix import TIERS
@@ -94,6 +95,7 @@ def summary(*runs: ServerRun) -> dict[str, Any]:
         "in_use": {
             GPU: _share(logs, "gpu_bytes", sum(rank.hbm.capacity for rank in ranks)),
             HOST: _share(logs, "host_bytes", sum(rank.host.capacity for rank in ranks)),
+            **_nvme_use(logs, ranks),
             LINK: {
                 "mean": moved / (link_bytes_per_s * total_s) if total_s else 0.0,
                 "bytes_per_s": link_bytes_per_s,
@@ -127,6 +129,15 @@ def _prefix(logs: list[Log], requests: list[ServedRequest]) -> dict[str, Any] | 
         },
         "wait_s": sum(log.prefix_wait_s for log in logs),
     }
+
+
+def _nvme_use(logs: list[Log], ranks: list[MemorySystem]) -> dict[str, dict[str, float]]:
+    """Nothing where the server has none."""
+    capacity = sum(rank.nvme.capacity for rank in ranks if rank.nvme is not None)
+    if not capacity:
+        return {}
+    read_bytes = sum(rank.from_nvme.moved_bytes for rank in ranks)
+    return {NVME: _share(logs, "nvme_bytes", capacity) | {"read_bytes": read_bytes}}
 
 
 def _by(amount: float, seconds: float) -> float:

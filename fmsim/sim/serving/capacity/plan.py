@@ -14,7 +14,7 @@ import numpy as np
 from fmsim.geometry import Geometry
 from fmsim.hw.spec import LINK_FIGURE, Figure, Hardware, replace_figure
 from fmsim.sim.serving import spec
-from fmsim.sim.serving.admission import LINK, server_hardware
+from fmsim.sim.serving.admission import LINK, NVME, server_hardware
 from fmsim.sim.serving.banner import request_limits
 from fmsim.sim.serving.capacity.steady import Steady, SteadyState
 from fmsim.sim.serving.demand import Demand
@@ -72,6 +72,8 @@ class CapacityQuestion:
           own;
         - PCIe: misses and recalls of a step take no longer than its computing, beyond which recalls
           are late and misses the larger part;
+        - NVMe, where host memory spills to it: both pools together over one mirror, and reading
+          what of a step's misses and recalls lies there takes no longer than its computing;
         - compute: a step, waiting included, keeps `tpot_s`.
         """
         state = self.state()
@@ -82,6 +84,11 @@ class CapacityQuestion:
             walls[LINK] = state.largest(
                 lambda steady: steady.link_s <= steady.compute_s, MOST_REQUESTS
             )
+            if NVME in walls:
+                reading = state.largest(
+                    lambda steady: steady.nvme_s <= steady.compute_s, MOST_REQUESTS
+                )
+                walls[NVME] = min(walls[NVME], reading)
         walls[COMPUTE] = state.largest(lambda steady: steady.step_s <= self.tpot_s, MOST_REQUESTS)
         return walls
 
@@ -199,7 +206,11 @@ def moves(question: CapacityQuestion) -> list[dict[str, Any]]:
     for change, changed in _changes(question):
         walls = changed.walls()
         wall = min(walls, key=lambda kind: walls[kind])
-        found.append({"change": change, "requests": walls[wall], "wall": wall})
+        row: dict[str, Any] = {"change": change, "requests": walls[wall], "wall": wall}
+        price = question.hw.nvme_usd_per_tb
+        if "NVMe" in change and price is not None and question.hw.nvme_bytes is not None:
+            row["usd"] = price.value * question.hw.nvme_bytes.value / 1e12
+        found.append(row)
     return found
 
 
@@ -230,6 +241,12 @@ def _changes(question: CapacityQuestion) -> list[tuple[str, CapacityQuestion]]:
                 question.changed(hw=_doubled(hw, "host_bytes", hw.host_bytes)),
             ),
         )
+        if options.nvme:
+            more = question.changed(hw=_more_drives(hw))
+            changes.append(("twice the NVMe drives", more))
+        elif hw.nvme_bytes is not None and hw.nvme_bytes_per_s is not None:
+            spills = question.changed(options=options.model_copy(update={"nvme": True}))
+            changes.append(("NVMe below host memory", spills))
         if options.mirror == "per_gpu" and hw.placed.tp > 1:
             shared = options.model_copy(update={"mirror": "shared"})
             changes.insert(2, ("one mirror that all GPUs share", question.changed(options=shared)))
@@ -241,6 +258,12 @@ def _changes(question: CapacityQuestion) -> list[tuple[str, CapacityQuestion]]:
             )
         )
     return changes
+
+
+def _more_drives(hw: Hardware) -> Hardware:
+    for name in ("nvme_bytes", "nvme_bytes_per_s"):
+        hw = _doubled(hw, name, getattr(hw, name))
+    return hw
 
 
 def _doubled(hw: Hardware, name: str, figure: Figure) -> Hardware:

@@ -16,7 +16,7 @@ from fmsim.geometry import Geometry
 from fmsim.hw.spec import Hardware
 from fmsim.sim.serving.demand import Demand
 from fmsim.sim.step_cost import StepModel, memory_indexer_s
-from fmsim.sim.transfer_cost import GatherCurve
+from fmsim.sim.transfer_cost import NVME_LATENCY_S, GatherCurve, nvme_read_bytes
 
 
 @dataclass(frozen=True)
@@ -27,11 +27,12 @@ class Steady:
     compute_s: float
     stall_s: float  # for misses
     link_s: float  # that the link is busy, with misses and recalls
+    nvme_s: float = 0.0  # that the drives are, of which misses' part is in the stall
 
     @property
     def step_s(self) -> float:
         """Recalls run beside decode; where they take longer than it, decode waits for the rest."""
-        return max(self.compute_s + self.stall_s, self.link_s)
+        return max(self.compute_s + self.stall_s, self.link_s, self.nvme_s)
 
     @property
     def tokens_per_s(self) -> float:
@@ -56,6 +57,7 @@ class SteadyState:
     ) -> None:
         """`engine`: see `server_hardware`; `model`: its step times, where a caller has them."""
         self.engine, self.geometry, self.demand, self.tokens = engine, geometry, demand, tokens
+        self._output = output_tokens
         self.model = model or StepModel(engine, geometry)
         self._misses = demand.misses and not demand.fits_whole(tokens, output_tokens)
         self._known: dict[int, Steady] = {}
@@ -99,7 +101,24 @@ class SteadyState:
         )
         compute_s += (recall_bytes + miss_bytes) / self.engine.hbm_bytes_per_s.value
         link_s = stall_s + recall_bytes / self.engine.link.bandwidth_bytes_per_s.value
-        return Steady(batch, compute_s, stall_s, link_s)
+        missed_s, recalled_s = self._from_nvme_s(on_gpu, miss_bytes, recall_bytes)
+        return Steady(batch, compute_s, stall_s + missed_s, link_s, missed_s + recalled_s)
+
+    def _from_nvme_s(
+        self, on_gpu: float, miss_bytes: float, recall_bytes: float
+    ) -> tuple[float, float]:
+        """Reading what of a step's misses and recalls lies on NVMe: the share of the mirrors that
+        host memory has no room for, taken to be asked as often as the rest.
+        """
+        mirrors = on_gpu * self.demand.pools(self.tokens - self._output, self._output).mirror
+        share = max(0.0, 1 - self.engine.host_bytes_per_gpu / mirrors) if mirrors else 0.0
+        rate = self.engine.nvme_rate_per_gpu
+        if not share or not rate:
+            return 0.0, 0.0
+        row_bytes = self.demand.row_bytes
+        seconds = share * nvme_read_bytes(row_bytes) / row_bytes / rate
+        layers = float(self.demand.group_layers.sum()) if miss_bytes else 0.0
+        return layers * NVME_LATENCY_S + seconds * miss_bytes, seconds * recall_bytes
 
     def largest(self, holds: Callable[[Steady], bool], most: int) -> int:
         """The largest batch up to `most` for which `holds`, which is true up to some batch and
