@@ -76,7 +76,7 @@ def test_the_layer_map_stands_in_the_foot_where_layers_drive_several():
     [line] = [line for line in lines if line.startswith("layer map")]
     assert "3 layers of the trace drive 21" in line and "serves 3 different ones" in line
     [line] = [line for line in lines if line.startswith("mass kept if one layer")]
-    assert line.endswith("(0, 1, 2): a 50 / 60 / 70%; b 70 / 80 / 60%; bound 90 / 90 / 90%.")
+    assert line.endswith("(0, 1, 2): bound 90 / 90 / 90%; b 70 / 80 / 60%; a 50 / 60 / 70%.")
     assert not [line for line in estimates.notes(report(layer_map=(0, 1, 2))) if "layer" in line]
 
 
@@ -98,3 +98,14 @@ def test_a_sweeps_row_tells_its_margins_too():
     row = {"mass_kept": 0.795, "ci95_mass_kept_half_width": 0.0212}
     assert sweep.FIGURES["mass kept"](row) == "79.5% ±2.1 "
     assert sweep.SERVING_FIGURES["mass kept"]({"mass_kept": 0.795}).strip() == "79.5%"
+
+
+def test_of_many_policies_those_that_keep_most_are_told_layer_by_layer():
+    made = report()
+    for number in range(10):
+        made["scenario"]["details"][f"poor {number}"] = {
+            "exact": False,
+            "mass_by_layer": [0.1, 0.1, 0.1],
+        }
+    [line] = [line for line in estimates.notes(made) if line.startswith("mass kept if one layer")]
+    assert "b 70 / 80 / 60%" in line and line.count("poor") == 3

@@ -10,7 +10,7 @@ from fmsim.experiments.results import by_budget
 PLUS_MINUS = "±: half of a 95% interval, from a bootstrap over the trace's windows."
 
 
-MOST_BY_LAYER = 8  # policies; of more the JSON alone has each layer's share
+MOST_BY_LAYER = 6  # policies, those that keep most; the JSON has each layer's share of all
 
 
 def half_width(row: Mapping[str, Any], figure: str) -> float | None:
@@ -88,17 +88,22 @@ def _layers(about: dict[str, Any]) -> list[str]:
     layers = about["trace"]["csa_layers"]
     if len(driven) <= layers:
         return []
-    shares = [
-        f"{label} {' / '.join(f'{100 * share:.0f}' for share in details['mass_by_layer'])}%"
+    lossy = [
+        (label, details["mass_by_layer"])
         for label, details in about["details"].items()
         if not details["exact"] and None not in details["mass_by_layer"]
+    ]
+    lossy.sort(key=lambda pair: sum(pair[1]), reverse=True)
+    shares = [
+        f"{label} {' / '.join(f'{100 * share:.0f}' for share in by_layer)}%"
+        for label, by_layer in lossy[:MOST_BY_LAYER]
     ]
     lines = [
         f"layer map: {layers} layers of the trace drive {len(driven)}, so layers count several"
         f" times, and a set that all layers share serves {layers} different ones; more would keep"
         " less."
     ]
-    if 0 < len(shares) <= MOST_BY_LAYER and layers > 1:
+    if shares and layers > 1:
         each = ", ".join(map(str, range(layers)))
         lines.append(f"mass kept if one layer drove all ({each}): {'; '.join(shares)}.")
     return lines
