@@ -147,7 +147,7 @@ def capture(sound: Sound, chance: random.Random) -> list[str]:
         (sound.folder / "case.npy").write_bytes(edited_bytes(sound.npy, chance))
     else:
         rows = [f"{step},{layer},{step} {step + 1}" for step in range(4) for layer in range(3)]
-        text = "\n".join(["step,layer,ids", *rows]) + "\n"
+        text = "\n".join(["time,layer,ids", *rows]) + "\n"
         (sound.folder / "case.csv").write_text(edited_text(text, chance))
     name = "case.json" if kind in sound.captures else f"case.{kind}"
     return ["trace", "import", name, "--format", kind, *sizes, "--out", "imported.safetensors"]

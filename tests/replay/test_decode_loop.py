@@ -8,7 +8,7 @@ from hand_trace import HandTrace
 from made_trace import make_trace
 
 from fmsim.policies import registry
-from fmsim.policies.base import Policy
+from fmsim.policies.base import Pins, Policy
 from fmsim.policies.guard import Guarded
 from fmsim.replay.decode_loop import DecodeLoop
 from fmsim.replay.replayer import Replayer
@@ -124,3 +124,25 @@ def test_a_policy_sees_the_mass_of_what_was_attended_to_alone(on_miss):
         assert (pages, mass) == ([1, 7], [0.5, 0.25])
     else:
         assert sum(mass) == 0.25 and not hit[1 - pages.index(7)]
+
+
+def test_decoded_pages_are_pinned_from_the_first_that_the_prompt_did_not_fill():
+    """Pages of four entries; a prompt of 5 fills page 0, and begins page 1. At step 15 entry 8
+    closes and page 2 begins. Of two slots page 0 gives up its own, though it is worth most.
+    """
+
+    class Oldest(Policy):
+        name = "oldest"
+        action, evidence, decision_scope = "evict", "position", "layer"
+
+        def pins(self):
+            return Pins(decoded=True)
+
+        def worth(self, step, pages):
+            return -self.ctx.xp.astype(pages, self.ctx.xp.float32)  # the oldest is worth most
+
+    trace = HandTrace([[[0]]] * 16, prompt_entries=5, still=False)
+    held = []
+    spec = {"policy": Oldest, "budget": "8 entries", "granularity": 4, "on_miss": "mask"}
+    Replayer(trace).run(registry.build(spec), lambda m: held.append(sorted(m.residency.slots[0])))
+    assert held[14] == [0, 1] and held[15] == [1, 2]

@@ -31,3 +31,32 @@ def test_members_that_zipfile_cannot_read_are_told(tmp_path, kind):
     (tmp_path / "b.npz").write_bytes(data)
     with pytest.raises(FmsimError, match=r"b\.npz: not a whole fmsim ledger"):
         Ledger.load(tmp_path / "b.npz")
+
+
+def rows_of(frame):
+    """A frame's rows as dicts, with pandas or without."""
+    return frame.to_dict("records") if hasattr(frame, "to_dict") else frame
+
+
+def test_a_frame_by_step_sums_and_by_layer_leaves_shared_counts_out():
+    """Two layers that share one set: 3 of 4 and 1 of 2 selected entries were there; 5 were loaded
+    for both together.
+    """
+    made = ledger(
+        n_steps=1,
+        n_layers=2,
+        accessed=np.array([[4, 2]], np.int32),
+        hit=np.array([[3, 1]], np.int32),
+        heaviest_lost=np.array([[0.25, 0.5]], np.float32),
+        demand_loads=np.array([[5]], np.int32),
+    )
+    [step] = rows_of(made.to_frame())
+    assert (step["step"], step["accessed"], step["hit"], step["misses"]) == (0, 6, 4, 2)
+    assert (step["hit_rate"], step["heaviest_lost"]) == (pytest.approx(4 / 6), 0.5)
+    assert step["demand_loads"] == 5 and "layer" not in step
+    first, second = rows_of(made.to_frame(by="layer"))
+    assert [(row["layer"], row["misses"]) for row in (first, second)] == [(0, 1), (1, 1)]
+    assert (first["hit_rate"], second["hit_rate"]) == (0.75, 0.5)
+    assert "demand_loads" not in first and "resident" not in first
+    with pytest.raises(FmsimError, match="write 'step' or 'layer'"):
+        made.to_frame(by="page")
