@@ -11,7 +11,7 @@ from fmsim.hw.spec import Figure
 from fmsim.sim.decode import simulate
 from fmsim.sim.serving.capacity.plan import CapacityQuestion, plan
 from fmsim.sim.serving.demand import Demand
-from fmsim.sim.serving.log import Log, over_time
+from fmsim.sim.serving.log import SAMPLE, Log, over_time
 from fmsim.sim.serving.requests import Arrival
 from fmsim.sim.serving.server import ServerRun
 from fmsim.sim.serving.spec import ClosedLoop, Server, Slo
@@ -125,23 +125,37 @@ def test_waits_are_a_share_of_all_servers_time():
     assert share == {"batch limit": pytest.approx(0.25, rel=0.01)}
 
 
+def sample(t_s, **given):
+    return tuple(({"t_s": t_s} | given).get(name, 0) for name in SAMPLE)
+
+
 def test_samples_on_an_even_grid():
     """Levels hold until the next sample; sums become rates since the point before. The first server
     misses 4 of 16 entries, the other 2 of 4 in twice the time; later on it works alone.
     """
-    one = Log(samples=[(0.0, 1, 2, 3, 4, 5, 0, 0, 0, 0), (2.0, 0, 0, 0, 0, 0, 20, 8, 4, 16)])
-    other = Log(samples=[(0.0, 1, 1, 1, 1, 1, 0, 0, 0, 0), (4.0, 0, 0, 0, 0, 0, 40, 4, 2, 4)])
-    assert over_time([one, other], 5) == {
+    one = Log(
+        samples=[
+            sample(0.0, running=1, waiting=3, gpu_bytes=4),
+            sample(2.0, h2d_bytes=20, tokens=8, missed_entries=4, selected_entries=16),
+        ]
+    )
+    other = Log(
+        samples=[
+            sample(0.0, running=1, waiting=1, gpu_bytes=1),
+            sample(4.0, h2d_bytes=40, tokens=4, missed_entries=2, selected_entries=4),
+        ]
+    )
+    found = over_time([one, other], 5)
+    expected = {
         "t_s": [0, 1, 2, 3, 4],
         "running": [2, 2, 1, 1, 0],
-        "admitted": [3, 3, 1, 1, 0],
         "waiting": [4, 4, 1, 1, 0],
         "gpu_bytes": [5, 5, 1, 1, 0],
-        "host_bytes": [6, 6, 1, 1, 0],
         "h2d_bytes_per_s": [0, 20, 20, 10, 10],
         "tokens_per_s": [0, 5, 5, 1, 1],
         "miss_rate": [0, 2.5 / 9, 2.5 / 9, 0.5, 0.5],
     }
+    assert {name: found[name] for name in expected} == expected
 
 
 def test_a_plan_of_a_policy_that_misses():
