@@ -7,6 +7,10 @@ right answers are one sequence, which is read in one pass by the training's forw
 with the indexer's selection, as at inference; so a context's questions stand one behind the other,
 each after the right answers of those before. An answer counts if every token of it is the model's
 first choice, given those before it: just what greedy decoding would produce.
+
+Where a question asks for several things in no order (``UNORDERED``), any order of them is right, as
+in RULER: where the model goes on with another thing than was given, the answer is put in the
+model's order and read again.
 """
 
 from __future__ import annotations
@@ -27,6 +31,7 @@ from fmsim import tasks
 from fmsim.exec.model.deepseek_v4 import DeepseekV4
 from fmsim.exec.model.weights.loader import load_model
 from fmsim.nano import tokens as corpora
+from fmsim.nano import wording as say
 from fmsim.nano.measure.evaluate import prompts_of
 from fmsim.nano.tokenizer import EOS_ID
 from fmsim.nano.tokens import Corpus
@@ -34,6 +39,8 @@ from fmsim.nano.training import forward
 from fmsim.nano.training.trainer import Workers
 from fmsim.tasks.woven import SHARING
 
+UNORDERED = {"niah_multivalue": ", ", "vt": ","}  # what stands between the things of an answer
+PASSES = 8  # to find out the model's order of four or five things
 UNTAUGHT = ("text_recall",)  # needs a quote that occurs once
 GRAIN = 128  # the length of a sequence is a multiple of it
 AT_ONCE = 131_072  # tokens of one pass, or one sequence
@@ -76,11 +83,95 @@ def sequences(
         yield sequence(context.tokens, [(q.task, list(q.tokens), list(q.answer)) for q in asked])
 
 
+class Verdict(NamedTuple):
+    """Of one answer: whether all of it is right, the share of its tokens that are, whether it is
+    right in the order given.
+    """
+
+    task: str
+    right: bool
+    tokens: float
+    in_order: bool
+
+
+def judged(model: DeepseekV4, batch: list[Asked], device: torch.device) -> list[Verdict]:
+    """A verdict on each answer of a batch of sequences, one sequence after another."""
+    given = first_choices(model, batch, device)
+    right = [
+        [bool((choice == asked.tokens[start:end]).all()) for choice, (_, start, end) in rows]
+        for asked, rows in ((asked, zip(made, asked.answers)) for asked, made in zip(batch, given))
+    ]
+    in_order = [list(row) for row in right]
+    tokens, chosen = [asked.tokens.copy() for asked in batch], list(given)
+    waiting = {
+        row: [n for n, (task, _, _) in enumerate(asked.answers) if task in UNORDERED]
+        for row, asked in enumerate(batch)
+    }
+    for _ in range(PASSES):
+        turned: dict[int, list[int]] = {}
+        for row, numbers in waiting.items():
+            for number in (n for n in numbers if not right[row][n]):
+                task, start, end = batch[row].answers[number]
+                answer, choice = tokens[row][start:end], chosen[row][number]
+                order = in_order_of(choice, answer, UNORDERED[task])
+                if order is not None:
+                    tokens[row][start:end] = order
+                    turned.setdefault(row, []).append(number)
+        if not turned:
+            break
+        again = [Asked(tokens[row], batch[row].answers) for row in turned]
+        for row, made in zip(turned, first_choices(model, again, device), strict=True):
+            chosen[row] = made
+            for number in turned[row]:
+                _, start, end = batch[row].answers[number]
+                right[row][number] = bool((made[number] == tokens[row][start:end]).all())
+        waiting = turned
+    verdicts = []
+    for row, asked in enumerate(batch):
+        for number, (task, start, end) in enumerate(asked.answers):
+            share = float((given[row][number] == asked.tokens[start:end]).mean())
+            verdicts.append(Verdict(task, right[row][number], share, in_order[row][number]))
+    return verdicts
+
+
+def in_order_of(chosen: np.ndarray, answer: np.ndarray, between: str) -> np.ndarray | None:
+    """The things of ``answer`` with another one where ``chosen`` first leaves it; None if no thing
+    goes on as chosen there.
+    """
+    separator = list(say.piece(between))
+    things = _split(answer[:-1].tolist(), separator)
+    place = int(np.argmax(chosen != answer))
+    ends = np.cumsum([len(thing) + len(separator) for thing in things])
+    number = int(np.searchsorted(ends, place, side="right"))
+    at = int(ends[number - 1]) if number else 0
+    wanted = [*answer[at:place].tolist(), int(chosen[place])]
+    for other in range(number + 1, len(things)):
+        if things[other][: place - at + 1] == wanted:
+            things[number], things[other] = things[other], things[number]
+            joined = things[0]
+            for thing in things[1:]:
+                joined = [*joined, *separator, *thing]
+            return np.array([*joined, answer[-1]], answer.dtype)
+    return None
+
+
+def _split(tokens: list[int], separator: list[int]) -> list[list[int]]:
+    things: list[list[int]] = [[]]
+    while tokens:
+        if tokens[: len(separator)] == separator:
+            things.append([])
+            tokens = tokens[len(separator) :]
+        else:
+            things[-1].append(tokens[0])
+            tokens = tokens[1:]
+    return things
+
+
 @torch.no_grad()
-def judged(
+def first_choices(
     model: DeepseekV4, batch: list[Asked], device: torch.device
-) -> list[tuple[str, bool, float]]:
-    """Of each answer its task, whether all of it is right, and the share of its tokens that are."""
+) -> list[list[np.ndarray]]:
+    """Of each sequence and answer the tokens that the model would choose in its place."""
     longest = max(len(asked.tokens) for asked in batch)
     tokens = np.full((len(batch), longest), EOS_ID, np.int64)
     for row, asked in enumerate(batch):
@@ -97,13 +188,8 @@ def judged(
             for place in range(start, end)
         ]
         chosen = model.lm_head(hidden[torch.tensor(places, device=device)]).argmax(-1).cpu().numpy()
-    verdicts, at = [], 0
-    for asked in batch:
-        for task, start, end in asked.answers:
-            right = chosen[at : at + end - start] == asked.tokens[start:end]
-            verdicts.append((task, bool(right.all()), float(right.mean())))
-            at += end - start
-    return verdicts
+    parts = iter(np.split(chosen, np.cumsum([e - s for q in batch for _, s, e in q.answers])[:-1]))
+    return [[next(parts) for _ in asked.answers] for asked in batch]
 
 
 def examine(
@@ -124,15 +210,16 @@ def examine(
         parts = workers.gathered((verdicts, contexts, read))
         verdicts = [verdict for part in parts for verdict in part[0]]
         contexts, read = sum(part[1] for part in parts), sum(part[2] for part in parts)
-        for name in dict.fromkeys(verdict[0] for verdict in verdicts):
-            own = [verdict for verdict in verdicts if verdict[0] == name]
+        for name in dict.fromkeys(verdict.task for verdict in verdicts):
+            own = [verdict for verdict in verdicts if verdict.task == name]
+            order = round(sum(v.in_order for v in own) / len(own), 4)
             yield {
                 "task": name, "tokens": int(length), "contexts": contexts, "questions": len(own),
-                "exact": round(sum(v[1] for v in own) / len(own), 4),
-                "right_tokens": round(sum(v[2] for v in own) / len(own), 4),
+                "exact": round(sum(v.right for v in own) / len(own), 4),
+                "right_tokens": round(sum(v.tokens for v in own) / len(own), 4),
                 "tokens_per_s": round(read / max(1e-9, seconds_read)),
                 "seconds": round(time.monotonic() - started, 1),
-            }  # fmt: skip
+            } | ({"in_order": order} if name in UNORDERED else {})  # fmt: skip
 
 
 def main() -> None:

@@ -18,6 +18,8 @@ TURNS_A_SESSION = 8
 DENSE_TOKENS = 256  # to each fact of a dense recipe
 # how many variables a chain has, and how often; the exam's have five
 CHAIN, CHAIN_ODDS = (1, 2, 3, 4, 5, 6), (0.1, 0.1, 0.15, 0.2, 0.35, 0.1)
+HOPS, HOP_ODDS = (1, 2, 3), (0.4, 0.4, 0.2)  # the same of the first lesson
+HOP_TOKENS = 128  # to each of its chains
 
 
 def dense_inserts(
@@ -137,13 +139,32 @@ def chained_inserts(
     return _chains(rng, words, max(1, round(density * length / DENSE_TOKENS)), at_end=False)
 
 
+def hop_inserts(
+    rng: np.random.Generator, words: Wording, length: int, density: float
+) -> list[Insert]:
+    """Chains of one to three variables, one every ``HOP_TOKENS``, most of them near together and
+    asked for soon: the first lesson of looking for what stands before a value or a name.
+    """
+    count = max(1, round(density * length / HOP_TOKENS))
+    names = iter(words.some_names(rng, min(len(words.names), max(HOPS) * count)))
+    inserts = []
+    for _ in range(count):
+        chain = [name for name, _ in zip(names, range(rng.choice(HOPS, p=HOP_ODDS)))]
+        if chain:
+            places = _near(rng, len(chain))
+            asked = places[-1] + (1 - places[-1]) * rng.random() ** 3
+            inserts += chain_of(rng, words, chain, places, asked)
+    return inserts
+
+
 def _chains(rng: np.random.Generator, words: Wording, count: int, at_end: bool) -> list[Insert]:
     names = iter(words.some_names(rng, min(len(words.names), max(CHAIN) * count)))
     inserts = []
     for _ in range(count):
         chain = [name for name, _ in zip(names, range(rng.choice(CHAIN, p=CHAIN_ODDS)))]
         if chain:
-            inserts += chain_of(rng, words, chain, _near(rng, len(chain)), at_end)
+            places = _near(rng, len(chain))
+            inserts += chain_of(rng, words, chain, places, _later(rng, places[-1], at_end))
     return inserts
 
 
@@ -157,7 +178,7 @@ def valued_inserts(
         values = [words.value(rng) for _ in range(rng.integers(2, 5))]
         places = _near(rng, len(values))
         inserts += [say.fact(rng, place, key, value) for place, value in zip(places, values)]
-        inserts.append(say.ask_all(_later(rng, places[-1], at_end), key, values))
+        inserts.append(say.ask_all(_later(rng, places[-1], at_end), key, _listed(rng, values)))
     return inserts
 
 
@@ -208,6 +229,7 @@ INSERTS = {
     "memory": memory_inserts,
     "update": update_inserts,
     "tracking": tracking_inserts,
+    "hops": hop_inserts,
     "chained": chained_inserts,
     "valued": valued_inserts,
     "together": together_inserts,
@@ -220,7 +242,14 @@ def several_values(rng, words: Wording, keys, at_end: bool) -> list[Insert]:
     key, values = next(keys), [words.value(rng) for _ in range(rng.integers(2, 5))]
     places = np.sort(rng.random(len(values))) * 0.95
     facts = [say.fact(rng, place, key, value) for place, value in zip(places, values)]
-    return [*facts, say.ask_all(_later(rng, places[-1], at_end), key, values)]
+    return [*facts, say.ask_all(_later(rng, places[-1], at_end), key, _listed(rng, values))]
+
+
+def _listed(rng: np.random.Generator, values: list[Tokens]) -> list[Tokens]:
+    """Values in an answer's order: half of the time as they appeared, else in any. So a model that
+    begins with another goes on with those not said yet, and ends after the last.
+    """
+    return [values[i] for i in rng.permutation(len(values))] if rng.random() < 0.5 else values
 
 
 def several_keys(rng, words: Wording, keys, at_end: bool) -> list[Insert]:
@@ -239,14 +268,15 @@ def tracking(rng, words: Wording, names, at_end: bool) -> list[Insert]:
     chain = [name for name, _ in zip(names, range(rng.integers(2, 6)))]
     if not chain:
         return []
-    return chain_of(rng, words, chain, np.sort(rng.random(len(chain))) * 0.95, at_end)
+    places = np.sort(rng.random(len(chain))) * 0.95
+    return chain_of(rng, words, chain, places, _later(rng, places[-1], at_end))
 
 
 def chain_of(
-    rng: np.random.Generator, words: Wording, chain: list[Tokens], places: np.ndarray, at_end: bool
+    rng: np.random.Generator, words: Wording, chain: list[Tokens], places: np.ndarray, asked: float
 ) -> list[Insert]:
     """Variables set at ``places``, the first to a value, each other to the one before it; and the
-    question.
+    question at ``asked``.
     """
     value = words.value(rng)
     sets = [say.assign(places[0], chain[0], value, None)]
@@ -254,7 +284,7 @@ def chain_of(
         say.assign(place, name, None, source)
         for place, name, source in zip(places[1:], chain[1:], chain)
     ]
-    return [*sets, say.ask_names(_later(rng, places[-1], at_end), value, chain)]
+    return [*sets, say.ask_names(asked, value, chain)]
 
 
 def early_text(rng, words: Wording, keys, at_end: bool) -> list[Insert]:

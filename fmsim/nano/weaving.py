@@ -45,7 +45,11 @@ EXAM = {
     "dense": 0.14, "sparse": 0.18, "mixed": 0.22, "memory": 0.1, "update": 0.1, "tracking": 0.1,
     "together": 0.14, "text": 0.02,
 }  # fmt: skip
-CHAINS = {"chained": 0.5, "valued": 0.2, "dense": 0.15, "sparse": 0.05, "tracking": 0.1}
+HOPS = {"hops": 0.6, "chained": 0.12, "valued": 0.1, "dense": 0.18}
+CHAINS = {
+    "hops": 0.2, "chained": 0.3, "valued": 0.18, "dense": 0.12, "sparse": 0.05, "tracking": 0.1,
+    "update": 0.05,
+}  # fmt: skip
 FINISH = {
     "dense": 0.08, "sparse": 0.1, "mixed": 0.12, "memory": 0.08, "update": 0.1, "tracking": 0.14,
     "chained": 0.12, "valued": 0.12, "together": 0.12, "text": 0.02,
@@ -55,6 +59,7 @@ MIXTURES = {
     "all": Mixture(ALL_KINDS),
     "lessons": Mixture(LESSONS, skip_odds=0.5, max_position=1_040_000),
     "exam": Mixture(EXAM, skip_odds=0.5, max_position=1_040_000),
+    "hops": Mixture(HOPS, skip_odds=0.3, max_position=1_040_000),
     "chains": Mixture(CHAINS, skip_odds=0.3, max_position=1_040_000),
     "finish": Mixture(FINISH, skip_odds=0.5, max_position=1_040_000),
 }

@@ -166,7 +166,7 @@ def ask(place: float, key: Tokens, value: Tokens) -> Insert:
 
 
 def ask_all(place: float, key: Tokens, values: list[Tokens]) -> Insert:
-    """Multi-value: every value of one key, in order of appearance."""
+    """Multi-value: every value of one key, in the order given."""
     question = [
         *piece("\nQuestion: What are all the magic numbers for"),
         *key,
@@ -202,11 +202,15 @@ def assign(place: float, name: Tokens, value: Tokens | None, source: Tokens | No
 
 
 def ask_names(place: float, value: Tokens, names: list[Tokens]) -> Insert:
-    """Tracking: all variables that hold a value, along the chain."""
+    """Tracking: all variables that hold a value, along the chain. As in RULER the answer begins by
+    saying the value again.
+    """
     question = [
         *piece("\nQuestion: Which variables have the value "),
         *value,
-        *piece("? Answer: They are"),
+        *piece("? Answer: The variables with the value "),
+        *value,
+        *piece(" are"),
     ]
     return _line(place, question, [*_joined(names, ","), *piece(".")], "\n")
 

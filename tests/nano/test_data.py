@@ -77,6 +77,12 @@ def values_told(before: str, key: str) -> list[str]:
     return re.findall(rf"(?:The|the) magic number for {re.escape(key)} is (\d+)\.", before)
 
 
+def in_any_order(answer: str) -> str:
+    """Several values are right in any order: sorted, where there are several."""
+    listed = re.fullmatch(r"\d+(, \d+)+\.", answer)
+    return ", ".join(sorted(answer[:-1].split(", "))) + "." if listed else answer
+
+
 def expected_answer(before: str) -> str:
     """Read the text up to an answer as a person would, and answer."""
     *earlier, question = re.split(r"\nQuestion: |\nUser: (?=What is my)", before)
@@ -85,7 +91,7 @@ def expected_answer(before: str) -> str:
     if found := re.match(r"What is the magic number for (.+?)\?", question):
         return values_told(told, found[1])[0] + "."
     if found := re.match(r"What are all the magic numbers for (.+?)\?", question):
-        return ", ".join(values_told(told, found[1])) + "."
+        return in_any_order(", ".join(values_told(told, found[1])) + ".")
     if found := re.match(r"What are the magic numbers for (.+?)\?", question):
         keys = re.split(r", | and ", found[1])
         sentences = " ".join(
@@ -102,8 +108,10 @@ def expected_answer(before: str) -> str:
     raise AssertionError(f"no question in {question!r}")
 
 
-@pytest.mark.parametrize("kind", ["dense", "sparse", "mixed", "memory"])
-@pytest.mark.parametrize("length", [512, 1025, 4096])
+@pytest.mark.parametrize(
+    "kind", ["dense", "sparse", "mixed", "memory", "hops", "chained", "valued", "tracking"]
+)
+@pytest.mark.parametrize("length", [513, 1025, 4096])
 def test_every_answer_is_where_the_mask_says_and_follows_from_earlier_text(corpus, kind, length):
     checked = 0
     for seed in range(4):
@@ -117,7 +125,7 @@ def test_every_answer_is_where_the_mask_says_and_follows_from_earlier_text(corpu
                 quote = sample.tokens[start - 8 : end]
                 assert len(weaving._finds(sample.tokens[: start - 8], quote)) >= 1
             elif end < length:
-                assert decoded(sample.tokens[start:end]) == expected_answer(before)
+                assert in_any_order(decoded(sample.tokens[start:end])) == expected_answer(before)
             checked += 1
     assert checked >= 4
 
@@ -245,7 +253,7 @@ def test_prompts_have_the_length_asked_and_hold_their_answer(corpus, kind, lengt
                 == 1
             )
         else:
-            assert decoded(prompt.answer) == expected_answer(decoded(prompt.tokens))
+            assert in_any_order(decoded(prompt.answer)) == expected_answer(decoded(prompt.tokens))
 
 
 @pytest.mark.parametrize("depth", [0.0, 0.5, 1.0])

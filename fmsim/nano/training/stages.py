@@ -48,7 +48,6 @@ class Stage:
 
 MIXED = ((512, 0.5), (256, 0.25), (128, 0.25))
 LAST = ((512, 1.0),)
-SHORT = ((512, 0.7), (128, 0.3))
 FEW_TOKENS = 2048
 
 
@@ -94,12 +93,13 @@ CURRICULA = {
             (131072, 100, LAST, 0, (0.86, 1.0)),
         )
     ),
-    # What "nano2" did not learn: names that stand before a value, values in their order.
+    # What "nano2" did not learn: names that stand before a value, values in whatever order. Two
+    # calls of one machine: the first two stages, then the others.
     "chains": tuple(
         Stage(
             length,
             seconds,
-            max(65536, length),
+            batch_tokens,
             (8e-4, 1e-5),
             top_k,
             mixture=mixture,
@@ -107,11 +107,11 @@ CURRICULA = {
             warmup=warmup,
             part=part,
         )
-        for length, seconds, top_k, mixture, warmup, part in (
-            (1024, 50, SHORT, "chains", 60, (0.0, 0.2)),
-            (4096, 60, MIXED, "chains", 0, (0.2, 0.45)),
-            (32768, 100, MIXED, "finish", 0, (0.45, 0.87)),
-            (131072, 30, LAST, "finish", 0, (0.87, 1.0)),
+        for length, batch_tokens, seconds, top_k, mixture, warmup, part in (
+            (512, 32768, 70, LAST, "hops", 60, (0.0, 0.15)),
+            (4096, 65536, 50, MIXED, "chains", 0, (0.15, 0.4)),
+            (32768, 65536, 95, MIXED, "finish", 0, (0.4, 0.87)),
+            (131072, 131072, 25, LAST, "finish", 0, (0.87, 1.0)),
         )
     ),
     # For a model that went through the first, a fresh optimiser and more time at long lengths.

@@ -56,10 +56,51 @@ def test_an_answer_is_right_where_every_token_of_it_was_foretold(script, model, 
     assert one.answers == [("a", 102, 104), ("b", 105, 109)]
     foretells(monkeypatch, but=[105])  # the second token of b's answer, in the first row
     assert script.judged(model, [one, two], torch.device("cpu")) == [
-        ("a", True, 1.0),
-        ("b", False, 0.75),
-        ("c", True, 1.0),
+        ("a", True, 1.0, True),
+        ("b", False, 0.75, False),
+        ("c", True, 1.0, True),
     ]
+
+
+def asks_in_order(monkeypatch, model, wanted: list[list[int]], separator: list[int], end: int):
+    """A forward that goes on with the first of ``wanted`` not said yet whose start was said."""
+
+    def forward(model, tokens, positions, manner):
+        out = tokens.roll(-1, 1)
+        for row, given in enumerate(tokens.tolist()):
+            start = given.index(7) + 1
+            for place in range(start - 1, start + sum(map(len, wanted)) + 2 * len(wanted)):
+                said, items = given[start : place + 1], list(wanted)
+                while said:
+                    begun = [item for item in items if said[: len(item)] == item]
+                    if not begun or len(said) < len(begun[0]) + len(separator):
+                        break
+                    items.remove(begun[0])
+                    said = said[len(begun[0]) + len(separator) :]
+                goes = [item for item in items if item[: len(said)] == said and item != said]
+                after = [*separator, 0] if len(items) > 1 else [end]
+                out[row, place] = goes[0][len(said)] if goes else after[0]
+        return Found(F.one_hot(out.flatten(), VOCABULARY).float(), None, None)
+
+    monkeypatch.setattr("fmsim.nano.training.forward.train_forward", forward)
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_things_in_the_models_own_order_are_right(script, model, monkeypatch, seed):
+    rng = np.random.default_rng(seed)
+    [separator] = script.say.piece(",")
+    things = [[1011, 1012], [1011, 1013, 1014], [1015], [1016, 1017]]
+    told = [things[i] for i in rng.permutation(4)]
+    answer = told[0]
+    for thing in told[1:]:
+        answer = [*answer, separator, *thing]
+    asked = script.sequence(np.arange(30, 90), [("vt", [7], [*answer, 9])])
+    asks_in_order(monkeypatch, model, things, [separator], 9)
+    [verdict] = script.judged(model, [asked], torch.device("cpu"))
+    assert verdict.right and verdict.in_order == (told == things)
+    asks_in_order(monkeypatch, model, [*things[:3], [1016, 1018]], [separator], 9)
+    [verdict] = script.judged(model, [asked], torch.device("cpu"))
+    assert not verdict.right and not verdict.in_order
 
 
 def test_a_row_a_task_with_all_its_questions(script, model, corpus, monkeypatch):
