@@ -7,8 +7,9 @@
 # log, the weights, answers.jsonl. It takes about 50 s more than SECONDS + EXAM_SECONDS: imports,
 # Triton's compilation, the weights' export. EXAM_SECONDS of 0 asks nothing.
 # Settings: N processes, DEVICE cuda or cpu, WORKERS that make batches, PLAN of questions, PYTHON,
-# SEED of the text, RUN the folder of checkpoint and log (a new one), STAGE to begin with, UNTIL the
-# stage to end before, RESUME=1 to go on with the moments that an earlier call left in RUN.
+# SEED of the text, CALM=0 to leave out the restlessness, RUN the folder of checkpoint and log (a
+# new one), STAGE to begin with, UNTIL the stage to end before, RESUME=1 to go on with the moments
+# that an earlier call left in RUN.
 set -u
 root=$(cd "$(dirname "$0")/../.." && pwd)
 tokens=$1 model=$2 curriculum=$3 seconds=$4 exam_seconds=$5
@@ -51,7 +52,7 @@ for rank in $(seq 0 $((processes - 1))); do
     --device "$device" >"$run/exam$rank.log" 2>&1 &
   exams="$exams $!"
 done
-if [ "$device" = cuda ]; then
+if [ "$device" = cuda ] && [ "${CALM:-1}" != 0 ]; then
   CUDA_VISIBLE_DEVICES=$((processes - 1)) timeout 60 $python -m fmsim.nano.measure.calm \
     "$run/model" 32768 131072 --corpus "$tokens" --out "$OUT/answers.jsonl" >"$run/calm.log" 2>&1
 fi

@@ -18,8 +18,8 @@ TURNS_A_SESSION = 8
 DENSE_TOKENS = 256  # to each fact of a dense recipe
 # how many variables a chain has, and how often; the exam's have five
 CHAIN, CHAIN_ODDS = (1, 2, 3, 4, 5, 6), (0.1, 0.1, 0.15, 0.2, 0.35, 0.1)
-HOPS, HOP_ODDS = (1, 2, 3), (0.4, 0.4, 0.2)  # the same of the first lesson
-HOP_TOKENS = 128  # to each of its chains
+HOPS, HOP_ODDS = (1, 2), (0.5, 0.5)  # the same of the first lesson
+HOP_TOKENS = 96  # to each of its chains
 
 
 def dense_inserts(
@@ -142,7 +142,7 @@ def chained_inserts(
 def hop_inserts(
     rng: np.random.Generator, words: Wording, length: int, density: float
 ) -> list[Insert]:
-    """Chains of one to three variables, one every ``HOP_TOKENS``, most of them near together and
+    """Chains of one or two variables, one every ``HOP_TOKENS``, most of them near together and
     asked for soon: the first lesson of looking for what stands before a value or a name.
     """
     count = max(1, round(density * length / HOP_TOKENS))
