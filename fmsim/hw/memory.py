@@ -109,6 +109,22 @@ class FairLink:
         self._share()
 
 
+def take(pool: simpy.Container, n_bytes: float) -> None:
+    """Out of a pool that has them: sums of bytes may be off by their rounding, which would leave a
+    container waiting.
+    """
+    n_bytes = min(n_bytes, float(pool.level))
+    if n_bytes > 0:
+        pool.get(n_bytes)
+
+
+def give(pool: simpy.Container, n_bytes: float) -> None:
+    """Back into the pool that they came from."""
+    n_bytes = min(n_bytes, float(pool.capacity - pool.level))
+    if n_bytes > 0:
+        pool.put(n_bytes)
+
+
 class MemorySystem:
     """One GPU of a server with its share of host memory: the GPUs of a rank hold the same, or,
     under context parallelism, equal parts.

@@ -37,7 +37,9 @@ class Modules:
     csa: AttentionTimes  # of a layer that selects
     hca: AttentionTimes  # of a layer that does not
     n_sliding: int  # layers taken as an HCA layer of an empty context
-    rest_ms: Callable[[int, int], float]  # by a rank's requests and the server's
+    rest_ms: Callable[[int, int], float]  # by a rank's tokens and the server's
+    # the same of one routed layer and the head, which is what a drafting layer has
+    draft_ms: Callable[[int, int], float]
     topk: Curve | None = None  # by context, of a top-k kernel other than the table's
     prefill: PrefillModules | None = None
 
@@ -91,11 +93,13 @@ class _Tabled:
         if self.hw.topk_context_ms:
             csa = replace(csa, grown=NOTHING)
             topk = Curve.of(self.hw.topk_context_ms)
+        rest_ms, draft_ms = self._rest_ms()
         return Modules(
             csa=csa,
             hca=hca,
             n_sliding=self.geometry.n_sliding,
-            rest_ms=self._rest_ms(),
+            rest_ms=rest_ms,
+            draft_ms=draft_ms,
             topk=topk,
             prefill=self._prefill(),
         )
@@ -120,8 +124,10 @@ class _Tabled:
         factor = self.factor * self.size
         return replace(times, short_ms=times.short_ms * factor, grown=times.grown.scaled(factor))
 
-    def _rest_ms(self) -> Callable[[int, int], float]:
-        """Everything but attention, as a function of a rank's requests and the server's."""
+    def _rest_ms(self) -> tuple[Callable[[int, int], float], Callable[[int, int], float]]:
+        """Everything but attention, as a function of a rank's tokens and the server's; and one
+        routed layer with the head.
+        """
         experts, router = self._experts(), Curve.of(self.table["router"])
         shared = self._of_tp("shared_expert")
         hyper = self._hyper_connections()
@@ -132,14 +138,20 @@ class _Tabled:
         n_routed = self.geometry.n_layers - n_dense
         factor = self.factor * self.size
 
-        def rest(ranked: int, batch: int) -> float:
+        def layer(ranked: int, batch: int) -> Any:
             routed = router(ranked) + experts(batch)
+            return hyper(ranked) + exchange(ranked, batch) + np.maximum(routed, shared(ranked))
+
+        def rest(ranked: int, batch: int) -> float:
+            layers = n_routed * layer(ranked, batch)
             common = hyper(ranked) + exchange(ranked, batch)
-            layers = n_routed * (common + np.maximum(routed, shared(ranked)))
             layers = layers + n_dense * (common + dense(ranked))
             return float((layers + head(ranked)) * factor) + BETWEEN_STEPS_MS
 
-        return rest
+        def draft(ranked: int, batch: int) -> float:
+            return float((layer(ranked, batch) + head(ranked)) * factor)
+
+        return rest, draft
 
     def _hyper_connections(self) -> Curve:
         found = self.table.get("hyper_connections")
@@ -317,11 +329,15 @@ def _calibrated(hw: Hardware, geometry: Geometry) -> Modules:
     }
     n_layers = geometry.n_layers
 
+    def layer(ranked: int, batch: int) -> Any:
+        routed = curves["hyper_connections_batch_ms"](ranked) + curves["moe_batch_ms"](batch)
+        return routed + curves["router_batch_ms"](ranked) + 2 * curves["all_reduce_batch_ms"](batch)
+
     def rest(ranked: int, batch: int) -> float:
-        layer = curves["hyper_connections_batch_ms"](ranked) + curves["moe_batch_ms"](batch)
-        layer = layer + curves["router_batch_ms"](ranked)
-        layer = layer + 2 * curves["all_reduce_batch_ms"](batch)
-        return float(n_layers * layer + curves["head_batch_ms"](ranked))
+        return float(n_layers * layer(ranked, batch) + curves["head_batch_ms"](ranked))
+
+    def draft(ranked: int, batch: int) -> float:
+        return float(layer(ranked, batch) + curves["head_batch_ms"](ranked))
 
     csa_ns, hca_ns = _token_ns(hw, geometry, table)
     return Modules(
@@ -329,6 +345,7 @@ def _calibrated(hw: Hardware, geometry: Geometry) -> Modules:
         hca=_by_batch(curves["hca_batch_ms"], curves["hca_context_ms"], hca_ns),
         n_sliding=geometry.n_sliding,
         rest_ms=rest,
+        draft_ms=draft,
     )
 
 

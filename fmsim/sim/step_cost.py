@@ -50,8 +50,12 @@ class Spread:
 class StepModel:
     """Step times of one model on one deployment. Made once, asked often."""
 
-    def __init__(self, hw: Hardware, geometry: Geometry) -> None:
-        """Raises FmsimError where no table has this deployment."""
+    def __init__(self, hw: Hardware, geometry: Geometry, draft_tokens: int = 0) -> None:
+        """`draft_tokens`: that a step drafts for each request, one after another by a layer of
+        their own, and checks together with the next token. Raises FmsimError where no table has
+        this deployment.
+        """
+        self.draft_tokens = draft_tokens
         self.hw = hw
         self.geometry = geometry
         self.modules: Modules = modules(hw, geometry)
@@ -82,8 +86,10 @@ class StepModel:
         found, share = self.modules, 1 / self.hw.placed.cp
         batch = ranked * self.hw.placed.dp if batch is None else batch
         if ranked not in self._csa:
-            self._csa[ranked] = found.csa.of_batch(ranked)
-            self._hca[ranked] = found.hca.of_batch(ranked)
+            # a request's positions read its keys together, and are as many rows of all else
+            positions = ranked * (1 + self.draft_tokens)
+            self._csa[ranked] = found.csa.of_batch(positions)
+            self._hca[ranked] = found.hca.of_batch(positions)
         scored_tokens = self.geometry.csa_rate * share
         csa_ms = found.csa.ms(
             self._csa[ranked],
@@ -102,8 +108,15 @@ class StepModel:
     def _rest_ms(self, ranked: int, batch: int) -> float:
         """What does not depend on contexts."""
         if (ranked, batch) not in self._rest:
+            positions = 1 + self.draft_tokens
             sliding_ms = self.modules.n_sliding * float(self._hca[ranked][0])
-            self._rest[ranked, batch] = sliding_ms + self.modules.rest_ms(ranked, batch)
+            rest_ms = self.modules.rest_ms(ranked * positions, batch * positions)
+            if self.draft_tokens:
+                # a drafting layer attends to its window, as a sliding layer does
+                attending_ms = float(self.modules.hca.of_batch(ranked)[0])
+                drafting_ms = attending_ms + self.modules.draft_ms(ranked, batch)
+                rest_ms += self.draft_tokens * drafting_ms
+            self._rest[ranked, batch] = sliding_ms + rest_ms
         return self._rest[ranked, batch]
 
 

@@ -12,7 +12,7 @@ import numpy as np
 import simpy
 
 from fmsim.errors import FmsimError
-from fmsim.hw.memory import MemorySystem
+from fmsim.hw.memory import MemorySystem, give, take
 from fmsim.hw.spec import Hardware
 from fmsim.sim.serving import spec
 from fmsim.sim.serving.batch import ServedRequest, mean_step_s
@@ -132,12 +132,11 @@ class Admission:
                     below = self.stores[rank].nvme
                     assert below is not None
                     below.make_room(request.nvme_bytes)
-                memory.nvme.get(request.nvme_bytes)
+                take(memory.nvme, request.nvme_bytes)
         for pool, tier, n_bytes in zip(self._pools(rank), tiers, (gpu_bytes, host_bytes)):
             if tier is not None:
                 tier.make_room(n_bytes)
-            if n_bytes > 0:
-                pool.get(n_bytes)
+            take(pool, n_bytes)
         request.gpu_bytes, request.host_bytes = gpu_bytes, host_bytes
 
     def release(self, request: ServedRequest) -> None:
@@ -146,11 +145,10 @@ class Admission:
         self._held[request.rank] -= 1
         held = (request.gpu_bytes, request.host_bytes)
         for pool, n_bytes in zip(self._pools(request.rank), held):
-            if n_bytes > 0:
-                pool.put(n_bytes)
+            give(pool, n_bytes)
         nvme = self.ranks[request.rank].nvme
-        if nvme is not None and request.nvme_bytes > 0:
-            nvme.put(request.nvme_bytes)
+        if nvme is not None:
+            give(nvme, request.nvme_bytes)
         if self.stores:
             self.stores[request.rank].unpin(request.pinned)
 
@@ -232,7 +230,8 @@ class Admission:
         stall_s = self.demand.mean_stall_s(
             self.ranks[rank].hw, [(each.prompt_tokens, each.output_tokens) for each in of_rank]
         )
-        return max(compute_s + stall_s, link_s + stall_s) <= self.slo.tpot_s
+        step_s = max(compute_s + stall_s, link_s + stall_s)
+        return step_s / self.demand.tokens_per_step <= self.slo.tpot_s
 
     def _needs(self, request: ServedRequest, found: Found) -> tuple[float, float]:
         """Bytes on each GPU and on the host, beside blocks that are there."""

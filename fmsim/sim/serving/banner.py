@@ -28,6 +28,7 @@ def banner(
     `request_bytes` are a whole request's: every GPU of its rank holds them, since V4 has one KV
     head, or, under context parallelism, its part.
     """
+    demand = demand.drafted(options.draft_tokens, options.acceptance)
     pools = demand.pools(prompt_tokens, output_tokens)
     engine, weight_bytes = server_hardware(hw, options), hw.weight_bytes(geometry)
     limits = request_limits(engine, geometry, demand, options, prompt_tokens, output_tokens)
@@ -67,6 +68,7 @@ def request_limits(
 
     `engine`: see `server_hardware`.
     """
+    demand = demand.drafted(options.draft_tokens, options.acceptance)
     pools, placed = demand.pools(prompt_tokens, output_tokens), engine.placed
     limits = {GPU: placed.dp * int(engine.kv_pool_bytes(geometry) * placed.cp // pools.gpu_bytes)}
     if pools.mirror:

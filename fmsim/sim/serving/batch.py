@@ -82,11 +82,11 @@ class WindowStart:
 
 
 # Of each request. `position` (ledger steps from the ledger's start, windows that repeat counted
-# again) and `context` (tokens, the next step's included) are less the batch's own count of steps,
+# again) is less the batch's own count of steps,
 # which goes on for all alike; `end` is that count when it is done. missing: 0 for a request that
 # the budget holds whole, else 1.
 _STATE = np.dtype(
-    [(name, np.int64) for name in ("rank", "offset", "position", "context", "end")]
+    [(name, np.int64) for name in ("rank", "offset", "position", "context", "joined", "end")]
     + [(name, np.float64) for name in ("growth", "ratio", "missing")]
 )
 
@@ -135,7 +135,8 @@ class RunningBatch:
             request.rank,
             request.offset,
             position,
-            prompt + 1 - self.steps,
+            prompt + 1,
+            self.steps,
             end,
             growth,
             demand.length_ratio(prompt),
@@ -198,7 +199,10 @@ class RunningBatch:
         steps = self.steps + np.arange(n_steps)
         position = state["position"][:, None] + steps
         at = demand.at(position)
-        tokens = state["context"][:, None] + steps
+        gone = steps - state["joined"][:, None]
+        if demand.tokens_per_step != 1:
+            gone = (gone * demand.tokens_per_step).astype(np.int64)
+        tokens = state["context"][:, None] + gone
         scored = entries = demand.geometry.csa_entries(tokens)
         if demand.keys_tiered:
             scored = np.minimum(demand.resident[at] * state["growth"][:, None], entries)

@@ -18,6 +18,7 @@ length is taken to do the same in shares.
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -105,6 +106,9 @@ class Demand:
         self._budget = None if budget == "all" else Budget.parse(budget)
         self._solutions: dict[int, float] = {}  # by tokens
         self.indexer_scored = ledger.scored.astype(np.float64)
+        self.tokens_per_step = 1.0
+        self.positions = 1  # that a step computes and selects for
+        self._drafted: dict[tuple[int, float], Demand] = {}
         self.misses, self.recalls = (
             bool(ledger.demand_loads.any()),
             bool(ledger.lookahead_loads.any()),
@@ -112,6 +116,51 @@ class Demand:
         self.mirrored = ledger.comes_back
         self.overlaps = ledger.decides_ahead  # a recall may run during the window before its own
         self._first, self._end = _repeated_steps(ledger)
+
+    def drafted(self, draft_tokens: int, acceptance: float) -> Demand:
+        """The same of a server whose steps draft tokens (`spec.Server.draft_tokens`).
+
+        A step selects for all its positions, and fetches what any of them misses, as the ledger's
+        steps at those positions do: also for drafts that are then rejected, whose places later
+        steps come to again. So misses are an upper bound. A window holds a whole number of steps;
+        they make its `cadence` tokens, which sets `tokens_per_step`.
+        """
+        if not draft_tokens:
+            return self
+        key = draft_tokens, acceptance
+        if key not in self._drafted:
+            self._drafted[key] = self._with_drafts(draft_tokens, acceptance)
+        return self._drafted[key]
+
+    def _with_drafts(self, draft_tokens: int, acceptance: float) -> Demand:
+        made = tokens_per_step(draft_tokens, acceptance)
+        n_steps = len(self.recall_bytes)
+        if self.cadence == 1:
+            cadence = 1
+            starts = np.floor(np.arange(0, n_steps - made + 1e-9, made)).astype(np.int64)
+            first, end = 0, len(starts)
+        else:
+            cadence = max(1, round(self.cadence / made))
+            made = self.cadence / cadence
+            windows = np.arange(n_steps // self.cadence) * self.cadence
+            within = np.floor(np.arange(cadence) * made).astype(np.int64)
+            starts = (windows[:, None] + within).ravel()
+            first, end = self._first // self.cadence * cadence, len(starts)
+        if first >= end:
+            first = 0
+        ends = np.append(starts[1:], min(n_steps, int(starts[-1] + math.ceil(made))))
+        positions = np.minimum(starts[:, None] + np.arange(1 + draft_tokens), n_steps - 1)
+        found = copy.copy(self)
+        for name in ("miss_counts", "_recalled"):
+            found.__dict__.pop(name, None)
+        found.tokens_per_step, found.positions = made, 1 + draft_tokens
+        found.cadence, found._first, found._end = cadence, first, end
+        found.miss_bytes = self.miss_bytes[positions].sum(axis=1)
+        found.resident = self.resident[starts]
+        for name in ("recall_bytes", "indexer_scored"):
+            sums = np.append(0.0, np.cumsum(getattr(self, name)))
+            setattr(found, name, sums[ends] - sums[starts])
+        return found
 
     @cached_property
     def miss_counts(self) -> tuple[np.ndarray, np.ndarray]:
@@ -182,7 +231,7 @@ class Demand:
         )
         ahead = tuple(-(-n // AHEAD) if any(ledger.ahead_slots) else 0 for n in slots)
         whole = min(slots) >= pages and not any(ahead)
-        missed = math.ceil(ledger.miss_slots * self._topk_ratio)
+        missed = math.ceil(ledger.miss_slots * self._topk_ratio) * self.positions
         needs = _Slots(
             n_layers=ledger.n_layers,
             n_groups=ledger.n_groups,
@@ -242,6 +291,13 @@ class Demand:
     def recall_bytes_per_step(self, prompt_tokens: int) -> float:
         """Mean over the windows that repeat."""
         return float(self.recall_bytes[self._first : self._end].mean()) * self.growth(prompt_tokens)
+
+
+def tokens_per_step(draft_tokens: int, acceptance: float) -> float:
+    """Mean tokens that a step makes: the next one, and each draft while those before it were
+    accepted: 1 + a + a^2 + ... + a^draft_tokens.
+    """
+    return sum(acceptance**n for n in range(draft_tokens + 1))
 
 
 def _repeated_steps(ledger: Ledger) -> tuple[int, int]:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections import defaultdict
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 
+from fmsim.hw.memory import MemorySystem
 from fmsim.sim.serving.batch import ServedRequest
 from fmsim.sim.serving.spec import Slo
 
@@ -32,7 +34,7 @@ class Log:
     """Times in seconds, sums over the whole run."""
 
     requests: list[ServedRequest] = field(default_factory=list)
-    tokens: int = 0  # made, by prefill or decode
+    tokens: float = 0  # made; means where steps draft some, by prefill or decode
     busy_s: float = 0.0  # some request decodes or is prefilled here; the four below are part of it
     stall_s: float = 0.0  # waiting for misses
     recall_wait_s: float = 0.0  # waiting for recalls that were late
@@ -61,6 +63,17 @@ class Log:
             self.busy_s += elapsed_s
         if self.waits_for:
             self.waited_s[self.waits_for] += elapsed_s
+
+    def sample(
+        self, now_s: float, counts: tuple[int, int, int], ranks: Sequence[MemorySystem]
+    ) -> None:
+        """Of requests that run, are admitted and wait, and of what is in use."""
+        hbm = sum(rank.hbm.capacity - rank.hbm.level for rank in ranks)
+        host = sum(rank.host.capacity - rank.host.level for rank in ranks)
+        nvme = sum(rank.nvme.capacity - rank.nvme.level for rank in ranks if rank.nvme)
+        moved = sum(rank.to_gpu.moved_bytes for rank in ranks)
+        sums = moved, self.tokens, self.missed_entries, self.selected_entries
+        self.samples.append((now_s, *counts, hbm, host, nvme, *sums))
 
     def mean_in_use(self, name: str) -> float:
         """Mean over time of a sampled quantity, which holds until the next sample."""

@@ -21,7 +21,7 @@ from dataclasses import dataclass, field
 
 import simpy
 
-from fmsim.hw.memory import MemorySystem
+from fmsim.hw.memory import MemorySystem, give, take
 
 TIERS = ("GPU", "host", "NVMe")  # from above
 
@@ -78,15 +78,13 @@ class BlockTier:
         False where there is no room for the rest of it: the request then keeps its own.
         """
         if block in self:
-            if own_bytes > 0:
-                self.pool.put(own_bytes)
+            give(self.pool, own_bytes)
         else:
             more = self.block_bytes - own_bytes
             self.make_room(more)
             if self.pool.level < more:
                 return False
-            if more > 0:
-                self.pool.get(more)
+            take(self.pool, more)
             self.written += 1
         self.pin([block])
         return True
@@ -118,7 +116,7 @@ class BlockTier:
         """Evict until `n_bytes` are free, or nothing may go."""
         while self.pool.level < n_bytes and self._unpinned:
             block, _ = self._unpinned.popitem(last=False)
-            self.pool.put(self.block_bytes)
+            give(self.pool, self.block_bytes)
             if self.below is not None:
                 self.below.store([block])
 
@@ -134,7 +132,7 @@ class BlockTier:
             self.make_room(self.block_bytes)
             if self.pool.level < self.block_bytes:
                 break
-            self.pool.get(self.block_bytes)
+            take(self.pool, self.block_bytes)
             self._unpinned[block] = None
             came += 1
         self.written += came

@@ -8,6 +8,7 @@ that can be admitted cuts a span short at the end of its step.
 
 from __future__ import annotations
 
+import math
 from collections import deque
 from collections.abc import Generator
 from typing import Any
@@ -49,9 +50,10 @@ class ServerRun:
     ) -> None:
         """Raises FmsimError when not even the weights fit."""
         self.env = simpy.Environment()
+        demand = demand.drafted(options.draft_tokens, options.acceptance)
         self.hw, self.geometry, self.demand = server_hardware(hw, options), geometry, demand
         self.options, self.source, self.log = options, source, Log()
-        self.model = StepModel(self.hw, geometry)
+        self.model = StepModel(self.hw, geometry, options.draft_tokens)
         self.prefill = PrefillModel(self.hw, geometry)
         self.ranks = [MemorySystem(self.env, self.hw, geometry) for _ in range(self.hw.placed.dp)]
         self._parts = self.hw.placed.cp  # GPUs that share out a request's KV
@@ -114,8 +116,7 @@ class ServerRun:
             prompt_tokens=arrival.prompt_tokens,
             output_tokens=arrival.output_tokens,
             offset=int(self._offsets.choice(self.demand.offsets)),
-            steps=arrival.output_tokens
-            - (self.options.prefill != "done"),  # a prefill makes the first token
+            steps=math.ceil(self._decoded(arrival) / self.demand.tokens_per_step),
             pools=self.demand.pools(arrival.prompt_tokens, arrival.output_tokens),
         )
         self.log.requests.append(request)
@@ -131,6 +132,10 @@ class ServerRun:
             self.env.process(self._prefill_elsewhere(request))
         else:
             self._enqueue(request)
+
+    def _decoded(self, arrival: Arrival) -> int:
+        """Tokens that decode makes: a prefill makes the first one."""
+        return arrival.output_tokens - (self.options.prefill != "done")
 
     def _prefill_elsewhere(self, request: ServedRequest) -> Process:
         with self._prefillers.request() as turn:
@@ -418,11 +423,15 @@ class ServerRun:
 
     def _book(self, done: int, first_s: float) -> None:
         """`done` steps have passed, the first of them at `first_s`."""
-        mirrored = len(self.batch) * done
-        self.log.selected_entries += mirrored * self.geometry.n_csa * self.geometry.index_topk
-        self.log.tokens += len(self.batch) * done
+        selected = self.demand.positions * self.geometry.n_csa * self.geometry.index_topk
+        self.log.selected_entries += len(self.batch) * done * selected
+        mirrored = len(self.batch) * done * self.demand.tokens_per_step
+        self.log.tokens += mirrored
         self.log.pass_to(self.env.now, busy=True)
         for request in self.batch.advance(done, first_s):
+            # its last step makes what is wanted, and no more
+            wanted = self._decoded(request.asked)
+            self.log.tokens += wanted - request.steps * self.demand.tokens_per_step
             self._leave(request)
         for request in self._prefilled_now():
             mirrored += sum(tokens for tokens, _ in request.prefill_left[-done:])
@@ -435,12 +444,5 @@ class ServerRun:
         self._sample()
 
     def _sample(self) -> None:
-        hbm = sum(rank.hbm.capacity - rank.hbm.level for rank in self.ranks)
-        host = sum(rank.host.capacity - rank.host.level for rank in self.ranks)
-        nvme = sum(rank.nvme.capacity - rank.nvme.level for rank in self.ranks if rank.nvme)
-        moved = sum(rank.to_gpu.moved_bytes for rank in self.ranks)
-        entries = self.log.missed_entries, self.log.selected_entries
         counts = len(self.batch), len(self.admission.admitted), len(self.admission.queue)
-        self.log.samples.append(
-            (self.env.now, *counts, hbm, host, nvme, moved, self.log.tokens, *entries)
-        )
+        self.log.sample(self.env.now, counts, self.ranks)

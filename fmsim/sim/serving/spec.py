@@ -146,6 +146,10 @@ class Server(_Strict):
     admit_by_link: bool = (
         False  # admit only while the running requests' recalls fit into the time of their windows
     )
+    # multi-token prediction: tokens that a step drafts, and how likely each is accepted where
+    # those before it were
+    draft_tokens: int = Field(0, ge=0, le=16)
+    acceptance: float = Field(0.7, ge=0, le=1)
     nvme: bool = False  # what host memory has no room for goes to the preset's NVMe drives
     # of prompts that begin like earlier ones, prefill only the rest; with chunked prefill
     reuse_prefixes: bool = True

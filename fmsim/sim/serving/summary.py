@@ -42,6 +42,7 @@ def summary(*runs: ServerRun) -> dict[str, Any]:
     - `in_use`: mean and peak share of each memory, mean share of the link to the GPU and of
       compute;
     - `h2d_bytes`: from host to GPU, on one GPU of each rank;
+    - `tokens_per_step`: mean tokens a step makes of each request;
     - `miss_rate`: entries fetched of those selected, in all layers that select;
     - `prefix`: share of prompt tokens that were reused, whole blocks found by tier, in tokens, and
       seconds that steps waited for them;
@@ -66,7 +67,7 @@ def summary(*runs: ServerRun) -> dict[str, Any]:
         for kind, waited_s in log.waited_s.items():
             waited[kind] += waited_s
     good = sum(keeps(request, source.workload.slo) for request in finished)
-    tokens = sum(log.tokens for log in logs)
+    tokens = round(sum(log.tokens for log in logs))
     moved = sum(rank.to_gpu.moved_bytes for rank in ranks)
     link_bytes_per_s = sum(rank.to_gpu.bytes_per_s for rank in ranks)
     return {
@@ -105,6 +106,7 @@ def summary(*runs: ServerRun) -> dict[str, Any]:
         "h2d_bytes": moved,
         "d2h_bytes": sum(log.written_back_bytes for log in logs),
         "prefill_share": sum(log.prefill_s for log in logs) / busy_s if busy_s else 0.0,
+        "tokens_per_step": runs[0].demand.tokens_per_step,
         "miss_rate": _by(
             sum(log.missed_entries for log in logs), sum(log.selected_entries for log in logs)
         ),

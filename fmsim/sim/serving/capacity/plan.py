@@ -45,7 +45,7 @@ class CapacityQuestion:
 
     @cached_property
     def model(self) -> StepModel:
-        return StepModel(self.engine, self.geometry)
+        return StepModel(self.engine, self.geometry, self.options.draft_tokens)
 
     def changed(self, **changes: Any) -> CapacityQuestion:
         """The same with other fields; step times are kept where the hardware's kernels are."""
@@ -56,10 +56,11 @@ class CapacityQuestion:
         return other
 
     def state(self) -> SteadyState:
+        options = self.options
         return SteadyState(
             self.engine,
             self.geometry,
-            self.demand,
+            self.demand.drafted(options.draft_tokens, options.acceptance),
             self.tokens + self.output_tokens,
             self.output_tokens,
             self.model,
@@ -89,7 +90,7 @@ class CapacityQuestion:
                     lambda steady: steady.nvme_s <= steady.compute_s, MOST_REQUESTS
                 )
                 walls[NVME] = min(walls[NVME], reading)
-        walls[COMPUTE] = state.largest(lambda steady: steady.step_s <= self.tpot_s, MOST_REQUESTS)
+        walls[COMPUTE] = state.largest(lambda steady: steady.token_s <= self.tpot_s, MOST_REQUESTS)
         return walls
 
     def prompt_chunks_s(self) -> np.ndarray:
@@ -131,18 +132,20 @@ class _Load:
     def _beside(self) -> bool:
         return self.question.options.prefill == "chunked"
 
-    def _busy(self, batch: int) -> float:
+    def _busy(self, steady: Steady) -> float:
         """Share of steps in which one rank has a chunk."""
         ranks = self.question.engine.placed.dp
-        return batch * self.n_chunks / (ranks * self.question.output_tokens)
+        steps = self.question.output_tokens / steady.tokens_per_step
+        return steady.batch * self.n_chunks / (ranks * steps)
 
     def _token_s(self, steady: Steady) -> float:
         """Mean time a token."""
         if not self._beside:
-            return steady.step_s
-        busy = min(1.0, self._busy(steady.batch))
+            return steady.token_s
+        busy = min(1.0, self._busy(steady))
         any_rank = 1 - (1 - busy) ** self.question.engine.placed.dp
-        return steady.step_s + any_rank * self.prompt_s / self.n_chunks
+        step_s = steady.step_s + any_rank * self.prompt_s / self.n_chunks
+        return step_s / steady.tokens_per_step
 
     def requests_per_s(self, steady: Steady) -> float:
         return steady.batch / (self._token_s(steady) * self.question.output_tokens)
@@ -155,7 +158,7 @@ class _Load:
         if prefill == "done":
             return True
         if self._beside:
-            busy = self._busy(steady.batch)
+            busy = self._busy(steady)
             prompt_s = self.prompt_s + self.n_chunks * steady.step_s
         else:
             servers = self.question.options.prefill_servers

@@ -28,6 +28,7 @@ class Steady:
     stall_s: float  # for misses
     link_s: float  # that the link is busy, with misses and recalls
     nvme_s: float = 0.0  # that the drives are, of which misses' part is in the stall
+    tokens_per_step: float = 1.0  # of each request
 
     @property
     def step_s(self) -> float:
@@ -36,7 +37,12 @@ class Steady:
 
     @property
     def tokens_per_s(self) -> float:
-        return self.batch / self.step_s
+        return self.batch / self.token_s
+
+    @property
+    def token_s(self) -> float:
+        """Mean time a token of a request."""
+        return self.step_s / self.tokens_per_step
 
     @property
     def wait_share(self) -> float:
@@ -102,7 +108,14 @@ class SteadyState:
         compute_s += (recall_bytes + miss_bytes) / self.engine.hbm_bytes_per_s.value
         link_s = stall_s + recall_bytes / self.engine.link.bandwidth_bytes_per_s.value
         missed_s, recalled_s = self._from_nvme_s(on_gpu, miss_bytes, recall_bytes)
-        return Steady(batch, compute_s, stall_s + missed_s, link_s, missed_s + recalled_s)
+        return Steady(
+            batch,
+            compute_s,
+            stall_s + missed_s,
+            link_s,
+            missed_s + recalled_s,
+            demand.tokens_per_step,
+        )
 
     def _from_nvme_s(
         self, on_gpu: float, miss_bytes: float, recall_bytes: float
