@@ -73,6 +73,9 @@ class Admission:
         self.queue: deque[ServedRequest] = deque()
         self.admitted: dict[int, ServedRequest] = {}  # by number
         self._held = [0] * len(ranks)  # of them, on each rank
+        self._head: tuple[int, float] | None = None  # that waited last: its number, since when
+        self.hybrid = options.residency == "hybrid" and demand.may_be_whole
+        self.shrunk: list[ServedRequest] = []  # since the server last looked
         self.waits_for: str | None = None  # what the head of the queue could not get
         self._host_wall = HOST if model.hw.nvme_bytes is None else NVME
         self._parts = model.hw.placed.cp  # GPUs that share out a request's KV
@@ -97,14 +100,22 @@ class Admission:
     def head_can_enter(self) -> bool:
         return bool(self.queue) and self._place(self.queue[0])[0] is not None
 
-    def enter(self) -> Iterator[ServedRequest]:
+    def enter(self, now_s: float) -> Iterator[ServedRequest]:
         """Admit from the queue's head on, until one has to wait."""
-        self.waits_for = None
+        kind, self.waits_for = self.waits_for, None
         while self.queue:
             rank, self.waits_for = self._place(self.queue[0])
             if rank is None:
+                if self._head is None or self._head[0] != self.queue[0].number:
+                    self._head = self.queue[0].number, now_s
                 return
             request = self.queue.popleft()
+            since_s = now_s
+            if kind and self._head is not None and self._head[0] == request.number:
+                since_s = self._head[1]
+                request.waits_s[kind] = now_s - since_s
+            request.waits_s["queue"] = since_s - request.arrival_s
+            request.admitted_s = now_s
             request.rank = rank
             self.admitted[request.number] = request
             self._held[rank] += 1
@@ -122,6 +133,8 @@ class Admission:
             tiers = (store.gpu, store.host)
         gpu_bytes, host_bytes = self._needs(request, request.found)
         memory = self.ranks[rank]
+        if self.hybrid:
+            self._shrink_until(rank, gpu_bytes, besides=request)
         if tiers[1] is not None:
             tiers[1].make_room(host_bytes)
         if memory.nvme is not None:
@@ -138,6 +151,27 @@ class Admission:
                 tier.make_room(n_bytes)
             take(pool, n_bytes)
         request.gpu_bytes, request.host_bytes = gpu_bytes, host_bytes
+        if self.hybrid:
+            request.whole = True
+            pressed = max(request.pools.gpu_bytes / self._parts, memory.hbm.capacity // 10)
+            self._shrink_until(rank, pressed, besides=request)
+
+    def _shrink_until(self, rank: int, n_bytes: float, besides: ServedRequest | None) -> None:
+        """Whole requests, the oldest first, keep their slots alone until so much is free."""
+        pool = self.ranks[rank].hbm
+        for request in [*self.admitted.values()]:
+            if pool.level >= n_bytes:
+                return
+            if request.whole and request.rank == rank and request is not besides:
+                request.whole = False
+                give(pool, self._beyond_slots(request))
+                request.gpu_bytes -= self._beyond_slots(request)
+                self.shrunk.append(request)
+
+    def _beyond_slots(self, request: ServedRequest) -> float:
+        """What a whole request has on each GPU more than its slots and all else of its policy."""
+        whole = self.demand.whole_bytes(request.prompt_tokens, request.output_tokens)
+        return max(0.0, (whole - request.pools.gpu_bytes) / self._parts)
 
     def release(self, request: ServedRequest) -> None:
         """Give back what `request` held."""
@@ -237,6 +271,8 @@ class Admission:
         """Bytes on each GPU and on the host, beside blocks that are there."""
         gpu_bytes = request.pools.gpu_bytes / self._parts
         host_bytes = request.pools.mirror / self._parts
+        if self.hybrid:  # it comes whole, and others make room for it
+            gpu_bytes += self._beyond_slots(request)
         if found.gpu:
             gpu_bytes -= len(found.gpu) * self._block_bytes
         if host_bytes and found.host:
@@ -249,6 +285,9 @@ class Admission:
     def _room(self, rank: int, found: Found) -> tuple[float, float]:
         """Bytes that a request may have: free, or held by blocks that it does not use."""
         gpu, host = (float(pool.level) for pool in self._pools(rank))
+        if self.hybrid:
+            whole = (each for each in self.admitted.values() if each.whole and each.rank == rank)
+            gpu += sum(self._beyond_slots(each) for each in whole)
         if self.stores:
             store = self.stores[rank]
             if store.gpu is not None:

@@ -70,7 +70,11 @@ def request_limits(
     """
     demand = demand.drafted(options.draft_tokens, options.acceptance)
     pools, placed = demand.pools(prompt_tokens, output_tokens), engine.placed
-    limits = {GPU: placed.dp * int(engine.kv_pool_bytes(geometry) * placed.cp // pools.gpu_bytes)}
+    pool_bytes = engine.kv_pool_bytes(geometry) * placed.cp
+    gpu_bytes = whole_bytes = pools.gpu_bytes
+    if options.residency == "hybrid" and demand.may_be_whole:
+        whole_bytes = max(gpu_bytes, demand.whole_bytes(prompt_tokens, output_tokens))
+    limits = {GPU: placed.dp * int(concurrency(pool_bytes, whole_bytes, gpu_bytes))}
     if pools.mirror:
         below = engine.nvme_bytes_per_gpu
         room = (engine.host_bytes_per_gpu + below) * placed.cp
@@ -78,3 +82,16 @@ def request_limits(
     if options.max_batch:
         limits[BATCH] = options.max_batch
     return limits
+
+
+def concurrency(pool: float, admission: float, steady: float) -> float:
+    """Requests that GPU memory of `pool` holds, each of which needs `admission` when it comes and
+    `steady` for good: one may always be at its largest. In any one unit.
+
+    This is vLLM 0.33's rule for its HiSparse cache (`get_hisparse_steady_state_concurrency`, in
+    blocks), which takes the lesser of it and host blocks over a request's. Where the two are alike
+    it is pool over bytes.
+    """
+    if pool < admission:
+        return pool / admission
+    return 1 + (pool - admission) / steady

@@ -41,6 +41,7 @@ class ServedRequest:
     gpu_bytes: float = 0.0  # that it holds itself on each GPU of its rank, and on the host
     host_bytes: float = 0.0
     nvme_bytes: float = 0.0  # of its mirror, on NVMe
+    whole: bool = False  # all its entries are on the GPU, under hybrid residency
     pinned: Pinned = field(default_factory=Pinned)
     waits_s: dict[str, float] = field(default_factory=dict)  # by name, before its first token
     joined_stall_s: float = 0.0  # the server's stalls when it joined the batch
@@ -127,7 +128,8 @@ class RunningBatch:
 
     def add(self, request: ServedRequest) -> None:
         demand, prompt = self.demand, request.prompt_tokens
-        missing = float(not demand.fits_whole(prompt, request.output_tokens))
+        fits = request.whole or demand.fits_whole(prompt, request.output_tokens)
+        missing = float(not fits)
         growth = demand.growth(prompt)
         position = request.offset - self.steps
         end = self.steps + request.steps
@@ -152,6 +154,16 @@ class RunningBatch:
         grown[-1] = row
         self._state = grown
         self._changed()
+
+    def shrink(self, request: ServedRequest) -> None:
+        """A request that had all its entries on the GPU has its slots from now on; one that is not
+        in the batch begins so.
+        """
+        for place, running in enumerate(self._running):
+            if running.request is request:
+                prompt, output = request.prompt_tokens, request.output_tokens
+                self._state["missing"][place] = not self.demand.fits_whole(prompt, output)
+                self.changes += 1
 
     def _phase(self, running: _Running) -> int:
         return -running.position % self.demand.cadence

@@ -258,6 +258,17 @@ class Demand:
             mirror=self.geometry.host_kv_bytes(tokens) if self.mirrored else 0,
         )
 
+    @property
+    def may_be_whole(self) -> bool:
+        """A request may as well have all its entries on the GPU: it is exact, and scores all keys
+        either way.
+        """
+        return self.misses and not self.keys_tiered
+
+    def whole_bytes(self, prompt_tokens: int, output_tokens: int) -> int:
+        """On every GPU, of a request that has all its entries there."""
+        return self.geometry.full_gpu_bytes(prompt_tokens + output_tokens)
+
     def _most_resident(self, prompt_tokens: int, output_tokens: int) -> float:
         """Entries a layer, mean over layers; none has more than there are."""
         entries = self.geometry.csa_entries(prompt_tokens + output_tokens)

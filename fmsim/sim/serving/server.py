@@ -63,7 +63,6 @@ class ServerRun:
         ]  # to each GPU
         self.stores = self._stores()
         self.log.block_tokens = self.stores[0].block_tokens if self.stores else 0
-        self._head: tuple[int, float] | None = None  # of the queue: its number, and since when
         self.admission = Admission(
             self.ranks, self.model, demand, options, source.workload.slo, self.stores
         )
@@ -179,21 +178,12 @@ class ServerRun:
         self._receive(arrival)
 
     def _admit(self) -> None:
-        now_s, kind = self.env.now, self.log.waits_for
-        for request in self.admission.enter():
-            request.admitted_s = now_s
-            since_s = now_s
-            if kind and self._head is not None and self._head[0] == request.number:
-                since_s = self._head[1]
-                request.waits_s[kind] = now_s - since_s
-            request.waits_s["queue"] = since_s - request.arrival_s
+        for request in self.admission.enter(self.env.now):
             self._start(request)
+        for request in self.admission.shrunk:
+            self.batch.shrink(request)
+        self.admission.shrunk.clear()
         self.log.waits_for = self.admission.waits_for
-        head = self.admission.queue[0].number if self.admission.queue else None
-        if head is None:
-            self._head = None
-        elif self._head is None or self._head[0] != head:
-            self._head = head, now_s
 
     def _start(self, request: ServedRequest) -> None:
         """Bring an admitted request's KV into place."""
@@ -256,7 +246,17 @@ class ServerRun:
         if self.stores:
             self._keep(request, request.prompt_tokens)
         self.log.tokens += 1
+        if self.options.residency == "hisparse" and self.demand.misses:
+            self.env.process(self._write_all(request))
+        else:
+            self.ready.append(request)
+
+    def _write_all(self, request: ServedRequest) -> Process:
+        """The prompt's mirror is written before the first step that may miss."""
+        n_bytes = self.geometry.host_kv_bytes(request.prompt_tokens) / self._parts
+        yield self.ranks[request.rank].to_host.transfer(n_bytes)
         self.ready.append(request)
+        self._call()
 
     # The server's loop
 

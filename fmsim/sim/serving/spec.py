@@ -146,6 +146,10 @@ class Server(_Strict):
     admit_by_link: bool = (
         False  # admit only while the running requests' recalls fit into the time of their windows
     )
+    # what a request under a policy that fetches its misses has on the GPU: "policy", its slots from
+    # the first step on; "hisparse", the same once its whole prompt is written to the host; or
+    # "hybrid", all of it until GPU memory runs short
+    residency: Literal["policy", "hisparse", "hybrid"] = "policy"
     # multi-token prediction: tokens that a step drafts, and how likely each is accepted where
     # those before it were
     draft_tokens: int = Field(0, ge=0, le=16)
