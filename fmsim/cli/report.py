@@ -34,12 +34,25 @@ def report(
 ) -> None:
     """One HTML page of a run, which works offline; and its timeline for Perfetto.
 
+    Of a workload: what was held and how fast, what was in use over time, each request's life.
+
     \b
     fmsim run scenarios/500k.yaml --out results && fmsim report results
     fmsim report results --out 500k.html --perfetto 500k.perfetto.json
     """
+    from fmsim.errors import FmsimError
     from fmsim.experiments.results import Results
+    from fmsim.experiments.serve import ServingResults
 
+    served = ServingResults.load(folder)
+    if served is not None:
+        if trace is not None or perfetto is not None:
+            raise FmsimError("--trace and --perfetto: a run of a workload has neither on its page")
+        require("report", "fmsim report")
+        from fmsim.report import serving_page
+
+        _write(out or folder / "report.html", serving_page.render(served), "--out")
+        return
     results = Results.load(folder)
     require("report", "fmsim report")
     from fmsim.report import page

@@ -60,8 +60,10 @@ def tune(
     fmsim tune scenarios/500k.yaml -p lru --range "budget=1x topk..8x topk" --range granularity \\
       --set batch=16
 
+    Of a scenario with a workload the most requests a second that keep its slo are searched for.
+
     Without --range, all parameters are searched whose schema says what they may be (see `fmsim
-    policy show`), and the budget from 1% to 50%. Shown is the Pareto front of tokens/s and mass
+    policy show`), and the budget from 1% to 50%. Shown is the Pareto front of speed and mass
     kept; the best at or above the floor is marked.
     """
     from fmsim.experiments.tune import ranges_of
@@ -107,11 +109,11 @@ def _with_progress(
     with bar(policy, total=trials, quiet=quiet) as show:
 
         def progress(done: int, tuning: Tuning) -> None:
-            best = (
-                f"{tuning.best.figures['decode_tokens_per_s']:.1f} tokens/s"
-                if tuning.best
-                else "none above the floor yet"
-            )
+            best = "none above the floor yet"
+            if tuning.best:
+                speed = tuning.best.objectives[0]
+                served = "goodput_per_s" in tuning.best.figures
+                best = f"{speed:.3f} good requests/s" if served else f"{speed:.1f} tokens/s"
             show(completed=done, description=f"{policy}: {best}")
 
         with RowFile(study) as kept:

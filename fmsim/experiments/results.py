@@ -206,11 +206,6 @@ class Results:
                 raise FmsimError(
                     f"{path}: not a report of `fmsim run --out`; run the scenario again"
                 )
-            if "serving" in report:
-                raise FmsimError(
-                    f"{path}: is of a scenario with a workload, which has no page yet; run it with"
-                    " --set workload=null for a page of one decode"
-                )
             version = report["scenario"].get("schema_version", 1)
             if version != SCHEMA_VERSION:
                 raise FmsimError(

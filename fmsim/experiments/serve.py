@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,10 +13,11 @@ import numpy as np
 from fmsim.errors import FmsimError
 from fmsim.experiments.failures import TIMEOUT_S, Failure, guarded, lost, raise_if_all
 from fmsim.experiments.parallel import in_parallel
-from fmsim.experiments.results import ledger_path
+from fmsim.experiments.results import REPORT_NAME, ledger_path
 from fmsim.experiments.rows import flat, write_rows
 from fmsim.experiments.run import Setting, about, build_policies
 from fmsim.files import strict_json, write_text
+from fmsim.files.inputs import MOST_BYTES_OF_RESULTS, read_json, read_text
 from fmsim.frames import frame, html_table
 from fmsim.policies.base import Policy
 from fmsim.replay.ledger import Ledger
@@ -32,6 +34,7 @@ from fmsim.sim.serving.summary import summary
 from fmsim.sim.serving.workload import RequestGenerator
 from fmsim.sim.windows import intervals
 
+REQUESTS_NAME = "requests.csv"
 SIMULATED = [
     "requests",
     "held",
@@ -100,13 +103,51 @@ class ServingReport:
         try:
             for label, ledger in self.ledgers.items():
                 ledger.save(ledger_path(folder, label))
-            write_rows(folder / "requests.csv", self.request_rows)
+            write_rows(folder / REQUESTS_NAME, self.request_rows)
             write_text(folder / "report.json", strict_json.dump(self.as_json(), indent=1) + "\n")
         except OSError as error:
             raise FmsimError(
                 f"--out {folder}: cannot be written ({error.strerror or error}); choose another"
                 " folder"
             ) from None
+
+
+@dataclass(frozen=True)
+class ServingResults:
+    """What `ServingReport.save` wrote: the report as JSON, and a row a request."""
+
+    report: dict[str, Any]
+    requests: list[dict[str, Any]]
+
+    @classmethod
+    def load(cls, folder: Path) -> ServingResults | None:
+        """None where the folder's report is of no workload.
+
+        Raises FmsimError where its requests are missing.
+        """
+        try:
+            report = read_json(folder / REPORT_NAME, MOST_BYTES_OF_RESULTS)
+        except (OSError, FmsimError):
+            return None  # a decode's loader says what is wrong
+        if not isinstance(report, dict) or not isinstance(report.get("serving"), list):
+            return None
+        path = folder / REQUESTS_NAME
+        try:
+            rows = list(csv.DictReader(read_text(path, MOST_BYTES_OF_RESULTS).splitlines()))
+            requests = [{name: _value(text) for name, text in row.items()} for row in rows]
+        except (OSError, csv.Error) as error:
+            raise FmsimError(
+                f"{path}: cannot be read ({error}); run the scenario again with --out {folder}"
+            ) from None
+        return cls(report, requests)
+
+
+def _value(text: str) -> Any:
+    """A CSV's cell: a number, None where it is empty, or text."""
+    try:
+        return float(text) if text else None
+    except ValueError:
+        return text
 
 
 def serve_scenario(

@@ -1,5 +1,6 @@
-"""Search one policy's parameters for the most tokens/s with the attention mass kept above a floor
-(Optuna, TPE).
+"""Search one policy's parameters for the most tokens/s, or, of a scenario with a workload, the most
+requests a second that keep its service level, with the attention mass kept above a floor (Optuna,
+TPE).
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from fmsim.experiments.failures import TIMEOUT_S, Failure, guarded, lost
 from fmsim.experiments.parallel import in_parallel
 from fmsim.experiments.rows import Row, RowFile
 from fmsim.experiments.run import Setting, build_policies
+from fmsim.experiments.serve import serve_policy
 from fmsim.experiments.sweep import digest_of
 from fmsim.policies import registry
 from fmsim.policies.base import Policy
@@ -156,6 +158,11 @@ def ranges_of(policy: str | type[Policy], given: Sequence[str] = ()) -> list[Ran
     return [range_ for range_ in found if falls_back or not range_.name.startswith("fallback_")]
 
 
+def speed_of(figures: dict[str, Any]) -> str:
+    """The name of the figure that is searched for."""
+    return "goodput_per_s" if "goodput_per_s" in figures else "decode_tokens_per_s"
+
+
 @dataclass(frozen=True)
 class Trial:
     """One setting that ran.
@@ -169,7 +176,14 @@ class Trial:
 
     @property
     def objectives(self) -> tuple[float, float]:
-        return self.figures["decode_tokens_per_s"], self.figures["mass_kept"]
+        return self.figures[speed_of(self.figures)], self.figures["mass_kept"]
+
+    @property
+    def gpu_bytes(self) -> int:
+        """Of one request."""
+        if "memory" in self.figures:
+            return int(self.figures["memory"]["request_bytes"]["gpu"])
+        return int(self.figures["gpu_bytes"])
 
 
 @dataclass(frozen=True)
@@ -196,7 +210,7 @@ class Tuning:
         front: list[Trial] = []
         for trial in sorted(
             self.trials,
-            key=lambda trial: (*trial.objectives, -trial.figures["gpu_bytes"]),
+            key=lambda trial: (*trial.objectives, -trial.gpu_bytes),
             reverse=True,
         ):
             if not front or trial.figures["mass_kept"] > front[-1].figures["mass_kept"]:
@@ -225,10 +239,6 @@ def tune(
         import optuna
     except ModuleNotFoundError:
         raise FmsimError("fmsim tune needs optuna; pip install 'fmsim[tune]'") from None
-    if file.scenario.workload is not None:
-        raise FmsimError(
-            f"{file.where(('workload',))}: tune looks at one decode; add --set workload=null"
-        )
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     setting = Setting(file)
     if len(file.selected) > 1:
@@ -291,7 +301,7 @@ def _kept(
     key = digest_of(setting, label, policy)
     if key not in known.rows:
         [result] = in_parallel(
-            lambda _: guarded(label, lambda: setting.run(replayer, label, policy)),
+            lambda _: guarded(label, lambda: _figures(setting, replayer, label, policy)),
             1,
             lambda _, why: lost(label, why),
             timeout_s,
@@ -300,7 +310,8 @@ def _kept(
         if isinstance(result, Failure):
             row |= {"error": result.error}
         else:
-            row |= {"exact": result.details["exact"], "figures": result.row}
+            figures, exact = result
+            row |= {"exact": exact, "figures": figures}
         known.add(row)
     found = known.rows[key]
     figures = found.get("figures")
@@ -309,3 +320,15 @@ def _kept(
         return None
     tuning.trials.append(Trial(values, figures, bool(found.get("exact"))))
     return tuning.trials[-1]
+
+
+def _figures(
+    setting: Setting, replayer: Replayer, label: str, policy: Policy
+) -> tuple[dict[str, Any], bool | None]:
+    """A report's row, of a decode or of the scenario's workload, and whether it lost nothing."""
+    if setting.file.scenario.workload is None:
+        run = setting.run(replayer, label, policy)
+        return run.row, run.details["exact"]
+    served = serve_policy(setting, replayer, label, policy).row
+    del served["over_time"]
+    return served, served["exact"]

@@ -163,18 +163,6 @@ def test_the_command_shows_the_front_and_prints_json(scenario, tmp_path):
             "none of 2 settings could run; the last: policy lru, batch 100000",
         ),
         (["-p", "lru", "--range", "nonsense"], "no parameter 'nonsense'"),
-        (
-            [
-                "-p",
-                "lru",
-                "--set",
-                (
-                    "workload={kind: poisson, rate_per_s: 1, prompt_tokens: 64, output_tokens: 8,"
-                    " duration_s: 9}"
-                ),
-            ],
-            "--set workload=null",
-        ),
     ],
 )
 def test_a_users_mistake_is_told_in_one_line(scenario, tmp_path, arguments, says):
@@ -184,6 +172,20 @@ def test_a_users_mistake_is_told_in_one_line(scenario, tmp_path, arguments, says
         and says in done.stderr
         and len(done.stderr.splitlines()) == 1
     )
+
+
+def test_of_a_workload_the_requests_that_keep_the_level_are_searched_for(scenario, tmp_path):
+    workload = (
+        "workload={kind: poisson, rate_per_s: 4, prompt_tokens: 2000, output_tokens: 8,"
+        " duration_s: 2, slo: {ttft_s: 1, tpot_s: 0.1}}"
+    )
+    arguments = ["-p", "lru", "--range", "budget=1x topk..4x topk", "-n", "3", "--json"]
+    done = fmsim_here("tune", scenario, *arguments, "--set", workload, folder=tmp_path)
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    speeds = [trial["goodput_per_s"] for trial in found["trials"]]
+    assert found["best"]["goodput_per_s"] == max(speeds) > 0
+    assert "tpot_s" in found["best"] and "decode_tokens_per_s" not in found["best"]
 
 
 def test_an_interrupted_search_goes_on_as_if_nothing_had_been(scenario, tmp_path):

@@ -30,6 +30,7 @@ SERVING_FIGURES = {  # of a scenario with a workload
     "tokens/s*": lambda row: f"{row['tokens_per_s']:,.0f}",
     "TTFT p95 s*": lambda row: f"{row['ttft_s_p95']:.2f}",
     "TPOT p95 ms*": lambda row: f"{row['tpot_s_p95'] * 1e3:.2f}",
+    "good/s*": lambda row: f"{row['goodput_per_s']:.3f}",
     "in SLO*": lambda row: f"{row['slo_share']:.0%}",
     "stall*": lambda row: f"{row['stall_share']:.1%}",
     "done": lambda row: str(row["requests_finished"]),
