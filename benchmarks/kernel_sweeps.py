@@ -6,7 +6,6 @@ import itertools
 from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
-from fmsim.exec.kernels import tuning
 from fmsim.exec.kernels.layout import KEY, LATENT
 from fmsim.exec.measure import kernel_cases as cases
 from fmsim.exec.measure import module_cases as modules
@@ -22,7 +21,6 @@ class Sweep(NamedTuple):
     value: str
     shapes: dict[str, Callable[[], cases.Case]]
     settings: list[dict[str, int]]
-    start: tuple | None = None  # in the place of the value that is set: another way's
 
 
 def grid(**values: Iterable[int]) -> list[dict[str, int]]:
@@ -110,33 +108,14 @@ SWEEPS = {
         "ATTENTION_OF_MANY",
         {
             f"{batch} x 640": lambda batch=batch: cases.attention(batch, 8192, DEVICE)
-            for batch in (8, 16, 32, 64, 97, 128, 256)
+            for batch in (16, 32, 64, 97, 128, 256)
         }
         | {
             "97 x 640, pages of 1": lambda: cases.attention(97, 8192, DEVICE, per_page=1),
             "32 x 4,224": lambda: cases.attention(32, 4096, DEVICE, selected=4096),
         },
-        grid(block_rows=[64], stages=[1], locate_rows=[16, 64])
-        + grid(block_rows=[32], stages=[2, 3]),
-    ),
-    "attention, many in place": Sweep(
-        "ATTENTION_OF_MANY",
-        {
-            f"{batch} x 640": lambda batch=batch: cases.attention(batch, 8192, DEVICE)
-            for batch in (16, 64, 128)
-        },
-        [{}],
-        tuning.AttentionTuning(block_heads=64, block_rows=64, programs=132, warps=8, balanced=True),
-    ),
-    "attention, many gathered": Sweep(
-        "ATTENTION_OF_MANY",
-        {
-            f"{batch} x 640": lambda batch=batch: cases.attention(batch, 8192, DEVICE)
-            for batch in (16, 32, 64, 97, 128)
-        }
-        | {"32 x 4,224": lambda: cases.attention(32, 4096, DEVICE, selected=4096)},
-        [{}],
-        tuning.GatheredAttentionTuning(),
+        grid(gather_rows=[8, 32], block_rows=[64], stages=[2])
+        + grid(gather_rows=[16], block_rows=[32], stages=[2, 3]),
     ),
     "experts, one": Sweep(
         "EXPERTS_OF_ONE",

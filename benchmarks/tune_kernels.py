@@ -33,7 +33,7 @@ RUNS = 8
 
 
 def set_to(sweep: Sweep, setting: dict[str, int]) -> None:
-    setattr(tuning, sweep.value, (sweep.start or STARTING[sweep.value])._replace(**setting))
+    setattr(tuning, sweep.value, STARTING[sweep.value]._replace(**setting))
 
 
 STARTING = {sweep.value: getattr(tuning, sweep.value) for sweep in SWEEPS.values()}

@@ -212,12 +212,7 @@ LAUNCHES = {
     "top_k, preselected": selection(True),
     "sparse_attention": attention(LATENT, 64, torch.bfloat16),
     "sparse_attention, some": attention(LATENT, 64, torch.bfloat16, tune=tuning.ATTENTION_OF_SOME),
-    "sparse_attention, many": attention(
-        LATENT, 64, torch.bfloat16, tune=tuning.PLAIN_ATTENTION_OF_MANY
-    ),
-    "sparse_attention, many packed": attention(
-        LATENT, 64, torch.bfloat16, tune=tuning.ATTENTION_OF_MANY
-    ),
+    "sparse_attention, many": attention(LATENT, 64, torch.bfloat16, tune=tuning.ATTENTION_OF_MANY),
     "sparse_attention, single entries": attention(LATENT, 64, torch.bfloat16, per_page=1),
     "sparse_attention, nano": attention(plain(torch.bfloat16, 64), 6, torch.bfloat16),
     "compress, csa": append(LATENT, 4, 2),

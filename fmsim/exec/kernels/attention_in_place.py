@@ -1,5 +1,5 @@
-"""Attention that reads rows where they lie, and widens them on the way to the products: each byte
-of float8 is read once for a block of heads.
+"""Attention of few requests: rows are read where they lie, and widened on the way to the products.
+Each byte of float8 is read once for a block of heads.
 
 Which page a row is in is looked up two blocks ahead, so that the row itself can be on its way while
 the block before it is multiplied. Where rows need not be split, the program that has seen them all
@@ -11,7 +11,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from fmsim.exec.kernels import tuning
-from fmsim.exec.kernels.attention_rows import Parts, Rows, balanced_splits, finished
+from fmsim.exec.kernels.attention_rows import Parts, Rows, finished
 from fmsim.exec.kernels.lang import cdiv, tl, triton
 from fmsim.exec.kernels.layout import load_latents, load_rotated, product_operand, triton_kind
 
@@ -31,10 +31,7 @@ def attend_in_place(
     batch, heads, size = queries.shape
     head_blocks = cdiv(heads, tune.block_heads)
     blocks = cdiv(rows.count, tune.block_rows)
-    if tune.balanced:
-        share = cdiv(blocks, balanced_splits(blocks, batch * head_blocks, tune.programs))
-    else:
-        share = cdiv(blocks, max(1, tune.programs // (batch * head_blocks)))
+    share = cdiv(blocks, max(1, tune.programs // (batch * head_blocks)))
     splits = cdiv(blocks, share)  # none of them without a block
     parts, layout = Parts.new(queries, splits, rows, want_logits, out), rows.layout
     _attend_in_place[(batch, head_blocks, splits)](

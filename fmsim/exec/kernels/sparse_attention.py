@@ -2,10 +2,9 @@
 sink a head (eqs. 18-19).
 
 The rows (the window's, then the entries') are split over programs, each of which keeps a running
-softmax, by one of three kernels: as there are few requests or many, and as rows lie. Where rows
-were split, another combines the parts by their log-sum-exp and adds the sink, which takes part in
-the sum and has no value. A last one gives each row's probability, mean over heads, where a trace or
-a policy needs it.
+softmax, by one of two kernels as there are few requests or many. Where rows were split, another
+combines the parts by their log-sum-exp and adds the sink, which takes part in the sum and has no
+value. A last one gives each row's probability, mean over heads, where a trace or a policy needs it.
 """
 
 from __future__ import annotations
@@ -15,18 +14,13 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fmsim.exec.kernels import attention_packed, tuning
+from fmsim.exec.kernels import tuning
 from fmsim.exec.kernels.attention_gathered import attend_gathered
 from fmsim.exec.kernels.attention_in_place import attend_in_place
 from fmsim.exec.kernels.attention_rows import Parts, Rows, matrix_type
 from fmsim.exec.kernels.lang import cdiv, next_power_of_2, runs_compiled, tl, triton
 from fmsim.exec.kernels.layout import read_entries, slots_of
 
-WAYS = {
-    tuning.AttentionTuning: attend_in_place,
-    tuning.PackedAttentionTuning: attention_packed.attend_packed,
-    tuning.GatheredAttentionTuning: attend_gathered,
-}
 MASS_ROWS = 128  # of one program
 COMBINED = 8192  # values of parts that a program adds up: 64 a thread
 
@@ -83,11 +77,11 @@ def sparse_attention_triton(
     sinks,
     scale,
     want_masses=False,
-    tune: tuning.Attention | None = None,
+    tune: tuning.AttentionTuning | tuning.GatheredAttentionTuning | None = None,
 ) -> tuple[Tensor, Masses | None]:
     batch, heads, _ = queries.shape
-    tune = tune or tuning.attention(batch, heads, packed=attention_packed.takes(rows))
-    attend = WAYS[type(tune)]
+    tune = tune or tuning.attention(batch, heads, packed=rows.layout.kind == "latent")
+    attend = attend_in_place if isinstance(tune, tuning.AttentionTuning) else attend_gathered
     out = torch.empty_like(queries)
     # queries in the rows' own type: converted in the kernel they would fill the registers
     wanted = queries.to(matrix_type(rows.layout))

@@ -1,5 +1,7 @@
-"""Every size that a GPU decides, in one place: the best of sweeps on an H100
-(benchmarks/tune_kernels.py, benchmarks/results/tune-kernels.json).
+"""Every size that a GPU decides, in one place: the best of sweeps by benchmarks/tune_kernels.py.
+
+On an H100 (benchmarks/results/tune-kernels.json); of attention, of float8 products of more than
+FEW_ROWS rows and of float8 experts of many tokens on an H200 (tune-kernels-h200.json).
 
 What they trade: larger blocks read in longer runs and hold more registers and shared memory; more
 programs fill the GPU's multiprocessors at small batches and leave more partial results to combine.
@@ -48,19 +50,6 @@ class AttentionTuning(NamedTuple):
     warps: int = 4
     # one where a program has a block of rows or two: they would only pass through shared memory
     stages: int = 1
-    # split so that the last turn of programs is nearly full; else into as many parts as programs
-    balanced: bool = False
-
-
-class PackedAttentionTuning(NamedTuple):
-    """Of packed latents, located first."""
-
-    locate_rows: int = 64  # that one program finds
-    block_heads: int = 64
-    block_rows: int = 64
-    programs: int = 132  # over batch, head blocks and splits
-    warps: int = 8
-    stages: int = 2
 
 
 class GatheredAttentionTuning(NamedTuple):
@@ -145,16 +134,16 @@ ATTENTION, ATTENTION_OF_SOME = (
     AttentionTuning(),
     AttentionTuning(block_heads=64, block_rows=64, programs=132, warps=8),
 )
-ATTENTION_OF_MANY, PLAIN_ATTENTION_OF_MANY = PackedAttentionTuning(), GatheredAttentionTuning()
+ATTENTION_OF_MANY = GatheredAttentionTuning()
 SOME_REQUESTS, MANY_REQUESTS = (
     4,
     16,
 )  # from here on; between them each entry is decoded once for all heads, but still in place
 FEW_ROWS = 16  # a matrix instruction's
 LINEAR = LinearTuning()
-# By rows at most: of float16, and of float8. As registers and shared memory allow, not yet swept.
+# by rows at most: of float16, and of float8
 LINEAR_OF_SOME = LinearTuning(block_outputs=64, block_rows=64, programs=396, warps=4, stages=3)
-LINEAR_OF_MANY = LinearTuning(block_outputs=128, block_rows=256, programs=132, warps=8, stages=3)
+LINEAR_OF_MANY = LinearTuning(block_outputs=64, block_rows=128, programs=132, warps=4, stages=3)
 LINEAR_OF_PROMPTS = LinearTuning(block_outputs=128, block_rows=256, programs=132, warps=8, stages=3)
 FLOAT8_LINEAR_OF_SOME = LinearTuning(
     block_outputs=64, block_rows=64, programs=396, warps=4, stages=4
@@ -162,9 +151,7 @@ FLOAT8_LINEAR_OF_SOME = LinearTuning(
 FLOAT8_LINEAR_OF_MANY = LinearTuning(
     block_outputs=64, block_rows=128, programs=264, warps=4, stages=3
 )
-FLOAT8_LINEAR_OF_PROMPTS = LinearTuning(
-    block_outputs=128, block_rows=128, programs=132, warps=8, stages=4
-)
+FLOAT8_LINEAR_OF_PROMPTS = FLOAT8_LINEAR_OF_MANY
 SOME_ROWS, MANY_ROWS = 64, 256  # at most
 FLOAT32_ROWS = 32  # of a block: they take twice the shared memory
 # of a recall beside a decode: they take 10 GB/s, and a whole step slows down by 4%, on eight by 5
@@ -198,15 +185,12 @@ FLOAT32_EXPERTS_OF_ONE = ExpertsTuning(
 FLOAT32_EXPERTS = ExpertsTuning(gate_rows=32, down_rows=32, block_depth=32, warps=4, stages=3)
 
 
-Attention = AttentionTuning | PackedAttentionTuning | GatheredAttentionTuning
-
-
-def attention(batch: int, heads: int, packed: bool) -> Attention:
+def attention(batch: int, heads: int, packed: bool) -> AttentionTuning | GatheredAttentionTuning:
     """For entries that lie ``packed`` as float8, or plain."""
-    if heads < PLAIN_ATTENTION_OF_MANY.block_heads or batch < SOME_REQUESTS:
+    if heads < ATTENTION_OF_MANY.block_heads or batch < SOME_REQUESTS:
         return ATTENTION
     if batch >= MANY_REQUESTS:
-        return ATTENTION_OF_MANY if packed else PLAIN_ATTENTION_OF_MANY
+        return ATTENTION_OF_MANY
     return ATTENTION_OF_SOME if packed else ATTENTION
 
 

@@ -8,30 +8,22 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from kernel_pools import on_each_device, relative_error, scattered_pool
 
-from fmsim.exec.kernels.attention_packed import takes
 from fmsim.exec.kernels.attention_rows import Rows, balanced_splits
-from fmsim.exec.kernels.layout import LATENT, Layout, plain, write_entries
+from fmsim.exec.kernels.layout import LATENT, plain, write_entries
 from fmsim.exec.kernels.sparse_attention import sparse_attention_reference, sparse_attention_triton
-from fmsim.exec.kernels.tuning import (
-    AttentionTuning,
-    GatheredAttentionTuning,
-    PackedAttentionTuning,
-)
+from fmsim.exec.kernels.tuning import AttentionTuning, GatheredAttentionTuning
 from fmsim.exec.model.attention import Attention as ModelAttention
 from fmsim.exec.model.kinds import CSA
 from fmsim.nano.config import nano_config
 
 IN_PLACE = AttentionTuning(block_heads=16, block_rows=16, programs=12)
-WHOLE = AttentionTuning(block_heads=32, block_rows=16, programs=1, balanced=True)
+WHOLE = AttentionTuning(block_heads=32, block_rows=16, programs=1)
 GATHERED = GatheredAttentionTuning(gather_rows=8, block_heads=16, block_rows=16, programs=12)
-
-
-PACKED = PackedAttentionTuning(locate_rows=8, block_heads=32, block_rows=16, programs=12)
 
 each_way = pytest.mark.parametrize(
     "tune",
-    [IN_PLACE, WHOLE, GATHERED, PACKED],
-    ids=["in place", "unsplit", "gathered", "packed"],
+    [IN_PLACE, WHOLE, GATHERED],
+    ids=["in place", "unsplit", "gathered"],
 )
 
 
@@ -59,13 +51,6 @@ def draw(seed, batch, heads, layout, dtype, window, per_page, entries, selected,
     ids = torch.nn.functional.pad(ids, (0, selected - ids.shape[1]), value=-1).to(torch.int32)
     sinks = torch.randn(heads, generator=generator)
     return queries, Rows(layout, near, lengths, pool, table, ids), sinks, layout.width**-0.5
-
-
-def read_by(tune) -> tuple[Layout, torch.dtype, float]:
-    """Entries that a way reads, the queries' type, and how far it may be from the reference."""
-    if tune is PACKED:
-        return LATENT, torch.bfloat16, 8e-3
-    return plain(torch.float32, 64), torch.float32, 1e-5
 
 
 def moved(rows: Rows, device) -> Rows:
@@ -123,8 +108,6 @@ def test_the_kernel_is_the_reference(
     )
     queries, rows, sinks = queries.to(device), moved(rows, device), sinks.to(device)
     expected, wanted = sparse_attention_reference(queries, rows, sinks, scale, masses)
-    if tune is PACKED and not takes(rows):
-        tune = GATHERED
     found, got = sparse_attention_triton(queries, rows, sinks, scale, masses, tune=tune)
     assert found.dtype == queries.dtype
     assert relative_error(found, expected) < (1e-5 if dtype == torch.float32 else 8e-3)
@@ -142,14 +125,15 @@ def test_the_kernel_is_the_reference(
 @each_way
 @pytest.mark.parametrize("programs", [1, 4, 64])
 def test_splits_change_nothing(device, tune, programs):
-    layout, dtype, limit = read_by(tune)
-    queries, rows, sinks, scale = draw(5, 1, 6, layout, dtype, 40, 4, 100, 64, 0.2)
+    queries, rows, sinks, scale = draw(
+        5, 1, 6, plain(torch.float32, 64), torch.float32, 40, 4, 100, 64, 0.2
+    )
     queries, rows, sinks = queries.to(device), moved(rows, device), sinks.to(device)
     expected, _ = sparse_attention_reference(queries, rows, sinks, scale)
     found, _ = sparse_attention_triton(
         queries, rows, sinks, scale, tune=tune._replace(programs=programs)
     )
-    assert relative_error(found, expected) < limit
+    assert relative_error(found, expected) < 1e-5
 
 
 @pytest.mark.parametrize(
@@ -166,8 +150,9 @@ def test_splits_fill_the_last_turn_where_parts_are_long(blocks, runs, splits):
 @on_each_device
 @each_way
 def test_with_nothing_to_attend_to_the_output_is_zero(device, tune):
-    layout, dtype, _ = read_by(tune)
-    queries, rows, sinks, scale = draw(6, 1, 6, layout, dtype, 8, 4, 16, 8, 1.0)
+    queries, rows, sinks, scale = draw(
+        6, 1, 6, plain(torch.float32, 64), torch.float32, 8, 4, 16, 8, 1.0
+    )
     rows = moved(rows._replace(window_lengths=torch.zeros(1, dtype=torch.int32)), device)
     out, masses = sparse_attention_triton(
         queries.to(device), rows, sinks.to(device), scale, True, tune=tune
@@ -177,27 +162,3 @@ def test_with_nothing_to_attend_to_the_output_is_zero(device, tune):
         and masses.sink.item() == pytest.approx(1.0)
         and (masses.entries == 0).all()
     )
-
-
-@on_each_device
-def test_packed_rows_are_found_before_and_after_the_pool(device):
-    """A window may lie on either side of the pool in memory; what no wide access can begin at is
-    another way's."""
-    queries, rows, sinks, scale = draw(7, 3, 20, LATENT, torch.bfloat16, 40, 4, 60, 33, 0.2)
-    whole = torch.zeros(4 * rows.pool.numel(), dtype=torch.uint8, device=device)
-    expected, _ = sparse_attention_reference(queries, rows, sinks, scale)
-    rows = moved(rows, device)
-    window = rows.window.numel()
-    for window_at, pool_at in ((0, window + 16), (rows.pool.numel() + 48, 8)):
-        near = whole[window_at : window_at + window].view_as(rows.window)
-        pool = whole[pool_at : pool_at + rows.pool.numel()].view_as(rows.pool)
-        near.copy_(rows.window)
-        pool.copy_(rows.pool)
-        placed = rows._replace(window=near, pool=pool)
-        assert takes(placed)
-        found, _ = sparse_attention_triton(
-            queries.to(device), placed, sinks.to(device), scale, tune=PACKED
-        )
-        assert relative_error(found.cpu(), expected) < 8e-3
-    odd = whole[4 : 4 + rows.pool.numel()].view_as(rows.pool)
-    assert not takes(rows._replace(pool=odd))
