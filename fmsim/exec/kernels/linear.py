@@ -193,9 +193,10 @@ def _linear(
     first, last = split * share, tl.minimum((split + 1) * share, TURNS)
     output, column = start + tl.arange(0, BLOCK_OUTPUTS), tl.arange(0, BLOCK_INPUTS)
     row = first_row + tl.arange(0, BLOCK_ROWS)
-    # what lies beyond the last is read as the last, and not stored
+    # What lies beyond the last is read as another, and not stored. Rows come round from the first:
+    # a tile of one row read 128 times by every program would wait for one line of the L2.
     there = tl.minimum(output, OUTPUTS - 1)
-    asked = tl.minimum(row, rows - 1)
+    asked = row % rows
     x += (start // OF_GROUP) * INPUTS
     x_scale += (start // OF_GROUP) * (INPUTS // SCALED) * scale_stride
     scale += (start // SCALED) * SCALES
