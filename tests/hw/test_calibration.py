@@ -1,11 +1,12 @@
 """Calibration: what it writes is what the simulator reads; without a GPU it says so; and its
-measuring runs, at sizes that mean nothing, on a CPU.
+measuring runs, at sizes that mean nothing, on a CPU and on a GPU.
 """
 
 import pytest
 import torch
 import yaml
 from hand_kernels import kernel_table
+from kernel_pools import on_each_device
 from typer.testing import CliRunner
 
 from fmsim.cli.hw import app
@@ -116,9 +117,10 @@ def test_without_a_gpu_it_says_so(tmp_path):
     assert "\n" not in str(result.exception) and not list(tmp_path.iterdir())
 
 
+@on_each_device
 @pytest.mark.parametrize("float8", [False, True])
-def test_the_measuring_runs(tmp_path, float8):
-    """nano's modules on this processor: the figures mean nothing, but the whole path from clock to
+def test_the_measuring_runs(tmp_path, device, float8):
+    """nano's modules at small sizes: the figures mean nothing, but the whole path from clock to
     preset is walked.
     """
     from fmsim.exec.kernels.layout import plain
@@ -142,7 +144,7 @@ def test_the_measuring_runs(tmp_path, float8):
     config = nano_config()
     if float8:
         config.quantization_config = QUANTISED
-    calibration = measure(PRESETS["v4-flash"], config, layouts, "cpu", sizes, 0, lines.append)
+    calibration = measure(PRESETS["v4-flash"], config, layouts, device, sizes, 0, lines.append)
     assert {timing.kernel for timing in calibration.timings} == {
         "index scores",
         "top-k",
@@ -151,5 +153,6 @@ def test_the_measuring_runs(tmp_path, float8):
     }
     assert calibration.kernels["v4-flash"].csa_context_ms.keys() == {256, 512} and len(lines) > 20
     assert ("float8" in calibration.weights) == float8
-    write_preset(calibration, tmp_path / "cpu.yaml")
-    assert load_hardware("cpu.yaml", tmp_path).link.gathers[1].bytes_per_s.keys() == {2, 4}
+    assert (calibration.device == "CPU") == (device == "cpu")
+    write_preset(calibration, tmp_path / "small.yaml")
+    assert load_hardware("small.yaml", tmp_path).link.gathers[1].bytes_per_s.keys() == {2, 4}

@@ -300,7 +300,8 @@ def attention_s(
     layer.
     """
     with torch.device(device):
-        attention = _random(Attention(config, kind), config)
+        # what turns positions is made on the CPU, whatever the device
+        attention = _random(Attention(config, kind), config).to(device)
         decode = DecodeAttention(attention, batch, tokens, *layouts)
         for appender in filter(None, (decode.entries, decode.keys)):
             _fill(appender.layout, appender.homes[0])
