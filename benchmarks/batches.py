@@ -30,7 +30,7 @@ from fmsim.exec.runs import synthetic as synthetic_run
 from fmsim.geometry import PRESETS
 from fmsim.policies import registry
 from fmsim.replay.replayer import Replayer
-from fmsim.sim.footprint import spread
+from fmsim.sim.footprint import ModelMemory, spread
 
 BATCHES = (1, 2, 4, 8, 12, 16, 17, 24, 32, 48, 64, 65, 96, 128, 129, 144, 192, 256)
 MOST = 1.25  # of what its neighbours' steps say
@@ -65,12 +65,7 @@ def main() -> None:
     given = parser.parse_args()
     start_s, geometry = time.monotonic(), PRESETS[given.model]
     found = traces.read(given.trace)
-    replayer = Replayer(
-        found,
-        entry_bytes=geometry.kv_entry_bytes,
-        model_layers=geometry.n_csa,
-        max_steps=given.steps,
-    )
+    replayer = Replayer(found, memory=ModelMemory(geometry), max_steps=given.steps)
     layer_map = spread(found.n_layers, geometry.n_csa)
     model, experts = synthetic_model(
         geometry, given.device, model_bytes(geometry, given.experts), seed=0
