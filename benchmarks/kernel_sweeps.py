@@ -217,7 +217,7 @@ SWEEPS = {
         "LINEAR_OF_PROMPTS",
         projecting(1024, 8192),
         grid(block_outputs=[128], block_rows=[256], programs=[132], warps=[8], stages=[2, 3])
-        + grid(block_outputs=[64], block_rows=[256], programs=[132], warps=[4], stages=[3]),
+        + grid(block_outputs=[64], block_rows=[128], programs=[132, 264], warps=[4], stages=[3]),
     ),
     "float8 rows, 17 to 64": Sweep(
         "FLOAT8_LINEAR_OF_SOME",

@@ -193,8 +193,8 @@ def _linear(
     first, last = split * share, tl.minimum((split + 1) * share, TURNS)
     output, column = start + tl.arange(0, BLOCK_OUTPUTS), tl.arange(0, BLOCK_INPUTS)
     row = first_row + tl.arange(0, BLOCK_ROWS)
-    # What lies beyond the last is read as another, and not stored. Rows come round from the first:
-    # a tile of one row read 128 times by every program would wait for one line of the L2.
+    # What lies beyond the last is read as another, and not stored. Rows come round from the first,
+    # so that of a tile with one row not every program reads one line of the L2 128 times.
     there = tl.minimum(output, OUTPUTS - 1)
     asked = row % rows
     x += (start // OF_GROUP) * INPUTS
