@@ -1,12 +1,14 @@
 """Which small mutations of fmsim's core no test notices.
 
-    python -m tests.mutants --seed 1 --count 400 -j 14 --json out.json
+    python -m tests.mutants --seed 1 --count 400 -j 14 --json out.jsonl
 
 Mutations are drawn by the seed from all that `mutations.py` finds in replay, sim, policies and
 indexer. First every near test runs once, unchanged, and what it reaches is noted. Then each mutant
 meets the tests that reach it, the nearest and quickest first, until one fails. It has a process,
 a copy of the tree and a time limit of its own; a test that never ends kills it too. Needs Linux, no
-network and no GPU. The same seed gives the same mutants.
+network and no GPU. The same seed gives the same mutants. The file of outcomes grows by a line a
+mutant, so that a run that is cut short has told all it knew; its first line says which tests were
+left out, for they fail or are skipped without a mutation.
 
 It is a script of ours and no library, because a fork of a process that has imported torch and
 pytest starts a mutant's tests in a fraction of a second, and each mutant runs in a copy.
@@ -17,6 +19,7 @@ from __future__ import annotations
 import argparse
 import compileall
 import contextlib
+import ctypes
 import importlib
 import json
 import os
@@ -32,7 +35,7 @@ from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 os.environ["CUDA_VISIBLE_DEVICES"] = ""  # the GPU is another's
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -72,6 +75,7 @@ SLOWER = 6.0  # a mutant's tests may take so much longer than without it
 MOST_TESTS_S = 60.0  # of tests that pass, a mutant meets at most so many seconds
 MEMORY = 32 * 2**30
 TICK_S = 0.02
+DIES_WITH_PARENT = 1  # prctl's PR_SET_PDEATHSIG
 
 
 @dataclass
@@ -81,8 +85,10 @@ class Near:
     seconds: dict[str, float] = field(default_factory=dict)  # by test
     by_function: dict[str, list[str]] = field(default_factory=lambda: defaultdict(list))
     by_path: dict[str, list[str]] = field(default_factory=lambda: defaultdict(list))
+    left_out: list[str] = field(default_factory=list)  # fail or are skipped, or a file that died
 
     def add(self, found: dict[str, Any]) -> None:
+        self.left_out += found["left_out"]
         for test, about in found["tests"].items():
             self.seconds[test] = about["seconds"]
             reached = {*about["reached"], *found["shared"]}
@@ -127,7 +133,7 @@ class Outcome:
 
     mutation: Mutation
     room: str
-    state: str  # killed, timed out, survived, unreached
+    state: str  # killed, timed out, survived, unreached; unfinished where the run was cut
     by: str  # the test that noticed
     n_tests: int
     seconds: float
@@ -144,9 +150,36 @@ class Child:
     done: Callable[[int | None], None]  # is told the exit code, or None where time ran out
 
 
+@dataclass
+class Outcomes:
+    """What became of the mutants so far, told as it comes."""
+
+    sources: dict[str, str]
+    n_drawn: int
+    out: IO[str] | None
+    all: list[Outcome] = field(default_factory=list)
+
+    def note(self, mutation: Mutation, state: str, by: str, n_tests: int, seconds: float) -> None:
+        room = next(name for name, folder in ROOMS.items() if mutation.path.startswith(folder))
+        outcome = Outcome(mutation, room, state, by, n_tests, round(seconds, 2))
+        self.all.append(outcome)
+        diff = mutation.diff(self.sources[mutation.path])
+        self.write(asdict(outcome) | {"diff": diff})
+        if state not in ("killed", "timed out"):
+            print(f"\n{state} ({n_tests} tests) {diff}", flush=True)
+        if len(self.all) % 50 == 0:
+            print(f"... {len(self.all)} of {self.n_drawn}", flush=True)
+
+    def write(self, row: dict[str, Any]) -> None:
+        if self.out:
+            self.out.write(json.dumps(row) + "\n")
+            self.out.flush()
+
+
 def main() -> None:
     given = _arguments()
     os.nice(given.nice)
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(143))
     began = time.monotonic()
     sources = {
         str(path.relative_to(ROOT)): path.read_text(encoding="utf-8")
@@ -157,18 +190,20 @@ def main() -> None:
     drawn = random.Random(given.seed).sample(mutations, min(given.count, len(mutations)))
     print(f"{len(mutations)} mutations are possible; seed {given.seed} draws {len(drawn)}")
     _preload()
-    with tempfile.TemporaryDirectory(prefix="fmsim-mutants-") as folder:
+    with contextlib.ExitStack() as stack:
+        folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="fmsim-mutants-"))
+        out = stack.enter_context(open(given.json, "w", encoding="utf-8")) if given.json else None
+        outcomes = Outcomes(sources, len(drawn), out)
+        stack.callback(lambda: _table(outcomes.all, time.monotonic() - began))
         copies = [_copy(Path(folder) / f"copy{number}") for number in range(given.jobs)]
-        near = _near_tests(copies, given.near)
+        near = _near_tests(copies, given.near, began + given.seconds)
+        outcomes.write(vars(given) | {"tests": near.seconds, "left_out": near.left_out})
         print(
-            f"{len(near.seconds)} tests pass without a mutation ({time.monotonic() - began:.0f} s)",
+            f"{len(near.seconds)} tests pass without a mutation, {len(near.left_out)} are left out"
+            f" ({time.monotonic() - began:.0f} s)",
             flush=True,
         )
-        outcomes = _outcomes(drawn, sources, near, copies, began + given.seconds)
-    _table(outcomes, time.monotonic() - began)
-    if given.json:
-        rows = [asdict(one) | {"diff": _diff(one, sources)} for one in outcomes]
-        Path(given.json).write_text(json.dumps(rows, indent=1), encoding="utf-8")
+        _meet(drawn, outcomes, near, copies, began + given.seconds)
 
 
 def _arguments() -> argparse.Namespace:
@@ -178,11 +213,11 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("-j", "--jobs", type=int, default=1, help="processes")
     parser.add_argument("--only", default="", help="files whose path holds this, alone")
     parser.add_argument(
-        "--seconds", type=float, default=1e9, help="begin no further mutant after this time"
+        "--seconds", type=float, default=1e9, help="end after this time; what runs is unfinished"
     )
     parser.add_argument("--near", nargs="+", default=NEAR, help="folders and files of tests")
     parser.add_argument("--nice", type=int, default=0)
-    parser.add_argument("--json", help="file for all outcomes")
+    parser.add_argument("--json", help="file for all outcomes, a line each")
     return parser.parse_args()
 
 
@@ -204,6 +239,8 @@ def _copy(folder: Path) -> Path:
             shutil.copy(source, folder / name)
     for path in ROOT.glob("*.md"):
         shutil.copy(path, folder)
+    for path in ROOT.glob("fmsim-*.dist-info"):  # where fmsim lies on the path, not installed
+        shutil.copytree(path, folder / path.name)
     mode = py_compile.PycInvalidationMode.CHECKED_HASH
     compileall.compile_dir(folder / "fmsim", quiet=2, invalidation_mode=mode)
     return folder
@@ -219,7 +256,7 @@ def _link_or_copy(source: str, target: str) -> None:
     shutil.copy2(source, target)
 
 
-def _near_tests(copies: list[Path], folders: Sequence[str]) -> Near:
+def _near_tests(copies: list[Path], folders: Sequence[str], ends_s: float) -> Near:
     """Run the near tests once, unchanged; those that pass count."""
     files: list[str] = []
     for name in folders:
@@ -243,55 +280,43 @@ def _near_tests(copies: list[Path], folders: Sequence[str]) -> Near:
                 print(f"{name} fails without a mutation, exit code {code}:\n{text}", flush=True)
             if out.exists():
                 near.add(json.loads(out.read_text(encoding="utf-8")))
+            else:
+                near.left_out.append(name)
 
         of = PARTS.get(name, 1)
         plugin = lambda: Reach(copy, list(ROOMS.values()), out, part, of)
         return _fork(copy, [name], plugin, 1200.0, done)
 
-    _run(copies, start)
+    _run(copies, start, ends_s)
     return near
 
 
-def _outcomes(
-    mutations: list[Mutation],
-    sources: dict[str, str],
-    near: Near,
-    copies: list[Path],
-    ends_s: float,
-) -> list[Outcome]:
-    outcomes: list[Outcome] = []
+def _meet(
+    mutations: list[Mutation], outcomes: Outcomes, near: Near, copies: list[Path], ends_s: float
+) -> None:
+    """Let every mutant meet its tests, until the time is over."""
     todo = iter(mutations)
-
-    def note(mutation: Mutation, state: str, by: str, n_tests: int, seconds: float) -> None:
-        room = next(name for name, folder in ROOMS.items() if mutation.path.startswith(folder))
-        outcomes.append(Outcome(mutation, room, state, by, n_tests, round(seconds, 2)))
-        if state in ("survived", "unreached"):
-            print(f"\n{state} ({n_tests} tests) {_diff(outcomes[-1], sources)}", flush=True)
-        if len(outcomes) % 50 == 0:
-            print(f"... {len(outcomes)} of {len(mutations)}", flush=True)
 
     def start(copy: Path) -> Child | None:
         for mutation in todo:
-            if time.monotonic() > ends_s:
-                return None
             tests = near.of(mutation)
             if tests:
-                return _mutant(copy, mutation, sources[mutation.path], tests, near, note)
-            note(mutation, "unreached", "", 0, 0.0)
+                return _mutant(copy, mutation, tests, near, outcomes)
+            outcomes.note(mutation, "unreached", "", 0, 0.0)
         return None
 
-    _run(copies, start)
-    return outcomes
+    _run(copies, start, ends_s)
 
 
 def _mutant(
     copy: Path,
     mutation: Mutation,
-    source: str,
     tests: list[str],
     near: Near,
-    note: Callable[[Mutation, str, str, int, float], None],
+    outcomes: Outcomes,
 ) -> Child:
+    source = outcomes.sources[mutation.path]
+    limit_s = LEAST_S + SLOWER * sum(near.seconds[test] for test in tests)
     place = copy / mutation.path
     place.write_text(mutation.apply(source), encoding="utf-8")
     killer = copy / "killer"
@@ -301,10 +326,13 @@ def _mutant(
     def done(code: int | None) -> None:
         place.write_text(source, encoding="utf-8")
         by = killer.read_text(encoding="utf-8") if killer.exists() else ""
-        state = "timed out" if code is None else "killed" if code else "survived"
-        note(mutation, state, by, len(tests), time.monotonic() - began)
+        seconds = time.monotonic() - began
+        if code is None:
+            state = "timed out" if seconds > limit_s else "unfinished"
+        else:
+            state = "killed" if code else "survived"
+        outcomes.note(mutation, state, by, len(tests), seconds)
 
-    limit_s = LEAST_S + SLOWER * sum(near.seconds[test] for test in tests)
     files = list(dict.fromkeys(map(_file, tests)))
     return _fork(copy, [*files, "-x"], lambda: Chosen(tests, killer), limit_s, done)
 
@@ -325,6 +353,8 @@ def _fork(
     code = 3
     try:
         os.setsid()
+        ctypes.CDLL(None).prctl(DIES_WITH_PARENT, signal.SIGKILL)
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
         log = os.open(copy / "log", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
         os.dup2(log, 1)
         os.dup2(log, 2)
@@ -349,14 +379,15 @@ def _fork(
         os._exit(code)
 
 
-def _run(copies: list[Path], start: Callable[[Path], Child | None]) -> None:
-    """Keep every copy at work until `start` has nothing left."""
+def _run(copies: list[Path], start: Callable[[Path], Child | None], ends_s: float) -> None:
+    """Keep every copy at work until `start` has nothing left or the time is over."""
     free = list(copies)
     busy: list[Child] = []
     more = True
     try:
         while more or busy:
-            while more and free:
+            over = time.monotonic() > ends_s
+            while more and free and not over:
                 child = start(free[-1])
                 more = child is not None
                 if child is not None:
@@ -364,44 +395,50 @@ def _run(copies: list[Path], start: Callable[[Path], Child | None]) -> None:
                     busy.append(child)
             for child in list(busy):
                 pid, status = os.waitpid(child.pid, os.WNOHANG)
-                late = time.monotonic() > child.ends_s
+                late = over or time.monotonic() > child.ends_s
                 if not pid and not late:
                     continue
-                with contextlib.suppress(ProcessLookupError):
-                    os.killpg(child.pid, signal.SIGKILL)  # with all that it started
+                _end(child)
                 if not pid:
                     os.waitpid(child.pid, 0)
                 busy.remove(child)
                 free.append(child.copy)
                 child.done(os.waitstatus_to_exitcode(status) if pid else None)
+            if over:
+                return
             time.sleep(TICK_S)
     finally:
         for child in busy:
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(child.pid, signal.SIGKILL)
+            _end(child)
+
+
+def _end(child: Child) -> None:
+    """Kill it, with all that it started."""
+    for kill in (os.killpg, os.kill):  # one that has no group of its own yet, too
+        with contextlib.suppress(ProcessLookupError):
+            kill(child.pid, signal.SIGKILL)
 
 
 def _file(test: str) -> str:
     return test.partition("::")[0]
 
 
-def _diff(outcome: Outcome, sources: dict[str, str]) -> str:
-    return outcome.mutation.diff(sources[outcome.mutation.path])
-
-
 def _table(outcomes: list[Outcome], seconds: float) -> None:
+    unfinished = sum(one.state == "unfinished" for one in outcomes)
     print(
         f"\n{'room':10} {'mutants':>8} {'killed':>8} {'timed out':>10} {'survived':>9} {'died':>7}"
     )
     for room in [*ROOMS, "all"]:
-        states = [one.state for one in outcomes if room in ("all", one.room)]
+        states = [
+            one.state for one in outcomes if room in ("all", one.room) and one.state != "unfinished"
+        ]
         if not states:
             continue
         killed, late = states.count("killed"), states.count("timed out")
         survived = len(states) - killed - late
         share = (killed + late) / len(states)
         print(f"{room:10} {len(states):8} {killed:8} {late:10} {survived:9} {share:7.1%}")
-    print(f"{seconds:.0f} s")
+    print(f"{seconds:.0f} s; {unfinished} unfinished and not counted", flush=True)
 
 
 if __name__ == "__main__":

@@ -27,6 +27,7 @@ class Reach:
         self.folders = tuple(f"{root}/{folder}/" for folder in folders)
         self.out = out
         self.tests: dict[str, dict[str, Any]] = {}
+        self.left_out: dict[str, None] = {}
         self.shared: set[str] = set()  # what fixtures and the import of the file ran
         self.seen = self.shared
         self._watch()
@@ -77,8 +78,21 @@ class Reach:
         self._into(self.shared)
         return result
 
+    def pytest_collectreport(self, report: pytest.CollectReport) -> None:
+        if not report.passed:
+            self.left_out[report.nodeid] = None
+
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        if not report.passed:
+            self.left_out[report.nodeid] = None
+            self.tests.pop(report.nodeid, None)  # its teardown failed
+
     def pytest_sessionfinish(self) -> None:
-        found = {"tests": self.tests, "shared": sorted(self.shared)}
+        found = {
+            "tests": self.tests,
+            "shared": sorted(self.shared),
+            "left_out": list(self.left_out),
+        }
         self.out.write_text(json.dumps(found), encoding="utf-8")
 
 
