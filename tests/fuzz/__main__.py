@@ -4,11 +4,11 @@
     python -m tests.fuzz trace --seed 17 --cases 1
 
 Every class gets the same time. A process that hangs or dies is a fault of its case, and another
-takes its place. The exit status is 1 where there was a fault. Needs Linux.
+takes its place. The file of counts and faults is written anew every few seconds. The exit status is
+1 where there was a fault. Needs Linux.
 """
 
 import argparse
-import contextlib
 import json
 import multiprocessing
 import os
@@ -25,6 +25,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 from tests.fuzz.cases import CLASSES, MOST_SECONDS, Bench
 
+TELL_S = 3.0  # between two writings of the file
 LONGEST_S = 3 * MOST_SECONDS  # of a case, where the process does not stop by itself
 
 
@@ -44,9 +45,12 @@ def main() -> None:
     kinds = list(CLASSES) if given.kind == "all" else [given.kind]
     counts: Counter[str] = Counter()
     faults: list[str] = []
-    began = time.monotonic()
+    began = told_s = time.monotonic()
     workers = [_start(number, kinds, given, 0) for number in range(given.jobs)]
     while workers:
+        if time.monotonic() - told_s > TELL_S:
+            told_s = time.monotonic()
+            _write(given, counts, faults, told_s - began)
         ready = wait([worker.connection for worker in workers], timeout=1.0)
         for worker in list(workers):
             late = time.monotonic() - worker.began_s > LONGEST_S and worker.case is not None
@@ -144,11 +148,19 @@ def _tell(
         print(f"{kind:12} {count:8,}")
     total = sum(counts.values())
     print(f"{total:,} cases from seed {given.seed} in {seconds:.0f} s; {len(faults)} faults")
+    _write(given, counts, faults, seconds)
+
+
+def _write(
+    given: argparse.Namespace, counts: Counter[str], faults: list[str], seconds: float
+) -> None:
+    """All or nothing: who kills this process finds the file of before."""
     if given.json:
         found = {"seed": given.seed, "seconds": seconds, "counts": counts, "faults": faults}
-        with contextlib.suppress(FileNotFoundError):
-            Path(given.json).parent.mkdir(parents=True, exist_ok=True)
-        Path(given.json).write_text(json.dumps(found, indent=1), encoding="utf-8")
+        part = Path(f"{given.json}.part")
+        part.parent.mkdir(parents=True, exist_ok=True)
+        part.write_text(json.dumps(found, indent=1), encoding="utf-8")
+        part.replace(given.json)
 
 
 if __name__ == "__main__":
