@@ -37,3 +37,55 @@ def test_a_ledger_of_one_window_repeats_whole():
     assert one.at(positions).tolist() == [0, 63, 0, 6, 0]
     two = Demand(ledger(n_steps=128, lookahead_loads=loads(128, s64=1)), FLASH)
     assert two.at(np.array([64, 127, 128, 191, 192])).tolist() == [64, 127, 64, 127, 64]
+
+
+def test_uneven_shares_in_pages_of_four_entries():
+    """Three groups of 300, 200 and 100 pages, at 32,000 tokens.
+
+    32,000 tokens of prompt grow them by 1; 16,000 by a half: 150, 100 and 50 pages for seven layers
+    each, 4 x 584 bytes a page, 700 pages in all.
+    """
+    sizes = [300, 200, 100]
+    counts = np.tile(np.array(sizes, np.int32), (128, 1))
+    made = ledger(
+        n_groups=3,
+        slots=300,
+        group_slots=sizes,
+        granularity=4,
+        resident=counts,
+        params={"budget": "10%"},
+        on_miss="fetch",
+        demand_loads=loads(128, 3, s5=50),
+        miss_slots=10,
+    )
+    demand = Demand(made, FLASH)
+    whole, half = (demand.pools(prompt, 128) for prompt in (PROMPT, PROMPT // 2))
+    assert whole.gpu.slots == 7 * 600 * 4 * 584
+    assert half.gpu.slots == 7 * 300 * 4 * 584
+    assert whole.gpu.spare == half.gpu.spare == 21 * 10 * 4 * 584
+    assert whole.gpu.index_keys == 21 * 8032 * 132
+    # at the fullest step (1,200 + 800 + 400) / 3 = 800 entries a layer
+    assert demand.first_set_bytes(PROMPT, 128) == 800 * 21 * 584
+    assert demand.first_set_bytes(PROMPT // 2, 128) == 400 * 21 * 584
+    assert demand.miss_bytes[5].tolist() == [50 * 4 * 584] * 3
+    # 200 tokens have 50 entries, 13 pages: 1 of 300 x 200 / 32,000 = 1.875, and one at least
+    assert demand.pools(200, 4).gpu.slots == 7 * 3 * 4 * 584
+
+
+def test_a_budget_on_the_gpu_is_solved_in_pages_for_each_length():
+    """Of 64,128 tokens in all, pages of 4 entries in 21 layers, 49,056 B each: 40% of the full
+    cache, less the keys, the dense entries and the windows, hold so many and no more.
+    """
+    made = ledger(
+        slots=400, granularity=4, params={"budget": "40% gpu"}, on_miss="fetch", all_keys=True
+    )
+    demand = Demand(made, FLASH)
+    tokens = 64_128
+    found = demand.pools(64_000, 128).gpu
+    keys, dense = 21 * 16_032 * 132, 20 * (tokens // 128) * 584
+    assert (found.index_keys, found.hca, found.spare) == (keys, dense, 0)
+    windows = 43 * 128 * 584
+    full = 21 * 16_032 * (584 + 132) + dense + windows
+    pages = (int(0.4 * full) - keys - dense - windows) // (21 * 4 * 584)
+    assert found.slots == pages * 21 * 4 * 584
+    assert 1 < pages < 4008

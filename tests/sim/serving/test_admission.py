@@ -1,0 +1,95 @@
+"""Who may enter, and what is taken: by hand, on GPUs that share out a request's KV."""
+
+import numpy as np
+import pytest
+from hand_ledger import FLASH, H100, ledger, loads
+
+from fmsim.hw import replace_figure
+from fmsim.hw.deployment import Deployment
+from fmsim.hw.spec import LINK_FIGURE
+from fmsim.sim.serving.batch import mean_step_s
+from fmsim.sim.serving.demand import Demand
+from fmsim.sim.serving.requests import Arrival
+from fmsim.sim.serving.server import ServerRun
+from fmsim.sim.serving.spec import ClosedLoop, Server, Slo
+from fmsim.sim.serving.workload import RequestGenerator
+from fmsim.sim.step_cost import StepModel
+
+PROMPT, OUTPUT = 32_000, 64
+PARTS = H100.deployed(Deployment(tp=4, cp=2))
+
+
+def serve(hw, made, n_requests, slo=None, **options):
+    workload = ClosedLoop(
+        kind="closed_loop",
+        requests=1,
+        prompt_tokens=1,
+        output_tokens=1,
+        duration_s=1e-9,
+        slo=slo or Slo(),
+    )
+    source = RequestGenerator(workload)
+    source.first = [Arrival(0.0, PROMPT, OUTPUT)] * n_requests
+    run = ServerRun(hw, FLASH, Demand(made, FLASH), Server(prefill="done", **options), source)
+    run.run()
+    return run
+
+
+def compute_s(hw, made, batch):
+    tokens, ranks = np.full(batch, PROMPT + OUTPUT), np.zeros(batch, int)
+    return mean_step_s(StepModel(hw, FLASH), Demand(made, FLASH), tokens, ranks)
+
+
+def test_a_link_for_two_admits_two_where_each_gpu_moves_half_of_the_bytes():
+    """128,000 rows at the one window that repeats are 2,000 a step; two GPUs share them out."""
+    made = ledger(lookahead_loads=loads(128, s64=6000))
+    row_bytes = 584 + 132
+    a_step = 21 * 6000 / 64 * row_bytes
+    two, three = (compute_s(PARTS, made, batch) for batch in (2, 3))
+    rate = 2.5 * a_step / 2 / two
+    assert 2 * a_step / 2 / rate < two and 3 * a_step / 2 / rate > three
+    hw = replace_figure(PARTS, LINK_FIGURE, rate)
+    run = serve(hw, made, 6, admit_by_link=True)
+    assert run.log.most("admitted") == 2
+    assert set(run.log.waited_s) == {"PCIe"}
+    assert serve(hw, made, 6).log.most("admitted") == 6
+
+
+def test_a_time_a_token_for_two_admits_two():
+    made = ledger(slots=8032)
+    two, three = (compute_s(PARTS, made, batch) for batch in (2, 3))
+    assert two < three
+    slo = Slo(tpot_s=(two + three) / 2)
+    run = serve(PARTS, made, 6, slo, admit_by_slo=True)
+    assert run.log.most("admitted") == 2
+    assert set(run.log.waited_s) == {"time a token"}
+
+
+def test_a_request_holds_its_part_on_each_gpu_and_gives_it_back():
+    made = ledger(lookahead_loads=loads(128, s64=100))
+    run = serve(PARTS, made, 3)
+    pools = Demand(made, FLASH).pools(PROMPT, OUTPUT)
+    assert run.log.most("gpu_bytes") == pytest.approx(3 * pools.gpu_bytes / 2)
+    assert run.log.most("host_bytes") == pytest.approx(3 * pools.mirror / 2)
+    assert run.ranks[0].hbm.level == pytest.approx(run.ranks[0].hbm.capacity)
+    assert run.ranks[0].host.level == pytest.approx(run.ranks[0].host.capacity)
+
+
+def test_the_rank_with_the_fewest_requests_is_next_and_each_has_its_own_memory():
+    made = ledger(slots=8032)
+    hw = H100.deployed(Deployment(dp=8))
+    run = serve(hw, made, 10)
+    assert [request.rank for request in run.log.requests] == [0, 1, 2, 3, 4, 5, 6, 7, 0, 1]
+
+
+def test_a_request_too_large_for_the_memory_is_refused_and_names_it():
+    made = ledger(lookahead_loads=loads(128, s64=100))
+    pools = Demand(made, FLASH).pools(PROMPT, OUTPUT)
+    fixed = PARTS.hbm_bytes.value - PARTS.kv_pool_bytes(FLASH)
+    for share, refused in ((1.001, None), (0.999, "GPU memory")):
+        hw = replace_figure(PARTS, "hbm_bytes", fixed + share * pools.gpu_bytes / 2)
+        assert serve(hw, made, 1).log.requests[0].refused == refused
+    small = replace_figure(PARTS, "host_reserve_bytes", 1)
+    for share, refused in ((1.001, None), (0.999, "host memory")):
+        hw = replace_figure(small, "host_bytes", share * pools.mirror / 2 * 8 + 1)
+        assert serve(hw, made, 1).log.requests[0].refused == refused
