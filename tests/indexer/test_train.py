@@ -1,7 +1,7 @@
 """Training on constructed windows whose hidden state decides linearly which keys will be used."""
 
 import math
-from dataclasses import replace
+from dataclasses import asdict, replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -12,9 +12,12 @@ from fmsim.errors import FmsimError
 from fmsim.indexer import checkpoint, scorer
 from fmsim.indexer.scorer import ScorerConfig
 from fmsim.indexer.train import (
+    Progress,
     TrainingBatch,
     TrainingRun,
     TrainOptions,
+    _batches,
+    _loss,
     _negatives,
     focal_loss,
     infonce_loss,
@@ -252,3 +255,122 @@ def test_the_threshold_keeps_a_share_of_each_query_on_average():
     for share, logit in ((0.25, 2.0), (0.625, 1.0), (1.0, 0.0), (0.1, 3.0)):
         found = threshold_of_share(model_of(logits), [batch], share)
         assert found == pytest.approx(1 / (1 + math.exp(-logit)))
+
+
+def test_a_loss_weighs_positives_by_their_mass_and_moves_the_focal_border():
+    """Masses 0.1 and 0.3 weigh 0.5 and 1.5 in a query of two positives; to the power 0, 1 each.
+
+    The logits of two layers are combined by the larger. InfoNCE over shares 2/5, 1/5 and 2/5 of
+    what is listed. Focal with a margin of 1: logits ln 2 - 1, -1, ln 2 - 1.
+    """
+    batch = batch_of([[1, 1, 1]], [[1, 1, 0]], [[0.1, 0.3, 0.0]])
+    two = math.log(2)
+
+    class Model:
+        margin = torch.tensor(1.0)
+
+        def __call__(self, hidden, rotation, keys):
+            return torch.tensor([[[two, -9.0, two]], [[0.0, 0.0, 0.0]]])
+
+    def loss(**given):
+        options = TrainOptions(random_negatives=9.0, hard_negatives=0.0, **given)
+        return _loss(Model(), batch, options, torch.Generator().manual_seed(0)).item()
+
+    assert loss() == pytest.approx(0.25 * math.log(5 / 2) + 0.75 * math.log(5))
+    assert loss(mass_power=0.0) == pytest.approx((math.log(5 / 2) + math.log(5)) / 2)
+    high, low = (1 / (1 + math.exp(-logit)) for logit in (two - 1, -1.0))
+    missed = 0.5 * (1 - high) * -math.log(high) + 1.5 * (1 - low) * -math.log(low)
+    false = high * -math.log(1 - high)
+    found = loss(loss="focal", focal_gamma=1.0)
+    assert found == pytest.approx((missed + false) / 2, rel=1e-5)
+
+
+def test_a_positive_without_mass_weighs_next_to_nothing():
+    batch = batch_of([[1, 1]], [[1, 1]], [[0.0, 1.0]])
+    found = _loss(
+        model_of([[0.0, math.log(3)]]), batch, TrainOptions(), torch.Generator().manual_seed(0)
+    )
+    assert found.item() == pytest.approx(math.log(4 / 3), rel=1e-4)
+
+
+def test_queries_without_positives_are_left_out_and_the_others_split(monkeypatch):
+    """Four of five queries, at most two a batch: 2 x 3 heads x 4 entries are 24 products."""
+    golden = np.array([[1, 0, 0, 0], [0, 0, 0, 0], [0, 1, 1, 0], [0, 0, 1, 0], [1, 1, 1, 0]], bool)
+    entries = np.array([3, 3, 3, 4, 4])
+    windows = Windows(
+        "made",
+        4 * entries - 1,
+        entries,
+        np.ones((5, 1, 2), np.float32),
+        np.ones((1, 4, 2), np.float32),
+        golden,
+        golden.astype(np.float32),
+    )
+    for products, sizes in ((24, [2, 2]), (35, [2, 2]), (36, [3, 1]), (1, [1, 1, 1, 1])):
+        monkeypatch.setattr("fmsim.indexer.train.PRODUCTS_PER_BATCH", products)
+        found = _batches([windows], CONFIG, 3, "cpu")
+        assert [len(batch.golden) for batch in found] == sizes
+    monkeypatch.setattr("fmsim.indexer.train.PRODUCTS_PER_BATCH", 36)
+    first, second = _batches([windows], CONFIG, 3, "cpu")
+    assert first.visible.tolist() == [[True] * 3 + [False]] * 2 + [[True] * 4]
+    assert (first.most_positives, second.most_positives) == (2, 3)
+    assert first.golden.tolist() == golden[[0, 2, 3]].tolist()
+
+
+@pytest.mark.parametrize(
+    ("step", "best", "finished"),
+    [(0, None, False), (99, None, False), (100, None, True), (59, 40, False), (60, 40, True)],
+)
+def test_a_run_ends_with_its_steps_or_after_two_evaluations_without_a_better_one(
+    step, best, finished
+):
+    options = TrainOptions(steps=100, evaluate_every=10, patience=2)
+    known = None if best is None else Progress(best, 0.0, (0.0,), (0.0,))
+    run = SimpleNamespace(options=options, step=step, best=known)
+    assert TrainingRun.finished.fget(run) is finished
+
+
+def test_what_a_training_says_of_itself():
+    options = replace(OPTIONS, steps=3, evaluate_every=2)
+    seen = []
+    found = train(TRAINING[:2], HELD_OUT, CONFIG, options, report=seen.append)
+    assert [progress.step for progress in seen] == [2, 3]
+    best = max(seen, key=lambda progress: progress.merit)
+    assert best.merit == pytest.approx(sum(best.recall) + sum(best.mass_kept))
+    said = found.training
+    assert (said["step"], said["state_age"]) == (best.step, 0)
+    assert (said["traces"], said["held_out"]) == (["made 0", "made 1"], ["made 100"])
+    assert said["recall"] == dict(zip(("0.05", "0.1"), best.recall))
+    assert said["mass_kept"] == dict(zip(("0.05", "0.1"), best.mass_kept))
+    assert said["options"]["steps"] == 3
+    mixed = [TRAINING[0], TRAINING[1]._replace(state_age=1)]
+    with pytest.raises(FmsimError, match="different state ages"):
+        train(mixed, HELD_OUT, CONFIG, options)
+
+
+def test_what_is_not_said():
+    assert asdict(TrainOptions()) == {
+        "heads": 32,
+        "rank": 192,
+        "loss": "infonce",
+        "random_negatives": 3.0,
+        "hard_negatives": 1.0,
+        "mass_power": 1.0,
+        "learning_rate": 2e-3,
+        "weight_decay": 0.01,
+        "warm_up": 0.05,
+        "focal_gamma": 2.0,
+        "steps": 2000,
+        "traces_per_step": 4,
+        "evaluate_every": 100,
+        "patience": 5,
+        "kept_share": 0.10,
+        "seed": 0,
+    }
+
+
+def test_the_rate_of_a_single_step_is_whole():
+    run = SimpleNamespace(options=TrainOptions(steps=1))
+    assert TrainingRun._rate(run, 0) == 1.0
+    short = SimpleNamespace(options=TrainOptions(steps=3, warm_up=1.0))
+    assert [TrainingRun._rate(short, step) for step in range(3)] == pytest.approx([1 / 3, 2 / 3, 1])
