@@ -2,7 +2,7 @@ import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fmsim.indexer.labels import LabelRule, golden_mask, labels
+from fmsim.indexer.labels import LabelRule, golden_mask, labels, step_votes, voted_labels
 from fmsim.replay import golden
 
 
@@ -88,3 +88,29 @@ def test_labels_equal_a_naive_rendering(data):
     )
     found = labels(ids, mass, entries, LabelRule(share, min_layers))
     assert np.flatnonzero(found.golden).tolist() == naive(ids, mass, entries, share, min_layers)
+
+
+def test_votes_are_shares_of_the_layers_and_enough_of_them_make_a_positive():
+    """Four layers: a share of 0.5 is two of them. 9 is younger than the query."""
+    ids = np.array([[0, 2, -1], [2, 5, 9]])
+    share = np.array([[0.25, 0.5, 0.9], [0.75, 0.25, 1.0]])
+    golden = lambda rule: np.flatnonzero(voted_labels(ids, share, 6, rule, 4).golden).tolist()
+    assert golden(LabelRule()) == [0, 2, 5]
+    assert golden(LabelRule(min_layers=2)) == golden(LabelRule(min_layers=3)) == [2]
+    assert golden(LabelRule(min_layers=4)) == []
+    found = voted_labels(ids, share, 6, LabelRule(), 4).mass
+    assert found.tolist() == [0.25, 0, 1.25, 0, 0, 0.25] and found.dtype == np.float32
+
+
+def test_a_steps_votes_count_layers_and_entry_0_too():
+    """Heads of 0.6: {0, 3} in the first layer, {3} in the second; padding has no vote."""
+    ids = np.array([[0, 3, 5], [-1, 3, 5]])
+    mass = np.array([[0.5, 0.4, 0.1], [0.9, 0.7, 0.3]])
+    found, layers = step_votes(ids, mass, LabelRule())
+    assert (found.tolist(), layers.tolist()) == ([0, 3], [1, 2])
+    found, layers = step_votes(ids, mass, LabelRule(min_layers=2))
+    assert (found.tolist(), layers.tolist()) == ([3], [2])
+
+
+def test_the_papers_rule_is_what_is_not_said():
+    assert LabelRule() == LabelRule(head_share=0.6, min_layers=1, horizon_steps=None, state_age=0)

@@ -187,3 +187,33 @@ def test_config_from_a_trace_header():
 def test_a_hadamard_transform_needs_a_power_of_two():
     with pytest.raises(FmsimError, match="power of two"):
         scorer.hadamard_matrix(24)
+
+
+@pytest.mark.parametrize(
+    ("original_tokens", "expected"),
+    [
+        # a pair turns 32 times at 0.70 of a pair, once at 2.20: from pair 0 to pair 3
+        (1000, [1, 0.1 * (2 / 3 + 1 / 12), 0.01 * (1 / 3 + 1 / 6), 0.00025]),
+        # at -0.30 and 1.20: from pair 0 to pair 2
+        (100, [1, 0.1 * (1 / 2 + 1 / 8), 0.0025, 0.00025]),
+        # at 9.7, which is past the last one
+        (10**12, [1, 0.1, 0.01, 0.001]),
+    ],
+)
+def test_a_stretch_of_four_pairs_by_hand(original_tokens, expected):
+    config = ScorerConfig(rope_dims=8, rope_theta=1e4, yarn=Yarn(4.0, original_tokens))
+    assert scorer.inverse_frequencies(config) == pytest.approx(expected)
+
+
+def test_what_is_not_said():
+    assert Yarn(4.0, 10) == Yarn(4.0, 10, beta_fast=32.0, beta_slow=1.0)
+    plain = ScorerConfig(rope_dims=8, rope_theta=1e4)
+    assert (plain.yarn, plain.hadamard, plain.norm_eps) == (None, False, 1e-6)
+    assert scorer.inverse_frequencies(plain) == pytest.approx([1, 0.1, 0.01, 0.001])
+    assert ScorerConfig(64, 160_000.0, Yarn(16.0, 65_536, 32.0, 1.0), True, 1e-6) == PUBLISHED
+
+
+def test_scores_and_logits_are_each_others_inverse():
+    assert scorer.logit(0.75) == pytest.approx(np.log(3)) and scorer.logit(0.5) == 0
+    values = np.array([-2000.0, 0.0, np.log(3), 2000.0])
+    assert scorer.sigmoid(values) == pytest.approx([0.0, 0.5, 0.75, 1.0])
