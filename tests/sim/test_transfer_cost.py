@@ -1,0 +1,87 @@
+"""Gathers on a link of round times, between the points that were timed and beyond them."""
+
+import numpy as np
+import pytest
+from hand_ledger import H100
+
+from fmsim.hw.spec import Figure, Gather
+from fmsim.sim.transfer_cost import NVME_LATENCY_S, GatherCurve, nvme_read_bytes
+
+US = 1e-6
+# microseconds by rows: 10 us and 0.2 ns a byte, beyond 50,000 bytes of small rows 0.1 ns; and
+# 20 us and 0.2 ns a byte
+SMALL, LARGE = {10: 11, 100: 20, 1000: 65}, {10: 24, 100: 60}
+
+
+def curve(bytes_per_s=20e9, speedup=1.0, sizes=((2000, LARGE), (500, SMALL))):
+    gathers = tuple(
+        Gather(
+            row_bytes=size,
+            source="made by hand",
+            bytes_per_s={rows: rows * size / (us * US) for rows, us in took.items()},
+        )
+        for size, took in sizes
+    )
+    figure = Figure(value=bytes_per_s, source="made by hand")
+    changes = {
+        "bandwidth_bytes_per_s": figure,
+        "gathers": gathers,
+        "gather_speedup": speedup,
+    }
+    return GatherCurve(H100.link.model_copy(update=changes))
+
+
+@pytest.mark.parametrize(
+    ("row_bytes", "n_bytes", "us"),
+    [
+        (500, 0, 0),
+        (500, 1, 10.0002),
+        (500, 5000, 11),
+        (500, 27_500, 15.5),
+        (500, 50_000, 20),
+        (500, 275_000, 42.5),
+        (500, 1_000_000, 115),
+        (2000, 20_000, 24),
+        (2000, 400_000, 100),
+        # half-way between, as logarithms go: the mean of both
+        (1000, 50_000, (20 + 30) / 2),
+        (1000, 500_000, (65 + 120) / 2),
+        (1000, 2_000_000, (215 + 420) / 2),
+        # sizes beyond those that were timed: the nearest one
+        (100, 50_000, 20),
+        (9000, 50_000, 30),
+    ],
+)
+def test_a_gather_takes_its_fixed_time_and_its_bytes(row_bytes, n_bytes, us):
+    found = curve()
+    assert found.seconds(row_bytes, np.array([n_bytes, 0]))[0] == pytest.approx(us * US)
+    assert found.one_s(row_bytes, n_bytes) == pytest.approx(us * US)
+
+
+def test_fixed_times():
+    found = [curve().fixed_s(size) for size in (100, 500, 1000, 2000)]
+    assert found == pytest.approx([10 * US, 10 * US, 15 * US, 20 * US])
+
+
+def test_no_gather_is_faster_than_the_link():
+    """At 4 GB/s 500,000 bytes take 125 us, 5,000 bytes 1.25 us."""
+    slow = curve(bytes_per_s=4e9)
+    for n_bytes, us in ((500_000, 125), (5000, 11)):
+        assert slow.seconds(500, n_bytes) == pytest.approx(us * US)
+        assert slow.one_s(500, n_bytes) == pytest.approx(us * US)
+
+
+def test_a_link_twice_as_fast_moves_bytes_in_half_the_time_and_starts_as_late():
+    fast = curve(speedup=2.0)
+    assert fast.seconds(500, 50_000) == pytest.approx(15 * US)
+    assert fast.fixed_s(500) == pytest.approx(10 * US)
+
+
+def test_one_size_of_rows_stands_for_all():
+    alone = curve(sizes=((500, SMALL),))
+    assert [alone.one_s(size, 50_000) for size in (1, 500, 10**6)] == pytest.approx([20 * US] * 3)
+
+
+def test_drives_read_whole_units():
+    assert [nvme_read_bytes(n) for n in (1, 4096, 4097, 9000)] == [4096, 4096, 8192, 12_288]
+    assert NVME_LATENCY_S == 90e-6
