@@ -11,6 +11,7 @@ import numpy as np
 
 from fmsim.exec.decode.trace_driven import TraceDrivenDecode, TraceDrivenRun, device_name
 from fmsim.exec.kv.home import PER_PAGE
+from fmsim.exec.model.deepseek_v4 import DeepseekV4
 from fmsim.exec.runs import synthetic as synthetic_run
 from fmsim.experiments.failures import TIMEOUT_S, Failure, guarded, lost, raise_if_all
 from fmsim.experiments.parallel import alone
@@ -123,8 +124,8 @@ def check(
     return compare(label, ledger, np.stack(slots), decode, decode.run(), place)
 
 
-class _Worlds:
-    """What the policies of a scenario are checked on."""
+class Worlds:
+    """What the policies of a scenario are checked on, in both worlds."""
 
     def __init__(self, file: ScenarioFile, device: str) -> None:
         scenario = file.scenario
@@ -145,6 +146,7 @@ class _Worlds:
         return partial(build, self.file, spec)
 
     def check(self, label: str) -> Check | Failure:
+        """A policy in both worlds, or why it cannot run."""
         run = partial(
             check,
             label,
@@ -156,11 +158,32 @@ class _Worlds:
         )
         return guarded(label, run)
 
+    def whole_steps(self, label: str, weights: DeepseekV4) -> dict[str, Any]:
+        """Decode whole steps of a model of random `weights` under a policy: its measured times, and
+        the bytes that a request took.
+        """
+        run = synthetic_run.run(
+            label,
+            self.make(label),
+            self.replayer,
+            self.geometry,
+            self.layer_map,
+            weights,
+            self.device,
+            self.file.scenario.batch,
+        )
+        figures = metrics.timed(run.timeline())
+        return {
+            "measured_step_p50_s": figures["step_s"]["p50"],
+            "measured_tokens_per_s": figures["decode_tokens_per_s"],
+            "modelled_gpu_bytes": run.gpu_bytes,
+        }
+
 
 def _check_alone(asked: tuple[ScenarioFile, str, str]) -> Check | Failure:
     """The same in a process of its own; `asked` are file, label and device."""
     file, label, device = asked
-    return _Worlds(file, device).check(label)
+    return Worlds(file, device).check(label)
 
 
 def validate_scenario(
@@ -180,8 +203,8 @@ def validate_scenario(
     """
     simulated = run_scenario(file, timeout_s=timeout_s)
     scenario = file.scenario
-    worlds = _Worlds(file, device)
-    geometry, trace, replayer = worlds.geometry, worlds.trace, worlds.replayer
+    worlds = Worlds(file, device)
+    geometry, trace = worlds.geometry, worlds.trace
     rows: list[dict[str, Any]] = []
     failures = list(simulated.failures)
     for number, run in enumerate(simulated.runs):
@@ -205,16 +228,14 @@ def validate_scenario(
         " the two are not to be compared"
     )
     if whole_steps:
-        n_experts = time_steps(
-            rows,
-            [worlds.make(row["policy"]) for row in rows],
-            replayer,
-            geometry,
-            worlds.layer_map,
-            device,
-            scenario.batch,
-            progress,
+        request_bytes = max(row["predicted_gpu_bytes"] for row in rows)
+        weights, n_experts = synthetic_run.weights_for(
+            geometry, device, scenario.batch * request_bytes, seed=0
         )
+        for number, row in enumerate(rows):
+            progress(f"{row['policy']}: whole steps", number, len(rows))
+            row |= worlds.whole_steps(row["policy"], weights)
+            row["step_error"] = row["simulated_step_p50_s"] / row["measured_step_p50_s"] - 1
         measured = (
             f"the same on this {device_name(device)}, batch {scenario.batch}, with random"
             f" {geometry.weight_type} weights and {n_experts} experts a layer"
@@ -242,36 +263,6 @@ def validate_scenario(
     }
     failed = [failure.row() for failure in failures]
     return {"scenario": about, "policies": rows, "failed": failed}
-
-
-def time_steps(
-    rows: Sequence[dict[str, Any]],
-    makes: Sequence[Callable[[], Policy]],
-    replayer: Replayer,
-    geometry: Geometry,
-    layer_map: tuple[int, ...],
-    device: str,
-    batch: int,
-    progress: Callable[[str, int, int], None],
-) -> int:
-    """Decode whole steps under each policy with one set of random weights, and put their times into
-    `rows`; -> experts a layer.
-    """
-    request_bytes = max(row["predicted_gpu_bytes"] for row in rows)
-    weights, n_experts = synthetic_run.weights_for(geometry, device, batch * request_bytes, seed=0)
-    for number, (row, make) in enumerate(zip(rows, makes, strict=True)):
-        progress(f"{row['policy']}: whole steps", number, len(rows))
-        run = synthetic_run.run(
-            row["policy"], make, replayer, geometry, layer_map, weights, device, batch
-        )
-        figures = metrics.timed(run.timeline())
-        row["measured_step_p50_s"], row["measured_tokens_per_s"] = (
-            figures["step_s"]["p50"],
-            figures["decode_tokens_per_s"],
-        )
-        row["step_error"] = row["simulated_step_p50_s"] / row["measured_step_p50_s"] - 1
-        row["modelled_gpu_bytes"] = run.gpu_bytes
-    return n_experts
 
 
 def compare(

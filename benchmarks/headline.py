@@ -1,0 +1,334 @@
+"""What the simulator predicts beside what a GPU measured: bytes of a request and step times, every
+policy at three contexts.
+
+On a GPU (rows are written as they come, so that several GPUs may share the work):
+
+    fmsim hw calibrate --model scenarios/one-gpu --out mine.yaml
+    python benchmarks/headline.py --context 512K --out part.json
+
+Anywhere, from the parts and the preset:
+
+    python benchmarks/headline.py --join part.json other.json --hardware mine.yaml
+
+Each row is what `fmsim validate --whole-steps` does. A policy runs on a trace as a replay and in
+the engine, whose slots must be the same at every step and whose tensors torch's allocator counts;
+then whole steps of V4-Flash with 16 of its 256 experts a layer and random weights are timed under
+it. Simulated figures come from the replay and the preset, with nothing of the measured run.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import datetime
+import gc
+import json
+import platform
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import regions
+import yaml
+
+from fmsim.errors import FmsimError
+from fmsim.files import write_text
+from fmsim.scenario import ScenarioFile
+
+ROOT = Path(__file__).parents[1]
+RESULT = ROOT / "benchmarks" / "results" / "headline.json"
+MODEL = "scenarios/one-gpu"
+TRACES = {
+    "32K": "traces/nano-32k-needles.safetensors",
+    "128K": "traces/nano-128k-needles.safetensors",
+    "512K": "traces/nano-500k-needles.safetensors",
+}
+LOW = ("12.5% gpu",)
+# of what all index keys leave room for, the least
+LEAST = ("25% gpu", "40% gpu")
+HELD = {"cadence": 64, "on_miss": "mask", "prompt_history": True}
+# By label: a policy's parameters, and the budgets of which it takes the first that it fits. Those
+# of the README's table come first, should time run out.
+POLICIES: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
+    "full": ({"policy": "full"}, ()),
+    "h2o": ({"policy": "h2o"}, LOW),
+    "lru held": ({"policy": "lru"} | HELD, LOW),
+    "lsa-history": ({"policy": "lsa-history"}, LOW),
+    "lru": ({"policy": "lru"}, LEAST),
+    "lsa": ({"policy": "lsa"}, LOW),
+    "recency": ({"policy": "recency"}, LOW),
+    "lfu held": ({"policy": "lfu"} | HELD, LOW),
+    "lfu held sees all": ({"policy": "lfu", "sees": "all"} | HELD, LEAST),
+    "native": ({"policy": "native"}, LEAST),
+}
+SHORT = ("full", "h2o", "lru held", "lsa-history", "lru")  # in the README, at 512K
+PAGES = {"README.md": "headline", "docs/gpu.md": "headline by context"}
+MIB = 2**20
+
+Row = dict[str, Any]
+
+
+def scenario(
+    context: str, policies: Sequence[dict[str, Any]], model: str, hardware: str = "h100"
+) -> ScenarioFile:
+    """One request of `context` under each of `policies`; `model` is a folder, or a preset."""
+    folder = ROOT / model
+    return ScenarioFile(
+        {
+            "name": context,
+            "trace": str(ROOT / TRACES[context]),
+            "model": str(folder) if folder.is_dir() else model,
+            "hardware": hardware,
+            "policies": list(policies),
+        }
+    )
+
+
+def entry(label: str, budget: str | None) -> dict[str, Any]:
+    """An entry of a scenario's `policies`."""
+    params, _ = POLICIES[label]
+    return {"label": label} | params | ({"budget": budget} if budget else {})
+
+
+class Bench:
+    """Measures rows on one GPU, with one set of random weights."""
+
+    def __init__(self, model: str, device: str) -> None:
+        self.model = model
+        self.device = device
+        self.weights: Any = None
+        self.n_experts = 0
+
+    def row(self, context: str, label: str) -> Row:
+        """A policy at the first of its budgets that it fits; "failed" says why where it cannot."""
+        start = time.perf_counter()
+        row: Row = {"context": context, "policy": label}
+        _, budgets = POLICIES[label]
+        for budget in budgets or (None,):
+            found = self._measured(context, label, budget)
+            row |= {"budget": budget} | found
+            if "failed" not in found:
+                row.pop("failed", None)
+                break
+        return row | {"wall_s": round(time.perf_counter() - start, 1)}
+
+    def _measured(self, context: str, label: str, budget: str | None) -> Row:
+        from fmsim.exec.runs.synthetic import weights_for
+        from fmsim.experiments.failures import Failure
+        from fmsim.experiments.validate import Worlds
+
+        try:
+            worlds = Worlds(scenario(context, [entry(label, budget)], self.model), self.device)
+            check = worlds.check(label)
+            if isinstance(check, Failure):
+                return {"failed": check.error}
+            gc.collect()  # what the check held, a pinned mirror say
+            if self.weights is None:
+                kv_bytes = 2 * worlds.geometry.full_gpu_bytes(self._longest())
+                self.weights, self.n_experts = weights_for(
+                    worlds.geometry, self.device, kv_bytes, seed=0
+                )
+            found = check.row() | worlds.whole_steps(label, self.weights)
+        except (FmsimError, RuntimeError) as error:  # torch's out of memory is a RuntimeError
+            return {"failed": f"{type(error).__name__}: {error}"}
+        finally:
+            gc.collect()
+        header = worlds.trace.header
+        tokens = header.prompt_tokens + worlds.trace.n_steps
+        return {
+            "tokens": tokens,
+            "steps": worlds.trace.n_steps,
+            "experts": self.n_experts,
+            "full_gpu_bytes": worlds.geometry.full_gpu_bytes(tokens),
+        } | {key: value for key, value in found.items() if key != "policy"}
+
+    def _longest(self) -> int:
+        """Tokens of the longest context."""
+        from fmsim.trace import read
+
+        traces = [read(ROOT / path) for path in TRACES.values()]
+        return max(trace.header.prompt_tokens + trace.n_steps for trace in traces)
+
+
+def measure(
+    contexts: Sequence[str],
+    labels: Sequence[str],
+    bench: Bench,
+    seconds: float,
+    out: Path,
+    command: str,
+) -> list[Row]:
+    """Rows of each context and policy into `out`, one after the other, until `seconds` have gone
+    by: none is begun that would end later if it took as long as the longest before it.
+    """
+    start = time.perf_counter()
+    rows: list[Row] = []
+    longest_s = 0.0
+    for context in contexts:
+        for label in labels:
+            elapsed_s = time.perf_counter() - start
+            if elapsed_s + longest_s > seconds:
+                print(f"{context} {label}: left out, {elapsed_s:.0f} s gone", file=sys.stderr)
+                continue
+            row = bench.row(context, label)
+            longest_s = max(longest_s, row["wall_s"])
+            rows.append(row)
+            write_text(out, json.dumps(about(bench, command) | {"rows": rows}, indent=1) + "\n")
+            shown = row.get("failed") or f"{1e3 * row['measured_step_p50_s']:.2f} ms"
+            print(f"{context} {label}: {shown}, took {row['wall_s']} s", file=sys.stderr)
+    return rows
+
+
+def about(bench: Bench, command: str) -> Row:
+    """Date, command, device and software of a measurement."""
+    import torch
+
+    from fmsim.exec.decode.trace_driven import device_name
+
+    return {
+        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "command": command,
+        "device": device_name(bench.device),
+        "software": f"torch {torch.__version__}, Python {platform.python_version()}",
+        "model": bench.model,
+    }
+
+
+def join(parts: Sequence[Path], hardware: Path) -> Row:
+    """The result: rows of all parts, in the tables' order, each with what is simulated for it."""
+    found = [json.loads(path.read_text(encoding="utf-8")) for path in parts]
+    heads = [{key: each[key] for key in each if key != "rows"} for each in found]
+    for key in ("device", "model"):
+        if len({head[key] for head in heads}) > 1:
+            raise FmsimError(
+                f"--join: the parts differ in their {key}: {', '.join(head[key] for head in heads)}"
+            )
+    rows = {(row["context"], row["policy"]): row for each in found for row in each["rows"]}
+    ordered = [
+        rows[context, label] for context in TRACES for label in POLICIES if (context, label) in rows
+    ]
+    with_simulated(ordered, heads[0]["model"], hardware)
+    preset = yaml.safe_load(hardware.read_text(encoding="utf-8"))
+    return {
+        "date": max(head["date"] for head in heads),
+        "device": heads[0]["device"],
+        "software": heads[0]["software"],
+        "commands": list(dict.fromkeys(head["command"] for head in heads)),
+        "model": heads[0]["model"],
+        "preset": {"title": preset["title"], "kernel_source": preset["kernel_source"]},
+        "measured": ["allocator_gpu_bytes", "measured_step_p50_s", "measured_tokens_per_s"],
+        "simulated": ["simulated_step_p50_s", "simulated_tokens_per_s"],
+        "replayed": ["predicted_gpu_bytes"],
+        "rows": ordered,
+    }
+
+
+def with_simulated(rows: list[Row], model: str, hardware: Path) -> None:
+    """Put each row's simulated step time and rate into it, and by how much they are off."""
+    from fmsim.experiments.run import run_scenario
+
+    for context in TRACES:
+        ran = [row for row in rows if row["context"] == context and "failed" not in row]
+        if not ran:
+            continue
+        entries = [entry(row["policy"], row["budget"]) for row in ran]
+        report = run_scenario(scenario(context, entries, model, str(hardware.resolve())))
+        simulated = {run.label: run.row for run in report.runs}
+        for row in ran:
+            found = simulated[row["policy"]]
+            row["simulated_step_p50_s"] = found["step_s"]["p50"]
+            row["simulated_tokens_per_s"] = found["decode_tokens_per_s"]
+            row["step_error"] = row["simulated_step_p50_s"] / row["measured_step_p50_s"] - 1
+            row["tokens_error"] = row["simulated_tokens_per_s"] / row["measured_tokens_per_s"] - 1
+
+
+def tables(result: Row) -> dict[str, str]:
+    """What the marked parts of README and docs hold, by name."""
+    rows = [row for row in result["rows"] if "failed" not in row]
+    short = [row for row in rows if row["context"] == "512K" and row["policy"] in SHORT]
+    by_context = []
+    for context in TRACES:
+        own = [row for row in rows if row["context"] == context]
+        if own:
+            tokens = f"{own[0]['tokens'] - own[0]['steps']:,}"
+            by_context.append(f"{context} ({tokens} tokens):\n\n{_table(own)}")
+    return {"headline": _table(short), "headline by context": "\n\n".join(by_context)}
+
+
+def _table(rows: Sequence[Row]) -> str:
+    lines = [
+        "| policy | budget | MiB predicted | MiB allocated | off | step simulated, ms"
+        " | measured, ms | off | tokens/s simulated | measured | off |",
+        "|---" * 11 + "|",
+    ]
+    for row in rows:
+        cells = (
+            row["policy"],
+            (row["budget"] or "").removesuffix(" gpu"),
+            f"{row['predicted_gpu_bytes'] / MIB:,.1f}",
+            f"{(row['allocator_gpu_bytes'] or row['built_gpu_bytes']) / MIB:,.1f}",
+            f"{row['memory_error']:+.2%}",
+            f"{1e3 * row['simulated_step_p50_s']:.2f}",
+            f"{1e3 * row['measured_step_p50_s']:.2f}",
+            f"{row['step_error']:+.0%}",
+            f"{row['simulated_tokens_per_s']:.1f}",
+            f"{row['measured_tokens_per_s']:.1f}",
+            f"{row['tokens_error']:+.0%}",
+        )
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--context", action="append", choices=[*TRACES], help="all by default")
+    parser.add_argument("--policy", action="append", choices=[*POLICIES], help="all by default")
+    parser.add_argument("--seconds", type=float, default=float("inf"), help="begin no row later")
+    parser.add_argument("--device", help="cuda or cpu; cuda where there is one by default")
+    parser.add_argument("--model", default=MODEL, help="a preset, or a folder with a config.json")
+    parser.add_argument("--join", type=Path, nargs="+", help="parts that were measured")
+    parser.add_argument("--hardware", type=Path, help="preset of `fmsim hw calibrate`, for --join")
+    parser.add_argument("--out", type=Path, default=None, help="a part, or the result")
+    given = parser.parse_args()
+    command = "python " + " ".join([f"benchmarks/{Path(sys.argv[0]).name}", *sys.argv[1:]])
+    try:
+        if given.join:
+            if given.hardware is None:
+                parser.error("--join needs --hardware, the preset that was calibrated there")
+            result = join(given.join, given.hardware)
+            out = given.out or RESULT
+            write_text(out, json.dumps(result, indent=1) + "\n")
+            made = tables(result)
+            if out == RESULT:
+                _write_pages(made)
+            print("\n\n".join(made.values()))
+            return 0
+        import torch
+
+        device = given.device or ("cuda" if torch.cuda.is_available() else "cpu")
+        rows = measure(
+            given.context or [*TRACES],
+            given.policy or [*POLICIES],
+            Bench(given.model, device),
+            given.seconds,
+            given.out or Path("headline-part.json"),
+            command,
+        )
+    except FmsimError as error:
+        print(error, file=sys.stderr)
+        return 2
+    return 0 if rows and not any("failed" in row for row in rows) else 1
+
+
+def _write_pages(made: dict[str, str]) -> None:
+    for name, part in PAGES.items():
+        page = ROOT / name
+        with contextlib.suppress(ValueError):  # not marked there
+            written = regions.replace(page.read_text(encoding="utf-8"), part, made[part])
+            write_text(page, written)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
