@@ -17,8 +17,12 @@ import platform
 import sys
 import textwrap
 import time
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
+
+import regions
 
 from fmsim.experiments.rivals import BOUNDS, FIRST, compare
 from fmsim.files import write_text
@@ -36,8 +40,7 @@ STATE_AGE = 1
 LAYERS = (1, 2, 3)  # that must agree on a golden entry
 SHOWN = ("oracle", "lsa (max)", "lsa + history", "h2o", "lru", "lfu", "native, held")
 SHOWN_SHARES = (0.02, 0.05, 0.10)
-BEGIN = "<!-- tables: made by benchmarks/indexer.py -->"
-END = "<!-- end of tables -->"
+PART = "indexer tables"  # of the page
 
 Found = dict[str, Any]
 
@@ -166,28 +169,19 @@ def _wrapped(text: str) -> str:
     return textwrap.fill(text, 100, break_long_words=False, break_on_hyphens=False)
 
 
-def with_tables(page: str, made: str) -> str:
-    """The page with what was made between its markers."""
-    before, _, rest = page.partition(BEGIN)
-    _, _, after = rest.partition(END)
-    return f"{before}{BEGIN}\n\n{made}\n\n{END}{after}"
-
-
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--trace", action="append", help="file names without ending; all if absent")
-    parser.add_argument("--out", type=Path, default=ROOT / "benchmarks/results/indexer.json")
-    parser.add_argument("--page", type=Path, default=ROOT / "docs/indexer.md")
-    given = parser.parse_args()
+def measured(
+    traces: Sequence[str] = (), progress: Callable[[str], None] = lambda text: None
+) -> Found:
+    """The result file, on `traces` (all of nano's unless given)."""
     start = time.perf_counter()
     found = {}
     for path in sorted((ROOT / "traces").glob("nano-*.safetensors")):
-        if not given.trace or path.stem in given.trace:
+        if not traces or path.stem in traces:
             found[path.stem] = rounded(measure(path))
-            print(f"{path.stem}: {time.perf_counter() - start:.0f} s", file=sys.stderr)
-    result = {
+            progress(f"{path.stem}: {time.perf_counter() - start:.0f} s")
+    return {
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "command": "python " + " ".join([f"benchmarks/{Path(sys.argv[0]).name}", *sys.argv[1:]]),
+        "command": "python benchmarks/indexer.py",
         "device": f"{platform.machine()}, Python {platform.python_version()}",
         "seconds": round(time.perf_counter() - start),
         "model": MODEL,
@@ -197,9 +191,19 @@ def main() -> int:
         "replayed": ["mass_kept", "entry_recall", "mass_recall", "golden_recall", "gpu_bytes"],
         "traces": found,
     }
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--trace", action="append", help="file names without ending; all if absent")
+    parser.add_argument("--out", type=Path, default=ROOT / "benchmarks/results/indexer.json")
+    parser.add_argument("--page", type=Path, default=ROOT / "docs/indexer.md")
+    given = parser.parse_args()
+    result = measured(given.trace or (), partial(print, file=sys.stderr))
+    result["command"] = " ".join(["python benchmarks/indexer.py", *sys.argv[1:]])
     write_text(given.out, json.dumps(result, indent=1) + "\n")
-    page = given.page.read_text(encoding="utf-8") if given.page.exists() else ""
-    write_text(given.page, with_tables(page, tables(result)))
+    page = given.page.read_text(encoding="utf-8")
+    write_text(given.page, regions.replace(page, PART, tables(result)))
     print(tables(result))
     return 0
 

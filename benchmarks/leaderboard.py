@@ -21,12 +21,14 @@ import re
 import sys
 import textwrap
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from statistics import mean
 from typing import Any
 
 import numpy as np
+import regions
 
 from fmsim import bootstrap
 from fmsim.errors import BudgetTooSmall, FmsimError
@@ -68,8 +70,8 @@ SHARED = {  # one set for all layers: what is kept by the number of layers that 
     "lsa-history": {"policy": "lsa-history"},
 }
 SHARING_BUDGET = 0.1
-BEGIN = "<!-- leaderboard: made by benchmarks/leaderboard.py -->"
-END = "<!-- end of leaderboard -->"
+PART = "leaderboard"  # of the page
+NEW_PAGE = regions.marked(PART, "benchmarks/leaderboard.py", "# Leaderboard\n\n")
 MIB = 2**20
 
 Row = dict[str, Any]
@@ -309,44 +311,32 @@ def _wrapped(text: str, indent: str = "") -> str:
     )
 
 
-def with_tables(page: str, made: str) -> str:
-    """The page with what was made between its markers."""
-    before, _, rest = page.partition(BEGIN)
-    _, _, after = rest.partition(END)
-    return f"{before}{BEGIN}\n\n{made}\n\n{END}{after}"
-
-
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("-p", "--policy", action="append", default=[], help="a plug-in beside them")
-    parser.add_argument("--trace", action="append", help="file names without ending; all if absent")
-    parser.add_argument("--out", type=Path, default=ROOT / "benchmarks/results/leaderboard.json")
-    parser.add_argument("--page", type=Path, default=ROOT / "docs/leaderboard.md")
-    given = parser.parse_args()
+def measured(
+    plugins: Sequence[str] = (),
+    traces: Sequence[str] = (),
+    progress: Callable[[str], None] = lambda text: None,
+) -> dict[str, Any]:
+    """The result file: fmsim's own policies, and `plugins`, on `traces` (all unless given)."""
     start = time.perf_counter()
     paths = sorted((ROOT / "traces").glob("*.safetensors"))
-    paths = [path for path in paths if not given.trace or path.stem in given.trace]
+    paths = [path for path in paths if not traces or path.stem in traces]
     rows: list[Row] = []
     sharing: list[Row] = []
     full_bytes: dict[str, int] = {}
-    try:
-        named = contestants(given.policy)
-        work = [(label, named[label], share) for share in SHARES for label in named]
-        for path in paths:
-            board = Board(path)
-            full_bytes[board.name] = board.full_bytes
-            rows += in_parallel(lambda i: board.row(*work[i]), len(work))
-            if board.replayer.has_lookahead:
-                labels = list(SHARED)
-                shared = in_parallel(lambda i: board.sharing(labels[i]), len(labels))
-                sharing += itertools.chain(*shared)
-            print(f"{board.name}: {time.perf_counter() - start:.0f} s", file=sys.stderr)
-    except FmsimError as error:
-        print(error, file=sys.stderr)
-        return 2
-    result = {
+    named = contestants(plugins)
+    work = [(label, named[label], share) for share in SHARES for label in named]
+    for path in paths:
+        board = Board(path)
+        full_bytes[board.name] = board.full_bytes
+        rows += in_parallel(lambda i, board=board: board.row(*work[i]), len(work))
+        if board.replayer.has_lookahead:
+            labels = list(SHARED)
+            shared = in_parallel(lambda i, board=board: board.sharing(labels[i]), len(labels))
+            sharing += itertools.chain(*shared)
+        progress(f"{board.name}: {time.perf_counter() - start:.0f} s")
+    return {
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "command": "python " + " ".join([f"benchmarks/{Path(sys.argv[0]).name}", *sys.argv[1:]]),
+        "command": "python benchmarks/leaderboard.py",
         "device": f"{platform.machine()}, Python {platform.python_version()}",
         "seconds": round(time.perf_counter() - start),
         "model": MODEL,
@@ -358,9 +348,24 @@ def main() -> int:
         "rows": rows,
         "sharing": sharing,
     }
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("-p", "--policy", action="append", default=[], help="a plug-in beside them")
+    parser.add_argument("--trace", action="append", help="file names without ending; all if absent")
+    parser.add_argument("--out", type=Path, default=ROOT / "benchmarks/results/leaderboard.json")
+    parser.add_argument("--page", type=Path, default=ROOT / "docs/leaderboard.md")
+    given = parser.parse_args()
+    try:
+        result = measured(given.policy, given.trace or (), partial(print, file=sys.stderr))
+    except FmsimError as error:
+        print(error, file=sys.stderr)
+        return 2
+    result["command"] = " ".join(["python benchmarks/leaderboard.py", *sys.argv[1:]])
     write_text(given.out, json.dumps(result, indent=1) + "\n")
-    page = given.page.read_text(encoding="utf-8") if given.page.exists() else "# Leaderboard\n\n"
-    write_text(given.page, with_tables(page, tables(result)))
+    page = given.page.read_text(encoding="utf-8") if given.page.exists() else NEW_PAGE
+    write_text(given.page, regions.replace(page, PART, tables(result)))
     print(tables(result))
     return 0
 

@@ -34,6 +34,11 @@ def replace(page: str, name: str, made: str) -> str:
     return f"{page[:start]}\n\n{made}\n\n{page[end:]}"
 
 
+def marked(name: str, script: str, before: str = "") -> str:
+    """A new page with one empty part."""
+    return f"{before}<!-- made: {name} by {script} -->\n\n<!-- end of {name} -->\n"
+
+
 def line_of(page: str, name: str) -> int:
     """The line of the page on which the part's text begins."""
     start, _ = _bounds(page, name)

@@ -14,11 +14,6 @@ from fmsim.trace import read
 RESULT = json.loads((ROOT / "benchmarks" / "results" / "indexer.json").read_text())
 
 
-def test_the_page_shows_the_file():
-    page = (ROOT / "docs" / "indexer.md").read_text(encoding="utf-8")
-    assert indexer.with_tables(page, indexer.tables(RESULT)) == page
-
-
 def test_the_file_has_every_policy_on_every_trace_at_every_budget():
     paths = sorted((ROOT / "traces").glob("nano-*.safetensors"))
     assert list(RESULT["traces"]) == [path.stem for path in paths]
