@@ -42,6 +42,7 @@ from fmsim.sim.serving.workload import RequestGenerator
 from fmsim.trace import read
 
 ROOT = Path(__file__).parents[1]
+TRACE = ROOT / "traces" / "nano-500k-needles.safetensors"
 REQUESTS = 60
 POLICIES = {
     "full": {"policy": "full"},
@@ -117,11 +118,44 @@ def timed(make: Callable[[], ServerRun], repeat: int) -> dict[str, Any]:
     }
 
 
+def measured(
+    trace: Path = TRACE, hours: float = 1.0, recorded: int = 100_000, repeat: int = 3
+) -> dict[str, Any]:
+    """The result file."""
+    geometry = PRESETS["v4-flash"]
+    replayer = Replayer(read(trace), memory=ModelMemory(geometry))
+    result: dict[str, Any] = {
+        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "device": (
+            f"{platform.machine()}, {os.cpu_count()} cores, load {os.getloadavg()[0]:.1f}, Python"
+            f" {platform.python_version()}, numpy {np.__version__}, SimPy {simpy.__version__}"
+        ),
+        "command": "python benchmarks/serve.py",
+        "trace": trace.name,
+        "concurrent_requests": REQUESTS,
+        "runs": {},
+    }
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "requests.csv"
+        write_requests(path, recorded)
+        for name, spec in POLICIES.items():
+            demand = Demand(replayer.run(registry.build(dict(spec))), geometry)
+            runs = {name: lambda: an_hour(demand, hours)}
+            if name == "full":
+                runs[f"{name}, {recorded} recorded"] = lambda: of_a_file(demand, path)
+            for title, make in runs.items():
+                row = result["runs"][title] = timed(make, repeat)
+                print(
+                    f"{title:22} {row['simulated_s']:,.0f} s simulated in {row['wall_s']} s,"
+                    f" {row['cpu_s']} CPU s; {row['tokens']:,} tokens, {row['spans']:,} spans",
+                    flush=True,
+                )
+    return result
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument(
-        "--trace", type=Path, default=ROOT / "traces" / "nano-500k-needles.safetensors"
-    )
+    parser.add_argument("--trace", type=Path, default=TRACE)
     parser.add_argument("--hours", type=float, default=1.0)
     parser.add_argument("--recorded", type=int, default=100_000)
     parser.add_argument("--repeat", type=int, default=3)
@@ -129,34 +163,8 @@ def main() -> None:
         "--out", type=Path, default=Path(__file__).parent / "results" / "serve.json"
     )
     given = parser.parse_args()
-    geometry = PRESETS["v4-flash"]
-    replayer = Replayer(read(given.trace), memory=ModelMemory(geometry))
-    result: dict[str, Any] = {
-        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "device": (
-            f"{platform.machine()}, {os.cpu_count()} cores, load {os.getloadavg()[0]:.1f}, Python"
-            f" {platform.python_version()}, numpy {np.__version__}, SimPy {simpy.__version__}"
-        ),
-        "command": "python " + " ".join([f"benchmarks/{Path(sys.argv[0]).name}", *sys.argv[1:]]),
-        "trace": given.trace.name,
-        "concurrent_requests": REQUESTS,
-        "runs": {},
-    }
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "requests.csv"
-        write_requests(path, given.recorded)
-        for name, spec in POLICIES.items():
-            demand = Demand(replayer.run(registry.build(dict(spec))), geometry)
-            runs = {name: lambda: an_hour(demand, given.hours)}
-            if name == "full":
-                runs[f"{name}, {given.recorded} recorded"] = lambda: of_a_file(demand, path)
-            for title, make in runs.items():
-                row = result["runs"][title] = timed(make, given.repeat)
-                print(
-                    f"{title:22} {row['simulated_s']:,.0f} s simulated in {row['wall_s']} s,"
-                    f" {row['cpu_s']} CPU s; {row['tokens']:,} tokens, {row['spans']:,} spans",
-                    flush=True,
-                )
+    result = measured(given.trace, given.hours, given.recorded, given.repeat)
+    result["command"] = " ".join(["python benchmarks/serve.py", *sys.argv[1:]])
     given.out.parent.mkdir(parents=True, exist_ok=True)
     given.out.write_text(json.dumps(result, indent=1) + "\n")
     print(f"written to {given.out}")

@@ -54,6 +54,7 @@ def validate(
     require("model", "validate")
     import torch
 
+    from fmsim.experiments.results import failed_altogether
     from fmsim.experiments.validate import validate_scenario
     from fmsim.scenario import ScenarioFile
 
@@ -76,6 +77,6 @@ def validate(
         from fmsim.report.tables import validation
 
         validation.show(report)
-    end_with_failures(report["failed"])
+    end_with_failures(failed_altogether(report))
     if not all(row["identical"] and row["memory_holds"] for row in report["policies"]):
         raise typer.Exit(1)

@@ -249,6 +249,7 @@ def validate_scenario(
         "device": device_name(device),
         "whole_steps": whole_steps,
         "simulated_hardware": scenario.hardware,
+        "runs": simulated.scenario["runs"],
         "notes": [
             (
                 f"simulated: a whole decode step of {geometry.name} on {scenario.hardware}. "

@@ -1,0 +1,305 @@
+"""Do the published tables still hold? Reruns each that needs no GPU, and says what disagrees.
+
+    python benchmarks/answers.py                 # under 10 minutes on two idle cores
+    python benchmarks/answers.py --only paper    # one of them; --list names them
+    python benchmarks/answers.py --tables        # seconds: only the pages beside the result files
+    python benchmarks/answers.py --update        # writes result files and tables
+
+Each answer has one file in benchmarks/results. What is computed anew is compared with the file
+(but for dates, machines and times), and the marked parts of README and docs with what the file
+renders to. Exit code 1: something disagrees, and each disagreement is a line with file, line, table
+and cell. What needs a GPU, or a day of `fmsim eval`, is not computed here; its tables are compared.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import math
+import os
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import headline
+import indexer
+import leaderboard
+import paper
+import published_tables as tables
+import regions
+import serve
+import steps
+
+from fmsim.files import write_text
+
+ROOT = Path(__file__).parents[1]
+RESULTS = "benchmarks/results"
+# Of a machine and a moment, not of what is asked.
+APART = {"date", "seconds", "device", "command", "wall_s", "cpu_s", "fmsim", "sha256"}
+CLOSE = 1e-6  # relative: another processor adds in another order
+MOST_SHOWN = 20  # differences of one result file
+NOT_MEASURED = "Not measured yet."
+
+Result = dict[str, Any]
+Tell = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Answer:
+    """One result file, how it comes about, and where it is shown."""
+
+    file: str  # in benchmarks/results
+    compute: Callable[[Tell], Result] | None = None  # None: not here
+    # (page, name of the marked part) -> its text
+    parts: Mapping[tuple[str, str], Callable[[Result], str]] = field(default_factory=dict)
+    pictures: Mapping[str, Callable[[Result], str]] = field(default_factory=dict)
+
+    @property
+    def path(self) -> Path:
+        return ROOT / RESULTS / self.file
+
+    def stored(self) -> Result | None:
+        """What the file holds; None where there is none yet."""
+        if not self.path.is_file():
+            return None
+        found: Result = json.loads(self.path.read_text(encoding="utf-8"))
+        return found
+
+
+def default_scenario(tell: Tell) -> Result:
+    """What `fmsim run scenarios/500k.yaml --json` prints."""
+    from fmsim.experiments.run import run_scenario
+    from fmsim.scenario import ScenarioFile
+
+    with _in_root():
+        report = run_scenario(ScenarioFile("scenarios/500k.yaml"))
+    plain: Result = json.loads(json.dumps(report.as_json()))
+    return {"command": "fmsim run scenarios/500k.yaml --json"} | plain
+
+
+class _in_root:
+    """Paths in the result are relative to the repository."""
+
+    def __enter__(self) -> None:
+        self.before = os.getcwd()
+        os.chdir(ROOT)
+
+    def __exit__(self, *args: object) -> None:
+        os.chdir(self.before)
+
+
+def picture(result: Result) -> str:
+    from fmsim.report.tables import decode
+
+    return decode.svg(result, "fmsim run scenarios/500k.yaml")
+
+
+def published_paper(tell: Tell) -> Result:
+    result = {"serving_constants_set_on": paper.SET_ON}
+    return result | {"serving": paper.serving(), "footprints": paper.footprints()}
+
+
+def published_steps(tell: Tell) -> Result:
+    """The rows beside published servers; those that were left out need NVIDIA's wheel."""
+    return {"published": steps.published()}
+
+
+def served(tell: Tell) -> Result:
+    """Sizes of the timed serving runs; each runs once."""
+    return serve.measured(repeat=1)
+
+
+def _accuracy(name: str, *parts: tuple[str, str, Callable[[Result], str]]) -> Answer:
+    return Answer(f"{name}.json", None, {(page, part): made for page, part, made in parts})
+
+
+ACCURACY = "docs/accuracy.md"
+ANSWERS: dict[str, Answer] = {
+    "500k": Answer("500k.json", default_scenario, pictures={"docs/img/500k.svg": picture}),
+    "steps": Answer(
+        "steps.json", published_steps, {("docs/serving.md", "step times"): tables.step_times}
+    ),
+    "paper": Answer(
+        "paper.json",
+        published_paper,
+        {
+            ("docs/serving.md", "paper serving"): tables.paper_serving,
+            ("docs/serving.md", "paper footprints"): tables.paper_footprints,
+        },
+    ),
+    "serve": Answer("serve.json", served),
+    "indexer": Answer(
+        "indexer.json",
+        lambda tell: indexer.measured(progress=tell),
+        {("docs/indexer.md", indexer.PART): indexer.tables},
+    ),
+    "leaderboard": Answer(
+        "leaderboard.json",
+        lambda tell: leaderboard.measured(progress=tell),
+        {("docs/leaderboard.md", leaderboard.PART): leaderboard.tables},
+    ),
+    "headline": Answer(
+        "headline.json",
+        None,
+        {
+            (page, part): lambda result, part=part: headline.tables(result)[part]
+            for page, part in headline.PAGES.items()
+        },
+    ),
+    "exec": Answer("exec.json", None, {("docs/gpu.md", "synthetic weights"): tables.synthetic}),
+    "accuracy-8k": _accuracy("accuracy-8k", (ACCURACY, "8K", tables.accuracy)),
+    "accuracy-seeds-8k": _accuracy(
+        "accuracy-seeds-8k", (ACCURACY, "fresh seeds at 8K", tables.fresh_seeds)
+    ),
+    "accuracy-32k": _accuracy(
+        "accuracy-32k",
+        (ACCURACY, "32K", tables.accuracy),
+        ("README.md", "accuracy", tables.accuracy_short),
+    ),
+    "accuracy-128k": _accuracy("accuracy-128k", (ACCURACY, "128K", tables.accuracy)),
+    "accuracy-512k": _accuracy("accuracy-512k", (ACCURACY, "512K", tables.accuracy)),
+    "accuracy-fallback-8k": _accuracy(
+        "accuracy-fallback-8k", (ACCURACY, "fallback at 8K", tables.fallback)
+    ),
+}
+
+
+def disagreements(
+    answer: Answer, page_of: Callable[[str], str], computed: Result | None = None
+) -> Iterator[str]:
+    """Where the file differs from what was computed, and pages from what the file renders to, or
+    from what the computed result does.
+    """
+    stored = answer.stored()
+    if computed is not None:
+        if stored is None:
+            yield f"{RESULTS}/{answer.file}: there is none; --update writes it"
+        else:
+            yield from _between(answer, stored, computed)
+    shown = stored if computed is None else merged(stored, computed)
+    for (page, part), render in answer.parts.items():
+        made = NOT_MEASURED if shown is None else render(shown)
+        yield from _in_page(page, part, page_of(page), made)
+    for path, draw in answer.pictures.items():
+        if shown is not None and page_of(path) != draw(shown):
+            yield f"{path}: the picture is not what {RESULTS}/{answer.file} gives"
+
+
+def merged(stored: Result | None, computed: Result) -> Result:
+    """The new file: what was computed, and what the old one has that needs more than this."""
+    return (stored or {}) | computed
+
+
+def _between(answer: Answer, stored: Result, computed: Result) -> Iterator[str]:
+    found = list(compare({key: stored.get(key) for key in computed}, computed))
+    for path, old, new in found[:MOST_SHOWN]:
+        line = ".".join(map(str, path))
+        yield f"{RESULTS}/{answer.file}: {line}: the file has {old!r}, computed is {new!r}"
+    if len(found) > MOST_SHOWN:
+        yield f"{RESULTS}/{answer.file}: and {len(found) - MOST_SHOWN} more"
+
+
+def compare(
+    old: Any, new: Any, path: tuple[str | int, ...] = ()
+) -> Iterator[tuple[tuple[str | int, ...], Any, Any]]:
+    """(path, old, new) of all that differs, but for what is APART and for rounding."""
+    if isinstance(old, dict) and isinstance(new, dict):
+        for key in dict.fromkeys([*old, *new]):
+            if key not in APART:
+                yield from compare(old.get(key), new.get(key), (*path, key))
+    elif isinstance(old, list) and isinstance(new, list | tuple) and len(old) == len(new):
+        for index, (a, b) in enumerate(zip(old, new, strict=True)):
+            yield from compare(a, b, (*path, index))
+    elif isinstance(old, float | int) and isinstance(new, float | int):
+        if not math.isclose(old, new, rel_tol=CLOSE, abs_tol=1e-9):
+            yield path, old, new
+    elif old != new:
+        yield path, old, new
+
+
+def _in_page(page: str, part: str, text: str, made: str) -> Iterator[str]:
+    """Lines and cells of a page's part that are not what they should be."""
+    try:
+        found = regions.find(text)[part].splitlines()
+        first = regions.line_of(text, part)
+    except (KeyError, ValueError) as error:
+        yield f"{page}: {error}"
+        return
+    head: list[str] = []
+    for offset, (old, new) in enumerate(itertools.zip_longest(found, made.splitlines())):
+        if new is not None and new.startswith("|---"):
+            head = made.splitlines()[offset - 1].split("|")
+        if old == new:
+            continue
+        where = f"{page}, line {first + offset}, table {part!r}"
+        cells, wanted = ((line or "").split("|") for line in (old, new))
+        if len(cells) != len(wanted) or len(cells) < 3:
+            yield f"{where}: has {old!r}, should be {new!r}"
+            continue
+        for place, (a, b) in enumerate(zip(cells, wanted, strict=True)):
+            if a != b:
+                column = head[place].strip() if place < len(head) else place
+                yield (
+                    f"{where}, cell {cells[1].strip()!r} / {column!r}: has {a.strip()!r}, should be"
+                    f" {b.strip()!r}"
+                )
+
+
+def read_page(name: str) -> str:
+    return (ROOT / name).read_text(encoding="utf-8")
+
+
+def update(answer: Answer, computed: Result | None) -> None:
+    """Write the result file, where it was computed, and every table and picture of it."""
+    stored = answer.stored()
+    if computed is not None:
+        stored = merged(stored, computed)
+        write_text(answer.path, json.dumps(stored, indent=1) + "\n")
+    for (page, part), render in answer.parts.items():
+        made = NOT_MEASURED if stored is None else render(stored)
+        write_text(ROOT / page, regions.replace(read_page(page), part, made))
+    for path, draw in answer.pictures.items():
+        if stored is not None:
+            write_text(ROOT / path, draw(stored))
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--only", action="append", choices=[*ANSWERS], help="repeat for more")
+    parser.add_argument("--tables", action="store_true", help="compute nothing; pages and files")
+    parser.add_argument("--update", action="store_true", help="write what would disagree")
+    parser.add_argument("--list", action="store_true", help="name the answers")
+    given = parser.parse_args(arguments)
+    if given.list:
+        for name, answer in ANSWERS.items():
+            how = "computed here" if answer.compute else "only its tables"
+            print(f"{name:22} {RESULTS}/{answer.file}, {how}")
+        return 0
+    start = time.perf_counter()
+    failed = False
+    for name in given.only or ANSWERS:
+        answer = ANSWERS[name]
+        tell = partial(_tell, name)
+        computed = answer.compute(tell) if answer.compute and not given.tables else None
+        found = list(disagreements(answer, read_page, computed))
+        if given.update:
+            update(answer, computed)
+        for line in found:
+            print(line, flush=True)
+        failed = failed or bool(found)
+        said = "agrees" if not found else "updated" if given.update else "disagrees"
+        tell(f"{said}, {time.perf_counter() - start:.0f} s gone")
+    return int(failed and not given.update)
+
+
+def _tell(name: str, text: str) -> None:
+    print(f"{name}: {text}", file=sys.stderr, flush=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
