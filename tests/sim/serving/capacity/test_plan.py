@@ -1,9 +1,14 @@
 """Walls by hand, what moves them, and where KV on the host begins to pay."""
 
+from types import SimpleNamespace
+
 import pytest
 from hand_ledger import FLASH, H100, ledger, loads
 
-from fmsim.sim.serving.capacity.plan import CapacityQuestion, plan
+from fmsim.hw import replace_figure
+from fmsim.hw.spec import LINK_FIGURE
+from fmsim.sim.serving.capacity.plan import CapacityQuestion, _Load, plan
+from fmsim.sim.serving.capacity.steady import Steady, SteadyState
 from fmsim.sim.serving.demand import Demand
 from fmsim.sim.serving.spec import Server
 
@@ -90,3 +95,110 @@ def test_kv_on_the_host_pays_where_the_full_cache_no_longer_fits():
 def test_nothing_fits_is_said_not_divided_by():
     found = plan(question(FULL, tokens=2**34, tpot_s=1.0), FULL)
     assert found["requests"] == 0 and found["wall"] == "GPU memory" and found["speed"] is None
+
+
+def load(prefill, n_chunks, prompt_s, tpot_s=1e9, ttft_s=1e9, dp=2, servers=1):
+    """Of requests of 100 tokens on two ranks."""
+    asked = SimpleNamespace(
+        options=Server(prefill=prefill, prefill_servers=servers),
+        engine=SimpleNamespace(placed=SimpleNamespace(dp=dp)),
+        output_tokens=100,
+        tpot_s=tpot_s,
+        ttft_s=ttft_s,
+    )
+    return _Load(asked, n_chunks, prompt_s)
+
+
+def steady(batch=10, step_s=0.01):
+    return Steady(batch, compute_s=step_s, stall_s=0.0, link_s=0.0)
+
+
+def test_chunks_beside_decode_lengthen_a_step_where_any_rank_has_one():
+    """Ten requests of 4 chunks and 100 steps on two ranks: a rank has a chunk in 0.2 of the steps,
+    one of both in 0.36, and a chunk takes 0.5 s: 0.19 s a token. A prompt takes 2 s and four steps
+    of 0.01; it waits for 0.2 / (2 x 0.8) of that: 2.295 s.
+    """
+    found = load("chunked", 4, 2.0)
+    assert found.requests_per_s(steady()) == pytest.approx(10 / (0.19 * 100))
+    for tpot_s, ttft_s, keeps in (
+        (0.1901, 2.2951, True),
+        (0.1899, 2.2951, False),
+        (0.1901, 2.2949, False),
+    ):
+        assert load("chunked", 4, 2.0, tpot_s, ttft_s).keeps(steady()) is keeps
+    assert load("chunked", 4, 2.0).keeps(steady(batch=49))
+    assert not load("chunked", 4, 2.0).keeps(steady(batch=50))  # a chunk in every step
+    full = load("chunked", 4, 2.0).requests_per_s(steady(batch=100))
+    assert full == pytest.approx(100 / (0.51 * 100))  # in every step, and no more
+
+
+def test_prompts_on_servers_of_their_own_queue_there():
+    """Ten requests a second on two servers of 0.1 s: each is busy half of the time, and a prompt
+    waits for half of 0.1 s: 0.15 s in all.
+    """
+    found = load("separate", 4, 0.1, servers=2)
+    assert found.requests_per_s(steady()) == pytest.approx(10.0)
+    assert load("separate", 4, 0.1, 0.01, 0.1501, servers=2).keeps(steady())
+    assert not load("separate", 4, 0.1, 0.01, 0.1499, servers=2).keeps(steady())
+    assert not load("separate", 4, 0.1, 0.0099, 0.1501, servers=2).keeps(steady())
+    assert not load("separate", 4, 0.1, servers=1).keeps(steady())  # busy all the time
+
+
+def test_prompts_that_are_done_cost_nothing():
+    found = load("done", 4, 1e6, tpot_s=0.01, ttft_s=1e-9)
+    assert found.keeps(steady()) and found.requests_per_s(steady()) == pytest.approx(10.0)
+    assert not found.keeps(steady(step_s=0.0101))
+
+
+def test_a_steady_step_is_the_longest_of_what_runs_side_by_side():
+    for parts, step_s in (
+        ({"compute_s": 3.0, "stall_s": 1.0, "link_s": 2.0, "nvme_s": 2.0}, 4.0),
+        ({"compute_s": 1.0, "stall_s": 1.0, "link_s": 5.0, "nvme_s": 2.0}, 5.0),
+        ({"compute_s": 1.0, "stall_s": 1.0, "link_s": 5.0, "nvme_s": 8.0}, 8.0),
+    ):
+        found = Steady(4, **parts)
+        assert (found.step_s, found.tokens_per_s) == (step_s, 4 / step_s)
+        assert found.wait_share == pytest.approx(1 - parts["compute_s"] / step_s)
+
+
+def test_the_largest_batch_that_holds():
+    state = SteadyState(H100, FLASH, FULL, 8192, 10)
+    asked = []
+    for wall in (0, 1, 5, 16, 17):
+        holds = lambda found, wall=wall: asked.append(found.batch) or found.batch <= wall
+        assert state.largest(holds, 16) == min(wall, 16)
+    assert state.largest(lambda found: True, 0) == 0 and set(asked) <= set(range(1, 17))
+
+
+def test_what_each_change_would_give():
+    """Every change that a server with a mirror can make, in order, and each the plan of a server
+    that has it.
+    """
+    asked = question(TENTH, tokens=10**6, tpot_s=0.3, max_batch=2, recall_bytes_per_s=2e9)
+    found = {row["change"]: row["requests"] for row in plan(asked, FULL)["moves"]}
+    assert set(found.values()) <= set(range(1, 4096))
+    alone = lambda **changes: min(asked.changed(**changes).walls().values())
+    options = asked.options
+    expected = {
+        "twice the GPU memory": alone(hw=doubled("hbm_bytes")),
+        "twice the host memory": alone(hw=doubled("host_bytes")),
+        "one mirror that all GPUs share": alone(
+            options=options.model_copy(update={"mirror": "shared"})
+        ),
+        "twice the link to the host": alone(
+            hw=doubled(LINK_FIGURE),
+            options=options.model_copy(update={"recall_bytes_per_s": 4e9}),
+        ),
+        "half the context": alone(tokens=500_000),
+        "twice the time a token": alone(tpot_s=0.6),
+        "NVMe below host memory": alone(options=options.model_copy(update={"nvme": True})),
+        "no batch limit": alone(options=options.model_copy(update={"max_batch": None})),
+    }
+    if H100.nvme_bytes is None:
+        del expected["NVMe below host memory"]
+    assert found == expected and list(found) == list(expected)
+
+
+def doubled(name):
+    figure = H100.link.bandwidth_bytes_per_s if name == LINK_FIGURE else getattr(H100, name)
+    return replace_figure(H100, name, 2 * figure.value)
