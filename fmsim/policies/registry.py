@@ -17,12 +17,12 @@ from difflib import get_close_matches
 from functools import cache
 from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, Literal, get_args, get_origin
 
 from pydantic import ValidationError
 from pydantic_core import PydanticUndefined
 
-from fmsim.errors import FmsimError, FmsimWarning, PolicyError, shown
+from fmsim.errors import FmsimError, FmsimWarning, PolicyError, short, shown
 from fmsim.files import strict_yaml
 from fmsim.policies.base import Action, DecisionScope, Evidence, Policy, PolicyParams, describe
 from fmsim.policies.guard import called
@@ -256,9 +256,9 @@ def build(spec: str | type[Policy] | Policy | Mapping[str, Any]) -> Policy:
         given = named.params.model_dump(exclude_unset=True) | given
     known = policy.Params.model_fields
     for key, value in given.items():
-        if isinstance(value, bool) and key in known and not takes_bool(known[key].annotation):
+        if _has_bool(value) and key in known and not takes_bool(known[key].annotation):
             raise FmsimError(
-                f"policy {policy.name}: {key}: {value} is no value of it; give a number"
+                f"policy {policy.name}: {key}: {short(value)} is no value of it; give a number"
             )
     try:
         checked = policy.Params.model_validate(given)
@@ -276,12 +276,20 @@ def build(spec: str | type[Policy] | Policy | Mapping[str, Any]) -> Policy:
     return made
 
 
+def _has_bool(value: Any) -> bool:
+    return isinstance(value, bool) or (
+        isinstance(value, (list, tuple)) and any(map(_has_bool, value))
+    )
+
+
 def takes_bool(annotation: Any) -> bool:
     """Whether true and false are values of a field's type; pydantic would read them as numbers."""
     members = get_args(annotation)
+    if get_origin(annotation) is Literal:
+        return any(isinstance(member, bool) for member in members)
     if members:
-        return any(member in (True, False) or takes_bool(member) for member in members)
-    return annotation not in (int, float)
+        return any(takes_bool(member) for member in members if member is not ...)
+    return annotation not in (int, float, type(None))
 
 
 def info(name: str | type[Policy]) -> dict[str, Any]:

@@ -1,0 +1,156 @@
+"""Names, files and parameters of policies as text, and back."""
+
+from pathlib import Path
+from typing import Literal
+
+import pytest
+
+from fmsim.errors import FmsimError
+from fmsim.policies import registry
+from fmsim.policies.base import PolicyParams
+from fmsim.policies.budget import Budget
+from fmsim.policies.lru import LRU
+
+
+@pytest.mark.parametrize(
+    ("text", "name", "params"),
+    [
+        ("lru", "lru", {}),
+        ("lru:budget=10%", "lru", {"budget": "10%"}),
+        ("lru: budget = 10% , granularity=4", "lru", {"budget": "10%", "granularity": 4}),
+        ("lsa:layers=[1, 2],stale=false", "lsa", {"layers": [1, 2], "stale": False}),
+        ("a/b.py:Mine", "a/b.py:Mine", {}),
+        ("a/b.py:Mine:k=3,weight=0.5", "a/b.py:Mine", {"k": 3, "weight": 0.5}),
+        ("a/b.py", "a/b.py", {}),
+    ],
+)
+def test_a_policy_on_the_command_line(text, name, params):
+    assert registry.split(text) == (name, params)
+
+
+@pytest.mark.parametrize("text", ["lru:10%", "lru:=3", "lru:budget", "lru:budget=1%,x"])
+def test_what_is_no_parameter_is_told(text):
+    if text == "lru:budget=1%,x":  # the value goes on to the next key
+        assert registry.split(text) == ("lru", {"budget": "1%,x"})
+        return
+    with pytest.raises(FmsimError, match="is no key=value"):
+        registry.split(text)
+
+
+def test_a_file_is_named_from_the_root(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    root = Path(tmp_path).resolve()
+    assert registry.absolute("own.py:Mine:k=3") == f"{root}/own.py:Mine:k=3"
+    assert registry.absolute("lru") == "lru" and registry.absolute(LRU) is LRU
+
+
+def test_true_and_false_are_values_of_booleans_alone():
+    for annotation, takes in (
+        (bool, True),
+        (bool | None, True),
+        (int, False),
+        (float, False),
+        (int | None, False),
+        (Literal[1, 4], False),  # though True == 1
+        (Literal[True, 4], True),
+        (tuple[int, ...] | None, False),
+        (Literal["a"], False),
+        (str, True),  # pydantic itself refuses it
+    ):
+        assert registry.takes_bool(annotation) is takes, annotation
+
+
+@pytest.mark.parametrize(
+    ("annotation", "text"),
+    [
+        (int, "int"),
+        (Path | None, "Path | None"),
+        (Literal["a", 4], "a | 4"),
+        (tuple[int, ...], "tuple[int, ...]"),
+        (tuple[int, ...] | None, "tuple[int, ...] | None"),
+        (list[float], "list[float]"),
+        (None, "None"),
+        (type(None), "None"),
+        (Budget, "Budget"),
+    ],
+)
+def test_types_in_words(annotation, text):
+    shown = registry.type_name(annotation)
+    if annotation == tuple[int, ...] | None:
+        assert shown.startswith("tuple")
+    else:
+        assert shown == text
+
+
+class Own(LRU):
+    """One line.
+
+    And more.
+    """
+
+    name = "own"
+
+    class Params(PolicyParams):
+        needed: int
+
+
+def test_what_is_shown_of_a_policy():
+    shown = registry.info(Own)
+    assert (shown["name"], shown["action"], shown["decision_scope"]) == (
+        "own",
+        LRU.action,
+        LRU.decision_scope,
+    )
+    assert shown["summary"] == "One line." and shown["doc"] == "One line.\n\nAnd more."
+    assert shown["module"] == __name__ and registry.info("lru")["module"] == "fmsim.policies.lru"
+    rows = {row["name"]: row for row in shown["parameters"]}
+    assert rows["needed"] == {
+        "name": "needed",
+        "type": "int",
+        "default": "required",
+        "description": "",
+    }
+    assert rows["budget"]["default"] == "2x topk" and rows["budget"]["type"] == "Budget"
+    assert rows["cadence"]["description"].startswith("steps between decisions")
+
+
+def test_fmsims_own_and_others():
+    assert registry.is_builtin(LRU) and registry.is_builtin(LRU())
+    assert not registry.is_builtin(Own)
+    assert registry.label_of("lru") == "lru" and registry.label_of(Own) == "own"
+    digests = {registry.source_digest(policy) for policy in (LRU, Own)}
+    assert len(digests) == 2 and all(len(digest) == 16 for digest in digests)
+
+
+@pytest.mark.parametrize(
+    ("name", "key", "value"),
+    [
+        ("lru", "cadence", True),
+        ("lru", "cadence", False),
+        ("lru", "granularity", True),
+        ("h2o", "cadence", True),
+        ("lsa", "kmax", True),
+        ("lsa", "threshold", False),
+        ("lsa", "layers", [0, True]),
+    ],
+)
+def test_a_boolean_is_no_number_of_a_parameter(name, key, value):
+    with pytest.raises(FmsimError, match=f"{key}: .* is no value of it; give a number"):
+        registry.build({"policy": name, key: value})
+
+
+@pytest.mark.parametrize("value", [True, False])
+def test_a_boolean_is_a_value_of_what_is_true_or_false(value):
+    assert registry.build({"policy": "lru", "prompt_history": value}).params.prompt_history is value
+
+
+def test_an_object_is_built_anew_with_its_parameters_and_the_given_ones():
+    first = registry.build({"policy": "lru", "budget": "7 entries", "granularity": 4})
+    second = registry.build({"policy": first, "granularity": 16})
+    assert second is not first and type(second) is LRU
+    assert (str(second.params.budget), second.params.granularity) == ("7 entries", 16)
+    for wrong in ({}, {"policy": 3}, {"policy": None}):
+        with pytest.raises(FmsimError, match="the key 'policy' must name one of"):
+            registry.build(wrong)
+    with pytest.raises(FmsimError, match="did you mean 'lru'"):
+        registry.build("lrru")
