@@ -196,7 +196,7 @@ def main() -> None:
         outcomes = Outcomes(sources, len(drawn), out)
         stack.callback(lambda: _table(outcomes.all, time.monotonic() - began))
         copies = [_copy(Path(folder) / f"copy{number}") for number in range(given.jobs)]
-        near = _near_tests(copies, given.near, began + given.seconds)
+        near = _near_tests(copies, given.near, given.near_seconds, began + given.seconds)
         outcomes.write(vars(given) | {"tests": near.seconds, "left_out": near.left_out})
         print(
             f"{len(near.seconds)} tests pass without a mutation, {len(near.left_out)} are left out"
@@ -216,6 +216,9 @@ def _arguments() -> argparse.Namespace:
         "--seconds", type=float, default=1e9, help="end after this time; what runs is unfinished"
     )
     parser.add_argument("--near", nargs="+", default=NEAR, help="folders and files of tests")
+    parser.add_argument(
+        "--near-seconds", type=float, default=1200.0, help="tests of slower files are left out"
+    )
     parser.add_argument("--nice", type=int, default=0)
     parser.add_argument("--json", help="file for all outcomes, a line each")
     return parser.parse_args()
@@ -256,8 +259,8 @@ def _link_or_copy(source: str, target: str) -> None:
     shutil.copy2(source, target)
 
 
-def _near_tests(copies: list[Path], folders: Sequence[str], ends_s: float) -> Near:
-    """Run the near tests once, unchanged; those that pass count."""
+def _near_tests(copies: list[Path], folders: Sequence[str], limit_s: float, ends_s: float) -> Near:
+    """Run the near tests once, unchanged; those that pass count. `limit_s`: of one file."""
     files: list[str] = []
     for name in folders:
         place = ROOT / "tests" / name
@@ -285,7 +288,7 @@ def _near_tests(copies: list[Path], folders: Sequence[str], ends_s: float) -> Ne
 
         of = PARTS.get(name, 1)
         plugin = lambda: Reach(copy, list(ROOMS.values()), out, part, of)
-        return _fork(copy, [name], plugin, 1200.0, done)
+        return _fork(copy, [name], plugin, limit_s, done)
 
     _run(copies, start, ends_s)
     return near
