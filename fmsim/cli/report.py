@@ -41,8 +41,7 @@ def report(
     fmsim report results --out 500k.html --perfetto 500k.perfetto.json
     """
     from fmsim.errors import FmsimError
-    from fmsim.experiments.results import Results
-    from fmsim.experiments.serve import ServingResults
+    from fmsim.experiments.results import Results, ServingResults
 
     served = ServingResults.load(folder)
     if served is not None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import csv
 import hashlib
 import re
 from collections.abc import Iterable, Iterator
@@ -14,11 +15,18 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from fmsim.errors import FmsimError
 from fmsim.files import strict_json
-from fmsim.files.inputs import MOST_BYTES_OF_RESULTS, check_regular, read_json, reason
+from fmsim.files.inputs import (
+    MOST_BYTES_OF_RESULTS,
+    check_regular,
+    read_json,
+    read_text,
+    reason,
+)
 from fmsim.files.place_lock import Taken, place_lock
 from fmsim.replay.ledger import Ledger
 from fmsim.sim.timeline import SimulatedTimeline
 
+REQUESTS_NAME = "requests.csv"
 REPORT_NAME = "report.json"
 SCHEMA_VERSION = 3  # of the report
 
@@ -237,3 +245,41 @@ class Results:
                 " the scenario again, into a folder of its own"
             )
         return cls(report, ledgers, timelines)
+
+
+@dataclass(frozen=True)
+class ServingResults:
+    """What `ServingReport.save` wrote: the report as JSON, and a row a request."""
+
+    report: dict[str, Any]
+    requests: list[dict[str, Any]]
+
+    @classmethod
+    def load(cls, folder: Path) -> ServingResults | None:
+        """None where the folder's report is of no workload.
+
+        Raises FmsimError where its requests are missing.
+        """
+        try:
+            report = read_json(folder / REPORT_NAME, MOST_BYTES_OF_RESULTS)
+        except (OSError, FmsimError):
+            return None  # a decode's loader says what is wrong
+        if not isinstance(report, dict) or not isinstance(report.get("serving"), list):
+            return None
+        path = folder / REQUESTS_NAME
+        try:
+            rows = list(csv.DictReader(read_text(path, MOST_BYTES_OF_RESULTS).splitlines()))
+            requests = [{name: _value(text) for name, text in row.items()} for row in rows]
+        except (OSError, csv.Error) as error:
+            raise FmsimError(
+                f"{path}: cannot be read ({error}); run the scenario again with --out {folder}"
+            ) from None
+        return cls(report, requests)
+
+
+def _value(text: str) -> Any:
+    """A CSV's cell: a number, None where it is empty, or text."""
+    try:
+        return float(text) if text else None
+    except ValueError:
+        return text

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,11 +12,10 @@ import numpy as np
 from fmsim.errors import FmsimError
 from fmsim.experiments.failures import TIMEOUT_S, Failure, guarded, lost, raise_if_all
 from fmsim.experiments.parallel import in_parallel
-from fmsim.experiments.results import REPORT_NAME, ledger_path
+from fmsim.experiments.results import REQUESTS_NAME, ledger_path
 from fmsim.experiments.rows import flat, write_rows
 from fmsim.experiments.run import Setting, about, build_policies
 from fmsim.files import strict_json, write_text
-from fmsim.files.inputs import MOST_BYTES_OF_RESULTS, read_json, read_text
 from fmsim.frames import frame, html_table
 from fmsim.policies.base import Policy
 from fmsim.replay.ledger import Ledger
@@ -34,7 +32,6 @@ from fmsim.sim.serving.summary import summary
 from fmsim.sim.serving.workload import RequestGenerator
 from fmsim.sim.windows import intervals
 
-REQUESTS_NAME = "requests.csv"
 SIMULATED = [
     "requests",
     "held",
@@ -112,44 +109,6 @@ class ServingReport:
             ) from None
 
 
-@dataclass(frozen=True)
-class ServingResults:
-    """What `ServingReport.save` wrote: the report as JSON, and a row a request."""
-
-    report: dict[str, Any]
-    requests: list[dict[str, Any]]
-
-    @classmethod
-    def load(cls, folder: Path) -> ServingResults | None:
-        """None where the folder's report is of no workload.
-
-        Raises FmsimError where its requests are missing.
-        """
-        try:
-            report = read_json(folder / REPORT_NAME, MOST_BYTES_OF_RESULTS)
-        except (OSError, FmsimError):
-            return None  # a decode's loader says what is wrong
-        if not isinstance(report, dict) or not isinstance(report.get("serving"), list):
-            return None
-        path = folder / REQUESTS_NAME
-        try:
-            rows = list(csv.DictReader(read_text(path, MOST_BYTES_OF_RESULTS).splitlines()))
-            requests = [{name: _value(text) for name, text in row.items()} for row in rows]
-        except (OSError, csv.Error) as error:
-            raise FmsimError(
-                f"{path}: cannot be read ({error}); run the scenario again with --out {folder}"
-            ) from None
-        return cls(report, requests)
-
-
-def _value(text: str) -> Any:
-    """A CSV's cell: a number, None where it is empty, or text."""
-    try:
-        return float(text) if text else None
-    except ValueError:
-        return text
-
-
 def serve_scenario(
     file: ScenarioFile,
     progress: Callable[[str, int, int], None] = lambda label, done, total: None,
@@ -165,11 +124,11 @@ def serve_scenario(
     setting, policies = Setting(file), build_policies(file)
     replayer = setting.replayer(policies)
 
-    def work(index: int) -> Served | Failure:
+    def work(index: int) -> ServedPolicy | Failure:
         label, policy = policies[index]
         return guarded(label, lambda: serve_policy(setting, replayer, label, policy))
 
-    served: list[Served] = []
+    served: list[ServedPolicy] = []
     failures: list[Failure] = []
     progress(policies[0][0], 0, len(policies))
     results = in_parallel(
@@ -198,7 +157,7 @@ def serve_scenario(
 
 
 @dataclass(frozen=True)
-class Served:
+class ServedPolicy:
     """One policy's row of a report, the ledger that its requests replay, and a row of each."""
 
     row: dict[str, Any]
@@ -206,7 +165,7 @@ class Served:
     requests: list[dict[str, Any]]
 
 
-def serve_policy(setting: Setting, replayer: Replayer, label: str, policy: Policy) -> Served:
+def serve_policy(setting: Setting, replayer: Replayer, label: str, policy: Policy) -> ServedPolicy:
     """Serve the scenario's workload under one policy."""
     ledger = replayer.run(policy)
     demand = Demand(ledger, setting.geometry, setting.layer_map)
@@ -225,7 +184,7 @@ def serve_policy(setting: Setting, replayer: Replayer, label: str, policy: Polic
     row: dict[str, Any] = {"policy": label, "exact": metrics.exact(ledger)}
     row |= metrics.kept(ledger, setting.layer_map) | summary(*runs)
     row |= {"ci95": intervals(ledger, setting.layer_map), "memory": memory}
-    return Served(row, ledger, request_rows([run.log for run in runs], source.workload.slo))
+    return ServedPolicy(row, ledger, request_rows([run.log for run in runs], source.workload.slo))
 
 
 def _source(file: ScenarioFile) -> RequestGenerator:

@@ -10,7 +10,7 @@ from typing import Any
 import plotly.graph_objects as plotly_objects
 import plotly.offline
 
-from fmsim.experiments.serve import ServingResults
+from fmsim.experiments.results import ServingResults
 from fmsim.report.console import share_text
 from fmsim.report.tables.hardware import hardware_line
 from fmsim.units import gib

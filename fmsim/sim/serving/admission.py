@@ -17,7 +17,7 @@ from fmsim.hw.spec import Hardware
 from fmsim.sim.serving import spec
 from fmsim.sim.serving.batch import ServedRequest, mean_step_s
 from fmsim.sim.serving.demand import Demand
-from fmsim.sim.serving.prefix import NOTHING_FOUND, BlockTier, Found, PrefixStore
+from fmsim.sim.serving.prefix import NOTHING_FOUND, BlockTier, FoundBlocks, PrefixStore
 from fmsim.sim.step_cost import StepModel
 
 GPU, HOST, BATCH, LINK, SLO = "GPU memory", "host memory", "batch limit", "PCIe", "time a token"
@@ -192,7 +192,7 @@ class Admission:
         spilled = sum(each.nvme_bytes for each in own)
         return spilled / sum(each.pools.mirror / self._parts for each in own) if spilled else 0.0
 
-    def _found(self, request: ServedRequest, rank: int) -> Found:
+    def _found(self, request: ServedRequest, rank: int) -> FoundBlocks:
         """Whole blocks of its prompt that the rank has."""
         if not self.stores or not request.asked.blocks:
             return NOTHING_FOUND
@@ -267,7 +267,7 @@ class Admission:
         step_s = max(compute_s + stall_s, link_s + stall_s)
         return step_s / self.demand.tokens_per_step <= self.slo.tpot_s
 
-    def _needs(self, request: ServedRequest, found: Found) -> tuple[float, float]:
+    def _needs(self, request: ServedRequest, found: FoundBlocks) -> tuple[float, float]:
         """Bytes on each GPU and on the host, beside blocks that are there."""
         gpu_bytes = request.pools.gpu_bytes / self._parts
         host_bytes = request.pools.mirror / self._parts
@@ -282,7 +282,7 @@ class Admission:
     def _pools(self, rank: int) -> tuple[simpy.Container, simpy.Container]:
         return self.ranks[rank].hbm, self.ranks[rank].host
 
-    def _room(self, rank: int, found: Found) -> tuple[float, float]:
+    def _room(self, rank: int, found: FoundBlocks) -> tuple[float, float]:
         """Bytes that a request may have: free, or held by blocks that it does not use."""
         gpu, host = (float(pool.level) for pool in self._pools(rank))
         if self.hybrid:

@@ -9,7 +9,7 @@ import numpy as np
 import simpy
 
 from fmsim.sim.serving.demand import Demand, Pools
-from fmsim.sim.serving.prefix import NOTHING_FOUND, Found, Pinned
+from fmsim.sim.serving.prefix import NOTHING_FOUND, FoundBlocks, Pinned
 from fmsim.sim.serving.requests import Arrival
 from fmsim.sim.step_cost import Spread, StepCosts, StepModel
 
@@ -36,7 +36,7 @@ class ServedRequest:
     )  # (tokens, seconds) of chunks, the next one last
     recall: simpy.Event | None = None  # of its next window
     prefix: simpy.Event | None = None  # what was there has come to the GPU
-    found: Found = NOTHING_FOUND  # of its prompt's blocks, when it was admitted
+    found: FoundBlocks = NOTHING_FOUND  # of its prompt's blocks, when it was admitted
     reused_tokens: int = 0  # of its prompt, that were there
     gpu_bytes: float = 0.0  # that it holds itself on each GPU of its rank, and on the host
     host_bytes: float = 0.0

@@ -27,7 +27,7 @@ TIERS = ("GPU", "host", "NVMe")  # from above
 
 
 @dataclass(frozen=True)
-class Found:
+class FoundBlocks:
     """Leading blocks of a prompt that are there, each in the highest tier that has it."""
 
     gpu: tuple[int, ...] = ()
@@ -39,7 +39,7 @@ class Found:
         return len(self.gpu) + len(self.host) + len(self.nvme)
 
 
-NOTHING_FOUND = Found()
+NOTHING_FOUND = FoundBlocks()
 
 
 class BlockTier:
@@ -159,7 +159,7 @@ class PrefixStore:
         self.nvme = nvme
         self.block_tokens = block_tokens
 
-    def find(self, blocks: Sequence[int]) -> Found:
+    def find(self, blocks: Sequence[int]) -> FoundBlocks:
         """The leading ones that are here."""
         tiers: tuple[list[int], list[int], list[int]] = ([], [], [])
         for block in blocks:
@@ -171,9 +171,9 @@ class PrefixStore:
                 tiers[2].append(block)
             else:
                 break
-        return Found(*map(tuple, tiers)) if any(tiers) else NOTHING_FOUND
+        return FoundBlocks(*map(tuple, tiers)) if any(tiers) else NOTHING_FOUND
 
-    def pin(self, found: Found, pinned: Pinned) -> None:
+    def pin(self, found: FoundBlocks, pinned: Pinned) -> None:
         """For a request that begins."""
         for tier, blocks, own in self._of(pinned, found.gpu, found.host, found.nvme):
             tier.pin(blocks)

@@ -80,7 +80,7 @@ class Bursts(_Drawn):
     every_s: float = Field(ge=1e-9, le=MOST_SECONDS)
 
 
-class Sessions(_Workload):
+class SessionWorkload(_Workload):
     """Conversations that begin at random. Each turn's prompt is all that was said before, and some
     new tokens; it comes when the last answer has been read.
     """
@@ -111,13 +111,13 @@ class RequestFile(_Workload):
     lengths: float = Field(1.0, ge=1e-6, le=1e6)  # every prompt this many times as long
 
 
-AnyWorkload = ClosedLoop | Poisson | Bursts | Sessions | RequestFile
+AnyWorkload = ClosedLoop | Poisson | Bursts | SessionWorkload | RequestFile
 Workload = Annotated[AnyWorkload, Field(discriminator="kind")]
 WORKLOADS: dict[str, type[BaseModel]] = {
     "closed_loop": ClosedLoop,
     "poisson": Poisson,
     "bursts": Bursts,
-    "sessions": Sessions,
+    "sessions": SessionWorkload,
     "file": RequestFile,
 }  # by kind
 

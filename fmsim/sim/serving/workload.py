@@ -11,7 +11,14 @@ from numpy.typing import NDArray
 
 from fmsim.errors import FmsimError
 from fmsim.sim.serving.requests import MOONCAKE_BLOCK, Arrival, read_requests
-from fmsim.sim.serving.spec import AnyWorkload, Bursts, ClosedLoop, Poisson, RequestFile, Sessions
+from fmsim.sim.serving.spec import (
+    AnyWorkload,
+    Bursts,
+    ClosedLoop,
+    Poisson,
+    RequestFile,
+    SessionWorkload,
+)
 
 Drawn = ClosedLoop | Poisson | Bursts  # workloads whose lengths are drawn
 SLOWEST_ANSWER_S = 100.0  # a client of a closed loop asks again at least so often
@@ -23,7 +30,7 @@ class _Turn(NamedTuple):
     think_s: float
 
 
-def _turns(workload: Sessions, session: int) -> list[_Turn]:
+def _turns(workload: SessionWorkload, session: int) -> list[_Turn]:
     """Drawn from a stream of the session's own, whenever its turns come."""
     rng = np.random.default_rng([workload.seed, 3, session])
     n_turns = int(rng.integers(workload.turns[0], workload.turns[1] + 1))
@@ -52,7 +59,7 @@ class RequestGenerator:
         self.first: list[Arrival]
         if isinstance(workload, RequestFile):
             self.first = _recorded(workload, path or workload.file)
-        elif isinstance(workload, Sessions):
+        elif isinstance(workload, SessionWorkload):
             starts_s = self._poisson(workload)
             self._turns = [_turns(workload, session) for session in range(len(starts_s))]
             self.first = [
@@ -91,7 +98,7 @@ class RequestGenerator:
     @property
     def block_tokens(self) -> int:
         """Tokens that a block's id stands for."""
-        if isinstance(self.workload, Sessions):
+        if isinstance(self.workload, SessionWorkload):
             return self.workload.block_tokens
         lengths = self.workload.lengths if isinstance(self.workload, RequestFile) else 1.0
         return max(1, round(MOONCAKE_BLOCK * lengths))
@@ -100,7 +107,7 @@ class RequestGenerator:
         """What a client asks, now or later, when `asked` has been answered; None where nobody waits
         for answers, or the time is up.
         """
-        if isinstance(self.workload, Sessions):
+        if isinstance(self.workload, SessionWorkload):
             return self._next_turn(self.workload, now_s, asked)
         if not isinstance(self.workload, ClosedLoop) or now_s >= self.workload.duration_s:
             return None
@@ -109,7 +116,7 @@ class RequestGenerator:
             raise FmsimError(_too_many(f"more than {self.workload.max_requests:,}", self.workload))
         return self._draw(self.workload, now_s)
 
-    def _next_turn(self, workload: Sessions, now_s: float, asked: Arrival) -> Arrival | None:
+    def _next_turn(self, workload: SessionWorkload, now_s: float, asked: Arrival) -> Arrival | None:
         turn = asked.turn + 1
         if turn == len(self._turns[asked.session]):
             return None
@@ -120,7 +127,7 @@ class RequestGenerator:
         return self._turn(workload, at_s, asked.session, turn, said)
 
     def _turn(
-        self, workload: Sessions, at_s: float, session: int, number: int, said: int
+        self, workload: SessionWorkload, at_s: float, session: int, number: int, said: int
     ) -> Arrival:
         """A turn after `said` tokens."""
         turn = self._turns[session][number]
@@ -139,7 +146,7 @@ class RequestGenerator:
             return np.repeat(np.arange(0, workload.duration_s, workload.every_s), workload.burst)
         return self._poisson(workload)
 
-    def _poisson(self, workload: Poisson | Sessions) -> NDArray[np.float64]:
+    def _poisson(self, workload: Poisson | SessionWorkload) -> NDArray[np.float64]:
         expected = workload.rate_per_s * workload.duration_s
         gaps_s = self._rng.exponential(
             1 / workload.rate_per_s, int(expected + 10 * expected**0.5 + 10)
@@ -186,7 +193,7 @@ def _check_count(workload: AnyWorkload) -> None:
         n_requests = workload.burst * workload.duration_s / workload.every_s
     else:
         n_requests = workload.rate_per_s * workload.duration_s
-        if isinstance(workload, Sessions):
+        if isinstance(workload, SessionWorkload):
             n_requests *= workload.turns[1]
     if n_requests > workload.max_requests + 10 * workload.max_requests**0.5:
         raise FmsimError(_too_many(f"about {n_requests:,.0f}", workload))

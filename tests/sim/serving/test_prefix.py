@@ -13,10 +13,10 @@ from fmsim.hw.spec import LINK_FIGURE
 from fmsim.sim.serving.capacity.behaviour import BEHAVIOURS
 from fmsim.sim.serving.demand import Demand
 from fmsim.sim.serving.prefill import PrefillModel
-from fmsim.sim.serving.prefix import BlockTier, Found, Pinned, PrefixStore
+from fmsim.sim.serving.prefix import BlockTier, FoundBlocks, Pinned, PrefixStore
 from fmsim.sim.serving.requests import Arrival, repeated_share
 from fmsim.sim.serving.server import ServerRun
-from fmsim.sim.serving.spec import ClosedLoop, Server, Sessions
+from fmsim.sim.serving.spec import ClosedLoop, Server, SessionWorkload
 from fmsim.sim.serving.workload import RequestGenerator
 
 FULL, LRU, LSA = (Demand(each.ledger(FLASH), FLASH) for each in BEHAVIOURS)
@@ -131,9 +131,9 @@ def test_what_the_host_gives_up_lies_below_until_that_is_full():
     store = PrefixStore(None, host, nvme, BLOCK)
     host.store([1, 2])
     host.store([3])
-    assert store.find([1, 2, 3]) == Found(host=(1, 3), nvme=(2,))
+    assert store.find([1, 2, 3]) == FoundBlocks(host=(1, 3), nvme=(2,))
     host.store([4, 5])
-    assert store.find([1, 2]) == Found() or store.find([1]).nvme == (1,)
+    assert store.find([1, 2]) == FoundBlocks() or store.find([1]).nvme == (1,)
     assert len(host) == len(nvme) == 2
 
 
@@ -162,7 +162,7 @@ SESSIONS = {
 
 
 def test_a_turns_prompt_is_all_that_was_said_and_new_tokens():
-    source = RequestGenerator(Sessions(**SESSIONS))
+    source = RequestGenerator(SessionWorkload(**SESSIONS))
     first = source.first[0]
     second = source.after(10.0, first)
     said = first.prompt_tokens + first.output_tokens
@@ -170,7 +170,7 @@ def test_a_turns_prompt_is_all_that_was_said_and_new_tokens():
     assert first.blocks[:4] == (0, 1, 2, 3) == source.first[1].blocks[:4]
     assert second.blocks[: len(first.blocks)] == first.blocks
     assert not set(first.blocks[4:]) & set(source.first[1].blocks[4:])
-    again = RequestGenerator(Sessions(**SESSIONS))
+    again = RequestGenerator(SessionWorkload(**SESSIONS))
     assert again.first == source.first and again.after(10.0, first) == second
 
 
@@ -185,7 +185,7 @@ def test_a_turns_prompt_is_all_that_was_said_and_new_tokens():
 def test_what_is_reused_is_not_computed_and_capacities_hold(which, seed, rate, host_gb, layout):
     hw = replace_figure(replace_figure(H100, "host_reserve_bytes", 1), "host_bytes", 8e9 * host_gb)
     hw = hw.deployed(Deployment(**layout))
-    source = RequestGenerator(Sessions(**SESSIONS | {"seed": seed, "rate_per_s": rate}))
+    source = RequestGenerator(SessionWorkload(**SESSIONS | {"seed": seed, "rate_per_s": rate}))
     run = ServerRun(hw, FLASH, which, Server(prefill_chunk_tokens=2048), source)
     computed = []
     chunks = run._chunks
