@@ -253,6 +253,24 @@ def _notes(about: dict[str, Any], rows: list[dict[str, Any]]) -> list[Text]:
             else "TTFT: prefill from modules timed on the GPU, one chunk a step, without the"
             " tokenizer or the network to the user."
         ),
+        *_prefix_notes(rows),
         "goodput and tokens/s: over the time from the first arrival to the last request's end.",
     ]
     return [Text(note, style="dim") for note in notes]
+
+
+def _prefix_notes(rows: list[dict[str, Any]]) -> list[str]:
+    """What was not prefilled again, by policy."""
+    found = []
+    for row in rows:
+        if row["prefix"] is not None:
+            tiers = ", ".join(
+                f"{tokens:,} on {tier}"
+                for tier, tokens in row["prefix"]["hit_tokens"].items()
+                if tokens
+            )
+            found.append(
+                f"{row['policy']}: {row['prefix']['reused_share']:.0%} of prompt tokens reused"
+                + (f" (found: {tiers})" if tiers else "")
+            )
+    return found
