@@ -181,7 +181,7 @@ def _served(scenario: str, policy: str, overrides: list[str]) -> dict[str, Any] 
     try:
         row = serve_scenario(
             ScenarioFile(ROOT / f"scenarios/paper/{scenario}.yaml", overrides, [policy])
-        ).as_json()["serving"][0]
+        ).as_json()["policies"][0]
     except FmsimError as error:
         print(f"{scenario} {policy}: {error}", file=sys.stderr)
         return None

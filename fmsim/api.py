@@ -185,7 +185,7 @@ def simulate_server(
     The arguments are those of `run_scenario`; the scenario needs a `workload`.
 
     >>> report = simulate_server("scenarios/serve.yaml", ["full"], {"workload.duration_s": 5})
-    >>> report.as_json()["serving"][0]["policy"]
+    >>> report.as_json()["policies"][0]["policy"]
     'full'
     """
     file = _file(scenario, policies, overrides)
@@ -221,7 +221,7 @@ def plan_capacity(
     --json` prints.
 
     >>> plan = plan_capacity("scenarios/32k.yaml", ["full"], context_tokens=131_072)
-    >>> plan["plans"][0]["policy"]
+    >>> plan["policies"][0]["policy"]
     'full'
     """
     file = _file(scenario, policies, overrides)

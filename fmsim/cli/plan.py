@@ -162,7 +162,7 @@ def plan(
     elif as_csv:
         from fmsim.experiments.rows import flat
 
-        echo_csv([flat(row, leave=("moves", "crossover")) for row in report["plans"]])
+        echo_csv([flat(row, leave=("moves", "crossover")) for row in report["policies"]])
     else:
         plan_table.show(report)
     end_with_failures(report.get("failed", []))

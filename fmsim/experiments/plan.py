@@ -223,7 +223,7 @@ def _report(
             plans.append(on | {"error": str(error)})
     if all("error" in row for row in plans):
         raise FmsimError(plans[0]["error"])
-    return {"scenario": head, "plans": plans}
+    return {"scenario": head, "policies": plans}
 
 
 def prompt_tokens(ask: Ask, geometry: Geometry, options: str) -> int:
@@ -248,7 +248,7 @@ def _price(
     if usd_per_gpu_hour is not None and tokens_per_s:
         usd = usd_per_gpu_hour * n_gpus / 3600 / tokens_per_s * 1e6
     return {
-        "all_requests": servers * found["requests"],
+        "all_requests": servers * found["max_requests"],
         "all_tokens_per_s": servers * tokens_per_s,
         "all_goodput_per_s": servers * found["goodput"]["requests_per_s"],
         "tokens_per_s_per_gpu": tokens_per_s / n_gpus,

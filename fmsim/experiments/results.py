@@ -264,7 +264,7 @@ class ServingResults:
             report = read_json(folder / REPORT_NAME, MOST_BYTES_OF_RESULTS)
         except (OSError, FmsimError):
             return None  # a decode's loader says what is wrong
-        if not isinstance(report, dict) or not isinstance(report.get("serving"), list):
+        if not isinstance(report, dict) or not _of_a_workload(report):
             return None
         path = folder / REQUESTS_NAME
         try:
@@ -275,6 +275,12 @@ class ServingResults:
                 f"{path}: cannot be read ({error}); run the scenario again with --out {folder}"
             ) from None
         return cls(report, requests)
+
+
+def _of_a_workload(report: dict[str, Any]) -> bool:
+    about = report.get("scenario")
+    rows = report.get("policies")
+    return isinstance(about, dict) and "workload" in about and isinstance(rows, list)
 
 
 def _value(text: str) -> Any:

@@ -76,7 +76,7 @@ class ServingReport:
         """The object that `fmsim run --json` prints for a scenario with a workload."""
         return {
             "scenario": self.scenario,
-            "serving": list(self.policies),
+            "policies": list(self.policies),
             "failed": [failure.row() for failure in self.failures],
         }
 

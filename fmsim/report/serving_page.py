@@ -35,7 +35,7 @@ OVER_TIME = {  # name -> what it is
 
 def render(results: ServingResults) -> str:
     """The page's text."""
-    about, rows = results.report["scenario"], results.report["serving"]
+    about, rows = results.report["scenario"], results.report["policies"]
     page = Template((files("fmsim.report") / "page.html").read_text(encoding="utf-8"))
     sections = [("table", "All policies", "", _table(rows))]
     sections.append(

@@ -104,7 +104,7 @@ def test_requests_that_fit_no_memory_are_refused_by_the_server_and_the_run_is_do
     if "positions" in done.stderr:
         pytest.skip("the model's positions refuse it first")
     assert done.returncode == 0, done.stderr
-    [row] = json.loads(done.stdout)["serving"]
+    [row] = json.loads(done.stdout)["policies"]
     assert row["requests"] == {"arrived": 2, "finished": 0, "refused": 2}
     assert row["tokens_per_s"] == row["goodput_per_s"] == row["slo_share"] == 0
 

@@ -18,9 +18,9 @@ def test_a_plan_needs_no_scenario(model):
     given = ["--model", model, "--hardware", "h200", "--context", "128K", "--json"]
     run = CliRunner().invoke(APP, given)
     assert run.exit_code == 0, run.exception
-    plans = json.loads(run.stdout)["plans"]
+    plans = json.loads(run.stdout)["policies"]
     assert {row["policy"] for row in plans} >= {"full"}
-    assert all(row["requests"] > 0 for row in plans)
+    assert all(row["max_requests"] > 0 for row in plans)
 
 
 def test_a_context_beyond_the_positions():
@@ -34,7 +34,7 @@ def planned(model, *more):
     given = ["--model", model, "--hardware", "h200", "--context", "128K", "--json", *more]
     run = CliRunner().invoke(APP, given)
     assert run.exit_code == 0, run.exception
-    return {row["policy"]: row for row in json.loads(run.stdout)["plans"]}
+    return {row["policy"]: row for row in json.loads(run.stdout)["policies"]}
 
 
 def test_kv_that_layers_share_is_kept_once_and_read_by_each_selection():
@@ -56,4 +56,4 @@ def test_kv_heads_are_shared_out_and_index_keys_are_not():
     kv, keys = 60 * 2048 * tokens, 57 * 256 * tokens
     assert whole["full"]["gpu_bytes"] == kv + keys
     assert split["full"]["gpu_bytes"] == kv / 4 + keys
-    assert split["lru 2x topk"]["host_bytes"] == 57 * tokens * (2048 / 4 + 256)
+    assert split["lru 2x topk"]["host_kv_bytes"] == 57 * tokens * (2048 / 4 + 256)

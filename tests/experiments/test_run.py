@@ -323,7 +323,7 @@ def test_budgets_on_the_gpu_go_wherever_a_budget_goes(folder, command):
         assert ["error" in row for row in found] == [False, False, True, True]
         return
     assert done.returncode == 1
-    rows = found["plans" if command == "plan" else "serving"]
+    rows = found["policies"]
     assert [row["policy"] for row in rows] == ["recency"]
     assert found["failed"][0]["policy"] == "lru"
     full = 43 * 128 * 584 + 20 * 33 * 584 + 21 * 1064 * 716

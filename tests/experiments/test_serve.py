@@ -54,13 +54,13 @@ def test_a_workload_is_served_and_the_same_again(folder):
         "lru.npz",
         "oracle.npz",
     ]
-    assert [row["policy"] for row in report["serving"]] == ["full", "lru", "oracle"]
-    for row in report["serving"]:
+    assert [row["policy"] for row in report["policies"]] == ["full", "lru", "oracle"]
+    for row in report["policies"]:
         assert row["requests"] == {"arrived": 8, "finished": 8, "refused": 0}
         assert row["tokens"] == sum(20 + i for i in range(8))
         assert row["ttft_s"]["p50"] <= row["ttft_s"]["p95"] <= row["ttft_s"]["p99"]
         assert len(row["over_time"]["t_s"]) == len(row["over_time"]["running"]) == 120
-    full, lru = report["serving"][:2]
+    full, lru = report["policies"][:2]
     assert full["exact"] and lru["exact"] and full["stall_share"] == 0 < lru["stall_share"]
     assert report["scenario"]["workload"]["repeated_prompt_share"] == 7 / 16  # block 0, seven times
     assert fmsim("run", "served.yaml", "--json", folder=folder).stdout == first.stdout
@@ -125,9 +125,13 @@ def test_plan_prints_walls_and_json(folder):
     )
     assert done.returncode == 0, done.stderr
     report = json.loads(done.stdout)
-    found = report["plans"][0]
+    found = report["policies"][0]
     assert report["scenario"]["hardware"]["name"] == "h200" and found["context_tokens"] == 262_144
-    assert found["requests"] == min(found["walls"].values()) == found["walls"][found["wall"]]
+    assert (
+        found["max_requests"]
+        == min(found["walls"].values())
+        == found["walls"][found["max_requests_bound"]]
+    )
     assert {"GPU memory", "host memory", "PCIe", "compute"} <= set(found["walls"])
     shown = fmsim("plan", "served.yaml", "-c", "100000", "-p", "full", "-p", "lru", folder=folder)
     assert shown.returncode == 0, shown.stderr

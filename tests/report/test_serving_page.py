@@ -43,7 +43,7 @@ def test_the_page_shows_every_policy_and_every_requests_life(folder):
     assert done.returncode == 0, done.stderr
     page = (folder / "out/report.html").read_text()
     report = json.loads((folder / "out/report.json").read_text())
-    for row in report["serving"]:
+    for row in report["policies"]:
         assert row["prefix"]["reused_share"] > 0.2
         assert f"Requests of {row['policy']}" in page
     assert "talks &lt;of some&gt;" in page and "talks <of some>" not in page
@@ -55,7 +55,7 @@ def test_the_page_shows_every_policy_and_every_requests_life(folder):
         "prompt\nreused",
     ):
         assert text in page
-    last = report["serving"][0]["requests"]["arrived"] - 1
+    last = report["policies"][0]["requests"]["arrived"] - 1
     assert f"request {last}" in page
 
 

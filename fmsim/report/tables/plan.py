@@ -19,9 +19,9 @@ WALLS = ("GPU memory", "host memory", "NVMe", "batch limit", "PCIe", "compute")
 def show(report: dict[str, Any]) -> None:
     """Print to standard output: one server in detail, or several side by side."""
     about = report["scenario"]
-    plans = [plan for plan in report["plans"] if "error" not in plan]
-    failed = [plan for plan in report["plans"] if "error" in plan]
-    places = dict.fromkeys((plan["hardware"], plan["deployment"]) for plan in report["plans"])
+    plans = [plan for plan in report["policies"] if "error" not in plan]
+    failed = [plan for plan in report["policies"] if "error" in plan]
+    places = dict.fromkeys((plan["hardware"], plan["deployment"]) for plan in report["policies"])
     parts: list[Text | Table] = [*_head(about, plans, len(places) == 1)]
     if len(places) == 1:
         parts += [_walls(plans), _moves(plans)]
@@ -105,14 +105,16 @@ def _compared(plans: list[dict[str, Any]]) -> Table:
             cells.append("-" if usd is None else f"{usd:.2f}")
         shown = ("", "") if last == place else place
         kept = "" if plan["exact"] else f" ({plan['mass_kept']:.0%} of the mass)"
-        table.add_row(*shown, plan["policy"] + kept, *cells, plan["wall"], _best_move(plan))
+        table.add_row(
+            *shown, plan["policy"] + kept, *cells, plan["max_requests_bound"], _best_move(plan)
+        )
         last = place
     return table
 
 
 def _best_move(plan: dict[str, Any]) -> Text:
-    move = max(plan["moves"], key=lambda move: move["requests"])
-    gain = move["requests"] - plan["requests"]
+    move = max(plan["moves"], key=lambda move: move["max_requests"])
+    gain = move["max_requests"] - plan["max_requests"]
     return Text(f"{move['change']}: {gain:+d}" if gain > 0 else "nothing alone", "dim")
 
 
@@ -140,8 +142,8 @@ def _walls(plans: list[dict[str, Any]]) -> Table:
             share_text(plan["mass_kept"]),
             f"{plan['gpu_bytes'] / GIB:.3f}",
             f"{plan['host_bytes'] / GIB:.3f}",
-            str(plan["requests"]),
-            plan["wall"],
+            str(plan["max_requests"]),
+            plan["max_requests_bound"],
             *(str(plan["walls"].get(wall, "-")) for wall in WALLS),
             *(
                 (
@@ -179,7 +181,7 @@ def _moves(plans: list[dict[str, Any]]) -> Table:
 def _move(plan: dict[str, Any], move: dict[str, Any] | None) -> Text:
     if move is None:
         return Text("-")
-    gain = move["requests"] - plan["requests"]
+    gain = move["max_requests"] - plan["max_requests"]
     return Text(f"{move['requests']} ({gain:+d}), {move['wall']}", "" if gain else "dim")
 
 

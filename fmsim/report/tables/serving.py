@@ -27,7 +27,7 @@ POOLS = {
 
 def render(report: dict[str, Any]) -> Group:
     """From the report's JSON object."""
-    about, rows = report["scenario"], report["serving"]
+    about, rows = report["scenario"], report["policies"]
     return Group(
         *_head(about), memory_table(rows), _table(rows), *_notes(about, rows), _over_time(rows)
     )

@@ -103,12 +103,12 @@ def test_a_plan_has_nvme_as_wall_and_as_mover():
     hw = with_host(10e9)
     mirror = LRU.pools(500_000, 1024).mirror
     found = plan(question(hw, False), FULL)
-    assert found["wall"] == "host memory" and found["requests"] == 10e9 // mirror
+    assert found["max_requests_bound"] == "host memory" and found["max_requests"] == 10e9 // mirror
     move = next(move for move in found["moves"] if "NVMe" in move["change"])
-    assert move["requests"] > found["requests"]
+    assert move["max_requests"] > found["max_requests"]
     assert move["usd"] == pytest.approx(150 * 30.72)
     walls = question(hw, True).walls()
-    assert "host memory" not in walls and walls["NVMe"] >= found["requests"]
+    assert "host memory" not in walls and walls["NVMe"] >= found["max_requests"]
     state = question(hw, True).state()
     beyond = state.at(walls["NVMe"] + 1)
     capacity = int((10e9 + 30.72e12 / 8) // mirror)

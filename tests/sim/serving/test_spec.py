@@ -14,7 +14,7 @@ KINDS = {
     "closed_loop": (spec.ClosedLoop, DRAWN | {"kind": "closed_loop", "requests": 1}),
     "poisson": (spec.Poisson, DRAWN | {"kind": "poisson", "rate_per_s": 1}),
     "bursts": (spec.Bursts, DRAWN | {"kind": "bursts", "burst": 1, "every_s": 1}),
-    "sessions": (spec.Sessions, SESSION),
+    "sessions": (spec.SessionWorkload, SESSION),
     "file": (spec.RequestFile, {"kind": "file", "file": "requests.jsonl"}),
     "server": (spec.Server, {}),
 }
@@ -94,6 +94,9 @@ def test_what_is_not_said():
         "mirror": "per_gpu",
         "recall_bytes_per_s": None,
         "admit_by_link": False,
+        "residency": "policy",
+        "draft_tokens": 0,
+        "acceptance": 0.7,
         "nvme": False,
         "reuse_prefixes": True,
         "admit_by_slo": False,

@@ -170,8 +170,8 @@ class _Load:
 
 
 def plan(question: CapacityQuestion, full: Demand) -> dict[str, Any]:
-    """`requests`, the `wall` by name, all `walls`, speed there, what each change would give, and
-    the crossover against `full`. All of one server.
+    """`max_requests`, the wall by name (`max_requests_bound`), all `walls`, speed there, what each
+    change would give, and the crossover against `full`. All of one server.
     """
     walls = question.walls()
     wall = min(walls, key=lambda kind: walls[kind])
@@ -182,11 +182,11 @@ def plan(question: CapacityQuestion, full: Demand) -> dict[str, Any]:
         "output_tokens": question.output_tokens,
         "tpot_slo_s": question.tpot_s,
         "ttft_slo_s": None if math.isinf(question.ttft_s) else question.ttft_s,
-        "requests": walls[wall],
-        "wall": wall,
+        "max_requests": walls[wall],
+        "max_requests_bound": wall,
         "walls": walls,
         "gpu_bytes": pools.gpu_bytes,
-        "host_bytes": pools.mirror,
+        "host_kv_bytes": pools.mirror,
         "speed": _speed(at_wall) if walls[wall] else None,
         "goodput": goodput(question),
         "moves": moves(question),
@@ -209,7 +209,11 @@ def moves(question: CapacityQuestion) -> list[dict[str, Any]]:
     for change, changed in _changes(question):
         walls = changed.walls()
         wall = min(walls, key=lambda kind: walls[kind])
-        row: dict[str, Any] = {"change": change, "requests": walls[wall], "wall": wall}
+        row: dict[str, Any] = {
+            "change": change,
+            "max_requests": walls[wall],
+            "max_requests_bound": wall,
+        }
         price = question.hw.nvme_usd_per_tb
         if "NVMe" in change and price is not None and question.hw.nvme_bytes is not None:
             row["usd"] = price.value * question.hw.nvme_bytes.value / 1e12

@@ -66,16 +66,19 @@ def test_computes_wall_keeps_the_time_a_token():
 def test_a_plan_names_the_wall_and_what_moves_it():
     found = plan(question(FULL), FULL)
     assert (
-        found["wall"] == "GPU memory"
-        and found["requests"] == found["walls"]["GPU memory"]
+        found["max_requests_bound"] == "GPU memory"
+        and found["max_requests"] == found["walls"]["GPU memory"]
         and found["crossover"] is None
     )
-    moves = {move["change"]: move["requests"] for move in found["moves"]}
-    assert moves["twice the GPU memory"] > 2 * found["requests"]
-    assert moves["twice the link to the host"] == found["requests"] < moves["half the context"]
+    moves = {move["change"]: move["max_requests"] for move in found["moves"]}
+    assert moves["twice the GPU memory"] > 2 * found["max_requests"]
+    assert moves["twice the link to the host"] == found["max_requests"] < moves["half the context"]
     found = plan(question(TENTH, tokens=10**6, tpot_s=1.0), FULL)
-    assert found["wall"] == "host memory"
-    moves = {move["change"]: (move["requests"], move["wall"]) for move in found["moves"]}
+    assert found["max_requests_bound"] == "host memory"
+    moves = {
+        move["change"]: (move["max_requests"], move["max_requests_bound"])
+        for move in found["moves"]
+    }
     assert (
         moves["twice the host memory"]
         == moves["one mirror that all GPUs share"]
@@ -94,7 +97,11 @@ def test_kv_on_the_host_pays_where_the_full_cache_no_longer_fits():
 
 def test_nothing_fits_is_said_not_divided_by():
     found = plan(question(FULL, tokens=2**34, tpot_s=1.0), FULL)
-    assert found["requests"] == 0 and found["wall"] == "GPU memory" and found["speed"] is None
+    assert (
+        found["max_requests"] == 0
+        and found["max_requests_bound"] == "GPU memory"
+        and found["speed"] is None
+    )
 
 
 def load(prefill, n_chunks, prompt_s, tpot_s=1e9, ttft_s=1e9, dp=2, servers=1):
@@ -175,7 +182,7 @@ def test_what_each_change_would_give():
     that has it.
     """
     asked = question(TENTH, tokens=10**6, tpot_s=0.3, max_batch=2, recall_bytes_per_s=2e9)
-    found = {row["change"]: row["requests"] for row in plan(asked, FULL)["moves"]}
+    found = {row["change"]: row["max_requests"] for row in plan(asked, FULL)["moves"]}
     assert set(found.values()) <= set(range(1, 4096))
     alone = lambda **changes: min(asked.changed(**changes).walls().values())
     options = asked.options
