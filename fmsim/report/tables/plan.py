@@ -141,7 +141,7 @@ def _walls(plans: list[dict[str, Any]]) -> Table:
             Text("exact", "green") if plan["exact"] else Text("lossy", "yellow"),
             share_text(plan["mass_kept"]),
             f"{plan['gpu_bytes'] / GIB:.3f}",
-            f"{plan['host_bytes'] / GIB:.3f}",
+            f"{plan['host_kv_bytes'] / GIB:.3f}",
             str(plan["max_requests"]),
             plan["max_requests_bound"],
             *(str(plan["walls"].get(wall, "-")) for wall in WALLS),
@@ -182,7 +182,9 @@ def _move(plan: dict[str, Any], move: dict[str, Any] | None) -> Text:
     if move is None:
         return Text("-")
     gain = move["max_requests"] - plan["max_requests"]
-    return Text(f"{move['requests']} ({gain:+d}), {move['wall']}", "" if gain else "dim")
+    price = f", ${move['usd']:,.0f}" if "usd" in move else ""
+    text = f"{move['max_requests']} ({gain:+d}), {move['max_requests_bound']}{price}"
+    return Text(text, "" if gain else "dim")
 
 
 def _crossovers(plans: list[dict[str, Any]], several: bool) -> Table:
