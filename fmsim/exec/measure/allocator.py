@@ -8,11 +8,17 @@ from contextlib import contextmanager
 import torch
 
 
-class AllocatorMeter:
-    """Adds up what torch's allocator handed out within `counted` blocks and was still there at
-    their ends.
+REQUESTED = "requested_bytes.all.current"  # of torch.cuda.memory_stats
 
-    `n_bytes` is None on a CPU, where torch does not say.
+
+class AllocatorMeter:
+    """Adds up what was asked of torch's allocator within `counted` blocks and was still there at
+    their ends, by the allocator's own count.
+
+    It leaves out what the allocator rounds up: a tensor takes the rest of a segment where less than
+    1 MiB of it is left. That is 2% of a request of 512K, and up to 30% of one of 32K in 16 MiB
+    (measured on an H200). A server does not pay it for each request, since its pools are allocated
+    once. `n_bytes` is None on a CPU, where torch does not say.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -25,6 +31,9 @@ class AllocatorMeter:
         if self.n_bytes is None:
             yield
             return
-        before = torch.cuda.memory_allocated(self.device)
+        before = self._requested()
         yield
-        self.n_bytes += torch.cuda.memory_allocated(self.device) - before
+        self.n_bytes += self._requested() - before
+
+    def _requested(self) -> int:
+        return torch.cuda.memory_stats(self.device).get(REQUESTED, 0)
