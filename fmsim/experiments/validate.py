@@ -51,7 +51,7 @@ class Check:
     engine_bytes: int
     predicted_gpu_bytes: int  # of a request; the figure that leads `fmsim run`
     built_gpu_bytes: int  # what the engine's tensors for it take
-    allocator_gpu_bytes: int | None  # what torch's allocator handed out for them; on a GPU
+    allocator_gpu_bytes: int | None  # what torch's allocator was asked for; on a GPU
     page_bytes: int  # by which pages of PER_PAGE entries may exceed what is predicted
     spare_bytes: int
     measured_step_p50_s: float
