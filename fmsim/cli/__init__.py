@@ -17,6 +17,7 @@ import typer
 from fmsim import __version__
 from fmsim.cli.eval import evaluate
 from fmsim.cli.exec import exec_
+from fmsim.cli.init import init, schema
 from fmsim.cli.plan import plan
 from fmsim.cli.report import report
 from fmsim.cli.run import run
@@ -32,9 +33,10 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     help=(
         "Which KV pages should stay in GPU memory, and what does that choice cost and save?\n\n"
-        "\b\nfmsim run scenarios/500k.yaml   replay a trace under every policy\n"
+        "\b\nfmsim run 500k                  replay a trace under every policy\n"
         "fmsim exec --policy lru         decode with a real model under a policy\n"
-        "fmsim plan scenarios/serve.yaml   how many requests a server holds, and what binds\n"
+        "fmsim init --model v4-pro       write a scenario of your own\n"
+        "fmsim plan serve                how many requests a server holds, and what binds\n"
         "fmsim policy show lsa           a policy's parameters and its source"
     ),
 )
@@ -47,10 +49,12 @@ app.command()(sweep)
 app.command()(tune)
 app.command()(report)
 app.command()(validate)
+app.command()(init)
+app.command()(schema)
 
 # Modules below fmsim.cli, each with an `app`; what they need beyond typer they import when a
 # command runs.
-SUB_APPS = ("model", "policy", "trace", "indexer", "hw")
+SUB_APPS = ("scenario", "model", "policy", "trace", "indexer", "hw")
 
 
 @app.callback(invoke_without_command=True)

@@ -114,7 +114,7 @@ def exec_(
         typer.Option(
             help=(
                 "with --weights synthetic: what drives the accesses; by default"
-                " traces/nano-CONTEXT-needles"
+                " fmsim's own of that context"
             )
         ),
     ] = None,

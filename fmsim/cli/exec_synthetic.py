@@ -11,6 +11,7 @@ from typing import Any
 from fmsim.cli.extras import require
 from fmsim.cli.given import device_given, policy_given
 from fmsim.errors import FmsimError
+from fmsim.scenario import shipped
 from fmsim.units import bytes_of
 
 CLOSE = 0.1  # how far a trace's context may be from the one asked for
@@ -77,7 +78,7 @@ def measure(asked: Asked) -> tuple[dict[str, Any], list[Any]]:
 
 
 def _trace(path: Path | None, context: int) -> Path:
-    """The trace asked for, or the one of about that context in traces/."""
+    """The trace asked for, or the one of about that context that fmsim carries."""
     if path is not None:
         return path
     names = {32_768: "nano-32k-needles", 131_072: "nano-128k-needles", 512_000: "nano-500k-needles"}
@@ -87,12 +88,7 @@ def _trace(path: Path | None, context: int) -> Path:
             f"--context {context}: no shipped trace has about as many tokens"
             f" ({', '.join(map(str, names))}); give --trace FILE"
         )
-    found = Path("traces") / f"{names[nearest]}.safetensors"
-    if not found.exists():
-        raise FmsimError(
-            f"{found}: no such file here; give --trace FILE, or run in fmsim's own folder"
-        )
-    return found
+    return shipped.TRACES / f"{names[nearest]}.safetensors"
 
 
 def _bytes(text: str) -> int:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from typing import Annotated
 
 import typer
 
+from fmsim.cli.options import Json, echo_json
+
 app = typer.Typer(help="List models, and see what one keeps.", no_args_is_help=True)
-Json = Annotated[bool, typer.Option("--json", help="print one JSON object")]
 
 
 @app.command("list")
@@ -19,7 +19,7 @@ def list_models(as_json: Json = False) -> None:
 
     rows = listed()
     if as_json:
-        typer.echo(json.dumps({"models": rows}))
+        echo_json({"models": rows})
     else:
         model.show_list(rows)
 
@@ -43,6 +43,6 @@ def show(
 
     found = shown(name)
     if as_json:
-        typer.echo(json.dumps(found))
+        echo_json(found)
     else:
         model.show(found)

@@ -26,6 +26,7 @@ def _trust(given: bool) -> bool:
     return given
 
 
+Json = Annotated[bool, typer.Option("--json", help="print one JSON object")]
 NoVerify = Annotated[
     bool,
     typer.Option(
@@ -39,6 +40,13 @@ PolicyTimeout = Annotated[
     typer.Option(min=0.001, callback=finite, help="seconds after which a policy's run is given up"),
 ]
 TIMEOUT_S = 3600.0
+
+
+def echo_json(found: Any) -> None:
+    """Print one JSON value."""
+    from fmsim.files import strict_json
+
+    typer.echo(strict_json.dump(found))
 
 
 def echo_csv(rows: Sequence[dict[str, Any]]) -> None:

@@ -143,7 +143,7 @@ class Setting:
         self.kv_parts = geometry.kv_parts(self.hw.placed.tp)
         geometry = geometry.on_gpu(self.hw.placed.tp)
         self.geometry = geometry.beyond_positions() if scenario.beyond_positions else geometry
-        self.trace = read(file.file(scenario.trace))
+        self.trace = read(file.trace_file())
         self.stands_for = stands_for(file, self.trace, self.geometry)
         given = scenario.layer_map
         if given is None:
@@ -336,7 +336,7 @@ def about(setting: Setting) -> dict[str, Any]:
         "schema_version": SCHEMA_VERSION,
         "fmsim": __version__,
         "trace": {
-            "file": str(file.file(scenario.trace)),
+            "file": str(file.trace_file()),
             "model": header.model.name,
             "source": header.source,
             "prompt_kind": header.prompt_kind,

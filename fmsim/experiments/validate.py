@@ -132,7 +132,7 @@ class Worlds:
         self.file = file
         self.device = device
         self.geometry = deepseek_v4_named(scenario.model, file.file, file.where(("model",)))
-        self.trace = read(file.file(scenario.trace))
+        self.trace = read(file.trace_file())
         self.layer_map = check_layer_map(
             None if scenario.layer_map == "spread" else scenario.layer_map,
             self.trace.n_layers,
@@ -242,7 +242,7 @@ def validate_scenario(
         )
     about = {
         "name": scenario.name,
-        "trace": str(file.file(scenario.trace)),
+        "trace": str(file.trace_file()),
         "steps": trace.n_steps,
         "model": geometry.name,
         "csa_layers": geometry.n_csa,

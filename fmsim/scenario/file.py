@@ -22,6 +22,7 @@ from fmsim.hw.deployment import Deployment
 from fmsim.policies import registry
 from fmsim.policies.base import Policy
 from fmsim.policies.budget import Budget
+from fmsim.scenario import shipped
 from fmsim.scenario.key_value import key_value
 from fmsim.sim.serving import spec as serving
 
@@ -94,7 +95,7 @@ class Scenario(BaseModel):
 
     name: str = Field(min_length=1)
     description: str = ""
-    trace: Path
+    trace: Path  # or the name of one that fmsim carries
     model: str = "v4-flash"  # a preset, or the path of a config.json or of layer specs
     hardware: str = "h100"  # a preset, or the path of a file that `fmsim hw calibrate` wrote
     hardware_figures: dict[
@@ -153,7 +154,8 @@ class ScenarioFile:
         overrides: Iterable[str] = (),
         policies: Iterable[NamedPolicy] = (),
     ) -> None:
-        """Read and check a file, a mapping with its keys, or a scenario made in Python.
+        """Read and check a file, one that fmsim carries by its name (`fmsim scenario list`), a
+        mapping with its keys, or a scenario made in Python.
 
         `overrides` are such as "batch=8" or "policies.lsa.budget=20%". `policies` choose which
         entries are `selected`, by label or by name, each at every one of the scenario's budgets;
@@ -195,7 +197,7 @@ class ScenarioFile:
             self.path = Path("scenario")
             self._document = None
             return _raw(source)
-        self.path = Path(source)
+        self.path = shipped.scenario(source)
         self._document = strict_yaml.YamlDocument(self._text(), str(self.path))
         raw = self._document.value
         if not isinstance(raw, dict):
@@ -224,6 +226,10 @@ class ScenarioFile:
                 self._added[len(entries)] = given if isinstance(given, str) else "policies"
             chosen += [index for index in found if index not in chosen]
         return chosen
+
+    def trace_file(self) -> Path:
+        """The trace: one that fmsim carries, by its name, or else a path as `file` reads it."""
+        return shipped.trace(self.scenario.trace) or self.file(self.scenario.trace)
 
     def file(self, name: str | Path) -> Path:
         """A path that the scenario names: relative to the scenario, or to the working directory
@@ -257,9 +263,9 @@ class ScenarioFile:
         try:
             return read_text(self.path)
         except FileNotFoundError:
-            near = difflib.get_close_matches(self.path.name, _yaml_names(self.path.parent), n=1)
-            hint = f"; did you mean {self.path.parent / near[0]}?" if near else ""
-            raise FmsimError(f"{shown(self.path)}: no such scenario file{hint}") from None
+            raise FmsimError(
+                f"{shown(self.path)}: no such scenario file{_meant(self.path)}"
+            ) from None
 
     def _override(self, raw: dict[str, Any], override: str) -> None:
         wrong = (
@@ -425,6 +431,18 @@ def _fields(loc: Loc) -> list[str]:
             assert isinstance(block, type) and issubclass(block, BaseModel)
             model = block
     return list(model.model_fields)
+
+
+def _meant(path: Path) -> str:
+    """Which scenario was meant by a file that is not there: one beside it, or one of fmsim's."""
+    near = difflib.get_close_matches(path.name, _yaml_names(path.parent), n=1)
+    if near:
+        return f"; did you mean {path.parent / near[0]}?"
+    asked = path.with_suffix("").as_posix().removeprefix("scenarios/")
+    near = difflib.get_close_matches(asked, shipped.scenarios(), n=1)
+    if near:
+        return f"; did you mean {near[0]}, which fmsim carries?"
+    return "; `fmsim scenario list` says which there are, `fmsim init` writes one"
 
 
 def _yaml_names(folder: Path) -> list[str]:

@@ -1,0 +1,150 @@
+"""Tables that fit their terminal: what matters least is left out first, and nothing is cut."""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Literal
+
+from rich.console import Console, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from fmsim.errors import FmsimError, shown
+
+Cell = str | Text
+
+
+@dataclass(frozen=True)
+class Field:
+    """A column. Those of rank 0 always stand; of the others the highest go first."""
+
+    heading: str  # a line break in it makes it narrower
+    rank: int = 0
+    justify: Literal["left", "right"] = "right"
+
+    @property
+    def key(self) -> str:
+        """Its name for --columns: "on GPU\\nGiB" is on-gpu-gib, "stall*" is stall."""
+        return re.sub(r"[^a-z0-9]+", "-", self.heading.lower().replace("'", "")).strip("-")
+
+
+@dataclass(frozen=True)
+class View:
+    """How much of a table is shown, and where."""
+
+    width: int | None = None  # columns there are; None: as many as it takes
+    columns: tuple[str, ...] = ()  # keys of fields, instead of those that fit
+
+    @classmethod
+    def of_terminal(cls, wide: bool = False, columns: str | None = None) -> View:
+        """What a terminal has room for. A pipe or a file always gets all, so that what reads it
+        does not depend on a window.
+        """
+        named = tuple(part.strip() for part in (columns or "").split(",") if part.strip())
+        console = Console()
+        return cls(console.width if console.is_terminal and not wide else None, named)
+
+
+@dataclass
+class Grid:
+    """Rows of cells, a field each."""
+
+    fields: Sequence[Field]
+    rows: list[tuple[Cell, ...] | None] = field(default_factory=list)  # None: a line between
+
+    def add(self, *cells: Cell) -> None:
+        self.rows.append(cells)
+
+    def part(self) -> None:
+        """A line, then what follows."""
+        self.rows.append(None)
+
+    def table(self, view: View) -> Table:
+        """The fields that fit, or that were asked for."""
+        return self._table(self._places(view))
+
+    def left_out(self, view: View) -> list[str]:
+        """Keys of the fields that `table` has no room for."""
+        places = self._places(view)
+        return [one.key for place, one in enumerate(self.fields) if place not in places]
+
+    def _places(self, view: View) -> list[int]:
+        every = range(len(self.fields))
+        if view.columns:
+            return [place for place in every if self._asked(place, view.columns)]
+        if view.width is None:
+            return list(every)
+        kept = [place for place in every if self.fields[place].rank == 0]
+        for place in sorted(every, key=lambda place: self.fields[place].rank):
+            wider = sorted({*kept, place})
+            if width_of(self._table(wider)) <= view.width:
+                kept = wider
+        return kept
+
+    def _asked(self, place: int, keys: Sequence[str]) -> bool:
+        one = self.fields[place]
+        return one.key in keys or not one.key or place == 0
+
+    def _table(self, places: Sequence[int]) -> Table:
+        table = Table(header_style="bold", pad_edge=False)
+        for place in places:
+            one = self.fields[place]
+            # only a label that is wider than the terminal by itself is ever folded
+            table.add_column(one.heading, justify=one.justify, no_wrap=place != 0, overflow="fold")
+        for row in self.rows:
+            if row is None:
+                table.add_section()
+            else:
+                table.add_row(*(row[place] if place < len(row) else "" for place in places))
+        return table
+
+
+def width_of(shown: RenderableType) -> int:
+    """Columns that it takes."""
+    return Console(width=10_000).measure(shown).maximum
+
+
+def check_columns(view: View, grids: Sequence[Grid]) -> None:
+    """Refuse --columns that no table has."""
+    known = list(dict.fromkeys(one.key for grid in grids for one in grid.fields if one.key))
+    for name in view.columns:
+        if name not in known:
+            near = difflib.get_close_matches(name, known, n=1)
+            fix = f"did you mean '{near[0]}'?" if near else f"there are {', '.join(known)}"
+            raise FmsimError(f"--columns: no column '{shown(name)}'; {fix}")
+
+
+def show(parts: Sequence[RenderableType | Grid], view: View) -> None:
+    """Print texts and grids to standard output, and say what there was no room for."""
+    console = Console(highlight=False)
+    console.width = width(parts, view)
+    for part in laid_out(parts, view):
+        console.print(part)
+
+
+def width(parts: Sequence[RenderableType | Grid], view: View) -> int:
+    """Columns of the whole: the view's, or what the widest table takes."""
+    if view.width is not None:
+        return view.width
+    tables = [part for part in laid_out(parts, view) if isinstance(part, Table)]
+    return max([100, *map(width_of, tables)])
+
+
+def laid_out(parts: Sequence[RenderableType | Grid], view: View) -> list[RenderableType]:
+    """The parts as rich prints them."""
+    grids = [part for part in parts if isinstance(part, Grid)]
+    check_columns(view, grids)
+    found: list[RenderableType] = []
+    for part in parts:
+        if isinstance(part, Grid):
+            found.append(part.table(view))
+            absent = [] if view.columns else part.left_out(view)
+            if absent:
+                told = f"no room for {', '.join(absent)}: --wide, --columns A,B"
+                found.append(Text(told, style="dim"))
+        else:
+            found.append(part)
+    return found
