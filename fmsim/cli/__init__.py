@@ -15,6 +15,7 @@ from typing import NoReturn, TextIO
 import typer
 
 from fmsim import __version__
+from fmsim.cli.doctor import doctor
 from fmsim.cli.eval import evaluate
 from fmsim.cli.exec import exec_
 from fmsim.cli.init import init, schema
@@ -51,6 +52,7 @@ app.command()(report)
 app.command()(validate)
 app.command()(init)
 app.command()(schema)
+app.command()(doctor)
 
 # Modules below fmsim.cli, each with an `app`; what they need beyond typer they import when a
 # command runs.

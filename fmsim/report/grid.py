@@ -117,7 +117,7 @@ def check_columns(view: View, grids: Sequence[Grid]) -> None:
             raise FmsimError(f"--columns: no column '{shown(name)}'; {fix}")
 
 
-def show(parts: Sequence[RenderableType | Grid], view: View) -> None:
+def show_parts(parts: Sequence[RenderableType | Grid], view: View) -> None:
     """Print texts and grids to standard output, and say what there was no room for."""
     console = Console(highlight=False)
     console.width = width(parts, view)

@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from fmsim.report.grid import Field, Grid, View
-from fmsim.report.grid import show as show_parts
+from fmsim.report.grid import Field, Grid, View, show_parts
 
 
 def show(rows: Sequence[dict[str, Any]], names: Sequence[str]) -> None:

@@ -257,9 +257,10 @@ def load_dense(place: Path, device: str = "cpu") -> tuple[Any, Any]:
             directory, local_files_only=True, dtype=dtype, **options
         )
     except ImportError as error:
-        raise FmsimError(f"{place}: {error}") from error
+        extra = "gguf" if options else "model"
+        raise FmsimError(f"{place}: {error}; pip install 'fmsim[{extra}]'") from error
     except (OSError, ValueError) as error:
-        hint = "; GGUF files need `pip install gguf accelerate`" if options else ""
+        hint = "; GGUF files need pip install 'fmsim[gguf]'" if options else ""
         raise FmsimError(
             f"{place}: transformers cannot load it: {str(error).splitlines()[0]}{hint}"
         ) from error

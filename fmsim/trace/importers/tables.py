@@ -129,7 +129,9 @@ def _parquet_samples(path: Path) -> list[dict[str, Any]]:
         import pyarrow
         import pyarrow.parquet as parquet
     except ImportError:
-        raise FmsimError(f"{path}: reading .parquet needs `pip install pyarrow`") from None
+        raise FmsimError(
+            f"{path}: reading .parquet needs pyarrow: pip install 'fmsim[parquet]'"
+        ) from None
     inputs.check_regular(path, inputs.MOST_BYTES_OF_CAPTURE)
     try:
         rows: list[dict[str, Any]] = parquet.read_table(path).to_pylist()
