@@ -46,11 +46,12 @@ def test_ci_stops_at_the_first_failure_and_can_be_executed():
 
 
 def test_a_page_has_at_most_100_columns():
+    """But for rows of tables, which cannot be broken."""
     assert len(PAGES) > 10
     wide = [
         f"{page.relative_to(ROOT)}, line {number}: {len(line)} columns"
         for page in PAGES
         for number, line in enumerate(page.read_text(encoding="utf-8").splitlines(), 1)
-        if len(line) > WIDTH and "://" not in line
+        if len(line) > WIDTH and "://" not in line and not line.startswith("|")
     ]
     assert not wide
