@@ -14,6 +14,7 @@ and cell. What needs a GPU, or a day of `fmsim eval`, is not computed here; its 
 from __future__ import annotations
 
 import argparse
+import datetime
 import itertools
 import json
 import math
@@ -100,7 +101,7 @@ def picture(result: Result) -> str:
 
 
 def published_paper(tell: Tell) -> Result:
-    result = {"serving_constants_set_on": paper.SET_ON}
+    result = {"command": "python benchmarks/paper.py", "serving_constants_set_on": paper.SET_ON}
     return result | {"serving": paper.serving(), "footprints": paper.footprints()}
 
 
@@ -258,7 +259,8 @@ def update(answer: Answer, computed: Result | None) -> None:
     """Write the result file, where it was computed, and every table and picture of it."""
     stored = answer.stored()
     if computed is not None:
-        stored = merged(stored, computed)
+        date = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+        stored = merged(stored, computed) | {"date": date}
         write_text(answer.path, json.dumps(stored, indent=1) + "\n")
     for (page, part), render in answer.parts.items():
         made = NOT_MEASURED if stored is None else render(stored)

@@ -254,6 +254,11 @@ def tables(result: Row) -> dict[str, str]:
         if own:
             tokens = f"{own[0]['tokens'] - own[0]['steps']:,}"
             by_context.append(f"{context} ({tokens} tokens):\n\n{_table(own)}")
+    by_context += [
+        f"{row['context']}: `{row['policy']}`: {row['failed']}"
+        for row in result["rows"]
+        if "failed" in row
+    ]
     return {"headline": _table(short), "headline by context": "\n\n".join(by_context)}
 
 

@@ -209,6 +209,7 @@ def main() -> None:
     given = parser.parse_args()
     result = json.loads(given.out.read_text()) if given.only else {}
     result["date"] = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+    result["command"] = "python benchmarks/paper.py"
     result["serving_constants_set_on"] = SET_ON
     for name, make in (("serving", serving), ("footprints", footprints)):
         if given.only in (None, name):

@@ -1,0 +1,153 @@
+"""benchmarks/answers.py: every table of README and docs is what its result file renders to, and a
+wrong cell or a figure that moved is named.
+"""
+
+import json
+import re
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+sys.path.insert(0, str(ROOT / "benchmarks"))
+import answers
+import headline
+import regions
+
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+SHOWN = {(page, part) for answer in answers.ANSWERS.values() for page, part in answer.parts}
+
+
+@pytest.mark.parametrize("name", answers.ANSWERS)
+def test_every_table_shows_its_file(name):
+    assert not list(answers.disagreements(answers.ANSWERS[name], answers.read_page))
+
+
+def test_every_marked_part_of_a_page_belongs_to_an_answer():
+    marked = {
+        (str(page.relative_to(ROOT)), part)
+        for page in PAGES
+        for part in regions.find(page.read_text(encoding="utf-8"))
+    }
+    assert marked == SHOWN
+
+
+def test_every_result_file_that_an_answer_has_is_there_with_its_command():
+    for name, answer in answers.ANSWERS.items():
+        found = answer.stored()
+        if found is None:
+            assert name == "headline"  # wants a GPU
+            continue
+        assert {"command", "commands"} & set(found), name
+
+
+def test_a_wrong_cell_is_named_with_line_table_and_column():
+    answer = answers.ANSWERS["steps"]
+    page = answers.read_page("docs/serving.md")
+    row = next(line for line in page.splitlines() if line.startswith("| glm-5.2, h200"))
+    number = page.splitlines().index(row) + 1
+    wrong = row.replace("| +38% |", "| +3% |").replace("| -12% |", "| -2% |")
+    assert wrong != row
+    found = list(answers.disagreements(answer, lambda name: page.replace(row, wrong)))
+    assert len(found) == 1
+    assert found[0].startswith(f"docs/serving.md, line {number}, table 'step times', cell")
+    assert "'error': has '-2%', should be '-12%'" in found[0]
+
+
+def test_a_line_too_few_and_a_missing_part_are_named():
+    answer = answers.ANSWERS["steps"]
+    page = answers.read_page("docs/serving.md")
+    row = next(line for line in page.splitlines() if line.startswith("| v4-flash, h20 "))
+    found = list(answers.disagreements(answer, lambda name: page.replace(f"{row}\n", "")))
+    assert len(found) == 1 and "has None" in found[0]
+    gone = page.replace("<!-- made: step times", "<!-- step times")
+    assert "docs/serving.md" in next(answers.disagreements(answer, lambda name: gone))
+
+
+def test_a_figure_that_moved_is_named_and_rounding_dates_and_times_are_not():
+    old = {"date": 1, "wall_s": 2.0, "rows": [{"held": 3, "rate": 1.0}], "why": "a"}
+    new = {"date": 2, "wall_s": 9.0, "rows": [{"held": 4, "rate": 1.0 + 1e-9}], "why": "b"}
+    found = [(path, a, b) for path, a, b in answers.compare(old, new)]
+    assert found == [(("rows", 0, "held"), 3, 4), (("why",), "a", "b")]
+    assert list(answers.compare({"a": [1]}, {"a": [1, 2]})) == [(("a",), [1], [1, 2])]
+    assert list(answers.compare({"a": None}, {"a": 0.0})) == [(("a",), None, 0.0)]
+
+
+def test_a_figure_computed_anew_is_compared_with_the_file_and_with_the_page():
+    answer = answers.ANSWERS["steps"]
+    computed = {"published": json.loads(json.dumps(answer.stored()["published"]))}
+    assert not list(answers.disagreements(answer, answers.read_page, computed))
+    computed["published"][0]["modelled_tpot_ms"] += 1
+    found = list(answers.disagreements(answer, answers.read_page, computed))
+    assert [line.split(":")[0] for line in found][:1] == ["benchmarks/results/steps.json"]
+    assert "published.0.modelled_tpot_ms" in found[0] and "docs/serving.md" in found[1]
+
+
+def test_a_page_says_by_whom_each_of_its_parts_is_made():
+    for page in PAGES:
+        for found in regions.BEGIN.finditer(page.read_text(encoding="utf-8")):
+            assert (ROOT / found["script"]).is_file(), f"{page.name}: {found['script']}"
+
+
+def test_parts_are_found_replaced_and_counted():
+    page = f"# A\n\n{regions.marked('x', 'a.py')}\n{regions.marked('y', 'b.py')}"
+    page = regions.replace(page, "y", "| b |")
+    assert regions.find(page) == {"x": "", "y": "| b |"}
+    assert page.splitlines()[regions.line_of(page, "y") - 1] == "| b |"
+    with pytest.raises(ValueError, match="no part"):
+        regions.replace(page, "z", "")
+    with pytest.raises(ValueError, match="two parts"):
+        regions.find(page + page)
+    with pytest.raises(ValueError, match="has no line"):
+        regions.find(re.sub("<!-- end of y -->", "", page))
+
+
+ROW = {
+    "context": "512K",
+    "policy": "full",
+    "budget": None,
+    "tokens": 512_520,
+    "steps": 520,
+    "predicted_gpu_bytes": 2**30,
+    "built_gpu_bytes": 2**30,
+    "allocator_gpu_bytes": 2**30 + 2**20,
+    "memory_error": 1 / 1024,
+    "simulated_step_p50_s": 0.0099,
+    "measured_step_p50_s": 0.01,
+    "step_error": -0.01,
+    "simulated_tokens_per_s": 101.0,
+    "measured_tokens_per_s": 100.0,
+    "tokens_error": 0.01,
+}
+
+
+def test_the_headline_table_shows_predicted_beside_measured():
+    rows = [
+        ROW,
+        ROW | {"policy": "native", "budget": "25% gpu"},
+        ROW | {"context": "32K", "policy": "h2o", "budget": "12.5% gpu"},
+        {"context": "32K", "policy": "lsa", "failed": "no room"},
+    ]
+    made = headline.tables({"rows": rows})
+    assert made["headline"].splitlines()[2] == (
+        "| full |  | 1,024.0 | 1,025.0 | +0.10% | 9.90 | 10.00 | -1% | 101.0 | 100.0 | +1% |"
+    )
+    assert "native" not in made["headline"] and "native" in made["headline by context"]
+    assert "32K: `lsa`: no room" in made["headline by context"]
+    assert made["headline by context"].index("32K (") < made["headline by context"].index("512K (")
+
+
+class _Bench:
+    model, device = "m", "cpu"
+
+    def row(self, context, label):
+        return {"context": context, "policy": label, "measured_step_p50_s": 1.0, "wall_s": 100.0}
+
+
+def test_rows_are_written_as_they_come_and_none_is_begun_too_late(tmp_path):
+    pytest.importorskip("torch", reason="names the device's software")
+    out = tmp_path / "part.json"
+    rows = headline.measure(["32K", "128K"], ["full", "h2o"], _Bench(), 99.0, out, "c")
+    assert [row["policy"] for row in rows] == ["full"]
+    assert json.loads(out.read_text())["rows"] == rows
