@@ -91,10 +91,10 @@ def read_windows(trace: Trace, name: str, rule: LabelRule) -> Windows:
         name,
         positions,
         entries,
-        np.asarray(trace.hidden[:])[states],
+        np.asarray(trace.hidden[:])[states][:, trace.keyed],
         trace.keys(most),
         golden,
         mass,
-        tuple(trace.csa_numbers),
+        tuple(trace.csa_numbers[layer] for layer in trace.keyed),
         rule.state_age,
     )

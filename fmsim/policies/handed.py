@@ -27,6 +27,9 @@ class LookaheadState:
     # perhaps by `keys[target layer]` only
     keys: Array
     n_entries: int  # visible at `position`
+    # numbers, among the model's CSA layers, of the rows of `hidden` and `keys`, where these are not
+    # all of `Context.csa_numbers`
+    csa_numbers: tuple[int, ...] = ()
 
 
 class Future(Protocol):

@@ -109,15 +109,16 @@ class LSA(LookaheadPolicy):
         numbers = list(ctx.csa_numbers or range(ctx.n_layers))
         self.layers = self._layers_of(loaded)
         scored = replace(loaded, layers={layer: loaded.layers[layer] for layer in self.layers})
+        given = list(state.csa_numbers or numbers)
         scored.check_fits(
-            numbers, state.hidden.shape[1], state.keys.shape[2], "policy lsa: the trace"
+            given, state.hidden.shape[1], state.keys.shape[2], "policy lsa: the trace"
         )
         if self.params.scope == "per_layer" and self.layers != numbers:
             raise FmsimError(
                 f"policy lsa: scope per_layer needs the trace's CSA layers, {numbers}, not"
                 f" {self.layers}"
             )
-        self.rows = [numbers.index(layer) for layer in self.layers]  # of the lookahead state
+        self.rows = [given.index(layer) for layer in self.layers]  # of the lookahead state
         self.config = loaded.config
         parts = [loaded.layers[layer] for layer in self.layers]
         # In float64, rounded to float32 at the end: so that libraries that sum in other orders rank

@@ -66,6 +66,8 @@ class Replayer:
         self._paged: dict[tuple[int, bool], paging.Paged] = {}
         # traces of dense models have neither
         self.has_lookahead = trace.hidden is not None and trace.index_keys is not None
+        chosen = range(trace.n_layers) if layers is None else layers
+        self._keyed = [layer for layer in trace.keyed if layer in chosen]
         self._keys: np.ndarray | None = None
         prompt_mass = trace.prompt_mass
         self.prompt_mass = None if prompt_mass is None else prompt_mass[self._layers]
@@ -132,19 +134,22 @@ class Replayer:
         def there(array: np.ndarray) -> Any:
             return array if xp is None else xp.asarray(np.array(array), device=device)
 
+        numbers = tuple(self.trace.csa_numbers[layer] for layer in self._keyed)
+
         def state(window: int) -> LookaheadState:
             hidden, position, keys = self._lookahead(window)
-            return LookaheadState(there(hidden), position, there(keys), keys.shape[1])
+            return LookaheadState(there(hidden), position, there(keys), keys.shape[1], numbers)
 
         return state
 
     def _lookahead(self, window: int) -> tuple[np.ndarray, int, np.ndarray]:
         """Hidden states, position and index keys at a window's start; keys are decoded once."""
         if self._keys is None:
-            self._keys = self.trace.keys(self.entries[-1])[self._layers]
+            rows = [self.trace.keyed.index(layer) for layer in self._keyed]
+            self._keys = self.trace.keys(self.entries[-1])[rows]
         position = self.header.prompt_tokens + self.header.tau * window - 1
         n_entries = (position + 1) // self.header.entry_tokens
-        hidden = np.asarray(self.trace.hidden[window], dtype=np.float32)[self._layers]
+        hidden = np.asarray(self.trace.hidden[window], dtype=np.float32)[self._keyed]
         return hidden, position, self._keys[:, :n_entries]
 
 

@@ -16,7 +16,8 @@ from fmsim.trace.format import (
 )
 from fmsim.trace.reader import read
 from fmsim.trace.recorder import TraceRecorder
-from fmsim.trace.writer import write
+from fmsim.trace.shared import lightened
+from fmsim.trace.writer import write, write_shared
 
 __all__ = [
     "ENTRY_TOKENS",
@@ -27,7 +28,9 @@ __all__ = [
     "Trace",
     "TraceHeader",
     "TraceRecorder",
+    "lightened",
     "read",
     "validate",
     "write",
+    "write_shared",
 ]

@@ -46,7 +46,7 @@ def check_structure(trace: Trace) -> None:
         fail(trace, "mass", "is missing; a trace of version 1 has masses")
     sizes = axis_sizes(trace)
     for name, spec in TENSORS.items():
-        array = getattr(trace, name, None)  # entry_blocks is the reader's matter
+        array = getattr(trace, name, None)  # FILE_ONLY ones are the reader's matter
         if array is None:
             continue
         wanted = [sizes[axis] for axis in spec.axes]
@@ -68,6 +68,7 @@ AXES = {
     "W": "windows",
     "H": "geometry.hidden_size",
     "E": "entries",
+    "Q": "layers with index keys",
     "D": "geometry.index_head_dim",
     "S": "entries or 1",
 }
@@ -106,6 +107,9 @@ def axis_sizes(trace: Trace) -> dict[str, int]:
     sizes["N"] = trace.header.prompt_tokens + steps
     sizes["H"] = 0 if trace.hidden is None else _geometry(trace, "hidden_size", int)
     sizes["D"] = 0 if trace.index_keys is None else _geometry(trace, "index_head_dim", int)
+    sizes["Q"] = len(trace.keyed)
+    if trace.keyed != sorted(set(trace.keyed) & set(range(layers))):
+        fail(trace, "keyed", f"is {trace.keyed}, not ascending numbers from 0 to {layers - 1}")
     one_scale = trace.index_key_scales is not None and trace.index_key_scales.shape[-1:] == (1,)
     sizes["S"] = 1 if one_scale else sizes["E"]
     return sizes

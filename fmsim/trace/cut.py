@@ -35,6 +35,7 @@ def cut(trace: Trace, first: int, end: int, layers: Sequence[int] | None = None)
         )
     prompt_tokens = trace.header.prompt_tokens + first
     entries = (prompt_tokens + end - first) // trace.header.entry_tokens
+    keyed = [row for row, layer in enumerate(trace.keyed) if layer in chosen]
     steps = slice(first, end)
     history = None if first else _part(trace.prompt_mass, chosen, slice(entries))
     return Trace(
@@ -50,8 +51,8 @@ def cut(trace: Trace, first: int, end: int, layers: Sequence[int] | None = None)
         ),
         forced=trace.forced[steps],
         hidden=_rows(trace.hidden, slice(first // tau, -(-end // tau)), chosen),
-        index_keys=_part(trace.index_keys, chosen, slice(entries)),
-        index_key_scales=_part(trace.index_key_scales, chosen, slice(entries)),
+        index_keys=_part(trace.index_keys, keyed, slice(entries)) if keyed else None,
+        index_key_scales=_part(trace.index_key_scales, keyed, slice(entries)) if keyed else None,
         prompt_mass=history,
     )
 
@@ -84,6 +85,13 @@ def _header(
             "layout": layout,
             "prompt_tokens": prompt_tokens,
             "prompt_mass_queries": header.prompt_mass_queries if history else 0,
+            "keyed": (
+                tuple(number for number, layer in enumerate(layers) if layer in trace.keyed)
+                if header.keyed
+                else None
+            ),
+            "packed_shape": None,  # the writer's matter, as the next two are
+            "context_sha256": None,
             "quality": header.quality if whole else {},  # of answers that the part may lack
             "content_sha256": None,
         }

@@ -1,9 +1,9 @@
 """What a trace is: its header, its arrays, and which of them a file must hold in which shape
 (docs/trace-format.md).
 
-Axes: T decode steps, L CSA layers, K selected entries, E entries at the end of the trace, W windows
-of tau steps, H hidden width, D index key width, N = prompt_tokens + T. Decode step t reads the
-token at position prompt_tokens + t.
+Axes: T decode steps, L CSA layers, Q of them with index keys, K selected entries, E entries at the
+end of the trace, W windows of tau steps, H hidden width, D index key width, N = prompt_tokens + T.
+Decode step t reads the token at position prompt_tokens + t.
 """
 
 from __future__ import annotations
@@ -15,12 +15,24 @@ from typing import Any, Final, Literal, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import BaseModel, ConfigDict, Field, SerializerFunctionWrapHandler, model_serializer
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    PositiveInt,
+    SerializerFunctionWrapHandler,
+    model_serializer,
+)
 
 from fmsim.trace import float8
+from fmsim.trace.packed import PackedColumn
 
-FORMAT_VERSION: Final = 2
-VERSION_2_KEYS = ("entry_tokens", "topk", "layout", "prompt_history")
+FORMAT_VERSION: Final = 2  # of a trace that is not packed
+PACKED_VERSION: Final = 3
+LATER_KEYS = {
+    2: ("entry_tokens", "topk", "layout", "prompt_history"),
+    3: ("packed_shape", "keyed", "context_sha256"),
+}  # by the version that they came with
 METADATA_KEY = "fmsim_trace"  # the safetensors metadata entry that holds the header
 TAU = 64  # steps of a window, at whose start a lookahead policy decides (arXiv 2606.09079)
 ENTRY_TOKENS = 4  # tokens an entry of DeepSeek-V4 and of every trace of version 1
@@ -60,12 +72,13 @@ class CacheLayout(BaseModel):
 class TraceHeader(BaseModel):
     """What a trace was recorded from, and how.
 
-    ``entry_tokens``, ``topk``, ``layout`` and ``prompt_history`` came with version 2.
+    ``entry_tokens``, ``topk``, ``layout`` and ``prompt_history`` came with version 2;
+    ``packed_shape``, ``keyed`` and ``context_sha256`` with version 3.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    format_version: Literal[1, 2] = FORMAT_VERSION
+    format_version: Literal[1, 2, 3] = FORMAT_VERSION
     entry_tokens: int = Field(ENTRY_TOKENS, ge=1)  # tokens of the text in one entry
     topk: int | None = Field(None, ge=1)  # what the model selects at most, a step and layer
     layout: CacheLayout | None = None
@@ -85,17 +98,24 @@ class TraceHeader(BaseModel):
     quality: dict[str, Any] = {}  # how well the model answered, e.g. {"asked": 20, "exact": 19}
     device: str
     created: str  # ISO 8601
+    # T, L, K of packed ids; set by the writer
+    packed_shape: tuple[PositiveInt, PositiveInt, PositiveInt] | None = None
+    # the trace's layers that have index keys, from 0, ascending; None for all of them
+    keyed: tuple[int, ...] | None = None
+    # of the file beside this one that holds what traces of one prompt share; set by the writer
+    context_sha256: str | None = None
     content_sha256: str | None = (
         None  # of the header without this key, then the tensors' bytes; set by the writer
     )
 
     @model_serializer(mode="wrap")
     def _without_later_keys(self, plain: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        """A header of version 1 keeps its bytes, and so its digest."""
+        """A header of an older version keeps its bytes, and so its digest."""
         found: dict[str, Any] = plain(self)
-        if self.format_version == 1:
-            for key in VERSION_2_KEYS:
-                found.pop(key, None)
+        for version, keys in LATER_KEYS.items():
+            if self.format_version < version:
+                for key in keys:
+                    found.pop(key, None)
         return found
 
 
@@ -109,18 +129,21 @@ class TensorSpec(NamedTuple):
     optional: bool = False
 
 
+FILE_ONLY = ("entry_blocks", "entry_ends", "mass_ends")  # how the file holds another tensor
 MASSES = ("mass", "window_mass", "sink_mass")  # all there or none
 TENSORS = {
-    "entry_ids": TensorSpec(("uint16", "int32"), "TLK"),
+    "entry_ids": TensorSpec(("uint16", "int32", "uint8"), "TLK"),  # uint8 where it is packed
     "entry_blocks": TensorSpec(("uint16",), "TLB", optional=True),
-    "mass": TensorSpec(("float16",), "TLK", optional=True),
+    "entry_ends": TensorSpec(("int32",), "C", optional=True),
+    "mass": TensorSpec(("float16", "uint8"), "TLK", optional=True),
+    "mass_ends": TensorSpec(("int32",), "C", optional=True),
     "window_mass": TensorSpec(("float16",), "TL", optional=True),
     "sink_mass": TensorSpec(("float16",), "TL", optional=True),
     "token_ids": TensorSpec(("uint16", "int32"), "N", optional=True),
     "forced": TensorSpec(("bool",), "T"),
     "hidden": TensorSpec(("float16",), "WLH", optional=True),
-    "index_keys": TensorSpec(("uint8",), "LED", optional=True),
-    "index_key_scales": TensorSpec(("float32",), "LS", optional=True),
+    "index_keys": TensorSpec(("uint8",), "QED", optional=True),
+    "index_key_scales": TensorSpec(("float32",), "QS", optional=True),
     "prompt_mass": TensorSpec(("float16",), "LE", optional=True),
 }
 
@@ -173,7 +196,7 @@ class BlockedIds(Column):
         return self[:] if dtype is None else self[:].astype(dtype, copy=False)
 
 
-Array = np.ndarray | Column
+Array = np.ndarray | Column | PackedColumn
 
 
 @dataclass(frozen=True, eq=False)
@@ -191,9 +214,9 @@ class Trace:
     - forced, bool [T]: the step's input token was given, not generated.
     - hidden, float32 [W, L, H]: the layer's attention input at position
       prompt_tokens + tau * w - 1; or None.
-    - index_keys, uint8 [L, E, D]: float8 e4m3fn codes, RoPE already applied; `keys` decodes them;
-      or None.
-    - index_key_scales, float32 [L, E or 1].
+    - index_keys, uint8 [Q, E, D], of the layers `keyed`: float8 e4m3fn codes, RoPE already
+      applied; `keys` decodes them; or None.
+    - index_key_scales, float32 [Q, E or 1].
     - prompt_mass, float32 [L, E]: what `header.prompt_history` says, summed over the last
       `header.prompt_mass_queries` prompt tokens; or None.
 
@@ -246,6 +269,11 @@ class Trace:
         return self.header.geometry.get("csa_numbers") or list(range(self.n_layers))
 
     @property
+    def keyed(self) -> list[int]:
+        """The trace's layers that index keys are of, from 0."""
+        return list(range(self.n_layers) if self.header.keyed is None else self.header.keyed)
+
+    @property
     def n_windows(self) -> int:
         return -(-self.n_steps // self.header.tau)
 
@@ -266,8 +294,8 @@ class Trace:
         return (self.header.prompt_tokens + step + 1) // self.header.entry_tokens
 
     def keys(self, entries: int | None = None) -> NDArray[np.float32]:
-        """Index keys of the first ``entries`` entries (all by default), decoded: float32 [L,
-        entries, D].
+        """Index keys of the first ``entries`` entries (all by default), decoded: float32 [Q,
+        entries, D], a row for each of `keyed`.
         """
         assert self.index_keys is not None and self.index_key_scales is not None
         codes, scales = self.index_keys[:, :entries], self.index_key_scales[:, :entries]

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import fields
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -21,18 +22,28 @@ from fmsim.files.inputs import check_regular, reason
 from fmsim.trace import verified
 from fmsim.trace.check import check_structure, fail, validate
 from fmsim.trace.format import (
-    FORMAT_VERSION,
+    FILE_ONLY,
     METADATA_KEY,
+    PACKED_VERSION,
     PADDING,
     TENSORS,
     BlockedIds,
     Column,
+    TensorSpec,
     Trace,
     TraceHeader,
     decode_ids,
     n_blocks,
     to_float32,
     to_int32,
+)
+from fmsim.trace.packed import CHUNK_STEPS, PackedColumn, unpack_ids, unpack_masses
+from fmsim.trace.shared import (
+    CONTEXT_KEY,
+    SharedContext,
+    context_path,
+    file_digest,
+    joined,
 )
 from fmsim.trace.writer import SAFETENSORS_NAMES, content_sha256
 
@@ -54,21 +65,82 @@ def read(path: str | Path, check: bool | None = None) -> Trace:
     table, start = _safetensors_header(path, data)
     header = _trace_header(path, table.pop("__metadata__", None))
     stored = _tensors(path, table, data[start:])
-    columns: dict[str, Any] = dict.fromkeys(name for name in TENSORS if name != "entry_blocks")
+    columns: dict[str, Any] = dict.fromkeys(name for name in TENSORS if name not in FILE_ONLY)
     columns |= {
-        name: _column(name, array) for name, array in stored.items() if name != "entry_blocks"
+        name: _column(name, array) for name, array in stored.items() if name not in FILE_ONLY
     }
-    columns["entry_ids"] = _entry_ids(path, header, stored)
+    columns |= _packed_rows(path, header, stored)
+    if header.packed_shape is None:
+        columns["entry_ids"] = _entry_ids(path, header, stored)
     trace = Trace(header=header, path=path, **columns)
+    beside = None
+    if header.context_sha256 is not None:
+        beside = context_path(path, header.context_sha256)
+        trace = _with_context(trace, beside)
     check_structure(trace)
+    files = [path] if beside is None else [path, beside]
     if check is None:
-        check = verified.wanted() and not verified.is_known(path)
+        check = verified.wanted() and not all(map(verified.is_known, files))
     if check:
+        if beside is not None and file_digest(beside) != header.context_sha256:
+            raise FmsimError(f"{beside}: is not what {path} was written with; {TRUNCATED}")
         validate(trace)  # first, since it can say where the damage is
         if header.content_sha256 not in (None, content_sha256(header, stored, [data[start:].data])):
             fail(trace, "content_sha256", "does not match what the file holds")
-        verified.remember(path)
+        for file in files:
+            verified.remember(file)
     return trace
+
+
+def _with_context(trace: Trace, beside: Path) -> Trace:
+    """The trace with what lies in the file ``beside`` it."""
+    if not beside.exists():
+        raise FmsimError(
+            f"{trace.path}: needs the file {beside.name} beside it, which traces of one prompt"
+            " share; copy it too"
+        )
+    data = _map(beside)
+    table, start = _safetensors_header(beside, data)
+    if not isinstance(found := table.pop("__metadata__", None), dict) or CONTEXT_KEY not in found:
+        raise FmsimError(f"{beside}: is no context of traces; {TRUNCATED}")
+    wanted = [field.name for field in fields(SharedContext)]
+    stored = _tensors(beside, table, data[start:], {name: TENSORS[name] for name in wanted})
+    try:
+        return joined(trace, SharedContext(**{name: stored.get(name) for name in wanted}))
+    except ValueError as error:
+        raise FmsimError(f"{beside}: does not fit {trace.path} ({error}); {TRUNCATED}") from None
+
+
+def _packed_rows(
+    path: Path, header: TraceHeader, stored: dict[str, np.ndarray]
+) -> dict[str, PackedColumn]:
+    """Packed ids and masses, by name; none where the header says so."""
+    whole = header.packed_shape
+    found = {}
+    for name, ends_name, kind, unpack in (
+        ("entry_ids", "entry_ends", np.int32, unpack_ids),
+        ("mass", "mass_ends", np.float32, unpack_masses),
+    ):
+        array, ends = stored.get(name), stored.get(ends_name)
+        if array is None and ends is None:
+            continue
+        packed = array is not None and array.dtype == np.uint8
+        if not packed == (ends is not None) == (whole is not None):
+            raise FmsimError(
+                f"{path}: {name}: is {'not ' * (whole is not None)}packed, though the header says"
+                f" otherwise; {TRUNCATED}"
+            )
+        if whole is None or array is None or ends is None:
+            continue  # it is not packed
+        chunks = -(-whole[0] // CHUNK_STEPS)
+        rising = np.concatenate(([0], ends)) if ends.ndim == 1 else np.zeros(1)
+        if len(rising) != chunks + 1 or (np.diff(rising) < 0).any() or rising[-1] != array.size:
+            raise FmsimError(
+                f"{path}: {ends_name}: does not say where {chunks} chunks of {name} end;"
+                f" {TRUNCATED}"
+            )
+        found[name] = PackedColumn(array, ends, whole, kind, unpack, f"{path}: {name}")
+    return found
 
 
 def _map(path: Path) -> np.ndarray:
@@ -119,9 +191,9 @@ def _trace_header(path: Path, metadata: Any) -> TraceHeader:
         )
     found = _json_object(path, METADATA_KEY, metadata[METADATA_KEY].encode(errors="surrogatepass"))
     version = found.get("format_version")
-    if type(version) is int and version > FORMAT_VERSION:
+    if type(version) is int and version > PACKED_VERSION:
         raise FmsimError(
-            f"{path}: format_version: is {version}, this fmsim reads {FORMAT_VERSION}; upgrade"
+            f"{path}: format_version: is {version}, this fmsim reads {PACKED_VERSION}; upgrade"
             " fmsim"
         )
     try:
@@ -134,15 +206,17 @@ def _trace_header(path: Path, metadata: Any) -> TraceHeader:
         ) from None
 
 
-def _tensors(path: Path, table: dict[str, Any], data: np.ndarray) -> dict[str, np.ndarray]:
+def _tensors(
+    path: Path, table: dict[str, Any], data: np.ndarray, specs: dict[str, TensorSpec] = TENSORS
+) -> dict[str, np.ndarray]:
     """The file's tensors by name, in their stored types and the file's order; ``data`` is what
     follows the header.
     """
-    for name in sorted(table.keys() - TENSORS.keys()):
+    for name in sorted(table.keys() - specs.keys()):
         raise FmsimError(
-            f"{path}: {name}: is no tensor of a trace (format {FORMAT_VERSION}); {TRUNCATED}"
+            f"{path}: {name}: is no tensor of a trace (format {PACKED_VERSION}); {TRUNCATED}"
         )
-    for name, spec in TENSORS.items():
+    for name, spec in specs.items():
         if name not in table and not spec.optional:
             raise FmsimError(f"{path}: {name}: is missing; {TRUNCATED}")
     places = {name: _place(path, name, entry) for name, entry in table.items()}

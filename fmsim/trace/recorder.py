@@ -23,7 +23,7 @@ import numpy as np
 from fmsim.errors import FmsimError
 from fmsim.trace import float8
 from fmsim.trace.check import validate
-from fmsim.trace.format import Trace, TraceHeader
+from fmsim.trace.format import PACKED_VERSION, Trace, TraceHeader
 
 
 def sort_rows(ids: np.ndarray, mass: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -101,7 +101,7 @@ class TraceRecorder:
 
     def index_keys(self, layer: int, keys: np.ndarray) -> None:
         """Index keys float [E, D] of all entries closed by the end of the trace, RoPE applied; kept
-        as float8 with one scale.
+        as float8 with one scale. They are given for all layers; in a trace of version 3, for some.
         """
         self._keys[layer] = float8.quantise(np.asarray(keys, np.float32))
 
@@ -132,6 +132,9 @@ class TraceRecorder:
         ]
         keys = [self._keys.get(layer) for layer in layers]
         header = self.header
+        if header.format_version >= PACKED_VERSION and self._keys:
+            keys = [self._keys[layer] for layer in sorted(self._keys)]
+            header = header.model_copy(update={"keyed": tuple(sorted(self._keys))})
         if header.topk is None and header.format_version > 1:
             header = header.model_copy(update={"topk": self._ids.shape[2]})
         trace = Trace(
@@ -144,10 +147,10 @@ class TraceRecorder:
             forced=np.zeros(self.steps, bool) if forced is None else np.asarray(forced, bool),
             hidden=_all_or_none("hidden", sum(hidden, []), (self._windows, len(layers))),
             index_keys=_all_or_none(
-                "index_keys", [pair and pair[0] for pair in keys], (len(layers),)
+                "index_keys", [pair and pair[0] for pair in keys], (len(keys),)
             ),
             index_key_scales=_all_or_none(
-                "index_keys", [pair and pair[1] for pair in keys], (len(layers),)
+                "index_keys", [pair and pair[1] for pair in keys], (len(keys),)
             ),
             prompt_mass=_all_or_none(
                 "prompt_mass", [self._prompt_mass.get(layer) for layer in layers], (len(layers),)

@@ -37,7 +37,7 @@ def summary(trace: Trace) -> dict[str, Any]:
         "masses": "on every selected entry" if trace.has_mass else NO_MASS,
         "entries": f"of {header.entry_tokens} token{'s' * (header.entry_tokens > 1)}",
         "for lookahead": (
-            "hidden states and index keys"
+            "hidden states and index keys" + _of_some_layers(trace)
             if trace.hidden is not None and trace.index_keys is not None
             else "nothing"
         ),
@@ -50,6 +50,13 @@ def summary(trace: Trace) -> dict[str, Any]:
         "header": header.model_dump(),
         "layers": rows,
     }
+
+
+def _of_some_layers(trace: Trace) -> str:
+    """Which layers have index keys, where not all have."""
+    if len(trace.keyed) == trace.n_layers:
+        return ""
+    return f", keys of layers {', '.join(map(str, trace.keyed))} alone"
 
 
 def layer_row(trace: Trace, layer: int) -> dict[str, float]:

@@ -141,7 +141,7 @@ def test_foreign_and_newer_files_are_told(tmp_path):
     data = path.read_bytes()
     length = int.from_bytes(data[:8], "little")
     table = json.loads(data[8 : 8 + length])
-    header = json.loads(table["__metadata__"][METADATA_KEY]) | {"format_version": 3}
+    header = json.loads(table["__metadata__"][METADATA_KEY]) | {"format_version": 4}
     table["__metadata__"][METADATA_KEY] = json.dumps(header)
     text = json.dumps(table).encode()
     path.write_bytes(len(text).to_bytes(8, "little") + text + data[8 + length :])

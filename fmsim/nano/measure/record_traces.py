@@ -49,6 +49,7 @@ def record_context(
     kinds: list[str],
     steps: int,
     seed: int,
+    digest: str,
 ) -> None:
     """Write ``out/stem-KIND.safetensors`` for each kind, all after one prompt of ``context``
     tokens.
@@ -56,7 +57,6 @@ def record_context(
     streams = streams_of_one_context(context, np.random.default_rng((seed, context)), corpus, steps)
     chosen = [stream for stream in streams if stream.kind in kinds]
     total = context + sum(stream.steps for stream in chosen)
-    digest = weights_digest(MODEL_FOLDER)
     for found in record(
         model,
         chosen,
@@ -104,6 +104,9 @@ def main() -> None:
         required=True,
         help="folder written by fmsim.nano.text.pack_tokens",
     )
+    parser.add_argument(
+        "--model", type=Path, default=MODEL_FOLDER, help="directory of a nano; by default shipped"
+    )
     parser.add_argument("--split", choices=corpora.SPLITS, default="held_out")
     parser.add_argument("--out", type=Path, required=True, help="folder for the traces")
     parser.add_argument(
@@ -121,7 +124,8 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_float32_matmul_precision("high")
     args.out.mkdir(parents=True, exist_ok=True)
-    model, corpus = load_model(MODEL_FOLDER, args.device), corpora.load(args.corpus, args.split)
+    model, digest = load_model(args.model, args.device), weights_digest(args.model)
+    corpus = corpora.load(args.corpus, args.split)
     for seed in args.seeds:
         stem = f"{args.name}-{seed}" if len(args.seeds) > 1 else args.name
         record_context(
@@ -134,6 +138,7 @@ def main() -> None:
             args.kinds.split(","),
             args.steps,
             seed,
+            digest,
         )
 
 

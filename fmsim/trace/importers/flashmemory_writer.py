@@ -39,10 +39,11 @@ def write_document(
     tensors: dict[str, tuple[str, np.ndarray]] = {}
     assert trace.hidden is not None and trace.index_keys is not None
     scales = np.broadcast_to(np.asarray(trace.index_key_scales, "<f4"), trace.index_keys.shape[:2])
-    for layer, csa in enumerate(trace.csa_numbers):
+    for row, layer in enumerate(trace.keyed):
+        csa = trace.csa_numbers[layer]
         hidden = np.full((len(rows), trace.hidden.shape[2]), np.nan, np.float32)
         hidden[:: header.tau][: trace.n_windows] = np.asarray(trace.hidden[:, layer], np.float32)
-        scale_bytes = np.ascontiguousarray(scales[layer])[:, None].view(np.uint8)
+        scale_bytes = np.ascontiguousarray(scales[row])[:, None].view(np.uint8)
         tensors[f"hidden_layer_{csa}"] = ("BFloat16Storage", _bfloat16(hidden))
         tensors[f"positions_layer_{csa}"] = (
             "LongStorage",
@@ -50,7 +51,7 @@ def write_document(
         )
         tensors[f"compk_layer_{csa}"] = (
             "ByteStorage",
-            np.concatenate([trace.index_keys[layer], scale_bytes], axis=1),
+            np.concatenate([trace.index_keys[row], scale_bytes], axis=1),
         )
     tensors["label_indices"] = (
         "IntStorage",
