@@ -21,6 +21,7 @@ app = typer.Typer(help="Record attention traces, and look into them.", no_args_i
 app.command("import")(exchange.import_traces)
 app.command("export")(exchange.export_traces)
 app.command("cut")(trace_tools.cut)
+app.command("pack")(trace_tools.pack)
 app.command("stats")(trace_tools.stats)
 
 

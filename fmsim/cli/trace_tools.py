@@ -1,4 +1,4 @@
-"""`fmsim trace cut` and `fmsim trace stats`."""
+"""`fmsim trace cut`, `fmsim trace pack` and `fmsim trace stats`."""
 
 from __future__ import annotations
 
@@ -36,6 +36,36 @@ def cut(
         f"{out}: {part.n_steps} steps after {part.header.prompt_tokens:,} tokens,"
         f" {part.n_layers} layers, {out.stat().st_size / 1e6:.1f} MB"
     )
+
+
+def pack(
+    files: Annotated[list[Path], typer.Argument(help="traces (.safetensors) of one prompt")],
+    out: Annotated[Path, typer.Option(help="folder to write them to, under their names")],
+    keyed: Annotated[
+        str | None,
+        typer.Option(help="layers whose index keys stay, e.g. 0,2; all that have them by default"),
+    ] = None,
+    mass_bits: Annotated[
+        int, typer.Option(min=1, max=10, help="mantissa bits of a mass; 10 keep it as it is")
+    ] = 5,
+) -> None:
+    """Write traces of one prompt small: packed, and what they share once, beside them.
+
+    \b
+    fmsim trace pack new/nano-500k-*.safetensors --keyed 0,2,4 --out traces
+    """
+    from fmsim import trace
+    from fmsim.errors import FmsimError
+    from fmsim.trace import cut as cutting
+
+    chosen = None if keyed is None else cutting.parse_numbers(keyed, "--keyed")
+    places = [out / file.name for file in files]
+    if len(set(places)) < len(places):
+        raise FmsimError("trace pack: two files have one name; rename one of them")
+    light = [trace.lightened(trace.read(file), chosen, mass_bits) for file in files]
+    shared = trace.write_shared(places, light)
+    for place in [*places, shared]:
+        typer.echo(f"{place}: {place.stat().st_size / 1e6:.1f} MB")
 
 
 def stats(

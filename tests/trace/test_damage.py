@@ -24,9 +24,15 @@ def sound(tmp_path_factory) -> bytes:
 
 @pytest.fixture
 def holding(sound, tmp_path):
-    """The bytes of a trace that holds the tensor ``name``; only a long one has blocks of ids."""
+    """The bytes of a trace that holds the tensor ``name``; only a long one has blocks of ids, only
+    a packed one ends of chunks.
+    """
 
     def find(name: str) -> bytes:
+        if name in ("entry_ends", "mass_ends"):
+            packed = make_trace(prompt_tokens=256, n_steps=8, n_layers=2)
+            traces.write(tmp_path / "packed.safetensors", packed.with_header(format_version=3))
+            return (tmp_path / "packed.safetensors").read_bytes()
         if name != "entry_blocks":
             return sound
         path = tmp_path / "long.safetensors"

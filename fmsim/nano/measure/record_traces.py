@@ -37,6 +37,7 @@ TEXT = {
     ),
 }
 REPORT_SECONDS = 20
+MASS_BITS = 5  # mantissa bits of a recorded mass: within 1.6%
 
 
 def record_context(
@@ -50,14 +51,15 @@ def record_context(
     steps: int,
     seed: int,
     digest: str,
+    keyed: list[int] | None = None,
 ) -> None:
     """Write ``out/stem-KIND.safetensors`` for each kind, all after one prompt of ``context``
-    tokens.
+    tokens, which share a file of what is the prompt's; index keys of the layers ``keyed``.
     """
     streams = streams_of_one_context(context, np.random.default_rng((seed, context)), corpus, steps)
     chosen = [stream for stream in streams if stream.kind in kinds]
     total = context + sum(stream.steps for stream in chosen)
-    for found in record(
+    recorded = record(
         model,
         chosen,
         name="nano",
@@ -65,9 +67,12 @@ def record_context(
         sha256=digest,
         prompt_text=TEXT[split],
         progress=_progress(stem, total),
-    ):
-        path = out / f"{stem}-{found.header.prompt_kind}.safetensors"
-        trace.write(path, found)
+    )
+    light = [trace.lightened(found, keyed, MASS_BITS) for found in recorded]
+    paths = [out / f"{stem}-{found.header.prompt_kind}.safetensors" for found in light]
+    shared = trace.write_shared(paths, light)
+    print(f"{shared}: {shared.stat().st_size / 1e6:.1f} MB, shared by {len(paths)}")
+    for path, found in zip(paths, light, strict=True):
         print(
             f"{path}: {found.n_steps} steps, {path.stat().st_size / 1e6:.1f} MB,"
             f" {found.header.quality}",
@@ -118,6 +123,9 @@ def main() -> None:
     parser.add_argument(
         "--kinds", default="needles,memory,continuation", help="of these, with commas between"
     )
+    parser.add_argument(
+        "--keyed", type=int, nargs="+", help="CSA layers, from 0, whose index keys to keep; or all"
+    )
     parser.add_argument("--steps", type=int, default=512, help="least decode steps of each")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0], help="one context for each")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
@@ -139,6 +147,7 @@ def main() -> None:
             args.steps,
             seed,
             digest,
+            args.keyed,
         )
 
 
