@@ -35,7 +35,7 @@ from fmsim.nano import wording as say
 from fmsim.nano.measure.evaluate import prompts_of
 from fmsim.nano.tokenizer import EOS_ID
 from fmsim.nano.tokens import Corpus
-from fmsim.nano.training import forward
+from fmsim.exec.whole import forward
 from fmsim.nano.training.trainer import Workers
 from fmsim.tasks.woven import SHARING
 

@@ -60,7 +60,7 @@ class Prompt:
         self.rate = model.config.compress_rates.get(CSA, ENTRY_TOKENS)
         queries = min(PROMPT_QUERIES, len(self.tokens))
         watcher = PromptWatcher(len(self.tokens), queries, self.rate)
-        self._session = Session(model, len(self.tokens) + max_steps, watcher)
+        self._session = Session(model, len(self.tokens) + max_steps, watcher, watcher.first)
         self._session.read(self.tokens, progress)
         layers = range(model.config.layer_types.count(CSA))
         if not layers:

@@ -47,7 +47,8 @@ def record(
         model, len(prompt), name=name, seed=seed, sha256=sha256, prompt_text=prompt_text, tau=tau
     )
     shared = PromptWatcher(len(prompt), header.prompt_mass_queries, header.entry_tokens)
-    session = Session(model, len(prompt) + max(stream.steps for stream in streams), shared)
+    longest = len(prompt) + max(stream.steps for stream in streams)
+    session = Session(model, longest, shared, shared.first)
     session.read(prompt, progress)
     for stream in streams:
         decode = copy.copy(session)

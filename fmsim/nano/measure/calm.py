@@ -20,10 +20,10 @@ import torch
 
 from fmsim.exec.model.deepseek_v4 import DeepseekV4
 from fmsim.exec.model.weights.loader import load_model
+from fmsim.exec.whole import forward
 from fmsim.nano import tokens as corpora
 from fmsim.nano.prompts import decode_stream
 from fmsim.nano.tokens import Corpus
-from fmsim.nano.training import forward
 
 STEPS = 512
 FIRST_STEPS = 64  # that fill the buffer and are not counted

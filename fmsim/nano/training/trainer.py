@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from fmsim.exec.model.deepseek_v4 import DeepseekV4
-from fmsim.nano.training import forward
+from fmsim.exec.whole import forward
 from fmsim.nano.training.stages import Stage
 
 ANSWER_WEIGHT = 3.0

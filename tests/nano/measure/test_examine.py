@@ -9,8 +9,8 @@ import torch
 import torch.nn.functional as F
 from nano_training.tiny_nano import tiny_nano
 
+from fmsim.exec.whole.forward import Found
 from fmsim.nano.tokens import Corpus
-from fmsim.nano.training.forward import Found
 from fmsim.nano.training.trainer import Workers
 
 SCRIPT = Path(__file__).parents[3] / "benchmarks" / "nano" / "examine.py"
@@ -46,7 +46,7 @@ def foretells(monkeypatch, but=()):
         following[list(but)] = 0
         return Found(F.one_hot(following, VOCABULARY).float(), None, None)
 
-    monkeypatch.setattr("fmsim.nano.training.forward.train_forward", forward)
+    monkeypatch.setattr("fmsim.exec.whole.forward.train_forward", forward)
 
 
 def test_an_answer_is_right_where_every_token_of_it_was_foretold(script, model, monkeypatch):
@@ -82,7 +82,7 @@ def asks_in_order(monkeypatch, model, wanted: list[list[int]], separator: list[i
                 out[row, place] = goes[0][len(said)] if goes else after[0]
         return Found(F.one_hot(out.flatten(), VOCABULARY).float(), None, None)
 
-    monkeypatch.setattr("fmsim.nano.training.forward.train_forward", forward)
+    monkeypatch.setattr("fmsim.exec.whole.forward.train_forward", forward)
 
 
 @pytest.mark.parametrize("seed", range(6))

@@ -21,7 +21,7 @@ STAGE = Stage(512, 0.1, 512, (3e-3, 1e-3), ((12, 1.0),), mixture="dense")
 
 @pytest.fixture(autouse=True)
 def plain_torch(monkeypatch):
-    monkeypatch.setattr("fmsim.nano.training.device.runs_kernels", lambda tensor: False)
+    monkeypatch.setattr("fmsim.exec.whole.device.runs_kernels", lambda tensor: False)
 
 
 @pytest.fixture

@@ -6,8 +6,8 @@ from collections.abc import Callable
 
 import torch
 
-from fmsim.nano.training import attention, device, fused, index_scores
-from fmsim.nano.training.sinkhorn import sinkhorn
+from fmsim.exec.whole import attention, device, fused, index_scores
+from fmsim.exec.whole.sinkhorn import sinkhorn
 
 TOKENS, HEADS, SIZE, ENTRIES = 256, 6, 64, 64
 STREAMS, HIDDEN, WIDTH = 4, 384, 32

@@ -14,8 +14,8 @@ from torch import Tensor
 from fmsim.exec.kernels.experts import clamped_swiglu
 from fmsim.exec.kernels.lang import cdiv, next_power_of_2
 from fmsim.exec.model.norm_rope import rms_normalise
-from fmsim.nano.training import device
-from fmsim.nano.training.kernels import pointwise
+from fmsim.exec.whole import device
+from fmsim.exec.whole.kernels import pointwise
 
 STREAM_ROWS, STREAM_COLUMNS = 16, 128
 NORM_VALUES = 2048  # of a program at a time

@@ -3,7 +3,7 @@ experts.
 
 Each reads its inputs once or from a near cache and writes its outputs once. Sums are float32,
 whatever the tensors are. The functions that call them, with their gradients, are in
-`fmsim.nano.training.fused`.
+`fmsim.exec.whole.fused`.
 """
 
 from __future__ import annotations

@@ -6,8 +6,8 @@ from kernel_pools import on_each_device
 
 pytest.importorskip("triton", reason="Triton is not installed: it exists for Linux only")
 
-from fmsim.nano.training import attention, device, fused, index_scores
-from fmsim.nano.training.sinkhorn import sinkhorn
+from fmsim.exec.whole import attention, device, fused, index_scores
+from fmsim.exec.whole.sinkhorn import sinkhorn
 
 T, R, D = 37, 4, 24  # tokens, streams, width: none a multiple of a block
 
@@ -73,9 +73,7 @@ def test_a_kernel_gives_what_torch_gives(case, device, monkeypatch):
     monkeypatch.setattr(fused, "NORM_PROGRAMS", 2)
     found = []
     for kernels in (True, False):
-        monkeypatch.setattr(
-            "fmsim.nano.training.device.runs_kernels", lambda tensor, on=kernels: on
-        )
+        monkeypatch.setattr("fmsim.exec.whole.device.runs_kernels", lambda tensor, on=kernels: on)
         given = [part.to(device).clone().requires_grad_() for part in inputs]
         out = function(*given)
         (out * made(*out.shape).to(device)).sum().backward()
@@ -89,9 +87,7 @@ def test_the_indexers_target_is_the_softmax_over_what_is_visible(device, monkeyp
     near, shares = made(2, 50, 6), []
     given = [part.to(device) for part in (Q, ENTRIES, SEEN, near)]
     for kernels in (True, False):
-        monkeypatch.setattr(
-            "fmsim.nano.training.device.runs_kernels", lambda tensor, on=kernels: on
-        )
+        monkeypatch.setattr("fmsim.exec.whole.device.runs_kernels", lambda tensor, on=kernels: on)
         shares.append(attention.attention_over_entries(*given))
     assert (shares[0] - shares[1]).abs().max() < 1e-6
     assert (shares[0][:, 0] == 0).all() and (shares[0].sum(-1) < 1).all()

@@ -9,8 +9,8 @@ from kernel_pools import on_each_device
 from nano_training.tiny_nano import BATCH, LENGTH, TOP_K, sequences, tiny_nano
 
 from fmsim.exec.model.kinds import CSA, HCA
-from fmsim.nano.training import forward
-from fmsim.nano.training.forward import Manner
+from fmsim.exec.whole import forward
+from fmsim.exec.whole.forward import Manner
 
 
 @pytest.fixture
@@ -20,7 +20,7 @@ def model():
 
 @pytest.fixture(autouse=True)
 def plain_torch(monkeypatch):
-    monkeypatch.setattr("fmsim.nano.training.device.runs_kernels", lambda tensor: False)
+    monkeypatch.setattr("fmsim.exec.whole.device.runs_kernels", lambda tensor: False)
 
 
 def outcome(model, hidden, index_loss):
@@ -57,7 +57,7 @@ def test_the_same_values_and_gradients_as_the_dense_rendering(model, sparse, rec
 
 @on_each_device
 def test_kernels_give_the_values_and_gradients_of_the_dense_rendering(device, monkeypatch):
-    monkeypatch.setattr("fmsim.nano.training.device.runs_kernels", lambda tensor: True)
+    monkeypatch.setattr("fmsim.exec.whole.device.runs_kernels", lambda tensor: True)
     model = tiny_nano(kinds=(CSA, HCA)).to(device)
     given, positions = (part[:1, :64].to(device) for part in sequences(2))
     found = forward.train_forward(model, given, positions, Manner(TOP_K))

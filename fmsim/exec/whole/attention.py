@@ -13,8 +13,8 @@ from torch import Tensor
 
 from fmsim.exec.kernels.lang import cdiv, next_power_of_2
 from fmsim.exec.model.kinds import MASKED
-from fmsim.nano.training import device
-from fmsim.nano.training.kernels import attention as kernels
+from fmsim.exec.whole import device
+from fmsim.exec.whole.kernels import attention as kernels
 
 RANGE_ROWS, RANGE_COLUMNS = 128, 64
 CHOSEN_COLUMNS = 64

@@ -10,6 +10,7 @@ size, H heads, C head size, E entries.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -25,8 +26,8 @@ from fmsim.exec.model.hyper_connection import HyperConnection
 from fmsim.exec.model.kinds import CSA, MASKED, SLIDING
 from fmsim.exec.model.norm_rope import RMSNorm
 from fmsim.exec.model.projections import grouped
-from fmsim.nano.training import attention, fused, index_scores
-from fmsim.nano.training.sinkhorn import sinkhorn
+from fmsim.exec.whole import attention, fused, index_scores
+from fmsim.exec.whole.sinkhorn import sinkhorn
 
 WATCHED_BLOCK = 64  # queries in a row whose attention the indexer learns from
 WATCHED_LOGITS = 2**24  # of one layer's loss: that many pairs of query and entry
@@ -40,7 +41,7 @@ class Manner:
     indexer's target that is the mean over a block of queries rather than the query's own; watched:
     int64 [B, Q], the queries that the indexer learns from, whole blocks of WATCHED_BLOCK, None for
     all; recompute: make each layer's activations anew in the backward pass; index_loss: whether to
-    compute it.
+    compute it; entered: is told of every layer's number and what it attends with.
     """
 
     top_k: int | None = None
@@ -48,6 +49,7 @@ class Manner:
     watched: Tensor | None = None
     recompute: bool = False
     index_loss: bool = True
+    entered: Callable[[int, Entered], None] | None = None
 
 
 class Found(NamedTuple):
@@ -128,6 +130,8 @@ def _layer(layer, number, streams, tokens, places: Places, manner: Manner):
     own, turns = layer.self_attn, places.turns[layer.self_attn.rope_kind]
     rate = None if own.kind == SLIDING else own.compressor.rate
     entered = enter_attention(layer, streams, turns, places.first.get(rate))
+    if manner.entered is not None:
+        manner.entered(number, entered)
     q, kv, entries, *index = (
         None if part is None else part.view(places.batch, -1, *part.shape[1:])
         for part in (entered.q, entered.kv, entered.entries, *entered.index)
@@ -154,10 +158,11 @@ Turns = tuple[Tensor, Tensor]  # cosines and sines, float32 [T, pairs]
 
 
 class Entered(NamedTuple):
-    """A layer's attention, ready to attend: q [T, H, C], kv [T, C], entries [E, C], the indexer's
-    parts.
+    """A layer's attention, ready to attend: its input x [T, D], q [T, H, C], kv [T, C], entries [E,
+    C], the indexer's parts.
     """
 
+    x: Tensor
     q: Tensor
     kv: Tensor
     entries: Tensor | None
@@ -175,16 +180,16 @@ def enter_attention(layer: Layer, streams: Tensor, turns: Turns, first: Tensor |
     q = own.q_b_proj(q_latent).unflatten(-1, (own.heads, own.size))
     q, kv = fused.norm_rotate(q, None, own.eps, turns), _normed(own.kv_norm, own.kv_proj(x), turns)
     if own.kind == SLIDING:
-        return Entered(q, kv, None, (None, None, None), write, mix)
+        return Entered(x, q, kv, None, (None, None, None), write, mix)
     entries = compress(own.compressor, x, turns, first)
     if own.kind != CSA:
-        return Entered(q, kv, entries, (None, None, None), write, mix)
+        return Entered(x, q, kv, entries, (None, None, None), write, mix)
     indexer, x, q_latent = own.compressor.indexer, x.detach(), q_latent.detach()
     keys = compress(indexer, x, turns, first)
     queries = indexer.q_b_proj(q_latent).unflatten(-1, (indexer.heads, indexer.width))
     weights = indexer.scorer.weights_proj(x) * (indexer.heads * indexer.width) ** -0.5
     queries = fused.norm_rotate(queries, None, None, turns)
-    return Entered(q, kv, entries, (queries, weights, keys), write, mix)
+    return Entered(x, q, kv, entries, (queries, weights, keys), write, mix)
 
 
 def _normed(norm: RMSNorm, x: Tensor, turns: Turns | None = None) -> Tensor:

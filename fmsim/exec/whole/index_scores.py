@@ -12,8 +12,8 @@ from torch import Tensor
 
 from fmsim.exec.kernels.lang import cdiv
 from fmsim.exec.kernels.top_k import top_k
-from fmsim.nano.training import device
-from fmsim.nano.training.kernels import index_scores as kernels
+from fmsim.exec.whole import device
+from fmsim.exec.whole.kernels import index_scores as kernels
 
 SCORE_ROWS, SCORE_COLUMNS = 64, 128
 SCORES_AT_ONCE = 2**28  # of a selection: 1 GiB of float32

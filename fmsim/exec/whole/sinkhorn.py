@@ -11,8 +11,8 @@ from torch import Tensor
 
 from fmsim.exec.kernels.lang import cdiv
 from fmsim.exec.model import hyper_connection
-from fmsim.nano.training import device
-from fmsim.nano.training.kernels import sinkhorn as kernels
+from fmsim.exec.whole import device
+from fmsim.exec.whole.kernels import sinkhorn as kernels
 
 SINKHORN_ROWS = 64
 

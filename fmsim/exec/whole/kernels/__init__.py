@@ -1,0 +1,3 @@
+"""Triton kernels of whole sequences, forward and backward; the files beside this folder call
+them.
+"""
