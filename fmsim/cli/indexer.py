@@ -106,6 +106,10 @@ def train(
     min_layers: MinLayers = 1,
     horizon: Horizon = None,
     state_age: StateAge = 0,
+    layers: Annotated[
+        str | None,
+        typer.Option(help="CSA layers to score, from 0, e.g. 0,2; by default all that have keys"),
+    ] = None,
     seed: Annotated[int, typer.Option(help="decides the weights and the sampling")] = 0,
     resume: Annotated[
         bool,
@@ -136,6 +140,7 @@ def train(
     from fmsim.indexer.scorer import ScorerConfig
     from fmsim.indexer.train import TrainOptions
     from fmsim.indexer.train import train as run
+    from fmsim.trace.cut import parse_numbers
 
     options = TrainOptions(
         heads=heads,
@@ -165,6 +170,9 @@ def train(
     parts = [
         [windows for _, windows in _read(paths, rule, "reading")] for paths in (traces, held_out)
     ]
+    if layers is not None:
+        chosen = parse_numbers(layers, "--layers")
+        parts = [[windows.of_layers(chosen) for windows in part] for part in parts]
     config = ScorerConfig.from_geometry(_geometry(traces[0]))
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     typer.echo(

@@ -7,6 +7,7 @@ Entries that closed since then are neither scored nor wanted: a policy keeps the
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -36,6 +37,20 @@ class Windows(NamedTuple):
     mass: np.ndarray
     csa_numbers: tuple[int, ...] = ()
     state_age: int = 0
+
+    def of_layers(self, numbers: Sequence[int]) -> Windows:
+        """The states and keys of some CSA layers alone, by number; labels stay. FmsimError where
+        one has none.
+        """
+        absent = sorted(set(numbers) - set(self.layers))
+        if absent:
+            raise FmsimError(
+                f"{self.name}: has states and keys of CSA layers {self.layers}, not of {absent}"
+            )
+        rows = [self.layers.index(number) for number in numbers]
+        return self._replace(
+            hidden=self.hidden[:, rows], keys=self.keys[rows], csa_numbers=tuple(numbers)
+        )
 
     @property
     def layers(self) -> list[int]:
