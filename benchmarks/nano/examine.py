@@ -30,12 +30,12 @@ import torch
 from fmsim import tasks
 from fmsim.exec.model.deepseek_v4 import DeepseekV4
 from fmsim.exec.model.weights.loader import load_model
+from fmsim.exec.whole import forward
 from fmsim.nano import tokens as corpora
 from fmsim.nano import wording as say
 from fmsim.nano.measure.evaluate import prompts_of
 from fmsim.nano.tokenizer import EOS_ID
 from fmsim.nano.tokens import Corpus
-from fmsim.exec.whole import forward
 from fmsim.nano.training.trainer import Workers
 from fmsim.tasks.woven import SHARING
 
