@@ -14,7 +14,7 @@ import os
 import re
 import zipfile
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -237,61 +237,3 @@ def _check_shapes(path: Path, layer: int, weights: LayerWeights, first: LayerWei
         raise FmsimError(f"{path}: shapes of retrievers.l{layer} do not fit together: {shapes}")
     if (weights.hidden_size, weights.head_dim) != (first.hidden_size, first.head_dim):
         raise FmsimError(f"{path}: retrievers.l{layer} has other widths than the layers before it")
-
-
-NATIVE = {
-    "attn.wq_a.weight": "wq_a",
-    "attn.q_norm.weight": "q_norm",
-    "attn.indexer.wq_b.weight": "wq_b",
-    "attn.indexer.weights_proj.weight": "weights_proj",
-}
-
-
-def of_model(folder: str | os.PathLike) -> Checkpoint:
-    """The lightning indexers of a DeepSeek-V4 model in float32 or bfloat16: the same network, with
-    the model's own weights.
-
-    `folder` holds config.json and one model.safetensors. Raises FmsimError for another model.
-    """
-    folder = Path(folder)
-    try:
-        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-        kinds = config["layer_types"]
-        csa = [n for n, kind in enumerate(kinds) if kind == "compressed_sparse_attention"]
-        rope = config["rope_parameters"]["compress"]
-        geometry = {"rope_dims": config["qk_rope_head_dim"], "compress_rope": rope}
-        layers = {}
-        with (folder / "model.safetensors").open("rb") as file:
-            header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
-            start = file.tell()
-            for number, layer in enumerate(csa):
-                parts = {}
-                for key, part in NATIVE.items():
-                    entry = header[f"model.layers.{layer}.{key}"]
-                    parts[part] = _floats(file, start, entry)
-                layers[number] = LayerWeights(**parts)
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise FmsimError(
-            f"{folder}: not a DeepSeek-V4 model's folder with config.json and model.safetensors in"
-            f" bfloat16 or float32: {error!r}"
-        ) from None
-    if not layers:
-        raise FmsimError(f"{folder}: the model has no CSA layers")
-    scorer = ScorerConfig.from_geometry(geometry)
-    return Checkpoint(layers, replace(scorer, norm_eps=config.get("rms_norm_eps", 1e-6)))
-
-
-def _floats(file: Any, start: int, entry: dict[str, Any]) -> np.ndarray:
-    """One tensor of an open .safetensors file as float32; numpy has no bfloat16, whose bits are a
-    float32's upper half.
-    """
-    first, end = entry["data_offsets"]
-    file.seek(start + first)
-    raw = file.read(end - first)
-    if entry["dtype"] == "BF16":
-        flat = (np.frombuffer(raw, "<u2").astype(np.uint32) << 16).view(np.float32)
-    elif entry["dtype"] == "F32":
-        flat = np.frombuffer(raw, "<f4")
-    else:
-        raise ValueError(f"weights in {entry['dtype']}")
-    return flat.reshape(entry["shape"])

@@ -7,7 +7,7 @@ from typing import Literal
 
 from pydantic import Field
 
-from fmsim.indexer import checkpoint
+from fmsim.indexer import checkpoint, native
 from fmsim.indexer.checkpoint import Checkpoint
 from fmsim.policies.base import Context
 from fmsim.policies.lsa import LSA
@@ -39,4 +39,4 @@ class Native(LSA):
         self.floor = None
 
     def _load(self) -> Checkpoint:
-        return checkpoint.of_model(self.params.checkpoint or checkpoint.SHIPPED.parent)
+        return native.of_model(self.params.checkpoint or checkpoint.SHIPPED.parent)

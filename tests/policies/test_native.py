@@ -8,7 +8,7 @@ import pytest
 from safetensors.numpy import save_file
 
 from fmsim.errors import FmsimError
-from fmsim.indexer import checkpoint
+from fmsim.indexer import native
 from fmsim.policies.native import Native
 from fmsim.replay.replayer import Replayer
 from fmsim.testing import check_policy
@@ -40,9 +40,9 @@ def test_conformance(tmp_path):
     rng, width = np.random.default_rng(0), 8
     shapes = {"wq_a": (6, width), "q_norm": (6,), "wq_b": (16, 6), "weights_proj": (2, width)}
     tensors = {
-        f"model.layers.{layer}.{key}": rng.standard_normal(shapes[part]).astype(np.float32)
+        f"model.layers.{layer}.{names[1]}": rng.standard_normal(shapes[part]).astype(np.float32)
         for layer in (1, 2)
-        for key, part in checkpoint.NATIVE.items()
+        for part, names in native.NATIVE.items()
     }
     save_file(tensors, tmp_path / "model.safetensors")
     config = {
@@ -62,4 +62,24 @@ def test_it_keeps_every_layers_keys_and_fills_its_budget(trace):
 
 def test_another_folder_is_one_clear_error(tmp_path):
     with pytest.raises(FmsimError, match="not a DeepSeek-V4 model's folder"):
-        checkpoint.of_model(tmp_path)
+        native.of_model(tmp_path)
+
+
+@pytest.mark.parametrize("narrow", [False, True])
+def test_sharded_and_float8_weights_are_those_of_the_model(tmp_path, monkeypatch, narrow):
+    pytest.importorskip("torch", reason="the model needs fmsim[model]")
+    from nano_training.tiny_nano import tiny_nano
+
+    from fmsim.exec.model.weights.loader import load_model
+    from fmsim.exec.runs.native import native_indexer
+    from fmsim.nano.training import export
+
+    monkeypatch.setattr(export, "MOST_BYTES", 30_000)
+    monkeypatch.setattr(export, "FLOAT8_BLOCK", 8)
+    export.export(tiny_nano(), tmp_path, float8=narrow)
+    assert len(list(tmp_path.glob("*.safetensors"))) > 1
+    expected, found = native_indexer(load_model(tmp_path), "tiny"), native.of_model(tmp_path)
+    assert found.config.rope_dims == expected.config.rope_dims and len(found.layers) == 2
+    for number, layer in expected.layers.items():
+        for ours, theirs in zip(found.layers[number], layer, strict=True):
+            assert np.allclose(ours, theirs, atol=1e-6)
