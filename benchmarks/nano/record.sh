@@ -16,8 +16,8 @@ set -u
 root=$(cd "$(dirname "$0")/../.." && pwd)
 tokens=$1 model=$2
 python=${PYTHON:-python3} device=${DEVICE:-cuda} work=${WORK:-$(mktemp -d)} part=${PART:-all}
-gpus=${N:-$(nvidia-smi -L | wc -l)} per_gpu=${PER_GPU:-3} steps=${STEPS:-512} most=${MOST:-3}
-held=${HELD:-512000:512 128000:256 32768:128}
+gpus=${N:-$(nvidia-smi -L | wc -l)} per_gpu=${PER_GPU:-3} steps=${STEPS:-512} most=${MOST:-2}
+held=${HELD:-512000:512 128000:192 32768:128}
 train=${TRAIN:-524288:6 131072:6 32768:12 8192:8}
 layers=${LAYERS:-0,1,2,3,4,5 0,2,4 1,3,5 1,4}
 export PYTHONPATH=$root${PYTHONPATH:+:$PYTHONPATH} OMP_NUM_THREADS=4
