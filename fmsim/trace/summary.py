@@ -10,6 +10,9 @@ from fmsim.trace.format import Trace
 
 HEAD_SHARE = 0.95
 NO_MASS = "not captured, so there is no figure that needs them"
+# a key of the header's `quality`: the share of selected entries that lru misses with room for twice
+# top-k in each layer, the mean over layers, from step 64 on
+LRU_MISSES = "lru_misses"
 LABELLED = "golden labels, not attention; mass is the share of CSA layers that chose an entry"
 
 
@@ -18,6 +21,8 @@ def summary(trace: Trace) -> dict[str, Any]:
     described in ``layer_row``.
     """
     header = trace.header
+    answers = [f"{key} {value}" for key, value in header.quality.items() if key != LRU_MISSES]
+    misses = header.quality.get(LRU_MISSES)
     about = {
         "model": f"{header.model.name} ({header.model.dtype}), {header.source}",
         "prompt": f"{header.prompt_kind}, {header.prompt_tokens:,} tokens, seed {header.seed}",
@@ -31,8 +36,11 @@ def summary(trace: Trace) -> dict[str, Any]:
                 f" {trace.n_layers} layers"
             )
         ),
-        "answers": (
-            ", ".join(f"{key} {value}" for key, value in header.quality.items()) or "none asked"
+        "answers": ", ".join(answers) or "none asked",
+        "lru misses": (
+            "not measured"
+            if misses is None
+            else f"{misses:.1%} of the selected, with room for 2 x top-k"
         ),
         "masses": "on every selected entry" if trace.has_mass else NO_MASS,
         "entries": f"of {header.entry_tokens} token{'s' * (header.entry_tokens > 1)}",

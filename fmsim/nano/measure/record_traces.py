@@ -22,9 +22,12 @@ from fmsim.exec.model.deepseek_v4 import DeepseekV4
 from fmsim.exec.model.weights.loader import load_model
 from fmsim.exec.runs.record import record, weights_digest
 from fmsim.nano import tokens as corpora
+from fmsim.nano.measure.calm import lru_misses
 from fmsim.nano.prompts import streams_of_one_context
 from fmsim.nano.tokenizer import MODEL_FOLDER
 from fmsim.nano.tokens import Corpus
+from fmsim.trace import Trace
+from fmsim.trace.summary import LRU_MISSES
 
 TEXT = {
     "held_out": (
@@ -68,7 +71,7 @@ def record_context(
         prompt_text=TEXT[split],
         progress=_progress(stem, total),
     )
-    light = [trace.lightened(found, keyed, MASS_BITS) for found in recorded]
+    light = [trace.lightened(_with_misses(found), keyed, MASS_BITS) for found in recorded]
     paths = [out / f"{stem}-{found.header.prompt_kind}.safetensors" for found in light]
     shared = trace.write_shared(paths, light)
     print(f"{shared}: {shared.stat().st_size / 1e6:.1f} MB, shared by {len(paths)}")
@@ -78,6 +81,15 @@ def record_context(
             f" {found.header.quality}",
             flush=True,
         )
+
+
+def _with_misses(found: Trace) -> Trace:
+    """The trace with what `lru` misses of its selections in its header."""
+    ids, entries = np.asarray(found.entry_ids), np.arange(found.n_steps)
+    entries = (found.header.prompt_tokens + entries + 1) // found.header.entry_tokens
+    layers = [lru_misses(ids[:, n], entries, 2 * found.topk) for n in range(found.n_layers)]
+    misses = round(float(np.mean(layers)), 4)
+    return found.with_header(quality=found.header.quality | {LRU_MISSES: misses})
 
 
 def _progress(stem: str, total: int) -> Callable[[int], None]:
