@@ -29,7 +29,7 @@ NATIVE = {
 PUBLISHED_BLOCK = [128, 128]  # rows and columns that share a scale, where the config is silent
 
 
-def of_model(folder: str | os.PathLike) -> Checkpoint:
+def of_model(folder: str | os.PathLike[str]) -> Checkpoint:
     """The lightning indexers of a DeepSeek-V4 model in float32, bfloat16 or float8 with scales of
     blocks: the same network, with the model's own weights.
 

@@ -58,17 +58,19 @@ class PackedColumn:
         steps, *rest = key if isinstance(key, tuple) else (key,)
         if isinstance(steps, (int, np.integer)):
             number, place = divmod(range(len(self))[int(steps)], CHUNK_STEPS)
-            return self._chunk(number)[(place, *rest)]
-        wanted = range(len(self))[steps] if isinstance(steps, slice) else range(len(self))
+            one: np.ndarray = self._chunk(number)[(place, *rest)]
+            return one
+        if not isinstance(steps, slice):
+            picked: np.ndarray = self[:][(steps, *rest)]
+            return picked
+        wanted = range(len(self))[steps]
         if not wanted:
             return np.zeros((0, *self.whole[1:]), self.kind)[(slice(None), *rest)]
         first = min(wanted) // CHUNK_STEPS
         numbers = range(first, max(wanted) // CHUNK_STEPS + 1)
         rows = np.concatenate([self._chunk(number) for number in numbers])
-        if isinstance(steps, slice):
-            steps = np.asarray(wanted) - first * CHUNK_STEPS
-            return rows[steps][(slice(None), *rest)]
-        return rows[key]
+        found: np.ndarray = rows[np.asarray(wanted) - first * CHUNK_STEPS][(slice(None), *rest)]
+        return found
 
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
         return self[:] if dtype is None else self[:].astype(dtype, copy=False)

@@ -12,7 +12,7 @@ import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import numpy as np
 
@@ -52,7 +52,7 @@ def lightened(trace: Trace, keyed: Sequence[int] | None, mass_bits: int) -> Trac
 
     Raises FmsimError where a layer has no keys.
     """
-    header = {"format_version": PACKED_VERSION}
+    header: dict[str, Any] = {"format_version": PACKED_VERSION}
     keys, scales = trace.index_keys, trace.index_key_scales
     if keyed is not None and keys is not None and scales is not None:
         absent = sorted(set(keyed) - set(trace.keyed))
@@ -124,16 +124,22 @@ def joined(rest: Trace, shared: SharedContext) -> Trace:
     """The whole trace of what is its own and what it shares. Raises ValueError where they do not
     fit each other.
     """
-    changes: dict[str, np.ndarray | None] = {"index_key_scales": shared.index_key_scales}
-    if rest.index_keys is not None and shared.index_keys is not None:
-        changes["index_keys"] = np.concatenate((shared.index_keys, rest.index_keys), axis=1)
-    if rest.token_ids is not None and shared.token_ids is not None:
-        changes["token_ids"] = np.concatenate((shared.token_ids, rest.token_ids), dtype=np.int32)
+    keys, tokens, mass = rest.index_keys, rest.token_ids, rest.prompt_mass
+    if keys is not None and shared.index_keys is not None:
+        keys = np.concatenate((shared.index_keys, keys), axis=1)
+    if tokens is not None and shared.token_ids is not None:
+        tokens = np.concatenate((shared.token_ids, tokens), dtype=np.int32)
     if shared.prompt_mass is not None:
-        mass = np.asarray(shared.prompt_mass, np.float32)
-        later = np.zeros((len(mass), rest.total_entries - rest.prompt_entries), np.float32)
-        changes["prompt_mass"] = np.concatenate((mass, later), axis=1)
-    return replace(rest, **changes)
+        prompt = np.asarray(shared.prompt_mass, np.float32)
+        later = np.zeros((len(prompt), rest.total_entries - rest.prompt_entries), np.float32)
+        mass = np.concatenate((prompt, later), axis=1)
+    return replace(
+        rest,
+        index_keys=keys,
+        index_key_scales=shared.index_key_scales,
+        token_ids=tokens,
+        prompt_mass=mass,
+    )
 
 
 def _check_same(first: Trace, other: Trace) -> None:

@@ -67,7 +67,8 @@ def write_shared(paths: Sequence[Path], traces: Sequence[Trace]) -> Path:
     if context.token_ids is not None:
         tensors["token_ids"] = encode_tokens(context.token_ids)
     tensors = dict(sorted(tensors.items(), key=lambda item: -item[1].itemsize))
-    parts = [_file_head({CONTEXT_KEY: "1"}, tensors), *(array.data for array in tensors.values())]
+    head = _file_head({CONTEXT_KEY: "1"}, tensors)
+    parts: list[bytes | memoryview] = [head, *(array.data for array in tensors.values())]
     digest = hashlib.sha256(b"".join(parts)).hexdigest()
     place = context_path(paths[0], digest)
     _write_parts(place, parts)

@@ -70,6 +70,8 @@ def test_any_rows_and_masses_come_back(
         assert np.array_equal(read.entry_ids[first:end], ids[first:end])
         assert np.array_equal(read.entry_ids[first:end:2, layer], ids[first:end:2, layer])
         assert np.array_equal(read.mass[:, layer], mass[:, layer])
+        picked = rng.integers(steps, size=3)
+        assert np.array_equal(read.entry_ids[picked, layer], ids[picked, layer])
         assert np.array_equal(read.mass[first % steps, layer], mass[first % steps, layer])
     again = path.with_name("b.safetensors")
     traces.write(again, read)

@@ -42,7 +42,20 @@ KERNELS = {
 }
 
 
-def test_every_kernel_of_training_compiles_for_sm_90(tmp_path):
+READING = {
+    "range_forward",
+    "chosen_forward",
+    "scores_forward",
+    "sinkhorn_forward",
+    "read_forward",
+    "leave_forward",
+    "norm_rotate_forward",
+    "swiglu_forward",
+}
+
+
+def compiled(launches: list[str], tmp_path: Path) -> list[dict]:
+    """A row for each kernel that ``launches`` compile."""
     # the interpreter takes the compiler's place where it is on, so this is another process
     environment = os.environ | {
         "TRITON_INTERPRET": "0",
@@ -50,14 +63,23 @@ def test_every_kernel_of_training_compiles_for_sm_90(tmp_path):
         "PYTHONPATH": os.pathsep.join([str(SUPPORT.parents[1]), str(SUPPORT)]),
     }
     done = subprocess.run(
-        [sys.executable, str(SUPPORT / "compile_kernels.py"), *LAUNCHES],
+        [sys.executable, str(SUPPORT / "compile_kernels.py"), *launches],
         env=environment,
         capture_output=True,
         text=True,
         check=False,
     )
     assert done.returncode == 0, done.stderr[-3000:]
-    found = [json.loads(line) for line in done.stdout.splitlines()]
+    return [json.loads(line) for line in done.stdout.splitlines()]
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_a_prompt_is_read_by_kernels_that_compile_for_sm_90(tmp_path, dtype):
+    assert {row["kernel"] for row in compiled([f"reading, {dtype}"], tmp_path)} >= READING
+
+
+def test_every_kernel_of_training_compiles_for_sm_90(tmp_path):
+    found = compiled(LAUNCHES, tmp_path)
     assert {row["kernel"] for row in found} == KERNELS
     products = {kind for row in found if row["kernel"] == "range_forward" for kind in row["ptx"]}
     assert any("wgmma" in kind or "mma.sync" in kind for kind in products)

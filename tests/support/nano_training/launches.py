@@ -1,13 +1,19 @@
 """One launch of every kernel of nano's training, forward and backward, at nano's shapes and in its
-types; content does not matter.
+types, and those of a prompt read at once; content does not matter.
 """
 
 from collections.abc import Callable
 
 import torch
+from transformers import DeepseekV4Config
 
+from fmsim.exec.model.deepseek_v4 import DeepseekV4
+from fmsim.exec.model.kinds import CSA, HCA, SLIDING
+from fmsim.exec.model.weights.loader import KEPT_FLOAT32
 from fmsim.exec.whole import attention, device, fused, index_scores
+from fmsim.exec.whole.prefill import read_whole
 from fmsim.exec.whole.sinkhorn import sinkhorn
+from fmsim.nano.config import nano_config
 
 TOKENS, HEADS, SIZE, ENTRIES = 256, 6, 64, 64
 STREAMS, HIDDEN, WIDTH = 4, 384, 32
@@ -41,6 +47,26 @@ def shares() -> None:
     device.runs_kernels = lambda tensor: True
     q, near = low(1, TOKENS, HEADS, SIZE), high(1, TOKENS, HEADS)
     attention.attention_over_entries(q, low(1, ENTRIES, SIZE), whole(1, TOKENS), near)
+
+
+def reading(dtype: torch.dtype) -> Callable[[], None]:
+    """A layer of each kind, with weights of ``dtype``, reads a prompt long enough that the indexer
+    selects.
+    """
+    fields = nano_config().to_dict() | {
+        "layer_types": [SLIDING, CSA, HCA], "num_hidden_layers": 3,
+        "mlp_layer_types": ["hash_moe", "moe", "moe"],
+    }  # fmt: skip
+
+    def launch() -> None:
+        device.runs_kernels = lambda tensor: True
+        model = DeepseekV4(DeepseekV4Config.from_dict(fields)).requires_grad_(False).eval()
+        for name, parameter in model.named_parameters():
+            if not KEPT_FLOAT32.search(name):
+                parameter.data = parameter.data.to(dtype)
+        read_whole(model, torch.zeros(2560, dtype=torch.int64), model.new_cache(1, 2560))
+
+    return launch
 
 
 ATTENDED = low(1, TOKENS, HEADS, SIZE), low(1, TOKENS, SIZE), high(HEADS), low(1, ENTRIES, SIZE)
@@ -83,4 +109,6 @@ LAUNCHES = {
         lambda gate_up, share: fused.gated(gate_up, share, 7.0),
         low(TOKENS, 5, 320), high(TOKENS, 5),
     ),
+    "reading, bfloat16": reading(torch.bfloat16),
+    "reading, float32": reading(torch.float32),
 }  # fmt: skip
