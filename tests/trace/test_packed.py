@@ -24,10 +24,10 @@ def rows_of(seed, steps, layers, width, entries, churn):
     rng = np.random.default_rng(seed)
     ids = np.full((steps, layers, width), -1, np.int32)
     for layer in range(layers):
-        row = rng.choice(entries, min(width, entries), replace=False)
+        row = np.unique(rng.integers(entries, size=width))
         for step in range(steps):
             kept = row[rng.random(len(row)) >= churn]
-            row = np.union1d(kept, rng.choice(entries, min(width, entries), replace=False))
+            row = np.union1d(kept, rng.integers(entries, size=width))
             row = rng.permutation(row)[: rng.integers(0, width + 1)]
             ids[step, layer, : len(row)] = np.sort(row)
     return ids
@@ -53,11 +53,14 @@ def test_any_rows_and_masses_come_back(
     ids = rows_of(seed, steps, layers, width, entries, churn)
     mass = np.random.default_rng(seed).random(ids.shape).astype(np.float16) / width
     mass = np.where(ids < 0, 0, mass).astype(np.float32)
-    made = sample_trace(4 * entries, steps, layers, topk=1)
-    header = made.header.model_copy(update={"topk": width, "format_version": 3, "source": "npy"})
-    trace = replace(made, header=header, entry_ids=ids, mass=mass, prompt_mass=None)
-    trace = replace(trace, index_keys=None, index_key_scales=None, hidden=None)
-    trace = replace(trace, window_mass=trace.window_mass * 0, sink_mass=trace.sink_mass * 0)
+    made = sample_trace(64, steps, layers, topk=1)
+    changes = {"topk": width, "format_version": 3, "source": "npy", "prompt_tokens": 4 * entries}
+    nothing = np.zeros((steps, layers), np.float32)
+    trace = replace(
+        made.with_header(**changes), entry_ids=ids, mass=mass, window_mass=nothing,
+        sink_mass=nothing, token_ids=None, hidden=None, index_keys=None, index_key_scales=None,
+        prompt_mass=None,
+    )  # fmt: skip
     traces.write(path, trace)
     read = traces.read(path, check=True)
     assert np.array_equal(np.asarray(read.entry_ids), ids)
