@@ -6,9 +6,10 @@
     python benchmarks/answers.py --update        # writes result files and tables
 
 Each answer has one file in benchmarks/results. What is computed anew is compared with the file
-(but for dates, machines and times), and the marked parts of README and docs with what the file
-renders to. Exit code 1: something disagrees, and each disagreement is a line with file, line, table
-and cell. What needs a GPU, or a day of `fmsim eval`, is not computed here; its tables are compared.
+(but for dates, machines and times). The marked parts of README and docs are compared with what the
+file renders to, and their prose with what `benchmarks/claims.py` words of it. Exit code 1: one
+disagrees; each disagreement is a line with file, line, table and cell. What needs a GPU, or a
+day of `fmsim eval`, is not computed here; its tables are compared.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import claims
 import headline
 import indexer
 import leaderboard
@@ -153,6 +155,8 @@ ANSWERS: dict[str, Answer] = {
         },
     ),
     "exec": Answer("exec.json", None, {("docs/gpu.md", "synthetic weights"): tables.synthetic}),
+    "generate": Answer("generate.json"),
+    "accuracy-threshold-8k": Answer("accuracy-threshold-8k.json"),
     "accuracy-8k": _accuracy("accuracy-8k", (ACCURACY, "8K", tables.accuracy)),
     "accuracy-seeds-8k": _accuracy(
         "accuracy-seeds-8k", (ACCURACY, "fresh seeds at 8K", tables.fresh_seeds)
@@ -186,6 +190,10 @@ def disagreements(
     for (page, part), render in answer.parts.items():
         made = NOT_MEASURED if shown is None else render(shown)
         yield from _in_page(page, part, page_of(page), made)
+    for claim in claims.CLAIMS.get(answer.file, ()):
+        text = "" if shown is None else claim.worded(shown)
+        if " ".join(text.split()) not in " ".join(page_of(claim.page).split()):
+            yield f"{claim.page}: {RESULTS}/{answer.file} says {text!r}, which stands nowhere there"
     for path, draw in answer.pictures.items():
         if shown is not None and page_of(path) != draw(shown):
             yield f"{path}: the picture is not what {RESULTS}/{answer.file} gives"

@@ -55,6 +55,19 @@ def test_a_wrong_cell_is_named_with_line_table_and_column():
     assert "'error': has '-2%', should be '-12%'" in found[0]
 
 
+def test_a_sentence_whose_figure_moved_is_named():
+    answer = answers.ANSWERS["serve"]
+    assert answers.claims.CLAIMS["serve.json"]
+    stored = answer.stored()
+    stored["runs"]["lru"]["cpu_s"] += 1
+    found = list(answers.disagreements(answer, answers.read_page, stored))
+    assert len(found) == 1 and found[0].startswith("docs/serving.md: benchmarks/results/serve.json")
+
+
+def test_every_claim_is_of_a_file_that_an_answer_has():
+    assert set(answers.claims.CLAIMS) <= {answer.file for answer in answers.ANSWERS.values()}
+
+
 def test_a_line_too_few_and_a_missing_part_are_named():
     answer = answers.ANSWERS["steps"]
     page = answers.read_page("docs/serving.md")

@@ -7,7 +7,6 @@ from contextlib import contextmanager
 
 import torch
 
-
 REQUESTED = "requested_bytes.all.current"  # of torch.cuda.memory_stats
 
 

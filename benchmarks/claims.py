@@ -1,0 +1,220 @@
+"""Figures that stand in the prose of README and docs, each worded from its result file.
+
+A page must hold the text that a claim makes of the file, whatever its line breaks. So a figure that
+moves is found, and the sentence with it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import paper
+
+Result = Mapping[str, Any]
+MIB = 2**20
+
+
+@dataclass(frozen=True)
+class Claim:
+    """A text that `page` must hold."""
+
+    page: str
+    worded: Callable[[Result], str]
+
+
+def _engine_speed(result: Result) -> str:
+    full = result["decode"]["full"]
+    return (
+        f"nano decodes {full['tokens_per_s']:,.0f} tokens/s after {result['context_tokens']:,}"
+        f" tokens, {full['times_transformers']:.0f} times as many as transformers'"
+    )
+
+
+def _engine_list(result: Result) -> str:
+    full = result["decode"]["full"]
+    return (
+        f"`full` (tokens/s: {full['tokens_per_s']:,.0f}): {full['times_transformers']:.0f} times;"
+        f" {full['tokens_equal']} of {result['steps']} tokens equal"
+    )
+
+
+def _full_footprints(result: Result) -> str:
+    errors = {
+        suite: abs(row["full"][1] / row["full"][0] - 1)
+        for suite, row in result["footprints"]["rows"].items()
+    }
+    worst = errors.pop("RULER 64K")
+    others = max(errors.values())
+    within = 0.015 if others <= 0.015 else others
+    return f"reproduces within {within:.1%} ({0.025 if worst <= 0.025 else worst:.1%} at 64K)"
+
+
+def _older_entries(result: Result) -> str:
+    shares = result["footprints"]["shares_of_older_entries"]
+    return (
+        f"it keeps {shares['RULER']:.1%} of the older entries of needles (taken for RULER),"
+        f" {shares['LongMemEval']:.1%} of memory (LongMemEval) and {shares['LongBench']:.1%} of"
+        " plain text (LongBench)"
+    )
+
+
+def _implied_shares(result: Result) -> str:
+    """What the paper's LSA column comes to, by its own recency column's constant, from 128K on."""
+    shares = []
+    for suite, (tokens, _, lsa, _, _) in paper.FOOTPRINTS.items():
+        if tokens < 256 * paper.K:
+            continue
+        full = result["footprints"]["rows"][suite]["full"][1]
+        kept = lsa / full * tokens - paper.RECENT_TOKENS - paper.DECODED_TOKENS
+        shares.append(kept / (tokens - paper.RECENT_TOKENS))
+    return f"the paper's figures imply {min(shares):.1%} to {max(shares):.1%} from 256K on"
+
+
+def _oracle_pages(result: Result) -> str:
+    row = next(row for row in result["serving"] if row["modelled"] == "oracle pages")
+    return f"would let {row['held']} requests in (the {row['bound']})"
+
+
+def _at_1m(result: Result) -> str:
+    row = next(
+        r for r in result["serving"] if r["scenario"] == "h20-1m" and r["published_held"] == 30
+    )
+    errors = row["error"]
+    return (
+        f"At 1M with 384 pages {-errors['held']:.0%} fewer requests are predicted than were run,"
+        f" and {-errors['tokens_per_s']:.0%} fewer tokens/s"
+    )
+
+
+def _an_hour(result: Result) -> str:
+    runs = result["runs"]
+    cpu_s = {name: row["cpu_s"] for name, row in runs.items()}
+    return (
+        f"took {cpu_s['full']:.1f} CPU seconds with the full cache, {cpu_s['lookahead']:.1f} with a"
+        f" lookahead policy and {cpu_s['lru']:.1f} with LRU, 100,000 recorded requests"
+        f" {cpu_s['full, 100000 recorded']:.0f}"
+    )
+
+
+def _left_out(result: Result) -> str:
+    found = result["left_out"]
+    return f"mean error {found['mean']:.1%}, worst of any module {found['worst']:.1%}"
+
+
+def _mass(result: Result, budget: str, policy: str, trace: str) -> float:
+    rows = result["traces"][trace]["policies"]
+    found = next(r for r in rows if (r["budget"], r["policy"]) == (budget, policy))
+    mass: float = found["mass_kept"]
+    return mass
+
+
+def _held_against_indexer(result: Result) -> str:
+    low = "12.5% gpu"
+    pairs = [
+        f"({_mass(result, low, 'lru, held', trace):.2f} against"
+        f" {_mass(result, low, 'lsa, filled', trace):.2f})"
+        for trace in ("nano-500k-continuation", "nano-500k-memory", "nano-500k-needles")
+    ]
+    return (
+        f"keeps more than the indexer where text goes on {pairs[0]} and in the memory task"
+        f" {pairs[1]}, and as much at the needles {pairs[2]}"
+    )
+
+
+def _indexer_at_128k(result: Result) -> str:
+    mass = [
+        _mass(result, "12.5% gpu", label, "nano-128k-needles")
+        for label in ("lsa, filled", "lru, held")
+    ]
+    return f"At 128K the indexer keeps more ({mass[0]:.2f} against {mass[1]:.2f})"
+
+
+def _history_at_25(result: Result) -> str:
+    traces = ("128k-needles", "500k-continuation", "500k-memory", "500k-needles")
+    mass = [f"{_mass(result, '25% gpu', 'lsa-history', f'nano-{trace}'):.2f}" for trace in traces]
+    return f"from 128K on: {', '.join(mass[:-1])} and {mass[-1]}"
+
+
+def _lost(result: Result) -> str:
+    found = result["signals"]["lsa"]
+    return f"`lsa` loses {found['lost']} of {found['lost'] + found['kept']} answers here"
+
+
+def _threshold_scores(result: Result) -> str:
+    found = {row["policy"]: row for row in result["overall"]}
+    filled, low = found["lsa:threshold=0.5"], found["lsa:threshold=0.95"]
+    return (
+        f"`threshold=0.5`, which fills the budget, scores {100 * filled['score']:.1f} where the"
+        f" full cache scores {100 * found['full']['score']:.1f}; 0.95 scores"
+        f" {100 * low['score']:.1f} with {low['kv_ratio']:.1%}"
+    )
+
+
+def _fresh_mean(result: Result) -> str:
+    by_seed = result["paired"]["lsa:threshold=0.5"]["by_seed"]
+    points = -100 * (by_seed["43"] + by_seed["44"]) / 2
+    return f"loses on both fresh seeds, {points:.1f} points on average"
+
+
+def _fresh_mean_again(result: Result) -> str:
+    by_seed = result["paired"]["lsa:threshold=0.5"]["by_seed"]
+    return f"({50 * (by_seed['43'] + by_seed['44']):.1f} points on fresh seeds)"
+
+
+def _one_lost_at_32k(result: Result) -> str:
+    found = result["signals"]["lsa:threshold=0.5"]
+    assert found["lost"] == 1
+    return f"loses one of {found['lost'] + found['kept']} answers"
+
+
+def _given_back(result: Result) -> str:
+    lost = {policy: found["lost"] for policy, found in result["signals"].items()}
+    pairs = []
+    for budget in ("", "budget=5%", "budget=3%"):
+        masked = lost[f"lsa:{budget}" if budget else "lsa"]
+        middle = f",{budget}" if budget else ""
+        above = lost[f"lsa:on_miss=fallback{middle},fallback_above=0.05"]
+        pairs.append(f"{masked - above} of {masked}")
+    return f"gives back {pairs[0]}, {pairs[1]} and {pairs[2]} lost answers"
+
+
+def _auc(result: Result) -> str:
+    found = [result["signals"][p]["auc"] for p in ("lsa", "lsa:budget=5%", "lsa:budget=3%")]
+    heavy = [f"{auc['heaviest entry lost']:.2f}" for auc in found]
+    count = [f"{auc['selected entries not resident']:.2f}" for auc in found]
+    return (
+        f"AUC {heavy[0]}, {heavy[1]} and {heavy[2]} at the three budgets, where the share by count"
+        f" has {count[0]}, {count[1]} and {count[2]}"
+    )
+
+
+CLAIMS: dict[str, tuple[Claim, ...]] = {  # by result file
+    "generate.json": (Claim("README.md", _engine_speed), Claim("docs/gpu.md", _engine_list)),
+    "paper.json": (
+        Claim("README.md", _full_footprints),
+        Claim("docs/serving.md", _older_entries),
+        Claim("docs/serving.md", _implied_shares),
+        Claim("docs/serving.md", _oracle_pages),
+        Claim("docs/serving.md", _at_1m),
+    ),
+    "serve.json": (Claim("docs/serving.md", _an_hour),),
+    "steps.json": (Claim("docs/serving.md", _left_out),),
+    "indexer.json": (
+        Claim("docs/indexer.md", _held_against_indexer),
+        Claim("docs/indexer.md", _indexer_at_128k),
+        Claim("docs/indexer.md", _history_at_25),
+    ),
+    "accuracy-8k.json": (Claim("docs/accuracy.md", _lost),),
+    "accuracy-threshold-8k.json": (Claim("docs/accuracy.md", _threshold_scores),),
+    "accuracy-seeds-8k.json": (
+        Claim("docs/accuracy.md", _fresh_mean),
+        Claim("docs/accuracy.md", _fresh_mean_again),
+    ),
+    "accuracy-32k.json": (Claim("docs/accuracy.md", _one_lost_at_32k),),
+    "accuracy-fallback-8k.json": (
+        Claim("docs/accuracy.md", _given_back),
+        Claim("docs/accuracy.md", _auc),
+    ),
+}
