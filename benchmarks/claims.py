@@ -190,8 +190,64 @@ def _auc(result: Result) -> str:
     )
 
 
+def _agreement(result: Result) -> str:
+    rows = [row for row in result["rows"] if "failed" not in row]
+    assert all(row["identical"] for row in rows)
+    step = max(abs(row["step_error"]) for row in rows)
+    rate = max(abs(row["tokens_error"]) for row in rows)
+    return (
+        f"In all {len(rows)} rows slots and bytes moved are equal in replay and engine. Step"
+        f" medians are at most {step:.0%} off, tokens/s at most {rate:.0%}"
+    )
+
+
+def _by_policy(result: Result) -> dict[tuple[str, str], Any]:
+    """Rows of exec.json by policy and whether alone."""
+    key = lambda row: "alone" if row["batch"] == 1 else "many"
+    return {(row["policy"], key(row)): row for row in result["rows"]}
+
+
+def _lsa_bytes(result: Result) -> str:
+    rows = _by_policy(result)
+    lsa, full = rows["lsa", "many"], rows["full", "many"]
+    return (
+        f"KV under `lsa` is {lsa['kv_bytes'] / full['kv_bytes']:.1%} of the full cache by"
+        f" allocation ({lsa['kv_and_spare_of_full']:.1%} with the pages that a recall ahead needs),"
+        f" and with the same {result['kv_budget_gib']:.0f} GiB it decodes"
+        f" {lsa['tokens_per_s'] / full['tokens_per_s']:.1f} times as many tokens as `full`"
+    )
+
+
+def _filled_budget(result: Result) -> str:
+    rows = _by_policy(result)
+    share = rows["lsa, pages of 1", "alone"]["kv_bytes"] / rows["full", "alone"]["kv_bytes"]
+    return f"10% of the entries makes {share:.1%} of the full cache's bytes"
+
+
+def _synthetic_errors(result: Result) -> str:
+    rows = result["rows"]
+    step = max(abs(row["predicted_step_p50_s"] / row["step_p50_s"] - 1) for row in rows)
+    rate = max(abs(row["predicted_tokens_per_s"] / row["tokens_per_s"] - 1) for row in rows)
+    return f"within {step:.0%} of the step's median and {rate:.0%} of the tokens/s in every row"
+
+
+def _beside_recall(result: Result) -> str:
+    slower = {row["programs"]: row for row in result["a_full_step_beside_recall"]}
+    return (
+        f"slows down by {slower[4]['slower']:.1%} while {slower[4]['bytes_per_s'] / 1e9:.1f} GB/s"
+        f" come in; on 8 by {slower[8]['slower']:.1%}, on 16 by {slower[16]['slower']:.1%}"
+    )
+
+
 CLAIMS: dict[str, tuple[Claim, ...]] = {  # by result file
     "generate.json": (Claim("README.md", _engine_speed), Claim("docs/gpu.md", _engine_list)),
+    "headline.json": (Claim("docs/gpu.md", _agreement),),
+    "exec.json": (
+        Claim("docs/gpu.md", _lsa_bytes),
+        Claim("docs/gpu.md", _filled_budget),
+        Claim("docs/gpu.md", _synthetic_errors),
+        Claim("docs/gpu.md", _beside_recall),
+    ),
     "paper.json": (
         Claim("README.md", _full_footprints),
         Claim("docs/serving.md", _older_entries),

@@ -297,7 +297,9 @@ def main() -> int:
     parser.add_argument("--hardware", type=Path, help="preset of `fmsim hw calibrate`, for --join")
     parser.add_argument("--out", type=Path, default=None, help="a part, or the result")
     given = parser.parse_args()
-    command = "python " + " ".join([f"benchmarks/{Path(sys.argv[0]).name}", *sys.argv[1:]])
+    asked = [f"--context {context}" for context in given.context or ()]
+    asked += [f"--policy '{label}'" for label in given.policy or ()]
+    command = " ".join(["python benchmarks/headline.py", *asked])
     try:
         if given.join:
             if given.hardware is None:

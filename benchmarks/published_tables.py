@@ -174,7 +174,7 @@ def synthetic(result: Result) -> str:
                 _percent(row["kv_and_spare_of_full"]),
                 f"{1e3 * row['step_p50_s']:.1f}, {step_error:+.0%}",
                 f"{row['tokens_per_s']:,.0f}, {rate_error:+.0%}",
-                f"{row['h2d_bytes_per_step'] / row['batch'] / MIB:.2f}",
+                f"{row['h2d_bytes_per_step'] / MIB:.2f}",
                 f"{row['mass_kept']:.2f}",
             ]
         )

@@ -271,8 +271,8 @@ def test_whole_steps_are_timed_with_random_weights(tmp_path):
     ],
 )
 def test_a_request_takes_what_is_predicted_by_torchs_own_allocator(spec, trace):
-    """What torch is asked for while a request's KV is built, within 1% of the figure that leads every
-    table.
+    """What torch is asked for while a request's KV is built, within 1% of the figure that leads
+    every table.
     """
     flash = PRESETS["v4-flash"]
     found = read(ROOT / "traces" / f"{trace}.safetensors")
