@@ -155,6 +155,8 @@ ANSWERS: dict[str, Answer] = {
         },
     ),
     "exec": Answer("exec.json", None, {("docs/gpu.md", "synthetic weights"): tables.synthetic}),
+    "kernels": Answer("kernels.json", None, {("docs/gpu.md", "kernels"): tables.kernels}),
+    "live-gap": Answer("live-gap.json"),
     "generate": Answer("generate.json"),
     "accuracy-threshold-8k": Answer("accuracy-threshold-8k.json"),
     "accuracy-8k": _accuracy("accuracy-8k", (ACCURACY, "8K", tables.accuracy)),

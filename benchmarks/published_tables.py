@@ -180,3 +180,22 @@ def synthetic(result: Result) -> str:
         )
     head = ["policy", "batch", "KV a request, and spare, MiB", "of full", "step, ms, and simulated"]
     return table([*head, "tokens/s, and simulated", "MiB recalled a step", "mass kept"], rows)
+
+
+def kernels(result: Result) -> str:
+    """Each kernel's time, how near it is to its floor, and its fastest peer."""
+    rows = []
+    for row in result["rows"]:
+        star = "*" if "run" in row else ""
+        peers = row["peers_us"]
+        fastest = min(peers, key=lambda name: peers[name]) if peers else None
+        rows.append(
+            [
+                f"{row['kernel']}{star}",
+                row["shape"],
+                f"{row['us']:,.1f}",
+                f"{row['share_of_floor']:.0%}",
+                f"{fastest}: {peers[fastest]:,.1f}" if fastest else "",
+            ]
+        )
+    return table(["kernel", "shape", "us", "of its floor", "fastest peer, us"], rows)
