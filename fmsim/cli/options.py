@@ -27,6 +27,11 @@ def _trust(given: bool) -> bool:
 
 
 Json = Annotated[bool, typer.Option("--json", help="print one JSON object")]
+Wide = Annotated[bool, typer.Option("--wide", help="every column, however narrow the terminal")]
+Columns = Annotated[
+    str | None,
+    typer.Option("--columns", help="only these, by their headings: mass-kept,stall"),
+]
 NoVerify = Annotated[
     bool,
     typer.Option(

@@ -8,7 +8,15 @@ from typing import Annotated, Any
 import typer
 
 from fmsim.cli import deployment
-from fmsim.cli.options import TIMEOUT_S, NoVerify, PolicyTimeout, echo_csv, end_with_failures
+from fmsim.cli.options import (
+    TIMEOUT_S,
+    Columns,
+    NoVerify,
+    PolicyTimeout,
+    Wide,
+    echo_csv,
+    end_with_failures,
+)
 
 
 def plan(
@@ -61,6 +69,8 @@ def plan(
     beyond_positions: Annotated[
         bool, typer.Option("--beyond-positions", help="contexts longer than the model knows")
     ] = False,
+    wide: Wide = False,
+    columns: Columns = None,
     policy_timeout: PolicyTimeout = TIMEOUT_S,
     no_verify: NoVerify = False,
     as_json: Annotated[
@@ -98,6 +108,7 @@ def plan(
     import fmsim
     from fmsim.errors import FmsimError
     from fmsim.experiments.plan import Ask, parse_deployment, plan_model
+    from fmsim.report.grid import View
     from fmsim.report.tables import plan as plan_table
 
     placed = deployment.overrides(
@@ -164,7 +175,7 @@ def plan(
 
         echo_csv([flat(row, leave=("moves", "crossover")) for row in report["policies"]])
     else:
-        plan_table.show(report)
+        plan_table.show(report, View.of_terminal(wide, columns))
     end_with_failures(report.get("failed", []))
 
 

@@ -8,7 +8,15 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from fmsim.cli import deployment
-from fmsim.cli.options import TIMEOUT_S, NoVerify, PolicyTimeout, echo_csv, end_with_failures
+from fmsim.cli.options import (
+    TIMEOUT_S,
+    Columns,
+    NoVerify,
+    PolicyTimeout,
+    Wide,
+    echo_csv,
+    end_with_failures,
+)
 from fmsim.cli.progress import bar
 
 OUTPUT_TOKENS = 1024  # of a request, and
@@ -39,6 +47,9 @@ def run(
         bool, typer.Option("--json", help="print one JSON object instead of the table")
     ] = False,
     as_csv: Annotated[bool, typer.Option("--csv", help="print the rows as CSV")] = False,
+    as_markdown: Annotated[
+        bool, typer.Option("--markdown", help="print the table as Markdown")
+    ] = False,
     out: Annotated[
         Path | None, typer.Option(help="folder for report.json, ledgers and timelines")
     ] = None,
@@ -47,6 +58,8 @@ def run(
         typer.Option(help="with a workload: write a row a request here, .csv or .parquet"),
     ] = None,
     svg: Annotated[Path | None, typer.Option(help="write the table as a picture")] = None,
+    wide: Wide = False,
+    columns: Columns = None,
     policy_timeout: PolicyTimeout = TIMEOUT_S,
     no_verify: NoVerify = False,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="no progress bar")] = False,
@@ -107,6 +120,7 @@ def run(
     """
     from fmsim.errors import FmsimError
     from fmsim.experiments.results import failed_altogether, writing
+    from fmsim.report.grid import View
     from fmsim.report.tables import decode as table
     from fmsim.report.tables import serving
 
@@ -127,7 +141,16 @@ def run(
     if scenario is None:
         given_in_vain = {"--policy": policy, "--set": override, "--out": out, "--format": capture}
         _without_trace(
-            given_in_vain, model, hardware, context, batch, beyond_positions, placed, as_json, svg
+            given_in_vain,
+            model,
+            hardware,
+            context,
+            batch,
+            beyond_positions,
+            placed,
+            as_json,
+            svg,
+            (wide, columns),
         )
         return
     if context is not None:
@@ -153,8 +176,10 @@ def run(
         typer.echo(strict_json.dump(plain))
     elif as_csv:
         echo_csv(report.flat_rows())
+    elif as_markdown:
+        typer.echo(shown.markdown(plain, View.of_terminal(True, columns)), nl=False)
     else:
-        shown.show(plain)
+        shown.show(plain, View.of_terminal(wide, columns))
     end_with_failures(failed_altogether(plain))
 
 
@@ -168,6 +193,7 @@ def _without_trace(
     placed: list[str],
     as_json: bool,
     svg: Path | None,
+    shown: tuple[bool, str | None],
 ) -> None:
     """Sizes, walls and the full cache's time of a model, which need no selections."""
     from fmsim.cli.plan import parse_tokens
@@ -175,6 +201,7 @@ def _without_trace(
     from fmsim.experiments.plan import Ask
     from fmsim.experiments.untraced import run_untraced
     from fmsim.hw import load_hardware
+    from fmsim.report.grid import View
     from fmsim.report.tables import untraced
 
     if model is None:
@@ -202,7 +229,7 @@ def _without_trace(
 
         typer.echo(strict_json.dump(report))
     else:
-        untraced.show(report)
+        untraced.show(report, View.of_terminal(*shown))
 
 
 def _scenario(

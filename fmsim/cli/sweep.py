@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from fmsim.cli import deployment
-from fmsim.cli.options import TIMEOUT_S, NoVerify, PolicyTimeout, echo_csv
+from fmsim.cli.options import TIMEOUT_S, Columns, NoVerify, PolicyTimeout, Wide, echo_csv
 from fmsim.cli.progress import bar
 
 
@@ -53,6 +53,8 @@ def sweep(
         bool, typer.Option("--json", help="print the sweep's rows as one JSON list")
     ] = False,
     as_csv: Annotated[bool, typer.Option("--csv", help="print the rows as CSV")] = False,
+    wide: Wide = False,
+    columns: Columns = None,
     policy_timeout: PolicyTimeout = TIMEOUT_S,
     no_verify: NoVerify = False,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="no progress bar")] = False,
@@ -92,6 +94,7 @@ def sweep(
     """
     import fmsim
     from fmsim.experiments.parallel import cores
+    from fmsim.report.grid import View
     from fmsim.report.tables import sweep as rows_table
 
     placed = deployment.overrides(
@@ -136,5 +139,7 @@ def sweep(
         echo_csv(rows)
     else:
         rows_table.show(
-            rows, f"{made} of {len(rows)} runs done now, the others before; rows in {out}"
+            rows,
+            f"{made} of {len(rows)} runs done now, the others before; rows in {out}",
+            View.of_terminal(wide, columns),
         )

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from fmsim.cli.extras import require
-from fmsim.cli.options import TIMEOUT_S, NoVerify, PolicyTimeout, end_with_failures
+from fmsim.cli.options import TIMEOUT_S, Columns, NoVerify, PolicyTimeout, Wide, end_with_failures
 from fmsim.cli.progress import bar
 
 
@@ -33,6 +33,8 @@ def validate(
     as_json: Annotated[
         bool, typer.Option("--json", help="print one JSON object instead of the table")
     ] = False,
+    wide: Wide = False,
+    columns: Columns = None,
     policy_timeout: PolicyTimeout = TIMEOUT_S,
     no_verify: NoVerify = False,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="no progress bar")] = False,
@@ -74,9 +76,10 @@ def validate(
 
         typer.echo(json.dumps(report))
     else:
+        from fmsim.report.grid import View
         from fmsim.report.tables import validation
 
-        validation.show(report)
+        validation.show(report, View.of_terminal(wide, columns))
     end_with_failures(failed_altogether(report))
     if not all(row["identical"] and row["memory_holds"] for row in report["policies"]):
         raise typer.Exit(1)

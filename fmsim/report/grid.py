@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import io
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -48,6 +49,9 @@ class View:
         return cls(console.width if console.is_terminal and not wide else None, named)
 
 
+ALL = View()
+
+
 @dataclass
 class Grid:
     """Rows of cells, a field each."""
@@ -65,6 +69,20 @@ class Grid:
     def table(self, view: View) -> Table:
         """The fields that fit, or that were asked for."""
         return self._table(self._places(view))
+
+    def markdown(self, view: View) -> str:
+        """The same for a page in Markdown; a row with a label alone is a heading within it."""
+        check_columns(view, [self])
+        places = self._places(view)
+        fields = [self.fields[place] for place in places]
+        lines = [
+            [one.heading.replace("\n", " ") for one in fields],
+            ["---:" if one.justify == "right" else "---" for one in fields],
+        ]
+        for row in filter(None, self.rows):
+            cells = [str(row[place]).strip() if place < len(row) else "" for place in places]
+            lines.append([cell.replace("|", "\\|") for cell in cells])
+        return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
     def left_out(self, view: View) -> list[str]:
         """Keys of the fields that `table` has no room for."""
@@ -86,7 +104,7 @@ class Grid:
 
     def _asked(self, place: int, keys: Sequence[str]) -> bool:
         one = self.fields[place]
-        return one.key in keys or not one.key or place == 0
+        return one.key in keys or place == 0
 
     def _table(self, places: Sequence[int]) -> Table:
         table = Table(header_style="bold", pad_edge=False)
@@ -109,12 +127,26 @@ def width_of(shown: RenderableType) -> int:
 
 def check_columns(view: View, grids: Sequence[Grid]) -> None:
     """Refuse --columns that no table has."""
-    known = list(dict.fromkeys(one.key for grid in grids for one in grid.fields if one.key))
+    known = list(dict.fromkeys(one.key for grid in grids for one in grid.fields))
     for name in view.columns:
         if name not in known:
             near = difflib.get_close_matches(name, known, n=1)
             fix = f"did you mean '{near[0]}'?" if near else f"there are {', '.join(known)}"
             raise FmsimError(f"--columns: no column '{shown(name)}'; {fix}")
+
+
+def picture(parts: Sequence[RenderableType | Grid], title: str) -> str:
+    """All of it as an SVG."""
+    console = Console(
+        record=True,
+        width=width(parts, ALL),
+        file=io.StringIO(),
+        force_terminal=True,
+        color_system="truecolor",
+    )
+    for part in laid_out(parts, ALL):
+        console.print(part)
+    return console.export_svg(title=title)
 
 
 def show_parts(parts: Sequence[RenderableType | Grid], view: View) -> None:
@@ -140,6 +172,8 @@ def laid_out(parts: Sequence[RenderableType | Grid], view: View) -> list[Rendera
     found: list[RenderableType] = []
     for part in parts:
         if isinstance(part, Grid):
+            if view.columns and not any(one.key in view.columns for one in part.fields):
+                continue
             found.append(part.table(view))
             absent = [] if view.columns else part.left_out(view)
             if absent:

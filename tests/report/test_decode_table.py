@@ -2,6 +2,7 @@
 
 from rich.console import Console
 
+from fmsim.report.grid import ALL
 from fmsim.report.tables import decode as table
 
 
@@ -72,7 +73,7 @@ def test_rows_stand_by_budget_and_who_cannot_be_is_a_row():
         ("at 50% gpu, 0.500 GiB", ["lru 50% gpu", "lsa 50% gpu"], []),
     ]
     console = Console(width=300, record=True, file=open("/dev/null", "w"))  # noqa: SIM115
-    console.print(table._table(report()))
+    console.print(table._grid(report()).table(ALL))
     lines = console.export_text().splitlines()
     [short] = [line for line in lines if ">= 0.375" in line]
     assert short.startswith("│lru") and "none" in short

@@ -9,13 +9,12 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from rich.console import Console, Group
-from rich.table import Table
 from rich.text import Text
 
 from fmsim.experiments.results import by_budget
-from fmsim.report.console import estimate_text, margin_text, picture, share_text, wide_console
-from fmsim.report.tables import estimates
+from fmsim.report.console import estimate_text, margin_text, share_text
+from fmsim.report.grid import ALL, Field, Grid, View, picture, show_parts
+from fmsim.report.tables import estimates, verdict
 from fmsim.report.tables.hardware import hardware_line
 from fmsim.units import GIB, MIB, gib, sized
 
@@ -24,11 +23,14 @@ Row = dict[str, Any]
 
 @dataclass(frozen=True)
 class Column:
-    """A figure of a row: its text, and whether more of it is better (None: neither)."""
+    """A figure of a row: its text, whether more of it is better (None: neither), and the rank of
+    its column: the higher, the sooner a narrow terminal does without.
+    """
 
     heading: str
     text: Callable[[Row], str]
     more_is_better: bool | None = None
+    rank: int = 0
 
 
 def _at_most(row: Row, name: str) -> Any:
@@ -50,23 +52,26 @@ def _overlap(row: Row) -> str:
 
 # behind the policy and its kind; * = simulated
 COLUMNS = (
-    Column("on GPU\nGiB", lambda row: f"{row['gpu_bytes'] / GIB:.3f}"),
-    Column("of\nfull", lambda row: f"{row['gpu_ratio']:.1%}"),
-    Column("requests\nfit*", lambda row: f"{row['max_requests']}{row['bound']}", True),
+    Column("on GPU\nGiB", lambda row: f"{row['gpu_bytes'] / GIB:.3f}", None, 3),
+    Column("of\nfull", lambda row: f"{row['gpu_ratio']:.1%}", None, 7),
+    Column("requests\nfit*", lambda row: f"{row['max_requests']}{row['bound']}", True, 2),
     Column(
-        "tokens/s*\nthen", lambda row: _number(_at_most(row, "decode_tokens_per_s"), ",.0f"), True
+        "tokens/s*\nthen",
+        lambda row: _number(_at_most(row, "decode_tokens_per_s"), ",.0f"),
+        True,
+        4,
     ),
-    Column("mass\nkept", _estimate("mass_kept"), True),
-    Column("PCIe\nMiB/step", lambda row: f"{row['h2d_bytes_per_step'] / MIB:.2f}", False),
-    Column("stall*", lambda row: f"{row['stall_ratio']:.1%}", False),
-    Column("golden\nkept", _estimate("entry_recall"), True),
-    Column("per\nstep", lambda row: share_text(row["entry_recall_per_step"]), True),
-    Column("set\noverlap", _overlap),
-    Column("decode\ntokens/s*", lambda row: f"{row['decode_tokens_per_s']:.1f}", True),
-    Column("p99 ms*\na step", lambda row: f"{row['step_s']['p99'] * 1e3:.2f}", False),
-    Column("paper's\nof full", lambda row: f"{row['kv_hbm_ratio']:.1%}"),
+    Column("mass\nkept", _estimate("mass_kept"), True, 1),
+    Column("PCIe\nMiB/step", lambda row: f"{row['h2d_bytes_per_step'] / MIB:.2f}", False, 8),
+    Column("stall*", lambda row: f"{row['stall_ratio']:.1%}", False, 6),
+    Column("golden\nkept", _estimate("entry_recall"), True, 9),
+    Column("per\nstep", lambda row: share_text(row["entry_recall_per_step"]), True, 12),
+    Column("set\noverlap", _overlap, None, 11),
+    Column("decode\ntokens/s*", lambda row: f"{row['decode_tokens_per_s']:.1f}", True, 5),
+    Column("p99 ms*\na step", lambda row: f"{row['step_s']['p99'] * 1e3:.2f}", False, 10),
+    Column("paper's\nof full", lambda row: f"{row['kv_hbm_ratio']:.1%}", None, 13),
 )
-HIT = Column("hit", _estimate("hit_rate"), True)
+HIT = Column("hit", _estimate("hit_rate"), True, 9)
 NO_MASS = (
     "golden kept, mass kept: the trace has no attention masses (engines capture what was selected,"
     " not how much), so these cannot be known.  hit: selected entries resident when their step"
@@ -96,12 +101,13 @@ NOTES = (
 )
 
 
-def render(report: dict[str, Any]) -> Group:
-    """The head, the table and its notes, from the report's JSON object."""
+def parts(report: dict[str, Any]) -> list[Text | Grid]:
+    """The head, the table, verdicts and notes, from the report's JSON object."""
     about, failed = report["scenario"], report.get("failed", [])
     why = (Text(text, style="yellow") for text in _reasons(failed, about))
     told = (Text(note, "dim") for note in [*notes(about), *estimates.notes(report)])
-    return Group(*head(about), _table(report), *why, *told)
+    verdicts = map(Text, verdict.lines(report))
+    return [*head(about), _grid(report), *verdicts, *why, *told]
 
 
 def has_mass(about: dict[str, Any]) -> bool:
@@ -120,19 +126,19 @@ def notes(about: dict[str, Any]) -> tuple[str, ...]:
     return NOTES if has_mass(about) else (*NOTES, NO_MASS)
 
 
-def show(report: dict[str, Any]) -> None:
+def show(report: dict[str, Any], view: View = ALL) -> None:
     """Print to standard output."""
-    wide_console(_width(report)).print(render(report))
+    show_parts(parts(report), view)
+
+
+def markdown(report: dict[str, Any], view: View = ALL) -> str:
+    """The table as Markdown."""
+    return _grid(report).markdown(view)
 
 
 def svg(report: dict[str, Any], title: str) -> str:
     """The same as a picture."""
-    return picture(render(report), _width(report), title)
-
-
-def _width(report: dict[str, Any]) -> int:
-    """Columns that the table needs."""
-    return Console(width=1000).measure(_table(report)).maximum
+    return picture(parts(report), title)
 
 
 def head(about: dict[str, Any]) -> list[Text]:
@@ -212,27 +218,24 @@ def _heading(about: dict[str, Any], budget: str | None) -> str:
     return f"at {budget}" + ("" if n_bytes is None else f", {sized(n_bytes)}")
 
 
-def _table(report: dict[str, Any]) -> Table:
+def _grid(report: dict[str, Any]) -> Grid:
     about = report["scenario"]
-    table = Table(header_style="bold", pad_edge=False)
-    table.add_column("policy", no_wrap=True)
-    table.add_column("", no_wrap=True)
-    for column in columns(about):
-        table.add_column(column.heading, justify="right", no_wrap=True)
+    figures = [Field(column.heading, column.rank) for column in columns(about)]
+    grid = Grid([Field("policy", 0, "left"), Field("kind", 0, "left"), *figures])
     for heading, rows, failed in groups(report):
         if heading:
-            table.add_section()
-            table.add_row(Text(heading, "bold"))
+            grid.part()
+            grid.add(Text(heading, "bold"))
         best = _best(rows, about)
         for row in rows:
             shown = [
                 Text(text, "bold green" if row["policy"] in best[place] else "")
                 for place, text in enumerate(cells(row, about))
             ]
-            table.add_row(name_of(row, about), _kind(row, about), *shown)
+            grid.add(name_of(row, about), _kind(row, about), *shown)
         for failure in failed:
-            table.add_row(name_of(failure, about), Text("none", "red"), *_least(failure))
-    return table
+            grid.add(name_of(failure, about), Text("none", "red"), *_least(failure))
+    return grid
 
 
 def name_of(row: Row, about: dict[str, Any]) -> str:

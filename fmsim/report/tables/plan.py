@@ -6,40 +6,66 @@ from __future__ import annotations
 
 from typing import Any
 
-from rich.table import Table
 from rich.text import Text
 
-from fmsim.report.console import NO_MASS, share_text, wide_console
+from fmsim.report.console import NO_MASS, share_text
+from fmsim.report.grid import ALL, Field, Grid, View, show_parts, width_of
 from fmsim.report.tables.hardware import hardware_line
 from fmsim.units import GIB
 
-WALLS = ("GPU memory", "host memory", "NVMe", "batch limit", "PCIe", "compute")
+WALLS = {  # by the rank of their columns
+    "GPU memory": 9,
+    "host memory": 9,
+    "NVMe": 13,
+    "batch limit": 12,
+    "PCIe": 9,
+    "compute": 9,
+}
+NO_WALL = "-"
+COMPARED = (
+    Field("hardware", 0, "left"),
+    Field("deployment", 0, "left"),
+    Field("policy", 0, "left"),
+    Field("KV\npool", 10),
+    Field("GiB\neach", 8),
+    Field("requests", 2),
+    Field("tokens/s", 6),
+    Field("tokens/s\na GPU", 3),
+    Field("ms", 9),
+    Field("good/s", 7),
+)
 
 
-def show(report: dict[str, Any]) -> None:
+def show(report: dict[str, Any], view: View = ALL) -> None:
     """Print to standard output: one server in detail, or several side by side."""
+    show_parts(parts(report, view.width), view)
+
+
+def parts(report: dict[str, Any], width: int | None = None) -> list[Text | Grid]:
+    """From the report's JSON object; `width` is the terminal's."""
     about = report["scenario"]
     plans = [plan for plan in report["policies"] if "error" not in plan]
     failed = [plan for plan in report["policies"] if "error" in plan]
     places = dict.fromkeys((plan["hardware"], plan["deployment"]) for plan in report["policies"])
-    parts: list[Text | Table] = [*_head(about, plans, len(places) == 1)]
+    found: list[Text | Grid] = [*_head(about, plans, len(places) == 1)]
     if len(places) == 1:
-        parts += [_walls(plans), _moves(plans)]
+        found += [_walls(plans), Text("what would move it: requests (more), the next wall")]
+        found += _moves(plans, width)
     else:
-        parts += [_compared(plans)]
+        found += [_compared(plans)]
     crossed = [plan for plan in plans if plan["crossover"]]
     if crossed:
-        parts.append(_crossovers(crossed, len(places) > 1))
-    parts += [Text(f"{plan['hardware']}, {plan['deployment']}: {plan['error']}") for plan in failed]
-    parts += [Text(note, style="dim") for note in _notes(plans)]
+        found.append(
+            Text(
+                "does KV on the host pay: tokens/s at the most requests, policy / full, by context"
+            )
+        )
+        found.append(_crossovers(crossed, len(places) > 1))
+    found += [Text(f"{plan['hardware']}, {plan['deployment']}: {plan['error']}") for plan in failed]
+    found += [Text(note, style="dim") for note in _notes(plans)]
     if any(plan["mass_kept"] is None for plan in plans):
-        parts.append(Text(NO_MASS, style="dim"))
-    unbounded = wide_console(1000)
-    console = wide_console(
-        max(unbounded.measure(part).maximum for part in parts if isinstance(part, Table))
-    )
-    for part in parts:
-        console.print(part)
+        found.append(Text(NO_MASS, style="dim"))
+    return found
 
 
 def _head(about: dict[str, Any], plans: list[dict[str, Any]], one: bool) -> list[Text]:
@@ -70,23 +96,17 @@ def _head(about: dict[str, Any], plans: list[dict[str, Any]], one: bool) -> list
     return lines
 
 
-def _compared(plans: list[dict[str, Any]]) -> Table:
+def _compared(plans: list[dict[str, Any]]) -> Grid:
     """A row a policy on each server."""
     priced = any(plan["usd_per_million_tokens"] is not None for plan in plans)
-    table = Table(header_style="bold", pad_edge=False)
-    for name in ("hardware", "deployment", "policy"):
-        table.add_column(name, no_wrap=True)
-    figures = ["KV pool", "GiB each", "requests", "tokens/s", "a GPU", "ms", "good/s"]
-    for name in figures + (["$/M tokens"] if priced else []):
-        table.add_column(name, justify="right", no_wrap=True)
-    table.add_column("wall", no_wrap=True)
-    table.add_column("what moves it most", no_wrap=True)
+    price = [Field("$/M\ntokens", 4)] if priced else []
+    table = Grid([*COMPARED, *price, Field("wall", 5, "left"), Field("moved most by", 11, "left")])
     best = max(plan["tokens_per_s_per_gpu"] for plan in plans)
     last = None
     for plan in plans:
         place = plan["hardware"], plan["deployment"]
         if last not in (None, place):
-            table.add_section()
+            table.part()
         pool, speed = plan["kv_pool"], plan["speed"]
         cells: list[str | Text] = [
             f"{pool['bytes_per_gpu'] / GIB:.1f}{'?' if pool['guess'] else ' '}",
@@ -105,7 +125,7 @@ def _compared(plans: list[dict[str, Any]]) -> Table:
             cells.append("-" if usd is None else f"{usd:.2f}")
         shown = ("", "") if last == place else place
         kept = "" if plan["exact"] else f" ({plan['mass_kept']:.0%} of the mass)"
-        table.add_row(
+        table.add(
             *shown, plan["policy"] + kept, *cells, plan["max_requests_bound"], _best_move(plan)
         )
         last = place
@@ -118,25 +138,25 @@ def _best_move(plan: dict[str, Any]) -> Text:
     return Text(f"{move['change']}: {gain:+d}" if gain > 0 else "nothing alone", "dim")
 
 
-def _walls(plans: list[dict[str, Any]]) -> Table:
-    table = Table(header_style="bold", pad_edge=False)
-    table.add_column("policy", no_wrap=True)
-    table.add_column("")
-    for name in (
-        "mass kept",
-        "GPU GiB",
-        "host GiB",
-        "requests",
-        "wall",
-        *WALLS,
-        "tokens/s",
-        "ms a token",
-        "waits",
-    ):
-        table.add_column(name, justify="left" if name == "wall" else "right", no_wrap=True)
+def _walls(plans: list[dict[str, Any]]) -> Grid:
+    table = Grid(
+        [
+            Field("policy", 0, "left"),
+            Field("kind", 7, "left"),
+            Field("mass\nkept", 2),
+            Field("GPU\nGiB", 4),
+            Field("host\nGiB", 10),
+            Field("requests", 1),
+            Field("wall", 3, "left"),
+            *(Field(wall.replace(" ", "\n"), rank) for wall, rank in WALLS.items()),
+            Field("tokens/s", 5),
+            Field("ms a\ntoken", 6),
+            Field("waits", 8),
+        ]
+    )
     for plan in plans:
         speed = plan["speed"]
-        table.add_row(
+        table.add(
             plan["policy"],
             Text("exact", "green") if plan["exact"] else Text("lossy", "yellow"),
             share_text(plan["mass_kept"]),
@@ -144,7 +164,7 @@ def _walls(plans: list[dict[str, Any]]) -> Table:
             f"{plan['host_kv_bytes'] / GIB:.3f}",
             str(plan["max_requests"]),
             plan["max_requests_bound"],
-            *(str(plan["walls"].get(wall, "-")) for wall in WALLS),
+            *(str(plan["walls"].get(wall, NO_WALL)) for wall in WALLS),
             *(
                 (
                     f"{speed['tokens_per_s']:,.0f}",
@@ -158,24 +178,22 @@ def _walls(plans: list[dict[str, Any]]) -> Table:
     return table
 
 
-def _moves(plans: list[dict[str, Any]]) -> Table:
-    """A row a change, a column a policy."""
-    table = Table(
-        title="what would move it",
-        title_justify="left",
-        title_style="",
-        header_style="bold",
-        pad_edge=False,
-    )
-    table.add_column("requests, and the next wall, with", no_wrap=True)
-    for plan in plans:
-        table.add_column(plan["policy"], no_wrap=True)
+def _moves(plans: list[dict[str, Any]], width: int | None) -> list[Text | Grid]:
+    """A row a change, a column a policy; as many tables as the policies need room for."""
+    if width is not None and len(plans) > 1:
+        whole = _moves_of(plans)
+        if width_of(whole.table(ALL)) > width:
+            half = len(plans) // 2
+            return [*_moves(plans[:half], width), *_moves(plans[half:], width)]
+    return [_moves_of(plans)]
+
+
+def _moves_of(plans: list[dict[str, Any]]) -> Grid:
+    grid = Grid([Field("with", 0, "left"), *(Field(plan["policy"], 0, "left") for plan in plans)])
     found = [{move["change"]: move for move in plan["moves"]} for plan in plans]
     for change in dict.fromkeys(change for moves in found for change in moves):
-        table.add_row(
-            change, *(_move(plan, moves.get(change)) for plan, moves in zip(plans, found))
-        )
-    return table
+        grid.add(change, *(_move(plan, moves.get(change)) for plan, moves in zip(plans, found)))
+    return grid
 
 
 def _move(plan: dict[str, Any], move: dict[str, Any] | None) -> Text:
@@ -187,23 +205,22 @@ def _move(plan: dict[str, Any], move: dict[str, Any] | None) -> Text:
     return Text(text, "" if gain else "dim")
 
 
-def _crossovers(plans: list[dict[str, Any]], several: bool) -> Table:
+def _crossovers(plans: list[dict[str, Any]], several: bool) -> Grid:
     """Does KV on the host pay: from which context, and from how many requests on."""
-    table = Table(
-        title="does KV on the host pay: tokens/s at the most requests, policy / full, by context",
-        title_justify="left",
-        title_style="",
-        header_style="bold",
-        pad_edge=False,
-    )
-    table.add_column("server and policy" if several else "policy", no_wrap=True)
     contexts = [row["context_tokens"] for row in plans[0]["crossover"]["by_context"]]
-    for tokens in contexts:
-        table.add_column(
-            f"{tokens // 1024}K" if tokens < 10**6 else "1M", justify="right", no_wrap=True
-        )
-    table.add_column("from context", justify="right")
-    table.add_column("from batch", justify="right")
+    asked = plans[0]["context_tokens"]
+    nearest = sorted(contexts, key=lambda n: abs(n - asked))
+    table = Grid(
+        [
+            Field("server and policy" if several else "policy", 0, "left"),
+            *(
+                Field(f"{n // 1024}K" if n < 10**6 else "1M", 3 + nearest.index(n))
+                for n in contexts
+            ),
+            Field("from\ncontext", 1),
+            Field("from\nbatch", 2),
+        ]
+    )
     for plan in plans:
         crossover = plan["crossover"]
         cells = [
@@ -218,7 +235,7 @@ def _crossovers(plans: list[dict[str, Any]], several: bool) -> Table:
             for value in (crossover["context_tokens"], crossover["batch"])
         ]
         where = f"{plan['hardware']} {plan['deployment']}, " if several else ""
-        table.add_row(where + plan["policy"], *cells, *ends)
+        table.add(where + plan["policy"], *cells, *ends)
     return table
 
 

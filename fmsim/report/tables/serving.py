@@ -4,16 +4,17 @@ from __future__ import annotations
 
 from typing import Any
 
-from rich.console import Console, Group
 from rich.table import Table
 from rich.text import Text
 
-from fmsim.report.console import picture, share_text, wide_console
+from fmsim.report.console import share_text
+from fmsim.report.grid import ALL, Field, Grid, View, picture, show_parts
 from fmsim.report.tables.hardware import hardware_line
 from fmsim.units import GIB, gib
 
 BARS = " ▁▂▃▄▅▆▇█"
 CHART_WIDTH = 60
+BESIDE = 30  # columns that the rest of a chart's line takes, but for the policy
 POOLS = {
     "gpu": "on GPU",
     "slots": "slots",
@@ -25,32 +26,32 @@ POOLS = {
 }
 
 
-def render(report: dict[str, Any]) -> Group:
-    """From the report's JSON object."""
+def parts(report: dict[str, Any], width: int | None = None) -> list[Text | Grid | Table]:
+    """From the report's JSON object; `width` is the terminal's."""
     about, rows = report["scenario"], report["policies"]
-    return Group(
-        *_head(about), memory_table(rows), _table(rows), *_notes(about, rows), _over_time(rows)
-    )
+    return [
+        *_head(about),
+        *memory(rows),
+        table(rows),
+        *_notes(about, rows),
+        Text("in use over time"),
+        _over_time(rows, width),
+    ]
 
 
-def show(report: dict[str, Any]) -> None:
+def show(report: dict[str, Any], view: View = ALL) -> None:
     """Print to standard output."""
-    wide_console(_width(report)).print(render(report))
+    show_parts(parts(report, view.width), view)
+
+
+def markdown(report: dict[str, Any], view: View = ALL) -> str:
+    """The table as Markdown."""
+    return table(report["policies"]).markdown(view)
 
 
 def svg(report: dict[str, Any], title: str) -> str:
     """The same as a picture."""
-    return picture(render(report), _width(report), title)
-
-
-def _width(report: dict[str, Any]) -> int:
-    """Columns that the widest table needs."""
-    unbounded = Console(width=1000)
-    return max(
-        unbounded.measure(part).maximum
-        for part in render(report).renderables
-        if isinstance(part, Table)
-    )
+    return picture(parts(report), title)
 
 
 def _head(about: dict[str, Any]) -> list[Text]:
@@ -90,66 +91,60 @@ def _head(about: dict[str, Any]) -> list[Text]:
     return lines
 
 
-def memory_table(rows: list[dict[str, Any]]) -> Table:
+def memory(rows: list[dict[str, Any]]) -> list[Text | Grid]:
     """The banner: bytes of each pool of a mean request, what fits, and why not more."""
     memory = rows[0]["memory"]
     hbm = memory["hbm_bytes"]
     title = (
         f"memory of each GPU: {gib(hbm['all'], 1)} = {hbm['weights'] / GIB:.1f} weights +"
         f" {hbm['reserve'] / GIB:.1f} reserve + {hbm['kv'] / GIB:.1f} for KV; on the host"
-        f" {gib(memory['host_bytes'], 1)} for its mirror"
+        f" {gib(memory['host_bytes'], 1)} for its mirror; GiB of a request of"
+        f" {memory['prompt_tokens']:,} + {memory['output_tokens']:,} tokens:"
     )
-    table = Table(
-        title=title, title_justify="left", title_style="", header_style="bold", pad_edge=False
-    )
-    table.add_column(
-        f"GiB of a request of {memory['prompt_tokens']:,} + {memory['output_tokens']:,} tokens",
-        no_wrap=True,
-    )
-    for name in POOLS.values():
-        table.add_column(name, justify="right")
-    table.add_column("fit", justify="right")
-    table.add_column("why not more")
+    pools = [Field(name, 3 if name in ("on GPU", "host mirror") else 4) for name in POOLS.values()]
+    ends = [Field("fit", 1), Field("bound", 2, "left"), Field("others allow", 5, "left")]
+    grid = Grid([Field("policy", 0, "left"), *pools, *ends])
     for row in rows:
-        pools, limits = row["memory"]["request_bytes"], row["memory"]["limits"]
-        others = ", ".join(
-            f"{kind} {count:,}" for kind, count in limits.items() if kind != row["memory"]["bound"]
-        )
-        why = row["memory"]["bound"] + (f" ({others})" if others else "")
-        table.add_row(
+        taken, limits = row["memory"]["request_bytes"], row["memory"]["limits"]
+        bound = row["memory"]["bound"]
+        others = (f"{kind} {count:,}" for kind, count in limits.items() if kind != bound)
+        grid.add(
             row["policy"],
-            *(f"{pools[key] / GIB:.3f}" for key in POOLS),
+            *(f"{taken[key] / GIB:.3f}" for key in POOLS),
             f"{row['memory']['fits']:,}",
-            why,
+            bound,
+            ", ".join(others),
         )
-    return table
+    return [Text(title), grid]
 
 
-def _table(rows: list[dict[str, Any]]) -> Table:
-    table = Table(header_style="bold", pad_edge=False, row_styles=("", "dim"))
-    table.add_column("policy", no_wrap=True)
-    table.add_column("")
-    for name in (
-        "mass\nkept",
-        "held*",
-        "tokens/s*",
-        "TTFT s*\np50",
-        "\np95",
-        "\np99",
-        "TPOT ms*\np50",
-        "\np95",
-        "\np99",
-        "goodput*\nrequests/s",
-        "in\nSLO*",
-        "stall*",
-        "done",
-        "refused",
-    ):
-        table.add_column(name, justify="right", no_wrap=True)
-    table.add_column("bound by*", no_wrap=True)
+FIELDS = (
+    Field("policy", 0, "left"),
+    Field("kind", 8, "left"),
+    Field("mass\nkept", 3),
+    Field("held*", 2),
+    Field("tokens/s*", 1),
+    Field("TTFT s*\np50", 10),
+    Field("TTFT s*\np95", 4),
+    Field("TTFT s*\np99", 12),
+    Field("TPOT ms*\np50", 11),
+    Field("TPOT ms*\np95", 5),
+    Field("TPOT ms*\np99", 13),
+    Field("goodput*\nrequests/s", 6),
+    Field("in\nSLO*", 4),
+    Field("stall*", 9),
+    Field("done", 9),
+    Field("refused", 10),
+    Field("bound by*", 7, "left"),
+)
+
+
+def table(rows: list[dict[str, Any]]) -> Grid:
+    """A row a policy."""
+    grid = Grid(FIELDS)
     for row in rows:
-        table.add_row(*_cells(row))
-    return table
+        grid.add(*_cells(row))
+    return grid
 
 
 def _cells(row: dict[str, Any]) -> list[str | Text]:
@@ -175,19 +170,18 @@ def _number(seconds: float | None, scale: float = 1.0) -> str:
     return "-" if seconds is None else f"{seconds * scale:.4g}"
 
 
-def _over_time(rows: list[dict[str, Any]]) -> Table:
+def _over_time(rows: list[dict[str, Any]], width: int | None) -> Table:
     """Shares in use, one character a stretch of time."""
+    labels = max(len(row["policy"]) for row in rows)
+    chart = CHART_WIDTH if width is None else max(10, min(CHART_WIDTH, width - labels - BESIDE))
     table = Table(
-        title="in use over time",
-        title_justify="left",
-        title_style="",
         header_style="bold",
         pad_edge=False,
         box=None,
     )
     table.add_column("policy", no_wrap=True)
     table.add_column("")
-    table.add_column(f"0 to {rows[0]['simulated_s']:,.0f} s", no_wrap=True, min_width=CHART_WIDTH)
+    table.add_column(f"0 to {rows[0]['simulated_s']:,.0f} s", no_wrap=True, min_width=chart)
     table.add_column("mean", justify="right")
     table.add_column("peak", justify="right")
     for row in rows:
@@ -197,7 +191,7 @@ def _over_time(rows: list[dict[str, Any]]) -> Table:
             table.add_row(
                 row["policy"] if number == 0 else "",
                 kind,
-                _bars(series),
+                _bars(series, chart),
                 f"{use['mean']:.0%}",
                 f"{peak:.0%}",
             )
@@ -220,8 +214,8 @@ def _series(row: dict[str, Any]) -> dict[str, list[float]]:
     return found
 
 
-def _bars(series: list[float]) -> str:
-    per_bar = max(1, len(series) // CHART_WIDTH)
+def _bars(series: list[float], most: int) -> str:
+    per_bar = max(1, -(-len(series) // most))
     means = [
         sum(series[i : i + per_bar]) / len(series[i : i + per_bar])
         for i in range(0, len(series), per_bar)

@@ -5,70 +5,81 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from rich.table import Table
 from rich.text import Text
 
-from fmsim.report.console import NO_MASS, estimate_text, wide_console
+from fmsim.report.console import NO_MASS, estimate_text
+from fmsim.report.grid import ALL, Field, Grid, View, show_parts
 from fmsim.report.tables.estimates import PLUS_MINUS
 from fmsim.units import MIB
 
-FIGURES = {  # heading -> text of a row's figure; * = simulated
-    "on GPU MiB": lambda row: f"{row['gpu_bytes'] / MIB:.1f}",
-    "of full": lambda row: f"{row['gpu_ratio']:.1%}",
-    "golden kept": lambda row: _estimate(row, "entry_recall"),
-    "mass kept": lambda row: _estimate(row, "mass_kept"),
-    "tokens/s*": lambda row: f"{row['decode_tokens_per_s']:.1f}",
-    "p99 ms*": lambda row: f"{row['step_s_p99'] * 1e3:.2f}",
-    "PCIe MiB/step": lambda row: f"{row['h2d_bytes_per_step'] / MIB:.2f}",
-    "stall*": lambda row: f"{row['stall_ratio']:.1%}",
-    "requests fit*": lambda row: str(row["max_requests"]),
-    "tokens/s then*": lambda row: f"{row['at_max_requests_decode_tokens_per_s']:,.0f}",
+FIGURES = {  # heading -> text of a row's figure, and its rank; * = simulated
+    "on GPU\nMiB": (lambda row: f"{row['gpu_bytes'] / MIB:.1f}", 4),
+    "of\nfull": (lambda row: f"{row['gpu_ratio']:.1%}", 5),
+    "golden\nkept": (lambda row: _estimate(row, "entry_recall"), 9),
+    "mass\nkept": (lambda row: _estimate(row, "mass_kept"), 2),
+    "tokens/s*": (lambda row: f"{row['decode_tokens_per_s']:.1f}", 6),
+    "p99\nms*": (lambda row: f"{row['step_s_p99'] * 1e3:.2f}", 10),
+    "PCIe\nMiB/step": (lambda row: f"{row['h2d_bytes_per_step'] / MIB:.2f}", 8),
+    "stall*": (lambda row: f"{row['stall_ratio']:.1%}", 7),
+    "requests\nfit*": (lambda row: str(row["max_requests"]), 3),
+    "tokens/s\nthen*": (lambda row: f"{row['at_max_requests_decode_tokens_per_s']:,.0f}", 5),
 }
 SERVING_FIGURES = {  # of a scenario with a workload
-    "mass kept": lambda row: _estimate(row, "mass_kept"),
-    "held*": lambda row: str(row["held"]),
-    "tokens/s*": lambda row: f"{row['tokens_per_s']:,.0f}",
-    "TTFT p95 s*": lambda row: f"{row['ttft_s_p95']:.2f}",
-    "TPOT p95 ms*": lambda row: f"{row['tpot_s_p95'] * 1e3:.2f}",
-    "good/s*": lambda row: f"{row['goodput_per_s']:.3f}",
-    "in SLO*": lambda row: f"{row['slo_share']:.0%}",
-    "stall*": lambda row: f"{row['stall_share']:.1%}",
-    "done": lambda row: str(row["requests_finished"]),
-    "bound by*": lambda row: row["bound"],
+    "mass\nkept": (lambda row: _estimate(row, "mass_kept"), 3),
+    "held*": (lambda row: str(row["held"]), 2),
+    "tokens/s*": (lambda row: f"{row['tokens_per_s']:,.0f}", 2),
+    "TTFT p95\ns*": (lambda row: f"{row['ttft_s_p95']:.2f}", 4),
+    "TPOT p95\nms*": (lambda row: f"{row['tpot_s_p95'] * 1e3:.2f}", 5),
+    "good/s*": (lambda row: f"{row['goodput_per_s']:.3f}", 6),
+    "in\nSLO*": (lambda row: f"{row['slo_share']:.0%}", 4),
+    "stall*": (lambda row: f"{row['stall_share']:.1%}", 7),
+    "done": (lambda row: str(row["requests_finished"]), 8),
+    "bound by*": (lambda row: row["bound"], 6),
 }
 
 
-def show(rows: list[dict[str, Any]], note: str) -> None:
+def show(rows: list[dict[str, Any]], note: str, view: View = ALL) -> None:
     """Print to standard output."""
+    parts: list[Text | Grid] = [table(rows)]
+    parts += [
+        Text(f"{row['policy']}: {row['error']}", style="yellow") for row in rows if "error" in row
+    ]
+    if any(row.get("mass_kept", 0) is None for row in rows):
+        parts.append(Text(NO_MASS, style="dim"))
+    parts.append(Text(f"{note}.  * simulated, not measured.  {PLUS_MINUS}", style="dim"))
+    show_parts(parts, view)
+
+
+def table(rows: list[dict[str, Any]]) -> Grid:
+    """What was varied, then what came of it."""
     varied = list(dict.fromkeys(name for row in rows for name in row if name.startswith("set.")))
-    table = Table(header_style="bold", pad_edge=False)
-    for name in ["policy", *(name.removeprefix("set.") for name in varied)]:
-        table.add_column(name, no_wrap=True)
     figures = SERVING_FIGURES if any("held" in row for row in rows) else FIGURES
-    for heading in figures:
-        table.add_column(heading, justify="right", no_wrap=True)
+    grid = Grid(
+        [
+            Field("policy", 0, "left"),
+            *(Field(_setting(name), 1, "left") for name in varied),
+            *(Field(heading, rank) for heading, (_, rank) in figures.items()),
+        ]
+    )
+    texts = [text for text, _ in figures.values()]
     for row in rows:
-        known = [
+        grid.add(
             row["policy"],
             *(str(row.get(name) if row.get(name) is not None else "-") for name in varied),
-        ]
-        table.add_row(*known, *_cells(row, figures))
-    console = wide_console(wide_console(1000).measure(table).maximum)
-    console.print(table)
-    for row in rows:
-        if "error" in row:
-            console.print(Text(f"{row['policy']}: {row['error']}", style="yellow"))
-    if any(row.get("mass_kept", 0) is None for row in rows):
-        console.print(Text(NO_MASS, style="dim"))
-    console.print(Text(f"{note}.  * simulated, not measured.  {PLUS_MINUS}", style="dim"))
+            *_cells(row, texts),
+        )
+    return grid
 
 
-def _cells(
-    row: dict[str, Any], figures: dict[str, Callable[[dict[str, Any]], str]]
-) -> list[str | Text]:
+def _setting(name: str) -> str:
+    """A varied key as a heading, a part a line."""
+    return name.removeprefix("set.").replace(".", ".\n")
+
+
+def _cells(row: dict[str, Any], texts: list[Callable[[dict[str, Any]], str]]) -> list[str | Text]:
     if "error" in row:
-        return [Text("no run", "yellow"), *("" for _ in list(figures)[1:])]
-    return [_cell(row, text) for text in figures.values()]
+        return [Text("no run", "yellow"), *("" for _ in texts[1:])]
+    return [_cell(row, text) for text in texts]
 
 
 def _estimate(row: dict[str, Any], name: str) -> str:

@@ -4,29 +4,27 @@ from __future__ import annotations
 
 from typing import Any
 
-from rich.console import Group
-from rich.table import Table
 from rich.text import Text
 
-from fmsim.report.console import picture, wide_console
+from fmsim.report.grid import ALL, Field, Grid, View, picture, show_parts
 from fmsim.report.tables.hardware import hardware_line
 from fmsim.units import GIB
 
-MIN_WIDTH = 110  # columns that the table needs
-COLUMNS = (
-    "on GPU\nGiB",
-    "of\nfull",
-    "host\nGiB",
-    "requests\nfit",
-    "GPU memory\nwall",
-    "host or\nNVMe wall",
-    "compute\nwall*",
-    "decode\ntokens/s*",
-    "step\nms*",
+FIELDS = (
+    Field("policy", 0, "left"),
+    Field("on GPU\nGiB", 2),
+    Field("of\nfull", 6),
+    Field("host\nGiB", 7),
+    Field("requests\nfit", 1),
+    Field("GPU memory\nwall", 3),
+    Field("host or\nNVMe wall", 3),
+    Field("compute\nwall*", 4),
+    Field("decode\ntokens/s*", 5),
+    Field("step\nms*", 8),
 )
 
 
-def render(report: dict[str, Any]) -> Group:
+def parts(report: dict[str, Any]) -> list[Text | Grid]:
     """The head, the table and its notes, from the report's JSON object."""
     about = report["scenario"]
     model = about["model"]
@@ -38,12 +36,9 @@ def render(report: dict[str, Any]) -> Group:
         ),
         Text(f"hardware  {hardware_line(about['hardware'])}; batch {about['batch']}"),
     ]
-    table = Table(header_style="bold", pad_edge=False)
-    table.add_column("policy", no_wrap=True)
-    for name in COLUMNS:
-        table.add_column(name, justify="right", no_wrap=True)
+    grid = Grid(FIELDS)
     for row in report["footprints"]:
-        table.add_row(row["policy"], *_cells(row))
+        grid.add(row["policy"], *_cells(row))
     notes = (
         "on GPU: what one GPU holds of one request at its end.  walls: requests at once that each"
         f" allows, compute at {about['tpot_slo_s'] * 1e3:g} ms a token.",
@@ -53,7 +48,7 @@ def render(report: dict[str, Any]) -> Group:
     )
     untimed = about["absent"].get("untimed")
     told = [*notes, f"No speed of the full cache: {untimed}."] if untimed else notes
-    return Group(*lines, table, *(Text(note, style="dim") for note in told))
+    return [*lines, grid, *(Text(note, style="dim") for note in told)]
 
 
 def _cells(row: dict[str, Any]) -> list[str]:
@@ -72,11 +67,11 @@ def _cells(row: dict[str, Any]) -> list[str]:
     ]
 
 
-def show(report: dict[str, Any]) -> None:
+def show(report: dict[str, Any], view: View = ALL) -> None:
     """Print to standard output."""
-    wide_console(MIN_WIDTH).print(render(report))
+    show_parts(parts(report), view)
 
 
 def svg(report: dict[str, Any], title: str) -> str:
     """The same as a picture."""
-    return picture(render(report), MIN_WIDTH, title)
+    return picture(parts(report), title)

@@ -4,45 +4,49 @@ from __future__ import annotations
 
 from typing import Any
 
-from rich.table import Table
 from rich.text import Text
 
-from fmsim.report.console import wide_console
+from fmsim.report.grid import ALL, Field, Grid, View, show_parts
 from fmsim.units import MIB
 
+FIELDS = (
+    Field("policy", 0, "left"),
+    Field("slots\nidentical", 0),
+    Field("pages moved\nreplay", 3),
+    Field("pages moved\nengine", 3),
+    Field("MiB moved\nreplay", 6),
+    Field("MiB moved\nengine", 6),
+    Field("on GPU MiB\npredicted", 2),
+    Field("on GPU MiB\nbuilt", 2),
+    Field("on GPU\ndiffers", 1),
+    Field("of it\nspare", 7),
+    Field("step ms p50\nsimulated", 5),
+    Field("step ms p50\nmeasured", 5),
+)
+WHOLE_STEPS = (
+    Field("step ms\ndiffers", 4),
+    Field("tokens/s\nsimulated", 4),
+    Field("tokens/s\nmeasured", 4),
+)
 
-def show(report: dict[str, Any]) -> None:
+
+def show(report: dict[str, Any], view: View = ALL) -> None:
     """Print to standard output, from the report's JSON object."""
     about = report["scenario"]
-    console = wide_console(170 if about["whole_steps"] else 132)
-    console.print(
-        Text(
-            f"{about['name']}: {about['trace']}, {about['steps']} steps; pages of"
-            f" {about['model']}'s {about['csa_layers']} CSA layers on {about['device']}"
-        )
+    head = (
+        f"{about['name']}: {about['trace']}, {about['steps']} steps; pages of"
+        f" {about['model']}'s {about['csa_layers']} CSA layers on {about['device']}"
     )
-    table = Table(header_style="bold", pad_edge=False)
-    table.add_column("policy", no_wrap=True)
-    for name in (
-        "slots\nidentical",
-        "pages moved\nreplay",
-        "\nengine",
-        "MiB moved\nreplay",
-        "\nengine",
-        "on GPU MiB\npredicted",
-        "\nbuilt",
-        "\ndiffers",
-        "of it\nspare",
-        "step ms p50\nsimulated",
-        "\nmeasured",
-        *(["\ndiffers", "tokens/s\nsimulated", "\nmeasured"] if about["whole_steps"] else []),
-    ):
-        table.add_column(name, justify="right", no_wrap=True)
+    notes = [Text(note, style="dim") for note in about["notes"]]
+    show_parts([Text(head), table(report), *notes], view)
+
+
+def table(report: dict[str, Any]) -> Grid:
+    """A row a policy."""
+    grid = Grid([*FIELDS, *(WHOLE_STEPS if report["scenario"]["whole_steps"] else ())])
     for row in report["policies"]:
-        table.add_row(*_cells(row))
-    console.print(table)
-    for note in about["notes"]:
-        console.print(Text(note, style="dim"))
+        grid.add(*_cells(row))
+    return grid
 
 
 def _cells(row: dict[str, Any]) -> list[str | Text]:
