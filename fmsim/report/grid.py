@@ -16,6 +16,7 @@ from rich.text import Text
 from fmsim.errors import FmsimError, shown
 
 Cell = str | Text
+BOUNDLESS = 10_000  # columns
 
 
 @dataclass(frozen=True)
@@ -122,7 +123,7 @@ class Grid:
 
 def width_of(shown: RenderableType) -> int:
     """Columns that it takes."""
-    return Console(width=10_000).measure(shown).maximum
+    return Console(width=BOUNDLESS).measure(shown).maximum
 
 
 def check_columns(view: View, grids: Sequence[Grid]) -> None:
@@ -137,32 +138,25 @@ def check_columns(view: View, grids: Sequence[Grid]) -> None:
 
 def picture(parts: Sequence[RenderableType | Grid], title: str) -> str:
     """All of it as an SVG."""
+    shown = laid_out(parts, ALL)
     console = Console(
         record=True,
-        width=width(parts, ALL),
+        width=max(width_of(part) for part in shown if isinstance(part, Table)),
         file=io.StringIO(),
         force_terminal=True,
         color_system="truecolor",
     )
-    for part in laid_out(parts, ALL):
+    for part in shown:
         console.print(part)
     return console.export_svg(title=title)
 
 
 def show_parts(parts: Sequence[RenderableType | Grid], view: View) -> None:
     """Print texts and grids to standard output, and say what there was no room for."""
-    console = Console(highlight=False)
-    console.width = width(parts, view)
+    # in a pipe no text is wrapped
+    console = Console(highlight=False, width=view.width or BOUNDLESS)
     for part in laid_out(parts, view):
         console.print(part)
-
-
-def width(parts: Sequence[RenderableType | Grid], view: View) -> int:
-    """Columns of the whole: the view's, or what the widest table takes."""
-    if view.width is not None:
-        return view.width
-    tables = [part for part in laid_out(parts, view) if isinstance(part, Table)]
-    return max([100, *map(width_of, tables)])
 
 
 def laid_out(parts: Sequence[RenderableType | Grid], view: View) -> list[RenderableType]:
