@@ -22,6 +22,14 @@ class FmsimError(Exception):
     exit_code = ExitCode.INPUT
 
 
+class BadParameter(FmsimError):
+    """A policy has no such parameter, or the value is none of it."""
+
+    def __init__(self, message: str, key: str = "") -> None:
+        super().__init__(message)
+        self.key = key  # of the parameter, or "policy"
+
+
 class PolicyError(FmsimError):
     """A policy misbehaved; the message names it, the step, and what it did."""
 

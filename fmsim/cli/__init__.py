@@ -15,6 +15,7 @@ from typing import NoReturn, TextIO
 import typer
 
 from fmsim import __version__
+from fmsim.cli.compare import compare
 from fmsim.cli.doctor import doctor
 from fmsim.cli.eval import evaluate
 from fmsim.cli.exec import exec_
@@ -30,7 +31,7 @@ from fmsim.errors import ExitCode, FmsimError, FmsimWarning, shown
 app = typer.Typer(
     name="fmsim",
     no_args_is_help=True,
-    add_completion=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
     pretty_exceptions_enable=False,
     help=(
         "Which KV pages should stay in GPU memory, and what does that choice cost and save?\n\n"
@@ -50,6 +51,7 @@ app.command()(sweep)
 app.command()(tune)
 app.command()(report)
 app.command()(validate)
+app.command()(compare)
 app.command()(init)
 app.command()(schema)
 app.command()(doctor)

@@ -10,6 +10,7 @@ if TYPE_CHECKING:
 
 def policy_given(name: str, overrides: list[str]) -> Policy:
     """The policy of ``--policy`` with the parameters of ``--set``; FmsimError where one is none."""
+    from fmsim.errors import BadParameter, FmsimError, shown
     from fmsim.files import strict_yaml
     from fmsim.policies import registry
     from fmsim.scenario.key_value import key_value
@@ -20,7 +21,13 @@ def policy_given(name: str, overrides: list[str]) -> Policy:
             override, f"--set {override}: write key=value, such as --set budget=20%"
         )
         params[key] = strict_yaml.load(value, f"--set {override}")
-    return registry.build({"policy": named} | params)
+    try:
+        return registry.build({"policy": named} | params)
+    except BadParameter as error:
+        for override in overrides:
+            if override.partition("=")[0].strip() == error.key:
+                raise FmsimError(f"--set {shown(override)}: {error}") from None
+        raise FmsimError(f"--policy {shown(name)}: {error}") from None
 
 
 def device_given(asked: str | None, has_cuda: bool) -> str:

@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from fmsim.cli.extras import require
+from fmsim.cli.options import Json, echo_json
 
 app = typer.Typer(
     help="List hardware presets, or measure one on this machine's GPU.", no_args_is_help=True
@@ -15,33 +16,16 @@ app = typer.Typer(
 
 
 @app.command("list")
-def list_hardware() -> None:
+def list_hardware(as_json: Json = False) -> None:
     """All presets, one a line."""
-    from rich.table import Table
+    from fmsim.experiments.models import hardware_listed
+    from fmsim.report.tables import hardware
 
-    from fmsim.hw import hardware_names, load_hardware
-    from fmsim.report.console import wide_console
-
-    table = Table(
-        "preset",
-        "title",
-        "GPUs",
-        "memory, GB",
-        "GB/s",
-        "link, GB/s",
-        header_style="bold",
-        pad_edge=False,
-    )
-    for name in hardware_names():
-        found = load_hardware(name)
-        figures = (found.hbm_bytes, found.hbm_bytes_per_s, found.link.bandwidth_bytes_per_s)
-        table.add_row(
-            name,
-            found.title,
-            str(found.n_gpus),
-            *(f"{figure.value / 1e9:,.0f}" for figure in figures),
-        )
-    wide_console(120).print(table)
+    rows = hardware_listed()
+    if as_json:
+        echo_json({"hardware": rows})
+    else:
+        hardware.show_list(rows)
 
 
 @app.command()

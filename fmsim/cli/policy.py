@@ -6,56 +6,38 @@ from typing import Annotated
 
 import typer
 
+from fmsim.cli.options import Json, echo_json
+
 app = typer.Typer(help="List policies and their parameters.", no_args_is_help=True)
 
 
 @app.command("list")
-def list_policies() -> None:
+def list_policies(as_json: Json = False) -> None:
     """All installed policies, one a line."""
-    from rich.table import Table
-
     from fmsim.policies import registry
-    from fmsim.report.console import wide_console
+    from fmsim.report.tables import policy
 
-    table = Table(
-        "policy",
-        "action",
-        "evidence",
-        "decides per",
-        "what it keeps",
-        header_style="bold",
-        pad_edge=False,
-    )
-    for name in registry.names():
-        info = registry.info(name)
-        table.add_row(
-            name, info["action"], info["evidence"], info["decision_scope"], info["summary"]
-        )
-    wide_console(120).print(table)
+    rows = [registry.info(name) for name in registry.names()]
+    if as_json:
+        echo_json({"policies": rows})
+    else:
+        policy.show_list(rows)
 
 
 @app.command()
 def show(
     name: Annotated[str, typer.Argument(help="a policy's name, e.g. lsa, or path/file.py:Class")],
+    as_json: Json = False,
 ) -> None:
     """One policy: what it does, its source, and every parameter with its default."""
-    from rich.table import Table
-
     from fmsim.policies import registry
-    from fmsim.report.console import wide_console
+    from fmsim.report.tables import policy
 
-    info = registry.info(name)
-    table = Table("parameter", "type", "default", "meaning", header_style="bold", pad_edge=False)
-    for parameter in info["parameters"]:
-        table.add_row(*(parameter[key] for key in ("name", "type", "default", "description")))
-    console = wide_console(120)
-    console.print(f"[bold]{info['name']}[/bold]  {info['module']}")
-    console.print(
-        f"action {info['action']}, evidence {info['evidence']}, decides per"
-        f" {info['decision_scope']}\n"
-    )
-    console.print(info["doc"] + "\n", markup=False)
-    console.print(table)
+    found = registry.info(name)
+    if as_json:
+        echo_json(found)
+    else:
+        policy.show(found)
 
 
 @app.command()

@@ -16,6 +16,22 @@ def listed() -> list[dict[str, Any]]:
     return [row(PRESETS[name]) | PRESETS.about(name) for name in PRESETS]
 
 
+def hardware_listed() -> list[dict[str, Any]]:
+    """One row a hardware preset."""
+    every = ((name, load_hardware(name)) for name in hardware_names())
+    return [
+        {
+            "name": name,
+            "title": found.title,
+            "gpus": found.n_gpus,
+            "memory_bytes": found.hbm_bytes.value,
+            "memory_bytes_per_s": found.hbm_bytes_per_s.value,
+            "link_bytes_per_s": found.link.bandwidth_bytes_per_s.value,
+        }
+        for name, found in every
+    ]
+
+
 def row(geometry: Geometry) -> dict[str, Any]:
     """A model's figures in short; bytes are of one request."""
     return {

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from fmsim import __version__
-from fmsim.errors import FmsimError
+from fmsim.errors import BadParameter, FmsimError
 from fmsim.experiments.driving import layers_that_drive, stands_for
 from fmsim.experiments.failures import TIMEOUT_S, Failure, guarded, lost, raise_if_all
 from fmsim.experiments.parallel import in_parallel
@@ -285,9 +285,16 @@ def build(file: ScenarioFile, spec: PolicySpec) -> Policy:
     """A new policy object for an entry of the scenario; FmsimError says where its parameters are
     wrong.
     """
-    make = lambda: registry.build({"policy": spec.policy} | spec.params)
     labels = [entry.label for entry in file.scenario.policies]
-    return _located(file, ("policies", labels.index(spec.entry)), make)
+    loc: tuple[str | int, ...] = ("policies", labels.index(spec.entry))
+    try:
+        return registry.build({"policy": spec.policy} | spec.params)
+    except BadParameter as error:
+        if file.is_overridden((*loc, error.key)):
+            loc = (*loc, error.key)
+        raise FmsimError(f"{file.where(loc)}: {error}") from None
+    except FmsimError as error:
+        raise FmsimError(f"{file.where(loc)}: {error}") from None
 
 
 def _located(file: ScenarioFile, loc: tuple[str | int, ...], make: Callable[[], Any]) -> Any:

@@ -218,12 +218,11 @@ def load_hardware(name: str, folder: Path | None = None) -> Hardware:
     names = hardware_names()
     if name not in names:
         near = difflib.get_close_matches(name, names, n=1)
-        hint = (
-            f"did you mean '{near[0]}'?"
-            if near
-            else f"choose one of {', '.join(names)}, or a .yaml file of fmsim hw calibrate"
+        hint = f"did you mean '{near[0]}'?" if near else f"there are {', '.join(names)}."
+        raise FmsimError(
+            f"no hardware preset '{shown(name)}'; {hint} For another GPU `fmsim hw calibrate --out"
+            " FILE.yaml`, run on it, writes one"
         )
-        raise FmsimError(f"no hardware preset '{name}'; {hint}")
     presets = files("fmsim.hw")
     raw = _packaged(presets / "presets" / f"{name}.yaml")
     raw["link"] = _packaged(presets / "links" / f"{raw['link']}.yaml")

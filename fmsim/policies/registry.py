@@ -22,7 +22,7 @@ from typing import Any, Literal, get_args, get_origin
 from pydantic import ValidationError
 from pydantic_core import PydanticUndefined
 
-from fmsim.errors import FmsimError, FmsimWarning, PolicyError, short, shown
+from fmsim.errors import BadParameter, FmsimError, FmsimWarning, PolicyError, short, shown
 from fmsim.files import strict_yaml
 from fmsim.policies.base import Action, DecisionScope, Evidence, Policy, PolicyParams, describe
 from fmsim.policies.guard import called
@@ -137,9 +137,11 @@ def get(named: str | type[Policy] | Policy) -> type[Policy]:
         return _from_file(named)
     found = _load(named) if named in _found() else None
     if found is None:
-        near = get_close_matches(named, _found(), n=1)
+        near = get_close_matches(named.lower(), _found(), n=1)
         hint = f"did you mean {near[0]!r}? " if near and near[0] != named else ""
-        raise FmsimError(f"no policy named {named!r}; {hint}there are: {', '.join(names())}")
+        raise BadParameter(
+            f"no policy named {named!r}; {hint}there are: {', '.join(names())}", "policy"
+        )
     return found
 
 
@@ -257,14 +259,22 @@ def build(spec: str | type[Policy] | Policy | Mapping[str, Any]) -> Policy:
     known = policy.Params.model_fields
     for key, value in given.items():
         if _has_bool(value) and key in known and not takes_bool(known[key].annotation):
-            raise FmsimError(
-                f"policy {policy.name}: {key}: {short(value)} is no value of it; give a number"
+            raise BadParameter(
+                f"policy {policy.name}: {key}: {short(value)} is no value of it; give a number", key
             )
     try:
         checked = policy.Params.model_validate(given)
     except ValidationError as error:
-        raise FmsimError(
-            f"policy {policy.name}: {describe(error)} (parameters: {', '.join(known)})"
+        first = error.errors()[0]
+        key = str(first["loc"][0]) if first["loc"] else ""
+        if first["type"] == "extra_forbidden":
+            near = get_close_matches(key, known, n=1)
+            hint = f"did you mean {near[0]!r}?" if near else f"there are: {', '.join(known)}"
+            raise BadParameter(
+                f"policy {policy.name}: no parameter {shown(repr(key))}; {hint}", key
+            ) from None
+        raise BadParameter(
+            f"policy {policy.name}: {describe(error)} (parameters: {', '.join(known)})", key
         ) from None
     except FmsimError:
         raise

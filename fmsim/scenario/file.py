@@ -229,7 +229,15 @@ class ScenarioFile:
 
     def trace_file(self) -> Path:
         """The trace: one that fmsim carries, by its name, or else a path as `file` reads it."""
-        return shipped.trace(self.scenario.trace) or self.file(self.scenario.trace)
+        name = self.scenario.trace
+        path = shipped.trace(name) or self.file(name)
+        near = difflib.get_close_matches(name.stem, shipped.traces(), n=1)
+        if near and not path.exists():
+            raise FmsimError(
+                f"{self.where(('trace',))}: {shown(path)} is not there; did you mean {near[0]},"
+                " which fmsim carries?"
+            )
+        return path
 
     def file(self, name: str | Path) -> Path:
         """A path that the scenario names: relative to the scenario, or to the working directory
@@ -246,6 +254,10 @@ class ScenarioFile:
             )
         ]
         return Path(name) if str(name) in given else Path(os.path.normpath(self.path.parent / name))
+
+    def is_overridden(self, loc: Loc) -> bool:
+        """Whether --set gave just this key."""
+        return loc in self._overridden
 
     def where(self, loc: Loc) -> str:
         """For a message: 'file, line N: key', or the --set that gave the key."""
@@ -319,7 +331,12 @@ class ScenarioFile:
             without = "; without a trace there is `fmsim run --model NAME --hardware NAME`"
             return said + (without if loc == ("trace",) else "")
         if item["type"].startswith("union_tag"):
-            return f"{self.where(loc)}: give it a 'kind': {', '.join(kinds)}"
+            given = item["input"].get("kind") if isinstance(item["input"], dict) else None
+            near = difflib.get_close_matches(str(given), kinds, n=1)
+            hint = f"did you mean '{near[0]}'? there are" if near else "give it a 'kind':"
+            if given is not None:
+                loc = (*loc, "kind")
+            return f"{self.where(loc)}: {hint} {', '.join(kinds)}"
         return (
             f"{self.where(loc)}: {item['msg'].removeprefix('Value error, ')}, not"
             f" {short(item['input'])}"
@@ -416,7 +433,15 @@ def _policy_indices(
             entries[index] = entry
             found.append(index)
     if not found:
-        raise FmsimError(f"--set {shown(override)}: the scenario has no policy '{shown(label)}'")
+        labels = [
+            str(entry.get("label", entry.get("policy"))) if isinstance(entry, dict) else str(entry)
+            for entry in entries
+        ]
+        near = difflib.get_close_matches(label.lower(), labels, n=1)
+        fix = f"did you mean '{shown(near[0])}'?" if near else f"it has {shown(', '.join(labels))}"
+        raise FmsimError(
+            f"--set {shown(override)}: the scenario has no policy '{shown(label)}'; {fix}"
+        )
     return found if label == "*" else found[:1]
 
 

@@ -4,7 +4,32 @@ from __future__ import annotations
 
 from typing import Any
 
+from fmsim.report.grid import Field, Grid, View, show_parts
 from fmsim.units import GIB
+
+
+def show_list(rows: list[dict[str, Any]]) -> None:
+    """One line a preset. Memory is in GiB, in which the makers' names count."""
+    grid = Grid(
+        [
+            Field("preset", 0, "left"),
+            Field("title", 1, "left"),
+            Field("GPUs", 2),
+            Field("memory\nGiB", 2),
+            Field("memory\nGB/s", 3),
+            Field("link\nGB/s", 4),
+        ]
+    )
+    for row in rows:
+        grid.add(
+            row["name"],
+            row["title"],
+            str(row["gpus"]),
+            f"{row['memory_bytes'] / GIB:,.1f}",
+            f"{row['memory_bytes_per_s'] / 1e9:,.0f}",
+            f"{row['link_bytes_per_s'] / 1e9:,.0f}",
+        )
+    show_parts([grid], View.of_terminal())
 
 
 def hardware_line(hardware: dict[str, Any]) -> str:

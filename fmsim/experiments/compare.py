@@ -1,0 +1,270 @@
+"""Two results side by side: what was set differently, what came of it, and what is beyond error."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import fmsim.experiments.serve as serving
+from fmsim.errors import FmsimError, shown
+from fmsim.experiments.results import REPORT_NAME, Results
+from fmsim.experiments.run import run_scenario
+from fmsim.replay.ledger import Ledger
+from fmsim.scenario import ScenarioFile, shipped
+from fmsim.sim.windows import differences
+
+Progress = Callable[[str, int, int], None]
+# Of a report's head what follows from the rest, or says where things lie.
+DERIVED = (
+    *("name", "description", "file", "details", "runs", "simulated", "replayed", "layer_map"),
+    *("full_gpu_bytes", "full_kv_bytes", "schema_version", "budgets"),
+)
+DERIVED_WITHIN = ("file", "source", "title", "steady_steps", "content_sha256", "kernel_source")
+
+
+@dataclass(frozen=True)
+class Figure:
+    """One that two rows are compared by."""
+
+    name: str  # where it stands in a row: "step_s.p99"
+    unit: str  # "share", "bytes", "s", or "" for counts and rates
+    more_is_better: bool | None
+    kind: Literal["sampled", "counted", "simulated"] = "simulated"  # sampled: with an interval
+
+
+FIGURES = (
+    Figure("mass_kept", "share", True, "sampled"),
+    Figure("entry_recall", "share", True, "sampled"),
+    Figure("hit_rate", "share", True, "sampled"),
+    Figure("gpu_bytes", "bytes", False, "counted"),
+    Figure("max_requests", "", True),
+    Figure("at_max_requests.decode_tokens_per_s", "", True),
+    Figure("decode_tokens_per_s", "", True),
+    Figure("step_s.p99", "s", False),
+    Figure("stall_ratio", "share", False),
+    Figure("h2d_bytes_per_step", "bytes", False, "counted"),
+)
+SERVING_FIGURES = (
+    *FIGURES[:2],
+    Figure("held", "", True),
+    Figure("tokens_per_s", "", True),
+    Figure("goodput_per_s", "", True),
+    Figure("slo_share", "share", True),
+    Figure("ttft_s.p95", "s", False),
+    Figure("tpot_s.p95", "s", False),
+    Figure("stall_share", "share", False),
+)
+
+
+@dataclass(frozen=True)
+class Side:
+    """One of the two: a report, and the ledgers of its policies where they are at hand."""
+
+    name: str
+    report: dict[str, Any]
+    ledgers: Mapping[str, Ledger]
+
+    @property
+    def rows(self) -> dict[str, dict[str, Any]]:
+        """By policy."""
+        key = "serving" if "serving" in self.report else "policies"
+        return {row["policy"]: row for row in self.report[key]}
+
+
+def compare(
+    one: str,
+    other: str,
+    scenario: str = "128k",
+    overrides: Sequence[str] = (),
+    progress: Progress = lambda label, done, total: None,
+) -> dict[str, Any]:
+    """Two folders of `fmsim run --out`, two scenarios, or two policies on `scenario`.
+
+    -> {"a", "b": names, "settings": what was set differently, "rows": a row a figure of each
+    policy}. A row's "error" says how its change is known: "paired" (both were replayed on the same
+    steps) or "independent", each with a 95% interval's half width; "not known" (too few windows);
+    "counted" or "simulated", without spread. Raises FmsimError where they cannot be compared.
+    """
+    named = [_is_result(text) or _is_scenario(text) for text in (one, other)]
+    if not any(named):
+        file = ScenarioFile(scenario, overrides, [one, other])
+        labels = [spec.label for spec in file.selected]
+        if len(labels) != 2:
+            raise FmsimError(
+                f"fmsim compare: {shown(one)} and {shown(other)} are {len(labels)} runs of"
+                f" {shown(file.path)}; give it one budget, as --set 'budgets=[25% gpu]', or each"
+                " policy its own, as lru:budget=10%"
+            )
+        both = _ran(scenario, file, progress)
+        return _compared(both, both, [(labels[0], labels[1])])
+    if not all(named):
+        lone = (one, other)[named.index(False)]
+        raise FmsimError(
+            f"fmsim compare: {shown(lone)} is neither a folder of `fmsim run --out` nor a scenario;"
+            " give two of one kind, or two policies"
+        )
+    a, b = (_side(text, overrides, progress) for text in (one, other))
+    if ("serving" in a.report) != ("serving" in b.report):
+        raise FmsimError(
+            f"fmsim compare: only one of {shown(one)} and {shown(other)} has a workload"
+        )
+    shared = [label for label in a.rows if label in b.rows]
+    if not shared:
+        raise FmsimError(
+            f"fmsim compare: {shown(one)} and {shown(other)} have no policy in common"
+            f" ({', '.join(a.rows)}; {', '.join(b.rows)})"
+        )
+    return _compared(a, b, [(label, label) for label in shared])
+
+
+def _is_result(text: str) -> bool:
+    return (Path(text) / REPORT_NAME).is_file()
+
+
+def _is_scenario(text: str) -> bool:
+    return text in shipped.scenarios() or Path(text).suffix in (".yaml", ".yml")
+
+
+def _side(text: str, overrides: Sequence[str], progress: Progress) -> Side:
+    if not _is_result(text):
+        return _ran(text, ScenarioFile(text, overrides), progress)
+    served = serving.ServingResults.load(Path(text))
+    if served is not None:
+        return Side(text, served.report, {})
+    found = Results.load(text)
+    return Side(text, found.report, found.ledgers)
+
+
+def _ran(name: str, file: ScenarioFile, progress: Progress) -> Side:
+    if file.scenario.workload is not None:
+        served = serving.serve_scenario(file, progress)
+        return Side(name, served.as_json(), served.ledgers)
+    report = run_scenario(file, progress=progress)
+    return Side(name, report.as_json(), {run.label: run.ledger for run in report.runs})
+
+
+def _compared(a: Side, b: Side, pairs: Sequence[tuple[str, str]]) -> dict[str, Any]:
+    rows = []
+    for label, other in pairs:
+        for side, wanted in ((a, label), (b, other)):
+            if wanted not in side.rows:
+                [why] = [one["error"] for one in side.report["failed"] if one["policy"] == wanted]
+                raise FmsimError(f"fmsim compare: {why}")
+        rows += _figures(a, b, label, other)
+    names = [a.name, b.name] if a is not b else list(pairs[0])
+    return {"a": names[0], "b": names[1], "settings": _settings(a, b, pairs), "rows": rows}
+
+
+def _figures(a: Side, b: Side, label: str, other: str) -> list[dict[str, Any]]:
+    """A row a figure that both have."""
+    paired = _paired(a, b, label, other)
+    found = []
+    for figure in SERVING_FIGURES if "serving" in a.report else FIGURES:
+        values = [_at(a.rows[label], figure.name), _at(b.rows[other], figure.name)]
+        if None in values:
+            continue
+        change = values[1] - values[0]
+        error = _error(figure, a.rows[label], b.rows[other], paired)
+        beyond = change != 0 if error is None else abs(change) > error
+        better = None if figure.more_is_better is None else (change > 0) == figure.more_is_better
+        found.append(
+            {
+                "policy": label if label == other else f"{label} -> {other}",
+                "figure": figure.name,
+                "unit": figure.unit,
+                "a": values[0],
+                "b": values[1],
+                "change": change,
+                "ratio": values[1] / values[0] if values[0] else None,
+                "half_width": error,
+                "error": _kind_of_error(figure, error, paired),
+                "beyond_error": None if figure.kind == "sampled" and error is None else beyond,
+                "better": better if beyond else None,
+            }
+        )
+    return found
+
+
+def _kind_of_error(figure: Figure, error: float | None, paired: Mapping[str, Any]) -> str:
+    if figure.kind != "sampled":
+        return figure.kind
+    if error is None:
+        return "not known"
+    return "paired" if figure.name in paired else "independent"
+
+
+def _error(
+    figure: Figure, one: dict[str, Any], other: dict[str, Any], paired: Mapping[str, float | None]
+) -> float | None:
+    """Half of the 95% interval of the difference."""
+    if figure.kind != "sampled":
+        return None
+    if figure.name in paired:
+        return paired[figure.name]
+    widths = [row.get("ci95", {}).get(figure.name, {}).get("half_width") for row in (one, other)]
+    return None if None in widths else math.hypot(*widths)
+
+
+def _paired(a: Side, b: Side, label: str, other: str) -> dict[str, float | None]:
+    """By figure the error of the difference where both were replayed on the same steps: smaller
+    than that of two of which each has its own.
+    """
+    heads = a.report["scenario"], b.report["scenario"]
+    same = [(head["trace"].get("content_sha256"), head["layer_map"]) for head in heads]
+    if same[0] != same[1] or same[0][0] is None:
+        return {}
+    if label not in a.ledgers or other not in b.ledgers:
+        return {}
+    ledgers = {"a": a.ledgers[label], "b": b.ledgers[other]}
+    if ledgers["a"].n_steps != ledgers["b"].n_steps or ledgers["a"].tau != ledgers["b"].tau:
+        return {}
+    rows = differences(ledgers, heads[0]["layer_map"])
+    return {row["figure"]: row["half_width"] for row in rows}
+
+
+def _settings(a: Side, b: Side, pairs: Sequence[tuple[str, str]]) -> list[dict[str, Any]]:
+    """What was set differently: of the scenario, then of each policy."""
+    heads = [_flat(_set(side.report["scenario"])) for side in (a, b)]
+    found = _unlike("", *heads)
+    for label, other in pairs:
+        params = [
+            side.report["scenario"].get("details", {}).get(name, {}).get("params", {})
+            for side, name in ((a, label), (b, other))
+        ]
+        found += _unlike(f"{label}." if label == other else "policy.", *map(_flat, params))
+    return found
+
+
+def _unlike(lead: str, one: dict[str, Any], other: dict[str, Any]) -> list[dict[str, Any]]:
+    return [
+        {"key": lead + key, "a": one.get(key), "b": other.get(key)}
+        for key in dict.fromkeys([*one, *other])
+        if one.get(key) != other.get(key)
+    ]
+
+
+def _set(head: dict[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in head.items() if key not in DERIVED}
+
+
+def _flat(value: Mapping[str, Any], lead: str = "") -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for key, inner in value.items():
+        if lead and key in DERIVED_WITHIN:
+            continue
+        if isinstance(inner, Mapping):
+            found |= _flat(inner, f"{lead}{key}.")
+        else:
+            found[lead + key] = inner
+    return found
+
+
+def _at(row: dict[str, Any], name: str) -> float | None:
+    """The figure, "step_s.p99" within "step_s"; None where the row has none."""
+    value: Any = row
+    for key in name.split("."):
+        value = value.get(key) if isinstance(value, Mapping) else None
+    return value if isinstance(value, (int, float)) else None

@@ -1,0 +1,97 @@
+"""What `fmsim compare` tells: settings, changes, and which of them are beyond error."""
+
+import json
+import math
+
+import pytest
+from command import fmsim_here
+
+from fmsim.experiments.compare import compare
+from fmsim.report.grid import View
+from fmsim.report.tables import comparison
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """Two results that differ in one policy's budget and the hardware."""
+    folder = tmp_path_factory.mktemp("compare")
+    both = ("run", "32k", "-p", "lsa", "-p", "full", "-q")
+    changes = ("--set", "policies.lsa.budget=20%", "--set", "hardware=h200")
+    assert fmsim_here(*both, "--out", "a", folder=folder).returncode == 0
+    assert fmsim_here(*both, *changes, "--out", "b", folder=folder).returncode == 0
+    return folder
+
+
+def rows_of(found, policy):
+    return {row["figure"]: row for row in found["rows"] if row["policy"] == policy}
+
+
+def test_two_results_what_was_set_and_what_came_of_it(folder):
+    found = compare(str(folder / "a"), str(folder / "b"))
+    settings = {one["key"]: (one["a"], one["b"]) for one in found["settings"]}
+    assert settings["lsa.budget"] == ("10%", "20%")
+    assert settings["hardware.name"] == ("h100", "h200")
+    assert not any(key.startswith(("trace", "full.")) for key in settings)
+    reports = [json.loads((folder / side / "report.json").read_text()) for side in "ab"]
+    rows = [{row["policy"]: row for row in report["policies"]} for report in reports]
+    got = rows_of(found, "lsa")["mass_kept"]
+    assert (got["a"], got["b"]) == tuple(side["lsa"]["mass_kept"] for side in rows)
+    assert got["change"] == got["b"] - got["a"]
+    assert got["error"] == "paired"
+    independent = math.hypot(*(side["lsa"]["ci95"]["mass_kept"]["half_width"] for side in rows))
+    assert 0 < got["half_width"] != pytest.approx(independent)
+    fit = rows_of(found, "full")["max_requests"]
+    assert fit["better"] is True and fit["ratio"] == pytest.approx(fit["b"] / fit["a"])
+    assert rows_of(found, "full")["mass_kept"]["change"] == 0
+
+
+def test_a_small_change_is_within_error_and_a_large_one_is_not():
+    near = compare("lsa:budget=10%", "lsa:budget=10.5%", "32k")["rows"]
+    far = compare("recency:budget=2%", "h2o:budget=40%", "32k")["rows"]
+    assert near[0]["figure"] == far[0]["figure"] == "mass_kept"
+    assert (near[0]["beyond_error"], near[0]["better"]) == (False, None)
+    assert (far[0]["beyond_error"], far[0]["better"]) == (True, True)
+
+
+def test_the_same_policy_as_the_runs_own_paired_difference():
+    done = fmsim_here("run", "32k", "-p", "h2o", "-p", "lsa", "--json")
+    told = [row for row in json.loads(done.stdout)["differences"] if row["figure"] == "mass_kept"]
+    [row] = [one for one in compare("h2o", "lsa", "32k")["rows"] if one["figure"] == "mass_kept"]
+    assert row["change"] == pytest.approx(-told[0]["difference"])
+    assert row["half_width"] == pytest.approx(told[0]["half_width"])
+
+
+def test_scenarios_with_other_traces_have_independent_errors():
+    found = compare("32k", "128k", overrides=["policies=[full, {policy: lsa, budget: 10%}]"])
+    got = rows_of(found, "lsa")["mass_kept"]
+    assert got["error"] == "independent" and got["half_width"] > 0
+    assert {"key": "trace.prompt_tokens", "a": 32768, "b": 128000} in found["settings"]
+
+
+def test_two_servers():
+    found = compare("serve", "serve", overrides=["workload.duration_s=5", "policies=[full]"])
+    assert {row["figure"] for row in found["rows"]} >= {"held", "ttft_s.p95", "goodput_per_s"}
+    assert not found["settings"] and all(row["change"] == 0 for row in found["rows"])
+
+
+@pytest.mark.parametrize("width", (80, 100, 120))
+def test_the_table_fits(folder, width, capsys):
+    comparison.show(compare(str(folder / "a"), str(folder / "b")), View(width))
+    lines = capsys.readouterr().out.splitlines()
+    assert max(map(len, lines)) <= width
+    assert len({len(line) for line in lines if line[:1] in "┏┃┡│├└"}) == 1
+
+
+@pytest.mark.parametrize(
+    "given, says",
+    [
+        (("lru", "lsaa"), "no policy named 'lsaa'; did you mean 'lsa'?"),
+        (("32k", "lsa"), "lsa is neither a folder of `fmsim run --out` nor a scenario"),
+        (("32k", "serve"), "only one of 32k and serve has a workload"),
+        (("lru", "lsa", "--scenario", "500k"), "give it one budget"),
+    ],
+)
+def test_what_cannot_be_compared_is_told(given, says):
+    done = fmsim_here("compare", *given)
+    assert done.returncode == 2 and says in done.stderr
+    assert len(done.stderr.splitlines()) == 1
