@@ -20,7 +20,7 @@ Progress = Callable[[str, int, int], None]
 # Of a report's head what follows from the rest, or says where things lie.
 DERIVED = (
     *("name", "description", "file", "details", "runs", "simulated", "replayed", "layer_map"),
-    *("full_gpu_bytes", "full_kv_bytes", "schema_version", "budgets"),
+    *("full_gpu_bytes", "full_kv_bytes", "schema_version", "budgets", "set"),
 )
 DERIVED_WITHIN = ("file", "source", "title", "steady_steps", "content_sha256", "kernel_source")
 

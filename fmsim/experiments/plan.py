@@ -55,6 +55,7 @@ class Candidate:
     ledger: Ledger
     source: str
     layer_map: tuple[int, ...] | None = None
+    bound: bool = False  # it knows the future, so nobody can deploy it
 
     def demand(self, geometry: Geometry) -> Demand:
         """Of a request, on one GPU of a rank."""
@@ -86,6 +87,7 @@ def plan_scenario(
             ledger,
             "replayed",
             setting.layer_map,
+            policy.evidence == "future",
         )
 
     ask = Ask(tokens or setting.trace.header.prompt_tokens, **asked)
@@ -214,6 +216,7 @@ def _report(
                 kept = {
                     "policy": each.label,
                     "exact": each.exact,
+                    "bound": each.bound,
                     "mass_kept": each.mass_kept,
                     "source": each.source,
                 }

@@ -338,7 +338,9 @@ def about(setting: Setting) -> dict[str, Any]:
     full_bytes = geometry.full_gpu_bytes(tokens)
     return {
         "name": scenario.name,
-        "description": scenario.description,
+        # of the trace that the file names, so not of another
+        "description": "" if file.is_overridden(("trace",)) else scenario.description,
+        "set": list(file.overrides),
         "file": str(file.path),
         "schema_version": SCHEMA_VERSION,
         "fmsim": __version__,

@@ -182,6 +182,7 @@ def serve_policy(setting: Setting, replayer: Replayer, label: str, policy: Polic
     for run in runs:
         run.run()
     row: dict[str, Any] = {"policy": label, "exact": metrics.exact(ledger)}
+    row["bound_policy"] = policy.evidence == "future"
     row |= metrics.kept(ledger, setting.layer_map) | summary(*runs)
     row |= {"ci95": intervals(ledger, setting.layer_map), "memory": memory}
     return ServedPolicy(row, ledger, request_rows([run.log for run in runs], source.workload.slo))

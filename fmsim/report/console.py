@@ -3,11 +3,21 @@
 import io
 
 from rich.console import Console, RenderableType
+from rich.text import Text
 
 NO_MASS = (
     "-: the trace has no attention masses (engines capture what was selected, not how much), so"
     " this cannot be known."
 )
+
+
+def kind_text(exact: bool | None, bound: bool) -> Text:
+    """Whether a policy loses anything on this trace; a bound knows the future, and cannot be
+    deployed whether or not it does.
+    """
+    if bound:
+        return Text("bound", "dim")
+    return Text("exact", "green") if exact else Text("lossy", "yellow")
 
 
 def share_text(value: float | None) -> str:

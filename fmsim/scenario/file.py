@@ -168,6 +168,7 @@ class ScenarioFile:
         self._added: dict[int, str] = {}  # entries of `policies` that `policies` added
         raw = self._read(source)
         overrides = list(overrides)
+        self.overrides = tuple(overrides)
         naming = [text for text in overrides if _names_a_policy(text.partition("=")[0])]
         for override in naming:
             self._override(raw, override)

@@ -92,3 +92,9 @@ def test_the_best_of_a_budget_stands_out_bounds_and_full_aside():
     assert best[then] == {"lsa 50% gpu"} and best[mass] == {"lru 50% gpu"}
     assert best[headings.index("requests\nfit*")] == set()  # both alike
     assert best[headings.index("on GPU\nGiB")] == set()  # neither better nor worse
+
+
+def test_the_title_says_what_was_changed_and_nothing_of_a_trace_that_is_not_there():
+    about = {"name": "32k", "description": "", "set": ["trace=other", "batch=2"]}
+    assert str(table.title(about)) == "32k  with trace=other, batch=2"
+    assert str(table.title({"name": "32k", "description": "needles"})) == "32k  needles"

@@ -12,7 +12,7 @@ from typing import Any
 from rich.text import Text
 
 from fmsim.experiments.results import by_budget
-from fmsim.report.console import estimate_text, margin_text, share_text
+from fmsim.report.console import estimate_text, kind_text, margin_text, share_text
 from fmsim.report.grid import ALL, Field, Grid, View, picture, show_parts
 from fmsim.report.tables import estimates, verdict
 from fmsim.report.tables.hardware import hardware_line
@@ -54,7 +54,8 @@ def _overlap(row: Row) -> str:
 COLUMNS = (
     Column("on GPU\nGiB", lambda row: f"{row['gpu_bytes'] / GIB:.3f}", None, 3),
     Column("of\nfull", lambda row: f"{row['gpu_ratio']:.1%}", None, 7),
-    Column("requests\nfit*", lambda row: f"{row['max_requests']}{row['bound']}", True, 2),
+    Column("requests\nfit*", lambda row: str(row["max_requests"]), True, 2),
+    Column("bound\nby*", lambda row: row["bound"], None, 8),
     Column(
         "tokens/s*\nthen",
         lambda row: _number(_at_most(row, "decode_tokens_per_s"), ",.0f"),
@@ -91,8 +92,8 @@ NOTES = (
         " resident when needed, of all; per step: the mean of the steps' shares."
     ),
     (
-        "then: with as many requests as fit; h: host memory binds.  Other times are the batch's."
-        "  Bold: the best, bounds and full aside."
+        "then: with as many requests as fit.  bound by: which memory allows no more.  Other times"
+        " are the batch's.  Bold: the best, bounds and full aside."
     ),
     (
         "* simulated from kernel tables and link curves, not measured; the rest is counted in the"
@@ -150,7 +151,7 @@ def head(about: dict[str, Any]) -> list[Text]:
         if isinstance(value, (int, float, str))
     )
     lines = [
-        Text.assemble((about["name"], "bold"), f"  {about['description']}"),
+        title(about),
         Text(
             f"trace     {trace['file']}: {trace['model']}, {trace['prompt_kind']},"
             f" {trace['prompt_tokens']:,} tokens + {trace['steps']} steps, {trace['csa_layers']}"
@@ -177,6 +178,13 @@ def head(about: dict[str, Any]) -> list[Text]:
             ),
         )
     return lines
+
+
+def title(about: dict[str, Any]) -> Text:
+    """The scenario's name, what it is about, and what --set changed."""
+    changed = ", ".join(about.get("set", ()))
+    told = [about["description"], f"with {changed}" if changed else ""]
+    return Text.assemble((about["name"], "bold"), "  ", "; ".join(filter(None, told)))
 
 
 def _figures(figures: dict[str, float]) -> str:
@@ -232,7 +240,7 @@ def _grid(report: dict[str, Any]) -> Grid:
                 Text(text, "bold green" if row["policy"] in best[place] else "")
                 for place, text in enumerate(cells(row, about))
             ]
-            grid.add(name_of(row, about), _kind(row, about), *shown)
+            grid.add(name_of(row, about), kind_text(*_exact_and_bound(row, about)), *shown)
         for failure in failed:
             grid.add(name_of(failure, about), Text("none", "red"), *_least(failure))
     return grid
@@ -246,14 +254,12 @@ def name_of(row: Row, about: dict[str, Any]) -> str:
 
 def kind_of(row: Row, about: dict[str, Any]) -> str:
     """Does it lose anything, and can it be had."""
-    if about["runs"][row["policy"]]["evidence"] == "future":
-        return "bound"
-    return "exact" if about["details"][row["policy"]]["exact"] else "lossy"
+    return str(kind_text(*_exact_and_bound(row, about)))
 
 
-def _kind(row: Row, about: dict[str, Any]) -> Text:
-    kind = kind_of(row, about)
-    return Text(kind, {"exact": "green", "lossy": "yellow"}.get(kind, "dim"))
+def _exact_and_bound(row: Row, about: dict[str, Any]) -> tuple[bool | None, bool]:
+    label = row["policy"]
+    return about["details"][label]["exact"], about["runs"][label]["evidence"] == "future"
 
 
 def _least(failure: Row) -> list[Text]:
@@ -303,7 +309,7 @@ def _value(text: str) -> float | None:
 def cells(row: Row, about: dict[str, Any]) -> list[str]:
     """One policy's figures, beside `columns`."""
     bound = about["details"][row["policy"]]["max_requests_bound"]
-    marked = row | {"bound": " h" if bound == "host memory" else "  "}
+    marked = row | {"bound": bound.removesuffix(" memory")}
     return [column.text(marked) for column in columns(about)]
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from rich.text import Text
 
-from fmsim.report.console import NO_MASS, share_text
+from fmsim.report.console import NO_MASS, kind_text, share_text
 from fmsim.report.grid import ALL, Field, Grid, View, show_parts, width_of
 from fmsim.report.tables.hardware import hardware_line
 from fmsim.units import GIB
@@ -22,6 +22,7 @@ WALLS = {  # by the rank of their columns
     "compute": 9,
 }
 NO_WALL = "-"
+MOST_REQUESTS = 4096  # that a plan looks as far as
 COMPARED = (
     Field("hardware", 0, "left"),
     Field("deployment", 0, "left"),
@@ -158,13 +159,13 @@ def _walls(plans: list[dict[str, Any]]) -> Grid:
         speed = plan["speed"]
         table.add(
             plan["policy"],
-            Text("exact", "green") if plan["exact"] else Text("lossy", "yellow"),
+            kind_text(plan["exact"], plan["bound"]),
             share_text(plan["mass_kept"]),
             f"{plan['gpu_bytes'] / GIB:.3f}",
             f"{plan['host_kv_bytes'] / GIB:.3f}",
             str(plan["max_requests"]),
             plan["max_requests_bound"],
-            *(str(plan["walls"].get(wall, NO_WALL)) for wall in WALLS),
+            *(_wall(plan["walls"].get(wall)) for wall in WALLS),
             *(
                 (
                     f"{speed['tokens_per_s']:,.0f}",
@@ -176,6 +177,11 @@ def _walls(plans: list[dict[str, Any]]) -> Grid:
             ),
         )
     return table
+
+
+def _wall(requests: int | None) -> str:
+    """Requests that it allows; a dash where there is no such wall, or none that was found."""
+    return NO_WALL if requests is None or requests >= MOST_REQUESTS else str(requests)
 
 
 def _moves(plans: list[dict[str, Any]], width: int | None) -> list[Text | Grid]:
@@ -248,7 +254,8 @@ def _notes(plans: list[dict[str, Any]]) -> list[str]:
         ),
         (
             "PCIe: beyond that many, recalls are late, or misses take longer than computing. "
-            " compute: beyond that many, a token takes longer than asked."
+            " compute: beyond that many, a token takes longer than asked.  -: no wall below"
+            f" {MOST_REQUESTS:,} requests."
         ),
         (
             "good/s: requests a second that keep the times asked for, prefill included; it is a"

@@ -7,8 +7,9 @@ from typing import Any
 from rich.table import Table
 from rich.text import Text
 
-from fmsim.report.console import share_text
+from fmsim.report.console import kind_text, share_text
 from fmsim.report.grid import ALL, Field, Grid, View, picture, show_parts
+from fmsim.report.tables.decode import title
 from fmsim.report.tables.hardware import hardware_line
 from fmsim.units import GIB, gib
 
@@ -67,7 +68,7 @@ def _head(about: dict[str, Any]) -> list[Text]:
         "file": "recorded requests",
     }[workload["kind"]]
     lines = [
-        Text.assemble((about["name"], "bold"), f"  {about['description']}"),
+        title(about),
         Text(
             f"workload  {workload['kind'].replace('_', ' ')}: {workload['first_requests']:,}"
             f" {kind}, prompts of {workload['prompt_tokens_mean']:,.0f} and outputs of"
@@ -151,7 +152,7 @@ def _cells(row: dict[str, Any]) -> list[str | Text]:
     waited = row["waited_share"].get(row["bound"])
     return [
         row["policy"],
-        Text("exact", "green") if row["exact"] else Text("lossy", "yellow"),
+        kind_text(row["exact"], row.get("bound_policy", False)),
         share_text(row["mass_kept"]),
         str(row["held"]),
         f"{row['tokens_per_s']:,.0f}",
