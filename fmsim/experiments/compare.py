@@ -26,7 +26,7 @@ DERIVED_WITHIN = ("file", "source", "title", "steady_steps", "content_sha256", "
 
 
 @dataclass(frozen=True)
-class Figure:
+class Compared:
     """One that two rows are compared by."""
 
     name: str  # where it stands in a row: "step_s.p99"
@@ -36,26 +36,26 @@ class Figure:
 
 
 FIGURES = (
-    Figure("mass_kept", "share", True, "sampled"),
-    Figure("entry_recall", "share", True, "sampled"),
-    Figure("hit_rate", "share", True, "sampled"),
-    Figure("gpu_bytes", "bytes", False, "counted"),
-    Figure("max_requests", "", True),
-    Figure("at_max_requests.decode_tokens_per_s", "", True),
-    Figure("decode_tokens_per_s", "", True),
-    Figure("step_s.p99", "s", False),
-    Figure("stall_ratio", "share", False),
-    Figure("h2d_bytes_per_step", "bytes", False, "counted"),
+    Compared("mass_kept", "share", True, "sampled"),
+    Compared("entry_recall", "share", True, "sampled"),
+    Compared("hit_rate", "share", True, "sampled"),
+    Compared("gpu_bytes", "bytes", False, "counted"),
+    Compared("max_requests", "", True),
+    Compared("at_max_requests.decode_tokens_per_s", "", True),
+    Compared("decode_tokens_per_s", "", True),
+    Compared("step_s.p99", "s", False),
+    Compared("stall_ratio", "share", False),
+    Compared("h2d_bytes_per_step", "bytes", False, "counted"),
 )
 SERVING_FIGURES = (
     *FIGURES[:2],
-    Figure("held", "", True),
-    Figure("tokens_per_s", "", True),
-    Figure("goodput_per_s", "", True),
-    Figure("slo_share", "share", True),
-    Figure("ttft_s.p95", "s", False),
-    Figure("tpot_s.p95", "s", False),
-    Figure("stall_share", "share", False),
+    Compared("held", "", True),
+    Compared("tokens_per_s", "", True),
+    Compared("goodput_per_s", "", True),
+    Compared("slo_share", "share", True),
+    Compared("ttft_s.p95", "s", False),
+    Compared("tpot_s.p95", "s", False),
+    Compared("stall_share", "share", False),
 )
 
 
@@ -188,7 +188,7 @@ def _figures(a: Side, b: Side, label: str, other: str) -> list[dict[str, Any]]:
     return found
 
 
-def _kind_of_error(figure: Figure, error: float | None, paired: Mapping[str, Any]) -> str:
+def _kind_of_error(figure: Compared, error: float | None, paired: Mapping[str, Any]) -> str:
     if figure.kind != "sampled":
         return figure.kind
     if error is None:
@@ -197,7 +197,7 @@ def _kind_of_error(figure: Figure, error: float | None, paired: Mapping[str, Any
 
 
 def _error(
-    figure: Figure, one: dict[str, Any], other: dict[str, Any], paired: Mapping[str, float | None]
+    figure: Compared, one: dict[str, Any], other: dict[str, Any], paired: Mapping[str, float | None]
 ) -> float | None:
     """Half of the 95% interval of the difference."""
     if figure.kind != "sampled":

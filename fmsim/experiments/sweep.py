@@ -127,7 +127,7 @@ class SweepRun:
 
 
 @dataclass(frozen=True)
-class Grid:
+class SweepGrid:
     """A scenario's runs under every combination of the axes' values.
 
     They are planned one by one, as they are asked for: a grid of ten thousand takes no longer to
@@ -194,7 +194,7 @@ def sweep(
 
 
 def _swept(
-    grid: Grid,
+    grid: SweepGrid,
     rows: list[Row],
     add: Callable[[Row], None],
     jobs: int | None,
@@ -225,7 +225,7 @@ def _swept(
     return sorted((row for row in rows if row["key"] in place), key=lambda row: place[row["key"]])
 
 
-def _can_be_sent(grid: Grid) -> bool:
+def _can_be_sent(grid: SweepGrid) -> bool:
     """Whether another process can be told of the runs: of a class that was typed in by hand it
     cannot, and only Linux parts processes without a new start of the program.
     """
@@ -244,7 +244,7 @@ def plan(
     axes: Sequence[Axis],
     policies: Sequence[NamedPolicy] = (),
     max_runs: int = MAX_RUNS,
-) -> Grid:
+) -> SweepGrid:
     """The grid of runs. A key `policies.<label>...` concerns that policy alone, so the others run
     once, not once a value.
 
@@ -267,7 +267,7 @@ def plan(
         (spec.label, tuple(axis for axis in axes if _concerns(file, axis.key, spec.entry)))
         for spec in file.selected
     )
-    grid = Grid(scenario, tuple(overrides), tuple(axes), chosen, by_label)
+    grid = SweepGrid(scenario, tuple(overrides), tuple(axes), chosen, by_label)
     if grid.n_runs > max_runs:
         raise FmsimError(
             f"--grid: {n_points:,} combinations are {grid.n_runs:,} runs, more than the"

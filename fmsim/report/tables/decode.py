@@ -22,7 +22,7 @@ Row = dict[str, Any]
 
 
 @dataclass(frozen=True)
-class Column:
+class RowColumn:
     """A figure of a row: its text, whether more of it is better (None: neither), and the rank of
     its column: the higher, the sooner a narrow terminal does without.
     """
@@ -52,27 +52,27 @@ def _overlap(row: Row) -> str:
 
 # behind the policy and its kind; * = simulated
 COLUMNS = (
-    Column("on GPU\nGiB", lambda row: f"{row['gpu_bytes'] / GIB:.3f}", None, 3),
-    Column("of\nfull", lambda row: f"{row['gpu_ratio']:.1%}", None, 7),
-    Column("requests\nfit*", lambda row: str(row["max_requests"]), True, 2),
-    Column("bound\nby*", lambda row: row["bound"], None, 8),
-    Column(
+    RowColumn("on GPU\nGiB", lambda row: f"{row['gpu_bytes'] / GIB:.3f}", None, 3),
+    RowColumn("of\nfull", lambda row: f"{row['gpu_ratio']:.1%}", None, 7),
+    RowColumn("requests\nfit*", lambda row: str(row["max_requests"]), True, 2),
+    RowColumn("bound\nby*", lambda row: row["bound"], None, 8),
+    RowColumn(
         "tokens/s*\nthen",
         lambda row: _number(_at_most(row, "decode_tokens_per_s"), ",.0f"),
         True,
         4,
     ),
-    Column("mass\nkept", _estimate("mass_kept"), True, 1),
-    Column("PCIe\nMiB/step", lambda row: f"{row['h2d_bytes_per_step'] / MIB:.2f}", False, 8),
-    Column("stall*", lambda row: f"{row['stall_ratio']:.1%}", False, 6),
-    Column("golden\nkept", _estimate("entry_recall"), True, 9),
-    Column("per\nstep", lambda row: share_text(row["entry_recall_per_step"]), True, 12),
-    Column("set\noverlap", _overlap, None, 11),
-    Column("decode\ntokens/s*", lambda row: f"{row['decode_tokens_per_s']:.1f}", True, 5),
-    Column("p99 ms*\na step", lambda row: f"{row['step_s']['p99'] * 1e3:.2f}", False, 10),
-    Column("paper's\nof full", lambda row: f"{row['kv_hbm_ratio']:.1%}", None, 13),
+    RowColumn("mass\nkept", _estimate("mass_kept"), True, 1),
+    RowColumn("PCIe\nMiB/step", lambda row: f"{row['h2d_bytes_per_step'] / MIB:.2f}", False, 8),
+    RowColumn("stall*", lambda row: f"{row['stall_ratio']:.1%}", False, 6),
+    RowColumn("golden\nkept", _estimate("entry_recall"), True, 9),
+    RowColumn("per\nstep", lambda row: share_text(row["entry_recall_per_step"]), True, 12),
+    RowColumn("set\noverlap", _overlap, None, 11),
+    RowColumn("decode\ntokens/s*", lambda row: f"{row['decode_tokens_per_s']:.1f}", True, 5),
+    RowColumn("p99 ms*\na step", lambda row: f"{row['step_s']['p99'] * 1e3:.2f}", False, 10),
+    RowColumn("paper's\nof full", lambda row: f"{row['kv_hbm_ratio']:.1%}", None, 13),
 )
-HIT = Column("hit", _estimate("hit_rate"), True, 9)
+HIT = RowColumn("hit", _estimate("hit_rate"), True, 9)
 NO_MASS = (
     "golden kept, mass kept: the trace has no attention masses (engines capture what was selected,"
     " not how much), so these cannot be known.  hit: selected entries resident when their step"
@@ -116,7 +116,7 @@ def has_mass(about: dict[str, Any]) -> bool:
     return bool(about["trace"].get("masses", True))
 
 
-def columns(about: dict[str, Any]) -> tuple[Column, ...]:
+def columns(about: dict[str, Any]) -> tuple[RowColumn, ...]:
     """COLUMNS; without masses the share of hits stands in the place of golden entries kept."""
     if has_mass(about):
         return COLUMNS
