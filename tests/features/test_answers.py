@@ -8,6 +8,10 @@ import sys
 from pathlib import Path
 
 import pytest
+from hand_kernels import kernel_table
+
+from fmsim.errors import FmsimError
+from fmsim.hw.calibration import Calibration, write_preset
 
 ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT / "benchmarks"))
@@ -148,6 +152,23 @@ def test_the_headline_table_shows_predicted_beside_measured():
     assert made["headline by context"].index("32K (") < made["headline by context"].index("512K (")
 
 
+MEASURED = {
+    "device": "Some GPU",
+    "software": "torch",
+    "date": "2026-01-01",
+    "weights": "bf16 weights",
+    "hbm_bytes": 80e9,
+    "reserve_bytes": 1e9,
+    "host_bytes": 128e9,
+    "copy_bytes_per_s": 3e12,
+    "matmul_flops": 7e14,
+    "link_bytes_per_s": 55e9,
+    "graph_launch_s": 1e-6,
+    "host_launch_s": 5e-6,
+    "gathers": {584: {4096: 26e9, 32_768: 42e9}},
+}
+
+
 class _Bench:
     model, device = "m", "cpu"
 
@@ -161,3 +182,29 @@ def test_rows_are_written_as_they_come_and_none_is_begun_too_late(tmp_path):
     rows = headline.measure(["32K", "128K"], ["full", "h2o"], _Bench(), 99.0, out, "c")
     assert [row["policy"] for row in rows] == ["full"]
     assert json.loads(out.read_text())["rows"] == rows
+
+
+def test_parts_are_joined_with_what_their_preset_predicts(tmp_path):
+    kernels = {"one-gpu": kernel_table()}
+    calibration = Calibration.model_validate(MEASURED | {"kernels": kernels})
+    preset, *_ = write_preset(calibration, tmp_path / "mine.yaml")
+    measured = {
+        "context": "32K",
+        "policy": "h2o",
+        "budget": "12.5% gpu",
+        "measured_step_p50_s": 0.01,
+        "measured_tokens_per_s": 100.0,
+    }
+    head = {"date": "d", "command": "c", "device": "g", "software": "s", "model": headline.MODEL}
+    failed = {"context": "32K", "policy": "lsa", "failed": "no room"}
+    for name, rows in (("a", [failed]), ("b", [measured])):
+        (tmp_path / f"{name}.json").write_text(json.dumps(head | {"rows": rows}))
+    parts = [tmp_path / "a.json", tmp_path / "b.json"]
+    result = headline.join(parts, preset)
+    row, left = result["rows"]
+    assert left == failed and result["preset"]["title"] == "Some GPU"
+    assert row["step_error"] == pytest.approx(row["simulated_step_p50_s"] / 0.01 - 1)
+    assert row["tokens_error"] == pytest.approx(row["simulated_tokens_per_s"] / 100 - 1)
+    (tmp_path / "b.json").write_text(json.dumps(head | {"device": "other", "rows": []}))
+    with pytest.raises(FmsimError, match="differ in their device: g, other"):
+        headline.join(parts, preset)
