@@ -17,6 +17,7 @@ from fmsim.errors import FmsimError, shown
 
 Cell = str | Text
 BOUNDLESS = 10_000  # columns
+HEIGHT = 100  # rich goes by a dumb terminal's own 80 columns unless both are given
 
 
 @dataclass(frozen=True)
@@ -123,7 +124,7 @@ class Grid:
 
 def width_of(shown: RenderableType) -> int:
     """Columns that it takes."""
-    return Console(width=BOUNDLESS).measure(shown).maximum
+    return Console(width=BOUNDLESS, height=HEIGHT).measure(shown).maximum
 
 
 def check_columns(view: View, grids: Sequence[Grid]) -> None:
@@ -142,9 +143,11 @@ def picture(parts: Sequence[RenderableType | Grid], title: str) -> str:
     console = Console(
         record=True,
         width=max(width_of(part) for part in shown if isinstance(part, Table)),
+        height=HEIGHT,
         file=io.StringIO(),
         force_terminal=True,
         color_system="truecolor",
+        no_color=False,  # whatever the terminal at hand is asked for
     )
     for part in shown:
         console.print(part)
@@ -154,7 +157,7 @@ def picture(parts: Sequence[RenderableType | Grid], title: str) -> str:
 def show_parts(parts: Sequence[RenderableType | Grid], view: View) -> None:
     """Print texts and grids to standard output, and say what there was no room for."""
     # in a pipe no text is wrapped
-    console = Console(highlight=False, width=view.width or BOUNDLESS)
+    console = Console(highlight=False, width=view.width or BOUNDLESS, height=HEIGHT)
     for part in laid_out(parts, view):
         console.print(part)
 

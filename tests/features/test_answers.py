@@ -208,3 +208,9 @@ def test_parts_are_joined_with_what_their_preset_predicts(tmp_path):
     (tmp_path / "b.json").write_text(json.dumps(head | {"device": "other", "rows": []}))
     with pytest.raises(FmsimError, match="differ in their device: g, other"):
         headline.join(parts, preset)
+
+
+@pytest.mark.parametrize("name", ["TERM=dumb", "NO_COLOR=1", "COLUMNS=50"])
+def test_a_picture_does_not_depend_on_the_terminal_at_hand(name, monkeypatch):
+    monkeypatch.setenv(*name.split("="))
+    assert not list(answers.disagreements(answers.ANSWERS["500k"], answers.read_page))
