@@ -127,3 +127,68 @@ def test_a_closed_loop_asks_again_until_its_time_is_up():
 def test_lengths_are_numbers_or_ranges(wrong):
     with pytest.raises(ValueError, match="give a number of tokens"):
         Poisson(kind="poisson", rate_per_s=1, **(SIZES | wrong))
+
+
+@pytest.mark.parametrize(
+    ("row", "says"),
+    [
+        ("2023-11-16 18:00:00,1_0,6", "'1_0' is no whole number"),
+        ("2023-11-16 18:00:00.5.5,10,6", "is no time"),
+        ("2023-11-16 18:00:00+02:00,10,6", "has a time zone; write UTC"),
+        ("2023-11-16 18:00:00,10", "more or fewer values than the 3 columns"),
+        ("2023-11-16 18:00:00,10,6,7", "more or fewer values than the 3 columns"),
+        ("2023-11-16 18:00:00,1000000001,6", "more than 1,000,000,000 tokens"),
+        ("2023-11-16 18:00:00,6,1000000001", "more than 1,000,000,000 tokens"),
+    ],
+)
+def test_a_bad_row_of_azures_is_told(tmp_path, row, says):
+    head = "TIMESTAMP,ContextTokens,GeneratedTokens\n2023-11-16 18:00:00+00:00,1000000000,1\n"
+    assert read_requests(written(tmp_path, head)) == [Arrival(0.0, 10**9, 1)]
+    with pytest.raises(FmsimError) as error:
+        read_requests(written(tmp_path, head + row + "\n"))
+    assert "line 3" in str(error.value) and says in str(error.value)
+
+
+def test_a_column_that_stands_twice_is_told(tmp_path):
+    text = "TIMESTAMP,ContextTokens,GeneratedTokens,ContextTokens\n"
+    with pytest.raises(FmsimError, match="line 1: the column 'ContextTokens' stands there twice"):
+        read_requests(written(tmp_path, text))
+
+
+@pytest.mark.parametrize(
+    ("row", "says"),
+    [
+        ('{"timestamp": true, "input_length": 5, "output_length": 5}', "'timestamp' is True, no"),
+        ('{"timestamp": 1, "input_length": 5.5, "output_length": 5}', "'input_length' is 5.5, no"),
+        ('{"timestamp": 1, "input_length": 5, "output_length": "5"}', "no whole number"),
+        (
+            '{"timestamp": 1, "input_length": 5, "output_length": 5, "hash_ids": [1.5]}',
+            "'hash_ids' is no list of whole numbers",
+        ),
+        (
+            '{"timestamp": 1, "input_length": 5, "output_length": 5, "hash_ids": 3}',
+            "'hash_ids' is no list of whole numbers",
+        ),
+        (
+            '{"timestamp": 1.1e15, "input_length": 5, "output_length": 5}',
+            "no finite number of seconds, or too large",
+        ),
+        ("[1]", "no JSON object"),
+    ],
+)
+def test_a_bad_line_of_mooncakes_is_told(tmp_path, row, says):
+    with pytest.raises(FmsimError) as error:
+        read_requests(written(tmp_path, MOONCAKE + "\n" + row + "\n"))
+    assert "line 4" in str(error.value) and says in str(error.value)
+
+
+def test_requests_without_a_prompt_or_an_answer_are_left_out_and_the_first_comes_at_0(tmp_path):
+    line = '{"timestamp": %s, "input_length": %d, "output_length": %d}\n'
+    text = line % (1000, 0, 5) + line % (2000.5, 5, 0) + line % (3000, 1, 1) + line % (3500, 2, 2)
+    assert read_requests(written(tmp_path, text)) == [Arrival(0.0, 1, 1), Arrival(0.5, 2, 2)]
+
+
+def test_blocks_that_an_earlier_request_had():
+    rows = [Arrival(0.0, 1, 1, blocks) for blocks in ((1, 2), (1, 2, 3), (), (3, 4, 1))]
+    assert repeated_share(rows) == 4 / 8
+    assert repeated_share(rows[:1]) == 0.0 and repeated_share([]) is None
