@@ -58,6 +58,8 @@ def nextafter(value):
         ("server", "network_bytes_per_s", 1.0, 1e18),
         ("server", "max_batch", 1, BILLION),
         ("server", "recall_bytes_per_s", 1.0, 1e18),
+        ("server", "draft_tokens", 0, 16),
+        ("server", "acceptance", 0.0, 1.0),
     ],
 )
 def test_a_number_is_taken_up_to_its_bounds_and_no_further(kind, field, least, most):
@@ -100,6 +102,9 @@ def test_what_is_not_said():
         "nvme": False,
         "reuse_prefixes": True,
         "admit_by_slo": False,
+        "residency": "policy",
+        "draft_tokens": 0,
+        "acceptance": 0.7,
     }
 
 

@@ -52,7 +52,8 @@ def rank(moved, read):
 def run(log, *ranks):
     source = SimpleNamespace(window_s=5.0, workload=SimpleNamespace(slo=SLO))
     prefill = SimpleNamespace(lower_bound=False)
-    return SimpleNamespace(log=log, ranks=ranks, source=source, prefill=prefill)
+    demand = SimpleNamespace(tokens_per_step=1.5)
+    return SimpleNamespace(log=log, ranks=ranks, source=source, prefill=prefill, demand=demand)
 
 
 def two_servers():
@@ -107,6 +108,7 @@ def test_every_figure_of_two_servers():
         "held": 3,
         "held_mean": 1.5 + 1,
         "tokens": 15,
+        "tokens_per_step": 1.5,
         "tokens_per_s": 15 / 9,
         "arriving_tokens_per_s": (6 + 4.5) / 5,
         "ttft_s": {
