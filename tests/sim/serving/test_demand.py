@@ -1,8 +1,11 @@
 """What a request of another length asks, from a ledger recorded at one."""
 
 import numpy as np
-from hand_ledger import FLASH, ledger, loads
+import pytest
+from hand_ledger import FLASH, H100, ledger, loads
+from hand_tables import round_link
 
+from fmsim.hw.deployment import Deployment
 from fmsim.sim.serving.demand import Demand
 
 PROMPT = 32_000  # tokens of the hand-made ledger's prompt
@@ -89,3 +92,70 @@ def test_a_budget_on_the_gpu_is_solved_in_pages_for_each_length():
     pages = (int(0.4 * full) - keys - dense - windows) // (21 * 4 * 584)
     assert found.slots == pages * 21 * 4 * 584
     assert 1 < pages < 4008
+
+
+def test_the_mean_wait_for_misses_of_a_rank_by_hand():
+    """Half of the steps miss 40 rows in each of 21 layers, the others none: a wait of 21 x (10 us
+    + n x 40 x 584 / 50e9 s) for n requests that miss, in half of the steps. One that fits whole
+    misses nothing. Two GPUs that share out the KV move half of it each.
+    """
+    hw = round_link(H100, 584)
+    missed = np.zeros((128, 1), np.int32)
+    missed[::2] = 40
+    made = ledger(on_miss="fetch", params={"budget": "800 entries"}, demand_loads=missed)
+    demand = Demand(made, FLASH)
+    short, long = (2000, 100), (32_000, 100)
+    wait_s = lambda n: 0.5 * 21 * (10e-6 + n * 40 * 584 / 50e9)
+    for requests, n in (([long], 1), ([long, short, long], 2), ([short], 0), ([], 0)):
+        found = demand.mean_stall_s(hw, requests)
+        assert found == pytest.approx(wait_s(n) if n else 0.0), requests
+    halved = demand.mean_stall_s(hw.deployed(Deployment(tp=4, cp=2)), [long, long])
+    assert halved == pytest.approx(wait_s(1))
+    counts, shares = demand.miss_counts
+    assert counts.tolist() == [[0], [40 * 584]] and shares.tolist() == [0.5, 0.5]
+
+
+def test_recalls_a_step_are_means_over_the_windows_that_repeat():
+    """Windows of 64 steps: the first is the prefill's, the second repeats: 6,400 rows are 100 a
+    step, twice as many for twice the length.
+    """
+    moved = loads(128, s0=1000, s64=6400)
+    made = ledger(lookahead_loads=moved, params={"budget": "10%"})
+    demand = Demand(made, FLASH)
+    assert demand.recall_bytes_per_step(32_000) == pytest.approx(100 * 21 * 716)
+    assert demand.recall_bytes_per_step(64_000) == pytest.approx(200 * 21 * 716)
+    assert demand.recalled_at(64) == demand.recalled_at(128) == demand.recalled_at(192)
+    assert demand.recalled_at(64) == 6400 * 21 * 716 and demand.recalled_at(65) == 0
+    assert demand.recalled_at(0) == 1000 * 21 * 716
+    assert demand.offsets.tolist() == [0, 64]
+
+
+def test_what_grows_with_a_request_is_what_its_budget_says():
+    """Twice the ledger's length: shares double; entries stay; a multiple of top-k follows the
+    model's 512 over the ledger's 256.
+    """
+    twice = 64_000
+    for budget, growth in (("10%", 2.0), ("all", 2.0), ("800 entries", 1.0), ("2x topk", 2.0)):
+        made = ledger(params={"budget": budget}, topk=256)
+        assert Demand(made, FLASH).growth(twice) == growth, budget
+    assert Demand(ledger(params={"budget": "2x topk"}), FLASH).growth(twice) == 1.0
+    everything = ledger(slots=8032, params={"budget": "9000 entries"})
+    assert Demand(everything, FLASH).growth(twice) == 2.0  # it keeps all, whatever it is called
+    assert Demand(ledger(prompt_entries=0), FLASH).length_ratio(400) == 100.0
+
+
+def test_misses_are_shares_of_the_models_top_k():
+    made = ledger(on_miss="fetch", topk=256, demand_loads=loads(128, s3=10), miss_slots=7)
+    demand = Demand(made, FLASH)
+    assert demand.miss_bytes[3].tolist() == [10 * 584 * 2]
+    assert demand.pools(PROMPT, 128).gpu.spare == 21 * 14 * 584
+
+
+def test_what_recalls_ahead_has_spare_pages_for_a_quarter_of_its_slots():
+    """800 slots and a quarter of them, grown by half for half the length: 400 and 100."""
+    made = ledger(lookahead_loads=loads(128, s64=10), ahead_slots=[200], params={"budget": "10%"})
+    demand = Demand(made, FLASH)
+    assert demand.pools(PROMPT, 128).gpu.spare == 21 * 200 * 716
+    assert demand.pools(PROMPT // 2, 128).gpu.spare == 21 * 100 * 716
+    assert demand.mirrored and demand.pools(PROMPT, 128).mirror == FLASH.host_kv_bytes(32_128)
+    assert Demand(ledger(), FLASH).pools(PROMPT, 128).mirror == 0
