@@ -1,5 +1,7 @@
 """What a policy sees and can say: moves, residents, prefetches, and what a server would know."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 from hand_trace import HandTrace
@@ -7,8 +9,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fmsim.errors import FmsimError
-from fmsim.policies.base import Policy
+from fmsim.policies.base import Context, Pins, Policy
 from fmsim.policies.lru import LRU
+from fmsim.replay.cache_manager import CacheManager
+from fmsim.replay.paging import Accesses
 from fmsim.replay.replayer import Replayer
 from fmsim.testing import sample_trace
 
@@ -167,3 +171,113 @@ def test_a_worth_in_float64_is_refused():
 
     with pytest.raises(FmsimError, match="worth has dtype float64; it must be float32"):
         Replayer(HandTrace([[[1]]])).run(Wide())
+
+
+@pytest.mark.parametrize(
+    ("pins", "n_entries", "view"),
+    [
+        # Pages of four entries; the prompt's ten fill two of them.
+        (Pins(), 12, (3, 3)),
+        (Pins(), 13, (4, 3)),  # the page that is being filled
+        (Pins(recent=1), 13, (4, 3)),
+        (Pins(recent=3), 12, (3, 0)),
+        (Pins(recent=2), 13, (4, 2)),
+        (Pins(decoded=True), 12, (3, 2)),
+        (Pins(decoded=True), 33, (9, 2)),
+        (Pins(recent=2, decoded=True), 12, (3, 1)),
+        (Pins(recent=1, decoded=True), 17, (5, 2)),
+    ],
+)
+def test_what_is_visible_and_where_its_pinned_tail_begins(pins, n_entries, view):
+    ctx = Context(1, 1, 12, 6, 4, 10, 2, 16, tau=4)
+    assert CacheManager._view(SimpleNamespace(ctx=ctx, pins=pins), n_entries) == view
+
+
+class Ahead(Policy):
+    """Keeps the highest pages, and will keep the lowest."""
+
+    name = "ahead"
+    action, evidence, decision_scope = "hierarchical", "position", "layer"
+
+    @property
+    def decides_ahead(self):
+        return True
+
+    def layer_shares(self, n_layers):
+        return [2.0, 1.0]
+
+    def worth(self, step, pages):
+        return pages.astype(np.float32)
+
+    def ahead(self, step, n):
+        return -np.broadcast_to(np.arange(n, dtype=np.float32), (2, n)).copy()
+
+
+def test_what_a_decision_will_recall_is_foreseen_as_far_as_each_layer_has_spare_slots():
+    """Eight slots for two layers, one each for what is being filled: five and three. They hold
+    pages 7 to 11, and 9 to 11; 0 to 4, and 0 to 2, will be best. A spare slot for every four:
+    two, and one.
+    """
+    seen = []
+
+    def watch(manager):
+        if not seen:
+            slots = manager.residency.slots
+            seen.append([sorted(row[row >= 0].tolist()) for row in slots])
+            seen.append(manager.foresee(4, 12, 3).tolist())
+            seen.append(manager.foresee(8, 12, 3))
+
+    trace = HandTrace([[[0], [0]]] * 8, prompt_entries=12)
+    Replayer(trace).run(Ahead(budget="4 entries", cadence=4, on_miss="mask"), watch)
+    assert seen[0] == [[7, 8, 9, 10, 11], [9, 10, 11]]
+    assert seen[1] == [[0, 1, -1], [0, -1, -1]]
+    assert seen[2] is None  # the run ends before
+
+
+def test_what_layers_loaded_themselves_is_told_afterwards():
+    """Pages 10 and 11 are resident; 0, 1 and 2 are not, and 0 and 2 were loaded."""
+    told = []
+
+    def watch(manager):
+        pages = np.array([[0, 1, 2, 10, -1]], np.int32)
+        use = Accesses(pages, np.ones_like(pages), np.ones(pages.shape, np.float32))
+        attended = np.array([[True, False, True, True, True]])
+        told.append(manager.look_back(use, attended))
+
+    trace = HandTrace([[[11]]], prompt_entries=12)
+    Replayer(trace).run(Newest(budget="2 entries"), watch)
+    [served] = told
+    assert served.hit.tolist() == [[False, False, False, True, False]]
+    assert served.fetched.tolist() == [[True, False, True, False, False]]
+    assert served.attended.tolist() == [[True, False, True, True, False]]
+
+
+class Newest(Policy):
+    name = "newest"
+    action, evidence, decision_scope = "hierarchical", "position", "layer"
+
+    def worth(self, step, pages):
+        return pages.astype(np.float32)
+
+
+class Tapers(Newest):
+    """Keeps all that is decoded; the first layer has twice the slots of the second."""
+
+    name = "tapers"
+
+    def layer_shares(self, n_layers):
+        return [1.0, 0.5]
+
+    def pins(self):
+        return Pins(decoded=True)
+
+
+@pytest.mark.parametrize(("budget", "slots"), [("16 entries", [4, 4]), ("24 entries", [7, 5])])
+def test_uneven_shares_in_pages_of_four_entries(budget, slots):
+    """22 entries fill five pages; at the end there are eight, so three are pinned in each layer.
+    Of 4 slots a layer two are left to share: 4/3 and 2/3, one and, since it lost more, one. Of 6
+    there are six: four and two.
+    """
+    trace = HandTrace([[[0], [0]]] * 40, prompt_entries=22, still=False)
+    ledger = Replayer(trace).run(Tapers(budget=budget, granularity=4, on_miss="mask"))
+    assert ledger.group_slots == slots
