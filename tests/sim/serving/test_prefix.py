@@ -236,3 +236,72 @@ def test_a_decode_of_a_given_ledger_is_as_before_where_no_block_has_an_id():
     made = Demand(ledger(slots=8100, on_miss="fetch"), FLASH)
     run = serve(made, Arrival(0, 32_000, 10), Arrival(0, 32_000, 10))
     assert not run.stores and all(request.reused_tokens == 0 for request in run.log.requests)
+
+
+def test_a_block_that_a_request_made_is_given_to_the_tier():
+    """A pool of four blocks of 10 bytes. A request holds 6 bytes of a block: the tier takes the
+    other 4 of it; of one that it has already, the request's 6 are free again.
+    """
+    pool = simpy.Container(simpy.Environment(), 40, 40)
+    blocks = BlockTier(pool, 10.0)
+    pool.get(6)  # the request's own part
+    assert blocks.adopt(1, 6.0)
+    assert (pool.level, blocks.written, 1 in blocks) == (30, 1, True)
+    pool.get(6)
+    assert blocks.adopt(1, 6.0)
+    assert (pool.level, blocks.written) == (30, 1)
+    blocks.unpin([1])
+    assert blocks.room() == 30  # it is pinned once more
+    blocks.unpin([1])
+    assert blocks.room() == 40 and blocks.room([1]) == 30
+    pool.get(30)
+    assert blocks.adopt(2, 0.0) and 1 not in blocks  # which made room
+    assert not blocks.adopt(3, 0.0) and 3 not in blocks
+    assert (pool.level, len(blocks)) == (0, 1)
+
+
+def test_a_request_gives_whole_blocks_as_far_as_it_has_their_part():
+    """It holds 15 bytes: two parts of 6; what is pinned already is left out."""
+    pool = simpy.Container(simpy.Environment(), 100, 100)
+    blocks = BlockTier(pool, 10.0)
+    pool.get(15)
+    pinned = [7]
+    blocks.store([7])
+    blocks.pin([7])
+    assert blocks.adopt_all([7, 1, 2, 3], pinned, 6.0, 15.0) == 12.0
+    assert pinned == [7, 1, 2] and 3 not in blocks
+    assert pool.level == 100 - 15 - 10 - 2 * 4
+    assert blocks.adopt_all([1, 2], pinned, 6.0, 3.0) == 0.0
+    exact = BlockTier(simpy.Container(simpy.Environment(), 100, 88), 10.0)
+    assert exact.adopt_all([1, 2], [], 6.0, 12.0) == 12.0
+    full = BlockTier(simpy.Container(simpy.Environment(), 10, 4), 10.0)
+    assert full.adopt_all([1, 2, 3], [], 6.0, 100.0) == 6.0  # no room for the rest of a second
+
+
+def test_what_is_stored_counts_what_came_in_and_stops_where_nothing_may_go():
+    host = tier(3)
+    assert host.store([1, 2]) == 2 and host.store([2, 3]) == 1
+    assert host.written == 3
+    host.pin([1, 2, 3])
+    assert host.store([4]) == 0 and host.store([1]) == 0 and len(host) == 3
+    host.unpin([1, 2])
+    assert host.store([4, 5]) == 2 and 3 in host
+    assert host.room() == 2 and host.room([4]) == 1
+
+
+def test_blocks_are_found_from_above_and_only_the_leading_ones():
+    gpu, host, nvme = tier(9), tier(9), tier(9)
+    gpu.store([1, 2])
+    host.store([2, 3])
+    nvme.store([3, 4, 6])
+    store = PrefixStore(gpu, host, nvme, BLOCK)
+    assert store.find([1, 2, 3, 4, 5, 6]) == Found(gpu=(1, 2), host=(3,), nvme=(4,))
+    assert store.find([5, 1]) == Found() and store.find([]) == Found()
+    assert Found((1, 2), (3,), (4,)).n_blocks == 4
+    pinned = Pinned()
+    store.pin(store.find([1, 3, 4]), pinned)
+    assert (pinned.gpu, pinned.host, pinned.nvme) == ([1], [3], [4])
+    assert [each.room() for each in (gpu, host, nvme)] == [8, 8, 8]
+    store.unpin(pinned)
+    assert (pinned.gpu, pinned.host, pinned.nvme) == ([], [], [])
+    assert [each.room() for each in (gpu, host, nvme)] == [9, 9, 9]
