@@ -295,9 +295,9 @@ def test_blocks_are_found_from_above_and_only_the_leading_ones():
     host.store([2, 3])
     nvme.store([3, 4, 6])
     store = PrefixStore(gpu, host, nvme, BLOCK)
-    assert store.find([1, 2, 3, 4, 5, 6]) == Found(gpu=(1, 2), host=(3,), nvme=(4,))
-    assert store.find([5, 1]) == Found() and store.find([]) == Found()
-    assert Found((1, 2), (3,), (4,)).n_blocks == 4
+    assert store.find([1, 2, 3, 4, 5, 6]) == FoundBlocks(gpu=(1, 2), host=(3,), nvme=(4,))
+    assert store.find([5, 1]) == FoundBlocks() and store.find([]) == FoundBlocks()
+    assert FoundBlocks((1, 2), (3,), (4,)).n_blocks == 4
     pinned = Pinned()
     store.pin(store.find([1, 3, 4]), pinned)
     assert (pinned.gpu, pinned.host, pinned.nvme) == ([1], [3], [4])

@@ -102,9 +102,6 @@ def test_what_is_not_said():
         "nvme": False,
         "reuse_prefixes": True,
         "admit_by_slo": False,
-        "residency": "policy",
-        "draft_tokens": 0,
-        "acceptance": 0.7,
     }
 
 

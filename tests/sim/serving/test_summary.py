@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import pytest
 
 from fmsim.sim.serving.log import SAMPLE, Log, keeps, request_rows, tpot_s, ttft_s
-from fmsim.sim.serving.prefix import Found
+from fmsim.sim.serving.prefix import FoundBlocks
 from fmsim.sim.serving.requests import Arrival
 from fmsim.sim.serving.spec import Slo
 from fmsim.sim.serving.summary import summary
@@ -31,7 +31,7 @@ def request(number, arrival_s, first_s, finished_s, output, **given):
         "output_tokens": output,
         "refused": None,
         "reused_tokens": 0,
-        "found": Found(),
+        "found": FoundBlocks(),
         "waits_s": {},
         "stall_s": 0.0,
     }
@@ -59,7 +59,7 @@ def run(log, *ranks):
 def two_servers():
     one = Log(
         requests=[
-            request(0, 0.5, 1.0, 3.0, 5, reused_tokens=32, found=Found((1, 2), (3,), ())),
+            request(0, 0.5, 1.0, 3.0, 5, reused_tokens=32, found=FoundBlocks((1, 2), (3,), ())),
             request(1, 1.0, 2.5, 4.0, 1),  # its first token comes too late
         ],
         tokens=6,
@@ -81,7 +81,9 @@ def two_servers():
     )
     other = Log(
         requests=[
-            request(0, 2.0, 2.5, 9.5, 8, found=Found((), (), (9, 8))),  # a token takes a second
+            request(
+                0, 2.0, 2.5, 9.5, 8, found=FoundBlocks((), (), (9, 8))
+            ),  # a token takes a second
             request(1, 3.0, None, None, 5, admitted_s=None, refused="GPU memory"),
         ],
         tokens=9,

@@ -5,7 +5,7 @@ import pytest
 
 from fmsim.errors import FmsimError
 from fmsim.sim.serving.requests import Arrival
-from fmsim.sim.serving.spec import Bursts, ClosedLoop, Poisson, RequestFile, Sessions
+from fmsim.sim.serving.spec import Bursts, ClosedLoop, Poisson, RequestFile, SessionWorkload
 from fmsim.sim.serving.workload import RequestGenerator, _Turn
 
 SIZES = {"prompt_tokens": [10, 12], "output_tokens": [3, 4], "duration_s": 100.0}
@@ -93,7 +93,7 @@ def test_turns_of_a_session_by_hand():
     first prompt is 32 + 10 tokens and its answer 6: 48, a third block of the session's own. The
     next turn's 20 tokens come behind these 48; with its answer of 12 there are 80, five blocks.
     """
-    workload = Sessions(rate_per_s=1, shared_tokens=32, think_s=2, **SESSIONS)
+    workload = SessionWorkload(rate_per_s=1, shared_tokens=32, think_s=2, **SESSIONS)
     source = RequestGenerator(workload)
     source._turns[1] = [_Turn(10, 6, 0.0), _Turn(20, 12, 5.0), _Turn(1, 1, 90.0)]
     first = source._turn(workload, 7.0, 1, 0, 32)
@@ -108,7 +108,7 @@ def test_turns_of_a_session_by_hand():
 
 
 def test_sessions_draw_turns_of_their_own():
-    workload = Sessions(rate_per_s=2, turns=[2, 3], think_s=4, **SESSIONS)
+    workload = SessionWorkload(rate_per_s=2, turns=[2, 3], think_s=4, **SESSIONS)
     source = RequestGenerator(workload)
     assert {len(turns) for turns in source._turns} == {2, 3}
     firsts = {turns[0].new_tokens for turns in source._turns}
@@ -154,7 +154,7 @@ def test_bursts_and_sessions_are_counted_before_they_are_drawn():
     with pytest.raises(FmsimError, match="about 1,000 requests"):
         RequestGenerator(Bursts(kind="bursts", burst=20, every_s=2, max_requests=400, **SIZES))
     with pytest.raises(FmsimError, match="about 1,500 requests"):
-        RequestGenerator(Sessions(rate_per_s=5, turns=[1, 3], max_requests=400, **SESSIONS))
+        RequestGenerator(SessionWorkload(rate_per_s=5, turns=[1, 3], max_requests=400, **SESSIONS))
 
 
 def test_a_closed_loop_that_asks_too_often_is_refused_then():
