@@ -5,7 +5,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from fmsim.errors import PolicyError
+from fmsim.errors import FmsimError, PolicyError
 from fmsim.indexer import checkpoint
 from fmsim.indexer.checkpoint import Checkpoint
 from fmsim.indexer.scorer import LayerWeights, ScorerConfig
@@ -14,6 +14,7 @@ from fmsim.policies.base import Context, LookaheadState, Observation, Pins, Poli
 from fmsim.policies.budget import Budget
 from fmsim.policies.lru import STEP_BITS
 from fmsim.policies.lru_prefetch import LRUPrefetch
+from fmsim.policies.lsa import LSA
 from fmsim.policies.lsa_history import LSAHistory
 from fmsim.policies.snapkv import SnapKV
 
@@ -225,3 +226,88 @@ def test_integer_worths_reach_to_the_bound_of_their_bits():
     assert "is outside" in guard.fault_of(np.array([[-1, 0]]), pages)
     assert "has dtype float64" in guard.fault_of(np.zeros(pages), pages)
     assert guard.fault_of(np.full(pages, INF, np.float32), pages) is None
+
+
+def lsa(weights, granularity=4, **given):
+    """Ten entries of logits 0 1 2 3, 0 1 2 3 and 0 1 in three pages; the last is not full."""
+    policy = LSA(checkpoint=weights, cadence=4, granularity=granularity, stale=False, **given)
+    ten = lambda window: lookahead(window + 4)
+    policy.reset(Context(1, 1, 6, 4, granularity, 10, 2, 16, tau=4, lookahead=ten))
+    return policy
+
+
+def sigmoid(logit):
+    return 1 / (1 + np.exp(-logit))
+
+
+def test_a_pages_worth_is_its_best_entrys_logit(weights):
+    policy = lsa(weights, threshold=0.8)
+    policy.decide(0)
+    assert worths(policy) == pytest.approx([3, 3, 1, INF, INF, INF], rel=1e-4)
+    assert policy.floor == pytest.approx(np.log(4))  # the logit of 0.8
+    assert policy.confidence == pytest.approx(3, rel=1e-4)
+    assert policy.scored_entries(0) == 10 and policy.scored_entries(4) == 11
+    assert lsa(weights).floor == 0.0  # the checkpoint's 0.5
+    ahead = policy.ahead(4, 5)[0].tolist()  # an entry more, and two pages that have no score yet
+    assert ahead == pytest.approx([3, 3, 2, INF, INF], rel=1e-4)
+
+
+def test_a_pages_worth_may_be_how_many_of_its_entries_are_above_the_threshold(weights):
+    """Those of 2 and 3, log 4 being 1.39; pages with as many go by their best."""
+    policy = lsa(weights, threshold=0.8, page_rank="count")
+    policy.decide(0)
+    two, none = 2 + sigmoid(3) / 2, sigmoid(1) / 2
+    assert worths(policy)[:3] == pytest.approx([two, two, none], rel=1e-4)
+    assert policy.floor == 1.0
+
+
+def test_what_lsa_pins_in_pages(weights):
+    assert lsa(weights).pins() == Pins(sink=1, recent=8, decoded=True)
+    policy = lsa(weights, sink_entries=5, recent_entries=9)
+    assert policy.pins() == Pins(sink=2, recent=3, decoded=True)
+    assert policy.target_layers() == (0,)
+
+
+@pytest.mark.parametrize(("stale", "known"), [(True, [0, 0, 4, 8]), (False, [0, 4, 8, 12])])
+def test_a_stale_state_is_one_cadence_old(weights, stale, known):
+    policy = LSA(checkpoint=weights, cadence=4, stale=stale)
+    asked = []
+    state = lambda step: asked.append(step) or lookahead(0)
+    policy.reset(context(8, 6, lookahead=lookahead, newest_state=state))
+    for step in (0, 4, 8, 12):
+        policy._state(step)
+    assert asked == known
+    assert (policy.decides_ahead, policy.state_steps) == (stale, 4)
+
+
+def test_scores_of_several_layers_become_one_or_stay_apart(tmp_path):
+    """Two layers whose keys are 0 1 2 3 ..., and three times that."""
+    one = np.ones((1, 1), np.float32)
+    path = tmp_path / "two.safetensors"
+    layers = dict.fromkeys((0, 1), LayerWeights(one, one[0], one, one))
+    checkpoint.save(Checkpoint(layers, ScorerConfig(rope_dims=0, rope_theta=1e4), 0.5), path)
+
+    def both(window):
+        keys = lookahead(window).keys
+        return LookaheadState(
+            np.ones((2, 1), np.float32), 23, np.concatenate([keys, 3 * keys]), keys.shape[1]
+        )
+
+    def scores(**given):
+        policy = LSA(checkpoint=path, cadence=4, stale=False, **given)
+        groups = 2 if given.get("scope") == "per_layer" else 1
+        policy.reset(Context(2, groups, 8, 4, 1, 6, 2, 16, tau=4, lookahead=both))
+        assert policy.score(0).dtype == np.float32
+        return policy.score(0)[:, :4]
+
+    rows = [[0, 1, 2, 3], [0, 3, 6, 9]]
+    assert scores() == pytest.approx(np.array(rows[1:]), rel=1e-4)
+    assert scores(combine="mean") == pytest.approx(np.array([[0, 2, 4, 6]]), rel=1e-4)
+    assert scores(scope="per_layer") == pytest.approx(np.array(rows), rel=1e-4)
+    assert scores(layers=(0,)) == pytest.approx(np.array(rows[:1]), rel=1e-4)
+    with pytest.raises(FmsimError, match=r"no retriever for CSA layers \[2\]"):
+        scores(layers=(2,))
+    with pytest.raises(FmsimError, match="scope per_layer needs the trace's CSA layers"):
+        scores(scope="per_layer", layers=(0,))
+    with pytest.raises(FmsimError, match="holds no hidden states or index keys"):
+        LSA(checkpoint=path).reset(context(8, 6))
