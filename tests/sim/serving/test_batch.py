@@ -1,11 +1,14 @@
 """What a running batch asks for, summed by hand."""
 
 import numpy as np
-from hand_ledger import FLASH, ledger, loads
+import pytest
+from hand_ledger import FLASH, H100, ledger, loads
 
-from fmsim.sim.serving.batch import RunningBatch, ServedRequest
+from fmsim.hw.deployment import Deployment
+from fmsim.sim.serving.batch import RunningBatch, ServedRequest, mean_step_s
 from fmsim.sim.serving.demand import Demand
 from fmsim.sim.serving.requests import Arrival
+from fmsim.sim.step_cost import StepModel
 
 PROMPT = 32_000  # tokens of the hand-made ledger's prompt: 8,000 entries
 
@@ -62,3 +65,85 @@ def test_steps_go_on_and_the_shortest_leaves():
     assert batch.load(1).tokens[0].total.tolist() == [PROMPT + 6]
     assert batch.advance(4, first_s=1.0) == [long] and len(batch) == 0
     assert np.all(batch.changes == 4)
+
+
+RECALLS = {"params": {"budget": "10%"}, "lookahead_loads": loads(128, s0=7, s64=100)}
+ROW = 584 + 132  # bytes of a recalled entry and its key
+
+
+def test_windows_begin_by_each_requests_own_count_of_steps():
+    """Of 64 steps. The second request joins ten steps later, and has twice the length: its first
+    set is there; the next window recalls 100 rows in 21 layers, twice over.
+    """
+    demand = Demand(ledger(**RECALLS), FLASH)
+    batch = RunningBatch(demand)
+    first, second = request(demand, output=200), request(demand, 2 * PROMPT, output=128)
+    batch.add(first)
+    [start] = batch.window_starts()
+    assert (start.request, start.own_bytes, start.next_bytes) == (first, 0, 100 * 21 * ROW)
+    assert batch.quiet_steps() == 64
+    batch.advance(10, first_s=0.0)
+    assert batch.window_starts() == [] and batch.quiet_steps() == 54
+    batch.add(second)
+    [start] = batch.window_starts()
+    assert (start.request, start.own_bytes, start.next_bytes) == (second, 0, 200 * 21 * ROW)
+    assert batch.quiet_steps() == 54  # until the first one's next window
+    batch.advance(54, first_s=0.0)
+    [start] = batch.window_starts()
+    assert (start.request, start.own_bytes, start.next_bytes) == (first, *[100 * 21 * ROW] * 2)
+    assert batch.quiet_steps() == 10
+    batch.advance(10, first_s=0.0)
+    [start] = batch.window_starts()
+    # its second window is its last: nothing follows
+    assert (start.request, start.own_bytes, start.next_bytes) == (second, 200 * 21 * ROW, 0)
+    batch.advance(54, first_s=0.0)
+    assert batch.quiet_steps() == 10
+    assert batch.advance(10, first_s=0.0) == [second]
+    assert batch.requests == [first] and batch.quiet_steps() == 54
+    assert batch.advance(54, first_s=0.0) == [] and batch.quiet_steps() == 8 == batch.least_left
+    assert batch.advance(8, first_s=0.0) == [first]
+
+
+def test_what_a_step_moves_and_scores_grows_with_the_request():
+    """At the window's first step 100 rows are recalled, of a request of twice the length twice as
+    many, and none where the budget holds all; a memory indexer scores 24,000 entries, of twice the
+    length twice as many.
+    """
+    scored = np.zeros(128, np.int64)
+    scored[::64] = 24_000
+    demand = Demand(ledger(**RECALLS, scored=scored), FLASH)
+    batch = RunningBatch(demand)
+    batch.add(request(demand, output=128))
+    batch.add(request(demand, 2 * PROMPT, output=128))
+    found = batch.load(66)
+    moved = found.recalled_bytes[0]
+    assert moved[0] == 0 and moved[64] == pytest.approx(3 * 100 * 21 * ROW)  # 0: it is there
+    assert np.flatnonzero(moved).tolist() == [64]
+    assert found.indexer_scored[0][[0, 1, 64]].tolist() == [72_000, 0, 72_000]
+    whole = Demand(ledger(**RECALLS | {"params": {"budget": "9000 entries"}}), FLASH)
+    whole_batch = RunningBatch(whole)
+    whole_batch.add(request(whole, 2000, output=128))  # 532 entries, and 800 slots
+    assert not whole_batch.load(66).recalled_bytes.any()
+    [start] = whole_batch.window_starts()
+    assert (start.own_bytes, start.next_bytes) == (0, 0)
+
+
+def test_a_batchs_step_is_the_busiest_ranks_in_every_part():
+    """One rank has the longer context, the other the more requests."""
+    demand = Demand(ledger(slots=8032, on_miss="fetch"), FLASH)
+    batch = RunningBatch(demand)
+    for rank, prompt in ((0, 8 * PROMPT), (1, 4000), (1, 4000), (1, 4000)):
+        batch.add(request(demand, prompt, rank=rank))
+    model = StepModel(H100.deployed(Deployment(dp=8)), FLASH)
+    found = batch.load(1)
+    costs = found.costs(model)
+    each = [
+        model.mixed(requests, tokens, scored, 4)
+        for requests, tokens, scored in zip(found.requests, found.tokens, found.scored)
+    ]
+    assert found.requests == [1, 3]
+    assert costs.csa_s[0] == max(part.csa_s[0] for part in each)
+    assert costs.rest_s[0] == max(part.rest_s[0] for part in each)
+    tokens = np.array([8 * PROMPT + 1, 4001, 4001, 4001])
+    mean = mean_step_s(model, demand, tokens, np.array([0, 1, 1, 1]))
+    assert mean == max(float(part.total_s(21)[0]) for part in each)
