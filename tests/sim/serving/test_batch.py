@@ -3,28 +3,12 @@
 import numpy as np
 import pytest
 from hand_ledger import FLASH, H100, ledger, loads
+from hand_request import PROMPT, request
 
 from fmsim.hw.deployment import Deployment
-from fmsim.sim.serving.batch import RunningBatch, ServedRequest, mean_step_s
+from fmsim.sim.serving.batch import RunningBatch, mean_step_s
 from fmsim.sim.serving.demand import Demand
-from fmsim.sim.serving.requests import Arrival
 from fmsim.sim.step_cost import StepModel
-
-PROMPT = 32_000  # tokens of the hand-made ledger's prompt: 8,000 entries
-
-
-def request(demand, prompt=PROMPT, output=64, rank=0):
-    return ServedRequest(
-        number=0,
-        asked=Arrival(0.0, prompt, output),
-        arrival_s=0.0,
-        prompt_tokens=prompt,
-        output_tokens=output,
-        offset=0,
-        steps=output,
-        pools=demand.pools(prompt, output),
-        rank=rank,
-    )
 
 
 def test_a_request_of_twice_the_length_has_twice_the_resident_entries():
