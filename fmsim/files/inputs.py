@@ -140,7 +140,13 @@ def _npy_header(
     )
     try:
         shape, fortran, dtype = read(file)
-    except (SyntaxError, tokenize.TokenError, TypeError, RecursionError) as error:
+    except (  # the last is what Python 3.12's tokenizer makes of some bytes
+        SyntaxError,
+        tokenize.TokenError,
+        TypeError,
+        RecursionError,
+        SystemError,
+    ) as error:
         raise ValueError(f"its header cannot be read: {error}") from None
     if dtype.hasobject or math.prod(shape) * dtype.itemsize != n_bytes - file.tell():
         raise ValueError("an array's header does not say what is there")

@@ -15,6 +15,8 @@ from fmsim.geometry import Geometry
 from fmsim.hw.spec import Hardware
 from fmsim.units import gib
 
+NOTHING = 1e-9  # bytes of a memory that has none: SimPy's containers hold something
+
 
 @dataclass
 class _Flow:
@@ -136,7 +138,8 @@ class MemorySystem:
         self.hw = hw
         pool_bytes = hw.kv_pool_bytes(geometry)
         self.hbm = simpy.Container(env, capacity=pool_bytes, init=pool_bytes)
-        self.host = simpy.Container(env, capacity=hw.host_bytes_per_gpu, init=hw.host_bytes_per_gpu)
+        host_bytes = max(hw.host_bytes_per_gpu, NOTHING)
+        self.host = simpy.Container(env, capacity=host_bytes, init=host_bytes)
         nvme_bytes = hw.nvme_bytes_per_gpu
         self.nvme = simpy.Container(env, nvme_bytes, nvme_bytes) if nvme_bytes else None
         self.from_nvme = FairLink(env, hw.nvme_rate_per_gpu)  # to the host

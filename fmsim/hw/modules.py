@@ -319,6 +319,11 @@ def _calibrated(hw: Hardware, geometry: Geometry) -> Modules:
     """From a calibration's own times, of one GPU that holds the whole model."""
     if geometry.name in hw.kernels:
         table, size = hw.kernels[geometry.name], 1.0
+    elif "v4-flash" not in hw.kernels:
+        raise FmsimError(
+            f"hardware {hw.name}: says no times of {geometry.name}'s kernels; give kernel_tables,"
+            " a GPU that fmsim has tables of, or kernels, as `fmsim hw calibrate` writes them"
+        )
     else:
         table, size = hw.kernels["v4-flash"], _layer_weights(geometry)
     factor = hw.kernel_factor.value * size

@@ -7,7 +7,7 @@ from functools import cached_property
 from importlib.resources import files
 from importlib.resources.abc import Traversable
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -18,6 +18,8 @@ from fmsim.geometry import Geometry
 from fmsim.hw.deployment import GIB, Deployment, Format, Placement, place, pool_of_log
 
 LEAST, MOST = 1e-6, 1e21  # of a figure: beyond them, times overflow
+MOST_ROW_BYTES, MOST_ROWS = 2**40, 2**40
+Rate = Annotated[float, Field(ge=LEAST, le=MOST)]
 LINK_FIGURE = "link_bytes_per_s"  # the figure that stands in the link's own file
 
 
@@ -45,8 +47,9 @@ class Gather(_Strict):
     rows.
     """
 
-    row_bytes: int
-    bytes_per_s: dict[int, float]  # by rows
+    row_bytes: Annotated[int, Field(ge=1, le=MOST_ROW_BYTES)]
+    # by rows; of two numbers at least, for the first ones tell the fixed cost
+    bytes_per_s: dict[Annotated[int, Field(ge=1, le=MOST_ROWS)], Rate] = Field(min_length=2)
     source: str = ""
 
 
@@ -56,7 +59,7 @@ class Link(_Strict):
     name: str
     bandwidth_bytes_per_s: Figure
     gather_source: str
-    gathers: tuple[Gather, ...]
+    gathers: tuple[Gather, ...] = Field(min_length=1)
     gather_speedup: float = Field(
         1.0, gt=0
     )  # of the measured rates, where a scenario gives another bandwidth; fixed costs stay

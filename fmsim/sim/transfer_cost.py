@@ -36,7 +36,7 @@ class GatherCurve:
         gathers = sorted(link.gathers, key=lambda gather: gather.row_bytes)
         self._bytes_per_s = link.bandwidth_bytes_per_s.value
         self._log_rows = [math.log(gather.row_bytes) for gather in gathers]
-        self._curves = [_time_curve(gather, link.gather_speedup) for gather in gathers]
+        self._curves = [_time_curve(gather, link) for gather in gathers]
         self._points: dict[float, tuple[list[float], ...]] = {}
         self._of_rows: dict[float, tuple[np.ndarray, np.ndarray]] = {}
 
@@ -82,16 +82,21 @@ class GatherCurve:
         return self._of_rows[row_bytes]
 
 
-def _time_curve(gather: Gather, speedup: float) -> tuple[np.ndarray, np.ndarray]:
+def _time_curve(gather: Gather, link: Link) -> tuple[np.ndarray, np.ndarray]:
     """(bytes, seconds) of the measured points, led by (0, fixed cost); what lies above the fixed
-    cost is divided by `speedup`.
+    cost is divided by the link's speedup.
+
+    No point took less than the fixed cost and its bytes at the link's rate, which a first segment
+    that falls, within the measurement's noise, would say.
     """
     rows = np.array(sorted(gather.bytes_per_s))
     n_bytes = rows * float(gather.row_bytes)
     seconds = n_bytes / np.array([gather.bytes_per_s[row] for row in rows])
     slope = (seconds[1] - seconds[0]) / (n_bytes[1] - n_bytes[0])
-    fixed_s = seconds[0] - slope * n_bytes[0]
-    return np.append(0.0, n_bytes), np.append(fixed_s, fixed_s + (seconds - fixed_s) / speedup)
+    beside_s = (seconds - n_bytes / link.bandwidth_bytes_per_s.value).min()
+    fixed_s = max(0.0, min(seconds[0] - slope * n_bytes[0], beside_s))
+    moving_s = (seconds - fixed_s) / link.gather_speedup
+    return np.append(0.0, n_bytes), np.append(fixed_s, fixed_s + moving_s)
 
 
 def _extended(x: np.ndarray, xs: np.ndarray, ys: np.ndarray) -> NDArray[np.float64]:

@@ -58,6 +58,11 @@ def test_npy_is_read_where_it_lies(tmp_path, order):
         (tmp_path / "b.npy").write_bytes(damaged)
         with pytest.raises(FmsimError, match=r"b\.npy: is no \.npy array"):
             inputs.read_npy(tmp_path / "b.npy")
+    for words in ("'<i4', 'fortran_order': Falre, 'shape': (69, 3, 4), }", " (69, 3, 4), }"):
+        header = data[:10] + words.ljust(117).encode() + b"\n"  # Python 3.12's tokenizer trips
+        (tmp_path / "c.npy").write_bytes(header + data[128:])
+        with pytest.raises(FmsimError, match=r"c\.npy: is no \.npy array"):
+            inputs.read_npy(tmp_path / "c.npy")
     np.save(tmp_path / "o.npy", np.array([{}]), allow_pickle=True)
     with pytest.raises(FmsimError, match="is no"):
         inputs.read_npy(tmp_path / "o.npy")

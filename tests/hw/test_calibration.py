@@ -2,6 +2,7 @@
 measuring runs, at sizes that mean nothing, on a CPU and on a GPU.
 """
 
+import numpy as np
 import pytest
 import torch
 import yaml
@@ -156,3 +157,33 @@ def test_the_measuring_runs(tmp_path, device, float8):
     assert (calibration.device == "CPU") == (device == "cpu")
     write_preset(calibration, tmp_path / "small.yaml")
     assert load_hardware("small.yaml", tmp_path).link.gathers[1].bytes_per_s.keys() == {2, 4}
+
+
+@pytest.mark.parametrize(
+    ("damage", "says"),
+    [
+        (lambda link: link.update(gathers=[]), "gathers: .*at least 1 item"),
+        (lambda link: link["gathers"][0].update(row_bytes=0), "greater than or equal to 1"),
+        (
+            lambda link: link["gathers"][0].update(bytes_per_s={64: 1e-308, 128: 1e9}),
+            "greater than or equal to 0.000001",
+        ),
+        (lambda link: link["gathers"][0].update(bytes_per_s={64: 1e30, 128: 1e9}), "less than"),
+        (lambda link: link["gathers"][0].update(bytes_per_s={0: 1e9, 128: 1e9}), "greater than"),
+        (lambda link: link["gathers"][0].update(bytes_per_s={64: 1e9}), "at least 2 items"),
+    ],
+)
+def test_a_damaged_link_is_told(tmp_path, damage, says):
+    write_preset(given(), tmp_path / "mine.yaml")
+    link_path = tmp_path / "mine-link.yaml"
+    raw = yaml.safe_load(link_path.read_text())
+    damage(raw)
+    link_path.write_text(yaml.safe_dump(raw))
+    with pytest.raises(FmsimError, match=says):
+        load_hardware("mine.yaml", tmp_path)
+
+
+def test_hardware_without_times_of_any_kernels_is_told():
+    bare = load_hardware("h100").model_copy(update={"kernel_tables": None})
+    with pytest.raises(FmsimError, match="says no times of v4-flash's kernels; give kernel_tables"):
+        step_costs(bare, PRESETS["v4-flash"], 1, np.array([1024.0]), np.array([256.0]))

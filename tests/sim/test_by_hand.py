@@ -8,6 +8,8 @@ import simpy
 from hand_ledger import FLASH, H100, ledger, loads
 from hand_tables import round_link
 
+from fmsim.errors import FmsimError
+from fmsim.hw import load_hardware, replace_figure
 from fmsim.hw.memory import FairLink
 from fmsim.sim.decode import simulate
 from fmsim.sim.footprint import footprint
@@ -76,3 +78,20 @@ def test_without_masses_exact_means_that_misses_are_fetched_or_do_not_occur():
     ):
         made = ledger(n_steps=2, masses=False, on_miss=on_miss, hit=hits, accessed=hit)
         assert exact(made) is lossless, (on_miss, hits[0, 0])
+
+
+def test_a_server_without_host_memory_decodes_what_needs_none():
+    hw = replace_figure(H100, "host_bytes", 511)
+    timeline = simulate(ledger(slots=8032, on_miss="fetch"), FLASH, hw)
+    assert (
+        timeline.end_s == simulate(ledger(slots=8032, on_miss="fetch"), FLASH, H100).end_s
+    ).all()
+    with pytest.raises(FmsimError, match="host memory"):
+        simulate(ledger(lookahead_loads=loads(128, s64=1)), FLASH, hw)
+
+
+def test_a_recall_of_a_few_rows_ends():
+    """On H200, where 64 rows of 716 bytes were timed faster than 32."""
+    made = ledger(lookahead_loads=loads(128, s64=2), params={"stale": False})
+    timeline = simulate(made, FLASH, load_hardware("h200"))
+    assert 5e-6 < timeline.recall_wait_s[64] < 20e-6

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 from hand_ledger import H100
 
+from fmsim.hw import hardware_names, load_hardware
 from fmsim.hw.spec import Figure, Gather
 from fmsim.sim.transfer_cost import NVME_LATENCY_S, GatherCurve, nvme_read_bytes
 
@@ -85,3 +86,23 @@ def test_one_size_of_rows_stands_for_all():
 def test_drives_read_whole_units():
     assert [nvme_read_bytes(n) for n in (1, 4096, 4097, 9000)] == [4096, 4096, 8192, 12_288]
     assert NVME_LATENCY_S == 90e-6
+
+
+def test_a_first_segment_that_falls_leaves_time_for_the_bytes():
+    """12 us for 10 rows and 11 for 20: at 20 GB/s these 10,000 bytes take 0.5, so the fixed cost is
+    10.5 us, and not the 13 of a line through both.
+    """
+    noisy = curve(sizes=((500, {10: 12, 20: 11, 100: 20}),))
+    assert noisy.fixed_s(500) == pytest.approx(10.5 * US)
+    assert noisy.one_s(500, 10_000) == pytest.approx(11 * US)
+    early = curve(sizes=((500, {10: 1, 20: 4}),))  # a line through both would begin below zero
+    assert early.fixed_s(500) == 0 and early.one_s(500, 2500) == pytest.approx(0.5 * US)
+
+
+@pytest.mark.parametrize("name", hardware_names())
+def test_every_gather_of_a_preset_takes_longer_than_its_fixed_cost(name):
+    found = GatherCurve(load_hardware(name).link)
+    for row_bytes in (100, 584, 600, 716, 2336, 37_376, 10**6):
+        for rows in (1, 2, 32, 42, 64, 128, 4096):
+            taken_s = found.one_s(row_bytes, rows * row_bytes)
+            assert taken_s > found.fixed_s(row_bytes) > 0
