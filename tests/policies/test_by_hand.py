@@ -311,3 +311,19 @@ def test_scores_of_several_layers_become_one_or_stay_apart(tmp_path):
         scores(scope="per_layer", layers=(0,))
     with pytest.raises(FmsimError, match="holds no hidden states or index keys"):
         LSA(checkpoint=path).reset(context(8, 6))
+
+
+def test_prefetch_asks_for_nothing_that_is_there(weights):
+    """Three of six pages are there, and there are four slots: the other three, and padding."""
+    policy = LRUPrefetch(checkpoint=weights, spacing=4)
+    there = SimpleNamespace(has=lambda pages: np.isin(pages, [1, 3, 5]))
+    policy.reset(context(8, 6, lookahead=lookahead, residents=there))
+    assert policy.prefetch(0).tolist() == [[2, 4, 0, -1]]
+
+
+def test_five_faults_of_parameters_are_told_and_no_more():
+    wrong = dict.fromkeys(("cadence", "fallback_above", "fallback_below", "granularity"), -1)
+    wrong |= {"scope": "x", "on_miss": "y", "sees": "z"}
+    with pytest.raises(FmsimError) as error:
+        registry.build({"policy": "lru"} | wrong)
+    assert str(error.value).count("Input should") == 5

@@ -146,3 +146,36 @@ def test_decoded_pages_are_pinned_from_the_first_that_the_prompt_did_not_fill():
     spec = {"policy": Oldest, "budget": "8 entries", "granularity": 4, "on_miss": "mask"}
     Replayer(trace).run(registry.build(spec), lambda m: held.append(sorted(m.residency.slots[0])))
     assert held[14] == [0, 1] and held[15] == [1, 2]
+
+
+class Scores(Policy):
+    name = "scores"
+    action, evidence, decision_scope = "hierarchical", "position", "layer"
+
+    def worth(self, step, pages):
+        return pages.astype(np.float32)
+
+    def scored_entries(self, step):
+        return 100 + step
+
+
+class ScoresAndFetches(Scores):
+    name = "scores_and_fetches"
+
+    def prefetch(self, step):
+        return np.array([[0]]) if step == 2 else None
+
+
+@pytest.mark.parametrize(
+    ("policy", "cadence", "scored"),
+    [
+        (Scores, 4, [100, 0, 0, 0, 104, 0, 0, 0, 108]),
+        (Scores, 1, [100, 0, 0, 0, 0, 0, 0, 0, 0]),
+        (ScoresAndFetches, 1, [100, 101, 102, 103, 104, 105, 106, 107, 108]),
+    ],
+)
+def test_entries_are_scored_at_decisions_and_by_what_prefetches_at_every_step(
+    policy, cadence, scored
+):
+    ledger = Replayer(HandTrace([[[0]]] * 9)).run(policy(budget="2 entries", cadence=cadence))
+    assert ledger.scored.tolist() == scored

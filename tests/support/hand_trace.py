@@ -24,6 +24,7 @@ class HandTrace:
         )
         self.prompt_mass = None if prompt_mass is None else np.asarray(prompt_mass, np.float32)
         self.hidden = self.index_keys = None
+        self.n_layers, self.keyed = shape[1], []
         self.holds_labels, self.csa_numbers = False, list(range(shape[1]))
         self.still = still
 

@@ -1,8 +1,10 @@
 """Who may enter, and what is taken: by hand, on GPUs that share out a request's KV."""
 
+import hand_request
 import numpy as np
 import pytest
 from hand_ledger import FLASH, H100, ledger, loads
+from hand_tables import round_link
 
 from fmsim.hw import replace_figure
 from fmsim.hw.deployment import Deployment
@@ -19,7 +21,7 @@ PROMPT, OUTPUT = 32_000, 64
 PARTS = H100.deployed(Deployment(tp=4, cp=2))
 
 
-def serve(hw, made, n_requests, slo=None, **options):
+def serve(hw, made, n_requests, slo=None, blocks=(), **options):
     workload = ClosedLoop(
         kind="closed_loop",
         requests=1,
@@ -29,7 +31,7 @@ def serve(hw, made, n_requests, slo=None, **options):
         slo=slo or Slo(),
     )
     source = RequestGenerator(workload)
-    source.first = [Arrival(0.0, PROMPT, OUTPUT)] * n_requests
+    source.first = [Arrival(0.0, PROMPT, OUTPUT, blocks)] * n_requests
     run = ServerRun(hw, FLASH, Demand(made, FLASH), Server(prefill="done", **options), source)
     run.run()
     return run
@@ -93,3 +95,43 @@ def test_a_request_too_large_for_the_memory_is_refused_and_names_it():
     for share, refused in ((1.001, None), (0.999, "host memory")):
         hw = replace_figure(small, "host_bytes", share * pools.mirror / 2 * 8 + 1)
         assert serve(hw, made, 1).log.requests[0].refused == refused
+
+
+def test_without_blocks_kept_ranks_take_turns_whatever_a_prompt_begins_with():
+    made = ledger(slots=8032)
+    hw = H100.deployed(Deployment(dp=8))
+    run = serve(hw, made, 3, blocks=(1, 2, 3), reuse_prefixes=False)
+    assert [request.rank for request in run.log.requests] == [0, 1, 2]
+
+
+def test_a_step_waits_for_the_rank_that_misses_most():
+    """Three requests on two ranks: two on the first, which miss twice as much."""
+    made = ledger(
+        on_miss="fetch",
+        params={"budget": "800 entries"},
+        demand_loads=np.full((128, 1), 40, np.int32),
+    )
+    hw = round_link(H100, 584).deployed(Deployment(dp=8, tp=1))
+    for n_requests, most in ((8, 1), (9, 2)):
+        run = serve(hw, made, n_requests)
+        stall_s = 21 * (10e-6 + most * 40 * 584 / 50e9)
+        assert run.log.stall_s == pytest.approx(OUTPUT * stall_s)
+
+
+def test_the_share_of_the_mirrors_that_lies_on_drives():
+    """Room for one mirror's half in host memory: each of two GPUs holds half of each mirror."""
+    made = ledger(lookahead_loads=loads(128, s64=100))
+    half = Demand(made, FLASH).pools(PROMPT, OUTPUT).mirror / 2
+    hw = replace_figure(PARTS, "host_reserve_bytes", 1)
+    hw = replace_figure(hw, "host_bytes", 8 * half + 1)
+    hw = replace_figure(replace_figure(hw, "nvme_bytes", 8e12), "nvme_bytes_per_s", 5e10)
+    run = serve(hw, made, 0, nvme=True)
+    admission = run.admission
+    for number in range(2):
+        request = hand_request.request(run.demand, output=OUTPUT)
+        request.number = number
+        admission.queue.append(request)
+    assert len(list(admission.enter(0.0))) == 2
+    assert admission.spilled_share(0) == pytest.approx(0.5)
+    admission.release(admission.admitted[1])
+    assert admission.spilled_share(0) == 0.0

@@ -159,3 +159,47 @@ def test_what_recalls_ahead_has_spare_pages_for_a_quarter_of_its_slots():
     assert demand.pools(PROMPT // 2, 128).gpu.spare == 21 * 100 * 716
     assert demand.mirrored and demand.pools(PROMPT, 128).mirror == FLASH.host_kv_bytes(32_128)
     assert Demand(ledger(), FLASH).pools(PROMPT, 128).mirror == 0
+
+
+def test_windows_of_two_steps_repeat_and_steps_of_one_do_not():
+    """Of five steps: the windows at 0 and 2 are whole, and the second repeats."""
+    for cadence, at in ((2, [0, 3, 2, 3, 2]), (1, [0, 3, 4, 0, 1])):
+        demand = Demand(ledger(n_steps=5, cadence=cadence, tau=2), FLASH)
+        assert demand.at(np.array([0, 3, 4, 5, 6])).tolist() == at
+    stale = {"decides_ahead": True, "target_layers": [0]}
+    late = Demand(ledger(n_steps=6, cadence=2, tau=2, **stale), FLASH)
+    assert late.at(np.array([5, 6, 7])).tolist() == [5, 4, 5]  # nothing new at its second decision
+    ahead = Demand(ledger(n_steps=6, cadence=2, tau=2, decides_ahead=True), FLASH)
+    assert ahead.at(np.array([6, 8, 9])).tolist() == [2, 4, 5]
+
+
+def test_what_keeps_all_does_so_at_every_step():
+    made = ledger(n_steps=8, slots=9000, params={"budget": "9000 entries"})
+    assert Demand(made, FLASH).holds_all and Demand(made, FLASH).growth(64_000) == 2.0
+    made.resident[5] = 7000
+    assert not Demand(made, FLASH).holds_all and Demand(made, FLASH).growth(64_000) == 1.0
+
+
+def test_a_first_set_is_no_more_than_each_layer_has():
+    """Layers of 1,200, 800 and 400 slots, seven each, and 600 entries: 600, 600 and 400."""
+    counts = np.tile(np.array([1200, 800, 400], np.int32), (128, 1))
+    sizes = {"n_groups": 3, "slots": 1200, "group_slots": [1200, 800, 400]}
+    made = ledger(**sizes, resident=counts, params={"budget": "800 entries"}, on_miss="fetch")
+    demand = Demand(made, FLASH)
+    found = demand.first_set_bytes(2272, 128)
+    assert found == pytest.approx(7 * (600 + 600 + 400) * 584)
+    assert demand.first_set_bytes(32_000, 128) == pytest.approx(7 * 2400 * 584)
+
+
+def test_drafts_may_miss_at_every_position_and_the_last_steps_positions_end_with_the_ledger():
+    missed = np.zeros((6, 1), np.int32)
+    missed[5] = 9
+    made = ledger(n_steps=6, cadence=1, on_miss="fetch", demand_loads=missed, miss_slots=7)
+    demand = Demand(made, FLASH)
+    assert demand.pools(PROMPT, 128).gpu.spare == 21 * 7 * 584
+    drafting = demand.drafted(2, 1.0)  # three tokens a step: steps 0 and 3
+    assert drafting.pools(PROMPT, 128).gpu.spare == 21 * 3 * 7 * 584
+    assert drafting.miss_bytes.tolist() == [[0], [9 * 584]]
+    assert drafting.tokens_per_step == 3.0
+    late = demand.drafted(3, 0.0)  # a token a step, and four positions: the last ones stay at 5
+    assert late.miss_bytes[:, 0].tolist() == [0, 0, 9 * 584, 18 * 584, 27 * 584, 36 * 584]
