@@ -153,3 +153,21 @@ def test_a_last_window_of_few_steps_and_a_trace_of_one_window_tell_nothing():
     assert found["queries"] == 0 and found["threshold"] is None
     assert found["mass_recall"]["oracle"] == [None]
     assert found["first_window"]["mass_recall"]["oracle"] == [1.0]
+
+
+def test_means_of_three_windows_of_two_shares():
+    """Golden entries third, first, and first and last; of four by key the order is 1, 3, 2, 0."""
+    windows = windows_of(
+        [[0] * 4, [0, 0, 1, 0], [0, 1, 0, 0], [1, 1, 0, 0]],
+        [[0] * 4, [0, 0, 1, 0], [0, 0, 0, 0], [0.25, 0.75, 0, 0]],
+        [4] * 4,
+        KEYS,
+    )
+    found = evaluate(one_head(), [(trace_of(8), windows)], shares=[0.25, 0.75])
+    assert found["queries"] == 3
+    assert found["golden_recall"]["lsa (max)"] == pytest.approx([(0 + 1 + 0.5) / 3, 2.5 / 3])
+    # the second window has no mass to recall, and says nothing
+    assert found["mass_recall"]["lsa (max)"] == pytest.approx([0.75 / 2, 1.75 / 2])
+    golden = bootstrap.mean([0.0, 1.0, 0.5]).half_width
+    assert found["half_width"]["golden_recall"]["lsa (max)"][0] == pytest.approx(golden)
+    assert found["first_window"]["golden_recall"]["lsa (max)"] == [None, None]

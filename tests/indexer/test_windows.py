@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -199,3 +200,34 @@ def test_without_held_out_traces_every_tenth_is_one(files, tmp_path):
     alone = CliRunner().invoke(app, ["train", files[0], "--out", out])
     assert isinstance(alone.exception, FmsimError)
     assert "one trace is held out, which leaves none to train on" in str(alone.exception)
+
+
+def test_labels_that_a_trace_holds_are_counted_as_votes():
+    """Four layers voted: entry 1 twice and entry 3 four times in the first step, entry 3 once in
+    the second; the other rows' padding and what is younger than the query say nothing.
+    """
+    ids = np.full((TAU, 1, 3), -1, np.int32)
+    share = np.zeros((TAU, 1, 3), np.float32)
+    ids[0, 0], share[0, 0] = [1, 3, 12], [0.5, 1.0, 1.0]
+    ids[1, 0, 0], share[1, 0, 0] = 3, 0.25
+    whole = small_trace(steps=TAU)
+    trace = SimpleNamespace(
+        header=SimpleNamespace(
+            tau=TAU, prompt_tokens=42, entry_tokens=4, geometry={"label_layers": 4}
+        ),
+        n_windows=1,
+        entry_ids=ids,
+        mass=share,
+        holds_labels=True,
+        hidden=whole.hidden,
+        index_keys=whole.index_keys,
+        keys=lambda most: np.zeros((LAYERS, most, HEAD_DIM), np.float32),
+        csa_numbers=[2, 4],
+        keyed=[0, 1],
+    )
+    golden = lambda rule: np.flatnonzero(read_windows(trace, "held", rule).golden[0]).tolist()
+    assert golden(LabelRule()) == [1, 3] and golden(LabelRule(min_layers=3)) == [3]
+    found = read_windows(trace, "held", LabelRule())
+    assert found.mass[0].tolist() == [0, 0.5, 0, 1.25, 0, 0, 0, 0, 0, 0]
+    one = read_windows(trace, "held", LabelRule(horizon_steps=1))
+    assert one.mass[0, 3] == 1.0

@@ -2,11 +2,14 @@
 
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 from hand_ledger import FLASH, H100, ledger, loads
+from hand_tables import round_link
 
 from fmsim.hw import replace_figure
 from fmsim.hw.spec import LINK_FIGURE
+from fmsim.sim.serving.capacity.behaviour import BEHAVIOURS
 from fmsim.sim.serving.capacity.plan import CapacityQuestion, _Load, plan
 from fmsim.sim.serving.capacity.steady import Steady, SteadyState
 from fmsim.sim.serving.demand import Demand
@@ -209,3 +212,56 @@ def test_what_each_change_would_give():
 def doubled(name):
     figure = H100.link.bandwidth_bytes_per_s if name == LINK_FIGURE else getattr(H100, name)
     return replace_figure(H100, name, 2 * figure.value)
+
+
+def test_what_policies_are_taken_to_do_where_none_was_replayed():
+    """V4-Flash: 32,768 entries of 131,072 tokens, and a top-k of 512; three windows of 64 steps."""
+    full, lru, lsa = (each.ledger(FLASH) for each in BEHAVIOURS)
+    for made in (full, lru, lsa):
+        assert (made.n_steps, made.prompt_entries, made.tau, made.topk) == (192, 32_768, 64, 512)
+        assert (made.granularity, made.scope, made.n_groups, made.entry_tokens) == (
+            1,
+            "shared",
+            1,
+            4,
+        )
+        assert (made.resident == made.n_slots).all() and made.accessed.max() == 512
+    assert (full.n_slots, full.on_miss, full.comes_back) == (32_960, "fetch", False)
+    assert full.params == {"budget": "all"} and not full.demand_loads.any()
+    # of 512 selected entries 8.2% are missed at every step
+    assert (lru.n_slots, lru.params, lru.miss_slots) == (1024, {"budget": "2x topk"}, 512)
+    assert lru.demand_loads.tolist() == [[42]] * 192 and lru.cadence == 1
+    assert (lru.on_miss, lru.comes_back) == ("fetch", True)
+    # a tenth is kept; of successive sets 0.48 is common to what either has: 0.52 / 1.48 is new
+    assert (lsa.n_slots, lsa.params, lsa.cadence) == (3277, {"budget": "10%"}, 64)
+    new = np.zeros((192, 1), int)
+    new[128] = round(3277 * 0.52 / 1.48)
+    assert lsa.lookahead_loads.tolist() == new.tolist() and new[128] == 1151
+    assert np.flatnonzero(lsa.scored).tolist() == [0, 64, 128] and lsa.scored[64] == 3 * 32_768
+    assert (lsa.on_miss, lsa.all_keys, lsa.decides_ahead) == ("mask", False, True)
+    assert (lsa.ahead_slots, lsa.target_layers, lsa.comes_back) == ([820], [0, 1, 2], True)
+    assert [each.exact for each in BEHAVIOURS] == [True, True, False]
+    assert [each.mass_kept for each in BEHAVIOURS] == [1.0, 1.0, 0.80]
+
+
+def test_what_lies_on_drives_is_read_at_their_rate():
+    """Four mirrors and host memory for one: three quarters are on drives. Each step misses 40 rows
+    of 584 bytes in 21 layers for each request, and reads 4,096 bytes for a row, at 54 / 8 GB/s;
+    90 us of latency in every layer.
+    """
+    missed = np.full((128, 1), 40, np.int32)
+    made = ledger(on_miss="fetch", cadence=1, demand_loads=missed, params={"budget": "10%"})
+    demand = Demand(made, FLASH)
+    mirror = FLASH.host_kv_bytes(32_000)
+    hw = replace_figure(round_link(H100, 584), "host_reserve_bytes", 1)
+    hw = replace_figure(hw, "host_bytes", 8 * mirror + 1)
+    hw = replace_figure(replace_figure(hw, "nvme_bytes", 8e12), "nvme_bytes_per_s", 54e9)
+    state = SteadyState(hw, FLASH, demand, 32_000, 128)
+    rows = 4 * 40 * 21
+    read_s = 21 * 90e-6 + 0.75 * rows * 4096 / (54e9 / 8)
+    link_s = 21 * (10e-6 + 4 * 40 * 584 / 50e9)
+    found = state.at(4)
+    assert found.nvme_s == pytest.approx(read_s, rel=1e-6)
+    assert found.stall_s == pytest.approx(link_s + read_s, rel=1e-6)
+    assert found.link_s == pytest.approx(link_s)
+    assert state.at(1).nvme_s == 0.0
