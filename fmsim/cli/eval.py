@@ -48,7 +48,7 @@ def evaluate(
     ] = None,
     text: Annotated[list[Path], typer.Option(help="text files instead of a corpus")] = [],
     geometry: Annotated[
-        str, typer.Option(help="preset whose full cache gives the GiB")
+        str, typer.Option("--model", "--geometry", help="preset whose full cache gives the GiB")
     ] = "v4-flash",
     hardware: Annotated[str, typer.Option(help="preset of the simulated stalls")] = "h100",
     seed: Annotated[
@@ -59,7 +59,14 @@ def evaluate(
     ] = None,
     workers: Annotated[
         int,
-        typer.Option("--workers", "-w", min=1, help="processes on the device, each with a model"),
+        typer.Option(
+            "--jobs",
+            "-j",
+            "--workers",
+            "-w",
+            min=1,
+            help="processes on the device, each with a model",
+        ),
     ] = 1,
     out: Annotated[
         Path | None,

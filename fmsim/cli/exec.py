@@ -84,6 +84,8 @@ def exec_(
     context: Annotated[
         int,
         typer.Option(
+            "--context",
+            "-c",
             parser=_tokens,
             metavar="TOKENS",
             help="of the prompt, such as 8192 or 32k; a longer text is cut",

@@ -98,7 +98,8 @@ def record(
         ),
     ] = None,
     context: Annotated[
-        int, typer.Option(help="tokens of the prompt; a longer text is cut")
+        int,
+        typer.Option("--context", "-c", help="tokens of the prompt; a longer text is cut"),
     ] = 32_768,
     steps: Annotated[int, typer.Option(help="decode steps")] = 512,
     seed: Annotated[int, typer.Option(help="decides a built-in task's text and facts")] = 0,

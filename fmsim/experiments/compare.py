@@ -8,10 +8,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-import fmsim.experiments.serve as serving
 from fmsim.errors import FmsimError, shown
-from fmsim.experiments.results import REPORT_NAME, Results
+from fmsim.experiments.results import REPORT_NAME, Results, ServingResults
 from fmsim.experiments.run import run_scenario
+from fmsim.experiments.serve import serve_scenario
 from fmsim.replay.ledger import Ledger
 from fmsim.scenario import ScenarioFile, shipped
 from fmsim.sim.windows import differences
@@ -70,8 +70,12 @@ class Side:
     @property
     def rows(self) -> dict[str, dict[str, Any]]:
         """By policy."""
-        key = "serving" if "serving" in self.report else "policies"
-        return {row["policy"]: row for row in self.report[key]}
+        return {row["policy"]: row for row in self.report["policies"]}
+
+    @property
+    def served(self) -> bool:
+        """Whether it is of many requests on a server."""
+        return "workload" in self.report["scenario"]
 
 
 def compare(
@@ -107,7 +111,7 @@ def compare(
             " give two of one kind, or two policies"
         )
     a, b = (_side(text, overrides, progress) for text in (one, other))
-    if ("serving" in a.report) != ("serving" in b.report):
+    if a.served != b.served:
         raise FmsimError(
             f"fmsim compare: only one of {shown(one)} and {shown(other)} has a workload"
         )
@@ -131,7 +135,7 @@ def _is_scenario(text: str) -> bool:
 def _side(text: str, overrides: Sequence[str], progress: Progress) -> Side:
     if not _is_result(text):
         return _ran(text, ScenarioFile(text, overrides), progress)
-    served = serving.ServingResults.load(Path(text))
+    served = ServingResults.load(Path(text))
     if served is not None:
         return Side(text, served.report, {})
     found = Results.load(text)
@@ -140,7 +144,7 @@ def _side(text: str, overrides: Sequence[str], progress: Progress) -> Side:
 
 def _ran(name: str, file: ScenarioFile, progress: Progress) -> Side:
     if file.scenario.workload is not None:
-        served = serving.serve_scenario(file, progress)
+        served = serve_scenario(file, progress)
         return Side(name, served.as_json(), served.ledgers)
     report = run_scenario(file, progress=progress)
     return Side(name, report.as_json(), {run.label: run.ledger for run in report.runs})
@@ -162,7 +166,7 @@ def _figures(a: Side, b: Side, label: str, other: str) -> list[dict[str, Any]]:
     """A row a figure that both have."""
     paired = _paired(a, b, label, other)
     found = []
-    for figure in SERVING_FIGURES if "serving" in a.report else FIGURES:
+    for figure in SERVING_FIGURES if a.served else FIGURES:
         values = [_at(a.rows[label], figure.name), _at(b.rows[other], figure.name)]
         if None in values:
             continue

@@ -3,8 +3,10 @@
 import json
 
 import pytest
+import typer
 from command import fmsim_here
 
+from fmsim import cli
 from fmsim.policies import registry
 
 
@@ -66,3 +68,30 @@ def test_every_list_has_json(thing):
 def test_a_policys_parameters_as_json():
     found = json.loads(fmsim_here("policy", "show", "lsa", "--json").stdout)
     assert found == json.loads(json.dumps(registry.info("lsa")))
+
+
+# Short names, and what each command calls a thing.
+NAMES = {
+    "context": {"--context", "-c"},
+    "policy": {"--policy", "-p"},
+    "override": {"--set", "-s"},
+    "quiet": {"--quiet", "-q"},
+    "as_json": {"--json"},
+    "as_csv": {"--csv"},
+    "jobs": {"--jobs", "-j"},
+}
+
+
+def test_one_thing_has_the_same_names_on_every_command():
+    cli._mount()
+    for name, command in commands(typer.main.get_command(cli.app)):
+        for option in command.params:
+            if option.name in NAMES and option.param_type_name == "option":
+                assert set(option.opts) >= NAMES[option.name], (name, option.opts)
+
+
+def commands(command, name=""):
+    for part, inner in getattr(command, "commands", {}).items():
+        yield from commands(inner, f"{name} {part}".strip())
+    if not hasattr(command, "commands"):
+        yield name, command

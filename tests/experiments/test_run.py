@@ -143,7 +143,7 @@ def test_the_table_shows_every_policy_whole_even_in_a_narrow_pipe(folder):
         (["small.yaml", "--set", "model=v4-flsh"], "did you mean 'v4-flash'?"),
         (
             ["small.yaml", "--set", "policies.lru.budgt=1"],
-            "small.yaml, line 7: policies.3: policy lru: budgt",
+            "--set policies.lru.budgt=1: policies.3.budgt: policy lru: no parameter 'budgt'",
         ),
         (["small.yaml", "--set", "layer_map=[0, 1]"], "layer_map: give 21 numbers"),
         (["small.yaml", "--set", "trace=none.safetensors"], "none.safetensors: "),
