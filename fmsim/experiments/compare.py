@@ -12,8 +12,9 @@ from fmsim.errors import FmsimError, shown
 from fmsim.experiments.results import REPORT_NAME, Results, ServingResults
 from fmsim.experiments.run import run_scenario
 from fmsim.experiments.serve import serve_scenario
+from fmsim.policies import registry
 from fmsim.replay.ledger import Ledger
-from fmsim.scenario import ScenarioFile, shipped
+from fmsim.scenario import PolicySpec, ScenarioFile, shipped
 from fmsim.sim.windows import differences
 
 Progress = Callable[[str, int, int], None]
@@ -94,16 +95,7 @@ def compare(
     """
     named = [_is_result(text) or _is_scenario(text) for text in (one, other)]
     if not any(named):
-        file = ScenarioFile(scenario, overrides, [one, other])
-        labels = [spec.label for spec in file.selected]
-        if len(labels) != 2:
-            raise FmsimError(
-                f"fmsim compare: {shown(one)} and {shown(other)} are {len(labels)} runs of"
-                f" {shown(file.path)}; give it one budget, as --set 'budgets=[25% gpu]', or each"
-                " policy its own, as lru:budget=10%"
-            )
-        both = _ran(scenario, file, progress)
-        return _compared(both, both, [(labels[0], labels[1])])
+        return _policies(one, other, ScenarioFile(scenario, overrides, [one, other]), progress)
     if not all(named):
         lone = (one, other)[named.index(False)]
         raise FmsimError(
@@ -122,6 +114,35 @@ def compare(
             f" ({', '.join(a.rows)}; {', '.join(b.rows)})"
         )
     return _compared(a, b, [(label, label) for label in shared])
+
+
+def _policies(one: str, other: str, file: ScenarioFile, progress: Progress) -> dict[str, Any]:
+    """Two policies on one scenario; where it has several budgets, at each that both can keep."""
+    runs = [_runs(file, name) for name in (one, other)]
+    file.selected = tuple({spec.label: spec for spec in runs[0] + runs[1]}.values())
+    both = _ran(one, file, progress)
+    pairs = [
+        (spec.label, rival.label)
+        for spec in runs[0]
+        for rival in runs[1]
+        if len(runs[0]) == len(runs[1]) == 1
+        or spec.params.get("budget") == rival.params.get("budget")
+    ]
+    had = [pair for pair in pairs if pair[0] in both.rows and pair[1] in both.rows]
+    if not had:
+        why = "; ".join(one["error"] for one in both.report["failed"])
+        raise FmsimError(
+            f"fmsim compare: {shown(one)} and {shown(other)} have no budget in common on"
+            f" {shown(file.path)}; give each its own, as lru:budget=10%" + (why and f" ({why})")
+        )
+    return _compared(both, both, had) | {"a": one, "b": other}
+
+
+def _runs(file: ScenarioFile, name: str) -> list[PolicySpec]:
+    """Of the selected runs those meant by a label, or else by a policy's name."""
+    every = list(file.selected)
+    by_label = [spec for spec in every if spec.entry == name]
+    return by_label or [spec for spec in every if spec.policy == registry.split(name)[0]]
 
 
 def _is_result(text: str) -> bool:
@@ -151,15 +172,8 @@ def _ran(name: str, file: ScenarioFile, progress: Progress) -> Side:
 
 
 def _compared(a: Side, b: Side, pairs: Sequence[tuple[str, str]]) -> dict[str, Any]:
-    rows = []
-    for label, other in pairs:
-        for side, wanted in ((a, label), (b, other)):
-            if wanted not in side.rows:
-                [why] = [one["error"] for one in side.report["failed"] if one["policy"] == wanted]
-                raise FmsimError(f"fmsim compare: {why}")
-        rows += _figures(a, b, label, other)
-    names = [a.name, b.name] if a is not b else list(pairs[0])
-    return {"a": names[0], "b": names[1], "settings": _settings(a, b, pairs), "rows": rows}
+    rows = [row for label, other in pairs for row in _figures(a, b, label, other)]
+    return {"a": a.name, "b": b.name, "settings": _settings(a, b, pairs), "rows": rows}
 
 
 def _figures(a: Side, b: Side, label: str, other: str) -> list[dict[str, Any]]:
@@ -238,7 +252,8 @@ def _settings(a: Side, b: Side, pairs: Sequence[tuple[str, str]]) -> list[dict[s
             side.report["scenario"].get("details", {}).get(name, {}).get("params", {})
             for side, name in ((a, label), (b, other))
         ]
-        found += _unlike(f"{label}." if label == other else "policy.", *map(_flat, params))
+        lead = f"{label}." if label == other else "policy."
+        found += [one for one in _unlike(lead, *map(_flat, params)) if one not in found]
     return found
 
 

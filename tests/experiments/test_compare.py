@@ -16,8 +16,9 @@ def folder(tmp_path_factory):
     """Two results that differ in one policy's budget and the hardware."""
     folder = tmp_path_factory.mktemp("compare")
     both = ("run", "32k", "-p", "lsa", "-p", "full", "-q")
+    before = ("--set", "policies.lsa.budget=10%")
     changes = ("--set", "policies.lsa.budget=20%", "--set", "hardware=h200")
-    assert fmsim_here(*both, "--out", "a", folder=folder).returncode == 0
+    assert fmsim_here(*both, *before, "--out", "a", folder=folder).returncode == 0
     assert fmsim_here(*both, *changes, "--out", "b", folder=folder).returncode == 0
     return folder
 
@@ -53,12 +54,25 @@ def test_a_small_change_is_within_error_and_a_large_one_is_not():
     assert (far[0]["beyond_error"], far[0]["better"]) == (True, True)
 
 
-def test_the_same_policy_as_the_runs_own_paired_difference():
+def test_two_policies_at_each_budget_with_the_runs_own_paired_difference():
     done = fmsim_here("run", "32k", "-p", "h2o", "-p", "lsa", "--json")
-    told = [row for row in json.loads(done.stdout)["differences"] if row["figure"] == "mass_kept"]
-    [row] = [one for one in compare("h2o", "lsa", "32k")["rows"] if one["figure"] == "mass_kept"]
-    assert row["change"] == pytest.approx(-told[0]["difference"])
-    assert row["half_width"] == pytest.approx(told[0]["half_width"])
+    told = {
+        f"{row['policy']} -> {row['other']}": row
+        for row in json.loads(done.stdout)["differences"]
+        if row["figure"] == "mass_kept"
+    }
+    found = compare("h2o", "lsa", "32k")
+    rows = {row["policy"]: row for row in found["rows"] if row["figure"] == "mass_kept"}
+    assert list(rows) == list(told) and len(rows) == 2  # one a budget
+    for pair, row in rows.items():
+        assert row["change"] == pytest.approx(-told[pair]["difference"])
+        assert row["half_width"] == pytest.approx(told[pair]["half_width"])
+    assert (found["a"], found["b"]) == ("h2o", "lsa")
+
+
+def test_a_name_is_a_label_before_it_is_a_policy_and_a_budget_too_small_is_left_out():
+    found = compare("lru held", "lru", "32k")
+    assert {row["policy"] for row in found["rows"]} == {"lru held 40% gpu -> lru 40% gpu"}
 
 
 def test_scenarios_with_other_traces_have_independent_errors():
@@ -88,7 +102,7 @@ def test_the_table_fits(folder, width, capsys):
         (("lru", "lsaa"), "no policy named 'lsaa'; did you mean 'lsa'?"),
         (("32k", "lsa"), "lsa is neither a folder of `fmsim run --out` nor a scenario"),
         (("32k", "serve"), "only one of 32k and serve has a workload"),
-        (("lru", "lsa", "--scenario", "500k"), "give it one budget"),
+        (("lru:budget=2x topk", "h2o", "--scenario", "32k"), "have no budget in common"),
     ],
 )
 def test_what_cannot_be_compared_is_told(given, says):
