@@ -10,7 +10,7 @@
 # OUT gets shards of traces.tar (`cat traces.tar.* | tar x`), the indexers with their logs and
 # evaluations in indexers.tgz, and record.log: eight files at most, each below 16 MiB.
 # It needs fmsim's dependencies and those of fmsim[model]. On four H100 some 3 minutes to record and 2
-# to train are expected (not measured; a decode step of the nano of six CSA layers takes 20 ms).
+# to train are expected; it has not run on GPUs yet.
 # Settings: HELD and TRAIN as CONTEXT:STEPS and CONTEXT:COUNT, STEPS of a training trace, PER_GPU
 # processes, LAYERS, MOST, INDEXER_STEPS, WORK the folder in between, N GPUs, DEVICE, PYTHON, and
 # PART: "record" or "train" alone, for two calls of one machine.
