@@ -66,8 +66,8 @@ class Replayer:
         self._paged: dict[tuple[int, bool], paging.Paged] = {}
         # traces of dense models have neither
         self.has_lookahead = trace.hidden is not None and trace.index_keys is not None
-        chosen = range(trace.n_layers) if layers is None else layers
-        self._keyed = [layer for layer in trace.keyed if layer in chosen]
+        keyed = trace.keyed if self.has_lookahead else []
+        self._keyed = [layer for layer in keyed if layers is None or layer in layers]
         self._keys: np.ndarray | None = None
         prompt_mass = trace.prompt_mass
         self.prompt_mass = None if prompt_mass is None else prompt_mass[self._layers]
