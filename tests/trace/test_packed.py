@@ -205,6 +205,11 @@ def test_layers_with_keys_are_those_that_lookahead_sees():
     assert light_windows.layers == [1, 3]
     assert np.array_equal(light_windows.golden, windows.golden)
     assert np.array_equal(light_windows.hidden, windows.hidden[:, [1, 3]])
+    chosen = windows.of_layers([1, 3])
+    assert chosen.layers == [1, 3] and np.array_equal(chosen.keys, light_windows.keys)
+    assert np.array_equal(chosen.hidden, light_windows.hidden)
+    with pytest.raises(FmsimError, match=r"not of \[2\]"):
+        light_windows.of_layers([1, 2])
 
 
 def test_a_part_keeps_its_keyed_layers(tmp_path):
