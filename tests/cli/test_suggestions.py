@@ -17,12 +17,12 @@ from fmsim.policies import registry
         ("policy show lsaa", "no policy named 'lsaa'; did you mean 'lsa'?"),
         (
             "run 32k --set policies.lsa.budgett=5%",
-            "--set policies.lsa.budgett=5%: policies.6.budgett: policy lsa: no parameter 'budgett';"
+            "--set policies.lsa.budgett=5%: policies.5.budgett: policy lsa: no parameter 'budgett';"
             " did you mean 'budget'?",
         ),
         (
             "run 32k --set policies.lru.policy=lruu",
-            "--set policies.lru.policy=lruu: policies.3.policy: no policy named 'lruu'",
+            "--set policies.lru.policy=lruu: policies.7.policy: no policy named 'lruu'",
         ),
         (
             "run 32k --set policies.lsaa.budget=5%",
