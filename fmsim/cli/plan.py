@@ -108,6 +108,7 @@ def plan(
     import fmsim
     from fmsim.errors import FmsimError
     from fmsim.experiments.plan import Ask, parse_deployment, plan_model
+    from fmsim.experiments.results import failed_altogether
     from fmsim.report.grid import View
     from fmsim.report.tables import plan as plan_table
 
@@ -176,7 +177,7 @@ def plan(
         echo_csv([flat(row, leave=("moves", "crossover")) for row in report["policies"]])
     else:
         plan_table.show(report, View.of_terminal(wide, columns))
-    end_with_failures(report.get("failed", []))
+    end_with_failures(failed_altogether(report) if scenario is not None else [])
 
 
 def _list(text: str | None) -> list[str]:

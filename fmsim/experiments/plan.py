@@ -14,6 +14,7 @@ from fmsim.experiments.run import (
     Setting,
     about,
     about_deployment,
+    about_runs,
     build_policies,
     load_geometry,
 )
@@ -110,7 +111,10 @@ def plan_scenario(
     candidates = [result for result in results if isinstance(result, Candidate)]
     raise_if_all(failures, len(candidates))
     options = file.scenario.server
-    head = about(setting) | {"server": options.model_dump(mode="json")}
+    head = about(setting) | {
+        "server": options.model_dump(mode="json"),
+        "runs": about_runs(file, policies),
+    }
     geometry = load_geometry(file)
     if file.scenario.beyond_positions:
         geometry = geometry.beyond_positions()

@@ -235,11 +235,11 @@ def run_scenario(
         (failures if isinstance(result, Failure) else runs).append(result)
         progress(result.label, done, len(policies))
     raise_if_all(tuple(failures), len(runs))
-    head = about(setting) | {"runs": _about_runs(setting.file, policies)}
+    head = about(setting) | {"runs": about_runs(setting.file, policies)}
     return Report(head, tuple(runs), tuple(failures))
 
 
-def _about_runs(file: ScenarioFile, policies: Sequence[tuple[str, Policy]]) -> dict[str, Any]:
+def about_runs(file: ScenarioFile, policies: Sequence[tuple[str, Policy]]) -> dict[str, Any]:
     """By label: the scenario's entry that it is of, its budget, and what the policy knows."""
     return {
         label: {
