@@ -32,7 +32,8 @@ def serve(hw, made, n_requests, slo=None, blocks=(), **options):
     )
     source = RequestGenerator(workload)
     source.first = [Arrival(0.0, PROMPT, OUTPUT, blocks)] * n_requests
-    run = ServerRun(hw, FLASH, Demand(made, FLASH), Server(prefill="done", **options), source)
+    server = Server(**{"prefill": "done"} | options)
+    run = ServerRun(hw, FLASH, Demand(made, FLASH), server, source)
     run.run()
     return run
 
@@ -135,3 +136,49 @@ def test_the_share_of_the_mirrors_that_lies_on_drives():
     assert admission.spilled_share(0) == pytest.approx(0.5)
     admission.release(admission.admitted[1])
     assert admission.spilled_share(0) == 0.0
+
+
+@pytest.mark.parametrize("recalled", [0, 2_000_000])
+def test_a_time_a_token_holds_the_waits_too(recalled):
+    """Two requests: a step's computing, or its recalls where they take longer, and behind either
+    the wait for 2 x 40 missed rows in each of 21 layers.
+    """
+    made = ledger(
+        on_miss="fallback",
+        params={"budget": "800 entries"},
+        demand_loads=np.full((128, 1), 40, np.int32),
+        lookahead_loads=loads(128, s64=recalled),
+    )
+    hw = round_link(H100, 584)
+    stall_s = 21 * (10e-6 + 80 * 584 / 50e9)
+    link_s = 2 * recalled / 64 * 21 * 584 / 60e9
+    two_s = compute_s(hw, made, 2)
+    assert (link_s > two_s) == bool(recalled)
+    both_s = max(two_s, link_s) + stall_s
+    for tpot_s, held in ((1.0001 * both_s, 2), (0.9999 * both_s, 1)):
+        admission = serve(hw, made, 0, Slo(tpot_s=tpot_s), admit_by_slo=True).admission
+        for number in range(3):
+            request = hand_request.request(admission.demand, output=OUTPUT)
+            request.number = number
+            admission.queue.append(request)
+        assert len(list(admission.enter(0.0))) == held
+        assert admission.waits_for == "time a token"
+
+
+def test_a_rank_that_has_half_of_the_prompt_comes_first():
+    """64 blocks of 512 tokens, of which the second rank has 32, or 31."""
+    made = ledger(slots=8032, on_miss="fetch")
+    hw = H100.deployed(Deployment(dp=8))
+    blocks = tuple(range(100, 164))
+    for known, first in ((32, 1), (31, 0)):
+        run = serve(hw, made, 1, blocks=blocks, prefill="chunked")
+        admission = run.admission
+        for store in run.stores:
+            for tier in (store.gpu, store.host):
+                tier.make_room(float(tier.pool.capacity))
+        run.stores[1].host.store(blocks[:known])
+        request = hand_request.request(run.demand, prompt=64 * 512)
+        request.asked = Arrival(0.0, 64 * 512, OUTPUT, blocks)
+        assert admission._in_order(request)[0] == first
+        admission._held[0] = 3
+        assert admission._in_order(request)[0] == 1
