@@ -2,6 +2,7 @@
 start with.
 """
 
+import numpy as np
 import pytest
 from hand_trace import HandTrace, stream
 from hypothesis import given, settings
@@ -183,3 +184,18 @@ def test_layers_are_queues_of_their_own(name, steps):
     for layer in range(2):
         cache = plain(4)
         assert [bool(n) for n in found[:, layer]] == [cache.access(step[layer]) for step in steps]
+
+
+@pytest.mark.parametrize(
+    ("slots", "small", "uses"),
+    [(6, 0.5, 1), (10, 0.9, 1), (10, 0.9, 2), (5, 0.25, 1), (12, 0.5, 3)],
+)
+def test_s3fifo_where_many_pages_are_used_often(slots, small, uses):
+    """Main queues of pages that all have uses left, beside ripe ones that wait to join them."""
+    random = np.random.default_rng(slots)
+    often = random.integers(0, slots + 2, 900)
+    entries = np.where(random.random(900) < 0.2, random.integers(0, 30, 900), often).tolist()
+    shares = {"small_share": small, "uses_to_stay": uses}
+    cache = PlainS3FIFO(slots, **shares)
+    expected = [cache.access(entry) for entry in entries]
+    assert hits(S3FIFO(budget=f"{slots} entries", **shares), entries, 30) == expected
