@@ -144,10 +144,6 @@ WRONG = [
     (("--context", "200k"), "--context 204800: no shipped trace has about as many tokens"),
     (("--context", "many"), "'many' is no number of tokens; write 8192 or 32k"),
     (("--trace", "absent.safetensors"), "absent.safetensors"),
-    (
-        ("--context", "500k"),
-        "traces/nano-500k-needles.safetensors: no such file here; give --trace FILE",
-    ),
 ]
 
 
