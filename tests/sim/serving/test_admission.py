@@ -11,6 +11,7 @@ from fmsim.hw.deployment import Deployment
 from fmsim.hw.spec import LINK_FIGURE
 from fmsim.sim.serving.batch import mean_step_s
 from fmsim.sim.serving.demand import Demand
+from fmsim.sim.serving.prefix import FoundBlocks
 from fmsim.sim.serving.requests import Arrival
 from fmsim.sim.serving.server import ServerRun
 from fmsim.sim.serving.spec import ClosedLoop, Server, Slo
@@ -182,3 +183,27 @@ def test_a_rank_that_has_half_of_the_prompt_comes_first():
         assert admission._in_order(request)[0] == first
         admission._held[0] = 3
         assert admission._in_order(request)[0] == 1
+
+
+def test_blocks_that_are_there_are_not_needed_again_and_ranks_end_empty():
+    """Of 512 tokens: a GPU's half of a block, and a mirror's."""
+    made = ledger(lookahead_loads=loads(128, s64=100))
+    run = serve(PARTS, made, 1, blocks=(1, 2, 3), prefill="chunked")
+    assert run.stores and run.admission._held == [0]
+    request = hand_request.request(run.demand)
+    gpu, host = request.pools.gpu_bytes / 2, request.pools.mirror / 2
+    assert run.admission._needs(request, FoundBlocks()) == (gpu, host)
+    found = run.admission._needs(request, FoundBlocks(gpu=(1, 2), host=(3,)))
+    block, mirrored = FLASH.full_kv_bytes(512) / 2, FLASH.host_kv_bytes(512) / 2
+    assert found == (gpu - 2 * block, host - mirrored)
+
+
+def test_a_request_that_comes_whole_needs_all_its_entries_and_gives_back_what_is_beyond_its_slots():
+    missed = np.full((128, 1), 40, np.int32)
+    made = ledger(on_miss="fetch", params={"budget": "800 entries"}, demand_loads=missed)
+    admission = serve(PARTS, made, 1, residency="hybrid").admission
+    request = hand_request.request(admission.demand, output=OUTPUT)
+    whole = FLASH.full_gpu_bytes(PROMPT + OUTPUT)
+    assert admission._needs(request, FoundBlocks())[0] == pytest.approx(whole / 2)
+    beyond = (whole - request.pools.gpu_bytes) / 2
+    assert admission._beyond_slots(request) == pytest.approx(beyond) and beyond > 0

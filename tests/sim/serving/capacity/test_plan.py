@@ -265,3 +265,17 @@ def test_what_lies_on_drives_is_read_at_their_rate():
     assert found.stall_s == pytest.approx(link_s + read_s, rel=1e-6)
     assert found.link_s == pytest.approx(link_s)
     assert state.at(1).nvme_s == 0.0
+
+
+def test_a_crossover_is_the_first_that_makes_more_tokens():
+    """Against every batch, the full cache's at most what fits; at eight contexts to a million."""
+    asked = question(TENTH, tpot_s=1.0)
+    found = plan(asked, FULL)["crossover"]
+    other, rival = asked.changed(demand=FULL), asked.changed(demand=FULL).state()
+    most = min(other.walls().values())
+    pays = lambda batch: (
+        asked.state().at(batch).tokens_per_s > rival.at(min(batch, most)).tokens_per_s
+    )
+    assert found["batch"] == next(filter(pays, range(1, 4097)))
+    contexts = [row["context_tokens"] for row in found["by_context"]]
+    assert contexts == [*(2**k for k in range(13, 20)), 2**20 - 1024]
