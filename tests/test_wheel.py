@@ -1,6 +1,7 @@
 """The wheel by itself: in an environment without this folder it runs its scenarios by name."""
 
 import json
+import os
 import subprocess
 import sys
 import sysconfig
@@ -17,7 +18,10 @@ MOST_BYTES = 70_000_000
 
 def pip(*arguments):
     return subprocess.run(
-        [sys.executable, "-m", "pip", *map(str, arguments)], capture_output=True, text=True
+        [sys.executable, "-m", "pip", *map(str, arguments)],
+        env={name: value for name, value in os.environ.items() if name != "PYTHONPATH"},
+        capture_output=True,
+        text=True,
     )
 
 
@@ -92,7 +96,7 @@ def test_installed_alone_it_runs_a_scenario_by_name_in_any_folder(wheel, tmp_pat
     assert run.returncode == 0, run.stderr
     report = json.loads(run.stdout)
     assert Path(report["scenario"]["trace"]["file"]).is_relative_to(site)
-    assert [row["policy"] for row in report["policies"]] == ["full", "lsa"]
+    assert {row["policy"].split()[0] for row in report["policies"]} == {"full", "lsa"}
     made = fmsim("init", "mine.yaml", "--context", "32K")
     assert made.returncode == 0, made.stderr
     assert fmsim("run", "mine.yaml", "-p", "full").returncode == 0

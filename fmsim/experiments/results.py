@@ -132,6 +132,7 @@ class _Row(_Open):
     kv_hbm_bytes: int = Field(ge=0)
     kv_hbm_ratio: float = Field(ge=0)
     entry_recall: float
+    entry_recall_per_step: float
     mass_kept: float
     set_overlap: float | None
     decode_tokens_per_s: float = Field(ge=0)

@@ -86,14 +86,15 @@ def _time_curve(gather: Gather, link: Link) -> tuple[np.ndarray, np.ndarray]:
     """(bytes, seconds) of the measured points, led by (0, fixed cost); what lies above the fixed
     cost is divided by the link's speedup.
 
-    No point took less than the fixed cost and its bytes at the link's rate, which a first segment
-    that falls, within the measurement's noise, would say.
+    No point took less than the fixed cost and its bytes at the rate of the link that was measured,
+    which a first segment that falls, within the measurement's noise, would say.
     """
     rows = np.array(sorted(gather.bytes_per_s))
     n_bytes = rows * float(gather.row_bytes)
     seconds = n_bytes / np.array([gather.bytes_per_s[row] for row in rows])
     slope = (seconds[1] - seconds[0]) / (n_bytes[1] - n_bytes[0])
-    beside_s = (seconds - n_bytes / link.bandwidth_bytes_per_s.value).min()
+    measured_bytes_per_s = link.bandwidth_bytes_per_s.value / link.gather_speedup
+    beside_s = (seconds - n_bytes / measured_bytes_per_s).min()
     fixed_s = max(0.0, min(seconds[0] - slope * n_bytes[0], beside_s))
     moving_s = (seconds - fixed_s) / link.gather_speedup
     return np.append(0.0, n_bytes), np.append(fixed_s, fixed_s + moving_s)

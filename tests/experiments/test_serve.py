@@ -71,7 +71,7 @@ def test_the_table_shows_memory_policies_and_use_whole(folder):
     assert done.returncode == 0, done.stderr
     for text in (
         "host mirror",
-        "why not more",
+        "others allow",
         "TTFT",
         "TPOT",
         "goodput",
@@ -88,7 +88,7 @@ def test_the_table_shows_memory_policies_and_use_whole(folder):
         ("workload.file=none.jsonl", "none.jsonl: no such request file"),
         (
             "workload.kind=poison",
-            "workload: give it a 'kind': closed_loop, poisson, bursts, sessions, file",
+            "workload.kind: did you mean 'poisson'? there are closed_loop, poisson, bursts,",
         ),
         ("workload.sped=2", "workload.sped: unknown key; did you mean 'speed'?"),
         ("workload.slo.tpot=1", "workload.slo.tpot: unknown key; did you mean 'tpot_s'?"),

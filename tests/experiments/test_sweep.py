@@ -159,7 +159,7 @@ def test_a_workload_gives_rows_of_what_the_server_did(scenario, tmp_path):
     assert shown.returncode == 0 and "TTFT p95" in shown.stdout, shown.stderr
     rows = json.loads(fmsim("sweep", scenario, *arguments, "--json").stdout)
     alone = json.loads(fmsim("run", scenario, "-p", "lru", "--set", workload, "--json").stdout)[
-        "serving"
+        "policies"
     ][0]
     assert [row["set.workload.seed"] for row in rows] == [0, 1] and rows[0]["tokens"] != rows[1][
         "tokens"
