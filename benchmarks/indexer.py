@@ -28,6 +28,7 @@ from fmsim.experiments.rivals import BOUNDS, FIRST, compare
 from fmsim.files import write_text
 from fmsim.geometry import PRESETS
 from fmsim.indexer import checkpoint as checkpoints
+from fmsim.indexer import native as native_indexer
 from fmsim.indexer.eval import evaluate
 from fmsim.indexer.labels import LabelRule
 from fmsim.indexer.windows import read_windows
@@ -49,7 +50,7 @@ def measure(path: Path) -> Found:
     """All three parts on one trace."""
     trace = read(path)
     indexer = checkpoints.load(checkpoints.SHIPPED)
-    native = checkpoints.of_model(checkpoints.SHIPPED.parent)
+    native = native_indexer.of_model(checkpoints.SHIPPED.parent)
     found: Found = {
         "policies": compare(trace, BUDGETS, PRESETS[MODEL], native=True),
         "rankings": {},

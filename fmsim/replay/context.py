@@ -13,7 +13,7 @@ from fmsim.policies.base import Context, LookaheadState, Policy
 from fmsim.policies.budget import Budget
 from fmsim.policies.guard import Guarded
 from fmsim.replay.layer_slots import check_shares, divide
-from fmsim.replay.needs import GpuMemory, Needs, needs_of
+from fmsim.replay.needs import GpuMemory, Needs, most_that_fit, needs_of
 from fmsim.replay.paging import Paged, PagedFuture, page_mass
 from fmsim.units import sized
 
@@ -146,10 +146,7 @@ def _within(
         policy.reset(ctx)  # who keeps all, but for what is below a floor, has it only now
         if memory.taken_bytes(needs(ctx), shape) <= limit_bytes:
             return ctx
-    found, beyond = 0, most
-    while beyond - found > 1:
-        middle = (found + beyond) // 2
-        found, beyond = (middle, beyond) if fits(middle) else (found, middle)
+    found = most_that_fit(fits, most - 1) if most > 1 else 0
     if found:
         return with_slots(found * granularity)
     least = needs(with_slots(granularity))

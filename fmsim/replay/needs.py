@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -65,8 +65,8 @@ class Declared(Protocol):
 
 
 @dataclass(frozen=True)
-class Needs:
-    """`Declared` of a policy that has not run yet, and whether anything can be missing."""
+class Slots:
+    """`Declared` of a request that nobody has decoded."""
 
     n_layers: int
     n_groups: int
@@ -76,6 +76,12 @@ class Needs:
     miss_slots: int
     all_keys: bool
     target_layers: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Needs(Slots):
+    """The same of a policy that has not run yet, and whether anything can be missing."""
+
     keeps_all: bool  # every page has a slot, and no decision gives one up
     comes_back: bool  # pages can be loaded from the host: by a miss, a decision or a prefetch
 
@@ -102,13 +108,34 @@ def needs_of(policy: Policy | Guarded, ctx: Context, target_layers: tuple[int, .
         n_groups=ctx.n_groups,
         granularity=ctx.granularity,
         group_slots=ctx.group_slots,
-        ahead_slots=tuple(-(-slots // AHEAD) * recalls_ahead for slots in ctx.group_slots),
+        ahead_slots=spare_ahead(ctx.group_slots) if recalls_ahead else (0,) * ctx.n_groups,
         miss_slots=min(ctx.topk * selecting_layers, ctx.n_pages) if misses else 0,
         all_keys=params.on_miss != "mask" or params.sees == "all" or keeps_all,
         target_layers=target_layers,
         keeps_all=keeps_all,
         comes_back=comes_back,
     )
+
+
+def spare_ahead(group_slots: Sequence[int]) -> tuple[int, ...]:
+    """[G]: spare slots for what is recalled ahead of its decision, beside each group's slots."""
+    return tuple(-(-slots // AHEAD) for slots in group_slots)
+
+
+def most_that_fit(fits: Callable[[int], bool], most: int) -> int:
+    """The largest number of pages, `most` at the most, that `fits`; 0 where not even one does.
+
+    More pages take more bytes; but all of them may take less than one page fewer does, since what
+    keeps everything has nothing spare. So `most` is asked first.
+    """
+    if fits(most):
+        return most
+    found = 0
+    beyond = most
+    while beyond - found > 1:
+        middle = (found + beyond) // 2
+        found, beyond = (middle, beyond) if fits(middle) else (found, middle)
+    return found
 
 
 class GpuMemory(Protocol):

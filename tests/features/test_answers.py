@@ -30,9 +30,10 @@ def test_every_table_shows_its_file(name):
 
 def test_every_marked_part_of_a_page_belongs_to_an_answer():
     marked = {
-        (str(page.relative_to(ROOT)), part)
+        (str(page.relative_to(ROOT)), found["name"])
         for page in PAGES
-        for part in regions.find(page.read_text(encoding="utf-8"))
+        for found in regions.BEGIN.finditer(page.read_text(encoding="utf-8"))
+        if found["script"].startswith("benchmarks/")
     }
     assert marked == SHOWN
 
@@ -115,6 +116,19 @@ def test_parts_are_found_replaced_and_counted():
         regions.find(page + page)
     with pytest.raises(ValueError, match="has no line"):
         regions.find(re.sub("<!-- end of y -->", "", page))
+
+
+def test_a_script_writes_its_part_or_says_that_it_is_old(tmp_path, monkeypatch, capsys):
+    page = tmp_path / "a.md"
+    page.write_text(regions.marked("x", "docs/x.py"))
+    monkeypatch.setattr(sys, "argv", ["docs/x.py", "--check"])
+    assert regions.keep(page, "x", "- b\n") == 1
+    assert "python docs/x.py" in capsys.readouterr().out
+    monkeypatch.setattr(sys, "argv", ["docs/x.py"])
+    assert regions.keep(page, "x", "- b\n") == 0
+    assert regions.find(page.read_text()) == {"x": "- b"}
+    monkeypatch.setattr(sys, "argv", ["docs/x.py", "--check"])
+    assert regions.keep(page, "x", "- b\n") == 0
 
 
 ROW = {

@@ -12,6 +12,7 @@ from tapered import Tapered
 from fmsim.errors import BudgetTooSmall, FmsimError
 from fmsim.policies import registry
 from fmsim.policies.pyramid import Pyramid
+from fmsim.replay.needs import most_that_fit
 from fmsim.replay.replayer import Replayer
 from fmsim.sim.footprint import ModelMemory, allocation
 
@@ -133,3 +134,18 @@ def test_a_page_more_would_exceed_the_budget(name, tmp_path):
         entries += ledger.granularity
         larger = replayer.run(MADE[name](f"{entries} entries", checkpoint))
         assert allocation(larger, FLASH, layer_map).total > limit
+
+
+def test_the_most_pages_that_fit_against_every_number():
+    draw = random.Random(13)
+    for _ in range(200):
+        most = draw.randint(1, 60)
+        sizes = [0, *sorted(draw.sample(range(1, 1000), most))]
+        sizes[most] -= draw.choice([0, 0, 300])  # what keeps all has nothing spare
+        limit = draw.randint(0, 1000)
+
+        def fits(pages, sizes=sizes, limit=limit):
+            return sizes[pages] <= limit
+
+        expected = max((n for n in range(1, most + 1) if fits(n)), default=0)
+        assert most_that_fit(fits, most) == expected

@@ -30,7 +30,7 @@ from fmsim.geometry import Geometry
 from fmsim.hw.spec import Hardware
 from fmsim.policies.budget import Budget
 from fmsim.replay.ledger import Ledger
-from fmsim.replay.needs import AHEAD
+from fmsim.replay.needs import Slots, most_that_fit, spare_ahead
 from fmsim.sim.footprint import Allocation, allocated, footprint
 from fmsim.sim.transfer_cost import GatherCurve
 
@@ -45,20 +45,6 @@ class Pools:
     @property
     def gpu_bytes(self) -> int:
         return self.gpu.total
-
-
-@dataclass(frozen=True)
-class _Slots:
-    """`fmsim.replay.needs.Declared` of a request of another length than the ledger's."""
-
-    n_layers: int
-    n_groups: int
-    granularity: int
-    group_slots: tuple[int, ...]
-    ahead_slots: tuple[int, ...]
-    miss_slots: int
-    all_keys: bool
-    target_layers: tuple[int, ...]
 
 
 class Demand:
@@ -211,12 +197,11 @@ class Demand:
         limit_bytes = self._budget.gpu_bytes(full_bytes)
         most = max(self._ledger.group_slots)
         pages = -(-self.geometry.csa_entries(tokens) // self._ledger.granularity)
-        found, beyond = 1, max(pages, most) + 1
-        while beyond - found > 1:
-            middle = (found + beyond) // 2
-            fits = self._allocated(middle / most, tokens).total <= limit_bytes
-            found, beyond = (middle, beyond) if fits else (found, middle)
-        return found / most
+
+        def fits(slots: int) -> bool:
+            return self._allocated(slots / most, tokens).total <= limit_bytes
+
+        return max(1, most_that_fit(fits, max(pages, most))) / most
 
     def _allocated(self, growth: float, tokens: int) -> Allocation:
         """With the ledger's slots times `growth`, of a request of `tokens` in all.
@@ -229,10 +214,10 @@ class Demand:
             pages if self.holds_all else max(1, min(pages, math.floor(n * growth + 1e-9)))
             for n in ledger.group_slots
         )
-        ahead = tuple(-(-n // AHEAD) if any(ledger.ahead_slots) else 0 for n in slots)
+        ahead = spare_ahead(slots) if any(ledger.ahead_slots) else (0,) * len(slots)
         whole = min(slots) >= pages and not any(ahead)
         missed = math.ceil(ledger.miss_slots * self._topk_ratio) * self.positions
-        needs = _Slots(
+        needs = Slots(
             n_layers=ledger.n_layers,
             n_groups=ledger.n_groups,
             granularity=ledger.granularity,

@@ -13,7 +13,7 @@ import numpy as np
 
 from fmsim.geometry import Geometry
 from fmsim.replay.ledger import Ledger
-from fmsim.replay.needs import AHEAD
+from fmsim.replay.needs import spare_ahead
 
 _PROMPT_TOKENS = 2**17
 _CADENCE = 64
@@ -79,7 +79,7 @@ def _lsa(geometry: Geometry) -> Ledger:
         lookahead_loads=recalled[:, None].astype(np.int32),
         scored=np.where(decisions, layers * entries, 0),
         decides_ahead=True,
-        ahead_slots=[-(-slots // AHEAD)],
+        ahead_slots=list(spare_ahead([slots])),
         comes_back=True,
         target_layers=list(range(layers)),
         all_keys=False,
