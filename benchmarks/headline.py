@@ -10,6 +10,12 @@ Anywhere, from the parts and the preset:
 
     python benchmarks/headline.py --join part.json other.json --hardware mine.yaml
 
+The bytes alone, in seconds a row (no step is decoded), and their place in the result, whose times
+stay as they are:
+
+    python benchmarks/headline.py --memory --out part.json
+    python benchmarks/headline.py --join part.json
+
 Each row is what `fmsim validate --whole-steps` does. A policy runs on a trace as a replay and in
 the engine, whose slots must be the same at every step and whose tensors torch's allocator counts;
 then whole steps of V4-Flash with 16 of its 256 experts a layer and random weights are timed under
@@ -35,6 +41,7 @@ import yaml
 
 from fmsim.errors import FmsimError
 from fmsim.files import write_text
+from fmsim.geometry import Geometry
 from fmsim.scenario import ScenarioFile
 
 ROOT = Path(__file__).parents[1]
@@ -66,6 +73,11 @@ POLICIES: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
 SHORT = ("full", "h2o", "lru held", "lsa-history", "lru")  # in the README, at 512K
 PAGES = {"README.md": "headline", "docs/gpu.md": "headline by context"}
 MIB = 2**20
+# What --memory measures of a row; `memory` of the result says when and on what.
+OF_MEMORY = (
+    *("tokens", "full_gpu_bytes", "memory_holds", "memory_error", "predicted_gpu_bytes"),
+    *("built_gpu_bytes", "allocator_gpu_bytes", "page_bytes", "spare_bytes"),
+)
 
 Row = dict[str, Any]
 
@@ -93,11 +105,12 @@ def entry(label: str, budget: str | None) -> dict[str, Any]:
 
 
 class Bench:
-    """Measures rows on one GPU, with one set of random weights."""
+    """Measures rows on one GPU, with one set of random weights; or their bytes alone."""
 
-    def __init__(self, model: str, device: str) -> None:
+    def __init__(self, model: str, device: str, memory_only: bool = False) -> None:
         self.model = model
         self.device = device
+        self.memory_only = memory_only
         self.weights: Any = None
         self.n_experts = 0
 
@@ -115,34 +128,39 @@ class Bench:
         return row | {"wall_s": round(time.perf_counter() - start, 1)}
 
     def _measured(self, context: str, label: str, budget: str | None) -> Row:
-        from fmsim.exec.runs.synthetic import weights_for
         from fmsim.experiments.failures import Failure
         from fmsim.experiments.validate import Worlds
 
         try:
             worlds = Worlds(scenario(context, [entry(label, budget)], self.model), self.device)
-            check = worlds.check(label)
-            if isinstance(check, Failure):
-                return {"failed": check.error}
-            gc.collect()  # what the check held, a pinned mirror say
-            if self.weights is None:
-                kv_bytes = 2 * worlds.geometry.full_gpu_bytes(self._longest())
-                self.weights, self.n_experts = weights_for(
-                    worlds.geometry, self.device, kv_bytes, seed=0
-                )
-            found = check.row() | worlds.whole_steps(label, self.weights)
+            found = worlds.memory(label) if self.memory_only else worlds.check(label)
+            if isinstance(found, Failure):
+                return {"failed": found.error}
+            row = found.row()
+            if not self.memory_only:
+                gc.collect()  # what the check held, a pinned mirror say
+                if self.weights is None:
+                    self._fill(worlds.geometry)
+                row |= {"experts": self.n_experts} | worlds.whole_steps(label, self.weights)
         except (FmsimError, RuntimeError) as error:  # torch's out of memory is a RuntimeError
             return {"failed": f"{type(error).__name__}: {error}"}
         finally:
             gc.collect()
-        header = worlds.trace.header
-        tokens = header.prompt_tokens + worlds.trace.n_steps
+        trace = worlds.trace
+        tokens = trace.header.prompt_tokens + trace.n_steps
         return {
             "tokens": tokens,
-            "steps": worlds.trace.n_steps,
-            "experts": self.n_experts,
+            "steps": trace.n_steps,
+            "trace_sha256": trace.header.content_sha256,
             "full_gpu_bytes": worlds.geometry.full_gpu_bytes(tokens),
-        } | {key: value for key, value in found.items() if key != "policy"}
+        } | {key: value for key, value in row.items() if key != "policy"}
+
+    def _fill(self, geometry: Geometry) -> None:
+        """Random weights beside which the longest context fits."""
+        from fmsim.exec.runs.synthetic import weights_for
+
+        kv_bytes = 2 * geometry.full_gpu_bytes(self._longest())
+        self.weights, self.n_experts = weights_for(geometry, self.device, kv_bytes, seed=0)
 
     def _longest(self) -> int:
         """Tokens of the longest context."""
@@ -176,9 +194,21 @@ def measure(
             longest_s = max(longest_s, row["wall_s"])
             rows.append(row)
             write_text(out, json.dumps(about(bench, command) | {"rows": rows}, indent=1) + "\n")
-            shown = row.get("failed") or f"{1e3 * row['measured_step_p50_s']:.2f} ms"
+            shown = row.get("failed") or _shown(row)
             print(f"{context} {label}: {shown}, took {row['wall_s']} s", file=sys.stderr)
     return rows
+
+
+def _shown(row: Row) -> str:
+    if "measured_step_p50_s" in row:
+        return f"{1e3 * row['measured_step_p50_s']:.2f} ms"
+    return f"{_allocated(row) / MIB:,.1f} MiB, {row['memory_error']:+.2%}"
+
+
+def _allocated(row: Row) -> int:
+    """What torch's allocator was asked for; on a CPU what was built."""
+    found: int = row["allocator_gpu_bytes"] or row["built_gpu_bytes"]
+    return found
 
 
 def about(bench: Bench, command: str) -> Row:
@@ -193,22 +223,65 @@ def about(bench: Bench, command: str) -> Row:
         "device": device_name(bench.device),
         "software": f"torch {torch.__version__}, Python {platform.python_version()}",
         "model": bench.model,
+        "memory_only": bench.memory_only,
     }
 
 
-def join(parts: Sequence[Path], hardware: Path) -> Row:
-    """The result: rows of all parts, in the tables' order, each with what is simulated for it."""
+def _read_parts(parts: Sequence[Path]) -> tuple[list[Row], list[Row]]:
+    """What the parts say of themselves, and all their rows in the tables' order."""
     found = [json.loads(path.read_text(encoding="utf-8")) for path in parts]
     heads = [{key: each[key] for key in each if key != "rows"} for each in found]
-    for key in ("device", "model"):
+    for key in ("device", "model", "memory_only"):
         if len({head[key] for head in heads}) > 1:
-            raise FmsimError(
-                f"--join: the parts differ in their {key}: {', '.join(head[key] for head in heads)}"
-            )
+            values = ", ".join(str(head[key]) for head in heads)
+            raise FmsimError(f"--join: the parts differ in their {key}: {values}")
     rows = {(row["context"], row["policy"]): row for each in found for row in each["rows"]}
     ordered = [
         rows[context, label] for context in TRACES for label in POLICIES if (context, label) in rows
     ]
+    return heads, ordered
+
+
+def join_memory(result: Row, parts: Sequence[Path]) -> Row:
+    """`result` with the bytes that `parts` of --memory measured in the place of its own; what it
+    says of times stays.
+    """
+    heads, rows = _read_parts(parts)
+    by_name = {(row["context"], row["policy"]): row for row in rows if "failed" not in row}
+    wanted = {(row["context"], row["policy"]): row for row in result["rows"] if "failed" not in row}
+    for name in wanted:
+        if name not in by_name:
+            raise FmsimError(f"--join: no part has the bytes of {' '.join(name)}; measure all")
+        if by_name[name]["budget"] != wanted[name]["budget"]:
+            raise FmsimError(
+                f"--join: {' '.join(name)} has now {by_name[name]['budget']} and was timed with"
+                f" {wanted[name]['budget']}; measure times anew"
+            )
+    joined = []
+    for row in result["rows"]:
+        found = by_name.get((row["context"], row["policy"]))
+        if "failed" in row or found is None:
+            joined.append(row)
+            continue
+        joined.append(
+            row | {key: found[key] for key in OF_MEMORY} | {"memory_steps": found["steps"]}
+        )
+    memory = {
+        "date": max(head["date"] for head in heads),
+        "device": heads[0]["device"],
+        "software": heads[0]["software"],
+        "commands": list(dict.fromkeys(head["command"] for head in heads)),
+        "note": "The bytes of all rows are of this run; steps, times and bytes moved are not.",
+        "trace_sha256": {
+            row["context"]: row["trace_sha256"] for row in rows if "failed" not in row
+        },
+    }
+    return result | {"memory": memory, "rows": joined}
+
+
+def join(parts: Sequence[Path], hardware: Path) -> Row:
+    """The result: rows of all parts, in the tables' order, each with what is simulated for it."""
+    heads, ordered = _read_parts(parts)
     with_simulated(ordered, heads[0]["model"], hardware)
     preset = yaml.safe_load(hardware.read_text(encoding="utf-8"))
     return {
@@ -273,7 +346,7 @@ def _table(rows: Sequence[Row]) -> str:
             row["policy"],
             (row["budget"] or "").removesuffix(" gpu"),
             f"{row['predicted_gpu_bytes'] / MIB:,.1f}",
-            f"{(row['allocator_gpu_bytes'] or row['built_gpu_bytes']) / MIB:,.1f}",
+            f"{_allocated(row) / MIB:,.1f}",
             f"{row['memory_error']:+.2%}",
             f"{1e3 * row['simulated_step_p50_s']:.2f}",
             f"{1e3 * row['measured_step_p50_s']:.2f}",
@@ -293,19 +366,27 @@ def main() -> int:
     parser.add_argument("--seconds", type=float, default=float("inf"), help="begin no row later")
     parser.add_argument("--device", help="cuda or cpu; cuda where there is one by default")
     parser.add_argument("--model", default=MODEL, help="a preset, or a folder with a config.json")
+    parser.add_argument("--memory", action="store_true", help="only the bytes of a request")
     parser.add_argument("--join", type=Path, nargs="+", help="parts that were measured")
-    parser.add_argument("--hardware", type=Path, help="preset of `fmsim hw calibrate`, for --join")
+    parser.add_argument(
+        "--hardware",
+        type=Path,
+        help="preset of `fmsim hw calibrate`; needed to --join parts with times",
+    )
     parser.add_argument("--out", type=Path, default=None, help="a part, or the result")
     given = parser.parse_args()
     asked = [f"--context {context}" for context in given.context or ()]
     asked += [f"--policy '{label}'" for label in given.policy or ()]
+    asked += ["--memory"] if given.memory else []
     command = " ".join(["python benchmarks/headline.py", *asked])
     try:
         if given.join:
-            if given.hardware is None:
-                parser.error("--join needs --hardware, the preset that was calibrated there")
-            result = join(given.join, given.hardware)
             out = given.out or RESULT
+            if given.hardware is None:
+                before = json.loads(RESULT.read_text(encoding="utf-8"))
+                result = join_memory(before, given.join)
+            else:
+                result = join(given.join, given.hardware)
             write_text(out, json.dumps(result, indent=1) + "\n")
             made = tables(result)
             if out == RESULT:
@@ -318,7 +399,7 @@ def main() -> int:
         rows = measure(
             given.context or [*TRACES],
             given.policy or [*POLICIES],
-            Bench(given.model, device),
+            Bench(given.model, device, given.memory),
             given.seconds,
             given.out or Path("headline-part.json"),
             command,

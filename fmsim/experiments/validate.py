@@ -36,34 +36,15 @@ MEMORY_ERROR = 0.01  # of what is predicted
 
 
 @dataclass(frozen=True)
-class Check:
-    """One policy's comparison.
-
-    `first_difference` is the first step whose slots differ, None where none does.
-    """
+class Memory:
+    """What a request takes on the GPU under a policy: predicted, and as the engine has it."""
 
     label: str
-    first_difference: int | None
-    differing_fields: list[str]  # of the ledgers
-    replay_pages: int
-    engine_pages: int
-    replay_bytes: int
-    engine_bytes: int
     predicted_gpu_bytes: int  # of a request; the figure that leads `fmsim run`
     built_gpu_bytes: int  # what the engine's tensors for it take
     allocator_gpu_bytes: int | None  # what torch's allocator was asked for; on a GPU
     page_bytes: int  # by which pages of PER_PAGE entries may exceed what is predicted
     spare_bytes: int
-    measured_step_p50_s: float
-
-    @property
-    def identical(self) -> bool:
-        """Slots at every step, all counts, and the bytes moved."""
-        return (
-            self.first_difference is None
-            and not self.differing_fields
-            and self.replay_bytes == self.engine_bytes
-        )
 
     @property
     def memory_error(self) -> float:
@@ -82,11 +63,38 @@ class Check:
     def row(self) -> dict[str, Any]:
         found = {
             "policy": self.label,
-            "identical": self.identical,
             "memory_holds": self.memory_holds,
             "memory_error": self.memory_error,
         }
         return found | {f.name: getattr(self, f.name) for f in fields(self) if f.name != "label"}
+
+
+@dataclass(frozen=True)
+class Check(Memory):
+    """One policy's comparison, its memory included.
+
+    `first_difference` is the first step whose slots differ, None where none does.
+    """
+
+    first_difference: int | None
+    differing_fields: list[str]  # of the ledgers
+    replay_pages: int
+    engine_pages: int
+    replay_bytes: int
+    engine_bytes: int
+    measured_step_p50_s: float
+
+    @property
+    def identical(self) -> bool:
+        """Slots at every step, all counts, and the bytes moved."""
+        return (
+            self.first_difference is None
+            and not self.differing_fields
+            and self.replay_bytes == self.engine_bytes
+        )
+
+    def row(self) -> dict[str, Any]:
+        return super().row() | {"identical": self.identical}
 
 
 def validate(
@@ -119,9 +127,22 @@ def check(
     slots: list[np.ndarray] = []
     ledger = replayer.run(make(), lambda manager: slots.append(manager.residency.slots.copy()))
     place = footprint(ledger, geometry, layer_map)
-    keyed = keyed_layers(ledger, geometry)
-    decode = TraceDrivenDecode(replayer, make(), geometry, place.groups, keyed, device)
+    decode = _driven(make(), ledger, place, replayer, geometry, device)
     return compare(label, ledger, np.stack(slots), decode, decode.run(), place)
+
+
+def _driven(
+    policy: Policy,
+    ledger: Ledger,
+    place: Footprint,
+    replayer: Replayer,
+    geometry: Geometry,
+    device: str,
+) -> TraceDrivenDecode:
+    """The engine's decode of what a replay's `ledger` and its `place` are of, built and not run."""
+    keyed = keyed_layers(ledger, geometry)
+    groups = place.groups.tolist()
+    return TraceDrivenDecode(replayer, policy, geometry, groups, keyed, device)
 
 
 class Worlds:
@@ -157,6 +178,19 @@ class Worlds:
             self.device,
         )
         return guarded(label, run)
+
+    def memory(self, label: str) -> Memory | Failure:
+        """What a policy's request takes on the GPU, without decoding there; or why it cannot."""
+
+        def built() -> Memory:
+            ledger = self.replayer.run(self.make(label)())
+            place = footprint(ledger, self.geometry, self.layer_map)
+            decode = _driven(
+                self.make(label)(), ledger, place, self.replayer, self.geometry, self.device
+            )
+            return _memory(label, decode, place)
+
+        return guarded(label, built)
 
     def whole_steps(self, label: str, weights: DeepseekV4) -> dict[str, Any]:
         """Decode whole steps of a model of random `weights` under a policy: its measured times, and
@@ -291,7 +325,7 @@ def compare(
         ledger.granularity * size for size in (geometry.kv_entry_bytes, geometry.index_key_bytes)
     )
     return Check(
-        label=label,
+        **vars(_memory(label, decode, place)),
         first_difference=int(differs[0]) if len(differs) else None,
         differing_fields=fields_apart,
         replay_pages=int(loads[place.groups].sum()),
@@ -300,12 +334,19 @@ def compare(
             loads[place.groups].sum() * entry_bytes + loads[tiered_keys].sum() * key_bytes
         ),
         engine_bytes=outcome.h2d_bytes,
+        measured_step_p50_s=float(np.median(outcome.step_s)),
+    )
+
+
+def _memory(label: str, decode: TraceDrivenDecode, place: Footprint) -> Memory:
+    """The bytes of the engine's `decode` beside those of the replay's `place`."""
+    geometry = decode.geometry
+    entry_bytes = geometry.kv_entry_bytes + geometry.index_key_bytes
+    return Memory(
+        label=label,
         predicted_gpu_bytes=place.allocated.total,
         built_gpu_bytes=decode.gpu_bytes,
         allocator_gpu_bytes=decode.allocator.n_bytes,
-        page_bytes=PER_PAGE
-        * geometry.n_layers
-        * (geometry.kv_entry_bytes + geometry.index_key_bytes),
+        page_bytes=PER_PAGE * geometry.n_layers * entry_bytes,
         spare_bytes=decode.spare_bytes,
-        measured_step_p50_s=float(np.median(outcome.step_s)),
     )

@@ -184,7 +184,7 @@ MEASURED = {
 
 
 class _Bench:
-    model, device = "m", "cpu"
+    model, device, memory_only = "m", "cpu", False
 
     def row(self, context, label):
         return {"context": context, "policy": label, "measured_step_p50_s": 1.0, "wall_s": 100.0}
@@ -198,6 +198,52 @@ def test_rows_are_written_as_they_come_and_none_is_begun_too_late(tmp_path):
     assert json.loads(out.read_text())["rows"] == rows
 
 
+HEAD = {"date": "d", "command": "c", "device": "g", "software": "s", "model": headline.MODEL}
+BYTES = {
+    "tokens": 512_512,
+    "steps": 512,
+    "trace_sha256": "ab",
+    "full_gpu_bytes": 2**31,
+    "memory_holds": True,
+    "memory_error": 0.001,
+    "predicted_gpu_bytes": 1000,
+    "built_gpu_bytes": 1001,
+    "allocator_gpu_bytes": 1001,
+    "page_bytes": 9,
+    "spare_bytes": 8,
+}
+
+
+def test_bytes_measured_again_leave_the_times_as_they_are(tmp_path):
+    part = tmp_path / "part.json"
+    told = HEAD | {"memory_only": True}
+    rows = [{"context": "512K", "policy": "full", "budget": None} | BYTES]
+    part.write_text(json.dumps(told | {"rows": rows}))
+    result = headline.join_memory({"device": "h", "rows": [ROW]}, [part])
+    [row] = result["rows"]
+    assert row["measured_step_p50_s"] == ROW["measured_step_p50_s"] and row["steps"] == 520
+    assert (row["allocator_gpu_bytes"], row["memory_steps"]) == (1001, 512)
+    assert result["device"] == "h" and result["memory"]["device"] == "g"
+    assert result["memory"]["trace_sha256"] == {"512K": "ab"}
+    other = ROW | {"policy": "h2o"}
+    with pytest.raises(FmsimError, match="no part has the bytes of 512K h2o"):
+        headline.join_memory({"rows": [ROW, other]}, [part])
+    with pytest.raises(FmsimError, match="has now None and was timed with 25% gpu"):
+        headline.join_memory({"rows": [ROW | {"budget": "25% gpu"}]}, [part])
+
+
+def test_the_bytes_of_a_row_are_those_that_the_whole_check_finds():
+    pytest.importorskip("torch", reason="builds the engine's tensors")
+    quick = headline.Bench(headline.MODEL, "cpu", memory_only=True).row("32K", "h2o")
+    stored = answers.ANSWERS["headline"].stored()
+    row = next(r for r in stored["rows"] if (r["context"], r["policy"]) == ("32K", "h2o"))
+    assert quick["budget"] == row["budget"] and quick["memory_holds"]
+    assert quick["built_gpu_bytes"] / quick["full_gpu_bytes"] == pytest.approx(
+        row["built_gpu_bytes"] / row["full_gpu_bytes"], rel=0.01
+    )
+    assert "measured_step_p50_s" not in quick
+
+
 def test_parts_are_joined_with_what_their_preset_predicts(tmp_path):
     kernels = {"one-gpu": kernel_table()}
     calibration = Calibration.model_validate(MEASURED | {"kernels": kernels})
@@ -209,7 +255,7 @@ def test_parts_are_joined_with_what_their_preset_predicts(tmp_path):
         "measured_step_p50_s": 0.01,
         "measured_tokens_per_s": 100.0,
     }
-    head = {"date": "d", "command": "c", "device": "g", "software": "s", "model": headline.MODEL}
+    head = HEAD | {"memory_only": False}
     failed = {"context": "32K", "policy": "lsa", "failed": "no room"}
     for name, rows in (("a", [failed]), ("b", [measured])):
         (tmp_path / f"{name}.json").write_text(json.dumps(head | {"rows": rows}))
