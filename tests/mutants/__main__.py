@@ -3,10 +3,11 @@
     python -m tests.mutants --seed 1 --count 400 -j 14 --json out.jsonl
 
 Mutations are drawn by the seed from all that `mutations.py` finds in replay, sim, policies and
-indexer. First every near test runs once, unchanged, and what it reaches is noted. Then each mutant
-meets the tests that reach it, the nearest and quickest first, until one fails. It has a process,
-a copy of the tree and a time limit of its own; a test that never ends kills it too. Needs Linux, no
-network and no GPU. The same seed gives the same mutants. The file of outcomes grows by a line a
+indexer. First every near test runs once, unchanged, and the lines it reaches are noted. Then each
+mutant meets the tests that reach it, the nearest files and the quickest tests first, until one
+fails. It has a process, a copy of the tree and a time limit of its own; a test that never ends
+kills it too. Needs Linux, no network and no GPU; Python 3.12 notes lines, an older one functions,
+which takes longer. The same seed gives the same mutants. The file of outcomes grows by a line a
 mutant, so that a run that is cut short has told all it knew; its first line says which tests were
 left out, for they fail or are skipped without a mutation.
 
@@ -31,7 +32,6 @@ import signal
 import sys
 import tempfile
 import time
-from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -44,6 +44,7 @@ os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 import pytest
 
 from tests.mutants.mutations import Mutation, every
+from tests.mutants.near import Near, file_of
 from tests.mutants.reach import Chosen, Reach
 
 ROOT = Path(__file__).parents[2]
@@ -58,11 +59,21 @@ ROOMS = {
 NEAR = ("replay", "sim", "policies", "indexer", "testing", "experiments", "test_api.py")
 PARTS = {  # files that take long without a mutation are noted by several processes
     "tests/policies/test_builtin.py": 10,
-    "tests/testing/test_checks.py": 4,
-    "tests/replay/test_libcachesim.py": 3,
-    "tests/experiments/test_sweep.py": 3,
+    "tests/experiments/test_misbehaving.py": 6,
+    "tests/testing/test_checks.py": 6,
+    "tests/test_api.py": 5,
+    "tests/experiments/test_sweep.py": 4,
+    "tests/experiments/test_run.py": 3,
     "tests/experiments/test_tune.py": 3,
-    "tests/test_api.py": 3,
+    "tests/indexer/test_train.py": 3,
+    "tests/replay/test_libcachesim.py": 3,
+    "tests/sim/serving/capacity/test_plan.py": 3,
+    "tests/experiments/captures/test_captured.py": 2,
+    "tests/experiments/test_serve.py": 2,
+    "tests/experiments/test_validate_every_policy.py": 2,
+    "tests/policies/test_examples.py": 2,
+    "tests/sim/serving/test_prefix.py": 2,
+    "tests/testing/test_new_plugin.py": 2,
 }
 COPIED = ("fmsim", "tests", "scenarios", "traces", "docs", "benchmarks", "pyproject.toml")
 LINKED_BYTES = 200_000  # larger files are linked, not copied; no test writes into one
@@ -72,59 +83,9 @@ PRELOADED = (
 )
 LEAST_S = 30.0  # time limit of a mutant whose tests take no time
 SLOWER = 6.0  # a mutant's tests may take so much longer than without it
-MOST_TESTS_S = 60.0  # of tests that pass, a mutant meets at most so many seconds
 MEMORY = 32 * 2**30
 TICK_S = 0.02
 DIES_WITH_PARENT = 1  # prctl's PR_SET_PDEATHSIG
-
-
-@dataclass
-class Near:
-    """The tests, and what they reach."""
-
-    seconds: dict[str, float] = field(default_factory=dict)  # by test
-    by_function: dict[str, list[str]] = field(default_factory=lambda: defaultdict(list))
-    by_path: dict[str, list[str]] = field(default_factory=lambda: defaultdict(list))
-    left_out: list[str] = field(default_factory=list)  # fail or are skipped, or a file that died
-
-    def add(self, found: dict[str, Any]) -> None:
-        self.left_out += found["left_out"]
-        for test, about in found["tests"].items():
-            self.seconds[test] = about["seconds"]
-            reached = {*about["reached"], *found["shared"]}
-            for function in reached:
-                self.by_function[function].append(test)
-            for path in {function.partition(":")[0] for function in reached}:
-                self.by_path[path].append(test)
-
-    def of(self, mutation: Mutation) -> list[str]:
-        """Tests that reach the mutated function, nearest and quickest first; then, as far as time
-        allows, the others of these files, which may see what a shared helper made.
-        """
-        if mutation.function:
-            reach = self.by_function.get(f"{mutation.path}:{mutation.function}", [])
-        else:
-            reach = self.by_path.get(mutation.path, [])
-        files = {_file(test) for test in reach}
-        others = [test for test in self.seconds if _file(test) in files]
-        ordered = [
-            *sorted(reach, key=lambda test: self._place(mutation.path, test)),
-            *sorted(others, key=lambda test: self._place(mutation.path, test)),
-        ]
-        chosen: list[str] = []
-        spent = 0.0
-        for test in dict.fromkeys(ordered):
-            spent += self.seconds[test]
-            if chosen and spent > MOST_TESTS_S:
-                break
-            chosen.append(test)
-        return chosen
-
-    def _place(self, path: str, test: str) -> tuple[int, float, str]:
-        stem = Path(path).stem
-        own = _file(test).endswith(f"test_{stem}.py")
-        room = test.startswith(f"tests/{path.split('/')[1]}/")
-        return (0 if own else 1 if room else 2, self.seconds[test], test)
 
 
 @dataclass
@@ -288,7 +249,7 @@ def _near_tests(copies: list[Path], folders: Sequence[str], limit_s: float, ends
 
         of = PARTS.get(name, 1)
         plugin = lambda: Reach(copy, list(ROOMS.values()), out, part, of)
-        return _fork(copy, [name], plugin, limit_s, done)
+        return _fork(copy, [[name]], plugin, limit_s, done)
 
     _run(copies, start, ends_s)
     return near
@@ -336,18 +297,20 @@ def _mutant(
             state = "killed" if code else "survived"
         outcomes.note(mutation, state, by, len(tests), seconds)
 
-    files = list(dict.fromkeys(map(_file, tests)))
-    return _fork(copy, [*files, "-x"], lambda: Chosen(tests, killer), limit_s, done)
+    files = dict.fromkeys(map(file_of, tests))  # a file that is not needed is not even read
+    return _fork(
+        copy, [[name, "-x"] for name in files], lambda: Chosen(tests, killer), limit_s, done
+    )
 
 
 def _fork(
     copy: Path,
-    arguments: list[str],
+    runs: list[list[str]],
     plugin: Callable[[], Any],
     limit_s: float,
     done: Callable[[int | None], None],
 ) -> Child:
-    """A child that runs pytest in the copy, with fmsim imported from there."""
+    """A child that runs pytest in the copy, with fmsim imported from there, until a run fails."""
     sys.stdout.flush()
     pid = os.fork()
     now = time.monotonic()
@@ -377,7 +340,11 @@ def _fork(
         options = ["-p", "no:cacheprovider", "-p", "no:xdist", "--assert=plain", "--tb=short"]
         temporary = f"--basetemp={copy / 'tmp'}"
         random.seed(0)
-        code = int(pytest.main([*arguments, *options, temporary], plugins=[plugin()]))
+        for arguments in runs:
+            code = int(pytest.main([*arguments, *options, temporary], plugins=[plugin()]))
+            if code not in (0, 5):
+                break
+            code = 0
     finally:
         os._exit(code)
 
@@ -420,10 +387,6 @@ def _end(child: Child) -> None:
     for kill in (os.killpg, os.kill):  # one that has no group of its own yet, too
         with contextlib.suppress(ProcessLookupError):
             kill(child.pid, signal.SIGKILL)
-
-
-def _file(test: str) -> str:
-    return test.partition("::")[0]
 
 
 def _table(outcomes: list[Outcome], seconds: float) -> None:

@@ -55,6 +55,7 @@ class Mutation:
 
     path: str
     line: int
+    lines: tuple[int, int]  # first and last of its statement, without a body
     function: str  # outermost, with its class: "Residency.admit"; "" at a module's or class's level
     what: str
     start: int
@@ -90,12 +91,23 @@ class _Finder(ast.NodeVisitor):
             self._starts.append(self._starts[-1] + len(line))
         self._scopes: list[str] = []
         self._in_function = False
+        self._statement = (1, 1)
+
+    def visit(self, node: ast.AST) -> None:
+        outer = self._statement
+        if isinstance(node, ast.stmt):
+            body = getattr(node, "body", None)
+            last = max(node.lineno, body[0].lineno - 1) if body else node.end_lineno
+            self._statement = (node.lineno, last or node.lineno)
+        super().visit(node)
+        self._statement = outer
 
     def _add(self, node: Any, what: str, new: str) -> None:
         start = self._starts[node.lineno - 1] + node.col_offset
         end = self._starts[node.end_lineno - 1] + node.end_col_offset
         function = ".".join(self._scopes) if self._in_function else ""
-        self.mutations.append(Mutation(self.path, node.lineno, function, what, start, end, new))
+        found = Mutation(self.path, node.lineno, self._statement, function, what, start, end, new)
+        self.mutations.append(found)
 
     def _add_tree(self, node: ast.AST, what: str, mutated: ast.AST) -> None:
         self._add(node, what, f"({ast.unparse(mutated)})")

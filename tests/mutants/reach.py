@@ -1,4 +1,4 @@
-"""Plugins of pytest: which functions each test reaches, and a run of chosen tests alone."""
+"""Plugins of pytest: which lines each test reaches, and a run of chosen tests alone."""
 
 from __future__ import annotations
 
@@ -14,8 +14,10 @@ import pytest
 
 
 class Reach:
-    """Writes, for every test that passes, its time and the functions below `folders` it ran.
+    """Writes, for every test that passes, its time and what it ran below `folders`.
 
+    These are functions, as "path:Class.function", and lines, as "path:7"; before Python 3.12
+    functions alone, for there lines cost too much.
     What a fixture ran counts for every test of the file: the fixture may be made once for all.
     Only each `of`th test runs, from number `part`.
     """
@@ -36,9 +38,8 @@ class Reach:
         if sys.version_info >= (3, 12):
             watch = sys.monitoring
             watch.use_tool_id(watch.PROFILER_ID, "mutants")
-            watch.register_callback(
-                watch.PROFILER_ID, watch.events.PY_START, lambda code, at: self._ran(code)
-            )
+            watch.register_callback(watch.PROFILER_ID, watch.events.PY_START, self._began)
+            watch.register_callback(watch.PROFILER_ID, watch.events.LINE, self._at_line)
             watch.set_events(watch.PROFILER_ID, watch.events.PY_START)
             return
 
@@ -48,11 +49,22 @@ class Reach:
 
         sys.setprofile(on_call)
 
-    def _ran(self, code: CodeType) -> Any:
-        if code.co_filename.startswith(self.folders):
+    def _began(self, code: CodeType, at: int) -> Any:
+        watch = sys.monitoring
+        if self._ran(code):
+            watch.set_local_events(watch.PROFILER_ID, code, watch.events.LINE)
+        return watch.DISABLE
+
+    def _at_line(self, code: CodeType, line: int) -> Any:
+        self.seen.add(f"{code.co_filename.removeprefix(self.root)}:{line}")
+        return sys.monitoring.DISABLE
+
+    def _ran(self, code: CodeType) -> bool:
+        ours = code.co_filename.startswith(self.folders)
+        if ours:
             path = code.co_filename.removeprefix(self.root)
             self.seen.add(f"{path}:{code.co_qualname.partition('.<locals>')[0]}")
-        return sys.monitoring.DISABLE if sys.version_info >= (3, 12) else None
+        return ours
 
     def pytest_collection_modifyitems(self, items: list[pytest.Item]) -> None:
         items[:] = items[self.part :: self.of]

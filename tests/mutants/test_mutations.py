@@ -45,6 +45,18 @@ def test_the_diff_says_where_and_what():
     ]
 
 
+def test_a_mutation_knows_the_lines_of_its_statement_without_a_body():
+    source = "def f(a):\n    if (\n        a > 1\n    ):\n        return (\n            a + 2)\n"
+    lines = {one.new: one.lines for one in mutations_of("a.py", source)}
+    assert lines == {
+        "(not a > 1)": (2, 4),
+        "(a >= 1)": (2, 4),
+        "2": (2, 4),
+        "(a - 2)": (5, 6),
+        "3": (5, 6),
+    }
+
+
 def test_bytes_beyond_ascii_do_not_shift_the_place():
     source = 'NAME = "é"; LIMIT = 1.5\n'
     [one] = mutations_of("a.py", source)

@@ -1,0 +1,70 @@
+"""The tests near the core, and which of them a mutant meets."""
+
+from __future__ import annotations
+
+import itertools
+from collections import defaultdict
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from tests.mutants.mutations import Mutation
+
+MOST_TESTS_S = 60.0  # of tests that pass, a mutant meets at most so many seconds
+
+
+@dataclass
+class Near:
+    """The tests, and what they reach."""
+
+    seconds: dict[str, float] = field(default_factory=dict)  # by test
+    by_place: dict[str, list[str]] = field(default_factory=lambda: defaultdict(list))
+    by_path: dict[str, list[str]] = field(default_factory=lambda: defaultdict(list))
+    left_out: list[str] = field(default_factory=list)  # fail or are skipped, or a file that died
+
+    def add(self, found: dict[str, Any]) -> None:
+        self.left_out += found["left_out"]
+        for test, about in found["tests"].items():
+            self.seconds[test] = about["seconds"]
+            reached = {*about["reached"], *found["shared"]}
+            for place in reached:
+                self.by_place[place].append(test)
+            for path in {place.partition(":")[0] for place in reached}:
+                self.by_path[path].append(test)
+
+    def of(self, mutation: Mutation) -> list[str]:
+        """Tests that reach the mutated statement, or its function where no line is noted, nearest
+        and quickest first; then, as far as time allows, the others of these files, which may see
+        what a shared helper made.
+        """
+        first, last = mutation.lines
+        lines = [self.by_place.get(f"{mutation.path}:{at}", []) for at in range(first, last + 1)]
+        reach = list(dict.fromkeys(itertools.chain(*lines)))
+        if not mutation.function:
+            reach = self.by_path.get(mutation.path, [])
+        elif not reach:
+            reach = self.by_place.get(f"{mutation.path}:{mutation.function}", [])
+        files = {file_of(test) for test in reach}
+        others = [test for test in self.seconds if file_of(test) in files]
+        ordered = [
+            *sorted(reach, key=lambda test: self._place(mutation.path, test)),
+            *sorted(others, key=lambda test: self._place(mutation.path, test)),
+        ]
+        chosen: list[str] = []
+        spent = 0.0
+        for test in dict.fromkeys(ordered):
+            spent += self.seconds[test]
+            if chosen and spent > MOST_TESTS_S:
+                break
+            chosen.append(test)
+        return chosen
+
+    def _place(self, path: str, test: str) -> tuple[int, float, str]:
+        stem = Path(path).stem
+        own = file_of(test).endswith(f"test_{stem}.py")
+        room = test.startswith(f"tests/{path.split('/')[1]}/")
+        return (0 if own else 1 if room else 2, self.seconds[test], test)
+
+
+def file_of(test: str) -> str:
+    return test.partition("::")[0]
