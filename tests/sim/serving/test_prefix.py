@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import simpy
 from hand_ledger import FLASH, H100, ledger
+from hand_request import Given
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -16,28 +17,12 @@ from fmsim.sim.serving.prefill import PrefillModel
 from fmsim.sim.serving.prefix import BlockTier, FoundBlocks, Pinned, PrefixStore
 from fmsim.sim.serving.requests import Arrival, repeated_share
 from fmsim.sim.serving.server import ServerRun
-from fmsim.sim.serving.spec import ClosedLoop, Server, SessionWorkload
+from fmsim.sim.serving.spec import Server, SessionWorkload
 from fmsim.sim.serving.workload import RequestGenerator
 
 FULL, LRU, LSA = (Demand(each.ledger(FLASH), FLASH) for each in BEHAVIOURS)
 BLOCK = 512
 PREFILL = PrefillModel(H100, FLASH)
-
-
-class Given(RequestGenerator):
-    """These requests and no others."""
-
-    def __init__(self, *arrivals: Arrival) -> None:
-        super().__init__(
-            ClosedLoop(
-                kind="closed_loop",
-                requests=1,
-                prompt_tokens=1,
-                output_tokens=1,
-                duration_s=1e-9,
-            )
-        )
-        self.first = list(arrivals)
 
 
 def asked(at_s, n_blocks, output=10, first=0, own=0):

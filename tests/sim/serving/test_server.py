@@ -7,58 +7,23 @@ import json
 import numpy as np
 import pytest
 from hand_ledger import FLASH, H100, ledger, loads
+from hand_request import PROMPT, FromTheStart, Given, serve
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fmsim.hw import load_hardware
 from fmsim.sim.decode import simulate
 from fmsim.sim.footprint import footprint
 from fmsim.sim.metrics import capacity
 from fmsim.sim.serving.demand import Demand
-from fmsim.sim.serving.prefill import PrefillModel
 from fmsim.sim.serving.requests import Arrival
 from fmsim.sim.serving.server import ServerRun
-from fmsim.sim.serving.spec import ClosedLoop, Poisson, Server, Slo
+from fmsim.sim.serving.spec import Poisson, Server, Slo
 from fmsim.sim.serving.summary import summary
 from fmsim.sim.serving.workload import RequestGenerator
 from fmsim.sim.step_cost import Spread, StepModel, step_costs
 from fmsim.sim.transfer_cost import GatherCurve
 
-PREFILL = PrefillModel(H100, FLASH)
-PROMPT = 32_000  # tokens of the hand-made ledger's prompt
 ONE_WINDOW = {"lookahead_loads": loads(128, s64=300)}
-
-
-class Given(RequestGenerator):
-    """Requests that stand there one by one."""
-
-    def __init__(self, *arrivals, duration_s=1e-9):
-        super().__init__(
-            ClosedLoop(
-                kind="closed_loop",
-                requests=1,
-                prompt_tokens=1,
-                output_tokens=1,
-                duration_s=duration_s,
-            )
-        )
-        self.first = [Arrival(*arrival) for arrival in arrivals]
-
-
-class FromTheStart(ServerRun):
-    """All requests replay their ledger from its first step."""
-
-    def __init__(self, *arguments):
-        super().__init__(*arguments)
-        self._offsets = type("First", (), {"choice": lambda self, offsets: offsets[0]})()
-
-
-def serve(made, *arrivals, hw=H100, run=FromTheStart, **options):
-    server = run(
-        hw, FLASH, Demand(made, FLASH), Server(**({"prefill": "done"} | options)), Given(*arrivals)
-    )
-    server.run()
-    return server
 
 
 LEDGERS = {
@@ -186,57 +151,6 @@ def test_host_memory_batch_limit_and_link_bind_by_name():
     assert held[True]["stall_share"] < 0.01 < held[False]["stall_share"]
 
 
-def test_a_prompt_prefilled_in_chunks_shares_steps_with_decode():
-    server = serve(LEDGERS["full"], (0, PROMPT, 65), prefill="chunked", prefill_chunk_tokens=8192)
-    start = np.array([0, 8192, 16_384, 24_576])
-    length = np.array([8192, 8192, 8192, PROMPT - 24_576])
-    request = server.log.requests[0]
-    assert request.first_token_s == pytest.approx(float(PREFILL.seconds(start, length).sum()))
-    assert server.log.tokens == 65
-    decode_s = steps_s(LEDGERS["full"], 1)[:64].sum()
-    assert request.finished_s == pytest.approx(request.first_token_s + decode_s)
-    both = serve(LEDGERS["full"], (0, PROMPT, 65), (0, PROMPT, 65), prefill="chunked")
-    first, second = both.log.requests
-    assert first.first_token_s < second.first_token_s < 2.5 * first.first_token_s
-    assert first.finished_s > request.finished_s
-
-
-def test_chunks_of_a_prompt_take_as_long_as_the_whole():
-    whole = PREFILL.seconds(np.array([0]), np.array([65_536]))
-    parts = np.array([seconds for _, seconds in PREFILL.prompt(65_536, 8192)])
-    assert parts.sum() == pytest.approx(float(whole[0]), rel=0.07)
-    assert (np.diff(parts) > 0).all()
-
-
-@settings(max_examples=60, deadline=None)
-@given(
-    name=st.sampled_from(["h100", "h200", "b200", "h20"]),
-    prompt=st.integers(1, 1_000_000),
-    chunk=st.sampled_from([100, 512, 8192, 20_000]),
-    share_done=st.floats(0, 1),
-)
-def test_a_prompts_chunks_are_those_of_the_arrays(name, prompt, chunk, share_done):
-    prefill = PrefillModel(load_hardware(name), FLASH)
-    done = int(share_done * prompt)
-    found = prefill.prompt(prompt, chunk, done)
-    start = np.arange(done, prompt, chunk)
-    length = np.minimum(chunk, prompt - start)
-    assert [tokens for tokens, _ in found] == length.tolist()
-    assert [seconds for _, seconds in found] == pytest.approx(prefill.seconds(start, length))
-
-
-def test_a_prompt_prefilled_elsewhere_arrives_through_network_mirror_and_link():
-    server = serve(LEDGERS["recall"], (0, PROMPT, 65), prefill="separate", network_bytes_per_s=1e9)
-    request = server.log.requests[0]
-    there_s = (
-        sum(seconds for _, seconds in PREFILL.prompt(PROMPT, 8192))
-        + (FLASH.full_kv_bytes(PROMPT) + FLASH.window_bytes) / 1e9
-    )
-    first_set_s = float(GatherCurve(H100.link).seconds(716, 800 * 21 * 716))
-    assert request.first_token_s == pytest.approx(there_s + first_set_s)
-    assert server.log.tokens == 65
-
-
 def test_a_request_replays_windows_again_when_it_outlasts_its_ledger():
     made = ledger(n_steps=192, lookahead_loads=loads(192, s64=100, s128=200))
     demand = Demand(made, FLASH)
@@ -285,7 +199,9 @@ def test_other_lengths_keep_the_ledgers_shares():
 
 
 def serve_misses(demand, prompt):
-    server = FromTheStart(H100, FLASH, demand, Server(prefill="done"), Given((0, prompt, 128)))
+    server = FromTheStart(
+        H100, FLASH, demand, Server(prefill="done"), Given(Arrival(0, prompt, 128))
+    )
     server.run()
     return round(server.ranks[0].to_gpu.moved_bytes)
 
@@ -429,7 +345,7 @@ def test_the_same_seed_gives_the_same_bytes():
 
 def loose(*arrivals):
     """Goodput counts every finished request."""
-    source = Given(*arrivals)
+    source = Given(*(Arrival(*each) for each in arrivals))
     slo = {"ttft_s": 1e9, "tpot_s": 1e9}
     source.workload = source.workload.model_copy(update={"slo": Slo(**slo)})
     server = ServerRun(H100, FLASH, Demand(LEDGERS["full"], FLASH), Server(prefill="done"), source)

@@ -1,0 +1,71 @@
+"""Prompts that are prefilled in chunks, beside decode or elsewhere."""
+
+import numpy as np
+import pytest
+from hand_ledger import FLASH, H100, ledger, loads
+from hand_request import PROMPT, serve
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from fmsim.hw import load_hardware
+from fmsim.sim.footprint import footprint
+from fmsim.sim.serving.prefill import PrefillModel
+from fmsim.sim.step_cost import step_costs
+from fmsim.sim.transfer_cost import GatherCurve
+
+PREFILL = PrefillModel(H100, FLASH)
+WHOLE = ledger(slots=8032, on_miss="fetch")
+RECALL = ledger(lookahead_loads=loads(128, s64=300))
+
+
+def test_a_prompt_prefilled_in_chunks_shares_steps_with_decode():
+    server = serve(WHOLE, (0, PROMPT, 65), prefill="chunked", prefill_chunk_tokens=8192)
+    start = np.array([0, 8192, 16_384, 24_576])
+    length = np.array([8192, 8192, 8192, PROMPT - 24_576])
+    request = server.log.requests[0]
+    assert request.first_token_s == pytest.approx(float(PREFILL.seconds(start, length).sum()))
+    assert server.log.tokens == 65
+    place = footprint(WHOLE, FLASH)
+    costs = step_costs(H100, FLASH, 1, place.tokens, place.scored_entries)
+    decode_s = costs.total_s(FLASH.n_csa)[:64].sum()
+    assert request.finished_s == pytest.approx(request.first_token_s + decode_s)
+    both = serve(WHOLE, (0, PROMPT, 65), (0, PROMPT, 65), prefill="chunked")
+    first, second = both.log.requests
+    assert first.first_token_s < second.first_token_s < 2.5 * first.first_token_s
+    assert first.finished_s > request.finished_s
+
+
+def test_chunks_of_a_prompt_take_as_long_as_the_whole():
+    whole = PREFILL.seconds(np.array([0]), np.array([65_536]))
+    parts = np.array([seconds for _, seconds in PREFILL.prompt(65_536, 8192)])
+    assert parts.sum() == pytest.approx(float(whole[0]), rel=0.07)
+    assert (np.diff(parts) > 0).all()
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    name=st.sampled_from(["h100", "h200", "b200", "h20"]),
+    prompt=st.integers(1, 1_000_000),
+    chunk=st.sampled_from([100, 512, 8192, 20_000]),
+    share_done=st.floats(0, 1),
+)
+def test_a_prompts_chunks_are_those_of_the_arrays(name, prompt, chunk, share_done):
+    prefill = PrefillModel(load_hardware(name), FLASH)
+    done = int(share_done * prompt)
+    found = prefill.prompt(prompt, chunk, done)
+    start = np.arange(done, prompt, chunk)
+    length = np.minimum(chunk, prompt - start)
+    assert [tokens for tokens, _ in found] == length.tolist()
+    assert [seconds for _, seconds in found] == pytest.approx(prefill.seconds(start, length))
+
+
+def test_a_prompt_prefilled_elsewhere_arrives_through_network_mirror_and_link():
+    server = serve(RECALL, (0, PROMPT, 65), prefill="separate", network_bytes_per_s=1e9)
+    request = server.log.requests[0]
+    there_s = (
+        sum(seconds for _, seconds in PREFILL.prompt(PROMPT, 8192))
+        + (FLASH.full_kv_bytes(PROMPT) + FLASH.window_bytes) / 1e9
+    )
+    first_set_s = float(GatherCurve(H100.link).seconds(716, 800 * 21 * 716))
+    assert request.first_token_s == pytest.approx(there_s + first_set_s)
+    assert server.log.tokens == 65
