@@ -239,7 +239,7 @@ def _notes(about: dict[str, Any], rows: list[dict[str, Any]]) -> list[Text]:
         ),
         (
             "bound by: what the queue's head waited for; where nobody waited, what running requests"
-            " waited for (PCIe) or did (compute)."
+            " waited for (PCIe) or did (compute); where none ran, what refused them."
         ),
         (
             "TTFT is a lower bound: prefill was not timed on this GPU, so it takes its operations"

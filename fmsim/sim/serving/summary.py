@@ -5,7 +5,7 @@ Every formula stands here; the names are the fields of the JSON report.
 
 from __future__ import annotations
 
-from collections import defaultdict
+from collections import Counter, defaultdict
 from typing import Any
 
 import numpy as np
@@ -50,7 +50,7 @@ def summary(*runs: ServerRun) -> dict[str, Any]:
     - `over_time`: samples on an even grid.
 
     `bound` is what was waited for longest; where nobody waited it is what running requests waited
-    for (PCIe) or did (compute).
+    for (PCIe) or did (compute), and where none ran, what most were refused for.
     """
     logs = [run.log for run in runs]
     ranks = [rank for run in runs for rank in run.ranks]
@@ -89,7 +89,7 @@ def summary(*runs: ServerRun) -> dict[str, Any]:
         "goodput_per_s": good / served_s if served_s else 0.0,
         "slo_share": good / len(requests),
         "stall_share": stall_s / busy_s if busy_s else 0.0,
-        "bound": _bound(waited, busy_s, stall_s),
+        "bound": _bound(waited, busy_s, stall_s, requests),
         "waited_share": {
             kind: _by(waited_s, total_s * len(runs)) for kind, waited_s in sorted(waited.items())
         },
@@ -173,7 +173,12 @@ def _share(logs: list[Log], name: str, capacity: float) -> dict[str, float]:
     }
 
 
-def _bound(waited: dict[str, float], busy_s: float, stall_s: float) -> str:
+def _bound(
+    waited: dict[str, float], busy_s: float, stall_s: float, requests: list[ServedRequest]
+) -> str:
     if waited:
         return max(waited, key=lambda kind: waited[kind])
+    refused = Counter(request.refused for request in requests if request.refused)
+    if refused and not busy_s:
+        return refused.most_common(1)[0][0]
     return LINK if stall_s > busy_s / 2 else COMPUTE

@@ -11,6 +11,7 @@ from hand_request import PROMPT, FromTheStart, Given, serve
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from fmsim.hw import replace_figure
 from fmsim.sim.decode import simulate
 from fmsim.sim.footprint import footprint
 from fmsim.sim.metrics import capacity
@@ -131,6 +132,23 @@ def test_what_does_not_fit_waits_and_what_never_fits_is_refused():
         "finished": limit + 1,
         "refused": 1,
     }
+
+
+@pytest.mark.parametrize(
+    ("n_long", "n_large", "bound"), [(2, 1, "the model's positions"), (1, 2, "GPU memory")]
+)
+def test_where_all_are_refused_rates_are_0_and_what_most_were_refused_for_is_named(
+    n_long, n_large, bound
+):
+    small = replace_figure(H100, "hbm_bytes", H100.hbm_bytes.value - 31e9)
+    capacity_bytes = serve(LEDGERS["full"], (0, 10, 10), hw=small).ranks[0].hbm.capacity
+    assert capacity_bytes < 3.8e9 < Demand(LEDGERS["full"], FLASH).pools(1_000_000, 10).gpu.total
+    long, large = (0, 1_048_570, 7), (0, 1_000_000, 10)  # 1,048,577 positions; 3.86 GB
+    row = summary(serve(LEDGERS["full"], *[long] * n_long, *[large] * n_large, hw=small))
+    assert row["requests"] == {"arrived": 3, "finished": 0, "refused": 3}
+    assert (row["tokens_per_s"], row["goodput_per_s"], row["slo_share"]) == (0, 0, 0)
+    assert (row["bound"], row["stall_share"], row["waited_share"]) == (bound, 0, {})
+    assert summary(serve(LEDGERS["full"], (0, PROMPT, 128), long))["bound"] == "compute"
 
 
 def test_host_memory_batch_limit_and_link_bind_by_name():
