@@ -11,6 +11,7 @@ import typer
 from fmsim.cli import deployment
 from fmsim.cli.options import TIMEOUT_S, Columns, NoVerify, PolicyTimeout, Wide, echo_csv
 from fmsim.cli.progress import bar
+from fmsim.errors import ExitCode
 
 
 class Runner(enum.StrEnum):
@@ -87,7 +88,8 @@ def sweep(
 
     A row is written as its run ends. Killed and started again, the same command runs what is left
     and nothing twice: a run is known by a digest of its policy, settings, hardware figures,
-    workload and trace. A run that cannot be (its KV does not fit) gets a row with an "error".
+    workload and trace. A run that cannot be (its KV does not fit) gets a row with an "error". Where
+    a policy failed, or nothing fits, the exit code is 1.
 
     --engine ray uses the cluster at RAY_ADDRESS, else one of its own on this machine; every node
     must see the scenario and its trace at the same paths.
@@ -143,3 +145,5 @@ def sweep(
             f"{made} of {len(rows)} runs done now, the others before; rows in {out}",
             View.of_terminal(wide, columns),
         )
+    if any(row.get("failed") for row in rows) or (rows and all("error" in row for row in rows)):
+        raise typer.Exit(ExitCode.FAILED)

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from fmsim import __version__
-from fmsim.errors import FmsimError, shown
+from fmsim.errors import DoesNotFit, FmsimError, shown
 from fmsim.experiments.failures import TIMEOUT_S
 from fmsim.experiments.parallel import as_they_end, on_ray
 from fmsim.experiments.rows import Row, RowFile, flat
@@ -110,7 +110,9 @@ class SweepRun:
         return {"scenario": self.name, "key": self.key, "policy": self.label} | settings
 
     def row(self) -> Row:
-        """Run it. A run that cannot be (its KV does not fit, say) gives a row with an `error`."""
+        """Run it. A run that cannot be gives a row with an `error`; where that is not only that its
+        KV does not fit, it has `failed`.
+        """
         head = self.head()
         try:
             file = ScenarioFile(self.scenario, self.overrides, self.policies)
@@ -121,8 +123,10 @@ class SweepRun:
                     leave=("policy", "over_time", "memory"),
                 )
             run = setting.run(_replayer(setting), self.label, policy)
-        except FmsimError as error:
+        except DoesNotFit as error:
             return head | {"error": str(error)}
+        except FmsimError as error:
+            return head | {"error": str(error), "failed": True}
         return head | flat(run.row | run.details, leave=("policy", "params"))
 
 
@@ -370,4 +374,4 @@ def left(runs: Iterable[SweepRun], rows: Iterable[Row]) -> Iterator[SweepRun]:
 
 def lost(run: SweepRun, why: str) -> Row:
     """The row of a run whose worker died, or took too long."""
-    return run.head() | {"error": f"policy {run.label}: {why}"}
+    return run.head() | {"error": f"policy {run.label}: {why}", "failed": True}

@@ -168,8 +168,9 @@ def test_a_sweep_of_one_process_names_it_too(folder, plug_ins, kind, label, says
     options = ["-g", "batch=1", "-j", 1, "--out", f"{label}.jsonl", "--json"]
     done = fmsim_here("sweep", "small.yaml", *options, *policies, folder=folder)
     rows = {row["policy"]: row for row in json.loads(done.stdout)}
-    assert rows[label]["error"] == f"policy {label}: {says}"
-    assert rows["lru"]["mass_kept"] == 1.0
+    assert rows[label]["error"] == f"policy {label}: {says}" and rows[label]["failed"]
+    assert rows["lru"]["mass_kept"] == 1.0 and "failed" not in rows["lru"]
+    assert done.returncode == 1
 
 
 @pytest.mark.parametrize(

@@ -180,6 +180,8 @@ def test_a_run_that_does_not_fit_is_a_row_too(scenario, tmp_path):
         ("error" in row)
         for row in sorted(rows_of(tmp_path / "rows.jsonl"), key=lambda row: row["set.batch"])
     ] == [False, True]
+    alone = fmsim_here("sweep", scenario, "-p", "full", "-g", "batch=100000", folder=tmp_path)
+    assert alone.returncode == 1 and "GiB more than" in alone.stdout  # nothing fits
 
 
 @pytest.mark.parametrize(
