@@ -1,67 +1,105 @@
-"""The `fmsim` command: mounts the sub-commands and turns user errors into one line."""
+"""The `fmsim` command: finds the sub-command and turns user errors into one line."""
 
 import errno
 import importlib
 import io
+import os
 import signal
 import sys
 import threading
 import traceback
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NoReturn, TextIO
 
 import typer
 
 from fmsim import __version__
-from fmsim.cli.compare import compare
-from fmsim.cli.doctor import doctor
-from fmsim.cli.eval import evaluate
-from fmsim.cli.exec import exec_
-from fmsim.cli.init import init, schema
-from fmsim.cli.plan import plan
-from fmsim.cli.report import report
-from fmsim.cli.run import run
-from fmsim.cli.sweep import sweep
-from fmsim.cli.tune import tune
-from fmsim.cli.validate import validate
 from fmsim.errors import ExitCode, FmsimError, FmsimWarning, shown
 
-app = typer.Typer(
-    name="fmsim",
-    no_args_is_help=True,
-    context_settings={"help_option_names": ["-h", "--help"]},
-    pretty_exceptions_enable=False,
-    help=(
-        "Which KV pages should stay in GPU memory, and what does that choice cost and save?\n\n"
-        "\b\nfmsim run 500k                  replay a trace under every policy\n"
-        "fmsim exec --policy lru         decode with a real model under a policy\n"
-        "fmsim init --model v4-pro       write a scenario of your own\n"
-        "fmsim plan serve                how many requests a server holds, and what binds\n"
-        "fmsim policy show lsa           a policy's parameters and its source"
-    ),
+COMMANDS = {  # by name: the module below fmsim.cli, the function in it, and what it is for
+    "run": ("run", "run", "Replay a trace under policies: what each keeps and costs."),
+    "exec": ("exec", "exec_", "Decode with a real model under a policy, and measure it."),
+    "eval": ("eval", "evaluate", "What a model still answers under each policy."),
+    "plan": ("plan", "plan", "How many requests a server holds, and what binds."),
+    "sweep": ("sweep", "sweep", "Run policies under every combination of settings."),
+    "tune": ("tune", "tune", "Search a policy's parameters for the most tokens/s."),
+    "report": ("report", "report", "One HTML page of results, which works offline."),
+    "validate": ("validate", "validate", "Check the replay against the engine, slot by slot."),
+    "compare": ("compare", "compare", "What changed between two results or policies."),
+    "init": ("init", "init", "Write a scenario for your model, GPU and context."),
+    "schema": ("init", "schema", "Print the JSON schema of scenario files."),
+    "doctor": ("doctor", "doctor", "What is installed, and which commands would run."),
+}
+GROUPS = ("scenario", "model", "policy", "trace", "indexer", "hw")  # modules, each with an `app`
+HELP = (
+    "Which KV pages should stay in GPU memory, and what does that choice cost and save?\n\n"
+    "\b\nfmsim run 500k                  replay a trace under every policy\n"
+    "fmsim exec --policy lru         decode with a real model under a policy\n"
+    "fmsim init --model v4-pro       write a scenario of your own\n"
+    "fmsim plan serve                how many requests a server holds, and what binds\n"
+    "fmsim policy show lsa           a policy's parameters and its source"
 )
 
-app.command()(run)
-app.command("exec")(exec_)
-app.command("eval")(evaluate)
-app.command()(plan)
-app.command()(sweep)
-app.command()(tune)
-app.command()(report)
-app.command()(validate)
-app.command()(compare)
-app.command()(init)
-app.command()(schema)
-app.command()(doctor)
 
-# Modules below fmsim.cli, each with an `app`; what they need beyond typer they import when a
-# command runs.
-SUB_APPS = ("scenario", "model", "policy", "trace", "indexer", "hw")
+EVERY = (*COMMANDS, *GROUPS)
 
 
-@app.callback(invoke_without_command=True)
+def app_for(arguments: Sequence[str]) -> typer.Typer:
+    """The program as far as `arguments` need it: to read every option of every command takes
+    longer than most commands' own start.
+
+    The command that they name comes with its options, and alone. Where they name none, as for
+    --help, all are listed. For the shell's completion all come whole.
+    """
+    named = next((word for word in arguments if not word.startswith("-")), None)
+    if "_FMSIM_COMPLETE" in os.environ:
+        return program(EVERY)
+    if named in EVERY:
+        return program([named])
+    return program([], () if "--version" in arguments else EVERY)
+
+
+def program(whole: Sequence[str], listed: Sequence[str] = ()) -> typer.Typer:
+    """The program with some commands `whole`, and others `listed` with what they are for and
+    nothing else; the list is plain text, which needs no more imports.
+    """
+    app = typer.Typer(
+        name="fmsim",
+        no_args_is_help=True,
+        context_settings={"help_option_names": ["-h", "--help"]},
+        pretty_exceptions_enable=False,
+        help=HELP,
+        rich_markup_mode=None if listed else "rich",
+    )
+    app.callback(invoke_without_command=True)(_root)
+    for name in whole:
+        if name in COMMANDS:
+            app.command(name)(_function(name))
+        else:
+            app.add_typer(_group(name), name=name)
+    for name in listed:
+        text = COMMANDS[name][2] if name in COMMANDS else _group(name).info.help
+        app.command(name, help=text)(_nothing)
+    return app
+
+
+def _function(name: str) -> Callable[..., None]:
+    module, function, _ = COMMANDS[name]
+    found: Callable[..., None] = getattr(importlib.import_module(f"fmsim.cli.{module}"), function)
+    return found
+
+
+def _group(name: str) -> typer.Typer:
+    found: typer.Typer = importlib.import_module(f"fmsim.cli.{name}").app
+    return found
+
+
+def _nothing() -> None:
+    """Stands for a command in the list of all."""
+
+
 def _root(
     version: bool = typer.Option(False, "--version", help="Print the version and leave."),
     debug: bool = typer.Option(False, "--debug", help="Show the traceback of an error."),
@@ -69,13 +107,6 @@ def _root(
     if version:
         typer.echo(f"fmsim {__version__}")
         raise typer.Exit()
-
-
-def _mount() -> None:
-    mounted = {group.name for group in app.registered_groups}
-    for name in SUB_APPS:
-        if name not in mounted:
-            app.add_typer(importlib.import_module(f"fmsim.cli.{name}").app, name=name)
 
 
 def main(arguments: Sequence[str] | None = None) -> NoReturn:
@@ -92,10 +123,9 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
         for stream in (sys.stdout, sys.stderr):
             if isinstance(stream, io.TextIOWrapper):
                 stream.reconfigure(errors="backslashreplace")
-        _mount()
         with warnings.catch_warnings():
             warnings.showwarning = _show_warning
-            app(given, prog_name="fmsim")
+            app_for(given)(given, prog_name="fmsim")
         code = ExitCode.DONE
     except Interrupted:
         _say("interrupted", debug)

@@ -83,8 +83,7 @@ NAMES = {
 
 
 def test_one_thing_has_the_same_names_on_every_command():
-    cli._mount()
-    for name, command in commands(typer.main.get_command(cli.app)):
+    for name, command in commands(typer.main.get_command(cli.program(cli.EVERY))):
         for option in command.params:
             if option.name in NAMES and option.param_type_name == "option":
                 assert set(option.opts) >= NAMES[option.name], (name, option.opts)
@@ -95,3 +94,11 @@ def commands(command, name=""):
         yield from commands(inner, f"{name} {part}".strip())
     if not hasattr(command, "commands"):
         yield name, command
+
+
+def test_the_list_of_all_commands_says_of_each_what_it_is_for():
+    listed = fmsim_here("--help").stdout
+    for name in cli.EVERY:
+        [line] = [line for line in listed.splitlines() if line.startswith(f"  {name} ")]
+        assert len(line) <= 80 and line.endswith(".") and not line.endswith("...")
+    assert "did you mean 'run'" in fmsim_here("runn").stderr.lower()

@@ -14,7 +14,7 @@ torch = pytest.importorskip("torch", reason="answers need fmsim[model]")
 
 from tiny_model import CSA, HCA, SLIDING, oracle, ours
 
-from fmsim.cli import app
+from fmsim.cli import program
 from fmsim.errors import FmsimError
 from fmsim.exec.decode.engine import Engine
 from fmsim.exec.decode.prompt import Prompt
@@ -399,7 +399,7 @@ def test_the_command_prints_writes_and_plots(tmp_path, native, monkeypatch):
         "-p",
         "oracle",
     ]
-    shown = CliRunner().invoke(app, [*call, "--plot", str(tmp_path / "plot.html")])
+    shown = CliRunner().invoke(program(["eval"]), [*call, "--plot", str(tmp_path / "plot.html")])
     assert shown.exit_code == 0, shown.output
     assert (
         "768 tokens: score / GiB on the GPU" in shown.stdout
@@ -408,7 +408,7 @@ def test_the_command_prints_writes_and_plots(tmp_path, native, monkeypatch):
         and "niah_single" in shown.stdout
     )
     assert "Accuracy against footprint" in (tmp_path / "plot.html").read_text()
-    report = json.loads(CliRunner().invoke(app, [*call, "--json"]).stdout)
+    report = json.loads(CliRunner().invoke(program(["eval"]), [*call, "--json"]).stdout)
     assert report["cells"] == json.loads((tmp_path / "out" / "report.json").read_text())["cells"]
     ratios = {row["policy"]: row["kv_ratio"] for row in report["overall"]}
     assert (
@@ -422,4 +422,4 @@ def test_the_command_prints_writes_and_plots(tmp_path, native, monkeypatch):
         ([*call, "-p", "nope"], "nope"),
     ):
         with pytest.raises(FmsimError, match=said):
-            CliRunner().invoke(app, wrong, catch_exceptions=False)
+            CliRunner().invoke(program(["eval"]), wrong, catch_exceptions=False)
