@@ -7,7 +7,7 @@ class (`"my_policy.py:MyPolicy"`), a class, an object, or a mapping as in a scen
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ from fmsim.experiments import run as _run
 from fmsim.experiments import serve as _serve
 from fmsim.experiments import sweep as _sweep
 from fmsim.experiments.failures import TIMEOUT_S
+from fmsim.experiments.progress import Progress, silent
 from fmsim.geometry import Geometry, geometry_named
 from fmsim.hw import Hardware, load_hardware
 from fmsim.policies import registry
@@ -30,11 +31,6 @@ from fmsim.sim.timeline import SimulatedTimeline, Timeline
 from fmsim.trace import Trace, read
 
 Overrides = Mapping[str, Any] | Iterable[str]
-Progress = Callable[[str, int, int], None]
-
-
-def _silent(label: str, done: int, total: int) -> None:
-    pass
 
 
 def load_trace(path: str | Path, *, check: bool = False) -> Trace:
@@ -154,7 +150,7 @@ def run_scenario(
     policies: Iterable[NamedPolicy] | NamedPolicy = (),
     overrides: Overrides = (),
     *,
-    progress: Progress = _silent,
+    progress: Progress = silent,
     timeout_s: float = TIMEOUT_S,
 ) -> _run.Report:
     """Run a scenario's policies, or those of `policies`, on its trace, model and hardware.
@@ -177,7 +173,7 @@ def simulate_server(
     policies: Iterable[NamedPolicy] | NamedPolicy = (),
     overrides: Overrides = (),
     *,
-    progress: Progress = _silent,
+    progress: Progress = silent,
     timeout_s: float = TIMEOUT_S,
 ) -> _serve.ServingReport:
     """Serve a scenario's workload, many requests on one server, under each policy.
@@ -246,7 +242,7 @@ def sweep_scenario(
     on_ray: bool = False,
     max_runs: int = _sweep.MAX_RUNS,
     timeout_s: float = TIMEOUT_S,
-    progress: Progress = _silent,
+    progress: Progress = silent,
 ) -> list[dict[str, Any]]:
     """Run a scenario's policies under every combination of settings; -> a row a run.
 

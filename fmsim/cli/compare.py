@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from fmsim.cli.options import Columns, Json, Wide, echo_csv, echo_json
+from fmsim.cli.options import Columns, Csv, Json, Quiet, Verbose, Wide, echo_csv, echo_json
 from fmsim.cli.progress import bar
 
 
@@ -25,10 +25,11 @@ def compare(
     ] = "128k",
     override: Annotated[list[str], typer.Option("--set", "-s", help="key=value, for both")] = [],
     as_json: Json = False,
-    as_csv: Annotated[bool, typer.Option("--csv", help="print the rows as CSV")] = False,
+    as_csv: Csv = False,
     wide: Wide = False,
     columns: Columns = None,
-    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="no progress bar")] = False,
+    quiet: Quiet = False,
+    verbose: Verbose = False,
 ) -> None:
     """What changed between two results, two scenarios or two policies, by how much, and whether
     that is beyond its error.
@@ -47,7 +48,7 @@ def compare(
             other,
             scenario,
             override,
-            lambda label, done, total: show(description=label, completed=done, total=total),
+            show,
         )
     if as_json:
         echo_json(found)

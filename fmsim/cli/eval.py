@@ -10,6 +10,8 @@ from typing import Annotated
 import typer
 
 from fmsim.cli.extras import require
+from fmsim.cli.options import Quiet, Verbose
+from fmsim.cli.progress import bar
 
 # All at an equal budget: LSA's own threshold would leave part of its budget unused.
 DEFAULT_POLICIES = [
@@ -80,6 +82,8 @@ def evaluate(
     as_json: Annotated[
         bool, typer.Option("--json", help="print one JSON object instead of the tables")
     ] = False,
+    quiet: Quiet = False,
+    verbose: Verbose = False,
 ) -> None:
     """Ask nano questions over long contexts under every policy, and print score and KV cache side
     by side.
@@ -106,8 +110,6 @@ def evaluate(
             " `python -m fmsim.nano.text.pack_tokens` writes, or"
             " --text, one or more text files"
         )
-    import torch
-
     given = str(checkpoint) if checkpoint else None
     plan = Plan(
         tuple(task) or FAMILIES,
@@ -120,12 +122,14 @@ def evaluate(
         geometry,
         hardware,
     )
-    about = _about(corpus, text)
-    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    answers = Lines(plan, about, out / "answers.jsonl" if out else None)
-    lines = accuracy.run(
-        partial(_open, device, corpus, text), plan, answers, _show_progress, workers
-    )
+    with bar("starting torch", quiet=quiet) as show:
+        import torch
+
+        about = _about(corpus, text)
+        device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+        answers = Lines(plan, about, out / "answers.jsonl" if out else None)
+        source = partial(_open, device, corpus, text)
+        lines = accuracy.run(source, plan, answers, show, workers)
     report = {"about": about | {"plan": vars(plan)}} | accuracy.summary(lines)
     if out:
         write_text(out / "report.json", json.dumps(report, indent=1) + "\n")
@@ -172,7 +176,3 @@ def _text(corpus: Path | None, files: list[Path]):
         )
     except (OSError, UnicodeDecodeError) as error:
         raise FmsimError(f"--text: cannot be read as UTF-8 text ({error})") from None
-
-
-def _show_progress(what: str, done: int, total: int) -> None:
-    typer.echo(f"{done} of {total}: {what}", err=True)

@@ -11,7 +11,8 @@ import typer
 
 from fmsim.cli.extras import require
 from fmsim.cli.given import device_given, policy_given
-from fmsim.cli.options import TIMEOUT_S, NoVerify, PolicyTimeout
+from fmsim.cli.options import TIMEOUT_S, NoVerify, PolicyTimeout, Quiet, Verbose
+from fmsim.cli.progress import bar, token_bar
 
 if TYPE_CHECKING:
     from fmsim.exec.runs.stream import Stream
@@ -144,6 +145,8 @@ def exec_(
     ] = False,
     policy_timeout: PolicyTimeout = TIMEOUT_S,
     no_verify: NoVerify = False,
+    quiet: Quiet = False,
+    verbose: Verbose = False,
 ) -> None:
     """Decode with a real model under a policy: the answer, and what it cost, measured.
 
@@ -178,6 +181,7 @@ def exec_(
             kv_budget,
             device,
             seed,
+            quiet,
         )
         work = exec_synthetic.measure
     else:
@@ -194,6 +198,7 @@ def exec_(
             device,
             seed,
             beyond_positions,
+            quiet,
         )
         work = _measure
     chosen = policy_given(policy, override)
@@ -231,6 +236,7 @@ class _Asked:
     device: str | None
     seed: int
     beyond_positions: bool
+    quiet: bool
 
 
 def _measure(asked: _Asked) -> tuple[dict, list[tuple[str, str, bool | None]]]:
@@ -239,28 +245,29 @@ def _measure(asked: _Asked) -> tuple[dict, list[tuple[str, str, bool | None]]]:
     chosen = policy_given(asked.policy, asked.override)
     lengths = _lengths(model, asked.prompt_file, asked.context, asked.batch)
     require("model", "exec")
-    import torch
+    with bar("loading the model", quiet=asked.quiet):
+        import torch
 
-    from fmsim.cli.progress import token_bar
-    from fmsim.exec.model.weights.loader import load_model
-    from fmsim.exec.model.weights.needs import needs
-    from fmsim.exec.runs import live as run
-    from fmsim.nano.question import TEXT
-    from fmsim.nano.tokenizer import MODEL_FOLDER
+        from fmsim.exec.model.weights.loader import load_model
+        from fmsim.exec.model.weights.needs import needs
+        from fmsim.exec.runs import live as run
+        from fmsim.nano.question import TEXT
+        from fmsim.nano.tokenizer import MODEL_FOLDER
 
-    where = _where(asked.index_keys, chosen, asked.record)
-    device = device_given(asked.device, torch.cuda.is_available())
-    folder = model or MODEL_FOLDER
-    text = TEXT if asked.prompt_file is None else asked.prompt_file.name
-    streams = _streams(model, asked.prompt_file, lengths, asked.steps, seed)
-    if model is not None:
-        longest = [len(stream.prompt) + stream.steps for stream in streams]
-        needed = needs(folder, device, longest, beyond_positions=asked.beyond_positions)
-        for line in needed.lines():
-            typer.echo(line, err=True)
-    loaded = load_model(folder, device)
+        where = _where(asked.index_keys, chosen, asked.record)
+        device = device_given(asked.device, torch.cuda.is_available())
+        folder = model or MODEL_FOLDER
+        text = TEXT if asked.prompt_file is None else asked.prompt_file.name
+        streams = _streams(model, asked.prompt_file, lengths, asked.steps, seed)
+        if model is not None:
+            longest = [len(stream.prompt) + stream.steps for stream in streams]
+            needed = needs(folder, device, longest, beyond_positions=asked.beyond_positions)
+            for line in needed.lines():
+                typer.echo(line, err=True)
+        loaded = load_model(folder, device)
     fewest = min(stream.steps for stream in streams)
-    with token_bar(sum(len(stream.prompt) + fewest for stream in streams)) as advance:
+    tokens = sum(len(stream.prompt) + fewest for stream in streams)
+    with token_bar(tokens, asked.quiet) as advance:
         decoding, decoded = run.decode(
             loaded, streams, chosen, seed=seed, index_keys=where, progress=advance
         )

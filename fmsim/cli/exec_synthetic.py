@@ -31,6 +31,7 @@ class Asked:
     kv_budget: str | None
     device: str | None
     seed: int
+    quiet: bool
 
 
 def measure(asked: Asked) -> tuple[dict[str, Any], list[Any]]:
@@ -58,7 +59,7 @@ def measure(asked: Asked) -> tuple[dict[str, Any], list[Any]]:
     if asked.kv_budget is not None:
         batch = synthetic_run.batch_that_fits(_bytes(asked.kv_budget), request_bytes)
     weights, n_experts = synthetic_run.weights_for(geometry, device, batch * request_bytes, seed)
-    with token_bar(replayer.n_steps * batch) as advance:
+    with token_bar(replayer.n_steps * batch, asked.quiet) as advance:
         run = synthetic_run.run(
             chosen.name,
             lambda: policy_given(asked.policy, asked.override),

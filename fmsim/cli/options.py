@@ -26,6 +26,19 @@ def _trust(given: bool) -> bool:
     return given
 
 
+def _log(given: bool) -> bool:
+    """Show fmsim's log, in lines with the milliseconds since the start."""
+    if given:
+        import logging
+
+        handler = logging.StreamHandler()
+        handler.setFormatter(logging.Formatter("%(relativeCreated)8.0f ms  %(message)s"))
+        logger = logging.getLogger("fmsim")
+        logger.handlers = [handler]
+        logger.setLevel(logging.INFO)
+    return given
+
+
 Json = Annotated[bool, typer.Option("--json", help="print one JSON object")]
 Wide = Annotated[bool, typer.Option("--wide", help="every column, however narrow the terminal")]
 Columns = Annotated[
@@ -43,6 +56,17 @@ NoVerify = Annotated[
 PolicyTimeout = Annotated[
     float,
     typer.Option(min=0.001, callback=finite, help="seconds after which a policy's run is given up"),
+]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="no progress bar")]
+Csv = Annotated[bool, typer.Option("--csv", help="print the rows as CSV")]
+Verbose = Annotated[
+    bool,
+    typer.Option(
+        "--verbose",
+        "-v",
+        callback=_log,
+        help="say on standard error what is done, and how long it takes",
+    ),
 ]
 TIMEOUT_S = 3600.0
 

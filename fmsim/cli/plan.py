@@ -11,6 +11,7 @@ from fmsim.cli import deployment
 from fmsim.cli.options import (
     TIMEOUT_S,
     Columns,
+    Csv,
     NoVerify,
     PolicyTimeout,
     Wide,
@@ -76,7 +77,7 @@ def plan(
     as_json: Annotated[
         bool, typer.Option("--json", help="print one JSON object instead of the tables")
     ] = False,
-    as_csv: Annotated[bool, typer.Option("--csv", help="print the rows as CSV")] = False,
+    as_csv: Csv = False,
     gpus: deployment.Gpus = None,
     tp: deployment.Tp = None,
     dp: deployment.Dp = None,

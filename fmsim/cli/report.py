@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from fmsim.cli.extras import require
-from fmsim.cli.options import NoVerify
+from fmsim.cli.options import NoVerify, Quiet, Verbose
 from fmsim.cli.progress import bar
 
 if TYPE_CHECKING:
@@ -30,7 +30,8 @@ def report(
         Path | None, typer.Option(help="write the simulated timeline for ui.perfetto.dev here")
     ] = None,
     no_verify: NoVerify = False,
-    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="no progress bar")] = False,
+    quiet: Quiet = False,
+    verbose: Verbose = False,
 ) -> None:
     """One HTML page of a run, which works offline; and its timeline for Perfetto.
 
@@ -90,7 +91,7 @@ def _curves(results: Results, trace: Path | None, quiet: bool) -> tuple[dict[str
         )
     with bar("curves", quiet=quiet) as show:
         layer_map = results.about["layer_map"]
-        progress = lambda done, total: show(completed=done, total=total)
+        progress = lambda done, total: show("curves", done, total)
         return compute(source, results.ledgers, layer_map, progress), ""
 
 

@@ -11,8 +11,11 @@ from fmsim.cli import deployment
 from fmsim.cli.options import (
     TIMEOUT_S,
     Columns,
+    Csv,
     NoVerify,
     PolicyTimeout,
+    Quiet,
+    Verbose,
     Wide,
     echo_csv,
     end_with_failures,
@@ -46,7 +49,7 @@ def run(
     as_json: Annotated[
         bool, typer.Option("--json", help="print one JSON object instead of the table")
     ] = False,
-    as_csv: Annotated[bool, typer.Option("--csv", help="print the rows as CSV")] = False,
+    as_csv: Csv = False,
     as_markdown: Annotated[
         bool, typer.Option("--markdown", help="print the table as Markdown")
     ] = False,
@@ -62,7 +65,8 @@ def run(
     columns: Columns = None,
     policy_timeout: PolicyTimeout = TIMEOUT_S,
     no_verify: NoVerify = False,
-    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="no progress bar")] = False,
+    quiet: Quiet = False,
+    verbose: Verbose = False,
     model: Annotated[
         str | None, typer.Option(help="a preset (`fmsim model list`), a config.json or layer specs")
     ] = None,
@@ -256,17 +260,11 @@ def _scenario(
 
 
 def _with_progress(file: ScenarioFile, quiet: bool, timeout_s: float) -> Report | ServingReport:
-    import fmsim
-
-    run = fmsim.run_scenario if file.scenario.workload is None else fmsim.simulate_server
     with bar("reading the trace", quiet=quiet) as show:
-        return run(
-            file,
-            progress=lambda label, done, total: show(
-                description=label, completed=done, total=total
-            ),
-            timeout_s=timeout_s,
-        )
+        import fmsim
+
+        run = fmsim.run_scenario if file.scenario.workload is None else fmsim.simulate_server
+        return run(file, progress=show, timeout_s=timeout_s)
 
 
 def _write_requests(path: Path, report: Report | ServingReport) -> None:

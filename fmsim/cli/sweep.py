@@ -9,7 +9,17 @@ from typing import Annotated
 import typer
 
 from fmsim.cli import deployment
-from fmsim.cli.options import TIMEOUT_S, Columns, NoVerify, PolicyTimeout, Wide, echo_csv
+from fmsim.cli.options import (
+    TIMEOUT_S,
+    Columns,
+    Csv,
+    NoVerify,
+    PolicyTimeout,
+    Quiet,
+    Verbose,
+    Wide,
+    echo_csv,
+)
 from fmsim.cli.progress import bar
 from fmsim.errors import ExitCode
 
@@ -53,12 +63,13 @@ def sweep(
     as_json: Annotated[
         bool, typer.Option("--json", help="print the sweep's rows as one JSON list")
     ] = False,
-    as_csv: Annotated[bool, typer.Option("--csv", help="print the rows as CSV")] = False,
+    as_csv: Csv = False,
     wide: Wide = False,
     columns: Columns = None,
     policy_timeout: PolicyTimeout = TIMEOUT_S,
     no_verify: NoVerify = False,
-    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="no progress bar")] = False,
+    quiet: Quiet = False,
+    verbose: Verbose = False,
     gpus: deployment.Gpus = None,
     tp: deployment.Tp = None,
     dp: deployment.Dp = None,
@@ -116,10 +127,10 @@ def sweep(
     made = 0
     with bar("sweep", quiet=quiet) as show:
 
-        def progress(label: str, done: int, total: int) -> None:
+        def progress(label: str, done: float, total: int) -> None:
             nonlocal made
-            made = done
-            show(description=label or "sweep", completed=done, total=total)
+            made = int(done)
+            show(label or "sweep", done, total)
 
         rows = fmsim.sweep_scenario(
             scenario,

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from fmsim.cli.options import TIMEOUT_S, NoVerify, PolicyTimeout, finite
+from fmsim.cli.options import TIMEOUT_S, NoVerify, PolicyTimeout, Quiet, Verbose, finite
 from fmsim.cli.progress import bar
 
 if TYPE_CHECKING:
@@ -48,7 +48,8 @@ def tune(
     ] = Path("tune.jsonl"),
     policy_timeout: PolicyTimeout = TIMEOUT_S,
     no_verify: NoVerify = False,
-    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="no progress bar")] = False,
+    quiet: Quiet = False,
+    verbose: Verbose = False,
 ) -> None:
     """Search a policy's parameters for the most tokens/s with the attention mass kept above a
     floor.
@@ -114,7 +115,7 @@ def _with_progress(
                 speed = tuning.best.objectives[0]
                 served = "goodput_per_s" in tuning.best.figures
                 best = f"{speed:.3f} good requests/s" if served else f"{speed:.1f} tokens/s"
-            show(completed=done, description=f"{policy}: {best}")
+            show(f"{policy}: {best}", done, trials)
 
         with RowFile(study) as kept:
             return search(file, ranges, trials, floor, seed, progress, kept, timeout_s)

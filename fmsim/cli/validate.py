@@ -3,13 +3,22 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 from fmsim.cli.extras import require
-from fmsim.cli.options import TIMEOUT_S, Columns, NoVerify, PolicyTimeout, Wide, end_with_failures
-from fmsim.cli.progress import bar
+from fmsim.cli.options import (
+    TIMEOUT_S,
+    Columns,
+    NoVerify,
+    PolicyTimeout,
+    Quiet,
+    Verbose,
+    Wide,
+    end_with_failures,
+)
+from fmsim.cli.progress import Show, bar
 
 
 def validate(
@@ -37,7 +46,8 @@ def validate(
     columns: Columns = None,
     policy_timeout: PolicyTimeout = TIMEOUT_S,
     no_verify: NoVerify = False,
-    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="no progress bar")] = False,
+    quiet: Quiet = False,
+    verbose: Verbose = False,
 ) -> None:
     """Run policies in both worlds on one trace: the replay in numpy, and the engine's loop in torch
     over a tiered cache whose bytes are really moved.
@@ -51,26 +61,11 @@ def validate(
     fmsim hw calibrate --model scenarios/one-gpu --out mine.yaml
     fmsim validate scenarios/one-gpu/500k.yaml --set hardware=$PWD/mine.yaml --whole-steps
     """
-    from fmsim.errors import FmsimError
-
     require("model", "validate")
-    import torch
-
     from fmsim.experiments.results import failed_altogether
-    from fmsim.experiments.validate import validate_scenario
-    from fmsim.scenario import ScenarioFile
 
-    if device == "cuda" and not torch.cuda.is_available():
-        raise FmsimError("--device cuda: torch finds no CUDA device here; use --device cpu")
-    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    with bar("reading the trace", quiet=quiet) as show:
-        report = validate_scenario(
-            ScenarioFile(scenario, override, policy),
-            device,
-            lambda label, done, total: show(description=label, completed=done, total=total),
-            whole_steps,
-            policy_timeout,
-        )
+    with bar("starting torch", quiet=quiet) as show:
+        report = _validated(scenario, policy, override, device, whole_steps, policy_timeout, show)
     if as_json:
         import json
 
@@ -83,3 +78,26 @@ def validate(
     end_with_failures(failed_altogether(report))
     if not all(row["identical"] and row["memory_holds"] for row in report["policies"]):
         raise typer.Exit(1)
+
+
+def _validated(
+    scenario: Path,
+    policies: list[str],
+    overrides: list[str],
+    device: str | None,
+    whole_steps: bool,
+    timeout_s: float,
+    show: Show,
+) -> dict[str, Any]:
+    """The report; torch, which takes seconds to import, comes after the bar."""
+    import torch
+
+    from fmsim.errors import FmsimError
+    from fmsim.experiments.validate import validate_scenario
+    from fmsim.scenario import ScenarioFile
+
+    if device == "cuda" and not torch.cuda.is_available():
+        raise FmsimError("--device cuda: torch finds no CUDA device here; use --device cpu")
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    file = ScenarioFile(scenario, overrides, policies)
+    return validate_scenario(file, device, show, whole_steps, timeout_s)

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 from fmsim.errors import FmsimError, shown
+from fmsim.experiments.progress import Progress, silent
 from fmsim.experiments.results import REPORT_NAME, Results, ServingResults
 from fmsim.experiments.run import run_scenario
 from fmsim.experiments.serve import serve_scenario
@@ -17,7 +18,6 @@ from fmsim.replay.ledger import Ledger
 from fmsim.scenario import PolicySpec, ScenarioFile, shipped
 from fmsim.sim.windows import differences
 
-Progress = Callable[[str, int, int], None]
 # Of a report's head what follows from the rest, or says where things lie.
 DERIVED = (
     *("name", "description", "file", "details", "runs", "simulated", "replayed", "layer_map"),
@@ -84,7 +84,7 @@ def compare(
     other: str,
     scenario: str = "128k",
     overrides: Sequence[str] = (),
-    progress: Progress = lambda label, done, total: None,
+    progress: Progress = silent,
 ) -> dict[str, Any]:
     """Two folders of `fmsim run --out`, two scenarios, or two policies on `scenario`.
 

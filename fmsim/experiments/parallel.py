@@ -17,6 +17,7 @@ import threading
 import time
 import traceback
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
 from multiprocessing.connection import Connection, wait
 from typing import Any, NoReturn, TypeVar
 
@@ -25,7 +26,57 @@ from fmsim.errors import FmsimError
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
+Told = Callable[[int, float], None]  # which item, and which share of it is done
+
 _PR_SET_PDEATHSIG = 1  # of prctl(2)
+TELL_EVERY_S = 0.1
+SHARE = "share"  # a worker's answer that is none yet
+
+
+class _Teller:
+    """Passes on which share of its item a process has done, now and then."""
+
+    def __init__(self, say: Callable[[float], None] | None = None) -> None:
+        self.say = say
+        self.said_s = float("-inf")
+
+    def tell(self, share: float) -> None:
+        now_s = time.monotonic()
+        if self.say is not None and now_s >= self.said_s + TELL_EVERY_S:
+            self.said_s = now_s
+            self.say(share)
+
+
+_teller = _Teller()  # of the item that this process works on; it tells nobody at first
+
+
+def tell(share: float) -> None:
+    """Work that is done in parts says here which share is done; that may be often."""
+    _teller.tell(share)
+
+
+@contextlib.contextmanager
+def _telling(say: Callable[[float], None] | None) -> Iterator[None]:
+    """While the block runs, what `tell` is told goes to `say`."""
+    global _teller
+    before = _teller
+    _teller = _Teller(say)
+    try:
+        yield
+    finally:
+        _teller = before
+
+
+def one_by_one(
+    work: Callable[[Item], Result], items: Iterable[Item], told: Told | None = None
+) -> Iterator[Result]:
+    """work(item) of each in this process; `told` as in `in_parallel`."""
+    for index, item in enumerate(items):
+        with _telling(None if told is None else partial(told, index)):
+            result = work(item)
+        if told is not None:
+            told(index, 1.0)
+        yield result
 
 
 def in_parallel(
@@ -33,20 +84,22 @@ def in_parallel(
     n: int,
     lost: Callable[[int, str], Result] | None = None,
     timeout_s: float | None = None,
+    told: Told | None = None,
 ) -> Iterator[Result]:
     """work(0), ..., work(n - 1), in order, each as soon as it and those before it are there.
 
     On Linux they run in forked processes, which share the parent's arrays; elsewhere one after
     another in this one. An exception that `work` raises is raised here. `lost(i, why)` is the
     result where a worker died or took longer than `timeout_s`; without it that is an FmsimError.
+    `told(i, share)` hears what work says with `tell`, and 1.0 at its end.
     """
     if sys.platform != "linux":
         with contextlib.redirect_stdout(sys.stderr):
-            yield from map(work, range(n))
+            yield from one_by_one(work, range(n), told)
         return
     early: dict[int, Result] = {}
     place = 0
-    for index, result in _supervised(work, range(n), cores(), "fork", lost, timeout_s):
+    for index, result in _supervised(work, range(n), cores(), "fork", lost, timeout_s, told):
         early[index] = result
         while place in early:
             yield early.pop(place)
@@ -60,13 +113,14 @@ def as_they_end(
     start_method: str | None = None,
     lost: Callable[[Item, str], Result] | None = None,
     timeout_s: float | None = None,
+    told: Told | None = None,
 ) -> Iterator[Result]:
     """work(item) of each, as each ends, in `jobs` processes (one a core by default).
 
     `start_method` is multiprocessing's; "spawn" for work on a GPU, whose driver does not outlive a
-    fork. `lost` and `timeout_s` as in `in_parallel`.
+    fork. `lost`, `timeout_s` and `told` as in `in_parallel`.
     """
-    found = _supervised(work, items, jobs or cores(), start_method, lost, timeout_s)
+    found = _supervised(work, items, jobs or cores(), start_method, lost, timeout_s, told)
     for _, result in found:
         yield result
 
@@ -76,12 +130,13 @@ def alone(
     item: Item,
     lost: Callable[[Item, str], Result],
     timeout_s: float | None = None,
+    told: Told | None = None,
 ) -> Result:
     """work(item) in a new process, which may use the GPU: for a policy that is not fmsim's own.
 
-    `lost` and `timeout_s` as in `in_parallel`.
+    `lost`, `timeout_s` and `told` as in `in_parallel`.
     """
-    [result] = as_they_end(work, [item], 1, "spawn", lost, timeout_s)
+    [result] = as_they_end(work, [item], 1, "spawn", lost, timeout_s, told)
     return result
 
 
@@ -158,6 +213,7 @@ def _supervised(
     start_method: str | None,
     lost: Callable[[Item, str], Result] | None,
     timeout_s: float | None,
+    told: Told | None,
 ) -> Iterator[tuple[int, Result]]:
     """(index, result) of each item, as they end."""
     context = multiprocessing.get_context(start_method)
@@ -173,7 +229,13 @@ def _supervised(
             if not busy:
                 return
             for worker, answer in _next_answers(busy):
+                if answer[0] == SHARE:
+                    if told is not None:
+                        told(worker.index, answer[1])
+                    continue
                 busy.remove(worker)
+                if told is not None:
+                    told(worker.index, 1.0)
                 if isinstance(answer, str):
                     worker.end()
                     if lost is None:
@@ -219,7 +281,8 @@ def _serve(work: Callable[[Any], Any], connection: Connection, parent: int) -> N
         except (EOFError, OSError):
             _leave()
         try:
-            answer = ("done", work(item), "")
+            with _telling(lambda share: connection.send((SHARE, share, ""))):
+                answer = ("done", work(item), "")
         except Exception as error:
             answer = ("raised", _portable(error), traceback.format_exc())
         try:

@@ -12,6 +12,7 @@ from fmsim.errors import BadParameter, FmsimError
 from fmsim.experiments.driving import layers_that_drive, stands_for
 from fmsim.experiments.failures import TIMEOUT_S, Failure, guarded, lost, raise_if_all
 from fmsim.experiments.parallel import in_parallel
+from fmsim.experiments.progress import Progress, StepsTold, Tally, log, silent
 from fmsim.experiments.results import (
     REPORT_NAME,
     SCHEMA_VERSION,
@@ -37,6 +38,8 @@ from fmsim.sim.footprint import ModelMemory, check_layer_map, spread
 from fmsim.sim.timeline import SimulatedTimeline, Timeline
 from fmsim.sim.windows import differences, n_windows, steady_steps
 from fmsim.trace import read
+
+REPLAYED = 0.9  # of a policy's work is its replay, about; the rest is its times
 
 # Columns of a report in a notebook.
 SHOWN = {
@@ -144,6 +147,8 @@ class Setting:
         geometry = geometry.on_gpu(self.hw.placed.tp)
         self.geometry = geometry.beyond_positions() if scenario.beyond_positions else geometry
         self.trace = read(file.trace_file())
+        steps, layers = self.trace.n_steps, self.trace.n_layers
+        log.info("%s: %d steps of %d layers", self.trace.path, steps, layers)
         self.stands_for = stands_for(file, self.trace, self.geometry)
         given = scenario.layer_map
         if given is None:
@@ -175,7 +180,7 @@ class Setting:
 
     def run(self, replayer: Replayer, label: str, policy: Policy) -> PolicyRun:
         """Replay one policy and time it."""
-        ledger = replayer.run(policy)
+        ledger = replayer.run(policy, StepsTold(replayer.n_steps, end=REPLAYED).watch)
         timeline = simulate(ledger, self.geometry, self.hw, self.layer_map, self.batch)
         row = row_of(ledger, timeline, self.geometry, self.hw, self.layer_map)
         row["policy"] = label
@@ -208,14 +213,14 @@ def row_of(
 
 def run_scenario(
     file: ScenarioFile,
-    progress: Callable[[str, int, int], None] = lambda label, done, total: None,
+    progress: Progress = silent,
     timeout_s: float = TIMEOUT_S,
 ) -> Report:
     """Run the selected policies of `file`.
 
-    `progress` is told (label, done, total) as they finish. A policy that fails, or takes longer
-    than `timeout_s`, is among the report's failures. Raises FmsimError for whatever the user can
-    mend, and where none succeeds.
+    `progress` is told (label, done, total) as they go on; half a policy is 0.5. A policy that
+    fails, or takes longer than `timeout_s`, is among the report's failures. Raises FmsimError for
+    whatever the user can mend, and where none succeeds.
     """
     setting = Setting(file)
     policies = build_policies(file)
@@ -228,12 +233,10 @@ def run_scenario(
     runs: list[PolicyRun] = []
     failures: list[Failure] = []
     progress(policies[0][0], 0, len(policies))
-    results = in_parallel(
-        work, len(policies), lambda index, why: lost(policies[index][0], why), timeout_s
-    )
-    for done, result in enumerate(results, 1):
+    tally = Tally([label for label, _ in policies], len(policies), progress)
+    gone = lambda index, why: lost(policies[index][0], why)
+    for result in in_parallel(work, len(policies), gone, timeout_s, tally):
         (failures if isinstance(result, Failure) else runs).append(result)
-        progress(result.label, done, len(policies))
     raise_if_all(tuple(failures), len(runs))
     head = about(setting) | {"runs": about_runs(setting.file, policies)}
     return Report(head, tuple(runs), tuple(failures))

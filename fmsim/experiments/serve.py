@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,7 @@ import numpy as np
 from fmsim.errors import FmsimError
 from fmsim.experiments.failures import TIMEOUT_S, Failure, guarded, lost, raise_if_all
 from fmsim.experiments.parallel import in_parallel
+from fmsim.experiments.progress import Progress, StepsTold, Tally, silent
 from fmsim.experiments.results import REQUESTS_NAME, ledger_path
 from fmsim.experiments.rows import flat, write_rows
 from fmsim.experiments.run import Setting, about, build_policies
@@ -43,6 +43,8 @@ SIMULATED = [
     "bound",
     "in_use",
 ]
+
+REPLAYED = 0.3  # of a policy's work is its replay, about; the rest is the serving
 
 # Columns of a report in a notebook.
 SHOWN = {
@@ -111,14 +113,14 @@ class ServingReport:
 
 def serve_scenario(
     file: ScenarioFile,
-    progress: Callable[[str, int, int], None] = lambda label, done, total: None,
+    progress: Progress = silent,
     timeout_s: float = TIMEOUT_S,
 ) -> ServingReport:
     """Serve the scenario's workload under each of its selected policies.
 
-    `progress` is told (label, done, total) as they finish. A policy that fails, or takes longer
-    than `timeout_s`, is among the report's failures. Raises FmsimError for whatever the user can
-    mend, and where none succeeds.
+    `progress` is told (label, done, total) as they go on; half a policy is 0.5. A policy that
+    fails, or takes longer than `timeout_s`, is among the report's failures. Raises FmsimError for
+    whatever the user can mend, and where none succeeds.
     """
     source = _source(file)  # so that a mistake in a request file is told first
     setting, policies = Setting(file), build_policies(file)
@@ -131,16 +133,13 @@ def serve_scenario(
     served: list[ServedPolicy] = []
     failures: list[Failure] = []
     progress(policies[0][0], 0, len(policies))
-    results = in_parallel(
-        work, len(policies), lambda index, why: lost(policies[index][0], why), timeout_s
-    )
-    for done, result in enumerate(results, 1):
+    tally = Tally([label for label, _ in policies], len(policies), progress)
+    gone = lambda index, why: lost(policies[index][0], why)
+    for result in in_parallel(work, len(policies), gone, timeout_s, tally):
         if isinstance(result, Failure):
             failures.append(result)
-            progress(result.label, done, len(policies))
-            continue
-        served.append(result)
-        progress(result.row["policy"], done, len(policies))
+        else:
+            served.append(result)
     raise_if_all(tuple(failures), len(served))
     head = about(setting) | {
         "workload": _about_workload(file, source),
@@ -167,7 +166,7 @@ class ServedPolicy:
 
 def serve_policy(setting: Setting, replayer: Replayer, label: str, policy: Policy) -> ServedPolicy:
     """Serve the scenario's workload under one policy."""
-    ledger = replayer.run(policy)
+    ledger = replayer.run(policy, StepsTold(replayer.n_steps, end=REPLAYED).watch)
     demand = Demand(ledger, setting.geometry, setting.layer_map)
     options, source = setting.file.scenario.server, _source(setting.file)
     prompt, output = (
@@ -175,8 +174,9 @@ def serve_policy(setting: Setting, replayer: Replayer, label: str, policy: Polic
     )
     memory = banner(setting.hw, setting.geometry, demand, options, prompt, output)
     servers = setting.hw.placed.servers
+    serving = StepsTold(len(source.first), start=REPLAYED)
     runs = [
-        ServerRun(setting.hw, setting.geometry, demand, options, part)
+        ServerRun(setting.hw, setting.geometry, demand, options, part, serving.advance)
         for part in source.dealt(servers)
     ]
     for run in runs:

@@ -20,7 +20,8 @@ from typing import Any
 from fmsim import __version__
 from fmsim.errors import DoesNotFit, FmsimError, shown
 from fmsim.experiments.failures import TIMEOUT_S
-from fmsim.experiments.parallel import as_they_end, on_ray
+from fmsim.experiments.parallel import as_they_end, on_ray, one_by_one
+from fmsim.experiments.progress import Progress, Tally, silent
 from fmsim.experiments.rows import Row, RowFile, flat
 from fmsim.experiments.run import Setting, build, build_policies
 from fmsim.experiments.serve import serve_policy
@@ -181,7 +182,7 @@ def sweep(
     ray: bool = False,
     max_runs: int = MAX_RUNS,
     timeout_s: float = TIMEOUT_S,
-    progress: Callable[[str, int, int], None] = lambda label, done, total: None,
+    progress: Progress = silent,
 ) -> list[Row]:
     """Run what has no row in `out` yet; -> the rows of the whole grid, in its order.
 
@@ -204,7 +205,7 @@ def _swept(
     jobs: int | None,
     ray: bool,
     timeout_s: float,
-    progress: Callable[[str, int, int], None],
+    progress: Progress,
 ) -> list[Row]:
     """`add` puts a row among `rows`."""
     place: dict[str, int] = {}  # keys of the runs, in their order
@@ -214,19 +215,32 @@ def _swept(
             place[run.key] = len(place)
             yield run
 
-    todo = left(noted(), rows)
+    begun: list[str] = []  # labels of the runs
+
+    def todo() -> Iterator[SweepRun]:
+        for run in left(noted(), rows):
+            begun.append(run.label)
+            yield run
+
+    tally = Tally(begun, grid.n_runs, progress)
     results: Iterable[Row]
     if ray:
-        results = on_ray(SweepRun.row, list(todo))
+        results = _told(on_ray(SweepRun.row, list(todo())), tally)
     elif jobs == 1 and not _can_be_sent(grid):
-        results = map(SweepRun.row, todo)
+        results = one_by_one(SweepRun.row, todo(), tally)
     else:
         start = "fork" if jobs == 1 else None
-        results = as_they_end(SweepRun.row, todo, jobs, start, lost, timeout_s)
-    for done, row in enumerate(results, 1):
+        results = as_they_end(SweepRun.row, todo(), jobs, start, lost, timeout_s, tally)
+    for row in results:
         add(row)
-        progress(row["policy"], done, grid.n_runs)
     return sorted((row for row in rows if row["key"] in place), key=lambda row: place[row["key"]])
+
+
+def _told(rows: Iterable[Row], tally: Tally) -> Iterator[Row]:
+    """`rows`, each told of as it comes: a cluster does not say how far a run is."""
+    for index, row in enumerate(rows):
+        tally(index, 1.0)
+        yield row
 
 
 def _can_be_sent(grid: SweepGrid) -> bool:

@@ -14,11 +14,13 @@ from fmsim.exec.kv.home import PER_PAGE
 from fmsim.exec.model.deepseek_v4 import DeepseekV4
 from fmsim.exec.runs import synthetic as synthetic_run
 from fmsim.experiments.failures import TIMEOUT_S, Failure, guarded, lost, raise_if_all
-from fmsim.experiments.parallel import alone
+from fmsim.experiments.parallel import alone, one_by_one
+from fmsim.experiments.progress import Progress, StepsTold, silent
 from fmsim.experiments.run import build, run_scenario
 from fmsim.geometry import Geometry, deepseek_v4_named
 from fmsim.policies import registry
 from fmsim.policies.base import Policy
+from fmsim.replay.cache_manager import CacheManager
 from fmsim.replay.ledger import Ledger
 from fmsim.replay.replayer import Replayer
 from fmsim.scenario import ScenarioFile
@@ -33,6 +35,7 @@ from fmsim.sim.footprint import (
 from fmsim.trace import read
 
 MEMORY_ERROR = 0.01  # of what is predicted
+REPLAYED = 0.3  # of a policy's check is the replay, about; the rest is the engine
 
 
 @dataclass(frozen=True)
@@ -103,7 +106,7 @@ def validate(
     geometry: Geometry,
     layer_map: Sequence[int],
     device: str = "cpu",
-    progress: Callable[[str, int, int], None] = lambda label, done, total: None,
+    progress: Progress = silent,
 ) -> list[Check]:
     """Run each of `policies` (label, a way to make it) as a replay in numpy and as a driven decode
     in torch.
@@ -125,10 +128,17 @@ def check(
 ) -> Check:
     """One policy in both worlds."""
     slots: list[np.ndarray] = []
-    ledger = replayer.run(make(), lambda manager: slots.append(manager.residency.slots.copy()))
+    replayed = StepsTold(replayer.n_steps, end=REPLAYED)
+
+    def watch(manager: CacheManager) -> None:
+        slots.append(manager.residency.slots.copy())
+        replayed.advance()
+
+    ledger = replayer.run(make(), watch)
     place = footprint(ledger, geometry, layer_map)
     decode = _driven(make(), ledger, place, replayer, geometry, device)
-    return compare(label, ledger, np.stack(slots), decode, decode.run(), place)
+    outcome = decode.run(progress=StepsTold(replayer.n_steps, start=REPLAYED).advance)
+    return compare(label, ledger, np.stack(slots), decode, outcome, place)
 
 
 def _driven(
@@ -205,6 +215,7 @@ class Worlds:
             weights,
             self.device,
             self.file.scenario.batch,
+            progress=StepsTold(self.replayer.n_steps).advance,
         )
         figures = metrics.timed(run.timeline())
         return {
@@ -220,10 +231,15 @@ def _check_alone(asked: tuple[ScenarioFile, str, str]) -> Check | Failure:
     return Worlds(file, device).check(label)
 
 
+def _told(label: str, before: int, total: int, progress: Progress) -> Callable[[int, float], None]:
+    """Of one piece of work, with `before` pieces done."""
+    return lambda _, share: progress(label, before + share, total)
+
+
 def validate_scenario(
     file: ScenarioFile,
     device: str,
-    progress: Callable[[str, int, int], None] = lambda label, done, total: None,
+    progress: Progress = silent,
     whole_steps: bool = False,
     timeout_s: float = TIMEOUT_S,
 ) -> dict[str, Any]:
@@ -235,19 +251,24 @@ def validate_scenario(
     hardware should then be a preset that `fmsim hw calibrate` made here. A policy that fails, or
     takes longer than `timeout_s`, stands under "failed".
     """
-    simulated = run_scenario(file, timeout_s=timeout_s)
+    n = len(file.selected)
+    total = n * (3 if whole_steps else 2)  # each simulated, checked, and decoded whole
+    simulated = run_scenario(
+        file, lambda label, done, _: progress(f"{label}: replay", done, total), timeout_s
+    )
     scenario = file.scenario
     worlds = Worlds(file, device)
     geometry, trace = worlds.geometry, worlds.trace
     rows: list[dict[str, Any]] = []
     failures = list(simulated.failures)
-    for number, run in enumerate(simulated.runs):
-        progress(run.label, number, len(simulated.runs))
+    for number, run in enumerate(simulated.runs, n):
+        told = _told(f"{run.label}: engine", number, total, progress)
+        told(0, 0.0)
         if registry.is_builtin(worlds.make(run.label)()):
-            found = worlds.check(run.label)
+            [found] = one_by_one(worlds.check, [run.label], told)
         else:
             gone = lambda asked, why: lost(asked[1], why)
-            found = alone(_check_alone, (file, run.label, device), gone, timeout_s)
+            found = alone(_check_alone, (file, run.label, device), gone, timeout_s, told)
         if isinstance(found, Failure):
             failures.append(found)
             continue
@@ -266,9 +287,12 @@ def validate_scenario(
         weights, n_experts = synthetic_run.weights_for(
             geometry, device, scenario.batch * request_bytes, seed=0
         )
-        for number, row in enumerate(rows):
-            progress(f"{row['policy']}: whole steps", number, len(rows))
-            row |= worlds.whole_steps(row["policy"], weights)
+        whole = partial(worlds.whole_steps, weights=weights)
+        for number, row in enumerate(rows, 2 * n):
+            told = _told(f"{row['policy']}: whole steps", number, total, progress)
+            told(0, 0.0)
+            [times] = one_by_one(whole, [row["policy"]], told)
+            row |= times
             row["step_error"] = row["simulated_step_p50_s"] / row["measured_step_p50_s"] - 1
         measured = (
             f"the same on this {device_name(device)}, batch {scenario.batch}, with random"

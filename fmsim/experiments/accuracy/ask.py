@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING
 
 from fmsim.experiments.accuracy.lines import Line, Lines
 from fmsim.experiments.accuracy.plan import Item, Plan, policy_of
-from fmsim.experiments.parallel import as_they_end, cores
+from fmsim.experiments.parallel import as_they_end, cores, one_by_one
+from fmsim.experiments.progress import Progress, StepsTold, Tally, silent
 from fmsim.geometry import PRESETS
 from fmsim.hw.spec import load_hardware
 from fmsim.sim import metrics
@@ -25,6 +26,8 @@ if TYPE_CHECKING:
     from fmsim.nano.tokens import Corpus
     from fmsim.replay.ledger import Ledger
 
+READ = 0.5  # of a context's work is to read it, about; the rest is its answers
+
 OpenSource = Callable[[], "tuple[DeepseekV4, Corpus]"]
 
 
@@ -32,7 +35,7 @@ def run(
     open_source: OpenSource,
     plan: Plan,
     lines: Lines,
-    progress: Callable[[str, int, int], None] = lambda what, done, total: None,
+    progress: Progress = silent,
     workers: int = 1,
 ) -> list[Line]:
     """All lines of ``plan``; those that ``lines`` has are not asked again.
@@ -46,45 +49,48 @@ def run(
     for spec in plan.policies:
         policy_of(spec, plan.budget, plan.checkpoint)  # a mistake is told before anything is read
     items = plan.items()
-    for done, what in enumerate(
-        (_one_by_one if workers == 1 else _side_by_side)(open_source, plan, items, lines, workers)
-    ):
-        progress(what, done, len(items))
-    progress("done", len(items), len(items))
+    if workers == 1:
+        progress("opening the model", 0, len(items))
+        _one_by_one(open_source, plan, items, lines, progress)
+    else:
+        progress(f"{workers} processes begin", 0, len(items))
+        _side_by_side(open_source, plan, items, lines, workers, progress)
     return lines.of(items, plan.policies)
 
 
 def _one_by_one(
-    open_source: OpenSource, plan: Plan, items: list[Item], lines: Lines, workers: int
-) -> Iterator[str]:
-    """Gives what comes next; lines are added as they come."""
+    open_source: OpenSource, plan: Plan, items: list[Item], lines: Lines, progress: Progress
+) -> None:
+    """Lines are added as they come."""
     model, corpus = open_source()
-    for item in items:
-        yield str(item)
+
+    def work(item: Item) -> None:
         for line in _ask(model, corpus, plan, item, set(lines.found)):
             lines.add(line)
 
+    tally = Tally([str(item) for item in items], len(items), progress)
+    for _ in one_by_one(work, items, tally):
+        pass
+
 
 def _side_by_side(
-    open_source: OpenSource, plan: Plan, items: list[Item], lines: Lines, workers: int
-) -> Iterator[str]:
-    """Gives what has just ended.
-
-    The longest are begun first, so that none is left alone at the end.
-    """
+    open_source: OpenSource,
+    plan: Plan,
+    items: list[Item],
+    lines: Lines,
+    workers: int,
+    progress: Progress,
+) -> None:
+    """The longest are begun first, so that none is left alone at the end."""
     jobs = [
         (item, {lines.key(line) for line in lines.of([item], plan.policies)})
         for item in sorted(items, key=lambda item: -item.tokens)
     ]
-    yield f"{workers} processes begin"
     work = partial(_in_process, open_source, plan, max(1, cores() // workers))
-    ended = 0
-    for item, made in as_they_end(work, jobs, workers, "spawn"):
+    tally = Tally([str(item) for item, _ in jobs], len(jobs), progress)
+    for made in as_they_end(work, jobs, workers, "spawn", told=tally):
         for line in made:
             lines.add(line)
-        ended += 1
-        if ended < len(jobs):
-            yield str(item)
 
 
 _opened: list[tuple[DeepseekV4, Corpus]] = []  # this worker's, for its next context
@@ -92,14 +98,14 @@ _opened: list[tuple[DeepseekV4, Corpus]] = []  # this worker's, for its next con
 
 def _in_process(
     open_source: OpenSource, plan: Plan, threads: int, job: tuple[Item, set[tuple]]
-) -> tuple[Item, list[Line]]:
+) -> list[Line]:
     if not _opened:
         import torch
 
         torch.set_num_threads(threads)
         _opened.append(open_source())
     item, known = job
-    return item, list(_ask(*_opened[0], plan, item, known))
+    return list(_ask(*_opened[0], plan, item, known))
 
 
 def _ask(
@@ -127,7 +133,11 @@ def _ask(
     wanted = [pair for pair in pairs if Lines.key(head(*pair)) not in known]
     if not wanted:
         return
-    for answered in answers(model, context, wanted, makers, seed=1000 * item.seed + item.sample):
+    reading = StepsTold(len(context.tokens), end=READ)
+    answering = StepsTold(len(wanted), start=READ)
+    seed = 1000 * item.seed + item.sample
+    for answered in answers(model, context, wanted, makers, seed, reading.advance):
+        answering.advance()
         question = context.questions[answered.question]
         judged = {"score": question.score(answered.tokens), "text": texts([answered.tokens])[0]}
         yield (

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from typing import Any
 
 import numpy as np
@@ -47,8 +47,13 @@ class ServerRun:
         demand: Demand,
         options: spec.Server,
         source: RequestGenerator,
+        finished: Callable[[], None] = lambda: None,
     ) -> None:
-        """Raises FmsimError when not even the weights fit."""
+        """`finished` is called as each request ends.
+
+        Raises FmsimError when not even the weights fit.
+        """
+        self.finished = finished
         self.env = simpy.Environment()
         demand = demand.drafted(options.draft_tokens, options.acceptance)
         self.hw, self.geometry, self.demand = server_hardware(hw, options), geometry, demand
@@ -161,6 +166,7 @@ class ServerRun:
 
     def _leave(self, request: ServedRequest) -> None:
         request.finished_s = self.env.now
+        self.finished()
         request.stall_s = self.log.stalled_s - request.joined_stall_s
         if self.stores:
             self._keep(request, request.prompt_tokens + request.output_tokens)
