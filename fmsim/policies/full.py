@@ -19,6 +19,7 @@ class Full(Policy):
     action = "visibility_only"
     evidence = "position"
     decision_scope = "request"
+    by_row = True
 
     class Params(PolicyParams):
         # No number of slots, so no `Budget`: `n_slots` below does not ask for one.

@@ -25,6 +25,7 @@ class H2O(Policy):
     evidence = "attention_history"
     decision_scope = "layer"
     needs_mass = True
+    by_row = True
 
     class Params(PolicyParams):
         budget: Budget = Field(

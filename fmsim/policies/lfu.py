@@ -23,6 +23,7 @@ class LFU(Policy):
     action = "hierarchical"
     evidence = "attention_history"
     decision_scope = "layer"
+    by_row = True
 
     class Params(PolicyParams):
         prompt_history: bool = Field(

@@ -27,6 +27,7 @@ class LRU(Policy):
     action = "hierarchical"
     evidence: ClassVar[Evidence] = "attention_history"
     decision_scope = "layer"
+    by_row = True
 
     class Params(PolicyParams):
         prompt_history: bool = Field(

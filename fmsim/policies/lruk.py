@@ -24,6 +24,7 @@ class LRUK(Policy):
     action = "hierarchical"
     evidence = "attention_history"
     decision_scope = "layer"
+    by_row = True
 
     class Params(PolicyParams):
         k: int = Field(2, ge=1, le=16, description="which use counts, from the last one")

@@ -22,6 +22,7 @@ class Recency(Policy):
     action = "evict"
     evidence = "position"
     decision_scope = "step"
+    by_row = True
 
     class Params(PolicyParams):
         budget: Budget = Field(Budget(0.1, "share"), description="sink and window together")

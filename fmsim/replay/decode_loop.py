@@ -134,7 +134,6 @@ class DecodeLoop:
             for request, served in enumerate(self.source.serve(step)):
                 if served is not None:
                     self._settle(request, step, served)
-                self.books[request].end(step)
         self.step += 1
 
     def _write(self, request: int, step: int) -> None:
@@ -165,7 +164,7 @@ class DecodeLoop:
         if decides:
             self._foresee(request, step + cadence)
         if step and step % manager.ctx.tau == 0:
-            book.window_began()
+            book.window_began(step)
 
     def _prefetch(self, request: int, step: int) -> None:
         """What the policy asks for between decisions comes in before the step's accesses."""

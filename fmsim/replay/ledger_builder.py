@@ -7,6 +7,7 @@ engine's steps never wait for them.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from copy import copy
 from typing import Any
 
 import numpy as np
@@ -17,7 +18,8 @@ from fmsim.replay.ledger import Ledger
 from fmsim.replay.residency import Moves
 
 Array = Any
-COUNTS = ("resident", "demand_loads", "lookahead_loads", "written", "evicted")
+CAME = ("demand_loads", "lookahead_loads", "written")
+COUNTS = (*CAME, "evicted")
 
 
 class LedgerBuilder:
@@ -33,23 +35,35 @@ class LedgerBuilder:
         }
         self.scored = np.zeros(n_steps, dtype=np.int64)
         self.initial = self.residency.filled + 0
-        self.overlap: list[Array] = []
+        windows = n_steps // manager.ctx.tau
+        self.overlap = xp.zeros(  # by window, from the second
+            (windows, manager.ctx.n_groups), dtype=xp.float64, device=manager.ctx.device
+        )
         self._before = self.residency.present()
 
     def moved(self, step: int, name: str, moves: Moves | None) -> None:
         """Count what a part of the step brought in, under `name` of COUNTS, and what it evicted."""
         if moves is not None:
-            self.counts[name][step] += moves.loaded
-            self.counts["evicted"][step] += moves.evicted
+            self.count(step, name, moves.loaded, moves.evicted)
 
-    def window_began(self) -> None:
+    def count(self, step: int, name: str, loaded: Array, evicted: Array) -> None:
+        """The same by numbers, int64 [G] each."""
+        self.counts[name][step] += loaded
+        self.counts["evicted"][step] += evicted
+
+    def window_began(self, step: int) -> None:
         """Compare the resident set with that of the window before."""
-        self.overlap.append(self.residency.overlap(self._before))
+        self.overlap[step // self.manager.ctx.tau - 1] = self.residency.overlap(self._before)
         self._before = self.residency.present()
 
-    def end(self, step: int) -> None:
-        """The step is over."""
-        self.counts["resident"][step] = self.residency.filled
+    def of_rows(self, rows: slice, manager: CacheManager) -> LedgerBuilder:
+        """The counts of some groups, those of `manager`, to look at: they grow with the whole's."""
+        part = copy(self)
+        part.manager, part.residency = manager, manager.residency
+        part.counts = {name: count[:, rows] for name, count in self.counts.items()}
+        part.initial = self.initial[rows]
+        part.overlap = self.overlap[:, rows]
+        return part
 
     def ledger(
         self,
@@ -74,6 +88,11 @@ class LedgerBuilder:
         policy, ctx, steps = manager.policy, manager.ctx, len(ids)
         valid = ids >= 0
         golden = golden_mask(ids, mass) if golden is None else golden
+        counts = {name: _numpy(count)[:steps] for name, count in self.counts.items()}
+        initial = _numpy(self.initial)
+        change = sum(counts[name] for name in CAME) - counts["evicted"]
+        counts["resident"] = initial + change.cumsum(axis=0)
+        overlap = _numpy(self.overlap)[: max(0, steps - 1) // ctx.tau]
         hit = hit & valid
         return Ledger(
             policy=policy.name,
@@ -97,8 +116,8 @@ class LedgerBuilder:
             mass_total=mass.sum(axis=2),
             mass_kept=np.einsum("tlk,tlk->tl", mass, attended),
             heaviest_lost=np.where(attended, 0, mass).max(axis=2, initial=0),
-            initial=_int32(self.initial),
-            set_overlap=np.array([float(part.mean()) for part in self.overlap], dtype=np.float32),
+            initial=initial.astype(np.int32),
+            set_overlap=overlap.mean(axis=1).astype(np.float32),
             scored=self.scored[:steps],
             unmeasured=list(unmeasured),
             decides_ahead=policy.decides_ahead,
@@ -109,10 +128,10 @@ class LedgerBuilder:
             comes_back=manager.needs.comes_back,
             entry_tokens=ctx.entry_tokens,
             masses=masses,
-            **{name: _int32(count)[:steps] for name, count in self.counts.items()},
+            **{name: count.astype(np.int32) for name, count in counts.items()},
         )
 
 
-def _int32(counts: Array) -> np.ndarray:
-    """Counts of any library and device as int32 numpy."""
-    return np.asarray(counts if isinstance(counts, np.ndarray) else counts.cpu()).astype(np.int32)
+def _numpy(counts: Array) -> np.ndarray:
+    """Counts of any library and device."""
+    return counts if isinstance(counts, np.ndarray) else np.asarray(counts.cpu())

@@ -186,6 +186,12 @@ def page_step(ids: Any, mass: Any, granularity: int, shared: bool) -> Accesses:
         )
     if shared:
         ids, mass = xp.reshape(ids, (1, -1)), xp.reshape(mass, (1, -1))
+    return page_rows(ids, mass, granularity)
+
+
+def page_rows(ids: Any, mass: Any, granularity: int) -> Accesses:
+    """The same of rows [G, n], in which an entry may come several times."""
+    xp = array_namespace(ids)
     beyond = arrays.MAX_PAGES
     pages = xp.where(ids < 0, beyond, xp.astype(ids, xp.int64) // granularity)
     order = xp.argsort(pages, axis=1, stable=True)

@@ -7,6 +7,7 @@ torch's.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from copy import copy
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -75,6 +76,36 @@ class Residency:
         # bool [G, S + 1]: slots that a group lacks, padding's among them
         self._closed: Array | None = None if self.room is None else self._slot_ids >= self.room
 
+    @classmethod
+    def stacked(cls, parts: Sequence[Residency], by_group: Sequence[int]) -> Residency:
+        """What `parts` hold, their groups one after another's; `by_group` are the slots of each."""
+        first = parts[0]
+        whole = cls(
+            len(by_group),
+            max(part.n_pages for part in parts),
+            by_group,
+            first.xp,
+            first.table.device,
+        )
+        start = 0
+        for part in parts:
+            rows = slice(start, start + part.n_groups)
+            whole._slots[rows, : part.n_slots] = part.slots
+            whole.table[rows, : part.n_pages] = part.table[:, : part.n_pages]
+            whole.filled[rows] = part.filled
+            start = rows.stop
+        return whole
+
+    def of_rows(self, rows: slice, n_pages: int, n_slots: int) -> Residency:
+        """Some groups, to look at: they share their memory with the whole, which moves pages."""
+        part = copy(self)
+        part._slots = self._slots[rows, : n_slots + 1]
+        part.table = self.table[rows]
+        part.filled = self.filled[rows]
+        part.n_groups, part.n_pages, part.n_slots = len(part.table), n_pages, n_slots
+        part._table_start = arrays.offsets(part.table, self.xp)
+        return part
+
     @property
     def slots(self) -> Array:
         """int32 [G, S], a view: the page in each slot, or -1 where it is empty or closed."""
@@ -136,19 +167,20 @@ class Residency:
         worth: Array,
         floor: float | None = None,
         pinned: Callable[[Array], Array] | None = None,
+        among: Array | None = None,
     ) -> Moves:
         """Make the resident set the pages of highest worth among the first n, as many as a group
         has slots; worth [G, n].
 
         Pinned pages come first; others of less than `floor` stay out. Pages that stay keep their
-        slots.
+        slots. `among` int64 [G, 1]: a group's own n, where that is less.
         """
         xp, n = self.xp, worth.shape[1]
         if n == 0:  # a prompt too short for one entry
             nothing = xp.full((self.n_groups, 0), -1, dtype=xp.int64, device=worth.device)
             none = xp.zeros_like(self.filled)
             return Moves(none, none, nothing, nothing, nothing)
-        pages, keep = self._best(worth, floor, pinned)
+        pages, keep = self._best(worth, floor, pinned, among)
         incoming = keep & (self.table[:, :n] < 0)
         out = self._drop(keep)
         evicted = xp.sum(xp.astype(out >= 0, xp.int64), axis=1)
@@ -177,7 +209,11 @@ class Residency:
         )
 
     def _best(
-        self, worth: Array, floor: float | None, pinned: Callable[[Array], Array] | None
+        self,
+        worth: Array,
+        floor: float | None,
+        pinned: Callable[[Array], Array] | None,
+        among: Array | None = None,
     ) -> tuple[Array, Array]:
         """The numbers of the first n pages, int64 [1, n], and which of them `choose` makes the
         resident set, bool [G, n].
@@ -189,6 +225,8 @@ class Residency:
             key = xp.where(worth >= floor, key, -1)
         if pinned is not None:
             key = xp.where(pinned(pages), arrays.PROTECTED + pages, key)
+        if among is not None:
+            key = xp.where(pages < among, key, -1)
         keep = key >= 0
         if self._least < n:
             lowest = (
@@ -246,7 +284,7 @@ class Residency:
         arrays.put(self.table, self._table_start, pages, xp.astype(slots, xp.int32))
         self.table[:, self.n_pages] = -1
         self._slots[:, self.n_slots] = -1
-        self.filled = self.filled + loaded - evicted
+        self.filled += loaded - evicted
         return Moves(loaded, evicted, pages, slots, old)
 
 

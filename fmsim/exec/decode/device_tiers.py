@@ -7,8 +7,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from fmsim.exec.decode.keeper import Keeper
+from fmsim.exec.kv.home import Requests, part_of
 from fmsim.exec.kv.paired import PairedTiers
-from fmsim.replay.cache_manager import CacheManager
 from fmsim.replay.residency import Moves
 
 
@@ -31,43 +32,56 @@ class StepTables:
         """int32 [B, P + 1], a view: what a CSA layer that follows `group` finds in this step."""
         return self.rows[layer if self.by_layer else group]
 
-    def of(self, request: int) -> Tensor:
-        """int32 [rows, 1, P + 1], a view: one request's."""
-        return self.rows[:, request : request + 1]
-
-    def show(self, request: int, table: Tensor) -> None:
-        """Enter a request's residency, its `table` int32 [G, P + 1]."""
+    def show(self, table: Tensor, request: Requests = None) -> None:
+        """Enter residencies: int32 [G, P + 1] of one request, or of all alike, or [G, B, P + 1]."""
         table = self.tiers.by_layer(table) if self.by_layer else table
-        self.tiers.entries.blocks(request, table, self.rows[:, request, : table.shape[1]])
-
-    def show_all(self, table: Tensor) -> None:
-        """The same for all requests of the batch, which share one residency."""
-        table = self.tiers.by_layer(table) if self.by_layer else table
-        self.tiers.entries.blocks_of_all(table, self.rows)
+        rows = self.rows[:, part_of(request), : table.shape[-1]]
+        self.tiers.entries.blocks(table, rows, request)
 
 
 class DeviceTiers:
-    """`fmsim.replay.decode_loop.Tiers` of requests that each have a residency of their own."""
+    """`fmsim.replay.decode_loop.Tiers` of requests that are kept by `keepers`: what the loop calls
+    a request is one of these.
+    """
 
-    def __init__(self, tiers: PairedTiers, tables: StepTables) -> None:
+    def __init__(self, tiers: PairedTiers, tables: StepTables, keepers: Sequence[Keeper]) -> None:
         self.tiers = tiers
         self.tables = tables
+        self.keepers = list(keepers)
+        self._changed = set(range(len(keepers)))  # a page may have got or lost a slot
+
+    def show(self) -> None:
+        """Enter what is resident for a step, where that may have changed."""
+        resident = self.tiers.resident
+        for number in range(len(self.keepers)) if self.tables.stages else sorted(self._changed):
+            keeper = self.keepers[number]
+            residency = keeper.manager.residency
+            self.tables.show(keeper.by_request(residency.table), keeper.part)
+            if resident is not None:
+                resident.list(keeper.by_request(residency.slots), keeper.part)
+        self._changed.clear()
 
     def ahead_pages(self, request: int) -> int:
-        return max(self.tiers.entries.sizes[request].ahead)
+        return max(self.tiers.entries.sizes[self.keepers[request].part.start].ahead)
 
     def wrote(self, request: int, moves: Moves) -> None:
         """The model writes entries through to both tiers itself."""
+        self._changed.add(request)
 
     def recall(self, request: int, moves: Moves) -> None:
-        self.tiers.recall(moves.pages, moves.slots, request)
+        self._changed.add(request)
+        keeper = self.keepers[request]
+        pages, slots = keeper.by_request(moves.pages), keeper.by_request(moves.slots)
+        self.tiers.recall(pages, slots, keeper.part)
 
     def recall_ahead(self, request: int, pages: Tensor) -> None:
-        self.tiers.recall_ahead(pages, request)
+        keeper = self.keepers[request]
+        self.tiers.recall_ahead(keeper.by_request(pages), keeper.part)
 
     def settle(self, request: int, moves: Moves) -> None:
-        if self.tiers.entries.stage_pages:
-            self.tiers.settle(moves.pages, moves.slots, self.tables.of(request), request)
+        self._changed.add(request)
+        if self.tables.stages:
+            self.keepers[request].settle_moves(moves, self.tiers, self.tables.rows)
 
     def moved_bytes(self) -> Tensor:
         return self.tiers.moved_bytes()
@@ -116,9 +130,3 @@ def copy_uncounted(tiers: PairedTiers, pages: Tensor, slots: Tensor) -> None:
     tiers.fetch(pages, slots)
     for cache, count in zip(tiers.caches, before, strict=True):
         cache.recalled_pages.copy_(count)
-
-
-def show_residents(tables: StepTables, managers: Sequence[CacheManager]) -> None:
-    """Enter every request's residency for the step."""
-    for request, manager in enumerate(managers):
-        tables.show(request, manager.residency.table)

@@ -21,6 +21,7 @@ from torch import Tensor
 from fmsim.errors import FmsimError
 from fmsim.exec.decode import step_state
 from fmsim.exec.decode.device_tiers import DeviceTiers, StepTables
+from fmsim.exec.decode.keeper import keepers_of
 from fmsim.exec.decode.model_source import ModelSource
 from fmsim.exec.decode.pager import LayerPager, StepView
 from fmsim.exec.decode.prompt import Prompt
@@ -113,6 +114,7 @@ class Batch:
         ctx = self.requests[0].manager.ctx
         n_pages = max(request.manager.ctx.n_pages for request in self.requests)
         tables = StepTables(self.tiers, ctx.n_groups, n_pages, len(prompts))
+        keepers = keepers_of(self.requests, self.selections, self.max_steps)
         beside = keys_beside(self.requests, self.keys, self.tiers, tables)
         fill_keys(beside, prompts)
         self._clock = StepClock(self.device)
@@ -137,20 +139,12 @@ class Batch:
             and self.max_steps >= GRAPH_STEPS
             and len(prompts) <= MOST_EXPERT_TOKENS
         )
+        moved = DeviceTiers(self.tiers, tables, keepers)
         self._source = ModelSource(
-            prompts,
-            self.requests,
-            self.selections,
-            self.tiers,
-            tables,
-            self.state.attends,
-            captured,
+            prompts, keepers, self.selections, moved, self.state.attends, captured
         )
         self._loop = DecodeLoop(
-            [request.book for request in self.requests],
-            self._source,
-            DeviceTiers(self.tiers, tables),
-            self._clock,
+            [keeper.book for keeper in keepers], self._source, moved, self._clock
         )
 
     @property

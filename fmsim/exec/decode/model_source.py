@@ -7,11 +7,10 @@ from collections.abc import Callable, Sequence
 import torch
 
 from fmsim.exec.decode import step_state
-from fmsim.exec.decode.device_tiers import StepTables, show_residents
+from fmsim.exec.decode.device_tiers import DeviceTiers
+from fmsim.exec.decode.keeper import Keeper
 from fmsim.exec.decode.prompt import Prompt
-from fmsim.exec.decode.request import Request
 from fmsim.exec.decode.selections import Selections
-from fmsim.exec.kv.paired import PairedTiers
 from fmsim.exec.model.cache import Attend
 from fmsim.exec.model.deepseek_v4 import DeepseekV4
 from fmsim.exec.model.kinds import CSA
@@ -29,23 +28,23 @@ class ModelSource:
     def __init__(
         self,
         prompts: Sequence[Prompt],
-        requests: Sequence[Request],
+        keepers: Sequence[Keeper],
         selections: Selections,
-        tiers: PairedTiers,
-        tables: StepTables,
+        tiers: DeviceTiers,
         attends: Sequence[Attend],
         captured: bool,
     ) -> None:
         self.model: DeepseekV4 = prompts[0].model
-        self.requests = list(requests)
+        self.keepers = list(keepers)
+        self.requests = [request for keeper in keepers for request in keeper.requests]
         self.selections = selections
         self.tiers = tiers
-        self.tables = tables
         self.attends = list(attends)
         self.rate = self.model.config.compress_rates[CSA]
-        self.given: Sequence[int | None] = [None] * len(requests)
+        self.given: Sequence[int | None] = [None] * len(prompts)
         self.logits = torch.stack([prompt.logits for prompt in prompts])
         device = self.logits.device
+        self._step = torch.zeros((), dtype=torch.int64, device=device)
         lengths = [len(prompt.tokens) for prompt in prompts]
         self._input = torch.zeros(len(prompts), dtype=torch.int64, device=device)
         self._positions = torch.tensor(lengths, dtype=torch.int32, device=device)
@@ -54,15 +53,25 @@ class ModelSource:
         )
 
     def n_entries(self, request: int, step: int) -> int:
-        return self.requests[request].n_entries(step)
+        return self.keepers[request].n_entries(step)
 
     def serve(self, step: int) -> list[Served | None]:
         self._choose()
         self.selections.tokens[step].copy_(self._input)
+        self.tiers.show()
         self._forward()
-        self.selections.keep(step)
+        self.selections.keep()
         self._positions += 1
-        return [request.served() for request in self.requests]
+        self._step += 1
+        for request in self.requests:
+            request.keep_state()
+        return [self._served(keeper, step) for keeper in self.keepers]
+
+    def _served(self, keeper: Keeper, step: int) -> Served | None:
+        if not keeper.settles_inside:
+            return keeper.served()
+        keeper.settled(step)
+        return None
 
     def _choose(self) -> None:
         """The step's input: what is given, and the model's own choice elsewhere, which the host is
@@ -77,9 +86,10 @@ class ModelSource:
 
     def _compute(self) -> None:
         """The part of a step that a CUDA graph holds."""
-        show_residents(self.tables, [request.manager for request in self.requests])
-        if self.tiers.resident is not None:
-            for b, request in enumerate(self.requests):
-                visible = (self._positions[b] + 1) // self.rate
-                self.tiers.resident.list(request.residency.slots, visible, b)
+        resident = self.tiers.tiers.resident
+        if resident is not None:
+            resident.see((self._positions + 1) // self.rate)
         self.logits.copy_(self.model.decode(self._input, self._positions, self.attends))
+        for keeper in self.keepers:
+            if keeper.settles_inside:
+                keeper.settle(self._step, self.tiers.tiers, self.tiers.tables.rows)

@@ -5,7 +5,6 @@ made of.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from typing import Literal
 
 import array_api_compat.torch as xp
@@ -18,12 +17,13 @@ from fmsim.exec.decode.prompt import Prompt
 from fmsim.exec.decode.selections import Selections
 from fmsim.exec.model.kinds import CSA
 from fmsim.policies.base import Context, LookaheadState, Policy
-from fmsim.replay.cache_manager import CacheManager, Served
+from fmsim.replay.cache_manager import CacheManager
 from fmsim.replay.context import RequestShape, build_context
 from fmsim.replay.ledger import Ledger
 from fmsim.replay.ledger_builder import LedgerBuilder
 from fmsim.replay.needs import GpuMemory
-from fmsim.replay.paging import Paged, page_step, page_trace
+from fmsim.replay.paging import Paged, page_trace
+from fmsim.replay.residency import Residency
 
 Select = Literal["resident", "all"]
 
@@ -32,7 +32,8 @@ class Request:
     """`prompt`, and the steps decoded after it under `policy`, as request number `index` of a
     batch.
 
-    `step` counts them; `selections` is what the batch's layers select. `hidden` float32 [L, H] by
+    `step` counts them; `manager` and `book` are the request's own, or show its part of what is kept
+    for many (`fmsim.exec.decode.keeper`); `selections` is what the batch's layers select. `hidden` float32 [L, H] by
     the step that it comes before. `keys_of(n)` gives the index keys of the first n entries, float32
     [L, n, D]. Of the layers ``unmeasured`` it is not known what they would have selected among all
     entries.
@@ -78,9 +79,16 @@ class Request:
         self.hidden = {0: torch.from_numpy(prompt.hidden).to(self.device)}
         self.state_steps = policy.state_steps or tau
         self.manager = CacheManager(policy, self._context(memory, seed, hindsight))
-        self.residency = self.manager.residency
         self.book = LedgerBuilder(self.manager, prompt.max_steps)
-        self.step = 0  # the decode step that is under way, or that comes next
+
+    @property
+    def step(self) -> int:
+        """The decode step that is under way, or that comes next."""
+        return self.selections.step
+
+    @property
+    def residency(self) -> Residency:
+        return self.manager.residency
 
     @property
     def among_resident(self) -> bool:
@@ -115,34 +123,11 @@ class Request:
         """Entries that are visible in a step."""
         return (len(self.prompt.tokens) + step + 1) // self.rate
 
-    def served(self) -> Served | None:
-        """All layers have attended in the step under way: what they selected, and what was loaded
-        for it. None where that changes nothing.
+    def keep_state(self) -> None:
+        """The state before the step to come, if it is one of those that are kept: of every tau for
+        the trace, and the policy's own last two.
         """
-        step, self.step = self.step, self.step + 1
-        self._keep_state(step + 1)
-        if self.manager.passive:
-            return None
-        ctx, picked = self.manager.ctx, self.selections
-        ids = picked.ids[:, self.index].long()
-        mass = picked.seen_mass[:, self.index]
-        use = page_step(ids, mass, ctx.granularity, self.shared)
-        if self.among_resident and not self.manager.needs.all_keys:
-            return self.manager.look_back(use, use.pages >= 0)
-        # The policy sees all that was selected, and the mass of what was attended to.
-        masses = ctx.table()
-        ctx.put(masses, use.pages, use.mass)
-        attended = ctx.table(0, "bool")
-        ctx.put(attended, use.pages, True)
-        wanted = picked.wanted[:, self.index].long()
-        use = page_step(wanted, mass, ctx.granularity, self.shared)
-        use = replace(use, mass=ctx.read(masses, use.pages))
-        return self.manager.look_back(use, ctx.read(attended, use.pages))
-
-    def _keep_state(self, step: int) -> None:
-        """The state before `step`, if it is one of those that are kept: of every tau for the trace,
-        and the policy's own last two.
-        """
+        step = self.step
         if step % self.tau and step % self.state_steps:
             return
         self.hidden[step] = self.selections.hidden[:, self.index].clone()

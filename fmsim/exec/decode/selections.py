@@ -20,7 +20,8 @@ class Selections:
     [L, B, H], the layers' attention input. Where only resident keys are scored, `wanted`, `hit`,
     `attended`, `mass` and `near_mass` are not known, and stay as they begin: nothing. `log` has
     `wanted`, `mass`, `hit`, `attended` and `near_mass` of each step, with a leading axis T;
-    `tokens` int64 [T, B] what it processed.
+    `tokens` int64 [T, B] what it processed. `step` counts them: the one that is under way, or
+    that comes next.
     """
 
     LOGGED = ("wanted", "mass", "hit", "attended", "near_mass")
@@ -40,6 +41,7 @@ class Selections:
             torch.zeros(layers, batch, width, device=device) for width in (2, hidden)
         )
         self.tokens = torch.zeros(steps, batch, dtype=torch.int64, device=device)
+        self.step = 0
         self.log: dict[str, Tensor] = {}
         for name in self.LOGGED:
             now = getattr(self, name)
@@ -67,10 +69,11 @@ class Selections:
             self.mass[layer].copy_(rounded(wanted[0]))
             self.near_mass[layer].copy_(torch.stack(wanted[1:], 1))
 
-    def keep(self, step: int) -> None:
-        """The step is over: log it."""
+    def keep(self) -> None:
+        """All layers have attended in the step under way: log it."""
         for name, log in self.log.items():
-            log[step].copy_(getattr(self, name))
+            log[self.step].copy_(getattr(self, name))
+        self.step += 1
 
 
 def rounded(mass: Tensor) -> Tensor:

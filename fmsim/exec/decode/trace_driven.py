@@ -262,7 +262,7 @@ class _StepSource:
         self.tiers = tiers
         self.compute = compute
         self.shown: list[tuple[Tensor, Tensor]] = []
-        self._listed = -1  # entries visible when the resident pages were listed
+        self._seen = -1  # entries visible when those of the resident pages were counted
 
     def n_entries(self, request: int, step: int) -> int:
         return self.trace.n_entries(request, step)
@@ -288,13 +288,15 @@ class _StepSource:
         decode, residency = self.decode, self.decode.manager.residency
         changed, self.tiers.changed = self.tiers.changed, False
         if changed or decode.stages:
-            decode.tables.show_all(residency.table)
+            decode.tables.show(residency.table)
         resident, visible = decode.tiers.resident, self.n_entries(0, step)
         if self.compute is None or resident is None:
             return
-        if changed or visible != self._listed:
-            resident.list(residency.slots, visible)
-            self._listed = visible
+        if changed:
+            resident.list(residency.slots)
+        if changed or visible != self._seen:
+            resident.see(visible)
+            self._seen = visible
 
 
 def layouts(geometry: Geometry) -> tuple[Layout, Layout]:

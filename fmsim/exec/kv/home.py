@@ -11,6 +11,15 @@ from fmsim.exec.kernels.lang import cdiv
 from fmsim.exec.kernels.layout import Layout
 
 PER_PAGE = 64
+# Of a batch: one request, several that follow one another, or all.
+Requests = int | slice | None
+
+
+def part_of(request: Requests) -> slice:
+    """What picks them from an axis of all."""
+    if isinstance(request, int):
+        return slice(request, request + 1)
+    return slice(None) if request is None else request
 
 
 class Home(NamedTuple):

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from fmsim.exec.kernels.layout import Layout
+from fmsim.exec.kv.home import Requests
 from fmsim.exec.kv.resident import ResidentPages
 from fmsim.exec.kv.tiered import RequestSize, TieredCache
 
@@ -21,8 +22,8 @@ class PairedTiers:
     """`entries` of all CSA layers, and `keys` of the layers ``tiered``, or None where there are
     none.
 
-    CSA layer j follows a residency's group ``groups[j]``: pages and slots come as [G, m] and go to
-    every layer, and ``sizes`` have a number of slots a group. Both caches have the same pages and
+    CSA layer j follows a residency's group ``groups[j]``: pages and slots come by group, [G, m] for
+    one request, or for all alike, or [G, B, m] for several, and go to every layer, and ``sizes`` have a number of slots a group. Both caches have the same pages and
     slots, so one block table serves both; `resident` lists the pages that are there, where keys
     are tiered. The other arguments are `TieredCache`'s. Raises ValueError for keys in tiers where a
     step's misses are loaded: what is loaded is chosen by the scores of all keys.
@@ -91,18 +92,18 @@ class PairedTiers:
             _index([groups[layer] for layer in tiered], device),
         ]
 
-    def fetch(self, pages: Tensor, slots: Tensor, request: int | None = None) -> None:
-        """`TieredCache.fetch`, of pages [G, m] into slots [G, m]."""
+    def fetch(self, pages: Tensor, slots: Tensor, request: Requests = None) -> None:
+        """`TieredCache.fetch`, of groups' pages into their slots."""
         for number, cache in enumerate(self.caches):
             cache.fetch(self.by_layer(pages, number), self.by_layer(slots, number), request)
 
-    def recall(self, pages: Tensor, slots: Tensor, request: int | None = None) -> None:
-        """`TieredCache.recall`, of pages [G, m] into slots [G, m]."""
+    def recall(self, pages: Tensor, slots: Tensor, request: Requests = None) -> None:
+        """`TieredCache.recall`, of groups' pages into their slots."""
         for number, cache in enumerate(self.caches):
             cache.recall(self.by_layer(pages, number), self.by_layer(slots, number), request)
 
-    def recall_ahead(self, pages: Tensor, request: int | None = None) -> None:
-        """`TieredCache.recall_ahead`, of pages [G, m]."""
+    def recall_ahead(self, pages: Tensor, request: Requests = None) -> None:
+        """`TieredCache.recall_ahead`, of groups' pages."""
         for number, cache in enumerate(self.caches):
             cache.recall_ahead(self.by_layer(pages, number), request)
 
@@ -111,10 +112,10 @@ class PairedTiers:
         pages: Tensor,
         slots: Tensor,
         blocks: Tensor,
-        request: int | None = None,
+        request: Requests = None,
         all_staged: bool = False,
     ) -> None:
-        """`TieredCache.settle`, of pages [G, m] into slots [G, m]: entries alone, since keys are
+        """`TieredCache.settle`, of groups' pages into their slots: entries alone, since keys are
         never staged.
         """
         self.entries.settle(self.by_layer(pages), self.by_layer(slots), blocks, request, all_staged)

@@ -13,6 +13,7 @@ from fmsim import arrays
 from fmsim.exec.kernels.index_score import index_scores, new_scores
 from fmsim.exec.kernels.layout import Layout
 from fmsim.exec.kernels.top_k import top_k as best
+from fmsim.exec.kv.home import Requests, part_of
 
 BEYOND = torch.iinfo(torch.int32).max  # after every page
 
@@ -46,7 +47,9 @@ class ResidentPages:
         )
         self._start = arrays.offsets(self.entries[0], torch)
         self._within = torch.arange(granularity, dtype=torch.int32, device=device)
-        self.lengths = torch.zeros(shape[:2], dtype=torch.int32, device=device)
+        self.lengths, self._listed, self._end = (
+            torch.zeros(shape[:2], dtype=torch.int32, device=device) for _ in range(3)
+        )  # entries visible; entries of the pages listed, and where the last of these ends
         self.kept_table = self.table.clone()
         self._first_page = (
             torch.arange(len(slots), dtype=torch.int32, device=device)[None, :, None] * pages
@@ -56,29 +59,32 @@ class ResidentPages:
             len(slots), max(slots) * granularity, device
         )  # of one layer after another
 
-    def list(self, slots: Tensor, visible: Tensor | int, request: int | None = None) -> None:
-        """Of one request, or of all alike: the page in each slot, int32 [G, s] (-1 = none), when
-        ``visible`` entries are.
+    def list(self, slots: Tensor, request: Requests = None) -> None:
+        """The page in each slot, int32 [G, s] of one request, or of all alike, or [G, B, s] of
+        several; -1 = none.
+        """
+        part = part_of(request)
+        slots = slots[:, None] if slots.ndim == 2 else slots
+        pages, slot = torch.where(slots < 0, BEYOND, slots).sort(2)
+        there, width = pages < BEYOND, slots.shape[2]
+        entries = torch.where(
+            there[..., None], pages[..., None] * self.granularity + self._within, -1
+        )
+        self.entries[:, part, : width * self.granularity] = entries.flatten(2)
+        self.table[:, part, :width] = torch.where(there, slot.int() + self._first[:, part], -1)
+        self.kept_table[:, part, :width] = torch.where(there, pages + self._first_page[:, part], -1)
+        count = there.sum(2)
+        last = pages.gather(2, (count - 1).clamp(min=0)[..., None])[..., 0] * (count > 0)
+        self._listed[:, part] = count.int() * self.granularity
+        self._end[:, part] = (last.int() + 1) * self.granularity
+
+    def see(self, visible: Tensor | int) -> None:
+        """``visible`` entries are, of each request int32 [B], or of all alike.
 
         The page that the last of them is in may be a part; it is resident whenever it is one.
         """
-        part = slice(None) if request is None else slice(request, request + 1)
-        pages, slot = torch.where(slots < 0, BEYOND, slots).sort(1)
-        there, width = (pages < BEYOND)[:, None], slots.shape[1]
-        entries = torch.where(
-            there[..., None], pages[:, None, :, None] * self.granularity + self._within, -1
-        )
-        self.entries[:, part, : width * self.granularity] = entries.flatten(2)
-        self.table[:, part, :width] = torch.where(
-            there, slot[:, None].int() + self._first[:, part], -1
-        )
-        self.kept_table[:, part, :width] = torch.where(
-            there, pages[:, None] + self._first_page[:, part], -1
-        )
-        count = there.sum(2)
-        last = pages.gather(1, (count - 1).clamp(min=0)) * (count > 0)
-        unfilled = ((last + 1) * self.granularity - visible).clamp(min=0)
-        self.lengths[:, part] = (count * self.granularity - unfilled).clamp(min=0).int()
+        unfilled = (self._end - visible).clamp(min=0)
+        self.lengths.copy_((self._listed - unfilled).clamp(min=0))
 
     def best(
         self,

@@ -26,7 +26,7 @@ from fmsim.errors import FmsimError
 from fmsim.exec.kernels import staging, tuning
 from fmsim.exec.kernels.gather import copy_rows
 from fmsim.exec.kernels.layout import Layout, read_entries, write_entries
-from fmsim.exec.kv.home import Home
+from fmsim.exec.kv.home import Home, Requests, part_of
 from fmsim.exec.kv.mirror import HostMirror
 from fmsim.units import gib
 
@@ -217,48 +217,47 @@ class TieredCache:
             )
         self._write_pool(request, layer, entry, index, table)
 
-    def blocks(self, request: int, table: Tensor, out: Tensor | None = None) -> Tensor:
-        """The pool page of each of the request's pages, int32 as `table`, rows [L, P + 1] of a
-        residency's table, or where layers are alike any rows; -1 where not resident.
+    def blocks(self, table: Tensor, out: Tensor, request: Requests = None) -> None:
+        """The pool page of each page of requests, int32 [L, B, P + 1] into `out`, -1 where it is not
+        resident; `table` are rows of residencies' tables, or where layers are alike any rows.
         """
-        found = torch.where(table < 0, table, table + self._first_block[:, request])
-        return found if out is None else out.copy_(found)
+        table = _by_request(table)
+        torch.add(table, self._first_block[:, part_of(request)], out=out)  # no copy of a gigabyte
+        out.masked_fill_(table < 0, -1)
 
-    def blocks_of_all(self, table: Tensor, out: Tensor) -> None:
-        """The same for all requests, which share the rows [L, P + 1], into int32 [L, B, P + 1]."""
-        torch.add(table[:, None], self._first_block, out=out)  # no copy of what may be a gigabyte
-        out.masked_fill_(table[:, None] < 0, -1)
+    def fetch(self, pages: Tensor, slots: Tensor, request: Requests = None) -> None:
+        """Copy pages of the mirror into slots, of every layer; -1 = padding.
 
-    def fetch(self, pages: Tensor, slots: Tensor, request: int | None = None) -> None:
-        """Copy pages [L, m] of the mirror into slots [L, m], of every layer, for one request or for
-        all alike; -1 = padding.
+        Here and below pages and slots are [L, m] for one request, or for all alike, or [L, B, m]
+        for several.
         """
         if self.mirrored:
-            self._admit(pages[:, None], slots[:, None], None, request)
+            self._admit(_by_request(pages), _by_request(slots), None, request)
 
-    def recall(self, pages: Tensor, slots: Tensor, request: int | None = None) -> None:
+    def recall(self, pages: Tensor, slots: Tensor, request: Requests = None) -> None:
         """`fetch`, for a decision: what was recalled ahead of it is here already."""
         if not self.mirrored or self._ahead is None:
             self.fetch(pages, slots, request)
             return
         if self.side is not None:
             torch.cuda.current_stream(self.device).wait_stream(self.side)
-        blocks = self._ahead if request is None else self._ahead[:, request : request + 1]
+        blocks = self._ahead[:, part_of(request)]
         self.settle(pages, slots, blocks, request)
         blocks.fill_(-1)
 
-    def recall_ahead(self, pages: Tensor, request: int | None = None) -> None:
-        """Begin to copy pages [L, m], m up to the request's `ahead`, out of the mirror, beside
-        whatever else runs; the next `recall` finds them here.
+    def recall_ahead(self, pages: Tensor, request: Requests = None) -> None:
+        """Begin to copy pages, up to a request's `ahead`, out of the mirror, beside whatever else
+        runs; the next `recall` finds them here.
         """
-        part = _part(request)
+        part = part_of(request)
         first = self._first_ahead[:, part]
         if self._ahead is None:
             most = max(size.pages for size in self.sizes)
             self._ahead = torch.full(
                 (self.layers, len(self.sizes), most + 1), -1, dtype=torch.int32, device=self.device
             )
-        blocks, pages = self._ahead[:, part], pages[:, None].expand(-1, first.shape[1], -1)
+        blocks = self._ahead[:, part]
+        pages = _by_request(pages).expand(-1, first.shape[1], -1)
         to = torch.where(pages < 0, -1, first + torch.arange(pages.shape[2], device=pages.device))
         blocks.fill_(-1)
         blocks.scatter_(2, torch.where(pages < 0, blocks.shape[2] - 1, pages), to.int())
@@ -293,17 +292,16 @@ class TieredCache:
         pages: Tensor,
         slots: Tensor,
         blocks: Tensor,
-        request: int | None = None,
+        request: Requests = None,
         all_staged: bool = False,
     ) -> None:
-        """Give pages [L, m] that were let in their slots [L, m]: from staging where `blocks` int32
-        [L, B or 1, P + 1] has them there, or from the mirror, unless they are `all_staged`; for one
-        request or for all alike.
+        """Give pages that were let in their slots: from staging where `blocks` int32 [L, B, P + 1]
+        has them there, or from the mirror, unless they are `all_staged`.
         """
-        pages, slots = pages[:, None].expand(-1, blocks.shape[1], -1), slots[:, None]
+        pages = _by_request(pages).expand(-1, blocks.shape[1], -1)
         self._admit(
             pages,
-            slots,
+            _by_request(slots),
             blocks.gather(2, torch.where(pages < 0, blocks.shape[2] - 1, pages)).long(),
             request,
             all_staged,
@@ -314,13 +312,13 @@ class TieredCache:
         pages: Tensor,
         slots: Tensor,
         staged: Tensor | None,
-        request: int | None,
+        request: Requests,
         all_staged: bool = False,
     ) -> None:
         """Copy pages [L, B or 1, m] into slots: within the GPU where they are `staged` in the pool,
         or from the mirror, which is counted.
         """
-        part = _part(request)
+        part = part_of(request)
         to = torch.where(slots < 0, -1, slots + self._first_slot[:, part])
         if staged is not None:
             self._copy(self._of_pool, staged, to, tuning.PROGRAMS_WITHIN)
@@ -437,9 +435,9 @@ def host_free_bytes() -> int | None:
         return None
 
 
-def _part(request: int | None) -> slice:
-    """One request of a batch, or all."""
-    return slice(None) if request is None else slice(request, request + 1)
+def _by_request(rows: Tensor) -> Tensor:
+    """[L, n] -> [L, 1, n]; what is [L, B, n] already stays."""
+    return rows[:, None] if rows.ndim == 2 else rows
 
 
 def _starts(sizes: Iterable[int]) -> list[int]:

@@ -94,7 +94,7 @@ def test_scores_beside_entries_are_those_of_all_keys_where_pages_are(
             some, dtype=torch.int32
         )
         tables[b] = table.to(device)
-        tiers.blocks(b, tables[b][None], blocks[b : b + 1, : count + 1])
+        tiers.blocks(tables[b][None], blocks[None, b : b + 1, : count + 1], b)
     buffers = [new_scores(len(lengths), -(-max(lengths) // 64) * 64, device) for _ in range(2)]
     # which a selection takes; scores need none
     listing = ResidentPages(

@@ -21,12 +21,14 @@ def test_a_listing_by_hand():
     far.
     """
     listing = ResidentPages([3], [[5], [5]], 3, 4, torch.device("cpu"))
-    listing.list(torch.tensor([[2, -1, 0], [-1, -1, -1]], dtype=torch.int32), 10)
+    listing.list(torch.tensor([[2, -1, 0], [-1, -1, -1]], dtype=torch.int32))
+    listing.see(10)
     assert listing.entries[:, 0].tolist() == [[0, 1, 2, 3, 8, 9, 10, 11, *[-1] * 5], [-1] * 13]
     assert listing.table[:, 0].tolist() == [[7, 5, -1], [-1, -1, -1]]
     assert listing.lengths[:, 0].tolist() == [6, 0]
     assert listing.kept_table[:, 0].tolist() == [[0, 2, -1], [-1, -1, -1]]
-    listing.list(torch.tensor([[0, 1, -1], [2, 1, 0]], dtype=torch.int32), 10, request=0)
+    listing.list(torch.tensor([[0, 1, -1], [2, 1, 0]], dtype=torch.int32), request=0)
+    listing.see(10)
     assert listing.lengths[:, 0].tolist() == [8, 10]
     assert listing.table[:, 0].tolist() == [[5, 6, -1], [7, 6, 5]]
 
@@ -39,9 +41,10 @@ def test_a_listing_by_hand():
     batch=st.integers(1, 3),
     top_k=st.sampled_from([1, 24]),
     alike=st.booleans(),
+    together=st.booleans(),
 )
 def test_it_selects_as_among_all_with_the_absent_left_out(
-    device, seed, granularity, batch, top_k, alike
+    device, seed, granularity, batch, top_k, alike, together
 ):
     generator = torch.Generator().manual_seed(seed)
     visible, slots = (
@@ -86,10 +89,15 @@ def test_it_selects_as_among_all_with_the_absent_left_out(
         torch.device(device),
     )
     if alike:
-        listing.list(held[:1].to(device), int(visible[0]))
+        listing.list(held[:1].to(device))
+        listing.see(int(visible[0]))
+    elif together:
+        listing.list(held[None].to(device), slice(0, batch))
+        listing.see(lengths.to(device))
     else:
         for b in range(batch):
-            listing.list(held[b : b + 1].to(device), visible[b].to(device), b)
+            listing.list(held[b : b + 1].to(device), b)
+        listing.see(lengths.to(device))
     of = queries.to(device), weights.to(device)
     assert torch.equal(listing.best(0, *of, pool.to(device), KEY, top_k).cpu(), expected)
     every = KEY.new_pool(batch * pages, granularity)

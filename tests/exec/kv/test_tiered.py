@@ -122,7 +122,7 @@ def test_misses_are_staged_and_settle(device, seed, granularity, alike):
             for b, rows in enumerate(missed)
         ]
         for b in range(len(PAGES)):
-            moved.tables.show(b, moved.table(b))
+            moved.tables.show(moved.table(b), b)
         for layer, group in enumerate(GROUPS):
             pages = moved.there([*(rows[group] for rows in missed), range(5)])[:-1]
             blocks = moved.tables.blocks(layer, group)
@@ -139,7 +139,7 @@ def test_misses_are_staged_and_settle(device, seed, granularity, alike):
             slots = moved.placed(b, pages)
             there = [moved.there(rows) for rows in (pages, slots)]
             with no_waits():
-                moved.tiers.settle(*there, moved.tables.of(b), b)
+                moved.tiers.settle(*there, moved.tables.rows[:, b : b + 1], b)
         moved.check()
     assert int(entries.staged_pages) == fetched and int(entries.recalled_pages) == 0
 
