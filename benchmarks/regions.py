@@ -3,15 +3,12 @@
     <!-- made: NAME by benchmarks/SCRIPT.py -->
     <!-- end of NAME -->
 
-Those by a script in benchmarks/ are each rendered from one file of benchmarks/results;
-`benchmarks/answers.py` knows which. Those by a script in docs/ are rendered from fmsim's code.
+Each is rendered from one file of benchmarks/results; `benchmarks/answers.py` knows which.
 """
 
 from __future__ import annotations
 
 import re
-import sys
-from pathlib import Path
 
 BEGIN = re.compile(r"^<!-- made: (?P<name>[\w -]+?) by (?P<script>[\w./-]+) -->$", re.MULTILINE)
 
@@ -35,20 +32,6 @@ def replace(page: str, name: str, made: str) -> str:
     """The page with `made` as its part called `name`. Raises ValueError where it has none."""
     start, end = _bounds(page, name)
     return f"{page[:start]}\n\n{made}\n\n{page[end:]}"
-
-
-def keep(page: Path, name: str, made: str) -> int:
-    """What a script that makes one part of one page does: write the part, or with --check among
-    the arguments say where it is old. Returns the exit status.
-    """
-    text = page.read_text(encoding="utf-8")
-    if find(text)[name] == made.strip("\n"):
-        return 0
-    if "--check" in sys.argv[1:]:
-        print(f"{page.name}: the part {name!r} is old; run python {sys.argv[0]}")
-        return 1
-    page.write_text(replace(text, name, made.strip("\n")), encoding="utf-8")
-    return 0
 
 
 def marked(name: str, script: str, before: str = "") -> str:

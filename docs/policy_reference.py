@@ -1,6 +1,6 @@
 """Write docs/policy-reference.md's lists: what a policy may say and see, from docstrings.
 
-    python docs/policy_reference.py            writes the page's part "reference"
+    python docs/policy_reference.py            writes the lists between the page's two markers
     python docs/policy_reference.py --check    writes nothing; exit status 1 where the page is old
 
 A field's text is the comment beside it or above it.
@@ -23,11 +23,9 @@ from fmsim.policies import base, registry
 from fmsim.policies.base import PolicyParams
 from fmsim.testing import rules
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
-import regions
-
 PAGE = Path(__file__).with_name("policy-reference.md")
-PART = "reference"
+BEGIN = "<!-- reference: made by docs/policy_reference.py -->"
+END = "<!-- end of reference -->"
 WIDTH = 100
 MEANINGS = {
     "visibility_only": "every page stays on the GPU; nothing is evicted or loaded",
@@ -43,6 +41,27 @@ MEANINGS = {
     "step": "at each step, by the same in all layers",
     "layer": "each layer by what it saw itself",
 }
+
+
+def main() -> int:
+    page = PAGE.read_text(encoding="utf-8")
+    wanted = with_reference(page, reference())
+    if page == wanted:
+        return 0
+    if "--check" in sys.argv[1:]:
+        print(f"docs/{PAGE.name} is old; run python docs/policy_reference.py")
+        return 1
+    PAGE.write_text(wanted, encoding="utf-8")
+    return 0
+
+
+def with_reference(page: str, text: str) -> str:
+    """The page with `text` between its markers."""
+    before, begin, rest = page.partition(BEGIN)
+    _, end, after = rest.partition(END)
+    if not (begin and end):
+        raise ValueError(f"{PAGE}: the markers {BEGIN!r} and {END!r} are not there")
+    return f"{before}{BEGIN}\n\n{text}\n{END}{after}"
 
 
 def reference() -> str:
@@ -170,4 +189,4 @@ def one_line(text: str) -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(regions.keep(PAGE, PART, reference()))
+    sys.exit(main())

@@ -1,6 +1,6 @@
 """Write docs/architecture.md's table of rooms: what each holds, and what it may not import.
 
-    python docs/rooms_table.py            writes the page's part "rooms"
+    python docs/rooms_table.py            writes the table between the page's two markers
     python docs/rooms_table.py --check    writes nothing; exit status 1 where the page is old
 
 What a room holds is the first paragraph of its `__init__.py`; the order of the rooms and what they
@@ -17,12 +17,31 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).parents[1]
-sys.path.insert(0, str(ROOT / "benchmarks"))
-import regions
-
 PAGE = ROOT / "docs" / "architecture.md"
-PART = "rooms"
+BEGIN = "<!-- rooms: made by docs/rooms_table.py -->"
+END = "<!-- end of rooms -->"
 WIDTH = 100
+
+
+def main() -> int:
+    page = PAGE.read_text(encoding="utf-8")
+    wanted = with_table(page, table(ROOT))
+    if page == wanted:
+        return 0
+    if "--check" in sys.argv[1:]:
+        print("docs/architecture.md: the table of rooms is old; run python docs/rooms_table.py")
+        return 1
+    PAGE.write_text(wanted, encoding="utf-8")
+    return 0
+
+
+def with_table(page: str, rows: str) -> str:
+    """The page with `rows` between its markers."""
+    before, begin, rest = page.partition(BEGIN)
+    _, end, after = rest.partition(END)
+    if not (begin and end):
+        raise ValueError(f"{PAGE}: the markers {BEGIN!r} and {END!r} are not there")
+    return f"{before}{BEGIN}\n\n{rows}\n{END}{after}"
 
 
 def table(root: Path) -> str:
@@ -81,4 +100,4 @@ def sources(contract: dict[str, Any]) -> list[str]:
 
 
 if __name__ == "__main__":
-    sys.exit(regions.keep(PAGE, PART, table(ROOT)))
+    sys.exit(main())

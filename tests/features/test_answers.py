@@ -118,19 +118,6 @@ def test_parts_are_found_replaced_and_counted():
         regions.find(re.sub("<!-- end of y -->", "", page))
 
 
-def test_a_script_writes_its_part_or_says_that_it_is_old(tmp_path, monkeypatch, capsys):
-    page = tmp_path / "a.md"
-    page.write_text(regions.marked("x", "docs/x.py"))
-    monkeypatch.setattr(sys, "argv", ["docs/x.py", "--check"])
-    assert regions.keep(page, "x", "- b\n") == 1
-    assert "python docs/x.py" in capsys.readouterr().out
-    monkeypatch.setattr(sys, "argv", ["docs/x.py"])
-    assert regions.keep(page, "x", "- b\n") == 0
-    assert regions.find(page.read_text()) == {"x": "- b"}
-    monkeypatch.setattr(sys, "argv", ["docs/x.py", "--check"])
-    assert regions.keep(page, "x", "- b\n") == 0
-
-
 ROW = {
     "context": "512K",
     "policy": "full",

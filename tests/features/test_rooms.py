@@ -28,8 +28,8 @@ def test_the_page_shows_the_rooms_as_they_are():
     spec = importlib.util.spec_from_file_location("rooms_table", ROOT / "docs" / "rooms_table.py")
     rooms = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(rooms)
-    found = rooms.regions.find(rooms.PAGE.read_text(encoding="utf-8"))
-    assert found[rooms.PART] == rooms.table(ROOT).strip(), "run python docs/rooms_table.py"
+    page = rooms.PAGE.read_text(encoding="utf-8")
+    assert page == rooms.with_table(page, rooms.table(ROOT)), "run python docs/rooms_table.py"
 
 
 def imported_at_load(path: Path) -> set[str]:
