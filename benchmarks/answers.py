@@ -121,25 +121,25 @@ def _accuracy(name: str, *parts: tuple[str, str, Callable[[Result], str]]) -> An
     return Answer(f"{name}.json", None, {(page, part): made for page, part, made in parts})
 
 
-ACCURACY = "docs/accuracy.md"
+ACCURACY = "benchmarks/results/accuracy.md"
 ANSWERS: dict[str, Answer] = {
     "500k": Answer("500k.json", default_scenario, pictures={"docs/img/500k.svg": picture}),
     "steps": Answer(
-        "steps.json", published_steps, {("docs/serving.md", "step times"): tables.step_times}
+        "steps.json", published_steps, {("benchmarks/results/published.md", "step times"): tables.step_times}
     ),
     "paper": Answer(
         "paper.json",
         published_paper,
         {
-            ("docs/serving.md", "paper serving"): tables.paper_serving,
-            ("docs/serving.md", "paper footprints"): tables.paper_footprints,
+            ("benchmarks/results/published.md", "paper serving"): tables.paper_serving,
+            ("benchmarks/results/published.md", "paper footprints"): tables.paper_footprints,
         },
     ),
     "serve": Answer("serve.json", served),
     "indexer": Answer(
         "indexer.json",
         lambda tell: indexer.measured(progress=tell),
-        {("docs/indexer.md", indexer.PART): indexer.tables},
+        {("benchmarks/results/indexer.md", indexer.PART): indexer.tables},
     ),
     "leaderboard": Answer(
         "leaderboard.json",

@@ -252,7 +252,7 @@ def _live_gap(result: Result) -> str:
 
 CLAIMS: dict[str, tuple[Claim, ...]] = {  # by result file
     "generate.json": (Claim("README.md", _engine_speed), Claim("docs/gpu.md", _engine_list)),
-    "live-gap.json": (Claim("docs/policies.md", _live_gap),),
+    "live-gap.json": (Claim("docs/tutorial/write-a-policy.md", _live_gap),),
     "headline.json": (Claim("docs/gpu.md", _agreement),),
     "exec.json": (
         Claim("docs/gpu.md", _lsa_bytes),
@@ -262,27 +262,27 @@ CLAIMS: dict[str, tuple[Claim, ...]] = {  # by result file
     ),
     "paper.json": (
         Claim("README.md", _full_footprints),
-        Claim("docs/serving.md", _older_entries),
-        Claim("docs/serving.md", _implied_shares),
-        Claim("docs/serving.md", _oracle_pages),
-        Claim("docs/serving.md", _at_1m),
+        Claim("benchmarks/results/published.md", _older_entries),
+        Claim("benchmarks/results/published.md", _implied_shares),
+        Claim("benchmarks/results/published.md", _oracle_pages),
+        Claim("benchmarks/results/published.md", _at_1m),
     ),
-    "serve.json": (Claim("docs/serving.md", _an_hour),),
-    "steps.json": (Claim("docs/serving.md", _left_out),),
+    "serve.json": (Claim("benchmarks/results/published.md", _an_hour),),
+    "steps.json": (Claim("benchmarks/results/published.md", _left_out),),
     "indexer.json": (
-        Claim("docs/indexer.md", _held_against_indexer),
-        Claim("docs/indexer.md", _indexer_at_128k),
-        Claim("docs/indexer.md", _history_at_25),
+        Claim("benchmarks/results/indexer.md", _held_against_indexer),
+        Claim("benchmarks/results/indexer.md", _indexer_at_128k),
+        Claim("benchmarks/results/indexer.md", _history_at_25),
     ),
-    "accuracy-8k.json": (Claim("docs/accuracy.md", _lost),),
-    "accuracy-threshold-8k.json": (Claim("docs/accuracy.md", _threshold_scores),),
+    "accuracy-8k.json": (Claim("benchmarks/results/accuracy.md", _lost),),
+    "accuracy-threshold-8k.json": (Claim("benchmarks/results/accuracy.md", _threshold_scores),),
     "accuracy-seeds-8k.json": (
-        Claim("docs/accuracy.md", _fresh_mean),
-        Claim("docs/accuracy.md", _fresh_mean_again),
+        Claim("benchmarks/results/accuracy.md", _fresh_mean),
+        Claim("benchmarks/results/accuracy.md", _fresh_mean_again),
     ),
-    "accuracy-32k.json": (Claim("docs/accuracy.md", _one_lost_at_32k),),
+    "accuracy-32k.json": (Claim("benchmarks/results/accuracy.md", _one_lost_at_32k),),
     "accuracy-fallback-8k.json": (
-        Claim("docs/accuracy.md", _given_back),
-        Claim("docs/accuracy.md", _auc),
+        Claim("benchmarks/results/accuracy.md", _given_back),
+        Claim("benchmarks/results/accuracy.md", _auc),
     ),
 }

@@ -1,4 +1,4 @@
-"""The memory indexer beside its rivals on every shipped trace: docs/indexer.md.
+"""The memory indexer beside its rivals on every shipped trace: benchmarks/results/indexer.md.
 
     python benchmarks/indexer.py [--trace NAME]
 
@@ -198,7 +198,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--trace", action="append", help="file names without ending; all if absent")
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks/results/indexer.json")
-    parser.add_argument("--page", type=Path, default=ROOT / "docs/indexer.md")
+    parser.add_argument("--page", type=Path, default=ROOT / "benchmarks/results/indexer.md")
     given = parser.parse_args()
     result = measured(given.trace or (), partial(print, file=sys.stderr))
     result["command"] = " ".join(["python benchmarks/indexer.py", *sys.argv[1:]])

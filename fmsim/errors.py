@@ -1,6 +1,6 @@
 """The errors that a user is shown, and what a command's exit code says.
 
-docs/errors.md has the table of exit codes for users.
+docs/reference/errors.md has the table of exit codes for users.
 """
 
 import enum

@@ -111,7 +111,7 @@ def _flashmemory(source: Path, out: Path, tau: int) -> None:
         unkeyed += quality["entries_without_keys"] > 0
     typer.echo(
         f"{out}: {len(paths)} traces with {labels:,} golden labels; they hold labels, not attention"
-        " (docs/trace-format.md)"
+        " (docs/reference/trace-format.md)"
     )
     if dropped:
         typer.echo(f"left out: {dropped:,} labels on entries that did not exist yet at their token")

@@ -122,6 +122,7 @@ def _reason(geometry: Geometry) -> str:
             f" and a trace has entries of one length; {asks}"
         )
     return (
-        f"no trace says what a {geometry.family} model selected; give one (docs/captures.md), or"
+        f"no trace says what a {geometry.family} model selected; give one"
+            " (docs/how-to/capture-from-an-engine.md), or"
         f" {asks}"
     )

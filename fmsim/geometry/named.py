@@ -36,7 +36,7 @@ def from_config(config: Mapping[str, Any], name: str = "") -> Geometry:
         known = ", ".join(_FAMILIES)
         raise ValueError(
             f"model_type is {kind!r}; known are {known}. Describe another model by its layers"
-            " (docs/models.md)"
+            " (docs/how-to/describe-a-model.md)"
         )
     return _FAMILIES[kind](config, name or str(config.get("_name_or_path") or "custom"))
 

@@ -32,12 +32,12 @@ class Deployment(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     n_gpus: int | None = Field(None, ge=1)  # of one server; the preset's
-    tp: int | None = Field(None, ge=1)  # all GPUs that dp and cp leave
-    dp: int = Field(1, ge=1)
-    cp: int = Field(1, ge=1)
-    ep: int | None = Field(None, ge=1)  # 1; with dp all GPUs
+    tp: int | None = Field(None, ge=1)  # GPUs that split each layer; all that dp and cp leave
+    dp: int = Field(1, ge=1)  # ranks, each with requests and KV of its own
+    cp: int = Field(1, ge=1)  # GPUs that share out the KV of one request
+    ep: int | None = Field(None, ge=1)  # groups that hold whole experts; 1, with dp all GPUs
     servers: int = Field(1, ge=1)  # alike, each with its own requests
-    weights: Format | None = None  # the preset's
+    weights: Format | None = None  # how weights are stored; the preset's unless given
     engine: Literal["sglang", "vllm"] = "sglang"  # whose kernels
     imbalance: Literal["balanced", "power_law_1.01", "power_law_1.2"] = (
         "power_law_1.01"  # how unevenly tokens go to experts

@@ -93,14 +93,13 @@ class Scenario(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
-    name: str = Field(min_length=1)
-    description: str = ""
-    trace: Path  # or the name of one that fmsim carries
+    name: str = Field(min_length=1)  # what tables and results call it
+    description: str = ""  # a line above the table
+    trace: Path  # what a model selected; a file, or the name of a trace that fmsim carries
     model: str = "v4-flash"  # a preset, or the path of a config.json or of layer specs
     hardware: str = "h100"  # a preset, or the path of a file that `fmsim hw calibrate` wrote
-    hardware_figures: dict[
-        str, float
-    ] = {}  # in place of the preset's, e.g. link_bytes_per_s, host_bytes
+    # figures in place of the preset's, such as link_bytes_per_s and host_bytes
+    hardware_figures: dict[str, float] = {}
     deployment: Deployment = Deployment()  # how the model lies on the server's GPUs
     # equal requests that decode side by side
     batch: int = Field(1, ge=1, le=1_000_000)
@@ -109,13 +108,13 @@ class Scenario(BaseModel):
     # of a trace of another family: each of its entries stands for one of so many tokens
     entry_tokens: int | None = Field(None, ge=1, le=1_000_000)
     beyond_positions: bool = False  # contexts longer than the model's positions
+    # names, or mappings of a name and its parameters
     policies: tuple[PolicySpec, ...] = Field(min_length=1, max_length=MOST_POLICIES)
     # each policy without a budget of its own runs at each of these
     budgets: tuple[Budget, ...] = ()
-    workload: serving.Workload | None = (
-        None  # requests to serve: the run is then one of many requests on a server
-    )
-    server: serving.Server = serving.Server()
+    # requests to serve: the run is then one of many requests on a server
+    workload: serving.Workload | None = None
+    server: serving.Server = serving.Server()  # how requests are admitted and prefilled
 
     @field_validator("budgets", mode="before")
     @classmethod

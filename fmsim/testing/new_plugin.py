@@ -84,8 +84,8 @@ pip install -e .
 fmsim run SCENARIO.yaml -p lru -p {name}
 ```
 
-fmsim's docs/policies.md says how a policy is written, docs/policy-reference.md what it may say and
-see.
+fmsim's docs/tutorial/write-a-policy.md says how a policy is written.
+docs/reference/policy.md lists what it may say and see.
 """
 
 

@@ -1,5 +1,5 @@
 """What a trace is: its header, its arrays, and which of them a file must hold in which shape
-(docs/trace-format.md).
+(docs/reference/trace-format.md).
 
 Axes: T decode steps, L CSA layers, Q of them with index keys, K selected entries, E entries at the
 end of the trace, W windows of tau steps, H hidden width, D index key width, N = prompt_tokens + T.

@@ -1,4 +1,4 @@
-"""docs/policy-reference.md says what the code says."""
+"""docs/reference/policy.md says what the code says."""
 
 import importlib.util
 import re
@@ -20,7 +20,7 @@ def test_the_page_is_up_to_date():
     made = load()
     page = made.PAGE.read_text(encoding="utf-8")
     wanted = made.with_reference(page, made.reference())
-    assert page == wanted, "run python docs/policy_reference.py"
+    assert page == wanted, "run python docs/generate/policy_reference.py"
 
 
 def test_the_page_leaves_nothing_out():

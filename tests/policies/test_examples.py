@@ -1,4 +1,4 @@
-"""docs/examples: policies as a newcomer writes them from docs/policy-reference.md."""
+"""docs/examples: policies as a newcomer writes them from docs/reference/policy.md."""
 
 import ast
 from collections import deque

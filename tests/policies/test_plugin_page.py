@@ -1,4 +1,4 @@
-"""docs/policies.md: its plug-in works as printed."""
+"""docs/tutorial/write-a-policy.md: its plug-in works as printed."""
 
 import re
 import sys

@@ -41,7 +41,7 @@ NOTES = (
     "error: half of a 95% interval of the change; paired where both were replayed on the same"
     " steps.  within error: it may be chance.",
     "* simulated: it has no spread, so every change is told. How far simulated and measured"
-    " figures are apart is in docs/simulation.md.",
+    " figures are apart is in docs/explanation/simulation.md.",
 )
 
 

@@ -36,23 +36,25 @@ Tokens = Annotated[tuple[int, int], BeforeValidator(_as_range)]
 class Slo(_Strict):
     """What a request must keep to count as good."""
 
+    # longest time to the first token
     ttft_s: float = Field(30.0, gt=0, le=MOST_SECONDS)
+    # longest mean time of each later token
     tpot_s: float = Field(0.05, gt=0, le=MOST_SECONDS)
 
 
 class _Workload(_Strict):
     """What every workload has."""
 
-    seed: int = Field(0, ge=0, lt=2**63)
-    slo: Slo = Slo()
+    seed: int = Field(0, ge=0, lt=2**63)  # of all that is drawn
+    slo: Slo = Slo()  # what a request must keep to count as good
     max_requests: int = Field(MOST_REQUESTS, ge=1)  # a run of more is refused
 
 
 class _Drawn(_Workload):
     """Requests whose lengths are drawn uniformly."""
 
-    prompt_tokens: Tokens
-    output_tokens: Tokens
+    prompt_tokens: Tokens  # of each request
+    output_tokens: Tokens  # that each request makes
     # requests arrive until then; what has arrived is served to its end
     duration_s: float = Field(gt=0, le=MOST_SECONDS)
 
@@ -61,23 +63,25 @@ class ClosedLoop(_Drawn):
     """`requests` clients, each asking again as soon as it is answered."""
 
     kind: Literal["closed_loop"]
-    requests: int = Field(ge=1)
+    requests: int = Field(ge=1)  # clients
     ramp_s: float = Field(
         0.0, ge=0, le=MOST_SECONDS
     )  # the clients' first requests are spread over this time
 
 
 class Poisson(_Drawn):
+    """Requests that come at random, independently of each other."""
+
     kind: Literal["poisson"]
-    rate_per_s: float = Field(ge=1e-9, le=1e12)
+    rate_per_s: float = Field(ge=1e-9, le=1e12)  # mean arrivals
 
 
 class Bursts(_Drawn):
     """`burst` requests at once, every `every_s` seconds."""
 
     kind: Literal["bursts"]
-    burst: int = Field(ge=1)
-    every_s: float = Field(ge=1e-9, le=MOST_SECONDS)
+    burst: int = Field(ge=1)  # requests at once
+    every_s: float = Field(ge=1e-9, le=MOST_SECONDS)  # from one burst to the next
 
 
 class SessionWorkload(_Workload):
@@ -87,12 +91,12 @@ class SessionWorkload(_Workload):
 
     kind: Literal["sessions"]
     rate_per_s: float = Field(ge=1e-9, le=1e12)  # of sessions
-    turns: Tokens = (1, 8)
+    turns: Tokens = (1, 8)  # of a session
     think_s: float = Field(30.0, ge=0, le=MOST_SECONDS)  # mean, from an answer to the next turn
     shared_tokens: int = Field(0, ge=0, le=MOST_TOKENS)  # that all sessions begin with
     prompt_tokens: Tokens  # of the first turn, beyond these
     turn_tokens: Tokens  # new ones of every later turn
-    output_tokens: Tokens
+    output_tokens: Tokens  # of each answer
     block_tokens: int = Field(512, ge=16, le=MOST_TOKENS)  # that are kept and found as one
     # turns come until then; what has come is served to its end
     duration_s: float = Field(gt=0, le=MOST_SECONDS)
@@ -104,7 +108,7 @@ class RequestFile(_Workload):
     """
 
     kind: Literal["file"]
-    file: Path
+    file: Path  # the recording
     speed: float = Field(1.0, ge=1e-6, le=1e6)  # 2 = the arrivals come twice as fast
     # of the simulated time; later arrivals are left out
     duration_s: float | None = Field(None, gt=0, le=MOST_SECONDS)
@@ -130,8 +134,8 @@ class Server(_Strict):
     servers, which send KV straight into the host's mirror).
     """
 
-    prefill: Literal["done", "chunked", "separate"] = "chunked"
-    prefill_chunk_tokens: int = Field(8192, ge=1, le=MOST_TOKENS)
+    prefill: Literal["done", "chunked", "separate"] = "chunked"  # where prompts are read
+    prefill_chunk_tokens: int = Field(8192, ge=1, le=MOST_TOKENS)  # of a chunk
     prefill_servers: int = Field(1, ge=1, le=10**6)  # each like the decode server
     network_bytes_per_s: float = Field(
         25e9, ge=1, le=1e18
@@ -150,9 +154,8 @@ class Server(_Strict):
     # the first step on; "hisparse", the same once its whole prompt is written to the host; or
     # "hybrid", all of it until GPU memory runs short
     residency: Literal["policy", "hisparse", "hybrid"] = "policy"
-    # multi-token prediction: tokens that a step drafts, and how likely each is accepted where
-    # those before it were
-    draft_tokens: int = Field(0, ge=0, le=16)
+    draft_tokens: int = Field(0, ge=0, le=16)  # that a step drafts: multi-token prediction
+    # how likely a drafted token is accepted, where those before it were
     acceptance: float = Field(0.7, ge=0, le=1)
     nvme: bool = False  # what host memory has no room for goes to the preset's NVMe drives
     # of prompts that begin like earlier ones, prefill only the rest; with chunked prefill

@@ -116,7 +116,7 @@ def _base64(path: Path, where: str, field: str, text: Any, engine: str) -> bytes
     if not isinstance(text, str) or not text:
         raise FmsimError(
             f"{_at(path, where)}: {field} is missing, so nothing was captured;"
-            f" {NO_CAPTURE[engine]} (docs/captures.md)"
+            f" {NO_CAPTURE[engine]} (docs/how-to/capture-from-an-engine.md)"
         )
     try:
         return base64.b64decode(text, validate=True)

@@ -1,7 +1,4 @@
-"""Write docs/architecture.md's table of rooms: what each holds, and what it may not import.
-
-    python docs/rooms_table.py            writes the table between the page's two markers
-    python docs/rooms_table.py --check    writes nothing; exit status 1 where the page is old
+"""docs/explanation/architecture.md's list of rooms: what each holds, and what it may not import.
 
 What a room holds is the first paragraph of its `__init__.py`; the order of the rooms and what they
 may not import are import-linter's contracts in pyproject.toml, which `lint-imports` checks.
@@ -10,41 +7,16 @@ may not import are import-linter's contracts in pyproject.toml, which `lint-impo
 from __future__ import annotations
 
 import ast
-import sys
 import textwrap
 import tomllib
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).parents[1]
-PAGE = ROOT / "docs" / "architecture.md"
-BEGIN = "<!-- rooms: made by docs/rooms_table.py -->"
-END = "<!-- end of rooms -->"
+ROOT = Path(__file__).parents[2]
 WIDTH = 100
 
 
-def main() -> int:
-    page = PAGE.read_text(encoding="utf-8")
-    wanted = with_table(page, table(ROOT))
-    if page == wanted:
-        return 0
-    if "--check" in sys.argv[1:]:
-        print("docs/architecture.md: the table of rooms is old; run python docs/rooms_table.py")
-        return 1
-    PAGE.write_text(wanted, encoding="utf-8")
-    return 0
-
-
-def with_table(page: str, rows: str) -> str:
-    """The page with `rows` between its markers."""
-    before, begin, rest = page.partition(BEGIN)
-    _, end, after = rest.partition(END)
-    if not (begin and end):
-        raise ValueError(f"{PAGE}: the markers {BEGIN!r} and {END!r} are not there")
-    return f"{before}{BEGIN}\n\n{rows}\n{END}{after}"
-
-
-def table(root: Path) -> str:
+def table(root: Path = ROOT) -> str:
     """A list item a room, lowest first: what it holds, its rules, and the rooms within it."""
     settings = tomllib.loads((root / "pyproject.toml").read_text(encoding="utf-8"))
     order, *others = settings["tool"]["importlinter"]["contracts"]
@@ -98,6 +70,3 @@ def sources(contract: dict[str, Any]) -> list[str]:
     found: list[str] = contract.get("source_modules") or contract["containers"]
     return found
 
-
-if __name__ == "__main__":
-    sys.exit(main())
