@@ -31,9 +31,11 @@ from typing import Any
 import claims
 import headline
 import indexer
+import lead
 import leaderboard
 import paper
 import published_tables as tables
+import quality
 import regions
 import serve
 import steps
@@ -123,9 +125,21 @@ def _accuracy(name: str, *parts: tuple[str, str, Callable[[Result], str]]) -> An
 
 ACCURACY = "benchmarks/results/accuracy.md"
 ANSWERS: dict[str, Answer] = {
-    "500k": Answer("500k.json", default_scenario, pictures={"docs/img/500k.svg": picture}),
+    "500k": Answer(
+        "500k.json",
+        default_scenario,
+        {("docs/tutorial/first-answer.md", "verdicts"): lead.verdicts},
+        {"docs/img/500k.svg": picture},
+    ),
+    "quality": Answer(
+        "quality.json",
+        lambda tell: quality.measured(),
+        pictures={quality.PICTURE: quality.picture},
+    ),
     "steps": Answer(
-        "steps.json", published_steps, {("benchmarks/results/published.md", "step times"): tables.step_times}
+        "steps.json",
+        published_steps,
+        {("benchmarks/results/published.md", "step times"): tables.step_times},
     ),
     "paper": Answer(
         "paper.json",
@@ -152,9 +166,17 @@ ANSWERS: dict[str, Answer] = {
         {
             (page, part): lambda result, part=part: headline.tables(result)[part]
             for page, part in headline.PAGES.items()
+        }
+        | {("README.md", "agreement"): lead.agreement},
+    ),
+    "exec": Answer(
+        "exec.json",
+        None,
+        {
+            ("docs/gpu.md", "synthetic weights"): tables.synthetic,
+            ("README.md", "one gpu"): lead.one_gpu,
         },
     ),
-    "exec": Answer("exec.json", None, {("docs/gpu.md", "synthetic weights"): tables.synthetic}),
     "kernels": Answer("kernels.json", None, {("docs/gpu.md", "kernels"): tables.kernels}),
     "live-gap": Answer("live-gap.json"),
     "generate": Answer("generate.json"),
@@ -166,7 +188,7 @@ ANSWERS: dict[str, Answer] = {
     "accuracy-32k": _accuracy(
         "accuracy-32k",
         (ACCURACY, "32K", tables.accuracy),
-        ("README.md", "accuracy", tables.accuracy_short),
+        ("README.md", "accuracy", lead.answered),
     ),
     "accuracy-128k": _accuracy("accuracy-128k", (ACCURACY, "128K", tables.accuracy)),
     "accuracy-512k": _accuracy("accuracy-512k", (ACCURACY, "512K", tables.accuracy)),

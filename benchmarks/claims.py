@@ -251,8 +251,11 @@ def _live_gap(result: Result) -> str:
 
 
 CLAIMS: dict[str, tuple[Claim, ...]] = {  # by result file
-    "generate.json": (Claim("README.md", _engine_speed), Claim("docs/gpu.md", _engine_list)),
-    "live-gap.json": (Claim("docs/tutorial/write-a-policy.md", _live_gap),),
+    "generate.json": (
+        Claim("benchmarks/results/README.md", _engine_speed),
+        Claim("docs/gpu.md", _engine_list),
+    ),
+    "live-gap.json": (Claim("benchmarks/results/README.md", _live_gap),),
     "headline.json": (Claim("docs/gpu.md", _agreement),),
     "exec.json": (
         Claim("docs/gpu.md", _lsa_bytes),
@@ -261,7 +264,7 @@ CLAIMS: dict[str, tuple[Claim, ...]] = {  # by result file
         Claim("docs/gpu.md", _beside_recall),
     ),
     "paper.json": (
-        Claim("README.md", _full_footprints),
+        Claim("benchmarks/results/published.md", _full_footprints),
         Claim("benchmarks/results/published.md", _older_entries),
         Claim("benchmarks/results/published.md", _implied_shares),
         Claim("benchmarks/results/published.md", _oracle_pages),

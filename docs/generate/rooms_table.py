@@ -69,4 +69,3 @@ def rules(name: str, contracts: list[dict[str, Any]]) -> list[str]:
 def sources(contract: dict[str, Any]) -> list[str]:
     found: list[str] = contract.get("source_modules") or contract["containers"]
     return found
-

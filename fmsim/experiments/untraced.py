@@ -123,6 +123,6 @@ def _reason(geometry: Geometry) -> str:
         )
     return (
         f"no trace says what a {geometry.family} model selected; give one"
-            " (docs/how-to/capture-from-an-engine.md), or"
+        " (docs/how-to/capture-from-an-engine.md), or"
         f" {asks}"
     )

@@ -53,7 +53,9 @@ def test_a_wrong_cell_is_named_with_line_table_and_column():
     assert wrong != row
     found = list(answers.disagreements(answer, lambda name: page.replace(row, wrong)))
     assert len(found) == 1
-    assert found[0].startswith(f"benchmarks/results/published.md, line {number}, table 'step times', cell")
+    assert found[0].startswith(
+        f"benchmarks/results/published.md, line {number}, table 'step times', cell"
+    )
     assert "'error': has '-2%', should be '-12%'" in found[0]
 
 
@@ -63,7 +65,9 @@ def test_a_sentence_whose_figure_moved_is_named():
     stored = answer.stored()
     stored["runs"]["lru"]["cpu_s"] += 1
     found = list(answers.disagreements(answer, answers.read_page, stored))
-    assert len(found) == 1 and found[0].startswith("benchmarks/results/published.md: benchmarks/results/serve.json")
+    assert len(found) == 1 and found[0].startswith(
+        "benchmarks/results/published.md: benchmarks/results/serve.json"
+    )
 
 
 def test_every_claim_is_of_a_file_that_an_answer_has():
@@ -77,7 +81,9 @@ def test_a_line_too_few_and_a_missing_part_are_named():
     found = list(answers.disagreements(answer, lambda name: page.replace(f"{row}\n", "")))
     assert len(found) == 1 and "has None" in found[0]
     gone = page.replace("<!-- made: step times", "<!-- step times")
-    assert "benchmarks/results/published.md" in next(answers.disagreements(answer, lambda name: gone))
+    assert "benchmarks/results/published.md" in next(
+        answers.disagreements(answer, lambda name: gone)
+    )
 
 
 def test_a_figure_that_moved_is_named_and_rounding_dates_and_times_are_not():
@@ -96,7 +102,9 @@ def test_a_figure_computed_anew_is_compared_with_the_file_and_with_the_page():
     computed["published"][0]["modelled_tpot_ms"] += 1
     found = list(answers.disagreements(answer, answers.read_page, computed))
     assert [line.split(":")[0] for line in found][:1] == ["benchmarks/results/steps.json"]
-    assert "published.0.modelled_tpot_ms" in found[0] and "benchmarks/results/published.md" in found[1]
+    assert (
+        "published.0.modelled_tpot_ms" in found[0] and "benchmarks/results/published.md" in found[1]
+    )
 
 
 def test_a_page_says_by_whom_each_of_its_parts_is_made():

@@ -29,7 +29,9 @@ def test_the_page_shows_the_rooms_as_they_are():
     rooms = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(rooms)
     page = rooms.PAGE.read_text(encoding="utf-8")
-    assert page == rooms.with_table(page, rooms.table(ROOT)), "run python docs/generate/rooms_table.py"
+    assert page == rooms.with_table(page, rooms.table(ROOT)), (
+        "run python docs/generate/rooms_table.py"
+    )
 
 
 def imported_at_load(path: Path) -> set[str]:

@@ -1,4 +1,4 @@
-"""Plug-ins written against the interface's first version, as its docs/tutorial/write-a-policy.md had them."""
+"""Plug-ins written against the interface's first version, as its documentation had them."""
 
 from typing import Literal
 

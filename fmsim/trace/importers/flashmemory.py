@@ -11,7 +11,7 @@ A dump is a pickled dict of tensors, ``doc_00000.pkl``, one a document. Row t is
     label_pointers       int32 [T + 1]     row t's labels are [pointers[t], pointers[t + 1])
 
 A dump does not say what a layer attended to, nor how much: it says for each token which entries
-were golden, and by how many layers. What that means in a trace stands in docs/reference/trace-format.md;
+were golden, and by how many layers. docs/how-to/record-a-trace.md says what that means in a trace;
 ``Trace.holds_labels`` is true of such a one.
 """
 

@@ -1,0 +1,104 @@
+"""Parts of README and the tutorials: they show a result file's figures in a sentence or two."""
+
+from __future__ import annotations
+
+import textwrap
+from collections.abc import Mapping
+from typing import Any
+
+Result = Mapping[str, Any]
+MIB = 2**20
+EXEC = "benchmarks/results/exec.json"
+
+
+def one_gpu(result: Result) -> str:
+    """README's first figures, measured: as many requests as a fixed KV pool holds, of exec.json."""
+    lines = [
+        f"Measured on one {result['device'].removeprefix('NVIDIA ')} ([file]({EXEC}))."
+        f" {result['kv_budget_gib']:.0f} GiB hold KV.",
+        f"Requests have {result['context_tokens']:,} tokens.",
+        "",
+        "| policy | MiB a request | requests at once | tokens/s | attention kept |",
+        "|---|---|---|---|---|",
+    ]
+    most: dict[str, Mapping[str, Any]] = {}
+    for row in result["rows"]:
+        name = row["policy"]
+        if "," not in name and row["batch"] > most.get(name, {"batch": 1})["batch"]:
+            most[name] = row
+    for name, row in sorted(most.items(), key=lambda found: found[1]["batch"]):
+        size = (row["kv_bytes"] + row["spare_bytes"]) / MIB
+        lines.append(
+            f"| `{name}` | {size:,.0f} | {row['batch']} | {row['tokens_per_s']:,.0f} |"
+            f" {row['mass_kept']:.0%} |"
+        )
+    return "\n".join(lines)
+
+
+def verdicts(result: Result) -> str:
+    """What the default scenario says of each policy at its smallest budget, of 500k.json."""
+    about, rows = result["scenario"], result["policies"]
+    [full] = [row for row in rows if about["runs"][row["policy"]]["entry"] == "full"]
+    budget = min(about["budgets"], key=lambda name: about["budgets"][name] or 0)
+    found = [row for row in rows if about["runs"][row["policy"]]["budget"] == budget]
+    bounds = {label for label, run in about["runs"].items() if run["evidence"] == "future"}
+    found = [row for row in found if row["policy"] not in bounds]
+    lines = [
+        f"At {budget.replace(' gpu', '')} of the full cache's bytes:",
+        "",
+        "| policy | requests that fit | attention kept |",
+        "|---|---|---|",
+        f"| full cache | {full['max_requests']} | 100% |",
+    ]
+    for row in sorted(found, key=lambda row: -row["mass_kept"]):
+        width = row["ci95"]["mass_kept"]["half_width"]
+        name = about["runs"][row["policy"]]["entry"]
+        lines.append(
+            f"| {name} | {row['max_requests']} | {row['mass_kept']:.1%} ±{100 * width:.1f} |"
+        )
+    return "\n".join(lines)
+
+
+# What the README says of accuracy-32k.json: policies as `fmsim eval` calls them.
+ANSWERED = {
+    "full": "full cache",
+    "lru": "`lru`",
+    "lsa:threshold=0.5": "`lsa`",
+    "h2o": "`h2o`",
+    "recency": "newest tokens",
+}
+
+
+def answered(result: Result) -> str:
+    """What a model still answers under each policy, of accuracy-32k.json: a column a policy."""
+    tokens = result["cells"][0]["tokens"]
+    tasks = len({cell["task"] for cell in result["cells"]})
+    contexts = result["cells"][0]["samples"]
+    found = {row["policy"]: row for row in result["overall"]}
+    shown = [(name, found[policy]) for policy, name in ANSWERED.items() if policy in found]
+    rows = [
+        [f"{tokens:,} tokens", *(name for name, _ in shown)],
+        ["---"] * (len(shown) + 1),
+        ["score of 100", *(f"{100 * row['score']:.1f}" for _, row in shown)],
+        ["entries kept", *(f"{row['kv_ratio']:.0%}" for _, row in shown)],
+    ]
+    lines = [f"| {' | '.join(cells)} |" for cells in rows]
+    return "\n".join([*lines, "", f"{tasks} kinds of question, {contexts} contexts each."])
+
+
+def agreement(result: Result) -> str:
+    """How far the simulator is from a GPU, of headline.json."""
+    rows = [row for row in result["rows"] if "failed" not in row]
+    same = sum(row["identical"] for row in rows)
+    step = max(abs(row["step_error"]) for row in rows)
+    rate = max(abs(row["tokens_error"]) for row in rows)
+    contexts = dict.fromkeys(row["context"] for row in rows)
+    return textwrap.fill(
+        f"On an {result['device'].removeprefix('NVIDIA ')}, {len(rows)} runs were predicted and"
+        f" then measured ([table](docs/gpu.md); contexts {', '.join(contexts)}). The pages were the"
+        f" same at every step in {same} of {len(rows)}. Step times were at most {step:.0%} off,"
+        f" tokens/s at most {rate:.0%}.",
+        80,
+        break_on_hyphens=False,
+        break_long_words=False,
+    )
