@@ -97,7 +97,7 @@ def picture(result: Result) -> str:
             LEFT,
             44,
             f"{result['model']} on {result['n_gpus']} x {result['hardware']},"
-            f" {result['prompt_tokens']:,} tokens. In bold: how many such requests fit ({COUNTED}).",
+            f" {result['prompt_tokens']:,} tokens. Bold: requests that fit ({COUNTED}).",
         ),
         *axes(rows, full),
     ]

@@ -15,6 +15,7 @@ import command_reference
 import policy_list
 import policy_reference
 import python_reference
+import results_reference
 import rooms_table
 import scenario_reference
 
@@ -29,6 +30,7 @@ PAGES: dict[str, Callable[[], str]] = {
     "reference/policy.md": policy_reference.policy,
     "reference/policy-context.md": policy_reference.context,
     "reference/python.md": python_reference.names,
+    "reference/results.md": results_reference.figures,
     "reference/scenario.md": scenario_reference.keys,
     **{
         f"reference/{name}.md": partial(command_reference.page, name)

@@ -1,4 +1,4 @@
-"""docs/reference/commands-*.md: every command, argument and option, from the commands themselves."""
+"""docs/reference/commands-*.md: every command, argument and option, from the commands."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def described(path: tuple[str, ...], command: Any) -> Iterator[str]:
     """A section of the command; of a group, its own sentence and a section of each command."""
     name = " ".join(path)
     if inner := getattr(command, "commands", None):
-        yield section(f"`fmsim {name}`", one_line(command.help or ""), iter(()))
+        yield section(f"`fmsim {name}`", one_line(command.help or ""), iter(())).rstrip("\n") + "\n"
         for each in inner.values():
             yield from described((*path, each.name), each)
         return

@@ -1,4 +1,4 @@
-"""docs/reference/policy.md and policy-context.md: what a policy may say and see, from docstrings."""
+"""docs/reference/policy.md, policy-context.md: what a policy may say and see, from docstrings."""
 
 from __future__ import annotations
 
