@@ -30,6 +30,9 @@ class LookaheadState:
     # numbers, among the model's CSA layers, of the rows of `hidden` and `keys`, where these are not
     # all of `Context.csa_numbers`
     csa_numbers: tuple[int, ...] = ()
+    # what was worked out from this state alone, by what it depends on: in a replay several policies
+    # are handed one state, and score it alike
+    known: dict[Any, Array] = field(default_factory=dict, repr=False, compare=False)
 
 
 class Future(Protocol):

@@ -4,6 +4,8 @@ to.
 
 from __future__ import annotations
 
+import hashlib
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar, Literal
@@ -26,6 +28,15 @@ from fmsim.policies.base import (
     PolicyParams,
 )
 from fmsim.policies.budget import Budget
+
+
+def digest(config: Any, rows: Sequence[int], parts: Sequence[LayerWeights]) -> bytes:
+    """Of all that an indexer's logits depend on beside the state."""
+    found = hashlib.blake2b(repr((config, list(rows))).encode(), digest_size=16)
+    for weights in parts:
+        for part in weights:
+            found.update(np.ascontiguousarray(part).tobytes())
+    return found.digest()
 
 
 class LSA(LookaheadPolicy):
@@ -129,6 +140,8 @@ class LSA(LookaheadPolicy):
             )
             for layer in parts
         ]
+        # scores of a state depend on these alone
+        self._digest = digest(self.config, self.rows, parts)
         self.lowest_logit = scorer.logit(self.params.threshold or loaded.threshold or 0.5)
         self.floor = self.lowest_logit if self.params.page_rank == "max" else 1.0
 
@@ -165,15 +178,21 @@ class LSA(LookaheadPolicy):
             decoded=True,
         )
 
+    def _logits(self, state: LookaheadState) -> Array:
+        """float32 [layers, n entries] of a state, once for all policies that share it."""
+        if self._digest not in state.known:
+            xp = self.ctx.xp
+            hidden, keys = (
+                [xp.astype(array[row], xp.float64) for row in self.rows]
+                for array in (state.hidden, state.keys)
+            )
+            found = scorer.layer_logits(self.weights, self.config, hidden, state.position, keys)
+            state.known[self._digest] = xp.astype(found, xp.float32)
+        return state.known[self._digest]
+
     def score(self, step: int) -> Array:
         state, xp = self._state(step), self.ctx.xp
-        hidden, keys = (
-            [xp.astype(array[row], xp.float64) for row in self.rows]
-            for array in (state.hidden, state.keys)
-        )
-        logits = xp.astype(
-            scorer.layer_logits(self.weights, self.config, hidden, state.position, keys), xp.float32
-        )
+        logits = self._logits(state)
         if self.params.scope == "shared":
             logits = scorer.combine(logits, self.params.combine)[None]
         pages = self.ctx.pages(state.n_entries)

@@ -69,6 +69,7 @@ class Replayer:
         keyed = trace.keyed if self.has_lookahead else []
         self._keyed = [layer for layer in keyed if layers is None or layer in layers]
         self._keys: np.ndarray | None = None
+        self._states: dict[int, LookaheadState] = {}  # by window, in numpy
         prompt_mass = trace.prompt_mass
         self.prompt_mass = None if prompt_mass is None else prompt_mass[self._layers]
 
@@ -129,7 +130,10 @@ class Replayer:
         return self._paged[key]
 
     def _lookahead_in(self, xp: Any, device: Any) -> Callable[[int], LookaheadState]:
-        """The state at the last token before a decode window, in arrays of `xp`."""
+        """The state at the last token before a decode window, in arrays of `xp`.
+
+        In numpy all policies are handed one object.
+        """
 
         def there(array: np.ndarray) -> Any:
             return array if xp is None else xp.asarray(np.array(array), device=device)
@@ -140,7 +144,12 @@ class Replayer:
             hidden, position, keys = self._lookahead(window)
             return LookaheadState(there(hidden), position, there(keys), keys.shape[1], numbers)
 
-        return state
+        def kept(window: int) -> LookaheadState:
+            if window not in self._states:
+                self._states[window] = state(window)
+            return self._states[window]
+
+        return kept if xp is None else state
 
     def _lookahead(self, window: int) -> tuple[np.ndarray, int, np.ndarray]:
         """Hidden states, position and index keys at a window's start; keys are decoded once."""
