@@ -210,7 +210,7 @@ def disagreements(
             yield f"{RESULTS}/{answer.file}: there is none; --update writes it"
         else:
             yield from _between(answer, stored, computed)
-    shown = stored if computed is None else merged(stored, computed)
+    shown = stored if computed is None else settled(stored, computed)
     for (page, part), render in answer.parts.items():
         made = NOT_MEASURED if shown is None else render(shown)
         yield from _in_page(page, part, page_of(page), made)
@@ -223,13 +223,25 @@ def disagreements(
             yield f"{path}: the picture is not what {RESULTS}/{answer.file} gives"
 
 
-def merged(stored: Result | None, computed: Result) -> Result:
-    """The new file: what was computed, and what the old one has that needs more than this."""
+def settled(stored: Result | None, computed: Result) -> Result:
+    """What the file should hold: itself where nothing else than times and the like differs, so that
+    figures of a machine stay those of one run; else what was computed, and what the old file has
+    that needs more than this.
+    """
+    if stored is not None and not any(differences(stored, computed)):
+        return stored
     return (stored or {}) | computed
 
 
+def differences(
+    stored: Result, computed: Result
+) -> Iterator[tuple[tuple[str | int, ...], Any, Any]]:
+    """(path, old, new) of what was computed and differs."""
+    return compare({key: stored.get(key) for key in computed}, computed)
+
+
 def _between(answer: Answer, stored: Result, computed: Result) -> Iterator[str]:
-    found = list(compare({key: stored.get(key) for key in computed}, computed))
+    found = list(differences(stored, computed))
     for path, old, new in found[:MOST_SHOWN]:
         line = ".".join(map(str, path))
         yield f"{RESULTS}/{answer.file}: {line}: the file has {old!r}, computed is {new!r}"
@@ -291,9 +303,11 @@ def update(answer: Answer, computed: Result | None) -> None:
     """Write the result file, where it was computed, and every table and picture of it."""
     stored = answer.stored()
     if computed is not None:
-        date = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
-        stored = merged(stored, computed) | {"date": date}
-        write_text(answer.path, json.dumps(stored, indent=1) + "\n")
+        found = settled(stored, computed)
+        if found is not stored:
+            date = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+            stored = json.loads(json.dumps(found | {"date": date}))
+            write_text(answer.path, json.dumps(stored, indent=1) + "\n")
     for (page, part), render in answer.parts.items():
         made = NOT_MEASURED if stored is None else render(stored)
         write_text(ROOT / page, regions.replace(read_page(page), part, made))
