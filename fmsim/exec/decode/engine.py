@@ -39,6 +39,7 @@ from fmsim.exec.model.kinds import CSA
 from fmsim.policies.base import Policy
 from fmsim.replay.decode_loop import DecodeLoop
 from fmsim.replay.ledger import Ledger
+from fmsim.replay.needs import GpuMemory
 from fmsim.sim.footprint import ModelMemory
 from fmsim.sim.timeline import Timeline
 from fmsim.trace.format import TAU
@@ -52,7 +53,8 @@ class Batch:
 
     ``kernels``: attention from GPU kernels; by default where there is a GPU. ``index_keys``
     "tiered" keeps on the GPU all index keys of the layers that the policy's memory indexer scores,
-    and in the others those of resident entries: what was lost there is then not measured. Raises
+    and in the others those of resident entries: what was lost there is then not measured. A budget
+    in bytes on the GPU is of ``memory``, this model's own unless given. Raises
     FmsimError before anything starts where memory is short, and for what the policy cannot do.
     """
 
@@ -67,6 +69,7 @@ class Batch:
         hindsight: Request | None = None,
         kernels: bool | None = None,
         index_keys: Where = "all",
+        memory: GpuMemory | None = None,
     ):
         if (select, index_keys) == ("all", "tiered"):
             raise FmsimError(
@@ -93,7 +96,7 @@ class Batch:
             config.hidden_size,
             self.device,
         )
-        memory = ModelMemory(unscaled(config, dtype))
+        memory = memory or ModelMemory(unscaled(config, dtype))
         self.requests = [
             Request(
                 prompt,

@@ -37,7 +37,8 @@ class Request:
     the step that it comes before. `keys_of(n)` gives the index keys of the first n entries, float32
     [L, n, D]. Of the layers ``unmeasured`` it is not known what they would have selected among all
     entries.
-    `memory` says what a budget in bytes buys. ``hindsight``, a decode of the same prompt that is
+    `memory` says what a budget in bytes buys. The policy's arrays, `selections` and keys lie on
+    ``device``, the model's unless given. ``hindsight``, a decode of the same prompt that is
     over, is what a policy that looks into the future is told. Raises FmsimError for a policy that
     an engine cannot run, such as that one without it.
     """
@@ -56,6 +57,7 @@ class Request:
         seed: int,
         hindsight: Request | None = None,
         unmeasured: Sequence[int] = (),
+        device: torch.device | None = None,
     ):
         if policy.evidence == "future" and hindsight is None:
             raise FmsimError(
@@ -63,7 +65,7 @@ class Request:
                 " replay it with `fmsim run`"
             )
         config = prompt.model.config
-        self.device = prompt.model.lm_head.weight.device
+        self.device = device or prompt.model.lm_head.weight.device
         self.prompt = prompt
         self.policy = policy
         self.index = index

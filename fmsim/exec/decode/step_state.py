@@ -16,7 +16,14 @@ from fmsim.exec.decode.pager import LayerPager
 from fmsim.exec.decode.prompt import Prompt
 from fmsim.exec.kernels.layout import Layout
 from fmsim.exec.measure.timing import no_collection
-from fmsim.exec.model.cache import Attend, CompressorState, LayerCache, StepCompressor, StepLayer
+from fmsim.exec.model.cache import (
+    Attend,
+    CompressorState,
+    LayerCache,
+    Pager,
+    StepCompressor,
+    StepLayer,
+)
 from fmsim.exec.model.compressor import Compressor
 from fmsim.exec.model.deepseek_v4 import DeepseekV4
 from fmsim.exec.model.kinds import CSA, HCA, MASKED, SLIDING
@@ -86,6 +93,20 @@ def from_torch(
     key: Layout,
 ) -> StepState:
     """`Attention.decode`, in plain torch: the reference, and the CPU's way."""
+    states = step_layers(model, prompts, pagers)
+    attends = [
+        partial(layer.self_attn.decode, state=state)
+        for layer, state in zip(model.model.layers, states)
+    ]
+    return StepState(attends, sum(tensor.nbytes for state in states for tensor in _tensors(state)))
+
+
+def step_layers(
+    model: DeepseekV4, prompts: Sequence[Prompt], pagers: Sequence[Pager]
+) -> list[StepLayer]:
+    """What each layer keeps of the prompts, for `Attention.decode`; a CSA layer's with its
+    pager.
+    """
     states, left = [], iter(pagers)
     for number, layer in enumerate(model.model.layers):
         caches, attention = [prompt.cache.layers[number] for prompt in prompts], layer.self_attn
@@ -107,11 +128,7 @@ def from_torch(
             )
             state.pager = next(left)
         states.append(state)
-    attends = [
-        partial(layer.self_attn.decode, state=state)
-        for layer, state in zip(model.model.layers, states)
-    ]
-    return StepState(attends, sum(tensor.nbytes for state in states for tensor in _tensors(state)))
+    return states
 
 
 def graph_after_one(work: Callable[[], None]) -> Callable[[], None]:

@@ -1,5 +1,5 @@
 """A model's answers to the questions of a context, under policies: the context is read once, each
-question once, and questions are answered side by side.
+question once, and all questions are answered side by side under all policies.
 """
 
 from __future__ import annotations
@@ -7,22 +7,22 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
-from fmsim.exec.decode.engine import Batch
 from fmsim.exec.decode.prompt import Prompt
 from fmsim.exec.decode.request import Request
 from fmsim.exec.model.deepseek_v4 import DeepseekV4
+from fmsim.exec.runs.after_one import AfterOne, Asked
 from fmsim.policies.base import Policy
 from fmsim.policies.full import Full
 from fmsim.replay.ledger import Ledger
-from fmsim.tasks import Question, TaskContext
+from fmsim.replay.needs import GpuMemory
+from fmsim.tasks import TaskContext
 
 MakePolicy = Callable[[], Policy]
+Pair = tuple[int, str]  # a question's number, and a policy's label
 
-ABREAST_TOKENS = (
-    2**22
-    # of all prompts that stand side by side, each
-    # a copy of the context's cache: eight of 512K tokens
-)
+# Rows decoded side by side, times the context's entries. A row takes some 18 bytes an entry on the
+# GPU (scores, and what is resident), and 100 on the host (tables of six layers).
+ABREAST_ENTRIES = {"cuda": 2**26, "cpu": 2**23}
 
 
 class Answered(NamedTuple):
@@ -36,86 +36,84 @@ class Answered(NamedTuple):
     confidence: float | None
 
 
+class Refused(NamedTuple):
+    """One policy that cannot be at its budget."""
+
+    question: int
+    label: str
+    why: str
+
+
 def answers(
     model: DeepseekV4,
     context: TaskContext,
-    wanted: Sequence[tuple[int, str]],
+    wanted: Sequence[Pair],
     policies: Mapping[str, MakePolicy],
+    memory: GpuMemory,
     seed: int = 0,
     progress: Callable[[int], None] = lambda tokens: None,
-    abreast_tokens: int = ABREAST_TOKENS,
-) -> Iterator[Answered]:
-    """The (question, policy) pairs that are ``wanted``, in the order in which they are decoded.
+    abreast_entries: int | None = None,
+) -> Iterator[Answered | Refused]:
+    """The (question, policy) pairs that are ``wanted``, in no certain order.
 
-    ``progress`` is told of tokens read.
-
-    The question is part of the prompt, which is read exactly; the policy rules from the first
-    generated token on. A policy that looks into the future is given what the full cache's answer
-    selected. Questions whose answers are of one length are decoded as one batch a policy, as many
-    as ``abreast_tokens`` hold, at least one.
+    ``memory`` says what a budget in bytes buys; ``progress`` is told of tokens read. The question
+    is part of the prompt, which is read exactly; the policy rules from the first generated token
+    on. A policy that looks into the future is given what the full cache's answer selected, so that
+    one comes first.
     """
     questions = {number: context.questions[number] for number, _ in wanted}
     room = max(len(question.tokens) + len(question.answer) for question in questions.values())
     read = Prompt(model, context.tokens.tolist(), room, progress)
-    for numbers in abreast(questions, max(1, abreast_tokens // (len(context.tokens) + room))):
-        steps = len(questions[numbers[0]].answer)
-        prompts = {number: read.extended(questions[number].tokens, steps) for number in numbers}
-        full: dict[int, Request] = {}  # the full cache's answers
-        for label in dict.fromkeys(label for _, label in wanted):
-            asked = {
-                number: prompt for number, prompt in prompts.items() if (number, label) in wanted
-            }
-            for number, request in _decoded(asked, policies[label](), steps, seed, full):
-                confidence = getattr(request.policy, "confidence", None)
-                yield Answered(
-                    number,
-                    label,
-                    request.tokens,
-                    request.ledger(),
-                    None if confidence is None else float(confidence),
-                )
+    prompts = {
+        number: read.extended(question.tokens, len(question.answer))
+        for number, question in questions.items()
+    }
+    most = abreast_entries or ABREAST_ENTRIES[read.logits.device.type]
+    rows = max(1, most // max(1, len(read.tokens) // read.rate))
+    built = {label: policies[label] for label in dict.fromkeys(label for _, label in wanted)}
+    foresee = {label for label, make in built.items() if make().evidence == "future"}
+    first = [pair for pair in wanted if pair[1] == "full"]
+    full: dict[int, Request] = {}
+    for pairs in _parts(_with_full(first, wanted, foresee), rows):
+        asked = [Asked(prompts[number], Full()) for number, _ in pairs]
+        run = AfterOne(read, asked, memory, seed=seed)
+        run.decode()
+        for place, (number, label) in enumerate(pairs):
+            full[number] = run.requests[place]
+            if (number, label) in first:
+                yield _answered(number, label, full[number])
+    for pairs in _parts([pair for pair in wanted if pair[1] != "full"], rows):
+        asked = [
+            Asked(prompts[number], built[label](), full[number] if label in foresee else None)
+            for number, label in pairs
+        ]
+        run = AfterOne(read, asked, memory, seed=seed)
+        run.decode()
+        for place, (number, label) in enumerate(pairs):
+            if place in run.refused:
+                yield Refused(number, label, str(run.refused[place]))
+            else:
+                yield _answered(number, label, run.requests[place])
 
 
-def abreast(questions: Mapping[int, Question], most: int) -> list[list[int]]:
-    """The numbers of ``questions`` that are answered together: at most ``most``, whose answers have
-    as many tokens.
+def _with_full(first: Sequence[Pair], wanted: Sequence[Pair], foresee: set[str]) -> list[Pair]:
+    """`first`, and the full cache on every question that a policy that looks into the future is
+    asked.
     """
-    by_length: dict[int, list[int]] = {}
-    for number, question in questions.items():
-        by_length.setdefault(len(question.answer), []).append(number)
-    return [
-        numbers[first : first + most]
-        for numbers in by_length.values()
-        for first in range(0, len(numbers), most)
-    ]
+    needed = [(number, "full") for number, label in wanted if label in foresee]
+    return list(dict.fromkeys([*first, *needed]))
 
 
-def _decoded(
-    prompts: Mapping[int, Prompt], policy: Policy, steps: int, seed: int, full: dict[int, Request]
-) -> Iterator[tuple[int, Request]]:
-    """Each prompt's request after ``steps`` tokens under ``policy``.
+def _parts(pairs: Sequence[Pair], most: int) -> list[Sequence[Pair]]:
+    return [pairs[first : first + most] for first in range(0, len(pairs), most)]
 
-    ``full`` has the full cache's, and gets those that are decoded here.
-    """
-    foresees = policy.evidence == "future"  # each into an answer of its own, so one by one
-    if foresees:
-        for _ in _decoded(
-            {number: prompt for number, prompt in prompts.items() if number not in full},
-            Full(),
-            steps,
-            seed,
-            full,
-        ):
-            pass
-    for numbers in [[number] for number in prompts] if foresees else filter(None, [list(prompts)]):
-        batch = Batch(
-            [prompts[number] for number in numbers],
-            policy,
-            seed=seed,
-            hindsight=full[numbers[0]] if foresees else None,
-        )
-        batch.generate(steps)
-        requests = dict(zip(numbers, batch.requests, strict=True))
-        if policy.name == "full":
-            full |= requests
-        yield from requests.items()
+
+def _answered(number: int, label: str, request: Request) -> Answered:
+    confidence = getattr(request.policy, "confidence", None)
+    return Answered(
+        number,
+        label,
+        request.tokens,
+        request.ledger(),
+        None if confidence is None else float(confidence),
+    )
