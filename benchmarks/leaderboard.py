@@ -66,7 +66,7 @@ VARIANTS: dict[str, dict[str, Any]] = {  # beside every policy with its defaults
 }
 SHARED = {  # one set for all layers: what is kept by the number of layers that share it
     "oracle": {"policy": "oracle", "scope": "shared"},
-    "lsa": {"policy": "lsa", "threshold": 1e-6},  # filling its budget
+    "lsa": {"policy": "lsa"},
     "lsa-history": {"policy": "lsa-history"},
 }
 SHARING_BUDGET = 0.1

@@ -104,6 +104,13 @@ def ratio(
     return estimate(float(part.sum() / whole.sum()), ratio_draws(part, whole, strata), strata)
 
 
+def otherwise(blocks: int) -> float:
+    """The share of blocks that could be otherwise, where `blocks` came out alike: the p whose (1 -
+    p) to the power `blocks` is 0.025.
+    """
+    return 1 - ((1 - LEVEL) / 2) ** (1 / blocks)
+
+
 def mean(values: Sequence[float] | np.ndarray) -> Estimate | None:
     """Mean of one value a block; None where there is none."""
     return ratio(np.asarray(values, dtype=np.float64), np.ones(len(values)))

@@ -31,14 +31,25 @@ def evaluate(
         list[str], typer.Option("--task", "-t", help="task family; repeat for more; all by default")
     ] = [],
     length: Annotated[
-        list[int], typer.Option("--length", "-l", help="tokens of a context; repeat for more")
-    ] = [32_768],
+        list[str],
+        typer.Option(
+            "--length",
+            "-l",
+            help="tokens of a context, or TOKENS:SAMPLES:SEEDS for fewer of them; repeat for more",
+        ),
+    ] = ["32768"],
     samples: Annotated[int, typer.Option(help="contexts a family, length and seed")] = 10,
     policy: Annotated[
         list[str],
         typer.Option("--policy", "-p", help="name, or name:key=value,key=value; repeat for more"),
     ] = DEFAULT_POLICIES,
-    budget: Annotated[str, typer.Option(help="of every policy that does not name its own")] = "10%",
+    budget: Annotated[
+        list[str],
+        typer.Option(
+            help="of every policy that names none, such as 10% of the entries, or '12.5% gpu' of"
+            " what the full cache of --model takes there; repeat for more"
+        ),
+    ] = ["10%"],
     checkpoint: Annotated[
         Path | None, typer.Option(help="lsa's memory indexer; the shipped one by default")
     ] = None,
@@ -67,9 +78,12 @@ def evaluate(
             "--workers",
             "-w",
             min=1,
-            help="processes on the device, each with a model",
+            help="processes, each with a model; they take the GPUs in turn",
         ),
     ] = 1,
+    seconds: Annotated[
+        float, typer.Option(help="begin no context after that; what is there is reported")
+    ] = float("inf"),
     out: Annotated[
         Path | None,
         typer.Option(
@@ -93,11 +107,12 @@ def evaluate(
     fmsim eval --text book.txt -l 8192 --samples 4 -t niah_single -t vt -p full -p lsa:budget=20% \\
       -p recency
     fmsim eval --corpus tokens -l 131072 --seed 42 --seed 43 --seed 44 --workers 8 --out results
+    fmsim eval --corpus tokens -l 131072 -l 524288:8:2 --budget "10% gpu" --budget "12.5% gpu"
     """
     require("model", "eval")
     from fmsim.errors import FmsimError
     from fmsim.experiments import accuracy
-    from fmsim.experiments.accuracy import Lines, Plan
+    from fmsim.experiments.accuracy import Lines, Plan, at_budgets
     from fmsim.files import write_text
     from fmsim.report.tables import accuracy as table
     from fmsim.tasks import FAMILIES
@@ -111,16 +126,18 @@ def evaluate(
             " --text, one or more text files"
         )
     given = str(checkpoint) if checkpoint else None
+    lengths = [_length(text) for text in length]
     plan = Plan(
         tuple(task) or FAMILIES,
-        tuple(length),
+        tuple(tokens for tokens, *_ in lengths),
         samples,
-        tuple(policy),
-        budget,
+        tuple(policy if len(budget) == 1 else at_budgets(policy, budget)),
+        budget[0],
         given,
         tuple(seed),
         geometry,
         hardware,
+        tuple((tokens, *fewer) for tokens, *fewer in lengths if fewer),
     )
     with bar("starting torch", quiet=quiet) as show:
         import torch
@@ -129,7 +146,7 @@ def evaluate(
         device = device or ("cuda" if torch.cuda.is_available() else "cpu")
         answers = Lines(plan, about, out / "answers.jsonl" if out else None)
         source = partial(_open, device, corpus, text)
-        lines = accuracy.run(source, plan, answers, show, workers)
+        lines = accuracy.run(source, plan, answers, show, workers, seconds)
     report = {"about": about | {"plan": vars(plan)}} | accuracy.summary(lines)
     if out:
         write_text(out / "report.json", json.dumps(report, indent=1) + "\n")
@@ -141,15 +158,31 @@ def evaluate(
     typer.echo(json.dumps(report)) if as_json else table.show(report)
 
 
+def _length(text: str) -> tuple[int, ...]:
+    """(tokens,) or (tokens, samples, seeds)."""
+    from fmsim.errors import FmsimError
+
+    parts = text.split(":")
+    if len(parts) not in (1, 3) or not all(part.isdecimal() for part in parts):
+        raise FmsimError(
+            f"--length {text}: give tokens, such as 32768, or TOKENS:SAMPLES:SEEDS, such as"
+            " 524288:8:2"
+        )
+    return tuple(map(int, parts))
+
+
 def _open(device: str, corpus: Path | None, files: list[Path]):
     """The model, and the text of the contexts."""
     return _model(device), _text(corpus, files)
 
 
 def _model(device: str):
+    import torch
+
     from fmsim.exec.model.weights.loader import load_model
     from fmsim.nano.tokenizer import MODEL_FOLDER
 
+    torch.set_float32_matmul_precision("high")  # TF32 on a GPU
     return load_model(MODEL_FOLDER, device)
 
 

@@ -40,15 +40,14 @@ def digest(config: Any, rows: Sequence[int], parts: Sequence[LayerWeights]) -> b
 
 
 class LSA(LookaheadPolicy):
-    """Keep what the memory indexer scores at or above a threshold for the coming window (arXiv
-    2606.09079).
+    """Keep what the memory indexer scores highest for the coming window (arXiv 2606.09079).
 
     Every `cadence` steps the indexer scores all compressed entries from the hidden state of the
     last token, one retriever a CSA layer, and one set serves all layers: a page's worth is its best
     entry's logit, the layers' combined by max. The newest entries and all that were decoded stay
-    resident. The paper's accuracy was measured so, with a threshold of 0.5, 2,048 recent entries
-    and no limit; the released engine's fixed budget is `kmax` with granularity 64 and page_rank
-    "count".
+    resident. The budget is filled, unless `threshold` says what is not worth keeping. The paper's
+    accuracy was measured with a threshold of 0.5, 2,048 recent entries and no limit; the released
+    engine's fixed budget is `kmax` with granularity 64 and page_rank "count".
     """
 
     name = "lsa"
@@ -59,7 +58,7 @@ class LSA(LookaheadPolicy):
     class Params(PolicyParams):
         budget: Budget = Field(
             Budget(0.1, "share"),
-            description="limit on what the threshold lets in, pinned pages included",
+            description="what is kept, or with a threshold the most; pinned pages included",
         )
         cadence: int = Field(64, ge=1, description="steps between decisions: the paper's tau")
         scope: Literal["per_layer", "shared"] = Field(
@@ -78,7 +77,12 @@ class LSA(LookaheadPolicy):
             "max", description="how the layers' logits become one"
         )
         threshold: float | None = Field(
-            None, gt=0, lt=1, description="lowest score kept; by default the checkpoint's or 0.5"
+            None, gt=0, lt=1, description="lowest score kept, even where there is room"
+        )
+        fill: bool = Field(
+            True,
+            description="without a threshold: fill the budget; false: go by the checkpoint's"
+            " threshold, or 0.5",
         )
         page_rank: Literal["max", "count"] = Field(
             "max", description="by the best entry, or by entries above the threshold"
@@ -143,7 +147,10 @@ class LSA(LookaheadPolicy):
         # scores of a state depend on these alone
         self._digest = digest(self.config, self.rows, parts)
         self.lowest_logit = scorer.logit(self.params.threshold or loaded.threshold or 0.5)
-        self.floor = self.lowest_logit if self.params.page_rank == "max" else 1.0
+        if self.params.fill and self.params.threshold is None:
+            self.floor = None
+        else:
+            self.floor = self.lowest_logit if self.params.page_rank == "max" else 1.0
 
     def target_layers(self) -> tuple[int, ...]:
         return tuple(self._layers_of(self._load()))

@@ -21,14 +21,17 @@ from fmsim.exec.decode.prompt import Prompt
 from fmsim.exec.runs.native import native_indexer
 from fmsim.experiments import accuracy
 from fmsim.experiments.accuracy import Lines, Plan, ask, policy_of, signals, summary
-from fmsim.experiments.accuracy.answer import abreast, answers
+from fmsim.experiments.accuracy.answer import answers
+from fmsim.geometry import PRESETS
 from fmsim.indexer import checkpoint
 from fmsim.nano import tokens as corpora
 from fmsim.report.tables import accuracy as table
+from fmsim.sim.footprint import ModelMemory
 from fmsim.tasks import Question, TaskContext
 
 MODEL = ours(oracle(5, layer_types=[SLIDING, CSA, HCA, CSA], vocab_size=4096))
 RANDOM = np.random.default_rng(0)
+MEMORY = ModelMemory(PRESETS["v4-flash"])
 CONTEXT = TaskContext(
     RANDOM.integers(2, 4096, 300).astype(np.uint16),
     tuple(
@@ -69,7 +72,7 @@ def found():
     wanted = [(number, label) for number in range(2) for label in makers]
     return {
         (answer.question, answer.label): answer
-        for answer in answers(MODEL, CONTEXT, wanted, makers)
+        for answer in answers(MODEL, CONTEXT, wanted, makers, MEMORY)
     }
 
 
@@ -110,9 +113,9 @@ def test_questions_side_by_side_are_answered_as_one_by_one(native):
     together, alone = (
         {
             (found.question, found.label): found
-            for found in answers(MODEL, context, wanted, makers, abreast_tokens=tokens)
+            for found in answers(MODEL, context, wanted, makers, MEMORY, abreast_entries=entries)
         }
-        for tokens in (2000, 1)
+        for entries in (2000, 1)
     )
     assert set(together) == set(alone) == set(wanted)
     for key, one in alone.items():
@@ -129,15 +132,6 @@ def test_questions_side_by_side_are_answered_as_one_by_one(native):
                 )  # sums of float16
             else:
                 assert np.array_equal(kept, wanted_kept), (key, field.name)
-
-
-def test_as_many_questions_stand_side_by_side_as_fit():
-    questions = {
-        number: Question("t", (1,), (2,) * size, ("x",))
-        for number, size in ((0, 5), (1, 9), (3, 5), (4, 5), (7, 5))
-    }
-    assert abreast(questions, 3) == [[0, 3, 4], [7], [1]]
-    assert abreast(questions, 1) == [[0], [3], [4], [7], [1]]
 
 
 def test_the_oracle_keeps_more_than_any_other_of_the_same_budget(found):
@@ -258,6 +252,7 @@ def line(policy, score, task="vt", tokens=1024, sample=0, question=0, missing=0.
     costs = {
         "gpu_bytes": 20,
         "gpu_ratio": 0.2,
+        "max_requests": 3,
         "kv_bytes": 10,
         "kv_ratio": 0.1,
         "golden_kept": 1.0,

@@ -332,12 +332,8 @@ class _Pager:
         for b, row in enumerate(self.table.rows[: len(weight)]):
             params = row.policy.params
             if params.on_miss != "mask":
-                kind = (
-                    params.on_miss,
-                    params.granularity,
-                    getattr(params, "fallback_above", 0.0),
-                    getattr(params, "fallback_below", 0.0),
-                )
+                above, below = params.fallback_above, params.fallback_below
+                kind = (params.on_miss, params.granularity, above, below)
                 kinds.setdefault(kind, []).append(b)
         found = []
         for (on_miss, granularity, above, below), numbers in kinds.items():

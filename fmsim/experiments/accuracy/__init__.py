@@ -8,7 +8,7 @@ inside functions only.
 
 from fmsim.experiments.accuracy.ask import run
 from fmsim.experiments.accuracy.lines import Lines
-from fmsim.experiments.accuracy.plan import Plan, policy_of
+from fmsim.experiments.accuracy.plan import Plan, at_budgets, policy_of
 from fmsim.experiments.accuracy.summary import summary
 
-__all__ = ["Lines", "Plan", "policy_of", "run", "summary"]
+__all__ = ["Lines", "Plan", "at_budgets", "policy_of", "run", "summary"]

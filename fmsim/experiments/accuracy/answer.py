@@ -5,7 +5,10 @@ question once, and all questions are answered side by side under all policies.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import NamedTuple
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, NamedTuple
+
+import torch
 
 from fmsim.exec.decode.prompt import Prompt
 from fmsim.exec.decode.request import Request
@@ -53,17 +56,22 @@ def answers(
     seed: int = 0,
     progress: Callable[[int], None] = lambda tokens: None,
     abreast_entries: int | None = None,
+    reading: AbstractContextManager[Any] | None = None,
 ) -> Iterator[Answered | Refused]:
     """The (question, policy) pairs that are ``wanted``, in no certain order.
 
-    ``memory`` says what a budget in bytes buys; ``progress`` is told of tokens read. The question
+    ``memory`` says what a budget in bytes buys; ``progress`` is told of tokens read; ``reading`` is
+    held while the context is read, which takes the most of a GPU's memory. The question
     is part of the prompt, which is read exactly; the policy rules from the first generated token
     on. A policy that looks into the future is given what the full cache's answer selected, so that
     one comes first.
     """
     questions = {number: context.questions[number] for number, _ in wanted}
     room = max(len(question.tokens) + len(question.answer) for question in questions.values())
-    read = Prompt(model, context.tokens.tolist(), room, progress)
+    with reading or nullcontext():
+        read = Prompt(model, context.tokens.tolist(), room, progress)
+        if read.logits.is_cuda:
+            torch.cuda.empty_cache()  # for those that read next
     prompts = {
         number: read.extended(question.tokens, len(question.answer))
         for number, question in questions.items()

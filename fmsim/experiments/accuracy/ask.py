@@ -4,11 +4,16 @@ into what it costs.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import multiprocessing
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import replace
 from functools import partial
-from typing import TYPE_CHECKING
+from itertools import takewhile
+from typing import TYPE_CHECKING, Any
 
+from fmsim.errors import FmsimError
 from fmsim.experiments.accuracy.lines import Line, Lines
 from fmsim.experiments.accuracy.plan import Item, Plan, policy_of
 from fmsim.experiments.parallel import as_they_end, cores, one_by_one
@@ -17,7 +22,7 @@ from fmsim.geometry import PRESETS
 from fmsim.hw.spec import load_hardware
 from fmsim.sim import metrics
 from fmsim.sim.decode import simulate
-from fmsim.sim.footprint import check_layer_map
+from fmsim.sim.footprint import ModelMemory, check_layer_map
 from fmsim.tasks import build
 from fmsim.tasks.questions import texts
 
@@ -27,7 +32,7 @@ if TYPE_CHECKING:
     from fmsim.replay.ledger import Ledger
 
 READ = 0.5  # of a context's work is to read it, about; the rest is its answers
-
+MOST_GPUS = 16  # of one machine
 OpenSource = Callable[[], "tuple[DeepseekV4, Corpus]"]
 
 
@@ -37,8 +42,10 @@ def run(
     lines: Lines,
     progress: Progress = silent,
     workers: int = 1,
+    seconds: float = float("inf"),
 ) -> list[Line]:
-    """All lines of ``plan``; those that ``lines`` has are not asked again.
+    """All lines of ``plan``; those that ``lines`` has are not asked again. No context is begun
+    after ``seconds``: the lines are then those that are there.
 
     ``progress`` is told (what, contexts done, contexts in all).
 
@@ -49,17 +56,23 @@ def run(
     for spec in plan.policies:
         policy_of(spec, plan.budget, plan.checkpoint)  # a mistake is told before anything is read
     items = plan.items()
+    ends_s = time.monotonic() + seconds
     if workers == 1:
         progress("opening the model", 0, len(items))
-        _one_by_one(open_source, plan, items, lines, progress)
+        _one_by_one(open_source, plan, items, lines, progress, ends_s)
     else:
         progress(f"{workers} processes begin", 0, len(items))
-        _side_by_side(open_source, plan, items, lines, workers, progress)
+        _side_by_side(open_source, plan, items, lines, workers, progress, ends_s)
     return lines.of(items, plan.policies)
 
 
 def _one_by_one(
-    open_source: OpenSource, plan: Plan, items: list[Item], lines: Lines, progress: Progress
+    open_source: OpenSource,
+    plan: Plan,
+    items: list[Item],
+    lines: Lines,
+    progress: Progress,
+    ends_s: float,
 ) -> None:
     """Lines are added as they come."""
     model, corpus = open_source()
@@ -80,39 +93,81 @@ def _side_by_side(
     lines: Lines,
     workers: int,
     progress: Progress,
+    ends_s: float,
 ) -> None:
-    """The longest are begun first, so that none is left alone at the end."""
-    jobs = [
-        (item, {lines.key(line) for line in lines.of([item], plan.policies)})
-        for item in sorted(items, key=lambda item: -item.tokens)
-    ]
-    work = partial(_in_process, open_source, plan, max(1, cores() // workers))
-    tally = Tally([str(item) for item, _ in jobs], len(jobs), progress)
-    for made in as_they_end(work, jobs, workers, "spawn", told=tally):
+    """Of each seed the longest are begun first: a run that is cut off has whole seeds, and no long
+    context is left alone at the end.
+    """
+    order = sorted(items, key=lambda item: (plan.seeds.index(item.seed), -item.tokens))
+    jobs = [(item, {lines.key(line) for line in lines.of([item], plan.policies)}) for item in order]
+    in_time = takewhile(lambda job: time.monotonic() <= ends_s, jobs)
+    context = multiprocessing.get_context("spawn")
+    reading = tuple(context.Lock() for _ in range(MOST_GPUS))
+    work = partial(_in_process, open_source, plan, max(1, cores() // workers), reading)
+    tally = Tally([str(item) for item in order], len(jobs), progress)
+    lost: list[str] = []
+
+    def gone(job: tuple[Item, set[tuple]], why: str) -> str:
+        return f"{job[0]}: {why}"
+
+    for made in as_they_end(work, in_time, workers, "spawn", gone, told=tally):
+        if isinstance(made, str):
+            lost.append(made)
+            continue
         for line in made:
             lines.add(line)
+    if lost:
+        raise FmsimError(
+            f"eval: {len(lost)} contexts were lost, the first is {lost[0]}; with the same --out it"
+            " asks them again"
+        )
 
 
 _opened: list[tuple[DeepseekV4, Corpus]] = []  # this worker's, for its next context
 
 
 def _in_process(
-    open_source: OpenSource, plan: Plan, threads: int, job: tuple[Item, set[tuple]]
-) -> list[Line]:
-    if not _opened:
-        import torch
+    open_source: OpenSource,
+    plan: Plan,
+    threads: int,
+    reading: Sequence[AbstractContextManager[Any]],
+    job: tuple[Item, set[tuple]],
+) -> list[Line] | str:
+    """A context's lines, or why there are none.
 
+    Workers take GPUs in turn, where there are several. Those of one GPU read one context at a time,
+    since that takes the most memory: `reading` has a lock for each.
+    """
+    import torch
+
+    gpu = 0
+    if torch.cuda.is_available():
+        number = int(multiprocessing.current_process().name.rpartition("-")[2])
+        gpu = number % min(torch.cuda.device_count(), MOST_GPUS)
+        torch.cuda.set_device(gpu)
+    if not _opened:
         torch.set_num_threads(threads)
         _opened.append(open_source())
     item, known = job
-    return list(_ask(*_opened[0], plan, item, known))
+    try:
+        return list(_ask(*_opened[0], plan, item, known, reading[gpu]))
+    except torch.cuda.OutOfMemoryError as error:
+        torch.cuda.empty_cache()
+        return f"{item}: the GPU's memory is short: {error}"
 
 
 def _ask(
-    model: DeepseekV4, corpus: Corpus, plan: Plan, item: Item, known: set[tuple]
+    model: DeepseekV4,
+    corpus: Corpus,
+    plan: Plan,
+    item: Item,
+    known: set[tuple],
+    reading: AbstractContextManager[Any] | None = None,
 ) -> Iterator[Line]:
-    """One context's lines, but for those whose keys are ``known``."""
-    from fmsim.experiments.accuracy.answer import answers
+    """One context's lines, but for those whose keys are ``known``. It is read while ``reading`` is
+    held.
+    """
+    from fmsim.experiments.accuracy.answer import Refused, answers
 
     [context] = build(item.tasks, item.tokens, item.sample, corpus, item.seed)
     makers = {
@@ -133,11 +188,17 @@ def _ask(
     wanted = [pair for pair in pairs if Lines.key(head(*pair)) not in known]
     if not wanted:
         return
-    reading = StepsTold(len(context.tokens), end=READ)
+    memory = ModelMemory(PRESETS[plan.model])
+    read = StepsTold(len(context.tokens), end=READ)
     answering = StepsTold(len(wanted), start=READ)
     seed = 1000 * item.seed + item.sample
-    for answered in answers(model, context, wanted, makers, seed, reading.advance):
+    for answered in answers(
+        model, context, wanted, makers, memory, seed, read.advance, reading=reading
+    ):
         answering.advance()
+        if isinstance(answered, Refused):
+            yield head(answered.question, answered.label) | {"refused": answered.why}
+            continue
         question = context.questions[answered.question]
         judged = {"score": question.score(answered.tokens), "text": texts([answered.tokens])[0]}
         yield (
@@ -162,6 +223,7 @@ def costs(ledger: Ledger, plan: Plan) -> Line:
     return {
         "gpu_bytes": row["gpu_bytes"],
         "gpu_ratio": row["gpu_ratio"],
+        "max_requests": row["max_requests"],
         "kv_bytes": row["kv_hbm_bytes"],
         "kv_ratio": row["kv_hbm_ratio"],
         "golden_kept": row["entry_recall"],

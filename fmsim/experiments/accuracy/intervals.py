@@ -60,7 +60,7 @@ def interval(
     found = bootstrap.estimate(mean, draws, strata).plain(least, most)
     n = found.pop("blocks")
     if found["half_width"] is not None and found["half_width"] < 1e-9:
-        other = 1 - ((1 - bootstrap.LEVEL) / 2) ** (1 / n)
+        other = bootstrap.otherwise(n)
         found["low"], found["high"] = mean - other * (mean - least), mean + other * (most - mean)
         found["half_width"] = max(mean - found["low"], found["high"] - mean)
     return found | {"n": n}

@@ -19,6 +19,7 @@ EXTENT = (
     "samples",
     "policies",
     "seeds",
+    "fewer",
 )  # of a plan: how much is asked, not what is answered
 
 
@@ -60,7 +61,7 @@ class Lines:
         for number, text in enumerate(whole[1:], start=2):
             try:
                 line = json.loads(text)
-                if "gpu_bytes" not in line:
+                if "max_requests" not in line and "refused" not in line:
                     raise ValueError("an answer of an older fmsim")
                 self.found[self.key(line)] = line
             except (ValueError, KeyError, TypeError):

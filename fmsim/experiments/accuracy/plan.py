@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from fmsim.errors import FmsimError
@@ -37,7 +38,8 @@ class Plan:
 
     ``policies`` are specs as `policy_of` reads them; ``budget`` is of all that do not name their
     own; ``model`` names the preset whose bytes, and ``hardware`` the one whose times, the answers'
-    ledgers are turned into.
+    ledgers are turned into; a budget on the GPU is of that preset's bytes. ``fewer`` has (length,
+    samples, seeds) of lengths that get fewer of them: the first ones.
     """
 
     tasks: tuple[str, ...] = FAMILIES
@@ -49,6 +51,7 @@ class Plan:
     seeds: tuple[int, ...] = (42,)
     model: str = "v4-flash"
     hardware: str = "h100"
+    fewer: tuple[tuple[int, int, int], ...] = ()
 
     def __post_init__(self) -> None:
         for task in set(self.tasks) - set(FAMILIES):
@@ -59,19 +62,37 @@ class Plan:
             )
         if self.samples < 1 or min(self.lengths) < 1:
             raise FmsimError("eval: --samples and --length must be at least 1")
+        if any(min(samples, seeds) < 1 for _, samples, seeds in self.fewer):
+            raise FmsimError("eval: --length TOKENS:SAMPLES:SEEDS takes numbers of at least 1")
         if min(self.seeds) < 0:
             raise FmsimError("eval: --seed must be at least 0")
 
     def items(self) -> list[Item]:
         """Every context, each once."""
-        every = [
-            Item(seed, tokens, sample, tasks)
-            for tokens in self.lengths
-            for seed in self.seeds
-            for sample in range(self.samples)
-            for tasks in in_contexts(self.tasks)
-        ]
+        fewer = {tokens: (samples, seeds) for tokens, samples, seeds in self.fewer}
+        every = []
+        for tokens in self.lengths:
+            samples, seeds = fewer.get(tokens, (self.samples, len(self.seeds)))
+            every += [
+                Item(seed, tokens, sample, tasks)
+                for seed in self.seeds[:seeds]
+                for sample in range(samples)
+                for tasks in in_contexts(self.tasks)
+            ]
         return list(dict.fromkeys(every))
+
+
+def at_budgets(policies: Sequence[str], budgets: Sequence[str]) -> list[str]:
+    """`policies` as specs that name their budget, at each of `budgets`: all but `full`, and those
+    that name one.
+    """
+    found = []
+    for spec in policies:
+        name, params = registry.split(spec)
+        alone = name == "full" or "budget" in params
+        between = "," if params else ":"
+        found += [spec] if alone else [f"{spec}{between}budget={budget}" for budget in budgets]
+    return list(dict.fromkeys(found))
 
 
 def policy_of(spec: str, budget: str, checkpoint: str | None = None) -> Policy:

@@ -10,12 +10,14 @@ from typing import Any
 import numpy as np
 
 from fmsim.experiments.accuracy.intervals import interval
+from fmsim.experiments.accuracy.kept import QUESTION, answers_kept, guide
 from fmsim.experiments.accuracy.lines import Line
 from fmsim.experiments.accuracy.signals import signals
 
 COSTS = (
     "gpu_bytes",
     "gpu_ratio",
+    "max_requests",
     "kv_bytes",
     "kv_ratio",
     "golden_kept",
@@ -23,23 +25,29 @@ COSTS = (
     "h2d_bytes_per_step",
     "stall_ratio",
 )
-QUESTION = ("task", "tokens", "seed", "sample", "question")
 
 
-def summary(lines: Sequence[Line]) -> dict[str, Any]:
+def summary(every: Sequence[Line]) -> dict[str, Any]:
     """-> {"cells": a (length, task, policy) each, "averages": a (length, policy) each over tasks,
-    "overall": a policy each over all of them, "paired": ..., "signals": ...}; ready for JSON.
+    "overall": a policy each over all of them, "paired": ..., "signals": ..., "answers_kept": see
+    `kept`, "mass_as_guide": see `kept.guide`, "refused": {"tokens", "policy", "why"} each}; ready
+    for JSON.
 
     ``score`` is a mean over samples, of one's questions their mean, in 0 to 1; samples of all
     seeds. ``versus_full`` is the mean difference to the full cache's on the same samples. Their
     95% intervals, ``score_ci95`` and ``versus_full_ci95``, are clustered by context: see
     `intervals.interval`. A difference whose interval holds 0 is none.
     """
+    lines = [line for line in every if "refused" not in line]
+    refused = {
+        (line["tokens"], line["policy"]): line["refused"] for line in every if "refused" in line
+    }
     full = {
         tuple(line[key] for key in QUESTION): line["score"]
         for line in lines
         if line["policy"] == "full"
     }
+    kept = answers_kept(lines)
     samples = _samples(lines)
     pairs = _paired(lines, full)
     pairs_of = _grouped(pairs, ("tokens", "task", "policy"))
@@ -69,6 +77,12 @@ def summary(lines: Sequence[Line]) -> dict[str, Any]:
         "overall": overall,
         "paired": beside_full(pairs),
         "signals": signals(lines, full),
+        "answers_kept": kept,
+        "mass_as_guide": guide(kept),
+        "refused": [
+            {"tokens": tokens, "policy": policy, "why": why}
+            for (tokens, policy), why in refused.items()
+        ],
     }
 
 

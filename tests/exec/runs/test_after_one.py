@@ -14,8 +14,8 @@ from tiny_model import CSA, HCA, SLIDING, oracle, ours
 from fmsim.errors import FmsimError
 from fmsim.exec.decode.engine import Batch
 from fmsim.exec.decode.prompt import Prompt
-from fmsim.exec.runs.after_one import AfterOne, Asked
 from fmsim.exec.decode.unscaled import unscaled
+from fmsim.exec.runs.after_one import AfterOne, Asked
 from fmsim.policies import registry
 from fmsim.policies.full import Full
 from fmsim.sim.footprint import ModelMemory

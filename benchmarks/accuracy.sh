@@ -1,0 +1,42 @@
+#!/usr/bin/env bash
+# What nano answers under each policy at equal bytes on the GPU: the table of docs/accuracy.md.
+#
+#     OUT=results benchmarks/accuracy.sh TOKENS
+#
+# TOKENS is what fmsim.nano.text.pack_tokens wrote, of which held_out.xz is read. On all GPUs of this
+# machine, WORKERS processes each (8). A context is read once for all families and policies. OUT gets
+# report.json and answers.jsonl, from which a run that was cut off goes on, and run.log. No context
+# is begun after SECONDS (260); what is there is reported. Run it again to ask the rest.
+# Settings: LENGTHS, SAMPLES, SEEDS, BUDGETS and POLICIES in the words of `fmsim eval`; DEVICE, PYTHON.
+# Afterwards `python benchmarks/accuracy.py OUT/report.json` puts the figures where they ship.
+set -u
+root=$(cd "$(dirname "$0")/.." && pwd)
+export PYTHONPATH=$root${PYTHONPATH:+:$PYTHONPATH} OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false
+python=${PYTHON:-python3} device=${DEVICE:-cuda} seconds=${SECONDS_TO_BEGIN:-260}
+gpus=$(nvidia-smi -L 2>/dev/null | wc -l)
+workers=$((${WORKERS:-8} * (gpus > 0 ? gpus : 1)))
+call=(eval --corpus "$1" --out "$OUT" --device "$device" --workers "$workers" --seconds "$seconds")
+for length in ${LENGTHS:-8192 32768 131072 524288:8:2}; do call+=(--length "$length"); done
+for seed in ${SEEDS:-1701 1702 1703}; do call+=(--seed "$seed"); done
+for task in niah_single niah_multikey niah_multivalue niah_multiquery memory memory_update \
+  multi_round vt; do call+=(--task "$task"); done
+IFS=';' read -ra budgets <<<"${BUDGETS:-10% gpu;12.5% gpu;25% gpu}"
+for budget in "${budgets[@]}"; do call+=(--budget "$budget"); done
+held=cadence=64,on_miss=mask
+read -ra policies <<<"${POLICIES:-full recency h2o snapkv lru:$held lru:$held,prompt_history=true \
+  lsa:fill=true lsa-history oracle}"
+for policy in "${policies[@]}"; do call+=(--policy "$policy"); done
+# what all index keys are needed for takes 18%
+for policy in lru "lsa:fill=true,on_miss=fallback" native; do
+  call+=(--policy "$policy$([[ $policy == *:* ]] && echo , || echo :)budget=25% gpu")
+done
+mkdir -p "$OUT"
+for _ in 1 2 3; do # a context that was lost is asked again
+  began=$SECONDS
+  "$python" -c "from fmsim.cli import main; main()" "${call[@]}" --samples "${SAMPLES:-16}" --json \
+    >/dev/null 2>>"$OUT/run.log" && break
+  seconds=$((seconds - (SECONDS - began)))
+  [ "$seconds" -gt 0 ] || break
+  call+=(--seconds "$seconds")
+done
+tail -n 3 "$OUT/run.log"
