@@ -24,10 +24,10 @@ IFS=';' read -ra budgets <<<"${BUDGETS:-10% gpu;12.5% gpu;25% gpu}"
 for budget in "${budgets[@]}"; do call+=(--budget "$budget"); done
 held=cadence=64,on_miss=mask
 read -ra policies <<<"${POLICIES:-full recency h2o snapkv lru:$held lru:$held,prompt_history=true \
-  lsa:fill=true lsa-history oracle}"
+  lsa lsa-history oracle}"
 for policy in "${policies[@]}"; do call+=(--policy "$policy"); done
 # what all index keys are needed for takes 18%
-for policy in lru "lsa:fill=true,on_miss=fallback" native; do
+for policy in lru "lsa:on_miss=fallback" native; do
   call+=(--policy "$policy$([[ $policy == *:* ]] && echo , || echo :)budget=25% gpu")
 done
 mkdir -p "$OUT"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
 from typing import Annotated
@@ -147,7 +148,8 @@ def evaluate(
         answers = Lines(plan, about, out / "answers.jsonl" if out else None)
         source = partial(_open, device, corpus, text)
         lines = accuracy.run(source, plan, answers, show, workers, seconds)
-    report = {"about": about | {"plan": vars(plan)}} | accuracy.summary(lines)
+    where = {"device": _device_name(device), "date": datetime.now(UTC).strftime("%F %T")}
+    report = {"about": about | where | {"plan": vars(plan)}} | accuracy.summary(lines)
     if out:
         write_text(out / "report.json", json.dumps(report, indent=1) + "\n")
     if plot:
@@ -182,8 +184,18 @@ def _model(device: str):
     from fmsim.exec.model.weights.loader import load_model
     from fmsim.nano.tokenizer import MODEL_FOLDER
 
-    torch.set_float32_matmul_precision("high")  # TF32 on a GPU
-    return load_model(MODEL_FOLDER, device)
+    if device == "cpu":
+        return load_model(MODEL_FOLDER, device)
+    return load_model(MODEL_FOLDER, device, torch.bfloat16)  # as its weights are
+
+
+def _device_name(device: str) -> str:
+    import torch
+
+    if not device.startswith("cuda"):
+        return device
+    count = torch.cuda.device_count()
+    return f"{count} x {torch.cuda.get_device_name()}"
 
 
 def _about(corpus: Path | None, files: list[Path]) -> dict[str, str]:

@@ -31,10 +31,9 @@ from fmsim.trace import Trace
 
 Row = dict[str, Any]
 FIGURES = ("mass_kept", "entry_recall")
-FIRST = "lsa, filled"  # the others stand beside it
+FIRST = "lsa"  # the others stand beside it
 HELD = {"cadence": 64, "on_miss": "mask"}
 ALL = {"sees": "all"}
-FILLED = {"threshold": 1e-9}  # lets every entry in, so that the budget is filled
 BOUNDS = ("oracle", "oracle, one set")  # they read the trace's future
 
 
@@ -50,7 +49,7 @@ def specs(checkpoint: Path | None, trace: Trace, native: bool) -> dict[str, dict
         "oracle": {"policy": "oracle"},
         "oracle, one set": {"policy": "oracle", "scope": "shared"},
         "lsa": {"policy": "lsa"} | scored,
-        "lsa, filled": {"policy": "lsa"} | scored | FILLED,
+        "lsa at its threshold": {"policy": "lsa", "fill": False} | scored,
         "lsa-history": {"policy": "lsa-history"} | scored | prompt,
         "lsa-history, sees all": {"policy": "lsa-history"} | scored | prompt | ALL,
         "lru, held": {"policy": "lru"} | HELD | prompt,

@@ -60,7 +60,7 @@ INF = float("inf")
 def test_a_page_is_worth_its_best_layer_and_the_unscored_are_young(weights):
     policy = started(weights)
     assert worths(policy, 0) == pytest.approx([0, 3, 2, 0, 2, 5, INF, INF], rel=1e-4)
-    assert policy.floor == pytest.approx(1.5)  # the checkpoint's threshold: keeps 1, 2, 4 and 5
+    assert policy.floor is None  # the budget is filled
     assert policy.scored_entries(0) == 12
 
 
@@ -107,9 +107,11 @@ def test_pages_go_by_their_best_entry_or_by_entries_above_the_threshold(weights)
 
 def test_threshold_is_the_users_then_the_checkpoints(weights):
     assert started(weights, threshold=0.9).floor == pytest.approx(logit(0.9))
+    assert started(weights, fill=False).floor == pytest.approx(1.5)  # the checkpoint's
     loaded = checkpoint.load(weights)
     checkpoint.save(Checkpoint(loaded.layers, loaded.config), weights)
-    assert started(weights).floor == 0.0  # a score of 0.5
+    assert started(weights, fill=False).floor == 0.0  # a score of 0.5
+    assert started(weights).floor is None
 
 
 def test_pins_and_kmax_are_counted_in_pages(weights):

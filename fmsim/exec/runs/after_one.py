@@ -290,8 +290,8 @@ class _Pager:
         self.own = own
         read = context.csa_caches[layer]
         self.shared = read.kv.closed
-        self.keys = read.index.entries[0, : self.shared]
-        kv = self.keys.new_zeros(len(prompts), own + 1, read.kv.entries.shape[-1])
+        self.keys = read.index.entries[0, : self.shared].float()
+        kv = read.kv.entries.new_zeros(len(prompts), own + 1, read.kv.entries.shape[-1])
         keys = self.keys.new_zeros(len(prompts), own + 1, self.keys.shape[1])
         for place, prompt in enumerate(prompts):
             cache = prompt.csa_caches[layer]
@@ -305,11 +305,11 @@ class _Pager:
         rows = torch.arange(len(index), device=index.device)
         place = torch.where(index < 0, self.own, index - self.shared).long()
         self.pool[self.shared + rows * (self.own + 1) + place] = entry
-        self.own_keys[rows, place] = key
+        self.own_keys[rows, place] = key.float()
 
     def select(self, queries: Tensor, weights: Tensor, visible: Tensor, top_k: int) -> Tensor:
         lengths = visible.int()
-        scores = self._scores(queries[:, 0], weights[:, 0])
+        scores = self._scores(queries[:, 0].float(), weights[:, 0].float())
         resident = self.table.resident[self.layer, : len(scores)]
         self.wanted = best(scores, lengths, top_k)
         none = self.wanted < 0
@@ -373,18 +373,17 @@ class _Pager:
         selections.attended[self.layer, :rows] = self.attended_to.cpu()
 
     def _scores(self, queries: Tensor, weights: Tensor) -> Tensor:
-        """float32 [B, E] of queries [B, heads, D] and weights [B, heads]: the context's entries,
-        and each row's own.
+        """float32 [B, E] of queries [B, heads, D] and weights [B, heads], float32: the context's
+        entries, and each row's own.
         """
         rows, heads, _ = queries.shape
-        scores = queries.new_empty(rows, self.shared + self.own, dtype=torch.float32)
+        scores = queries.new_empty(rows, self.shared + self.own)
         common = scores[:, : self.shared]
         for head in range(heads):
-            part = (queries[:, head] @ self.keys.T).relu_().float()
-            part.mul_(weights[:, head, None].float())
+            part = (queries[:, head] @ self.keys.T).relu_().mul_(weights[:, head, None])
             common.copy_(part) if head == 0 else common.add_(part)
-        own = torch.einsum("bhd,bed->bhe", queries, self.own_keys[:rows, : self.own]).relu().float()
-        scores[:, self.shared :] = (own * weights[..., None].float()).sum(1)
+        own = torch.einsum("bhd,bed->bhe", queries, self.own_keys[:rows, : self.own]).relu()
+        scores[:, self.shared :] = (own * weights[..., None]).sum(1)
         return scores
 
 

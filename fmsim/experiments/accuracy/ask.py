@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import replace
-from functools import partial
+from functools import cache, partial
 from itertools import takewhile
 from typing import TYPE_CHECKING, Any
 
@@ -19,7 +19,7 @@ from fmsim.experiments.accuracy.plan import Item, Plan, policy_of
 from fmsim.experiments.parallel import as_they_end, cores, one_by_one
 from fmsim.experiments.progress import Progress, StepsTold, Tally, silent
 from fmsim.geometry import PRESETS
-from fmsim.hw.spec import load_hardware
+from fmsim.hw.spec import Hardware, load_hardware
 from fmsim.sim import metrics
 from fmsim.sim.decode import simulate
 from fmsim.sim.footprint import ModelMemory, check_layer_map
@@ -209,11 +209,16 @@ def _ask(
         )
 
 
+@cache
+def _hardware(name: str) -> Hardware:
+    return load_hardware(name)
+
+
 def costs(ledger: Ledger, plan: Plan) -> Line:
     """What `fmsim run` says of a ledger, as far as the table needs it, in the plan's model and
     hardware; and what foretells a lost answer.
     """
-    geometry, hw = PRESETS[plan.model], load_hardware(plan.hardware)
+    geometry, hw = PRESETS[plan.model], _hardware(plan.hardware)
     layer_map = check_layer_map(None, ledger.n_layers, geometry.n_csa)
     # The engine here keeps all index keys, to measure what was lost; a server keeps what it needs.
     sees_all = ledger.on_miss != "mask" or ledger.params.get("sees") == "all"

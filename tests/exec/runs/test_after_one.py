@@ -135,3 +135,13 @@ def test_a_decision_after_more_than_a_window_is_refused(prompts, tmp_path):
     run = AfterOne(context, [Asked(asked[1], policy)], MEMORY)
     with pytest.raises(FmsimError, match="fmsim.exec.decode.engine"):
         run.decode()
+
+
+def test_a_model_in_bfloat16_decodes_too():
+    model = ours(oracle(3, layer_types=[SLIDING, CSA, HCA, CSA])).bfloat16()
+    context = Prompt(model, CONTEXT, 40)
+    asked = context.extended(QUESTIONS[0], STEPS[0])
+    run = AfterOne(context, [Asked(asked, Full())], MEMORY)
+    run.decode()
+    ledger = run.requests[0].ledger()
+    assert len(run.requests[0].tokens) == STEPS[0] and (ledger.hit == ledger.accessed).all()
