@@ -31,7 +31,7 @@ from fmsim.trace import Trace
 
 Row = dict[str, Any]
 FIGURES = ("mass_kept", "entry_recall")
-FIRST = "lsa"  # the others stand beside it
+FIRST = "lsa, filled"  # the others stand beside it
 HELD = {"cadence": 64, "on_miss": "mask"}
 ALL = {"sees": "all"}
 BOUNDS = ("oracle", "oracle, one set")  # they read the trace's future
@@ -48,8 +48,8 @@ def specs(checkpoint: Path | None, trace: Trace, native: bool) -> dict[str, dict
     found = {
         "oracle": {"policy": "oracle"},
         "oracle, one set": {"policy": "oracle", "scope": "shared"},
-        "lsa": {"policy": "lsa"} | scored,
-        "lsa at its threshold": {"policy": "lsa", "fill": False} | scored,
+        "lsa": {"policy": "lsa", "fill": False} | scored,
+        "lsa, filled": {"policy": "lsa"} | scored,
         "lsa-history": {"policy": "lsa-history"} | scored | prompt,
         "lsa-history, sees all": {"policy": "lsa-history"} | scored | prompt | ALL,
         "lru, held": {"policy": "lru"} | HELD | prompt,

@@ -247,7 +247,7 @@ def test_a_pages_worth_is_its_best_entrys_logit(weights):
     assert policy.floor == pytest.approx(np.log(4))  # the logit of 0.8
     assert policy.confidence == pytest.approx(3, rel=1e-4)
     assert policy.scored_entries(0) == 10 and policy.scored_entries(4) == 11
-    assert lsa(weights).floor == 0.0  # the checkpoint's 0.5
+    assert lsa(weights, fill=False).floor == 0.0  # the checkpoint's 0.5
     ahead = policy.ahead(4, 5)[0].tolist()  # an entry more, and two pages that have no score yet
     assert ahead == pytest.approx([3, 3, 2, INF, INF], rel=1e-4)
 

@@ -93,7 +93,7 @@ def test_layers_combine_by_mean_or_alone_or_each_for_itself(weights):
 
 def test_pages_go_by_their_best_entry_or_by_entries_above_the_threshold(weights):
     assert worths(started(weights, granularity=4), 0) == pytest.approx([3, 5], rel=1e-4)
-    by_count = started(weights, granularity=4, page_rank="count")
+    by_count = started(weights, granularity=4, page_rank="count", fill=False)
     assert by_count.floor == 1.0
     assert worths(by_count, 0) == pytest.approx(
         [2 + 0.5 * sigmoid(np.float32(3)), 2 + 0.5 * sigmoid(np.float32(5))], abs=1e-3

@@ -26,6 +26,7 @@ LSA = TENTH | {
     "layers": "None",
     "combine": "max",
     "threshold": "None",
+    "fill": "True",
     "page_rank": "max",
     "sink_entries": "1",
     "recent_entries": "32",

@@ -85,8 +85,10 @@ class Request:
 
     @property
     def step(self) -> int:
-        """The decode step that is under way, or that comes next."""
-        return self.selections.step
+        """The decode step that is under way, or that comes next; the last one's number plus one
+        where the prompt has room for no more.
+        """
+        return min(self.selections.step, self.prompt.max_steps)
 
     @property
     def residency(self) -> Residency:

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from fmsim.errors import FmsimError
+from fmsim.exec.decode.keeper import Keeper
 from fmsim.exec.decode.prompt import Prompt
 from fmsim.exec.decode.request import Request
 from fmsim.exec.decode.selections import Selections, rounded
@@ -165,6 +166,7 @@ class _Source:
     def __init__(self, context: Prompt, rows: Sequence[Request], selections: Selections):
         self.model = context.model
         self.rows = list(rows)
+        self.keepers = [Keeper([row], row.manager, row.book, selections, False) for row in rows]
         self.selections = selections
         prompts = list({id(row.prompt): row.prompt for row in rows}.values())
         places = {id(prompt): place for place, prompt in enumerate(prompts)}
@@ -201,14 +203,16 @@ class _Source:
         self.selections.tokens[step, :now] = chosen.cpu()
         for pager in self.pagers:
             pager.book(self.selections, now)
-        self.selections.keep(step)
-        return [row.served() for row in self.rows]
+        self.selections.keep()
+        for row in self.rows:
+            row.keep_state()
+        return [keeper.served() for keeper in self.keepers]
 
     def keep_first(self, rows: int) -> None:
         """The others' answers are over."""
         if rows == len(self.rows):
             return
-        del self.rows[rows:]
+        del self.rows[rows:], self.keepers[rows:]
         self.logits = self.logits[:rows]
         self.positions = self.positions[:rows]
         first = slice(rows)
