@@ -1,0 +1,92 @@
+"""The marked code blocks of tutorials and how-to pages run, page by page, in an empty folder.
+
+    <!-- file: NAME -->   the block below is that file
+    <!-- runs -->         the block below is run by bash, and must end with 0
+"""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+PAGES = [*sorted((ROOT / "docs/tutorial").glob("*.md")), *sorted((ROOT / "docs/how-to").glob("*.md"))]
+BLOCK = re.compile(
+    r"^<!-- (?:(?P<runs>runs)|file: (?P<file>[\w.-]+)) -->\n```\w+\n(?P<text>.*?)^```$",
+    re.MULTILINE | re.DOTALL,
+)
+NEEDS = {  # extras of `test`, which somebody may do without
+    "report": "plotly",
+    "tune": "optuna",
+    ".parquet": "pyarrow",
+    "exec": "torch",
+    "to_frame": "pandas",
+}
+LONGEST_S = 300
+
+
+def blocks(page):
+    return list(BLOCK.finditer(page.read_text(encoding="utf-8")))
+
+
+def test_every_tutorial_has_commands_that_run():
+    without = [page.name for page in PAGES if not blocks(page) and page.parent.name == "tutorial"]
+    assert not without
+
+
+def test_a_mark_stands_right_above_its_block():
+    for page in PAGES:
+        text = page.read_text(encoding="utf-8")
+        marks = re.findall(r"^<!-- (?:runs|file: .*) -->$", text, re.MULTILINE)
+        assert len(marks) == len(blocks(page)), page.name
+
+
+@pytest.fixture
+def shell(tmp_path):
+    """Runs a text by bash in an empty folder where `fmsim` and `python` are this checkout's."""
+    programs = tmp_path / "bin"
+    programs.mkdir()
+    for name, does in (("fmsim", '-c "from fmsim.cli import main; main()"'), ("python", "")):
+        program = programs / name
+        program.write_text(f'#!/bin/sh\nexec {sys.executable} {does} "$@"\n')
+        program.chmod(0o755)
+    work = tmp_path / "work"
+    work.mkdir()
+    known = os.environ | {
+        "PATH": f"{programs}{os.pathsep}{os.environ['PATH']}",
+        "PYTHONPATH": os.pathsep.join([str(ROOT), str(work)]),
+        "TRACES": str(ROOT / "traces"),
+        "COLUMNS": "80",
+    }
+
+    def run(text):
+        return subprocess.run(
+            ["bash", "-euo", "pipefail", "-c", text],
+            cwd=work,
+            env=known,
+            capture_output=True,
+            text=True,
+            timeout=LONGEST_S,
+        )
+
+    run.folder = work
+    return run
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if blocks(page)], ids=lambda p: p.stem)
+def test_the_page_runs(page, shell):
+    for block in blocks(page):
+        text = block["text"]
+        if block["file"]:
+            (shell.folder / block["file"]).write_text(text, encoding="utf-8")
+            continue
+        for word, module in NEEDS.items():
+            if re.search(rf"(?<![\w-]){re.escape(word)}(?![\w-])", text):
+                pytest.importorskip(module)
+        done = shell(text)
+        line = page.read_text(encoding="utf-8")[: block.start()].count("\n") + 1
+        where = f"{page.relative_to(ROOT)}, line {line}"
+        assert done.returncode == 0, f"{where}:\n{text}\n{done.stdout[-2000:]}{done.stderr[-2000:]}"
