@@ -177,7 +177,9 @@ ANSWERS: dict[str, Answer] = {
             ("README.md", "one gpu"): lead.one_gpu,
         },
     ),
-    "kernels": Answer("kernels.json", None, {("docs/gpu.md", "kernels"): tables.kernels}),
+    "kernels": Answer(
+        "kernels.json", None, {("benchmarks/results/kernels.md", "kernels"): tables.kernels}
+    ),
     "live-gap": Answer("live-gap.json"),
     "generate": Answer("generate.json"),
     "accuracy-threshold-8k": Answer("accuracy-threshold-8k.json"),

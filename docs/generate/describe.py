@@ -64,9 +64,9 @@ def fields(kind: type) -> Iterator[tuple[ast.AnnAssign, str]]:
     comments = comments_of(source)
     lines = source.splitlines()
     for node in _tree(kind).body:
-        if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name):
-            if not node.target.id.startswith("_"):
-                yield node, comment_at(node, comments, lines)
+        named = isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name)
+        if named and not node.target.id.startswith("_"):
+            yield node, comment_at(node, comments, lines)
 
 
 def _tree(kind: type) -> ast.ClassDef:

@@ -1,4 +1,4 @@
-"""docs/reference/results.md: a run's figures, from `sim.metrics.row`; a ledger's, from its class."""
+"""docs/reference/results.md: a run's figures from `sim.metrics.row`, a ledger's from its class."""
 
 from __future__ import annotations
 

@@ -1,9 +1,6 @@
-"""The house's rules: import-linter's contracts in pyproject.toml, what loads torch, and the table
-of rooms that docs/explanation/architecture.md shows.
-"""
+"""The house's rules: import-linter's contracts in pyproject.toml, and what loads torch."""
 
 import ast
-import importlib.util
 import subprocess
 import sys
 from pathlib import Path
@@ -22,16 +19,6 @@ def test_every_import_contract_is_kept(capsys):
     cli = pytest.importorskip("importlinter.cli", reason="import-linter: pip install fmsim[dev]")
     status = cli.lint_imports(config_filename=str(ROOT / "pyproject.toml"), no_cache=True)
     assert status == 0, capsys.readouterr().out
-
-
-def test_the_page_shows_the_rooms_as_they_are():
-    spec = importlib.util.spec_from_file_location("rooms_table", ROOT / "docs" / "rooms_table.py")
-    rooms = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(rooms)
-    page = rooms.PAGE.read_text(encoding="utf-8")
-    assert page == rooms.with_table(page, rooms.table(ROOT)), (
-        "run python docs/generate/rooms_table.py"
-    )
 
 
 def imported_at_load(path: Path) -> set[str]:

@@ -1,7 +1,7 @@
 """The marked code blocks of tutorials and how-to pages run, page by page, in an empty folder.
 
-    <!-- file: NAME -->   the block below is that file
-    <!-- runs -->         the block below is run by bash, and must end with 0
+<!-- file: NAME -->   the block below is that file
+<!-- runs -->         the block below is run by bash, and must end with 0
 """
 
 import os
@@ -13,7 +13,10 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
-PAGES = [*sorted((ROOT / "docs/tutorial").glob("*.md")), *sorted((ROOT / "docs/how-to").glob("*.md"))]
+PAGES = [
+    *sorted((ROOT / "docs/tutorial").glob("*.md")),
+    *sorted((ROOT / "docs/how-to").glob("*.md")),
+]
 BLOCK = re.compile(
     r"^<!-- (?:(?P<runs>runs)|file: (?P<file>[\w.-]+)) -->\n```\w+\n(?P<text>.*?)^```$",
     re.MULTILINE | re.DOTALL,
