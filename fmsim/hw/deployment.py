@@ -13,6 +13,7 @@ from fmsim.files.inputs import MOST_BYTES_OF_RESULTS, read_bytes
 from fmsim.geometry import Geometry
 
 GIB = 2**30
+MOST_POOL = 1e15  # bytes or tokens; a server's have 1e12
 WEIGHT_BYTES = {  # (of a routed expert's parameter, of any other)
     "bf16": (2.0, 2.0),
     "fp8": (1.0, 1.0),
@@ -42,8 +43,8 @@ class Deployment(BaseModel):
     imbalance: Literal["balanced", "power_law_1.01", "power_law_1.2"] = (
         "power_law_1.01"  # how unevenly tokens go to experts
     )
-    kv_pool_bytes: float | None = Field(None, gt=0)  # of each GPU; an engine's own figure
-    kv_pool_tokens: int | None = Field(None, gt=0)  # the same in tokens
+    kv_pool_bytes: float | None = Field(None, ge=1, le=MOST_POOL)  # of each GPU; an engine's own figure
+    kv_pool_tokens: int | None = Field(None, ge=1, le=int(MOST_POOL))  # the same in tokens
     mem_fraction: float | None = Field(None, gt=0, le=1)  # of GPU memory, weights and KV together
     start_log: Path | None = None  # of SGLang or vLLM, which print the pool
 
@@ -114,10 +115,10 @@ def place(given: Deployment, preset_gpus: int, preset_weights: Format) -> Placem
     )
 
 
-_VLLM_BYTES = re.compile(r"Available KV cache memory:\s*([\d.]+)\s*GiB")
-_SGLANG_ALL = re.compile(r"KV Cache is allocated\..*?KV size:\s*([\d.]+)\s*GB")
+_VLLM_BYTES = re.compile(r"Available KV cache memory:\s*(\d+(?:\.\d+)?)\s*GiB")
+_SGLANG_ALL = re.compile(r"KV Cache is allocated\..*?KV size:\s*(\d+(?:\.\d+)?)\s*GB")
 _SGLANG_PARTS = re.compile(
-    r"KV Cache is allocated\..*?K size:\s*([\d.]+)\s*GB,\s*V size:\s*([\d.]+)\s*GB"
+    r"KV Cache is allocated\..*?K size:\s*(\d+(?:\.\d+)?)\s*GB,\s*V size:\s*(\d+(?:\.\d+)?)\s*GB"
 )
 _TOKENS = re.compile(
     r"max_total_num_tokens=(\d+)|KV Cache is allocated\. #tokens:\s*(\d+)"
@@ -139,11 +140,22 @@ def pool_of_log(path: Path) -> tuple[str, float]:
     for pattern in (_VLLM_BYTES, _SGLANG_ALL, _SGLANG_PARTS):
         found = pattern.search(text)
         if found:
-            return "bytes", sum(map(float, found.groups())) * GIB
+            size = sum(map(float, found.groups())) * GIB
+            return "bytes", _checked_pool(path, size, "bytes")
     found = _TOKENS.search(text)
     if found:
-        return "tokens", float(next(filter(None, found.groups())).replace(",", ""))
+        size = float(next(filter(None, found.groups())).replace(",", ""))
+        return "tokens", _checked_pool(path, size, "tokens")
     raise FmsimError(
         f"start log {path}: names no KV pool; look for 'Available KV cache memory' (vLLM) or 'KV"
         " Cache is allocated' (SGLang), or give kv_pool_bytes"
     )
+
+
+def _checked_pool(path: Path, size: float, unit: str) -> float:
+    if not 1 <= size <= MOST_POOL:
+        raise FmsimError(
+            f"start log {path}: its KV pool is {size:g} {unit}; give the log of a server that"
+            " started, or kv_pool_bytes"
+        )
+    return size

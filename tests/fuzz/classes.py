@@ -5,7 +5,11 @@ from __future__ import annotations
 import json
 import random
 from collections.abc import Callable
+from typing import Any
 
+from fmsim.hw.deployment import Deployment
+from fmsim.policies import registry
+from fmsim.sim.serving.spec import Bursts, ClosedLoop, Poisson, Server
 from tests.fuzz.edits import VALUES, edited_bytes, edited_text, edited_value
 from tests.fuzz.sound import CONFIG, SCENARIO, START_LOG, WORKLOADS, Sound
 
@@ -184,6 +188,42 @@ def indexer(sound: Sound, chance: random.Random) -> list[str]:
     return ["indexer", "train", *traces, "--out", "trained.safetensors", *given]
 
 
+SIZES = [0, 1, 2, 3, 64, 0.5, 0.99, 1e-9, 1000, 10**6, 2**31, 2**63, 10**15, 10**18, 10**30, 1e308]
+TRAFFIC: dict[str, Any] = {"prompt_tokens": 2000, "output_tokens": 8, "duration_s": 2}
+
+
+def parameter(sound: Sound, chance: random.Random) -> list[str]:
+    """Numbers, most of them odd, for a policy, the deployment, the server or the workload."""
+    policy = registry.get(chance.choice(registry.names()))
+    model, kind = chance.choice(
+        [(Bursts, "bursts"), (ClosedLoop, "closed_loop"), (Poisson, "poisson")]
+    )
+    rate = {"bursts": {"burst": 2, "every_s": 1}, "closed_loop": {"requests": 2}}
+    given: dict[str, dict[str, Any]] = {
+        "policy": {"policy": policy.name, "budget": "20%"},
+        "deployment": {},
+        "server": {},
+        "workload": {"kind": kind, **TRAFFIC, **rate.get(kind, {"rate_per_s": 1})},
+    }
+    if "checkpoint" in policy.Params.model_fields:
+        given["policy"]["checkpoint"] = "indexer.safetensors"
+    models = {"policy": policy.Params, "deployment": Deployment, "server": Server}
+    for block in chance.choices([*given], k=chance.randint(1, 3)):
+        fields = models.get(block, model).model_fields
+        numbers = [name for name in fields if isinstance(fields[name].default, (int, float))]
+        numbers = [name for name in numbers if not isinstance(fields[name].default, bool)]
+        numbers += [name for name in fields if "int | None" in str(fields[name].annotation)]
+        numbers += [name for name in fields if "float | None" in str(fields[name].annotation)]
+        given[block][chance.choice([*numbers, *given[block]])] = chance.choice(SIZES)
+    given["policies"] = [given.pop("policy")]  # type: ignore[assignment]
+    if chance.random() < 0.5:
+        del given["workload"], given["server"]
+    sets = [
+        part for key, value in given.items() for part in ("--set", f"{key}={json.dumps(value)}")
+    ]
+    return [chance.choice(["run", "plan"]), "three.yaml", "--json", *sets]
+
+
 CLASSES: dict[str, Callable[[Sound, random.Random], list[str]]] = {
     function.__name__: function
     for function in (
@@ -202,5 +242,6 @@ CLASSES: dict[str, Callable[[Sound, random.Random], list[str]]] = {
         dump,
         capture,
         indexer,
+        parameter,
     )
 }

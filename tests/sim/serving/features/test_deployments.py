@@ -157,6 +157,24 @@ def test_a_start_log_names_the_pool(tmp_path, line, found):
     assert "start log" in H100.deployed(Deployment(start_log=path)).kv_pool(FLASH).source
 
 
+@pytest.mark.parametrize(
+    ("line", "says"),
+    [
+        ("Available KV cache memory: 0 GiB", "its KV pool is 0 bytes"),
+        ("Available KV cache memory: 0.0000000001 GiB", "its KV pool is 0.107374 bytes"),
+        ("Available KV cache memory: 999999999.0 GiB", r"its KV pool is 1.07374e\+18 bytes"),
+        ("Available KV cache memory: 8.1.1 GiB", "names no KV pool"),
+        ("max_total_num_tokens=0", "its KV pool is 0 tokens"),
+        ("max_total_num_tokens=" + "9" * 400, "its KV pool is inf tokens"),
+    ],
+)
+def test_a_pool_that_no_server_has_is_refused(tmp_path, line, says):
+    path = tmp_path / "server.log"
+    path.write_text(f"INFO {line}\n")
+    with pytest.raises(FmsimError, match=says):
+        H100.deployed(Deployment(start_log=path)).kv_pool(FLASH)
+
+
 def test_a_log_without_a_pool_says_what_to_look_for(tmp_path):
     (tmp_path / "no.log").write_text("nothing\n")
     with pytest.raises(FmsimError, match="names no KV pool"):
