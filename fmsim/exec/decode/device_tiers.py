@@ -92,7 +92,8 @@ class SharedTiers:
 
     The loop knows them as one request. With `copies` no model writes the entries that close, so
     they are copied from the mirror, which has their bytes. `changed` is set when a page may have
-    got or lost a slot.
+    got or lost a slot. Where misses are loaded, a GPU computes a step on the `model_stream`, beside
+    the bookkeeping.
     """
 
     def __init__(self, tiers: PairedTiers, tables: StepTables, copies: bool) -> None:
@@ -100,6 +101,8 @@ class SharedTiers:
         self.tables = tables
         self.copies = copies
         self.changed = True
+        device = tiers.entries.device
+        self.model_stream = torch.cuda.Stream(device) if device.type == "cuda" else None
 
     def ahead_pages(self, request: int) -> int:
         return max(self.tiers.entries.sizes[0].ahead)
@@ -117,8 +120,11 @@ class SharedTiers:
         self.tiers.recall_ahead(pages)
 
     def settle(self, request: int, moves: Moves) -> None:
-        if self.tables.stages:
-            self.tiers.settle(moves.pages, moves.slots, self.tables.rows, all_staged=True)
+        if not self.tables.stages:
+            return
+        if self.model_stream is not None:
+            torch.cuda.current_stream(self.tiers.entries.device).wait_stream(self.model_stream)
+        self.tiers.settle(moves.pages, moves.slots, self.tables.rows, all_staged=True)
 
     def moved_bytes(self) -> Tensor:
         return self.tiers.moved_bytes()

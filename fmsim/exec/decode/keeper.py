@@ -1,5 +1,5 @@
-"""Who keeps the pages of a batch: one cache manager for all requests where the policy allows it, else
-one for each.
+"""Who keeps the pages of a batch: one cache manager for all requests where the policy allows it,
+else one for each.
 """
 
 from __future__ import annotations

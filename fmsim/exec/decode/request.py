@@ -33,14 +33,13 @@ class Request:
     batch.
 
     `step` counts them; `manager` and `book` are the request's own, or show its part of what is kept
-    for many (`fmsim.exec.decode.keeper`); `selections` is what the batch's layers select. `hidden` float32 [L, H] by
-    the step that it comes before. `keys_of(n)` gives the index keys of the first n entries, float32
-    [L, n, D]. Of the layers ``unmeasured`` it is not known what they would have selected among all
-    entries.
-    `memory` says what a budget in bytes buys. The policy's arrays, `selections` and keys lie on
-    ``device``, the model's unless given. ``hindsight``, a decode of the same prompt that is
-    over, is what a policy that looks into the future is told. Raises FmsimError for a policy that
-    an engine cannot run, such as that one without it.
+    for many (`fmsim.exec.decode.keeper`). `selections` is what the batch's layers select. `hidden`
+    float32 [L, H] by the step that it comes before. `keys_of(n)` gives the index keys of the first
+    n entries, float32 [L, n, D]. Of the layers ``unmeasured`` it is not known what they would have
+    selected among all entries. `memory` says what a budget in bytes buys. The policy's arrays,
+    `selections` and keys lie on ``device``, the model's unless given. ``hindsight``, a decode of
+    the same prompt that is over, is what a policy that looks into the future is told. Raises
+    FmsimError for a policy that an engine cannot run, such as that one without it.
     """
 
     def __init__(

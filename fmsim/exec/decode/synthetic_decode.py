@@ -135,23 +135,34 @@ class SyntheticStep:
         self.logits = torch.zeros(
             batch, model.config.vocab_size, device=device, dtype=model.lm_head.weight.dtype
         )
+        self._step = 0
         self._forward = graph_after_one(self._compute) if device.type == "cuda" else self._compute
         self._indexer = torch.randn(
             decode.keyed_layers, batch, PUBLISHED_HEADS, self.key.width, device=device
         ).to(torch.bfloat16)
 
-    @torch.inference_mode()
     def __call__(self, step: int) -> None:
+        self.prepare(step)
+        self.compute()
+
+    @torch.inference_mode()
+    def prepare(self, step: int) -> None:
+        """What the trace selected in the step, where it is here or will be loaded."""
+        self.given.copy_(self._there(self._selected[step])[:, None])
+        self._positions.fill_(self.first_token + step)
+        self._step = step
+
+    @torch.inference_mode()
+    def compute(self) -> None:
+        """All layers, in which nobody looks at the residency."""
         params = self.decode.policy.params
         if (
             params.cadence > 1
-            and step % params.cadence == 0
+            and self._step % params.cadence == 0
             and self.decode.keyed_layers < self.decode.geometry.n_csa
             and len(self._indexer)
         ):
             self._score_memory()
-        self.given.copy_(self._there(self._selected[step])[:, None])
-        self._positions.fill_(self.first_token + step)
         self._forward()
 
     @property

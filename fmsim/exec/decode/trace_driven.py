@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import array_api_compat.torch as xp
 import numpy as np
@@ -43,6 +44,16 @@ class TraceDrivenRun:
     h2d_bytes: int
     step_s: np.ndarray  # [T]
     recall_wait_s: np.ndarray  # [T]: of it, at a window's start
+
+
+class StepWork(Protocol):
+    """What a step computes."""
+
+    def prepare(self, step: int) -> None:
+        """Read what the step needs of the residency."""
+
+    def compute(self) -> None:
+        """The rest, in which nobody looks at the residency."""
 
 
 class TraceDrivenDecode:
@@ -114,19 +125,19 @@ class TraceDrivenDecode:
 
     def run(
         self,
-        compute: Callable[[int], None] | None = None,
+        work: StepWork | None = None,
         progress: Callable[[int], None] = lambda steps: None,
     ) -> TraceDrivenRun:
         """All steps of the trace.
 
-        ``compute(step)`` is what a step does beside moves; it loads the misses itself, and has an
+        ``work`` is what a step does beside moves; it loads the misses itself, and has an
         indexer of its own, so the trace's scores before the first step.
         """
-        if compute is not None and isinstance(self.policy, LookaheadPolicy):
+        if work is not None and isinstance(self.policy, LookaheadPolicy):
             cadence = self.policy.params.cadence
             self.policy.prepare(range(cadence, self.replayer.n_steps, cadence))
-        tiers = SharedTiers(self.tiers, self.tables, copies=compute is None)
-        source = _StepSource(self, self.source, tiers, compute)
+        tiers = SharedTiers(self.tiers, self.tables, copies=work is None)
+        source = _StepSource(self, self.source, tiers, work)
         loop = DecodeLoop([self.source.book], source, tiers, self.clock)
         slots: list[np.ndarray] = []
         for step in range(self.replayer.n_steps):
@@ -255,12 +266,12 @@ class _StepSource:
         decode: TraceDrivenDecode,
         trace: TraceSource,
         tiers: SharedTiers,
-        compute: Callable[[int], None] | None,
+        work: StepWork | None,
     ) -> None:
         self.decode = decode
         self.trace = trace
         self.tiers = tiers
-        self.compute = compute
+        self.work = work
         self.shown: list[tuple[Tensor, Tensor]] = []
         self._seen = -1  # entries visible when those of the resident pages were counted
 
@@ -273,8 +284,9 @@ class _StepSource:
         decode.pages.copy_(served.use.pages)
         decode.fetched.copy_(served.fetched)
         self._show_residents(step)
-        if self.compute is not None:
-            self.compute(step)
+        if self.work is not None:
+            self.work.prepare(step)
+            self._compute_beside(self.work)
         elif decode.stages:
             for layer in range(decode.tiers.entries.layers):
                 decode.stage(layer)
@@ -283,6 +295,19 @@ class _StepSource:
             self.shown = decode.attended_to(attended.long())
         return [None if decode.manager.passive else served]
 
+    def _compute_beside(self, work: StepWork) -> None:
+        """The model beside the bookkeeping, whose misses are known already: `SharedTiers.settle`
+        waits for it. On a GPU, where there are misses.
+        """
+        decode = self.decode
+        if not decode.stages or decode.device.type != "cuda":
+            work.compute()
+            return
+        beside = self.tiers.model_stream
+        beside.wait_stream(torch.cuda.current_stream(decode.device))
+        with torch.cuda.stream(beside):
+            work.compute()
+
     def _show_residents(self, step: int) -> None:
         """Block tables and lists of resident pages, where they changed."""
         decode, residency = self.decode, self.decode.manager.residency
@@ -290,7 +315,7 @@ class _StepSource:
         if changed or decode.stages:
             decode.tables.show(residency.table)
         resident, visible = decode.tiers.resident, self.n_entries(0, step)
-        if self.compute is None or resident is None:
+        if self.work is None or resident is None:
             return
         if changed:
             resident.list(residency.slots)

@@ -23,10 +23,11 @@ class PairedTiers:
     none.
 
     CSA layer j follows a residency's group ``groups[j]``: pages and slots come by group, [G, m] for
-    one request, or for all alike, or [G, B, m] for several, and go to every layer, and ``sizes`` have a number of slots a group. Both caches have the same pages and
-    slots, so one block table serves both; `resident` lists the pages that are there, where keys
-    are tiered. The other arguments are `TieredCache`'s. Raises ValueError for keys in tiers where a
-    step's misses are loaded: what is loaded is chosen by the scores of all keys.
+    one request, or for all alike, or [G, B, m] for several, and go to every layer, and ``sizes``
+    have a number of slots a group. Both caches have the same pages and slots, so one block table
+    serves both; `resident` lists the pages that are there, where keys are tiered. The other
+    arguments are `TieredCache`'s. Raises ValueError for keys in tiers where a step's misses are
+    loaded: what is loaded is chosen by the scores of all keys.
     """
 
     def __init__(

@@ -218,8 +218,8 @@ class TieredCache:
         self._write_pool(request, layer, entry, index, table)
 
     def blocks(self, table: Tensor, out: Tensor, request: Requests = None) -> None:
-        """The pool page of each page of requests, int32 [L, B, P + 1] into `out`, -1 where it is not
-        resident; `table` are rows of residencies' tables, or where layers are alike any rows.
+        """The pool page of each page of requests, int32 [L, B, P + 1] into `out`, -1 where it is
+        not resident; `table` are rows of residencies' tables, or where layers are alike any rows.
         """
         table = _by_request(table)
         torch.add(table, self._first_block[:, part_of(request)], out=out)  # no copy of a gigabyte

@@ -1,0 +1,80 @@
+"""A batch that one cache manager keeps decodes as each of its requests does alone."""
+
+from dataclasses import fields
+
+import numpy as np
+import pytest
+
+torch = pytest.importorskip("torch", reason="the engine needs fmsim[model]")
+pytest.importorskip("transformers", reason="the engine needs fmsim[model]")
+
+from kernel_pools import no_waits, on_each_device
+from tiny_model import CSA, HCA, SLIDING, oracle, ours
+
+from fmsim.exec.decode.engine import Batch
+from fmsim.exec.decode.prompt import Prompt
+from fmsim.policies import registry
+
+STEPS, TAU, LENGTHS = 44, 8, (150, 97, 149, 64)
+SPECS = [
+    {"policy": "lru", "budget": "9 entries"},
+    {"policy": "lru", "budget": "20%", "granularity": 4, "scope": "shared"},
+    {"policy": "lru", "budget": "30%", "on_miss": "mask", "cadence": TAU},
+    {"policy": "lru", "budget": "20%", "granularity": 4, "on_miss": "fallback"},
+    {"policy": "lfu", "budget": "20 entries"},  # the shortest keeps all that it has
+    {"policy": "lfu", "budget": "20%", "on_miss": "fallback", "fallback_below": 0.7},
+    {"policy": "lruk", "budget": "9 entries"},
+    {"policy": "h2o", "budget": "30%"},
+    {"policy": "recency", "budget": "40%"},
+    {"policy": "full"},
+    {"policy": "fifo", "budget": "9 entries"},  # each request has a manager of its own
+]
+
+
+@pytest.fixture(scope="module")
+def prompts():
+    reference = oracle(layer_types=[SLIDING, CSA, HCA, CSA], index_topk=8)
+    read = {}
+
+    def on(device):
+        if device not in read:
+            model = ours(reference).to(device)
+            texts = [
+                torch.randint(0, 64, (n,), generator=torch.Generator().manual_seed(n))
+                for n in LENGTHS
+            ]
+            read[device] = [Prompt(model, text.tolist(), STEPS) for text in texts]
+        return read[device]
+
+    return on
+
+
+def decoded(prompts, spec):
+    batch = Batch(prompts, registry.build(spec), tau=TAU)
+    for token in range(4):
+        batch.step([token] * len(prompts))
+    with no_waits():
+        for _ in range(STEPS - 4):
+            batch.step()
+    return batch
+
+
+@on_each_device
+@pytest.mark.parametrize("spec", SPECS, ids=str)
+def test_each_request_of_a_batch_decodes_as_alone(prompts, device, spec):
+    prompts = prompts(device)
+    batch, moved = decoded(prompts, spec), 0
+    for request, prompt in zip(batch.requests, prompts, strict=True):
+        alone = decoded([prompt], spec)
+        moved += alone.h2d_bytes
+        [expected] = alone.requests
+        assert request.tokens == expected.tokens
+        for name in fields(expected.ledger()):
+            one, other = (getattr(of.ledger(), name.name) for of in (request, expected))
+            if name.name.startswith("mass") or name.name == "heaviest_lost":
+                np.testing.assert_allclose(one, other, rtol=2e-3, atol=1e-4)
+            else:
+                assert np.array_equal(one, other), name.name
+        slots = expected.residency.slots
+        assert torch.equal(request.residency.slots[:, : slots.shape[1]], slots)
+    assert batch.h2d_bytes == moved

@@ -1,0 +1,142 @@
+"""Requests of different lengths, kept by one cache manager, against a cache manager each: the same
+page in every slot at every step.
+"""
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from fmsim.policies import registry
+from fmsim.policies.lru import LRU
+from fmsim.replay.cache_manager import CacheManager
+from fmsim.replay.context import RequestShape, build_context
+from fmsim.replay.ledger_builder import LedgerBuilder
+from fmsim.replay.paging import page_rows, page_step
+from fmsim.replay.stacked import StackedManager, stackable
+
+STEPS, LAYERS, TOPK, RATE, TAU = 40, 2, 6, 4, 8
+SPECS = (
+    {"policy": "lru"},
+    {"policy": "lru", "prompt_history": True},
+    {"policy": "lru", "on_miss": "mask", "cadence": TAU},
+    {"policy": "lru", "on_miss": "mask", "cadence": TAU, "sees": "all"},
+    {"policy": "lru", "on_miss": "fallback"},
+    {"policy": "lfu"},
+    {"policy": "lfu", "on_miss": "fallback", "fallback_below": 0.7},
+    {"policy": "lruk"},
+    {"policy": "h2o"},
+    {"policy": "h2o", "sees": "all"},
+    {"policy": "recency"},
+)
+
+
+def manager_of(spec, tokens, rng, xp=None):
+    policy = registry.build(spec)
+    shape = RequestShape(
+        n_layers=LAYERS,
+        prompt_entries=tokens // RATE,
+        n_entries=(tokens + STEPS) // RATE,
+        topk=TOPK,
+        n_steps=STEPS,
+        entry_tokens=RATE,
+        tau=TAU,
+    )
+    mass = rng.random((LAYERS, tokens // RATE), dtype=np.float32)
+    return CacheManager(policy, build_context(policy, shape, prompt_mass=mass, xp=xp))
+
+
+def selected(manager, n_entries, rng):
+    """Of each layer, ids [L, K] and their mass."""
+    ids = np.full((LAYERS, TOPK), -1, dtype=np.int64)
+    for row in ids:
+        some = np.sort(rng.permutation(n_entries)[:TOPK])
+        row[: len(some)] = some
+    mass = rng.random(ids.shape, dtype=np.float32).astype(np.float16).astype(np.float32)
+    return ids, np.where(ids < 0, np.float32(0), mass)
+
+
+def by_page(manager, ids, mass, shared):
+    granularity = manager.ctx.granularity
+    if shared:
+        return page_rows(
+            ids.reshape(-1, LAYERS * TOPK), mass.reshape(-1, LAYERS * TOPK), granularity
+        )
+    return page_step(ids.reshape(-1, TOPK), mass.reshape(-1, TOPK), granularity, shared=False)
+
+
+def one_step(manager, book, step, n_entries, use, number):
+    """What `DecodeLoop` does of a step; `number` is the step as `settle` gets it."""
+    written = manager.write(step, n_entries)
+    book.moved(step, "written", written)
+    cadence = manager.policy.params.cadence
+    if cadence > 1 and step and step % cadence == 0:
+        book.moved(step, "lookahead_loads", manager.decide(step))
+    if step and step % TAU == 0:
+        book.window_began(step)
+    if not manager.passive:
+        book.moved(step, "demand_loads", manager.settle(number, manager.look_up(use)))
+
+
+@pytest.mark.parametrize("library", ["numpy", "torch"])
+@settings(max_examples=40, deadline=None)
+@given(
+    seed=st.integers(0, 2**32),
+    spec=st.sampled_from(SPECS),
+    budget=st.sampled_from(["4 entries", "9 entries", "25%", "60%", "40 entries"]),
+    granularity=st.sampled_from([1, 4]),
+    scope=st.sampled_from(["per_layer", "shared"]),
+    tokens=st.lists(st.integers(60, 200), min_size=1, max_size=4),
+)
+def test_a_row_of_many_is_kept_as_it_is_alone(
+    library, seed, spec, budget, granularity, scope, tokens
+):
+    spec = spec | {"budget": budget, "granularity": granularity, "scope": scope}
+    rng = np.random.default_rng(seed)
+    xp = None if library == "numpy" else pytest.importorskip("array_api_compat.torch")
+    alone = [manager_of(spec, count, np.random.default_rng(count), xp) for count in tokens]
+    parts = [manager_of(spec, count, np.random.default_rng(count), xp) for count in tokens]
+    assert stackable(parts[0].policy)
+    entries = np.array([[(count + step + 1) // RATE for count in tokens] for step in range(STEPS)])
+    together = StackedManager(parts, entries)
+    there = np.asarray if xp is None else xp.asarray
+    books = [LedgerBuilder(manager, STEPS) for manager in alone]
+    whole = LedgerBuilder(together, STEPS)
+    shared = scope == "shared"
+    for step in range(STEPS):
+        picked = [
+            selected(manager, count, rng)
+            for manager, count in zip(alone, entries[step], strict=True)
+        ]
+        for manager, book, (ids, mass), count in zip(
+            alone, books, picked, entries[step], strict=True
+        ):
+            use = by_page(manager, there(ids), there(mass), shared)
+            one_step(manager, book, step, int(count), use, step)
+        ids, mass = (there(np.concatenate(part)) for part in zip(*picked, strict=True))
+        number = there(np.array(step))  # as a CUDA graph has it
+        one_step(together, whole, step, None, by_page(together, ids, mass, shared), number)
+        for r, manager in enumerate(alone):
+            rows = slice(together.starts[r], together.starts[r + 1])
+            mine = np.asarray(together.residency.slots[rows])
+            expected = np.asarray(manager.residency.slots)
+            assert np.array_equal(mine[:, : expected.shape[1]], expected), (step, r)
+            assert (mine[:, expected.shape[1] :] == -1).all()
+            part = whole.of_rows(rows, manager)
+            for name, count in books[r].counts.items():
+                assert np.array_equal(part.counts[name][step], count[step]), (name, step, r)
+    for r, manager in enumerate(alone):
+        part = whole.of_rows(slice(together.starts[r], together.starts[r + 1]), manager)
+        assert np.array_equal(np.asarray(part.overlap), np.asarray(books[r].overlap))
+        assert np.array_equal(np.asarray(part.initial), np.asarray(books[r].initial))
+
+
+class OfOnesOwn(LRU):
+    """A subclass that has not said that its rows are apart."""
+
+    name = "of-ones-own"
+
+
+def test_a_subclass_does_not_inherit_the_claim():
+    assert stackable(LRU()) and not stackable(OfOnesOwn())
+    assert not stackable(registry.build({"policy": "fifo"}))  # it follows what moves
