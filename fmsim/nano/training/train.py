@@ -1,7 +1,6 @@
 """Train the next nano: ``python -m fmsim.nano.training.train --corpus DIR --model DIR --out DIR``.
 
-``--model`` is a Hugging Face directory to go on from, with a fresh optimiser; the shipped nano
-grows into the next one's shape. ``--resume FILE`` goes on with moments, from what an earlier call
+``--model`` is a Hugging Face directory to go on from, with a fresh optimiser. ``--resume FILE`` goes on with moments, from what an earlier call
 on this machine left. Several GPUs: one process a GPU, each with torchrun's variables WORLD_SIZE,
 RANK, MASTER_ADDR and MASTER_PORT; ``benchmarks/nano/train.sh`` starts them.
 
@@ -24,24 +23,14 @@ from pathlib import Path
 import torch
 
 from fmsim.errors import FmsimError
-from fmsim.exec.model.deepseek_v4 import DeepseekV4
 from fmsim.exec.model.weights.loader import load_model
-from fmsim.nano.config import nano_config
 from fmsim.nano.training.batches import stream_batches
 from fmsim.nano.training.export import export
-from fmsim.nano.training.grow import grow
 from fmsim.nano.training.stages import Stage, curriculum
 from fmsim.nano.training.trainer import Trainer, Workers
 
 LOG_STEPS = 10
 COMPILING_STEPS = 2  # of a stage, not counted in its seconds
-
-
-def starting_model(folder: Path) -> DeepseekV4:
-    """The model of a directory, grown where it is the first nano."""
-    model = load_model(folder)
-    small = model.config.layer_types == nano_config().layer_types
-    return grow(model) if small else model
 
 
 @dataclass(frozen=True)
@@ -194,7 +183,7 @@ def main() -> None:
     torch.set_float32_matmul_precision("high")
     workers = Workers(args.device)
     torch.manual_seed(args.seed * 64 + workers.rank)
-    trainer = Trainer(starting_model(args.model), workers)
+    trainer = Trainer(load_model(args.model), workers)
     if args.resume:
         trainer.load(args.resume)
     _log(workers, {"command": " ".join(sys.argv), "date": time.strftime("%F %T")}, args.out)
