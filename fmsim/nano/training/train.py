@@ -1,8 +1,9 @@
 """Train the next nano: ``python -m fmsim.nano.training.train --corpus DIR --model DIR --out DIR``.
 
-``--model`` is a Hugging Face directory to go on from, with a fresh optimiser. ``--resume FILE`` goes on with moments, from what an earlier call
-on this machine left. Several GPUs: one process a GPU, each with torchrun's variables WORLD_SIZE,
-RANK, MASTER_ADDR and MASTER_PORT; ``benchmarks/nano/train.sh`` starts them.
+``--model`` is a Hugging Face directory to go on from, with a fresh optimiser. ``--resume FILE``
+goes on with moments, from what an earlier call on this machine left. Several GPUs: one process a
+GPU, each with torchrun's variables WORLD_SIZE, RANK, MASTER_ADDR and MASTER_PORT;
+``benchmarks/nano/train.sh`` starts them.
 
 Every stage's losses go to OUT/log.jsonl, the weights at its end in bfloat16, in files of less than
 14 MB, to OUT/model, with the moments to OUT/state.pt. A call that runs out of its ``--seconds``
