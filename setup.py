@@ -3,29 +3,20 @@
 They stay at the top of the repository, where people look for them and where a scenario's
 `../traces/` holds. setuptools takes data from within a package only, and a link to them there does
 not survive every checkout and archive. So the build copies them, and an editable install reads them
-where they are (fmsim/scenario/shipped.py). Traces that no scenario names are
-left out: the wheel is 62 MB.
+where they are (fmsim/scenario/shipped.py).
 """
 
-import os
-import re
 from pathlib import Path
 
 from setuptools import setup
 from setuptools.command.build_py import build_py
 
-TRACE = re.compile(r"^trace:\s*(\S+)", re.MULTILINE)
-
-
 def shipped() -> list[str]:
-    """Files that the wheel carries, relative to this folder."""
-    files = [path for path in Path("scenarios").rglob("*") if path.is_file()]
-    named = [
-        Path(os.path.normpath(path.parent / found[1]))
-        for path in files
-        if path.suffix == ".yaml" and (found := TRACE.search(path.read_text(encoding="utf-8")))
-    ]
-    return sorted({path.as_posix() for path in [*files, *named]})
+    """Files that the wheel carries beside the package, relative to this folder."""
+    folders = Path("scenarios"), Path("traces")
+    return sorted(
+        path.as_posix() for folder in folders for path in folder.rglob("*") if path.is_file()
+    )
 
 
 class WithScenarios(build_py):

@@ -1,6 +1,6 @@
-"""The memory indexer beside its rivals on every shipped trace: benchmarks/results/indexer.md.
+"""The memory indexer beside its rivals on nano's shipped traces: benchmarks/results/indexer.md.
 
-    python benchmarks/indexer.py [--trace NAME]
+    python benchmarks/indexer.py [--trace NAME ...]
 
 Three parts, each on the state that a policy has that recalls ahead (stale by one window), window 0
 left out: policies at equal bytes on the GPU (`fmsim.experiments.rivals`); rankings cut at a share
@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import regions
+from leaderboard import TRACES as ALL_TRACES
 
 from fmsim.experiments.rivals import BOUNDS, FIRST, compare
 from fmsim.files import write_text
@@ -39,6 +40,7 @@ MODEL = "v4-flash"
 BUDGETS = ("12.5% gpu", "25% gpu", "40% gpu")
 STATE_AGE = 1
 LAYERS = (1, 2, 3)  # that must agree on a golden entry
+TRACES = tuple(name for name in ALL_TRACES if name.startswith("nano-"))
 SHOWN = ("oracle", "lsa (max)", "lsa + history", "h2o", "lru", "lfu", "native, held")
 SHOWN_SHARES = (0.02, 0.05, 0.10)
 PART = "indexer tables"  # of the page
@@ -50,9 +52,10 @@ def measure(path: Path) -> Found:
     """All three parts on one trace."""
     trace = read(path)
     indexer = checkpoints.load(checkpoints.SHIPPED)
-    native = native_indexer.of_model(checkpoints.SHIPPED.parent)
+    whole = len(trace.keyed) == trace.n_layers  # else the model's own indexers lack keys
+    native = native_indexer.of_model(checkpoints.SHIPPED.parent) if whole else None
     found: Found = {
-        "policies": compare(trace, BUDGETS, PRESETS[MODEL], native=True),
+        "policies": compare(trace, BUDGETS, PRESETS[MODEL], native=whole),
         "rankings": {},
     }
     for layers in LAYERS:
@@ -99,7 +102,7 @@ def _policies(result: Found) -> str:
             if all("why" in row for row in by_trace.values()):
                 absent.append(label)
                 continue
-            cells = [_mass(by_trace[name], rows, name) for name in traces]
+            cells = [_mass(rows, label, name) for name in traces]
             bound = " (bound)" if label in BOUNDS else ""
             lines.append(f"| {label}{bound} | {' | '.join(cells)} |")
         parts += [f"Mass kept at {budget.removesuffix(' gpu')} of the full cache's bytes:"]
@@ -110,14 +113,15 @@ def _policies(result: Found) -> str:
     return "\n\n".join(parts)
 
 
-def _mass(row: Found, rows: dict[str, dict[str, Found]], name: str) -> str:
-    if "why" in row:
+def _mass(rows: dict[str, dict[str, Found]], label: str, name: str) -> str:
+    row = rows[label].get(name)
+    if row is None or "why" in row:
         return "–"
     shown = _estimate(row["mass_kept"], row["ci95"]["mass_kept"]["half_width"])
     rivals = [
         by_trace[name]["mass_kept"]
         for label, by_trace in rows.items()
-        if label not in BOUNDS and "why" not in by_trace[name]
+        if label not in BOUNDS and "why" not in by_trace.get(name, {"why": "not there"})
     ]
     return f"**{shown}**" if row["mass_kept"] == max(rivals) else shown
 
@@ -129,11 +133,8 @@ def _rankings(result: Found) -> str:
         for share in SHOWN_SHARES:
             place = ranked["kept_shares"].index(share)
             cells = [
-                _estimate(
-                    ranked["mass_recall"][label][place],
-                    ranked["half_width"]["mass_recall"][label][place],
-                )
-                + f" ({ranked['golden_recall'][label][place]:.2f})"
+                f"{_recall(ranked, 'mass_recall', label, place)}"
+                f" ({_recall(ranked, 'golden_recall', label, place).partition(' ')[0]})"
                 for label in SHOWN
             ]
             lines.append(f"| {_short(name)} | {share:.0%} | {' | '.join(cells)} |")
@@ -145,11 +146,17 @@ def _agreement(result: Found) -> str:
     for name, found in result["traces"].items():
         for layers, ranked in found["rankings"].items():
             place = ranked["kept_shares"].index(0.10)
-            recall, spread = ranked["golden_recall"], ranked["half_width"]["golden_recall"]
-            cells = [_estimate(recall[label][place], spread[label][place]) for label in SHOWN]
+            cells = [_recall(ranked, "golden_recall", label, place) for label in SHOWN]
             shares = f"{ranked['golden_share']:.2%} | {ranked['golden_mass']:.2f}"
             lines.append(f"| {_short(name)} | {layers} | {shares} | {' | '.join(cells)} |")
     return "\n".join(lines)
+
+
+def _recall(ranked: Found, measure: str, label: str, place: int) -> str:
+    """A ranking's recall where it is cut at the share of that place; "–" where it could not be."""
+    if label not in ranked[measure]:
+        return "–"
+    return _estimate(ranked[measure][label][place], ranked["half_width"][measure][label][place])
 
 
 def _head(names: list[str]) -> str:
@@ -173,13 +180,12 @@ def _wrapped(text: str) -> str:
 def measured(
     traces: Sequence[str] = (), progress: Callable[[str], None] = lambda text: None
 ) -> Found:
-    """The result file, on `traces` (all of nano's unless given)."""
+    """The result file, on `traces` (`TRACES` unless given)."""
     start = time.perf_counter()
     found = {}
-    for path in sorted((ROOT / "traces").glob("nano-*.safetensors")):
-        if not traces or path.stem in traces:
-            found[path.stem] = rounded(measure(path))
-            progress(f"{path.stem}: {time.perf_counter() - start:.0f} s")
+    for name in traces or TRACES:
+        found[name] = rounded(measure(ROOT / "traces" / f"{name}.safetensors"))
+        progress(f"{name}: {time.perf_counter() - start:.0f} s")
     return {
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "command": "python benchmarks/indexer.py",
@@ -196,7 +202,7 @@ def measured(
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--trace", action="append", help="file names without ending; all if absent")
+    parser.add_argument("--trace", action="append", help="a name; repeat for more")
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks/results/indexer.json")
     parser.add_argument("--page", type=Path, default=ROOT / "benchmarks/results/indexer.md")
     given = parser.parse_args()

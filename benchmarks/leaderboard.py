@@ -1,13 +1,13 @@
-"""All policies on all shipped traces at two equal GPU budgets: docs/leaderboard.md.
+"""All policies on shipped traces at two equal GPU budgets: docs/leaderboard.md.
 
-    python benchmarks/leaderboard.py [-p path/file.py:Class] [--trace NAME]
+    python benchmarks/leaderboard.py [-p path/file.py:Class] [--trace NAME ...]
 
 A budget is a share of the bytes that the full cache takes on the GPU for one request, such as
 "12.5% gpu" in a scenario. A policy that cannot be that small says why. A plug-in named with -p
 stands beside fmsim's own; a `budget` among its parameters is replaced. Misses and mass kept are
 replayed, step times simulated: one request of V4-Flash on an H100, whose CSA layers the trace's
 layers drive. Intervals are those of `fmsim.bootstrap`: of a trace's figure over its windows, of a
-mean over the traces.
+mean over the traces. Of contexts shorter than 500K the questions stand for all kinds of text.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ import regions
 from fmsim import bootstrap
 from fmsim.errors import BudgetTooSmall, FmsimError
 from fmsim.experiments.parallel import in_parallel
-from fmsim.experiments.sharing import mass_by_sharing
+from fmsim.experiments.sharing import MOST_SETS, mass_by_sharing
 from fmsim.files import write_text
 from fmsim.geometry import PRESETS
 from fmsim.hw import load_hardware
@@ -73,6 +73,14 @@ SHARING_BUDGET = 0.1
 PART = "leaderboard"  # of the page
 NEW_PAGE = regions.marked(PART, "benchmarks/leaderboard.py", "# Leaderboard\n\n")
 MIB = 2**20
+TRACES = (
+    "nano-128k-needles",
+    "nano-32k-needles",
+    "nano-500k-continuation",
+    "nano-500k-memory",
+    "nano-500k-needles",
+    "smollm2-8k-continuation",
+)
 
 Row = dict[str, Any]
 
@@ -127,15 +135,10 @@ class Board:
         }
 
     def sharing(self, label: str) -> list[Row]:
-        """Rows of a policy with one set for 1, 2 and 3 layers."""
-        numbers = self.trace.csa_numbers
-        scored = SHARED[label]["policy"] != "oracle"
-
-        def policy_of(layers: tuple[int, ...]) -> Any:
-            own = {"layers": [numbers[layer] for layer in layers]} if scored else {}
-            return registry.build(SHARED[label] | own | {"budget": f"{SHARING_BUDGET:.0%}"})
-
-        found = mass_by_sharing(self.trace, policy_of, 3)
+        """Rows of a policy with one set for 1, 2 and more layers; the indexer scores its own."""
+        spec = SHARED[label] | {"budget": f"{SHARING_BUDGET:.0%}"}
+        policy_of = lambda layers: registry.build(spec)
+        found = mass_by_sharing(self.trace, policy_of, self.trace.n_layers)
         return [
             {
                 "trace": self.name,
@@ -251,9 +254,10 @@ def _sharing(result: dict[str, Any]) -> str:
         "## One set for several layers",
         _wrapped(
             f"Mass kept with {100 * SHARING_BUDGET:.0f}% of the entries in one set, by how many of"
-            " nano's layers share it; the mean over all choices of so many layers. In V4-Flash a"
-            " set serves 21 layers, and nano's three stand in for them. So the figures of a policy"
-            " whose layers share a set are too good, by what 18 more layers would take:"
+            f" nano's layers share it; the mean over at most {MOST_SETS} choices of so many layers."
+            f" In V4-Flash a set serves {PRESETS[MODEL].n_csa} layers, and nano's"
+            f" {max(row['layers'] for row in rows)} stand in for them. So the figures of a policy"
+            " whose layers share a set are too good, by what more layers would take:"
         ),
     ]
     head = [
@@ -316,10 +320,9 @@ def measured(
     traces: Sequence[str] = (),
     progress: Callable[[str], None] = lambda text: None,
 ) -> dict[str, Any]:
-    """The result file: fmsim's own policies, and `plugins`, on `traces` (all unless given)."""
+    """The result file: fmsim's own policies, and `plugins`, on `traces` (`TRACES` unless given)."""
     start = time.perf_counter()
-    paths = sorted((ROOT / "traces").glob("*.safetensors"))
-    paths = [path for path in paths if not traces or path.stem in traces]
+    paths = [ROOT / "traces" / f"{name}.safetensors" for name in traces or TRACES]
     rows: list[Row] = []
     sharing: list[Row] = []
     full_bytes: dict[str, int] = {}
@@ -353,7 +356,7 @@ def measured(
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("-p", "--policy", action="append", default=[], help="a plug-in beside them")
-    parser.add_argument("--trace", action="append", help="file names without ending; all if absent")
+    parser.add_argument("--trace", action="append", help="a name; repeat for more")
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks/results/leaderboard.json")
     parser.add_argument("--page", type=Path, default=ROOT / "docs/leaderboard.md")
     given = parser.parse_args()

@@ -267,9 +267,11 @@ def _rivals(
 
 
 def _nanos_own(traces: list[Trace]) -> Checkpoint | None:
-    """nano's lightning indexer, where all traces are of the shipped weights and torch is there to
-    read them.
+    """nano's lightning indexer, where all traces are of the shipped weights and have all layers'
+    keys, and torch is there to read them.
     """
+    if any(len(found.keyed) < found.n_layers for found in traces):
+        return None
     try:
         from fmsim.exec.model.weights.loader import load_model
         from fmsim.exec.runs.native import native_indexer

@@ -30,7 +30,7 @@ class Replayer:
     bytes buys. Without one, bytes are V4's in the trace's own layers. `cold` starts with nothing
     resident, as a cache benchmark does; otherwise the prefill leaves what the policy chooses at
     step 0. Only the first `max_steps` are replayed, and of the trace's layers only `layers`,
-    ascending from 0.
+    ascending from 0; a lookahead policy is still shown all layers that have index keys.
     """
 
     def __init__(
@@ -66,8 +66,7 @@ class Replayer:
         self._paged: dict[tuple[int, bool], paging.Paged] = {}
         # traces of dense models have neither
         self.has_lookahead = trace.hidden is not None and trace.index_keys is not None
-        keyed = trace.keyed if self.has_lookahead else []
-        self._keyed = [layer for layer in keyed if layers is None or layer in layers]
+        self._keyed = trace.keyed if self.has_lookahead else []
         self._keys: np.ndarray | None = None
         self._states: dict[int, LookaheadState] = {}  # by window, in numpy
         prompt_mass = trace.prompt_mass
@@ -154,8 +153,7 @@ class Replayer:
     def _lookahead(self, window: int) -> tuple[np.ndarray, int, np.ndarray]:
         """Hidden states, position and index keys at a window's start; keys are decoded once."""
         if self._keys is None:
-            rows = [self.trace.keyed.index(layer) for layer in self._keyed]
-            self._keys = self.trace.keys(self.entries[-1])[rows]
+            self._keys = self.trace.keys(self.entries[-1])
         position = self.header.prompt_tokens + self.header.tau * window - 1
         n_entries = (position + 1) // self.header.entry_tokens
         hidden = np.asarray(self.trace.hidden[window], dtype=np.float32)[self._keyed]
