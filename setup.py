@@ -11,6 +11,7 @@ from pathlib import Path
 from setuptools import setup
 from setuptools.command.build_py import build_py
 
+
 def shipped() -> list[str]:
     """Files that the wheel carries beside the package, relative to this folder."""
     folders = Path("scenarios"), Path("traces")

@@ -27,7 +27,12 @@ from typing import Any, NamedTuple
 
 import torch
 import transformers
-from transformers import DeepseekV4ForCausalLM, StoppingCriteria, StoppingCriteriaList
+from transformers import (
+    DeepseekV4ForCausalLM,
+    FineGrainedFP8Config,
+    StoppingCriteria,
+    StoppingCriteriaList,
+)
 
 from fmsim.errors import FmsimError
 from fmsim.exec.decode.engine import Engine
@@ -38,6 +43,7 @@ from fmsim.nano.tokenizer import MODEL_FOLDER
 from fmsim.policies import registry
 
 FIRST_STEPS = 4  # not timed
+WIDENED = FineGrainedFP8Config(dequantize=True)  # transformers would use FP8 kernels on a GPU
 
 
 class Decode(NamedTuple):
@@ -116,7 +122,12 @@ def measure(
     text = questions(context, steps, 0, haystack()).prompt.tolist()
     model, oracle = (
         load_model(MODEL_FOLDER, device),
-        DeepseekV4ForCausalLM.from_pretrained(MODEL_FOLDER, dtype=torch.float32).to(device).eval(),
+        DeepseekV4ForCausalLM.from_pretrained(
+            MODEL_FOLDER, dtype=torch.bfloat16, quantization_config=WIDENED
+        )
+        .float()
+        .to(device)
+        .eval(),
     )
     runs: dict[str, list[Decode]] = {"transformers": [], **{name: [] for name in policies}}
     prefills: dict[str, list[float]] = {"transformers": [], "fmsim": []}

@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 
 torch = pytest.importorskip("torch", reason="the model needs fmsim[model]")
-transformers = pytest.importorskip(
-    "transformers", reason="the oracle is transformers' DeepseekV4ForCausalLM"
-)
+pytest.importorskip("transformers", reason="the oracle is transformers' DeepseekV4ForCausalLM")
+
+from nano_oracle import nano_oracle
 
 from fmsim.exec.decode.session import Session
 from fmsim.exec.model.kinds import CSA, HCA, SLIDING
@@ -38,9 +38,7 @@ def text() -> np.ndarray:
 
 @torch.no_grad()
 def test_transformers_loads_it_and_gives_the_same_logits(nano, text):
-    oracle = transformers.DeepseekV4ForCausalLM.from_pretrained(
-        MODEL_FOLDER, dtype=torch.float32
-    ).eval()
+    oracle = nano_oracle()
     # 576 entries, so the top 512 leave some out
     ids = torch.tensor(text[None, :2304].astype(np.int64))
     expected, found = oracle(ids).logits, nano(ids)[0]

@@ -56,7 +56,7 @@ def test_conformance(tmp_path):
 
 def test_it_keeps_every_layers_keys_and_fills_its_budget(trace):
     ledger = Replayer(trace, max_steps=70).run(Native(budget="10%"))
-    assert ledger.all_keys and ledger.n_groups == 3
+    assert ledger.all_keys and ledger.n_groups == trace.n_layers == 6
     assert (ledger.resident == ledger.n_slots).all()
 
 

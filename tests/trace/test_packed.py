@@ -199,8 +199,6 @@ def test_layers_with_keys_are_those_that_lookahead_sees():
     assert two.csa_numbers == (1, 3) and two.n_entries == one.n_entries
     assert np.array_equal(two.hidden, one.hidden[[1, 3]])
     assert np.array_equal(two.keys, one.keys[[1, 3]])
-    some = Replayer(light, layers=[0, 3])._lookahead_in(None, None)(0)
-    assert some.csa_numbers == (3,) and np.array_equal(some.keys, one.keys[[3]])
     windows, light_windows = (read_windows(t, "a", LabelRule()) for t in (whole, light))
     assert light_windows.layers == [1, 3]
     assert np.array_equal(light_windows.golden, windows.golden)

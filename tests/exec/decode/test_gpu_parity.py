@@ -17,10 +17,9 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 torch = pytest.importorskip("torch", reason="the engine needs fmsim[model]")
-transformers = pytest.importorskip(
-    "transformers", reason="the oracle is transformers' DeepseekV4ForCausalLM"
-)
+pytest.importorskip("transformers", reason="the oracle is transformers' DeepseekV4ForCausalLM")
 
+from nano_oracle import nano_oracle
 from tiny_model import CSA, kinds, oracle
 
 from fmsim.exec.decode.engine import Batch, Engine
@@ -176,9 +175,7 @@ def test_where_choices_are_free_the_typical_token_is_as_near(device, kernels, sp
 @on_each_device
 def test_nano_decodes_as_near_and_says_the_same(device, kernels):
     """The shipped model on real text, with the tokens that it chooses itself."""
-    reference = transformers.DeepseekV4ForCausalLM.from_pretrained(
-        MODEL_FOLDER, dtype=torch.float32
-    ).eval()
+    reference = nano_oracle()
     text = torch.from_numpy(
         np.asarray(
             read(Path(__file__).parents[3] / "traces/nano-32k-needles.safetensors").token_ids[1:340]

@@ -245,7 +245,7 @@ def test_a_model_must_be_said(tmp_path):
 
 
 def test_numbers_of_version_1_are_kept(tmp_path):
-    found = traces.read("traces/nano-32k-needles.safetensors", check=True)
+    found = traces.read("traces/smollm2-8k-continuation.safetensors", check=True)
     assert found.header.format_version == 1 and found.header.entry_tokens == 4
     assert "entry_tokens" not in found.header.model_dump()
     traces.write(tmp_path / "again.safetensors", found)
