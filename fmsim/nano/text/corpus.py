@@ -225,17 +225,13 @@ def main() -> None:
         "--out", type=Path, required=True, help="folder to write documents.jsonl.xz into"
     )
     parser.add_argument("--packages", type=Path, help="folder of .deb files already downloaded")
-    parser.add_argument(
-        "--sources", choices=list(SOURCES), default="nano", help="whose text; nano2's holds nano's"
-    )
     args = parser.parse_args()
-    sources = SOURCES[args.sources]
     args.out.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as fresh:
         if args.packages is None:
-            download(Path(fresh), sources)
+            download(Path(fresh), SOURCES)
         sizes = write_documents(
-            read_packages(args.packages or Path(fresh), sources), args.out / "documents.jsonl.xz"
+            read_packages(args.packages or Path(fresh), SOURCES), args.out / "documents.jsonl.xz"
         )
     for package, size_bytes in sorted(sizes.items(), key=lambda item: -item[1]):
         print(f"{package:28}{size_bytes / 1e6:8.1f} MB")

@@ -1,9 +1,8 @@
 """Which Debian packages nano's text comes from, under which licences, and which of their files.
 
-``SOURCES["nano"]`` is what the shipped nano read. ``SOURCES["nano2"]`` has it too, split as it was,
-and dictionaries, manuals and source code beside it. Of those new documents two in five are held
-out, so that ten million tokens and more serve validation, tests and traces, none of which any nano
-has read.
+Of the documents of the later ones, dictionaries, manuals and source code, two in five are held out,
+so that ten million tokens and more serve validation, tests and traces, none of which any nano has
+read.
 """
 
 from __future__ import annotations
@@ -11,7 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 HELD_OUT_SHARE = 0.032  # of the documents, beside `corpus.HELD_OUT_NAMES`
-NEW_SHARE = 0.4  # of the documents of NEW_SOURCES
+NEW_SHARE = 0.4  # of the documents of the later sources
 
 
 @dataclass(frozen=True)
@@ -28,7 +27,7 @@ class Source:
     code: bool = False  # English is asked of prose alone
 
 
-FIRST_SOURCES = (
+SOURCES = (
     Source("anarchism", "GPL-2 or GFDL-1.1", r"/html/[^/]*\.html$", r"changelog"),
     Source(
         "debian-handbook",
@@ -71,9 +70,7 @@ FIRST_SOURCES = (
         r"requirements\.html|crossref|matrix|keyword_index|sitemap|doclist",
     ),
     Source("vim-doc", "Vim or OPL-1.0", r"/html/[^/]*\.html$", r"/tags\.html$|/index\.html$"),
-)
-
-NEW_SOURCES = (
+    # What the first nano had not read:
     Source(
         "cppreference-doc-en-html", "CC-BY-SA-3.0 or GFDL-1.3", r"/en/cpp/.*\.html$",
         r"/(Talk|User|Special)", NEW_SHARE,
@@ -113,5 +110,3 @@ NEW_SOURCES = (
         NEW_SHARE, code=True,
     ),
 )  # fmt: skip
-
-SOURCES = {"nano": FIRST_SOURCES, "nano2": FIRST_SOURCES + NEW_SOURCES}

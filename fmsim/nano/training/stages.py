@@ -65,14 +65,6 @@ def tiny(stages: tuple[Stage, ...]) -> tuple[Stage, ...]:
 
 
 CURRICULA = {
-    # What the first nano grew into, made whole again and taken to 128K.
-    "grown": (
-        Stage(4096, 130, 65536, (1.2e-3, 1e-3), MIXED, warmup=60),
-        Stage(32768, 270, 65536, (1e-3, 1.5e-4), MIXED),
-        Stage(131072, 50, 131072, (1.5e-4, 1e-5), LAST),
-    ),
-    # What a minute of two GPUs is good for, the first nano grown.
-    "minute": (Stage(32768, 60, 32768, (8e-4, 1e-5), LAST, warmup=40),),
     # The shipped one, in two calls of one machine: the first two stages, then the others.
     "nano2": tuple(
         Stage(
@@ -113,11 +105,6 @@ CURRICULA = {
             (32768, 65536, 95, MIXED, "finish", 0, (0.4, 0.87)),
             (131072, 131072, 25, LAST, "finish", 0, (0.87, 1.0)),
         )
-    ),
-    # For a model that went through the first, a fresh optimiser and more time at long lengths.
-    "longer": (
-        Stage(32768, 400, 65536, (8e-4, 1.5e-4), MIXED, warmup=60),
-        Stage(131072, 100, 131072, (1.5e-4, 1e-5), LAST),
     ),
 }
 

@@ -170,7 +170,7 @@ def main() -> None:
     )
     parser.add_argument("--model", type=Path, required=True, help="directory to begin from")
     parser.add_argument("--out", type=Path, required=True, help="folder of log, state and model")
-    parser.add_argument("--curriculum", default="grown", help="of fmsim.nano.training.stages")
+    parser.add_argument("--curriculum", default="nano2", help="of fmsim.nano.training.stages")
     parser.add_argument("--stage", type=int, default=0, help="the stage to begin with")
     parser.add_argument("--until", type=int, help="the stage to end before")
     parser.add_argument("--resume", type=Path, help="state.pt of an earlier call on this machine")
