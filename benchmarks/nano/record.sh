@@ -88,10 +88,8 @@ rm -rf "$OUT/ship" "$work/all"
 mkdir -p "$OUT/ship" "$work/all"
 cat "$OUT"/traces.tar.* | tar xf - -C "$work/all"
 cat "$OUT"/indexers.tgz.* | tar xzf - -C "$work"
-cli indexer native "$model" --out "$work/native.safetensors"
 for found in "$work"/indexers/*.safetensors; do
-  cli indexer eval "$found" "$work"/all/*.safetensors --state-age 1 \
-    --native "$work/native.safetensors" --json >"${found%.safetensors}.json"
+  cli indexer eval "$found" "$work"/all/*.safetensors --state-age 1 --json >"${found%.safetensors}.json"
 done
 best=$($python - "$work/indexers" "$most" <<'P'
 import json, sys

@@ -19,8 +19,8 @@ from fmsim.trace import read
 
 ROOT = Path(__file__).parents[2]
 STEPS = 70  # a window of 64 steps and a little
-# Four layers of a model on three of the trace.
-MODEL = replace(PRESETS["v4-flash"], layer_types=(SLIDING, CSA, HCA, CSA, CSA, CSA))
+# Seven layers of a model on six of the trace.
+MODEL = replace(PRESETS["v4-flash"], layer_types=(SLIDING, CSA, HCA, *6 * [CSA]))
 DEVICES = [
     "cpu",
     pytest.param(
