@@ -41,7 +41,7 @@ def load_trace(path: str | Path, *, check: bool = False) -> Trace:
 
     >>> trace = load_trace("traces/nano-32k-needles.safetensors")
     >>> trace.n_layers, trace.topk, trace.header.prompt_tokens
-    (3, 512, 32768)
+    (6, 512, 32768)
     """
     return read(path, check)
 

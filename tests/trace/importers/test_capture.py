@@ -9,6 +9,7 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 import torch
+from made_trace import make_trace
 from typer.testing import CliRunner
 
 from fmsim import trace as traces
@@ -245,7 +246,9 @@ def test_a_model_must_be_said(tmp_path):
 
 
 def test_numbers_of_version_1_are_kept(tmp_path):
-    found = traces.read("traces/smollm2-8k-continuation.safetensors", check=True)
+    made = make_trace(prompt_tokens=256, n_steps=8).with_header(format_version=1)
+    traces.write(tmp_path / "old.safetensors", made)
+    found = traces.read(tmp_path / "old.safetensors", check=True)
     assert found.header.format_version == 1 and found.header.entry_tokens == 4
     assert "entry_tokens" not in found.header.model_dump()
     traces.write(tmp_path / "again.safetensors", found)
