@@ -28,7 +28,7 @@ from fmsim.sim.timeline import SimulatedTimeline
 
 REQUESTS_NAME = "requests.csv"
 REPORT_NAME = "report.json"
-SCHEMA_VERSION = 3  # of the report
+SCHEMA_VERSION = 4  # of the report
 
 
 @contextlib.contextmanager
@@ -125,8 +125,16 @@ class _Spread(_Open):
     p99: float
 
 
+class _Answers(_Open):
+    value: float = Field(ge=0)
+    half_width: float | None
+    contexts: int = Field(ge=1)
+    tokens: int = Field(ge=1)
+
+
 class _Row(_Open):
     policy: str
+    answers_kept: _Answers | None
     gpu_bytes: int = Field(ge=0)
     gpu_ratio: float = Field(ge=0)
     kv_hbm_bytes: int = Field(ge=0)

@@ -9,6 +9,7 @@ from typing import Any
 
 from fmsim import __version__
 from fmsim.errors import BadParameter, FmsimError
+from fmsim.experiments.accuracy.measured import about_answers, answers_kept
 from fmsim.experiments.driving import layers_that_drive, stands_for
 from fmsim.experiments.failures import TIMEOUT_S, Failure, guarded, lost, raise_if_all
 from fmsim.experiments.parallel import in_parallel
@@ -47,6 +48,7 @@ SHOWN = {
     "gpu_bytes": "bytes on the GPU",
     "gpu_ratio": "of the full cache's",
     "mass_kept": "attention mass kept",
+    "answers_kept_value": "of full's answers",
     "hit_rate": "hit rate",
     "misses": "misses",
     "h2d_bytes_per_step": "bytes to the GPU, a step",
@@ -184,6 +186,7 @@ class Setting:
         timeline = simulate(ledger, self.geometry, self.hw, self.layer_map, self.batch)
         row = row_of(ledger, timeline, self.geometry, self.hw, self.layer_map)
         row["policy"] = label
+        row["answers_kept"] = self.answers_kept(policy)
         return PolicyRun(
             label,
             ledger,
@@ -191,6 +194,22 @@ class Setting:
             row,
             metrics.details(ledger, self.geometry, self.hw, self.layer_map),
         )
+
+    def answers_kept(self, policy: Policy) -> dict[str, Any] | None:
+        """What was measured of answers under `policy`, by the trace's own model at about the
+        trace's length: "value", the share of what the full cache answers, "half_width" of its 95%
+        interval (None: one context), "contexts", and their "tokens". None where nothing was.
+        """
+        header = self.trace.header
+        found = answers_kept(header.model.sha256, header.prompt_tokens, policy, self.geometry.name)
+        if found is None:
+            return None
+        return {
+            "value": found.kept,
+            "half_width": found.half_width,
+            "contexts": found.contexts,
+            "tokens": found.tokens,
+        }
 
 
 def row_of(
@@ -239,6 +258,8 @@ def run_scenario(
         (failures if isinstance(result, Failure) else runs).append(result)
     raise_if_all(tuple(failures), len(runs))
     head = about(setting) | {"runs": about_runs(setting.file, policies)}
+    if any(run.row["answers_kept"] for run in runs):
+        head["answers"] = about_answers()
     return Report(head, tuple(runs), tuple(failures))
 
 
@@ -387,6 +408,7 @@ def about(setting: Setting) -> dict[str, Any]:
             "max_requests",
             "at_max_requests",
         ],
+        "measured": ["answers_kept"],
         "replayed": [
             "gpu_bytes",
             "gpu_ratio",

@@ -28,6 +28,7 @@ KNOWN = {  # fields of a row that the table shows, or that name it
     "entry_recall",
     "entry_recall_per_step",
     "mass_kept",
+    "answers_kept",
     "set_overlap",
     "decode_tokens_per_s",
     "step_s",

@@ -27,7 +27,12 @@ FIELDS = [  # of a measured row
     "misses",
 ]
 # of a replayed row: the paper's accounting, intervals, and times with as many requests as fit
-RUN_FIELDS = [*FIELDS[:3], "kv_hbm_bytes", "kv_hbm_ratio", *FIELDS[3:], "ci95", "at_max_requests"]
+RUN_FIELDS = [
+    *FIELDS[:3],
+    *("kv_hbm_bytes", "kv_hbm_ratio"),
+    *FIELDS[3:],
+    *("ci95", "at_max_requests", "answers_kept"),
+]
 
 
 def fmsim(*arguments, folder=None):

@@ -27,12 +27,16 @@ class AnswersKept:
     tokens: int
 
 
-def answers_kept(model_sha256: str | None, tokens: int, policy: Policy) -> AnswersKept | None:
-    """Of the model with these weights, after about `tokens`, under `policy` at its budget; None
-    where that was not measured.
+def answers_kept(
+    model_sha256: str | None, tokens: int, policy: Policy, geometry: str
+) -> AnswersKept | None:
+    """Of the model with these weights, after about `tokens`, under `policy` at its budget, which is
+    of the bytes of the model called `geometry`; None where that was not measured.
     """
     table = _table()
     if not table["rows"] or model_sha256 != table["about"]["model"]["sha256"]:
+        return None
+    if geometry != table["about"]["geometry"]:
         return None
     rows = [row for row in table["rows"] if _same(row, policy)]
     nearest = min(rows, key=lambda row: abs(row["tokens"] - tokens), default=None)
@@ -41,6 +45,12 @@ def answers_kept(model_sha256: str | None, tokens: int, policy: Policy) -> Answe
     return AnswersKept(
         nearest["kept"], nearest["half_width"], nearest["contexts"], nearest["tokens"]
     )
+
+
+def about_answers() -> dict[str, Any]:
+    """How they were measured: "command", "date", "device", "geometry", "model", "families"."""
+    found: dict[str, Any] = _table()["about"]
+    return found
 
 
 def identity(policy: Policy) -> dict[str, Any]:

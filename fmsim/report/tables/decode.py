@@ -33,6 +33,9 @@ class RowColumn:
     rank: int = 0
 
 
+ANSWERS = "answers\nkept"
+
+
 def _at_most(row: Row, name: str) -> Any:
     found = row["at_max_requests"]
     return None if found is None else found[name]
@@ -50,6 +53,12 @@ def _overlap(row: Row) -> str:
     return f"{row['set_overlap']:.2f}" + margin_text(half_width, 2)
 
 
+def _answers(row: Row) -> str:
+    """The share of full's answers, with its interval."""
+    found = row["answers_kept"]
+    return "-" if found is None else estimate_text(found["value"], found["half_width"])
+
+
 # behind the policy and its kind; * = simulated
 COLUMNS = (
     RowColumn("on GPU\nGiB", lambda row: f"{row['gpu_bytes'] / GIB:.3f}", None, 3),
@@ -63,6 +72,7 @@ COLUMNS = (
         4,
     ),
     RowColumn("mass\nkept", _estimate("mass_kept"), True, 1),
+    RowColumn(ANSWERS, _answers, True, 1),
     RowColumn("PCIe\nMiB/step", lambda row: f"{row['h2d_bytes_per_step'] / MIB:.2f}", False, 8),
     RowColumn("stall*", lambda row: f"{row['stall_ratio']:.1%}", False, 6),
     RowColumn("golden\nkept", _estimate("entry_recall"), True, 9),
@@ -117,14 +127,28 @@ def has_mass(about: dict[str, Any]) -> bool:
 
 
 def columns(about: dict[str, Any]) -> tuple[RowColumn, ...]:
-    """COLUMNS; without masses the share of hits stands in the place of golden entries kept."""
+    """COLUMNS; without masses the share of hits stands in the place of golden entries kept, and
+    without measured answers there is no column of them.
+    """
+    found = [column for column in COLUMNS if column.heading != ANSWERS or "answers" in about]
     if has_mass(about):
-        return COLUMNS
-    return tuple(HIT if column.heading == "golden\nkept" else column for column in COLUMNS)
+        return tuple(found)
+    return tuple(HIT if column.heading == "golden\nkept" else column for column in found)
 
 
 def notes(about: dict[str, Any]) -> tuple[str, ...]:
-    return NOTES if has_mass(about) else (*NOTES, NO_MASS)
+    found = NOTES if has_mass(about) else (*NOTES, NO_MASS)
+    return (*found, _of_answers(about["answers"])) if "answers" in about else found
+
+
+def _of_answers(answers: dict[str, Any]) -> str:
+    day = answers["date"][:10]
+    return (
+        f"answers kept: of the questions that {answers['model']['name']} answers with the full"
+        f" cache, the share that it answers under the policy (score over score, {day},"
+        f" {answers['device']}); measured at the same budget, after about as many tokens; ±: over"
+        " contexts."
+    )
 
 
 def show(report: dict[str, Any], view: View = ALL) -> None:
