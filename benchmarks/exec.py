@@ -35,6 +35,7 @@ from fmsim.exec.decode.trace_driven import TraceDrivenDecode
 from fmsim.exec.kernels.layout import KEY, LATENT
 from fmsim.exec.measure import calibrate
 from fmsim.exec.measure.kernel_cases import recall
+from fmsim.exec.measure.sizes import Sizes
 from fmsim.exec.measure.timing import captured, median_s
 from fmsim.exec.model.weights.synthetic import experts_that_fit, synthetic_config
 from fmsim.exec.runs import synthetic as synthetic_run
@@ -69,7 +70,7 @@ AT_MOST = (
     "recency",
     "h2o",
 )  # whose largest batch in the KV budget is decoded too
-SIZES = calibrate.Sizes(
+SIZES = Sizes(
     contexts=(4096, 262_144, 1_048_576),
     batches=(1, 4, 16, 64, 128),
     gathers={584: (512, 4096, 32_768), 37_376: (96, 2000)},

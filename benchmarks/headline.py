@@ -130,6 +130,7 @@ class Bench:
     def _measured(self, context: str, label: str, budget: str | None) -> Row:
         from fmsim.experiments.failures import Failure
         from fmsim.experiments.validate import Worlds
+        from fmsim.experiments.whole_steps import measured
 
         try:
             worlds = Worlds(scenario(context, [entry(label, budget)], self.model), self.device)
@@ -141,7 +142,7 @@ class Bench:
                 gc.collect()  # what the check held, a pinned mirror say
                 if self.weights is None:
                     self._fill(worlds.geometry)
-                row |= {"experts": self.n_experts} | worlds.whole_steps(label, self.weights)
+                row |= {"experts": self.n_experts} | measured(worlds, label, 1, self.weights)
         except (FmsimError, RuntimeError) as error:  # torch's out of memory is a RuntimeError
             return {"failed": f"{type(error).__name__}: {error}"}
         finally:

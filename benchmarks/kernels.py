@@ -37,9 +37,9 @@ except ImportError:
 
 from fmsim.exec.kernels import tuning
 from fmsim.exec.kernels.layout import KEY, LATENT
-from fmsim.exec.measure import calibrate
 from fmsim.exec.measure import kernel_cases as cases
 from fmsim.exec.measure import module_cases as modules
+from fmsim.exec.measure.module_times import AttentionTimer, attention_bytes
 from fmsim.exec.measure.timing import median_s
 from fmsim.exec.model.kinds import CSA, HCA
 from fmsim.exec.model.weights.synthetic import synthetic_config
@@ -228,12 +228,11 @@ def layer(kind: str, float8: bool, floors: dict[str, float], tokens: int = 524_2
     """
     flash = replace(PRESETS["v4-flash"], float8_weights=float8)
     config = synthetic_config(flash, flash.n_experts)
-    seconds = calibrate.attention_s(config, kind, 1, tokens, (LATENT, KEY), DEVICE)
+    timer = AttentionTimer(config, kind, (LATENT, KEY), DEVICE, lambda line: None)
+    seconds = timer.ms(1, tokens) / 1e3
     read = flash.csa_entries(tokens) * (KEY.entry_bytes + 4) + flash.index_topk * LATENT.entry_bytes
     read = read if kind == CSA else flash.hca_entries(tokens) * LATENT.entry_bytes
-    n_bytes = (
-        calibrate.attention_bytes(config, kind) + read + flash.window_tokens * LATENT.entry_bytes
-    )
+    n_bytes = attention_bytes(config, kind) + read + flash.window_tokens * LATENT.entry_bytes
     name = f"{'CSA' if kind == CSA else 'HCA'} layer, {'float8' if float8 else 'bf16'} weights"
     return {
         "kernel": name,

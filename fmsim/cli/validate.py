@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -19,6 +19,9 @@ from fmsim.cli.options import (
     end_with_failures,
 )
 from fmsim.cli.progress import Show, bar
+
+if TYPE_CHECKING:
+    from fmsim.scenario import ScenarioFile
 
 
 def validate(
@@ -36,6 +39,16 @@ def validate(
             help="decode with random weights of the scenario's model too, and compare step times",
         ),
     ] = False,
+    batch: Annotated[
+        list[int],
+        typer.Option(min=1, help="whole steps of so many requests together; repeat for more"),
+    ] = [],
+    steps: Annotated[
+        int | None, typer.Option(min=1, help="only so many steps of each trace, of whole steps")
+    ] = None,
+    trace: Annotated[
+        list[str], typer.Option(help="another trace than the scenario's; repeat for more contexts")
+    ] = [],
     device: Annotated[
         str | None, typer.Option(help="cuda or cpu; cuda where there is one by default")
     ] = None,
@@ -60,12 +73,20 @@ def validate(
     fmsim validate scenarios/32k.yaml -p lru -p lsa --json
     fmsim hw calibrate --model scenarios/one-gpu --out mine.yaml
     fmsim validate scenarios/one-gpu/500k.yaml --set hardware=$PWD/mine.yaml --whole-steps
+    fmsim validate scenarios/one-gpu/500k.yaml --set hardware=$PWD/mine.yaml --whole-steps \\
+        --batch 1 --batch 12 --steps 136 --trace traces/nano-32k-needles.safetensors
     """
     require("model", "validate")
+    from fmsim.errors import FmsimError
     from fmsim.experiments.results import failed_altogether
+    from fmsim.scenario import ScenarioFile
 
+    if (batch or steps) and not whole_steps:
+        raise FmsimError("--batch and --steps are of whole steps; give --whole-steps too")
+    other_traces = [[f"trace={Path(name).resolve()}"] for name in trace] or [[]]
     with bar("starting torch", quiet=quiet) as show:
-        report = _validated(scenario, policy, override, device, whole_steps, policy_timeout, show)
+        files = [ScenarioFile(scenario, override + other, policy) for other in other_traces]
+        report = _validated(files, device, whole_steps, batch, steps, policy_timeout, show)
     if as_json:
         import json
 
@@ -81,11 +102,11 @@ def validate(
 
 
 def _validated(
-    scenario: Path,
-    policies: list[str],
-    overrides: list[str],
+    files: list[ScenarioFile],
     device: str | None,
     whole_steps: bool,
+    batches: list[int],
+    steps: int | None,
     timeout_s: float,
     show: Show,
 ) -> dict[str, Any]:
@@ -93,11 +114,11 @@ def _validated(
     import torch
 
     from fmsim.errors import FmsimError
-    from fmsim.experiments.validate import validate_scenario
-    from fmsim.scenario import ScenarioFile
+    from fmsim.experiments.validate import validate_scenarios
+    from fmsim.experiments.whole_steps import WholeSteps
 
     if device == "cuda" and not torch.cuda.is_available():
         raise FmsimError("--device cuda: torch finds no CUDA device here; use --device cpu")
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    file = ScenarioFile(scenario, overrides, policies)
-    return validate_scenario(file, device, show, whole_steps, timeout_s)
+    whole = WholeSteps(tuple(batches), steps) if whole_steps else None
+    return validate_scenarios(files, device, show, whole, timeout_s)

@@ -11,12 +11,14 @@ import numpy as np
 
 from fmsim.exec.decode.trace_driven import TraceDrivenDecode, TraceDrivenRun, device_name
 from fmsim.exec.kv.home import PER_PAGE
-from fmsim.exec.model.deepseek_v4 import DeepseekV4
 from fmsim.exec.runs import synthetic as synthetic_run
 from fmsim.experiments.failures import TIMEOUT_S, Failure, guarded, lost, raise_if_all
 from fmsim.experiments.parallel import alone, one_by_one
 from fmsim.experiments.progress import Progress, StepsTold, silent
-from fmsim.experiments.run import build, run_scenario
+from fmsim.experiments.run import build, load_scenario_hardware, run_scenario
+from fmsim.experiments.whole_steps import WholeSteps, errors
+from fmsim.experiments.whole_steps import measured as measured_steps
+from fmsim.experiments.whole_steps import simulated as simulated_steps
 from fmsim.geometry import Geometry, deepseek_v4_named
 from fmsim.policies import registry
 from fmsim.policies.base import Policy
@@ -24,7 +26,6 @@ from fmsim.replay.cache_manager import CacheManager
 from fmsim.replay.ledger import Ledger
 from fmsim.replay.replayer import Replayer
 from fmsim.scenario import ScenarioFile
-from fmsim.sim import metrics
 from fmsim.sim.footprint import (
     Footprint,
     ModelMemory,
@@ -158,7 +159,8 @@ def _driven(
 class Worlds:
     """What the policies of a scenario are checked on, in both worlds."""
 
-    def __init__(self, file: ScenarioFile, device: str) -> None:
+    def __init__(self, file: ScenarioFile, device: str, steps: int | None = None) -> None:
+        """Of the trace only the first `steps`, all of them unless given."""
         scenario = file.scenario
         self.file = file
         self.device = device
@@ -170,7 +172,7 @@ class Worlds:
             self.geometry.n_csa,
         )
         memory = ModelMemory(self.geometry, self.layer_map)
-        self.replayer = Replayer(self.trace, memory=memory)
+        self.replayer = Replayer(self.trace, memory=memory, max_steps=steps)
 
     def make(self, label: str) -> Callable[[], Policy]:
         spec = next(spec for spec in self.file.selected if spec.label == label)
@@ -202,28 +204,6 @@ class Worlds:
 
         return guarded(label, built)
 
-    def whole_steps(self, label: str, weights: DeepseekV4) -> dict[str, Any]:
-        """Decode whole steps of a model of random `weights` under a policy: its measured times, and
-        the bytes that a request took.
-        """
-        run = synthetic_run.run(
-            label,
-            self.make(label),
-            self.replayer,
-            self.geometry,
-            self.layer_map,
-            weights,
-            self.device,
-            self.file.scenario.batch,
-            progress=StepsTold(self.replayer.n_steps).advance,
-        )
-        figures = metrics.timed(run.timeline())
-        return {
-            "measured_step_p50_s": figures["step_s"]["p50"],
-            "measured_tokens_per_s": figures["decode_tokens_per_s"],
-            "modelled_gpu_bytes": run.gpu_bytes,
-        }
-
 
 def _check_alone(asked: tuple[ScenarioFile, str, str]) -> Check | Failure:
     """The same in a process of its own; `asked` are file, label and device."""
@@ -236,28 +216,46 @@ def _told(label: str, before: int, total: int, progress: Progress) -> Callable[[
     return lambda _, share: progress(label, before + share, total)
 
 
+def validate_scenarios(
+    files: Sequence[ScenarioFile],
+    device: str,
+    progress: Progress = silent,
+    whole: WholeSteps | None = None,
+    timeout_s: float = TIMEOUT_S,
+) -> dict[str, Any]:
+    """`validate_scenario` for a scenario on several traces, in one object."""
+    reports = [validate_scenario(file, device, progress, whole, timeout_s) for file in files]
+    traces = ", ".join(report["scenario"]["trace"] for report in reports)
+    return {
+        "scenario": reports[0]["scenario"] | {"trace": traces},
+        "policies": [row for report in reports for row in report["policies"]],
+        "failed": [row for report in reports for row in report["failed"]],
+    }
+
+
 def validate_scenario(
     file: ScenarioFile,
     device: str,
     progress: Progress = silent,
-    whole_steps: bool = False,
+    whole: WholeSteps | None = None,
     timeout_s: float = TIMEOUT_S,
 ) -> dict[str, Any]:
     """`validate` for a scenario's selected policies: the object that `fmsim validate --json`
     prints, the simulation's step times beside the measured.
 
-    With ``whole_steps`` a model of random weights of the scenario's geometry decodes each policy's
-    steps too, in the scenario's batch, so that the times are of the same thing; the scenario's
-    hardware should then be a preset that `fmsim hw calibrate` made here. A policy that fails, or
-    takes longer than `timeout_s`, stands under "failed".
+    With `whole` a model of random weights of the scenario's geometry decodes each policy's steps
+    too, a row a batch, so that the times are of the same thing; the scenario's hardware should then
+    be a preset that `fmsim hw calibrate` made here. A policy that fails, or takes longer than
+    `timeout_s`, stands under "failed".
     """
     n = len(file.selected)
-    total = n * (3 if whole_steps else 2)  # each simulated, checked, and decoded whole
+    batches = (whole.batches or (file.scenario.batch,)) if whole else ()
+    total = n * (2 + len(batches))  # each simulated, checked, and decoded whole
     simulated = run_scenario(
         file, lambda label, done, _: progress(f"{label}: replay", done, total), timeout_s
     )
     scenario = file.scenario
-    worlds = Worlds(file, device)
+    worlds = Worlds(file, device, whole.steps if whole else None)
     geometry, trace = worlds.geometry, worlds.trace
     rows: list[dict[str, Any]] = []
     failures = list(simulated.failures)
@@ -276,36 +274,43 @@ def validate_scenario(
             "simulated_step_p50_s": run.row["step_s"]["p50"],
             "simulated_tokens_per_s": run.row["decode_tokens_per_s"],
         }
-        rows.append(found.row() | times)
+        context = {"context_tokens": trace.header.prompt_tokens}
+        rows.append(context | found.row() | times)
     raise_if_all(tuple(failures), len(rows))
     measured = (
         f"the moves and their bookkeeping on this {device_name(device)}, without a model's compute;"
         " the two are not to be compared"
     )
-    if whole_steps:
+    if whole:
         request_bytes = max(row["predicted_gpu_bytes"] for row in rows)
         weights, n_experts = synthetic_run.weights_for(
-            geometry, device, scenario.batch * request_bytes, seed=0
+            geometry, device, max(batches) * request_bytes, seed=0
         )
-        whole = partial(worlds.whole_steps, weights=weights)
-        for number, row in enumerate(rows, 2 * n):
-            told = _told(f"{row['policy']}: whole steps", number, total, progress)
+        hw = load_scenario_hardware(file)
+        asked = [(row, batch) for row in rows for batch in batches]
+        rows = []
+        for number, (row, batch) in enumerate(asked, 2 * n):
+            label = row["policy"]
+            told = _told(f"{label}, batch {batch}: whole steps", number, total, progress)
             told(0, 0.0)
-            [times] = one_by_one(whole, [row["policy"]], told)
-            row |= times
-            row["step_error"] = row["simulated_step_p50_s"] / row["measured_step_p50_s"] - 1
+            timed = partial(measured_steps, worlds, batch=batch, weights=weights)
+            [times] = one_by_one(timed, [label], told)
+            found = row | times
+            found |= simulated_steps(worlds, label, hw, batch, found["warm_up_steps"])
+            rows.append(found | errors(found))
         measured = (
-            f"the same on this {device_name(device)}, batch {scenario.batch}, with random"
-            f" {geometry.weight_type} weights and {n_experts} experts a layer"
+            f"the same on this {device_name(device)}, batch {', '.join(map(str, batches))}, with"
+            f" random {geometry.weight_type} weights and {n_experts} experts a layer; both after"
+            " the first decision"
         )
     about = {
         "name": scenario.name,
         "trace": str(file.trace_file()),
-        "steps": trace.n_steps,
+        "steps": worlds.replayer.n_steps,
         "model": geometry.name,
         "csa_layers": geometry.n_csa,
         "device": device_name(device),
-        "whole_steps": whole_steps,
+        "whole_steps": whole is not None,
         "simulated_hardware": scenario.hardware,
         "runs": simulated.scenario["runs"],
         "notes": [

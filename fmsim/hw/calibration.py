@@ -81,7 +81,9 @@ class Calibration(BaseModel):
                 f" takes {self.graph_launch_s * 1e6:.2f} us, the host's"
                 f" {self.host_launch_s * 1e6:.1f} us"
             ),
-            "kernels": {model: table.model_dump() for model, table in self.kernels.items()},
+            "kernels": {
+                model: table.model_dump(exclude_none=True) for model, table in self.kernels.items()
+            },
         }
 
     def link(self) -> dict[str, Any]:
@@ -103,6 +105,14 @@ class Calibration(BaseModel):
         }
 
 
+def check_out(path: Path) -> None:
+    """Raise FmsimError where `path` cannot be a preset's, before anything is measured for it."""
+    if path.suffix != ".yaml":
+        raise FmsimError(
+            f"--out {path}: a hardware preset is a .yaml file; call it {path.name}.yaml"
+        )
+
+
 def write_preset(calibration: Calibration, path: Path) -> list[Path]:
     """Write ``path`` (``NAME.yaml``), ``NAME-link.yaml`` and ``NAME-kernels.json`` (every kernel by
     shape) beside it.
@@ -110,10 +120,7 @@ def write_preset(calibration: Calibration, path: Path) -> list[Path]:
     Each file is replaced whole or not at all; the preset comes last, so that it never names a link
     that is missing. Raises FmsimError.
     """
-    if path.suffix != ".yaml":
-        raise FmsimError(
-            f"--out {path}: a hardware preset is a .yaml file; call it {path.name}.yaml"
-        )
+    check_out(path)
     link, kernels = (
         path.with_name(f"{path.stem}-link.yaml"),
         path.with_name(f"{path.stem}-kernels.json"),

@@ -65,13 +65,67 @@ class Link(_Strict):
     )  # of the measured rates, where a scenario gives another bandwidth; fixed costs stay
 
 
+Ms = Annotated[float, Field(ge=-1e9, le=1e9)]
+Ns = Annotated[float, Field(ge=0, le=1e9)]
+ByBatch = dict[int, Ms]
+Grid = dict[int, dict[int, Ms]]
+
+
+class StepWork(_Strict):
+    """GPU time of an engine's bookkeeping in one kind of step, which its sizes set."""
+
+    fixed_ms: Ms
+    slot_ns: Ns = 0.0  # a slot of each group
+    page_ns: Ns = 0.0  # a page in a block table: of each row of the tables, and each request
+    move_ns: Ns = 0.0  # a page that a step may load: of each layer, and each request
+
+
+class Bookkeeping(_Strict):
+    """Of a kind of policy: a step, and what more a step takes in which an entry closes, or that
+    begins with a decision.
+    """
+
+    plain: StepWork
+    closing: StepWork
+    decision: StepWork | None = None
+
+
+class EngineTimes(_Strict):
+    """What fmsim's engine takes beside the modules alone, in milliseconds.
+
+    All but `in_row_batch_ms` is added to a module or a step whose policy asks for it.
+    """
+
+    # of a layer, by batch: its modules one after another, less what they take alone
+    in_row_batch_ms: ByBatch
+    # of a layer's attention, by batch and then context
+    csa_crowd_ms: Grid
+    hca_crowd_ms: Grid
+    masses_batch_ms: ByBatch  # of a CSA layer: that attention tells its masses
+    pages_batch_ms: Grid  # by entries a page and batch: more than pages of 64 take
+    listed_batch_ms: ByBatch  # of a CSA layer: naming what was selected among resident entries
+    listed_scores: dict[int, StepWork]  # by entries a page: scoring these, beyond pages of 64
+    # of a CSA layer, by batch and pages that a request loads of `staged_places`
+    staging_ms: Grid
+    staged_places: int = Field(ge=1)
+    beside_bytes_per_s: Rate  # of a recall beside a decode
+    beside_slower: Ms  # share by which steps beside it take longer
+    steps: dict[str, Bookkeeping]  # by kind of policy, `STEP_KINDS`
+
+
+# How a policy's steps keep its books: everything stays; a set that only writes change; one that
+# learns from each step; misses loaded, or the heavy ones; decisions; decisions known ahead.
+STEP_KINDS = ("kept", "held", "observed", "fetched", "fallback", "decided", "ahead")
+
+
 class KernelTable(_Strict):
     """Measured times of one model's decode modules on one GPU, in milliseconds, as `fmsim hw
     calibrate` writes them.
 
     `*_context_ms` is by context tokens at batch 1, `*_batch_ms` by batch (attention: at the
     smallest context). `*_entry_ns`: what each entry of a further request's history adds, where it
-    was measured; otherwise it is taken from the device's rates.
+    was measured; otherwise it is taken from the device's rates. `engine`: what comes beside the
+    modules, where it was measured.
     """
 
     csa_context_ms: dict[int, float]
@@ -85,6 +139,7 @@ class KernelTable(_Strict):
     head_batch_ms: dict[int, float]
     csa_entry_ns: float | None = Field(None, ge=0)
     hca_entry_ns: float | None = Field(None, ge=0)
+    engine: EngineTimes | None = None
 
 
 class Hardware(_Strict):

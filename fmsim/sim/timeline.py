@@ -46,6 +46,17 @@ class Timeline:
         step_s: np.ndarray = self.end_s - self.start_s
         return step_s
 
+    def after(self, steps: int) -> Timeline:
+        """Of the steps after the first `steps`."""
+        return Timeline(
+            self.batch,
+            self.start_s[steps:],
+            self.end_s[steps:],
+            self.stall_s[steps:],
+            self.recall_wait_s[steps:],
+            self.h2d_bytes[steps:],
+        )
+
 
 @dataclass(frozen=True)
 class SimulatedTimeline(Timeline):

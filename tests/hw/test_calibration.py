@@ -125,16 +125,26 @@ def test_the_measuring_runs(tmp_path, device, float8):
     preset is walked.
     """
     from fmsim.exec.kernels.layout import plain
-    from fmsim.exec.measure.calibrate import Sizes, measure
+    from fmsim.exec.measure.calibrate import measure
+    from fmsim.exec.measure.sizes import Sizes, StepSize
     from fmsim.exec.model.weights.synthetic import QUANTISED
     from fmsim.nano.config import nano_config
 
     sizes = Sizes(
         contexts=(256, 512),
         batches=(1, 2),
-        crowd=(2, 512),
+        crowds=(2,),
+        crowd_contexts=(512,),
+        some_batches=(1, 2),
+        listed=((1, 64), (2, 128)),
+        staged=(0, 2),
+        staged_entries=256,
         gathers={8: (2, 4), 584: (2, 4)},
         kernel_shapes=((1, 128),),
+        steps=(StepSize(64, 32), StepSize(96, 32), StepSize(96, 64), StepSize(64, 32, 2)),
+        step_groups=2,
+        step_topk=8,
+        busy_s=0.001,
         copy_bytes=2**16,
         link_bytes=2**12,
         host_bytes=2**14,

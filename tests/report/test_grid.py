@@ -75,6 +75,8 @@ def validated():
         "simulated_step_p50_s": 0.01234,
         "measured_step_p50_s": 0.01234,
         "step_error": -0.0123,
+        "batch": 128,
+        "context_tokens": 512_000,
         "simulated_tokens_per_s": 1234.5,
         "measured_tokens_per_s": 1234.5,
     }

@@ -1,5 +1,5 @@
-"""Measures a GPU for the simulator: memory, link, launches, every kernel by shape, and a decode
-step's modules.
+"""Measures a GPU for the simulator: memory, link, launches, kernels by shape, a decode step's
+modules, and what the engine does beside them.
 
 `fmsim hw calibrate`.
 
@@ -11,98 +11,47 @@ says what this engine does on this GPU, not what a serving framework would.
 from __future__ import annotations
 
 import datetime
-import functools
-import os
+import gc
 import platform
-import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import asdict
+from functools import partial
+from pathlib import Path
+from typing import Any
 
 import torch
-from torch import nn
 from transformers import DeepseekV4Config
 
-from fmsim.exec.decode.decode_attention import DecodeAttention
-from fmsim.exec.kernels.hyper_connection import Pending, enter, read_out
 from fmsim.exec.kernels.layout import KEY, LATENT, Layout
-from fmsim.exec.kv.home import Home
-from fmsim.exec.measure import kernel_cases as cases
-from fmsim.exec.measure.timing import median_s
-from fmsim.exec.model.attention import Attention
-from fmsim.exec.model.experts import MoE
-from fmsim.exec.model.hyper_connection import HyperConnection, HyperHead
+from fmsim.exec.measure import device_figures, engine_cases, step_work
+from fmsim.exec.measure.jobs import Job, Report, numbered, run_jobs
+from fmsim.exec.measure.layer_rows import LayerRow, in_row_ms
+from fmsim.exec.measure.module_times import MODULES, AttentionTimer, is_float8, module_ms
+from fmsim.exec.measure.sizes import Sizes
 from fmsim.exec.model.kinds import CSA, HCA
-from fmsim.exec.model.norm_rope import RMSNorm
-from fmsim.exec.model.projections import linear
-from fmsim.exec.model.weights.quantised import (
-    fill_float8,
-    has_float8_rows,
-    hold_float8,
-    published_float8,
-)
 from fmsim.exec.model.weights.synthetic import synthetic_config
 from fmsim.geometry import Geometry
 from fmsim.hw.calibration import Calibration, Timing
-from fmsim.hw.spec import KernelTable
+from fmsim.hw.spec import Bookkeeping, EngineTimes, KernelTable
 
-Report = Callable[[str], object]
-
-
-@dataclass(frozen=True)
-class Sizes:
-    """What to measure.
-
-    Contexts in tokens, from one on at which a CSA layer finds its top 512 entries; ``gathers`` maps
-    the bytes of a row to numbers of rows.
-    """
-
-    contexts: tuple[int, ...] = (4096, 16_384, 65_536, 131_072, 262_144, 524_288, 1_048_576)
-    batches: tuple[int, ...] = (1, 2, 4, 8, 16, 32, 64, 128)
-    crowd: tuple[int, int] = (
-        128,
-        262_144,
-        # one of the batches at one of the contexts,
-        # for what a further request's entries add to a GPU
-        # that is busy
-    )
-    gathers: dict[int, tuple[int, ...]] = field(
-        default_factory=lambda: {
-            584: (512, 4096, 32_768, 131_072),
-            2336: (128, 4096, 32_768),
-            37_376: (8, 96, 384, 2000),
-        }
-    )
-    kernel_shapes: tuple[tuple[int, int], ...] = (
-        (1, 8192),
-        (1, 32_768),
-        (1, 131_072),
-        (1, 262_144),
-        (8, 32_768),
-        (8, 131_072),
-        (32, 32_768),
-    )
-    copy_bytes: int = 2**32
-    link_bytes: int = 2**30
-    host_bytes: int = 2**31
-    matmul: int = 8192
+Figures = dict[str, Any]
+ATTENTION = {"csa": CSA, "hca": HCA}
 
 
 def calibrate(
-    geometry: Geometry, device: str, seed: int = 0, report: Report = lambda line: None
+    geometry: Geometry,
+    device: str,
+    seed: int = 0,
+    report: Report = lambda line: None,
+    part: Path | None = None,
 ) -> Calibration:
     """Everything, for the modules of ``geometry``.
 
-    Takes minutes; ``report`` is told each figure as it comes.
+    Takes minutes; ``report`` is told what they will be, and each figure as it comes. Figures are
+    kept in `part`, where the next call finds them should this one be killed.
     """
-    return measure(
-        geometry,
-        synthetic_config(geometry, geometry.n_experts),
-        (LATENT, KEY),
-        device,
-        Sizes(),
-        seed,
-        report,
-    )
+    config = synthetic_config(geometry, geometry.n_experts)
+    return measure(geometry, config, (LATENT, KEY), device, Sizes(), seed, report, part)
 
 
 @torch.inference_mode()
@@ -114,298 +63,203 @@ def measure(
     sizes: Sizes,
     seed: int,
     report: Report,
+    part: Path | None = None,
 ) -> Calibration:
+    """`calibrate` at any sizes, for modules of any configuration."""
     torch.manual_seed(seed)
-    cuda = device == "cuda"
-    total, held = _memory_bytes(device)
-    report(
-        f"{torch.cuda.get_device_name() if cuda else platform.processor() or 'CPU'}:"
-        f" {total / 1e9:.1f} GB, {held / 1e9:.2f} held by the runtime"
-    )
-    figures = _memory_figures(device, sizes) | _launches(device)
-    for name, value in figures.items():
-        report(f"{name} {value:.4g}")
-    gathers = {
-        size: {rows: _gather_bytes_per_s(size, rows, device, sizes, report) for rows in counts}
-        for size, counts in sizes.gathers.items()
+    name = torch.cuda.get_device_name() if device == "cuda" else "CPU"
+    software = f"torch {torch.__version__}, Python {platform.python_version()}"
+    about = {
+        "device": name,
+        "software": software,
+        "model": config.to_dict(),
+        "sizes": asdict(sizes),
+        "seed": seed,
     }
-    timings = tuple(_kernels(device, sizes, report))
-    table = module_table(config, layouts, device, sizes, report)
+    report(f"{name}, {software}")
+    jobs = _jobs(geometry, config, layouts, device, sizes, seed, report)
+    found = run_jobs(jobs, about, part, report)
+    rates = found["memory, link and launches"]
     return Calibration(
-        device=torch.cuda.get_device_name() if cuda else "CPU",
-        software=f"torch {torch.__version__}, Python {platform.python_version()}",
-        weights="float8 weights (compressors and head bf16)" if _float8(config) else "bf16 weights",
+        device=name,
+        software=software,
+        weights="float8 weights (compressors and head bf16)"
+        if is_float8(config)
+        else "bf16 weights",
         date=datetime.datetime.now(datetime.UTC).date().isoformat(),
-        hbm_bytes=total,
-        reserve_bytes=held,
-        host_bytes=_host_bytes(),
-        gathers=gathers,
-        kernels={geometry.name: table},
-        timings=timings,
-        **figures,
+        hbm_bytes=found["memory in use"][0],
+        reserve_bytes=found["memory in use"][1],
+        host_bytes=device_figures.host_bytes(),
+        gathers={size: numbered(found[_gathers(size)]) for size in sizes.gathers},
+        kernels={geometry.name: _table(found, config, sizes)},
+        timings=tuple(Timing(**timing) for timing in found["kernels"]),
+        **rates,
     )
 
 
-def _host_bytes() -> int:
-    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+def _gathers(row_bytes: int) -> str:
+    return f"gathers of {row_bytes} bytes"
 
 
-def _memory_bytes(device: str) -> tuple[int, int]:
-    """Of the device: in all, and what is in use before anything is allocated (context,
-    libraries).
-    """
-    if device != "cuda":
-        return _host_bytes(), 2**20
-    # loads the matrix library and its workspace
-    torch.ones(64, 64, device=device) @ torch.ones(64, 64, device=device)
-    torch.cuda.synchronize()
-    free, total = torch.cuda.mem_get_info()
-    return total, total - free
-
-
-def _memory_figures(device: str, sizes: Sizes) -> dict[str, float]:
-    source = torch.randint(0, 256, (sizes.copy_bytes,), dtype=torch.uint8, device=device)
-    target = torch.empty_like(source)
-    copy_s = median_s(lambda: target.copy_(source), device)
-    host = torch.randint(
-        0, 256, (sizes.link_bytes,), dtype=torch.uint8, pin_memory=device == "cuda"
-    )
-    link_s = median_s(
-        lambda: target[: sizes.link_bytes].copy_(host, non_blocking=True), device, graph=False
-    )
-    a, b = (
-        torch.randn(sizes.matmul, sizes.matmul, device=device).to(torch.bfloat16) for _ in range(2)
-    )
-    matmul_s = median_s(lambda: a @ b, device)
-    return {
-        "copy_bytes_per_s": 2 * sizes.copy_bytes / copy_s,
-        "link_bytes_per_s": sizes.link_bytes / link_s,
-        "matmul_flops": 2 * sizes.matmul**3 / matmul_s,
-    }
-
-
-def _launches(device: str, count: int = 200) -> dict[str, float]:
-    """Seconds of one launch of a kernel that does nearly nothing: within a graph, and by the
-    host.
-    """
-    x = torch.zeros(1, device=device)
-
-    def many() -> None:
-        for _ in range(count):
-            x.add_(1)
-
-    in_graph_s = median_s(many, device, cold=False) / count
-    many()
-    if device == "cuda":
-        torch.cuda.synchronize()
-    start = time.perf_counter()
-    many()  # returns when the last one is launched, not when it is done
-    return {"graph_launch_s": in_graph_s, "host_launch_s": (time.perf_counter() - start) / count}
-
-
-def _gather_bytes_per_s(
-    row_bytes: int, rows: int, device: str, sizes: Sizes, report: Report
-) -> float:
-    case = cases.recall(row_bytes, rows, device, host_bytes=sizes.host_bytes)
-    rate = case.n_bytes / median_s(case.run, device)
-    report(f"gather of {rows:,} rows of {row_bytes:,} bytes: {rate / 1e9:.1f} GB/s")
-    return rate
-
-
-def _kernels(device: str, sizes: Sizes, report: Report):
-    """Every kernel of the decode at every (batch, entries)."""
-    builders = (cases.index_scoring, cases.selection, cases.attention, cases.memory_scoring)
-    for batch, entries in sizes.kernel_shapes:
-        for build in builders:
-            case = build(batch, entries, device)
-            seconds = median_s(case.run, device)
-            report(
-                f"{case.kernel}, {case.shape}: {seconds * 1e6:.1f} us,"
-                f" {case.n_bytes / seconds / 1e9:.0f} GB/s"
-            )
-            yield Timing(
-                kernel=case.kernel, shape=case.shape, n_bytes=case.n_bytes, seconds=seconds
-            )
-
-
-# --------------------------------------------------------------------- the modules of a decode step
-
-
-def module_table(
+def _jobs(
+    geometry: Geometry,
     config: DeepseekV4Config,
     layouts: tuple[Layout, Layout],
     device: str,
     sizes: Sizes,
+    seed: int,
     report: Report,
-) -> KernelTable:
-    """Times of the modules of a decode step on one GPU, as the simulator adds them up."""
+) -> list[Job]:
+    """All of the work. What is in use before anything is allocated comes first."""
+    on_device = (device, sizes, report)
+    jobs = [
+        Job("memory in use", 1, partial(device_figures.memory_bytes, device)),
+        Job("memory, link and launches", 5, partial(device_figures.rates, *on_device)),
+    ]
+    for size in sizes.gathers:
+        jobs.append(Job(_gathers(size), 3, partial(device_figures.gathers, size, *on_device)))
+    jobs += [
+        Job("a gather beside a decode", 2, partial(device_figures.beside, *on_device)),
+        Job("kernels", 8, partial(device_figures.kernels, *on_device)),
+    ]
+    for name, kind in ATTENTION.items():
+        work = partial(_attention, config, kind, layouts, *on_device)
+        jobs.append(Job(f"{name} attention", 20, work))
+    for name in MODULES:
+        work = partial(module_ms, name, config, sizes.batches, device, report)
+        jobs.append(Job(name, 8, work))
+    jobs.append(Job("layers in a row", 25, partial(_in_a_row, config, layouts, seed, *on_device)))
+    jobs += [
+        Job("masses", 3, partial(engine_cases.masses_ms, *on_device)),
+        Job("small pages", 4, partial(engine_cases.pages_ms, *on_device)),
+        Job("naming residents", 1, partial(engine_cases.listed_ms, *on_device)),
+        Job("scores of residents", 4, partial(engine_cases.listed_scores, *on_device)),
+        Job("loading misses", 4, partial(engine_cases.staging_ms, layouts[0], *on_device)),
+    ]
+    for kind in step_work.KINDS:
+        work = partial(step_work.kind_of_steps, kind, geometry, *on_device)
+        jobs.append(Job(f"steps: {kind}", 4, work))
+    return [Job(job.name, job.seconds, _freed(job.run)) for job in jobs]
 
-    @functools.cache  # one request at the smallest context stands in two columns
-    def attention_ms(kind: str, batch: int, tokens: int) -> float:
-        milliseconds = 1e3 * attention_s(config, kind, batch, tokens, layouts, device)
-        report(
-            f"{'CSA' if kind == CSA else 'HCA'} attention, batch {batch}, {tokens:,} tokens:"
-            f" {milliseconds:.4f} ms"
-        )
-        return milliseconds
 
-    columns = {}
-    for name, kind in (("csa", CSA), ("hca", HCA)):
-        columns[f"{name}_context_ms"] = {
-            tokens: attention_ms(kind, 1, tokens) for tokens in sizes.contexts
+def _freed(run: Callable[[], Any]) -> Callable[[], Any]:
+    """The same, and its memory is given back."""
+
+    def then_free() -> Any:
+        found = run()
+        gc.collect()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+        return found
+
+    return then_free
+
+
+def _attention(
+    config: DeepseekV4Config,
+    kind: str,
+    layouts: tuple[Layout, Layout],
+    device: str,
+    sizes: Sizes,
+    report: Report,
+) -> Figures:
+    """One layer's, by context at one request, by batch at the smallest context, and of crowds."""
+    timer = AttentionTimer(config, kind, layouts, device, report)
+    first = sizes.contexts[0]
+    batches = {batch: timer.ms(batch, first) for batch in sizes.batches}
+    contexts = {tokens: timer.ms(1, tokens) for tokens in sizes.contexts[1:]}
+    crowds = {
+        batch: {tokens: timer.ms(batch, tokens) for tokens in sizes.crowd_contexts}
+        for batch in sizes.crowds
+    }
+    one = batches[1]
+    return {"batch_ms": batches, "context_ms": {first: one} | contexts, "crowd_ms": crowds}
+
+
+def _in_a_row(
+    config: DeepseekV4Config,
+    layouts: tuple[Layout, Layout],
+    seed: int,
+    device: str,
+    sizes: Sizes,
+    report: Report,
+) -> Figures:
+    """Layers one after another, by batch, and by how much a recall beside them slows them."""
+    on_gpu = device == "cuda"
+    free_bytes = torch.cuda.mem_get_info()[0] if on_gpu else device_figures.host_bytes()
+    row = LayerRow(config, layouts, device, sizes.row_share * free_bytes, seed)
+    report(f"{len(row.kinds)} of {config.num_hidden_layers} layers in a row")
+    first = sizes.contexts[0]
+    return {
+        "kinds": row.kinds,
+        "ms": {batch: row.ms(batch, first, report) for batch in sizes.batches},
+        "slower_beside": row.beside(first, report),
+    }
+
+
+def _table(found: Figures, config: DeepseekV4Config, sizes: Sizes) -> KernelTable:
+    """The figures as the simulator adds them up."""
+    columns: dict[str, Any] = {}
+    crowds = {}
+    for name, kind in ATTENTION.items():
+        figures = found[f"{name} attention"]
+        batches = numbered(figures["batch_ms"])
+        contexts = numbered(figures["context_ms"])
+        crowds[name] = {
+            batch: numbered(column) for batch, column in numbered(figures["crowd_ms"]).items()
         }
-        columns[f"{name}_batch_ms"] = {
-            batch: attention_ms(kind, batch, sizes.contexts[0]) for batch in sizes.batches
-        }
+        columns[f"{name}_batch_ms"] = batches
+        columns[f"{name}_context_ms"] = contexts
         columns[f"{name}_entry_ns"] = _entry_ns(
-            columns, name, config.compress_rates[kind], sizes, attention_ms(kind, *sizes.crowd)
+            contexts, batches, crowds[name], config.compress_rates[kind], sizes
         )
-    for name, build in _MODULES.items():
-        columns[f"{name}_batch_ms"] = {}
-        with torch.device(device):
-            work = build(config)
-        for batch in sizes.batches:
-            milliseconds = 1e3 * median_s(work(batch), device)
-            report(f"{name}, batch {batch}: {milliseconds:.4f} ms")
-            columns[f"{name}_batch_ms"][batch] = milliseconds
+    for name in MODULES:
+        columns[f"{name}_batch_ms"] = numbered(found[name])
     # one GPU reduces nothing, and the router is timed within its experts
     none = dict.fromkeys(sizes.batches, 0.0)
-    return KernelTable(**columns, all_reduce_batch_ms=none, router_batch_ms=none)
+    alone = {
+        name: columns[f"{name}_batch_ms"]
+        for name in ("csa", "hca", "moe", "hyper_connections", "head")
+    }
+    row = found["layers in a row"]
+    engine = EngineTimes(
+        in_row_batch_ms=in_row_ms(row["kinds"], numbered(row["ms"]), alone),
+        csa_crowd_ms=crowds["csa"],
+        hca_crowd_ms=crowds["hca"],
+        masses_batch_ms=numbered(found["masses"]),
+        pages_batch_ms={
+            entries: numbered(column) for entries, column in numbered(found["small pages"]).items()
+        },
+        listed_batch_ms=numbered(found["naming residents"]),
+        listed_scores=numbered(found["scores of residents"]),
+        staging_ms={
+            batch: numbered(column) for batch, column in numbered(found["loading misses"]).items()
+        },
+        staged_places=min(engine_cases.TOP_K, sizes.staged_entries),
+        beside_bytes_per_s=found["a gather beside a decode"],
+        beside_slower=row["slower_beside"],
+        steps={
+            kind: Bookkeeping.model_validate(found[f"steps: {kind}"]) for kind in step_work.KINDS
+        },
+    )
+    return KernelTable(**columns, all_reduce_batch_ms=none, router_batch_ms=none, engine=engine)
 
 
 def _entry_ns(
-    columns: dict[str, dict[int, float]], name: str, rate: int, sizes: Sizes, crowd_ms: float
+    one: dict[int, float],
+    many: dict[int, float],
+    crowds: dict[int, dict[int, float]],
+    rate: int,
+    sizes: Sizes,
 ) -> float:
-    """Of what a crowd's attention takes more than the same batch at the smallest context, and one
-    request more at the crowd's context than there: the part of one entry.
+    """Of what the largest crowd's attention takes more than the same batch at the smallest context,
+    and one request more at its context than there: the part of one entry.
     """
-    (batch, tokens), first = sizes.crowd, sizes.contexts[0]
-    one, many = columns[f"{name}_context_ms"], columns[f"{name}_batch_ms"]
-    more_ms = crowd_ms - many[batch] - (one[tokens] - one[first])
+    batch, tokens, first = sizes.crowds[-1], sizes.crowd_contexts[-1], sizes.contexts[0]
+    at = sorted(one)
+    low = max(place for place in at if place <= tokens)
+    high = min(place for place in at if place >= tokens)
+    share = (tokens - low) / (high - low) if high > low else 0.0
+    grown_ms = one[low] + share * (one[high] - one[low]) - one[first]
+    more_ms = crowds[batch][tokens] - many[batch] - grown_ms
     return max(0.0, 1e6 * more_ms / ((batch - 1) * (tokens - first) / rate))
-
-
-def attention_s(
-    config: DeepseekV4Config,
-    kind: str,
-    batch: int,
-    tokens: int,
-    layouts: tuple[Layout, Layout],
-    device: str,
-) -> float:
-    """Seconds of one layer's attention at a context of ``tokens`` in every sequence, over entries
-    of made-up content.
-
-    The token closes no entry, as in three steps of four of a CSA layer and in 127 of 128 of an HCA
-    layer.
-    """
-    with torch.device(device):
-        # what turns positions is made on the CPU, whatever the device
-        attention = _random(Attention(config, kind), config).to(device)
-        decode = DecodeAttention(attention, batch, tokens, *layouts)
-        for appender in filter(None, (decode.entries, decode.keys)):
-            _fill(appender.layout, appender.homes[0])
-        x = torch.randn(batch, 1, config.hidden_size).to(torch.bfloat16)
-        # once a step, not once a layer: not timed
-        now = decode.moment(torch.full((batch,), tokens - 2, dtype=torch.int32))
-    return median_s(lambda: decode.attend(x, now), device)
-
-
-def attention_bytes(config: DeepseekV4Config, kind: str) -> int:
-    """What one layer's attention reads of weights."""
-    with torch.device("meta"):
-        attention = _random(Attention(config, kind), config)
-    return sum(tensor.nbytes for tensor in [*attention.parameters(), *attention.buffers()])
-
-
-def _fill(layout: Layout, home: Home) -> None:
-    """Entries of made-up content, in pages that lie in random order."""
-    if layout.kind != "plain":
-        pool, table = cases.paged(
-            layout, len(home.table), home.table.shape[1] * cases.PER_PAGE, home.pool.device
-        )
-        home.pool.copy_(pool)
-        home.table.copy_(table)
-
-
-def _random(module: nn.Module, config: DeepseekV4Config | None = None) -> nn.Module:
-    """Random bfloat16 weights; of a float8 model, whose ``config`` says so, float8 for those that
-    are published so.
-    """
-    for parameter in module.parameters():
-        parameter.normal_(std=max(parameter.shape) ** -0.5)
-    module.to(torch.bfloat16)
-    if config is not None and _float8(config):
-        hold_float8(module, published_float8(module), has_float8_rows(config))
-        fill_float8(module)
-    return module
-
-
-def _float8(config: DeepseekV4Config) -> bool:
-    return bool(getattr(config, "quantization_config", None))
-
-
-def _experts(config: DeepseekV4Config):
-    layer = _random(MoE(config, hashed=False), config)
-
-    def at(batch: int):
-        x = torch.randn(batch, 1, config.hidden_size, device=layer.gate.weight.device)
-        tokens = torch.zeros(batch, 1, dtype=torch.long)
-        x, tokens = x.to(torch.bfloat16), tokens.to(x.device)
-        return lambda: layer(x, tokens)
-
-    return at
-
-
-def _hyper_connections(config: DeepseekV4Config):
-    """Those of a layer: into and out of the attention, into and out of the experts, with the norms
-    between.
-    """
-    connections = [
-        (
-            _random(HyperConnection(config)).float(),
-            _random(RMSNorm(config.hidden_size, config.rms_norm_eps)),
-        )
-        for _ in range(2)
-    ]
-
-    def at(batch: int):
-        given = _after_a_block(connections[0][0], batch, config)
-
-        def work():
-            streams, pending = given
-            for connection, norm in connections:
-                streams, x, write, mix = enter(streams, pending, connection, norm)
-                pending = Pending(connection, x, write, mix)
-            return streams
-
-        return work
-
-    return at
-
-
-def _after_a_block(
-    connection: HyperConnection, batch: int, config: DeepseekV4Config
-) -> tuple[torch.Tensor, Pending]:
-    """Streams, and a block's output that is not yet in them."""
-    streams = torch.randn(
-        batch, 1, config.hc_mult, config.hidden_size, device=connection.fn.device
-    ).to(torch.bfloat16)
-    x, write, mix = connection.enter(streams)
-    return streams, Pending(connection, x, write, mix)
-
-
-def _head(config: DeepseekV4Config):
-    norm = _random(RMSNorm(config.hidden_size, config.rms_norm_eps))
-    last, head = _random(HyperConnection(config)).float(), _random(HyperHead(config)).float()
-    out = _random(linear(config.hidden_size, config.vocab_size))
-
-    def at(batch: int):
-        given = _after_a_block(last, batch, config)
-        return lambda: out(read_out(*given, head, norm))
-
-    return at
-
-
-# name in KernelTable -> what builds it
-_MODULES = {"moe": _experts, "hyper_connections": _hyper_connections, "head": _head}

@@ -90,15 +90,17 @@ def paged(
     return pool, torch.randperm(batch * pages, device=device).view(batch, pages).to(torch.int32)
 
 
-def index_scoring(batch: int, entries: int, device, float8_queries: bool = False) -> Case:
-    pool, table = paged(KEY, batch, entries, device)
+def index_scoring(
+    batch: int, entries: int, device, float8_queries: bool = False, per_page: int = PER_PAGE
+) -> Case:
+    pool, table = paged(KEY, batch, entries, device, per_page)
     queries = torch.randn(batch, HEADS, KEY.width, device=device).to(
         torch.float8_e4m3fn if float8_queries else torch.bfloat16
     )
     weights = torch.randn(batch, HEADS, device=device)
     lengths = torch.full((batch,), entries, dtype=torch.int32, device=device)
     inputs = (queries, weights, pool, KEY, table, lengths)
-    out = new_scores(batch, table.shape[1] * PER_PAGE, device)
+    out = new_scores(batch, table.shape[1] * per_page, device)
     n_bytes = batch * entries * (KEY.entry_bytes + 4)
     name = "index scores, float8 queries" if float8_queries else "index scores"
     of = slice(None), slice(entries)
@@ -235,16 +237,19 @@ def recall(
     host_bytes: int = 2**31,
     ascending: bool = False,
     layers: int = 1,
+    mirror: HostMirror | None = None,
 ) -> Case:
     """Random rows of pinned host memory into slots of the device's; in random order, or ascending
     as a residency asks for them.
 
-    With several ``layers`` each has its share of the rows and of the memory, one after another as
-    in a mirror.
+    The memory is a `mirror` of such rows, or one of ``host_bytes`` that is made. With several
+    ``layers`` each has its share of the rows and of the memory, one after another as in a mirror.
     """
     device, each = torch.device(device), count // layers
-    host_rows = max(each, host_bytes // row_bytes // layers)
-    mirror = HostMirror(layers, host_rows, row_bytes, device)
+    if mirror is None:
+        host_rows = max(each, host_bytes // row_bytes // layers)
+        mirror = HostMirror(layers, host_rows, row_bytes, device)
+    host_rows = mirror.pages.shape[1]
     target = torch.empty(layers, each, row_bytes, dtype=torch.uint8, device=device)
     pages = torch.randint(0, host_rows, (layers, each), device=device)
     pages = pages.sort(1).values if ascending else pages

@@ -23,7 +23,9 @@ FIELDS = (
     Field("step ms p50\nsimulated", 5),
     Field("step ms p50\nmeasured", 5),
 )
+CONTEXT = Field("context\ntokens", 1)
 WHOLE_STEPS = (
+    Field("batch", 0),
     Field("step ms\ndiffers", 4),
     Field("tokens/s\nsimulated", 4),
     Field("tokens/s\nmeasured", 4),
@@ -43,9 +45,15 @@ def show(report: dict[str, Any], view: View = ALL) -> None:
 
 def table(report: dict[str, Any]) -> Grid:
     """A row a policy."""
-    grid = Grid([*FIELDS, *(WHOLE_STEPS if report["scenario"]["whole_steps"] else ())])
-    for row in report["policies"]:
-        grid.add(*_cells(row))
+    rows = report["policies"]
+    several = len({row.get("context_tokens") for row in rows}) > 1
+    first, *others = FIELDS
+    contexts = [CONTEXT] if several else []
+    timed = WHOLE_STEPS if report["scenario"]["whole_steps"] else ()
+    grid = Grid([first, *contexts, *others, *timed])
+    for row in rows:
+        name, *cells = _cells(row)
+        grid.add(name, *([f"{row['context_tokens']:,}"] if several else []), *cells)
     return grid
 
 
@@ -71,6 +79,7 @@ def _cells(row: dict[str, Any]) -> list[str | Text]:
         f"{row['measured_step_p50_s'] * 1e3:.2f}",
         *(
             [
+                f"{row['batch']}",
                 f"{row['step_error']:+.1%}",
                 f"{row['simulated_tokens_per_s']:.1f}",
                 f"{row['measured_tokens_per_s']:.1f}",

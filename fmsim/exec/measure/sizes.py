@@ -1,0 +1,60 @@
+"""What a calibration measures: contexts, batches and shapes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+
+@dataclass(frozen=True)
+class StepSize:
+    """A request whose bookkeeping is timed: entries of its context, slots of each group, and how
+    many such requests decode together.
+    """
+
+    entries: int
+    slots: int
+    batch: int = 1
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """What to measure.
+
+    Contexts in tokens, from one on at which a CSA layer finds its top 512 entries; ``gathers`` maps
+    the bytes of a row to numbers of rows.
+    """
+
+    contexts: tuple[int, ...] = (4096, 16_384, 65_536, 262_144, 1_048_576)
+    # kernels change their ways after 16, 32, 64 and 128 rows
+    batches: tuple[int, ...] = (1, 2, 4, 8, 12, 16, 17, 24, 32, 33, 48, 64, 65, 96, 128, 129, 160)
+    # attention of several requests at longer contexts
+    crowds: tuple[int, ...] = (8, 32, 128)
+    crowd_contexts: tuple[int, ...] = (65_536, 524_288)
+    some_batches: tuple[int, ...] = (1, 8, 32, 128)  # of what a kernel adds to a module
+    page_entries: tuple[int, ...] = (1, 4, 16)  # a page, beside those of 64
+    listed: tuple[tuple[int, int], ...] = ((1, 8192), (16, 32_768))  # requests x resident entries
+    staged: tuple[int, ...] = (0, 8, 64)  # pages that a request loads in a layer
+    staged_entries: int = 65_536  # of the request that loads them
+    gathers: dict[int, tuple[int, ...]] = field(
+        default_factory=lambda: {
+            584: (32, 512, 4096, 32_768, 131_072),
+            2336: (128, 4096, 32_768),
+            37_376: (8, 96, 384, 2000),
+        }
+    )
+    kernel_shapes: tuple[tuple[int, int], ...] = ((1, 131_072), (8, 32_768))
+    # the first one, one of more entries, one of more slots, one of more requests
+    steps: tuple[StepSize, StepSize, StepSize, StepSize] = (
+        StepSize(8192, 1024),
+        StepSize(65_536, 1024),
+        StepSize(65_536, 16_384),
+        StepSize(8192, 1024, 32),
+    )
+    step_groups: int = 6  # residency groups, as the shipped traces have
+    step_topk: int = 512
+    busy_s: float = 0.008  # of a step without a model, so that the host gets ahead
+    copy_bytes: int = 2**32
+    link_bytes: int = 2**30
+    host_bytes: int = 2**31
+    matmul: int = 8192
+    row_share: float = 0.4  # of free memory, that layers in a row may take

@@ -1,0 +1,255 @@
+"""What an engine does between the graphs of a decode: looking up, observing, giving slots, block
+tables, decisions.
+
+The engine's own loop runs over made-up accesses with a pause in the place of the model. What a step
+takes beside the pause is its bookkeeping, on a GPU by device events: the pause lets the host get
+ahead, as a model's graph does.
+"""
+
+from __future__ import annotations
+
+import gc
+import time
+from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+
+from fmsim.exec.decode.synthetic_decode import SyntheticStep
+from fmsim.exec.decode.trace_driven import TraceDrivenDecode
+from fmsim.exec.measure.jobs import Report
+from fmsim.exec.measure.sizes import Sizes, StepSize
+from fmsim.geometry import Geometry
+from fmsim.policies import registry
+from fmsim.policies.base import Array, Policy, PolicyParams
+from fmsim.replay.replayer import Replayer
+
+N_STEPS = 40
+CADENCE = 8
+WARM_UP = CADENCE + 4  # steps
+ENTRY_TOKENS = 4
+CYCLES_PER_S = 1.5e9  # or more, of a GPU: how long a pause lasts is measured, not taken from this
+
+
+class Ahead(Policy):
+    """Decides from what it knew all along: half of the set changes at each decision."""
+
+    name = "ahead"
+    action = "hierarchical"
+    evidence = "predicted_future"
+    decision_scope = "layer"
+
+    class Params(PolicyParams):
+        pass
+
+    @property
+    def decides_ahead(self) -> bool:
+        return True
+
+    def worth(self, step: int, pages: Array) -> Array:
+        turn = step // self.params.cadence % 2
+        xp = self.ctx.xp
+        return xp.astype(pages % 2 == turn, xp.float32)
+
+    def ahead(self, step: int, n: int) -> Array:
+        xp = self.ctx.xp
+        return self.worth_of_first(step, n) + xp.zeros(
+            (self.ctx.n_groups, n), dtype=xp.float32, device=self.ctx.device
+        )
+
+
+# Of each kind: a policy, and at which of the sizes its steps are timed.
+KINDS: dict[str, tuple[dict[str, Any], tuple[int, ...]]] = {
+    "kept": ({"policy": "full"}, (0, 1, 3)),
+    "held": ({"policy": "recency"}, (0, 1, 2, 3)),
+    "observed": ({"policy": "h2o"}, (0, 2)),
+    "fetched": ({"policy": "lru"}, (0, 1, 2, 3)),
+    "fallback": (
+        {"policy": "lru", "on_miss": "fallback"},
+        (0, 1, 2, 3),
+    ),
+    "decided": ({"policy": "lru", "on_miss": "mask", "cadence": CADENCE}, (0, 1, 2, 3)),
+    "ahead": ({"cadence": CADENCE, "on_miss": "mask"}, (0, 1, 2, 3)),
+}
+LOADING = ("fetched", "fallback")
+DECIDING = ("decided", "ahead")
+KEYED = ("kept", *LOADING)  # all index keys stay
+
+
+def _policy(kind: str, slots: int) -> Policy:
+    spec, _ = KINDS[kind]
+    if kind == "kept":
+        return registry.build(spec)
+    if kind == "ahead":
+        return Ahead(**spec, budget=f"{slots} entries")
+    return registry.build(spec | {"budget": f"{slots} entries"})
+
+
+class Seconds(NamedTuple):
+    """Of a step's bookkeeping: a plain one, and what more one takes in which an entry closes, and
+    one that begins with a decision.
+    """
+
+    plain: float
+    closing: float
+    decision: float
+
+
+def kind_of_steps(
+    kind: str, geometry: Geometry, device: str, sizes: Sizes, report: Report
+) -> dict[str, dict[str, float]]:
+    """`fmsim.hw.spec.Bookkeeping`'s fields, of a kind."""
+    _, chosen = KINDS[kind]
+    found = {}
+    for number in chosen:
+        size = sizes.steps[number]
+        found[number] = _timed(kind, geometry, device, sizes, size)
+        plain, closing, decision = (1e3 * seconds for seconds in found[number])
+        report(
+            f"{kind}, {size.entries:,} entries, {size.slots:,} slots, batch {size.batch}:"
+            f" {plain:.3f} ms a step, {closing:+.3f} closing, {decision:+.3f} deciding"
+        )
+    return {
+        part: _work(
+            kind, {at: getattr(seconds, part) for at, seconds in found.items()}, geometry, sizes
+        )
+        for part in Seconds._fields
+        if part != "decision" or kind in DECIDING
+    }
+
+
+def _work(
+    kind: str, seconds: dict[int, float], geometry: Geometry, sizes: Sizes
+) -> dict[str, float]:
+    """Times at some of `Sizes.steps` as a fixed part and what each size adds.
+
+    Each size differs from the first, or from the second, in one thing.
+    """
+    first, wide, deep, crowd = sizes.steps
+    # of the block tables: where layers load their misses, one each
+    rows = geometry.n_csa if kind in LOADING else sizes.step_groups
+    moves = geometry.n_csa * sizes.step_topk  # that a step of a request may make
+    slot = page = move = 0.0
+    if 1 in seconds:
+        page = max(0.0, (seconds[1] - seconds[0]) / (rows * (wide.entries - first.entries)))
+    if 2 in seconds:
+        more = seconds[2] - seconds.get(1, seconds[0])
+        slot = max(0.0, more / (sizes.step_groups * (deep.slots - wide.slots)))
+    if 3 in seconds:
+        others = crowd.batch - 1
+        more = seconds[3] - seconds[0] - page * rows * first.entries * others
+        move = max(0.0, more / (moves * others))
+    fixed = seconds[0] - slot * sizes.step_groups * first.slots
+    fixed -= page * rows * first.entries + move * moves
+    return {
+        "fixed_ms": 1e3 * fixed,
+        "slot_ns": 1e9 * slot,
+        "page_ns": 1e9 * page,
+        "move_ns": 1e9 * move,
+    }
+
+
+def _timed(kind: str, geometry: Geometry, device: str, sizes: Sizes, size: StepSize) -> Seconds:
+    replayer = Replayer(made_accesses(sizes, size))
+    policy = _policy(kind, size.slots)
+    keyed = geometry.n_csa if kind in KEYED else 0
+    groups = [layer * sizes.step_groups // geometry.n_csa for layer in range(geometry.n_csa)]
+    with torch.inference_mode():
+        decode = TraceDrivenDecode(
+            replayer, policy, geometry, groups, keyed, device, batch=size.batch, watch=False
+        )
+        pause = _Pause(device, sizes.busy_s)
+        outcome = decode.run(_Idle(decode, tuple(groups), pause))
+    left_s = outcome.step_s - pause.seconds()
+    number = np.arange(N_STEPS)
+    after = number >= WARM_UP
+    closes = (number + 1) % ENTRY_TOKENS == 0
+    decides = number % CADENCE == 0
+    plain = float(np.median(left_s[after & ~closes & ~decides]))
+    del decode
+    gc.collect()
+    return Seconds(
+        plain,
+        float(np.median(left_s[after & closes])) - plain,
+        float(np.median(left_s[after & decides])) - plain,
+    )
+
+
+class _Idle(SyntheticStep):
+    """What `SyntheticStep` does around its graph, and a pause in that one's place."""
+
+    def __init__(
+        self, decode: TraceDrivenDecode, layer_map: tuple[int, ...], forward: Callable[[], None]
+    ) -> None:
+        self.decode = decode
+        self.layer_map = layer_map
+        self.first_token = decode.replayer.header.prompt_tokens
+        self._selected = torch.from_numpy(decode.replayer.ids.copy()).to(decode.device)
+        layers, width = self._selected.shape[1:]
+        self.given = torch.full(
+            (layers, decode.batch, width), -1, dtype=torch.int32, device=decode.device
+        )
+        self._positions = torch.zeros(decode.batch, dtype=torch.int32, device=decode.device)
+        self._indexer = ()  # scores nothing: what a memory indexer takes is priced apart
+        self._forward = forward
+
+
+class _Pause:
+    """Keeps a GPU busy, and tells afterwards for how long each time; on a CPU it does nothing."""
+
+    def __init__(self, device: str, seconds: float) -> None:
+        self.on_gpu = device == "cuda"
+        self.cycles = int(CYCLES_PER_S * seconds)
+        self._marks: list[tuple[Any, Any]] = []
+
+    def __call__(self) -> None:
+        start = self._mark()
+        if self.on_gpu:
+            torch.cuda._sleep(self.cycles)
+        self._marks.append((start, self._mark()))
+
+    def seconds(self) -> np.ndarray:
+        if not self.on_gpu:
+            return np.array([end - start for start, end in self._marks])
+        torch.cuda.synchronize()
+        return np.array([start.elapsed_time(end) / 1e3 for start, end in self._marks])
+
+    def _mark(self) -> Any:
+        if not self.on_gpu:
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+
+def made_accesses(sizes: Sizes, size: StepSize) -> Any:
+    """A trace of random selections among the newest half of what the slots hold, so that hardly
+    anything is missed. What bookkeeping takes does not depend on what is selected.
+    """
+    rng = np.random.default_rng(0)
+    shape = (N_STEPS, sizes.step_groups, sizes.step_topk)
+    reach = min(size.slots // 2, size.entries)
+    ids = np.stack(
+        [
+            np.sort(rng.choice(reach, sizes.step_topk, replace=False))
+            for _ in range(shape[0] * shape[1])
+        ]
+    ).reshape(shape)
+    prompt_tokens = ENTRY_TOKENS * size.entries
+    return SimpleNamespace(
+        entry_ids=(size.entries - 1 - ids[..., ::-1]).astype(np.int32),
+        mass=np.full(shape, 1 / sizes.step_topk, dtype=np.float32),
+        header=SimpleNamespace(
+            prompt_tokens=prompt_tokens, entry_tokens=ENTRY_TOKENS, tau=CADENCE, seed=0
+        ),
+        prompt_mass=None,
+        hidden=None,
+        index_keys=None,
+        n_layers=sizes.step_groups,
+        keyed=[],
+        holds_labels=False,
+        csa_numbers=list(range(sizes.step_groups)),
+        n_entries=lambda step: (prompt_tokens + step + 1) // ENTRY_TOKENS,
+    )
