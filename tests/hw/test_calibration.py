@@ -2,6 +2,9 @@
 measuring runs, at sizes that mean nothing, on a CPU and on a GPU.
 """
 
+import json
+import pickle
+
 import numpy as np
 import pytest
 import torch
@@ -12,6 +15,7 @@ from typer.testing import CliRunner
 
 from fmsim.cli.hw import app
 from fmsim.errors import FmsimError
+from fmsim.exec.measure.jobs import Job, run_jobs
 from fmsim.geometry import PRESETS
 from fmsim.hw.calibration import Calibration, Timing, write_preset
 from fmsim.hw.spec import load_hardware
@@ -118,19 +122,11 @@ def test_without_a_gpu_it_says_so(tmp_path):
     assert "\n" not in str(result.exception) and not list(tmp_path.iterdir())
 
 
-@on_each_device
-@pytest.mark.parametrize("float8", [False, True])
-def test_the_measuring_runs(tmp_path, device, float8):
-    """nano's modules at small sizes: the figures mean nothing, but the whole path from clock to
-    preset is walked.
-    """
-    from fmsim.exec.kernels.layout import plain
-    from fmsim.exec.measure.calibrate import measure
+def small_sizes():
+    """Sizes that mean nothing, and take no time."""
     from fmsim.exec.measure.sizes import Sizes, StepSize
-    from fmsim.exec.model.weights.synthetic import QUANTISED
-    from fmsim.nano.config import nano_config
 
-    sizes = Sizes(
+    return Sizes(
         contexts=(256, 512),
         batches=(1, 2),
         crowds=(2,),
@@ -150,6 +146,20 @@ def test_the_measuring_runs(tmp_path, device, float8):
         host_bytes=2**14,
         matmul=16,
     )
+
+
+@on_each_device
+@pytest.mark.parametrize("float8", [False, True])
+def test_the_measuring_runs(tmp_path, device, float8):
+    """nano's modules at small sizes: the figures mean nothing, but the whole path from clock to
+    preset is walked.
+    """
+    from fmsim.exec.kernels.layout import plain
+    from fmsim.exec.measure.calibrate import measure
+    from fmsim.exec.model.weights.synthetic import QUANTISED
+    from fmsim.nano.config import nano_config
+
+    sizes = small_sizes()
     lines: list[str] = []
     layouts = plain(torch.bfloat16, 64), plain(torch.bfloat16, 32)
     config = nano_config()
@@ -167,6 +177,48 @@ def test_the_measuring_runs(tmp_path, device, float8):
     assert (calibration.device == "CPU") == (device == "cpu")
     write_preset(calibration, tmp_path / "small.yaml")
     assert load_hardware("small.yaml", tmp_path).link.gathers[1].bytes_per_s.keys() == {2, 4}
+
+
+def test_every_kernel_is_launched_ahead(monkeypatch):
+    """In one process here, where nothing is compiled: each launch's work runs."""
+    from fmsim.exec.kernels.layout import plain
+    from fmsim.exec.measure.compile_ahead import launched, launches_of
+    from fmsim.nano.config import nano_config
+
+    layouts = plain(torch.bfloat16, 64), plain(torch.bfloat16, 32)
+    sizes = small_sizes()
+    launches = list(launches_of(sizes))
+    asked = [(nano_config(), layouts, "cpu", sizes, launch) for launch in launches]
+    assert pickle.loads(pickle.dumps(asked)) is not None
+    assert [launched(each) for each in asked] == [""] * len(asked)
+    for launch in launches:
+        wanted = sizes.some_batches if " " in launch.what else sizes.batches
+        found = [each.batches for each in launches if each.what == launch.what]
+        assert sorted(sum(found, ())) == sorted(wanted)
+
+
+def test_a_killed_calibration_goes_on(tmp_path):
+    part = tmp_path / "mine.part.json"
+    ran: list[str] = []
+
+    def job(name, fails=False):
+        def run():
+            if fails:
+                raise KeyboardInterrupt
+            ran.append(name)
+            return {1: len(ran)}
+
+        return Job(name, 2.0, run)
+
+    lines: list[str] = []
+    with pytest.raises(KeyboardInterrupt):
+        run_jobs([job("a"), job("b"), job("c", fails=True)], {"at": (1, 2)}, part, lines.append)
+    assert "takes about 6 s on an H200, in 3 parts" in lines
+    found = run_jobs([job("a"), job("b"), job("c")], {"at": (1, 2)}, part, lines.append)
+    assert ran == ["a", "b", "c"] and found == {"a": {"1": 1}, "b": {"1": 2}, "c": {"1": 3}}
+    assert "takes about 2 s on an H200, in 1 parts" in lines
+    run_jobs([job("a")], {"at": (1, 3)}, part, lines.append)  # of other sizes: all anew
+    assert ran[-1] == "a" and json.loads(part.read_text())["figures"] == {"a": {"1": 4}}
 
 
 @pytest.mark.parametrize(

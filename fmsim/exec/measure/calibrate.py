@@ -24,6 +24,7 @@ from transformers import DeepseekV4Config
 
 from fmsim.exec.kernels.layout import KEY, LATENT, Layout
 from fmsim.exec.measure import device_figures, engine_cases, step_work
+from fmsim.exec.measure.compile_ahead import compile_ahead
 from fmsim.exec.measure.jobs import Job, Report, numbered, run_jobs
 from fmsim.exec.measure.layer_rows import LayerRow, in_row_ms
 from fmsim.exec.measure.module_times import MODULES, AttentionTimer, is_float8, module_ms
@@ -112,8 +113,11 @@ def _jobs(
 ) -> list[Job]:
     """All of the work. What is in use before anything is allocated comes first."""
     on_device = (device, sizes, report)
-    jobs = [
-        Job("memory in use", 1, partial(device_figures.memory_bytes, device)),
+    jobs = [Job("memory in use", 1, partial(device_figures.memory_bytes, device))]
+    if device == "cuda":
+        work = partial(compile_ahead, config, layouts, device, sizes, report)
+        jobs.append(Job("kernels' compilation", 45, work))
+    jobs += [
         Job("memory, link and launches", 5, partial(device_figures.rates, *on_device)),
     ]
     for size in sizes.gathers:

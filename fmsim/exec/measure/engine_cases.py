@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
 from functools import partial
 
 import torch
@@ -17,6 +18,7 @@ from fmsim.exec.measure.sizes import Sizes
 from fmsim.exec.measure.timing import median_s
 
 ENTRIES = 8192  # of a request whose attention is timed with and without
+Work = Callable[[], object]
 
 
 def masses_ms(device: str, sizes: Sizes, report: Report) -> dict[int, float]:
@@ -36,10 +38,10 @@ def pages_ms(device: str, sizes: Sizes, report: Report) -> dict[int, dict[int, f
     """By entries a page and batch, what attention takes more than over pages of 64."""
     found: dict[int, dict[int, float]] = {entries: {} for entries in sizes.page_entries}
     for batch in sizes.some_batches:
-        of_64 = median_s(cases.attention(batch, ENTRIES, device).run, device)
+        of_64_s = median_s(cases.attention(batch, ENTRIES, device).run, device)
         for entries, column in found.items():
             case = cases.attention(batch, ENTRIES, device, per_page=entries)
-            column[batch] = 1e3 * (median_s(case.run, device) - of_64)
+            column[batch] = 1e3 * (median_s(case.run, device) - of_64_s)
             report(f"pages of {entries}, batch {batch}: {column[batch]:+.4f} ms")
     return found
 
@@ -48,13 +50,16 @@ def listed_ms(device: str, sizes: Sizes, report: Report) -> dict[int, float]:
     """By batch, naming the entries that were selected among those in a list."""
     found = {}
     for batch in sizes.some_batches:
-        listed = torch.zeros(batch, ENTRIES + 1, dtype=torch.int32, device=device)
-        start = arrays.offsets(listed, torch)
-        places = torch.randint(0, ENTRIES, (batch, TOP_K), dtype=torch.int32, device=device)
-        work = lambda: arrays.read(listed, start, places)
-        found[batch] = 1e3 * median_s(work, device)
+        found[batch] = 1e3 * median_s(_naming(batch, device), device)
         report(f"naming residents, batch {batch}: {found[batch]:.4f} ms")
     return found
+
+
+def _naming(batch: int, device: str) -> Work:
+    listed = torch.zeros(batch, ENTRIES + 1, dtype=torch.int32, device=device)
+    start = arrays.offsets(listed, torch)
+    places = torch.randint(0, ENTRIES, (batch, TOP_K), dtype=torch.int32, device=device)
+    return lambda: arrays.read(listed, start, places)
 
 
 def listed_scores(device: str, sizes: Sizes, report: Report) -> dict[int, dict[str, float]]:
@@ -65,11 +70,11 @@ def listed_scores(device: str, sizes: Sizes, report: Report) -> dict[int, dict[s
     for entries in sizes.page_entries:
         more = []
         for batch, count in sizes.listed:
-            few, many = (
+            these_s, of_64_s = (
                 median_s(cases.index_scoring(batch, count, device, per_page=page).run, device)
                 for page in (entries, PER_PAGE)
             )
-            more.append(1e3 * (few - many))
+            more.append(1e3 * (these_s - of_64_s))
             report(f"scores in pages of {entries}, {batch} x {count:,}: {more[-1]:+.4f} ms")
         first, last = (batch * count for batch, count in sizes.listed)
         slope = max(0.0, (more[1] - more[0]) / (last - first))
@@ -83,14 +88,17 @@ def staging_ms(
     """By batch and pages loaded, one layer's misses: pages of one entry, of TOP_K that a step of a
     request selects, into spare pages of the pool.
     """
-    return {
-        batch: _staging_ms(batch, layout, device, sizes, report) for batch in sizes.some_batches
-    }
+    found: dict[int, dict[int, float]] = {}
+    for batch in sizes.some_batches:
+        found[batch] = {}
+        for count, work in zip(sizes.staged, _loads(batch, layout, device, sizes), strict=True):
+            found[batch][count] = 1e3 * median_s(work, device)
+            report(f"loading {count} pages each, batch {batch}: {found[batch][count]:.4f} ms")
+    return found
 
 
-def _staging_ms(
-    batch: int, layout: Layout, device: str, sizes: Sizes, report: Report
-) -> dict[int, float]:
+def _loads(batch: int, layout: Layout, device: str, sizes: Sizes) -> Iterator[Work]:
+    """Of each number in `Sizes.staged`."""
     n_pages = sizes.staged_entries
     places = min(TOP_K, n_pages)
     size = RequestSize(n_pages, (1,), places, (0,))
@@ -98,11 +106,34 @@ def _staging_ms(
     blocks = torch.full((batch, n_pages + 1), -1, dtype=torch.int32, device=device)
     chosen = [torch.randperm(n_pages, device=device)[:places] for _ in range(batch)]
     pages = torch.stack(chosen).sort().values
-    found = {}
     for count in sizes.staged:
         fetched = torch.zeros(batch, places, dtype=torch.bool, device=device)
         fetched[:, torch.linspace(0, places - 1, count, device=device).long()] = True
-        work = partial(cache.stage, 0, pages, fetched, blocks)
-        found[count] = 1e3 * median_s(work, device)
-        report(f"loading {count} pages each, batch {batch}: {found[count]:.4f} ms")
-    return found
+        yield partial(cache.stage, 0, pages, fetched, blocks)
+
+
+def _attention(batch: int, layout: Layout, device: str, sizes: Sizes) -> Iterator[Work]:
+    yield cases.attention(batch, ENTRIES, device, True).run
+    for entries in (*sizes.page_entries, PER_PAGE):
+        yield cases.attention(batch, ENTRIES, device, per_page=entries).run
+
+
+def _others(batch: int, layout: Layout, device: str, sizes: Sizes) -> Iterator[Work]:
+    yield _naming(batch, device)
+    yield from _loads(batch, layout, device, sizes)
+    if batch == sizes.some_batches[0]:
+        for row, count in sizes.listed:
+            for entries in (*sizes.page_entries, PER_PAGE):
+                yield cases.index_scoring(row, count, device, per_page=entries).run
+        for size, counts in sizes.gathers.items():
+            yield cases.recall(size, counts[0], device, host_bytes=2**20).run
+        for row, count in sizes.kernel_shapes:
+            yield cases.selection(row, count, device).run
+            yield cases.memory_scoring(row, count, device).run
+
+
+# what `compile_ahead` launches: all kernels of the functions above at a batch
+CASES: dict[str, Callable[[int, Layout, str, Sizes], Iterator[Work]]] = {
+    "attention's variants": _attention,
+    "other kernels": _others,
+}

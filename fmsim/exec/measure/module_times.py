@@ -54,7 +54,14 @@ class AttentionTimer:
             self.attention = random_weights(Attention(config, kind), config).to(device)
 
     def ms(self, batch: int, tokens: int) -> float:
-        """Of a step at a context of ``tokens`` in every sequence, over entries of made-up content.
+        """Milliseconds of a step at a context of ``tokens`` in every sequence."""
+        found = 1e3 * median_s(self.work(batch, tokens), self.device)
+        name = "CSA" if self.kind == CSA else "HCA"
+        self.report(f"{name} attention, batch {batch}, {tokens:,} tokens: {found:.4f} ms")
+        return found
+
+    def work(self, batch: int, tokens: int) -> Work:
+        """Such a step, over entries of made-up content.
 
         The token closes no entry, as in three steps of four of a CSA layer and in 127 of 128 of an
         HCA layer.
@@ -66,10 +73,7 @@ class AttentionTimer:
             x = torch.randn(batch, 1, self.config.hidden_size).to(torch.bfloat16)
             # once a step, not once a layer: not timed
             now = decode.moment(torch.full((batch,), tokens - 2, dtype=torch.int32))
-        found = 1e3 * median_s(lambda: decode.attend(x, now), self.device)
-        name = "CSA" if self.kind == CSA else "HCA"
-        self.report(f"{name} attention, batch {batch}, {tokens:,} tokens: {found:.4f} ms")
-        return found
+        return lambda: decode.attend(x, now)
 
 
 def attention_bytes(config: DeepseekV4Config, kind: str) -> int:

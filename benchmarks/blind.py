@@ -1,0 +1,360 @@
+"""The simulator's step times beside a GPU's, at settings that its calibration never timed.
+
+On a GPU; several processes, one a GPU, share the rows through a folder (`CUDA_VISIBLE_DEVICES`):
+
+    fmsim hw calibrate --model scenarios/one-gpu --out mine.yaml
+    python benchmarks/blind.py --parts blind --seconds 230
+
+Anywhere, from the folder and the preset:
+
+    python benchmarks/blind.py --join blind --hardware mine.yaml
+
+A row is a policy, a context and a batch: whole decode steps of V4-Flash with 16 of its 256 experts
+a layer and random weights, requests in step on a recorded trace. What is measured knows nothing of
+what is simulated, and the other way round; a digest of the simulator's source is written beside
+each row, and `--join` says whether the simulator that predicts is that one still.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import gc
+import hashlib
+import json
+import os
+import platform
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import regions
+import yaml
+from headline import HELD, MODEL, ROOT, scenario
+
+from fmsim.errors import FmsimError
+from fmsim.files import write_text
+
+RESULTS = ROOT / "benchmarks" / "results"
+PAGE = RESULTS / "README.md"
+ERROR = 0.05  # of a step's median and of tokens/s
+SHARE = 0.95  # of the rows, that are to be within it
+STEPS = 72
+DECIDED_STEPS = 136  # so that a decision comes after the warm-up, which ends with the first
+FROZEN = ("hw", "sim", "replay", "policies", "geometry")  # rooms whose source a prediction runs
+
+Row = dict[str, Any]
+
+
+class Ask(NamedTuple):
+    """A row: the policy's parameters by label, at a context and a batch."""
+
+    context: str
+    label: str
+    batch: int
+    params: dict[str, Any]
+
+    @property
+    def name(self) -> str:
+        words = f"{self.context} {self.label} {self.batch}"
+        return words.replace(" ", "-").replace("%", "")
+
+    @property
+    def steps(self) -> int:
+        return DECIDED_STEPS if self.params.get("cadence", 1) > 1 else STEPS
+
+    @property
+    def entry(self) -> dict[str, Any]:
+        return {"label": self.label} | self.params
+
+
+FULL = {"policy": "full"}
+RECENCY = {"policy": "recency", "budget": "12.5% gpu"}
+H2O = {"policy": "h2o", "budget": "12.5% gpu"}
+LRU = {"policy": "lru", "budget": "2x topk"}
+FALLBACK = LRU | {"on_miss": "fallback"}
+LRU_HELD = {"policy": "lru", "budget": "12.5% gpu"} | HELD
+LFU_ALL = {"policy": "lfu", "budget": "10%", "sees": "all"} | HELD
+LSA = {"policy": "lsa", "budget": "12.5% gpu", "cadence": 64}
+LSA_FALLBACK = {"policy": "lsa", "budget": "4%", "on_miss": "fallback", "cadence": 64}
+
+
+def _pages(params: dict[str, Any], entries: int) -> dict[str, Any]:
+    return params | {"granularity": entries}
+
+
+# Batches and contexts that `Sizes` has no attention of. The first half stands for the whole, should
+# time run out.
+ROWS = tuple(
+    Ask(context, label, batch, params)
+    for context, label, batch, params in (
+        ("32K", "full", 6, FULL),
+        ("512K", "lru", 20, LRU),
+        ("128K", "lsa fallback", 50, LSA_FALLBACK),
+        ("32K", "h2o", 150, H2O),
+        ("512K", "full", 10, FULL),
+        ("128K", "lru", 40, LRU),
+        ("512K", "lsa", 72, LSA),
+        ("32K", "lru", 100, LRU),
+        ("128K", "recency", 80, RECENCY),
+        ("512K", "lru held", 40, LRU_HELD),
+        ("32K", "lsa", 112, LSA),
+        ("128K", "full", 20, FULL),
+        ("512K", "lru fallback", 20, FALLBACK),
+        ("128K", "lru, pages of 16", 1, _pages(LRU, 16)),
+        ("32K", "lsa fallback", 50, LSA_FALLBACK),
+        ("512K", "h2o", 1, H2O),
+        ("32K", "full", 1, FULL),
+        ("32K", "recency", 20, RECENCY),
+        ("32K", "lru held", 144, LRU_HELD),
+        ("32K", "lfu sees all", 72, LFU_ALL),
+        ("32K", "lru", 1, LRU),
+        ("32K", "lru, pages of 64", 6, _pages(LRU, 64)),
+        ("128K", "lru", 6, LRU),
+        ("128K", "lsa", 1, LSA),
+        ("128K", "lsa, pages of 16", 40, _pages(LSA, 16)),
+        ("128K", "h2o", 112, H2O),
+        ("128K", "lru held", 6, LRU_HELD),
+        ("128K", "lru fallback", 1, FALLBACK),
+        ("128K", "full", 40, FULL),
+        ("512K", "recency", 40, RECENCY),
+        ("512K", "lsa", 1, LSA),
+        ("512K", "lru", 1, LRU),
+        ("512K", "lru, pages of 4", 6, _pages(LRU, 4)),
+        ("512K", "lfu sees all", 10, LFU_ALL),
+        ("512K", "lsa fallback", 1, LSA_FALLBACK),
+        ("32K", "lru fallback", 150, FALLBACK),
+    )
+)
+
+
+class Bench:
+    """Measures rows on one GPU, with one set of random weights."""
+
+    def __init__(self, model: str, device: str) -> None:
+        self.model = model
+        self.device = device
+        self.weights: Any = None
+        self.n_experts = 0
+
+    def row(self, ask: Ask) -> Row:
+        """A row's measured part; "failed" says why where it cannot be had."""
+        import torch
+
+        from fmsim.exec.decode.trace_driven import device_name
+        from fmsim.exec.runs.synthetic import weights_for
+        from fmsim.experiments.validate import Worlds
+
+        start = time.perf_counter()
+        row: Row = ask._asdict() | {"steps": ask.steps}
+        try:
+            file = scenario(ask.context, [ask.entry], self.model)
+            worlds = Worlds(file, self.device, ask.steps)
+            if self.weights is None:
+                self.weights, self.n_experts = weights_for(worlds.geometry, self.device, 0, seed=0)
+            row |= worlds.whole_steps(ask.label, self.weights, ask.batch)
+        except (FmsimError, RuntimeError) as error:  # torch's out of memory is a RuntimeError
+            row["failed"] = f"{type(error).__name__}: {error}"
+        gc.collect()
+        if self.device == "cuda":
+            torch.cuda.empty_cache()
+        return row | {
+            "experts": self.n_experts,
+            "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+            "device": device_name(self.device),
+            "software": f"torch {torch.__version__}, Python {platform.python_version()}",
+            "model": self.model,
+            "simulator": simulator(),
+            "wall_s": round(time.perf_counter() - start, 1),
+        }
+
+
+def simulator() -> str:
+    """A digest of all source that a prediction runs."""
+    digest = hashlib.sha256()
+    for room in FROZEN:
+        for path in sorted((ROOT / "fmsim" / room).rglob("*.py")):
+            digest.update(path.read_bytes())
+    return digest.hexdigest()[:16]
+
+
+def measure(asks: Sequence[Ask], bench: Bench, seconds: float, folder: Path) -> int:
+    """Rows that no process has measured or is measuring, one after the other into `folder`, until
+    `seconds` have gone by; -> how many failed.
+
+    None is begun that would end later if it took as long as the longest before it.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    start = time.perf_counter()
+    longest_s = 0.0
+    n_failed = 0
+    for ask in asks:
+        if time.perf_counter() - start + longest_s > seconds:
+            print(f"{ask.name}: and what follows is left out", file=sys.stderr)
+            break
+        if (folder / f"{ask.name}.json").exists() or not _claimed(folder / f"{ask.name}.claim"):
+            continue
+        row = bench.row(ask)
+        longest_s = max(longest_s, row["wall_s"])
+        n_failed += "failed" in row
+        write_text(folder / f"{ask.name}.json", json.dumps(row, indent=1) + "\n")
+        shown = row.get("failed") or f"{1e3 * row['measured_step_p50_s']:.2f} ms"
+        print(f"{ask.name}: {shown}, took {row['wall_s']} s", file=sys.stderr, flush=True)
+    return n_failed
+
+
+def _claimed(path: Path) -> bool:
+    """Take a row for this process; one that a dead process had is free."""
+    while True:
+        try:
+            with path.open("x") as file:
+                file.write(str(os.getpid()))
+            return True
+        except FileExistsError:
+            owner = path.read_text() or "0"
+        if owner == "0" or _lives(int(owner)):
+            return False
+        path.unlink(missing_ok=True)
+
+
+def _lives(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return True
+
+
+def join(folder: Path, hardware: Path) -> Row:
+    """The result: all rows of `folder`, each with what is simulated for it on `hardware`."""
+    from fmsim.experiments.validate import Worlds, errors
+    from fmsim.hw import load_hardware
+
+    preset = yaml.safe_load(hardware.read_text(encoding="utf-8"))
+    hw = load_hardware(hardware.name, hardware.resolve().parent)
+    rows = []
+    for ask in ROWS:
+        path = folder / f"{ask.name}.json"
+        if not path.exists():
+            continue
+        row = json.loads(path.read_text(encoding="utf-8"))
+        if "failed" not in row:
+            worlds = Worlds(scenario(ask.context, [ask.entry], row["model"]), "cpu", ask.steps)
+            row |= worlds.simulated(ask.label, hw, ask.batch, row["warm_up_steps"])
+            row |= errors(row)
+        rows.append(row)
+    if not rows:
+        raise FmsimError(f"--join {folder}: holds no rows; measure some with --parts {folder}")
+    common = ("device", "software", "model", "experts", "simulator")
+    for key in common:
+        if len({row[key] for row in rows}) > 1:
+            found = ", ".join(sorted({str(row[key]) for row in rows}))
+            raise FmsimError(f"--join {folder}: rows differ in their {key}: {found}")
+    head = {key: rows[0][key] for key in common}
+    held = [row for row in rows if "failed" not in row]
+    within = [row for row in held if off(row) <= ERROR]
+    return head | {
+        "date": max(row["date"] for row in rows),
+        "command": "python benchmarks/blind.py --parts blind",
+        "preset": {"title": preset["title"], "kernel_source": preset["kernel_source"]},
+        "frozen": head["simulator"] == simulator(),
+        "measured": ["measured_step_p50_s", "measured_tokens_per_s"],
+        "simulated": ["simulated_step_p50_s", "simulated_tokens_per_s"],
+        "within": len(within),
+        "rows": [
+            {key: value for key, value in row.items() if key not in (*common, "params")}
+            | {"params": row["params"]}
+            for row in rows
+        ],
+    }
+
+
+def off(row: Row) -> float:
+    """The larger of a row's two errors."""
+    return max(abs(row["step_error"]), abs(row["tokens_error"]))
+
+
+def table(result: Row) -> str:
+    """What the marked part of the results' page holds."""
+    lines = [
+        "| context | policy | requests | step simulated, ms | measured, ms | off"
+        " | tokens/s simulated | measured | off |",
+        "|---" * 9 + "|",
+    ]
+    failed = []
+    for row in result["rows"]:
+        if "failed" in row:
+            failed.append(f"{row['context']}, `{row['label']}`, {row['batch']}: {row['failed']}")
+            continue
+        cells = (
+            row["context"],
+            row["label"],
+            str(row["batch"]),
+            f"{1e3 * row['simulated_step_p50_s']:.2f}",
+            f"{1e3 * row['measured_step_p50_s']:.2f}",
+            f"{row['step_error']:+.1%}",
+            f"{row['simulated_tokens_per_s']:,.1f}",
+            f"{row['measured_tokens_per_s']:,.1f}",
+            f"{row['tokens_error']:+.1%}",
+        )
+        lines.append(f"| {' | '.join(cells)} |")
+    n_rows = len(result["rows"])
+    after = "" if result["frozen"] else " The simulator was changed after these rows were measured."
+    head = (
+        f"{result['device']}, {result['date'][:10]}: {result['within']} of {n_rows} rows within"
+        f" {ERROR:.0%} in both figures.{after}"
+    )
+    return "\n\n".join([head, "\n".join(lines), *failed])
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--parts", type=Path, help="folder that rows are measured into")
+    parser.add_argument("--row", action="append", help="only those whose name has this; repeat")
+    parser.add_argument("--seconds", type=float, default=float("inf"), help="begin no row later")
+    parser.add_argument("--device", help="cuda or cpu; cuda where there is one by default")
+    parser.add_argument("--model", default=MODEL, help="a preset, or a folder with a config.json")
+    parser.add_argument("--list", action="store_true", help="print the rows' names")
+    parser.add_argument("--join", type=Path, help="folder of rows that were measured")
+    parser.add_argument("--hardware", type=Path, help="preset of `fmsim hw calibrate`, for --join")
+    parser.add_argument("--out", type=Path, help="the result; by default results/blind-DEVICE.json")
+    given = parser.parse_args()
+    asks = [ask for ask in ROWS if not given.row or any(part in ask.name for part in given.row)]
+    if given.list:
+        print("\n".join(ask.name for ask in asks))
+        return 0
+    try:
+        if given.join:
+            if given.hardware is None:
+                parser.error("--join needs --hardware, the preset that was calibrated there")
+            return _write(join(given.join, given.hardware), given.out)
+        if given.parts is None:
+            parser.error("give --parts, a folder for the rows, or --join")
+        import torch
+
+        device = given.device or ("cuda" if torch.cuda.is_available() else "cpu")
+        n_failed = measure(asks, Bench(given.model, device), given.seconds, given.parts)
+    except FmsimError as error:
+        print(error, file=sys.stderr)
+        return 2
+    return 1 if n_failed else 0
+
+
+def _write(result: Row, out: Path | None) -> int:
+    card = result["device"].split()[-1].lower() if "NVIDIA" in result["device"] else "cpu"
+    path = out or RESULTS / f"blind-{card}.json"
+    write_text(path, json.dumps(result, indent=1) + "\n")
+    made = table(result)
+    if out is None:
+        page = PAGE.read_text(encoding="utf-8")
+        write_text(PAGE, regions.replace(page, "blind rows", made))
+    print(made)
+    return 0 if result["within"] >= SHARE * len(result["rows"]) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
