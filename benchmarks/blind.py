@@ -27,6 +27,7 @@ import platform
 import sys
 import time
 from collections.abc import Sequence
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -59,7 +60,7 @@ class Ask(NamedTuple):
     @property
     def name(self) -> str:
         words = f"{self.context} {self.label} {self.batch}"
-        return words.replace(" ", "-").replace("%", "")
+        return words.replace(",", "").replace(" ", "-")
 
     @property
     def steps(self) -> int:
@@ -82,7 +83,9 @@ LSA_FALLBACK = {"policy": "lsa", "budget": "4%", "on_miss": "fallback", "cadence
 
 
 def _pages(params: dict[str, Any], entries: int) -> dict[str, Any]:
-    return params | {"granularity": entries}
+    """In pages of so many entries, and with a fifth of the prompt's: large pages need more."""
+    larger = {"budget": "20%"} if params["policy"] == "lru" else {}
+    return params | {"granularity": entries} | larger
 
 
 # Batches and contexts that `Sizes` has no attention of. The first half stands for the whole, should
@@ -314,7 +317,7 @@ def table(result: Row) -> str:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--parts", type=Path, help="folder that rows are measured into")
-    parser.add_argument("--row", action="append", help="only those whose name has this; repeat")
+    parser.add_argument("--row", action="append", help="only those of such a name (*); repeat")
     parser.add_argument("--seconds", type=float, default=float("inf"), help="begin no row later")
     parser.add_argument("--device", help="cuda or cpu; cuda where there is one by default")
     parser.add_argument("--model", default=MODEL, help="a preset, or a folder with a config.json")
@@ -323,7 +326,8 @@ def main() -> int:
     parser.add_argument("--hardware", type=Path, help="preset of `fmsim hw calibrate`, for --join")
     parser.add_argument("--out", type=Path, help="the result; by default results/blind-DEVICE.json")
     given = parser.parse_args()
-    asks = [ask for ask in ROWS if not given.row or any(part in ask.name for part in given.row)]
+    patterns = given.row or ["*"]
+    asks = [ask for ask in ROWS if any(fnmatch(ask.name, pattern) for pattern in patterns)]
     if given.list:
         print("\n".join(ask.name for ask in asks))
         return 0

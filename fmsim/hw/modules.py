@@ -15,6 +15,7 @@ from fmsim.hw.spec import Hardware, KernelTable
 from fmsim.hw.tables import (
     NOTHING,
     AttentionTimes,
+    CrowdTimes,
     Curve,
     PrefillTimes,
     load_table,
@@ -315,17 +316,20 @@ def _layer_weights(geometry: Geometry) -> float:
     return max(1.0, per_layer / (flash.active_parameters / flash.n_layers))
 
 
+def calibrated_table(hw: Hardware, geometry: Geometry) -> KernelTable | None:
+    """A calibration's times of a model, or V4-Flash's in their place; None where there are none."""
+    return hw.kernels.get(geometry.name, hw.kernels.get("v4-flash"))
+
+
 def _calibrated(hw: Hardware, geometry: Geometry) -> Modules:
     """From a calibration's own times, of one GPU that holds the whole model."""
-    if geometry.name in hw.kernels:
-        table, size = hw.kernels[geometry.name], 1.0
-    elif "v4-flash" not in hw.kernels:
+    table = calibrated_table(hw, geometry)
+    if table is None:
         raise FmsimError(
             f"hardware {hw.name}: says no times of {geometry.name}'s kernels; give kernel_tables,"
             " a GPU that fmsim has tables of, or kernels, as `fmsim hw calibrate` writes them"
         )
-    else:
-        table, size = hw.kernels["v4-flash"], _layer_weights(geometry)
+    size = 1.0 if geometry.name in hw.kernels else _layer_weights(geometry)
     factor = hw.kernel_factor.value * size
     curves = {
         name: Curve.of(points).scaled(factor)
@@ -333,10 +337,13 @@ def _calibrated(hw: Hardware, geometry: Geometry) -> Modules:
         if isinstance(points, dict)
     }
     n_layers = geometry.n_layers
+    engine = table.engine
+    in_row = NOTHING if engine is None else Curve.of(engine.in_row_batch_ms).scaled(factor)
 
     def layer(ranked: int, batch: int) -> Any:
         routed = curves["hyper_connections_batch_ms"](ranked) + curves["moe_batch_ms"](batch)
-        return routed + curves["router_batch_ms"](ranked) + 2 * curves["all_reduce_batch_ms"](batch)
+        exchanged = curves["router_batch_ms"](ranked) + 2 * curves["all_reduce_batch_ms"](batch)
+        return routed + exchanged + in_row(ranked)
 
     def rest(ranked: int, batch: int) -> float:
         return float(n_layers * layer(ranked, batch) + curves["head_batch_ms"](ranked))
@@ -345,9 +352,13 @@ def _calibrated(hw: Hardware, geometry: Geometry) -> Modules:
         return float(layer(ranked, batch) + curves["head_batch_ms"](ranked))
 
     csa_ns, hca_ns = _token_ns(hw, geometry, table)
+    csa_crowds = {} if engine is None else engine.csa_crowd_ms
+    hca_crowds = {} if engine is None else engine.hca_crowd_ms
+    csa = _by_batch(curves["csa_batch_ms"], curves["csa_context_ms"], csa_ns)
+    hca = _by_batch(curves["hca_batch_ms"], curves["hca_context_ms"], hca_ns)
     return Modules(
-        csa=_by_batch(curves["csa_batch_ms"], curves["csa_context_ms"], csa_ns),
-        hca=_by_batch(curves["hca_batch_ms"], curves["hca_context_ms"], hca_ns),
+        csa=replace(csa, crowd=_crowd(csa, csa_crowds, factor)),
+        hca=replace(hca, crowd=_crowd(hca, hca_crowds, factor)),
         n_sliding=geometry.n_sliding,
         rest_ms=rest,
         draft_ms=draft,
@@ -362,6 +373,28 @@ def _by_batch(batches: Curve, contexts: Curve, token_ns: float) -> AttentionTime
         short_ms=batches.ms[None],
         grown=Curve(contexts.at, contexts.ms - contexts.ms[0]),
         token_ns=token_ns,
+    )
+
+
+def _crowd(
+    times: AttentionTimes, crowd_ms: Mapping[int, Mapping[int, float]], factor: float
+) -> CrowdTimes | None:
+    """What crowds of several contexts take more than the same batches at the smallest context; None
+    where none was measured.
+    """
+    if not crowd_ms:
+        return None
+    batches = sorted(crowd_ms)
+    contexts = sorted(crowd_ms[batches[0]])
+    short = Curve(times.batches, times.short_ms[0])
+    grown = [[0.0, *times.grown(np.array(contexts, dtype=float))]]
+    for batch in batches:
+        first = short.one(batch)
+        grown.append([0.0, *(factor * crowd_ms[batch][tokens] - first for tokens in contexts)])
+    return CrowdTimes(
+        batches=np.array([1, *batches], dtype=float),
+        contexts=np.array([times.contexts[0], *contexts], dtype=float),
+        grown_ms=np.array(grown),
     )
 
 

@@ -69,11 +69,33 @@ NOTHING = Curve(np.array([1.0]), np.array([0.0]))
 
 
 @dataclass(frozen=True)
+class CrowdTimes:
+    """What longer contexts add to a batch, where that was measured: linear between batches and
+    between contexts, and the last slopes go on.
+    """
+
+    batches: np.ndarray  # [b] ascending
+    contexts: np.ndarray  # [c] ascending; nothing is added at the first
+    grown_ms: np.ndarray  # [b, c]
+
+    def __call__(self, batch: int, context: np.ndarray) -> Floats:
+        """[T], of `batch` requests of `context` tokens [T]."""
+        last = self.batches[-1]
+        low, share = _between(np.array([min(batch, last)]), self.batches)
+        line = self.grown_ms[low[0]] * (1 - share[0]) + self.grown_ms[low[0] + 1] * share[0]
+        if batch > last:
+            slope = (self.grown_ms[-1] - self.grown_ms[-2]) / (last - self.batches[-2])
+            line = line + np.maximum(slope, 0.0) * (batch - last)
+        return Curve(self.contexts, line)(context)
+
+
+@dataclass(frozen=True)
 class AttentionTimes:
     """One layer's decode module.
 
     Short contexts stand in a grid with every batch. A longer context adds what it added at batch 1
-    (`grown`), and each token of the other requests beyond the grid adds `token_ns`.
+    (`grown`), and each token of the other requests beyond the grid adds `token_ns`; or, where
+    crowds of longer contexts were measured, what these add.
     """
 
     contexts: np.ndarray  # [c] tokens
@@ -81,6 +103,7 @@ class AttentionTimes:
     short_ms: np.ndarray  # [c, b]
     grown: Curve  # by tokens of the longest context; 0 at the grid's last one
     token_ns: float
+    crowd: CrowdTimes | None = None
 
     @classmethod
     def of(cls, table: Mapping[str, Any], token_ns: float) -> AttentionTimes:
@@ -118,6 +141,9 @@ class AttentionTimes:
         `of_batch`: what `of_batch(batch)` gave, which a caller keeps.
         """
         short = np.interp(total / batch, self.contexts, of_batch)
+        if self.crowd is not None and batch > 1:
+            added: Floats = np.maximum(self.grown(largest), self.crowd(batch, total / batch))
+            return short + added
         others = np.maximum(total - largest - (batch - 1) * self.contexts[-1], 0.0)
         ms: Floats = short + self.grown(largest) + others * self.token_ns / 1e6
         return ms

@@ -125,6 +125,7 @@ class LedgerBuilder:
             all_keys=manager.needs.all_keys if all_keys is None else all_keys,
             ahead_slots=list(manager.needs.ahead_slots),
             miss_slots=manager.needs.miss_slots,
+            observes=policy.observes,
             comes_back=manager.needs.comes_back,
             entry_tokens=ctx.entry_tokens,
             masses=masses,

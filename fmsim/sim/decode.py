@@ -16,8 +16,10 @@ import simpy
 
 from fmsim.geometry import Geometry
 from fmsim.hw.memory import MemorySystem
+from fmsim.hw.modules import calibrated_table
 from fmsim.hw.spec import Hardware
 from fmsim.replay.ledger import Ledger
+from fmsim.sim.engine_cost import EngineCosts
 from fmsim.sim.footprint import Footprint, footprint
 from fmsim.sim.step_cost import memory_indexer_s, step_costs
 from fmsim.sim.timeline import SimulatedTimeline, Transfer
@@ -92,21 +94,33 @@ class _Decode:
         self.demand_bytes = (
             ledger.demand_loads[:, place.groups].astype(np.float64) * self.row_bytes * on_gpu
         )
-        self.recall_bytes = (
-            ledger.lookahead_loads[:, place.groups].sum(axis=1).astype(np.float64)
-            * self.row_bytes
-            * on_gpu
-        )
+        recalls = ledger.lookahead_loads[:, place.groups].astype(np.float64)
+        page_bytes = self.row_bytes * on_gpu
+        self.recall_bytes = recalls.sum(axis=1) * page_bytes
         self.write_back_bytes = self._write_back(ledger.tau, geometry, place, on_gpu)
         costs = step_costs(memory.hw, geometry, batch, place.tokens, place.scored_entries)
         indexer_s = on_gpu * memory_indexer_s(memory.hw, geometry, ledger.scored)
-        arriving_s = (
-            self.demand_bytes.sum(axis=1) + self.recall_bytes
-        ) / memory.hw.hbm_bytes_per_s.value
-        self.rest_s = (
-            costs.rest_s + indexer_s + arriving_s
-        )  # recalled bytes take their part of HBM bandwidth
+        # recalled bytes take their part of HBM bandwidth
+        arriving_bytes = self.demand_bytes.sum(axis=1) + self.recall_bytes
+        self.rest_s = costs.rest_s + indexer_s + arriving_bytes / memory.hw.hbm_bytes_per_s.value
         self.csa_s, self.n_selecting = costs.csa_s, geometry.n_selecting
+        # [T, n_csa]: what a layer waits for its misses where the link is theirs alone
+        self.miss_s = self.gather.seconds(self.row_bytes, self.demand_bytes)
+        # [T] bytes that come before their decision, and how fast beside a decode
+        self.ahead_bytes = self.recall_bytes if ledger.decides_ahead else 0 * self.recall_bytes
+        self.beside_bytes_per_s = float("inf")
+        self.beside_slower = 0.0
+        table = None if memory.hw.kernel_tables else calibrated_table(memory.hw, geometry)
+        if table is not None and table.engine is not None:
+            engine = EngineCosts(table.engine, ledger, geometry, place, self.gather, on_gpu)
+            # what came goes from spare pages to its slots
+            settled_s = 2 * arriving_bytes / memory.hw.hbm_bytes_per_s.value
+            self.rest_s = self.rest_s + engine.step_s() + settled_s
+            self.miss_s = engine.miss_s()
+            spare = np.array(ledger.ahead_slots or [0] * ledger.n_groups)[place.groups]
+            self.ahead_bytes = np.minimum(recalls, spare).sum(axis=1) * page_bytes
+            self.beside_bytes_per_s = table.engine.beside_bytes_per_s
+            self.beside_slower = table.engine.beside_slower
         # What is not known one window before cannot be recalled before the decision.
         self.overlaps = ledger.decides_ahead
         self.recalls = bool(ledger.lookahead_loads.any())
@@ -142,27 +156,27 @@ class _Decode:
                     self.write_back_bytes[step],
                 )
             if self.recalls and step % self.cadence == 0:
-                if not self.overlaps:
-                    self.recall = self._recall(step)
                 yield self.recall
+                late_bytes = self.recall_bytes[step] - self.ahead_bytes[step]
+                yield self._recall(step, late_bytes, float("inf"))
                 self.recall_wait_s[step] = self.env.now - self.start_s[step]
-                if self.overlaps:
-                    self.recall = self._recall(step + self.cadence)
+                later = step + self.cadence
+                if self.overlaps and later < self.n_steps:
+                    self.recall = self._recall(
+                        later, self.ahead_bytes[later], self.beside_bytes_per_s
+                    )
             with self.memory.compute.request() as turn:
                 yield turn
                 yield from self._step(step)
             self.end_s[step] = self.env.now
 
-    def _recall(self, step: int) -> simpy.Event:
-        """Start to load what the decision at `step` recalls; the event is its end."""
-        if step >= self.n_steps or not self.recall_bytes[step]:
+    def _recall(self, step: int, n_bytes: float, limit: float) -> simpy.Event:
+        """Start to load `n_bytes` that the decision at `step` recalls, at `limit` bytes/s at most;
+        the event is its end.
+        """
+        if n_bytes <= 0:
             return self.env.timeout(0)
-        return self._booked(
-            "recall",
-            step,
-            self.env.process(self._gather(self.recall_bytes[step])),
-            self.recall_bytes[step],
-        )
+        return self._booked("recall", step, self.env.process(self._gather(n_bytes, limit)), n_bytes)
 
     def _booked(self, kind: str, step: int, done: simpy.Event, n_bytes: float) -> simpy.Event:
         """`done`, which ends a transfer that starts now."""
@@ -173,24 +187,27 @@ class _Decode:
     def _book(self, kind: str, step: int, start_s: float, end_s: float, n_bytes: float) -> None:
         self.transfers.append(Transfer(kind, step, float(start_s), float(end_s), float(n_bytes)))
 
-    def _gather(self, n_bytes: float) -> Generator[simpy.Event, Any, None]:
-        """One gather: its fixed cost, then its bytes at a rate that its rows allow and that the
-        link has to spare.
+    def _gather(
+        self, n_bytes: float, limit: float = float("inf")
+    ) -> Generator[simpy.Event, Any, None]:
+        """One gather: its fixed cost, then its bytes at a rate that rows, programs (`limit`) and the
+        link allow.
         """
         fixed_s = float(self.gather.fixed_s(self.row_bytes))
         moving_s = float(self.gather.seconds(self.row_bytes, n_bytes)) - fixed_s
         yield self.env.timeout(fixed_s)
-        yield self.memory.to_gpu.transfer(n_bytes, limit=n_bytes / moving_s)
+        yield self.memory.to_gpu.transfer(n_bytes, limit=min(limit, n_bytes / moving_s))
 
     def _step(self, step: int) -> Generator[simpy.Event, Any, None]:
         """Compute one step; a layer with misses waits for them before its attention."""
         compute_s = self.rest_s[step] + self.n_selecting * self.csa_s[step]
+        if not self.recall.triggered:
+            compute_s *= 1 + self.beside_slower
         missed = np.flatnonzero(self.demand_bytes[step])
         if not len(missed):
             yield self.env.timeout(compute_s)
         elif self.recall.triggered:  # the link is this step's own, so its waits add up
-            alone_s = self.gather.seconds(self.row_bytes, self.demand_bytes[step, missed])
-            self.stall_s[step] = alone_s.sum()
+            self.stall_s[step] = self.miss_s[step, missed].sum()
             self.memory.to_gpu.moved_bytes += self.demand_bytes[step].sum()
             self._book(
                 "misses",

@@ -33,7 +33,7 @@ class Sizes:
     some_batches: tuple[int, ...] = (1, 8, 32, 128)  # of what a kernel adds to a module
     page_entries: tuple[int, ...] = (1, 4, 16)  # a page, beside those of 64
     listed: tuple[tuple[int, int], ...] = ((1, 8192), (16, 32_768))  # requests x resident entries
-    staged: tuple[int, ...] = (0, 8, 64)  # pages that a request loads in a layer
+    staged: tuple[int, ...] = (0, 8, 64, 256)  # pages that a request loads in a layer
     staged_entries: int = 65_536  # of the request that loads them
     gathers: dict[int, tuple[int, ...]] = field(
         default_factory=lambda: {

@@ -1,0 +1,148 @@
+"""What fmsim's own engine takes in a step beside the model's modules, as a calibration timed it.
+
+Between two graphs of a decode the engine looks up what is resident, lets a policy learn, gives
+slots and writes block tables. Within a graph a policy may ask a CSA layer for masses, for small
+pages, for a choice among resident entries, or for its misses. A preset without a calibration of
+these prices none of it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fmsim.geometry import Geometry
+from fmsim.hw.spec import Bookkeeping, EngineTimes, Grid, StepWork
+from fmsim.hw.tables import Curve
+from fmsim.replay.ledger import Ledger
+from fmsim.sim.footprint import Footprint
+from fmsim.sim.transfer_cost import GatherCurve
+
+Floats = NDArray[np.float64]
+PAGE_ENTRIES = 64  # of the pages that modules are timed with
+
+
+class EngineCosts:
+    """Of the decode that `ledger` describes, `batch` requests in step on one GPU."""
+
+    def __init__(
+        self,
+        times: EngineTimes,
+        ledger: Ledger,
+        geometry: Geometry,
+        place: Footprint,
+        gather: GatherCurve,
+        batch: float,
+    ) -> None:
+        self.times = times
+        self.ledger = ledger
+        self.geometry = geometry
+        self.place = place
+        self.gather = gather
+        self.batch = batch
+        self.granularity = ledger.granularity
+        self.n_pages = -(-int(geometry.csa_entries(place.tokens)[-1]) // ledger.granularity)
+        self.loads = ledger.miss_slots > 0
+
+    def step_s(self) -> Floats:
+        """[T]: all but misses and recalls."""
+        bookkeeping = self.times.steps[self._kind()]
+        ms = np.full(self.ledger.n_steps, self._work_ms(bookkeeping.plain) + self._in_graph_ms())
+        ms[self._closing()] += self._work_ms(bookkeeping.closing)
+        cadence = self.ledger.cadence
+        if cadence > 1:
+            kind = "ahead" if self.ledger.decides_ahead else "decided"
+            ms[cadence::cadence] += self._decision_ms(self.times.steps[kind])
+        return np.asarray(ms / 1e3)
+
+    def miss_s(self) -> Floats:
+        """[T, n_csa]: what a layer's misses take beyond a layer that has none."""
+        loads = self.ledger.demand_loads[:, self.place.groups].astype(np.float64)
+        if not self.loads:
+            return np.zeros_like(loads)
+        line = _line(self.times.staging_ms, self.batch)
+        most = line.at[-1]
+        known = line(np.minimum(loads, most)) - line.one(0)
+        # beyond what was timed, and of larger rows: as gathers of so many bytes
+        entry_bytes = self.geometry.slot_bytes(1, with_keys=False)
+        row_bytes = self.geometry.slot_bytes(self.granularity, with_keys=False)
+        whole_s = self._gather_s(row_bytes, loads)
+        more_s = whole_s - self._gather_s(entry_bytes, np.minimum(loads, most))
+        found = np.where(loads > 0, known / 1e3 + np.maximum(more_s, 0.0), 0.0)
+        return np.asarray(found)
+
+    def _gather_s(self, row_bytes: float, rows: np.ndarray) -> np.ndarray:
+        return self.gather.seconds(row_bytes, self.batch * rows * row_bytes)
+
+    def _kind(self) -> str:
+        """Of `STEP_KINDS`, how a step without a decision keeps its books."""
+        if min(self.ledger.group_slots) >= self.n_pages:
+            return "kept"
+        if self.loads:
+            return "fallback" if self.ledger.on_miss == "fallback" else "fetched"
+        return "observed" if self.ledger.observes else "held"
+
+    def _closing(self) -> np.ndarray:
+        """bool [T]: steps in which a page begins, or resident entries are listed anew."""
+        began = self.ledger.written.any(axis=1)
+        if not self.place.keys_tiered:
+            return np.asarray(began)
+        entries = self.geometry.csa_entries(self.place.tokens)
+        return np.asarray(began | (np.diff(entries, prepend=entries[0]) > 0))
+
+    def _work_ms(self, work: StepWork) -> float:
+        """Of a step's bookkeeping at this decode's sizes."""
+        n_csa = self.geometry.n_csa
+        slots = sum(self.ledger.group_slots)
+        uneven = len(set(self.ledger.group_slots)) > 1
+        rows = n_csa if self.loads or uneven else self.ledger.n_groups
+        pages = rows * self.n_pages * self.batch
+        moves = n_csa * (self.ledger.miss_slots or self.ledger.topk) * self.batch
+        sized_ns = work.slot_ns * slots + work.page_ns * pages + work.move_ns * moves
+        return max(0.0, work.fixed_ms + sized_ns / 1e6)
+
+    def _decision_ms(self, bookkeeping: Bookkeeping) -> float:
+        return 0.0 if bookkeeping.decision is None else self._work_ms(bookkeeping.decision)
+
+    def _in_graph_ms(self) -> float:
+        """What the policy asks of all CSA layers, but for misses."""
+        times, batch = self.times, self.batch
+        ms = _of_pages(times.pages_batch_ms, self.granularity, batch)
+        if self.ledger.observes:
+            ms += Curve.of(times.masses_batch_ms).one(batch)
+        if self.place.keys_tiered:
+            ms += Curve.of(times.listed_batch_ms).one(batch)
+            ms += self._list_scores_ms()
+        if self.loads:
+            ms += _line(times.staging_ms, batch).one(0)
+        return self.geometry.n_csa * ms
+
+    def _list_scores_ms(self) -> float:
+        """Of a layer that scores its resident entries, in pages of their own."""
+        works = self.times.listed_scores
+        near = min(works, key=lambda entries: abs(np.log2(entries / self.granularity)))
+        if self.granularity >= PAGE_ENTRIES:
+            return 0.0
+        scored = self.batch * float(self.place.scored_entries.mean())
+        work = works[near]
+        return max(0.0, work.fixed_ms + work.slot_ns * scored / 1e6)
+
+
+def _of_pages(by_entries: Grid, entries: int, batch: float) -> float:
+    """By the nearest number of entries a page; pages of 64 are what all is timed with."""
+    if entries >= PAGE_ENTRIES:
+        return 0.0
+    near = min(by_entries, key=lambda each: abs(np.log2(each / entries)))
+    return Curve.of(by_entries[near]).one(batch)
+
+
+def _line(by_batch: Mapping[int, Mapping[int, float]], batch: float) -> Curve:
+    """Of a grid by batch and number, the curve by number at a batch between."""
+    numbers = sorted(next(iter(by_batch.values())))
+    columns = {
+        number: Curve.of({at: by_batch[at][number] for at in by_batch}).one(batch)
+        for number in numbers
+    }
+    return Curve.of(columns)
