@@ -276,6 +276,11 @@ def timed_as(geometry: Geometry, models: Mapping[str, Any]) -> str:
 
 def stand_in(hw: Hardware, geometry: Geometry) -> str | None:
     """In words, whose kernels give the times where nobody timed the model's own."""
+    if hw.cuts_experts(geometry):
+        return (
+            f"{hw.experts} of {geometry.name}'s experts a layer are held: a batch reads fewer"
+            " weights than it would of all"
+        )
     models: Mapping[str, Any] = hw.kernels
     if hw.kernel_tables is not None:
         found = load_table(hw.kernel_tables, hw.placed.engine)

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import difflib
+from dataclasses import replace
 from functools import cached_property
 from importlib.resources import files
 from importlib.resources.abc import Traversable
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, cast
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -168,6 +169,8 @@ class Hardware(_Strict):
     kernel_tables: str | None = None  # the GPU whose tables/*.json give the times, or
     experts_as: Format | None = None  # whose experts' times stand in for the served format's
     kernels: dict[str, KernelTable] = {}  # by model, a calibration's own
+    # of each layer's routed experts, so many are held: of a model that one GPU cannot hold whole
+    experts: int | None = Field(None, ge=1)
     topk_context_ms: dict[int, float] | None = (
         None  # by context, of a top-k kernel other than the one in the kernel table
     )
@@ -203,7 +206,18 @@ class Hardware(_Strict):
 
     def weight_bytes(self, geometry: Geometry) -> float:
         """On each GPU."""
-        return self.placed.weight_bytes(geometry)
+        return self.placed.weight_bytes(self._held(geometry))
+
+    def cuts_experts(self, geometry: Geometry) -> bool:
+        """The model has more routed experts a layer than this hardware holds of any."""
+        n_experts = getattr(geometry, "n_experts", 0)
+        return self.experts is not None and n_experts > self.experts
+
+    def _held(self, geometry: Geometry) -> Geometry:
+        """The model with the experts that are held."""
+        if not self.cuts_experts(geometry):
+            return geometry
+        return replace(cast(Any, geometry), n_experts=self.experts)
 
     def kv_pool(self, geometry: Geometry) -> Figure | None:
         """Each GPU's memory for KV and where the figure comes from; None where there is none."""

@@ -190,8 +190,8 @@ class _Decode:
     def _gather(
         self, n_bytes: float, limit: float = float("inf")
     ) -> Generator[simpy.Event, Any, None]:
-        """One gather: its fixed cost, then its bytes at a rate that rows, programs (`limit`) and the
-        link allow.
+        """One gather: its fixed cost, then its bytes at a rate that rows, the link and `limit`
+        allow.
         """
         fixed_s = float(self.gather.fixed_s(self.row_bytes))
         moving_s = float(self.gather.seconds(self.row_bytes, n_bytes)) - fixed_s
