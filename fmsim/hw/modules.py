@@ -338,7 +338,7 @@ def _calibrated(hw: Hardware, geometry: Geometry) -> Modules:
     factor = hw.kernel_factor.value * size
     curves = {
         name: Curve.of(points).scaled(factor)
-        for name, points in table.model_dump().items()
+        for name, points in table.model_dump(exclude={"engine"}).items()
         if isinstance(points, dict)
     }
     n_layers = geometry.n_layers

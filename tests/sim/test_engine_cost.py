@@ -1,0 +1,170 @@
+"""What fmsim's engine takes beside the modules, against sums worked by hand."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from hand_kernels import kernel_table
+from hand_ledger import FLASH, H100, ledger, loads
+
+from fmsim.hw.modules import modules
+from fmsim.hw.spec import STEP_KINDS, Bookkeeping, EngineTimes, StepWork
+from fmsim.sim.decode import simulate
+from fmsim.sim.engine_cost import EngineCosts
+from fmsim.sim.footprint import footprint
+from fmsim.sim.step_cost import step_costs
+from fmsim.sim.transfer_cost import GatherCurve
+
+GATHER = GatherCurve(H100.link)
+
+
+def engine_times(**changes) -> EngineTimes:
+    """Round figures, each of another size, so that a sum tells its parts."""
+    plain = {kind: StepWork(fixed_ms=1.0 + number) for number, kind in enumerate(STEP_KINDS)}
+    steps = {
+        kind: Bookkeeping(
+            plain=work,
+            closing=StepWork(fixed_ms=100.0),
+            decision=StepWork(fixed_ms=2000.0) if kind in ("decided", "ahead") else None,
+        )
+        for kind, work in plain.items()
+    }
+    given = {
+        "in_row_batch_ms": {1: 0.0, 64: 0.0},
+        "csa_crowd_ms": {},
+        "hca_crowd_ms": {},
+        "masses_batch_ms": {1: 0.01, 3: 0.03},
+        "pages_batch_ms": {1: {1: 0.002, 3: 0.006}, 16: {1: 0.0, 3: 0.0}},
+        "listed_batch_ms": {1: 0.004, 3: 0.004},
+        "listed_scores": {1: StepWork(fixed_ms=0.001, slot_ns=10.0)},
+        "staging_ms": {1: {0: 0.005, 8: 0.013}, 3: {0: 0.007, 8: 0.031}},
+        "staged_places": 512,
+        "beside_bytes_per_s": 10e9,
+        "beside_slower": 0.0,
+        "steps": steps,
+    }
+    return EngineTimes(**given | changes)
+
+
+def costs(given, batch=1, **changes) -> EngineCosts:
+    place = footprint(given, FLASH)
+    return EngineCosts(engine_times(**changes), given, FLASH, place, GATHER, batch)
+
+
+def test_a_step_is_its_kind_and_what_closes_and_decides():
+    """Kinds take 1, 2, 3 ... ms; pages of one entry 21 x 2 us more."""
+    pages_s = 21 * 2e-6
+    kept = ledger(slots=9000, on_miss="fetch", cadence=1, all_keys=True)
+    assert costs(kept).step_s() == pytest.approx(np.full(128, 1e-3 + pages_s))
+    held = ledger(cadence=1, all_keys=True, written=loads(128, s3=1))
+    expected = np.full(128, 2e-3 + pages_s)
+    expected[3] += 0.1
+    assert costs(held).step_s() == pytest.approx(expected)
+    seen = replace(held, observes=True, cadence=64, decides_ahead=False)
+    expected += 1e-3 + 21 * 0.01e-3
+    expected[64] += 2.0
+    assert costs(seen).step_s() == pytest.approx(expected)
+
+
+def test_misses_are_loaded_at_a_price_even_where_there_are_none():
+    missing = ledger(
+        n_groups=3, on_miss="fetch", cadence=1, miss_slots=512, demand_loads=loads(128, 3, s10=4)
+    )
+    found = costs(missing, batch=2)  # halfway between batches 1 and 3
+    base = 0.004 + 0.006  # pages of one entry, and staging without a page
+    assert found.step_s() == pytest.approx(np.full(128, 4e-3 + 21 * base / 1e3))
+    of_four = (0.013 + 0.031) / 4 - 0.006 / 2
+    waits = found.miss_s()
+    assert waits.shape == (128, 21)
+    assert waits[10] == pytest.approx(np.full(21, of_four / 1e3))
+    assert np.count_nonzero(waits) == 21
+    fallback = replace(missing, on_miss="fallback")
+    assert costs(fallback, batch=2).step_s() == pytest.approx(found.step_s() + 1e-3)
+
+
+def test_more_misses_than_were_timed_are_gathers_beyond():
+    missing = ledger(
+        n_groups=3, on_miss="fetch", cadence=1, miss_slots=512, demand_loads=loads(128, 3, s10=100)
+    )
+    more_s = GATHER.one_s(584, 100 * 584) - GATHER.one_s(584, 8 * 584)
+    assert costs(missing).miss_s()[10, 0] == pytest.approx(8e-6 + more_s)
+
+
+def test_residents_are_listed_and_scored_in_their_own_pages():
+    """800 slots of 3 layers each: 8,000 + 1 ... entries of which 800 are scored."""
+    masked = ledger(n_groups=3, cadence=1, entry_tokens=4)
+    place = footprint(masked, FLASH)
+    assert place.keys_tiered and place.scored_entries[0] == 800
+    scored_ms = 0.001 + 800 * 10 / 1e6
+    found = costs(masked).step_s()
+    plain_s = 2e-3 + 21 * (0.002 + 0.004 + scored_ms) / 1e3
+    closing = np.arange(128) % 4 == 3
+    closing[3] = True
+    assert found == pytest.approx(np.where(closing, plain_s + 0.1, plain_s))
+
+
+def test_sizes_add_what_they_cost():
+    work = StepWork(fixed_ms=1.0, slot_ns=2.0, page_ns=3.0, move_ns=5.0)
+    bare = StepWork(fixed_ms=0.0)
+    steps = dict.fromkeys(STEP_KINDS, Bookkeeping(plain=work, closing=bare))
+    missing = ledger(n_groups=3, on_miss="fetch", cadence=1, miss_slots=512)
+    found = costs(
+        missing,
+        batch=2,
+        steps=steps,
+        staging_ms={1: {0: 0, 8: 0}, 2: {0: 0, 8: 0}},
+        pages_batch_ms={1: {1: 0.0, 2: 0.0}},
+    )
+    n_pages = (4 * 8000 + 128) // 4
+    sized_ns = 2 * 2400 + 3 * 21 * n_pages * 2 + 5 * 21 * 512 * 2
+    assert found.step_s() == pytest.approx(np.full(128, 1e-3 + sized_ns / 1e9))
+
+
+def hardware(**changes):
+    table = kernel_table().model_copy(update={"engine": engine_times(**changes)})
+    return H100.model_copy(update={"kernel_tables": None, "kernels": {"v4-flash": table}})
+
+
+def test_a_recall_ahead_has_its_spare_pages_and_the_rest_comes_late():
+    """300 pages of 21 layers, of which 100 have room: these come before, the others at once."""
+    recalled = ledger(
+        lookahead_loads=loads(128, s64=300), ahead_slots=[100], entry_tokens=4, scored=np.zeros(128)
+    )
+    hw = hardware()
+    timeline = simulate(recalled, FLASH, hw)
+    late_s = float(GATHER.seconds(716, 200 * 21 * 716))
+    assert timeline.recall_wait_s[64] == pytest.approx(late_s)
+    kinds = [(each.step, each.n_bytes) for each in timeline.transfers if each.kind == "recall"]
+    assert sorted(kinds) == [(64, 100 * 21 * 716), (64, 200 * 21 * 716)]
+    beside = next(each for each in timeline.transfers if each.start_s == 0)
+    at_10 = 100 * 21 * 716 / 10e9
+    assert beside.end_s - beside.start_s == pytest.approx(at_10 + GATHER.fixed_s(716))
+    assert timeline.h2d_bytes[64] == 300 * 21 * 716
+
+
+def test_a_step_beside_a_recall_is_slower():
+    recalled = ledger(lookahead_loads=loads(128, s64=300), ahead_slots=[300], scored=np.zeros(128))
+    slow = simulate(recalled, FLASH, hardware(beside_slower=0.5, beside_bytes_per_s=1e6))
+    fast = simulate(recalled, FLASH, hardware(beside_slower=0.0, beside_bytes_per_s=1e6))
+    assert slow.step_s[1] == pytest.approx(1.5 * fast.step_s[1])
+
+
+def test_crowds_of_long_contexts_take_what_was_measured():
+    """At batch 8 and 131,072 tokens a CSA layer took 0.5 ms; halfway there it adds half."""
+    crowd = {8: {131_072: 0.5, 262_144: 0.9}, 64: {131_072: 4.0, 262_144: 8.0}}
+    hw = hardware(csa_crowd_ms=crowd, hca_crowd_ms=crowd)
+    short = 0.08 * (1 + 8 / 64) * (1 + 0)
+    tokens = np.array([1024.0, 131_072.0, (1024 + 131_072) / 2, 262_144.0, 393_216.0])
+    found = step_costs(hw, FLASH, 8, tokens, tokens / 4).csa_s * 1e3
+    factor = hw.kernel_factor.value
+    assert found[0] == pytest.approx(factor * short)
+    assert found[1] == pytest.approx(factor * 0.5)
+    assert found[2] == pytest.approx(factor * (short + 0.5) / 2)
+    assert found[3] == pytest.approx(factor * 0.9)
+    assert found[4] == pytest.approx(factor * 1.3)  # its last slope goes on
+
+
+def test_a_row_of_layers_takes_more_than_its_modules():
+    alone, row = (modules(hardware(in_row_batch_ms={1: ms, 8: ms}), FLASH) for ms in (0.0, 0.1))
+    factor = H100.kernel_factor.value
+    assert row.rest_ms(4, 4) - alone.rest_ms(4, 4) == pytest.approx(43 * 0.1 * factor)
