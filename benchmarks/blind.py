@@ -149,6 +149,7 @@ class Bench:
         from fmsim.exec.decode.trace_driven import device_name
         from fmsim.exec.runs.synthetic import weights_for
         from fmsim.experiments.validate import Worlds
+        from fmsim.experiments.whole_steps import measured
 
         start = time.perf_counter()
         row: Row = ask._asdict() | {"steps": ask.steps}
@@ -157,7 +158,7 @@ class Bench:
             worlds = Worlds(file, self.device, ask.steps)
             if self.weights is None:
                 self.weights, self.n_experts = weights_for(worlds.geometry, self.device, 0, seed=0)
-            row |= worlds.whole_steps(ask.label, self.weights, ask.batch)
+            row |= measured(worlds, ask.label, ask.batch, self.weights)
         except (FmsimError, RuntimeError) as error:  # torch's out of memory is a RuntimeError
             row["failed"] = f"{type(error).__name__}: {error}"
         gc.collect()
@@ -234,7 +235,8 @@ def _lives(pid: int) -> bool:
 
 def join(folder: Path, hardware: Path) -> Row:
     """The result: all rows of `folder`, each with what is simulated for it on `hardware`."""
-    from fmsim.experiments.validate import Worlds, errors
+    from fmsim.experiments.validate import Worlds
+    from fmsim.experiments.whole_steps import errors, simulated
     from fmsim.hw import load_hardware
 
     preset = yaml.safe_load(hardware.read_text(encoding="utf-8"))
@@ -247,7 +249,7 @@ def join(folder: Path, hardware: Path) -> Row:
         row = json.loads(path.read_text(encoding="utf-8"))
         if "failed" not in row:
             worlds = Worlds(scenario(ask.context, [ask.entry], row["model"]), "cpu", ask.steps)
-            row |= worlds.simulated(ask.label, hw, ask.batch, row["warm_up_steps"])
+            row |= simulated(worlds, ask.label, hw, ask.batch, row["warm_up_steps"])
             row |= errors(row)
         rows.append(row)
     if not rows:

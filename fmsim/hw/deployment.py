@@ -43,7 +43,9 @@ class Deployment(BaseModel):
     imbalance: Literal["balanced", "power_law_1.01", "power_law_1.2"] = (
         "power_law_1.01"  # how unevenly tokens go to experts
     )
-    kv_pool_bytes: float | None = Field(None, ge=1, le=MOST_POOL)  # of each GPU; an engine's own figure
+    kv_pool_bytes: float | None = Field(
+        None, ge=1, le=MOST_POOL
+    )  # of each GPU; an engine's own figure
     kv_pool_tokens: int | None = Field(None, ge=1, le=int(MOST_POOL))  # the same in tokens
     mem_fraction: float | None = Field(None, gt=0, le=1)  # of GPU memory, weights and KV together
     start_log: Path | None = None  # of SGLang or vLLM, which print the pool
