@@ -38,8 +38,8 @@ def page(name: str) -> str:
 
 def commands() -> dict[str, Any]:
     """By name what `fmsim --help` lists: commands, and groups of commands."""
-    cli._mount()
-    found: dict[str, Any] = typer.main.get_command(cli.app).commands  # type: ignore[attr-defined]
+    program = typer.main.get_command(cli.program(cli.EVERY))
+    found: dict[str, Any] = program.commands  # type: ignore[attr-defined]
     return found
 
 
