@@ -91,3 +91,15 @@ def test_installed_alone_it_runs_a_scenario_by_name_in_any_folder(wheel, tmp_pat
     made = fmsim("init", "mine.yaml", "--context", "32K")
     assert made.returncode == 0, made.stderr
     assert fmsim("run", "mine.yaml", "-p", "full").returncode == 0
+
+
+def test_the_version_stands_in_one_place_and_is_the_one_that_is_told():
+    import tomllib
+
+    import fmsim
+
+    settings = tomllib.loads((ROOT / "pyproject.toml").read_text())
+    assert settings["project"]["dynamic"] == ["version"]
+    assert settings["tool"]["setuptools"]["dynamic"]["version"] == {"attr": "fmsim.__version__"}
+    assert f"\nversion: {fmsim.__version__}\n" in (ROOT / "CITATION.cff").read_text()
+    assert f"\n## {fmsim.__version__}, " in (ROOT / "CHANGELOG.md").read_text()
