@@ -1,4 +1,4 @@
-"""PyramidKV, written from docs/policy-reference.md alone."""
+"""PyramidKV, written from docs/reference/policy.md alone."""
 
 from typing import Literal
 

@@ -1,4 +1,4 @@
-"""S3-FIFO, written from docs/policy-reference.md alone: a small queue, a main one, and ghosts."""
+"""S3-FIFO, written from docs/reference/policy.md alone: a small queue, a main one, and ghosts."""
 
 from fmsim import Policy
 

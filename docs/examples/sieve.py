@@ -1,4 +1,4 @@
-"""SIEVE, written from docs/policy-reference.md alone: a queue, a bit for each page, and a hand."""
+"""SIEVE, written from docs/reference/policy.md alone: a queue, a bit for each page, and a hand."""
 
 from fmsim import Policy
 

@@ -1,4 +1,4 @@
-"""SnapKV, written from docs/policy-reference.md alone."""
+"""SnapKV, written from docs/reference/policy.md alone."""
 
 from typing import Literal
 
