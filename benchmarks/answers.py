@@ -128,7 +128,7 @@ ANSWERS: dict[str, Answer] = {
     "500k": Answer(
         "500k.json",
         default_scenario,
-        {("docs/tutorial/first-answer.md", "verdicts"): lead.verdicts},
+        {("docs/tutorial/first-answer.md", "first table"): lead.first_table},
         {"docs/img/500k.svg": picture},
     ),
     "quality": Answer(

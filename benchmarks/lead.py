@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import textwrap
 from collections.abc import Mapping
 from typing import Any
@@ -35,28 +36,24 @@ def one_gpu(result: Result) -> str:
     return "\n".join(lines)
 
 
-def verdicts(result: Result) -> str:
-    """What the default scenario says of each policy at its smallest budget, of 500k.json."""
-    about, rows = result["scenario"], result["policies"]
-    [full] = [row for row in rows if about["runs"][row["policy"]]["entry"] == "full"]
-    budget = min(about["budgets"], key=lambda name: about["budgets"][name] or 0)
-    found = [row for row in rows if about["runs"][row["policy"]]["budget"] == budget]
-    bounds = {label for label, run in about["runs"].items() if run["evidence"] == "future"}
-    found = [row for row in found if row["policy"] not in bounds]
-    lines = [
-        f"At {budget.replace(' gpu', '')} of the full cache's bytes:",
-        "",
-        "| policy | requests that fit | attention kept |",
-        "|---|---|---|",
-        f"| full cache | {full['max_requests']} | 100% |",
-    ]
-    for row in sorted(found, key=lambda row: -row["mass_kept"]):
-        width = row["ci95"]["mass_kept"]["half_width"]
-        name = about["runs"][row["policy"]]["entry"]
-        lines.append(
-            f"| {name} | {row['max_requests']} | {row['mass_kept']:.1%} ±{100 * width:.1f} |"
-        )
-    return "\n".join(lines)
+SHOWN = ("kind", "on-gpu-gib", "requests-fit", "mass-kept", "stall")
+
+
+def first_table(result: Result) -> str:
+    """The first tutorial's table, as a terminal of 80 columns shows it, of 500k.json."""
+    from rich.console import Console
+
+    from fmsim.report.grid import HEIGHT, Grid, View
+    from fmsim.report.tables import decode, verdict
+
+    [grid] = [part for part in decode.parts(dict(result)) if isinstance(part, Grid)]
+    text = io.StringIO()
+    console = Console(width=80, height=HEIGHT, file=text, no_color=True, highlight=False)
+    console.print(grid.table(View(80, SHOWN)))
+    for line in verdict.lines(dict(result)):
+        console.print(line)
+    lines = [line.rstrip() for line in text.getvalue().splitlines()]
+    return "\n".join(["```text", *lines, "```"])
 
 
 # What the README says of accuracy-32k.json: policies as `fmsim eval` calls them.
