@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# What nano answers under each policy at equal bytes on the GPU: the table of docs/accuracy.md.
+# What nano answers under each policy at equal bytes on the GPU: the tables of benchmarks/results/accuracy.md.
 #
 #     OUT=results benchmarks/accuracy.sh TOKENS
 #
