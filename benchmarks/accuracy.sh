@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# What nano answers under each policy at equal bytes on the GPU: the tables of benchmarks/results/accuracy.md.
+# What nano answers under each policy at equal bytes on the GPU, for benchmarks/results/accuracy.md.
 #
 #     OUT=results benchmarks/accuracy.sh TOKENS
 #
