@@ -5,7 +5,7 @@ import pytest
 
 from fmsim import bootstrap
 from fmsim.indexer.checkpoint import Checkpoint
-from fmsim.indexer.eval import evaluate, rankings, recall_curve
+from fmsim.indexer.eval import KEPT_SHARES, History, evaluate, rankings, recall_curve
 from fmsim.indexer.scorer import LayerWeights, ScorerConfig
 from fmsim.indexer.windows import Windows
 
@@ -69,6 +69,27 @@ def test_rankings_know_the_past_and_not_the_window():
     np.testing.assert_allclose(second["lsa (max)"], [0, 1, 2, 3], rtol=1e-5)
     np.testing.assert_allclose(second["lsa (l0)"], second["lsa (mean)"])
     assert sorted(np.argsort(-second["oracle"])[:2]) == [1, 3]
+
+
+def test_what_was_never_used_ranks_by_the_prompt_below_what_was_and_ties_by_the_last_use():
+    trace = SimpleNamespace(prompt_mass=np.array([[4.0, 0.0, 1.0, 0.0], [0.0, 1.0, 1.0, 0.0]]))
+    history = History(trace, 6)  # entries 4 and 5 come after the prompt
+    prior = [4 / 5, 1 / 5, 2 / 5, 0, 0, 0]
+    assert history.by_last_use().tolist() == history.by_count().tolist() == pytest.approx(prior)
+    ids = np.array([[[1, 4, -1]], [[4, 6, 5]], [[1, 3, 3]]])  # there is no entry 6
+    history.add(ids, np.full(ids.shape, 0.5), first_step=2)  # steps 3, 4 and 5, from 1
+    assert history.count.tolist() == [0, 2, 0, 1, 2, 1]
+    assert history.mass.tolist() == [4, 2, 2, 1, 1, 0.5]
+    by_last = [4 / 5, 5, 2 / 5, 5, 4, 4]
+    assert history.by_last_use().tolist() == pytest.approx(by_last)
+    by_count = [4 / 5, 2 + 5 / 6, 2 / 5, 1 + 5 / 6, 2 + 4 / 6, 1 + 4 / 6]
+    assert history.by_count().tolist() == pytest.approx(by_count)
+    history.add(ids[:1], np.full((1, 1, 3), 0.5), first_step=5)
+    assert [each.tolist() for each in history.faded] == [
+        [4, 1, 2, 0, 0, 0],
+        [2, 2.5, 1, 1, 2, 1],
+        [1, 2.25, 0.5, 0.5, 2, 0.5],
+    ]
 
 
 def test_the_native_indexer_held_is_the_union_of_its_layers_lists():
@@ -147,7 +168,12 @@ def test_a_last_window_of_few_steps_and_a_trace_of_one_window_tell_nothing():
     windows = windows_of([[0, 1, 0, 0]] * 3, [[0, 1, 0, 0]] * 3, [4] * 3, KEYS)
     trace = trace_of(9)
     trace.header.tau = 4  # windows of 4, 4 and 1 steps
-    assert evaluate(one_head(), [(trace, windows)])["queries"] == 1
+    found = evaluate(one_head(), [(trace, windows)])
+    assert found["queries"] == 1
+    assert found["kept_shares"] == list(KEPT_SHARES) == [0.01, 0.02, 0.05, 0.1, 0.2, 0.4]
+    trace = trace_of(10)  # 4, 4 and 2: a half counts
+    trace.header.tau = 4
+    assert evaluate(one_head(), [(trace, windows)])["queries"] == 2
     first = windows_of([[0, 1, 0, 0]], [[0, 1, 0, 0]], [4], KEYS)
     found = evaluate(one_head(), [(trace_of(2), first)], shares=[0.5])
     assert found["queries"] == 0 and found["threshold"] is None

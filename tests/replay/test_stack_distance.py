@@ -79,6 +79,28 @@ def test_one_pass_agrees_with_mattsons_walk_and_with_every_replay(trace, granula
     assert_as_replayed(replayer, granularity, shared)
 
 
+@pytest.mark.parametrize("seed", range(100))
+def test_a_page_that_has_just_closed_sinks_as_in_mattsons_walk(seed):
+    """Of one to three entries a step, many are of pages that decode began."""
+    rng = np.random.default_rng(seed)
+    prompt, n_steps, granularity = rng.integers(1, 25), rng.integers(1, 41), (4, 16)[seed % 2]
+    visible = [int(prompt) + (step + 1) // 4 for step in range(n_steps)]
+    rows = [[np.unique(rng.integers(0, n, rng.integers(1, 4))).tolist()] for n in visible]
+    replayer = Replayer(HandTrace(rows, prompt_entries=int(prompt), still=False))
+    paged, course = replayer.paged(granularity, False), course_of(replayer, granularity)
+    fast, plain = distances(paged, course), distances_plain(paged, course)
+    inner = least_slots(paged, course) - 1
+    assert np.maximum(fast, inner).tolist() == np.maximum(plain, inner).tolist()
+
+
+def test_a_steps_pages_must_fit_beside_the_open_one():
+    """Entries 0 and 5 are two pages of four; a page of one entry is never open."""
+    replayer = Replayer(HandTrace([[[0, 1, 5]], [[2]]], prompt_entries=6))
+    for granularity, least in ((1, 3), (4, 2 + 1), (16, 1 + 1)):
+        paged, course = replayer.paged(granularity, False), course_of(replayer, granularity)
+        assert least_slots(paged, course) == least
+
+
 @pytest.mark.parametrize("granularity", [1, 16, 64])
 def test_a_recorded_trace_at_some_sizes(granularity):
     replayer = Replayer(read(SHIPPED))
