@@ -72,10 +72,10 @@ class LedgerBuilder:
         hit: np.ndarray,
         attended: np.ndarray,
         *,
+        masses: bool,
         golden: np.ndarray | None = None,
         unmeasured: Sequence[int] = (),
         all_keys: bool | None = None,
-        masses: bool = True,
     ) -> Ledger:
         """The ledger of the steps that ids [T, L, K] has.
 

@@ -7,6 +7,7 @@ import pytest
 from hand_trace import HandTrace
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tapered import Tapered
 
 from fmsim.errors import FmsimError
 from fmsim.policies.base import Context, Pins, Policy
@@ -92,6 +93,7 @@ class Sees(LRU):
     def observe(self, step, obs):
         super().observe(step, obs)
         self.shown.append(sorted(obs.pages[obs.pages >= 0].tolist()))
+        assert obs.count[obs.pages < 0].sum() == 0  # of what is not shown nothing is counted
 
 
 @pytest.mark.parametrize(("sees", "shown"), [("resident", [[], [], []]), ("all", [[1], [2], [1]])])
@@ -260,6 +262,15 @@ class Newest(Policy):
         return pages.astype(np.float32)
 
 
+class Decoded(Newest):
+    """Keeps all that is decoded."""
+
+    name = "decoded"
+
+    def pins(self):
+        return Pins(decoded=True)
+
+
 class Tapers(Newest):
     """Keeps all that is decoded; the first layer has twice the slots of the second."""
 
@@ -270,6 +281,29 @@ class Tapers(Newest):
 
     def pins(self):
         return Pins(decoded=True)
+
+
+def test_pages_that_decode_begins_are_pinned_beside_the_prompts_whole_ones():
+    """Of 22 entries five pages of four are whole; at the end, at 32, there are eight."""
+    trace = HandTrace([[[0]]] * 40, prompt_entries=22, still=False)
+
+    def replayed(entries):
+        policy = Decoded(budget=f"{entries} entries", granularity=4, on_miss="mask")
+        return Replayer(trace).run(policy)
+
+    assert replayed(12).n_slots == 3
+    with pytest.raises(FmsimError, match="holds 2 pages, but 3 are pinned by the end of 40 steps"):
+        replayed(8)
+
+
+def test_not_all_is_kept_where_one_layer_has_a_slot_less_than_pages():
+    """12 pages: of 20 slots the first layer takes all it can use, the second has eight."""
+    trace = HandTrace([[[0], [0]]], prompt_entries=12)
+    ledger = Replayer(trace).run(Tapered(budget="10 entries"))
+    assert max(ledger.group_slots) == 12 > min(ledger.group_slots)
+    assert ledger.comes_back and ledger.miss_slots == 1
+    whole = Replayer(trace).run(Tapered(budget="12 entries"))
+    assert whole.group_slots == [12, 12] and not whole.comes_back and whole.miss_slots == 0
 
 
 @pytest.mark.parametrize(("budget", "slots"), [("16 entries", [4, 4]), ("24 entries", [7, 5])])

@@ -66,6 +66,7 @@ def slots(spec, prompt_entries=100, topk=4):
         ("lru:budget=100% gpu", 100),
         # the oracle gives up what is not used, so it recalls even then: 80 slots and 20 spare
         ("oracle:budget=100% gpu", 80),
+        ("lru:budget=100% gpu,granularity=4", 25),
     ],
 )
 def test_slots_worked_by_hand(spec, expected):

@@ -16,7 +16,7 @@ from fmsim.policies import registry
 from fmsim.replay.cache_manager import heaviest_missing
 from fmsim.replay.golden import golden_mask
 from fmsim.replay.ledger import Ledger
-from fmsim.replay.paging import Accesses, page_trace
+from fmsim.replay.paging import Accesses, page_trace, read_trace
 from fmsim.replay.replayer import Replayer, replay
 from fmsim.sim.footprint import ModelMemory
 from fmsim.testing import sample_trace
@@ -261,6 +261,28 @@ def test_a_budget_below_what_is_pinned_is_refused():
             HandTrace([[[0]]] * 12, still=False),
             registry.build({"policy": "random", "budget": "2 entries"}),
         )
+
+
+@pytest.mark.parametrize(
+    ("spec", "why"),
+    [
+        ("h2o:budget=50%", "h2o: ranks by attention mass, which this trace lacks"),
+        ("lru:budget=50%,on_miss=fallback", "lru: on_miss fallback asks for mass, which this"),
+    ],
+)
+def test_who_needs_masses_is_told_what_for_where_there_are_none(spec, why):
+    trace = HandTrace([[[0]]])
+    trace.mass = None
+    with pytest.raises(FmsimError, match=f"^policy {why}"):
+        Replayer(trace).run(registry.build(spec))
+    assert not Replayer(trace).run(registry.build("lru:budget=50%")).masses
+
+
+def test_what_stands_in_place_of_an_entry_has_no_mass():
+    trace = HandTrace([[[0, 1]], [[2]]], [[[0.5, 0.25]], [[0.5]]])
+    trace.mass[1, 0, 1] = 0.25  # beside an id of -1
+    ids, mass = read_trace(trace)
+    assert ids.tolist() == [[[0, 1]], [[2, -1]]] and mass.tolist() == [[[0.5, 0.25]], [[0.5, 0.0]]]
 
 
 def test_bytes_are_shared_by_the_models_layers():

@@ -1,5 +1,7 @@
 """Every figure of a row, against its formula worked on a ledger made by hand."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 from hand_ledger import FLASH, H100, ledger, loads
@@ -58,6 +60,22 @@ def test_rates_and_stalls_come_from_the_timeline():
     assert row["stall_ratio"] == pytest.approx(timeline.stall_s.sum() / timeline.end_s[-1])
     assert row["step_s"]["p50"] < row["step_s"]["p99"] <= timeline.step_s.max()
     assert row["h2d_bytes"] == 4 * 120 * 21 * 584
+
+
+def test_the_99th_percentile_of_steps_of_1_to_101_ms_is_100():
+    step_s = np.arange(101, 0, -1) / 1e3
+    end_s = np.cumsum(step_s)
+    timeline = SimpleNamespace(
+        batch=2,
+        step_s=step_s,
+        start_s=end_s - step_s,
+        end_s=end_s,
+        h2d_bytes=step_s,
+        stall_s=0 * step_s,
+        recall_wait_s=0 * step_s,
+    )
+    row = metrics.timed(timeline)
+    assert row["step_s"] == {"p50": pytest.approx(0.051), "p99": pytest.approx(0.1)}
 
 
 def test_index_keys_stay_where_misses_are_fetched_and_move_where_they_are_masked():

@@ -34,6 +34,20 @@ def test_a_step_of_tensor_parallel_gpus(monkeypatch):
     assert rest_ms == pytest.approx(2 * (43 * 4.1 + 7) + 0.65 + sliding_ms + 20 * 9.93)
 
 
+def test_a_step_that_drafts_fifteen_tokens(monkeypatch):
+    """One request of 2,048 tokens, and 16 positions, which read its keys together.
+
+    CSA: 2 x (2 + 0.25), as of 16 requests; there are no others' tokens. HCA: half of it. A sliding
+    layer: 2 x 0.5. Each draft takes a layer for one request, 2 x (0.25 of its window + 4.1), and a
+    head, 2 x 7.
+    """
+    costs = StepModel(tabled(H100, monkeypatch), FLASH, 15).equal(1, TOKENS, ENTRIES)
+    assert costs.csa_s[0] * 1e3 == pytest.approx(4.5)
+    rest_ms = 2 * (43 * 4.1 + 7) + 0.65 + 2 * 2 * 0.5 + 20 * 2.25
+    drafts_ms = 15 * 2 * (0.25 + 4.1 + 7)
+    assert costs.rest_s[0] * 1e3 == pytest.approx(rest_ms + drafts_ms)
+
+
 @pytest.mark.parametrize(("all_to_all_ms", "exchange_ms"), [(0.6, 0.6), (5.0, 0.3 + 0.4)])
 def test_a_step_of_data_parallel_ranks(monkeypatch, all_to_all_ms, exchange_ms):
     """2 of 16 requests a rank. Batch 2 stands 1/15 of the way from 1 to 16: short 1 + 1/15.

@@ -106,6 +106,22 @@ def test_differences_are_paired_by_window():
     assert windows.intervals(one, LAYER_MAP)["mass_kept"]["half_width"] > 0.05
 
 
+def test_a_difference_of_shares_lies_between_minus_1_and_1():
+    """Of a request that hits nothing in one window and all in the others, and its opposite."""
+    one, other = ledger(n_steps=256), ledger(n_steps=256)
+    one.hit[:], other.hit[:] = one.accessed, 0
+    one.hit[64:128] = 0
+    rows = {
+        (row["policy"], row["figure"]): row
+        for pair in ({"one": one, "other": other}, {"other": other, "one": one})
+        for row in windows.differences(pair, LAYER_MAP)
+    }
+    up, down = rows["one", "hit_rate"], rows["other", "hit_rate"]
+    assert up["difference"] == 0.75 == -down["difference"] and up["half_width"] > 0.25
+    assert (up["high"], down["low"]) == (1.0, -1.0)
+    assert up["low"] == 0.75 - up["half_width"] == -down["high"]
+
+
 def test_mass_is_told_layer_by_layer():
     made = ledger()
     made.mass_kept[:] = [0.5, 0.25, 0.0]

@@ -156,6 +156,7 @@ class Request:
         """What moved and what was kept in the steps so far; measured."""
         return self.book.ledger(
             *(self._logged(name).cpu().numpy() for name in ("wanted", "mass", "hit", "attended")),
+            masses=True,
             unmeasured=self.unmeasured,
             all_keys=not self.unmeasured,
         )
