@@ -24,10 +24,12 @@ class FIFO(Policy):
     def reset(self, ctx: Context) -> None:
         super().reset(ctx)
         self.came = ctx.table(0, "int64")  # the step, from 1; 0 for the prefill
+        self.decodes = False
 
     def moved(self, step: int, loaded: Array, evicted: Array) -> None:
         self.ctx.put(self.came, evicted, 0)
-        self.ctx.put(self.came, loaded, step + 1)
+        self.ctx.put(self.came, loaded, step + 1 if self.decodes else 0)
+        self.decodes = True  # what the prefill leaves is told first
 
     def worth(self, step: int, pages: Array) -> Array:
         return self.ctx.read(self.came, pages)

@@ -31,6 +31,7 @@ class Sieve(Policy):
         xp = ctx.xp
         self.came = ctx.table(0, "int64")  # the step, from 1; 0 for the prefill
         self.used = ctx.table(0, "int64")
+        self.decodes = False
         self.hand = xp.full((ctx.n_groups, 1), -1, dtype=xp.int64, device=ctx.device)
 
     def observe(self, step: int, obs: Observation) -> None:
@@ -39,7 +40,8 @@ class Sieve(Policy):
 
     def moved(self, step: int, loaded: Array, evicted: Array) -> None:
         xp, read, put, residents = self.ctx.xp, self.ctx.read, self.ctx.put, self.ctx.residents
-        put(self.came, loaded, step + 1)
+        put(self.came, loaded, step + 1 if self.decodes else 0)
+        self.decodes = True  # what the prefill leaves is told first
         turn = xp.where(evicted >= 0, self._turn(step, evicted), -1)
         last = xp.max(turn, axis=1, keepdims=True)
         second_round = last >= 1 << (STEP_BITS + 1 + PAGE_BITS)

@@ -5,7 +5,7 @@ start with.
 import numpy as np
 import pytest
 from hand_trace import HandTrace, stream
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from fmsim.policies.clock import Clock
@@ -147,6 +147,20 @@ def test_every_hit_is_that_of_a_plain_list(name, entries, slots):
     cache = plain(slots)
     expected = [cache.access(entry) for entry in entries]
     assert hits(ours(budget=f"{slots} entries"), entries, 12) == expected
+
+
+@pytest.mark.parametrize("name", ["clock", "sieve", "s3fifo", "lru", "fifo"])
+@example([0, 1, 0], 2)  # 0 evicts 10, and 1 evicts 11, though the text has 0 before both
+@settings(max_examples=40, deadline=None)
+@given(st.lists(st.integers(0, 11), min_size=1, max_size=120), st.integers(1, 10))
+def test_a_decode_begins_with_the_prompts_end_as_if_it_had_come_page_by_page(name, entries, slots):
+    ours, plain = PAIRS[name]
+    cache = plain(slots)
+    for entry in range(12 - slots, 12):
+        assert not cache.access(entry)
+    expected = [cache.access(entry) for entry in entries]
+    ledger = Replayer(stream(entries, 12)).run(ours(budget=f"{slots} entries"))
+    assert [bool(n) for n in ledger.hit[:, 0]] == expected
 
 
 @settings(max_examples=60, deadline=None)
