@@ -21,7 +21,7 @@ class S3FIFO(Policy):
         super().reset(ctx)
         self.came, self.uses, self.left = (ctx.table(0, "int64") for _ in range(3))
         self.old, self.gone = ctx.table(0, "int64")[:, :1], ctx.table(10**9, "int64")[:, :1]
-        self.small, self.ghosts = max(1, ctx.n_slots // 10), ctx.n_slots * 9 // 10
+        self.small, self.ghosts, self.moves = max(1, ctx.n_slots // 10), ctx.n_slots * 9 // 10, 0
 
     def observe(self, step, obs):
         uses = self.ctx.read(self.uses, obs.pages)  # up to 3; from MAIN on in the main queue
@@ -42,8 +42,9 @@ class S3FIFO(Policy):
         self.gone = self.gone + xp.sum(from_small, axis=1, keepdims=True)
         put(self.left, evicted, from_small * self.gone)
         put(self.uses, loaded, xp.where(self.gone - read(self.left, loaded) < self.ghosts, MAIN, 0))
-        # Places in both queues: by step, then what the hands passed, then what is new.
-        number = (step + 1) * 2 * self.ctx.n_pages
+        # Places in both queues: by move, then what the hands passed, then what is new.
+        self.moves += 1
+        number = self.moves * 2 * self.ctx.n_pages
         put(self.came, loaded, number + self.ctx.n_pages + loaded)
         order = xp.argsort(read(self.uses, here) // MAIN * LEVEL + read(self.came, here), axis=1)
         here = xp.take_along_axis(here, order, axis=1)

@@ -22,6 +22,7 @@ class Sieve(Policy):
         self.came = ctx.table(0, "int64")  # place in the queue
         self.used = ctx.table(0, "int64")
         self.hand = ctx.table(0, "int64")[:, :1]
+        self.moves = 0  # the prefill's come first, with step 0 too
 
     def observe(self, step, obs):
         used = self.ctx.read(self.used, obs.pages)
@@ -40,7 +41,8 @@ class Sieve(Policy):
         ahead = xp.max(came, axis=1, keepdims=True) > last % BEHIND
         hand = xp.where(ahead, last % BEHIND + 1, 0)  # above its last victim, or from the start
         self.hand = xp.where(last < 0, self.hand, hand)
-        put(self.came, loaded, (step + 1) * self.ctx.n_pages + loaded)
+        self.moves += 1
+        put(self.came, loaded, self.moves * self.ctx.n_pages + loaded)
 
     def worth(self, step, pages):
         came = self.ctx.read(self.came, pages)

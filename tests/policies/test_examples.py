@@ -106,6 +106,11 @@ def test_an_example_hits_where_its_papers_algorithm_does(plain, slots):
     policy = found(plain.__name__)(budget=f"{slots} entries")
     ledger = Replayer(stream(drawn, 300), cold=True).run(policy)
     assert ledger.hit[:, 0].tolist() == plain(drawn.tolist(), slots)
+    # after a prompt, as if its end had come page by page
+    prompt = [*range(300 - slots, 300)]
+    policy = found(plain.__name__)(budget=f"{slots} entries")
+    ledger = Replayer(stream(drawn, 300)).run(policy)
+    assert ledger.hit[:, 0].tolist() == plain([*prompt, *drawn.tolist()], slots)[slots:]
 
 
 def test_a_pyramid_has_more_in_the_first_layers():

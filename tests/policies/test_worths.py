@@ -95,6 +95,8 @@ def test_prompt_history_ranks_what_was_never_used_below_all_that_was():
 
 def test_fifo_ranks_by_when_a_page_came():
     policy = made(FIFO())
+    policy.moved(0, ids([0, 3]), ids([-1, -1]))  # what the prefill leaves
+    assert worths(policy) == [0] * 6
     policy.moved(3, ids([1, 2]), ids([0, -1]))
     policy.moved(5, ids([0]), ids([2]))
     assert worths(policy) == [6, 4, 0, 0, 0, 0]
