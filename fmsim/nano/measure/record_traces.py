@@ -71,7 +71,7 @@ def record_context(
         prompt_text=TEXT[split],
         progress=_progress(stem, total),
     )
-    light = [trace.lightened(_with_misses(found), keyed, MASS_BITS) for found in recorded]
+    light = [trace.lightened(with_misses(found), keyed, MASS_BITS) for found in recorded]
     paths = [out / f"{stem}-{found.header.prompt_kind}.safetensors" for found in light]
     shared = trace.write_shared(paths, light)
     print(f"{shared}: {shared.stat().st_size / 1e6:.1f} MB, shared by {len(paths)}")
@@ -83,7 +83,7 @@ def record_context(
         )
 
 
-def _with_misses(found: Trace) -> Trace:
+def with_misses(found: Trace) -> Trace:
     """The trace with what `lru` misses of its selections in its header."""
     ids, entries = np.asarray(found.entry_ids), np.arange(found.n_steps)
     entries = (found.header.prompt_tokens + entries + 1) // found.header.entry_tokens
