@@ -26,6 +26,7 @@ import json
 import os
 import py_compile
 import random
+import re
 import resource
 import shutil
 import signal
@@ -148,8 +149,12 @@ def main() -> None:
         for path in (ROOT / folder).rglob("*.py")
     }
     mutations = [one for one in every(sources) if given.only in one.path]
-    drawn = random.Random(given.seed).sample(mutations, min(given.count, len(mutations)))
-    print(f"{len(mutations)} mutations are possible; seed {given.seed} draws {len(drawn)}")
+    if given.again:
+        drawn = _survivors(Path(given.again), mutations, sources)
+        print(f"{len(drawn)} that survived in {given.again} are still possible")
+    else:
+        drawn = random.Random(given.seed).sample(mutations, min(given.count, len(mutations)))
+        print(f"{len(mutations)} mutations are possible; seed {given.seed} draws {len(drawn)}")
     _preload()
     with contextlib.ExitStack() as stack:
         folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="fmsim-mutants-"))
@@ -180,9 +185,24 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument(
         "--near-seconds", type=float, default=1200.0, help="tests of slower files are left out"
     )
+    parser.add_argument("--again", help="a file of outcomes: only what survived there")
     parser.add_argument("--nice", type=int, default=0)
     parser.add_argument("--json", help="file for all outcomes, a line each")
     return parser.parse_args()
+
+
+def _survivors(
+    path: Path, mutations: Sequence[Mutation], sources: dict[str, str]
+) -> list[Mutation]:
+    """Of an earlier run, known again by their function and lines, wherever these stand now."""
+
+    def known(diff: str) -> tuple[str, ...]:
+        head, _, *lines = diff.split("\n")
+        return (re.sub(r":\d+ ", " ", head, count=1), *lines)
+
+    rows = map(json.loads, path.read_text(encoding="utf-8").splitlines()[1:])
+    survived = {known(row["diff"]) for row in rows if row["state"] in ("survived", "unreached")}
+    return [one for one in mutations if known(one.diff(sources[one.path])) in survived]
 
 
 def _preload() -> None:

@@ -35,7 +35,8 @@ class Near:
     def of(self, mutation: Mutation) -> list[str]:
         """Tests that reach the mutated statement, or its function where no line is noted, nearest
         and quickest first; then, as far as time allows, the others of these files, which may see
-        what a shared helper made.
+        what a shared helper made. What a module or a class says is run once, by the test that
+        imports it first: there the others are as near.
         """
         first, last = mutation.lines
         lines = [self.by_place.get(f"{mutation.path}:{at}", []) for at in range(first, last + 1)]
@@ -46,6 +47,8 @@ class Near:
             reach = self.by_place.get(f"{mutation.path}:{mutation.function}", [])
         files = {file_of(test) for test in reach}
         others = [test for test in self.seconds if file_of(test) in files]
+        if not mutation.function:
+            reach = others
         ordered = [
             *sorted(reach, key=lambda test: self._place(mutation.path, test)),
             *sorted(others, key=lambda test: self._place(mutation.path, test)),
