@@ -84,6 +84,20 @@ def test_history_adds_the_logarithm_of_faded_uses(weights):
     assert worths(policy) == pytest.approx(expected, rel=1e-4)
 
 
+def test_history_may_begin_with_the_prompts_attention_and_fills_its_budget(weights):
+    """Masses 3, 0 and 1 are so many uses: log2(4), 0 and log2(2) above the logits."""
+    mass = np.array([[3.0, 0.0, 1.0, 0.0, 0.0, 0.0, 0.0, 0.0]], np.float32)
+    policy = LSAHistory(checkpoint=weights, cadence=4, prompt_history=True, threshold=0.9)
+    policy.reset(context(8, 6, lookahead=lookahead, prompt_mass=mass))
+    assert policy.floor is None  # though LSA of this threshold has one
+    policy.decide(0)
+    assert worths(policy)[:6] == pytest.approx([2, 1, 3, 3, 0, 1], rel=1e-4)
+    plain = LSAHistory(checkpoint=weights, cadence=4)
+    plain.reset(context(8, 6, lookahead=lookahead, prompt_mass=mass))
+    plain.decide(0)
+    assert worths(plain)[:6] == pytest.approx([0, 1, 2, 3, 0, 1], rel=1e-4)
+
+
 def test_stale_history_is_that_of_the_window_before(weights):
     policy = LSAHistory(checkpoint=weights, cadence=4, stale=True)
     policy.reset(context(8, 6, lookahead=lookahead))

@@ -60,6 +60,8 @@ def test_it_keeps_every_layers_keys_and_fills_its_budget(trace):
     ledger = Replayer(trace, max_steps=70).run(Native(budget="10%"))
     assert ledger.all_keys and ledger.n_groups == trace.n_layers == 6
     assert (ledger.resident == ledger.n_slots).all()
+    picky = Replayer(trace, max_steps=2).run(Native(budget="10%", threshold=0.99))
+    assert (picky.resident == picky.n_slots).all()  # a threshold is the memory indexer's alone
 
 
 def test_another_folder_is_one_clear_error(tmp_path):

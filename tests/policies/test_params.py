@@ -3,6 +3,7 @@
 import math
 
 import pytest
+from pydantic import ValidationError
 
 from fmsim.errors import FmsimError
 from fmsim.policies import registry
@@ -108,6 +109,13 @@ def test_a_number_is_taken_up_to_its_bounds_and_no_further(name, key, least, mos
     for value in refused:
         with pytest.raises(FmsimError, match=f"policy {name}: {key}: "):
             registry.build({"policy": name, key: value})
+
+
+def test_parameters_stay_as_they_were_given():
+    policy = registry.build("lru:cadence=4")
+    with pytest.raises(ValidationError, match="frozen"):
+        policy.params.cadence = 5
+    assert policy.params.cadence == 4
 
 
 @pytest.mark.parametrize("size", [0, 2, 3, 8, 32, 128])

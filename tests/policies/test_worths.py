@@ -11,6 +11,7 @@ from fmsim.policies.h2o import H2O
 from fmsim.policies.lfu import LFU
 from fmsim.policies.lru import LRU
 from fmsim.policies.lruk import LRUK
+from fmsim.policies.oracle import Oracle
 from fmsim.policies.pyramid import Pyramid
 from fmsim.policies.random import Random
 from fmsim.policies.random_fetch import RandomFetch
@@ -127,6 +128,19 @@ def test_belady_ranks_by_the_next_use():
     assert worths(policy) == [6, 0, 5, 0, 0, 7]
 
 
+def test_the_oracle_ranks_what_the_window_uses_by_mass_and_all_of_it_above_the_rest():
+    class Known:
+        def window(self, step, cadence):
+            assert (step, cadence) == (16, 8)
+            return MASS, np.array([[True, True, False, True, True, False]])
+
+    policy = made(Oracle(cadence=8), future=Known())
+    least = 2.0**-24  # a used page without mass is worth so much, and what is not used nothing
+    policy.decide(16)
+    assert worths(policy, step=16) == [least, 0.25 + least, 0, 1.0, least, 0]
+    assert policy.floor == least
+
+
 def test_recency_and_its_sink_in_pages():
     policy = Recency(sink_tokens=9)
     policy.reset(context())
@@ -175,6 +189,7 @@ def test_pyramid_keeps_the_prompts_window_and_what_is_decoded():
     assert worths(policy) == [0, 0.25, inf, inf, 0, 0]
     assert policy.pins() == Pins(recent=2, decoded=True)
     assert made(Pyramid(window_tokens=99)).pins().recent == 25
+    assert worths(made(Pyramid(window_tokens=99), prompt_mass=MASS)) == [inf] * 4 + [0] * 2
     assert Pyramid(beta=4).layer_shares(3) == pytest.approx([1.75, 1.0, 0.25])
     assert Pyramid(beta=4).layer_shares(1) == pytest.approx([0.25])
 
@@ -195,3 +210,5 @@ def test_a_context_says_of_itself():
     for wrong in ((2, 5), (1, 6), (2, 7)):
         with pytest.raises(FmsimError, match="take a table as ctx.table makes it"):
             ctx.read(np.zeros(wrong), pages)
+        with pytest.raises(FmsimError, match="take a table as ctx.table makes it"):
+            ctx.put(np.zeros(wrong), pages, 1.0)
