@@ -143,7 +143,8 @@ def _csv(path: Path, text: str, parse: Callable[[dict[str, str]], Arrival]) -> I
                 )
             yield _arrival(path, reader.line_num, partial(parse, row))
     except csv.Error as error:
-        raise FmsimError(f"{shown(path)}, line {reader.line_num}: not CSV ({error})") from None
+        line = reader.reader.line_num  # the other one counts what was read whole
+        raise FmsimError(f"{shown(path)}, line {line}: not CSV ({error})") from None
 
 
 def _count(text: str) -> int:

@@ -17,6 +17,7 @@ from fmsim.sim.serving.server import ServerRun
 from fmsim.sim.serving.spec import ClosedLoop, Server, Slo
 from fmsim.sim.serving.workload import RequestGenerator
 from fmsim.sim.step_cost import StepModel
+from fmsim.sim.transfer_cost import nvme_read_bytes
 
 PROMPT, OUTPUT = 32_000, 64
 PARTS = H100.deployed(Deployment(tp=4, cp=2))
@@ -134,7 +135,17 @@ def test_the_share_of_the_mirrors_that_lies_on_drives():
         request.number = number
         admission.queue.append(request)
     assert len(list(admission.enter(0.0))) == 2
+    held = [(each.host_bytes, each.nvme_bytes) for each in admission.admitted.values()]
+    assert held[0] == (half, 0.0) and held[1] == pytest.approx((0, half), abs=1)
+    memory = run.ranks[0]
+    levels = memory.host.level, memory.nvme.level
+    assert levels == pytest.approx((0, 8e12 / 8 - half), abs=1)
     assert admission.spilled_share(0) == pytest.approx(0.5)
+    # a recall of 7,160 bytes is 5 rows on each GPU, half of which are read in pages of 4,096 bytes
+    before = memory.from_nvme.moved_bytes
+    run._recall(0, 7160)
+    run.env.run()
+    assert memory.from_nvme.moved_bytes - before == pytest.approx(2.5 * nvme_read_bytes(716))
     admission.release(admission.admitted[1])
     assert admission.spilled_share(0) == 0.0
 
@@ -207,3 +218,55 @@ def test_a_request_that_comes_whole_needs_all_its_entries_and_gives_back_what_is
     assert admission._needs(request, FoundBlocks())[0] == pytest.approx(whole / 2)
     beyond = (whole - request.pools.gpu_bytes) / 2
     assert admission._beyond_slots(request) == pytest.approx(beyond) and beyond > 0
+
+
+@pytest.mark.parametrize("tight", [False, True])
+def test_a_request_that_comes_whole_makes_room_for_itself_and_then_for_the_next(monkeypatch, tight):
+    """First for all that it needs; then for slots of another, or a tenth of the memory."""
+    missed = np.full((128, 1), 40, np.int32)
+    made = ledger(on_miss="fetch", slots=7000, demand_loads=missed)
+    hw, slots = PARTS, Demand(made, FLASH).pools(PROMPT, OUTPUT).gpu_bytes / 2
+    if tight:  # room for four
+        beyond = serve(hw, made, 0).ranks[0].hbm.capacity - 4 * slots
+        hw = replace_figure(hw, "hbm_bytes", hw.hbm_bytes.value - beyond)
+    admission = serve(hw, made, 0, residency="hybrid").admission
+    request = hand_request.request(admission.demand, output=OUTPUT)
+    asked = []
+    monkeypatch.setattr(
+        admission, "_shrink_until", lambda rank, n_bytes, besides: asked.append(n_bytes)
+    )
+    admission.queue.append(request)
+    assert list(admission.enter(0.0)) == [request]
+    tenth = admission.ranks[0].hbm.capacity // 10
+    assert (slots > tenth) is tight
+    assert asked == [admission._needs(request, FoundBlocks())[0], slots if tight else tenth]
+
+
+def test_only_who_misses_and_keeps_all_keys_may_come_whole():
+    missed = np.full((128, 1), 40, np.int32)
+    fetches = ledger(on_miss="fetch", demand_loads=missed)
+    for made, may in ((fetches, True), (ledger(slots=8032, on_miss="fetch"), False)):
+        assert Demand(made, FLASH).may_be_whole is may
+    assert not Demand(ledger(), FLASH).may_be_whole  # masks, and moves keys with entries
+
+
+def test_a_request_may_take_what_blocks_on_drives_hold():
+    """Blocks fill host memory and drives; a mirror takes the place of the oldest."""
+    made = ledger(lookahead_loads=loads(128, s64=100))
+    half = Demand(made, FLASH).pools(PROMPT, OUTPUT).mirror / 2
+    hw = replace_figure(PARTS, "host_reserve_bytes", 1)
+    hw = replace_figure(hw, "host_bytes", 8 * half / 2)
+    hw = replace_figure(replace_figure(hw, "nvme_bytes", 8 * half), "nvme_bytes_per_s", 5e10)
+    run = serve(hw, made, 1, blocks=(1, 2, 3), prefill="chunked", nvme=True)
+    store, memory = run.stores[0], run.ranks[0]
+    block = FLASH.full_kv_bytes(512) / 2
+    store.host.store(range(1000, 1000 + int(2 * half / block)))
+    assert memory.host.level < block and memory.nvme.level < half / 2
+    room = run.admission._room(0, FoundBlocks())
+    assert room[1] == pytest.approx(memory.host.capacity + memory.nvme.capacity)
+    request = hand_request.request(run.demand, output=OUTPUT)
+    run.admission.queue.append(request)
+    assert list(run.admission.enter(0.0)) == [request]
+    assert request.host_bytes == pytest.approx(half / 2)
+    assert request.nvme_bytes == pytest.approx(half / 2)
+    assert memory.host.level >= 0 and memory.nvme.level >= 0

@@ -1,5 +1,7 @@
 """What a running batch asks for, summed by hand."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 from hand_ledger import FLASH, H100, ledger, loads
@@ -22,6 +24,55 @@ def test_a_request_of_twice_the_length_has_twice_the_resident_entries():
     assert found.scored[0].largest.tolist() == [1600, 1600]
     assert found.tokens[0].total.tolist() == [96_002, 96_004]
     assert found.tokens[0].largest.tolist() == [64_001, 64_002]
+
+
+def test_a_step_that_makes_two_tokens_lengthens_contexts_by_two():
+    demand = Demand(ledger(slots=8032), FLASH).drafted(1, 1.0)
+    assert demand.tokens_per_step == 2
+    batch = RunningBatch(demand)
+    batch.add(request(demand))
+    assert batch.steps == 0
+    assert batch.load(3).tokens[0].total.tolist() == [PROMPT + 1, PROMPT + 3, PROMPT + 5]
+
+
+def test_a_request_that_had_all_its_entries_misses_once_it_shrinks_and_it_alone():
+    """40 rows of 584 bytes a step; twice the length has twice the misses."""
+    demand = Demand(ledger(on_miss="fetch", demand_loads=np.full((128, 1), 40)), FLASH)
+    batch, requests = RunningBatch(demand), [request(demand), request(demand)]
+    for each in requests:
+        each.whole = True
+        batch.add(each)
+    assert not batch.load(1).miss_bytes.any()
+    changes = batch.changes
+    batch.shrink(requests[1])
+    assert batch.load(1).miss_bytes.tolist() == [[[40 * 584]]] and batch.changes == changes + 1
+    batch.shrink(request(demand))  # of no request of the batch
+    assert batch.load(1).miss_bytes.tolist() == [[[40 * 584]]] and batch.changes == changes + 1
+    batch.shrink(requests[0])
+    assert batch.load(1).miss_bytes.tolist() == [[[2 * 40 * 584]]]
+
+
+def test_a_masked_layer_scores_the_mean_resident_set_grown_to_each_length():
+    """Of 8,000 entries 800 to 1,600, 1,200 on average; 64,000 tokens are twice as many, and 400
+    tokens have 100 entries. Ranks are asked apart, and the slower counts.
+    """
+
+    class Asked:
+        def __init__(self):
+            self.of = []
+
+        def mixed(self, n, tokens, scored, batch):
+            self.of.append((n, int(tokens.total[0]), float(scored.total[0]), batch))
+            return SimpleNamespace(total_s=lambda n_layers: np.array([float(n) / n_layers]))
+
+    made = ledger(n_steps=2, params={"budget": "10%"}, resident=np.array([[800], [1600]]))
+    demand, model = Demand(made, FLASH), Asked()
+    tokens = np.array([32_000, 64_000, 400])
+    found = mean_step_s(model, demand, tokens, np.array([0, 0, 1]))
+    small = min(1200 * demand.growth(400), 100)
+    assert demand.growth(64_000) == 2 * demand.growth(32_000) == 2
+    assert model.of == [(2, 96_000, 1200 + 2400, 3), (1, 400, pytest.approx(small), 3)]
+    assert found == 2 / FLASH.n_selecting
 
 
 def test_two_ranks_are_summed_apart():

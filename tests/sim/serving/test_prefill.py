@@ -69,3 +69,25 @@ def test_a_prompt_prefilled_elsewhere_arrives_through_network_mirror_and_link():
     first_set_s = float(GatherCurve(H100.link).seconds(716, 800 * 21 * 716))
     assert request.first_token_s == pytest.approx(there_s + first_set_s)
     assert server.log.tokens == 65
+
+
+def test_where_nobody_timed_it_a_chunk_takes_its_operations_or_the_reading_of_weights():
+    """Projections and experts are split over eight GPUs; attention is not, at the chunk's mean
+    context.
+    """
+    model = PrefillModel(H100, FLASH)
+    assert not model.lower_bound
+    model._timed = None
+    assert model.lower_bound
+    found = model.seconds(np.array([0, 8192]), np.array([8191, 4095]))
+    for start, chunk, seconds in ((0, 8191, found[0]), (8192, 4095, found[1])):
+        context = start + (chunk + 1) / 2
+        attended = FLASH.attention_flops_per_token(context, context / 4, 2.0)
+        flops = chunk * (FLASH.split_flops_per_token / 8 + attended)
+        assert seconds == pytest.approx(flops / H100.matmul_flops.value)
+    one = model.seconds(np.array([0]), np.array([1]))[0]
+    assert one == pytest.approx(H100.weight_bytes(FLASH) / H100.hbm_bytes_per_s.value)
+    assert model.prompt(12_287, 8191, 0) == [
+        (8191, pytest.approx(found[0])),
+        (4096, pytest.approx(float(model.seconds(np.array([8191]), np.array([4096]))[0]))),
+    ]

@@ -290,3 +290,15 @@ def test_blocks_are_found_from_above_and_only_the_leading_ones():
     store.unpin(pinned)
     assert (pinned.gpu, pinned.host, pinned.nvme) == ([], [], [])
     assert [each.room() for each in (gpu, host, nvme)] == [9, 9, 9]
+
+
+def test_prefixes_are_kept_where_any_request_has_one_in_each_gpus_part():
+    """Two GPUs share out the KV. Of 1,100 tokens two blocks of 512 are whole."""
+    hw = H100.deployed(Deployment(tp=4, cp=2))
+    plain, known = Arrival(0, 1100, 10), Arrival(0, 1100, 10, (1, 2, 3))
+    server = ServerRun(hw, FLASH, FULL, Server(), Given(plain, known))
+    [store] = server.stores
+    assert store.gpu.block_bytes == store.host.block_bytes == FLASH.full_kv_bytes(512) / 2
+    server.run()
+    assert store.find((1, 2, 3)).n_blocks == 2
+    assert not ServerRun(hw, FLASH, FULL, Server(), Given(plain)).stores

@@ -149,6 +149,12 @@ def test_a_bad_row_of_azures_is_told(tmp_path, row, says):
     assert "line 3" in str(error.value) and says in str(error.value)
 
 
+def test_a_quotation_that_goes_on_behind_its_end_is_told(tmp_path):
+    text = 'Timestamp,Model,Request tokens,Response tokens\n5,"a"b,400,6\n'
+    with pytest.raises(FmsimError, match="line 2"):
+        read_requests(written(tmp_path, text))
+
+
 def test_a_column_that_stands_twice_is_told(tmp_path):
     text = "TIMESTAMP,ContextTokens,GeneratedTokens,ContextTokens\n"
     with pytest.raises(FmsimError, match="line 1: the column 'ContextTokens' stands there twice"):

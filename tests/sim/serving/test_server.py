@@ -4,6 +4,7 @@ whatever comes.
 
 import json
 
+import hand_request
 import numpy as np
 import pytest
 from hand_ledger import FLASH, H100, ledger, loads
@@ -12,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fmsim.hw import replace_figure
+from fmsim.hw.deployment import Deployment
 from fmsim.sim.decode import simulate
 from fmsim.sim.footprint import footprint
 from fmsim.sim.metrics import capacity
@@ -24,6 +26,7 @@ from fmsim.sim.serving.workload import RequestGenerator
 from fmsim.sim.step_cost import Spread, StepModel, step_costs
 from fmsim.sim.transfer_cost import GatherCurve
 
+DONE = Server(prefill="done")
 ONE_WINDOW = {"lookahead_loads": loads(128, s64=300)}
 
 
@@ -149,6 +152,41 @@ def test_where_all_are_refused_rates_are_0_and_what_most_were_refused_for_is_nam
     assert (row["tokens_per_s"], row["goodput_per_s"], row["slo_share"]) == (0, 0, 0)
     assert (row["bound"], row["stall_share"], row["waited_share"]) == (bound, 0, {})
     assert summary(serve(LEDGERS["full"], (0, PROMPT, 128), long))["bound"] == "compute"
+
+
+def test_idle_time_is_not_busy_and_the_log_reaches_to_the_last_event():
+    """Served from 5 s on; at 100 s somebody comes who is refused at once."""
+    server = serve(LEDGERS["full"], (5, PROMPT, 64), (100, 2 * 10**6, 10))
+    served = server.log.requests[0]
+    assert server.log.busy_s == pytest.approx(served.finished_s - 5)
+    assert (server.log.samples[0][0], server.log.samples[-1][0]) == (0.0, 100.0)
+    assert summary(server)["simulated_s"] == 100.0
+
+
+def test_a_prompts_chunks_and_decoded_tokens_are_written_to_the_mirror():
+    server = serve(LEDGERS["recall"], (0, PROMPT, 65), prefill="chunked")
+    written = (PROMPT + 64) * FLASH.paged_bytes_per_token
+    assert server.log.written_back_bytes == pytest.approx(written)
+
+
+def test_misses_share_the_link_where_any_ranks_is_busy(monkeypatch):
+    """Of two ranks the second has a recall under way."""
+    hw = H100.deployed(Deployment(dp=2))
+    server = FromTheStart(hw, FLASH, Demand(LEDGERS["misses"], FLASH), DONE, Given())
+    server.batch.add(hand_request.request(server.demand))
+    contended = []
+
+    def noted(times):
+        contended.append(True)
+        return 0.0
+        yield
+
+    monkeypatch.setattr(server, "_contended_stall", noted)
+    next(server._span())
+    assert not contended
+    server.ranks[1].to_gpu.transfer(1e9)
+    next(server._span())
+    assert contended
 
 
 def test_host_memory_batch_limit_and_link_bind_by_name():

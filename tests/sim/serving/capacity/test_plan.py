@@ -10,7 +10,14 @@ from hand_tables import round_link
 from fmsim.hw import replace_figure
 from fmsim.hw.spec import LINK_FIGURE
 from fmsim.sim.serving.capacity.behaviour import BEHAVIOURS
-from fmsim.sim.serving.capacity.plan import CapacityQuestion, _Load, plan
+from fmsim.sim.serving.capacity.plan import (
+    CapacityQuestion,
+    _changes,
+    _compare,
+    _Load,
+    _smallest_batch,
+    plan,
+)
 from fmsim.sim.serving.capacity.steady import Steady, SteadyState
 from fmsim.sim.serving.demand import Demand
 from fmsim.sim.serving.spec import Server
@@ -188,6 +195,12 @@ def test_what_each_change_would_give():
     found = {row["change"]: row["max_requests"] for row in plan(asked, FULL)["moves"]}
     assert set(found.values()) <= set(range(1, 4096))
     alone = lambda **changes: min(asked.changed(**changes).walls().values())
+    changes = dict(_changes(asked))
+    assert changes["half the context"].tokens == 500_000
+    assert changes["twice the GPU memory"].hw.hbm_bytes.value == 2 * H100.hbm_bytes.value
+    link = changes["twice the link to the host"]
+    assert link.hw.link.bandwidth_bytes_per_s.value == 2 * H100.link.bandwidth_bytes_per_s.value
+    assert changes["twice the host memory"].hw.host_bytes.value == 2 * H100.host_bytes.value
     options = asked.options
     expected = {
         "twice the GPU memory": alone(hw=doubled("hbm_bytes")),
@@ -214,6 +227,41 @@ def doubled(name):
     return replace_figure(H100, name, 2 * figure.value)
 
 
+def test_drives_are_an_answer_where_both_their_size_and_their_rate_are_known():
+    bare = H100.model_copy(update={"nvme_bytes": None, "nvme_bytes_per_s": None})
+    size = replace_figure(bare, "nvme_bytes", 8e12)
+    rate = replace_figure(bare, "nvme_bytes_per_s", 54e9)
+    both = replace_figure(size, "nvme_bytes_per_s", 54e9)
+    named = lambda hw: "NVMe below host memory" in dict(_changes(question(TENTH, hw=hw)))
+    assert [named(hw) for hw in (bare, size, rate, both)] == [False, False, False, True]
+    twice = dict(_changes(question(TENTH, hw=both, nvme=True)))["twice the NVMe drives"].hw
+    assert (twice.nvme_bytes.value, twice.nvme_bytes_per_s.value) == (16e12, 108e9)
+
+
+def test_a_plan_for_one_request_gives_its_speed_and_one_for_none_gives_none():
+    """At a batch limit of one; and where the weights leave no room for a request of a million."""
+    found = plan(question(TENTH, tpot_s=1.0, max_batch=1), FULL)
+    assert (found["max_requests"], found["max_requests_bound"]) == (1, "batch limit")
+    assert found["speed"]["batch"] == 1
+    alone = question(TENTH, tpot_s=1.0).state().at(1)
+    assert found["speed"]["tokens_per_s"] == pytest.approx(alone.tokens_per_s)
+    small = question(TENTH, tokens=10**6, tpot_s=1.0)
+    need = TENTH.pools(10**6, 1024).gpu_bytes
+    less = H100.kv_pool_bytes(FLASH) - 1.5 * need
+    small = small.changed(hw=replace_figure(H100, "hbm_bytes", H100.hbm_bytes.value - less))
+    row = _compare(small, FULL)
+    assert (row["policy_requests"], row["full_requests"], row["full_tokens_per_s"]) == (1, 0, 0.0)
+    assert row["pays"] and _smallest_batch(small, FULL) == 1
+
+
+def test_who_never_makes_more_tokens_has_no_smallest_batch():
+    """Against itself, at up to two requests and no further."""
+    asked = question(TENTH, tpot_s=1.0, max_batch=2)
+    assert _smallest_batch(asked, TENTH) is None
+    wider = asked.changed(options=asked.options.model_copy(update={"max_batch": 3}))
+    assert _smallest_batch(wider, TENTH) is None
+
+
 def test_what_policies_are_taken_to_do_where_none_was_replayed():
     """V4-Flash: 32,768 entries of 131,072 tokens, and a top-k of 512; three windows of 64 steps."""
     full, lru, lsa = (each.ledger(FLASH) for each in BEHAVIOURS)
@@ -226,6 +274,7 @@ def test_what_policies_are_taken_to_do_where_none_was_replayed():
             4,
         )
         assert (made.resident == made.n_slots).all() and made.accessed.max() == 512
+        assert made.set_overlap.shape == (0,)  # nothing was replayed
     assert (full.n_slots, full.on_miss, full.comes_back) == (32_960, "fetch", False)
     assert full.params == {"budget": "all"} and not full.demand_loads.any()
     # of 512 selected entries 8.2% are missed at every step
@@ -265,6 +314,18 @@ def test_what_lies_on_drives_is_read_at_their_rate():
     assert found.stall_s == pytest.approx(link_s + read_s, rel=1e-6)
     assert found.link_s == pytest.approx(link_s)
     assert state.at(1).nvme_s == 0.0
+    # a recall of 64 rows at every 64th step is one row a step more, in 21 layers
+    recalls = ledger(
+        on_miss="fetch",
+        demand_loads=missed,
+        lookahead_loads=loads(128, s64=64),
+        params={"budget": "10%"},
+    )
+    state = SteadyState(hw, FLASH, Demand(recalls, FLASH), 32_000, 128)
+    missed_s, recalled_s = state._from_nvme_s(4.0, 4 * 40 * 21 * 584, 4 * 21 * 584)
+    assert recalled_s == pytest.approx(0.75 * 4 * 21 * 4096 / (54e9 / 8), rel=1e-3)
+    assert missed_s == pytest.approx(read_s, rel=1e-6)
+    assert state.at(4).nvme_s == pytest.approx(missed_s + recalled_s, rel=1e-3)
 
 
 def test_a_crossover_is_the_first_that_makes_more_tokens():
