@@ -46,7 +46,8 @@ class S3FIFO(Policy):
         xp = ctx.xp
         self.small_size = max(1, int(ctx.n_slots * self.params.small_share))
         self.main_size = ctx.n_slots - self.small_size
-        ghosts = max(1, int(ctx.n_slots * self.params.ghost_share))
+        # a page is remembered once, so there are no more than pages
+        ghosts = max(1, int(min(ctx.n_pages, ctx.n_slots * self.params.ghost_share)))
         # both queues, pages in the order in which they came
         self.queue = xp.full((ctx.n_groups, ctx.n_slots), -1, dtype=xp.int64, device=ctx.device)
         # what left the small queue, oldest first

@@ -10,6 +10,7 @@ import torch
 
 from fmsim.errors import FmsimError
 from fmsim.indexer import checkpoint, scorer
+from fmsim.indexer.network import MemoryIndexer
 from fmsim.indexer.scorer import ScorerConfig
 from fmsim.indexer.train import (
     Progress,
@@ -103,6 +104,17 @@ def test_a_seed_decides_the_weights_and_the_threshold_keeps_its_share(tmp_path):
         )
         shares.append((scorer.combine(logits, "max") >= scorer.logit(loaded.threshold)).mean())
     assert np.mean(shares) == pytest.approx(0.2, abs=0.01)
+
+
+def test_one_trace_is_enough_and_a_network_saves_what_it_learns_alone():
+    options = replace(OPTIONS, steps=2, evaluate_every=1)
+    seen = []
+    found = train(TRAINING[:1], HELD_OUT, CONFIG, options, report=seen.append)
+    assert found.training["traces"] == ["made 0"] and found.training["state_age"] == 0
+    assert [progress.step for progress in seen] == [1, 2]
+    made = MemoryIndexer((0,), 16, 2, 8, 4, replace(CONFIG, hadamard=True))
+    parts = {name.rpartition(".")[2] for name in made.state_dict()}
+    assert parts == {"weight", "q_norm_weight", "margin"}
 
 
 def test_it_stops_when_held_out_recall_no_longer_grows():

@@ -178,6 +178,15 @@ def test_s3fifo_of_any_shares_is_its_plain_lists(entries, slots, uses, small, gh
     assert hits(S3FIFO(budget=f"{slots} entries", **shares), entries, 20) == expected
 
 
+def test_s3fifo_remembers_no_more_pages_than_there_are():
+    entries = np.random.default_rng(0).integers(0, 20, 300).tolist()
+    found = [
+        hits(S3FIFO(budget="5 entries", ghost_share=share), entries, 20)
+        for share in (4.0, 1e6, 1e308)
+    ]
+    assert found[0] == found[1] == found[2]
+
+
 @pytest.mark.parametrize("k", [1, 2, 3, 5])
 @settings(max_examples=20, deadline=None)
 @given(st.lists(st.integers(0, 9), min_size=1, max_size=120), st.integers(1, 8))
