@@ -75,6 +75,21 @@ def trace(sound: Sound, chance: random.Random) -> list[str]:
     return ["trace", "info", "case.safetensors", "--json"]
 
 
+def packed(sound: Sound, chance: random.Random) -> list[str]:
+    """A packed trace, or what it shares with others, read with and without a check."""
+    folder = sound.folder / "case-packed"
+    folder.mkdir(exist_ok=True)
+    damaged = chance.choice([sound.packed, sound.packed, sound.context])
+    for path in (sound.packed, sound.context):
+        data = path.read_bytes()
+        (folder / path.name).write_bytes(edited_bytes(data, chance) if path == damaged else data)
+    name = f"case-packed/{sound.packed.name}"
+    check = chance.choice([[], ["--no-verify"]])
+    if chance.random() < 0.4:
+        return ["run", "small.yaml", "--json", "-q", "--set", f"trace={name}", *check]
+    return ["trace", chance.choice(["info", "stats"]), name, "--json"]
+
+
 def results(sound: Sound, chance: random.Random) -> list[str]:
     folder = sound.folder / "case-out"
     for name in ("ledgers", "timelines"):
@@ -232,6 +247,7 @@ CLASSES: dict[str, Callable[[Sound, random.Random], list[str]]] = {
         requests,
         config,
         trace,
+        packed,
         results,
         rows,
         grid,

@@ -21,7 +21,7 @@ from made_trace import make_trace, save_indexer
 from fmsim.indexer import checkpoint
 from fmsim.indexer.checkpoint import Checkpoint
 from fmsim.indexer.scorer import PUBLISHED
-from fmsim.trace import float8, write
+from fmsim.trace import float8, lightened, write, write_shared
 
 CONFIG = json.loads((ROOT / "scenarios/one-gpu/config.json").read_text(encoding="utf-8"))
 WORKLOADS = (
@@ -56,6 +56,9 @@ class Sound:
         trace = make_trace(prompt_tokens=256, n_steps=8, n_layers=1)
         write(folder / "small.safetensors", trace)
         write(folder / "three.safetensors", make_trace(prompt_tokens=256, n_steps=8))
+        self.packed = folder / "packed" / "packed.safetensors"
+        light = lightened(make_trace(prompt_tokens=256, n_steps=8, n_layers=3), None, 10)
+        self.context = write_shared([self.packed], [light])
         (folder / "small.yaml").write_text(SCENARIO)
         (folder / "three.yaml").write_text(SCENARIO.replace("small.", "three."))
         done = fmsim_here("run", "small.yaml", "--out", "out", folder=folder)
