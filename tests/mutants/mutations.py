@@ -1,6 +1,7 @@
 """Small mutations of a source file: an operator turned, a constant moved, a statement dropped.
 
-What only words an error, names a type or decorates is left alone: no test of behaviour could tell.
+What only words an error, names a type or decorates is left alone, and so are a reshape's -1 and
+zip's `strict`: no test of behaviour could tell.
 """
 
 from __future__ import annotations
@@ -230,6 +231,11 @@ class _Finder(ast.NodeVisitor):
 
     def visit_Call(self, node: ast.Call) -> None:
         called = node.func
+        if isinstance(called, ast.Attribute) and called.attr == "reshape":
+            node = _without_minus_one(node)
+        elif isinstance(called, ast.Name) and called.id == "zip":
+            kept = [each for each in node.keywords if each.arg != "strict"]
+            node = _like(node, node.args, kept)
         if isinstance(called, ast.Name) and called.id in NAMES:
             self._add(called, "another function", NAMES[called.id])
         if isinstance(called, ast.Attribute) and called.attr in NAMES:
@@ -245,6 +251,16 @@ class _Finder(ast.NodeVisitor):
             self._add(node, "constant moved", str(value + 1))
         elif isinstance(value, float):
             self._add(node, "constant moved", repr(value * 2 if value else 1.0))
+
+
+def _without_minus_one(node: ast.Call) -> ast.Call:
+    """A reshape's arguments but for -1: numpy takes every negative number for it."""
+    kept = [each for each in node.args if ast.unparse(each) != "-1"]
+    return _like(node, kept, node.keywords)
+
+
+def _like(node: ast.Call, args: list[ast.expr], keywords: list[ast.keyword]) -> ast.Call:
+    return ast.copy_location(ast.Call(node.func, args, keywords), node)
 
 
 def _is_text(node: ast.expr) -> bool:

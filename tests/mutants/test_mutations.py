@@ -61,3 +61,8 @@ def test_bytes_beyond_ascii_do_not_shift_the_place():
     source = 'NAME = "é"; LIMIT = 1.5\n'
     [one] = mutations_of("a.py", source)
     assert one.apply(source) == 'NAME = "é"; LIMIT = 3.0\n'
+
+
+def test_what_no_test_could_tell_is_left_alone():
+    source = "a = b.reshape(-1, 3)\nc = zip(a, b[2:], strict=True)\n"
+    assert [one.new for one in mutations_of("a.py", source)] == ["4", "3"]
