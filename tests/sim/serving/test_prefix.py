@@ -1,5 +1,6 @@
 """Prefixes that are kept: two requests by hand, and what must hold whatever comes."""
 
+import hand_request
 import numpy as np
 import pytest
 import simpy
@@ -302,3 +303,27 @@ def test_prefixes_are_kept_where_any_request_has_one_in_each_gpus_part():
     server.run()
     assert store.find((1, 2, 3)).n_blocks == 2
     assert not ServerRun(hw, FLASH, FULL, Server(), Given(plain)).stores
+
+
+def test_what_lies_on_drives_and_on_the_host_comes_beside_the_first_chunk():
+    """Of a prompt of 1,600 tokens three blocks: one on the host, two on drives, which are read
+    there and then go over the link like the first. The last token of a whole prompt is computed.
+    """
+    hw = replace_figure(replace_figure(H100, "nvme_bytes", 8e12), "nvme_bytes_per_s", 54e9)
+    hw = hw.deployed(Deployment(tp=4, cp=2))
+    source = Given(Arrival(0, 10, 10, (7,)))
+    run = ServerRun(hw, FLASH, FULL, Server(nvme=True, prefill_chunk_tokens=32), source)
+    for tokens, reused, n_chunks in ((1600, 1536, 2), (1536, 1535, 1)):
+        memory, request = run.ranks[0], hand_request.request(run.demand, prompt=tokens)
+        request.found = FoundBlocks(host=(1,), nvme=(2, 3))
+        before = memory.from_nvme.moved_bytes, memory.to_gpu.moved_bytes
+        run._begin_prefill(request)
+        assert (request.reused_tokens, len(request.prefill_left)) == (reused, n_chunks)
+        run.env.run(request.prefix)
+        block = FLASH.full_kv_bytes(512) / 2
+        after = memory.from_nvme.moved_bytes, memory.to_gpu.moved_bytes
+        assert np.subtract(after, before) == pytest.approx([2 * block, 3 * block])
+        assert run.prefilling[0].pop() is request
+    plain = hand_request.request(run.demand, prompt=100)
+    run._begin_prefill(plain)
+    assert plain.prefix is None and len(plain.prefill_left) == 4
