@@ -269,4 +269,9 @@ def test_a_request_may_take_what_blocks_on_drives_hold():
     assert list(run.admission.enter(0.0)) == [request]
     assert request.host_bytes == pytest.approx(half / 2)
     assert request.nvme_bytes == pytest.approx(half / 2)
-    assert memory.host.level >= 0 and memory.nvme.level >= 0
+    for pool, tier, held in (
+        (memory.host, store.host, request.host_bytes),
+        (memory.nvme, store.nvme, request.nvme_bytes),
+    ):  # what blocks and the request have is what is not free
+        taken = len(tier) * tier.block_bytes + held
+        assert pool.capacity - pool.level == pytest.approx(taken, abs=1)
