@@ -242,6 +242,26 @@ def test_a_request_that_comes_whole_makes_room_for_itself_and_then_for_the_next(
     assert asked == [admission._needs(request, FoundBlocks())[0], slots if tight else tenth]
 
 
+def test_who_makes_room_for_another_misses_from_then_on():
+    """Memory for 2.6 whole requests: the third takes what the first has beyond its
+    slots, and the first then misses 40 rows of 584 bytes a step, half of them on each GPU.
+    """
+    missed = np.full((128, 1), 40, np.int32)
+    made = ledger(on_miss="fetch", params={"budget": "800 entries"}, demand_loads=missed)
+    whole = FLASH.full_gpu_bytes(PROMPT + OUTPUT) / 2
+    beyond = serve(PARTS, made, 0).ranks[0].hbm.capacity - 2.6 * whole
+    hw = replace_figure(PARTS, "hbm_bytes", PARTS.hbm_bytes.value - beyond)
+    run = serve(hw, made, 0, residency="hybrid")
+    for number in range(3):
+        request = hand_request.request(run.demand, output=OUTPUT)
+        request.number = number
+        run.admission.queue.append(request)
+    run._join()
+    assert [each.whole for each in run.admission.admitted.values()] == [False, True, True]
+    assert len(run.batch) == 3 and not run.admission.shrunk
+    assert run.batch.load(1).miss_bytes.tolist() == [[[40 * 584]]]
+
+
 def test_only_who_misses_and_keeps_all_keys_may_come_whole():
     missed = np.full((128, 1), 40, np.int32)
     fetches = ledger(on_miss="fetch", demand_loads=missed)
