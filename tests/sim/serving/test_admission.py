@@ -256,7 +256,7 @@ def test_who_makes_room_for_another_misses_from_then_on():
         request = hand_request.request(run.demand, output=OUTPUT)
         request.number = number
         run.admission.queue.append(request)
-    run._join()
+        run._join()
     assert [each.whole for each in run.admission.admitted.values()] == [False, True, True]
     assert len(run.batch) == 3 and not run.admission.shrunk
     assert run.batch.load(1).miss_bytes.tolist() == [[[40 * 584]]]
