@@ -6,10 +6,10 @@
     python benchmarks/answers.py --update        # writes result files and tables
 
 Each answer has one file in benchmarks/results. What is computed anew is compared with the file
-(but for dates, machines and times). The marked parts of README and docs are compared with what the
-file renders to, and their prose with what `benchmarks/claims.py` words of it. Exit code 1: one
-disagrees; each disagreement is a line with file, line, table and cell. What needs a GPU, or a
-day of `fmsim eval`, is not computed here; its tables are compared.
+(but for dates, machines and times). The marked parts of README, docs and results, tables and
+sentences (`benchmarks/claims.py`), are compared with what the file renders to. Exit code 1: one
+disagrees; each disagreement is a line with file, line, table and cell. What needs a GPU is not
+computed here; its tables are compared.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ import os
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -48,7 +48,6 @@ RESULTS = "benchmarks/results"
 APART = {"date", "seconds", "device", "command", "wall_s", "cpu_s", "fmsim", "sha256"}
 CLOSE = 1e-6  # relative: another processor adds in another order
 MOST_SHOWN = 20  # differences of one result file
-NOT_MEASURED = "Not measured yet."
 
 Result = dict[str, Any]
 Tell = Callable[[str], None]
@@ -58,15 +57,21 @@ Tell = Callable[[str], None]
 class Answer:
     """One result file, how it comes about, and where it is shown."""
 
-    file: str  # in benchmarks/results
+    file: str  # in `folder`
     compute: Callable[[Tell], Result] | None = None  # None: not here
     # (page, name of the marked part) -> its text
     parts: Mapping[tuple[str, str], Callable[[Result], str]] = field(default_factory=dict)
     pictures: Mapping[str, Callable[[Result], str]] = field(default_factory=dict)
+    folder: str = RESULTS
+
+    @property
+    def name(self) -> str:
+        """Its path in the repository."""
+        return f"{self.folder}/{self.file}"
 
     @property
     def path(self) -> Path:
-        return ROOT / RESULTS / self.file
+        return ROOT / self.name
 
     def stored(self) -> Result | None:
         """What the file holds; None where there is none yet."""
@@ -119,12 +124,8 @@ def served(tell: Tell) -> Result:
     return serve.measured(repeat=1)
 
 
-def _accuracy(name: str, *parts: tuple[str, str, Callable[[Result], str]]) -> Answer:
-    return Answer(f"{name}.json", None, {(page, part): made for page, part, made in parts})
-
-
 ACCURACY = "benchmarks/results/accuracy.md"
-ANSWERS: dict[str, Answer] = {
+_ANSWERS: dict[str, Answer] = {
     "500k": Answer(
         "500k.json",
         default_scenario,
@@ -182,21 +183,27 @@ ANSWERS: dict[str, Answer] = {
     ),
     "live-gap": Answer("live-gap.json"),
     "generate": Answer("generate.json"),
-    "accuracy-threshold-8k": Answer("accuracy-threshold-8k.json"),
-    "accuracy-8k": _accuracy("accuracy-8k", (ACCURACY, "8K", tables.accuracy)),
-    "accuracy-seeds-8k": _accuracy(
-        "accuracy-seeds-8k", (ACCURACY, "fresh seeds at 8K", tables.fresh_seeds)
+    "accuracy-fallback-8k": Answer(
+        "accuracy-fallback-8k.json",
+        None,
+        {
+            (ACCURACY, "fallback at 8K"): tables.fallback,
+            (ACCURACY, "signals at 8K"): tables.signals,
+        },
     ),
-    "accuracy-32k": _accuracy(
-        "accuracy-32k",
-        (ACCURACY, "32K", tables.accuracy),
-        ("README.md", "accuracy", lead.answered),
+    "answers-kept": Answer(
+        "answers_kept.json",
+        None,
+        {
+            (ACCURACY, "answers kept"): tables.answers_kept,
+            ("README.md", "accuracy"): tables.answers_kept_short,
+        },
+        folder="fmsim/experiments/accuracy",
     ),
-    "accuracy-128k": _accuracy("accuracy-128k", (ACCURACY, "128K", tables.accuracy)),
-    "accuracy-512k": _accuracy("accuracy-512k", (ACCURACY, "512K", tables.accuracy)),
-    "accuracy-fallback-8k": _accuracy(
-        "accuracy-fallback-8k", (ACCURACY, "fallback at 8K", tables.fallback)
-    ),
+}
+ANSWERS = {
+    name: replace(answer, parts={**answer.parts, **claims.PARTS.get(answer.file, {})})
+    for name, answer in _ANSWERS.items()
 }
 
 
@@ -209,20 +216,16 @@ def disagreements(
     stored = answer.stored()
     if computed is not None:
         if stored is None:
-            yield f"{RESULTS}/{answer.file}: there is none; --update writes it"
+            yield f"{answer.name}: there is none; --update writes it"
         else:
             yield from _between(answer, stored, computed)
     shown = stored if computed is None else settled(stored, computed)
     for (page, part), render in answer.parts.items():
-        made = NOT_MEASURED if shown is None else render(shown)
+        made = tables.NOT_MEASURED if shown is None else render(shown)
         yield from _in_page(page, part, page_of(page), made)
-    for claim in claims.CLAIMS.get(answer.file, ()):
-        text = "" if shown is None else claim.worded(shown)
-        if " ".join(text.split()) not in " ".join(page_of(claim.page).split()):
-            yield f"{claim.page}: {RESULTS}/{answer.file} says {text!r}, which stands nowhere there"
     for path, draw in answer.pictures.items():
         if shown is not None and page_of(path) != draw(shown):
-            yield f"{path}: the picture is not what {RESULTS}/{answer.file} gives"
+            yield f"{path}: the picture is not what {answer.name} gives"
 
 
 def settled(stored: Result | None, computed: Result) -> Result:
@@ -246,9 +249,9 @@ def _between(answer: Answer, stored: Result, computed: Result) -> Iterator[str]:
     found = list(differences(stored, computed))
     for path, old, new in found[:MOST_SHOWN]:
         line = ".".join(map(str, path))
-        yield f"{RESULTS}/{answer.file}: {line}: the file has {old!r}, computed is {new!r}"
+        yield f"{answer.name}: {line}: the file has {old!r}, computed is {new!r}"
     if len(found) > MOST_SHOWN:
-        yield f"{RESULTS}/{answer.file}: and {len(found) - MOST_SHOWN} more"
+        yield f"{answer.name}: and {len(found) - MOST_SHOWN} more"
 
 
 def compare(
@@ -311,7 +314,7 @@ def update(answer: Answer, computed: Result | None) -> None:
             stored = json.loads(json.dumps(found | {"date": date}))
             write_text(answer.path, json.dumps(stored, indent=1) + "\n")
     for (page, part), render in answer.parts.items():
-        made = NOT_MEASURED if stored is None else render(stored)
+        made = tables.NOT_MEASURED if stored is None else render(stored)
         write_text(ROOT / page, regions.replace(read_page(page), part, made))
     for path, draw in answer.pictures.items():
         if stored is not None:
@@ -328,7 +331,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if given.list:
         for name, answer in ANSWERS.items():
             how = "computed here" if answer.compute else "only its tables"
-            print(f"{name:22} {RESULTS}/{answer.file}, {how}")
+            print(f"{name:22} {answer.name}, {how}")
         return 0
     start = time.perf_counter()
     failed = False

@@ -56,33 +56,6 @@ def first_table(result: Result) -> str:
     return "\n".join(["```text", *lines, "```"])
 
 
-# What the README says of accuracy-32k.json: policies as `fmsim eval` calls them.
-ANSWERED = {
-    "full": "full cache",
-    "lru": "`lru`",
-    "lsa:threshold=0.5": "`lsa`",
-    "h2o": "`h2o`",
-    "recency": "newest tokens",
-}
-
-
-def answered(result: Result) -> str:
-    """What a model still answers under each policy, of accuracy-32k.json: a column a policy."""
-    tokens = result["cells"][0]["tokens"]
-    tasks = len({cell["task"] for cell in result["cells"]})
-    contexts = result["cells"][0]["samples"]
-    found = {row["policy"]: row for row in result["overall"]}
-    shown = [(name, found[policy]) for policy, name in ANSWERED.items() if policy in found]
-    rows = [
-        [f"{tokens:,} tokens", *(name for name, _ in shown)],
-        ["---"] * (len(shown) + 1),
-        ["score of 100", *(f"{100 * row['score']:.1f}" for _, row in shown)],
-        ["entries kept", *(f"{row['kv_ratio']:.0%}" for _, row in shown)],
-    ]
-    lines = [f"| {' | '.join(cells)} |" for cells in rows]
-    return "\n".join([*lines, "", f"{tasks} kinds of question, {contexts} contexts each."])
-
-
 def agreement(result: Result) -> str:
     """How far the simulator is from a GPU, of headline.json."""
     rows = [row for row in result["rows"] if "failed" not in row]

@@ -2,23 +2,16 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from fmsim.policies import registry
+
 Result = Mapping[str, Any]
 MIB = 2**20
-# What `fmsim eval` calls a policy, and what it is called in the tables.
-EVALUATED = {
-    "lsa": "lsa at its threshold",
-    "lsa:on_miss=fallback": "lsa at its threshold, fallback",
-    "lsa:threshold=0.5": "lsa, its budget filled",
-    "lsa:threshold=0.5,on_miss=fallback": "lsa, its budget filled, fallback",
-}
-FRESH_SEEDS = ("43", "44")  # the first table's seed, 42, chose what was asked next
-README_POLICIES = (
-    *("full", "lru", "oracle", "lsa:threshold=0.5", "lsa:on_miss=fallback"),
-    *("lsa", "h2o", "recency", "random"),
-)
+NOT_MEASURED = "Not measured yet."
+README_BUDGET = "12.5% gpu"
 
 
 def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
@@ -27,46 +20,101 @@ def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return "\n".join([*lines, *(f"| {' | '.join(row)} |" for row in rows)])
 
 
-def accuracy(result: Result) -> str:
-    """Scores by task, then what was kept and fetched for them."""
-    tasks = result["about"]["plan"]["tasks"]
-    score = {(cell["policy"], cell["task"]): cell["score"] for cell in result["cells"]}
-    scores, prices = [], []
-    for row in result["overall"]:
-        policy = row["policy"]
-        label = EVALUATED.get(policy, policy)
-        cells = [f"{100 * score[policy, task]:.0f}" for task in tasks]
-        scores.append([label, *cells, f"**{100 * row['score']:.1f}**"])
-        prices.append([label, _percent(row["kv_ratio"]), _fetched(row)])
-    head = ["policy", *(f"`{task}`" for task in tasks), "mean"]
-    kept = ["policy", "entries kept", "PCIe MiB/step"]
-    return f"{table(head, scores)}\n\n{table(kept, prices)}"
+def answers_kept(result: Result) -> str:
+    """What was measured of answers at budgets in GPU bytes: a table a length."""
+    rows = result["rows"]
+    if not rows:
+        return NOT_MEASURED
+    budgets = list(dict.fromkeys(row["budget"] for row in rows if row["policy"] != "full"))
+    tables = [_measured_on(result)]
+    for tokens in sorted({row["tokens"] for row in rows}):
+        found: dict[str, dict[str, Result]] = {}
+        for row in rows:
+            if row["tokens"] == tokens and row["policy"] != "full":
+                found.setdefault(_named(row), {})[row["budget"]] = row
+        [full] = [r for r in rows if r["tokens"] == tokens and r["policy"] == "full"]
+        tables.append(
+            f"{tokens:,} tokens: {full['questions']} questions, {full['contexts']} contexts; the"
+            f" full cache scores {100 * full['score']:.1f} of 100."
+        )
+        order = sorted(found, key=lambda name: -max(row["kept"] for row in found[name].values()))
+        lines = [[name, *(_kept(found[name].get(budget)) for budget in budgets)] for name in order]
+        heads = [f"at {budget.removesuffix(' gpu')} of the bytes" for budget in budgets]
+        tables.append(table(["policy", *heads], lines))
+    return "\n\n".join(tables)
 
 
-def accuracy_short(result: Result) -> str:
-    """The same for the README: a row a policy."""
-    found = {row["policy"]: row for row in result["overall"]}
-    rows = [
-        [
-            EVALUATED.get(policy, policy),
-            f"{100 * found[policy]['score']:.1f}",
-            _percent(found[policy]["kv_ratio"]),
-            _fetched(found[policy]),
-        ]
-        for policy in README_POLICIES
+def answers_kept_short(result: Result) -> str:
+    """The same for the README: some policies at one budget, a column a length."""
+    rows = [row for row in result["rows"] if row["budget"] == README_BUDGET]
+    if not rows:
+        return NOT_MEASURED
+    lengths = sorted({row["tokens"] for row in rows})
+    found: dict[str, dict[int, Result]] = {}
+    for row in rows:
+        found.setdefault(_named(row), {})[row["tokens"]] = row
+    order = sorted(found, key=lambda name: -max(row["kept"] for row in found[name].values()))
+    lines = [
+        [f"`{name}`", *(_kept(found[name].get(tokens)) for tokens in lengths)] for name in order
     ]
-    return table(["policy", "score", "entries kept", "fetched, MiB a step"], rows)
+    head = [f"at {README_BUDGET.removesuffix(' gpu')} of the bytes"]
+    head += [f"{tokens:,} tokens" for tokens in lengths]
+    families = len(result["about"]["families"])
+    said = f"Share of what the full cache answers. {families} kinds of question."
+    return f"{table(head, lines)}\n\n{said}"
 
 
-def fresh_seeds(result: Result) -> str:
-    """Differences to the full cache, in points, by seed."""
+def _measured_on(result: Result) -> str:
+    about = result["about"]
+    families = ", ".join(f"`{name}`" for name in about["families"])
+    day = about["date"][:10]
+    return textwrap.fill(
+        f"{about['model']['name']} on {about['device']}, {day}. Families: {families}.",
+        100,
+        break_on_hyphens=False,
+        break_long_words=False,
+    )
+
+
+def _kept(row: Result | None) -> str:
+    if row is None:
+        return "–"
+    spread = "" if row["half_width"] is None else f" ±{100 * row['half_width']:.1f}"
+    return f"{100 * row['kept']:.1f}%{spread}"
+
+
+def _named(row: Result) -> str:
+    """The policy, and the parameters in which it is not as it comes."""
+    usual = registry.build({"policy": row["policy"]}).params.model_dump(mode="json")
+    own = {key: value for key, value in row["params"].items() if usual.get(key) != value}
+    own.pop("budget", None)
+    said = []
+    if own.get("on_miss") == "mask" and "cadence" in own:
+        said.append("held")
+        del own["on_miss"], own["cadence"]
+    if own.pop("prompt_history", False):
+        said.append("prompt")
+    said += [f"{key} {value}" for key, value in own.items()]
+    return ", ".join([row["policy"], *said])
+
+
+def signals(result: Result) -> str:
+    """How well two signals order answers, of those that a mask loses and keeps."""
     rows = []
-    for policy, found in result["paired"].items():
-        points = [100 * found["by_seed"][seed] for seed in FRESH_SEEDS]
-        mean = sum(points) / len(points)
-        cells = [f"{value:+.1f}" for value in (*points, mean)]
-        rows.append([EVALUATED.get(policy, policy), *cells])
-    return table(["policy", *(f"seed {seed}" for seed in FRESH_SEEDS), "mean"], rows)
+    for policy, found in result["signals"].items():
+        if "fallback" in policy or not found["lost"]:
+            continue
+        params = dict(text.split("=") for text in policy.partition(":")[2].split(",") if text)
+        auc = found["auc"]
+        rows.append(
+            [
+                params.get("budget", result["about"]["plan"]["budget"]),
+                f"{found['lost']} of {found['lost'] + found['kept']}",
+                f"{auc['heaviest entry lost']:.2f}",
+                f"{auc['selected entries not resident']:.2f}",
+            ]
+        )
+    return table(["budget", "answers lost", "heaviest entry lost", "share by count"], rows)
 
 
 def fallback(result: Result) -> str:

@@ -214,5 +214,5 @@ def test_without_plotly_the_fix_is_told(folder):
 def test_a_report_of_another_schema_is_refused_by_name(tmp_path):
     old = {"scenario": {"details": {}}, "policies": []}
     (tmp_path / "report.json").write_text(json.dumps(old))
-    with pytest.raises(FmsimError, match="report schema 1, but this fmsim reads 3"):
+    with pytest.raises(FmsimError, match="report schema 1, but this fmsim reads 4"):
         Results.load(tmp_path)
