@@ -38,6 +38,7 @@ import published_tables as tables
 import quality
 import regions
 import serve
+import served as served_file
 import steps
 
 from fmsim.files import write_text
@@ -151,6 +152,7 @@ _ANSWERS: dict[str, Answer] = {
         },
     ),
     "serve": Answer("serve.json", served),
+    "served": Answer("served.json", None, served_file.PARTS),  # needs a file from elsewhere
     "indexer": Answer(
         "indexer.json",
         lambda tell: indexer.measured(progress=tell),
