@@ -78,7 +78,10 @@ class Answer:
         """What the file holds; None where there is none yet."""
         if not self.path.is_file():
             return None
-        found: Result = json.loads(self.path.read_text(encoding="utf-8"))
+        text = self.path.read_text(encoding="utf-8")
+        if self.path.suffix == ".jsonl":  # a log: rows with a command each
+            return {"rows": [json.loads(line) for line in text.splitlines()]}
+        found: Result = json.loads(text)
         return found
 
 
@@ -183,6 +186,12 @@ _ANSWERS: dict[str, Answer] = {
     "kernels": Answer(
         "kernels.json", None, {("benchmarks/results/kernels.md", "kernels"): tables.kernels}
     ),
+    "kernels-h200": Answer(
+        "kernels-h200.json",
+        None,
+        {("benchmarks/results/kernels.md", "kernels on an H200"): tables.kernels},
+    ),
+    "nano": Answer("nano2-answers.jsonl"),
     "live-gap": Answer("live-gap.json"),
     "generate": Answer("generate.json"),
     "accuracy-fallback-8k": Answer(

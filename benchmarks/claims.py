@@ -7,6 +7,7 @@ stands around these parts, without figures.
 
 from __future__ import annotations
 
+import math
 import textwrap
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
@@ -19,6 +20,20 @@ GPU = "docs/gpu.md"
 RESULTS = "benchmarks/results/README.md"
 PUBLISHED = "benchmarks/results/published.md"
 INDEXER = "benchmarks/results/indexer.md"
+CARD = "fmsim/nano/model/README.md"
+SHIPPED, BEFORE = "fmsim/nano/model, float8", "nano2 of 2026-11-28 18:03"  # in nano2-answers.jsonl
+TASKS = {  # as `benchmarks/nano/examine.py` calls them
+    "single": "single needle, alone",
+    "niah_single": "single needle",
+    "niah_multikey": "one of 4 keys",
+    "many": "one of 32 keys",
+    "niah_multivalue": "4 values of a key, any order",
+    "niah_multiquery": "4 keys at once",
+    "memory": "memory",
+    "memory_update": "memory, updated",
+    "multi_round": "multi-round",
+    "vt": "variable tracking",
+}
 
 
 def paragraph(text: str, indent: str = "") -> str:
@@ -217,6 +232,40 @@ def how_fast(result: Result) -> str:
     )
 
 
+def exam(result: Result) -> str:
+    """What the shipped nano answers, of nano2-answers.jsonl; its longest length in bfloat16 too."""
+    rows = [row for row in result["rows"] if row.get("task") in TASKS]
+    found = {(row["model"], row["task"], row["tokens"]): row for row in rows}
+    lengths = sorted({row["tokens"] for row in rows if row["model"] == SHIPPED})
+    head = [f"{tokens:,}" for tokens in lengths]
+    lines = [
+        f"| task, tokens | {' | '.join(head)} | {head[-1]}, bf16 |",
+        "|---" * (len(lengths) + 2) + "|",
+    ]
+    for task, name in TASKS.items():
+        cells = [_right(found.get((SHIPPED, task, tokens))) for tokens in lengths]
+        cells.append(_right(found.get((BEFORE, task, lengths[-1]))))
+        lines.append(f"| {name} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def _right(row: Mapping[str, Any] | None) -> str:
+    """Right of asked, and Wilson's 95% interval in percent."""
+    if row is None:
+        return ""
+    asked = row["questions"]
+    right = round(row["exact"] * asked)
+    z = 1.96
+    share = right / asked
+    middle = share + z**2 / (2 * asked)
+    spread = z * math.sqrt(share * (1 - share) / asked + z**2 / (4 * asked**2))
+    low, high = ((middle + sign * spread) / (1 + z**2 / asked) for sign in (-1, 1))
+    said = f"{right}/{asked} ({abs(100 * low):.0f}-{100 * high:.0f})"  # no "-0"
+    return (
+        f"{said}, in order" if row["task"] == "niah_multivalue" and "in_order" not in row else said
+    )
+
+
 BOUNDS = ("oracle", "oracle, one set")
 
 
@@ -251,5 +300,6 @@ PARTS: dict[str, dict[Part, Callable[[Result], str]]] = {  # by result file
     },
     "serve.json": {(PUBLISHED, "how fast"): how_fast},
     "steps.json": {(PUBLISHED, "left out"): left_out},
+    "nano2-answers.jsonl": {(CARD, "answers"): exam},
     "indexer.json": {(INDEXER, "rivals in words"): rivals},
 }

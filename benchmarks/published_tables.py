@@ -234,6 +234,8 @@ def kernels(result: Result) -> str:
     """Each kernel's time, how near it is to its floor, and its fastest peer."""
     rows = []
     for row in result["rows"]:
+        if "us" not in row:
+            continue  # was not timed
         star = "*" if "run" in row else ""
         peers = row["peers_us"]
         fastest = min(peers, key=lambda name: peers[name]) if peers else None

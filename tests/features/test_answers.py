@@ -2,6 +2,7 @@
 wrong cell or a figure that moved is named.
 """
 
+import itertools
 import json
 import re
 import sys
@@ -23,6 +24,7 @@ PAGES = [
     ROOT / "README.md",
     *sorted((ROOT / "docs").rglob("*.md")),
     *sorted((ROOT / "benchmarks" / "results").glob("*.md")),
+    ROOT / "fmsim" / "nano" / "model" / "README.md",
 ]
 SHOWN = {(page, part) for answer in answers.ANSWERS.values() for page, part in answer.parts}
 
@@ -46,8 +48,40 @@ def test_every_result_file_that_an_answer_has_is_there_with_its_command():
     for name, answer in answers.ANSWERS.items():
         found = answer.stored()
         assert found is not None, name
-        if found.get("rows") != []:  # else not measured yet, and its pages say so
-            assert {"command", "commands"} & (set(found) | set(found.get("about", ()))), name
+        if found.get("rows") == []:
+            continue  # not measured yet, and its pages say so
+        logged = answer.path.suffix == ".jsonl"
+        told = set(found["rows"][0]) if logged else set(found) | set(found.get("about", ()))
+        assert {"command", "commands"} & told, name
+
+
+FIGURES = re.compile(r"\|\s*[+-]?\d[\d.,]*\s*(%|x|us|ms|MiB)?\s*(?=\|)")
+BY_HAND = {  # nothing measured
+    ("docs/reference/errors.md", "| Exit code | Meaning |"),
+    ("docs/reference/errors.md", "| What | Bound | Lifted by |"),
+}
+
+
+def test_no_table_of_figures_is_written_by_hand():
+    found = set()
+    for page in PAGES:
+        lines = page.read_text(encoding="utf-8").splitlines()
+        made = {
+            number
+            for part in regions.find("\n".join(lines))
+            for number in _lines_of(page.read_text(encoding="utf-8"), part)
+        }
+        for number, line in enumerate(lines):
+            if line.startswith("|---") and number not in made:
+                rows = itertools.takewhile(lambda row: row.startswith("|"), lines[number + 1 :])
+                if any(FIGURES.search(row) for row in rows):
+                    found.add((str(page.relative_to(ROOT)), lines[number - 1]))
+    assert found - BY_HAND == set()
+
+
+def _lines_of(page, part):
+    first = regions.line_of(page, part) - 1
+    return range(first, first + len(regions.find(page)[part].splitlines()))
 
 
 def test_a_wrong_cell_is_named_with_line_table_and_column():
