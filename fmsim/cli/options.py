@@ -12,6 +12,14 @@ import typer
 from fmsim.errors import ExitCode, shown
 
 
+def one_thread_a_process() -> None:
+    """For commands that give each policy a process: threads of their matrix products would only be
+    in each other's way, and take twice the CPU time. numpy looks when it is loaded, so this comes
+    first.
+    """
+    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+
+
 def finite(value: float | None) -> float | None:
     """Refuse NaN and infinity, which typer's bounds let pass."""
     if value is not None and not math.isfinite(value):

@@ -17,6 +17,7 @@ from fmsim.cli.options import (
     Wide,
     echo_csv,
     end_with_failures,
+    one_thread_a_process,
 )
 
 
@@ -107,6 +108,8 @@ def plan(
     tokens a second than the full cache on the same GPUs.
     """
     import fmsim
+
+    one_thread_a_process()
     from fmsim.errors import FmsimError
     from fmsim.experiments.plan import Ask, parse_deployment, plan_model
     from fmsim.experiments.results import failed_altogether

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from fmsim.cli.extras import require
-from fmsim.cli.options import NoVerify, Quiet, Verbose
+from fmsim.cli.options import NoVerify, Quiet, Verbose, one_thread_a_process
 from fmsim.cli.progress import bar
 
 if TYPE_CHECKING:
@@ -41,6 +41,7 @@ def report(
     fmsim run scenarios/500k.yaml --out results && fmsim report results
     fmsim report results --out 500k.html --perfetto 500k.perfetto.json
     """
+    one_thread_a_process()
     from fmsim.errors import FmsimError
     from fmsim.experiments.results import Results, ServingResults
 

@@ -19,6 +19,7 @@ from fmsim.cli.options import (
     Wide,
     echo_csv,
     end_with_failures,
+    one_thread_a_process,
 )
 from fmsim.cli.progress import bar
 
@@ -122,6 +123,7 @@ def run(
     fmsim run response.json --format sglang --model v3.2 --hardware h200
     fmsim run --model v4.1-flash --hardware h200 --context 512K
     """
+    one_thread_a_process()
     from fmsim.errors import FmsimError
     from fmsim.experiments.results import failed_altogether, writing
     from fmsim.report.grid import View

@@ -19,6 +19,7 @@ from fmsim.cli.options import (
     Verbose,
     Wide,
     echo_csv,
+    one_thread_a_process,
 )
 from fmsim.cli.progress import bar
 from fmsim.errors import ExitCode
@@ -106,6 +107,8 @@ def sweep(
     must see the scenario and its trace at the same paths.
     """
     import fmsim
+
+    one_thread_a_process()
     from fmsim.experiments.parallel import cores
     from fmsim.report.grid import View
     from fmsim.report.tables import sweep as rows_table

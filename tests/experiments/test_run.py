@@ -1,6 +1,7 @@
 """`fmsim run` and `fmsim policy` as a user calls them."""
 
 import json
+import os
 import subprocess
 import sys
 
@@ -329,3 +330,21 @@ def test_budgets_on_the_gpu_go_wherever_a_budget_goes(folder, command):
     full = 43 * 128 * 584 + 20 * 33 * 584 + 21 * 1064 * 716
     if command == "serve":
         assert rows[0]["memory"]["request_bytes"]["gpu"] <= full // 4
+
+
+def test_matrix_products_take_one_thread_in_each_policys_process(folder):
+    """numpy reads the variable when it is loaded, so it must not be loaded before."""
+    code = (
+        "import os, sys\n"
+        "import fmsim.cli.plan, fmsim.cli.report, fmsim.cli.run, fmsim.cli.sweep\n"
+        "assert 'numpy' not in sys.modules\n"
+        "from fmsim.cli.options import one_thread_a_process\n"
+        "one_thread_a_process()\n"
+        "print(os.environ['OPENBLAS_NUM_THREADS'])"
+    )
+    for given, expected in ((None, "1"), ("3", "3")):
+        environment = {key: os.environ[key] for key in os.environ if "OPENBLAS" not in key}
+        environment |= {} if given is None else {"OPENBLAS_NUM_THREADS": given}
+        command = [sys.executable, "-c", code]
+        done = subprocess.run(command, capture_output=True, text=True, env=environment)
+        assert (done.stdout.strip(), done.stderr) == (expected, "")
