@@ -49,13 +49,27 @@ def put(table: Array, start: Array, pages: Array, values: Array | float) -> None
         flat[places] = values
 
 
+def replaced(table: Array, mask: Array, values: Array | int) -> Array:
+    """table [G, n] with `values`, a number or a row [1, n], where `mask`; in numpy the table itself.
+
+    There it is a few writes where the mask is mostly False, as it is for pages that must stay.
+    """
+    if not is_numpy_array(table):
+        return array_namespace(table).where(mask, values, table)
+    places = mask.reshape(-1).nonzero()[0]
+    if not isinstance(values, int):
+        values = values.reshape(-1)[places % table.shape[1]]
+    table.reshape(-1)[places] = values
+    return table
+
+
 def order_key(worth: Array, pages: Array) -> Array:
     """One int64 that orders pages by worth, then page id: no ties, so any library sorts alike.
 
     Below PROTECTED, and >= 0.
 
-    worth: float32, made order-preserving by its bits, or integers in [0, 2**37). Pages >= 0;
-    broadcast against worth.
+    worth: float32, made order-preserving by its bits, or integers in [0, 2**37). Pages >= 0 (a key
+    of another means nothing); broadcast against worth.
     """
     xp = array_namespace(worth)
     if xp.isdtype(worth.dtype, "real floating"):

@@ -251,15 +251,16 @@ class Residency:
         """[G, S + 1] int64: slots in the order in which they are given up; empty ones first,
         PROTECTED ones never.
         """
-        xp, slots = self.xp, self._slots
-        key = arrays.order_key(worth(slots), xp.where(slots < 0, 0, slots))
-        key = xp.where(slots < 0, self._slot_ids - self.n_slots, key)
+        slots = self._slots
+        empty = slots < 0
+        key = arrays.order_key(worth(slots), slots)
+        key = arrays.replaced(key, empty, self._slot_ids - self.n_slots)
         if pinned is not None:
-            key = xp.where(pinned(slots) & (slots >= 0), arrays.PROTECTED, key)
+            key = arrays.replaced(key, pinned(slots) & ~empty, arrays.PROTECTED)
         if in_use is not None:
             arrays.put(key, self._slots_start, in_use, arrays.PROTECTED)
         if self._closed is not None:
-            key = xp.where(self._closed, arrays.PROTECTED, key)
+            key = arrays.replaced(key, self._closed, arrays.PROTECTED)
         key[:, self.n_slots] = arrays.PROTECTED
         return key
 

@@ -290,3 +290,19 @@ def test_what_will_come_is_foreseen_by_each_groups_own_slots(library):
     assert foreseen.tolist() == [[1, -1, -1, -1], [1, 2, 3, -1]]
     residency.choose(worth)
     assert residency.slots.tolist() == [[1, -1, -1], [1, 2, 3]]
+
+
+@pytest.mark.parametrize("share", [0.0, 0.02, 0.7, 1.0])
+def test_values_are_put_where_a_mask_says_so_in_numpy_as_in_torch(share):
+    torch = pytest.importorskip("torch")
+    rng = np.random.default_rng(round(100 * share))
+    table = rng.integers(0, 2**50, (3, 17))
+    mask = rng.random((3, 17)) < share
+    for values in (arrays.PROTECTED, rng.integers(-17, 0, (1, 17))):
+        expected = np.where(mask, values, table)
+        own = table.copy()
+        assert arrays.replaced(own, mask, values) is own
+        assert np.array_equal(own, expected)
+        theirs = values if isinstance(values, int) else torch.tensor(values)
+        found = arrays.replaced(torch.tensor(table), torch.tensor(mask), theirs)
+        assert np.array_equal(found.numpy(), expected)
