@@ -50,7 +50,7 @@ def put(table: Array, start: Array, pages: Array, values: Array | float) -> None
 
 
 def replaced(table: Array, mask: Array, values: Array | int) -> Array:
-    """table [G, n] with `values`, a number or a row [1, n], where `mask`; in numpy the table itself.
+    """table [G, n] with `values`, a number or a row [1, n], where `mask`; in numpy table itself.
 
     There it is a few writes where the mask is mostly False, as it is for pages that must stay.
     """
