@@ -186,7 +186,7 @@ def _model(device: str):
 
     if device == "cpu":
         return load_model(MODEL_FOLDER, device)
-    return load_model(MODEL_FOLDER, device, torch.bfloat16)  # as its weights are
+    return load_model(MODEL_FOLDER, device, torch.bfloat16, widen=True)
 
 
 def _device_name(device: str) -> str:

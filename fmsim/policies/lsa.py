@@ -128,7 +128,7 @@ class LSA(LookaheadPolicy):
         scored.check_fits(
             given, state.hidden.shape[1], state.keys.shape[2], "policy lsa: the trace"
         )
-        if self.params.scope == "per_layer" and self.layers != numbers:
+        if self.scores_apart and self.layers != numbers:
             raise FmsimError(
                 f"policy lsa: scope per_layer needs the trace's CSA layers, {numbers}, not"
                 f" {self.layers}"
@@ -170,6 +170,11 @@ class LSA(LookaheadPolicy):
         return layers
 
     @property
+    def scores_apart(self) -> bool:
+        """Each layer goes by its own scores alone."""
+        return self.params.scope == "per_layer"
+
+    @property
     def state_steps(self) -> int:
         return self.params.cadence
 
@@ -200,7 +205,7 @@ class LSA(LookaheadPolicy):
     def score(self, step: int) -> Array:
         state, xp = self._state(step), self.ctx.xp
         logits = self._logits(state)
-        if self.params.scope == "shared":
+        if not self.scores_apart:
             logits = scorer.combine(logits, self.params.combine)[None]
         pages = self.ctx.pages(state.n_entries)
         missing = pages * self.ctx.granularity - state.n_entries

@@ -49,6 +49,7 @@ OWN = {  # name: module of fmsim.policies, class
     "pyramid": "pyramid:Pyramid",
     "lsa": "lsa:LSA",
     "lsa-history": "lsa_history:LSAHistory",
+    "foresight": "foresight:Foresight",
     "native": "native:Native",
     "oracle": "oracle:Oracle",
     "belady": "belady:Belady",

@@ -19,7 +19,12 @@ from fmsim.replay.replayer import Replayer
 from fmsim.testing import check_policy
 
 NAMES = list(registry.OWN)
-SCORED = ("lsa", "lsa-history", "lru-prefetch")  # they need a memory indexer that fits the trace
+SCORED = (
+    "lsa",
+    "lsa-history",
+    "foresight",
+    "lru-prefetch",
+)  # they need a memory indexer that fits the trace
 
 
 def indexer_of_sample(path):

@@ -12,6 +12,7 @@ from fmsim.indexer.scorer import LayerWeights, ScorerConfig
 from fmsim.policies import guard, prompt, registry
 from fmsim.policies.base import Context, LookaheadState, Observation, Pins, Policy
 from fmsim.policies.budget import Budget
+from fmsim.policies.foresight import Foresight
 from fmsim.policies.lru import STEP_BITS
 from fmsim.policies.lru_prefetch import LRUPrefetch
 from fmsim.policies.lsa import LSA
@@ -107,6 +108,32 @@ def test_stale_history_is_that_of_the_window_before(weights):
     assert worths(policy)[0] == 0
     policy.decide(8)
     assert worths(policy)[0] == pytest.approx(1)  # log2(1 + 1)
+
+
+def test_foresight_adds_the_logarithm_of_a_layers_own_attention(weights):
+    """Two layers share the logits 0 1 2 3 0 1. The prompt put 0.03 on page 1 in layer 0 alone,
+    which is three units: log2(1 + 3) = 2. In layer 1 a step puts 0.07 on page 0: log2(1 + 7) = 3.
+    After a decision half is left: log2(1 + 1.5) and log2(1 + 3.5).
+    """
+    mass = np.zeros((2, 8), np.float32)
+    mass[0, 1] = 0.03
+    policy = Foresight(checkpoint=weights, cadence=4)
+    policy.reset(Context(2, 2, 8, 4, 1, 6, 2, 16, tau=4, lookahead=lookahead, prompt_mass=mass))
+    policy.decide(0)
+    pages = np.broadcast_to(np.arange(6, dtype=np.int32), (2, 6))
+    assert policy.worth(0, pages)[0] == pytest.approx([0, 3, 2, 3, 0, 1], rel=1e-4)
+    assert policy.worth(0, pages)[1] == pytest.approx([0, 1, 2, 3, 0, 1], rel=1e-4)
+    row = np.array([[-1], [0]], np.int32)
+    here = row >= 0
+    policy.observe(1, Observation(row, here.astype(np.int32), 0.07 * here, here, ~here))
+    policy.decide(4)
+    assert policy.worth(4, pages)[0] == pytest.approx([0, 3, 2, 3, 0, 1], rel=1e-4)
+    assert policy.worth(4, pages)[1] == pytest.approx([3, 1, 2, 3, 0, 1], rel=1e-4)
+    policy.decide(8)
+    worth = policy.worth(8, pages)
+    assert worth[0] == pytest.approx([0, 1 + np.log2(2.5), 2, 3, 0, 1], rel=1e-4)
+    assert worth[1] == pytest.approx([np.log2(4.5), 1, 2, 3, 0, 1], rel=1e-4)
+    assert policy.floor is None and not policy.decides_ahead
 
 
 def test_prefetch_takes_the_best_that_are_not_there_every_spacing_steps(weights):

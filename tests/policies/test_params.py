@@ -53,6 +53,8 @@ DEFAULTS = {
     "pyramid": TENTH | {"beta": "20", "window_tokens": "8"},
     "lsa": LSA,
     "lsa-history": LSA | HISTORY | {"weight": "1.0", "fade": "0.5"},
+    "foresight": LSA
+    | {"scope": "per_layer", "stale": "False", "weight": "1.0", "unit": "0.01", "fade": "0.5"},
     "native": LSA | {"scope": "per_layer", "sees": "all"},
     "oracle": TENTH | {"cadence": "64"},
     "belady": {},
@@ -85,6 +87,9 @@ TINY, BELOW_ONE = math.ulp(0.0), math.nextafter(1.0, 0.0)
         ("lsa", "kmax", 1, None),
         ("lsa-history", "weight", 0.0, None),
         ("lsa-history", "fade", 0.0, 1.0),
+        ("foresight", "weight", 0.0, None),
+        ("foresight", "unit", TINY, None),
+        ("foresight", "fade", 0.0, 1.0),
         ("oracle", "cadence", 1, None),
         ("pyramid", "beta", 1.0, None),
         ("pyramid", "window_tokens", 0, None),

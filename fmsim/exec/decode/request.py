@@ -5,7 +5,7 @@ made of.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Literal
+from typing import Any, Literal
 
 import array_api_compat.torch as xp
 import numpy as np
@@ -38,7 +38,8 @@ class Request:
     n entries, float32 [L, n, D]. Of the layers ``unmeasured`` it is not known what they would have
     selected among all entries. `memory` says what a budget in bytes buys. The policy's arrays,
     `selections` and keys lie on ``device``, the model's unless given. ``hindsight``, a decode of
-    the same prompt that is over, is what a policy that looks into the future is told. Raises
+    the same prompt that is over, is what a policy that looks into the future is told; ``known``
+    holds what is worked out of the prompt's last state, for requests that share it. Raises
     FmsimError for a policy that an engine cannot run, such as that one without it.
     """
 
@@ -57,6 +58,7 @@ class Request:
         hindsight: Request | None = None,
         unmeasured: Sequence[int] = (),
         device: torch.device | None = None,
+        known: dict[Any, Any] | None = None,
     ):
         if policy.evidence == "future" and hindsight is None:
             raise FmsimError(
@@ -78,6 +80,7 @@ class Request:
         self.layers = config.layer_types.count(CSA)
         self.shared = policy.params.scope == "shared"
         self.hidden = {0: torch.from_numpy(prompt.hidden).to(self.device)}
+        self.known = {} if known is None else known
         self.state_steps = policy.state_steps or tau
         self.manager = CacheManager(policy, self._context(memory, seed, hindsight))
         self.book = LedgerBuilder(self.manager, prompt.max_steps)
@@ -150,7 +153,9 @@ class Request:
         """The state at the last token before decode step `step`, which is kept."""
         position = len(self.prompt.tokens) + step - 1
         n_entries = (position + 1) // self.rate
-        return LookaheadState(self.hidden[step], position, self.keys_of(n_entries), n_entries)
+        keys = self.keys_of(n_entries)
+        known = {} if step else self.known
+        return LookaheadState(self.hidden[step], position, keys, n_entries, known=known)
 
     def ledger(self) -> Ledger:
         """What moved and what was kept in the steps so far; measured."""

@@ -73,6 +73,7 @@ class AfterOne:
         self.rate = context.rate
         prompts = {id(one.prompt): one.prompt for one in asked}
         keys = _ContextKeys(context, prompts)
+        known: dict[int, dict[Any, Any]] = {name: {} for name in prompts}
         self.refused: dict[int, FmsimError] = {}
         # the longest answers first: those that are over leave from the end
         order = sorted(range(len(asked)), key=lambda place: -asked[place].prompt.max_steps)
@@ -97,6 +98,7 @@ class AfterOne:
                     seed=seed,
                     hindsight=one.hindsight,
                     device=CPU,
+                    known=known[id(one.prompt)],
                 )
             except FmsimError as error:
                 self.refused[place] = error

@@ -77,15 +77,19 @@ KEPT_FLOAT32 = re.compile(
 
 
 def load_model(
-    directory: Path, device: str = "cpu", dtype: torch.dtype = torch.float32
+    directory: Path,
+    device: str = "cpu",
+    dtype: torch.dtype = torch.float32,
+    widen: bool = False,
 ) -> DeepseekV4:
     """The model of ``directory`` with its weights as ``dtype``, ready for inference.
 
-    In bfloat16, float8 weights with scales for 128 x 128 stay as they are: half the memory. Raises
+    In bfloat16, float8 weights with scales for 128 x 128 stay as they are: half the memory; unless
+    ``widen``, for a long prompt is read at once with wide weights alone. Raises
     FmsimError naming the file and the tensor where the directory holds no DeepSeek-V4 that can be
     loaded.
     """
-    model = empty_model(directory, dtype)
+    model = meta_model(read_config(directory), dtype) if widen else empty_model(directory, dtype)
     shards = Shards(directory)
     allocate(model, device)
     slots = dict(model.state_dict())
