@@ -52,6 +52,7 @@ def specs(checkpoint: Path | None, trace: Trace, native: bool) -> dict[str, dict
         "lsa, filled": {"policy": "lsa"} | scored,
         "lsa-history": {"policy": "lsa-history"} | scored | prompt,
         "lsa-history, sees all": {"policy": "lsa-history"} | scored | prompt | ALL,
+        "foresight": {"policy": "foresight"} | scored,
         "lru, held": {"policy": "lru"} | HELD | prompt,
         "lru, held, sees all": {"policy": "lru"} | HELD | prompt | ALL,
         "lfu, held": {"policy": "lfu"} | HELD | prompt,
