@@ -24,7 +24,7 @@ IFS=';' read -ra budgets <<<"${BUDGETS:-10% gpu;12.5% gpu;25% gpu}"
 for budget in "${budgets[@]}"; do call+=(--budget "$budget"); done
 held=cadence=64,on_miss=mask
 read -ra policies <<<"${POLICIES:-full recency h2o snapkv lru:$held lru:$held,prompt_history=true \
-  lsa lsa-history foresight oracle}"
+  lsa lsa-history foresight foresight:layers=[4] oracle}"
 for policy in "${policies[@]}"; do call+=(--policy "$policy"); done
 # what all index keys are needed for takes 18%
 for policy in lru "lsa:on_miss=fallback" native; do

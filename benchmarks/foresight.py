@@ -2,8 +2,8 @@
 
     python benchmarks/foresight.py --out results/foresight.json TRACE...
 
-The traces are recorded by `python -m fmsim.nano.measure.record_traces --split train`. Every unit,
-weight and fade of the grid is replayed on each trace at each budget; the mass kept is over windows
+The traces are recorded by `python -m fmsim.nano.measure.record_traces --split train`. Every point of
+the grid is replayed on each trace at each budget; the mass kept is over windows
 from the second on, and the score of a choice is its mean over traces and budgets. Rivals stand
 beside it. Nothing is read of the held-out traces.
 """
@@ -30,7 +30,13 @@ from fmsim.trace import read
 
 MODEL = "v4-flash"
 BUDGETS = ("10% gpu", "12.5% gpu", "25% gpu", "2%", "5%", "10%")
-GRID = {"unit": (0.0003, 0.001, 0.003, 0.01, 0.03), "weight": (0.5, 1.0, 2.0), "fade": (0.5, 0.8)}
+GRID = {
+    "layers": (None, (4,)),
+    "unit": (0.001, 0.003, 0.01),
+    "weight": (0.7, 1.0, 1.5),
+    "fade": (0.25, 0.5),
+    "prompt_share": (0.15, 1.0),
+}
 HELD = {"policy": "lru", "cadence": 64, "on_miss": "mask"}
 RIVALS: dict[str, dict[str, Any]] = {
     "lru held": HELD,
@@ -47,7 +53,7 @@ def choices() -> dict[str, dict[str, Any]]:
     found = {}
     for values in product(*GRID.values()):
         given = dict(zip(GRID, values, strict=True))
-        label = " ".join(f"{key}={value:g}" for key, value in given.items())
+        label = " ".join(f"{key}={value}" for key, value in given.items())
         found[label] = {"policy": "foresight"} | given
     return found
 
@@ -94,7 +100,7 @@ def main() -> None:
     report = {"date": date, "model": MODEL, "budgets": BUDGETS, "rows": rows, "by_trace": by_trace}
     args.out.write_text(json.dumps(report, indent=1) + "\n")
     for row in [*rows[:12], *(row for row in rows[12:] if row["policy"] in RIVALS)]:
-        print(f"{row['policy']:36s}", *(f"{value:.3f}" for value in row["kept"]))
+        print(f"{row['policy']:64s}", *(f"{value:.3f}" for value in row["kept"]))
 
 
 if __name__ == "__main__":

@@ -6,7 +6,7 @@ from typing import Literal
 
 from pydantic import Field
 
-from fmsim.policies.base import Array, Context, DecisionScope, Observation
+from fmsim.policies.base import Array, Context, DecisionScope, Observation, Pins
 from fmsim.policies.lsa import LSA
 
 
@@ -14,12 +14,13 @@ class Foresight(LSA):
     """Keep what the memory indexer scores high or a layer attended to of late, by one sum.
 
     A page's worth to a layer is the indexer's logit (see `lsa`), one for all layers, plus `weight`
-    x log2(1 + its attention / `unit`). The attention is the layer's own: that of the prompt's last
-    queries, then what it put on the page in each step, of which `fade` is left from one decision to
-    the next. So a page that is not here, of which nobody sees what it would have got, can come back
-    by its score, and layers that differ keep different sets. The newest state is used: a recall of
-    a few pages is not worth the spare slots that it would take to overlap it. There is no
-    threshold: the budget is filled. Own work.
+    x log2(1 + its attention / `unit`). The attention is the layer's own: `prompt_share` of that of
+    the prompt's last queries, then what it put on the page in each step, of which `fade` is left
+    from one decision to the next. So a page that is not here, of which nobody sees what it would
+    have got, can come back by its score, and layers that differ keep different sets. What was
+    decoded stays by its worth alone. The newest state is used: a recall of a few pages is not worth
+    the spare slots that it would take to overlap it. The budget is filled. Own work; the numbers
+    were chosen on traces that no table shows (`benchmarks/foresight.py`).
     """
 
     name = "foresight"
@@ -34,10 +35,14 @@ class Foresight(LSA):
             False, description="use the state of one window ago, so that recall overlaps decoding"
         )
         weight: float = Field(1.0, ge=0, description="of the attention's logarithm, in logits")
-        unit: float = Field(0.01, gt=0, description="attention that adds `weight` to a page")
+        unit: float = Field(0.003, gt=0, description="attention that adds `weight` to a page")
         fade: float = Field(
             0.5, ge=0, le=1, description="what is left of attention from one decision to the next"
         )
+        prompt_share: float = Field(
+            0.15, ge=0, description="how much the attention of the prompt's last queries counts"
+        )
+        recent_entries: int = Field(4, ge=0, description="newest entries, always resident")
 
     params: Params
 
@@ -46,7 +51,11 @@ class Foresight(LSA):
         self.floor = None
         self.attention = ctx.table()
         if ctx.prompt_mass is not None:
-            self.attention[:, : ctx.n_pages] = ctx.prompt_mass
+            self.attention[:, : ctx.n_pages] = ctx.prompt_mass * self.params.prompt_share
+
+    def pins(self) -> Pins:
+        pages = self.ctx.pages
+        return Pins(sink=pages(self.params.sink_entries), recent=pages(self.params.recent_entries))
 
     def observe(self, step: int, obs: Observation) -> None:
         before = self.ctx.read(self.attention, obs.pages)

@@ -111,13 +111,13 @@ def test_stale_history_is_that_of_the_window_before(weights):
 
 
 def test_foresight_adds_the_logarithm_of_a_layers_own_attention(weights):
-    """Two layers share the logits 0 1 2 3 0 1. The prompt put 0.03 on page 1 in layer 0 alone,
-    which is three units: log2(1 + 3) = 2. In layer 1 a step puts 0.07 on page 0: log2(1 + 7) = 3.
+    """Two layers share the logits 0 1 2 3 0 1. The prompt put 0.06 on page 1 in layer 0 alone, half
+    of which is three units: log2(1 + 3) = 2. In layer 1 a step puts 0.07 on page 0: log2(1 + 7) = 3.
     After a decision half is left: log2(1 + 1.5) and log2(1 + 3.5).
     """
     mass = np.zeros((2, 8), np.float32)
-    mass[0, 1] = 0.03
-    policy = Foresight(checkpoint=weights, cadence=4)
+    mass[0, 1] = 0.06
+    policy = Foresight(checkpoint=weights, cadence=4, unit=0.01, prompt_share=0.5)
     policy.reset(Context(2, 2, 8, 4, 1, 6, 2, 16, tau=4, lookahead=lookahead, prompt_mass=mass))
     policy.decide(0)
     pages = np.broadcast_to(np.arange(6, dtype=np.int32), (2, 6))

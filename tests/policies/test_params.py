@@ -54,7 +54,8 @@ DEFAULTS = {
     "lsa": LSA,
     "lsa-history": LSA | HISTORY | {"weight": "1.0", "fade": "0.5"},
     "foresight": LSA
-    | {"scope": "per_layer", "stale": "False", "weight": "1.0", "unit": "0.01", "fade": "0.5"},
+    | {"scope": "per_layer", "stale": "False", "recent_entries": "4"}
+    | {"weight": "1.0", "unit": "0.003", "fade": "0.5", "prompt_share": "0.15"},
     "native": LSA | {"scope": "per_layer", "sees": "all"},
     "oracle": TENTH | {"cadence": "64"},
     "belady": {},
@@ -90,6 +91,7 @@ TINY, BELOW_ONE = math.ulp(0.0), math.nextafter(1.0, 0.0)
         ("foresight", "weight", 0.0, None),
         ("foresight", "unit", TINY, None),
         ("foresight", "fade", 0.0, 1.0),
+        ("foresight", "prompt_share", 0.0, None),
         ("oracle", "cadence", 1, None),
         ("pyramid", "beta", 1.0, None),
         ("pyramid", "window_tokens", 0, None),
