@@ -2,10 +2,10 @@
 
     python benchmarks/foresight.py --out results/foresight.json TRACE...
 
-The traces are recorded by `python -m fmsim.nano.measure.record_traces --split train`. Every point of
-the grid is replayed on each trace at each budget; the mass kept is over windows
-from the second on, and the score of a choice is its mean over traces and budgets. Rivals stand
-beside it. Nothing is read of the held-out traces.
+The traces are recorded by `python -m fmsim.nano.measure.record_traces --split train`. Every point
+of the grid is replayed on each trace at each budget; the mass kept is over windows from the second
+on, and the score of a choice is its mean over traces and budgets. Rivals stand beside it. Nothing
+is read of the held-out traces.
 """
 
 from __future__ import annotations
@@ -29,12 +29,12 @@ from fmsim.sim.windows import window_sums
 from fmsim.trace import read
 
 MODEL = "v4-flash"
-BUDGETS = ("10% gpu", "12.5% gpu", "25% gpu", "2%", "5%", "10%")
+BUDGETS = ("10% gpu", "12.5% gpu", "25% gpu", "5%")
 GRID = {
     "layers": (None, (4,)),
-    "unit": (0.001, 0.003, 0.01),
-    "weight": (0.7, 1.0, 1.5),
-    "fade": (0.25, 0.5),
+    "unit": (0.003, 0.01),
+    "weight": (1.0, 1.5),
+    "fade": (0.5,),
     "prompt_share": (0.15, 1.0),
 }
 HELD = {"policy": "lru", "cadence": 64, "on_miss": "mask"}
