@@ -111,9 +111,9 @@ def test_stale_history_is_that_of_the_window_before(weights):
 
 
 def test_foresight_adds_the_logarithm_of_a_layers_own_attention(weights):
-    """Two layers share the logits 0 1 2 3 0 1. The prompt put 0.06 on page 1 in layer 0 alone, half
-    of which is three units: log2(1 + 3) = 2. In layer 1 a step puts 0.07 on page 0: log2(1 + 7) = 3.
-    After a decision half is left: log2(1 + 1.5) and log2(1 + 3.5).
+    """Two layers share the logits 0 1 2 3 0 1. The prompt put 0.06 on page 1 in layer 0 alone,
+    half of which is three units: log2(1 + 3) = 2. In layer 1 a step puts 0.07 on page 0: log2(1 +
+    7) = 3. After a decision half is left: log2(1 + 1.5) and log2(1 + 3.5).
     """
     mass = np.zeros((2, 8), np.float32)
     mass[0, 1] = 0.06

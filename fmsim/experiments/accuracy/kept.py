@@ -74,9 +74,8 @@ def _row(
 def _interval(kept: bootstrap.Estimate, contexts: int) -> dict[str, Any]:
     found = kept.plain(0.0)
     if found["half_width"] is not None and found["half_width"] < 1e-9:
-        other = bootstrap.otherwise(contexts)
-        found["low"] = kept.value * (1 - other)
-        found["half_width"] = kept.value - found["low"]
+        found["half_width"] = bootstrap.otherwise(contexts)
+        found["low"] = max(0.0, kept.value - found["half_width"])
         found["high"] = kept.value + found["half_width"]
     return found
 

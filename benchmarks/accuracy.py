@@ -1,0 +1,322 @@
+"""The accuracy table from a report of benchmarks/accuracy.sh: where its figures ship, and how they
+are shown.
+
+    python benchmarks/accuracy.py results/report.json --command "benchmarks/accuracy.sh tokens"
+
+It writes benchmarks/results/accuracy.json, and what `fmsim run` shows as answers kept. Then
+`python benchmarks/answers.py --update --tables` renders pages and pictures.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+from collections.abc import Mapping, Sequence
+from html import escape
+from pathlib import Path
+from typing import Any
+
+import quality
+
+from fmsim.experiments.accuracy import measured, policy_of
+from fmsim.files import write_text
+from fmsim.policies import registry
+
+ROOT = Path(__file__).parents[1]
+FILE = "benchmarks/results/accuracy.json"
+KEPT = "fmsim/experiments/accuracy/answers_kept.json"
+PICTURE = "docs/img/answers.svg"
+HELD = "cadence=64,on_miss=mask"
+LABELS = {  # a spec without its budget: what tables and the chart say of it
+    "full": "full",
+    "recency": "recency",
+    "h2o": "h2o",
+    "snapkv": "snapkv",
+    f"lru:{HELD}": "lru held",
+    f"lru:{HELD},prompt_history=true": "lru held, seeded",
+    "lsa": "lsa",
+    "lsa-history": "lsa-history",
+    "foresight": "foresight",
+    "foresight:layers=[4]": "foresight, one layer",
+    "oracle": "oracle",
+    "lru": "lru, exact",
+    "lsa:on_miss=fallback": "lsa, fallback",
+    "native": "native",
+}
+CHARTED = {  # by label: colour, dashes, marker
+    "foresight": ("#0072b2", "", "circle"),
+    "lsa": ("#56b4e9", "6 3", "circle"),
+    "lru held, seeded": ("#d55e00", "7 3", "triangle"),
+    "h2o": ("#009e73", "2 3", "diamond"),
+    "recency": ("#7a5195", "8 3 2 3", "cross"),
+    "lru, exact": ("#000000", "", "square"),
+}
+
+Result = Mapping[str, Any]
+Row = dict[str, Any]
+
+
+def shipped(report: Result, command: str) -> tuple[Row, Row]:
+    """What accuracy.json holds, and what fmsim ships, from a report of `fmsim eval`."""
+    about = report["about"] | {"command": command}
+    keep = ("averages", "answers_kept", "mass_as_guide", "refused", "paired", "signals")
+    cells = [
+        {key: cell[key] for key in ("tokens", "task", "policy", "samples", "score", "score_ci95")}
+        for cell in report["cells"]
+    ]
+    result = {"about": about} | {key: report[key] for key in keep} | {"cells": cells}
+    plan = about["plan"]
+    rows = []
+    for row in report["answers_kept"]:
+        if row["policy"] == "full" or row["kept"] is None:
+            continue
+        known = measured.identity(policy_of(row["policy"], plan["budget"], plan["checkpoint"]))
+        ships = ("tokens", "kept", "contexts", "questions", "full_score", "score", "gpu_bytes")
+        rows.append(
+            known
+            | {key: row[key] for key in (*ships, "gpu_ratio", "mass_kept")}
+            | {"half_width": row["kept_ci95"]["half_width"]}
+        )
+    source = {
+        "command": command,
+        "date": about["date"],
+        "device": about["device"],
+        "geometry": plan["model"],
+        "model": {"name": about["model"], "sha256": about["sha256"]},
+        "families": plan["tasks"],
+    }
+    return result, {"about": source, "rows": rows}
+
+
+def named(spec: str) -> tuple[str, str]:
+    """A policy as a report calls it: (label, budget); no budget for the full cache."""
+    params = registry.split(spec)[1]
+    budget = str(params.pop("budget", ""))
+    given = spec.removesuffix(f"budget={budget}").rstrip(",:") if budget else spec
+    return LABELS.get(given, given), budget
+
+
+def lengths(result: Result) -> list[int]:
+    return sorted({row["tokens"] for row in result["averages"]})
+
+
+def tables(result: Result) -> str:
+    """A table a length: what each policy answers at its budget, and what that takes."""
+    return "\n\n".join(_of_length(result, tokens) for tokens in lengths(result))
+
+
+def _of_length(result: Result, tokens: int) -> str:
+    scores = {row["policy"]: row for row in result["averages"] if row["tokens"] == tokens}
+    kept = {row["policy"]: row for row in result["answers_kept"] if row["tokens"] == tokens}
+    contexts = max(row["contexts"] for row in kept.values())
+    lines = [
+        f"{tokens:,} tokens, {contexts} contexts:",
+        "",
+        "| policy | budget | GPU MiB | of full | requests fit | score | answers kept | mass kept |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    order = list(LABELS.values())
+    known = sorted(scores, key=lambda spec: (_share(spec), order.index(named(spec)[0])))
+    for spec in known:
+        label, budget = named(spec)
+        row, other = scores[spec], kept[spec]
+        cells = [
+            label,
+            budget or "-",
+            f"{row['gpu_bytes'] / 2**20:.1f}",
+            f"{row['gpu_ratio']:.1%}",
+            f"{row['max_requests']:.0f}",
+            _points(row["score"], row["score_ci95"]["half_width"]),
+            _points(other["kept"], (other["kept_ci95"] or {}).get("half_width")),
+            f"{row['mass_kept']:.3f}",
+        ]
+        lines.append(f"| {' | '.join(cells)} |")
+    cannot = sorted(
+        " at ".join(named(row["policy"])) for row in result["refused"] if row["tokens"] == tokens
+    )
+    return "\n".join(lines + (["", f"Not to be had: {', '.join(cannot)}."] if cannot else []))
+
+
+def _share(spec: str) -> float:
+    budget = named(spec)[1]
+    return float(budget.partition("%")[0]) if budget else math.inf
+
+
+def _points(value: float | None, half_width: float | None) -> str:
+    if value is None:
+        return "-"
+    return f"{100 * value:.1f}" + ("" if half_width is None else f" ±{100 * half_width:.1f}")
+
+
+def families(result: Result) -> str:
+    """What the full cache answers of each family, a column a length."""
+    found = {
+        (cell["task"], cell["tokens"]): cell for cell in result["cells"] if cell["policy"] == "full"
+    }
+    known = lengths(result)
+    lines = [
+        f"| family | {' | '.join(f'{tokens:,}' for tokens in known)} |",
+        f"|---|{'---|' * len(known)}",
+    ]
+    for task in dict.fromkeys(task for task, _ in found):
+        cells = [
+            _points(cell["score"], cell["score_ci95"]["half_width"])
+            if (cell := found.get((task, tokens)))
+            else "-"
+            for tokens in known
+        ]
+        lines.append(f"| `{task}` | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def guide(result: Result) -> str:
+    """How well the mass kept foretells the answers kept."""
+    found = result["mass_as_guide"]
+    rows = [("all lengths", found["all"])]
+    rows += [(f"{int(tokens):,}", row) for tokens, row in found["by_length"].items()]
+    lines = ["| tokens | points | rank correlation |", "|---|---|---|"]
+    for label, row in rows:
+        value = row["rank_correlation"]
+        lines.append(f"| {label} | {row['points']} | {'-' if value is None else f'{value:.2f}'} |")
+    return "\n".join(lines)
+
+
+def answered(result: Result) -> str:
+    """README's table: the longest contexts, a column a policy, at the budget nearest an eighth."""
+    tokens = lengths(result)[-1]
+    kept = {row["policy"]: row for row in result["answers_kept"] if row["tokens"] == tokens}
+    wanted = {"full": "", "foresight": "12.5% gpu", "lsa": "12.5% gpu"}
+    wanted |= {"lru held, seeded": "12.5% gpu", "h2o": "12.5% gpu", "recency": "12.5% gpu"}
+    shown = [
+        (label, row)
+        for label, budget in wanted.items()
+        for spec, row in kept.items()
+        if named(spec) == (label, budget)
+    ]
+    contexts = max(row["contexts"] for _, row in shown)
+    rows = [
+        [f"{tokens:,} tokens", *(label for label, _ in shown)],
+        ["---"] * (len(shown) + 1),
+        ["score of 100", *(f"{100 * row['score']:.0f}" for _, row in shown)],
+        ["answers kept", *(_percent(row) for _, row in shown)],
+        ["on the GPU, of full", *(f"{row['gpu_ratio']:.1%}" for _, row in shown)],
+        ["requests that fit", *(f"{row['max_requests']:.0f}" for _, row in shown)],
+    ]
+    tasks = len(result["about"]["plan"]["tasks"])
+    lines = [f"| {' | '.join(cells)} |" for cells in rows]
+    return "\n".join([*lines, "", f"{tasks} kinds of question, {contexts} contexts each."])
+
+
+def _percent(row: Row) -> str:
+    half_width = row["kept_ci95"]["half_width"]
+    return f"{row['kept']:.0%}" + ("" if half_width is None else f" ±{100 * half_width:.0f}")
+
+
+WIDTH, HEIGHT = quality.WIDTH, quality.HEIGHT
+LEFT, RIGHT, TOP, BOTTOM = quality.LEFT, quality.RIGHT, quality.TOP, quality.BOTTOM
+
+
+def picture(result: Result) -> str:
+    """Score against bytes on the GPU at the longest length as SVG, with 95% intervals."""
+    tokens = lengths(result)[-1]
+    rows = [row for row in result["averages"] if row["tokens"] == tokens]
+    [full] = [row for row in rows if row["policy"] == "full"]
+    title = f"What is still answered after {tokens:,} tokens, at equal bytes on the GPU"
+    plan = result["about"]["plan"]
+    lines = [
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {HEIGHT}" role="img"'
+        ' font-family="Helvetica, Arial, sans-serif" font-size="12">',
+        f"<title>{escape(title)}</title>",
+        f'<rect width="{WIDTH}" height="{HEIGHT}" fill="#ffffff"/>',
+        quality.text(LEFT, 24, title, size=15, weight="bold"),
+        quality.text(
+            LEFT,
+            44,
+            f"{len(plan['tasks'])} kinds of question, asked of nano; bytes are {plan['model']}'s."
+            " Bars: 95% intervals over contexts.",
+        ),
+        *_axes(full),
+    ]
+    ends = []
+    for label, (colour, dashes, marker) in CHARTED.items():
+        found = [row for row in rows if named(row["policy"])[0] == label]
+        found.sort(key=lambda row: row["gpu_ratio"])
+        if not found:
+            continue
+        points = [(quality.x_of(row["gpu_ratio"]), quality.y_of(row["score"])) for row in found]
+        path = " ".join(f"{x:.1f},{y:.1f}" for x, y in points)
+        lines.append(
+            f'<polyline points="{path}" fill="none" stroke="{colour}" stroke-width="2"'
+            f' stroke-dasharray="{dashes}"/>'
+        )
+        for row, (x, y) in zip(found, points, strict=True):
+            lines.append(_bar(row, x, colour))
+            lines.append(quality.shape(marker, x, y, colour))
+        ends.append((*points[-1], label, colour))
+    x, y = quality.x_of(1.0), quality.y_of(full["score"])
+    lines.append(_bar(full, x, "#000000"))
+    lines.append(quality.shape("star", x, y, "#000000"))
+    ends.append((x, y, "full cache", "#000000"))
+    return "\n".join([*lines, *quality.labels(ends), "</svg>"]) + "\n"
+
+
+def _bar(row: Row, x: float, colour: str) -> str:
+    low, high = (row["score_ci95"][end] for end in ("low", "high"))
+    if low is None:
+        return ""
+    return (
+        f'<line x1="{x:.1f}" y1="{quality.y_of(low):.1f}" x2="{x:.1f}"'
+        f' y2="{quality.y_of(high):.1f}" stroke="{colour}" stroke-width="1"/>'
+    )
+
+
+def _axes(full: Row) -> list[str]:
+    end, bottom = WIDTH - RIGHT, HEIGHT - BOTTOM
+    lines = []
+    for score in (0, 0.25, 0.5, 0.75, 1):
+        y = quality.y_of(score)
+        lines.append(f'<line x1="{LEFT}" y1="{y:.1f}" x2="{end}" y2="{y:.1f}" stroke="#dddddd"/>')
+        lines.append(quality.text(LEFT - 8, y + 4, f"{100 * score:.0f}", anchor="end"))
+    for share in quality.TICKS:
+        x = quality.x_of(share)
+        lines.append(f'<line x1="{x:.1f}" y1="{TOP}" x2="{x:.1f}" y2="{bottom}" stroke="#eeeeee"/>')
+        lines.append(quality.text(x, bottom + 18, f"{100 * share:g}%", anchor="middle"))
+    size = full["gpu_bytes"] / 2**30
+    said = f"GPU bytes of a request, share of the full cache's {size:.2f} GiB"
+    lines.append(quality.text((LEFT + end) / 2, HEIGHT - 14, said, anchor="middle"))
+    lines.append(
+        f'<text transform="translate(18 {(TOP + bottom) / 2:.0f}) rotate(-90)"'
+        ' text-anchor="middle" fill="#222222">score of 100</text>'
+    )
+    return lines
+
+
+def write(report: Path, command: str) -> None:
+    found: Row = json.loads(report.read_text(encoding="utf-8"))
+    result, ships = shipped(found, command)
+    for path, content in ((FILE, result), (KEPT, ships)):
+        write_text(ROOT / path, json.dumps(_rounded(content), indent=1) + "\n")
+
+
+def _rounded(value: Any) -> Any:
+    """Floats with five digits."""
+    if isinstance(value, float):
+        return float(f"{value:.5g}")
+    if isinstance(value, Mapping):
+        return {key: _rounded(one) for key, one in value.items()}
+    if isinstance(value, Sequence) and not isinstance(value, str):
+        return [_rounded(one) for one in value]
+    return value
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("report", type=Path)
+    parser.add_argument("--command", required=True)
+    args = parser.parse_args()
+    write(args.report, args.command)
+
+
+if __name__ == "__main__":
+    main()
