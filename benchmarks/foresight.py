@@ -1,11 +1,13 @@
-"""How `foresight`'s numbers were chosen: the mass that it keeps on traces of the training text.
+"""`foresight` beside its rivals: the mass that each keeps at equal bytes on the GPU, and at shares of
+the entries.
 
-    python benchmarks/foresight.py --out results/foresight.json TRACE...
+    python benchmarks/foresight.py --out benchmarks/results/ladder.json traces/nano-*.safetensors
+    python benchmarks/foresight.py --grid --out grid.json TRACE...
 
-The traces are recorded by `python -m fmsim.nano.measure.record_traces --split train`. Every point
-of the grid is replayed on each trace at each budget; the mass kept is over windows from the second
-on, and the score of a choice is its mean over traces and budgets. Rivals stand beside it. Nothing
-is read of the held-out traces.
+With `--grid` its numbers are chosen, on traces that no table shows. Those of the training text
+are recorded by `python -m fmsim.nano.measure.record_traces --split train`. Every point of the grid
+is replayed on each trace at each budget, and the score of a choice is its mean over them. The mass
+kept is over windows from the second on.
 """
 
 from __future__ import annotations
@@ -13,6 +15,7 @@ from __future__ import annotations
 import argparse
 import datetime
 import json
+from collections.abc import Mapping, Sequence
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -29,7 +32,8 @@ from fmsim.sim.windows import window_sums
 from fmsim.trace import read
 
 MODEL = "v4-flash"
-BUDGETS = ("10% gpu", "12.5% gpu", "25% gpu", "5%")
+BUDGETS = ("2%", "3%", "5%", "10%", "10% gpu", "12.5% gpu", "25% gpu")
+GRID_BUDGETS = ("5%", "10% gpu", "12.5% gpu", "25% gpu")
 GRID = {
     "layers": (None, (4,)),
     "unit": (0.003, 0.01),
@@ -47,6 +51,11 @@ RIVALS: dict[str, dict[str, Any]] = {
     "lsa-history, seeded": {"policy": "lsa-history", "prompt_history": True},
     "oracle": {"policy": "oracle"},
 }
+OWN: dict[str, dict[str, Any]] = {
+    "foresight": {"policy": "foresight"},
+    "foresight, one layer": {"policy": "foresight", "layers": (4,)},
+}
+PART = "ladder"  # of benchmarks/results/indexer.md
 
 
 def choices() -> dict[str, dict[str, Any]]:
@@ -58,7 +67,9 @@ def choices() -> dict[str, dict[str, Any]]:
     return found
 
 
-def kept(path: Path, specs: dict[str, dict[str, Any]]) -> dict[str, list[float | None]]:
+def kept(
+    path: Path, specs: dict[str, dict[str, Any]], budgets: Sequence[str]
+) -> dict[str, list[float | None]]:
     """By label the mass kept at each budget; None where a policy cannot be."""
     trace = read(path)
     geometry = PRESETS[MODEL]
@@ -77,30 +88,71 @@ def kept(path: Path, specs: dict[str, dict[str, Any]]) -> dict[str, list[float |
         )
         return float(part.sum() / whole.sum())
 
-    work = [(label, budget) for label in specs for budget in BUDGETS]
+    work = [(label, budget) for label in specs for budget in budgets]
     found = list(in_parallel(one, len(work)))
-    count = len(BUDGETS)
+    count = len(budgets)
     return {label: found[place * count : (place + 1) * count] for place, label in enumerate(specs)}
+
+
+def tables(result: Mapping[str, Any]) -> str:
+    """A table a trace: policies in rows, budgets in columns, the best that a server has in bold."""
+    parts = []
+    for name, rows in result["by_trace"].items():
+        parts += [
+            f"{name.removesuffix('.safetensors')}:",
+            "",
+            f"| mass kept | {' | '.join(result['budgets'])} |",
+            f"|---|{'---|' * len(result['budgets'])}",
+        ]
+        best = [
+            max(
+                (row[at] for label, row in rows.items() if label != "oracle" and row[at]), default=0
+            )
+            for at in range(len(result["budgets"]))
+        ]
+        for label, row in rows.items():
+            cells = ["-" if value is None else f"{value:.3f}" for value in row]
+            cells = [
+                f"**{cell}**" if label != "oracle" and value == most else cell
+                for cell, value, most in zip(cells, row, best, strict=True)
+            ]
+            parts.append(f"| {label} | {' | '.join(cells)} |")
+        parts.append("")
+    return "\n".join(parts).strip()
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("traces", nargs="+", type=Path)
     parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--grid", action="store_true")
     args = parser.parse_args()
-    specs = RIVALS | choices()
-    by_trace = {path.name: kept(path, specs) for path in args.traces}
-    rows = []
-    for label in specs:
-        figures = np.array([by_trace[name][label] for name in by_trace], dtype=np.float64)
-        by_budget = [float(value) for value in np.nanmean(figures, axis=0)]
-        rows.append({"policy": label, "kept": by_budget, "mean": float(np.mean(by_budget))})
-    rows.sort(key=lambda row: -row["mean"])
-    date = f"{datetime.datetime.now():%F %T}"
-    report = {"date": date, "model": MODEL, "budgets": BUDGETS, "rows": rows, "by_trace": by_trace}
-    args.out.write_text(json.dumps(report, indent=1) + "\n")
-    for row in [*rows[:12], *(row for row in rows[12:] if row["policy"] in RIVALS)]:
-        print(f"{row['policy']:64s}", *(f"{value:.3f}" for value in row["kept"]))
+    specs = RIVALS | (choices() if args.grid else OWN)
+    budgets = GRID_BUDGETS if args.grid else BUDGETS
+    command = "python benchmarks/foresight.py --out FILE " + (
+        "--grid TRACE..." if args.grid else ""
+    )
+    report: dict[str, Any] = {
+        "command": command.strip(),
+        "date": f"{datetime.datetime.now(datetime.UTC):%F %T}",
+        "model": MODEL,
+        "budgets": budgets,
+        "by_trace": {},
+    }
+    for path in args.traces:
+        found = kept(path, specs, budgets)
+        report["by_trace"][path.name] = {
+            label: [None if value is None else round(value, 4) for value in row]
+            for label, row in found.items()
+        }
+        args.out.write_text(json.dumps(report, indent=1) + "\n")
+    by_trace = report["by_trace"].values()
+    means = {
+        label: np.nanmean(np.array([rows[label] for rows in by_trace], np.float64), axis=0)
+        for label in specs
+    }
+    for label in sorted(means, key=lambda label: -np.nanmean(means[label])):
+        print(f"{label:64s}", *(f"{value:.3f}" for value in means[label]))
 
 
 if __name__ == "__main__":
