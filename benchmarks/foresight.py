@@ -1,5 +1,5 @@
-"""`foresight` beside its rivals: the mass that each keeps at equal bytes on the GPU, and at shares of
-the entries.
+"""`foresight` beside its rivals: the mass that each keeps at equal bytes on the GPU, and at shares
+of the entries.
 
     python benchmarks/foresight.py --out benchmarks/results/ladder.json traces/nano-*.safetensors
     python benchmarks/foresight.py --grid --out grid.json TRACE...
@@ -36,10 +36,10 @@ BUDGETS = ("2%", "3%", "5%", "10%", "10% gpu", "12.5% gpu", "25% gpu")
 GRID_BUDGETS = ("5%", "10% gpu", "12.5% gpu", "25% gpu")
 GRID = {
     "layers": (None, (4,)),
-    "unit": (0.003, 0.01),
-    "weight": (1.0, 1.5),
+    "unit": (1e-6, 1e-5, 1e-4, 3e-3),
+    "weight": (0.7, 1.0, 1.25, 1.5),
     "fade": (0.5,),
-    "prompt_share": (0.15, 1.0),
+    "prompt_share": (0.15,),
 }
 HELD = {"policy": "lru", "cadence": 64, "on_miss": "mask"}
 RIVALS: dict[str, dict[str, Any]] = {

@@ -117,7 +117,7 @@ def test_foresight_adds_the_logarithm_of_a_layers_own_attention(weights):
     """
     mass = np.zeros((2, 8), np.float32)
     mass[0, 1] = 0.06
-    policy = Foresight(checkpoint=weights, cadence=4, unit=0.01, prompt_share=0.5)
+    policy = Foresight(checkpoint=weights, cadence=4, unit=0.01, weight=1, prompt_share=0.5)
     policy.reset(Context(2, 2, 8, 4, 1, 6, 2, 16, tau=4, lookahead=lookahead, prompt_mass=mass))
     policy.decide(0)
     pages = np.broadcast_to(np.arange(6, dtype=np.int32), (2, 6))
