@@ -14,6 +14,7 @@ from pathlib import Path
 import command_reference
 import policy_list
 import policy_reference
+import preset_list
 import python_reference
 import results_reference
 import rooms_table
@@ -29,6 +30,7 @@ PAGES: dict[str, Callable[[], str]] = {
     "reference/policies.md": policy_list.policies,
     "reference/policy.md": policy_reference.policy,
     "reference/policy-context.md": policy_reference.context,
+    "reference/presets.md": preset_list.presets,
     "reference/python.md": python_reference.names,
     "reference/results.md": results_reference.figures,
     "reference/scenario.md": scenario_reference.keys,
