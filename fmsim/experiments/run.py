@@ -9,9 +9,9 @@ from typing import Any
 
 from fmsim import __version__
 from fmsim.errors import BadParameter, FmsimError
-from fmsim.experiments.accuracy.measured import about_answers, answers_kept
 from fmsim.experiments.driving import layers_that_drive, stands_for
 from fmsim.experiments.failures import TIMEOUT_S, Failure, guarded, lost, raise_if_all
+from fmsim.experiments.measured_answers import about_answers, answers_kept
 from fmsim.experiments.parallel import in_parallel
 from fmsim.experiments.progress import Progress, StepsTold, Tally, log, silent
 from fmsim.experiments.results import (

@@ -1,6 +1,8 @@
 """A command that needs more than the base install says so in one line, before it does anything."""
 
+import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -43,3 +45,54 @@ def test_a_module_that_is_there_is_enough_and_one_that_is_not_is_named(monkeypat
     monkeypatch.setitem(extras.MODULES, "report", ("json", "no_such_module"))
     with pytest.raises(FmsimError, match="anything needs no_such_module"):
         extras.require("report", "anything")
+
+
+ROOT = Path(__file__).parents[2]
+# What the base install lacks: packages of the extras, and what only they bring.
+ABSENT = ("accelerate", "gguf", "optuna", "pandas", "plotly", "pyarrow", "ray", "tokenizers")
+ABSENT += ("torch", "transformers", "triton")
+BASE = f"""
+import sys
+sys.modules |= dict.fromkeys({ABSENT!r})  # an import of None is a ModuleNotFoundError
+from fmsim.cli import main
+main()
+"""
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        "run 32k -p full -p h2o",
+        "run serve -p full --set workload.duration_s=5",
+        "plan 32k -p full",
+        "compare recency h2o --scenario 32k",
+        "trace stats {root}/traces/nano-32k-needles.safetensors",
+        "model show v3.2",
+        "init mine.yaml",
+        "doctor",
+    ],
+)
+def test_the_base_install_is_enough(command, tmp_path):
+    words = command.format(root=ROOT).split()
+    code = BASE.replace("import sys", f"import sys; sys.path.insert(0, {str(ROOT)!r})", 1)
+    done = subprocess.run(
+        [sys.executable, "-c", code, *words], cwd=tmp_path, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+
+
+def test_the_python_api_needs_no_extra(tmp_path):
+    script = "\n".join(
+        [
+            "import sys",
+            f"sys.path.insert(0, {str(ROOT)!r})",
+            f"sys.modules |= dict.fromkeys({ABSENT!r})",
+            "import fmsim",
+            "assert all(getattr(fmsim, name) for name in fmsim.__all__)",
+            "fmsim.check_policy(fmsim.build_policy('lru'))",
+        ]
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script], cwd=tmp_path, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr[-2000:]

@@ -5,7 +5,7 @@ policy and budget are the same, and nowhere else.
 import pytest
 from made_trace import make_trace
 
-from fmsim.experiments.accuracy import measured
+from fmsim.experiments import measured_answers as measured
 from fmsim.experiments.results import Results
 from fmsim.experiments.run import run_scenario
 from fmsim.policies import registry

@@ -1,4 +1,8 @@
-"""What was measured of answers under policies, shipped beside this file: `fmsim run` shows it."""
+"""What `fmsim eval` measured of answers under policies, as it ships: `fmsim run` shows it.
+
+The file lies with `experiments.accuracy`. This module does not, since that room loads what only the
+`model` extra installs.
+"""
 
 from __future__ import annotations
 
@@ -69,6 +73,6 @@ def _same(row: dict[str, Any], policy: Policy) -> bool:
 
 @cache
 def _table() -> dict[str, Any]:
-    text = (files("fmsim.experiments.accuracy") / FILE).read_text(encoding="utf-8")
+    text = files("fmsim.experiments").joinpath("accuracy", FILE).read_text(encoding="utf-8")
     table: dict[str, Any] = json.loads(text)
     return table
