@@ -11,7 +11,7 @@ from typing import Annotated
 import typer
 
 from fmsim.cli.extras import require
-from fmsim.cli.options import Quiet, Verbose
+from fmsim.cli.options import Columns, Csv, Quiet, Verbose, Wide, print_found, write_page
 from fmsim.cli.progress import bar
 
 # All at an equal budget: LSA's own threshold would leave part of its budget unused.
@@ -92,11 +92,14 @@ def evaluate(
         ),
     ] = None,
     plot: Annotated[
-        Path | None, typer.Option(help="write accuracy against footprint as an HTML page")
+        Path | None, typer.Option(help="write the page of `fmsim report` here as well")
     ] = None,
     as_json: Annotated[
         bool, typer.Option("--json", help="print one JSON object instead of the tables")
     ] = False,
+    as_csv: Csv = False,
+    wide: Wide = False,
+    columns: Columns = None,
     quiet: Quiet = False,
     verbose: Verbose = False,
 ) -> None:
@@ -118,8 +121,6 @@ def evaluate(
     from fmsim.report.tables import accuracy as table
     from fmsim.tasks import FAMILIES
 
-    if plot:
-        require("report", "--plot")
     if (corpus is None) == (not text):
         raise FmsimError(
             "eval: give either --corpus, the folder that"
@@ -153,11 +154,19 @@ def evaluate(
     if out:
         write_text(out / "report.json", json.dumps(report, indent=1) + "\n")
     if plot:
-        from fmsim.report.plots.accuracy import footprint_figure
-        from fmsim.report.plots.html import write_page
+        from fmsim.report.pages import accuracy as page
+        from fmsim.report.pages.layout import render
 
-        write_page(footprint_figure(report), plot)
-    typer.echo(json.dumps(report)) if as_json else table.show(report)
+        write_page(plot, render(page.page(report, plot.stem)), "--plot")
+    print_found(
+        report,
+        report["cells"],
+        lambda: table.parts(report),
+        as_json=as_json,
+        as_csv=as_csv,
+        wide=wide,
+        columns=columns,
+    )
 
 
 def _length(text: str) -> tuple[int, ...]:

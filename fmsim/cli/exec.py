@@ -11,7 +11,17 @@ import typer
 
 from fmsim.cli.extras import require
 from fmsim.cli.given import device_given, policy_given
-from fmsim.cli.options import TIMEOUT_S, NoVerify, PolicyTimeout, Quiet, Verbose
+from fmsim.cli.options import (
+    TIMEOUT_S,
+    Columns,
+    Csv,
+    NoVerify,
+    PolicyTimeout,
+    Quiet,
+    Verbose,
+    Wide,
+    print_found,
+)
 from fmsim.cli.progress import bar, token_bar
 
 if TYPE_CHECKING:
@@ -136,6 +146,9 @@ def exec_(
     as_json: Annotated[
         bool, typer.Option("--json", help="print one JSON object, in the fields of `fmsim run`")
     ] = False,
+    as_csv: Csv = False,
+    wide: Wide = False,
+    columns: Columns = None,
     device: Annotated[
         str | None, typer.Option(help="cuda or cpu; cuda where there is one by default")
     ] = None,
@@ -210,14 +223,17 @@ def exec_(
             raise PolicyError(f"policy {chosen.name}: {why}")
 
         report, transcript = alone(work, asked, lost, policy_timeout)
-    if as_json:
-        from fmsim.files import strict_json
+    from fmsim.report.tables import measured
 
-        typer.echo(strict_json.dump(report))
-    else:
-        from fmsim.report.tables import measured
-
-        measured.show(report, transcript)
+    print_found(
+        report,
+        report["policies"],
+        lambda: measured.parts(report, transcript),
+        as_json=as_json,
+        as_csv=as_csv,
+        wide=wide,
+        columns=columns,
+    )
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from fmsim.cli.extras import require
-from fmsim.cli.options import Json, echo_json
+from fmsim.cli.options import Columns, Csv, Json, Wide, print_found
 
 app = typer.Typer(
     help="List hardware presets, or measure one on this machine's GPU.", no_args_is_help=True
@@ -16,16 +16,26 @@ app = typer.Typer(
 
 
 @app.command("list")
-def list_hardware(as_json: Json = False) -> None:
+def list_hardware(
+    as_json: Json = False,
+    as_csv: Csv = False,
+    wide: Wide = False,
+    columns: Columns = None,
+) -> None:
     """All presets, one a line."""
     from fmsim.experiments.models import hardware_listed
     from fmsim.report.tables import hardware
 
     rows = hardware_listed()
-    if as_json:
-        echo_json({"hardware": rows})
-    else:
-        hardware.show_list(rows)
+    print_found(
+        {"hardware": rows},
+        rows,
+        lambda: hardware.listed(rows),
+        as_json=as_json,
+        as_csv=as_csv,
+        wide=wide,
+        columns=columns,
+    )
 
 
 @app.command()

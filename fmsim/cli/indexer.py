@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import enum
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from fmsim.cli.extras import require
-from fmsim.cli.options import NoVerify, finite
+from fmsim.cli.options import Columns, Csv, Json, NoVerify, Wide, finite, print_found, write_page
 from fmsim.cli.progress import track
 
 if TYPE_CHECKING:
@@ -220,7 +219,10 @@ def evaluate(
         str, typer.Option(help="whose bytes a budget is of: a preset (`fmsim model list`)")
     ] = "v4-flash",
     plot: Annotated[Path | None, typer.Option(help="write the curves as an HTML page")] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="print one JSON object")] = False,
+    as_json: Json = False,
+    as_csv: Csv = False,
+    wide: Wide = False,
+    columns: Columns = None,
     no_verify: NoVerify = False,
 ) -> None:
     """Recall of golden entries and of attention mass against kept share, beside simpler rankings
@@ -235,8 +237,6 @@ def evaluate(
     from fmsim.indexer.labels import LabelRule
     from fmsim.report.tables import indexer as table
 
-    if plot:
-        require("report", "--plot")
     read = _read(traces, LabelRule(head_share, min_layers, horizon, state_age), "scoring")
     held = checkpoints.load(native) if native else _nanos_own([found for found, _ in read])
     found = run(checkpoints.load(checkpoint), read, native=held)
@@ -246,14 +246,19 @@ def evaluate(
             windows.name: _rivals(each, budget, model, checkpoint, own) for each, windows in read
         }
     if plot:
-        from fmsim.report.plots.html import write_page
-        from fmsim.report.plots.recall import recall_figure
+        from fmsim.report.pages import recall
+        from fmsim.report.pages.layout import render
 
-        write_page(recall_figure(found), plot)
-    if as_json:
-        typer.echo(json.dumps(found, indent=1))
-    else:
-        table.show(found)
+        write_page(plot, render(recall.page(found, checkpoint.stem)), "--plot")
+    print_found(
+        found,
+        table.rows(found),
+        lambda: table.parts(found),
+        as_json=as_json,
+        as_csv=as_csv,
+        wide=wide,
+        columns=columns,
+    )
 
 
 def _rivals(

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -91,6 +92,44 @@ def echo_csv(rows: Sequence[dict[str, Any]]) -> None:
     from fmsim.experiments.rows import csv_text
 
     typer.echo(csv_text(rows), nl=False)
+
+
+def print_found(
+    found: Any,
+    rows: Sequence[dict[str, Any]],
+    parts: Callable[[], Sequence[Any]],
+    *,
+    as_json: bool,
+    as_csv: bool,
+    wide: bool,
+    columns: str | None,
+) -> None:
+    """Print what a command found, in the way that was asked for: as JSON, its `rows` as CSV, or
+    the texts and tables of `parts`.
+    """
+    if as_json:
+        echo_json(found)
+    elif as_csv:
+        from fmsim.experiments.rows import flat
+
+        echo_csv([flat(row) for row in rows])
+    else:
+        from fmsim.report.grid import View, show_parts
+
+        show_parts(parts(), View.of_terminal(wide, columns))
+
+
+def write_page(path: Path, text: str, option: str) -> None:
+    """Write a page whole, or not at all; FmsimError names `option` where it cannot be written."""
+    from fmsim.errors import FmsimError
+    from fmsim.files import write_text
+
+    try:
+        write_text(path, text)
+    except OSError as error:
+        raise FmsimError(
+            f"{option} {path}: cannot be written ({error.strerror}); choose another place"
+        ) from None
 
 
 def end_with_failures(failed: Sequence[dict[str, Any]]) -> None:

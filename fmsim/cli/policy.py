@@ -6,38 +6,57 @@ from typing import Annotated
 
 import typer
 
-from fmsim.cli.options import Json, echo_json
+from fmsim.cli.options import Columns, Csv, Json, Wide, print_found
 
 app = typer.Typer(help="List policies and their parameters.", no_args_is_help=True)
 
 
 @app.command("list")
-def list_policies(as_json: Json = False) -> None:
+def list_policies(
+    as_json: Json = False,
+    as_csv: Csv = False,
+    wide: Wide = False,
+    columns: Columns = None,
+) -> None:
     """All installed policies, one a line."""
     from fmsim.policies import registry
-    from fmsim.report.tables import policy
+    from fmsim.report.tables import listing
 
     rows = [registry.info(name) for name in registry.names()]
-    if as_json:
-        echo_json({"policies": rows})
-    else:
-        policy.show_list(rows)
+    names = ("name", "action", "evidence", "decision_scope")
+    print_found(
+        {"policies": rows},
+        [{name: row[name] for name in (*names, "summary", "module")} for row in rows],
+        lambda: listing.parts(rows, names, "summary"),
+        as_json=as_json,
+        as_csv=as_csv,
+        wide=wide,
+        columns=columns,
+    )
 
 
 @app.command()
 def show(
     name: Annotated[str, typer.Argument(help="a policy's name, e.g. lsa, or path/file.py:Class")],
     as_json: Json = False,
+    as_csv: Csv = False,
+    wide: Wide = False,
+    columns: Columns = None,
 ) -> None:
     """One policy: what it does, its source, and every parameter with its default."""
     from fmsim.policies import registry
     from fmsim.report.tables import policy
 
     found = registry.info(name)
-    if as_json:
-        echo_json(found)
-    else:
-        policy.show(found)
+    print_found(
+        found,
+        found["parameters"],
+        lambda: policy.parts(found),
+        as_json=as_json,
+        as_csv=as_csv,
+        wide=wide,
+        columns=columns,
+    )
 
 
 @app.command()

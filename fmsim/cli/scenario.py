@@ -6,22 +6,32 @@ from typing import Annotated
 
 import typer
 
-from fmsim.cli.options import Json, echo_json
+from fmsim.cli.options import Columns, Csv, Json, Wide, echo_json, print_found
 
 app = typer.Typer(help="List the scenarios that fmsim carries, and see one.", no_args_is_help=True)
 
 
 @app.command("list")
-def list_scenarios(as_json: Json = False) -> None:
+def list_scenarios(
+    as_json: Json = False,
+    as_csv: Csv = False,
+    wide: Wide = False,
+    columns: Columns = None,
+) -> None:
     """All that can be run by name, in any folder: fmsim run 500k."""
     from fmsim.experiments import scenarios
     from fmsim.report.tables import listing
 
     rows = scenarios.listed()
-    if as_json:
-        echo_json({"scenarios": rows})
-    else:
-        listing.show(rows, ("name", "model", "hardware", "trace", "description"))
+    print_found(
+        {"scenarios": rows},
+        rows,
+        lambda: listing.parts(rows, ("name", "model", "hardware", "trace"), "description"),
+        as_json=as_json,
+        as_csv=as_csv,
+        wide=wide,
+        columns=columns,
+    )
 
 
 @app.command()

@@ -18,8 +18,8 @@ from fmsim.cli.options import (
     Quiet,
     Verbose,
     Wide,
-    echo_csv,
     one_thread_a_process,
+    print_found,
 )
 from fmsim.cli.progress import bar
 from fmsim.errors import ExitCode
@@ -110,7 +110,6 @@ def sweep(
 
     one_thread_a_process()
     from fmsim.experiments.parallel import cores
-    from fmsim.report.grid import View
     from fmsim.report.tables import sweep as rows_table
 
     placed = deployment.overrides(
@@ -147,17 +146,15 @@ def sweep(
             timeout_s=policy_timeout,
             progress=progress,
         )
-    if as_json:
-        from fmsim.files import strict_json
-
-        typer.echo(strict_json.dump(rows))
-    elif as_csv:
-        echo_csv(rows)
-    else:
-        rows_table.show(
-            rows,
-            f"{made} of {len(rows)} runs done now, the others before; rows in {out}",
-            View.of_terminal(wide, columns),
-        )
+    note = f"{made} of {len(rows)} runs done now, the others before; rows in {out}"
+    print_found(
+        rows,
+        rows,
+        lambda: rows_table.parts(rows, note),
+        as_json=as_json,
+        as_csv=as_csv,
+        wide=wide,
+        columns=columns,
+    )
     if any(row.get("failed") for row in rows) or (rows and all("error" in row for row in rows)):
         raise typer.Exit(ExitCode.FAILED)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import enum
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -11,7 +10,7 @@ import typer
 
 from fmsim.cli import exchange, trace_tools
 from fmsim.cli.extras import require
-from fmsim.cli.options import NoVerify
+from fmsim.cli.options import Columns, Csv, Json, NoVerify, Wide, print_found
 from fmsim.cli.progress import token_bar
 
 if TYPE_CHECKING:
@@ -37,7 +36,10 @@ def info(
     check: Annotated[
         bool, typer.Option("--check", help="read every value again, and compare the digest")
     ] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="print one JSON object")] = False,
+    as_json: Json = False,
+    as_csv: Csv = False,
+    wide: Wide = False,
+    columns: Columns = None,
     no_verify: NoVerify = False,
 ) -> None:
     """What a trace was recorded from, and how its attention is spread.
@@ -47,30 +49,19 @@ def info(
     fmsim trace info traces/nano-500k-needles.safetensors --check --json
     """
     from fmsim import trace
+    from fmsim.report.tables import trace_info
     from fmsim.trace.summary import summary
 
     found = summary(trace.read(file, check or None))
-    if as_json:
-        typer.echo(json.dumps(found, indent=1))
-    else:
-        _show(file, found)
-
-
-def _show(file: Path, found: dict) -> None:
-    from rich.table import Table
-
-    from fmsim.report.console import wide_console
-
-    console = wide_console(120)
-    console.print(f"[bold]{file}[/bold]  {found['bytes'] / 1e6:.1f} MB")
-    for key, value in found["about"].items():
-        console.print(f"{key:>16}  {value}", markup=False, highlight=False)
-    table = Table("layer", header_style="bold", pad_edge=False)
-    for name in found["layers"][0]:
-        table.add_column(name.replace("_", " "), justify="right")
-    for number, row in enumerate(found["layers"]):
-        table.add_row(str(number), *(f"{value:.1%}" for value in row.values()))
-    console.print(table)
+    print_found(
+        found,
+        [{"layer": number} | row for number, row in enumerate(found["layers"])],
+        lambda: trace_info.parts(str(file), found),
+        as_json=as_json,
+        as_csv=as_csv,
+        wide=wide,
+        columns=columns,
+    )
 
 
 @app.command()

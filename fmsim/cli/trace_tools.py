@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Annotated
 
 import typer
+
+from fmsim.cli.options import Columns, Csv, Json, Wide, print_found, write_page
 
 
 def cut(
@@ -70,7 +71,10 @@ def pack(
 
 def stats(
     file: Annotated[Path, typer.Argument(help="a trace (.safetensors)")],
-    as_json: Annotated[bool, typer.Option("--json", help="print one JSON object")] = False,
+    as_json: Json = False,
+    as_csv: Csv = False,
+    wide: Wide = False,
+    columns: Columns = None,
     html: Annotated[Path | None, typer.Option(help="write one HTML page as well")] = None,
     steps: Annotated[int | None, typer.Option(min=1, help="only the first steps")] = None,
 ) -> None:
@@ -86,8 +90,16 @@ def stats(
 
     found = measured(trace.read(file), steps)
     if html is not None:
-        table.write_page(html, file.name, found)
-    if as_json:
-        typer.echo(json.dumps(found))
-    else:
-        table.show(file.name, found)
+        from fmsim.report.pages import trace as page
+        from fmsim.report.pages.layout import render
+
+        write_page(html, render(page.page(found)), "--html")
+    print_found(
+        found,
+        [row | {"layer": label} for label, row in table.rows(found)],
+        lambda: table.parts(found),
+        as_json=as_json,
+        as_csv=as_csv,
+        wide=wide,
+        columns=columns,
+    )

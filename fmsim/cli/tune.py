@@ -7,7 +7,18 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from fmsim.cli.options import TIMEOUT_S, NoVerify, PolicyTimeout, Quiet, Verbose, finite
+from fmsim.cli.options import (
+    TIMEOUT_S,
+    Columns,
+    Csv,
+    NoVerify,
+    PolicyTimeout,
+    Quiet,
+    Verbose,
+    Wide,
+    finite,
+    print_found,
+)
 from fmsim.cli.progress import bar
 
 if TYPE_CHECKING:
@@ -43,6 +54,9 @@ def tune(
     as_json: Annotated[
         bool, typer.Option("--json", help="print one JSON object: best, pareto, trials, failed")
     ] = False,
+    as_csv: Csv = False,
+    wide: Wide = False,
+    columns: Columns = None,
     study: Annotated[
         Path, typer.Option(help="file of JSON lines that keeps trials, so that a search goes on")
     ] = Path("tune.jsonl"),
@@ -68,29 +82,32 @@ def tune(
     kept; the best at or above the floor is marked.
     """
     from fmsim.experiments.tune import ranges_of
+    from fmsim.report.tables import sweep as rows_table
     from fmsim.scenario import ScenarioFile
 
     file = ScenarioFile(scenario, override, [policy])
     label, named = file.selected[0].label, file.selected[0].policy
     ranges = ranges_of(named, range_)
     found = _with_progress(file, label, ranges, trials, floor, seed, quiet, study, policy_timeout)
-    if as_json:
-        from fmsim.files import strict_json
+    print_found(
+        _whole(found),
+        _rows(found, label),
+        lambda: rows_table.parts(_rows(found, label), _note(found)),
+        as_json=as_json,
+        as_csv=as_csv,
+        wide=wide,
+        columns=columns,
+    )
 
-        best = _plain(found.best) if found.best else None
-        failed = [{"values": values, "error": error} for values, error in found.failed]
-        typer.echo(
-            strict_json.dump(
-                {
-                    "best": best,
-                    "pareto": [*map(_plain, found.front)],
-                    "trials": [*map(_plain, found.trials)],
-                    "failed": failed,
-                }
-            )
-        )
-    else:
-        _show(found, label)
+
+def _whole(found: Tuning) -> dict[str, Any]:
+    """The best setting, the Pareto front, all trials, and what could not run."""
+    return {
+        "best": _plain(found.best) if found.best else None,
+        "pareto": [*map(_plain, found.front)],
+        "trials": [*map(_plain, found.trials)],
+        "failed": [{"values": values, "error": error} for values, error in found.failed],
+    }
 
 
 def _with_progress(
@@ -127,20 +144,23 @@ def _plain(trial: Trial) -> dict[str, Any]:
     }
 
 
-def _show(found: Tuning, policy: str) -> None:
+def _rows(found: Tuning, policy: str) -> list[dict[str, Any]]:
+    """The Pareto front, a row a setting."""
     from fmsim.experiments.rows import flat
-    from fmsim.report.tables import sweep as rows_table
 
-    rows = [
+    return [
         flat(trial.figures)
         | {"policy": f"{policy}, best" if trial is found.best else policy}
         | {f"set.{name}": value for name, value in trial.values.items()}
         for trial in found.front
     ]
+
+
+def _note(found: Tuning) -> str:
     above = (
         f"the best that keeps {found.floor:.0%} of the mass is marked"
         if found.best
         else f"none keeps {found.floor:.0%} of the mass"
     )
     failed = f", {len(found.failed)} could not run" if found.failed else ""
-    rows_table.show(rows, f"Pareto front of {len(found.trials)} settings{failed}; {above}")
+    return f"Pareto front of {len(found.trials)} settings{failed}; {above}"

@@ -11,12 +11,14 @@ from fmsim.cli.extras import require
 from fmsim.cli.options import (
     TIMEOUT_S,
     Columns,
+    Csv,
     NoVerify,
     PolicyTimeout,
     Quiet,
     Verbose,
     Wide,
     end_with_failures,
+    print_found,
 )
 from fmsim.cli.progress import Show, bar
 
@@ -55,6 +57,7 @@ def validate(
     as_json: Annotated[
         bool, typer.Option("--json", help="print one JSON object instead of the table")
     ] = False,
+    as_csv: Csv = False,
     wide: Wide = False,
     columns: Columns = None,
     policy_timeout: PolicyTimeout = TIMEOUT_S,
@@ -87,15 +90,17 @@ def validate(
     with bar("starting torch", quiet=quiet) as show:
         files = [ScenarioFile(scenario, override + other, policy) for other in other_traces]
         report = _validated(files, device, whole_steps, batch, steps, policy_timeout, show)
-    if as_json:
-        import json
+    from fmsim.report.tables import validation
 
-        typer.echo(json.dumps(report))
-    else:
-        from fmsim.report.grid import View
-        from fmsim.report.tables import validation
-
-        validation.show(report, View.of_terminal(wide, columns))
+    print_found(
+        report,
+        report["policies"],
+        lambda: validation.parts(report),
+        as_json=as_json,
+        as_csv=as_csv,
+        wide=wide,
+        columns=columns,
+    )
     end_with_failures(failed_altogether(report))
     if not all(row["identical"] and row["memory_holds"] for row in report["policies"]):
         raise typer.Exit(1)

@@ -6,6 +6,7 @@ Needs the trace.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -14,6 +15,7 @@ import numpy as np
 
 from fmsim.errors import FmsimError
 from fmsim.experiments.parallel import in_parallel
+from fmsim.experiments.progress import Tally
 from fmsim.policies import registry
 from fmsim.replay.ledger import Ledger
 from fmsim.replay.replayer import Replayer
@@ -22,16 +24,11 @@ from fmsim.sim.footprint import check_layer_map
 from fmsim.trace import Trace
 
 GRANULARITIES = (1, 4, 16, 64)
-SHARES = (
-    0.005,
-    0.01,
-    0.02,
-    0.05,
-    0.1,
-    0.2,
-    0.35,
-    0.5,
-)  # of the prompt's entries: budgets that are replayed
+SHARES = (0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.35, 0.5)  # of the prompt's entries: budgets
+# of a long prompt, whose replays take long; a run's own budgets are points too
+LONG_ENTRIES = 20_000
+FEW_SHARES = (0.02, 0.4)
+FEW_GRANULARITIES = (1, 16)
 LRU_POINTS = 120  # of the curve that one pass gives at every budget
 
 
@@ -50,9 +47,11 @@ def compute(
     trace: Trace,
     ledgers: Mapping[str, Ledger],
     layer_map: Sequence[int],
-    progress: Callable[[int, int], None] = lambda done, total: None,
+    progress: Callable[[float, int], None] = lambda done, total: None,
 ) -> dict[str, Any]:
     """Curves for the policies that `ledgers` (by label) came from, as plain JSON values.
+
+    A policy that ran with several budgets has one curve, under its first label.
 
     - `misses`: share of selected entries not resident when their step began, over the budget in
       entries a layer: LRU at every budget, and belady, the bound of whatever loads on demand, at
@@ -72,10 +71,14 @@ def compute(
     weights = np.bincount(
         check_layer_map(layer_map, trace.n_layers, len(layer_map)), minlength=trace.n_layers
     ).astype(float)
+    long = replayer.prompt_entries > LONG_ENTRIES
+    granularities = FEW_GRANULARITIES if long else GRANULARITIES
+    shares = FEW_SHARES if long else SHARES
+    first = _first_of_each(ledgers)
     wanted = [
-        *_bound_replays(replayer),
-        *_budget_replays(replayer, ledgers),
-        *_granularity_replays(ledgers),
+        *_bound_replays(replayer, granularities, shares),
+        *_budget_replays(replayer, ledgers, first, shares),
+        *_granularity_replays(first, granularities),
         *_regret_replays(ledgers),
     ]
     for granularity, shared in {
@@ -83,13 +86,21 @@ def compute(
     }:
         replayer.paged(granularity, shared)  # once, before the processes part
     found: dict[tuple[str, ...], list[tuple[float, Ledger]]] = {}
-    progress(0, len(wanted))
-    for done, (replay, ledger) in enumerate(
-        zip(wanted, in_parallel(lambda i: _try(replayer, wanted[i].spec), len(wanted))), 1
-    ):
+    own = [
+        (_key(_spec(each, each.budget_entries, each.granularity)), each)
+        for each in ledgers.values()
+    ]
+    known: dict[str, Ledger | None] = dict(own)  # what ran already, or runs once for several
+    todo = {_key(replay.spec): replay.spec for replay in wanted if _key(replay.spec) not in known}
+    specs = list(todo.values())
+    tally = Tally(["curves"] * len(specs), len(specs), lambda _, done, n: progress(done, n))
+    progress(0, len(specs))
+    replays = in_parallel(lambda i: _try(replayer, specs[i]), len(specs), told=tally)
+    known |= dict(zip(todo, replays))
+    for replay in wanted:
+        ledger = known[_key(replay.spec)]
         if ledger is not None:
             found.setdefault(replay.place, []).append((replay.x, ledger))
-        progress(done, len(wanted))
     return {
         "trace_sha256": trace.header.content_sha256,
         "prompt_entries": replayer.prompt_entries,
@@ -97,16 +108,16 @@ def compute(
         "misses": {
             "lru": {
                 str(granularity): _lru_curve(replayer, granularity, weights)
-                for granularity in GRANULARITIES
+                for granularity in granularities
             },
             "belady": {
                 str(g): _curve(found.get(("misses", str(g)), []), missed_share, weights)
-                for g in GRANULARITIES
+                for g in granularities
             },
         },
         "lost_mass": {
             label: _curve(found.get(("lost_mass", label), []), lost_share, weights)
-            for label in _lossy(ledgers)
+            for label in _lossy(first)
         },
         "granularity": {
             label: _curve(
@@ -114,7 +125,7 @@ def compute(
                 lost_share if _is_lossy(ledger) else missed_share,
                 weights,
             )
-            for label, ledger in _tiered(ledgers).items()
+            for label, ledger in _tiered(first).items()
         },
         "regret": {
             label: _regret(ledgers[label], points[0][1])
@@ -172,29 +183,61 @@ def _spec(ledger: Ledger, entries: int, granularity: int) -> dict[str, Any]:
     }
 
 
-def _bound_replays(replayer: Replayer) -> list[_Replay]:
+def _key(spec: dict[str, Any]) -> str:
+    """One text for equal specs."""
+    return json.dumps(spec, sort_keys=True, default=str)
+
+
+def _first_of_each(ledgers: Mapping[str, Ledger]) -> dict[str, Ledger]:
+    """Of those that differ in the budget alone the first."""
+    found: dict[str, tuple[str, Ledger]] = {}
+    for label, ledger in ledgers.items():
+        found.setdefault(_key(_spec(ledger, 0, ledger.granularity)), (label, ledger))
+    return dict(found.values())
+
+
+def _bound_replays(
+    replayer: Replayer, granularities: Sequence[int], shares: Sequence[float]
+) -> list[_Replay]:
     replays = []
-    for granularity in GRANULARITIES:
+    for granularity in granularities:
         least = (
             least_slots(replayer.paged(granularity, False), _course(replayer, granularity))
             * granularity
         )
-        budgets = sorted({least, *(round(share * replayer.prompt_entries) for share in SHARES)})
+        budgets = sorted({least, *(round(share * replayer.prompt_entries) for share in shares)})
         for entries in [entries for entries in budgets if entries >= least]:
             spec = {"policy": "belady", "budget": f"{entries} entries", "granularity": granularity}
             replays.append(_Replay(("misses", str(granularity)), entries, spec))
     return replays
 
 
-def _budget_replays(replayer: Replayer, ledgers: Mapping[str, Ledger]) -> list[_Replay]:
-    return [
-        _Replay(("lost_mass", label), entries, _spec(ledger, entries, ledger.granularity))
-        for label, ledger in _lossy(ledgers).items()
-        for entries in sorted({max(1, round(share * replayer.prompt_entries)) for share in SHARES})
-    ]
+def _budget_replays(
+    replayer: Replayer,
+    ledgers: Mapping[str, Ledger],
+    first: Mapping[str, Ledger],
+    shares: Sequence[float],
+) -> list[_Replay]:
+    """At `shares` of the prompt, and at the budgets that the run had."""
+    replays = []
+    for label, ledger in _lossy(first).items():
+        same = _key(_spec(ledger, 0, ledger.granularity))
+        budgets = {max(1, round(share * replayer.prompt_entries)) for share in shares}
+        budgets |= {
+            other.budget_entries
+            for other in ledgers.values()
+            if _key(_spec(other, 0, other.granularity)) == same
+        }
+        replays += [
+            _Replay(("lost_mass", label), entries, _spec(ledger, entries, ledger.granularity))
+            for entries in sorted(budgets)
+        ]
+    return replays
 
 
-def _granularity_replays(ledgers: Mapping[str, Ledger]) -> list[_Replay]:
+def _granularity_replays(
+    ledgers: Mapping[str, Ledger], granularities: Sequence[int]
+) -> list[_Replay]:
     return [
         _Replay(
             ("granularity", label),
@@ -202,7 +245,7 @@ def _granularity_replays(ledgers: Mapping[str, Ledger]) -> list[_Replay]:
             _spec(ledger, ledger.budget_entries, granularity),
         )
         for label, ledger in _tiered(ledgers).items()
-        for granularity in GRANULARITIES
+        for granularity in granularities
     ]
 
 

@@ -286,6 +286,17 @@ class ServingResults:
         return cls(report, requests)
 
 
+def evaluated(folder: Path) -> dict[str, Any] | None:
+    """What `fmsim eval --out` wrote there; None for another report."""
+    try:
+        report = read_json(folder / REPORT_NAME, MOST_BYTES_OF_RESULTS)
+    except (OSError, FmsimError):
+        return None  # a decode's loader says what is wrong
+    wanted = ("about", "cells", "averages", "overall", "paired", "signals")
+    found = isinstance(report, dict) and all(key in report for key in wanted)
+    return report if found else None
+
+
 def _of_a_workload(report: dict[str, Any]) -> bool:
     about = report.get("scenario")
     rows = report.get("policies")

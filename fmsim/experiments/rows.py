@@ -170,6 +170,17 @@ def csv_text(rows: Sequence[Row]) -> str:
     return text.getvalue()
 
 
+def read_rows(path: Path) -> list[Row]:
+    """The rows that a sweep or a search wrote. Raises FmsimError where there are none."""
+    if not path.is_file():
+        raise FmsimError(f"{shown(path)}: no such file")
+    with RowFile(path) as file:
+        rows = file.rows
+    if not rows:
+        raise FmsimError(f"{shown(path)}: holds no rows")
+    return rows
+
+
 def write_rows(path: Path, rows: Sequence[Row]) -> None:
     """A file of rows that is not gone on with: Parquet where its name ends so, else CSV.
 

@@ -119,10 +119,10 @@ class SweepRun:
             file = ScenarioFile(self.scenario, self.overrides, self.policies)
             setting, policy = Setting(file), _policy(file, self.label)
             if file.scenario.workload is not None:
-                return head | flat(
-                    serve_policy(setting, _replayer(setting), self.label, policy).row,
-                    leave=("policy", "over_time", "memory"),
-                )
+                served = serve_policy(setting, _replayer(setting), self.label, policy).row
+                request_bytes = served["memory"]["request_bytes"]["gpu"]
+                figures = flat(served, leave=("policy", "over_time", "memory"))
+                return head | {"gpu_bytes": request_bytes} | figures
             run = setting.run(_replayer(setting), self.label, policy)
         except DoesNotFit as error:
             return head | {"error": str(error)}

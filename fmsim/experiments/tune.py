@@ -307,6 +307,7 @@ def _kept(
             timeout_s,
         )
         row: Row = {"key": key, "policy": label, "scenario": setting.file.scenario.name}
+        row["values"] = values
         if isinstance(result, Failure):
             row |= {"error": result.error}
         else:

@@ -313,7 +313,7 @@ def info(name: str | type[Policy]) -> dict[str, Any]:
         "action": policy.action,
         "evidence": policy.evidence,
         "decision_scope": policy.decision_scope,
-        "summary": _first_line(policy),
+        "summary": _first_paragraph(policy),
         "doc": inspect.cleandoc(policy.__doc__ or ""),
         "module": name if isinstance(name, str) and ".py" in name else policy.__module__,
         "parameters": [
@@ -332,8 +332,8 @@ def _default(field: Any) -> str:
     return "required" if field.default is PydanticUndefined else str(field.default)
 
 
-def _first_line(policy: type[Policy]) -> str:
-    return inspect.cleandoc(policy.__doc__ or "").partition("\n")[0]
+def _first_paragraph(policy: type[Policy]) -> str:
+    return " ".join(inspect.cleandoc(policy.__doc__ or "").partition("\n\n")[0].split())
 
 
 def type_name(annotation: Any) -> str:

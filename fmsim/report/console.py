@@ -1,8 +1,5 @@
-"""Where tables go: to the terminal, or into a picture."""
+"""How figures are written in tables."""
 
-import io
-
-from rich.console import Console, RenderableType
 from rich.text import Text
 
 NO_MASS = (
@@ -37,24 +34,3 @@ def estimate_text(value: float | None, half_width: float | None) -> str:
     """A share as a percentage, and in points how far it may be off."""
     points = None if half_width is None else 100 * half_width
     return "-" if value is None else share_text(value) + margin_text(points)
-
-
-def wide_console(columns: int) -> Console:
-    """Standard output, taken to be at least `columns` wide: figures are never cut, and a narrow
-    terminal wraps lines.
-    """
-    console = Console(highlight=False)
-    return Console(width=max(columns, console.width), highlight=False)
-
-
-def picture(shown: RenderableType, columns: int, title: str) -> str:
-    """The same as an SVG, `columns` wide."""
-    console = Console(
-        record=True,
-        width=columns,
-        file=io.StringIO(),
-        force_terminal=True,
-        color_system="truecolor",
-    )
-    console.print(shown)
-    return console.export_svg(title=title)

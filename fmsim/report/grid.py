@@ -27,6 +27,7 @@ class Field:
     heading: str  # a line break in it makes it narrower
     rank: int = 0
     justify: Literal["left", "right"] = "right"
+    wraps: int = 0  # a text that may take several lines, each at least so wide; 0: one line
 
     @property
     def key(self) -> str:
@@ -100,7 +101,7 @@ class Grid:
         kept = [place for place in every if self.fields[place].rank == 0]
         for place in sorted(every, key=lambda place: self.fields[place].rank):
             wider = sorted({*kept, place})
-            if width_of(self._table(wider)) <= view.width:
+            if width_of(self._table(wider, narrow=True)) <= view.width:
                 kept = wider
         return kept
 
@@ -108,12 +109,19 @@ class Grid:
         one = self.fields[place]
         return one.key in keys or place == 0
 
-    def _table(self, places: Sequence[int]) -> Table:
+    def _table(self, places: Sequence[int], narrow: bool = False) -> Table:
+        """With `narrow`, texts that may wrap are as narrow as they may be."""
         table = Table(header_style="bold", pad_edge=False)
         for place in places:
             one = self.fields[place]
-            # only a label that is wider than the terminal by itself is ever folded
-            table.add_column(one.heading, justify=one.justify, no_wrap=place != 0, overflow="fold")
+            table.add_column(
+                one.heading,
+                justify=one.justify,
+                width=one.wraps if narrow and one.wraps else None,
+                # of the others only a label wider than the terminal by itself is ever folded
+                no_wrap=place != 0 and not one.wraps,
+                overflow="fold",
+            )
         for row in self.rows:
             if row is None:
                 table.add_section()

@@ -25,6 +25,7 @@ from fmsim.experiments.accuracy.answer import answers
 from fmsim.geometry import PRESETS
 from fmsim.indexer import checkpoint
 from fmsim.nano import tokens as corpora
+from fmsim.report.grid import View, show_parts
 from fmsim.report.tables import accuracy as table
 from fmsim.sim.footprint import ModelMemory
 from fmsim.tasks import Question, TaskContext
@@ -360,7 +361,7 @@ def test_a_signal_is_judged_by_how_it_orders_lost_and_kept():
     assert signals._auc(np.array([0.1, 0.1, 0.2]), lost) == 0.25
 
 
-def test_the_command_prints_writes_and_plots(tmp_path, native, monkeypatch):
+def test_the_command_prints_writes_and_plots(tmp_path, native, monkeypatch, capsys):
     from fmsim.cli import eval as command
 
     monkeypatch.setattr(command, "_model", lambda device: MODEL)
@@ -398,10 +399,10 @@ def test_the_command_prints_writes_and_plots(tmp_path, native, monkeypatch):
     shown = CliRunner().invoke(program(["eval"]), [*call, "--plot", str(tmp_path / "plot.html")])
     assert shown.exit_code == 0, shown.output
     assert (
-        "768 tokens: score / GiB on the GPU" in shown.stdout
-        and "PCIe MiB/step" in shown.stdout
+        "scores at 768 tokens" in shown.stdout
+        and "MiB/step" in shown.stdout
         and "beside full" in shown.stdout
-        and "niah_single" in shown.stdout
+        and "single" in shown.stdout
     )
     assert "Accuracy against footprint" in (tmp_path / "plot.html").read_text()
     report = json.loads(CliRunner().invoke(program(["eval"]), [*call, "--json"]).stdout)
@@ -411,7 +412,12 @@ def test_the_command_prints_writes_and_plots(tmp_path, native, monkeypatch):
         ratios["full"] == 1.0
         and max(ratio for policy, ratio in ratios.items() if policy != "full") <= 0.32
     )
-    table.show(report)
+    flat = CliRunner().invoke(program(["eval"]), [*call, "--csv"]).stdout.splitlines()
+    assert len(flat) == 1 + len(report["cells"]) and flat[0].startswith("tokens,task,policy,")
+    for width in (80, 100, 120):
+        show_parts(table.parts(report), View(width))
+        lines = capsys.readouterr().out.splitlines()
+        assert max(map(len, lines)) <= width and not any("…" in line for line in lines)
     for wrong, said in (
         (["eval"], "--corpus"),
         ([*call, "-t", "niah"], "niah"),

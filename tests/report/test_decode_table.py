@@ -86,9 +86,9 @@ def test_the_best_of_a_budget_stands_out_bounds_and_full_aside():
     headings = [column.heading for column in table.COLUMNS]
     then, mass = headings.index("tokens/s*\nthen"), headings.index("mass\nkept")
     (_, alone, _), (_, few, _), (_, many, _) = table.groups(made)
-    assert not any(table._best(alone, made["scenario"]))
-    assert not any(table._best(few, made["scenario"]))  # one policy that could be deployed
-    best = table._best(many, made["scenario"])
+    assert not any(table.bests(alone, made["scenario"]))
+    assert not any(table.bests(few, made["scenario"]))  # one policy that could be deployed
+    best = table.bests(many, made["scenario"])
     assert best[then] == {"lsa 50% gpu"} and best[mass] == {"lru 50% gpu"}
     assert best[headings.index("requests\nfit*")] == set()  # both alike
     assert best[headings.index("on GPU\nGiB")] == set()  # neither better nor worse

@@ -14,7 +14,7 @@ import pytest
 from command import fmsim_here
 
 from fmsim.errors import FmsimError
-from fmsim.report.grid import ALL, Field, Grid, View, width_of
+from fmsim.report.grid import ALL, Field, Grid, View, show_parts, width_of
 from fmsim.report.tables import decode, plan, serving, sweep, validation, verdict
 
 WIDTHS = (80, 100, 120)
@@ -49,9 +49,9 @@ def shown(name, report, view):
     elif name == "serving":
         serving.show(report, view)
     elif name == "sweep":
-        sweep.show(report, "rows in sweep.jsonl", view)
+        show_parts(sweep.parts(report, "rows in sweep.jsonl"), view)
     elif name == "validate":
-        validation.show(report, view)
+        show_parts(validation.parts(report), view)
     else:
         plan.show(report, view)
 

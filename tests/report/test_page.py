@@ -3,18 +3,19 @@ missing.
 """
 
 import json
+import os
 import re
 import shutil
-import subprocess
-import sys
+import stat
+from xml.etree import ElementTree
 
 import pytest
+from browser import browse, check, measured, meets, needs_browser
 from command import fmsim, fmsim_here
 from made_trace import make_trace
 
 from fmsim.errors import FmsimError
 from fmsim.experiments.results import Results
-from fmsim.report.page import SECTIONS
 from fmsim.trace import write
 
 SCENARIO = """\
@@ -36,9 +37,6 @@ policies:
   - oracle
   - belady
 """
-CHROMIUM = next(
-    filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None
-)
 
 
 @pytest.fixture(scope="module")
@@ -58,94 +56,76 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def page(folder):
-    done = fmsim("report", "out", "--perfetto", "out/timeline.json", folder=folder)
+    further = ("--perfetto", "out/timeline.json", "--figures", "out/charts")
+    done = fmsim("report", "out", *further, folder=folder)
     assert done.returncode == 0, done.stderr
     assert [line.split()[0] for line in done.stdout.splitlines()] == [
         "out/report.html",
+        "out/charts",
         "out/timeline.json",
     ]
     return folder / "out/report.html"
 
 
-def test_the_page_holds_the_table_and_names_nothing_outside_itself(page):
+def test_the_page_holds_question_answer_chart_and_table_and_names_nothing_outside_itself(page):
     text = page.read_text()
-    own = re.sub(
-        r"<script>/\*.*?</script>", "", text, count=1, flags=re.DOTALL
-    )  # less plotly itself
-    assert len(own) < len(text) / 4
-    assert "small &amp; &lt;made&gt;" in own and "goodput rps" in own and "1.25" in own
+    assert len(text) < 1_500_000
+    assert "small &amp; &lt;made&gt;" in text and "goodput rps" in text and "1.25" in text
     for label in ("full", "recency", "lru", "h2o", "lru pages", "oracle", "belady"):
-        assert re.search(rf"<tr><td>{label}</td><td class=\"(exact|lossy|bound)\">", own)
-    assert not re.search(r"(src|href)=[\"'](?!#|data:)", own) and "://" not in own
+        row = rf'<tr><th scope="row">{label}</th><td class="(exact|lossy|bound)">'
+        assert re.search(row, text), label
+    for part in ("<h1>", 'class="answer"', 'id="chart-quality"', 'id="table"'):
+        assert text.count(part) == 1
+    places = [text.index(part) for part in ("<h1>", 'class="answer"', "chart-quality", "<table>")]
+    assert places == sorted(places)
+    assert re.search(r"keeps [\d.]+( ± [\d.]+)?% of the attention mass", text)
+    assert not re.search(r"(src|href)=[\"'](?!#|data:)", text)
+    assert set(re.findall(r"https?://[^\"' ]+", text)) == {"http://www.w3.org/2000/svg"}
     assert {
         event["ph"]
         for event in json.loads((page.parent / "timeline.json").read_text())["traceEvents"]
     } == {"M", "X", "C"}
 
 
-needs_browser = pytest.mark.skipif(
-    CHROMIUM is None, reason="no chromium on PATH (Debian's package chromium)"
-)
+def test_every_chart_is_a_file_too_and_all_may_read_them(page):
+    names = re.findall(r'data-name="([\w-]+)"', page.read_text())
+    files = {path.stem: path for path in (page.parent / "charts").iterdir()}
+    assert set(files) == set(names) and len(names) == len(set(names)) == 11
+    for path in (*files.values(), page):
+        assert stat.S_IMODE(path.stat().st_mode) == 0o666 & ~umask()
+    for path in files.values():
+        ElementTree.fromstring(path.read_text())
 
 
-def browse(page, folder):
-    """(the page as drawn, its lines on the console, the URLs that it asked for) in headless
-    Chromium.
-    """
-    quiet = [
-        "--no-first-run",
-        "--disable-background-networking",
-        "--disable-component-update",
-        "--disable-sync",
-        "--disable-quic",
-    ]
-    command = [
-        CHROMIUM,
-        "--headless",
-        "--no-sandbox",
-        "--disable-gpu",
-        *quiet,
-        f"--user-data-dir={folder / 'profile'}",
-        "--window-size=1280,1000",
-        "--enable-logging=stderr",
-        f"--log-net-log={folder / 'net.json'}",
-        "--virtual-time-budget=20000",
-        "--dump-dom",
-        page.as_uri(),
-    ]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
-    console = [line for line in done.stderr.splitlines() if "CONSOLE" in line]
-    events = [
-        event.get("params", {}) for event in json.loads((folder / "net.json").read_text())["events"]
-    ]
-    asked = {
-        event["url"]
-        for event in events
-        if event.get("initiator", "not an origin") != "not an origin"
-    }  # that is the browser itself
-    return done.stdout, console, {url for url in asked if not url.startswith(("file:", "data:"))}
+def umask():
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+def test_what_the_charts_show_is_there_for_a_screen_reader(page):
+    text = page.read_text()
+    for section in re.findall(r'<section id="(?!table).*?</section>', text, flags=re.DOTALL):
+        [title] = re.findall(r"<h2>(.*?)</h2>", section)
+        charts = re.findall(r'<svg class="chart".*?</svg>', section, flags=re.DOTALL)
+        assert len(charts) >= 2, title  # for a screen and for a phone
+        for chart in charts:
+            assert re.search(r'role="group" aria-label="[^"]+: [^"]+"', chart)
+            assert re.search(r'tabindex="0" role="img" aria-label="[^"]+"', chart)
+    assert re.search(r'aria-label="lru: attention mass kept 100.0% with [\d.]+ GiB', text)
 
 
 @needs_browser
-def test_a_browser_draws_every_figure_without_an_error_or_a_request(page, tmp_path):
-    drawn, console, asked = browse(page, tmp_path)
-    assert (console, asked) == ([], set())
-    traces = {
-        "trade-off": 7,
-        "time": 2 * 7,
-        "misses": 2 * 4 + 2,
-        "lost-mass": 2 * 4,
-        "granularity": 6,
-        "regret": 2,
-        "bound": 4,
-    }
-    assert list(traces) == [section.id for section in SECTIONS]
-    for name, n in traces.items():
-        [figure] = re.findall(rf'<section id="{name}">.*?</section>', drawn, flags=re.DOTALL)
-        assert len(re.findall(r'class="(?:trace scatter \w+|trace bars|hm)"', figure)) == n, name
-        assert len(re.findall(r'class="(?:js-line|point[ "]|hm)', figure)) >= n, (
-            name
-        )  # and something is drawn in them
+@pytest.mark.parametrize("dark", [False, True], ids=["light", "dark"])
+@pytest.mark.parametrize("width", [1400, 800, 420])
+def test_a_browser_draws_it_without_an_error_a_request_or_an_overlap(page, tmp_path, width, dark):
+    found = measured(page, tmp_path, width, dark)
+    check(found, width, dark)
+    names = re.findall(r'data-name="([\w-]+)"', page.read_text())
+    assert [chart["name"] for chart in found["charts"]] == names
+    marks = {chart["name"]: chart["marks"] for chart in found["charts"]}
+    assert marks["quality"] == 7 and marks["kept"] == 7 and marks["fits"] == 7
+    assert all(marks.values())
 
 
 @needs_browser
@@ -155,6 +135,12 @@ def test_the_browser_would_tell_an_error_and_a_request(tmp_path):
     )
     _, console, asked = browse(tmp_path / "page.html", tmp_path)
     assert any("wrong" in line for line in console) and asked == {"http://127.0.0.1:9/x.png"}
+
+
+def test_the_probe_would_tell_an_overlap():
+    one = {"left": 0, "right": 50, "top": 0, "bottom": 14}
+    assert meets(one, one | {"left": 40, "right": 90}) and not meets(one, one | {"left": 51})
+    assert not meets(one, one | {"top": 14, "bottom": 28})
 
 
 def test_a_page_without_the_trace_says_so_and_with_another_refuses(folder, tmp_path):
@@ -199,16 +185,6 @@ def test_a_users_mistake_is_told_in_one_line(folder, tmp_path):
     ):
         done = fmsim_here("report", *arguments, folder=tmp_path)
         assert done.returncode == 2 and says in done.stderr and len(done.stderr.splitlines()) == 1
-
-
-def test_without_plotly_the_fix_is_told(folder):
-    hidden = "import sys; sys.modules['plotly'] = None; from fmsim.cli import main; main()"
-    done = subprocess.run(
-        [sys.executable, "-c", hidden, "report", str(folder / "out")],
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 2 and "pip install 'fmsim[report]'" in done.stderr
 
 
 def test_a_report_of_another_schema_is_refused_by_name(tmp_path):

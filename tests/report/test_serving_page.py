@@ -8,8 +8,6 @@ from made_trace import make_trace
 
 from fmsim.trace import write
 
-pytest.importorskip("plotly", reason="plotly is not installed (extra: report)")
-
 SCENARIO = """\
 name: talks <of some>
 trace: small.safetensors
@@ -48,9 +46,9 @@ def test_the_page_shows_every_policy_and_every_requests_life(folder):
         assert f"Requests of {row['policy']}" in page
     assert "talks &lt;of some&gt;" in page and "talks <of some>" not in page
     for text in (
-        "plot-lives-0",
-        "plot-lives-1",
-        "plot-time-running",
+        "chart-lives-0",
+        "chart-lives-1",
+        "chart-time-running",
         "is prefilled",
         "prompt\nreused",
     ):

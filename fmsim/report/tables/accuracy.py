@@ -4,59 +4,60 @@ from __future__ import annotations
 
 from typing import Any
 
-from rich.console import Group
-from rich.table import Table
 from rich.text import Text
 
-from fmsim.report.console import share_text, wide_console
+from fmsim.report.console import share_text
+from fmsim.report.grid import Field, Grid
 from fmsim.units import GIB, MIB
 
-MIN_WIDTH, TASK_WIDTH, CELL_WIDTH = 132, 24, 24  # columns; figures are never cut
+PRICE_FIELDS = (
+    Field("policy", 0, "left"),
+    Field("score", 1),
+    Field("on GPU\nGiB", 2),
+    Field("of\nfull", 3),
+    Field("paper's\nof full", 8),
+    Field("golden\nkept", 6),
+    Field("mass\nkept", 4),
+    Field("PCIe\nMiB/step", 7),
+    Field("stall*", 5),
+)
 
 
-def show(report: dict[str, Any]) -> None:
-    """Print to standard output: a table a length, then the prices."""
+def parts(report: dict[str, Any]) -> list[Text | Grid]:
+    """A table a length, then the prices."""
     lengths = sorted({cell["tokens"] for cell in report["cells"]})
-    parts = [part for tokens in lengths for part in (_scores(report, tokens), Text())]
-    policies = len(report["overall"])
-    wide_console(max(MIN_WIDTH, TASK_WIDTH + CELL_WIDTH * policies)).print(
-        Group(*parts, _prices(report), *_paired(report), *_signals(report), *_notes(report))
-    )
+    told: list[Text | Grid] = [part for tokens in lengths for part in _scores(report, tokens)]
+    told += [Text("all lengths", "bold"), _prices(report)]
+    return [
+        *told,
+        *_paired(report),
+        *_signals(report),
+        *(Text(note, style="dim") for note in notes(report)),
+    ]
 
 
-def _scores(report: dict[str, Any], tokens: int) -> Table:
-    """Tasks x policies: score / GiB on the GPU."""
+def _scores(report: dict[str, Any], tokens: int) -> list[Text | Grid]:
+    """Policies by tasks: the average first."""
     cells = {
         (cell["task"], cell["policy"]): cell for cell in report["cells"] if cell["tokens"] == tokens
     }
-    averages = {row["policy"]: row for row in report["averages"] if row["tokens"] == tokens}
-    table = Table(
-        title=f"{tokens:,} tokens: score / GiB on the GPU",
-        title_justify="left",
-        header_style="bold",
-        pad_edge=False,
-    )
-    table.add_column("task", no_wrap=True)
-    for policy in averages:
-        table.add_column(
-            policy.replace(":", "\n").replace(",", "\n"), justify="right", no_wrap=True
-        )
-    for task in dict.fromkeys(task for task, _ in cells):
-        table.add_row(
-            task,
-            *(
-                _score(cells[task, policy]) if (task, policy) in cells else "-"
-                for policy in averages
-            ),
-        )
-    table.add_section()
-    table.add_row("average", *(_score(row) for row in averages.values()), style="bold")
-    return table
+    tasks = list(dict.fromkeys(task for task, _ in cells))
+    ranked = [Field(task.replace("_", "\n"), rank) for rank, task in enumerate(tasks, 3)]
+    fields = [Field("policy", 0, "left"), Field("average", 1), Field("on GPU\nGiB", 2), *ranked]
+    grid = Grid(fields)
+    for row in report["averages"]:
+        if row["tokens"] != tokens:
+            continue
+        policy = row["policy"]
+        own = [cells.get((task, policy)) for task in tasks]
+        answers = ["-" if cell is None else _score(cell) for cell in own]
+        grid.add(policy, _score(row), f"{row['gpu_bytes'] / GIB:.3f}", *answers)
+    return [Text(f"scores at {tokens:,} tokens", "bold"), grid]
 
 
 def _score(row: dict[str, Any]) -> str:
     mark = _mark(row["versus_full_ci95"]) if row.get("versus_full_ci95") else ""
-    return f"{_points(row)}{mark} / {row['gpu_bytes'] / GIB:.3f}"
+    return f"{_points(row)}{mark}"
 
 
 def _mark(interval: dict[str, Any]) -> str:
@@ -72,22 +73,10 @@ def _points(row: dict[str, Any]) -> str:
     return f"{100 * row['score']:.1f}" + ("" if half_width is None else f" ±{100 * half_width:.1f}")
 
 
-def _prices(report: dict[str, Any]) -> Table:
-    table = Table(title="all lengths", title_justify="left", header_style="bold", pad_edge=False)
-    table.add_column("policy", no_wrap=True)
-    for name in (
-        "score",
-        "on GPU GiB",
-        "of full",
-        "paper's of full",
-        "golden kept",
-        "mass kept",
-        "PCIe MiB/step",
-        "stall*",
-    ):
-        table.add_column(name, justify="right", no_wrap=True)
+def _prices(report: dict[str, Any]) -> Grid:
+    grid = Grid(PRICE_FIELDS)
     for row in report["overall"]:
-        table.add_row(
+        grid.add(
             row["policy"],
             _points(row),
             f"{row['gpu_bytes'] / GIB:.3f}",
@@ -98,7 +87,7 @@ def _prices(report: dict[str, Any]) -> Table:
             f"{row['h2d_bytes_per_step'] / MIB:.2f}",
             f"{row['stall_ratio']:.1%}",
         )
-    return table
+    return grid
 
 
 def _paired(report: dict[str, Any]) -> list[Text]:
@@ -131,9 +120,10 @@ def _signals(report: dict[str, Any]) -> list[Text]:
     return lines
 
 
-def _notes(report: dict[str, Any]) -> list[Text]:
+def notes(report: dict[str, Any]) -> list[str]:
+    """What the columns are, and how sure."""
     about, samples = report["about"], sorted({cell["samples"] for cell in report["cells"]})
-    notes = [
+    return [
         (
             f"{about['model']}, {' to '.join(map(str, dict.fromkeys((samples[0], samples[-1]))))}"
             f" samples a cell, {_seeds(about)}, budget {about['plan']['budget']} of the prompt's"
@@ -153,7 +143,6 @@ def _notes(report: dict[str, Any]) -> list[Text]:
             " measured or counted."
         ),
     ]
-    return [Text(note, style="dim") for note in notes]
 
 
 def _seeds(about: dict[str, Any]) -> str:

@@ -16,6 +16,7 @@ from fmsim.report.console import estimate_text, kind_text, margin_text, share_te
 from fmsim.report.grid import ALL, Field, Grid, View, picture, show_parts
 from fmsim.report.tables import estimates, verdict
 from fmsim.report.tables.hardware import hardware_line
+from fmsim.report.tables.verdict import name_of
 from fmsim.units import GIB, MIB, gib, sized
 
 Row = dict[str, Any]
@@ -258,7 +259,7 @@ def _grid(report: dict[str, Any]) -> Grid:
         if heading:
             grid.part()
             grid.add(Text(heading, "bold"))
-        best = _best(rows, about)
+        best = bests(rows, about)
         for row in rows:
             shown = [
                 Text(text, "bold green" if row["policy"] in best[place] else "")
@@ -268,12 +269,6 @@ def _grid(report: dict[str, Any]) -> Grid:
         for failure in failed:
             grid.add(name_of(failure, about), Text("none", "red"), *_least(failure))
     return grid
-
-
-def name_of(row: Row, about: dict[str, Any]) -> str:
-    """The policy's label; under a heading with its budget the scenario's own."""
-    name: str = about["runs"][row["policy"]]["entry"] if about["budgets"] else row["policy"]
-    return name
 
 
 def kind_of(row: Row, about: dict[str, Any]) -> str:
@@ -304,7 +299,7 @@ def _reasons(failed: Sequence[Row], about: dict[str, Any]) -> list[str]:
     return [f"none: {', '.join(labels)}: {reason}" for reason, labels in found.items()]
 
 
-def _best(rows: Sequence[Row], about: dict[str, Any]) -> list[set[str]]:
+def bests(rows: Sequence[Row], about: dict[str, Any]) -> list[set[str]]:
     """By column, the policies with the best figure; none where all that compete are alike."""
     rivals = [
         row

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
-from fmsim.report.grid import Field, Grid, View, show_parts
+from fmsim.report.grid import Field, Grid
 from fmsim.units import GIB
 
 
-def show_list(rows: list[dict[str, Any]]) -> None:
+def listed(rows: list[dict[str, Any]]) -> list[Grid]:
     """One line a preset. Memory is in GiB, in which the makers' names count."""
     grid = Grid(
         [
@@ -29,7 +29,7 @@ def show_list(rows: list[dict[str, Any]]) -> None:
             f"{row['memory_bytes_per_s'] / 1e9:,.0f}",
             f"{row['link_bytes_per_s'] / 1e9:,.0f}",
         )
-    show_parts([grid], View.of_terminal())
+    return [grid]
 
 
 def hardware_line(hardware: dict[str, Any]) -> str:

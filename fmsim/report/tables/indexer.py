@@ -4,41 +4,78 @@ indexer eval`.
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
-from rich.table import Table
 from rich.text import Text
 
-from fmsim.report.console import wide_console
+from fmsim.report.grid import Field, Grid
 from fmsim.units import gib
 
-WIDTH = 112  # columns that the tables need
 TITLES = {"golden_recall": "golden entries recalled", "mass_recall": "attention mass kept"}
+POLICY_FIELDS = (
+    Field("policy", 0, "left"),
+    Field("budget", 1, "left"),
+    Field("entries", 5),
+    Field("mass kept", 1),
+    Field("golden kept", 3),
+    Field("beside lsa,\nfilled", 2),
+    Field("window 0", 4),
+)
 
 
-def show(found: dict[str, Any]) -> None:
-    """Print to standard output: a table a measure, what the threshold keeps, the policies."""
-    console = wide_console(WIDTH)
+def parts(found: dict[str, Any]) -> list[Text | Grid]:
+    """A table a measure, what the threshold keeps, the policies."""
+    told: list[Text | Grid] = []
     for key, title in TITLES.items():
-        table = Table(title=f"{title}, by share of entries kept ({_extent(found)})")
-        table.add_column("ranking")
-        for share in found["kept_shares"]:
-            table.add_column(f"{share:.0%}", justify="right")
+        told.append(Text(f"{title}, by share of entries kept ({_extent(found)})", "bold"))
+        grid = Grid([Field("ranking", 0, "left"), *_shares(found["kept_shares"])])
         for name, recalls in found[key].items():
-            table.add_row(name, *map(_estimate, recalls, found["half_width"][key][name]))
-        console.print(table)
+            grid.add(name, *map(_estimate, recalls, found["half_width"][key][name]))
+        told.append(grid)
     row = found["threshold"]
     if row:
-        console.print(
-            f"lsa (max) at the recommended threshold {row['score']:.4f}: keeps"
-            f" {row['kept_share']:.1%} of the entries, {row['golden_recall']:.3f} of the golden"
-            f" ones, {row['mass_recall']:.3f} of the mass"
+        told.append(
+            Text(
+                f"lsa (max) at the recommended threshold {row['score']:.4f}: keeps"
+                f" {row['kept_share']:.1%} of the entries, {row['golden_recall']:.3f} of the golden"
+                f" ones, {row['mass_recall']:.3f} of the mass"
+            )
         )
     for name, rows in found.get("policies", {}).items():
-        console.print(_policies(name, rows))
+        told.append(Text(f"{name}: policies at equal bytes on the GPU, window 0 left out", "bold"))
+        told.append(_policies(rows))
         reasons = {row["why"] for row in rows if "why" in row and "least_bytes" not in row}
-        for why in sorted(reasons):
-            console.print(Text(why, style="yellow"))
+        told += [Text(why, style="yellow") for why in sorted(reasons)]
+    return told
+
+
+def rows(found: dict[str, Any]) -> list[dict[str, Any]]:
+    """Flat: a row a measure, ranking and share; then a row a policy."""
+    ranked = [
+        {
+            "measure": key,
+            "ranking": name,
+            "kept_share": share,
+            "value": value,
+            "half_width": half_width,
+        }
+        for key in TITLES
+        for name, recalls in found[key].items()
+        for share, value, half_width in zip(
+            found["kept_shares"], recalls, found["half_width"][key][name], strict=True
+        )
+    ]
+    policies = [
+        {"trace": name} | row for name, rows in found.get("policies", {}).items() for row in rows
+    ]
+    return ranked + policies
+
+
+def _shares(shares: list[float]) -> list[Field]:
+    """A column a share of entries kept; those about a tenth matter most."""
+    by_rank = sorted(shares, key=lambda share: abs(math.log(share / 0.1)))
+    return [Field(f"{share:.0%}", 1 + by_rank.index(share)) for share in shares]
 
 
 def _extent(found: dict[str, Any]) -> str:
@@ -55,27 +92,23 @@ def _estimate(value: float | None, half_width: float | None) -> str:
     return f"{value:.3f}" + ("" if half_width is None else f" ±{half_width:.3f}")
 
 
-def _policies(name: str, rows: list[dict[str, Any]]) -> Table:
+def _policies(rows: list[dict[str, Any]]) -> Grid:
     """Policies at equal bytes on the GPU, of one trace."""
-    table = Table(title=f"{name}: policies at equal bytes on the GPU, window 0 left out")
-    table.add_column("budget")
-    table.add_column("policy", no_wrap=True)
-    for heading in ("entries", "mass kept", "golden kept", "beside lsa, filled", "window 0"):
-        table.add_column(heading, justify="right")
+    grid = Grid(POLICY_FIELDS)
     for row in rows:
         if "why" in row:
             needs = f"needs {gib(row['least_bytes'], 3)}" if "least_bytes" in row else "no run"
-            table.add_row(row["budget"], row["policy"], "-", Text(needs, "yellow"))
+            grid.add(row["policy"], row["budget"], "-", Text(needs, "yellow"))
             continue
         spread = {key: each["half_width"] for key, each in row["ci95"].items()}
         beside = row["versus_lsa"].get("mass_kept")
-        table.add_row(
-            row["budget"],
+        grid.add(
             row["policy"],
+            row["budget"],
             f"{row['entries']:,}",
             _estimate(row.get("mass_kept"), spread.get("mass_kept")),
             _estimate(row.get("entry_recall"), spread.get("entry_recall")),
             "" if beside is None else _estimate(beside["difference"], beside["half_width"]),
             _estimate(row["first_window"].get("mass_kept"), None),
         )
-    return table
+    return grid

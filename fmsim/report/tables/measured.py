@@ -4,30 +4,22 @@ from __future__ import annotations
 
 from typing import Any
 
-from rich.table import Table
 from rich.text import Text
 
-from fmsim.report.console import wide_console
+from fmsim.report.grid import Field, Grid
 from fmsim.units import MIB, mib
 
 Transcript = list[tuple[str, str, bool | None]]
 
 
-def show(report: dict[str, Any], transcript: Transcript) -> None:
-    """Print to standard output, from the report's JSON object and the first request's questions and
-    answers.
-    """
-    console = wide_console(100)
-    for line in _head(report):
-        console.print(line)
+def parts(report: dict[str, Any], transcript: Transcript) -> list[Text | Grid]:
+    """From the report's JSON object and the first request's questions and answers."""
+    told: list[Text | Grid] = [*_head(report)]
     for asked, answered, right in transcript:
-        console.print()
-        if asked.strip():
-            console.print(Text(asked.strip(), style="dim"))
+        told.append(Text(f"\n{asked.strip()}" if asked.strip() else "", style="dim"))
         verdict = {True: ("  right", "green"), False: ("  wrong", "red"), None: ("", "")}[right]
-        console.print(Text.assemble((answered.strip(), "bold"), verdict))
-    console.print()
-    console.print(_figures(report))
+        told.append(Text.assemble((answered.strip(), "bold"), verdict))
+    return [*told, Text(), _figures(report)]
 
 
 def _head(report: dict[str, Any]) -> list[Text]:
@@ -61,13 +53,13 @@ def _main(params: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def _figures(report: dict[str, Any]) -> Table:
+def _figures(report: dict[str, Any]) -> Grid:
     about, row = report["scenario"], report["policies"][0]
     details, quality = about["details"][row["policy"]], about["quality"]
-    table = Table("measured", "", show_header=True, header_style="bold", box=None, pad_edge=False)
+    grid = Grid([Field("measured", 0, "left"), Field("", 0, "left", 40)])
     if quality["asked"]:
-        table.add_row("answers", f"{quality['exact']} of {quality['asked']} right")
-    table.add_row(
+        grid.add("answers", f"{quality['exact']} of {quality['asked']} right")
+    grid.add(
         "KV allocated",
         f"{mib(row['gpu_bytes'])} a request, {row['gpu_ratio']:.1%} of what keeping"
         f" every page takes ({details['slot_bytes'] / MIB:.2f} slots,"
@@ -80,13 +72,13 @@ def _figures(report: dict[str, Any]) -> Table:
             if measured < layers
             else ", so none leave the GPU"
         )
-        table.add_row(
+        grid.add(
             "index keys",
             f"all in the {measured} of {layers} CSA layers that the memory indexer"
             f" scores{elsewhere}",
         )
-    table.add_row("host mirror", mib(details["host_kv_bytes"]))
-    table.add_row(
+    grid.add("host mirror", mib(details["host_kv_bytes"]))
+    grid.add(
         "step",
         f"p50 {row['step_s']['p50'] * 1e3:.1f} ms, p99 {row['step_s']['p99'] * 1e3:.1f} ms,"
         f" {row['decode_tokens_per_s']:.1f} tokens/s on {about['device']}, bookkeeping of these"
@@ -98,7 +90,7 @@ def _figures(report: dict[str, Any]) -> Table:
         ),
     )
     pages = details["pages"]
-    table.add_row(
+    grid.add(
         "pages moved",
         f"{pages['lookahead_loads']:,} recalled, {pages['demand_loads']:,} fetched,"
         f" {pages['written']:,} written, {pages['evicted']:,} given up;"
@@ -109,9 +101,9 @@ def _figures(report: dict[str, Any]) -> Table:
         if 0 < measured < layers
         else ""
     )
-    table.add_row(
+    grid.add(
         "kept",
         f"{row['entry_recall']:.1%} of golden entries, {row['mass_kept']:.1%} of the attention mass"
         f" on selected entries{within}",
     )
-    return table
+    return grid

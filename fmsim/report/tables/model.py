@@ -4,77 +4,98 @@ from __future__ import annotations
 
 from typing import Any
 
-from rich.table import Table
+from rich.text import Text
 
-from fmsim.report.console import wide_console
+from fmsim.report.grid import Field, Grid
 from fmsim.units import GIB
 
+LIST_FIELDS = (
+    Field("model", 0, "left"),
+    Field("family", 5, "left"),
+    Field("layers", 4),
+    Field("paged", 3),
+    Field("selections", 6),
+    Field("B a token", 1),
+    Field("128K\nGiB", 2),
+    Field("512K\nGiB", 2),
+    Field("1M\nGiB", 2),
+)
+PART_FIELDS = (
+    Field("layers", 0),
+    Field("kind", 0, "left"),
+    Field("tokens\nan entry", 3),
+    Field("entry\nB", 2),
+    Field("key\nB", 5),
+    Field("top-k", 2),
+    Field("selection", 4, "left"),
+    Field("KV", 6, "left"),
+    Field("window", 5),
+    Field("B a token", 1),
+)
+FIT_FIELDS = (
+    Field("hardware", 0, "left"),
+    Field("GPUs", 2),
+    Field("weights\na GPU, GiB", 4),
+    Field("left for\nKV, GiB", 3),
+    Field("128K", 1),
+    Field("512K", 1),
+    Field("1M", 1),
+)
 
-def show_list(rows: list[dict[str, Any]]) -> None:
+
+def listed(rows: list[dict[str, Any]]) -> list[Grid]:
     """One line a preset."""
-    table = Table(header_style="bold", pad_edge=False)
-    for name in ("model", "family"):
-        table.add_column(name)
-    for name in ("layers", "paged", "selections", "B a token", "128K", "512K", "1M, GiB"):
-        table.add_column(name, justify="right")
+    grid = Grid(LIST_FIELDS)
     for row in rows:
-        table.add_row(
+        grid.add(
             row["name"],
             row["family"],
             *(str(row[key]) for key in ("layers", "paged_layers", "selections")),
             f"{row['bytes_per_token']:,.0f}",
             *(f"{size / GIB:.2f}" for size in row["kv_bytes"].values()),
         )
-    wide_console(110).print(table)
+    return [grid]
 
 
-def show(found: dict[str, Any]) -> None:
+def parts(found: dict[str, Any]) -> list[Text | Grid]:
     """A model's layers by kind, and what fits each hardware preset."""
-    console = wide_console(120)
     positions = found["max_positions"]
-    console.print(f"[bold]{found['name']}[/bold]  {found['title']} ({found['family']})")
-    console.print(f"source: {found['source']}", markup=False)
-    console.print(
-        f"weights {found['weight_bytes'] / 1e9:,.0f} GB; contexts up to"
-        f" {f'{positions:,} tokens' if positions else 'a length that is not said'}"
-    )
-    _show_parts(console, found)
-    table = Table("hardware", header_style="bold", pad_edge=False)
-    for name in ("GPUs", "weights a GPU, GB", "left for KV, GB", "128K", "512K", "1M"):
-        table.add_column(name, justify="right")
+    grid = Grid(FIT_FIELDS)
     for row in found["fits"]:
-        table.add_row(
+        pool = row["kv_pool_bytes"]
+        grid.add(
             row["hardware"],
             f"{row['gpus']}, {row['weights']}",
-            f"{row['weight_bytes_per_gpu'] / 1e9:,.1f}",
-            f"{row['kv_pool_bytes'] / 1e9:,.1f}" if row["kv_pool_bytes"] else "weights do not fit",
-            *("-" if n is None else str(n) for n in row["requests"].values()),
+            f"{row['weight_bytes_per_gpu'] / GIB:,.1f}",
+            f"{pool / GIB:,.1f}" if pool else "weights do not fit",
+            *("-" if n is None else f"{n:,}" for n in row["requests"].values()),
         )
-    console.print("requests with their whole cache on the GPUs (tensor parallel over all of them):")
-    console.print(table)
+    return [
+        Text.assemble((found["name"], "bold"), f"  {found['title']} ({found['family']})"),
+        Text(f"source: {found['source']}"),
+        Text(
+            f"weights {found['weight_bytes'] / GIB:,.0f} GiB; contexts up to"
+            f" {f'{positions:,} tokens' if positions else 'a length that is not said'}"
+        ),
+        _layers(found),
+        Text("requests with their whole cache on the GPUs (tensor parallel over all of them):"),
+        grid,
+    ]
 
 
-def _show_parts(console: Any, found: dict[str, Any]) -> None:
-    table = Table(header_style="bold", pad_edge=False)
-    for name in ("layers", "kind", "tokens an entry", "entry, B", "key, B", "top-k"):
-        table.add_column(name, justify="right" if name != "kind" else "left")
-    for name in ("selection", "KV"):
-        table.add_column(name)
-    for name in ("window", "B a token"):
-        table.add_column(name, justify="right")
+def _layers(found: dict[str, Any]) -> Grid:
+    grid = Grid(PART_FIELDS)
     for part in found["parts"]:
-        table.add_row(
+        figures = ("entry_tokens", "entry_bytes", "key_bytes", "topk")
+        grid.add(
             str(part["layers"]),
             part["kind"],
-            *(
-                str(part[key] or "-")
-                for key in ("entry_tokens", "entry_bytes", "key_bytes", "topk")
-            ),
+            *(str(part[key] or "-") for key in figures),
             part["selection"],
             part["kv"] if part["kind"] != "window" else "-",
             str(part["window_tokens"] or "-"),
             f"{part['bytes_per_token']:,.1f}",
         )
-    total = f"{found['bytes_per_token']:,.1f}"
-    table.add_row(str(found["layers"]), "all", *[""] * 7, total, style="bold")
-    console.print(table)
+    total = Text(f"{found['bytes_per_token']:,.1f}", "bold")
+    grid.add(Text(str(found["layers"]), "bold"), Text("all", "bold"), *[""] * 7, total)
+    return grid

@@ -1,45 +1,39 @@
-"""Tables of `fmsim policy`."""
+"""A policy and its parameters: the table of `fmsim policy show`."""
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
-from rich.console import Console
-from rich.table import Table
+from rich.text import Text
+
+from fmsim.report.grid import Field, Grid
+
+FIELDS = (
+    Field("parameter", 0, "left"),
+    Field("default", 1, "left", 10),
+    Field("meaning", 0, "left", 24),
+    Field("type", 2, "left", 12),
+)
 
 
-def show_list(rows: list[dict[str, Any]]) -> None:
-    """A row a policy. The sentence on what it keeps takes lines of its own where it must."""
-    table = Table(header_style="bold", pad_edge=False)
-    for name in ("policy", "action", "evidence", "decides per"):
-        table.add_column(name.replace(" ", "\n"), no_wrap=True)
-    table.add_column("what it keeps")
-    for row in rows:
-        table.add_row(
-            *(row[key] for key in ("name", "action", "evidence", "decision_scope", "summary"))
-        )
-    _console().print(table)
-
-
-def show(found: dict[str, Any]) -> None:
+def parts(found: dict[str, Any]) -> list[Text | Grid]:
     """What it does, and its parameters."""
-    table = Table(header_style="bold", pad_edge=False)
-    for name in ("parameter", "type", "default"):
-        table.add_column(name, overflow="fold")
-    table.add_column("meaning")
+    grid = Grid(FIELDS)
     for row in found["parameters"]:
-        table.add_row(*(row[key] for key in ("name", "type", "default", "description")))
-    console = _console()
-    console.print(f"[bold]{found['name']}[/bold]  {found['module']}")
-    console.print(
+        grid.add(row["name"], row["default"], row["description"], row["type"])
+    about = (
         f"action {found['action']}, evidence {found['evidence']}, decides per"
         f" {found['decision_scope']}\n"
     )
-    console.print(found["doc"] + "\n", markup=False)
-    console.print(table)
+    head = Text.assemble((found["name"], "bold"), f"  {found['module']}")
+    return [head, Text(about), Text(f"{_reflowed(found['doc'])}\n"), grid]
 
 
-def _console() -> Console:
-    """The terminal; a pipe is taken to be 120 columns wide."""
-    console = Console(highlight=False)
-    return console if console.is_terminal else Console(width=120, highlight=False)
+def _reflowed(doc: str) -> str:
+    """Each paragraph in one line, to be wrapped as wide as the terminal is; lists and code stay."""
+    paragraphs = doc.split("\n\n")
+    plain = [not re.search(r"^(\s|[-*>|])", text, re.MULTILINE) for text in paragraphs]
+    return "\n\n".join(
+        " ".join(text.split()) if flows else text for text, flows in zip(paragraphs, plain)
+    )

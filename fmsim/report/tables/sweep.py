@@ -8,7 +8,7 @@ from typing import Any
 from rich.text import Text
 
 from fmsim.report.console import NO_MASS, estimate_text
-from fmsim.report.grid import ALL, Field, Grid, View, show_parts
+from fmsim.report.grid import Field, Grid
 from fmsim.report.tables.estimates import PLUS_MINUS
 from fmsim.units import MIB
 
@@ -38,16 +38,16 @@ SERVING_FIGURES = {  # of a scenario with a workload
 }
 
 
-def show(rows: list[dict[str, Any]], note: str, view: View = ALL) -> None:
-    """Print to standard output."""
-    parts: list[Text | Grid] = [table(rows)]
-    parts += [
+def parts(rows: list[dict[str, Any]], note: str) -> list[Text | Grid]:
+    """The table, what went wrong, and a note on what the rows are."""
+    told: list[Text | Grid] = [table(rows)]
+    told += [
         Text(f"{row['policy']}: {row['error']}", style="yellow") for row in rows if "error" in row
     ]
     if any(row.get("mass_kept", 0) is None for row in rows):
-        parts.append(Text(NO_MASS, style="dim"))
-    parts.append(Text(f"{note}.  * simulated, not measured.  {PLUS_MINUS}", style="dim"))
-    show_parts(parts, view)
+        told.append(Text(NO_MASS, style="dim"))
+    told.append(Text(f"{note}.  * simulated, not measured.  {PLUS_MINUS}", style="dim"))
+    return told
 
 
 def table(rows: list[dict[str, Any]]) -> Grid:

@@ -6,7 +6,7 @@ from typing import Any
 
 from rich.text import Text
 
-from fmsim.report.grid import ALL, Field, Grid, View, show_parts
+from fmsim.report.grid import Field, Grid
 from fmsim.units import MIB
 
 FIELDS = (
@@ -32,15 +32,15 @@ WHOLE_STEPS = (
 )
 
 
-def show(report: dict[str, Any], view: View = ALL) -> None:
-    """Print to standard output, from the report's JSON object."""
+def parts(report: dict[str, Any]) -> list[Text | Grid]:
+    """From the report's JSON object."""
     about = report["scenario"]
     head = (
         f"{about['name']}: {about['trace']}, {about['steps']} steps; pages of"
         f" {about['model']}'s {about['csa_layers']} CSA layers on {about['device']}"
     )
     notes = [Text(note, style="dim") for note in about["notes"]]
-    show_parts([Text(head), table(report), *notes], view)
+    return [Text(head), table(report), *notes]
 
 
 def table(report: dict[str, Any]) -> Grid:

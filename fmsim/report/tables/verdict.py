@@ -31,6 +31,53 @@ def lines(report: dict[str, Any]) -> list[str]:
     return found
 
 
+def answer(report: dict[str, Any]) -> str:
+    """The sentences that answer a run: of the smallest budget the lossy policy that keeps most, and
+    of all exact ones that with which most requests fit.
+    """
+    about = report["scenario"]
+    rows = [one for one in report["policies"] if not _is_bound(one, about)]
+    full = next((row for row in rows if _is_full(row, about)), None)
+    rivals = [row for row in rows if row is not full]
+    if full is None or not full["max_requests"] or not rivals:
+        return f"{len(rows)} policies were replayed; the full cache is not among them."
+    exact = [row for row in rivals if _is_exact(row, about)]
+    lossy = [row for row in rivals if not _is_exact(row, about)]
+    least = min((row["gpu_bytes"] for row in lossy), default=0)
+    small = [row for row in lossy if row["gpu_bytes"] <= 1.1 * least]
+    found = []
+    if small:
+        best = max(small, key=lambda row: row["mass_kept"] or row["hit_rate"])
+        found.append(_lossy_answer(best, full, about))
+    if exact:
+        best = max(exact, key=lambda row: row["max_requests"])
+        ratio = best["max_requests"] / full["max_requests"]
+        found.append(
+            f"Losing nothing, {name_of(best, about)} fits {ratio:.2g} x the requests with"
+            f" {best['gpu_ratio']:.0%} of the bytes, and waits for the host"
+            f" {best['stall_ratio']:.1%} of the time."
+        )
+    return " ".join(found)
+
+
+def _lossy_answer(row: Row, full: Row, about: dict[str, Any]) -> str:
+    ratio = row["max_requests"] / full["max_requests"]
+    half_width = row.get("ci95", {}).get("mass_kept", {}).get("half_width")
+    margin = "" if half_width is None else f" ± {100 * half_width:.2g}"
+    kept = row["mass_kept"]
+    share = "an unknown share" if kept is None else f"{100 * kept:.3g}{margin}%"
+    return (
+        f"With {row['gpu_ratio']:.1%} of the full cache's bytes, {name_of(row, about)} keeps"
+        f" {share} of the attention mass, and {ratio:.2g} x the requests fit."
+    )
+
+
+def name_of(row: Row, about: dict[str, Any]) -> str:
+    """The policy's label; under a heading with its budget the scenario's own."""
+    name: str = about["runs"][row["policy"]]["entry"] if about["budgets"] else row["policy"]
+    return name
+
+
 def sentence(row: Row, full: Row, exact: bool) -> str:
     """What one policy gives and takes, beside the full cache."""
     ratio = row["max_requests"] / full["max_requests"]

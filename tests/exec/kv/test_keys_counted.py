@@ -120,6 +120,7 @@ def test_what_is_not_measured_is_said_and_never_counted(prompts, tmp_path):
 
 @pytest.mark.parametrize("targets", [TARGETS, range(LAYERS)], ids=["some", "all"])
 def test_the_report_says_over_how_many_layers(reference, tmp_path, capsys, targets):
+    from fmsim.report.grid import ALL, show_parts
     from fmsim.report.tables import measured
 
     stream = Stream("text", np.random.default_rng(0).integers(0, 64, 120), [Turn([1, 2, 3], 20)])
@@ -129,7 +130,7 @@ def test_the_report_says_over_how_many_layers(reference, tmp_path, capsys, targe
     )
     details = report["scenario"]["details"]["lsa"]
     assert details["index_keys"] == "tiered" and details["measured_layers"] == list(targets)
-    measured.show(report, [])
+    show_parts(measured.parts(report, []), ALL)
     shown = " ".join(capsys.readouterr().out.split())
     assert f"all in the {len(targets)} of 5 CSA layers that the memory indexer scores" in shown
     assert ("in 2 of 5 CSA layers; not measured in the others" in shown) == (targets == TARGETS)

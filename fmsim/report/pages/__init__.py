@@ -1,0 +1,1 @@
+"""Pages of `fmsim report`, one module a kind of result."""
