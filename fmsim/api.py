@@ -11,13 +11,15 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from fmsim.errors import FmsimError
+from fmsim.errors import FmsimError, shown
 from fmsim.experiments import plan as _plan
 from fmsim.experiments import run as _run
+from fmsim.experiments import saved as _saved
 from fmsim.experiments import serve as _serve
 from fmsim.experiments import sweep as _sweep
 from fmsim.experiments.failures import TIMEOUT_S
 from fmsim.experiments.progress import Progress, silent
+from fmsim.experiments.rows import write_rows
 from fmsim.geometry import Geometry, geometry_named
 from fmsim.hw import Hardware, load_hardware
 from fmsim.policies import registry
@@ -272,6 +274,35 @@ def sweep_scenario(
         timeout_s,
         progress,
     )
+
+
+def load_rows(source: str | Path) -> list[dict[str, Any]]:
+    """What a command wrote, as flat rows: a folder of `fmsim run --out` or `fmsim eval --out`, or
+    the file of `fmsim sweep` or `fmsim tune`.
+
+    Every value is a number, a text, true or false, or None, as experiment trackers take them.
+    Raises FmsimError where nothing of that kind is there.
+    """
+    return _saved.rows_of(Path(source))
+
+
+def load_frame(source: str | Path) -> Any:
+    """The same as a pandas DataFrame. Raises FmsimError, naming the extra, without pandas."""
+    return _saved.frame_of(load_rows(source))
+
+
+def save_rows(rows: Iterable[Mapping[str, Any]], path: str | Path) -> None:
+    """Write rows as the path's name ends: .parquet, .jsonl (a row a line), or else CSV.
+
+    Raises FmsimError where the place cannot be written, or without the extra that Parquet needs.
+    """
+    place = Path(path)
+    try:
+        write_rows(place, [dict(row) for row in rows])
+    except OSError as error:
+        raise FmsimError(
+            f"{shown(place)}: cannot be written ({error.strerror or error}); choose another place"
+        ) from None
 
 
 def _file(

@@ -4,7 +4,7 @@ from importlib.util import find_spec
 
 from fmsim.errors import FmsimError
 
-MODULES = {"model": ("torch", "transformers", "tokenizers"), "report": ("plotly",)}
+MODULES = {"model": ("torch", "transformers", "tokenizers")}
 
 
 def require(extra: str, what: str) -> None:

@@ -68,6 +68,9 @@ PolicyTimeout = Annotated[
 ]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="no progress bar")]
 Csv = Annotated[bool, typer.Option("--csv", help="print the rows as CSV")]
+Lines = Annotated[
+    bool, typer.Option("--jsonl", help="print the rows as JSON lines, for experiment trackers")
+]
 Verbose = Annotated[
     bool,
     typer.Option(

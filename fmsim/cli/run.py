@@ -12,6 +12,7 @@ from fmsim.cli.options import (
     TIMEOUT_S,
     Columns,
     Csv,
+    Lines,
     NoVerify,
     PolicyTimeout,
     Quiet,
@@ -51,6 +52,7 @@ def run(
         bool, typer.Option("--json", help="print one JSON object instead of the table")
     ] = False,
     as_csv: Csv = False,
+    as_lines: Lines = False,
     as_markdown: Annotated[
         bool, typer.Option("--markdown", help="print the table as Markdown")
     ] = False,
@@ -182,6 +184,10 @@ def run(
         typer.echo(strict_json.dump(plain))
     elif as_csv:
         echo_csv(report.flat_rows())
+    elif as_lines:
+        from fmsim.experiments.rows import json_lines
+
+        typer.echo(json_lines(report.flat_rows()), nl=False)
     elif as_markdown:
         typer.echo(shown.markdown(plain, View.of_terminal(True, columns)), nl=False)
     else:

@@ -181,11 +181,22 @@ def read_rows(path: Path) -> list[Row]:
     return rows
 
 
+def json_lines(rows: Sequence[Row]) -> str:
+    """A row a line, as an experiment tracker takes them: numbers, texts, true and false alone."""
+    kinds = (str, int, float)
+    lines = ({name: one for name, one in row.items() if isinstance(one, kinds)} for row in rows)
+    return "".join(f"{strict_json.dump(line)}\n" for line in lines)
+
+
 def write_rows(path: Path, rows: Sequence[Row]) -> None:
-    """A file of rows that is not gone on with: Parquet where its name ends so, else CSV.
+    """A file of rows that is not gone on with: Parquet or JSON lines (.jsonl) where its name ends
+    so, else CSV.
 
     Raises OSError, and FmsimError where Parquet's library is missing.
     """
+    if path.suffix == ".jsonl":
+        write_text(path, json_lines(rows))
+        return
     if path.suffix != ".parquet":
         write_text(path, csv_text(rows))
         return

@@ -19,9 +19,6 @@ COMMANDS = {
     "indexer train x.safetensors --out y.safetensors": (
         "indexer train needs torch: pip install 'fmsim[model]'"
     ),
-    "indexer eval x.safetensors y.safetensors --plot z.html": (
-        "--plot needs plotly: pip install 'fmsim[report]'"
-    ),
     "trace record --prompt-file x.txt --out y.safetensors": (
         "trace record needs torch: pip install 'fmsim[model]'"
     ),
@@ -40,11 +37,11 @@ def test_what_is_missing_is_told(command, monkeypatch, capsys):
 
 
 def test_a_module_that_is_there_is_enough_and_one_that_is_not_is_named(monkeypatch):
-    monkeypatch.setitem(extras.MODULES, "report", ("json",))
-    assert extras.require("report", "anything") is None
-    monkeypatch.setitem(extras.MODULES, "report", ("json", "no_such_module"))
+    monkeypatch.setitem(extras.MODULES, "model", ("json",))
+    assert extras.require("model", "anything") is None
+    monkeypatch.setitem(extras.MODULES, "model", ("json", "no_such_module"))
     with pytest.raises(FmsimError, match="anything needs no_such_module"):
-        extras.require("report", "anything")
+        extras.require("model", "anything")
 
 
 ROOT = Path(__file__).parents[2]
