@@ -11,7 +11,16 @@ from typing import Annotated
 import typer
 
 from fmsim.cli.extras import require
-from fmsim.cli.options import Columns, Csv, Quiet, Verbose, Wide, print_found, write_page
+from fmsim.cli.options import (
+    Columns,
+    Csv,
+    Quiet,
+    Verbose,
+    Wide,
+    parse_tokens,
+    print_found,
+    write_page,
+)
 from fmsim.cli.progress import bar
 
 # All at an equal budget: LSA's own threshold would leave part of its budget unused.
@@ -173,13 +182,13 @@ def _length(text: str) -> tuple[int, ...]:
     """(tokens,) or (tokens, samples, seeds)."""
     from fmsim.errors import FmsimError
 
-    parts = text.split(":")
-    if len(parts) not in (1, 3) or not all(part.isdecimal() for part in parts):
+    length, *fewer = text.split(":")
+    if len(fewer) not in (0, 2) or not all(part.isdecimal() for part in fewer):
         raise FmsimError(
             f"--length {text}: give tokens, such as 32768, or TOKENS:SAMPLES:SEEDS, such as"
             " 524288:8:2"
         )
-    return tuple(map(int, parts))
+    return parse_tokens("--length", length), *map(int, fewer)
 
 
 def _open(device: str, corpus: Path | None, files: list[Path]):

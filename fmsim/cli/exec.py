@@ -21,6 +21,7 @@ from fmsim.cli.options import (
     Verbose,
     Wide,
     print_found,
+    tokens,
 )
 from fmsim.cli.progress import bar, token_bar
 
@@ -37,18 +38,6 @@ class Weights(enum.StrEnum):
 class IndexKeyPlace(enum.StrEnum):
     all = "all"
     tiered = "tiered"
-
-
-def _tokens(text: str) -> int:
-    """8192, or 32k: thousands of tokens as contexts are named, so 500k is the 512,000 that a trace
-    of that name has.
-    """
-    import re
-
-    found = re.fullmatch(r"(\d+)([kK]?)", str(text).replace("_", "").replace(",", ""))
-    if not found or not int(found[1]):
-        raise typer.BadParameter(f"{text!r} is no number of tokens; write 8192 or 32k")
-    return int(found[1]) * (1024 if found[2] else 1)
 
 
 STEPS = 128
@@ -97,7 +86,7 @@ def exec_(
         typer.Option(
             "--context",
             "-c",
-            parser=_tokens,
+            parser=tokens,
             metavar="TOKENS",
             help="of the prompt, such as 8192 or 32k; a longer text is cut",
         ),

@@ -30,7 +30,7 @@ def init(
     fmsim init
     fmsim init mine.yaml --model glm-5.2 --hardware h200 --context 128K && fmsim run mine.yaml
     """
-    from fmsim.cli.plan import parse_tokens
+    from fmsim.cli.options import parse_tokens
     from fmsim.experiments.scenarios import Wish, write
 
     wish = Wish(model, hardware, parse_tokens("--context", context), batch)

@@ -83,6 +83,40 @@ Verbose = Annotated[
 TIMEOUT_S = 3600.0
 
 
+def parse_tokens(option: str, text: str) -> int:
+    """A number of tokens; 512K is 512 * 1024. FmsimError names the option."""
+    from fmsim.errors import FmsimError, shown
+
+    found = _count(text)
+    if found is None:
+        raise FmsimError(
+            f"{option} {shown(text)}: give a number of tokens, such as 512K, 1M or 100000"
+        )
+    return found
+
+
+def tokens(text: str) -> int:
+    """The same as typer's parser of an option."""
+    found = _count(str(text))
+    if found is None:
+        raise typer.BadParameter(f"{text!r} is no number of tokens; write 8192, 32K or 1M")
+    return found
+
+
+def _count(text: str) -> int | None:
+    from fmsim.sim.serving.spec import MOST_TOKENS
+
+    units = {"K": 2**10, "M": 2**20}
+    plain = text.strip().replace("_", "").replace(",", "")
+    scale = units.get(plain[-1:].upper(), 1)
+    number = plain[:-1] if scale > 1 else plain
+    try:
+        found = round(float(number) * scale)
+    except (ValueError, OverflowError):  # the latter for infinity
+        return None
+    return found if 1 <= found <= MOST_TOKENS else None
+
+
 def echo_json(found: Any) -> None:
     """Print one JSON value."""
     from fmsim.files import strict_json

@@ -18,6 +18,7 @@ from fmsim.cli.options import (
     echo_csv,
     end_with_failures,
     one_thread_a_process,
+    parse_tokens,
 )
 
 
@@ -204,21 +205,3 @@ def _seconds(option: str, text: str, unit: str) -> float:
     if not 0 < seconds < float("inf"):
         raise FmsimError(f"{option} {text}: give a time above zero, such as 50ms or 0.05s")
     return seconds
-
-
-def parse_tokens(option: str, text: str) -> int:
-    """512K is 512 * 1024."""
-    from fmsim.errors import FmsimError, shown
-    from fmsim.sim.serving.spec import MOST_TOKENS
-
-    units = {"K": 2**10, "M": 2**20}
-    number, unit = (text[:-1], units[text[-1].upper()]) if text[-1:].upper() in units else (text, 1)
-    try:
-        tokens = round(float(number) * unit)
-    except (ValueError, OverflowError):  # the latter for infinity
-        tokens = 0
-    if not 1 <= tokens <= MOST_TOKENS:
-        raise FmsimError(
-            f"{option} {shown(text)}: give a number of tokens, such as 512K, 1M or 100000"
-        )
-    return tokens

@@ -208,7 +208,7 @@ def _without_trace(
     shown: tuple[bool, str | None],
 ) -> None:
     """Sizes, walls and the full cache's time of a model, which need no selections."""
-    from fmsim.cli.plan import parse_tokens
+    from fmsim.cli.options import parse_tokens
     from fmsim.errors import FmsimError
     from fmsim.experiments.plan import Ask
     from fmsim.experiments.untraced import run_untraced

@@ -10,7 +10,7 @@ import typer
 
 from fmsim.cli import exchange, trace_tools
 from fmsim.cli.extras import require
-from fmsim.cli.options import Columns, Csv, Json, NoVerify, Wide, print_found
+from fmsim.cli.options import Columns, Csv, Json, NoVerify, Wide, print_found, tokens
 from fmsim.cli.progress import token_bar
 
 if TYPE_CHECKING:
@@ -90,7 +90,13 @@ def record(
     ] = None,
     context: Annotated[
         int,
-        typer.Option("--context", "-c", help="tokens of the prompt; a longer text is cut"),
+        typer.Option(
+            "--context",
+            "-c",
+            parser=tokens,
+            metavar="TOKENS",
+            help="of the prompt, such as 8192 or 32K; a longer text is cut",
+        ),
     ] = 32_768,
     steps: Annotated[int, typer.Option(help="decode steps")] = 512,
     seed: Annotated[int, typer.Option(help="decides a built-in task's text and facts")] = 0,

@@ -142,7 +142,7 @@ WRONG = [
         "--model: neither a preset nor a model's file: 'v9'; presets are v4-flash, v4-pro",
     ),
     (("--context", "200k"), "--context 204800: no shipped trace has about as many tokens"),
-    (("--context", "many"), "'many' is no number of tokens; write 8192 or 32k"),
+    (("--context", "many"), "'many' is no number of tokens; write 8192, 32K or 1M"),
     (("--trace", "absent.safetensors"), "absent.safetensors"),
 ]
 
