@@ -16,10 +16,8 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
+from fmsim.exec.kernels import flash_mla, float8_products
 from fmsim.exec.kernels.attention_rows import Rows
-from fmsim.exec.kernels.layout import LATENT, slots_of
-from fmsim.exec.kernels.rounded_rows import round_rows
-from fmsim.exec.kernels.weights import BLOCK
 
 Way = Callable[[], Tensor] | str
 PAGE = 64  # entries, of both packages
@@ -78,41 +76,10 @@ def of_attention(
     flash = package("flash_mla")
     if isinstance(flash, str):
         return {"FlashMLA": flash}
-    batch, window = len(queries), rows.window_rows
-    if rows.layout != LATENT or rows.layout.per_page(rows.pool) != PAGE or window % PAGE:
-        return {"FlashMLA": f"it reads pages of {PAGE} packed entries"}
-    values = rows.window[:, : window * LATENT.value_bytes]
-    scales = rows.window[:, window * LATENT.value_bytes :]
-    near = torch.cat(
-        (values.reshape(batch * window // PAGE, -1), scales.reshape(batch * window // PAGE, -1)), 1
-    )
-    places = torch.arange(batch * window, dtype=torch.int32, device=queries.device)
-    places = places.view(batch, 1, window)
-    short = torch.arange(window, device=queries.device) >= rows.window_lengths[:, None]
-    places = places.masked_fill(short[:, None], -1)
-    slots = slots_of(rows.table, rows.ids, PAGE).to(torch.int32)[:, None]
-    metadata = flash.get_mla_metadata()[0]
-    asked = queries.to(torch.bfloat16)[:, None]
-
-    def run() -> Tensor:
-        return flash.flash_mla_with_kvcache(
-            asked,
-            near.view(-1, PAGE, 1, LATENT.entry_bytes),
-            None,
-            None,
-            LATENT.width,
-            metadata,
-            softmax_scale=scale,
-            is_fp8_kvcache=True,
-            indices=places,
-            attn_sink=sinks,
-            extra_k_cache=rows.pool.view(-1, PAGE, 1, LATENT.entry_bytes),
-            extra_indices_in_kvcache=slots,
-            use_legacy=True,
-            kv_format="V4",
-        )[0]
-
-    return {"FlashMLA": run}
+    if rows.pool.shape[1] % flash_mla.ALIGNED:
+        return {"FlashMLA": "its reads of 16 bytes need pages of two packed entries or more"}
+    asked = queries.to(torch.bfloat16)
+    return {"FlashMLA": lambda: flash_mla.attend(asked, rows, sinks, scale)}
 
 
 # ------------------------------------------------------------------------------------- index scores
@@ -147,39 +114,12 @@ def of_product(
     x: Tensor, weight: Tensor, scale: Tensor, groups: int, float8_rows: bool
 ) -> dict[str, Way]:
     """Float8 rows times float8 weights by cuBLAS and by DeepGEMM, the rounding of rows included."""
-    rows = x.flatten(0, -2)
-    if not float8_rows or groups > 1:
+    if not float8_rows:
         return {}
-    count, outputs = len(rows), len(weight)
-
-    def rounded() -> tuple[Tensor, Tensor]:
-        codes, scales = round_rows(rows)
-        return codes, scales[:, :count].T  # [rows, blocks], a block's scales side by side
-
-    def by_cublas() -> Tensor:
-        from torch.nn.functional import ScalingType, scaled_mm
-
-        codes, scales = rounded()
-        return scaled_mm(
-            codes,
-            weight.T,
-            # no stride of its own beyond the rows
-            scales.T.contiguous().T,
-            ScalingType.BlockWise1x128,
-            scale.T,
-            ScalingType.BlockWise128x128,
-            output_dtype=x.dtype,
-        )
-
+    rows = x.flatten(0, -2)
+    given = rows, weight, scale, groups
     gemm = package("deep_gemm")
-    if isinstance(gemm, str):
-        return {"cuBLAS, float8": by_cublas, "DeepGEMM": gemm}
-    out = torch.empty(count, outputs, dtype=x.dtype, device=x.device)
-
-    def by_deep_gemm() -> Tensor:
-        codes, scales = rounded()
-        gemm.fp8_gemm_nt((codes, scales.contiguous()), (weight, scale), out)
-        return out
-
-    assert weight.shape[1] % BLOCK == 0
-    return {"cuBLAS, float8": by_cublas, "DeepGEMM": by_deep_gemm}
+    return {
+        "DeepGEMM": gemm if isinstance(gemm, str) else lambda: float8_products.by_deep_gemm(*given),
+        "cuBLAS, float8": lambda: float8_products.by_cublas(*given),
+    }

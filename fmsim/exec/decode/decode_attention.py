@@ -15,6 +15,7 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
+from fmsim.exec.kernels import flash_mla
 from fmsim.exec.kernels.attention_rows import Rows, matrix_type
 from fmsim.exec.kernels.compress import Pooling, compress_and_append
 from fmsim.exec.kernels.index_score import index_scores, new_scores
@@ -240,12 +241,24 @@ class DecodeAttention:
             of_input += [indexer.kv_proj, indexer.gate_proj, indexer.scorer.weights_proj]
             of_latent.append(indexer.q_b_proj)
         self.of_input, self.of_latent = Joined(of_input), Joined(of_latent)
+        self.wants_masses = self.pager is not None and self.pager.wants_masses
+        self.query_type = self._query_type(batch)
 
     def __call__(self, x: Tensor, positions: Tensor) -> Tensor:
         """x [B, 1, D], the attention's input at ``positions`` int32 [B] -> output [B, 1, D]."""
         if self.first is self:
             self.now = self.moment(positions)
         return self.attend(x, self.first.now)
+
+    def _query_type(self, batch: int) -> torch.dtype:
+        """What the kernel that will attend takes without converting."""
+        pool = self.window
+        if self.hca is not None:
+            pool = self.hca.pool
+        elif self.pager is not None:
+            pool = self.pager.homes[0].pool
+        served = flash_mla.serves(batch, self.attention.heads, self.latent, self.window, pool)
+        return torch.bfloat16 if served and not self.wants_masses else matrix_type(self.latent)
 
     def moment(self, positions: Tensor) -> Moment:
         """Of ``positions`` int32 [B], for all layers of this kind."""
@@ -281,7 +294,7 @@ class DecodeAttention:
             q.view(-1, attention.heads, attention.size),
             turn,
             attention.eps,
-            dtype=matrix_type(self.latent),
+            dtype=self.query_type,
         )
         if attention.kind == CSA:
             indexer = attention.compressor.indexer
@@ -304,7 +317,7 @@ class DecodeAttention:
             rows,
             attention.sinks,
             attention.scale,
-            self.pager is not None and self.pager.wants_masses,
+            self.wants_masses,
         )
         if self.pager is not None:
             self.pager.reports(q, rows, masses, x, attention)

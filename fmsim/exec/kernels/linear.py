@@ -7,7 +7,7 @@ in float32:
 - weights become float16 in registers, which holds float8 exactly, and meet rows of float16;
 - or, where the model says that its activations are float8, weights stay as they are and meet rows
   of float8, with one scale for each 128 values of a row (`rounded_rows`): half the bytes and twice
-  the rate.
+  the rate. Such rows others multiply faster at some sizes (`float8_products`).
 
 Where there are fewer blocks of outputs than a GPU needs to read at its bandwidth, several programs
 share the columns, and a second launch adds their sums up, in a fixed order.
@@ -20,7 +20,7 @@ import math
 import torch
 from torch import Tensor
 
-from fmsim.exec.kernels import tuning
+from fmsim.exec.kernels import float8_products, tuning
 from fmsim.exec.kernels.lang import cdiv, next_power_of_2, runs_compiled, tl, triton
 from fmsim.exec.kernels.layout import product_operand
 from fmsim.exec.kernels.rounded_rows import round_rows_triton, rounded_reference
@@ -44,6 +44,10 @@ def linear(
     x [..., groups * in]. With ``float8_rows``, more than `tuning.FEW_ROWS` rows are rounded to
     float8 first; fewer are bound by the weights' bytes, and gain nothing by it.
     """
+    if float8_rows and _are_rounded(x, weight, groups):
+        found = float8_products.product(x.flatten(0, -2), weight, scale, groups)
+        if found is not None:
+            return found.view(*x.shape[:-1], len(weight))
     aligned = groups == 1 or len(weight) // groups % FEWEST_OUTPUTS == 0
     run = linear_triton if runs_compiled(x) and aligned else linear_reference
     return run(x, weight, scale, groups, float8_rows)

@@ -20,35 +20,38 @@ ROWS = 8  # of one program
 PADDED = 256  # rows of the scales: no block of rows in a product has more
 
 
-def round_rows(x: Tensor) -> tuple[Tensor, Tensor]:
-    """x [rows, in] -> codes float8_e4m3fn [rows, in], and their scales float32 [ceil(in / 128),
-    rows and more], so that a program reads those of many rows at a time; what stands beyond the
-    rows is anything, up to a multiple of `PADDED`.
+def round_rows(x: Tensor, multiple: int = PADDED) -> tuple[Tensor, Tensor]:
+    """x [rows, in] -> codes float8_e4m3fn [rows and more, in], and their scales float32 [ceil(in /
+    128), rows and more], so that a program reads those of many rows at a time; what stands beyond
+    the rows, up to a ``multiple``, is anything.
     """
-    return (round_rows_triton if runs_compiled(x) else round_rows_reference)(x)
+    return (round_rows_triton if runs_compiled(x) else round_rows_reference)(x, multiple)
 
 
-def round_rows_reference(x: Tensor) -> tuple[Tensor, Tensor]:
+def round_rows_reference(x: Tensor, multiple: int = PADDED) -> tuple[Tensor, Tensor]:
     columns = x.shape[1]
     blocks = torch.nn.functional.pad(x.float(), (0, -columns % BLOCK)).unflatten(1, (-1, BLOCK))
     exponent = power_of_two_exponent(blocks.abs().amax(2))
     codes = (blocks * power(254 - exponent)[..., None]).to(torch.float8_e4m3fn)
-    scales = torch.nn.functional.pad(power(exponent).T, (0, -len(x) % PADDED))
-    return codes.flatten(1)[:, :columns].contiguous(), scales
+    more = -len(x) % multiple
+    scales = torch.nn.functional.pad(power(exponent).T, (0, more)).contiguous()
+    codes = codes.flatten(1)[:, :columns]
+    return torch.cat((codes, codes.new_zeros(more, columns))), scales
 
 
 def rounded_reference(x: Tensor) -> Tensor:
     """x [..., in] rounded to float8 and back, in its type."""
     codes, scales = round_rows_reference(x.flatten(0, -2))
-    wide = scales.T[: len(codes)].repeat_interleave(BLOCK, 1)[:, : x.shape[-1]]
-    return (codes.float() * wide).to(x.dtype).view_as(x)
+    rows = x.shape[:-1].numel()
+    wide = scales.T[:rows].repeat_interleave(BLOCK, 1)[:, : x.shape[-1]]
+    return (codes[:rows].float() * wide).to(x.dtype).view_as(x)
 
 
-def round_rows_triton(x: Tensor) -> tuple[Tensor, Tensor]:
+def round_rows_triton(x: Tensor, multiple: int = PADDED) -> tuple[Tensor, Tensor]:
     rows, columns = x.shape
-    blocks = cdiv(columns, BLOCK)
-    codes = torch.empty(rows, columns, dtype=torch.float8_e4m3fn, device=x.device)
-    scales = torch.empty(blocks, cdiv(rows, PADDED) * PADDED, dtype=torch.float32, device=x.device)
+    blocks, room = cdiv(columns, BLOCK), cdiv(rows, multiple) * multiple
+    codes = torch.empty(room, columns, dtype=torch.float8_e4m3fn, device=x.device)
+    scales = torch.empty(blocks, room, dtype=torch.float32, device=x.device)
     _round_rows[(cdiv(rows, ROWS), blocks)](
         x,
         codes.view(torch.uint8),

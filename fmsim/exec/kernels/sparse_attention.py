@@ -1,7 +1,8 @@
 """Attention of one decode token over its window and its selected entries: shared K = V latent, a
 sink a head (eqs. 18-19).
 
-The rows (the window's, then the entries') are split over programs, each of which keeps a running
+Many requests' packed entries are FlashMLA's where its wheel is installed (`flash_mla`). Else the
+rows (the window's, then the entries') are split over programs, each of which keeps a running
 softmax, by one of two kernels as there are few requests or many. Where rows were split, another
 combines the parts by their log-sum-exp and adds the sink, which takes part in the sum and has no
 value. A last one gives each row's probability, mean over heads, where a trace or a policy needs it.
@@ -14,7 +15,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fmsim.exec.kernels import tuning
+from fmsim.exec.kernels import flash_mla, tuning
 from fmsim.exec.kernels.attention_gathered import attend_gathered
 from fmsim.exec.kernels.attention_in_place import attend_in_place
 from fmsim.exec.kernels.attention_rows import Parts, Rows, matrix_type
@@ -80,6 +81,9 @@ def sparse_attention_triton(
     tune: tuning.AttentionTuning | tuning.GatheredAttentionTuning | None = None,
 ) -> tuple[Tensor, Masses | None]:
     batch, heads, _ = queries.shape
+    served = flash_mla.serves(batch, heads, rows.layout, rows.window, rows.pool)
+    if tune is None and served and not want_masses:
+        return flash_mla.attend(queries, rows, sinks, scale), None
     tune = tune or tuning.attention(batch, heads, packed=rows.layout.kind == "latent")
     attend = attend_in_place if isinstance(tune, tuning.AttentionTuning) else attend_gathered
     out = torch.empty_like(queries)

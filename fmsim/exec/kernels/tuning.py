@@ -139,6 +139,7 @@ SOME_REQUESTS, MANY_REQUESTS = (
     4,
     16,
 )  # from here on; between them each entry is decoded once for all heads, but still in place
+FLASH_MLA_REQUESTS = 16  # from here on FlashMLA is faster (kernels-h200.json)
 FEW_ROWS = 16  # a matrix instruction's
 LINEAR = LinearTuning()
 # by rows at most: of float16, and of float8

@@ -213,15 +213,17 @@ def test_groups_have_inputs_of_their_own(device, seed, rows, groups, of_group, i
     rows=st.sampled_from([1, 9, 300]),
     columns=st.sampled_from([1, 128, 200]),
     dtype=st.sampled_from([torch.float32, torch.bfloat16]),
+    multiple=st.sampled_from([4, 16, 256]),
 )
-def test_rows_are_rounded_as_the_reference_rounds(device, seed, rows, columns, dtype):
+def test_rows_are_rounded_as_the_reference_rounds(device, seed, rows, columns, dtype, multiple):
     """Bit for bit, out of longer rows too."""
     generator = torch.Generator().manual_seed(seed)
     size = torch.exp2(torch.rand(rows, 1, generator=generator) * 40 - 20)
     x = (torch.randn(rows, columns + 8, generator=generator) * size).to(device, dtype)[:, :columns]
-    codes, scales = round_rows_triton(x)
-    expected, levels = round_rows_reference(x)
-    assert torch.equal(codes.view(torch.uint8), expected.view(torch.uint8))
+    codes, scales = round_rows_triton(x, multiple)
+    expected, levels = round_rows_reference(x, multiple)
+    assert torch.equal(codes[:rows].view(torch.uint8), expected[:rows].view(torch.uint8))
+    assert codes.shape == expected.shape and len(codes) % multiple == 0
     assert torch.equal(scales[:, :rows], levels[:, :rows]) and scales.shape == levels.shape
     assert torch.equal(
         rounded_reference(x.float()).double(), rounded_by_hand(x).to(torch.float32).double()

@@ -1,0 +1,103 @@
+"""Which of others' kernels multiplies float8 rows, and that each gives what ours does."""
+
+import json
+
+import pytest
+
+torch = pytest.importorskip("torch", reason="the kernels need fmsim[model]")
+
+from kernel_pools import relative_error
+
+from fmsim.exec.kernels import float8_products as products
+from fmsim.exec.kernels.linear import linear_reference
+from fmsim.exec.kernels.weights import quantise
+
+MADE = {
+    "cards": {
+        "A": [
+            {
+                "outputs": 4096,
+                "inputs": 1024,
+                "groups": 1,
+                "ways": {"64": ["own"], "256": ["cublas", "own"]},
+            },
+            {"outputs": 512, "inputs": 8192, "groups": 1, "ways": {"64": ["deep_gemm", "own"]}},
+            {"outputs": 8192, "inputs": 4096, "groups": 8, "ways": {"64": ["own", "deep_gemm"]}},
+        ],
+        "B": [{"outputs": 4096, "inputs": 1024, "groups": 1, "ways": {"64": ["deep_gemm"]}}],
+    }
+}
+
+
+@pytest.fixture
+def table(monkeypatch):
+    monkeypatch.setattr(products, "_table", lambda: MADE)
+    products.order.cache_clear()
+    yield
+    products.order.cache_clear()
+
+
+@pytest.mark.parametrize(
+    ("asked", "ways"),
+    [
+        (("A", 17, 4096, 1024, 1), ["own"]),
+        (("A", 65, 4096, 1024, 1), ["cublas", "own"]),
+        (("A", 9999, 4096, 1024, 1), ["cublas", "own"]),  # as the most that were measured
+        (("A", 64, 640, 8192, 1), ["deep_gemm", "own"]),  # as the nearest shape
+        (("A", 64, 640, 8192, 4), ["own", "deep_gemm"]),  # as what has groups
+        (("B", 64, 640, 8192, 1), ["deep_gemm"]),
+        (("a new card", 64, 640, 8192, 1), ["deep_gemm", "own"]),  # as the first
+        (("B", 64, 640, 8192, 4), ["own"]),  # nothing alike was measured
+    ],
+)
+def test_the_nearest_measurement_decides(table, asked, ways):
+    assert list(products.order(*asked)) == ways
+
+
+def test_the_shipped_table_names_ways_that_there_are():
+    known = {products.OWN, *products.WAYS}
+    for shapes in json.loads(products.TABLE.read_text())["cards"].values():
+        for shape in shapes:
+            assert shape["ways"] and all(set(ways) <= known for ways in shape["ways"].values())
+            assert all(products.OWN in ways for ways in shape["ways"].values())
+
+
+def test_elsewhere_than_on_a_hopper_gpu_ours_does_it():
+    weight, scale = quantise(torch.randn(256, 256))
+    assert products.product(torch.ones(64, 256).bfloat16(), weight, scale, 1) is None
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize("name", products.WAYS)
+@pytest.mark.parametrize("groups", [1, 4])
+@pytest.mark.parametrize("rows", [17, 64, 129, 1000])
+def test_each_way_gives_the_references_product(name, groups, rows):
+    if name == "deep_gemm" and products.deep_gemm() is None:
+        pytest.skip("sgl-deep-gemm is not installed")
+    if name == "cublas" and groups > 1:
+        pytest.skip("cuBLAS multiplies one group at a time")
+    generator = torch.Generator("cuda").manual_seed(rows)
+    weight, scale = quantise(torch.randn(512, 256, device="cuda", generator=generator))
+    x = torch.randn(rows, groups * 256, device="cuda", generator=generator).bfloat16()
+    expected = linear_reference(x, weight, scale, groups, True)
+    assert relative_error(products.WAYS[name](x, weight, scale, groups), expected) < 1e-2
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_what_refuses_a_shape_is_not_asked_again(monkeypatch):
+    asked = []
+
+    def refuses(*given):
+        asked.append(given)
+        raise RuntimeError("not this one")
+
+    monkeypatch.setattr(products, "WAYS", {"cublas": refuses})
+    monkeypatch.setattr(products, "order", lambda *_: ["cublas", "own"])
+    monkeypatch.setattr(products, "_refused", set())
+    weight, scale = quantise(torch.randn(256, 256, device="cuda"))
+    x = torch.ones(64, 256, device="cuda").bfloat16()
+    assert products.product(x, weight, scale, 1) is None
+    assert products.product(x, weight, scale, 1) is None
+    assert len(asked) == 1
