@@ -72,7 +72,7 @@ class DeviceTiers:
         self._changed.add(request)
         keeper = self.keepers[request]
         pages, slots = keeper.by_request(moves.pages), keeper.by_request(moves.slots)
-        self.tiers.recall(pages, slots, keeper.part)
+        self.tiers.recall(pages, slots, keeper.part, late=True)
 
     def recall_ahead(self, request: int, pages: Tensor) -> None:
         keeper = self.keepers[request]
@@ -114,7 +114,7 @@ class SharedTiers:
 
     def recall(self, request: int, moves: Moves) -> None:
         self.changed = True
-        self.tiers.recall(moves.pages, moves.slots)
+        self.tiers.recall(moves.pages, moves.slots, late=not self.copies)
 
     def recall_ahead(self, request: int, pages: Tensor) -> None:
         self.tiers.recall_ahead(pages)

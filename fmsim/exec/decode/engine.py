@@ -130,6 +130,7 @@ class Batch:
             select=select,
             dtype=dtype,
             stalled=self._clock.stall,
+            wait_for=self.tiers.wait_for,
         )
         self.pagers = [LayerPager(view, layer) for layer in layers]
         self._on_gpu = self.device.type == "cuda" and HAS_TRITON

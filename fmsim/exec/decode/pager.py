@@ -49,6 +49,7 @@ class StepView:
     select: Select
     dtype: torch.dtype
     stalled: Callable[[], AbstractContextManager[None]]  # around the loading of misses
+    wait_for: Callable[[int], None]  # until what a decision recalls late into a layer is there
 
     @property
     def params(self) -> PolicyParams:
@@ -78,6 +79,8 @@ class LayerPager:
         self.keys = view.keys[layer]
         self.granularity = view.tiers.granularity
         self.params = view.params
+        policy = view.requests[0].policy
+        self.recalls = self.params.cadence > 1 or policy.prefetches
         self.loads = self.params.on_miss != "mask" and self.tiers.stage_pages > 0
 
     def append(self, entry: Tensor, key: Tensor, index: Tensor) -> None:
@@ -88,6 +91,8 @@ class LayerPager:
 
     def select(self, queries: Tensor, weights: Tensor, visible: Tensor, top_k: int) -> Tensor:
         lengths = visible.int()
+        if self.recalls:
+            self.view.wait_for(self.layer)
         if (
             not self.keys.complete
         ):  # of resident entries alone; what would have been selected among all is not known

@@ -47,6 +47,7 @@ class TracePager:
         self.blocks = decode.blocks[layer]
         self.wants_masses = step.observes
         self.homes = decode.tiers.entries.homes(layer, self.blocks)
+        self.recalls = decode.policy.params.cadence > 1 or decode.policy.prefetches
         self.keeps_keys = layer < decode.keyed_layers
         if self.keeps_keys:
             self.key_homes = [Home(step.keys.pool[layer], step.keys.table)]
@@ -54,6 +55,8 @@ class TracePager:
             self.key_homes = decode.tiers.keys.homes(layer - decode.keyed_layers, self.blocks)
 
     def select(self, queries: Tensor, weights: Tensor, visible: Tensor, top_k: int) -> Tensor:
+        if self.recalls:
+            self.decode.tiers.wait_for(self.layer)
         (pool, table), of, resident = (
             self.key_homes[0],
             (queries[:, 0], weights[:, 0].float()),

@@ -70,7 +70,7 @@ class PairedTiers:
                 device,
                 mirrored,
                 one_text,
-                side=self.entries.side,
+                beside=self.entries.beside,
             )
             if tiered
             else None
@@ -98,10 +98,19 @@ class PairedTiers:
         for number, cache in enumerate(self.caches):
             cache.fetch(self.by_layer(pages, number), self.by_layer(slots, number), request)
 
-    def recall(self, pages: Tensor, slots: Tensor, request: Requests = None) -> None:
+    def recall(
+        self, pages: Tensor, slots: Tensor, request: Requests = None, late: bool = False
+    ) -> None:
         """`TieredCache.recall`, of groups' pages into their slots."""
         for number, cache in enumerate(self.caches):
-            cache.recall(self.by_layer(pages, number), self.by_layer(slots, number), request)
+            moves = self.by_layer(pages, number), self.by_layer(slots, number)
+            cache.recall(*moves, request, late)
+
+    def wait_for(self, layer: int) -> None:
+        """`TieredCache.wait_for`, of entries and keys."""
+        self.entries.wait_for(layer)
+        if self.keys is not None and layer in self.tiered:
+            self.keys.wait_for(self.tiered.index(layer))
 
     def recall_ahead(self, pages: Tensor, request: Requests = None) -> None:
         """`TieredCache.recall_ahead`, of groups' pages."""

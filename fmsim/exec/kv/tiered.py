@@ -22,13 +22,15 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fmsim.errors import FmsimError
 from fmsim.exec.kernels import staging, tuning
 from fmsim.exec.kernels.gather import copy_rows
 from fmsim.exec.kernels.layout import Layout, read_entries, write_entries
+from fmsim.exec.kv.beside import Beside
 from fmsim.exec.kv.home import Home, Requests, part_of
+from fmsim.exec.kv.memory import check_memory
 from fmsim.exec.kv.mirror import HostMirror
-from fmsim.units import gib
+
+LATE_LAUNCHES = 6  # of what a decision recalls late: as many times layers may go on before the end
 
 
 @dataclass(frozen=True)
@@ -68,8 +70,8 @@ class TieredCache:
     A request's slot s is page ``slot_start[l][b] + s`` of layer l's pool, and its page p is page
     ``page_start[b] + p`` of a layer's mirror. With ``one_text`` all requests have read the same,
     and share the mirror of one; with ``shared_name`` the processes of a host do
-    (`fmsim.exec.kv.mirror`). What is recalled ahead is copied on a stream of its own, or on `side`,
-    another's. `recalled_pages` and `staged_pages` count what was copied from the mirror, int64 on
+    (`fmsim.exec.kv.mirror`). What is recalled beside a decode is copied `beside`, which caches may
+    share. `recalled_pages` and `staged_pages` count what was copied from the mirror, int64 on
     the device, all layers together.
     """
 
@@ -83,7 +85,7 @@ class TieredCache:
         mirrored: bool = True,
         one_text: bool = False,
         shared_name: str | None = None,
-        side: torch.cuda.Stream | None = None,
+        beside: Beside | None = None,
     ):
         self.layout = layout
         self.layers = layers
@@ -137,7 +139,8 @@ class TieredCache:
             self.mirror.flatten(0, 1),
             self._layers_begin([layer * mirror_pages for layer in range(layers)]),
         )
-        self.side = side or (torch.cuda.Stream(self.device) if self.device.type == "cuda" else None)
+        self.beside = beside or Beside(self.device)
+        self._late = [self.beside.event() for _ in range(layers)] if mirrored else []
         self._ahead: Tensor | None = (
             None  # pool pages of what was recalled ahead, int32 [L, B, P + 1], or -1
         )
@@ -234,16 +237,30 @@ class TieredCache:
         if self.mirrored:
             self._admit(_by_request(pages), _by_request(slots), None, request)
 
-    def recall(self, pages: Tensor, slots: Tensor, request: Requests = None) -> None:
-        """`fetch`, for a decision: what was recalled ahead of it is here already."""
-        if not self.mirrored or self._ahead is None:
-            self.fetch(pages, slots, request)
+    def recall(
+        self, pages: Tensor, slots: Tensor, request: Requests = None, late: bool = False
+    ) -> None:
+        """`fetch`, for a decision: what was recalled ahead of it is here already.
+
+        Where the rest may come ``late`` it is copied beside what runs, a layer after the other, and
+        whoever reads a layer calls `wait_for` before.
+        """
+        if not self.mirrored:
             return
-        if self.side is not None:
-            torch.cuda.current_stream(self.device).wait_stream(self.side)
-        blocks = self._ahead[:, part_of(request)]
-        self.settle(pages, slots, blocks, request)
-        blocks.fill_(-1)
+        pages, slots, staged = _by_request(pages), _by_request(slots), None
+        if self._ahead is not None:
+            part = part_of(request)
+            self.beside.wait_for_ahead(part)
+            pages = pages.expand(-1, self._first_ahead[:, part].shape[1], -1)
+            staged = self._places(self._ahead[:, part], pages)
+        self._admit(pages, slots, staged, request, late=late)
+        if self._ahead is not None:
+            self._ahead[:, part_of(request)].fill_(-1)
+
+    def wait_for(self, layer: int) -> None:
+        """What is recalled late into a layer is there for what comes after."""
+        if self._late:
+            self.beside.wait(self._late[layer])
 
     def recall_ahead(self, pages: Tensor, request: Requests = None) -> None:
         """Begin to copy pages, up to a request's `ahead`, out of the mirror, beside whatever else
@@ -264,14 +281,8 @@ class TieredCache:
         blocks[:, :, -1] = -1
         self.recalled_pages += (to >= 0).sum()
         source = torch.where(pages < 0, -1, pages + self._first_page[part])
-        if self.side is None:
-            self._copy(self._of_mirror, source, to)
-            return
-        self.side.wait_stream(torch.cuda.current_stream(self.device))
-        with torch.cuda.stream(self.side):
+        with self.beside.ahead(part, source, to):
             self._copy(self._of_mirror, source, to, tuning.PROGRAMS_BESIDE)
-        for tensor in (source, to):
-            tensor.record_stream(self.side)
 
     def stage(self, layer: int, pages: Tensor, fetched: Tensor, blocks: Tensor) -> None:
         """Bring pages [B, n] of each request where `fetched` from the mirror into staging pages,
@@ -299,13 +310,11 @@ class TieredCache:
         has them there, or from the mirror, unless they are `all_staged`.
         """
         pages = _by_request(pages).expand(-1, blocks.shape[1], -1)
-        self._admit(
-            pages,
-            _by_request(slots),
-            blocks.gather(2, torch.where(pages < 0, blocks.shape[2] - 1, pages)).long(),
-            request,
-            all_staged,
-        )
+        self._admit(pages, _by_request(slots), self._places(blocks, pages), request, all_staged)
+
+    def _places(self, blocks: Tensor, pages: Tensor) -> Tensor:
+        """Of pages [L, B, m] the pool's, int64, by ``blocks`` [L, B, P + 1]."""
+        return blocks.gather(2, torch.where(pages < 0, blocks.shape[2] - 1, pages)).long()
 
     def _admit(
         self,
@@ -314,6 +323,7 @@ class TieredCache:
         staged: Tensor | None,
         request: Requests,
         all_staged: bool = False,
+        late: bool = False,
     ) -> None:
         """Copy pages [L, B or 1, m] into slots: within the GPU where they are `staged` in the pool,
         or from the mirror, which is counted.
@@ -329,7 +339,9 @@ class TieredCache:
             torch.where(pages < 0, -1, pages + self._first_page[part]), to
         )
         self.recalled_pages += (to >= 0).sum()
-        if self.mirrored:
+        if self.mirrored and late:
+            self._copy_late(source, to)
+        elif self.mirrored:
             self._copy(self._of_mirror, source, to)
 
     def read(self, layer: int, blocks: Tensor, ids: Tensor) -> Tensor:
@@ -370,16 +382,35 @@ class TieredCache:
         """Into page ``to[l, b, i]`` of layer l's pool page ``pages[l, b, i]`` of its part of
         `source`, where both are >= 0, without asking the host how many that are.
 
+        One launch copies for all layers: where these are not alike, from one list with the pages'
+        numbers in all of the memory.
+        """
+        self._copy_listed(source, *self._listed(source, pages, to), programs=programs)
+
+    def _copy_late(self, pages: Tensor, to: Tensor) -> None:
+        """The same from the mirror, beside what runs, in an order that lets the first layers go on
+        while the last are still waited for.
+        """
+        listed = self._listed(self._of_mirror, pages, to)
+        lists = len(listed[2])
+        step = max(1, lists // LATE_LAUNCHES)
+        with self.beside.late(*listed):
+            for first in range(0, lists, step):
+                self._copy_listed(self._of_mirror, *listed, part=slice(first, first + step))
+                layers = range(first, min(first + step, lists)) if self.even else range(self.layers)
+                for layer in layers:
+                    self.beside.record(self._late[layer])
+
+    def _listed(self, source: _Memory, pages: Tensor, to: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Moves for `copy_rows`, a list a layer, or one for all where these are not alike.
+
         The lists are as long as all slots of a layer, and most places in them are left out; so
-        those that are moved are brought to their front. One launch copies for all layers: where
-        these are not alike, from one list with the pages' numbers in all of the memory.
+        those that are moved are brought to their front.
         """
         pages, to = torch.broadcast_tensors(pages, to)
-        lists = self.layers
         if not self.even:
             pages = torch.where(pages < 0, -1, pages + source.first).flatten(0, 1)[None]
             to = torch.where(to < 0, -1, to + self._of_pool.first).flatten(0, 1)[None]
-            lists = 1
         moved = (pages >= 0) & (to >= 0)
         of_request = moved.sum(2)
         rank = (
@@ -390,49 +421,26 @@ class TieredCache:
         front = rank.new_full((2, len(rank), places + 1), -1)
         for part, out in zip((pages, to), front):
             out.scatter_(1, rank, part.flatten(1).long())
+        return front[0, :, :places], front[1, :, :places], of_request.sum(1, dtype=torch.int32)
+
+    def _copy_listed(
+        self,
+        source: _Memory,
+        pages: Tensor,
+        to: Tensor,
+        counts: Tensor,
+        programs: int | None = None,
+        part: slice = slice(None),
+    ) -> None:
+        lists = len(counts)
         copy_rows(
-            source.pages.unflatten(0, (lists, -1)),
-            self.storage.unflatten(0, (lists, -1)),
-            *front[:, :, :places],
-            of_request.sum(1, dtype=torch.int32),
+            source.pages.unflatten(0, (lists, -1))[part],
+            self.storage.unflatten(0, (lists, -1))[part],
+            pages[part],
+            to[part],
+            counts[part],
             programs,
         )
-
-
-def check_memory(device: torch.device, device_bytes: int, host_bytes: int) -> None:
-    """Raise FmsimError with the figure that is short, before anything is allocated."""
-    if device.type == "cuda":
-        free_bytes = torch.cuda.mem_get_info(device)[0]
-        _check(
-            "GPU memory for resident entries",
-            device_bytes,
-            free_bytes,
-            "lower --context, --batch or the policy's budget",
-        )
-    else:
-        host_bytes += device_bytes
-    free_bytes = host_free_bytes()
-    if free_bytes is not None:
-        _check("host memory for the cache", host_bytes, free_bytes, "lower --context or --batch")
-
-
-def _check(what: str, needed_bytes: int, free_bytes: int, fix: str) -> None:
-    if needed_bytes > free_bytes:
-        raise FmsimError(
-            f"{what}: {gib(needed_bytes)} are needed,"
-            f" {gib(needed_bytes - free_bytes)} more than the {gib(free_bytes)}"
-            f" that are free; {fix}"
-        )
-
-
-def host_free_bytes() -> int | None:
-    """Memory that can be had without swapping, as Linux tells; None elsewhere."""
-    try:
-        with open("/proc/meminfo") as file:
-            fields = dict(line.split(":", 1) for line in file)
-        return int(fields["MemAvailable"].split()[0]) * 1024
-    except (OSError, KeyError, ValueError):
-        return None
 
 
 def _by_request(rows: Tensor) -> Tensor:

@@ -16,7 +16,7 @@ from fmsim import __version__
 from fmsim.errors import FmsimError
 from fmsim.exec.decode.synthetic_decode import SyntheticStep
 from fmsim.exec.decode.trace_driven import TraceDrivenDecode, TraceDrivenRun
-from fmsim.exec.kv.tiered import host_free_bytes
+from fmsim.exec.kv.memory import host_free_bytes
 from fmsim.exec.model.deepseek_v4 import DeepseekV4
 from fmsim.exec.model.weights.synthetic import model_bytes, synthetic_model
 from fmsim.exec.runs.live import MEASURED, device_name

@@ -1,4 +1,6 @@
-"""FlashMLA on our own pools: the lists of slots that it takes, and where it is installed its result."""
+"""FlashMLA on our own pools: the lists of slots that it takes, and where it is installed what it
+makes of them.
+"""
 
 import pytest
 from hypothesis import given, settings

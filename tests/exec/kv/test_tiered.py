@@ -88,8 +88,13 @@ class Moved:
 
 @on_each_device
 @settings(max_examples=12, deadline=None)
-@given(seed=st.integers(0, 2**32), granularity=st.sampled_from([1, 4]), alike=st.booleans())
-def test_recalls_ahead_of_a_decision_or_not(device, seed, granularity, alike):
+@given(
+    seed=st.integers(0, 2**32),
+    granularity=st.sampled_from([1, 4]),
+    alike=st.booleans(),
+    late=st.booleans(),
+)
+def test_recalls_ahead_of_a_decision_or_not(device, seed, granularity, alike, late):
     moved, copied = Moved(seed, granularity, 0, alike, device), np.zeros(2, int)
     for _ in range(4):
         for b, size in enumerate(moved.sizes):
@@ -101,7 +106,9 @@ def test_recalls_ahead_of_a_decision_or_not(device, seed, granularity, alike):
             with no_waits():
                 if width:
                     moved.tiers.recall_ahead(ahead_there[:, :width], b)
-                moved.tiers.recall(*there, b)
+                moved.tiers.recall(*there, b, late)
+                for layer in range(len(GROUPS)):
+                    moved.tiers.wait_for(layer)
             for g in range(3):
                 came = len(set(ahead[g]) | set(pages[g]))
                 copied += came * np.array([GROUPS.count(g), sum(GROUPS[n] == g for n in TIERED)])

@@ -13,7 +13,7 @@ from tiny_model import CSA, HCA, SLIDING, oracle, ours
 
 from fmsim import trace
 from fmsim.errors import FmsimError
-from fmsim.exec.kv import tiered
+from fmsim.exec.kv import memory
 from fmsim.exec.runs import live as run
 from fmsim.exec.runs.stream import Stream, Turn
 from fmsim.policies import registry
@@ -66,7 +66,7 @@ def test_what_was_forced_and_answered_is_told_apart(tmp_path):
 
 
 def test_memory_that_is_short_is_told_with_the_figure(monkeypatch):
-    monkeypatch.setattr(tiered, "host_free_bytes", lambda: 1000)
+    monkeypatch.setattr(memory, "host_free_bytes", lambda: 1000)
     with pytest.raises(
         FmsimError,
         match=(

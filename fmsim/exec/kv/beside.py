@@ -1,0 +1,73 @@
+"""Copies from the host beside a decode: what a decision will recall, and what it recalls late.
+
+On a CPU everything happens at once, in order.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+
+
+class Beside:
+    """Two streams of a GPU beside the decode's: one for what is recalled ahead, which has a window
+    of time, and one for what a decision recalls late, which a layer waits for.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self._on_gpu = device.type == "cuda"
+        self._streams = [torch.cuda.Stream(device) for _ in range(2)] if self._on_gpu else []
+        # by the first of the requests: when their pages are here
+        self._ahead: dict[int, torch.cuda.Event] = {}
+
+    def event(self) -> torch.cuda.Event | None:
+        """To be recorded outside of CUDA graphs, and waited for in them too."""
+        return torch.cuda.Event(external=True) if self._on_gpu else None
+
+    def wait(self, event: torch.cuda.Event | None) -> None:
+        """What comes after waits for its last record."""
+        if event is not None:
+            event.wait(torch.cuda.current_stream(self.device))
+
+    def record(self, event: torch.cuda.Event | None) -> None:
+        """What was launched so far is what is waited for."""
+        if event is not None:
+            event.record(torch.cuda.current_stream(self.device))
+
+    @contextmanager
+    def ahead(self, part: slice, *used: Tensor) -> Iterator[None]:
+        """What is launched within, for the requests ``part``, runs beside what comes after until
+        `wait_for_ahead`; ``used`` tensors are kept as long.
+        """
+        with self._beside(0, used):
+            yield
+            if self._on_gpu:
+                event = self._ahead.setdefault(part.start or 0, torch.cuda.Event())
+                event.record(torch.cuda.current_stream(self.device))
+
+    def wait_for_ahead(self, part: slice) -> None:
+        """What was launched `ahead` for these requests is done before what comes after."""
+        if (part.start or 0) in self._ahead:
+            self._ahead[part.start or 0].wait(torch.cuda.current_stream(self.device))
+
+    @contextmanager
+    def late(self, *used: Tensor) -> Iterator[None]:
+        """What is launched within runs beside what comes after."""
+        with self._beside(1, used):
+            yield
+
+    @contextmanager
+    def _beside(self, number: int, used: tuple[Tensor, ...]) -> Iterator[None]:
+        if not self._on_gpu:
+            yield
+            return
+        stream = self._streams[number]
+        stream.wait_stream(torch.cuda.current_stream(self.device))
+        with torch.cuda.stream(stream):
+            yield
+        for tensor in used:
+            tensor.record_stream(stream)
