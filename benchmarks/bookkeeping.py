@@ -1,0 +1,188 @@
+"""What a policy's bookkeeping costs a decode step on one GPU.
+
+    python benchmarks/bookkeeping.py [--part whole --part nano] [--seconds 120] [--out FILE.json]
+
+`whole`: V4-Flash at full width with random weights: `lru`, `lfu` and fallback beside `recency`,
+which moves nothing; the misses' own time, of the same rows copied alone, is taken off. `lsa` at 97
+requests: its slowest step. `nano`: real weights, 1 to 64 requests of unlike lengths: milliseconds
+of a step by device events where the host may run ahead, and of the host alone.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import json
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from fmsim import trace as traces
+from fmsim.errors import FmsimError
+from fmsim.exec.decode.engine import Batch
+from fmsim.exec.decode.prompt import Prompt
+from fmsim.exec.measure.kernel_cases import recall
+from fmsim.exec.measure.timing import median_s
+from fmsim.exec.model.weights.loader import load_model
+from fmsim.exec.model.weights.synthetic import model_bytes, synthetic_model
+from fmsim.exec.runs import synthetic as synthetic_run
+from fmsim.geometry import PRESETS
+from fmsim.nano.tokenizer import MODEL_FOLDER
+from fmsim.policies import registry
+from fmsim.replay.replayer import Replayer
+from fmsim.sim.footprint import ModelMemory, spread
+
+DEVICE = "cuda"
+WHOLE: tuple[tuple[dict[str, Any], int], ...] = (
+    ({"policy": "recency", "budget": "10%"}, 1),
+    ({"policy": "lru"}, 1),
+    ({"policy": "lfu"}, 1),
+    ({"policy": "lru", "budget": "10%", "on_miss": "fallback"}, 1),
+    ({"policy": "recency", "budget": "10%"}, 32),
+    ({"policy": "lru"}, 32),
+    ({"policy": "lsa", "budget": "10%", "granularity": 64}, 97),
+)
+NANO: tuple[dict[str, Any], ...] = (
+    {"policy": "recency", "budget": "10%"},
+    {"policy": "lru", "budget": "2x topk"},
+    {"policy": "lfu", "budget": "2x topk"},
+    {"policy": "lru", "budget": "10%", "on_miss": "fallback", "granularity": 4},
+    {"policy": "lsa", "budget": "40%", "granularity": 64},
+)
+BATCHES = (1, 8, 64)
+TOKENS, SHORTER, STEPS = 4096, 37, 192
+
+
+def whole(path: Path, steps: int, experts: int) -> Iterator[dict[str, Any]]:
+    """Rows of V4-Flash."""
+    geometry = PRESETS["v4-flash"]
+    found = traces.read(path)
+    replayer = Replayer(found, memory=ModelMemory(geometry), max_steps=steps)
+    layer_map = spread(found.n_layers, geometry.n_csa)
+    model, _ = synthetic_model(geometry, DEVICE, model_bytes(geometry, experts), seed=0)
+    without: dict[int, float] = {}
+    for spec, batch in WHOLE:
+        try:
+            run = synthetic_run.run(
+                spec["policy"],
+                lambda spec=spec: registry.build(spec),
+                replayer,
+                geometry,
+                layer_map,
+                model,
+                DEVICE,
+                batch,
+            )
+        except (FmsimError, torch.OutOfMemoryError) as error:
+            yield {"part": "whole", "spec": spec, "batch": batch, "failed": str(error)[:200]}
+            continue
+        step_s = np.asarray(run.timeline().step_s)
+        row = {
+            "part": "whole",
+            "spec": spec,
+            "batch": batch,
+            "step_p50_ms": float(np.median(step_s)) * 1e3,
+            "step_max_ms": float(step_s.max()) * 1e3,
+            "recall_wait_max_ms": float(np.asarray(run.outcome.recall_wait_s).max()) * 1e3,
+        }
+        if spec["policy"] == "recency":
+            without[batch] = row["step_p50_ms"]
+        elif batch in without:
+            row |= _over_recency(run, row["step_p50_ms"], without[batch])
+        yield row
+        torch.cuda.empty_cache()
+
+
+def _over_recency(run: synthetic_run.SyntheticRun, step_ms: float, base_ms: float) -> dict:
+    """What is beyond `recency` and a step's misses, each layer's copied alone."""
+    loads = run.outcome.ledger.demand_loads
+    rows = int(np.median(loads[len(loads) // 2 :].mean(axis=1))) * run.batch
+    miss_ms = 0.0
+    if rows:
+        case = recall(584, rows, DEVICE, ascending=True)
+        miss_ms = median_s(case.run, DEVICE) * 1e3 * run.decode.geometry.n_csa
+    return {
+        "rows_missed_a_layer": rows,
+        "misses_ms": miss_ms,
+        "over_recency_and_misses": (step_ms - miss_ms) / base_ms - 1,
+    }
+
+
+def nano(batches: Sequence[int]) -> Iterator[dict[str, Any]]:
+    """Rows of real weights."""
+    model = load_model(MODEL_FOLDER, DEVICE)
+    generator = torch.Generator().manual_seed(5)
+    text = torch.randint(0, model.config.vocab_size, (TOKENS,), generator=generator).tolist()
+    prompts = [
+        Prompt(model, text[: TOKENS - SHORTER * number], STEPS) for number in range(max(batches))
+    ]
+    for spec in NANO:
+        for batch in batches:
+            decoding = Batch(prompts[:batch], registry.build(spec))
+            hosts_s = []
+            for _ in range(STEPS // 2):
+                torch.cuda.synchronize()
+                start_s = time.perf_counter()
+                decoding.step()
+                hosts_s.append(time.perf_counter() - start_s)
+            for _ in range(STEPS - STEPS // 2):  # the host may run ahead
+                decoding.step()
+            step_s = np.asarray(decoding.timeline().step_s)[STEPS // 2 :]
+            yield {
+                "part": "nano",
+                "spec": spec,
+                "batch": batch,
+                "step_p50_ms": float(np.median(step_s)) * 1e3,
+                "step_max_ms": float(step_s.max()) * 1e3,
+                "host_p50_ms": float(np.median(hosts_s[8:])) * 1e3,
+                "host_max_ms": float(np.max(hosts_s[8:])) * 1e3,
+            }
+            del decoding
+            torch.cuda.empty_cache()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--part", action="append", choices=("whole", "nano"))
+    parser.add_argument("--trace", type=Path, default=Path("traces/nano-32k-needles.safetensors"))
+    parser.add_argument("--batch", type=int, action="append", help="of nano, only this one")
+    parser.add_argument("--steps", type=int, default=160)
+    parser.add_argument("--experts", type=int, default=16, help="a layer")
+    parser.add_argument("--seconds", type=float, default=600, help="start no row after so many")
+    parser.add_argument(
+        "--out", type=Path, default=Path(__file__).parent / "results" / "bookkeeping.json"
+    )
+    given = parser.parse_args()
+    if not torch.cuda.is_available():
+        sys.exit("benchmarks/bookkeeping.py needs a CUDA device, and torch finds none")
+    start_s = time.monotonic()
+    result: dict[str, Any] = {
+        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "device": torch.cuda.get_device_name(),
+        "torch": torch.__version__,
+        "rows": [],
+    }
+    given.out.parent.mkdir(parents=True, exist_ok=True)
+    for part in given.part or ("nano", "whole"):
+        rows = (
+            nano(given.batch or BATCHES)
+            if part == "nano"
+            else whole(given.trace, given.steps, given.experts)
+        )
+        for row in rows:
+            row["at_s"] = time.monotonic() - start_s
+            result["rows"].append(row)
+            given.out.write_text(json.dumps(result, indent=1) + "\n")
+            print(json.dumps(row), flush=True)
+            if time.monotonic() - start_s > given.seconds:
+                print(f"{part}: no time left for further rows", flush=True)
+                break
+
+
+if __name__ == "__main__":
+    main()
