@@ -282,12 +282,25 @@ def load_rows(source: str | Path) -> list[dict[str, Any]]:
 
     Every value is a number, a text, true or false, or None, as experiment trackers take them.
     Raises FmsimError where nothing of that kind is there.
+
+    >>> import tempfile
+    >>> folder = Path(tempfile.mkdtemp())
+    >>> run_scenario("scenarios/32k.yaml", ["full"]).save(folder)
+    >>> [(row["policy"], row["mass_kept"]) for row in load_rows(folder)]
+    [('full', 1.0)]
     """
     return _saved.rows_of(Path(source))
 
 
 def load_frame(source: str | Path) -> Any:
-    """The same as a pandas DataFrame. Raises FmsimError, naming the extra, without pandas."""
+    """The same as a pandas DataFrame. Raises FmsimError, naming the extra, without pandas.
+
+    >>> import tempfile
+    >>> folder = Path(tempfile.mkdtemp())
+    >>> run_scenario("scenarios/32k.yaml", ["full"]).save(folder)
+    >>> load_frame(folder).policy[0]
+    'full'
+    """
     return _saved.frame_of(load_rows(source))
 
 
@@ -295,6 +308,12 @@ def save_rows(rows: Iterable[Mapping[str, Any]], path: str | Path) -> None:
     """Write rows as the path's name ends: .parquet, .jsonl (a row a line), or else CSV.
 
     Raises FmsimError where the place cannot be written, or without the extra that Parquet needs.
+
+    >>> import tempfile
+    >>> place = Path(tempfile.mkdtemp()) / "rows.csv"
+    >>> save_rows([{"policy": "lru", "misses": 3}], place)
+    >>> place.read_text()
+    'policy,misses\\nlru,3\\n'
     """
     place = Path(path)
     try:
