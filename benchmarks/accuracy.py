@@ -19,7 +19,8 @@ from typing import Any
 
 import quality
 
-from fmsim.experiments.accuracy import measured, policy_of
+from fmsim.experiments import measured_answers
+from fmsim.experiments.accuracy import policy_of
 from fmsim.files import write_text
 from fmsim.policies import registry
 
@@ -39,13 +40,16 @@ LABELS = {  # a spec without its budget: what tables and the chart say of it
     "lsa-history": "lsa-history",
     "foresight": "foresight",
     "foresight:layers=[4]": "foresight, one layer",
+    # as it was when a GPU was there to ask
+    "foresight:unit=0.003,weight=1": "foresight*",
+    "foresight:layers=[4],unit=0.003,weight=1": "foresight*, one layer",
     "oracle": "oracle",
     "lru": "lru, exact",
     "lsa:on_miss=fallback": "lsa, fallback",
     "native": "native",
 }
 CHARTED = {  # by label: colour, dashes, marker
-    "foresight": ("#0072b2", "", "circle"),
+    "foresight*": ("#0072b2", "", "circle"),
     "lsa": ("#56b4e9", "6 3", "circle"),
     "lru held, seeded": ("#d55e00", "7 3", "triangle"),
     "h2o": ("#009e73", "2 3", "diamond"),
@@ -69,14 +73,16 @@ def shipped(report: Result, command: str) -> tuple[Row, Row]:
     plan = about["plan"]
     rows = []
     for row in report["answers_kept"]:
-        if row["policy"] == "full" or row["kept"] is None:
+        if row["kept"] is None:
             continue
-        known = measured.identity(policy_of(row["policy"], plan["budget"], plan["checkpoint"]))
+        known = measured_answers.identity(
+            policy_of(row["policy"], plan["budget"], plan["checkpoint"])
+        )
         ships = ("tokens", "kept", "contexts", "questions", "full_score", "score", "gpu_bytes")
         rows.append(
             known
             | {key: row[key] for key in (*ships, "gpu_ratio", "mass_kept")}
-            | {"half_width": row["kept_ci95"]["half_width"]}
+            | {"half_width": 0.0 if row["policy"] == "full" else row["kept_ci95"]["half_width"]}
         )
     source = {
         "command": command,
@@ -128,7 +134,7 @@ def _of_length(result: Result, tokens: int) -> str:
             f"{row['gpu_ratio']:.1%}",
             f"{row['max_requests']:.0f}",
             _points(row["score"], row["score_ci95"]["half_width"]),
-            _points(other["kept"], (other["kept_ci95"] or {}).get("half_width")),
+            _points(other["kept"], _spread(other)),
             f"{row['mass_kept']:.3f}",
         ]
         lines.append(f"| {' | '.join(cells)} |")
@@ -147,6 +153,14 @@ def _points(value: float | None, half_width: float | None) -> str:
     if value is None:
         return "-"
     return f"{100 * value:.1f}" + ("" if half_width is None else f" ±{100 * half_width:.1f}")
+
+
+def _spread(row: Row) -> float | None:
+    """Half an interval's width of answers kept; the full cache keeps its own for sure."""
+    if row["policy"] == "full" or row["kept_ci95"] is None:
+        return None
+    width: float | None = row["kept_ci95"]["half_width"]
+    return width
 
 
 def families(result: Result) -> str:
@@ -180,37 +194,6 @@ def guide(result: Result) -> str:
         value = row["rank_correlation"]
         lines.append(f"| {label} | {row['points']} | {'-' if value is None else f'{value:.2f}'} |")
     return "\n".join(lines)
-
-
-def answered(result: Result) -> str:
-    """README's table: the longest contexts, a column a policy, at the budget nearest an eighth."""
-    tokens = lengths(result)[-1]
-    kept = {row["policy"]: row for row in result["answers_kept"] if row["tokens"] == tokens}
-    wanted = {"full": "", "foresight": "12.5% gpu", "lsa": "12.5% gpu"}
-    wanted |= {"lru held, seeded": "12.5% gpu", "h2o": "12.5% gpu", "recency": "12.5% gpu"}
-    shown = [
-        (label, row)
-        for label, budget in wanted.items()
-        for spec, row in kept.items()
-        if named(spec) == (label, budget)
-    ]
-    contexts = max(row["contexts"] for _, row in shown)
-    rows = [
-        [f"{tokens:,} tokens", *(label for label, _ in shown)],
-        ["---"] * (len(shown) + 1),
-        ["score of 100", *(f"{100 * row['score']:.0f}" for _, row in shown)],
-        ["answers kept", *(_percent(row) for _, row in shown)],
-        ["on the GPU, of full", *(f"{row['gpu_ratio']:.1%}" for _, row in shown)],
-        ["requests that fit", *(f"{row['max_requests']:.0f}" for _, row in shown)],
-    ]
-    tasks = len(result["about"]["plan"]["tasks"])
-    lines = [f"| {' | '.join(cells)} |" for cells in rows]
-    return "\n".join([*lines, "", f"{tasks} kinds of question, {contexts} contexts each."])
-
-
-def _percent(row: Row) -> str:
-    half_width = row["kept_ci95"]["half_width"]
-    return f"{row['kept']:.0%}" + ("" if half_width is None else f" ±{100 * half_width:.0f}")
 
 
 WIDTH, HEIGHT = quality.WIDTH, quality.HEIGHT

@@ -30,7 +30,9 @@ from typing import Any
 
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # policies have a process each
 
+import accuracy
 import claims
+import foresight
 import headline
 import indexer
 import lead
@@ -212,6 +214,21 @@ _ANSWERS: dict[str, Answer] = {
             ("README.md", "accuracy"): tables.answers_kept_short,
         },
         folder="fmsim/experiments/accuracy",
+    ),
+    "accuracy": Answer(
+        "accuracy.json",
+        None,
+        {
+            (ACCURACY, "accuracy"): accuracy.tables,
+            (ACCURACY, "families"): accuracy.families,
+            (ACCURACY, "mass as a guide"): accuracy.guide,
+        },
+        {accuracy.PICTURE: accuracy.picture},
+    ),
+    "ladder": Answer(
+        "ladder.json",
+        None,
+        {("benchmarks/results/indexer.md", foresight.PART): foresight.tables},
     ),
 }
 ANSWERS = {

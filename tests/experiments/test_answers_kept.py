@@ -3,7 +3,8 @@
 import pytest
 
 from fmsim.errors import FmsimError
-from fmsim.experiments.accuracy import Plan, at_budgets, measured, policy_of, summary
+from fmsim.experiments import measured_answers as measured
+from fmsim.experiments.accuracy import Plan, at_budgets, policy_of, summary
 from fmsim.experiments.accuracy.kept import _ranks, answers_kept, guide
 from fmsim.policies import registry
 
