@@ -68,7 +68,6 @@ POLICIES: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
     "recency": ({"policy": "recency"}, LOW),
     "lfu held": ({"policy": "lfu"} | HELD, LOW),
     "lfu held sees all": ({"policy": "lfu", "sees": "all"} | HELD, LEAST),
-    "native": ({"policy": "native"}, LEAST),
 }
 SHORT = ("full", "h2o", "lru held", "lsa-history", "lru")  # in the README, at 512K
 PAGES = {"docs/tutorial/run-on-a-gpu.md": "headline", "docs/gpu.md": "headline by context"}
@@ -76,7 +75,7 @@ MIB = 2**20
 # What --memory measures of a row; `memory` of the result says when and on what.
 OF_MEMORY = (
     *("tokens", "full_gpu_bytes", "memory_holds", "memory_error", "predicted_gpu_bytes"),
-    *("built_gpu_bytes", "allocator_gpu_bytes", "page_bytes", "spare_bytes"),
+    *("built_gpu_bytes", "allocator_gpu_bytes", "page_bytes", "spare_bytes", "lists_bytes"),
 )
 
 Row = dict[str, Any]
@@ -245,7 +244,7 @@ def _read_parts(parts: Sequence[Path]) -> tuple[list[Row], list[Row]]:
 
 def join_memory(result: Row, parts: Sequence[Path]) -> Row:
     """`result` with the bytes that `parts` of --memory measured in the place of its own; what it
-    says of times stays.
+    says of times stays. Rows of policies that are not measured any more go.
     """
     heads, rows = _read_parts(parts)
     by_name = {(row["context"], row["policy"]): row for row in rows if "failed" not in row}
@@ -259,13 +258,15 @@ def join_memory(result: Row, parts: Sequence[Path]) -> Row:
                 f" {wanted[name]['budget']}; measure times anew"
             )
     joined = []
-    for row in result["rows"]:
+    for row in known:
         found = by_name.get((row["context"], row["policy"]))
         if "failed" in row or found is None:
             joined.append(row)
             continue
         joined.append(
-            row | {key: found[key] for key in OF_MEMORY} | {"memory_steps": found["steps"]}
+            row
+            | {key: found[key] for key in OF_MEMORY if key in found}
+            | {"memory_steps": found["steps"]}
         )
     memory = {
         "date": max(head["date"] for head in heads),

@@ -49,6 +49,7 @@ class Memory:
     allocator_gpu_bytes: int | None  # what torch's allocator was asked for; on a GPU
     page_bytes: int  # by which pages of PER_PAGE entries may exceed what is predicted
     spare_bytes: int
+    lists_bytes: int  # of lists of resident pages, beside all that
 
     @property
     def memory_error(self) -> float:
@@ -378,4 +379,5 @@ def _memory(label: str, decode: TraceDrivenDecode, place: Footprint) -> Memory:
         allocator_gpu_bytes=decode.allocator.n_bytes,
         page_bytes=PER_PAGE * geometry.n_layers * entry_bytes,
         spare_bytes=decode.spare_bytes,
+        lists_bytes=decode.lists_bytes,
     )

@@ -198,7 +198,7 @@ ROW = {
 def test_the_headline_table_shows_predicted_beside_measured():
     rows = [
         ROW,
-        ROW | {"policy": "native", "budget": "25% gpu"},
+        ROW | {"policy": "lsa", "budget": "25% gpu"},
         ROW | {"context": "32K", "policy": "h2o", "budget": "12.5% gpu"},
         {"context": "32K", "policy": "lsa", "failed": "no room"},
     ]
@@ -206,7 +206,7 @@ def test_the_headline_table_shows_predicted_beside_measured():
     assert made["headline"].splitlines()[2] == (
         "| full |  | 1,024.0 | 1,025.0 | +0.10% | 9.90 | 10.00 | -1% | 101.0 | 100.0 | +1% |"
     )
-    assert "native" not in made["headline"] and "native" in made["headline by context"]
+    assert "| lsa |" not in made["headline"] and "| lsa |" in made["headline by context"]
     assert "32K: `lsa`: no room" in made["headline by context"]
     assert made["headline by context"].index("32K (") < made["headline by context"].index("512K (")
 
@@ -264,7 +264,8 @@ def test_bytes_measured_again_leave_the_times_as_they_are(tmp_path):
     told = HEAD | {"memory_only": True}
     rows = [{"context": "512K", "policy": "full", "budget": None} | BYTES]
     part.write_text(json.dumps(told | {"rows": rows}))
-    result = headline.join_memory({"device": "h", "rows": [ROW]}, [part])
+    gone = ROW | {"policy": "native"}
+    result = headline.join_memory({"device": "h", "rows": [ROW, gone]}, [part])
     [row] = result["rows"]
     assert row["measured_step_p50_s"] == ROW["measured_step_p50_s"] and row["steps"] == 520
     assert (row["allocator_gpu_bytes"], row["memory_steps"]) == (1001, 512)

@@ -61,9 +61,10 @@ class TraceDrivenDecode:
     follows group `groups[j]`.
 
     `keyed_layers` of them keep all their index keys on the GPU; the others' keys lie with their
-    entries. ``batch`` requests follow the trace in step, so one cache manager decides for all, and
-    all share one mirror; each has slots of its own. With `watch` the slots of every step are kept,
-    and every page attended to is compared with the mirror's.
+    entries. `allocator` counts what is allocated for KV; `lists_bytes` are those of the lists of
+    resident pages beside it. ``batch`` requests follow the trace in step, so one cache manager
+    decides for all, and all share one mirror; each has slots of its own. With `watch` the slots of
+    every step are kept, and every page attended to is compared with the mirror's.
     """
 
     def __init__(
@@ -110,6 +111,8 @@ class TraceDrivenDecode:
             )
             # with a model they are its own
             self.fixed = self._fixed() if watch else []
+        self.lists_bytes = 0 if self.tiers.resident is None else self.tiers.resident.n_bytes
+        self.allocator.leave_out(self.lists_bytes)
         self.tables = StepTables(self.tiers, ctx.n_groups, ctx.n_pages, batch)
         self.stages = self.tables.stages
         # by layer, [B, P + 1]

@@ -59,6 +59,12 @@ class ResidentPages:
             len(slots), max(slots) * granularity, device
         )  # of one layer after another
 
+    @property
+    def n_bytes(self) -> int:
+        """What its buffers take: bookkeeping, and no part of what a request's KV takes."""
+        own = [part for part in vars(self).values() if isinstance(part, Tensor)]
+        return sum(part.nbytes for part in (*own, *self._scores))
+
     def list(self, slots: Tensor, request: Requests = None) -> None:
         """The page in each slot, int32 [G, s] of one request, or of all alike, or [G, B, s] of
         several; -1 = none.

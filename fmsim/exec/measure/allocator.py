@@ -34,5 +34,10 @@ class AllocatorMeter:
         yield
         self.n_bytes += self._requested() - before
 
+    def leave_out(self, n_bytes: int) -> None:
+        """Take what is no part of the figure off what was counted."""
+        if self.n_bytes is not None:
+            self.n_bytes -= n_bytes
+
     def _requested(self) -> int:
         return torch.cuda.memory_stats(self.device).get(REQUESTED, 0)
