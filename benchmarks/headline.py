@@ -248,7 +248,8 @@ def join_memory(result: Row, parts: Sequence[Path]) -> Row:
     """
     heads, rows = _read_parts(parts)
     by_name = {(row["context"], row["policy"]): row for row in rows if "failed" not in row}
-    wanted = {(row["context"], row["policy"]): row for row in result["rows"] if "failed" not in row}
+    known = [row for row in result["rows"] if row["policy"] in POLICIES]
+    wanted = {(row["context"], row["policy"]): row for row in known if "failed" not in row}
     for name in wanted:
         if name not in by_name:
             raise FmsimError(f"--join: no part has the bytes of {' '.join(name)}; measure all")
