@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, NoReturn
 import typer
 
 from fmsim.cli.extras import require
-from fmsim.cli.given import device_given, policy_given
+from fmsim.cli.given import device_given, labels_of, policy_given
 from fmsim.cli.options import (
     TIMEOUT_S,
     Columns,
@@ -48,11 +48,16 @@ SHORTER_TOKENS = 37
 
 def exec_(
     policy: Annotated[
-        str,
+        list[str],
         typer.Option(
-            "--policy", "-p", help="which policy keeps the pages; see `fmsim policy list`"
+            "--policy",
+            "-p",
+            help=(
+                "which policy keeps the pages; see `fmsim policy list`. Several decode the same"
+                " prompts one after the other, which are read once"
+            ),
         ),
-    ] = "lsa",
+    ] = ["lsa"],
     override: Annotated[
         list[str],
         typer.Option(
@@ -155,6 +160,7 @@ def exec_(
     \b
     fmsim exec --policy lsa
     fmsim exec --policy lru --set budget=1024entries --context 16384 --json
+    fmsim exec -p full -p lsa -p lru --context 32k
     fmsim exec --policy full --prompt-file book.txt --steps 256 --record book.safetensors
     fmsim exec --policy lsa --set layers=[1] --index-keys tiered --steps 400
     fmsim exec --weights synthetic --model v4-flash --context 500k --policy lsa --kv-budget 16GiB
@@ -172,8 +178,10 @@ def exec_(
                 "--index-keys: with --weights synthetic they lie as `fmsim run` counts them, tiered"
                 " under on_miss mask; leave it out"
             )
+        if len(policy) > 1:
+            raise FmsimError("--weights synthetic: decodes under one policy; give one --policy")
         asked = exec_synthetic.Asked(
-            policy,
+            policy[0],
             override,
             str(model or "v4-flash"),
             context,
@@ -203,21 +211,22 @@ def exec_(
             quiet,
         )
         work = _measure
-    chosen = policy_given(policy, override)
-    if registry.is_builtin(chosen):
-        report, transcript = work(asked)
+    chosen = [policy_given(one, override) for one in policy]
+    if all(map(registry.is_builtin, chosen)):
+        report, transcripts = work(asked)
     else:  # whatever it does, it is named
+        names = " and ".join(one.name for one in chosen)
 
         def lost(_, why: str) -> NoReturn:
-            raise PolicyError(f"policy {chosen.name}: {why}")
+            raise PolicyError(f"policy {names}: {why}")
 
-        report, transcript = alone(work, asked, lost, policy_timeout)
+        report, transcripts = alone(work, asked, lost, policy_timeout)
     from fmsim.report.tables import measured
 
     print_found(
         report,
         report["policies"],
-        lambda: measured.parts(report, transcript),
+        lambda: measured.parts(report, transcripts),
         as_json=as_json,
         as_csv=as_csv,
         wide=wide,
@@ -229,7 +238,7 @@ def exec_(
 class _Asked:
     """Options of a decode with a model's own weights; another process can be told of them."""
 
-    policy: str
+    policies: list[str]
     override: list[str]
     model: Path | None
     prompt_file: Path | None
@@ -244,10 +253,15 @@ class _Asked:
     quiet: bool
 
 
-def _measure(asked: _Asked) -> tuple[dict, list[tuple[str, str, bool | None]]]:
-    """Decode; -> the report, and what was asked and answered."""
+def _measure(asked: _Asked) -> tuple[dict, list[list[tuple[str, str, bool | None]]]]:
+    """Decode; -> the report, and of each policy what was asked and answered."""
+    from fmsim.errors import FmsimError
+
     model, seed = asked.model, asked.seed
-    chosen = policy_given(asked.policy, asked.override)
+    chosen = [policy_given(one, asked.override) for one in asked.policies]
+    labels = labels_of(asked.policies, chosen)
+    if asked.record is not None and len(chosen) > 1:
+        raise FmsimError("--record: writes what one policy's decode selected; give one --policy")
     lengths = _lengths(model, asked.prompt_file, asked.context, asked.batch)
     require("model", "exec")
     with bar("loading the model", quiet=asked.quiet):
@@ -259,7 +273,7 @@ def _measure(asked: _Asked) -> tuple[dict, list[tuple[str, str, bool | None]]]:
         from fmsim.nano.question import TEXT
         from fmsim.nano.tokenizer import MODEL_FOLDER
 
-        where = _where(asked.index_keys, chosen, asked.record)
+        [where, *_] = [_where(asked.index_keys, one, asked.record) for one in chosen]
         device = device_given(asked.device, torch.cuda.is_available())
         folder = model or MODEL_FOLDER
         text = TEXT if asked.prompt_file is None else asked.prompt_file.name
@@ -271,15 +285,22 @@ def _measure(asked: _Asked) -> tuple[dict, list[tuple[str, str, bool | None]]]:
                 typer.echo(line, err=True)
         loaded = load_model(folder, device)
     fewest = min(stream.steps for stream in streams)
-    tokens = sum(len(stream.prompt) + fewest for stream in streams)
+    decodes = fewest * len(chosen)
+    tokens = sum(len(stream.prompt) + decodes for stream in streams)
+    reports, transcripts = [], []
     with token_bar(tokens, asked.quiet) as advance:
-        decoding, decoded = run.decode(
-            loaded, streams, chosen, seed=seed, index_keys=where, progress=advance
-        )
-    report = run.report(decoding, decoded, chosen.name, folder.name if model else "nano", text)
-    if asked.record is not None:
-        _record(asked.record, run, decoding, decoded, folder, seed, text, streams[0].kind)
-    return report, _transcript(folder, decoded[0])
+        prompts = run.read(loaded, streams, advance)
+        for label, policy in zip(labels, chosen, strict=True):
+            decoding, decoded = run.decode(
+                prompts, streams, policy, seed=seed, index_keys=where, progress=advance
+            )
+            name = folder.name if model else "nano"
+            reports.append(run.report(decoding, decoded, label, name, text))
+            transcripts.append(_transcript(folder, decoded[0]))
+            if asked.record is not None:
+                _record(asked.record, run, decoding, decoded, folder, seed, text, streams[0].kind)
+            del decoding  # the next one needs its memory
+    return run.together(reports), transcripts
 
 
 def _where(index_keys: IndexKeyPlace | None, policy: Policy, record: Path | None) -> str:

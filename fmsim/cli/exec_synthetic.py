@@ -75,7 +75,7 @@ def measure(asked: Asked) -> tuple[dict[str, Any], list[Any]]:
     report = synthetic_run.report(
         [run], replayer, geometry, layer_map, n_experts, device, path.name
     )
-    return report, []
+    return report, [[]]
 
 
 def _trace(path: Path | None, context: int) -> Path:

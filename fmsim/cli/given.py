@@ -30,6 +30,22 @@ def policy_given(name: str, overrides: list[str]) -> Policy:
         raise FmsimError(f"--policy {shown(name)}: {error}") from None
 
 
+def labels_of(asked: list[str], policies: list[Policy]) -> list[str]:
+    """What each policy is called in a report: its name, or where that comes twice as it was
+    asked for.
+    """
+    from fmsim.errors import FmsimError, shown
+
+    names = [policy.name for policy in policies]
+    labels = [
+        name if names.count(name) == 1 else text for name, text in zip(names, asked, strict=True)
+    ]
+    twice = [label for label in labels if labels.count(label) > 1]
+    if twice:
+        raise FmsimError(f"--policy {shown(twice[0])}: it is there twice; give it once")
+    return labels
+
+
 def device_given(asked: str | None, has_cuda: bool) -> str:
     """The device of ``--device``; without it, the GPU where there is one."""
     from fmsim.errors import FmsimError

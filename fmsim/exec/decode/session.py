@@ -54,10 +54,9 @@ class Session:
         """
         pending = torch.as_tensor(tokens, dtype=torch.long)
         if whole := self._whole_tokens(len(pending)):
-            read_whole(self.model, pending[:whole].to(self.device), self.cache)
+            told = progress or (lambda tokens: None)
+            read_whole(self.model, pending[:whole].to(self.device), self.cache, told)
             pending = pending[whole:]
-            if progress is not None:
-                progress(whole)
         while len(pending):
             longest = MAX_CHUNK[self.device.type]
             entries = (

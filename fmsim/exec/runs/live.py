@@ -53,8 +53,17 @@ class Decoded:
         return {"asked": len(verdicts), "exact": sum(verdicts)} if verdicts else {}
 
 
-def decode(
+def read(
     model: DeepseekV4,
+    streams: Sequence[Stream],
+    progress: Callable[[int], None] = lambda tokens: None,
+) -> list[Prompt]:
+    """Read every stream's prompt: what decodes under any number of policies start from."""
+    return [Prompt(model, stream.prompt, stream.steps, progress) for stream in streams]
+
+
+def decode(
+    prompts: Sequence[Prompt],
     streams: Sequence[Stream],
     policy: Policy,
     *,
@@ -62,11 +71,10 @@ def decode(
     index_keys: Where = "all",
     progress: Callable[[int], None] = lambda tokens: None,
 ) -> tuple[Batch, list[Decoded]]:
-    """Read every stream's prompt, then decode them side by side under `policy`.
+    """Decode the streams, whose prompts are read, side by side under `policy`.
 
     `progress` is told of tokens.
     """
-    prompts = [Prompt(model, stream.prompt, stream.steps, progress) for stream in streams]
     batch = Batch(prompts, policy, seed=seed, index_keys=index_keys)
     decoded = [Decoded() for _ in streams]
     plans = [_plan(stream) for stream in streams]
@@ -131,7 +139,8 @@ def report(
         "params": batch.policy.params.model_dump(mode="json"),
         "gpu_kv_bytes": batch.gpu_kv_bytes,
         "host_kv_bytes": batch.tiers.mirror_bytes,
-        "slot_bytes": batch.tiers.pool_bytes,
+        "slot_bytes": batch.tiers.slot_bytes,
+        "spare_bytes": batch.tiers.pool_bytes - batch.tiers.slot_bytes,
         "fixed_bytes": batch.fixed_kv_bytes,
         "page_bytes": batch.tiers.entries.page_bytes,
         "index_keys": batch.keys.where,
@@ -140,6 +149,9 @@ def report(
             key: int(sum(getattr(ledger, key).sum() for ledger in ledgers))
             for key in ("lookahead_loads", "demand_loads", "written", "evicted")
         },
+    }
+    quality = {
+        key: sum(result.quality.get(key, 0) for result in decoded) for key in ("asked", "exact")
     }
     config = batch.model.config
     about = {
@@ -158,14 +170,23 @@ def report(
         },
         "steps": batch.requests[0].step,
         "batch": n_requests,
-        "quality": {
-            key: sum(result.quality.get(key, 0) for result in decoded) for key in ("asked", "exact")
-        },
-        "details": {label: details},
+        "quality": quality,
+        "details": {label: details | {"quality": quality}},
         "measured": MEASURED,
         "simulated": [],
     }
     return {"scenario": about, "policies": [row]}
+
+
+def together(reports: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """One report of several decodes of the same prompts, each under its own label."""
+    details = [report["scenario"]["details"] for report in reports]
+    about = reports[0]["scenario"] | {
+        "details": {label: of for part in details for label, of in part.items()}
+    }
+    qualities = [report["scenario"]["quality"] for report in reports]
+    about["quality"] = {key: sum(one[key] for one in qualities) for key in qualities[0]}
+    return {"scenario": about, "policies": [row for one in reports for row in one["policies"]]}
 
 
 def recorded(

@@ -7,6 +7,8 @@ chunk; the test compares them. It tells nothing of what was attended to.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -34,13 +36,25 @@ def reads_whole(model: DeepseekV4) -> bool:
 
 
 @torch.inference_mode()
-def read_whole(model: DeepseekV4, tokens: Tensor, cache: Cache) -> None:
-    """Fill an empty ``cache`` of one sequence with int64 tokens [S], S a multiple of `grain`."""
+def read_whole(
+    model: DeepseekV4,
+    tokens: Tensor,
+    cache: Cache,
+    progress: Callable[[int], None] = lambda tokens: None,
+) -> None:
+    """Fill an empty ``cache`` of one sequence with int64 tokens [S], S a multiple of `grain`.
+
+    ``progress`` is told of tokens: after each layer of its share of them.
+    """
     if cache.length or len(tokens) % grain(model):
         raise ValueError(f"{len(tokens)} tokens after {cache.length} cannot be read at once")
 
     def keep(number: int, entered: Entered) -> None:
         _keep(model.model.layers[number].self_attn, entered, cache.layers[number])
+        if tokens.is_cuda:
+            torch.cuda.synchronize(tokens.device)  # what is told is done
+        layers = len(model.model.layers)
+        progress(len(tokens) * (number + 1) // layers - len(tokens) * number // layers)
 
     positions = torch.arange(len(tokens), device=tokens.device)[None]
     manner = Manner(model.config.index_topk, index_loss=False, entered=keep)

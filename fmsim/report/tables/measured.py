@@ -1,7 +1,8 @@
-"""What `fmsim exec` prints: answers, and one policy's measured figures."""
+"""What `fmsim exec` prints: of each policy its answers and measured figures."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from rich.text import Text
@@ -12,18 +13,25 @@ from fmsim.units import MIB, mib
 Transcript = list[tuple[str, str, bool | None]]
 
 
-def parts(report: dict[str, Any], transcript: Transcript) -> list[Text | Grid]:
-    """From the report's JSON object and the first request's questions and answers."""
+def parts(report: dict[str, Any], transcripts: Sequence[Transcript]) -> list[Text | Grid]:
+    """From the report's JSON object and of each policy the first request's questions and
+    answers.
+    """
     told: list[Text | Grid] = [*_head(report)]
-    for asked, answered, right in transcript:
-        told.append(Text(f"\n{asked.strip()}" if asked.strip() else "", style="dim"))
-        verdict = {True: ("  right", "green"), False: ("  wrong", "red"), None: ("", "")}[right]
-        told.append(Text.assemble((answered.strip(), "bold"), verdict))
-    return [*told, Text(), _figures(report)]
+    for row, transcript in zip(report["policies"], transcripts, strict=True):
+        told.append(_policy(report, row))
+        for asked, answered, right in transcript:
+            told.append(Text(f"\n{asked.strip()}" if asked.strip() else "", style="dim"))
+            verdict = {True: ("  right", "green"), False: ("  wrong", "red"), None: ("", "")}[right]
+            told.append(Text.assemble((answered.strip(), "bold"), verdict))
+        told += [Text(), _figures(report, row)]
+        if row is not report["policies"][-1]:
+            told.append(Text())
+    return told
 
 
 def _head(report: dict[str, Any]) -> list[Text]:
-    about, row = report["scenario"], report["policies"][0]
+    about = report["scenario"]
     model, prompt = about["model"], about["prompt"]
     tokens = " and ".join(f"{count:,}" for count in prompt["tokens"])
     return [
@@ -35,14 +43,13 @@ def _head(report: dict[str, Any]) -> list[Text]:
             f"prompt  {tokens} tokens: {prompt['text']}; {about['steps']} decode steps, batch"
             f" {about['batch']}"
         ),
-        Text(
-            f"policy  {row['policy']}: "
-            + ", ".join(
-                f"{key} {value}"
-                for key, value in _main(about["details"][row["policy"]]["params"]).items()
-            )
-        ),
     ]
+
+
+def _policy(report: dict[str, Any], row: dict[str, Any]) -> Text:
+    params = report["scenario"]["details"][row["policy"]]["params"]
+    told = ", ".join(f"{key} {value}" for key, value in _main(params).items())
+    return Text(f"policy  {row['policy']}: {told}")
 
 
 def _main(params: dict[str, Any]) -> dict[str, Any]:
@@ -53,18 +60,31 @@ def _main(params: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def _figures(report: dict[str, Any]) -> Grid:
-    about, row = report["scenario"], report["policies"][0]
-    details, quality = about["details"][row["policy"]], about["quality"]
+def _allocated(row: dict[str, Any], details: dict[str, Any]) -> str:
+    """What of it is what; and where it is more than all pages would take, why."""
+    spare = details["spare_bytes"]
+    parts = [
+        f"{details['slot_bytes'] / MIB:.2f} slots",
+        *([f"{spare / MIB:.2f} spare pages for misses and recalls"] if spare else []),
+        f"{details['fixed_bytes'] / MIB:.2f} index keys, HCA entries, windows",
+    ]
+    told = (
+        f"{mib(row['gpu_bytes'])} a request, {row['gpu_ratio']:.1%} of what keeping every page"
+        f" takes ({', '.join(parts)}; all requests)"
+    )
+    if row["gpu_ratio"] > 1 and spare:
+        told += ": all that one step selects may miss, and so short a prompt has little more"
+    return told
+
+
+def _figures(report: dict[str, Any], row: dict[str, Any]) -> Grid:
+    about = report["scenario"]
+    details = about["details"][row["policy"]]
+    quality = details.get("quality", about["quality"])
     grid = Grid([Field("measured", 0, "left"), Field("", 0, "left", 40)])
     if quality["asked"]:
         grid.add("answers", f"{quality['exact']} of {quality['asked']} right")
-    grid.add(
-        "KV allocated",
-        f"{mib(row['gpu_bytes'])} a request, {row['gpu_ratio']:.1%} of what keeping"
-        f" every page takes ({details['slot_bytes'] / MIB:.2f} slots,"
-        f" {details['fixed_bytes'] / MIB:.2f} index keys, HCA entries, windows; all requests)",
-    )
+    grid.add("KV allocated", _allocated(row, details))
     layers, measured = about["model"]["csa_layers"], len(details.get("measured_layers", []))
     if details.get("index_keys") == "tiered":
         elsewhere = (

@@ -125,12 +125,12 @@ def test_the_report_says_over_how_many_layers(reference, tmp_path, capsys, targe
 
     stream = Stream("text", np.random.default_rng(0).integers(0, 64, 120), [Turn([1, 2, 3], 20)])
     policy = registry.build(lookahead(tmp_path, "20 entries", targets, cadence=64))
-    report = run.report(
-        *run.decode(ours(reference), [stream], policy, index_keys="tiered"), "lsa", "tiny", "text"
-    )
+    prompts = run.read(ours(reference), [stream])
+    decoded = run.decode(prompts, [stream], policy, index_keys="tiered")
+    report = run.report(*decoded, "lsa", "tiny", "text")
     details = report["scenario"]["details"]["lsa"]
     assert details["index_keys"] == "tiered" and details["measured_layers"] == list(targets)
-    show_parts(measured.parts(report, []), ALL)
+    show_parts(measured.parts(report, [[]]), ALL)
     shown = " ".join(capsys.readouterr().out.split())
     assert f"all in the {len(targets)} of 5 CSA layers that the memory indexer scores" in shown
     assert ("in 2 of 5 CSA layers; not measured in the others" in shown) == (targets == TARGETS)

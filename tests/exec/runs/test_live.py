@@ -23,11 +23,8 @@ def decoded(spec, count=2):
     model = ours(oracle(layer_types=[SLIDING, CSA, HCA, CSA], index_topk=8))
     rng = np.random.default_rng(0)
     turns = [Turn([1, 2, 3], 2, (5, 6)), Turn([4], 9)]
-    return run.decode(
-        model,
-        [Stream("text", rng.integers(0, 64, 120 - 7 * n), turns) for n in range(count)],
-        registry.build(spec),
-    )
+    streams = [Stream("text", rng.integers(0, 64, 120 - 7 * n), turns) for n in range(count)]
+    return run.decode(run.read(model, streams), streams, registry.build(spec))
 
 
 def test_the_report_has_the_fields_of_a_run_and_they_hang_together():
@@ -76,6 +73,36 @@ def test_memory_that_is_short_is_told_with_the_figure(monkeypatch):
         decoded("lru")
 
 
+def test_a_prompt_that_was_read_serves_the_next_policy(monkeypatch):
+    """Both policies' rows and answers, of one reading; each as it is alone."""
+    read = []
+    whole = run.Prompt
+    monkeypatch.setattr(run, "Prompt", lambda *given: read.append(1) or whole(*given))
+    shared = ["--context", "1024", "--steps", "24", "--device", "cpu", "--json", "-s", "budget=30%"]
+    reports = [
+        json.loads(
+            fmsim_here("exec", *(part for name in names for part in ("-p", name)), *shared).stdout
+        )
+        for names in (["lru", "recency"], ["lru"], ["recency"])
+    ]
+    assert len(read) == 3
+    both, *alone = reports
+    assert [row["policy"] for row in both["policies"]] == ["lru", "recency"]
+    for row, one in zip(both["policies"], alone, strict=True):
+        [expected] = one["policies"]
+        measured = ("decode_tokens_per_s", "step_s", "stall_ratio")
+        assert {**row, **dict.fromkeys(measured)} == {**expected, **dict.fromkeys(measured)}
+        label = row["policy"]
+        assert both["scenario"]["details"][label] == one["scenario"]["details"][label]
+
+
+def test_why_more_than_all_pages_is_allocated_is_said():
+    done = fmsim_here("exec", "-p", "lru", "--context", "1024", "--steps", "8", "--device", "cpu")
+    told = " ".join(done.stdout.split())
+    assert "spare pages for misses and recalls" in told
+    assert "all that one step selects may miss" in told
+
+
 def test_nano_answers_from_the_command_line():
     done = fmsim_here(
         "exec", "--policy", "lru", "--context", "1024", "--steps", "24", "--device", "cpu", "--json"
@@ -94,6 +121,15 @@ def test_nano_answers_from_the_command_line():
         (
             ["--policy", "lru", "--context", "600"],
             "--context 600: the built-in questions need 1,024 tokens or more",
+        ),
+        (["-p", "lru", "-p", "lru"], "--policy lru: it is there twice; give it once"),
+        (
+            ["-p", "lru", "-p", "lsa", "--record", "x.safetensors"],
+            "--record: writes what one policy's decode selected; give one --policy",
+        ),
+        (
+            ["-p", "lru", "-p", "lsa", "--weights", "synthetic"],
+            "--weights synthetic: decodes under one policy; give one --policy",
         ),
         (["--policy", "lru", "--model", "."], "give a --prompt-file"),
     ],

@@ -71,6 +71,12 @@ def test_the_same_cache_selections_and_logits_as_in_chunks(count, whole):
     assert_close(fast[3], slow[3])
 
 
+def test_progress_is_told_after_each_layer_and_adds_up():
+    model, told = tiny_nano(), []
+    prefill.read_whole(model, tokens_of(160), model.new_cache(1, 160), told.append)
+    assert sum(told) == 160 and len(told) == len(model.model.layers) and min(told) > 0
+
+
 def test_every_layer_selects_for_the_prompt_what_chunks_select():
     model, tokens = tiny_nano(), tokens_of(160)
     positions = torch.arange(160)[None]
