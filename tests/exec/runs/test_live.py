@@ -17,6 +17,7 @@ from fmsim.exec.kv import memory
 from fmsim.exec.runs import live as run
 from fmsim.exec.runs.stream import Stream, Turn
 from fmsim.policies import registry
+from fmsim.report.tables import measured
 
 
 def decoded(spec, count=2):
@@ -90,17 +91,19 @@ def test_a_prompt_that_was_read_serves_the_next_policy(monkeypatch):
     assert [row["policy"] for row in both["policies"]] == ["lru", "recency"]
     for row, one in zip(both["policies"], alone, strict=True):
         [expected] = one["policies"]
-        measured = ("decode_tokens_per_s", "step_s", "stall_ratio")
-        assert {**row, **dict.fromkeys(measured)} == {**expected, **dict.fromkeys(measured)}
+        timed = dict.fromkeys(("decode_tokens_per_s", "step_s", "stall_ratio"))
+        assert row | timed == expected | timed
         label = row["policy"]
         assert both["scenario"]["details"][label] == one["scenario"]["details"][label]
 
 
-def test_why_more_than_all_pages_is_allocated_is_said():
-    done = fmsim_here("exec", "-p", "lru", "--context", "1024", "--steps", "8", "--device", "cpu")
-    told = " ".join(done.stdout.split())
-    assert "spare pages for misses and recalls" in told
-    assert "all that one step selects may miss" in told
+def test_why_more_than_all_pages_is_allocated_is_said(capsys):
+    for budget, more in (("95%", True), ("20%", False)):
+        batch, results = decoded({"policy": "lru", "budget": budget}, 1)
+        measured.show(run.report(batch, results, "lru", "tiny", "text"), [[]])
+        told = " ".join(capsys.readouterr().out.split())
+        assert "spare pages for misses and recalls" in told
+        assert ("all that one step selects may miss" in told) == more
 
 
 def test_nano_answers_from_the_command_line():
