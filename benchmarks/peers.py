@@ -16,8 +16,10 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from fmsim.exec.kernels import flash_mla, float8_products
+from fmsim.exec.kernels import flash_mla, float8_products, tuning
 from fmsim.exec.kernels.attention_rows import Rows
+from fmsim.exec.kernels.linear import linear_triton
+from fmsim.exec.kernels.sparse_attention import sparse_attention_triton
 
 Way = Callable[[], Tensor] | str
 PAGE = 64  # entries, of both packages
@@ -70,16 +72,23 @@ def tried(ways: dict[str, Way], ours: Tensor, patience: Patience) -> dict[str, W
 def of_attention(
     queries: Tensor, rows: Rows, sinks: Tensor, scale: float, masses: bool
 ) -> dict[str, Way]:
-    """FlashMLA's sparse decode over the window and, as its extra cache, the entries."""
+    """FlashMLA's sparse decode over the window and, as its extra cache, the entries; and our own
+    kernels, where the engine may take FlashMLA's.
+    """
     if masses:
         return {}
+    tune = tuning.attention(len(queries), queries.shape[1], rows.layout.kind == "latent")
+    own: dict[str, Way] = {
+        "own": lambda: sparse_attention_triton(queries, rows, sinks, scale, tune=tune)[0]
+    }
     flash = package("flash_mla")
     if isinstance(flash, str):
-        return {"FlashMLA": flash}
+        return own | {"FlashMLA": flash}
     if rows.pool.shape[1] % flash_mla.ALIGNED:
-        return {"FlashMLA": "its reads of 16 bytes need pages of two packed entries or more"}
+        why = "its reads of 16 bytes need pages of two packed entries or more"
+        return own | {"FlashMLA": why}
     asked = queries.to(torch.bfloat16)
-    return {"FlashMLA": lambda: flash_mla.attend(asked, rows, sinks, scale)}
+    return own | {"FlashMLA": lambda: flash_mla.attend(asked, rows, sinks, scale)}
 
 
 # ------------------------------------------------------------------------------------- index scores
@@ -113,13 +122,16 @@ def of_index_scores(queries, weights, pool, layout, table, lengths) -> dict[str,
 def of_product(
     x: Tensor, weight: Tensor, scale: Tensor, groups: int, float8_rows: bool
 ) -> dict[str, Way]:
-    """Float8 rows times float8 weights by cuBLAS and by DeepGEMM, the rounding of rows included."""
+    """Float8 rows times float8 weights by cuBLAS, by DeepGEMM and by our own kernel, the rounding
+    of rows included.
+    """
     if not float8_rows:
         return {}
     rows = x.flatten(0, -2)
     given = rows, weight, scale, groups
     gemm = package("deep_gemm")
     return {
+        "own": lambda: linear_triton(*given, float8_rows=True),
         "DeepGEMM": gemm if isinstance(gemm, str) else lambda: float8_products.by_deep_gemm(*given),
         "cuBLAS, float8": lambda: float8_products.by_cublas(*given),
     }

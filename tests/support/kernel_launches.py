@@ -9,6 +9,7 @@ from fmsim.exec.kernels import tuning
 from fmsim.exec.kernels.attention_rows import Rows
 from fmsim.exec.kernels.compress import Pooling, compress_and_append_triton
 from fmsim.exec.kernels.experts import mixture_of_experts_triton
+from fmsim.exec.kernels.flash_mla import listed_triton
 from fmsim.exec.kernels.gather import copy_rows_triton
 from fmsim.exec.kernels.hyper_connection import Pending, enter_triton, read_out_triton
 from fmsim.exec.kernels.index_score import index_scores_triton
@@ -201,6 +202,20 @@ def stage():
     )
 
 
+def listed():
+    layout = LATENT
+    listed_triton(
+        Rows(
+            layout,
+            layout.new_pool(BATCH, 128),
+            whole(BATCH),
+            layout.new_pool(PAGES, 64),
+            whole(BATCH, PAGES),
+            whole(BATCH, 512),
+        )
+    )
+
+
 LAUNCHES = {
     "index_scores": scores(KEY, 64, torch.bfloat16),
     "index_scores, float8 queries": scores(KEY, 64, torch.float8_e4m3fn),
@@ -261,5 +276,6 @@ LAUNCHES = {
     "linear, odd, many rows": product(200, 136, rows=77),
     "copy_rows, entries": rows(584),
     "stage": stage,
+    "listed": listed,
     "copy_rows, pages": rows(37_376),
 }

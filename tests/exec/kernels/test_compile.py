@@ -3,15 +3,10 @@ instructions: no GPU needed.
 """
 
 import importlib.util
-import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
+from compiled import compiled
 
-SUPPORT = Path(__file__).parents[2] / "support"
 # One launch of each kernel, to take seconds; `python tests/support/compile_kernels.py` compiles all
 # that kernel_launches.py lists.
 LAUNCHES = [
@@ -32,6 +27,7 @@ LAUNCHES = [
     "linear, float8 rows, 128",
     "copy_rows, entries",
     "stage",
+    "listed",
 ]
 KERNELS = {
     "_index_scores",
@@ -56,6 +52,7 @@ KERNELS = {
     "_round_rows",
     "_copy_rows",
     "_stage",
+    "_listed",
 }
 
 
@@ -64,21 +61,7 @@ KERNELS = {
     reason="Triton is not installed: it exists for Linux only",
 )
 def test_every_kernel_compiles_for_sm_90(tmp_path):
-    # the interpreter takes the compiler's place where it is on, so this is another process
-    environment = os.environ | {
-        "TRITON_INTERPRET": "0",
-        "TRITON_CACHE_DIR": str(tmp_path),
-        "PYTHONPATH": os.pathsep.join([str(SUPPORT.parents[1]), str(SUPPORT)]),
-    }
-    done = subprocess.run(
-        [sys.executable, str(SUPPORT / "compile_kernels.py"), *LAUNCHES],
-        env=environment,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    found = [json.loads(line) for line in done.stdout.splitlines()]
+    found = compiled(LAUNCHES, tmp_path)
     assert {row["kernel"] for row in found} == KERNELS
     scoring = [kind for row in found if row["kernel"] == "_index_scores" for kind in row["ptx"]]
     assert any("wgmma" in kind and "e4m3" in kind for kind in scoring) and any(

@@ -1,15 +1,11 @@
 """Every kernel of training compiles for a Hopper GPU and fits its shared memory: no GPU needed."""
 
-import json
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 
 pytest.importorskip("triton", reason="Triton is not installed: it exists for Linux only")
-SUPPORT = Path(__file__).parents[2] / "support"
+
+from compiled import compiled
+
 LAUNCHES = [
     "training, window and range",
     "training, chosen",
@@ -52,25 +48,6 @@ READING = {
     "norm_rotate_forward",
     "swiglu_forward",
 }
-
-
-def compiled(launches: list[str], tmp_path: Path) -> list[dict]:
-    """A row for each kernel that ``launches`` compile."""
-    # the interpreter takes the compiler's place where it is on, so this is another process
-    environment = os.environ | {
-        "TRITON_INTERPRET": "0",
-        "TRITON_CACHE_DIR": str(tmp_path),
-        "PYTHONPATH": os.pathsep.join([str(SUPPORT.parents[1]), str(SUPPORT)]),
-    }
-    done = subprocess.run(
-        [sys.executable, str(SUPPORT / "compile_kernels.py"), *launches],
-        env=environment,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    return [json.loads(line) for line in done.stdout.splitlines()]
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])

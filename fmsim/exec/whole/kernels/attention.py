@@ -15,6 +15,29 @@ from fmsim.exec.kernels.lang import tl, triton
 
 
 @triton.jit
+def _gone_on(logit, key, top, total, summed):
+    """A running softmax with a tile of keys more: the highest logit, the sum of exponentials beside
+    it, and what they weigh, each of a row.
+    """
+    higher = tl.maximum(top, tl.max(logit, 1))
+    weight, fade = tl.exp(logit - higher[:, None]), tl.exp(top - higher)
+    summed = summed * fade[:, None]
+    summed += tl.dot(weight.to(key.dtype), key, input_precision="ieee")
+    return higher, total * fade + tl.sum(weight, 1), summed
+
+
+@triton.jit
+def _gradients(query, key, logit, seen, total, shared, grad, scale):
+    """What a tile adds to its rows' gradient, and its keys' gradient; they are values too."""
+    weight = tl.where(seen, tl.exp(logit - total[:, None]), 0.0)
+    change = tl.dot(grad, tl.trans(key), input_precision="ieee")
+    change = (weight * (change - shared[:, None]) * scale).to(key.dtype)
+    onto = tl.dot(tl.trans(change), query, input_precision="ieee")
+    onto += tl.dot(tl.trans(weight.to(key.dtype)), grad, input_precision="ieee")
+    return tl.dot(change, key, input_precision="ieee"), onto
+
+
+@triton.jit
 def range_forward(
     q, keys, visible, sinks, out, lse, scale, tokens, entries,
     HEADS: tl.constexpr, SIZE: tl.constexpr, REACH: tl.constexpr, FIRST: tl.constexpr,
@@ -48,12 +71,7 @@ def range_forward(
         if REACH > 0:
             seen = seen & (column[None, :] >= end[:, None] - REACH)
         logit = tl.where(seen, logit, -1e30)
-        higher = tl.maximum(top, tl.max(logit, 1))
-        weight, fade = tl.exp(logit - higher[:, None]), tl.exp(top - higher)
-        total = total * fade + tl.sum(weight, 1)
-        summed = summed * fade[:, None]
-        summed += tl.dot(weight.to(key.dtype), key, input_precision="ieee")
-        top = higher
+        top, total, summed = _gone_on(logit, key, top, total, summed)
     tl.store(out + at[:, None] * SIZE + channel, summed / total[:, None], mask=known[:, None])
     tl.store(lse + at, top + tl.log(total), mask=known)
 
@@ -89,12 +107,8 @@ def range_backward(
         seen = (column[None, :] < end[:, None]) & known[:, None]
         if REACH > 0:
             seen = seen & (column[None, :] >= end[:, None] - REACH)
-        weight = tl.where(seen, tl.exp(logit - total[:, None]), 0.0)
-        change = tl.dot(grad, tl.trans(key), input_precision="ieee")
-        change = (weight * (change - shared[:, None]) * scale).to(key.dtype)
-        summed += tl.dot(change, key, input_precision="ieee")
-        onto = tl.dot(tl.trans(change), query, input_precision="ieee")
-        onto += tl.dot(tl.trans(weight.to(key.dtype)), grad, input_precision="ieee")
+        of_query, onto = _gradients(query, key, logit, seen, total, shared, grad, scale)
+        summed += of_query
         tl.atomic_add(grad_keys + place, onto, mask=inside[:, None], sem="relaxed")
     tl.store(grad_q + at[:, None] * SIZE + channel, summed, mask=known[:, None])
 
@@ -125,12 +139,7 @@ def chosen_forward(
         )
         logit = tl.dot(query, tl.trans(key), input_precision="ieee") * scale
         logit = tl.where(exists[None, :], logit, -1e30)
-        higher = tl.maximum(top, tl.max(logit, 1))
-        weight, fade = tl.exp(logit - higher[:, None]), tl.exp(top - higher)
-        total = total * fade + tl.sum(weight, 1)
-        summed = summed * fade[:, None]
-        summed += tl.dot(weight.to(key.dtype), key, input_precision="ieee")
-        top = higher
+        top, total, summed = _gone_on(logit, key, top, total, summed)
     tl.store(out + at[:, None] * SIZE + channel, summed / total[:, None], mask=known[:, None])
     tl.store(lse + at, top + tl.log(total), mask=known)
 
@@ -159,12 +168,8 @@ def chosen_backward(
         key = tl.load(keys + place, mask=exists[:, None], other=0.0)
         logit = tl.dot(query, tl.trans(key), input_precision="ieee") * scale
         seen = exists[None, :] & known[:, None]
-        weight = tl.where(seen, tl.exp(logit - total[:, None]), 0.0)
-        change = tl.dot(grad, tl.trans(key), input_precision="ieee")
-        change = (weight * (change - shared[:, None]) * scale).to(key.dtype)
-        summed += tl.dot(change, key, input_precision="ieee")
-        onto = tl.dot(tl.trans(change), query, input_precision="ieee")
-        onto += tl.dot(tl.trans(weight.to(key.dtype)), grad, input_precision="ieee")
+        of_query, onto = _gradients(query, key, logit, seen, total, shared, grad, scale)
+        summed += of_query
         tl.atomic_add(grad_keys + place, onto, mask=exists[:, None], sem="relaxed")
     tl.store(grad_q + at[:, None] * SIZE + channel, summed, mask=known[:, None])
 
