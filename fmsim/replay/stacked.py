@@ -37,7 +37,9 @@ class StackedManager(CacheManager):
         first = managers[0]
         groups = [manager.ctx.n_groups for manager in managers]
         self.starts = np.cumsum([0, *groups]).tolist()
-        self.policy = type(first.policy)(first.policy.params)
+        policy = first.policy
+        assert isinstance(policy, Policy)  # an engine's, not a replay's guarded one
+        self.policy = type(policy)(policy.params)
         slots = [count for manager in managers for count in manager.ctx.group_slots]
         self.residency = Residency.stacked([manager.residency for manager in managers], slots)
         self.ctx = replace(
@@ -72,7 +74,7 @@ class StackedManager(CacheManager):
         shape = (self.residency.n_groups, self.residency.n_pages)
         whole = first.xp.zeros(shape, dtype=first.xp.float32, device=first.device)
         for start, manager in zip(self.starts, managers, strict=False):
-            mass = manager.ctx.prompt_mass
+            mass: Array = manager.ctx.prompt_mass
             whole[start : start + len(mass), : mass.shape[1]] = mass
         return whole
 
@@ -94,13 +96,14 @@ class StackedManager(CacheManager):
         new = np.where(new < visible[..., None], new, -1)
 
         def there(of_requests: np.ndarray, dtype: type) -> Array:
-            by_row = np.repeat(of_requests, groups, axis=1).astype(dtype)
+            by_row: Array = np.repeat(of_requests, groups, axis=1).astype(dtype)
             return ctx.xp.asarray(by_row, device=ctx.device)
 
-        self._begins = (visible > first).any(axis=1)
+        self._begins: list[bool] = (visible > first).any(axis=1).tolist()
         self._most = visible.max(axis=1)
         sinks = np.array([manager.pins.sink for manager in managers])[None]
-        self._pins = bool(sinks.any()) | (tail < visible).any(axis=1)
+        pinned = (tail < visible).any(axis=1) | bool(sinks.any())
+        self._pins: list[bool] = pinned.tolist()
         self._sink = there(sinks[..., None], np.int64)[0]
         self._new = there(new, np.int32)
         self._visible = there(visible[..., None], np.int64)
