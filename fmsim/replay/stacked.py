@@ -99,11 +99,10 @@ class StackedManager(CacheManager):
             by_row: Array = np.repeat(of_requests, groups, axis=1).astype(dtype)
             return ctx.xp.asarray(by_row, device=ctx.device)
 
-        self._begins: list[bool] = (visible > first).any(axis=1).tolist()
+        self._begins = [bool(row.any()) for row in visible > first]
         self._most = visible.max(axis=1)
         sinks = np.array([manager.pins.sink for manager in managers])[None]
-        pinned = (tail < visible).any(axis=1) | bool(sinks.any())
-        self._pins: list[bool] = pinned.tolist()
+        self._pins = [bool(sinks.any() or row.any()) for row in tail < visible]
         self._sink = there(sinks[..., None], np.int64)[0]
         self._new = there(new, np.int32)
         self._visible = there(visible[..., None], np.int64)
