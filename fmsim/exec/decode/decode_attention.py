@@ -241,7 +241,6 @@ class DecodeAttention:
             of_input += [indexer.kv_proj, indexer.gate_proj, indexer.scorer.weights_proj]
             of_latent.append(indexer.q_b_proj)
         self.of_input, self.of_latent = Joined(of_input), Joined(of_latent)
-        self.wants_masses = self.pager is not None and self.pager.wants_masses
         self.query_type = self._query_type(batch)
 
     def __call__(self, x: Tensor, positions: Tensor) -> Tensor:
@@ -249,6 +248,10 @@ class DecodeAttention:
         if self.first is self:
             self.now = self.moment(positions)
         return self.attend(x, self.first.now)
+
+    @property
+    def wants_masses(self) -> bool:
+        return self.pager is not None and self.pager.wants_masses
 
     def _query_type(self, batch: int) -> torch.dtype:
         """What the kernel that will attend takes without converting."""
