@@ -4,8 +4,9 @@ A step, for each request of a batch:
 
 1. Entries that closed are written: a page that begins gets a slot.
 2. At a decision the resident set is chosen anew, and what it lacks is recalled. What the *next*
-   decision will recall is said now, where the policy knows it, so that it can come in the meantime.
-   A policy without decisions may prefetch pages instead.
+   decision will recall is said now, or where there are many requests at a step of each one's own
+   after it, where the policy knows it, so that it can come in the meantime. A policy without
+   decisions may prefetch pages instead.
 3. The native indexer selects. Misses are loaded as `on_miss` says.
 4. The policy sees the step. What was fetched gets a slot.
 
@@ -55,6 +56,9 @@ class Tiers(Protocol):
     def recall_ahead(self, request: int, pages: Array) -> None:
         """Begin to load what the next decision will recall: int64 [G, m], -1 = padding."""
 
+    def decided(self) -> None:
+        """Every request has written and decided: the model comes next."""
+
     def settle(self, request: int, moves: Moves) -> None:
         """What the step fetched gets slots."""
 
@@ -85,6 +89,9 @@ class NoTiers:
         pass
 
     def recall_ahead(self, request: int, pages: Array) -> None:
+        pass
+
+    def decided(self) -> None:
         pass
 
     def settle(self, request: int, moves: Moves) -> None:
@@ -131,6 +138,7 @@ class DecodeLoop:
                 for request in range(len(self.books)):
                     self._write(request, step)
                     self._decide(request, step)
+                self.tiers.decided()
             for request, served in enumerate(self.source.serve(step)):
                 if served is not None:
                     self._settle(request, step, served)
@@ -161,10 +169,21 @@ class DecodeLoop:
             self._prefetch(request, step)
         if decides or prefetches or step == 0:
             book.scored[step] = manager.policy.scored_entries(step)
-        if decides:
-            self._foresee(request, step + cadence)
+        if cadence > 1 and step % cadence == self._later(request):
+            self._foresee(request, step - step % cadence + cadence)
         if step and step % manager.ctx.tau == 0:
             book.window_began(step)
+
+    def _later(self, request: int) -> int:
+        """Steps after a decision at which the next one is foreseen: many requests take turns, so
+        that no step does it for all. The states that they go by are still kept.
+        """
+        if len(self.books) == 1:
+            return 0
+        manager = self.books[request].manager
+        spacing = manager.policy.state_steps or manager.ctx.tau
+        turns = min(manager.policy.params.cadence, spacing) - 1
+        return min(turns, 1 + request * turns // len(self.books))
 
     def _prefetch(self, request: int, step: int) -> None:
         """What the policy asks for between decisions comes in before the step's accesses."""

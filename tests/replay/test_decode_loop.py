@@ -38,6 +38,9 @@ class Noted:
     def recall_ahead(self, request, pages):
         self._note("ahead", pages)
 
+    def decided(self):
+        pass
+
     def settle(self, request, moves):
         self._note("settle", moves.pages)
 

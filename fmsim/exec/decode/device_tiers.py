@@ -49,9 +49,11 @@ class DeviceTiers:
         self.tables = tables
         self.keepers = list(keepers)
         self._changed = set(range(len(keepers)))  # a page may have got or lost a slot
+        self._decided: dict[int, Moves] = {}  # and not recalled yet
 
-    def show(self) -> None:
-        """Enter what is resident for a step, where that may have changed."""
+    def decided(self) -> None:
+        """All decisions' recalls in one, and what is resident now where that may have changed."""
+        self._recall()
         resident = self.tiers.resident
         for number in range(len(self.keepers)) if self.tables.stages else sorted(self._changed):
             keeper = self.keepers[number]
@@ -69,12 +71,34 @@ class DeviceTiers:
         self._changed.add(request)
 
     def recall(self, request: int, moves: Moves) -> None:
+        if request in self._decided:
+            self._recall()
         self._changed.add(request)
-        keeper = self.keepers[request]
-        pages, slots = keeper.by_request(moves.pages), keeper.by_request(moves.slots)
-        self.tiers.recall(pages, slots, keeper.part, late=True)
+        self._decided[request] = moves
+
+    def _recall(self) -> None:
+        """What requests decided: in one where all did."""
+        decided, self._decided = self._decided, {}
+        moved = {
+            number: (keeper.by_request(moves.pages), keeper.by_request(moves.slots))
+            for number, moves in decided.items()
+            for keeper in [self.keepers[number]]
+        }
+        if len(moved) < len(self.keepers) or len(moved) == 1:
+            for number, (pages, slots) in moved.items():
+                self.tiers.recall(pages, slots, self.keepers[number].part, late=True)
+            return
+        groups, width = len(moved[0][0]), max(pages.shape[2] for pages, _ in moved.values())
+        shape = (2, groups, self.tables.rows.shape[1], width)
+        whole = torch.full(shape, -1, device=self.tiers.entries.device)
+        for number, parts in moved.items():
+            for of_all, part in zip(whole, parts, strict=True):
+                of_all[:, self.keepers[number].part, : part.shape[2]] = part
+        self.tiers.recall(*whole, late=True)
 
     def recall_ahead(self, request: int, pages: Tensor) -> None:
+        if request in self._decided:  # it frees the pages that this will fill
+            self._recall()
         keeper = self.keepers[request]
         self.tiers.recall_ahead(keeper.by_request(pages), keeper.part)
 
@@ -118,6 +142,9 @@ class SharedTiers:
 
     def recall_ahead(self, request: int, pages: Tensor) -> None:
         self.tiers.recall_ahead(pages)
+
+    def decided(self) -> None:
+        """What a step shows is entered when it is known what it selects."""
 
     def settle(self, request: int, moves: Moves) -> None:
         if not self.tables.stages:

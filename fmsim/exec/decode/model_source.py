@@ -58,7 +58,6 @@ class ModelSource:
     def serve(self, step: int) -> list[Served | None]:
         self._choose()
         self.selections.tokens[step].copy_(self._input)
-        self.tiers.show()
         self._forward()
         self.selections.keep()
         self._positions += 1

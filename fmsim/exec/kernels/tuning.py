@@ -158,6 +158,7 @@ FLOAT32_ROWS = 32  # of a block: they take twice the shared memory
 # of a recall beside a decode: they take 10 GB/s, and a whole step slows down by 4%, on eight by 5
 # to 7%
 PROGRAMS_BESIDE = 4
+LATE_LAUNCHES = 6  # of what a decision recalls late: as many times layers may go on before its end
 PROGRAMS_WITHIN = 264  # of a copy within the GPU, which nothing runs beside
 # at a time; beyond, one grouped product over all experts is a prompt's way, unless they are float8
 MOST_EXPERT_TOKENS = 256

@@ -51,8 +51,9 @@ class Beside:
 
     def wait_for_ahead(self, part: slice) -> None:
         """What was launched `ahead` for these requests is done before what comes after."""
-        if (part.start or 0) in self._ahead:
-            self._ahead[part.start or 0].wait(torch.cuda.current_stream(self.device))
+        for first, event in self._ahead.items():
+            if first >= (part.start or 0) and (part.stop is None or first < part.stop):
+                event.wait(torch.cuda.current_stream(self.device))
 
     @contextmanager
     def late(self, *used: Tensor) -> Iterator[None]:

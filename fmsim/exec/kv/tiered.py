@@ -30,8 +30,6 @@ from fmsim.exec.kv.home import Home, Requests, part_of
 from fmsim.exec.kv.memory import check_memory
 from fmsim.exec.kv.mirror import HostMirror
 
-LATE_LAUNCHES = 6  # of what a decision recalls late: as many times layers may go on before the end
-
 
 @dataclass(frozen=True)
 class RequestSize:
@@ -313,7 +311,7 @@ class TieredCache:
         self._admit(pages, _by_request(slots), self._places(blocks, pages), request, all_staged)
 
     def _places(self, blocks: Tensor, pages: Tensor) -> Tensor:
-        """Of pages [L, B, m] the pool's, int64, by ``blocks`` [L, B, P + 1]."""
+        """Of pages [L, B, m] the pool's, int64, by ``blocks``."""
         return blocks.gather(2, torch.where(pages < 0, blocks.shape[2] - 1, pages)).long()
 
     def _admit(
@@ -382,8 +380,7 @@ class TieredCache:
         """Into page ``to[l, b, i]`` of layer l's pool page ``pages[l, b, i]`` of its part of
         `source`, where both are >= 0, without asking the host how many that are.
 
-        One launch copies for all layers: where these are not alike, from one list with the pages'
-        numbers in all of the memory.
+        One launch copies for all layers: where these are unlike, by places in all of the memory.
         """
         self._copy_listed(source, *self._listed(source, pages, to), programs=programs)
 
@@ -393,7 +390,7 @@ class TieredCache:
         """
         listed = self._listed(self._of_mirror, pages, to)
         lists = len(listed[2])
-        step = max(1, lists // LATE_LAUNCHES)
+        step = max(1, lists // tuning.LATE_LAUNCHES)
         with self.beside.late(*listed):
             for first in range(0, lists, step):
                 self._copy_listed(self._of_mirror, *listed, part=slice(first, first + step))

@@ -1,5 +1,6 @@
 """A batch that one cache manager keeps decodes as each of its requests does alone."""
 
+from contextlib import nullcontext
 from dataclasses import fields
 
 import numpy as np
@@ -9,6 +10,7 @@ torch = pytest.importorskip("torch", reason="the engine needs fmsim[model]")
 pytest.importorskip("transformers", reason="the engine needs fmsim[model]")
 
 from kernel_pools import no_waits, on_each_device
+from tiny_indexer import lookahead
 from tiny_model import CSA, HCA, SLIDING, oracle, ours
 
 from fmsim.exec.decode.engine import Batch
@@ -53,7 +55,8 @@ def decoded(prompts, spec):
     batch = Batch(prompts, registry.build(spec), tau=TAU)
     for token in range(4):
         batch.step([token] * len(prompts))
-    with no_waits():
+    # scores come from states that are made then
+    with nullcontext() if spec["policy"] == "lsa" else no_waits():
         for _ in range(STEPS - 4):
             batch.step()
     return batch
@@ -62,7 +65,22 @@ def decoded(prompts, spec):
 @on_each_device
 @pytest.mark.parametrize("spec", SPECS, ids=str)
 def test_each_request_of_a_batch_decodes_as_alone(prompts, device, spec):
-    prompts = prompts(device)
+    compared(prompts(device), spec)
+
+
+@on_each_device
+@pytest.mark.parametrize("granularity", [1, 4])
+def test_decisions_of_many_are_foreseen_in_turn_and_recalled_in_one(
+    prompts, tmp_path, device, granularity
+):
+    """The same pages move as alone, where each is foreseen at its decision."""
+    spec = lookahead(tmp_path, "16 entries", (0, 1), granularity=granularity, cadence=TAU)
+    batch = compared(prompts(device), spec)
+    assert sum(request.ledger().lookahead_loads.sum() for request in batch.requests) > 9
+
+
+def compared(prompts, spec):
+    """A batch, each request of which decoded as it does alone."""
     batch, moved = decoded(prompts, spec), 0
     for request, prompt in zip(batch.requests, prompts, strict=True):
         alone = decoded([prompt], spec)
@@ -78,3 +96,4 @@ def test_each_request_of_a_batch_decodes_as_alone(prompts, device, spec):
         slots = expected.residency.slots
         assert torch.equal(request.residency.slots[:, : slots.shape[1]], slots)
     assert batch.h2d_bytes == moved
+    return batch
