@@ -3,8 +3,8 @@
 
     python benchmarks/float8_products.py [--seconds 100] [--write] [--out FILE.json]
 
-Shapes are those of V4-Flash's projections. Ours, cuBLAS and DeepGEMM, the rounding of rows
-included, beside torch with bfloat16 weights; medians of CUDA graph replays with a cold L2. With
+Shapes are those of V4-Flash's projections. Ours and cuBLAS, the rounding of rows included, beside
+torch with bfloat16 weights; medians of CUDA graph replays with a cold L2. With
 --write the order of the ways, the fastest first, goes into the package's table under this card.
 """
 

@@ -19,6 +19,7 @@ from torch import Tensor
 from fmsim.exec.kernels import flash_mla, float8_products, tuning
 from fmsim.exec.kernels.attention_rows import Rows
 from fmsim.exec.kernels.linear import linear_triton
+from fmsim.exec.kernels.rounded_rows import round_rows
 from fmsim.exec.kernels.sparse_attention import sparse_attention_triton
 
 Way = Callable[[], Tensor] | str
@@ -132,6 +133,19 @@ def of_product(
     gemm = package("deep_gemm")
     return {
         "own": lambda: linear_triton(*given, float8_rows=True),
-        "DeepGEMM": gemm if isinstance(gemm, str) else lambda: float8_products.by_deep_gemm(*given),
+        "DeepGEMM": gemm if isinstance(gemm, str) else lambda: by_deep_gemm(gemm, *given),
         "cuBLAS, float8": lambda: float8_products.by_cublas(*given),
     }
+
+
+def by_deep_gemm(
+    gemm: ModuleType, rows: Tensor, weight: Tensor, scale: Tensor, groups: int
+) -> Tensor:
+    """Rounded rows times float8 weights; its compiler takes seconds at a new kind of shape."""
+    if groups > 1:
+        raise ValueError("one product at a time")
+    count = len(rows)
+    codes, scales = round_rows(rows, 4)  # 16 bytes of a scale's column
+    out = torch.empty(count, len(weight), dtype=rows.dtype, device=rows.device)
+    gemm.fp8_gemm_nt((codes[:count], scales[:, :count].T), (weight, scale), out)
+    return out

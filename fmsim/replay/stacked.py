@@ -102,22 +102,26 @@ class StackedManager(CacheManager):
         self._begins = [bool(row.any()) for row in visible > first]
         self._most = visible.max(axis=1)
         sinks = np.array([manager.pins.sink for manager in managers])[None]
-        self._pins = [bool(sinks.any() or row.any()) for row in tail < visible]
+        self._pins = bool(sinks.any() or (tail < visible).any())
         self._sink = there(sinks[..., None], np.int64)[0]
         self._new = there(new, np.int32)
         self._visible = there(visible[..., None], np.int64)
         self._tail = there(tail[..., None], np.int64)
+        # of the step under way, where a CUDA graph finds it
+        self._tail_now = self._tail[0] + 0
         self._at = 0
 
     def _pinned(self, view: tuple[int, int] | None = None) -> Any:
-        if not self._pins[self._at]:
+        if not self._pins:
             return None
-        sink, tail = self._sink, self._tail[self._at]
+        sink, tail = self._sink, self._tail_now
         return lambda pages: (pages < sink) | (pages >= tail)
 
     def write(self, step: int, n_entries: int) -> Moves | None:
         """As `CacheManager.write`; how many entries are visible to each request is known."""
         self._at = step
+        if self._pins:
+            self._tail_now[...] = self._tail[step]
         self.visible = int(self._most[step])
         if not self._begins[step]:
             return None

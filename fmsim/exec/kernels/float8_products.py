@@ -1,21 +1,17 @@
-"""Products of rounded rows by kernels that others maintain: cuBLAS, which torch brings, and
-DeepGEMM where its wheel (sgl-deep-gemm) is installed.
+"""Products of rounded rows by cuBLAS, which torch brings: at most sizes beyond a hundred rows it is
+faster than our own kernel.
 
 Which is fastest for a shape was measured (`float8_ways.json`, by benchmarks/float8_products.py); of
-a card or a shape that was not, the nearest decides. What is not installed, or refuses a shape, is
-passed over, and `linear`'s own kernel does the rest.
+a card or a shape that was not, the nearest decides. A shape that cuBLAS refuses is not asked again.
 """
 
 from __future__ import annotations
 
-import importlib
 import json
 import math
-import os
 from collections.abc import Callable, Sequence
 from functools import cache
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import torch
@@ -26,40 +22,8 @@ from fmsim.exec.kernels.weights import BLOCK
 
 TABLE = Path(__file__).parent / "float8_ways.json"
 OWN = "own"
-# Rows of codes and of scales come in multiples of these: 16 bytes of a scale's column, and what
-# cuBLAS takes.
-DEEP_GEMM_ROWS, CUBLAS_ROWS = 4, 16
-
-
-@cache
-def deep_gemm() -> ModuleType | None:
-    """The package, where it can be had."""
-    os.environ.setdefault("DG_JIT_USE_NVRTC", "1")  # its other compiler takes ten times as long
-    try:
-        return importlib.import_module("deep_gemm")
-    except Exception:  # a wheel for another torch or CUDA fails in its own ways
-        return None
-
-
-def by_deep_gemm(rows: Tensor, weight: Tensor, scale: Tensor, groups: int) -> Tensor:
-    """As `linear` with rounded rows."""
-    package = deep_gemm()
-    assert package is not None
-    count, (outputs, inputs) = len(rows), weight.shape
-    codes, scales = round_rows(rows, DEEP_GEMM_ROWS)
-    out = torch.empty(count, outputs, dtype=rows.dtype, device=rows.device)
-    codes = codes[:count]
-    if groups == 1:
-        package.fp8_gemm_nt((codes, scales[:, :count].T), (weight, scale), out)
-        return out
-    of_groups = scales.unflatten(0, (groups, -1))[..., :count]  # [groups, blocks, rows]
-    package.fp8_einsum(
-        "bhr,hdr->bhd",
-        (codes.view(count, groups, inputs), of_groups.permute(2, 0, 1)),
-        (weight.view(groups, -1, inputs), scale.view(groups, -1, scale.shape[1])),
-        out.view(count, groups, -1),
-    )
-    return out
+ROWS = 16  # of codes and of scales come in multiples of these
+COLUMNS = 4 * BLOCK  # of a weight: its scales lie in rows of 16 bytes
 
 
 def by_cublas(rows: Tensor, weight: Tensor, scale: Tensor, groups: int) -> Tensor:
@@ -68,7 +32,7 @@ def by_cublas(rows: Tensor, weight: Tensor, scale: Tensor, groups: int) -> Tenso
 
     if groups > 1:
         raise ValueError("one product at a time")
-    codes, scales = round_rows(rows, CUBLAS_ROWS)
+    codes, scales = round_rows(rows, ROWS)
     out = scaled_mm(
         codes,
         weight.T,
@@ -82,7 +46,7 @@ def by_cublas(rows: Tensor, weight: Tensor, scale: Tensor, groups: int) -> Tenso
 
 
 Way = Callable[[Tensor, Tensor, Tensor, int], Tensor]
-WAYS: dict[str, Way] = {"deep_gemm": by_deep_gemm, "cublas": by_cublas}
+WAYS: dict[str, Way] = {"cublas": by_cublas}
 _refused: set[tuple[str, tuple[int, ...]]] = set()
 
 
@@ -93,13 +57,13 @@ def product(rows: Tensor, weight: Tensor, scale: Tensor, groups: int) -> Tensor 
     outputs, inputs = weight.shape
     if not (rows.is_cuda and _is_hopper(rows.device)):
         return None
-    if inputs % BLOCK or outputs // groups % BLOCK or rows.dtype != torch.bfloat16:
+    if inputs % COLUMNS or outputs % BLOCK or rows.dtype != torch.bfloat16:
         return None
-    for name in order(torch.cuda.get_device_name(rows.device), len(rows), outputs, inputs, groups):
+    shape = (outputs, inputs, groups)
+    for name in order(torch.cuda.get_device_name(rows.device), len(rows), *shape):
         if name == OWN:
             return None
-        shape = (len(rows), outputs, inputs, groups)
-        if (name, shape) in _refused or (name == "deep_gemm" and deep_gemm() is None):
+        if (name, shape) in _refused:
             continue
         try:
             return WAYS[name](rows, weight, scale, groups)

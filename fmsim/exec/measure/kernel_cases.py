@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from fmsim.exec.kernels import flash_mla
 from fmsim.exec.kernels.attention_rows import Rows, matrix_type
 from fmsim.exec.kernels.compress import Pooling, compress_and_append
 from fmsim.exec.kernels.gather import copy_rows
@@ -169,7 +170,9 @@ def attention(
         table,
         ids,
     )
-    queries = torch.randn(batch, HEADS, LATENT.width, device=device).to(matrix_type(LATENT))
+    served = not masses and flash_mla.serves(batch, HEADS, LATENT, window, pool)
+    queries = torch.randn(batch, HEADS, LATENT.width, device=device)
+    queries = queries.to(torch.bfloat16 if served else matrix_type(LATENT))
     sinks = torch.zeros(HEADS, device=device)
     inputs = queries, rows, sinks, LATENT.width**-0.5, masses
     n_bytes = batch * ((WINDOW + selected) * LATENT.entry_bytes + 2 * queries[0].numel() * 2)
