@@ -183,7 +183,7 @@ _ANSWERS: dict[str, Answer] = {
         "exec.json",
         None,
         {
-            ("docs/gpu.md", "synthetic weights"): tables.synthetic,
+            ("benchmarks/results/whole-steps.md", "synthetic weights"): tables.synthetic,
             ("README.md", "one gpu"): lead.one_gpu,
         },
     ),

@@ -16,7 +16,7 @@ import paper
 
 Result = Mapping[str, Any]
 Part = tuple[str, str]  # page, name of its marked part
-GPU = "docs/gpu.md"
+GPU = "benchmarks/results/whole-steps.md"
 RESULTS = "benchmarks/results/README.md"
 PUBLISHED = "benchmarks/results/published.md"
 INDEXER = "benchmarks/results/indexer.md"

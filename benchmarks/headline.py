@@ -70,7 +70,10 @@ POLICIES: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
     "lfu held sees all": ({"policy": "lfu", "sees": "all"} | HELD, LEAST),
 }
 SHORT = ("full", "h2o", "lru held", "lsa-history", "lru")  # in the README, at 512K
-PAGES = {"docs/tutorial/run-on-a-gpu.md": "headline", "docs/gpu.md": "headline by context"}
+PAGES = {
+    "docs/tutorial/run-on-a-gpu.md": "headline",
+    "benchmarks/results/whole-steps.md": "headline by context",
+}
 MIB = 2**20
 # What --memory measures of a row; `memory` of the result says when and on what.
 OF_MEMORY = (
