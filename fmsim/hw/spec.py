@@ -78,7 +78,8 @@ class StepWork(_Strict):
     fixed_ms: Ms
     slot_ns: Ns = 0.0  # a slot of each group
     page_ns: Ns = 0.0  # a page in a block table: of each row of the tables, and each request
-    move_ns: Ns = 0.0  # a page that a step may load: of each layer, and each request
+    # a page that a step may load, or a decision may keep: of each layer, and each request
+    move_ns: Ns = 0.0
 
 
 class Bookkeeping(_Strict):

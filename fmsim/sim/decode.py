@@ -108,6 +108,9 @@ class _Decode:
         self.miss_s = self.gather.seconds(self.row_bytes, self.demand_bytes)
         # [T] bytes that come before their decision, and how fast beside a decode
         self.ahead_bytes = self.recall_bytes if ledger.decides_ahead else 0 * self.recall_bytes
+        late_bytes = self.recall_bytes - self.ahead_bytes
+        # [T] s that a decision waits for the rest, where nothing else is on the link
+        self.late_s = self.gather.seconds(self.row_bytes, late_bytes)
         self.beside_bytes_per_s = float("inf")
         self.beside_slower = 0.0
         table = None if memory.hw.kernel_tables else calibrated_table(memory.hw, geometry)
@@ -118,7 +121,9 @@ class _Decode:
             self.rest_s = self.rest_s + engine.step_s() + settled_s
             self.miss_s = engine.miss_s()
             spare = np.array(ledger.ahead_slots or [0] * ledger.n_groups)[place.groups]
-            self.ahead_bytes = np.minimum(recalls, spare).sum(axis=1) * page_bytes
+            ahead = np.minimum(recalls, spare)
+            self.ahead_bytes = ahead.sum(axis=1) * page_bytes
+            self.late_s = engine.late_s((recalls - ahead).sum(axis=1) * on_gpu)
             self.beside_bytes_per_s = table.engine.beside_bytes_per_s
             self.beside_slower = table.engine.beside_slower
         # What is not known one window before cannot be recalled before the decision.
@@ -158,7 +163,11 @@ class _Decode:
             if self.recalls and step % self.cadence == 0:
                 yield self.recall
                 late_bytes = self.recall_bytes[step] - self.ahead_bytes[step]
-                yield self._recall(step, late_bytes, float("inf"))
+                if late_bytes > 0:
+                    self.memory.to_gpu.moved_bytes += late_bytes
+                    yield self._booked(
+                        "recall", step, self.env.timeout(self.late_s[step]), late_bytes
+                    )
                 self.recall_wait_s[step] = self.env.now - self.start_s[step]
                 later = step + self.cadence
                 if self.overlaps and later < self.n_steps:

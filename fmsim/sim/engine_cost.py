@@ -49,8 +49,10 @@ class EngineCosts:
     def step_s(self) -> Floats:
         """[T]: all but misses and recalls."""
         bookkeeping = self.times.steps[self._kind()]
-        ms = np.full(self.ledger.n_steps, self._work_ms(bookkeeping.plain) + self._in_graph_ms())
-        ms[self._closing()] += self._work_ms(bookkeeping.closing)
+        movable = self.ledger.miss_slots or self.ledger.topk
+        plain_ms = self._work_ms(bookkeeping.plain, movable)
+        ms = np.full(self.ledger.n_steps, plain_ms + self._in_graph_ms())
+        ms[self._closing()] += self._work_ms(bookkeeping.closing, movable)
         cadence = self.ledger.cadence
         if cadence > 1:
             kind = "ahead" if self.ledger.decides_ahead else "decided"
@@ -92,19 +94,29 @@ class EngineCosts:
         entries = self.geometry.csa_entries(self.place.tokens)
         return np.asarray(began | (np.diff(entries, prepend=entries[0]) > 0))
 
-    def _work_ms(self, work: StepWork) -> float:
-        """Of a step's bookkeeping at this decode's sizes."""
+    def late_s(self, pages: np.ndarray) -> Floats:
+        """[T]: what a decision waits for `pages` [T] of all layers and requests that come when it
+        is there: entries, then the keys that go with them.
+        """
+        rows = [self.geometry.slot_bytes(self.granularity, with_keys=False)]
+        if self.place.keys_tiered:
+            rows.append(self.geometry.slot_bytes(self.granularity, with_keys=True) - rows[0])
+        return np.asarray(sum(self.gather.seconds(row, pages * row) for row in rows))
+
+    def _work_ms(self, work: StepWork, movable: int) -> float:
+        """Of a step's bookkeeping at this decode's sizes, `movable` pages in each layer."""
         n_csa = self.geometry.n_csa
         slots = sum(self.ledger.group_slots)
         uneven = len(set(self.ledger.group_slots)) > 1
         rows = n_csa if self.loads or uneven else self.ledger.n_groups
         pages = rows * self.n_pages * self.batch
-        moves = n_csa * (self.ledger.miss_slots or self.ledger.topk) * self.batch
+        moves = n_csa * movable * self.batch
         sized_ns = work.slot_ns * slots + work.page_ns * pages + work.move_ns * moves
         return max(0.0, work.fixed_ms + sized_ns / 1e6)
 
     def _decision_ms(self, bookkeeping: Bookkeeping) -> float:
-        return 0.0 if bookkeeping.decision is None else self._work_ms(bookkeeping.decision)
+        work = bookkeeping.decision
+        return 0.0 if work is None else self._work_ms(work, max(self.ledger.group_slots))
 
     def _in_graph_ms(self) -> float:
         """What the policy asks of all CSA layers, but for misses."""

@@ -136,6 +136,7 @@ def small_sizes():
         staged=(0, 2),
         staged_entries=256,
         gathers={8: (2, 4), 584: (2, 4)},
+        beside_rows=4,
         kernel_shapes=((1, 128),),
         steps=(StepSize(64, 32), StepSize(96, 32), StepSize(96, 64), StepSize(64, 32, 2)),
         step_groups=2,

@@ -132,7 +132,8 @@ def test_a_recall_ahead_has_its_spare_pages_and_the_rest_comes_late():
     )
     hw = hardware()
     timeline = simulate(recalled, FLASH, hw)
-    late_s = float(GATHER.seconds(716, 200 * 21 * 716))
+    n_late = 200 * 21
+    late_s = GATHER.one_s(584, n_late * 584) + GATHER.one_s(132, n_late * 132)
     assert timeline.recall_wait_s[64] == pytest.approx(late_s)
     kinds = [(each.step, each.n_bytes) for each in timeline.transfers if each.kind == "recall"]
     assert sorted(kinds) == [(64, 100 * 21 * 716), (64, 200 * 21 * 716)]

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from fmsim.exec.kernels import tuning
+from fmsim.exec.kernels.layout import LATENT
 from fmsim.exec.kv.mirror import HostMirror
 from fmsim.exec.measure import kernel_cases as cases
 from fmsim.exec.measure.jobs import Report
@@ -94,11 +95,10 @@ def gathers(row_bytes: int, device: str, sizes: Sizes, report: Report) -> dict[i
 
 def beside(device: str, sizes: Sizes, report: Report) -> float:
     """Bytes/s of a gather on the few programs that a recall takes beside a decode."""
-    row_bytes, counts = next(iter(sizes.gathers.items()))
-    rows = max(*counts, sizes.host_bytes // row_bytes)
-    with HostMirror(1, rows, row_bytes, device) as mirror:
+    row_bytes, count = LATENT.entry_bytes, sizes.beside_rows
+    with HostMirror(1, max(count, sizes.host_bytes // row_bytes), row_bytes, device) as mirror:
         case = cases.recall(
-            row_bytes, counts[-2], device, programs=tuning.PROGRAMS_BESIDE, mirror=mirror
+            row_bytes, count, device, programs=tuning.PROGRAMS_BESIDE, mirror=mirror
         )
         rate = case.n_bytes / median_s(case.run, device)
     report(f"gather beside a decode: {rate / 1e9:.1f} GB/s")

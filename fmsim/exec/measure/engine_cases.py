@@ -15,7 +15,7 @@ from fmsim.exec.measure import kernel_cases as cases
 from fmsim.exec.measure.jobs import Report
 from fmsim.exec.measure.kernel_cases import TOP_K
 from fmsim.exec.measure.sizes import Sizes
-from fmsim.exec.measure.timing import median_s
+from fmsim.exec.measure.timing import median_s, overhead_s
 
 ENTRIES = 8192  # of a request whose attention is timed with and without
 Work = Callable[[], object]
@@ -50,8 +50,9 @@ def pages_ms(device: str, sizes: Sizes, report: Report) -> dict[int, dict[int, f
 def listed_ms(device: str, sizes: Sizes, report: Report) -> dict[int, float]:
     """By batch, naming the entries that were selected among those in a list."""
     found = {}
+    alone_s = overhead_s(device)
     for batch in sizes.some_batches:
-        found[batch] = 1e3 * median_s(_naming(batch, device), device)
+        found[batch] = 1e3 * (median_s(_naming(batch, device), device) - alone_s)
         report(f"naming residents, batch {batch}: {found[batch]:.4f} ms")
     return found
 
@@ -90,10 +91,11 @@ def staging_ms(
     request selects, into spare pages of the pool.
     """
     found: dict[int, dict[int, float]] = {}
+    alone_s = overhead_s(device)
     for batch in sizes.some_batches:
         found[batch] = {}
         for count, work in zip(sizes.staged, _loads(batch, layout, device, sizes), strict=True):
-            found[batch][count] = 1e3 * median_s(work, device)
+            found[batch][count] = 1e3 * (median_s(work, device) - alone_s)
             report(f"loading {count} pages each, batch {batch}: {found[batch][count]:.4f} ms")
     return found
 

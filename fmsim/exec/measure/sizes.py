@@ -37,11 +37,13 @@ class Sizes:
     staged_entries: int = 65_536  # of the request that loads them
     gathers: dict[int, tuple[int, ...]] = field(
         default_factory=lambda: {
+            132: (512, 32_768),
             584: (32, 512, 4096, 32_768, 131_072),
             2336: (128, 4096, 32_768),
             37_376: (8, 96, 384, 2000),
         }
     )
+    beside_rows: int = 32_768  # of a gather beside a decode
     kernel_shapes: tuple[tuple[int, int], ...] = ((1, 131_072), (8, 32_768))
     # the first one, one of more entries, one of more slots, one of more requests
     steps: tuple[StepSize, StepSize, StepSize, StepSize] = (

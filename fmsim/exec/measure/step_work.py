@@ -113,24 +113,25 @@ def kind_of_steps(
         )
     return {
         part: _work(
-            kind, {at: getattr(seconds, part) for at, seconds in found.items()}, geometry, sizes
+            {at: getattr(seconds, part) for at, seconds in found.items()},
+            # of the block tables: where layers load their misses, one each
+            geometry.n_csa if kind in LOADING else sizes.step_groups,
+            # that a request may move: what a step selects, or at a decision all it keeps
+            geometry.n_csa * (sizes.steps[0].slots if part == "decision" else sizes.step_topk),
+            sizes,
         )
         for part in Seconds._fields
         if part != "decision" or kind in DECIDING
     }
 
 
-def _work(
-    kind: str, seconds: dict[int, float], geometry: Geometry, sizes: Sizes
-) -> dict[str, float]:
-    """Times at some of `Sizes.steps` as a fixed part and what each size adds.
+def _work(seconds: dict[int, float], rows: int, moves: int, sizes: Sizes) -> dict[str, float]:
+    """Times at some of `Sizes.steps` as a fixed part and what each size adds, with so many `rows`
+    of block tables, and pages that a request may move.
 
     Each size differs from the first, or from the second, in one thing.
     """
     first, wide, deep, crowd = sizes.steps
-    # of the block tables: where layers load their misses, one each
-    rows = geometry.n_csa if kind in LOADING else sizes.step_groups
-    moves = geometry.n_csa * sizes.step_topk  # that a step of a request may make
     slot = page = move = 0.0
     if 1 in seconds:
         page = max(0.0, (seconds[1] - seconds[0]) / (rows * (wide.entries - first.entries)))

@@ -55,6 +55,21 @@ def median_s(
     return statistics.median(start.elapsed_time(end) for start, end in marks) / 1e3
 
 
+def overhead_s(device: torch.device | str, count: int = 64) -> float:
+    """Seconds of a timed CUDA graph that are no work: what one small kernel takes more alone than
+    among others. 0 on a CPU.
+    """
+    if torch.device(device).type != "cuda":
+        return 0.0
+    x = torch.zeros(1, device=device)
+
+    def many() -> None:
+        for _ in range(count):
+            x.add_(1)
+
+    return max(0.0, median_s(lambda: x.add_(1), device) - median_s(many, device) / count)
+
+
 def captured(work: Callable[[], object]) -> Callable[[], None]:
     """``work`` as a CUDA graph; call what is returned to replay it."""
     side = torch.cuda.Stream()
