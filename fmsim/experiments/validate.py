@@ -296,9 +296,9 @@ def validate_scenario(
             told(0, 0.0)
             timed = partial(measured_steps, worlds, batch=batch, weights=weights)
             [times] = one_by_one(timed, [label], told)
-            found = row | times
-            found |= simulated_steps(worlds, label, hw, batch, found["warm_up_steps"])
-            rows.append(found | errors(found))
+            timed_row = row | times
+            timed_row |= simulated_steps(worlds, label, hw, batch, times["warm_up_steps"])
+            rows.append(timed_row | errors(timed_row))
         measured = (
             f"the same on this {device_name(device)}, batch {', '.join(map(str, batches))}, with"
             f" random {geometry.weight_type} weights and {n_experts} experts a layer; both after"

@@ -218,7 +218,8 @@ class Hardware(_Strict):
         """The model with the experts that are held."""
         if not self.cuts_experts(geometry):
             return geometry
-        return replace(cast(Any, geometry), n_experts=self.experts)
+        held: Geometry = replace(cast(Any, geometry), n_experts=self.experts)
+        return held
 
     def kv_pool(self, geometry: Geometry) -> Figure | None:
         """Each GPU's memory for KV and where the figure comes from; None where there is none."""

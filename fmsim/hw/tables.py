@@ -142,8 +142,9 @@ class AttentionTimes:
         """
         short = np.interp(total / batch, self.contexts, of_batch)
         if self.crowd is not None and batch > 1:
-            added: Floats = np.maximum(self.grown(largest), self.crowd(batch, total / batch))
-            return short + added
+            added = np.maximum(self.grown(largest), self.crowd(batch, total / batch))
+            crowded: Floats = short + added
+            return crowded
         others = np.maximum(total - largest - (batch - 1) * self.contexts[-1], 0.0)
         ms: Floats = short + self.grown(largest) + others * self.token_ns / 1e6
         return ms

@@ -26,6 +26,7 @@ from fmsim.exec.kernels.layout import KEY, LATENT, Layout
 from fmsim.exec.measure import device_figures, engine_cases, step_work
 from fmsim.exec.measure.compile_ahead import compile_ahead
 from fmsim.exec.measure.jobs import Job, Report, numbered, run_jobs
+from fmsim.exec.measure.kernel_cases import TOP_K
 from fmsim.exec.measure.layer_rows import LayerRow, in_row_ms
 from fmsim.exec.measure.module_times import MODULES, AttentionTimer, is_float8, module_ms
 from fmsim.exec.measure.sizes import Sizes
@@ -115,8 +116,8 @@ def _jobs(
     on_device = (device, sizes, report)
     jobs = [Job("memory in use", 1, partial(device_figures.memory_bytes, device))]
     if device == "cuda":
-        work = partial(compile_ahead, config, layouts, device, sizes, report)
-        jobs.append(Job("kernels' compilation", 45, work))
+        ahead = partial(compile_ahead, config, layouts, device, sizes, report)
+        jobs.append(Job("kernels' compilation", 45, ahead))
     jobs += [
         Job("memory, link and launches", 5, partial(device_figures.rates, *on_device)),
     ]
@@ -127,11 +128,11 @@ def _jobs(
         Job("kernels", 8, partial(device_figures.kernels, *on_device)),
     ]
     for name, kind in ATTENTION.items():
-        work = partial(_attention, config, kind, layouts, *on_device)
-        jobs.append(Job(f"{name} attention", 20, work))
+        attention = partial(_attention, config, kind, layouts, *on_device)
+        jobs.append(Job(f"{name} attention", 20, attention))
     for name in MODULES:
-        work = partial(module_ms, name, config, sizes.batches, device, report)
-        jobs.append(Job(name, 8, work))
+        module = partial(module_ms, name, config, sizes.batches, device, report)
+        jobs.append(Job(name, 8, module))
     jobs.append(Job("layers in a row", 25, partial(_in_a_row, config, layouts, seed, *on_device)))
     jobs += [
         Job("masses", 3, partial(engine_cases.masses_ms, *on_device)),
@@ -141,8 +142,8 @@ def _jobs(
         Job("loading misses", 4, partial(engine_cases.staging_ms, layouts[0], *on_device)),
     ]
     for kind in step_work.KINDS:
-        work = partial(step_work.kind_of_steps, kind, geometry, *on_device)
-        jobs.append(Job(f"steps: {kind}", 4, work))
+        steps = partial(step_work.kind_of_steps, kind, geometry, *on_device)
+        jobs.append(Job(f"steps: {kind}", 4, steps))
     return [Job(job.name, job.seconds, _freed(job.run)) for job in jobs]
 
 
@@ -239,7 +240,7 @@ def _table(found: Figures, config: DeepseekV4Config, sizes: Sizes) -> KernelTabl
         staging_ms={
             batch: numbered(column) for batch, column in numbered(found["loading misses"]).items()
         },
-        staged_places=min(engine_cases.TOP_K, sizes.staged_entries),
+        staged_places=min(TOP_K, sizes.staged_entries),
         beside_bytes_per_s=found["a gather beside a decode"],
         beside_slower=row["slower_beside"],
         steps={
