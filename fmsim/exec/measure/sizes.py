@@ -28,7 +28,7 @@ class Sizes:
     # kernels change their ways after 16, 32, 64 and 128 rows
     batches: tuple[int, ...] = (1, 2, 4, 8, 12, 16, 17, 24, 32, 33, 48, 64, 65, 96, 128, 129, 160)
     # attention of several requests at longer contexts
-    crowds: tuple[int, ...] = (8, 32, 128)
+    crowds: tuple[int, ...] = (8, 16, 32, 128)
     crowd_contexts: tuple[int, ...] = (65_536, 524_288)
     some_batches: tuple[int, ...] = (1, 8, 32, 128)  # of what a kernel adds to a module
     page_entries: tuple[int, ...] = (1, 4, 16)  # a page, beside those of 64

@@ -1,0 +1,104 @@
+"""The blind rows: which they are, that a killed measurement goes on, and what is said of them."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from fmsim.exec.measure.sizes import Sizes
+from fmsim.hw import load_hardware
+
+ROOT = Path(__file__).parents[2]
+sys.path.insert(0, str(ROOT / "benchmarks"))
+import blind
+
+TOKENS = {"32K": 32_768, "128K": 128_000, "512K": 512_000}
+
+
+def test_no_row_is_of_what_a_calibration_times():
+    sizes = Sizes()
+    timed = {(1, tokens) for tokens in sizes.contexts}
+    timed |= {(batch, sizes.contexts[0]) for batch in sizes.batches}
+    timed |= {(batch, tokens) for batch in sizes.crowds for tokens in sizes.crowd_contexts}
+    assert not timed & {(ask.batch, TOKENS[ask.context]) for ask in blind.ROWS}
+
+
+def test_the_rows_are_of_all_kinds():
+    rows = blind.ROWS
+    assert len(rows) >= 30 and len({ask.name for ask in rows}) == len(rows)
+    assert {ask.context for ask in rows} == set(TOKENS)
+    assert 1 in {ask.batch for ask in rows} and 144 <= max(ask.batch for ask in rows) <= 160
+    assert {ask.params.get("granularity", 1) for ask in rows} == {1, 4, 16, 64}
+    assert {ask.params.get("on_miss") for ask in rows} == {None, "mask", "fallback"}
+    names = " ".join(ask.name for ask in rows)
+    for word in ("full", "recency", "h2o", "lru", "lsa", "held"):
+        assert word in names
+    assert all(ask.steps > 64 + 4 for ask in rows)  # beyond a warm-up
+
+
+class Counting(blind.Bench):
+    """Measures nothing, and counts."""
+
+    def __init__(self):
+        super().__init__("a model", "cpu")
+        self.asked = []
+
+    def row(self, ask):
+        self.asked.append(ask.name)
+        return ask._asdict() | {"measured_step_p50_s": 0.01, "wall_s": 1.0}
+
+
+def test_a_killed_measurement_goes_on(tmp_path):
+    asks = blind.ROWS[:4]
+    (tmp_path / f"{asks[0].name}.json").write_text("{}")
+    dead = subprocess.Popen([sys.executable, "-c", ""])
+    dead.wait()
+    (tmp_path / f"{asks[1].name}.claim").write_text(str(dead.pid))  # it died at this row
+    (tmp_path / f"{asks[2].name}.claim").write_text(str(os.getppid()))  # another is at this one
+    bench = Counting()
+    assert blind.measure(asks, bench, float("inf"), tmp_path) == 0
+    assert bench.asked == [asks[1].name, asks[3].name]
+    assert json.loads((tmp_path / f"{asks[3].name}.json").read_text())["batch"] == asks[3].batch
+
+
+def test_no_row_is_begun_when_time_is_up(tmp_path):
+    bench = Counting()
+    blind.measure(blind.ROWS, bench, 0.5, tmp_path)  # a row takes one second
+    assert len(bench.asked) == 1
+
+
+def result(**changes):
+    row = {
+        "context": "32K",
+        "label": "lru",
+        "batch": 6,
+        "simulated_step_p50_s": 0.0098,
+        "measured_step_p50_s": 0.01,
+        "step_error": -0.02,
+        "simulated_tokens_per_s": 636.0,
+        "measured_tokens_per_s": 600.0,
+        "tokens_error": 0.06,
+    }
+    failed = {"context": "512K", "label": "full", "batch": 9, "failed": "FmsimError: too large"}
+    head = {"device": "NVIDIA H200", "date": "2026-01-02T03:04:05", "within": 0, "frozen": True}
+    return head | {"rows": [row, failed]} | changes
+
+
+def test_a_table_says_what_was_off_and_what_failed():
+    made = blind.table(result())
+    assert "NVIDIA H200, 2026-01-02: 0 of 2 rows within 5% in both figures." in made
+    assert "| 32K | lru | 6 | 9.80 | 10.00 | -2.0% | 636.0 | 600.0 | +6.0% |" in made
+    assert "512K, `full`, 9: FmsimError: too large" in made and "was changed" not in made
+    assert "The simulator was changed after" in blind.table(result(frozen=False))
+    assert blind.off(result()["rows"][0]) == pytest.approx(0.06)
+
+
+def test_a_calibrated_gpu_ships():
+    hw = load_hardware("h200-1gpu")
+    assert hw.n_gpus == 1 and hw.experts == 16 and not hw.reserve_bytes.guess
+    assert "runtime" in hw.reserve_bytes.source and "activations" in hw.reserve_bytes.source
+    assert "benchmarks/results/calibration-h200-1gpu.json" in hw.kernel_source
+    assert (ROOT / "benchmarks/results/calibration-h200-1gpu.json").is_file()
