@@ -103,6 +103,7 @@ class EngineTimes(_Strict):
     # of a layer's attention, by batch and then context
     csa_crowd_ms: Grid
     hca_crowd_ms: Grid
+    closing_batch_ms: ByBatch  # of a CSA layer: that an entry closes in every request
     masses_batch_ms: ByBatch  # of a CSA layer: that attention tells its masses
     pages_batch_ms: Grid  # by entries a page and batch: more than pages of 64 take
     listed_batch_ms: ByBatch  # of a CSA layer: naming what was selected among resident entries

@@ -52,7 +52,9 @@ class EngineCosts:
         movable = self.ledger.miss_slots or self.ledger.topk
         plain_ms = self._work_ms(bookkeeping.plain, movable)
         ms = np.full(self.ledger.n_steps, plain_ms + self._in_graph_ms())
-        ms[self._closing()] += self._work_ms(bookkeeping.closing, movable)
+        ms[self._begins()] += self._work_ms(bookkeeping.closing, movable)
+        closing_ms = Curve.of(self.times.closing_batch_ms).one(self.batch)
+        ms[self._closes()] += self.geometry.n_csa * closing_ms
         cadence = self.ledger.cadence
         if cadence > 1:
             kind = "ahead" if self.ledger.decides_ahead else "decided"
@@ -86,13 +88,15 @@ class EngineCosts:
             return "fallback" if self.ledger.on_miss == "fallback" else "fetched"
         return "observed" if self.ledger.observes else "held"
 
-    def _closing(self) -> np.ndarray:
-        """bool [T]: steps in which a page begins, or resident entries are listed anew."""
-        began = self.ledger.written.any(axis=1)
-        if not self.place.keys_tiered:
-            return np.asarray(began)
+    def _closes(self) -> np.ndarray:
+        """bool [T]: steps in which an entry closes."""
         entries = self.geometry.csa_entries(self.place.tokens)
-        return np.asarray(began | (np.diff(entries, prepend=entries[0]) > 0))
+        return np.asarray(np.diff(entries, prepend=entries[0]) > 0)
+
+    def _begins(self) -> np.ndarray:
+        """bool [T]: steps in which a page begins, or more of the resident entries are visible."""
+        began = self.ledger.written.any(axis=1)
+        return np.asarray(began | self._closes() if self.place.keys_tiered else began)
 
     def late_s(self, pages: np.ndarray) -> Floats:
         """[T]: what a decision waits for `pages` [T] of all layers and requests that come when it

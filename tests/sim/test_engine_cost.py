@@ -33,6 +33,7 @@ def engine_times(**changes) -> EngineTimes:
         "in_row_batch_ms": {1: 0.0, 64: 0.0},
         "csa_crowd_ms": {},
         "hca_crowd_ms": {},
+        "closing_batch_ms": {1: 0.0, 3: 0.0},
         "masses_batch_ms": {1: 0.01, 3: 0.03},
         "pages_batch_ms": {1: {1: 0.002, 3: 0.006}, 16: {1: 0.0, 3: 0.0}},
         "listed_batch_ms": {1: 0.004, 3: 0.004},
@@ -101,6 +102,13 @@ def test_residents_are_listed_and_scored_in_their_own_pages():
     closing = np.arange(128) % 4 == 3
     closing[3] = True
     assert found == pytest.approx(np.where(closing, plain_s + 0.1, plain_s))
+
+
+def test_an_entry_that_closes_is_pooled_in_every_layer():
+    kept = ledger(slots=9000, on_miss="fetch", cadence=1, all_keys=True, entry_tokens=4)
+    still, moving = (costs(kept, closing_batch_ms={1: ms, 2: ms}).step_s() for ms in (0.0, 0.005))
+    closes = np.arange(128) % 4 == 3
+    assert moving - still == pytest.approx(np.where(closes, 21 * 5e-6, 0.0))
 
 
 def test_sizes_add_what_they_cost():

@@ -178,7 +178,12 @@ def _attention(
         for batch in sizes.crowds
     }
     one = batches[1]
-    return {"batch_ms": batches, "context_ms": {first: one} | contexts, "crowd_ms": crowds}
+    found = {"batch_ms": batches, "context_ms": {first: one} | contexts, "crowd_ms": crowds}
+    if kind == CSA:
+        found["closing_ms"] = {
+            batch: timer.closing_ms(batch, first) for batch in sizes.some_batches
+        }
+    return found
 
 
 def _in_a_row(
@@ -231,6 +236,7 @@ def _table(found: Figures, config: DeepseekV4Config, sizes: Sizes) -> KernelTabl
         in_row_batch_ms=in_row_ms(row["kinds"], numbered(row["ms"]), alone),
         csa_crowd_ms=crowds["csa"],
         hca_crowd_ms=crowds["hca"],
+        closing_batch_ms=numbered(found["csa attention"]["closing_ms"]),
         masses_batch_ms=numbered(found["masses"]),
         pages_batch_ms={
             entries: numbered(column) for entries, column in numbered(found["small pages"]).items()

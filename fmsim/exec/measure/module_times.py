@@ -60,11 +60,20 @@ class AttentionTimer:
         self.report(f"{name} attention, batch {batch}, {tokens:,} tokens: {found:.4f} ms")
         return found
 
-    def work(self, batch: int, tokens: int) -> Work:
-        """Such a step, over entries of made-up content.
+    def closing_ms(self, batch: int, tokens: int) -> float:
+        """Milliseconds that a token takes more which closes an entry in every sequence."""
+        plain_s, closing_s = (
+            median_s(self.work(batch, tokens, closes), self.device) for closes in (False, True)
+        )
+        found = 1e3 * (closing_s - plain_s)
+        self.report(f"an entry that closes, batch {batch}: {found:+.4f} ms")
+        return found
 
-        The token closes no entry, as in three steps of four of a CSA layer and in 127 of 128 of an
-        HCA layer.
+    def work(self, batch: int, tokens: int, closes: bool = False) -> Work:
+        """A step over entries of made-up content.
+
+        Unless it `closes` one, the token closes no entry, as in three steps of four of a CSA layer
+        and in 127 of 128 of an HCA layer.
         """
         with torch.device(self.device):
             decode = DecodeAttention(self.attention, batch, tokens, *self.layouts)
@@ -72,7 +81,8 @@ class AttentionTimer:
                 _fill(appender.layout, appender.homes[0])
             x = torch.randn(batch, 1, self.config.hidden_size).to(torch.bfloat16)
             # once a step, not once a layer: not timed
-            now = decode.moment(torch.full((batch,), tokens - 2, dtype=torch.int32))
+            position = tokens - (1 if closes else 2)
+            now = decode.moment(torch.full((batch,), position, dtype=torch.int32))
         return lambda: decode.attend(x, now)
 
 
