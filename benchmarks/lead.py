@@ -65,7 +65,8 @@ def agreement(result: Result) -> str:
     contexts = dict.fromkeys(row["context"] for row in rows)
     return textwrap.fill(
         f"On an {result['device'].removeprefix('NVIDIA ')}, {len(rows)} runs were predicted and"
-        f" then measured ([table](benchmarks/results/whole-steps.md); contexts {', '.join(contexts)}). The pages were the"
+        f" then measured ([table](benchmarks/results/whole-steps.md); contexts"
+        f" {', '.join(contexts)}). The pages were the"
         f" same at every step in {same} of {len(rows)}. Step times were at most {step:.0%} off,"
         f" tokens/s at most {rate:.0%}.",
         80,

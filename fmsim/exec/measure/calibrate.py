@@ -69,6 +69,8 @@ def measure(
 ) -> Calibration:
     """`calibrate` at any sizes, for modules of any configuration."""
     torch.manual_seed(seed)
+    gc.collect()
+    gc.freeze()  # what libraries made at their import: each capture collects garbage before
     name = torch.cuda.get_device_name() if device == "cuda" else "CPU"
     software = f"torch {torch.__version__}, Python {platform.python_version()}"
     about = {
@@ -117,33 +119,41 @@ def _jobs(
     jobs = [Job("memory in use", 1, partial(device_figures.memory_bytes, device))]
     if device == "cuda":
         ahead = partial(compile_ahead, config, layouts, device, sizes, report)
-        jobs.append(Job("kernels' compilation", 45, ahead))
+        jobs.append(Job("kernels' compilation", 38, ahead))
     jobs += [
-        Job("memory, link and launches", 5, partial(device_figures.rates, *on_device)),
+        Job("memory, link and launches", 7, partial(device_figures.rates, *on_device)),
     ]
     for size in sizes.gathers:
-        jobs.append(Job(_gathers(size), 3, partial(device_figures.gathers, size, *on_device)))
+        jobs.append(Job(_gathers(size), 2, partial(device_figures.gathers, size, *on_device)))
     jobs += [
-        Job("a gather beside a decode", 2, partial(device_figures.beside, *on_device)),
-        Job("kernels", 8, partial(device_figures.kernels, *on_device)),
+        Job("a gather beside a decode", 1, partial(device_figures.beside, *on_device)),
+        Job("kernels", 2, partial(device_figures.kernels, *on_device)),
     ]
+    timers: dict[str, AttentionTimer] = {}
+
+    def timer(kind: str) -> AttentionTimer:
+        """Made when it is needed: nothing may be allocated before memory in use is read."""
+        if kind not in timers:
+            timers[kind] = AttentionTimer(config, kind, layouts, device, report)
+        return timers[kind]
+
     for name, kind in ATTENTION.items():
-        attention = partial(_attention, config, kind, layouts, *on_device)
-        jobs.append(Job(f"{name} attention", 20, attention))
+        jobs += _attention(name, partial(timer, kind), sizes)
     for name in MODULES:
         module = partial(module_ms, name, config, sizes.batches, device, report)
-        jobs.append(Job(name, 8, module))
-    jobs.append(Job("layers in a row", 25, partial(_in_a_row, config, layouts, seed, *on_device)))
+        jobs.append(Job(name, 3, module))
     jobs += [
-        Job("masses", 3, partial(engine_cases.masses_ms, *on_device)),
-        Job("small pages", 4, partial(engine_cases.pages_ms, *on_device)),
-        Job("naming residents", 1, partial(engine_cases.listed_ms, *on_device)),
-        Job("scores of residents", 4, partial(engine_cases.listed_scores, *on_device)),
-        Job("loading misses", 4, partial(engine_cases.staging_ms, layouts[0], *on_device)),
+        Job("layers in a row", 28, partial(_in_a_row, config, layouts, seed, *on_device)),
+        Job("a step beside a recall", 4, partial(_beside, config, layouts, seed, *on_device)),
     ]
-    for kind in step_work.KINDS:
-        steps = partial(step_work.kind_of_steps, kind, geometry, *on_device)
-        jobs.append(Job(f"steps: {kind}", 4, steps))
+    jobs += [
+        Job("masses", 2, partial(engine_cases.masses_ms, *on_device)),
+        Job("small pages", 3, partial(engine_cases.pages_ms, *on_device)),
+        Job("naming residents", 1, partial(engine_cases.listed_ms, *on_device)),
+        Job("scores of residents", 2, partial(engine_cases.listed_scores, *on_device)),
+        Job("loading misses", 3, partial(engine_cases.staging_ms, layouts[0], *on_device)),
+    ]
+    jobs.append(Job("steps", 20, partial(step_work.all_kinds, geometry, *on_device)))
     return [Job(job.name, job.seconds, _freed(job.run)) for job in jobs]
 
 
@@ -160,30 +170,33 @@ def _freed(run: Callable[[], Any]) -> Callable[[], Any]:
     return then_free
 
 
-def _attention(
-    config: DeepseekV4Config,
-    kind: str,
-    layouts: tuple[Layout, Layout],
-    device: str,
-    sizes: Sizes,
-    report: Report,
-) -> Figures:
-    """One layer's, by context at one request, by batch at the smallest context, and of crowds."""
-    timer = AttentionTimer(config, kind, layouts, device, report)
-    first = sizes.contexts[0]
-    batches = {batch: timer.ms(batch, first) for batch in sizes.batches}
-    contexts = {tokens: timer.ms(1, tokens) for tokens in sizes.contexts[1:]}
-    crowds = {
-        batch: {tokens: timer.ms(batch, tokens) for tokens in sizes.crowd_contexts}
-        for batch in sizes.crowds
-    }
-    one = batches[1]
-    found = {"batch_ms": batches, "context_ms": {first: one} | contexts, "crowd_ms": crowds}
-    if kind == CSA:
-        found["closing_ms"] = {
-            batch: timer.closing_ms(batch, first) for batch in sizes.some_batches
+def _attention(name: str, timer: Callable[[], AttentionTimer], sizes: Sizes) -> list[Job]:
+    """One layer's: by batch at the smallest context, by context at one request, and of crowds; of a
+    CSA layer also what an entry takes that closes.
+    """
+    first, *longer = sizes.contexts
+
+    def by_batch() -> Figures:
+        return {batch: timer().ms(batch, first) for batch in sizes.batches}
+
+    def by_context() -> Figures:
+        return {tokens: timer().ms(1, tokens) for tokens in longer}
+
+    def of_crowds() -> Figures:
+        return {
+            batch: {tokens: timer().ms(batch, tokens) for tokens in sizes.crowd_contexts}
+            for batch in sizes.crowds
         }
-    return found
+
+    def closing() -> Figures:
+        return {batch: timer().closing_ms(batch, first) for batch in sizes.some_batches}
+
+    jobs = [
+        Job(f"{name} attention by batch", 4, by_batch),
+        Job(f"{name} attention by context", 2, by_context),
+        Job(f"{name} attention of crowds", 4, of_crowds),
+    ]
+    return [*jobs, Job("an entry that closes", 2, closing)] if name == "csa" else jobs
 
 
 def _in_a_row(
@@ -194,7 +207,7 @@ def _in_a_row(
     sizes: Sizes,
     report: Report,
 ) -> Figures:
-    """Layers one after another, by batch, and by how much a recall beside them slows them."""
+    """Layers one after another, by batch."""
     on_gpu = device == "cuda"
     free_bytes = torch.cuda.mem_get_info()[0] if on_gpu else device_figures.host_bytes()
     row = LayerRow(config, layouts, device, sizes.row_share * free_bytes, seed)
@@ -203,8 +216,19 @@ def _in_a_row(
     return {
         "kinds": row.kinds,
         "ms": {batch: row.ms(batch, first, report) for batch in sizes.batches},
-        "slower_beside": row.beside(first, report),
     }
+
+
+def _beside(
+    config: DeepseekV4Config,
+    layouts: tuple[Layout, Layout],
+    seed: int,
+    device: str,
+    sizes: Sizes,
+    report: Report,
+) -> float:
+    """By which share a step is slower beside a recall, of the fewest layers that are made."""
+    return LayerRow(config, layouts, device, 0.0, seed).beside(sizes.contexts[0], report)
 
 
 def _table(found: Figures, config: DeepseekV4Config, sizes: Sizes) -> KernelTable:
@@ -212,12 +236,11 @@ def _table(found: Figures, config: DeepseekV4Config, sizes: Sizes) -> KernelTabl
     columns: dict[str, Any] = {}
     crowds = {}
     for name, kind in ATTENTION.items():
-        figures = found[f"{name} attention"]
-        batches = numbered(figures["batch_ms"])
-        contexts = numbered(figures["context_ms"])
-        crowds[name] = {
-            batch: numbered(column) for batch, column in numbered(figures["crowd_ms"]).items()
-        }
+        batches = numbered(found[f"{name} attention by batch"])
+        longer = numbered(found[f"{name} attention by context"])
+        contexts = {sizes.contexts[0]: batches[1]} | longer
+        of_crowds = numbered(found[f"{name} attention of crowds"])
+        crowds[name] = {batch: numbered(column) for batch, column in of_crowds.items()}
         columns[f"{name}_batch_ms"] = batches
         columns[f"{name}_context_ms"] = contexts
         columns[f"{name}_entry_ns"] = _entry_ns(
@@ -236,7 +259,7 @@ def _table(found: Figures, config: DeepseekV4Config, sizes: Sizes) -> KernelTabl
         in_row_batch_ms=in_row_ms(row["kinds"], numbered(row["ms"]), alone),
         csa_crowd_ms=crowds["csa"],
         hca_crowd_ms=crowds["hca"],
-        closing_batch_ms=numbered(found["csa attention"]["closing_ms"]),
+        closing_batch_ms=numbered(found["an entry that closes"]),
         masses_batch_ms=numbered(found["masses"]),
         pages_batch_ms={
             entries: numbered(column) for entries, column in numbered(found["small pages"]).items()
@@ -248,10 +271,8 @@ def _table(found: Figures, config: DeepseekV4Config, sizes: Sizes) -> KernelTabl
         },
         staged_places=min(TOP_K, sizes.staged_entries),
         beside_bytes_per_s=found["a gather beside a decode"],
-        beside_slower=row["slower_beside"],
-        steps={
-            kind: Bookkeeping.model_validate(found[f"steps: {kind}"]) for kind in step_work.KINDS
-        },
+        beside_slower=found["a step beside a recall"],
+        steps={kind: Bookkeeping.model_validate(work) for kind, work in found["steps"].items()},
     )
     return KernelTable(**columns, all_reduce_batch_ms=none, router_batch_ms=none, engine=engine)
 

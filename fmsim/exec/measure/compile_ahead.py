@@ -22,7 +22,7 @@ from fmsim.exec.measure.module_times import MODULES, AttentionTimer
 from fmsim.exec.measure.sizes import Sizes
 from fmsim.exec.model.kinds import CSA, HCA, SLIDING
 
-MOST_PROCESSES = 10
+MOST_PROCESSES = 12
 WAIT_S = 100.0  # for all of them; what is not compiled by then is compiled while it is timed
 
 
@@ -47,7 +47,7 @@ def compile_ahead(
     A process that fails is told of and does no harm: what it was to compile is compiled later.
     """
     launches = list(launches_of(sizes))
-    n = max(1, min(MOST_PROCESSES, (os.cpu_count() or 1) // 2, len(launches)))
+    n = max(1, min(MOST_PROCESSES, (os.cpu_count() or 1) - 2, len(launches)))
     report(f"kernels are compiled in {n} processes")
     pool = multiprocessing.get_context("spawn").Pool(n)
     asked = [(config, layouts, device, sizes, launch) for launch in launches]

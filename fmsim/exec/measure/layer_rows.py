@@ -70,7 +70,8 @@ class LayerRow:
         """By which share a step of one request is slower while entries are recalled beside it."""
         if self.device != "cuda":
             return 0.0
-        step = captured(self._step(1, tokens))
+        work = self._step(1, tokens)  # kept as long as its graph, which reads its buffers
+        step = captured(work)
         recall = cases.recall(584, 32_768, self.device, tuning.PROGRAMS_BESIDE, host_bytes=2**29)
         copies, side = captured(recall.run), torch.cuda.Stream()
         recall_s = median_s(recall.run, self.device, runs=8, cold=False)
@@ -92,6 +93,7 @@ class LayerRow:
 
         alone_s = timed(0)
         slower = timed(round(1.3 * alone_s / recall_s) + 1) / alone_s - 1
+        del work
         report(f"a step beside a recall: {slower:+.1%}")
         return max(0.0, slower)
 

@@ -24,7 +24,16 @@ class Sizes:
     the bytes of a row to numbers of rows.
     """
 
-    contexts: tuple[int, ...] = (4096, 16_384, 65_536, 262_144, 1_048_576)
+    contexts: tuple[int, ...] = (
+        4096,
+        16_384,
+        65_536,
+        69_632,  # here the top-k has begun to leave groups out beforehand
+        131_072,
+        262_144,
+        524_288,
+        1_048_576,
+    )
     # kernels change their ways after 16, 32, 64 and 128 rows
     batches: tuple[int, ...] = (1, 2, 4, 8, 12, 16, 17, 24, 32, 33, 48, 64, 65, 96, 128, 129, 160)
     # attention of several requests at longer contexts

@@ -60,18 +60,25 @@ class Ahead(Policy):
         )
 
 
-# Of each kind: a policy, and at which of the sizes its steps are timed.
-KINDS: dict[str, tuple[dict[str, Any], tuple[int, ...]]] = {
-    "kept": ({"policy": "full"}, (0, 1, 3)),
-    "held": ({"policy": "recency"}, (0, 1, 2, 3)),
-    "observed": ({"policy": "h2o"}, (0, 2)),
-    "fetched": ({"policy": "lru"}, (0, 1, 2, 3)),
-    "fallback": (
-        {"policy": "lru", "on_miss": "fallback"},
-        (0, 1, 2, 3),
-    ),
-    "decided": ({"policy": "lru", "on_miss": "mask", "cadence": CADENCE}, (0, 1, 2, 3)),
-    "ahead": ({"cadence": CADENCE, "on_miss": "mask"}, (0, 1, 2, 3)),
+class Kind(NamedTuple):
+    """A policy, and the numbers of `Sizes.steps` at which its steps are timed. What sizes add is
+    taken from a kind that is `like` it, where it is timed at the first one alone.
+    """
+
+    spec: dict[str, Any]
+    sizes: tuple[int, ...]
+    like: str = ""
+
+
+EVERY = (0, 1, 2, 3)
+KINDS = {
+    "kept": Kind({"policy": "full"}, (0, 1, 3)),
+    "held": Kind({"policy": "recency"}, EVERY),
+    "observed": Kind({"policy": "h2o"}, (0,), "held"),
+    "fetched": Kind({"policy": "lru"}, EVERY),
+    "fallback": Kind({"policy": "lru", "on_miss": "fallback"}, (0,), "fetched"),
+    "ahead": Kind({"cadence": CADENCE, "on_miss": "mask"}, EVERY),
+    "decided": Kind({"policy": "lru", "on_miss": "mask", "cadence": CADENCE}, (0,), "ahead"),
 }
 LOADING = ("fetched", "fallback")
 DECIDING = ("decided", "ahead")
@@ -79,7 +86,7 @@ KEYED = ("kept", *LOADING)  # all index keys stay
 
 
 def _policy(kind: str, slots: int) -> Policy:
-    spec, _ = KINDS[kind]
+    spec = KINDS[kind].spec
     if kind == "kept":
         return registry.build(spec)
     if kind == "ahead":
@@ -97,42 +104,52 @@ class Seconds(NamedTuple):
     decision: float
 
 
-def kind_of_steps(
-    kind: str, geometry: Geometry, device: str, sizes: Sizes, report: Report
-) -> dict[str, dict[str, float]]:
-    """`fmsim.hw.spec.Bookkeeping`'s fields, of a kind."""
-    _, chosen = KINDS[kind]
-    found = {}
-    for number in chosen:
-        size = sizes.steps[number]
-        found[number] = _timed(kind, geometry, device, sizes, size)
-        plain, closing, decision = (1e3 * seconds for seconds in found[number])
-        report(
-            f"{kind}, {size.entries:,} entries, {size.slots:,} slots, batch {size.batch}:"
-            f" {plain:.3f} ms a step, {closing:+.3f} closing, {decision:+.3f} deciding"
-        )
-    return {
-        part: _work(
-            {at: getattr(seconds, part) for at, seconds in found.items()},
+def all_kinds(
+    geometry: Geometry, device: str, sizes: Sizes, report: Report
+) -> dict[str, dict[str, dict[str, float]]]:
+    """`fmsim.hw.spec.Bookkeeping`'s fields, by kind."""
+    found: dict[str, dict[str, dict[str, float]]] = {}
+    for name, kind in KINDS.items():
+        timed = {
+            number: _timed(name, geometry, device, sizes, sizes.steps[number])
+            for number in kind.sizes
+        }
+        for number, seconds in timed.items():
+            size = sizes.steps[number]
+            plain, closing, decision = (1e3 * part for part in seconds)
+            report(
+                f"{name}, {size.entries:,} entries, {size.slots:,} slots, batch {size.batch}:"
+                f" {plain:.3f} ms a step, {closing:+.3f} closing, {decision:+.3f} deciding"
+            )
+        parts = Seconds._fields if name in DECIDING else ("plain", "closing")
+        found[name] = {}
+        for part in parts:
+            of_part = {number: getattr(seconds, part) for number, seconds in timed.items()}
             # of the block tables: where layers load their misses, one each
-            geometry.n_csa if kind in LOADING else sizes.step_groups,
+            rows = geometry.n_csa if name in LOADING else sizes.step_groups
             # that a request may move: what a step selects, or at a decision all it keeps
-            geometry.n_csa * (sizes.steps[0].slots if part == "decision" else sizes.step_topk),
-            sizes,
-        )
-        for part in Seconds._fields
-        if part != "decision" or kind in DECIDING
-    }
+            movable = sizes.steps[0].slots if part == "decision" else sizes.step_topk
+            like = found[kind.like][part] if kind.like else None
+            found[name][part] = _work(of_part, rows, geometry.n_csa * movable, sizes, like)
+    return found
 
 
-def _work(seconds: dict[int, float], rows: int, moves: int, sizes: Sizes) -> dict[str, float]:
+def _work(
+    seconds: dict[int, float],
+    rows: int,
+    moves: int,
+    sizes: Sizes,
+    like: dict[str, float] | None = None,
+) -> dict[str, float]:
     """Times at some of `Sizes.steps` as a fixed part and what each size adds, with so many `rows`
-    of block tables, and pages that a request may move.
+    of block tables, and pages that a request may move; or what it adds `like` that.
 
     Each size differs from the first, or from the second, in one thing.
     """
     first, wide, deep, crowd = sizes.steps
     slot = page = move = 0.0
+    if like is not None:
+        slot, page, move = (like[f"{name}_ns"] / 1e9 for name in ("slot", "page", "move"))
     if 1 in seconds:
         page = max(0.0, (seconds[1] - seconds[0]) / (rows * (wide.entries - first.entries)))
     if 2 in seconds:
