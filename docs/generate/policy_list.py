@@ -51,15 +51,29 @@ def one(name: str) -> str:
     return f"### `{name}`\n\n{wrapped(first)}\n\n" + "".join(parameters(name))
 
 
+def extends(name: str) -> str | None:
+    """The policy of the list whose class this one's extends; None for none."""
+    classes = {registry.get(other): other for other in own()}
+    return next((classes[cls] for cls in registry.get(name).__mro__[1:] if cls in classes), None)
+
+
 def parameters(name: str) -> Iterator[str]:
-    """Its declarations, and what differs from the switches that every policy has."""
+    """Its declarations, the switches whose default it changes, and its own parameters."""
     known = registry.info(name)
     yield item(f"`action` {known['action']}, `evidence` {known['evidence']}")
     common = {key: str(field.default) for key, field in PolicyParams.model_fields.items()}
+    changed = [
+        f"`{param['name']}` {param['default']}"
+        for param in known["parameters"]
+        if common.get(param["name"], param["default"]) != param["default"]
+    ]
+    if changed:
+        yield item("defaults", ", ".join(changed))
+    told: list[dict[str, str]] = []
+    if parent := extends(name):
+        told = registry.info(parent)["parameters"]
+        yield item(f"and the parameters of [`{parent}`](#{parent})")
     for param in known["parameters"]:
-        key, default = param["name"], param["default"]
-        if key not in common:
+        if param["name"] not in common and param not in told:
             text = re.sub(r"\s+", " ", param["description"] or "")
-            yield item(f"`{key}` ({param['type']}, default {default})", text)
-        elif default != common[key]:
-            yield item(f"`{key}`", f"default {default}")
+            yield item(f"`{param['name']}` ({param['type']}, default {param['default']})", text)
