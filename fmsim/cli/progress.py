@@ -31,7 +31,7 @@ def bar(what: str, total: int | None = None, unit: str = "", quiet: bool = False
         with _drawn(what, total, unit) as show:
             yield show
     else:
-        lines = Lines(what, total, unit)
+        lines = PlainLines(what, total, unit)
         with _ticking(lines.tick):
             yield lines.show
 
@@ -91,7 +91,7 @@ def _count(done: float, total: int | None, unit: str) -> str:
     return "" if total is None else f"{int(done):,} of {total:,}{unit}"
 
 
-class Lines:
+class PlainLines:
     """Says how far something is, in one line every few seconds."""
 
     def __init__(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import ClassVar, Literal
 
 from pydantic import Field
 
@@ -24,7 +24,7 @@ class Foresight(LSA):
     """
 
     name = "foresight"
-    decision_scope: DecisionScope = "layer"
+    decision_scope: ClassVar[DecisionScope] = "layer"
     scores_apart = False  # one score for all layers
     needs_mass = True
 

@@ -16,7 +16,7 @@ def test_a_pipe_gets_a_line_now_and_then(monkeypatch):
     now_s, written = [100.0], []
     monkeypatch.setattr(progress.time, "monotonic", lambda: now_s[0])
     monkeypatch.setattr(progress.os, "write", lambda place, text: written.append((place, text)))
-    lines = progress.Lines("reading", None, " tokens")
+    lines = progress.PlainLines("reading", None, " tokens")
     for done in (500, 1000, 1500, 2000):
         now_s[0] += 3
         lines.show("reading and decoding", done, 3000)
@@ -28,7 +28,7 @@ def test_a_pipe_gets_a_line_now_and_then(monkeypatch):
 
 def test_half_a_policy_counts_and_what_is_not_known_is_not_said(monkeypatch):
     monkeypatch.setattr(progress.time, "monotonic", lambda: 0.0)
-    lines = progress.Lines("reading the trace", None)
+    lines = progress.PlainLines("reading the trace", None)
     assert lines.line(7.0) == "reading the trace: 7 s"
     lines.show("lru", 0.5, 4)
     assert lines.line(2.0) == "lru: 0 of 4 (12%) in 2 s, about 14 s left"
@@ -36,7 +36,7 @@ def test_half_a_policy_counts_and_what_is_not_known_is_not_said(monkeypatch):
 
 def test_lines_come_while_one_step_takes_long(monkeypatch, capfd):
     monkeypatch.setattr(progress, "LINE_EVERY_S", 0.0)
-    lines = progress.Lines("waiting", None, every_s=0.0)
+    lines = progress.PlainLines("waiting", None, every_s=0.0)
     with progress._ticking(lines.tick, 0.01):
         while not capfd.readouterr().err.startswith("waiting: 0 s"):
             time.sleep(0.01)

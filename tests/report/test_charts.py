@@ -12,19 +12,22 @@ from fmsim.report.charts.chart import Bars, Chart, Heat, Part, Series
 from fmsim.report.charts.draw import NARROW, WIDE, svg
 from fmsim.report.charts.labels import Box, Point, _box, placed, spread
 from fmsim.report.charts.look import DARK, LIGHT
-from fmsim.report.charts.scale import Axis, scale
+from fmsim.report.charts.scale import ChartAxis, scale
 
 SVG = "{http://www.w3.org/2000/svg}"
 
 
 def test_a_scale_by_hand():
-    linear = scale(Axis("x", low=0, high=10), [3.0], 100, 200)
+    linear = scale(ChartAxis("x", low=0, high=10), [3.0], 100, 200)
     assert [linear(value) for value in (0, 5, 10)] == [100, 150, 200]
     assert linear.marks(5) == [0, 2, 4, 6, 8, 10]
-    log = scale(Axis("x", log=True, low=0.1, high=10), [1.0], 0, 100)
+    log = scale(ChartAxis("x", log=True, low=0.1, high=10), [1.0], 0, 100)
     assert [log(value) for value in (0.1, 1, 10)] == pytest.approx([0, 50, 100])
     assert log.marks(7) == pytest.approx([0.1, 0.2, 0.5, 1, 2, 5, 10])
-    assert scale(Axis("x", low=0, high=1, at=(0.1, 0.5, 2)), [1.0], 0, 1).marks(9) == [0.1, 0.5]
+    assert scale(ChartAxis("x", low=0, high=1, at=(0.1, 0.5, 2)), [1.0], 0, 1).marks(9) == [
+        0.1,
+        0.5,
+    ]
 
 
 @pytest.mark.parametrize("log", [False, True])
@@ -32,7 +35,7 @@ def test_every_scale_has_marks_within_it_and_not_too_many(log):
     source = random.Random(7)
     for _ in range(300):
         values = [10 ** source.uniform(-6, 9) for _ in range(source.randint(1, 9))]
-        found = scale(Axis("x", log=log), values, 0, 1000)
+        found = scale(ChartAxis("x", log=log), values, 0, 1000)
         marks = found.marks(8)
         assert 1 <= len(marks) <= 12 and marks == sorted(marks)
         assert all(found.low * (1 - 1e-9) <= mark <= found.high * (1 + 1e-9) for mark in marks)
@@ -84,15 +87,22 @@ CHARTS = [
         "a",
         "Kept <of all> & more",
         "two curves",
-        Axis("GiB", log=True),
-        Axis("share"),
+        ChartAxis("GiB", log=True),
+        ChartAxis("share"),
         [
             Series("lru & co", [0.1, 1.0], [0.2, 0.9], 0, points=True, names=["", "lru"]),
             Series("lsa", [0.1, 0.5, 1.0], [0.2, 0.4, 0.8], 1, "diamond", "dash"),
             Series("none", [], [], 2),
         ],
     ),
-    Bars("b", "Bars", "one", Axis("ms"), ["a", "b"], [[Part(1, 0, "a: 1")], [Part(2, 1, "b: 2")]]),
+    Bars(
+        "b",
+        "Bars",
+        "one",
+        ChartAxis("ms"),
+        ["a", "b"],
+        [[Part(1, 0, "a: 1")], [Part(2, 1, "b: 2")]],
+    ),
     Heat("c", "Heat", "four", ["a", "b"], ["0", "1"], "layer", [[0.0, 1.0], [2.0, 3.0]]),
 ]
 
@@ -112,7 +122,9 @@ def test_a_chart_is_whole_svg_that_tells_what_it_shows(chart, width):
 
 def test_a_long_curve_is_thinned_and_keeps_its_mean():
     values = [math.sin(step / 40) for step in range(10_000)]
-    drawn = svg(Chart("l", "L", "", Axis("x"), Axis("y"), [Series("s", range(10_000), values, 0)]))
+    drawn = svg(
+        Chart("l", "L", "", ChartAxis("x"), ChartAxis("y"), [Series("s", range(10_000), values, 0)])
+    )
     [points] = re.findall(r'<polyline class="curve" points="([^"]+)"', drawn)
     assert 200 < len(points.split()) <= 320
 

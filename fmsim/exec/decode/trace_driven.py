@@ -46,7 +46,7 @@ class TraceDrivenRun:
     recall_wait_s: np.ndarray  # [T]: of it, at a window's start
 
 
-class StepWork(Protocol):
+class BesideStep(Protocol):
     """What a step computes."""
 
     def prepare(self, step: int) -> None:
@@ -128,7 +128,7 @@ class TraceDrivenDecode:
 
     def run(
         self,
-        work: StepWork | None = None,
+        work: BesideStep | None = None,
         progress: Callable[[int], None] = lambda steps: None,
     ) -> TraceDrivenRun:
         """All steps of the trace.
@@ -269,7 +269,7 @@ class _StepSource:
         decode: TraceDrivenDecode,
         trace: TraceSource,
         tiers: SharedTiers,
-        work: StepWork | None,
+        work: BesideStep | None,
     ) -> None:
         self.decode = decode
         self.trace = trace
@@ -298,7 +298,7 @@ class _StepSource:
             self.shown = decode.attended_to(attended.long())
         return [None if decode.manager.passive else served]
 
-    def _compute_beside(self, work: StepWork) -> None:
+    def _compute_beside(self, work: BesideStep) -> None:
         """The model beside the bookkeeping, whose misses are known already: `SharedTiers.settle`
         waits for it. On a GPU, where there are misses.
         """

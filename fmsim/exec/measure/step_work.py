@@ -60,7 +60,7 @@ class Ahead(Policy):
         )
 
 
-class Kind(NamedTuple):
+class StepKind(NamedTuple):
     """A policy, and the numbers of `Sizes.steps` at which its steps are timed. What sizes add is
     taken from a kind that is `like` it, where it is timed at the first one alone.
     """
@@ -72,13 +72,13 @@ class Kind(NamedTuple):
 
 EVERY = (0, 1, 2, 3)
 KINDS = {
-    "kept": Kind({"policy": "full"}, (0, 1, 3)),
-    "held": Kind({"policy": "recency"}, EVERY),
-    "observed": Kind({"policy": "h2o"}, (0,), "held"),
-    "fetched": Kind({"policy": "lru"}, EVERY),
-    "fallback": Kind({"policy": "lru", "on_miss": "fallback"}, (0,), "fetched"),
-    "ahead": Kind({"cadence": CADENCE, "on_miss": "mask"}, EVERY),
-    "decided": Kind({"policy": "lru", "on_miss": "mask", "cadence": CADENCE}, (0,), "ahead"),
+    "kept": StepKind({"policy": "full"}, (0, 1, 3)),
+    "held": StepKind({"policy": "recency"}, EVERY),
+    "observed": StepKind({"policy": "h2o"}, (0,), "held"),
+    "fetched": StepKind({"policy": "lru"}, EVERY),
+    "fallback": StepKind({"policy": "lru", "on_miss": "fallback"}, (0,), "fetched"),
+    "ahead": StepKind({"cadence": CADENCE, "on_miss": "mask"}, EVERY),
+    "decided": StepKind({"policy": "lru", "on_miss": "mask", "cadence": CADENCE}, (0,), "ahead"),
 }
 LOADING = ("fetched", "fallback")
 DECIDING = ("decided", "ahead")

@@ -8,8 +8,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple
 
-import torch
-
 from fmsim.exec.decode.prompt import Prompt
 from fmsim.exec.decode.request import Request
 from fmsim.exec.model.deepseek_v4 import DeepseekV4
@@ -39,7 +37,7 @@ class Answered(NamedTuple):
     confidence: float | None
 
 
-class Refused(NamedTuple):
+class RefusedAnswer(NamedTuple):
     """One policy that cannot be at its budget."""
 
     question: int
@@ -57,7 +55,7 @@ def answers(
     progress: Callable[[int], None] = lambda tokens: None,
     abreast_entries: int | None = None,
     reading: AbstractContextManager[Any] | None = None,
-) -> Iterator[Answered | Refused]:
+) -> Iterator[Answered | RefusedAnswer]:
     """The (question, policy) pairs that are ``wanted``, in no certain order.
 
     ``memory`` says what a budget in bytes buys; ``progress`` is told of tokens read; ``reading`` is
@@ -71,6 +69,8 @@ def answers(
     with reading or nullcontext():
         read = Prompt(model, context.tokens.tolist(), room, progress)
         if read.logits.is_cuda:
+            import torch
+
             torch.cuda.empty_cache()  # for those that read next
     prompts = {
         number: read.extended(question.tokens, len(question.answer))
@@ -99,7 +99,7 @@ def answers(
         run.decode()
         for place, (number, label) in enumerate(pairs):
             if place in run.refused:
-                yield Refused(number, label, str(run.refused[place]))
+                yield RefusedAnswer(number, label, str(run.refused[place]))
             else:
                 yield _answered(number, label, run.requests[place])
 

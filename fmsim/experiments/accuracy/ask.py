@@ -167,7 +167,7 @@ def _ask(
     """One context's lines, but for those whose keys are ``known``. It is read while ``reading`` is
     held.
     """
-    from fmsim.experiments.accuracy.answer import Refused, answers
+    from fmsim.experiments.accuracy.answer import RefusedAnswer, answers
 
     [context] = build(item.tasks, item.tokens, item.sample, corpus, item.seed)
     makers = {
@@ -196,7 +196,7 @@ def _ask(
         model, context, wanted, makers, memory, seed, read.advance, reading=reading
     ):
         answering.advance()
-        if isinstance(answered, Refused):
+        if isinstance(answered, RefusedAnswer):
             yield head(answered.question, answered.label) | {"refused": answered.why}
             continue
         question = context.questions[answered.question]

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
-from fmsim.report.charts.scale import Axis
+from fmsim.report.charts.scale import ChartAxis
 
 Kind = Literal["disc", "diamond", "triangle", "square"]
 Dash = Literal["solid", "dash", "dot", "dash dot"]
@@ -42,8 +42,8 @@ class Chart:
     id: str
     title: str
     says: str
-    x: Axis
-    y: Axis
+    x: ChartAxis
+    y: ChartAxis
     series: Sequence[Series]
     height: int = 400
 
@@ -65,7 +65,7 @@ class Bars:
     id: str
     title: str
     says: str
-    x: Axis
+    x: ChartAxis
     names: Sequence[str]
     parts: Sequence[Sequence[Part]]
     texts: Sequence[str] = ()

@@ -10,7 +10,7 @@ DIGITS = (1, 2, 5)  # that marks begin with
 
 
 @dataclass(frozen=True)
-class Axis:
+class ChartAxis:
     """What an axis shows. `low` and `high` are taken from the values where they are None."""
 
     title: str
@@ -25,7 +25,7 @@ class Axis:
 class Scale:
     """An axis between two pixels."""
 
-    axis: Axis
+    axis: ChartAxis
     low: float
     high: float
     start: float  # pixel of `low`
@@ -69,7 +69,7 @@ def _log_marks(low: float, high: float, most: int) -> list[float]:
     return found[::every]
 
 
-def scale(axis: Axis, values: Sequence[float], start: float, end: float) -> Scale:
+def scale(axis: ChartAxis, values: Sequence[float], start: float, end: float) -> Scale:
     """An axis for `values`, with a little room around those that set its ends."""
     known = [value for value in values if math.isfinite(value)] or [0.0, 1.0]
     low, high = min(known), max(known)

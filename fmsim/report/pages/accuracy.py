@@ -7,7 +7,7 @@ from typing import Any
 
 from fmsim import __version__
 from fmsim.report.charts.chart import AnyChart, Bars, Part
-from fmsim.report.charts.scale import Axis
+from fmsim.report.charts.scale import ChartAxis
 from fmsim.report.grid import Grid
 from fmsim.report.pages.layout import Page, Section, Table
 from fmsim.report.pages.marks import Marks, Spot, percent, quality_against_bytes
@@ -102,7 +102,7 @@ def _tasks(report: Mapping[str, Any], marks: Marks, tokens: int) -> Section:
                 f"task-{task.replace('_', '-')}-{tokens}",
                 task,
                 f"scores of {len(own)} policies at {tokens:,} tokens",
-                Axis("score", percent, high=1.0),
+                ChartAxis("score", percent, high=1.0),
                 [cell["policy"] for cell in own],
                 parts,
                 texts=[f"{100 * cell['score']:.1f}" for cell in own],

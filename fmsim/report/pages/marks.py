@@ -9,7 +9,7 @@ from typing import Any
 
 from fmsim.report.charts.chart import Chart, Dash, Kind, Series
 from fmsim.report.charts.look import FULL_COLOR
-from fmsim.report.charts.scale import Axis
+from fmsim.report.charts.scale import ChartAxis
 from fmsim.units import GIB
 
 LEAST_RADIUS, MOST_RADIUS = 4.0, 10.0  # pixels
@@ -114,8 +114,8 @@ def quality_against_bytes(
         "quality",
         f"{quality[0].upper()}{quality[1:]} against GPU memory{size}",
         says,
-        Axis(f"all that {per} takes on the GPU, GiB (logarithmic)", short, log=True),
-        Axis(quality, percent, high=_top(spots)),
+        ChartAxis(f"all that {per} takes on the GPU, GiB (logarithmic)", short, log=True),
+        ChartAxis(quality, percent, high=_top(spots)),
         series,
         height=400,
     )

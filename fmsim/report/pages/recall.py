@@ -8,7 +8,7 @@ from typing import Any
 from fmsim import __version__
 from fmsim.report.charts.chart import Chart, Series
 from fmsim.report.charts.look import FULL_COLOR
-from fmsim.report.charts.scale import Axis
+from fmsim.report.charts.scale import ChartAxis
 from fmsim.report.grid import Grid
 from fmsim.report.pages.layout import Page, Section, Table
 from fmsim.report.pages.marks import percent
@@ -69,7 +69,7 @@ def _chart(found: Mapping[str, Any], key: str, id_: str) -> Chart:
                 points=True,
             )
         )
-    x = Axis("share of visible entries kept (logarithmic)", percent, log=True)
-    y = Axis(title, percent, low=0, high=1.02)
+    x = ChartAxis("share of visible entries kept (logarithmic)", percent, log=True)
+    y = ChartAxis(title, percent, low=0, high=1.02)
     heading = f"{title[0].upper()}{title[1:]} against the share of entries kept"
     return Chart(id_, heading, f"{len(series)} rankings", x, y, series, height=420)

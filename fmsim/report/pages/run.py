@@ -154,7 +154,7 @@ def _sections(
     why: str,
 ) -> list[Section]:
     groups = by_budget(results.about, [row["policy"] for row in results.rows])
-    view = run_charts.View(results, marks, entries, _panels(groups))
+    view = run_charts.RunView(results, marks, entries, _panels(groups))
     found = [
         Section(
             "time",

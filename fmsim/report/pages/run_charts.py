@@ -10,13 +10,13 @@ import numpy as np
 
 from fmsim.experiments.results import Results
 from fmsim.report.charts.chart import AnyChart, Bars, Chart, Heat, Part, Series
-from fmsim.report.charts.scale import Axis
+from fmsim.report.charts.scale import ChartAxis
 from fmsim.report.pages.marks import Mark, Marks, percent, short
 from fmsim.units import GIB
 
 SMOOTH_STEPS = 16
 COMPUTE, MISS, RECALL, FITS = 5, 1, 4, 7  # colours
-BUDGETS = Axis(
+BUDGETS = ChartAxis(
     "budget, share of the prompt's entries (logarithmic)",
     percent,
     log=True,
@@ -25,7 +25,7 @@ BUDGETS = Axis(
 
 
 @dataclass(frozen=True)
-class View:
+class RunView:
     """A run's results, how each policy is marked, and which are drawn together: by budget."""
 
     results: Results
@@ -44,12 +44,12 @@ class View:
         ]
 
 
-def _line(view: View, label: str, x: Sequence[float], y: Sequence[float], **more: Any) -> Series:
+def _line(view: RunView, label: str, x: Sequence[float], y: Sequence[float], **more: Any) -> Series:
     mark = view.mark(label)
     return Series(mark.name, x, y, mark.color, mark.kind, mark.dash, hollow=mark.hollow, **more)
 
 
-def over_time(view: View) -> list[AnyChart]:
+def over_time(view: RunView) -> list[AnyChart]:
     """What is kept by step, in the paper's accounting, and the share of selected entries that were
     resident when their step began.
     """
@@ -70,8 +70,8 @@ def over_time(view: View) -> list[AnyChart]:
                 f"kept{id_}",
                 f"KV kept{at}",
                 f"GiB that {len(labels)} policies keep of one request, by decode step",
-                Axis("decode step"),
-                Axis("KV kept, GiB (logarithmic)", short, log=True),
+                ChartAxis("decode step"),
+                ChartAxis("KV kept, GiB (logarithmic)", short, log=True),
                 kept,
                 height=320,
             ),
@@ -79,8 +79,8 @@ def over_time(view: View) -> list[AnyChart]:
                 f"resident{id_}",
                 f"Resident when needed{at}",
                 f"share of selected entries, mean of {SMOOTH_STEPS} steps, by decode step",
-                Axis("decode step"),
-                Axis(f"resident when needed, mean of {SMOOTH_STEPS} steps", percent),
+                ChartAxis("decode step"),
+                ChartAxis(f"resident when needed, mean of {SMOOTH_STEPS} steps", percent),
                 rates,
                 height=320,
             ),
@@ -96,7 +96,7 @@ def _smooth(values: np.ndarray) -> np.ndarray:
     return np.asarray((total[end] - total[start]) / (end - start))
 
 
-def misses_over_budget(view: View, curves: dict[str, Any]) -> list[AnyChart]:
+def misses_over_budget(view: RunView, curves: dict[str, Any]) -> list[AnyChart]:
     """LRU at every budget, belady below it, a colour a page size; and where the run's own policies
     that fetch stand.
     """
@@ -123,12 +123,12 @@ def misses_over_budget(view: View, curves: dict[str, Any]) -> list[AnyChart]:
         if ledger.on_miss == "fetch" and ledger.policy != "full":
             missed = 1 - float(ledger.hit.sum()) / max(1, int(ledger.accessed.sum()))
             series.append(_own(view, label, _share([ledger.budget_entries], curves), missed))
-    y = Axis("selected entries missed", percent, low=0)
+    y = ChartAxis("selected entries missed", percent, low=0)
     says = "share of the selected entries that are missed, by budget, under lru and belady"
     return [Chart("misses", "Misses over budget", says, BUDGETS, y, series, height=440)]
 
 
-def lost_mass_over_budget(view: View, curves: dict[str, Any]) -> list[AnyChart]:
+def lost_mass_over_budget(view: RunView, curves: dict[str, Any]) -> list[AnyChart]:
     """Each lossy policy, replayed at several budgets; the larger marks are the run's own."""
     series = []
     for label, curve in curves["lost_mass"].items():
@@ -140,12 +140,12 @@ def lost_mass_over_budget(view: View, curves: dict[str, Any]) -> list[AnyChart]:
         if ledger.on_miss != "fetch" and row["mass_kept"] is not None:
             x = _share([ledger.budget_entries], curves)
             series.append(_own(view, row["policy"], x, 1 - row["mass_kept"], named=False))
-    y = Axis("attention mass lost", percent, low=0)
+    y = ChartAxis("attention mass lost", percent, low=0)
     says = "share of the attention mass that each lossy policy loses, by budget"
     return [Chart("lost-mass", "Lost mass over budget", says, BUDGETS, y, series, height=420)]
 
 
-def over_granularity(view: View, curves: dict[str, Any]) -> list[AnyChart]:
+def over_granularity(view: RunView, curves: dict[str, Any]) -> list[AnyChart]:
     """Each policy at its own budget, with other page sizes."""
     found: list[AnyChart] = []
     for id_, title, fetches in (
@@ -158,14 +158,14 @@ def over_granularity(view: View, curves: dict[str, Any]) -> list[AnyChart]:
             if curve["x"] and (view.results.ledgers[label].on_miss == "fetch") == fetches
         ]
         if series:
-            x = Axis("entries in a page (logarithmic)", log=True, at=(1, 4, 16, 64))
-            y = Axis(title.lower(), percent, low=0)
+            x = ChartAxis("entries in a page (logarithmic)", log=True, at=(1, 4, 16, 64))
+            y = ChartAxis(title.lower(), percent, low=0)
             says = f"{title.lower()}, by the entries in a page"
             found.append(Chart(id_, title, says, x, y, series, height=340))
     return found
 
 
-def regret(view: View, curves: dict[str, Any]) -> list[AnyChart]:
+def regret(view: RunView, curves: dict[str, Any]) -> list[AnyChart]:
     """Own figure less the bound's, by trace layer, in percentage points."""
     found: list[AnyChart] = []
     for kind, title in (
@@ -194,7 +194,7 @@ def regret(view: View, curves: dict[str, Any]) -> list[AnyChart]:
     return found
 
 
-def what_bound(view: View) -> list[AnyChart]:
+def what_bound(view: RunView) -> list[AnyChart]:
     """Where the time of a mean step went, and how many requests fit."""
     labels = list(view.results.ledgers)
     parts, fits = [], []
@@ -222,7 +222,7 @@ def what_bound(view: View) -> list[AnyChart]:
             "step",
             "Mean decode step",
             "milliseconds of a step: compute, misses, late recalls",
-            Axis("ms"),
+            ChartAxis("ms"),
             labels,
             parts,
             key=(("compute", COMPUTE), ("misses", MISS), ("late recall", RECALL)),
@@ -231,7 +231,7 @@ def what_bound(view: View) -> list[AnyChart]:
             "fits",
             "Requests that fit",
             "how many requests fit, and which memory allows no more",
-            Axis("requests", lambda value: f"{value:,.0f}"),
+            ChartAxis("requests", lambda value: f"{value:,.0f}"),
             labels,
             [[Part(count, FITS, told)] for count, _, told in fits],
             texts=[f"{count:,} · {bound}" for count, bound, _ in fits],
@@ -243,7 +243,7 @@ def _share(entries: Sequence[float], curves: dict[str, Any]) -> list[float]:
     return [n / curves["prompt_entries"] for n in entries]
 
 
-def _own(view: View, label: str, x: Sequence[float], y: float, named: bool = True) -> Series:
+def _own(view: RunView, label: str, x: Sequence[float], y: float, named: bool = True) -> Series:
     """Where a policy of this run stands."""
     tip = f"{label}, this run: {y:.1%} at {x[0]:.1%}"
     names = [view.mark(label).name if named else ""]

@@ -7,7 +7,7 @@ from typing import Any
 
 from fmsim.experiments.results import ServingResults
 from fmsim.report.charts.chart import AnyChart, Bars, Chart, Part, Series
-from fmsim.report.charts.scale import Axis
+from fmsim.report.charts.scale import ChartAxis
 from fmsim.report.console import share_text
 from fmsim.report.pages.layout import Page, Section, Table
 from fmsim.report.pages.marks import Marks, Spot, percent, quality_against_bytes, short
@@ -178,9 +178,11 @@ def _over_time(rows: Sequence[Row], marks: Marks) -> Section:
                 Series(row["policy"], over["t_s"], values, mark.color, mark.kind, mark.dash)
             )
         text = percent if unit == "share" else short
-        y = Axis(unit, text, low=0)
+        y = ChartAxis(unit, text, low=0)
         says = f"{title.lower()} over {rows[0]['simulated_s']:,.0f} s under {len(rows)} policies"
-        charts.append(Chart(f"time-{id_}", title, says, Axis("seconds"), y, series, height=260))
+        charts.append(
+            Chart(f"time-{id_}", title, says, ChartAxis("seconds"), y, series, height=260)
+        )
     return Section(
         "time",
         "Over time",
@@ -203,7 +205,7 @@ def _lives(results: ServingResults) -> list[Section]:
             f"lives-{number}",
             f"Requests of {row['policy']}",
             says,
-            Axis("seconds", lambda value: f"{value:,.0f}"),
+            ChartAxis("seconds", lambda value: f"{value:,.0f}"),
             names,
             parts,
             key=[(name, color) for name, (_, _, color) in LIFE.items()],

@@ -7,7 +7,7 @@ from typing import Any
 
 from fmsim import __version__
 from fmsim.report.charts.chart import AnyChart, Chart, Series
-from fmsim.report.charts.scale import Axis
+from fmsim.report.charts.scale import ChartAxis
 from fmsim.report.pages.layout import Page, Section, Table
 from fmsim.report.pages.marks import Marks, Spot, kind_of, quality_against_bytes
 from fmsim.report.tables import sweep as table
@@ -155,7 +155,7 @@ def _by_key(
             series = [one for one in series if len(one.x) > 1]
             says = f"{title.lower()} over {short}"
             unit = _speed_unit(rows) if id_ == "speed" else "share kept"
-            x, y = Axis(short), Axis(unit)
+            x, y = ChartAxis(short), ChartAxis(unit)
             if series:
                 name = f"{id_}-{short.replace('.', '-').replace('*', 'all')}"
                 charts.append(Chart(name, f"{title} over {short}", says, x, y, series, height=320))

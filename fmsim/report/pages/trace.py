@@ -8,7 +8,7 @@ from typing import Any
 
 from fmsim import __version__
 from fmsim.report.charts.chart import AnyChart, Chart, Heat, Series
-from fmsim.report.charts.scale import Axis
+from fmsim.report.charts.scale import ChartAxis
 from fmsim.report.pages.layout import Page, Section, Table
 from fmsim.report.pages.marks import percent
 from fmsim.report.tables import trace_stats as table
@@ -61,8 +61,8 @@ def _hits(found: Mapping[str, Any]) -> AnyChart:
         "hits",
         "Selections held against the size of the cache",
         f"of lru and belady, the mean of {len(found['layers'])} layers",
-        Axis("room on the GPU, in multiples of top-k (logarithmic)", log=True, at=(1, 2, 4)),
-        Axis("selections held", percent, high=1.0),
+        ChartAxis("room on the GPU, in multiples of top-k (logarithmic)", log=True, at=(1, 2, 4)),
+        ChartAxis("selections held", percent, high=1.0),
         series,
         height=340,
     )
