@@ -180,7 +180,7 @@ def exec_(
             )
         if len(policy) > 1:
             raise FmsimError("--weights synthetic: decodes under one policy; give one --policy")
-        asked = exec_synthetic.SyntheticRun(
+        asked = exec_synthetic.AskedRun(
             policy[0],
             override,
             str(model or "v4-flash"),

@@ -18,7 +18,7 @@ CLOSE = 0.1  # how far a trace's context may be from the one asked for
 
 
 @dataclass(frozen=True)
-class SyntheticRun:
+class AskedRun:
     """Options of the command; another process can be told of them."""
 
     policy: str
@@ -34,7 +34,7 @@ class SyntheticRun:
     quiet: bool
 
 
-def measure(asked: SyntheticRun) -> tuple[dict[str, Any], list[Any]]:
+def measure(asked: AskedRun) -> tuple[dict[str, Any], list[Any]]:
     """Decode; -> the report, and no text, which such a model does not make."""
     require("model", "exec")
     import torch
