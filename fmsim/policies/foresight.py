@@ -34,8 +34,8 @@ class Foresight(LSA):
         stale: bool = Field(
             False, description="use the state of one window ago, so that recall overlaps decoding"
         )
-        weight: float = Field(1.25, ge=0, description="of the attention's logarithm, in logits")
-        unit: float = Field(1e-5, gt=0, description="attention that adds `weight` to a page")
+        weight: float = Field(0.7, ge=0, description="of the attention's logarithm, in logits")
+        unit: float = Field(1e-6, gt=0, description="attention that adds `weight` to a page")
         fade: float = Field(
             0.5, ge=0, le=1, description="what is left of attention from one decision to the next"
         )

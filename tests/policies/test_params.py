@@ -55,7 +55,7 @@ DEFAULTS = {
     "lsa-history": LSA | HISTORY | {"weight": "1.0", "fade": "0.5"},
     "foresight": LSA
     | {"scope": "per_layer", "stale": "False", "recent_entries": "4"}
-    | {"weight": "1.25", "unit": "1e-05", "fade": "0.5", "prompt_share": "0.15"},
+    | {"weight": "0.7", "unit": "1e-06", "fade": "0.5", "prompt_share": "0.15"},
     "native": LSA | {"scope": "per_layer", "sees": "all"},
     "oracle": TENTH | {"cadence": "64"},
     "belady": {},
