@@ -18,8 +18,8 @@ class Foresight(LSA):
     the prompt's last queries, then what it put on the page in each step, of which `fade` is left
     from one decision to the next. So a page that is not here, of which nobody sees what it would
     have got, can come back by its score, and layers that differ keep different sets. What was
-    decoded stays by its worth alone. The newest state is used: a recall of a few pages is not worth
-    the spare slots that it would take to overlap it. The budget is filled. Own work; the numbers
+    decoded stays by its worth alone. The newest state is used: the wait for a recall is short, and
+    not worth the spare slots that it would take to overlap it. The budget is filled. Own work; the numbers
     were chosen on traces that no table shows (`benchmarks/foresight.py`).
     """
 
