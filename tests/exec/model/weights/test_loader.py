@@ -181,6 +181,19 @@ def test_in_bfloat16_the_releases_float8_stays(tmp_path):
     )
 
 
+@torch.inference_mode()
+def test_float8_is_widened_where_one_asks(tmp_path):
+    """A model that reads a prompt at once: the float32 model's weights, rounded to bfloat16."""
+    released(tmp_path, 128)
+    wide = load_model(tmp_path, dtype=torch.bfloat16, widen=True).state_dict()
+    exact = load_model(tmp_path).state_dict()
+    assert wide.keys() == exact.keys()
+    for name, tensor in wide.items():
+        assert tensor.dtype != torch.float8_e4m3fn, name
+        assert torch.equal(tensor, exact[name].to(tensor.dtype)), name
+    assert wide["model.layers.1.self_attn.q_a_proj.weight"].dtype == torch.bfloat16
+
+
 def test_what_has_other_blocks_is_widened_in_bfloat16_too(tmp_path):
     """Scales for 16 x 16; and experts whose gate ends within a block, so that the scales of gate
     and up do not stack.
