@@ -76,7 +76,7 @@ def test_decisions_of_many_are_foreseen_in_turn_and_recalled_in_one(
     """The same pages move as alone, where each is foreseen at its decision."""
     spec = lookahead(tmp_path, "16 entries", (0, 1), granularity=granularity, cadence=TAU)
     batch = compared(prompts(device), spec)
-    assert sum(request.ledger().lookahead_loads.sum() for request in batch.requests) > 9
+    assert sum(request.ledger().lookahead_loads.sum() for request in batch.requests) > 5
 
 
 def compared(prompts, spec):
