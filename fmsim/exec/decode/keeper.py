@@ -33,6 +33,9 @@ def keepers_of(requests: Sequence[Request], selections: Selections, steps: int) 
         ctx = request.manager.ctx
         request.manager.residency = manager.residency.of_rows(rows, ctx.n_pages, ctx.n_slots)
         request.book = book.of_rows(rows, request.manager)
+        # its tables are the stack's now
+        request.policy = type(request.policy)(request.policy.params)
+        request.manager.policy = request.policy
     return [Keeper(requests, manager, book, selections, True)]
 
 
