@@ -31,6 +31,7 @@ from typing import Any
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # policies have a process each
 
 import accuracy
+import blind
 import claims
 import foresight
 import headline
@@ -230,6 +231,11 @@ _ANSWERS: dict[str, Answer] = {
         None,
         {("benchmarks/results/indexer.md", foresight.PART): foresight.tables},
     ),
+}
+# one a card, of those that were measured
+_ANSWERS |= {
+    path.stem: Answer(path.name, None, {blind.part_of(path): blind.table})
+    for path in sorted((ROOT / RESULTS).glob("blind-*.json"))
 }
 ANSWERS = {
     name: replace(answer, parts={**answer.parts, **claims.PARTS.get(answer.file, {})})

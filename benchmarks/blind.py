@@ -39,7 +39,8 @@ from fmsim.errors import FmsimError
 from fmsim.files import write_text
 
 RESULTS = ROOT / "benchmarks" / "results"
-PAGE = RESULTS / "whole-steps.md"
+PAGE = "benchmarks/results/whole-steps.md"
+PLACE = "<!-- rows of another card come here -->"  # in the page
 ERROR = 0.05  # of a step's median and of tokens/s
 SHARE = 0.95  # of the rows, that are to be within it
 STEPS = 44
@@ -362,14 +363,23 @@ def main() -> int:
     return 1 if n_failed else 0
 
 
+def part_of(path: Path) -> tuple[str, str]:
+    """The page, and the name of its part, that shows a result file."""
+    return PAGE, path.stem.replace("-", " ")
+
+
 def _write(result: Row, out: Path | None) -> int:
-    card = result["device"].split()[-1].lower() if "NVIDIA" in result["device"] else "cpu"
+    card = result["device"].split()[1].lower() if "NVIDIA" in result["device"] else "cpu"
     path = out or RESULTS / f"blind-{card}.json"
     write_text(path, json.dumps(result, indent=1) + "\n")
     made = table(result)
     if out is None:
-        page = PAGE.read_text(encoding="utf-8")
-        write_text(PAGE, regions.replace(page, "blind rows", made))
+        _, part = part_of(path)
+        page = (ROOT / PAGE).read_text(encoding="utf-8")
+        if part not in regions.find(page):
+            marked = regions.marked(part, "benchmarks/blind.py")
+            page = page.replace(PLACE, f"{marked}\n{PLACE}")
+        write_text(ROOT / PAGE, regions.replace(page, part, made))
     print(made)
     return 0 if result["within"] >= SHARE * len(result["rows"]) else 1
 

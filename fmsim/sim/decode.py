@@ -109,7 +109,7 @@ class _Decode:
         # [T] bytes that come before their decision, and how fast beside a decode
         self.ahead_bytes = self.recall_bytes if ledger.decides_ahead else 0 * self.recall_bytes
         late_bytes = self.recall_bytes - self.ahead_bytes
-        # [T] s that a decision waits for the rest, where nothing else is on the link
+        # [T] s that a step waits for the rest, where nothing else is on the link
         self.late_s = self.gather.seconds(self.row_bytes, late_bytes)
         self.beside_bytes_per_s = float("inf")
         self.beside_slower = 0.0
@@ -123,7 +123,9 @@ class _Decode:
             spare = np.array(ledger.ahead_slots or [0] * ledger.n_groups)[place.groups]
             ahead = np.minimum(recalls, spare)
             self.ahead_bytes = ahead.sum(axis=1) * page_bytes
-            self.late_s = engine.late_s((recalls - ahead).sum(axis=1) * on_gpu)
+            late_pages = (recalls - ahead).sum(axis=1) * on_gpu
+            compute_s = self.rest_s + self.n_selecting * self.csa_s
+            self.late_s = engine.late_waits_s(late_pages, compute_s)
             self.beside_bytes_per_s = table.engine.beside_bytes_per_s
             self.beside_slower = table.engine.beside_slower
         # What is not known one window before cannot be recalled before the decision.

@@ -22,6 +22,7 @@ from fmsim.sim.transfer_cost import GatherCurve
 
 Floats = NDArray[np.float64]
 PAGE_ENTRIES = 64  # of the pages that modules are timed with
+LATE_LAUNCHES = 6  # of what a decision recalls late: fmsim/exec/kv/tiered.py
 
 
 class EngineCosts:
@@ -98,14 +99,24 @@ class EngineCosts:
         began = self.ledger.written.any(axis=1)
         return np.asarray(began | self._closes() if self.place.keys_tiered else began)
 
-    def late_s(self, pages: np.ndarray) -> Floats:
-        """[T]: what a decision waits for `pages` [T] of all layers and requests that come when it
-        is there: entries, then the keys that go with them.
+    def late_waits_s(self, pages: np.ndarray, compute_s: np.ndarray) -> Floats:
+        """[T]: by how much a step of `compute_s` is longer, in whose course its decision's `pages`
+        [T] of all layers and requests come: all entries, then the keys that go with them.
+
+        They come in LATE_LAUNCHES parts, and layers whose part is here go on.
         """
-        rows = [self.geometry.slot_bytes(self.granularity, with_keys=False)]
-        if self.place.keys_tiered:
-            rows.append(self.geometry.slot_bytes(self.granularity, with_keys=True) - rows[0])
-        return np.asarray(sum(self.gather.seconds(row, pages * row) for row in rows))
+        entry_bytes = self.geometry.slot_bytes(self.granularity, with_keys=False)
+        both_bytes = self.geometry.slot_bytes(self.granularity, with_keys=self.place.keys_tiered)
+        before_s = np.zeros(len(pages))
+        last_s = self.gather.seconds(entry_bytes, pages * entry_bytes)
+        if both_bytes > entry_bytes:
+            key_bytes = both_bytes - entry_bytes
+            before_s, last_s = last_s, self.gather.seconds(key_bytes, pages * key_bytes)
+        done_s = np.zeros(len(pages))
+        for part in range(1, LATE_LAUNCHES + 1):
+            here_s = before_s + last_s * part / LATE_LAUNCHES
+            done_s = np.maximum(done_s, here_s) + compute_s / LATE_LAUNCHES
+        return np.asarray(np.where(pages > 0, done_s - compute_s, 0.0))
 
     def _work_ms(self, work: StepWork, movable: int) -> float:
         """Of a step's bookkeeping at this decode's sizes, `movable` pages in each layer."""

@@ -97,6 +97,20 @@ def test_a_table_says_what_was_off_and_what_failed():
     assert blind.off(result()["rows"][0]) == pytest.approx(0.06)
 
 
+def test_a_result_finds_its_place_on_the_page(tmp_path, monkeypatch, capsys):
+    page = tmp_path / blind.PAGE
+    page.parent.mkdir(parents=True)
+    page.write_text(f"# Rows\n\n{blind.PLACE}\n")
+    monkeypatch.setattr(blind, "ROOT", tmp_path)
+    monkeypatch.setattr(blind, "RESULTS", page.parent)
+    assert blind._write(result(), None) == 1  # not within what is asked
+    assert blind._write(result(within=2), None) == 0  # written once more, in its place
+    text = page.read_text()
+    assert text.count("| 32K | lru | 6 |") == 1 and text.count(blind.PLACE) == 1
+    assert "2 of 2 rows" in text and (page.parent / "blind-h200.json").is_file()
+    assert blind.part_of(Path("x/blind-h200.json")) == (blind.PAGE, "blind h200")
+
+
 def test_a_calibrated_gpu_ships():
     hw = load_hardware("h200-1gpu")
     assert hw.n_gpus == 1 and hw.experts == 16 and not hw.reserve_bytes.guess
