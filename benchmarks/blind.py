@@ -253,10 +253,12 @@ def join(folder: Path, hardware: Path) -> Row:
     preset = yaml.safe_load(hardware.read_text(encoding="utf-8"))
     hw = load_hardware(hardware.name, hardware.resolve().parent)
     rows: list[Row] = []
+    missing: list[str] = []
     benches: dict[str, Bench] = {}
     for ask in ROWS:
         path = folder / f"{ask.name}.json"
         if not path.exists():
+            missing.append(ask.name)
             continue
         row = json.loads(path.read_text(encoding="utf-8"))
         if "failed" not in row:
@@ -283,6 +285,7 @@ def join(folder: Path, hardware: Path) -> Row:
         "measured": ["measured_step_p50_s", "measured_tokens_per_s"],
         "simulated": ["simulated_step_p50_s", "simulated_tokens_per_s"],
         "within": len(within),
+        "missing": missing,
         "rows": [
             {key: value for key, value in row.items() if key not in (*common, "params")}
             | {"params": row["params"]}
@@ -326,6 +329,8 @@ def table(result: Row) -> str:
         f"{result['device']}, {result['date'][:10]}: {result['within']} of {n_rows} rows within"
         f" {ERROR:.0%} in both figures.{after}"
     )
+    if result["missing"]:
+        failed.append(f"Not measured yet: {len(result['missing'])} rows.")
     return "\n\n".join([head, "\n".join(lines), *failed])
 
 
@@ -339,12 +344,16 @@ def main() -> int:
     parser.add_argument("--list", action="store_true", help="print the rows' names")
     parser.add_argument("--join", type=Path, help="folder of rows that were measured")
     parser.add_argument("--hardware", type=Path, help="preset of `fmsim hw calibrate`, for --join")
+    parser.add_argument("--show", type=Path, help="a result, to be put into its page")
     parser.add_argument("--out", type=Path, help="the result; by default results/blind-DEVICE.json")
     given = parser.parse_args()
     patterns = given.row or ["*"]
     asks = [ask for ask in ROWS if any(fnmatch(ask.name, pattern) for pattern in patterns)]
     if given.list:
         print("\n".join(ask.name for ask in asks))
+        return 0
+    if given.show:
+        show(given.show)
         return 0
     try:
         if given.join:
@@ -372,16 +381,20 @@ def _write(result: Row, out: Path | None) -> int:
     card = result["device"].split()[1].lower() if "NVIDIA" in result["device"] else "cpu"
     path = out or RESULTS / f"blind-{card}.json"
     write_text(path, json.dumps(result, indent=1) + "\n")
-    made = table(result)
     if out is None:
-        _, part = part_of(path)
-        page = (ROOT / PAGE).read_text(encoding="utf-8")
-        if part not in regions.find(page):
-            marked = regions.marked(part, "benchmarks/blind.py")
-            page = page.replace(PLACE, f"{marked}\n{PLACE}")
-        write_text(ROOT / PAGE, regions.replace(page, part, made))
-    print(made)
+        show(path)
+    print(table(result))
     return 0 if result["within"] >= SHARE * len(result["rows"]) else 1
+
+
+def show(path: Path) -> None:
+    """Put a result's table into its part of the page, which is made where there is none."""
+    _, part = part_of(path)
+    page = (ROOT / PAGE).read_text(encoding="utf-8")
+    if part not in regions.find(page):
+        page = page.replace(PLACE, f"{regions.marked(part, 'benchmarks/blind.py')}\n{PLACE}")
+    made = table(json.loads(path.read_text(encoding="utf-8")))
+    write_text(ROOT / PAGE, regions.replace(page, part, made))
 
 
 if __name__ == "__main__":

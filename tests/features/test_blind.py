@@ -85,6 +85,7 @@ def result(**changes):
     }
     failed = {"context": "512K", "label": "full", "batch": 9, "failed": "FmsimError: too large"}
     head = {"device": "NVIDIA H200", "date": "2026-01-02T03:04:05", "within": 0, "frozen": True}
+    head |= {"missing": []}
     return head | {"rows": [row, failed]} | changes
 
 
@@ -94,6 +95,7 @@ def test_a_table_says_what_was_off_and_what_failed():
     assert "| 32K | lru | 6 | 9.80 | 10.00 | -2.0% | 636.0 | 600.0 | +6.0% |" in made
     assert "512K, `full`, 9: FmsimError: too large" in made and "was changed" not in made
     assert "The simulator was changed after" in blind.table(result(frozen=False))
+    assert "Not measured yet: 2 rows." in blind.table(result(missing=["a", "b"]))
     assert blind.off(result()["rows"][0]) == pytest.approx(0.06)
 
 
