@@ -6,11 +6,16 @@
 writes fmsim/hw/presets/h200-1gpu.yaml and fmsim/hw/links/h200-1gpu.yaml, and keeps all timings in
 benchmarks/results/calibration-h200-1gpu.json. The preset's times are of V4-Flash
 with 16 of its 256 experts a layer, which one GPU holds, and stand for V4-Flash.
+
+    python benchmarks/one_gpu_preset.py benchmarks/results/exec.json h100-1gpu
+
+does so with the calibration that a run of exec.py kept, and the packaged link of that card.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 from pathlib import Path
 from typing import Any
@@ -25,7 +30,7 @@ from fmsim.units import GIB
 
 ROOT = Path(__file__).parents[1]
 HW = ROOT / "fmsim" / "hw"
-TIMED, MODEL, EXPERTS = "one-gpu", "v4-flash", 16
+MODEL, EXPERTS = "v4-flash", 16
 DIGITS = 5  # significant ones
 
 
@@ -38,10 +43,10 @@ def rounded(value: Any) -> Any:
     return float(f"{value:.{DIGITS}g}") if isinstance(value, float) else value
 
 
-def shipped(measured: dict[str, Any], name: str, file: str) -> dict[str, Any]:
-    """The preset, from a calibration's file."""
+def shipped(measured: dict[str, Any], link: str, file: str, experts: int) -> dict[str, Any]:
+    """The preset, from a calibration's file of one model with so many experts a layer."""
     preset = dict(measured)
-    preset["link"] = name
+    preset["link"] = link
     preset["title"] = f"{measured['title']}, 1 GPU, fmsim's engine"
     runtime = measured["reserve_bytes"]
     preset["reserve_bytes"] = {
@@ -53,31 +58,57 @@ def shipped(measured: dict[str, Any], name: str, file: str) -> dict[str, Any]:
         ),
     }
     preset["kernel_source"] = f"{file}: {measured['kernel_source']}"
-    preset["kernels"] = {MODEL: measured["kernels"][TIMED]}
-    preset["experts"] = EXPERTS
+    [table] = measured["kernels"].values()
+    preset["kernels"] = {MODEL: table}
+    preset["experts"] = experts
     return rounded(preset)
+
+
+def of_files(calibrated: Path, name: str) -> None:
+    """Ship what `fmsim hw calibrate` wrote, its link and its timings."""
+    load_hardware(calibrated.name, calibrated.resolve().parent)  # checks both
+    measured = yaml.safe_load(calibrated.read_text(encoding="utf-8"))
+    link_path = calibrated.with_name(f"{measured['link']}.yaml")
+    link = yaml.safe_load(link_path.read_text(encoding="utf-8"))
+    kept = f"benchmarks/results/calibration-{name}.json"
+    timings = calibrated.with_name(f"{calibrated.stem}-kernels.json")
+    write_text(ROOT / kept, timings.read_text(encoding="utf-8"))
+    _write("links", name, rounded(link))
+    _write("presets", name, shipped(measured, name, kept, EXPERTS))
+
+
+def of_result(path: Path, name: str) -> None:
+    """Ship the calibration in a result of exec.py."""
+    result = json.loads(path.read_text(encoding="utf-8"))
+    table = result["calibration"]
+    for model, columns in table["kernels"].items():
+        numbered = {
+            column: {int(size): ms for size, ms in points.items()}
+            if isinstance(points, dict)
+            else points
+            for column, points in columns.items()
+        }
+        table["kernels"][model] = numbered
+    card = name.partition("-")[0]
+    kept = f"benchmarks/results/{path.name}"
+    _write("presets", name, shipped(table, card, kept, result["experts"]))
+
+
+def _write(folder: str, name: str, content: dict[str, Any]) -> None:
+    text = yaml.safe_dump(content, sort_keys=False, width=160, default_flow_style=None)
+    write_text(HW / folder / f"{name}.yaml", text)
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("calibrated", type=Path, help="preset of `fmsim hw calibrate`")
+    parser.add_argument(
+        "calibrated", type=Path, help="preset of `fmsim hw calibrate`, or exec.json"
+    )
     parser.add_argument("name", help="of the preset that ships, such as h200-1gpu")
     given = parser.parse_args()
-    kept = ROOT / "benchmarks" / "results" / f"calibration-{given.name}.json"
     try:
-        load_hardware(given.calibrated.name, given.calibrated.resolve().parent)  # checks both
-        measured = yaml.safe_load(given.calibrated.read_text(encoding="utf-8"))
-        link_path = given.calibrated.with_name(f"{measured['link']}.yaml")
-        link = yaml.safe_load(link_path.read_text(encoding="utf-8"))
-        parts = {
-            "links": rounded(link),
-            "presets": shipped(measured, given.name, f"benchmarks/results/{kept.name}"),
-        }
-        timings = given.calibrated.with_name(f"{given.calibrated.stem}-kernels.json")
-        write_text(kept, timings.read_text(encoding="utf-8"))
-        for folder, content in parts.items():
-            text = yaml.safe_dump(content, sort_keys=False, width=160, default_flow_style=None)
-            write_text(HW / folder / f"{given.name}.yaml", text)
+        ship = of_result if given.calibrated.suffix == ".json" else of_files
+        ship(given.calibrated, given.name)
         print(f"{given.name}: {load_hardware(given.name).title}")
     except FmsimError as error:
         print(error, file=sys.stderr)

@@ -4,12 +4,15 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from fmsim.exec.measure.sizes import Sizes
+from fmsim.geometry import PRESETS
 from fmsim.hw import load_hardware
+from fmsim.hw.modules import stand_in
 
 ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT / "benchmarks"))
@@ -113,9 +116,17 @@ def test_a_result_finds_its_place_on_the_page(tmp_path, monkeypatch, capsys):
     assert blind.part_of(Path("x/blind-h200.json")) == (blind.PAGE, "blind h200")
 
 
-def test_a_calibrated_gpu_ships():
-    hw = load_hardware("h200-1gpu")
-    assert hw.n_gpus == 1 and hw.experts == 16 and not hw.reserve_bytes.guess
+@pytest.mark.parametrize(
+    ("name", "experts", "file"),
+    [("h200-1gpu", 16, "calibration-h200-1gpu.json"), ("h100-1gpu", 40, "exec.json")],
+)
+def test_a_calibrated_gpu_ships(name, experts, file):
+    hw = load_hardware(name)
+    assert hw.n_gpus == 1 and hw.experts == experts and not hw.reserve_bytes.guess
     assert "runtime" in hw.reserve_bytes.source and "activations" in hw.reserve_bytes.source
-    assert "benchmarks/results/calibration-h200-1gpu.json" in hw.kernel_source
-    assert (ROOT / "benchmarks/results/calibration-h200-1gpu.json").is_file()
+    assert f"benchmarks/results/{file}" in hw.kernel_source and "2026-11-2" in hw.kernel_source
+    assert (ROOT / "benchmarks/results" / file).is_file()
+    flash = PRESETS["v4-flash"]
+    few = replace(flash, n_experts=experts)
+    assert hw.weight_bytes(flash) == hw.weight_bytes(few) < hw.hbm_bytes.value
+    assert f"{experts} of v4-flash's experts" in stand_in(hw, flash)
