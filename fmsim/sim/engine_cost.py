@@ -22,7 +22,7 @@ from fmsim.sim.transfer_cost import GatherCurve
 
 Floats = NDArray[np.float64]
 PAGE_ENTRIES = 64  # of the pages that modules are timed with
-LATE_LAUNCHES = 6  # of what a decision recalls late: fmsim/exec/kv/tiered.py
+LATE_LAUNCHES = 6  # of what a decision recalls late: fmsim/exec/kernels/tuning.py
 
 
 class EngineCosts:

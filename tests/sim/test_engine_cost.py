@@ -156,10 +156,10 @@ def test_a_recall_ahead_has_its_spare_pages_and_the_rest_comes_late():
 
 
 def test_layers_go_on_as_the_engine_lets_them():
-    from fmsim.exec.kv import tiered
+    from fmsim.exec.kernels import tuning
     from fmsim.sim import engine_cost
 
-    assert engine_cost.LATE_LAUNCHES == tiered.LATE_LAUNCHES
+    assert engine_cost.LATE_LAUNCHES == tuning.LATE_LAUNCHES
 
 
 def test_a_step_beside_a_recall_is_slower():
