@@ -117,7 +117,7 @@ def quality_against_bytes(
         ChartAxis(f"all that {per} takes on the GPU, GiB (logarithmic)", short, log=True),
         ChartAxis(quality, percent, high=_top(spots)),
         series,
-        height=400,
+        height=350,
     )
 
 
