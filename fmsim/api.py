@@ -280,8 +280,7 @@ def load_rows(source: str | Path) -> list[dict[str, Any]]:
     """What a command wrote, as flat rows: a folder of `fmsim run --out` or `fmsim eval --out`, or
     the file of `fmsim sweep` or `fmsim tune`.
 
-    Every value is a number, a text, true or false, or None, as experiment trackers take them.
-    Raises FmsimError where nothing of that kind is there.
+    Every value is a number, a text, true, false or None.
 
     >>> import tempfile
     >>> folder = Path(tempfile.mkdtemp())
@@ -293,7 +292,7 @@ def load_rows(source: str | Path) -> list[dict[str, Any]]:
 
 
 def load_frame(source: str | Path) -> Any:
-    """The same as a pandas DataFrame. Raises FmsimError, naming the extra, without pandas.
+    """The same as a pandas DataFrame, which needs an extra.
 
     >>> import tempfile
     >>> folder = Path(tempfile.mkdtemp())
@@ -305,9 +304,7 @@ def load_frame(source: str | Path) -> Any:
 
 
 def save_rows(rows: Iterable[Mapping[str, Any]], path: str | Path) -> None:
-    """Write rows as the path's name ends: .parquet, .jsonl (a row a line), or else CSV.
-
-    Raises FmsimError where the place cannot be written, or without the extra that Parquet needs.
+    """Write rows as the path's name ends: .parquet (an extra), .jsonl, or else CSV.
 
     >>> import tempfile
     >>> place = Path(tempfile.mkdtemp()) / "rows.csv"
