@@ -281,16 +281,16 @@ def test_what_policies_are_taken_to_do_where_none_was_replayed():
     assert (lru.n_slots, lru.params, lru.miss_slots) == (1024, {"budget": "2x topk"}, 512)
     assert lru.demand_loads.tolist() == [[42]] * 192 and lru.cadence == 1
     assert (lru.on_miss, lru.comes_back) == ("fetch", True)
-    # a tenth is kept; of successive sets 0.48 is common to what either has: 0.52 / 1.48 is new
+    # a tenth is kept; of successive sets 0.47 is common to what either has: 0.53 / 1.47 is new
     assert (lsa.n_slots, lsa.params, lsa.cadence) == (3277, {"budget": "10%"}, 64)
     new = np.zeros((192, 1), int)
-    new[128] = round(3277 * 0.52 / 1.48)
-    assert lsa.lookahead_loads.tolist() == new.tolist() and new[128] == 1151
-    assert np.flatnonzero(lsa.scored).tolist() == [0, 64, 128] and lsa.scored[64] == 3 * 32_768
+    new[128] = round(3277 * 0.53 / 1.47)
+    assert lsa.lookahead_loads.tolist() == new.tolist() and new[128] == 1182
+    assert np.flatnonzero(lsa.scored).tolist() == [0, 64, 128] and lsa.scored[64] == 2 * 32_768
     assert (lsa.on_miss, lsa.all_keys, lsa.decides_ahead) == ("mask", False, True)
-    assert (lsa.ahead_slots, lsa.target_layers, lsa.comes_back) == ([820], [0, 1, 2], True)
+    assert (lsa.ahead_slots, lsa.target_layers, lsa.comes_back) == ([820], [0, 1], True)
     assert [each.exact for each in BEHAVIOURS] == [True, True, False]
-    assert [each.mass_kept for each in BEHAVIOURS] == [1.0, 1.0, 0.80]
+    assert [each.mass_kept for each in BEHAVIOURS] == [1.0, 1.0, 0.72]
 
 
 def test_what_lies_on_drives_is_read_at_their_rate():
