@@ -10,7 +10,7 @@ from typing import Any
 
 from tests.mutants.mutations import Mutation
 
-MOST_TESTS_S = 15.0  # of tests that pass, a mutant meets at most so many seconds
+MOST_TESTS_S = 30.0  # of tests that pass, a mutant meets at most so many seconds
 
 
 @dataclass

@@ -327,3 +327,15 @@ def test_what_lies_on_drives_and_on_the_host_comes_beside_the_first_chunk():
     plain = hand_request.request(run.demand, prompt=100)
     run._begin_prefill(plain)
     assert plain.prefix is None and len(plain.prefill_left) == 4
+
+
+def test_a_step_with_a_first_chunk_that_waits_is_taken_alone():
+    """Four chunks are four steps without a change; beside blocks on their way the first is one."""
+    source = Given(Arrival(0, 10, 10, (7,)))
+    run = ServerRun(H100, FLASH, FULL, Server(prefill_chunk_tokens=32), source)
+    request = hand_request.request(run.demand, prompt=128)
+    run._begin_prefill(request)
+    assert run._steps_ahead() == 4
+    request.prefix = run.env.event()
+    assert run._steps_ahead() == 1
+    assert run.log.block_tokens == 512

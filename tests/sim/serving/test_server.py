@@ -102,11 +102,12 @@ def steps_s(made, batch):
     return step_costs(H100, FLASH, batch, place.tokens, place.scored_entries).total_s(FLASH.n_csa)
 
 
-def test_a_newcomer_joins_at_the_end_of_the_step_under_way():
+@pytest.mark.parametrize("begun_s", [0, 7.0])
+def test_a_newcomer_joins_at_the_end_of_the_step_under_way(begun_s):
     alone_s = simulate(LEDGERS["full"], FLASH, H100).step_s
-    arrival_s = float(alone_s[:3].sum()) + 1e-4
-    server = serve(LEDGERS["full"], (0, PROMPT, 100), (arrival_s, PROMPT, 20))
-    joined_s = float(alone_s[:4].sum())
+    arrival_s = begun_s + float(alone_s[:3].sum()) + 1e-4
+    server = serve(LEDGERS["full"], (begun_s, PROMPT, 100), (arrival_s, PROMPT, 20))
+    joined_s = begun_s + float(alone_s[:4].sum())
     context = PROMPT + 1 + np.array([4, 0])
     costs = StepModel(H100, FLASH).mixed(
         2,
