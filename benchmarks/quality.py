@@ -25,7 +25,7 @@ SCENARIO = "scenarios/500k.yaml"
 SHARES = (0.05, 0.08, 0.125, 0.18, 0.25, 0.4, 0.6)
 LABELS = {  # by the scenario's label: (what the chart says, colour, dashes, marker)
     "lru": ("lru, loads what it misses", "#000000", "", "square"),
-    "lsa-history": ("lsa-history", "#0072b2", "", "circle"),
+    "foresight": ("foresight", "#0072b2", "", "circle"),
     "lru held": ("lru held", "#d55e00", "7 3", "triangle"),
     "h2o": ("h2o", "#009e73", "2 3", "diamond"),
     "recency": ("newest tokens only", "#7a5195", "8 3 2 3", "cross"),
