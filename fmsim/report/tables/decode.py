@@ -73,7 +73,7 @@ COLUMNS = (
         4,
     ),
     RowColumn("mass\nkept", _estimate("mass_kept"), True, 1),
-    RowColumn(ANSWERS, _answers, True, 1),
+    RowColumn(ANSWERS, _answers, True, 4),
     RowColumn("PCIe\nMiB/step", lambda row: f"{row['h2d_bytes_per_step'] / MIB:.2f}", False, 8),
     RowColumn("stall*", lambda row: f"{row['stall_ratio']:.1%}", False, 6),
     RowColumn("golden\nkept", _estimate("entry_recall"), True, 9),
