@@ -147,7 +147,9 @@ def test_what_matters_most_stays(reports, capsys):
     decode.show(reports["run"], View(80))
     text = capsys.readouterr().out
     head = " ".join(tables(text)[0].splitlines()[1:3])
-    assert not [word for word in ("policy", "kind", "kept", "requests", "on GPU") if word not in head], head
+    assert not [
+        word for word in ("policy", "kind", "kept", "requests", "on GPU") if word not in head
+    ], head
     told = " ".join(text.split())
     assert re.search(r"no room for .*golden-kept.*: --wide, --columns A,B", told)
 
