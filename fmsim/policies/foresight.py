@@ -19,8 +19,9 @@ class Foresight(LSA):
     from one decision to the next. So a page that is not here, of which nobody sees what it would
     have got, can come back by its score, and layers that differ keep different sets. What was
     decoded stays by its worth alone. The newest state is used: the wait for a recall is short, and
-    not worth the spare slots that it would take to overlap it. The budget is filled. Own work; the numbers
-    were chosen on traces that no table shows (`benchmarks/foresight.py`).
+    not worth the spare slots that it would take to overlap it. The budget is filled. Own work. The
+    numbers were changed four times, and not blindly: some of the shipped traces were looked at in
+    between (`benchmarks/results/foresight.md`).
     """
 
     name = "foresight"
