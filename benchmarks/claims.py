@@ -132,6 +132,33 @@ def agreement(result: Result) -> str:
     return paragraph(text)
 
 
+def one_request(result: Result) -> str:
+    """How long a step of one request takes, of headline.json."""
+    rows = [row for row in result["rows"] if "failed" not in row]
+    times = [1e3 * row["measured_step_p50_s"] for row in rows]
+    longest = list(dict.fromkeys(row["context"] for row in rows))[-1]
+    card = result["device"].removeprefix("NVIDIA ")
+    return bullets(
+        [
+            f"A step of one request takes {min(times):.1f} to {max(times):.1f} ms on an {card} at"
+            f" every context to {longest} and under every policy: it reads weights."
+        ]
+    )
+
+
+def single_entries(result: Result) -> str:
+    """How near to the link's rate gathers of single entries come, of kernels.json."""
+    shares = [
+        row["share_of_floor"] for row in result["rows"] if row["kernel"].startswith("recall, 584")
+    ]
+    return bullets(
+        [
+            "Larger pages cost mass or traffic at one budget. Single entries already come in at"
+            f" {min(shares):.0%} to {max(shares):.0%} of the link's rate."
+        ]
+    )
+
+
 def live_gap(result: Result) -> str:
     """A live engine that masks beside the replay of what it recorded."""
     rows = []
@@ -292,8 +319,12 @@ def rivals(result: Result) -> str:
 PARTS: dict[str, dict[Part, Callable[[Result], str]]] = {  # by result file
     "generate.json": {(GPU, "nano beside transformers"): beside_transformers},
     "live-gap.json": {(RESULTS, "live and replayed"): live_gap},
-    "headline.json": {(GPU, "agreement in words"): agreement},
+    "headline.json": {
+        (GPU, "agreement in words"): agreement,
+        ("docs/gpu.md", "one request"): one_request,
+    },
     "exec.json": {(GPU, "synthetic weights in words"): synthetic},
+    "kernels.json": {("docs/gpu.md", "single entries"): single_entries},
     "paper.json": {
         (PUBLISHED, "serving in words"): of_serving,
         (PUBLISHED, "footprints in words"): of_footprints,
