@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import textwrap
 from collections.abc import Mapping, Sequence
 from html import escape
 from pathlib import Path
@@ -141,7 +142,10 @@ def _of_length(result: Result, tokens: int) -> str:
     cannot = sorted(
         " at ".join(named(row["policy"])) for row in result["refused"] if row["tokens"] == tokens
     )
-    return "\n".join(lines + (["", f"Not to be had: {', '.join(cannot)}."] if cannot else []))
+    if cannot:
+        told = f"Not to be had: {', '.join(cannot)}."
+        lines += ["", textwrap.fill(told, 100, break_on_hyphens=False)]
+    return "\n".join(lines)
 
 
 def _share(spec: str) -> float:

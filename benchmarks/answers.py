@@ -220,7 +220,7 @@ _ANSWERS: dict[str, Answer] = {
         "accuracy.json",
         None,
         {
-            (ACCURACY, "accuracy"): accuracy.tables,
+            ("benchmarks/results/accuracy-costs.md", "accuracy"): accuracy.tables,
             (ACCURACY, "families"): accuracy.families,
             (ACCURACY, "mass as a guide"): accuracy.guide,
         },
@@ -229,7 +229,7 @@ _ANSWERS: dict[str, Answer] = {
     "ladder": Answer(
         "ladder.json",
         None,
-        {("benchmarks/results/indexer.md", foresight.PART): foresight.tables},
+        {("benchmarks/results/foresight.md", foresight.PART): foresight.tables},
     ),
 }
 # one a card, of those that were measured

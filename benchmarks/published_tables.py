@@ -12,6 +12,7 @@ Result = Mapping[str, Any]
 MIB = 2**20
 NOT_MEASURED = "Not measured yet."
 README_BUDGET = "12.5% gpu"
+README_ROWS = ("lsa", "lru, held, prompt")  # and foresight, as it was measured
 
 
 def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
@@ -55,7 +56,9 @@ def answers_kept_short(result: Result) -> str:
         found.setdefault(_named(row), {})[row["tokens"]] = row
     order = sorted(found, key=lambda name: -max(row["kept"] for row in found[name].values()))
     lines = [
-        [f"`{name}`", *(_kept(found[name].get(tokens)) for tokens in lengths)] for name in order
+        [f"`{name}`", *(_kept(found[name].get(tokens)) for tokens in lengths)]
+        for name in order
+        if name in README_ROWS or (name.startswith("foresight") and "layers" not in name)
     ]
     head = [f"at {README_BUDGET.removesuffix(' gpu')} of the bytes"]
     head += [f"{tokens:,} tokens" for tokens in lengths]

@@ -57,4 +57,4 @@ def prose(found: object) -> str:
 def example(found: object) -> list[str]:
     """The docstring's example, which the tests run."""
     _, begin, rest = inspect.cleandoc(found.__doc__ or "").partition(">>>")
-    return ["", begin + rest] if begin else []
+    return [begin + rest] if begin else []
