@@ -185,9 +185,16 @@ class _About(_Open):
     details: dict[str, _Details]
 
 
+class _Failed(_Open):
+    policy: str
+    error: str
+    least_gpu_bytes: int | None = Field(None, ge=0)
+
+
 class _Report(_Open):
     scenario: _About
     policies: list[_Row]
+    failed: list[_Failed] = []
     files: dict[str, list[str | None]]
 
 

@@ -108,7 +108,7 @@ def test_a_measured_report_fits(width, capsys):
     done = fmsim_here("exec", "-p", "lru", "-c", "1k", "--steps", "2", "--json", "-q")
     assert done.returncode == 0, done.stderr
     asked = ("What is the access code of the vault?", "4711", True)
-    show_parts(measured.parts(json.loads(done.stdout), [asked]), View(width))
+    show_parts(measured.parts(json.loads(done.stdout), [[asked]]), View(width))
     fits(capsys.readouterr().out, width)
 
 

@@ -404,7 +404,10 @@ def test_the_command_prints_writes_and_plots(tmp_path, native, monkeypatch, caps
         and "beside full" in shown.stdout
         and "single" in shown.stdout
     )
-    assert "Accuracy against footprint" in (tmp_path / "plot.html").read_text()
+    assert (
+        "still answer with less KV on the GPU, at 768 tokens?"
+        in (tmp_path / "plot.html").read_text()
+    )
     report = json.loads(CliRunner().invoke(program(["eval"]), [*call, "--json"]).stdout)
     assert report["cells"] == json.loads((tmp_path / "out" / "report.json").read_text())["cells"]
     ratios = {row["policy"]: row["kv_ratio"] for row in report["overall"]}

@@ -47,7 +47,7 @@ def test_two_results_what_was_set_and_what_came_of_it(folder):
 
 
 def test_a_small_change_is_within_error_and_a_large_one_is_not():
-    near = compare("lsa:budget=10%", "lsa:budget=10.5%", "32k")["rows"]
+    near = compare("lsa:budget=25%", "lsa-history:budget=25%", "32k")["rows"]
     far = compare("recency:budget=2%", "h2o:budget=40%", "32k")["rows"]
     assert near[0]["figure"] == far[0]["figure"] == "mass_kept"
     assert (near[0]["beyond_error"], near[0]["better"]) == (False, None)

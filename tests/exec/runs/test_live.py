@@ -17,6 +17,7 @@ from fmsim.exec.kv import memory
 from fmsim.exec.runs import live as run
 from fmsim.exec.runs.stream import Stream, Turn
 from fmsim.policies import registry
+from fmsim.report.grid import View, show_parts
 from fmsim.report.tables import measured
 
 
@@ -100,7 +101,9 @@ def test_a_prompt_that_was_read_serves_the_next_policy(monkeypatch):
 def test_why_more_than_all_pages_is_allocated_is_said(capsys):
     for budget, more in (("95%", True), ("20%", False)):
         batch, results = decoded({"policy": "lru", "budget": budget}, 1)
-        measured.show(run.report(batch, results, "lru", "tiny", "text"), [[]])
+        show_parts(
+            measured.parts(run.report(batch, results, "lru", "tiny", "text"), [[]]), View(1000)
+        )
         told = " ".join(capsys.readouterr().out.split())
         assert "spare pages for misses and recalls" in told
         assert ("all that one step selects may miss" in told) == more
