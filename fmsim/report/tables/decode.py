@@ -64,7 +64,7 @@ def _answers(row: Row) -> str:
 COLUMNS = (
     RowColumn("on GPU\nGiB", lambda row: f"{row['gpu_bytes'] / GIB:.3f}", None, 3),
     RowColumn("of\nfull", lambda row: f"{row['gpu_ratio']:.1%}", None, 7),
-    RowColumn("requests\nfit*", lambda row: str(row["max_requests"]), True, 2),
+    RowColumn("requests\nfit*", lambda row: f"{row['max_requests']:,}", True, 2),
     RowColumn("bound\nby*", lambda row: row["bound"], None, 8),
     RowColumn(
         "tokens/s*\nthen",
