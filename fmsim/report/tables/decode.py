@@ -148,7 +148,7 @@ def _of_answers(answers: dict[str, Any]) -> str:
         f"answers kept: of the questions that {answers['model']['name']} answers with the full"
         f" cache, the share that it answers under the policy (score over score, {day},"
         f" {answers['device']}); measured at the same budget, after about as many tokens; ±: over"
-        " contexts."
+        " contexts, and where none of them lost an answer, what so few cannot exclude."
     )
 
 

@@ -50,9 +50,8 @@ READING = {
 }
 
 
-@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
-def test_a_prompt_is_read_by_kernels_that_compile_for_sm_90(tmp_path, dtype):
-    assert {row["kernel"] for row in compiled([f"reading, {dtype}"], tmp_path)} >= READING
+def test_a_prompt_is_read_by_kernels_that_compile_for_sm_90(tmp_path):
+    assert {row["kernel"] for row in compiled(["reading, bfloat16"], tmp_path)} >= READING
 
 
 def test_every_kernel_of_training_compiles_for_sm_90(tmp_path):
