@@ -14,7 +14,7 @@ from fmsim import __version__
 from fmsim.scenario import shipped
 
 EXTRA = re.compile(r"""^(?P<name>[\w.-]+).*\bextra\s*==\s*["'](?P<extra>[\w-]+)["']""")
-FOR_DEVELOPERS = ("dev", "test")
+FOR_DEVELOPERS = ("dev", "docs", "test")
 
 
 @dataclass(frozen=True)
@@ -27,9 +27,9 @@ class Task:
 
 
 TASKS = (
-    Task("run, plan, sweep, compare, trace: replay and simulate"),
+    Task("run, plan, sweep, compare, trace, report: replay, simulate and draw"),
     Task("tune: search for a policy's parameters", "tune"),
-    Task("report, --plot: charts on a page", "report"),
+    Task("load_frame: results as a pandas table", "pandas"),
     Task("--out and --requests as Parquet", "parquet"),
     Task("sweep --engine ray: on a cluster", "ray"),
     Task("eval, exec, validate, trace record, indexer train: a real model", "model"),

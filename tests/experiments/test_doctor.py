@@ -1,6 +1,8 @@
 """`fmsim doctor`: what is missing is told with its fix."""
 
 import json
+import tomllib
+from pathlib import Path
 
 from command import fmsim_here
 
@@ -9,19 +11,19 @@ from fmsim.experiments import doctor
 NEEDS = [
     "numpy>=2.0",
     'torch>=2.11; extra == "model"',
-    'plotly>=6.0; extra == "report"',
+    'pandas>=2.2; extra == "pandas"',
     'pytest>=8; extra == "test"',
 ]
 
 
 def test_each_task_runs_or_says_what_to_do(monkeypatch):
     monkeypatch.setattr(doctor.metadata, "requires", lambda name: NEEDS)
-    monkeypatch.setattr(doctor, "_version", {"plotly": "6.0"}.get)
+    monkeypatch.setattr(doctor, "_version", {"pandas": "2.2"}.get)
     monkeypatch.setattr(doctor, "find_spec", lambda module: None)
     found = doctor.look()
-    assert found["extras"] == {"model": {"torch": None}, "report": {"plotly": "6.0"}}
+    assert found["extras"] == {"model": {"torch": None}, "pandas": {"pandas": "2.2"}}
     tasks = {row["what"].partition(":")[0]: row for row in found["tasks"]}
-    assert tasks["report, --plot"]["runs"]
+    assert tasks["load_frame"]["runs"]
     calibrate = tasks["hw calibrate"]
     assert (calibrate["runs"], calibrate["fix"]) == (False, "pip install 'fmsim[model]'")
     assert "pip install 'fmsim[model]'" in found["why_no_gpu"]
@@ -40,3 +42,10 @@ def test_the_table_and_the_json_say_the_same():
     table = fmsim_here("doctor").stdout
     for task in found["tasks"]:
         assert f"{'yes' if task['runs'] else 'no '}  {task['what']}" in table
+
+
+def test_every_task_names_an_extra_that_there_is():
+    project = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text())["project"]
+    assert {task.extra for task in doctor.TASKS if task.extra} <= set(
+        project["optional-dependencies"]
+    )
