@@ -54,6 +54,7 @@ def members(kind: type) -> Iterator[str]:
         if isinstance(node, ast.FunctionDef) and not node.name.startswith("_"):
             text = one_line(ast.get_docstring(node) or "")
             if text:  # else as in the class that it extends
+                # a method that raises it is abstract
                 must = " (must be defined)" if "NotImplementedError" in ast.unparse(node) else ""
                 yield item(f"`{head_of(node)}`{must}", text)
 
