@@ -28,6 +28,7 @@ class Field:
     rank: int = 0
     justify: Literal["left", "right"] = "right"
     wraps: int = 0  # a text that may take several lines, each at least so wide; 0: one line
+    names_row: bool = False  # it stays whatever --columns asks for, as the first field does
 
     @property
     def key(self) -> str:
@@ -107,7 +108,7 @@ class Grid:
 
     def _asked(self, place: int, keys: Sequence[str]) -> bool:
         one = self.fields[place]
-        return one.key in keys or place == 0
+        return one.key in keys or place == 0 or one.names_row
 
     def _table(self, places: Sequence[int], narrow: bool = False) -> Table:
         """With `narrow`, texts that may wrap are as narrow as they may be."""

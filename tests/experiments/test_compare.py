@@ -90,10 +90,14 @@ def test_two_servers():
 
 @pytest.mark.parametrize("width", (80, 100, 120))
 def test_the_table_fits(folder, width, capsys):
-    comparison.show(compare(str(folder / "a"), str(folder / "b")), View(width))
+    found = compare(str(folder / "a"), str(folder / "b"))
+    comparison.show(found, View(width))
     lines = capsys.readouterr().out.splitlines()
     assert max(map(len, lines)) <= width
     assert len({len(line) for line in lines if line[:1] in "┏┃┡│├└"}) == 1
+    comparison.show(found, View(width, ("change",)))
+    heads = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("┃"))
+    assert heads.replace("┃", " ").split() == ["policy", "figure", "change"]
 
 
 @pytest.mark.parametrize(

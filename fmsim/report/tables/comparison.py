@@ -11,7 +11,7 @@ from fmsim.units import sized
 
 FIELDS = (
     Field("policy", 3, "left"),
-    Field("figure", 0, "left"),
+    Field("figure", 0, "left", names_row=True),
     Field("A", 2),
     Field("B", 1),
     Field("change", 0),
@@ -19,6 +19,23 @@ FIELDS = (
     Field("says", 0, "left"),
 )
 MOST_SETTINGS = 20  # lines; the JSON has all
+CALLED = {  # as the headings of `fmsim run` call them
+    "entry_recall": "golden kept",
+    "hit_rate": "golden kept, per step",
+    "gpu_bytes": "on GPU",
+    "max_requests": "requests fit",
+    "at_max_requests.decode_tokens_per_s": "tokens/s then",
+    "decode_tokens_per_s": "decode tokens/s",
+    "step_s.p99": "p99 a step",
+    "stall_ratio": "stall",
+    "h2d_bytes_per_step": "PCIe a step",
+    "tokens_per_s": "tokens/s",
+    "goodput_per_s": "goodput, requests/s",
+    "slo_share": "in SLO",
+    "ttft_s.p95": "TTFT p95",
+    "tpot_s.p95": "TPOT p95",
+    "stall_share": "stall",
+}
 
 
 def show(found: dict[str, Any], view: View = ALL) -> None:
@@ -57,8 +74,7 @@ def table(rows: list[dict[str, Any]]) -> Grid:
         if last not in (None, row["policy"]):
             grid.part()
         simulated = row["error"] == "simulated"
-        name = row["figure"].removesuffix(".decode_tokens_per_s").replace("_", " ")
-        name = "tokens per s then" if row["figure"].startswith("at_max") else name
+        name = CALLED.get(row["figure"], row["figure"].replace("_", " "))
         grid.add(
             row["policy"] if row["policy"] != last else "",
             name + ("*" if simulated else ""),
