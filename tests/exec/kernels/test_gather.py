@@ -11,7 +11,7 @@ from fmsim.exec.kernels.tuning import GatherTuning
 
 
 @on_each_device
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=40 if torch.cuda.is_available() else 8, deadline=None)
 @given(
     seed=st.integers(0, 2**32),
     groups=st.integers(1, 3),

@@ -86,7 +86,7 @@ def test_the_reference_is_the_models_attention():
 
 @on_each_device
 @each_way
-@settings(max_examples=10, deadline=None)
+@settings(max_examples=40 if torch.cuda.is_available() else 5, deadline=None)
 @given(
     seed=st.integers(0, 2**32),
     batch=st.integers(1, 2),
