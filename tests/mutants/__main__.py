@@ -161,7 +161,7 @@ def main() -> None:
         out = stack.enter_context(open(given.json, "w", encoding="utf-8")) if given.json else None
         outcomes = Outcomes(sources, len(drawn), out)
         stack.callback(lambda: _table(outcomes.all, time.monotonic() - began))
-        copies = [_copy(Path(folder) / f"copy{number}") for number in range(given.jobs)]
+        copies = _copies(Path(folder), given.jobs)
         near = _near_tests(copies, given.near, given.near_seconds, began + given.seconds)
         outcomes.write(vars(given) | {"tests": near.seconds, "left_out": near.left_out})
         print(
@@ -210,6 +210,15 @@ def _preload() -> None:
     for name in PRELOADED.split():
         with contextlib.suppress(ImportError):
             importlib.import_module(name)
+
+
+def _copies(folder: Path, jobs: int) -> list[Path]:
+    """Trees of the project, a process each; compiled once."""
+    first = _copy(folder / "copy0")
+    others = [folder / f"copy{number}" for number in range(1, jobs)]
+    for place in others:
+        shutil.copytree(first, place, copy_function=_link_or_copy)
+    return [first, *others]
 
 
 def _copy(folder: Path) -> Path:
