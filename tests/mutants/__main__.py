@@ -80,7 +80,7 @@ COPIED = ("fmsim", "tests", "scenarios", "traces", "docs", "benchmarks", "pyproj
 LINKED_BYTES = 200_000  # larger files are linked, not copied; no test writes into one
 PRELOADED = (
     "numpy torch safetensors.numpy pydantic simpy yaml typer rich.table array_api_compat.torch"
-    " array_api_compat.numpy ml_dtypes hypothesis unittest.mock"
+    " array_api_compat.numpy ml_dtypes hypothesis unittest.mock triton transformers.modeling_utils"
 )
 LEAST_S = 30.0  # time limit of a mutant whose tests take no time
 SLOWER = 6.0  # a mutant's tests may take so much longer than without it
@@ -208,7 +208,7 @@ def _survivors(
 def _preload() -> None:
     """What every child would import, but for fmsim itself."""
     for name in PRELOADED.split():
-        with contextlib.suppress(ImportError):
+        with contextlib.suppress(Exception):  # a child that needs it says what is wrong
             importlib.import_module(name)
 
 

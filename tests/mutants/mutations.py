@@ -47,7 +47,8 @@ PAIRS = [
     ("zeros_like", "ones_like"),
 ]
 NAMES = dict(PAIRS) | {right: left for left, right in PAIRS}
-WORDS_ONLY = {"description", "help", "title"}  # keywords whose value is shown to people alone
+# Keywords whose value is shown to people alone; stacklevel: the line that a warning names.
+WORDS_ONLY = {"description", "help", "title", "stacklevel"}
 
 
 @dataclass(frozen=True)

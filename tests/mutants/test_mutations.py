@@ -65,4 +65,5 @@ def test_bytes_beyond_ascii_do_not_shift_the_place():
 
 def test_what_no_test_could_tell_is_left_alone():
     source = "a = b.reshape(-1, 3)\nc = zip(a, b[2:], strict=True)\n"
-    assert [one.new for one in mutations_of("a.py", source)] == ["4", "3"]
+    source += "def f():\n    warn('no', stacklevel=3)\n"
+    assert [one.new for one in mutations_of("a.py", source)] == ["4", "3", "pass"]
