@@ -149,12 +149,12 @@ def main() -> None:
         for path in (ROOT / folder).rglob("*.py")
     }
     mutations = [one for one in every(sources) if given.only in one.path]
+    drawn = _survivors(Path(given.again), mutations, sources) if given.again else []
     if given.again:
-        drawn = _survivors(Path(given.again), mutations, sources)
         print(f"{len(drawn)} that survived in {given.again} are still possible")
-    else:
-        drawn = random.Random(given.seed).sample(mutations, min(given.count, len(mutations)))
-        print(f"{len(mutations)} mutations are possible; seed {given.seed} draws {len(drawn)}")
+    fresh = random.Random(given.seed).sample(mutations, min(given.count, len(mutations)))
+    print(f"{len(mutations)} mutations are possible; seed {given.seed} draws {len(fresh)}")
+    drawn += [one for one in fresh if one not in drawn]
     _preload()
     with contextlib.ExitStack() as stack:
         folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="fmsim-mutants-"))
@@ -175,7 +175,7 @@ def main() -> None:
 def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m tests.mutants")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--count", type=int, default=100, help="mutants to draw")
+    parser.add_argument("--count", type=int, help="mutants to draw; 100, or with --again none")
     parser.add_argument("-j", "--jobs", type=int, default=1, help="processes")
     parser.add_argument("--only", default="", help="files whose path holds this, alone")
     parser.add_argument(
@@ -185,10 +185,13 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument(
         "--near-seconds", type=float, default=1200.0, help="tests of slower files are left out"
     )
-    parser.add_argument("--again", help="a file of outcomes: only what survived there")
+    parser.add_argument("--again", help="a file of outcomes: first what survived there")
     parser.add_argument("--nice", type=int, default=0)
     parser.add_argument("--json", help="file for all outcomes, a line each")
-    return parser.parse_args()
+    given = parser.parse_args()
+    if given.count is None:
+        given.count = 0 if given.again else 100
+    return given
 
 
 def _survivors(

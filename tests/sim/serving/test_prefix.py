@@ -218,6 +218,86 @@ def test_a_tier_without_end_finds_what_ever_was_there(prompts):
     assert share is None or 0 <= share <= 1
 
 
+class PlainTier:
+    """`BlockTier` with blocks of one byte, as lists: those that may go, the next one first, and one
+    name for each pin.
+    """
+
+    def __init__(self, size, below=None):
+        self.size, self.below, self.loose, self.pins, self.written = size, below, [], [], 0
+
+    def free(self):
+        return self.size - len(self.loose) - len(set(self.pins))
+
+    def make_room(self, n_blocks):
+        while self.free() < n_blocks and self.loose:
+            gone = self.loose.pop(0)
+            if self.below:
+                self.below.store([gone])
+
+    def store(self, blocks):
+        came = 0
+        for block in blocks[::-1]:
+            if block in self.pins:
+                continue
+            if block in self.loose:
+                self.loose.remove(block)
+            else:
+                self.make_room(1)
+                if not self.free():
+                    break
+                came += 1
+            self.loose.append(block)
+        self.written += came
+        return came
+
+    def pin(self, blocks):
+        for block in blocks:
+            self.loose = [each for each in self.loose if each != block]
+            self.pins.append(block)
+
+    def unpin(self, blocks):
+        for block in blocks[::-1]:
+            self.pins.remove(block)
+            if block not in self.pins:
+                self.loose.append(block)
+
+
+BLOCKS = st.lists(st.integers(0, 9), min_size=1, max_size=4, unique=True)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    calls=st.lists(
+        st.tuples(st.sampled_from(["store", "pin", "unpin", "make_room"]), BLOCKS), max_size=25
+    ),
+    size=st.integers(1, 6),
+    below=st.integers(1, 4),
+)
+def test_a_tier_keeps_what_plain_lists_keep(calls, size, below):
+    lower, plain_lower = tier(below), PlainTier(below)
+    upper, plain = tier(size, lower), PlainTier(size, plain_lower)
+    pinned = []
+    for call, blocks in calls:
+        if call == "pin":
+            blocks = [block for block in blocks if block in upper]
+            pinned.append(blocks)
+        elif call == "unpin":
+            blocks = pinned.pop(0) if pinned else []
+        given = len(blocks) if call == "make_room" else blocks
+        assert getattr(upper, call)(given) == getattr(plain, call)(given)
+        for found, expected in ((upper, plain), (lower, plain_lower)):
+            assert list(found._unpinned) == expected.loose and found.written == expected.written
+            assert {block for block in range(10) if block in found} == {
+                *expected.loose,
+                *expected.pins,
+            }
+            assert (found.pool.level, found.room()) == (
+                expected.free(),
+                expected.free() + len(expected.loose),
+            )
+
+
 def test_a_decode_of_a_given_ledger_is_as_before_where_no_block_has_an_id():
     made = Demand(ledger(slots=8100, on_miss="fetch"), FLASH)
     run = serve(made, Arrival(0, 32_000, 10), Arrival(0, 32_000, 10))
