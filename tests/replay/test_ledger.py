@@ -1,6 +1,7 @@
 """A ledger's file says what was counted; a damaged one says so."""
 
 import zipfile
+from dataclasses import fields, replace
 
 import numpy as np
 import pytest
@@ -31,6 +32,37 @@ def test_members_that_zipfile_cannot_read_are_told(tmp_path, kind):
     (tmp_path / "b.npz").write_bytes(data)
     with pytest.raises(FmsimError, match=r"b\.npz: not a whole fmsim ledger"):
         Ledger.load(tmp_path / "b.npz")
+
+
+def test_every_field_is_of_its_kind_and_its_size():
+    """Two steps, three layers, one group: no size is another's."""
+    made = ledger(n_steps=2)
+    made.check()
+    replace(made, n_slots=0, topk=0).check()
+
+    def told(says, **changes):
+        with pytest.raises(ValueError, match=f"^{says}"):
+            replace(made, **changes).check()
+
+    for field in fields(Ledger):
+        name, value = field.name, getattr(made, field.name)
+        if field.type == "int":
+            for wrong in (-1, True, 1.5, "3", None):
+                told(f"{name} is no count", **{name: wrong})
+        elif field.type == "str":
+            told(f"{name} is no text", **{name: 7})
+        elif field.type == "np.ndarray":
+            for wrong in (value.tolist(), value.astype(str), value.astype(bool)):
+                told(f"{name} is no array of numbers", **{name: wrong})
+            if value.dtype.kind == "f":
+                not_finite = np.full(value.shape, np.nan, np.float32)
+                told(f"{name} holds a value that is not finite", **{name: not_finite})
+            for axis in range(value.ndim if name != "set_overlap" else 0):
+                longer = np.repeat(value, 2, axis=axis)
+                told(f"{name} has shape", **{name: longer})
+                told(f"{name} has shape", **{name: longer[..., None]})
+    told("params or granularity", params=[])
+    told("params or granularity", granularity=0)
 
 
 def rows_of(frame):
