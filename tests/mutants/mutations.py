@@ -48,7 +48,7 @@ PAIRS = [
 ]
 NAMES = dict(PAIRS) | {right: left for left, right in PAIRS}
 # Keywords whose value is shown to people alone; stacklevel: the line that a warning names.
-WORDS_ONLY = {"description", "help", "title", "stacklevel"}
+WORDS_ONLY = {"description", "help", "title", "repr", "stacklevel"}
 
 
 @dataclass(frozen=True)

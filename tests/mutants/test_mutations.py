@@ -1,6 +1,7 @@
 """What mutations of a source are made, and what they leave alone."""
 
 from tests.mutants.mutations import mutations_of
+from tests.mutants.summary import summary
 
 SOURCE = '''\
 class Box:
@@ -67,3 +68,29 @@ def test_what_no_test_could_tell_is_left_alone():
     source = "a = b.reshape(-1, 3)\nc = zip(a, b[2:], strict=True)\n"
     source += "def f():\n    warn('no', stacklevel=3)\n"
     assert [one.new for one in mutations_of("a.py", source)] == ["4", "3", "pass"]
+
+
+def test_a_summary_counts_by_room_with_and_without_what_no_test_can_tell():
+    states = ["killed"] * 7 + ["timed out", "survived", "survived", "unreached", "unfinished"]
+    rows = [
+        {
+            "room": "sim" if at else "replay",
+            "state": state,
+            "diff": f"a.py:{at} f: constant\n-1\n+  2",
+        }
+        for at, state in enumerate(states)
+    ]
+    found = summary(rows, {"a.py:8 f: constant: 2": "not read", "a.py:1 f: constant: 2": "it died"})
+    assert found["rooms"]["all"] == {
+        "mutants": 11,
+        "died": 8,
+        "equivalent": 1,
+        "died_share": 0.7273,
+        "died_share_of_others": 0.8,
+    }
+    assert found["rooms"]["replay"]["died_share"] == 1 and found["rooms"]["sim"]["mutants"] == 10
+    assert [(one["mutant"][5], one["equivalent"]) for one in found["survivors"]] == [
+        ("8", "not read"),
+        ("9", None),
+        ("1", None),
+    ]
