@@ -290,7 +290,7 @@ def _loss(
     negatives = _negatives(logits.detach(), batch, options, generator)
     weights = batch.golden * (batch.mass.clamp(min=1e-6) ** options.mass_power)
     # mean 1 a positive
-    weights = weights / weights.sum(-1, keepdim=True) * batch.golden.sum(-1, keepdim=True)
+    weights = weights / weights.sum(1, keepdim=True) * batch.golden.sum(1, keepdim=True)
     if options.loss == "infonce":
         return infonce_loss(logits, weights, batch.golden | negatives)
     return focal_loss(logits - model.margin, weights, negatives, options.focal_gamma)
@@ -301,11 +301,11 @@ def _negatives(
 ) -> Tensor:
     """bool [W, E]: random negatives by a coin an entry, and the negatives that score highest."""
     candidates = batch.visible & ~batch.golden
-    positives = batch.golden.sum(-1, keepdim=True)
-    chance = options.random_negatives * positives / candidates.sum(-1, keepdim=True).clamp(min=1)
+    positives = batch.golden.sum(1, keepdim=True)
+    chance = options.random_negatives * positives / candidates.sum(1, keepdim=True).clamp(min=1)
     chosen = torch.rand(logits.shape, device=logits.device, generator=generator) < chance
     most = min(int(options.hard_negatives * batch.most_positives) + 1, logits.shape[1])
-    highest = logits.masked_fill(~candidates, -torch.inf).topk(most, dim=-1).values
+    highest = logits.masked_fill(~candidates, -torch.inf).topk(most, dim=1).values
     hard = (options.hard_negatives * positives).long().clamp(max=most - 1)
     return candidates & (chosen | (logits > highest.gather(1, hard)))
 
@@ -324,9 +324,9 @@ def infonce_loss(logits: Tensor, positive_weights: Tensor, listed: Tensor) -> Te
     """InfoNCE with several positives: cross-entropy of the softmax over ``listed`` entries with the
     positives' share.
     """
-    log_shares = logits.masked_fill(~listed, -torch.inf).log_softmax(-1)
-    target = positive_weights / positive_weights.sum(-1, keepdim=True)
-    return -(target * log_shares.masked_fill(~listed, 0.0)).sum(-1).mean()
+    log_shares = logits.masked_fill(~listed, -torch.inf).log_softmax(1)
+    target = positive_weights / positive_weights.sum(1, keepdim=True)
+    return -(target * log_shares.masked_fill(~listed, 0.0)).sum(1).mean()
 
 
 @torch.no_grad()

@@ -109,7 +109,6 @@ class StackedManager(CacheManager):
         self._tail = there(tail[..., None], np.int64)
         # of the step under way, where a CUDA graph finds it
         self._tail_now = self._tail[0] + 0
-        self._at = 0
 
     def _pinned(self, view: tuple[int, int] | None = None) -> Any:
         if not self._pins:
@@ -119,7 +118,6 @@ class StackedManager(CacheManager):
 
     def write(self, step: int, n_entries: int) -> Moves | None:
         """As `CacheManager.write`; how many entries are visible to each request is known."""
-        self._at = step
         if self._pins:
             self._tail_now[...] = self._tail[step]
         self.visible = int(self._most[step])
@@ -133,7 +131,5 @@ class StackedManager(CacheManager):
         """As `CacheManager.decide`, among the pages that each request sees."""
         self.policy.decide(step)
         worth = self._ranked(step, self.policy.worth_of_first(step, self.visible))
-        moves = self.residency.choose(
-            worth, self.policy.floor, self._pinned(), self._visible[self._at]
-        )
+        moves = self.residency.choose(worth, self.policy.floor, self._pinned(), self._visible[step])
         return self._told(step, moves)

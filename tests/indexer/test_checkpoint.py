@@ -1,6 +1,7 @@
 import json
 import tracemalloc
 import zipfile
+from copy import copy
 
 import numpy as np
 import pytest
@@ -120,6 +121,16 @@ def test_a_pt_that_would_inflate_is_refused_by_its_headers(tmp_path):
         checkpoint.load(tmp_path / "bomb.pt")
     assert tracemalloc.get_traced_memory()[1] < 2**24
     tracemalloc.stop()
+    with zipfile.ZipFile(tmp_path / "small.pt", "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("small/data/0", b"x")
+    with zipfile.ZipFile(tmp_path / "twins.pt", "w") as archive:
+        archive.writestr("twins/data/0", bytes(4000))
+        twin = copy(archive.filelist[0])  # a second name for the same bytes
+        twin.filename = "twins/data/1"
+        archive.filelist.append(twin)
+    for name in ("small.pt", "twins.pt"):
+        with pytest.raises(FmsimError, match=f"{name}: .*members are compressed or overlap"):
+            checkpoint.load(tmp_path / name)
     repeated = torch.zeros(1).expand(2**14, 2**14)
     torch.save({"retrievers.l0.wq_a.weight": repeated}, tmp_path / "wide.pt")
     with pytest.raises(FmsimError, match="wide.pt: .*larger than the file"):
@@ -193,6 +204,16 @@ def test_missing_truncated_and_foreign_files(tmp_path):
     )
     with pytest.raises(FmsimError, match="metadata"):
         checkpoint.load(path)
+
+
+@pytest.mark.parametrize("name", ["c.safetensors", "c.pt"])
+def test_four_gigabytes_are_read_and_not_a_byte_more(tmp_path, name):
+    """Of files with nothing in them: one is foreign, the other too large."""
+    for n_bytes, says in ((2**32, "not a "), (2**32 + 1, "more than the 4,294,967,296")):
+        with (tmp_path / name).open("wb") as file:
+            file.truncate(n_bytes)
+        with pytest.raises(FmsimError, match=says):
+            checkpoint.load(tmp_path / name)
 
 
 def test_misfits_are_named():

@@ -329,6 +329,27 @@ def test_queries_without_positives_are_left_out_and_the_others_split(monkeypatch
     assert first.golden.tolist() == golden[[0, 2, 3]].tolist()
 
 
+def test_a_step_learns_from_each_trace_once(monkeypatch):
+    """Three of three; and two of three, not always the same."""
+    batches = [batch_of([[1, 1]], [[1, 0]]) for _ in range(3)]
+    asked = []
+
+    def loss(model, batch, options, generator):
+        asked.append(next(n for n, each in enumerate(batches) if each is batch))
+        return model.margin * 1.0
+
+    monkeypatch.setattr("fmsim.indexer.train._loss", loss)
+    model = MemoryIndexer([0], 1, 1, 2, 1, CONFIG)
+    for most, expected in ((3, {(0, 1, 2)}), (9, {(0, 1, 2)}), (2, {(0, 1), (0, 2), (1, 2)})):
+        run = TrainingRun(model, batches, TrainOptions(traces_per_step=most, steps=99), ["a"])
+        asked.clear()
+        for _ in range(20):
+            run._one_step()
+        size = min(most, 3)
+        steps = {tuple(sorted(asked[at : at + size])) for at in range(0, len(asked), size)}
+        assert (run.step, len(asked), steps) == (20, 20 * size, expected)
+
+
 @pytest.mark.parametrize(
     ("step", "best", "finished"),
     [(0, None, False), (99, None, False), (100, None, True), (59, 40, False), (60, 40, True)],

@@ -33,10 +33,10 @@ class Near:
                 self.by_path[path].append(test)
 
     def of(self, mutation: Mutation) -> list[str]:
-        """Tests that reach the mutated statement, or its function where no line is noted, nearest
-        and quickest first; then, as far as time allows, the others of these files, which may see
-        what a shared helper made. What a module or a class says is run once, by the test that
-        imports it first: there the others are as near.
+        """Tests that reach the mutated statement, or its function where no line is noted: those of
+        its own file, then the quickest; then, as far as time allows, the others of these files,
+        which may see what a shared helper made. What a module or a class says is run once, by the
+        test that imports it first: there the others are as near.
         """
         first, last = mutation.lines
         lines = [self.by_place.get(f"{mutation.path}:{at}", []) for at in range(first, last + 1)]
@@ -62,11 +62,9 @@ class Near:
             chosen.append(test)
         return chosen
 
-    def _place(self, path: str, test: str) -> tuple[int, float, str]:
-        stem = Path(path).stem
-        own = file_of(test).endswith(f"test_{stem}.py")
-        room = test.startswith(f"tests/{path.split('/')[1]}/")
-        return (0 if own else 1 if room else 2, self.seconds[test], test)
+    def _place(self, path: str, test: str) -> tuple[bool, float, str]:
+        own = file_of(test).endswith(f"test_{Path(path).stem}.py")
+        return (not own, self.seconds[test], test)
 
 
 def file_of(test: str) -> str:

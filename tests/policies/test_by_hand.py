@@ -266,6 +266,7 @@ def test_integer_worths_reach_to_the_bound_of_their_bits():
     assert "is outside" in guard.fault_of(np.array([[0, 2**37]]), pages)
     assert "is outside" in guard.fault_of(np.array([[-1, 0]]), pages)
     assert "has dtype float64" in guard.fault_of(np.zeros(pages), pages)
+    assert "is NaN" in guard.fault_of(np.array([[0, np.nan]], np.float32), pages)
     assert guard.fault_of(np.full(pages, INF, np.float32), pages) is None
 
 

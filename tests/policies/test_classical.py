@@ -135,3 +135,6 @@ def test_hisparses_newest_entry_leaves_when_the_next_one_closes():
     trace = HandTrace([[[0, 1]]] * 3 + [[[0, 1, 7, 8]]], prompt_entries=8, still=False)
     spec = {"policy": "hisparse", "budget": "2 entries"}
     assert hits(trace, spec) == [2, 2, 2, 3]
+    # also where it is the last that was used
+    used = HandTrace([[[7]]] * 3 + [[[0, 1, 8]]], prompt_entries=8, still=False)
+    assert hits(used, spec) == [1, 1, 1, 3]

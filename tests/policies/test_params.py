@@ -118,6 +118,18 @@ def test_a_number_is_taken_up_to_its_bounds_and_no_further(name, key, least, mos
             registry.build({"policy": name, key: value})
 
 
+@pytest.mark.parametrize("wrong", [math.inf, -math.inf, math.nan])
+def test_no_parameter_is_infinite(wrong):
+    n_asked = 0
+    for name in registry.OWN:
+        for key, field in registry.get(name).Params.model_fields.items():
+            if field.annotation in (float, float | None):
+                n_asked += 1
+                with pytest.raises(FmsimError, match=f"policy {name}: {key}: "):
+                    registry.build({"policy": name, key: wrong})
+    assert n_asked > 40
+
+
 def test_parameters_stay_as_they_were_given():
     policy = registry.build("lru:cadence=4")
     with pytest.raises(ValidationError, match="frozen"):

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from fmsim.errors import FmsimError
-from fmsim.policies.base import Context, Observation, Pins
+from fmsim.policies.base import Context, LookaheadPolicy, Observation, Pins
 from fmsim.policies.belady import Belady
 from fmsim.policies.fifo import FIFO
 from fmsim.policies.h2o import H2O
@@ -43,6 +43,25 @@ def saw(pages, fetched=(), mass=None):
 
 def ids(pages):
     return np.array([pages], np.int32)
+
+
+def test_scores_that_were_prepared_are_not_worked_out_again():
+    asked = []
+
+    class Scored(LookaheadPolicy):
+        name = "scored"
+
+        def score(self, step):
+            asked.append(step)
+            return np.full((1, 3), step, np.float32)
+
+    policy = made(Scored())
+    policy.prepare([0, 4])
+    assert asked == [0, 4]
+    policy.decide(4)
+    assert worths(policy) == [4, 4, 4, np.inf, np.inf, np.inf] and asked == [0, 4]
+    policy.decide(8)
+    assert asked == [0, 4, 8]
 
 
 def test_lru_ranks_by_the_last_two_uses():

@@ -73,6 +73,21 @@ def test_slots_worked_by_hand(spec, expected):
     assert slots(spec) == expected
 
 
+@pytest.mark.parametrize(
+    ("spec", "comes_back"),
+    [
+        ("lru:budget=9 entries", True),
+        ("lru:budget=9 entries,on_miss=fallback", True),
+        ("lru:budget=9 entries,on_miss=mask", False),
+        ("lru:budget=9 entries,on_miss=mask,cadence=2", True),
+        ("lru:budget=100 entries", False),
+    ],
+)
+def test_pages_come_back_by_a_miss_or_a_decision(spec, comes_back):
+    trace = HandTrace([[[0, 1, 2, 3]]], prompt_entries=100)
+    assert Replayer(trace).run(registry.build(spec)).comes_back is comes_back
+
+
 def test_what_a_budget_is_exceeded_by_is_said():
     with pytest.raises(BudgetTooSmall) as found:
         slots("lru:budget=20% gpu")  # 241 B; one slot takes 10 + 40 + 200 + 7

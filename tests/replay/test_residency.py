@@ -37,6 +37,9 @@ def test_free_slots_go_first_then_the_least_worth():
     worth = by_table([5, 1, 7, 3, 9, 2, 0, 0, 0, 0, 0, 0])
     moves = residency.admit(np.array([[0, 1]], np.int32), np.array([[True, True]]), worth)
     assert content(residency) == [{0, 1}] and moves.evicted.tolist() == [0]
+    moves = residency.admit(np.zeros((1, 0), np.int32), np.zeros((1, 0), bool), worth)
+    assert moves.pages.shape == moves.slots.shape == moves.out.shape == (1, 0)
+    assert (moves.loaded.tolist(), moves.evicted.tolist()) == ([0], [0])
     moves = residency.admit(np.array([[2, 4]], np.int32), np.array([[True, True]]), worth)
     assert (
         content(residency) == [{0, 2, 4}]
@@ -170,7 +173,8 @@ def test_choose_matches_a_plain_model(n_slots, worth, floor, resident):
 
 def test_overlap_is_the_jaccard_index():
     residency = Residency(1, PAGES, 4, xp)
-    assert residency.overlap(residency.present()).tolist() == [1.0]
+    with np.errstate(all="raise"):
+        assert residency.overlap(residency.present()).tolist() == [1.0]
     residency.choose(np.array([[1, 1, 1, 0]], np.float32), 1.0)
     earlier = residency.present()
     residency.choose(np.array([[0, 1, 1, 1]], np.float32), 1.0)

@@ -77,6 +77,7 @@ def one_step(manager, book, step, n_entries, use, number):
         book.window_began(step)
     if not manager.passive:
         book.moved(step, "demand_loads", manager.settle(number, manager.look_up(use)))
+    return written is not None
 
 
 def pinned(test, pages, rows=slice(None)):
@@ -121,14 +122,16 @@ def test_a_row_of_many_is_kept_as_it_is_alone(
             selected(manager, count, rng)
             for manager, count in zip(alone, entries[step], strict=True)
         ]
+        began = []
         for manager, book, (ids, mass), count in zip(
             alone, books, picked, entries[step], strict=True
         ):
             use = by_page(manager, there(ids), there(mass), shared)
-            one_step(manager, book, step, int(count), use, step)
+            began.append(one_step(manager, book, step, int(count), use, step))
         ids, mass = (there(np.concatenate(part)) for part in zip(*picked, strict=True))
         number = there(np.array(step))  # as a CUDA graph has it
-        one_step(together, whole, step, None, by_page(together, ids, mass, shared), number)
+        use = by_page(together, ids, mass, shared)
+        assert one_step(together, whole, step, None, use, number) == any(began)
         for r, manager in enumerate(alone):
             rows = slice(together.starts[r], together.starts[r + 1])
             pages = there(np.arange(together.ctx.n_pages))[None, :]

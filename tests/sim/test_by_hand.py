@@ -75,6 +75,7 @@ def test_without_masses_exact_means_that_misses_are_fetched_or_do_not_occur():
         ("fetch", hit - 1, True),
         ("mask", hit, True),
         ("mask", hit - 1, False),
+        ("mask", hit - np.eye(2, 3, dtype=np.int32), False),
     ):
         made = ledger(n_steps=2, masses=False, on_miss=on_miss, hit=hits, accessed=hit)
         assert exact(made) is lossless, (on_miss, hits[0, 0])

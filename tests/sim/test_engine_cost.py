@@ -87,6 +87,7 @@ def test_more_misses_than_were_timed_are_gathers_beyond():
     missing = ledger(
         n_groups=3, on_miss="fetch", cadence=1, miss_slots=512, demand_loads=loads(128, 3, s10=100)
     )
+    assert costs(ledger()).miss_s().tolist() == [[0.0] * 21] * 128
     more_s = GATHER.one_s(584, 100 * 584) - GATHER.one_s(584, 8 * 584)
     assert costs(missing).miss_s()[10, 0] == pytest.approx(8e-6 + more_s)
 
@@ -126,6 +127,25 @@ def test_sizes_add_what_they_cost():
     n_pages = (4 * 8000 + 128) // 4
     sized_ns = 2 * 2400 + 3 * 21 * n_pages * 2 + 5 * 21 * 512 * 2
     assert found.step_s() == pytest.approx(np.full(128, 1e-3 + sized_ns / 1e9))
+    free = {"steps": steps, "pages_batch_ms": {1: {1: 0.0, 2: 0.0}}}
+    # who loads nothing has a row a group, or where these have slots of their own one a layer
+    for group_slots, rows in (([800], 1), ([800] * 3, 3), ([700, 800, 900], 21)):
+        held = ledger(n_groups=len(group_slots), group_slots=group_slots, cadence=1, all_keys=True)
+        sized_ns = 2 * sum(group_slots) + 3 * rows * n_pages * 2 + 5 * 21 * 512 * 2
+        found = costs(held, batch=2, **free).step_s()
+        assert found == pytest.approx(np.full(128, 1e-3 + sized_ns / 1e9))
+
+
+def test_late_pages_without_keys_come_in_six_parts():
+    """Their layers take turns with what comes: a fast step waits for the last part, a slow one for
+    the first.
+    """
+    kept = ledger(all_keys=True)
+    n_pages = np.array([0.0, 42_000.0, 42_000.0])
+    come_s = GATHER.one_s(584, 42_000 * 584)
+    fast_s, slow_s = come_s / 100, 100 * come_s
+    found = costs(kept).late_waits_s(n_pages, np.array([fast_s, fast_s, slow_s]))
+    assert found == pytest.approx([0.0, come_s - 5 / 6 * fast_s, come_s / 6])
 
 
 def hardware(**changes):

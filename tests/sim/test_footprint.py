@@ -29,6 +29,12 @@ def test_layers_that_keep_their_keys_come_first():
     assert found.kv_bytes == found.total == slots + 3 * 8032 * 132 + 20 * 251 * 584 + WINDOWS
 
 
+def test_a_single_layers_keys_may_come_and_go():
+    for n_keyed, tiered in ((20, True), (21, False), (30, False)):
+        made = ledger(target_layers=list(range(n_keyed)), all_keys=False)
+        assert footprint(made, FLASH).keys_tiered is tiered
+
+
 def test_spare_pages_of_uneven_groups():
     """A quarter of each group's slots with their keys, and four pages for misses without."""
     made = ledger(**THREE, ahead_slots=[300, 200, 100], miss_slots=4, granularity=4)

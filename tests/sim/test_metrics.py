@@ -76,6 +76,9 @@ def test_the_99th_percentile_of_steps_of_1_to_101_ms_is_100():
     )
     row = metrics.timed(timeline)
     assert row["step_s"] == {"p50": pytest.approx(0.051), "p99": pytest.approx(0.1)}
+    assert row["stall_ratio"] == 0
+    timeline.stall_s[7] = np.nan  # not known of one step
+    assert metrics.timed(timeline)["stall_ratio"] is None
 
 
 def test_index_keys_stay_where_misses_are_fetched_and_move_where_they_are_masked():

@@ -177,6 +177,23 @@ def test_a_time_a_token_holds_the_waits_too(recalled):
         assert admission.waits_for == "time a token"
 
 
+@pytest.mark.parametrize("by", ["admit_by_link", "admit_by_slo"])
+def test_who_is_weighed_has_its_whole_length(by, monkeypatch):
+    weighed = []
+    monkeypatch.setattr(
+        "fmsim.sim.serving.admission.mean_step_s",
+        lambda model, demand, tokens, ranks: weighed.append((tokens.tolist(), list(ranks))) or 1e-9,
+    )
+    made = ledger(lookahead_loads=loads(128, s64=6000))
+    admission = serve(H100, made, 0, Slo(tpot_s=1.0), **{by: True}).admission
+    for number, prompt in enumerate((PROMPT, 2 * PROMPT)):
+        request = hand_request.request(admission.demand, prompt, OUTPUT)
+        request.number = number
+        admission.queue.append(request)
+    assert len(list(admission.enter(0.0))) == (1 if by == "admit_by_link" else 2)
+    assert weighed == [([PROMPT + OUTPUT, 2 * PROMPT + OUTPUT], [0, 0])]
+
+
 def test_a_rank_that_has_half_of_the_prompt_comes_first():
     """64 blocks of 512 tokens, of which the second rank has 32, or 31."""
     made = ledger(slots=8032, on_miss="fetch")
@@ -218,6 +235,11 @@ def test_a_request_that_comes_whole_needs_all_its_entries_and_gives_back_what_is
     assert admission._needs(request, FoundBlocks())[0] == pytest.approx(whole / 2)
     beyond = (whole - request.pools.gpu_bytes) / 2
     assert admission._beyond_slots(request) == pytest.approx(beyond) and beyond > 0
+    most = ledger(on_miss="fetch", slots=7990, demand_loads=missed, miss_slots=512)
+    admission = serve(PARTS, most, 0, residency="hybrid").admission
+    request = hand_request.request(admission.demand, output=OUTPUT)
+    assert request.pools.gpu_bytes > whole  # with its spare pages
+    assert admission._beyond_slots(request) == 0
 
 
 @pytest.mark.parametrize("tight", [False, True])

@@ -49,6 +49,8 @@ def test_azure_has_seven_digits_after_the_second_and_passes_midnight(tmp_path):
 def test_spaces_behind_commas_say_nothing(tmp_path):
     text = 'TIMESTAMP, ContextTokens, GeneratedTokens\n2023-11-16 18:00:00, "400", 6\n'
     assert read_requests(written(tmp_path, text)) == [Arrival(0.0, 400, 6)]
+    text = "TIMESTAMP , ContextTokens ,GeneratedTokens \n2023-11-16 18:00:00,400 ,6 \n"
+    assert read_requests(written(tmp_path, text)) == [Arrival(0.0, 400, 6)]
 
 
 def test_burstgpt_leaves_out_failed_requests(tmp_path):

@@ -71,6 +71,8 @@ def test_computes_wall_keeps_the_time_a_token():
     asked = question(FULL, tokens=8192, tpot_s=0.012)
     wall, state = asked.walls()["compute"], asked.state()
     assert state.at(wall).step_s <= 0.012 < state.at(wall + 1).step_s
+    exactly = asked.changed(tpot_s=state.at(wall - 3).token_s)
+    assert exactly.walls()["compute"] == wall - 3
 
 
 def test_a_plan_names_the_wall_and_what_moves_it():
@@ -275,6 +277,8 @@ def test_what_policies_are_taken_to_do_where_none_was_replayed():
         )
         assert (made.resident == made.n_slots).all() and made.accessed.max() == 512
         assert made.set_overlap.shape == (0,)  # nothing was replayed
+        made.check()
+    assert full.all_keys and lru.all_keys
     assert (full.n_slots, full.on_miss, full.comes_back) == (32_960, "fetch", False)
     assert full.params == {"budget": "all"} and not full.demand_loads.any()
     # of 512 selected entries 8.2% are missed at every step
@@ -291,6 +295,47 @@ def test_what_policies_are_taken_to_do_where_none_was_replayed():
     assert (lsa.ahead_slots, lsa.target_layers, lsa.comes_back) == ([820], [0, 1], True)
     assert [each.exact for each in BEHAVIOURS] == [True, True, False]
     assert [each.mass_kept for each in BEHAVIOURS] == [1.0, 1.0, 0.72]
+
+
+def test_what_arrives_takes_its_part_of_the_memorys_rate():
+    """Misses of 40 rows in each of 21 layers at each step, and 6,400 recalled in one of 128."""
+    demand_loads, lookahead_loads = np.full((128, 1), 40, np.int32), loads(128, s64=6400)
+    plain, missed, both = (
+        SteadyState(H100, FLASH, Demand(ledger(on_miss="fetch", **moved), FLASH), 32_000, 128).at(4)
+        for moved in (
+            {},
+            {"demand_loads": demand_loads},
+            {"demand_loads": demand_loads, "lookahead_loads": lookahead_loads},
+        )
+    )
+    rate = H100.hbm_bytes_per_s.value
+    missed_s = missed.compute_s - plain.compute_s
+    assert missed_s == pytest.approx(4 * 40 * 21 * 584 / rate)
+    recalled_s = both.compute_s - missed.compute_s
+    assert recalled_s == pytest.approx(4 * 6400 / 64 * 21 * 584 / rate)
+    assert missed.token_s == missed.compute_s + missed.stall_s
+
+
+def test_who_is_slower_pays_once_the_full_cache_is_full():
+    """Misses make a step longer at every batch, but more requests fit."""
+    missed = np.full((256, 1), 60, np.int32)
+    made = ledger(
+        n_steps=256,
+        prompt_entries=ENTRIES,
+        slots=3200,
+        on_miss="fetch",
+        demand_loads=missed,
+        params={"budget": "10%"},
+    )
+    asked = question(Demand(made, FLASH), tpot_s=1.0)
+    rival = asked.changed(demand=FULL)
+    most = min(rival.walls().values())
+    at_most = rival.state().at(most).tokens_per_s
+    batch = _smallest_batch(asked, FULL)
+    assert batch > most
+    assert (
+        asked.state().at(batch - 1).tokens_per_s <= at_most < asked.state().at(batch).tokens_per_s
+    )
 
 
 def test_what_lies_on_drives_is_read_at_their_rate():

@@ -77,6 +77,9 @@ def test_misses_of_all_positions_and_recalls_of_a_window_by_hand():
     assert found.recall_bytes[37] == made.recall_bytes[64] > 0
     assert found.recall_bytes.sum() == made.recall_bytes.sum()
     assert made.drafted(0, 0.5) is made
+    every_step = Demand(ledger(n_steps=9, cadence=1), FLASH).drafted(1, 1.0)
+    assert (every_step.cadence, every_step.tokens_per_step) == (1, 2)
+    assert every_step.offsets.tolist() == [0, 1, 2, 3]
 
 
 @settings(max_examples=20, deadline=None)
