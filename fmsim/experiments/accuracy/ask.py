@@ -95,16 +95,15 @@ def _side_by_side(
     progress: Progress,
     ends_s: float,
 ) -> None:
-    """Of each seed the longest are begun first: a run that is cut off has whole seeds, and no long
-    context is left alone at the end.
-    """
-    order = sorted(items, key=lambda item: (plan.seeds.index(item.seed), -item.tokens))
-    jobs = [(item, {lines.key(line) for line in lines.of([item], plan.policies)}) for item in order]
+    jobs = [
+        (item, {lines.key(line) for line in lines.of([item], plan.policies)})
+        for item in evenly(items)
+    ]
     in_time = takewhile(lambda job: time.monotonic() <= ends_s, jobs)
     context = multiprocessing.get_context("spawn")
     reading = tuple(context.Lock() for _ in range(MOST_GPUS))
     work = partial(_in_process, open_source, plan, max(1, cores() // workers), reading)
-    tally = Tally([str(item) for item in order], len(jobs), progress)
+    tally = Tally([str(item) for item, _ in jobs], len(jobs), progress)
     lost: list[str] = []
 
     def gone(job: tuple[Item, set[tuple]], why: str) -> str:
@@ -121,6 +120,21 @@ def _side_by_side(
             f"eval: {len(lost)} contexts were lost, the first is {lost[0]}; with the same --out it"
             " asks them again"
         )
+
+
+def evenly(items: Sequence[Item]) -> list[Item]:
+    """`items` such that a run that is cut off has the same share of every length, the first seeds
+    of each; among equal shares the longest come first.
+    """
+    of_length: dict[int, list[Item]] = {}
+    for item in items:
+        of_length.setdefault(item.tokens, []).append(item)
+    shares = [
+        (place / len(group), -tokens, item)
+        for tokens, group in of_length.items()
+        for place, item in enumerate(group)
+    ]
+    return [item for _, _, item in sorted(shares, key=lambda share: share[:2])]
 
 
 _opened: list[tuple[DeepseekV4, Corpus]] = []  # this worker's, for its next context
