@@ -24,6 +24,7 @@ from fmsim.experiments import measured_answers
 from fmsim.experiments.accuracy import policy_of
 from fmsim.files import write_text
 from fmsim.policies import registry
+from fmsim.report.console import spread_text
 
 ROOT = Path(__file__).parents[1]
 FILE = "benchmarks/results/accuracy.json"
@@ -38,19 +39,15 @@ LABELS = {  # a spec without its budget: what tables and the chart say of it
     f"lru:{HELD}": "lru held",
     f"lru:{HELD},prompt_history=true": "lru held, seeded",
     "lsa": "lsa",
-    "lsa-history": "lsa-history",
     "foresight": "foresight",
-    "foresight:layers=[4]": "foresight, one layer",
-    # as it was when a GPU was there to ask
-    "foresight:unit=0.003,weight=1": "foresight*",
-    "foresight:layers=[4],unit=0.003,weight=1": "foresight*, one layer",
     "oracle": "oracle",
     "lru": "lru, exact",
     "lsa:on_miss=fallback": "lsa, fallback",
+    "foresight:on_miss=fallback": "foresight, fallback",
     "native": "native",
 }
 CHARTED = {  # by label: colour, dashes, marker
-    "foresight*": ("#0072b2", "", "circle"),
+    "foresight": ("#0072b2", "", "circle"),
     "lsa": ("#56b4e9", "6 3", "circle"),
     "lru held, seeded": ("#d55e00", "7 3", "triangle"),
     "h2o": ("#009e73", "2 3", "diamond"),
@@ -84,6 +81,7 @@ def shipped(report: Result, command: str) -> tuple[Row, Row]:
             known
             | {key: row[key] for key in (*ships, "gpu_ratio", "mass_kept")}
             | {"half_width": 0.0 if row["policy"] == "full" else row["kept_ci95"]["half_width"]}
+            | {"alike": row["kept_ci95"]["alike"]}
         )
     source = {
         "command": command,
@@ -134,8 +132,8 @@ def _of_length(result: Result, tokens: int) -> str:
             f"{row['gpu_bytes'] / 2**20:.1f}",
             f"{row['gpu_ratio']:.1%}",
             f"{row['max_requests']:.0f}",
-            _points(row["score"], row["score_ci95"]["half_width"]),
-            _points(other["kept"], _spread(other)),
+            _points(row["score"], row["score_ci95"]),
+            _points(other["kept"], None if row["policy"] == "full" else other["kept_ci95"]),
             f"{row['mass_kept']:.3f}",
         ]
         lines.append(f"| {' | '.join(cells)} |")
@@ -153,18 +151,9 @@ def _share(spec: str) -> float:
     return float(budget.partition("%")[0]) if budget else math.inf
 
 
-def _points(value: float | None, half_width: float | None) -> str:
-    if value is None:
-        return "-"
-    return f"{100 * value:.1f}" + ("" if half_width is None else f" ±{100 * half_width:.1f}")
-
-
-def _spread(row: Row) -> float | None:
-    """Half an interval's width of answers kept; the full cache keeps its own for sure."""
-    if row["policy"] == "full" or row["kept_ci95"] is None:
-        return None
-    width: float | None = row["kept_ci95"]["half_width"]
-    return width
+def _points(value: float | None, interval: Row | None) -> str:
+    """The full cache keeps its own answers for sure: no interval."""
+    return "-" if value is None else f"{100 * value:.1f}{spread_text(interval)}"
 
 
 def families(result: Result) -> str:
@@ -179,7 +168,7 @@ def families(result: Result) -> str:
     ]
     for task in dict.fromkeys(task for task, _ in found):
         cells = [
-            _points(cell["score"], cell["score_ci95"]["half_width"])
+            _points(cell["score"], cell["score_ci95"])
             if (cell := found.get((task, tokens)))
             else "-"
             for tokens in known

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from fmsim.policies import registry
+from fmsim.report.console import spread_text
 
 Result = Mapping[str, Any]
 MIB = 2**20
@@ -82,8 +83,7 @@ def _measured_on(result: Result) -> str:
 def _kept(row: Result | None) -> str:
     if row is None:
         return "–"
-    spread = "" if row["half_width"] is None else f" ±{100 * row['half_width']:.1f}"
-    return f"{100 * row['kept']:.1f}%{spread}"
+    return f"{100 * row['kept']:.1f}%{spread_text(row | {'n': row['contexts']})}"
 
 
 def _named(row: Result) -> str:

@@ -1,5 +1,8 @@
 """How figures are written in tables."""
 
+from collections.abc import Mapping
+from typing import Any
+
 from rich.text import Text
 
 NO_MASS = (
@@ -28,6 +31,17 @@ def margin_text(half_width: float | None, digits: int = 1) -> str:
     """
     shown = "" if half_width is None else f"{half_width:.{digits}f}"
     return " " * 6 if not shown.strip("0.") else f" ±{shown:<4}"
+
+
+def spread_text(interval: Mapping[str, Any] | None) -> str:
+    """What stands behind a figure over contexts: half of its 95% interval's width in points; or how
+    many came out alike, where all did, since equals have no spread.
+    """
+    if interval is None or interval["half_width"] is None:
+        return ""
+    if interval["alike"]:
+        return f" ({interval['n']} alike)"
+    return f" ±{100 * interval['half_width']:.1f}"
 
 
 def estimate_text(value: float | None, half_width: float | None) -> str:

@@ -47,7 +47,7 @@ def test_intervals_hold_the_truth_in_about_95_of_100_trials(n):
 
 def test_where_all_contexts_came_out_alike_n_says_how_sure_that_is():
     found = interval([sample(1.0, number=n) for n in range(8)], "score", 0.0, 1.0)
-    assert found["high"] == 1.0 and found["n"] == 8
+    assert found["high"] == 1.0 and found["n"] == 8 and found["alike"]
     assert (found["low"]) ** 8 == pytest.approx(0.025)  # so many successes in a row
     assert interval([sample(1.0, number=n) for n in range(80)], "score", 0, 1)["low"] > 0.95
     none = interval([sample(0.0, number=n) for n in range(8)], "score", -1.0, 1.0)
@@ -56,7 +56,7 @@ def test_where_all_contexts_came_out_alike_n_says_how_sure_that_is():
 
 def test_one_context_tells_no_interval():
     found = interval([sample(1.0)], "score", 0.0, 1.0)
-    assert found == {"half_width": None, "low": None, "high": None, "n": 1}
+    assert found == {"half_width": None, "low": None, "high": None, "n": 1, "alike": False}
 
 
 def test_cells_count_by_their_weights():

@@ -5,6 +5,7 @@ import pytest
 from fmsim.errors import FmsimError
 from fmsim.experiments import measured_answers as measured
 from fmsim.experiments.accuracy import Plan, at_budgets, policy_of, summary
+from fmsim.experiments.accuracy.ask import evenly
 from fmsim.experiments.accuracy.kept import _ranks, answers_kept, guide
 from fmsim.policies import registry
 
@@ -45,6 +46,7 @@ def test_answers_kept_by_hand():
     assert rows["h2o"]["kept_ci95"]["half_width"] == pytest.approx(12.7062 / 6, rel=0.05)
     # where all came out alike, a share of 1 - sqrt(0.025) of two contexts could be otherwise
     assert rows["full"]["kept"] == 1.0
+    assert [rows[name]["kept_ci95"]["alike"] for name in rows] == [True, False]
     assert rows["full"]["kept_ci95"]["half_width"] == pytest.approx(1 - 0.025**0.5)
     [nothing] = answers_kept([line("full", 0.0)])
     assert nothing["kept"] is None and nothing["kept_ci95"] is None
@@ -92,6 +94,9 @@ def test_a_length_may_have_fewer_contexts():
     plan = Plan(("memory",), (64, 128), 3, seeds=(1, 2), fewer=((128, 1, 1),))
     items = [(item.tokens, item.seed, item.sample) for item in plan.items()]
     assert items == [(64, seed, sample) for seed in (1, 2) for sample in range(3)] + [(128, 1, 0)]
+    # a run that is cut off has as much of each, the longest first
+    begun = [(item.tokens, item.sample) for item in evenly(plan.items())]
+    assert begun == [(128, 0), (64, 0), (64, 1), (64, 2), (64, 0), (64, 1), (64, 2)]
     with pytest.raises(FmsimError, match="at least 1"):
         Plan(("memory",), (64,), fewer=((64, 0, 1),))
 

@@ -24,7 +24,7 @@ workload: {kind: poisson, rate_per_s: 2, prompt_tokens: 1000, output_tokens: 20,
 
 def answered():
     """A report of `fmsim eval`, as it stands in report.json."""
-    interval = {"low": 0.4, "high": 0.6, "half_width": 0.1, "n": 4}
+    interval = {"low": 0.4, "high": 0.6, "half_width": 0.1, "n": 4, "alike": False}
     cells, averages, overall = [], [], []
     for place, policy in enumerate(("full", "lsa:threshold=0.5", "lru", "oracle")):
         row = {

@@ -35,10 +35,10 @@ def interval(
 
     A sample is one context's in one family: {"tokens", "task", "seed", "sample", `value`}.
     `weights` are those of the cells (tokens, task); all alike unless given. -> {"half_width",
-    "low", "high", "n"}; null where one context cannot tell. A context that is alone of its length
+    "low", "high", "n", "alike"}; null where one context cannot tell. A context that is alone of its length
     and families cannot be drawn, and counts as it is.
 
-    Where all contexts came out alike, draws of them say nothing, and the interval is what n equal
+    Where all contexts came out `alike`, draws of them say nothing, and the interval is what n equal
     outcomes allow: a share p of contexts could be otherwise, with 1 - p to the power n = 0.025.
     """
     by_context: dict[Context, dict[tuple[int, str], float]] = {}
@@ -59,8 +59,9 @@ def interval(
     draws = bootstrap.ratio_draws(part, whole, strata) @ share
     found = bootstrap.estimate(mean, draws, strata).plain(least, most)
     n = found.pop("blocks")
-    if found["half_width"] is not None and found["half_width"] < 1e-9:
+    alike = found["half_width"] is not None and found["half_width"] < 1e-9
+    if alike:
         other = bootstrap.otherwise(n)
         found["low"], found["high"] = mean - other * (mean - least), mean + other * (most - mean)
         found["half_width"] = max(mean - found["low"], found["high"] - mean)
-    return found | {"n": n}
+    return found | {"n": n, "alike": alike}

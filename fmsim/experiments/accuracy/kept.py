@@ -23,8 +23,7 @@ def answers_kept(lines: Sequence[Line]) -> list[dict[str, Any]]:
     ``kept`` is the policy's score over the full cache's, both summed over families and contexts;
     within a family's context a question counts as much as another. Questions that the full cache
     was not asked are left out. Its 95% interval comes from a bootstrap over contexts, in which both
-    sums are of the same contexts; where all contexts came out alike it is as wide as so many equal
-    outcomes allow. None where the full cache answers nothing.
+    sums are of the same contexts; see `intervals.interval`. None where the full cache answers nothing.
     """
     full = {
         tuple(line[key] for key in QUESTION): line["score"]
@@ -73,11 +72,13 @@ def _row(
 
 def _interval(kept: bootstrap.Estimate, contexts: int) -> dict[str, Any]:
     found = kept.plain(0.0)
-    if found["half_width"] is not None and found["half_width"] < 1e-9:
+    del found["blocks"]
+    alike = found["half_width"] is not None and found["half_width"] < 1e-9
+    if alike:
         found["half_width"] = bootstrap.otherwise(contexts)
         found["low"] = max(0.0, kept.value - found["half_width"])
         found["high"] = kept.value + found["half_width"]
-    return found
+    return found | {"n": contexts, "alike": alike}
 
 
 def guide(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:

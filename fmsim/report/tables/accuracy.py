@@ -6,7 +6,7 @@ from typing import Any
 
 from rich.text import Text
 
-from fmsim.report.console import share_text
+from fmsim.report.console import share_text, spread_text
 from fmsim.report.grid import Field, Grid
 from fmsim.units import GIB, MIB
 
@@ -69,8 +69,7 @@ def _mark(interval: dict[str, Any]) -> str:
 
 def _points(row: dict[str, Any]) -> str:
     """A score of 100, and half of its interval's width."""
-    half_width = row["score_ci95"]["half_width"]
-    return f"{100 * row['score']:.1f}" + ("" if half_width is None else f" ±{100 * half_width:.1f}")
+    return f"{100 * row['score']:.1f}{spread_text(row['score_ci95'])}"
 
 
 def _prices(report: dict[str, Any]) -> Grid:
@@ -135,8 +134,9 @@ def notes(report: dict[str, Any]) -> list[str]:
             " steps."
         ),
         (
-            "±: half of a 95% interval, from a bootstrap over contexts.  +, -: the paired"
-            " difference to full has an interval that leaves out 0."
+            "±: half of a 95% interval, from a bootstrap over contexts; (n alike): all n contexts"
+            " scored the same.  +, -: the paired difference to full has an interval that leaves"
+            " out 0."
         ),
         (
             f"* simulated for {about['plan']['hardware']}, not measured; the rest is"
