@@ -35,8 +35,8 @@ def interval(
 
     A sample is one context's in one family: {"tokens", "task", "seed", "sample", `value`}.
     `weights` are those of the cells (tokens, task); all alike unless given. -> {"half_width",
-    "low", "high", "n", "alike"}; null where one context cannot tell. A context that is alone of its length
-    and families cannot be drawn, and counts as it is.
+    "low", "high", "n", "alike"}; null where one context cannot tell. A context that is alone of its
+    length and families cannot be drawn, and counts as it is.
 
     Where all contexts came out `alike`, draws of them say nothing, and the interval is what n equal
     outcomes allow: a share p of contexts could be otherwise, with 1 - p to the power n = 0.025.

@@ -23,7 +23,8 @@ def answers_kept(lines: Sequence[Line]) -> list[dict[str, Any]]:
     ``kept`` is the policy's score over the full cache's, both summed over families and contexts;
     within a family's context a question counts as much as another. Questions that the full cache
     was not asked are left out. Its 95% interval comes from a bootstrap over contexts, in which both
-    sums are of the same contexts; see `intervals.interval`. None where the full cache answers nothing.
+    sums are of the same contexts; see `intervals.interval`. None where the full cache answers
+    nothing.
     """
     full = {
         tuple(line[key] for key in QUESTION): line["score"]
