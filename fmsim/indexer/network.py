@@ -4,6 +4,8 @@ without torch.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, nn
 
@@ -36,11 +38,7 @@ class Retriever(nn.Module):
         latent = self.wq_a(hidden)
         latent = latent * torch.rsqrt(latent.square().mean(-1, keepdim=True) + self.config.norm_eps)
         query = self.wq_b(latent * self.q_norm_weight).unflatten(-1, (self.heads, self.head_dim))
-        cos, sin = (part[:, None] for part in rotation)
-        still = self.head_dim - self.config.rope_dims
-        even, odd = query[..., still::2], query[..., still + 1 :: 2]
-        turned = torch.stack((even * cos - odd * sin, even * sin + odd * cos), dim=-1).flatten(-2)
-        query = torch.cat((query[..., :still], turned), dim=-1)
+        query = rotated(query, [part[:, None] for part in rotation], self.config.rope_dims)
         if self.config.hadamard:
             query = query @ self.hadamard
         return query, self.weights_proj(hidden) * (self.heads * self.head_dim) ** -0.5
@@ -51,6 +49,17 @@ class Retriever(nn.Module):
         # [W, heads, E]
         products = (query.flatten(0, 1) @ keys.T).relu().unflatten(0, (-1, self.heads))
         return (head_weights[:, None] @ products)[:, 0]
+
+
+def rotated(values: Tensor, rotation: Sequence[Tensor], rope_dims: int) -> Tensor:
+    """Values [..., D] with their last ``rope_dims``, pairs side by side, turned by angles whose
+    cosine and sine [..., rope_dims / 2] are given.
+    """
+    cos, sin = rotation
+    still = values.shape[-1] - rope_dims
+    even, odd = values[..., still::2], values[..., still + 1 :: 2]
+    turned = torch.stack((even * cos - odd * sin, even * sin + odd * cos), dim=-1).flatten(-2)
+    return torch.cat((values[..., :still], turned), dim=-1)
 
 
 class MemoryIndexer(nn.Module):

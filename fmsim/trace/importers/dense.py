@@ -240,31 +240,43 @@ def geometry(config: Any, topk: int) -> dict[str, Any]:
 
 
 def load_dense(place: Path, device: str = "cpu") -> tuple[Any, Any]:
-    """(model, tokenizer) of a transformers directory or a GGUF file, from this disk only; float32
-    on a CPU, else bfloat16.
+    """(model, tokenizer) of a transformers directory or a GGUF file."""
+    return load_model(place, device), load_tokenizer(place)
+
+
+def load_model(place: Path, device: str = "cpu") -> Any:
+    """The causal LM of a transformers directory or a GGUF file, from this disk only; float32 on a
+    CPU, else bfloat16.
     """
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    dtype = torch.float32 if device == "cpu" else torch.bfloat16
+    return _loaded(place, "AutoModelForCausalLM", dtype=dtype).to(device).eval()
+
+
+def load_tokenizer(place: Path) -> Any:
+    """The tokenizer of a transformers directory or a GGUF file, from this disk only."""
+    return _loaded(place, "AutoTokenizer")
+
+
+def _loaded(place: Path, kind: str, **options: Any) -> Any:
+    import transformers
 
     if not place.exists():
         raise FmsimError(f"{place}: no such model; give a transformers directory or a .gguf file")
-    directory, options = (
-        (place, {}) if place.is_dir() else (place.parent, {"gguf_file": place.name})
-    )
-    dtype = torch.float32 if device == "cpu" else torch.bfloat16
+    is_file = not place.is_dir()
+    if is_file:
+        options["gguf_file"] = place.name
     try:
-        tokenizer = AutoTokenizer.from_pretrained(directory, local_files_only=True, **options)
-        model = AutoModelForCausalLM.from_pretrained(
-            directory, local_files_only=True, dtype=dtype, **options
+        return getattr(transformers, kind).from_pretrained(
+            place.parent if is_file else place, local_files_only=True, **options
         )
     except ImportError as error:
-        extra = "gguf" if options else "model"
+        extra = "gguf" if is_file else "model"
         raise FmsimError(f"{place}: {error}; pip install 'fmsim[{extra}]'") from error
     except (OSError, ValueError) as error:
-        hint = "; GGUF files need pip install 'fmsim[gguf]'" if options else ""
+        hint = "; GGUF files need pip install 'fmsim[gguf]'" if is_file else ""
         raise FmsimError(
             f"{place}: transformers cannot load it: {str(error).splitlines()[0]}{hint}"
         ) from error
-    return model.to(device).eval(), tokenizer
 
 
 def weights_sha256(place: Path) -> str:
