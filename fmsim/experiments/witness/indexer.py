@@ -45,7 +45,7 @@ class IndexerShape:
 
 
 class LightningIndexer(nn.Module):
-    """One layer's; scores stand in float32, products are made in the states' own type."""
+    """One layer's. On a GPU it learns from products in bfloat16, and selects by float32's."""
 
     def __init__(self, hidden_size: int, shape: IndexerShape, config: ScorerConfig) -> None:
         super().__init__()
@@ -61,7 +61,8 @@ class LightningIndexer(nn.Module):
 
     def forward(self, states: Tensor, turns: tuple[Tensor, Tensor], keys: Tensor) -> Tensor:
         """Index scores [n, S] of the queries' states [n, hidden] and keys [S, width]."""
-        with torch.autocast(keys.device.type, torch.bfloat16, keys.is_cuda):
+        learns = torch.is_grad_enabled()
+        with torch.autocast(keys.device.type, torch.bfloat16, keys.is_cuda and learns):
             return self.queries(states.float(), turns, keys).float()
 
 
