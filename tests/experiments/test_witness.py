@@ -28,6 +28,7 @@ from fmsim.replay.replayer import Replayer
 
 SHAPE = IndexerShape(heads=3, width=8, rope_dims=4, rank=6)
 LAYERS, HIDDEN = 2, 16
+ROPE = {"rope_type": "default", "rope_theta": 10_000.0}
 
 
 @pytest.fixture(scope="module")
@@ -49,7 +50,7 @@ def model():
 @pytest.fixture(scope="module")
 def indexers():
     torch.manual_seed(1)
-    return LightningIndexers(LAYERS, HIDDEN, SHAPE, scorer.ScorerConfig(4, 10_000.0))
+    return LightningIndexers(LAYERS, HIDDEN, SHAPE, ROPE)
 
 
 def text_of(tokens: int, seed: int = 0) -> np.ndarray:
@@ -116,7 +117,7 @@ def test_training_lowers_the_divergence_and_leaves_the_model_alone(model, tmp_pa
     lessons = Lessons(context=32, queries=16, steps=30, learning_rate=1e-2)
     tokens = text_of(400)
     torch.manual_seed(0)
-    fresh = LightningIndexers(LAYERS, HIDDEN, SHAPE, scorer.ScorerConfig(4, 10_000.0))
+    fresh = LightningIndexers(LAYERS, HIDDEN, SHAPE, ROPE)
     first = IndexerTraining(model, fresh, lessons).advance(tokens)
     log = tmp_path / "log.jsonl"
     trained, about = train(model, tokens, SHAPE, lessons, log)
@@ -129,19 +130,16 @@ def test_training_lowers_the_divergence_and_leaves_the_model_alone(model, tmp_pa
         torch.testing.assert_close(value, trained.state_dict()[name], rtol=1e-3, atol=1e-3)
 
 
-def test_positions_are_scaled_and_put_back(model):
-    tokens = text_of(128)
+def test_positions_are_stretched_and_put_back(model, indexers):
+    tokens = text_of(129)
     plain = model.losses(tokens)
     found = positions(model, [tokens], 64)
-    assert set(found) == {"as it is", "NTK x2", "YaRN x2"}
-    assert len({row["127"] if "127" in row else row["128"] for row in found.values()}) == 3
+    assert set(found) == {"own", "ntk:2", "yarn:2"}
+    assert all(set(row) == {"64", "128"} for row in found.values())
+    assert len({row["128"] for row in found.values()}) == 3
     torch.testing.assert_close(model.losses(tokens), plain)
-    ways = sparse_perplexities(model, _all_same(), [tokens], 8, 64)
-    assert set(ways) == {"dense", "indexers", "recency"}
-
-
-def _all_same():
-    return LightningIndexers(LAYERS, HIDDEN, SHAPE, scorer.ScorerConfig(4, 10_000.0))
+    ways = sparse_perplexities(model, indexers, [tokens], 8, 64)
+    assert ways["dense"] == found["own"] != ways["indexers"]
 
 
 def test_a_recorded_trace_has_the_selections_and_can_be_scored(model, indexers, tmp_path):

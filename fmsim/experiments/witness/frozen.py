@@ -148,12 +148,30 @@ class FrozenModel:
             ]
         )
 
-    def scale_positions(self, rope: dict[str, Any]) -> None:
-        """Rotate by other frequencies from now on: ``rope`` as transformers' `rope_parameters`."""
+    def rotate_by(self, rope: dict[str, Any]) -> None:
+        """Other rotary frequencies from now on: ``rope`` as transformers' `rope_parameters`."""
         config = copy.deepcopy(self.config)
         config.rope_parameters = rope
         rotary = self.model.model.rotary_emb
         self.model.model.rotary_emb = type(rotary)(config).to(self.device)
+
+    def stretched(self, way: str) -> dict[str, Any]:
+        """`rope_parameters` for texts longer than the model knows: ``way`` is "own", "ntk:F" or
+        "yarn:F", F the factor (NTK-aware base; arXiv 2309.00071).
+        """
+        own = dict(self.config.rope_parameters)
+        kind, _, factor = way.partition(":")
+        if kind == "own":
+            return own
+        times, dims = float(factor), self.config.head_dim
+        if kind == "ntk":
+            return own | {"rope_theta": own["rope_theta"] * times ** (dims / (dims - 2))}
+        known = self.config.max_position_embeddings
+        return own | {
+            "rope_type": "yarn",
+            "factor": times,
+            "original_max_position_embeddings": known,
+        }
 
 
 def _handed_on(

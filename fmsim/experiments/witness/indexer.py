@@ -67,15 +67,20 @@ class LightningIndexer(nn.Module):
 
 
 class LightningIndexers(nn.Module):
-    """One for each of ``layers`` layers."""
+    """One for each of ``layers`` layers; ``rope``: transformers' `rope_parameters`, which the model
+    has too.
+    """
 
     def __init__(
-        self, layers: int, hidden_size: int, shape: IndexerShape, config: ScorerConfig
+        self, layers: int, hidden_size: int, shape: IndexerShape, rope: dict[str, Any]
     ) -> None:
         super().__init__()
-        self.hidden_size, self.shape, self.config = hidden_size, shape, config
+        self.hidden_size, self.shape, self.rope = hidden_size, shape, rope
+        self.config = ScorerConfig.from_geometry(
+            {"rope_dims": shape.rope_dims, "compress_rope": rope}
+        )
         self.layers = nn.ModuleList(
-            LightningIndexer(hidden_size, shape, config) for _ in range(layers)
+            LightningIndexer(hidden_size, shape, self.config) for _ in range(layers)
         )
         self._turns: tuple[Tensor, Tensor] | None = None
 
@@ -134,7 +139,7 @@ class LightningIndexers(nn.Module):
             "layers": len(self.layers),
             "hidden_size": self.hidden_size,
             "shape": asdict(self.shape),
-            "rope_theta": self.config.rope_theta,
+            "rope": self.rope,
             "training": training,
         }
         tensors = {name: value.half().contiguous() for name, value in self.state_dict().items()}
@@ -151,8 +156,7 @@ class LightningIndexers(nn.Module):
         except (OSError, KeyError, TypeError) as error:
             raise FmsimError(f"{path}: not lightning indexers of a witness: {error!r}") from None
         shape = IndexerShape(**about["shape"])
-        config = ScorerConfig(shape.rope_dims, about["rope_theta"])
-        found = cls(about["layers"], about["hidden_size"], shape, config)
+        found = cls(about["layers"], about["hidden_size"], shape, about["rope"])
         found.load_state_dict(tensors)
         return found.to(device)
 

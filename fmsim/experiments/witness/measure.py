@@ -30,27 +30,11 @@ QUERIES = 256  # of a text, in its later half
 SINK_TOKENS = 4  # of `recency`, beside the newest
 
 
-def scalings(config: Any, context: int) -> dict[str, dict[str, Any]]:
-    """RoPE parameters by name: the model's own, and what stretches it to ``context`` tokens."""
-    own = dict(config.rope_parameters)
-    known, dims = config.max_position_embeddings, config.head_dim
-    found = {"as it is": own}
-    factor = 2.0
-    while factor * known <= context:
-        ntk = own["rope_theta"] * factor ** (dims / (dims - 2))
-        found[f"NTK x{factor:g}"] = own | {"rope_theta": ntk}
-        found[f"YaRN x{factor:g}"] = own | {
-            "rope_type": "yarn", "factor": factor, "original_max_position_embeddings": known,
-        }  # fmt: skip
-        factor *= 2
-    return found
-
-
 def perplexities(losses: list[Tensor], bucket: int) -> dict[str, float]:
-    """By the last position of each bucket, over all texts."""
+    """By the tokens read at the end of each bucket, over all texts."""
     joined = torch.stack([loss.float().cpu() for loss in losses])
     parts = joined.split(bucket, 1)
-    ends = np.cumsum([part.shape[1] for part in parts]) + 1
+    ends = np.cumsum([part.shape[1] for part in parts])
     return {
         str(end): round(math.exp(part.mean()), 3) for end, part in zip(ends, parts, strict=True)
     }
@@ -59,15 +43,18 @@ def perplexities(losses: list[Tensor], bucket: int) -> dict[str, float]:
 def positions(
     model: FrozenModel, texts: list[np.ndarray], bucket: int = BUCKET
 ) -> dict[str, dict[str, float]]:
-    """Perplexity by scaling and by the last position of each ``bucket``; the model is then as it
-    was.
+    """Perplexity by way to stretch (`FrozenModel.stretched`) and by the tokens read, at the end of
+    each ``bucket``; the model is then as it was.
     """
-    named = scalings(model.config, len(texts[0]))
+    ways, factor = ["own"], 2
+    while factor * model.config.max_position_embeddings <= len(texts[0]):
+        ways += [f"ntk:{factor}", f"yarn:{factor}"]
+        factor *= 2
     found = {}
-    for name, rope in named.items():
-        model.scale_positions(rope)
-        found[name] = perplexities([model.losses(tokens) for tokens in texts], bucket)
-    model.scale_positions(named["as it is"])
+    for way in ways:
+        model.rotate_by(model.stretched(way))
+        found[way] = perplexities([model.losses(tokens) for tokens in texts], bucket)
+    model.rotate_by(model.stretched("own"))
     return found
 
 
@@ -154,7 +141,7 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_float32_matmul_precision("high")
     model = FrozenModel.load(args.model, args.device)
-    texts = spread_texts(text.load(args.tokens, args.part), args.context, args.texts)
+    texts = spread_texts(text.load(args.tokens, args.part), args.context + 1, args.texts)
     report: dict[str, Any] = {
         "date": f"{datetime.datetime.now(datetime.UTC):%F %T}",
         "device": torch.cuda.get_device_name() if args.device == "cuda" else "cpu",
@@ -166,6 +153,7 @@ def main() -> None:
         report["positions"] = positions(model, texts, args.bucket)
     else:
         indexers = LightningIndexers.load(args.indexers, args.device)
+        model.rotate_by(indexers.rope)
         report["topk"] = args.topk
         report["found"] = found_by_layer(model, indexers, texts, args.topk)
         report["sparse"] = sparse_perplexities(model, indexers, texts, args.topk, args.bucket)

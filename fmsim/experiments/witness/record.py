@@ -103,13 +103,15 @@ def header_of(
             "model_type": config.model_type,
             "hidden_size": config.hidden_size,
             "n_layers": config.num_hidden_layers,
+            "n_heads": config.num_attention_heads,
+            "head_dim": config.head_dim,
             "csa_layers": list(layers),
             "csa_numbers": list(layers),
             "index_topk": topk,
             "index_n_heads": shape.heads,
             "index_head_dim": shape.width,
             "rope_dims": shape.rope_dims,
-            "compress_rope": {"rope_type": "default", "rope_theta": indexers.config.rope_theta},
+            "compress_rope": indexers.rope,
         },
         entry_tokens=1,
         topk=topk,
@@ -150,6 +152,7 @@ def main() -> None:
     torch.set_float32_matmul_precision("high")
     model = FrozenModel.load(args.model, args.device)
     indexers = LightningIndexers.load(args.indexers, args.device)
+    model.rotate_by(indexers.rope)
     layers = (
         list(range(model.config.num_hidden_layers))
         if args.layers is None

@@ -22,7 +22,6 @@ from torch import Tensor
 from fmsim.experiments.witness import text
 from fmsim.experiments.witness.frozen import Attention, FrozenModel, before, dense
 from fmsim.experiments.witness.indexer import IndexerShape, LightningIndexers, divergence
-from fmsim.indexer.scorer import ScorerConfig
 
 LOG_STEPS = 20
 
@@ -30,13 +29,15 @@ LOG_STEPS = 20
 @dataclass(frozen=True)
 class Lessons:
     """Tokens of a text, queries of it that are learnt from, steps at most, seconds at most (the
-    rate falls to 0 by whichever comes first), AdamW's peak rate, seed of weights and texts.
+    rate falls to 0 by whichever comes first), how positions are stretched
+    (`FrozenModel.stretched`), AdamW's peak rate, seed of weights and texts.
     """
 
     context: int = 8192
     queries: int = 1024
     steps: int = 100_000
     seconds: float = 300.0
+    positions: str = "own"
     learning_rate: float = 2e-3
     warm_up: float = 0.05
     seed: int = 0
@@ -97,8 +98,9 @@ def train(
     """Indexers for every layer, and how they came about."""
     torch.manual_seed(lessons.seed)
     config = model.config
-    scorer = ScorerConfig(shape.rope_dims, config.rope_parameters["rope_theta"])
-    indexers = LightningIndexers(config.num_hidden_layers, config.hidden_size, shape, scorer)
+    rope = model.stretched(lessons.positions)
+    model.rotate_by(rope)
+    indexers = LightningIndexers(config.num_hidden_layers, config.hidden_size, shape, rope)
     run = IndexerTraining(model, indexers.to(model.device), lessons)
     recent: list[Tensor] = []
     log.write_text("")
