@@ -1,10 +1,12 @@
 """The second witness beside nano: the ladder of policies at equal GPU bytes.
 
     python benchmarks/witness.py ladder --checkpoint INDEXER --native NATIVE --out FILE TRACE...
-    python benchmarks/witness.py gather WORK --out benchmarks/results/witness.json
+    python benchmarks/witness.py best INDEXER...
+    python benchmarks/witness.py gather FOLDER --out benchmarks/results/witness.json
 
 `ladder` replays policies on traces; each trace in its own model's bytes: nano's as V4-Flash, a
-witness' by its header. `gather` puts together what `benchmarks/witness.sh` left in its folder.
+witness' by its header. `best` names the memory indexer that kept most of the traces that it was
+chosen by. `gather` puts together what `benchmarks/witness.sh` left in its folder.
 The mass kept is over windows from the second on.
 """
 
@@ -24,6 +26,7 @@ from fmsim.experiments.parallel import in_parallel
 from fmsim.files import write_text
 from fmsim.geometry import PRESETS, Geometry
 from fmsim.geometry.described import from_description
+from fmsim.indexer import checkpoint
 from fmsim.policies import registry
 from fmsim.replay.replayer import Replayer
 from fmsim.sim.footprint import ModelMemory, spread
@@ -35,11 +38,11 @@ HELD = {"policy": "lru", "cadence": 64, "on_miss": "mask"}
 PART = "witness"  # of benchmarks/results/witness.md
 
 
-def specs(checkpoint: Path | None, native: Path | None) -> dict[str, dict[str, Any]]:
-    """Policies by label; `checkpoint` is the memory indexer (nano's if None), `native` the model's
+def specs(indexer: Path | None, native: Path | None) -> dict[str, dict[str, Any]]:
+    """Policies by label; `indexer` is the memory indexer (nano's if None), `native` the model's
     own indexers as such a file.
     """
-    scored = {"checkpoint": checkpoint}
+    scored = {"checkpoint": indexer}
     found: dict[str, dict[str, Any]] = {
         "recency": {"policy": "recency"},
         "snapkv": {"policy": "snapkv"},
@@ -111,23 +114,39 @@ def ladder(
     return {label: found[at * count : (at + 1) * count] for at, label in enumerate(named)}
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("traces", nargs="+", type=Path)
-    parser.add_argument("--checkpoint", type=Path)
-    parser.add_argument("--native", type=Path)
-    parser.add_argument("--out", type=Path, required=True)
-    args = parser.parse_args()
+def best(paths: Sequence[Path]) -> Path:
+    """By the mass that the best tenth of the entries has, of the traces held out in training."""
+    return max(paths, key=lambda path: checkpoint.load(path).training["mass_kept"]["0.1"])
+
+
+def replayed(args: argparse.Namespace) -> None:
     report: dict[str, Any] = {
         "date": f"{datetime.datetime.now(datetime.UTC):%F %T}",
         "budgets": BUDGETS,
         "by_trace": {},
     }
     for path in args.traces:
-        report["by_trace"][path.stem] = ladder(path, specs(args.checkpoint, args.native), BUDGETS)
+        rows = ladder(path, specs(args.checkpoint, args.native), BUDGETS)
+        report["by_trace"][path.stem] = rows
         write_text(args.out, json.dumps(report, indent=1) + "\n")
-        for label, row in report["by_trace"][path.stem].items():
+        for label, row in rows.items():
             print(f"{path.stem} {label:20s}", *row, flush=True)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    commands = parser.add_subparsers(required=True)
+    command = commands.add_parser("ladder")
+    command.add_argument("traces", nargs="+", type=Path)
+    command.add_argument("--checkpoint", type=Path)
+    command.add_argument("--native", type=Path)
+    command.add_argument("--out", type=Path, required=True)
+    command.set_defaults(do=replayed)
+    command = commands.add_parser("best")
+    command.add_argument("indexers", nargs="+", type=Path)
+    command.set_defaults(do=lambda args: print(best(args.indexers)))
+    args = parser.parse_args()
+    args.do(args)
 
 
 if __name__ == "__main__":

@@ -39,6 +39,11 @@ class Attention:
     value: Tensor
     scaling: float
 
+    def until(self, tokens: int) -> Attention:
+        """Of the first ``tokens`` alone."""
+        parts = (self.query[:, :tokens], self.key[:, :tokens], self.value[:, :tokens])
+        return Attention(self.layer, self.states[:tokens], *parts, self.scaling)
+
     def probabilities(self, rows: Tensor, chosen: Tensor | None = None) -> Tensor:
         """float32 [heads, n, W] of the queries ``rows`` [n], ascending, over the first W = rows[-1]
         + 1 tokens: softmax over the tokens not after each, or over the ``chosen``, bool [n, W].
@@ -66,17 +71,19 @@ def dense(attention: Attention) -> Tensor:
 
 def sparse(
     selector: Callable[[Attention], Choose],
+    first: int = 0,
     seen: Callable[[int, Tensor, Tensor, Tensor], None] = lambda layer, rows, chosen, mass: None,
 ) -> Attend:
-    """Attention to what ``selector`` chooses for each query, and to nothing else.
+    """From position ``first`` on, attention to what ``selector`` chooses for each query, and to
+    nothing else; before it the model's own.
 
     ``seen`` is told of layer, queries [n], what was chosen [n, W], and its probability [n, W], mean
     over heads.
     """
 
     def attend(attention: Attention) -> Tensor:
-        choose, found = selector(attention), []
-        for rows in torch.arange(len(attention.states)).split(CHUNK_QUERIES):
+        choose, found = selector(attention), [dense(attention.until(first))]
+        for rows in torch.arange(first, len(attention.states)).split(CHUNK_QUERIES):
             rows = rows.to(attention.states.device)
             chosen = choose(rows)
             probs = attention.probabilities(rows, chosen)

@@ -4,7 +4,8 @@ fmsim.experiments.witness.measure --model MODEL --tokens DIR --out FILE``.
 `positions`: perplexity by position, as the model is and with its positions scaled. With
 ``--indexers`` also `found`: by layer, of the attention of held-out queries, the share of its
 heaviest top-k that the indexer selects, and the mass selected, beside the most that as many tokens
-can have; and `sparse`: perplexity when every layer attends to what is selected and to nothing else.
+can have; and `sparse`: perplexity of the last tokens when every layer attends for them to what is
+selected and to nothing else.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ from fmsim.files import write_text
 
 BUCKET = 4096  # positions that share a perplexity
 QUERIES = 256  # of a text, in its later half
+LAST = 1024  # tokens of a text whose attention is made sparse
 SINK_TOKENS = 4  # of `recency`, beside the newest
 
 
@@ -100,22 +102,26 @@ def recent(rows: Tensor, topk: int) -> Tensor:
 
 
 def sparse_perplexities(
-    model: FrozenModel, indexers: LightningIndexers, texts: list[np.ndarray], topk: int, bucket: int
-) -> dict[str, dict[str, float]]:
-    """Perplexity by what is attended to: everything, the indexers' choice, the newest tokens."""
+    model: FrozenModel, indexers: LightningIndexers, texts: list[np.ndarray], topk: int, last: int
+) -> dict[str, float]:
+    """Perplexity of each text's ``last`` tokens, by what they attend to in every layer: everything,
+    the indexers' choice, the newest tokens.
+    """
+    first = len(texts[0]) - 1 - last
 
     def newest(attention: Attention) -> Choose:
         return lambda rows: recent(rows, topk)
 
     ways = {
         "dense": dense,
-        "indexers": sparse(indexers.selector(topk)),
-        "recency": sparse(newest),
+        "indexers": sparse(indexers.selector(topk), first),
+        "recency": sparse(newest, first),
     }
-    return {
-        name: perplexities([model.losses(tokens, way) for tokens in texts], bucket)
+    losses = {
+        name: torch.cat([model.losses(tokens, way)[first:] for tokens in texts])
         for name, way in ways.items()
     }
+    return {name: round(math.exp(values.mean()), 3) for name, values in losses.items()}
 
 
 def spread_texts(tokens: np.ndarray, context: int, count: int) -> list[np.ndarray]:
@@ -156,7 +162,7 @@ def main() -> None:
         model.rotate_by(indexers.rope)
         report["topk"] = args.topk
         report["found"] = found_by_layer(model, indexers, texts, args.topk)
-        report["sparse"] = sparse_perplexities(model, indexers, texts, args.topk, args.bucket)
+        report["sparse"] = sparse_perplexities(model, indexers, texts, args.topk, LAST)
     write_text(args.out, json.dumps(report, indent=1) + "\n")
     print(args.out.read_text())
 

@@ -1,9 +1,10 @@
 """Record what a witness selects: ``python -m fmsim.experiments.witness.record --model MODEL
 --indexers FILE --tokens DIR --out FOLDER``.
 
-Every layer attends to what its indexer selects and to nothing else, in the prompt too. The text is
-read in one pass: its last ``--steps`` tokens are decode steps, each the text's own next token. A
-step's masses sum to 1, as in a DSA model.
+The text is read in one pass: its last ``--steps`` tokens are decode steps, each the text's own next
+token. These, and the prompt's last queries, attend in every layer to what its indexer selects and
+to nothing else; the prompt before them is read by the model's own attention. So a step's masses sum
+to 1, as in a DSA model.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from fmsim.experiments.witness import text
 from fmsim.experiments.witness.frozen import Attention, Choose, FrozenModel, sparse
 from fmsim.experiments.witness.indexer import LightningIndexers
 from fmsim.experiments.witness.measure import spread_texts
+from fmsim.indexer import checkpoint
 from fmsim.trace import CacheLayout, ModelInfo, Trace, TraceHeader, TraceRecorder
 from fmsim.trace.cut import parse_numbers
 from fmsim.trace.format import PACKED_VERSION
@@ -62,7 +64,7 @@ def record(
         if layer not in number_of:
             return
         number = number_of[layer]
-        history = (rows >= first_query) & (rows < prompt)
+        history = rows < prompt
         if history.any():
             recorder.prompt_mass(number, mass[history].sum(0).cpu().numpy())
         decoded = rows >= prompt
@@ -77,7 +79,7 @@ def record(
                 torch.where(there, mass[decoded].gather(1, order), 0).cpu().numpy(),
             )
 
-    losses = model.losses(tokens, sparse(watched, seen))
+    losses = model.losses(tokens, sparse(watched, first_query, seen))
     decoded_loss = round(float(losses[-steps:].mean()), 4)
     recorder.header = header.model_copy(update={"quality": {"nll_per_token": decoded_loss}})
     return recorder.finish(np.asarray(tokens, np.int32), np.ones(steps, bool))
@@ -139,14 +141,18 @@ def main() -> None:
     parser.add_argument("--model", type=Path, required=True, help="directory or GGUF file")
     parser.add_argument("--indexers", type=Path, required=True, help="of witness.train")
     parser.add_argument("--tokens", type=Path, required=True, help="of witness.text")
-    parser.add_argument("--part", choices=text.PARTS, default="test")
     parser.add_argument("--out", type=Path, required=True, help="folder for PART-N.safetensors")
     parser.add_argument("--context", type=int, default=8192, help="tokens, the steps included")
     parser.add_argument("--steps", type=int, default=512)
-    parser.add_argument("--texts", type=int, default=1)
+    parser.add_argument(
+        "--counts", type=int, nargs=3, default=[0, 0, 1], metavar="N",
+        help="texts of the train, validation and test parts",
+    )  # fmt: skip
     parser.add_argument("--topk", type=int, default=256)
     parser.add_argument("--layers", default=None, help="such as 2,8-10; all by default")
     parser.add_argument("--keyed", default=None, help="of these the ones that keep index keys")
+    parser.add_argument("--share", default="0/1", help="J/N: of the texts those of job J of N")
+    parser.add_argument("--native", type=Path, help="write the indexers there, to be held")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     args = parser.parse_args()
     torch.set_float32_matmul_precision("high")
@@ -160,9 +166,21 @@ def main() -> None:
     )
     keyed = None if args.keyed is None else parse_numbers(args.keyed, "--keyed")
     digest = weights_sha256(args.model)
-    texts = spread_texts(text.load(args.tokens, args.part), args.context, args.texts)
     args.out.mkdir(parents=True, exist_ok=True)
-    for seed, tokens in enumerate(texts):
+    if args.native and not args.native.exists():
+        checkpoint.save(indexers.checkpoint(), args.native)
+    job, jobs = map(int, args.share.split("/"))
+    every = [
+        (part, number, tokens)
+        for part, count in zip(text.PARTS, args.counts, strict=True)
+        for number, tokens in enumerate(
+            spread_texts(text.load(args.tokens, part), args.context, count)
+        )
+    ]
+    for part, number, tokens in every[job::jobs]:
+        path = args.out / f"{part}-{number}.safetensors"
+        if path.exists():
+            continue
         header = header_of(
             model,
             indexers,
@@ -171,13 +189,12 @@ def main() -> None:
             topk=args.topk,
             name=args.model.stem,
             sha256=digest,
-            prompt_text=f"{args.part} text of Debian packages, free licences"
+            prompt_text=f"{part} text of Debian packages, free licences"
             " (fmsim.experiments.witness.text)",
-            seed=seed,
+            seed=number,
         )
         found = record(model, indexers, tokens, args.steps, layers, args.topk, header)
         light = trace.lightened(found, keyed and [layers.index(one) for one in keyed], MASS_BITS)
-        path = args.out / f"{args.part}-{seed}.safetensors"
         trace.write(path, light)
         print(f"{path}: {path.stat().st_size / 1e6:.2f} MB, {found.header.quality}", flush=True)
 

@@ -68,7 +68,8 @@ class IndexerTraining:
         for group in self.optimizer.param_groups:
             group["lr"] = lessons.learning_rate * max(rate, 1e-3)
         first = self.random.integers(len(tokens) - lessons.context + 1)
-        queries = self.random.choice(lessons.context, lessons.queries, replace=False)
+        count = min(lessons.queries, lessons.context)
+        queries = self.random.choice(lessons.context, count, replace=False)
         rows = torch.from_numpy(np.sort(queries)).to(self.model.device)
         losses: list[Tensor] = []
 
@@ -93,14 +94,23 @@ class IndexerTraining:
 
 
 def train(
-    model: FrozenModel, tokens: np.ndarray, shape: IndexerShape, lessons: Lessons, log: Path
+    model: FrozenModel,
+    tokens: np.ndarray,
+    shape: IndexerShape,
+    lessons: Lessons,
+    log: Path,
+    start: Path | None = None,
 ) -> tuple[LightningIndexers, dict[str, Any]]:
-    """Indexers for every layer, and how they came about."""
+    """Indexers for every layer, from the weights in ``start`` or from random ones, and how they
+    came about.
+    """
     torch.manual_seed(lessons.seed)
     config = model.config
     rope = model.stretched(lessons.positions)
     model.rotate_by(rope)
     indexers = LightningIndexers(config.num_hidden_layers, config.hidden_size, shape, rope)
+    if start is not None:
+        indexers.load_state_dict(LightningIndexers.load(start, "cpu").state_dict())
     run = IndexerTraining(model, indexers.to(model.device), lessons)
     recent: list[Tensor] = []
     log.write_text("")
@@ -118,6 +128,7 @@ def train(
             with log.open("a") as file:
                 file.write(json.dumps(line) + "\n")
     about = asdict(lessons) | {
+        "start": start and start.name,
         "steps": run.step,
         "seconds": round(time.monotonic() - run.started, 1),
         "tokens": len(tokens),
@@ -133,6 +144,7 @@ def main() -> None:
         "--tokens", type=Path, required=True, help="of fmsim.experiments.witness.text"
     )
     parser.add_argument("--out", type=Path, required=True, help="indexers to write (.safetensors)")
+    parser.add_argument("--start", type=Path, help="indexers of this shape to go on from")
     for name, value in asdict(Lessons()).items():
         parser.add_argument(f"--{name.replace('_', '-')}", type=type(value), default=value)
     for name, value in asdict(IndexerShape()).items():
@@ -145,7 +157,8 @@ def main() -> None:
     model = FrozenModel.load(args.model, args.device)
     tokens = text.load(args.tokens, "train")
     args.out.parent.mkdir(parents=True, exist_ok=True)
-    indexers, about = train(model, tokens, shape, lessons, args.out.with_suffix(".jsonl"))
+    log = args.out.with_suffix(".jsonl")
+    indexers, about = train(model, tokens, shape, lessons, log, args.start)
     indexers.save(args.out, about)
     print(f"{args.out}: {about}")
 
