@@ -4,7 +4,8 @@ add a header.
 Keys are ``retrievers.l{N}.{wq_a.weight, q_norm_weight, wq_b.weight, weights_proj.weight}``, N
 counting CSA layers from 0. A published file says nothing more, and is taken for
 DeepSeek-V4-Flash's; fmsim's own files add the metadata key ``fmsim_indexer``, a JSON object of
-rotation, recommended threshold and how the file was trained.
+rotation, recommended threshold and how the file was trained, and perhaps
+``retrievers.l{N}.served_proj.weight`` (`Checkpoint.served`).
 """
 
 from __future__ import annotations
@@ -35,6 +36,7 @@ PART_OF_KEY = {
     "weights_proj.weight": "weights_proj",
 }
 MOST_BYTES = 4 * 2**30  # published ones have 50 MB
+SERVED = "served_proj.weight"
 KEY = re.compile(r"retrievers\.l(\d+)\.(.+)")
 SHIPPED = Path(__file__).parents[1] / "nano" / "model" / "indexer.safetensors"
 
@@ -45,7 +47,8 @@ class Checkpoint:
 
     ``threshold`` is the score (after the sigmoid) recommended for a resident set, None where the
     file states none; ``training`` is free-form; ``metadata`` holds the file's other metadata, kept
-    when it is written again.
+    when it is written again. ``served``: by scored layer, float32 [model's CSA layers, heads,
+    hidden_size], the weights of its heads for each layer that attends; only `foresight` goes by it.
     """
 
     layers: dict[int, LayerWeights]
@@ -53,6 +56,7 @@ class Checkpoint:
     threshold: float | None = None
     training: dict[str, Any] = field(default_factory=dict)
     metadata: dict[str, str] = field(default_factory=dict)
+    served: dict[int, np.ndarray] = field(default_factory=dict)
 
     @property
     def hidden_size(self) -> int:
@@ -95,17 +99,18 @@ def load(path: str | os.PathLike) -> Checkpoint:
             f" --out {path}`"
         )
     tensors, metadata = (_read_pt if path.suffix == ".pt" else _read_safetensors)(path)
-    layers = _layers(path, tensors)
+    layers, served = _layers(path, tensors)
     own = metadata.pop(METADATA_KEY, None)
     if own is None:
-        return Checkpoint(layers, PUBLISHED, metadata=metadata)
+        return Checkpoint(layers, PUBLISHED, metadata=metadata, served=served)
     try:
         header = json.loads(own)
         config = header["scorer"]
         config = ScorerConfig(
             **(config | {"yarn": Yarn(**config["yarn"]) if config["yarn"] else None})
         )
-        return Checkpoint(layers, config, header["threshold"], header["training"], metadata)
+        known = header["threshold"], header["training"]
+        return Checkpoint(layers, config, *known, metadata, served)
     except (ValueError, KeyError, TypeError) as error:
         raise FmsimError(
             f"{path}: metadata {METADATA_KEY!r} is not a memory indexer's: {error!r}"
@@ -145,6 +150,10 @@ def save(checkpoint: Checkpoint, path: str | os.PathLike) -> None:
         f"retrievers.l{layer}.{key}": np.ascontiguousarray(getattr(weights, part))
         for layer, weights in checkpoint.layers.items()
         for key, part in PART_OF_KEY.items()
+    }
+    tensors |= {
+        f"retrievers.l{layer}.{SERVED}": np.ascontiguousarray(weights)
+        for layer, weights in checkpoint.served.items()
     }
     with replacing(path) as beside:
         if path.suffix == ".pt":
@@ -201,15 +210,22 @@ def _write_pt(tensors: dict[str, np.ndarray], path: Path) -> None:
     torch.save({key: torch.from_numpy(tensor) for key, tensor in tensors.items()}, path)
 
 
-def _layers(path: Path, tensors: dict[str, np.ndarray]) -> dict[int, LayerWeights]:
+def _layers(
+    path: Path, tensors: dict[str, np.ndarray]
+) -> tuple[dict[int, LayerWeights], dict[int, np.ndarray]]:
+    """Retrievers and served weights, by layer."""
     parts: dict[int, dict[str, np.ndarray]] = {}
+    served: dict[int, np.ndarray] = {}
     for key, tensor in tensors.items():
         match = KEY.fullmatch(key)
-        if match is None or match[2] not in PART_OF_KEY:
+        if match is None or match[2] not in (*PART_OF_KEY, SERVED):
             raise FmsimError(f"{path}: {key!r} is not a memory indexer's tensor")
         if tensor.dtype != np.float32:
             raise FmsimError(f"{path}: {key!r} is {tensor.dtype}; indexer weights are float32")
-        parts.setdefault(int(match[1]), {})[PART_OF_KEY[match[2]]] = tensor
+        if match[2] == SERVED:
+            served[int(match[1])] = tensor
+        else:
+            parts.setdefault(int(match[1]), {})[PART_OF_KEY[match[2]]] = tensor
     if not parts:
         raise FmsimError(f"{path}: holds no retrievers")
     layers = {}
@@ -219,7 +235,24 @@ def _layers(path: Path, tensors: dict[str, np.ndarray]) -> dict[int, LayerWeight
             raise FmsimError(f"{path}: retrievers.l{layer} lacks {', '.join(missing)}")
         layers[layer] = LayerWeights(**parts[layer])
         _check_shapes(path, layer, layers[layer], layers[min(layers)])
-    return layers
+    if served:
+        _check_served(path, layers, served)
+    return layers, served
+
+
+def _check_served(
+    path: Path, layers: dict[int, LayerWeights], served: dict[int, np.ndarray]
+) -> None:
+    counts = {len(weights) for weights in served.values()}
+    fits = served.keys() == layers.keys() and len(counts) == 1
+    for layer, weights in served.items():
+        fits = fits and weights.shape[1:] == layers[layer].weights_proj.shape
+    if not fits:
+        shapes = {f"l{layer}": list(weights.shape) for layer, weights in served.items()}
+        raise FmsimError(
+            f"{path}: {SERVED} must serve as many layers in every retriever, with its heads and"
+            f" hidden_size: {shapes}"
+        )
 
 
 def _check_shapes(path: Path, layer: int, weights: LayerWeights, first: LayerWeights) -> None:
