@@ -98,21 +98,14 @@ def index_scores_triton(
     table,
     lengths,
     out=None,
-    combine: str = "",
     tune: tuning.IndexScoresTuning | None = None,
 ) -> Scores:
-    """``combine`` "max" or "sum" joins what ``out`` holds with the new scores: how several layers'
-    scores become one.
-    """
     tune = tune or tuning.INDEX_SCORES
     batch, heads, width = queries.shape
     per_page = layout.per_page(pool)
     entries = table.shape[1] * per_page
     out = out or new_scores(batch, entries, queries.device)
-    # of one page, where pages are no smaller than a group
-    block = math.gcd(tune.block_entries, per_page)
-    in_page = block >= GROUP
-    block = block if in_page else tune.block_entries
+    block, in_page = blocks_of(per_page, tune)
     splits = max(1, min(cdiv(entries, block), tune.programs // batch))
     _index_scores[(batch, splits)](
         queries,
@@ -134,11 +127,18 @@ def index_scores_triton(
         BLOCK=block,
         IN_PAGE=in_page,
         GROUP=GROUP,
-        COMBINE=combine,
         STAGES=tune.stages,
         num_warps=tune.warps,
     )
     return out
+
+
+def blocks_of(per_page: int, tune: tuning.IndexScoresTuning) -> tuple[int, bool]:
+    """Entries of a block, and whether they are of one page: so where pages are no smaller than a
+    group.
+    """
+    block = math.gcd(tune.block_entries, per_page)
+    return (block, True) if block >= GROUP else (tune.block_entries, False)
 
 
 @triton.jit
@@ -173,33 +173,76 @@ def _index_scores(
     BLOCK: tl.constexpr,
     IN_PAGE: tl.constexpr,
     GROUP: tl.constexpr,
-    COMBINE: tl.constexpr,
     STAGES: tl.constexpr,
 ):
-    """One program: a run of blocks of one sequence's entries.
+    """One program: a run of blocks of one sequence's entries."""
+    b = tl.program_id(0).to(tl.int64)
+    score_run(
+        queries + b * HEADS * WIDTH,
+        weights + b * HEADS,
+        pool,
+        table + b * table_stride,
+        tl.load(lengths + b),
+        scores + b * scores_stride,
+        maxima + b * maxima_stride,
+        HEADS,
+        HEADS_PADDED,
+        WIDTH,
+        KIND,
+        PER_PAGE,
+        PAGE_BYTES,
+        BLOCK,
+        IN_PAGE,
+        GROUP,
+        "",
+        True,
+        STAGES,
+    )
+
+
+@triton.jit
+def score_run(
+    queries,
+    weights,
+    pool,
+    table,
+    length,
+    scores,
+    maxima,
+    HEADS: tl.constexpr,
+    HEADS_PADDED: tl.constexpr,
+    WIDTH: tl.constexpr,
+    KIND: tl.constexpr,
+    PER_PAGE: tl.constexpr,
+    PAGE_BYTES: tl.constexpr,
+    BLOCK: tl.constexpr,
+    IN_PAGE: tl.constexpr,
+    GROUP: tl.constexpr,
+    COMBINE: tl.constexpr,
+    LAST: tl.constexpr,
+    STAGES: tl.constexpr,
+):
+    """Scores of the program's run of blocks of one sequence, whose pointers are given; COMBINE
+    "max" or "sum" joins them to those that are there. Maxima are written where they are the LAST.
 
     Pages' numbers are read a block ahead, so that the keys' loads wait for no other load and STAGES
     - 1 blocks of them are on the way. A block that lies IN_PAGE has one number, which leaves little
     arithmetic; it is read whole, beyond the length too.
     """
-    b, split = tl.program_id(0).to(tl.int64), tl.program_id(1)
-    length = tl.load(lengths + b)
     blocks = tl.cdiv(length, BLOCK)
     share = tl.cdiv(blocks, tl.num_programs(1))
-    first, last = split * share, tl.minimum((split + 1) * share, blocks)
+    first = tl.program_id(1) * share
+    last = tl.minimum(first + share, blocks)
     head, lane, row = tl.arange(0, HEADS_PADDED), tl.arange(0, WIDTH), tl.arange(0, BLOCK)
-    table, scores, maxima = (
-        table + b * table_stride,
-        scores + b * scores_stride,
-        maxima + b * maxima_stride,
-    )
     next_page = _pages(table, first, length, BLOCK, IN_PAGE, PER_PAGE)
     exists = head < HEADS
-    places = queries + b * HEADS * WIDTH + head[None, :] * WIDTH + lane[:, None]
-    query = tl.load(places, mask=exists[None, :], other=0.0)  # [WIDTH, HEADS_PADDED]
+    # [WIDTH, HEADS_PADDED]
+    query = tl.load(
+        queries + head[None, :] * WIDTH + lane[:, None], mask=exists[None, :], other=0.0
+    )
     if query.dtype != tl.float8e4nv:  # float8 queries meet float8 keys as they are
         query = product_operand(query)
-    weight = tl.load(weights + b * HEADS + head, mask=exists, other=0.0).to(tl.float32)
+    weight = tl.load(weights + head, mask=exists, other=0.0).to(tl.float32)
     for block in tl.range(first, last, num_stages=STAGES):
         entry = block * BLOCK + row
         inside = entry < length
@@ -222,6 +265,7 @@ def _index_scores(
             score = score + tl.load(at, mask=inside, other=0.0)
         score = tl.where(inside, score, float("-inf"))
         tl.store(at, score, mask=inside)
-        group = block * (BLOCK // GROUP) + tl.arange(0, BLOCK // GROUP)
-        highest = tl.max(tl.reshape(score, [BLOCK // GROUP, GROUP]), 1)
-        tl.store(maxima + group, highest, mask=group * GROUP < length)
+        if LAST:
+            group = block * (BLOCK // GROUP) + tl.arange(0, BLOCK // GROUP)
+            highest = tl.max(tl.reshape(score, [BLOCK // GROUP, GROUP]), 1)
+            tl.store(maxima + group, highest, mask=group * GROUP < length)

@@ -23,10 +23,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fmsim.exec.kernels.lang import tl, triton
+from fmsim.exec.kernels.lang import INTERPRETED, tl, triton
 
 CHUNK = 64  # float8 values of a latent that share one scale
 TINY = 1.0 / 2**13  # amounts below it are scaled as if they were it: a scale must not underflow
+ON_CPU = tl.constexpr(INTERPRETED)  # by the interpreter, whose cast to float8 is off
 
 
 class Layout(NamedTuple):
@@ -253,6 +254,15 @@ def float8_codes(x):
     small = (tl.abs(x) + 16384.0).to(tl.uint32, bitcast=True) - 0x46800000
     code = tl.where(tl.abs(x) < 0.015625, small, normal)
     return (tl.minimum(code, 0x7E) | sign).to(tl.uint8)
+
+
+@triton.jit
+def to_float8(x):
+    """float32 within +-448 -> float8 e4m3, to the nearest, ties to even."""
+    if ON_CPU:
+        return float8_codes(x).to(tl.float8e4nv, bitcast=True)
+    else:
+        return x.to(tl.float8e4nv)
 
 
 @triton.jit

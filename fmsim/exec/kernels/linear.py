@@ -10,7 +10,7 @@ in float32:
   the rate. Such rows others multiply faster at some sizes (`float8_products`).
 
 Where there are fewer blocks of outputs than a GPU needs to read at its bandwidth, several programs
-share the columns, and a second launch adds their sums up, in a fixed order.
+share the columns. The last of them to end adds up the sums of all, in a fixed order.
 """
 
 from __future__ import annotations
@@ -22,14 +22,15 @@ from torch import Tensor
 
 from fmsim.exec.kernels import float8_products, tuning
 from fmsim.exec.kernels.lang import cdiv, next_power_of_2, runs_compiled, tl, triton
-from fmsim.exec.kernels.layout import product_operand
+from fmsim.exec.kernels.layout import product_operand, scale_exponent, to_float8
 from fmsim.exec.kernels.rounded_rows import round_rows_triton, rounded_reference
 from fmsim.exec.kernels.weights import BLOCK, dequantise
 
 FEWEST_OUTPUTS = 16  # of a program: a matrix instruction's
 MOST_SPLITS = 16
+MOST_SPLIT_BLOCKS = 4096  # of outputs and rows: beyond, a GPU is full without splits
 # In turns of a program's loop: what a part of the columns costs to be written and added up, and
-# what the launch does that adds them up.
+# what it costs the last to begin with it.
 PART_TURNS, SUM_TURNS = 3, 4
 
 
@@ -85,10 +86,12 @@ def linear_triton(
     assert rows.stride(1) == 1 and weight.is_contiguous() and scale.is_contiguous(), (
         "a row's values lie side by side"
     )
-    levels = scale
+    levels, rounding = scale, ""
     if float8_rows:
+        rounding = "inside" if tune.rounds_inside else "before"
+    if rounding == "before":
         rows, levels = round_rows_triton(rows)
-    elif rows.dtype == torch.bfloat16 and total > tuning.FEW_ROWS:
+    elif not rounding and rows.dtype == torch.bfloat16 and total > tuning.FEW_ROWS:
         # once, and not by every program that reads them
         rows = rows.to(torch.float16)
     # of one group, and of one scale
@@ -97,20 +100,24 @@ def linear_triton(
     row_blocks = cdiv(total, block_rows)
     blocks, turns = cdiv(outputs, block) * row_blocks, cdiv(inputs, tune.block_inputs)
     if total <= tuning.FEW_ROWS:
-        share = cdiv(turns, max(1, min(turns, tune.programs // blocks)))
+        splits = max(1, min(turns, tune.programs // blocks))
     else:
-        share = cdiv(turns, _splits(blocks, turns, tune.programs))
+        splits = _splits(blocks, turns, tune.programs)
+    share = cdiv(turns, splits if blocks <= MOST_SPLIT_BLOCKS else 1)
     splits = cdiv(turns, share)
     out = torch.empty(*x.shape[:-1], outputs, dtype=x.dtype, device=x.device)
-    parts = out
+    parts, arrived = out, scale
     if splits > 1:
         parts = torch.empty(splits, total, outputs, dtype=torch.float32, device=x.device)
+        arrived = _arrivals(x.device)
     _linear[(blocks, splits)](
         rows,
         levels,
         weight,
         scale,
         parts,
+        arrived,
+        out,
         rows.stride(0),
         levels.stride(0),
         total,
@@ -126,20 +133,27 @@ def linear_triton(
         BLOCK_INPUTS=tune.block_inputs,
         NEAR_ROWS=tune.near_rows,
         STAGES=tune.stages,
-        FLOAT8_ROWS=float8_rows,
+        ROUNDING=rounding,
+        SPLIT=splits > 1,
         num_warps=tune.warps,
     )
-    if splits > 1:
-        _add_up[(cdiv(out.numel(), tune.block_sums),)](
-            parts,
-            out,
-            out.numel(),
-            SPLITS=splits,
-            SPLITS_PADDED=next_power_of_2(splits),
-            BLOCK=tune.block_sums,
-            num_warps=4,
-        )
     return out
+
+
+_zeros: dict[tuple[torch.device, int], Tensor] = {}
+
+
+def _arrivals(device: torch.device) -> Tensor:
+    """int32 [MOST_SPLIT_BLOCKS], zero, as a launch leaves them: how many programs of a block have
+    ended. Launches of one stream share them, for they follow one another.
+    """
+    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+        # memory of a graph is no other's
+        return torch.zeros(MOST_SPLIT_BLOCKS, dtype=torch.int32, device=device)
+    stream = torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
+    if (device, stream) not in _zeros:
+        _zeros[device, stream] = torch.zeros(MOST_SPLIT_BLOCKS, dtype=torch.int32, device=device)
+    return _zeros[device, stream]
 
 
 def _splits(blocks: int, turns: int, at_a_time: int) -> int:
@@ -162,6 +176,8 @@ def _linear(
     x_scale,
     weight,
     scale,
+    parts,
+    arrived,
     out,
     row_stride,
     scale_stride,
@@ -178,7 +194,8 @@ def _linear(
     BLOCK_INPUTS: tl.constexpr,
     NEAR_ROWS: tl.constexpr,
     STAGES: tl.constexpr,
-    FLOAT8_ROWS: tl.constexpr,
+    ROUNDING: tl.constexpr,
+    SPLIT: tl.constexpr,
 ):
     """One program: a block of outputs of a block of rows, over ``share`` blocks of inputs.
 
@@ -220,9 +237,17 @@ def _linear(
             inside = place + column < INPUTS
             codes = tl.load(weights + place, mask=inside[None, :], other=0.0)
             part = tl.load(values + place, mask=inside[:, None], other=0.0)
-        if FLOAT8_ROWS:
+        if ROUNDING != "":
             # float8's products are added up in fewer bits than float32's: 128 of them at most
-            of_row = tl.load(x_scale + place // SCALED * scale_stride + row)
+            if ROUNDING == "inside":
+                wide = part.to(tl.float32)
+                exponent = scale_exponent(tl.max(tl.abs(wide), 0))
+                part = to_float8(
+                    wide * ((254 - exponent) << 23).to(tl.float32, bitcast=True)[None, :]
+                )
+                of_row = (exponent << 23).to(tl.float32, bitcast=True)
+            else:
+                of_row = tl.load(x_scale + place // SCALED * scale_stride + row)
             sums += tl.dot(codes, part) * (of_row * level)[None, :]
         else:
             operand = product_operand(part)
@@ -234,22 +259,19 @@ def _linear(
                 unit = level
                 sums = tl.dot(codes.to(operand.dtype), operand, sums, input_precision="ieee")
     sums *= unit
-    places = (split * rows + row).to(tl.int64)[None, :] * OUTPUTS + output[:, None]
+    places = row.to(tl.int64)[None, :] * OUTPUTS + output[:, None]
     exists = (output < OUTPUTS)[:, None] & (row < rows)[None, :]
-    tl.store(out + places, sums.to(out.dtype.element_ty), mask=exists)
-
-
-@triton.jit
-def _add_up(
-    parts, out, count, SPLITS: tl.constexpr, SPLITS_PADDED: tl.constexpr, BLOCK: tl.constexpr
-):
-    """One program: a block of outputs, whose splits are added in one order whatever the run."""
-    split, place = (
-        tl.arange(0, SPLITS_PADDED)[:, None],
-        (tl.program_id(0) * BLOCK + tl.arange(0, BLOCK))[None, :],
-    )
-    sums = tl.load(
-        parts + split * count + place, mask=(split < SPLITS) & (place < count), other=0.0
-    )
-    place = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    tl.store(out + place, tl.sum(sums, 0).to(out.dtype.element_ty), mask=place < count)
+    if SPLIT:
+        of_part = (split * rows + row).to(tl.int64)[None, :] * OUTPUTS + output[:, None]
+        tl.store(parts + of_part, sums, mask=exists)
+        tl.debug_barrier()  # all threads' sums are there before one of them says so
+        before = tl.atomic_add(arrived + tl.program_id(0), 1, sem="acq_rel")
+        if before == tl.num_programs(1) - 1:
+            sums = tl.zeros([BLOCK_OUTPUTS, BLOCK_ROWS], tl.float32)
+            for part in tl.range(0, tl.num_programs(1), loop_unroll_factor=4):
+                of_part = (part * rows + row).to(tl.int64)[None, :] * OUTPUTS + output[:, None]
+                sums += tl.load(parts + of_part, mask=exists, other=0.0, cache_modifier=".cg")
+            tl.store(out + places, sums.to(out.dtype.element_ty), mask=exists)
+            tl.store(arrived + tl.program_id(0), 0)
+    else:
+        tl.store(out + places, sums.to(out.dtype.element_ty), mask=exists)

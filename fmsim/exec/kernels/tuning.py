@@ -104,7 +104,8 @@ class LinearTuning(NamedTuple):
     warps: int = 2
     stages: int = 4
     near_rows: int = 16  # blocks of rows whose programs follow one another
-    block_sums: int = 128  # outputs of which one program adds up the splits
+    # float8 rows: by each program that multiplies them, and not by a launch before
+    rounds_inside: bool = False
 
 
 class NormRopeTuning(NamedTuple):
