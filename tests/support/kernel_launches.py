@@ -16,6 +16,7 @@ from fmsim.exec.kernels.index_score import index_scores_triton
 from fmsim.exec.kernels.layout import KEY, LATENT, plain
 from fmsim.exec.kernels.linear import linear_triton
 from fmsim.exec.kernels.norm_rope import norm_rope_triton
+from fmsim.exec.kernels.one_row import one_row_triton
 from fmsim.exec.kernels.rms_norm import rms_norm_triton
 from fmsim.exec.kernels.router import route_triton
 from fmsim.exec.kernels.sparse_attention import sparse_attention_triton
@@ -180,6 +181,20 @@ def product(outputs, inputs, rows=1, groups=1, float8_rows=False):
     return launch
 
 
+def row_product(outputs, inputs, groups=1, dtype=torch.float8_e4m3fn):
+    def launch():
+        weight = zeros(outputs, inputs, dtype=dtype)
+        float8 = dtype == torch.float8_e4m3fn
+        one_row_triton(
+            zeros(1, 1, groups * inputs, dtype=torch.bfloat16),
+            weight,
+            zeros(*scale_shape(weight.shape)) if float8 else None,
+            groups,
+        )
+
+    return launch
+
+
 def routing(count, hashed=False, top_k=6):
     config = DeepseekV4Config(n_routed_experts=count, hidden_size=8, num_experts_per_tok=top_k)
     return lambda: route_triton(
@@ -274,6 +289,11 @@ LAUNCHES = {
     "linear, float8 rows, a prompt": product(4096, 8192, rows=1024, float8_rows=True),
     "linear, odd": product(200, 136),
     "linear, odd, many rows": product(200, 136, rows=77),
+    "one_row, of the latent": row_product(40_960, 1024),
+    "one_row, grouped": row_product(8192, 4096, groups=8),
+    "one_row, output": row_product(4096, 8192),
+    "one_row, compressors": row_product(2624, 4096, dtype=torch.bfloat16),
+    "one_row, odd": row_product(200, 136),
     "copy_rows, entries": rows(584),
     "stage": stage,
     "listed": listed,

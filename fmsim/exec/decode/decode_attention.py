@@ -147,7 +147,7 @@ class _Appender:
         self.ring = self.pooling.new_ring(batch, compressor.kv_proj.weight.dtype)
 
     def append(self, kv: Tensor, gate: Tensor, now: Moment) -> None:
-        """A token's projections [B, 1, series * width]."""
+        """A token's projections [B, 1, series * width]; alongside what is appended before it."""
         for pool, table in self.homes:
             compress_and_append(
                 kv,
@@ -159,6 +159,7 @@ class _Appender:
                 pool,
                 self.layout,
                 table,
+                alongside=True,
             )
 
     def take(self, b: int, state: CompressorState) -> None:

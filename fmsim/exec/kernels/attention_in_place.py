@@ -12,7 +12,7 @@ from torch import Tensor
 
 from fmsim.exec.kernels import tuning
 from fmsim.exec.kernels.attention_rows import Parts, Rows, finished
-from fmsim.exec.kernels.lang import cdiv, tl, triton
+from fmsim.exec.kernels.lang import after_previous, cdiv, overlapped, tl, triton
 from fmsim.exec.kernels.layout import load_latents, load_rotated, product_operand, triton_kind
 
 
@@ -64,6 +64,7 @@ def attend_in_place(
         LOGITS=want_logits,
         STAGES=tune.stages,
         num_warps=tune.warps,
+        **overlapped(queries),
     )
     return parts
 
@@ -117,6 +118,7 @@ def _attend_in_place(
     A latent's rotated values, which are bfloat16 among float8, go by products of their own, so that
     no value is converted twice.
     """
+    after_previous()
     b, split = tl.program_id(0).to(tl.int64), tl.program_id(2)
     head = tl.program_id(1) * BLOCK_HEADS + tl.arange(0, BLOCK_HEADS)
     lane, place = tl.arange(0, WIDTH), tl.arange(0, BLOCK_ROWS)

@@ -17,7 +17,15 @@ import torch
 from torch import Tensor
 
 from fmsim.exec.kernels import tuning
-from fmsim.exec.kernels.lang import cdiv, runs_compiled, tl, triton
+from fmsim.exec.kernels.lang import (
+    cdiv,
+    let_next_begin,
+    overlapped,
+    runs_compiled,
+    tl,
+    triton,
+    wait_for_previous,
+)
 from fmsim.exec.kernels.layout import Layout, slots_of, store_entry, triton_kind, write_entries
 
 
@@ -66,6 +74,7 @@ def compress_and_append(
     pool: Tensor,
     layout: Layout,
     table: Tensor,
+    alongside: bool = False,
 ) -> None:
     """Take S new tokens of each sequence, write every entry that they close, and remember what
     stays open.
@@ -76,9 +85,18 @@ def compress_and_append(
     close, the i-th being entry ``starts // rate + i``. ``pool`` and ``table`` as in `index_scores`;
     an entry whose page is missing is not written. Nothing is returned: the pool and the ring
     change.
+
+    ``alongside``: the launch before this one in its stream is another of these, of other pools and
+    rings, and both may run at once.
     """
-    run = compress_and_append_triton if runs_compiled(kv) else compress_and_append_reference
-    run(kv, gate, starts, pooling, ring, rotation, pool, layout, table)
+    if runs_compiled(kv):
+        compress_and_append_triton(
+            kv, gate, starts, pooling, ring, rotation, pool, layout, table, alongside
+        )
+    else:
+        compress_and_append_reference(
+            kv, gate, starts, pooling, ring, rotation, pool, layout, table
+        )
 
 
 def compress_and_append_reference(
@@ -156,6 +174,7 @@ def compress_and_append_triton(
     pool,
     layout,
     table,
+    alongside: bool = False,
     tune: tuning.CompressTuning | None = None,
 ) -> None:
     tune = tune or tuning.COMPRESS
@@ -193,7 +212,9 @@ def compress_and_append_triton(
         PER_PAGE=layout.per_page(pool),
         PAGE_BYTES=pool.stride(0),
         BLOCK=min(tune.block_tokens, span),
+        ALONGSIDE=alongside,
         num_warps=tune.warps,
+        **(overlapped(kv) if alongside else {}),
     )
     if not one_token:
         _remember(kv, gate, starts, ring)
@@ -232,8 +253,14 @@ def _compress(
     PER_PAGE: tl.constexpr,
     PAGE_BYTES: tl.constexpr,
     BLOCK: tl.constexpr,
+    ALONGSIDE: tl.constexpr,
 ):
-    """One program: the n-th entry that one sequence's new tokens may close."""
+    """One program: the n-th entry that one sequence's new tokens may close.
+
+    ALONGSIDE the launch before it: that one began when all that both read was there, so it is
+    waited for only that none ends before it.
+    """
+    let_next_begin()
     b, number = tl.program_id(0).to(tl.int64), tl.program_id(1)
     SPAN: tl.constexpr = SERIES * RATE
     start = tl.load(starts + b)
@@ -312,3 +339,5 @@ def _compress(
             KIND,
             WIDTH,
         )
+    if ALONGSIDE:
+        wait_for_previous()

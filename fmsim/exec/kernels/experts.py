@@ -24,7 +24,15 @@ from torch import Tensor, nn
 
 from fmsim.exec.kernels import tuning
 from fmsim.exec.kernels.expert_tiles import expert_of, pairs_of, tiles_of
-from fmsim.exec.kernels.lang import INTERPRETED, cdiv, runs_compiled, tl, triton
+from fmsim.exec.kernels.lang import (
+    INTERPRETED,
+    after_previous,
+    cdiv,
+    overlapped,
+    runs_compiled,
+    tl,
+    triton,
+)
 from fmsim.exec.kernels.weights import BLOCK
 
 
@@ -94,9 +102,10 @@ def mixture_of_experts_triton(
         else (routed.gate_up_proj, routed.down_proj)
     )
     out = torch.empty_like(x)
-    if scaled and x.dtype == torch.bfloat16:
-        x = x.to(torch.float16)
-    inner = torch.empty(tokens * slots, width, dtype=x.dtype, device=x.device)
+    matrix_type = torch.float16 if scaled and x.dtype == torch.bfloat16 else x.dtype
+    if tokens > tuning.FEW_ROWS:  # once, and not by every program that reads them
+        x = x.to(matrix_type)
+    inner = torch.empty(tokens * slots, width, dtype=matrix_type, device=x.device)
     parts = torch.empty(tokens * slots, hidden, dtype=torch.float32, device=x.device)
     same = dict(
         EXPERTS=count,
@@ -112,6 +121,7 @@ def mixture_of_experts_triton(
         STAGES=tune.stages,
         WIDEN=INTERPRETED,
         num_warps=tune.warps,
+        **overlapped(x),
     )
     _gate_up[(tiles.count, cdiv(2 * width, tune.gate_rows))](
         x,
@@ -151,6 +161,7 @@ def mixture_of_experts_triton(
         HIDDEN=hidden,
         BLOCK=tune.sum_columns,
         num_warps=4,
+        **overlapped(x),
     )
     return out
 
@@ -214,6 +225,8 @@ def _products(
             )
         weight = tl.load(weights[:, None] + place[None, :], mask=weights_known, other=0.0)
         x = tl.load(activations[:, None] + place[None, :], mask=tokens_known, other=0.0)
+        if SCALED and x.dtype == tl.bfloat16:
+            x = x.to(tl.float16)
         if TILE == 1:
             product = weight.to(tl.float32) * x.to(tl.float32)
         else:
@@ -262,6 +275,7 @@ def _gate_up(
 
     Rows of the gate and rows of what it gates lie alternately.
     """
+    after_previous()
     expert = expert_of(chosen, schedule, EXPERTS, TOP_K, SORTED)
     if expert >= 0:
         pair, known = pairs_of(schedule, tiles, TILE, SORTED)
@@ -346,6 +360,7 @@ def _down(
     WIDEN: tl.constexpr,
 ):
     """One program: ROWS output channels of one tile's pairs."""
+    after_previous()
     expert = expert_of(chosen, schedule, EXPERTS, TOP_K, SORTED)
     if expert >= 0:
         pair, known = pairs_of(schedule, tiles, TILE, SORTED)
@@ -395,6 +410,7 @@ def _sum_pairs(
     BLOCK: tl.constexpr,
 ):
     """One program: some channels of one token."""
+    after_previous()
     token, channel = tl.program_id(0), tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = channel < HIDDEN
     summed = tl.zeros([BLOCK], tl.float32)

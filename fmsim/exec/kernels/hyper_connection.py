@@ -16,7 +16,15 @@ import torch
 from torch import Tensor, nn
 
 from fmsim.exec.kernels import tuning
-from fmsim.exec.kernels.lang import cdiv, next_power_of_2, runs_compiled, tl, triton
+from fmsim.exec.kernels.lang import (
+    after_previous,
+    cdiv,
+    next_power_of_2,
+    overlapped,
+    runs_compiled,
+    tl,
+    triton,
+)
 
 
 class Pending(NamedTuple):
@@ -126,6 +134,7 @@ def _project(streams: Tensor, pending: Pending | None, fn: Tensor, tune) -> tupl
         TOKENS=per_program,
         LEAVE=pending is not None,
         num_warps=tune.project_warps,
+        **overlapped(streams),
     )
     return left, parts
 
@@ -160,6 +169,7 @@ def _join(streams, parts, base, scale, module, norm, x, gates, tune) -> None:
         TILES_PADDED=next_power_of_2(parts.shape[1]),
         ITERATIONS=0 if gates is None else module.iterations,
         num_warps=tune.enter_warps,
+        **overlapped(streams),
     )
 
 
@@ -193,6 +203,7 @@ def _leave_and_project(
     weights = tl.load(fn + places, mask=(row < ROWS)[:, None] & inside[None, :], other=0.0).to(
         tl.float32
     )
+    after_previous()
     for token in range(first, tl.minimum(first + TOKENS, total)):
         source = streams + token * token_stride + channel
         if LEAVE:
@@ -238,6 +249,7 @@ def _enter(
     ITERATIONS: tl.constexpr,
 ):
     """Two programs a token: its block input, and its write weights and mixing."""
+    after_previous()
     token, tile, stream = tl.program_id(0), tl.arange(0, TILES_PADDED), tl.arange(0, STREAMS)
     known, parts = tile < TILES, parts + (token * TILES + tile) * ROWS_PADDED
     square = tl.sum(tl.load(parts + ROWS, mask=known, other=0.0), 0)

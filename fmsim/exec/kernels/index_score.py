@@ -15,7 +15,15 @@ import torch
 from torch import Tensor
 
 from fmsim.exec.kernels import tuning
-from fmsim.exec.kernels.lang import cdiv, next_power_of_2, runs_compiled, tl, triton
+from fmsim.exec.kernels.lang import (
+    after_previous,
+    cdiv,
+    next_power_of_2,
+    overlapped,
+    runs_compiled,
+    tl,
+    triton,
+)
 from fmsim.exec.kernels.layout import (
     Layout,
     load_keys,
@@ -129,6 +137,7 @@ def index_scores_triton(
         GROUP=GROUP,
         STAGES=tune.stages,
         num_warps=tune.warps,
+        **overlapped(queries),
     )
     return out
 
@@ -176,6 +185,7 @@ def _index_scores(
     STAGES: tl.constexpr,
 ):
     """One program: a run of blocks of one sequence's entries."""
+    after_previous()
     b = tl.program_id(0).to(tl.int64)
     score_run(
         queries + b * HEADS * WIDTH,

@@ -7,19 +7,25 @@ tests run without a GPU.
 
 from __future__ import annotations
 
+from functools import cache
 from types import SimpleNamespace
 
+import torch
 from torch import Tensor
 
 try:
     import triton
     import triton.language as tl
+    from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+    from triton.language.target_info import cuda_capability_geq
 
     HAS_TRITON, INTERPRETED = True, triton.knobs.runtime.interpret
 except ModuleNotFoundError:
     triton = SimpleNamespace(jit=lambda function=None, **how: function or triton.jit)
     tl = SimpleNamespace(constexpr=int)
     HAS_TRITON, INTERPRETED = False, False
+
+COMPILED = tl.constexpr(not INTERPRETED)
 
 
 def runs_compiled(tensor: Tensor) -> bool:
@@ -33,3 +39,41 @@ def cdiv(a: int, b: int) -> int:
 
 def next_power_of_2(n: int) -> int:
     return 1 << max(n - 1, 0).bit_length()
+
+
+@cache
+def _overlaps(device: torch.device) -> bool:
+    return torch.cuda.get_device_capability(device) >= (9, 0)
+
+
+def overlapped(tensor: Tensor) -> dict[str, bool]:
+    """Options of a launch that may begin while the launch before it in its stream ends
+    (programmatic dependent launch, from Hopper on). Its kernel calls `after_previous` before it
+    touches what others write.
+    """
+    return {"launch_pdl": True} if tensor.is_cuda and _overlaps(tensor.device) else {}
+
+
+@triton.jit
+def wait_for_previous():
+    """Until the launch before this one in its stream is done and its writes are seen."""
+    if COMPILED and cuda_capability_geq(9, 0):
+        gdc_wait()
+
+
+@triton.jit
+def let_next_begin():
+    """The next launch may begin when all programs of this one have come here, or are done."""
+    if COMPILED and cuda_capability_geq(9, 0):
+        gdc_launch_dependents()
+
+
+@triton.jit
+def after_previous():
+    """Wait until the launch before this one is done and seen, then let the next one begin.
+
+    What a kernel does before this runs beside the launch before it. All launches earlier than that
+    one are done by then: a kernel begins only when the one before it has passed its own wait.
+    """
+    wait_for_previous()
+    let_next_begin()

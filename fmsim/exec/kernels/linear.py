@@ -20,8 +20,16 @@ import math
 import torch
 from torch import Tensor
 
-from fmsim.exec.kernels import float8_products, tuning
-from fmsim.exec.kernels.lang import cdiv, next_power_of_2, runs_compiled, tl, triton
+from fmsim.exec.kernels import float8_products, one_row, tuning
+from fmsim.exec.kernels.lang import (
+    after_previous,
+    cdiv,
+    next_power_of_2,
+    overlapped,
+    runs_compiled,
+    tl,
+    triton,
+)
 from fmsim.exec.kernels.layout import product_operand, scale_exponent, to_float8
 from fmsim.exec.kernels.rounded_rows import round_rows_triton, rounded_reference
 from fmsim.exec.kernels.weights import BLOCK, dequantise
@@ -45,6 +53,8 @@ def linear(
     x [..., groups * in]. With ``float8_rows``, more than `tuning.FEW_ROWS` rows are rounded to
     float8 first; fewer are bound by the weights' bytes, and gain nothing by it.
     """
+    if one_row.takes(x, weight):
+        return one_row.one_row_triton(x, weight, scale, groups)
     if float8_rows and _are_rounded(x, weight, groups):
         found = float8_products.product(x.flatten(0, -2), weight, scale, groups)
         if found is not None:
@@ -136,6 +146,7 @@ def linear_triton(
         ROUNDING=rounding,
         SPLIT=splits > 1,
         num_warps=tune.warps,
+        **overlapped(x),
     )
     return out
 
@@ -203,6 +214,7 @@ def _linear(
     the weights in the L2. A block of outputs and a block of inputs lie in one scale's block, so a
     scale is one number; it is read a block ahead.
     """
+    after_previous()
     # the weights are the left operand: many, they fill the matrix units, and may be in registers
     OUTPUT_BLOCKS: tl.constexpr = (OUTPUTS + BLOCK_OUTPUTS - 1) // BLOCK_OUTPUTS
     near = tl.program_id(0) // (NEAR_ROWS * OUTPUT_BLOCKS) * NEAR_ROWS

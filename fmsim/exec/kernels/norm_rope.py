@@ -8,7 +8,15 @@ import torch
 from torch import Tensor
 
 from fmsim.exec.kernels import tuning
-from fmsim.exec.kernels.lang import cdiv, next_power_of_2, runs_compiled, tl, triton
+from fmsim.exec.kernels.lang import (
+    after_previous,
+    cdiv,
+    next_power_of_2,
+    overlapped,
+    runs_compiled,
+    tl,
+    triton,
+)
 
 
 def norm_rope(
@@ -64,6 +72,7 @@ def norm_rope_triton(
         INVERSE=inverse,
         BLOCK=block,
         num_warps=tune.warps,
+        **overlapped(x),
     )
     return out
 
@@ -84,6 +93,7 @@ def _norm_rope(
     BLOCK: tl.constexpr,
 ):
     """One program: a block of one row's heads."""
+    after_previous()
     row, head = tl.program_id(0).to(tl.int64), tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     places, exists = head[:, None] * WIDTH + tl.arange(0, WIDTH)[None, :], (head < HEADS)[:, None]
     value = tl.load(x + row * row_stride + places, mask=exists, other=0.0).to(tl.float32)

@@ -6,7 +6,14 @@ import torch
 from torch import Tensor, nn
 
 from fmsim.exec.kernels import tuning
-from fmsim.exec.kernels.lang import next_power_of_2, runs_compiled, tl, triton
+from fmsim.exec.kernels.lang import (
+    after_previous,
+    next_power_of_2,
+    overlapped,
+    runs_compiled,
+    tl,
+    triton,
+)
 
 
 def rms_norm(x: Tensor, norm: nn.Module) -> Tensor:
@@ -31,6 +38,7 @@ def rms_norm_triton(x: Tensor, norm: nn.Module, tune=tuning.NORM_ROPE) -> Tensor
         WIDTH=width,
         WIDTH_PADDED=next_power_of_2(width),
         num_warps=tune.warps,
+        **overlapped(x),
     )
     return out
 
@@ -40,8 +48,8 @@ def _rms_norm(x, weight, out, row_stride, eps, WIDTH: tl.constexpr, WIDTH_PADDED
     """One program: one row."""
     row, channel = tl.program_id(0).to(tl.int64), tl.arange(0, WIDTH_PADDED)
     inside = channel < WIDTH
-    # before the sum, so that both are on the way at once
     scale = tl.load(weight + channel, mask=inside, other=0.0).to(tl.float32)
+    after_previous()
     value = tl.load(x + row * row_stride + channel, mask=inside, other=0.0).to(tl.float32)
     value = value * tl.rsqrt(tl.sum(value * value, 0) / WIDTH + eps) * scale
     tl.store(out + row * WIDTH + channel, value.to(out.dtype.element_ty), mask=inside)

@@ -7,7 +7,14 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from fmsim.exec.kernels.lang import next_power_of_2, runs_compiled, tl, triton
+from fmsim.exec.kernels.lang import (
+    after_previous,
+    next_power_of_2,
+    overlapped,
+    runs_compiled,
+    tl,
+    triton,
+)
 
 
 def route(logits: Tensor, tokens: Tensor, router: nn.Module) -> tuple[Tensor, Tensor]:
@@ -43,6 +50,7 @@ def route_triton(logits, tokens, router) -> tuple[Tensor, Tensor]:
         TOP_K_PADDED=next_power_of_2(top_k),
         HASHED=router.hashed,
         num_warps=1,
+        **overlapped(logits),
     )
     return chosen, weights
 
@@ -77,6 +85,7 @@ def _route(
     ``given``: the experts of each token's id where HASHED, otherwise what is added to scores for
     the choice.
     """
+    after_previous()
     token, slot = tl.program_id(0).to(tl.int64), tl.arange(0, TOP_K_PADDED)
     logits, exists = logits + token * EXPERTS, slot < TOP_K
     if HASHED:

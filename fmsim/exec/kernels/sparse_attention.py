@@ -19,7 +19,15 @@ from fmsim.exec.kernels import flash_mla, tuning
 from fmsim.exec.kernels.attention_gathered import attend_gathered
 from fmsim.exec.kernels.attention_in_place import attend_in_place
 from fmsim.exec.kernels.attention_rows import Parts, Rows, matrix_type
-from fmsim.exec.kernels.lang import cdiv, next_power_of_2, runs_compiled, tl, triton
+from fmsim.exec.kernels.lang import (
+    after_previous,
+    cdiv,
+    next_power_of_2,
+    overlapped,
+    runs_compiled,
+    tl,
+    triton,
+)
 from fmsim.exec.kernels.layout import read_entries, slots_of
 
 MASS_ROWS = 128  # of one program
@@ -114,6 +122,7 @@ def sparse_attention_triton(
         HEADS_PADDED=next_power_of_2(heads),
         BLOCK=block,
         num_warps=8,
+        **overlapped(queries),
     )
     return out, masses
 
@@ -138,6 +147,7 @@ def _combined(parts: Parts, sinks: Tensor, out: Tensor) -> Tensor:
         BLOCK=block,
         SPLITS_PADDED=padded,
         num_warps=4,
+        **overlapped(out),
     )
     return total
 
@@ -156,6 +166,7 @@ def _combine(
     SPLITS_PADDED: tl.constexpr,
 ):
     """One program: a block of channels of one head of one sequence."""
+    after_previous()
     b, head = tl.program_id(0).to(tl.int64), tl.program_id(1)
     split, lane = tl.arange(0, SPLITS_PADDED), tl.program_id(2) * BLOCK + tl.arange(0, BLOCK)
     places = (b * splits + split) * HEADS + head
@@ -192,6 +203,7 @@ def _row_masses(
     """One program: a block of one sequence's rows, over all heads; the first, of the window and the
     sink too.
     """
+    after_previous()
     b, first = tl.program_id(0).to(tl.int64), tl.program_id(1) == 0
     row = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     head = tl.arange(0, HEADS_PADDED)

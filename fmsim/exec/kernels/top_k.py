@@ -20,7 +20,15 @@ from torch import Tensor
 
 from fmsim.exec.kernels import tuning
 from fmsim.exec.kernels.index_score import GROUP
-from fmsim.exec.kernels.lang import cdiv, next_power_of_2, runs_compiled, tl, triton
+from fmsim.exec.kernels.lang import (
+    after_previous,
+    cdiv,
+    next_power_of_2,
+    overlapped,
+    runs_compiled,
+    tl,
+    triton,
+)
 
 COUNT_BITS = 21  # of one count; three lie in an int64
 
@@ -98,6 +106,7 @@ def top_k_triton(scores, lengths, k, maxima=None, tune: tuning.TopKTuning | None
         VECTOR=math.gcd(scores.stride(0), 4),
         MAXIMA_VECTOR=math.gcd(maxima.stride(0), 4),
         num_warps=tune.warps if preselect else tune.whole_warps,
+        **overlapped(scores),
     )
     return ids
 
@@ -339,6 +348,7 @@ def _top_k(
     MAXIMA_VECTOR: tl.constexpr,
 ):
     """One program: one sequence."""
+    after_previous()
     b = tl.program_id(0).to(tl.int64)
     scores, maxima, groups, ids = (
         scores + b * scores_stride,

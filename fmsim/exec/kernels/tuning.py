@@ -108,6 +108,12 @@ class LinearTuning(NamedTuple):
     rounds_inside: bool = False
 
 
+class OneRowTuning(NamedTuple):
+    block_bytes: int = 16_384  # of weights that a program holds: 128 bytes a thread
+    warps: int = 4
+    most_inputs: int = 8192
+
+
 class NormRopeTuning(NamedTuple):
     block_values: int = 1024  # of whole heads, that one program turns
     warps: int = 4
@@ -126,6 +132,7 @@ class ExpertsTuning(NamedTuple):
 
 
 HYPER_CONNECTION, NORM_ROPE = HyperConnectionTuning(), NormRopeTuning()
+ONE_ROW = OneRowTuning()
 INDEX_SCORES, MEMORY_SCORES = (
     IndexScoresTuning(),
     IndexScoresTuning(programs=396),

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from transformers import DeepseekV4Config
 
 from fmsim.exec.kernels.experts import clamped_swiglu, mixture_of_experts
+from fmsim.exec.kernels.one_row import product
 from fmsim.exec.kernels.router import route
 from fmsim.exec.kernels.weights import dequantise
 from fmsim.exec.model.projections import linear
@@ -140,7 +141,7 @@ class Router(nn.Module):
 
     def forward(self, x: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
         """x [N, D], tokens [N] -> chosen int64 and weights float32 [N, top_k]."""
-        return route(F.linear(x, self.weight), tokens, self)
+        return route(product(x, self.weight), tokens, self)
 
     def choose(self, logits: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
         scores = F.softplus(logits.float()).sqrt()

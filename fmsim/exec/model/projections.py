@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from fmsim.exec.kernels.linear import grouped_product
 from fmsim.exec.kernels.linear import linear as multiply
+from fmsim.exec.kernels.one_row import product
 from fmsim.exec.kernels.weights import BLOCK, dequantise, scale_shape
 
 
@@ -51,6 +52,13 @@ class Float8Linear(nn.Module):
 
 
 Projection = nn.Linear | Float8Linear
+
+
+def project(x: Tensor, projection: Projection) -> Tensor:
+    """The projection of x [..., in]; for decode, where one row has a kernel of its own."""
+    if isinstance(projection, Float8Linear):
+        return projection(x)
+    return product(x, projection.weight)
 
 
 def grouped(x: Tensor, projection: Projection, groups: int) -> Tensor:
@@ -100,10 +108,10 @@ class Joined:
 
     def __call__(self, x: Tensor) -> list[Tensor]:
         found: dict[int, Tensor] = {}
-        for numbers, product in self.products:
+        for numbers, whole in self.products:
             found |= zip(
                 numbers,
-                product(x).split([self.sizes[number] for number in numbers], -1),
+                project(x, whole).split([self.sizes[number] for number in numbers], -1),
                 strict=True,
             )
         return [found[number] for number in range(len(self.sizes))]
