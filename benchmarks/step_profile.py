@@ -77,7 +77,9 @@ def bandwidth() -> float:
     return READ_BYTES / median_s(lambda: torch.sum(large, 0, out=total), "cuda", runs=12)
 
 
-def a_step(model: DeepseekV4, replayer: Replayer, geometry: Geometry) -> SyntheticStep:
+def a_step(
+    model: DeepseekV4, replayer: Replayer, geometry: Geometry, device: str = "cuda"
+) -> SyntheticStep:
     """A whole step of `full` at batch 1, captured."""
     layer_map = spread(replayer.n_layers, geometry.n_csa)
     place = footprint(replayer.run(registry.build("full")), geometry, layer_map)
@@ -87,7 +89,7 @@ def a_step(model: DeepseekV4, replayer: Replayer, geometry: Geometry) -> Synthet
         geometry,
         place.groups,
         geometry.n_csa,
-        "cuda",
+        device,
         watch=False,
     )
     step = SyntheticStep(decode, model, layer_map)
