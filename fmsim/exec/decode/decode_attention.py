@@ -22,7 +22,6 @@ from fmsim.exec.kernels.index_score import index_scores, new_scores
 from fmsim.exec.kernels.lang import cdiv
 from fmsim.exec.kernels.layout import Layout, write_entries
 from fmsim.exec.kernels.norm_rope import norm_rope
-from fmsim.exec.kernels.rms_norm import rms_norm
 from fmsim.exec.kernels.sparse_attention import Masses, sparse_attention
 from fmsim.exec.kernels.top_k import top_k
 from fmsim.exec.kv.home import PER_PAGE, Home
@@ -292,8 +291,10 @@ class DecodeAttention:
         attention, turn = self.attention, tuple(part[:, 0] for part in now.turn)
         latent, kv, *compressed = self.of_input(x)
         with beside(x.device):
-            self._append(kv, compressed[:-1] if attention.kind == CSA else compressed, now)
-        q, *index_queries = self.of_latent(rms_norm(latent, attention.q_a_norm))
+            if attention.kind == CSA:
+                weights = compressed.pop() * self.index_scale
+            self._append(kv, compressed, now)
+        q, *index_queries = self.of_latent(latent, attention.q_a_norm)
         q = norm_rope(
             q.view(-1, attention.heads, attention.size),
             turn,
@@ -302,10 +303,9 @@ class DecodeAttention:
         )
         if attention.kind == CSA:
             indexer = attention.compressor.indexer
-            queries = norm_rope(index_queries[0].view(-1, indexer.heads, indexer.width), turn)[
-                :, None
-            ]
-            weights = compressed[-1] * self.index_scale
+            queries = norm_rope(
+                index_queries[0].view(-1, indexer.heads, indexer.width), turn, alongside=True
+            )[:, None]
         wait_beside(x.device)
         if attention.kind == CSA:
             ids = self.pager.select(queries, weights, now.visible, indexer.top_k)
@@ -322,10 +322,12 @@ class DecodeAttention:
             attention.sinks,
             attention.scale,
             self.wants_masses,
+            turn,
+            x.dtype,
         )
         if self.pager is not None:
             self.pager.reports(q, rows, masses, x, attention)
-        return attention.project_out(norm_rope(out, turn, inverse=True, dtype=x.dtype)[:, None])
+        return attention.project_out(out[:, None])
 
     def _append(self, kv: Tensor, compressed: Sequence[Tensor], now: Moment) -> None:
         """The token's own entry into the window, and what it closes: projections for entries, then

@@ -225,6 +225,63 @@ def _leave_and_project(
 
 
 @triton.jit
+def _make_doubly_stochastic(
+    out, mix, cell, eps, STREAMS: tl.constexpr, ITERATIONS: tl.constexpr
+):
+    """Sinkhorn's iterations of mix [STREAMS, STREAMS], into ``out``: columns, then rows, in turn.
+
+    Every thread has all values: sums over threads would take longer than all the arithmetic.
+    """
+    rows = ()
+    for i in tl.static_range(STREAMS):
+        row = ()
+        for j in tl.static_range(STREAMS):
+            row = row + (tl.sum(tl.sum(tl.where(cell == i * STREAMS + j, mix, 0.0), 1), 0),)
+        rows = rows + (row,)
+    rows = _columns_scaled(rows, eps, STREAMS)
+    for _ in tl.static_range(ITERATIONS - 1):
+        rows = _rows_scaled(rows, eps, STREAMS)
+        rows = _columns_scaled(rows, eps, STREAMS)
+    for i in tl.static_range(STREAMS):
+        for j in tl.static_range(STREAMS):
+            tl.store(out + i * STREAMS + j, rows[i][j])
+
+
+@triton.jit
+def _rows_scaled(rows, eps, COUNT: tl.constexpr):
+    """Each row of a tuple of tuples over its sum."""
+    scaled = ()
+    for i in tl.static_range(COUNT):
+        total = eps
+        for j in tl.static_range(COUNT):
+            total += rows[i][j]
+        factor = 1.0 / total
+        row = ()
+        for j in tl.static_range(COUNT):
+            row = row + (rows[i][j] * factor,)
+        scaled = scaled + (row,)
+    return scaled
+
+
+@triton.jit
+def _columns_scaled(rows, eps, COUNT: tl.constexpr):
+    """Each column of a tuple of tuples over its sum."""
+    factors = ()
+    for j in tl.static_range(COUNT):
+        total = eps
+        for i in tl.static_range(COUNT):
+            total += rows[i][j]
+        factors = factors + (1.0 / total,)
+    scaled = ()
+    for i in tl.static_range(COUNT):
+        row = ()
+        for j in tl.static_range(COUNT):
+            row = row + (rows[i][j] * factors[j],)
+        scaled = scaled + (row,)
+    return scaled
+
+
+@triton.jit
 def _enter(
     parts,
     base,
@@ -288,8 +345,6 @@ def _enter(
         mix = mix * level * tl.load(scale + 2).to(tl.float32) + tl.load(base + row).to(tl.float32)
         mix = tl.exp(mix - tl.max(mix, 1)[:, None])
         mix = mix / tl.sum(mix, 1)[:, None] + eps
-        mix = mix / (tl.sum(mix, 0) + eps)[None, :]
-        for _ in range(ITERATIONS - 1):
-            mix = mix / (tl.sum(mix, 1) + eps)[:, None]
-            mix = mix / (tl.sum(mix, 0) + eps)[None, :]
-        tl.store(mix_out + token * STREAMS * STREAMS + cell, mix)
+        _make_doubly_stochastic(
+            mix_out + token * STREAMS * STREAMS, mix, cell, eps, STREAMS, ITERATIONS
+        )

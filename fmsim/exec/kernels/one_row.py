@@ -10,17 +10,20 @@ from __future__ import annotations
 import math
 
 import torch
-from torch import Tensor
+import torch.nn.functional as F
+from torch import Tensor, nn
 
 from fmsim.exec.kernels import tuning
 from fmsim.exec.kernels.lang import (
     after_previous,
     cdiv,
+    let_next_begin,
     next_power_of_2,
     overlapped,
     runs_compiled,
     tl,
     triton,
+    wait_for_previous,
 )
 from fmsim.exec.kernels.weights import BLOCK, dequantise
 
@@ -42,17 +45,26 @@ def product(x: Tensor, weight: Tensor) -> Tensor:
     """x [..., in] times a ``weight`` [out, in] of its type -> [..., out]."""
     if takes(x, weight):
         return one_row_triton(x, weight)
-    return torch.nn.functional.linear(x, weight)
+    return F.linear(x, weight)
 
 
 def one_row_reference(
-    x: Tensor, weight: Tensor, scale: Tensor | None = None, groups: int = 1
+    x: Tensor,
+    weight: Tensor,
+    scale: Tensor | None = None,
+    groups: int = 1,
+    norm: nn.Module | None = None,
+    alongside: bool = False,
 ) -> Tensor:
     """x [..., groups * in] of one row times ``weight`` [out, in], bfloat16, or float8_e4m3fn with
     ``scale`` float32 [ceil(out / 128), ceil(in / 128)] -> [..., out] in x's type.
 
     With ``groups``, group g is the g-th part of the weight's rows, and its input the g-th slice.
+    ``norm`` (`model.RMSNorm`) of x before. ``alongside``: the launch before this one in its stream
+    is another product of the same x, and both may run at once.
     """
+    if norm is not None:
+        x = norm(x)
     wide = weight if scale is None else dequantise(weight, scale)
     values = x.flatten().float().unflatten(0, (groups, -1))
     out = torch.einsum("gi,goi->go", values, wide.float().unflatten(0, (groups, -1)))
@@ -60,7 +72,13 @@ def one_row_reference(
 
 
 def one_row_triton(
-    x, weight, scale=None, groups=1, tune: tuning.OneRowTuning = tuning.ONE_ROW
+    x,
+    weight,
+    scale=None,
+    groups=1,
+    norm=None,
+    alongside=False,
+    tune: tuning.OneRowTuning = tuning.ONE_ROW,
 ) -> Tensor:
     outputs, inputs = weight.shape
     of_group, blocks = outputs // groups, next_power_of_2(cdiv(inputs, BLOCK))
@@ -73,7 +91,9 @@ def one_row_triton(
         x,
         weight,
         weight if scale is None else scale,
+        weight if norm is None else norm.weight,
         out,
+        0.0 if norm is None else norm.eps,
         OUTPUTS=outputs,
         INPUTS=inputs,
         OF_GROUP=of_group,
@@ -81,6 +101,8 @@ def one_row_triton(
         BLOCK=BLOCK,
         ROWS=rows,
         BLOCKS=blocks,
+        NORM=norm is not None,
+        ALONGSIDE=alongside,
         num_warps=tune.warps,
         **overlapped(x),
     )
@@ -92,7 +114,9 @@ def _one_row(
     x,
     weight,
     scale,
+    norm,
     out,
+    eps,
     OUTPUTS: tl.constexpr,
     INPUTS: tl.constexpr,
     OF_GROUP: tl.constexpr,
@@ -100,9 +124,14 @@ def _one_row(
     BLOCK: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCKS: tl.constexpr,
+    NORM: tl.constexpr,
+    ALONGSIDE: tl.constexpr,
 ):
     """One program: ROWS outputs of one group, whose weights share scales, over all inputs, in
     BLOCKS of 128.
+
+    ALONGSIDE the launch before it: that one began when x was there, so it is waited for only that
+    none ends before it.
     """
     start = tl.program_id(0) * ROWS
     output, block, lane = start + tl.arange(0, ROWS), tl.arange(0, BLOCKS), tl.arange(0, BLOCK)
@@ -115,11 +144,22 @@ def _one_row(
         weights = tl.load(weight + places, mask=inside, other=0.0)
     if SCALES:
         level = tl.load(scale + start // BLOCK * SCALES + block, mask=block < SCALES, other=0.0)
-    after_previous()
+    if NORM:
+        share = tl.load(norm + place, mask=place < INPUTS, other=0.0).to(tl.float32)
+    if ALONGSIDE:
+        let_next_begin()
+    else:
+        after_previous()
     values = tl.load(x + start // OF_GROUP * INPUTS + place, mask=place < INPUTS, other=0.0).to(
         tl.float32
     )
+    if NORM:
+        square = tl.sum(tl.sum(values * values, 1), 0)
+        values = values * tl.rsqrt(square / INPUTS + eps) * share
+        values = values.to(x.dtype.element_ty).to(tl.float32)
     if SCALES:
         values *= level[:, None]
     sums = tl.sum(tl.sum(weights.to(tl.float32) * values[None, :, :], 2), 1)
     tl.store(out + output, sums.to(out.dtype.element_ty), mask=output < OUTPUTS)
+    if ALONGSIDE:
+        wait_for_previous()

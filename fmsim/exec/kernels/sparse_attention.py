@@ -29,6 +29,7 @@ from fmsim.exec.kernels.lang import (
     triton,
 )
 from fmsim.exec.kernels.layout import read_entries, slots_of
+from fmsim.exec.kernels.norm_rope import Turn, norm_rope, norm_rope_reference
 
 MASS_ROWS = 128  # of one program
 COMBINED = 8192  # values of parts that a program adds up: 64 a thread
@@ -45,16 +46,25 @@ class Masses(NamedTuple):
 
 
 def sparse_attention(
-    queries: Tensor, rows: Rows, sinks: Tensor, scale: float, want_masses: bool = False
+    queries: Tensor,
+    rows: Rows,
+    sinks: Tensor,
+    scale: float,
+    want_masses: bool = False,
+    turn: Turn | None = None,
+    dtype: torch.dtype | None = None,
 ) -> tuple[Tensor, Masses | None]:
     """``queries`` [B, H, C] rotated, of `matrix_type` or bfloat16, ``sinks`` float32 [H]
-    -> output [B, H, C] in the queries' type, RoPE not yet undone, and the masses where wanted."""
+    -> output [B, H, C] in ``dtype``, the queries' unless given, and the masses where wanted.
+
+    With ``turn``, the queries' angles as `norm_rope` takes them, the values' RoPE is undone.
+    """
     run = sparse_attention_triton if runs_compiled(queries) else sparse_attention_reference
-    return run(queries, rows, sinks, scale, want_masses)
+    return run(queries, rows, sinks, scale, want_masses, turn, dtype)
 
 
 def sparse_attention_reference(
-    queries, rows: Rows, sinks, scale, want_masses=False
+    queries, rows: Rows, sinks, scale, want_masses=False, turn=None, dtype=None
 ) -> tuple[Tensor, Masses | None]:
     batch, width = len(queries), rows.layout.per_page(rows.window)
     places = torch.arange(width, device=queries.device)
@@ -71,13 +81,15 @@ def sparse_attention_reference(
     logits = logits.masked_fill(~known[:, None], float("-inf"))
     total = torch.logaddexp(logits.logsumexp(2), sinks.float())
     shares = (logits - total[..., None]).exp()
-    out = (shares @ values).to(queries.dtype)
+    out, dtype = shares @ values, dtype or queries.dtype
+    if turn is not None:
+        out = norm_rope_reference(out, turn, inverse=True)
     masses = Masses(
         shares.mean(1)[:, width:],
         shares.mean(1)[:, :width].sum(1),
         (sinks.float() - total).exp().mean(1),
     )
-    return out, masses if want_masses else None
+    return out.to(dtype), masses if want_masses else None
 
 
 def sparse_attention_triton(
@@ -86,12 +98,14 @@ def sparse_attention_triton(
     sinks,
     scale,
     want_masses=False,
+    turn=None,
+    dtype=None,
     tune: tuning.AttentionTuning | tuning.GatheredAttentionTuning | None = None,
 ) -> tuple[Tensor, Masses | None]:
     batch, heads, _ = queries.shape
     served = flash_mla.serves(batch, heads, rows.layout, rows.window, rows.pool)
     if tune is None and served and not want_masses:
-        return flash_mla.attend(queries, rows, sinks, scale), None
+        return _finished(flash_mla.attend(queries, rows, sinks, scale), turn, dtype), None
     tune = tune or tuning.attention(batch, heads, packed=rows.layout.kind == "latent")
     attend = attend_in_place if isinstance(tune, tuning.AttentionTuning) else attend_gathered
     out = torch.empty_like(queries)
@@ -100,7 +114,10 @@ def sparse_attention_triton(
     parts = attend(wanted, rows, sinks, scale, want_masses, tune, out)
     total = parts.sums[:, 0]
     if parts.values is not out:
-        total = _combined(parts, sinks, out)
+        out = torch.empty(out.shape, dtype=dtype or out.dtype, device=out.device)
+        total = _combined(parts, sinks, turn, out)
+    else:
+        out = _finished(out, turn, dtype)
     if not want_masses:
         return out, None
     float32 = {"dtype": torch.float32, "device": queries.device}
@@ -127,10 +144,18 @@ def sparse_attention_triton(
     return out, masses
 
 
-def _combined(parts: Parts, sinks: Tensor, out: Tensor) -> Tensor:
+def _finished(out: Tensor, turn: Turn | None, dtype: torch.dtype | None) -> Tensor:
+    """An output [B, H, C] that nothing is left to combine of, with its RoPE undone."""
+    if turn is None:
+        return out if dtype is None else out.to(dtype)
+    return norm_rope(out, turn, inverse=True, dtype=dtype)
+
+
+def _combined(parts: Parts, sinks: Tensor, turn: Turn | None, out: Tensor) -> Tensor:
     """The output [B, H, C] of several parts, into ``out``, and the logarithm float32 [B, H] of what
     its exponentials add up to, the sink's with them.
     """
+    cos, sin = (part.contiguous() for part in turn) if turn is not None else (sinks, sinks)
     (batch, heads, size), splits = out.shape, parts.sums.shape[1]
     total = torch.empty(batch, heads, dtype=torch.float32, device=out.device)
     padded = next_power_of_2(splits)
@@ -139,6 +164,8 @@ def _combined(parts: Parts, sinks: Tensor, out: Tensor) -> Tensor:
         parts.values,
         parts.sums,
         sinks,
+        cos,
+        sin,
         out,
         total,
         splits,
@@ -146,6 +173,7 @@ def _combined(parts: Parts, sinks: Tensor, out: Tensor) -> Tensor:
         WIDTH=size,
         BLOCK=block,
         SPLITS_PADDED=padded,
+        PAIRS=0 if turn is None else cos.shape[1],
         num_warps=4,
         **overlapped(out),
     )
@@ -157,6 +185,8 @@ def _combine(
     parts,
     part_sums,
     sinks,
+    cos,
+    sin,
     out,
     total_out,
     splits,
@@ -164,8 +194,11 @@ def _combine(
     WIDTH: tl.constexpr,
     BLOCK: tl.constexpr,
     SPLITS_PADDED: tl.constexpr,
+    PAIRS: tl.constexpr,
 ):
-    """One program: a block of channels of one head of one sequence."""
+    """One program: a block of channels of one head of one sequence; of the last PAIRS of all, RoPE
+    is undone.
+    """
     after_previous()
     b, head = tl.program_id(0).to(tl.int64), tl.program_id(1)
     split, lane = tl.arange(0, SPLITS_PADDED), tl.program_id(2) * BLOCK + tl.arange(0, BLOCK)
@@ -181,6 +214,13 @@ def _combine(
         other=0.0,
     )
     whole = tl.sum(part * tl.exp(sums - total)[:, None], 0)
+    if PAIRS:
+        pair = tl.program_id(2) * (BLOCK // 2) + tl.arange(0, BLOCK // 2) - (WIDTH // 2 - PAIRS)
+        turned = (pair >= 0) & (pair < PAIRS)
+        c = tl.load(cos + b * PAIRS + pair, mask=turned, other=1.0)
+        s = tl.load(sin + b * PAIRS + pair, mask=turned, other=0.0)
+        even, odd = tl.split(tl.reshape(whole, [BLOCK // 2, 2]))
+        whole = tl.reshape(tl.join(even * c + odd * s, odd * c - even * s), [BLOCK])
     tl.store(
         out + (b * HEADS + head) * WIDTH + lane, whole.to(out.dtype.element_ty), mask=lane < WIDTH
     )

@@ -9,9 +9,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from fmsim.exec.kernels import one_row
 from fmsim.exec.kernels.linear import grouped_product
 from fmsim.exec.kernels.linear import linear as multiply
-from fmsim.exec.kernels.one_row import product
+from fmsim.exec.kernels.rms_norm import rms_norm
 from fmsim.exec.kernels.weights import BLOCK, dequantise, scale_shape
 
 
@@ -54,13 +55,6 @@ class Float8Linear(nn.Module):
 Projection = nn.Linear | Float8Linear
 
 
-def project(x: Tensor, projection: Projection) -> Tensor:
-    """The projection of x [..., in]; for decode, where one row has a kernel of its own."""
-    if isinstance(projection, Float8Linear):
-        return projection(x)
-    return product(x, projection.weight)
-
-
 def grouped(x: Tensor, projection: Projection, groups: int) -> Tensor:
     """x [..., groups * in] -> [..., out]: group g of the projection's rows [out, in] times the g-th
     slice of x.
@@ -85,7 +79,8 @@ def wide_weight(projection: Projection) -> Tensor:
 class Joined:
     """Several projections of one input: one product for each type of weight.
 
-    Call it with the input for their outputs, in order, as views.
+    Call it with the input for their outputs, in order, as views; with a norm, of what it makes of
+    the input.
 
     Made from projections whose weights it moves into one tensor, of which theirs become views; made
     again, it finds them there. A CUDA graph that was captured before the move would read where they
@@ -106,14 +101,21 @@ class Joined:
         ]
         self.sizes = [projection.out_features for projection in projections]
 
-    def __call__(self, x: Tensor) -> list[Tensor]:
+    def __call__(self, x: Tensor, norm: nn.Module | None = None) -> list[Tensor]:
+        alone = all(one_row.takes(x, whole.weight) for _, whole in self.products)
+        if norm is not None and not alone:
+            x = rms_norm(x, norm)
         found: dict[int, Tensor] = {}
         for numbers, whole in self.products:
-            found |= zip(
-                numbers,
-                project(x, whole).split([self.sizes[number] for number in numbers], -1),
-                strict=True,
-            )
+            if alone:
+                scale = getattr(whole, "scale", None)
+                out = one_row.one_row_triton(
+                    x, whole.weight, scale, norm=norm, alongside=bool(found)
+                )
+            else:
+                out = whole(x)
+            sizes = [self.sizes[number] for number in numbers]
+            found |= zip(numbers, out.split(sizes, -1), strict=True)
         return [found[number] for number in range(len(self.sizes))]
 
 
