@@ -18,6 +18,7 @@ class Clock(Policy):
     action = "hierarchical"
     evidence = "attention_history"
     decision_scope = "layer"
+    rows_apart = True
 
     class Params(DemandParams):
         pass

@@ -17,6 +17,7 @@ class FIFO(Policy):
     action = "hierarchical"
     evidence = "attention_history"
     decision_scope = "layer"
+    rows_apart = True
 
     class Params(DemandParams):
         pass

@@ -31,6 +31,7 @@ class HiSparse(Policy):
     action = "hierarchical"
     evidence = "attention_history"
     decision_scope = "layer"
+    rows_apart = True
 
     class Params(DemandParams):
         on_miss: Literal["fetch"] = Field("fetch", description="stall and load")
@@ -63,7 +64,8 @@ class HiSparse(Policy):
         self.ctx.put(self.hit, obs.pages, obs.hit)
 
     def wrote(self, step: int, pages: Array) -> None:
-        self.ctx.put(self.rank, pages - 1, 0)  # the newest until now makes way
+        before = self.ctx.xp.where(pages > 0, pages - 1, -1)
+        self.ctx.put(self.rank, before, 0)  # the newest until now makes way
 
     def moved(self, step: int, loaded: Array, evicted: Array) -> None:
         xp, put = self.ctx.xp, self.ctx.put

@@ -29,6 +29,7 @@ class S3FIFO(Policy):
     action = "hierarchical"
     evidence = "attention_history"
     decision_scope = "layer"
+    rows_apart = True
 
     class Params(DemandParams):
         small_share: float = Field(0.1, gt=0, lt=1, description="of the slots, the small queue's")

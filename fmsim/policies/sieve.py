@@ -22,6 +22,7 @@ class Sieve(Policy):
     action = "hierarchical"
     evidence = "attention_history"
     decision_scope = "layer"
+    rows_apart = True
 
     class Params(DemandParams):
         pass

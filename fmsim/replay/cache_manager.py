@@ -77,6 +77,10 @@ class CacheManager:
         """From now on the first `n_entries` entries are visible."""
         self.visible, self.tail = self._view(n_entries)
 
+    def _seen(self) -> Any:
+        """Pages that are visible, of all groups or [G, 1]."""
+        return self.visible
+
     def _view(self, n_entries: int) -> tuple[int, int]:
         """Pages visible when `n_entries` entries are, and the first of the pinned tail.
 
@@ -126,10 +130,15 @@ class CacheManager:
         pages = self.policy.prefetch(step)
         if pages is None:
             return None
-        wanted = (pages >= 0) & (pages < self.visible) & (self.residency.lookup(pages) < 0)
+        wanted = (pages >= 0) & (pages < self._seen()) & (self.residency.lookup(pages) < 0)
         return self._admit(step, pages, wanted)
 
-    def foresee(self, step: int, n_entries: int, most: int) -> Array | None:
+    @property
+    def parts(self) -> int:
+        """Requests whose decisions are foreseen one by one."""
+        return 1
+
+    def foresee(self, step: int, n_entries: int, most: int, part: int = 0) -> Array | None:
         """Up to `most` pages that the decision at the later `step`, when `n_entries` are visible,
         will recall: int64 [G, most], -1 = padding.
 

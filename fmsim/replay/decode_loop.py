@@ -53,8 +53,10 @@ class Tiers(Protocol):
     def recall(self, request: int, moves: Moves) -> None:
         """A decision's pages come into their slots, before anything attends to them."""
 
-    def recall_ahead(self, request: int, pages: Array) -> None:
-        """Begin to load what the next decision will recall: int64 [G, m], -1 = padding."""
+    def recall_ahead(self, request: int, pages: Array, part: int) -> None:
+        """Begin to load what the next decision will recall: int64 [G, m], -1 = padding; of the
+        `part` of the request that it is (`CacheManager.parts`).
+        """
 
     def decided(self) -> None:
         """Every request has written and decided: the model comes next."""
@@ -88,7 +90,7 @@ class NoTiers:
     def recall(self, request: int, moves: Moves) -> None:
         pass
 
-    def recall_ahead(self, request: int, pages: Array) -> None:
+    def recall_ahead(self, request: int, pages: Array, part: int) -> None:
         pass
 
     def decided(self) -> None:
@@ -112,7 +114,8 @@ class NoClock:
 
 
 class DecodeLoop:
-    """A batch of requests. `books[r]` counts what request r moves, and has its cache manager.
+    """A batch of requests. `books[r]` counts what request r moves, and has its cache manager. Many
+    that one manager keeps are one request here, of as many `CacheManager.parts`.
 
     `step` is the step that comes next.
     """
@@ -168,22 +171,24 @@ class DecodeLoop:
         if prefetches:
             self._prefetch(request, step)
         if decides or prefetches or step == 0:
-            book.scored[step] = manager.policy.scored_entries(step)
-        if cadence > 1 and step % cadence == self._later(request):
-            self._foresee(request, step - step % cadence + cadence)
+            book.score(step)
+        for part in range(manager.parts if cadence > 1 else 0):
+            if step % cadence == self._later(request, part):
+                self._foresee(request, part, step - step % cadence + cadence)
         if step and step % manager.ctx.tau == 0:
             book.window_began(step)
 
-    def _later(self, request: int) -> int:
+    def _later(self, request: int, part: int) -> int:
         """Steps after a decision at which the next one is foreseen: many requests take turns, so
         that no step does it for all. The states that they go by are still kept.
         """
-        if len(self.books) == 1:
+        parts = [book.manager.parts for book in self.books]
+        if sum(parts) == 1:
             return 0
         manager = self.books[request].manager
         spacing = manager.policy.state_steps or manager.ctx.tau
         turns = min(manager.policy.params.cadence, spacing) - 1
-        return min(turns, 1 + request * turns // len(self.books))
+        return min(turns, 1 + (sum(parts[:request]) + part) * turns // sum(parts))
 
     def _prefetch(self, request: int, step: int) -> None:
         """What the policy asks for between decisions comes in before the step's accesses."""
@@ -192,16 +197,16 @@ class DecodeLoop:
             self.books[request].moved(step, "lookahead_loads", moves)
             self.tiers.recall(request, moves)
 
-    def _foresee(self, request: int, decision: int) -> None:
+    def _foresee(self, request: int, part: int, decision: int) -> None:
         """Begin to recall for the decision at the later step `decision`."""
         manager = self.books[request].manager
         most = self.tiers.ahead_pages(request)
         if not most or decision >= manager.ctx.n_steps:
             return
         n_entries = self.source.n_entries(request, decision)
-        pages = manager.foresee(decision, n_entries, most)
+        pages = manager.foresee(decision, n_entries, most, part)
         if pages is not None:
-            self.tiers.recall_ahead(request, pages)
+            self.tiers.recall_ahead(request, pages, part)
 
     def _settle(self, request: int, step: int, served: Served) -> None:
         """The policy sees what was selected; what was fetched gets slots."""

@@ -40,6 +40,12 @@ class LedgerBuilder:
             (windows, manager.ctx.n_groups), dtype=xp.float64, device=manager.ctx.device
         )
         self._before = self.residency.present()
+        self._parts: list[LedgerBuilder] = []
+
+    def score(self, step: int) -> None:
+        """Count what a memory indexer scored at the step's decision, for each request."""
+        for book in self._parts or [self]:
+            book.scored[step] = book.manager.policy.scored_entries(step)
 
     def moved(self, step: int, name: str, moves: Moves | None) -> None:
         """Count what a part of the step brought in, under `name` of COUNTS, and what it evicted."""
@@ -63,6 +69,8 @@ class LedgerBuilder:
         part.counts = {name: count[:, rows] for name, count in self.counts.items()}
         part.initial = self.initial[rows]
         part.overlap = self.overlap[:, rows]
+        part.scored, part._parts = np.zeros_like(self.scored), []
+        self._parts.append(part)
         return part
 
     def ledger(

@@ -295,6 +295,10 @@ class ResidentView:
     def __init__(self, residency: Residency) -> None:
         self._residency = residency
 
+    def look_at(self, residency: Residency) -> None:
+        """From now on another, which holds the same."""
+        self._residency = residency
+
     def has(self, pages: Array) -> Array:
         return self._residency.lookup(pages) >= 0
 

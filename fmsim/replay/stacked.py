@@ -1,45 +1,57 @@
 """One cache manager for many requests: their groups become rows of the same arrays.
 
-What a batch decides then takes as many array operations as one request does. It needs a policy that
-says `by_row`: no row of it knows of another, and none of the request's length.
+What a batch decides then takes as many array operations as one request does, where one policy
+serves all rows (`served_by_one`). Else each request keeps its own policy, and what is not the
+policy's is done for all at once.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
 
 from fmsim.policies.base import Policy
 from fmsim.replay.cache_manager import CacheManager
+from fmsim.replay.of_each import PolicyOfEach
 from fmsim.replay.residency import Moves, Residency, ResidentView
 
 Array = Any
 
 
-def stackable(policy: Policy) -> bool:
-    """Whether many requests may share one `StackedManager`; a subclass must say so anew."""
+def captured(policy: Policy) -> bool:
+    """Whether a CUDA graph may hold what it does of a step; a subclass must say so anew."""
     claimed = type(policy).__dict__.get("by_row", False)
     return claimed and not (policy.watches or policy.prefetches or policy.decides_ahead)
+
+
+def served_by_one(managers: Sequence[CacheManager]) -> bool:
+    """Whether one policy may serve all rows of `managers`."""
+    policy = managers[0].policy
+    assert isinstance(policy, Policy)  # an engine's, not a replay's guarded one
+    slots = {count for manager in managers for count in manager.ctx.group_slots}
+    apart = type(policy).__dict__.get("rows_apart", False) and len(slots) == 1
+    return captured(policy) or apart
 
 
 class StackedManager(CacheManager):
     """Goes on from `managers`, one a request, of one kind of policy, at their first step.
 
     Request r's group g is row ``starts[r] + g``; `entries` int64 [T, R] are visible to each request
-    in each step. Steps may be numbers, or where nothing is written or decided arrays of one number,
-    so that a CUDA graph holds what a step selects.
+    in each step. Steps are numbers. Of a policy that can be `captured` they may be arrays of one
+    number where nothing is written or decided, so that a CUDA graph holds what a step selects. The
+    `managers` show their rows of it from now on.
     """
 
     def __init__(self, managers: Sequence[CacheManager], entries: np.ndarray) -> None:
         first = managers[0]
         groups = [manager.ctx.n_groups for manager in managers]
         self.starts = np.cumsum([0, *groups]).tolist()
-        policy = first.policy
-        assert isinstance(policy, Policy)  # an engine's, not a replay's guarded one
-        self.policy = type(policy)(policy.params)
+        self.managers = list(managers)
+        self.rows = [slice(*ends) for ends in pairwise(self.starts)]
         slots = [count for manager in managers for count in manager.ctx.group_slots]
         self.residency = Residency.stacked([manager.residency for manager in managers], slots)
         self.ctx = replace(
@@ -55,7 +67,8 @@ class StackedManager(CacheManager):
             future=None,
             residents=ResidentView(self.residency),
         )
-        self.policy.reset(self.ctx)
+        self._look_at_rows()
+        self._take_policies()
         self.needs = replace(
             first.needs,
             n_groups=self.ctx.n_groups,
@@ -65,7 +78,31 @@ class StackedManager(CacheManager):
             keeps_all=all(manager.needs.keeps_all for manager in managers),
             comes_back=any(manager.needs.comes_back for manager in managers),
         )
+        self._entries = entries
         self._plan(managers, entries, groups)
+
+    def _look_at_rows(self) -> None:
+        for manager, rows in zip(self.managers, self.rows, strict=True):
+            ctx = manager.ctx
+            manager.residency = self.residency.of_rows(rows, ctx.n_pages, ctx.n_slots)
+            assert isinstance(ctx.residents, ResidentView)
+            ctx.residents.look_at(manager.residency)
+
+    def _take_policies(self) -> None:
+        policies = [manager.policy for manager in self.managers]
+        if not served_by_one(self.managers):
+            self.policy: Policy = PolicyOfEach(policies, self.rows, self.ctx.xp)
+            return
+        first = policies[0]
+        self.policy = type(first)(first.params)
+        self.policy.reset(self.ctx)
+        if self.policy.watches:  # what the prefills left
+            xp, held = self.ctx.xp, self.residency.slots
+            self.policy.moved(0, xp.astype(held, xp.int64), xp.full_like(held[:, :1], -1))
+
+    @property
+    def parts(self) -> int:
+        return len(self.managers)
 
     def _prompt_mass(self, managers: Sequence[CacheManager]) -> Array | None:
         first = managers[0].ctx
@@ -99,6 +136,7 @@ class StackedManager(CacheManager):
             by_row: Array = np.repeat(of_requests, groups, axis=1).astype(dtype)
             return ctx.xp.asarray(by_row, device=ctx.device)
 
+        self._views = seen
         self._begins = [bool(row.any()) for row in visible > first]
         self._most = visible.max(axis=1)
         sinks = np.array([manager.pins.sink for manager in managers])[None]
@@ -109,6 +147,7 @@ class StackedManager(CacheManager):
         self._tail = there(tail[..., None], np.int64)
         # of the step under way, where a CUDA graph finds it
         self._tail_now = self._tail[0] + 0
+        self._at = 0
 
     def _pinned(self, view: tuple[int, int] | None = None) -> Any:
         if not self._pins:
@@ -116,8 +155,14 @@ class StackedManager(CacheManager):
         sink, tail = self._sink, self._tail_now
         return lambda pages: (pages < sink) | (pages >= tail)
 
+    def _seen(self) -> Any:
+        return self._visible[self._at]
+
     def write(self, step: int, n_entries: int) -> Moves | None:
         """As `CacheManager.write`; how many entries are visible to each request is known."""
+        self._at = step
+        for manager, view in zip(self.managers, self._views[step], strict=True):
+            manager.visible, manager.tail = view
         if self._pins:
             self._tail_now[...] = self._tail[step]
         self.visible = int(self._most[step])
@@ -130,6 +175,15 @@ class StackedManager(CacheManager):
     def decide(self, step: int) -> Moves:
         """As `CacheManager.decide`, among the pages that each request sees."""
         self.policy.decide(step)
-        worth = self._ranked(step, self.policy.worth_of_first(step, self.visible))
-        moves = self.residency.choose(worth, self.policy.floor, self._pinned(), self._visible[step])
+        if isinstance(self.policy, PolicyOfEach):
+            found = self.policy.worth_of_seen(step, [view[0] for view in self._views[self._at]])
+        else:
+            found = self.policy.worth_of_first(step, self.visible)
+        worth = self._ranked(step, found)
+        moves = self.residency.choose(worth, self.policy.floor, self._pinned(), self._seen())
         return self._told(step, moves)
+
+    def foresee(self, step: int, n_entries: int, most: int, part: int = 0) -> Array | None:
+        """As `CacheManager.foresee`, of request `part` alone."""
+        entries = int(self._entries[min(step, len(self._entries) - 1), part])
+        return self.managers[part].foresee(step, entries, most)

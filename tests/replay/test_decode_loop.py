@@ -35,7 +35,7 @@ class Noted:
     def recall(self, request, moves):
         self._note("recall", moves.pages)
 
-    def recall_ahead(self, request, pages):
+    def recall_ahead(self, request, pages, part):
         self._note("ahead", pages)
 
     def decided(self):

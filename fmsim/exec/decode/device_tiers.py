@@ -96,11 +96,11 @@ class DeviceTiers:
                 of_all[:, self.keepers[number].part, : part.shape[2]] = part
         self.tiers.recall(*whole, late=True)
 
-    def recall_ahead(self, request: int, pages: Tensor) -> None:
+    def recall_ahead(self, request: int, pages: Tensor, part: int) -> None:
         if request in self._decided:  # it frees the pages that this will fill
             self._recall()
-        keeper = self.keepers[request]
-        self.tiers.recall_ahead(keeper.by_request(pages), keeper.part)
+        number = self.keepers[request].part.start + part
+        self.tiers.recall_ahead(pages[:, None], slice(number, number + 1))
 
     def settle(self, request: int, moves: Moves) -> None:
         self._changed.add(request)
@@ -140,7 +140,7 @@ class SharedTiers:
         self.changed = True
         self.tiers.recall(moves.pages, moves.slots, late=not self.copies)
 
-    def recall_ahead(self, request: int, pages: Tensor) -> None:
+    def recall_ahead(self, request: int, pages: Tensor, part: int) -> None:
         self.tiers.recall_ahead(pages)
 
     def decided(self) -> None:

@@ -16,27 +16,27 @@ from fmsim.exec.decode.selections import Selections
 from fmsim.exec.kv.paired import PairedTiers
 from fmsim.replay.cache_manager import CacheManager, Served
 from fmsim.replay.ledger_builder import LedgerBuilder
+from fmsim.replay.of_each import PolicyOfEach
 from fmsim.replay.paging import Accesses, page_rows, page_step
 from fmsim.replay.residency import Moves
-from fmsim.replay.stacked import StackedManager, stackable
+from fmsim.replay.stacked import StackedManager, captured
 
 
 def keepers_of(requests: Sequence[Request], selections: Selections, steps: int) -> list[Keeper]:
-    """The keepers of a batch that decodes at most `steps`."""
-    if not stackable(requests[0].policy):
-        return [Keeper([one], one.manager, one.book, selections, False) for one in requests]
+    """The keepers of a batch that decodes at most `steps`: one for all."""
+    inside = captured(requests[0].policy)
+    if len(requests) == 1 and not inside:
+        [one] = requests
+        return [Keeper([one], one.manager, one.book, selections, False)]
     entries = [[request.n_entries(step) for request in requests] for step in range(steps)]
     manager = StackedManager([one.manager for one in requests], np.array(entries, dtype=np.int64))
     book = LedgerBuilder(manager, steps)
     for number, request in enumerate(requests):
-        rows = slice(manager.starts[number], manager.starts[number + 1])
-        ctx = request.manager.ctx
-        request.manager.residency = manager.residency.of_rows(rows, ctx.n_pages, ctx.n_slots)
-        request.book = book.of_rows(rows, request.manager)
-        # its tables are the stack's now
-        request.policy = type(request.policy)(request.policy.params)
-        request.manager.policy = request.policy
-    return [Keeper(requests, manager, book, selections, True)]
+        request.book = book.of_rows(manager.rows[number], request.manager)
+        if not isinstance(manager.policy, PolicyOfEach):  # its tables are the stack's now
+            request.policy = type(request.policy)(request.policy.params)
+            request.manager.policy = request.policy
+    return [Keeper(requests, manager, book, selections, inside)]
 
 
 class Keeper:

@@ -225,9 +225,7 @@ def _leave_and_project(
 
 
 @triton.jit
-def _make_doubly_stochastic(
-    out, mix, cell, eps, STREAMS: tl.constexpr, ITERATIONS: tl.constexpr
-):
+def _make_doubly_stochastic(out, mix, cell, eps, STREAMS: tl.constexpr, ITERATIONS: tl.constexpr):
     """Sinkhorn's iterations of mix [STREAMS, STREAMS], into ``out``: columns, then rows, in turn.
 
     Every thread has all values: sums over threads would take longer than all the arithmetic.

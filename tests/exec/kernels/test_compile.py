@@ -48,7 +48,6 @@ KERNELS = {
     "_down",
     "_sum_pairs",
     "_linear",
-    "_add_up",
     "_round_rows",
     "_copy_rows",
     "_stage",
