@@ -56,6 +56,20 @@ def mixture_of_experts(
     return run(x, chosen, weights, routed, shared)
 
 
+def leaves_shares(x: Tensor, routed: nn.Module, shared: nn.Module) -> bool:
+    """Whether `expert_shares` takes ``x`` [N, D]: few tokens, whose shares are read again for each
+    stream that they are added to.
+    """
+    return takes(x, routed) and len(x) <= tuning.FEW_ROWS and _alike(routed, shared)
+
+
+def expert_shares(x: Tensor, chosen: Tensor, routed: nn.Module, shared: nn.Module) -> Tensor:
+    """As `mixture_of_experts`, but for its sum: float32 [N, top_k + 1, D], the shared expert's
+    last, which has no weight.
+    """
+    return _each_share(x, chosen, routed, shared, _tuning(x, routed))
+
+
 def mixture_of_experts_reference(x, chosen, weights, routed, shared) -> Tensor:
     return routed(x, chosen, weights) + shared(x)
 
@@ -87,8 +101,37 @@ def mixture_of_experts_triton(
         return torch.cat([mixture_of_experts_triton(*part, routed, shared, tune) for part in parts])
     if shared is not None and not _alike(routed, shared):
         return mixture_of_experts_triton(x, chosen, weights, routed, None, tune) + shared(x)
-    tune = tune or tuning.experts(len(x), x.dtype, scaled=routed.down_scale is not None)
-    x, chosen, weights = x.contiguous(), chosen.contiguous(), weights.contiguous()
+    tune = tune or _tuning(x, routed)
+    parts = _each_share(x, chosen, routed, shared, tune)
+    (tokens, slots, hidden), top_k = parts.shape, chosen.shape[1]
+    out = torch.empty(tokens, hidden, dtype=x.dtype, device=x.device)
+    _sum_pairs[(tokens, cdiv(hidden, tune.sum_columns))](
+        parts,
+        weights.contiguous(),
+        out,
+        TOP_K=top_k,
+        SLOTS=slots,
+        HIDDEN=hidden,
+        BLOCK=tune.sum_columns,
+        num_warps=4,
+        **overlapped(x),
+    )
+    return out
+
+
+def _tuning(x: Tensor, routed: nn.Module) -> tuning.ExpertsTuning:
+    return tuning.experts(len(x), x.dtype, scaled=routed.down_scale is not None)
+
+
+def _each_share(
+    x: Tensor,
+    chosen: Tensor,
+    routed: nn.Module,
+    shared: nn.Module | None,
+    tune: tuning.ExpertsTuning,
+) -> Tensor:
+    """float32 [N, slots, D]: the output of each of a token's experts, without its weight."""
+    x, chosen = x.contiguous(), chosen.contiguous()
     (tokens, top_k), (count, hidden, width) = chosen.shape, routed.down_proj.shape
     slots, scaled, of_shared = (
         top_k + (shared is not None),
@@ -101,12 +144,11 @@ def mixture_of_experts_triton(
         if scaled
         else (routed.gate_up_proj, routed.down_proj)
     )
-    out = torch.empty_like(x)
     matrix_type = torch.float16 if scaled and x.dtype == torch.bfloat16 else x.dtype
     if tokens > tuning.FEW_ROWS:  # once, and not by every program that reads them
         x = x.to(matrix_type)
     inner = torch.empty(tokens * slots, width, dtype=matrix_type, device=x.device)
-    parts = torch.empty(tokens * slots, hidden, dtype=torch.float32, device=x.device)
+    parts = torch.empty(tokens, slots, hidden, dtype=torch.float32, device=x.device)
     same = dict(
         EXPERTS=count,
         TOP_K=top_k,
@@ -152,18 +194,7 @@ def mixture_of_experts_triton(
         ROWS=tune.down_rows,
         **same,
     )
-    _sum_pairs[(tokens, cdiv(hidden, tune.sum_columns))](
-        parts,
-        weights,
-        out,
-        TOP_K=top_k,
-        SLOTS=slots,
-        HIDDEN=hidden,
-        BLOCK=tune.sum_columns,
-        num_warps=4,
-        **overlapped(x),
-    )
-    return out
+    return parts
 
 
 def _alike(routed: nn.Module, shared: nn.Module) -> bool:

@@ -27,14 +27,29 @@ from fmsim.exec.kernels.lang import (
 )
 
 
+class Shares(NamedTuple):
+    """A block's output as its experts left it: ``values`` float32 [N, P, D], of which the first are
+    multiplied by ``weights`` float32 [N, top_k], and all of a token's P are added up.
+    """
+
+    values: Tensor
+    weights: Tensor
+
+    def whole(self, like: Tensor) -> Tensor:
+        """The output [B, S, D] for streams ``like`` [B, S, R, D], in their type."""
+        one = self.weights.new_ones(len(self.values), self.values.shape[1] - self.weights.shape[1])
+        summed = (self.values * torch.cat((self.weights, one), 1)[..., None]).sum(1)
+        return summed.to(like.dtype).view_as(like[:, :, 0])
+
+
 class Pending(NamedTuple):
     """A block's output that is not yet in the streams: ``out`` [B, S, D] of the block of
-    ``connection`` (`model.HyperConnection`), and what `enter` gave for it: ``write`` float32 [B, S,
-    R], ``mix`` float32 [B, S, R, R].
+    ``connection`` (`model.HyperConnection`), or its shares, and what `enter` gave for it: ``write``
+    float32 [B, S, R], ``mix`` float32 [B, S, R, R].
     """
 
     connection: nn.Module
-    out: Tensor
+    out: Tensor | Shares
     write: Tensor
     mix: Tensor
 
@@ -72,7 +87,12 @@ def read_out_reference(streams, pending, head, norm) -> Tensor:
 
 
 def _left(streams: Tensor, pending: Pending | None) -> Tensor:
-    return streams if pending is None else pending.connection.leave(streams, *pending[1:])
+    if pending is None:
+        return streams
+    connection, out, write, mix = pending
+    if isinstance(out, Shares):
+        out = out.whole(streams)
+    return connection.leave(streams, out, write, mix)
 
 
 def enter_triton(
@@ -112,9 +132,12 @@ def _project(streams: Tensor, pending: Pending | None, fn: Tensor, tune) -> tupl
         if pending is None
         else torch.empty(batch, tokens, count, width, dtype=streams.dtype, device=streams.device)
     )
-    of_block = (
-        (flat,) * 3 if pending is None else (pending.out.contiguous(), pending.write, pending.mix)
-    )
+    of_block, shares, top_k = (flat,) * 4, 0, 0
+    if pending is not None and isinstance(pending.out, Shares):
+        of_block = (*pending.out, pending.write, pending.mix)
+        shares, top_k = pending.out.values.shape[1], pending.out.weights.shape[1]
+    elif pending is not None:
+        of_block = (pending.out.contiguous(), flat, pending.write, pending.mix)
     per_program = cdiv(total * count * blocks, tune.programs)
     _leave_and_project[(count * blocks, cdiv(total, per_program))](
         flat,
@@ -133,6 +156,8 @@ def _project(streams: Tensor, pending: Pending | None, fn: Tensor, tune) -> tupl
         BLOCK=tune.block_channels,
         TOKENS=per_program,
         LEAVE=pending is not None,
+        SHARES=shares,
+        TOP_K=top_k,
         num_warps=tune.project_warps,
         **overlapped(streams),
     )
@@ -177,6 +202,7 @@ def _join(streams, parts, base, scale, module, norm, x, gates, tune) -> None:
 def _leave_and_project(
     streams,
     out,
+    share_weights,
     write,
     mix,
     fn,
@@ -193,6 +219,8 @@ def _leave_and_project(
     BLOCK: tl.constexpr,
     TOKENS: tl.constexpr,
     LEAVE: tl.constexpr,
+    SHARES: tl.constexpr,
+    TOP_K: tl.constexpr,
 ):
     """One program: a block of one stream's channels, of a run of tokens."""
     tile, first = tl.program_id(0), tl.program_id(1) * TOKENS
@@ -207,7 +235,17 @@ def _leave_and_project(
     for token in range(first, tl.minimum(first + TOKENS, total)):
         source = streams + token * token_stride + channel
         if LEAVE:
-            part = tl.load(out + token * WIDTH + channel, mask=inside, other=0.0).to(tl.float32)
+            if SHARES:
+                part = tl.zeros([BLOCK], tl.float32)
+                for slot in tl.static_range(SHARES):
+                    place = (token * SHARES + slot) * WIDTH + channel
+                    value = tl.load(out + place, mask=inside, other=0.0)
+                    if slot < TOP_K:
+                        value *= tl.load(share_weights + token * TOP_K + slot)
+                    part += value
+                part = part.to(left.dtype.element_ty).to(tl.float32)
+            else:
+                part = tl.load(out + token * WIDTH + channel, mask=inside, other=0.0).to(tl.float32)
             x = part * tl.load(write + token * STREAMS + stream)
             for other in tl.static_range(STREAMS):
                 share = tl.load(mix + (token * STREAMS + other) * STREAMS + stream)

@@ -60,7 +60,7 @@ class Layer(nn.Module):
         streams, x, write, mix = enter(streams, pending, self.attn_hc, self.input_layernorm)
         pending = Pending(self.attn_hc, attend(x, positions), write, mix)
         streams, x, write, mix = enter(streams, pending, self.ffn_hc, self.post_attention_layernorm)
-        return streams, Pending(self.ffn_hc, self.mlp(x, tokens)[0], write, mix)
+        return streams, Pending(self.ffn_hc, self.mlp.decode(x, tokens), write, mix)
 
     def train_forward(self, streams, tokens, positions, sparse: bool) -> tuple[Tensor, Aux]:
         """``streams`` [1, B * S, R, D], tokens and positions [B, S]."""

@@ -10,7 +10,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import DeepseekV4Config
 
-from fmsim.exec.kernels.experts import clamped_swiglu, mixture_of_experts
+from fmsim.exec.kernels.experts import (
+    clamped_swiglu,
+    expert_shares,
+    leaves_shares,
+    mixture_of_experts,
+)
+from fmsim.exec.kernels.hyper_connection import Shares
 from fmsim.exec.kernels.one_row import product
 from fmsim.exec.kernels.router import route
 from fmsim.exec.kernels.weights import dequantise
@@ -177,3 +183,13 @@ class MoE(nn.Module):
             mixture_of_experts(flat, chosen, weights, self.experts, self.shared_experts).view_as(x),
             load,
         )
+
+    def decode(self, x: Tensor, tokens: Tensor) -> Tensor | Shares:
+        """The output of x [B, S, D], tokens [B, S], of few tokens as shares that their streams add
+        up.
+        """
+        flat = x.flatten(0, 1)
+        if not leaves_shares(flat, self.experts, self.shared_experts):
+            return self(x, tokens)[0]
+        chosen, weights = self.gate(flat, tokens.flatten())
+        return Shares(expert_shares(flat, chosen, self.experts, self.shared_experts), weights)
