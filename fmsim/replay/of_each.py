@@ -17,13 +17,15 @@ class PolicyOfEach(Policy):
     Each was reset with its own request's context. Arrays here are [G, n] of all requests' groups.
     """
 
+    name = "of-each"
+
     def __init__(self, policies: Sequence[Policy], rows: Sequence[slice], xp: Any) -> None:
         first = policies[0]
         super().__init__(first.params)
         self.policies = list(policies)
         self.rows = list(rows)
         self.xp = xp
-        self.name, self.floor = first.name, first.floor
+        self.floor = first.floor
 
     @property
     def observes(self) -> bool:

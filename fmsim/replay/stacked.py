@@ -28,10 +28,15 @@ def captured(policy: Policy) -> bool:
     return claimed and not (policy.watches or policy.prefetches or policy.decides_ahead)
 
 
+def _policy_of(manager: CacheManager) -> Policy:
+    policy = manager.policy
+    assert isinstance(policy, Policy)  # an engine's, not a replay's guarded one
+    return policy
+
+
 def served_by_one(managers: Sequence[CacheManager]) -> bool:
     """Whether one policy may serve all rows of `managers`."""
-    policy = managers[0].policy
-    assert isinstance(policy, Policy)  # an engine's, not a replay's guarded one
+    policy = _policy_of(managers[0])
     slots = {count for manager in managers for count in manager.ctx.group_slots}
     apart = type(policy).__dict__.get("rows_apart", False) and len(slots) == 1
     return captured(policy) or apart
@@ -89,7 +94,7 @@ class StackedManager(CacheManager):
             ctx.residents.look_at(manager.residency)
 
     def _take_policies(self) -> None:
-        policies = [manager.policy for manager in self.managers]
+        policies = [_policy_of(manager) for manager in self.managers]
         if not served_by_one(self.managers):
             self.policy: Policy = PolicyOfEach(policies, self.rows, self.ctx.xp)
             return
