@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from enum import Enum
 from functools import cache
 from typing import NamedTuple, Protocol
 
@@ -57,27 +58,40 @@ def turn_at(positions: Tensor, inv_freq: Tensor) -> Turn:
     return angles.cos(), angles.sin()
 
 
+class Side(Enum):
+    """What runs beside a step's own stream, by its priority: the least goes first.
+
+    What is appended is little and waited for soon. Queries fill the GPU, so all else goes first.
+    """
+
+    APPEND = -3
+    QUERIES = 0
+
+
+STEP_PRIORITY = -2  # of a step's own stream, where a CUDA graph holds it
+
+
 @cache
-def _side_stream(device: torch.device) -> torch.cuda.Stream:
-    return torch.cuda.Stream(device)
+def _side_stream(device: torch.device, side: Side) -> torch.cuda.Stream:
+    return torch.cuda.Stream(device, priority=side.value)
 
 
 @contextmanager
-def beside(device: torch.device) -> Iterator[None]:
+def beside(device: torch.device, side: Side) -> Iterator[None]:
     """On a GPU, what is launched within runs beside what comes after, until `wait_beside`."""
     if device.type != "cuda":
         yield
         return
-    side = _side_stream(device)
-    side.wait_stream(torch.cuda.current_stream(device))
-    with torch.cuda.stream(side):
+    stream = _side_stream(device, side)
+    stream.wait_stream(torch.cuda.current_stream(device))
+    with torch.cuda.stream(stream):
         yield
 
 
-def wait_beside(device: torch.device) -> None:
+def wait_beside(device: torch.device, side: Side) -> None:
     """What comes after waits for what runs `beside`."""
     if device.type == "cuda":
-        torch.cuda.current_stream(device).wait_stream(_side_stream(device))
+        torch.cuda.current_stream(device).wait_stream(_side_stream(device, side))
 
 
 class EntryPager(Protocol):
@@ -220,7 +234,7 @@ class DecodeAttention:
         )
         self.no_ring = self.as_it_is.new_ring(batch, torch.bfloat16)  # never read
         self.entries = self.keys = self.pager = self.hca = None
-        of_input, of_latent = [attention.q_a_proj, attention.kv_proj], [attention.q_b_proj]
+        of_input = [attention.q_a_proj, attention.kv_proj]
         if attention.kind != SLIDING:
             of_input += [attention.compressor.kv_proj, attention.compressor.gate_proj]
         if attention.kind == HCA:
@@ -239,8 +253,8 @@ class DecodeAttention:
                 (1,), (indexer.heads * indexer.width) ** -0.5, device=device
             )  # a vector makes float32 of bfloat16
             of_input += [indexer.kv_proj, indexer.gate_proj, indexer.scorer.weights_proj]
-            of_latent.append(indexer.q_b_proj)
-        self.of_input, self.of_latent = Joined(of_input), Joined(of_latent)
+            self.index_queries = Joined([indexer.q_b_proj])
+        self.of_input, self.queries = Joined(of_input), Joined([attention.q_b_proj])
         self.query_type = self._query_type(batch)
 
     def __call__(self, x: Tensor, positions: Tensor) -> Tensor:
@@ -290,29 +304,26 @@ class DecodeAttention:
         """x [B, 1, D], the attention's input -> output [B, 1, D]."""
         attention, turn = self.attention, tuple(part[:, 0] for part in now.turn)
         latent, kv, *compressed = self.of_input(x)
-        with beside(x.device):
+        with beside(x.device, Side.APPEND):
             if attention.kind == CSA:
                 weights = compressed.pop() * self.index_scale
             self._append(kv, compressed, now)
-        q, *index_queries = self.of_latent(latent, attention.q_a_norm)
-        q = norm_rope(
-            q.view(-1, attention.heads, attention.size),
-            turn,
-            attention.eps,
-            dtype=self.query_type,
-        )
         if attention.kind == CSA:
+            with beside(x.device, Side.QUERIES):
+                q = self._turned_queries(latent, turn)
             indexer = attention.compressor.indexer
-            queries = norm_rope(
-                index_queries[0].view(-1, indexer.heads, indexer.width), turn, alongside=True
-            )[:, None]
-        wait_beside(x.device)
-        if attention.kind == CSA:
-            ids = self.pager.select(queries, weights, now.visible, indexer.top_k)
+            [index_queries] = self.index_queries(latent, attention.q_a_norm)
+            queries = norm_rope(index_queries.view(-1, indexer.heads, indexer.width), turn)
+            wait_beside(x.device, Side.APPEND)
+            ids = self.pager.select(queries[:, None], weights, now.visible, indexer.top_k)
             home = self.pager.homes[0]
-        elif attention.kind == HCA:
-            ids, home = now.every, self.hca
+            wait_beside(x.device, Side.QUERIES)
         else:
+            q = self._turned_queries(latent, turn)
+            wait_beside(x.device, Side.APPEND)
+        if attention.kind == HCA:
+            ids, home = now.every, self.hca
+        elif attention.kind == SLIDING:
             ids = now.positions.new_empty(len(now.positions), 0)
             home = Home(self.window, self.window_table)
         rows = Rows(self.latent, self.window, now.window_lengths, *home, ids)
@@ -328,6 +339,17 @@ class DecodeAttention:
         if self.pager is not None:
             self.pager.reports(q, rows, masses, x, attention)
         return attention.project_out(out[:, None])
+
+    def _turned_queries(self, latent: Tensor, turn: Turn) -> Tensor:
+        """Of the latent [B, 1, q_lora_rank]: rotated, [B, H, C]."""
+        attention = self.attention
+        [q] = self.queries(latent, attention.q_a_norm)
+        return norm_rope(
+            q.view(-1, attention.heads, attention.size),
+            turn,
+            attention.eps,
+            dtype=self.query_type,
+        )
 
     def _append(self, kv: Tensor, compressed: Sequence[Tensor], now: Moment) -> None:
         """The token's own entry into the window, and what it closes: projections for entries, then

@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fmsim.exec.decode.decode_attention import DecodeAttention, EntryPager
+from fmsim.exec.decode.decode_attention import STEP_PRIORITY, DecodeAttention, EntryPager
 from fmsim.exec.decode.pager import LayerPager
 from fmsim.exec.decode.prompt import Prompt
 from fmsim.exec.kernels.layout import Layout
@@ -149,7 +149,8 @@ def graph_after_one(work: Callable[[], None]) -> Callable[[], None]:
         torch.cuda.current_stream().wait_stream(side)
         torch.cuda.synchronize()
         graph = torch.cuda.CUDAGraph()
-        with no_collection(), torch.cuda.graph(graph):
+        stream = torch.cuda.Stream(priority=STEP_PRIORITY)
+        with no_collection(), torch.cuda.graph(graph, stream=stream):
             work()
         replay.append(graph.replay)
 

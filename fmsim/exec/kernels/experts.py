@@ -28,12 +28,17 @@ from fmsim.exec.kernels.lang import (
     INTERPRETED,
     after_previous,
     cdiv,
+    let_next_begin,
     overlapped,
+    read_ahead,
     runs_compiled,
     tl,
     triton,
+    wait_for_previous,
 )
 from fmsim.exec.kernels.weights import BLOCK
+
+READ_AHEAD = tl.constexpr(4)  # turns of a row of weights, before what they meet is there
 
 
 def takes(tokens: Tensor, routed: nn.Module) -> bool:
@@ -304,9 +309,10 @@ def _gate_up(
 ):
     """One program: ROWS / 2 inner channels of one tile's pairs.
 
-    Rows of the gate and rows of what it gates lie alternately.
+    Rows of the gate and rows of what it gates lie alternately. The next launch begins late: its
+    programs would take the places that are free first, and leave the others' memory idle.
     """
-    after_previous()
+    wait_for_previous()
     expert = expert_of(chosen, schedule, EXPERTS, TOP_K, SORTED)
     if expert >= 0:
         pair, known = pairs_of(schedule, tiles, TILE, SORTED)
@@ -349,6 +355,7 @@ def _gate_up(
             STAGES,
             WIDEN,
         )
+        let_next_begin()
         gate, up = tl.split(tl.permute(tl.reshape(both, [HALF, 2, TILE]), [0, 2, 1]))
         gate = tl.minimum(gate, limit, propagate_nan=tl.PropagateNan.ALL)
         up = tl.minimum(
@@ -390,8 +397,10 @@ def _down(
     STAGES: tl.constexpr,
     WIDEN: tl.constexpr,
 ):
-    """One program: ROWS output channels of one tile's pairs."""
-    after_previous()
+    """One program: ROWS output channels of one tile's pairs.
+
+    Which experts these are was known before the launch that it waits for.
+    """
     expert = expert_of(chosen, schedule, EXPERTS, TOP_K, SORTED)
     if expert >= 0:
         pair, known = pairs_of(schedule, tiles, TILE, SORTED)
@@ -408,6 +417,9 @@ def _down(
                     _first_scales(shared_scale, 0, channel, HIDDEN, WIDTH, SCALED),
                     scales,
                 )
+        first = tl.minimum(tl.arange(0, READ_AHEAD) * BLOCK_DEPTH, WIDTH - 1)
+        read_ahead(tl.where((channel < HIDDEN)[:, None], weights[:, None] + first[None, :], down))
+        after_previous()
         values = inner + pair * WIDTH
         out = _products(
             weights,

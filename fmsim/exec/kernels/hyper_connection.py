@@ -263,61 +263,6 @@ def _leave_and_project(
 
 
 @triton.jit
-def _make_doubly_stochastic(out, mix, cell, eps, STREAMS: tl.constexpr, ITERATIONS: tl.constexpr):
-    """Sinkhorn's iterations of mix [STREAMS, STREAMS], into ``out``: columns, then rows, in turn.
-
-    Every thread has all values: sums over threads would take longer than all the arithmetic.
-    """
-    rows = ()
-    for i in tl.static_range(STREAMS):
-        row = ()
-        for j in tl.static_range(STREAMS):
-            row = row + (tl.sum(tl.sum(tl.where(cell == i * STREAMS + j, mix, 0.0), 1), 0),)
-        rows = rows + (row,)
-    rows = _columns_scaled(rows, eps, STREAMS)
-    for _ in tl.static_range(ITERATIONS - 1):
-        rows = _rows_scaled(rows, eps, STREAMS)
-        rows = _columns_scaled(rows, eps, STREAMS)
-    for i in tl.static_range(STREAMS):
-        for j in tl.static_range(STREAMS):
-            tl.store(out + i * STREAMS + j, rows[i][j])
-
-
-@triton.jit
-def _rows_scaled(rows, eps, COUNT: tl.constexpr):
-    """Each row of a tuple of tuples over its sum."""
-    scaled = ()
-    for i in tl.static_range(COUNT):
-        total = eps
-        for j in tl.static_range(COUNT):
-            total += rows[i][j]
-        factor = 1.0 / total
-        row = ()
-        for j in tl.static_range(COUNT):
-            row = row + (rows[i][j] * factor,)
-        scaled = scaled + (row,)
-    return scaled
-
-
-@triton.jit
-def _columns_scaled(rows, eps, COUNT: tl.constexpr):
-    """Each column of a tuple of tuples over its sum."""
-    factors = ()
-    for j in tl.static_range(COUNT):
-        total = eps
-        for i in tl.static_range(COUNT):
-            total += rows[i][j]
-        factors = factors + (1.0 / total,)
-    scaled = ()
-    for i in tl.static_range(COUNT):
-        row = ()
-        for j in tl.static_range(COUNT):
-            row = row + (rows[i][j] * factors[j],)
-        scaled = scaled + (row,)
-    return scaled
-
-
-@triton.jit
 def _enter(
     parts,
     base,
@@ -341,46 +286,105 @@ def _enter(
     TILES_PADDED: tl.constexpr,
     ITERATIONS: tl.constexpr,
 ):
-    """Two programs a token: its block input, and its write weights and mixing."""
-    after_previous()
-    token, tile, stream = tl.program_id(0), tl.arange(0, TILES_PADDED), tl.arange(0, STREAMS)
-    known, parts = tile < TILES, parts + (token * TILES + tile) * ROWS_PADDED
-    square = tl.sum(tl.load(parts + ROWS, mask=known, other=0.0), 0)
-    level = tl.rsqrt(square / (STREAMS * WIDTH) + norm_eps)
+    """Two programs a token: its block input, and its write weights and mixing.
+
+    All that a program reads is on its way before it adds anything up.
+    """
+    token, row = tl.program_id(0), tl.arange(0, ROWS_PADDED)
+    bases = tl.load(base + row, mask=row < ROWS, other=0.0).to(tl.float32)
+    scales = tl.load(scale + tl.minimum(row // STREAMS, 2), mask=row < ROWS, other=0.0)
     if tl.program_id(1) == 0:
         channel = tl.arange(0, WIDTH_PADDED)
         inside = channel < WIDTH
-        places = streams + token * token_stride + stream[:, None] * stream_stride + channel[None, :]
-        held = tl.load(places, mask=inside[None, :], other=0.0).to(tl.float32)
-        read = tl.sum(tl.load(parts[:, None] + stream[None, :], mask=known[:, None], other=0.0), 0)
-        read = (
-            tl.sigmoid(
-                read * level * tl.load(scale).to(tl.float32) + tl.load(base + stream).to(tl.float32)
-            )
-            + eps
+        weights = tl.load(weight + channel, mask=inside, other=0.0).to(tl.float32)
+        after_previous()
+        held = ()
+        for stream in tl.static_range(STREAMS):
+            places = streams + token * token_stride + stream * stream_stride + channel
+            held = held + (tl.load(places, mask=inside, other=0.0),)
+        products = _products(
+            parts, token, row, norm_eps, STREAMS * WIDTH, ROWS, ROWS_PADDED, TILES, TILES_PADDED
         )
-        x = tl.sum(read[:, None] * held, 0).to(x_out.dtype.element_ty).to(tl.float32)
-        x = (
-            x
-            * tl.rsqrt(tl.sum(x * x, 0) / WIDTH + out_eps)
-            * tl.load(weight + channel, mask=inside, other=0.0).to(tl.float32)
-        )
+        read = tl.sigmoid(products * scales + bases) + eps
+        x = tl.zeros([WIDTH_PADDED], tl.float32)
+        for stream in tl.static_range(STREAMS):
+            x += tl.sum(tl.where(row == stream, read, 0.0), 0) * held[stream].to(tl.float32)
+        x = x.to(x_out.dtype.element_ty).to(tl.float32)
+        x = x * tl.rsqrt(tl.sum(x * x, 0) / WIDTH + out_eps) * weights
         tl.store(x_out + token * WIDTH + channel, x.to(x_out.dtype.element_ty), mask=inside)
     else:
-        row = STREAMS + stream
-        write = tl.sum(tl.load(parts[:, None] + row[None, :], mask=known[:, None], other=0.0), 0)
-        write = 2 * tl.sigmoid(
-            write * level * tl.load(scale + 1).to(tl.float32) + tl.load(base + row).to(tl.float32)
+        after_previous()
+        products = _products(
+            parts, token, row, norm_eps, STREAMS * WIDTH, ROWS, ROWS_PADDED, TILES, TILES_PADDED
         )
-        tl.store(write_out + token * STREAMS + stream, write)
-        cell = stream[:, None] * STREAMS + stream[None, :]
-        row = 2 * STREAMS + cell
-        mix = tl.sum(
-            tl.load(parts[:, None, None] + row[None, :, :], mask=known[:, None, None], other=0.0), 0
-        )
-        mix = mix * level * tl.load(scale + 2).to(tl.float32) + tl.load(base + row).to(tl.float32)
-        mix = tl.exp(mix - tl.max(mix, 1)[:, None])
-        mix = mix / tl.sum(mix, 1)[:, None] + eps
-        _make_doubly_stochastic(
-            mix_out + token * STREAMS * STREAMS, mix, cell, eps, STREAMS, ITERATIONS
-        )
+        gates = products * scales + bases
+        write = (row >= STREAMS) & (row < 2 * STREAMS)
+        tl.store(write_out + token * STREAMS + row - STREAMS, 2 * tl.sigmoid(gates), mask=write)
+        # Every thread has all of the mixing: sums over threads would take longer than all else.
+        mix = ()
+        for i in tl.static_range(STREAMS):
+            cells, highest = (), float("-inf")
+            for j in tl.static_range(STREAMS):
+                cell = tl.sum(tl.where(row == (2 + i) * STREAMS + j, gates, 0.0), 0)
+                cells, highest = cells + (cell,), tl.maximum(highest, cell)
+            powers = ()
+            for j in tl.static_range(STREAMS):
+                powers = powers + (tl.exp(cells[j] - highest),)
+            shares = _over_their_sum(powers, 0.0, STREAMS)
+            for j in tl.static_range(STREAMS):
+                mix = mix + (shares[j] + eps,)
+        mix = _columns_scaled(mix, eps, STREAMS)
+        for _ in tl.static_range(ITERATIONS - 1):
+            rows = ()
+            for i in tl.static_range(STREAMS):
+                rows = rows + _over_their_sum(mix[i * STREAMS : (i + 1) * STREAMS], eps, STREAMS)
+            mix = _columns_scaled(rows, eps, STREAMS)
+        for cell in tl.static_range(STREAMS * STREAMS):
+            tl.store(mix_out + token * STREAMS * STREAMS + cell, mix[cell])
+
+
+@triton.jit
+def _products(
+    parts,
+    token,
+    row,
+    eps,
+    VALUES: tl.constexpr,
+    ROWS: tl.constexpr,
+    ROWS_PADDED: tl.constexpr,
+    TILES: tl.constexpr,
+    TILES_PADDED: tl.constexpr,
+):
+    """float32 [ROWS_PADDED]: a token's products with the weights, after its streams' RMSNorm."""
+    tile = tl.arange(0, TILES_PADDED)
+    places = (token * TILES + tile)[:, None] * ROWS_PADDED + row[None, :]
+    sums = tl.sum(tl.load(parts + places, mask=(tile < TILES)[:, None], other=0.0), 0)
+    square = tl.sum(tl.where(row == ROWS, sums, 0.0), 0)
+    return sums * tl.rsqrt(square / VALUES + eps)
+
+
+@triton.jit
+def _over_their_sum(values, eps, COUNT: tl.constexpr):
+    """Each of a tuple of numbers over the sum of all."""
+    total = values[0] + eps
+    for i in tl.static_range(1, COUNT):
+        total += values[i]
+    scaled, factor = (), 1.0 / total
+    for i in tl.static_range(COUNT):
+        scaled = scaled + (values[i] * factor,)
+    return scaled
+
+
+@triton.jit
+def _columns_scaled(mix, eps, COUNT: tl.constexpr):
+    """Each of mix, a tuple of COUNT rows end to end, over its column's sum."""
+    factors = ()
+    for j in tl.static_range(COUNT):
+        total = mix[j] + eps
+        for i in tl.static_range(1, COUNT):
+            total += mix[i * COUNT + j]
+        factors = factors + (1.0 / total,)
+    scaled = ()
+    for cell in tl.static_range(COUNT * COUNT):
+        scaled = scaled + (mix[cell] * factors[cell % COUNT],)
+    return scaled

@@ -73,7 +73,24 @@ def after_previous():
     """Wait until the launch before this one is done and seen, then let the next one begin.
 
     What a kernel does before this runs beside the launch before it. All launches earlier than that
-    one are done by then: a kernel begins only when the one before it has passed its own wait.
+    one are done by then, unless it runs alongside another: a kernel begins only when the one before
+    it has passed its own wait.
     """
     wait_for_previous()
     let_next_begin()
+
+
+@triton.jit
+def read_ahead(places):
+    """Begin to bring what lies at ``places``, pointers to global memory, into the L2: 32 bytes and
+    more each.
+    """
+    if COMPILED:
+        tl.inline_asm_elementwise(
+            "prefetch.global.L2 [$1]; // $0",
+            "=r,l",
+            [places.to(tl.int64)],
+            dtype=tl.int32,
+            is_pure=False,
+            pack=1,
+        )

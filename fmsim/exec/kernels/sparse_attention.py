@@ -155,7 +155,8 @@ def _combined(parts: Parts, sinks: Tensor, turn: Turn | None, out: Tensor) -> Te
     """The output [B, H, C] of several parts, into ``out``, and the logarithm float32 [B, H] of what
     its exponentials add up to, the sink's with them.
     """
-    cos, sin = (part.contiguous() for part in turn) if turn is not None else (sinks, sinks)
+    cos, sin = (sinks, sinks) if turn is None else turn
+    assert cos.is_contiguous() and sin.is_contiguous()  # a copy would not be waited for
     (batch, heads, size), splits = out.shape, parts.sums.shape[1]
     total = torch.empty(batch, heads, dtype=torch.float32, device=out.device)
     padded = next_power_of_2(splits)
@@ -199,26 +200,27 @@ def _combine(
     """One program: a block of channels of one head of one sequence; of the last PAIRS of all, RoPE
     is undone.
     """
-    after_previous()
     b, head = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    sink = tl.load(sinks + head).to(tl.float32)
+    if PAIRS:  # angles are made at a step's start
+        pair = tl.program_id(2) * (BLOCK // 2) + tl.arange(0, BLOCK // 2) - (WIDTH // 2 - PAIRS)
+        turned = (pair >= 0) & (pair < PAIRS)
+        c = tl.load(cos + b * PAIRS + pair, mask=turned, other=1.0)
+        s = tl.load(sin + b * PAIRS + pair, mask=turned, other=0.0)
+    after_previous()
     split, lane = tl.arange(0, SPLITS_PADDED), tl.program_id(2) * BLOCK + tl.arange(0, BLOCK)
     places = (b * splits + split) * HEADS + head
     sums = tl.load(part_sums + places, mask=split < splits, other=float("-inf"))
-    sink = tl.load(sinks + head).to(tl.float32)
-    level = tl.maximum(tl.max(sums, 0), sink)
-    total = level + tl.log(tl.sum(tl.exp(sums - level), 0) + tl.exp(sink - level))
-    tl.store(total_out + b * HEADS + head, total, mask=tl.program_id(2) == 0)
     part = tl.load(
         parts + places[:, None] * WIDTH + lane[None, :],
         mask=(split < splits)[:, None] & (lane < WIDTH)[None, :],
         other=0.0,
     )
+    level = tl.maximum(tl.max(sums, 0), sink)
+    total = level + tl.log(tl.sum(tl.exp(sums - level), 0) + tl.exp(sink - level))
+    tl.store(total_out + b * HEADS + head, total, mask=tl.program_id(2) == 0)
     whole = tl.sum(part * tl.exp(sums - total)[:, None], 0)
     if PAIRS:
-        pair = tl.program_id(2) * (BLOCK // 2) + tl.arange(0, BLOCK // 2) - (WIDTH // 2 - PAIRS)
-        turned = (pair >= 0) & (pair < PAIRS)
-        c = tl.load(cos + b * PAIRS + pair, mask=turned, other=1.0)
-        s = tl.load(sin + b * PAIRS + pair, mask=turned, other=0.0)
         even, odd = tl.split(tl.reshape(whole, [BLOCK // 2, 2]))
         whole = tl.reshape(tl.join(even * c + odd * s, odd * c - even * s), [BLOCK])
     tl.store(
