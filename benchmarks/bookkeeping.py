@@ -52,6 +52,10 @@ NANO: tuple[dict[str, Any], ...] = (
     {"policy": "lru", "budget": "2x topk"},
     {"policy": "lfu", "budget": "2x topk"},
     {"policy": "lru", "budget": "10%", "on_miss": "fallback", "granularity": 4},
+    {"policy": "fifo", "budget": "2x topk"},
+    {"policy": "s3fifo", "budget": "2x topk"},
+    {"policy": "random-fetch", "budget": "2x topk"},
+    {"policy": "lru-prefetch", "budget": "2x topk"},
     {"policy": "lsa", "budget": "40%", "granularity": 64},
 )
 BATCHES = (1, 8, 64)

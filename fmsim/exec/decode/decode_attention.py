@@ -205,7 +205,9 @@ class DecodeAttention:
 
     ``latent`` and ``key``: layouts of entries and of index keys, e.g. LATENT and KEY. ``pager``
     says where a CSA layer's lie; everything is kept by default. ``first``: the model's first layer
-    of this kind, where this is a later one; in each step that one is called before.
+    of this kind, where this is a later one; in each step that one is called before. What a step
+    means to layers that it `leads`, the first of their kinds, is worked out behind this layer's
+    attention, and beside what comes then.
     """
 
     def __init__(
@@ -220,6 +222,8 @@ class DecodeAttention:
     ):
         device, window = attention.kv_proj.weight.device, attention.window
         self.attention, self.latent, self.first = attention, latent, first or self
+        self.leads: list[DecodeAttention] = []
+        self.led = False
         self.window = latent.new_pool(batch, window, device)
         # A window is a ring: each sequence's one page of W tokens, whichever W tokens they are.
         page = torch.arange(batch, dtype=torch.int32, device=device)[:, None]
@@ -259,9 +263,22 @@ class DecodeAttention:
 
     def __call__(self, x: Tensor, positions: Tensor) -> Tensor:
         """x [B, 1, D], the attention's input at ``positions`` int32 [B] -> output [B, 1, D]."""
-        if self.first is self:
+        if self.led:
+            wait_beside(x.device, Side.APPEND)
+        elif self.first is self:
             self.now = self.moment(positions)
-        return self.attend(x, self.first.now)
+        out = self.attend(x, self.first.now)
+        if self.leads:
+            with beside(x.device, Side.APPEND):
+                for other in self.leads:
+                    other.now = other.moment(positions)
+        return out
+
+    def lead(self, others: Sequence[DecodeAttention]) -> None:
+        """From now on this layer, a step's first, leads the first ``others`` of their kinds."""
+        self.leads = list(others)
+        for other in others:
+            other.led = True
 
     @property
     def wants_masses(self) -> bool:

@@ -82,6 +82,8 @@ def decode_attentions(
             )
         )
         first.setdefault(kind, attends[-1])
+    leader, *others = first.values()
+    leader.lead(others)
     return attends
 
 

@@ -20,6 +20,7 @@ from fmsim.exec.kernels.lang import (
     let_next_begin,
     next_power_of_2,
     overlapped,
+    read_ahead,
     runs_compiled,
     tl,
     triton,
@@ -103,6 +104,8 @@ def one_row_triton(
         BLOCKS=blocks,
         NORM=norm is not None,
         ALONGSIDE=alongside,
+        AHEAD=tune.ahead,
+        LINE=128 // weight.itemsize,
         num_warps=tune.warps,
         **overlapped(x),
     )
@@ -126,6 +129,8 @@ def _one_row(
     BLOCKS: tl.constexpr,
     NORM: tl.constexpr,
     ALONGSIDE: tl.constexpr,
+    AHEAD: tl.constexpr,
+    LINE: tl.constexpr,
 ):
     """One program: ROWS outputs of one group, whose weights share scales, over all inputs, in
     BLOCKS of 128.
@@ -142,6 +147,10 @@ def _one_row(
     else:
         inside = (output < OUTPUTS)[:, None, None] & (place < INPUTS)[None, :, :]
         weights = tl.load(weight + places, mask=inside, other=0.0)
+    if AHEAD:  # for the program that will follow one of those that run now
+        after = tl.minimum(start + AHEAD * ROWS, max(OUTPUTS - ROWS, 0)).to(tl.int64) * INPUTS
+        line = tl.arange(0, ROWS * BLOCKS * BLOCK // LINE) * LINE
+        read_ahead(weight + tl.minimum(after + line, OUTPUTS * INPUTS - 1))
     if SCALES:
         level = tl.load(scale + start // BLOCK * SCALES + block, mask=block < SCALES, other=0.0)
     if NORM:

@@ -111,6 +111,8 @@ class LinearTuning(NamedTuple):
 class OneRowTuning(NamedTuple):
     block_bytes: int = 16_384  # of weights that a program holds: 128 bytes a thread
     warps: int = 4
+    # programs on, whose weights a program brings into the L2: as many as run at a time; 0 for none
+    ahead: int = 0
     most_inputs: int = 8192
 
 
