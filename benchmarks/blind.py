@@ -7,12 +7,14 @@ On a GPU; several processes, one a GPU, share the rows through a folder (`CUDA_V
 
 Anywhere, from the folder and the preset:
 
-    python benchmarks/blind.py --join blind --hardware mine.yaml
+    python benchmarks/blind.py --join blind --hardware mine.yaml [--before earlier]
 
 A row is a policy, a context and a batch: whole decode steps of V4-Flash with 16 of its 256 experts
 a layer and random weights, requests in step on a recorded trace. What is measured knows nothing of
 what is simulated, and the other way round; a digest of the simulator's source is written beside
-each row, and `--join` says whether the simulator that predicts is that one still.
+each row, and `--join` says whether the simulator that predicts is that one still. A row that an
+`earlier` folder has was looked at before, with code that may have been mended on seeing it: such
+rows are counted apart.
 """
 
 from __future__ import annotations
@@ -245,8 +247,10 @@ def _lives(pid: int) -> bool:
     return True
 
 
-def join(folder: Path, hardware: Path) -> Row:
-    """The result: all rows of `folder`, each with what is simulated for it on `hardware`."""
+def join(folder: Path, hardware: Path, before: Sequence[Path] = ()) -> Row:
+    """The result: all rows of `folder`, each with what is simulated for it on `hardware`, and
+    whether one of the folders `before` has it too.
+    """
     from fmsim.experiments.whole_steps import errors, simulated
     from fmsim.hw import load_hardware
 
@@ -261,6 +265,7 @@ def join(folder: Path, hardware: Path) -> Row:
             missing.append(ask.name)
             continue
         row = json.loads(path.read_text(encoding="utf-8"))
+        row["looked_at"] = any((each / path.name).exists() for each in before)
         if "failed" not in row:
             bench = benches.setdefault(row["model"], Bench(row["model"], "cpu"))
             worlds = bench.worlds(ask)
@@ -275,8 +280,8 @@ def join(folder: Path, hardware: Path) -> Row:
             found = ", ".join(sorted({str(row[key]) for row in rows}))
             raise FmsimError(f"--join {folder}: rows differ in their {key}: {found}")
     head = {key: rows[0][key] for key in common}
-    held = [row for row in rows if "failed" not in row]
-    within = [row for row in held if off(row) <= ERROR]
+    within = [row for row in rows if "failed" not in row and off(row) <= ERROR]
+    unseen = [row for row in rows if not row["looked_at"]]
     return head | {
         "date": max(row["date"] for row in rows),
         "command": "python benchmarks/blind.py --parts blind",
@@ -285,6 +290,8 @@ def join(folder: Path, hardware: Path) -> Row:
         "measured": ["measured_step_p50_s", "measured_tokens_per_s"],
         "simulated": ["simulated_step_p50_s", "simulated_tokens_per_s"],
         "within": len(within),
+        "unseen": len(unseen),
+        "unseen_within": sum(not row["looked_at"] for row in within),
         "missing": missing,
         "rows": [
             {key: value for key, value in row.items() if key not in (*common, "params")}
@@ -311,9 +318,10 @@ def table(result: Row) -> str:
         if "failed" in row:
             failed.append(f"{row['context']}, `{row['label']}`, {row['batch']}: {row['failed']}")
             continue
+        seen = " (seen)" if row["looked_at"] else ""
         cells = (
             row["context"],
-            row["label"],
+            row["label"] + seen,
             str(row["batch"]),
             f"{1e3 * row['simulated_step_p50_s']:.2f}",
             f"{1e3 * row['measured_step_p50_s']:.2f}",
@@ -329,6 +337,11 @@ def table(result: Row) -> str:
         f"{result['device']}, {result['date'][:10]}: {result['within']} of {n_rows} rows within"
         f" {ERROR:.0%} in both figures.{after}"
     )
+    if result["unseen"] < n_rows:
+        head += (
+            f" Those marked as seen had been measured before, and the simulator was mended on"
+            f" seeing them. Of the {result['unseen']} others {result['unseen_within']} are within."
+        )
     if result["missing"]:
         failed.append(f"Not measured yet: {len(result['missing'])} rows.")
     return "\n\n".join([head, "\n".join(lines), *failed])
@@ -343,6 +356,9 @@ def main() -> int:
     parser.add_argument("--model", default=MODEL, help="a preset, or a folder with a config.json")
     parser.add_argument("--list", action="store_true", help="print the rows' names")
     parser.add_argument("--join", type=Path, help="folder of rows that were measured")
+    parser.add_argument(
+        "--before", type=Path, nargs="+", default=[], help="folders of rows of earlier code"
+    )
     parser.add_argument("--hardware", type=Path, help="preset of `fmsim hw calibrate`, for --join")
     parser.add_argument("--show", type=Path, help="a result, to be put into its page")
     parser.add_argument("--out", type=Path, help="the result; by default results/blind-DEVICE.json")
@@ -359,7 +375,7 @@ def main() -> int:
         if given.join:
             if given.hardware is None:
                 parser.error("--join needs --hardware, the preset that was calibrated there")
-            return _write(join(given.join, given.hardware), given.out)
+            return _write(join(given.join, given.hardware, given.before), given.out)
         if given.parts is None:
             parser.error("give --parts, a folder for the rows, or --join")
         import torch

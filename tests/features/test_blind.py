@@ -79,6 +79,7 @@ def result(**changes):
         "context": "32K",
         "label": "lru",
         "batch": 6,
+        "looked_at": True,
         "simulated_step_p50_s": 0.0098,
         "measured_step_p50_s": 0.01,
         "step_error": -0.02,
@@ -88,15 +89,17 @@ def result(**changes):
     }
     failed = {"context": "512K", "label": "full", "batch": 9, "failed": "FmsimError: too large"}
     head = {"device": "NVIDIA H200", "date": "2026-01-02T03:04:05", "within": 0, "frozen": True}
-    head |= {"missing": []}
+    head |= {"missing": [], "unseen": 1, "unseen_within": 0}
     return head | {"rows": [row, failed]} | changes
 
 
 def test_a_table_says_what_was_off_and_what_failed():
     made = blind.table(result())
     assert "NVIDIA H200, 2026-01-02: 0 of 2 rows within 5% in both figures." in made
-    assert "| 32K | lru | 6 | 9.80 | 10.00 | -2.0% | 636.0 | 600.0 | +6.0% |" in made
+    assert "| 32K | lru (seen) | 6 | 9.80 | 10.00 | -2.0% | 636.0 | 600.0 | +6.0% |" in made
     assert "512K, `full`, 9: FmsimError: too large" in made and "was changed" not in made
+    assert "Of the 1 others 0 are within." in made
+    assert "others" not in blind.table(result(unseen=2))
     assert "The simulator was changed after" in blind.table(result(frozen=False))
     assert "Not measured yet: 2 rows." in blind.table(result(missing=["a", "b"]))
     assert blind.off(result()["rows"][0]) == pytest.approx(0.06)
@@ -111,7 +114,7 @@ def test_a_result_finds_its_place_on_the_page(tmp_path, monkeypatch, capsys):
     assert blind._write(result(), None) == 1  # not within what is asked
     assert blind._write(result(within=2), None) == 0  # written once more, in its place
     text = page.read_text()
-    assert text.count("| 32K | lru | 6 |") == 1 and text.count(blind.PLACE) == 1
+    assert text.count("| 32K | lru (seen) | 6 |") == 1 and text.count(blind.PLACE) == 1
     assert "2 of 2 rows" in text and (page.parent / "blind-h200.json").is_file()
     assert blind.part_of(Path("x/blind-h200.json")) == (blind.PAGE, "blind h200")
 
