@@ -128,7 +128,7 @@ def agreement(result: Result) -> str:
             f" {result['date'][:10]}."
         )
     else:
-        text += " The bytes are what torch's allocator handed out, its rounding included."
+        text += " The bytes are what torch's allocator was asked for."
     return paragraph(text)
 
 

@@ -109,10 +109,14 @@ def entry(label: str, budget: str | None) -> dict[str, Any]:
 class Bench:
     """Measures rows on one GPU, with one set of random weights; or their bytes alone."""
 
-    def __init__(self, model: str, device: str, memory_only: bool = False) -> None:
+    def __init__(
+        self, model: str, device: str, memory_only: bool = False, steps: int | None = None
+    ) -> None:
+        """Of each trace only the first `steps`, all of them unless given."""
         self.model = model
         self.device = device
         self.memory_only = memory_only
+        self.steps = steps
         self.weights: Any = None
         self.n_experts = 0
 
@@ -135,7 +139,8 @@ class Bench:
         from fmsim.experiments.whole_steps import measured
 
         try:
-            worlds = Worlds(scenario(context, [entry(label, budget)], self.model), self.device)
+            file = scenario(context, [entry(label, budget)], self.model)
+            worlds = Worlds(file, self.device, self.steps)
             found = worlds.memory(label) if self.memory_only else worlds.check(label)
             if isinstance(found, Failure):
                 return {"failed": found.error}
@@ -149,12 +154,12 @@ class Bench:
             return {"failed": f"{type(error).__name__}: {error}"}
         finally:
             gc.collect()
-        trace = worlds.trace
-        tokens = trace.header.prompt_tokens + trace.n_steps
+        header, steps = worlds.trace.header, worlds.replayer.n_steps
+        tokens = header.prompt_tokens + steps
         return {
             "tokens": tokens,
-            "steps": trace.n_steps,
-            "trace_sha256": trace.header.content_sha256,
+            "steps": steps,
+            "trace_sha256": header.content_sha256,
             "full_gpu_bytes": worlds.geometry.full_gpu_bytes(tokens),
         } | {key: value for key, value in row.items() if key != "policy"}
 
@@ -305,22 +310,25 @@ def join(parts: Sequence[Path], hardware: Path) -> Row:
 
 
 def with_simulated(rows: list[Row], model: str, hardware: Path) -> None:
-    """Put each row's simulated step time and rate into it, and by how much they are off."""
-    from fmsim.experiments.run import run_scenario
+    """Put each row's simulated step time and rate into it, of the steps that were measured, and by
+    how much they are off.
+    """
+    from fmsim.experiments.validate import Worlds
+    from fmsim.experiments.whole_steps import errors, simulated
+    from fmsim.hw import load_hardware
 
+    hw = load_hardware(hardware.name, hardware.resolve().parent)
     for context in TRACES:
         ran = [row for row in rows if row["context"] == context and "failed" not in row]
         if not ran:
             continue
-        entries = [entry(row["policy"], row["budget"]) for row in ran]
-        report = run_scenario(scenario(context, entries, model, str(hardware.resolve())))
-        simulated = {run.label: run.row for run in report.runs}
-        for row in ran:
-            found = simulated[row["policy"]]
-            row["simulated_step_p50_s"] = found["step_s"]["p50"]
-            row["simulated_tokens_per_s"] = found["decode_tokens_per_s"]
-            row["step_error"] = row["simulated_step_p50_s"] / row["measured_step_p50_s"] - 1
-            row["tokens_error"] = row["simulated_tokens_per_s"] / row["measured_tokens_per_s"] - 1
+        file = scenario(context, [entry(row["policy"], row["budget"]) for row in ran], model)
+        for steps in dict.fromkeys(row["steps"] for row in ran):
+            worlds = Worlds(file, "cpu", steps)
+            for row in ran:
+                if row["steps"] == steps:
+                    row |= simulated(worlds, row["policy"], hw, 1, row["warm_up_steps"])
+                    row |= errors(row)
 
 
 def tables(result: Row) -> dict[str, str]:
@@ -331,8 +339,9 @@ def tables(result: Row) -> dict[str, str]:
     for context in TRACES:
         own = [row for row in rows if row["context"] == context]
         if own:
-            tokens = f"{own[0]['tokens'] - own[0]['steps']:,}"
-            by_context.append(f"{context} ({tokens} tokens):\n\n{_table(own)}")
+            steps = own[0]["steps"]
+            told = f"{own[0]['tokens'] - steps:,} tokens, {steps:,} steps"
+            by_context.append(f"{context} ({told}):\n\n{_table(own)}")
     by_context += [
         f"{row['context']}: `{row['policy']}`: {row['failed']}"
         for row in result["rows"]
@@ -370,6 +379,7 @@ def main() -> int:
     parser.add_argument("--context", action="append", choices=[*TRACES], help="all by default")
     parser.add_argument("--policy", action="append", choices=[*POLICIES], help="all by default")
     parser.add_argument("--seconds", type=float, default=float("inf"), help="begin no row later")
+    parser.add_argument("--steps", type=int, help="only the first of each trace; all by default")
     parser.add_argument("--device", help="cuda or cpu; cuda where there is one by default")
     parser.add_argument("--model", default=MODEL, help="a preset, or a folder with a config.json")
     parser.add_argument("--memory", action="store_true", help="only the bytes of a request")
@@ -383,6 +393,7 @@ def main() -> int:
     given = parser.parse_args()
     asked = [f"--context {context}" for context in given.context or ()]
     asked += [f"--policy '{label}'" for label in given.policy or ()]
+    asked += [f"--steps {given.steps}"] if given.steps else []
     asked += ["--memory"] if given.memory else []
     command = " ".join(["python benchmarks/headline.py", *asked])
     try:
@@ -405,7 +416,7 @@ def main() -> int:
         rows = measure(
             given.context or [*TRACES],
             given.policy or [*POLICIES],
-            Bench(given.model, device, given.memory),
+            Bench(given.model, device, given.memory, given.steps),
             given.seconds,
             given.out or Path("headline-part.json"),
             command,

@@ -298,6 +298,8 @@ def test_parts_are_joined_with_what_their_preset_predicts(tmp_path):
         "context": "32K",
         "policy": "h2o",
         "budget": "12.5% gpu",
+        "steps": 12,
+        "warm_up_steps": 4,
         "measured_step_p50_s": 0.01,
         "measured_tokens_per_s": 100.0,
     }
