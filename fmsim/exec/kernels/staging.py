@@ -1,5 +1,8 @@
 """What a layer's misses become in one launch: the list of rows to copy into spare pages, and the
 block table that finds them there.
+
+The list has misses alone. A copy that went through all pages that a step selects, most of which
+are here, would take longer than the misses.
 """
 
 from __future__ import annotations
@@ -14,7 +17,8 @@ from fmsim.exec.kernels.lang import next_power_of_2, runs_compiled, tl, triton
 
 class Staged(NamedTuple):
     """Moves for `gather.copy_rows` in one group: ``pages`` of the mirror and ``to`` pages of the
-    pool, int32 [1, B x n], -1 where nothing is fetched; ``count`` int32 [1], their number.
+    pool, int32 [1, B x n]; ``count`` int32 [1], how many of them there are. What is behind means
+    nothing, and requests come in any order.
     """
 
     pages: Tensor
@@ -48,20 +52,23 @@ def stage_reference(pages, fetched, first_page, first_stage, blocks, staged) -> 
     blocks.scatter_(1, torch.where(fetched, pages, blocks.shape[1] - 1), to.int())
     blocks[:, -1] = -1
     moves = (torch.where(fetched, pages + first_page[:, None], -1), to)
+    to_front = torch.argsort(~fetched.flatten(), stable=True)
     return Staged(
-        *(part.flatten()[None].int() for part in moves),
-        torch.full((1,), pages.numel(), dtype=torch.int32, device=pages.device),
+        *(part.flatten()[to_front][None].int() for part in moves),
+        fetched.sum(dtype=torch.int32)[None],
     )
 
 
 def stage_triton(pages, fetched, first_page, first_stage, blocks, staged) -> Staged:
     batch, count = pages.shape
+    alone = batch == 1
     out = Staged(
         *(
             torch.empty(1, size, dtype=torch.int32, device=pages.device)
             for size in (batch * count, batch * count)
         ),
-        staged.new_empty(1, dtype=torch.int32),
+        # several requests add up; one writes its number
+        (staged.new_empty if alone else staged.new_zeros)(1, dtype=torch.int32),
     )
     assert pages.stride(1) == fetched.stride(1) == blocks.stride(1) == 1, (
         "a request's pages lie side by side"
@@ -79,6 +86,7 @@ def stage_triton(pages, fetched, first_page, first_stage, blocks, staged) -> Sta
         fetched.stride(0),
         blocks.stride(0),
         BLOCK=next_power_of_2(count),
+        ALONE=alone,
         num_warps=4,
     )
     return out
@@ -100,19 +108,22 @@ def _stage(
     fetched_stride,
     blocks_stride,
     BLOCK: tl.constexpr,
+    ALONE: tl.constexpr,
 ):
-    """One program: one request."""
+    """One program: one request, whose moves take the next free places of the list."""
     b, place = tl.program_id(0).to(tl.int64), tl.arange(0, BLOCK)
     inside = place < count
     page = tl.load(pages + b * pages_stride + place, mask=inside, other=-1)
     taken = tl.load(fetched + b * fetched_stride + place, mask=inside, other=0) != 0
     to = tl.load(first_stage + b) + place
-    tl.store(
-        pages_out + b * count + place,
-        tl.where(taken, page + tl.load(first_page + b), -1).to(tl.int32),
-        mask=inside,
-    )
-    tl.store(to_out + b * count + place, tl.where(taken, to, -1).to(tl.int32), mask=inside)
+    rank = tl.cumsum(taken.to(tl.int32), 0) - 1
+    moves = tl.sum(taken.to(tl.int32), 0)
+    if ALONE:
+        tl.store(count_out, moves)
+    else:
+        rank += tl.atomic_add(count_out, moves)
+    source = page + tl.load(first_page + b)
+    tl.store(pages_out + rank, source.to(tl.int32), mask=taken)
+    tl.store(to_out + rank, to.to(tl.int32), mask=taken)
     tl.store(blocks + b * blocks_stride + page, to.to(tl.int32), mask=taken)
-    tl.atomic_add(staged, tl.sum(taken.to(tl.int64), 0))
-    tl.store(count_out, count * tl.num_programs(0), mask=b == 0)
+    tl.atomic_add(staged, moves.to(tl.int64))
