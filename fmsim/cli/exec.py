@@ -106,6 +106,16 @@ def exec_(
             min=1, help="requests side by side, each somewhat shorter than the one before"
         ),
     ] = 1,
+    gpus: Annotated[
+        int,
+        typer.Option(
+            min=1,
+            help=(
+                "with --weights synthetic: GPUs of this host. Each decodes its share of the"
+                " requests, and holds its share of each layer's experts"
+            ),
+        ),
+    ] = 1,
     index_keys: Annotated[
         IndexKeyPlace | None,
         typer.Option(
@@ -165,13 +175,12 @@ def exec_(
     fmsim exec --policy lsa --set layers=[1] --index-keys tiered --steps 400
     fmsim exec --weights synthetic --model v4-flash --context 500k --policy lsa --kv-budget 16GiB
     """
-    from fmsim.errors import PolicyError
+    from fmsim.errors import FmsimError, PolicyError
     from fmsim.experiments.parallel import alone
     from fmsim.policies import registry
 
     if weights is Weights.synthetic:
         from fmsim.cli import exec_synthetic
-        from fmsim.errors import FmsimError
 
         if index_keys is not None:
             raise FmsimError(
@@ -186,6 +195,7 @@ def exec_(
             str(model or "v4-flash"),
             context,
             batch,
+            gpus,
             steps,
             trace,
             kv_budget,
@@ -194,6 +204,8 @@ def exec_(
             quiet,
         )
         work = exec_synthetic.measure
+    elif gpus > 1:
+        raise FmsimError(f"--gpus {gpus}: takes --weights synthetic; leave it out")
     else:
         asked = _Asked(
             policy,
@@ -212,14 +224,18 @@ def exec_(
         )
         work = _measure
     chosen = [policy_given(one, override) for one in policy]
-    if all(map(registry.is_builtin, chosen)):
+    names = " and ".join(one.name for one in chosen)
+
+    def lost(_, why: str) -> NoReturn:
+        raise PolicyError(f"policy {names}: {why}")
+
+    builtin = all(map(registry.is_builtin, chosen))
+    if gpus > 1:
+        ends = (None, None) if builtin else (lost, policy_timeout)
+        report, transcripts = exec_synthetic.measure_on_gpus(asked, *ends)
+    elif builtin:
         report, transcripts = work(asked)
     else:  # whatever it does, it is named
-        names = " and ".join(one.name for one in chosen)
-
-        def lost(_, why: str) -> NoReturn:
-            raise PolicyError(f"policy {names}: {why}")
-
         report, transcripts = alone(work, asked, lost, policy_timeout)
     from fmsim.report.tables import measured
 

@@ -4,16 +4,25 @@ trace.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
+from itertools import count
 from pathlib import Path
-from typing import Any
+from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING, Any
 
 from fmsim.cli.extras import require
 from fmsim.cli.given import device_given, policy_given
 from fmsim.errors import FmsimError
+from fmsim.experiments import parallel
 from fmsim.scenario import shipped
 from fmsim.units import bytes_of
 
+if TYPE_CHECKING:
+    from fmsim.exec.model.exchange import Exchange
+
+Measured = tuple[dict[str, Any], list[Any]]
 CLOSE = 0.1  # how far a trace's context may be from the one asked for
 
 
@@ -26,6 +35,7 @@ class AskedRun:
     model: str
     context: int
     batch: int
+    gpus: int
     steps: int
     trace: Path | None
     kv_budget: str | None
@@ -34,11 +44,58 @@ class AskedRun:
     quiet: bool
 
 
-def measure(asked: AskedRun) -> tuple[dict[str, Any], list[Any]]:
+def measure(asked: AskedRun) -> Measured:
     """Decode; -> the report, and no text, which such a model does not make."""
+    return _decode(asked, _device(asked))
+
+
+def measure_on_gpus(
+    asked: AskedRun, lost: Callable[[int, str], Measured] | None, timeout_s: float | None
+) -> Measured:
+    """The same on several GPUs, in a process each; `lost` and ``timeout_s`` as
+    `parallel.as_they_end` has them.
+    """
+    device = _device(asked)
+    from fmsim.cli.progress import bar
+
+    with (
+        TemporaryDirectory() as folder,
+        bar("decoding", 100, "%", asked.quiet) as show,
+    ):
+        *_, found = parallel.as_they_end(
+            partial(_decode_rank, asked, device, Path(folder) / "meeting"),
+            range(asked.gpus),
+            asked.gpus,
+            "spawn",
+            lost,
+            timeout_s,
+            told=lambda rank, share: show("decoding", 100 * share, 100),
+        )
+    return found
+
+
+def _device(asked: AskedRun) -> str:
     require("model", "exec")
     import torch
 
+    device = device_given(asked.device, torch.cuda.is_available())
+    if device == "cuda" and torch.cuda.device_count() < asked.gpus:
+        raise FmsimError(
+            f"--gpus {asked.gpus}: torch finds {torch.cuda.device_count()} CUDA devices here; give"
+            " no more, or --device cpu for as many processes"
+        )
+    return device
+
+
+def _decode_rank(asked: AskedRun, device: str, meeting: Path, rank: int) -> Measured:
+    from fmsim.exec.model.exchange import joined
+
+    with joined(meeting, rank, asked.gpus, device) as exchange:
+        return _decode(asked, device, exchange)
+
+
+def _decode(asked: AskedRun, device: str, exchange: Exchange | None = None) -> Measured:
+    """In this process, alone or as one of several ranks."""
     from fmsim import trace as traces
     from fmsim.cli.progress import token_bar
     from fmsim.exec.runs import synthetic as synthetic_run
@@ -47,7 +104,6 @@ def measure(asked: AskedRun) -> tuple[dict[str, Any], list[Any]]:
     from fmsim.sim.footprint import ModelMemory, allocation, spread
 
     geometry = deepseek_v4_named(asked.model)
-    device = device_given(asked.device, torch.cuda.is_available())
     path = _trace(asked.trace, asked.context)
     found = traces.read(path)
     replayer = Replayer(found, memory=ModelMemory(geometry), max_steps=asked.steps)
@@ -57,9 +113,17 @@ def measure(asked: AskedRun) -> tuple[dict[str, Any], list[Any]]:
     request_bytes = allocation(ledger, geometry).total
     batch, seed = asked.batch, asked.seed
     if asked.kv_budget is not None:
-        batch = synthetic_run.batch_that_fits(_bytes(asked.kv_budget), request_bytes)
-    weights, n_experts = synthetic_run.weights_for(geometry, device, batch * request_bytes, seed)
-    with token_bar(replayer.n_steps * batch, asked.quiet) as advance:
+        budget_bytes = _bytes(asked.kv_budget)
+        batch = asked.gpus * synthetic_run.batch_that_fits(budget_bytes, request_bytes)
+    kv_bytes = synthetic_run.own_requests(batch, asked.gpus) * request_bytes
+    weights, n_experts = synthetic_run.weights_for(geometry, device, kv_bytes, seed, exchange)
+    steps = count(1)
+    with token_bar(replayer.n_steps * batch, asked.quiet or exchange is not None) as advance:
+
+        def decoded(done: int) -> None:
+            advance(done * batch)
+            parallel.tell(next(steps) / replayer.n_steps)
+
         run = synthetic_run.run(
             chosen.name,
             lambda: policy_given(asked.policy, asked.override),
@@ -70,10 +134,11 @@ def measure(asked: AskedRun) -> tuple[dict[str, Any], list[Any]]:
             device,
             batch,
             seed,
-            lambda done: advance(done * batch),
+            decoded,
+            exchange,
         )
     report = synthetic_run.report(
-        [run], replayer, geometry, layer_map, n_experts, device, path.name
+        [run], replayer, geometry, layer_map, n_experts, device, path.name, asked.gpus
     )
     return report, [[]]
 

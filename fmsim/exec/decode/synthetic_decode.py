@@ -228,9 +228,8 @@ class SyntheticStep:
         for pool, layout in pools:
             fill_entries(pool, layout)
         for cache in caches:
-            for layer in range(
-                cache.layers if cache.mirrored else 0
-            ):  # made on the device, which is faster at it
+            filled = cache.layers if cache.mirrored and cache.made_mirror else 0
+            for layer in range(filled):  # made on the device, which is faster at it
                 cache.mirror[layer].copy_(
                     fill_entries(
                         torch.empty_like(cache.mirror[layer], device=self.decode.device),

@@ -63,8 +63,9 @@ class TraceDrivenDecode:
     `keyed_layers` of them keep all their index keys on the GPU; the others' keys lie with their
     entries. `allocator` counts what is allocated for KV; `lists_bytes` are those of the lists of
     resident pages beside it. ``batch`` requests follow the trace in step, so one cache manager
-    decides for all, and all share one mirror; each has slots of its own. With `watch` the slots of
-    every step are kept, and every page attended to is compared with the mirror's.
+    decides for all, and all share one mirror; each has slots of its own. Processes that give one
+    ``shared_name`` share it too. With `watch` the slots of every step are kept, and every page
+    attended to is compared with the mirror's.
     """
 
     def __init__(
@@ -78,6 +79,7 @@ class TraceDrivenDecode:
         *,
         batch: int = 1,
         watch: bool = True,
+        shared_name: str | None = None,
     ):
         self.replayer = replayer
         self.policy = policy
@@ -108,6 +110,7 @@ class TraceDrivenDecode:
                 self.device,
                 mirrored=self.manager.needs.comes_back,
                 one_text=True,
+                shared_name=shared_name,
             )
             # with a model they are its own
             self.fixed = self._fixed() if watch else []

@@ -24,15 +24,34 @@ class Tiles(NamedTuple):
     schedule: Tensor
 
 
-def tiles_of(chosen: Tensor, slots: int, count: int, tune: tuning.ExpertsTuning) -> Tiles:
+class Part(NamedTuple):
+    """The pairs that are computed here, where others are elsewhere: those of the experts that are
+    here, of which the first is number ``first_expert`` among all; and the shared expert's of
+    ``tokens`` tokens from ``first_token`` on.
+    """
+
+    first_expert: int
+    first_token: int
+    tokens: int
+
+    def of_tokens(self, first: int, count: int) -> Part:
+        """The same of ``count`` tokens from number ``first`` on, which are then the first."""
+        start = min(max(self.first_token - first, 0), count)
+        end = min(max(self.first_token + self.tokens - first, 0), count)
+        return Part(self.first_expert, start, end - start)
+
+
+def tiles_of(
+    chosen: Tensor, slots: int, count: int, tune: tuning.ExpertsTuning, part: Part | None = None
+) -> Tiles:
     """The tiles of ``chosen`` int64 [N, top_k] among ``count`` experts; ``slots`` counts the shared
-    expert too, where there is one.
+    expert too, where there is one. With ``part`` its pairs alone are in them.
 
     A tile holds twice the pairs that an expert has on average, so that most experts' fit one.
     """
     tokens, top_k = chosen.shape
     routed = tokens * top_k
-    if tokens == 1:
+    if tokens == 1 and part is None:
         return Tiles(min(tune.token_tile, 16), slots, chosen)
     size = min(max(next_power_of_2(cdiv(2 * routed, count)), 16), tune.token_tile)
     experts = min(count, routed)
@@ -44,6 +63,7 @@ def tiles_of(chosen: Tensor, slots: int, count: int, tune: tuning.ExpertsTuning)
         schedule,
         tokens * slots,
         n_tiles,
+        *(part or Part(0, 0, tokens)),
         EXPERTS=count,
         TOP_K=top_k,
         SLOTS=slots,
@@ -62,6 +82,9 @@ def _schedule(
     schedule,
     pairs,
     tiles,
+    first_expert,
+    first_token,
+    own_tokens,
     EXPERTS: tl.constexpr,
     TOP_K: tl.constexpr,
     SLOTS: tl.constexpr,
@@ -70,7 +93,8 @@ def _schedule(
     TILES_PADDED: tl.constexpr,
     BINS: tl.constexpr,
 ):
-    """One program: the pairs of one expert, and its tiles. The shared expert is number EXPERTS.
+    """One program: the pairs of one expert, and its tiles. The shared expert is number EXPERTS, and
+    what is no `Part` of the work is number EXPERTS + 1, which no program has.
 
     ``schedule``: of each tile its expert (-1 for none), the place of its first pair in the sorted
     order, and how many it has, each [tiles]; then the pairs, token * SLOTS + slot, sorted by
@@ -79,10 +103,11 @@ def _schedule(
     own = tl.program_id(0)
     pair = tl.arange(0, PAIRS_PADDED)
     token, slot = pair // SLOTS, pair % SLOTS
-    expert = tl.load(
-        chosen + token * TOP_K + slot, mask=(pair < pairs) & (slot < TOP_K), other=EXPERTS
-    ).to(tl.int32)
-    expert = tl.where(pair < pairs, expert, EXPERTS + 1)
+    routed = (pair < pairs) & (slot < TOP_K)
+    expert = tl.load(chosen + token * TOP_K + slot, mask=routed, other=0).to(tl.int32)
+    here = is_here(expert, token, slot, first_expert, first_token, own_tokens, EXPERTS, TOP_K)
+    expert = tl.where(slot < TOP_K, expert - first_expert, EXPERTS)
+    expert = tl.where(here & (pair < pairs), expert, EXPERTS + 1)
     counts, number = tl.histogram(expert, BINS), tl.arange(0, BINS)
     first = tl.sum(tl.where(number < own, counts, 0), 0)
     first_tile = tl.sum(tl.where(number < own, (counts + TILE - 1) // TILE, 0), 0)
@@ -97,6 +122,23 @@ def _schedule(
     tl.store(at + 2 * tiles, tl.minimum(count - tile * TILE, TILE), mask=exists)
     if own == tl.num_programs(0) - 1:
         tl.store(at, -1, mask=(tile >= own_tiles) & (first_tile + tile < tiles))
+
+
+@triton.jit
+def is_here(
+    expert,
+    token,
+    slot,
+    first_expert,
+    first_token,
+    own_tokens,
+    EXPERTS: tl.constexpr,
+    TOP_K: tl.constexpr,
+):
+    """Whether a pair is of the `Part`: ``expert`` among all is the routed one of its ``slot``."""
+    routed = (expert >= first_expert) & (expert < first_expert + EXPERTS)
+    shared = (token >= first_token) & (token < first_token + own_tokens)
+    return tl.where(slot < TOP_K, routed, shared)
 
 
 @triton.jit

@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fmsim.exec.kernels import tuning
-from fmsim.exec.kernels.expert_tiles import expert_of, pairs_of, tiles_of
+from fmsim.exec.kernels.expert_tiles import Part, expert_of, is_here, pairs_of, tiles_of
 from fmsim.exec.kernels.lang import (
     INTERPRETED,
     after_previous,
@@ -50,15 +50,21 @@ def takes(tokens: Tensor, routed: nn.Module) -> bool:
 
 
 def mixture_of_experts(
-    x: Tensor, chosen: Tensor, weights: Tensor, routed: nn.Module, shared: nn.Module
+    x: Tensor,
+    chosen: Tensor,
+    weights: Tensor,
+    routed: nn.Module,
+    shared: nn.Module,
+    part: Part | None = None,
 ) -> Tensor:
     """x [N, D], chosen int64 and weights float32 [N, top_k], the experts (`model.Experts`) and the
     shared one (`model.SwiGLU`) -> [N, D] in the type of x: float32 or bfloat16.
 
-    Their weights are of that type, or float8 with scales; the shared one's may be of another.
+    Their weights are of that type, or float8 with scales; the shared one's may be of another. With
+    ``part``, ``routed`` are some of the experts, and the result is what its pairs add up to.
     """
     run = mixture_of_experts_triton if takes(x, routed) else mixture_of_experts_reference
-    return run(x, chosen, weights, routed, shared)
+    return run(x, chosen, weights, routed, shared, part=part)
 
 
 def leaves_shares(x: Tensor, routed: nn.Module, shared: nn.Module) -> bool:
@@ -75,8 +81,20 @@ def expert_shares(x: Tensor, chosen: Tensor, routed: nn.Module, shared: nn.Modul
     return _each_share(x, chosen, routed, shared, _tuning(x, routed))
 
 
-def mixture_of_experts_reference(x, chosen, weights, routed, shared) -> Tensor:
-    return routed(x, chosen, weights) + shared(x)
+def mixture_of_experts_reference(x, chosen, weights, routed, shared, part=None) -> Tensor:
+    if part is None:
+        return routed(x, chosen, weights) + shared(x)
+    chosen = chosen - part.first_expert
+    here = (chosen >= 0) & (chosen < len(routed.down_proj))
+    out = routed(x, torch.where(here, chosen, 0), torch.where(here, weights, 0.0))
+    return _with_shared(out, x, shared, part)
+
+
+def _with_shared(out: Tensor, x: Tensor, shared: nn.Module, part: Part) -> Tensor:
+    """``out`` with the shared expert's of the part's tokens."""
+    own = slice(part.first_token, part.first_token + part.tokens)
+    out[own] += shared(x[own])
+    return out
 
 
 def clamped_swiglu(gate: Tensor, up: Tensor, limit: float) -> Tensor:
@@ -97,26 +115,39 @@ class _Weights(NamedTuple):
 
 
 def mixture_of_experts_triton(
-    x, chosen, weights, routed, shared, tune: tuning.ExpertsTuning | None = None
+    x,
+    chosen,
+    weights,
+    routed,
+    shared,
+    tune: tuning.ExpertsTuning | None = None,
+    part: Part | None = None,
 ) -> Tensor:
-    if len(x) > tuning.MOST_EXPERT_TOKENS:
-        parts = zip(
-            *(part.split(tuning.MOST_EXPERT_TOKENS) for part in (x, chosen, weights)), strict=True
-        )
-        return torch.cat([mixture_of_experts_triton(*part, routed, shared, tune) for part in parts])
+    if len(x) > (most := tuning.MOST_EXPERT_TOKENS):
+        runs = zip(*(of.split(most) for of in (x, chosen, weights)), strict=True)
+        outs = []
+        for number, run in enumerate(runs):
+            of_run = part and part.of_tokens(number * most, len(run[0]))
+            outs.append(mixture_of_experts_triton(*run, routed, shared, tune, of_run))
+        return torch.cat(outs)
     if shared is not None and not _alike(routed, shared):
-        return mixture_of_experts_triton(x, chosen, weights, routed, None, tune) + shared(x)
+        out = mixture_of_experts_triton(x, chosen, weights, routed, None, tune, part)
+        return _with_shared(out, x, shared, part or Part(0, 0, len(x)))
     tune = tune or _tuning(x, routed)
-    parts = _each_share(x, chosen, routed, shared, tune)
+    parts = _each_share(x, chosen, routed, shared, tune, part)
     (tokens, slots, hidden), top_k = parts.shape, chosen.shape[1]
     out = torch.empty(tokens, hidden, dtype=x.dtype, device=x.device)
     _sum_pairs[(tokens, cdiv(hidden, tune.sum_columns))](
         parts,
+        chosen.contiguous(),
         weights.contiguous(),
         out,
+        *(part or Part(0, 0, tokens)),
+        EXPERTS=len(routed.down_proj),
         TOP_K=top_k,
         SLOTS=slots,
         HIDDEN=hidden,
+        PARTIAL=part is not None,
         BLOCK=tune.sum_columns,
         num_warps=4,
         **overlapped(x),
@@ -134,8 +165,11 @@ def _each_share(
     routed: nn.Module,
     shared: nn.Module | None,
     tune: tuning.ExpertsTuning,
+    part: Part | None = None,
 ) -> Tensor:
-    """float32 [N, slots, D]: the output of each of a token's experts, without its weight."""
+    """float32 [N, slots, D]: the output of each of a token's experts that is here, without its
+    weight.
+    """
     x, chosen = x.contiguous(), chosen.contiguous()
     (tokens, top_k), (count, hidden, width) = chosen.shape, routed.down_proj.shape
     slots, scaled, of_shared = (
@@ -143,7 +177,7 @@ def _each_share(
         routed.down_scale is not None,
         _shared_weights(routed, shared),
     )
-    tiles = tiles_of(chosen, slots, count, tune)
+    tiles = tiles_of(chosen, slots, count, tune, part)
     gate_scale, down_scale = (
         (routed.gate_up_scale, routed.down_scale)
         if scaled
@@ -161,7 +195,7 @@ def _each_share(
         HIDDEN=hidden,
         WIDTH=width,
         TILE=tiles.size,
-        SORTED=tokens > 1,
+        SORTED=tokens > 1 or part is not None,
         SHARED=shared is not None,
         SCALED=BLOCK if scaled else 0,
         BLOCK_DEPTH=min(tune.block_depth, BLOCK) if scaled else tune.block_depth,
@@ -445,20 +479,33 @@ def _down(
 @triton.jit
 def _sum_pairs(
     parts,
+    chosen,
     weights,
     out,
+    first_expert,
+    first_token,
+    own_tokens,
+    EXPERTS: tl.constexpr,
     TOP_K: tl.constexpr,
     SLOTS: tl.constexpr,
     HIDDEN: tl.constexpr,
+    PARTIAL: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """One program: some channels of one token."""
+    """One program: some channels of one token, where PARTIAL over its pairs that are here."""
     after_previous()
     token, channel = tl.program_id(0), tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = channel < HIDDEN
     summed = tl.zeros([BLOCK], tl.float32)
     for slot in tl.static_range(SLOTS):
-        part = tl.load(parts + (token * SLOTS + slot) * HIDDEN + channel, mask=inside, other=0.0)
+        known = inside
+        if PARTIAL:
+            routed = slot < TOP_K
+            expert = tl.load(chosen + token * TOP_K + slot, mask=routed, other=0).to(tl.int32)
+            known &= is_here(
+                expert, token, slot, first_expert, first_token, own_tokens, EXPERTS, TOP_K
+            )
+        part = tl.load(parts + (token * SLOTS + slot) * HIDDEN + channel, mask=known, other=0.0)
         if slot < TOP_K:
             part = part * tl.load(weights + token * TOP_K + slot)
         summed += part

@@ -42,6 +42,7 @@ class PairedTiers:
         *,
         mirrored: bool = True,
         one_text: bool = False,
+        shared_name: str | None = None,
     ):
         if tiered and any(size.staged for size in sizes):
             raise ValueError(
@@ -58,6 +59,7 @@ class PairedTiers:
             device,
             mirrored,
             one_text,
+            shared_name and f"{shared_name}-entries",
         )
         # What is recalled ahead comes one after the other, so that a decode has only one gather
         # beside it.
@@ -70,6 +72,7 @@ class PairedTiers:
                 device,
                 mirrored,
                 one_text,
+                shared_name and f"{shared_name}-keys",
                 beside=self.entries.beside,
             )
             if tiered

@@ -191,6 +191,11 @@ class TieredCache:
     def mirror_bytes(self) -> int:
         return self._host.n_bytes
 
+    @property
+    def made_mirror(self) -> bool:
+        """The mirror's memory was created here, and is another process's where not."""
+        return self._host.created
+
     def fill(self, request: int, layer: int, entries: Tensor, table: Tensor) -> None:
         """A prefill's entries [E, C]: all to the mirror, and to the pool those whose page has a
         slot in `table` int32 [P + 1].

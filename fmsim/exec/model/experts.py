@@ -54,6 +54,14 @@ class Experts(nn.Module):
         self.register_buffer("gate_up_scale", None)
         self.register_buffer("down_scale", None)
 
+    def keep(self, own: slice) -> None:
+        """Hold these alone, in memory of their own."""
+        for name, weight in list(self.named_parameters()):
+            kept = weight.detach()[own].clone()
+            setattr(self, name, nn.Parameter(kept, requires_grad=weight.requires_grad))
+        for name, scale in list(self.named_buffers()):
+            setattr(self, name, scale[own].clone())
+
     def forward(self, x: Tensor, chosen: Tensor, weights: Tensor) -> Tensor:
         """x [N, D], chosen int64 and weights float32 [N, top_k] -> [N, D].
 

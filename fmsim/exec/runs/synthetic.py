@@ -6,7 +6,8 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from time import time_ns
 from typing import Any
 
 import numpy as np
@@ -18,6 +19,7 @@ from fmsim.exec.decode.synthetic_decode import SyntheticStep
 from fmsim.exec.decode.trace_driven import TraceDrivenDecode, TraceDrivenRun
 from fmsim.exec.kv.memory import host_free_bytes
 from fmsim.exec.model.deepseek_v4 import DeepseekV4
+from fmsim.exec.model.exchange import Exchange
 from fmsim.exec.model.weights.synthetic import model_bytes, synthetic_model
 from fmsim.exec.runs.live import MEASURED, device_name
 from fmsim.geometry import Geometry
@@ -36,8 +38,8 @@ WARM_UP_STEPS = 4
 
 @dataclass(frozen=True)
 class SyntheticRun:
-    """`policy` for ``batch`` requests: what was allocated for one of them, and what `decode`
-    measured.
+    """`policy` for ``batch`` requests of all ranks: what was allocated for one of them, and what
+    `decode`, of this rank, measured.
     """
 
     label: str
@@ -76,10 +78,13 @@ class SyntheticRun:
 
 
 def weights_for(
-    geometry: Geometry, device: str, kv_bytes: int, seed: int
+    geometry: Geometry, device: str, kv_bytes: int, seed: int, exchange: Exchange | None = None
 ) -> tuple[DeepseekV4, int]:
-    """A model with as many experts as leave ``kv_bytes`` free; -> it, and how many those are."""
-    return synthetic_model(geometry, device, free_weight_bytes(geometry, device, kv_bytes), seed)
+    """A model with as many experts as leave ``kv_bytes`` free on each GPU; -> it, and how many
+    those are.
+    """
+    weight_bytes = free_weight_bytes(geometry, device, kv_bytes)
+    return synthetic_model(geometry, device, weight_bytes, seed, exchange)
 
 
 def free_weight_bytes(geometry: Geometry, device: str, kv_bytes: int) -> int:
@@ -104,11 +109,18 @@ def run(
     batch: int,
     seed: int = 0,
     progress: Callable[[int], None] = lambda steps: None,
+    exchange: Exchange | None = None,
 ) -> SyntheticRun:
     """Decode the whole trace with ``batch`` requests under one policy.
 
-    Raises FmsimError where memory is short.
+    Of several ranks, which call this together with parts of one model, each decodes its share of
+    the requests. They have one mirror, and a step takes as long as the slowest's. Raises FmsimError
+    where memory is short.
     """
+    own, shared_name = batch, None
+    if exchange is not None:
+        own, shared_name = own_requests(batch, exchange.count), f"exec-{exchange.least(time_ns())}"
+        seed += exchange.rank
     ledger = replayer.run(make())
     place = footprint(ledger, geometry, layer_map)
     with torch.inference_mode():
@@ -120,11 +132,18 @@ def run(
             place.groups,
             keyed_layers(ledger, geometry),
             device,
-            batch=batch,
+            batch=own,
             watch=False,
+            shared_name=shared_name,
         )
         step = SyntheticStep(decode, model, layer_map, seed)
+        if exchange is not None:
+            exchange.least(0)  # the mirror is filled
         outcome = decode.run(step, progress)
+    if exchange is not None:
+        times = (outcome.step_s, outcome.recall_wait_s)
+        step_s, recall_wait_s = exchange.greatest(np.stack(times))
+        outcome = replace(outcome, step_s=step_s, recall_wait_s=recall_wait_s)
     found = SyntheticRun(
         label,
         policy,
@@ -140,6 +159,16 @@ def run(
     return found
 
 
+def own_requests(batch: int, ranks: int) -> int:
+    """Of each rank. Raises FmsimError where they are not as many."""
+    if batch % ranks:
+        raise FmsimError(
+            f"--batch {batch}: --gpus {ranks} decode as many requests each; give a multiple of"
+            f" {ranks}"
+        )
+    return batch // ranks
+
+
 def report(
     runs: Sequence[SyntheticRun],
     replayer: Replayer,
@@ -148,6 +177,7 @@ def report(
     n_experts: int,
     device: str,
     trace: str,
+    gpus: int = 1,
 ) -> dict[str, Any]:
     """The object that `fmsim exec --weights synthetic --json` prints: `fmsim run`'s fields,
     measured.
@@ -186,7 +216,7 @@ def report(
         }
     about = {
         "fmsim": __version__,
-        "device": device_name(torch.device(device)),
+        "device": (f"{gpus} x " if gpus > 1 else "") + device_name(torch.device(device)),
         "dtype": "bfloat16",
         "model": {
             "name": (
@@ -203,6 +233,7 @@ def report(
         "steps": replayer.n_steps,
         "warm_up_steps": runs[0].warm_up_steps,
         "batch": runs[0].batch,
+        "gpus": gpus,
         "quality": {"asked": 0, "exact": 0},
         "details": details,
         "measured": MEASURED,

@@ -1,5 +1,7 @@
 """The experts of few tokens: the kernels against a plain loop over the experts."""
 
+import copy
+
 import pytest
 import torch
 from hypothesis import example, given, settings
@@ -9,8 +11,12 @@ from torch.nn import functional as F
 from transformers import DeepseekV4Config
 
 from fmsim.exec.kernels import experts as kernels
-from fmsim.exec.kernels.expert_tiles import tiles_of
-from fmsim.exec.kernels.experts import mixture_of_experts, mixture_of_experts_triton
+from fmsim.exec.kernels.expert_tiles import Part, tiles_of
+from fmsim.exec.kernels.experts import (
+    mixture_of_experts,
+    mixture_of_experts_reference,
+    mixture_of_experts_triton,
+)
 from fmsim.exec.kernels.tuning import ExpertsTuning
 from fmsim.exec.kernels.weights import dequantise, scale_shape
 from fmsim.exec.model.experts import Experts, SwiGLU
@@ -230,6 +236,41 @@ def test_experts_that_nobody_chose_are_not_read(device, tokens):
         relative_error(mixture_of_experts_triton(*inputs, routed, shared, SMALL), expected)
         < LIMITS[torch.float32]
     )
+
+
+@on_each_device
+@settings(max_examples=1, deadline=None)
+@example(seed=0, tokens=9, counts=(2, 3), dtype=torch.bfloat16)  # the last token on its own
+@given(
+    seed=st.integers(0, 2**32),
+    tokens=st.integers(2, 12),
+    counts=st.tuples(st.integers(1, 4), st.integers(1, 4)),
+    dtype=st.sampled_from([torch.float8_e4m3fn, torch.bfloat16]),
+)
+@torch.no_grad()
+def test_parts_add_up_to_the_whole(device, seed, tokens, counts, dtype):
+    """Experts cut in two, and tokens of the shared one, whose weights are of the same type or of
+    another.
+    """
+    count = sum(counts)
+    routed, _ = made(seed, count, 40, 24, dtype, device)
+    _, shared = made(seed, 1, 40, 24, torch.bfloat16, device)
+    inputs = drawn(tokens, count, 2, 40, count, torch.bfloat16, device)
+    first, own_tokens = 0, (tokens // 3, tokens - tokens // 3)
+    sums = [torch.zeros_like(inputs[0], dtype=torch.float32) for _ in range(2)]
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(kernels.tuning, "MOST_EXPERT_TOKENS", 8)
+        for number, count in enumerate(counts):
+            held = copy.deepcopy(routed)
+            held.keep(slice(first, first + count))
+            part = Part(first, sum(own_tokens[:number]), own_tokens[number])
+            given_ = *inputs, held, shared
+            sums[0] += mixture_of_experts_triton(*given_, SMALL, part)
+            sums[1] += mixture_of_experts_reference(*given_, part)
+            first += count
+    expected = exact(*inputs, routed, shared)
+    for summed in sums:
+        assert relative_error(summed, expected) < LIMITS[torch.bfloat16]
 
 
 @on_each_device

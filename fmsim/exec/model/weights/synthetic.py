@@ -15,7 +15,9 @@ from transformers import DeepseekV4Config
 from fmsim.errors import FmsimError
 from fmsim.exec.kernels.weights import BLOCK
 from fmsim.exec.model.deepseek_v4 import DeepseekV4
+from fmsim.exec.model.exchange import Exchange
 from fmsim.exec.model.kinds import CSA, HCA
+from fmsim.exec.model.split_experts import share_weights, split_experts
 from fmsim.exec.model.weights.loader import allocate, meta_model
 from fmsim.exec.model.weights.quantised import (
     fill_float8,
@@ -62,24 +64,39 @@ def synthetic_config(geometry: Geometry, n_experts: int) -> DeepseekV4Config:
 
 
 def synthetic_model(
-    geometry: Geometry, device: str, weight_bytes: int, seed: int = 0
+    geometry: Geometry,
+    device: str,
+    weight_bytes: int,
+    seed: int = 0,
+    exchange: Exchange | None = None,
 ) -> tuple[DeepseekV4, int]:
     """A model whose weights take at most ``weight_bytes``, float8 as in the release or bfloat16,
     some float32; -> the model, and its experts.
 
     The experts of a layer are at least those that a token uses and at most the geometry's own, a
-    multiple of 8 where there is room. Raises FmsimError with the figure that is short where not
-    even the fewest fit, before anything is allocated.
+    multiple of 8 where there is room. Of several ranks, which call this together, each holds its
+    part of them, and the same of all else. Raises FmsimError with the figure that is short where
+    not even the fewest fit, before anything is allocated.
     """
-    n_experts = experts_that_fit(geometry, weight_bytes)
-    model = allocate(_meta_model(geometry, n_experts), device)
-    fill(model, seed)
+    if exchange is None:
+        n_experts = experts_that_fit(geometry, weight_bytes)
+        model = allocate(_meta_model(geometry, n_experts), device)
+        fill(model, seed)
+    else:
+        n_experts = exchange.least(experts_that_fit(geometry, weight_bytes, exchange.count))
+        model = _meta_model(geometry, n_experts)
+        split_experts(model, exchange)
+        fill(allocate(model, device), seed + exchange.rank)
+        share_weights(model, exchange)
     return model.eval().requires_grad_(False), n_experts
 
 
-def experts_that_fit(geometry: Geometry, weight_bytes: int) -> int:
-    """The most experts a layer with which all weights take at most ``weight_bytes``."""
-    fewest = geometry.n_active_experts
+def experts_that_fit(geometry: Geometry, weight_bytes: int, ranks: int = 1) -> int:
+    """The most experts a layer with which all weights take at most ``weight_bytes`` on each of
+    ``ranks`` that share them out.
+    """
+    most = geometry.n_experts // ranks  # of a rank, as the numbers below
+    fewest = min(geometry.n_active_experts, most)
     fewest_bytes = model_bytes(geometry, fewest)
     if fewest_bytes > weight_bytes:
         raise FmsimError(
@@ -89,8 +106,8 @@ def experts_that_fit(geometry: Geometry, weight_bytes: int) -> int:
             " that are left for them; lower --context or --batch"
         )
     expert_bytes = model_bytes(geometry, fewest + 1) - fewest_bytes
-    count = min(fewest + (weight_bytes - fewest_bytes) // expert_bytes, geometry.n_experts)
-    return max(count // EXPERTS_MULTIPLE * EXPERTS_MULTIPLE, min(count, EXPERTS_MULTIPLE), fewest)
+    count = min(fewest + (weight_bytes - fewest_bytes) // expert_bytes, most)
+    return ranks * max(count // EXPERTS_MULTIPLE * EXPERTS_MULTIPLE, min(count, EXPERTS_MULTIPLE), fewest)
 
 
 def model_bytes(geometry: Geometry, n_experts: int) -> int:
