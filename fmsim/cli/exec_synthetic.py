@@ -53,11 +53,15 @@ def measure_on_gpus(
     asked: AskedRun, lost: Callable[[int, str], Measured] | None, timeout_s: float | None
 ) -> Measured:
     """The same on several GPUs, in a process each; `lost` and ``timeout_s`` as
-    `parallel.as_they_end` has them.
+    `parallel.as_they_end` has them. What can be refused before is.
     """
     device = _device(asked)
     from fmsim.cli.progress import bar
+    from fmsim.exec.runs.synthetic import own_requests
 
+    _trace(asked.trace, asked.context)
+    if asked.kv_budget is None:
+        own_requests(asked.batch, asked.gpus)
     with (
         TemporaryDirectory() as folder,
         bar("decoding", 100, "%", asked.quiet) as show,

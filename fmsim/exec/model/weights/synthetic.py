@@ -107,7 +107,9 @@ def experts_that_fit(geometry: Geometry, weight_bytes: int, ranks: int = 1) -> i
         )
     expert_bytes = model_bytes(geometry, fewest + 1) - fewest_bytes
     count = min(fewest + (weight_bytes - fewest_bytes) // expert_bytes, most)
-    return ranks * max(count // EXPERTS_MULTIPLE * EXPERTS_MULTIPLE, min(count, EXPERTS_MULTIPLE), fewest)
+    return ranks * max(
+        count // EXPERTS_MULTIPLE * EXPERTS_MULTIPLE, min(count, EXPERTS_MULTIPLE), fewest
+    )
 
 
 def model_bytes(geometry: Geometry, n_experts: int) -> int:
