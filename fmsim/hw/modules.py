@@ -327,7 +327,9 @@ def calibrated_table(hw: Hardware, geometry: Geometry) -> KernelTable | None:
 
 
 def _calibrated(hw: Hardware, geometry: Geometry) -> Modules:
-    """From a calibration's own times, of one GPU that holds the whole model."""
+    """From a calibration's own times, of one GPU that holds the whole model, or as many experts as
+    each of several holds of a layer.
+    """
     table = calibrated_table(hw, geometry)
     if table is None:
         raise FmsimError(
@@ -346,7 +348,9 @@ def _calibrated(hw: Hardware, geometry: Geometry) -> Modules:
     in_row = NOTHING if engine is None else Curve.of(engine.in_row_batch_ms).scaled(factor)
 
     def layer(ranked: int, batch: int) -> Any:
-        routed = curves["hyper_connections_batch_ms"](ranked) + curves["moe_batch_ms"](batch)
+        # its part of the experts is asked for by as many tokens as its part of them
+        experts_ms = curves["moe_batch_ms"](batch / hw.placed.ep)
+        routed = curves["hyper_connections_batch_ms"](ranked) + experts_ms
         exchanged = curves["router_batch_ms"](ranked) + 2 * curves["all_reduce_batch_ms"](batch)
         return routed + exchanged + in_row(ranked)
 

@@ -104,7 +104,7 @@ def test_a_step_from_a_calibration():
         hca_batch_ms=by_batch(0.05, 0.10),
         moe_batch_ms=by_batch(0.03, 0.10),
         hyper_connections_batch_ms=by_batch(0.02, 0.04),
-        all_reduce_batch_ms=by_batch(0.01, 0.02),
+        all_reduce_batch_ms={1: 0.01, 8: 0.02, 16: 0.03},
         router_batch_ms=by_batch(0.005, 0.01),
         head_batch_ms=by_batch(0.05, 0.10),
         csa_entry_ns=4.0,
@@ -117,6 +117,9 @@ def test_a_step_from_a_calibration():
     assert csa_ms == pytest.approx(21 * (0.18 + 0.007168))
     expected = 43 * 0.19 + 0.10 + 2 * 0.10 + 20 * (0.11 + 0.007168)
     assert rest_ms == pytest.approx(expected)
+    # 16 on two GPUs, whose experts get as many pairs each; 16 tokens are exchanged
+    two = step_ms(hw.deployed(Deployment(n_gpus=2, dp=2)), 16)
+    assert two == (pytest.approx(csa_ms), pytest.approx(expected + 43 * 2 * 0.01))
 
 
 def test_the_memory_indexer_takes_its_operations_or_its_reads():
