@@ -1,0 +1,151 @@
+"""Ranks that decode requests of their own and hold a part of the experts each, beside one process
+that does all.
+"""
+
+from dataclasses import replace
+from functools import partial
+
+import pytest
+
+torch = pytest.importorskip("torch", reason="the engine needs fmsim[model]")
+pytest.importorskip("transformers", reason="the engine needs fmsim[model]")
+
+from command import fmsim_here
+from made_trace import make_trace
+from tiny_model import CSA, HCA, SLIDING, oracle, ours
+
+from fmsim.exec.decode.engine import Batch
+from fmsim.exec.decode.prompt import Prompt
+from fmsim.exec.model.exchange import joined
+from fmsim.exec.model.split_experts import split_experts
+from fmsim.exec.model.weights.synthetic import model_bytes, synthetic_model
+from fmsim.exec.runs import synthetic as synthetic_run
+from fmsim.experiments.parallel import as_they_end
+from fmsim.geometry import PRESETS
+from fmsim.policies import registry
+from fmsim.replay.replayer import Replayer
+from fmsim.sim.footprint import footprint
+
+LENGTHS = (60, 41, 53, 47)
+POLICY = {"policy": "lru", "budget": "9 entries"}
+# The published entries of 584 and keys of 132 bytes need heads of 512 and keys of 128.
+SMALL = replace(
+    PRESETS["v4-flash"],
+    name="small",
+    layer_types=(SLIDING, CSA, CSA),
+    hidden_size=64,
+    n_heads=2,
+    index_n_heads=2,
+    q_lora_rank=16,
+    o_lora_rank=16,
+    o_groups=2,
+    n_experts=8,
+    expert_width=16,
+    vocabulary=64,
+    index_topk=16,
+)
+LAYER_MAP = (0, 2)
+DEVICES = [
+    "cpu",
+    pytest.param(
+        "cuda",
+        marks=[
+            pytest.mark.gpu,
+            pytest.mark.skipif(torch.cuda.device_count() < 2, reason="no two CUDA devices"),
+        ],
+    ),
+]
+
+
+def steps(device: str) -> int:
+    return 40 if device == "cuda" else 6  # a GPU captures a graph of a longer decode
+
+
+def prompts(device: str):
+    """Of one model that its first layer routes by tokens' ids; the same in each process."""
+    model = ours(oracle(layer_types=[SLIDING, CSA, HCA, CSA], index_topk=8)).to(device)
+    made = torch.Generator().manual_seed(3)
+    texts = [torch.randint(0, 64, (length,), generator=made).tolist() for length in LENGTHS]
+    return [Prompt(model, text, steps(device)) for text in texts]
+
+
+def decoded(batch, device):
+    engine = Batch(batch, registry.build(POLICY), tau=8)
+    tokens = engine.generate(steps(device))
+    return tokens, engine.logits.cpu()
+
+
+def decoded_by(device, meeting, rank):
+    """By a rank of two: its half of the requests."""
+    with joined(meeting, rank, 2, device) as exchange:
+        own = prompts(device)[2 * rank : 2 * rank + 2]
+        split_experts(own[0].model, exchange)
+        held = {len(layer.mlp.experts.down_proj) for layer in own[0].model.model.layers}
+        assert held == {2}
+        return decoded(own, device)
+
+
+def on_ranks(work, device, folder):
+    start = "spawn" if device == "cuda" else "fork"
+    meeting = folder / "meeting"
+    return list(as_they_end(partial(work, device, meeting), range(2), 2, start))
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_two_ranks_decode_what_one_process_does(device, tmp_path):
+    tokens, logits = decoded(prompts(device), device)
+    parts = on_ranks(decoded_by, device, tmp_path)
+    if parts[0][0] != tokens[:2]:
+        parts.reverse()  # they come as they end
+    assert [row for part in parts for row in part[0]] == tokens
+    found = torch.cat([part[1] for part in parts])
+    torch.testing.assert_close(found, logits, atol=1e-4, rtol=0)
+
+
+def synthetic_by(device, meeting, rank):
+    """-> whether the mirror was made here, what a request moved, sums of weights that all ranks
+    have, and of its experts'.
+    """
+    with joined(meeting, rank, 2, device) as exchange:
+        replayer = Replayer(make_trace(prompt_tokens=200, n_steps=6))
+        model, experts = synthetic_model(SMALL, device, model_bytes(SMALL, 4), 0, exchange)
+        assert experts == 8
+        run = synthetic_run.run(
+            "lru",
+            partial(registry.build, POLICY),
+            replayer,
+            SMALL,
+            LAYER_MAP,
+            model,
+            device,
+            2,
+            exchange=exchange,
+        )
+        layer = model.model.layers[2]
+        sums = [
+            float(weight.float().abs().sum())
+            for weight in (layer.mlp.gate.weight, layer.self_attn.q_a_proj.weight)
+        ]
+        own = float(layer.mlp.experts.down_proj.float().abs().sum())
+        [cache] = run.decode.tiers.caches
+        return cache.made_mirror, run.outcome.h2d_bytes, sums, own
+
+
+def test_ranks_share_a_mirror_and_all_weights_but_experts(tmp_path):
+    parts = on_ranks(synthetic_by, "cpu", tmp_path)
+    made, moved, shared, own = zip(*parts, strict=True)
+    assert sorted(made) == [False, True]
+    ledger = Replayer(make_trace(prompt_tokens=200, n_steps=6)).run(registry.build(POLICY))
+    loads = (ledger.demand_loads + ledger.lookahead_loads).sum(axis=0)
+    loads = loads[footprint(ledger, SMALL, LAYER_MAP).groups].sum()
+    assert moved[0] == moved[1] == loads * 584 > 0
+    assert shared[0] == shared[1] and own[0] != own[1]
+
+
+def test_what_does_not_split_is_refused():
+    for options, why in (
+        (["--weights", "synthetic", "--batch", "3", "--context", "32k"], "give a multiple of 2"),
+        (["--batch", "2"], "takes --weights synthetic"),
+    ):
+        told = fmsim_here("exec", "--gpus", "2", "--device", "cpu", *options)
+        assert told.returncode != 0 and why in told.stderr, told.stderr
