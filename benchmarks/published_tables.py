@@ -233,6 +233,31 @@ def synthetic(result: Result) -> str:
     return table([*head, "tokens/s, and simulated", "MiB recalled a step", "mass kept"], rows)
 
 
+def two_gpus(result: Result) -> str:
+    """Rows of benchmarks/two_gpus.py: steps of two GPUs, of one, and of the simulator."""
+    exchanged = {row["exchange"]: row for row in result["rows"] if "exchange" in row}
+    rows = []
+    for row in result["rows"]:
+        if "policy" not in row:
+            continue
+        exchange = exchanged[row["batch"]]
+        off = row["simulated_s"] / row["step_s"] - 1
+        rows.append(
+            [
+                row["policy"],
+                str(row["batch"]),
+                f"{1e3 * row['step_s']:.2f}",
+                f"{1e3 * row['alone_s']:.2f}",
+                f"{1e3 * (exchange['gather_ms'] + exchange['scatter_ms']):.1f}",
+                f"{1e3 * row['simulated_s']:.2f}",
+                f"{off:+.0%}",
+                f"{1e3 * row['planned_s']:.2f}",
+            ]
+        )
+    head = ["policy", "batch", "step, ms", "one GPU with half, ms", "exchange of a layer, us"]
+    return table([*head, "simulated, ms", "off", "preset h200, ms"], rows)
+
+
 def kernels(result: Result) -> str:
     """Each kernel's time, how near it is to its floor, and its fastest peer."""
     rows = []

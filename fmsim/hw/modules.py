@@ -275,12 +275,20 @@ def timed_as(geometry: Geometry, models: Mapping[str, Any]) -> str:
 
 
 def stand_in(hw: Hardware, geometry: Geometry) -> str | None:
-    """In words, whose kernels give the times where nobody timed the model's own."""
+    """In words, whose kernels give the times where nobody timed the model's own, and what of the
+    times is missing.
+    """
+    missing = []
     if hw.cuts_experts(geometry):
-        return (
+        missing.append(
             f"{hw.experts} of {geometry.name}'s experts a layer are held: a batch reads fewer"
             " weights than it would of all"
         )
+    timed = None if hw.kernel_tables else calibrated_table(hw, geometry)
+    if timed is not None and hw.placed.n_gpus > 1 and not any(timed.all_reduce_batch_ms.values()):
+        missing.append(f"no exchange between GPUs was timed on {hw.name}, so none is counted")
+    if missing:
+        return "; ".join(missing)
     models: Mapping[str, Any] = hw.kernels
     if hw.kernel_tables is not None:
         found = load_table(hw.kernel_tables, hw.placed.engine)

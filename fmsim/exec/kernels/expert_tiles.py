@@ -24,7 +24,7 @@ class Tiles(NamedTuple):
     schedule: Tensor
 
 
-class Part(NamedTuple):
+class OwnPairs(NamedTuple):
     """The pairs that are computed here, where others are elsewhere: those of the experts that are
     here, of which the first is number ``first_expert`` among all; and the shared expert's of
     ``tokens`` tokens from ``first_token`` on.
@@ -34,15 +34,15 @@ class Part(NamedTuple):
     first_token: int
     tokens: int
 
-    def of_tokens(self, first: int, count: int) -> Part:
+    def of_tokens(self, first: int, count: int) -> OwnPairs:
         """The same of ``count`` tokens from number ``first`` on, which are then the first."""
         start = min(max(self.first_token - first, 0), count)
         end = min(max(self.first_token + self.tokens - first, 0), count)
-        return Part(self.first_expert, start, end - start)
+        return OwnPairs(self.first_expert, start, end - start)
 
 
 def tiles_of(
-    chosen: Tensor, slots: int, count: int, tune: tuning.ExpertsTuning, part: Part | None = None
+    chosen: Tensor, slots: int, count: int, tune: tuning.ExpertsTuning, part: OwnPairs | None = None
 ) -> Tiles:
     """The tiles of ``chosen`` int64 [N, top_k] among ``count`` experts; ``slots`` counts the shared
     expert too, where there is one. With ``part`` its pairs alone are in them.
@@ -63,7 +63,7 @@ def tiles_of(
         schedule,
         tokens * slots,
         n_tiles,
-        *(part or Part(0, 0, tokens)),
+        *(part or OwnPairs(0, 0, tokens)),
         EXPERTS=count,
         TOP_K=top_k,
         SLOTS=slots,
@@ -94,7 +94,7 @@ def _schedule(
     BINS: tl.constexpr,
 ):
     """One program: the pairs of one expert, and its tiles. The shared expert is number EXPERTS, and
-    what is no `Part` of the work is number EXPERTS + 1, which no program has.
+    what is no `OwnPairs` of the work is number EXPERTS + 1, which no program has.
 
     ``schedule``: of each tile its expert (-1 for none), the place of its first pair in the sorted
     order, and how many it has, each [tiles]; then the pairs, token * SLOTS + slot, sorted by
@@ -135,7 +135,7 @@ def is_here(
     EXPERTS: tl.constexpr,
     TOP_K: tl.constexpr,
 ):
-    """Whether a pair is of the `Part`: ``expert`` among all is the routed one of its ``slot``."""
+    """Whether a pair is of the `OwnPairs`: ``expert`` among all is the routed one of its ``slot``."""
     routed = (expert >= first_expert) & (expert < first_expert + EXPERTS)
     shared = (token >= first_token) & (token < first_token + own_tokens)
     return tl.where(slot < TOP_K, routed, shared)

@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fmsim.exec.kernels import tuning
-from fmsim.exec.kernels.expert_tiles import Part, expert_of, is_here, pairs_of, tiles_of
+from fmsim.exec.kernels.expert_tiles import OwnPairs, expert_of, is_here, pairs_of, tiles_of
 from fmsim.exec.kernels.lang import (
     INTERPRETED,
     after_previous,
@@ -55,7 +55,7 @@ def mixture_of_experts(
     weights: Tensor,
     routed: nn.Module,
     shared: nn.Module,
-    part: Part | None = None,
+    part: OwnPairs | None = None,
 ) -> Tensor:
     """x [N, D], chosen int64 and weights float32 [N, top_k], the experts (`model.Experts`) and the
     shared one (`model.SwiGLU`) -> [N, D] in the type of x: float32 or bfloat16.
@@ -90,7 +90,7 @@ def mixture_of_experts_reference(x, chosen, weights, routed, shared, part=None) 
     return _with_shared(out, x, shared, part)
 
 
-def _with_shared(out: Tensor, x: Tensor, shared: nn.Module, part: Part) -> Tensor:
+def _with_shared(out: Tensor, x: Tensor, shared: nn.Module, part: OwnPairs) -> Tensor:
     """``out`` with the shared expert's of the part's tokens."""
     own = slice(part.first_token, part.first_token + part.tokens)
     out[own] += shared(x[own])
@@ -121,7 +121,7 @@ def mixture_of_experts_triton(
     routed,
     shared,
     tune: tuning.ExpertsTuning | None = None,
-    part: Part | None = None,
+    part: OwnPairs | None = None,
 ) -> Tensor:
     if len(x) > (most := tuning.MOST_EXPERT_TOKENS):
         runs = zip(*(of.split(most) for of in (x, chosen, weights)), strict=True)
@@ -132,7 +132,7 @@ def mixture_of_experts_triton(
         return torch.cat(outs)
     if shared is not None and not _alike(routed, shared):
         out = mixture_of_experts_triton(x, chosen, weights, routed, None, tune, part)
-        return _with_shared(out, x, shared, part or Part(0, 0, len(x)))
+        return _with_shared(out, x, shared, part or OwnPairs(0, 0, len(x)))
     tune = tune or _tuning(x, routed)
     parts = _each_share(x, chosen, routed, shared, tune, part)
     (tokens, slots, hidden), top_k = parts.shape, chosen.shape[1]
@@ -142,7 +142,7 @@ def mixture_of_experts_triton(
         chosen.contiguous(),
         weights.contiguous(),
         out,
-        *(part or Part(0, 0, tokens)),
+        *(part or OwnPairs(0, 0, tokens)),
         EXPERTS=len(routed.down_proj),
         TOP_K=top_k,
         SLOTS=slots,
@@ -165,7 +165,7 @@ def _each_share(
     routed: nn.Module,
     shared: nn.Module | None,
     tune: tuning.ExpertsTuning,
-    part: Part | None = None,
+    part: OwnPairs | None = None,
 ) -> Tensor:
     """float32 [N, slots, D]: the output of each of a token's experts that is here, without its
     weight.

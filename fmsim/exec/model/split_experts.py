@@ -11,7 +11,7 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from fmsim.errors import FmsimError
-from fmsim.exec.kernels.expert_tiles import Part
+from fmsim.exec.kernels.expert_tiles import OwnPairs
 from fmsim.exec.kernels.experts import mixture_of_experts
 from fmsim.exec.model.deepseek_v4 import DeepseekV4
 from fmsim.exec.model.exchange import Exchange
@@ -41,9 +41,13 @@ class SplitMoE(nn.Module):
         if self.gate.hashed:
             ids = self.exchange.gather(ids)
         chosen, weights = self.gate(every, ids)
-        part = Part(self.first, self.exchange.rank * own, own)
+        part = OwnPairs(self.first, self.exchange.rank * own, own)
         out = mixture_of_experts(every, chosen, weights, self.experts, self.shared_experts, part)
         return self.exchange.reduce_scatter(out).view_as(x), None
+
+    def decode(self, x: Tensor, tokens: Tensor) -> Tensor:
+        """`MoE.decode`, whose shares are added up here, for they lie on several ranks."""
+        return self(x, tokens)[0]
 
 
 def split_experts(model: DeepseekV4, exchange: Exchange) -> None:

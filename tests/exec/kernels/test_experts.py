@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from transformers import DeepseekV4Config
 
 from fmsim.exec.kernels import experts as kernels
-from fmsim.exec.kernels.expert_tiles import Part, tiles_of
+from fmsim.exec.kernels.expert_tiles import OwnPairs, tiles_of
 from fmsim.exec.kernels.experts import (
     mixture_of_experts,
     mixture_of_experts_reference,
@@ -263,7 +263,7 @@ def test_parts_add_up_to_the_whole(device, seed, tokens, counts, dtype):
         for number, count in enumerate(counts):
             held = copy.deepcopy(routed)
             held.keep(slice(first, first + count))
-            part = Part(first, sum(own_tokens[:number]), own_tokens[number])
+            part = OwnPairs(first, sum(own_tokens[:number]), own_tokens[number])
             given_ = *inputs, held, shared
             sums[0] += mixture_of_experts_triton(*given_, SMALL, part)
             sums[1] += mixture_of_experts_reference(*given_, part)

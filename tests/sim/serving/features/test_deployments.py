@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from fmsim.errors import FmsimError
 from fmsim.hw import hardware_names, load_hardware, replace_figure
 from fmsim.hw.deployment import WEIGHT_BYTES, Deployment, pool_of_log
+from fmsim.hw.modules import stand_in
 from fmsim.hw.spec import LINK_FIGURE
 from fmsim.hw.tables import Curve, load_table
 from fmsim.sim.serving.capacity.behaviour import BEHAVIOURS
@@ -196,6 +197,13 @@ def test_a_calibrated_preset_has_one_gpu():
         update={"kernel_tables": None, "kernels": {"v4-flash": kernel_table()}, "n_gpus": 1}
     ).deployed(Deployment())
     assert hw.placed.title == "TP1" and step_s(hw, 1, 8192) > 0
+    kernels = hw.kernels["v4-flash"]
+    for ms, told in ((0.01, None), (0.0, "no exchange between GPUs was timed on h100")):
+        table = kernels.model_copy(update={"all_reduce_batch_ms": {1: ms, 8: ms}})
+        two = hw.model_copy(update={"kernels": {"v4-flash": table}})
+        said = stand_in(two.deployed(Deployment(n_gpus=2, dp=2)), FLASH)
+        assert said == told or (told and said.startswith(told))
+        assert stand_in(two.deployed(Deployment()), FLASH) is None
 
 
 def test_ranks_admit_by_themselves_and_a_step_is_the_busiest_ones():
