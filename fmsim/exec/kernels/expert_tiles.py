@@ -94,7 +94,7 @@ def _schedule(
     BINS: tl.constexpr,
 ):
     """One program: the pairs of one expert, and its tiles. The shared expert is number EXPERTS, and
-    what is no `OwnPairs` of the work is number EXPERTS + 1, which no program has.
+    pair that is not one of `OwnPairs` has number EXPERTS + 1, which no program has.
 
     ``schedule``: of each tile its expert (-1 for none), the place of its first pair in the sorted
     order, and how many it has, each [tiles]; then the pairs, token * SLOTS + slot, sorted by
@@ -135,7 +135,7 @@ def is_here(
     EXPERTS: tl.constexpr,
     TOP_K: tl.constexpr,
 ):
-    """Whether a pair is of the `OwnPairs`: ``expert`` among all is the routed one of its ``slot``."""
+    """Whether a pair is one of `OwnPairs`; ``expert``: its routed one, of all."""
     routed = (expert >= first_expert) & (expert < first_expert + EXPERTS)
     shared = (token >= first_token) & (token < first_token + own_tokens)
     return tl.where(slot < TOP_K, routed, shared)
