@@ -352,6 +352,7 @@ class DecodeAttention:
             self.wants_masses,
             turn,
             x.dtype,
+            then=attention.o_a_proj.weight,
         )
         if self.pager is not None:
             self.pager.reports(q, rows, masses, x, attention)

@@ -54,6 +54,11 @@ def overlapped(tensor: Tensor) -> dict[str, bool]:
     return {"launch_pdl": True} if tensor.is_cuda and _overlaps(tensor.device) else {}
 
 
+def lines_of(weight: Tensor | None, most_bytes: int) -> int:
+    """Lines of 128 bytes of a weight that `read_share_ahead` brings: of ``most_bytes`` at most."""
+    return 0 if weight is None else min(weight.nbytes, most_bytes) // 128
+
+
 @triton.jit
 def wait_for_previous():
     """Until the launch before this one in its stream is done and its writes are seen."""
@@ -94,3 +99,18 @@ def read_ahead(places):
             is_pure=False,
             pack=1,
         )
+
+
+@triton.jit
+def read_share_ahead(weights, LINES: tl.constexpr):
+    """`read_ahead` of this program's share, among all of its launch, of LINES of 128 bytes at
+    ``weights``, a pointer to bytes.
+    """
+    if COMPILED and LINES:
+        number = tl.program_id(0) + tl.num_programs(0) * (
+            tl.program_id(1) + tl.num_programs(1) * tl.program_id(2)
+        )
+        count = tl.num_programs(0) * tl.num_programs(1) * tl.num_programs(2)
+        for first in range(0, tl.cdiv(LINES, count), 128):
+            line = (first + tl.arange(0, 128)) * count + number
+            read_ahead(weights + tl.minimum(line, LINES - 1) * 128)

@@ -15,6 +15,8 @@ import torch
 
 # entries that share one maximum in the pre-selection: 8,192 maxima at 262,144 entries
 MAXIMA_ENTRIES = 32
+# of weights that a launch brings into the L2 for a later one: with what passes meanwhile they fit
+MOST_READ_AHEAD = 24 * 2**20
 
 
 class IndexScoresTuning(NamedTuple):
