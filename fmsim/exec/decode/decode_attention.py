@@ -58,7 +58,7 @@ def turn_at(positions: Tensor, inv_freq: Tensor) -> Turn:
     return angles.cos(), angles.sin()
 
 
-class Side(Enum):
+class SideStream(Enum):
     """What runs beside a step's own stream, by its priority: the least goes first.
 
     What is appended is little and waited for soon. Queries fill the GPU, so all else goes first.
@@ -72,12 +72,12 @@ STEP_PRIORITY = -2  # of a step's own stream, where a CUDA graph holds it
 
 
 @cache
-def _side_stream(device: torch.device, side: Side) -> torch.cuda.Stream:
+def _side_stream(device: torch.device, side: SideStream) -> torch.cuda.Stream:
     return torch.cuda.Stream(device, priority=side.value)
 
 
 @contextmanager
-def beside(device: torch.device, side: Side) -> Iterator[None]:
+def beside(device: torch.device, side: SideStream) -> Iterator[None]:
     """On a GPU, what is launched within runs beside what comes after, until `wait_beside`."""
     if device.type != "cuda":
         yield
@@ -88,7 +88,7 @@ def beside(device: torch.device, side: Side) -> Iterator[None]:
         yield
 
 
-def wait_beside(device: torch.device, side: Side) -> None:
+def wait_beside(device: torch.device, side: SideStream) -> None:
     """What comes after waits for what runs `beside`."""
     if device.type == "cuda":
         torch.cuda.current_stream(device).wait_stream(_side_stream(device, side))
@@ -264,12 +264,12 @@ class DecodeAttention:
     def __call__(self, x: Tensor, positions: Tensor) -> Tensor:
         """x [B, 1, D], the attention's input at ``positions`` int32 [B] -> output [B, 1, D]."""
         if self.led:
-            wait_beside(x.device, Side.APPEND)
+            wait_beside(x.device, SideStream.APPEND)
         elif self.first is self:
             self.now = self.moment(positions)
         out = self.attend(x, self.first.now)
         if self.leads:
-            with beside(x.device, Side.APPEND):
+            with beside(x.device, SideStream.APPEND):
                 for other in self.leads:
                     other.now = other.moment(positions)
         return out
@@ -321,23 +321,23 @@ class DecodeAttention:
         """x [B, 1, D], the attention's input -> output [B, 1, D]."""
         attention, turn = self.attention, tuple(part[:, 0] for part in now.turn)
         latent, kv, *compressed = self.of_input(x)
-        with beside(x.device, Side.APPEND):
+        with beside(x.device, SideStream.APPEND):
             if attention.kind == CSA:
                 weights = compressed.pop() * self.index_scale
             self._append(kv, compressed, now)
         if attention.kind == CSA:
-            with beside(x.device, Side.QUERIES):
+            with beside(x.device, SideStream.QUERIES):
                 q = self._turned_queries(latent, turn)
             indexer = attention.compressor.indexer
             [index_queries] = self.index_queries(latent, attention.q_a_norm)
             queries = norm_rope(index_queries.view(-1, indexer.heads, indexer.width), turn)
-            wait_beside(x.device, Side.APPEND)
+            wait_beside(x.device, SideStream.APPEND)
             ids = self.pager.select(queries[:, None], weights, now.visible, indexer.top_k)
             home = self.pager.homes[0]
-            wait_beside(x.device, Side.QUERIES)
+            wait_beside(x.device, SideStream.QUERIES)
         else:
             q = self._turned_queries(latent, turn)
-            wait_beside(x.device, Side.APPEND)
+            wait_beside(x.device, SideStream.APPEND)
         if attention.kind == HCA:
             ids, home = now.every, self.hca
         elif attention.kind == SLIDING:

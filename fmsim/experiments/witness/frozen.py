@@ -25,7 +25,7 @@ CHUNK_LOGITS = 2048  # tokens whose logits stand at once
 
 
 @dataclass(frozen=True)
-class Attention:
+class FrozenAttention:
     """One layer's attention over S tokens, before it is done.
 
     ``states`` [S, hidden] is what it reads, after its norm. ``query``, ``key`` and ``value`` are
@@ -39,10 +39,10 @@ class Attention:
     value: Tensor
     scaling: float
 
-    def until(self, tokens: int) -> Attention:
+    def until(self, tokens: int) -> FrozenAttention:
         """Of the first ``tokens`` alone."""
         parts = (self.query[:, :tokens], self.key[:, :tokens], self.value[:, :tokens])
-        return Attention(self.layer, self.states[:tokens], *parts, self.scaling)
+        return FrozenAttention(self.layer, self.states[:tokens], *parts, self.scaling)
 
     def probabilities(self, rows: Tensor, chosen: Tensor | None = None) -> Tensor:
         """float32 [heads, n, W] of the queries ``rows`` [n], ascending, over the first W = rows[-1]
@@ -59,18 +59,18 @@ def before(rows: Tensor) -> Tensor:
     return torch.arange(int(rows[-1]) + 1, device=rows.device) <= rows[:, None]
 
 
-Attend = Callable[[Attention], Tensor]  # -> the output [heads, S, d]
+Attend = Callable[[FrozenAttention], Tensor]  # -> the output [heads, S, d]
 Choose = Callable[[Tensor], Tensor]  # queries [n] -> the tokens each may attend to, bool [n, W]
 
 
-def dense(attention: Attention) -> Tensor:
+def dense(attention: FrozenAttention) -> Tensor:
     """The model's own attention, causal."""
     parts = (part[None] for part in (attention.query, attention.key, attention.value))
     return F.scaled_dot_product_attention(*parts, is_causal=True, scale=attention.scaling)[0]
 
 
 def sparse(
-    selector: Callable[[Attention], Choose],
+    selector: Callable[[FrozenAttention], Choose],
     first: int = 0,
     seen: Callable[[int, Tensor, Tensor, Tensor], None] = lambda layer, rows, chosen, mass: None,
 ) -> Attend:
@@ -81,7 +81,7 @@ def sparse(
     over heads.
     """
 
-    def attend(attention: Attention) -> Tensor:
+    def attend(attention: FrozenAttention) -> Tensor:
         choose, found = selector(attention), [dense(attention.until(first))]
         for rows in torch.arange(first, len(attention.states)).split(CHUNK_QUERIES):
             rows = rows.to(attention.states.device)
@@ -133,7 +133,7 @@ class FrozenModel:
         group = len(query) // len(key)
         key, value = (part.repeat_interleave(group, 0) for part in (key, value))
         assert self._states is not None
-        return self._attend(Attention(layer, self._states, query, key, value, scaling))
+        return self._attend(FrozenAttention(layer, self._states, query, key, value, scaling))
 
     @torch.no_grad()
     def read(self, tokens: Sequence[int] | np.ndarray, attend: Attend = dense) -> Tensor:

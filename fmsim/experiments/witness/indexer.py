@@ -23,7 +23,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from fmsim.errors import FmsimError
-from fmsim.experiments.witness.frozen import Attention, Choose, before
+from fmsim.experiments.witness.frozen import Choose, FrozenAttention, before
 from fmsim.files import replacing
 from fmsim.indexer.checkpoint import Checkpoint
 from fmsim.indexer.network import Retriever, rotated
@@ -91,12 +91,12 @@ class LightningIndexers(nn.Module):
             self._turns = torch.from_numpy(cos).to(device), torch.from_numpy(sin).to(device)
         return self._turns[0][:tokens], self._turns[1][:tokens]
 
-    def keys(self, attention: Attention) -> Tensor:
+    def keys(self, attention: FrozenAttention) -> Tensor:
         """float32 [S, width], rotated."""
         states = attention.states
         return self.layers[attention.layer].keys(states, self.turns(len(states), states.device))
 
-    def scores(self, attention: Attention, rows: Tensor, keys: Tensor) -> Tensor:
+    def scores(self, attention: FrozenAttention, rows: Tensor, keys: Tensor) -> Tensor:
         """[n, W] of the queries ``rows`` [n] with the first W = rows[-1] + 1 keys."""
         turns = self.turns(len(attention.states), rows.device)
         return self.layers[attention.layer](
@@ -106,7 +106,7 @@ class LightningIndexers(nn.Module):
     def selector(self, topk: int) -> Any:
         """For `frozen.sparse`: each query's ``topk`` tokens of the highest scores."""
 
-        def selector(attention: Attention) -> Choose:
+        def selector(attention: FrozenAttention) -> Choose:
             keys = self.keys(attention)
             return lambda rows: best(self.scores(attention, rows, keys), rows, topk)
 

@@ -22,7 +22,14 @@ import torch
 from torch import Tensor
 
 from fmsim.experiments.witness import text
-from fmsim.experiments.witness.frozen import Attention, Choose, FrozenModel, before, dense, sparse
+from fmsim.experiments.witness.frozen import (
+    Choose,
+    FrozenAttention,
+    FrozenModel,
+    before,
+    dense,
+    sparse,
+)
 from fmsim.experiments.witness.indexer import LightningIndexers, best, divergence
 from fmsim.files import write_text
 
@@ -71,7 +78,7 @@ def found_by_layer(
         drawn = half + random.choice(len(tokens) - half, min(QUERIES, half), replace=False)
         rows = torch.from_numpy(np.sort(drawn)).to(model.device)
 
-        def attend(attention: Attention) -> Tensor:
+        def attend(attention: FrozenAttention) -> Tensor:
             target = attention.probabilities(rows).mean(0)
             scores = indexers.scores(attention, rows, indexers.keys(attention))
             chosen, wanted = best(scores, rows, topk), best(target, rows, topk)
@@ -109,7 +116,7 @@ def sparse_perplexities(
     """
     first = len(texts[0]) - 1 - last
 
-    def newest(attention: Attention) -> Choose:
+    def newest(attention: FrozenAttention) -> Choose:
         return lambda rows: recent(rows, topk)
 
     ways = {

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from fmsim import trace
 from fmsim.experiments.witness import text
-from fmsim.experiments.witness.frozen import Attention, Choose, FrozenModel, sparse
+from fmsim.experiments.witness.frozen import Choose, FrozenAttention, FrozenModel, sparse
 from fmsim.experiments.witness.indexer import LightningIndexers
 from fmsim.experiments.witness.measure import spread_texts
 from fmsim.indexer import checkpoint
@@ -51,7 +51,7 @@ def record(
     number_of = {layer: number for number, layer in enumerate(layers)}
     selector = indexers.selector(topk)
 
-    def watched(attention: Attention) -> Choose:
+    def watched(attention: FrozenAttention) -> Choose:
         if attention.layer in number_of:
             number = number_of[attention.layer]
             for window in range(-(-steps // header.tau)):

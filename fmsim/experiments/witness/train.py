@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from fmsim.experiments.witness import text
-from fmsim.experiments.witness.frozen import Attention, FrozenModel, before, dense
+from fmsim.experiments.witness.frozen import FrozenAttention, FrozenModel, before, dense
 from fmsim.experiments.witness.indexer import IndexerShape, LightningIndexers, divergence
 
 LOG_STEPS = 20
@@ -73,7 +73,7 @@ class IndexerTraining:
         rows = torch.from_numpy(np.sort(queries)).to(self.model.device)
         losses: list[Tensor] = []
 
-        def attend(attention: Attention) -> Tensor:
+        def attend(attention: FrozenAttention) -> Tensor:
             losses.append(self._learn(attention, rows))
             return dense(attention)
 
@@ -84,7 +84,7 @@ class IndexerTraining:
         return torch.stack(losses)
 
     @torch.enable_grad()
-    def _learn(self, attention: Attention, rows: Tensor) -> Tensor:
+    def _learn(self, attention: FrozenAttention, rows: Tensor) -> Tensor:
         target = attention.probabilities(rows).mean(0)
         keys = self.indexers.keys(attention)
         loss = divergence(self.indexers.scores(attention, rows, keys), target, before(rows))
