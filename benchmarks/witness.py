@@ -7,7 +7,9 @@
 `ladder` replays policies on traces; each trace in its own model's bytes: nano's as V4-Flash, a
 witness' by its header. `best` names the memory indexer that kept most of the traces that it was
 chosen by. `gather` puts together what `benchmarks/witness.sh` left in its folder.
-The mass kept is over windows from the second on.
+The mass kept is over windows from the second on: `all` of what was selected, and `far`, of tokens
+that are neither the first four nor among the newest 128. A dense model's attention goes mostly to
+those, as a DeepSeek-V4's goes to its window.
 """
 
 from __future__ import annotations
@@ -28,12 +30,14 @@ from fmsim.geometry import PRESETS, Geometry
 from fmsim.geometry.described import from_description
 from fmsim.indexer import checkpoint
 from fmsim.policies import registry
+from fmsim.policies.guard import Guarded
+from fmsim.replay.decode_loop import DecodeLoop
 from fmsim.replay.replayer import Replayer
 from fmsim.sim.footprint import ModelMemory, spread
-from fmsim.sim.windows import window_sums
 from fmsim.trace import Trace, read
 
-BUDGETS = ("5%", "10%", "10% gpu", "12.5% gpu", "25% gpu")
+BUDGETS = ("1%", "2%", "3%", "5%", "10%", "5% gpu", "10% gpu", "12.5% gpu")
+NEAR_TOKENS, FIRST_TOKENS = 128, 4
 HELD = {"policy": "lru", "cadence": 64, "on_miss": "mask"}
 PART = "witness"  # of benchmarks/results/witness.md
 
@@ -76,42 +80,60 @@ def geometry_of(trace: Trace) -> Geometry:
     return from_description(
         {
             "layers": [{"repeat": trace.n_layers} | layer],
-            "hidden_size": header.geometry["hidden_size"],
-            "n_heads": header.geometry["n_heads"],
-            "head_dim": header.geometry["head_dim"],
-            "parameters": 1,  # of no consequence: only bytes of KV are counted
+            # of no consequence: only bytes of KV are counted
+            **dict.fromkeys(("hidden_size", "n_heads", "head_dim", "parameters"), 1),
         },
         header.model.name,
     )
 
 
-def ladder(
-    path: Path, named: Mapping[str, dict[str, Any]], budgets: Sequence[str]
-) -> dict[str, list[float | str]]:
-    """By label the mass kept at each budget, or why a policy cannot be."""
-    trace = read(path)
-    geometry = geometry_of(trace)
-    memory = ModelMemory(geometry, spread(trace.n_layers, geometry.n_csa))
-    replayer = Replayer(trace, memory=memory)
-    alike = np.ones(trace.n_layers)
-    work = [(label, budget) for label in named for budget in budgets]
+class Ladder:
+    """One trace, replayed in its own model's bytes."""
 
-    def one(index: int) -> float | str:
-        label, budget = work[index]
+    def __init__(self, path: Path) -> None:
+        trace = read(path)
+        geometry = geometry_of(trace)
+        memory = ModelMemory(geometry, spread(trace.n_layers, geometry.n_csa))
+        self.replayer = Replayer(trace, memory=memory)
+        header, ids = trace.header, self.replayer.ids
+        newest = header.prompt_tokens + np.arange(len(ids))[:, None, None]
+        last = (ids + 1) * header.entry_tokens - 1  # tokens of the entries
+        self.far = (last >= FIRST_TOKENS) & (last <= newest - NEAR_TOKENS)
+        self.later = slice(header.tau, None)  # the first window is left out
+
+    def kept(self, spec: Mapping[str, Any]) -> dict[str, float] | str:
+        """Shares of the mass, or why the policy cannot be."""
+        replayer = self.replayer
         try:
-            ledger = replayer.run(registry.build(named[label] | {"budget": budget}))
+            source = replayer.source(Guarded(registry.build(dict(spec))))
+            loop = DecodeLoop([source.book], source)
+            for _ in range(replayer.n_steps):
+                loop.advance()
         except BudgetTooSmall:
             return "too small"
         except FmsimError as error:
             return str(error)
-        part, whole = (
-            window_sums(ledger, mass, alike)[1:] for mass in (ledger.mass_kept, ledger.mass_total)
-        )
-        return round(float(part.sum() / whole.sum()), 4)
+        there = source.paged.by_entry(source.attended, replayer.n_layers)[self.later]
+        found = {}
+        for name, which in (("all", replayer.ids >= 0), ("far", self.far)):
+            mass = np.where(which, replayer.mass, 0)[self.later]
+            found[name] = round(float((mass * there).sum() / mass.sum()), 4)
+        return found
 
-    found = list(in_parallel(one, len(work)))
-    count = len(budgets)
-    return {label: found[at * count : (at + 1) * count] for at, label in enumerate(named)}
+
+def ladder(
+    path: Path, named: Mapping[str, dict[str, Any]], budgets: Sequence[str]
+) -> dict[str, dict[str, dict[str, float] | str]]:
+    """By policy and budget what is kept."""
+    one = Ladder(path)
+    work = [(label, budget) for label in named for budget in budgets]
+    rows = in_parallel(
+        lambda index: one.kept(named[work[index][0]] | {"budget": work[index][1]}), len(work)
+    )
+    found: dict[str, dict[str, dict[str, float] | str]] = {label: {} for label in named}
+    for (label, budget), row in zip(work, rows, strict=True):
+        found[label][budget] = row
+    return found
 
 
 def best(paths: Sequence[Path]) -> Path:
@@ -130,7 +152,8 @@ def replayed(args: argparse.Namespace) -> None:
         report["by_trace"][path.stem] = rows
         write_text(args.out, json.dumps(report, indent=1) + "\n")
         for label, row in rows.items():
-            print(f"{path.stem} {label:20s}", *row, flush=True)
+            kept = [each if isinstance(each, str) else each["far"] for each in row.values()]
+            print(f"{path.stem} {label:20s}", *kept, flush=True)
 
 
 def main() -> None:

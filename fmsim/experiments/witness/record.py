@@ -105,8 +105,6 @@ def header_of(
             "model_type": config.model_type,
             "hidden_size": config.hidden_size,
             "n_layers": config.num_hidden_layers,
-            "n_heads": config.num_attention_heads,
-            "head_dim": config.head_dim,
             "csa_layers": list(layers),
             "csa_numbers": list(layers),
             "index_topk": topk,
