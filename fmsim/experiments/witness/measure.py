@@ -114,7 +114,7 @@ def sparse_perplexities(
     """Perplexity of each text's ``last`` tokens, by what they attend to in every layer: everything,
     the indexers' choice, the newest tokens.
     """
-    first = len(texts[0]) - 1 - last
+    first = max(0, len(texts[0]) - 1 - last)
 
     def newest(attention: FrozenAttention) -> Choose:
         return lambda rows: recent(rows, topk)
