@@ -42,25 +42,32 @@ HELD = {"policy": "lru", "cadence": 64, "on_miss": "mask"}
 PART = "witness"  # of benchmarks/results/witness.md
 
 
-def specs(indexer: Path | None, native: Path | None) -> dict[str, dict[str, Any]]:
-    """Policies by label; `indexer` is the memory indexer (nano's if None), `native` the model's
-    own indexers as such a file.
+def specs(
+    indexer: Path | None, native: Path | None, entry_tokens: int
+) -> dict[str, dict[str, Any]]:
+    """Policies by label; `indexer` is the memory indexer (nano's if None), `native` the model's own
+    indexers as such a file.
+
+    What keeps the newest entries keeps those of 128 tokens, a V4's window; `foresight` has 4
+    entries by default, since that window is there beside them.
     """
     scored = {"checkpoint": indexer}
+    near = {"recent_entries": NEAR_TOKENS // entry_tokens}
     found: dict[str, dict[str, Any]] = {
         "recency": {"policy": "recency"},
         "snapkv": {"policy": "snapkv"},
         "h2o": {"policy": "h2o"},
         "lru held": HELD,
         "lru held, seeded": HELD | {"prompt_history": True},
-        "lsa": {"policy": "lsa"} | scored,
+        "lsa": {"policy": "lsa"} | scored | near,
         "foresight": {"policy": "foresight"} | scored,
+        "foresight, 128 newest": {"policy": "foresight"} | scored | near,
         "oracle, one set": {"policy": "oracle", "scope": "shared"},
         "oracle": {"policy": "oracle"},
     }
     if native is not None:
         own = {"checkpoint": native, "scope": "per_layer", "sees": "all", "stale": False}
-        found["native held"] = {"policy": "lsa"} | own
+        found["native held"] = {"policy": "lsa"} | own | near
     return found
 
 
@@ -122,10 +129,11 @@ class Ladder:
 
 
 def ladder(
-    path: Path, named: Mapping[str, dict[str, Any]], budgets: Sequence[str]
+    path: Path, indexer: Path | None, native: Path | None, budgets: Sequence[str]
 ) -> dict[str, dict[str, dict[str, float] | str]]:
     """By policy and budget what is kept."""
     one = Ladder(path)
+    named = specs(indexer, native, one.replayer.header.entry_tokens)
     work = [(label, budget) for label in named for budget in budgets]
     rows = in_parallel(
         lambda index: one.kept(named[work[index][0]] | {"budget": work[index][1]}), len(work)
@@ -148,7 +156,7 @@ def replayed(args: argparse.Namespace) -> None:
         "by_trace": {},
     }
     for path in args.traces:
-        rows = ladder(path, specs(args.checkpoint, args.native), BUDGETS)
+        rows = ladder(path, args.checkpoint, args.native, BUDGETS)
         report["by_trace"][path.stem] = rows
         write_text(args.out, json.dumps(report, indent=1) + "\n")
         for label, row in rows.items():
