@@ -2,11 +2,13 @@
 
     python benchmarks/witness.py ladder --checkpoint INDEXER --native NATIVE --out FILE TRACE...
     python benchmarks/witness.py best INDEXER...
+    python benchmarks/witness.py traits TRACE... --out FILE
     python benchmarks/witness.py gather FOLDER --out benchmarks/results/witness.json
 
 `ladder` replays policies on traces; each trace in its own model's bytes: nano's as V4-Flash, a
 witness' by its header. `best` names the memory indexer that kept most of the traces that it was
-chosen by. `gather` puts together what `benchmarks/witness.sh` left in its folder.
+chosen by. `traits` says how selections differ. `gather` puts together what
+`benchmarks/witness.sh` left in its folder, and the ladders and traits of nano's traces there.
 The mass kept is over windows from the second on: `all` of what was selected, and `far`, of tokens
 that are neither the first four nor among the newest 128. A dense model's attention goes mostly to
 those, as a DeepSeek-V4's goes to its window.
@@ -18,6 +20,7 @@ import argparse
 import datetime
 import json
 from collections.abc import Mapping, Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +37,7 @@ from fmsim.policies.guard import Guarded
 from fmsim.replay.decode_loop import DecodeLoop
 from fmsim.replay.replayer import Replayer
 from fmsim.sim.footprint import ModelMemory, spread
-from fmsim.trace import Trace, read
+from fmsim.trace import TAU, Trace, read
 
 BUDGETS = ("1%", "2%", "3%", "5%", "10%", "5% gpu", "10% gpu", "12.5% gpu")
 NEAR_TOKENS, FIRST_TOKENS = 128, 4
@@ -144,6 +147,64 @@ def ladder(
     return found
 
 
+def traits(path: Path) -> dict[str, float]:
+    """How a trace's attention lies, means over steps and layers. Shares of the mass on selected
+    entries: of the heaviest eighth of the top-k, and of the first four and the newest 128 tokens.
+    The share of a step's entries that the step before selected too. The share of all entries that a
+    window of 64 steps selects.
+    """
+    one = Ladder(path)
+    ids, mass, steps = one.replayer.ids, one.replayer.mass, one.replayer.n_steps
+    descending = -np.sort(-mass, axis=-1)
+    again, union = [], []
+    for layer in range(ids.shape[1]):
+        rows = [row[row >= 0] for row in ids[:, layer]]
+        again += [len(np.intersect1d(row, before)) / len(row) for before, row in pairwise(rows)]
+        union += [
+            len(np.unique(np.concatenate(rows[first : first + TAU]))) / one.replayer.entries[first]
+            for first in range(0, steps - TAU + 1, TAU)
+        ]
+    found = {
+        "heaviest_eighth": descending[..., : ids.shape[2] // 8].sum() / mass.sum(),
+        "near": 1 - np.where(one.far, mass, 0).sum() / mass.sum(),
+        "selected_before": np.mean(again),
+        "union_of_window": np.mean(union),
+    }
+    return {name: round(float(value), 4) for name, value in found.items()}
+
+
+def told(args: argparse.Namespace) -> None:
+    rows = {path.stem: traits(path) for path in args.traces}
+    write_text(args.out, json.dumps(rows, indent=1) + "\n")
+
+
+def gathered(args: argparse.Namespace) -> None:
+    """FOLDER has positions.json, and of each length found-NAME.json, indexers-NAME.jsonl,
+    ladder-NAME.json, traits-NAME.json and memory-NAME.safetensors; "nano" has the ladder and the
+    traits alone.
+    """
+    folder: Path = args.folder
+    read_json = lambda name: json.loads((folder / name).read_text())
+    report: dict[str, Any] = {
+        "command": "benchmarks/witness.sh; python benchmarks/witness.py gather FOLDER",
+        "positions": read_json("positions.json"),
+        "lengths": {},
+        "nano": {"ladder": read_json("ladder-nano.json"), "traits": read_json("traits-nano.json")},
+    }
+    for path in sorted(folder.glob("found-*.json")):
+        name = path.stem.removeprefix("found-")
+        lines = (folder / f"indexers-{name}.jsonl").read_text().splitlines()
+        losses = [json.loads(line) for line in lines]
+        report["lengths"][name] = {
+            "losses": [{key: line[key] for key in ("step", "seconds", "loss")} for line in losses],
+            "found": read_json(path.name),
+            "memory_indexer": checkpoint.load(folder / f"memory-{name}.safetensors").training,
+            "ladder": read_json(f"ladder-{name}.json"),
+            "traits": read_json(f"traits-{name}.json"),
+        }
+    write_text(args.out, json.dumps(report, indent=1) + "\n")
+
+
 def best(paths: Sequence[Path]) -> Path:
     """By the mass that the best tenth of the entries has, of the traces held out in training."""
     return max(paths, key=lambda path: checkpoint.load(path).training["mass_kept"]["0.1"])
@@ -173,6 +234,14 @@ def main() -> None:
     command.add_argument("--native", type=Path)
     command.add_argument("--out", type=Path, required=True)
     command.set_defaults(do=replayed)
+    command = commands.add_parser("traits")
+    command.add_argument("traces", nargs="+", type=Path)
+    command.add_argument("--out", type=Path, required=True)
+    command.set_defaults(do=told)
+    command = commands.add_parser("gather")
+    command.add_argument("folder", type=Path)
+    command.add_argument("--out", type=Path, required=True)
+    command.set_defaults(do=gathered)
     command = commands.add_parser("best")
     command.add_argument("indexers", nargs="+", type=Path)
     command.set_defaults(do=lambda args: print(best(args.indexers)))

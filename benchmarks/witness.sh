@@ -56,6 +56,7 @@ say memory indexers
 best=$("$python" "$root/benchmarks/witness.py" best "$work"/memory-"$name"-*.safetensors)
 echo "$best"
 cp "$best" "$OUT/memory-$name.safetensors"
+"$python" "$root/benchmarks/witness.py" traits "$traces"/test-*.safetensors --out "$OUT/traits-$name.json"
 "$python" "$root/benchmarks/witness.py" ladder "$traces"/test-*.safetensors --checkpoint "$best" \
   --native "$native" --out "$OUT/ladder-$name.json"
 say ladder
