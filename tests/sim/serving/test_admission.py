@@ -1,5 +1,7 @@
 """Who may enter, and what is taken: by hand, on GPUs that share out a request's KV."""
 
+from types import SimpleNamespace
+
 import hand_request
 import numpy as np
 import pytest
@@ -175,6 +177,58 @@ def test_a_time_a_token_holds_the_waits_too(recalled):
             admission.queue.append(request)
         assert len(list(admission.enter(0.0))) == held
         assert admission.waits_for == "time a token"
+
+
+def test_what_fits_to_the_byte_fits():
+    made = ledger(lookahead_loads=loads(128, s64=100))
+    hw = replace_figure(PARTS, "host_reserve_bytes", 1)
+    admission = serve(replace_figure(hw, "host_bytes", 8e9), made, 0).admission
+    memory = admission.ranks[0]
+    gpu, host = 2 * memory.hbm.capacity, 2 * memory.host.capacity  # of which each GPU has half
+    for gpu_more, host_more, wall in ((0, 0, None), (2, 0, "GPU memory"), (0, 2, "host memory")):
+        request = hand_request.request(admission.demand, output=OUTPUT)
+        request.pools = SimpleNamespace(gpu_bytes=gpu + gpu_more, mirror=host + host_more)
+        assert admission.never_fits(request) == wall
+        assert admission._place(request) == ((0, None) if wall is None else (None, wall))
+
+
+def test_a_step_may_take_as_long_as_its_recalls_or_as_is_asked(monkeypatch):
+    made = ledger(lookahead_loads=loads(128, s64=6000))
+    for what, seconds in (("admit_by_link", "link_s"), ("admit_by_slo", "tpot_s")):
+        admission = serve(H100, made, 0, Slo(tpot_s=2.0), **{what: True}).admission
+        bytes_a_step = admission.demand.recall_bytes_per_step(PROMPT)
+        link_s = (bytes_a_step + bytes_a_step) / 1 / admission.ranks[0].to_gpu.bytes_per_s
+        exactly = {"link_s": link_s, "tpot_s": 2.0}[seconds]
+        for taken_s, held in ((exactly, 2), (exactly * (1 - 1e-9), 1 + (seconds == "tpot_s"))):
+            monkeypatch.setattr(
+                "fmsim.sim.serving.admission.mean_step_s", lambda *given, s=taken_s: s
+            )
+            admission.queue.clear()
+            for number in range(2):
+                request = hand_request.request(admission.demand, output=OUTPUT)
+                request.number = number
+                admission.queue.append(request)
+            assert len(list(admission.enter(0.0))) == held
+            for request in [*admission.admitted.values()]:
+                admission.release(request)
+            admission._verdicts.clear()
+
+
+def test_nobody_gives_up_entries_where_there_is_room_to_the_byte():
+    missed = np.full((128, 1), 40, np.int32)
+    made = ledger(on_miss="fetch", params={"budget": "800 entries"}, demand_loads=missed)
+    admission = serve(PARTS, made, 0, residency="hybrid").admission
+    for number in range(2):
+        request = hand_request.request(admission.demand, output=OUTPUT)
+        request.number = number
+        admission.queue.append(request)
+    assert len(list(admission.enter(0.0))) == 2
+    free = admission.ranks[0].hbm.level
+    admission._shrink_until(0, free, besides=None)
+    assert not admission.shrunk
+    admission._shrink_until(0, free + 1, besides=None)
+    assert [request.number for request in admission.shrunk] == [0]
+    assert admission.ranks[0].hbm.level == free + admission._beyond_slots(request)
 
 
 @pytest.mark.parametrize("by", ["admit_by_link", "admit_by_slo"])

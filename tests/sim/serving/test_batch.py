@@ -153,7 +153,7 @@ def test_what_a_step_moves_and_scores_grows_with_the_request():
     found = batch.load(66)
     moved = found.recalled_bytes[0]
     assert moved[0] == 0 and moved[64] == pytest.approx(3 * 100 * 21 * ROW)  # 0: it is there
-    assert np.flatnonzero(moved).tolist() == [64]
+    assert np.flatnonzero(moved).tolist() == [64] and not found.miss_bytes.any()
     assert found.indexer_scored[0][[0, 1, 64]].tolist() == [72_000, 0, 72_000]
     whole = Demand(ledger(**RECALLS | {"params": {"budget": "9000 entries"}}), FLASH)
     whole_batch = RunningBatch(whole)

@@ -178,6 +178,11 @@ def test_a_column_that_stands_twice_is_told(tmp_path):
             "'hash_ids' is no list of whole numbers",
         ),
         (
+            '{"timestamp": -1.1e15, "input_length": 5, "output_length": 5}',
+            "no finite number of seconds, or too large",
+        ),
+        ('{"timestamp": 1, "input_length": 5}', "no 'output_length'"),
+        (
             '{"timestamp": 1.1e15, "input_length": 5, "output_length": 5}',
             "no finite number of seconds, or too large",
         ),
@@ -185,6 +190,8 @@ def test_a_column_that_stands_twice_is_told(tmp_path):
     ],
 )
 def test_a_bad_line_of_mooncakes_is_told(tmp_path, row, says):
+    latest = '{"timestamp": 1e15, "input_length": 5, "output_length": 5}\n'
+    assert read_requests(written(tmp_path, latest)) == [Arrival(0.0, 5, 5)]
     with pytest.raises(FmsimError) as error:
         read_requests(written(tmp_path, MOONCAKE + "\n" + row + "\n"))
     assert "line 4" in str(error.value) and says in str(error.value)

@@ -37,6 +37,9 @@ def test_misses_of_two_requests():
     assert found.stall_s[0] == pytest.approx([stall_s, 0, stall_s])
     assert found.gathers.tolist() == [[21, 0, 21]]
     assert found.miss_bytes.tolist() == [[21 * n_bytes, 0, 21 * n_bytes]]
+    never = times(H100, Demand(ledger(), FLASH))[0].ahead(3, np.zeros(3))
+    for part in (never.stall_s, never.gathers, never.miss_bytes):
+        assert part.tolist() == [[0, 0, 0]]
 
 
 def test_two_gpus_that_share_out_the_kv_miss_half_each():

@@ -103,6 +103,7 @@ def test_kv_on_the_host_pays_where_the_full_cache_no_longer_fits():
     pays = [row["pays"] for row in found["by_context"]]
     assert pays == sorted(pays) and pays[-1]
     edge = found["context_tokens"]
+    assert edge % 1024 == 0  # between powers of two, halved until 1,024 are left
     assert edge is not None and found["by_context"][pays.index(True)]["context_tokens"] >= edge
     assert 1 <= found["batch"] <= question(FULL).walls()["GPU memory"] + 1
 
@@ -262,6 +263,7 @@ def test_who_never_makes_more_tokens_has_no_smallest_batch():
     assert _smallest_batch(asked, TENTH) is None
     wider = asked.changed(options=asked.options.model_copy(update={"max_batch": 3}))
     assert _smallest_batch(wider, TENTH) is None
+    assert not _compare(asked, TENTH)["pays"]
 
 
 def test_what_policies_are_taken_to_do_where_none_was_replayed():
