@@ -189,6 +189,21 @@ def test_a_damaged_checkpoint_is_one_clear_error(tmp_path, damage, message):
     assert "c.safetensors" in str(error.value)
 
 
+def test_a_tensor_of_any_other_shape_is_told(tmp_path):
+    """One row, one column or one axis more than fits, of each tensor in turn."""
+    for name, tensor in published_tensors((10,)).items():
+        wider = [np.repeat(tensor, 2, axis=axis) for axis in range(tensor.ndim)]
+        if name.endswith("wq_b.weight"):
+            wider[0] = tensor[:-1]  # twice the rows are heads of twice the width
+        if name.endswith("weights_proj.weight"):
+            wider[0] = np.concatenate((tensor, tensor[:2]))  # twice the heads have half of it
+        for wrong in (*wider, tensor[..., None], tensor[0]):
+            tensors = published_tensors((10,)) | {name: np.ascontiguousarray(wrong)}
+            save_file(tensors, tmp_path / "c.safetensors")
+            with pytest.raises(FmsimError, match="shapes of retrievers.l10 do not fit together"):
+                checkpoint.load(tmp_path / "c.safetensors")
+
+
 def test_missing_truncated_and_foreign_files(tmp_path):
     path = tmp_path / "c.safetensors"
     with pytest.raises(FmsimError, match="no such"):

@@ -183,6 +183,28 @@ def test_nothing_to_learn_from_and_unlike_traces_are_errors():
     )
     with pytest.raises(FmsimError, match="wide.safetensors"):
         train([TRAINING[0], wider], HELD_OUT, CONFIG, OPTIONS)
+    with pytest.raises(FmsimError, match="golden"):
+        train([barren], HELD_OUT, CONFIG, OPTIONS)
+    first = TRAINING[0]
+    for other in (
+        first._replace(name="b", keys=np.zeros((LAYERS, ENTRIES, 2 * HEAD_DIM), np.float32)),
+        first._replace(name="b", csa_numbers=(1, 2)),
+    ):
+        with pytest.raises(FmsimError, match="^b: its layers or widths differ from those of made"):
+            train([first, other], HELD_OUT, CONFIG, OPTIONS)
+    older = first._replace(state_age=1)
+    with pytest.raises(FmsimError, match="different state ages"):
+        train([first, older], HELD_OUT, CONFIG, OPTIONS)
+
+
+def test_of_equal_evaluations_the_first_is_kept(monkeypatch):
+    monkeypatch.setattr("fmsim.indexer.train.recall_at", lambda *given: ((0.5,), (0.25,)))
+    batches = _batches(TRAINING[:1], CONFIG, 8, "cpu")
+    model = MemoryIndexer([0, 1], HIDDEN, 8, HEAD_DIM, 16, CONFIG)
+    run = TrainingRun(model, batches, replace(OPTIONS, evaluate_every=2, steps=5), ["a"])
+    found = [run.advance([]) for _ in range(3)]
+    assert [each.step for each in found] == [2, 4, 5] and run.finished
+    assert run.best is found[0] and found[0].merit == 0.75
 
 
 # The parts of a step, by hand.

@@ -136,6 +136,20 @@ def test_sizes_add_what_they_cost():
         assert found == pytest.approx(np.full(128, 1e-3 + sized_ns / 1e9))
 
 
+def test_pages_are_priced_by_the_nearest_size_and_those_of_64_entries_not_at_all():
+    """Of sizes 1 and 16; residents of pages of 64 entries are scored where they lie."""
+    sizes = {
+        "pages_batch_ms": {1: {1: 0.2, 2: 0.4}, 16: {1: 0.01, 2: 0.02}},
+        "listed_scores": {1: StepWork(fixed_ms=0.5), 16: StepWork(fixed_ms=-0.05)},
+    }
+    for granularity, page_ms, score_ms in ((1, 0.2, 0.5), (16, 0.01, 0.0), (64, 0.0, 0.0)):
+        held = ledger(cadence=1, granularity=granularity, slots=64)
+        found = costs(held, **sizes)
+        ms = page_ms + 0.004 + score_ms  # and the residents' list
+        closing = np.where(found._begins(), 100.0, 0.0)
+        assert found.step_s() * 1e3 == pytest.approx(2.0 + 21 * ms + closing)
+
+
 def test_late_pages_without_keys_come_in_six_parts():
     """Their layers take turns with what comes: a fast step waits for the last part, a slow one for
     the first.
@@ -173,6 +187,9 @@ def test_a_recall_ahead_has_its_spare_pages_and_the_rest_comes_late():
     at_10 = 100 * 21 * 716 / 10e9
     assert beside.end_s - beside.start_s == pytest.approx(at_10 + GATHER.fixed_s(716))
     assert timeline.h2d_bytes[64] == 300 * 21 * 716
+    early = simulate(replace(recalled, ahead_slots=[300]), FLASH, hw)
+    kinds = [each.n_bytes for each in early.transfers if each.kind == "recall"]
+    assert kinds == [300 * 21 * 716] and early.recall_wait_s[64] == 0
 
 
 def test_layers_go_on_as_the_engine_lets_them():

@@ -62,6 +62,22 @@ def test_rates_and_stalls_come_from_the_timeline():
     assert row["h2d_bytes"] == 4 * 120 * 21 * 584
 
 
+def test_figures_are_of_the_layers_that_were_measured():
+    """Half of the mass is kept in the first layer, all in the last; the middle one is not known."""
+    kept = np.array([[0.25, 0.0, 0.5]] * 128, np.float32)
+    made = ledger(unmeasured=[1], mass_kept=kept)
+    layer_map = (0,) * 7 + (1,) * 7 + (2,) * 7
+    found = metrics.kept(made, layer_map) | metrics.hits(made, layer_map)
+    assert found["mass_kept"] == pytest.approx(0.75)
+    assert found["entry_recall"] == pytest.approx(0.8)
+    assert found["entry_recall_per_step"] == pytest.approx(0.8)
+    assert found["hit_rate"] == pytest.approx(400 / 512)
+    assert found["misses"] == 128 * 14 * 112
+    none = ledger(unmeasured=[0, 1, 2])
+    found = metrics.kept(none, layer_map) | metrics.hits(none, layer_map)
+    assert {name for name, value in found.items() if value is not None} == {"set_overlap"}
+
+
 def test_the_99th_percentile_of_steps_of_1_to_101_ms_is_100():
     step_s = np.arange(101, 0, -1) / 1e3
     end_s = np.cumsum(step_s)

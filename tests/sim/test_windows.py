@@ -89,6 +89,11 @@ def test_of_a_trace_without_masses_only_hits_and_misses_have_intervals():
     made = ledger(n_steps=256, masses=False)
     assert set(windows.intervals(made, LAYER_MAP)) == {"hit_rate", "misses", "set_overlap"}
     assert set(windows.intervals(ledger(unmeasured=[0, 1, 2]), LAYER_MAP)) == {"set_overlap"}
+    parts = windows.intervals(ledger(n_steps=256, unmeasured=[1]), LAYER_MAP)
+    assert {"mass_kept", "entry_recall", "hit_rate", "misses", "set_overlap"} <= set(parts)
+    some, none = ledger(n_steps=256, unmeasured=[1]), ledger(n_steps=256, unmeasured=[0, 1, 2])
+    rows = windows.differences({"a": some, "b": some, "none": none}, LAYER_MAP)
+    assert {(row["policy"], row["other"]) for row in rows} == {("a", "b")}
 
 
 def test_differences_are_paired_by_window():
