@@ -192,9 +192,6 @@ def test_nothing_to_learn_from_and_unlike_traces_are_errors():
     ):
         with pytest.raises(FmsimError, match="^b: its layers or widths differ from those of made"):
             train([first, other], HELD_OUT, CONFIG, OPTIONS)
-    older = first._replace(state_age=1)
-    with pytest.raises(FmsimError, match="different state ages"):
-        train([first, older], HELD_OUT, CONFIG, OPTIONS)
 
 
 def test_of_equal_evaluations_the_first_is_kept(monkeypatch):
@@ -349,6 +346,29 @@ def test_queries_without_positives_are_left_out_and_the_others_split(monkeypatch
     assert first.visible.tolist() == [[True] * 3 + [False]] * 2 + [[True] * 4]
     assert (first.most_positives, second.most_positives) == (2, 3)
     assert first.golden.tolist() == golden[[0, 2, 3]].tolist()
+
+
+def test_a_step_is_adamws_with_a_gradient_of_at_most_1(monkeypatch):
+    """The mean of two traces' gradients; four steps of one number, reckoned in plain floats."""
+    slopes = iter((0.25, 0.75, 30.0, 40.0, -0.5, 0.25, 0.0, 0.5))
+    monkeypatch.setattr(
+        "fmsim.indexer.train._loss", lambda model, *others: next(slopes) * model.margin
+    )
+    model = MemoryIndexer([0], 1, 1, 2, 1, CONFIG)
+    with torch.no_grad():
+        model.margin.fill_(0.5)
+    options = TrainOptions(
+        steps=10, warm_up=0.3, traces_per_step=2, learning_rate=0.1, weight_decay=0.2
+    )
+    run = TrainingRun(model, [batch_of([[1, 1]], [[1, 0]])] * 2, options, ["a"])
+    value, mean, square = 0.5, 0.0, 0.0
+    for step, slope in enumerate((0.5, 1.0, -0.125, 0.25), start=1):
+        rate = 0.1 * TrainingRun._rate(run, step - 1)
+        mean, square = 0.9 * mean + 0.1 * slope, 0.999 * square + 0.001 * slope**2
+        value *= 1 - 0.2 * rate
+        value -= rate * (mean / (1 - 0.9**step)) / (math.sqrt(square / (1 - 0.999**step)) + 1e-8)
+        run._one_step()
+        assert model.margin.item() == pytest.approx(value, rel=1e-5)
 
 
 def test_a_step_learns_from_each_trace_once(monkeypatch):
