@@ -268,6 +268,17 @@ def test_negatives_are_the_highest_of_those_that_are_visible_and_not_golden(give
     assert [row.nonzero()[:, 0].tolist() for row in found] == expected
 
 
+def test_random_negatives_are_so_many_a_positive_on_average():
+    """Of 10,000 entries 30 and 120 in the mean: within five standard deviations."""
+    golden = torch.zeros(2, 10_000, dtype=torch.int)
+    golden[0, :2], golden[1, :8] = 1, 1
+    batch = batch_of(torch.ones_like(golden).tolist(), golden.tolist())
+    options = TrainOptions(random_negatives=15.0, hard_negatives=0.0)
+    generator = torch.Generator().manual_seed(1)
+    found = _negatives(torch.zeros(2, 10_000), batch, options, generator).sum(1).tolist()
+    assert abs(found[0] - 30) < 5 * 30**0.5 and abs(found[1] - 120) < 5 * 120**0.5
+
+
 def test_recall_of_the_best_of_what_is_visible():
     """Of four visible entries 3 and 0 are the best; 30% of four are two."""
     logits = [[2.0, 1.0, 0.0, 3.0, 9.0]]
@@ -449,3 +460,5 @@ def test_the_rate_of_a_single_step_is_whole():
     assert TrainingRun._rate(run, 0) == 1.0
     short = SimpleNamespace(options=TrainOptions(steps=3, warm_up=1.0))
     assert [TrainingRun._rate(short, step) for step in range(3)] == pytest.approx([1 / 3, 2 / 3, 1])
+    two = SimpleNamespace(options=TrainOptions(steps=2, warm_up=0.5))
+    assert [TrainingRun._rate(two, step) for step in range(3)] == pytest.approx([1, 1, 0])
