@@ -1,15 +1,17 @@
-"""The accuracy table from a report of benchmarks/accuracy.sh: where its figures ship, and how they
+"""The accuracy table from answers of benchmarks/accuracy.sh: where its figures ship, and how they
 are shown.
 
-    python benchmarks/accuracy.py results/report.json --command "benchmarks/accuracy.sh tokens"
+    python benchmarks/accuracy.py results --command "benchmarks/accuracy.sh tokens"
 
-It writes benchmarks/results/accuracy.json, and what `fmsim run` shows as answers kept. Then
+Answers of several folders are put together, if their plans are alike. It writes
+benchmarks/results/accuracy.json, and what `fmsim run` shows as answers kept. Then
 `python benchmarks/answers.py --update --tables` renders pages and pictures.
 """
 
 from __future__ import annotations
 
 import argparse
+import gzip
 import json
 import math
 import textwrap
@@ -19,9 +21,10 @@ from pathlib import Path
 from typing import Any
 
 import quality
+import shares
 
 from fmsim.experiments import measured_answers
-from fmsim.experiments.accuracy import policy_of
+from fmsim.experiments.accuracy import policy_of, summary
 from fmsim.files import write_text
 from fmsim.policies import registry
 from fmsim.report.console import spread_text
@@ -59,22 +62,38 @@ Result = Mapping[str, Any]
 Row = dict[str, Any]
 
 
-def shipped(report: Result, command: str) -> tuple[Row, Row]:
-    """What accuracy.json holds, and what fmsim ships, from a report of `fmsim eval`."""
-    about = report["about"] | {"command": command}
+def collected(folders: Sequence[Path]) -> tuple[Row, list[Row]]:
+    """(what was asked of which model, answers) of answers.jsonl in `folders`, packed or not."""
+    heads, found = [], []
+    for folder in folders:
+        path = folder / "answers.jsonl"
+        opened = path.open() if path.exists() else gzip.open(f"{path}.gz", "rt")
+        with opened as lines:
+            heads.append(json.loads(next(lines)))
+            # a kill may cut the last
+            found += [json.loads(line) for line in lines if line.endswith("\n")]
+    if any(head != heads[0] for head in heads):
+        raise SystemExit("the folders hold answers of several plans, models or texts")
+    plan = heads[0]["plan"]
+    return plan | {"geometry": plan["model"]} | heads[0]["about"], found
+
+
+def shipped(about: Row, lines: Sequence[Row]) -> tuple[Row, Row]:
+    """What accuracy.json holds, and what fmsim ships, from answers."""
+    report = summary(lines)
     keep = ("averages", "answers_kept", "mass_as_guide", "refused", "paired", "signals")
     cells = [
         {key: cell[key] for key in ("tokens", "task", "policy", "samples", "score", "score_ci95")}
         for cell in report["cells"]
     ]
     result = {"about": about} | {key: report[key] for key in keep} | {"cells": cells}
-    plan = about["plan"]
+    result["shares"] = shares.chosen(lines)
     rows = []
     for row in report["answers_kept"]:
         if row["kept"] is None:
             continue
         known = measured_answers.identity(
-            policy_of(row["policy"], plan["budget"], plan["checkpoint"])
+            policy_of(row["policy"], about["budget"], about["checkpoint"])
         )
         ships = ("tokens", "kept", "contexts", "questions", "full_score", "score", "gpu_bytes")
         rows.append(
@@ -84,12 +103,12 @@ def shipped(report: Result, command: str) -> tuple[Row, Row]:
             | {"alike": row["kept_ci95"]["alike"]}
         )
     source = {
-        "command": command,
+        "command": about["command"],
         "date": about["date"],
         "device": about["device"],
-        "geometry": plan["model"],
+        "geometry": about["geometry"],
         "model": {"name": about["model"], "sha256": about["sha256"]},
-        "families": plan["tasks"],
+        "families": about["tasks"],
     }
     return result, {"about": source, "rows": rows}
 
@@ -199,7 +218,7 @@ def picture(result: Result) -> str:
     rows = [row for row in result["averages"] if row["tokens"] == tokens]
     [full] = [row for row in rows if row["policy"] == "full"]
     title = f"What is still answered after {tokens:,} tokens, at equal bytes on the GPU"
-    plan = result["about"]["plan"]
+    about = result["about"]
     lines = [
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {HEIGHT}" role="img"'
         ' font-family="Helvetica, Arial, sans-serif" font-size="12">',
@@ -209,7 +228,8 @@ def picture(result: Result) -> str:
         quality.text(
             LEFT,
             44,
-            f"{len(plan['tasks'])} kinds of question, asked of nano; bytes are {plan['model']}'s."
+            f"{len(about['tasks'])} kinds of question, asked of nano; bytes are"
+            f" {about['geometry']}'s."
             " Bars: 95% intervals over contexts.",
         ),
         *_axes(full),
@@ -268,9 +288,9 @@ def _axes(full: Row) -> list[str]:
     return lines
 
 
-def write(report: Path, command: str) -> None:
-    found: Row = json.loads(report.read_text(encoding="utf-8"))
-    result, ships = shipped(found, command)
+def write(folders: Sequence[Path], about: Row) -> None:
+    head, lines = collected(folders)
+    result, ships = shipped(head | about, lines)
     for path, content in ((FILE, result), (KEPT, ships)):
         write_text(ROOT / path, json.dumps(_rounded(content), indent=1) + "\n")
 
@@ -288,10 +308,13 @@ def _rounded(value: Any) -> Any:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("report", type=Path)
+    parser.add_argument("folders", type=Path, nargs="+", help="with answers.jsonl of fmsim eval")
     parser.add_argument("--command", required=True)
+    parser.add_argument("--device", required=True, help='such as "1 x NVIDIA H200"')
+    parser.add_argument("--date", required=True)
     args = parser.parse_args()
-    write(args.report, args.command)
+    about = {"command": args.command, "device": args.device, "date": args.date}
+    write(args.folders, about)
 
 
 if __name__ == "__main__":

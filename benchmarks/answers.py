@@ -44,6 +44,7 @@ import quality
 import regions
 import serve
 import served as served_file
+import shares
 import steps
 
 from fmsim.files import write_text
@@ -223,6 +224,7 @@ _ANSWERS: dict[str, Answer] = {
             ("benchmarks/results/accuracy-costs.md", "accuracy"): accuracy.tables,
             (ACCURACY, "families"): accuracy.families,
             (ACCURACY, "mass as a guide"): accuracy.guide,
+            (ACCURACY, "shares"): lambda result: shares.table(result["shares"]),
         },
         {accuracy.PICTURE: accuracy.picture},
     ),

@@ -19,19 +19,19 @@ def one_gpu(result: Result) -> str:
         f" {result['kv_budget_gib']:.0f} GiB hold KV.",
         f"Requests have {result['context_tokens']:,} tokens.",
         "",
-        "| policy | MiB a request | requests at once | tokens/s | attention kept |",
-        "|---|---|---|---|---|",
+        "| policy | MiB a request | of full | requests at once | tokens/s | attention kept |",
+        "|---|---|---|---|---|---|",
     ]
     most: dict[str, Mapping[str, Any]] = {}
     for row in result["rows"]:
         name = row["policy"]
         if "," not in name and row["batch"] > most.get(name, {"batch": 1})["batch"]:
             most[name] = row
+    sizes = {name: row["kv_bytes"] + row["spare_bytes"] for name, row in most.items()}
     for name, row in sorted(most.items(), key=lambda found: found[1]["batch"]):
-        size = (row["kv_bytes"] + row["spare_bytes"]) / MIB
         lines.append(
-            f"| `{name}` | {size:,.0f} | {row['batch']} | {row['tokens_per_s']:,.0f} |"
-            f" {row['mass_kept']:.0%} |"
+            f"| `{name}` | {sizes[name] / MIB:,.0f} | {sizes[name] / sizes['full']:.1%} |"
+            f" {row['batch']} | {row['tokens_per_s']:,.0f} | {row['mass_kept']:.0%} |"
         )
     return "\n".join(lines)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import textwrap
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from fmsim.policies import registry
@@ -13,7 +13,8 @@ Result = Mapping[str, Any]
 MIB = 2**20
 NOT_MEASURED = "Not measured yet."
 README_BUDGET = "12.5% gpu"
-README_ROWS = ("lsa", "lru, held, prompt")  # and foresight, as it was measured
+AHEAD = ("lsa", "foresight")  # they look ahead, and could run on a server
+README_ROWS = (*AHEAD, "lru, held, prompt", "h2o")
 
 
 def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
@@ -23,27 +24,53 @@ def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 def answers_kept(result: Result) -> str:
-    """What was measured of answers at budgets in GPU bytes: a table a length."""
-    rows = result["rows"]
+    """What was measured of answers at budgets in GPU bytes: a table a length, at the budgets that
+    all policies were asked at; then one of those with budgets of their own.
+    """
+    rows = [row for row in result["rows"] if row["policy"] != "full"]
     if not rows:
         return NOT_MEASURED
-    budgets = list(dict.fromkeys(row["budget"] for row in rows if row["policy"] != "full"))
+    budgets = [row["budget"] for row in rows if row["policy"] == "recency"]
+    budgets = sorted(dict.fromkeys(budgets), key=_share)
     tables = [_measured_on(result)]
-    for tokens in sorted({row["tokens"] for row in rows}):
+    lengths = sorted({row["tokens"] for row in rows})
+    own: dict[tuple[str, str], dict[int, Result]] = {}
+    for tokens in lengths:
         found: dict[str, dict[str, Result]] = {}
         for row in rows:
-            if row["tokens"] == tokens and row["policy"] != "full":
+            if row["tokens"] != tokens:
+                continue
+            if row["budget"] in budgets and not _loads(row):
                 found.setdefault(_named(row), {})[row["budget"]] = row
-        [full] = [r for r in rows if r["tokens"] == tokens and r["policy"] == "full"]
+            else:
+                own.setdefault((_named(row), row["budget"]), {})[tokens] = row
+        [full] = [r for r in result["rows"] if r["tokens"] == tokens and r["policy"] == "full"]
         tables.append(
             f"{tokens:,} tokens: {full['questions']} questions, {full['contexts']} contexts; the"
             f" full cache scores {100 * full['score']:.1f} of 100."
         )
-        order = sorted(found, key=lambda name: -max(row["kept"] for row in found[name].values()))
+        order = sorted(found, key=lambda name: -sum(row["kept"] for row in found[name].values()))
         lines = [[name, *(_kept(found[name].get(budget)) for budget in budgets)] for name in order]
         heads = [f"at {budget.removesuffix(' gpu')} of the bytes" for budget in budgets]
         tables.append(table(["policy", *heads], lines))
+    if own:
+        tables.append("At bytes of their own:")
+        heads = [f"{tokens:,} tokens" for tokens in lengths]
+        lines = [
+            [name, budget.removesuffix(" gpu"), *(_kept(found.get(tokens)) for tokens in lengths)]
+            for (name, budget), found in sorted(own.items(), key=lambda one: (one[0][0], _share(one[0][1])))
+        ]
+        tables.append(table(["policy", "of the bytes", *heads], lines))
     return "\n\n".join(tables)
+
+
+def _share(budget: str) -> float:
+    return float(budget.partition("%")[0])
+
+
+def _loads(row: Result) -> bool:
+    """It loads what it misses, all or the heavy: it keeps all index keys."""
+    return row["params"]["on_miss"] != "mask" or row["params"]["sees"] == "all"
 
 
 def answers_kept_short(result: Result) -> str:
@@ -51,21 +78,40 @@ def answers_kept_short(result: Result) -> str:
     rows = [row for row in result["rows"] if row["budget"] == README_BUDGET]
     if not rows:
         return NOT_MEASURED
-    lengths = sorted({row["tokens"] for row in rows})
+    every = sorted(result["rows"], key=lambda row: int(row["tokens"]))
+    full = {row["tokens"]: row for row in every if row["policy"] == "full"}
     found: dict[str, dict[int, Result]] = {}
     for row in rows:
         found.setdefault(_named(row), {})[row["tokens"]] = row
-    order = sorted(found, key=lambda name: -max(row["kept"] for row in found[name].values()))
-    lines = [
-        [f"`{name}`", *(_kept(found[name].get(tokens)) for tokens in lengths)]
-        for name in order
-        if name in README_ROWS or (name.startswith("foresight") and "layers" not in name)
-    ]
     head = [f"at {README_BUDGET.removesuffix(' gpu')} of the bytes"]
-    head += [f"{tokens:,} tokens" for tokens in lengths]
+    head += [f"{tokens:,} tokens" for tokens in full]
+    lines = [
+        [f"`{name}`", *(_kept(found[name].get(tokens)) for tokens in full)]
+        for name in README_ROWS
+        if name in found
+    ]
+    contexts = [str(row["contexts"]) for row in full.values()]
+    lines.append(["contexts asked", *contexts])
     families = len(result["about"]["families"])
-    said = f"Share of what the full cache answers. {families} kinds of question."
-    return f"{table(head, lines)}\n\n{said}"
+    said = (
+        f"Share of what the full cache answers, {families} kinds of question. –: windows and HCA"
+        " entries leave no room."
+    )
+    return f"{table(head, lines)}\n\n{textwrap.fill(said, 80)}{_worse(found, full)}"
+
+
+def _worse(found: Mapping[str, Mapping[int, Result]], lengths: Iterable[int]) -> str:
+    """At which lengths the policies that look ahead lose more than their interval, in words."""
+    lost = []
+    for tokens in lengths:
+        rows = [found[name][tokens] for name in AHEAD if tokens in found.get(name, {})]
+        best = max(rows, key=lambda row: row["kept"], default=None)
+        if best is not None and best["kept"] + (best["half_width"] or 0) < 1 - 0.01:
+            lost.append(f"{100 * (1 - best['kept']):.0f}% at {tokens:,} tokens")
+    if not lost:
+        return ""
+    told = f"The better of {' and '.join(f'`{name}`' for name in AHEAD)} loses {', '.join(lost)}."
+    return f"\n{textwrap.fill(told, 80)}"
 
 
 def _measured_on(result: Result) -> str:

@@ -218,6 +218,7 @@ def test_a_run_goes_on_where_it_was_interrupted(tmp_path, native, monkeypatch):
         Lines(plan, {"model": "tiny"}, path)
     for other, about in (
         (small_plan(native, budget="31%"), {"model": "tiny"}),
+        (small_plan(native, model="v4-pro"), {"model": "tiny"}),
         (plan, {"model": "other"}),
     ):
         with pytest.raises(FmsimError, match="answers.jsonl: holds answers of another"):

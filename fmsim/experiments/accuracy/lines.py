@@ -26,13 +26,14 @@ EXTENT = (
 class Lines:
     """Answers by their `KEY`, and the file that keeps them, if any.
 
-    The file's first line is the plan's part that decides an answer; another plan's file is refused.
+    The file's first line is the plan's part that decides an answer, and `about`, the model and text;
+    a file of another plan, model or text is refused.
     """
 
     def __init__(self, plan: Plan, about: dict[str, Any], path: Path | None = None):
         self.path, self.found = path, {}
-        decides = {key: value for key, value in asdict(plan).items() if key not in EXTENT} | about
-        head = json.dumps({"plan": json.loads(json.dumps(decides))})
+        decides = {key: value for key, value in asdict(plan).items() if key not in EXTENT}
+        head = json.dumps({"plan": json.loads(json.dumps(decides)), "about": about})
         if path is None:
             return
         try:
