@@ -11,7 +11,6 @@ benchmarks/results/accuracy.json, and what `fmsim run` shows as answers kept. Th
 from __future__ import annotations
 
 import argparse
-import gzip
 import json
 import math
 import textwrap
@@ -63,12 +62,10 @@ Row = dict[str, Any]
 
 
 def collected(folders: Sequence[Path]) -> tuple[Row, list[Row]]:
-    """(what was asked of which model, answers) of answers.jsonl in `folders`, packed or not."""
+    """(what was asked of which model, answers) of answers.jsonl in `folders`."""
     heads, found = [], []
     for folder in folders:
-        path = folder / "answers.jsonl"
-        opened = path.open() if path.exists() else gzip.open(f"{path}.gz", "rt")
-        with opened as lines:
+        with (folder / "answers.jsonl").open() as lines:
             heads.append(json.loads(next(lines)))
             # a kill may cut the last
             found += [json.loads(line) for line in lines if line.endswith("\n")]

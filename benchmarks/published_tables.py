@@ -58,7 +58,9 @@ def answers_kept(result: Result) -> str:
         heads = [f"{tokens:,} tokens" for tokens in lengths]
         lines = [
             [name, budget.removesuffix(" gpu"), *(_kept(found.get(tokens)) for tokens in lengths)]
-            for (name, budget), found in sorted(own.items(), key=lambda one: (one[0][0], _share(one[0][1])))
+            for (name, budget), found in sorted(
+                own.items(), key=lambda one: (one[0][0], _share(one[0][1]))
+            )
         ]
         tables.append(table(["policy", "of the bytes", *heads], lines))
     return "\n\n".join(tables)

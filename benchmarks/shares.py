@@ -100,6 +100,8 @@ def _differences(lines: Sequence[Line]) -> list[Sample]:
 def _least_loss(samples: Sequence[Sample]) -> dict[int, str] | None:
     """A budget by length: the least loss within the bytes; among equals the fewest bytes."""
     lengths = sorted({sample["tokens"] for sample in samples})
+    if not lengths:
+        return None
     options: list[list[tuple[str, float, float]]] = []
     for tokens in lengths:
         of_length = [sample for sample in samples if sample["tokens"] == tokens]
@@ -117,7 +119,7 @@ def _least_loss(samples: Sequence[Sample]) -> dict[int, str] | None:
         if np.mean([share for _, share, _ in choice]) <= MEAN + ABOVE
         and choice[-1][1] <= LONGEST + ABOVE
     ]
-    if not lengths or not fitting:
+    if not fitting:
         return None
 
     def rank(choice: Sequence[tuple[str, float, float]]) -> tuple[float, float]:

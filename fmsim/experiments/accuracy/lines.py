@@ -26,8 +26,8 @@ EXTENT = (
 class Lines:
     """Answers by their `KEY`, and the file that keeps them, if any.
 
-    The file's first line is the plan's part that decides an answer, and `about`, the model and text;
-    a file of another plan, model or text is refused.
+    The file's first line is the plan's part that decides an answer, and `about`, the model and
+    text; a file of another plan, model or text is refused.
     """
 
     def __init__(self, plan: Plan, about: dict[str, Any], path: Path | None = None):
