@@ -14,7 +14,7 @@ MIB = 2**20
 NOT_MEASURED = "Not measured yet."
 README_BUDGET = "12.5% gpu"
 AHEAD = ("lsa", "foresight")  # they look ahead, and could run on a server
-README_ROWS = (*AHEAD, "lru, held, prompt", "h2o")
+README_ROWS = (*AHEAD, "lru, held, prompt")
 
 
 def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
@@ -92,28 +92,25 @@ def answers_kept_short(result: Result) -> str:
         for name in README_ROWS
         if name in found
     ]
-    contexts = [str(row["contexts"]) for row in full.values()]
-    lines.append(["contexts asked", *contexts])
-    families = len(result["about"]["families"])
+    contexts = sorted({row["contexts"] for row in full.values()})
     said = (
-        f"Share of what the full cache answers, {families} kinds of question. –: windows and HCA"
-        " entries leave no room."
+        f"Share of what the full cache answers: {len(result['about']['families'])} kinds of"
+        f" question, {' to '.join(map(str, dict.fromkeys((contexts[0], contexts[-1]))))} contexts"
+        f" a length. –: no room for any entry. {_worse(found, full)}"
     )
-    return f"{table(head, lines)}\n\n{textwrap.fill(said, 80)}{_worse(found, full)}"
+    return f"{table(head, lines)}\n\n{textwrap.fill(said, 80)}"
 
 
 def _worse(found: Mapping[str, Mapping[int, Result]], lengths: Iterable[int]) -> str:
-    """At which lengths the policies that look ahead lose more than their interval, in words."""
+    """What the better of those that look ahead loses, where that is more than chance and 1%."""
     lost = []
     for tokens in lengths:
         rows = [found[name][tokens] for name in AHEAD if tokens in found.get(name, {})]
         best = max(rows, key=lambda row: row["kept"], default=None)
-        if best is not None and best["kept"] + (best["half_width"] or 0) < 1 - 0.01:
+        if best is not None and best["kept"] < 0.99 and best["kept"] + best["half_width"] < 1:
             lost.append(f"{100 * (1 - best['kept']):.0f}% at {tokens:,} tokens")
-    if not lost:
-        return ""
     told = f"The better of {' and '.join(f'`{name}`' for name in AHEAD)} loses {', '.join(lost)}."
-    return f"\n{textwrap.fill(told, 80)}"
+    return told if lost else ""
 
 
 def _measured_on(result: Result) -> str:
