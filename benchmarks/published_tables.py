@@ -94,9 +94,9 @@ def answers_kept_short(result: Result) -> str:
     ]
     contexts = sorted({row["contexts"] for row in full.values()})
     said = (
-        f"Share of what the full cache answers: {len(result['about']['families'])} kinds of"
-        f" question, {' to '.join(map(str, dict.fromkeys((contexts[0], contexts[-1]))))} contexts"
-        f" a length. –: no room for any entry. {_worse(found, full)}"
+        f"Of what the full cache answers: {len(result['about']['families'])} kinds of question,"
+        f" {' to '.join(map(str, dict.fromkeys((contexts[0], contexts[-1]))))} contexts. –: no"
+        f" room. {_worse(found, full)}"
     )
     return f"{table(head, lines)}\n\n{textwrap.fill(said, 80)}"
 
