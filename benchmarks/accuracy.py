@@ -14,7 +14,7 @@ import argparse
 import json
 import math
 import textwrap
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from html import escape
 from pathlib import Path
 from typing import Any
@@ -207,6 +207,9 @@ def guide(result: Result) -> str:
 
 WIDTH, HEIGHT = quality.WIDTH, quality.HEIGHT
 LEFT, RIGHT, TOP, BOTTOM = quality.LEFT, quality.RIGHT, quality.TOP, quality.BOTTOM
+BELOW = "recency"  # it would press all others together: said in words
+APART = 4.0  # points of the picture between policies at one budget, so that their bars are seen
+OfScore = Callable[[float], float]
 
 
 def picture(result: Result) -> str:
@@ -214,63 +217,79 @@ def picture(result: Result) -> str:
     tokens = lengths(result)[-1]
     rows = [row for row in result["averages"] if row["tokens"] == tokens]
     [full] = [row for row in rows if row["policy"] == "full"]
+    by_label: dict[str, list[Row]] = {label: [] for label in CHARTED}
+    for row in sorted(rows, key=lambda row: float(row["gpu_ratio"])):
+        by_label.get(named(row["policy"])[0], []).append(row)
+    below = by_label.pop(BELOW)
+    shown = [row for found in by_label.values() for row in found] + [full]
+    least = math.floor(10 * min(row["score_ci95"]["low"] or row["score"] for row in shown)) / 10
+    most = math.ceil(20 * max(row["score_ci95"]["high"] or row["score"] for row in shown)) / 20
+
+    def y_of(score: float) -> float:
+        return TOP + (most - score) / (most - least) * (HEIGHT - TOP - BOTTOM)
+
+    [contexts] = {row["contexts"] for row in result["answers_kept"] if _is(row, "full", tokens)}
     title = f"What is still answered after {tokens:,} tokens, at equal bytes on the GPU"
     about = result["about"]
+    told = (
+        f"{len(about['tasks'])} kinds of question about {contexts} contexts, asked of nano; bytes"
+        f" are {about['geometry']}'s. Bars: 95% intervals."
+    )
     lines = [
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {HEIGHT}" role="img"'
         ' font-family="Helvetica, Arial, sans-serif" font-size="12">',
         f"<title>{escape(title)}</title>",
         f'<rect width="{WIDTH}" height="{HEIGHT}" fill="#ffffff"/>',
         quality.text(LEFT, 24, title, size=15, weight="bold"),
-        quality.text(
-            LEFT,
-            44,
-            f"{len(about['tasks'])} kinds of question, asked of nano; bytes are"
-            f" {about['geometry']}'s."
-            " Bars: 95% intervals over contexts.",
-        ),
-        *_axes(full),
+        quality.text(LEFT, 44, told),
+        *_axes(full, y_of, least, most),
     ]
+    if below:
+        low, high = (100 * pick(row["score"] for row in below) for pick in (min, max))
+        said = f"newest tokens only ({BELOW}): {low:.0f} to {high:.0f}, below this picture"
+        lines.append(quality.text(LEFT + 8, HEIGHT - BOTTOM - 8, said, colour=CHARTED[BELOW][0]))
     ends = []
-    for label, (colour, dashes, marker) in CHARTED.items():
-        found = [row for row in rows if named(row["policy"])[0] == label]
-        found.sort(key=lambda row: row["gpu_ratio"])
-        if not found:
-            continue
-        points = [(quality.x_of(row["gpu_ratio"]), quality.y_of(row["score"])) for row in found]
+    for place, (label, found) in enumerate(by_label.items()):
+        colour, dashes, marker = CHARTED[label]
+        aside = APART * (place - (len(by_label) - 1) / 2)
+        points = [(quality.x_of(row["gpu_ratio"]) + aside, y_of(row["score"])) for row in found]
         path = " ".join(f"{x:.1f},{y:.1f}" for x, y in points)
         lines.append(
             f'<polyline points="{path}" fill="none" stroke="{colour}" stroke-width="2"'
             f' stroke-dasharray="{dashes}"/>'
         )
         for row, (x, y) in zip(found, points, strict=True):
-            lines.append(_bar(row, x, colour))
+            lines.append(_bar(row, x, y_of, colour))
             lines.append(quality.shape(marker, x, y, colour))
-        ends.append((*points[-1], label, colour))
-    x, y = quality.x_of(1.0), quality.y_of(full["score"])
-    lines.append(_bar(full, x, "#000000"))
+        ends += [(*points[-1], label, colour)] if points else []
+    x, y = quality.x_of(1.0), y_of(full["score"])
+    lines.append(_bar(full, x, y_of, "#000000"))
     lines.append(quality.shape("star", x, y, "#000000"))
     ends.append((x, y, "full cache", "#000000"))
     return "\n".join([*lines, *quality.labels(ends), "</svg>"]) + "\n"
 
 
-def _bar(row: Row, x: float, colour: str) -> str:
+def _is(row: Row, policy: str, tokens: int) -> bool:
+    return bool(row["policy"] == policy and row["tokens"] == tokens)
+
+
+def _bar(row: Row, x: float, y_of: OfScore, colour: str) -> str:
     low, high = (row["score_ci95"][end] for end in ("low", "high"))
     if low is None:
         return ""
     return (
-        f'<line x1="{x:.1f}" y1="{quality.y_of(low):.1f}" x2="{x:.1f}"'
-        f' y2="{quality.y_of(high):.1f}" stroke="{colour}" stroke-width="1"/>'
+        f'<line x1="{x:.1f}" y1="{y_of(low):.1f}" x2="{x:.1f}"'
+        f' y2="{y_of(high):.1f}" stroke="{colour}" stroke-width="1"/>'
     )
 
 
-def _axes(full: Row) -> list[str]:
+def _axes(full: Row, y_of: OfScore, least: float, most: float) -> list[str]:
     end, bottom = WIDTH - RIGHT, HEIGHT - BOTTOM
     lines = []
-    for score in (0, 0.25, 0.5, 0.75, 1):
-        y = quality.y_of(score)
+    for score in range(round(100 * least), round(100 * most) + 1, 5):
+        y = y_of(score / 100)
         lines.append(f'<line x1="{LEFT}" y1="{y:.1f}" x2="{end}" y2="{y:.1f}" stroke="#dddddd"/>')
-        lines.append(quality.text(LEFT - 8, y + 4, f"{100 * score:.0f}", anchor="end"))
+        lines.append(quality.text(LEFT - 8, y + 4, f"{score}", anchor="end"))
     for share in quality.TICKS:
         x = quality.x_of(share)
         lines.append(f'<line x1="{x:.1f}" y1="{TOP}" x2="{x:.1f}" y2="{bottom}" stroke="#eeeeee"/>')
@@ -280,7 +299,7 @@ def _axes(full: Row) -> list[str]:
     lines.append(quality.text((LEFT + end) / 2, HEIGHT - 14, said, anchor="middle"))
     lines.append(
         f'<text transform="translate(18 {(TOP + bottom) / 2:.0f}) rotate(-90)"'
-        ' text-anchor="middle" fill="#222222">score of 100</text>'
+        f' text-anchor="middle" fill="#222222">score of 100, from {100 * least:.0f} on</text>'
     )
     return lines
 
