@@ -153,7 +153,7 @@ def evaluate(
     with bar("starting torch", quiet=quiet) as show:
         import torch
 
-        about = _about(corpus, text)
+        about = _about(corpus, text, checkpoint)
         device = device or ("cuda" if torch.cuda.is_available() else "cpu")
         answers = Lines(plan, about, out / "answers.jsonl" if out else None)
         source = partial(_open, device, corpus, text)
@@ -216,15 +216,35 @@ def _device_name(device: str) -> str:
     return f"{count} x {torch.cuda.get_device_name()}"
 
 
-def _about(corpus: Path | None, files: list[Path]) -> dict[str, str]:
-    """The model, its weights' digest, and that of the text's tokens."""
+def _about(corpus: Path | None, files: list[Path], checkpoint: Path | None) -> dict[str, str]:
+    """The model, its weights' digest, that of the text's tokens, and that of the memory indexers:
+    the one given, or all that ship.
+    """
     import hashlib
 
+    from fmsim.errors import FmsimError
+    from fmsim.exec.model.weights.shards import weight_files
     from fmsim.exec.runs.record import weights_digest
     from fmsim.nano.tokenizer import MODEL_FOLDER
 
     text = hashlib.sha256(_text(corpus, files).tokens.tobytes()).hexdigest()
-    return {"model": "nano", "sha256": weights_digest(MODEL_FOLDER), "text": text}
+    if checkpoint is None:
+        shipped = set(MODEL_FOLDER.glob("*.safetensors")) - set(weight_files(MODEL_FOLDER))
+        paths = sorted(shipped)
+    else:
+        paths = weight_files(checkpoint) if checkpoint.is_dir() else [checkpoint]
+    indexers = hashlib.sha256()
+    try:
+        for path in paths:
+            indexers.update(path.read_bytes())
+    except OSError as error:
+        raise FmsimError(f"--checkpoint {path}: cannot be read ({error.strerror})") from None
+    return {
+        "model": "nano",
+        "sha256": weights_digest(MODEL_FOLDER),
+        "text": text,
+        "indexers": indexers.hexdigest(),
+    }
 
 
 def _text(corpus: Path | None, files: list[Path]):
