@@ -231,7 +231,7 @@ def main() -> None:
     def attempt(name: str, net: Network) -> None:
         nonlocal best
         t = time.time()
-        curve = fit(net, train, judge, args.until - 12)
+        curve = fit(net, train, judge, args.until - 25)
         taken = time.time() - t
         keyed = len(net.shape.keyed)
         rows = by_kind(judge, lambda case: run(case, net, slots(case, keyed)))
