@@ -10,6 +10,8 @@ from contextlib import contextmanager
 
 import torch
 
+from fmsim.exec.decode.decode_attention import STEP_PRIORITY
+
 FLUSH_BYTES = 256 * 2**20  # more than any GPU's L2
 # of work before what is timed, since a GPU that waited for a compiler may have lowered its clocks
 WARM_S = 0.02
@@ -71,7 +73,9 @@ def overhead_s(device: torch.device | str, count: int = 64) -> float:
 
 
 def captured(work: Callable[[], object]) -> Callable[[], None]:
-    """``work`` as a CUDA graph; call what is returned to replay it."""
+    """``work`` as a CUDA graph, with a decode step's priority; call what is returned to replay
+    it.
+    """
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
@@ -79,7 +83,8 @@ def captured(work: Callable[[], object]) -> Callable[[], None]:
             work()
     torch.cuda.current_stream().wait_stream(side)
     graph = torch.cuda.CUDAGraph()
-    with no_collection(), torch.cuda.graph(graph):
+    stream = torch.cuda.Stream(priority=STEP_PRIORITY)
+    with no_collection(), torch.cuda.graph(graph, stream=stream):
         work()
     return graph.replay
 
