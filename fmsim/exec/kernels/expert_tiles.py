@@ -94,7 +94,7 @@ def _schedule(
     BINS: tl.constexpr,
 ):
     """One program: the pairs of one expert, and its tiles. The shared expert is number EXPERTS, and
-    pair that is not one of `OwnPairs` has number EXPERTS + 1, which no program has.
+    a pair that is none of `OwnPairs` has number EXPERTS + 1, which no program has.
 
     ``schedule``: of each tile its expert (-1 for none), the place of its first pair in the sorted
     order, and how many it has, each [tiles]; then the pairs, token * SLOTS + slot, sorted by
