@@ -131,8 +131,9 @@ def synthetic_by(device, meeting, rank):
         return cache.made_mirror, run.outcome.h2d_bytes, sums, own
 
 
-def test_ranks_share_a_mirror_and_all_weights_but_experts(tmp_path):
-    parts = on_ranks(synthetic_by, "cpu", tmp_path)
+@pytest.mark.parametrize("device", DEVICES)
+def test_ranks_share_a_mirror_and_all_weights_but_experts(device, tmp_path):
+    parts = on_ranks(synthetic_by, device, tmp_path)
     made, moved, shared, own = zip(*parts, strict=True)
     assert sorted(made) == [False, True]
     ledger = Replayer(make_trace(prompt_tokens=200, n_steps=6)).run(registry.build(POLICY))
