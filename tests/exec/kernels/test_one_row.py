@@ -41,7 +41,7 @@ def test_the_kernel_is_the_product(
         norm.weight.normal_(generator=generator)
         norm = norm.bfloat16().to(device)
     given_ = [part if part is None else part.to(device) for part in (x, weight, scale)]
-    found = one_row_triton(*given_, groups, norm, alongside, SMALL)
+    found = one_row_triton(*given_, groups, norm, alongside, tune=SMALL)
     expected = one_row_reference(*given_, groups, norm)
     assert found.shape == expected.shape and found.dtype == expected.dtype
     assert relative_error(found, expected) < 2**-7  # bfloat16: the interpreter cuts bits off
