@@ -32,7 +32,7 @@ def modules(
     saturates, none is flat.
     """
     torch.manual_seed(seed)
-    config = DeepseekV4Config(hidden_size=width, hc_mult=count, hc_sinkhorn_iters=7)
+    config = DeepseekV4Config(hidden_size=width, hc_mult=count, hc_sinkhorn_iters=4)
     made = nn.ModuleList(
         [
             HyperConnection(config),
@@ -55,12 +55,12 @@ def check(
 
 
 @on_each_device
-@settings(max_examples=12, deadline=None)
+@settings(max_examples=8, deadline=None)
 @given(
     seed=st.integers(0, 2**32),
-    batch=st.integers(1, 5),
+    batch=st.integers(1, 3),
     count=st.sampled_from([2, 4]),
-    width=st.sampled_from([32, 96, 384]),
+    width=st.sampled_from([32, 96, 256]),
     dtype=st.sampled_from(list(LIMITS)),
     first=st.booleans(),
     shares=st.sampled_from([0, 1, 3]),
@@ -97,8 +97,8 @@ def test_the_kernels_are_the_model(device, seed, batch, count, width, dtype, fir
 def test_mixing_is_doubly_stochastic(device):
     """However the products come out; with the width and the tuning of DeepSeek-V4-Flash."""
     one, _, _, norm = modules(0, 4096, 4, device)
-    _, _, write, mix = enter_triton(5 * torch.randn(3, 1, 4, 4096, device=device), None, one, norm)
-    ones = torch.ones(3, 1, 4, device=device)
+    _, _, write, mix = enter_triton(5 * torch.randn(1, 1, 4, 4096, device=device), None, one, norm)
+    ones = torch.ones(1, 1, 4, device=device)
     torch.testing.assert_close(mix.sum(-1), ones, atol=1e-3, rtol=0)
     torch.testing.assert_close(mix.sum(-2), ones, atol=1e-4, rtol=0)
     assert (mix > 0).all() and (write > 0).all() and (write < 2).all()

@@ -10,15 +10,15 @@ from fmsim.exec.kernels.tuning import OneRowTuning
 from fmsim.exec.kernels.weights import quantise
 from fmsim.exec.model.norm_rope import RMSNorm
 
-SMALL = OneRowTuning(block_bytes=2048)
+SMALL = OneRowTuning(block_bytes=16_384, ahead=3)
 
 
 @on_each_device
-@settings(max_examples=12, deadline=None)
+@settings(max_examples=8, deadline=None)
 @given(
     seed=st.integers(0, 2**32),
-    outputs=st.sampled_from([16, 130, 272]),
-    inputs=st.sampled_from([128, 200, 384, 1024]),
+    outputs=st.sampled_from([16, 130]),
+    inputs=st.sampled_from([128, 200, 1024]),
     groups=st.sampled_from([1, 2]),
     float8=st.booleans(),
     normed=st.booleans(),
