@@ -44,4 +44,5 @@ def test_the_kernel_is_the_product(
     found = one_row_triton(*given_, groups, norm, alongside, tune=SMALL)
     expected = one_row_reference(*given_, groups, norm)
     assert found.shape == expected.shape and found.dtype == expected.dtype
-    assert relative_error(found, expected) < 2**-7  # bfloat16: the interpreter cuts bits off
+    # a last bit of bfloat16 at each rounding: the interpreter cuts it off
+    assert relative_error(found, expected) < (1 + normed) * 2**-7
