@@ -27,11 +27,10 @@ from typing import Any
 import numpy as np
 import torch
 import yaml
+from step_profile import a_step
 
 from fmsim import trace as traces
 from fmsim.errors import FmsimError
-from fmsim.exec.decode.synthetic_decode import SyntheticStep
-from fmsim.exec.decode.trace_driven import TraceDrivenDecode
 from fmsim.exec.kernels.layout import KEY, LATENT
 from fmsim.exec.measure import calibrate
 from fmsim.exec.measure.kernel_cases import recall
@@ -47,7 +46,7 @@ from fmsim.policies.base import Policy
 from fmsim.replay.replayer import Replayer
 from fmsim.sim import metrics
 from fmsim.sim.decode import simulate
-from fmsim.sim.footprint import ModelMemory, allocation, footprint, spread
+from fmsim.sim.footprint import ModelMemory, allocation, spread
 
 GIB = 2**30
 # beside the KV budget: pages for recall ahead, block tables, scores of many requests
@@ -193,26 +192,6 @@ def predicted(
     }
 
 
-def full_step(setting: Setting) -> Callable[[int], None]:
-    """A whole step of `full` at batch 1, run three times already: call it with a step's number."""
-    policy = registry.build("full")
-    ledger = setting.replayer.run(registry.build("full"))
-    place = footprint(ledger, setting.geometry, setting.layer_map)
-    decode = TraceDrivenDecode(
-        setting.replayer,
-        policy,
-        setting.geometry,
-        place.groups,
-        setting.geometry.n_csa,
-        setting.device,
-        watch=False,
-    )
-    step = SyntheticStep(decode, setting.weights, setting.layer_map)
-    for number in range(3):
-        step(number)
-    return step
-
-
 def kernels_of(step: Callable[[int], None], most: int = 24) -> list[dict[str, Any]]:
     """Where a step spends its time, by kernel."""
     steps, spent, count = 2, collections.Counter(), collections.Counter()
@@ -313,7 +292,7 @@ def main() -> None:
         result["calibration"] = yaml.safe_load(hardware.read_text())
         keep()
         if given.device == "cuda":
-            step = full_step(setting)
+            step = a_step(setting.weights, setting.replayer, setting.geometry, setting.device)
             result["a_full_step_beside_recall"] = [
                 beside_recall(step, programs) for programs in (2, 4, 8, 16)
             ]

@@ -29,7 +29,7 @@ SPECS = [
     {"policy": "h2o", "budget": "30%"},
     {"policy": "recency", "budget": "40%"},
     {"policy": "full"},
-    {"policy": "fifo", "budget": "9 entries"},  # each request has a manager of its own
+    {"policy": "fifo", "budget": "9 entries"},  # one policy for all, outside of the graph
 ]
 
 
