@@ -10,7 +10,7 @@ import pytest
 ROOT = Path(__file__).parents[2]
 PACKAGE = ROOT / "fmsim"
 HEAVY = {"torch", "transformers", "triton"}
-HEAVY_ROOMS = ("exec", "indexer", "nano", "trace/importers")
+HEAVY_ROOMS = ("exec", "experiments/witness", "indexer", "nano", "trace/importers")
 # What `import fmsim` must not load.
 SLOW_TO_LOAD = {"torch", "transformers", "numpy", "simpy", "plotly", "optuna"}
 
