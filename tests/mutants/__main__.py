@@ -162,7 +162,13 @@ def main() -> None:
         outcomes = Outcomes(sources, len(drawn), out)
         stack.callback(lambda: _table(outcomes.all, time.monotonic() - began))
         copies = _copies(Path(folder), given.jobs)
-        near = _near_tests(copies, given.near, given.near_seconds, began + given.seconds)
+        near = Near()
+        for path in given.reach:
+            near.load(Path(path))
+        if not near.seconds:
+            near = _near_tests(copies, given.near, given.near_seconds, began + given.seconds)
+        if given.save_reach:
+            near.save(Path(given.save_reach))
         outcomes.write(vars(given) | {"tests": near.seconds, "left_out": near.left_out})
         print(
             f"{len(near.seconds)} tests pass without a mutation, {len(near.left_out)} are left out"
@@ -185,6 +191,8 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument(
         "--near-seconds", type=float, default=1200.0, help="tests of slower files are left out"
     )
+    parser.add_argument("--reach", nargs="+", default=(), help="what --save-reach wrote")
+    parser.add_argument("--save-reach", help="file for what the tests reach")
     parser.add_argument("--again", help="a file of outcomes: first what survived there")
     parser.add_argument("--nice", type=int, default=0)
     parser.add_argument("--json", help="file for all outcomes, a line each")

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gzip
 import itertools
+import json
 from collections import defaultdict
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -31,6 +33,37 @@ class Near:
                 self.by_place[place].append(test)
             for path in {place.partition(":")[0] for place in reached}:
                 self.by_path[path].append(test)
+
+    def save(self, path: Path) -> None:
+        """Write what is known, packed; lines are those of the sources as they are now."""
+        numbers = {test: number for number, test in enumerate(self.seconds)}
+        by_place = {
+            place: sorted(numbers[test] for test in set(tests))
+            for place, tests in self.by_place.items()
+        }
+        known = {"seconds": self.seconds, "left_out": self.left_out, "by_place": by_place}
+        with gzip.open(path, "wt", encoding="utf-8") as file:
+            json.dump(known, file)
+
+    def load(self, path: Path) -> None:
+        """Add what `save` wrote; it says anew what the tests of its files reach."""
+        with gzip.open(path, "rt", encoding="utf-8") as file:
+            known = json.load(file)
+        tests = list(known["seconds"])
+        again = {file_of(test) for test in (*tests, *known["left_out"])}
+        for by in (self.by_place, self.by_path):
+            for place, old in by.items():
+                by[place] = [test for test in old if file_of(test) not in again]
+        self.left_out = [test for test in self.left_out if file_of(test) not in again]
+        self.left_out += known["left_out"]
+        self.seconds = {
+            test: seconds for test, seconds in self.seconds.items() if file_of(test) not in again
+        } | known["seconds"]
+        for place, numbers in known["by_place"].items():
+            reached = [tests[number] for number in numbers]
+            self.by_place[place] += reached
+            source = place.partition(":")[0]
+            self.by_path[source] = list(dict.fromkeys([*self.by_path[source], *reached]))
 
     def of(self, mutation: Mutation) -> list[str]:
         """Tests that reach the mutated statement, or its function where no line is noted: those of

@@ -1,6 +1,7 @@
 """What mutations of a source are made, and what they leave alone."""
 
 from tests.mutants.mutations import mutations_of
+from tests.mutants.near import Near
 from tests.mutants.summary import summary
 
 SOURCE = '''\
@@ -94,3 +95,30 @@ def test_a_summary_counts_by_room_with_and_without_what_no_test_can_tell():
         ("9", None),
         ("1", None),
     ]
+
+
+def test_what_tests_reach_is_kept_and_said_anew_by_file(tmp_path):
+    reached = {"tests/test_a.py::one": ["a.py:7", "a.py:f"], "tests/test_b.py::two": ["a.py:7"]}
+    near = Near()
+    tests = {test: {"seconds": 1.0, "reached": places} for test, places in reached.items()}
+    near.add({"tests": tests, "shared": [], "left_out": ["tests/test_c.py"]})
+    near.save(tmp_path / "all")
+    again = Near()
+    again.load(tmp_path / "all")
+    assert (again.seconds, again.left_out) == (near.seconds, near.left_out)
+    assert {place: set(tests) for place, tests in again.by_place.items()} == {
+        place: set(tests) for place, tests in near.by_place.items()
+    }
+    newer = Near()
+    newer.add(
+        {
+            "tests": {"tests/test_b.py::new": {"seconds": 2.0, "reached": ["a.py:f"]}},
+            "shared": [],
+            "left_out": [],
+        }
+    )
+    newer.save(tmp_path / "newer")
+    again.load(tmp_path / "newer")
+    assert again.by_place["a.py:7"] == ["tests/test_a.py::one"]
+    assert again.by_path["a.py"] == ["tests/test_a.py::one", "tests/test_b.py::new"]
+    assert again.seconds == {"tests/test_a.py::one": 1.0, "tests/test_b.py::new": 2.0}
