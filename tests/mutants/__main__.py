@@ -150,10 +150,8 @@ def main() -> None:
     }
     mutations = [one for one in every(sources) if given.only in one.path]
     drawn = _survivors(Path(given.again), mutations, sources) if given.again else []
-    if given.again:
-        print(f"{len(drawn)} that survived in {given.again} are still possible")
     fresh = random.Random(given.seed).sample(mutations, min(given.count, len(mutations)))
-    print(f"{len(mutations)} mutations are possible; seed {given.seed} draws {len(fresh)}")
+    print(f"Of {len(mutations)} mutations {len(drawn)} are met again, {len(fresh)} are drawn")
     drawn += [one for one in fresh if one not in drawn]
     _preload()
     with contextlib.ExitStack() as stack:
@@ -165,7 +163,7 @@ def main() -> None:
         near = Near()
         for path in given.reach:
             near.load(Path(path))
-        if not near.seconds:
+        if not given.reach:
             near = _near_tests(copies, given.near, given.near_seconds, began + given.seconds)
         if given.save_reach:
             near.save(Path(given.save_reach))

@@ -190,6 +190,8 @@ def test_a_recall_ahead_has_its_spare_pages_and_the_rest_comes_late():
     early = simulate(replace(recalled, ahead_slots=[300]), FLASH, hw)
     kinds = [each.n_bytes for each in early.transfers if each.kind == "recall"]
     assert kinds == [300 * 21 * 716] and early.recall_wait_s[64] == 0
+    seldom = ledger(n_steps=256, lookahead_loads=loads(256, s64=300))  # once in four windows
+    assert [each.kind for each in simulate(seldom, FLASH, H100).transfers].count("recall") == 1
 
 
 def test_layers_go_on_as_the_engine_lets_them():

@@ -229,6 +229,7 @@ def test_nobody_gives_up_entries_where_there_is_room_to_the_byte():
     admission._shrink_until(0, free + 1, besides=None)
     assert [request.number for request in admission.shrunk] == [0]
     assert admission.ranks[0].hbm.level == free + admission._beyond_slots(request)
+    assert admission.admitted[0].gpu_bytes == pytest.approx(request.pools.gpu_bytes / 2)
 
 
 @pytest.mark.parametrize("by", ["admit_by_link", "admit_by_slo"])

@@ -173,6 +173,7 @@ def test_a_run_in_which_every_request_is_refused_has_rates_of_0():
         assert found[name] == 0
     assert found["served_s"] == found["arriving_tokens_per_s"] == found["miss_rate"] == 0
     assert found["in_use"]["PCIe"]["mean"] == found["in_use"]["compute"]["mean"] == 0
+    assert found["in_use"]["GPU memory"]["mean"] == found["held_mean"] == 0
     assert found["ttft_s"] == dict.fromkeys(("mean", "p50", "p95", "p99"))
     assert found["prefix"] is None and found["bound"] == "GPU memory"
 

@@ -8,6 +8,7 @@ from hand_ledger import FLASH, H100, ledger, loads
 from hand_tables import round_link
 
 from fmsim.hw import replace_figure
+from fmsim.hw.deployment import Deployment
 from fmsim.hw.spec import LINK_FIGURE
 from fmsim.sim.serving.capacity.behaviour import BEHAVIOURS
 from fmsim.sim.serving.capacity.plan import (
@@ -223,6 +224,13 @@ def test_what_each_change_would_give():
     if H100.nvme_bytes is None:
         del expected["NVMe below host memory"]
     assert found == expected and list(found) == list(expected)
+
+
+def test_mirrors_are_shared_by_several_gpus_that_have_one_each():
+    one = question(TENTH, hw=H100.deployed(Deployment(dp=8)))
+    for asked, offered in ((question(TENTH), 1), (question(TENTH, mirror="shared"), 0), (one, 0)):
+        names = [name for name, _ in _changes(asked)]
+        assert names.count("one mirror that all GPUs share") == offered
 
 
 def doubled(name):
