@@ -1,7 +1,7 @@
 """A ledger's file says what was counted; a damaged one says so."""
 
 import zipfile
-from dataclasses import fields, replace
+from dataclasses import MISSING, fields, replace
 
 import numpy as np
 import pytest
@@ -63,6 +63,25 @@ def test_every_field_is_of_its_kind_and_its_size():
                 told(f"{name} has shape", **{name: longer[..., None]})
     told("params or granularity", params=[])
     told("params or granularity", granularity=0)
+
+
+def test_what_a_ledger_does_not_say():
+    said = {f.name: getattr(ledger(), f.name) for f in fields(Ledger) if f.default is MISSING}
+    for name in ("unmeasured", "target_layers", "ahead_slots"):
+        del said[name]
+    made = Ledger(**said)
+    assert {f.name: getattr(made, f.name) for f in fields(Ledger) if f.name not in said} == {
+        "unmeasured": [],
+        "decides_ahead": False,
+        "target_layers": [],
+        "all_keys": True,
+        "ahead_slots": [],
+        "miss_slots": 0,
+        "observes": False,
+        "comes_back": False,
+        "entry_tokens": 4,
+        "masses": True,
+    }
 
 
 def rows_of(frame):

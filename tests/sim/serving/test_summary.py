@@ -1,12 +1,16 @@
 """Every figure of a serving run, on two servers whose logs are made by hand."""
 
 from collections import defaultdict
+from dataclasses import fields
 from types import SimpleNamespace
 
+import hand_request
 import pytest
+from hand_ledger import FLASH, ledger
 
+from fmsim.sim.serving.demand import Demand
 from fmsim.sim.serving.log import SAMPLE, Log, keeps, request_rows, tpot_s, ttft_s
-from fmsim.sim.serving.prefix import FoundBlocks
+from fmsim.sim.serving.prefix import FoundBlocks, Pinned
 from fmsim.sim.serving.requests import Arrival
 from fmsim.sim.serving.spec import Slo
 from fmsim.sim.serving.summary import summary
@@ -231,6 +235,20 @@ def test_a_row_a_request():
     assert [row["good"] for row in rows] == [True, False, False, False]
     assert rows[1]["wait_GPU_memory_s"] == rows[1]["wait_queue_s"] == 0.0
     assert rows[2]["hit_nvme_tokens"] == 32 and rows[3]["refused"] == "GPU memory"
+
+
+def test_a_log_and_a_request_begin_with_nothing():
+    for field in fields(Log):
+        value = getattr(Log(), field.name)
+        assert not value, field.name
+    made = Demand(ledger(), FLASH)
+    asked = hand_request.request(made)
+    of_the_request = {"number", "asked", "arrival_s", "prompt_tokens", "output_tokens", "steps"}
+    begun = {field.name for field in fields(asked) if field.name not in of_the_request}
+    nothing = begun - {"pools", "found", "pinned"}
+    assert all(not getattr(asked, name) for name in nothing)
+    assert asked.found == FoundBlocks() and asked.pinned == Pinned()
+    assert Arrival(0.0, 1, 1)[3:] == ((), 0, 0)
 
 
 def test_time_is_booked_to_what_is_busy_and_what_is_waited_for():

@@ -17,6 +17,7 @@ from fmsim.sim.serving.capacity.plan import (
     _compare,
     _Load,
     _smallest_batch,
+    moves,
     plan,
 )
 from fmsim.sim.serving.capacity.steady import Steady, SteadyState
@@ -116,6 +117,7 @@ def test_nothing_fits_is_said_not_divided_by():
         and found["max_requests_bound"] == "GPU memory"
         and found["speed"] is None
     )
+    assert (found["goodput"]["requests_per_s"], found["goodput"]["batch"]) == (0.0, 0)
 
 
 def load(prefill, n_chunks, prompt_s, tpot_s=1e9, ttft_s=1e9, dp=2, servers=1):
@@ -247,6 +249,11 @@ def test_drives_are_an_answer_where_both_their_size_and_their_rate_are_known():
     assert [named(hw) for hw in (bare, size, rate, both)] == [False, False, False, True]
     twice = dict(_changes(question(TENTH, hw=both, nvme=True)))["twice the NVMe drives"].hw
     assert (twice.nvme_bytes.value, twice.nvme_bytes_per_s.value) == (16e12, 108e9)
+    unpriced = both.model_copy(update={"nvme_usd_per_tb": None})
+    priced = replace_figure(both, "nvme_usd_per_tb", 90.0)
+    for hw, usd in ((unpriced, None), (priced, 720.0)):
+        rows = {row["change"]: row.get("usd") for row in moves(question(TENTH, hw=hw))}
+        assert rows.pop("NVMe below host memory") == usd and not any(rows.values())
 
 
 def test_a_plan_for_one_request_gives_its_speed_and_one_for_none_gives_none():
