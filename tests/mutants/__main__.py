@@ -7,9 +7,9 @@ indexer. First every near test runs once, unchanged, and the lines it reaches ar
 mutant meets the tests that reach it, the nearest files and the quickest tests first, until one
 fails. It has a process, a copy of the tree and a time limit of its own; a test that never ends
 kills it too. Needs Linux, no network and no GPU; Python 3.12 notes lines, an older one functions,
-which takes longer. The same seed gives the same mutants. The file of outcomes grows by a line a
-mutant, so that a run that is cut short has told all it knew; its first line says which tests were
-left out, for they fail or are skipped without a mutation.
+which takes longer; `--save-reach` keeps what was noted, for `--reach` of another machine. The same
+seed gives the same mutants. Outcomes are written as they come, behind a line that says which tests
+were left out, for they fail or are skipped without a mutation.
 
 It is a script of ours and no library, because a fork of a process that has imported torch and
 pytest starts a mutant's tests in a fraction of a second, and each mutant runs in a copy.
