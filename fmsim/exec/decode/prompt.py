@@ -34,12 +34,18 @@ class PromptWatcher:
         self.hidden: dict[int, np.ndarray] = {}
 
     def __call__(self, start: int, tokens: int, accesses: list[Access]) -> None:
-        for layer, access in enumerate(accesses):
-            self.hidden[layer] = to_numpy(access.hidden[0, -1])
-            if start + tokens > self.first:
-                rows = slice(max(0, self.first - start), None)
-                ids, mass = to_numpy(access.ids[0, rows]), to_numpy(access.mass[0, rows])
-                np.add.at(self.mass[layer], ids[ids >= 0], mass[ids >= 0])
+        hidden = [access.hidden[0, -1] for access in accesses]
+        ids: list[torch.Tensor] = []
+        mass: list[torch.Tensor] = []
+        if start + tokens > self.first:
+            rows = slice(max(0, self.first - start), None)
+            ids = [access.ids[0, rows] for access in accesses]
+            mass = [access.mass[0, rows] for access in accesses]
+        found = iter(on_host([*hidden, *ids, *mass]))
+        self.hidden = {layer: next(found) for layer in range(len(hidden))}
+        entries = [next(found) for _ in ids]
+        for layer, (chosen, weight) in enumerate(zip(entries, found, strict=True)):
+            np.add.at(self.mass[layer], chosen[chosen >= 0], weight[chosen >= 0])
 
 
 class Prompt:
@@ -125,6 +131,17 @@ class Prompt:
         session = copy.copy(self._session)
         session.cache, session.observer = copy.deepcopy(self._session.cache), None
         return session
+
+
+def on_host(tensors: Sequence[torch.Tensor]) -> list[np.ndarray]:
+    """Each as `to_numpy` gives it; the host waits once, since processes may share a GPU."""
+    copies = [
+        (tensor if tensor.dtype == torch.int64 else tensor.float()).to("cpu", non_blocking=True)
+        for tensor in tensors
+    ]
+    if any(tensor.is_cuda for tensor in tensors):
+        torch.cuda.current_stream(tensors[0].device).synchronize()
+    return [copy.numpy() for copy in copies]
 
 
 def to_numpy(tensor: torch.Tensor) -> np.ndarray:

@@ -39,6 +39,11 @@ from fmsim.replay.residency import Moves
 from fmsim.trace.format import TAU
 
 CPU = torch.device("cpu")
+# of `Selections`: what a `_Pager` calls it
+BOOKED = {name: name for name in ("wanted", "ids", "hit", "mass", "seen_mass", "near_mass")} | {
+    "hidden": "hidden",
+    "attended": "attended_to",
+}
 
 
 @dataclass(frozen=True)
@@ -202,13 +207,30 @@ class _Source:
         self.logits = self.model.decode(chosen, self.positions, attends)
         self.positions = self.positions + 1
         now = len(self.rows)
-        self.selections.tokens[step, :now] = chosen.cpu()
-        for pager in self.pagers:
-            pager.book(self.selections, now)
+        self._book(step, chosen, now)
         self.selections.keep()
         for row in self.rows:
             row.keep_state()
         return [keeper.served() for keeper in self.keepers]
+
+    def _book(self, step: int, chosen: Tensor, rows: int) -> None:
+        """Into `selections`, on the CPU, what the step's first `rows` selected.
+
+        The host waits once: processes that share a GPU take turns, and each wait is for all of
+        them.
+        """
+        found = {
+            name: torch.stack([getattr(pager, own) for pager in self.pagers]).to(
+                CPU, non_blocking=True
+            )
+            for name, own in BOOKED.items()
+        }
+        tokens = chosen.to(CPU, non_blocking=True)
+        if chosen.is_cuda:
+            torch.cuda.current_stream(chosen.device).synchronize()
+        self.selections.tokens[step, :rows] = tokens
+        for name, value in found.items():
+            getattr(self.selections, name)[:, :rows] = value
 
     def keep_first(self, rows: int) -> None:
         """The others' answers are over."""
@@ -231,13 +253,12 @@ class _Table(NoTiers):
     def __init__(self, rows: Sequence[Request], entries: int, device: torch.device):
         self.rows = list(rows)
         self.layers = rows[0].layers
-        self.resident = torch.zeros(
-            self.layers, len(rows), entries + 1, dtype=torch.bool, device=device
-        )
+        resident = torch.zeros(self.layers, len(rows), entries + 1, dtype=torch.bool)
         for b, row in enumerate(rows):
             present = row.residency.present().repeat_interleave(row.manager.ctx.granularity, 1)
             width = min(present.shape[1], entries)
-            self.resident[:, b, :width] = present[:, :width].to(device)
+            resident[:, b, :width] = present[:, :width]
+        self.resident = resident.to(device)
         self.touched: list[tuple[int, Tensor]] = []
 
     def wrote(self, request: int, moves: Moves) -> None:
@@ -371,12 +392,6 @@ class _Pager:
         self.mass = rounded(wanted[0][:, 0])
         self.near_mass = torch.stack([part[:, 0] for part in wanted[1:]], 1)
         self.hidden = access.hidden[:, 0]
-
-    def book(self, selections: Selections, rows: int) -> None:
-        """Into `selections`, on the CPU, what the step's first `rows` selected."""
-        for name in ("wanted", "ids", "hit", "mass", "seen_mass", "near_mass", "hidden"):
-            getattr(selections, name)[self.layer, :rows] = getattr(self, name).cpu()
-        selections.attended[self.layer, :rows] = self.attended_to.cpu()
 
     def _scores(self, queries: Tensor, weights: Tensor) -> Tensor:
         """float32 [B, E] of queries [B, heads, D] and weights [B, heads], float32: the context's
