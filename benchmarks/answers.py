@@ -46,6 +46,7 @@ import serve
 import served as served_file
 import shares
 import steps
+import witness_tables
 
 from fmsim.files import write_text
 
@@ -233,6 +234,7 @@ _ANSWERS: dict[str, Answer] = {
         None,
         {("benchmarks/results/foresight.md", foresight.PART): foresight.tables},
     ),
+    "witness": Answer("witness.json", None, witness_tables.PARTS),
 }
 # one a card, of those that were measured
 _ANSWERS |= {

@@ -42,7 +42,6 @@ from fmsim.trace import TAU, Trace, read
 BUDGETS = ("1%", "2%", "3%", "5%", "10%", "5% gpu", "10% gpu", "12.5% gpu")
 NEAR_TOKENS, FIRST_TOKENS = 128, 4
 HELD = {"policy": "lru", "cadence": 64, "on_miss": "mask"}
-PART = "witness"  # of benchmarks/results/witness.md
 
 
 def specs(

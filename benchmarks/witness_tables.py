@@ -116,3 +116,13 @@ def _kept(traces: Sequence[Any], label: str, budget: str, kind: str) -> float | 
 
 def _mean(rows: Sequence[Mapping[str, float]]) -> dict[str, float]:
     return {key: float(np.mean([row[key] for row in rows])) for key in rows[0]}
+
+
+PAGE = "benchmarks/results/witness.md"
+PARTS = {
+    (PAGE, "positions"): positions,
+    (PAGE, "indexers"): indexers,
+    (PAGE, "traits"): traits,
+    (PAGE, "far mass"): ladders,
+    (PAGE, "all mass"): lambda result: ladders(result, "all"),
+}
