@@ -44,9 +44,7 @@ NEAR_TOKENS, FIRST_TOKENS = 128, 4
 HELD = {"policy": "lru", "cadence": 64, "on_miss": "mask"}
 
 
-def specs(
-    indexer: Path | None, native: Path | None, entry_tokens: int
-) -> dict[str, dict[str, Any]]:
+def specs(indexer: Path | None, native: Path | None, trace: Trace) -> dict[str, dict[str, Any]]:
     """Policies by label; `indexer` is the memory indexer (nano's if None), `native` the model's own
     indexers as such a file.
 
@@ -54,7 +52,7 @@ def specs(
     entries by default, since that window is there beside them.
     """
     scored = {"checkpoint": indexer}
-    near = {"recent_entries": NEAR_TOKENS // entry_tokens}
+    near = {"recent_entries": NEAR_TOKENS // trace.header.entry_tokens}
     found: dict[str, dict[str, Any]] = {
         "recency": {"policy": "recency"},
         "snapkv": {"policy": "snapkv"},
@@ -68,7 +66,8 @@ def specs(
         "oracle": {"policy": "oracle"},
     }
     if native is not None:
-        own = {"checkpoint": native, "scope": "per_layer", "sees": "all", "stale": False}
+        own = {"checkpoint": native, "layers": tuple(trace.csa_numbers), "scope": "per_layer"}
+        own |= {"sees": "all", "stale": False}
         found["native held"] = {"policy": "lsa"} | own | near
     return found
 
@@ -135,7 +134,7 @@ def ladder(
 ) -> dict[str, dict[str, dict[str, float] | str]]:
     """By policy and budget what is kept."""
     one = Ladder(path)
-    named = specs(indexer, native, one.replayer.header.entry_tokens)
+    named = specs(indexer, native, one.replayer.trace)
     work = [(label, budget) for label in named for budget in budgets]
     rows = in_parallel(
         lambda index: one.kept(named[work[index][0]] | {"budget": work[index][1]}), len(work)

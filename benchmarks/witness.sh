@@ -31,8 +31,6 @@ if [ ! -e "$indexers" ]; then
     --queries "${QUERIES:-1024}" ${START:+--start "$START"} --out "$indexers"
   say indexers trained
 fi
-[ -e "$OUT/found-$name.json" ] || own measure --indexers "$indexers" --context "$context" \
-  --topk "$topk" --texts 8 --out "$OUT/found-$name.json" >/dev/null &
 for job in $(seq 0 $((jobs - 1))); do
   own record --indexers "$indexers" --native "$native" --context "$context" --topk "$topk" \
     --steps "${STEPS:-512}" --counts ${COUNTS:-36 6 4} ${RECORDED:+--layers "$RECORDED"} \
@@ -41,6 +39,8 @@ done
 wait
 tail -qn 1 "$work"/record-"$name"-*.log
 say "$(ls "$traces" | wc -l) traces"
+[ -e "$OUT/found-$name.json" ] || own measure --indexers "$indexers" --context "$context" \
+  --topk "$topk" --texts 8 --out "$OUT/found-$name.json" >/dev/null &
 for chosen in ${LAYERS:-8 14 20 26 8,20}; do
   made=$work/memory-$name-${chosen//,/-}
   [ ! -e "$made.safetensors" ] || continue

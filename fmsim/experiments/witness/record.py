@@ -175,7 +175,7 @@ def main() -> None:
             spread_texts(text.load(args.tokens, part), args.context, count)
         )
     ]
-    for part, number, tokens in every[job::jobs]:
+    for part, number, tokens in every[::-1][job::jobs]:  # the fewest, those of the test, first
         path = args.out / f"{part}-{number}.safetensors"
         if path.exists():
             continue
