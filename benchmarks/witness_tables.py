@@ -19,8 +19,8 @@ BOUNDS = ("oracle", "oracle, one set")
 
 
 def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    lines = [head, ["---"] * len(head), *rows]
-    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
+    lines = [f"| {' | '.join(cells)} |" for cells in (head, *rows)]
+    return "\n".join([lines[0], "|---" * len(head) + "|", *lines[1:]])
 
 
 def positions(result: Mapping[str, Any]) -> str:
@@ -74,41 +74,65 @@ def traits(result: Mapping[str, Any]) -> str:
 def ladders(result: Mapping[str, Any], kind: str = "far") -> str:
     """A table a length of the witness, and one of nano's traces: the mean mass kept of ``kind``."""
     parts = []
-    named = {f"witness, {name}": length["ladder"] for name, length in result["lengths"].items()} | {
-        "nano": result["nano"]["ladder"]
-    }
-    for name, ladder in named.items():
-        traces = list(ladder["by_trace"].values())
-        rows = []
+    for name, traces in _traces(result).items():
         best = {
             budget: max(
-                (
-                    value
-                    for label in traces[0]
-                    if label not in BOUNDS
-                    and (value := _kept(traces, label, budget, kind)) is not None
-                ),
-                default=None,
+                value
+                for label in traces[0]
+                if label not in BOUNDS and (value := _kept(traces, label, budget, kind)) is not None
             )
             for budget in LADDER_BUDGETS
         }
-        for label in traces[0]:
-            cells = []
-            for budget in LADDER_BUDGETS:
-                value = _kept(traces, label, budget, kind)
-                cell = "-" if value is None else f"{value:.3f}"
-                if label not in BOUNDS and value is not None and value == best[budget]:
-                    cell = f"**{cell}**"
-                cells.append(cell)
-            rows.append([label, *cells])
-        count = f"{len(traces)} traces" if len(traces) > 1 else "1 trace"
-        parts += [f"{name}, mean of {count}:", "", _table(["mass kept", *LADDER_BUDGETS], rows), ""]
+        rows = [
+            [
+                label,
+                *(_cell(traces, label, budget, kind, best[budget]) for budget in LADDER_BUDGETS),
+            ]
+            for label in traces[0]
+        ]
+        parts += [
+            f"{name}, mean of {len(traces)} traces:",
+            "",
+            _table(["mass kept", *LADDER_BUDGETS], rows),
+            "",
+        ]
     return "\n".join(parts).strip()
+
+
+def short(result: Mapping[str, Any]) -> str:
+    """The far mass at two budgets, the witness beside nano."""
+    columns = [
+        (f"{name}, {budget}", traces, budget)
+        for budget in ("5%", "10% gpu")
+        for name, traces in _traces(result).items()
+    ]
+    labels = next(iter(_traces(result).values()))[0]
+    rows = [
+        [label, *(_cell(traces, label, budget, "far") for _, traces, budget in columns)]
+        for label in labels
+    ]
+    return _table(["far mass kept", *(name for name, _, _ in columns)], rows)
+
+
+def _traces(result: Mapping[str, Any]) -> dict[str, list[Any]]:
+    """Ladders of traces: the witness' by length, and nano's."""
+    lengths = result["lengths"].items()
+    ladders = {f"witness, {name}": length["ladder"] for name, length in lengths}
+    ladders["nano"] = result["nano"]["ladder"]
+    return {name: list(ladder["by_trace"].values()) for name, ladder in ladders.items()}
+
+
+def _cell(
+    traces: Sequence[Any], label: str, budget: str, kind: str, best: float | None = None
+) -> str:
+    value = _kept(traces, label, budget, kind)
+    shown = "-" if value is None else f"{value:.3f}"
+    return f"**{shown}**" if value is not None and value == best and label not in BOUNDS else shown
 
 
 def _kept(traces: Sequence[Any], label: str, budget: str, kind: str) -> float | None:
     """Mean over the traces; None where the policy cannot be on one of them."""
-    found = [trace[label][budget] for trace in traces]
+    found = [trace.get(label, {}).get(budget, "absent") for trace in traces]
     if any(isinstance(one, str) for one in found):
         return None
     return float(np.mean([one[kind] for one in found]))
@@ -125,4 +149,5 @@ PARTS = {
     (PAGE, "traits"): traits,
     (PAGE, "far mass"): ladders,
     (PAGE, "all mass"): lambda result: ladders(result, "all"),
+    ("docs/explanation/lsa.md", "witness"): short,
 }
