@@ -2,12 +2,9 @@
 of the entries.
 
     python benchmarks/foresight.py --out benchmarks/results/ladder.json traces/nano-*.safetensors
-    python benchmarks/foresight.py --grid --out grid.json TRACE...
 
-With `--grid` its numbers are chosen, on traces that no table shows. Those of the training text
-are recorded by `python -m fmsim.nano.measure.record_traces --split train`. Every point of the grid
-is replayed on each trace at each budget, and the score of a choice is its mean over them. The mass
-kept is over windows from the second on.
+The mass kept is over windows from the second on. What `foresight` goes by was fitted on training
+text (`benchmarks/nano/fit_foresight.py`).
 """
 
 from __future__ import annotations
@@ -16,7 +13,6 @@ import argparse
 import datetime
 import json
 from collections.abc import Mapping, Sequence
-from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -33,14 +29,6 @@ from fmsim.trace import read
 
 MODEL = "v4-flash"
 BUDGETS = ("2%", "3%", "5%", "10%", "10% gpu", "12.5% gpu", "25% gpu")
-GRID_BUDGETS = ("5%", "10% gpu", "12.5% gpu", "25% gpu")
-GRID = {
-    "layers": (None, (4,)),
-    "unit": (1e-6, 1e-5, 1e-4, 3e-3),
-    "weight": (0.7, 1.0, 1.25, 1.5),
-    "fade": (0.5,),
-    "prompt_share": (0.15,),
-}
 HELD = {"policy": "lru", "cadence": 64, "on_miss": "mask"}
 RIVALS: dict[str, dict[str, Any]] = {
     "lru held": HELD,
@@ -53,18 +41,8 @@ RIVALS: dict[str, dict[str, Any]] = {
 }
 OWN: dict[str, dict[str, Any]] = {
     "foresight": {"policy": "foresight"},
-    "foresight, one layer": {"policy": "foresight", "layers": (4,)},
 }
-PART = "ladder"  # of benchmarks/results/indexer.md
-
-
-def choices() -> dict[str, dict[str, Any]]:
-    found = {}
-    for values in product(*GRID.values()):
-        given = dict(zip(GRID, values, strict=True))
-        label = " ".join(f"{key}={value}" for key, value in given.items())
-        found[label] = {"policy": "foresight"} | given
-    return found
+PART = "ladder"  # of benchmarks/results/foresight.md
 
 
 def kept(
@@ -125,22 +103,17 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("traces", nargs="+", type=Path)
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--grid", action="store_true")
     args = parser.parse_args()
-    specs = RIVALS | (choices() if args.grid else OWN)
-    budgets = GRID_BUDGETS if args.grid else BUDGETS
-    command = "python benchmarks/foresight.py --out FILE " + (
-        "--grid TRACE..." if args.grid else ""
-    )
+    specs = RIVALS | OWN
     report: dict[str, Any] = {
-        "command": command.strip(),
+        "command": "python benchmarks/foresight.py --out FILE TRACE...",
         "date": f"{datetime.datetime.now(datetime.UTC):%F %T}",
         "model": MODEL,
-        "budgets": budgets,
+        "budgets": BUDGETS,
         "by_trace": {},
     }
     for path in args.traces:
-        found = kept(path, specs, budgets)
+        found = kept(path, specs, BUDGETS)
         report["by_trace"][path.name] = {
             label: [None if value is None else round(value, 4) for value in row]
             for label, row in found.items()

@@ -1,289 +1,229 @@
-"""Fit what `foresight` goes by, a network and the weights of the attention it saw, together.
+"""Fit what `foresight` goes by: an indexer that serves layers, and the weights of the attention
+that a layer saw, together.
 
     python benchmarks/nano/fit_foresight.py DIR --out DIR
 
-DIR holds contexts (`contexts.py`): training ones to learn from, validation ones to choose by. A
-policy's own choices decide what it sees, so the attention it learns from is what the policy before
-it saw, at budgets from 2% to 15% of the entries.
+DIR holds contexts (`contexts.py`): training ones to learn from, validation ones to choose by. The
+loss is the cross-entropy of a softmax over all visible entries, in each layer, against its
+attention in the window to come. A policy's own choices decide what it sees, so the attention that
+is learnt from is what another one saw at budgets from 2% to 15% of the entries: the policy of
+`--first`, or of attention alone. Writes foresight.safetensors, whose metadata hold the weights,
+and fit.json, what it and its rivals keep of validation contexts at equal bytes.
 """
 
 from __future__ import annotations
 
 import argparse
+import datetime
 import json
 import math
-import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from cases import HIDDEN, Case, by_kind, closed_loop, load, lru, oracle
-from indexer_curve import SHIPPED, logits, shipped
+from cases import HIDDEN, Case, Kept, by_kind, closed_loop, lengths, load, lru, oracle
+from indexer_curve import SHIPPED, SPLITS, logits, shipped
 from torch import Tensor, nn
 
-from fmsim.indexer.network import Retriever
+from fmsim.indexer import checkpoint as checkpoints
+from fmsim.indexer.checkpoint import Checkpoint
+from fmsim.indexer.network import ServedIndexer
+from fmsim.policies.foresight import HEAVY, LIGHT
 
 BUDGETS = (0.02, 0.03, 0.05, 0.10)
 SEEN_BUDGETS = (0.02, 0.03, 0.05, 0.10, 0.15)
-KEYS_OF_A_LAYER = 0.0085  # of the entries: what the index keys of one layer of 21 take in slots
-FADE, UNITS = 0.5, (1e-6, 1e-3)
-
-
-@dataclass(frozen=True)
-class Shape:
-    keyed: tuple[int, ...] = (4,)
-    heads: int = 32
-    own_states: bool = True  # head weights from each served layer's state, else the scored one's
-    kept: float = 0.0  # share of the steps, the last, whose loss is the mass not kept
-    held: bool = False  # a feature: held in the window before
-    without: tuple[int, ...] = ()  # features left out
-    heavy: float = 0.0  # what attention on heavy entries counts beside all
-    steps: int = 480
-    lr: float = 2e-3
+# Of the entries: what the index keys of one of V4-Flash's 21 CSA layers take in slots.
+KEYS_OF_A_LAYER = 0.0085
+SPARE = 1.25  # slots that `lsa` holds for what it recalls ahead, to those that it fills
+FADE, PROMPT_SHARE = 0.5, 0.15
+FEATURES = ("weight", "heavy_weight", "prompt_weight", "age_weight")
+FIRST_WEIGHTS = (0.15, 0.15, 0.1, -0.1)
+LAYERS, HEADS, RANK = (4,), 32, 192
 
 
 class Network(nn.Module):
-    """Scores of some layers' keys for each layer that is served, and the weights of what was
-    seen.
-    """
+    """An indexer that serves layers, and the weights of what was seen."""
 
-    def __init__(self, shape: Shape, layers: int = 6, rank: int = 192):
+    def __init__(self, served: int):
         super().__init__()
-        self.shape = shape
-        hidden, dim = SHIPPED.hidden_size, SHIPPED.head_dim
-        self.retrievers = nn.ModuleList(
-            Retriever(hidden, shape.heads, dim, rank, SHIPPED.config) for _ in shape.keyed
-        )
-        size = (len(shape.keyed), layers, shape.heads, hidden)
-        self.served = nn.Parameter(torch.randn(size) * hidden**-0.5)
-        self.weights = nn.Parameter(torch.tensor([0.16, 0.14, 0.09, -0.09, 0.0]))
+        sizes = SHIPPED.hidden_size, HEADS, SHIPPED.head_dim, RANK
+        self.indexer = ServedIndexer(list(LAYERS), served, *sizes, SHIPPED.config)
+        self.weights = nn.Parameter(torch.tensor(FIRST_WEIGHTS))
 
     def scores(self, case: Case) -> Tensor:
         """[W, L, E]."""
-        hidden, keys = case.states(), case.keys(self.shape.keyed)
         turns = case.turns(SHIPPED.config)
-        found = []
-        for n, (layer, retriever) in enumerate(zip(self.shape.keyed, self.retrievers)):
-            query, _ = retriever.queries(hidden[:, layer], turns)
-            products = (query.flatten(0, 1) @ keys[n].T).relu().unflatten(0, (len(query), -1))
-            states = (
-                hidden if self.shape.own_states else hidden[:, layer : layer + 1].expand_as(hidden)
-            )
-            weights = torch.einsum("wlh,lnh->wln", states, self.served[n])
-            found.append(weights * (self.shape.heads * query.shape[-1]) ** -0.5 @ products)
-        return torch.stack(found).amax(0)
+        return self.indexer(case.states()[:, list(LAYERS)], turns, case.keys(LAYERS))
 
     def bonus(self, features: Tensor) -> Tensor:
-        used = torch.tensor([float(n not in self.shape.without) for n in range(len(features))])
-        weights = self.weights[: len(features)] * used.to(features.device)
-        return torch.tensordot(weights.to(features.dtype), features, 1).float()
+        """Of `seen` [F, ...], by their weights."""
+        return torch.tensordot(self.weights.to(features.dtype), features, 1).float()
+
+    def checkpoint(self, training: dict[str, Any]) -> Checkpoint:
+        layers, served = self.indexer.weights()
+        training |= {"weights": dict(zip(FEATURES, self.weights.tolist(), strict=True))}
+        return Checkpoint(layers, SHIPPED.config, None, training, served=served)
 
 
-def features(case: Case, own: Tensor, held: Tensor, visible: Tensor, with_held: bool) -> Tensor:
-    """[F, ..., L, E]: logarithms of what was seen."""
+def seen(case: Case, own: Tensor, window: Tensor) -> Tensor:
+    """[F, ..., L, E]: what `Foresight.score` weighs; own [..., L, E] is the attention of the decode
+    at the start of ``window`` [...].
+    """
     prompt = torch.zeros(case.layers, case.entries, device=case.device)
     prompt[:, : case.prompt_entries] = case.prompt_mass.float()
-    age = (visible.reshape(-1, 1, 1) - torch.arange(case.entries, device=case.device)).clamp(min=0)
-    found = [torch.log2(1 + own.float() / unit) for unit in UNITS]
-    found += [torch.log2(1 + prompt / UNITS[0]).expand_as(own), torch.log2(1 + age).expand_as(own)]
-    return torch.stack(found + ([held.float()] if with_held else []))
+    left = PROMPT_SHARE * FADE ** window[..., None, None].float()
+    attention = own.float() + left * prompt
+    age = case.visible()[window][..., None, None] - torch.arange(case.entries, device=case.device)
+    found = [torch.log2(1 + attention / unit) for unit in (LIGHT, HEAVY)]
+    found += [torch.log2(1 + prompt / LIGHT), torch.log2(1 + age.clamp(min=0))]
+    return torch.stack([each.expand_as(attention) for each in found])
 
 
 def slots(case: Case, keyed: int) -> list[int]:
-    """Entries a layer at each of BUDGETS, where keys of ``keyed`` layers are paid for."""
-    return [max(8, int((b - KEYS_OF_A_LAYER * keyed) * case.prompt_entries)) for b in BUDGETS]
+    """Entries a layer at each of BUDGETS, where the keys of ``keyed`` layers are paid for."""
+    shares = (budget - KEYS_OF_A_LAYER * keyed for budget in BUDGETS)
+    return [max(8, int(share * case.prompt_entries)) for share in shares]
 
 
 @torch.no_grad()
-def run(case: Case, net: Network, sizes: Sequence[int], tables: list | None = None) -> Any:
-    scores, visible = net.scores(case), case.visible()
+def follow(
+    case: Case, net: Network | None, sizes: Sequence[int], tables: list | None = None
+) -> Kept:
+    """The policy of a network, or of attention alone, in a closed loop."""
+    scores = 0.0 if net is None else net.scores(case)
+    weights = torch.tensor(FIRST_WEIGHTS, device=case.device)
 
-    def decide(window: int, seen: dict[str, Tensor]) -> Tensor:
-        found = features(case, seen["own"], seen["held"], visible[window], net.shape.held)
+    def decide(window: int, held: dict[str, Tensor]) -> Tensor:
+        found = seen(case, held["own"], torch.tensor(window, device=case.device))
+        if net is None:
+            return torch.tensordot(weights, found, 1)
         return scores[window] + net.bonus(found)
 
     return closed_loop(case, decide, sizes, FADE, tables)
 
 
-def look(cases: Sequence[Case], net: Network, with_held: bool, rng: np.random.Generator) -> None:
-    """Remember what a policy of ``net`` sees, as features in half precision, and its slots."""
-    for case in cases:
-        case.slots = max(8, int(case.prompt_entries * rng.choice(SEEN_BUDGETS)))
-        tables: list = []
-        run(case, net, [case.slots], tables)
-        own, held = (torch.stack([table[name] for table in tables]) for name in ("own", "held"))
-        case.features = features(case, own, held, case.visible(), with_held).half()
-        case.features_with_held = with_held
-
-
-def loss(net: Network, case: Case, kept: bool) -> Tensor:
-    seen = case.seen()[:, None]
-    worth = (net.scores(case) + net.bonus(case.features)).masked_fill(~seen, HIDDEN)
-    mass = case.window_mass.float() * seen
-    if net.shape.heavy:
-        heavy = case.heavy_mass.float() * seen
-        mass = mass + heavy * (net.shape.heavy * mass.sum() / heavy.sum().clamp(min=1e-6))
-    if kept:
-        cut = worth.detach().topk(case.slots, -1).values[..., -1:]
-        return 1 - (mass * ((worth - cut) / 0.3).sigmoid()).sum() / mass.sum()
-    whole = mass.sum(-1, keepdim=True)
-    logs = worth.log_softmax(-1).masked_fill(~seen, 0.0)
-    return -(mass * logs).sum() / whole.sum()
-
-
 @torch.no_grad()
-def open_loop(net: Network, cases: Sequence[Case]) -> float:
-    """Mass kept at each case's slots, from what was seen."""
-    found: dict[int, list[float]] = {}
-    for case in cases:
-        seen = case.seen()[:, None]
-        worth = (net.scores(case) + net.bonus(case.features)).masked_fill(~seen, HIDDEN)
-        mass = case.window_mass.float() * seen
-        got = mass.gather(-1, worth.topk(case.slots, -1).indices)
-        found.setdefault(case.length, []).append((got[1:].sum() / mass[1:].sum()).item())
-    return float(np.mean([np.mean(each) for each in found.values()]))
+def lsa(case: Case, indexer: nn.Module) -> Kept:
+    """The paper's, at the bytes of `slots`."""
+    scores = logits(indexer, case).amax(0)
+    sizes = [max(8, int(size / SPARE)) for size in slots(case, len(indexer.layers))]
+    return closed_loop(case, lambda window, held: scores[window] + 0 * held["own"], sizes, FADE)
 
 
-def fit(
-    net: Network, train: Sequence[Case], judge: Sequence[Case], until: float, seed: int = 0
-) -> list:
-    """The best by `open_loop` is left in ``net``; -> it by step."""
-    shape, rng = net.shape, np.random.default_rng(seed)
-    slow = [p for p in net.parameters() if p is not net.weights]
-    optimizer = torch.optim.AdamW(
-        [{"params": slow, "base": shape.lr}, {"params": [net.weights], "base": shape.lr}],
-        lr=shape.lr,
-        weight_decay=0.01,
-    )
-    found, best = [], {}
-    for step in range(1, shape.steps + 1):
-        warm = 0.05 * shape.steps
-        rate = min(
-            step / warm, 0.5 * (1 + math.cos(math.pi * max(step - warm, 0) / (shape.steps - warm)))
-        )
+class Lesson:
+    """A stream, with what a policy saw of it, half precision, at one of SEEN_BUDGETS."""
+
+    def __init__(self, case: Case, net: Network | None, rng: np.random.Generator):
+        self.case, tables = case, []
+        self.slots = max(8, int(case.prompt_entries * rng.choice(SEEN_BUDGETS)))
+        follow(case, net, [self.slots], tables)
+        own = torch.stack([table["own"] for table in tables])
+        self.features = seen(case, own, torch.arange(case.windows, device=case.device)).half()
+        self.visible = case.seen()[:, None]
+        self.mass = case.window_mass * self.visible
+
+    def worth(self, net: Network) -> Tensor:
+        """[W, L, E]."""
+        found = net.scores(self.case) + net.bonus(self.features)
+        return found.masked_fill(~self.visible, HIDDEN)
+
+    def loss(self, net: Network) -> Tensor:
+        mass = self.mass.float()
+        logs = self.worth(net).log_softmax(-1).masked_fill(~self.visible, 0.0)
+        return -(mass * logs).sum() / mass.sum()
+
+    @torch.no_grad()
+    def kept(self, net: Network) -> float:
+        """The share of the mass, over windows from the second on."""
+        best = self.worth(net).topk(self.slots, -1).indices
+        mass = self.mass.float()
+        return (mass.gather(-1, best)[1:].sum() / mass[1:].sum()).item()
+
+
+def fit(net: Network, training: list[Lesson], judging: list[Lesson], steps: int) -> list:
+    """AdamW with four streams a step, warm-up and cosine; the best by what is kept of ``judging``
+    is left in ``net``. -> that by step.
+    """
+    optimizer = torch.optim.AdamW(net.parameters(), lr=2e-3, weight_decay=0.01)
+    rng, found, best = np.random.default_rng(0), [], {}
+    for step in range(1, steps + 1):
+        warm = 0.05 * steps
+        rate = 0.5 * (1 + math.cos(math.pi * max(step - warm, 0) / (steps - warm)))
         for group in optimizer.param_groups:
-            group["lr"] = group["base"] * rate
-        kept = step > (1 - shape.kept) * shape.steps
-        for place in rng.choice(len(train), min(4, len(train)), replace=False):
-            (loss(net, train[place], kept) * (4.0 if kept else 1.0) / 4).backward()
+            group["lr"] = 2e-3 * min(step / warm, rate)
+        for place in rng.choice(len(training), min(4, len(training)), replace=False):
+            (training[place].loss(net) / 4).backward()
         torch.nn.utils.clip_grad_norm_(net.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
-        if step % max(shape.steps // 6, 1) == 0:
-            value = open_loop(net, judge)
-            if not found or value > max(v for _, v in found):
-                best = {key: value.clone() for key, value in net.state_dict().items()}
+        if step % max(steps // 6, 1) == 0:
+            value = float(np.mean([lesson.kept(net) for lesson in judging]))
+            if not found or value > max(each for _, each in found):
+                best = {key: each.clone() for key, each in net.state_dict().items()}
             found.append((step, round(value, 4)))
-            if time.time() > until:
-                break
     net.load_state_dict(best)
     return found
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("contexts", type=Path)
-    parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--first", type=Path, help="a network to see with at first")
-    parser.add_argument("--shapes", type=Path, required=True, help="JSON: by name a Shape's fields")
-    parser.add_argument(
-        "--last", type=float, default=0, help="seconds before --until when the best is fitted again"
-    )
-    parser.add_argument("--until", type=float, default=1e12)
+    parser.add_argument("contexts", type=Path, help="folder that contexts.py wrote")
+    parser.add_argument("--out", type=Path, required=True, help="a folder")
+    parser.add_argument("--first", type=Path, help="a checkpoint that this wrote, to see with")
+    parser.add_argument("--steps", type=int, default=600)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     args = parser.parse_args()
     torch.set_float32_matmul_precision("high")
-    dev, began = args.device, time.time()
-    training, judging = (load(args.contexts, name, dev) for name in ("training", "validation"))
-    train, judge = ([case for each in part for case in each] for part in (training, judging))
-    print(f"loaded {len(training)} {len(judging)} in {time.time() - began:.0f} s", flush=True)
-    result: dict[str, Any] = {"budgets": BUDGETS, "closed": {}, "fits": []}
+    contexts = [load(args.contexts, name, args.device) for name in SPLITS]
+    training, judging = ([case for streams in part for case in streams] for part in contexts)
+    first = read(args.first).to(args.device) if args.first else None
+    rng = np.random.default_rng(7)
+    lessons = [[Lesson(case, first, rng) for case in part] for part in (training, judging)]
+    torch.manual_seed(0)
+    net = Network(judging[0].layers).to(args.device)
+    curve = fit(net, *lessons, args.steps)
+    paper = shipped(args.device)
+    device = torch.cuda.get_device_name() if args.device == "cuda" else args.device
+    report = {
+        "date": f"{datetime.datetime.now(datetime.UTC):%F %T}",
+        "command": "python benchmarks/nano/fit_foresight.py DIR --out DIR",
+        "device": device,
+        "contexts": dict(zip(SPLITS, map(lengths, contexts), strict=True)),
+        "budgets": BUDGETS,
+        "kept_by_step": curve,
+        "kept": {
+            "oracle": by_kind(judging, lambda case: oracle(case, slots(case, 0))),
+            "lru held, seeded": by_kind(judging, lambda case: lru(case, slots(case, 0))),
+            "lsa": by_kind(judging, lambda case: lsa(case, paper)),
+            "foresight": by_kind(judging, lambda case: follow(case, net, slots(case, 1))),
+        },
+    }
+    args.out.mkdir(parents=True, exist_ok=True)
+    about = {"contexts": report["contexts"], "steps": args.steps, "device": device}
+    checkpoints.save(net.checkpoint(about), args.out / "foresight.safetensors")
+    (args.out / "fit.json").write_text(json.dumps(report, indent=1) + "\n")
+    for name, rows in report["kept"].items():
+        print(name, rows["mean"])
 
-    def save() -> None:
-        (args.out / "fits.json").write_text(json.dumps(result, indent=1))
 
-    paper = shipped(dev)
-
-    @torch.no_grad()
-    def lsa(case: Case, sizes: Sequence[int]) -> Any:
-        scores = logits(paper, case).amax(0)
-        ahead = [int(size / 1.25) for size in slots(case, 2)]
-        return closed_loop(case, lambda w, seen: scores[w] + 0 * seen["own"], ahead, FADE)
-
-    for name, policy in (("oracle", oracle), ("lru held, seeded", lru), ("lsa", lsa)):
-        result["closed"][name] = by_kind(judge, lambda case: policy(case, slots(case, 0)))
-        print(name, result["closed"][name]["mean"], flush=True)
-    first = Network(Shape(own_states=False)).to(dev)
-    state = torch.load(args.first, weights_only=True, map_location=dev)
-    first.load_state_dict({key: value.float() for key, value in state.items()})
-    seen_with_held = None
-
-    def see(net: Network, with_held: bool) -> None:
-        nonlocal seen_with_held
-        look(train + judge, net, with_held, np.random.default_rng(7))
-        seen_with_held = with_held
-
-    best: tuple[float, Network | None, str] = (0.0, None, "")
-
-    def attempt(name: str, net: Network) -> None:
-        nonlocal best
-        t = time.time()
-        curve = fit(net, train, judge, args.until - 25)
-        taken = time.time() - t
-        keyed = len(net.shape.keyed)
-        rows = by_kind(judge, lambda case: run(case, net, slots(case, keyed)))
-        result["closed"][name] = rows
-        result["fits"].append(
-            {
-                "name": name,
-                "shape": asdict(net.shape),
-                "weights": net.weights.tolist(),
-                "curve": curve,
-                "seconds": round(taken, 1),
-            }
+def read(path: Path) -> Network:
+    """A network from the checkpoint that it was written to."""
+    found = checkpoints.load(path)
+    net = Network(len(found.served[LAYERS[0]]))
+    parts = {"wq_a": "wq_a.weight", "q_norm": "q_norm_weight", "wq_b": "wq_b.weight"}
+    state = {
+        f"indexer.retrievers.{n}.{parts[part]}": torch.from_numpy(
+            getattr(found.layers[layer], part)
         )
-        merit = sum(rows["mean"][0]) + sum(rows["mean"][1])
-        print(
-            name,
-            rows["mean"],
-            [round(w, 3) for w in net.weights.tolist()],
-            curve,
-            f"{taken:.0f} + {time.time() - t - taken:.0f} s",
-            flush=True,
-        )
-        if merit > best[0]:
-            best = (merit, net, name)
-            torch.save(
-                {key: value.half() for key, value in net.state_dict().items()}, args.out / "best.pt"
-            )
-            result["best"] = name
-        save()
-
-    rows = by_kind(judge, lambda case: run(case, first, slots(case, 1)))
-    result["closed"]["first"] = rows
-    print("first", rows["mean"], flush=True)
-    for name, fields in json.loads(args.shapes.read_text()).items():
-        if time.time() > args.until - args.last:
-            break
-        fields["keyed"] = tuple(fields.get("keyed", (4,)))
-        fields["without"] = tuple(fields.get("without", ()))
-        shape = Shape(**fields)
-        if seen_with_held != shape.held:
-            see(first, shape.held)
-            print(f"saw in {time.time() - began:.0f} s", flush=True)
-        torch.manual_seed(0)
-        attempt(name, Network(shape).to(dev))
-    if args.last and best[1] is not None:
-        found = best[1]
-        see(found, found.shape.held)
-        again = Network(
-            Shape(**(asdict(found.shape) | {"steps": 600, "kept": 0.5, "lr": 1e-3}))
-        ).to(dev)
-        again.load_state_dict(found.state_dict())
-        attempt(best[2] + ", again", again)
+        for n, layer in enumerate(LAYERS)
+        for part in parts
+    }
+    state["indexer.served"] = torch.from_numpy(np.stack([found.served[layer] for layer in LAYERS]))
+    state["weights"] = torch.tensor([found.training["weights"][name] for name in FEATURES])
+    net.load_state_dict(state)
+    return net
 
 
 if __name__ == "__main__":

@@ -350,7 +350,7 @@ def _contents(policy: Policy) -> dict[str, Any]:
     plain = policy.params.model_dump(mode="json")
     for name, value in policy.params:
         if name == "checkpoint" and value is None:
-            value = SHIPPED
+            value = getattr(policy, "default_checkpoint", SHIPPED)
         if isinstance(value, Path) and value.is_file():
             plain[name] = _file_digest(str(value))
     return plain

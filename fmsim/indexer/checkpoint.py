@@ -39,6 +39,7 @@ MOST_BYTES = 4 * 2**30  # published ones have 50 MB
 SERVED = "served_proj.weight"
 KEY = re.compile(r"retrievers\.l(\d+)\.(.+)")
 SHIPPED = Path(__file__).parents[1] / "nano" / "model" / "indexer.safetensors"
+FORESIGHT = SHIPPED.with_name("foresight.safetensors")  # its heads are weighed for each layer
 
 
 @dataclass(frozen=True)

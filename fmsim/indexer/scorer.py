@@ -205,6 +205,18 @@ def layer_logits(
     return xp.stack(scored, axis=0)
 
 
+def served_logits(weights: LayerWeights, config: ScorerConfig, served, hidden, position: int, keys):
+    """One layer's keys [E, D] scored for each of L layers that attend: float32 [L, E].
+
+    As `logits`, but that the heads are weighed by each row of ``served`` [L, heads, hidden_size]
+    in the place of ``weights_proj``: the products of queries and keys are the same for all.
+    """
+    xp = array_namespace(hidden)
+    query, _ = queries(weights, config, hidden, position)
+    head_weights = (served @ hidden) * (weights.heads * weights.head_dim) ** -0.5
+    return xp.permute_dims(logits(query, xp.permute_dims(head_weights, (1, 0)), keys), (1, 0))
+
+
 def combine(scored, how: str):
     """One logit an entry of [L, E]: the layers' ``max`` (a union of their sets) or ``mean``."""
     xp = array_namespace(scored)

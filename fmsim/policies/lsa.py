@@ -30,7 +30,7 @@ from fmsim.policies.base import (
 from fmsim.policies.budget import Budget
 
 
-def digest(config: Any, rows: Sequence[int], parts: Sequence[LayerWeights]) -> bytes:
+def digest(config: Any, rows: Sequence[int], parts: Sequence[Sequence[Any]]) -> bytes:
     """Of all that an indexer's logits depend on beside the state."""
     found = hashlib.blake2b(repr((config, list(rows))).encode(), digest_size=16)
     for weights in parts:
@@ -54,6 +54,7 @@ class LSA(LookaheadPolicy):
     action = "hierarchical"
     evidence: ClassVar[Evidence] = "predicted_future"
     decision_scope: ClassVar[DecisionScope] = "request"
+    default_checkpoint: ClassVar[Path] = checkpoint.SHIPPED
 
     class Params(PolicyParams):
         budget: Budget = Field(
@@ -121,6 +122,7 @@ class LSA(LookaheadPolicy):
                 " policy"
             )
         loaded, state = self._load(), ctx.lookahead(0)
+        self.loaded = loaded
         numbers = list(ctx.csa_numbers or range(ctx.n_layers))
         self.layers = self._layers_of(loaded)
         scored = replace(loaded, layers={layer: loaded.layers[layer] for layer in self.layers})
@@ -156,7 +158,7 @@ class LSA(LookaheadPolicy):
         return tuple(self._layers_of(self._load()))
 
     def _load(self) -> Checkpoint:
-        return checkpoint.load(self.params.checkpoint or checkpoint.SHIPPED)
+        return checkpoint.load(self.params.checkpoint or self.default_checkpoint)
 
     def _layers_of(self, loaded: Checkpoint) -> list[int]:
         """The layers that are scored."""
@@ -191,22 +193,25 @@ class LSA(LookaheadPolicy):
         )
 
     def _logits(self, state: LookaheadState) -> Array:
-        """float32 [layers, n entries] of a state, once for all policies that share it."""
+        """float32 [G or 1, n entries] of a state, once for all policies that share it."""
         if self._digest not in state.known:
-            xp = self.ctx.xp
-            hidden, keys = (
-                [xp.astype(array[row], xp.float64) for row in self.rows]
-                for array in (state.hidden, state.keys)
-            )
-            found = scorer.layer_logits(self.weights, self.config, hidden, state.position, keys)
-            state.known[self._digest] = xp.astype(found, xp.float32)
-        return state.known[self._digest]
+            scored = self._scored_by(state)
+            state.known[self._digest] = self.ctx.xp.astype(scored, self.ctx.xp.float32)
+        found = state.known[self._digest]
+        return found if self.scores_apart else scorer.combine(found, self.params.combine)[None]
+
+    def _scored_by(self, state: LookaheadState) -> Array:
+        """float64 [layers scored, n entries]."""
+        xp = self.ctx.xp
+        hidden, keys = (
+            [xp.astype(array[row], xp.float64) for row in self.rows]
+            for array in (state.hidden, state.keys)
+        )
+        return scorer.layer_logits(self.weights, self.config, hidden, state.position, keys)
 
     def score(self, step: int) -> Array:
         state, xp = self._state(step), self.ctx.xp
         logits = self._logits(state)
-        if not self.scores_apart:
-            logits = scorer.combine(logits, self.params.combine)[None]
         pages = self.ctx.pages(state.n_entries)
         missing = pages * self.ctx.granularity - state.n_entries
         padding = xp.full(

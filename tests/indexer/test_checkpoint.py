@@ -145,8 +145,11 @@ def test_our_header_survives(tmp_path):
         for layer in (0, 3)
     }
     config = ScorerConfig(2, 1e4, Yarn(4.0, 512), hadamard=True, norm_eps=1e-5)
-    checkpoint.save(Checkpoint(weights, config, 0.37, {"seed": 5}), tmp_path / "a.safetensors")
+    served = {layer: random.standard_normal((6, 2, 7)).astype(np.float32) for layer in weights}
+    ours = Checkpoint(weights, config, 0.37, {"seed": 5}, served=served)
+    checkpoint.save(ours, tmp_path / "a.safetensors")
     found = checkpoint.load(tmp_path / "a.safetensors")
+    assert all(np.array_equal(found.served[layer], served[layer]) for layer in (0, 3))
     assert (found.config, found.threshold, found.training) == (config, 0.37, {"seed": 5})
     assert all(
         np.array_equal(x, y)
@@ -164,6 +167,12 @@ def drop(key):
     [
         (lambda tensors: tensors.clear(), "no retrievers"),
         (drop("retrievers.l12.wq_b.weight"), r"l12 lacks wq_b\.weight"),
+        (
+            lambda tensors: tensors.update(
+                {"retrievers.l10.served_proj.weight": np.zeros((6, 3, 12), np.float32)}
+            ),
+            "serve as many layers in every retriever",
+        ),
         (lambda tensors: tensors.update(other=np.zeros(3, np.float32)), "'other' is not"),
         (
             lambda tensors: tensors.update(

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from fmsim.errors import FmsimError
 from fmsim.indexer import checkpoint, scorer
-from fmsim.indexer.network import MemoryIndexer
+from fmsim.indexer.network import MemoryIndexer, ServedIndexer
 from fmsim.indexer.scorer import PUBLISHED, LayerWeights, ScorerConfig, Yarn
 from fmsim.trace import float8
 
@@ -96,6 +96,29 @@ def test_both_renderings_equal_the_formula(
             torch.from_numpy(hidden[[0, 2]])[None], rotation, torch.from_numpy(keys[[0, 2]])
         )
     np.testing.assert_allclose(trained[:, 0], expected, atol=tolerance)
+
+
+@settings(max_examples=10, deadline=None)
+@given(heads=st.integers(1, 4), hadamard=st.booleans(), seed=st.integers(0, 99))
+def test_served_layers_weigh_one_layers_heads_anew(heads, hadamard, seed):
+    """Each by the formula, with its own head weights."""
+    config, random = ScorerConfig(4, 160_000.0, hadamard=hadamard), np.random.default_rng(seed)
+    torch.manual_seed(seed)
+    model = ServedIndexer([1], 3, 12, heads, 8, 6, config)
+    layers, served = model.weights()
+    hidden = random.standard_normal(12).astype(np.float32)
+    keys = random.standard_normal((20, 8)).astype(np.float32)
+    own = [layers[1]._replace(weights_proj=weights) for weights in served[1]]
+    expected = np.stack([formula(weights, config, hidden, 500, keys) for weights in own])
+    tolerance = 1e-5 * max(1.0, float(np.abs(expected).max()))
+    found = scorer.served_logits(layers[1], config, served[1], hidden, 500, keys)
+    np.testing.assert_allclose(found, expected, atol=tolerance)
+    with torch.no_grad():
+        rotation = tuple(map(torch.from_numpy, scorer.rotation(config, np.array([500]))))
+        trained = model(
+            torch.from_numpy(hidden)[None, None], rotation, torch.from_numpy(keys)[None]
+        )
+    np.testing.assert_allclose(trained[0], expected, atol=tolerance)
 
 
 @pytest.mark.parametrize("position", [0, 3, 65_536, 1_000_003])

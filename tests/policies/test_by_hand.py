@@ -1,5 +1,6 @@
 """Worths, pins and budgets in numbers, and what the guard refuses."""
 
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -110,30 +111,45 @@ def test_stale_history_is_that_of_the_window_before(weights):
     assert worths(policy)[0] == pytest.approx(1)  # log2(1 + 1)
 
 
-def test_foresight_adds_the_logarithm_of_a_layers_own_attention(weights):
-    """Two layers share the logits 0 1 2 3 0 1. The prompt put 0.06 on page 1 in layer 0 alone,
-    half of which is three units: log2(1 + 3) = 2. In layer 1 a step puts 0.07 on page 0: log2(1 +
-    7) = 3. After a decision half is left: log2(1 + 1.5) and log2(1 + 3.5).
+def test_foresight_adds_logarithms_of_what_a_layer_attended_to(weights, tmp_path):
+    """The prompt put 3e-6 on page 1 in layer 0 alone: log2(1 + 3) = 2. In layer 1 a step puts 7e-3
+    on page 0: log2(1 + 7) = 3 in units of 1e-3. After a decision half is left of that, of the
+    prompt's all. Layer 1 weighs the one head twice, and has twice the logits 0 1 2 3 0 1.
     """
+    found = checkpoint.load(weights)
+    served = np.array([[[1.0]], [[2.0]]], np.float32)
+    checkpoint.save(replace(found, served={0: served}), tmp_path / "served.safetensors")
     mass = np.zeros((2, 8), np.float32)
-    mass[0, 1] = 0.06
-    policy = Foresight(checkpoint=weights, cadence=4, unit=0.01, weight=1, prompt_share=0.5)
+    mass[0, 1] = 3e-6
+    given = {
+        "weight": 0,
+        "heavy_weight": 1,
+        "prompt_weight": 0.5,
+        "age_weight": 0,
+        "prompt_share": 0,
+    }
+    policy = Foresight(checkpoint=tmp_path / "served.safetensors", cadence=4, **given)
     policy.reset(Context(2, 2, 8, 4, 1, 6, 2, 16, tau=4, lookahead=lookahead, prompt_mass=mass))
     policy.decide(0)
     pages = np.broadcast_to(np.arange(6, dtype=np.int32), (2, 6))
-    assert policy.worth(0, pages)[0] == pytest.approx([0, 3, 2, 3, 0, 1], rel=1e-4)
-    assert policy.worth(0, pages)[1] == pytest.approx([0, 1, 2, 3, 0, 1], rel=1e-4)
+    logits = np.array([0.0, 1, 2, 3, 0, 1])
+    prompt = np.array([0.0, 1, 0, 0, 0, 0])
+    assert policy.worth(0, pages)[0] == pytest.approx(logits + prompt, rel=1e-4)
+    assert policy.worth(0, pages)[1] == pytest.approx(2 * logits, rel=1e-4)
     row = np.array([[-1], [0]], np.int32)
     here = row >= 0
-    policy.observe(1, Observation(row, here.astype(np.int32), 0.07 * here, here, ~here))
-    policy.decide(4)
-    assert policy.worth(4, pages)[0] == pytest.approx([0, 3, 2, 3, 0, 1], rel=1e-4)
-    assert policy.worth(4, pages)[1] == pytest.approx([3, 1, 2, 3, 0, 1], rel=1e-4)
-    policy.decide(8)
-    worth = policy.worth(8, pages)
-    assert worth[0] == pytest.approx([0, 1 + np.log2(2.5), 2, 3, 0, 1], rel=1e-4)
-    assert worth[1] == pytest.approx([np.log2(4.5), 1, 2, 3, 0, 1], rel=1e-4)
+    policy.observe(1, Observation(row, here.astype(np.int32), 7e-3 * here, here, ~here))
+    for step, bonus in ((4, 3), (8, np.log2(4.5))):
+        policy.decide(step)
+        assert policy.worth(step, pages)[0] == pytest.approx(logits + prompt, rel=1e-4)
+        assert policy.worth(step, pages)[1, 0] == pytest.approx(bonus, rel=1e-4)
     assert policy.floor is None and not policy.decides_ahead
+    shared = Foresight(checkpoint=weights, cadence=4, **given | {"age_weight": -1})
+    shared.reset(Context(2, 2, 8, 4, 1, 6, 2, 16, tau=4, lookahead=lookahead))
+    shared.decide(0)  # one logit for all layers; ages are 6 to 1 entries
+    assert shared.worth(0, pages) == pytest.approx(
+        np.stack([logits - np.log2(1 + np.arange(6, 0, -1))] * 2), rel=1e-4, abs=1e-6
+    )
 
 
 def test_prefetch_takes_the_best_that_are_not_there_every_spacing_steps(weights):

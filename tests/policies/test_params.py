@@ -55,7 +55,8 @@ DEFAULTS = {
     "lsa-history": LSA | HISTORY | {"weight": "1.0", "fade": "0.5"},
     "foresight": LSA
     | {"scope": "per_layer", "stale": "False", "recent_entries": "4"}
-    | {"weight": "0.7", "unit": "1e-06", "fade": "0.5", "prompt_share": "0.15"},
+    | {"weight": "0.154", "heavy_weight": "0.137", "prompt_weight": "0.097"}
+    | {"age_weight": "-0.097", "fade": "0.5", "prompt_share": "0.15"},
     "native": LSA | {"scope": "per_layer", "sees": "all"},
     "oracle": TENTH | {"cadence": "64"},
     "belady": {},
@@ -89,7 +90,7 @@ TINY, BELOW_ONE = math.ulp(0.0), math.nextafter(1.0, 0.0)
         ("lsa-history", "weight", 0.0, None),
         ("lsa-history", "fade", 0.0, 1.0),
         ("foresight", "weight", 0.0, None),
-        ("foresight", "unit", TINY, None),
+        ("foresight", "heavy_weight", 0.0, None),
         ("foresight", "fade", 0.0, 1.0),
         ("foresight", "prompt_share", 0.0, None),
         ("oracle", "cadence", 1, None),
