@@ -5,7 +5,7 @@ to.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar, Literal
@@ -30,7 +30,7 @@ from fmsim.policies.base import (
 from fmsim.policies.budget import Budget
 
 
-def digest(config: Any, rows: Sequence[int], parts: Sequence[Sequence[Any]]) -> bytes:
+def digest(config: Any, rows: Sequence[int], parts: Iterable[Iterable[Any]]) -> bytes:
     """Of all that an indexer's logits depend on beside the state."""
     found = hashlib.blake2b(repr((config, list(rows))).encode(), digest_size=16)
     for weights in parts:
