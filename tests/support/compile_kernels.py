@@ -35,6 +35,11 @@ KINDS = (
     r"|wgmma\.mma_async[\w.]*|mma\.sync[\w.]*"
 )
 SHARED_BYTES = 227 * 1024  # that one program can have on sm_90
+ALIGNED = [["tt.divisibility", 16]]
+
+
+def pointer(tensor: torch.Tensor) -> str:
+    return f"*{TYPES[tensor.dtype]}"
 
 
 def compile_launch(function: JITFunction, *args, grid, warmup, **kwargs) -> None:
@@ -46,10 +51,10 @@ def compile_launch(function: JITFunction, *args, grid, warmup, **kwargs) -> None
         if parameter.is_constexpr:
             signature[parameter.name], constants[(number,)] = "constexpr", value
         elif isinstance(value, torch.Tensor):
-            signature[parameter.name], attributes[(number,)] = (
-                f"*{TYPES[value.dtype]}",
-                [["tt.divisibility", 16]],
-            )
+            signature[parameter.name], attributes[(number,)] = pointer(value), ALIGNED
+        elif isinstance(value, tuple):  # of tensors
+            signature[parameter.name] = tuple(map(pointer, value))
+            attributes |= {(number, place): ALIGNED for place in range(len(value))}
         elif value == 1:  # Triton makes a constant of it
             signature[parameter.name], constants[(number,)] = "constexpr", 1
         elif isinstance(value, float):
@@ -57,7 +62,7 @@ def compile_launch(function: JITFunction, *args, grid, warmup, **kwargs) -> None
         else:
             signature[parameter.name] = "i32"
             if value % 16 == 0:
-                attributes[(number,)] = [["tt.divisibility", 16]]
+                attributes[(number,)] = ALIGNED
     compiled = triton.compile(
         ASTSource(function, signature, constants, attributes), target=TARGET, options=options
     )

@@ -15,6 +15,7 @@ from fmsim.exec.kernels.hyper_connection import Pending, enter_triton, read_out_
 from fmsim.exec.kernels.index_score import index_scores_triton
 from fmsim.exec.kernels.layout import KEY, LATENT, plain
 from fmsim.exec.kernels.linear import linear_triton
+from fmsim.exec.kernels.memory_score import memory_scores_triton
 from fmsim.exec.kernels.norm_rope import norm_rope_triton
 from fmsim.exec.kernels.one_row import one_row_triton
 from fmsim.exec.kernels.rms_norm import rms_norm_triton
@@ -47,6 +48,20 @@ def scores(layout, heads, dtype, per_page=64):
             pool,
             layout,
             whole(BATCH, PAGES),
+            whole(BATCH),
+        )
+
+    return launch
+
+
+def memory_scores(layers=3, heads=128):
+    def launch():
+        memory_scores_triton(
+            zeros(layers, BATCH, heads, KEY.width, dtype=torch.bfloat16),
+            zeros(layers, BATCH, heads),
+            [KEY.new_pool(PAGES, 64) for _ in range(layers)],
+            KEY,
+            [whole(BATCH, PAGES) for _ in range(layers)],
             whole(BATCH),
         )
 
@@ -237,7 +252,7 @@ LAUNCHES = {
     "index_scores, float8 queries": scores(KEY, 64, torch.float8_e4m3fn),
     "index_scores, single entries": scores(KEY, 64, torch.bfloat16, per_page=1),
     "index_scores, nano": scores(plain(torch.bfloat16, 32), 4, torch.bfloat16),
-    "memory_scores": scores(KEY, 128, torch.bfloat16),
+    "memory_scores": memory_scores(),
     "top_k": selection(False),
     "top_k, few entries": selection(False, 4096),
     "top_k, preselected": selection(True),

@@ -27,22 +27,31 @@ COLUMNS = 4 * BLOCK  # of a weight: its scales lie in rows of 16 bytes
 
 
 def by_cublas(rows: Tensor, weight: Tensor, scale: Tensor, groups: int) -> Tensor:
-    """As `linear` with rounded rows, in one group."""
+    """As `linear` with rounded rows; groups one after another."""
     from torch.nn.functional import ScalingType, scaled_mm
 
-    if groups > 1:
-        raise ValueError("one product at a time")
-    codes, scales = round_rows(rows, ROWS)
-    out = scaled_mm(
-        codes,
-        weight.T,
-        scales.T,
-        ScalingType.BlockWise1x128,
-        scale.T,
-        ScalingType.BlockWise128x128,
-        output_dtype=rows.dtype,
+    codes, scales = round_rows(rows, ROWS, weight)
+    inputs = weight.shape[1]
+    parts = zip(
+        codes.split(inputs, 1),
+        scales.split(inputs // BLOCK),
+        weight.chunk(groups),
+        scale.chunk(groups),
+        strict=True,
     )
-    return out[: len(rows)]
+    products = [
+        scaled_mm(
+            codes,
+            weight.T,
+            scales.T,
+            ScalingType.BlockWise1x128,
+            scale.T,
+            ScalingType.BlockWise128x128,
+            output_dtype=rows.dtype,
+        )[: len(rows)]
+        for codes, scales, weight, scale in parts
+    ]
+    return products[0] if groups == 1 else torch.cat(products, 1)
 
 
 Way = Callable[[Tensor, Tensor, Tensor, int], Tensor]
@@ -57,7 +66,7 @@ def product(rows: Tensor, weight: Tensor, scale: Tensor, groups: int) -> Tensor 
     outputs, inputs = weight.shape
     if not (rows.is_cuda and _is_hopper(rows.device)):
         return None
-    if inputs % COLUMNS or outputs % BLOCK or rows.dtype != torch.bfloat16:
+    if inputs % COLUMNS or outputs // groups % BLOCK or rows.dtype != torch.bfloat16:
         return None
     shape = (outputs, inputs, groups)
     for name in order(torch.cuda.get_device_name(rows.device), len(rows), *shape):

@@ -109,45 +109,64 @@ def index_scores_triton(
     tune: tuning.IndexScoresTuning | None = None,
 ) -> Scores:
     tune = tune or tuning.INDEX_SCORES
-    batch, heads, width = queries.shape
-    per_page = layout.per_page(pool)
-    entries = table.shape[1] * per_page
-    out = out or new_scores(batch, entries, queries.device)
-    block, in_page = blocks_of(per_page, tune)
-    splits = max(1, min(cdiv(entries, block), tune.programs // batch))
+    out = out or new_scores(len(queries), table.shape[1] * layout.per_page(pool), queries.device)
+    score_layers(queries[None], weights[None], (pool,), layout, (table,), lengths, out, "", tune)
+    return out
+
+
+def score_layers(
+    queries: Tensor,
+    weights: Tensor,
+    pools: tuple[Tensor, ...],
+    layout: Layout,
+    tables: tuple[Tensor, ...],
+    lengths: Tensor,
+    out: Scores,
+    combine: str,
+    tune: tuning.IndexScoresTuning,
+    joins: bool = False,
+) -> None:
+    """One launch over a few layers, ``queries`` [L, B, H, D], whose scores ``combine`` "max" or
+    "sum" makes one; it ``joins`` them to what ``out`` holds.
+    """
+    layers, batch, heads, width = queries.shape
+    per_page = layout.per_page(pools[0])
+    alike = {(pool.stride(0), table.stride(0)) for pool, table in zip(pools, tables, strict=True)}
+    assert len(alike) == 1, "all layers' pages and tables lie alike"
+    # of one page, where pages are no smaller than a group
+    block = math.gcd(tune.block_entries, per_page)
+    in_page = block >= GROUP
+    block = block if in_page else tune.block_entries
+    splits = max(1, min(cdiv(tables[0].shape[1] * per_page, block), tune.programs // batch))
     _index_scores[(batch, splits)](
         queries,
         weights,
-        pool,
-        table,
+        pools,
+        tables,
         lengths,
         out.scores,
         out.maxima,
-        table.stride(0),
+        queries.stride(0),
+        weights.stride(0),
+        tables[0].stride(0),
         out.scores.stride(0),
         out.maxima.stride(0),
+        LAYERS=layers,
         HEADS=heads,
         HEADS_PADDED=max(16, next_power_of_2(heads)),
         WIDTH=width,
         KIND=triton_kind(layout),
         PER_PAGE=per_page,
-        PAGE_BYTES=pool.stride(0),
+        PAGE_BYTES=pools[0].stride(0),
         BLOCK=block,
         IN_PAGE=in_page,
         GROUP=GROUP,
+        COMBINE=combine,
+        JOINS=joins,
         STAGES=tune.stages,
         num_warps=tune.warps,
         **overlapped(queries),
     )
-    return out
-
-
-def blocks_of(per_page: int, tune: tuning.IndexScoresTuning) -> tuple[int, bool]:
-    """Entries of a block, and whether they are of one page: so where pages are no smaller than a
-    group.
-    """
-    block = math.gcd(tune.block_entries, per_page)
-    return (block, True) if block >= GROUP else (tune.block_entries, False)
 
 
 @triton.jit
@@ -165,60 +184,17 @@ def _pages(
 def _index_scores(
     queries,
     weights,
-    pool,
-    table,
+    pools,
+    tables,
     lengths,
     scores,
     maxima,
+    queries_stride,
+    weights_stride,
     table_stride,
     scores_stride,
     maxima_stride,
-    HEADS: tl.constexpr,
-    HEADS_PADDED: tl.constexpr,
-    WIDTH: tl.constexpr,
-    KIND: tl.constexpr,
-    PER_PAGE: tl.constexpr,
-    PAGE_BYTES: tl.constexpr,
-    BLOCK: tl.constexpr,
-    IN_PAGE: tl.constexpr,
-    GROUP: tl.constexpr,
-    STAGES: tl.constexpr,
-):
-    """One program: a run of blocks of one sequence's entries."""
-    after_previous()
-    b = tl.program_id(0).to(tl.int64)
-    score_run(
-        queries + b * HEADS * WIDTH,
-        weights + b * HEADS,
-        pool,
-        table + b * table_stride,
-        tl.load(lengths + b),
-        scores + b * scores_stride,
-        maxima + b * maxima_stride,
-        HEADS,
-        HEADS_PADDED,
-        WIDTH,
-        KIND,
-        PER_PAGE,
-        PAGE_BYTES,
-        BLOCK,
-        IN_PAGE,
-        GROUP,
-        "",
-        True,
-        STAGES,
-    )
-
-
-@triton.jit
-def score_run(
-    queries,
-    weights,
-    pool,
-    table,
-    length,
-    scores,
-    maxima,
+    LAYERS: tl.constexpr,
     HEADS: tl.constexpr,
     HEADS_PADDED: tl.constexpr,
     WIDTH: tl.constexpr,
@@ -229,53 +205,63 @@ def score_run(
     IN_PAGE: tl.constexpr,
     GROUP: tl.constexpr,
     COMBINE: tl.constexpr,
-    LAST: tl.constexpr,
+    JOINS: tl.constexpr,
     STAGES: tl.constexpr,
 ):
-    """Scores of the program's run of blocks of one sequence, whose pointers are given; COMBINE
-    "max" or "sum" joins them to those that are there. Maxima are written where they are the LAST.
+    """One program: a run of blocks of one sequence's entries, each in all layers.
 
     Pages' numbers are read a block ahead, so that the keys' loads wait for no other load and STAGES
     - 1 blocks of them are on the way. A block that lies IN_PAGE has one number, which leaves little
     arithmetic; it is read whole, beyond the length too.
     """
+    after_previous()
+    b, split = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    length = tl.load(lengths + b)
     blocks = tl.cdiv(length, BLOCK)
     share = tl.cdiv(blocks, tl.num_programs(1))
-    first = tl.program_id(1) * share
-    last = tl.minimum(first + share, blocks)
+    first, last = split * share, tl.minimum((split + 1) * share, blocks)
     head, lane, row = tl.arange(0, HEADS_PADDED), tl.arange(0, WIDTH), tl.arange(0, BLOCK)
-    next_page = _pages(table, first, length, BLOCK, IN_PAGE, PER_PAGE)
+    scores, maxima = scores + b * scores_stride, maxima + b * maxima_stride
     exists = head < HEADS
-    # [WIDTH, HEADS_PADDED]
-    query = tl.load(
-        queries + head[None, :] * WIDTH + lane[:, None], mask=exists[None, :], other=0.0
-    )
-    if query.dtype != tl.float8e4nv:  # float8 queries meet float8 keys as they are
-        query = product_operand(query)
-    weight = tl.load(weights + head, mask=exists, other=0.0).to(tl.float32)
+    # of each layer
+    next_pages, asked, scales = (), (), ()
+    for layer in tl.static_range(LAYERS):
+        table = tables[layer] + b * table_stride
+        next_pages += (_pages(table, first, length, BLOCK, IN_PAGE, PER_PAGE),)
+        places = queries + layer * queries_stride + b * HEADS * WIDTH
+        query = tl.load(
+            places + head[None, :] * WIDTH + lane[:, None], mask=exists[None, :], other=0.0
+        )  # [WIDTH, HEADS_PADDED]
+        if query.dtype != tl.float8e4nv:  # float8 queries meet float8 keys as they are
+            query = product_operand(query)
+        asked += (query,)
+        places = weights + layer * weights_stride + b * HEADS
+        scales += (tl.load(places + head, mask=exists, other=0.0).to(tl.float32),)
     for block in tl.range(first, last, num_stages=STAGES):
         entry = block * BLOCK + row
         inside = entry < length
-        page, next_page = next_page, _pages(table, block + 1, length, BLOCK, IN_PAGE, PER_PAGE)
-        present = page >= 0
-        start = pool + tl.maximum(page, 0).to(tl.int64) * PAGE_BYTES
-        if IN_PAGE:
-            number, valid = block * BLOCK % PER_PAGE + row, tl.full([BLOCK], 1, tl.int1)
-        else:
-            number, valid = entry % PER_PAGE, present
-        keys, scale = load_keys(start, number, valid, KIND, WIDTH, PER_PAGE)
-        # [BLOCK, HEADS_PADDED]
-        products = tl.dot(keys.to(query.dtype), query, input_precision="ieee")
-        score = tl.sum(tl.maximum(products, 0.0) * weight[None, :], 1) * scale
-        score = tl.where(present, score, float("-inf"))
+        pages, next_pages = next_pages, ()
         at = scores + entry
-        if COMBINE == "max":
-            score = tl.maximum(score, tl.load(at, mask=inside, other=float("-inf")))
-        if COMBINE == "sum":
-            score = score + tl.load(at, mask=inside, other=0.0)
+        score = tl.full([BLOCK], 0.0 if COMBINE == "sum" else float("-inf"), tl.float32)
+        if JOINS:
+            score = tl.load(at, mask=inside, other=float("-inf"))
+        for layer in tl.static_range(LAYERS):
+            page, table = pages[layer], tables[layer] + b * table_stride
+            next_pages += (_pages(table, block + 1, length, BLOCK, IN_PAGE, PER_PAGE),)
+            present = page >= 0
+            start = pools[layer] + tl.maximum(page, 0).to(tl.int64) * PAGE_BYTES
+            if IN_PAGE:
+                number, valid = block * BLOCK % PER_PAGE + row, tl.full([BLOCK], 1, tl.int1)
+            else:
+                number, valid = entry % PER_PAGE, present
+            keys, scale = load_keys(start, number, valid, KIND, WIDTH, PER_PAGE)
+            # [BLOCK, HEADS_PADDED]
+            products = tl.dot(keys.to(asked[layer].dtype), asked[layer], input_precision="ieee")
+            more = tl.sum(tl.maximum(products, 0.0) * scales[layer][None, :], 1) * scale
+            more = tl.where(present, more, float("-inf"))
+            score = score + more if COMBINE == "sum" else tl.maximum(score, more)
         score = tl.where(inside, score, float("-inf"))
         tl.store(at, score, mask=inside)
-        if LAST:
-            group = block * (BLOCK // GROUP) + tl.arange(0, BLOCK // GROUP)
-            highest = tl.max(tl.reshape(score, [BLOCK // GROUP, GROUP]), 1)
-            tl.store(maxima + group, highest, mask=group * GROUP < length)
+        group = block * (BLOCK // GROUP) + tl.arange(0, BLOCK // GROUP)
+        highest = tl.max(tl.reshape(score, [BLOCK // GROUP, GROUP]), 1)
+        tl.store(maxima + group, highest, mask=group * GROUP < length)

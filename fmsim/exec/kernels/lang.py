@@ -114,3 +114,17 @@ def read_share_ahead(weights, LINES: tl.constexpr):
         for first in range(0, tl.cdiv(LINES, count), 128):
             line = (first + tl.arange(0, 128)) * count + number
             read_ahead(weights + tl.minimum(line, LINES - 1) * 128)
+
+
+@triton.jit
+def read_ahead_runs(places, n_bytes):
+    """As `read_ahead`, ``n_bytes`` from each place; both are multiples of 16."""
+    if COMPILED and cuda_capability_geq(9, 0):
+        tl.inline_asm_elementwise(
+            "cp.async.bulk.prefetch.L2.global [$1], $2; // $0",
+            "=r,l,r",
+            [places.to(tl.int64), n_bytes],
+            dtype=tl.int32,
+            is_pure=False,
+            pack=1,
+        )

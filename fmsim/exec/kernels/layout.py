@@ -23,11 +23,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fmsim.exec.kernels.lang import INTERPRETED, tl, triton
+from fmsim.exec.kernels.lang import COMPILED, tl, triton
 
 CHUNK = 64  # float8 values of a latent that share one scale
 TINY = 1.0 / 2**13  # amounts below it are scaled as if they were it: a scale must not underflow
-ON_CPU = tl.constexpr(INTERPRETED)  # by the interpreter, whose cast to float8 is off
 
 
 class Layout(NamedTuple):
@@ -259,10 +258,10 @@ def float8_codes(x):
 @triton.jit
 def to_float8(x):
     """float32 within +-448 -> float8 e4m3, to the nearest, ties to even."""
-    if ON_CPU:
-        return float8_codes(x).to(tl.float8e4nv, bitcast=True)
-    else:
+    if COMPILED:
         return x.to(tl.float8e4nv)
+    else:
+        return float8_codes(x).to(tl.float8e4nv, bitcast=True)
 
 
 @triton.jit

@@ -20,7 +20,7 @@ import math
 import torch
 from torch import Tensor
 
-from fmsim.exec.kernels import float8_products, one_row, tuning
+from fmsim.exec.kernels import arrivals, float8_products, one_row, tuning
 from fmsim.exec.kernels.lang import (
     after_previous,
     cdiv,
@@ -36,10 +36,7 @@ from fmsim.exec.kernels.weights import BLOCK, dequantise
 
 FEWEST_OUTPUTS = 16  # of a program: a matrix instruction's
 MOST_SPLITS = 16
-MOST_SPLIT_BLOCKS = 4096  # of outputs and rows: beyond, a GPU is full without splits
-# In turns of a program's loop: what a part of the columns costs to be written and added up, and
-# what it costs the last to begin with it.
-PART_TURNS, SUM_TURNS = 3, 4
+PART_TURNS = 4  # of a program's loop, as long as one part of the columns takes to be added up
 
 
 def linear(
@@ -100,7 +97,7 @@ def linear_triton(
     if float8_rows:
         rounding = "inside" if tune.rounds_inside else "before"
     if rounding == "before":
-        rows, levels = round_rows_triton(rows)
+        rows, levels = round_rows_triton(rows, ahead=weight)
     elif not rounding and rows.dtype == torch.bfloat16 and total > tuning.FEW_ROWS:
         # once, and not by every program that reads them
         rows = rows.to(torch.float16)
@@ -113,13 +110,14 @@ def linear_triton(
         splits = max(1, min(turns, tune.programs // blocks))
     else:
         splits = _splits(blocks, turns, tune.programs)
-    share = cdiv(turns, splits if blocks <= MOST_SPLIT_BLOCKS else 1)
+    # a GPU is full without splits where there are so many blocks
+    share = cdiv(turns, splits if blocks <= arrivals.MOST else 1)
     splits = cdiv(turns, share)
     out = torch.empty(*x.shape[:-1], outputs, dtype=x.dtype, device=x.device)
     parts, arrived = out, scale
     if splits > 1:
         parts = torch.empty(splits, total, outputs, dtype=torch.float32, device=x.device)
-        arrived = _arrivals(x.device)
+        arrived = arrivals.arrivals(x.device)
     _linear[(blocks, splits)](
         rows,
         levels,
@@ -151,31 +149,14 @@ def linear_triton(
     return out
 
 
-_zeros: dict[tuple[torch.device, int], Tensor] = {}
-
-
-def _arrivals(device: torch.device) -> Tensor:
-    """int32 [MOST_SPLIT_BLOCKS], zero, as a launch leaves them: how many programs of a block have
-    ended. Launches of one stream share them, for they follow one another.
-    """
-    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
-        # memory of a graph is no other's
-        return torch.zeros(MOST_SPLIT_BLOCKS, dtype=torch.int32, device=device)
-    stream = torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
-    if (device, stream) not in _zeros:
-        _zeros[device, stream] = torch.zeros(MOST_SPLIT_BLOCKS, dtype=torch.int32, device=device)
-    return _zeros[device, stream]
-
-
 def _splits(blocks: int, turns: int, at_a_time: int) -> int:
     """In how many parts to cut the ``turns`` of each of the ``blocks``, of which ``at_a_time`` are
-    in work: the last turn of all is rarely full, and each part is written and added up.
+    in work: the last turn of all is rarely full, and one program adds the parts up.
     """
 
     def cost(splits: int) -> float:
-        rounds = cdiv(blocks * splits, at_a_time)
-        parts = PART_TURNS * rounds + SUM_TURNS if splits > 1 else 0
-        return rounds * cdiv(turns, splits) + parts
+        parts = PART_TURNS * splits if splits > 1 else 0
+        return cdiv(blocks * splits, at_a_time) * cdiv(turns, splits) + parts
 
     return min(range(1, min(turns, MOST_SPLITS) + 1), key=cost)
 

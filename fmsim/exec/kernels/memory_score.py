@@ -1,8 +1,7 @@
 """The memory indexer's logits of every entry: `index_scores` over several layers, joined (arXiv
 2606.09079, section 3).
 
-One launch scores layer after layer: a program keeps its entries, and joins each layer's scores to
-those that it wrote before.
+A launch scores a few layers: a program holds the queries of all, and reads an entry's keys of all.
 """
 
 from __future__ import annotations
@@ -13,14 +12,17 @@ from torch import Tensor
 from fmsim.exec.kernels import tuning
 from fmsim.exec.kernels.index_score import (
     Scores,
-    blocks_of,
     index_scores_reference,
     new_scores,
-    score_run,
+    score_layers,
 )
-from fmsim.exec.kernels.lang import cdiv, next_power_of_2, runs_compiled, tl, triton
-from fmsim.exec.kernels.layout import Layout, triton_kind
+from fmsim.exec.kernels.lang import runs_compiled
+from fmsim.exec.kernels.layout import Layout
 from fmsim.indexer import scorer
+
+AT_ONCE = (
+    3  # layers of a launch at most, as the published indexer has: a program holds their queries
+)
 
 
 def memory_scores(
@@ -77,95 +79,24 @@ def memory_scores_triton(
     out=None,
     tune: tuning.IndexScoresTuning | None = None,
 ) -> Scores:
-    tune = tune or tuning.MEMORY_SCORES
-    layers, batch, heads, width = queries.shape
-    per_page = layout.per_page(pools[0])
-    entries = tables[0].shape[1] * per_page
-    out = out or new_scores(batch, entries, queries.device)
-    block, in_page = blocks_of(per_page, tune)
-    splits = max(1, min(cdiv(entries, block), tune.programs // batch))
-    strides = {pool.stride(0) for pool in pools}, {table.stride(0) for table in tables}
-    assert [len(found) for found in strides] == [1, 1], "layers' pages and tables lie alike"
-    _memory_scores[(batch, splits)](
-        queries,
-        weights if how == "max" else weights / layers,
-        tuple(pools),
-        tuple(tables),
-        lengths,
-        out.scores,
-        out.maxima,
-        tables[0].stride(0),
-        out.scores.stride(0),
-        out.maxima.stride(0),
-        LAYERS=layers,
-        BATCH=batch,
-        HEADS=heads,
-        HEADS_PADDED=max(16, next_power_of_2(heads)),
-        WIDTH=width,
-        KIND=triton_kind(layout),
-        PER_PAGE=per_page,
-        PAGE_BYTES=pools[0].stride(0),
-        BLOCK=block,
-        IN_PAGE=in_page,
-        GROUP=tuning.MAXIMA_ENTRIES,
-        COMBINE="max" if how == "max" else "sum",
-        STAGES=tune.stages,
-        num_warps=tune.warps,
+    layers = len(pools)
+    out = out or new_scores(
+        queries.shape[1], tables[0].shape[1] * layout.per_page(pools[0]), queries.device
     )
-    return out
-
-
-@triton.jit
-def _memory_scores(
-    queries,
-    weights,
-    pools,
-    tables,
-    lengths,
-    scores,
-    maxima,
-    table_stride,
-    scores_stride,
-    maxima_stride,
-    LAYERS: tl.constexpr,
-    BATCH: tl.constexpr,
-    HEADS: tl.constexpr,
-    HEADS_PADDED: tl.constexpr,
-    WIDTH: tl.constexpr,
-    KIND: tl.constexpr,
-    PER_PAGE: tl.constexpr,
-    PAGE_BYTES: tl.constexpr,
-    BLOCK: tl.constexpr,
-    IN_PAGE: tl.constexpr,
-    GROUP: tl.constexpr,
-    COMBINE: tl.constexpr,
-    STAGES: tl.constexpr,
-):
-    """One program: a run of blocks of one sequence's entries, layer after layer. Its own scores of
-    the layers before it finds in the cache.
-    """
-    b = tl.program_id(0).to(tl.int64)
-    length = tl.load(lengths + b)
-    for layer in tl.static_range(LAYERS):
-        score_run(
-            queries + (layer * BATCH + b) * HEADS * WIDTH,
-            weights + (layer * BATCH + b) * HEADS,
-            pools[layer],
-            tables[layer] + b * table_stride,
-            length,
-            scores + b * scores_stride,
-            maxima + b * maxima_stride,
-            HEADS,
-            HEADS_PADDED,
-            WIDTH,
-            KIND,
-            PER_PAGE,
-            PAGE_BYTES,
-            BLOCK,
-            IN_PAGE,
-            GROUP,
-            COMBINE if layer > 0 else "",
-            layer == LAYERS - 1,
-            STAGES,
+    if how == "mean":
+        weights = weights / layers
+    for first in range(0, layers, AT_ONCE):
+        some = slice(first, first + AT_ONCE)
+        score_layers(
+            queries[some],
+            weights[some],
+            tuple(pools[some]),
+            layout,
+            tuple(tables[some]),
+            lengths,
+            out,
+            "max" if how == "max" else "sum",
+            tune or tuning.MEMORY_SCORES,
+            joins=first > 0,
         )
-        tl.debug_barrier()  # a thread may read what another wrote
+    return out

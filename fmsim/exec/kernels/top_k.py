@@ -5,10 +5,11 @@ sequence's candidates in its registers and searches the k-th of their keys by co
 reach a threshold, three thresholds a turn. It takes no host synchronisation, so a CUDA graph may
 hold it.
 
-Pre-selection: with the maximum of every 32 scores (`index_scores` gives it), the k-th largest
-maximum is a lower bound of the k-th largest score, since k scores reach it. Groups below it are
-never read: of 262,144 scores some 16,384 are. Of those the ones that reach the bound are set aside,
-for they are seldom more than twice k, and the search goes on among them.
+Pre-selection: with the maximum of every 32 scores (`index_scores` gives it), what k maxima reach is
+a lower bound of the k-th largest score. A few times k maxima of more scores each give one that is
+nearly as high, so the bound is sought among those. Groups below it are never read: of 262,144
+scores some 16,384 are. Of those the ones that reach the bound are set aside, for they are seldom
+more than twice k, and the search goes on among them.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ import math
 import torch
 from torch import Tensor
 
-from fmsim.exec.kernels import tuning
+from fmsim.exec.kernels import arrivals, tuning
 from fmsim.exec.kernels.index_score import GROUP
 from fmsim.exec.kernels.lang import (
     after_previous,
@@ -81,15 +82,23 @@ def top_k_triton(scores, lengths, k, maxima=None, tune: tuning.TopKTuning | None
             BLOCK=tune.maxima_groups,
         )
     groups = torch.empty_like(maxima, dtype=torch.int32) if preselect else ids
+    sections = 1
+    if preselect:
+        most = min(tune.sections, tune.programs // batch, cdiv(n_groups, tune.section_groups))
+        sections = max(1, most)
+    assert batch <= arrivals.MOST, "a sequence's sections are counted"
     finalists = torch.empty(
-        batch, tune.finalists if preselect else 1, dtype=torch.int64, device=scores.device
+        batch, sections, tune.finalists if preselect else 1, dtype=torch.int64, device=scores.device
     )
+    found = torch.empty(batch, sections, dtype=torch.int32, device=scores.device)
     maxima = maxima if preselect else scores
-    _top_k[(batch,)](
+    _top_k[(batch, sections)](
         scores,
         maxima,
         groups,
         finalists,
+        found,
+        arrivals.arrivals(scores.device) if preselect else ids,
         lengths,
         ids,
         scores.stride(0),
@@ -102,6 +111,9 @@ def top_k_triton(scores, lengths, k, maxima=None, tune: tuning.TopKTuning | None
         COUNT_BITS=COUNT_BITS,
         CHUNK=chunk,
         MAXIMA_CHUNK=min(tune.chunk, max(next_power_of_2(n_groups), GROUP)),
+        BOUND_KEYS=tune.bound_keys * next_power_of_2(k),
+        SECTION_GROUPS=tune.section_groups,
+        SECTIONS_PADDED=next_power_of_2(tune.sections),
         FINALISTS=tune.finalists,
         VECTOR=math.gcd(scores.stride(0), 4),
         MAXIMA_VECTOR=math.gcd(maxima.stride(0), 4),
@@ -151,9 +163,15 @@ def _keys(
         )
     index = first[:, None] + lane
     value = tl.load(values + index, mask=index // VECTOR * VECTOR < length, other=float("-inf"))
+    return tl.where(index < length, _ordered(value), 0).to(tl.uint32), index
+
+
+@triton.jit
+def _ordered(value):
+    """uint32 keys that order as float32 values do; 0 for -inf."""
     bits = tl.where(value == 0.0, 0.0, value).to(tl.uint32, bitcast=True)  # -0.0 is 0.0
     key = bits ^ tl.where(bits >> 31 != 0, 0xFFFFFFFF, 0x80000000).to(tl.uint32)
-    return tl.where((index < length) & (value != float("-inf")), key, 0).to(tl.uint32), index
+    return tl.where(value != float("-inf"), key, 0).to(tl.uint32)
 
 
 @triton.jit
@@ -195,14 +213,20 @@ def _reaching(keys, one, two, three, COUNT_BITS: tl.constexpr):
 
 
 @triton.jit
-def _narrowed(low, sure, above, one, two, three, counts, k, COUNT_BITS: tl.constexpr):
-    """``low``, ``sure`` and ``above`` after a turn of the search, of which `_search` tells."""
+def _counts(counts, COUNT_BITS: tl.constexpr):
+    """The three of `_reaching`."""
     mask: tl.constexpr = (1 << COUNT_BITS) - 1
-    first, second, third = (
+    return (
         (counts & mask).to(tl.int32),
         ((counts >> COUNT_BITS) & mask).to(tl.int32),
         (counts >> 2 * COUNT_BITS).to(tl.int32),
     )
+
+
+@triton.jit
+def _narrowed(low, sure, above, one, two, three, counts, k, COUNT_BITS: tl.constexpr):
+    """``low``, ``sure`` and ``above`` after a turn of the search, of which `_search` tells."""
+    first, second, third = _counts(counts, COUNT_BITS)
     low = tl.where(third > k, three, tl.where(second > k, two, tl.where(first > k, one, low)))
     sure = tl.where(first <= k, one, tl.where(second <= k, two, tl.where(third <= k, three, sure)))
     above = tl.where(
@@ -230,6 +254,44 @@ def _search(keys, k, COUNT_BITS: tl.constexpr):
             counts = _reaching(keys, one, two, three, COUNT_BITS)
             low, sure, above = _narrowed(low, sure, above, one, two, three, counts, k, COUNT_BITS)
     return sure, above
+
+
+@triton.jit
+def _bound(maxima, count, k, KEYS: tl.constexpr, COUNT_BITS: tl.constexpr):
+    """A key that at least k of some scores reach, and about k; 1 where there are no more maxima.
+
+    Maxima of the ``count`` maxima are parted by it, KEYS at most: every n-th of them are one's, so
+    that high scores that lie together count apart.
+    """
+    each = tl.cdiv(count, KEYS)
+    step = tl.cdiv(count, tl.maximum(each, 1))
+    place = tl.arange(0, KEYS)
+    best = tl.full([KEYS], float("-inf"), tl.float32)
+    for turn in range(each):
+        index = turn * step + place
+        known = (place < step) & (index < count)
+        best = tl.maximum(best, tl.load(maxima + index, mask=known, other=float("-inf")))
+    keys = _ordered(best)
+    reaching = tl.sum((keys > 0).to(tl.int32))
+    low = tl.full([], 1, tl.uint32)
+    if reaching > k:
+        sure = tl.max(keys) + 1
+        low = tl.min(tl.where(keys > 0, keys, 0xFFFFFFFF).to(tl.uint32))
+        while (sure - low > 1) & (reaching > k + k // 4):
+            one, two, three = _thresholds(low, sure)
+            first, second, third = _counts(_reaching(keys, one, two, three, COUNT_BITS), COUNT_BITS)
+            sure = tl.where(
+                first < k, one, tl.where(second < k, two, tl.where(third < k, three, sure))
+            )
+            reaching = tl.where(
+                third >= k,
+                third,
+                tl.where(second >= k, second, tl.where(first >= k, first, reaching)),
+            )
+            low = tl.where(
+                third >= k, three, tl.where(second >= k, two, tl.where(first >= k, one, low))
+            )
+    return low
 
 
 @triton.jit
@@ -288,25 +350,31 @@ def _emit(ids, key, index, sure, ties_wanted, taken, ties):
 @triton.jit
 def _set_aside(
     scores,
-    groups,
+    maxima,
     finalists,
     bound,
-    count,
+    first,
+    last,
     length,
     GROUP: tl.constexpr,
-    CHUNK: tl.constexpr,
+    GROUPS: tl.constexpr,
     VECTOR: tl.constexpr,
     FINALISTS: tl.constexpr,
 ):
-    """Keys and ids of the listed groups' scores that reach ``bound``, in ascending order of ids; ->
-    how many.
+    """Keys and ids of the scores that reach ``bound`` in the groups ``first`` to ``last``, GROUPS
+    at a time, in ascending order of ids; -> how many.
 
     Those that find no place are lost.
     """
     found = tl.zeros([], tl.int32)
-    for start in range(0, count, CHUNK):
-        key, index = _keys(scores, groups, start, count, length, GROUP, True, CHUNK, VECTOR)
-        keep = (key >= bound).to(tl.int32)
+    for start in range(first, last, GROUPS):
+        group = start + tl.arange(0, GROUPS)
+        best = tl.load(maxima + group, mask=group < last, other=float("-inf"))
+        reaches = (_ordered(best) >= bound) & (group < last)
+        index = group[:, None] * GROUP + tl.arange(0, GROUP)[None, :]
+        there = reaches[:, None] & (index // VECTOR * VECTOR < length)
+        key = _ordered(tl.load(scores + index, mask=there, other=float("-inf")))
+        keep = ((key >= bound) & (index < length)).to(tl.int32)
         before, more = _before(keep)
         place = found + before
         # all bits are set where there is none, and in no other
@@ -318,10 +386,25 @@ def _set_aside(
 
 
 @triton.jit
-def _finalists(finalists, found, GROUP: tl.constexpr, FINALISTS: tl.constexpr):
-    """Keys, 0 where there is none, and ids of what was set aside, [FINALISTS / GROUP, GROUP]."""
+def _finalists(
+    finalists,
+    counts,
+    GROUP: tl.constexpr,
+    FINALISTS: tl.constexpr,
+):
+    """Keys, 0 where there is none, and ids of what all sections set aside, [FINALISTS / GROUP,
+    GROUP]; ``counts`` [sections and more] of them, FINALISTS at most in all.
+    """
     place = tl.arange(0, FINALISTS // GROUP)[:, None] * GROUP + tl.arange(0, GROUP)[None, :]
-    packed = tl.load(finalists + place, mask=place < found, other=0)
+    ends = tl.cumsum(counts, 0)[None, None, :]
+    past = ends <= place[:, :, None]
+    section, start = tl.sum(past.to(tl.int32), 2), tl.max(tl.where(past, ends, 0), 2)
+    packed = tl.load(
+        finalists + section * FINALISTS + place - start,
+        mask=place < tl.sum(counts),
+        other=0,
+        cache_modifier=".cg",
+    )
     return (packed & 0xFFFFFFFF).to(tl.uint32), ((packed >> 32) & 0x1FFFFF).to(tl.int32)
 
 
@@ -331,6 +414,8 @@ def _top_k(
     maxima,
     groups,
     finalists,
+    found,
+    arrived,
     lengths,
     ids,
     scores_stride,
@@ -343,66 +428,131 @@ def _top_k(
     COUNT_BITS: tl.constexpr,
     CHUNK: tl.constexpr,
     MAXIMA_CHUNK: tl.constexpr,
+    BOUND_KEYS: tl.constexpr,
+    SECTION_GROUPS: tl.constexpr,
+    SECTIONS_PADDED: tl.constexpr,
     FINALISTS: tl.constexpr,
     VECTOR: tl.constexpr,
     MAXIMA_VECTOR: tl.constexpr,
 ):
-    """One program: one sequence."""
+    """One program: a section of a sequence's groups, all of which have the same bound. The last one
+    of a sequence chooses among what all have set aside.
+    """
     after_previous()
-    b = tl.program_id(0).to(tl.int64)
-    scores, maxima, groups, ids = (
-        scores + b * scores_stride,
-        maxima + b * maxima_stride,
-        groups + b * groups_stride,
-        ids + b * K,
-    )
+    b, section, sections = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.num_programs(1)
+    scores, ids = scores + b * scores_stride, ids + b * K
     length = tl.load(lengths + b)
-    count, found = length, tl.full([], FINALISTS + 1, tl.int32)
-    taken, ties = tl.zeros([], tl.int32), tl.zeros([], tl.int32)
     if PRESELECT:
-        finalists += b * FINALISTS
+        maxima, groups = maxima + b * maxima_stride, groups + b * groups_stride
+        finalists, found = finalists + b * sections * FINALISTS, found + b * sections
         n_groups = tl.cdiv(length, GROUP)
-        bound, above = _kth_key(
+        bound = _bound(maxima, n_groups, K, BOUND_KEYS, COUNT_BITS)
+        share = tl.cdiv(n_groups, sections * SECTION_GROUPS) * SECTION_GROUPS
+        count = _set_aside(
+            scores,
             maxima,
+            finalists + section * FINALISTS,
+            bound,
+            section * share,
+            tl.minimum((section + 1) * share, n_groups),
+            length,
+            GROUP,
+            SECTION_GROUPS,
+            VECTOR,
+            FINALISTS,
+        )
+        tl.store(found + section, count)
+        tl.debug_barrier()  # all threads' finalists are there before one of them says so
+        before = tl.atomic_add(arrived + b, 1, sem="acq_rel")
+        if before == sections - 1:
+            tl.store(arrived + b, 0)
+            lane = tl.arange(0, SECTIONS_PADDED)
+            counts = tl.load(found + lane, mask=lane < sections, other=0, cache_modifier=".cg")
+            if tl.sum(counts) <= FINALISTS:
+                key, index = _finalists(finalists, counts, GROUP, FINALISTS)
+                sure, above = _search(key, K, COUNT_BITS)
+                none = tl.zeros([], tl.int32)
+                taken, ties = _emit(ids, key, index, sure, K - above, none, none)
+                _fill(ids, taken + tl.minimum(ties, K - above), K, K_PADDED)
+            else:
+                kept = _list_groups(
+                    maxima, groups, bound, n_groups, GROUP, MAXIMA_CHUNK, MAXIMA_VECTOR
+                )
+                tl.debug_barrier()  # the list is read back by other threads than wrote it
+                _choose(
+                    scores,
+                    groups,
+                    kept * GROUP,
+                    length,
+                    ids,
+                    K,
+                    K_PADDED,
+                    GROUP,
+                    True,
+                    CHUNK,
+                    VECTOR,
+                    COUNT_BITS,
+                )
+    else:
+        _choose(
+            scores,
             groups,
-            n_groups,
-            n_groups,
+            length,
+            length,
+            ids,
             K,
+            K_PADDED,
             GROUP,
             False,
-            MAXIMA_CHUNK,
-            MAXIMA_VECTOR,
+            CHUNK,
+            VECTOR,
             COUNT_BITS,
         )
-        bound = tl.maximum(tl.where(above < K, bound - 1, bound), 1)
-        kept = tl.zeros([], tl.int32)
-        for start in range(0, n_groups, MAXIMA_CHUNK):
-            key, group = _keys(
-                maxima, groups, start, n_groups, n_groups, GROUP, False, MAXIMA_CHUNK, MAXIMA_VECTOR
-            )
-            keep = (key >= bound).to(tl.int32)
-            before, more = _before(keep)
-            _scatter(groups, kept + before, group, keep > 0)
-            kept += more
-        count = kept * GROUP
-        tl.debug_barrier()  # the list is read back by other threads than wrote it
-        found = _set_aside(
-            scores, groups, finalists, bound, count, length, GROUP, CHUNK, VECTOR, FINALISTS
-        )
-        tl.debug_barrier()
-    if found <= FINALISTS:
-        key, index = _finalists(finalists, found, GROUP, FINALISTS)
-        sure, above = _search(key, K, COUNT_BITS)
+
+
+@triton.jit
+def _list_groups(
+    maxima, groups, bound, count, GROUP: tl.constexpr, CHUNK: tl.constexpr, VECTOR: tl.constexpr
+):
+    """The groups whose maxima reach ``bound``, in ascending order; -> how many."""
+    kept = tl.zeros([], tl.int32)
+    for start in range(0, count, CHUNK):
+        key, group = _keys(maxima, groups, start, count, count, GROUP, False, CHUNK, VECTOR)
+        keep = (key >= bound).to(tl.int32)
+        before, more = _before(keep)
+        _scatter(groups, kept + before, group, keep > 0)
+        kept += more
+    return kept
+
+
+@triton.jit
+def _choose(
+    scores,
+    groups,
+    count,
+    length,
+    ids,
+    K: tl.constexpr,
+    K_PADDED: tl.constexpr,
+    GROUP: tl.constexpr,
+    GATHER: tl.constexpr,
+    CHUNK: tl.constexpr,
+    VECTOR: tl.constexpr,
+    COUNT_BITS: tl.constexpr,
+):
+    """Choose among ``count`` scores: all, or of the listed groups where GATHER."""
+    sure, above = _kth_key(
+        scores, groups, count, length, K, GROUP, GATHER, CHUNK, VECTOR, COUNT_BITS
+    )
+    taken, ties = tl.zeros([], tl.int32), tl.zeros([], tl.int32)
+    for start in range(0, count, CHUNK):
+        key, index = _keys(scores, groups, start, count, length, GROUP, GATHER, CHUNK, VECTOR)
         taken, ties = _emit(ids, key, index, sure, K - above, taken, ties)
-    else:
-        sure, above = _kth_key(
-            scores, groups, count, length, K, GROUP, PRESELECT, CHUNK, VECTOR, COUNT_BITS
-        )
-        for start in range(0, count, CHUNK):
-            key, index = _keys(
-                scores, groups, start, count, length, GROUP, PRESELECT, CHUNK, VECTOR
-            )
-            taken, ties = _emit(ids, key, index, sure, K - above, taken, ties)
-    taken += tl.minimum(ties, K - above)
+    _fill(ids, taken + tl.minimum(ties, K - above), K, K_PADDED)
+
+
+@triton.jit
+def _fill(ids, taken, K: tl.constexpr, K_PADDED: tl.constexpr):
+    """-1 behind the ``taken`` ids."""
     place = tl.arange(0, K_PADDED)
     tl.store(ids + place, -1, mask=(place >= taken) & (place < K))

@@ -36,6 +36,10 @@ class TopKTuning(NamedTuple):
     chunk: int = 16384
     warps: int = 8
     whole_warps: int = 16  # where all scores fit a chunk and none are left out beforehand
+    bound_keys: int = 4  # times k: the maxima among which the bound is sought
+    section_groups: int = 256  # of one sequence, that a program takes at a time
+    sections: int = 32  # of one sequence at most, a program each
+    programs: int = 128  # over batch and sections
     maxima_groups: int = 128  # whose maxima one program takes, where none are given
     # that reach the bound and fit the last search; where more do, it is among all of the groups'
     # scores
@@ -139,8 +143,8 @@ HYPER_CONNECTION, NORM_ROPE = HyperConnectionTuning(), NormRopeTuning()
 ONE_ROW = OneRowTuning()
 INDEX_SCORES, MEMORY_SCORES = (
     IndexScoresTuning(),
-    IndexScoresTuning(programs=396),
-)  # 128 heads leave registers for three on a multiprocessor
+    IndexScoresTuning(programs=264),
+)  # 128 heads leave registers for two on a multiprocessor
 TOP_K, COMPRESS, GATHER = TopKTuning(), CompressTuning(), GatherTuning()
 ATTENTION, ATTENTION_OF_SOME = (
     AttentionTuning(),

@@ -12,6 +12,7 @@ from compiled import compiled
 LAUNCHES = [
     "index_scores",
     "index_scores, float8 queries",
+    "memory_scores",
     "top_k, preselected",
     "sparse_attention",
     "sparse_attention, many",
@@ -31,6 +32,7 @@ LAUNCHES = [
 ]
 KERNELS = {
     "_index_scores",
+    "_memory_scores",
     "_top_k",
     "_attend_in_place",
     "_gather",

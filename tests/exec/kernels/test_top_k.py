@@ -12,7 +12,9 @@ from fmsim.exec.kernels.index_score import GROUP
 from fmsim.exec.kernels.top_k import top_k_reference, top_k_triton
 from fmsim.exec.kernels.tuning import TopKTuning
 
-SMALL = TopKTuning(chunk=256, warps=4, maxima_groups=16, finalists=256)
+SMALL = TopKTuning(
+    chunk=256, warps=4, maxima_groups=16, finalists=256, section_groups=4, sections=4
+)
 # At the lengths that an interpreter manages: all scores, all maxima and all candidates in one
 # chunk; more candidates than fit; more maxima too.
 CHUNKS = [SMALL._replace(chunk=4096, finalists=2048), SMALL, SMALL._replace(chunk=32)]
@@ -110,14 +112,15 @@ def test_edges_of_every_path(device, values, tune, ks):
 
 @on_each_device
 def test_preselection_leaves_most_scores_unread(device):
-    """Scores of groups below the bound may be anything, since the kernel must not read them."""
+    """Scores of groups well below the bound may be anything, since the kernel must not read
+    them."""
     generator = torch.Generator().manual_seed(0)
     scores = torch.randn(1, 64 * GROUP, generator=generator).to(device)
     lengths = torch.tensor([64 * GROUP], dtype=torch.int32, device=device)
     maxima, expected = maxima_of(scores, lengths), top_k_reference(scores, lengths, 8)
-    bound = maxima.sort(descending=True).values[0, 7]
+    bound = maxima.sort(descending=True).values[0, 15]  # of the 8th, and what a coarse one lets in
     poisoned = torch.where(
         (maxima < bound)[..., None], float("inf"), scores.view(1, 64, GROUP)
     ).view(1, -1)
-    assert int((poisoned != scores).sum()) == 56 * GROUP
+    assert int((poisoned != scores).sum()) == 48 * GROUP
     assert torch.equal(top_k_triton(poisoned, lengths, 8, maxima, tune=SMALL), expected)
