@@ -55,6 +55,8 @@ SGLANG = "SGLang 0.5.14, H100, FP8 weights (aiconfigurator-core 0.12.0 table, no
 LIMITS = {
     "index scores": 1e-2,
     "index scores, float8 queries": 1e-2,
+    "memory scores": 1e-2,
+    "memory scores, bfloat16 queries": 1e-2,
     "sparse attention": 1e-2,
     "sparse attention with masses": 1e-2,
     "top-k": 0.0,
@@ -98,7 +100,14 @@ BUILDERS = {
     ],
     "top-k": [
         lambda b=b, n=n: cases.selection(b, n, DEVICE, TOP_K_PEERS)
-        for b, n in ((1, 32_768), (1, 131_072), (1, 262_144), (8, 128_000))
+        for b, n in (
+            (1, 32_768),
+            (1, 131_072),
+            (1, 262_144),
+            (1, 2**20),
+            (8, 128_000),
+            (64, 32_768),
+        )
     ],
     "sparse attention": (
         [lambda b=b: cases.attention(b, 128_000, DEVICE) for b in (1, 8, 16, 32)]
@@ -140,7 +149,14 @@ BUILDERS = {
         for b in PROJECTED
         if b > tuning.FEW_ROWS
     ],
-    "memory scores": [lambda n=n: cases.memory_scoring(1, n, DEVICE) for n in (32_768, 131_072)],
+    "memory scores": [
+        lambda b=b, n=n: cases.memory_scoring(b, n, DEVICE)
+        for b, n in ((1, 32_768), (1, 131_072), (1, 262_144), (8, 32_768))
+    ],
+    "memory scores, bfloat16 queries": [
+        lambda b=b, n=n: cases.memory_scoring(b, n, DEVICE, float8_queries=False)
+        for b, n in ((1, 32_768), (1, 131_072), (8, 32_768))
+    ],
     "recall": (
         [
             lambda r=r, n=n: cases.recall(r, n, DEVICE)

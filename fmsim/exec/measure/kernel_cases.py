@@ -20,7 +20,7 @@ from fmsim.exec.kernels.gather import copy_rows
 from fmsim.exec.kernels.index_score import index_scores, index_scores_reference, new_scores
 from fmsim.exec.kernels.lang import cdiv
 from fmsim.exec.kernels.layout import KEY, LATENT, Layout
-from fmsim.exec.kernels.memory_score import memory_scores
+from fmsim.exec.kernels.memory_score import memory_scores, memory_scores_reference
 from fmsim.exec.kernels.sparse_attention import sparse_attention, sparse_attention_reference
 from fmsim.exec.kernels.top_k import top_k, top_k_reference
 from fmsim.exec.kv.home import PER_PAGE
@@ -215,20 +215,26 @@ def appending(batch: int, layout: Layout, rate: int, series: int, device) -> Cas
     )
 
 
-def memory_scoring(batch: int, entries: int, device, layers: int = 3) -> Case:
+def memory_scoring(
+    batch: int, entries: int, device, layers: int = 3, float8_queries: bool = True
+) -> Case:
+    """With float8 queries, as the released FlashMemory engine scores."""
     pools, tables = zip(*(paged(KEY, batch, entries, device) for _ in range(layers)), strict=True)
     queries = torch.randn(layers, batch, PUBLISHED_HEADS, KEY.width, device=device).to(
-        torch.bfloat16
+        torch.float8_e4m3fn if float8_queries else torch.bfloat16
     )
     weights = torch.randn(layers, batch, PUBLISHED_HEADS, device=device)
     lengths = torch.full((batch,), entries, dtype=torch.int32, device=device)
     out = new_scores(batch, tables[0].shape[1] * PER_PAGE, device)
     n_bytes = batch * entries * (layers * KEY.entry_bytes + 4)
+    inputs = queries, weights, pools, KEY, tables, lengths
+    of = slice(None), slice(entries)
     return Case(
-        "memory scores",
+        "memory scores" + ("" if float8_queries else ", bfloat16 queries"),
         f"{layers} x {batch} x {entries:,}",
         n_bytes,
-        lambda: memory_scores(queries, weights, pools, KEY, tables, lengths, out=out),
+        lambda: memory_scores(*inputs, out=out).scores[of],
+        lambda: memory_scores_reference(*inputs).scores[of],
     )
 
 
