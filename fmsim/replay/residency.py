@@ -102,6 +102,8 @@ class Residency:
         part._slots = self._slots[rows, : n_slots + 1]
         part.table = self.table[rows]
         part.filled = self.filled[rows]
+        if self.room is not None:
+            part.room = self.room[rows]
         part.n_groups, part.n_pages, part.n_slots = len(part.table), n_pages, n_slots
         part._table_start = arrays.offsets(part.table, self.xp)
         return part

@@ -205,7 +205,6 @@ def row_product(outputs, inputs, groups=1, dtype=torch.float8_e4m3fn):
             weight,
             zeros(*scale_shape(weight.shape)) if float8 else None,
             groups,
-            then=[weight] if groups > 1 else [],
         )
 
     return launch

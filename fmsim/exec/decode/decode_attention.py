@@ -352,7 +352,6 @@ class DecodeAttention:
             self.wants_masses,
             turn,
             x.dtype,
-            then=attention.o_a_proj.weight,
         )
         if self.pager is not None:
             self.pager.reports(q, rows, masses, x, attention)

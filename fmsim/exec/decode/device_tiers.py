@@ -64,7 +64,7 @@ class DeviceTiers:
         self._changed.clear()
 
     def ahead_pages(self, request: int) -> int:
-        return max(self.tiers.entries.sizes[self.keepers[request].part.start].ahead)
+        return max(max(size.ahead) for size in self.tiers.entries.sizes[self.keepers[request].part])
 
     def wrote(self, request: int, moves: Moves) -> None:
         """The model writes entries through to both tiers itself."""

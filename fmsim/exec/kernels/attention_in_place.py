@@ -15,9 +15,7 @@ from fmsim.exec.kernels.attention_rows import Parts, Rows, finished
 from fmsim.exec.kernels.lang import (
     after_previous,
     cdiv,
-    lines_of,
     overlapped,
-    read_share_ahead,
     tl,
     triton,
 )
@@ -32,10 +30,9 @@ def attend_in_place(
     want_logits: bool,
     tune: tuning.AttentionTuning,
     out: Tensor,
-    then: Tensor | None = None,
 ) -> Parts:
     """``queries`` [B, H, C] of the rows' `matrix_type`; ``out`` [B, H, C] is written where rows are
-    not split. ``then``: a weight that is read soon, brought into the L2 while this waits.
+    not split.
     """
     batch, heads, size = queries.shape
     head_blocks = cdiv(heads, tune.block_heads)
@@ -54,7 +51,6 @@ def attend_in_place(
         parts.values,
         parts.sums,
         parts.logits if want_logits else parts.sums,
-        parts.sums if then is None else then,
         scale,
         rows.table.stride(0),
         HEADS=heads,
@@ -73,7 +69,6 @@ def attend_in_place(
         SPLITS=splits,
         LOGITS=want_logits,
         STAGES=tune.stages,
-        THEN_LINES=lines_of(then, tuning.MOST_READ_AHEAD),
         num_warps=tune.warps,
         **overlapped(queries),
     )
@@ -105,7 +100,6 @@ def _attend_in_place(
     parts,
     part_sums,
     logits_out,
-    then,
     scale,
     table_stride,
     HEADS: tl.constexpr,
@@ -124,14 +118,12 @@ def _attend_in_place(
     SPLITS: tl.constexpr,
     LOGITS: tl.constexpr,
     STAGES: tl.constexpr,
-    THEN_LINES: tl.constexpr,
 ):
     """One program: a block of heads of one sequence against a run of SHARE blocks of rows.
 
     A latent's rotated values, which are bfloat16 among float8, go by products of their own, so that
     no value is converted twice.
     """
-    read_share_ahead(then.to(tl.pointer_type(tl.uint8)), THEN_LINES)
     after_previous()
     b, split = tl.program_id(0).to(tl.int64), tl.program_id(2)
     head = tl.program_id(1) * BLOCK_HEADS + tl.arange(0, BLOCK_HEADS)

@@ -30,15 +30,12 @@ from fmsim.exec.kernels.lang import (
     cdiv,
     let_next_begin,
     overlapped,
-    read_ahead,
     runs_compiled,
     tl,
     triton,
     wait_for_previous,
 )
 from fmsim.exec.kernels.weights import BLOCK
-
-READ_AHEAD = tl.constexpr(4)  # turns of a row of weights, before what they meet is there
 
 
 def takes(tokens: Tensor, routed: nn.Module) -> bool:
@@ -451,8 +448,6 @@ def _down(
                     _first_scales(shared_scale, 0, channel, HIDDEN, WIDTH, SCALED),
                     scales,
                 )
-        first = tl.minimum(tl.arange(0, READ_AHEAD) * BLOCK_DEPTH, WIDTH - 1)
-        read_ahead(tl.where((channel < HIDDEN)[:, None], weights[:, None] + first[None, :], down))
         after_previous()
         values = inner + pair * WIDTH
         out = _products(

@@ -54,11 +54,6 @@ def overlapped(tensor: Tensor) -> dict[str, bool]:
     return {"launch_pdl": True} if tensor.is_cuda and _overlaps(tensor.device) else {}
 
 
-def lines_of(weight: Tensor | None, most_bytes: int) -> int:
-    """Lines of 128 bytes of a weight that `read_share_ahead` brings: of ``most_bytes`` at most."""
-    return 0 if weight is None else min(weight.nbytes, most_bytes) // 128
-
-
 @triton.jit
 def wait_for_previous():
     """Until the launch before this one in its stream is done and its writes are seen."""
@@ -86,39 +81,10 @@ def after_previous():
 
 
 @triton.jit
-def read_ahead(places):
-    """Begin to bring what lies at ``places``, pointers to global memory, into the L2: 32 bytes and
-    more each.
-    """
-    if COMPILED:
-        tl.inline_asm_elementwise(
-            "prefetch.global.L2 [$1]; // $0",
-            "=r,l",
-            [places.to(tl.int64)],
-            dtype=tl.int32,
-            is_pure=False,
-            pack=1,
-        )
-
-
-@triton.jit
-def read_share_ahead(weights, LINES: tl.constexpr):
-    """`read_ahead` of this program's share, among all of its launch, of LINES of 128 bytes at
-    ``weights``, a pointer to bytes.
-    """
-    if COMPILED and LINES:
-        number = tl.program_id(0) + tl.num_programs(0) * (
-            tl.program_id(1) + tl.num_programs(1) * tl.program_id(2)
-        )
-        count = tl.num_programs(0) * tl.num_programs(1) * tl.num_programs(2)
-        for first in range(0, tl.cdiv(LINES, count), 128):
-            line = (first + tl.arange(0, 128)) * count + number
-            read_ahead(weights + tl.minimum(line, LINES - 1) * 128)
-
-
-@triton.jit
 def read_ahead_runs(places, n_bytes):
-    """As `read_ahead`, ``n_bytes`` from each place; both are multiples of 16."""
+    """Begin to bring ``n_bytes`` from each of ``places``, pointers to global memory, into the L2;
+    both are multiples of 16.
+    """
     if COMPILED and cuda_capability_geq(9, 0):
         tl.inline_asm_elementwise(
             "cp.async.bulk.prefetch.L2.global [$1], $2; // $0",

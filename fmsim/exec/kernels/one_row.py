@@ -8,7 +8,6 @@ it waits for the launch that makes its input (`lang.after_previous`).
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
@@ -19,11 +18,8 @@ from fmsim.exec.kernels.lang import (
     after_previous,
     cdiv,
     let_next_begin,
-    lines_of,
     next_power_of_2,
     overlapped,
-    read_ahead,
-    read_share_ahead,
     runs_compiled,
     tl,
     triton,
@@ -45,10 +41,10 @@ def takes(x: Tensor, weight: Tensor) -> bool:
     )
 
 
-def product(x: Tensor, weight: Tensor, then: Sequence[Tensor] = ()) -> Tensor:
-    """x [..., in] times a ``weight`` [out, in] of its type -> [..., out]; ``then`` is one row's."""
+def product(x: Tensor, weight: Tensor) -> Tensor:
+    """x [..., in] times a ``weight`` [out, in] of its type -> [..., out]."""
     if takes(x, weight):
-        return one_row_triton(x, weight, then=then)
+        return one_row_triton(x, weight)
     return F.linear(x, weight)
 
 
@@ -59,15 +55,13 @@ def one_row_reference(
     groups: int = 1,
     norm: nn.Module | None = None,
     alongside: bool = False,
-    then: Sequence[Tensor] = (),
 ) -> Tensor:
     """x [..., groups * in] of one row times ``weight`` [out, in], bfloat16, or float8_e4m3fn with
     ``scale`` float32 [ceil(out / 128), ceil(in / 128)] -> [..., out] in x's type.
 
     With ``groups``, group g is the g-th part of the weight's rows, and its input the g-th slice.
     ``norm`` (`model.RMSNorm`) of x before. ``alongside``: the launch before this one in its stream
-    is another product of the same x, and both may run at once. ``then``: up to two weights that are
-    read soon, brought into the L2 while this waits.
+    is another product of the same x, and both may run at once.
     """
     if norm is not None:
         x = norm(x)
@@ -84,7 +78,6 @@ def one_row_triton(
     groups=1,
     norm=None,
     alongside=False,
-    then=(),
     tune: tuning.OneRowTuning = tuning.ONE_ROW,
 ) -> Tensor:
     outputs, inputs = weight.shape
@@ -93,15 +86,12 @@ def one_row_triton(
     # of one group, and of one scale
     most = max(1, tune.block_bytes // (blocks * BLOCK * weight.itemsize))
     rows = math.gcd(most, of_group) if groups > 1 else min(most, BLOCK)
-    first, second = (*then, None, None)[:2]
     out = torch.empty(*x.shape[:-1], outputs, dtype=x.dtype, device=x.device)
     _one_row[(cdiv(outputs, rows),)](
         x,
         weight,
         weight if scale is None else scale,
         weight if norm is None else norm.weight,
-        x if first is None else first,
-        x if second is None else second,
         out,
         0.0 if norm is None else norm.eps,
         OUTPUTS=outputs,
@@ -113,10 +103,6 @@ def one_row_triton(
         BLOCKS=blocks,
         NORM=norm is not None,
         ALONGSIDE=alongside,
-        AHEAD=tune.ahead,
-        FIRST_LINES=lines_of(first, tuning.MOST_READ_AHEAD),
-        SECOND_LINES=lines_of(second, tuning.MOST_READ_AHEAD),
-        LINE=128 // weight.itemsize,
         num_warps=tune.warps,
         **overlapped(x),
     )
@@ -129,8 +115,6 @@ def _one_row(
     weight,
     scale,
     norm,
-    first_then,
-    second_then,
     out,
     eps,
     OUTPUTS: tl.constexpr,
@@ -142,10 +126,6 @@ def _one_row(
     BLOCKS: tl.constexpr,
     NORM: tl.constexpr,
     ALONGSIDE: tl.constexpr,
-    AHEAD: tl.constexpr,
-    FIRST_LINES: tl.constexpr,
-    SECOND_LINES: tl.constexpr,
-    LINE: tl.constexpr,
 ):
     """One program: ROWS outputs of one group, whose weights share scales, over all inputs, in
     BLOCKS of 128.
@@ -162,16 +142,10 @@ def _one_row(
     else:
         inside = (output < OUTPUTS)[:, None, None] & (place < INPUTS)[None, :, :]
         weights = tl.load(weight + places, mask=inside, other=0.0)
-    if AHEAD:  # for the program that will follow one of those that run now
-        after = tl.minimum(start + AHEAD * ROWS, max(OUTPUTS - ROWS, 0)).to(tl.int64) * INPUTS
-        line = tl.arange(0, ROWS * BLOCKS * BLOCK // LINE) * LINE
-        read_ahead(weight + tl.minimum(after + line, OUTPUTS * INPUTS - 1))
     if SCALES:
         level = tl.load(scale + start // BLOCK * SCALES + block, mask=block < SCALES, other=0.0)
     if NORM:
         share = tl.load(norm + place, mask=place < INPUTS, other=0.0).to(tl.float32)
-    read_share_ahead(first_then.to(tl.pointer_type(tl.uint8)), FIRST_LINES)
-    read_share_ahead(second_then.to(tl.pointer_type(tl.uint8)), SECOND_LINES)
     if ALONGSIDE:
         let_next_begin()
     else:

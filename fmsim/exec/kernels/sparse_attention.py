@@ -10,7 +10,6 @@ value. A last one gives each row's probability, mean over heads, where a trace o
 
 from __future__ import annotations
 
-from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -54,17 +53,14 @@ def sparse_attention(
     want_masses: bool = False,
     turn: Turn | None = None,
     dtype: torch.dtype | None = None,
-    then: Tensor | None = None,
 ) -> tuple[Tensor, Masses | None]:
     """``queries`` [B, H, C] rotated, of `matrix_type` or bfloat16, ``sinks`` float32 [H]
     -> output [B, H, C] in ``dtype``, the queries' unless given, and the masses where wanted.
 
     With ``turn``, the queries' angles as `norm_rope` takes them, the values' RoPE is undone.
-    ``then``: the weight that the output meets, which few requests' attention brings into the L2
-    while it waits.
     """
     if runs_compiled(queries):
-        return sparse_attention_triton(queries, rows, sinks, scale, want_masses, turn, dtype, then)
+        return sparse_attention_triton(queries, rows, sinks, scale, want_masses, turn, dtype)
     return sparse_attention_reference(queries, rows, sinks, scale, want_masses, turn, dtype)
 
 
@@ -105,7 +101,6 @@ def sparse_attention_triton(
     want_masses=False,
     turn=None,
     dtype=None,
-    then=None,
     tune: tuning.AttentionTuning | tuning.GatheredAttentionTuning | None = None,
 ) -> tuple[Tensor, Masses | None]:
     batch, heads, _ = queries.shape
@@ -113,8 +108,7 @@ def sparse_attention_triton(
     if tune is None and served and not want_masses:
         return _finished(flash_mla.attend(queries, rows, sinks, scale), turn, dtype), None
     tune = tune or tuning.attention(batch, heads, packed=rows.layout.kind == "latent")
-    in_place = isinstance(tune, tuning.AttentionTuning)
-    attend = partial(attend_in_place, then=then) if in_place else attend_gathered
+    attend = attend_in_place if isinstance(tune, tuning.AttentionTuning) else attend_gathered
     out = torch.empty_like(queries)
     # queries in the rows' own type: converted in the kernel they would fill the registers
     wanted = queries.to(matrix_type(rows.layout))

@@ -15,8 +15,6 @@ import torch
 
 # entries that share one maximum in the pre-selection: 8,192 maxima at 262,144 entries
 MAXIMA_ENTRIES = 32
-# of weights that a launch brings into the L2 for a later one: with what passes meanwhile they fit
-MOST_READ_AHEAD = 24 * 2**20
 
 
 class IndexScoresTuning(NamedTuple):
@@ -115,10 +113,8 @@ class LinearTuning(NamedTuple):
 
 
 class OneRowTuning(NamedTuple):
-    block_bytes: int = 16_384  # of weights that a program holds: 128 bytes a thread
+    block_bytes: int = 32_768  # of weights that a program holds: 256 bytes a thread
     warps: int = 4
-    # programs on, whose weights a program brings into the L2: as many as run at a time; 0 for none
-    ahead: int = 0
     most_inputs: int = 8192
 
 

@@ -5,8 +5,6 @@ Shapes: B sequences, S tokens of a call, N = B * S tokens, D hidden size.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -155,13 +153,9 @@ class Router(nn.Module):
         else:
             self.register_buffer("e_score_correction_bias", torch.zeros(count))
 
-    def forward(
-        self, x: Tensor, tokens: Tensor, then: Sequence[Tensor] = ()
-    ) -> tuple[Tensor, Tensor]:
-        """x [N, D], tokens [N] -> chosen int64 and weights float32 [N, top_k]; ``then`` as in
-        `product`.
-        """
-        return route(product(x, self.weight, then), tokens, self)
+    def forward(self, x: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
+        """x [N, D], tokens [N] -> chosen int64 and weights float32 [N, top_k]."""
+        return route(product(x, self.weight), tokens, self)
 
     def choose(self, logits: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
         scores = F.softplus(logits.float()).sqrt()
@@ -205,7 +199,5 @@ class MoE(nn.Module):
         flat = x.flatten(0, 1)
         if not leaves_shares(flat, self.experts, self.shared_experts):
             return self(x, tokens)[0]
-        shared = self.shared_experts
-        then = shared.gate_proj.weight, shared.up_proj.weight
-        chosen, weights = self.gate(flat, tokens.flatten(), then)
+        chosen, weights = self.gate(flat, tokens.flatten())
         return Shares(expert_shares(flat, chosen, self.experts, self.shared_experts), weights)

@@ -106,15 +106,11 @@ class Joined:
         if norm is not None and not alone:
             x = rms_norm(x, norm)
         found: dict[int, Tensor] = {}
-        for place, (numbers, whole) in enumerate(self.products):
+        for numbers, whole in self.products:
             if alone:
+                scale = getattr(whole, "scale", None)
                 out = one_row.one_row_triton(
-                    x,
-                    whole.weight,
-                    getattr(whole, "scale", None),
-                    norm=norm,
-                    alongside=bool(found),
-                    then=[later.weight for _, later in self.products[place + 1 :]],
+                    x, whole.weight, scale, norm=norm, alongside=bool(found)
                 )
             else:
                 out = whole(x)

@@ -10,7 +10,7 @@ from fmsim.exec.kernels.tuning import OneRowTuning
 from fmsim.exec.kernels.weights import quantise
 from fmsim.exec.model.norm_rope import RMSNorm
 
-SMALL = OneRowTuning(block_bytes=16_384, ahead=3)
+SMALL = OneRowTuning(block_bytes=16_384)
 
 
 @on_each_device
