@@ -38,7 +38,8 @@ def served_by_one(managers: Sequence[CacheManager]) -> bool:
     """Whether one policy may serve all rows of `managers`."""
     policy = _policy_of(managers[0])
     slots = {count for manager in managers for count in manager.ctx.group_slots}
-    apart = type(policy).__dict__.get("rows_apart", False) and len(slots) == 1
+    apart = type(policy).__dict__.get("rows_apart", False)
+    apart = apart and (len(slots) == 1 or not policy.knows_slots)
     return captured(policy) or apart
 
 
