@@ -108,9 +108,8 @@ class EngineTimes(_Strict):
     pages_batch_ms: Grid  # by entries a page and batch: more than pages of 64 take
     listed_batch_ms: ByBatch  # of a CSA layer: naming what was selected among resident entries
     listed_scores: dict[int, StepWork]  # by entries a page: scoring these, beyond pages of 64
-    # of a CSA layer, by batch and pages that a request loads of `staged_places`
-    staging_ms: Grid
-    staged_places: int = Field(ge=1)
+    staging_ms: Grid  # of a CSA layer, by batch and pages that each request loads
+    same_rows_bytes_per_s: Rate  # of rows that another request has just read from the host
     beside_bytes_per_s: Rate  # of a recall beside a decode
     beside_slower: Ms  # share by which steps beside it take longer
     steps: dict[str, Bookkeeping]  # by kind of policy, `STEP_KINDS`

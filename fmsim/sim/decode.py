@@ -32,13 +32,15 @@ def simulate(
     hw: Hardware,
     layer_map: Sequence[int] | None = None,
     batch: int = 1,
+    one_text: bool = False,
 ) -> SimulatedTimeline:
     """Run the decode that `ledger` describes, `batch` times side by side on the server's ranks, on
     one GPU of the busiest rank of `hw`.
 
-    `layer_map` says which of the ledger's layers drives each CSA layer of the model; see
-    `footprint.spread`. Raises FmsimError, with the figure that is short, when weights, KV or the
-    host's mirror do not fit.
+    With ``one_text`` all requests read the same rows of one mirror (`EngineCosts`); otherwise each
+    has rows of its own. `layer_map` says which of the ledger's layers drives each CSA layer of the
+    model; see `footprint.spread`. Raises FmsimError, with the figure that is short, when weights,
+    KV or the host's mirror do not fit.
     """
     place = footprint(ledger, geometry, layer_map)
     env = simpy.Environment()
@@ -49,7 +51,7 @@ def simulate(
         on_gpu * float(place.host_bytes),
         f"policy {ledger.policy}, batch {batch}:",
     )
-    decode = _Decode(env, memory, ledger, geometry, place, batch)
+    decode = _Decode(env, memory, ledger, geometry, place, batch, one_text)
     env.run(env.process(decode.run()))
     return SimulatedTimeline(
         policy=ledger.policy,
@@ -80,6 +82,7 @@ class _Decode:
         geometry: Geometry,
         place: Footprint,
         batch: int,
+        one_text: bool,
     ) -> None:
         self.env, self.memory, self.n_steps, self.cadence = (
             env,
@@ -115,7 +118,9 @@ class _Decode:
         self.beside_slower = 0.0
         table = None if memory.hw.kernel_tables else calibrated_table(memory.hw, geometry)
         if table is not None and table.engine is not None:
-            engine = EngineCosts(table.engine, ledger, geometry, place, self.gather, on_gpu)
+            engine = EngineCosts(
+                table.engine, ledger, geometry, place, self.gather, on_gpu, one_text
+            )
             # what came goes from spare pages to its slots
             settled_s = 2 * arriving_bytes / memory.hw.hbm_bytes_per_s.value
             self.rest_s = self.rest_s + engine.step_s() + settled_s

@@ -26,7 +26,11 @@ LATE_LAUNCHES = 6  # of what a decision recalls late: fmsim/exec/kernels/tuning.
 
 
 class EngineCosts:
-    """Of the decode that `ledger` describes, `batch` requests in step on one GPU."""
+    """Of the decode that `ledger` describes, `batch` requests in step on one GPU.
+
+    With ``one_text`` they read the same rows of one mirror. Then one request's cross the link, and
+    the others find them in the GPU's L2.
+    """
 
     def __init__(
         self,
@@ -36,6 +40,7 @@ class EngineCosts:
         place: Footprint,
         gather: GatherCurve,
         batch: float,
+        one_text: bool = False,
     ) -> None:
         self.times = times
         self.ledger = ledger
@@ -43,6 +48,7 @@ class EngineCosts:
         self.place = place
         self.gather = gather
         self.batch = batch
+        self.crossing = 1.0 if one_text else batch  # requests whose rows cross the link
         self.granularity = ledger.granularity
         self.n_pages = -(-int(geometry.csa_entries(place.tokens)[-1]) // ledger.granularity)
         self.loads = ledger.miss_slots > 0
@@ -67,7 +73,7 @@ class EngineCosts:
         loads = self.ledger.demand_loads[:, self.place.groups].astype(np.float64)
         if not self.loads:
             return np.zeros_like(loads)
-        line = _line(self.times.staging_ms, self.batch)
+        line = _line(self.times.staging_ms, self.crossing)
         most = line.at[-1]
         known = line(np.minimum(loads, most)) - line.one(0)
         # beyond what was timed, and of larger rows: as gathers of so many bytes
@@ -75,11 +81,16 @@ class EngineCosts:
         row_bytes = self.geometry.slot_bytes(self.granularity, with_keys=False)
         whole_s = self._gather_s(row_bytes, loads)
         more_s = whole_s - self._gather_s(entry_bytes, np.minimum(loads, most))
-        found = np.where(loads > 0, known / 1e3 + np.maximum(more_s, 0.0), 0.0)
-        return np.asarray(found)
+        found = known / 1e3 + np.maximum(more_s, 0.0) + self._others_s(loads * row_bytes)
+        return np.asarray(np.where(loads > 0, found, 0.0))
 
     def _gather_s(self, row_bytes: float, rows: np.ndarray) -> np.ndarray:
-        return self.gather.seconds(row_bytes, self.batch * rows * row_bytes)
+        """Of so many rows of each request, those that cross the link."""
+        return self.gather.seconds(row_bytes, self.crossing * rows * row_bytes)
+
+    def _others_s(self, n_bytes: np.ndarray) -> np.ndarray:
+        """Of so many bytes of each request, those that another one has just read."""
+        return (self.batch - self.crossing) * n_bytes / self.times.same_rows_bytes_per_s
 
     def _kind(self) -> str:
         """Of `STEP_KINDS`, how a step without a decision keeps its books."""
@@ -108,15 +119,18 @@ class EngineCosts:
         entry_bytes = self.geometry.slot_bytes(self.granularity, with_keys=False)
         both_bytes = self.geometry.slot_bytes(self.granularity, with_keys=self.place.keys_tiered)
         before_s = np.zeros(len(pages))
-        last_s = self.gather.seconds(entry_bytes, pages * entry_bytes)
+        last_s = self._copied_s(entry_bytes, pages / self.batch)
         if both_bytes > entry_bytes:
-            key_bytes = both_bytes - entry_bytes
-            before_s, last_s = last_s, self.gather.seconds(key_bytes, pages * key_bytes)
+            before_s, last_s = last_s, self._copied_s(both_bytes - entry_bytes, pages / self.batch)
         done_s = np.zeros(len(pages))
         for part in range(1, LATE_LAUNCHES + 1):
             here_s = before_s + last_s * part / LATE_LAUNCHES
             done_s = np.maximum(done_s, here_s) + compute_s / LATE_LAUNCHES
         return np.asarray(np.where(pages > 0, done_s - compute_s, 0.0))
+
+    def _copied_s(self, row_bytes: float, rows: np.ndarray) -> np.ndarray:
+        """Of so many rows of each request."""
+        return self._gather_s(row_bytes, rows) + self._others_s(rows * row_bytes)
 
     def _work_ms(self, work: StepWork, movable: int) -> float:
         """Of a step's bookkeeping at this decode's sizes, `movable` pages in each layer."""

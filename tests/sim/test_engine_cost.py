@@ -39,7 +39,7 @@ def engine_times(**changes) -> EngineTimes:
         "listed_batch_ms": {1: 0.004, 3: 0.004},
         "listed_scores": {1: StepWork(fixed_ms=0.001, slot_ns=10.0)},
         "staging_ms": {1: {0: 0.005, 8: 0.013}, 3: {0: 0.007, 8: 0.031}},
-        "staged_places": 512,
+        "same_rows_bytes_per_s": 100e9,
         "beside_bytes_per_s": 10e9,
         "beside_slower": 0.0,
         "steps": steps,
@@ -47,9 +47,9 @@ def engine_times(**changes) -> EngineTimes:
     return EngineTimes(**given | changes)
 
 
-def costs(given, batch=1, **changes) -> EngineCosts:
+def costs(given, batch=1, one_text=False, **changes) -> EngineCosts:
     place = footprint(given, FLASH)
-    return EngineCosts(engine_times(**changes), given, FLASH, place, GATHER, batch)
+    return EngineCosts(engine_times(**changes), given, FLASH, place, GATHER, batch, one_text)
 
 
 def test_a_step_is_its_kind_and_what_closes_and_decides():
@@ -90,6 +90,22 @@ def test_more_misses_than_were_timed_are_gathers_beyond():
     assert costs(ledger()).miss_s().tolist() == [[0.0] * 21] * 128
     more_s = GATHER.one_s(584, 100 * 584) - GATHER.one_s(584, 8 * 584)
     assert costs(missing).miss_s()[10, 0] == pytest.approx(8e-6 + more_s)
+
+
+def test_rows_of_one_text_cross_the_link_once():
+    """The other two requests' 584 bytes a row come at 100 GB/s."""
+    missing = ledger(
+        n_groups=3, on_miss="fetch", cadence=1, miss_slots=512, demand_loads=loads(128, 3, s10=4)
+    )
+    found = costs(missing, batch=3, one_text=True).miss_s()[10]
+    others_s = 2 * 4 * 584 / 100e9
+    assert found == pytest.approx(np.full(21, 4e-6 + others_s))
+    alone, own = (costs(missing, one_text=same).miss_s() for same in (True, False))
+    assert (alone == own).all()
+    pages, compute_s = np.array([3 * 42_000.0]), np.array([1e-9])
+    late_s = costs(ledger(all_keys=True), batch=3, one_text=True).late_waits_s(pages, compute_s)
+    expected = GATHER.one_s(584, 42_000 * 584) + 2 * 42_000 * 584 / 100e9
+    assert late_s == pytest.approx([expected], rel=1e-6)
 
 
 def test_residents_are_listed_and_scored_in_their_own_pages():

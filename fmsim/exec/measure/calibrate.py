@@ -26,7 +26,6 @@ from fmsim.exec.kernels.layout import KEY, LATENT, Layout
 from fmsim.exec.measure import device_figures, engine_cases, step_work
 from fmsim.exec.measure.compile_ahead import compile_ahead
 from fmsim.exec.measure.jobs import Job, Report, numbered, run_jobs
-from fmsim.exec.measure.kernel_cases import TOP_K
 from fmsim.exec.measure.layer_rows import LayerRow, in_row_ms
 from fmsim.exec.measure.module_times import MODULES, AttentionTimer, is_float8, module_ms
 from fmsim.exec.measure.sizes import Sizes
@@ -152,6 +151,9 @@ def _jobs(
         Job("naming residents", 1, partial(engine_cases.listed_ms, *on_device)),
         Job("scores of residents", 2, partial(engine_cases.listed_scores, *on_device)),
         Job("loading misses", 3, partial(engine_cases.staging_ms, layouts[0], *on_device)),
+        Job(
+            "common misses", 1, partial(engine_cases.same_rows_bytes_per_s, layouts[0], *on_device)
+        ),
     ]
     jobs.append(Job("steps", 20, partial(step_work.all_kinds, geometry, *on_device)))
     return [Job(job.name, job.seconds, _freed(job.run)) for job in jobs]
@@ -269,7 +271,7 @@ def _table(found: Figures, config: DeepseekV4Config, sizes: Sizes) -> KernelTabl
         staging_ms={
             batch: numbered(column) for batch, column in numbered(found["loading misses"]).items()
         },
-        staged_places=min(TOP_K, sizes.staged_entries),
+        same_rows_bytes_per_s=found["common misses"],
         beside_bytes_per_s=found["a gather beside a decode"],
         beside_slower=found["a step beside a recall"],
         steps={kind: Bookkeeping.model_validate(work) for kind, work in found["steps"].items()},
