@@ -350,7 +350,9 @@ def table(result: Row) -> str:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--parts", type=Path, help="folder that rows are measured into")
-    parser.add_argument("--row", action="append", help="only those of such a name (*); repeat")
+    parser.add_argument(
+        "--row", action="append", help="only those of such a name (*); repeat, and in this order"
+    )
     parser.add_argument("--seconds", type=float, default=float("inf"), help="begin no row later")
     parser.add_argument("--device", help="cuda or cpu; cuda where there is one by default")
     parser.add_argument("--model", default=MODEL, help="a preset, or a folder with a config.json")
@@ -364,7 +366,8 @@ def main() -> int:
     parser.add_argument("--out", type=Path, help="the result; by default results/blind-DEVICE.json")
     given = parser.parse_args()
     patterns = given.row or ["*"]
-    asks = [ask for ask in ROWS if any(fnmatch(ask.name, pattern) for pattern in patterns)]
+    asked = {ask.name: ask for each in patterns for ask in ROWS if fnmatch(ask.name, each)}
+    asks = list(asked.values())
     if given.list:
         print("\n".join(ask.name for ask in asks))
         return 0
