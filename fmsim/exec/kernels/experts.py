@@ -23,6 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fmsim.exec.kernels import tuning
+from fmsim.exec.kernels.expert_products import READ_AHEAD, first_scales, products_of
 from fmsim.exec.kernels.expert_tiles import OwnPairs, expert_of, is_here, pairs_of, tiles_of
 from fmsim.exec.kernels.lang import (
     INTERPRETED,
@@ -251,66 +252,6 @@ def _shared_weights(routed: nn.Module, shared: nn.Module | None) -> _Weights:
 
 
 @triton.jit
-def _first_scales(scale, expert, row, OUT: tl.constexpr, DEPTH: tl.constexpr, SCALED: tl.constexpr):
-    """Pointers to the first scale of each ``row`` of an expert's matrix [OUT, DEPTH], of those
-    stacked at ``scale``.
-    """
-    columns: tl.constexpr = (DEPTH + SCALED - 1) // SCALED
-    blocks: tl.constexpr = (OUT + SCALED - 1) // SCALED
-    return scale + (expert * blocks + row // SCALED) * columns
-
-
-@triton.jit
-def _products(
-    weights,
-    scales,
-    activations,
-    row_known,
-    known,
-    DEPTH: tl.constexpr,
-    ROWS: tl.constexpr,
-    TILE: tl.constexpr,
-    SCALED: tl.constexpr,
-    BLOCK_DEPTH: tl.constexpr,
-    STAGES: tl.constexpr,
-    WIDEN: tl.constexpr,
-):
-    """Rows of weights times tokens, float32 [ROWS, TILE], by pointers to where each begins; where
-    SCALED, each row's every so many values have a scale, and ``scales`` points to its first.
-
-    A TILE of one is multiplied without matrix units.
-    """
-    lane = tl.arange(0, BLOCK_DEPTH)
-    summed = tl.zeros([ROWS, BLOCK_DEPTH if TILE == 1 else TILE], tl.float32)
-    for start in tl.range(0, DEPTH, BLOCK_DEPTH, num_stages=STAGES):
-        place = start + lane
-        weights_known, tokens_known = row_known[:, None], known[:, None]
-        if DEPTH % BLOCK_DEPTH != 0:
-            weights_known, tokens_known = (
-                weights_known & (place < DEPTH)[None, :],
-                tokens_known & (place < DEPTH)[None, :],
-            )
-        weight = tl.load(weights[:, None] + place[None, :], mask=weights_known, other=0.0)
-        x = tl.load(activations[:, None] + place[None, :], mask=tokens_known, other=0.0)
-        if SCALED and x.dtype == tl.bfloat16:
-            x = x.to(tl.float16)
-        if TILE == 1:
-            product = weight.to(tl.float32) * x.to(tl.float32)
-        else:
-            if WIDEN and x.dtype == tl.bfloat16:  # Triton's interpreter multiplies no bfloat16
-                x = x.to(tl.float32)
-            product = tl.dot(weight.to(x.dtype), tl.trans(x), input_precision="ieee")
-        if SCALED:
-            product = (
-                product * tl.load(scales + start // SCALED, mask=row_known, other=0.0)[:, None]
-            )
-        summed += product
-    if TILE == 1:
-        summed = tl.sum(summed, 1)[:, None]
-    return summed
-
-
-@triton.jit
 def _gate_up(
     x,
     chosen,
@@ -360,9 +301,9 @@ def _gate_up(
                 weights,
             )
         if SCALED:
-            scales = _first_scales(scale, expert, up * WIDTH + channel, 2 * WIDTH, HIDDEN, SCALED)
+            scales = first_scales(scale, expert, up * WIDTH + channel, 2 * WIDTH, HIDDEN, SCALED)
             if SHARED:
-                of_shared = _first_scales(
+                of_shared = first_scales(
                     tl.where(up == 1, shared_up_scale, shared_gate_scale),
                     0,
                     channel,
@@ -372,7 +313,7 @@ def _gate_up(
                 )
                 scales = tl.where(expert == EXPERTS, of_shared, scales)
         tokens = x + pair // SLOTS * HIDDEN
-        both = _products(
+        both = products_of(
             weights,
             scales,
             tokens,
@@ -441,16 +382,16 @@ def _down(
         if SHARED:
             weights = tl.where(expert == EXPERTS, shared_down + channel * WIDTH, weights)
         if SCALED:
-            scales = _first_scales(scale, expert, channel, HIDDEN, WIDTH, SCALED)
+            scales = first_scales(scale, expert, channel, HIDDEN, WIDTH, SCALED)
             if SHARED:
                 scales = tl.where(
                     expert == EXPERTS,
-                    _first_scales(shared_scale, 0, channel, HIDDEN, WIDTH, SCALED),
+                    first_scales(shared_scale, 0, channel, HIDDEN, WIDTH, SCALED),
                     scales,
                 )
         after_previous()
         values = inner + pair * WIDTH
-        out = _products(
+        out = products_of(
             weights,
             scales,
             values,
@@ -495,8 +436,7 @@ def _sum_pairs(
     for slot in tl.static_range(SLOTS):
         known = inside
         if PARTIAL:
-            routed = slot < TOP_K
-            expert = tl.load(chosen + token * TOP_K + slot, mask=routed, other=0).to(tl.int32)
+            expert = tl.load(chosen + token * TOP_K + slot, mask=slot < TOP_K, other=0).to(tl.int32)
             known &= is_here(
                 expert, token, slot, first_expert, first_token, own_tokens, EXPERTS, TOP_K
             )

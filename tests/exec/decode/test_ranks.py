@@ -4,6 +4,7 @@ that does all.
 
 from dataclasses import replace
 from functools import partial
+from operator import itemgetter
 
 import pytest
 
@@ -27,6 +28,8 @@ from fmsim.replay.replayer import Replayer
 from fmsim.sim.footprint import footprint
 
 LENGTHS = (60, 41, 53, 47)
+# NCCL takes a GPU a rank: one GPU alone has all requests, and its exchange in its graph
+RANKS = {"cpu": 2, "cuda": min(2, max(1, torch.cuda.device_count()))}
 POLICY = {"policy": "lru", "budget": "9 entries"}
 # The published entries of 584 and keys of 132 bytes need heads of 512 and keys of 128.
 SMALL = replace(
@@ -51,7 +54,7 @@ DEVICES = [
         "cuda",
         marks=[
             pytest.mark.gpu,
-            pytest.mark.skipif(torch.cuda.device_count() < 2, reason="no two CUDA devices"),
+            pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device"),
         ],
     ),
 ]
@@ -76,39 +79,41 @@ def decoded(batch, device):
 
 
 def decoded_by(device, meeting, rank):
-    """By a rank of two: its half of the requests."""
-    with joined(meeting, rank, 2, device) as exchange:
-        own = prompts(device)[2 * rank : 2 * rank + 2]
+    """By a rank: its share of the requests."""
+    with joined(meeting, rank, RANKS[device], device) as exchange:
+        count = len(LENGTHS) // exchange.count
+        own = prompts(device)[rank * count : (rank + 1) * count]
         split_experts(own[0].model, exchange)
         held = {len(layer.mlp.experts.down_proj) for layer in own[0].model.model.layers}
-        assert held == {2}
-        return decoded(own, device)
+        assert held == {4 // exchange.count}
+        return rank, *decoded(own, device)
 
 
 def on_ranks(work, device, folder):
     start = "spawn" if device == "cuda" else "fork"
     meeting = folder / "meeting"
-    return list(as_they_end(partial(work, device, meeting), range(2), 2, start))
+    ranks = RANKS[device]
+    return sorted(
+        as_they_end(partial(work, device, meeting), range(ranks), ranks, start), key=itemgetter(0)
+    )
 
 
 @pytest.mark.parametrize("device", DEVICES)
-def test_two_ranks_decode_what_one_process_does(device, tmp_path):
+def test_ranks_decode_what_one_process_does(device, tmp_path):
     tokens, logits = decoded(prompts(device), device)
     parts = on_ranks(decoded_by, device, tmp_path)
-    if parts[0][0] != tokens[:2]:
-        parts.reverse()  # they come as they end
-    assert [row for part in parts for row in part[0]] == tokens
-    found = torch.cat([part[1] for part in parts])
+    assert [row for _, found, _ in parts for row in found] == tokens
+    found = torch.cat([part for _, _, part in parts])
     torch.testing.assert_close(found, logits, atol=1e-4, rtol=0)
 
 
 def synthetic_by(device, meeting, rank):
-    """-> whether the mirror was made here, what a request moved, sums of weights that all ranks
+    """-> the rank, whether it made the mirror, what a request moved, sums of weights that all ranks
     have, and of its experts'.
     """
-    with joined(meeting, rank, 2, device) as exchange:
+    with joined(meeting, rank, RANKS[device], device) as exchange:
         replayer = Replayer(make_trace(prompt_tokens=200, n_steps=6))
-        model, experts = synthetic_model(SMALL, device, model_bytes(SMALL, 4), 0, exchange)
+        model, experts = synthetic_model(SMALL, device, model_bytes(SMALL, 8), 0, exchange)
         assert experts == 8
         run = synthetic_run.run(
             "lru",
@@ -118,7 +123,7 @@ def synthetic_by(device, meeting, rank):
             LAYER_MAP,
             model,
             device,
-            2,
+            2 * exchange.count,
             exchange=exchange,
         )
         layer = model.model.layers[2]
@@ -128,19 +133,19 @@ def synthetic_by(device, meeting, rank):
         ]
         own = float(layer.mlp.experts.down_proj.float().abs().sum())
         [cache] = run.decode.tiers.caches
-        return cache.made_mirror, run.outcome.h2d_bytes, sums, own
+        return rank, cache.made_mirror, run.outcome.h2d_bytes, sums, own
 
 
 @pytest.mark.parametrize("device", DEVICES)
 def test_ranks_share_a_mirror_and_all_weights_but_experts(device, tmp_path):
     parts = on_ranks(synthetic_by, device, tmp_path)
-    made, moved, shared, own = zip(*parts, strict=True)
-    assert sorted(made) == [False, True]
+    _, made, moved, shared, own = zip(*parts, strict=True)
+    assert sum(made) == 1
     ledger = Replayer(make_trace(prompt_tokens=200, n_steps=6)).run(registry.build(POLICY))
     loads = (ledger.demand_loads + ledger.lookahead_loads).sum(axis=0)
     loads = loads[footprint(ledger, SMALL, LAYER_MAP).groups].sum()
-    assert moved[0] == moved[1] == loads * 584 > 0
-    assert shared[0] == shared[1] and own[0] != own[1]
+    assert set(moved) == {loads * 584} and loads
+    assert len({tuple(sums) for sums in shared}) == 1 and len(set(own)) == len(own)
 
 
 def test_what_does_not_split_is_refused():
