@@ -8,6 +8,7 @@ from transformers import DeepseekV4Config
 from fmsim.exec.kernels import tuning
 from fmsim.exec.kernels.attention_rows import Rows
 from fmsim.exec.kernels.compress import Pooling, compress_and_append_triton
+from fmsim.exec.kernels.expert_tiles import OwnPairs
 from fmsim.exec.kernels.experts import mixture_of_experts_triton
 from fmsim.exec.kernels.flash_mla import listed_triton
 from fmsim.exec.kernels.gather import copy_rows_triton
@@ -161,7 +162,7 @@ def normed(width):
     )
 
 
-def experts(tokens, dtype=torch.bfloat16, count=24, hidden=4096, width=2048, top_k=6):
+def experts(tokens, dtype=torch.bfloat16, count=24, hidden=4096, width=2048, top_k=6, part=None):
     def launch():
         config = DeepseekV4Config(
             n_routed_experts=count, hidden_size=hidden, moe_intermediate_size=width
@@ -175,9 +176,8 @@ def experts(tokens, dtype=torch.bfloat16, count=24, hidden=4096, width=2048, top
             x = zeros(
                 tokens, hidden, dtype=torch.float32 if dtype == torch.float32 else torch.bfloat16
             )
-            mixture_of_experts_triton(
-                x, zeros(tokens, top_k, dtype=torch.int64), zeros(tokens, top_k), routed, shared
-            )
+            chosen, weights = zeros(tokens, top_k, dtype=torch.int64), zeros(tokens, top_k)
+            mixture_of_experts_triton(x, chosen, weights, routed, shared, part=part)
 
     return launch
 
@@ -284,6 +284,7 @@ LAUNCHES = {
     "experts, one": experts(1),
     "experts, few": experts(4),
     "experts, many": experts(64),
+    "experts, some of many": experts(64, part=OwnPairs(24, 32, 32)),
     "experts, float8, one": experts(1, torch.float8_e4m3fn),
     "experts, float8, few": experts(4, torch.float8_e4m3fn),
     "experts, float8, many": experts(64, torch.float8_e4m3fn),

@@ -21,7 +21,7 @@ LAUNCHES = [
     "norm_rope",
     "rms_norm",
     "route",
-    "experts, many",
+    "experts, some of many",
     "experts, float8, one",
     "linear, output",
     "linear, output, 128 rows",
