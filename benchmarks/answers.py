@@ -198,6 +198,11 @@ _ANSWERS: dict[str, Answer] = {
         None,
         {("benchmarks/results/kernels.md", "kernels on an H200"): tables.kernels},
     ),
+    "two-gpus-h200": Answer(
+        "two-gpus-h200.json",
+        None,
+        {("benchmarks/results/whole-steps.md", "two GPUs"): tables.two_gpus},
+    ),
     "nano": Answer("nano2-answers.jsonl"),
     "live-gap": Answer("live-gap.json"),
     "generate": Answer("generate.json"),

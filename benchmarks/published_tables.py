@@ -279,28 +279,27 @@ def synthetic(result: Result) -> str:
 
 
 def two_gpus(result: Result) -> str:
-    """Rows of benchmarks/two_gpus.py: steps of two GPUs, of one, and of the simulator."""
-    exchanged = {row["exchange"]: row for row in result["rows"] if "exchange" in row}
-    rows = []
+    """Rows of benchmarks/two_gpus.py: what two GPUs exchange in a layer; steps of both, of one and
+    of the simulator, measured ones where there are any.
+    """
+    exchanges, steps = [], []
     for row in result["rows"]:
-        if "policy" not in row:
+        if "exchange" in row:
+            us = [f"{1e3 * row[name]:.1f}" for name in ("gather_ms", "scatter_ms")]
+            exchanges.append([str(row["exchange"]), *us])
             continue
-        exchange = exchanged[row["batch"]]
-        off = row["simulated_s"] / row["step_s"] - 1
-        rows.append(
-            [
-                row["policy"],
-                str(row["batch"]),
-                f"{1e3 * row['step_s']:.2f}",
-                f"{1e3 * row['alone_s']:.2f}",
-                f"{1e3 * (exchange['gather_ms'] + exchange['scatter_ms']):.1f}",
-                f"{1e3 * row['simulated_s']:.2f}",
-                f"{off:+.0%}",
-                f"{1e3 * row['planned_s']:.2f}",
-            ]
-        )
-    head = ["policy", "batch", "step, ms", "one GPU with half, ms", "exchange of a layer, us"]
-    return table([*head, "simulated, ms", "off", "preset h200, ms"], rows)
+        off = f"{row['simulated_s'] / row['step_s'] - 1:+.0%}" if "step_s" in row else ""
+        measured = [
+            f"{1e3 * row[name]:.2f}" if name in row else "not yet" for name in ("step_s", "alone_s")
+        ]
+        simulated = [f"{1e3 * row[name]:.2f}" for name in ("simulated_s", "planned_s")]
+        steps.append([row["policy"], str(row["batch"]), *measured, *simulated, off])
+    head = ["policy", "batch", "step, ms", "one GPU with half, ms", "simulated, ms"]
+    return (
+        table(["batch", "all-gather, us", "reduce-scatter, us"], exchanges)
+        + "\n\n"
+        + table([*head, "preset h200, ms", "off"], steps)
+    )
 
 
 def kernels(result: Result) -> str:
