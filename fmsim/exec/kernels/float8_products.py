@@ -30,7 +30,7 @@ def by_cublas(rows: Tensor, weight: Tensor, scale: Tensor, groups: int) -> Tenso
     """As `linear` with rounded rows; groups one after another."""
     from torch.nn.functional import ScalingType, scaled_mm
 
-    codes, scales = round_rows(rows, ROWS, weight)
+    codes, scales = round_rows(rows, ROWS)
     inputs = weight.shape[1]
     parts = zip(
         codes.split(inputs, 1),

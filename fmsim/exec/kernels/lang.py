@@ -78,19 +78,3 @@ def after_previous():
     """
     wait_for_previous()
     let_next_begin()
-
-
-@triton.jit
-def read_ahead_runs(places, n_bytes):
-    """Begin to bring ``n_bytes`` from each of ``places``, pointers to global memory, into the L2;
-    both are multiples of 16.
-    """
-    if COMPILED and cuda_capability_geq(9, 0):
-        tl.inline_asm_elementwise(
-            "cp.async.bulk.prefetch.L2.global [$1], $2; // $0",
-            "=r,l,r",
-            [places.to(tl.int64), n_bytes],
-            dtype=tl.int32,
-            is_pure=False,
-            pack=1,
-        )

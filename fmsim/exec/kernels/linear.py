@@ -36,7 +36,9 @@ from fmsim.exec.kernels.weights import BLOCK, dequantise
 
 FEWEST_OUTPUTS = 16  # of a program: a matrix instruction's
 MOST_SPLITS = 16
-PART_TURNS = 4  # of a program's loop, as long as one part of the columns takes to be added up
+# Turns of a program's loop: no fewer are worth a part of its own, and with fewer than MANY_TURNS
+# programs should not crowd.
+FEWEST_TURNS, MANY_TURNS = 8, 16
 
 
 def linear(
@@ -97,7 +99,7 @@ def linear_triton(
     if float8_rows:
         rounding = "inside" if tune.rounds_inside else "before"
     if rounding == "before":
-        rows, levels = round_rows_triton(rows, ahead=weight)
+        rows, levels = round_rows_triton(rows)
     elif not rounding and rows.dtype == torch.bfloat16 and total > tuning.FEW_ROWS:
         # once, and not by every program that reads them
         rows = rows.to(torch.float16)
@@ -150,15 +152,16 @@ def linear_triton(
 
 
 def _splits(blocks: int, turns: int, at_a_time: int) -> int:
-    """In how many parts to cut the ``turns`` of each of the ``blocks``, of which ``at_a_time`` are
-    in work: the last turn of all is rarely full, and one program adds the parts up.
+    """In how many parts to cut the ``turns`` of each of the ``blocks``: as many as ``at_a_time``
+    programs are, or two thirds of them where turns are few.
     """
 
-    def cost(splits: int) -> float:
-        parts = PART_TURNS * splits if splits > 1 else 0
-        return cdiv(blocks * splits, at_a_time) * cdiv(turns, splits) + parts
+    def fits(splits: int) -> bool:
+        share = cdiv(turns, splits)
+        room = at_a_time if share >= MANY_TURNS else at_a_time * 2 // 3
+        return share >= FEWEST_TURNS and blocks * splits <= room
 
-    return min(range(1, min(turns, MOST_SPLITS) + 1), key=cost)
+    return max(filter(fits, range(1, MOST_SPLITS + 1)), default=1)
 
 
 # compiled once for a kind of rows, however many there are

@@ -1,7 +1,8 @@
 """The memory indexer's logits of every entry: `index_scores` over several layers, joined (arXiv
 2606.09079, section 3).
 
-A launch scores a few layers: a program holds the queries of all, and reads an entry's keys of all.
+With float8 queries a launch scores a few layers: a program holds the queries of all, and reads an
+entry's keys of all. With wider ones each layer is a launch, which joins its scores to those before.
 """
 
 from __future__ import annotations
@@ -20,9 +21,7 @@ from fmsim.exec.kernels.lang import runs_compiled
 from fmsim.exec.kernels.layout import Layout
 from fmsim.indexer import scorer
 
-AT_ONCE = (
-    3  # layers of a launch at most, as the published indexer has: a program holds their queries
-)
+FLOAT8_AT_ONCE = 3  # layers of a launch, as the published indexer has; wider queries fit for one
 
 
 def memory_scores(
@@ -85,8 +84,11 @@ def memory_scores_triton(
     )
     if how == "mean":
         weights = weights / layers
-    for first in range(0, layers, AT_ONCE):
-        some = slice(first, first + AT_ONCE)
+    float8 = queries.dtype == torch.float8_e4m3fn
+    tune = tune or (tuning.FLOAT8_MEMORY_SCORES if float8 else tuning.MEMORY_SCORES)
+    at_once = FLOAT8_AT_ONCE if float8 else 1
+    for first in range(0, layers, at_once):
+        some = slice(first, first + at_once)
         score_layers(
             queries[some],
             weights[some],
@@ -96,7 +98,7 @@ def memory_scores_triton(
             lengths,
             out,
             "max" if how == "max" else "sum",
-            tune or tuning.MEMORY_SCORES,
+            tune,
             joins=first > 0,
         )
     return out

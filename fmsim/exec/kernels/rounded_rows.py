@@ -11,7 +11,6 @@ from fmsim.exec.kernels.lang import (
     after_previous,
     cdiv,
     overlapped,
-    read_ahead_runs,
     runs_compiled,
     tl,
     triton,
@@ -24,26 +23,19 @@ from fmsim.exec.kernels.layout import (
 )
 from fmsim.exec.kernels.weights import BLOCK
 
-ROWS, WARPS = 8, 4  # of one program
-THREADS = 32 * WARPS
+ROWS = 8  # of one program
 PADDED = 256  # rows of the scales: no block of rows in a product has more
 
 
-def round_rows(
-    x: Tensor, multiple: int = PADDED, ahead: Tensor | None = None
-) -> tuple[Tensor, Tensor]:
+def round_rows(x: Tensor, multiple: int = PADDED) -> tuple[Tensor, Tensor]:
     """x [rows, in] -> codes float8_e4m3fn [rows and more, in], and their scales float32 [ceil(in /
     128), rows and more], so that a program reads those of many rows at a time; what stands beyond
     the rows, up to a ``multiple``, is anything.
-
-    ``ahead``: a contiguous weight that is multiplied next. A GPU begins to bring it into its L2.
     """
-    return (round_rows_triton if runs_compiled(x) else round_rows_reference)(x, multiple, ahead)
+    return (round_rows_triton if runs_compiled(x) else round_rows_reference)(x, multiple)
 
 
-def round_rows_reference(
-    x: Tensor, multiple: int = PADDED, ahead: Tensor | None = None
-) -> tuple[Tensor, Tensor]:
+def round_rows_reference(x: Tensor, multiple: int = PADDED) -> tuple[Tensor, Tensor]:
     columns = x.shape[1]
     blocks = torch.nn.functional.pad(x.float(), (0, -columns % BLOCK)).unflatten(1, (-1, BLOCK))
     exponent = power_of_two_exponent(blocks.abs().amax(2))
@@ -62,21 +54,13 @@ def rounded_reference(x: Tensor) -> Tensor:
     return (codes[:rows].float() * wide).to(x.dtype).view_as(x)
 
 
-def round_rows_triton(
-    x: Tensor, multiple: int = PADDED, ahead: Tensor | None = None
-) -> tuple[Tensor, Tensor]:
+def round_rows_triton(x: Tensor, multiple: int = PADDED) -> tuple[Tensor, Tensor]:
     rows, columns = x.shape
     blocks, room = cdiv(columns, BLOCK), cdiv(rows, multiple) * multiple
     codes = torch.empty(room, columns, dtype=torch.float8_e4m3fn, device=x.device)
     scales = torch.empty(blocks, room, dtype=torch.float32, device=x.device)
-    programs = cdiv(rows, ROWS) * blocks
-    piece = 0 if ahead is None else cdiv(ahead.nbytes, 16 * programs * THREADS) * 16
-    last_piece = 0 if ahead is None else (ahead.nbytes - piece) // 16 * 16
     _round_rows[(cdiv(rows, ROWS), blocks)](
         x,
-        codes if ahead is None else ahead.view(torch.uint8),
-        piece,
-        last_piece,
         codes.view(torch.uint8),
         scales,
         x.stride(0),
@@ -85,19 +69,15 @@ def round_rows_triton(
         COLUMNS=columns,
         ROWS=ROWS,
         BLOCK=BLOCK,
-        THREADS=THREADS,
-        num_warps=WARPS,
+        num_warps=4,
         **overlapped(x),
     )
     return codes, scales
 
 
-@triton.jit(do_not_specialize=["piece", "last_piece", "rows"])
+@triton.jit
 def _round_rows(
     x,
-    ahead,
-    piece,
-    last_piece,
     codes,
     scales,
     row_stride,
@@ -106,15 +86,8 @@ def _round_rows(
     COLUMNS: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
-    THREADS: tl.constexpr,
 ):
-    """One program: one block of columns of some rows. Each thread asks for ``piece`` bytes of what
-    is ``ahead``.
-    """
-    if piece > 0:
-        number = tl.program_id(0) * tl.num_programs(1) + tl.program_id(1)
-        places = (number.to(tl.int64) * THREADS + tl.arange(0, THREADS)) * piece
-        read_ahead_runs(ahead + tl.minimum(places, last_piece), piece)
+    """One program: one block of columns of some rows."""
     after_previous()
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)

@@ -91,7 +91,8 @@ def top_k_triton(scores, lengths, k, maxima=None, tune: tuning.TopKTuning | None
     finalists = torch.empty(
         batch, sections, tune.finalists if preselect else 1, dtype=torch.int64, device=scores.device
     )
-    found = torch.empty(batch, sections, dtype=torch.int32, device=scores.device)
+    section_bits = (tune.sections - 1).bit_length()
+    found = torch.empty(batch, 1 << section_bits, dtype=torch.int32, device=scores.device)
     maxima = maxima if preselect else scores
     _top_k[(batch, sections)](
         scores,
@@ -114,8 +115,9 @@ def top_k_triton(scores, lengths, k, maxima=None, tune: tuning.TopKTuning | None
         MAXIMA_CHUNK=min(tune.chunk, max(next_power_of_2(n_groups), GROUP)),
         BOUND_KEYS=tune.bound_keys * next_power_of_2(k),
         SECTION_GROUPS=tune.section_groups,
-        SECTIONS_PADDED=next_power_of_2(tune.sections),
+        SECTION_BITS=section_bits,
         FINALISTS=tune.finalists,
+        MANY=tune.many_finalists,
         VECTOR=math.gcd(scores.stride(0), 4),
         MAXIMA_VECTOR=math.gcd(maxima.stride(0), 4),
         num_warps=tune.warps if preselect else tune.whole_warps,
@@ -204,26 +206,40 @@ def _set_aside(
 
 
 @triton.jit
-def _finalists(
+def _choose_finalists(
     finalists,
-    counts,
+    ends,
+    total,
+    ids,
+    K: tl.constexpr,
+    K_PADDED: tl.constexpr,
     GROUP: tl.constexpr,
+    SECTION_BITS: tl.constexpr,
     FINALISTS: tl.constexpr,
+    HELD: tl.constexpr,
+    COUNT_BITS: tl.constexpr,
 ):
-    """Keys, 0 where there is none, and ids of what all sections set aside, [FINALISTS / GROUP,
-    GROUP]; ``counts`` [sections and more] of them, FINALISTS at most in all.
+    """Choose among what all sections set aside, HELD at most in ``total``; ``ends`` [sections]
+    point to how many there are up to a section's end.
     """
-    place = tl.arange(0, FINALISTS // GROUP)[:, None] * GROUP + tl.arange(0, GROUP)[None, :]
-    ends = tl.cumsum(counts, 0)[None, None, :]
-    past = ends <= place[:, :, None]
-    section, start = tl.sum(past.to(tl.int32), 2), tl.max(tl.where(past, ends, 0), 2)
+    place = tl.arange(0, HELD // GROUP)[:, None] * GROUP + tl.arange(0, GROUP)[None, :]
+    section = tl.zeros_like(place)  # how many end before a place, bit by bit
+    for bit in tl.static_range(SECTION_BITS):
+        more = section + (1 << (SECTION_BITS - 1 - bit))
+        end = tl.load(ends + more - 1, mask=place < total, other=0)
+        section = tl.where(end <= place, more, section)
+    start = tl.load(ends + section - 1, mask=(section > 0) & (place < total), other=0)
     packed = tl.load(
         finalists + section * FINALISTS + place - start,
-        mask=place < tl.sum(counts),
+        mask=place < total,
         other=0,
         cache_modifier=".cg",
     )
-    return (packed & 0xFFFFFFFF).to(tl.uint32), ((packed >> 32) & 0x1FFFFF).to(tl.int32)
+    key, index = (packed & 0xFFFFFFFF).to(tl.uint32), ((packed >> 32) & 0x1FFFFF).to(tl.int32)
+    sure, above = search(key, K, COUNT_BITS)
+    none = tl.zeros([], tl.int32)
+    taken, ties = _emit(ids, key, index, sure, K - above, none, none)
+    _fill(ids, taken + tl.minimum(ties, K - above), K, K_PADDED)
 
 
 @triton.jit
@@ -248,8 +264,9 @@ def _top_k(
     MAXIMA_CHUNK: tl.constexpr,
     BOUND_KEYS: tl.constexpr,
     SECTION_GROUPS: tl.constexpr,
-    SECTIONS_PADDED: tl.constexpr,
+    SECTION_BITS: tl.constexpr,
     FINALISTS: tl.constexpr,
+    MANY: tl.constexpr,
     VECTOR: tl.constexpr,
     MAXIMA_VECTOR: tl.constexpr,
 ):
@@ -262,7 +279,7 @@ def _top_k(
     length = tl.load(lengths + b)
     if PRESELECT:
         maxima, groups = maxima + b * maxima_stride, groups + b * groups_stride
-        finalists, found = finalists + b * sections * FINALISTS, found + b * sections
+        finalists, found = finalists + b * sections * FINALISTS, found + b * (1 << SECTION_BITS)
         n_groups = tl.cdiv(length, GROUP)
         bound = bound_of(maxima, n_groups, K, BOUND_KEYS, COUNT_BITS)
         share = tl.cdiv(n_groups, sections * SECTION_GROUPS) * SECTION_GROUPS
@@ -284,14 +301,39 @@ def _top_k(
         before = tl.atomic_add(arrived + b, 1, sem="acq_rel")
         if before == sections - 1:
             tl.store(arrived + b, 0)
-            lane = tl.arange(0, SECTIONS_PADDED)
+            lane = tl.arange(0, 1 << SECTION_BITS)
             counts = tl.load(found + lane, mask=lane < sections, other=0, cache_modifier=".cg")
-            if tl.sum(counts) <= FINALISTS:
-                key, index = _finalists(finalists, counts, GROUP, FINALISTS)
-                sure, above = search(key, K, COUNT_BITS)
-                none = tl.zeros([], tl.int32)
-                taken, ties = _emit(ids, key, index, sure, K - above, none, none)
-                _fill(ids, taken + tl.minimum(ties, K - above), K, K_PADDED)
+            total, most = tl.sum(counts), tl.max(counts)
+            tl.store(found + lane, tl.cumsum(counts, 0))
+            tl.debug_barrier()  # other threads read them
+            if total <= FINALISTS:
+                _choose_finalists(
+                    finalists,
+                    found,
+                    total,
+                    ids,
+                    K,
+                    K_PADDED,
+                    GROUP,
+                    SECTION_BITS,
+                    FINALISTS,
+                    FINALISTS,
+                    COUNT_BITS,
+                )
+            elif (total <= MANY) & (most <= FINALISTS):
+                _choose_finalists(
+                    finalists,
+                    found,
+                    total,
+                    ids,
+                    K,
+                    K_PADDED,
+                    GROUP,
+                    SECTION_BITS,
+                    FINALISTS,
+                    MANY,
+                    COUNT_BITS,
+                )
             else:
                 kept = _list_groups(
                     maxima, groups, bound, n_groups, GROUP, MAXIMA_CHUNK, MAXIMA_VECTOR

@@ -32,16 +32,17 @@ class TopKTuning(NamedTuple):
     # scores, or maxima, that one program (one sequence) holds: 512 groups of MAXIMA_ENTRIES; less
     # than 2^15
     chunk: int = 16384
-    warps: int = 8
+    warps: int = 16
     whole_warps: int = 16  # where all scores fit a chunk and none are left out beforehand
     bound_keys: int = 4  # times k: the maxima among which the bound is sought
     section_groups: int = 256  # of one sequence, that a program takes at a time
     sections: int = 32  # of one sequence at most, a program each
     programs: int = 128  # over batch and sections
     maxima_groups: int = 128  # whose maxima one program takes, where none are given
-    # that reach the bound and fit the last search; where more do, it is among all of the groups'
-    # scores
+    # that reach the bound, of one section, and of all in the last search; where more do, it holds
+    # as many as are left for it, or is among all of the groups' scores
     finalists: int = 2048
+    many_finalists: int = 8192
 
 
 class AttentionTuning(NamedTuple):
@@ -139,8 +140,10 @@ HYPER_CONNECTION, NORM_ROPE = HyperConnectionTuning(), NormRopeTuning()
 ONE_ROW = OneRowTuning()
 INDEX_SCORES, MEMORY_SCORES = (
     IndexScoresTuning(),
-    IndexScoresTuning(programs=264),
-)  # 128 heads leave registers for two on a multiprocessor
+    IndexScoresTuning(programs=396),
+)  # 128 heads leave registers for three on a multiprocessor
+# of float8 queries, a few layers at once
+FLOAT8_MEMORY_SCORES = IndexScoresTuning(programs=264)
 TOP_K, COMPRESS, GATHER = TopKTuning(), CompressTuning(), GatherTuning()
 ATTENTION, ATTENTION_OF_SOME = (
     AttentionTuning(),
@@ -158,14 +161,18 @@ LINEAR = LinearTuning()
 LINEAR_OF_SOME = LinearTuning(block_outputs=64, block_rows=64, programs=396, warps=4, stages=3)
 LINEAR_OF_MANY = LinearTuning(block_outputs=64, block_rows=128, programs=132, warps=4, stages=3)
 LINEAR_OF_PROMPTS = LinearTuning(block_outputs=128, block_rows=256, programs=132, warps=8, stages=3)
+FLOAT8_LINEAR_OF_A_FEW = LinearTuning(
+    block_outputs=128, block_rows=64, programs=396, warps=8, stages=3, rounds_inside=True
+)
 FLOAT8_LINEAR_OF_SOME = LinearTuning(
     block_outputs=64, block_rows=64, programs=396, warps=4, stages=4
 )
 FLOAT8_LINEAR_OF_MANY = LinearTuning(
     block_outputs=64, block_rows=128, programs=264, warps=4, stages=3
 )
-FLOAT8_LINEAR_OF_PROMPTS = FLOAT8_LINEAR_OF_MANY
 SOME_ROWS, MANY_ROWS = 64, 256  # at most
+# of float8 rows: a few are rounded by each program that multiplies them
+FLOAT8_A_FEW_ROWS, FLOAT8_SOME_ROWS = 32, 192
 FLOAT32_ROWS = 32  # of a block: they take twice the shared memory
 # of a recall beside a decode: they take 10 GB/s, and a whole step slows down by 4%, on eight by 5
 # to 7%
@@ -224,14 +231,11 @@ def linear(rows: int, dtype: torch.dtype, float8_rows: bool) -> LinearTuning:
     if rows <= FEW_ROWS:
         return LINEAR
     if float8_rows:
-        some, many, prompts = (
-            FLOAT8_LINEAR_OF_SOME,
-            FLOAT8_LINEAR_OF_MANY,
-            FLOAT8_LINEAR_OF_PROMPTS,
-        )
-    else:
-        some, many, prompts = LINEAR_OF_SOME, LINEAR_OF_MANY, LINEAR_OF_PROMPTS
+        if rows <= FLOAT8_A_FEW_ROWS:
+            return FLOAT8_LINEAR_OF_A_FEW
+        return FLOAT8_LINEAR_OF_SOME if rows <= FLOAT8_SOME_ROWS else FLOAT8_LINEAR_OF_MANY
+    some, many, prompts = LINEAR_OF_SOME, LINEAR_OF_MANY, LINEAR_OF_PROMPTS
     tune = some if rows <= SOME_ROWS else many if rows <= MANY_ROWS else prompts
-    if dtype == torch.float32 and not float8_rows:
+    if dtype == torch.float32:
         return tune._replace(block_rows=min(tune.block_rows, FLOAT32_ROWS))
     return tune

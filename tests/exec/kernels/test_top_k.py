@@ -13,7 +13,13 @@ from fmsim.exec.kernels.top_k import top_k_reference, top_k_triton
 from fmsim.exec.kernels.tuning import TopKTuning
 
 SMALL = TopKTuning(
-    chunk=256, warps=4, maxima_groups=16, finalists=256, section_groups=4, sections=4
+    chunk=256,
+    warps=4,
+    maxima_groups=16,
+    finalists=128,
+    many_finalists=256,
+    section_groups=4,
+    sections=4,
 )
 # At the lengths that an interpreter manages: all scores, all maxima and all candidates in one
 # chunk; more candidates than fit; more maxima too.
