@@ -69,13 +69,12 @@ SWEEPS = {
         + grid(block_entries=[32], programs=[528, 1056], stages=[4, 6]),
     ),
     "memory scores": Sweep(
-        "MEMORY_SCORES",
+        "FLOAT8_MEMORY_SCORES",
         {
             "3 x 1 x 131,072": lambda: cases.memory_scoring(1, 131_072, DEVICE),
             "3 x 8 x 32,768": lambda: cases.memory_scoring(8, 32_768, DEVICE),
         },
-        grid(block_entries=[64], programs=[264, 396, 528], stages=[4, 5], warps=[4])
-        + grid(block_entries=[32], programs=[396, 528, 792], stages=[4], warps=[4]),
+        grid(block_entries=[64], programs=[132, 264, 396], stages=[2, 3, 4], warps=[4]),
     ),
     "top-k": Sweep(
         "TOP_K",
@@ -83,7 +82,7 @@ SWEEPS = {
             f"{batch} x {n:,}": lambda batch=batch, n=n: cases.selection(batch, n, DEVICE)
             for batch, n in ((1, 32_768), (1, 131_072), (8, 262_144))
         },
-        grid(chunk=[16_384, 8192], finalists=[1024, 2048], warps=[8, 16]),
+        grid(section_groups=[128, 256], sections=[16, 32], warps=[8, 16]),
     ),
     "attention, one": Sweep(
         "ATTENTION",
@@ -219,24 +218,24 @@ SWEEPS = {
         grid(block_outputs=[128], block_rows=[256], programs=[132], warps=[8], stages=[2, 3])
         + grid(block_outputs=[64], block_rows=[128], programs=[132, 264], warps=[4], stages=[3]),
     ),
-    "float8 rows, 17 to 64": Sweep(
-        "FLOAT8_LINEAR_OF_SOME",
-        projecting(17, 64, float8_rows=True),
-        grid(block_outputs=[64], block_rows=[64], programs=[264, 396], warps=[4], stages=[3, 4])
-        + grid(block_outputs=[128], block_rows=[64], programs=[132, 264], warps=[8], stages=[4]),
+    "float8 rows, 17 to 32": Sweep(
+        "FLOAT8_LINEAR_OF_A_FEW",
+        projecting(17, 32, float8_rows=True),
+        grid(block_outputs=[128], block_rows=[64], warps=[8], stages=[2, 3, 4])
+        + grid(block_outputs=[64], block_rows=[32, 64], warps=[4], stages=[3, 4]),
     ),
-    "float8 rows, 65 to 256": Sweep(
+    "float8 rows, 33 to 192": Sweep(
+        "FLOAT8_LINEAR_OF_SOME",
+        projecting(64, 128, float8_rows=True),
+        grid(block_outputs=[64], block_rows=[32, 64], programs=[264, 396], warps=[4], stages=[3, 4])
+        + grid(block_outputs=[64], block_rows=[128], programs=[264], warps=[4], stages=[3]),
+    ),
+    "float8 rows, 193 and more": Sweep(
         "FLOAT8_LINEAR_OF_MANY",
-        projecting(128, 256, float8_rows=True),
+        projecting(256, 1024, 8192, float8_rows=True),
         grid(block_outputs=[128], block_rows=[128], programs=[132], warps=[8], stages=[3, 4])
         + grid(block_outputs=[64], block_rows=[128], programs=[264], warps=[4], stages=[3, 4])
         + grid(block_outputs=[128], block_rows=[64], programs=[132, 264], warps=[8], stages=[3]),
-    ),
-    "float8 rows, a prompt": Sweep(
-        "FLOAT8_LINEAR_OF_PROMPTS",
-        projecting(1024, 8192, float8_rows=True),
-        grid(block_outputs=[128], block_rows=[128], programs=[132], warps=[8], stages=[3, 4])
-        + grid(block_outputs=[64], block_rows=[128], programs=[264], warps=[4], stages=[3]),
     ),
     "recall": Sweep(
         "GATHER",
