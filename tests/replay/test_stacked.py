@@ -101,7 +101,7 @@ def pinned(test, pages, rows=slice(None)):
 
 
 @pytest.mark.parametrize("library", ["numpy", "torch"])
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=25, deadline=None)
 @given(
     seed=st.integers(0, 2**32),
     spec=st.sampled_from(SPECS),
