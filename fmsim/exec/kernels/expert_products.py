@@ -6,8 +6,6 @@ from __future__ import annotations
 
 from fmsim.exec.kernels.lang import tl, triton
 
-READ_AHEAD = tl.constexpr(4)  # turns of a row of weights, before what they meet is there
-
 
 @triton.jit
 def first_scales(scale, expert, row, OUT: tl.constexpr, DEPTH: tl.constexpr, SCALED: tl.constexpr):

@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fmsim.exec.kernels import tuning
-from fmsim.exec.kernels.expert_products import READ_AHEAD, first_scales, products_of
+from fmsim.exec.kernels.expert_products import first_scales, products_of
 from fmsim.exec.kernels.expert_tiles import OwnPairs, expert_of, is_here, pairs_of, tiles_of
 from fmsim.exec.kernels.lang import (
     INTERPRETED,
