@@ -5,7 +5,7 @@
 V4-Flash at full width with random weights, one request. The floor is the bytes of all weights and
 KV that a step reads over the bandwidth at which this GPU reads a large tensor. The step is a CUDA
 graph: its median time by device events over steps that the host runs ahead of, and from
-a profile of some replays each kernel's launches and time, and the time in which none runs.
+a profile of some replays how long each kernel held the step up.
 """
 
 from __future__ import annotations
@@ -36,6 +36,7 @@ from fmsim.sim.footprint import ModelMemory, footprint, spread
 
 READ_BYTES = 4 * 2**30
 PROFILED = 4  # steps
+BETWEEN_US = 60  # of two kernels, and more, lie two steps
 
 
 def read_bytes(model: DeepseekV4, geometry: Geometry, tokens: int) -> dict[str, int]:
@@ -110,34 +111,32 @@ def step_s(step: Callable[[int], None], steps: int) -> np.ndarray:
 
 
 def profiled(step: Callable[[int], None]) -> dict[str, Any]:
-    """Kernels of some steps: launches and microseconds a step by name, in all, and how long none
-    ran between a step's first and last.
+    """Kernels of some steps, by name: launches a step, and microseconds by which their ends came
+    later than all ends before: launches overlap, and their own times add up to more than a step.
     """
     torch.cuda.synchronize()
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
         for number in range(PROFILED):
             step(number)
             torch.cuda.synchronize()
-    spent, count, runs = collections.Counter(), collections.Counter(), []
-    for event in profile.events():
-        if event.device_type == torch.autograd.DeviceType.CUDA:
-            spent[event.name[:100]] += event.device_time / PROFILED
-            count[event.name[:100]] += 1
-            runs.append((event.time_range.start, event.time_range.end))
-    busy_us, free_us, end = 0.0, 0.0, None
-    for start, stop in sorted(runs):
-        if end is not None and 0 < start - end < 100:  # more lies between steps
-            free_us += start - end
-        busy_us += max(0.0, stop - max(start, end or start))
-        end = max(stop, end or stop)
+    runs = [
+        (event.time_range.end, event.time_range.start, event.name[:100])
+        for event in profile.events()
+        if event.device_type == torch.autograd.DeviceType.CUDA
+    ]
+    held, count, last = collections.Counter(), collections.Counter(), None
+    for end, start, name in sorted(runs):
+        count[name] += 1
+        # a step begins with its first kernel, and not with what lies between steps
+        since = start if last is None or start - last > BETWEEN_US else last
+        held[name] += max(0.0, end - since) / PROFILED
+        last = max(end, last or end)
     return {
         "launches": sum(count.values()) / PROFILED,
-        "kernels_us": sum(spent.values()),
-        "busy_us": busy_us / PROFILED,
-        "free_us": free_us / PROFILED,
+        "profiled_us": sum(held.values()),
         "kernels": [
             {"kernel": name, "launches": count[name] / PROFILED, "us": round(us, 1)}
-            for name, us in spent.most_common(40)
+            for name, us in held.most_common(40)
         ],
     }
 
@@ -161,7 +160,9 @@ def main() -> None:
     result: dict[str, Any] = {
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "device": torch.cuda.get_device_name(),
-        "command": f"python benchmarks/step_profile.py --trace {given.trace}",
+        "command": (
+            f"python benchmarks/step_profile.py --trace {given.trace} --experts {given.experts}"
+        ),
         "torch": torch.__version__,
         "experts": experts,
         "context_tokens": tokens,
@@ -179,8 +180,7 @@ def main() -> None:
     given.out.write_text(json.dumps(result, indent=1) + "\n")
     print(
         f"{result['device']}: a step takes {result['step_p50_ms']:.2f} ms, the floor is"
-        f" {result['floor_ms']:.2f} ms ({result['of_floor']:.0%}); {result['launches']:.0f}"
-        f" launches, none runs for {result['free_us'] / 1e3:.2f} ms"
+        f" {result['floor_ms']:.2f} ms ({result['of_floor']:.0%}); {result['launches']:.0f} launches"
     )
     for line in result["kernels"]:
         print(f"{line['us']:9.1f} us {line['launches']:5.0f}  {line['kernel'][:90]}")
