@@ -55,7 +55,7 @@ def read_bytes(model: DeepseekV4, geometry: Geometry, tokens: int) -> dict[str, 
     return {
         "experts": experts,
         "head": head,
-        "projections": others - head,
+        "other_weights": others - head,
         "entries": _entry_bytes(geometry, tokens),
         "index_keys": geometry.n_csa * geometry.csa_entries(tokens) * geometry.index_key_bytes,
     }
@@ -180,7 +180,8 @@ def main() -> None:
     given.out.write_text(json.dumps(result, indent=1) + "\n")
     print(
         f"{result['device']}: a step takes {result['step_p50_ms']:.2f} ms, the floor is"
-        f" {result['floor_ms']:.2f} ms ({result['of_floor']:.0%}); {result['launches']:.0f} launches"
+        f" {result['floor_ms']:.2f} ms ({result['of_floor']:.0%});"
+        f" {result['launches']:.0f} launches"
     )
     for line in result["kernels"]:
         print(f"{line['us']:9.1f} us {line['launches']:5.0f}  {line['kernel'][:90]}")
