@@ -7,7 +7,7 @@ import pytest
 
 from fmsim.errors import FmsimError
 from fmsim.policies import registry
-from fmsim.policies.base import PolicyParams
+from fmsim.policies.base import Policy, PolicyParams
 from fmsim.policies.budget import Budget
 from fmsim.policies.lru import LRU
 
@@ -154,3 +154,34 @@ def test_an_object_is_built_anew_with_its_parameters_and_the_given_ones():
             registry.build(wrong)
     with pytest.raises(FmsimError, match="did you mean 'lru'"):
         registry.build("lrru")
+
+
+WHOLE = {
+    "name": "whole",
+    "action": "evict",
+    "evidence": "position",
+    "decision_scope": "layer",
+    "worth": lambda self, step, pages: pages,
+}
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({}, None),
+        *(({"name": wrong}, "has no `name`") for wrong in ("", "a\nb", 3, None)),
+        *(({key: None}, f"has no `{key}`") for key in ("action", "evidence", "decision_scope")),
+        ({"action": "keep"}, "says `action` is 'keep'; it must be one of visibility_only, evict"),
+        ({"evidence": "evict"}, "says `evidence` is 'evict'; it must be one of position"),
+        ({"decision_scope": 3}, "says `decision_scope` is 3; it must be one of request, step"),
+        *(({"Params": wrong}, "has `Params` that do not extend") for wrong in (int, LRU.Params())),
+        ({"worth": None}, "defines no `worth`"),
+    ],
+)
+def test_what_a_class_lacks_of_a_policy(changes, says):
+    """`None` leaves it out."""
+    said = {name: value for name, value in (WHOLE | changes).items() if value is not None}
+    fault = registry.fault_of(type("Made", (Policy,), said))
+    assert fault is None if says is None else fault.startswith(says)
+    for other in (3, int, LRU()):
+        assert registry.fault_of(other) == "is not a subclass of fmsim.Policy"
