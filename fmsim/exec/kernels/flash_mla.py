@@ -74,7 +74,7 @@ def attend(queries: Tensor, rows: Rows, sinks: Tensor, scale: float) -> Tensor:
         softmax_scale=scale,
         is_fp8_kvcache=True,
         indices=near[:, None],
-        attn_sink=sinks,
+        attn_sink=sinks.float(),
         use_legacy=True,
         kv_format="V4",
         **extra,
