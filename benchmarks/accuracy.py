@@ -1,7 +1,8 @@
 """The accuracy table from answers of benchmarks/accuracy.sh: where its figures ship, and how they
 are shown.
 
-    python benchmarks/accuracy.py results --command "benchmarks/accuracy.sh tokens"
+    python benchmarks/accuracy.py results/* --command "OUT=results benchmarks/accuracy.sh tokens" \
+        --device "1 x NVIDIA H200" --date "2026-11-29 02:15"
 
 Answers of several folders are put together, if their plans are alike. It writes
 benchmarks/results/accuracy.json, and what `fmsim run` shows as answers kept. Then
@@ -38,7 +39,6 @@ LABELS = {  # a spec without its budget: what tables and the chart say of it
     "recency": "recency",
     "h2o": "h2o",
     "snapkv": "snapkv",
-    f"lru:{HELD}": "lru held",
     f"lru:{HELD},prompt_history=true": "lru held, seeded",
     "lsa": "lsa",
     "foresight": "foresight",

@@ -30,16 +30,15 @@ def answers_kept(result: Result) -> str:
     rows = [row for row in result["rows"] if row["policy"] != "full"]
     if not rows:
         return NOT_MEASURED
-    budgets = [row["budget"] for row in rows if row["policy"] == "recency"]
-    budgets = sorted(dict.fromkeys(budgets), key=_share)
     tables = [_measured_on(result)]
     lengths = sorted({row["tokens"] for row in rows})
     own: dict[tuple[str, str], dict[int, Result]] = {}
     for tokens in lengths:
         found: dict[str, dict[str, Result]] = {}
-        for row in rows:
-            if row["tokens"] != tokens:
-                continue
+        of_length = [row for row in rows if row["tokens"] == tokens]
+        budgets = [row["budget"] for row in of_length if row["policy"] == "recency"]
+        budgets.sort(key=_share)
+        for row in of_length:
             if row["budget"] in budgets and not _loads(row):
                 found.setdefault(_named(row), {})[row["budget"]] = row
             else:
