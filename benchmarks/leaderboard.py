@@ -332,7 +332,7 @@ def measured(
         board = Board(path)
         full_bytes[board.name] = board.full_bytes
         rows += in_parallel(lambda i, board=board: board.row(*work[i]), len(work))
-        if board.replayer.has_lookahead:
+        if board.trace.header.model.name == "nano":  # the section is of its layers
             labels = list(SHARED)
             shared = in_parallel(lambda i, board=board: board.sharing(labels[i]), len(labels))
             sharing += itertools.chain(*shared)
