@@ -106,7 +106,7 @@ def short(result: Mapping[str, Any]) -> str:
         for budget in ("5%", "10% gpu")
         for name, traces in _traces(result).items()
     ]
-    labels = next(iter(_traces(result).values()))[0]
+    labels = dict.fromkeys(label for traces in _traces(result).values() for label in traces[0])
     rows = [
         [label, *(_cell(traces, label, budget, "far") for _, traces, budget in columns)]
         for label in labels
