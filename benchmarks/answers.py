@@ -234,6 +234,16 @@ _ANSWERS: dict[str, Answer] = {
         },
         {accuracy.PICTURE: accuracy.picture},
     ),
+    "indexer-curve": Answer(
+        "indexer-curve.json",
+        None,
+        {("benchmarks/results/indexer.md", indexer.CURVE): indexer.curve},
+    ),
+    "foresight-fit": Answer(
+        "foresight-fit.json",
+        None,
+        {("benchmarks/results/foresight.md", foresight.FITTED): foresight.fitted},
+    ),
     "ladder": Answer(
         "ladder.json",
         None,

@@ -43,6 +43,7 @@ OWN: dict[str, dict[str, Any]] = {
     "foresight": {"policy": "foresight"},
 }
 PART = "ladder"  # of benchmarks/results/foresight.md
+FITTED = "fitted"
 
 
 def kept(
@@ -97,6 +98,27 @@ def tables(result: Mapping[str, Any]) -> str:
             parts.append(f"| {label} | {' | '.join(cells)} |")
         parts.append("")
     return "\n".join(parts).strip()
+
+
+def fitted(result: Mapping[str, Any]) -> str:
+    """The page's part of `nano/fit_foresight.py`: what was tried, and kept of validation
+    contexts.
+    """
+    budgets = [f"{budget:.0%}" for budget in result["budgets"]]
+    lengths = ("8192", "32768", "131072", "524288")
+    lines = [
+        f"| mass kept | {' | '.join(budgets)} | {' | '.join(f'5% of {n}' for n in lengths)} |",
+        f"|---|{'---|' * (len(budgets) + len(lengths))}",
+    ]
+    at = result["budgets"].index(0.05)
+    for name, rows in result["kept"].items():
+        of_length = [
+            np.mean([row[at] for key, row in rows.items() if key.startswith(f"{length}-")])
+            for length in lengths
+        ]
+        cells = [f"{value:.3f}" for value in (*rows["mean"], *of_length)]
+        lines.append(f"| {name} | {' | '.join(cells)} |")
+    return "\n".join(lines)
 
 
 def main() -> None:

@@ -44,6 +44,7 @@ TRACES = tuple(name for name in ALL_TRACES if name.startswith("nano-"))
 SHOWN = ("oracle", "lsa (max)", "lsa + history", "h2o", "lru", "lfu", "native, held")
 SHOWN_SHARES = (0.02, 0.05, 0.10)
 PART = "indexer tables"  # of the page
+CURVE = "recall by contexts"
 
 Found = dict[str, Any]
 
@@ -171,6 +172,34 @@ def _estimate(value: float | None, half_width: float | None) -> str:
     if value is None:
         return "–"
     return f"{value:.2f}" + (f" ±{half_width:.2f}" if half_width else "")
+
+
+def curve(result: Found) -> str:
+    """The page's part of `nano/indexer_curve.py`: what more contexts teach, and the bounds."""
+    counts = result["contexts"]["validation"]
+    lines = [_head(["contexts", "layers", "seed", *result["columns"]])]
+    shipped = result["shipped"]["max"]["mean"]
+    lines.append(f"| 14 (shipped) | 1, 4 | – | {' | '.join(f'{x:.3f}' for x in shipped)} |")
+    for run in sorted(result["runs"], key=lambda run: (run["layers"], run["contexts"])):
+        cells = " | ".join(f"{x:.3f}" for x in run["validation"]["max"]["mean"])
+        layers = ", ".join(map(str, run["layers"]))
+        lines.append(f"| {run['contexts']} | {layers} | {run['seed']} | {cells} |")
+    parts = [
+        _wrapped(f"Validation contexts: {sum(counts.values())}, as many of each length."),
+        "\n".join(lines),
+    ]
+    for title, runs in result["more contexts"].items():
+        rows = [_head(["contexts", *result["columns"]])]
+        rows += [
+            f"| {name} | {' | '.join(f'{x:.3f}' for x in row)} |" for name, row in runs.items()
+        ]
+        parts += [_wrapped(title), "\n".join(rows)]
+    rows = [_head(["validation contexts", *result["bounds"]["columns"]])]
+    for name, row in sorted(
+        result["bounds"]["rows"].items(), key=lambda item: (int(item[0].split()[0]), item[0])
+    ):
+        rows.append(f"| {name} | {' | '.join(f'{x:.3f}' for x in row)} |")
+    return "\n\n".join([*parts, "The bounds:", "\n".join(rows)])
 
 
 def _wrapped(text: str) -> str:
