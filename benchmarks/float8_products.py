@@ -32,12 +32,18 @@ RUNS = 12
 DEVICE = "cuda"
 
 
+def own_ways() -> dict[str, tuning.LinearTuning | None]:
+    """Our kernel's, by their sizes."""
+    return {float8_products.OWN: None} | float8_products.OWN_BY_ROWS
+
+
 @torch.inference_mode()
 def compile_own(shape: tuple[int, int, int]) -> None:
     """Our kernel at every number of rows, once, for Triton's cache."""
     for rows in ROWS:
         x, weight, scale, groups, _ = modules.projecting(rows, *shape, DEVICE, True).given
-        linear_triton(x, weight, scale, groups, float8_rows=True)
+        for tune in own_ways().values():
+            linear_triton(x, weight, scale, groups, float8_rows=True, tune=tune)
         torch.cuda.empty_cache()
 
 
@@ -51,7 +57,10 @@ def measured(shape: tuple[int, int, int], rows: int, patience: peers.Patience) -
     ways = peers.tried(found, ours, patience)
     skipped = {name: way for name, way in ways.items() if isinstance(way, str)}
     to_time = {name: way for name, way in ways.items() if name not in skipped}
-    to_time |= {"own": lambda: linear_triton(*given, float8_rows=True)}
+    to_time |= {
+        name: lambda tune=tune: linear_triton(*given, float8_rows=True, tune=tune)
+        for name, tune in own_ways().items()
+    }
     to_time |= case.peers
     us = {name: median_s(way, DEVICE, RUNS) * 1e6 for name, way in to_time.items()}
     bytes_s, flops_s = case.n_bytes / 3.35e12, case.flops / (0.7 * 1979e12)
@@ -60,7 +69,7 @@ def measured(shape: tuple[int, int, int], rows: int, patience: peers.Patience) -
 
 def orders(rows: list[dict[str, Any]]) -> dict[str, list[str]]:
     """Of each number of rows the ways, the fastest first."""
-    names = {float8_products.OWN, *float8_products.WAYS}
+    names = {*own_ways(), *float8_products.WAYS}
     return {
         str(row["rows"]): sorted((way for way in row["us"] if way in names), key=row["us"].get)
         for row in rows

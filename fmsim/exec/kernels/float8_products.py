@@ -17,11 +17,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fmsim.exec.kernels import tuning
 from fmsim.exec.kernels.rounded_rows import round_rows
 from fmsim.exec.kernels.weights import BLOCK
 
 TABLE = Path(__file__).parent / "float8_ways.json"
-OWN = "own"
+OWN = "own"  # with the sizes that `tuning.linear` gives
+# our own, by how many rows a program multiplies at a time
+OWN_BY_ROWS = {
+    "own, 64 rows": tuning.FLOAT8_LINEAR_OF_SOME,
+    "own, 128 rows": tuning.FLOAT8_LINEAR_OF_MANY,
+}
 ROWS = 16  # of codes and of scales come in multiples of these
 COLUMNS = 4 * BLOCK  # of a weight: its scales lie in rows of 16 bytes
 
@@ -59,9 +65,11 @@ WAYS: dict[str, Way] = {"cublas": by_cublas}
 _refused: set[tuple[str, tuple[int, ...]]] = set()
 
 
-def product(rows: Tensor, weight: Tensor, scale: Tensor, groups: int) -> Tensor | None:
+def product(
+    rows: Tensor, weight: Tensor, scale: Tensor, groups: int, own: Callable[..., Tensor]
+) -> Tensor | None:
     """rows [n, groups * in] bfloat16 -> [n, out] by the fastest of the ways that can be had; None
-    where that is `linear`'s own kernel.
+    where that is our ``own`` kernel (`linear_triton`) with its usual sizes.
     """
     outputs, inputs = weight.shape
     if not (rows.is_cuda and _is_hopper(rows.device)):
@@ -72,6 +80,8 @@ def product(rows: Tensor, weight: Tensor, scale: Tensor, groups: int) -> Tensor 
     for name in order(torch.cuda.get_device_name(rows.device), len(rows), *shape):
         if name == OWN:
             return None
+        if name in OWN_BY_ROWS:
+            return own(rows, weight, scale, groups, True, OWN_BY_ROWS[name])
         if (name, shape) in _refused:
             continue
         try:

@@ -36,9 +36,7 @@ from fmsim.exec.kernels.weights import BLOCK, dequantise
 
 FEWEST_OUTPUTS = 16  # of a program: a matrix instruction's
 MOST_SPLITS = 16
-# Turns of a program's loop: no fewer are worth a part of its own, and with fewer than MANY_TURNS
-# programs should not crowd.
-FEWEST_TURNS, MANY_TURNS = 8, 16
+MANY_TURNS = 16  # of a program's loop: with fewer, programs should not crowd
 
 
 def linear(
@@ -55,7 +53,7 @@ def linear(
     if one_row.takes(x, weight):
         return one_row.one_row_triton(x, weight, scale, groups)
     if float8_rows and _are_rounded(x, weight, groups):
-        found = float8_products.product(x.flatten(0, -2), weight, scale, groups)
+        found = float8_products.product(x.flatten(0, -2), weight, scale, groups, own=linear_triton)
         if found is not None:
             return found.view(*x.shape[:-1], len(weight))
     aligned = groups == 1 or len(weight) // groups % FEWEST_OUTPUTS == 0
@@ -111,7 +109,7 @@ def linear_triton(
     if total <= tuning.FEW_ROWS:
         splits = max(1, min(turns, tune.programs // blocks))
     else:
-        splits = _splits(blocks, turns, tune.programs)
+        splits = _splits(blocks, turns, tune)
     # a GPU is full without splits where there are so many blocks
     share = cdiv(turns, splits if blocks <= arrivals.MOST else 1)
     splits = cdiv(turns, share)
@@ -151,15 +149,15 @@ def linear_triton(
     return out
 
 
-def _splits(blocks: int, turns: int, at_a_time: int) -> int:
-    """In how many parts to cut the ``turns`` of each of the ``blocks``: as many as ``at_a_time``
-    programs are, or two thirds of them where turns are few.
+def _splits(blocks: int, turns: int, tune: tuning.LinearTuning) -> int:
+    """In how many parts to cut the ``turns`` of each of the ``blocks``: as many as the programs
+    that are set, or two thirds of them where turns are few.
     """
 
     def fits(splits: int) -> bool:
         share = cdiv(turns, splits)
-        room = at_a_time if share >= MANY_TURNS else at_a_time * 2 // 3
-        return share >= FEWEST_TURNS and blocks * splits <= room
+        room = tune.programs if share >= MANY_TURNS else tune.programs * 2 // 3
+        return share >= tune.fewest_turns and blocks * splits <= room
 
     return max(filter(fits, range(1, MOST_SPLITS + 1)), default=1)
 

@@ -108,6 +108,8 @@ class LinearTuning(NamedTuple):
     # bytes; two take whole lines
     warps: int = 2
     stages: int = 4
+    # of a program's loop: no fewer are worth a part of the columns
+    fewest_turns: int = 8
     near_rows: int = 16  # blocks of rows whose programs follow one another
     # float8 rows: by each program that multiplies them, and not by a launch before
     rounds_inside: bool = False
@@ -162,7 +164,13 @@ LINEAR_OF_SOME = LinearTuning(block_outputs=64, block_rows=64, programs=396, war
 LINEAR_OF_MANY = LinearTuning(block_outputs=64, block_rows=128, programs=132, warps=4, stages=3)
 LINEAR_OF_PROMPTS = LinearTuning(block_outputs=128, block_rows=256, programs=132, warps=8, stages=3)
 FLOAT8_LINEAR_OF_A_FEW = LinearTuning(
-    block_outputs=128, block_rows=64, programs=396, warps=8, stages=3, rounds_inside=True
+    block_outputs=128,
+    block_rows=64,
+    programs=396,
+    warps=8,
+    stages=3,
+    fewest_turns=4,
+    rounds_inside=True,
 )
 FLOAT8_LINEAR_OF_SOME = LinearTuning(
     block_outputs=64, block_rows=64, programs=396, warps=4, stages=4

@@ -32,7 +32,6 @@ LAUNCHES = [
 ]
 KERNELS = {
     "_index_scores",
-    "_memory_scores",
     "_top_k",
     "_attend_in_place",
     "_gather",

@@ -9,7 +9,7 @@ torch = pytest.importorskip("torch", reason="the kernels need fmsim[model]")
 from kernel_pools import relative_error
 
 from fmsim.exec.kernels import float8_products as products
-from fmsim.exec.kernels.linear import linear_reference
+from fmsim.exec.kernels.linear import linear, linear_reference, linear_triton
 from fmsim.exec.kernels.weights import quantise
 
 MADE = {
@@ -55,7 +55,7 @@ def test_the_nearest_measurement_decides(table, asked, ways):
 
 
 def test_the_shipped_table_names_ways_that_there_are():
-    known = {products.OWN, *products.WAYS}
+    known = {products.OWN, *products.OWN_BY_ROWS, *products.WAYS}
     for shapes in json.loads(products.TABLE.read_text())["cards"].values():
         for shape in shapes:
             assert shape["ways"] and all(set(ways) <= known for ways in shape["ways"].values())
@@ -64,18 +64,22 @@ def test_the_shipped_table_names_ways_that_there_are():
 
 def test_elsewhere_than_on_a_hopper_gpu_ours_does_it():
     weight, scale = quantise(torch.randn(256, 256))
-    assert products.product(torch.ones(64, 256).bfloat16(), weight, scale, 1) is None
+    assert products.product(torch.ones(64, 256).bfloat16(), weight, scale, 1, linear_triton) is None
 
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 @pytest.mark.parametrize("rows", [17, 64, 129, 1000])
-def test_cublas_gives_the_references_product(rows):
+@pytest.mark.parametrize("groups", [1, 3])
+def test_every_way_gives_the_references_product(monkeypatch, rows, groups):
     generator = torch.Generator("cuda").manual_seed(rows)
     weight, scale = quantise(torch.randn(384, 1024, device="cuda", generator=generator))
-    x = torch.randn(rows, 1024, device="cuda", generator=generator).bfloat16()
-    expected = linear_reference(x, weight, scale, 1, True)
-    assert relative_error(products.by_cublas(x, weight, scale, 1), expected) < 1e-2
+    x = torch.randn(rows, groups * 1024, device="cuda", generator=generator).bfloat16()
+    expected = linear_reference(x, weight, scale, groups, True)
+    assert relative_error(products.by_cublas(x, weight, scale, groups), expected) < 1e-2
+    for name in products.OWN_BY_ROWS:
+        monkeypatch.setattr(products, "order", lambda *_, name=name: [name])
+        assert relative_error(linear(x, weight, scale, groups, True), expected) < 1e-2
 
 
 @pytest.mark.gpu
@@ -92,6 +96,6 @@ def test_what_refuses_a_shape_is_not_asked_again(monkeypatch):
     monkeypatch.setattr(products, "_refused", set())
     weight, scale = quantise(torch.randn(256, 512, device="cuda"))
     x = torch.ones(64, 512, device="cuda").bfloat16()
-    assert products.product(x, weight, scale, 1) is None
-    assert products.product(x[:33], weight, scale, 1) is None  # nor with other rows
+    assert products.product(x, weight, scale, 1, linear_triton) is None
+    assert products.product(x[:33], weight, scale, 1, linear_triton) is None  # nor with other rows
     assert len(asked) == 1
