@@ -198,6 +198,11 @@ _ANSWERS: dict[str, Answer] = {
         None,
         {("benchmarks/results/kernels.md", "kernels on an H200"): tables.kernels},
     ),
+    "float8-products-h200": Answer(
+        "float8-products-h200.json",
+        None,
+        {("benchmarks/results/kernels.md", "float8 products"): tables.float8_products},
+    ),
     "two-gpus-h200": Answer(
         "two-gpus-h200.json",
         None,

@@ -301,6 +301,22 @@ def two_gpus(result: Result) -> str:
     )
 
 
+def float8_products(result: Result) -> str:
+    """The fastest way to each product of float8 rows, beside torch with bfloat16 weights."""
+    rows = []
+    for shape in result["shapes"]:
+        name = f"{shape['inputs']:,} x {shape['outputs']:,}"
+        name += f" / {shape['groups']}" if shape["groups"] > 1 else ""
+        for row in shape["rows"]:
+            wide = row["us"]["torch, bf16"]
+            way = min((way for way in row["us"] if way != "torch, bf16"), key=row["us"].get)
+            us = row["us"][way]
+            figures = f"{us:,.1f}", f"{us / wide:.2f}", f"{us / row['floor_us']:.1f}"
+            rows.append([name, f"{row['rows']:,}", way, *figures])
+    head = ["inputs x outputs", "rows", "fastest", "us", "of torch's bf16", "of the floor"]
+    return table(head, rows)
+
+
 def kernels(result: Result) -> str:
     """Each kernel's time, how near it is to its floor, and its fastest peer."""
     rows = []
