@@ -58,7 +58,7 @@ def scores(layout, heads, dtype, per_page=64):
 def memory_scores(layers=3, heads=128):
     def launch():
         memory_scores_triton(
-            zeros(layers, BATCH, heads, KEY.width, dtype=torch.bfloat16),
+            zeros(layers, BATCH, heads, KEY.width).to(torch.float8_e4m3fn),
             zeros(layers, BATCH, heads),
             [KEY.new_pool(PAGES, 64) for _ in range(layers)],
             KEY,

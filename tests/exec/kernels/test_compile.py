@@ -11,7 +11,6 @@ from compiled import compiled
 # that kernel_launches.py lists.
 LAUNCHES = [
     "index_scores",
-    "index_scores, float8 queries",
     "memory_scores",
     "top_k, preselected",
     "sparse_attention",
