@@ -2,6 +2,7 @@
 by hand and the exact product.
 """
 
+import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -110,6 +111,15 @@ def test_the_kernel_is_the_reference(device, seed, rows, outputs, inputs, dtype,
     assert agrees(found, exact, amounts, LIMITS[dtype])
     assert agrees(linear_reference(x.float(), weight, scale), exact, amounts, 0)
     assert torch.equal(found, linear_triton(x, weight, scale, tune=tune))
+
+
+@pytest.mark.parametrize(
+    ("blocks", "turns", "splits"),
+    [(24, 32, 4), (72, 32, 3), (96, 32, 2), (384, 32, 1), (64, 64, 4), (128, 64, 3), (640, 8, 1)],
+)
+def test_columns_are_split_where_blocks_are_few(blocks, turns, splits):
+    """As was fastest of some rows on an H200 (float8-products-h200.json)."""
+    assert products._splits(blocks, turns, tuning.FLOAT8_LINEAR_OF_SOME) == splits
 
 
 def rounded_by_hand(x: torch.Tensor) -> torch.Tensor:
