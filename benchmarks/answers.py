@@ -255,6 +255,8 @@ _ANSWERS: dict[str, Answer] = {
         {("benchmarks/results/foresight.md", foresight.PART): foresight.tables},
     ),
     "witness": Answer("witness.json", None, witness_tables.PARTS),
+    "step": Answer("step-h200.json"),
+    "step-tries": Answer("step-tries-h200.json"),
 }
 # one a card, of those that were measured
 _ANSWERS |= {

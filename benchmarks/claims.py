@@ -22,6 +22,7 @@ PUBLISHED = "benchmarks/results/published.md"
 INDEXER = "benchmarks/results/indexer.md"
 CARD = "fmsim/nano/model/README.md"
 SHIPPED, BEFORE = "fmsim/nano/model, float8", "nano2 of 2026-11-28 18:03"  # in nano2-answers.jsonl
+LEAST_US = 100  # a step, of the kernels that are named
 TASKS = {  # as `benchmarks/nano/examine.py` calls them
     "single": "single needle, alone",
     "niah_single": "single needle",
@@ -130,6 +131,33 @@ def agreement(result: Result) -> str:
     else:
         text += " The bytes are what torch's allocator was asked for."
     return paragraph(text)
+
+
+def beside_floor(result: Result) -> str:
+    """A step of `full` beside the bytes that it reads, of step-h200.json."""
+    kinds = result["read_bytes"]
+    read = ", ".join(f"{name.replace('_', ' ')} {n / 1e9:.2f}" for name, n in kinds.items())
+    most = [row for row in result["kernels"] if row["us"] >= LEAST_US]
+    return paragraph(
+        f"A step of `full` with one request of {result['context_tokens']:,} tokens"
+        f" ({result['device'].removeprefix('NVIDIA ')}, {result['date'][:10]},"
+        f" {result['experts']} experts a layer) takes {result['step_p50_ms']:.2f} ms. It reads"
+        f" {sum(kinds.values()) / 1e9:.2f} GB: {read}. At the"
+        f" {result['bytes_per_s'] / 1e12:.2f} TB/s at which that GPU adds up 4 GiB this is"
+        f" {result['floor_ms']:.2f} ms,"
+        f" {result['of_floor']:.0%} of the step. It is {result['launches']:.0f} launches. By so"
+        " many us a step their ends come later than all before: "
+        + ", ".join(f"`{row['kernel'][:20]}` {row['us']:,.0f}" for row in most)
+        + "."
+    )
+
+
+def steps_tried(result: Result) -> str:
+    """What a step took after each change, of step-tries-h200.json."""
+    return bullets(
+        f"{row['change']}: {row['step_p50_ms']:.2f} ms, {row['of_floor']:.0%}"
+        for row in result["rows"]
+    )
 
 
 def one_request(result: Result) -> str:
@@ -323,6 +351,8 @@ PARTS: dict[str, dict[Part, Callable[[Result], str]]] = {  # by result file
         (GPU, "agreement in words"): agreement,
         ("docs/gpu.md", "one request"): one_request,
     },
+    "step-h200.json": {(GPU, "step beside its floor"): beside_floor},
+    "step-tries-h200.json": {(GPU, "steps tried"): steps_tried},
     "exec.json": {(GPU, "synthetic weights in words"): synthetic},
     "kernels.json": {("docs/gpu.md", "single entries"): single_entries},
     "paper.json": {
