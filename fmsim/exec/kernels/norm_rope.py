@@ -11,13 +11,11 @@ from fmsim.exec.kernels import tuning
 from fmsim.exec.kernels.lang import (
     after_previous,
     cdiv,
-    let_next_begin,
     next_power_of_2,
     overlapped,
     runs_compiled,
     tl,
     triton,
-    wait_for_previous,
 )
 
 Turn = tuple[Tensor, Tensor]  # cosine and sine of RoPE's angles, float32 [N, pairs]
@@ -29,7 +27,6 @@ def norm_rope(
     eps: float | None = None,
     inverse: bool = False,
     dtype: torch.dtype | None = None,
-    alongside: bool = False,
 ) -> Tensor:
     """Rows of heads, x [N, H, C] -> the same shape, and type where no ``dtype`` is given: each head
     normalised, without a weight, where ``eps`` is given, then turned.
@@ -37,12 +34,10 @@ def norm_rope(
     ``rotation``: cosine and sine, float32 [N, pairs], of the angles of the last ``2 * pairs``
     channels, interleaved; they are turned back where ``inverse``. C is a power of two. A step's
     layers share their angles, so torch makes them once and exactly: a position of a million needs a
-    range reduction that a fast sine has not. ``alongside``: the launch before this one in its
-    stream is another of these, of what was there when that one began, and both may run at once.
+    range reduction that a fast sine has not.
     """
-    if runs_compiled(x):
-        return norm_rope_triton(x, rotation, eps, inverse, dtype, alongside)
-    return norm_rope_reference(x, rotation, eps, inverse, dtype)
+    run = norm_rope_triton if runs_compiled(x) else norm_rope_reference
+    return run(x, rotation, eps, inverse, dtype)
 
 
 def norm_rope_reference(x, rotation, eps=None, inverse=False, dtype=None) -> Tensor:
@@ -58,13 +53,7 @@ def norm_rope_reference(x, rotation, eps=None, inverse=False, dtype=None) -> Ten
 
 
 def norm_rope_triton(
-    x,
-    rotation,
-    eps=None,
-    inverse=False,
-    dtype=None,
-    alongside=False,
-    tune=tuning.NORM_ROPE,
+    x, rotation, eps=None, inverse=False, dtype=None, tune=tuning.NORM_ROPE
 ) -> Tensor:
     rows, heads, width = x.shape
     assert x.stride(2) == 1 and x.stride(1) == width, "a row's heads lie side by side"
@@ -84,7 +73,6 @@ def norm_rope_triton(
         NORMALISE=eps is not None,
         INVERSE=inverse,
         BLOCK=block,
-        ALONGSIDE=alongside,
         num_warps=tune.warps,
         **overlapped(x),
     )
@@ -105,13 +93,9 @@ def _norm_rope(
     NORMALISE: tl.constexpr,
     INVERSE: tl.constexpr,
     BLOCK: tl.constexpr,
-    ALONGSIDE: tl.constexpr,
 ):
     """One program: a block of one row's heads."""
-    if ALONGSIDE:
-        let_next_begin()
-    else:
-        after_previous()
+    after_previous()
     row, head = tl.program_id(0).to(tl.int64), tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     places, exists = head[:, None] * WIDTH + tl.arange(0, WIDTH)[None, :], (head < HEADS)[:, None]
     value = tl.load(x + row * row_stride + places, mask=exists, other=0.0).to(tl.float32)
@@ -125,5 +109,3 @@ def _norm_rope(
     even, odd = tl.split(tl.reshape(value, [BLOCK, WIDTH // 2, 2]))
     value = tl.reshape(tl.join(even * c - odd * s, even * s + odd * c), [BLOCK, WIDTH])
     tl.store(out + row * HEADS * WIDTH + places, value.to(out.dtype.element_ty), mask=exists)
-    if ALONGSIDE:
-        wait_for_previous()
