@@ -138,10 +138,9 @@ class Policy:
     # engine may stack the groups of many requests, and hold `observe` and `worth` in a CUDA graph,
     # with `step` an array of one number. Not inherited: a subclass says it anew.
     by_row: ClassVar[bool] = False
-    # The same without the last two: an engine may stack the groups of many requests, but for a
-    # policy that reckons with `ctx.n_slots` only where all rows have as many. Not inherited either.
+    # The same without the last two, and a row may know its slots: an engine may stack the groups of
+    # many requests. Not inherited either.
     rows_apart: ClassVar[bool] = False
-    knows_slots: ClassVar[bool] = True
     floor: float | None = (
         None  # a page of lower worth is not kept at a decision, even where there is room
     )

@@ -29,6 +29,8 @@ class Clock(Policy):
         self.used = ctx.table(0, "int64")
         self.slot = ctx.table(0, "int64")
         self.slots = xp.arange(ctx.n_slots, dtype=xp.int64, device=ctx.device)[None, :]
+        # of each group
+        self.count = xp.asarray(ctx.group_slots, dtype=xp.int64, device=ctx.device)[:, None]
         self.hand = xp.zeros((ctx.n_groups, 1), dtype=xp.int64, device=ctx.device)
 
     def observe(self, step: int, obs: Observation) -> None:
@@ -40,14 +42,14 @@ class Clock(Policy):
         turn = xp.where(evicted >= 0, self.worth(step, evicted), -1)
         last = xp.max(turn, axis=1, keepdims=True)
         # Pages that the hand left behind on its way; all of them where it went round.
-        passed = self.worth(step, residents.pages) - self.ctx.n_slots < last
+        passed = self.worth(step, residents.pages) - self.count < last
         used = self.ctx.read(self.used, residents.pages)
         put(self.used, residents.pages, xp.where(passed, 0, used))
-        self.hand = xp.where(last >= 0, (self.hand + last + 1) % self.ctx.n_slots, self.hand)
+        self.hand = xp.where(last >= 0, (self.hand + last + 1) % self.count, self.hand)
         put(self.used, loaded, 0)
         put(self.slot, residents.pages, self.slots)
 
     def worth(self, step: int, pages: Array) -> Array:
         """The way of the hand to the page, in slots; a used page is evicted in its second round."""
-        way = (self.ctx.read(self.slot, pages) - self.hand) % self.ctx.n_slots
-        return way + self.ctx.read(self.used, pages) * self.ctx.n_slots
+        way = (self.ctx.read(self.slot, pages) - self.hand) % self.count
+        return way + self.ctx.read(self.used, pages) * self.count

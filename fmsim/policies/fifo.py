@@ -18,7 +18,6 @@ class FIFO(Policy):
     evidence = "attention_history"
     decision_scope = "layer"
     rows_apart = True
-    knows_slots = False
 
     class Params(DemandParams):
         pass

@@ -45,10 +45,16 @@ class S3FIFO(Policy):
     def reset(self, ctx: Context) -> None:
         super().reset(ctx)
         xp = ctx.xp
-        self.small_size = max(1, int(ctx.n_slots * self.params.small_share))
-        self.main_size = ctx.n_slots - self.small_size
+        # int64 [G, 1]: slots of each queue, and ghosts
+        small = [max(1, int(count * self.params.small_share)) for count in ctx.group_slots]
         # a page is remembered once, so there are no more than pages
-        ghosts = max(1, int(min(ctx.n_pages, ctx.n_slots * self.params.ghost_share)))
+        most = [int(min(ctx.n_pages, n * self.params.ghost_share)) for n in ctx.group_slots]
+        self.small_size, slots, self.most_ghosts = (
+            xp.asarray(sizes, dtype=xp.int64, device=ctx.device)[:, None]
+            for sizes in (small, ctx.group_slots, [max(1, count) for count in most])
+        )
+        self.main_size = slots - self.small_size
+        ghosts = max(1, *most)
         # both queues, pages in the order in which they came
         self.queue = xp.full((ctx.n_groups, ctx.n_slots), -1, dtype=xp.int64, device=ctx.device)
         # what left the small queue, oldest first
@@ -145,7 +151,7 @@ class S3FIFO(Policy):
         both = xp.concat([ghosts, left], axis=1)
         held = xp.astype(both >= 0, xp.int64)
         after = xp.sum(held, axis=1, keepdims=True) - xp.cumulative_sum(held, axis=1)
-        newest = xp.where(after < self.ghosts.shape[1], both, -1)
+        newest = xp.where(after < self.most_ghosts, both, -1)
         self.ghosts = self._packed([newest], self.ghosts.shape[1])
         put(self.remembered, self.ghosts, True)
         self.remembered[:, self.ctx.n_pages] = False

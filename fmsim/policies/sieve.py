@@ -23,7 +23,6 @@ class Sieve(Policy):
     evidence = "attention_history"
     decision_scope = "layer"
     rows_apart = True
-    knows_slots = False
 
     class Params(DemandParams):
         pass

@@ -37,10 +37,7 @@ def _policy_of(manager: CacheManager) -> Policy:
 def served_by_one(managers: Sequence[CacheManager]) -> bool:
     """Whether one policy may serve all rows of `managers`."""
     policy = _policy_of(managers[0])
-    slots = {count for manager in managers for count in manager.ctx.group_slots}
-    apart = type(policy).__dict__.get("rows_apart", False)
-    apart = apart and (len(slots) == 1 or not policy.knows_slots)
-    return captured(policy) or apart
+    return captured(policy) or type(policy).__dict__.get("rows_apart", False)
 
 
 class StackedManager(CacheManager):
