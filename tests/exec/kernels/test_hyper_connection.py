@@ -26,13 +26,13 @@ LIMITS = {torch.float32: 5e-6, torch.bfloat16: 1e-2}
 
 
 def modules(
-    seed: int, width: int, count: int, device: str
+    seed: int, width: int, count: int, device: str, iterations: int = 4
 ) -> tuple[HyperConnection, HyperConnection, HyperHead, RMSNorm]:
     """Two connections, a head and a norm with weights of a trained model's spread: no gate
     saturates, none is flat.
     """
     torch.manual_seed(seed)
-    config = DeepseekV4Config(hidden_size=width, hc_mult=count, hc_sinkhorn_iters=4)
+    config = DeepseekV4Config(hidden_size=width, hc_mult=count, hc_sinkhorn_iters=iterations)
     made = nn.ModuleList(
         [
             HyperConnection(config),
@@ -95,13 +95,11 @@ def test_the_kernels_are_the_model(device, seed, batch, count, width, dtype, fir
 
 @on_each_device
 def test_mixing_is_doubly_stochastic(device):
-    """However the products come out; with the width and the tuning of DeepSeek-V4-Flash. Columns are
-    scaled last, so rows are as near as the iterations bring them.
-    """
-    one, _, _, norm = modules(0, 4096, 4, device)
+    """However the products come out; with the width and the tuning of DeepSeek-V4-Flash."""
+    one, _, _, norm = modules(0, 4096, 4, device, iterations=20)
     _, _, write, mix = enter_triton(5 * torch.randn(1, 1, 4, 4096, device=device), None, one, norm)
     ones = torch.ones(1, 1, 4, device=device)
-    torch.testing.assert_close(mix.sum(-1), ones, atol=1e-2, rtol=0)
+    torch.testing.assert_close(mix.sum(-1), ones, atol=1e-3, rtol=0)
     torch.testing.assert_close(mix.sum(-2), ones, atol=1e-4, rtol=0)
     assert (mix > 0).all() and (write > 0).all() and (write < 2).all()
 
