@@ -208,6 +208,7 @@ _ANSWERS: dict[str, Answer] = {
         None,
         {("benchmarks/results/whole-steps.md", "two GPUs"): tables.two_gpus},
     ),
+    "batches-h200": Answer("batches-h200.json"),
     "nano": Answer("nano2-answers.jsonl"),
     "live-gap": Answer("live-gap.json"),
     "generate": Answer("generate.json"),

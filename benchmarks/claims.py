@@ -174,6 +174,22 @@ def one_request(result: Result) -> str:
     )
 
 
+def by_batch(result: Result) -> str:
+    """Steps at each batch beside the line between their neighbours', of batches-h200.json."""
+    rows = [row for row in result["rows"] if row["activations"] == "bfloat16"]
+    lines = ["| requests | step, ms | of the line between its neighbours |", "|---" * 3 + "|"]
+    for row in rows:
+        share = f"{row['of_neighbours']:.2f}" if "of_neighbours" in row else ""
+        lines.append(f"| {row['batch']} | {1e3 * row['step_s']:.2f} | {share} |")
+    most = max(row.get("of_neighbours", 0.0) for row in rows)
+    told = (
+        f"{result['device']}, {result['date'][:10]}: `{result['policy']}`,"
+        f" {result['context_tokens']:,} tokens, {result['experts']} experts a layer. No step takes"
+        f" more than {most:.2f} times what the line between its neighbours says."
+    )
+    return "\n".join([paragraph(told), "", *lines])
+
+
 def single_entries(result: Result) -> str:
     """How near to the link's rate gathers of single entries come, of kernels.json."""
     shares = [
@@ -353,6 +369,7 @@ PARTS: dict[str, dict[Part, Callable[[Result], str]]] = {  # by result file
     },
     "step-h200.json": {(GPU, "step beside its floor"): beside_floor},
     "step-tries-h200.json": {(GPU, "steps tried"): steps_tried},
+    "batches-h200.json": {(GPU, "steps by batch"): by_batch},
     "exec.json": {(GPU, "synthetic weights in words"): synthetic},
     "kernels.json": {("docs/gpu.md", "single entries"): single_entries},
     "paper.json": {
