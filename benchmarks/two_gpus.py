@@ -17,8 +17,6 @@ from __future__ import annotations
 import argparse
 import datetime
 import json
-import shlex
-import sys
 import tempfile
 import time
 from collections.abc import Iterator
@@ -222,7 +220,7 @@ def main() -> None:
             "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
             "device": f"{GPUS} x {torch.cuda.get_device_name() if on_gpu else 'CPU'}",
             "torch": torch.__version__,
-            "command": shlex.join(["python", "benchmarks/two_gpus.py", *sys.argv[1:]]),
+            "command": f"python benchmarks/two_gpus.py --seconds {given.seconds:g}",
             "model": given.model,
             "experts_a_gpu": given.experts,
             "trace": given.trace.name,
