@@ -189,13 +189,14 @@ def gathered(args: argparse.Namespace) -> None:
         "lengths": {},
         "nano": {"ladder": read_json("ladder-nano.json"), "traits": read_json("traits-nano.json")},
     }
-    for path in sorted(folder.glob("found-*.json")):
+    found = {path: read_json(path.name) for path in folder.glob("found-*.json")}
+    for path in sorted(found, key=lambda path: found[path]["context"]):
         name = path.stem.removeprefix("found-")
         lines = (folder / f"indexers-{name}.jsonl").read_text().splitlines()
         losses = [json.loads(line) for line in lines]
         report["lengths"][name] = {
             "losses": [{key: line[key] for key in ("step", "seconds", "loss")} for line in losses],
-            "found": read_json(path.name),
+            "found": found[path],
             "memory_indexer": checkpoint.load(folder / f"memory-{name}.safetensors").training,
             "ladder": read_json(f"ladder-{name}.json"),
             "traits": read_json(f"traits-{name}.json"),

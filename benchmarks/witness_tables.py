@@ -106,7 +106,8 @@ def short(result: Mapping[str, Any]) -> str:
         for budget in ("5%", "10% gpu")
         for name, traces in _traces(result).items()
     ]
-    labels = dict.fromkeys(label for traces in _traces(result).values() for label in traces[0])
+    found = _traces(result)
+    labels = dict.fromkeys(label for name in reversed(found) for label in found[name][0])
     rows = [
         [label, *(_cell(traces, label, budget, "far") for _, traces, budget in columns)]
         for label in labels
