@@ -65,6 +65,16 @@ def top_k_reference(
 def top_k_triton(scores, lengths, k, maxima=None, tune: tuning.TopKTuning | None = None) -> Tensor:
     tune = tune or tuning.TOP_K
     batch, entries = scores.shape
+    if batch > arrivals.MOST:  # each row has a number of its own; a long prompt's queries are more
+        turns = (slice(first, first + arrivals.MOST) for first in range(0, batch, arrivals.MOST))
+        return torch.cat(
+            [
+                top_k_triton(
+                    scores[turn], lengths[turn], k, None if maxima is None else maxima[turn], tune
+                )
+                for turn in turns
+            ]
+        )
     assert entries < 2**COUNT_BITS, "counts of three thresholds share an int64"
     assert tune.chunk < 2**15, "counts of a chunk's certain ones and its ties share an int32"
     assert tune.finalists <= 2**11, "a finalist's place, its id and its key share an int64"
@@ -87,7 +97,6 @@ def top_k_triton(scores, lengths, k, maxima=None, tune: tuning.TopKTuning | None
     if preselect:
         most = min(tune.sections, tune.programs // batch, cdiv(n_groups, tune.section_groups))
         sections = max(1, most)
-    assert batch <= arrivals.MOST, "a sequence's sections are counted"
     finalists = torch.empty(
         batch, sections, tune.finalists if preselect else 1, dtype=torch.int64, device=scores.device
     )

@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from kernel_pools import on_each_device
 
+from fmsim.exec.kernels import arrivals
 from fmsim.exec.kernels.index_score import GROUP
 from fmsim.exec.kernels.top_k import top_k_reference, top_k_triton
 from fmsim.exec.kernels.tuning import TopKTuning
@@ -48,6 +49,17 @@ def test_by_hand():
         (8, [0, 1, 2, 3, 5, 6, -1, -1]),
     ):
         assert top_k_reference(scores, length, k).tolist() == [expected]
+
+
+@on_each_device
+@pytest.mark.parametrize("known", [False, True])
+def test_more_rows_than_a_launch_counts_take_turns(device, known, monkeypatch):
+    monkeypatch.setattr(arrivals, "MOST", 2)
+    scores = torch.randn(5, 700, generator=torch.Generator().manual_seed(1))
+    lengths = torch.tensor([700, 3, 650, 0, 411], dtype=torch.int32)
+    maxima = maxima_of(scores, lengths).to(device) if known else None
+    found = top_k_triton(scores.to(device), lengths.to(device), 9, maxima, SMALL)
+    assert found.cpu().equal(top_k_reference(scores, lengths, 9))
 
 
 @on_each_device
