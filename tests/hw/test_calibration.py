@@ -180,6 +180,25 @@ def test_the_measuring_runs(tmp_path, device, float8):
     assert load_hardware("small.yaml", tmp_path).link.gathers[1].bytes_per_s.keys() == {2, 4}
 
 
+def test_a_module_that_is_timed_has_the_types_of_a_loaded_model():
+    """FlashMLA takes float32 sinks alone, as a loaded model has them."""
+    from fmsim.exec.measure.module_times import random_weights
+    from fmsim.exec.model.attention import Attention
+    from fmsim.exec.model.weights.loader import meta_model
+    from fmsim.nano.config import nano_config
+
+    def types(module):
+        parts = [*module.named_parameters(), *module.named_buffers()]
+        return {name: part.dtype for name, part in parts}
+
+    config = nano_config()
+    layers = meta_model(config, torch.bfloat16).model.layers
+    for attention in {layer.self_attn.kind: layer.self_attn for layer in layers}.values():
+        with torch.inference_mode():
+            timed = types(random_weights(Attention(config, attention.kind)))
+        assert timed == types(attention) and timed["sinks"] == torch.float32
+
+
 def test_every_kernel_is_launched_ahead(monkeypatch):
     """In one process here, where nothing is compiled: each launch's work runs."""
     from fmsim.exec.kernels.layout import plain

@@ -23,6 +23,7 @@ from fmsim.exec.model.hyper_connection import HyperConnection, HyperHead
 from fmsim.exec.model.kinds import CSA
 from fmsim.exec.model.norm_rope import RMSNorm
 from fmsim.exec.model.projections import linear
+from fmsim.exec.model.weights.loader import KEPT_FLOAT32
 from fmsim.exec.model.weights.quantised import (
     fill_float8,
     has_float8_rows,
@@ -115,12 +116,16 @@ def module_ms(
 
 
 def random_weights(module: nn.Module, config: DeepseekV4Config | None = None) -> nn.Module:
-    """Random bfloat16 weights; of a float8 model, whose ``config`` says so, float8 for those that
-    are published so.
+    """Random bfloat16 weights, float32 for those that a loaded model keeps so; of a float8 model,
+    whose ``config`` says so, float8 for those that are published so.
     """
-    for parameter in module.parameters():
+    for name, parameter in module.named_parameters():
         parameter.normal_(std=max(parameter.shape) ** -0.5)
-    module.to(torch.bfloat16)
+        kept = torch.float32 if KEPT_FLOAT32.search(name) else torch.bfloat16
+        parameter.data = parameter.to(kept)
+    for name, buffer in module.named_buffers():
+        if buffer.is_floating_point() and not KEPT_FLOAT32.search(name):
+            buffer.data = buffer.to(torch.bfloat16)
     if config is not None and is_float8(config):
         hold_float8(module, published_float8(module), has_float8_rows(config))
         fill_float8(module)
