@@ -19,8 +19,9 @@ def lookahead(folder, budget, layers=(0, 1), hidden=32, **options):
         layer: LayerWeights(*(rng.standard_normal(shape).astype(np.float32) for shape in shapes))
         for layer in layers
     }
+    served = {layer: rng.standard_normal((8, heads, hidden)).astype(np.float32) for layer in layers}
     checkpoint.save(
-        Checkpoint(retrievers, ScorerConfig(rope_dims=8, rope_theta=1e4), 0.01),
+        Checkpoint(retrievers, ScorerConfig(rope_dims=8, rope_theta=1e4), 0.01, served=served),
         folder / "indexer.safetensors",
     )
     return {
