@@ -229,6 +229,7 @@ def main() -> None:
         }
     setting = Setting(given)
     result["context_tokens"] = setting.replayer.header.prompt_tokens
+    result["calibration"] = load_hardware(CALIBRATED).kernel_source
     result["rows"] = list(with_simulated(setting, result["rows"]))
     write_text(given.out, json.dumps(result, indent=1) + "\n")
     for row in result["rows"]:
