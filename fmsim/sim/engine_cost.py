@@ -130,7 +130,7 @@ class EngineCosts:
 
     def _copied_s(self, row_bytes: float, rows: np.ndarray) -> np.ndarray:
         """Of so many rows of each request."""
-        return self._gather_s(row_bytes, rows) + self._others_s(rows * row_bytes)
+        return np.asarray(self._gather_s(row_bytes, rows) + self._others_s(rows * row_bytes))
 
     def _work_ms(self, work: StepWork, movable: int) -> float:
         """Of a step's bookkeeping at this decode's sizes, `movable` pages in each layer."""
