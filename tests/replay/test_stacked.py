@@ -100,9 +100,9 @@ def pinned(test, pages, rows=slice(None)):
     return found[rows][:1] if len(found) > 1 else found
 
 
-@pytest.mark.parametrize("library", ["numpy", "torch"])
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=40, deadline=None)
 @given(
+    library=st.sampled_from(["numpy", "numpy", "numpy", "torch"]),  # torch takes ten times as long
     seed=st.integers(0, 2**32),
     spec=st.sampled_from(SPECS),
     budget=st.sampled_from(["4 entries", "9 entries", "25%", "60%", "40 entries"]),
