@@ -100,7 +100,7 @@ def pinned(test, pages, rows=slice(None)):
     return found[rows][:1] if len(found) > 1 else found
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=30, deadline=None)
 @given(
     library=st.sampled_from(["numpy", "numpy", "numpy", "torch"]),  # torch takes ten times as long
     seed=st.integers(0, 2**32),
