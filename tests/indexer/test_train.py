@@ -198,6 +198,7 @@ def test_of_equal_evaluations_the_first_is_kept(monkeypatch):
     monkeypatch.setattr("fmsim.indexer.train.recall_at", lambda *given: ((0.5,), (0.25,)))
     batches = _batches(TRAINING[:1], CONFIG, 8, "cpu")
     model = MemoryIndexer([0, 1], HIDDEN, 8, HEAD_DIM, 16, CONFIG)
+    assert model.margin.item() == 0
     run = TrainingRun(model, batches, replace(OPTIONS, evaluate_every=2, steps=5), ["a"])
     found = [run.advance([]) for _ in range(3)]
     assert [each.step for each in found] == [2, 4, 5] and run.finished
@@ -297,6 +298,9 @@ def test_the_threshold_keeps_a_share_of_each_query_on_average():
     for share, logit in ((0.25, 2.0), (0.625, 1.0), (1.0, 0.0), (0.1, 3.0)):
         found = threshold_of_share(model_of(logits), [batch], share)
         assert found == pytest.approx(1 / (1 + math.exp(-logit)))
+    for logit, least, most in ((99.0, 1 - 1e-8, 1 - 1e-10), (-99.0, 1e-10, 1e-8)):
+        found = threshold_of_share(model_of([[logit] * 4, [logit] * 4]), [batch], 0.5)
+        assert least < found < most  # a score that a policy takes: neither 0 nor 1
 
 
 def test_a_loss_weighs_positives_by_their_mass_and_moves_the_focal_border():

@@ -306,6 +306,12 @@ def test_a_pages_worth_is_its_best_entrys_logit(weights):
     assert policy.confidence == pytest.approx(3, rel=1e-4)
     assert policy.scored_entries(0) == 10 and policy.scored_entries(4) == 11
     assert lsa(weights, fill=False).floor == 0.0  # the checkpoint's 0.5
+    blank = LookaheadState(np.ones((1, 1), np.float32), 2, np.zeros((1, 0, 1), np.float32), 0)
+    policy = LSA(checkpoint=weights, cadence=4, stale=False)
+    policy.reset(Context(1, 1, 6, 4, 1, 0, 2, 16, tau=4, lookahead=lambda window: blank))
+    policy.decide(0)
+    assert policy.confidence == -INF  # of a prompt that closed no entry
+    policy = lsa(weights, threshold=0.8)
     ahead = policy.ahead(4, 5)[0].tolist()  # an entry more, and two pages that have no score yet
     assert ahead == pytest.approx([3, 3, 2, INF, INF], rel=1e-4)
 

@@ -185,3 +185,11 @@ def test_what_a_class_lacks_of_a_policy(changes, says):
     assert fault is None if says is None else fault.startswith(says)
     for other in (3, int, LRU()):
         assert registry.fault_of(other) == "is not a subclass of fmsim.Policy"
+
+
+def test_who_needs_masses_and_whose_rows_are_apart():
+    named = lambda declared: {
+        name for name in registry.OWN if registry.get(name).__dict__.get(declared)
+    }
+    assert named("needs_mass") == {"foresight", "h2o", "oracle"}
+    assert named("rows_apart") == {"clock", "fifo", "hisparse", "sieve", "s3fifo"}

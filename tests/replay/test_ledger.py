@@ -109,5 +109,10 @@ def test_a_frame_by_step_sums_and_by_layer_leaves_shared_counts_out():
     assert [(row["layer"], row["misses"]) for row in (first, second)] == [(0, 1), (1, 1)]
     assert (first["hit_rate"], second["hit_rate"]) == (0.75, 0.5)
     assert "demand_loads" not in first and "resident" not in first
+    one, none = np.array([[1]], np.int32), np.array([[0]], np.int32)
+    for selected, there, rate in ((one, one, 1.0), (one, none, 0.0), (none, none, 0.0)):
+        lean = ledger(n_steps=1, n_layers=1, accessed=selected, hit=there)
+        [step] = rows_of(lean.to_frame())
+        assert step["hit_rate"] == rate
     with pytest.raises(FmsimError, match="write 'step' or 'layer'"):
         made.to_frame(by="page")

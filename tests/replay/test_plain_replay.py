@@ -291,3 +291,8 @@ def test_a_replay_is_what_sets_of_pages_say(on_miss, cadence):
         assert (ledger.n_slots, ledger.n_groups) == (n_slots, len(groups))
         assert policy.seen == [group.notes for group in groups]
     assert n_ran >= 5
+
+
+def test_a_single_step_has_no_set_before_it():
+    trace = HandTrace([[[0, 1]]], prompt_entries=4, tau=1)
+    assert Replayer(trace).run(Known(budget="2 entries")).set_overlap.shape == (0,)

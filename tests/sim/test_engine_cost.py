@@ -171,6 +171,7 @@ def test_late_pages_without_keys_come_in_six_parts():
     the first.
     """
     kept = ledger(all_keys=True)
+    assert costs(kept).late_waits_s(np.array([1.0]), np.array([0.0])) > 1e-6
     n_pages = np.array([0.0, 42_000.0, 42_000.0])
     come_s = GATHER.one_s(584, 42_000 * 584)
     fast_s, slow_s = come_s / 100, 100 * come_s
@@ -203,9 +204,14 @@ def test_a_recall_ahead_has_its_spare_pages_and_the_rest_comes_late():
     at_10 = 100 * 21 * 716 / 10e9
     assert beside.end_s - beside.start_s == pytest.approx(at_10 + GATHER.fixed_s(716))
     assert timeline.h2d_bytes[64] == 300 * 21 * 716
-    early = simulate(replace(recalled, ahead_slots=[300]), FLASH, hw)
+    early_ledger = replace(recalled, ahead_slots=[300])
+    early = simulate(early_ledger, FLASH, hw)
     kinds = [each.n_bytes for each in early.transfers if each.kind == "recall"]
     assert kinds == [300 * 21 * 716] and early.recall_wait_s[64] == 0
+    # bytes arrive in HBM, and go from spare pages to slots: read, and written again
+    none = simulate(replace(early_ledger, lookahead_loads=loads(128)), FLASH, hw)
+    arriving_s = 300 * 21 * 716 / H100.hbm_bytes_per_s.value
+    assert early.step_s[64] - none.step_s[64] == pytest.approx(3 * arriving_s, rel=1e-3)
     seldom = ledger(n_steps=256, lookahead_loads=loads(256, s64=300))  # once in four windows
     assert [each.kind for each in simulate(seldom, FLASH, H100).transfers].count("recall") == 1
 

@@ -35,6 +35,12 @@ def test_gaps_are_exponential_with_the_rates_mean():
     assert [gaps_s.mean(), gaps_s.std()] == pytest.approx([0.02, 0.02], rel=0.05)
 
 
+def test_requests_come_to_the_end_of_the_duration():
+    """Of 5,000 on average: within 20 mean gaps of it, whatever the seed."""
+    for seed in range(8):
+        assert poisson(rate_per_s=50, seed=seed).first[-1].arrival_s > 100 - 20 / 50
+
+
 def test_clients_begin_within_the_ramp_and_ask_as_their_seed_says():
     source = closed_loop(requests=200)
     at_s = [row.arrival_s for row in source.first]

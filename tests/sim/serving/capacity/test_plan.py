@@ -17,6 +17,7 @@ from fmsim.sim.serving.capacity.plan import (
     _compare,
     _Load,
     _smallest_batch,
+    crossover,
     moves,
     plan,
 )
@@ -333,18 +334,29 @@ def test_what_arrives_takes_its_part_of_the_memorys_rate():
     assert missed.token_s == missed.compute_s + missed.stall_s
 
 
-def test_who_is_slower_pays_once_the_full_cache_is_full():
-    """Misses make a step longer at every batch, but more requests fit."""
-    missed = np.full((256, 1), 60, np.int32)
+def who_misses(n_entries):
     made = ledger(
         n_steps=256,
         prompt_entries=ENTRIES,
         slots=3200,
         on_miss="fetch",
-        demand_loads=missed,
+        demand_loads=np.full((256, 1), n_entries, np.int32),
         params={"budget": "10%"},
     )
-    asked = question(Demand(made, FLASH), tpot_s=1.0)
+    return question(Demand(made, FLASH), tpot_s=1.0)
+
+
+def test_the_smallest_context_that_pays_is_found_to_1024_tokens():
+    asked = who_misses(200)
+    edge = crossover(asked, FULL)["context_tokens"]
+    around = [_compare(asked.changed(tokens=tokens), FULL) for tokens in (edge - 1024, edge)]
+    assert edge % 1024 == 0 and [row["pays"] for row in around] == [False, True]
+    assert 32_768 < edge < 65_536
+
+
+def test_who_is_slower_pays_once_the_full_cache_is_full():
+    """Misses make a step longer at every batch, but more requests fit."""
+    asked = who_misses(60)
     rival = asked.changed(demand=FULL)
     most = min(rival.walls().values())
     at_most = rival.state().at(most).tokens_per_s

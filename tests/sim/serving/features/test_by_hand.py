@@ -156,6 +156,8 @@ def test_samples_on_an_even_grid():
         "miss_rate": [0, 2.5 / 9, 2.5 / 9, 0.5, 0.5],
     }
     assert {name: found[name] for name in expected} == expected
+    coarse = over_time([one, other], 3)  # every 2 s
+    assert coarse["h2d_bytes_per_s"] == [0, 20, 10] and coarse["tokens_per_s"] == [0, 5, 1]
 
 
 def test_a_plan_of_a_policy_that_misses():

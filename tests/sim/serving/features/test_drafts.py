@@ -80,6 +80,11 @@ def test_misses_of_all_positions_and_recalls_of_a_window_by_hand():
     every_step = Demand(ledger(n_steps=9, cadence=1), FLASH).drafted(1, 1.0)
     assert (every_step.cadence, every_step.tokens_per_step) == (1, 2)
     assert every_step.offsets.tolist() == [0, 1, 2, 3]
+    rising = ledger(n_steps=9, cadence=1, on_miss="fetch", demand_loads=np.arange(9)[:, None])
+    halves = Demand(rising, FLASH).drafted(1, 0.5)  # steps of 1.5 tokens, at 0, 1, 3, 4, 6 and 7
+    assert (halves.miss_bytes[:, 0] / 584).tolist() == [1, 3, 7, 9, 13, 15]
+    short = Demand(ledger(n_steps=16, cadence=4), FLASH).drafted(6, 1.0)
+    assert (short.cadence, short.tokens_per_step) == (1, 4)  # of a window's four tokens at most
 
 
 @settings(max_examples=20, deadline=None)
