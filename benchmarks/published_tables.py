@@ -13,6 +13,7 @@ Result = Mapping[str, Any]
 MIB = 2**20
 NOT_MEASURED = "Not measured yet."
 README_BUDGET = "12.5% gpu"
+SHORTEST = 32_768  # at 8,192 tokens an eighth leaves next to nothing for entries
 AHEAD = ("lsa", "foresight")  # they look ahead, and could run on a server
 README_ROWS = (*AHEAD, "lru, held, prompt")
 
@@ -44,10 +45,11 @@ def answers_kept(result: Result) -> str:
             else:
                 own.setdefault((_named(row), row["budget"]), {})[tokens] = row
         [full] = [r for r in result["rows"] if r["tokens"] == tokens and r["policy"] == "full"]
-        tables.append(
+        said = (
             f"{tokens:,} tokens: {full['questions']} questions, {full['contexts']} contexts; the"
-            f" full cache scores {100 * full['score']:.1f} of 100."
+            f" full cache scores {100 * full['score']:.1f} of 100.{_fewer(of_length, full)}"
         )
+        tables.append(textwrap.fill(said, 100, break_on_hyphens=False))
         order = sorted(found, key=lambda name: -sum(row["kept"] for row in found[name].values()))
         lines = [[name, *(_kept(found[name].get(budget)) for budget in budgets)] for name in order]
         heads = [f"at {budget.removesuffix(' gpu')} of the bytes" for budget in budgets]
@@ -63,6 +65,20 @@ def answers_kept(result: Result) -> str:
         ]
         tables.append(table(["policy", "of the bytes", *heads], lines))
     return "\n\n".join(tables)
+
+
+def _fewer(rows: Sequence[Result], full: Result) -> str:
+    """Which rows are of fewer contexts than the full cache's."""
+    counts: dict[str, set[int]] = {}
+    for row in rows:
+        if row["contexts"] < full["contexts"]:
+            counts.setdefault(_named(row), set()).add(row["contexts"])
+    if not counts:
+        return ""
+    told = (
+        f"`{name}` {' or '.join(map(str, sorted(found)))}" for name, found in sorted(counts.items())
+    )
+    return f" Some rows are of fewer contexts: {', '.join(told)}."
 
 
 def _share(budget: str) -> float:
@@ -93,23 +109,27 @@ def answers_kept_short(result: Result) -> str:
     ]
     contexts = sorted({row["contexts"] for row in full.values()})
     said = (
-        f"Of what the full cache answers: {len(result['about']['families'])} kinds of question,"
+        f"Of the full cache's answers; {len(result['about']['families'])} kinds of question,"
         f" {' to '.join(map(str, dict.fromkeys((contexts[0], contexts[-1]))))} contexts. –: no"
-        f" room. {_worse(found, full)}"
+        f" room, or not asked. {_worse(found, full)}"
     )
     return f"{table(head, lines)}\n\n{textwrap.fill(said, 80)}"
 
 
 def _worse(found: Mapping[str, Mapping[int, Result]], lengths: Iterable[int]) -> str:
-    """What the better of those that look ahead loses, where that is more than chance and 1%."""
-    lost = []
+    """What the better of those that look ahead loses, where that is more than chance and 1%; which
+    may be the one that was asked.
+    """
+    lost: dict[str, list[str]] = {}
     for tokens in lengths:
+        if tokens < SHORTEST:
+            continue
         rows = [found[name][tokens] for name in AHEAD if tokens in found.get(name, {})]
         best = max(rows, key=lambda row: row["kept"], default=None)
         if best is not None and best["kept"] < 0.99 and best["kept"] + best["half_width"] < 1:
-            lost.append(f"{100 * (1 - best['kept']):.0f}% at {tokens:,} tokens")
-    told = f"The better of {' and '.join(f'`{name}`' for name in AHEAD)} loses {', '.join(lost)}."
-    return told if lost else ""
+            told = f"{100 * (1 - best['kept']):.0f}% at {tokens:,}"
+            lost.setdefault(best["policy"], []).append(told)
+    return " ".join(f"`{name}` loses {', '.join(told)} tokens." for name, told in lost.items())
 
 
 def _measured_on(result: Result) -> str:

@@ -22,7 +22,7 @@ from fmsim.policies import registry
 MEAN, LONGEST = 0.135, 0.10  # of the full cache's bytes
 SHORTEST = 32_768  # at 8,192 tokens windows and HCA entries alone take 11%
 ABOVE = 1e-3  # "10% gpu" may take 10.003%: pages are whole
-CHOSEN = ("lsa", "foresight")
+CHOSEN = ("lsa", "foresight", "foresight-before")  # the last: as of ab025cc
 
 Line = Mapping[str, Any]
 Sample = dict[str, Any]
@@ -31,10 +31,13 @@ Sample = dict[str, Any]
 def chosen(lines: Sequence[Line]) -> list[dict[str, Any]]:
     """A row a policy of `CHOSEN`: {"policy", "budgets" by length, "share", "share_at_longest",
     "seed" it was chosen on, "chosen": its mean difference there, "judged": {"difference", "ci95",
-    "seeds", "contexts"} on the others, "by_length": the same for each}. Differences are to the full
-    cache's score of the same questions; every length counts as much as another.
+    "seeds", "contexts"} on the others, None where they were not asked at each of the lengths,
+    "by_length": the same for each, "chosen_by_length": on the first seed}. Differences are to the
+    full cache's score of the same questions; every length counts as much as another. A policy that
+    the first seed did not ask at every length is left out.
     """
     samples = _differences(lines)
+    lengths = {sample["tokens"] for sample in samples}
     seeds = sorted({sample["seed"] for sample in samples})
     if len(seeds) < 2:
         return []
@@ -42,13 +45,13 @@ def chosen(lines: Sequence[Line]) -> list[dict[str, Any]]:
     for policy in CHOSEN:
         own = [sample for sample in samples if sample["policy"] == policy]
         budgets = _least_loss([sample for sample in own if sample["seed"] == seeds[0]])
-        if budgets is None:
+        if budgets is None or set(budgets) != lengths:
             continue
         kept = [sample for sample in own if sample["budget"] == budgets.get(sample["tokens"])]
         first = [sample for sample in kept if sample["seed"] == seeds[0]]
         others = [sample for sample in kept if sample["seed"] != seeds[0]]
-        if {sample["tokens"] for sample in others} != set(budgets):
-            continue  # a length that no other seed was asked at
+        # a length that no other seed was asked at
+        apart = set(budgets) - {sample["tokens"] for sample in others}
         shares = {tokens: _share(kept, tokens) for tokens in budgets}
         found.append(
             {
@@ -58,10 +61,15 @@ def chosen(lines: Sequence[Line]) -> list[dict[str, Any]]:
                 "share_at_longest": shares[max(shares)],
                 "seed": seeds[0],
                 "chosen": _judged(first)["difference"],
-                "judged": _judged(others),
+                "chosen_by_length": {
+                    str(tokens): _judged([one for one in first if one["tokens"] == tokens])
+                    for tokens in budgets
+                },
+                "judged": None if apart else _judged(others),
                 "by_length": {
                     str(tokens): _judged([one for one in others if one["tokens"] == tokens])
                     for tokens in budgets
+                    if tokens not in apart
                 },
             }
         )
@@ -161,28 +169,32 @@ def _judged(samples: Sequence[Sample]) -> dict[str, Any]:
 
 
 def table(rows: Sequence[Mapping[str, Any]]) -> str:
-    """A row a policy: the budget at each length, and what it loses on seeds that did not choose."""
+    """A row a policy: the budget at each length, its difference to the full cache in points on the
+    seed that chose, and on the others.
+    """
     if not rows:
         return "Not measured yet."
     lengths = sorted({int(tokens) for row in rows for tokens in row["budgets"]})
     heads = [f"{tokens:,} tokens" for tokens in lengths]
     lines = [
-        f"| policy | {' | '.join(heads)} | bytes, mean | to full, mean | on the first seed |",
-        "|---" * (len(lengths) + 4) + "|",
+        f"| policy | {' | '.join(heads)} | bytes, mean | difference to full, mean |",
+        "|---" * (len(lengths) + 3) + "|",
     ]
     for row in rows:
         cells = [
-            f"{row['budgets'][str(n)].removesuffix(' gpu')}: {_points(row['by_length'][str(n)])}"
-            if str(n) in row["budgets"]
-            else "–"
+            f"{row['budgets'][str(n)].removesuffix(' gpu')}:"
+            f" {100 * row['chosen_by_length'][str(n)]['difference']:+.1f};"
+            f" {_points(row['by_length'].get(str(n)))}"
             for n in lengths
         ]
-        cells += [f"{row['share']:.1%}", _points(row["judged"]), f"{100 * row['chosen']:+.1f}"]
+        cells += [f"{row['share']:.1%}", f"{100 * row['chosen']:+.1f}; {_points(row['judged'])}"]
         lines.append(f"| `{row['policy']}` | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
-def _points(judged: Mapping[str, Any]) -> str:
+def _points(judged: Mapping[str, Any] | None) -> str:
+    if judged is None:
+        return "not judged"
     ci = judged["ci95"]
     if ci["half_width"] is None or ci["alike"]:
         return f"{100 * judged['difference']:+.1f}"

@@ -58,11 +58,14 @@ def test_shares_are_chosen_on_the_first_seed_and_judged_on_the_others():
     assert row["judged"]["seeds"] == [2] and row["judged"]["contexts"] == 4
     assert row["by_length"]["32768"]["difference"] == pytest.approx(-0.2)
     assert row["judged"]["ci95"]["low"] < -0.25 < row["judged"]["ci95"]["high"]
-    assert "| 17%: -20.0" in shares.table([row])
+    assert "| 17%: -10.0; -20.0 (" in shares.table([row])
 
 
 def test_one_seed_is_not_judged_by_itself():
     lines = answers(1, {(32_768, 0.10): 1.0, (524_288, 0.10): 1.0})
     assert shares.chosen(lines) == []
     half = [line for line in answers(2, {(32_768, 0.10): 1.0}) if line["tokens"] == 32_768]
-    assert shares.chosen([*lines, *half]) == []  # 512K was asked of one seed alone
+    [row] = shares.chosen([*lines, *half])
+    assert row["judged"] is None  # 512K was asked of one seed alone
+    assert list(row["by_length"]) == ["32768"] and row["chosen"] == 0
+    assert "; not judged |" in shares.table([row])
