@@ -72,6 +72,7 @@ def main() -> None:
     )
     result: dict[str, Any] = {
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "command": f"python benchmarks/batches.py --policy {given.policy} --rows {given.rows}",
         "device": torch.cuda.get_device_name() if given.device == "cuda" else "CPU",
         "torch": torch.__version__,
         "model": given.model,

@@ -59,7 +59,7 @@ def calibrate(
     decode step's modules, alone and in a row, and what the engine does beside them. Weights are
     float8 where the model's config has a quantization_config, as both presets' have.
 
-    It says first what it will take: under three minutes on an H200. One that was killed goes on
+    It says first what it will take: a few minutes on an H200. One that was killed goes on
     from NAME.part.json when it is called again.
 
     \b

@@ -118,7 +118,7 @@ def _jobs(
     jobs = [Job("memory in use", 1, partial(device_figures.memory_bytes, device))]
     if device == "cuda":
         ahead = partial(compile_ahead, config, layouts, device, sizes, report)
-        jobs.append(Job("kernels' compilation", 38, ahead))
+        jobs.append(Job("kernels' compilation", 52, ahead))
     jobs += [
         Job("memory, link and launches", 7, partial(device_figures.rates, *on_device)),
     ]
@@ -140,7 +140,7 @@ def _jobs(
         jobs += _attention(name, partial(timer, kind), sizes)
     for name in MODULES:
         module = partial(module_ms, name, config, sizes.batches, device, report)
-        jobs.append(Job(name, 3, module))
+        jobs.append(Job(name, 8, module))
     jobs += [
         Job("layers in a row", 28, partial(_in_a_row, config, layouts, seed, *on_device)),
         Job("a step beside a recall", 4, partial(_beside, config, layouts, seed, *on_device)),
