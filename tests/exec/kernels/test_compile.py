@@ -23,6 +23,7 @@ LAUNCHES = [
     "experts, some of many",
     "experts, float8, one",
     "linear, output",
+    "one_row, grouped",
     "linear, output, 128 rows",
     "linear, float8 rows, 128",
     "copy_rows, entries",
@@ -48,6 +49,7 @@ KERNELS = {
     "_down",
     "_sum_pairs",
     "_linear",
+    "_one_row",
     "_round_rows",
     "_copy_rows",
     "_stage",
@@ -79,3 +81,5 @@ def test_every_kernel_compiles_for_sm_90(tmp_path):
     assert any("wgmma" in kind and "f16.f16" in kind for kind in many)
     assert any("wgmma" in kind and "e4m3.e4m3" in kind for kind in rounded)
     assert all("cp.async.cg.shared.global" in kinds for kinds in products)  # 16 bytes a thread
+    [row] = [row["ptx"] for row in found if row["kernel"] == "_one_row"]
+    assert {"griddepcontrol.wait", "griddepcontrol.launch_dependents"} <= set(row)
