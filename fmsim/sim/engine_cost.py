@@ -90,7 +90,8 @@ class EngineCosts:
 
     def _others_s(self, n_bytes: np.ndarray) -> np.ndarray:
         """Of so many bytes of each request, those that another one has just read."""
-        return (self.batch - self.crossing) * n_bytes / self.times.same_rows_bytes_per_s
+        found_bytes = (self.batch - self.crossing) * n_bytes
+        return np.asarray(found_bytes / self.times.same_rows_bytes_per_s)
 
     def _kind(self) -> str:
         """Of `STEP_KINDS`, how a step without a decision keeps its books."""
