@@ -383,6 +383,8 @@ def test_prefetch_asks_for_nothing_that_is_there(weights):
     there = SimpleNamespace(has=lambda pages: np.isin(pages, [1, 3, 5]))
     policy.reset(context(8, 6, lookahead=lookahead, residents=there))
     assert policy.prefetch(0).tolist() == [[2, 4, 0, -1]]
+    there.has = lambda pages: np.isin(pages, [0, 1, 3, 5])  # page 0, too
+    assert policy.prefetch(0).tolist() == [[2, 4, -1, -1]]
 
 
 def test_five_faults_of_parameters_are_told_and_no_more():

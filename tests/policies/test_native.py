@@ -54,6 +54,9 @@ def test_conformance(tmp_path):
     }
     (tmp_path / "config.json").write_text(json.dumps(config))
     check_policy(Native(checkpoint=tmp_path))
+    for said, norm_eps in (({}, 1e-6), ({"rms_norm_eps": 1e-5}, 1e-5)):
+        (tmp_path / "config.json").write_text(json.dumps(config | said))
+        assert native.of_model(tmp_path).config.norm_eps == norm_eps
 
 
 def test_it_keeps_every_layers_keys_and_fills_its_budget(trace):

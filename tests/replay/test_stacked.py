@@ -129,6 +129,8 @@ def test_a_row_of_many_is_kept_as_it_is_alone(
     entries = np.array([[(count + step + 1) // RATE for count in tokens] for step in range(STEPS)])
     with patch.object(stacked, "served_by_one", lambda parts: one_of_all and not apart):
         together = StackedManager(parts, entries)
+    for name, of_all in (("all_keys", all), ("keeps_all", all), ("comes_back", any)):
+        assert getattr(together.needs, name) == of_all(getattr(m.needs, name) for m in alone)
     there = np.asarray if xp is None else xp.asarray
     books = [LedgerBuilder(manager, STEPS) for manager in alone]
     whole = LedgerBuilder(together, STEPS)
