@@ -206,7 +206,7 @@ _ANSWERS: dict[str, Answer] = {
     "two-gpus-h200": Answer(
         "two-gpus-h200.json",
         None,
-        {("benchmarks/results/whole-steps.md", "two GPUs"): tables.two_gpus},
+        {("benchmarks/results/engine-steps.md", "two GPUs"): tables.two_gpus},
     ),
     "batches-h200": Answer("batches-h200.json"),
     "steps-measured-h200": Answer("steps-measured-h200.json"),

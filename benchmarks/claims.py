@@ -17,6 +17,7 @@ import paper
 Result = Mapping[str, Any]
 Part = tuple[str, str]  # page, name of its marked part
 GPU = "benchmarks/results/whole-steps.md"
+STEPS = "benchmarks/results/engine-steps.md"
 RESULTS = "benchmarks/results/README.md"
 PUBLISHED = "benchmarks/results/published.md"
 INDEXER = "benchmarks/results/indexer.md"
@@ -384,10 +385,10 @@ PARTS: dict[str, dict[Part, Callable[[Result], str]]] = {  # by result file
         (GPU, "agreement in words"): agreement,
         ("docs/gpu.md", "one request"): one_request,
     },
-    "step-h200.json": {(GPU, "step beside its floor"): beside_floor},
-    "step-tries-h200.json": {(GPU, "steps tried"): steps_tried},
+    "step-h200.json": {(STEPS, "step beside its floor"): beside_floor},
+    "step-tries-h200.json": {(STEPS, "steps tried"): steps_tried},
     "steps-measured-h200.json": {(GPU, "rows without a prediction"): not_predicted},
-    "batches-h200.json": {(GPU, "steps by batch"): by_batch},
+    "batches-h200.json": {(STEPS, "steps by batch"): by_batch},
     "exec.json": {(GPU, "synthetic weights in words"): synthetic},
     "kernels.json": {("docs/gpu.md", "single entries"): single_entries},
     "paper.json": {
