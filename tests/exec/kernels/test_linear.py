@@ -83,9 +83,7 @@ def test_quantising_loses_a_sixteenth_at_most(seed, experts, outputs, inputs):
 
 
 @on_each_device
-@settings(
-    max_examples=15 if torch.cuda.is_available() else 60, deadline=None
-)  # each shape is compiled anew there
+@settings(max_examples=15, deadline=None)  # each shape is compiled anew there
 @given(
     seed=st.integers(0, 2**32),
     rows=st.sampled_from([1, 2, 9, 17, 128, 300]),
@@ -134,7 +132,7 @@ def rounded_by_hand(x: torch.Tensor) -> torch.Tensor:
 
 
 @on_each_device
-@settings(max_examples=15 if torch.cuda.is_available() else 40, deadline=None)
+@settings(max_examples=15, deadline=None)
 @given(
     seed=st.integers(0, 2**32),
     rows=st.sampled_from([1, 17, 130, 300]),
