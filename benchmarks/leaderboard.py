@@ -79,7 +79,6 @@ TRACES = (
     "nano-500k-continuation",
     "nano-500k-memory",
     "nano-500k-needles",
-    "smollm2-8k-continuation",
 )
 
 Row = dict[str, Any]
@@ -328,14 +327,13 @@ def measured(
     full_bytes: dict[str, int] = {}
     named = contestants(plugins)
     work = [(label, named[label], share) for share in SHARES for label in named]
+    alike = list(SHARED)
     for path in paths:
         board = Board(path)
         full_bytes[board.name] = board.full_bytes
         rows += in_parallel(lambda i, board=board: board.row(*work[i]), len(work))
-        if board.trace.header.model.name == "nano":  # the section is of its layers
-            labels = list(SHARED)
-            shared = in_parallel(lambda i, board=board: board.sharing(labels[i]), len(labels))
-            sharing += itertools.chain(*shared)
+        shared = in_parallel(lambda i, board=board: board.sharing(alike[i]), len(alike))
+        sharing += itertools.chain(*shared)
         progress(f"{board.name}: {time.perf_counter() - start:.0f} s")
     return {
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
