@@ -38,7 +38,7 @@ def _windows(trace: dict[str, Any]) -> list[str]:
         )
     return [
         f"{PLUS_MINUS} There are {trace['windows']}, of {trace['window_steps']} steps; nothing is"
-        " said of other traces: docs/leaderboard.md ranks policies on five, of three kinds of text.",
+        " said of other traces: docs/leaderboard.md ranks policies on five of three kinds of text.",
         f"set overlap, PCIe, stall: of the steady state, steps {first} to {last - 1}; {left_out}",
     ]
 
