@@ -2,7 +2,6 @@
 that does all.
 """
 
-from dataclasses import replace
 from functools import partial
 from operator import itemgetter
 
@@ -13,6 +12,7 @@ pytest.importorskip("transformers", reason="the engine needs fmsim[model]")
 
 from command import fmsim_here
 from made_trace import make_trace
+from small_flash import small_flash
 from tiny_model import CSA, HCA, SLIDING, oracle, ours
 
 from fmsim.exec.decode.engine import Batch
@@ -22,7 +22,6 @@ from fmsim.exec.model.split_experts import split_experts
 from fmsim.exec.model.weights.synthetic import model_bytes, synthetic_model
 from fmsim.exec.runs import synthetic as synthetic_run
 from fmsim.experiments.parallel import as_they_end
-from fmsim.geometry import PRESETS
 from fmsim.policies import registry
 from fmsim.replay.replayer import Replayer
 from fmsim.sim.footprint import footprint
@@ -31,22 +30,7 @@ LENGTHS = (60, 41, 53, 47)
 # NCCL takes a GPU a rank: one GPU alone has all requests, and its exchange in its graph
 RANKS = {"cpu": 2, "cuda": min(2, max(1, torch.cuda.device_count()))}
 POLICY = {"policy": "lru", "budget": "9 entries"}
-# The published entries of 584 and keys of 132 bytes need heads of 512 and keys of 128.
-SMALL = replace(
-    PRESETS["v4-flash"],
-    name="small",
-    layer_types=(SLIDING, CSA, CSA),
-    hidden_size=64,
-    n_heads=2,
-    index_n_heads=2,
-    q_lora_rank=16,
-    o_lora_rank=16,
-    o_groups=2,
-    n_experts=8,
-    expert_width=16,
-    vocabulary=64,
-    index_topk=16,
-)
+SMALL = small_flash((SLIDING, CSA, CSA), vocabulary=64)
 LAYER_MAP = (0, 2)
 DEVICES = [
     "cpu",

@@ -9,11 +9,12 @@ torch = pytest.importorskip("torch", reason="the engine needs fmsim[model]")
 pytest.importorskip("transformers", reason="the engine needs fmsim[model]")
 
 from contextlib import nullcontext
-from dataclasses import fields, replace
+from dataclasses import fields
 
 from command import fmsim_here
 from kernel_pools import no_waits
 from made_trace import make_trace, save_indexer
+from small_flash import small_flash
 
 from fmsim.errors import FmsimError
 from fmsim.exec.decode import trace_driven
@@ -25,23 +26,7 @@ from fmsim.replay.decode_loop import DecodeLoop
 from fmsim.replay.replayer import Replayer
 from fmsim.sim.footprint import allocation, footprint
 
-# The published entries of 584 and keys of 132 bytes need heads of 512 and keys of 128; the rest is
-# small.
-SMALL = replace(
-    PRESETS["v4-flash"],
-    name="small",
-    layer_types=(SLIDING, CSA, HCA, CSA, CSA),
-    hidden_size=64,
-    n_heads=2,
-    index_n_heads=2,
-    q_lora_rank=16,
-    o_lora_rank=16,
-    o_groups=2,
-    n_experts=8,
-    expert_width=16,
-    vocabulary=128,
-    index_topk=16,
-)
+SMALL = small_flash((SLIDING, CSA, HCA, CSA, CSA), vocabulary=128)
 DEVICES = [
     "cpu",
     pytest.param(
