@@ -7,7 +7,7 @@
 # WORKERS processes each (8). A context is read once for all families and policies. Each PART has a
 # folder in OUT with answers.jsonl, from which a run that was cut off goes on, and run.log. No context
 # is begun after SECONDS_TO_BEGIN (3600); run it again to ask the rest.
-# Settings: PARTS (short far long), SEEDS, SAMPLES, DEVICE, PYTHON.
+# Settings: PARTS (32k far long 8k), SEEDS, SAMPLES, DEVICE, PYTHON.
 # Afterwards `python benchmarks/accuracy.py OUT/*` puts the figures where they ship.
 set -u
 root=$(cd "$(dirname "$0")/.." && pwd)
@@ -41,13 +41,13 @@ ask() { # part; lengths; shares of all policies; policies at shares of their own
 }
 
 # What loads its misses keeps all index keys, 18%, and pages for one step's misses.
-for part in ${PARTS:-short far long}; do
+for part in ${PARTS:-32k far long 8k}; do
   case $part in
-  short)
+  8k | 32k)
     more="lru:budget=@35% native:budget=@25% lsa:on_miss=fallback,budget=@60%"
     more+=" foresight:on_miss=fallback,budget=@35%"
     for share in 17.5% 20% 23.5%; do more+=" lsa:budget=@$share foresight:budget=@$share"; done
-    ask short "32768 8192:16:1" "10% 12.5% 25%" "$more"
+    ask "$part" $((${part%k} * 1024)) "10% 12.5% 25%" "$more"
     ;;
   far | long)
     more="lru:budget=@25% native:budget=@25% lsa:on_miss=fallback,budget=@25%"
@@ -55,7 +55,7 @@ for part in ${PARTS:-short far long}; do
     if [ "$part" = far ]; then
       ask far 524288:8:2 "10% 12.5% 25% 5% 7.5%" "$more"
     else
-      ask long "131072 262144:8:2" "10% 12.5% 25%" "$more lsa:budget=@15% foresight:budget=@15%"
+      ask long "131072 262144:8:1" "10% 12.5% 25%" "$more lsa:budget=@15% foresight:budget=@15%"
     fi
     ;;
   esac
