@@ -97,7 +97,7 @@ class AfterOne:
                     index=len(found),
                     selections=self.selections,
                     memory=memory,
-                    keys_of=partial(keys.first, id(one.prompt)),
+                    keys_of=partial(keys.first, id(one.prompt), len(found)),
                     select="resident",
                     tau=tau,
                     seed=seed,
@@ -111,6 +111,7 @@ class AfterOne:
                 found.append((place, request))
         self.requests = dict(found)
         self._rows = [request for _, request in found]
+        self._keys = keys
 
     @torch.inference_mode()
     def decode(self) -> None:
@@ -118,6 +119,7 @@ class AfterOne:
         if not self._rows:
             return
         source = _Source(self.context, self._rows, self.selections)
+        self._keys.pagers = source.pagers
         loop = DecodeLoop([request.book for request in self._rows], source, source.table)
         while loop.books:
             loop.advance()
@@ -128,7 +130,7 @@ class AfterOne:
 
 class _ContextKeys:
     """Index keys as policies see them, float32 on the CPU: the context's once, and each prompt's
-    own.
+    own; `pagers`, once there are any, have those of what a row decoded too.
     """
 
     def __init__(self, context: Prompt, prompts: dict[int, Prompt]):
@@ -138,23 +140,21 @@ class _ContextKeys:
             name: [_keys(cache, entries) for cache in prompt.csa_caches]
             for name, prompt in prompts.items()
         }
+        self.pagers: Sequence[_Pager] = ()
 
-    def first(self, prompt: int, n_entries: int) -> _KeysByLayer:
-        """Of the first `n_entries` of a prompt; of layer l by [l]."""
-        return _KeysByLayer(self.shared, self.own[prompt], n_entries)
+    def first(self, prompt: int, row: int, n_entries: int) -> _KeysByLayer:
+        """Of the first `n_entries` of a row, which goes on with a prompt; of layer l by [l]."""
+        own = self.own[prompt]
+        n_own = n_entries - len(self.shared[0])
+        if n_own > len(own[0]):
+            own = [pager.own_keys[row, :n_own].cpu() for pager in self.pagers]
+        return _KeysByLayer(self.shared, own, n_entries)
 
 
 class _KeysByLayer:
     """`LookaheadState.keys`: `[layer]` float32 [n, D]; `shape` (L, n, D)."""
 
     def __init__(self, shared: list[Tensor], own: list[Tensor], n_entries: int):
-        known = len(shared[0]) + len(own[0])
-        if n_entries > known:
-            raise FmsimError(
-                f"a decision after {n_entries} entries needs index keys of what was decoded;"
-                f" {known} are at hand: decode answers of one window with"
-                " fmsim.exec.runs.after_one, longer ones with fmsim.exec.decode.engine"
-            )
         self.shared = shared
         self.own = own
         self.shape = (len(shared), n_entries, shared[0].shape[1])

@@ -160,8 +160,11 @@ def _in_process(
         gpu = number % min(torch.cuda.device_count(), MOST_GPUS)
         torch.cuda.set_device(gpu)
     if not _opened:
-        torch.set_num_threads(threads)
         _opened.append(open_source())
+        on_gpu = _opened[0][0].lm_head.weight.is_cuda
+        torch.set_num_threads(
+            1 if on_gpu else threads
+        )  # beside a GPU more only get in each other's way
     item, known = job
     try:
         return list(_ask(*_opened[0], plan, item, known, reading[gpu]))

@@ -11,7 +11,6 @@ from every_policy import label, specs
 from tiny_indexer import lookahead
 from tiny_model import CSA, HCA, SLIDING, oracle, ours
 
-from fmsim.errors import FmsimError
 from fmsim.exec.decode.engine import Batch
 from fmsim.exec.decode.prompt import Prompt
 from fmsim.exec.decode.unscaled import unscaled
@@ -129,12 +128,21 @@ def test_what_cannot_be_is_refused_and_the_others_go_on(prompts):
     assert not nothing.requests
 
 
-def test_a_decision_after_more_than_a_window_is_refused(prompts, tmp_path):
+@pytest.mark.parametrize("stale", [False, True])
+def test_decisions_within_an_answer_see_the_keys_that_it_decoded(prompts, tmp_path, stale):
+    """A question alone, and beside the same under another policy and one that ends before."""
     context, asked = prompts
-    policy = built({"policy": "lsa", "budget": "50%", "cadence": 8, "stale": False}, tmp_path)
-    run = AfterOne(context, [Asked(asked[1], policy)], MEMORY)
-    with pytest.raises(FmsimError, match="fmsim.exec.decode.engine"):
-        run.decode()
+    spec = {"policy": "lsa", "budget": "50%", "cadence": 8, "stale": stale}
+    policies = [built(spec, tmp_path), Full(), built(spec, tmp_path)]
+    wanted = [
+        Asked(asked[number], policy) for number, policy in zip((1, 1, 0), policies, strict=True)
+    ]
+    run = AfterOne(context, wanted, MEMORY)
+    run.decode()
+    for place, number in ((0, 1), (2, 0)):
+        alone = Batch([asked[number]], built(spec, tmp_path), memory=MEMORY)
+        alone.generate(STEPS[number])
+        same(run.requests[place], alone.requests[0])
 
 
 def test_a_model_in_bfloat16_decodes_too():
