@@ -209,7 +209,6 @@ _ANSWERS: dict[str, Answer] = {
         {("benchmarks/results/engine-steps.md", "two GPUs"): tables.two_gpus},
     ),
     "batches-h200": Answer("batches-h200.json"),
-    "steps-measured-h200": Answer("steps-measured-h200.json"),
     "nano": Answer("nano2-answers.jsonl"),
     "live-gap": Answer("live-gap.json"),
     "generate": Answer("generate.json"),

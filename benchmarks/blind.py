@@ -35,6 +35,7 @@ from typing import Any, NamedTuple
 
 import regions
 import yaml
+from claims import paragraph
 from headline import HELD, MODEL, ROOT, scenario
 
 from fmsim.errors import FmsimError
@@ -344,7 +345,7 @@ def table(result: Row) -> str:
         )
     if result["missing"]:
         failed.append(f"Not measured yet: {len(result['missing'])} rows.")
-    return "\n\n".join([head, "\n".join(lines), *failed])
+    return "\n\n".join([paragraph(head), "\n".join(lines), *failed])
 
 
 def main() -> int:

@@ -175,23 +175,6 @@ def one_request(result: Result) -> str:
     )
 
 
-def not_predicted(result: Result) -> str:
-    """Whole steps that were measured without a prediction, of steps-measured-h200.json."""
-    lines = ["| engine | context | policy | requests | step, ms | tokens/s |", "|---" * 6 + "|"]
-    for row in result["rows"]:
-        cells = (
-            row["engine"],
-            row["context"],
-            row["label"],
-            str(row["batch"]),
-            f"{1e3 * row['measured_step_p50_s']:.2f}",
-            f"{row['measured_tokens_per_s']:,.0f}",
-        )
-        lines.append(f"| {' | '.join(cells)} |")
-    told = f"{result['device']}, {result['date'][:10]}, {result['experts']} experts a layer:"
-    return "\n".join([told, "", *lines])
-
-
 def by_batch(result: Result) -> str:
     """Steps at each batch beside the line between their neighbours', of batches-h200.json."""
     rows = [row for row in result["rows"] if row["activations"] == "bfloat16"]
@@ -387,7 +370,6 @@ PARTS: dict[str, dict[Part, Callable[[Result], str]]] = {  # by result file
     },
     "step-h200.json": {(STEPS, "step beside its floor"): beside_floor},
     "step-tries-h200.json": {(STEPS, "steps tried"): steps_tried},
-    "steps-measured-h200.json": {(GPU, "rows without a prediction"): not_predicted},
     "batches-h200.json": {(STEPS, "steps by batch"): by_batch},
     "exec.json": {(GPU, "synthetic weights in words"): synthetic},
     "kernels.json": {("docs/gpu.md", "single entries"): single_entries},
