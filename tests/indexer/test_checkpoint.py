@@ -162,6 +162,16 @@ def drop(key):
     return lambda tensors: tensors.pop(key)
 
 
+def served_by(*sizes):
+    """Every retriever serves so many layers with so many heads."""
+    return lambda tensors: tensors.update(
+        {
+            f"retrievers.l{layer}.served_proj.weight": np.zeros((*size, 12), np.float32)
+            for layer, size in zip((10, 12, 20), sizes)
+        }
+    )
+
+
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
@@ -173,6 +183,8 @@ def drop(key):
             ),
             "serve as many layers in every retriever",
         ),
+        (served_by((6, 3), (6, 3), (5, 3)), "serve as many layers in every retriever"),
+        (served_by((6, 3), (6, 4), (6, 3)), "with its heads and hidden_size"),
         (lambda tensors: tensors.update(other=np.zeros(3, np.float32)), "'other' is not"),
         (
             lambda tensors: tensors.update(

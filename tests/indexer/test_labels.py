@@ -43,6 +43,8 @@ def test_positives_are_the_causal_union_of_what_enough_layers_choose():
         any_layer.mass, [0.2, 0.2, 1.5, 0.8, 0, 0.3, 0, 0, 0, 0.3], rtol=1e-6
     )
     assert labels(ids[:0], mass[:0], 4, LabelRule()).golden.tolist() == [False] * 4
+    one = np.zeros((3, 1, 1), dtype=int)  # one entry alone, golden in each of three steps
+    assert labels(one, one + 1.0, 1, LabelRule()).golden.tolist() == [True]
 
 
 def naive(ids, mass, entries, share, min_layers):

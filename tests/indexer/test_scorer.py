@@ -100,25 +100,51 @@ def test_both_renderings_equal_the_formula(
 
 @settings(max_examples=10, deadline=None)
 @given(heads=st.integers(1, 4), hadamard=st.booleans(), seed=st.integers(0, 99))
-def test_served_layers_weigh_one_layers_heads_anew(heads, hadamard, seed):
-    """Each by the formula, with its own head weights."""
+def test_served_layers_weigh_the_heads_of_two_anew(heads, hadamard, seed):
+    """Each by the formula, with its own head weights; of two scored layers the higher logit, for
+    two queries at once.
+    """
     config, random = ScorerConfig(4, 160_000.0, hadamard=hadamard), np.random.default_rng(seed)
     torch.manual_seed(seed)
-    model = ServedIndexer([1], 3, 12, heads, 8, 6, config)
+    model = ServedIndexer([1, 4], 3, 12, heads, 8, 6, config)
     layers, served = model.weights()
-    hidden = random.standard_normal(12).astype(np.float32)
-    keys = random.standard_normal((20, 8)).astype(np.float32)
-    own = [layers[1]._replace(weights_proj=weights) for weights in served[1]]
-    expected = np.stack([formula(weights, config, hidden, 500, keys) for weights in own])
-    tolerance = 1e-5 * max(1.0, float(np.abs(expected).max()))
-    found = scorer.served_logits(layers[1], config, served[1], hidden, 500, keys)
-    np.testing.assert_allclose(found, expected, atol=tolerance)
-    with torch.no_grad():
-        rotation = tuple(map(torch.from_numpy, scorer.rotation(config, np.array([500]))))
-        trained = model(
-            torch.from_numpy(hidden)[None, None], rotation, torch.from_numpy(keys)[None]
+    hidden = random.standard_normal((2, 2, 12)).astype(np.float32)
+    keys = random.standard_normal((2, 20, 8)).astype(np.float32)
+    positions = (500, 700)
+    by_layer = []
+    for n, layer in enumerate((1, 4)):
+        np.testing.assert_allclose(layers[layer].weights_proj, served[layer].mean(0), rtol=1e-5)
+        own = [layers[layer]._replace(weights_proj=weights) for weights in served[layer]]
+        expected = [
+            [formula(weights, config, states[n], position, keys[n]) for weights in own]
+            for states, position in zip(hidden, positions)
+        ]
+        tolerance = 1e-5 * max(1.0, float(np.abs(expected).max()))
+        found = scorer.served_logits(
+            layers[layer], config, served[layer], hidden[1, n], 700, keys[n]
         )
-    np.testing.assert_allclose(trained[0], expected, atol=tolerance)
+        np.testing.assert_allclose(found, expected[1], atol=tolerance)
+        by_layer.append(expected)
+    with torch.no_grad():
+        rotation = tuple(map(torch.from_numpy, scorer.rotation(config, np.array(positions))))
+        trained = model(torch.from_numpy(hidden), rotation, torch.from_numpy(keys))
+    np.testing.assert_allclose(trained, np.max(by_layer, axis=0), atol=2 * tolerance)
+
+
+def test_weights_begin_so_that_a_sum_is_as_large_as_what_it_is_of():
+    """Of n numbers: their deviation is 1 / sqrt(n), of 64 hidden ones and of 16 latent ones."""
+    torch.manual_seed(0)
+    config = ScorerConfig(4, 160_000.0)
+    served = ServedIndexer([1], 6, 64, 8, 32, 16, config)
+    retriever = MemoryIndexer([1], 64, 8, 32, 16, config).retrievers["l1"]
+    assert torch.equal(retriever.q_norm_weight, torch.ones(16))
+    for weights, n in (
+        (served.served, 64),
+        (retriever.wq_a.weight, 64),
+        (retriever.weights_proj.weight, 64),
+        (retriever.wq_b.weight, 16),
+    ):
+        assert weights.std().item() == pytest.approx(n**-0.5, rel=0.1)
 
 
 @pytest.mark.parametrize("position", [0, 3, 65_536, 1_000_003])
@@ -201,6 +227,9 @@ def test_config_from_a_trace_header():
         ScorerConfig.from_geometry({"rope_dims": 64, "compress_rope": yarn, "index_hadamard": True})
         == PUBLISHED
     )
+    given = {"rope_dims": 64, "compress_rope": yarn | {"beta_fast": 16, "beta_slow": 2}}
+    stretch = Yarn(16.0, 65_536, beta_fast=16.0, beta_slow=2.0)
+    assert ScorerConfig.from_geometry(given) == ScorerConfig(64, 160_000.0, stretch)
     unknown = plain | {"compress_rope": {"rope_type": "x", "rope_theta": 1}}
     for broken, message in (({"rope_dims": 16}, "compress_rope"), (unknown, "'x'")):
         with pytest.raises(FmsimError, match=message):
@@ -226,6 +255,13 @@ def test_a_hadamard_transform_needs_a_power_of_two():
 def test_a_stretch_of_four_pairs_by_hand(original_tokens, expected):
     config = ScorerConfig(rope_dims=8, rope_theta=1e4, yarn=Yarn(4.0, original_tokens))
     assert scorer.inverse_frequencies(config) == pytest.approx(expected)
+
+
+def test_a_stretch_is_whole_at_the_last_rotated_dimension():
+    """A pair turns 32 times at 2.50 of a pair, once at 8.52: from pair 2 to 7, not to 9."""
+    config = ScorerConfig(rope_dims=8, rope_theta=10.0, yarn=Yarn(4.0, 848))
+    found = scorer.inverse_frequencies(config) * 10 ** (np.arange(4) / 4)
+    assert found == pytest.approx([1, 1, 1, 4 / 5 + 1 / 5 / 4])
 
 
 def test_what_is_not_said():

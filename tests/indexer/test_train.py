@@ -376,8 +376,10 @@ def test_a_run_ends_with_its_steps_or_after_two_evaluations_without_a_better_one
     assert TrainingRun.finished.fget(run) is finished
 
 
-def test_what_a_training_says_of_itself():
+def test_what_a_training_says_of_itself(monkeypatch):
     options = replace(OPTIONS, steps=3, evaluate_every=2)
+    clock = SimpleNamespace(perf_counter=iter((10.0, 22.34)).__next__)
+    monkeypatch.setattr("fmsim.indexer.train.time", clock)
     seen = []
     found = train(TRAINING[:2], HELD_OUT, CONFIG, options, report=seen.append)
     assert [progress.step for progress in seen] == [2, 3]
@@ -388,7 +390,8 @@ def test_what_a_training_says_of_itself():
     assert (said["traces"], said["held_out"]) == (["made 0", "made 1"], ["made 100"])
     assert said["recall"] == dict(zip(("0.05", "0.1"), best.recall))
     assert said["mass_kept"] == dict(zip(("0.05", "0.1"), best.mass_kept))
-    assert said["options"]["steps"] == 3
+    assert said["options"]["steps"] == 3 and said["seconds"] == 12.3
+    monkeypatch.undo()
     mixed = [TRAINING[0], TRAINING[1]._replace(state_age=1)]
     with pytest.raises(FmsimError, match="different state ages"):
         train(mixed, HELD_OUT, CONFIG, options)

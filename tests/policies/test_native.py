@@ -67,6 +67,35 @@ def test_it_keeps_every_layers_keys_and_fills_its_budget(trace):
     assert (picky.resident == picky.n_slots).all()  # a threshold is the memory indexer's alone
 
 
+def test_blocks_share_a_scale_of_128_rows_and_columns_where_the_config_is_silent(tmp_path):
+    """A matrix of ones that ends two rows and four columns into its second blocks."""
+    torch = pytest.importorskip("torch", reason="numpy has no float8")
+    from safetensors.torch import save_file as save
+
+    shapes = {"wq_a": (130, 132), "q_norm": (130,), "wq_b": (8, 130), "weights_proj": (2, 132)}
+    tensors = {
+        f"model.layers.0.{names[1]}": torch.ones(shapes[part])
+        for part, names in native.NATIVE.items()
+    }
+    name = f"model.layers.0.{native.NATIVE['wq_a'][1]}"
+    tensors[name] = tensors[name].to(torch.float8_e4m3fn)
+    tensors[f"{name}_scale_inv"] = torch.tensor([[1.0, 2.0], [3.0, 4.0]])
+    save(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    config = {
+        "layer_types": ["compressed_sparse_attention"],
+        "rope_parameters": {"compress": {"rope_type": "default", "rope_theta": 1e4}},
+        "qk_rope_head_dim": 4,
+    }
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    found = native.of_model(tmp_path).layers[0].wq_a
+    assert found.shape == (130, 132)
+    assert found[127:129, 127:129].tolist() == [[1, 2], [3, 4]] and found[129, 131] == 4
+    config["layer_types"] = ["sliding_attention"]
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(FmsimError, match="the model has no CSA layers"):
+        native.of_model(tmp_path)
+
+
 def test_another_folder_is_one_clear_error(tmp_path):
     with pytest.raises(FmsimError, match="not a DeepSeek-V4 model's folder"):
         native.of_model(tmp_path)

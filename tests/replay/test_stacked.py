@@ -2,6 +2,7 @@
 page in every slot at every step.
 """
 
+from types import SimpleNamespace
 from unittest.mock import patch
 
 import numpy as np
@@ -179,3 +180,16 @@ class OfOnesOwn(LRU):
 def test_a_subclass_does_not_inherit_the_claim():
     assert captured(LRU()) and not captured(OfOnesOwn())
     assert not captured(registry.build({"policy": "fifo"}))  # it follows what moves
+    for nosy in ("moved", "prefetch"):
+        policy = type("Nosy", (LRU,), {"by_row": True, nosy: lambda self, *given: None})
+        assert not captured(policy())
+    assert not captured(type("Early", (LRU,), {"by_row": True, "decides_ahead": True})())
+
+
+def test_one_policy_serves_rows_that_may_be_captured_or_lie_apart():
+    served = {
+        name: served_by_one([SimpleNamespace(policy=registry.build({"policy": name}))])
+        for name in ("lru", "fifo", "snapkv", "random-fetch")
+    }
+    assert served == {"lru": True, "fifo": True, "snapkv": False, "random-fetch": False}
+    assert not served_by_one([SimpleNamespace(policy=OfOnesOwn())])
