@@ -1,6 +1,7 @@
 """What the loop tells tiers, clock and policies, and when."""
 
 from contextlib import contextmanager
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -10,7 +11,7 @@ from made_trace import make_trace
 from fmsim.policies import registry
 from fmsim.policies.base import Pins, Policy
 from fmsim.policies.guard import Guarded
-from fmsim.replay.decode_loop import DecodeLoop
+from fmsim.replay.decode_loop import DecodeLoop, NoTiers
 from fmsim.replay.replayer import Replayer
 
 
@@ -88,7 +89,36 @@ def test_what_is_recalled_was_foreseen_one_cadence_before():
         assert len(pages) - len(ahead[step - 8]) <= 2  # two entries close in between
     few = of_kind(driven(trace, policy, 40, ahead_pages=3), "ahead")
     assert few == {step: pages[:3] for step, pages in ahead.items()}
-    assert not of_kind(driven(trace, policy, 40, ahead_pages=0), "ahead")
+    untold = driven(trace, policy, 40, ahead_pages=0)
+    assert not any(what == "ahead" for _, what, _ in untold)
+    assert not any(what == "ahead" for _, what, _ in driven(trace, policy | {"cadence": 1}, 40))
+
+
+def test_in_a_replay_nothing_is_recalled_ahead_and_nothing_moves():
+    assert (NoTiers().ahead_pages(0), NoTiers().moved_bytes()) == (0, 0)
+
+
+@pytest.mark.parametrize(
+    ("cadence", "tau", "state_steps", "parts", "later"),
+    [
+        (16, 8, None, [1], [[0]]),  # a request alone does it at its decision
+        (16, 8, None, [1, 3], [[1], [2, 4, 6]]),  # 7 steps for four: 1 + 7 n / 4
+        (4, 8, None, [2, 2], [[1, 1], [2, 3]]),  # until the next decision 3 steps
+        (16, 8, 3, [1, 1, 1], [[1], [1], [2]]),  # until the next state 2
+        (16, 8, 2, [1, 1], [[1], [1]]),
+        (16, 1, None, [1, 1], [[0], [0]]),  # states of every step: none is left to wait for
+    ],
+)
+def test_many_requests_take_turns_to_foresee(cadence, tau, state_steps, parts, later):
+    policy = SimpleNamespace(state_steps=state_steps, params=SimpleNamespace(cadence=cadence))
+    ctx = SimpleNamespace(tau=tau)
+    books = [
+        SimpleNamespace(manager=SimpleNamespace(policy=policy, ctx=ctx, parts=count))
+        for count in parts
+    ]
+    loop = DecodeLoop(books, source=None)
+    found = [[loop._later(request, part) for part in range(n)] for request, n in enumerate(parts)]
+    assert found == later
 
 
 def test_writes_and_recalls_come_before_the_accesses_and_fetches_behind_them():

@@ -95,6 +95,14 @@ def test_what_a_budget_is_exceeded_by_is_said():
     assert found.value.least_bytes == 257
 
 
+def test_one_page_that_does_not_fit_is_one_too_many():
+    """One slot and no miss: 10 + 2 of a key + 7; the full cache takes as much."""
+    assert slots("lru:budget=19 B gpu", prompt_entries=1, topk=1) == 1
+    with pytest.raises(BudgetTooSmall) as found:
+        slots("lru:budget=18 B gpu", prompt_entries=1, topk=1)
+    assert found.value.least_bytes == 19
+
+
 def test_without_a_model_there_are_no_bytes():
     with pytest.raises(FmsimError, match=r"policy lru: budget 20% gpu .* no model is named"):
         Replayer(HandTrace([[[0]]])).run(registry.build("lru:budget=20% gpu"))

@@ -17,6 +17,7 @@ from fmsim.replay import stacked
 from fmsim.replay.cache_manager import CacheManager
 from fmsim.replay.context import RequestShape, build_context
 from fmsim.replay.ledger_builder import LedgerBuilder
+from fmsim.replay.of_each import PolicyOfEach
 from fmsim.replay.paging import page_rows, page_step
 from fmsim.replay.stacked import StackedManager, captured, served_by_one
 
@@ -169,6 +170,42 @@ def test_a_row_of_many_is_kept_as_it_is_alone(
         part = whole.of_rows(slice(together.starts[r], together.starts[r + 1]), manager)
         assert np.array_equal(np.asarray(part.overlap), np.asarray(books[r].overlap))
         assert np.array_equal(np.asarray(part.initial), np.asarray(books[r].initial))
+
+
+def test_each_ones_pages_are_asked_for_beside_anothers():
+    """Two requests of two groups and of one; a request that asks for nothing, and all of them."""
+    asked = [np.array([[4, 5, 6], [7, -1, -1]]), None]
+    policies = [
+        SimpleNamespace(
+            prefetch=lambda step, n=n: asked[n],
+            ctx=SimpleNamespace(device=None),
+            params=None,
+            floor=0.5,
+        )
+        for n in (0, 1)
+    ]
+    both = PolicyOfEach(policies, [slice(0, 2), slice(2, 3)], np)
+    assert both.floor == 0.5
+    found = both.prefetch(3)
+    assert found.tolist() == [[4, 5, 6], [7, -1, -1], [-1, -1, -1]] and found.dtype == np.int64
+    asked[1] = np.array([[9]])
+    assert both.prefetch(3).tolist() == [[4, 5, 6], [7, -1, -1], [9, -1, -1]]
+    asked[0] = None
+    assert both.prefetch(3).tolist() == [[-1], [-1], [9]]
+    asked[1] = None
+    assert both.prefetch(3) is None
+
+
+def test_a_request_is_foreseen_by_its_own_manager_and_entries():
+    """Beyond the last step its entries are those of the last."""
+    parts = [
+        SimpleNamespace(foresee=lambda *given, name=name: (name, *given)) for name in ("a", "b")
+    ]
+    whole = SimpleNamespace(managers=parts, _entries=np.array([[10, 20], [11, 21], [12, 22]]))
+    asked = [(0, 0), (1, 1), (2, 1), (9, 0)]
+    found = [StackedManager.foresee(whole, step, 99, 5, part) for step, part in asked]
+    assert found == [("a", 0, 10, 5), ("b", 1, 21, 5), ("b", 2, 22, 5), ("a", 9, 12, 5)]
+    assert StackedManager.foresee(whole, 0, 99, 5) == ("a", 0, 10, 5)
 
 
 class OfOnesOwn(LRU):
