@@ -152,6 +152,67 @@ def test_foresight_adds_logarithms_of_what_a_layer_attended_to(weights, tmp_path
     )
 
 
+def test_foresight_adds_light_attention_and_ages_of_whole_pages(weights):
+    """Pages of four entries with the logits 3 and 1. The prompt put 14e-6 and 6e-6 on them; half
+    of it is a layer's at first: log2(1 + 7) and log2(1 + 3), twice over. Ages are 8 and 4 entries.
+    """
+    mass = np.array([[14e-6, 6e-6, 0]], np.float32)
+    given = {"weight": 2, "heavy_weight": 0, "prompt_weight": 0, "prompt_share": 0.5}
+    policy = Foresight(checkpoint=weights, cadence=4, granularity=4, age_weight=-3, **given)
+    policy.reset(context(3, 6, granularity=4, lookahead=lookahead, prompt_mass=mass))
+    policy.decide(0)
+    ages = 3 * np.log2([9, 5])
+    assert worths(policy)[:2] == pytest.approx(np.array([3 + 6, 1 + 4]) - ages, rel=1e-4)
+
+
+def test_foresight_needs_weights_for_every_layer_of_the_trace(weights, tmp_path):
+    """Weights for two CSA layers serve the layers 0 and 1, and not 2."""
+    found = checkpoint.load(weights)
+    path = tmp_path / "served.safetensors"
+    checkpoint.save(replace(found, served={0: np.ones((2, 1, 1), np.float32)}), path)
+    for numbers, fits in (((0, 1), True), ((0, 2), False)):
+        policy = Foresight(checkpoint=path, cadence=4)
+        state = lambda window: replace(lookahead(window), csa_numbers=(0,))
+        ctx = Context(2, 2, 8, 4, 1, 6, 2, 16, tau=4, lookahead=state, csa_numbers=numbers)
+        if fits:
+            policy.reset(ctx)
+        else:
+            with pytest.raises(FmsimError, match=r"serves 2 CSA layers.*CSA layers \[0, 2\]"):
+                policy.reset(ctx)
+
+
+def test_a_state_that_policies_share_is_scored_by_each_with_its_own_weights(tmp_path):
+    """The head weighs 1 or 2, in the retriever or in what it serves; or layer 5 is scored, whose
+    keys are 9 everywhere. Rows of the state are of the layers 5 and 3.
+    """
+    one, two = np.ones((1, 1), np.float32), np.full((1, 1), 2, np.float32)
+    keys = np.concatenate([np.full((1, 6, 1), 9, np.float32), lookahead(0).keys])
+    shared = LookaheadState(np.ones((2, 1), np.float32), 23, keys, 6, csa_numbers=(5, 3))
+    config = ScorerConfig(rope_dims=0, rope_theta=1e4)
+
+    def scores(policy, heads, served=None, **given):
+        layers = dict.fromkeys((3, 5), LayerWeights(one, one[0], one, heads))
+        serves = {} if served is None else dict.fromkeys((3, 5), np.stack([served] * 6))
+        path = tmp_path / "indexer.safetensors"
+        checkpoint.save(Checkpoint(layers, config, 0.5, served=serves), path)
+        made = policy(checkpoint=path, cadence=4, stale=False, **given)
+        groups = 2 if made.params.scope == "per_layer" else 1
+        ctx = Context(2, groups, 8, 4, 1, 6, 2, 16, tau=4, lookahead=lambda window: shared)
+        made.reset(replace(ctx, csa_numbers=(3, 5)))
+        return made.score(0)[:, :4].tolist()
+
+    rising, nines = [0, 1, 2, 3], [9] * 4
+    close = lambda rows: [pytest.approx(row, rel=1e-4) for row in rows]
+    assert scores(LSA, one, layers=(3,)) == close([rising])
+    assert scores(LSA, two, layers=(3,)) == close([[0, 2, 4, 6]])
+    assert scores(LSA, one, layers=(5,)) == close([nines])
+    assert scores(LSA, one, scope="per_layer") == close([rising, nines])
+    plain = dict.fromkeys(("weight", "heavy_weight", "prompt_weight", "age_weight"), 0)
+    given = {"layers": (3,)} | plain
+    assert scores(Foresight, one, served=one, **given) == close([rising] * 2)
+    assert scores(Foresight, one, served=two, **given) == close([[0, 2, 4, 6]] * 2)
+
+
 def test_prefetch_takes_the_best_that_are_not_there_every_spacing_steps(weights):
     """Of logits 0 1 2 3 0 1, with 3 and 0 resident: 2, then 5 before 1, as ties go."""
     policy = LRUPrefetch(checkpoint=weights, spacing=4, most=2)
@@ -218,6 +279,7 @@ def guarded(**methods):
         ({"pins": lambda self: Pins(recent=1.5)}, lambda g: g.pins(), "no Pins of whole numbers"),
         ({"floor": float("nan")}, lambda g: g.floor, "floor is nan"),
         ({"floor": True}, lambda g: g.floor, "floor is True"),
+        ({"floor": "high"}, lambda g: g.floor, "floor is 'high'"),
         (
             {"prefetch": lambda self, step: [1]},
             lambda g: g.prefetch(2),
@@ -239,6 +301,11 @@ def guarded(**methods):
             "asks for a page twice",
         ),
         (
+            {"prefetch": lambda self, step: np.array([[0, 4, 0]])},
+            lambda g: g.prefetch(2),
+            "asks for a page twice",
+        ),
+        (
             {"scored_entries": lambda self, step: -1},
             lambda g: g.scored_entries(1),
             "scored_entries returned -1",
@@ -251,6 +318,8 @@ def guarded(**methods):
         ({"n_slots": lambda self, n, **sizes: 0}, lambda g: g.n_slots(8), "must be from 1 to 8"),
         ({"n_slots": lambda self, n, **sizes: 9}, lambda g: g.n_slots(8), "must be from 1 to 8"),
         ({"n_slots": lambda self, n, **sizes: True}, lambda g: g.n_slots(8), "no whole number"),
+        ({"n_slots": lambda self, n, **sizes: 2.5}, lambda g: g.n_slots(8), "no whole number"),
+        ({"n_slots": lambda self, n, **sizes: 2}, lambda g: g.n_slots(1), "must be from 1 to 1"),
     ],
 )
 def test_an_odd_answer_is_told(methods, call, says):
