@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import simpy
 from hand_ledger import FLASH, H100, ledger, loads
-from hand_tables import round_link
+from hand_tables import round_link, tabled
 
 from fmsim.errors import FmsimError
 from fmsim.hw import load_hardware, replace_figure
@@ -14,6 +14,7 @@ from fmsim.hw.memory import FairLink
 from fmsim.sim.decode import simulate
 from fmsim.sim.footprint import footprint
 from fmsim.sim.metrics import exact
+from fmsim.sim.step_cost import memory_indexer_s
 
 
 def test_a_link_takes_bytes_over_bandwidth():
@@ -89,6 +90,22 @@ def test_a_server_without_host_memory_decodes_what_needs_none():
     ).all()
     with pytest.raises(FmsimError, match="host memory"):
         simulate(ledger(lookahead_loads=loads(128, s64=1)), FLASH, hw)
+
+
+def test_gpus_that_share_out_the_context_move_and_score_their_parts(monkeypatch):
+    """8 requests on two GPUs times four that hold a quarter each: two requests' bytes on each."""
+    hw = tabled(H100, monkeypatch, tp=2, cp=4, ep=1)
+    scored = np.zeros(128, np.int64)
+    scored[64] = 24_000
+    moves = {"scored": scored, "comes_back": True}
+    still = simulate(ledger(**moves), FLASH, hw, batch=8)
+    moved = simulate(ledger(lookahead_loads=loads(128, s64=300), **moves), FLASH, hw, batch=8)
+    assert (still.h2d_bytes.sum(), moved.h2d_bytes[64]) == (0, 2 * 300 * 21 * 716)
+    written = FLASH.host_kv_bytes(32_065) - FLASH.host_kv_bytes(32_001)
+    assert moved.d2h_bytes[64] == moved.d2h_bytes.sum() == 2 * written
+    indexer_s = 2 * memory_indexer_s(hw, FLASH, np.array([24_000]))[0]
+    plain = simulate(ledger(target_layers=[0, 1, 2], comes_back=True), FLASH, hw, batch=8)
+    assert still.step_s[64] - plain.step_s[64] == pytest.approx(indexer_s)
 
 
 def test_a_recall_of_a_few_rows_ends():

@@ -121,6 +121,14 @@ def test_residents_are_listed_and_scored_in_their_own_pages():
     assert found == pytest.approx(np.where(closing, plain_s + 0.1, plain_s))
 
 
+def test_two_requests_residents_are_scored_together():
+    """Halfway between batches of 1 and 3: 4 us of pages and of the list; 1,600 entries."""
+    masked = ledger(n_groups=3, cadence=1, entry_tokens=4)
+    found = costs(masked, batch=2).step_s()
+    scored_ms = 0.001 + 1600 * 10 / 1e6
+    assert found[0] == pytest.approx(2e-3 + 21 * (0.004 + 0.004 + scored_ms) / 1e3)
+
+
 def test_an_entry_that_closes_is_pooled_in_every_layer():
     kept = ledger(slots=9000, on_miss="fetch", cadence=1, all_keys=True, entry_tokens=4)
     still, moving = (costs(kept, closing_batch_ms={1: ms, 2: ms}).step_s() for ms in (0.0, 0.005))
@@ -150,6 +158,11 @@ def test_sizes_add_what_they_cost():
         sized_ns = 2 * sum(group_slots) + 3 * rows * n_pages * 2 + 5 * 21 * 512 * 2
         found = costs(held, batch=2, **free).step_s()
         assert found == pytest.approx(np.full(128, 1e-3 + sized_ns / 1e9))
+        decides = replace(held, cadence=64, decides_ahead=False)  # a decision that costs nothing
+        assert (costs(decides, batch=2, **free).step_s() == found).all()
+    never = {kind: Bookkeeping(plain=StepWork(fixed_ms=-5.0), closing=bare) for kind in STEP_KINDS}
+    found = costs(held, batch=2, **free | {"steps": never}).step_s()
+    assert found.tolist() == [0.0] * 128  # a sum that was fitted is no less than nothing
 
 
 def test_pages_are_priced_by_the_nearest_size_and_those_of_64_entries_not_at_all():

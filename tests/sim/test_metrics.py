@@ -93,6 +93,10 @@ def test_the_99th_percentile_of_steps_of_1_to_101_ms_is_100():
     row = metrics.timed(timeline)
     assert row["step_s"] == {"p50": pytest.approx(0.051), "p99": pytest.approx(0.1)}
     assert row["stall_ratio"] == 0
+    assert row["decode_tokens_per_s"] == pytest.approx(2 * 101 / 5.151)
+    assert (row["h2d_bytes"], row["h2d_bytes_per_step"]) == (5, pytest.approx(0.051))
+    timeline.stall_s[0], timeline.recall_wait_s[100] = 0.01, 0.02  # the first and the last
+    assert metrics.timed(timeline)["stall_ratio"] == pytest.approx(0.03 / 5.151)
     timeline.stall_s[7] = np.nan  # not known of one step
     assert metrics.timed(timeline)["stall_ratio"] is None
 
@@ -133,10 +137,38 @@ def test_capacity_names_what_binds():
     )
 
 
+def test_a_servers_requests_are_those_of_its_ranks_and_their_gpus():
+    """Three ranks of two GPUs with 1,000 bytes each: 20 requests of 100 bytes a rank; in two parts
+    of 950 bytes of host memory six mirrors of 300.
+    """
+    hw = SimpleNamespace(
+        placed=SimpleNamespace(dp=3, cp=2),
+        kv_pool_bytes=lambda geometry: 1000,
+        host_bytes_per_gpu=950,
+    )
+    for host_bytes, expected in ((0, (60, "GPU memory")), (300, (18, "host memory"))):
+        place = SimpleNamespace(allocated=SimpleNamespace(total=100), host_bytes=host_bytes)
+        assert metrics.capacity(place, FLASH, hw) == expected
+
+
+def test_where_nothing_matters_nothing_is_lost():
+    found = metrics.kept(ledger(golden=np.zeros((128, 3), np.int32)), (0,) * 21)
+    assert found["entry_recall"] == found["entry_recall_per_step"] == 1.0
+    assert metrics.mass_by_layer(ledger(masses=False)) == [None] * 3
+
+
 def test_exact_means_that_nothing_selected_was_left_out():
     assert not metrics.details(ledger(), FLASH, H100)["exact"]
     kept = ledger(mass_kept=np.full((128, 3), 0.5, np.float32))
     assert metrics.details(kept, FLASH, H100)["exact"]
+    for lost, exact in ((0.9e-6, True), (1.1e-6, False)):  # rounding is no loss
+        kept = ledger(
+            mass_kept=np.full((128, 3), 0.5 * (1 - lost)), mass_total=np.full((128, 3), 0.5)
+        )
+        assert metrics.exact(kept) is exact
+    for lost, exact in ((0.0, None), (0.1, False)):  # what is known of two of three layers
+        kept = ledger(unmeasured=[1], mass_kept=np.full((128, 3), 0.5 - lost, np.float32))
+        assert metrics.exact(kept) is exact
 
 
 @pytest.mark.parametrize(("k_tokens", "admitted"), [(256, 47), (512, 25)])

@@ -96,6 +96,11 @@ def test_of_a_trace_without_masses_only_hits_and_misses_have_intervals():
     assert {(row["policy"], row["other"]) for row in rows} == {("a", "b")}
 
 
+def test_one_window_has_figures_without_an_interval():
+    found = windows.intervals(ledger(n_steps=10), LAYER_MAP)
+    assert found["hit_rate"]["half_width"] is None and found["misses"]["half_width"] is None
+
+
 def test_differences_are_paired_by_window():
     random = np.random.default_rng(2)
     hard = np.repeat(random.uniform(0.3, 0.7, 8), 64)[:, None]
