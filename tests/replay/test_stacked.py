@@ -7,7 +7,7 @@ from unittest.mock import patch
 
 import numpy as np
 import pytest
-from hypothesis import assume, given, settings
+from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 
 from fmsim.errors import DoesNotFit
@@ -102,7 +102,25 @@ def pinned(test, pages, rows=slice(None)):
     return found[rows][:1] if len(found) > 1 else found
 
 
+def drawn(policy, budget, granularity=1, apart=False, tokens=(61, 150, 96), **more):
+    """What `given` draws, said outright."""
+    return {
+        "library": "numpy",
+        "seed": 0,
+        "spec": {"policy": policy} | more,
+        "budget": budget,
+        "granularity": granularity,
+        "scope": "per_layer",
+        "apart": apart,
+        "tokens": list(tokens),
+    }
+
+
 @settings(max_examples=30, deadline=None)
+@example(**drawn("lru", "25%", on_miss="mask", cadence=TAU))
+@example(**drawn("lru", "25%", on_miss="mask", cadence=TAU, apart=True))
+@example(**drawn("h2o", "25%", granularity=4))
+@example(**drawn("snapkv", "60%"))
 @given(
     library=st.sampled_from(["numpy", "numpy", "numpy", "torch"]),  # torch takes ten times as long
     seed=st.integers(0, 2**32),
@@ -194,6 +212,27 @@ def test_each_ones_pages_are_asked_for_beside_anothers():
     assert both.prefetch(3).tolist() == [[-1], [-1], [9]]
     asked[1] = None
     assert both.prefetch(3) is None
+
+
+def test_each_one_decides_and_says_what_the_pages_it_sees_are_worth():
+    """Two pages are seen by two groups, four by a third; beyond the two anything may stand."""
+    decided = []
+    policies = [
+        SimpleNamespace(
+            decide=lambda step, n=n: decided.append((n, step)),
+            worth_of_first=lambda step, seen, n=n: np.full((2 - n, seen), step + n, np.float32),
+            ctx=SimpleNamespace(device=None),
+            params=None,
+            floor=None,
+        )
+        for n in (0, 1)
+    ]
+    both = PolicyOfEach(policies, [slice(0, 2), slice(2, 3)], np)
+    both.decide(5)
+    assert decided == [(0, 5), (1, 5)]
+    found = both.worth_of_seen(5, [2, 4])
+    assert found.shape == (3, 4) and found.dtype == np.float32
+    assert found[:2, :2].tolist() == [[5, 5]] * 2 and found[2].tolist() == [6] * 4
 
 
 def test_a_request_is_foreseen_by_its_own_manager_and_entries():
