@@ -161,6 +161,20 @@ def test_what_recalls_ahead_has_spare_pages_for_a_quarter_of_its_slots():
     assert Demand(ledger(), FLASH).pools(PROMPT, 128).mirror == 0
 
 
+def test_what_fits_whole_keeps_all_keys_and_nothing_spare_unless_it_recalls_ahead():
+    """2,100 tokens have 525 entries, and there are 800 slots: a quarter of 525 is 132."""
+    budget = {"params": {"budget": "800 entries"}}
+    recalled = {"lookahead_loads": loads(128, s64=10), "ahead_slots": [200]}
+    for made, spare, key_bytes in (
+        (ledger(**budget), 0, 0),
+        (ledger(**budget, on_miss="fetch", demand_loads=loads(128, s5=9), miss_slots=512), 0, 0),
+        (ledger(**budget, **recalled), 132 * 716, 132),
+    ):
+        gpu = Demand(made, FLASH).pools(2000, 100).gpu
+        assert (gpu.slots, gpu.spare) == (21 * 525 * (584 + key_bytes), 21 * spare)
+        assert gpu.index_keys == (0 if key_bytes else 21 * 525 * 132)
+
+
 def test_windows_of_two_steps_repeat_and_steps_of_one_do_not():
     """Of five steps: the windows at 0 and 2 are whole, and the second repeats."""
     for cadence, at in ((2, [0, 3, 2, 3, 2]), (1, [0, 3, 4, 0, 1])):

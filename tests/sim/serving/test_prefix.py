@@ -96,6 +96,11 @@ def test_without_reuse_every_prompt_is_computed():
     assert not run.stores
 
 
+def test_one_request_whose_blocks_are_known_is_enough_to_keep_them():
+    run = serve(FULL, Arrival(0, 32_000, 10), asked(1, 64), asked(1000, 64))
+    assert [request.reused_tokens for request in run.log.requests] == [0, 0, 64 * BLOCK - 1]
+
+
 def tier(n_blocks, below=None):
     return BlockTier(simpy.Container(simpy.Environment(), n_blocks, n_blocks), 1.0, below)
 

@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 from hand_ledger import FLASH, H100, ledger, loads
+from hand_request import FromTheStart, Given
 
 from fmsim.hw.deployment import Deployment
 from fmsim.sim.serving.demand import Demand
@@ -17,6 +18,25 @@ MIX = {
     "output_tokens": [1, 160],
     "duration_s": 2.5,
 }
+
+
+def test_steps_pass_until_the_end_of_the_one_in_which_somebody_can_join():
+    """Two steps end after 1 and 3 s: together, or the first where somebody waits already, or comes
+    by then.
+    """
+
+    def passed(somebody, comes_s=None):
+        server = FromTheStart(H100, FLASH, Demand(ledger(), FLASH), Server(), Given())
+        server._somebody_can_join = lambda: somebody
+        steps = server.env.process(server._pass(np.array([1.0, 3.0])))
+        if comes_s is not None:
+            server.env.run(comes_s)
+            server._wake.succeed()
+        return server.env.run(steps), server.env.now
+
+    assert passed(False) == (2, 3.0)
+    assert passed(True) == (1, 1.0)
+    assert [passed(False, at_s) for at_s in (0.5, 1.0, 1.5)] == [(1, 1.0), (1, 1.0), (2, 3.0)]
 
 
 @pytest.mark.parametrize(

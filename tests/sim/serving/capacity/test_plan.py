@@ -76,6 +76,7 @@ def test_computes_wall_keeps_the_time_a_token():
     assert state.at(wall).step_s <= 0.012 < state.at(wall + 1).step_s
     exactly = asked.changed(tpot_s=state.at(wall - 3).token_s)
     assert exactly.walls()["compute"] == wall - 3
+    assert asked.changed(tpot_s=1e9).walls()["compute"] == 4096  # more is no wall
 
 
 def test_a_plan_names_the_wall_and_what_moves_it():
@@ -112,7 +113,7 @@ def test_kv_on_the_host_pays_where_the_full_cache_no_longer_fits():
 
 
 def test_nothing_fits_is_said_not_divided_by():
-    found = plan(question(FULL, tokens=2**34, tpot_s=1.0), FULL)
+    found = plan(question(FULL, tokens=2**28, tpot_s=1.0), FULL)
     assert (
         found["max_requests"] == 0
         and found["max_requests_bound"] == "GPU memory"
@@ -399,6 +400,7 @@ def test_what_lies_on_drives_is_read_at_their_rate():
     missed_s, recalled_s = state._from_nvme_s(4.0, 4 * 40 * 21 * 584, 4 * 21 * 584)
     assert recalled_s == pytest.approx(0.75 * 4 * 21 * 4096 / (54e9 / 8), rel=1e-3)
     assert missed_s == pytest.approx(read_s, rel=1e-6)
+    assert state._from_nvme_s(4.0, 0.0, 4 * 21 * 584) == (0.0, recalled_s)
     assert state.at(4).nvme_s == pytest.approx(missed_s + recalled_s, rel=1e-3)
 
 
