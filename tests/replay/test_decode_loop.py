@@ -121,6 +121,30 @@ def test_many_requests_take_turns_to_foresee(cadence, tau, state_steps, parts, l
     assert found == later
 
 
+def test_each_part_of_many_is_foreseen_once_a_cadence_for_the_decision_to_come():
+    """Two parts, of decisions at 4 and 8: the first a step after the last decision, the second two;
+    the last decision comes in step 8, of 12.
+    """
+    foreseen = []
+    manager = SimpleNamespace(
+        policy=SimpleNamespace(
+            params=SimpleNamespace(cadence=4), prefetches=False, state_steps=None
+        ),
+        ctx=SimpleNamespace(tau=100, n_steps=12),
+        parts=2,
+        decide=lambda step: None,
+        foresee=lambda *asked: foreseen.append(asked),
+    )
+    told = {"moved": lambda *given: None, "score": lambda step: None}
+    tiers = SimpleNamespace(ahead_pages=lambda request: 7, recall=lambda *given: None)
+    source = SimpleNamespace(n_entries=lambda request, step: 100 + step)
+    loop = DecodeLoop([SimpleNamespace(manager=manager, **told)], source, tiers)
+    for step in range(12):
+        loop._decide(0, step)
+        assert len(foreseen) == [0, 1, 2, 2, 2, 3, 4, 4, 4, 4, 4, 4][step]
+    assert foreseen == [(at, 100 + at, 7, part) for at in (4, 8) for part in (0, 1)]
+
+
 def test_writes_and_recalls_come_before_the_accesses_and_fetches_behind_them():
     """Four tokens an entry: entry 8 closes at step 3. At step 2, 5 is fetched."""
     trace = HandTrace([[[0]], [[0]], [[5]], [[8]]], prompt_entries=8, still=False)

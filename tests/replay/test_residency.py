@@ -296,6 +296,31 @@ def test_what_will_come_is_foreseen_by_each_groups_own_slots(library):
     assert residency.slots.tolist() == [[1, -1, -1], [1, 2, 3]]
 
 
+def test_some_groups_of_a_whole_are_looked_at_as_if_they_were_alone():
+    """Two slots and six pages beside three slots and twelve: of the second they see their own, and
+    what the whole moves.
+    """
+    parts = [Residency(1, 6, 2, xp), Residency(1, PAGES, 3, xp)]
+    for part, worth in zip(parts, (range(6), range(PAGES))):
+        part.choose(np.array([worth], np.float32))
+    whole = Residency.stacked(parts, [2, 3])
+    assert whole.slots.tolist() == [[4, 5, -1], [9, 10, 11]]
+    views = [whole.of_rows(slice(0, 1), 6, 2), whole.of_rows(slice(1, 2), PAGES, 3)]
+    for view, part in zip(views, parts):
+        assert view.slots.tolist() == part.slots.tolist() and content(view) == content(part)
+        assert view.present().tolist() == part.present().tolist()
+        assert view.room.tolist() == [[part.n_slots]]
+        assert (view.n_groups, view.n_pages, view.n_slots) == (1, part.n_pages, part.n_slots)
+        looked_up = view.lookup(np.array([[4, 5, 0, -1]]))
+        assert looked_up.tolist() == part.lookup(np.array([[4, 5, 0, -1]])).tolist()
+    whole.choose(-np.arange(PAGES, dtype=np.float32)[None].repeat(2, 0))
+    assert [content(view) for view in views] == [[{0, 1}], [{0, 1, 2}]]
+    ranked = np.array([[0, 1, 2, 9]], np.float32)
+    # of their best two and three pages those that are not there
+    foreseen = [view.foresee(ranked, None, None, 3).tolist() for view in views]
+    assert foreseen == [[[2, 3, -1]], [[3, -1, -1]]]
+
+
 @pytest.mark.parametrize("share", [0.0, 0.02, 0.7, 1.0])
 def test_values_are_put_where_a_mask_says_so_in_numpy_as_in_torch(share):
     torch = pytest.importorskip("torch")

@@ -247,6 +247,21 @@ def test_a_request_is_foreseen_by_its_own_manager_and_entries():
     assert StackedManager.foresee(whole, 0, 99, 5) == ("a", 0, 10, 5)
 
 
+def test_what_is_scored_is_counted_for_each_request():
+    alone = [
+        manager_of({"policy": "lru", "budget": "25%"}, 61 + n, np.random.default_rng(0))
+        for n in (0, 9)
+    ]
+    together = StackedManager(alone, np.full((STEPS, 2), 30))
+    whole = LedgerBuilder(together, STEPS)
+    parts = [whole.of_rows(rows, manager) for rows, manager in zip(together.rows, alone)]
+    for scored, manager in zip((100, 200), alone):
+        manager.policy.scored_entries = lambda step, scored=scored: scored + step
+    whole.score(3)
+    assert [np.flatnonzero(part.scored).tolist() for part in parts] == [[3], [3]]
+    assert [part.scored[3] for part in parts] == [103, 203] and not whole.scored.any()
+
+
 class OfOnesOwn(LRU):
     """A subclass that has not said that its rows are apart."""
 
