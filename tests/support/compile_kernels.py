@@ -1,15 +1,16 @@
-"""Compiles kernels for a Hopper GPU where there is none: run by the tests test_compile.py,
+"""Compiles kernels for a Hopper GPU where there is none: run by tests/exec/test_compile.py,
 in a process without the interpreter.
 
 Every launch of a kernel is replaced by a compilation for sm_90 with that launch's arguments, which
 finds what an interpreter lets pass: types, shapes, layouts, more shared memory than a
-multiprocessor has. Prints one line of JSON a kernel: its name, shared memory, and the kinds of its
-loads and matrix instructions.
+multiprocessor has. Prints one line of JSON a kernel: its launch, its name, shared memory, and the
+kinds of its loads and matrix instructions.
 """
 
 import json
 import re
 import sys
+from functools import partialmethod
 from types import SimpleNamespace
 
 import torch
@@ -42,7 +43,7 @@ def pointer(tensor: torch.Tensor) -> str:
     return f"*{TYPES[tensor.dtype]}"
 
 
-def compile_launch(function: JITFunction, *args, grid, warmup, **kwargs) -> None:
+def compile_launch(function: JITFunction, launch: str, *args, grid, warmup, **kwargs) -> None:
     options = {name: kwargs.pop(name) for name in OPTIONS if name in kwargs}
     given = dict(zip(function.arg_names, args, strict=False)) | kwargs
     signature, constants, attributes = {}, {}, {}
@@ -71,6 +72,7 @@ def compile_launch(function: JITFunction, *args, grid, warmup, **kwargs) -> None
     print(
         json.dumps(
             {
+                "launch": launch,
                 "kernel": function.__name__,
                 "warps": options.get("num_warps"),
                 "shared_bytes": compiled.metadata.shared,
@@ -87,12 +89,12 @@ def main() -> None:
     from kernel_launches import LAUNCHES
     from nano_training.launches import LAUNCHES as TRAINING
 
-    JITFunction.run = compile_launch
     target_info.driver = SimpleNamespace(
         active=SimpleNamespace(get_current_target=lambda: TARGET)
     )  # what kernels ask for
     launches = LAUNCHES | TRAINING
     for name in sys.argv[1:] or launches:
+        JITFunction.run = partialmethod(compile_launch, name)
         launches[name]()
 
 

@@ -51,11 +51,11 @@ def shares() -> None:
 
 def reading(dtype: torch.dtype) -> Callable[[], None]:
     """A layer of each kind, with weights of ``dtype``, reads a prompt long enough that the indexer
-    selects.
+    selects 64 of its entries.
     """
     fields = nano_config().to_dict() | {
         "layer_types": [SLIDING, CSA, HCA], "num_hidden_layers": 3,
-        "mlp_layer_types": ["hash_moe", "moe", "moe"],
+        "mlp_layer_types": ["hash_moe", "moe", "moe"], "index_topk": 64,
     }  # fmt: skip
 
     def launch() -> None:
@@ -64,7 +64,7 @@ def reading(dtype: torch.dtype) -> Callable[[], None]:
         for name, parameter in model.named_parameters():
             if not KEPT_FLOAT32.search(name):
                 parameter.data = parameter.data.to(dtype)
-        read_whole(model, torch.zeros(2560, dtype=torch.int64), model.new_cache(1, 2560))
+        read_whole(model, torch.zeros(384, dtype=torch.int64), model.new_cache(1, 384))
 
     return launch
 

@@ -1,15 +1,18 @@
 """Every kernel compiles for a Hopper GPU, fits its shared memory, and reaches its matrix
 instructions: no GPU needed.
+
+One test, as one process compiles them all.
 """
 
-import importlib.util
-
 import pytest
+
+pytest.importorskip("triton", reason="Triton is not installed: it exists for Linux only")
+
 from compiled import compiled
 
 # One launch of each kernel, to take seconds; `python tests/support/compile_kernels.py` compiles all
-# that kernel_launches.py lists.
-LAUNCHES = [
+# that kernel_launches.py and nano_training/launches.py list.
+DECODE = [
     "index_scores",
     "memory_scores",
     "top_k, preselected",
@@ -30,7 +33,7 @@ LAUNCHES = [
     "stage",
     "listed",
 ]
-KERNELS = {
+DECODE_KERNELS = {
     "_index_scores",
     "_top_k",
     "_attend_in_place",
@@ -55,31 +58,69 @@ KERNELS = {
     "_stage",
     "_listed",
 }
+TRAINING = [
+    "training, window and range",
+    "training, chosen",
+    "training, shares",
+    "training, index scores",
+    "training, sinkhorn",
+    "training, read",
+    "training, leave",
+    "training, norm",
+    "training, gated",
+]
+TRAINING_KERNELS = {
+    "range_forward",
+    "range_backward",
+    "chosen_forward",
+    "chosen_backward",
+    "mean_weights",
+    "scores_forward",
+    "scores_backward",
+    "sinkhorn_forward",
+    "sinkhorn_backward",
+    "read_forward",
+    "read_backward",
+    "leave_forward",
+    "leave_backward",
+    "norm_rotate_forward",
+    "norm_rotate_backward",
+    "swiglu_forward",
+    "swiglu_backward",
+}
+READING = "reading, bfloat16"
+READING_KERNELS = {name for name in TRAINING_KERNELS if name.endswith("_forward")}
 
 
-@pytest.mark.skipif(
-    not importlib.util.find_spec("triton"),
-    reason="Triton is not installed: it exists for Linux only",
-)
 def test_every_kernel_compiles_for_sm_90(tmp_path):
-    found = compiled(LAUNCHES, tmp_path)
-    assert {row["kernel"] for row in found} == KERNELS
-    scoring = [kind for row in found if row["kernel"] == "_index_scores" for kind in row["ptx"]]
+    found = compiled([*DECODE, *TRAINING, READING], tmp_path)
+    decode, training, reading = (
+        [row for row in found if row["launch"] in launches]
+        for launches in (DECODE, TRAINING, [READING])
+    )
+
+    assert {row["kernel"] for row in decode} == DECODE_KERNELS
+    scoring = [kind for row in decode if row["kernel"] == "_index_scores" for kind in row["ptx"]]
     assert any("wgmma" in kind and "e4m3" in kind for kind in scoring) and any(
         "wgmma" in kind and "f16" in kind for kind in scoring
     )
     products = {
-        kind for row in found if row["kernel"] in ("_gate_up", "_down") for kind in row["ptx"]
+        kind for row in decode if row["kernel"] in ("_gate_up", "_down") for kind in row["ptx"]
     }
     assert any("wgmma" in kind and "bf16" in kind for kind in products) and any(
         "mma.sync" in kind and "f16" in kind for kind in products
     )
     assert "cp.async.cg.shared.global" in products  # 16 bytes a thread
-    products = [row["ptx"] for row in found if row["kernel"] == "_linear"]
+    products = [row["ptx"] for row in decode if row["kernel"] == "_linear"]
     few, many, rounded = products
     assert any("mma.sync" in kind and "f16" in kind for kind in few)
     assert any("wgmma" in kind and "f16.f16" in kind for kind in many)
     assert any("wgmma" in kind and "e4m3.e4m3" in kind for kind in rounded)
     assert all("cp.async.cg.shared.global" in kinds for kinds in products)  # 16 bytes a thread
-    [row] = [row["ptx"] for row in found if row["kernel"] == "_one_row"]
+    [row] = [row["ptx"] for row in decode if row["kernel"] == "_one_row"]
     assert {"griddepcontrol.wait", "griddepcontrol.launch_dependents"} <= set(row)
+
+    assert {row["kernel"] for row in training} == TRAINING_KERNELS
+    products = {kind for row in training if row["kernel"] == "range_forward" for kind in row["ptx"]}
+    assert any("wgmma" in kind or "mma.sync" in kind for kind in products)
+    assert {row["kernel"] for row in reading} >= READING_KERNELS
