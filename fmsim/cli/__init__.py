@@ -10,10 +10,12 @@ import threading
 import traceback
 import warnings
 from collections.abc import Callable, Sequence
+from functools import cache
 from pathlib import Path
 from typing import NoReturn, TextIO
 
 import typer
+from typer.main import get_command
 
 from fmsim import __version__
 from fmsim.errors import ExitCode, FmsimError, FmsimWarning, shown
@@ -46,7 +48,7 @@ HELP = (
 EVERY = (*COMMANDS, *GROUPS)
 
 
-def app_for(arguments: Sequence[str]) -> typer.Typer:
+def command_for(arguments: Sequence[str]) -> Callable[..., None]:
     """The program as far as `arguments` need it: to read every option of every command takes
     longer than most commands' own start.
 
@@ -55,10 +57,16 @@ def app_for(arguments: Sequence[str]) -> typer.Typer:
     """
     named = next((word for word in arguments if not word.startswith("-")), None)
     if "_FMSIM_COMPLETE" in os.environ:
-        return program(EVERY)
+        return _command(EVERY)
     if named in EVERY:
-        return program([named])
-    return program([], () if "--version" in arguments else EVERY)
+        return _command((named,))
+    return _command((), () if "--version" in arguments else EVERY)
+
+
+@cache
+def _command(whole: tuple[str, ...], listed: tuple[str, ...] = ()) -> Callable[..., None]:
+    """`program`, with its options read: a process that calls `main` often reads them once."""
+    return get_command(program(whole, listed))
 
 
 def program(whole: Sequence[str], listed: Sequence[str] = ()) -> typer.Typer:
@@ -125,7 +133,7 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
                 stream.reconfigure(errors="backslashreplace")
         with warnings.catch_warnings():
             warnings.showwarning = _show_warning
-            app_for(given)(given, prog_name="fmsim")
+            command_for(given)(given, prog_name="fmsim")
         code = ExitCode.DONE
     except Interrupted:
         _say("interrupted", debug)
