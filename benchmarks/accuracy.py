@@ -42,9 +42,6 @@ LABELS = {  # a spec without its budget: what tables and the chart say of it
     f"lru:{HELD},prompt_history=true": "lru held, seeded",
     "lsa": "lsa",
     "foresight": "foresight",
-    # of ab025cc, before its network and weights were fitted anew: it is not there any more
-    "foresight-before": "foresight before",
-    "foresight-before:on_miss=fallback": "foresight before, fallback",
     "oracle": "oracle",
     "lru": "lru, exact",
     "lsa:on_miss=fallback": "lsa, fallback",
@@ -90,7 +87,7 @@ def shipped(about: Row, lines: Sequence[Row]) -> tuple[Row, Row]:
     result["shares"] = shares.chosen(lines)
     rows = []
     for row in report["answers_kept"]:
-        if row["kept"] is None or row["policy"].startswith("foresight-before"):
+        if row["kept"] is None:
             continue
         known = measured_answers.identity(
             policy_of(row["policy"], about["budget"], about["checkpoint"])

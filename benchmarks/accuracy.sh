@@ -55,7 +55,7 @@ for part in ${PARTS:-32k far long 8k}; do
     if [ "$part" = far ]; then
       ask far 524288:8:2 "10% 12.5% 25% 5% 7.5%" "$more"
     else
-      ask long "131072 262144:8:1" "10% 12.5% 25%" "$more lsa:budget=@15% foresight:budget=@15%"
+      ask long "131072 262144:8:2" "10% 12.5% 25%" "$more lsa:budget=@15% foresight:budget=@15%"
     fi
     ;;
   esac

@@ -22,7 +22,7 @@ from fmsim.policies import registry
 MEAN, LONGEST = 0.135, 0.10  # of the full cache's bytes
 SHORTEST = 32_768  # at 8,192 tokens windows and HCA entries alone take 11%
 ABOVE = 1e-3  # "10% gpu" may take 10.003%: pages are whole
-CHOSEN = ("lsa", "foresight", "foresight-before")  # the last: as of ab025cc
+CHOSEN = ("lsa", "foresight")
 
 Line = Mapping[str, Any]
 Sample = dict[str, Any]
