@@ -171,7 +171,6 @@ class _Decode:
                 yield self.recall
                 late_bytes = self.recall_bytes[step] - self.ahead_bytes[step]
                 if late_bytes > 0:
-                    self.memory.to_gpu.moved_bytes += late_bytes
                     yield self._booked(
                         "recall", step, self.env.timeout(self.late_s[step]), late_bytes
                     )
@@ -224,7 +223,6 @@ class _Decode:
             yield self.env.timeout(compute_s)
         elif self.recall.triggered:  # the link is this step's own, so its waits add up
             self.stall_s[step] = self.miss_s[step, missed].sum()
-            self.memory.to_gpu.moved_bytes += self.demand_bytes[step].sum()
             self._book(
                 "misses",
                 step,

@@ -1,9 +1,11 @@
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
 from fmsim import bootstrap
+from fmsim.errors import FmsimError
 from fmsim.indexer.checkpoint import Checkpoint
 from fmsim.indexer.eval import KEPT_SHARES, History, evaluate, rankings, recall_curve
 from fmsim.indexer.scorer import LayerWeights, ScorerConfig
@@ -66,6 +68,8 @@ def test_rankings_know_the_past_and_not_the_window():
     by_hand = np.arange(4.0) + np.log2(1 + uses)
     np.testing.assert_allclose(second["lsa + history"], by_hand, rtol=1e-5)
     assert second["recency"].tolist() == [0, 1, 2, 3]
+    drawn = np.random.default_rng(0).random(7)  # one stream, the same for all
+    assert [*first["random"], *second["random"]] == drawn.tolist()
     np.testing.assert_allclose(second["lsa (max)"], [0, 1, 2, 3], rtol=1e-5)
     np.testing.assert_allclose(second["lsa (l0)"], second["lsa (mean)"])
     assert second["oracle"].tolist() == [1, 6, 1, 6]  # golden: above the mass of all
@@ -152,6 +156,20 @@ def test_evaluate_means_over_windows_and_reads_the_threshold():
     assert found["half_width"]["golden_recall"]["lsa (max)"] == pytest.approx(by_hand)
 
 
+def test_a_score_at_the_threshold_is_kept():
+    """Key 0 has the logit 0, the score 0.5."""
+    windows = windows_of([[0, 1, 0, 0]] * 2, [[0, 1, 0, 0]] * 2, [4] * 2, KEYS)
+    found = evaluate(replace(one_head(), threshold=0.5), [(trace_of(4), windows)], shares=[0.25])
+    assert found["threshold"]["kept_share"] == 1.0
+
+
+def test_nothing_is_evaluated_of_no_trace_and_nothing_of_other_widths():
+    assert evaluate(one_head(), [])["state_age"] == 0
+    windows = windows_of([[1]], [[1]], [1], np.zeros((1, 1, 2)))
+    with pytest.raises(FmsimError, match="made: its head_dim is 2"):
+        evaluate(one_head(), [(trace_of(2), windows)])
+
+
 def test_of_several_traces_the_traces_are_the_blocks():
     one = windows_of([[0, 1, 0, 0]] * 3, [[0, 1, 0, 0]] * 3, [4] * 3, KEYS)
     other = windows_of([[1, 0, 0, 0]] * 3, [[1, 0, 0, 0]] * 3, [4] * 3, KEYS)
@@ -174,6 +192,9 @@ def test_a_last_window_of_few_steps_and_a_trace_of_one_window_tell_nothing():
     trace = trace_of(10)  # 4, 4 and 2: a half counts
     trace.header.tau = 4
     assert evaluate(one_head(), [(trace, windows)])["queries"] == 2
+    trace = trace_of(12)  # 5, 5 and 2: less than a half
+    trace.header.tau = 5
+    assert evaluate(one_head(), [(trace, windows)])["queries"] == 1
     first = windows_of([[0, 1, 0, 0]], [[0, 1, 0, 0]], [4], KEYS)
     found = evaluate(one_head(), [(trace_of(2), first)], shares=[0.5])
     assert found["queries"] == 0 and found["threshold"] is None

@@ -280,6 +280,13 @@ def test_random_negatives_are_so_many_a_positive_on_average():
     assert abs(found[0] - 30) < 5 * 30**0.5 and abs(found[1] - 120) < 5 * 120**0.5
 
 
+def test_a_single_candidate_is_drawn_where_as_many_are_asked_for():
+    batch = batch_of([[1, 1]] * 64, [[1, 0]] * 64)
+    options = TrainOptions(random_negatives=1.0, hard_negatives=0.0)
+    found = _negatives(torch.zeros(64, 2), batch, options, torch.Generator().manual_seed(0))
+    assert found.tolist() == [[False, True]] * 64
+
+
 def test_recall_of_the_best_of_what_is_visible():
     """Of four visible entries 3 and 0 are the best; 30% of four are two."""
     logits = [[2.0, 1.0, 0.0, 3.0, 9.0]]

@@ -41,6 +41,13 @@ def test_a_step_is_adamws_with_a_gradient_of_at_most_1(monkeypatch):
         assert model.margin.item() == pytest.approx(value, rel=1e-5)
 
 
+def test_a_run_is_of_the_newest_states_unless_it_says_their_age():
+    model = MemoryIndexer([0], 1, 1, 2, 1, CONFIG)
+    ages = {(): 0, (0,): 0, (1,): 1}
+    runs = {age: TrainingRun(model, [nothing()], TrainOptions(), ["a"], *age) for age in ages}
+    assert runs[()].about == runs[0,].about != runs[1,].about
+
+
 def test_a_step_learns_from_each_trace_once(monkeypatch):
     """Three of three; and two of three, not always the same."""
     batches = [nothing() for _ in range(3)]

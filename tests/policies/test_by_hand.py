@@ -1,4 +1,4 @@
-"""Worths, pins and budgets in numbers, and what the guard refuses."""
+"""Worths, pins and budgets in numbers."""
 
 from dataclasses import replace
 from types import SimpleNamespace
@@ -6,12 +6,12 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from fmsim.errors import FmsimError, PolicyError
+from fmsim.errors import FmsimError
 from fmsim.indexer import checkpoint
 from fmsim.indexer.checkpoint import Checkpoint
 from fmsim.indexer.scorer import LayerWeights, ScorerConfig
-from fmsim.policies import guard, prompt, registry
-from fmsim.policies.base import Context, LookaheadState, Observation, Pins, Policy
+from fmsim.policies import prompt, registry
+from fmsim.policies.base import Context, LookaheadState, Observation, Pins
 from fmsim.policies.budget import Budget
 from fmsim.policies.foresight import Foresight
 from fmsim.policies.lru import STEP_BITS
@@ -257,104 +257,6 @@ def test_budgets_on_the_gpu_are_bytes_of_a_request():
     assert Budget.parse("1 entry").slots(16, **sizes) == 1
 
 
-def guarded(**methods):
-    class Odd(Policy):
-        name, action, evidence, decision_scope = "odd", "evict", "position", "step"
-
-        def worth(self, step, pages):
-            return self.ctx.xp.zeros(pages.shape, dtype=self.ctx.xp.float32)
-
-    for name, method in methods.items():
-        setattr(Odd, name, method)
-    found = guard.Guarded(registry.build(Odd))
-    found.reset(context(8, 6))
-    return found
-
-
-@pytest.mark.parametrize(
-    ("methods", "call", "says"),
-    [
-        ({"pins": lambda self: 3}, lambda g: g.pins(), "pins returned 3, no Pins"),
-        ({"pins": lambda self: Pins(sink=-1)}, lambda g: g.pins(), "no Pins of whole numbers"),
-        ({"pins": lambda self: Pins(recent=1.5)}, lambda g: g.pins(), "no Pins of whole numbers"),
-        ({"floor": float("nan")}, lambda g: g.floor, "floor is nan"),
-        ({"floor": True}, lambda g: g.floor, "floor is True"),
-        ({"floor": "high"}, lambda g: g.floor, "floor is 'high'"),
-        (
-            {"prefetch": lambda self, step: [1]},
-            lambda g: g.prefetch(2),
-            "step 2: prefetch must return an array of integers",
-        ),
-        (
-            {"prefetch": lambda self, step: np.zeros((1, 1))},
-            lambda g: g.prefetch(2),
-            "must return an array of integers",
-        ),
-        (
-            {"prefetch": lambda self, step: np.zeros((2, 1), int)},
-            lambda g: g.prefetch(2),
-            r"has shape \(2, 1\); it must be \[1, n\]",
-        ),
-        (
-            {"prefetch": lambda self, step: np.array([[4, 1, 4]])},
-            lambda g: g.prefetch(2),
-            "asks for a page twice",
-        ),
-        (
-            {"prefetch": lambda self, step: np.array([[0, 4, 0]])},
-            lambda g: g.prefetch(2),
-            "asks for a page twice",
-        ),
-        (
-            {"scored_entries": lambda self, step: -1},
-            lambda g: g.scored_entries(1),
-            "scored_entries returned -1",
-        ),
-        (
-            {"scored_entries": lambda self, step: 2**62},
-            lambda g: g.scored_entries(1),
-            "no number of entries",
-        ),
-        ({"n_slots": lambda self, n, **sizes: 0}, lambda g: g.n_slots(8), "must be from 1 to 8"),
-        ({"n_slots": lambda self, n, **sizes: 9}, lambda g: g.n_slots(8), "must be from 1 to 8"),
-        ({"n_slots": lambda self, n, **sizes: True}, lambda g: g.n_slots(8), "no whole number"),
-        ({"n_slots": lambda self, n, **sizes: 2.5}, lambda g: g.n_slots(8), "no whole number"),
-        ({"n_slots": lambda self, n, **sizes: 2}, lambda g: g.n_slots(1), "must be from 1 to 1"),
-    ],
-)
-def test_an_odd_answer_is_told(methods, call, says):
-    with pytest.raises(PolicyError, match=f"policy odd.*{says}"):
-        call(guarded(**methods))
-
-
-def test_answers_at_the_bounds_are_taken():
-    fine = guarded(
-        pins=lambda self: Pins(sink=0, recent=0),
-        prefetch=lambda self, step: np.array([[4, -1, -1]]),
-        scored_entries=lambda self, step: 2**62 - 1,
-        n_slots=lambda self, n, **sizes: n,
-        floor=0.0,
-    )
-    assert fine.pins() == Pins() and fine.floor == 0.0
-    assert fine.prefetch(0).tolist() == [[4, -1, -1]]
-    assert (
-        fine.scored_entries(0) == 2**62 - 1
-        and guarded(scored_entries=lambda self, step: 0).scored_entries(0) == 0
-    )
-    assert fine.n_slots(8) == 8 and fine.n_slots(1) == 1
-    assert guarded(prefetch=lambda self, step: None).prefetch(0) is None
-
-
-def test_integer_worths_reach_to_the_bound_of_their_bits():
-    pages = (1, 2)
-    assert guard.fault_of(np.array([[0, 2**37 - 1]]), pages) is None
-    assert "is outside" in guard.fault_of(np.array([[0, 2**37]]), pages)
-    assert "is outside" in guard.fault_of(np.array([[-1, 0]]), pages)
-    assert "has dtype float64" in guard.fault_of(np.zeros(pages), pages)
-    assert "is NaN" in guard.fault_of(np.array([[0, np.nan]], np.float32), pages)
-    assert guard.fault_of(np.full(pages, INF, np.float32), pages) is None
-
-
 def lsa(weights, granularity=4, **given):
     """Ten entries of logits 0 1 2 3, 0 1 2 3 and 0 1 in three pages; the last is not full."""
     policy = LSA(checkpoint=weights, cadence=4, granularity=granularity, stale=False, **given)
@@ -392,6 +294,14 @@ def test_a_pages_worth_may_be_how_many_of_its_entries_are_above_the_threshold(we
     two, none = 2 + sigmoid(3) / 2, sigmoid(1) / 2
     assert worths(policy)[:3] == pytest.approx([two, two, none], rel=1e-4)
     assert policy.floor == 1.0
+
+
+def test_an_entry_at_the_threshold_counts(weights):
+    """Scores of 0.5, of logits of 0, are as high as the checkpoint's: 4, 4 and 2 entries."""
+    policy = lsa(weights, page_rank="count", fill=False)
+    policy.decide(0)
+    expected = [4 + sigmoid(3) / 2, 4 + sigmoid(3) / 2, 2 + sigmoid(1) / 2]
+    assert worths(policy)[:3] == pytest.approx(expected, rel=1e-4)
 
 
 def test_what_lsa_pins_in_pages(weights):

@@ -192,4 +192,5 @@ def test_who_needs_masses_and_whose_rows_are_apart():
         name for name in registry.OWN if registry.get(name).__dict__.get(declared)
     }
     assert named("needs_mass") == {"foresight", "h2o", "oracle"}
+    assert named("by_row") == {"full", "h2o", "lfu", "lru", "lruk", "recency"}
     assert named("rows_apart") == {"clock", "fifo", "hisparse", "sieve", "s3fifo"}

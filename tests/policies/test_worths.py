@@ -97,6 +97,8 @@ def test_lruk_ranks_by_the_second_last_use_and_before_that_by_when_a_page_came()
     assert worths(policy) == [heavy, often + 1, seldom + 1, seldom + 5, seldom + 6, 0]
     policy.observe(7, saw([1, 2], fetched=[1]))  # 1 came anew: its uses are forgotten
     assert worths(policy)[1:3] == [seldom + 8, often + 1]
+    policy.observe(9, saw([4, 5]))  # it closed at step 5: that was its first use
+    assert worths(policy)[4:] == [often + 6, seldom + 10]
     alone = made(LRUK(k=1))
     alone.observe(2, saw([5]))
     assert worths(alone)[5] == often + 3
@@ -219,6 +221,8 @@ def test_a_context_says_of_itself():
     assert ctx.group_slots == (3, 3) and ctx.entry_tokens == 4 and ctx.seed == 0
     assert [ctx.newest_state(step) for step in (0, 3, 4, 11)] == [0, 0, 100, 200]
     assert Context(1, 1, 5, 3, 1, 10, 2, 16).tau == 64
+    with pytest.raises(TypeError, match="_start"):
+        context(_start=None)
     table = ctx.table(7, "int64")
     assert table.shape == (2, 6) and table.dtype == np.int64 and (table == 7).all()
     pages = np.array([[4, 0], [1, -1]])

@@ -13,6 +13,7 @@ from fmsim.errors import FmsimError
 from fmsim.policies.base import Context, Pins, Policy
 from fmsim.policies.lru import LRU
 from fmsim.replay.cache_manager import CacheManager
+from fmsim.replay.context import RequestShape, build_context
 from fmsim.replay.paging import Accesses
 from fmsim.replay.replayer import Replayer
 from fmsim.testing import sample_trace
@@ -294,6 +295,17 @@ def test_pages_that_decode_begins_are_pinned_beside_the_prompts_whole_ones():
     assert replayed(12).n_slots == 3
     with pytest.raises(FmsimError, match="holds 2 pages, but 3 are pinned by the end of 40 steps"):
         replayed(8)
+
+
+def test_the_first_entry_of_all_is_written_as_any_other():
+    """A prompt of three tokens closes none; entry 0 closes with the first that is decoded."""
+    policy = Newest(budget="2 entries")
+    shape = RequestShape(
+        n_layers=1, prompt_entries=0, n_entries=2, topk=1, n_steps=8, entry_tokens=4, tau=4
+    )
+    manager = CacheManager(policy, build_context(policy, shape))
+    moves = manager.write(0, 1)
+    assert (moves.loaded.tolist(), manager.residency.slots.tolist()) == ([1], [[0, -1]])
 
 
 def test_not_all_is_kept_where_one_layer_has_a_slot_less_than_pages():

@@ -94,6 +94,12 @@ def test_what_is_recalled_was_foreseen_one_cadence_before():
     assert not any(what == "ahead" for _, what, _ in driven(trace, policy | {"cadence": 1}, 40))
 
 
+def test_a_decision_every_second_step_is_foreseen_too():
+    trace = make_trace(prompt_tokens=1024, n_steps=8, n_layers=1)
+    told = driven(trace, {"policy": "oracle", "budget": "24 entries", "cadence": 2}, 8)
+    assert sorted(of_kind(told, "ahead")) == [0, 2, 4]
+
+
 def test_in_a_replay_nothing_is_recalled_ahead_and_nothing_moves():
     assert (NoTiers().ahead_pages(0), NoTiers().moved_bytes()) == (0, 0)
 
@@ -236,3 +242,10 @@ def test_entries_are_scored_at_decisions_and_by_what_prefetches_at_every_step(
 ):
     ledger = Replayer(HandTrace([[[0]]] * 9)).run(policy(budget="2 entries", cadence=cadence))
     assert ledger.scored.tolist() == scored
+
+
+def test_what_is_prefetched_is_brought_in():
+    """At step 2 alone; 6 and 7, the newest, are there."""
+    trace = HandTrace([[[7]]] * 4)
+    told = driven(trace, {"policy": ScoresAndFetches, "budget": "2 entries"}, 4)
+    assert of_kind(told, "recall") == {2: [0]}

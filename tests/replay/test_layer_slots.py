@@ -9,7 +9,7 @@ from tapered import Tapered
 
 from fmsim.errors import FmsimError
 from fmsim.policies.base import Pins
-from fmsim.replay.layer_slots import divide
+from fmsim.replay.layer_slots import check_shares, divide
 from fmsim.replay.ledger import Ledger
 from fmsim.replay.replayer import Replayer
 
@@ -77,6 +77,10 @@ def test_what_is_pinned_comes_before_shares():
 def test_one_set_for_all_layers_cannot_be_shared_unevenly():
     with pytest.raises(FmsimError, match="policy tapered: shares .* set scope: per_layer"):
         Replayer(HandTrace([[[0], [0]]])).run(Tapered(scope="shared"))
+
+
+def test_a_layer_may_have_no_share():
+    check_shares("some", [1.0, 0.0], 2, "per_layer")
 
 
 @pytest.mark.parametrize(

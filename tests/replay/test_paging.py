@@ -6,7 +6,28 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fmsim.replay.paging import page_step, page_trace
+from fmsim.replay.paging import Paged, PagedFuture, page_step, page_trace
+
+PAGES = [[[0, 2], [1, -1]], [[2, -1], [1, 2]], [[1, 2], [-1, -1]]]  # of three, in two groups
+
+
+def test_what_is_to_come_of_two_groups():
+    """Masses 1, 2 and 4 at steps 0 to 2. After the last step there is none."""
+    pages = np.array(PAGES, np.int32)
+    mass = np.where(pages < 0, 0, 2.0 ** np.arange(3)[:, None, None]).astype(np.float32)
+    future = PagedFuture(Paged(pages, np.ones_like(pages), mass, None, n_pages=3))
+    sums, used = future.window(0, 2)
+    assert sums.tolist() == [[1, 0, 3], [0, 3, 2]]
+    assert used.tolist() == [[True, False, True], [False, True, True]]
+    sums, used = future.window(2, 2)
+    assert sums.tolist() == [[0, 4, 4], [0, 0, 0]] and not used[1].any()
+    never = future.never
+    assert never == 3
+    assert future.first_use().tolist() == [[0, 2, 0], [never, 0, 1]]
+    assert future.next_use(0)[:, 0].tolist() == [never, 1] and future.next_use(0)[0, 1] == 1
+    assert future.next_use(1)[0, 0] == 2 and future.next_use(1)[1].tolist() == [never, never]
+    assert future.next_use(2)[0].tolist() == [never, never]
+
 
 LIBRARIES = [numpy_namespace]
 try:

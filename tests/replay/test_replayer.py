@@ -278,6 +278,17 @@ def test_who_needs_masses_is_told_what_for_where_there_are_none(spec, why):
     assert not Replayer(trace).run(registry.build("lru:budget=50%")).masses
 
 
+def test_golden_entries_are_worked_out_where_they_are_not_given():
+    """Of masses 4, 2 and 1 the first two reach 0.6 of the sum."""
+    trace = HandTrace([[[0, 1, 2]]], [[[0.5, 0.25, 0.125]]])
+    source = Replayer(trace).source(registry.build("lru"))
+    ids, mass = read_trace(trace)
+    there = np.ones(ids.shape, bool)
+    for told, n_golden in ((None, 2), (ids == 2, 1)):
+        ledger = source.book.ledger(ids, mass, there, there, masses=True, golden=told)
+        assert ledger.golden.tolist() == ledger.golden_hit.tolist() == [[n_golden]]
+
+
 def test_what_stands_in_place_of_an_entry_has_no_mass():
     trace = HandTrace([[[0, 1]], [[2]]], [[[0.5, 0.25]], [[0.5]]])
     trace.mass[1, 0, 1] = 0.25  # beside an id of -1

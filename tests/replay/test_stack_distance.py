@@ -93,6 +93,17 @@ def test_a_page_that_has_just_closed_sinks_as_in_mattsons_walk(seed):
     assert np.maximum(fast, inner).tolist() == np.maximum(plain, inner).tolist()
 
 
+def test_a_page_that_waits_to_sink_waits_until_the_next_one_closes():
+    """One entry a step, over 30 that close: of most of them several pages were never used."""
+    for seed in range(8):
+        rng = np.random.default_rng(seed)
+        rows = [[[int(rng.integers(0, 6 + (step + 1) // 4))]] for step in range(120)]
+        replayer = Replayer(HandTrace(rows, prompt_entries=6, still=False))
+        paged, course = replayer.paged(4, False), course_of(replayer, 4)
+        found = [np.maximum(way(paged, course), 1) for way in (distances, distances_plain)]
+        assert np.array_equal(*found), seed
+
+
 def test_a_steps_pages_must_fit_beside_the_open_one():
     """Entries 0 and 5 are two pages of four; a page of one entry is never open."""
     replayer = Replayer(HandTrace([[[0, 1, 5]], [[2]]], prompt_entries=6))

@@ -61,6 +61,9 @@ def test_a_step_is_its_kind_and_what_closes_and_decides():
     expected = np.full(128, 2e-3 + pages_s)
     expected[3] += 0.1
     assert costs(held).step_s() == pytest.approx(expected)
+    sizes = {"n_groups": 3, "group_slots": [9000, 800, 800]}
+    uneven = ledger(**sizes, cadence=1, all_keys=True, written=loads(128, 3, s3=1))
+    assert costs(uneven).step_s() == pytest.approx(expected)  # not all is kept
     seen = replace(held, observes=True, cadence=64, decides_ahead=False)
     expected += 1e-3 + 21 * 0.01e-3
     expected[64] += 2.0
@@ -90,6 +93,16 @@ def test_more_misses_than_were_timed_are_gathers_beyond():
     assert costs(ledger()).miss_s().tolist() == [[0.0] * 21] * 128
     more_s = GATHER.one_s(584, 100 * 584) - GATHER.one_s(584, 8 * 584)
     assert costs(missing).miss_s()[10, 0] == pytest.approx(8e-6 + more_s)
+
+
+def test_misses_between_three_points_that_were_timed():
+    """None at 5 us, 8 at 13 and 16 at 37: 12 take 20 us more than none."""
+    missing = ledger(
+        n_groups=3, on_miss="fetch", cadence=1, miss_slots=512, demand_loads=loads(128, 3, s10=12)
+    )
+    timed = {0: 0.005, 8: 0.013, 16: 0.037}
+    found = costs(missing, staging_ms={1: timed, 3: timed}).miss_s()
+    assert found[10] == pytest.approx(np.full(21, 20e-6))
 
 
 def test_rows_of_one_text_cross_the_link_once():
@@ -192,6 +205,14 @@ def test_late_pages_without_keys_come_in_six_parts():
     assert found == pytest.approx([0.0, come_s - 5 / 6 * fast_s, come_s / 6])
 
 
+def test_late_pages_of_two_requests_bring_their_keys_too():
+    """In a step that takes no time the last of both requests' keys ends the wait."""
+    n_pages = np.array([2 * 42_000.0])
+    found = costs(ledger(), batch=2).late_waits_s(n_pages, np.array([0.0]))
+    both = sum(GATHER.one_s(row, 2 * 42_000 * row) for row in (584, 132))
+    assert found == pytest.approx([both])
+
+
 def hardware(**changes):
     table = kernel_table().model_copy(update={"engine": engine_times(**changes)})
     return H100.model_copy(update={"kernel_tables": None, "kernels": {"v4-flash": table}})
@@ -217,6 +238,9 @@ def test_a_recall_ahead_has_its_spare_pages_and_the_rest_comes_late():
     at_10 = 100 * 21 * 716 / 10e9
     assert beside.end_s - beside.start_s == pytest.approx(at_10 + GATHER.fixed_s(716))
     assert timeline.h2d_bytes[64] == 300 * 21 * 716
+    bare = simulate(replace(recalled, ahead_slots=[]), FLASH, hw)  # no room: all of it is late
+    kinds = [(each.step, each.n_bytes) for each in bare.transfers if each.kind == "recall"]
+    assert kinds == [(64, 300 * 21 * 716)]
     early_ledger = replace(recalled, ahead_slots=[300])
     early = simulate(early_ledger, FLASH, hw)
     kinds = [each.n_bytes for each in early.transfers if each.kind == "recall"]

@@ -95,6 +95,8 @@ def test_a_first_segment_that_falls_leaves_time_for_the_bytes():
     noisy = curve(sizes=((500, {10: 12, 20: 11, 100: 20}),))
     assert noisy.fixed_s(500) == pytest.approx(10.5 * US)
     assert noisy.one_s(500, 10_000) == pytest.approx(11 * US)
+    twice = curve(bytes_per_s=40e9, speedup=2.0, sizes=((500, {10: 12, 20: 11, 100: 20}),))
+    assert twice.fixed_s(500) == pytest.approx(10.5 * US)  # at the 20 GB/s that were measured
     early = curve(sizes=((500, {10: 1, 20: 4}),))  # a line through both would begin below zero
     assert early.fixed_s(500) == 0 and early.one_s(500, 2500) == pytest.approx(0.5 * US)
 

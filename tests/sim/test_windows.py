@@ -101,6 +101,12 @@ def test_one_window_has_figures_without_an_interval():
     assert found["hit_rate"]["half_width"] is None and found["misses"]["half_width"] is None
 
 
+def test_of_traces_without_masses_hits_alone_are_compared():
+    one, other = ledger(n_steps=256, masses=False), ledger(n_steps=256, masses=False)
+    rows = windows.differences({"one": one, "other": other}, LAYER_MAP)
+    assert [row["figure"] for row in rows] == ["hit_rate"]
+
+
 def test_differences_are_paired_by_window():
     random = np.random.default_rng(2)
     hard = np.repeat(random.uniform(0.3, 0.7, 8), 64)[:, None]

@@ -149,6 +149,8 @@ def test_misses_are_shares_of_the_models_top_k():
     demand = Demand(made, FLASH)
     assert demand.miss_bytes[3].tolist() == [10 * 584 * 2]
     assert demand.pools(PROMPT, 128).gpu.spare == 21 * 14 * 584
+    of_384 = Demand(ledger(on_miss="fetch", topk=384, miss_slots=7), FLASH)
+    assert of_384.pools(PROMPT, 128).gpu.spare == 21 * 10 * 584  # 9.33, rounded up
 
 
 def test_what_recalls_ahead_has_spare_pages_for_a_quarter_of_its_slots():
@@ -215,5 +217,9 @@ def test_drafts_may_miss_at_every_position_and_the_last_steps_positions_end_with
     assert drafting.pools(PROMPT, 128).gpu.spare == 21 * 3 * 7 * 584
     assert drafting.miss_bytes.tolist() == [[0], [9 * 584]]
     assert drafting.tokens_per_step == 3.0
+    moved = ledger(n_steps=6, cadence=1, lookahead_loads=loads(6, s1=2, s5=3), scored=np.arange(6))
+    moving = Demand(moved, FLASH).drafted(2, 1.0)  # what its steps 0 to 2, and 3 to 5, recall
+    assert moving.recall_bytes.tolist() == [2 * 21 * 716, 3 * 21 * 716]
+    assert moving.indexer_scored.tolist() == [3, 12]
     late = demand.drafted(3, 0.0)  # a token a step, and four positions: the last ones stay at 5
     assert late.miss_bytes[:, 0].tolist() == [0, 0, 9 * 584, 18 * 584, 27 * 584, 36 * 584]

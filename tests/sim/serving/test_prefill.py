@@ -71,6 +71,14 @@ def test_a_prompt_prefilled_elsewhere_arrives_through_network_mirror_and_link():
     assert server.log.tokens == 65
 
 
+def test_what_is_in_use_is_sampled_when_a_prompt_arrives_from_elsewhere():
+    """The server has waited until then, and its first step takes a while."""
+    server = serve(RECALL, (0, PROMPT, 65), prefill="separate", network_bytes_per_s=1e9)
+    first_s = server.log.requests[0].first_token_s
+    assert first_s in [sample[0] for sample in server.log.samples]
+    assert server.log.tokens_by(first_s) == 1
+
+
 def test_where_nobody_timed_it_a_chunk_takes_its_operations_or_the_reading_of_weights():
     """Projections and experts are split over eight GPUs; attention is not, at the chunk's mean
     context.

@@ -90,6 +90,14 @@ def test_the_whole_prompt_again_computes_one_token():
     )
 
 
+def test_a_prompt_is_there_for_others_once_it_has_been_read():
+    """A second after the first one's first token, which decodes for many more."""
+    come_s = prompt_s(64 * BLOCK) + 1
+    first, second = serve(FULL, asked(0, 64, output=3000), asked(come_s, 64)).log.requests
+    assert second.reused_tokens == 64 * BLOCK - 1
+    assert second.first_token_s < first.finished_s
+
+
 def test_without_reuse_every_prompt_is_computed():
     run = serve(FULL, asked(0, 64), asked(1000, 64), reuse_prefixes=False)
     assert run.log.requests[1].first_token_s - 1000 == pytest.approx(prompt_s(64 * BLOCK))

@@ -1,5 +1,6 @@
 """Walls by hand, what moves them, and where KV on the host begins to pay."""
 
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -335,6 +336,25 @@ def test_what_arrives_takes_its_part_of_the_memorys_rate():
     assert missed.token_s == missed.compute_s + missed.stall_s
 
 
+def test_who_fits_whole_waits_for_nothing_and_a_masked_layer_scores_what_is_there():
+    """800 slots and 1,000 tokens: 250 entries are there, and 250 are scored; of 64,000 tokens
+    it scores 800.
+    """
+    missing = ledger(
+        on_miss="fetch",
+        demand_loads=np.full((128, 1), 40, np.int32),
+        params={"budget": "800 entries"},
+    )
+    for tokens, waits in ((1000, False), (64_000, True)):
+        state = SteadyState(H100, FLASH, Demand(missing, FLASH), tokens, 0)
+        assert (state.at(2).stall_s > 0) is waits
+    masked = Demand(ledger(params={"budget": "800 entries"}), FLASH)
+    for tokens, scored in ((1000, 250), (64_000, 800)):
+        state = SteadyState(H100, FLASH, masked, tokens, 0)
+        plain = state.model.equal(2, np.array([tokens]), np.array([scored]))
+        assert state.at(2).compute_s == pytest.approx(plain.total_s(FLASH.n_selecting)[0])
+
+
 def who_misses(n_entries):
     made = ledger(
         n_steps=256,
@@ -414,5 +434,9 @@ def test_a_crossover_is_the_first_that_makes_more_tokens():
         asked.state().at(batch).tokens_per_s > rival.at(min(batch, most)).tokens_per_s
     )
     assert found["batch"] == next(filter(pays, range(1, 4097)))
+    powers = [2**k for k in range(13, 21)]
     contexts = [row["context_tokens"] for row in found["by_context"]]
-    assert contexts == [*(2**k for k in range(13, 20)), 2**20 - 1024]
+    assert contexts == [*powers[:-1], 2**20 - 1024]
+    unbound = asked.changed(geometry=replace(FLASH, max_positions=None))
+    contexts = [row["context_tokens"] for row in crossover(unbound, FULL)["by_context"]]
+    assert contexts == powers  # a million where a model has no last position

@@ -99,6 +99,14 @@ def question(hw, nvme, demand=LRU):
     return CapacityQuestion(hw, FLASH, demand, options, 500_000, 1024, tpot_s=0.2)
 
 
+def test_drives_that_read_slowly_are_a_wall_before_they_are_full():
+    asked = question(with_host(10e9, rate=1e9), True)
+    wall, state = asked.walls()["NVMe"], asked.state()
+    assert state.at(wall).nvme_s <= state.at(wall).compute_s
+    assert state.at(wall + 1).nvme_s > state.at(wall + 1).compute_s
+    assert wall + 1 < (10e9 + 30.72e12 / 8) // LRU.pools(500_000, 1024).mirror
+
+
 def test_a_plan_has_nvme_as_wall_and_as_mover():
     hw = with_host(10e9)
     mirror = LRU.pools(500_000, 1024).mirror
