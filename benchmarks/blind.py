@@ -14,7 +14,12 @@ a layer and random weights, requests in step on a recorded trace. What is measur
 what is simulated, and the other way round; a digest of the simulator's source is written beside
 each row, and `--join` says whether the simulator that predicts is that one still. A row that an
 `earlier` folder has was looked at before, with code that may have been mended on seeing it: such
-rows are counted apart.
+rows are counted apart. What a later simulator says of rows that were looked at is a result of its
+own, and no blind one:
+
+    python benchmarks/blind.py --join blind --hardware mine.yaml --before blind \
+        --out benchmarks/results/blind-after-h200.json
+    python benchmarks/blind.py --show benchmarks/results/blind-after-h200.json
 """
 
 from __future__ import annotations
@@ -42,7 +47,7 @@ from fmsim.errors import FmsimError
 from fmsim.files import write_text
 
 RESULTS = ROOT / "benchmarks" / "results"
-PAGE = "benchmarks/results/whole-steps.md"
+PAGE = "benchmarks/results/blind-rows.md"
 PLACE = "<!-- rows of another card come here -->"  # in the page
 ERROR = 0.05  # of a step's median and of tokens/s
 SHARE = 0.95  # of the rows, that are to be within it
@@ -319,7 +324,7 @@ def table(result: Row) -> str:
         if "failed" in row:
             failed.append(f"{row['context']}, `{row['label']}`, {row['batch']}: {row['failed']}")
             continue
-        seen = " (seen)" if row["looked_at"] else ""
+        seen = " (seen)" if row["looked_at"] and result["unseen"] else ""
         cells = (
             row["context"],
             row["label"] + seen,
@@ -338,7 +343,9 @@ def table(result: Row) -> str:
         f"{result['device']}, {result['date'][:10]}: {result['within']} of {n_rows} rows within"
         f" {ERROR:.0%} in both figures.{after}"
     )
-    if result["unseen"] < n_rows:
+    if not result["unseen"]:
+        head += " All had been seen before it said this of them."
+    elif result["unseen"] < n_rows:
         head += (
             f" Those marked as seen had been measured before, and the simulator was mended on"
             f" seeing them. Of the {result['unseen']} others {result['unseen_within']} are within."

@@ -27,6 +27,9 @@ from fmsim.hw.tables import (
 BETWEEN_STEPS_MS = 0.65
 _LARGEST_CHUNK = 32_768  # tokens, beyond which a chunk's time goes on as it went
 _PREFILLS = (("dsa", "dsa"), ("msa", "gqa"), ("csa", "hca"))  # layers that select, and that do not
+# entries among which fmsim's own top-k chooses by one program, which holds a power of two of them
+# (`TOP_K.chunk` of fmsim/exec/kernels/tuning.py)
+WHOLE_ENTRIES = 16_384
 _FP8_SPEEDUP = 2.0  # of matrix products over bf16, on every device here
 _SPLIT = "no table has {what} on {gpu} with {engine}; there are {there}"
 
@@ -373,8 +376,10 @@ def _calibrated(hw: Hardware, geometry: Geometry) -> Modules:
     hca_crowds = {} if engine is None else engine.hca_crowd_ms
     csa = _by_batch(curves["csa_batch_ms"], curves["csa_context_ms"], csa_ns)
     hca = _by_batch(curves["hca_batch_ms"], curves["hca_context_ms"], hca_ns)
+    padded = 0 if engine is None else WHOLE_ENTRIES * geometry.csa_rate
+    csa = replace(csa, crowd=_crowd(csa, csa_crowds, factor), padded_tokens=padded)
     return Modules(
-        csa=replace(csa, crowd=_crowd(csa, csa_crowds, factor)),
+        csa=csa,
         hca=replace(hca, crowd=_crowd(hca, hca_crowds, factor)),
         n_sliding=geometry.n_sliding,
         rest_ms=rest,

@@ -95,7 +95,8 @@ class AttentionTimes:
 
     Short contexts stand in a grid with every batch. A longer context adds what it added at batch 1
     (`grown`), and each token of the other requests beyond the grid adds `token_ns`; or, where
-    crowds of longer contexts were measured, what these add.
+    crowds of longer contexts were measured, what these add. A context of up to `padded_tokens`
+    takes what the next power of two takes, at which such contexts should be measured.
     """
 
     contexts: np.ndarray  # [c] tokens
@@ -104,6 +105,7 @@ class AttentionTimes:
     grown: Curve  # by tokens of the longest context; 0 at the grid's last one
     token_ns: float
     crowd: CrowdTimes | None = None
+    padded_tokens: float = 0.0
 
     @classmethod
     def of(cls, table: Mapping[str, Any], token_ns: float) -> AttentionTimes:
@@ -140,13 +142,24 @@ class AttentionTimes:
 
         `of_batch`: what `of_batch(batch)` gave, which a caller keeps.
         """
-        short = np.interp(total / batch, self.contexts, of_batch)
+        short = np.interp(total / batch, self.contexts, of_batch) + self._padding_ms(largest)
         if self.crowd is not None and batch > 1:
             added = np.maximum(self.grown(largest), self.crowd(batch, total / batch))
             crowded: Floats = short + added
             return crowded
         others = np.maximum(total - largest - (batch - 1) * self.contexts[-1], 0.0)
         ms: Floats = short + self.grown(largest) + others * self.token_ns / 1e6
+        return ms
+
+    def _padding_ms(self, context: np.ndarray) -> Floats:
+        """[T]: what a context of so many tokens [T] takes more than the line between those that
+        were measured.
+        """
+        if not self.padded_tokens:
+            return np.zeros(np.shape(context))
+        padded = np.exp2(np.ceil(np.log2(np.maximum(context, 1.0))))
+        more = self.grown(padded) - self.grown(context)
+        ms: Floats = np.where(padded <= self.padded_tokens, more, 0.0)
         return ms
 
 

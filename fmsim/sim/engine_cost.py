@@ -28,8 +28,9 @@ LATE_LAUNCHES = 6  # of what a decision recalls late: fmsim/exec/kernels/tuning.
 class EngineCosts:
     """Of the decode that `ledger` describes, `batch` requests in step on one GPU.
 
-    With ``one_text`` they read the same rows of one mirror. Then one request's cross the link, and
-    the others find them in the GPU's L2.
+    With ``one_text`` they read the same rows of one mirror. What a decision recalls late crosses
+    the link once then, and the other requests find it in the GPU's L2. A layer's misses take as
+    long as rows of each request's own (benchmarks/results/blind-rows.md).
     """
 
     def __init__(
@@ -48,7 +49,8 @@ class EngineCosts:
         self.place = place
         self.gather = gather
         self.batch = batch
-        self.crossing = 1.0 if one_text else batch  # requests whose rows cross the link
+        # requests whose rows cross the link, of what a decision recalls late
+        self.crossing = 1.0 if one_text else batch
         self.granularity = ledger.granularity
         self.n_pages = -(-int(geometry.csa_entries(place.tokens)[-1]) // ledger.granularity)
         self.loads = ledger.miss_slots > 0
@@ -73,25 +75,18 @@ class EngineCosts:
         loads = self.ledger.demand_loads[:, self.place.groups].astype(np.float64)
         if not self.loads:
             return np.zeros_like(loads)
-        line = _line(self.times.staging_ms, self.crossing)
+        line = _line(self.times.staging_ms, self.batch)
         most = line.at[-1]
         known = line(np.minimum(loads, most)) - line.one(0)
         # beyond what was timed, and of larger rows: as gathers of so many bytes
         entry_bytes = self.geometry.slot_bytes(1, with_keys=False)
         row_bytes = self.geometry.slot_bytes(self.granularity, with_keys=False)
-        whole_s = self._gather_s(row_bytes, loads)
-        more_s = whole_s - self._gather_s(entry_bytes, np.minimum(loads, most))
-        found = known / 1e3 + np.maximum(more_s, 0.0) + self._others_s(loads * row_bytes)
+        rows = self.batch * loads
+        whole_s = self.gather.seconds(row_bytes, rows * row_bytes)
+        timed_bytes = np.minimum(rows, self.batch * most) * entry_bytes
+        more_s = whole_s - self.gather.seconds(entry_bytes, timed_bytes)
+        found = known / 1e3 + np.maximum(more_s, 0.0)
         return np.asarray(np.where(loads > 0, found, 0.0))
-
-    def _gather_s(self, row_bytes: float, rows: np.ndarray) -> np.ndarray:
-        """Of so many rows of each request, those that cross the link."""
-        return self.gather.seconds(row_bytes, self.crossing * rows * row_bytes)
-
-    def _others_s(self, n_bytes: np.ndarray) -> np.ndarray:
-        """Of so many bytes of each request, those that another one has just read."""
-        found_bytes = (self.batch - self.crossing) * n_bytes
-        return np.asarray(found_bytes / self.times.same_rows_bytes_per_s)
 
     def _kind(self) -> str:
         """Of `STEP_KINDS`, how a step without a decision keeps its books."""
@@ -131,7 +126,10 @@ class EngineCosts:
 
     def _copied_s(self, row_bytes: float, rows: np.ndarray) -> np.ndarray:
         """Of so many rows of each request."""
-        return np.asarray(self._gather_s(row_bytes, rows) + self._others_s(rows * row_bytes))
+        n_bytes = rows * row_bytes
+        crossed_s = self.gather.seconds(row_bytes, self.crossing * n_bytes)
+        found_s = (self.batch - self.crossing) * n_bytes / self.times.same_rows_bytes_per_s
+        return np.asarray(crossed_s + found_s)
 
     def _work_ms(self, work: StepWork, movable: int) -> float:
         """Of a step's bookkeeping at this decode's sizes, `movable` pages in each layer."""

@@ -104,6 +104,8 @@ def test_a_table_says_what_was_off_and_what_failed():
     assert "512K, `full`, 9: FmsimError: too large" in made and "was changed" not in made
     assert "Of the 1 others 0 are within." in made
     assert "others" not in said(result(unseen=2))
+    none = said(result(unseen=0))
+    assert "All had been seen" in none and "(seen)" not in none and "others" not in none
     assert "The simulator was changed after" in said(result(frozen=False))
     assert "Not measured yet: 2 rows." in said(result(missing=["a", "b"]))
     assert blind.off(result()["rows"][0]) == pytest.approx(0.06)

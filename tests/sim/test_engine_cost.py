@@ -7,10 +7,10 @@ import pytest
 from hand_kernels import kernel_table
 from hand_ledger import FLASH, H100, ledger, loads
 
-from fmsim.hw.modules import modules
+from fmsim.hw.modules import WHOLE_ENTRIES, modules
 from fmsim.hw.spec import STEP_KINDS, Bookkeeping, EngineTimes, StepWork
 from fmsim.sim.decode import simulate
-from fmsim.sim.engine_cost import EngineCosts
+from fmsim.sim.engine_cost import LATE_LAUNCHES, EngineCosts
 from fmsim.sim.footprint import footprint
 from fmsim.sim.step_cost import step_costs
 from fmsim.sim.transfer_cost import GatherCurve
@@ -105,16 +105,15 @@ def test_misses_between_three_points_that_were_timed():
     assert found[10] == pytest.approx(np.full(21, 20e-6))
 
 
-def test_rows_of_one_text_cross_the_link_once():
-    """The other two requests' 584 bytes a row come at 100 GB/s."""
+def test_only_late_rows_of_one_text_cross_the_link_once():
+    """The other two requests' 584 bytes a row come at 100 GB/s; misses as rows of their own."""
     missing = ledger(
-        n_groups=3, on_miss="fetch", cadence=1, miss_slots=512, demand_loads=loads(128, 3, s10=4)
+        n_groups=3, on_miss="fetch", cadence=1, miss_slots=512, demand_loads=loads(128, 3, s10=100)
     )
-    found = costs(missing, batch=3, one_text=True).miss_s()[10]
-    others_s = 2 * 4 * 584 / 100e9
-    assert found == pytest.approx(np.full(21, 4e-6 + others_s))
-    alone, own = (costs(missing, one_text=same).miss_s() for same in (True, False))
-    assert (alone == own).all()
+    same, own = (costs(missing, batch=3, one_text=one_text) for one_text in (True, False))
+    more_s = GATHER.one_s(584, 300 * 584) - GATHER.one_s(584, 24 * 584)
+    assert own.miss_s()[10] == pytest.approx(np.full(21, 24e-6 + more_s))
+    assert (same.miss_s() == own.miss_s()).all()
     pages, compute_s = np.array([3 * 42_000.0]), np.array([1e-9])
     late_s = costs(ledger(all_keys=True), batch=3, one_text=True).late_waits_s(pages, compute_s)
     expected = GATHER.one_s(584, 42_000 * 584) + 2 * 42_000 * 584 / 100e9
@@ -253,11 +252,11 @@ def test_a_recall_ahead_has_its_spare_pages_and_the_rest_comes_late():
     assert [each.kind for each in simulate(seldom, FLASH, H100).transfers].count("recall") == 1
 
 
-def test_layers_go_on_as_the_engine_lets_them():
+def test_sizes_are_the_engines():
     from fmsim.exec.kernels import tuning
-    from fmsim.sim import engine_cost
 
-    assert engine_cost.LATE_LAUNCHES == tuning.LATE_LAUNCHES
+    assert LATE_LAUNCHES == tuning.LATE_LAUNCHES
+    assert tuning.TOP_K.chunk == WHOLE_ENTRIES
 
 
 def test_a_step_beside_a_recall_is_slower():
@@ -280,6 +279,20 @@ def test_crowds_of_long_contexts_take_what_was_measured():
     assert found[2] == pytest.approx(factor * (short + 0.5) / 2)
     assert found[3] == pytest.approx(factor * 0.9)
     assert found[4] == pytest.approx(factor * 1.3)  # its last slope goes on
+
+
+def test_a_context_takes_what_the_next_power_of_two_takes_where_one_program_selects():
+    """Beyond what a program holds a longer one adds what lies between measured contexts."""
+    tokens = np.array([1024.0, 32_768.0, 32_772.0, 65_536.0, 65_540.0])
+    line_ms = 0.01 * (tokens - 1024) / (131_072 - 1024)
+    more_ms = np.array([0.0, 0.0, line_ms[3] - line_ms[2], 0.0, 0.0])
+    factor = H100.kernel_factor.value
+    found = step_costs(hardware(), FLASH, 1, tokens, tokens / 4).csa_s * 1e3
+    assert found / factor == pytest.approx(0.08 * (1 + 1 / 64) + line_ms + more_ms)
+    crowd = {8: {131_072: 0.5}, 64: {131_072: 0.9}}
+    found = step_costs(hardware(csa_crowd_ms=crowd), FLASH, 8, tokens, tokens / 4).csa_s * 1e3
+    short = 0.08 * (1 + 8 / 64)
+    assert found / factor == pytest.approx(short + (0.5 - short) * line_ms / 0.01 + more_ms)
 
 
 def test_a_row_of_layers_takes_more_than_its_modules():
