@@ -20,6 +20,8 @@ own, and no blind one:
     python benchmarks/blind.py --join blind --hardware mine.yaml --before blind \
         --out benchmarks/results/blind-after-h200.json
     python benchmarks/blind.py --show benchmarks/results/blind-after-h200.json
+
+`--draw 30 --seed 1129` takes so many other rows, drawn by the seed, on both sides.
 """
 
 from __future__ import annotations
@@ -36,12 +38,13 @@ import time
 from collections.abc import Sequence
 from fnmatch import fnmatch
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import regions
 import yaml
+from blind_rows import ROWS, Ask, drawn
 from claims import paragraph
-from headline import HELD, MODEL, ROOT, scenario
+from headline import MODEL, ROOT, scenario
 
 from fmsim.errors import FmsimError
 from fmsim.files import write_text
@@ -51,103 +54,18 @@ PAGE = "benchmarks/results/blind-rows.md"
 PLACE = "<!-- rows of another card come here -->"  # in the page
 ERROR = 0.05  # of a step's median and of tokens/s
 SHARE = 0.95  # of the rows, that are to be within it
-STEPS = 44
-DECIDED_STEPS = 136  # so that a decision comes after the warm-up, which ends with the first
 FROZEN = ("hw", "sim", "replay", "policies", "geometry")  # rooms whose source a prediction runs
 
 Row = dict[str, Any]
 
 
-class Ask(NamedTuple):
-    """A row: the policy's parameters by label, at a context and a batch."""
-
-    context: str
-    label: str
-    batch: int
-    params: dict[str, Any]
-
-    @property
-    def name(self) -> str:
-        words = f"{self.context} {self.label} {self.batch}"
-        return words.replace(",", "").replace(" ", "-")
-
-    @property
-    def steps(self) -> int:
-        return DECIDED_STEPS if self.params.get("cadence", 1) > 1 else STEPS
-
-    @property
-    def entry(self) -> dict[str, Any]:
-        return {"label": self.label} | self.params
-
-
-FULL = {"policy": "full"}
-RECENCY = {"policy": "recency", "budget": "12.5% gpu"}
-H2O = {"policy": "h2o", "budget": "12.5% gpu"}
-LRU = {"policy": "lru", "budget": "2x topk"}
-FALLBACK = LRU | {"on_miss": "fallback"}
-LRU_HELD = {"policy": "lru", "budget": "12.5% gpu"} | HELD
-LFU_ALL = {"policy": "lfu", "budget": "10%", "sees": "all"} | HELD
-LSA = {"policy": "lsa", "budget": "12.5% gpu", "cadence": 64}
-LSA_FALLBACK = {"policy": "lsa", "budget": "4%", "on_miss": "fallback", "cadence": 64}
-
-
-def _pages(params: dict[str, Any], entries: int) -> dict[str, Any]:
-    """In pages of so many entries, and with a fifth of the prompt's: large pages need more."""
-    larger = {"budget": "20%"} if params["policy"] == "lru" else {}
-    return params | {"granularity": entries} | larger
-
-
-# Batches and contexts that `Sizes` has no attention of. The first half stands for the whole, should
-# time run out.
-ROWS = tuple(
-    Ask(context, label, batch, params)
-    for context, label, batch, params in (
-        ("32K", "full", 6, FULL),
-        ("512K", "lru", 20, LRU),
-        ("128K", "lsa fallback", 50, LSA_FALLBACK),
-        ("32K", "h2o", 150, H2O),
-        ("512K", "full", 10, FULL),
-        ("128K", "lru", 40, LRU),
-        ("512K", "lsa", 72, LSA),
-        ("32K", "lru", 100, LRU),
-        ("128K", "recency", 80, RECENCY),
-        ("512K", "lru held", 40, LRU_HELD),
-        ("32K", "lsa", 112, LSA),
-        ("128K", "full", 20, FULL),
-        ("512K", "lru fallback", 20, FALLBACK),
-        ("128K", "lru, pages of 16", 1, _pages(LRU, 16)),
-        ("32K", "lsa fallback", 50, LSA_FALLBACK),
-        ("512K", "h2o", 1, H2O),
-        ("32K", "full", 1, FULL),
-        ("32K", "recency", 20, RECENCY),
-        ("32K", "lru held", 144, LRU_HELD),
-        ("32K", "lfu sees all", 72, LFU_ALL),
-        ("32K", "lru", 1, LRU),
-        ("32K", "lru, pages of 64", 6, _pages(LRU, 64)),
-        ("128K", "lru", 6, LRU),
-        ("128K", "lsa", 1, LSA),
-        ("128K", "lsa, pages of 16", 40, _pages(LSA, 16)),
-        ("128K", "h2o", 112, H2O),
-        ("128K", "lru held", 6, LRU_HELD),
-        ("128K", "lru fallback", 1, FALLBACK),
-        ("128K", "full", 40, FULL),
-        ("512K", "recency", 40, RECENCY),
-        ("512K", "lsa", 1, LSA),
-        ("512K", "lru", 1, LRU),
-        ("512K", "lru, pages of 4", 6, _pages(LRU, 4)),
-        ("512K", "lfu sees all", 10, LFU_ALL),
-        ("512K", "lsa fallback", 1, LSA_FALLBACK),
-        ("32K", "lru fallback", 150, FALLBACK),
-    )
-)
-
-
 class Bench:
-    """Measures rows on one GPU, with one set of random weights."""
+    """Measures `rows` on one GPU, with one set of random weights."""
 
-    def __init__(self, model: str, device: str) -> None:
+    def __init__(self, model: str, device: str, rows: Sequence[Ask] = ROWS) -> None:
         self.model = model
         self.device = device
+        self.rows = rows
         self.weights: Any = None
         self.n_experts = 0
         self._worlds: dict[tuple[str, int], Any] = {}
@@ -158,7 +76,7 @@ class Bench:
 
         key = ask.context, ask.steps
         if key not in self._worlds:
-            alike = [other for other in ROWS if (other.context, other.steps) == key]
+            alike = [other for other in self.rows if (other.context, other.steps) == key]
             entries = {other.label: other.entry for other in alike}
             file = scenario(ask.context, list(entries.values()), self.model)
             self._worlds[key] = Worlds(file, self.device, ask.steps)
@@ -253,9 +171,11 @@ def _lives(pid: int) -> bool:
     return True
 
 
-def join(folder: Path, hardware: Path, before: Sequence[Path] = ()) -> Row:
-    """The result: all rows of `folder`, each with what is simulated for it on `hardware`, and
-    whether one of the folders `before` has it too.
+def join(
+    folder: Path, hardware: Path, before: Sequence[Path] = (), asks: Sequence[Ask] = ROWS
+) -> Row:
+    """The result: all rows of `folder` that are asked, each with what is simulated for it on
+    `hardware`, and whether one of the folders `before` has it too.
     """
     from fmsim.experiments.whole_steps import errors, simulated
     from fmsim.hw import load_hardware
@@ -265,7 +185,7 @@ def join(folder: Path, hardware: Path, before: Sequence[Path] = ()) -> Row:
     rows: list[Row] = []
     missing: list[str] = []
     benches: dict[str, Bench] = {}
-    for ask in ROWS:
+    for ask in asks:
         path = folder / f"{ask.name}.json"
         if not path.exists():
             missing.append(ask.name)
@@ -273,7 +193,7 @@ def join(folder: Path, hardware: Path, before: Sequence[Path] = ()) -> Row:
         row = json.loads(path.read_text(encoding="utf-8"))
         row["looked_at"] = any((each / path.name).exists() for each in before)
         if "failed" not in row:
-            bench = benches.setdefault(row["model"], Bench(row["model"], "cpu"))
+            bench = benches.setdefault(row["model"], Bench(row["model"], "cpu", asks))
             worlds = bench.worlds(ask)
             row |= simulated(worlds, ask.label, hw, ask.batch, row["warm_up_steps"])
             row |= errors(row)
@@ -361,6 +281,8 @@ def main() -> int:
     parser.add_argument(
         "--row", action="append", help="only those of such a name (*); repeat, and in this order"
     )
+    parser.add_argument("--draw", type=int, help="so many rows at random, for those that stand")
+    parser.add_argument("--seed", type=int, default=0, help="of --draw")
     parser.add_argument("--seconds", type=float, default=float("inf"), help="begin no row later")
     parser.add_argument("--device", help="cuda or cpu; cuda where there is one by default")
     parser.add_argument("--model", default=MODEL, help="a preset, or a folder with a config.json")
@@ -373,8 +295,9 @@ def main() -> int:
     parser.add_argument("--show", type=Path, help="a result, to be put into its page")
     parser.add_argument("--out", type=Path, help="the result; by default results/blind-DEVICE.json")
     given = parser.parse_args()
+    rows = drawn(given.draw, given.seed) if given.draw else ROWS
     patterns = given.row or ["*"]
-    asked = {ask.name: ask for each in patterns for ask in ROWS if fnmatch(ask.name, each)}
+    asked = {ask.name: ask for each in patterns for ask in rows if fnmatch(ask.name, each)}
     asks = list(asked.values())
     if given.list:
         print("\n".join(ask.name for ask in asks))
@@ -386,13 +309,16 @@ def main() -> int:
         if given.join:
             if given.hardware is None:
                 parser.error("--join needs --hardware, the preset that was calibrated there")
-            return _write(join(given.join, given.hardware, given.before), given.out)
+            result = join(given.join, given.hardware, given.before, rows)
+            if given.draw:
+                result["command"] += f" --draw {given.draw} --seed {given.seed}"
+            return _write(result, given.out)
         if given.parts is None:
             parser.error("give --parts, a folder for the rows, or --join")
         import torch
 
         device = given.device or ("cuda" if torch.cuda.is_available() else "cpu")
-        n_failed = measure(asks, Bench(given.model, device), given.seconds, given.parts)
+        n_failed = measure(asks, Bench(given.model, device, rows), given.seconds, given.parts)
     except FmsimError as error:
         print(error, file=sys.stderr)
         return 2

@@ -43,6 +43,17 @@ def test_the_rows_are_of_all_kinds():
         assert ask.steps > (128 if ask.params.get("cadence") else 16)
 
 
+def test_rows_that_a_seed_draws_are_others():
+    rows = blind.drawn(40, seed=1)
+    assert rows == blind.drawn(40, seed=1) != blind.drawn(40, seed=2)
+    names = {ask.name for ask in rows}
+    assert len(names) == 40 and not names & {ask.name for ask in blind.ROWS}
+    assert all(2 <= ask.batch <= 160 for ask in rows)
+    assert all(ask.batch <= 40 for ask in rows if ask.label == "full")
+    known = {(ask.label, str(ask.params)) for ask in blind.ROWS}
+    assert {(ask.label, str(ask.params)) for ask in rows} <= known
+
+
 class Counting(blind.Bench):
     """Measures nothing, and counts."""
 
