@@ -67,6 +67,9 @@ def test_rankings_know_the_past_and_not_the_window():
     uses = np.array([0.5 / 2 + 2, 1, 0.25 / 2 + 1, 0])
     by_hand = np.arange(4.0) + np.log2(1 + uses)
     np.testing.assert_allclose(second["lsa + history"], by_hand, rtol=1e-5)
+    _, (_, stale) = rankings(one_head(), trace, windows._replace(state_age=1))
+    by_hand = np.arange(4.0) + np.log2(1 + np.array([0.5, 0, 0.25, 0]))  # the prompt's alone
+    np.testing.assert_allclose(stale["lsa + history"], by_hand, rtol=1e-5)
     assert second["recency"].tolist() == [0, 1, 2, 3]
     drawn = np.random.default_rng(0).random(7)  # one stream, the same for all
     assert [*first["random"], *second["random"]] == drawn.tolist()
@@ -218,3 +221,4 @@ def test_means_of_three_windows_of_two_shares():
     golden = bootstrap.mean([0.0, 1.0, 0.5]).half_width
     assert found["half_width"]["golden_recall"]["lsa (max)"][0] == pytest.approx(golden)
     assert found["first_window"]["golden_recall"]["lsa (max)"] == [None, None]
+    assert found["half_width"]["mass_recall"]["lsa (max)"][0] > 0  # of the two that have mass

@@ -58,6 +58,7 @@ def slots(spec, prompt_entries=100, topk=4):
         # pages of four entries: 16 of them for a step's misses, 396 / 40 = 9 pages in all
         ("lru:budget=50% gpu,granularity=4", 5),
         ("recency:budget=50% gpu", 49),
+        ("recency:budget=1206 B gpu", 99),  # 7 + 12 x 99 take 1,195, and one more 1,207
         # the oracle recalls ahead: 40 slots and 10 spare take 12 x 50 + 7 = 607, 39 and 10 take 595
         ("oracle:budget=50% gpu", 39),
         # hisparse has one slot beside its budget
@@ -101,6 +102,12 @@ def test_one_page_that_does_not_fit_is_one_too_many():
     with pytest.raises(BudgetTooSmall) as found:
         slots("lru:budget=18 B gpu", prompt_entries=1, topk=1)
     assert found.value.least_bytes == 19
+
+
+def test_without_a_model_an_entry_has_v4s_bytes_in_each_layer_of_the_trace():
+    trace = HandTrace([[[0], [0]]], prompt_entries=100)
+    for n_bytes, slots in ((2 * 584 * 10, 10), (2 * 584 * 10 - 1, 9)):
+        assert Replayer(trace).run(registry.build(f"lru:budget={n_bytes} B")).n_slots == slots
 
 
 def test_without_a_model_there_are_no_bytes():

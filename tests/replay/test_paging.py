@@ -6,6 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from fmsim.replay import paging
 from fmsim.replay.paging import Paged, PagedFuture, page_step, page_trace
 
 PAGES = [[[0, 2], [1, -1]], [[2, -1], [1, 2]], [[1, 2], [-1, -1]]]  # of three, in two groups
@@ -27,6 +28,23 @@ def test_what_is_to_come_of_two_groups():
     assert future.next_use(0)[:, 0].tolist() == [never, 1] and future.next_use(0)[0, 1] == 1
     assert future.next_use(1)[0, 0] == 2 and future.next_use(1)[1].tolist() == [never, never]
     assert future.next_use(2)[0].tolist() == [never, never]
+
+
+@pytest.mark.parametrize("shared", [False, True])
+def test_chunks_of_two_steps_are_the_whole(monkeypatch, shared):
+    """Rows of one to five entries in pages of four: chunks are of different widths."""
+    rng = np.random.default_rng(0)
+    ids = np.full((7, 2, 5), -1, np.int32)
+    for step, layers in enumerate(ids):
+        for row in layers:
+            row[: 1 + step % 5] = np.sort(rng.permutation(40)[: 1 + step % 5])
+    mass = np.where(ids < 0, 0, 1 + ids / 64).astype(np.float32)
+    whole = page_trace(ids, mass, 4, shared, 10)
+    monkeypatch.setattr(paging, "CHUNK_STEPS", 2)
+    parts = page_trace(ids, mass, 4, shared, 10)
+    for name in ("pages", "count", "mass"):
+        assert np.array_equal(getattr(whole, name), getattr(parts, name)), name
+    assert np.array_equal(whole.column[ids >= 0], parts.column[ids >= 0])
 
 
 LIBRARIES = [numpy_namespace]

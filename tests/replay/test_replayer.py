@@ -275,7 +275,8 @@ def test_who_needs_masses_is_told_what_for_where_there_are_none(spec, why):
     trace.mass = None
     with pytest.raises(FmsimError, match=f"^policy {why}"):
         Replayer(trace).run(registry.build(spec))
-    assert not Replayer(trace).run(registry.build("lru:budget=50%")).masses
+    found = Replayer(trace).run(registry.build("lru:budget=50%"))
+    assert not found.masses and found.mass_total.sum() == 0
 
 
 def test_golden_entries_are_worked_out_where_they_are_not_given():
@@ -287,6 +288,18 @@ def test_golden_entries_are_worked_out_where_they_are_not_given():
     for told, n_golden in ((None, 2), (ids == 2, 1)):
         ledger = source.book.ledger(ids, mass, there, there, masses=True, golden=told)
         assert ledger.golden.tolist() == ledger.golden_hit.tolist() == [[n_golden]]
+
+
+def test_labels_are_golden_and_half_of_what_an_indexer_needs_is_nothing():
+    """Entry 0 as any other; hidden states without index keys say nothing, nor the reverse."""
+    trace = HandTrace([[[0, 1, 2]], [[5]]], [[[0.5, 0.25, 0.125]], [[0.5]]])
+    trace.holds_labels = True
+    ledger = Replayer(trace).run(registry.build("lru"))
+    assert ledger.golden.tolist() == [[3], [1]]
+    for present in ("hidden", "index_keys"):
+        half = HandTrace([[[0]]])
+        setattr(half, present, np.zeros((1, 1, 1)))
+        assert not Replayer(half).has_lookahead
 
 
 def test_what_stands_in_place_of_an_entry_has_no_mass():

@@ -62,7 +62,9 @@ def test_a_step_is_its_kind_and_what_closes_and_decides():
     expected[3] += 0.1
     assert costs(held).step_s() == pytest.approx(expected)
     sizes = {"n_groups": 3, "group_slots": [9000, 800, 800]}
-    uneven = ledger(**sizes, cadence=1, all_keys=True, written=loads(128, 3, s3=1))
+    begins = loads(128, 3)
+    begins[3, 1] = 1  # a page of one group
+    uneven = ledger(**sizes, cadence=1, all_keys=True, written=begins)
     assert costs(uneven).step_s() == pytest.approx(expected)  # not all is kept
     seen = replace(held, observes=True, cadence=64, decides_ahead=False)
     expected += 1e-3 + 21 * 0.01e-3
@@ -177,6 +179,15 @@ def test_sizes_add_what_they_cost():
     assert found.tolist() == [0.0] * 128  # a sum that was fitted is no less than nothing
 
 
+def test_a_decision_moves_as_many_pages_as_the_largest_group_has():
+    work = StepWork(fixed_ms=0.0)
+    decision = StepWork(fixed_ms=0.0, move_ns=5.0)
+    steps = dict.fromkeys(STEP_KINDS, Bookkeeping(plain=work, closing=work, decision=decision))
+    sizes = {"n_groups": 3, "group_slots": [700, 800, 900], "all_keys": True}
+    found = costs(ledger(**sizes), batch=2, steps=steps).step_s()
+    assert found[64] - found[63] == pytest.approx(5e-9 * 21 * 900 * 2)
+
+
 def test_pages_are_priced_by_the_nearest_size_and_those_of_64_entries_not_at_all():
     """Of sizes 1 and 16; residents of pages of 64 entries are scored where they lie."""
     sizes = {
@@ -240,6 +251,13 @@ def test_a_recall_ahead_has_its_spare_pages_and_the_rest_comes_late():
     bare = simulate(replace(recalled, ahead_slots=[]), FLASH, hw)  # no room: all of it is late
     kinds = [(each.step, each.n_bytes) for each in bare.transfers if each.kind == "recall"]
     assert kinds == [(64, 300 * 21 * 716)]
+    two = simulate(replace(recalled, ahead_slots=[]), FLASH, hw, batch=2)
+    whole_s = two.step_s[64] - two.recall_wait_s[64]
+    entries_s, keys_s = (GATHER.one_s(row, 2 * 300 * 21 * row) for row in (584, 132))
+    done_s = 0.0
+    for part in range(1, 7):
+        done_s = max(done_s, entries_s + keys_s * part / 6) + whole_s / 6
+    assert two.recall_wait_s[64] == pytest.approx(done_s - whole_s)
     early_ledger = replace(recalled, ahead_slots=[300])
     early = simulate(early_ledger, FLASH, hw)
     kinds = [each.n_bytes for each in early.transfers if each.kind == "recall"]
@@ -249,7 +267,9 @@ def test_a_recall_ahead_has_its_spare_pages_and_the_rest_comes_late():
     arriving_s = 300 * 21 * 716 / H100.hbm_bytes_per_s.value
     assert early.step_s[64] - none.step_s[64] == pytest.approx(3 * arriving_s, rel=1e-3)
     seldom = ledger(n_steps=256, lookahead_loads=loads(256, s64=300))  # once in four windows
-    assert [each.kind for each in simulate(seldom, FLASH, H100).transfers].count("recall") == 1
+    timeline = simulate(seldom, FLASH, H100)
+    assert [each.kind for each in timeline.transfers].count("recall") == 1
+    assert timeline.recall_wait_s.sum() == 0  # where nothing is recalled nothing is waited for
 
 
 def test_sizes_are_the_engines():

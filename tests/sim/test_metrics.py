@@ -155,6 +155,11 @@ def test_where_nothing_matters_nothing_is_lost():
     found = metrics.kept(ledger(golden=np.zeros((128, 3), np.int32)), (0,) * 21)
     assert found["entry_recall"] == found["entry_recall_per_step"] == 1.0
     assert metrics.mass_by_layer(ledger(masses=False)) == [None] * 3
+    one = np.ones((128, 3), np.int32)
+    found = metrics.kept(ledger(golden=one, golden_hit=one), (0,) * 21)
+    assert found["entry_recall_per_step"] == 1.0
+    found = metrics.kept(ledger(masses=False), (0,) * 21)
+    assert {name for name, value in found.items() if value is not None} == {"set_overlap"}
 
 
 def test_exact_means_that_nothing_selected_was_left_out():

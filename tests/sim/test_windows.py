@@ -132,6 +132,8 @@ def test_a_difference_of_shares_lies_between_minus_1_and_1():
         for pair in ({"one": one, "other": other}, {"other": other, "one": one})
         for row in windows.differences(pair, LAYER_MAP)
     }
+    share = windows.intervals(one, LAYER_MAP)["hit_rate"]
+    assert (share["high"], share["low"]) == (1.0, 0.0) and share["half_width"] > 0.75
     up, down = rows["one", "hit_rate"], rows["other", "hit_rate"]
     assert up["difference"] == 0.75 == -down["difference"] and up["half_width"] > 0.25
     assert (up["high"], down["low"]) == (1.0, -1.0)

@@ -172,9 +172,15 @@ def test_what_fits_whole_keeps_all_keys_and_nothing_spare_unless_it_recalls_ahea
         (ledger(**budget, on_miss="fetch", demand_loads=loads(128, s5=9), miss_slots=512), 0, 0),
         (ledger(**budget, **recalled), 132 * 716, 132),
     ):
-        gpu = Demand(made, FLASH).pools(2000, 100).gpu
+        gpu = Demand(made, FLASH).pools(2000, 100).gpu  # in no group more than there are
         assert (gpu.slots, gpu.spare) == (21 * 525 * (584 + key_bytes), 21 * spare)
         assert gpu.index_keys == (0 if key_bytes else 21 * 525 * 132)
+    misses = {"on_miss": "fetch", "miss_slots": 512}
+    few = ledger(slots=50, params={"budget": "50 entries"}, demand_loads=loads(128, s5=9), **misses)
+    assert Demand(few, FLASH).pools(300, 100).gpu.spare == 21 * 100 * 584  # of 100 entries
+    sizes = {"n_groups": 3, "slots": 1200, "group_slots": [1200, 800, 400]}
+    uneven = ledger(**sizes, **budget, demand_loads=loads(128, 3, s5=9), **misses)
+    assert Demand(uneven, FLASH).pools(2000, 100).gpu.spare == 21 * 512 * 584  # the last one misses
 
 
 def test_windows_of_two_steps_repeat_and_steps_of_one_do_not():
@@ -207,6 +213,11 @@ def test_a_first_set_is_no_more_than_each_layer_has():
     assert demand.first_set_bytes(32_000, 128) == pytest.approx(7 * 2400 * 584)
 
 
+def late_counts(demand):
+    """Misses of steps that make one token and select for four positions, each kind once."""
+    return demand.drafted(3, 0.0).miss_counts[0].tolist()
+
+
 def test_drafts_may_miss_at_every_position_and_the_last_steps_positions_end_with_the_ledger():
     missed = np.zeros((6, 1), np.int32)
     missed[5] = 9
@@ -217,9 +228,13 @@ def test_drafts_may_miss_at_every_position_and_the_last_steps_positions_end_with
     assert drafting.pools(PROMPT, 128).gpu.spare == 21 * 3 * 7 * 584
     assert drafting.miss_bytes.tolist() == [[0], [9 * 584]]
     assert drafting.tokens_per_step == 3.0
+    assert demand.miss_counts[0].tolist() == [[0], [9 * 584]] and demand.recalled_at(5) == 0
+    assert late_counts(demand) == [[0], [9 * 584], [18 * 584], [27 * 584], [36 * 584]]
     moved = ledger(n_steps=6, cadence=1, lookahead_loads=loads(6, s1=2, s5=3), scored=np.arange(6))
     moving = Demand(moved, FLASH).drafted(2, 1.0)  # what its steps 0 to 2, and 3 to 5, recall
     assert moving.recall_bytes.tolist() == [2 * 21 * 716, 3 * 21 * 716]
     assert moving.indexer_scored.tolist() == [3, 12]
+    half = Demand(moved, FLASH).drafted(1, 0.5)  # of 1.5 tokens: steps 0, 1 and 2, 3, 4 and 5
+    assert half.indexer_scored.tolist() == [0, 1 + 2, 3, 4 + 5]
     late = demand.drafted(3, 0.0)  # a token a step, and four positions: the last ones stay at 5
     assert late.miss_bytes[:, 0].tolist() == [0, 0, 9 * 584, 18 * 584, 27 * 584, 36 * 584]

@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fmsim.hw import load_hardware
+from fmsim.hw.deployment import Deployment
 from fmsim.sim.footprint import footprint
 from fmsim.sim.serving.prefill import PrefillModel
 from fmsim.sim.step_cost import step_costs
@@ -69,6 +70,14 @@ def test_a_prompt_prefilled_elsewhere_arrives_through_network_mirror_and_link():
     first_set_s = float(GatherCurve(H100.link).seconds(716, 800 * 21 * 716))
     assert request.first_token_s == pytest.approx(there_s + first_set_s)
     assert server.log.tokens == 65
+
+
+def test_the_time_of_chunks_is_booked_where_one_of_two_ranks_has_any():
+    for layout in ({}, {"dp": 2, "tp": 4}):
+        hw = H100.deployed(Deployment(**layout))
+        server = serve(WHOLE, (0, PROMPT, 65), hw=hw, prefill="chunked")
+        chunks = PrefillModel(hw, FLASH).prompt(PROMPT, 8192)
+        assert server.log.prefill_s == pytest.approx(sum(seconds for _, seconds in chunks))
 
 
 def test_what_is_in_use_is_sampled_when_a_prompt_arrives_from_elsewhere():

@@ -98,6 +98,21 @@ def test_a_prompt_is_there_for_others_once_it_has_been_read():
     assert second.first_token_s < first.finished_s
 
 
+def test_what_lies_on_drives_is_read_and_all_of_it_crosses_the_link():
+    """Two blocks in host memory and three on drives."""
+    hw = replace_figure(replace_figure(H100, "nvme_bytes", 8e12), "nvme_bytes_per_s", 5e10)
+    run = serve(LRU, asked(0, 4), hw=hw, nvme=True)
+    memory, size = run.ranks[0], run.stores[0].host.block_bytes
+    before = memory.to_gpu.moved_bytes, memory.from_nvme.moved_bytes
+    request = hand_request.request(run.demand, prompt=8 * BLOCK)
+    request.found = FoundBlocks(host=(1, 2), nvme=(3, 4, 5))
+    run._begin_prefill(request)
+    run.env.run(request.prefix)
+    moved = memory.to_gpu.moved_bytes, memory.from_nvme.moved_bytes
+    assert np.subtract(moved, before) == pytest.approx([5 * size, 3 * size])
+    assert memory.to_gpu.idle and memory.from_nvme.idle
+
+
 def test_without_reuse_every_prompt_is_computed():
     run = serve(FULL, asked(0, 64), asked(1000, 64), reuse_prefixes=False)
     assert run.log.requests[1].first_token_s - 1000 == pytest.approx(prompt_s(64 * BLOCK))

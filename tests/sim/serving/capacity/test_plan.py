@@ -11,7 +11,6 @@ from hand_tables import round_link
 from fmsim.hw import replace_figure
 from fmsim.hw.deployment import Deployment
 from fmsim.hw.spec import LINK_FIGURE
-from fmsim.sim.serving.capacity.behaviour import BEHAVIOURS
 from fmsim.sim.serving.capacity.plan import (
     CapacityQuestion,
     _changes,
@@ -25,6 +24,7 @@ from fmsim.sim.serving.capacity.plan import (
 from fmsim.sim.serving.capacity.steady import Steady, SteadyState
 from fmsim.sim.serving.demand import Demand
 from fmsim.sim.serving.spec import Server
+from fmsim.sim.step_cost import memory_indexer_s
 
 ENTRIES = 32_000
 FULL = Demand(
@@ -284,39 +284,6 @@ def test_who_never_makes_more_tokens_has_no_smallest_batch():
     assert not _compare(asked, TENTH)["pays"]
 
 
-def test_what_policies_are_taken_to_do_where_none_was_replayed():
-    """V4-Flash: 32,768 entries of 131,072 tokens, and a top-k of 512; three windows of 64 steps."""
-    full, lru, lsa = (each.ledger(FLASH) for each in BEHAVIOURS)
-    for made in (full, lru, lsa):
-        assert (made.n_steps, made.prompt_entries, made.tau, made.topk) == (192, 32_768, 64, 512)
-        assert (made.granularity, made.scope, made.n_groups, made.entry_tokens) == (
-            1,
-            "shared",
-            1,
-            4,
-        )
-        assert (made.resident == made.n_slots).all() and made.accessed.max() == 512
-        assert made.set_overlap.shape == (0,)  # nothing was replayed
-        made.check()
-    assert full.all_keys and lru.all_keys
-    assert (full.n_slots, full.on_miss, full.comes_back) == (32_960, "fetch", False)
-    assert full.params == {"budget": "all"} and not full.demand_loads.any()
-    # of 512 selected entries 8.2% are missed at every step
-    assert (lru.n_slots, lru.params, lru.miss_slots) == (1024, {"budget": "2x topk"}, 512)
-    assert lru.demand_loads.tolist() == [[42]] * 192 and lru.cadence == 1
-    assert (lru.on_miss, lru.comes_back) == ("fetch", True)
-    # a tenth is kept; of successive sets 0.47 is common to what either has: 0.53 / 1.47 is new
-    assert (lsa.n_slots, lsa.params, lsa.cadence) == (3277, {"budget": "10%"}, 64)
-    new = np.zeros((192, 1), int)
-    new[128] = round(3277 * 0.53 / 1.47)
-    assert lsa.lookahead_loads.tolist() == new.tolist() and new[128] == 1182
-    assert np.flatnonzero(lsa.scored).tolist() == [0, 64, 128] and lsa.scored[64] == 2 * 32_768
-    assert (lsa.on_miss, lsa.all_keys, lsa.decides_ahead) == ("mask", False, True)
-    assert (lsa.ahead_slots, lsa.target_layers, lsa.comes_back) == ([820], [0, 1], True)
-    assert [each.exact for each in BEHAVIOURS] == [True, True, False]
-    assert [each.mass_kept for each in BEHAVIOURS] == [1.0, 1.0, 0.72]
-
-
 def test_what_arrives_takes_its_part_of_the_memorys_rate():
     """Misses of 40 rows in each of 21 layers at each step, and 6,400 recalled in one of 128."""
     demand_loads, lookahead_loads = np.full((128, 1), 40, np.int32), loads(128, s64=6400)
@@ -348,11 +315,22 @@ def test_who_fits_whole_waits_for_nothing_and_a_masked_layer_scores_what_is_ther
     for tokens, waits in ((1000, False), (64_000, True)):
         state = SteadyState(H100, FLASH, Demand(missing, FLASH), tokens, 0)
         assert (state.at(2).stall_s > 0) is waits
-    masked = Demand(ledger(params={"budget": "800 entries"}), FLASH)
-    for tokens, scored in ((1000, 250), (64_000, 800)):
+    halves = H100.deployed(Deployment(tp=4, cp=2))  # each has half of two requests' misses
+    both, one = (SteadyState(hw, FLASH, Demand(missing, FLASH), 64_000, 0) for hw in (halves, H100))
+    assert both.at(2).stall_s == pytest.approx(one.at(1).stall_s)
+    indexer = np.full(128, 24_000)
+    for budget, tokens, scored, ratio in (
+        ("800 entries", 1000, 250, 1 / 32),
+        ("800 entries", 64_000, 800, 2),
+        ("10%", 64_000, 1600, 2),
+    ):
+        masked = Demand(ledger(params={"budget": budget}, scored=indexer), FLASH)
         state = SteadyState(H100, FLASH, masked, tokens, 0)
         plain = state.model.equal(2, np.array([tokens]), np.array([scored]))
-        assert state.at(2).compute_s == pytest.approx(plain.total_s(FLASH.n_selecting)[0])
+        expected_s = plain.total_s(FLASH.n_selecting) + memory_indexer_s(
+            H100, FLASH, np.array([2 * 24_000 * ratio])
+        )
+        assert state.at(2).compute_s == pytest.approx(expected_s[0])
 
 
 def who_misses(n_entries):

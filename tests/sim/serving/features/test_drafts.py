@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 from hand_ledger import FLASH, H100, ledger, loads
+from hand_request import Given
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -10,6 +11,7 @@ from fmsim.sim.serving.capacity.behaviour import BEHAVIOURS
 from fmsim.sim.serving.capacity.plan import CapacityQuestion
 from fmsim.sim.serving.demand import Demand, tokens_per_step
 from fmsim.sim.serving.log import request_rows
+from fmsim.sim.serving.requests import Arrival
 from fmsim.sim.serving.server import ServerRun
 from fmsim.sim.serving.spec import Bursts, Server
 from fmsim.sim.serving.summary import summary
@@ -102,6 +104,14 @@ def test_every_token_that_was_wanted_is_made_once(which, drafts, acceptance, see
         assert row["finished_s"] > row["arrival_s"]
     for rank in run.ranks:
         assert rank.hbm.level == rank.hbm.capacity and rank.host.level == rank.host.capacity
+
+
+def test_a_request_takes_whole_steps_the_last_one_perhaps_for_less():
+    """101 tokens, of which the prefill makes one; 1.5 a step."""
+    options = Server(draft_tokens=1, acceptance=0.5)
+    run = ServerRun(H100, FLASH, FULL, options, Given(Arrival(0.0, 1000, 101)))
+    run.run()
+    assert run.log.requests[0].steps == 67 and run.log.tokens == 101
 
 
 @settings(max_examples=20, deadline=None)
