@@ -109,6 +109,7 @@ class Ledger:
     ahead_slots: list[int] = field(default_factory=list)
     miss_slots: int = 0  # spare slots a group for one step's misses
     observes: bool = False  # the policy learns from what each step selects
+    observes_mass: bool = False  # and from the attention mass on it
     comes_back: bool = False  # pages can be loaded from the host, so a mirror of all lies there
     entry_tokens: int = 4  # tokens of the text in an entry of what was replayed
     masses: bool = True  # the five fields from `golden` on are of masses; else they hold zeros

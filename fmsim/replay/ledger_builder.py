@@ -134,6 +134,7 @@ class LedgerBuilder:
             ahead_slots=list(manager.needs.ahead_slots),
             miss_slots=manager.needs.miss_slots,
             observes=policy.observes,
+            observes_mass=policy.observes and policy.needs_mass,
             comes_back=manager.needs.comes_back,
             entry_tokens=ctx.entry_tokens,
             masses=masses,

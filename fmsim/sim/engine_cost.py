@@ -150,7 +150,7 @@ class EngineCosts:
         """What the policy asks of all CSA layers, but for misses."""
         times, batch = self.times, self.batch
         ms = _of_pages(times.pages_batch_ms, self.granularity, batch)
-        if self.ledger.observes:
+        if self.ledger.observes_mass:
             ms += Curve.of(times.masses_batch_ms).one(batch)
         if self.place.keys_tiered:
             ms += Curve.of(times.listed_batch_ms).one(batch)

@@ -78,6 +78,7 @@ def test_what_a_ledger_does_not_say():
         "ahead_slots": [],
         "miss_slots": 0,
         "observes": False,
+        "observes_mass": False,
         "comes_back": False,
         "entry_tokens": 4,
         "masses": True,

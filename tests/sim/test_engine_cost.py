@@ -67,9 +67,11 @@ def test_a_step_is_its_kind_and_what_closes_and_decides():
     uneven = ledger(**sizes, cadence=1, all_keys=True, written=begins)
     assert costs(uneven).step_s() == pytest.approx(expected)  # not all is kept
     seen = replace(held, observes=True, cadence=64, decides_ahead=False)
-    expected += 1e-3 + 21 * 0.01e-3
+    expected += 1e-3
     expected[64] += 2.0
     assert costs(seen).step_s() == pytest.approx(expected)
+    weighed = replace(seen, observes_mass=True)
+    assert costs(weighed).step_s() == pytest.approx(expected + 21 * 0.01e-3)
 
 
 def test_misses_are_loaded_at_a_price_even_where_there_are_none():

@@ -28,7 +28,6 @@ from fmsim.exec.measure.kernel_cases import fill_entries
 from fmsim.exec.model.attention import Attention
 from fmsim.exec.model.deepseek_v4 import DeepseekV4
 from fmsim.geometry.memory_indexer import PUBLISHED_HEADS
-from fmsim.policies.base import Policy
 
 
 class TracePager:
@@ -45,7 +44,7 @@ class TracePager:
             step.layer_map[layer],
         )
         self.blocks = decode.blocks[layer]
-        self.wants_masses = step.observes
+        self.wants_masses = decode.policy.observes and decode.policy.needs_mass
         self.homes = decode.tiers.entries.homes(layer, self.blocks)
         self.recalls = decode.policy.params.cadence > 1 or decode.policy.prefetches
         self.keeps_keys = layer < decode.keyed_layers
@@ -105,7 +104,6 @@ class SyntheticStep:
         self.decode, self.model, self.layer_map = decode, model, layer_map
         latent, self.key = layouts(decode.geometry)
         device, batch = decode.device, decode.batch
-        self.observes = type(decode.policy).observe is not Policy.observe
         self.first_token, self.longest = (
             decode.replayer.header.prompt_tokens,
             decode.replayer.header.prompt_tokens + decode.replayer.n_steps,
