@@ -117,8 +117,9 @@ def test_every_kernel_compiles_for_sm_90(tmp_path):
     assert any("wgmma" in kind and "f16.f16" in kind for kind in many)
     assert any("wgmma" in kind and "e4m3.e4m3" in kind for kind in rounded)
     assert all("cp.async.cg.shared.global" in kinds for kinds in products)  # 16 bytes a thread
-    [row] = [row["ptx"] for row in decode if row["kernel"] == "_one_row"]
-    assert {"griddepcontrol.wait", "griddepcontrol.launch_dependents"} <= set(row)
+    for kernel in ("_one_row", "_stage", "_copy_rows"):
+        [row] = [row["ptx"] for row in decode if row["kernel"] == kernel]
+        assert {"griddepcontrol.wait", "griddepcontrol.launch_dependents"} <= set(row)
 
     assert {row["kernel"] for row in training} == TRAINING_KERNELS
     products = {kind for row in training if row["kernel"] == "range_forward" for kind in row["ptx"]}

@@ -14,7 +14,15 @@ import torch
 from torch import Tensor
 
 from fmsim.exec.kernels import tuning
-from fmsim.exec.kernels.lang import cdiv, next_power_of_2, runs_compiled, tl, triton
+from fmsim.exec.kernels.lang import (
+    after_previous,
+    cdiv,
+    next_power_of_2,
+    overlapped,
+    runs_compiled,
+    tl,
+    triton,
+)
 
 LINE_BYTES = 128
 
@@ -86,6 +94,7 @@ def copy_rows_triton(
         TILE=tune.tile_words // segment,
         STAGES=tune.stages,
         num_warps=tune.warps,
+        **overlapped(pages),
     )
 
 
@@ -165,6 +174,7 @@ def _copy_rows(
     A tile's moves are read a turn ahead, so that STAGES - 1 tiles of rows are on the way.
     """
     group = tl.arange(0, GROUPS_PADDED)
+    after_previous()
     rows = tl.load(counts + group, mask=group < groups, other=0)
     tiles = tl.cdiv(rows * SEGMENTS, TILE)
     step = tl.num_programs(0)

@@ -12,7 +12,14 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fmsim.exec.kernels.lang import next_power_of_2, runs_compiled, tl, triton
+from fmsim.exec.kernels.lang import (
+    after_previous,
+    next_power_of_2,
+    overlapped,
+    runs_compiled,
+    tl,
+    triton,
+)
 
 
 class Staged(NamedTuple):
@@ -88,6 +95,7 @@ def stage_triton(pages, fetched, first_page, first_stage, blocks, staged) -> Sta
         BLOCK=next_power_of_2(count),
         ALONE=alone,
         num_warps=4,
+        **overlapped(pages),
     )
     return out
 
@@ -113,6 +121,7 @@ def _stage(
     """One program: one request, whose moves take the next free places of the list."""
     b, place = tl.program_id(0).to(tl.int64), tl.arange(0, BLOCK)
     inside = place < count
+    after_previous()
     page = tl.load(pages + b * pages_stride + place, mask=inside, other=-1)
     taken = tl.load(fetched + b * fetched_stride + place, mask=inside, other=0) != 0
     to = tl.load(first_stage + b) + place
