@@ -4,8 +4,10 @@
 
 `whole`: V4-Flash at full width with random weights: `lru`, `lfu` and fallback beside `recency`,
 which moves nothing; the misses' own time, of the same rows copied alone, is taken off. `lsa` at 97
-requests: its slowest step. `nano`: real weights, 1 to 64 requests of unlike lengths: milliseconds
-of a step by device events where the host may run ahead, and of the host alone.
+requests: its slowest step, with what is recalled ahead, and where all of it comes at the decision.
+What the first steps wait for, in which kernels are compiled, is told apart. `nano`: real weights, 1
+to 64 requests of unlike lengths: milliseconds of a step by device events where the host may run
+ahead, and of the host alone.
 """
 
 from __future__ import annotations
@@ -46,6 +48,7 @@ WHOLE: tuple[tuple[dict[str, Any], int], ...] = (
     ({"policy": "recency", "budget": "10%"}, 32),
     ({"policy": "lru"}, 32),
     ({"policy": "lsa", "budget": "10%", "granularity": 64}, 97),
+    ({"policy": "lsa", "budget": "10%", "granularity": 64, "stale": False}, 97),
 )
 NANO: tuple[dict[str, Any], ...] = (
     {"policy": "recency", "budget": "10%"},
@@ -62,8 +65,8 @@ BATCHES = (1, 8, 64)
 TOKENS, SHORTER, STEPS = 4096, 37, 192
 
 
-def whole(path: Path, steps: int, experts: int) -> Iterator[dict[str, Any]]:
-    """Rows of V4-Flash."""
+def whole(path: Path, steps: int, experts: int, batches: Sequence[int]) -> Iterator[dict[str, Any]]:
+    """Rows of V4-Flash, or of them those of some batches."""
     geometry = PRESETS["v4-flash"]
     found = traces.read(path)
     replayer = Replayer(found, memory=ModelMemory(geometry), max_steps=steps)
@@ -71,6 +74,8 @@ def whole(path: Path, steps: int, experts: int) -> Iterator[dict[str, Any]]:
     model, _ = synthetic_model(geometry, DEVICE, model_bytes(geometry, experts), seed=0)
     without: dict[int, float] = {}
     for spec, batch in WHOLE:
+        if batches and batch not in batches:
+            continue
         try:
             run = synthetic_run.run(
                 spec["policy"],
@@ -85,14 +90,23 @@ def whole(path: Path, steps: int, experts: int) -> Iterator[dict[str, Any]]:
         except (FmsimError, torch.OutOfMemoryError) as error:
             yield {"part": "whole", "spec": spec, "batch": batch, "failed": str(error)[:200]}
             continue
-        step_s = np.asarray(run.timeline().step_s)
+        timeline, before = run.timeline(), run.warm_up_steps
+        step_s = np.asarray(timeline.step_s)
+        warm_up_s = run.outcome.recall_wait_s[:before]
         row = {
             "part": "whole",
             "spec": spec,
             "batch": batch,
             "step_p50_ms": float(np.median(step_s)) * 1e3,
             "step_max_ms": float(step_s.max()) * 1e3,
-            "recall_wait_max_ms": float(np.asarray(run.outcome.recall_wait_s).max()) * 1e3,
+            "slowest_step": before + int(step_s.argmax()),
+            "recalled_pages_a_layer": _most_recalled(run),
+            "recall_wait_max_ms": float(timeline.recall_wait_s.max()) * 1e3,
+            "warm_up": {
+                "steps": before,
+                "recall_wait_max_ms": float(warm_up_s.max()) * 1e3,
+                "at_step": int(warm_up_s.argmax()),
+            },
         }
         if spec["policy"] == "recency":
             without[batch] = row["step_p50_ms"]
@@ -100,6 +114,12 @@ def whole(path: Path, steps: int, experts: int) -> Iterator[dict[str, Any]]:
             row |= _over_recency(run, row["step_p50_ms"], without[batch])
         yield row
         torch.cuda.empty_cache()
+
+
+def _most_recalled(run: synthetic_run.SyntheticRun) -> int:
+    """Pages of all requests that a decision after the warm-up recalls, at most."""
+    recalled = run.outcome.ledger.lookahead_loads[run.warm_up_steps :]
+    return int(recalled.max()) * run.batch
 
 
 def _over_recency(run: synthetic_run.SyntheticRun, step_ms: float, base_ms: float) -> dict:
@@ -154,7 +174,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--part", action="append", choices=("whole", "nano"))
     parser.add_argument("--trace", type=Path, default=Path("traces/nano-32k-needles.safetensors"))
-    parser.add_argument("--batch", type=int, action="append", help="of nano, only this one")
+    parser.add_argument("--batch", type=int, action="append", help="only this one")
     parser.add_argument("--steps", type=int, default=160)
     parser.add_argument("--experts", type=int, default=16, help="a layer")
     parser.add_argument("--seconds", type=float, default=600, help="start no row after so many")
@@ -176,7 +196,7 @@ def main() -> None:
         rows = (
             nano(given.batch or BATCHES)
             if part == "nano"
-            else whole(given.trace, given.steps, given.experts)
+            else whole(given.trace, given.steps, given.experts, given.batch or ())
         )
         for row in rows:
             row["at_s"] = time.monotonic() - start_s
