@@ -21,7 +21,7 @@ from fmsim.hw.spec import Hardware
 from fmsim.replay.ledger import Ledger
 from fmsim.sim.engine_cost import EngineCosts
 from fmsim.sim.footprint import Footprint, footprint
-from fmsim.sim.step_cost import memory_indexer_s, step_costs
+from fmsim.sim.step_cost import StepModel, memory_indexer_s
 from fmsim.sim.timeline import SimulatedTimeline, Transfer
 from fmsim.sim.transfer_cost import GatherCurve
 
@@ -101,7 +101,8 @@ class _Decode:
         page_bytes = self.row_bytes * on_gpu
         self.recall_bytes = recalls.sum(axis=1) * page_bytes
         self.write_back_bytes = self._write_back(ledger.tau, geometry, place, on_gpu)
-        costs = step_costs(memory.hw, geometry, batch, place.tokens, place.scored_entries)
+        steps = StepModel(memory.hw, geometry)
+        costs = steps.equal(batch, place.tokens, place.scored_entries)
         indexer_s = on_gpu * memory_indexer_s(memory.hw, geometry, ledger.scored)
         # recalled bytes take their part of HBM bandwidth
         arriving_bytes = self.demand_bytes.sum(axis=1) + self.recall_bytes
@@ -119,7 +120,14 @@ class _Decode:
         table = None if memory.hw.kernel_tables else calibrated_table(memory.hw, geometry)
         if table is not None and table.engine is not None:
             engine = EngineCosts(
-                table.engine, ledger, geometry, place, self.gather, on_gpu, one_text
+                table.engine,
+                ledger,
+                geometry,
+                place,
+                self.gather,
+                on_gpu,
+                one_text,
+                steps.before_selecting_s(batch),
             )
             # what came goes from spare pages to its slots
             settled_s = 2 * arriving_bytes / memory.hw.hbm_bytes_per_s.value

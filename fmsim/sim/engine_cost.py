@@ -30,7 +30,9 @@ class EngineCosts:
 
     With ``one_text`` they read the same rows of one mirror. What a decision recalls late crosses
     the link once then, and the other requests find it in the GPU's L2. A layer's misses take as
-    long as rows of each request's own (benchmarks/results/blind-rows.md).
+    long as rows of each request's own (benchmarks/results/blind-rows.md). ``before_s`` is what the
+    layers take that come before the first that selects: where misses are loaded, the bookkeeping
+    runs beside these.
     """
 
     def __init__(
@@ -42,6 +44,7 @@ class EngineCosts:
         gather: GatherCurve,
         batch: float,
         one_text: bool = False,
+        before_s: float = 0.0,
     ) -> None:
         self.times = times
         self.ledger = ledger
@@ -54,20 +57,21 @@ class EngineCosts:
         self.granularity = ledger.granularity
         self.n_pages = -(-int(geometry.csa_entries(place.tokens)[-1]) // ledger.granularity)
         self.loads = ledger.miss_slots > 0
+        self.hidden_ms = 1e3 * before_s if self.loads else 0.0
 
     def step_s(self) -> Floats:
         """[T]: all but misses and recalls."""
         bookkeeping = self.times.steps[self._kind()]
         movable = self.ledger.miss_slots or self.ledger.topk
-        plain_ms = self._work_ms(bookkeeping.plain, movable)
-        ms = np.full(self.ledger.n_steps, plain_ms + self._in_graph_ms())
+        ms = np.full(self.ledger.n_steps, self._work_ms(bookkeeping.plain, movable))
         ms[self._begins()] += self._work_ms(bookkeeping.closing, movable)
-        closing_ms = Curve.of(self.times.closing_batch_ms).one(self.batch)
-        ms[self._closes()] += self.geometry.n_csa * closing_ms
         cadence = self.ledger.cadence
         if cadence > 1:
             kind = "ahead" if self.ledger.decides_ahead else "decided"
             ms[cadence::cadence] += self._decision_ms(self.times.steps[kind])
+        ms = np.maximum(ms - self.hidden_ms, 0.0) + self._in_graph_ms()
+        closing_ms = Curve.of(self.times.closing_batch_ms).one(self.batch)
+        ms[self._closes()] += self.geometry.n_csa * closing_ms
         return np.asarray(ms / 1e3)
 
     def miss_s(self) -> Floats:

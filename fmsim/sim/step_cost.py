@@ -105,6 +105,15 @@ class StepModel:
         rest_ms = self._rest_ms(ranked, batch) + self.geometry.n_hca * hca_ms
         return StepCosts(csa_s=csa_ms / 1e3, rest_s=rest_ms / 1e3)
 
+    def before_selecting_s(self, batch: int) -> float:
+        """Of the layers before the first that selects, their attention that of an empty context."""
+        kinds = [layer.kind for layer in self.geometry.layers]
+        ranked, found = self.hw.placed.ranked(batch), self.modules
+        head_and_one_ms = found.draft_ms(ranked, batch)
+        layer_ms = (found.rest_ms(ranked, batch) - head_and_one_ms) / (len(kinds) - 1)
+        layer_ms += float(found.hca.of_batch(ranked)[0])
+        return kinds.index("sparse") * layer_ms / 1e3
+
     def _rest_ms(self, ranked: int, batch: int) -> float:
         """What does not depend on contexts."""
         if (ranked, batch) not in self._rest:

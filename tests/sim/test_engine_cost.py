@@ -12,7 +12,7 @@ from fmsim.hw.spec import STEP_KINDS, Bookkeeping, EngineTimes, StepWork
 from fmsim.sim.decode import simulate
 from fmsim.sim.engine_cost import LATE_LAUNCHES, EngineCosts
 from fmsim.sim.footprint import footprint
-from fmsim.sim.step_cost import step_costs
+from fmsim.sim.step_cost import StepModel, step_costs
 from fmsim.sim.transfer_cost import GatherCurve
 
 GATHER = GatherCurve(H100.link)
@@ -88,6 +88,32 @@ def test_misses_are_loaded_at_a_price_even_where_there_are_none():
     assert np.count_nonzero(waits) == 21
     fallback = replace(missing, on_miss="fallback")
     assert costs(fallback, batch=2).step_s() == pytest.approx(found.step_s() + 1e-3)
+
+
+def test_bookkeeping_of_misses_runs_beside_the_layers_before_the_first_that_selects():
+    """Of 4 ms, and 104 where a page begins, what two layers leave; who loads nothing waits for all
+    of it.
+    """
+    missing = ledger(on_miss="fetch", cadence=1, miss_slots=512, written=loads(128, s3=1))
+    held = replace(missing, miss_slots=0, on_miss="mask")
+    place = footprint(missing, FLASH)
+    for given, before_ms, hidden_ms in ((missing, 3.0, (3.0, 3.0)), (missing, 9.0, (4.0, 9.0))):
+        alone, beside = (
+            EngineCosts(engine_times(), given, FLASH, place, GATHER, 1, before_s=s).step_s()
+            for s in (0.0, before_ms / 1e3)
+        )
+        less_s = np.full(128, hidden_ms[0] / 1e3)
+        less_s[3] = hidden_ms[1] / 1e3
+        assert alone - beside == pytest.approx(less_s)
+        kept = EngineCosts(engine_times(), held, FLASH, place, GATHER, 1, before_s=before_ms / 1e3)
+        assert (kept.step_s() == costs(held).step_s()).all()
+
+
+def test_the_layers_before_the_first_that_selects():
+    """Two windows of V4-Flash, each with hyper-connections, router and experts."""
+    layer_ms = (0.05 + 0.024 + 0.006 + 0.03) * (1 + 1 / 64)
+    expected_s = 2 * layer_ms * H100.kernel_factor.value / 1e3
+    assert StepModel(hardware(), FLASH).before_selecting_s(1) == pytest.approx(expected_s)
 
 
 def test_more_misses_than_were_timed_are_gathers_beyond():

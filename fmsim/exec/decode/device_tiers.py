@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
 
+from fmsim.exec.decode.decode_attention import SideStream
 from fmsim.exec.decode.keeper import Keeper
 from fmsim.exec.kv.home import Requests, part_of
 from fmsim.exec.kv.paired import PairedTiers
@@ -116,8 +118,8 @@ class SharedTiers:
 
     The loop knows them as one request. With `copies` no model writes the entries that close, so
     they are copied from the mirror, which has their bytes. `changed` is set when a page may have
-    got or lost a slot. Where misses are loaded, a GPU computes a step on the `model_stream`, beside
-    the bookkeeping.
+    got or lost a slot. Where misses are loaded, a GPU computes a step on the `model_stream`, and
+    the bookkeeping goes `beside_model`.
     """
 
     def __init__(self, tiers: PairedTiers, tables: StepTables, copies: bool) -> None:
@@ -126,7 +128,22 @@ class SharedTiers:
         self.copies = copies
         self.changed = True
         device = tiers.entries.device
-        self.model_stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+        aside = tables.stages and not copies and device.type == "cuda"
+        self.model_stream = torch.cuda.current_stream(device) if aside else None
+
+    @contextmanager
+    def beside_model(self) -> Iterator[None]:
+        """What is launched within runs beside what is launched on the `model_stream`. It is little
+        and waited for soon, so it goes first.
+        """
+        if self.model_stream is None:
+            yield
+            return
+        stream = torch.cuda.Stream(self.model_stream.device, priority=SideStream.APPEND.value)
+        stream.wait_stream(self.model_stream)
+        with torch.cuda.stream(stream):
+            yield
+        self.model_stream.wait_stream(stream)
 
     def ahead_pages(self, request: int) -> int:
         return max(self.tiers.entries.sizes[0].ahead)

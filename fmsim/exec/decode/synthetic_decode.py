@@ -26,6 +26,7 @@ from fmsim.exec.kernels.top_k import top_k as best
 from fmsim.exec.kv.home import Home
 from fmsim.exec.measure.kernel_cases import fill_entries
 from fmsim.exec.model.attention import Attention
+from fmsim.exec.model.cache import Attend
 from fmsim.exec.model.deepseek_v4 import DeepseekV4
 from fmsim.geometry.memory_indexer import PUBLISHED_HEADS
 
@@ -130,6 +131,10 @@ class SyntheticStep:
         )  # of the trace's layers: what this step attends to
         pagers = [TracePager(self, layer) for layer in range(decode.geometry.n_csa)]
         self.attends = decode_attentions(model, batch, self.longest, latent, self.key, pagers)
+        # the first CSA layer waits for what is shown
+        first = next(n for n, attend in enumerate(self.attends) if attend.pager is not None)
+        self._attend_shown: list[Attend] = list(self.attends)
+        self._attend_shown[first] = self._when_shown(self.attends[first])
         self._fill(latent, seed)
         self._tokens = torch.zeros(batch, dtype=torch.int64, device=device)
         self._positions = torch.full((batch,), self.first_token, dtype=torch.int32, device=device)
@@ -150,13 +155,13 @@ class SyntheticStep:
     def prepare(self, step: int) -> None:
         """What the trace selected in the step, where it is here or will be loaded."""
         self.given.copy_(self._there(self._selected[step])[:, None])
-        self._positions.fill_(self.first_token + step)
         self._step = step
 
     @torch.inference_mode()
     def compute(self) -> None:
         """All layers, in which nobody looks at the residency."""
         params = self.decode.policy.params
+        self._positions.fill_(self.first_token + self._step)
         if (
             params.cadence > 1
             and self._step % params.cadence == 0
@@ -184,8 +189,15 @@ class SyntheticStep:
         )
 
     def _compute(self) -> None:
-        self.logits.copy_(self.model.decode(self._tokens, self._positions, self.attends))
+        self.logits.copy_(self.model.decode(self._tokens, self._positions, self._attend_shown))
         self._tokens.copy_(self.logits.argmax(-1))
+
+    def _when_shown(self, attend: Attend) -> Attend:
+        def attended(x: Tensor, positions: Tensor) -> Tensor:
+            self.decode.wait_until_shown()
+            return attend(x, positions)
+
+        return attended
 
     def _there(self, ids: Tensor) -> Tensor:
         """Of entries int32 [L, K] those whose page is resident, or fetched in this step, and -1 for

@@ -10,6 +10,7 @@ the same moves run beside, and within, whole decode steps.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -53,7 +54,9 @@ class BesideStep(Protocol):
         """Read what the step needs of the residency."""
 
     def compute(self) -> None:
-        """The rest, in which nobody looks at the residency."""
+        """The rest, in which nobody looks at the residency. This step's tables, and what was
+        prepared, are read behind `TraceDrivenDecode.wait_until_shown`.
+        """
 
 
 class TraceDrivenDecode:
@@ -118,6 +121,8 @@ class TraceDrivenDecode:
         self.allocator.leave_out(self.lists_bytes)
         self.tables = StepTables(self.tiers, ctx.n_groups, ctx.n_pages, batch)
         self.stages = self.tables.stages
+        # a step that loads its misses was told where its pages are
+        self._shown = self.tiers.entries.beside.event() if self.stages else None
         # by layer, [B, P + 1]
         self.blocks = [self.tables.blocks(layer, group) for layer, group in enumerate(self._groups)]
         # of this step [G, n], and which are loaded for it
@@ -144,14 +149,16 @@ class TraceDrivenDecode:
             self.policy.prepare(range(cadence, self.replayer.n_steps, cadence))
         tiers = SharedTiers(self.tiers, self.tables, copies=work is None)
         source = _StepSource(self, self.source, tiers, work)
+        self.clock.stream = tiers.model_stream
         loop = DecodeLoop([self.source.book], source, tiers, self.clock)
         slots: list[np.ndarray] = []
-        for step in range(self.replayer.n_steps):
-            loop.advance()
-            if self.watch:
-                slots.append(self.manager.residency.slots.cpu().numpy().copy())
-                self._compare(step, source.shown)
-            progress(1)
+        with tiers.beside_model():
+            for step in range(self.replayer.n_steps):
+                loop.advance()
+                if self.watch:
+                    slots.append(self.manager.residency.slots.cpu().numpy().copy())
+                    self._compare(step, source.shown)
+                progress(1)
         step_s, _, recall_wait_s, _ = self.clock.figures()
         return TraceDrivenRun(
             ledger=self.source.ledger(self.replayer),
@@ -186,6 +193,14 @@ class TraceDrivenDecode:
         group = self.group(layer)
         pages, fetched = (of[group].expand(self.batch, -1) for of in (self.pages, self.fetched))
         self.tiers.entries.stage(layer, pages, fetched, self.blocks[layer])
+
+    def show(self) -> None:
+        """What was launched so far is what `wait_until_shown` waits for."""
+        self.tiers.entries.beside.record(self._shown)
+
+    def wait_until_shown(self) -> None:
+        """What comes after in a step's computation may read this step's tables."""
+        self.tiers.entries.beside.wait(self._shown)
 
     def attended_to(self, pages: Tensor) -> list[tuple[Tensor, Tensor]]:
         """Of pages [G, n] (-1 = none), by cache: where they lie in its mirror, and the bytes that a
@@ -302,16 +317,13 @@ class _StepSource:
         return [None if decode.manager.passive else served]
 
     def _compute_beside(self, work: BesideStep) -> None:
-        """The model beside the bookkeeping, whose misses are known already: `SharedTiers.settle`
-        waits for it. On a GPU, where there are misses.
+        """The model, on a GPU beside the bookkeeping where there are misses, which are known
+        already. Its first layers need nothing of that; the others wait until it is shown.
+        `SharedTiers.settle` waits for the model.
         """
-        decode = self.decode
-        if not decode.stages or decode.device.type != "cuda":
-            work.compute()
-            return
-        beside = self.tiers.model_stream
-        beside.wait_stream(torch.cuda.current_stream(decode.device))
-        with torch.cuda.stream(beside):
+        self.decode.show()
+        stream = self.tiers.model_stream
+        with nullcontext() if stream is None else torch.cuda.stream(stream):
             work.compute()
 
     def _show_residents(self, step: int) -> None:

@@ -16,10 +16,13 @@ from torch import Tensor
 class StepClock:
     """Of each step: how long it took, how long of that recalls and misses, and the bytes moved by
     its end.
+
+    On a GPU a step is what its `stream` does, the current one unless it is set.
     """
 
     def __init__(self, device: torch.device):
         self.device, self.on_gpu = device, device.type == "cuda"
+        self.stream: torch.cuda.Stream | None = None
         self._steps: list[tuple] = []  # marks of start, recalled, end
         self._moved: list[Tensor] = []
         self._stalls_s: list[float] = []
@@ -71,7 +74,7 @@ class StepClock:
         if not self.on_gpu:
             return time.perf_counter()
         event = torch.cuda.Event(enable_timing=True)
-        event.record()
+        event.record(self.stream or torch.cuda.current_stream(self.device))
         return event
 
     def _between(self, start, end) -> float:

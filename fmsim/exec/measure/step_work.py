@@ -196,10 +196,12 @@ def _timed(kind: str, geometry: Geometry, device: str, sizes: Sizes, size: StepS
 
 
 class _Idle(SyntheticStep):
-    """What `SyntheticStep` does around its graph, and a pause in that one's place."""
+    """What `SyntheticStep` does around its graph, and a pause in that one's place. The pause waits
+    for the bookkeeping, all of which so takes its own time.
+    """
 
     def __init__(
-        self, decode: TraceDrivenDecode, layer_map: tuple[int, ...], forward: Callable[[], None]
+        self, decode: TraceDrivenDecode, layer_map: tuple[int, ...], pause: Callable[[], None]
     ) -> None:
         self.decode = decode
         self.layer_map = layer_map
@@ -211,7 +213,11 @@ class _Idle(SyntheticStep):
         )
         self._positions = torch.zeros(decode.batch, dtype=torch.int32, device=decode.device)
         self._indexer = ()  # scores nothing: what a memory indexer takes is priced apart
-        self._forward = forward
+        self._pause = pause
+
+    def _forward(self) -> None:
+        self.decode.wait_until_shown()
+        self._pause()
 
 
 class _Pause:

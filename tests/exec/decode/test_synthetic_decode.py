@@ -18,6 +18,7 @@ from small_flash import small_flash
 
 from fmsim.errors import FmsimError
 from fmsim.exec.decode import trace_driven
+from fmsim.exec.decode.synthetic_decode import SyntheticStep
 from fmsim.exec.model.weights.synthetic import model_bytes, synthetic_model
 from fmsim.exec.runs import synthetic as synthetic_run
 from fmsim.geometry import CSA, HCA, PRESETS, SLIDING
@@ -119,6 +120,51 @@ def test_a_lookahead_policy_keeps_the_keys_of_what_its_indexer_scores(
     predicted = allocation(ledger, SMALL).total
     assert found.decode.spare_bytes == allocation(ledger, SMALL).spare
     assert 0 <= found.gpu_bytes - predicted <= 64 * 584 + granularity * 132
+
+
+def test_layers_before_the_first_csa_layer_read_nothing_that_is_shown_later(monkeypatch):
+    """On a GPU they compute while tables are written: spoiled until they are waited for, these
+    change no logits.
+    """
+    replayer = Replayer(make_trace(prompt_tokens=800, n_steps=4))
+    model, _ = synthetic_model(SMALL, "cpu", model_bytes(SMALL, 8), 0)
+    compute, wait = SyntheticStep.compute, trace_driven.TraceDrivenDecode.wait_until_shown
+    found = []
+
+    def spoiled(step):
+        decode = step.decode
+        shown = [step.given, decode.pages, decode.fetched, decode.tables.rows]
+        step.kept = [(part, part.clone()) for part in shown]
+        for part in shown:
+            part.zero_()
+        decode.restore = lambda: [part.copy_(right) for part, right in step.kept]
+        noted(step)
+
+    def noted(step):
+        compute(step)
+        found[-1].append(step.logits.clone())
+
+    def restored(decode):
+        wait(decode)
+        decode.restore()
+
+    for computed in (noted, spoiled):
+        found.append([])
+        monkeypatch.setattr(SyntheticStep, "compute", computed)
+        synthetic_run.run(
+            "it",
+            lambda: registry.build({"policy": "lru", "budget": "40 entries"}),
+            replayer,
+            SMALL,
+            (0, 1, 2),
+            model,
+            "cpu",
+            2,
+        )
+        monkeypatch.setattr(trace_driven.TraceDrivenDecode, "wait_until_shown", restored)
+    expected, given = found
+    assert len(given) == 4 and len(torch.stack(expected).unique(dim=0)) > 1
+    assert torch.equal(torch.stack(given), torch.stack(expected))
 
 
 WRONG = [
