@@ -38,10 +38,11 @@ def copy_rows(
     """``target[g, slots[g, i]] = source[g, pages[g, i]]`` for the first ``counts[g]`` moves of each
     group g (a layer).
 
-    ``source`` uint8 [G, pages, row bytes] and ``target`` uint8 [G, slots, row bytes], contiguous;
-    either may be pinned host memory. ``pages`` and ``slots`` [G, n], int32 or int64, with -1 in
-    either for a move to be left out; ``counts`` int32 [G]; the three on the device. Slots of a
-    group are distinct. ``programs``: how many the copy may take, at most a multiprocessor each.
+    ``source`` uint8 [G, pages, row bytes] and ``target`` uint8 [G, slots, row bytes], a group's
+    contiguous; groups may share one (`Tensor.expand`). Either may be pinned host memory. ``pages``
+    and ``slots`` [G, n], int32 or int64, with -1 in either for a move to be left out; ``counts``
+    int32 [G]; the three on the device. Slots of a target are distinct. ``programs``: how many the
+    copy may take, at most a multiprocessor each.
     """
     if runs_compiled(pages):
         copy_rows_triton(
@@ -61,29 +62,30 @@ def copy_rows_reference(source, target, pages, slots, counts) -> None:
         page, slot = pages[group, :count].long(), slots[group, :count].long()
         moved = (page >= 0) & (slot >= 0)
         rows = source[group, page[moved].to(source.device)]
-        target[group, slot[moved].to(target.device)] = rows.to(target.device)
+        target[group][slot[moved].to(target.device)] = rows.to(target.device)
 
 
 def copy_rows_triton(
     source, target, pages, slots, counts, tune: tuning.GatherTuning | None = None
 ) -> None:
     tune = tune or tuning.GATHER
-    groups, source_rows, row_bytes = source.shape
+    groups, _, row_bytes = source.shape
     word = torch.int32 if row_bytes % 8 else torch.int64
     row_words, line_words = row_bytes // word.itemsize, LINE_BYTES // word.itemsize
     # of a row from the start of its first line
     reach = row_words + (line_words - 1 if row_words % line_words else 0)
     segment = min(tune.segment_words, max(next_power_of_2(reach), line_words))
+    source, target = source.view(word), target.view(word)
     _copy_rows[(tune.programs,)](
-        source.view(word),
-        target.view(word),
+        source,
+        target,
         pages,
         slots,
         counts,
         groups,
         pages.shape[1],
-        source_rows * row_words,
-        target.shape[1] * row_words,
+        source.stride(0),
+        target.stride(0),
         pages.stride(0),
         slots.stride(0),
         ROW_WORDS=row_words,

@@ -1,7 +1,7 @@
-"""What a layer's misses become in one launch: the list of rows to copy into spare pages, and the
-block table that finds them there.
+"""What a layer's misses become in one launch: lists of rows to copy into spare pages, and the block
+table that finds them there.
 
-The list has misses alone. A copy that went through all pages that a step selects, most of which
+The lists have misses alone. A copy that went through all pages that a step selects, most of which
 are here, would take longer than the misses.
 """
 
@@ -23,14 +23,14 @@ from fmsim.exec.kernels.lang import (
 
 
 class Staged(NamedTuple):
-    """Moves for `gather.copy_rows` in one group: ``pages`` of the mirror and ``to`` pages of the
-    pool, int32 [1, B x n]; ``count`` int32 [1], how many of them there are. What is behind means
-    nothing, and requests come in any order.
+    """Moves for `gather.copy_rows`, a request's as a group: ``pages`` of the mirror and ``to``
+    pages of the pool, int32 [B, n]; ``counts`` int32 [B], how many of them there are. What is
+    behind means nothing.
     """
 
     pages: Tensor
     to: Tensor
-    count: Tensor
+    counts: Tensor
 
 
 def stage(
@@ -59,23 +59,19 @@ def stage_reference(pages, fetched, first_page, first_stage, blocks, staged) -> 
     blocks.scatter_(1, torch.where(fetched, pages, blocks.shape[1] - 1), to.int())
     blocks[:, -1] = -1
     moves = (torch.where(fetched, pages + first_page[:, None], -1), to)
-    to_front = torch.argsort(~fetched.flatten(), stable=True)
+    to_front = torch.argsort(~fetched, dim=1, stable=True)
     return Staged(
-        *(part.flatten()[to_front][None].int() for part in moves),
-        fetched.sum(dtype=torch.int32)[None],
+        *(part.gather(1, to_front).int() for part in moves), fetched.sum(1, dtype=torch.int32)
     )
 
 
 def stage_triton(pages, fetched, first_page, first_stage, blocks, staged) -> Staged:
     batch, count = pages.shape
-    alone = batch == 1
     out = Staged(
         *(
-            torch.empty(1, size, dtype=torch.int32, device=pages.device)
-            for size in (batch * count, batch * count)
-        ),
-        # several requests add up; one writes its number
-        (staged.new_empty if alone else staged.new_zeros)(1, dtype=torch.int32),
+            torch.empty(shape, dtype=torch.int32, device=pages.device)
+            for shape in (pages.shape, pages.shape, (batch,))
+        )
     )
     assert pages.stride(1) == fetched.stride(1) == blocks.stride(1) == 1, (
         "a request's pages lie side by side"
@@ -93,7 +89,6 @@ def stage_triton(pages, fetched, first_page, first_stage, blocks, staged) -> Sta
         fetched.stride(0),
         blocks.stride(0),
         BLOCK=next_power_of_2(count),
-        ALONE=alone,
         num_warps=4,
         **overlapped(pages),
     )
@@ -110,15 +105,14 @@ def _stage(
     staged,
     pages_out,
     to_out,
-    count_out,
+    counts_out,
     count,
     pages_stride,
     fetched_stride,
     blocks_stride,
     BLOCK: tl.constexpr,
-    ALONE: tl.constexpr,
 ):
-    """One program: one request, whose moves take the next free places of the list."""
+    """One program: one request."""
     b, place = tl.program_id(0).to(tl.int64), tl.arange(0, BLOCK)
     inside = place < count
     after_previous()
@@ -127,12 +121,9 @@ def _stage(
     to = tl.load(first_stage + b) + place
     rank = tl.cumsum(taken.to(tl.int32), 0) - 1
     moves = tl.sum(taken.to(tl.int32), 0)
-    if ALONE:
-        tl.store(count_out, moves)
-    else:
-        rank += tl.atomic_add(count_out, moves)
+    tl.store(counts_out + b, moves)
     source = page + tl.load(first_page + b)
-    tl.store(pages_out + rank, source.to(tl.int32), mask=taken)
-    tl.store(to_out + rank, to.to(tl.int32), mask=taken)
+    tl.store(pages_out + b * count + rank, source.to(tl.int32), mask=taken)
+    tl.store(to_out + b * count + rank, to.to(tl.int32), mask=taken)
     tl.store(blocks + b * blocks_stride + page, to.to(tl.int32), mask=taken)
     tl.atomic_add(staged, moves.to(tl.int64))

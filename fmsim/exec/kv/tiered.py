@@ -299,7 +299,10 @@ class TieredCache:
             blocks,
             self.staged_pages,
         )
-        copy_rows(self.mirror[layer : layer + 1], self.pool[layer][None], *moves)
+        of_requests = (
+            rows.expand(len(pages), -1, -1) for rows in (self.mirror[layer], self.pool[layer])
+        )
+        copy_rows(*of_requests, *moves)
 
     def settle(
         self,

@@ -20,26 +20,32 @@ from fmsim.exec.kernels.tuning import GatherTuning
     padding=st.sampled_from([0.0, 0.3, 1.0]),
     ids=st.sampled_from([torch.int32, torch.int64]),
     programs=st.integers(1, 5),
+    shared=st.booleans(),
 )
 def test_the_kernel_is_the_reference(
-    device, seed, groups, row_bytes, moves, padding, ids, programs
+    device, seed, groups, row_bytes, moves, padding, ids, programs, shared
 ):
+    """Groups with memories of their own, or that share one."""
     generator = torch.Generator().manual_seed(seed)
-    source = torch.randint(0, 256, (groups, 50, row_bytes), dtype=torch.uint8, generator=generator)
-    target = torch.randint(0, 256, (groups, 45, row_bytes), dtype=torch.uint8, generator=generator)
+    memories = 1 if shared else groups
+    source, target = (
+        torch.randint(0, 256, (memories, rows, row_bytes), dtype=torch.uint8, generator=generator)
+        for rows in (50, 125)
+    )
     pages = torch.randint(0, 50, (groups, moves), generator=generator)
-    slots = torch.stack([torch.randperm(45, generator=generator)[:moves] for _ in range(groups)])
+    slots = torch.randperm(125, generator=generator)[: groups * moves].view(groups, moves)
     for part in (pages, slots):
         part.masked_fill_(torch.rand(part.shape, generator=generator) < padding / 2, -1)
     counts = torch.randint(0, moves + 1, (groups,), generator=generator).to(torch.int32)
     lists = [part.to(ids).to(device) for part in (pages, slots)] + [counts.to(device)]
     expected = target.clone()
-    copy_rows_reference(source, expected, *lists)
+    every = lambda rows: rows.expand(groups, -1, -1)
+    copy_rows_reference(every(source), every(expected), *lists)
     if device == "cuda":  # recall: the source stays in host memory
         source, target = source.pin_memory(), target.to(device)
     copy_rows_triton(
-        source,
-        target,
+        every(source),
+        every(target),
         *lists,
         tune=GatherTuning(segment_words=64, tile_words=256, programs=programs),
     )
