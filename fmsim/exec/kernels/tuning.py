@@ -186,7 +186,7 @@ FLOAT32_ROWS = 32  # of a block: they take twice the shared memory
 # to 7%
 PROGRAMS_BESIDE = 4
 LATE_LAUNCHES = 6  # of what a decision recalls late: as many times layers may go on before its end
-PROGRAMS_WITHIN = 264  # of a copy within the GPU, which nothing runs beside
+PROGRAMS_WITHIN = 264  # of a copy within the GPU, which is over soon
 # at a time; beyond, one grouped product over all experts is a prompt's way, unless they are float8
 MOST_EXPERT_TOKENS = 256
 MANY_EXPERT_TOKENS = 32  # from here on many experts have more than 16 tokens
