@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import json
 import lzma
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +19,7 @@ TEXT_FILE = Path(__file__).with_name("question_text.json.xz")  # fmsim 0.1.0's s
 TEXT = "fmsim 0.1.0's source (MIT), with facts woven in"
 
 
+@cache
 def haystack() -> Corpus:
     """The pinned text: real, always at hand, and the same in every version.
 
