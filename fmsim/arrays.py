@@ -9,7 +9,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from array_api_compat import array_namespace, is_numpy_array
+import array_api_compat
+import array_api_compat.numpy as numpy_namespace
+import numpy as np
 
 Array = Any
 
@@ -17,6 +19,15 @@ PAGE_BITS = 24  # 16.7 million pages a request
 WORTH_BITS = 37  # a float32 takes 32; policies that count may use all
 MAX_PAGES = 2**PAGE_BITS
 PROTECTED = 2**62  # above every key: a page that must stay
+
+
+def is_numpy_array(array: Array) -> bool:
+    return isinstance(array, np.ndarray)
+
+
+def array_namespace(array: Array) -> Any:
+    """That of array_api_compat, which asks several libraries first: most arrays are numpy's."""
+    return numpy_namespace if is_numpy_array(array) else array_api_compat.array_namespace(array)
 
 
 def offsets(table: Array, xp: Any) -> Array:

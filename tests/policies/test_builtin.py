@@ -16,7 +16,7 @@ from fmsim.policies import registry
 from fmsim.policies.base import Policy
 from fmsim.policies.budget import Budget
 from fmsim.replay.replayer import Replayer
-from fmsim.testing import check_policy
+from fmsim.testing import check_policy, sample_trace
 
 NAMES = list(registry.OWN)
 SCORED = (
@@ -185,7 +185,7 @@ def test_conformance_with_a_history_from_the_prompt(name):
 @pytest.mark.parametrize("name", ["fifo", "random-fetch", "clock", "sieve", "s3fifo", "hisparse"])
 @pytest.mark.parametrize("budget", ["1 entry", "5 entries", "200 entries", "402 entries"])
 def test_conformance_at_extreme_budgets(name, budget):
-    check_policy(registry.get(name)(budget=budget))
+    check_policy(registry.get(name)(budget=budget), sample_trace(n_steps=20))
 
 
 # budgets

@@ -439,5 +439,7 @@ def test_checks_have_names_that_differ():
 
 def test_a_trace_of_ones_own_is_replayed():
     trace = sample_trace(prompt_tokens=800, n_steps=200, n_layers=1)
-    check_policy(Good, trace)
+    for check in policy_checks(Good, trace):
+        if str(check).endswith(": as it is"):
+            check()
     assert fmsim.check_policy is check_policy
