@@ -13,7 +13,6 @@ from transformers import DeepseekV4Config
 from fmsim.exec.model.norm_rope import rms_normalise
 
 
-@torch.compiler.disable  # the compiler unrolls the loop into one expression, which takes it minutes
 def sinkhorn(mix: Tensor, iterations: int, eps: float) -> Tensor:
     """Positive matrices [..., R, R] made doubly stochastic: columns, then rows, in turn."""
     mix = mix / (mix.sum(-2, keepdim=True) + eps)
