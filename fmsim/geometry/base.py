@@ -115,27 +115,27 @@ class Geometry(ABC):
         sizes = ((one.entry_tokens, one.entry_bytes + one.key_bytes) for one in self._paged)
         return Counter(sizes)
 
-    @property
+    @cached_property
     def n_csa(self) -> int:
         """Layers whose entries can be paged."""
         return len(self._paged)
 
-    @property
+    @cached_property
     def n_selecting(self) -> int:
         """Layers that attend to selected entries, their own or an earlier layer's."""
         return sum(layer.kind == "sparse" for layer in self.layers)
 
-    @property
+    @cached_property
     def n_keyed(self) -> int:
         """Of these, the layers that have index keys of their own."""
         return sum(layer.key_bytes > 0 for layer in self._paged)
 
-    @property
+    @cached_property
     def n_hca(self) -> int:
         """Layers that attend to all their entries."""
         return sum(layer.kind == "dense" for layer in self.layers)
 
-    @property
+    @cached_property
     def n_sliding(self) -> int:
         """Layers that have a sliding window and nothing else."""
         return sum(layer.kind == "window" for layer in self.layers)

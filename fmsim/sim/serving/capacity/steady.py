@@ -73,6 +73,19 @@ class SteadyState:
         return self.demand.recall_bytes_per_step(self.tokens)
 
     @cached_property
+    def _mirror_bytes(self) -> int:
+        return self.demand.pools(self.tokens - self._output, self._output).mirror
+
+    @cached_property
+    def _entries(self) -> tuple[float, float]:
+        """Of one request and layer: what the native indexer scores, and a memory indexer."""
+        demand = self.demand
+        scored: float = self.geometry.csa_entries(self.tokens)
+        if demand.keys_tiered:
+            scored = min(demand.resident.mean() * demand.growth(self.tokens), scored)
+        return scored, demand.indexer_scored.mean() * demand.length_ratio(self.tokens)
+
+    @cached_property
     def _gather(self) -> GatherCurve:
         return GatherCurve(self.engine.link)
 
@@ -93,17 +106,11 @@ class SteadyState:
             stall_s = float(each_s @ weights)
             miss_bytes = float((on_gpu * missed @ layers) @ weights)
         recall_bytes = on_gpu * self._recall_bytes
-        entries = self.geometry.csa_entries(self.tokens)
-        scored = (
-            min(demand.resident.mean() * demand.growth(self.tokens), entries)
-            if demand.keys_tiered
-            else entries
-        )
+        scored, by_indexer = self._entries
         costs = self.model.equal(batch, np.array([self.tokens]), np.array([scored]))
-        by_indexer = on_gpu * demand.indexer_scored.mean() * demand.length_ratio(self.tokens)
         compute_s = float(
             costs.total_s(self.geometry.n_selecting)[0]
-            + memory_indexer_s(self.engine, self.geometry, by_indexer)
+            + memory_indexer_s(self.engine, self.geometry, on_gpu * by_indexer)
         )
         compute_s += (recall_bytes + miss_bytes) / self.engine.hbm_bytes_per_s.value
         link_s = stall_s + recall_bytes / self.engine.link.bandwidth_bytes_per_s.value
@@ -123,7 +130,7 @@ class SteadyState:
         """Reading what of a step's misses and recalls lies on NVMe: the share of the mirrors that
         host memory has no room for, taken to be asked as often as the rest.
         """
-        mirrors = on_gpu * self.demand.pools(self.tokens - self._output, self._output).mirror
+        mirrors = on_gpu * self._mirror_bytes
         share = max(0.0, 1 - self.engine.host_bytes_per_gpu / mirrors) if mirrors else 0.0
         rate = self.engine.nvme_rate_per_gpu
         if not share or not rate:
