@@ -48,48 +48,35 @@ ROOT = Path(__file__).parents[2]
 # What the base install lacks: packages of the extras, and what only they bring.
 ABSENT = ("accelerate", "gguf", "optuna", "pandas", "plotly", "pyarrow", "ray", "tokenizers")
 ABSENT += ("torch", "transformers", "triton")
-BASE = f"""
+BASE = [
+    "run 32k -p full -p h2o -q",
+    "run serve -p full --set workload.duration_s=5 -q",
+    "plan 32k -p full",
+    "compare recency h2o --scenario 32k",
+    f"trace stats {ROOT}/traces/nano-32k-needles.safetensors --steps 70",
+    "model show v3.2",
+    "init mine.yaml",
+    "doctor",
+]
+ALONE = f"""
 import sys
+sys.path.insert(0, {str(ROOT)!r})
 sys.modules |= dict.fromkeys({ABSENT!r})  # an import of None is a ModuleNotFoundError
+import fmsim
 from fmsim.cli import main
-main()
+assert all(getattr(fmsim, name) for name in fmsim.__all__)
+fmsim.check_policy(fmsim.build_policy("lru"))
+for command in {BASE!r}:
+    try:
+        main(command.split())
+    except SystemExit as end:
+        assert not end.code, command
 """
 
 
-@pytest.mark.parametrize(
-    "command",
-    [
-        "run 32k -p full -p h2o",
-        "run serve -p full --set workload.duration_s=5",
-        "plan 32k -p full",
-        "compare recency h2o --scenario 32k",
-        "trace stats {root}/traces/nano-32k-needles.safetensors",
-        "model show v3.2",
-        "init mine.yaml",
-        "doctor",
-    ],
-)
-def test_the_base_install_is_enough(command, tmp_path):
-    words = command.format(root=ROOT).split()
-    code = BASE.replace("import sys", f"import sys; sys.path.insert(0, {str(ROOT)!r})", 1)
+def test_the_base_install_is_enough(tmp_path):
+    """For the Python API and for commands of each kind, one after another in one process."""
     done = subprocess.run(
-        [sys.executable, "-c", code, *words], cwd=tmp_path, capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stderr[-2000:]
-
-
-def test_the_python_api_needs_no_extra(tmp_path):
-    script = "\n".join(
-        [
-            "import sys",
-            f"sys.path.insert(0, {str(ROOT)!r})",
-            f"sys.modules |= dict.fromkeys({ABSENT!r})",
-            "import fmsim",
-            "assert all(getattr(fmsim, name) for name in fmsim.__all__)",
-            "fmsim.check_policy(fmsim.build_policy('lru'))",
-        ]
-    )
-    done = subprocess.run(
-        [sys.executable, "-c", script], cwd=tmp_path, capture_output=True, text=True
+        [sys.executable, "-c", ALONE], cwd=tmp_path, capture_output=True, text=True
     )
     assert done.returncode == 0, done.stderr[-2000:]

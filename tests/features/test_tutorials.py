@@ -1,16 +1,18 @@
 """The marked code blocks of tutorials and how-to pages run, page by page, in an empty folder.
 
 <!-- file: NAME -->   the block below is that file
-<!-- runs -->         the block below is run by bash, and must end with 0
+<!-- runs -->         the block below is run as bash runs it, and must end with 0
 """
 
 import os
 import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from command import fmsim_here
 
 ROOT = Path(__file__).parents[2]
 PAGES = [
@@ -47,9 +49,27 @@ def test_a_mark_stands_right_above_its_block():
         assert len(marks) == len(blocks(page)), page.name
 
 
+def calls(text):
+    """The arguments of each line and the file that it prints into, where all lines call fmsim and
+    nothing else; or None.
+    """
+    found = []
+    for line in text.replace("\\\n", " ").splitlines():
+        words = shlex.split(os.path.expandvars(line))
+        into = words.pop() if words[-2:-1] == [">"] else None
+        words = words[:-1] if into else words
+        if words[:1] != ["fmsim"] or {"|", ">", "<", ";", "&", "&&", "||"} & {*words}:
+            return None
+        found.append((words[1:], into))
+    return found
+
+
 @pytest.fixture
-def shell(tmp_path):
-    """Runs a text by bash in an empty folder where `fmsim` and `python` are this checkout's."""
+def shell(tmp_path, monkeypatch):
+    """Runs a text in an empty folder where `fmsim` and `python` are this checkout's: by bash, or
+    without new processes where it only calls fmsim, whose start takes a second.
+    """
+    monkeypatch.setenv("TRACES", str(ROOT / "traces"))
     programs = tmp_path / "bin"
     programs.mkdir()
     for name, does in (("fmsim", '-c "from fmsim.cli import main; main()"'), ("python", "")):
@@ -61,11 +81,18 @@ def shell(tmp_path):
     known = os.environ | {
         "PATH": f"{programs}{os.pathsep}{os.environ['PATH']}",
         "PYTHONPATH": os.pathsep.join([str(ROOT), str(work)]),
-        "TRACES": str(ROOT / "traces"),
         "COLUMNS": "80",
     }
 
     def run(text):
+        for arguments, into in calls(text) or []:
+            done = fmsim_here(*arguments, folder=work)
+            if into:
+                (work / into).write_text(done.stdout, encoding="utf-8")
+            if done.returncode:
+                return done
+        if calls(text) is not None:
+            return subprocess.CompletedProcess(text, 0, "", "")
         return subprocess.run(
             ["bash", "-euo", "pipefail", "-c", text],
             cwd=work,
