@@ -1,5 +1,6 @@
 """What a replay tells a policy, and where it ends, worked by hand."""
 
+import pytest
 from hand_trace import HandTrace, stream
 from made_trace import make_trace
 
@@ -39,6 +40,24 @@ def test_recency_keeps_the_newest_to_the_entry():
     trace = HandTrace([[[0, 5, 6, 7]]], prompt_entries=8)
     ledger = Replayer(trace).run(registry.build({"policy": "recency", "budget": "3 entries"}))
     assert (ledger.hit.tolist(), ledger.resident.tolist()) == ([[3]], [[3]])
+
+
+def test_sets_at_the_starts_of_windows_are_compared_with_the_one_before():
+    """Two slots, windows of two steps: 6 and 7; then 0 and 7; then 0 and 1. One of three is common
+    each time, and none of the first and the last.
+    """
+    trace = HandTrace([[[0]], [[0]], [[1]], [[0]], [[0]]], prompt_entries=8, tau=2)
+    ledger = Replayer(trace).run(registry.build("lru:budget=2 entries"))
+    assert ledger.set_overlap.tolist() == pytest.approx([1 / 3, 1 / 3])
+
+
+def test_where_all_have_slots_all_that_closes_is_kept():
+    """Entries 8 and 9 close at steps 3 and 7; whatever is selected is there, in both layers."""
+    steps = [[[*range(6)], [*range(2, 8)]]] * 4 + [[[0, 1, 8], [7, 8]]] * 4 + [[[1, 9], [8, 9]]]
+    trace = HandTrace(steps, prompt_entries=8, still=False)
+    whole = Replayer(trace).run(registry.build("lru:budget=10 entries"))
+    assert (whole.hit == whole.accessed).all() and whole.demand_loads.sum() == 0
+    assert whole.resident.tolist() == [[8, 8]] * 3 + [[9, 9]] * 4 + [[10, 10]] * 2
 
 
 def test_only_the_first_steps_are_replayed():

@@ -102,6 +102,8 @@ def test_who_masks_is_shown_residents_unless_it_keeps_all_keys(sees, shown):
     policy = Sees(budget="1 entries", on_miss="mask", sees=sees)
     ledger = Replayer(HandTrace([[[1]], [[2]], [[1]]], still=True), cold=True).run(policy)
     assert policy.shown == shown
+    used = policy.used[0, :-1].tolist()  # of what is not shown nothing is learnt
+    assert any(used) == (sees == "all") and used[3:] == [0] * 5
     assert ledger.all_keys is (sees == "all")
 
 
@@ -120,6 +122,28 @@ def test_a_prefetch_comes_before_the_step_and_costs_no_miss():
     assert ledger.hit[:, 0].tolist() == [1, 1, 1]
     assert ledger.lookahead_loads[:, 0].tolist() == [1, 1, 1]
     assert ledger.demand_loads.sum() == 0
+
+
+@pytest.mark.parametrize("asked", [6, 7, 8])
+def test_what_is_there_or_not_visible_yet_is_not_prefetched(asked):
+    """6 and 7, the newest of eight, are there; 8 closes at step 3."""
+
+    class Asks(LRU):
+        name = "asks-for-one"
+
+        def prefetch(self, step):
+            return np.array([[asked]]) if step < 3 else None
+
+    trace = HandTrace([[[7]]] * 4, prompt_entries=8, still=False)
+    ledger = Replayer(trace).run(Asks(budget="2 entries"))
+    assert ledger.lookahead_loads.sum() == ledger.demand_loads.sum() == 0
+    assert ledger.written[:, 0].tolist() == [0, 0, 0, 1]
+
+
+def test_a_masked_page_is_not_attended_to_though_it_is_the_first():
+    trace = HandTrace([[[0, 7]]], masses=[[[0.5, 0.25]]], prompt_entries=8)
+    ledger = Replayer(trace).run(LRU(budget="2 entries", on_miss="mask"))
+    assert (ledger.mass_kept.tolist(), ledger.heaviest_lost.tolist()) == ([[0.25]], [[0.5]])
 
 
 @pytest.mark.parametrize(

@@ -85,6 +85,11 @@ def test_what_a_ledger_does_not_say():
     }
 
 
+def test_a_budget_in_entries_is_the_mean_over_groups():
+    made = ledger(n_groups=3, group_slots=[2, 1, 1], granularity=4)
+    assert made.budget_entries == 5  # 16 entries in three groups
+
+
 def rows_of(frame):
     """A frame's rows as dicts, with pandas or without."""
     return frame.to_dict("records") if hasattr(frame, "to_dict") else frame

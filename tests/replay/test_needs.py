@@ -89,6 +89,16 @@ def test_pages_come_back_by_a_miss_or_a_decision(spec, comes_back):
     assert Replayer(trace).run(registry.build(spec)).comes_back is comes_back
 
 
+def test_layers_that_share_a_set_miss_together():
+    """Two layers of two selected entries each; of three entries not more than three."""
+    trace = HandTrace([[[0, 1], [2, 3]]], prompt_entries=100)
+    for spec, slots in (("lru:budget=9 entries", 2), ("lru:budget=9 entries,scope=shared", 4)):
+        assert Replayer(trace).run(registry.build(spec)).miss_slots == slots
+    short = HandTrace([[[0, 1], [1, 2]]], prompt_entries=3)
+    shared = registry.build("lru:budget=2 entries,scope=shared")
+    assert Replayer(short).run(shared).miss_slots == 3
+
+
 def test_what_a_budget_is_exceeded_by_is_said():
     with pytest.raises(BudgetTooSmall) as found:
         slots("lru:budget=20% gpu")  # 241 B; one slot takes 10 + 40 + 200 + 7

@@ -133,6 +133,7 @@ def test_sessions_draw_turns_of_their_own():
     [
         # 100 s at a rate: so many, and ten standard deviations
         (poisson, {"rate_per_s": 5, "max_requests": 600}, {"rate_per_s": 9}, "about 900 requests"),
+        (poisson, {"max_requests": 600}, {"rate_per_s": 8.6}, "about 860 requests"),
         (poisson, {"max_requests": 600}, {"rate_per_s": 8.4}, "^8.. requests; a run takes at most"),
         (
             poisson,
