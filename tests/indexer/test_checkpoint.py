@@ -123,6 +123,7 @@ def test_a_pt_that_would_inflate_is_refused_by_its_headers(tmp_path):
     tracemalloc.stop()
     with zipfile.ZipFile(tmp_path / "small.pt", "w", zipfile.ZIP_DEFLATED) as archive:
         archive.writestr("small/data/0", b"x")
+        archive.writestr("small/data/1", bytes(4000), zipfile.ZIP_STORED)
     with zipfile.ZipFile(tmp_path / "twins.pt", "w") as archive:
         archive.writestr("twins/data/0", bytes(4000))
         twin = copy(archive.filelist[0])  # a second name for the same bytes

@@ -10,6 +10,7 @@ import torch
 
 from fmsim.errors import FmsimError
 from fmsim.indexer import checkpoint, scorer
+from fmsim.indexer import train as train_module
 from fmsim.indexer.network import MemoryIndexer
 from fmsim.indexer.scorer import ScorerConfig
 from fmsim.indexer.train import (
@@ -257,6 +258,7 @@ def test_infonce_is_the_cross_entropy_over_what_is_listed():
         ({"random_negatives": 0.0, "hard_negatives": 2.0}, [[1, 3], [0, 1, 3]]),
         ({"random_negatives": 0.0, "hard_negatives": 0.0}, [[], []]),
         ({"random_negatives": 9.0, "hard_negatives": 0.0}, [[0, 1, 3], [0, 1, 3]]),
+        ({"random_negatives": 0.0, "hard_negatives": 9.0}, [[0, 1, 3], [0, 1, 3]]),
     ],
 )
 def test_negatives_are_the_highest_of_those_that_are_visible_and_not_golden(given, expected):
@@ -305,9 +307,9 @@ def test_the_threshold_keeps_a_share_of_each_query_on_average():
     for share, logit in ((0.25, 2.0), (0.625, 1.0), (1.0, 0.0), (0.1, 3.0)):
         found = threshold_of_share(model_of(logits), [batch], share)
         assert found == pytest.approx(1 / (1 + math.exp(-logit)))
-    for logit, least, most in ((99.0, 1 - 1e-8, 1 - 1e-10), (-99.0, 1e-10, 1e-8)):
+    for logit, score in ((99.0, 1 - 1e-9), (-99.0, 1e-9)):
         found = threshold_of_share(model_of([[logit] * 4, [logit] * 4]), [batch], 0.5)
-        assert least < found < most  # a score that a policy takes: neither 0 nor 1
+        assert found == score  # that a policy takes: neither 0 nor 1
 
 
 def test_a_loss_weighs_positives_by_their_mass_and_moves_the_focal_border():
@@ -359,6 +361,7 @@ def test_queries_without_positives_are_left_out_and_the_others_split(monkeypatch
         golden,
         golden.astype(np.float32),
     )
+    assert train_module.PRODUCTS_PER_BATCH * 4 == 256 * 2**20  # bytes in float32
     for products, sizes in ((24, [2, 2]), (35, [2, 2]), (36, [3, 1]), (1, [1, 1, 1, 1])):
         monkeypatch.setattr("fmsim.indexer.train.PRODUCTS_PER_BATCH", products)
         found = _batches([windows], CONFIG, 3, "cpu")

@@ -42,6 +42,9 @@ def test_snapkv_averages_three_neighbours_and_keeps_the_window():
     alone = SnapKV(pool=1, window_tokens=5)  # 5 tokens lie in two entries of 4
     alone.reset(context(7, 6, prompt_mass=mass))
     assert worths(alone) == [3, 0, 6, 9, INF, INF, 0]
+    whole = SnapKV(window_tokens=99)
+    whole.reset(context(7, 6, prompt_mass=mass))
+    assert worths(whole) == [INF] * 6 + [0]
 
 
 @pytest.fixture
@@ -255,6 +258,10 @@ def test_budgets_on_the_gpu_are_bytes_of_a_request():
     assert share.entries(**sizes, gpu_entries=77) == 77
     assert Budget.parse("10%").slots(16, **sizes) == 6  # 100 entries fill six pages of 16
     assert Budget.parse("1 entry").slots(16, **sizes) == 1
+    assert Budget.parse(f"{10**15} entries").amount == 1e15
+    for wrong in (f"{10**15 + 1} entries", "0 entries", "0%"):
+        with pytest.raises(ValueError, match="must be above zero, and at most 1e"):
+            Budget.parse(wrong)
 
 
 def lsa(weights, granularity=4, **given):

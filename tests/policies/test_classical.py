@@ -128,6 +128,9 @@ def test_hisparse_starts_with_the_oldest_entries_or_with_none():
     assert hits(trace, spec | {"initial": "empty"}) == [1]
     fits = {"policy": "hisparse", "budget": "12 entries", "initial": "empty"}
     assert hits(trace, fits) == [5]
+    grows = HandTrace([[[*range(12)]]] * 4, prompt_entries=12, still=False)
+    for budget, there in (("12 entries", 12), ("11 entries", 1)):  # the newest has its own slot
+        assert hits(grows, fits | {"budget": budget})[0] == there
 
 
 def test_hisparses_newest_entry_leaves_when_the_next_one_closes():

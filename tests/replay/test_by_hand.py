@@ -57,6 +57,7 @@ def test_where_all_have_slots_all_that_closes_is_kept():
     trace = HandTrace(steps, prompt_entries=8, still=False)
     whole = Replayer(trace).run(registry.build("lru:budget=10 entries"))
     assert (whole.hit == whole.accessed).all() and whole.demand_loads.sum() == 0
+    assert whole.scored.tolist() == [0] * 9  # no memory indexer has a part in it
     assert whole.resident.tolist() == [[8, 8]] * 3 + [[9, 9]] * 4 + [[10, 10]] * 2
 
 
