@@ -60,6 +60,17 @@ def test_what_lies_on_drives_is_read_before_it_crosses_the_link():
     assert (read.stall_s - idle.stall_s)[0] == pytest.approx([more_s, 0])
 
 
+def test_the_rank_whose_mirrors_lie_on_drives_waits_for_them_alone():
+    hw = replace_figure(round_link(H100, 584), "nvme_bytes", 8e12)
+    hw = replace_figure(hw, "nvme_bytes_per_s", 54e9).deployed(Deployment(dp=8))
+    decode, _, _ = times(hw, ranks=(0, 1))
+    decode.spilled_share = lambda rank: 0.5 * rank
+    more_s = 21 * (90e-6 + 20 * 4096 / (54e9 / 8))
+    plain_s = 21 * (10e-6 + 40 * 584 / 50e9)
+    found = decode.ahead(1, np.zeros(1)).stall_s[:, 0]
+    assert found == pytest.approx([plain_s, plain_s + more_s])
+
+
 def test_what_arrives_and_what_is_scored_take_part_of_a_step():
     """Recalled rows and missed ones pass HBM; a memory indexer scores; both on the busiest rank."""
     moved = loads(128, s0=10, s64=100)

@@ -18,6 +18,7 @@ from fmsim.sim.serving.capacity.plan import (
     _Load,
     _smallest_batch,
     crossover,
+    goodput,
     moves,
     plan,
 )
@@ -176,6 +177,17 @@ def test_prompts_that_are_done_cost_nothing():
     assert not found.keeps(steady(step_s=0.0101))
 
 
+def test_goodput_is_of_the_most_that_keep_their_times_and_fit():
+    asked = question(FULL, tokens=8192, tpot_s=0.012, prefill="done")
+    for tpot_s, wall in ((0.012, "compute"), (100.0, "GPU memory")):
+        one = asked.changed(tpot_s=tpot_s)
+        found, batch = goodput(one), one.walls()[wall]
+        token_s = one.state().at(batch).token_s
+        assert found["batch"] == batch == min(one.walls().values())
+        assert found["requests_per_s"] == pytest.approx(batch / (token_s * 1024))
+        assert found["prompt_s"] == one.prompt_chunks_s().sum()
+
+
 def test_a_steady_step_is_the_longest_of_what_runs_side_by_side():
     for parts, step_s in (
         ({"compute_s": 3.0, "stall_s": 1.0, "link_s": 2.0, "nvme_s": 2.0}, 4.0),
@@ -263,7 +275,7 @@ def test_a_plan_for_one_request_gives_its_speed_and_one_for_none_gives_none():
     """At a batch limit of one; and where the weights leave no room for a request of a million."""
     found = plan(question(TENTH, tpot_s=1.0, max_batch=1), FULL)
     assert (found["max_requests"], found["max_requests_bound"]) == (1, "batch limit")
-    assert found["speed"]["batch"] == 1
+    assert found["speed"]["batch"] == 1 and found["ttft_slo_s"] is None
     alone = question(TENTH, tpot_s=1.0).state().at(1)
     assert found["speed"]["tokens_per_s"] == pytest.approx(alone.tokens_per_s)
     small = question(TENTH, tokens=10**6, tpot_s=1.0)
