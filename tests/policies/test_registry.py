@@ -1,11 +1,14 @@
 """Names, files and parameters of policies as text, and back."""
 
+import re
+import warnings
+from importlib.metadata import EntryPoint
 from pathlib import Path
 from typing import Literal
 
 import pytest
 
-from fmsim.errors import FmsimError
+from fmsim.errors import FmsimError, FmsimWarning
 from fmsim.policies import registry
 from fmsim.policies.base import Policy, PolicyParams
 from fmsim.policies.budget import Budget
@@ -80,6 +83,34 @@ def test_types_in_words(annotation, text):
         assert shown.startswith("tuple")
     else:
         assert shown == text
+
+
+def test_of_two_policies_with_one_name_the_first_is_used(monkeypatch):
+    lru, mine = "fmsim.policies.lru:LRU", "elsewhere:Mine"
+    points = [
+        EntryPoint(name, value, registry.GROUP)
+        for name, value in (("lru", lru), ("mine", mine), ("lru", "elsewhere:LRU"))
+    ]
+    monkeypatch.setattr(registry, "entry_points", lambda group: points)
+    says = "policy 'lru' is declared twice: fmsim.policies.lru:LRU is used, elsewhere:LRU is not"
+    with pytest.warns(FmsimWarning, match=says):
+        found = registry._found.__wrapped__()
+    assert (found["lru"].value, found["mine"].value) == (lru, mine)
+    del points[2]
+    with warnings.catch_warnings(action="error"):  # the same twice is no contradiction
+        assert registry._found.__wrapped__() == found
+
+
+def test_a_file_says_which_policies_are_in_it(tmp_path):
+    path = tmp_path / "some.py"
+    for text, there in (
+        ("", "no policy in it"),
+        ("from fmsim.policies.lru import LRU\nclass Mine(LRU): pass\n", f"{path}:Mine"),
+    ):
+        path.write_text(text)
+        registry._module.cache_clear()
+        with pytest.raises(FmsimError, match=re.escape(f"there is {there}")):
+            registry.get(f"{path}:Other")
 
 
 class Own(LRU):

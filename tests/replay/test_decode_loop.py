@@ -40,7 +40,7 @@ class Noted:
         self._note("ahead", pages)
 
     def decided(self):
-        pass
+        self.told.append((self.step_number, "decided", None))
 
     def settle(self, request, moves):
         self._note("settle", moves.pages)
@@ -156,8 +156,9 @@ def test_writes_and_recalls_come_before_the_accesses_and_fetches_behind_them():
     trace = HandTrace([[[0]], [[0]], [[5]], [[8]]], prompt_entries=8, still=False)
     told = driven(trace, {"policy": "lru", "budget": "2 entries"}, 4)
     part = lambda step: [(what, pages) for at, what, pages in told if at == step]
-    assert part(2) == [("first", None), ("then", None), ("settle", [5])]
-    assert part(3) == [("first", None), ("wrote", [8]), ("then", None), ("settle", [])]
+    decided = ("decided", None)
+    assert part(2) == [("first", None), decided, ("then", None), ("settle", [5])]
+    assert part(3) == [("first", None), ("wrote", [8]), decided, ("then", None), ("settle", [])]
 
 
 @pytest.mark.parametrize("on_miss", ["mask", "fetch"])

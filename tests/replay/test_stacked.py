@@ -119,6 +119,7 @@ def drawn(policy, budget, granularity=1, apart=False, tokens=(61, 150, 96), **mo
 @settings(max_examples=30, deadline=None)
 @example(**drawn("lru", "25%", on_miss="mask", cadence=TAU))
 @example(**drawn("lru", "25%", on_miss="mask", cadence=TAU, apart=True))
+@example(**drawn("clock", "25%"))
 @example(**drawn("clock", "25%", apart=True))
 @example(**drawn("hisparse", "25%", apart=True))
 @example(**drawn("h2o", "25%", granularity=4))
