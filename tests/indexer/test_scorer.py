@@ -66,12 +66,13 @@ def frequency(config: ScorerConfig, pair: int) -> float:
     hadamard=st.booleans(),
     yarn=st.sampled_from([None, Yarn(16.0, 65_536), Yarn(4.0, 256)]),
     position=st.integers(0, 1_000_000),
+    norm_eps=st.sampled_from([1e-6, 0.5]),
     seed=st.integers(0, 99),
 )
 def test_both_renderings_equal_the_formula(
-    heads, head_dim, rope_dims, hadamard, yarn, position, seed
+    heads, head_dim, rope_dims, hadamard, yarn, position, norm_eps, seed
 ):
-    config = ScorerConfig(rope_dims, 160_000.0, yarn, hadamard)
+    config = ScorerConfig(rope_dims, 160_000.0, yarn, hadamard, norm_eps)
     torch.manual_seed(seed)
     model = MemoryIndexer(
         [0, 2], hidden_size=12, heads=heads, head_dim=head_dim, rank=6, config=config
