@@ -234,7 +234,6 @@ def test_a_policy_may_be_a_file_and_a_class(folder):
         ("sweep", "small.yaml", "-g", "batch=1,2", "--out", "s.jsonl", "-j", "2"),
         ("tune", "small.yaml", "-n", "2", "--floor", "0", "-r", "from_entry=0..9"),
         ("plan", "small.yaml"),
-        ("validate", "small.yaml"),
     ],
     ids=lambda command: command[0],
 )

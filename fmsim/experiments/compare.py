@@ -102,11 +102,12 @@ def compare(
             f"fmsim compare: {shown(lone)} is neither a folder of `fmsim run --out` nor a scenario;"
             " give two of one kind, or two policies"
         )
-    a, b = (_side(text, overrides, progress) for text in (one, other))
-    if a.served != b.served:
+    served = [_is_served(text, overrides) for text in (one, other)]
+    if served[0] != served[1]:
         raise FmsimError(
             f"fmsim compare: only one of {shown(one)} and {shown(other)} has a workload"
         )
+    a, b = (_side(text, overrides, progress) for text in (one, other))
     shared = [label for label in a.rows if label in b.rows]
     if not shared:
         raise FmsimError(
@@ -151,6 +152,13 @@ def _is_result(text: str) -> bool:
 
 def _is_scenario(text: str) -> bool:
     return text in shipped.scenarios() or Path(text).suffix in (".yaml", ".yml")
+
+
+def _is_served(text: str, overrides: Sequence[str]) -> bool:
+    """Whether it has a workload, before anything runs."""
+    if _is_result(text):
+        return ServingResults.load(Path(text)) is not None
+    return ScenarioFile(text, overrides).scenario.workload is not None
 
 
 def _side(text: str, overrides: Sequence[str], progress: Progress) -> Side:

@@ -111,7 +111,7 @@ def test_out_holds_ledgers_timelines_and_the_report(report, folder):
 
 
 def test_the_table_shows_every_policy_whole_even_in_a_narrow_pipe(folder):
-    done = fmsim(
+    done = fmsim_here(
         "run",
         "small.yaml",
         "-p",
@@ -184,7 +184,9 @@ def test_a_model_may_be_a_config_file(folder):
     }
     (folder / "nano").mkdir()
     (folder / "nano/config.json").write_text(json.dumps(config))
-    done = fmsim("run", "small.yaml", "-p", "full", "--set", "model=nano", "--json", folder=folder)
+    done = fmsim_here(
+        "run", "small.yaml", "-p", "full", "--set", "model=nano", "--json", folder=folder
+    )
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)["scenario"]["model"] == {
         "name": "nano",
@@ -228,7 +230,7 @@ def test_nothing_loads_torch_and_help_nothing_heavy(folder):
     [("model=v4-pro", "v4-pro does not fit H100"), ("batch=100000", "GiB more than")],
 )
 def test_where_nothing_fits_that_is_said_with_exit_code_1(folder, override, says):
-    done = fmsim("run", "small.yaml", "--set", override, folder=folder)
+    done = fmsim_here("run", "small.yaml", "--set", override, folder=folder)
     assert done.returncode == 1 and says in done.stderr and not done.stdout
     assert "Traceback" not in done.stderr
 
@@ -248,7 +250,7 @@ def test_policies_at_equal_bytes_and_who_cannot_be_there(folder):
     2,949,408.
     """
     (folder / "equal.yaml").write_text(AT_BUDGETS)
-    done = fmsim("run", "equal.yaml", "--json", folder=folder)
+    done = fmsim_here("run", "equal.yaml", "--json", folder=folder)
     assert (done.returncode, done.stderr) == (0, "")  # every policy has a row
     report = json.loads(done.stdout)
     about, rows = report["scenario"], {row["policy"]: row for row in report["policies"]}
@@ -285,7 +287,7 @@ def test_policies_at_equal_bytes_and_who_cannot_be_there(folder):
     assert ("recency 25% gpu", "recency 60% gpu") not in compared
     # as many requests as fit take what a batch of so many takes
     lru = rows["lru 60% gpu"]
-    again = fmsim(
+    again = fmsim_here(
         "run", "equal.yaml", "-p", "lru", "--json",
         *("--set", "budgets=[60% gpu]", "--set", f"batch={lru['max_requests']}"), folder=folder,
     )  # fmt: skip

@@ -63,11 +63,11 @@ def test_a_workload_is_served_and_the_same_again(folder):
     full, lru = report["policies"][:2]
     assert full["exact"] and lru["exact"] and full["stall_share"] == 0 < lru["stall_share"]
     assert report["scenario"]["workload"]["repeated_prompt_share"] == 7 / 16  # block 0, seven times
-    assert fmsim("run", "served.yaml", "--json", folder=folder).stdout == first.stdout
+    assert fmsim_here("run", "served.yaml", "--json", folder=folder).stdout == first.stdout
 
 
 def test_the_table_shows_memory_policies_and_use_whole(folder):
-    done = fmsim("run", "served.yaml", "-p", "lru", "--svg", "served.svg", folder=folder)
+    done = fmsim_here("run", "served.yaml", "-p", "lru", "--svg", "served.svg", folder=folder)
     assert done.returncode == 0, done.stderr
     for text in (
         "host mirror",
@@ -111,7 +111,7 @@ def test_a_mistake_in_the_workload_is_told_in_one_line(folder, override, says):
 
 
 def test_plan_prints_walls_and_json(folder):
-    done = fmsim(
+    done = fmsim_here(
         "plan",
         "served.yaml",
         "-c",
@@ -133,7 +133,9 @@ def test_plan_prints_walls_and_json(folder):
         == found["walls"][found["max_requests_bound"]]
     )
     assert {"GPU memory", "host memory", "PCIe", "compute"} <= set(found["walls"])
-    shown = fmsim("plan", "served.yaml", "-c", "100000", "-p", "full", "-p", "lru", folder=folder)
+    shown = fmsim_here(
+        "plan", "served.yaml", "-c", "100000", "-p", "full", "-p", "lru", folder=folder
+    )
     assert shown.returncode == 0, shown.stderr
     for text in (
         "what would move it",

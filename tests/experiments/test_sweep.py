@@ -116,7 +116,7 @@ def test_a_runs_key_follows_what_its_result_depends_on(scenario, tmp_path):
 
 def test_rows_hold_what_run_would_print_and_a_faster_link_stalls_less(scenario, tmp_path):
     out = tmp_path / "rows.jsonl"
-    done = fmsim(
+    done = fmsim_here(
         "sweep",
         scenario,
         "-p",
@@ -132,7 +132,7 @@ def test_rows_hold_what_run_would_print_and_a_faster_link_stalls_less(scenario, 
     assert sorted(map(str, rows)) == sorted(map(str, rows_of(out)))
     stalls = [row["stall_ratio"] for row in rows]
     assert stalls == sorted(stalls, reverse=True) and len(set(stalls)) == 3
-    alone = json.loads(fmsim("run", scenario, "-p", "lru", "--json").stdout)["policies"][0]
+    alone = json.loads(fmsim_here("run", scenario, "-p", "lru", "--json").stdout)["policies"][0]
     assert rows[1]["decode_tokens_per_s"] == pytest.approx(alone["decode_tokens_per_s"], rel=1e-12)
     assert (rows[1]["kv_hbm_bytes"], rows[1]["step_s_p99"]) == (
         alone["kv_hbm_bytes"],
@@ -155,12 +155,12 @@ def test_a_workload_gives_rows_of_what_the_server_did(scenario, tmp_path):
         "--out",
         tmp_path / "rows.jsonl",
     ]
-    shown = fmsim("sweep", scenario, *arguments)
+    shown = fmsim_here("sweep", scenario, *arguments)
     assert shown.returncode == 0 and "TTFT p95" in shown.stdout, shown.stderr
-    rows = json.loads(fmsim("sweep", scenario, *arguments, "--json").stdout)
-    alone = json.loads(fmsim("run", scenario, "-p", "lru", "--set", workload, "--json").stdout)[
-        "policies"
-    ][0]
+    rows = json.loads(fmsim_here("sweep", scenario, *arguments, "--json").stdout)
+    alone = json.loads(
+        fmsim_here("run", scenario, "-p", "lru", "--set", workload, "--json").stdout
+    )["policies"][0]
     assert [row["set.workload.seed"] for row in rows] == [0, 1] and rows[0]["tokens"] != rows[1][
         "tokens"
     ]
@@ -172,7 +172,7 @@ def test_a_workload_gives_rows_of_what_the_server_did(scenario, tmp_path):
 
 
 def test_a_run_that_does_not_fit_is_a_row_too(scenario, tmp_path):
-    done = fmsim(
+    done = fmsim_here(
         "sweep", scenario, "-p", "full", "-g", "batch=1,100000", "--out", tmp_path / "rows.jsonl"
     )
     assert done.returncode == 0 and "no run" in done.stdout and "GiB more than" in done.stdout
@@ -220,14 +220,14 @@ def test_a_killed_sweep_goes_on_and_runs_nothing_twice(scenario, tmp_path):
     assert 3 <= before.count(b"\n") < 24
     whole, cut = before[: before.rstrip(b"\n").rfind(b"\n") + 1], before[:-7]
     out.write_bytes(cut)  # as if the kill had struck within the last write
-    done = fmsim(*command)
+    done = fmsim_here(*command)
     assert done.returncode == 0, done.stderr
     assert f"{24 - len(whole.splitlines())} of 24 runs done now" in done.stdout
     rows = rows_of(out)
     assert out.read_bytes().startswith(whole)
     assert len(rows) == len({row["key"] for row in rows}) == 24
     after = out.read_bytes()
-    assert "0 of 24 runs done now" in fmsim(*command).stdout and out.read_bytes() == after
+    assert "0 of 24 runs done now" in fmsim_here(*command).stdout and out.read_bytes() == after
 
 
 def test_workers_end_with_a_killed_sweep(scenario, tmp_path):
@@ -293,10 +293,8 @@ def test_a_ray_cluster_gives_the_same_rows(scenario, tmp_path):
         "policies.*.budget=10%,20%",
         "--json",
     ]
-    on_ray, local = (
-        fmsim(*grid, "--out", tmp_path / f"{engine}.jsonl", "--engine", engine)
-        for engine in ("ray", "local")
-    )
+    on_ray = fmsim(*grid, "--out", tmp_path / "ray.jsonl", "--engine", "ray")
+    local = fmsim_here(*grid, "--out", tmp_path / "local.jsonl")
     assert on_ray.returncode == local.returncode == 0, on_ray.stderr
     assert (
         json.loads(on_ray.stdout) == json.loads(local.stdout)

@@ -5,7 +5,7 @@ search.
 import json
 
 import pytest
-from command import fmsim, fmsim_here
+from command import fmsim_here
 from made_trace import make_trace
 
 from fmsim.errors import FmsimError
@@ -141,10 +141,10 @@ def test_the_command_shows_the_front_and_prints_json(scenario, tmp_path):
         "--floor",
         "0.1",
     ]
-    shown = fmsim(*arguments)
+    shown = fmsim_here(*arguments)
     assert shown.returncode == 0, shown.stderr
     assert "heavy, best" in shown.stdout and "keeps 10% of the mass" in shown.stdout
-    found = json.loads(fmsim(*arguments, "--json").stdout)
+    found = json.loads(fmsim_here(*arguments, "--json").stdout)
     assert list(found) == ["best", "pareto", "trials", "failed"] and 1 <= len(found["trials"]) <= 6
     assert found["best"] in found["pareto"] and found["best"]["mass_kept"] >= 0.1
     assert all(

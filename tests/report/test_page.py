@@ -11,7 +11,7 @@ from xml.etree import ElementTree
 
 import pytest
 from browser import browse, check, measured, meets, needs_browser
-from command import fmsim, fmsim_here
+from command import fmsim_here
 from made_trace import make_trace
 
 from fmsim.errors import FmsimError
@@ -45,7 +45,7 @@ def folder(tmp_path_factory):
     path = tmp_path_factory.mktemp("report")
     write(path / "small.safetensors", make_trace())
     (path / "small.yaml").write_text(SCENARIO)
-    done = fmsim("run", "small.yaml", "--out", "out", folder=path)
+    done = fmsim_here("run", "small.yaml", "--out", "out", folder=path)
     assert done.returncode == 0, done.stderr
     report = json.loads((path / "out/report.json").read_text())
     for row in report["policies"]:
@@ -57,7 +57,7 @@ def folder(tmp_path_factory):
 @pytest.fixture(scope="module")
 def page(folder):
     further = ("--perfetto", "out/timeline.json", "--figures", "out/charts")
-    done = fmsim("report", "out", *further, folder=folder)
+    done = fmsim_here("report", "out", *further, folder=folder)
     assert done.returncode == 0, done.stderr
     assert [line.split()[0] for line in done.stdout.splitlines()] == [
         "out/report.html",

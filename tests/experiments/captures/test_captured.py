@@ -21,7 +21,7 @@ from fmsim.scenario import ScenarioFile
 from fmsim.trace.importers import files
 from fmsim.trace.importers.dsa import record_dsa
 from tests.support import captures
-from tests.support.command import fmsim
+from tests.support.command import fmsim_here
 
 ROWS = captures.rows(np.random.default_rng(7))
 
@@ -41,7 +41,7 @@ def test_a_response_ends_in_a_table(kind, tmp_path):
     response = captures.sglang(ROWS) if kind == "sglang" else captures.vllm(ROWS)
     (tmp_path / "answer.json").write_text(json.dumps(response))
     command = ["run", "answer.json", "--format", kind, "--model", str(config)]
-    done = fmsim(*command, "--json", folder=tmp_path)
+    done = fmsim_here(*command, "--json", folder=tmp_path)
     assert done.returncode == 0, done.stderr
     report = json.loads(done.stdout)
     rows = {row["policy"]: row for row in report["policies"]}
@@ -53,7 +53,7 @@ def test_a_response_ends_in_a_table(kind, tmp_path):
     assert hits["full"] == 1 and hits["belady"] >= max(hits["lru"], hits["lfu"])
     assert details["lru"]["exact"] is True and details["recency"]["exact"] is False
     assert rows["lru"]["h2d_bytes"] > 0 and rows["lru"]["stall_ratio"] > 0
-    table = fmsim(*command, folder=tmp_path).stdout
+    table = fmsim_here(*command, folder=tmp_path).stdout
     assert "no attention masses" in table and "hit" in table
 
 
@@ -65,7 +65,7 @@ def test_a_model_recorded_by_transformers_ends_in_a_table(tmp_path):
     trace = record_dsa(model, prompt, 20, name="tiny", prompt_text="random")
     traces.write(tmp_path / "tiny.safetensors", trace)
     config = captures.config_file(tmp_path)
-    done = fmsim("run", "tiny.safetensors", "--model", str(config), "--json", folder=tmp_path)
+    done = fmsim_here("run", "tiny.safetensors", "--model", str(config), "--json", folder=tmp_path)
     assert done.returncode == 0, done.stderr
     rows = {row["policy"]: row for row in json.loads(done.stdout)["policies"]}
     assert {"h2o", "oracle", "belady"} <= set(rows)
@@ -133,9 +133,9 @@ def test_a_context_beyond_the_positions_is_refused(tmp_path):
     path = captures.config_file(tmp_path, max_position_embeddings=50)
     (tmp_path / "a.json").write_text(json.dumps(captures.sglang(ROWS)))
     command = ["run", "a.json", "--format", "sglang", "--model", str(path), "-p", "full"]
-    done = fmsim(*command, folder=tmp_path)
+    done = fmsim_here(*command, folder=tmp_path)
     assert done.returncode == 2 and "69 tokens" in done.stderr and "50 positions" in done.stderr
-    assert fmsim(*command, "--beyond-positions", folder=tmp_path).returncode == 0
+    assert fmsim_here(*command, "--beyond-positions", folder=tmp_path).returncode == 0
     with pytest.raises(FmsimError, match="--model"):
         captured.of_capture(tmp_path / "a.json", "sglang", None, None)
     with pytest.raises(FmsimError, match="there are sglang"):
