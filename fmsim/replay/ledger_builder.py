@@ -34,7 +34,7 @@ class LedgerBuilder:
             name: xp.zeros(shape, dtype=xp.int64, device=manager.ctx.device) for name in COUNTS
         }
         self.scored = np.zeros(n_steps, dtype=np.int64)
-        self.initial = self.residency.filled + 0
+        self.initial = xp.asarray(self.residency.filled, copy=True)
         windows = n_steps // manager.ctx.tau
         self.overlap = xp.zeros(  # by window, from the second
             (windows, manager.ctx.n_groups), dtype=xp.float64, device=manager.ctx.device

@@ -112,16 +112,13 @@ class _Stack:
 
     def _settle(self, depth: int) -> None:
         """Let the loose page sink to the place of its last use, but no deeper than `depth`: what
-        missed passes it only that far.
+        missed passes it only that far. It is the newest page, so of equals it stays above.
         """
         if self.loose < 0:
             return
         at = int(np.flatnonzero(self.stack == self.loose)[0])
         behind = self.stack[at + 1 : depth + 1]
-        above = (self.used[behind] > self.used[self.loose]) | (
-            (self.used[behind] == self.used[self.loose]) & (behind > self.loose)
-        )
-        passed = int(above.sum())
+        passed = int((self.used[behind] > self.used[self.loose]).sum())
         self.stack[at : at + passed + 1] = np.append(behind[:passed], self.loose)
         if passed < len(behind) or depth >= len(self.stack):
             self.loose = -1

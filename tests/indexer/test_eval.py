@@ -181,6 +181,10 @@ def test_of_several_traces_the_traces_are_the_blocks():
     assert found["queries"] == 4 and found["golden_recall"]["lsa (max)"] == [0.5]
     spread = found["half_width"]["golden_recall"]["lsa (max)"]
     assert spread == pytest.approx([bootstrap.mean([1.0, 0.0]).half_width])
+    brief = (trace_of(2), windows_of([[0, 1, 0, 0]], [[0, 1, 0, 0]], [4], KEYS))
+    behind = evaluate(one_head(), [brief, *both], shares=[0.25])  # one window: the prompt's
+    assert behind["half_width"]["golden_recall"]["lsa (max)"] == [pytest.approx(spread[0])]
+    assert behind["golden_recall"]["lsa (max)"] == [0.5]
     alone = evaluate(one_head(), both[:1], shares=[0.25])
     assert alone["half_width"]["golden_recall"]["lsa (max)"] == [0.0]
 

@@ -258,6 +258,8 @@ def test_budgets_on_the_gpu_are_bytes_of_a_request():
     assert share.entries(**sizes, gpu_entries=77) == 77
     assert Budget.parse("10%").slots(16, **sizes) == 6  # 100 entries fill six pages of 16
     assert Budget.parse("1 entry").slots(16, **sizes) == 1
+    for text in ("1 TiB", "1 GiB gpu", "1.5 MiB", "1 KiB", "1023 B"):
+        assert str(Budget.parse(text)) == text
     assert Budget.parse(f"{10**15} entries").amount == 1e15
     for wrong in (f"{10**15 + 1} entries", "0 entries", "0%"):
         with pytest.raises(ValueError, match="must be above zero, and at most 1e"):

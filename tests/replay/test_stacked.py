@@ -124,6 +124,8 @@ def drawn(policy, budget, granularity=1, apart=False, tokens=(61, 150, 96), **mo
 @example(**drawn("hisparse", "25%", apart=True))
 @example(**drawn("h2o", "25%", granularity=4))
 @example(**drawn("snapkv", "60%"))
+@example(**drawn("lru", "40 entries", tokens=(61, 190), on_miss="mask", cadence=TAU))
+@example(**drawn("lru", "4 entries", tokens=(2, 61)))
 @given(
     library=st.sampled_from(["numpy", "numpy", "numpy", "torch"]),  # torch takes ten times as long
     seed=st.integers(0, 2**32),

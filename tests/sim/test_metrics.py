@@ -97,6 +97,10 @@ def test_the_99th_percentile_of_steps_of_1_to_101_ms_is_100():
     assert (row["h2d_bytes"], row["h2d_bytes_per_step"]) == (5, pytest.approx(0.051))
     timeline.stall_s[0], timeline.recall_wait_s[100] = 0.01, 0.02  # the first and the last
     assert metrics.timed(timeline)["stall_ratio"] == pytest.approx(0.03 / 5.151)
+    # the last 51 steps take 1 to 51 ms
+    late = metrics.timed(timeline, slice(50, 101))
+    assert late["stall_ratio"] == pytest.approx(0.02 / 1.326)
+    assert late["h2d_bytes_per_step"] == pytest.approx(0.026)
     timeline.stall_s[7] = np.nan  # not known of one step
     assert metrics.timed(timeline)["stall_ratio"] is None
 

@@ -135,6 +135,7 @@ def test_windows_begin_by_each_requests_own_count_of_steps():
     assert batch.quiet_steps() == 10
     assert batch.advance(10, first_s=0.0) == [second]
     assert batch.requests == [first] and batch.quiet_steps() == 54
+    assert batch.window_starts() == []  # the one whose window it would be is done
     assert batch.advance(54, first_s=0.0) == [] and batch.quiet_steps() == 8 == batch.least_left
     assert batch.advance(8, first_s=0.0) == [first]
 

@@ -53,6 +53,11 @@ def test_spaces_behind_commas_say_nothing(tmp_path):
     assert read_requests(written(tmp_path, text)) == [Arrival(0.0, 400, 6)]
 
 
+def test_three_columns_of_burstgpts_are_enough(tmp_path):
+    text = "Timestamp,Request tokens,Response tokens\n5,472,18\n"
+    assert read_requests(written(tmp_path, text)) == [Arrival(0.0, 472, 18)]
+
+
 def test_burstgpt_leaves_out_failed_requests(tmp_path):
     assert read_requests(written(tmp_path, BURSTGPT)) == [
         Arrival(0.0, 472, 18),

@@ -7,6 +7,7 @@ from hand_request import FromTheStart, Given
 
 from fmsim.hw.deployment import Deployment
 from fmsim.sim.serving.demand import Demand
+from fmsim.sim.serving.requests import Arrival
 from fmsim.sim.serving.server import ServerRun
 from fmsim.sim.serving.spec import Poisson, Server
 from fmsim.sim.serving.workload import RequestGenerator
@@ -37,6 +38,14 @@ def test_steps_pass_until_the_end_of_the_one_in_which_somebody_can_join():
     assert passed(False) == (2, 3.0)
     assert passed(True) == (1, 1.0)
     assert [passed(False, at_s) for at_s in (0.5, 1.0, 1.5)] == [(1, 1.0), (1, 1.0), (2, 3.0)]
+
+
+def test_who_watches_is_told_of_each_request_that_ends():
+    ended = []
+    source = Given(*[Arrival(0, 32_000, 10)] * 3)
+    demand = Demand(ledger(slots=8032, on_miss="fetch"), FLASH)
+    ServerRun(H100, FLASH, demand, Server(), source, lambda: ended.append(True)).run()
+    assert len(ended) == 3
 
 
 @pytest.mark.parametrize(

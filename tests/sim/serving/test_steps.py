@@ -49,6 +49,19 @@ def test_two_gpus_that_share_out_the_kv_miss_half_each():
     assert found.stall_s[0, 0] == pytest.approx(21 * (10e-6 + 40 * 584 / 50e9))
 
 
+def test_two_gpus_that_share_out_the_keys_score_half_each():
+    scored = np.zeros(128, np.int64)
+    scored[0] = 24_000
+    hw = round_link(H100, 584).deployed(Deployment(tp=4, cp=2))
+    made = {"on_miss": "fetch", "params": {"budget": "10%"}}
+    plain, scoring = (
+        times(hw, Demand(ledger(**made, **more), FLASH))[0].ahead(1, np.zeros(1)).compute_s[0]
+        for more in ({}, {"scored": scored})
+    )
+    of_two_s = memory_indexer_s(hw, FLASH, np.array([2 * 24_000 / 2]))[0]
+    assert scoring - plain == pytest.approx(of_two_s)
+
+
 def test_what_lies_on_drives_is_read_before_it_crosses_the_link():
     """Half of the rows: 40 reads of 4,096 bytes in each of 21 layers at 54 / 8 GB/s, and 90 us a
     layer.

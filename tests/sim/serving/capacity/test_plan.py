@@ -219,7 +219,9 @@ def test_what_each_change_would_give():
     changes = dict(_changes(asked))
     assert changes["half the context"].tokens == 500_000
     assert changes["twice the GPU memory"].hw.hbm_bytes.value == 2 * H100.hbm_bytes.value
+    assert changes["twice the time a token"].tpot_s == 0.6
     link = changes["twice the link to the host"]
+    assert link.options.recall_bytes_per_s == 4e9
     assert link.hw.link.bandwidth_bytes_per_s.value == 2 * H100.link.bandwidth_bytes_per_s.value
     assert changes["twice the host memory"].hw.host_bytes.value == 2 * H100.host_bytes.value
     options = asked.options
