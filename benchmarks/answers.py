@@ -258,6 +258,7 @@ _ANSWERS: dict[str, Answer] = {
     "witness": Answer("witness.json", None, witness_tables.PARTS),
     "step": Answer("step-h200.json"),
     "step-tries": Answer("step-tries-h200.json"),
+    "bookkeeping": Answer("bookkeeping-h200.json"),
 }
 # one a card, of those that were measured
 _ANSWERS |= {

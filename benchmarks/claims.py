@@ -191,6 +191,59 @@ def by_batch(result: Result) -> str:
     return "\n".join([paragraph(told), "", *lines])
 
 
+def bookkeeping(result: Result) -> str:
+    """By how much steps are longer than those of `recency`, of bookkeeping-h200.json."""
+    lines = [
+        "| policy | requests | step, ms | over recency | the earlier engine |"
+        " over recency, all scored |",
+        "|---" * 6 + "|",
+    ]
+    timed = [row for row in result["rows"] if "over_recency_and_misses" in row]
+    later = [row for row in timed if "over_recency_that_sees_all" in row]
+    for row in later:
+        spec, batch = row["spec"], row["batch"]
+        [earlier] = [
+            old["over_recency_and_misses"]
+            for old in timed
+            if (old["spec"], old["batch"]) == (spec, batch) and old["engine"] != row["engine"]
+        ]
+        name = f"{spec['policy']} {spec.get('on_miss', '')}".strip()
+        lines.append(
+            f"| {name} | {batch} | {row['step_p50_ms']:.2f} |"
+            f" {row['over_recency_and_misses']:.1%} | {earlier:.1%} |"
+            f" {row['over_recency_that_sees_all']:.1%} |"
+        )
+    told = (
+        f"{result['device']}, {result['date'][:10]}, 32K. Over `recency` and the step's own misses,"
+        " which are copied alone and taken off. The engine of these rows:"
+        f" {later[0]['engine']}. The earlier one: {_earlier(result)['engine']}."
+    )
+    return "\n".join([paragraph(told), "", *lines])
+
+
+def bursts(result: Result) -> str:
+    """What a decision of many requests takes, of bookkeeping-h200.json."""
+    row = _earlier(result)
+    return bullets(
+        [
+            f"`lsa`, {row['batch']} requests, the earlier engine: a step takes"
+            f" {row['step_p50_ms']:.1f} ms, the slowest {row['step_max_ms']:.1f}. Its decision"
+            f" recalls {row['recalled_pages_a_layer']} pages a layer, of which"
+            f" {row['spare_pages_a_layer']} have spare pages. The {row['recall_wait_max_ms']:,.0f}"
+            " ms that the row says of recalls are of the warm-up, since no measured step is so"
+            " long. By inference kernels were compiled: copies of rows of 64 entries come first"
+            " there. The benchmark tells the warm-up apart since. The later run ended before this"
+            " row."
+        ]
+    )
+
+
+def _earlier(result: Result) -> Result:
+    """The row of `lsa`, which the earlier engine alone has."""
+    [row] = [row for row in result["rows"] if row["spec"]["policy"] == "lsa"]
+    return row
+
+
 def single_entries(result: Result) -> str:
     """How near to the link's rate gathers of single entries come, of kernels.json."""
     shares = [
@@ -371,6 +424,10 @@ PARTS: dict[str, dict[Part, Callable[[Result], str]]] = {  # by result file
     "step-h200.json": {(STEPS, "step beside its floor"): beside_floor},
     "step-tries-h200.json": {(STEPS, "steps tried"): steps_tried},
     "batches-h200.json": {(STEPS, "steps by batch"): by_batch},
+    "bookkeeping-h200.json": {
+        (STEPS, "bookkeeping"): bookkeeping,
+        (STEPS, "bursts"): bursts,
+    },
     "exec.json": {(GPU, "synthetic weights in words"): synthetic},
     "kernels.json": {("docs/gpu.md", "single entries"): single_entries},
     "paper.json": {
