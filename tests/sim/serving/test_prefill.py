@@ -72,6 +72,27 @@ def test_a_prompt_prefilled_elsewhere_arrives_through_network_mirror_and_link():
     assert server.log.tokens == 65
 
 
+def test_two_gpus_that_share_out_a_prompt_receive_and_write_half_of_it_each():
+    hw = H100.deployed(Deployment(tp=4, cp=2))
+    prompt_s = sum(seconds for _, seconds in PrefillModel(hw, FLASH).prompt(PROMPT, 8192))
+    server = serve(RECALL, (0, PROMPT, 65), hw=hw, prefill="separate", network_bytes_per_s=1e9)
+    sent_s = (FLASH.full_kv_bytes(PROMPT) + FLASH.window_bytes) / 2 / 1e9
+    first_set_s = float(GatherCurve(H100.link).seconds(716, 800 * 21 * 716 / 2))
+    first_s = server.log.requests[0].first_token_s
+    assert first_s == pytest.approx(prompt_s + sent_s + first_set_s)
+    missing = ledger(
+        on_miss="fetch",
+        params={"budget": "800 entries"},
+        demand_loads=np.full((128, 1), 100, np.int32),
+    )
+    plain, written = (
+        serve(missing, (0, PROMPT, 10), hw=hw, prefill="chunked", residency=how).log.requests[0]
+        for how in ("policy", "hisparse")
+    )
+    wait_s = FLASH.host_kv_bytes(PROMPT) / 2 / hw.link.bandwidth_bytes_per_s.value
+    assert written.finished_s - plain.finished_s == pytest.approx(wait_s)
+
+
 def test_the_time_of_chunks_is_booked_where_one_of_two_ranks_has_any():
     for layout in ({}, {"dp": 2, "tp": 4}):
         hw = H100.deployed(Deployment(**layout))
