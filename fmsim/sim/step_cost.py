@@ -136,7 +136,7 @@ def step_costs(
     return StepModel(hw, geometry).equal(batch, tokens, scored_entries)
 
 
-def memory_indexer_s(hw: Hardware, geometry: Geometry, scored: np.ndarray) -> np.ndarray:
+def memory_indexer_s(hw: Hardware, geometry: Geometry, scored: np.ndarray | float) -> np.ndarray:
     """Time to score `scored` entries (all its layers together): the larger of its operations and
     its reads of index keys.
     """
