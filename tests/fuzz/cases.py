@@ -11,9 +11,14 @@ import random
 import re
 import resource
 import signal
+import sys
 import warnings
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
+from typing import Any
+from unittest import mock
 
+from fmsim.experiments import parallel
 from fmsim.files import strict_json
 from tests.fuzz.classes import CLASSES
 from tests.fuzz.sound import Sound, fmsim_here
@@ -27,10 +32,15 @@ class TooLong(BaseException):
 
 
 class Bench:
-    """A folder with sound inputs, and the cases made from them."""
+    """A folder with sound inputs, and the cases made from them.
 
-    def __init__(self, folder: Path) -> None:
+    Without `workers` a case's policies run in this process: to fork one that has loaded torch takes
+    several times as long as the rest of a case.
+    """
+
+    def __init__(self, folder: Path, workers: bool = True) -> None:
         self.sound = Sound(folder)
+        self.workers = workers
 
     def run(self, kind: str, seed: int) -> str | None:
         """What is wrong with fmsim's answer to a case, or None."""
@@ -42,8 +52,10 @@ class Bench:
         _forget_peak()
         children_mib = _children_mib()
         try:
-            with warnings.catch_warnings():
+            with warnings.catch_warnings(), contextlib.ExitStack() as stack:
                 warnings.simplefilter("ignore")
+                if not self.workers:
+                    stack.enter_context(mock.patch.object(parallel, "_supervised", _one_by_one))
                 done = fmsim_here(*arguments, folder=self.sound.folder)
         except TooLong:
             return f"{case}: takes longer than {MOST_SECONDS} s: {arguments}"
@@ -67,6 +79,20 @@ class Bench:
             except Exception as error:
                 return f"{case}: {error}: {arguments}"
         return None
+
+
+def _one_by_one(
+    work: Callable[[Any], Any],
+    items: Iterable[Any],
+    jobs: int,
+    start_method: str | None,
+    lost: object,
+    timeout_s: float | None,
+    told: parallel.Told | None,
+) -> Iterator[tuple[int, Any]]:
+    """`parallel._supervised` without processes."""
+    with contextlib.redirect_stdout(sys.stderr):
+        yield from enumerate(parallel.one_by_one(work, items, told))
 
 
 def _too_long(number: int, frame: object) -> None:

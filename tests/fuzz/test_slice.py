@@ -28,7 +28,7 @@ COUNTS = {  # 2,000 cases; those that only read a file are cheap
 
 @pytest.fixture(scope="module")
 def bench(tmp_path_factory):
-    return cases.Bench(tmp_path_factory.mktemp("fuzz"))
+    return cases.Bench(tmp_path_factory.mktemp("fuzz"), workers=False)
 
 
 @pytest.mark.parametrize("part", range(PARTS))
