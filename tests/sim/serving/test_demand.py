@@ -218,6 +218,15 @@ def late_counts(demand):
     return demand.drafted(3, 0.0).miss_counts[0].tolist()
 
 
+def test_a_first_set_is_that_of_the_fullest_step():
+    """Of 800 slots 400 are filled at first; 600 entries of a shorter request all have one."""
+    made = ledger(params={"budget": "800 entries"}, on_miss="fetch")
+    made.resident[0] = 400
+    demand = Demand(made, FLASH)
+    assert demand.first_set_bytes(2272, 128) == pytest.approx(21 * 600 * 584)
+    assert demand.first_set_bytes(32_000, 128) == pytest.approx(21 * 800 * 584)
+
+
 def test_drafts_may_miss_at_every_position_and_the_last_steps_positions_end_with_the_ledger():
     missed = np.zeros((6, 1), np.int32)
     missed[5] = 9

@@ -2,10 +2,20 @@
 
 import numpy as np
 import pytest
+from hand_ledger import FLASH, H100, ledger
 
 from fmsim.errors import FmsimError
+from fmsim.sim.serving.demand import Demand
 from fmsim.sim.serving.requests import Arrival
-from fmsim.sim.serving.spec import Bursts, ClosedLoop, Poisson, RequestFile, SessionWorkload
+from fmsim.sim.serving.server import ServerRun
+from fmsim.sim.serving.spec import (
+    Bursts,
+    ClosedLoop,
+    Poisson,
+    RequestFile,
+    Server,
+    SessionWorkload,
+)
 from fmsim.sim.serving.workload import RequestGenerator, _Turn
 
 SIZES = {"prompt_tokens": [10, 12], "output_tokens": [3, 4], "duration_s": 100.0}
@@ -111,6 +121,20 @@ def test_turns_of_a_session_by_hand():
     third = source.after(9.5, second)
     assert (third.arrival_s, third.prompt_tokens, third.turn) == (99.5, 81, 2)
     assert source.after(99.6, third) is None  # it was the last
+
+
+def test_the_next_turn_comes_when_the_last_answer_has_been_read():
+    workload = SessionWorkload(rate_per_s=0.2, turns=[2, 3], think_s=4, **SESSIONS)
+    source = RequestGenerator(workload)
+    demand = Demand(ledger(slots=8032, on_miss="fetch"), FLASH)
+    requests = ServerRun(H100, FLASH, demand, Server(), source).run().requests
+    ended = {(each.asked.session, each.asked.turn): each.finished_s for each in requests}
+    later = [each for each in requests if each.asked.turn]
+    assert len(later) > 3
+    for each in later:
+        session, turn = each.asked.session, each.asked.turn
+        read_s = source._turns[session][turn].think_s
+        assert each.arrival_s == pytest.approx(ended[session, turn - 1] + read_s)
 
 
 def test_sessions_draw_turns_of_their_own():
