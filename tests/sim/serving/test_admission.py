@@ -347,6 +347,21 @@ def test_only_who_misses_and_keeps_all_keys_may_come_whole():
     assert not Demand(ledger(), FLASH).may_be_whole  # masks, and moves keys with entries
 
 
+def test_a_request_takes_the_place_of_blocks_on_the_gpu():
+    hw = H100.deployed(Deployment(kv_pool_bytes=1e9))
+    run = serve(hw, ledger(slots=8032, on_miss="fetch"), 1, blocks=(1, 2, 3), prefill="chunked")
+    tier, pool = run.stores[0].gpu, run.ranks[0].hbm
+    tier.store(range(1000, 1000 + int(pool.capacity / tier.block_bytes)))
+    assert pool.level < tier.block_bytes
+    request = hand_request.request(run.demand, output=OUTPUT)
+    run.admission.queue.append(request)
+    assert list(run.admission.enter(0.0)) == [request]
+    held = len(tier) * tier.block_bytes + request.gpu_bytes
+    assert request.gpu_bytes > tier.block_bytes and pool.capacity - pool.level == pytest.approx(
+        held
+    )
+
+
 def test_a_request_may_take_what_blocks_on_drives_hold():
     """Blocks fill host memory and drives; a mirror takes the place of the oldest."""
     made = ledger(lookahead_loads=loads(128, s64=100))
