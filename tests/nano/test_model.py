@@ -37,11 +37,15 @@ def text() -> np.ndarray:
 
 
 @torch.no_grad()
-def test_transformers_loads_it_and_gives_the_same_logits(nano, text):
-    oracle = nano_oracle()
-    # 576 entries, so the top 512 leave some out
-    ids = torch.tensor(text[None, :2304].astype(np.int64))
-    expected, found = oracle(ids).logits, nano(ids)[0]
+def test_transformers_loads_it_and_gives_the_same_logits(text, tmp_path):
+    """With a top-k of 64, so that selection leaves some of 160 entries out."""
+    for path in MODEL_FOLDER.iterdir():
+        (tmp_path / path.name).symlink_to(path)
+    fields = json.loads((tmp_path / "config.json").read_text()) | {"index_topk": 64}
+    (tmp_path / "config.json").unlink()
+    (tmp_path / "config.json").write_text(json.dumps(fields))
+    ids = torch.tensor(text[None, :640].astype(np.int64))
+    expected, found = nano_oracle(tmp_path)(ids).logits, load_model(tmp_path)(ids)[0]
     assert (found - expected).abs().max() < 1e-3
 
 
@@ -61,9 +65,9 @@ def test_it_is_a_deepseek_v4_in_everything_and_small():
 def test_it_finds_a_needle(nano, text):
     corpus = corpora.Corpus(text.astype(np.uint16), np.array([0, len(text)]), ["a trace's prompt"])
     answers = []
-    for seed in range(4):
+    for seed in range(2):
         prompt = evaluation_prompt("single", 1500, np.random.default_rng(seed), corpus)
         session = Session(nano, 1600)
         session.read(prompt.tokens.astype(np.int64))
         answers.append(exact(prompt.answer, session.generate(len(prompt.answer))))
-    assert sum(answers) >= 3
+    assert all(answers)

@@ -7,13 +7,13 @@ import transformers
 from fmsim.nano.tokenizer import MODEL_FOLDER
 
 
-def nano_oracle():
+def nano_oracle(folder=MODEL_FOLDER):
     """Its float8 weights widened, in float32: on a GPU too, where transformers would have FP8
     kernels of its own.
     """
     pytest.importorskip("accelerate", reason="transformers wants it for float8")
     widened = transformers.FineGrainedFP8Config(dequantize=True)
     found = transformers.DeepseekV4ForCausalLM.from_pretrained(
-        MODEL_FOLDER, dtype=torch.bfloat16, quantization_config=widened
+        folder, dtype=torch.bfloat16, quantization_config=widened
     )
     return found.float().eval()

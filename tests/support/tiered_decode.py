@@ -5,7 +5,7 @@ import torch
 from fmsim.exec.decode.engine import Batch
 from fmsim.policies import registry
 
-TARGETS, TIERED, LAYERS = (1, 3), [0, 2, 4], 5
+TARGETS, TIERED, LAYERS = (1, 3), [0, 2], 4
 LENGTHS, STEPS, TAU = (212, 97), 44, 8  # 64 entries at the end of the first
 ENTRY_BYTES, KEY_BYTES = 32 * 4, 16 * 4
 OPTIONS = [

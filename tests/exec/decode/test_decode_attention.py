@@ -15,8 +15,9 @@ from fmsim.exec.model.weights.quantised import fill_float8, hold_float8, publish
 from fmsim.nano.config import nano_config
 
 
-@pytest.mark.parametrize("float8", [False, True])
-@pytest.mark.parametrize("kind", [SLIDING, CSA, HCA])
+@pytest.mark.parametrize(
+    ("kind", "float8"), [(SLIDING, False), (CSA, False), (CSA, True), (HCA, True)]
+)
 @torch.inference_mode()
 def test_it_is_the_models_attention(kind, float8):
     """Across the window's end and 128-token entries; more CSA entries close than the indexer may

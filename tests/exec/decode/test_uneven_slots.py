@@ -12,7 +12,7 @@ pytest.importorskip("transformers", reason="the engine needs fmsim[model]")
 from kernel_pools import no_waits
 from tapered import Tapered, TaperedLSA
 from tiny_indexer import lookahead
-from tiny_model import CSA, HCA, SLIDING, oracle, ours
+from tiny_model import CSA, oracle, ours
 
 from fmsim.exec.decode.engine import Batch, Engine
 from fmsim.exec.decode.prompt import Prompt
@@ -52,7 +52,7 @@ def tapered_lsa(folder, **options):
 
 @pytest.fixture(scope="module")
 def prompts():
-    reference = oracle(layer_types=[SLIDING, CSA, HCA, CSA, CSA], index_topk=8)
+    reference = oracle(layer_types=[CSA, CSA, CSA], index_topk=8)
     read = {}
 
     def on(device):

@@ -5,9 +5,10 @@ import pytest
 
 @pytest.fixture(scope="module")
 def reference():
-    from tiny_model import CSA, HCA, SLIDING, oracle
+    from tiered_decode import LAYERS
+    from tiny_model import CSA, oracle
 
-    return oracle(layer_types=[SLIDING, CSA, HCA, CSA, CSA, CSA, CSA], index_topk=8, head_dim=32)
+    return oracle(layer_types=[CSA] * LAYERS, index_topk=8, head_dim=32)
 
 
 @pytest.fixture(scope="module")

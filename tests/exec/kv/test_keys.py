@@ -33,8 +33,11 @@ DEVICES = [
 
 
 @pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize("kernels", [None, True], ids=["", "kernels"])
-@pytest.mark.parametrize("options", OPTIONS, ids=str)
+@pytest.mark.parametrize(
+    ("options", "kernels"),
+    [*((options, None) for options in OPTIONS), (OPTIONS[0], True), (OPTIONS[-1], True)],
+    ids=lambda value: "kernels" if value is True else str(value or ""),
+)
 def test_both_places_of_keys_select_the_same_step_for_step(
     prompts, tmp_path, options, kernels, device
 ):

@@ -21,11 +21,16 @@ from fmsim.report.grid import View, show_parts
 from fmsim.report.tables import measured
 
 
-def decoded(spec, count=2):
+def tiny(count=2):
+    """A model and what it is asked."""
     model = ours(oracle(layer_types=[SLIDING, CSA, HCA, CSA], index_topk=8))
     rng = np.random.default_rng(0)
     turns = [Turn([1, 2, 3], 2, (5, 6)), Turn([4], 9)]
-    streams = [Stream("text", rng.integers(0, 64, 120 - 7 * n), turns) for n in range(count)]
+    return model, [Stream("text", rng.integers(0, 64, 120 - 7 * n), turns) for n in range(count)]
+
+
+def decoded(spec, count=2):
+    model, streams = tiny(count)
     return run.decode(run.read(model, streams), streams, registry.build(spec))
 
 
@@ -75,27 +80,38 @@ def test_memory_that_is_short_is_told_with_the_figure(monkeypatch):
         decoded("lru")
 
 
-def test_a_prompt_that_was_read_serves_the_next_policy(monkeypatch):
-    """Both policies' rows and answers, of one reading; each as it is alone."""
+def test_nano_answers_from_the_command_line_both_policies_of_one_reading(monkeypatch):
     read = []
     whole = run.Prompt
     monkeypatch.setattr(run, "Prompt", lambda *given: read.append(1) or whole(*given))
-    shared = ["--context", "1024", "--steps", "24", "--device", "cpu", "--json", "-s", "budget=30%"]
-    reports = [
-        json.loads(
-            fmsim_here("exec", *(part for name in names for part in ("-p", name)), *shared).stdout
-        )
-        for names in (["lru", "recency"], ["lru"], ["recency"])
+    done = fmsim_here(
+        *("exec", "-p", "lru", "-p", "recency", "-s", "budget=30%"),
+        *("--context", "1024", "--steps", "8", "--device", "cpu", "--json"),
+    )
+    assert done.returncode == 0, done.stderr
+    report = json.loads(done.stdout)
+    assert len(read) == 1
+    assert [row["policy"] for row in report["policies"]] == ["lru", "recency"]
+    assert all(list(row) == FIELDS for row in report["policies"])
+    assert report["scenario"]["quality"]["asked"] >= 1
+    assert list(report["scenario"]["details"]) == ["lru", "recency"]
+
+
+def test_a_prompt_that_was_read_serves_the_next_policy():
+    """Its row, its details and its answers are as alone."""
+    model, streams = tiny()
+    prompts = run.read(model, streams)
+    lru, recency = "lru", {"policy": "recency", "budget": "30%"}
+    run.decode(prompts, streams, registry.build(lru))
+    found = [run.decode(prompts, streams, registry.build(recency)), decoded(recency)]
+    assert [one.tokens for one in found[0][0].requests] == [
+        one.tokens for one in found[1][0].requests
     ]
-    assert len(read) == 3
-    both, *alone = reports
-    assert [row["policy"] for row in both["policies"]] == ["lru", "recency"]
-    for row, one in zip(both["policies"], alone, strict=True):
-        [expected] = one["policies"]
-        timed = dict.fromkeys(("decode_tokens_per_s", "step_s", "stall_ratio"))
-        assert row | timed == expected | timed
-        label = row["policy"]
-        assert both["scenario"]["details"][label] == one["scenario"]["details"][label]
+    after, alone = (run.report(*each, "it", "tiny", "text") for each in found)
+    timed = dict.fromkeys(("decode_tokens_per_s", "step_s", "stall_ratio"))
+    assert after["policies"][0] | timed == alone["policies"][0] | timed
+    for part in ("details", "quality"):
+        assert after["scenario"][part] == alone["scenario"][part]
 
 
 def test_why_more_than_all_pages_is_allocated_is_said(capsys):
@@ -107,16 +123,6 @@ def test_why_more_than_all_pages_is_allocated_is_said(capsys):
         told = " ".join(capsys.readouterr().out.split())
         assert "spare pages for misses and recalls" in told
         assert ("all that one step selects may miss" in told) == more
-
-
-def test_nano_answers_from_the_command_line():
-    done = fmsim_here(
-        "exec", "--policy", "lru", "--context", "1024", "--steps", "24", "--device", "cpu", "--json"
-    )
-    assert done.returncode == 0, done.stderr
-    report = json.loads(done.stdout)
-    assert list(report["policies"][0]) == FIELDS
-    assert report["scenario"]["quality"]["asked"] >= 1
 
 
 @pytest.mark.parametrize(

@@ -127,12 +127,12 @@ def test_a_decode_stays_finite_through_all_layers(float8):
     assert len(hashed) == 3 and not torch.equal(hashed[0], hashed[1])
     assert all(len(row.unique()) == 6 for row in hashed[0]) and hashed[0].max() == 15
     prompts = [
-        Prompt(model, torch.randint(0, 256, (length,)).tolist(), 70) for length in (261, 140)
+        Prompt(model, torch.randint(0, 256, (length,)).tolist(), 12) for length in (250, 121)
     ]
     batch = Batch(
         prompts, registry.build({"policy": "lru", "budget": "40 entries", "granularity": 4})
     )
-    for _ in range(70):  # across the ends of CSA and HCA entries
+    for _ in range(12):  # across the ends of CSA and HCA entries
         batch.generate(1)
         assert batch.logits.isfinite().all() and 0.1 < batch.logits.float().std() < 10
 
