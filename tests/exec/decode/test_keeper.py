@@ -11,13 +11,15 @@ pytest.importorskip("transformers", reason="the engine needs fmsim[model]")
 
 from kernel_pools import no_waits, on_each_device
 from tiny_indexer import lookahead
-from tiny_model import CSA, HCA, SLIDING, oracle, ours
+from tiny_model import CSA, HCA, oracle, ours
 
 from fmsim.exec.decode.engine import Batch
 from fmsim.exec.decode.prompt import Prompt
 from fmsim.policies import registry
 
 STEPS, TAU, LENGTHS = 44, 8, (150, 97, 149, 64)
+if not torch.cuda.is_available():
+    STEPS, LENGTHS = 36, LENGTHS[:3]
 SPECS = [
     {"policy": "lru", "budget": "9 entries"},
     {"policy": "lru", "budget": "20%", "granularity": 4, "scope": "shared"},
@@ -37,7 +39,7 @@ if not torch.cuda.is_available():
 
 @pytest.fixture(scope="module")
 def prompts():
-    reference = oracle(layer_types=[SLIDING, CSA, HCA, CSA], index_topk=8)
+    reference = oracle(layer_types=[CSA, HCA, CSA], index_topk=8)
     read = {}
 
     def on(device):
@@ -67,7 +69,7 @@ def decoded(prompts, spec):
 @on_each_device
 @pytest.mark.parametrize("spec", SPECS, ids=str)
 def test_each_request_of_a_batch_decodes_as_alone(prompts, device, spec):
-    compared(prompts(device), spec)
+    compared(prompts(device)[: 4 if device == "cuda" else 2], spec)
 
 
 @on_each_device
