@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 
@@ -77,7 +78,7 @@ class SteadyState:
         return self.demand.pools(self.tokens - self._output, self._output).mirror
 
     @cached_property
-    def _entries(self) -> tuple[float, float]:
+    def _entries(self) -> tuple[float, Any]:
         """Of one request and layer: what the native indexer scores, and a memory indexer."""
         demand = self.demand
         scored: float = self.geometry.csa_entries(self.tokens)
