@@ -21,7 +21,7 @@ def test_the_package_passes_its_own_tests(tmp_path):
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--rootdir=."]
     tested = subprocess.run(command, cwd=package, capture_output=True, text=True)
     assert tested.returncode == 0 and "declarations" not in tested.stdout, tested.stdout
-    shown = fmsim("policy", "show", "fmsim_my_cache.py:MyCache", folder=package)
+    shown = fmsim_here("policy", "show", "fmsim_my_cache.py:MyCache", folder=package)
     assert "weight_of_mass" in shown.stdout
 
 

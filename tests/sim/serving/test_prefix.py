@@ -199,7 +199,8 @@ def test_a_turns_prompt_is_all_that_was_said_and_new_tokens():
 def test_what_is_reused_is_not_computed_and_capacities_hold(which, seed, rate, host_gb, layout):
     hw = replace_figure(replace_figure(H100, "host_reserve_bytes", 1), "host_bytes", 8e9 * host_gb)
     hw = hw.deployed(Deployment(**layout))
-    source = RequestGenerator(SessionWorkload(**SESSIONS | {"seed": seed, "rate_per_s": rate}))
+    changes = {"seed": seed, "rate_per_s": rate, "duration_s": 25}
+    source = RequestGenerator(SessionWorkload(**SESSIONS | changes))
     run = ServerRun(hw, FLASH, which, Server(prefill_chunk_tokens=2048), source)
     computed = []
     chunks = run._chunks
