@@ -102,7 +102,7 @@ def s3fifo(entries, slots):
 @pytest.mark.parametrize("slots", [1, 2, 5, 10, 23, 40])
 @pytest.mark.parametrize("plain", [sieve, s3fifo])
 def test_an_example_hits_where_its_papers_algorithm_does(plain, slots):
-    drawn = np.random.default_rng(slots).zipf(1.3, 800) % 200
+    drawn = np.random.default_rng(slots).zipf(1.3, 400) % 200
     policy = found(plain.__name__)(budget=f"{slots} entries")
     ledger = Replayer(stream(drawn, 300), cold=True).run(policy)
     assert ledger.hit[:, 0].tolist() == plain(drawn.tolist(), slots)

@@ -37,7 +37,7 @@ COMMANDS = {
         "lfu",
     ),
     "plan of several": ("plan", "--context", "512K", "--hardware", "h100,rtx-pro-6000"),
-    "serving": ("run", "serve", "--set", "workload.duration_s=20"),
+    "serving": ("run", "serve", "--set", "workload.duration_s=8"),
     "sweep": ("sweep", "32k", "-p", "lsa", "-p", "lru", "-g", "policies.lsa.budget=5%,10%"),
     "validate": ("validate", "32k", "-p", "lru", "-p", "lsa", "--whole-steps"),
 }
@@ -156,7 +156,7 @@ def test_what_matters_most_stays(reports, capsys):
 
 def test_on_random_tables_what_fits_is_shown_by_rank():
     source = random.Random(3)
-    for _ in range(200):
+    for _ in range(60):
         fields = [Field(f"f{n}" * source.randint(1, 5), source.randint(1, 9)) for n in range(8)]
         grid = Grid([Field("name", 0, "left"), *fields])
         for _ in range(3):
