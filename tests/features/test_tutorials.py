@@ -85,14 +85,18 @@ def shell(tmp_path, monkeypatch):
     }
 
     def run(text):
-        for arguments, into in calls(text) or []:
+        found = calls(text)
+        if found is None:
+            return by_bash(text)
+        for arguments, into in found:
             done = fmsim_here(*arguments, folder=work)
             if into:
                 (work / into).write_text(done.stdout, encoding="utf-8")
             if done.returncode:
-                return done
-        if calls(text) is not None:
-            return subprocess.CompletedProcess(text, 0, "", "")
+                break
+        return done
+
+    def by_bash(text):
         return subprocess.run(
             ["bash", "-euo", "pipefail", "-c", text],
             cwd=work,

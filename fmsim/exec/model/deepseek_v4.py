@@ -87,7 +87,9 @@ class Layer(nn.Module):
 class Backbone(nn.Module):
     def __init__(self, config: DeepseekV4Config):
         super().__init__()
-        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        # as empty as the other weights: to draw it on no device loads torch's compiler
+        table = torch.empty(config.vocab_size, config.hidden_size)
+        self.embed_tokens = nn.Embedding.from_pretrained(table, freeze=False)
         self.layers = nn.ModuleList(
             Layer(config, number) for number in range(config.num_hidden_layers)
         )
