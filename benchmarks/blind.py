@@ -213,6 +213,7 @@ def join(
         "command": "python benchmarks/blind.py --parts blind",
         "preset": {"title": preset["title"], "kernel_source": preset["kernel_source"]},
         "frozen": head["simulator"] == simulator(),
+        "predicted_by": simulator(),
         "measured": ["measured_step_p50_s", "measured_tokens_per_s"],
         "simulated": ["simulated_step_p50_s", "simulated_tokens_per_s"],
         "within": len(within),

@@ -108,11 +108,14 @@ class StepModel:
     def before_selecting_s(self, batch: int) -> float:
         """Of the layers before the first that selects, their attention that of an empty context."""
         kinds = [layer.kind for layer in self.geometry.layers]
+        before = kinds.index("sparse") if "sparse" in kinds else 0
+        if not before:
+            return 0.0
         ranked, found = self.hw.placed.ranked(batch), self.modules
         head_and_one_ms = found.draft_ms(ranked, batch)
         layer_ms = (found.rest_ms(ranked, batch) - head_and_one_ms) / (len(kinds) - 1)
         layer_ms += float(found.hca.of_batch(ranked)[0])
-        return kinds.index("sparse") * layer_ms / 1e3
+        return before * layer_ms / 1e3
 
     def _rest_ms(self, ranked: int, batch: int) -> float:
         """What does not depend on contexts."""

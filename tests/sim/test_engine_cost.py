@@ -114,6 +114,8 @@ def test_the_layers_before_the_first_that_selects():
     layer_ms = (0.05 + 0.024 + 0.006 + 0.03) * (1 + 1 / 64)
     expected_s = 2 * layer_ms * H100.kernel_factor.value / 1e3
     assert StepModel(hardware(), FLASH).before_selecting_s(1) == pytest.approx(expected_s)
+    alone = replace(FLASH, layer_types=FLASH.layer_types[2:3])  # a layer that selects
+    assert StepModel(hardware(), alone).before_selecting_s(1) == 0.0
 
 
 def test_more_misses_than_were_timed_are_gathers_beyond():

@@ -141,9 +141,16 @@ class SharedTiers:
             return
         stream = torch.cuda.Stream(self.model_stream.device, priority=SideStream.APPEND.value)
         stream.wait_stream(self.model_stream)
-        with torch.cuda.stream(stream):
-            yield
-        self.model_stream.wait_stream(stream)
+        try:
+            with torch.cuda.stream(stream):
+                yield
+        finally:
+            self.model_stream.wait_stream(stream)
+
+    def wait_for_model(self) -> None:
+        """What is launched from now on comes after what the model was given."""
+        if self.model_stream is not None:
+            torch.cuda.current_stream(self.model_stream.device).wait_stream(self.model_stream)
 
     def ahead_pages(self, request: int) -> int:
         return max(self.tiers.entries.sizes[0].ahead)
@@ -166,8 +173,7 @@ class SharedTiers:
     def settle(self, request: int, moves: Moves) -> None:
         if not self.tables.stages:
             return
-        if self.model_stream is not None:
-            torch.cuda.current_stream(self.tiers.entries.device).wait_stream(self.model_stream)
+        self.wait_for_model()
         self.tiers.settle(moves.pages, moves.slots, self.tables.rows, all_staged=True)
 
     def moved_bytes(self) -> Tensor:

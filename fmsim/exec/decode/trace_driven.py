@@ -312,6 +312,7 @@ class _StepSource:
             for layer in range(decode.tiers.entries.layers):
                 decode.stage(layer)
         if decode.watch and decode.tiers.mirrored:
+            self.tiers.wait_for_model()
             attended = torch.where(served.attended, served.use.pages, -1)
             self.shown = decode.attended_to(attended.long())
         return [None if decode.manager.passive else served]

@@ -17,7 +17,8 @@ class StepClock:
     """Of each step: how long it took, how long of that recalls and misses, and the bytes moved by
     its end.
 
-    On a GPU a step is what its `stream` does, the current one unless it is set.
+    On a GPU a step is what its `stream` does, the current one unless it is set. What is recalled is
+    on the current one.
     """
 
     def __init__(self, device: torch.device):
@@ -31,9 +32,9 @@ class StepClock:
     def step(self, moved: Callable[[], Tensor]) -> Iterator[None]:
         """A step runs; ``moved`` tells the bytes moved so far."""
         self._stalls_s.append(float("nan") if self.on_gpu else 0.0)
-        self._marks = [self._mark()]
+        self._marks = [self._mark(self.stream)]
         yield
-        self._steps.append((*self._marks, self._mark()))
+        self._steps.append((*self._marks, self._mark(self.stream)))
         self._moved.append(moved())
 
     @contextmanager
@@ -70,11 +71,11 @@ class StepClock:
             np.array([int(count) for count in self._moved], dtype=np.float64),
         )
 
-    def _mark(self):
+    def _mark(self, stream=None):
         if not self.on_gpu:
             return time.perf_counter()
         event = torch.cuda.Event(enable_timing=True)
-        event.record(self.stream or torch.cuda.current_stream(self.device))
+        event.record(stream or torch.cuda.current_stream(self.device))
         return event
 
     def _between(self, start, end) -> float:

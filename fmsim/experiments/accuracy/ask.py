@@ -162,9 +162,8 @@ def _in_process(
     if not _opened:
         _opened.append(open_source())
         on_gpu = _opened[0][0].lm_head.weight.is_cuda
-        torch.set_num_threads(
-            1 if on_gpu else threads
-        )  # beside a GPU more only get in each other's way
+        # beside a GPU more threads only wait for each other
+        torch.set_num_threads(1 if on_gpu else threads)
     item, known = job
     try:
         return list(_ask(*_opened[0], plan, item, known, reading[gpu]))
