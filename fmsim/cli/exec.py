@@ -236,7 +236,7 @@ def exec_(
     elif builtin:
         report, transcripts = work(asked)
     else:  # whatever it does, it is named
-        report, transcripts = alone(work, asked, lost, policy_timeout)
+        report, transcripts = alone(work, asked, lost, policy_timeout, announced=True)
     from fmsim.report.tables import measured
 
     print_found(
@@ -272,6 +272,7 @@ class _Asked:
 def _measure(asked: _Asked) -> tuple[dict, list[list[tuple[str, str, bool | None]]]]:
     """Decode; -> the report, and of each policy what was asked and answered."""
     from fmsim.errors import FmsimError
+    from fmsim.experiments import parallel
 
     model, seed = asked.model, asked.seed
     chosen = [policy_given(one, asked.override) for one in asked.policies]
@@ -306,6 +307,7 @@ def _measure(asked: _Asked) -> tuple[dict, list[list[tuple[str, str, bool | None
     reports, transcripts = [], []
     with token_bar(tokens, asked.quiet) as advance:
         prompts = run.read(loaded, streams, advance)
+        parallel.begin()
         for label, policy in zip(labels, chosen, strict=True):
             decoding, decoded = run.decode(
                 prompts, streams, policy, seed=seed, index_keys=where, progress=advance

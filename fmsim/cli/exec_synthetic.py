@@ -74,6 +74,7 @@ def measure_on_gpus(
             lost,
             timeout_s,
             told=lambda rank, share: show("decoding", 100 * share, 100),
+            announced=True,
         )
     return found
 
@@ -113,6 +114,7 @@ def _decode(asked: AskedRun, device: str, exchange: Exchange | None = None) -> M
     replayer = Replayer(found, memory=ModelMemory(geometry), max_steps=asked.steps)
     layer_map = spread(found.n_layers, geometry.n_csa)
     chosen = policy_given(asked.policy, asked.override)
+    parallel.begin()
     ledger = replayer.run(chosen)
     request_bytes = allocation(ledger, geometry).total
     batch, seed = asked.batch, asked.seed

@@ -30,15 +30,26 @@ Told = Callable[[int, float], None]  # which item, and which share of it is done
 
 _PR_SET_PDEATHSIG = 1  # of prctl(2)
 TELL_EVERY_S = 0.1
-SHARE = "share"  # a worker's answer that is none yet
+# a worker's answers that are none yet
+BEGUN = "begun"  # its time counts from now on
+SHARE = "share"
 
 
 class _Teller:
-    """Passes on which share of its item a process has done, now and then."""
+    """Passes on that a process has begun its item, and now and then which share of it is done."""
 
-    def __init__(self, say: Callable[[float], None] | None = None) -> None:
+    def __init__(
+        self,
+        say: Callable[[float], None] | None = None,
+        say_begun: Callable[[], None] | None = None,
+    ) -> None:
         self.say = say
+        self.say_begun = say_begun
         self.said_s = float("-inf")
+
+    def begin(self) -> None:
+        if self.say_begun is not None:
+            self.say_begun()
 
     def tell(self, share: float) -> None:
         now_s = time.monotonic()
@@ -55,12 +66,19 @@ def tell(share: float) -> None:
     _teller.tell(share)
 
 
+def begin() -> None:
+    """Work that is `announced` says here that it is ready: its time counts from now on."""
+    _teller.begin()
+
+
 @contextlib.contextmanager
-def _telling(say: Callable[[float], None] | None) -> Iterator[None]:
-    """While the block runs, what `tell` is told goes to `say`."""
+def _telling(
+    say: Callable[[float], None] | None, say_begun: Callable[[], None] | None = None
+) -> Iterator[None]:
+    """While the block runs, what `tell` is told goes to `say`, and `begin` calls `say_begun`."""
     global _teller
     before = _teller
-    _teller = _Teller(say)
+    _teller = _Teller(say, say_begun)
     try:
         yield
     finally:
@@ -90,7 +108,7 @@ def in_parallel(
 
     On Linux they run in forked processes, which share the parent's arrays; elsewhere one after
     another in this one. An exception that `work` raises is raised here. `lost(i, why)` is the
-    result where a worker died or took longer than `timeout_s`; without it that is an FmsimError.
+    result where a worker died or worked longer than `timeout_s`; without it that is an FmsimError.
     `told(i, share)` hears what work says with `tell`, and 1.0 at its end.
     """
     if sys.platform != "linux":
@@ -114,13 +132,17 @@ def as_they_end(
     lost: Callable[[Item, str], Result] | None = None,
     timeout_s: float | None = None,
     told: Told | None = None,
+    announced: bool = False,
 ) -> Iterator[Result]:
     """work(item) of each, as each ends, in `jobs` processes (one a core by default).
 
     `start_method` is multiprocessing's; "spawn" for work on a GPU, whose driver does not outlive a
-    fork. `lost`, `timeout_s` and `told` as in `in_parallel`.
+    fork. `lost`, `timeout_s` and `told` as in `in_parallel`. `timeout_s` counts from when a process
+    has its item, or, where work is `announced`, from its `begin`.
     """
-    found = _supervised(work, items, jobs or cores(), start_method, lost, timeout_s, told)
+    found = _supervised(
+        work, items, jobs or cores(), start_method, lost, timeout_s, told, announced
+    )
     for _, result in found:
         yield result
 
@@ -131,12 +153,13 @@ def alone(
     lost: Callable[[Item, str], Result],
     timeout_s: float | None = None,
     told: Told | None = None,
+    announced: bool = False,
 ) -> Result:
     """work(item) in a new process, which may use the GPU: for a policy that is not fmsim's own.
 
-    `lost`, `timeout_s` and `told` as in `in_parallel`.
+    `lost`, `timeout_s` and `told` as in `in_parallel`, `announced` as in `as_they_end`.
     """
-    [result] = as_they_end(work, [item], 1, "spawn", lost, timeout_s, told)
+    [result] = as_they_end(work, [item], 1, "spawn", lost, timeout_s, told, announced)
     return result
 
 
@@ -168,21 +191,33 @@ class _WorkerTraceback(Exception):
 class _Worker:
     """A process that works on one item after another."""
 
-    def __init__(self, context: Any, work: Callable[[Any], Any]) -> None:
+    def __init__(
+        self,
+        context: Any,
+        work: Callable[[Any], Any],
+        timeout_s: float | None,
+        announced: bool,
+    ) -> None:
         self.connection, theirs = context.Pipe()
-        self.process = context.Process(target=_serve, args=(work, theirs, os.getpid()), daemon=True)
+        arguments = (work, theirs, os.getpid(), announced)
+        self.process = context.Process(target=_serve, args=arguments, daemon=True)
         self.process.start()
         theirs.close()
+        self.timeout_s = timeout_s or float("inf")
         self.index = -1
         self.item: Any = None
         self.ends_s = float("inf")
 
-    def give(self, index: int, item: Any, timeout_s: float | None) -> None:
+    def give(self, index: int, item: Any) -> None:
         self.index = index
         self.item = item
-        self.ends_s = time.monotonic() + timeout_s if timeout_s else float("inf")
+        self.ends_s = float("inf")
         with contextlib.suppress(OSError):  # a worker that died is found when its answer is read
             self.connection.send(item)
+
+    def begins(self) -> None:
+        """Its time runs from now on."""
+        self.ends_s = time.monotonic() + self.timeout_s
 
     def answer(self) -> tuple[str, Any, str] | None:
         """What it sent, or None where it died instead."""
@@ -214,6 +249,7 @@ def _supervised(
     lost: Callable[[Item, str], Result] | None,
     timeout_s: float | None,
     told: Told | None,
+    announced: bool = False,
 ) -> Iterator[tuple[int, Result]]:
     """(index, result) of each item, as they end."""
     context = multiprocessing.get_context(start_method)
@@ -223,12 +259,15 @@ def _supervised(
     try:
         while True:
             while len(busy) < jobs and (following := next(left, None)) is not None:
-                worker = idle.pop() if idle else _Worker(context, work)
-                worker.give(*following, timeout_s)
+                worker = idle.pop() if idle else _Worker(context, work, timeout_s, announced)
+                worker.give(*following)
                 busy.append(worker)
             if not busy:
                 return
             for worker, answer in _next_answers(busy):
+                if answer[0] == BEGUN:
+                    worker.begins()
+                    continue
                 if answer[0] == SHARE:
                     if told is not None:
                         told(worker.index, answer[1])
@@ -267,7 +306,9 @@ def _next_answers(busy: Sequence[_Worker]) -> Iterator[tuple[_Worker, tuple[str,
             yield worker, "it took longer than its time limit (--policy-timeout)"
 
 
-def _serve(work: Callable[[Any], Any], connection: Connection, parent: int) -> None:
+def _serve(
+    work: Callable[[Any], Any], connection: Connection, parent: int, announced: bool
+) -> None:
     """A worker's life: items in, answers out, until the parent has no more."""
     _end_with(parent)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent deals with Ctrl-C, and ends workers
@@ -275,13 +316,16 @@ def _serve(work: Callable[[Any], Any], connection: Connection, parent: int) -> N
     sys.stdout.flush()
     os.dup2(2, 1)
     sys.stdout = sys.stderr
+    begun = lambda: connection.send((BEGUN, None, ""))
     while True:
         try:
             item = connection.recv()
+            if not announced:
+                begun()
         except (EOFError, OSError):
             _leave()
         try:
-            with _telling(lambda share: connection.send((SHARE, share, ""))):
+            with _telling(lambda share: connection.send((SHARE, share, "")), begun):
                 answer = ("done", work(item), "")
         except Exception as error:
             answer = ("raised", _portable(error), traceback.format_exc())

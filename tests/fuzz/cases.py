@@ -89,6 +89,7 @@ def _one_by_one(
     lost: object,
     timeout_s: float | None,
     told: parallel.Told | None,
+    announced: bool = False,
 ) -> Iterator[tuple[int, Any]]:
     """`parallel._supervised` without processes."""
     with contextlib.redirect_stdout(sys.stderr):
