@@ -316,7 +316,7 @@ def _serve(
     sys.stdout.flush()
     os.dup2(2, 1)
     sys.stdout = sys.stderr
-    begun = lambda: connection.send((BEGUN, None, ""))
+    begun = partial(connection.send, (BEGUN, None, ""))
     while True:
         try:
             item = connection.recv()

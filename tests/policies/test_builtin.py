@@ -1,6 +1,7 @@
 """Each policy on a case worked out by hand; budgets, parameters and the registry."""
 
 import importlib.metadata
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -177,15 +178,22 @@ def test_conformance_with_a_memory_indexer(name, more, tmp_path):
     check_policy(policy(checkpoint=indexer_of_sample(tmp_path / "indexer.safetensors"), **more))
 
 
+def three_windows():
+    """A trace of 20 steps in windows of 8: as many boundaries as 130 steps have at a tau of 64."""
+    trace = sample_trace(n_steps=20)
+    header = trace.header.model_copy(update={"tau": 8})
+    return replace(trace, header=header, hidden=np.repeat(trace.hidden, 3, axis=0))
+
+
 @pytest.mark.parametrize("name", ["lru", "lfu", "lruk"])
 def test_conformance_with_a_history_from_the_prompt(name):
-    check_policy(registry.get(name)(prompt_history=True), sample_trace(n_steps=20))
+    check_policy(registry.get(name)(prompt_history=True), three_windows())
 
 
 @pytest.mark.parametrize("name", ["fifo", "random-fetch", "clock", "sieve", "s3fifo", "hisparse"])
 @pytest.mark.parametrize("budget", ["1 entry", "5 entries", "200 entries", "402 entries"])
 def test_conformance_at_extreme_budgets(name, budget):
-    for check in policy_checks(registry.get(name)(budget=budget), sample_trace(n_steps=20)):
+    for check in policy_checks(registry.get(name)(budget=budget), three_windows()):
         if not check.name.endswith(": budget 20 entries"):  # no extreme, and tests/testing has it
             check()
 

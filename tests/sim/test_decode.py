@@ -128,8 +128,11 @@ def test_time_only_grows_and_bytes_are_the_ledgers(demand, recall, on_miss, gran
 @pytest.mark.parametrize("name", hardware_names())
 def test_every_preset_costs_more_for_more(name):
     hw = load_hardware(name)
-    # at 65,536 tokens fmsim's top-k, one program then, takes longer than at the next ones here
-    contexts = np.array([1024, 131_072, 524_288, 1_048_576])
+    contexts = np.array([1024, 65_536, 131_072, 524_288, 1_048_576])
+    if any(times.engine for times in hw.kernels.values()):
+        # fmsim's own engine: its top-k at 65,536 tokens is one program, which takes longer than
+        # several do at 131,072
+        contexts = contexts[contexts != 65_536]
     for geometry in (PRESETS["v4-flash"], PRESETS["v4-pro"]):
         one = step_costs(hw, geometry, 1, contexts, contexts // 4).total_s(geometry.n_csa)
         many = step_costs(hw, geometry, 100, contexts, contexts // 4).total_s(geometry.n_csa)
