@@ -32,18 +32,17 @@ class TooLong(BaseException):
 
 
 class Bench:
-    """A folder with sound inputs, and the cases made from them.
+    """A folder with sound inputs, and the cases made from them."""
 
-    Without `workers` a case's policies run in this process: to fork one that has loaded torch takes
-    several times as long as the rest of a case.
-    """
-
-    def __init__(self, folder: Path, workers: bool = True) -> None:
+    def __init__(self, folder: Path) -> None:
         self.sound = Sound(folder)
-        self.workers = workers
 
-    def run(self, kind: str, seed: int) -> str | None:
-        """What is wrong with fmsim's answer to a case, or None."""
+    def run(self, kind: str, seed: int, workers: bool = True) -> str | None:
+        """What is wrong with fmsim's answer to a case, or None.
+
+        Without `workers` a case's policies run in this process: to fork one that has loaded torch
+        takes several times as long as the rest of a case.
+        """
         chance = random.Random(f"{kind} {seed}")
         arguments = CLASSES[kind](self.sound, chance)
         case = f"{kind} {seed}"
@@ -54,7 +53,7 @@ class Bench:
         try:
             with warnings.catch_warnings(), contextlib.ExitStack() as stack:
                 warnings.simplefilter("ignore")
-                if not self.workers:
+                if not workers:
                     stack.enter_context(mock.patch.object(parallel, "_supervised", _one_by_one))
                 done = fmsim_here(*arguments, folder=self.sound.folder)
         except TooLong:
@@ -91,7 +90,7 @@ def _one_by_one(
     told: parallel.Told | None,
     announced: bool = False,
 ) -> Iterator[tuple[int, Any]]:
-    """`parallel._supervised` without processes."""
+    """`parallel._supervised` without processes: none is lost, or ended after a time."""
     with contextlib.redirect_stdout(sys.stderr):
         yield from enumerate(parallel.one_by_one(work, items, told))
 

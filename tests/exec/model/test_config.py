@@ -188,7 +188,7 @@ def test_a_random_configuration_is_equal_or_refused(changed, tokens, seed, tmp_p
     torch.testing.assert_close(logits, expected, atol=1e-4 * scale, rtol=0)
 
 
-@pytest.mark.parametrize("rate", [1, 3, 8])
+@pytest.mark.parametrize("rate", [1, 3, 4, 8])
 def test_any_rate_decodes_and_records(rate, tmp_path):
     from fmsim.exec.runs.record import trace_header, trace_of
 
