@@ -220,7 +220,7 @@ def test_a_killed_sweep_goes_on_and_runs_nothing_twice(scenario, tmp_path):
     assert 3 <= before.count(b"\n") < 24
     whole, cut = before[: before.rstrip(b"\n").rfind(b"\n") + 1], before[:-7]
     out.write_bytes(cut)  # as if the kill had struck within the last write
-    done = fmsim_here(*command)
+    done = fmsim(*command)
     assert done.returncode == 0, done.stderr
     assert f"{24 - len(whole.splitlines())} of 24 runs done now" in done.stdout
     rows = rows_of(out)

@@ -5,7 +5,7 @@ search.
 import json
 
 import pytest
-from command import fmsim_here
+from command import fmsim, fmsim_here
 from made_trace import make_trace
 
 from fmsim.errors import FmsimError
@@ -141,7 +141,7 @@ def test_the_command_shows_the_front_and_prints_json(scenario, tmp_path):
         "--floor",
         "0.1",
     ]
-    shown = fmsim_here(*arguments)
+    shown = fmsim(*arguments)
     assert shown.returncode == 0, shown.stderr
     assert "heavy, best" in shown.stdout and "keeps 10% of the mass" in shown.stdout
     found = json.loads(fmsim_here(*arguments, "--json").stdout)

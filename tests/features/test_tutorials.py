@@ -31,6 +31,29 @@ NEEDS = {  # extras of `test`, which somebody may do without
     "to_frame": "pandas",
 }
 LONGEST_S = 300
+QUOTED = re.compile(r'"[^"]*"')
+# What a shell does more than to part words: outside double quotes, and within them.
+SHELLS = re.compile(r"""[(){}*?~'`$#!"|&;<\[\]]|\\(?!\n)|(?<! )>|>(?! )""")
+EXPANDED = re.compile(r"[`\\!]|\$(?!TRACES\b)")
+MORE_THAN_WORDS = """
+-p lru(window=3)
+`date`
+$(date)
+$TRACES
+'$TRACES'
+"$PWD"
+"`date`"
+-g batch={1,2}
+*.yaml
+?.yaml
+~/a
+a\\ b
+"a
+a; ls
+a&&ls
+>a
+2>&1
+""".split("\n")[1:-1]
 
 
 def blocks(page):
@@ -51,17 +74,34 @@ def test_a_mark_stands_right_above_its_block():
 
 def calls(text):
     """The arguments of each line and the file that it prints into, where all lines call fmsim and
-    nothing else; or None.
+    nothing else, in words that are the same to bash and to shlex; or None.
     """
+    if SHELLS.search(QUOTED.sub("", text)) or any(map(EXPANDED.search, QUOTED.findall(text))):
+        return None
     found = []
     for line in text.replace("\\\n", " ").splitlines():
         words = shlex.split(os.path.expandvars(line))
         into = words.pop() if words[-2:-1] == [">"] else None
         words = words[:-1] if into else words
-        if words[:1] != ["fmsim"] or {"|", ">", "<", ";", "&", "&&", "||"} & {*words}:
+        if words[:1] != ["fmsim"] or ">" in words:
             return None
         found.append((words[1:], into))
     return found
+
+
+@pytest.mark.parametrize("words", MORE_THAN_WORDS)
+def test_bash_runs_what_is_more_than_words(words):
+    assert calls(f"fmsim run {words}\n") is None
+    assert calls(f"fmsim run a\nfmsim run {words}\n") is None
+
+
+def test_words_need_no_bash(monkeypatch):
+    monkeypatch.setenv("TRACES", "/t")
+    text = 'fmsim run "$TRACES/a b" \\\n  --set "policies.*.budget=5%"\nfmsim doctor > a.txt\n'
+    assert calls(text) == [
+        (["run", "/t/a b", "--set", "policies.*.budget=5%"], None),
+        (["doctor"], "a.txt"),
+    ]
 
 
 @pytest.fixture

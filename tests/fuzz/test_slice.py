@@ -5,7 +5,7 @@ import pytest
 from tests.fuzz import cases
 
 PARTS = 2  # of each class, so that the cores share them
-IN_WORKERS = 2  # of a part: the first cases' policies run in processes, as a user's do
+IN_WORKERS = 6  # of a part: the first cases' policies run in processes, as a user's do
 COUNTS = {  # 2,260 cases; those that only read a file are cheap
     "scenario": 120,
     "override": 120,

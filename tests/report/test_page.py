@@ -11,7 +11,7 @@ from xml.etree import ElementTree
 
 import pytest
 from browser import browse, check, measured, meets, needs_browser
-from command import fmsim_here
+from command import fmsim, fmsim_here
 from made_trace import make_trace
 
 from fmsim.errors import FmsimError
@@ -57,7 +57,7 @@ def folder(tmp_path_factory):
 @pytest.fixture(scope="module")
 def page(folder):
     further = ("--perfetto", "out/timeline.json", "--figures", "out/charts")
-    done = fmsim_here("report", "out", *further, folder=folder)
+    done = fmsim("report", "out", *further, folder=folder)
     assert done.returncode == 0, done.stderr
     assert [line.split()[0] for line in done.stdout.splitlines()] == [
         "out/report.html",
