@@ -53,7 +53,7 @@ a; ls
 a&&ls
 >a
 2>&1
-""".split("\n")[1:-1]
+""".splitlines()[1:]
 
 
 def blocks(page):
