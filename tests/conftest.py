@@ -11,6 +11,7 @@ import tempfile
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+import pytest
 import torch
 
 if not torch.cuda.is_available():
@@ -18,3 +19,16 @@ if not torch.cuda.is_available():
 
 # Which traces were found sound is remembered beside no user's own notes.
 os.environ.setdefault("XDG_CACHE_HOME", tempfile.mkdtemp(prefix="fmsim-tests-"))
+
+
+def pytest_addoption(parser):
+    parser.addoption("--slow", action="store_true", help="run what takes long on a CPU too")
+
+
+def pytest_collection_modifyitems(config, items):
+    """A GPU is quick enough for all of them."""
+    if config.getoption("--slow") or torch.cuda.is_available():
+        return
+    for item in items:
+        if item.get_closest_marker("slow"):
+            item.add_marker(pytest.mark.skip(reason="takes long on a CPU: give --slow"))

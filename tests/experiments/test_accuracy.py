@@ -87,6 +87,7 @@ def test_exact_policies_answer_as_a_plain_decode_does(found):
     assert found[0, "full"].ledger.hit.sum() == found[0, "full"].ledger.accessed.sum()
 
 
+@pytest.mark.slow
 def test_questions_side_by_side_are_answered_as_one_by_one(native):
     answer = CONTEXT.questions[0].answer
     lengths = (6, 4, 6, 6, 4)

@@ -280,6 +280,7 @@ def test_rows_in_parquet_read_back_and_grow(tmp_path):
         RowFile(path)
 
 
+@pytest.mark.slow
 def test_a_ray_cluster_gives_the_same_rows(scenario, tmp_path):
     pytest.importorskip("ray", reason="ray is not installed: pip install 'fmsim[ray]'")
     grid = [

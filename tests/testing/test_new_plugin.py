@@ -12,6 +12,7 @@ from fmsim.policies import registry
 from fmsim.testing import new_plugin
 
 
+@pytest.mark.slow
 def test_the_package_passes_its_own_tests(tmp_path):
     done = fmsim_here("policy", "new", "my-cache", folder=tmp_path)
     assert done.returncode == 0 and done.stdout.startswith("fmsim-my-cache: README.md, ")

@@ -148,6 +148,7 @@ def test_it_rounds_as_transformers_does_and_greedy_tokens_are_float32s(
         assert torch.equal(found.ours[sure].argmax(-1), found.exact[sure].argmax(-1))
 
 
+@pytest.mark.slow
 @on_each_device
 def test_where_choices_are_free_the_typical_token_is_as_near(device):
     specs = "full", {"policy": "lru", "budget": "3x topk", "granularity": 4}
@@ -172,6 +173,7 @@ def test_where_choices_are_free_the_typical_token_is_as_near(device):
         assert agreements[1] > agreements[0] - 0.05 > 0.8
 
 
+@pytest.mark.slow
 @on_each_device
 def test_nano_decodes_as_near_and_says_the_same(device):
     """The shipped model on real text, with the tokens that it chooses itself."""

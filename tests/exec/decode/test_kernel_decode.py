@@ -57,6 +57,7 @@ def test_three_hundred_steps_cross_every_boundary():
     check(oracle(layer_types=[SLIDING, CSA, HCA]), [230, 7], 300, "full")
 
 
+@pytest.mark.slow
 @on_each_device
 @torch.no_grad()
 def test_hyper_connections_from_kernels_are_those_of_torch(device, monkeypatch):
@@ -78,6 +79,7 @@ def test_hyper_connections_from_kernels_are_those_of_torch(device, monkeypatch):
     assert not torch.equal(torch.stack(found[1]), torch.stack(found[0]))  # they were two ways
 
 
+@pytest.mark.slow
 def test_so_do_kernels():
     """By their references: rings, pages and block tables instead of torch's own arrays, from a
     prefill that ends anywhere.

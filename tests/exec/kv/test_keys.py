@@ -144,6 +144,7 @@ def test_a_graph_of_kernels_decodes_as_torch_does(prompts, tmp_path, options):
     assert other.batch.h2d_bytes == one.batch.h2d_bytes
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("device", DEVICES)
 def test_with_room_for_everything_nothing_is_lost(prompts, tmp_path, device):
     spec = lookahead(tmp_path, "64 entries", TARGETS, threshold=1e-300)

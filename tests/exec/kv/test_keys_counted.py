@@ -189,6 +189,7 @@ def test_a_users_mistake_is_one_line(arguments, says):
     assert done.returncode == 2 and says in done.stderr and len(done.stderr.splitlines()) == 1
 
 
+@pytest.mark.slow
 def test_nano_tiers_the_layers_that_its_indexer_is_told_to_leave_out():
     """It scores a layer or two of nano's six, of which it is told to take one."""
     layer = max(checkpoint.load(checkpoint.SHIPPED).layers)

@@ -55,6 +55,7 @@ def test_the_same_values_and_gradients_as_the_dense_rendering(model, sparse, rec
     assert_alike(ours, dense(model, given, positions, sparse))
 
 
+@pytest.mark.slow
 @on_each_device
 def test_kernels_give_the_values_and_gradients_of_the_dense_rendering(device, monkeypatch):
     monkeypatch.setattr("fmsim.exec.whole.device.runs_kernels", lambda tensor: True)
