@@ -6,8 +6,13 @@ One thread a process: tests run side by side (`pytest -n 2`), and threads that w
 on busy cores take several times the processor time.
 """
 
+import gc
 import os
 import tempfile
+
+# What imports and collection make stays until the end: looked through once, then by no collection,
+# here or in a forked process.
+gc.disable()
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
@@ -23,6 +28,12 @@ os.environ.setdefault("XDG_CACHE_HOME", tempfile.mkdtemp(prefix="fmsim-tests-"))
 
 def pytest_addoption(parser):
     parser.addoption("--slow", action="store_true", help="run what takes long on a CPU too")
+
+
+def pytest_collection_finish():
+    gc.collect()
+    gc.freeze()
+    gc.enable()
 
 
 def pytest_collection_modifyitems(config, items):
