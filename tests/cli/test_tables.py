@@ -3,18 +3,16 @@
 import csv
 import io
 import json
-import re
 
 import pytest
 import typer
-from command import fmsim_here
+from command import WIDTHS, fits, fmsim_here
 
 from fmsim import cli
 from fmsim.report.grid import View, show_parts
-from fmsim.report.tables import indexer, measured
+from fmsim.report.tables import indexer
 from fmsim.scenario import shipped
 
-WIDTHS = (80, 100, 120)
 TRACE = str(shipped.TRACES / "nano-32k-needles.safetensors")
 COMMANDS = {
     "run": "run 32k -p full -p lsa -p h2o -q",
@@ -32,7 +30,7 @@ COMMANDS = {
     "hw list": "hw list",
 }
 ELSEWHERE = {  # those that need torch
-    "exec": "test_a_measured_report_fits",
+    "exec": "tests/exec/runs/test_live.py",
     "eval": "tests/experiments/test_accuracy.py",
     "validate": "tests/report/test_grid.py",
     "indexer eval": "test_an_indexers_report_fits",
@@ -79,17 +77,6 @@ def test_no_row_is_wrapped_or_cut(name, monkeypatch, tmp_path):
         fits(done.stdout, width)
 
 
-def fits(text, width):
-    """Whether no line is too long, and every table is whole."""
-    assert max(map(len, text.splitlines())) <= width, text
-    assert "…" not in text
-    tables = re.findall(r"^┏.*?^└[^\n]*$", text, re.MULTILINE | re.DOTALL)
-    assert tables
-    for table in tables:
-        assert len({len(line) for line in table.splitlines()}) == 1
-        assert sum(line.startswith("│") for line in table.splitlines()) > 0
-
-
 @pytest.mark.parametrize("name", COMMANDS)
 def test_csv_is_rows_and_json_is_json(name, tmp_path):
     command = COMMANDS[name].split()
@@ -107,16 +94,6 @@ def test_columns_by_name_and_a_wrong_one(name, tmp_path):
     wrong = fmsim_here(*command, "--columns", "nothing", folder=tmp_path)
     assert wrong.returncode == 2 and "--columns: no column 'nothing'" in wrong.stderr
     assert len(wrong.stderr.splitlines()) == 1
-
-
-def test_a_measured_report_fits(capsys):
-    pytest.importorskip("torch")
-    done = fmsim_here("exec", "-p", "lru", "-c", "1k", "--steps", "2", "--json", "-q")
-    assert done.returncode == 0, done.stderr
-    asked = ("What is the access code of the vault?", "4711", True)
-    for width in WIDTHS:
-        show_parts(measured.parts(json.loads(done.stdout), [[asked]]), View(width))
-        fits(capsys.readouterr().out, width)
 
 
 @pytest.mark.parametrize("width", WIDTHS)

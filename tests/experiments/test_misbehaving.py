@@ -187,6 +187,7 @@ def test_validate_names_them_and_checks_the_others(folder, plug_ins):
     assert all(f"fmsim: {error}\n" in done.stderr for error in said.values())
 
 
+@pytest.mark.slow  # the next one crosses the same edges
 def test_exec_names_one_that_leaves(folder, plug_ins):
     options = ["--context", 1024, "--steps", 2, "--device", "cpu", "--json"]
     done = fmsim_here("exec", "-p", f"{plug_ins}:LeavesAtOnce", *options, folder=folder)

@@ -14,13 +14,12 @@ from fmsim.geometry import CSA, HCA, PRESETS, SLIDING
 from fmsim.policies import registry
 from fmsim.replay.replayer import Replayer
 from fmsim.sim.footprint import spread
-from fmsim.testing.sample import shortened
 from fmsim.trace import read
+from fmsim.trace.cut import cut
 
 ROOT = Path(__file__).parents[2]
 STEPS = 70  # a window of 64 steps and a little
-# Seven layers of a model on six of the trace.
-MODEL = replace(PRESETS["v4-flash"], layer_types=(SLIDING, CSA, HCA, *6 * [CSA]))
+LAYERS = (1, 4)  # of the trace's six; native scores all six
 DEVICES = [
     "cpu",
     pytest.param(
@@ -34,8 +33,9 @@ DEVICES = [
 
 
 @pytest.fixture(scope="module")
-def replayer():
-    return Replayer(shortened(read(ROOT / "traces/nano-32k-needles.safetensors"), STEPS))
+def replayers():
+    trace = read(ROOT / "traces/nano-32k-needles.safetensors")
+    return [Replayer(cut(trace, 0, STEPS, layers)) for layers in (LAYERS, None)]
 
 
 def test_every_policy_is_among_them():
@@ -44,9 +44,13 @@ def test_every_policy_is_among_them():
 
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("spec", list(specs()), ids=label)
-def test_both_worlds_agree(replayer, spec, device):
-    layers = spread(replayer.trace.n_layers, MODEL.n_csa)
+def test_both_worlds_agree(replayers, spec, device):
+    replayer = replayers[spec["policy"] == "native"]
+    # one layer of the model more than the trace has
+    kinds = (SLIDING, CSA, HCA, *replayer.trace.n_layers * [CSA])
+    model = replace(PRESETS["v4-flash"], layer_types=kinds)
+    layers = spread(replayer.trace.n_layers, model.n_csa)
     policies = [("it", lambda: registry.build(spec))]
-    [check] = validate(policies, replayer, MODEL, layers, device)
+    [check] = validate(policies, replayer, model, layers, device)
     assert check.identical, check
     assert check.memory_holds, check

@@ -3,6 +3,7 @@
 import contextlib
 import io
 import os
+import re
 import subprocess
 import sys
 from unittest import mock
@@ -33,6 +34,20 @@ RUN_FIELDS = [
     *FIELDS[3:],
     *("ci95", "at_max_requests", "answers_kept"),
 ]
+
+
+WIDTHS = (80, 100, 120)  # of terminals
+
+
+def fits(text, width):
+    """Whether no line is too long, and every table is whole."""
+    assert max(map(len, text.splitlines())) <= width, text
+    assert "…" not in text
+    tables = re.findall(r"^┏.*?^└[^\n]*$", text, re.MULTILINE | re.DOTALL)
+    assert tables
+    for table in tables:
+        assert len({len(line) for line in table.splitlines()}) == 1
+        assert sum(line.startswith("│") for line in table.splitlines()) > 0
 
 
 def fmsim(*arguments, folder=None):

@@ -24,7 +24,7 @@ from fmsim.policies import registry
 from fmsim.replay.replayer import Replayer
 from fmsim.trace import Trace
 
-STEPS, TAU, LENGTH = 36, 8, 150
+STEPS, TAU, LENGTH = 28, 8, 150
 BUDGET = "60%"  # of 37 entries
 DEVICES = [
     "cpu",

@@ -22,7 +22,7 @@ from fmsim.policies.pyramid import Pyramid
 from fmsim.replay.replayer import Replayer
 from fmsim.sim.footprint import allocation
 
-STEPS, TAU, LENGTHS, ENTRY_BYTES = 44, 8, (150, 97), 16 * 4
+STEPS, TAU, LENGTHS, ENTRY_BYTES = 28, 8, (150, 97), 16 * 4
 DEVICES = [
     "cpu",
     pytest.param(

@@ -8,7 +8,7 @@ torch = pytest.importorskip("torch", reason="exec needs fmsim[model]")
 pytest.importorskip("transformers", reason="exec needs fmsim[model]")
 
 import numpy as np
-from command import FIELDS, fmsim_here
+from command import FIELDS, WIDTHS, fits, fmsim_here
 from tiny_model import CSA, HCA, SLIDING, oracle, ours
 
 from fmsim import trace
@@ -80,13 +80,13 @@ def test_memory_that_is_short_is_told_with_the_figure(monkeypatch):
         decoded("lru")
 
 
-def test_nano_answers_from_the_command_line_both_policies_of_one_reading(monkeypatch):
+def test_nano_answers_from_the_command_line_both_policies_of_one_reading(monkeypatch, capsys):
     read = []
     whole = run.Prompt
     monkeypatch.setattr(run, "Prompt", lambda *given: read.append(1) or whole(*given))
     done = fmsim_here(
         *("exec", "-p", "lru", "-p", "recency", "-s", "budget=30%"),
-        *("--context", "1024", "--steps", "8", "--device", "cpu", "--json"),
+        *("--context", "1024", "--steps", "2", "--device", "cpu", "--json"),
     )
     assert done.returncode == 0, done.stderr
     report = json.loads(done.stdout)
@@ -95,6 +95,10 @@ def test_nano_answers_from_the_command_line_both_policies_of_one_reading(monkeyp
     assert all(list(row) == FIELDS for row in report["policies"])
     assert report["scenario"]["quality"]["asked"] >= 1
     assert list(report["scenario"]["details"]) == ["lru", "recency"]
+    asked = ("What is the access code of the vault?", "4711", True)
+    for width in WIDTHS:
+        show_parts(measured.parts(report, [[asked], [asked]]), View(width))
+        fits(capsys.readouterr().out, width)
 
 
 def test_a_prompt_that_was_read_serves_the_next_policy():
