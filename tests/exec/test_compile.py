@@ -35,7 +35,8 @@ DECODE = [
 ]
 DECODE_KERNELS = {
     "_index_scores",
-    "_top_k",
+    "_set_aside",
+    "_choose_among_few",
     "_attend_in_place",
     "_gather",
     "_attend",

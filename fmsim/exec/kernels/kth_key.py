@@ -1,7 +1,7 @@
 """The k-th largest of many scores, and bounds of it, by counting: what `top_k` chooses by.
 
 Scores are searched by keys, uint32 that order as float32 values do. A program holds them in its
-registers, and parts what lies between two keys in four at each turn, by how many reach the three
+registers, and parts what lies between two keys in three at each turn, by how many reach the two
 between.
 """
 
@@ -57,104 +57,78 @@ def sums_before(counts):
 
 @triton.jit
 def _thresholds(low, sure):
-    """Three keys that part those from ``low`` to ``sure`` in four."""
-    step = (sure - low + 3) >> 2
-    return low + step, tl.minimum(low + 2 * step, sure), tl.minimum(low + 3 * step, sure)
+    """Two keys that part those from ``low`` to ``sure`` in three."""
+    step = (sure - low + 2) // 3
+    return low + step, tl.minimum(low + 2 * step, sure)
 
 
 @triton.jit
-def _reaching(keys, one, two, three, COUNT_BITS: tl.constexpr):
-    """How many keys reach each threshold: three counts in one int64, and so one sum over all
-    threads.
+def _reaching(keys, one, two):
+    """How many keys, fewer than 2^15, reach each threshold: both counts in one int32, and so one
+    sum over all threads.
     """
-    counts = (
-        (keys >= one).to(tl.int64)
-        + ((keys >= two).to(tl.int64) << COUNT_BITS)
-        + ((keys >= three).to(tl.int64) << 2 * COUNT_BITS)
-    )
-    return tl.sum(counts)
+    counts = tl.sum((keys >= one).to(tl.int32) + ((keys >= two).to(tl.int32) << 16))
+    return counts & 0xFFFF, counts >> 16
 
 
 @triton.jit
-def _counts(counts, COUNT_BITS: tl.constexpr):
-    """The three of `_reaching`."""
-    mask: tl.constexpr = (1 << COUNT_BITS) - 1
-    return (
-        (counts & mask).to(tl.int32),
-        ((counts >> COUNT_BITS) & mask).to(tl.int32),
-        (counts >> 2 * COUNT_BITS).to(tl.int32),
-    )
-
-
-@triton.jit
-def _narrowed(low, sure, above, one, two, three, counts, k, COUNT_BITS: tl.constexpr):
-    """``low``, ``sure`` and ``above`` after a turn of the search, of which `search` tells."""
-    first, second, third = _counts(counts, COUNT_BITS)
-    low = tl.where(third > k, three, tl.where(second > k, two, tl.where(first > k, one, low)))
-    sure = tl.where(first <= k, one, tl.where(second <= k, two, tl.where(third <= k, three, sure)))
-    above = tl.where(
-        first <= k, first, tl.where(second <= k, second, tl.where(third <= k, third, above))
-    )
+def _narrowed(low, sure, above, one, two, first, second, k):
+    """``low``, ``sure`` and ``above`` after a turn of the search, of which `search_between`
+    tells.
+    """
+    low = tl.where(second > k, two, tl.where(first > k, one, low))
+    sure = tl.where(first <= k, one, tl.where(second <= k, two, sure))
+    above = tl.where(first <= k, first, tl.where(second <= k, second, above))
     return low, sure, above
 
 
 @triton.jit
-def search(keys, k, COUNT_BITS: tl.constexpr):
-    """Among keys that are held at once, 0 for none: ``sure`` and ``above``.
+def search_between(keys, low, top, count, k):
+    """Among keys that are held at once, of which ``count`` reach ``low`` and none is more than
+    ``top``: ``sure`` and ``above``.
 
     The keys from ``sure`` on are among the k largest, and are ``above`` many. Where that is fewer
-    than k, the others have the key ``sure - 1``, and are enough (or it is 0, and no more exist).
-    More than k keys reach ``low``, if any so few do; at most k reach ``sure``. The two approach
-    until they are neighbours, or exactly k keys reach ``sure``.
+    than k, others have the key ``sure - 1``, and are enough, or no more reach ``low``. More than k
+    keys reach ``low`` as it moves, and at most k reach ``sure``; the two approach until they are
+    neighbours, or exactly k keys reach ``sure``.
     """
-    above = tl.sum((keys > 0).to(tl.int32))
-    low, sure = tl.zeros([], tl.uint32), tl.full([], 1, tl.uint32)
-    if above > k:
-        sure, above = tl.max(keys) + 1, tl.zeros([], tl.int32)
-        low = tl.min(tl.where(keys > 0, keys, 0xFFFFFFFF).to(tl.uint32))
+    sure, above = low, count
+    if count > k:
+        sure, above = top + 1, tl.zeros([], tl.int32)
         while (sure - low > 1) & (above < k):
-            one, two, three = _thresholds(low, sure)
-            counts = _reaching(keys, one, two, three, COUNT_BITS)
-            low, sure, above = _narrowed(low, sure, above, one, two, three, counts, k, COUNT_BITS)
+            one, two = _thresholds(low, sure)
+            first, second = _reaching(keys, one, two)
+            low, sure, above = _narrowed(low, sure, above, one, two, first, second, k)
     return sure, above
 
 
 @triton.jit
-def bound_of(maxima, count, k, KEYS: tl.constexpr, COUNT_BITS: tl.constexpr):
-    """A key that at least k of some scores reach, and about k; 1 where there are no more maxima.
+def bound_of(values, count, width, k, KEYS: tl.constexpr, TURNS: tl.constexpr):
+    """A key that at least k of the first ``count`` values reach, and no more than half as many
+    again of KEYS maxima of them; and the highest key. 1 where there are no more than k maxima.
 
-    Maxima of the ``count`` maxima are parted by it, KEYS at most: every n-th of them are one's, so
-    that high scores that lie together count apart.
+    Every KEYS-th of the values are one maximum's, so that high ones that lie together count apart.
+    ``width`` of the values, and no fewer, can be read.
     """
-    each = tl.cdiv(count, KEYS)
-    step = tl.cdiv(count, tl.maximum(each, 1))
-    place = tl.arange(0, KEYS)
-    best = tl.full([KEYS], float("-inf"), tl.float32)
-    for turn in range(each):
-        index = turn * step + place
-        known = (place < step) & (index < count)
-        best = tl.maximum(best, tl.load(maxima + index, mask=known, other=float("-inf")))
+    place = tl.arange(0, TURNS)[:, None] * KEYS + tl.arange(0, KEYS)[None, :]
+    best = tl.load(values + place, mask=place < width, other=float("-inf"))  # waits for no count
+    best = tl.max(tl.where(place < count, best, float("-inf")), 0)
+    for start in range(TURNS * KEYS, count, TURNS * KEYS):
+        more = tl.load(values + start + place, mask=start + place < count, other=float("-inf"))
+        best = tl.maximum(best, tl.max(more, 0))
     keys = ordered(best)
-    reaching = tl.sum((keys > 0).to(tl.int32))
+    reaching, top = tl.sum((keys > 0).to(tl.int32)), tl.max(keys)
     low = tl.full([], 1, tl.uint32)
     if reaching > k:
-        sure = tl.max(keys) + 1
+        sure = top + 1
         low = tl.min(tl.where(keys > 0, keys, 0xFFFFFFFF).to(tl.uint32))
-        while (sure - low > 1) & (reaching > k + k // 4):
-            one, two, three = _thresholds(low, sure)
-            first, second, third = _counts(_reaching(keys, one, two, three, COUNT_BITS), COUNT_BITS)
-            sure = tl.where(
-                first < k, one, tl.where(second < k, two, tl.where(third < k, three, sure))
-            )
-            reaching = tl.where(
-                third >= k,
-                third,
-                tl.where(second >= k, second, tl.where(first >= k, first, reaching)),
-            )
-            low = tl.where(
-                third >= k, three, tl.where(second >= k, two, tl.where(first >= k, one, low))
-            )
-    return low
+        while (sure - low > 1) & (reaching > k + k // 2):
+            one, two = _thresholds(low, sure)
+            first, second = _reaching(keys, one, two)
+            sure = tl.where(first < k, one, tl.where(second < k, two, sure))
+            reaching = tl.where(second >= k, second, tl.where(first >= k, first, reaching))
+            low = tl.where(second >= k, two, tl.where(first >= k, one, low))
+    return low, top
 
 
 @triton.jit
@@ -168,15 +142,16 @@ def kth_key(
     GATHER: tl.constexpr,
     CHUNK: tl.constexpr,
     VECTOR: tl.constexpr,
-    COUNT_BITS: tl.constexpr,
 ):
-    """`search` among values in memory.
+    """`search_between` among values in memory.
 
     Keys that fit a chunk are read once; more are read every turn.
     """
     if count <= CHUNK:
         keys, _ = keys_of(values, groups, 0, count, length, GROUP, GATHER, CHUNK, VECTOR)
-        sure, above = search(keys, k, COUNT_BITS)
+        there = tl.sum((keys > 0).to(tl.int32))
+        least = tl.min(tl.where(keys > 0, keys, 0xFFFFFFFF).to(tl.uint32))
+        sure, above = search_between(keys, least, tl.max(keys), there, k)
     else:
         low, sure, above = (
             tl.zeros([], tl.uint32),
@@ -184,12 +159,13 @@ def kth_key(
             tl.zeros([], tl.int32),
         )  # beyond the key of +inf
         while (sure - low > 1) & (above < k):
-            one, two, three = _thresholds(low, sure)
-            counts = tl.zeros([], tl.int64)
+            one, two = _thresholds(low, sure)
+            first, second = tl.zeros([], tl.int32), tl.zeros([], tl.int32)
             for start in range(0, count, CHUNK):
                 keys, _ = keys_of(
                     values, groups, start, count, length, GROUP, GATHER, CHUNK, VECTOR
                 )
-                counts += _reaching(keys, one, two, three, COUNT_BITS)
-            low, sure, above = _narrowed(low, sure, above, one, two, three, counts, k, COUNT_BITS)
+                more, of_them = _reaching(keys, one, two)
+                first, second = first + more, second + of_them
+            low, sure, above = _narrowed(low, sure, above, one, two, first, second, k)
     return sure, above

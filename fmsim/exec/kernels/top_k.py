@@ -8,8 +8,10 @@ hold it.
 Pre-selection: with the maximum of every 32 scores (`index_scores` gives it), what k maxima reach is
 a lower bound of the k-th largest score. A few times k maxima of more scores each give one that is
 nearly as high, so the bound is sought among those. Groups below it are never read: of 262,144
-scores some 16,384 are. Of those the ones that reach the bound are set aside, for they are seldom
-more than twice k, and the search goes on among them.
+scores some 21,000 are. A first launch parts a sequence's groups in sections, a program each, which
+finds the bound and sets aside what reaches it, seldom more than twice k. A second one chooses among
+those, and begins while the first one ends. Little code is what makes them fast: a launch's
+instructions are read from memory too, so threads are many and hold few keys each.
 """
 
 from __future__ import annotations
@@ -19,9 +21,16 @@ import math
 import torch
 from torch import Tensor
 
-from fmsim.exec.kernels import arrivals, tuning
+from fmsim.exec.kernels import tuning
 from fmsim.exec.kernels.index_score import GROUP
-from fmsim.exec.kernels.kth_key import bound_of, keys_of, kth_key, ordered, search, sums_before
+from fmsim.exec.kernels.kth_key import (
+    bound_of,
+    keys_of,
+    kth_key,
+    ordered,
+    search_between,
+    sums_before,
+)
 from fmsim.exec.kernels.lang import (
     after_previous,
     cdiv,
@@ -31,8 +40,6 @@ from fmsim.exec.kernels.lang import (
     tl,
     triton,
 )
-
-COUNT_BITS = 21  # of one count; three lie in an int64
 
 
 def top_k(scores: Tensor, lengths: Tensor, k: int, maxima: Tensor | None = None) -> Tensor:
@@ -65,8 +72,8 @@ def top_k_reference(
 def top_k_triton(scores, lengths, k, maxima=None, tune: tuning.TopKTuning | None = None) -> Tensor:
     tune = tune or tuning.TOP_K
     batch, entries = scores.shape
-    if batch > arrivals.MOST:  # each row has a number of its own; a long prompt's queries are more
-        turns = (slice(first, first + arrivals.MOST) for first in range(0, batch, arrivals.MOST))
+    if batch > tune.most_rows:  # a long prompt's queries
+        turns = (slice(first, first + tune.most_rows) for first in range(0, batch, tune.most_rows))
         return torch.cat(
             [
                 top_k_triton(
@@ -75,13 +82,29 @@ def top_k_triton(scores, lengths, k, maxima=None, tune: tuning.TopKTuning | None
                 for turn in turns
             ]
         )
-    assert entries < 2**COUNT_BITS, "counts of three thresholds share an int64"
-    assert tune.chunk < 2**15, "counts of a chunk's certain ones and its ties share an int32"
-    assert tune.finalists <= 2**11, "a finalist's place, its id and its key share an int64"
     ids = torch.empty(batch, k, dtype=torch.int32, device=scores.device)
-    chunk, n_groups = min(tune.chunk, max(next_power_of_2(entries), GROUP)), cdiv(entries, GROUP)
-    preselect = entries > chunk
-    if preselect and maxima is None:
+    k_padded, n_groups = next_power_of_2(k), cdiv(entries, GROUP)
+    sizes = {
+        "K": k,
+        "K_PADDED": k_padded,
+        "GROUP": GROUP,
+        "VECTOR": math.gcd(scores.stride(0), 4),
+    }
+    if entries <= tune.whole:
+        _choose_among_all[(batch,)](
+            scores,
+            lengths,
+            ids,
+            scores.stride(0),
+            **sizes,
+            CHUNK=max(next_power_of_2(entries), GROUP),
+            num_warps=tune.whole_warps,
+            **overlapped(scores),
+        )
+        return ids
+    bound_keys = tune.bound_keys * k_padded
+    assert max(tune.whole, tune.chunk, tune.many_held, bound_keys) < 2**15, "a count has 16 bits"
+    if maxima is None:
         maxima = torch.empty(batch, n_groups, device=scores.device)
         _group_maxima[(batch, cdiv(n_groups, tune.maxima_groups))](
             scores,
@@ -92,44 +115,59 @@ def top_k_triton(scores, lengths, k, maxima=None, tune: tuning.TopKTuning | None
             GROUP=GROUP,
             BLOCK=tune.maxima_groups,
         )
-    groups = torch.empty_like(maxima, dtype=torch.int32) if preselect else ids
-    sections = 1
-    if preselect:
-        most = min(tune.sections, tune.programs // batch, cdiv(n_groups, tune.section_groups))
-        sections = max(1, most)
-    finalists = torch.empty(
-        batch, sections, tune.finalists if preselect else 1, dtype=torch.int64, device=scores.device
+    most = max(1, min(tune.sections, tune.programs // batch, n_groups // tune.fewest_groups))
+    sections = 1 << (most.bit_length() - 1)
+    # of each section its share of places
+    keys, aside = (
+        torch.empty(batch, tune.many_held, dtype=torch.int32, device=scores.device)
+        for _ in range(2)
     )
-    section_bits = (tune.sections - 1).bit_length()
-    found = torch.empty(batch, 1 << section_bits, dtype=torch.int32, device=scores.device)
-    maxima = maxima if preselect else scores
-    _top_k[(batch, sections)](
+    counts = torch.empty(batch, sections, dtype=torch.int32, device=scores.device)
+    bounds = torch.empty(batch, 2, dtype=torch.int32, device=scores.device)
+    _set_aside[(batch, sections)](
         scores,
         maxima,
-        groups,
-        finalists,
-        found,
-        arrivals.arrivals(scores.device) if preselect else ids,
         lengths,
+        keys,
+        aside,
+        counts,
+        bounds,
         ids,
+        entries,
+        n_groups,
+        scores.stride(0),
+        maxima.stride(0),
+        **sizes,
+        BOUND_KEYS=bound_keys,
+        BOUND_TURNS=min(tune.bound_turns, next_power_of_2(cdiv(n_groups, bound_keys))),
+        FEW_TURNS=min(tune.bound_turns, next_power_of_2(cdiv(k_padded * GROUP, bound_keys))),
+        GROUPS=min(tune.section_groups, next_power_of_2(cdiv(n_groups, sections))),
+        SECTIONS=sections,
+        PLACES=tune.many_held // sections,
+        num_warps=tune.warps,
+        **overlapped(scores),
+    )
+    groups = torch.empty_like(maxima, dtype=torch.int32)
+    _choose_among_few[(batch, sections)](
+        scores,
+        maxima,
+        lengths,
+        keys,
+        aside,
+        counts,
+        bounds,
+        ids,
+        groups,
         scores.stride(0),
         maxima.stride(0),
         groups.stride(0),
-        K=k,
-        K_PADDED=next_power_of_2(k),
-        GROUP=GROUP,
-        PRESELECT=preselect,
-        COUNT_BITS=COUNT_BITS,
-        CHUNK=chunk,
-        MAXIMA_CHUNK=min(tune.chunk, max(next_power_of_2(n_groups), GROUP)),
-        BOUND_KEYS=tune.bound_keys * next_power_of_2(k),
-        SECTION_GROUPS=tune.section_groups,
-        SECTION_BITS=section_bits,
-        FINALISTS=tune.finalists,
-        MANY=tune.many_finalists,
-        VECTOR=math.gcd(scores.stride(0), 4),
+        **sizes,
+        SECTIONS=sections,
+        HELD=max(tune.held, sections),
+        MANY=tune.many_held,
+        CHUNK=tune.chunk,
         MAXIMA_VECTOR=math.gcd(maxima.stride(0), 4),
-        num_warps=tune.warps if preselect else tune.whole_warps,
+        num_warps=tune.last_warps,
         **overlapped(scores),
     )
     return ids
@@ -177,206 +215,180 @@ def _emit(ids, key, index, sure, ties_wanted, taken, ties):
 
 
 @triton.jit
-def _set_aside(
+def _choose_among_all(
     scores,
-    maxima,
-    finalists,
-    bound,
-    first,
-    last,
-    length,
-    GROUP: tl.constexpr,
-    GROUPS: tl.constexpr,
-    VECTOR: tl.constexpr,
-    FINALISTS: tl.constexpr,
-):
-    """Keys and ids of the scores that reach ``bound`` in the groups ``first`` to ``last``, GROUPS
-    at a time, in ascending order of ids; -> how many.
-
-    Those that find no place are lost.
-    """
-    found = tl.zeros([], tl.int32)
-    for start in range(first, last, GROUPS):
-        group = start + tl.arange(0, GROUPS)
-        best = tl.load(maxima + group, mask=group < last, other=float("-inf"))
-        reaches = (ordered(best) >= bound) & (group < last)
-        index = group[:, None] * GROUP + tl.arange(0, GROUP)[None, :]
-        there = reaches[:, None] & (index // VECTOR * VECTOR < length)
-        key = ordered(tl.load(scores + index, mask=there, other=float("-inf")))
-        keep = ((key >= bound) & (index < length)).to(tl.int32)
-        before, more = sums_before(keep)
-        place = found + before
-        # all bits are set where there is none, and in no other
-        packed = (place.to(tl.int64) << 53) | (index.to(tl.int64) << 32) | key.to(tl.int64)
-        packed = tl.ravel(tl.where((keep > 0) & (place < FINALISTS), packed, -1), can_reorder=True)
-        tl.store(finalists + ((packed >> 53) & 0x7FF), packed, mask=packed != -1)
-        found += more
-    return found
-
-
-@triton.jit
-def _choose_finalists(
-    finalists,
-    ends,
-    total,
+    lengths,
     ids,
+    scores_stride,
     K: tl.constexpr,
     K_PADDED: tl.constexpr,
     GROUP: tl.constexpr,
-    SECTION_BITS: tl.constexpr,
-    FINALISTS: tl.constexpr,
-    HELD: tl.constexpr,
-    COUNT_BITS: tl.constexpr,
+    VECTOR: tl.constexpr,
+    CHUNK: tl.constexpr,
 ):
-    """Choose among what all sections set aside, HELD at most in ``total``; ``ends`` [sections]
-    point to how many there are up to a section's end.
-    """
-    place = tl.arange(0, HELD // GROUP)[:, None] * GROUP + tl.arange(0, GROUP)[None, :]
-    section = tl.zeros_like(place)  # how many end before a place, bit by bit
-    for bit in tl.static_range(SECTION_BITS):
-        more = section + (1 << (SECTION_BITS - 1 - bit))
-        end = tl.load(ends + more - 1, mask=place < total, other=0)
-        section = tl.where(end <= place, more, section)
-    start = tl.load(ends + section - 1, mask=(section > 0) & (place < total), other=0)
-    packed = tl.load(
-        finalists + section * FINALISTS + place - start,
-        mask=place < total,
-        other=0,
-        cache_modifier=".cg",
-    )
-    key, index = (packed & 0xFFFFFFFF).to(tl.uint32), ((packed >> 32) & 0x1FFFFF).to(tl.int32)
-    sure, above = search(key, K, COUNT_BITS)
-    none = tl.zeros([], tl.int32)
-    taken, ties = _emit(ids, key, index, sure, K - above, none, none)
-    _fill(ids, taken + tl.minimum(ties, K - above), K, K_PADDED)
+    """One program: a sequence, whose scores it holds."""
+    after_previous()
+    b = tl.program_id(0).to(tl.int64)
+    length = tl.load(lengths + b)
+    scores, ids = scores + b * scores_stride, ids + b * K
+    _choose(scores, ids, length, length, ids, K, K_PADDED, GROUP, False, CHUNK, VECTOR)
 
 
 @triton.jit
-def _top_k(
+def _set_aside(
     scores,
     maxima,
-    groups,
-    finalists,
-    found,
-    arrived,
     lengths,
+    keys,
+    aside,
+    counts,
+    bounds,
     ids,
+    n_scores,
+    n_maxima,
+    scores_stride,
+    maxima_stride,
+    K: tl.constexpr,
+    K_PADDED: tl.constexpr,
+    GROUP: tl.constexpr,
+    VECTOR: tl.constexpr,
+    BOUND_KEYS: tl.constexpr,
+    BOUND_TURNS: tl.constexpr,
+    FEW_TURNS: tl.constexpr,
+    GROUPS: tl.constexpr,
+    SECTIONS: tl.constexpr,
+    PLACES: tl.constexpr,
+):
+    """One program: keys and ids of the scores that reach the bound in a section of a sequence's
+    groups, GROUPS at a time, in ascending order of ids.
+
+    A section has PLACES; those that find none are counted, and lost. ``bounds`` takes the bound and
+    the highest key, ``ids`` -1 everywhere, for what is not chosen.
+    """
+    after_previous()
+    b, section = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    length = tl.load(lengths + b)
+    scores, maxima = scores + b * scores_stride, maxima + b * maxima_stride
+    n_groups = tl.cdiv(length, GROUP)
+    if n_groups > K_PADDED:
+        bound, top = bound_of(maxima, n_groups, n_maxima, K, BOUND_KEYS, BOUND_TURNS)
+    else:  # too few maxima, and few scores
+        bound, top = bound_of(scores, length, n_scores, K, BOUND_KEYS, FEW_TURNS)
+    share = tl.cdiv(n_groups, SECTIONS)
+    first, last = section * share, tl.minimum((section + 1) * share, n_groups)
+    own, count = (b * SECTIONS + section) * PLACES, tl.zeros([], tl.int32)
+    for start in range(first, last, GROUPS):
+        group = start + tl.arange(0, GROUPS)
+        best = tl.load(maxima + group, mask=group < last, other=float("-inf"))
+        index = group[:, None] * GROUP + tl.arange(0, GROUP)[None, :]
+        there = (ordered(best) >= bound)[:, None] & (index // VECTOR * VECTOR < length)
+        key = ordered(tl.load(scores + index, mask=there, other=float("-inf")))
+        keep = ((key >= bound) & (index < length)).to(tl.int32)
+        before, more = sums_before(keep)
+        place = count + before
+        kept = (keep > 0) & (place < PLACES)
+        tl.store(keys + own + place, key.to(tl.int32, bitcast=True), mask=kept)
+        tl.store(aside + own + place, index, mask=kept)
+        count += more
+    tl.store(counts + b * SECTIONS + section, count)
+    if section == 0:
+        tl.store(bounds + 2 * b, bound.to(tl.int32, bitcast=True))
+        tl.store(bounds + 2 * b + 1, top.to(tl.int32, bitcast=True))
+        slot = tl.arange(0, K_PADDED)
+        tl.store(ids + b * K + slot, -1, mask=slot < K)
+
+
+@triton.jit
+def _choose_of_section(
+    keys,
+    aside,
+    counts,
+    section,
+    total,
+    bound,
+    top,
+    ids,
+    K: tl.constexpr,
+    SECTIONS: tl.constexpr,
+    PLACES: tl.constexpr,
+    HELD: tl.constexpr,
+):
+    """Search among what all sections set aside, ``total``, as many as HELD / SECTIONS each; write
+    those that are chosen of one of them.
+    """
+    EACH: tl.constexpr = HELD // SECTIONS
+    of, place, own = tl.arange(0, HELD) // EACH, tl.arange(0, HELD) % EACH, tl.arange(0, EACH)
+    own_there = own < tl.load(counts + section)
+    own_key = tl.load(keys + section * PLACES + own).to(tl.uint32, bitcast=True)
+    own_id = tl.load(aside + section * PLACES + own)
+    key = tl.load(keys + of * PLACES + place).to(tl.uint32, bitcast=True)
+    key = tl.where(place < tl.load(counts + of), key, 0).to(tl.uint32)
+    sure, above = search_between(key, bound, top, total, K)
+    # certain ones, and ties from the 16th bit on
+    both = (key >= sure).to(tl.int32) + (((key == sure - 1) & (key >= bound)).to(tl.int32) << 16)
+    before = tl.sum(tl.where(of < section, both, 0))
+    certain = own_there & (own_key >= sure)
+    tie = own_there & (own_key == sure - 1)
+    both = certain.to(tl.int32) + (tie.to(tl.int32) << 16)
+    before += tl.cumsum(both, 0) - both
+    ties = before >> 16
+    slot = (before & 0xFFFF) + tl.minimum(ties, K - above)
+    tl.store(ids + slot, own_id, mask=certain | (tie & (ties < K - above)))
+
+
+@triton.jit
+def _choose_among_few(
+    scores,
+    maxima,
+    lengths,
+    keys,
+    aside,
+    counts,
+    bounds,
+    ids,
+    groups,
     scores_stride,
     maxima_stride,
     groups_stride,
     K: tl.constexpr,
     K_PADDED: tl.constexpr,
     GROUP: tl.constexpr,
-    PRESELECT: tl.constexpr,
-    COUNT_BITS: tl.constexpr,
-    CHUNK: tl.constexpr,
-    MAXIMA_CHUNK: tl.constexpr,
-    BOUND_KEYS: tl.constexpr,
-    SECTION_GROUPS: tl.constexpr,
-    SECTION_BITS: tl.constexpr,
-    FINALISTS: tl.constexpr,
-    MANY: tl.constexpr,
     VECTOR: tl.constexpr,
+    SECTIONS: tl.constexpr,
+    HELD: tl.constexpr,
+    MANY: tl.constexpr,
+    CHUNK: tl.constexpr,
     MAXIMA_VECTOR: tl.constexpr,
 ):
-    """One program: a section of a sequence's groups, all of which have the same bound. The last one
-    of a sequence chooses among what all have set aside.
+    """One program: a section of a sequence, of which it holds what all sections set aside. Where
+    one had more than its places, the first section's program alone, among all scores of the groups
+    that reach the bound.
     """
     after_previous()
-    b, section, sections = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.num_programs(1)
-    scores, ids = scores + b * scores_stride, ids + b * K
-    length = tl.load(lengths + b)
-    if PRESELECT:
-        maxima, groups = maxima + b * maxima_stride, groups + b * groups_stride
-        finalists, found = finalists + b * sections * FINALISTS, found + b * (1 << SECTION_BITS)
-        n_groups = tl.cdiv(length, GROUP)
-        bound = bound_of(maxima, n_groups, K, BOUND_KEYS, COUNT_BITS)
-        share = tl.cdiv(n_groups, sections * SECTION_GROUPS) * SECTION_GROUPS
-        count = _set_aside(
-            scores,
-            maxima,
-            finalists + section * FINALISTS,
-            bound,
-            section * share,
-            tl.minimum((section + 1) * share, n_groups),
-            length,
-            GROUP,
-            SECTION_GROUPS,
-            VECTOR,
-            FINALISTS,
+    b, section = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    keys, aside, counts, ids = keys + b * MANY, aside + b * MANY, counts + b * SECTIONS, ids + b * K
+    bound = tl.load(bounds + 2 * b).to(tl.uint32, bitcast=True)
+    top = tl.load(bounds + 2 * b + 1).to(tl.uint32, bitcast=True)
+    each = tl.load(counts + tl.arange(0, SECTIONS))
+    most, total = tl.max(each), tl.sum(each)
+    PLACES: tl.constexpr = MANY // SECTIONS
+    if most <= HELD // SECTIONS:
+        _choose_of_section(
+            keys, aside, counts, section, total, bound, top, ids, K, SECTIONS, PLACES, HELD
         )
-        tl.store(found + section, count)
-        tl.debug_barrier()  # all threads' finalists are there before one of them says so
-        before = tl.atomic_add(arrived + b, 1, sem="acq_rel")
-        if before == sections - 1:
-            tl.store(arrived + b, 0)
-            lane = tl.arange(0, 1 << SECTION_BITS)
-            counts = tl.load(found + lane, mask=lane < sections, other=0, cache_modifier=".cg")
-            total, most = tl.sum(counts), tl.max(counts)
-            tl.store(found + lane, tl.cumsum(counts, 0))
-            tl.debug_barrier()  # other threads read them
-            if total <= FINALISTS:
-                _choose_finalists(
-                    finalists,
-                    found,
-                    total,
-                    ids,
-                    K,
-                    K_PADDED,
-                    GROUP,
-                    SECTION_BITS,
-                    FINALISTS,
-                    FINALISTS,
-                    COUNT_BITS,
-                )
-            elif (total <= MANY) & (most <= FINALISTS):
-                _choose_finalists(
-                    finalists,
-                    found,
-                    total,
-                    ids,
-                    K,
-                    K_PADDED,
-                    GROUP,
-                    SECTION_BITS,
-                    FINALISTS,
-                    MANY,
-                    COUNT_BITS,
-                )
-            else:
-                kept = _list_groups(
-                    maxima, groups, bound, n_groups, GROUP, MAXIMA_CHUNK, MAXIMA_VECTOR
-                )
-                tl.debug_barrier()  # the list is read back by other threads than wrote it
-                _choose(
-                    scores,
-                    groups,
-                    kept * GROUP,
-                    length,
-                    ids,
-                    K,
-                    K_PADDED,
-                    GROUP,
-                    True,
-                    CHUNK,
-                    VECTOR,
-                    COUNT_BITS,
-                )
-    else:
-        _choose(
-            scores,
-            groups,
-            length,
-            length,
-            ids,
-            K,
-            K_PADDED,
-            GROUP,
-            False,
-            CHUNK,
-            VECTOR,
-            COUNT_BITS,
+    elif most <= PLACES:
+        _choose_of_section(
+            keys, aside, counts, section, total, bound, top, ids, K, SECTIONS, PLACES, MANY
         )
+    elif section == 0:
+        length = tl.load(lengths + b)
+        scores, maxima = scores + b * scores_stride, maxima + b * maxima_stride
+        groups += b * groups_stride
+        kept = _list_groups(
+            maxima, groups, bound, tl.cdiv(length, GROUP), GROUP, CHUNK, MAXIMA_VECTOR
+        )
+        tl.debug_barrier()  # the list is read back by other threads than wrote it
+        _choose(scores, groups, kept * GROUP, length, ids, K, K_PADDED, GROUP, True, CHUNK, VECTOR)
 
 
 @triton.jit
@@ -407,12 +419,9 @@ def _choose(
     GATHER: tl.constexpr,
     CHUNK: tl.constexpr,
     VECTOR: tl.constexpr,
-    COUNT_BITS: tl.constexpr,
 ):
     """Choose among ``count`` scores: all, or of the listed groups where GATHER."""
-    sure, above = kth_key(
-        scores, groups, count, length, K, GROUP, GATHER, CHUNK, VECTOR, COUNT_BITS
-    )
+    sure, above = kth_key(scores, groups, count, length, K, GROUP, GATHER, CHUNK, VECTOR)
     taken, ties = tl.zeros([], tl.int32), tl.zeros([], tl.int32)
     for start in range(0, count, CHUNK):
         key, index = keys_of(scores, groups, start, count, length, GROUP, GATHER, CHUNK, VECTOR)

@@ -29,20 +29,24 @@ class IndexScoresTuning(NamedTuple):
 
 
 class TopKTuning(NamedTuple):
-    # scores, or maxima, that one program (one sequence) holds: 512 groups of MAXIMA_ENTRIES; less
-    # than 2^15
-    chunk: int = 16384
-    warps: int = 16
-    whole_warps: int = 16  # where all scores fit a chunk and none are left out beforehand
-    bound_keys: int = 4  # times k: the maxima among which the bound is sought
-    section_groups: int = 256  # of one sequence, that a program takes at a time
-    sections: int = 32  # of one sequence at most, a program each
-    programs: int = 128  # over batch and sections
+    whole: int = 16384  # scores, at most, that one program holds, none left out beforehand
+    whole_warps: int = 16
     maxima_groups: int = 128  # whose maxima one program takes, where none are given
-    # that reach the bound, of one section, and of all in the last search; where more do, it holds
-    # as many as are left for it, or is among all of the groups' scores
-    finalists: int = 2048
-    many_finalists: int = 8192
+    bound_keys: int = 4  # times k: the maxima among which the bound is sought
+    bound_turns: int = 4  # times as many values as they, that a program reads at once
+    programs: int = 512  # over batch and sections
+    sections: int = 64  # of one sequence at most, a program each; a power of two
+    fewest_groups: int = 16  # of a section
+    section_groups: int = 64  # that a program takes at a time
+    warps: int = 4
+    # set aside, of a sequence, that each program of the last search holds: as many of each section;
+    # where one has more, many; where one has more than of those, the search is among all of the
+    # groups' scores, of which a program holds a chunk
+    held: int = 2048
+    many_held: int = 8192
+    chunk: int = 4096
+    last_warps: int = 4
+    most_rows: int = 1024  # of a launch
 
 
 class AttentionTuning(NamedTuple):

@@ -8,23 +8,31 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from kernel_pools import on_each_device
 
-from fmsim.exec.kernels import arrivals
 from fmsim.exec.kernels.index_score import GROUP
 from fmsim.exec.kernels.top_k import top_k_reference, top_k_triton
 from fmsim.exec.kernels.tuning import TopKTuning
 
 SMALL = TopKTuning(
+    whole=256,
     chunk=256,
     warps=4,
+    last_warps=4,
     maxima_groups=16,
-    finalists=128,
-    many_finalists=256,
+    bound_turns=2,
     section_groups=4,
+    fewest_groups=2,
     sections=4,
+    held=128,
+    many_held=256,
+    most_rows=3,
 )
 # At the lengths that an interpreter manages: all scores, all maxima and all candidates in one
 # chunk; more candidates than fit; more maxima too.
-CHUNKS = [SMALL._replace(chunk=4096, finalists=2048), SMALL, SMALL._replace(chunk=32)]
+CHUNKS = [
+    SMALL._replace(whole=512, chunk=512, held=1024, many_held=2048),
+    SMALL,
+    SMALL._replace(chunk=32),
+]
 
 
 def maxima_of(scores: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
@@ -53,8 +61,7 @@ def test_by_hand():
 
 @on_each_device
 @pytest.mark.parametrize("known", [False, True])
-def test_more_rows_than_a_launch_counts_take_turns(device, known, monkeypatch):
-    monkeypatch.setattr(arrivals, "MOST", 2)
+def test_more_rows_than_a_launch_takes_are_several(device, known):
     scores = torch.randn(5, 700, generator=torch.Generator().manual_seed(1))
     lengths = torch.tensor([700, 3, 650, 0, 411], dtype=torch.int32)
     maxima = maxima_of(scores, lengths).to(device) if known else None
