@@ -117,10 +117,9 @@ def bound_of(values, count, width, k, KEYS: tl.constexpr, TURNS: tl.constexpr):
         more = tl.load(values + start + place, mask=start + place < count, other=float("-inf"))
         best = tl.maximum(best, tl.max(more, 0))
     keys = ordered(best)
-    reaching, top = tl.sum((keys > 0).to(tl.int32)), tl.max(keys)
-    low = tl.full([], 1, tl.uint32)
-    if reaching > k:
-        sure = top + 1
+    top, low = tl.max(keys), tl.full([], 1, tl.uint32)
+    if count > k:
+        sure, reaching = top + 1, tl.full([], KEYS, tl.int32)  # or fewer
         low = tl.min(tl.where(keys > 0, keys, 0xFFFFFFFF).to(tl.uint32))
         while (sure - low > 1) & (reaching > k + k // 2):
             one, two = _thresholds(low, sure)
@@ -128,6 +127,8 @@ def bound_of(values, count, width, k, KEYS: tl.constexpr, TURNS: tl.constexpr):
             sure = tl.where(first < k, one, tl.where(second < k, two, sure))
             reaching = tl.where(second >= k, second, tl.where(first >= k, first, reaching))
             low = tl.where(second >= k, two, tl.where(first >= k, one, low))
+        if reaching == KEYS:  # low is the least
+            low = tl.where(tl.sum((keys > 0).to(tl.int32)) < k, 1, low).to(tl.uint32)
     return low, top
 
 

@@ -370,13 +370,15 @@ def _choose_among_few(
     bound = tl.load(bounds + 2 * b).to(tl.uint32, bitcast=True)
     top = tl.load(bounds + 2 * b + 1).to(tl.uint32, bitcast=True)
     each = tl.load(counts + tl.arange(0, SECTIONS))
-    most, total = tl.max(each), tl.sum(each)
     PLACES: tl.constexpr = MANY // SECTIONS
-    if most <= HELD // SECTIONS:
+    # how many there are, and from the 24th bit on how many sections have more than are held
+    total = tl.sum(tl.minimum(each, PLACES + 1) + ((each > HELD // SECTIONS).to(tl.int32) << 24))
+    if total < 1 << 24:
         _choose_of_section(
             keys, aside, counts, section, total, bound, top, ids, K, SECTIONS, PLACES, HELD
         )
-    elif most <= PLACES:
+    elif tl.max(each) <= PLACES:
+        total = total & 0xFFFFFF
         _choose_of_section(
             keys, aside, counts, section, total, bound, top, ids, K, SECTIONS, PLACES, MANY
         )
