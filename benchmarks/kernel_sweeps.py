@@ -82,7 +82,9 @@ SWEEPS = {
             f"{batch} x {n:,}": lambda batch=batch, n=n: cases.selection(batch, n, DEVICE)
             for batch, n in ((1, 32_768), (1, 131_072), (8, 262_144))
         },
-        grid(section_groups=[128, 256], sections=[16, 32], warps=[8, 16]),
+        grid(sections=[32, 64], warps=[2, 4, 8], last_warps=[2, 4, 8])
+        + grid(programs=[256, 1024])
+        + grid(bound_keys=[2]),
     ),
     "attention, one": Sweep(
         "ATTENTION",

@@ -1,4 +1,5 @@
-"""The k-th largest of many scores, and bounds of it, by counting: what `top_k` chooses by.
+"""The k-th largest of many scores, and bounds of it, by counting, and what is chosen by it: parts
+of `top_k`.
 
 Scores are searched by keys, uint32 that order as float32 values do. A program holds them in its
 registers, and parts what lies between two keys in three at each turn, by how many reach the two
@@ -170,3 +171,76 @@ def kth_key(
                 first, second = first + more, second + of_them
             low, sure, above = _narrowed(low, sure, above, one, two, first, second, k)
     return sure, above
+
+
+@triton.jit
+def _scatter(target, places, values, mask):
+    """Each value to its place.
+
+    Both as one int64, which may be taken in any order, so that no thread waits for another's.
+    """
+    pairs = tl.where(mask, (places.to(tl.int64) << 32) | values.to(tl.int64), -1)
+    pairs = tl.ravel(pairs, can_reorder=True)
+    tl.store(target + (pairs >> 32), (pairs & 0xFFFFFFFF).to(tl.int32), mask=pairs >= 0)
+
+
+@triton.jit
+def _emit(ids, key, index, sure, ties_wanted, taken, ties):
+    """Write those of some candidates, in ascending order, that are chosen; -> how many certain ones
+    and ties there were so far.
+
+    A key of at least ``sure`` is certain; one of ``sure - 1`` is a tie, of which the first
+    ``ties_wanted`` are chosen.
+    """
+    certain, tie = (key >= sure).to(tl.int32), ((key == sure - 1) & (key > 0)).to(tl.int32)
+    # both counts in one sum: a chunk has fewer than 2^15
+    before, more = sums_before(certain + (tie << 16))
+    earlier_ties = ties + (before >> 16)
+    take = (certain > 0) | ((tie > 0) & (earlier_ties < ties_wanted))
+    _scatter(ids, taken + (before & 0xFFFF) + tl.minimum(earlier_ties, ties_wanted), index, take)
+    return taken + (more & 0xFFFF), ties + (more >> 16)
+
+
+@triton.jit
+def list_groups(
+    maxima, groups, bound, count, GROUP: tl.constexpr, CHUNK: tl.constexpr, VECTOR: tl.constexpr
+):
+    """The groups whose maxima reach ``bound``, in ascending order; -> how many."""
+    kept = tl.zeros([], tl.int32)
+    for start in range(0, count, CHUNK):
+        key, group = keys_of(maxima, groups, start, count, count, GROUP, False, CHUNK, VECTOR)
+        keep = (key >= bound).to(tl.int32)
+        before, more = sums_before(keep)
+        _scatter(groups, kept + before, group, keep > 0)
+        kept += more
+    return kept
+
+
+@triton.jit
+def choose(
+    scores,
+    groups,
+    count,
+    length,
+    ids,
+    K: tl.constexpr,
+    K_PADDED: tl.constexpr,
+    GROUP: tl.constexpr,
+    GATHER: tl.constexpr,
+    CHUNK: tl.constexpr,
+    VECTOR: tl.constexpr,
+):
+    """Choose among ``count`` scores: all, or of the listed groups where GATHER."""
+    sure, above = kth_key(scores, groups, count, length, K, GROUP, GATHER, CHUNK, VECTOR)
+    taken, ties = tl.zeros([], tl.int32), tl.zeros([], tl.int32)
+    for start in range(0, count, CHUNK):
+        key, index = keys_of(scores, groups, start, count, length, GROUP, GATHER, CHUNK, VECTOR)
+        taken, ties = _emit(ids, key, index, sure, K - above, taken, ties)
+    _fill(ids, taken + tl.minimum(ties, K - above), K, K_PADDED)
+
+
+@triton.jit
+def _fill(ids, taken, K: tl.constexpr, K_PADDED: tl.constexpr):
+    """-1 behind the ``taken`` ids."""
+    place = tl.arange(0, K_PADDED)
+    tl.store(ids + place, -1, mask=(place >= taken) & (place < K))

@@ -2,16 +2,18 @@
 
 Ties are broken by the lowest id, so the set is the same on every machine. A program holds a
 sequence's candidates in its registers and searches the k-th of their keys by counting how many
-reach a threshold, three thresholds a turn. It takes no host synchronisation, so a CUDA graph may
-hold it.
+reach a threshold, two thresholds a turn. It takes no host synchronisation, so a CUDA graph may hold
+it.
 
 Pre-selection: with the maximum of every 32 scores (`index_scores` gives it), what k maxima reach is
 a lower bound of the k-th largest score. A few times k maxima of more scores each give one that is
-nearly as high, so the bound is sought among those. Groups below it are never read: of 262,144
-scores some 21,000 are. A first launch parts a sequence's groups in sections, a program each, which
-finds the bound and sets aside what reaches it, seldom more than twice k. A second one chooses among
-those, and begins while the first one ends. Little code is what makes them fast: a launch's
-instructions are read from memory too, so threads are many and hold few keys each.
+nearly as high, so the bound is sought among those; where groups are too few, among scores. Groups
+below it are never read: of 262,144 scores some 21,000 are.
+
+A first launch parts a sequence's groups in sections. A program each finds the bound and sets aside
+what reaches it, seldom more than twice k. In the second one each section's program searches among
+all that was set aside, and writes what is chosen of its own. Programs have few warps, for a turn of
+a search is a sum over all threads, and takes longer the more warps there are.
 """
 
 from __future__ import annotations
@@ -25,8 +27,8 @@ from fmsim.exec.kernels import tuning
 from fmsim.exec.kernels.index_score import GROUP
 from fmsim.exec.kernels.kth_key import (
     bound_of,
-    keys_of,
-    kth_key,
+    choose,
+    list_groups,
     ordered,
     search_between,
     sums_before,
@@ -117,6 +119,8 @@ def top_k_triton(scores, lengths, k, maxima=None, tune: tuning.TopKTuning | None
         )
     most = max(1, min(tune.sections, tune.programs // batch, n_groups // tune.fewest_groups))
     sections = 1 << (most.bit_length() - 1)
+    share = next_power_of_2(cdiv(n_groups, sections))
+    groups = torch.empty(batch, n_groups, dtype=torch.int32, device=scores.device)
     # of each section its share of places
     keys, aside = (
         torch.empty(batch, tune.many_held, dtype=torch.int32, device=scores.device)
@@ -133,21 +137,23 @@ def top_k_triton(scores, lengths, k, maxima=None, tune: tuning.TopKTuning | None
         counts,
         bounds,
         ids,
+        groups,
         entries,
         n_groups,
         scores.stride(0),
         maxima.stride(0),
+        groups.stride(0),
         **sizes,
         BOUND_KEYS=bound_keys,
         BOUND_TURNS=min(tune.bound_turns, next_power_of_2(cdiv(n_groups, bound_keys))),
         FEW_TURNS=min(tune.bound_turns, next_power_of_2(cdiv(k_padded * GROUP, bound_keys))),
-        GROUPS=min(tune.section_groups, next_power_of_2(cdiv(n_groups, sections))),
+        GROUPS=min(tune.section_groups, share),
+        LISTED=max(GROUP, min(tune.listed_groups, share)) if share > tune.section_groups else 0,
         SECTIONS=sections,
         PLACES=tune.many_held // sections,
         num_warps=tune.warps,
         **overlapped(scores),
     )
-    groups = torch.empty_like(maxima, dtype=torch.int32)
     _choose_among_few[(batch, sections)](
         scores,
         maxima,
@@ -187,34 +193,6 @@ def _group_maxima(
 
 
 @triton.jit
-def _scatter(target, places, values, mask):
-    """Each value to its place.
-
-    Both as one int64, which may be taken in any order, so that no thread waits for another's.
-    """
-    pairs = tl.where(mask, (places.to(tl.int64) << 32) | values.to(tl.int64), -1)
-    pairs = tl.ravel(pairs, can_reorder=True)
-    tl.store(target + (pairs >> 32), (pairs & 0xFFFFFFFF).to(tl.int32), mask=pairs >= 0)
-
-
-@triton.jit
-def _emit(ids, key, index, sure, ties_wanted, taken, ties):
-    """Write those of some candidates, in ascending order, that are chosen; -> how many certain ones
-    and ties there were so far.
-
-    A key of at least ``sure`` is certain; one of ``sure - 1`` is a tie, of which the first
-    ``ties_wanted`` are chosen.
-    """
-    certain, tie = (key >= sure).to(tl.int32), ((key == sure - 1) & (key > 0)).to(tl.int32)
-    # both counts in one sum: a chunk has fewer than 2^15
-    before, more = sums_before(certain + (tie << 16))
-    earlier_ties = ties + (before >> 16)
-    take = (certain > 0) | ((tie > 0) & (earlier_ties < ties_wanted))
-    _scatter(ids, taken + (before & 0xFFFF) + tl.minimum(earlier_ties, ties_wanted), index, take)
-    return taken + (more & 0xFFFF), ties + (more >> 16)
-
-
-@triton.jit
 def _choose_among_all(
     scores,
     lengths,
@@ -231,7 +209,7 @@ def _choose_among_all(
     b = tl.program_id(0).to(tl.int64)
     length = tl.load(lengths + b)
     scores, ids = scores + b * scores_stride, ids + b * K
-    _choose(scores, ids, length, length, ids, K, K_PADDED, GROUP, False, CHUNK, VECTOR)
+    choose(scores, ids, length, length, ids, K, K_PADDED, GROUP, False, CHUNK, VECTOR)
 
 
 @triton.jit
@@ -244,10 +222,12 @@ def _set_aside(
     counts,
     bounds,
     ids,
+    groups,
     n_scores,
     n_maxima,
     scores_stride,
     maxima_stride,
+    groups_stride,
     K: tl.constexpr,
     K_PADDED: tl.constexpr,
     GROUP: tl.constexpr,
@@ -256,11 +236,13 @@ def _set_aside(
     BOUND_TURNS: tl.constexpr,
     FEW_TURNS: tl.constexpr,
     GROUPS: tl.constexpr,
+    LISTED: tl.constexpr,
     SECTIONS: tl.constexpr,
     PLACES: tl.constexpr,
 ):
     """One program: keys and ids of the scores that reach the bound in a section of a sequence's
-    groups, GROUPS at a time, in ascending order of ids.
+    groups, GROUPS at a time, in ascending order of ids. The groups that reach it are listed first,
+    LISTED at a time, where the section may have more than GROUPS.
 
     A section has PLACES; those that find none are counted, and lost. ``bounds`` takes the bound and
     the highest key, ``ids`` -1 everywhere, for what is not chosen.
@@ -277,11 +259,22 @@ def _set_aside(
     share = tl.cdiv(n_groups, SECTIONS)
     first, last = section * share, tl.minimum((section + 1) * share, n_groups)
     own, count = (b * SECTIONS + section) * PLACES, tl.zeros([], tl.int32)
-    for start in range(first, last, GROUPS):
-        group = start + tl.arange(0, GROUPS)
-        best = tl.load(maxima + group, mask=group < last, other=float("-inf"))
+    reaching = last - first
+    if LISTED > 0:
+        groups += b * groups_stride + first
+        reaching = list_groups(maxima + first, groups, bound, reaching, GROUP, LISTED, 1)
+        tl.debug_barrier()  # the list is read back by other threads than wrote it
+    for start in range(0, reaching, GROUPS):
+        slot = start + tl.arange(0, GROUPS)
+        if LISTED > 0:
+            reaches = slot < reaching
+            group = first + tl.load(groups + slot, mask=reaches, other=0)
+        else:
+            group = first + slot
+            best = tl.load(maxima + group, mask=slot < reaching, other=float("-inf"))
+            reaches = ordered(best) >= bound
         index = group[:, None] * GROUP + tl.arange(0, GROUP)[None, :]
-        there = (ordered(best) >= bound)[:, None] & (index // VECTOR * VECTOR < length)
+        there = reaches[:, None] & (index // VECTOR * VECTOR < length)
         key = ordered(tl.load(scores + index, mask=there, other=float("-inf")))
         keep = ((key >= bound) & (index < length)).to(tl.int32)
         before, more = sums_before(keep)
@@ -386,53 +379,8 @@ def _choose_among_few(
         length = tl.load(lengths + b)
         scores, maxima = scores + b * scores_stride, maxima + b * maxima_stride
         groups += b * groups_stride
-        kept = _list_groups(
+        kept = list_groups(
             maxima, groups, bound, tl.cdiv(length, GROUP), GROUP, CHUNK, MAXIMA_VECTOR
         )
         tl.debug_barrier()  # the list is read back by other threads than wrote it
-        _choose(scores, groups, kept * GROUP, length, ids, K, K_PADDED, GROUP, True, CHUNK, VECTOR)
-
-
-@triton.jit
-def _list_groups(
-    maxima, groups, bound, count, GROUP: tl.constexpr, CHUNK: tl.constexpr, VECTOR: tl.constexpr
-):
-    """The groups whose maxima reach ``bound``, in ascending order; -> how many."""
-    kept = tl.zeros([], tl.int32)
-    for start in range(0, count, CHUNK):
-        key, group = keys_of(maxima, groups, start, count, count, GROUP, False, CHUNK, VECTOR)
-        keep = (key >= bound).to(tl.int32)
-        before, more = sums_before(keep)
-        _scatter(groups, kept + before, group, keep > 0)
-        kept += more
-    return kept
-
-
-@triton.jit
-def _choose(
-    scores,
-    groups,
-    count,
-    length,
-    ids,
-    K: tl.constexpr,
-    K_PADDED: tl.constexpr,
-    GROUP: tl.constexpr,
-    GATHER: tl.constexpr,
-    CHUNK: tl.constexpr,
-    VECTOR: tl.constexpr,
-):
-    """Choose among ``count`` scores: all, or of the listed groups where GATHER."""
-    sure, above = kth_key(scores, groups, count, length, K, GROUP, GATHER, CHUNK, VECTOR)
-    taken, ties = tl.zeros([], tl.int32), tl.zeros([], tl.int32)
-    for start in range(0, count, CHUNK):
-        key, index = keys_of(scores, groups, start, count, length, GROUP, GATHER, CHUNK, VECTOR)
-        taken, ties = _emit(ids, key, index, sure, K - above, taken, ties)
-    _fill(ids, taken + tl.minimum(ties, K - above), K, K_PADDED)
-
-
-@triton.jit
-def _fill(ids, taken, K: tl.constexpr, K_PADDED: tl.constexpr):
-    """-1 behind the ``taken`` ids."""
-    place = tl.arange(0, K_PADDED)
-    tl.store(ids + place, -1, mask=(place >= taken) & (place < K))
+        choose(scores, groups, kept * GROUP, length, ids, K, K_PADDED, GROUP, True, CHUNK, VECTOR)

@@ -29,15 +29,16 @@ class IndexScoresTuning(NamedTuple):
 
 
 class TopKTuning(NamedTuple):
-    whole: int = 16384  # scores, at most, that one program holds, none left out beforehand
+    whole: int = 4096  # scores, at most, that one program holds, none left out beforehand
     whole_warps: int = 16
     maxima_groups: int = 128  # whose maxima one program takes, where none are given
     bound_keys: int = 4  # times k: the maxima among which the bound is sought
     bound_turns: int = 4  # times as many values as they, that a program reads at once
-    programs: int = 512  # over batch and sections
+    programs: int = 256  # over batch and sections
     sections: int = 64  # of one sequence at most, a program each; a power of two
     fewest_groups: int = 16  # of a section
-    section_groups: int = 64  # that a program takes at a time
+    section_groups: int = 64  # whose scores a program takes at a time
+    listed_groups: int = 1024  # whose maxima it takes at a time, where a section has more
     warps: int = 4
     # set aside, of a sequence, that each program of the last search holds: as many of each section;
     # where one has more, many; where one has more than of those, the search is among all of the

@@ -20,6 +20,7 @@ SMALL = TopKTuning(
     maxima_groups=16,
     bound_turns=2,
     section_groups=4,
+    listed_groups=32,
     fewest_groups=2,
     sections=4,
     held=128,
