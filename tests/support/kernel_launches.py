@@ -75,7 +75,7 @@ def selection(preselect, entries=262_144):
     )
 
 
-def attention(layout, heads, dtype, per_page=64, tune=None):
+def attention(layout, heads, dtype, per_page=64, tune=None, rounded=False):
     def launch():
         rows = Rows(
             layout,
@@ -91,6 +91,7 @@ def attention(layout, heads, dtype, per_page=64, tune=None):
             zeros(heads),
             1.0,
             want_masses=True,
+            rounded=rounded,
             tune=tune,
         )
 
@@ -131,14 +132,14 @@ def rows(row_bytes):
     return launch
 
 
-def connection(width, first=False, iterations=2):
+def connection(width, first=False, iterations=2, rounded=False):
     """Sinkhorn's iterations are unrolled: two of them, not V4's 20, take a tenth of the time."""
 
     def launch():
         config = DeepseekV4Config(hidden_size=width, hc_sinkhorn_iters=iterations)
         module, streams = HyperConnection(config), zeros(BATCH, 1, 4, width, dtype=torch.bfloat16)
         pending = Pending(module, streams[:, :, 0], zeros(BATCH, 1, 4), zeros(BATCH, 1, 4, 4))
-        enter_triton(streams, None if first else pending, module, RMSNorm(width, 1e-6))
+        enter_triton(streams, None if first else pending, module, RMSNorm(width, 1e-6), rounded)
 
     return launch
 
@@ -158,9 +159,9 @@ def turned(heads, width, pairs, **how):
     return lambda: norm_rope_triton(zeros(BATCH, heads, width, dtype=torch.bfloat16), turn, **how)
 
 
-def normed(width):
+def normed(width, rounded=False):
     return lambda: rms_norm_triton(
-        zeros(BATCH, 1, width, dtype=torch.bfloat16), RMSNorm(width, 1e-6)
+        zeros(BATCH, 1, width, dtype=torch.bfloat16), RMSNorm(width, 1e-6), rounded
     )
 
 
@@ -184,7 +185,7 @@ def experts(tokens, dtype=torch.bfloat16, count=24, hidden=4096, width=2048, top
     return launch
 
 
-def product(outputs, inputs, rows=1, groups=1, float8_rows=False):
+def product(outputs, inputs, rows=1, groups=1, float8_rows=False, **how):
     def launch():
         weight = zeros(outputs, inputs, dtype=torch.uint8).view(torch.float8_e4m3fn)
         linear_triton(
@@ -193,6 +194,7 @@ def product(outputs, inputs, rows=1, groups=1, float8_rows=False):
             zeros(*scale_shape(weight.shape)),
             groups,
             float8_rows,
+            **how,
         )
 
     return launch
@@ -258,6 +260,7 @@ LAUNCHES = {
     "top_k, few entries": selection(False, 4096),
     "top_k, preselected": selection(True),
     "sparse_attention": attention(LATENT, 64, torch.bfloat16),
+    "sparse_attention, rounded": attention(LATENT, 64, torch.bfloat16, rounded=True),
     "sparse_attention, some": attention(LATENT, 64, torch.bfloat16, tune=tuning.ATTENTION_OF_SOME),
     "sparse_attention, many": attention(LATENT, 64, torch.bfloat16, tune=tuning.ATTENTION_OF_MANY),
     "sparse_attention, single entries": attention(LATENT, 64, torch.bfloat16, per_page=1),
@@ -269,15 +272,18 @@ LAUNCHES = {
     "compress, a chunk": append(LATENT, 4, 2, tokens=256),
     "compress, nano": append(plain(torch.bfloat16, 64), 4, 2),
     "hyper_connection": connection(4096),
+    "hyper_connection, rounded": connection(4096, rounded=True),
     "hyper_connection, first": connection(4096, first=True),
     "hyper_connection, pro": connection(7168, iterations=20),  # as it ships
     "hyper_connection, nano": connection(384),
     "hyper_connection, head": stream_head(4096),
     "norm_rope": turned(64, 512, 32, eps=1e-6),
     "norm_rope, output": turned(64, 512, 32, inverse=True),
+    "norm_rope, rounded": turned(64, 512, 32, inverse=True, rounded=True),
     "norm_rope, index queries": turned(64, 128, 32),
     "norm_rope, nano": turned(6, 64, 8, eps=1e-6),
     "rms_norm": normed(1024),
+    "rms_norm, rounded": normed(1024, rounded=True),
     "rms_norm, pro": normed(1536),
     "route": routing(256),
     "route, hashed": routing(256, hashed=True),
@@ -305,6 +311,15 @@ LAUNCHES = {
     "linear, float8 rows, 128": product(4096, 8192, rows=128, float8_rows=True),
     "linear, float8 rows, grouped": product(8192, 4096, rows=256, groups=8, float8_rows=True),
     "linear, float8 rows, a prompt": product(4096, 8192, rows=1024, float8_rows=True),
+    "linear, float8 rows, for the next": product(
+        8192,
+        4096,
+        rows=256,
+        groups=8,
+        float8_rows=True,
+        for_next=True,
+        tune=tuning.FLOAT8_LINEAR_OF_SOME._replace(block_outputs=128, warps=8),
+    ),
     "linear, odd": product(200, 136),
     "linear, odd, many rows": product(200, 136, rows=77),
     "one_row, of the latent": row_product(40_960, 1024),

@@ -14,7 +14,7 @@ from functools import cache
 from typing import NamedTuple, Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from fmsim.exec.kernels import flash_mla
 from fmsim.exec.kernels.attention_rows import Rows, matrix_type
@@ -23,6 +23,8 @@ from fmsim.exec.kernels.index_score import index_scores, new_scores
 from fmsim.exec.kernels.lang import cdiv
 from fmsim.exec.kernels.layout import Layout, write_entries
 from fmsim.exec.kernels.norm_rope import norm_rope
+from fmsim.exec.kernels.rms_norm import rms_norm
+from fmsim.exec.kernels.rounded_rows import Activations, Float8Rows, wide_rows
 from fmsim.exec.kernels.sparse_attention import Masses, sparse_attention
 from fmsim.exec.kernels.top_k import top_k
 from fmsim.exec.kv.home import PER_PAGE, Home
@@ -30,7 +32,7 @@ from fmsim.exec.model.attention import Attention
 from fmsim.exec.model.cache import CompressorState, LayerCache
 from fmsim.exec.model.compressor import Compressor
 from fmsim.exec.model.kinds import CSA, HCA, SLIDING
-from fmsim.exec.model.projections import Joined
+from fmsim.exec.model.projections import Joined, takes_float8
 
 Turn = tuple[Tensor, Tensor]  # cosine and sine of RoPE's angles, float32 [B, 1, pairs]
 
@@ -260,16 +262,18 @@ class DecodeAttention:
             self.index_queries = Joined([indexer.q_b_proj])
         self.of_input, self.queries = Joined(of_input), Joined([attention.q_b_proj])
         self.query_type = self._query_type(batch)
+        self.rounds_latent = takes_float8(batch, *attention.queries_of())
+        self.rounds_out = takes_float8(batch, attention.o_a_proj, groups=attention.groups)
 
-    def __call__(self, x: Tensor, positions: Tensor) -> Tensor:
+    def __call__(self, x: Activations, positions: Tensor) -> Tensor:
         """x [B, 1, D], the attention's input at ``positions`` int32 [B] -> output [B, 1, D]."""
         if self.led:
-            wait_beside(x.device, SideStream.APPEND)
+            wait_beside(positions.device, SideStream.APPEND)
         elif self.first is self:
             self.now = self.moment(positions)
         out = self.attend(x, self.first.now)
         if self.leads:
-            with beside(x.device, SideStream.APPEND):
+            with beside(positions.device, SideStream.APPEND):
                 for other in self.leads:
                     other.now = other.moment(positions)
         return out
@@ -317,26 +321,29 @@ class DecodeAttention:
             )
         )
 
-    def attend(self, x: Tensor, now: Moment) -> Tensor:
+    def attend(self, x: Activations, now: Moment) -> Tensor:
         """x [B, 1, D], the attention's input -> output [B, 1, D]."""
         attention, turn = self.attention, tuple(part[:, 0] for part in now.turn)
         latent, kv, *compressed = self.of_input(x)
+        x, norm = wide_rows(x), attention.q_a_norm
+        if self.rounds_latent:
+            latent, norm = rms_norm(latent, norm, rounded=True), None
         with beside(x.device, SideStream.APPEND):
             if attention.kind == CSA:
                 weights = compressed.pop() * self.index_scale
             self._append(kv, compressed, now)
         if attention.kind == CSA:
             with beside(x.device, SideStream.QUERIES):
-                q = self._turned_queries(latent, turn)
+                q = self._turned_queries(latent, norm, turn)
             indexer = attention.compressor.indexer
-            [index_queries] = self.index_queries(latent, attention.q_a_norm)
+            [index_queries] = self.index_queries(latent, norm)
             queries = norm_rope(index_queries.view(-1, indexer.heads, indexer.width), turn)
             wait_beside(x.device, SideStream.APPEND)
             ids = self.pager.select(queries[:, None], weights, now.visible, indexer.top_k)
             home = self.pager.homes[0]
             wait_beside(x.device, SideStream.QUERIES)
         else:
-            q = self._turned_queries(latent, turn)
+            q = self._turned_queries(latent, norm, turn)
             wait_beside(x.device, SideStream.APPEND)
         if attention.kind == HCA:
             ids, home = now.every, self.hca
@@ -352,15 +359,22 @@ class DecodeAttention:
             self.wants_masses,
             turn,
             x.dtype,
+            self.rounds_out,
         )
         if self.pager is not None:
             self.pager.reports(q, rows, masses, x, attention)
-        return attention.project_out(out[:, None])
+        if isinstance(out, Float8Rows):
+            out = out._replace(leading=x.shape[:2])
+        else:
+            out = out.flatten(1)[:, None]
+        return attention.project_out(out)
 
-    def _turned_queries(self, latent: Tensor, turn: Turn) -> Tensor:
-        """Of the latent [B, 1, q_lora_rank]: rotated, [B, H, C]."""
+    def _turned_queries(self, latent: Activations, norm: nn.Module | None, turn: Turn) -> Tensor:
+        """Of the latent [B, 1, q_lora_rank], with a norm before the normed one: rotated, [B, H,
+        C].
+        """
         attention = self.attention
-        [q] = self.queries(latent, attention.q_a_norm)
+        [q] = self.queries(latent, norm)
         return norm_rope(
             q.view(-1, attention.heads, attention.size),
             turn,

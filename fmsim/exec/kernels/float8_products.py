@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from fmsim.exec.kernels import tuning
-from fmsim.exec.kernels.rounded_rows import round_rows
+from fmsim.exec.kernels.rounded_rows import Activations, Float8Rows, round_rows
 from fmsim.exec.kernels.weights import BLOCK
 
 TABLE = Path(__file__).parent / "float8_ways.json"
@@ -28,19 +28,19 @@ OWN_BY_ROWS = {
     "own, 64 rows": tuning.FLOAT8_LINEAR_OF_SOME,
     "own, 128 rows": tuning.FLOAT8_LINEAR_OF_MANY,
 }
-ROWS = 16  # of codes and of scales come in multiples of these
 COLUMNS = 4 * BLOCK  # of a weight: its scales lie in rows of 16 bytes
 
 
-def by_cublas(rows: Tensor, weight: Tensor, scale: Tensor, groups: int) -> Tensor:
+def by_cublas(
+    rows: Float8Rows, weight: Tensor, scale: Tensor, groups: int, for_next: bool = False
+) -> Activations:
     """As `linear` with rounded rows; groups one after another."""
     from torch.nn.functional import ScalingType, scaled_mm
 
-    codes, scales = round_rows(rows, ROWS)
     inputs = weight.shape[1]
     parts = zip(
-        codes.split(inputs, 1),
-        scales.split(inputs // BLOCK),
+        rows.codes.split(inputs, 1),
+        rows.scales.split(inputs // BLOCK),
         weight.chunk(groups),
         scale.chunk(groups),
         strict=True,
@@ -54,38 +54,46 @@ def by_cublas(rows: Tensor, weight: Tensor, scale: Tensor, groups: int) -> Tenso
             scale.T,
             ScalingType.BlockWise128x128,
             output_dtype=rows.dtype,
-        )[: len(rows)]
+        )[: rows.count]
         for codes, scales, weight, scale in parts
     ]
-    return products[0] if groups == 1 else torch.cat(products, 1)
+    out = products[0] if groups == 1 else torch.cat(products, 1)
+    out = out.view(*rows.leading, len(weight))
+    return round_rows(out) if for_next else out
 
 
-Way = Callable[[Tensor, Tensor, Tensor, int], Tensor]
+Way = Callable[[Float8Rows, Tensor, Tensor, int, bool], Activations]
 WAYS: dict[str, Way] = {"cublas": by_cublas}
 _refused: set[tuple[str, tuple[int, ...]]] = set()
 
 
 def product(
-    rows: Tensor, weight: Tensor, scale: Tensor, groups: int, own: Callable[..., Tensor]
-) -> Tensor | None:
-    """rows [n, groups * in] bfloat16 -> [n, out] by the fastest of the ways that can be had; None
-    where that is our ``own`` kernel (`linear_triton`) with its usual sizes.
+    rows: Float8Rows,
+    weight: Tensor,
+    scale: Tensor,
+    groups: int,
+    for_next: bool,
+    own: Callable[..., Activations],
+) -> Activations | None:
+    """``rows`` [..., groups * in] of bfloat16 -> [..., out], rounded where ``for_next``, by the
+    fastest of the ways that can be had; None where that is our ``own`` kernel (`linear_triton`)
+    with its usual sizes.
     """
     outputs, inputs = weight.shape
-    if not (rows.is_cuda and _is_hopper(rows.device)):
+    if not (weight.is_cuda and _is_hopper(weight.device)):
         return None
     if inputs % COLUMNS or outputs // groups % BLOCK or rows.dtype != torch.bfloat16:
         return None
     shape = (outputs, inputs, groups)
-    for name in order(torch.cuda.get_device_name(rows.device), len(rows), *shape):
+    for name in order(torch.cuda.get_device_name(weight.device), rows.count, *shape):
         if name == OWN:
             return None
         if name in OWN_BY_ROWS:
-            return own(rows, weight, scale, groups, True, OWN_BY_ROWS[name])
+            return own(rows, weight, scale, groups, for_next=for_next, tune=OWN_BY_ROWS[name])
         if (name, shape) in _refused:
             continue
         try:
-            return WAYS[name](rows, weight, scale, groups)
+            return WAYS[name](rows, weight, scale, groups, for_next)
         except Exception:  # refusals are of many types; a shape is refused at its first call
             _refused.add((name, shape))
     return None

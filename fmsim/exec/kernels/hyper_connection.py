@@ -25,6 +25,9 @@ from fmsim.exec.kernels.lang import (
     tl,
     triton,
 )
+from fmsim.exec.kernels.rms_norm import rms_norm_reference
+from fmsim.exec.kernels.rounded_rows import Activations, Float8Rows, destination, store_rounded
+from fmsim.exec.kernels.weights import BLOCK
 
 
 class Shares(NamedTuple):
@@ -55,17 +58,22 @@ class Pending(NamedTuple):
 
 
 def enter(
-    streams: Tensor, pending: Pending | None, connection: nn.Module, norm: nn.Module
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    streams: Tensor,
+    pending: Pending | None,
+    connection: nn.Module,
+    norm: nn.Module,
+    rounded: bool = False,
+) -> tuple[Tensor, Activations, Tensor, Tensor]:
     """Write what is ``pending`` into ``streams`` [B, S, R, D], then enter the block of
     ``connection`` (`model.HyperConnection`).
 
     -> the streams [B, S, R, D], the block's input after ``norm`` (`model.RMSNorm`) [B, S, D], both
-    in the streams' type, and the block's write weights and mixing, as in `Pending`. R is a power of
-    two. For up to some 128 tokens; S is 1 in decode.
+    in the streams' type, and the block's write weights and mixing, as in `Pending`. The input is
+    ``rounded`` to float8 beside that if so. R is a power of two. For up to some 128 tokens; S is 1
+    in decode.
     """
     run = enter_triton if runs_compiled(streams) else enter_reference
-    return run(streams, pending, connection, norm)
+    return run(streams, pending, connection, norm, rounded)
 
 
 def read_out(streams: Tensor, pending: Pending | None, head: nn.Module, norm: nn.Module) -> Tensor:
@@ -76,10 +84,12 @@ def read_out(streams: Tensor, pending: Pending | None, head: nn.Module, norm: nn
     return run(streams, pending, head, norm)
 
 
-def enter_reference(streams, pending, connection, norm) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def enter_reference(
+    streams, pending, connection, norm, rounded=False
+) -> tuple[Tensor, Activations, Tensor, Tensor]:
     streams = _left(streams, pending)
     x, write, mix = connection.enter(streams)
-    return streams, norm(x), write, mix
+    return streams, rms_norm_reference(x, norm, rounded), write, mix
 
 
 def read_out_reference(streams, pending, head, norm) -> Tensor:
@@ -96,23 +106,23 @@ def _left(streams: Tensor, pending: Pending | None) -> Tensor:
 
 
 def enter_triton(
-    streams, pending, connection, norm, tune=tuning.HYPER_CONNECTION
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    streams, pending, connection, norm, rounded=False, tune=tuning.HYPER_CONNECTION
+) -> tuple[Tensor, Activations, Tensor, Tensor]:
     count, of = streams.shape[2], streams.shape[:2]
     streams, parts = _project(streams, pending, connection.fn, tune)
     x = torch.empty_like(streams[:, :, 0])
     write = torch.empty(*of, count, dtype=torch.float32, device=streams.device)
     mix = torch.empty(*of, count, count, dtype=torch.float32, device=streams.device)
-    _join(
-        streams, parts, connection.base, connection.scale, connection, norm, x, (write, mix), tune
-    )
-    return streams, x, write, mix
+    made = Float8Rows.empty(of, x.shape[2], x.dtype, x.device, x) if rounded else None
+    of_connection = connection.base, connection.scale, connection
+    _join(streams, parts, *of_connection, norm, x, made, (write, mix), tune)
+    return streams, x if made is None else made, write, mix
 
 
 def read_out_triton(streams, pending, head, norm, tune=tuning.HYPER_CONNECTION) -> Tensor:
     streams, parts = _project(streams, pending, head.hc_fn, tune)
     x = torch.empty_like(streams[:, :, 0])
-    _join(streams, parts, head.hc_base, head.hc_scale, head, norm, x, None, tune)
+    _join(streams, parts, head.hc_base, head.hc_scale, head, norm, x, None, None, tune)
     return x
 
 
@@ -164,9 +174,9 @@ def _project(streams: Tensor, pending: Pending | None, fn: Tensor, tune) -> tupl
     return left, parts
 
 
-def _join(streams, parts, base, scale, module, norm, x, gates, tune) -> None:
-    """The block's input into ``x``, and where ``gates`` are given, the write weights and the mixing
-    into them.
+def _join(streams, parts, base, scale, module, norm, x, made, gates, tune) -> None:
+    """The block's input into ``x``, and where there is one into ``made``, as float8; where
+    ``gates`` are given, the write weights and the mixing into them.
     """
     flat = streams.flatten(0, 1)
     total, count, width = flat.shape
@@ -178,6 +188,7 @@ def _join(streams, parts, base, scale, module, norm, x, gates, tune) -> None:
         flat,
         norm.weight,
         x,
+        *destination(made, x),
         write,
         mix,
         flat.stride(0),
@@ -193,6 +204,8 @@ def _join(streams, parts, base, scale, module, norm, x, gates, tune) -> None:
         TILES=parts.shape[1],
         TILES_PADDED=next_power_of_2(parts.shape[1]),
         ITERATIONS=0 if gates is None else module.iterations,
+        ROUNDED=made is not None,
+        BLOCK=BLOCK,
         num_warps=tune.enter_warps,
         **overlapped(streams),
     )
@@ -270,6 +283,9 @@ def _enter(
     streams,
     weight,
     x_out,
+    codes,
+    levels,
+    level_stride,
     write_out,
     mix_out,
     token_stride,
@@ -285,6 +301,8 @@ def _enter(
     TILES: tl.constexpr,
     TILES_PADDED: tl.constexpr,
     ITERATIONS: tl.constexpr,
+    ROUNDED: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):
     """Two programs a token: its block input, and its write weights and mixing.
 
@@ -311,7 +329,10 @@ def _enter(
             x += tl.sum(tl.where(row == stream, read, 0.0), 0) * held[stream].to(tl.float32)
         x = x.to(x_out.dtype.element_ty).to(tl.float32)
         x = x * tl.rsqrt(tl.sum(x * x, 0) / WIDTH + out_eps) * weights
-        tl.store(x_out + token * WIDTH + channel, x.to(x_out.dtype.element_ty), mask=inside)
+        x = x.to(x_out.dtype.element_ty)
+        tl.store(x_out + token * WIDTH + channel, x, mask=inside)
+        if ROUNDED:
+            store_rounded(x.to(tl.float32), codes, levels, token, level_stride, 0, WIDTH, BLOCK)
     else:
         after_previous()
         products = _products(

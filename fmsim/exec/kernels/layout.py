@@ -299,8 +299,12 @@ def store_entry(values, scales, x, KIND: tl.constexpr, WIDTH: tl.constexpr):
 _TRITON_TYPES = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
 
 
+def triton_type(dtype: torch.dtype):
+    return getattr(tl, _TRITON_TYPES[dtype])
+
+
 def triton_kind(layout: Layout):
     """What the functions above take as KIND: the layout's name, or the type of a plain entry's
     values.
     """
-    return getattr(tl, _TRITON_TYPES[layout.dtype]) if layout.kind == "plain" else layout.kind
+    return triton_type(layout.dtype) if layout.kind == "plain" else layout.kind

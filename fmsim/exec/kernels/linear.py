@@ -7,7 +7,8 @@ in float32:
 - weights become float16 in registers, which holds float8 exactly, and meet rows of float16;
 - or, where the model says that its activations are float8, weights stay as they are and meet rows
   of float8, with one scale for each 128 values of a row (`rounded_rows`): half the bytes and twice
-  the rate. Such rows others multiply faster at some sizes (`float8_products`).
+  the rate. Such rows others multiply faster at some sizes (`float8_products`). The launch that
+  made the rows may have rounded them, and a product may round its own for the next.
 
 Where there are fewer blocks of outputs than a GPU needs to read at its bandwidth, several programs
 share the columns. The last of them to end adds up the sums of all, in a fixed order.
@@ -30,8 +31,15 @@ from fmsim.exec.kernels.lang import (
     tl,
     triton,
 )
-from fmsim.exec.kernels.layout import product_operand, scale_exponent, to_float8
-from fmsim.exec.kernels.rounded_rows import round_rows_triton, rounded_reference
+from fmsim.exec.kernels.layout import product_operand, scale_exponent, to_float8, triton_type
+from fmsim.exec.kernels.rounded_rows import (
+    Activations,
+    Float8Rows,
+    round_rows,
+    round_rows_reference,
+    round_rows_triton,
+    rounded,
+)
 from fmsim.exec.kernels.weights import BLOCK, dequantise
 
 FEWEST_OUTPUTS = 16  # of a program: a matrix instruction's
@@ -40,31 +48,56 @@ MANY_TURNS = 16  # of a program's loop: with fewer, programs should not crowd
 
 
 def linear(
-    x: Tensor, weight: Tensor, scale: Tensor, groups: int = 1, float8_rows: bool = False
-) -> Tensor:
+    x: Activations,
+    weight: Tensor,
+    scale: Tensor,
+    groups: int = 1,
+    float8_rows: bool = False,
+    for_next: bool = False,
+) -> Activations:
     """x [..., in], bfloat16 of ordinary size (it meets the weights as float16), times ``weight``
     float8_e4m3fn [out, in] with ``scale`` float32 [ceil(out / 128), ceil(in / 128)] -> [..., out]
     in x's type.
 
     With ``groups``, group g is the g-th part of the weight's rows, and its input the g-th slice of
-    x [..., groups * in]. With ``float8_rows``, more than `tuning.FEW_ROWS` rows are rounded to
-    float8 first; fewer are bound by the weights' bytes, and gain nothing by it.
+    x [..., groups * in]. With ``float8_rows``, as many rows as `are_rounded` says are rounded to
+    float8 first, where they are not yet. ``for_next``: the result is rounded too.
     """
-    if one_row.takes(x, weight):
-        return one_row.one_row_triton(x, weight, scale, groups)
-    if float8_rows and _are_rounded(x, weight, groups):
-        found = float8_products.product(x.flatten(0, -2), weight, scale, groups, own=linear_triton)
+    if isinstance(x, Tensor):
+        if one_row.takes(x, weight):
+            assert not for_next
+            return one_row.one_row_triton(x, weight, scale, groups)
+        count = x.shape[:-1].numel()
+        inside = runs_compiled(x) and tuning.linear(count, x.dtype, True).rounds_inside
+        if float8_rows and not inside and are_rounded(count, weight, groups):
+            x = round_rows(x)
+    if isinstance(x, Float8Rows):
+        found = float8_products.product(x, weight, scale, groups, for_next, own=linear_triton)
         if found is not None:
-            return found.view(*x.shape[:-1], len(weight))
+            return found
     aligned = groups == 1 or len(weight) // groups % FEWEST_OUTPUTS == 0
-    run = linear_triton if runs_compiled(x) and aligned else linear_reference
-    return run(x, weight, scale, groups, float8_rows)
+    on_gpu = runs_compiled(x if isinstance(x, Tensor) else x.codes)
+    run = linear_triton if on_gpu and aligned else linear_reference
+    return run(x, weight, scale, groups, float8_rows, for_next)
 
 
-def linear_reference(x, weight, scale, groups=1, float8_rows=False) -> Tensor:
-    if float8_rows and _are_rounded(x, weight, groups):
-        x = rounded_reference(x.unflatten(-1, (groups, -1))).flatten(-2)
-    return grouped_product(x, dequantise(weight, scale, dtype=x.dtype), groups)
+def are_rounded(rows: int, weight: Tensor, groups: int = 1) -> bool:
+    """Whether so many rows are rounded to float8 before they meet a float8 ``weight``: more than
+    `tuning.FEW_ROWS`, for fewer are bound by the weight's bytes and gain nothing by it, and where
+    no scale of a row's would lie across two groups.
+    """
+    return rows > tuning.FEW_ROWS and (groups == 1 or weight.shape[1] % BLOCK == 0)
+
+
+def linear_reference(
+    x: Activations, weight, scale, groups=1, float8_rows=False, for_next=False
+) -> Activations:
+    if isinstance(x, Tensor) and float8_rows and are_rounded(x.shape[:-1].numel(), weight, groups):
+        x = round_rows_reference(x)
+    if isinstance(x, Float8Rows):
+        x = x.widened()
+    out = grouped_product(x, dequantise(weight, scale, dtype=x.dtype), groups)
+    return round_rows_reference(out) if for_next else out
 
 
 def grouped_product(x: Tensor, weight: Tensor, groups: int) -> Tensor:
@@ -76,31 +109,34 @@ def grouped_product(x: Tensor, weight: Tensor, groups: int) -> Tensor:
     ).flatten(-2)
 
 
-def _are_rounded(x: Tensor, weight: Tensor, groups: int) -> bool:
-    """Whether x is worth rounding, and no scale of a row's would lie across two groups."""
-    many = x.shape[:-1].numel() > tuning.FEW_ROWS
-    return many and (groups == 1 or weight.shape[1] % BLOCK == 0)
-
-
 def linear_triton(
-    x, weight, scale, groups=1, float8_rows=False, tune: tuning.LinearTuning | None = None
-) -> Tensor:
-    rows = x.flatten(0, -2)
-    outputs, inputs = weight.shape
-    total, of_group = len(rows), outputs // groups
-    float8_rows = float8_rows and _are_rounded(x, weight, groups)
-    tune = tune or tuning.linear(total, x.dtype, float8_rows)
+    x: Activations,
+    weight,
+    scale,
+    groups=1,
+    float8_rows=False,
+    for_next=False,
+    tune: tuning.LinearTuning | None = None,
+) -> Activations:
+    (outputs, inputs), dtype = weight.shape, x.dtype
+    leading = x.shape[:-1] if isinstance(x, Tensor) else x.leading
+    total, of_group = leading.numel(), outputs // groups
+    float8_rows = isinstance(x, Float8Rows) or (float8_rows and are_rounded(total, weight, groups))
+    tune = tune or tuning.linear(total, dtype, float8_rows)
+    rounding, levels = "", scale
+    if float8_rows and isinstance(x, Tensor):
+        rounding = "inside" if tune.rounds_inside else "before"
+        x = x if tune.rounds_inside else round_rows_triton(x)
+    if isinstance(x, Float8Rows):
+        rounding, rows, levels = "before", x.codes, x.scales
+    else:
+        rows = x.flatten(0, -2)
+        if not rounding and dtype == torch.bfloat16 and total > tuning.FEW_ROWS:
+            # once, and not by every program that reads them
+            rows = rows.to(torch.float16)
     assert rows.stride(1) == 1 and weight.is_contiguous() and scale.is_contiguous(), (
         "a row's values lie side by side"
     )
-    levels, rounding = scale, ""
-    if float8_rows:
-        rounding = "inside" if tune.rounds_inside else "before"
-    if rounding == "before":
-        rows, levels = round_rows_triton(rows)
-    elif not rounding and rows.dtype == torch.bfloat16 and total > tuning.FEW_ROWS:
-        # once, and not by every program that reads them
-        rows = rows.to(torch.float16)
     # of one group, and of one scale
     block = tune.block_outputs if groups == 1 else math.gcd(tune.block_outputs, of_group)
     block_rows = min(tune.block_rows, max(16, next_power_of_2(total)))
@@ -113,11 +149,19 @@ def linear_triton(
     # a GPU is full without splits where there are so many blocks
     share = cdiv(turns, splits if blocks <= arrivals.MOST else 1)
     splits = cdiv(turns, share)
-    out = torch.empty(*x.shape[:-1], outputs, dtype=x.dtype, device=x.device)
+    # of outputs that share a scale, a program has all
+    rounds_out = for_next and block == BLOCK
+    made: Activations
+    if rounds_out:
+        made = Float8Rows.empty(leading, outputs, dtype, rows.device)
+        out, out_levels = made.codes.view(torch.uint8), made.scales
+    else:
+        made = out = torch.empty(*leading, outputs, dtype=dtype, device=rows.device)
+        out_levels = scale
     parts, arrived = out, scale
     if splits > 1:
-        parts = torch.empty(splits, total, outputs, dtype=torch.float32, device=x.device)
-        arrived = arrivals.arrivals(x.device)
+        parts = torch.empty(splits, total, outputs, dtype=torch.float32, device=rows.device)
+        arrived = arrivals.arrivals(rows.device)
     _linear[(blocks, splits)](
         rows,
         levels,
@@ -126,8 +170,10 @@ def linear_triton(
         parts,
         arrived,
         out,
+        out_levels,
         rows.stride(0),
         levels.stride(0),
+        out_levels.stride(0),
         total,
         row_blocks,
         share,
@@ -143,10 +189,11 @@ def linear_triton(
         STAGES=tune.stages,
         ROUNDING=rounding,
         SPLIT=splits > 1,
+        ROUNDS_OUT=triton_type(dtype) if rounds_out else "",
         num_warps=tune.warps,
-        **overlapped(x),
+        **overlapped(rows),
     )
-    return out
+    return made if rounds_out or not for_next else round_rows_triton(made)
 
 
 def _splits(blocks: int, turns: int, tune: tuning.LinearTuning) -> int:
@@ -172,8 +219,10 @@ def _linear(
     parts,
     arrived,
     out,
+    out_scale,
     row_stride,
     scale_stride,
+    out_scale_stride,
     rows,
     row_blocks,
     share,
@@ -189,6 +238,7 @@ def _linear(
     STAGES: tl.constexpr,
     ROUNDING: tl.constexpr,
     SPLIT: tl.constexpr,
+    ROUNDS_OUT: tl.constexpr,
 ):
     """One program: a block of outputs of a block of rows, over ``share`` blocks of inputs.
 
@@ -253,7 +303,6 @@ def _linear(
                 unit = level
                 sums = tl.dot(codes.to(operand.dtype), operand, sums, input_precision="ieee")
     sums *= unit
-    places = row.to(tl.int64)[None, :] * OUTPUTS + output[:, None]
     exists = (output < OUTPUTS)[:, None] & (row < rows)[None, :]
     if SPLIT:
         of_part = (split * rows + row).to(tl.int64)[None, :] * OUTPUTS + output[:, None]
@@ -265,7 +314,35 @@ def _linear(
             for part in tl.range(0, tl.num_programs(1), loop_unroll_factor=4):
                 of_part = (part * rows + row).to(tl.int64)[None, :] * OUTPUTS + output[:, None]
                 sums += tl.load(parts + of_part, mask=exists, other=0.0, cache_modifier=".cg")
-            tl.store(out + places, sums.to(out.dtype.element_ty), mask=exists)
+            _store(sums, out, out_scale, out_scale_stride, row, start, rows, OUTPUTS, ROUNDS_OUT)
             tl.store(arrived + tl.program_id(0), 0)
     else:
+        _store(sums, out, out_scale, out_scale_stride, row, start, rows, OUTPUTS, ROUNDS_OUT)
+
+
+@triton.jit
+def _store(
+    sums,
+    out,
+    out_scale,
+    scale_stride,
+    row,
+    start,
+    rows,
+    OUTPUTS: tl.constexpr,
+    ROUNDS_OUT: tl.constexpr,
+):
+    """A tile's sums [outputs from ``start`` on, rows]. Where ROUNDS_OUT is a type, they become
+    that, and then float8: all that share a scale.
+    """
+    output = start + tl.arange(0, sums.shape[0])
+    exists = (output < OUTPUTS)[:, None] & (row < rows)[None, :]
+    places = row.to(tl.int64)[None, :] * OUTPUTS + output[:, None]
+    if ROUNDS_OUT == "":
         tl.store(out + places, sums.to(out.dtype.element_ty), mask=exists)
+    else:
+        sums = tl.where(exists, sums, 0.0).to(ROUNDS_OUT).to(tl.float32)
+        coded, levels = rounded(sums, 0)
+        tl.store(out + places, coded, mask=exists)
+        block = start // sums.shape[0]
+        tl.store(out_scale + block * scale_stride + row, levels, mask=row < rows)

@@ -17,6 +17,16 @@ from fmsim.exec.kernels.lang import (
     tl,
     triton,
 )
+from fmsim.exec.kernels.layout import triton_type
+from fmsim.exec.kernels.rounded_rows import (
+    Activations,
+    Float8Rows,
+    destination,
+    round_rows_reference,
+    round_rows_triton,
+    store_rounded,
+)
+from fmsim.exec.kernels.weights import BLOCK
 
 Turn = tuple[Tensor, Tensor]  # cosine and sine of RoPE's angles, float32 [N, pairs]
 
@@ -27,9 +37,11 @@ def norm_rope(
     eps: float | None = None,
     inverse: bool = False,
     dtype: torch.dtype | None = None,
-) -> Tensor:
+    rounded: bool = False,
+) -> Activations:
     """Rows of heads, x [N, H, C] -> the same shape, and type where no ``dtype`` is given: each head
-    normalised, without a weight, where ``eps`` is given, then turned.
+    normalised, without a weight, where ``eps`` is given, then turned. ``rounded``: as rows [N, H *
+    C] of float8 alone.
 
     ``rotation``: cosine and sine, float32 [N, pairs], of the angles of the last ``2 * pairs``
     channels, interleaved; they are turned back where ``inverse``. C is a power of two. A step's
@@ -37,10 +49,12 @@ def norm_rope(
     range reduction that a fast sine has not.
     """
     run = norm_rope_triton if runs_compiled(x) else norm_rope_reference
-    return run(x, rotation, eps, inverse, dtype)
+    return run(x, rotation, eps, inverse, dtype, rounded)
 
 
-def norm_rope_reference(x, rotation, eps=None, inverse=False, dtype=None) -> Tensor:
+def norm_rope_reference(
+    x, rotation, eps=None, inverse=False, dtype=None, rounded=False
+) -> Activations:
     value, (cos, sin) = x.float(), (part.float()[:, None] for part in rotation)
     if eps is not None:
         value = value * torch.rsqrt(value.square().mean(-1, keepdim=True) + eps)
@@ -49,22 +63,30 @@ def norm_rope_reference(x, rotation, eps=None, inverse=False, dtype=None) -> Ten
     still = x.shape[2] - 2 * cos.shape[2]
     even, odd = value[..., still::2], value[..., still + 1 :: 2]
     turned = torch.stack((even * cos - odd * sin, even * sin + odd * cos), -1).flatten(-2)
-    return torch.cat((value[..., :still], turned), -1).to(dtype or x.dtype)
+    out = torch.cat((value[..., :still], turned), -1).to(dtype or x.dtype)
+    return round_rows_reference(out.flatten(1)) if rounded else out
 
 
 def norm_rope_triton(
-    x, rotation, eps=None, inverse=False, dtype=None, tune=tuning.NORM_ROPE
-) -> Tensor:
-    rows, heads, width = x.shape
+    x, rotation, eps=None, inverse=False, dtype=None, rounded=False, tune=tuning.NORM_ROPE
+) -> Activations:
+    (rows, heads, width), dtype = x.shape, dtype or x.dtype
     assert x.stride(2) == 1 and x.stride(1) == width, "a row's heads lie side by side"
     cos, sin = (part.contiguous() for part in rotation)
     block = min(next_power_of_2(heads), max(1, tune.block_values // width))
-    out = torch.empty(rows, heads, width, dtype=dtype or x.dtype, device=x.device)
+    if rounded and block < heads and block * width % BLOCK:  # a program has part of what is scaled
+        return round_rows_triton(norm_rope_triton(x, rotation, eps, inverse, dtype).flatten(1))
+    made, out = None, x
+    if rounded:
+        made = Float8Rows.empty((rows,), heads * width, dtype, x.device)
+    else:
+        out = torch.empty(rows, heads, width, dtype=dtype, device=x.device)
     _norm_rope[(rows, cdiv(heads, block))](
         x,
         cos,
         sin,
         out,
+        *destination(made, out),
         x.stride(0),
         0.0 if eps is None else eps,
         HEADS=heads,
@@ -73,10 +95,13 @@ def norm_rope_triton(
         NORMALISE=eps is not None,
         INVERSE=inverse,
         BLOCK=block,
+        TYPE=triton_type(dtype),
+        ROUNDED=rounded,
+        SCALED=BLOCK,
         num_warps=tune.warps,
         **overlapped(x),
     )
-    return out
+    return out if made is None else made
 
 
 @triton.jit
@@ -85,6 +110,9 @@ def _norm_rope(
     cos,
     sin,
     out,
+    codes,
+    scales,
+    scale_stride,
     row_stride,
     eps,
     HEADS: tl.constexpr,
@@ -93,6 +121,9 @@ def _norm_rope(
     NORMALISE: tl.constexpr,
     INVERSE: tl.constexpr,
     BLOCK: tl.constexpr,
+    TYPE: tl.constexpr,
+    ROUNDED: tl.constexpr,
+    SCALED: tl.constexpr,
 ):
     """One program: a block of one row's heads."""
     after_previous()
@@ -107,5 +138,11 @@ def _norm_rope(
     if INVERSE:
         s = -s
     even, odd = tl.split(tl.reshape(value, [BLOCK, WIDTH // 2, 2]))
-    value = tl.reshape(tl.join(even * c - odd * s, even * s + odd * c), [BLOCK, WIDTH])
-    tl.store(out + row * HEADS * WIDTH + places, value.to(out.dtype.element_ty), mask=exists)
+    value = tl.reshape(tl.join(even * c - odd * s, even * s + odd * c), [BLOCK, WIDTH]).to(TYPE)
+    if ROUNDED:
+        run, first = tl.reshape(value, [BLOCK * WIDTH]), tl.program_id(1) * (BLOCK * WIDTH)
+        store_rounded(
+            run.to(tl.float32), codes, scales, row, scale_stride, first, HEADS * WIDTH, SCALED
+        )
+    else:
+        tl.store(out + row * HEADS * WIDTH + places, value, mask=exists)

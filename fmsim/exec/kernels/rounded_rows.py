@@ -1,13 +1,20 @@
 """Activations as float8, the way DeepSeek's release multiplies them: each 128 values of a row share
 a power of two, the smallest that brings them within 448.
+
+The launch that makes rows can round them as it writes them (`store_rounded`), for all products that
+read them. Rows that are there already take a launch of their own (`round_rows`).
 """
 
 from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from fmsim.exec.kernels.lang import (
+    COMPILED,
     after_previous,
     cdiv,
     overlapped,
@@ -24,55 +31,139 @@ from fmsim.exec.kernels.layout import (
 from fmsim.exec.kernels.weights import BLOCK
 
 ROWS = 8  # of one program
-PADDED = 256  # rows of the scales: no block of rows in a product has more
+ALIGNED = 16  # cuBLAS takes codes and scales in multiples of so many rows
+BEYOND = 256  # scales that may be read behind the last: no block of rows in a product has more
 
 
-def round_rows(x: Tensor, multiple: int = PADDED) -> tuple[Tensor, Tensor]:
-    """x [rows, in] -> codes float8_e4m3fn [rows and more, in], and their scales float32 [ceil(in /
-    128), rows and more], so that a program reads those of many rows at a time; what stands beyond
-    the rows, up to a ``multiple``, is anything.
+class Float8Rows(NamedTuple):
+    """Rows [..., in] rounded to float8.
+
+    ``codes`` float8_e4m3fn [n and more, in]; ``scales`` float32 [ceil(in / 128), n and more], so
+    that a program reads those of many rows at a time; what stands beyond the n rows is anything.
+    ``leading`` is the rows' shape without ``in``, ``dtype`` their type. ``wide`` [..., in] are the
+    rows as they were, where something reads them too.
     """
-    return (round_rows_triton if runs_compiled(x) else round_rows_reference)(x, multiple)
+
+    codes: Tensor
+    scales: Tensor
+    leading: torch.Size
+    dtype: torch.dtype
+    wide: Tensor | None = None
+
+    @classmethod
+    def empty(
+        cls,
+        leading: Sequence[int],
+        columns: int,
+        dtype: torch.dtype,
+        device: torch.device,
+        wide: Tensor | None = None,
+    ) -> Float8Rows:
+        leading, blocks = torch.Size(leading), cdiv(columns, BLOCK)
+        room = cdiv(leading.numel(), ALIGNED) * ALIGNED
+        codes = torch.empty(room, columns, dtype=torch.float8_e4m3fn, device=device)
+        scales = torch.empty(blocks * room + BEYOND, dtype=torch.float32, device=device)
+        return cls(codes, scales[:-BEYOND].view(blocks, room), leading, dtype, wide)
+
+    @property
+    def count(self) -> int:
+        """n."""
+        return self.leading.numel()
+
+    def widened(self) -> Tensor:
+        """The rounded rows [..., in] in their type."""
+        codes, scales = self.codes[: self.count], self.scales[:, : self.count]
+        wide = codes.float() * scales.T.repeat_interleave(BLOCK, 1)[:, : codes.shape[1]]
+        return wide.to(self.dtype).view(*self.leading, codes.shape[1])
 
 
-def round_rows_reference(x: Tensor, multiple: int = PADDED) -> tuple[Tensor, Tensor]:
-    columns = x.shape[1]
-    blocks = torch.nn.functional.pad(x.float(), (0, -columns % BLOCK)).unflatten(1, (-1, BLOCK))
+Activations = Tensor | Float8Rows  # rows of a product's input
+
+
+def wide_rows(x: Activations) -> Tensor:
+    """The rows as they were before rounding, [..., in]."""
+    if isinstance(x, Tensor):
+        return x
+    assert x.wide is not None, "only their float8 values were kept"
+    return x.wide
+
+
+def round_rows(x: Tensor) -> Float8Rows:
+    """x [..., in], whose rows' values lie side by side."""
+    return (round_rows_triton if runs_compiled(x) else round_rows_reference)(x)
+
+
+def round_rows_reference(x: Tensor) -> Float8Rows:
+    found = Float8Rows.empty(x.shape[:-1], x.shape[-1], x.dtype, x.device, x)
+    padded = torch.nn.functional.pad(x.flatten(0, -2).float(), (0, -x.shape[-1] % BLOCK))
+    blocks = padded.unflatten(1, (-1, BLOCK))
     exponent = power_of_two_exponent(blocks.abs().amax(2))
     codes = (blocks * power(254 - exponent)[..., None]).to(torch.float8_e4m3fn)
-    more = -len(x) % multiple
-    scales = torch.nn.functional.pad(power(exponent).T, (0, more)).contiguous()
-    codes = codes.flatten(1)[:, :columns]
-    return torch.cat((codes, codes.new_zeros(more, columns))), scales
+    found.codes[: found.count] = codes.flatten(1)[:, : x.shape[-1]]
+    found.scales[:, : found.count] = power(exponent).T
+    return found
 
 
-def rounded_reference(x: Tensor) -> Tensor:
-    """x [..., in] rounded to float8 and back, in its type."""
-    codes, scales = round_rows_reference(x.flatten(0, -2))
-    rows = x.shape[:-1].numel()
-    wide = scales.T[:rows].repeat_interleave(BLOCK, 1)[:, : x.shape[-1]]
-    return (codes[:rows].float() * wide).to(x.dtype).view_as(x)
-
-
-def round_rows_triton(x: Tensor, multiple: int = PADDED) -> tuple[Tensor, Tensor]:
-    rows, columns = x.shape
-    blocks, room = cdiv(columns, BLOCK), cdiv(rows, multiple) * multiple
-    codes = torch.empty(room, columns, dtype=torch.float8_e4m3fn, device=x.device)
-    scales = torch.empty(blocks, room, dtype=torch.float32, device=x.device)
-    _round_rows[(cdiv(rows, ROWS), blocks)](
-        x,
-        codes.view(torch.uint8),
-        scales,
-        x.stride(0),
-        scales.stride(0),
+def round_rows_triton(x: Tensor) -> Float8Rows:
+    found, rows = (
+        Float8Rows.empty(x.shape[:-1], x.shape[-1], x.dtype, x.device, x),
+        x.flatten(0, -2),
+    )
+    assert rows.stride(1) == 1, "a row's values lie side by side"
+    count, columns = rows.shape
+    _round_rows[(cdiv(count, ROWS), cdiv(columns, BLOCK))](
         rows,
+        found.codes.view(torch.uint8),
+        found.scales,
+        rows.stride(0),
+        found.scales.stride(0),
+        count,
         COLUMNS=columns,
         ROWS=ROWS,
         BLOCK=BLOCK,
         num_warps=4,
         **overlapped(x),
     )
-    return codes, scales
+    return found
+
+
+def destination(made: Float8Rows | None, unused: Tensor) -> tuple[Tensor, Tensor, int]:
+    """Codes, scales and their stride, as a kernel takes them that calls `store_rounded`."""
+    if made is None:
+        return unused, unused, 0
+    return made.codes.view(torch.uint8), made.scales, made.scales.stride(0)
+
+
+@triton.jit
+def rounded(values, AXIS: tl.constexpr):
+    """float32, a scale for all of an AXIS: 0 or 1 of two -> uint8 codes of the same shape, and
+    scales float32.
+    """
+    exponent = scale_exponent(tl.max(tl.abs(values), AXIS))
+    values *= tl.expand_dims(((254 - exponent) << 23).to(tl.float32, bitcast=True), AXIS)
+    if COMPILED:
+        codes = values.to(tl.float8e4nv).to(tl.uint8, bitcast=True)
+    else:
+        codes = float8_codes(values)
+    return codes, (exponent << 23).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def store_rounded(
+    values, codes, scales, row, scale_stride, first, COLUMNS: tl.constexpr, BLOCK: tl.constexpr
+):
+    """Round a run of one row of COLUMNS values: float32 [a power of two], zero beyond the row's
+    end, from column ``first`` on, where one of its blocks of 128 begins. ``codes`` and ``scales``
+    are those of all rows.
+    """
+    SIDE: tl.constexpr = BLOCK if values.shape[0] > BLOCK else values.shape[0]
+    COUNT: tl.constexpr = values.shape[0] // SIDE
+    coded, levels = rounded(tl.reshape(values, [COUNT, SIDE]), 1)
+    block = first // BLOCK + tl.arange(0, COUNT)
+    column = block[:, None] * BLOCK + tl.arange(0, SIDE)[None, :]
+    row = row.to(tl.int64)
+    tl.store(codes + row * COLUMNS + column, coded, mask=column < COLUMNS)
+    tl.store(scales + block * scale_stride + row, levels, mask=block * BLOCK < COLUMNS)
 
 
 @triton.jit
@@ -95,11 +186,6 @@ def _round_rows(
     values = tl.load(
         x + row.to(tl.int64)[:, None] * row_stride + column[None, :], mask=known, other=0.0
     ).to(tl.float32)
-    exponent = scale_exponent(tl.max(tl.abs(values), 1))
-    coded = float8_codes(values * ((254 - exponent) << 23).to(tl.float32, bitcast=True)[:, None])
+    coded, levels = rounded(values, 1)
     tl.store(codes + row.to(tl.int64)[:, None] * COLUMNS + column[None, :], coded, mask=known)
-    tl.store(
-        scales + tl.program_id(1) * scale_stride + row,
-        (exponent << 23).to(tl.float32, bitcast=True),
-        mask=row < rows,
-    )
+    tl.store(scales + tl.program_id(1) * scale_stride + row, levels, mask=row < rows)

@@ -28,8 +28,18 @@ from fmsim.exec.kernels.lang import (
     tl,
     triton,
 )
-from fmsim.exec.kernels.layout import read_entries, slots_of
+from fmsim.exec.kernels.layout import read_entries, slots_of, triton_type
 from fmsim.exec.kernels.norm_rope import Turn, norm_rope, norm_rope_reference
+from fmsim.exec.kernels.rounded_rows import (
+    Activations,
+    Float8Rows,
+    destination,
+    round_rows,
+    round_rows_reference,
+    round_rows_triton,
+    store_rounded,
+)
+from fmsim.exec.kernels.weights import BLOCK
 
 MASS_ROWS = 128  # of one program
 COMBINED = 8192  # values of parts that a program adds up: 64 a thread
@@ -53,20 +63,21 @@ def sparse_attention(
     want_masses: bool = False,
     turn: Turn | None = None,
     dtype: torch.dtype | None = None,
-) -> tuple[Tensor, Masses | None]:
+    rounded: bool = False,
+) -> tuple[Activations, Masses | None]:
     """``queries`` [B, H, C] rotated, of `matrix_type` or bfloat16, ``sinks`` float32 [H]
     -> output [B, H, C] in ``dtype``, the queries' unless given, and the masses where wanted.
+    ``rounded``: as rows [B, H * C] of float8 alone.
 
     With ``turn``, the queries' angles as `norm_rope` takes them, the values' RoPE is undone.
     """
-    if runs_compiled(queries):
-        return sparse_attention_triton(queries, rows, sinks, scale, want_masses, turn, dtype)
-    return sparse_attention_reference(queries, rows, sinks, scale, want_masses, turn, dtype)
+    run = sparse_attention_triton if runs_compiled(queries) else sparse_attention_reference
+    return run(queries, rows, sinks, scale, want_masses, turn, dtype, rounded)
 
 
 def sparse_attention_reference(
-    queries, rows: Rows, sinks, scale, want_masses=False, turn=None, dtype=None
-) -> tuple[Tensor, Masses | None]:
+    queries, rows: Rows, sinks, scale, want_masses=False, turn=None, dtype=None, rounded=False
+) -> tuple[Activations, Masses | None]:
     batch, width = len(queries), rows.layout.per_page(rows.window)
     places = torch.arange(width, device=queries.device)
     near = read_entries(
@@ -90,7 +101,8 @@ def sparse_attention_reference(
         shares.mean(1)[:, :width].sum(1),
         (sinks.float() - total).exp().mean(1),
     )
-    return out.to(dtype), masses if want_masses else None
+    out = out.to(dtype)
+    return round_rows_reference(out.flatten(1)) if rounded else out, masses if want_masses else None
 
 
 def sparse_attention_triton(
@@ -101,12 +113,13 @@ def sparse_attention_triton(
     want_masses=False,
     turn=None,
     dtype=None,
+    rounded=False,
     tune: tuning.AttentionTuning | tuning.GatheredAttentionTuning | None = None,
-) -> tuple[Tensor, Masses | None]:
+) -> tuple[Activations, Masses | None]:
     batch, heads, _ = queries.shape
     served = flash_mla.serves(batch, heads, rows.layout, rows.window, rows.pool)
     if tune is None and served and not want_masses:
-        return _finished(flash_mla.attend(queries, rows, sinks, scale), turn, dtype), None
+        return _finished(flash_mla.attend(queries, rows, sinks, scale), turn, dtype, rounded), None
     tune = tune or tuning.attention(batch, heads, packed=rows.layout.kind == "latent")
     attend = attend_in_place if isinstance(tune, tuning.AttentionTuning) else attend_gathered
     out = torch.empty_like(queries)
@@ -115,12 +128,11 @@ def sparse_attention_triton(
     parts = attend(wanted, rows, sinks, scale, want_masses, tune, out)
     total = parts.sums[:, 0]
     if parts.values is not out:
-        out = torch.empty(out.shape, dtype=dtype or out.dtype, device=out.device)
-        total = _combined(parts, sinks, turn, out)
+        done, total = _combined(parts, sinks, turn, dtype or out.dtype, rounded)
     else:
-        out = _finished(out, turn, dtype)
+        done = _finished(out, turn, dtype, rounded)
     if not want_masses:
-        return out, None
+        return done, None
     float32 = {"dtype": torch.float32, "device": queries.device}
     masses = Masses(
         torch.empty(rows.ids.shape, **float32),
@@ -142,26 +154,37 @@ def sparse_attention_triton(
         num_warps=8,
         **overlapped(queries),
     )
-    return out, masses
+    return done, masses
 
 
-def _finished(out: Tensor, turn: Turn | None, dtype: torch.dtype | None) -> Tensor:
+def _finished(
+    out: Tensor, turn: Turn | None, dtype: torch.dtype | None, rounded: bool
+) -> Activations:
     """An output [B, H, C] that nothing is left to combine of, with its RoPE undone."""
-    if turn is None:
-        return out if dtype is None else out.to(dtype)
-    return norm_rope(out, turn, inverse=True, dtype=dtype)
+    if turn is not None:
+        return norm_rope(out, turn, inverse=True, dtype=dtype, rounded=rounded)
+    out = out if dtype is None else out.to(dtype)
+    return round_rows(out.flatten(1)) if rounded else out
 
 
-def _combined(parts: Parts, sinks: Tensor, turn: Turn | None, out: Tensor) -> Tensor:
-    """The output [B, H, C] of several parts, into ``out``, and the logarithm float32 [B, H] of what
-    its exponentials add up to, the sink's with them.
+def _combined(
+    parts: Parts, sinks: Tensor, turn: Turn | None, dtype: torch.dtype, rounded: bool
+) -> tuple[Activations, Tensor]:
+    """The output [B, H, C] of several parts, or rows [B, H * C] of float8 where ``rounded``, and
+    the logarithm float32 [B, H] of what its exponentials add up to, the sink's with them.
     """
     cos, sin = (sinks, sinks) if turn is None else turn
     assert cos.is_contiguous() and sin.is_contiguous()  # a copy would not be waited for
-    (batch, heads, size), splits = out.shape, parts.sums.shape[1]
-    total = torch.empty(batch, heads, dtype=torch.float32, device=out.device)
+    batch, splits, heads, size = parts.values.shape
+    device = parts.values.device
+    total = torch.empty(batch, heads, dtype=torch.float32, device=device)
     padded = next_power_of_2(splits)
     block = min(size, max(64, COMBINED // padded))
+    made, out = None, parts.values
+    if rounded and block % BLOCK == 0:  # a program has all of what is scaled
+        made = Float8Rows.empty((batch,), heads * size, dtype, device)
+    else:
+        out = torch.empty(batch, heads, size, dtype=dtype, device=device)
     _combine[(batch, heads, cdiv(size, block))](
         parts.values,
         parts.sums,
@@ -169,6 +192,7 @@ def _combined(parts: Parts, sinks: Tensor, turn: Turn | None, out: Tensor) -> Te
         cos,
         sin,
         out,
+        *destination(made, out),
         total,
         splits,
         HEADS=heads,
@@ -176,10 +200,15 @@ def _combined(parts: Parts, sinks: Tensor, turn: Turn | None, out: Tensor) -> Te
         BLOCK=block,
         SPLITS_PADDED=padded,
         PAIRS=0 if turn is None else cos.shape[1],
+        TYPE=triton_type(dtype),
+        ROUNDED=made is not None,
+        SCALED=BLOCK,
         num_warps=4,
         **overlapped(out),
     )
-    return total
+    if made is not None:
+        return made, total
+    return round_rows_triton(out.flatten(1)) if rounded else out, total
 
 
 @triton.jit
@@ -190,6 +219,9 @@ def _combine(
     cos,
     sin,
     out,
+    codes,
+    scales,
+    scale_stride,
     total_out,
     splits,
     HEADS: tl.constexpr,
@@ -197,6 +229,9 @@ def _combine(
     BLOCK: tl.constexpr,
     SPLITS_PADDED: tl.constexpr,
     PAIRS: tl.constexpr,
+    TYPE: tl.constexpr,
+    ROUNDED: tl.constexpr,
+    SCALED: tl.constexpr,
 ):
     """One program: a block of channels of one head of one sequence; of the last PAIRS of all, RoPE
     is undone.
@@ -224,9 +259,13 @@ def _combine(
     if PAIRS:
         even, odd = tl.split(tl.reshape(whole, [BLOCK // 2, 2]))
         whole = tl.reshape(tl.join(even * c + odd * s, odd * c - even * s), [BLOCK])
-    tl.store(
-        out + (b * HEADS + head) * WIDTH + lane, whole.to(out.dtype.element_ty), mask=lane < WIDTH
-    )
+    whole = whole.to(TYPE)
+    if ROUNDED:
+        first = head * WIDTH + tl.program_id(2) * BLOCK
+        run = whole.to(tl.float32)
+        store_rounded(run, codes, scales, b, scale_stride, first, HEADS * WIDTH, SCALED)
+    else:
+        tl.store(out + (b * HEADS + head) * WIDTH + lane, whole, mask=lane < WIDTH)
 
 
 @triton.jit

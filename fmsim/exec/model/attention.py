@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import DeepseekV4Config
 
+from fmsim.exec.kernels.rounded_rows import Activations, wide_rows
 from fmsim.exec.model.cache import Access, LayerCache, StepLayer
 from fmsim.exec.model.compressor import Compressor
 from fmsim.exec.model.indexer import (
@@ -27,7 +28,7 @@ from fmsim.exec.model.indexer import (
 )
 from fmsim.exec.model.kinds import CSA, HCA, MASKED, SLIDING
 from fmsim.exec.model.norm_rope import RMSNorm, inverse_frequencies, rms_normalise, rotate
-from fmsim.exec.model.projections import grouped, linear
+from fmsim.exec.model.projections import Projection, grouped, linear, normed, takes_float8
 
 
 class Attention(nn.Module):
@@ -58,13 +59,14 @@ class Attention(nn.Module):
         )
 
     def forward(
-        self, x: Tensor, positions: Tensor, cache: LayerCache | None
+        self, x: Activations, positions: Tensor, cache: LayerCache | None
     ) -> tuple[Tensor, Access | None]:
         """Inference: x [B, S, D] at contiguous ``positions`` [B, S] -> output [B, S, D], and a CSA
         layer's accesses.
         """
         angles = positions[..., None].float() * self.inv_freq
         q, q_latent, kv = self._project(x, angles)
+        x = wide_rows(x)
         local, prefix = self._local_keys(kv, cache)
         window = self._window_logits(q, local, prefix)
         if self.kind == SLIDING:
@@ -88,12 +90,13 @@ class Attention(nn.Module):
         out, masses = self._attend(q, window, local, self._chosen_logits(q, chosen, ids), chosen)
         return self._output(out, angles), Access(ids, *masses, hidden=x)
 
-    def decode(self, x: Tensor, positions: Tensor, state: StepLayer) -> Tensor:
+    def decode(self, x: Activations, positions: Tensor, state: StepLayer) -> Tensor:
         """One token of each sequence: x [B, 1, D] at ``positions`` int [B], each its own -> output
         [B, 1, D].
         """
         angles = positions[:, None, None].float() * self.inv_freq
         q, q_latent, kv = self._project(x, angles)
+        x = wide_rows(x)
         rows, local = torch.arange(len(x), device=x.device), state.window[:, None]
         state.window[rows, positions % self.window] = kv[:, 0]
         unseen = torch.arange(self.window, device=x.device) > positions[:, None]  # [B, W]
@@ -156,8 +159,17 @@ class Attention(nn.Module):
         out, _ = self._attend(q, window, local, logits, entries)
         return self._output(out, angles), index_loss
 
-    def _project(self, x: Tensor, angles: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        q_latent = self.q_a_norm(self.q_a_proj(x))
+    def takes_float8(self, rows: int) -> bool:
+        """Whether its input may come rounded, so many rows of it."""
+        return takes_float8(rows, self.q_a_proj, self.kv_proj)
+
+    def queries_of(self) -> list[Projection]:
+        """The projections of the queries' latent."""
+        indexers = [self.compressor.indexer.q_b_proj] if self.kind == CSA else []
+        return [self.q_b_proj, *indexers]
+
+    def _project(self, x: Activations, angles: Tensor) -> tuple[Tensor, Activations, Tensor]:
+        q_latent = normed(self.q_a_proj(x), self.q_a_norm, *self.queries_of())
         q = rms_normalise(self.q_b_proj(q_latent).unflatten(-1, (self.heads, self.size)), self.eps)
         kv = self.kv_norm(self.kv_proj(x))
         return rotate(q, angles[:, :, None]), q_latent, rotate(kv, angles)
@@ -292,8 +304,8 @@ class Attention(nn.Module):
 
     def _output(self, out: Tensor, angles: Tensor) -> Tensor:
         """Undo the values' RoPE at the query's position, then project."""
-        return self.project_out(rotate(out, angles[:, :, None], inverse=True))
+        return self.project_out(rotate(out, angles[:, :, None], inverse=True).flatten(2))
 
-    def project_out(self, out: Tensor) -> Tensor:
-        """The grouped low-rank projection, [B, S, H, C] -> [B, S, D]."""
-        return self.o_b_proj(grouped(out.flatten(2), self.o_a_proj, self.groups))
+    def project_out(self, out: Activations) -> Tensor:
+        """The grouped low-rank projection, [B, S, H * C] -> [B, S, D]."""
+        return self.o_b_proj(grouped(out, self.o_a_proj, self.groups, self.o_b_proj))

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from transformers import DeepseekV4Config
 
+from fmsim.exec.kernels.rounded_rows import Activations
 from fmsim.exec.model.kinds import CSA, SLIDING
 
 
@@ -121,7 +122,7 @@ class Pager(Protocol):
 
 
 # a layer's attention over what it keeps: x [B, 1, D] at positions [B] -> output [B, 1, D]
-Attend = Callable[[Tensor, Tensor], Tensor]
+Attend = Callable[[Activations, Tensor], Tensor]
 
 
 @dataclass

@@ -22,7 +22,7 @@ from fmsim.exec.model.cache import Access, Attend, Cache, LayerCache
 from fmsim.exec.model.experts import MoE
 from fmsim.exec.model.hyper_connection import HyperConnection, HyperHead
 from fmsim.exec.model.norm_rope import RMSNorm
-from fmsim.exec.model.projections import linear
+from fmsim.exec.model.projections import linear, normed
 
 
 class Aux(NamedTuple):
@@ -47,8 +47,10 @@ class Layer(nn.Module):
     def forward(
         self, streams, tokens, positions, cache: LayerCache | None
     ) -> tuple[Tensor, Access | None]:
-        x, write, mix = self._enter_attention(streams)
-        out, access = self.self_attn(x, positions, cache)
+        x, write, mix = self.attn_hc.enter(streams)
+        attention = self.self_attn
+        x = normed(x, self.input_layernorm, attention.q_a_proj, attention.kv_proj)
+        out, access = attention(x, positions, cache)
         return self._feed_forward(streams, out, write, mix, tokens)[0], access
 
     def decode(
@@ -57,22 +59,24 @@ class Layer(nn.Module):
         """``streams`` without the last block's output, which is ``pending``, in and out: one launch
         writes it and reads for the next block.
         """
-        streams, x, write, mix = enter(streams, pending, self.attn_hc, self.input_layernorm)
+        streams, x, write, mix = enter(
+            streams,
+            pending,
+            self.attn_hc,
+            self.input_layernorm,
+            self.self_attn.takes_float8(len(streams)),
+        )
         pending = Pending(self.attn_hc, attend(x, positions), write, mix)
         streams, x, write, mix = enter(streams, pending, self.ffn_hc, self.post_attention_layernorm)
         return streams, Pending(self.ffn_hc, self.mlp.decode(x, tokens), write, mix)
 
     def train_forward(self, streams, tokens, positions, sparse: bool) -> tuple[Tensor, Aux]:
         """``streams`` [1, B * S, R, D], tokens and positions [B, S]."""
-        x, write, mix = self._enter_attention(streams)
-        of_attention = x.view(*tokens.shape, -1)
+        x, write, mix = self.attn_hc.enter(streams)
+        of_attention = self.input_layernorm(x).view(*tokens.shape, -1)
         out, index_loss = self.self_attn.train_forward(of_attention, positions, sparse)
         streams, load = self._feed_forward(streams, out.view_as(x), write, mix, tokens.view(1, -1))
         return streams, Aux(index_loss, load)
-
-    def _enter_attention(self, streams: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        x, write, mix = self.attn_hc.enter(streams)
-        return self.input_layernorm(x), write, mix
 
     def _feed_forward(self, streams, out, write, mix, tokens) -> tuple[Tensor, Tensor]:
         """Write the attention's output back, then the experts; -> streams, and the experts'

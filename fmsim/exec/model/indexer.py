@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import DeepseekV4Config
 
+from fmsim.exec.kernels.rounded_rows import Activations
 from fmsim.exec.model.compressor import Compressor
 from fmsim.exec.model.kinds import CSA, MASKED
 from fmsim.exec.model.norm_rope import rotate
@@ -36,7 +37,7 @@ class Indexer(Compressor):
         self.q_b_proj = linear(config.q_lora_rank, self.heads * self.width)
         self.scorer = Scorer(config)
 
-    def queries(self, x: Tensor, q_latent: Tensor, angles: Tensor) -> tuple[Tensor, Tensor]:
+    def queries(self, x: Tensor, q_latent: Activations, angles: Tensor) -> tuple[Tensor, Tensor]:
         """Rotated queries [B, S, heads, width] and head weights [B, S, heads], both scale factors
         folded in.
         """

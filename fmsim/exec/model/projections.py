@@ -10,9 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from fmsim.exec.kernels import one_row
-from fmsim.exec.kernels.linear import grouped_product
+from fmsim.exec.kernels.linear import are_rounded, grouped_product
 from fmsim.exec.kernels.linear import linear as multiply
 from fmsim.exec.kernels.rms_norm import rms_norm
+from fmsim.exec.kernels.rounded_rows import Activations, Float8Rows, wide_rows
 from fmsim.exec.kernels.weights import BLOCK, dequantise, scale_shape
 
 
@@ -48,20 +49,41 @@ class Float8Linear(nn.Module):
             "scale", torch.empty(scale_shape(self.weight.shape), dtype=torch.float32, device=device)
         )
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Activations) -> Tensor:
         return multiply(x, self.weight, self.scale, float8_rows=self.float8_rows)
 
 
 Projection = nn.Linear | Float8Linear
 
 
-def grouped(x: Tensor, projection: Projection, groups: int) -> Tensor:
+def takes_float8(rows: int, *projections: Projection, groups: int = 1) -> bool:
+    """Whether all the projections round so many rows: then who makes them may do it once."""
+    return all(
+        isinstance(projection, Float8Linear)
+        and projection.float8_rows
+        and are_rounded(rows, projection.weight, groups)
+        for projection in projections
+    )
+
+
+def normed(x: Tensor, norm: nn.Module, *projections: Projection) -> Activations:
+    """``norm`` (`model.RMSNorm`) of x [..., in], as the projections take it."""
+    if takes_float8(x.shape[:-1].numel(), *projections):
+        return rms_norm(x, norm, rounded=True)
+    return norm(x)
+
+
+def grouped(
+    x: Activations, projection: Projection, groups: int, then: Projection | None = None
+) -> Activations:
     """x [..., groups * in] -> [..., out]: group g of the projection's rows [out, in] times the g-th
-    slice of x.
+    slice of x; as the projection takes it that comes ``then``.
     """
     if isinstance(projection, Float8Linear):
+        count = x.count if isinstance(x, Float8Rows) else x.shape[:-1].numel()
+        for_next = then is not None and takes_float8(count, then)
         return multiply(
-            x, projection.weight, projection.scale, groups, float8_rows=projection.float8_rows
+            x, projection.weight, projection.scale, groups, projection.float8_rows, for_next
         )
     return grouped_product(x, projection.weight.to(x.dtype), groups)
 
@@ -101,19 +123,20 @@ class Joined:
         ]
         self.sizes = [projection.out_features for projection in projections]
 
-    def __call__(self, x: Tensor, norm: nn.Module | None = None) -> list[Tensor]:
-        alone = all(one_row.takes(x, whole.weight) for _, whole in self.products)
+    def __call__(self, x: Activations, norm: nn.Module | None = None) -> list[Tensor]:
+        wide = wide_rows(x)
+        alone = all(one_row.takes(wide, whole.weight) for _, whole in self.products)
         if norm is not None and not alone:
-            x = rms_norm(x, norm)
+            x = wide = rms_norm(wide, norm)
         found: dict[int, Tensor] = {}
         for numbers, whole in self.products:
             if alone:
                 scale = getattr(whole, "scale", None)
                 out = one_row.one_row_triton(
-                    x, whole.weight, scale, norm=norm, alongside=bool(found)
+                    wide, whole.weight, scale, norm=norm, alongside=bool(found)
                 )
             else:
-                out = whole(x)
+                out = whole(x if isinstance(whole, Float8Linear) else wide)
             sizes = [self.sizes[number] for number in numbers]
             found |= zip(numbers, out.split(sizes, -1), strict=True)
         return [found[number] for number in range(len(self.sizes))]

@@ -6,16 +6,12 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from kernel_pools import on_each_device
+from kernel_pools import on_each_device, rounded_by_hand
 
 from fmsim.exec.kernels import linear as products
 from fmsim.exec.kernels import tuning
 from fmsim.exec.kernels.linear import linear_reference, linear_triton
-from fmsim.exec.kernels.rounded_rows import (
-    round_rows_reference,
-    round_rows_triton,
-    rounded_reference,
-)
+from fmsim.exec.kernels.rounded_rows import round_rows_triton
 from fmsim.exec.kernels.weights import dequantise, quantise, scale_shape
 
 LIMITS = {
@@ -121,17 +117,6 @@ def test_columns_are_split_where_blocks_are_few(blocks, turns, splits):
     assert products._splits(blocks, turns, tuning.FLOAT8_LINEAR_OF_SOME) == splits
 
 
-def rounded_by_hand(x: torch.Tensor) -> torch.Tensor:
-    """Each 128 values of a row [..., in] on the float8 numbers that a power of two brings within
-    448."""
-    parts = []
-    for part in x.double().split(128, -1):
-        largest = part.abs().amax(-1, keepdim=True).clamp(min=2.0**-13)
-        unit = torch.exp2(torch.ceil(torch.log2(largest / 448)))
-        parts.append((part / unit).float().to(torch.float8_e4m3fn).double() * unit)
-    return torch.cat(parts, -1)
-
-
 @on_each_device
 @settings(max_examples=10, deadline=None)
 @given(
@@ -142,12 +127,13 @@ def rounded_by_hand(x: torch.Tensor) -> torch.Tensor:
     groups=st.sampled_from([1, 2]),
     dtype=st.sampled_from([torch.float32, torch.bfloat16]),
     tune=st.sampled_from(TUNES[1:]),
+    before=st.booleans(),
 )
 def test_float8_rows_are_the_products_of_rounded_ones(
-    device, seed, rows, outputs, inputs, groups, dtype, tune
+    device, seed, rows, outputs, inputs, groups, dtype, tune, before
 ):
-    """Exact but for the order of sums and the result's type. Few rows stay as they are, and rows
-    whose scales would lie across two groups."""
+    """Exact but for the order of sums and the result's type, be they rounded ``before`` or not. Few
+    rows stay as they are, and rows whose scales would lie across two groups."""
     generator = torch.Generator().manual_seed(seed)
     outputs = outputs // 16 * 16 * groups if groups > 1 else outputs
     tune = tune._replace(block_inputs=128)
@@ -164,7 +150,8 @@ def test_float8_rows_are_the_products_of_rounded_ones(
             (near.abs().unflatten(-1, (groups, -1)), wide.abs().unflatten(0, (groups, -1))),
         )
     )
-    found = linear_triton(x, weight, scale, groups, float8_rows=True, tune=tune)
+    given_ = round_rows_triton(x) if before and rounds else x
+    found = linear_triton(given_, weight, scale, groups, float8_rows=True, tune=tune)
     # a GPU adds float8's products up in fewer bits than float32 has, 128 of them at a time
     limit = max(LIMITS[dtype], 1e-3) if rounds and device == "cuda" else LIMITS[dtype]
     assert agrees(found, exact, amounts, limit)
@@ -212,30 +199,6 @@ def test_groups_have_inputs_of_their_own(device, seed, rows, groups, of_group, i
     exact, amounts = product(x64, wide), product(x64.abs(), wide.abs())
     for run in (linear_reference, lambda *given_: linear_triton(*given_, tune=tune)):
         assert agrees(run(x, weight, scale, groups), exact, amounts, 0)
-
-
-@on_each_device
-@settings(max_examples=15, deadline=None)
-@given(
-    seed=st.integers(0, 2**32),
-    rows=st.sampled_from([1, 9, 300]),
-    columns=st.sampled_from([1, 128, 200]),
-    dtype=st.sampled_from([torch.float32, torch.bfloat16]),
-    multiple=st.sampled_from([4, 16, 256]),
-)
-def test_rows_are_rounded_as_the_reference_rounds(device, seed, rows, columns, dtype, multiple):
-    """Bit for bit, out of longer rows too."""
-    generator = torch.Generator().manual_seed(seed)
-    size = torch.exp2(torch.rand(rows, 1, generator=generator) * 40 - 20)
-    x = (torch.randn(rows, columns + 8, generator=generator) * size).to(device, dtype)[:, :columns]
-    codes, scales = round_rows_triton(x, multiple)
-    expected, levels = round_rows_reference(x, multiple)
-    assert torch.equal(codes[:rows].view(torch.uint8), expected[:rows].view(torch.uint8))
-    assert codes.shape == expected.shape and len(codes) % multiple == 0
-    assert torch.equal(scales[:, :rows], levels[:, :rows]) and scales.shape == levels.shape
-    assert torch.equal(
-        rounded_reference(x.float()).double(), rounded_by_hand(x).to(torch.float32).double()
-    )
 
 
 @on_each_device
