@@ -4,9 +4,11 @@ by token.
 
 import pytest
 import torch
+from kernel_pools import on_each_device, relative_error
 
 from fmsim.exec.decode.decode_attention import DecodeAttention
 from fmsim.exec.kernels.layout import plain
+from fmsim.exec.kernels.rounded_rows import round_rows
 from fmsim.exec.measure.timing import captured
 from fmsim.exec.model.attention import Attention
 from fmsim.exec.model.cache import CompressorState, LayerCache
@@ -68,6 +70,28 @@ def test_it_is_the_models_attention(kind, float8):
                 torch.testing.assert_close(
                     masses.entries[b, :count], access.mass[0, 0, :count], rtol=1e-4, atol=1e-6
                 )
+
+
+@on_each_device
+@torch.inference_mode()
+def test_rows_are_rounded_where_they_are_made(device):
+    """Of 17 sequences: the result is as if each product rounded its own input."""
+    torch.manual_seed(0)
+    config = nano_config()
+    config.o_groups, config.o_lora_rank = 3, 128  # whole scales
+    dtype = torch.float32 if device == "cpu" else torch.bfloat16
+    attention = Attention(config, CSA).to(device, dtype)
+    hold_float8(attention, published_float8(attention), float8_rows=True)
+    fill_float8(attention)
+    layouts = plain(dtype, 64), plain(dtype, 32)
+    there, apart = (DecodeAttention(attention, 17, 200, *layouts) for _ in range(2))
+    assert there.rounds_latent and there.rounds_out
+    apart.rounds_latent = apart.rounds_out = False
+    for step in range(5):
+        positions = torch.full((17,), step, dtype=torch.int32, device=device)
+        x = torch.randn(17, 1, config.hidden_size, device=device).to(dtype)
+        expected, found = apart(x, positions), there(round_rows(x), positions)
+        assert relative_error(found, expected) <= (0 if device == "cpu" else 1e-2)
 
 
 @pytest.mark.gpu

@@ -10,6 +10,7 @@ from kernel_pools import relative_error
 
 from fmsim.exec.kernels import float8_products as products
 from fmsim.exec.kernels.linear import linear, linear_reference, linear_triton
+from fmsim.exec.kernels.rounded_rows import round_rows
 from fmsim.exec.kernels.weights import quantise
 
 MADE = {
@@ -64,7 +65,8 @@ def test_the_shipped_table_names_ways_that_there_are():
 
 def test_elsewhere_than_on_a_hopper_gpu_ours_does_it():
     weight, scale = quantise(torch.randn(256, 256))
-    assert products.product(torch.ones(64, 256).bfloat16(), weight, scale, 1, linear_triton) is None
+    rows = round_rows(torch.ones(64, 256).bfloat16())
+    assert products.product(rows, weight, scale, 1, False, linear_triton) is None
 
 
 @pytest.mark.gpu
@@ -76,10 +78,12 @@ def test_every_way_gives_the_references_product(monkeypatch, rows, groups):
     weight, scale = quantise(torch.randn(384, 1024, device="cuda", generator=generator))
     x = torch.randn(rows, groups * 1024, device="cuda", generator=generator).bfloat16()
     expected = linear_reference(x, weight, scale, groups, True)
-    assert relative_error(products.by_cublas(x, weight, scale, groups), expected) < 1e-2
-    for name in products.OWN_BY_ROWS:
+    for name in (*products.OWN_BY_ROWS, *products.WAYS):
         monkeypatch.setattr(products, "order", lambda *_, name=name: [name])
-        assert relative_error(linear(x, weight, scale, groups, True), expected) < 1e-2
+        for given in (x, round_rows(x)):
+            assert relative_error(linear(given, weight, scale, groups, True), expected) < 1e-2
+        for_next = linear(x, weight, scale, groups, True, for_next=True)
+        assert relative_error(for_next.widened(), expected) < 4e-2  # three bits
 
 
 @pytest.mark.gpu
@@ -96,6 +100,6 @@ def test_what_refuses_a_shape_is_not_asked_again(monkeypatch):
     monkeypatch.setattr(products, "_refused", set())
     weight, scale = quantise(torch.randn(256, 512, device="cuda"))
     x = torch.ones(64, 512, device="cuda").bfloat16()
-    assert products.product(x, weight, scale, 1, linear_triton) is None
-    assert products.product(x[:33], weight, scale, 1, linear_triton) is None  # nor with other rows
+    for rows in (x, x[:33]):  # nor with other rows
+        assert products.product(round_rows(rows), weight, scale, 1, False, linear_triton) is None
     assert len(asked) == 1

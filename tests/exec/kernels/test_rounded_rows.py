@@ -48,7 +48,7 @@ def drawn(generator: torch.Generator, *shape: int) -> Tensor:
 
 
 @on_each_device
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=8, deadline=None)
 @given(
     seed=st.integers(0, 2**32),
     rows=st.sampled_from([1, 9, 300]),
@@ -68,7 +68,7 @@ def test_rows_are_rounded_as_the_reference_rounds(device, seed, rows, columns, d
 
 
 @on_each_device
-@settings(max_examples=6, deadline=None)
+@settings(max_examples=3, deadline=None)
 @given(
     seed=st.integers(0, 2**32),
     rows=st.integers(1, 18),
@@ -86,7 +86,7 @@ def test_a_norm_rounds_what_it_makes(device, seed, rows, width, dtype):
 
 
 @on_each_device
-@settings(max_examples=6, deadline=None)
+@settings(max_examples=3, deadline=None)
 @given(
     seed=st.integers(0, 2**32),
     rows=st.integers(1, 3),
@@ -103,12 +103,11 @@ def test_turned_heads_are_rounded_side_by_side(device, seed, rows, shape, dtype,
 
 
 @on_each_device
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_a_connection_rounds_what_it_reads(device, dtype):
+def test_a_connection_rounds_what_it_reads(device):
     connection = HyperConnection(DeepseekV4Config(hidden_size=192, hc_sinkhorn_iters=2))
     connection, norm = connection.requires_grad_(False).to(device), RMSNorm(192, 1e-6).to(device)
     connection.fn.normal_(std=0.1)
-    streams = torch.randn(3, 1, 4, 192, device=device).to(dtype)
+    streams = torch.randn(3, 1, 4, 192, device=device).to(torch.bfloat16)
     _, x, *gates = enter_triton(streams, None, connection, norm, rounded=True)
     _, wide, *as_before = enter_triton(streams, None, connection, norm)
     assert torch.equal(x.wide, wide) and same(x, wide)
@@ -136,7 +135,7 @@ def test_attention_rounds_its_output(device, programs, heads, size):
 
 
 @on_each_device
-@settings(max_examples=6, deadline=None)
+@settings(max_examples=3, deadline=None)
 @given(
     seed=st.integers(0, 2**32),
     rows=st.sampled_from([17, 40]),
