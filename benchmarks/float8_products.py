@@ -3,77 +3,232 @@
 
     python benchmarks/float8_products.py [--seconds 100] [--write] [--out FILE.json]
 
-Shapes are those of V4-Flash's projections. Ours and cuBLAS, the rounding of rows included, beside
-torch with bfloat16 weights; medians of CUDA graph replays with a cold L2. With
---write the order of the ways, the fastest first, goes into the package's table under this card.
+Shapes are those of V4-Flash's projections. Three things are timed, each beside torch with bfloat16
+weights: the product of rows that are rounded (`us`), the launch that makes the rows, with and
+without rounding them (`producer_us`), and both, one after the other (`with_producer_us`). Medians
+of CUDA graph replays with a cold L2. A product in groups rounds its own result for the next one,
+as in the engine; `plain_us` are without. With --write the order of the ways, the fastest first,
+goes into the package's table under this card.
 """
 
 from __future__ import annotations
 
 import argparse
 import datetime
+import gc
 import json
 import multiprocessing
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import peers
 import torch
+from torch import Tensor
 
 from fmsim.exec.kernels import float8_products, tuning
-from fmsim.exec.kernels.linear import linear_triton
+from fmsim.exec.kernels.hyper_connection import enter
+from fmsim.exec.kernels.linear import grouped_product, linear_triton
+from fmsim.exec.kernels.norm_rope import norm_rope
+from fmsim.exec.kernels.rms_norm import rms_norm
+from fmsim.exec.kernels.rounded_rows import Activations, Float8Rows, round_rows
+from fmsim.exec.kernels.weights import dequantise, quantise
 from fmsim.exec.measure import module_cases as modules
 from fmsim.exec.measure.timing import median_s
+from fmsim.exec.model.norm_rope import RMSNorm
 
 ROWS = (17, 32, 64, 96, 128, 129, 192, 256, 512, 1024, 2048, 4096, 8192)
-RUNS = 12
+DECODED = 256  # rows at most that a decode step makes; more are a prompt's
+HEADS, HEAD = 64, 512
+RUNS = 11
 DEVICE = "cuda"
+WIDE = "torch, bf16"
+
+Produce = Callable[[bool], Activations]  # rows, rounded or not
 
 
-def own_ways() -> dict[str, tuning.LinearTuning | None]:
-    """Our kernel's, by their sizes."""
-    return {float8_products.OWN: None} | float8_products.OWN_BY_ROWS
+class Product(NamedTuple):
+    """One of `modules.PROJECTIONS`: its weights, float8 [out, in] with scales, and bfloat16."""
+
+    weight: Tensor
+    scale: Tensor
+    groups: int
+    wide: Tensor
+
+    @classmethod
+    def drawn(cls, name: str) -> Product:
+        outputs, inputs, groups = modules.PROJECTIONS[name]
+        weight, scale = quantise(torch.randn(outputs, inputs, device=DEVICE) * inputs**-0.5)
+        return cls(weight, scale, groups, dequantise(weight, scale, dtype=torch.bfloat16))
+
+    def by(self, way: str, rows: Float8Rows, for_next: bool = False) -> Activations:
+        given = rows, self.weight, self.scale, self.groups
+        if way in float8_products.WAYS:
+            return float8_products.WAYS[way](*given, for_next)
+        tune = float8_products.OWN_TUNES.get(way)
+        return linear_triton(*given, for_next=for_next, tune=tune)
+
+    def by_torch(self, x: Tensor) -> Tensor:
+        return grouped_product(x, self.wide, self.groups)
+
+    def floor_us(self, rows: int) -> float:
+        """Bytes over 3.35 TB/s, or operations at 70% of the card's float8 rate."""
+        (outputs, inputs), width = self.weight.shape, self.groups * self.weight.shape[1]
+        of_rows = rows * (width + width // 128 * 4 + 2 * outputs)
+        n_bytes = self.weight.nbytes + self.scale.nbytes + of_rows
+        return max(n_bytes / 3.35e12, 2 * rows * outputs * inputs / (0.7 * 1979e12)) * 1e6
+
+
+def ways() -> list[str]:
+    return [float8_products.OWN, *float8_products.OWN_TUNES, *float8_products.WAYS]
+
+
+def producer(name: str, rows: int) -> Produce:
+    """What makes the input of a product, but that of `output`."""
+    draw = lambda *shape: torch.randn(rows, *shape, device=DEVICE).to(torch.bfloat16)
+    if name == "attended":
+        x, angles = draw(HEADS, HEAD), torch.rand(rows, modules.ROPE_PAIRS, device=DEVICE)
+        turn = angles.cos(), angles.sin()
+
+        def turned(rounded: bool) -> Activations:
+            out = norm_rope(x, turn, inverse=True, rounded=rounded)
+            return out if isinstance(out, Float8Rows) else out.flatten(1)
+
+        return turned
+    if name == "input" and rows <= DECODED:
+        given = modules.connecting(rows, DEVICE).given
+        return lambda rounded: enter(*given, rounded)[1]
+    x = draw(modules.PROJECTIONS[name][1])
+    norm = RMSNorm(x.shape[1], 1e-6).to(DEVICE, torch.bfloat16)
+    return lambda rounded: rms_norm(x, norm, rounded)
+
+
+def us(work: Callable[[], object]) -> float:
+    return median_s(work, DEVICE, RUNS) * 1e6
+
+
+def timed(
+    product: Product, rows: Float8Rows, for_next: bool, patience: peers.Patience
+) -> tuple[dict[str, float], dict[str, str]]:
+    """Microseconds by way, and why a way is missing."""
+    ours = product.by(float8_products.OWN, rows)
+    to_try = {way: lambda way=way: product.by(way, rows) for way in ways()}
+    tried = peers.tried(to_try, ours, patience)
+    skipped = {way: why for way, why in tried.items() if isinstance(why, str)}
+    found = {
+        way: us(lambda way=way: product.by(way, rows, for_next))
+        for way in tried
+        if way not in skipped
+    }
+    return found, skipped
+
+
+class Bench:
+    """The products of a layer."""
+
+    def __init__(self, patience: peers.Patience):
+        self.patience = patience
+        self.products = {name: Product.drawn(name) for name in modules.PROJECTIONS}
+
+    def row(self, name: str, count: int, before: str | None) -> dict[str, Any]:
+        """Of one product and ``count`` rows; ``before`` is the fastest way of the product that
+        makes the rows of `output`."""
+        product = self.products[name]
+        make = by_torch = None
+        if name == "output":
+            attended, source = self.products["attended"], producer("attended", count)
+            rounded, wide = source(True), source(False)
+            make = lambda rounds: attended.by(before, rounded, rounds)
+            by_torch = lambda: product.by_torch(attended.by_torch(wide))
+        else:
+            make = producer(name, count)
+            by_torch = lambda: product.by_torch(make(False))
+        rows = make(True)
+        x = make(False).flatten(0, -2)
+        for_next = name == "attended"
+        found, skipped = timed(product, rows, for_next, self.patience)
+        best = min(found, key=found.get)
+        row: dict[str, Any] = {"rows": count, "us": found | {WIDE: us(lambda: product.by_torch(x))}}
+        if for_next:
+            row["plain_us"] = timed(product, rows, False, self.patience)[0]
+        row["rounding_us"] = us(lambda: round_rows(x))
+        row["producer_us"] = {
+            "as it is": us(lambda: make(False)),
+            "rounded": us(lambda: make(True)),
+        }
+        row["with_producer_us"] = {
+            best: us(lambda: product.by(best, make(True), for_next)),
+            WIDE: us(by_torch),
+        }
+        return row | {"skipped": skipped, "floor_us": product.floor_us(count)}
+
+
+def best_of(row: dict[str, Any]) -> str:
+    return min((way for way in row["us"] if way != WIDE), key=row["us"].get)
+
+
+def told(name: str, row: dict[str, Any]) -> str:
+    best, times, both = best_of(row), row["us"], row["with_producer_us"]
+    of = "; ".join(
+        ", ".join(f"{way} {taken:.1f}" for way, taken in row[key].items())
+        for key in ("us", "producer_us", "with_producer_us")
+    )
+    return (
+        f"{name:8}, {row['rows']:5} rows: {times[best] / times[WIDE]:.2f} of torch's bf16,"
+        f" {both[best] / both[WIDE]:.2f} with what makes the rows; {of}; {row['skipped'] or ''}"
+    )
 
 
 @torch.inference_mode()
-def compile_own(shape: tuple[int, int, int]) -> None:
-    """Our kernel at every number of rows, once, for Triton's cache."""
-    for rows in ROWS:
-        x, weight, scale, groups, _ = modules.projecting(rows, *shape, DEVICE, True).given
-        for tune in own_ways().values():
-            linear_triton(x, weight, scale, groups, float8_rows=True, tune=tune)
-        torch.cuda.empty_cache()
+def compile_all(name: str, way: str) -> None:
+    """One way of our kernel at every number of rows, for Triton's cache."""
+    product = Product.drawn(name)
+    width = product.groups * product.weight.shape[1]
+    for count in ROWS[:-2]:
+        rows = round_rows(torch.randn(count, width, device=DEVICE).to(torch.bfloat16))
+        for for_next in {False, name == "attended"}:
+            product.by(way, rows, for_next)
 
 
-def measured(shape: tuple[int, int, int], rows: int, patience: peers.Patience) -> dict[str, Any]:
-    """Microseconds by way, and why a way is missing."""
-    case = modules.projecting(rows, *shape, DEVICE, float8_rows=True)
-    x, weight, scale, groups, _ = case.given
-    given = x.flatten(0, -2), weight, scale, groups
-    ours = linear_triton(*given, float8_rows=True)
-    found = {name: (lambda way=way: way(*given)) for name, way in float8_products.WAYS.items()}
-    ways = peers.tried(found, ours, patience)
-    skipped = {name: way for name, way in ways.items() if isinstance(way, str)}
-    to_time = {name: way for name, way in ways.items() if name not in skipped}
-    to_time |= {
-        name: lambda tune=tune: linear_triton(*given, float8_rows=True, tune=tune)
-        for name, tune in own_ways().items()
-    }
-    to_time |= case.peers
-    us = {name: median_s(way, DEVICE, RUNS) * 1e6 for name, way in to_time.items()}
-    bytes_s, flops_s = case.n_bytes / 3.35e12, case.flops / (0.7 * 1979e12)
-    return {"rows": rows, "us": us, "skipped": skipped, "floor_us": max(bytes_s, flops_s) * 1e6}
+@torch.inference_mode()
+def compile_producers(name: str) -> None:
+    for rounded in (False, True):
+        producer(name, DECODED)(rounded)
+        producer(name, 2 * DECODED)(rounded)
 
 
-def orders(rows: list[dict[str, Any]]) -> dict[str, list[str]]:
-    """Of each number of rows the ways, the fastest first."""
-    names = {*own_ways(), *float8_products.WAYS}
-    return {
-        str(row["rows"]): sorted((way for way in row["us"] if way in names), key=row["us"].get)
-        for row in rows
-    }
+def compiled() -> None:
+    """Everything, in processes side by side."""
+    own = [float8_products.OWN, *float8_products.OWN_TUNES]
+    with multiprocessing.get_context("spawn").Pool(8) as pool:
+        makers = [name for name in modules.PROJECTIONS if name != "output"]
+        waits = [pool.apply_async(compile_producers, (name,)) for name in makers]
+        waits += [
+            pool.apply_async(compile_all, (name, way))
+            for way in own
+            for name in modules.PROJECTIONS
+        ]
+        for wait in waits:
+            wait.get()
+
+
+def written(card: str, shapes: list[dict[str, Any]]) -> None:
+    """Of each number of rows the ways, the fastest first, into the package's table."""
+    table = json.loads(float8_products.TABLE.read_text())
+    table["cards"][card] = [
+        {key: shape[key] for key in ("outputs", "inputs", "groups")}
+        | {
+            "ways": {
+                str(row["rows"]): sorted((w for w in row["us"] if w != WIDE), key=row["us"].get)
+                for row in shape["rows"]
+            }
+        }
+        for shape in shapes
+        if shape["rows"]
+    ]
+    float8_products.TABLE.write_text(json.dumps(table, indent=1) + "\n")
 
 
 @torch.inference_mode()
@@ -87,46 +242,39 @@ def main() -> None:
     given = parser.parse_args()
     if not torch.cuda.is_available():
         sys.exit("benchmarks/float8_products.py needs a CUDA device, and torch finds none")
-    start_s, patience = time.monotonic(), peers.Patience(given.seconds)
+    start_s = time.monotonic()
     card = torch.cuda.get_device_name()
+    shapes = {
+        name: {"outputs": outputs, "inputs": inputs, "groups": groups, "rows": []}
+        for name, (outputs, inputs, groups) in modules.PROJECTIONS.items()
+    }
     result: dict[str, Any] = {
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "device": card,
         "torch": torch.__version__,
-        "shapes": [],
+        "command": f"python benchmarks/float8_products.py, {RUNS} CUDA graph replays a time",
+        "shapes": list(shapes.values()),
     }
     given.out.parent.mkdir(parents=True, exist_ok=True)
-    shapes = list(modules.PROJECTIONS.values())
-    with multiprocessing.get_context("spawn").Pool(len(shapes)) as pool:
-        pool.map(compile_own, shapes)
-    for outputs, inputs, groups in shapes:
-        shape = {"outputs": outputs, "inputs": inputs, "groups": groups, "rows": []}
-        result["shapes"].append(shape)
-        for rows in ROWS:
+    compiled()
+    print(f"compiled in {time.monotonic() - start_s:.0f} s", flush=True)
+    bench = Bench(peers.Patience(given.seconds))
+    gc.collect()
+    gc.freeze()  # what a capture collects is then little
+    for count in ROWS:
+        before = None
+        for name in modules.PROJECTIONS:
             if time.monotonic() - start_s > given.seconds:
-                print(f"{outputs} x {inputs}, {rows} rows: no time left", flush=True)
+                print(f"{name}, {count} rows: no time left", flush=True)
                 continue
-            row = measured((outputs, inputs, groups), rows, patience)
-            shape["rows"].append(row)
+            row = bench.row(name, count, before)
+            before = best_of(row) if name == "attended" else before
+            shapes[name]["rows"].append(row)
             given.out.write_text(json.dumps(result, indent=1) + "\n")
-            best = min(row["us"][way] for way in orders([row])[str(rows)])
-            told = ", ".join(f"{name} {us:.1f}" for name, us in row["us"].items())
-            print(
-                f"{outputs:6} x {inputs:5} / {groups}, {rows:5} rows:"
-                f" {best / row['us']['torch, bf16']:.2f} of torch's bf16,"
-                f" {best / row['floor_us']:.2f} of the floor; {told} {row['skipped'] or ''}",
-                flush=True,
-            )
+            print(told(name, row), flush=True)
             torch.cuda.empty_cache()
-    if given.write:
-        table = json.loads(float8_products.TABLE.read_text())
-        table["cards"][card] = [
-            {key: shape[key] for key in ("outputs", "inputs", "groups")}
-            | {"ways": orders(shape["rows"])}
-            for shape in result["shapes"]
-            if shape["rows"]
-        ]
-        float8_products.TABLE.write_text(json.dumps(table, indent=1) + "\n")
+        if given.write:
+            written(card, list(shapes.values()))
     print(f"{time.monotonic() - start_s:.0f} s, from {tuning.FEW_ROWS + 1} rows on; {given.out}")
 
 

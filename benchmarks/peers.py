@@ -19,7 +19,7 @@ from torch import Tensor
 from fmsim.exec.kernels import flash_mla, float8_products, tuning
 from fmsim.exec.kernels.attention_rows import Rows
 from fmsim.exec.kernels.linear import linear_triton
-from fmsim.exec.kernels.rounded_rows import round_rows
+from fmsim.exec.kernels.rounded_rows import Activations, Float8Rows
 from fmsim.exec.kernels.sparse_attention import sparse_attention_triton
 
 Way = Callable[[], Tensor] | str
@@ -120,32 +120,26 @@ def of_index_scores(queries, weights, pool, layout, table, lengths) -> dict[str,
 # ----------------------------------------------------------------------------------------- products
 
 
-def of_product(
-    x: Tensor, weight: Tensor, scale: Tensor, groups: int, float8_rows: bool
-) -> dict[str, Way]:
-    """Float8 rows times float8 weights by cuBLAS, by DeepGEMM and by our own kernel, the rounding
-    of rows included.
-    """
-    if not float8_rows:
+def of_product(rows: Activations, weight: Tensor, scale: Tensor, groups: int) -> dict[str, Way]:
+    """Rounded rows times float8 weights by cuBLAS, by DeepGEMM and by our own kernel."""
+    if isinstance(rows, Tensor):
         return {}
-    rows = x.flatten(0, -2)
     given = rows, weight, scale, groups
     gemm = package("deep_gemm")
     return {
-        "own": lambda: linear_triton(*given, float8_rows=True),
+        "own": lambda: linear_triton(*given),
         "DeepGEMM": gemm if isinstance(gemm, str) else lambda: by_deep_gemm(gemm, *given),
         "cuBLAS, float8": lambda: float8_products.by_cublas(*given),
     }
 
 
 def by_deep_gemm(
-    gemm: ModuleType, rows: Tensor, weight: Tensor, scale: Tensor, groups: int
+    gemm: ModuleType, rows: Float8Rows, weight: Tensor, scale: Tensor, groups: int
 ) -> Tensor:
-    """Rounded rows times float8 weights; its compiler takes seconds at a new kind of shape."""
+    """Its compiler takes seconds at a new kind of shape."""
     if groups > 1:
         raise ValueError("one product at a time")
-    count = len(rows)
-    codes, scales = round_rows(rows, 4)  # 16 bytes of a scale's column
-    out = torch.empty(count, len(weight), dtype=rows.dtype, device=rows.device)
-    gemm.fp8_gemm_nt((codes[:count], scales[:, :count].T), (weight, scale), out)
+    count = rows.count
+    out = torch.empty(count, len(weight), dtype=rows.dtype, device=weight.device)
+    gemm.fp8_gemm_nt((rows.codes[:count], rows.scales[:, :count].T), (weight, scale), out)
     return out

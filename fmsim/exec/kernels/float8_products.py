@@ -23,8 +23,8 @@ from fmsim.exec.kernels.weights import BLOCK
 
 TABLE = Path(__file__).parent / "float8_ways.json"
 OWN = "own"  # with the sizes that `tuning.linear` gives
-# our own, by how many rows a program multiplies at a time
-OWN_BY_ROWS = {
+# our own with other sizes
+OWN_TUNES = {
     "own, 64 rows": tuning.FLOAT8_LINEAR_OF_SOME,
     "own, 128 rows": tuning.FLOAT8_LINEAR_OF_MANY,
 }
@@ -88,8 +88,8 @@ def product(
     for name in order(torch.cuda.get_device_name(weight.device), rows.count, *shape):
         if name == OWN:
             return None
-        if name in OWN_BY_ROWS:
-            return own(rows, weight, scale, groups, for_next=for_next, tune=OWN_BY_ROWS[name])
+        if name in OWN_TUNES:
+            return own(rows, weight, scale, groups, for_next=for_next, tune=OWN_TUNES[name])
         if (name, shape) in _refused:
             continue
         try:

@@ -21,6 +21,7 @@ from fmsim.exec.kernels.hyper_connection import (
 from fmsim.exec.kernels.linear import grouped_product, linear, linear_reference
 from fmsim.exec.kernels.norm_rope import norm_rope, norm_rope_reference
 from fmsim.exec.kernels.rms_norm import rms_norm, rms_norm_reference
+from fmsim.exec.kernels.rounded_rows import Float8Rows, round_rows
 from fmsim.exec.kernels.router import route
 from fmsim.exec.kernels.weights import dequantise, quantise
 from fmsim.exec.measure.kernel_cases import Case
@@ -80,6 +81,7 @@ def connecting(batch: int, device, head: bool = False) -> Case:
         n_bytes,
         lambda: enter(*given)[1],
         lambda: enter_reference(*given)[1],
+        given=given,
     )
 
 
@@ -184,12 +186,16 @@ def mixing(batch: int, device, float8: bool = False) -> Case:
 def projecting(
     batch: int, outputs: int, inputs: int, groups: int, device, float8_rows: bool = False
 ) -> Case:
-    """A product with float8 weights; the same with bfloat16 weights through torch is its peer."""
+    """A product with float8 weights; the same with bfloat16 weights through torch is its peer.
+    Float8 rows were rounded before, as where they are made.
+    """
     weight, scale = quantise(torch.randn(outputs, inputs, device=device) * inputs**-0.5)
     x = torch.randn(batch, 1, groups * inputs, device=device).to(torch.bfloat16)
     wide = dequantise(weight, scale, dtype=torch.bfloat16)
-    given = x, weight, scale, groups, float8_rows
-    n_bytes = weight.nbytes + scale.nbytes + x.nbytes + batch * outputs * 2
+    rows = round_rows(x) if float8_rows else x
+    given = rows, weight, scale, groups
+    read = [rows.codes, rows.scales] if isinstance(rows, Float8Rows) else [x]
+    n_bytes = sum(part.nbytes for part in (weight, scale, *read)) + batch * outputs * 2
     shape = f"{batch} x {inputs:,} x {outputs:,}" + (f" / {groups}" if groups > 1 else "")
     return Case(
         "float8 linear, float8 rows" if float8_rows else "float8 linear",

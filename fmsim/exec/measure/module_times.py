@@ -13,6 +13,7 @@ from transformers import DeepseekV4Config
 from fmsim.exec.decode.decode_attention import DecodeAttention
 from fmsim.exec.kernels.hyper_connection import Pending, enter, read_out
 from fmsim.exec.kernels.layout import Layout
+from fmsim.exec.kernels.rounded_rows import round_rows
 from fmsim.exec.kv.home import Home
 from fmsim.exec.measure import kernel_cases as cases
 from fmsim.exec.measure.jobs import Report
@@ -81,6 +82,8 @@ class AttentionTimer:
             for appender in filter(None, (decode.entries, decode.keys)):
                 _fill(appender.layout, appender.homes[0])
             x = torch.randn(batch, 1, self.config.hidden_size).to(torch.bfloat16)
+            if self.attention.takes_float8(batch):
+                x = round_rows(x)  # as the launch before does
             # once a step, not once a layer: not timed
             position = tokens - (1 if closes else 2)
             now = decode.moment(torch.full((batch,), position, dtype=torch.int32))

@@ -56,7 +56,7 @@ def test_the_nearest_measurement_decides(table, asked, ways):
 
 
 def test_the_shipped_table_names_ways_that_there_are():
-    known = {products.OWN, *products.OWN_BY_ROWS, *products.WAYS}
+    known = {products.OWN, *products.OWN_TUNES, *products.WAYS}
     for shapes in json.loads(products.TABLE.read_text())["cards"].values():
         for shape in shapes:
             assert shape["ways"] and all(set(ways) <= known for ways in shape["ways"].values())
@@ -78,7 +78,7 @@ def test_every_way_gives_the_references_product(monkeypatch, rows, groups):
     weight, scale = quantise(torch.randn(384, 1024, device="cuda", generator=generator))
     x = torch.randn(rows, groups * 1024, device="cuda", generator=generator).bfloat16()
     expected = linear_reference(x, weight, scale, groups, True)
-    for name in (*products.OWN_BY_ROWS, *products.WAYS):
+    for name in (*products.OWN_TUNES, *products.WAYS):
         monkeypatch.setattr(products, "order", lambda *_, name=name: [name])
         for given in (x, round_rows(x)):
             assert relative_error(linear(given, weight, scale, groups, True), expected) < 1e-2
