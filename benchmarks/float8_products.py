@@ -106,7 +106,7 @@ def producer(name: str, rows: int) -> Produce:
 
 
 def us(work: Callable[[], object]) -> float:
-    return median_s(work, DEVICE, RUNS) * 1e6
+    return round(median_s(work, DEVICE, RUNS) * 1e6, 2)
 
 
 def timed(
