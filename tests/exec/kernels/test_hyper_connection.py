@@ -83,11 +83,11 @@ def test_the_kernels_are_the_model(device, seed, batch, count, width, dtype, fir
             given_out = Shares(values, torch.rand(batch, shares, device=device))
         pending = Pending(one, given_out, *one.enter(torch.randn_like(streams))[1:])
     expected = enter_reference(streams, pending, other, norm)
-    check(enter_triton(streams, pending, other, norm, SMALL), expected, LIMITS[dtype])
+    check(enter_triton(streams, pending, other, norm, tune=SMALL), expected, LIMITS[dtype])
     streams, _, *gates = expected
     pending = Pending(other, out, *gates)
     check(
-        (read_out_triton(streams, pending, head, norm, SMALL),),
+        (read_out_triton(streams, pending, head, norm, tune=SMALL),),
         (read_out_reference(streams, pending, head, norm),),
         LIMITS[dtype],
     )
