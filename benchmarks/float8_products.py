@@ -4,11 +4,11 @@
     python benchmarks/float8_products.py [--seconds 100] [--write] [--out FILE.json]
 
 Shapes are those of V4-Flash's projections. Three things are timed, each beside torch with bfloat16
-weights: the product of rows that are rounded (`us`), the launch that makes the rows, with and
-without rounding them (`producer_us`), and both, one after the other (`with_producer_us`). Medians
-of CUDA graph replays with a cold L2. A product in groups rounds its own result for the next one,
-as in the engine; `plain_us` are without. With --write the order of the ways, the fastest first,
-goes into the package's table under this card.
+weights: the product of rows that are rounded (`us`), what makes the rows, with and without rounding
+them (`producer_us`), and both, one after the other (`with_producer_us`). What a product in groups
+makes is rounded by a launch of its own; what one takes is `rounding_us`. Medians of CUDA graph
+replays with a cold L2. With --write the order of the ways, the fastest first, goes into the
+package's table under this card.
 """
 
 from __future__ import annotations
@@ -63,12 +63,11 @@ class Product(NamedTuple):
         weight, scale = quantise(torch.randn(outputs, inputs, device=DEVICE) * inputs**-0.5)
         return cls(weight, scale, groups, dequantise(weight, scale, dtype=torch.bfloat16))
 
-    def by(self, way: str, rows: Float8Rows, for_next: bool = False) -> Activations:
+    def by(self, way: str, rows: Float8Rows) -> Tensor:
         given = rows, self.weight, self.scale, self.groups
         if way in float8_products.WAYS:
-            return float8_products.WAYS[way](*given, for_next)
-        tune = float8_products.OWN_TUNES.get(way)
-        return linear_triton(*given, for_next=for_next, tune=tune)
+            return float8_products.WAYS[way](*given)
+        return linear_triton(*given, tune=float8_products.OWN_TUNES.get(way))
 
     def by_torch(self, x: Tensor) -> Tensor:
         return grouped_product(x, self.wide, self.groups)
@@ -110,18 +109,14 @@ def us(work: Callable[[], object]) -> float:
 
 
 def timed(
-    product: Product, rows: Float8Rows, for_next: bool, patience: peers.Patience
+    product: Product, rows: Float8Rows, patience: peers.Patience
 ) -> tuple[dict[str, float], dict[str, str]]:
     """Microseconds by way, and why a way is missing."""
     ours = product.by(float8_products.OWN, rows)
     to_try = {way: lambda way=way: product.by(way, rows) for way in ways()}
     tried = peers.tried(to_try, ours, patience)
     skipped = {way: why for way, why in tried.items() if isinstance(why, str)}
-    found = {
-        way: us(lambda way=way: product.by(way, rows, for_next))
-        for way in tried
-        if way not in skipped
-    }
+    found = {way: us(lambda way=way: product.by(way, rows)) for way in tried if way not in skipped}
     return found, skipped
 
 
@@ -136,33 +131,34 @@ class Bench:
         """Of one product and ``count`` rows; ``before`` is the fastest way of the product that
         makes the rows of `output`."""
         product = self.products[name]
-        make = by_torch = None
         if name == "output":
             attended, source = self.products["attended"], producer("attended", count)
-            rounded, wide = source(True), source(False)
-            make = lambda rounds: attended.by(before, rounded, rounds)
+            given, wide = source(True), source(False)
+
+            def make(rounded: bool) -> Activations:
+                out = attended.by(before, given)
+                return round_rows(out) if rounded else out
+
             by_torch = lambda: product.by_torch(attended.by_torch(wide))
         else:
             make = producer(name, count)
             by_torch = lambda: product.by_torch(make(False))
-        rows = make(True)
-        x = make(False).flatten(0, -2)
-        for_next = name == "attended"
-        found, skipped = timed(product, rows, for_next, self.patience)
+        rows, x = make(True), make(False).flatten(0, -2)
+        found, skipped = timed(product, rows, self.patience)
         best = min(found, key=found.get)
-        row: dict[str, Any] = {"rows": count, "us": found | {WIDE: us(lambda: product.by_torch(x))}}
-        if for_next:
-            row["plain_us"] = timed(product, rows, False, self.patience)[0]
-        row["rounding_us"] = us(lambda: round_rows(x))
-        row["producer_us"] = {
-            "as it is": us(lambda: make(False)),
-            "rounded": us(lambda: make(True)),
+        both = {best: us(lambda: product.by(best, make(True))), WIDE: us(by_torch)}
+        return {
+            "rows": count,
+            "us": found | {WIDE: us(lambda: product.by_torch(x))},
+            "rounding_us": us(lambda: round_rows(x)),
+            "producer_us": {
+                "as it is": us(lambda: make(False)),
+                "rounded": us(lambda: make(True)),
+            },
+            "with_producer_us": both,
+            "skipped": skipped,
+            "floor_us": product.floor_us(count),
         }
-        row["with_producer_us"] = {
-            best: us(lambda: product.by(best, make(True), for_next)),
-            WIDE: us(by_torch),
-        }
-        return row | {"skipped": skipped, "floor_us": product.floor_us(count)}
 
 
 def best_of(row: dict[str, Any]) -> str:
@@ -187,9 +183,8 @@ def compile_all(name: str, way: str) -> None:
     product = Product.drawn(name)
     width = product.groups * product.weight.shape[1]
     for count in ROWS[:-2]:
-        rows = round_rows(torch.randn(count, width, device=DEVICE).to(torch.bfloat16))
-        for for_next in {False, name == "attended"}:
-            product.by(way, rows, for_next)
+        x = torch.randn(count, width, device=DEVICE).to(torch.bfloat16)
+        product.by(way, round_rows(x))
 
 
 @torch.inference_mode()

@@ -220,15 +220,9 @@ SWEEPS = {
         grid(block_outputs=[128], block_rows=[256], programs=[132], warps=[8], stages=[2, 3])
         + grid(block_outputs=[64], block_rows=[128], programs=[132, 264], warps=[4], stages=[3]),
     ),
-    "float8 rows, 17 to 32": Sweep(
-        "FLOAT8_LINEAR_OF_A_FEW",
-        projecting(17, 32, float8_rows=True),
-        grid(block_outputs=[128], block_rows=[64], warps=[8], stages=[2, 3, 4])
-        + grid(block_outputs=[64], block_rows=[32, 64], warps=[4], stages=[3, 4]),
-    ),
-    "float8 rows, 33 to 192": Sweep(
+    "float8 rows, 17 to 192": Sweep(
         "FLOAT8_LINEAR_OF_SOME",
-        projecting(64, 128, float8_rows=True),
+        projecting(17, 64, 128, float8_rows=True),
         grid(block_outputs=[64], block_rows=[32, 64], programs=[264, 396], warps=[4], stages=[3, 4])
         + grid(block_outputs=[64], block_rows=[128], programs=[264], warps=[4], stages=[3]),
     ),

@@ -185,7 +185,7 @@ def experts(tokens, dtype=torch.bfloat16, count=24, hidden=4096, width=2048, top
     return launch
 
 
-def product(outputs, inputs, rows=1, groups=1, float8_rows=False, **how):
+def product(outputs, inputs, rows=1, groups=1, float8_rows=False):
     def launch():
         weight = zeros(outputs, inputs, dtype=torch.uint8).view(torch.float8_e4m3fn)
         linear_triton(
@@ -194,7 +194,6 @@ def product(outputs, inputs, rows=1, groups=1, float8_rows=False, **how):
             zeros(*scale_shape(weight.shape)),
             groups,
             float8_rows,
-            **how,
         )
 
     return launch
@@ -311,15 +310,6 @@ LAUNCHES = {
     "linear, float8 rows, 128": product(4096, 8192, rows=128, float8_rows=True),
     "linear, float8 rows, grouped": product(8192, 4096, rows=256, groups=8, float8_rows=True),
     "linear, float8 rows, a prompt": product(4096, 8192, rows=1024, float8_rows=True),
-    "linear, float8 rows, for the next": product(
-        8192,
-        4096,
-        rows=256,
-        groups=8,
-        float8_rows=True,
-        for_next=True,
-        tune=tuning.FLOAT8_LINEAR_OF_SOME._replace(block_outputs=128, warps=8),
-    ),
     "linear, odd": product(200, 136),
     "linear, odd, many rows": product(200, 136, rows=77),
     "one_row, of the latent": row_product(40_960, 1024),

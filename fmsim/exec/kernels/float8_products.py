@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from fmsim.exec.kernels import tuning
-from fmsim.exec.kernels.rounded_rows import Activations, Float8Rows, round_rows
+from fmsim.exec.kernels.rounded_rows import Float8Rows
 from fmsim.exec.kernels.weights import BLOCK
 
 TABLE = Path(__file__).parent / "float8_ways.json"
@@ -27,13 +27,12 @@ OWN = "own"  # with the sizes that `tuning.linear` gives
 OWN_TUNES = {
     "own, 64 rows": tuning.FLOAT8_LINEAR_OF_SOME,
     "own, 128 rows": tuning.FLOAT8_LINEAR_OF_MANY,
+    "own, 128 outputs": tuning.FLOAT8_LINEAR_OF_WIDE,
 }
 COLUMNS = 4 * BLOCK  # of a weight: its scales lie in rows of 16 bytes
 
 
-def by_cublas(
-    rows: Float8Rows, weight: Tensor, scale: Tensor, groups: int, for_next: bool = False
-) -> Activations:
+def by_cublas(rows: Float8Rows, weight: Tensor, scale: Tensor, groups: int) -> Tensor:
     """As `linear` with rounded rows; groups one after another."""
     from torch.nn.functional import ScalingType, scaled_mm
 
@@ -58,11 +57,10 @@ def by_cublas(
         for codes, scales, weight, scale in parts
     ]
     out = products[0] if groups == 1 else torch.cat(products, 1)
-    out = out.view(*rows.leading, len(weight))
-    return round_rows(out) if for_next else out
+    return out.view(*rows.leading, len(weight))
 
 
-Way = Callable[[Float8Rows, Tensor, Tensor, int, bool], Activations]
+Way = Callable[[Float8Rows, Tensor, Tensor, int], Tensor]
 WAYS: dict[str, Way] = {"cublas": by_cublas}
 _refused: set[tuple[str, tuple[int, ...]]] = set()
 
@@ -72,12 +70,10 @@ def product(
     weight: Tensor,
     scale: Tensor,
     groups: int,
-    for_next: bool,
-    own: Callable[..., Activations],
-) -> Activations | None:
-    """``rows`` [..., groups * in] of bfloat16 -> [..., out], rounded where ``for_next``, by the
-    fastest of the ways that can be had; None where that is our ``own`` kernel (`linear_triton`)
-    with its usual sizes.
+    own: Callable[..., Tensor],
+) -> Tensor | None:
+    """``rows`` [..., groups * in] of bfloat16 -> [..., out] by the fastest of the ways that can be
+    had; None where that is our ``own`` kernel (`linear_triton`) with its usual sizes.
     """
     outputs, inputs = weight.shape
     if not (weight.is_cuda and _is_hopper(weight.device)):
@@ -89,11 +85,11 @@ def product(
         if name == OWN:
             return None
         if name in OWN_TUNES:
-            return own(rows, weight, scale, groups, for_next=for_next, tune=OWN_TUNES[name])
+            return own(rows, weight, scale, groups, tune=OWN_TUNES[name])
         if (name, shape) in _refused:
             continue
         try:
-            return WAYS[name](rows, weight, scale, groups, for_next)
+            return WAYS[name](rows, weight, scale, groups)
         except Exception:  # refusals are of many types; a shape is refused at its first call
             _refused.add((name, shape))
     return None

@@ -7,8 +7,7 @@ in float32:
 - weights become float16 in registers, which holds float8 exactly, and meet rows of float16;
 - or, where the model says that its activations are float8, weights stay as they are and meet rows
   of float8, with one scale for each 128 values of a row (`rounded_rows`): half the bytes and twice
-  the rate. Such rows others multiply faster at some sizes (`float8_products`). The launch that
-  made the rows may have rounded them, and a product may round its own for the next.
+  the rate. Such rows others multiply faster at some sizes (`float8_products`).
 
 Where there are fewer blocks of outputs than a GPU needs to read at its bandwidth, several programs
 share the columns. The last of them to end adds up the sums of all, in a fixed order.
@@ -27,58 +26,51 @@ from fmsim.exec.kernels.lang import (
     cdiv,
     next_power_of_2,
     overlapped,
+    prefetch,
     runs_compiled,
     tl,
     triton,
 )
-from fmsim.exec.kernels.layout import product_operand, scale_exponent, to_float8, triton_type
+from fmsim.exec.kernels.layout import product_operand
 from fmsim.exec.kernels.rounded_rows import (
     Activations,
     Float8Rows,
     round_rows,
     round_rows_reference,
     round_rows_triton,
-    rounded,
 )
 from fmsim.exec.kernels.weights import BLOCK, dequantise
 
 FEWEST_OUTPUTS = 16  # of a program: a matrix instruction's
 MOST_SPLITS = 16
+PREFETCH = False
 MANY_TURNS = 16  # of a program's loop: with fewer, programs should not crowd
 
 
 def linear(
-    x: Activations,
-    weight: Tensor,
-    scale: Tensor,
-    groups: int = 1,
-    float8_rows: bool = False,
-    for_next: bool = False,
-) -> Activations:
+    x: Activations, weight: Tensor, scale: Tensor, groups: int = 1, float8_rows: bool = False
+) -> Tensor:
     """x [..., in], bfloat16 of ordinary size (it meets the weights as float16), times ``weight``
     float8_e4m3fn [out, in] with ``scale`` float32 [ceil(out / 128), ceil(in / 128)] -> [..., out]
     in x's type.
 
     With ``groups``, group g is the g-th part of the weight's rows, and its input the g-th slice of
     x [..., groups * in]. With ``float8_rows``, as many rows as `are_rounded` says are rounded to
-    float8 first, where they are not yet. ``for_next``: the result is rounded too.
+    float8 first, unless whoever made them did.
     """
     if isinstance(x, Tensor):
         if one_row.takes(x, weight):
-            assert not for_next
             return one_row.one_row_triton(x, weight, scale, groups)
-        count = x.shape[:-1].numel()
-        inside = runs_compiled(x) and tuning.linear(count, x.dtype, True).rounds_inside
-        if float8_rows and not inside and are_rounded(count, weight, groups):
+        if float8_rows and are_rounded(x.shape[:-1].numel(), weight, groups):
             x = round_rows(x)
     if isinstance(x, Float8Rows):
-        found = float8_products.product(x, weight, scale, groups, for_next, own=linear_triton)
+        found = float8_products.product(x, weight, scale, groups, own=linear_triton)
         if found is not None:
             return found
     aligned = groups == 1 or len(weight) // groups % FEWEST_OUTPUTS == 0
     on_gpu = runs_compiled(x if isinstance(x, Tensor) else x.codes)
     run = linear_triton if on_gpu and aligned else linear_reference
-    return run(x, weight, scale, groups, float8_rows, for_next)
+    return run(x, weight, scale, groups, float8_rows)
 
 
 def are_rounded(rows: int, weight: Tensor, groups: int = 1) -> bool:
@@ -89,15 +81,12 @@ def are_rounded(rows: int, weight: Tensor, groups: int = 1) -> bool:
     return rows > tuning.FEW_ROWS and (groups == 1 or weight.shape[1] % BLOCK == 0)
 
 
-def linear_reference(
-    x: Activations, weight, scale, groups=1, float8_rows=False, for_next=False
-) -> Activations:
+def linear_reference(x: Activations, weight, scale, groups=1, float8_rows=False) -> Tensor:
     if isinstance(x, Tensor) and float8_rows and are_rounded(x.shape[:-1].numel(), weight, groups):
         x = round_rows_reference(x)
     if isinstance(x, Float8Rows):
         x = x.widened()
-    out = grouped_product(x, dequantise(weight, scale, dtype=x.dtype), groups)
-    return round_rows_reference(out) if for_next else out
+    return grouped_product(x, dequantise(weight, scale, dtype=x.dtype), groups)
 
 
 def grouped_product(x: Tensor, weight: Tensor, groups: int) -> Tensor:
@@ -115,23 +104,20 @@ def linear_triton(
     scale,
     groups=1,
     float8_rows=False,
-    for_next=False,
     tune: tuning.LinearTuning | None = None,
-) -> Activations:
+) -> Tensor:
     (outputs, inputs), dtype = weight.shape, x.dtype
     leading = x.shape[:-1] if isinstance(x, Tensor) else x.leading
     total, of_group = leading.numel(), outputs // groups
-    float8_rows = isinstance(x, Float8Rows) or (float8_rows and are_rounded(total, weight, groups))
+    if isinstance(x, Tensor) and float8_rows and are_rounded(total, weight, groups):
+        x = round_rows_triton(x)
+    float8_rows = isinstance(x, Float8Rows)
     tune = tune or tuning.linear(total, dtype, float8_rows)
-    rounding, levels = "", scale
-    if float8_rows and isinstance(x, Tensor):
-        rounding = "inside" if tune.rounds_inside else "before"
-        x = x if tune.rounds_inside else round_rows_triton(x)
     if isinstance(x, Float8Rows):
-        rounding, rows, levels = "before", x.codes, x.scales
+        rows, levels = x.codes, x.scales
     else:
-        rows = x.flatten(0, -2)
-        if not rounding and dtype == torch.bfloat16 and total > tuning.FEW_ROWS:
+        rows, levels = x.flatten(0, -2), scale
+        if dtype == torch.bfloat16 and total > tuning.FEW_ROWS:
             # once, and not by every program that reads them
             rows = rows.to(torch.float16)
     assert rows.stride(1) == 1 and weight.is_contiguous() and scale.is_contiguous(), (
@@ -149,15 +135,7 @@ def linear_triton(
     # a GPU is full without splits where there are so many blocks
     share = cdiv(turns, splits if blocks <= arrivals.MOST else 1)
     splits = cdiv(turns, share)
-    # of outputs that share a scale, a program has all
-    rounds_out = for_next and block == BLOCK
-    made: Activations
-    if rounds_out:
-        made = Float8Rows.empty(leading, outputs, dtype, rows.device)
-        out, out_levels = made.codes.view(torch.uint8), made.scales
-    else:
-        made = out = torch.empty(*leading, outputs, dtype=dtype, device=rows.device)
-        out_levels = scale
+    out = torch.empty(*leading, outputs, dtype=dtype, device=rows.device)
     parts, arrived = out, scale
     if splits > 1:
         parts = torch.empty(splits, total, outputs, dtype=torch.float32, device=rows.device)
@@ -170,10 +148,8 @@ def linear_triton(
         parts,
         arrived,
         out,
-        out_levels,
         rows.stride(0),
         levels.stride(0),
-        out_levels.stride(0),
         total,
         row_blocks,
         share,
@@ -187,13 +163,13 @@ def linear_triton(
         BLOCK_INPUTS=tune.block_inputs,
         NEAR_ROWS=tune.near_rows,
         STAGES=tune.stages,
-        ROUNDING=rounding,
+        FLOAT8_ROWS=float8_rows,
+        PREFETCH=PREFETCH,
         SPLIT=splits > 1,
-        ROUNDS_OUT=triton_type(dtype) if rounds_out else "",
         num_warps=tune.warps,
         **overlapped(rows),
     )
-    return made if rounds_out or not for_next else round_rows_triton(made)
+    return out
 
 
 def _splits(blocks: int, turns: int, tune: tuning.LinearTuning) -> int:
@@ -219,10 +195,8 @@ def _linear(
     parts,
     arrived,
     out,
-    out_scale,
     row_stride,
     scale_stride,
-    out_scale_stride,
     rows,
     row_blocks,
     share,
@@ -236,9 +210,9 @@ def _linear(
     BLOCK_INPUTS: tl.constexpr,
     NEAR_ROWS: tl.constexpr,
     STAGES: tl.constexpr,
-    ROUNDING: tl.constexpr,
+    FLOAT8_ROWS: tl.constexpr,
+    PREFETCH: tl.constexpr,
     SPLIT: tl.constexpr,
-    ROUNDS_OUT: tl.constexpr,
 ):
     """One program: a block of outputs of a block of rows, over ``share`` blocks of inputs.
 
@@ -246,7 +220,6 @@ def _linear(
     the weights in the L2. A block of outputs and a block of inputs lie in one scale's block, so a
     scale is one number; it is read a block ahead.
     """
-    after_previous()
     # the weights are the left operand: many, they fill the matrix units, and may be in registers
     OUTPUT_BLOCKS: tl.constexpr = (OUTPUTS + BLOCK_OUTPUTS - 1) // BLOCK_OUTPUTS
     near = tl.program_id(0) // (NEAR_ROWS * OUTPUT_BLOCKS) * NEAR_ROWS
@@ -261,6 +234,12 @@ def _linear(
     # What lies beyond the last is read as another, and not stored. Rows come round from the first,
     # so that of a tile with one row not every program reads one line of the L2 128 times.
     there = tl.minimum(output, OUTPUTS - 1)
+    if PREFETCH:
+        prefetch(
+            weight + there.to(tl.int64) * INPUTS + first * BLOCK_INPUTS,
+            (last - first) * BLOCK_INPUTS + tl.zeros_like(there),
+        )
+    after_previous()
     asked = row % rows
     x += (start // OF_GROUP) * INPUTS
     x_scale += (start // OF_GROUP) * (INPUTS // SCALED) * scale_stride
@@ -281,17 +260,9 @@ def _linear(
             inside = place + column < INPUTS
             codes = tl.load(weights + place, mask=inside[None, :], other=0.0)
             part = tl.load(values + place, mask=inside[:, None], other=0.0)
-        if ROUNDING != "":
+        if FLOAT8_ROWS:
             # float8's products are added up in fewer bits than float32's: 128 of them at most
-            if ROUNDING == "inside":
-                wide = part.to(tl.float32)
-                exponent = scale_exponent(tl.max(tl.abs(wide), 0))
-                part = to_float8(
-                    wide * ((254 - exponent) << 23).to(tl.float32, bitcast=True)[None, :]
-                )
-                of_row = (exponent << 23).to(tl.float32, bitcast=True)
-            else:
-                of_row = tl.load(x_scale + place // SCALED * scale_stride + row)
+            of_row = tl.load(x_scale + place // SCALED * scale_stride + row)
             sums += tl.dot(codes, part) * (of_row * level)[None, :]
         else:
             operand = product_operand(part)
@@ -303,6 +274,7 @@ def _linear(
                 unit = level
                 sums = tl.dot(codes.to(operand.dtype), operand, sums, input_precision="ieee")
     sums *= unit
+    places = row.to(tl.int64)[None, :] * OUTPUTS + output[:, None]
     exists = (output < OUTPUTS)[:, None] & (row < rows)[None, :]
     if SPLIT:
         of_part = (split * rows + row).to(tl.int64)[None, :] * OUTPUTS + output[:, None]
@@ -314,35 +286,7 @@ def _linear(
             for part in tl.range(0, tl.num_programs(1), loop_unroll_factor=4):
                 of_part = (part * rows + row).to(tl.int64)[None, :] * OUTPUTS + output[:, None]
                 sums += tl.load(parts + of_part, mask=exists, other=0.0, cache_modifier=".cg")
-            _store(sums, out, out_scale, out_scale_stride, row, start, rows, OUTPUTS, ROUNDS_OUT)
+            tl.store(out + places, sums.to(out.dtype.element_ty), mask=exists)
             tl.store(arrived + tl.program_id(0), 0)
     else:
-        _store(sums, out, out_scale, out_scale_stride, row, start, rows, OUTPUTS, ROUNDS_OUT)
-
-
-@triton.jit
-def _store(
-    sums,
-    out,
-    out_scale,
-    scale_stride,
-    row,
-    start,
-    rows,
-    OUTPUTS: tl.constexpr,
-    ROUNDS_OUT: tl.constexpr,
-):
-    """A tile's sums [outputs from ``start`` on, rows]. Where ROUNDS_OUT is a type, they become
-    that, and then float8: all that share a scale.
-    """
-    output = start + tl.arange(0, sums.shape[0])
-    exists = (output < OUTPUTS)[:, None] & (row < rows)[None, :]
-    places = row.to(tl.int64)[None, :] * OUTPUTS + output[:, None]
-    if ROUNDS_OUT == "":
         tl.store(out + places, sums.to(out.dtype.element_ty), mask=exists)
-    else:
-        sums = tl.where(exists, sums, 0.0).to(ROUNDS_OUT).to(tl.float32)
-        coded, levels = rounded(sums, 0)
-        tl.store(out + places, coded, mask=exists)
-        block = start // sums.shape[0]
-        tl.store(out_scale + block * scale_stride + row, levels, mask=row < rows)

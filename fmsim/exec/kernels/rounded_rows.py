@@ -1,8 +1,8 @@
 """Activations as float8, the way DeepSeek's release multiplies them: each 128 values of a row share
 a power of two, the smallest that brings them within 448.
 
-The launch that makes rows can round them as it writes them (`store_rounded`), for all products that
-read them. Rows that are there already take a launch of their own (`round_rows`).
+The launch that makes rows can round them as it writes them (`store_rounded`), once for all products
+that read them. Rows that are there already take a launch of their own (`round_rows`).
 """
 
 from __future__ import annotations
@@ -14,7 +14,6 @@ import torch
 from torch import Tensor
 
 from fmsim.exec.kernels.lang import (
-    COMPILED,
     after_previous,
     cdiv,
     overlapped,
@@ -23,10 +22,10 @@ from fmsim.exec.kernels.lang import (
     triton,
 )
 from fmsim.exec.kernels.layout import (
-    float8_codes,
     power,
     power_of_two_exponent,
     scale_exponent,
+    to_float8,
 )
 from fmsim.exec.kernels.weights import BLOCK
 
@@ -135,16 +134,11 @@ def destination(made: Float8Rows | None, unused: Tensor) -> tuple[Tensor, Tensor
 
 
 @triton.jit
-def rounded(values, AXIS: tl.constexpr):
-    """float32, a scale for all of an AXIS: 0 or 1 of two -> uint8 codes of the same shape, and
-    scales float32.
-    """
-    exponent = scale_exponent(tl.max(tl.abs(values), AXIS))
-    values *= tl.expand_dims(((254 - exponent) << 23).to(tl.float32, bitcast=True), AXIS)
-    if COMPILED:
-        codes = values.to(tl.float8e4nv).to(tl.uint8, bitcast=True)
-    else:
-        codes = float8_codes(values)
+def rounded(values):
+    """float32 [N, 128 or fewer] -> uint8 codes of the same shape, and scales float32 [N]."""
+    exponent = scale_exponent(tl.max(tl.abs(values), 1))
+    values *= ((254 - exponent) << 23).to(tl.float32, bitcast=True)[:, None]
+    codes = to_float8(values).to(tl.uint8, bitcast=True)
     return codes, (exponent << 23).to(tl.float32, bitcast=True)
 
 
@@ -158,7 +152,7 @@ def store_rounded(
     """
     SIDE: tl.constexpr = BLOCK if values.shape[0] > BLOCK else values.shape[0]
     COUNT: tl.constexpr = values.shape[0] // SIDE
-    coded, levels = rounded(tl.reshape(values, [COUNT, SIDE]), 1)
+    coded, levels = rounded(tl.reshape(values, [COUNT, SIDE]))
     block = first // BLOCK + tl.arange(0, COUNT)
     column = block[:, None] * BLOCK + tl.arange(0, SIDE)[None, :]
     row = row.to(tl.int64)
@@ -186,6 +180,6 @@ def _round_rows(
     values = tl.load(
         x + row.to(tl.int64)[:, None] * row_stride + column[None, :], mask=known, other=0.0
     ).to(tl.float32)
-    coded, levels = rounded(values, 1)
+    coded, levels = rounded(values)
     tl.store(codes + row.to(tl.int64)[:, None] * COLUMNS + column[None, :], coded, mask=known)
     tl.store(scales + tl.program_id(1) * scale_stride + row, levels, mask=row < rows)

@@ -116,8 +116,6 @@ class LinearTuning(NamedTuple):
     # of a program's loop: no fewer are worth a part of the columns
     fewest_turns: int = 8
     near_rows: int = 16  # blocks of rows whose programs follow one another
-    # float8 rows: by each program that multiplies them, and not by a launch before
-    rounds_inside: bool = False
 
 
 class OneRowTuning(NamedTuple):
@@ -168,24 +166,18 @@ LINEAR = LinearTuning()
 LINEAR_OF_SOME = LinearTuning(block_outputs=64, block_rows=64, programs=396, warps=4, stages=3)
 LINEAR_OF_MANY = LinearTuning(block_outputs=64, block_rows=128, programs=132, warps=4, stages=3)
 LINEAR_OF_PROMPTS = LinearTuning(block_outputs=128, block_rows=256, programs=132, warps=8, stages=3)
-FLOAT8_LINEAR_OF_A_FEW = LinearTuning(
-    block_outputs=128,
-    block_rows=64,
-    programs=396,
-    warps=8,
-    stages=3,
-    fewest_turns=4,
-    rounds_inside=True,
-)
 FLOAT8_LINEAR_OF_SOME = LinearTuning(
     block_outputs=64, block_rows=64, programs=396, warps=4, stages=4
 )
 FLOAT8_LINEAR_OF_MANY = LinearTuning(
     block_outputs=64, block_rows=128, programs=264, warps=4, stages=3
 )
+# few rows of a weight with many outputs
+FLOAT8_LINEAR_OF_WIDE = LinearTuning(
+    block_outputs=128, block_rows=64, programs=396, warps=8, stages=3
+)
 SOME_ROWS, MANY_ROWS = 64, 256  # at most
-# of float8 rows: a few are rounded by each program that multiplies them
-FLOAT8_A_FEW_ROWS, FLOAT8_SOME_ROWS = 32, 192
+FLOAT8_SOME_ROWS = 192  # of float8, at most
 FLOAT32_ROWS = 32  # of a block: they take twice the shared memory
 # of a recall beside a decode: they take 10 GB/s, and a whole step slows down by 4%, on eight by 5
 # to 7%
@@ -241,12 +233,10 @@ def experts(tokens: int, dtype: torch.dtype, scaled: bool) -> ExpertsTuning:
 
 def linear(rows: int, dtype: torch.dtype, float8_rows: bool) -> LinearTuning:
     """For ``rows`` of ``dtype``, which are rounded where ``float8_rows``."""
+    if float8_rows:
+        return FLOAT8_LINEAR_OF_SOME if rows <= FLOAT8_SOME_ROWS else FLOAT8_LINEAR_OF_MANY
     if rows <= FEW_ROWS:
         return LINEAR
-    if float8_rows:
-        if rows <= FLOAT8_A_FEW_ROWS:
-            return FLOAT8_LINEAR_OF_A_FEW
-        return FLOAT8_LINEAR_OF_SOME if rows <= FLOAT8_SOME_ROWS else FLOAT8_LINEAR_OF_MANY
     some, many, prompts = LINEAR_OF_SOME, LINEAR_OF_MANY, LINEAR_OF_PROMPTS
     tune = some if rows <= SOME_ROWS else many if rows <= MANY_ROWS else prompts
     if dtype == torch.float32:

@@ -308,4 +308,4 @@ class Attention(nn.Module):
 
     def project_out(self, out: Activations) -> Tensor:
         """The grouped low-rank projection, [B, S, H * C] -> [B, S, D]."""
-        return self.o_b_proj(grouped(out, self.o_a_proj, self.groups, self.o_b_proj))
+        return self.o_b_proj(grouped(out, self.o_a_proj, self.groups))

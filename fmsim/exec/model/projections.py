@@ -13,7 +13,7 @@ from fmsim.exec.kernels import one_row
 from fmsim.exec.kernels.linear import are_rounded, grouped_product
 from fmsim.exec.kernels.linear import linear as multiply
 from fmsim.exec.kernels.rms_norm import rms_norm
-from fmsim.exec.kernels.rounded_rows import Activations, Float8Rows, wide_rows
+from fmsim.exec.kernels.rounded_rows import Activations, wide_rows
 from fmsim.exec.kernels.weights import BLOCK, dequantise, scale_shape
 
 
@@ -73,18 +73,12 @@ def normed(x: Tensor, norm: nn.Module, *projections: Projection) -> Activations:
     return norm(x)
 
 
-def grouped(
-    x: Activations, projection: Projection, groups: int, then: Projection | None = None
-) -> Activations:
+def grouped(x: Activations, projection: Projection, groups: int) -> Tensor:
     """x [..., groups * in] -> [..., out]: group g of the projection's rows [out, in] times the g-th
-    slice of x; as the projection takes it that comes ``then``.
+    slice of x.
     """
     if isinstance(projection, Float8Linear):
-        count = x.count if isinstance(x, Float8Rows) else x.shape[:-1].numel()
-        for_next = then is not None and takes_float8(count, then)
-        return multiply(
-            x, projection.weight, projection.scale, groups, projection.float8_rows, for_next
-        )
+        return multiply(x, projection.weight, projection.scale, groups, projection.float8_rows)
     return grouped_product(x, projection.weight.to(x.dtype), groups)
 
 

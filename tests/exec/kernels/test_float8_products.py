@@ -66,7 +66,7 @@ def test_the_shipped_table_names_ways_that_there_are():
 def test_elsewhere_than_on_a_hopper_gpu_ours_does_it():
     weight, scale = quantise(torch.randn(256, 256))
     rows = round_rows(torch.ones(64, 256).bfloat16())
-    assert products.product(rows, weight, scale, 1, False, linear_triton) is None
+    assert products.product(rows, weight, scale, 1, linear_triton) is None
 
 
 @pytest.mark.gpu
@@ -82,8 +82,6 @@ def test_every_way_gives_the_references_product(monkeypatch, rows, groups):
         monkeypatch.setattr(products, "order", lambda *_, name=name: [name])
         for given in (x, round_rows(x)):
             assert relative_error(linear(given, weight, scale, groups, True), expected) < 1e-2
-        for_next = linear(x, weight, scale, groups, True, for_next=True)
-        assert relative_error(for_next.widened(), expected) < 4e-2  # three bits
 
 
 @pytest.mark.gpu
@@ -101,5 +99,5 @@ def test_what_refuses_a_shape_is_not_asked_again(monkeypatch):
     weight, scale = quantise(torch.randn(256, 512, device="cuda"))
     x = torch.ones(64, 512, device="cuda").bfloat16()
     for rows in (x, x[:33]):  # nor with other rows
-        assert products.product(round_rows(rows), weight, scale, 1, False, linear_triton) is None
+        assert products.product(round_rows(rows), weight, scale, 1, linear_triton) is None
     assert len(asked) == 1

@@ -24,7 +24,7 @@ TUNES = [
     tuning.LinearTuning(block_outputs=32, programs=40),
     tuning.LinearTuning(block_outputs=128, block_rows=128, programs=6, warps=8, stages=3),
     tuning.LinearTuning(block_outputs=64, block_rows=32, programs=7, near_rows=2),
-    tuning.LinearTuning(block_outputs=64, block_rows=64, programs=20, rounds_inside=True),
+    tuning.LinearTuning(block_outputs=64, block_rows=64, programs=20),
 ]
 
 

@@ -13,7 +13,6 @@ from transformers import DeepseekV4Config
 from fmsim.exec.kernels.attention_rows import Rows
 from fmsim.exec.kernels.hyper_connection import enter_triton
 from fmsim.exec.kernels.layout import plain
-from fmsim.exec.kernels.linear import linear_reference, linear_triton
 from fmsim.exec.kernels.norm_rope import norm_rope_reference, norm_rope_triton
 from fmsim.exec.kernels.rms_norm import rms_norm_reference, rms_norm_triton
 from fmsim.exec.kernels.rounded_rows import (
@@ -23,8 +22,7 @@ from fmsim.exec.kernels.rounded_rows import (
     wide_rows,
 )
 from fmsim.exec.kernels.sparse_attention import sparse_attention_reference, sparse_attention_triton
-from fmsim.exec.kernels.tuning import AttentionTuning, LinearTuning
-from fmsim.exec.kernels.weights import quantise
+from fmsim.exec.kernels.tuning import AttentionTuning
 from fmsim.exec.model.hyper_connection import HyperConnection
 from fmsim.exec.model.norm_rope import RMSNorm
 
@@ -132,27 +130,3 @@ def test_attention_rounds_its_output(device, programs, heads, size):
     for run, how in ((sparse_attention_triton, {"tune": tune}), (sparse_attention_reference, {})):
         found, wide = (run(*given_, rounded, **how)[0] for rounded in (True, False))
         assert same(found, wide.flatten(1))
-
-
-@on_each_device
-@settings(max_examples=3, deadline=None)
-@given(
-    seed=st.integers(0, 2**32),
-    rows=st.sampled_from([17, 40]),
-    inputs=st.sampled_from([128, 384]),
-    dtype=st.sampled_from(DTYPES),
-    block=st.sampled_from([64, 128]),
-    programs=st.sampled_from([1, 40]),
-)
-def test_a_product_rounds_its_own_for_the_next(device, seed, rows, inputs, dtype, block, programs):
-    """Also where several programs share its columns, and where one has not all of a scale."""
-    generator = torch.Generator().manual_seed(seed)
-    weight, scale = quantise(torch.randn(256, inputs, generator=generator).to(device))
-    x = round_rows_triton(drawn(generator, rows, 1, 2 * inputs).to(device, dtype))
-    tune = LinearTuning(
-        block_outputs=block, block_rows=32, programs=programs, warps=8, fewest_turns=1
-    )
-    wide = linear_triton(x, weight, scale, 2, tune=tune)
-    assert same(linear_triton(x, weight, scale, 2, for_next=True, tune=tune), wide)
-    wide = linear_reference(x, weight, scale, 2)
-    assert same(linear_reference(x, weight, scale, 2, for_next=True), wide)
