@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import DeepseekV4Config
 
+from fmsim.exec.kernels.norm_rope import norm_rope
 from fmsim.exec.kernels.rounded_rows import Activations, wide_rows
 from fmsim.exec.model.cache import Access, LayerCache, StepLayer
 from fmsim.exec.model.compressor import Compressor
@@ -304,6 +305,11 @@ class Attention(nn.Module):
 
     def _output(self, out: Tensor, angles: Tensor) -> Tensor:
         """Undo the values' RoPE at the query's position, then project."""
+        leading = out.shape[:2]
+        if takes_float8(leading.numel(), self.o_a_proj, groups=self.groups):
+            turn = angles.cos().flatten(0, 1), angles.sin().flatten(0, 1)
+            rows = norm_rope(out.flatten(0, 1), turn, inverse=True, rounded=True)
+            return self.project_out(rows._replace(leading=leading))
         return self.project_out(rotate(out, angles[:, :, None], inverse=True).flatten(2))
 
     def project_out(self, out: Activations) -> Tensor:

@@ -8,7 +8,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
+from fmsim.exec.kernels.rounded_rows import round_rows
 from fmsim.exec.kernels.weights import dequantise
+from fmsim.exec.model import attention, projections
 from fmsim.exec.model.attention import Attention
 from fmsim.exec.model.experts import Experts, MoE
 from fmsim.exec.model.kinds import CSA, HCA, SLIDING
@@ -96,6 +98,25 @@ def test_groups_have_inputs_of_their_own(kind):
     ]
     torch.testing.assert_close(grouped(x, made, 3), torch.cat(expected, -1))
     torch.testing.assert_close(made(x[..., :INPUTS]), x[..., :INPUTS] @ wide.T)
+
+
+@torch.inference_mode()
+def test_a_prompts_rows_are_rounded_once(monkeypatch):
+    """The result is as if each projection rounded its own."""
+    torch.manual_seed(0)
+    config = nano_config()
+    config.o_groups, config.o_lora_rank = 3, 128  # whole scales
+    layer = Attention(config, CSA)
+    hold_float8(layer, published_float8(layer), float8_rows=True)
+    fill_float8(layer)
+    x, positions = torch.randn(2, 20, config.hidden_size), torch.arange(20).expand(2, 20)
+    assert layer.takes_float8(40)
+    found, there = layer(round_rows(x), positions, None)
+    for module in (attention, projections):
+        monkeypatch.setattr(module, "takes_float8", lambda *_, **__: False)
+    expected, accessed = layer(x, positions, None)
+    assert torch.equal(found, expected)
+    assert all(map(torch.equal, there, accessed))
 
 
 def test_what_the_release_has_in_float8():
