@@ -6,6 +6,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from kernel_pools import on_each_device, relative_error
 from torch import nn
 
 from fmsim.exec.kernels.rounded_rows import round_rows
@@ -100,23 +101,28 @@ def test_groups_have_inputs_of_their_own(kind):
     torch.testing.assert_close(made(x[..., :INPUTS]), x[..., :INPUTS] @ wide.T)
 
 
+@on_each_device
 @torch.inference_mode()
-def test_a_prompts_rows_are_rounded_once(monkeypatch):
-    """The result is as if each projection rounded its own."""
+def test_a_prompts_rows_are_rounded_once(device, monkeypatch):
+    """The result is as if each projection rounded its own; on a GPU, kernels make what torch made
+    then, and its last bit decides what is rounded up.
+    """
     torch.manual_seed(0)
     config = nano_config()
     config.o_groups, config.o_lora_rank = 3, 128  # whole scales
-    layer = Attention(config, CSA)
+    dtype = torch.float32 if device == "cpu" else torch.bfloat16
+    layer = Attention(config, CSA).to(device, dtype)
     hold_float8(layer, published_float8(layer), float8_rows=True)
     fill_float8(layer)
-    x, positions = torch.randn(2, 20, config.hidden_size), torch.arange(20).expand(2, 20)
+    x = torch.randn(2, 20, config.hidden_size).to(device, dtype)
+    positions = torch.arange(20, device=device).expand(2, 20)
     assert layer.takes_float8(40)
     found, there = layer(round_rows(x), positions, None)
     for module in (attention, projections):
         monkeypatch.setattr(module, "takes_float8", lambda *_, **__: False)
     expected, accessed = layer(x, positions, None)
-    assert torch.equal(found, expected)
-    assert all(map(torch.equal, there, accessed))
+    assert relative_error(found, expected) <= (0 if device == "cpu" else 0.03)
+    assert torch.equal(there.ids, accessed.ids) and torch.equal(there.hidden, accessed.hidden)
 
 
 def test_what_the_release_has_in_float8():
