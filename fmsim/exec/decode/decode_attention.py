@@ -326,12 +326,12 @@ class DecodeAttention:
         attention, turn = self.attention, tuple(part[:, 0] for part in now.turn)
         latent, kv, *compressed = self.of_input(x)
         x, norm = wide_rows(x), attention.q_a_norm
-        if self.rounds_latent:
-            latent, norm = rms_norm(latent, norm, rounded=True), None
         with beside(x.device, SideStream.APPEND):
             if attention.kind == CSA:
                 weights = compressed.pop() * self.index_scale
             self._append(kv, compressed, now)
+        if self.rounds_latent:
+            latent, norm = rms_norm(latent, norm, rounded=True), None
         if attention.kind == CSA:
             with beside(x.device, SideStream.QUERIES):
                 q = self._turned_queries(latent, norm, turn)
@@ -370,8 +370,8 @@ class DecodeAttention:
         return attention.project_out(out)
 
     def _turned_queries(self, latent: Activations, norm: nn.Module | None, turn: Turn) -> Tensor:
-        """Of the latent [B, 1, q_lora_rank], with a norm before the normed one: rotated, [B, H,
-        C].
+        """Of the latent [B, 1, q_lora_rank], after the ``norm`` if it is still to come: rotated,
+        [B, H, C].
         """
         attention = self.attention
         [q] = self.queries(latent, norm)

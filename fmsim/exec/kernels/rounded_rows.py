@@ -104,12 +104,10 @@ def round_rows_reference(x: Tensor) -> Float8Rows:
 
 
 def round_rows_triton(x: Tensor) -> Float8Rows:
-    found, rows = (
-        Float8Rows.empty(x.shape[:-1], x.shape[-1], x.dtype, x.device, x),
-        x.flatten(0, -2),
-    )
+    rows = x.flatten(0, -2)
     assert rows.stride(1) == 1, "a row's values lie side by side"
     count, columns = rows.shape
+    found = Float8Rows.empty(x.shape[:-1], columns, x.dtype, x.device, x)
     _round_rows[(cdiv(count, ROWS), cdiv(columns, BLOCK))](
         rows,
         found.codes.view(torch.uint8),
