@@ -322,18 +322,24 @@ def two_gpus(result: Result) -> str:
 
 
 def float8_products(result: Result) -> str:
-    """The fastest way to each product of float8 rows, beside torch with bfloat16 weights."""
-    rows = []
+    """The fastest way to each product of float8 rows, beside torch with bfloat16 weights: alone,
+    and with what makes the rows, where that was timed.
+    """
+    wide, rows = "torch, bf16", []
     for shape in result["shapes"]:
         name = f"{shape['inputs']:,} x {shape['outputs']:,}"
         name += f" / {shape['groups']}" if shape["groups"] > 1 else ""
         for row in shape["rows"]:
-            wide = row["us"]["torch, bf16"]
-            way = min((way for way in row["us"] if way != "torch, bf16"), key=row["us"].get)
-            us = row["us"][way]
-            figures = f"{us:,.1f}", f"{us / wide:.2f}", f"{us / row['floor_us']:.1f}"
-            rows.append([name, f"{row['rows']:,}", way, *figures])
+            alone, made = row["us"], row.get("producer_us", {})
+            way = min((way for way in alone if way != wide), key=alone.get)
+            us = alone[way]
+            cells = [f"{us:,.1f}", f"{us / alone[wide]:.2f}", f"{us / row['floor_us']:.1f}"]
+            cells += [f"{made[how]:,.1f}" if how in made else "" for how in ("as it is", "rounded")]
+            both = row.get("with_producer_us")
+            cells += [f"{both[way]:,.1f}", f"{both[way] / both[wide]:.2f}"] if both else ["", ""]
+            rows.append([name, f"{row['rows']:,}", way, *cells])
     head = ["inputs x outputs", "rows", "fastest", "us", "of torch's bf16", "of the floor"]
+    head += ["making the rows, us", "and rounding, us", "all, us", "of torch's bf16"]
     return table(head, rows)
 
 

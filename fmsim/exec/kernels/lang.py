@@ -78,19 +78,3 @@ def after_previous():
     """
     wait_for_previous()
     let_next_begin()
-
-
-@triton.jit
-def prefetch(start, n_bytes):
-    """Ask for runs of bytes, at pointers [N] of 16 bytes' alignment and int32 [N] long, in the L2;
-    from Hopper on.
-    """
-    if COMPILED and cuda_capability_geq(9, 0):
-        tl.inline_asm_elementwise(
-            "cp.async.bulk.prefetch.L2.global [$1], $2; mov.b32 $0, 0;",
-            "=r,l,r",
-            [start.to(tl.int64), n_bytes],
-            dtype=tl.int32,
-            is_pure=False,
-            pack=1,
-        )

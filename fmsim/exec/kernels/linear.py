@@ -26,7 +26,6 @@ from fmsim.exec.kernels.lang import (
     cdiv,
     next_power_of_2,
     overlapped,
-    prefetch,
     runs_compiled,
     tl,
     triton,
@@ -43,7 +42,6 @@ from fmsim.exec.kernels.weights import BLOCK, dequantise
 
 FEWEST_OUTPUTS = 16  # of a program: a matrix instruction's
 MOST_SPLITS = 16
-PREFETCH = False
 MANY_TURNS = 16  # of a program's loop: with fewer, programs should not crowd
 
 
@@ -164,7 +162,6 @@ def linear_triton(
         NEAR_ROWS=tune.near_rows,
         STAGES=tune.stages,
         FLOAT8_ROWS=float8_rows,
-        PREFETCH=PREFETCH,
         SPLIT=splits > 1,
         num_warps=tune.warps,
         **overlapped(rows),
@@ -211,7 +208,6 @@ def _linear(
     NEAR_ROWS: tl.constexpr,
     STAGES: tl.constexpr,
     FLOAT8_ROWS: tl.constexpr,
-    PREFETCH: tl.constexpr,
     SPLIT: tl.constexpr,
 ):
     """One program: a block of outputs of a block of rows, over ``share`` blocks of inputs.
@@ -220,6 +216,7 @@ def _linear(
     the weights in the L2. A block of outputs and a block of inputs lie in one scale's block, so a
     scale is one number; it is read a block ahead.
     """
+    after_previous()
     # the weights are the left operand: many, they fill the matrix units, and may be in registers
     OUTPUT_BLOCKS: tl.constexpr = (OUTPUTS + BLOCK_OUTPUTS - 1) // BLOCK_OUTPUTS
     near = tl.program_id(0) // (NEAR_ROWS * OUTPUT_BLOCKS) * NEAR_ROWS
@@ -234,12 +231,6 @@ def _linear(
     # What lies beyond the last is read as another, and not stored. Rows come round from the first,
     # so that of a tile with one row not every program reads one line of the L2 128 times.
     there = tl.minimum(output, OUTPUTS - 1)
-    if PREFETCH:
-        prefetch(
-            weight + there.to(tl.int64) * INPUTS + first * BLOCK_INPUTS,
-            (last - first) * BLOCK_INPUTS + tl.zeros_like(there),
-        )
-    after_previous()
     asked = row % rows
     x += (start // OF_GROUP) * INPUTS
     x_scale += (start // OF_GROUP) * (INPUTS // SCALED) * scale_stride
