@@ -27,7 +27,6 @@ OWN = "own"  # with the sizes that `tuning.linear` gives
 OWN_TUNES = {
     "own, 64 rows": tuning.FLOAT8_LINEAR_OF_SOME,
     "own, 128 rows": tuning.FLOAT8_LINEAR_OF_MANY,
-    "own, 128 outputs": tuning.FLOAT8_LINEAR_OF_WIDE,
 }
 COLUMNS = 4 * BLOCK  # of a weight: its scales lie in rows of 16 bytes
 

@@ -172,10 +172,6 @@ FLOAT8_LINEAR_OF_SOME = LinearTuning(
 FLOAT8_LINEAR_OF_MANY = LinearTuning(
     block_outputs=64, block_rows=128, programs=264, warps=4, stages=3
 )
-# few rows of a weight with many outputs
-FLOAT8_LINEAR_OF_WIDE = LinearTuning(
-    block_outputs=128, block_rows=64, programs=396, warps=8, stages=3, fewest_turns=4
-)
 SOME_ROWS, MANY_ROWS = 64, 256  # at most
 FLOAT8_SOME_ROWS = 192  # of float8, at most
 FLOAT32_ROWS = 32  # of a block: they take twice the shared memory
