@@ -30,6 +30,12 @@ def pytest_addoption(parser):
     parser.addoption("--slow", action="store_true", help="run what takes long on a CPU too")
 
 
+def pytest_configure(config):
+    """Workers take neighbours, which share fixtures, and at the end from each other."""
+    if config.getoption("dist", "no") == "load":
+        config.option.dist = "worksteal"
+
+
 def pytest_collection_finish():
     gc.collect()
     gc.freeze()

@@ -16,6 +16,7 @@ import numpy as np
 
 from fmsim.policies import registry
 from fmsim.policies.base import Context, Observation, Policy, PolicyParams
+from fmsim.replay.cache_manager import CacheManager
 from fmsim.replay.decode_loop import DecodeLoop
 from fmsim.replay.ledger import Ledger
 from fmsim.replay.replayer import Replayer
@@ -45,13 +46,21 @@ class Subject:
         return Replayer(self.trace)
 
     @cached_property
-    def ledger(self) -> Ledger:
-        return self.replayer.run(self.make())
+    def replayed(self) -> tuple[Policy, Ledger, list[bytes]]:
+        """A policy after its first replay under numpy, the ledger of that, and of each step a
+        digest of the pages in the slots at its end.
+        """
+        policy, placed = self.make(), list[bytes]()
+        ledger = self.replayer.run(policy, lambda manager: placed.append(_digest(manager)))
+        return policy, ledger, placed
 
-    @cached_property
+    @property
+    def ledger(self) -> Ledger:
+        return self.replayed[1]
+
+    @property
     def placed(self) -> list[bytes]:
-        """Of each step a digest of the pages in the slots at its end, under numpy."""
-        return list(_placed(self.replayer, self.make()))
+        return self.replayed[2]
 
     def fits(self) -> bool:
         """The budget holds what the policy pins; what else is wrong, the rules tell."""
@@ -104,11 +113,10 @@ def parameters(policy: type[Policy] | Policy) -> None:
 
 
 def repeats(subject: Subject) -> None:
-    """A new object, and one that was used, do the same on the same trace."""
-    used = subject.make()
-    subject.replayer.run(used)
+    """A new object does the same on the same trace when it is used again."""
+    used, ledger, _ = subject.replayed
     again = subject.replayer.run(used)
-    for name, value in vars(subject.ledger).items():
+    for name, value in vars(ledger).items():
         assert np.array_equal(value, getattr(again, name)), (
             f"{subject.name}: {name} differs after a second reset: make all state in `reset`, and"
             " draw random numbers from ctx.seed"
@@ -295,8 +303,13 @@ def _placed(replayer: Replayer, policy: Policy, xp: Any = None) -> Iterator[byte
     loop = DecodeLoop([source.book], source)
     for _ in range(replayer.n_steps):
         loop.advance()
-        slots = np.asarray(source.manager.residency.slots).astype("<i8")
-        yield hashlib.blake2b(slots.tobytes(), digest_size=16).digest()
+        yield _digest(source.manager)
+
+
+def _digest(manager: CacheManager) -> bytes:
+    """Of the pages in its slots."""
+    slots = np.asarray(manager.residency.slots).astype("<i8")
+    return hashlib.blake2b(slots.tobytes(), digest_size=16).digest()
 
 
 class Placing:

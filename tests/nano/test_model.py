@@ -64,10 +64,7 @@ def test_it_is_a_deepseek_v4_in_everything_and_small():
 
 def test_it_finds_a_needle(nano, text):
     corpus = corpora.Corpus(text.astype(np.uint16), np.array([0, len(text)]), ["a trace's prompt"])
-    answers = []
-    for seed in range(2):
-        prompt = evaluation_prompt("single", 1500, np.random.default_rng(seed), corpus)
-        session = Session(nano, 1600)
-        session.read(prompt.tokens.astype(np.int64))
-        answers.append(exact(prompt.answer, session.generate(len(prompt.answer))))
-    assert all(answers)
+    prompt = evaluation_prompt("single", 1500, np.random.default_rng(0), corpus)
+    session = Session(nano, 1600)
+    session.read(prompt.tokens.astype(np.int64))
+    assert exact(prompt.answer, session.generate(len(prompt.answer)))

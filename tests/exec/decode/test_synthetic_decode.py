@@ -9,7 +9,7 @@ torch = pytest.importorskip("torch", reason="the engine needs fmsim[model]")
 pytest.importorskip("transformers", reason="the engine needs fmsim[model]")
 
 from contextlib import nullcontext
-from dataclasses import fields
+from dataclasses import fields, replace
 
 from command import fmsim_here
 from kernel_pools import no_waits
@@ -98,11 +98,15 @@ def test_a_lookahead_policy_keeps_the_keys_of_what_its_indexer_scores(
     resident among them.
     """
     monkeypatch.setattr(trace_driven, "DecodeLoop", Unwaiting)
-    replayer = Replayer(make_trace(prompt_tokens=800, n_steps=68))
+    trace = make_trace(prompt_tokens=800, n_steps=20)
+    header = trace.header.model_copy(update={"tau": 8})  # decisions at steps 0, 8 and 16
+    states = make_trace(n_steps=130).hidden  # three, which differ
+    replayer = Replayer(replace(trace, header=header, hidden=states))
     spec = {
         "policy": "lsa",
         "budget": "30%",
         "stale": False,
+        "cadence": 8,
         "layers": [0],
         "checkpoint": save_indexer(tmp_path / "indexer.safetensors"),
         "granularity": granularity,
