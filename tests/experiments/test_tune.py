@@ -106,7 +106,7 @@ def test_a_search_keeps_the_floor_finds_the_fast_and_repeats_by_its_seed(scenari
     search = lambda seed: tune(
         ScenarioFile(scenario, policies=["oracle"]),
         ranges_of("oracle", ["budget=1%..60%", "granularity"]),
-        12,
+        8,
         0.9,
         seed,
     )

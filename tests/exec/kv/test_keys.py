@@ -38,13 +38,8 @@ DEVICES = [
     [*((options, None) for options in OPTIONS), (OPTIONS[0], True), (OPTIONS[-1], True)],
     ids=lambda value: "kernels" if value is True else str(value or ""),
 )
-def test_both_places_of_keys_select_the_same_step_for_step(
-    prompts, tmp_path, options, kernels, device
-):
-    spec = lookahead(tmp_path, "28 entries", TARGETS, **options)
-    everything, tiered = (
-        Decoded(prompts(device), spec, where, kernels=kernels) for where in ("all", "tiered")
-    )
+def test_both_places_of_keys_select_the_same_step_for_step(decoded, options, kernels, device):
+    everything, tiered = (decoded(options, where, device, kernels) for where in ("all", "tiered"))
     assert tiered.batch.keys.tiered == TIERED
     assert torch.equal(tiered.ids, everything.ids)
     assert tiered.tokens == everything.tokens
@@ -155,14 +150,17 @@ def test_with_room_for_everything_nothing_is_lost(prompts, tmp_path, device):
 
 
 @pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize("granularity", [1, 4])
+@pytest.mark.parametrize("options", [{}, {"granularity": 4}], ids=str)
 def test_a_page_of_keys_is_where_its_entries_are_and_the_mirror_has_them_all(
-    prompts, tmp_path, granularity, device
+    prompts, decoded, tmp_path, options, device
 ):
     """At every step: new keys were written through, and recalled ones, ahead of a decision or not,
     came whole.
     """
-    spec = lookahead(tmp_path, "28 entries", TARGETS, granularity=granularity)
+    spec, granularity = (
+        lookahead(tmp_path, "28 entries", TARGETS, **options),
+        options.get("granularity", 1),
+    )
 
     def compare(batch):
         cache, layout = batch.tiers.keys, batch.tiers.keys.layout
@@ -186,10 +184,8 @@ def test_a_page_of_keys_is_where_its_entries_are_and_the_mirror_has_them_all(
                     and ((slot < 0).any() or b > 0)
                 )
 
-    tiered, everything = (
-        Decoded(prompts(device), spec, "tiered", compare),
-        Decoded(prompts(device), spec, "all"),
-    )
+    tiered = Decoded(prompts(device), spec, "tiered", compare)
+    everything = decoded(options, "all", device)
     for b, closed in enumerate((length + STEPS) // 4 for length in LENGTHS):
         for number, layer in enumerate(TIERED):
             cache = tiered.batch.tiers.keys

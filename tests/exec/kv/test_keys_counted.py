@@ -90,9 +90,8 @@ def test_bytes_are_those_of_the_replay_and_of_its_footprint(prompts, tmp_path, o
     assert batch.gpu_kv_bytes < everything.batch.gpu_kv_bytes
 
 
-def test_what_is_not_measured_is_said_and_never_counted(prompts, tmp_path):
-    spec = lookahead(tmp_path, "28 entries", TARGETS)
-    everything, tiered = (Decoded(prompts("cpu"), spec, where) for where in ("all", "tiered"))
+def test_what_is_not_measured_is_said_and_never_counted(decoded, tmp_path):
+    everything, tiered = (decoded({}, where, "cpu") for where in ("all", "tiered"))
     for one, other in zip(everything.ledgers, tiered.ledgers):
         assert one.unmeasured == [] and other.unmeasured == TIERED
         for name in (

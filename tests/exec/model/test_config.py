@@ -60,24 +60,24 @@ def write(folder: Path, fields: dict) -> None:
 
 
 @torch.no_grad()
-def test_yarn_in_both_spellings_after_230_greedy_tokens(tmp_path):
-    """Across the ends of two HCA entries of 128 tokens, and of YaRN's 64 positions."""
+def test_yarn_in_both_spellings_after_160_greedy_tokens(tmp_path):
+    """Beyond YaRN's 64 positions, across the ends of two HCA entries of 128 tokens."""
     fields = saved(tmp_path)
     write(tmp_path, published(fields))
     reference = transformers.DeepseekV4ForCausalLM.from_pretrained(tmp_path).eval()
     assert reference.config.rope_parameters["compress"]["factor"] == 16
     plain = oracle(layer_types=LAYERS, hc_mult=2)
     model = load_model(tmp_path)
-    texts = torch.randint(0, 64, (3, 40), generator=torch.Generator().manual_seed(1)).tolist()
+    texts = torch.randint(0, 64, (2, 100), generator=torch.Generator().manual_seed(1)).tolist()
     # one token at a time, as the engine decodes
-    batch = Batch([Prompt(model, text, 230) for text in texts], registry.build("full"), tau=64)
-    batch.generate(230)
+    batch = Batch([Prompt(model, text, 160) for text in texts], registry.build("full"), tau=64)
+    batch.generate(160)
     ids = torch.tensor([text + one.tokens for text, one in zip(texts, batch.requests)])
     # transformers without its cache: with one, it decodes otherwise than it reads
     logits = reference(ids).logits
     assert (plain(ids).logits - logits).abs().max() > 1e-2, "YaRN must matter here"
     torch.testing.assert_close(batch.logits, logits[:, -1], atol=1e-4, rtol=0)
-    assert torch.equal(logits[:, 39:-1].argmax(-1), ids[:, 40:])
+    assert torch.equal(logits[:, 99:-1].argmax(-1), ids[:, 100:])
     found = model(ids)[0]
     torch.testing.assert_close(found, logits, atol=1e-4, rtol=0)
     transformers.DeepseekV4Config.from_pretrained(tmp_path).save_pretrained(tmp_path)
@@ -188,7 +188,7 @@ def test_a_random_configuration_is_equal_or_refused(changed, tokens, seed, tmp_p
     torch.testing.assert_close(logits, expected, atol=1e-4 * scale, rtol=0)
 
 
-@pytest.mark.parametrize("rate", [1, 3, 4, 8])
+@pytest.mark.parametrize("rate", [1, 3, 8])  # 4 is every other decode's
 def test_any_rate_decodes_and_records(rate, tmp_path):
     from fmsim.exec.runs.record import trace_header, trace_of
 
