@@ -68,7 +68,9 @@ def test_installed_alone_it_runs_a_scenario_by_name_in_any_folder(wheel, tmp_pat
     place = tmp_path / "venv"
     venv.create(place, with_pip=False)
     python = place / "bin" / "python"
-    installed = pip("--python", python, "install", "-q", "--no-index", "--no-deps", wheel)
+    installed = pip(
+        "--python", python, "install", "-q", "--no-compile", "--no-index", "--no-deps", wheel
+    )
     assert installed.returncode == 0, installed.stderr
     site = next(place.glob("lib/python*/site-packages"))
     # what fmsim needs comes from this environment, whose own .pth files do not count there

@@ -113,7 +113,7 @@ def parameters(policy: type[Policy] | Policy) -> None:
 
 
 def repeats(subject: Subject) -> None:
-    """A new object does the same on the same trace when it is used again."""
+    """A new object, and one that was used, do the same on the same trace."""
     used, ledger, _ = subject.replayed
     again = subject.replayer.run(used)
     for name, value in vars(ledger).items():

@@ -31,7 +31,7 @@ from fmsim.indexer.windows import Windows
 
 CONFIG = ScorerConfig(rope_dims=2, rope_theta=10_000.0)
 HIDDEN, HEAD_DIM, LAYERS, ENTRIES, QUERIES = 16, 8, 2, 256, 24
-OPTIONS = TrainOptions(heads=8, rank=16, steps=200, evaluate_every=50, learning_rate=1e-2, seed=1)
+OPTIONS = TrainOptions(heads=8, rank=16, steps=160, evaluate_every=40, learning_rate=1e-2, seed=1)
 READOUT = np.random.default_rng(99).standard_normal((LAYERS, HEAD_DIM, HIDDEN)) / HIDDEN**0.5
 
 

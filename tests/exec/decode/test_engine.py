@@ -20,7 +20,7 @@ from fmsim.exec.runs.record import trace_header, trace_of
 from fmsim.policies import registry
 from fmsim.replay.replayer import Replayer
 
-STEPS, TAU = 44, 8
+STEPS, TAU, LENGTH = 36, 8, 158
 
 
 @pytest.fixture(scope="module")
@@ -28,7 +28,7 @@ def prompt():
     model = ours(oracle(layer_types=[CSA, HCA, CSA], index_topk=8))
     return Prompt(
         model,
-        torch.randint(0, 64, (150,), generator=torch.Generator().manual_seed(3)).tolist(),
+        torch.randint(0, 64, (LENGTH,), generator=torch.Generator().manual_seed(3)).tolist(),
         STEPS,
     )
 
@@ -175,9 +175,9 @@ def test_states_come_at_a_spacing_of_the_policys_own(prompt, tmp_path, name):
                 positions.append(engine.request.newest_state(25).position)
         ledgers.append(engine.ledger())
         assert sorted(engine.request.hidden) == sorted({*range(0, STEPS + 1, tau), 24, 36})
-    assert positions == [150 + 24 - 1] * 2
+    assert positions == [LENGTH + 24 - 1] * 2
     assert ledgers[0].lookahead_loads.sum() > 0
-    assert np.flatnonzero(ledgers[0].scored).tolist() == [0, 12, 24, 36]
+    assert np.flatnonzero(ledgers[0].scored).tolist() == [0, 12, 24]
     for name in ("resident", "lookahead_loads", "demand_loads", "hit", "scored"):
         assert np.array_equal(getattr(ledgers[0], name), getattr(ledgers[1], name)), name
 
@@ -186,7 +186,7 @@ def test_what_an_engine_cannot_do_is_one_clear_error(prompt):
     with pytest.raises(FmsimError, match="future"):
         Engine(prompt, registry.build("belady"))
     engine = decoded(prompt, "full")
-    with pytest.raises(FmsimError, match="room for 44 decode steps"):
+    with pytest.raises(FmsimError, match="room for 36 decode steps"):
         engine.read([1])
 
 

@@ -112,11 +112,19 @@ REFUSED = [
 ]
 
 
+@pytest.fixture(scope="module")
+def loadable(tmp_path_factory):
+    """A model's directory, and the fields of its config.json."""
+    folder = tmp_path_factory.mktemp("model")
+    return folder, saved(folder)
+
+
 @pytest.mark.parametrize(("change", "name"), REFUSED)
-def test_what_is_not_computed_is_refused_by_name(change, name, tmp_path):
-    write(tmp_path, saved(tmp_path) | change)
+def test_what_is_not_computed_is_refused_by_name(change, name, loadable):
+    folder, fields = loadable
+    write(folder, fields | change)
     with pytest.raises(FmsimError, match=name):
-        load_model(tmp_path)
+        load_model(folder)
 
 
 @pytest.mark.parametrize("text", ["", "[1]", "{", "\x00"])
