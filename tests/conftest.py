@@ -32,6 +32,8 @@ def pytest_addoption(parser):
 
 def pytest_configure(config):
     """Workers take neighbours, which share fixtures, and at the end from each other."""
+    if config.getoption("dist", "no") != "no":
+        gc.enable()  # this process hands tests out, and collects none
     if config.getoption("dist", "no") == "load":
         config.option.dist = "worksteal"
 

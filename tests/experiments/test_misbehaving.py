@@ -150,6 +150,7 @@ class Sleeps(LRU):
         pathlib.Path("asleep").touch()
         time.sleep(10**6)
 """
+SHORT = ("--prompt-file", "text.txt", "--context", 64, "--steps", 2)  # of exec
 LEFT = "its process left with exit code 0 and no result"
 LATE = "it took longer than its time limit (--policy-timeout)"
 
@@ -157,6 +158,7 @@ LATE = "it took longer than its time limit (--policy-timeout)"
 @pytest.fixture(scope="module")
 def plug_ins(folder):
     (folder / "plug_ins.py").write_text(PLUG_INS)
+    (folder / "text.txt").write_text("The river ran past an old mill. " * 20)
     return "plug_ins.py"
 
 
@@ -189,7 +191,7 @@ def test_validate_names_them_and_checks_the_others(folder, plug_ins):
 
 @pytest.mark.slow  # the next one crosses the same edges
 def test_exec_names_one_that_leaves(folder, plug_ins):
-    options = ["--context", 1024, "--steps", 2, "--device", "cpu", "--json"]
+    options = [*SHORT, "--device", "cpu", "--json"]
     done = fmsim_here("exec", "-p", f"{plug_ins}:LeavesAtOnce", *options, folder=folder)
     assert (done.returncode, done.stdout) == (1, "")
     assert done.stderr.endswith(f"fmsim: policy leaves: {LEFT}\n")
@@ -197,7 +199,7 @@ def test_exec_names_one_that_leaves(folder, plug_ins):
 
 def test_exec_names_one_that_sleeps_and_counts_no_start(folder, plug_ins):
     """A second is less than a worker, which loads torch and a model, takes to start."""
-    options = ["--context", 1024, "--steps", 2, "--device", "cpu", "--json"]
+    options = [*SHORT, "--device", "cpu", "--json"]
     (folder / "asleep").unlink(missing_ok=True)
     limit = ["--policy-timeout", 1]
     done = fmsim_here("exec", "-p", f"{plug_ins}:Sleeps", *options, *limit, folder=folder)
