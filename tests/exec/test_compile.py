@@ -31,6 +31,7 @@ DECODE = [
     "linear, float8 rows, 128",
     "copy_rows, entries",
     "stage",
+    "keep",
     "listed",
 ]
 DECODE_KERNELS = {
@@ -57,6 +58,7 @@ DECODE_KERNELS = {
     "_round_rows",
     "_copy_rows",
     "_stage",
+    "_keep",
     "_listed",
 }
 TRAINING = [
@@ -113,7 +115,7 @@ def test_every_kernel_of_a_decode_compiles_for_sm_90(tmp_path):
     assert any("wgmma" in kind and "f16.f16" in kind for kind in many)
     assert any("wgmma" in kind and "e4m3.e4m3" in kind for kind in rounded)
     assert all("cp.async.cg.shared.global" in kinds for kinds in products)  # 16 bytes a thread
-    for kernel in ("_one_row", "_stage", "_copy_rows"):
+    for kernel in ("_one_row", "_stage", "_keep", "_copy_rows"):
         [row] = [row["ptx"] for row in decode if row["kernel"] == kernel]
         assert {"griddepcontrol.wait", "griddepcontrol.launch_dependents"} <= set(row)
 

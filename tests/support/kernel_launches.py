@@ -22,7 +22,7 @@ from fmsim.exec.kernels.one_row import one_row_triton
 from fmsim.exec.kernels.rms_norm import rms_norm_triton
 from fmsim.exec.kernels.router import route_triton
 from fmsim.exec.kernels.sparse_attention import sparse_attention_triton
-from fmsim.exec.kernels.staging import stage_triton
+from fmsim.exec.kernels.staging import keep_triton, stage_triton
 from fmsim.exec.kernels.top_k import top_k_triton
 from fmsim.exec.kernels.weights import scale_shape
 from fmsim.exec.model.experts import Experts, Router, SwiGLU
@@ -226,6 +226,7 @@ def stage():
     long = torch.int64
     pages, fetched = zeros(BATCH, 512, dtype=long), zeros(BATCH, 512, dtype=torch.bool)
     stage_triton(
+        *(zeros(rows, 584, dtype=torch.uint8) for rows in (64, 32)),
         pages,
         fetched,
         zeros(BATCH, dtype=long),
@@ -233,6 +234,13 @@ def stage():
         whole(BATCH, 1025),
         zeros(dtype=long),
     )
+
+
+def kept():
+    long, moves = torch.int64, zeros(21, BATCH, 512, dtype=torch.int64)
+    first, slot_page = zeros(21, dtype=long), zeros(21, BATCH, dtype=long)
+    pool = zeros(64, 584, dtype=torch.uint8)
+    keep_triton(pool, first, slot_page, moves, moves, whole(21, BATCH, 1025))
 
 
 def listed():
@@ -319,6 +327,7 @@ LAUNCHES = {
     "one_row, odd": row_product(200, 136),
     "copy_rows, entries": rows(584),
     "stage": stage,
+    "keep": kept,
     "listed": listed,
     "copy_rows, pages": rows(37_376),
 }

@@ -102,13 +102,17 @@ class EntryPager(Protocol):
     """
 
     wants_masses: bool
+    loads: bool  # `bring` may copy from the host
     homes: Sequence[
         Home
     ]  # of entries: where they are attended to, then further copies that new ones are written to
     key_homes: Sequence[Home]
 
-    def select(self, queries: Tensor, weights: Tensor, visible: Tensor, top_k: int) -> Tensor:
-        """As `model.Pager.select`."""
+    def choose(self, queries: Tensor, weights: Tensor, visible: Tensor, top_k: int) -> None:
+        """As `model.Pager.select`, but for what that brings and returns."""
+
+    def bring(self) -> Tensor:
+        """What was chosen is here for what comes after; its ids, as `model.Pager.select`."""
 
     def reports(
         self, q: Tensor, rows: Rows, masses: Masses | None, x: Tensor, attention: Attention
@@ -119,7 +123,7 @@ class EntryPager(Protocol):
 class AllEntries:
     """The `EntryPager` of a layer that keeps everything: the indexer's top-k of all entries."""
 
-    wants_masses = False
+    wants_masses = loads = False
 
     def __init__(self, attention: Attention, batch: int, entries: int, latent: Layout, key: Layout):
         device = attention.kv_proj.weight.device
@@ -130,12 +134,14 @@ class AllEntries:
         self.scores = new_scores(batch, self.key_homes[0].table.shape[1] * PER_PAGE, device)
         self.ids = self.masses = None  # of the last step
 
-    def select(self, queries: Tensor, weights: Tensor, visible: Tensor, top_k_: int) -> Tensor:
+    def choose(self, queries: Tensor, weights: Tensor, visible: Tensor, top_k_: int) -> None:
         pool, table = self.key_homes[0]
         scores = index_scores(
             queries[:, 0], weights[:, 0].float(), pool, self.key, table, visible, self.scores
         )
         self.ids = top_k(scores.scores, visible, top_k_, scores.maxima)
+
+    def bring(self) -> Tensor:
         return self.ids
 
     def reports(
@@ -333,13 +339,18 @@ class DecodeAttention:
         if self.rounds_latent:
             latent, norm = rms_norm(latent, norm, rounded=True), None
         if attention.kind == CSA:
-            with beside(x.device, SideStream.QUERIES):
-                q = self._turned_queries(latent, norm, turn)
+            # what is loaded from the host comes beside the queries; else its choice does
+            loads = self.pager.loads
+            if not loads:
+                q = self._queries_beside(latent, norm, turn)
             indexer = attention.compressor.indexer
             [index_queries] = self.index_queries(latent, norm)
             queries = norm_rope(index_queries.view(-1, indexer.heads, indexer.width), turn)
             wait_beside(x.device, SideStream.APPEND)
-            ids = self.pager.select(queries[:, None], weights, now.visible, indexer.top_k)
+            self.pager.choose(queries[:, None], weights, now.visible, indexer.top_k)
+            if loads:
+                q = self._queries_beside(latent, norm, turn)
+            ids = self.pager.bring()
             home = self.pager.homes[0]
             wait_beside(x.device, SideStream.QUERIES)
         else:
@@ -368,6 +379,10 @@ class DecodeAttention:
         else:
             out = out.flatten(1)[:, None]
         return attention.project_out(out)
+
+    def _queries_beside(self, latent: Activations, norm: nn.Module | None, turn: Turn) -> Tensor:
+        with beside(latent.device, SideStream.QUERIES):
+            return self._turned_queries(latent, norm, turn)
 
     def _turned_queries(self, latent: Activations, norm: nn.Module | None, turn: Turn) -> Tensor:
         """Of the latent [B, 1, q_lora_rank], after the ``norm`` if it is still to come: rotated,

@@ -90,6 +90,10 @@ class LayerPager:
             self.keys.append(b, key[b : b + 1], index[b : b + 1])
 
     def select(self, queries: Tensor, weights: Tensor, visible: Tensor, top_k: int) -> Tensor:
+        self.choose(queries, weights, visible, top_k)
+        return self.bring()
+
+    def choose(self, queries: Tensor, weights: Tensor, visible: Tensor, top_k: int) -> None:
         lengths = visible.int()
         if self.recalls:
             self.view.wait_for(self.layer)
@@ -97,16 +101,26 @@ class LayerPager:
             not self.keys.complete
         ):  # of resident entries alone; what would have been selected among all is not known
             self.ids = self.keys.best(queries, weights, lengths, top_k)
-            self.view.selections.ids[self.layer].copy_(self.ids)
-            return self.ids
+            return
         scores = self.keys.scores(queries, weights, lengths)
         self.wanted = best(scores.scores, lengths, top_k, scores.maxima)
         self.hit = self._here(self.wanted)
         if self.view.among_resident:
             resident = self._among_resident(scores)
-            self.ids, attended = best(resident.scores, lengths, top_k, resident.maxima), self.hit
-        else:
-            attended = self._load(scores.scores) if self.loads else self.hit
+            self.ids = best(resident.scores, lengths, top_k, resident.maxima)
+        elif self.loads:
+            self.pages, self.fetched = self._to_load(scores.scores)
+
+    def bring(self) -> Tensor:
+        if not self.keys.complete:
+            self.view.selections.ids[self.layer].copy_(self.ids)
+            return self.ids
+        attended = self.hit
+        if self.loads:
+            with self.view.stalled():
+                self.tiers.stage(self.layer, self.pages, self.fetched, self.blocks)
+            attended = (self.wanted >= 0) & self._here(self.wanted)
+        if not self.view.among_resident:
             self.ids = torch.where(attended, self.wanted, -1)
         self.view.selections.book(self.layer, self.wanted, self.hit, attended, self.ids)
         return self.ids
@@ -188,29 +202,17 @@ class LayerPager:
         known = known.masked_fill(missing[:, : known.shape[1]], float("-inf"))
         return Scores(known, known.unflatten(1, (-1, GROUP)).amax(2))
 
-    def _load(self, scores: Tensor) -> Tensor:
-        """Load what `on_miss` says of the wanted entries; bool [B, K], which of them can be
-        attended to.
+    def _to_load(self, scores: Tensor) -> tuple[Tensor, Tensor]:
+        """The pages of the wanted entries, int64 [B, K], -1 = padding, and which of them `on_miss`
+        loads, bool.
 
         "fallback" takes the heaviest pages first: by the indexer's softmax, which is trained to
         follow the attention mass.
         """
-        none = self.wanted < 0
         weight = torch.where(
-            none, float("-inf"), scores.gather(1, self.wanted.clamp(min=0).long())
+            self.wanted < 0, float("-inf"), scores.gather(1, self.wanted.clamp(min=0).long())
         ).softmax(-1)
         use = page_step(self.wanted, weight, self.granularity, shared=False)
-        missing = (use.pages >= 0) & ~(
-            self.blocks.gather(
-                1, torch.where(use.pages < 0, self.blocks.shape[1] - 1, use.pages).long()
-            )
-            >= 0
-        )
-        with self.view.stalled():
-            self.tiers.stage(
-                self.layer,
-                use.pages.long(),
-                self.view.requests[0].manager.to_fetch(use, missing),
-                self.blocks,
-            )
-        return ~none & self._here(self.wanted)
+        columns = torch.where(use.pages < 0, self.blocks.shape[1] - 1, use.pages).long()
+        missing = (use.pages >= 0) & (self.blocks.gather(1, columns) < 0)
+        return use.pages.long(), self.view.requests[0].manager.to_fetch(use, missing)

@@ -47,6 +47,7 @@ class TracePager:
         self.blocks = decode.blocks[layer]
         self.wants_masses = decode.policy.observes and decode.policy.needs_mass
         self.homes = decode.tiers.entries.homes(layer, self.blocks)
+        self.loads = decode.stages
         self.recalls = decode.policy.params.cadence > 1 or decode.policy.prefetches
         self.keeps_keys = layer < decode.keyed_layers
         if self.keeps_keys:
@@ -54,7 +55,7 @@ class TracePager:
         else:
             self.key_homes = decode.tiers.keys.homes(layer - decode.keyed_layers, self.blocks)
 
-    def select(self, queries: Tensor, weights: Tensor, visible: Tensor, top_k: int) -> Tensor:
+    def choose(self, queries: Tensor, weights: Tensor, visible: Tensor, top_k: int) -> None:
         if self.recalls:
             self.decode.tiers.wait_for(self.layer)
         (pool, table), of, resident = (
@@ -69,7 +70,9 @@ class TracePager:
             resident.best(
                 self.decode.group(self.layer), *of, pool, self.step.key, top_k, kept=self.keeps_keys
             )
-        if self.decode.stages:
+
+    def bring(self) -> Tensor:
+        if self.loads:
             self.decode.stage(self.layer)
         return self.step.given[self.trace_layer]
 

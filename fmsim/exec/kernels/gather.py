@@ -10,6 +10,8 @@ of 128 bytes of the source, since a line read in two parts crosses the link in t
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
@@ -25,6 +27,27 @@ from fmsim.exec.kernels.lang import (
 )
 
 LINE_BYTES = 128
+
+
+class RowParts(NamedTuple):
+    """How a row is read: it has ``words`` of type ``word``, of which a line has ``line_words``, and
+    ``segments`` of ``segment`` words from the start of its first line.
+    """
+
+    word: torch.dtype
+    words: int
+    line_words: int
+    segment: int
+    segments: int
+
+
+def row_parts(row_bytes: int, segment_words: int) -> RowParts:
+    """Of a row in segments of at most ``segment_words`` of 8 bytes."""
+    word = torch.int32 if row_bytes % 8 else torch.int64
+    words, line_words = row_bytes // word.itemsize, LINE_BYTES // word.itemsize
+    reach = words + (line_words - 1 if words % line_words else 0)
+    segment = min(segment_words, max(next_power_of_2(reach), line_words))
+    return RowParts(word, words, line_words, segment, cdiv(reach, segment))
 
 
 def copy_rows(
@@ -70,12 +93,8 @@ def copy_rows_triton(
 ) -> None:
     tune = tune or tuning.GATHER
     groups, _, row_bytes = source.shape
-    word = torch.int32 if row_bytes % 8 else torch.int64
-    row_words, line_words = row_bytes // word.itemsize, LINE_BYTES // word.itemsize
-    # of a row from the start of its first line
-    reach = row_words + (line_words - 1 if row_words % line_words else 0)
-    segment = min(tune.segment_words, max(next_power_of_2(reach), line_words))
-    source, target = source.view(word), target.view(word)
+    row = row_parts(row_bytes, tune.segment_words)
+    source, target = source.view(row.word), target.view(row.word)
     _copy_rows[(tune.programs,)](
         source,
         target,
@@ -88,12 +107,12 @@ def copy_rows_triton(
         target.stride(0),
         pages.stride(0),
         slots.stride(0),
-        ROW_WORDS=row_words,
-        LINE_WORDS=line_words,
+        ROW_WORDS=row.words,
+        LINE_WORDS=row.line_words,
         GROUPS_PADDED=next_power_of_2(groups),
-        SEGMENT=segment,
-        SEGMENTS=cdiv(reach, segment),
-        TILE=tune.tile_words // segment,
+        SEGMENT=row.segment,
+        SEGMENTS=row.segments,
+        TILE=tune.tile_words // row.segment,
         STAGES=tune.stages,
         num_warps=tune.warps,
         **overlapped(pages),

@@ -91,6 +91,20 @@ class GatherTuning(NamedTuple):
     stages: int = 4
 
 
+class StagingTuning(NamedTuple):
+    """Of two kernels that no sweep has."""
+
+    # as GatherTuning's; what a program has on the way
+    segment_words: int = 128
+    tile_words: int = 2048
+    # over batch and places of a selection, of what comes over the link, and of what stays within
+    # the GPU; a program has at most so many places
+    programs: int = 128
+    programs_within: int = 528
+    most_places: int = 512
+    warps: int = 4
+
+
 class HyperConnectionTuning(NamedTuple):
     # of one stream, a tile: with four streams of 4,096 channels 128 programs read the weights of
     # one token
@@ -150,6 +164,7 @@ INDEX_SCORES, MEMORY_SCORES = (
 # of float8 queries, a few layers at once
 FLOAT8_MEMORY_SCORES = IndexScoresTuning(programs=264)
 TOP_K, COMPRESS, GATHER = TopKTuning(), CompressTuning(), GatherTuning()
+STAGING = StagingTuning()
 ATTENTION, ATTENTION_OF_SOME = (
     AttentionTuning(),
     AttentionTuning(block_heads=64, block_rows=64, programs=132, warps=8),

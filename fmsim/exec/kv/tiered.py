@@ -137,6 +137,10 @@ class TieredCache:
             self.mirror.flatten(0, 1),
             self._layers_begin([layer * mirror_pages for layer in range(layers)]),
         )
+        # int64 [L, B]: where a request's slots begin in the storage, and its pages in all of the
+        # mirror
+        self._slot_page = self._of_pool.first[:, 0] + self._first_slot[..., 0]
+        self._mirror_page = self._of_mirror.first[:, 0] + self._first_page[:, 0]
         self.beside = beside or Beside(self.device)
         self._late = [self.beside.event() for _ in range(layers)] if mirrored else []
         self._ahead: Tensor | None = (
@@ -291,18 +295,16 @@ class TieredCache:
         """Bring pages [B, n] of each request where `fetched` from the mirror into staging pages,
         and enter them in `blocks` int32 [B, P + 1].
         """
-        moves = staging.stage(
+        staging.stage(
+            self._of_mirror.pages,
+            self.pool[layer],
             pages,
             fetched,
-            self._first_page[:, 0],
+            self._mirror_page[layer],
             self._first_stage[0 if self.even else layer, :, 0],
             blocks,
             self.staged_pages,
         )
-        of_requests = (
-            rows.expand(len(pages), -1, -1) for rows in (self.mirror[layer], self.pool[layer])
-        )
-        copy_rows(*of_requests, *moves)
 
     def settle(
         self,
@@ -315,8 +317,13 @@ class TieredCache:
         """Give pages that were let in their slots: from staging where `blocks` int32 [L, B, P + 1]
         has them there, or from the mirror, unless they are `all_staged`.
         """
-        pages = _by_request(pages).expand(-1, blocks.shape[1], -1)
-        self._admit(pages, _by_request(slots), self._places(blocks, pages), request, all_staged)
+        shape = (self.layers, blocks.shape[1], pages.shape[-1])
+        pages, slots = (_by_request(part).expand(shape) for part in (pages, slots))
+        slot_page = self._slot_page[:, part_of(request)]
+        staging.keep(self.storage, self._of_pool.first.view(-1), slot_page, pages, slots, blocks)
+        if not all_staged:
+            staged = self._places(blocks, pages) >= 0
+            self._admit(pages, torch.where(staged, -1, slots), None, request)
 
     def _places(self, blocks: Tensor, pages: Tensor) -> Tensor:
         """Of pages [L, B, m] the pool's, int64, by ``blocks``."""
@@ -328,7 +335,6 @@ class TieredCache:
         slots: Tensor,
         staged: Tensor | None,
         request: Requests,
-        all_staged: bool = False,
         late: bool = False,
     ) -> None:
         """Copy pages [L, B or 1, m] into slots: within the GPU where they are `staged` in the pool,
@@ -338,8 +344,6 @@ class TieredCache:
         to = torch.where(slots < 0, -1, slots + self._first_slot[:, part])
         if staged is not None:
             self._copy(self._of_pool, staged, to, tuning.PROGRAMS_WITHIN)
-            if all_staged:
-                return
             to = torch.where(staged >= 0, -1, to)
         source, to = torch.broadcast_tensors(
             torch.where(pages < 0, -1, pages + self._first_page[part]), to
