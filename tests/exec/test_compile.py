@@ -14,6 +14,7 @@ from compiled import compiled
 # that kernel_launches.py and nano_training/launches.py list.
 DECODE = [
     "index_scores",
+    "index_weights",
     "memory_scores",
     "top_k, preselected",
     "sparse_attention, rounded",
@@ -27,6 +28,8 @@ DECODE = [
     "experts, float8, one",
     "linear, output",
     "one_row, grouped",
+    "one_row, two",
+    "one_row, odd",
     "linear, output, 128 rows",
     "linear, float8 rows, 128",
     "copy_rows, entries",
@@ -36,6 +39,7 @@ DECODE = [
 ]
 DECODE_KERNELS = {
     "_index_scores",
+    "_index_weights",
     "_set_aside",
     "_choose_among_few",
     "_attend_in_place",
@@ -55,6 +59,8 @@ DECODE_KERNELS = {
     "_sum_pairs",
     "_linear",
     "_one_row",
+    "_one_row_in_turns",
+    "_two_rows",
     "_round_rows",
     "_copy_rows",
     "_stage",

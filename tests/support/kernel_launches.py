@@ -13,12 +13,12 @@ from fmsim.exec.kernels.experts import mixture_of_experts_triton
 from fmsim.exec.kernels.flash_mla import listed_triton
 from fmsim.exec.kernels.gather import copy_rows_triton
 from fmsim.exec.kernels.hyper_connection import Pending, enter_triton, read_out_triton
-from fmsim.exec.kernels.index_score import index_scores_triton
+from fmsim.exec.kernels.index_score import index_scores_triton, index_weights_triton
 from fmsim.exec.kernels.layout import KEY, LATENT, plain
 from fmsim.exec.kernels.linear import linear_triton
 from fmsim.exec.kernels.memory_score import memory_scores_triton
 from fmsim.exec.kernels.norm_rope import norm_rope_triton
-from fmsim.exec.kernels.one_row import one_row_triton
+from fmsim.exec.kernels.one_row import one_row_triton, two_rows_triton
 from fmsim.exec.kernels.rms_norm import rms_norm_triton
 from fmsim.exec.kernels.router import route_triton
 from fmsim.exec.kernels.sparse_attention import sparse_attention_triton
@@ -213,6 +213,16 @@ def row_product(outputs, inputs, groups=1, dtype=torch.float8_e4m3fn):
     return launch
 
 
+def two_products(first, second, inputs):
+    def launch():
+        weights = zeros(first, inputs, dtype=torch.float8_e4m3fn), zeros(second, inputs)
+        weights = weights[0], weights[1].bfloat16()
+        scales = zeros(*scale_shape(weights[0].shape)), None
+        two_rows_triton(zeros(1, 1, inputs, dtype=torch.bfloat16), weights, scales)
+
+    return launch
+
+
 def routing(count, hashed=False, top_k=6):
     config = DeepseekV4Config(n_routed_experts=count, hidden_size=8, num_experts_per_tok=top_k)
     return lambda: route_triton(
@@ -261,6 +271,7 @@ LAUNCHES = {
     "index_scores": scores(KEY, 64, torch.bfloat16),
     "index_scores, float8 queries": scores(KEY, 64, torch.float8_e4m3fn),
     "index_scores, single entries": scores(KEY, 64, torch.bfloat16, per_page=1),
+    "index_weights": lambda: index_weights_triton(zeros(BATCH, 1, 64, dtype=torch.bfloat16), 0.1),
     "index_scores, nano": scores(plain(torch.bfloat16, 32), 4, torch.bfloat16),
     "memory_scores": memory_scores(),
     "top_k": selection(False),
@@ -324,6 +335,7 @@ LAUNCHES = {
     "one_row, grouped": row_product(8192, 4096, groups=8),
     "one_row, output": row_product(4096, 8192),
     "one_row, compressors": row_product(2624, 4096, dtype=torch.bfloat16),
+    "one_row, two": two_products(1536, 2624, 4096),
     "one_row, odd": row_product(200, 136),
     "copy_rows, entries": rows(584),
     "stage": stage,

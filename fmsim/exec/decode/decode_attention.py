@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from fmsim.exec.kernels import flash_mla
 from fmsim.exec.kernels.attention_rows import Rows, matrix_type
 from fmsim.exec.kernels.compress import Pooling, compress_and_append
-from fmsim.exec.kernels.index_score import index_scores, new_scores
+from fmsim.exec.kernels.index_score import index_scores, index_weights, new_scores
 from fmsim.exec.kernels.lang import cdiv
 from fmsim.exec.kernels.layout import Layout, write_entries
 from fmsim.exec.kernels.norm_rope import norm_rope
@@ -261,9 +261,7 @@ class DecodeAttention:
             self.entries = _Appender(attention.compressor, latent, self.pager.homes, batch)
             indexer = attention.compressor.indexer
             self.keys = _Appender(indexer, key, self.pager.key_homes, batch)
-            self.index_scale = torch.full(
-                (1,), (indexer.heads * indexer.width) ** -0.5, device=device
-            )  # a vector makes float32 of bfloat16
+            self.index_scale = (indexer.heads * indexer.width) ** -0.5
             of_input += [indexer.kv_proj, indexer.gate_proj, indexer.scorer.weights_proj]
             self.index_queries = Joined([indexer.q_b_proj])
         self.of_input, self.queries = Joined(of_input), Joined([attention.q_b_proj])
@@ -332,10 +330,11 @@ class DecodeAttention:
         attention, turn = self.attention, tuple(part[:, 0] for part in now.turn)
         latent, kv, *compressed = self.of_input(x)
         x, norm = wide_rows(x), attention.q_a_norm
-        with beside(x.device, SideStream.APPEND):
-            if attention.kind == CSA:
-                weights = compressed.pop() * self.index_scale
-            self._append(kv, compressed, now)
+        # one request's is over before its index queries are
+        within = attention.kind == CSA and len(x) == 1
+        if not within:
+            with beside(x.device, SideStream.APPEND):
+                self._append(kv, compressed, now)
         if self.rounds_latent:
             latent, norm = rms_norm(latent, norm, rounded=True), None
         if attention.kind == CSA:
@@ -345,8 +344,12 @@ class DecodeAttention:
                 q = self._queries_beside(latent, norm, turn)
             indexer = attention.compressor.indexer
             [index_queries] = self.index_queries(latent, norm)
+            weights = index_weights(compressed[-1], self.index_scale)
+            if within:
+                self._append(kv, compressed, now, alongside=True)
             queries = norm_rope(index_queries.view(-1, indexer.heads, indexer.width), turn)
-            wait_beside(x.device, SideStream.APPEND)
+            if not within:
+                wait_beside(x.device, SideStream.APPEND)
             self.pager.choose(queries[:, None], weights, now.visible, indexer.top_k)
             if loads:
                 q = self._queries_beside(latent, norm, turn)
@@ -397,9 +400,11 @@ class DecodeAttention:
             dtype=self.query_type,
         )
 
-    def _append(self, kv: Tensor, compressed: Sequence[Tensor], now: Moment) -> None:
+    def _append(
+        self, kv: Tensor, compressed: Sequence[Tensor], now: Moment, alongside: bool = False
+    ) -> None:
         """The token's own entry into the window, and what it closes: projections for entries, then
-        in a CSA layer for index keys.
+        in a CSA layer for index keys. ``alongside`` as in `compress_and_append`.
         """
         compress_and_append(
             kv,
@@ -411,11 +416,12 @@ class DecodeAttention:
             self.window,
             self.latent,
             self.window_table,
+            alongside,
         )
         if self.entries is not None:
             self.entries.append(*compressed[:2], now)
         if self.keys is not None:
-            self.keys.append(*compressed[2:], now)
+            self.keys.append(*compressed[2:4], now)
 
     def take(self, b: int, cache: LayerCache, tokens: int) -> None:
         """Go on from what a prefill of ``tokens`` tokens left, as sequence ``b``.

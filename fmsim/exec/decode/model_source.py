@@ -13,6 +13,7 @@ from fmsim.exec.decode.prompt import Prompt
 from fmsim.exec.decode.selections import Selections
 from fmsim.exec.model.cache import Attend
 from fmsim.exec.model.deepseek_v4 import DeepseekV4
+from fmsim.exec.model.greedy import likeliest
 from fmsim.exec.model.kinds import CSA
 from fmsim.replay.cache_manager import Served
 
@@ -76,7 +77,7 @@ class ModelSource:
         """The step's input: what is given, and the model's own choice elsewhere, which the host is
         not told.
         """
-        own = self.logits.argmax(-1)
+        own = likeliest(self.logits)
         if any(token is not None for token in self.given):
             numbers = [-1 if token is None else token for token in self.given]
             given = torch.tensor(numbers, device=own.device)

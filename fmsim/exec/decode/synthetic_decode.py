@@ -28,6 +28,7 @@ from fmsim.exec.measure.kernel_cases import fill_entries
 from fmsim.exec.model.attention import Attention
 from fmsim.exec.model.cache import Attend
 from fmsim.exec.model.deepseek_v4 import DeepseekV4
+from fmsim.exec.model.greedy import likeliest
 from fmsim.geometry.memory_indexer import PUBLISHED_HEADS
 
 
@@ -193,7 +194,7 @@ class SyntheticStep:
 
     def _compute(self) -> None:
         self.logits.copy_(self.model.decode(self._tokens, self._positions, self._attend_shown))
-        self._tokens.copy_(self.logits.argmax(-1))
+        self._tokens.copy_(likeliest(self.logits))
 
     def _when_shown(self, attend: Attend) -> Attend:
         def attended(x: Tensor, positions: Tensor) -> Tensor:

@@ -13,7 +13,7 @@ from torch import Tensor
 from fmsim.exec.kernels import tuning
 from fmsim.exec.kernels.attention_rows import Parts, Rows, finished
 from fmsim.exec.kernels.lang import (
-    after_previous,
+    after_previous_with_next,
     cdiv,
     overlapped,
     tl,
@@ -124,7 +124,7 @@ def _attend_in_place(
     A latent's rotated values, which are bfloat16 among float8, go by products of their own, so that
     no value is converted twice.
     """
-    after_previous()
+    after_previous_with_next()
     b, split = tl.program_id(0).to(tl.int64), tl.program_id(2)
     head = tl.program_id(1) * BLOCK_HEADS + tl.arange(0, BLOCK_HEADS)
     lane, place = tl.arange(0, WIDTH), tl.arange(0, BLOCK_ROWS)

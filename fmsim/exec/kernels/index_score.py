@@ -18,11 +18,13 @@ from fmsim.exec.kernels import tuning
 from fmsim.exec.kernels.lang import (
     after_previous,
     cdiv,
+    let_next_begin,
     next_power_of_2,
     overlapped,
     runs_compiled,
     tl,
     triton,
+    wait_for_previous,
 )
 from fmsim.exec.kernels.layout import (
     Layout,
@@ -58,6 +60,37 @@ def new_scores(batch: int, entries: int, device: torch.device | str) -> Scores:
         return torch.full((batch, width), float("-inf"), device=device)
 
     return Scores(filled(entries), filled(cdiv(entries, GROUP)))
+
+
+def index_weights(projected: Tensor, scale: float) -> Tensor:
+    """``projected`` [B, 1, H] of a token's input, times ``scale`` -> float32 [B, 1, H].
+
+    Alongside the launch before it in its stream, which must have begun when ``projected`` was
+    there.
+    """
+    run = index_weights_triton if runs_compiled(projected) else index_weights_reference
+    return run(projected, scale)
+
+
+def index_weights_reference(projected, scale) -> Tensor:
+    return projected.float() * scale
+
+
+def index_weights_triton(projected, scale) -> Tensor:
+    batch, _, heads = projected.shape
+    assert projected.stride(2) == 1, "a token's heads lie side by side"
+    out = torch.empty(batch, 1, heads, dtype=torch.float32, device=projected.device)
+    _index_weights[(batch,)](
+        projected,
+        out,
+        scale,
+        projected.stride(0),
+        HEADS=heads,
+        HEADS_PADDED=next_power_of_2(heads),
+        num_warps=1,
+        **overlapped(projected),
+    )
+    return out
 
 
 def index_scores(
@@ -167,6 +200,18 @@ def score_layers(
         num_warps=tune.warps,
         **overlapped(queries),
     )
+
+
+@triton.jit
+def _index_weights(projected, out, scale, stride, HEADS: tl.constexpr, HEADS_PADDED: tl.constexpr):
+    """One program: one sequence's. The launch before it is waited for only that none ends before
+    it.
+    """
+    let_next_begin()
+    b, head = tl.program_id(0).to(tl.int64), tl.arange(0, HEADS_PADDED)
+    value = tl.load(projected + b * stride + head, mask=head < HEADS, other=0.0)
+    tl.store(out + b * HEADS + head, value.to(tl.float32) * scale, mask=head < HEADS)
+    wait_for_previous()
 
 
 @triton.jit

@@ -78,3 +78,13 @@ def after_previous():
     """
     wait_for_previous()
     let_next_begin()
+
+
+@triton.jit
+def after_previous_with_next():
+    """As `after_previous`, but the next launch may begin at once: one that reads many weights does
+    so beside two others. What it reads before its own wait may be no launch's output: others than
+    this one's predecessor may still be running too.
+    """
+    let_next_begin()
+    wait_for_previous()

@@ -2,7 +2,8 @@
 
 Such a product is as fast as its weight is read, so a program holds whole rows of it in registers,
 all its reads on the way at once, and no second launch adds anything up. It reads the weight before
-it waits for the launch that makes its input (`lang.after_previous`).
+it waits for the launch that makes its input (`lang.after_previous`). Of a large float8 weight it
+takes a few rows at a time, and reads the next ones meanwhile.
 """
 
 from __future__ import annotations
@@ -83,10 +84,35 @@ def one_row_triton(
     outputs, inputs = weight.shape
     of_group, blocks = outputs // groups, next_power_of_2(cdiv(inputs, BLOCK))
     assert weight.is_contiguous() and x.is_contiguous()
+    out = torch.empty(*x.shape[:-1], outputs, dtype=x.dtype, device=x.device)
+    if scale is not None and inputs == blocks * BLOCK and of_group % BLOCK == 0:
+        rows = max(1, min(tune.turn_bytes // inputs, BLOCK))
+        # powers of two, so that a program's rows share scales
+        turns = 1 << (max(1, outputs // rows // tune.programs).bit_length() - 1)
+        turns = min(turns, BLOCK // rows)
+        if turns > 1:
+            _one_row_in_turns[(outputs // (rows * turns),)](
+                x,
+                weight,
+                scale,
+                weight if norm is None else norm.weight,
+                out,
+                0.0 if norm is None else norm.eps,
+                INPUTS=inputs,
+                OF_GROUP=of_group,
+                SCALES=scale.shape[1],
+                BLOCK=BLOCK,
+                ROWS=rows,
+                TURNS=turns,
+                NORM=norm is not None,
+                ALONGSIDE=alongside,
+                num_warps=tune.warps,
+                **overlapped(x),
+            )
+            return out
     # of one group, and of one scale
     most = max(1, tune.block_bytes // (blocks * BLOCK * weight.itemsize))
     rows = math.gcd(most, of_group) if groups > 1 else min(most, BLOCK)
-    out = torch.empty(*x.shape[:-1], outputs, dtype=x.dtype, device=x.device)
     _one_row[(cdiv(outputs, rows),)](
         x,
         weight,
@@ -109,6 +135,45 @@ def one_row_triton(
     return out
 
 
+def two_rows_reference(
+    x: Tensor, weights: tuple[Tensor, Tensor], scales: tuple[Tensor | None, Tensor | None]
+) -> list[Tensor]:
+    """As `one_row_reference`, of two weights, each bfloat16 or float8_e4m3fn with its scale."""
+    return [one_row_reference(x, *of) for of in zip(weights, scales, strict=True)]
+
+
+def two_rows_triton(x, weights, scales, tune: tuning.OneRowTuning = tuning.ONE_ROW) -> list[Tensor]:
+    """In one launch, so that both weights are read while x is waited for."""
+    inputs = weights[0].shape[1]
+    blocks = next_power_of_2(cdiv(inputs, BLOCK))
+    assert all(weight.is_contiguous() for weight in weights) and x.is_contiguous()
+    rows, outs, given = [], [], []
+    for weight, scale in zip(weights, scales, strict=True):
+        # what bfloat16 holds of x beside its weights takes as many registers
+        held = tune.block_bytes // weight.itemsize
+        rows.append(min(max(1, held // weight.itemsize // (blocks * BLOCK)), BLOCK))
+        outs.append(torch.empty(*x.shape[:-1], len(weight), dtype=x.dtype, device=x.device))
+        given += [weight, weight if scale is None else scale, outs[-1]]
+    programs = [cdiv(len(weight), of) for weight, of in zip(weights, rows, strict=True)]
+    _two_rows[(sum(programs),)](
+        x,
+        *given,
+        FIRST=programs[0],
+        OUTPUTS=len(weights[0]),
+        SCALES=0 if scales[0] is None else scales[0].shape[1],
+        ROWS=rows[0],
+        SECOND_OUTPUTS=len(weights[1]),
+        SECOND_SCALES=0 if scales[1] is None else scales[1].shape[1],
+        SECOND_ROWS=rows[1],
+        INPUTS=inputs,
+        BLOCK=BLOCK,
+        BLOCKS=blocks,
+        num_warps=tune.warps,
+        **overlapped(x),
+    )
+    return outs
+
+
 @triton.jit
 def _one_row(
     x,
@@ -127,13 +192,172 @@ def _one_row(
     NORM: tl.constexpr,
     ALONGSIDE: tl.constexpr,
 ):
-    """One program: ROWS outputs of one group, whose weights share scales, over all inputs, in
+    """One program: `_rows` of the n-th."""
+    _rows(
+        tl.program_id(0),
+        x,
+        weight,
+        scale,
+        norm,
+        out,
+        eps,
+        OUTPUTS,
+        INPUTS,
+        OF_GROUP,
+        SCALES,
+        BLOCK,
+        ROWS,
+        BLOCKS,
+        NORM,
+        ALONGSIDE,
+    )
+
+
+@triton.jit
+def _one_row_in_turns(
+    x,
+    weight,
+    scale,
+    norm,
+    out,
+    eps,
+    INPUTS: tl.constexpr,
+    OF_GROUP: tl.constexpr,
+    SCALES: tl.constexpr,
+    BLOCK: tl.constexpr,
+    ROWS: tl.constexpr,
+    TURNS: tl.constexpr,
+    NORM: tl.constexpr,
+    ALONGSIDE: tl.constexpr,
+):
+    """One program: TURNS times ROWS outputs of one group, whose weights share scales.
+
+    ALONGSIDE as in `_rows`.
+    """
+    start = tl.program_id(0) * (ROWS * TURNS)
+    row, block, lane = tl.arange(0, ROWS), tl.arange(0, INPUTS // BLOCK), tl.arange(0, BLOCK)
+    place = block[:, None] * BLOCK + lane[None, :]
+    places = weight + (start + row).to(tl.int64)[:, None, None] * INPUTS + place[None, :, :]
+    weights = tl.load(places, eviction_policy="evict_first")
+    level = tl.load(scale + start // BLOCK * SCALES + block)
+    if NORM:
+        share = tl.load(norm + place).to(tl.float32)
+    if ALONGSIDE:
+        let_next_begin()
+    else:
+        after_previous()
+    values = tl.load(x + start // OF_GROUP * INPUTS + place).to(tl.float32)
+    if NORM:
+        values = _normalised(values, share, INPUTS, eps, x.dtype.element_ty)
+    for turn in tl.static_range(TURNS):
+        if turn + 1 < TURNS:
+            next_weights = tl.load(
+                places + (turn + 1) * ROWS * INPUTS, eviction_policy="evict_first"
+            )
+        sums = tl.sum(weights.to(tl.float32) * values[None, :, :], 2) * level[None, :]
+        tl.store(out + start + turn * ROWS + row, tl.sum(sums, 1).to(out.dtype.element_ty))
+        if turn + 1 < TURNS:
+            weights = next_weights
+    if ALONGSIDE:
+        wait_for_previous()
+
+
+@triton.jit
+def _normalised(values, share, INPUTS: tl.constexpr, eps, TYPE: tl.constexpr):
+    """RMSNorm with the weights ``share``, rounded to TYPE."""
+    square = tl.sum(tl.sum(values * values, 1), 0)
+    values = values * tl.rsqrt(square / INPUTS + eps) * share
+    return values.to(TYPE).to(tl.float32)
+
+
+@triton.jit
+def _two_rows(
+    x,
+    weight,
+    scale,
+    out,
+    second_weight,
+    second_scale,
+    second_out,
+    FIRST: tl.constexpr,
+    OUTPUTS: tl.constexpr,
+    SCALES: tl.constexpr,
+    ROWS: tl.constexpr,
+    SECOND_OUTPUTS: tl.constexpr,
+    SECOND_SCALES: tl.constexpr,
+    SECOND_ROWS: tl.constexpr,
+    INPUTS: tl.constexpr,
+    BLOCK: tl.constexpr,
+    BLOCKS: tl.constexpr,
+):
+    """FIRST programs of one weight, and those of the second."""
+    number = tl.program_id(0)
+    if number < FIRST:
+        _rows(
+            number,
+            x,
+            weight,
+            scale,
+            x,
+            out,
+            0.0,
+            OUTPUTS,
+            INPUTS,
+            OUTPUTS,
+            SCALES,
+            BLOCK,
+            ROWS,
+            BLOCKS,
+            NORM=False,
+            ALONGSIDE=False,
+        )
+    else:
+        _rows(
+            number - FIRST,
+            x,
+            second_weight,
+            second_scale,
+            x,
+            second_out,
+            0.0,
+            SECOND_OUTPUTS,
+            INPUTS,
+            SECOND_OUTPUTS,
+            SECOND_SCALES,
+            BLOCK,
+            SECOND_ROWS,
+            BLOCKS,
+            NORM=False,
+            ALONGSIDE=False,
+        )
+
+
+@triton.jit
+def _rows(
+    number,
+    x,
+    weight,
+    scale,
+    norm,
+    out,
+    eps,
+    OUTPUTS: tl.constexpr,
+    INPUTS: tl.constexpr,
+    OF_GROUP: tl.constexpr,
+    SCALES: tl.constexpr,
+    BLOCK: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCKS: tl.constexpr,
+    NORM: tl.constexpr,
+    ALONGSIDE: tl.constexpr,
+):
+    """The ``number``-th ROWS outputs, of one group, whose weights share scales, over all inputs, in
     BLOCKS of 128.
 
     ALONGSIDE the launch before it: that one began when x was there, so it is waited for only that
     none ends before it.
     """
-    start = tl.program_id(0) * ROWS
+    start = number * ROWS
     output, block, lane = start + tl.arange(0, ROWS), tl.arange(0, BLOCKS), tl.arange(0, BLOCK)
     place = block[:, None] * BLOCK + lane[None, :]
     places = output.to(tl.int64)[:, None, None] * INPUTS + place[None, :, :]
@@ -154,9 +378,7 @@ def _one_row(
         tl.float32
     )
     if NORM:
-        square = tl.sum(tl.sum(values * values, 1), 0)
-        values = values * tl.rsqrt(square / INPUTS + eps) * share
-        values = values.to(x.dtype.element_ty).to(tl.float32)
+        values = _normalised(values, share, INPUTS, eps, x.dtype.element_ty)
     if SCALES:
         values *= level[:, None]
     sums = tl.sum(tl.sum(weights.to(tl.float32) * values[None, :, :], 2), 1)

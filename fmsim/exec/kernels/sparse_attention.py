@@ -21,6 +21,7 @@ from fmsim.exec.kernels.attention_in_place import attend_in_place
 from fmsim.exec.kernels.attention_rows import Parts, Rows, matrix_type
 from fmsim.exec.kernels.lang import (
     after_previous,
+    after_previous_with_next,
     cdiv,
     next_power_of_2,
     overlapped,
@@ -243,7 +244,7 @@ def _combine(
         turned = (pair >= 0) & (pair < PAIRS)
         c = tl.load(cos + b * PAIRS + pair, mask=turned, other=1.0)
         s = tl.load(sin + b * PAIRS + pair, mask=turned, other=0.0)
-    after_previous()
+    after_previous_with_next()
     split, lane = tl.arange(0, SPLITS_PADDED), tl.program_id(2) * BLOCK + tl.arange(0, BLOCK)
     places = (b * splits + split) * HEADS + head
     sums = tl.load(part_sums + places, mask=split < splits, other=float("-inf"))

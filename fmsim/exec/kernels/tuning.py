@@ -136,6 +136,10 @@ class OneRowTuning(NamedTuple):
     block_bytes: int = 32_768  # of weights that a program holds: 256 bytes a thread
     warps: int = 4
     most_inputs: int = 8192
+    # of float8: its products take nearly as long as its bytes, so a program reads the next rows
+    # while it multiplies these
+    turn_bytes: int = 8192
+    programs: int = 500  # at least, of several turns each
 
 
 class NormRopeTuning(NamedTuple):

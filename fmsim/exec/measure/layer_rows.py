@@ -24,6 +24,7 @@ from fmsim.exec.measure.jobs import Report
 from fmsim.exec.measure.module_times import is_float8
 from fmsim.exec.measure.timing import captured, median_s
 from fmsim.exec.model.deepseek_v4 import DeepseekV4
+from fmsim.exec.model.greedy import likeliest
 from fmsim.exec.model.kinds import CSA
 from fmsim.exec.model.weights.loader import allocate, meta_model
 from fmsim.exec.model.weights.quantised import has_float8_rows, hold_float8, published_float8
@@ -122,7 +123,7 @@ class LayerRow:
         positions = torch.full((batch,), tokens - 2, dtype=torch.int32, device=self.device)
 
         def step() -> None:
-            ids.copy_(self.model.decode(ids, positions, attends).argmax(-1))
+            ids.copy_(likeliest(self.model.decode(ids, positions, attends)))
 
         return step
 

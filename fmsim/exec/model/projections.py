@@ -122,18 +122,29 @@ class Joined:
         alone = all(one_row.takes(wide, whole.weight) for _, whole in self.products)
         if norm is not None and not alone:
             x = wide = rms_norm(wide, norm)
+        outs = (
+            self._of_one_row(wide, norm)
+            if alone
+            else [
+                whole(x if isinstance(whole, Float8Linear) else wide) for _, whole in self.products
+            ]
+        )
         found: dict[int, Tensor] = {}
-        for numbers, whole in self.products:
-            if alone:
-                scale = getattr(whole, "scale", None)
-                out = one_row.one_row_triton(
-                    wide, whole.weight, scale, norm=norm, alongside=bool(found)
-                )
-            else:
-                out = whole(x if isinstance(whole, Float8Linear) else wide)
+        for (numbers, _), out in zip(self.products, outs, strict=True):
             sizes = [self.sizes[number] for number in numbers]
             found |= zip(numbers, out.split(sizes, -1), strict=True)
         return [found[number] for number in range(len(self.sizes))]
+
+    def _of_one_row(self, x: Tensor, norm: nn.Module | None) -> list[Tensor]:
+        """Two in one launch, where no norm comes before."""
+        weights = [whole.weight for _, whole in self.products]
+        scales = [getattr(whole, "scale", None) for _, whole in self.products]
+        if len(weights) == 2 and norm is None:
+            return one_row.two_rows_triton(x, weights, scales)
+        return [
+            one_row.one_row_triton(x, *of, norm=norm, alongside=number > 0)
+            for number, of in enumerate(zip(weights, scales, strict=True))
+        ]
 
 
 def joined(projections: Sequence[Projection]) -> Projection:

@@ -7,7 +7,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from kernel_pools import on_each_device, scattered_pool
 
-from fmsim.exec.kernels.index_score import index_scores_reference, index_scores_triton, new_scores
+from fmsim.exec.kernels.index_score import (
+    index_scores_reference,
+    index_scores_triton,
+    index_weights_reference,
+    index_weights_triton,
+    new_scores,
+)
 from fmsim.exec.kernels.layout import KEY, plain
 from fmsim.exec.kernels.tuning import IndexScoresTuning
 from fmsim.exec.model.indexer import index_scores
@@ -41,6 +47,13 @@ def test_the_reference_is_the_models_formula():
     found = index_scores_reference(queries, weights, pool, layout, table, lengths).scores
     for b, length in enumerate(lengths.tolist()):
         torch.testing.assert_close(found[b, :length], expected[b, :length])
+
+
+@on_each_device
+def test_weights_are_a_part_of_longer_rows(device):
+    projected = torch.randn(3, 1, 80, device=device).bfloat16()[..., 11:75]
+    found = index_weights_triton(projected, 0.3)
+    assert torch.equal(found, index_weights_reference(projected, 0.3))
 
 
 @on_each_device

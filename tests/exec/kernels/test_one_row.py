@@ -5,19 +5,24 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from kernel_pools import on_each_device, relative_error
 
-from fmsim.exec.kernels.one_row import one_row_reference, one_row_triton
+from fmsim.exec.kernels.one_row import (
+    one_row_reference,
+    one_row_triton,
+    two_rows_reference,
+    two_rows_triton,
+)
 from fmsim.exec.kernels.tuning import OneRowTuning
 from fmsim.exec.kernels.weights import quantise
 from fmsim.exec.model.norm_rope import RMSNorm
 
-SMALL = OneRowTuning(block_bytes=16_384)
+SMALL = OneRowTuning(block_bytes=16_384, turn_bytes=4096, programs=8)
 
 
 @on_each_device
 @settings(max_examples=8, deadline=None)
 @given(
     seed=st.integers(0, 2**32),
-    outputs=st.sampled_from([16, 130]),
+    outputs=st.sampled_from([16, 130, 256]),
     inputs=st.sampled_from([128, 200, 1024]),
     groups=st.sampled_from([1, 2]),
     float8=st.booleans(),
@@ -46,3 +51,15 @@ def test_the_kernel_is_the_product(
     assert found.shape == expected.shape and found.dtype == expected.dtype
     # a last bit of bfloat16 at each rounding: the interpreter cuts it off
     assert relative_error(found, expected) < (1 + normed) * 2**-7
+
+
+@on_each_device
+def test_two_products_of_one_row(device):
+    """Of float8 and bfloat16, in either order, and outputs that fill no last program."""
+    x = torch.randn(1, 1, 512).bfloat16().to(device)
+    float8, scale = (part.to(device) for part in quantise(torch.randn(256, 512)))
+    plain = torch.randn(70, 512).bfloat16().to(device)
+    for weights, scales in (((float8, plain), (scale, None)), ((plain, float8), (None, scale))):
+        found = two_rows_triton(x, weights, scales, SMALL)
+        for part, expected in zip(found, two_rows_reference(x, weights, scales), strict=True):
+            assert part.shape == expected.shape and relative_error(part, expected) < 2**-7
