@@ -32,6 +32,7 @@ os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # policies have a process ea
 
 import accuracy
 import blind
+import bursts
 import claims
 import foresight
 import headline
@@ -259,6 +260,11 @@ _ANSWERS: dict[str, Answer] = {
     "step": Answer("step-h200.json"),
     "step-tries": Answer("step-tries-h200.json"),
     "bookkeeping": Answer("bookkeeping-h200.json"),
+    "bursts": Answer("bursts.json", None, {(claims.STEPS, "late pages"): bursts.table}),
+    "bursts-h200": Answer("bursts-h200.json", None, {(claims.STEPS, "bursts"): bursts.measured}),
+    "bursts-tries": Answer(
+        "bursts-tries-h200.json", None, {(claims.STEPS, "bursts tried"): bursts.tried}
+    ),
 }
 # one a card, of those that were measured
 _ANSWERS |= {

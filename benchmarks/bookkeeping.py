@@ -5,10 +5,11 @@
 `whole`: V4-Flash at full width with random weights: `lru`, `lfu` and fallback beside `recency`,
 which moves nothing; the misses' own time, of the same rows copied alone, is taken off. They score
 all entries, `recency` its own: beside it stands one that scores all too. `lsa` at 97 requests: its
-slowest step, with what is recalled ahead, and where all of it comes at the decision. What the first
-steps wait for, in which kernels are compiled, is told apart. `nano`: real weights, 1 to 64 requests
-of unlike lengths: milliseconds of a step by device events where the host may run ahead, and of the
-host alone.
+slowest step and those from its largest decision on, with what is recalled ahead, and where all of
+it comes at the decision (`--trace traces/nano-500k-needles.safetensors --batch 97` has these at
+512K). What the first steps wait for, in which kernels are compiled, is told apart. `nano`: real
+weights, 1 to 64 requests of unlike lengths: milliseconds of a step by device events where the host
+may run ahead, and of the host alone.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ import json
 import sys
 import time
 from collections.abc import Iterator, Sequence
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -67,6 +69,8 @@ NANO: tuple[dict[str, Any], ...] = (
 )
 BATCHES = (1, 8, 64)
 TOKENS, SHORTER, STEPS = 4096, 37, 192
+TRACE = Path("traces/nano-32k-needles.safetensors")
+STEPS_AFTER = 8  # that are told from a decision on
 
 
 def whole(path: Path, steps: int, experts: int, batches: Sequence[int]) -> Iterator[dict[str, Any]]:
@@ -99,12 +103,13 @@ def whole(path: Path, steps: int, experts: int, batches: Sequence[int]) -> Itera
         warm_up_s = run.outcome.recall_wait_s[:before]
         row = {
             "part": "whole",
+            "trace": path.stem,
             "spec": spec,
             "batch": batch,
             "step_p50_ms": float(np.median(step_s)) * 1e3,
             "step_max_ms": float(step_s.max()) * 1e3,
             "slowest_step": before + int(step_s.argmax()),
-            "recalled_pages_a_layer": _most_recalled(run),
+            **(_largest_decision(run, step_s) if run.policy.params.cadence > 1 else {}),
             "recall_wait_max_ms": float(timeline.recall_wait_s.max()) * 1e3,
             "warm_up": {
                 "steps": before,
@@ -120,10 +125,18 @@ def whole(path: Path, steps: int, experts: int, batches: Sequence[int]) -> Itera
         torch.cuda.empty_cache()
 
 
-def _most_recalled(run: synthetic_run.SyntheticRun) -> int:
-    """Pages of all requests that a decision after the warm-up recalls, at most."""
-    recalled = run.outcome.ledger.lookahead_loads[run.warm_up_steps :]
-    return int(recalled.max()) * run.batch
+def _largest_decision(run: synthetic_run.SyntheticRun, step_s: np.ndarray) -> dict[str, Any]:
+    """Pages of all requests that a decision after the warm-up recalls, at most, and those that have
+    spare pages; and what steps take from it on, of `step_s` after the warm-up.
+    """
+    ledger = run.outcome.ledger
+    recalled = ledger.lookahead_loads[run.warm_up_steps :].max(axis=1)
+    at = int(recalled.argmax())
+    return {
+        "recalled_pages_a_layer": int(recalled[at]) * run.batch,
+        "spare_pages_a_layer": max(ledger.ahead_slots or [0]) * run.batch,
+        "steps_from_it_on_ms": [round(1e3 * float(s), 3) for s in step_s[at : at + STEPS_AFTER]],
+    }
 
 
 def _over_recency(
@@ -177,10 +190,19 @@ def nano(batches: Sequence[int]) -> Iterator[dict[str, Any]]:
             torch.cuda.empty_cache()
 
 
+def _words() -> list[str]:
+    """What was asked, but for the place of the result."""
+    words = sys.argv[1:]
+    if "--out" in words:
+        at = words.index("--out")
+        del words[at : at + 2]
+    return words
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--part", action="append", choices=("whole", "nano"))
-    parser.add_argument("--trace", type=Path, default=Path("traces/nano-32k-needles.safetensors"))
+    parser.add_argument("--trace", type=Path, action="append", help=f"of `whole`; {TRACE}")
     parser.add_argument("--batch", type=int, action="append", help="only this one")
     parser.add_argument("--steps", type=int, default=160)
     parser.add_argument("--experts", type=int, default=16, help="a layer")
@@ -196,6 +218,7 @@ def main() -> None:
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "device": torch.cuda.get_device_name(),
         "torch": torch.__version__,
+        "command": f"python benchmarks/bookkeeping.py {' '.join(_words())}".strip(),
         "rows": [],
     }
     given.out.parent.mkdir(parents=True, exist_ok=True)
@@ -203,7 +226,10 @@ def main() -> None:
         rows = (
             nano(given.batch or BATCHES)
             if part == "nano"
-            else whole(given.trace, given.steps, given.experts, given.batch or ())
+            else chain.from_iterable(
+                whole(trace, given.steps, given.experts, given.batch or ())
+                for trace in given.trace or [TRACE]
+            )
         )
         for row in rows:
             row["at_s"] = time.monotonic() - start_s

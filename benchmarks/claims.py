@@ -221,23 +221,6 @@ def bookkeeping(result: Result) -> str:
     return "\n".join([paragraph(told), "", *lines])
 
 
-def bursts(result: Result) -> str:
-    """What a decision of many requests takes, of bookkeeping-h200.json."""
-    row = _earlier(result)
-    return bullets(
-        [
-            f"`lsa`, {row['batch']} requests, the earlier engine: a step takes"
-            f" {row['step_p50_ms']:.1f} ms, the slowest {row['step_max_ms']:.1f}. Its decision"
-            f" recalls {row['recalled_pages_a_layer']} pages a layer, of which"
-            f" {row['spare_pages_a_layer']} have spare pages. The {row['recall_wait_max_ms']:,.0f}"
-            " ms that the row says of recalls are of the warm-up, since no measured step is so"
-            " long. By inference kernels were compiled: copies of rows of 64 entries come first"
-            " there. The benchmark tells the warm-up apart since. The later run ended before this"
-            " row."
-        ]
-    )
-
-
 def _earlier(result: Result) -> Result:
     """The row of `lsa`, which the earlier engine alone has."""
     [row] = [row for row in result["rows"] if row["spec"]["policy"] == "lsa"]
@@ -424,10 +407,7 @@ PARTS: dict[str, dict[Part, Callable[[Result], str]]] = {  # by result file
     "step-h200.json": {(STEPS, "step beside its floor"): beside_floor},
     "step-tries-h200.json": {(STEPS, "steps tried"): steps_tried},
     "batches-h200.json": {(STEPS, "steps by batch"): by_batch},
-    "bookkeeping-h200.json": {
-        (STEPS, "bookkeeping"): bookkeeping,
-        (STEPS, "bursts"): bursts,
-    },
+    "bookkeeping-h200.json": {(STEPS, "bookkeeping"): bookkeeping},
     "exec.json": {(GPU, "synthetic weights in words"): synthetic},
     "kernels.json": {("docs/gpu.md", "single entries"): single_entries},
     "paper.json": {

@@ -82,6 +82,14 @@ class StepWork(_Strict):
     move_ns: Ns = 0.0
 
 
+class DecisionWork(StepWork):
+    """The same of a decision. One manager takes it for all requests, so `page_ns` is of a page of
+    each group. A preset without `table_ns` has one request's block tables in `page_ns`.
+    """
+
+    table_ns: Ns = 0.0  # a page in a block table: of each row of the tables, and each request
+
+
 class Bookkeeping(_Strict):
     """Of a kind of policy: a step, and what more a step takes in which an entry closes, or that
     begins with a decision.
@@ -89,7 +97,7 @@ class Bookkeeping(_Strict):
 
     plain: StepWork
     closing: StepWork
-    decision: StepWork | None = None
+    decision: DecisionWork | None = None
 
 
 class EngineTimes(_Strict):
@@ -109,9 +117,12 @@ class EngineTimes(_Strict):
     listed_batch_ms: ByBatch  # of a CSA layer: naming what was selected among resident entries
     listed_scores: dict[int, StepWork]  # by entries a page: scoring these, beyond pages of 64
     staging_ms: Grid  # of a CSA layer, by batch and pages that each request loads
-    same_rows_bytes_per_s: Rate  # of rows that another request has just read from the host
+    # of rows that another request has just read from the host: in older presets, and not priced
+    same_rows_bytes_per_s: Rate | None = None
     beside_bytes_per_s: Rate  # of a recall beside a decode
     beside_slower: Ms  # share by which steps beside it take longer
+    # and beside what a decision recalls late, by bytes of a row; else `beside_slower`
+    late_slower: dict[int, Ms] = {}
     steps: dict[str, Bookkeeping]  # by kind of policy, `STEP_KINDS`
 
 

@@ -32,13 +32,11 @@ def simulate(
     hw: Hardware,
     layer_map: Sequence[int] | None = None,
     batch: int = 1,
-    one_text: bool = False,
 ) -> SimulatedTimeline:
     """Run the decode that `ledger` describes, `batch` times side by side on the server's ranks, on
     one GPU of the busiest rank of `hw`.
 
-    With ``one_text`` all requests read the same rows of one mirror (`EngineCosts`); otherwise each
-    has rows of its own. `layer_map` says which of the ledger's layers drives each CSA layer of the
+    `layer_map` says which of the ledger's layers drives each CSA layer of the
     model; see `footprint.spread`. Raises FmsimError, with the figure that is short, when weights,
     KV or the host's mirror do not fit.
     """
@@ -51,7 +49,7 @@ def simulate(
         on_gpu * float(place.host_bytes),
         f"policy {ledger.policy}, batch {batch}:",
     )
-    decode = _Decode(env, memory, ledger, geometry, place, batch, one_text)
+    decode = _Decode(env, memory, ledger, geometry, place, batch)
     env.run(env.process(decode.run()))
     return SimulatedTimeline(
         policy=ledger.policy,
@@ -82,7 +80,6 @@ class _Decode:
         geometry: Geometry,
         place: Footprint,
         batch: int,
-        one_text: bool,
     ) -> None:
         self.env, self.memory, self.n_steps, self.cadence = (
             env,
@@ -105,8 +102,8 @@ class _Decode:
         costs = steps.equal(batch, place.tokens, place.scored_entries)
         indexer_s = on_gpu * memory_indexer_s(memory.hw, geometry, ledger.scored)
         # recalled bytes take their part of HBM bandwidth
-        arriving_bytes = self.demand_bytes.sum(axis=1) + self.recall_bytes
-        self.rest_s = costs.rest_s + indexer_s + arriving_bytes / memory.hw.hbm_bytes_per_s.value
+        missed_bytes, hbm = self.demand_bytes.sum(axis=1), memory.hw.hbm_bytes_per_s.value
+        self.rest_s = costs.rest_s + indexer_s + (missed_bytes + self.recall_bytes) / hbm
         self.csa_s, self.n_selecting = costs.csa_s, geometry.n_selecting
         # [T, n_csa]: what a layer waits for its misses where the link is theirs alone
         self.miss_s = self.gather.seconds(self.row_bytes, self.demand_bytes)
@@ -126,19 +123,21 @@ class _Decode:
                 place,
                 self.gather,
                 on_gpu,
-                one_text,
                 steps.before_selecting_s(batch),
             )
-            # what came goes from spare pages to its slots
-            settled_s = 2 * arriving_bytes / memory.hw.hbm_bytes_per_s.value
-            self.rest_s = self.rest_s + engine.step_s() + settled_s
             self.miss_s = engine.miss_s()
             spare = np.array(ledger.ahead_slots or [0] * ledger.n_groups)[place.groups]
             ahead = np.minimum(recalls, spare)
             self.ahead_bytes = ahead.sum(axis=1) * page_bytes
+            # Recalled bytes come beside steps. What was missed, or came ahead, goes from spare
+            # pages to its slots.
+            in_step_bytes = 3 * missed_bytes + 2 * self.ahead_bytes
+            self.rest_s = costs.rest_s + indexer_s + engine.step_s() + in_step_bytes / hbm
             late_pages = (recalls - ahead).sum(axis=1) * on_gpu
             compute_s = self.rest_s + self.n_selecting * self.csa_s
-            self.late_s = engine.late_waits_s(late_pages, compute_s)
+            longer_s = engine.late_s(late_pages, compute_s)
+            self.late_s = np.where(late_pages > 0, longer_s, 0.0)
+            self.rest_s = self.rest_s + longer_s - self.late_s  # of the steps that follow
             self.beside_bytes_per_s = table.engine.beside_bytes_per_s
             self.beside_slower = table.engine.beside_slower
         # What is not known one window before cannot be recalled before the decision.

@@ -28,9 +28,10 @@ LATE_LAUNCHES = 6  # of what a decision recalls late: fmsim/exec/kernels/tuning.
 class EngineCosts:
     """Of the decode that `ledger` describes, `batch` requests in step on one GPU.
 
-    With ``one_text`` they read the same rows of one mirror. What a decision recalls late crosses
-    the link once then, and the other requests find it in the GPU's L2. A layer's misses take as
-    long as rows of each request's own (benchmarks/results/blind-rows.md). ``before_s`` is what the
+    One cache manager decides for all of them, so a decision ranks as many pages as for one; lists
+    of moves and block tables grow with requests. What is missed, and what a decision recalls late,
+    crosses the link for every request, also where all read one mirror
+    (benchmarks/results/blind-rows.md). ``before_s`` is what the
     layers take that come before the first that selects: where misses are loaded, the bookkeeping
     runs beside these.
     """
@@ -43,7 +44,6 @@ class EngineCosts:
         place: Footprint,
         gather: GatherCurve,
         batch: float,
-        one_text: bool = False,
         before_s: float = 0.0,
     ) -> None:
         self.times = times
@@ -52,8 +52,6 @@ class EngineCosts:
         self.place = place
         self.gather = gather
         self.batch = batch
-        # requests whose rows cross the link, of what a decision recalls late
-        self.crossing = 1.0 if one_text else batch
         self.granularity = ledger.granularity
         self.n_pages = -(-int(geometry.csa_entries(place.tokens)[-1]) // ledger.granularity)
         self.loads = ledger.miss_slots > 0
@@ -110,45 +108,92 @@ class EngineCosts:
         began = self.ledger.written.any(axis=1)
         return np.asarray(began | self._closes() if self.place.keys_tiered else began)
 
-    def late_waits_s(self, pages: np.ndarray, compute_s: np.ndarray) -> Floats:
-        """[T]: by how much a step of `compute_s` is longer, in whose course its decision's `pages`
-        [T] of all layers and requests come: all entries, then the keys that go with them.
+    def late_s(self, pages: np.ndarray, compute_s: np.ndarray) -> Floats:
+        """[T]: by how much steps of `compute_s` are longer, while what decisions recall late comes:
+        `pages` [T] of all layers and requests, at the step of the decision.
 
-        They come in LATE_LAUNCHES parts, and layers whose part is here go on.
+        The step of the decision waits for the keys. Where misses are loaded, its layers wait for
+        their entries. Elsewhere entries come in the course of steps, and each of these reads those
+        of them that it attends to: its `topk` times the share of the slots whose pages have not
+        come. Where a page begins, all that has not come is waited for.
         """
+        begins = np.asarray(self.ledger.written.any(axis=1))
         entry_bytes = self.geometry.slot_bytes(self.granularity, with_keys=False)
         both_bytes = self.geometry.slot_bytes(self.granularity, with_keys=self.place.keys_tiered)
-        before_s = np.zeros(len(pages))
-        last_s = self._copied_s(entry_bytes, pages / self.batch)
-        if both_bytes > entry_bytes:
-            before_s, last_s = last_s, self._copied_s(both_bytes - entry_bytes, pages / self.batch)
-        done_s = np.zeros(len(pages))
+        entries_s = self._copied_s(entry_bytes, pages)
+        if self.loads:
+            return self._waited_s(entries_s, compute_s)
+        found = self._copied_s(both_bytes - entry_bytes, pages)  # keys
+        slower = self._late_slower(entry_bytes)
+        for decision in np.flatnonzero(pages):
+            read_s = self._read_s(float(pages[decision]))
+            before_s, left_s = float(found[decision]), float(entries_s[decision])
+            step = int(decision)
+            while left_s > 0 and step < len(pages):
+                if step > decision and begins[step]:
+                    found[step] += left_s
+                    break
+                found[step] += read_s * left_s / entries_s[decision]
+                beside_s = min(left_s, max(0.0, compute_s[step] + found[step] - before_s))
+                found[step] += beside_s * slower
+                before_s, left_s = 0.0, left_s - beside_s
+                step += 1
+        return found
+
+    def _waited_s(self, come_s: np.ndarray, compute_s: np.ndarray) -> Floats:
+        """[T]: what comes in LATE_LAUNCHES parts, and layers whose part is here go on."""
+        done_s = np.zeros(len(come_s))
         for part in range(1, LATE_LAUNCHES + 1):
-            here_s = before_s + last_s * part / LATE_LAUNCHES
-            done_s = np.maximum(done_s, here_s) + compute_s / LATE_LAUNCHES
-        return np.asarray(np.where(pages > 0, done_s - compute_s, 0.0))
+            done_s = np.maximum(done_s, come_s * part / LATE_LAUNCHES) + compute_s / LATE_LAUNCHES
+        return np.asarray(np.where(come_s > 0, done_s - compute_s, 0.0))
+
+    def _read_s(self, pages: float) -> float:
+        """Of a step that has all these late pages of all layers and requests, what it reads of
+        them, entry by entry.
+        """
+        slots = sum(self.ledger.group_slots) / self.ledger.n_groups
+        share = min(1.0, pages / (slots * self.geometry.n_csa * self.batch))
+        entry_bytes = self.geometry.slot_bytes(1, with_keys=False)
+        rows = np.array([share * self.ledger.topk * self.batch])
+        return self.geometry.n_csa * float(self._copied_s(entry_bytes, rows)[0])
+
+    def _late_slower(self, row_bytes: float) -> float:
+        """By which share a step is slower beside late rows, by those of the nearest size."""
+        timed = self.times.late_slower
+        if not timed:
+            return self.times.beside_slower
+        return timed[min(timed, key=lambda each: abs(np.log2(each / row_bytes)))]
 
     def _copied_s(self, row_bytes: float, rows: np.ndarray) -> np.ndarray:
-        """Of so many rows of each request."""
-        n_bytes = rows * row_bytes
-        crossed_s = self.gather.seconds(row_bytes, self.crossing * n_bytes)
-        found_s = (self.batch - self.crossing) * n_bytes / self.times.same_rows_bytes_per_s
-        return np.asarray(crossed_s + found_s)
+        """Of so many rows; none where they have no bytes."""
+        if not row_bytes:
+            return np.zeros(len(rows))
+        return self.gather.seconds(row_bytes, rows * row_bytes)
 
     def _work_ms(self, work: StepWork, movable: int) -> float:
         """Of a step's bookkeeping at this decode's sizes, `movable` pages in each layer."""
-        n_csa = self.geometry.n_csa
-        slots = sum(self.ledger.group_slots)
-        uneven = len(set(self.ledger.group_slots)) > 1
-        rows = n_csa if self.loads or uneven else self.ledger.n_groups
-        pages = rows * self.n_pages * self.batch
-        moves = n_csa * movable * self.batch
-        sized_ns = work.slot_ns * slots + work.page_ns * pages + work.move_ns * moves
-        return max(0.0, work.fixed_ms + sized_ns / 1e6)
+        return self._sized_ms(work, work.page_ns * self._listed_pages, movable)
 
     def _decision_ms(self, bookkeeping: Bookkeeping) -> float:
         work = bookkeeping.decision
-        return 0.0 if work is None else self._work_ms(work, max(self.ledger.group_slots))
+        if work is None:
+            return 0.0
+        ranked = self.ledger.n_groups * self.n_pages
+        pages_ns = work.page_ns * ranked + work.table_ns * self._listed_pages
+        return self._sized_ms(work, pages_ns, max(self.ledger.group_slots))
+
+    @property
+    def _listed_pages(self) -> float:
+        """Pages in all requests' block tables."""
+        uneven = len(set(self.ledger.group_slots)) > 1
+        by_layer = self.loads or uneven
+        rows = self.geometry.n_csa if by_layer else self.ledger.n_groups
+        return rows * self.n_pages * self.batch
+
+    def _sized_ms(self, work: StepWork, pages_ns: float, movable: int) -> float:
+        slots_ns = work.slot_ns * sum(self.ledger.group_slots)
+        moves_ns = work.move_ns * self.geometry.n_csa * movable * self.batch
+        return max(0.0, work.fixed_ms + (slots_ns + pages_ns + moves_ns) / 1e6)
 
     def _in_graph_ms(self) -> float:
         """What the policy asks of all CSA layers, but for misses."""

@@ -139,6 +139,7 @@ def small_sizes():
         beside_rows=4,
         kernel_shapes=((1, 128),),
         steps=(StepSize(64, 32), StepSize(96, 32), StepSize(96, 64), StepSize(64, 32, 2)),
+        decisions=(StepSize(96, 32, 2), StepSize(96, 64, 2)),
         step_groups=2,
         step_topk=8,
         busy_s=0.001,
@@ -269,3 +270,21 @@ def test_hardware_without_times_of_any_kernels_is_told():
     bare = load_hardware("h100").model_copy(update={"kernel_tables": None})
     with pytest.raises(FmsimError, match="says no times of v4-flash's kernels; give kernel_tables"):
         step_costs(bare, PRESETS["v4-flash"], 1, np.array([1024.0]), np.array([256.0]))
+
+
+def test_what_a_decision_takes_is_found_from_times_at_five_sizes():
+    """Times made of known parts."""
+    from fmsim.exec.measure.sizes import Sizes
+    from fmsim.exec.measure.step_work import _decision
+
+    sizes, n_csa = Sizes(), 21
+    made = {"fixed_ms": 0.7, "slot_ns": 20.0, "page_ns": 0.9, "table_ns": 0.02, "move_ns": 0.05}
+
+    def seconds(size, parts):
+        of_one = parts["slot_ns"] * size.slots + parts["page_ns"] * size.entries
+        of_each = 6 * parts["table_ns"] * size.entries + n_csa * parts["move_ns"] * size.slots
+        return parts["fixed_ms"] / 1e3 + (6 * of_one + size.batch * of_each) / 1e9
+
+    numbered = dict(enumerate((*sizes.steps, *sizes.decisions)))
+    times = {number: seconds(size, made) for number, size in numbered.items()}
+    assert _decision(times, n_csa, sizes) == pytest.approx(made)

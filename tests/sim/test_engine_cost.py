@@ -8,7 +8,7 @@ from hand_kernels import kernel_table
 from hand_ledger import FLASH, H100, ledger, loads
 
 from fmsim.hw.modules import WHOLE_ENTRIES, modules
-from fmsim.hw.spec import STEP_KINDS, Bookkeeping, EngineTimes, StepWork
+from fmsim.hw.spec import STEP_KINDS, Bookkeeping, DecisionWork, EngineTimes, StepWork
 from fmsim.sim.decode import simulate
 from fmsim.sim.engine_cost import LATE_LAUNCHES, EngineCosts
 from fmsim.sim.footprint import footprint
@@ -25,7 +25,7 @@ def engine_times(**changes) -> EngineTimes:
         kind: Bookkeeping(
             plain=work,
             closing=StepWork(fixed_ms=100.0),
-            decision=StepWork(fixed_ms=2000.0) if kind in ("decided", "ahead") else None,
+            decision=DecisionWork(fixed_ms=2000.0) if kind in ("decided", "ahead") else None,
         )
         for kind, work in plain.items()
     }
@@ -39,7 +39,6 @@ def engine_times(**changes) -> EngineTimes:
         "listed_batch_ms": {1: 0.004, 3: 0.004},
         "listed_scores": {1: StepWork(fixed_ms=0.001, slot_ns=10.0)},
         "staging_ms": {1: {0: 0.005, 8: 0.013}, 3: {0: 0.007, 8: 0.031}},
-        "same_rows_bytes_per_s": 100e9,
         "beside_bytes_per_s": 10e9,
         "beside_slower": 0.0,
         "steps": steps,
@@ -47,9 +46,9 @@ def engine_times(**changes) -> EngineTimes:
     return EngineTimes(**given | changes)
 
 
-def costs(given, batch=1, one_text=False, **changes) -> EngineCosts:
+def costs(given, batch=1, **changes) -> EngineCosts:
     place = footprint(given, FLASH)
-    return EngineCosts(engine_times(**changes), given, FLASH, place, GATHER, batch, one_text)
+    return EngineCosts(engine_times(**changes), given, FLASH, place, GATHER, batch)
 
 
 def test_a_step_is_its_kind_and_what_closes_and_decides():
@@ -137,19 +136,15 @@ def test_misses_between_three_points_that_were_timed():
     assert found[10] == pytest.approx(np.full(21, 20e-6))
 
 
-def test_only_late_rows_of_one_text_cross_the_link_once():
-    """The other two requests' 584 bytes a row come at 100 GB/s; misses as rows of their own."""
+def test_misses_and_late_rows_cross_the_link_for_every_request():
     missing = ledger(
         n_groups=3, on_miss="fetch", cadence=1, miss_slots=512, demand_loads=loads(128, 3, s10=100)
     )
-    same, own = (costs(missing, batch=3, one_text=one_text) for one_text in (True, False))
+    found = costs(missing, batch=3)
     more_s = GATHER.one_s(584, 300 * 584) - GATHER.one_s(584, 24 * 584)
-    assert own.miss_s()[10] == pytest.approx(np.full(21, 24e-6 + more_s))
-    assert (same.miss_s() == own.miss_s()).all()
-    pages, compute_s = np.array([3 * 42_000.0]), np.array([1e-9])
-    late_s = costs(ledger(all_keys=True), batch=3, one_text=True).late_waits_s(pages, compute_s)
-    expected = GATHER.one_s(584, 42_000 * 584) + 2 * 42_000 * 584 / 100e9
-    assert late_s == pytest.approx([expected], rel=1e-6)
+    assert found.miss_s()[10] == pytest.approx(np.full(21, 24e-6 + more_s))
+    late_s = found.late_s(np.array([3 * 42_000.0]), np.array([1e-9]))
+    assert late_s == pytest.approx([GATHER.one_s(584, 3 * 42_000 * 584)], rel=1e-6)
 
 
 def test_residents_are_listed_and_scored_in_their_own_pages():
@@ -209,13 +204,22 @@ def test_sizes_add_what_they_cost():
     assert found.tolist() == [0.0] * 128  # a sum that was fitted is no less than nothing
 
 
-def test_a_decision_moves_as_many_pages_as_the_largest_group_has():
+def test_a_decision_ranks_pages_once_and_lists_them_for_every_request():
+    """Of three groups with slots of their own: tables and lists are of 21 layers, lists as long as
+    the slots of the largest.
+    """
     work = StepWork(fixed_ms=0.0)
-    decision = StepWork(fixed_ms=0.0, move_ns=5.0)
+    given = {"slot_ns": 2.0, "page_ns": 3.0, "table_ns": 7.0, "move_ns": 5.0}
+    decision = DecisionWork(fixed_ms=1.0, **given)
     steps = dict.fromkeys(STEP_KINDS, Bookkeeping(plain=work, closing=work, decision=decision))
     sizes = {"n_groups": 3, "group_slots": [700, 800, 900], "all_keys": True}
-    found = costs(ledger(**sizes), batch=2, steps=steps).step_s()
-    assert found[64] - found[63] == pytest.approx(5e-9 * 21 * 900 * 2)
+    n_pages = (4 * 8000 + 128) // 4
+    for batch in (1, 2):
+        found = costs(ledger(**sizes), batch=batch, steps=steps).step_s()
+        once_ns = 2 * 2400 + 3 * 3 * n_pages
+        of_each_ns = 7 * 21 * n_pages + 5 * 21 * 900
+        expected_s = 1e-3 + (once_ns + batch * of_each_ns) / 1e9
+        assert found[64] - found[63] == pytest.approx(expected_s)
 
 
 def test_pages_are_priced_by_the_nearest_size_and_those_of_64_entries_not_at_all():
@@ -232,25 +236,47 @@ def test_pages_are_priced_by_the_nearest_size_and_those_of_64_entries_not_at_all
         assert found.step_s() * 1e3 == pytest.approx(2.0 + 21 * ms + closing)
 
 
-def test_late_pages_without_keys_come_in_six_parts():
+def test_where_misses_are_loaded_late_pages_come_in_six_parts():
     """Their layers take turns with what comes: a fast step waits for the last part, a slow one for
     the first.
     """
-    kept = ledger(all_keys=True)
-    assert costs(kept).late_waits_s(np.array([1.0]), np.array([0.0])) > 1e-6
+    kept = ledger(all_keys=True, on_miss="fallback", miss_slots=512)
+    assert costs(kept).late_s(np.array([1.0]), np.array([0.0])) > 1e-6
     n_pages = np.array([0.0, 42_000.0, 42_000.0])
     come_s = GATHER.one_s(584, 42_000 * 584)
     fast_s, slow_s = come_s / 100, 100 * come_s
-    found = costs(kept).late_waits_s(n_pages, np.array([fast_s, fast_s, slow_s]))
+    found = costs(kept).late_s(n_pages, np.array([fast_s, fast_s, slow_s]))
     assert found == pytest.approx([0.0, come_s - 5 / 6 * fast_s, come_s / 6])
 
 
-def test_late_pages_of_two_requests_bring_their_keys_too():
-    """In a step that takes no time the last of both requests' keys ends the wait."""
-    n_pages = np.array([2 * 42_000.0])
-    found = costs(ledger(), batch=2).late_waits_s(n_pages, np.array([0.0]))
-    both = sum(GATHER.one_s(row, 2 * 42_000 * row) for row in (584, 132))
-    assert found == pytest.approx([both])
+def test_where_misses_are_masked_late_keys_are_waited_for_and_entries_read():
+    """All of both requests' pages are late, so each layer reads all 512 entries of both."""
+    n_pages = np.array([2 * 21 * 800.0])
+    found = costs(ledger(), batch=2).late_s(n_pages, np.array([0.0]))
+    keys_s, read_s = GATHER.one_s(132, 2 * 16_800 * 132), 21 * GATHER.one_s(584, 2 * 512 * 584)
+    assert found == pytest.approx([keys_s + read_s])
+
+
+def test_late_entries_come_beside_steps_that_read_them_until_they_are_here():
+    """A quarter of 40 requests' slots, in one step and a part of the next: these are half again as
+    long beside them. The second reads entries of what is left alone.
+    """
+    rows, selected = 40 * 21 * 1500, 40 * 128
+    come_s, read_s = GATHER.one_s(584, rows * 584), 21 * GATHER.one_s(584, selected * 584)
+    step_s = 0.6 * come_s
+    kept = ledger(slots=6000, all_keys=True)
+    late = {584: 0.5, 37_376: 9.0}
+    for slower in ({"late_slower": late}, {"late_slower": {}, "beside_slower": 0.5}):
+        found = costs(kept, batch=40, **slower).late_s(
+            np.array([0.0, rows, 0.0, 0.0]), np.full(4, step_s)
+        )
+        first_s = read_s + 0.5 * (step_s + read_s)
+        left_s = come_s - (step_s + read_s)
+        second_s = read_s * left_s / come_s + 0.5 * left_s
+        assert found == pytest.approx([0.0, first_s, second_s, 0.0])
+    begins = costs(replace(kept, written=loads(128, s1=1, s2=1)), batch=40, late_slower=late)
+    found = begins.late_s(np.array([0.0, rows, 0.0, 0.0]), np.full(4, step_s))
+    assert found == pytest.approx([0.0, first_s, left_s, 0.0])  # waits for all of it
 
 
 def hardware(**changes):
@@ -265,13 +291,9 @@ def test_a_recall_ahead_has_its_spare_pages_and_the_rest_comes_late():
     )
     hw = hardware()
     timeline = simulate(recalled, FLASH, hw)
-    n_late = 200 * 21
-    entries_s, keys_s = (GATHER.one_s(row, n_late * row) for row in (584, 132))
-    whole_s = timeline.step_s[64] - timeline.recall_wait_s[64]  # of its compute
-    done_s = 0.0
-    for part in range(1, 7):  # entries, then a sixth of the keys, then a sixth of the layers
-        done_s = max(done_s, entries_s + keys_s * part / 6) + whole_s / 6
-    assert timeline.recall_wait_s[64] == pytest.approx(done_s - whole_s)
+    keys_s = GATHER.one_s(132, 200 * 21 * 132)
+    read_s = 21 * GATHER.one_s(584, 512 * 200 / 800 * 584)
+    assert timeline.recall_wait_s[64] == pytest.approx(keys_s + read_s)
     kinds = [(each.step, each.n_bytes) for each in timeline.transfers if each.kind == "recall"]
     assert sorted(kinds) == [(64, 100 * 21 * 716), (64, 200 * 21 * 716)]
     beside = next(each for each in timeline.transfers if each.start_s == 0)
@@ -282,20 +304,17 @@ def test_a_recall_ahead_has_its_spare_pages_and_the_rest_comes_late():
     kinds = [(each.step, each.n_bytes) for each in bare.transfers if each.kind == "recall"]
     assert kinds == [(64, 300 * 21 * 716)]
     two = simulate(replace(recalled, ahead_slots=[]), FLASH, hw, batch=2)
-    whole_s = two.step_s[64] - two.recall_wait_s[64]
-    entries_s, keys_s = (GATHER.one_s(row, 2 * 300 * 21 * row) for row in (584, 132))
-    done_s = 0.0
-    for part in range(1, 7):
-        done_s = max(done_s, entries_s + keys_s * part / 6) + whole_s / 6
-    assert two.recall_wait_s[64] == pytest.approx(done_s - whole_s)
+    keys_s = GATHER.one_s(132, 2 * 300 * 21 * 132)
+    read_s = 21 * GATHER.one_s(584, 2 * 512 * 300 / 800 * 584)
+    assert two.recall_wait_s[64] == pytest.approx(keys_s + read_s)
     early_ledger = replace(recalled, ahead_slots=[300])
     early = simulate(early_ledger, FLASH, hw)
     kinds = [each.n_bytes for each in early.transfers if each.kind == "recall"]
     assert kinds == [300 * 21 * 716] and early.recall_wait_s[64] == 0
-    # bytes arrive in HBM, and go from spare pages to slots: read, and written again
+    # from spare pages to slots: read, and written again
     none = simulate(replace(early_ledger, lookahead_loads=loads(128)), FLASH, hw)
     arriving_s = 300 * 21 * 716 / H100.hbm_bytes_per_s.value
-    assert early.step_s[64] - none.step_s[64] == pytest.approx(3 * arriving_s, rel=1e-3)
+    assert early.step_s[64] - none.step_s[64] == pytest.approx(2 * arriving_s, rel=1e-3)
     seldom = ledger(n_steps=256, lookahead_loads=loads(256, s64=300))  # once in four windows
     timeline = simulate(seldom, FLASH, H100)
     assert [each.kind for each in timeline.transfers].count("recall") == 1

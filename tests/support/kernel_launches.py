@@ -14,6 +14,7 @@ from fmsim.exec.kernels.flash_mla import listed_triton
 from fmsim.exec.kernels.gather import copy_rows_triton
 from fmsim.exec.kernels.hyper_connection import Pending, enter_triton, read_out_triton
 from fmsim.exec.kernels.index_score import index_scores_triton, index_weights_triton
+from fmsim.exec.kernels.late_entries import bring_entries_triton
 from fmsim.exec.kernels.layout import KEY, LATENT, plain
 from fmsim.exec.kernels.linear import linear_triton
 from fmsim.exec.kernels.memory_score import memory_scores_triton
@@ -253,6 +254,14 @@ def kept():
     keep_triton(pool, first, slot_page, moves, moves, whole(21, BATCH, 1025))
 
 
+def late_entries():
+    mirror, pool = LATENT.new_pool(PAGES, 64), LATENT.new_pool(PAGES, 64)
+    on_the_way = zeros(PAGES, dtype=torch.uint8)
+    first_page = zeros(BATCH, dtype=torch.int64)
+    ids, blocks = whole(BATCH, 512), whole(BATCH, PAGES + 1)
+    bring_entries_triton(ids, blocks, on_the_way, first_page, mirror, pool, LATENT)
+
+
 def listed():
     layout = LATENT
     listed_triton(
@@ -340,6 +349,7 @@ LAUNCHES = {
     "copy_rows, entries": rows(584),
     "stage": stage,
     "keep": kept,
+    "late_entries": late_entries,
     "listed": listed,
     "copy_rows, pages": rows(37_376),
 }

@@ -70,6 +70,7 @@ class DeviceTiers:
 
     def wrote(self, request: int, moves: Moves) -> None:
         """The model writes entries through to both tiers itself."""
+        self.tiers.finish()
         self._changed.add(request)
 
     def recall(self, request: int, moves: Moves) -> None:
@@ -156,6 +157,7 @@ class SharedTiers:
         return max(self.tiers.entries.sizes[0].ahead)
 
     def wrote(self, request: int, moves: Moves) -> None:
+        self.tiers.finish()
         self.changed = True
         if self.copies:
             copy_uncounted(self.tiers, moves.pages, moves.slots)

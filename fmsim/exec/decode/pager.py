@@ -82,6 +82,8 @@ class LayerPager:
         policy = view.requests[0].policy
         self.recalls = self.params.cadence > 1 or policy.prefetches
         self.loads = self.params.on_miss != "mask" and self.tiers.stage_pages > 0
+        # where no step gives slots away, what it attends to may come before its page
+        self.brings = self.recalls and not self.loads
 
     def append(self, entry: Tensor, key: Tensor, index: Tensor) -> None:
         for b, request in enumerate(self.view.requests):
@@ -95,7 +97,7 @@ class LayerPager:
 
     def choose(self, queries: Tensor, weights: Tensor, visible: Tensor, top_k: int) -> None:
         lengths = visible.int()
-        if self.recalls:
+        if self.recalls and not self.brings:
             self.view.wait_for(self.layer)
         if (
             not self.keys.complete
@@ -114,16 +116,22 @@ class LayerPager:
     def bring(self) -> Tensor:
         if not self.keys.complete:
             self.view.selections.ids[self.layer].copy_(self.ids)
-            return self.ids
-        attended = self.hit
-        if self.loads:
-            with self.view.stalled():
-                self.tiers.stage(self.layer, self.pages, self.fetched, self.blocks)
-            attended = (self.wanted >= 0) & self._here(self.wanted)
-        if not self.view.among_resident:
-            self.ids = torch.where(attended, self.wanted, -1)
-        self.view.selections.book(self.layer, self.wanted, self.hit, attended, self.ids)
+        else:
+            attended = self._attended()
+            if not self.view.among_resident:
+                self.ids = torch.where(attended, self.wanted, -1)
+            self.view.selections.book(self.layer, self.wanted, self.hit, attended, self.ids)
+        if self.brings:
+            self.tiers.bring(self.layer, self.ids, self.blocks)
         return self.ids
+
+    def _attended(self) -> Tensor:
+        """bool [B, K], which of the wanted entries can be attended to, once misses are loaded."""
+        if not self.loads:
+            return self.hit
+        with self.view.stalled():
+            self.tiers.stage(self.layer, self.pages, self.fetched, self.blocks)
+        return (self.wanted >= 0) & self._here(self.wanted)
 
     def read(self, ids: Tensor) -> Tensor:
         return torch.stack(

@@ -50,6 +50,7 @@ class TracePager:
         self.homes = decode.tiers.entries.homes(layer, self.blocks)
         self.loads = decode.stages
         self.recalls = decode.policy.params.cadence > 1 or decode.policy.prefetches
+        self.brings = self.recalls and not self.loads
         self.keeps_keys = layer < decode.keyed_layers
         if self.keeps_keys:
             self.key_homes = [Home(step.keys.pool[layer], step.keys.table)]
@@ -57,7 +58,7 @@ class TracePager:
             self.key_homes = decode.tiers.keys.homes(layer - decode.keyed_layers, self.blocks)
 
     def choose(self, queries: Tensor, weights: Tensor, visible: Tensor, top_k: int) -> None:
-        if self.recalls:
+        if self.recalls and not self.brings:
             self.decode.tiers.wait_for(self.layer)
         (pool, table), of, resident = (
             self.key_homes[0],
@@ -73,9 +74,12 @@ class TracePager:
             )
 
     def bring(self) -> Tensor:
-        if self.loads:
+        given = self.step.given[self.trace_layer]
+        if self.brings:
+            self.decode.tiers.entries.bring(self.layer, given, self.blocks)
+        elif self.loads:
             self.decode.stage(self.layer)
-        return self.step.given[self.trace_layer]
+        return given
 
     def reports(
         self, q: Tensor, rows: Rows, masses: Masses | None, x: Tensor, attention: Attention

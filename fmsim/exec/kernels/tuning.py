@@ -198,6 +198,7 @@ FLOAT32_ROWS = 32  # of a block: they take twice the shared memory
 # to 7%
 PROGRAMS_BESIDE = 4
 LATE_LAUNCHES = 6  # of what a decision recalls late: as many times layers may go on before its end
+LATE_ENTRIES = 16  # that come before their page: of a program, which most often finds none
 PROGRAMS_WITHIN = 264  # of a copy within the GPU, which is over soon
 # at a time; beyond, one grouped product over all experts is a prompt's way, unless they are float8
 MOST_EXPERT_TOKENS = 256
@@ -257,3 +258,8 @@ def linear(rows: int, dtype: torch.dtype, float8_rows: bool) -> LinearTuning:
     if dtype == torch.float32:
         return tune._replace(block_rows=min(tune.block_rows, FLOAT32_ROWS))
     return tune
+
+
+def late_programs(row_bytes: int) -> int:
+    """Of what a decision recalls late: of small rows a program has fewer bytes on the way."""
+    return 12 if row_bytes >= 4096 else 32

@@ -5,7 +5,7 @@ On a CPU everything happens at once, in order.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import torch
@@ -14,7 +14,7 @@ from torch import Tensor
 
 class Beside:
     """Two streams of a GPU beside the decode's: one for what is recalled ahead, which has a window
-    of time, and one for what a decision recalls late, which a layer waits for.
+    of time, and one for what a decision recalls late.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -26,7 +26,12 @@ class Beside:
 
     def event(self) -> torch.cuda.Event | None:
         """To be recorded outside of CUDA graphs, and waited for in them too."""
-        return torch.cuda.Event(external=True) if self._on_gpu else None
+        if not self._on_gpu:
+            return None
+        event = torch.cuda.Event(external=True)
+        # torch leaves a wait out of a graph, for an event that was not recorded by then
+        self.record(event)
+        return event
 
     def wait(self, event: torch.cuda.Event | None) -> None:
         """What comes after waits for its last record."""
@@ -55,11 +60,10 @@ class Beside:
             if first >= (part.start or 0) and (part.stop is None or first < part.stop):
                 event.wait(torch.cuda.current_stream(self.device))
 
-    @contextmanager
-    def late(self, *used: Tensor) -> Iterator[None]:
-        """What is launched within runs beside what comes after."""
+    def late(self, work: Callable[[], None], *used: Tensor) -> None:
+        """What ``work`` launches runs beside what comes after."""
         with self._beside(1, used):
-            yield
+            work()
 
     @contextmanager
     def _beside(self, number: int, used: tuple[Tensor, ...]) -> Iterator[None]:

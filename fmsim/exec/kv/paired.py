@@ -104,16 +104,20 @@ class PairedTiers:
     def recall(
         self, pages: Tensor, slots: Tensor, request: Requests = None, late: bool = False
     ) -> None:
-        """`TieredCache.recall`, of groups' pages into their slots."""
-        for number, cache in enumerate(self.caches):
+        """`TieredCache.recall`, of groups' pages into their slots. Keys go first, and are not late:
+        all of them are scored, while few entries are attended to.
+        """
+        for number, cache in reversed(list(enumerate(self.caches))):
             moves = self.by_layer(pages, number), self.by_layer(slots, number)
-            cache.recall(*moves, request, late)
+            cache.recall(*moves, request, late and cache is self.entries)
 
     def wait_for(self, layer: int) -> None:
-        """`TieredCache.wait_for`, of entries and keys."""
+        """`TieredCache.wait_for`, of entries."""
         self.entries.wait_for(layer)
-        if self.keys is not None and layer in self.tiered:
-            self.keys.wait_for(self.tiered.index(layer))
+
+    def finish(self) -> None:
+        """`TieredCache.finish`, of entries."""
+        self.entries.finish()
 
     def recall_ahead(self, pages: Tensor, request: Requests = None) -> None:
         """`TieredCache.recall_ahead`, of groups' pages."""

@@ -17,16 +17,17 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import accumulate
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from fmsim.exec.kernels import staging, tuning
-from fmsim.exec.kernels.gather import copy_rows
+from fmsim.exec.kernels.late_entries import bring_entries
 from fmsim.exec.kernels.layout import Layout, read_entries, write_entries
 from fmsim.exec.kv.beside import Beside
+from fmsim.exec.kv.copies import Copies, LayerPages
 from fmsim.exec.kv.home import Home, Requests, part_of
+from fmsim.exec.kv.late import LatePages
 from fmsim.exec.kv.memory import check_memory
 from fmsim.exec.kv.mirror import HostMirror
 
@@ -46,15 +47,6 @@ class RequestSize:
         """The same with row ``rows[l]`` of slots and of pages ahead for each layer l."""
         slots = tuple(self.slots[row] for row in rows)
         return replace(self, slots=slots, ahead=tuple(self.ahead[row] for row in rows))
-
-
-class _Memory(NamedTuple):
-    """Pages of all layers, one layer's after another's: uint8 [pages, page bytes]; ``first`` int64
-    [L, 1, 1], where each layer's begin.
-    """
-
-    pages: Tensor
-    first: Tensor
 
 
 class TieredCache:
@@ -132,8 +124,8 @@ class TieredCache:
         )
         self._first_block = self._first_slot.int()
         self._first_page = torch.tensor(self.page_start, device=self.device)[:-1, None]
-        self._of_pool = _Memory(self.storage, self._layers_begin(self.pool_start[:-1]))
-        self._of_mirror = _Memory(
+        self._of_pool = LayerPages(self.storage, self._layers_begin(self.pool_start[:-1]))
+        self._of_mirror = LayerPages(
             self.mirror.flatten(0, 1),
             self._layers_begin([layer * mirror_pages for layer in range(layers)]),
         )
@@ -142,7 +134,8 @@ class TieredCache:
         self._slot_page = self._of_pool.first[:, 0] + self._first_slot[..., 0]
         self._mirror_page = self._of_mirror.first[:, 0] + self._first_page[:, 0]
         self.beside = beside or Beside(self.device)
-        self._late = [self.beside.event() for _ in range(layers)] if mirrored else []
+        self._copies = Copies(self._of_pool, self.even)
+        self._late = LatePages(self._copies, self.pool_start, self.beside)
         self._ahead: Tensor | None = (
             None  # pool pages of what was recalled ahead, int32 [L, B, P + 1], or -1
         )
@@ -250,10 +243,11 @@ class TieredCache:
         """`fetch`, for a decision: what was recalled ahead of it is here already.
 
         Where the rest may come ``late`` it is copied beside what runs, a layer after the other, and
-        whoever reads a layer calls `wait_for` before.
+        whoever reads a layer calls `wait_for` before, or `bring` for what it reads.
         """
         if not self.mirrored:
             return
+        self.finish()
         pages, slots, staged = _by_request(pages), _by_request(slots), None
         if self._ahead is not None:
             part = part_of(request)
@@ -266,8 +260,27 @@ class TieredCache:
 
     def wait_for(self, layer: int) -> None:
         """What is recalled late into a layer is there for what comes after."""
-        if self._late:
-            self.beside.wait(self._late[layer])
+        self._late.wait_for(layer)
+
+    def finish(self) -> None:
+        """What is recalled late is there, before slots change hands."""
+        self._late.finish()
+
+    def bring(self, layer: int, ids: Tensor, blocks: Tensor) -> None:
+        """Read entries ``ids`` int32 [B, K] (-1 = none) whose pages are still on their way, each by
+        itself, into the slots that ``blocks`` int32 [B, P + 1] name. Their pages are counted when
+        they are recalled, and these bytes, which cross the link twice, are not.
+        """
+        if self.mirrored:
+            bring_entries(
+                ids,
+                blocks,
+                self._late.on_the_way(layer),
+                self._first_page[:, 0],
+                self.mirror[layer],
+                self.pool[layer],
+                self.layout,
+            )
 
     def recall_ahead(self, pages: Tensor, request: Requests = None) -> None:
         """Begin to copy pages, up to a request's `ahead`, out of the mirror, beside whatever else
@@ -289,7 +302,7 @@ class TieredCache:
         self.recalled_pages += (to >= 0).sum()
         source = torch.where(pages < 0, -1, pages + self._first_page[part])
         with self.beside.ahead(part, source, to):
-            self._copy(self._of_mirror, source, to, tuning.PROGRAMS_BESIDE)
+            self._copies.copy(self._of_mirror, source, to, tuning.PROGRAMS_BESIDE)
 
     def stage(self, layer: int, pages: Tensor, fetched: Tensor, blocks: Tensor) -> None:
         """Bring pages [B, n] of each request where `fetched` from the mirror into staging pages,
@@ -343,16 +356,16 @@ class TieredCache:
         part = part_of(request)
         to = torch.where(slots < 0, -1, slots + self._first_slot[:, part])
         if staged is not None:
-            self._copy(self._of_pool, staged, to, tuning.PROGRAMS_WITHIN)
+            self._copies.copy(self._of_pool, staged, to, tuning.PROGRAMS_WITHIN)
             to = torch.where(staged >= 0, -1, to)
         source, to = torch.broadcast_tensors(
             torch.where(pages < 0, -1, pages + self._first_page[part]), to
         )
         self.recalled_pages += (to >= 0).sum()
         if self.mirrored and late:
-            self._copy_late(source, to)
+            self._late.copy(self._of_mirror, source, to)
         elif self.mirrored:
-            self._copy(self._of_mirror, source, to)
+            self._copies.copy(self._of_mirror, source, to)
 
     def read(self, layer: int, blocks: Tensor, ids: Tensor) -> Tensor:
         """float32 [K, C]: entries `ids` [K] through `blocks` [P + 1]; whatever where an id is -1 or
@@ -384,71 +397,6 @@ class TieredCache:
             self.layout,
             torch.where(slot < 0, -1, page * self.granularity + numbers % self.granularity),
             entries,
-        )
-
-    def _copy(
-        self, source: _Memory, pages: Tensor, to: Tensor, programs: int | None = None
-    ) -> None:
-        """Into page ``to[l, b, i]`` of layer l's pool page ``pages[l, b, i]`` of its part of
-        `source`, where both are >= 0, without asking the host how many that are.
-
-        One launch copies for all layers: where these are unlike, by places in all of the memory.
-        """
-        self._copy_listed(source, *self._listed(source, pages, to), programs=programs)
-
-    def _copy_late(self, pages: Tensor, to: Tensor) -> None:
-        """The same from the mirror, beside what runs, in an order that lets the first layers go on
-        while the last are still waited for.
-        """
-        listed = self._listed(self._of_mirror, pages, to)
-        lists = len(listed[2])
-        step = max(1, lists // tuning.LATE_LAUNCHES)
-        with self.beside.late(*listed):
-            for first in range(0, lists, step):
-                self._copy_listed(self._of_mirror, *listed, part=slice(first, first + step))
-                layers = range(first, min(first + step, lists)) if self.even else range(self.layers)
-                for layer in layers:
-                    self.beside.record(self._late[layer])
-
-    def _listed(self, source: _Memory, pages: Tensor, to: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Moves for `copy_rows`, a list a layer, or one for all where these are not alike.
-
-        The lists are as long as all slots of a layer, and most places in them are left out; so
-        those that are moved are brought to their front.
-        """
-        pages, to = torch.broadcast_tensors(pages, to)
-        if not self.even:
-            pages = torch.where(pages < 0, -1, pages + source.first).flatten(0, 1)[None]
-            to = torch.where(to < 0, -1, to + self._of_pool.first).flatten(0, 1)[None]
-        moved = (pages >= 0) & (to >= 0)
-        of_request = moved.sum(2)
-        rank = (
-            moved.cumsum(2) - 1 + (of_request.cumsum(1) - of_request)[..., None]
-        )  # a scan a request: of all at once few processors would take part
-        places = moved[0].numel()
-        rank = torch.where(moved, rank, places).flatten(1)
-        front = rank.new_full((2, len(rank), places + 1), -1)
-        for part, out in zip((pages, to), front):
-            out.scatter_(1, rank, part.flatten(1).long())
-        return front[0, :, :places], front[1, :, :places], of_request.sum(1, dtype=torch.int32)
-
-    def _copy_listed(
-        self,
-        source: _Memory,
-        pages: Tensor,
-        to: Tensor,
-        counts: Tensor,
-        programs: int | None = None,
-        part: slice = slice(None),
-    ) -> None:
-        lists = len(counts)
-        copy_rows(
-            source.pages.unflatten(0, (lists, -1))[part],
-            self.storage.unflatten(0, (lists, -1))[part],
-            pages[part],
-            to[part],
-            counts[part],
-            programs,
         )
 
 

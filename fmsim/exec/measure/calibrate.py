@@ -22,6 +22,7 @@ from typing import Any
 import torch
 from transformers import DeepseekV4Config
 
+from fmsim.exec.kernels import tuning
 from fmsim.exec.kernels.layout import KEY, LATENT, Layout
 from fmsim.exec.measure import device_figures, engine_cases, step_work
 from fmsim.exec.measure.compile_ahead import compile_ahead
@@ -143,7 +144,7 @@ def _jobs(
         jobs.append(Job(name, 8, module))
     jobs += [
         Job("layers in a row", 28, partial(_in_a_row, config, layouts, seed, *on_device)),
-        Job("a step beside a recall", 4, partial(_beside, config, layouts, seed, *on_device)),
+        Job("steps beside recalls", 5, partial(_beside, config, layouts, seed, *on_device)),
     ]
     jobs += [
         Job("masses", 2, partial(engine_cases.masses_ms, *on_device)),
@@ -151,11 +152,8 @@ def _jobs(
         Job("naming residents", 1, partial(engine_cases.listed_ms, *on_device)),
         Job("scores of residents", 2, partial(engine_cases.listed_scores, *on_device)),
         Job("loading misses", 3, partial(engine_cases.staging_ms, layouts[0], *on_device)),
-        Job(
-            "common misses", 1, partial(engine_cases.same_rows_bytes_per_s, layouts[0], *on_device)
-        ),
     ]
-    jobs.append(Job("steps", 20, partial(step_work.all_kinds, geometry, *on_device)))
+    jobs.append(Job("steps", 26, partial(step_work.all_kinds, geometry, *on_device)))
     return [Job(job.name, job.seconds, _freed(job.run)) for job in jobs]
 
 
@@ -228,9 +226,19 @@ def _beside(
     device: str,
     sizes: Sizes,
     report: Report,
-) -> float:
-    """By which share a step is slower beside a recall, of the fewest layers that are made."""
-    return LayerRow(config, layouts, device, 0.0, seed).beside(sizes.contexts[0], report)
+) -> Figures:
+    """By which share steps are slower beside recalls, of the fewest layers that are made: one
+    request's beside what is recalled ahead, and many requests' beside what is recalled late.
+    """
+    row = LayerRow(config, layouts, device, 0.0, seed)
+    tokens, many = sizes.contexts[0], sizes.some_batches[-1]
+    return {
+        "ahead": row.beside(1, tokens, 584, tuning.PROGRAMS_BESIDE, report),
+        "late": {
+            size: row.beside(many, tokens, size, tuning.late_programs(size), report)
+            for size in sizes.late_rows
+        },
+    }
 
 
 def _table(found: Figures, config: DeepseekV4Config, sizes: Sizes) -> KernelTable:
@@ -271,9 +279,9 @@ def _table(found: Figures, config: DeepseekV4Config, sizes: Sizes) -> KernelTabl
         staging_ms={
             batch: numbered(column) for batch, column in numbered(found["loading misses"]).items()
         },
-        same_rows_bytes_per_s=found["common misses"],
         beside_bytes_per_s=found["a gather beside a decode"],
-        beside_slower=found["a step beside a recall"],
+        beside_slower=found["steps beside recalls"]["ahead"],
+        late_slower=numbered(found["steps beside recalls"]["late"]),
         steps={kind: Bookkeeping.model_validate(work) for kind, work in found["steps"].items()},
     )
     return KernelTable(**columns, all_reduce_batch_ms=none, router_batch_ms=none, engine=engine)

@@ -100,35 +100,15 @@ def staging_ms(
     return found
 
 
-def same_rows_bytes_per_s(layout: Layout, device: str, sizes: Sizes, report: Report) -> float:
-    """Of misses that many requests have in common: what one of them has just read from the host
-    lies in the GPU's L2 for the others.
-    """
-    batch, (few, many) = sizes.some_batches[-1], sizes.staged[-2:]
-    seconds = {
-        count: median_s(work, device)
-        for count, work in zip(
-            sizes.staged, _loads(batch, layout, device, sizes, True), strict=True
-        )
-        if count in (few, many)
-    }
-    n_bytes = batch * (many - few) * layout.entry_bytes
-    found = n_bytes / max(seconds[many] - seconds[few], 1e-9)
-    report(f"rows that {batch} requests have in common: {found / 1e9:.1f} GB/s")
-    return found
-
-
-def _loads(
-    batch: int, layout: Layout, device: str, sizes: Sizes, alike: bool = False
-) -> Iterator[Work]:
-    """Of each number in `Sizes.staged`; all requests' pages are `alike`, or each has its own."""
+def _loads(batch: int, layout: Layout, device: str, sizes: Sizes) -> Iterator[Work]:
+    """Of each number in `Sizes.staged`, pages of each request's own."""
     n_pages = sizes.staged_entries
     places = min(TOP_K, n_pages)
     size = RequestSize(n_pages, (1,), places, (0,))
     cache = TieredCache(layout, 1, 1, [size] * batch, device, one_text=True)
     blocks = torch.full((batch, n_pages + 1), -1, dtype=torch.int32, device=device)
     chosen = [torch.randperm(n_pages, device=device)[:places] for _ in range(batch)]
-    pages = torch.stack(chosen[:1] * batch if alike else chosen).sort().values
+    pages = torch.stack(chosen).sort().values
     for count in sizes.staged:
         fetched = torch.zeros(batch, places, dtype=torch.bool, device=device)
         fetched[:, torch.linspace(0, places - 1, count, device=device).long()] = True

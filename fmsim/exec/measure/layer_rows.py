@@ -17,7 +17,6 @@ from transformers import DeepseekV4Config
 
 from fmsim.exec.decode.decode_attention import AllEntries
 from fmsim.exec.decode.step_state import decode_attentions
-from fmsim.exec.kernels import tuning
 from fmsim.exec.kernels.layout import Layout
 from fmsim.exec.measure import kernel_cases as cases
 from fmsim.exec.measure.jobs import Report
@@ -31,6 +30,7 @@ from fmsim.exec.model.weights.quantised import has_float8_rows, hold_float8, pub
 from fmsim.exec.model.weights.synthetic import fill
 
 FEWEST = 4  # layers: some of each kind
+RECALLED_BYTES = 19_000_000  # at once, beside a step
 
 
 class LayerRow:
@@ -67,13 +67,16 @@ class LayerRow:
         gc.collect()
         return found
 
-    def beside(self, tokens: int, report: Report) -> float:
-        """By which share a step of one request is slower while entries are recalled beside it."""
+    def beside(
+        self, batch: int, tokens: int, row_bytes: int, programs: int, report: Report
+    ) -> float:
+        """By which share a step is slower while so many programs recall rows beside it."""
         if self.device != "cuda":
             return 0.0
-        work = self._step(1, tokens)  # kept as long as its graph, which reads its buffers
+        work = self._step(batch, tokens)  # kept as long as its graph, which reads its buffers
         step = captured(work)
-        recall = cases.recall(584, 32_768, self.device, tuning.PROGRAMS_BESIDE, host_bytes=2**29)
+        rows = RECALLED_BYTES // row_bytes
+        recall = cases.recall(row_bytes, rows, self.device, programs, host_bytes=2**29)
         copies, side = captured(recall.run), torch.cuda.Stream()
         recall_s = median_s(recall.run, self.device, runs=8, cold=False)
 
@@ -95,7 +98,7 @@ class LayerRow:
         alone_s = timed(0)
         slower = timed(round(1.3 * alone_s / recall_s) + 1) / alone_s - 1
         del work
-        report(f"a step beside a recall: {slower:+.1%}")
+        report(f"a step of {batch} beside a recall of {row_bytes:,} bytes a row: {slower:+.1%}")
         return max(0.0, slower)
 
     def _step(self, batch: int, tokens: int) -> Callable[[], None]:

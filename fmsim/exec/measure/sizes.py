@@ -52,6 +52,7 @@ class Sizes:
             37_376: (8, 96, 384, 2000),
         }
     )
+    late_rows: tuple[int, ...] = (584, 37_376)  # bytes of a row that is recalled late
     beside_rows: int = 32_768  # of a gather beside a decode
     kernel_shapes: tuple[tuple[int, int], ...] = ((1, 131_072), (8, 32_768))
     # the first one, one of more entries, one of more slots, one of more requests
@@ -60,6 +61,11 @@ class Sizes:
         StepSize(65_536, 1024),
         StepSize(65_536, 16_384),
         StepSize(8192, 1024, 32),
+    )
+    # of decisions, whose lists are as long as the slots: the second and the third, of more requests
+    decisions: tuple[StepSize, StepSize] = (
+        StepSize(65_536, 1024, 32),
+        StepSize(65_536, 16_384, 32),
     )
     step_groups: int = 6  # residency groups, as the shipped traces have
     step_topk: int = 512

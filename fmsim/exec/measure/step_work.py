@@ -28,13 +28,16 @@ from fmsim.replay.replayer import Replayer
 
 N_STEPS = 40
 CADENCE = 8
+CHANGING = 64
 WARM_UP = CADENCE + 4  # steps
 ENTRY_TOKENS = 4
 CYCLES_PER_S = 1.5e9  # or more, of a GPU: how long a pause lasts is measured, not taken from this
 
 
 class Ahead(Policy):
-    """Decides from what it knew all along: half of the set changes at each decision."""
+    """Decides from what it knew all along. Few pages change at a decision, one in CHANGING: lists
+    of moves are as long as the slots however many are moved, and copies are priced apart.
+    """
 
     name = "ahead"
     action = "hierarchical"
@@ -51,7 +54,7 @@ class Ahead(Policy):
     def worth(self, step: int, pages: Array) -> Array:
         turn = step // self.params.cadence % 2
         xp = self.ctx.xp
-        return xp.astype(pages % 2 == turn, xp.float32)
+        return xp.astype(pages % CHANGING != turn, xp.float32)
 
     def ahead(self, step: int, n: int) -> Array:
         xp = self.ctx.xp
@@ -61,8 +64,9 @@ class Ahead(Policy):
 
 
 class StepKind(NamedTuple):
-    """A policy, and the numbers of `Sizes.steps` at which its steps are timed. What sizes add is
-    taken from a kind that is `like` it, where it is timed at the first one alone.
+    """A policy, and the numbers of sizes, of `Sizes.steps` and then `Sizes.decisions`, at which its
+    steps are timed. What other sizes add to a step without a decision is taken from a kind that is
+    `like` it.
     """
 
     spec: dict[str, Any]
@@ -77,8 +81,10 @@ KINDS = {
     "observed": StepKind({"policy": "h2o"}, (0,), "held"),
     "fetched": StepKind({"policy": "lru"}, EVERY),
     "fallback": StepKind({"policy": "lru", "on_miss": "fallback"}, (0,), "fetched"),
-    "ahead": StepKind({"cadence": CADENCE, "on_miss": "mask"}, EVERY),
-    "decided": StepKind({"policy": "lru", "on_miss": "mask", "cadence": CADENCE}, (0,), "ahead"),
+    "ahead": StepKind({"cadence": CADENCE, "on_miss": "mask"}, (*EVERY, 4, 5)),
+    "decided": StepKind(
+        {"policy": "lru", "on_miss": "mask", "cadence": CADENCE}, (0, 1, 2, 4, 5), "ahead"
+    ),
 }
 LOADING = ("fetched", "fallback")
 DECIDING = ("decided", "ahead")
@@ -109,29 +115,58 @@ def all_kinds(
 ) -> dict[str, dict[str, dict[str, float]]]:
     """`fmsim.hw.spec.Bookkeeping`'s fields, by kind."""
     found: dict[str, dict[str, dict[str, float]]] = {}
+    all_sizes = (*sizes.steps, *sizes.decisions)
     for name, kind in KINDS.items():
         timed = {
-            number: _timed(name, geometry, device, sizes, sizes.steps[number])
+            number: _timed(name, geometry, device, sizes, all_sizes[number])
             for number in kind.sizes
         }
         for number, seconds in timed.items():
-            size = sizes.steps[number]
+            size = all_sizes[number]
             plain, closing, decision = (1e3 * part for part in seconds)
             report(
                 f"{name}, {size.entries:,} entries, {size.slots:,} slots, batch {size.batch}:"
                 f" {plain:.3f} ms a step, {closing:+.3f} closing, {decision:+.3f} deciding"
             )
-        parts = Seconds._fields if name in DECIDING else ("plain", "closing")
         found[name] = {}
-        for part in parts:
+        like = found[kind.like] if kind.like else {}
+        for part in ("plain", "closing"):
             of_part = {number: getattr(seconds, part) for number, seconds in timed.items()}
             # of the block tables: where layers load their misses, one each
             rows = geometry.n_csa if name in LOADING else sizes.step_groups
-            # that a request may move: what a step selects, or at a decision all it keeps
-            movable = sizes.steps[0].slots if part == "decision" else sizes.step_topk
-            like = found[kind.like][part] if kind.like else None
-            found[name][part] = _work(of_part, rows, geometry.n_csa * movable, sizes, like)
+            moves = geometry.n_csa * sizes.step_topk  # of a request: what a step selects
+            found[name][part] = _work(of_part, rows, moves, sizes, like.get(part))
+        if name in DECIDING:
+            decisions = {number: seconds.decision for number, seconds in timed.items()}
+            found[name]["decision"] = _decision(decisions, geometry.n_csa, sizes)
     return found
+
+
+def _decision(seconds: dict[int, float], n_csa: int, sizes: Sizes) -> dict[str, float]:
+    """`fmsim.hw.spec.DecisionWork`'s fields, from times at the first three of `Sizes.steps` and at
+    `Sizes.decisions`.
+
+    A request's lists of moves are as long as its slots, in each of `n_csa` layers.
+    """
+    first, wide, deep, _ = sizes.steps
+    groups, others = sizes.step_groups, sizes.decisions[0].batch - 1
+    deeper = deep.slots - wide.slots
+    of_others = seconds[4] - seconds[1]
+    move = max(0.0, (seconds[5] - seconds[2] - of_others) / (n_csa * deeper * others))
+    tables = of_others - move * n_csa * wide.slots * others
+    table = max(0.0, tables / (groups * wide.entries * others))
+    of_pages = (seconds[1] - seconds[0]) / (groups * (wide.entries - first.entries))
+    page = max(0.0, of_pages - table)
+    slot = max(0.0, (seconds[2] - seconds[1] - move * n_csa * deeper) / (groups * deeper))
+    fixed = seconds[0] - slot * groups * first.slots - move * n_csa * first.slots
+    fixed -= (page + table) * groups * first.entries
+    return {
+        "fixed_ms": 1e3 * fixed,
+        "slot_ns": 1e9 * slot,
+        "page_ns": 1e9 * page,
+        "table_ns": 1e9 * table,
+        "move_ns": 1e9 * move,
+    }
 
 
 def _work(

@@ -1,5 +1,5 @@
 """A whole batch's pages recalled late, many requests at once, lie where each layer that waits for
-them looks; a CUDA graph waits too.
+them looks, and a layer that does not wait has the entries that it looks for; in a CUDA graph too.
 """
 
 import pytest
@@ -9,16 +9,41 @@ torch = pytest.importorskip("torch", reason="the engine needs fmsim[model]")
 from kernel_pools import on_each_device
 
 from fmsim.exec.kernels.layout import plain
+from fmsim.exec.kv.beside import Beside
 from fmsim.exec.kv.tiered import RequestSize, TieredCache
 
 LAYERS, BATCH, PAGES, SLOTS, WIDTH = 13, 3, 50, 20, 32
+CYCLES = 50_000_000  # of a GPU: longer than a step here
 
 
-def filled(device, even):
+class Held(Beside):
+    """What is late comes late: on a CPU when it is `let` go, on a GPU after a while."""
+
+    def __init__(self, device):
+        super().__init__(torch.device(device))
+        self.works = []
+
+    def late(self, work, *used):
+        def after_a_while():
+            torch.cuda._sleep(CYCLES)
+            work()
+
+        if self.device.type == "cuda":
+            super().late(after_a_while, *used)
+        else:
+            self.works.append(work)
+
+    def let(self):
+        while self.works:
+            self.works.pop()()
+
+
+def filled(device, even, per_page=1, beside=None):
     slots = tuple(SLOTS - (0 if even else layer % 2) for layer in range(LAYERS))
     size = RequestSize(PAGES, slots, 0, (4,) * LAYERS)
-    cache = TieredCache(plain(torch.float32, WIDTH), LAYERS, 1, [size] * BATCH, device)
-    content = torch.randint(0, 256, cache.mirror.shape, dtype=torch.uint8)
+    layout = plain(torch.float32, WIDTH)
+    cache = TieredCache(layout, LAYERS, per_page, [size] * BATCH, device, beside=beside)
+    content = torch.rand(cache.mirror.view(torch.float32).shape).view(torch.uint8)
     cache.mirror.copy_(content)
     return cache
 
@@ -38,7 +63,8 @@ def drawn(device, generator):
 @on_each_device
 @pytest.mark.parametrize("even", [True, False])
 def test_each_layer_finds_its_pages_once_it_waited(device, even):
-    cache, generator = filled(device, even), torch.Generator().manual_seed(1)
+    late = Held(device) if device == "cuda" else None
+    cache, generator = filled(device, even, beside=late), torch.Generator().manual_seed(1)
     found = torch.zeros(LAYERS, BATCH, 12, cache.page_bytes, dtype=torch.uint8, device=device)
     places = torch.zeros(LAYERS, BATCH, 12, dtype=torch.int64, device=device)
 
@@ -51,7 +77,8 @@ def test_each_layer_finds_its_pages_once_it_waited(device, even):
         from fmsim.exec.decode.step_state import graph_after_one
 
         read = graph_after_one(read)
-    for turn in range(4):  # the first as it is, the others from a graph
+    read()  # as it is, and on a GPU from a graph from now on
+    for turn in range(3):
         pages, slots = drawn(device, generator)
         if turn % 2:
             cache.recall_ahead(pages[:, :, :4])
@@ -64,4 +91,56 @@ def test_each_layer_finds_its_pages_once_it_waited(device, even):
             for b in range(BATCH):
                 page = pages[layer, b, :9].cpu() + cache.page_start[b]
                 assert torch.equal(found[layer, b, :9].cpu(), cache.mirror[layer][page]), layer
-    assert int(cache.recalled_pages) == 4 * LAYERS * BATCH * 9
+    assert int(cache.recalled_pages) == 3 * LAYERS * BATCH * 9
+
+
+@on_each_device
+@pytest.mark.parametrize("even", [True, False])
+def test_entries_that_a_layer_looks_for_come_before_their_pages(device, even):
+    per_page, beside = 4, Held(device)
+    cache, generator = filled(device, even, per_page, beside), torch.Generator().manual_seed(2)
+    ids = torch.zeros(LAYERS, BATCH, 30, dtype=torch.int32, device=device)
+    blocks = torch.full((LAYERS, BATCH, PAGES + 1), -1, dtype=torch.int32, device=device)
+    found = torch.zeros(LAYERS, BATCH, 30, WIDTH, device=device)
+
+    def read():
+        for layer in range(LAYERS):
+            cache.bring(layer, ids[layer], blocks[layer])
+            for b in range(BATCH):
+                found[layer, b] = cache.read(layer, blocks[layer, b], ids[layer, b])
+
+    if device == "cuda":
+        from fmsim.exec.decode.step_state import graph_after_one
+
+        read = graph_after_one(read)
+    read()
+    for turn in range(3):
+        pages, slots = drawn(device, generator)
+        if turn % 2:
+            cache.recall_ahead(pages[:, :, :4])
+        held = torch.randint(0, 9, ids.shape, generator=generator)
+        number = torch.randint(0, per_page, ids.shape, generator=generator)
+        ids.copy_(pages.cpu().gather(2, held) * per_page + number)
+        blocks.fill_(-1)
+        for layer in range(LAYERS):
+            start = torch.tensor(cache.slot_start[layer][:-1], device=device)[:, None]
+            at = (slots[layer, :, :9] + start).int()
+            blocks[layer].scatter_(1, pages[layer, :, :9], at)
+        cache.recall(pages, slots, late=True)
+        read()
+        expected = torch.stack(
+            [
+                torch.stack([cache.read_mirror(b, layer, ids[layer, b]) for b in range(BATCH)])
+                for layer in range(LAYERS)
+            ]
+        )
+        assert torch.equal(found, expected)
+        beside.let()
+        cache.finish()
+        for layer in range(LAYERS):
+            assert not cache._late.on_the_way(layer).any()
+            for b in range(BATCH):
+                block = blocks[layer, b, pages[layer, b, :9]].long()
+                whole = cache.pool[layer][block].cpu()
+                page = pages[layer, b, :9].cpu() + cache.page_start[b]
+                assert torch.equal(whole, cache.mirror[layer][page])

@@ -1,0 +1,86 @@
+"""Copies of pages into a cache's pool: all layers in a launch, and nothing asked of the host."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from fmsim.exec.kernels.gather import copy_rows
+
+
+class LayerPages(NamedTuple):
+    """Pages of all layers, one layer's after another's: uint8 [pages, page bytes]; ``first`` int64
+    [L, 1, 1], where each layer's begin.
+    """
+
+    pages: Tensor
+    first: Tensor
+
+
+class MoveLists(NamedTuple):
+    """For `copy_rows`: ``pages`` and ``to`` int64 [lists, n], those that are moved at the front;
+    ``counts`` int32 [lists], how many these are.
+    """
+
+    pages: Tensor
+    to: Tensor
+    counts: Tensor
+
+
+class Copies:
+    """Into ``pool``. Layers that are laid out alike (``even``) have a list of moves each, others
+    one for all, by places in all of the memory.
+    """
+
+    def __init__(self, pool: LayerPages, even: bool) -> None:
+        self.pool = pool
+        self.even = even
+
+    def copy(
+        self, source: LayerPages, pages: Tensor, to: Tensor, programs: int | None = None
+    ) -> None:
+        """Into page ``to[l, b, i]`` of layer l's pool page ``pages[l, b, i]`` of its part of
+        `source`, where both are >= 0.
+        """
+        self.move(source, self.listed(source, pages, to), programs)
+
+    def listed(self, source: LayerPages, pages: Tensor, to: Tensor) -> MoveLists:
+        """The same as lists. Pages [L, B, m] are as many as slots, and most of them are left out;
+        so those that are moved are brought to the front.
+        """
+        pages, to = torch.broadcast_tensors(pages, to)
+        if not self.even:
+            pages = torch.where(pages < 0, -1, pages + source.first).flatten(0, 1)[None]
+            to = torch.where(to < 0, -1, to + self.pool.first).flatten(0, 1)[None]
+        moved = (pages >= 0) & (to >= 0)
+        of_request = moved.sum(2)
+        rank = (
+            moved.cumsum(2) - 1 + (of_request.cumsum(1) - of_request)[..., None]
+        )  # a scan a request: of all at once few processors would take part
+        places = moved[0].numel()
+        rank = torch.where(moved, rank, places).flatten(1)
+        front = rank.new_full((2, len(rank), places + 1), -1)
+        for part, out in zip((pages, to), front):
+            out.scatter_(1, rank, part.flatten(1).long())
+        counts = of_request.sum(1, dtype=torch.int32)
+        return MoveLists(front[0, :, :places], front[1, :, :places], counts)
+
+    def move(
+        self,
+        source: LayerPages,
+        moves: MoveLists,
+        programs: int | None = None,
+        part: slice = slice(None),
+    ) -> None:
+        """Those of some of the lists, in one launch."""
+        lists = len(moves.counts)
+        copy_rows(
+            source.pages.unflatten(0, (lists, -1))[part],
+            self.pool.pages.unflatten(0, (lists, -1))[part],
+            moves.pages[part],
+            moves.to[part],
+            moves.counts[part],
+            programs,
+        )
