@@ -28,8 +28,8 @@ BETWEEN_STEPS_MS = 0.65
 _LARGEST_CHUNK = 32_768  # tokens, beyond which a chunk's time goes on as it went
 _PREFILLS = (("dsa", "dsa"), ("msa", "gqa"), ("csa", "hca"))  # layers that select, and that do not
 # entries among which fmsim's own top-k chooses by one program, which holds a power of two of them
-# (`TOP_K.chunk` of fmsim/exec/kernels/tuning.py)
-WHOLE_ENTRIES = 16_384
+# (`TOP_K.whole` of fmsim/exec/kernels/tuning.py)
+WHOLE_ENTRIES = 4_096
 _FP8_SPEEDUP = 2.0  # of matrix products over bf16, on every device here
 _SPLIT = "no table has {what} on {gpu} with {engine}; there are {there}"
 

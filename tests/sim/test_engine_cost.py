@@ -325,7 +325,7 @@ def test_sizes_are_the_engines():
     from fmsim.exec.kernels import tuning
 
     assert LATE_LAUNCHES == tuning.LATE_LAUNCHES
-    assert tuning.TOP_K.chunk == WHOLE_ENTRIES
+    assert tuning.TOP_K.whole == WHOLE_ENTRIES
 
 
 def test_a_step_beside_a_recall_is_slower():
@@ -352,7 +352,7 @@ def test_crowds_of_long_contexts_take_what_was_measured():
 
 def test_a_context_takes_what_the_next_power_of_two_takes_where_one_program_selects():
     """Beyond what a program holds a longer one adds what lies between measured contexts."""
-    tokens = np.array([1024.0, 32_768.0, 32_772.0, 65_536.0, 65_540.0])
+    tokens = np.array([1024.0, 8192.0, 8196.0, 16_384.0, 16_388.0])
     line_ms = 0.01 * (tokens - 1024) / (131_072 - 1024)
     more_ms = np.array([0.0, 0.0, line_ms[3] - line_ms[2], 0.0, 0.0])
     factor = H100.kernel_factor.value

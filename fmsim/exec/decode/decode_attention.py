@@ -384,7 +384,7 @@ class DecodeAttention:
         return attention.project_out(out)
 
     def _queries_beside(self, latent: Activations, norm: nn.Module | None, turn: Turn) -> Tensor:
-        with beside(latent.device, SideStream.QUERIES):
+        with beside(turn[0].device, SideStream.QUERIES):
             return self._turned_queries(latent, norm, turn)
 
     def _turned_queries(self, latent: Activations, norm: nn.Module | None, turn: Turn) -> Tensor:
