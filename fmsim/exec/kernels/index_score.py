@@ -204,14 +204,14 @@ def score_layers(
 
 @triton.jit
 def _index_weights(projected, out, scale, stride, HEADS: tl.constexpr, HEADS_PADDED: tl.constexpr):
-    """One program: one sequence's. The launch before it is waited for only that none ends before
-    it.
+    """One program: one sequence's. It reads beside the launch before it and writes behind it: the
+    memory that it writes may have been that one's, whose temporaries are freed by now.
     """
     let_next_begin()
     b, head = tl.program_id(0).to(tl.int64), tl.arange(0, HEADS_PADDED)
     value = tl.load(projected + b * stride + head, mask=head < HEADS, other=0.0)
-    tl.store(out + b * HEADS + head, value.to(tl.float32) * scale, mask=head < HEADS)
     wait_for_previous()
+    tl.store(out + b * HEADS + head, value.to(tl.float32) * scale, mask=head < HEADS)
 
 
 @triton.jit
