@@ -115,9 +115,11 @@ class EngineCosts:
         The step of the decision waits for the keys. Where misses are loaded, its layers wait for
         their entries. Elsewhere entries come in the course of steps, and each of these reads those
         of them that it attends to: its `topk` times the share of the slots whose pages have not
-        come. Where a page begins, all that has not come is waited for.
+        come. Where a page begins, and at the next decision, all that has not come is waited for.
         """
-        begins = np.asarray(self.ledger.written.any(axis=1))
+        waits = np.asarray(self.ledger.written.any(axis=1))[: len(pages)] | (pages > 0)
+        if self.ledger.cadence > 1:
+            waits[:: self.ledger.cadence] = True
         entry_bytes = self.geometry.slot_bytes(self.granularity, with_keys=False)
         both_bytes = self.geometry.slot_bytes(self.granularity, with_keys=self.place.keys_tiered)
         entries_s = self._copied_s(entry_bytes, pages)
@@ -130,7 +132,7 @@ class EngineCosts:
             before_s, left_s = float(found[decision]), float(entries_s[decision])
             step = int(decision)
             while left_s > 0 and step < len(pages):
-                if step > decision and begins[step]:
+                if step > decision and waits[step]:
                     found[step] += left_s
                     break
                 found[step] += read_s * left_s / entries_s[decision]

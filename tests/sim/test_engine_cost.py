@@ -277,6 +277,9 @@ def test_late_entries_come_beside_steps_that_read_them_until_they_are_here():
     begins = costs(replace(kept, written=loads(128, s1=1, s2=1)), batch=40, late_slower=late)
     found = begins.late_s(np.array([0.0, rows, 0.0, 0.0]), np.full(4, step_s))
     assert found == pytest.approx([0.0, first_s, left_s, 0.0])  # waits for all of it
+    again = costs(replace(kept, cadence=2), batch=40, late_slower=late)
+    found = again.late_s(np.array([0.0, rows, 0.0, 0.0]), np.full(4, step_s))
+    assert found == pytest.approx([0.0, first_s, left_s, 0.0])  # so does the next decision
 
 
 def hardware(**changes):
