@@ -49,7 +49,8 @@ def _overlaps(device: torch.device) -> bool:
 def overlapped(tensor: Tensor) -> dict[str, bool]:
     """Options of a launch that may begin while the launch before it in its stream ends
     (programmatic dependent launch, from Hopper on). Its kernel calls `after_previous` before it
-    touches what others write.
+    touches what others write, or writes a new tensor: that one's memory may be what a temporary of
+    the launch before had, which is freed before it is read.
     """
     return {"launch_pdl": True} if tensor.is_cuda and _overlaps(tensor.device) else {}
 
@@ -73,8 +74,8 @@ def after_previous():
     """Wait until the launch before this one is done and seen, then let the next one begin.
 
     What a kernel does before this runs beside the launch before it. All launches earlier than that
-    one are done by then, unless it runs alongside another: a kernel begins only when the one before
-    it has passed its own wait.
+    one are done by then, unless it runs alongside another or lets the next begin at once: elsewhere
+    a kernel begins only when the one before it has passed its own wait.
     """
     wait_for_previous()
     let_next_begin()
