@@ -343,12 +343,14 @@ def float8_products(result: Result) -> str:
     return table(head, rows)
 
 
-def kernels(result: Result) -> str:
-    """Each kernel's time, how near it is to its floor, and its fastest peer."""
+def kernels(result: Result, elsewhere: str = "") -> str:
+    """Each kernel's time, how near it is to its floor, and its fastest peer; but for the kernel
+    whose table is ``elsewhere``.
+    """
     rows = []
     for row in result["rows"]:
-        if "us" not in row:
-            continue  # was not timed
+        if "us" not in row or row["kernel"] == elsewhere:
+            continue  # the former was not timed
         star = "*" if "run" in row else ""
         peers = row["peers_us"]
         fastest = min(peers, key=lambda name: peers[name]) if peers else None
