@@ -34,7 +34,7 @@ class TopKTuning(NamedTuple):
     maxima_groups: int = 128  # whose maxima one program takes, where none are given
     bound_keys: int = 4  # times k: the maxima among which the bound is sought
     bound_turns: int = 4  # times as many values as they, that a program reads at once
-    programs: int = 256  # over batch and sections
+    programs: int = 128  # over batch and sections
     sections: int = 64  # of one sequence at most, a program each; a power of two
     fewest_groups: int = 16  # of a section
     section_groups: int = 64  # whose scores a program takes at a time
