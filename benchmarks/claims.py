@@ -194,37 +194,26 @@ def by_batch(result: Result) -> str:
 def bookkeeping(result: Result) -> str:
     """By how much steps are longer than those of `recency`, of bookkeeping-h200.json."""
     lines = [
-        "| policy | requests | step, ms | over recency | the earlier engine |"
-        " over recency, all scored |",
+        "| policy | requests | engine | step, ms | over recency | over recency, all scored |",
         "|---" * 6 + "|",
     ]
     timed = [row for row in result["rows"] if "over_recency_and_misses" in row]
-    later = [row for row in timed if "over_recency_that_sees_all" in row]
-    for row in later:
-        spec, batch = row["spec"], row["batch"]
-        [earlier] = [
-            old["over_recency_and_misses"]
-            for old in timed
-            if (old["spec"], old["batch"]) == (spec, batch) and old["engine"] != row["engine"]
-        ]
+    timed = [row for row in timed if row["part"] == "whole"]
+    engines = list(dict.fromkeys(row["engine"] for row in timed))
+    for row in timed:
+        spec, all_scored = row["spec"], row.get("over_recency_that_sees_all")
         name = f"{spec['policy']} {spec.get('on_miss', '')}".strip()
         lines.append(
-            f"| {name} | {batch} | {row['step_p50_ms']:.2f} |"
-            f" {row['over_recency_and_misses']:.1%} | {earlier:.1%} |"
-            f" {row['over_recency_that_sees_all']:.1%} |"
+            f"| {name} | {row['batch']} | {engines.index(row['engine']) + 1} |"
+            f" {row['step_p50_ms']:.2f} | {row['over_recency_and_misses']:.1%} |"
+            f" {'' if all_scored is None else f'{all_scored:.1%}'} |"
         )
     told = (
         f"{result['device']}, {result['date'][:10]}, 32K. Over `recency` and the step's own misses,"
-        " which are copied alone and taken off. The engine of these rows:"
-        f" {later[0]['engine']}. The earlier one: {_earlier(result)['engine']}."
+        " which are copied alone and taken off. Engines, the last one first:"
     )
-    return "\n".join([paragraph(told), "", *lines])
-
-
-def _earlier(result: Result) -> Result:
-    """The row of `lsa`, which the earlier engine alone has."""
-    [row] = [row for row in result["rows"] if row["spec"]["policy"] == "lsa"]
-    return row
+    numbered = bullets([f"{n}: {engine}" for n, engine in enumerate(engines, 1)])
+    return "\n".join([paragraph(told), "", numbered, "", *lines])
 
 
 def single_entries(result: Result) -> str:
