@@ -203,7 +203,8 @@ def _environment(error: OSError, debug: bool) -> ExitCode:
 
 def _bug(error: Exception, debug: bool) -> ExitCode:
     frames = traceback.extract_tb(error.__traceback__)
-    ours = [frame for frame in frames if "fmsim" in frame.filename]
+    package = Path(__file__).parents[1]
+    ours = [frame for frame in frames if Path(frame.filename).is_relative_to(package)]
     where = f" at {Path(ours[-1].filename).name}:{ours[-1].lineno}" if ours else ""
     what = str(error).partition("\n")[0][:200]
     _say(
