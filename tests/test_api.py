@@ -253,7 +253,7 @@ def test_other_commands_take_a_file_and_a_class_too(folder, command):
         (["-p", "oldest.py:Oldest:from_entry=-1"], "--policy oldest.py:Oldest:from_entry=-1"),
         (["-p", "oldest.py:Oldest:fast"], "'fast' is no key=value"),
         (["-p", "lru", "--set", "policies.oldest.budget=5%"], "has no policy 'oldest'"),
-        (["-p", "wrong.py:Any"], "wrong.py: could not be imported: NameError: name 'nonsense'"),
+        (["-p", "wrong.py:Any"], "NameError: name 'nonsense' is not defined (wrong.py, line 1)"),
     ],
 )
 def test_a_mistake_with_a_file_is_told(folder, arguments, says):

@@ -6,9 +6,12 @@ the replay counts.
 
 from __future__ import annotations
 
+import inspect
 import math
+import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import fields, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -188,16 +191,29 @@ def slots_of(policy: Policy, n_pages: int, **sizes: Any) -> int:
 
 def called(where: str, method: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     """`method(...)`; whatever a plug-in raises, or its leaving, becomes a PolicyError that begins
-    with `where`.
+    with `where` and ends with the line of the plug-in's file.
     """
+    owner = method if inspect.isclass(method) else type(getattr(method, "__self__", None))
     try:
         return method(*args, **kwargs)
     except FmsimError:
         raise
-    except SystemExit as error:
-        raise PolicyError(f"{where} called sys.exit({short(error.code)})") from error
-    except Exception as error:  # whatever a plug-in raises
-        raise PolicyError(f"{where} raised {type(error).__name__}: {shown(error)}") from error
+    except (Exception, SystemExit) as error:  # whatever a plug-in raises
+        if isinstance(error, SystemExit):
+            what = f"called sys.exit({short(error.code)})"
+        else:
+            what = f"raised {type(error).__name__}: {shown(error)}"
+        raise PolicyError(f"{where} {what}{line_in(owner.__module__, error)}") from error
+
+
+def line_in(module: str, error: BaseException) -> str:
+    """The deepest line of `module` that `error` came through, as " (FILE, line N)", or nothing."""
+    lines = [
+        (frame.f_code.co_filename, number)
+        for frame, number in traceback.walk_tb(error.__traceback__)
+        if frame.f_globals.get("__name__") == module
+    ]
+    return f" ({shown(Path(lines[-1][0]).name)}, line {lines[-1][1]})" if lines else ""
 
 
 def read_only(array: Any) -> Any:

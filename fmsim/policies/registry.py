@@ -25,7 +25,7 @@ from pydantic_core import PydanticUndefined
 from fmsim.errors import BadParameter, FmsimError, FmsimWarning, PolicyError, short, shown
 from fmsim.files import strict_yaml
 from fmsim.policies.base import Action, DecisionScope, Evidence, Policy, PolicyParams, describe
-from fmsim.policies.guard import called
+from fmsim.policies.guard import called, line_in
 
 GROUP = "fmsim.policies"
 FILE = re.compile(r"(?P<path>.+\.py):(?P<name>[A-Za-z_]\w*)(?::(?P<given>.+))?", re.DOTALL)
@@ -182,7 +182,7 @@ def _module(path: Path, changed: int) -> Any:
     except (Exception, SystemExit) as error:  # whatever the file raises
         del sys.modules[name]
         raise FmsimError(
-            f"{path}: could not be imported: {type(error).__name__}: {error}"
+            f"{path}: could not be imported: {type(error).__name__}: {error}{line_in(name, error)}"
         ) from error
     return module
 
