@@ -169,29 +169,35 @@ def run(
     overrides += [*override, *placed]
     file = _scenario(scenario, overrides, policy, capture, model, prompt_tokens, out)
     shown = table if file.scenario.workload is None else serving
+    if requests is not None and file.scenario.workload is None:
+        raise FmsimError("--requests: this scenario has no workload, so there are no requests")
+    view = View.of_terminal(wide, columns)
+    shown.check(view)
     with writing(out):
         report = _with_progress(file, quiet, policy_timeout)
-        if out is not None:
-            report.save(out)
-    plain = report.as_json()
-    if svg is not None:
-        _write_svg(svg, shown.svg(plain, f"fmsim run {scenario}"))
-    if requests is not None:
-        _write_requests(requests, report)
-    if as_json:
-        from fmsim.files import strict_json
+        plain = report.as_json()
+        try:
+            if out is not None:
+                report.save(out)
+            if svg is not None:
+                _write_svg(svg, shown.svg(plain, f"fmsim run {scenario}"))
+            if requests is not None:
+                _write_requests(requests, report)
+        finally:  # a full disk loses files, not the table
+            if as_json:
+                from fmsim.files import strict_json
 
-        typer.echo(strict_json.dump(plain))
-    elif as_csv:
-        echo_csv(report.flat_rows())
-    elif as_lines:
-        from fmsim.experiments.rows import json_lines
+                typer.echo(strict_json.dump(plain))
+            elif as_csv:
+                echo_csv(report.flat_rows())
+            elif as_lines:
+                from fmsim.experiments.rows import json_lines
 
-        typer.echo(json_lines(report.flat_rows()), nl=False)
-    elif as_markdown:
-        typer.echo(shown.markdown(plain, View.of_terminal(True, columns)), nl=False)
-    else:
-        shown.show(plain, View.of_terminal(wide, columns))
+                typer.echo(json_lines(report.flat_rows()), nl=False)
+            elif as_markdown:
+                typer.echo(shown.markdown(plain, View.of_terminal(True, columns)), nl=False)
+            else:
+                shown.show(plain, view)
     end_with_failures(failed_altogether(plain))
 
 
@@ -280,8 +286,7 @@ def _write_requests(path: Path, report: Report | ServingReport) -> None:
     from fmsim.experiments.rows import write_rows
     from fmsim.experiments.serve import ServingReport
 
-    if not isinstance(report, ServingReport):
-        raise FmsimError("--requests: this scenario has no workload, so there are no requests")
+    assert isinstance(report, ServingReport)  # there is a workload
     try:
         write_rows(path, report.request_rows)
     except OSError as error:

@@ -149,6 +149,7 @@ def test_the_table_shows_every_policy_whole_even_in_a_narrow_pipe(folder):
         (["small.yaml", "--set", "layer_map=[0, 1]"], "layer_map: give 21 numbers"),
         (["small.yaml", "--set", "trace=none.safetensors"], "none.safetensors: "),
         (["small.yaml", "--out", "small.yaml/x"], "--out small.yaml/x: cannot be written"),
+        (["small.yaml", "--set", "trace=none", "--columns", "kin"], "did you mean 'kind'?"),
         (["small.yaml", "--nonsense"], "No such option"),
     ],
 )
@@ -159,6 +160,13 @@ def test_a_users_mistake_is_told_without_a_traceback(folder, arguments, says):
     if not arguments[-1].startswith("--"):
         assert len(done.stderr.splitlines()) == 1
     assert done.stdout == ""
+
+
+def test_a_file_that_cannot_be_written_costs_no_table(folder):
+    arguments = ("small.yaml", "-p", "full", "--svg", "small.yaml/x")
+    done = fmsim_here("run", *arguments, folder=folder)
+    assert done.returncode == 2 and "--svg small.yaml/x: cannot be written" in done.stderr
+    assert "full" in done.stdout
 
 
 def test_a_model_may_be_a_config_file(folder):

@@ -178,8 +178,11 @@ def test_on_random_tables_what_fits_is_shown_by_rank():
 
 def test_columns_by_name_and_a_wrong_one(reports, capsys):
     decode.show(reports["run"], View(80, ("mass-kept", "per-step")))
-    head = tables(capsys.readouterr().out)[0].splitlines()[0]
-    assert head.count("┳") == 2  # the policy, and both
+    text = capsys.readouterr().out
+    assert tables(text)[0].splitlines()[0].count("┳") == 2  # the policy, and both
+    notes = " ".join(text.rpartition("┘")[2].split())
+    assert not [word for word in ("golden kept: ", "±: ") if word not in notes]
+    assert not [word for word in ("on GPU: ", "bound by: ", "stall: ") if word in notes]
     with pytest.raises(FmsimError, match="no column 'mass-kep'; did you mean 'mass-kept'"):
         decode.show(reports["run"], View(80, ("mass-kep",)))
 

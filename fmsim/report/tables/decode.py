@@ -13,7 +13,7 @@ from rich.text import Text
 
 from fmsim.experiments.results import by_budget
 from fmsim.report.console import estimate_text, kind_text, margin_text, share_text
-from fmsim.report.grid import ALL, Field, Grid, View, picture, show_parts
+from fmsim.report.grid import ALL, Field, Grid, View, check_columns, picture, show_parts
 from fmsim.report.tables import estimates, verdict
 from fmsim.report.tables.hardware import hardware_line
 from fmsim.report.tables.verdict import name_of
@@ -34,6 +34,7 @@ class RowColumn:
     rank: int = 0
 
 
+NAMES = (Field("policy", 0, "left"), Field("kind", 0, "left"))
 ANSWERS = "answers\nkept"
 
 
@@ -111,15 +112,38 @@ NOTES = (
         " replay."
     ),
 )
+OF_COLUMNS = {  # a note that begins so is about these alone
+    "on GPU": ("on-gpu-gib", "of-full"),
+    "paper's": ("papers-of-full", "golden-kept", "per-step"),
+    "then": ("tokens-s-then", "bound-by", "decode-tokens-s", "p99-ms-a-step"),
+    "answers kept": ("answers-kept",),
+    "golden kept": ("golden-kept", "mass-kept", "hit"),
+    "±": ("mass-kept", "answers-kept", "golden-kept", "hit", "set-overlap"),
+    "set overlap": ("set-overlap", "pcie-mib-step", "stall"),
+    "most mass kept": ("mass-kept",),
+    "mass kept if": ("mass-kept",),
+}
 
 
-def parts(report: dict[str, Any]) -> list[Text | Grid]:
+def parts(report: dict[str, Any], view: View = ALL) -> list[Text | Grid]:
     """The head, the table, verdicts and notes, from the report's JSON object."""
     about, failed = report["scenario"], report.get("failed", [])
     why = (Text(text, style="yellow") for text in _reasons(failed, about))
-    told = (Text(note, "dim") for note in [*notes(about), *estimates.notes(report)])
+    every = [*notes(about), *estimates.notes(report)]
+    told = (Text(note, "dim") for note in every if _is_of(note, view.columns))
     verdicts = map(Text, verdict.lines(report))
     return [*head(about), _grid(report), *verdicts, *why, *told]
+
+
+def _is_of(note: str, asked: Sequence[str]) -> bool:
+    """Whether a note says something of the columns that were asked for; none: all were."""
+    columns = [keys for begins, keys in OF_COLUMNS.items() if note.startswith(begins)]
+    return not asked or not columns or not set(asked).isdisjoint(columns[0])
+
+
+def check(view: View) -> None:
+    """Refuse --columns that no table of a run has, before the run."""
+    check_columns(view, [Grid([*NAMES, *map(_field, (*COLUMNS, HIT))])])
 
 
 def has_mass(about: dict[str, Any]) -> bool:
@@ -154,7 +178,7 @@ def _of_answers(answers: dict[str, Any]) -> str:
 
 def show(report: dict[str, Any], view: View = ALL) -> None:
     """Print to standard output."""
-    show_parts(parts(report), view)
+    show_parts(parts(report, view), view)
 
 
 def markdown(report: dict[str, Any], view: View = ALL) -> str:
@@ -253,8 +277,7 @@ def _heading(about: dict[str, Any], budget: str | None) -> str:
 
 def _grid(report: dict[str, Any]) -> Grid:
     about = report["scenario"]
-    figures = [Field(column.heading, column.rank) for column in columns(about)]
-    grid = Grid([Field("policy", 0, "left"), Field("kind", 0, "left"), *figures])
+    grid = Grid([*NAMES, *map(_field, columns(about))])
     for heading, rows, failed in groups(report):
         if heading:
             grid.part()
@@ -269,6 +292,10 @@ def _grid(report: dict[str, Any]) -> Grid:
         for failure in failed:
             grid.add(name_of(failure, about), Text("none", "red"), *_least(failure))
     return grid
+
+
+def _field(column: RowColumn) -> Field:
+    return Field(column.heading, column.rank)
 
 
 def kind_of(row: Row, about: dict[str, Any]) -> str:

@@ -8,7 +8,7 @@ from rich.table import Table
 from rich.text import Text
 
 from fmsim.report.console import kind_text, share_text
-from fmsim.report.grid import ALL, Field, Grid, View, picture, show_parts
+from fmsim.report.grid import ALL, Field, Grid, View, check_columns, picture, show_parts
 from fmsim.report.tables.decode import title
 from fmsim.report.tables.hardware import hardware_line
 from fmsim.units import GIB, gib
@@ -25,6 +25,13 @@ POOLS = {
     "windows": "windows",
     "mirror": "host mirror",
 }
+MEMORY_FIELDS = (
+    Field("policy", 0, "left"),
+    *(Field(name, 3 if name in ("on GPU", "host mirror") else 4) for name in POOLS.values()),
+    Field("fit", 1),
+    Field("bound", 2, "left"),
+    Field("others allow", 5, "left"),
+)
 
 
 def parts(report: dict[str, Any], width: int | None = None) -> list[Text | Grid | Table]:
@@ -38,6 +45,11 @@ def parts(report: dict[str, Any], width: int | None = None) -> list[Text | Grid 
         Text("in use over time"),
         _over_time(rows, width),
     ]
+
+
+def check(view: View) -> None:
+    """Refuse --columns that no table of a serving run has, before the run."""
+    check_columns(view, [Grid(MEMORY_FIELDS), Grid(FIELDS)])
 
 
 def show(report: dict[str, Any], view: View = ALL) -> None:
@@ -102,9 +114,7 @@ def memory(rows: list[dict[str, Any]]) -> list[Text | Grid]:
         f" {gib(memory['host_bytes'], 1)} for its mirror; GiB of a request of"
         f" {memory['prompt_tokens']:,} + {memory['output_tokens']:,} tokens:"
     )
-    pools = [Field(name, 3 if name in ("on GPU", "host mirror") else 4) for name in POOLS.values()]
-    ends = [Field("fit", 1), Field("bound", 2, "left"), Field("others allow", 5, "left")]
-    grid = Grid([Field("policy", 0, "left"), *pools, *ends])
+    grid = Grid(MEMORY_FIELDS)
     for row in rows:
         taken, limits = row["memory"]["request_bytes"], row["memory"]["limits"]
         bound = row["memory"]["bound"]
