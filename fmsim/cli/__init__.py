@@ -2,6 +2,7 @@
 
 import errno
 import importlib
+import inspect
 import io
 import os
 import signal
@@ -84,7 +85,8 @@ def program(whole: Sequence[str], listed: Sequence[str] = ()) -> typer.Typer:
     app.callback(invoke_without_command=True)(_root)
     for name in whole:
         if name in COMMANDS:
-            app.command(name)(_function(name))
+            function = _function(name)
+            app.command(name, help=flowed(function.__doc__))(function)
         else:
             app.add_typer(_group(name), name=name)
     for name in listed:
@@ -101,7 +103,17 @@ def _function(name: str) -> Callable[..., None]:
 
 def _group(name: str) -> typer.Typer:
     found: typer.Typer = importlib.import_module(f"fmsim.cli.{name}").app
+    for command in found.registered_commands:
+        command.help = flowed(command.help or command.callback.__doc__)
     return found
+
+
+def flowed(text: str | None) -> str:
+    """A docstring whose paragraphs are a line each, for the terminal to break; those behind a \\b
+    are kept as they stand.
+    """
+    parts = inspect.cleandoc(text or "").split("\n\n")
+    return "\n\n".join(part if part.startswith("\b") else part.replace("\n", " ") for part in parts)
 
 
 def _nothing() -> None:
@@ -124,6 +136,7 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
     """
     given = list(sys.argv[1:] if arguments is None else arguments)
     debug = "--debug" in given[:1]
+    _open_closed_streams()
     if threading.current_thread() is threading.main_thread():
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, _interrupt)
@@ -149,6 +162,16 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
     except Exception as error:  # the last resort
         code = _bug(error, debug)
     sys.exit(code)
+
+
+def _open_closed_streams() -> None:
+    """Give a standard stream that is closed (`>&-`, a service) the null device: else the next pipe
+    takes its number, and a worker's output goes into it.
+    """
+    for name in ("stdin", "stdout", "stderr"):
+        if getattr(sys, name) is None:
+            null = os.open(os.devnull, os.O_RDWR)  # the lowest number that is free: the stream's
+            setattr(sys, name, os.fdopen(null, "r" if name == "stdin" else "w"))
 
 
 def _show_warning(

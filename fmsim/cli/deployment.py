@@ -72,6 +72,7 @@ StartLog = Annotated[
         rich_help_panel=_PANEL,
     ),
 ]
+OPTIONS = {"n_gpus": "--gpus", "engine": "--serving-engine"}  # not called as their keys are
 
 
 def overrides(**given: Any) -> list[str]:
@@ -91,4 +92,6 @@ def parsed(given: list[str]) -> Deployment:
         return Deployment.model_validate(fields)
     except ValidationError as error:
         first = error.errors()[0]
-        raise FmsimError(f"--{first['loc'][0]} {first['input']}: {first['msg']}") from None
+        key = str(first["loc"][0])
+        option = OPTIONS.get(key, f"--{key.replace('_', '-')}")
+        raise FmsimError(f"{option} {first['input']}: {first['msg']}") from None

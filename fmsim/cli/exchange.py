@@ -42,7 +42,7 @@ def import_traces(
             "--format",
             help=(
                 "sglang, vllm: responses with captured selections (.json, .jsonl, .npy); miles:"
-                " rollout dumps (.pt, .parquet); npy: [steps, layers, top-k]; csv: time, layer,"
+                " rollout dumps (.pt, .parquet); npy: steps x layers x top-k; csv: time, layer,"
                 " ids; flashmemory: the training dumps of LSA's authors, doc_*.pkl"
             ),
         ),

@@ -134,7 +134,7 @@ def _with_progress(
                 best = f"{speed:.3f} good requests/s" if served else f"{speed:.1f} tokens/s"
             show(f"{policy}: {best}", done, trials)
 
-        with RowFile(study) as kept:
+        with RowFile(study, "--study") as kept:
             return search(file, ranges, trials, floor, seed, progress, kept, timeout_s)
 
 

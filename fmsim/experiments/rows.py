@@ -44,11 +44,14 @@ class RowFile:
     is open.
     """
 
-    def __init__(self, path: str | Path) -> None:
-        """Raises FmsimError for a file that holds something else, that another sweep writes, or a
+    def __init__(self, path: str | Path, option: str = "--out") -> None:
+        """`option` is the one that named the file.
+
+        Raises FmsimError for a file that holds something else, that another command writes, or a
         place that cannot be written.
         """
         self.path = Path(path)
+        self._named = f"{option} {shown(path)}"
         self._parquet = self.path.suffix == ".parquet"
         try:
             self._lock = contextlib.ExitStack()
@@ -59,18 +62,16 @@ class RowFile:
                 self.close()
                 raise
         except Taken as taken:
-            raise FmsimError(
-                f"--out {shown(self.path)}: another sweep writes this file; {taken}"
-            ) from None
+            raise FmsimError(f"{self._named}: another command writes this file; {taken}") from None
         except OSError as error:
             raise FmsimError(
-                f"--out {shown(self.path)}: cannot be used ({reason(error)}); choose another file"
+                f"{self._named}: cannot be used ({reason(error)}); choose another file"
             ) from None
         for number, row in enumerate(self.rows, 1):
             version = row.get("schema_version", 1)
             if version != SCHEMA_VERSION:
                 raise FmsimError(
-                    f"--out {self.path}: row {number} has schema {version}, but this fmsim writes"
+                    f"{self._named}: row {number} has schema {version}, but this fmsim writes"
                     f" {SCHEMA_VERSION}; give another file"
                 )
 
@@ -85,12 +86,24 @@ class RowFile:
         self._lock.close()
 
     def append(self, row: Row) -> None:
-        """Write one row; it is on disk when this returns."""
+        """Write one row; it is on disk when this returns.
+
+        Raises FmsimError where it cannot be written.
+        """
         row = {"schema_version": SCHEMA_VERSION} | row
         self.rows.append(row)
-        if self._parquet:
-            self._write_parquet()
-            return
+        try:
+            if self._parquet:
+                self._write_parquet()
+            else:
+                self._write_line(row)
+        except OSError as error:
+            raise FmsimError(
+                f"{self._named}: cannot be written ({reason(error)}); the rows before are kept:"
+                " free the place, and give the same command again"
+            ) from None
+
+    def _write_line(self, row: Row) -> None:
         with self.path.open("a", encoding="utf-8") as file:
             file.write(strict_json.dump(row) + "\n")
             file.flush()

@@ -2,6 +2,8 @@
 
 import json
 import os
+import subprocess
+import sys
 
 import pytest
 from command import fmsim_here
@@ -56,6 +58,23 @@ def refused(done, says):
 def test_a_scenario_that_cannot_be_meant_is_refused(folder, more, says):
     (folder / "case.yaml").write_text(HEAD + more + "\n")
     assert refused(fmsim_here("run", "case.yaml", folder=folder), says)
+
+
+def test_a_deployment_s_fault_is_told_by_its_option(folder):
+    model = ("plan", "--model", "v4-flash")
+    assert refused(fmsim_here(*model, "--mem-fraction", "0"), "--mem-fraction 0.0: ")
+    assert refused(fmsim_here(*model, "--serving-engine", "tgi"), "--serving-engine tgi: ")
+
+
+def test_a_closed_standard_output_hinders_no_worker(folder):
+    told = subprocess.run(
+        [sys.executable, "-c", "from fmsim.cli import main; main()", "run", "small.yaml"],
+        preexec_fn=lambda: os.close(1),
+        stderr=subprocess.PIPE,
+        text=True,
+        cwd=folder,
+    )
+    assert told.returncode == 0, told.stderr
 
 
 @pytest.mark.parametrize(

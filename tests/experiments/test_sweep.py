@@ -3,10 +3,12 @@ it was.
 """
 
 import json
+import os
 import signal
 import subprocess
 import sys
 import time
+from unittest.mock import Mock
 
 import pytest
 from command import fmsim, fmsim_here
@@ -249,6 +251,14 @@ def test_a_file_of_something_else_is_not_touched(tmp_path):
     with pytest.raises(FmsimError, match="rows.jsonl, line 2: not a row"):
         RowFile(path)
     assert path.read_text() == '{"key": "a"}\nhello\n'
+
+
+def test_a_row_that_cannot_be_written_is_told_with_its_file(tmp_path, monkeypatch):
+    with RowFile(tmp_path / "rows.jsonl", "--study") as file:
+        file.append({"key": "a"})
+        monkeypatch.setattr(os, "fsync", Mock(side_effect=OSError(28, "No space left on device")))
+        with pytest.raises(FmsimError, match=r"--study .*rows.jsonl: cannot be .*\(No space left"):
+            file.append({"key": "b"})
 
 
 def test_rows_of_another_schema_are_refused_by_name(tmp_path):
