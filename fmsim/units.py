@@ -38,8 +38,8 @@ def sized(n_bytes: float) -> str:
     if n_bytes >= GIB / 10:
         return gib(n_bytes, 3)
     if n_bytes >= MIB / 10:
-        return mib(n_bytes, 1)
-    return f"{n_bytes / KIB:.1f} KiB" if n_bytes >= KIB else f"{n_bytes:.0f} B"
+        return mib(n_bytes, 1 if n_bytes >= 10 * MIB else 3)
+    return f"{n_bytes / KIB:.2f} KiB" if n_bytes >= KIB else f"{n_bytes:.0f} B"
 
 
 def bytes_of(text: str) -> int | None:

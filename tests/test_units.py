@@ -2,13 +2,15 @@
 
 import pytest
 
-from fmsim.units import bytes_of, gib, mib
+from fmsim.units import bytes_of, gib, mib, sized
 
 
 def test_bytes_as_text():
     assert gib(3 * 2**29) == "1.50 GiB"
     assert gib(-(2**30), 0) == "-1 GiB"
     assert mib(2**20 + 2**18, 3) == "1.250 MiB"
+    told = [sized(n_bytes) for n_bytes in (2**30, 2**24, 2**18, 2**10, 2**9)]
+    assert told == ["1.000 GiB", "16.0 MiB", "0.250 MiB", "1.00 KiB", "512 B"]
 
 
 @pytest.mark.parametrize(

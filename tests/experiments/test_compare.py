@@ -88,6 +88,21 @@ def test_two_servers():
     assert not found["settings"] and all(row["change"] == 0 for row in found["rows"])
 
 
+def test_a_factor_within_a_percent_is_told_in_percent():
+    row = {
+        "policy": "a -> b",
+        "figure": "decode_tokens_per_s",
+        "a": 1000.0,
+        "b": 1004.5,
+        "unit": "",
+    }
+    row |= {"error": "simulated", "half_width": None, "beyond_error": True, "better": True}
+    shown = comparison.table(
+        [row | {"change": 1, "ratio": ratio} for ratio in (1.0045, 0.991, 1.25)]
+    )
+    assert [cells[4] for cells in shown.rows] == ["+0.45%", "-0.90%", "x 1.25"]
+
+
 @pytest.mark.parametrize("width", (80, 100, 120))
 def test_the_table_fits(folder, width, capsys):
     found = compare(str(folder / "a"), str(folder / "b"))

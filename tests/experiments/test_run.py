@@ -289,7 +289,7 @@ def test_policies_at_equal_bytes_and_who_cannot_be_there(folder):
         folder=folder,
     )  # fmt: skip
     assert alone.returncode == 1 and "recency" in alone.stdout
-    assert "fmsim: policy lru: budget 25% gpu is 4.7 MiB" in alone.stderr
+    assert "fmsim: policy lru: budget 25% gpu is 4.673 MiB" in alone.stderr
     compared = {(row["policy"], row["other"]) for row in report["differences"]}
     assert ("recency 25% gpu", "oracle 25% gpu") in compared
     assert ("recency 25% gpu", "recency 60% gpu") not in compared

@@ -55,6 +55,7 @@ def show(found: dict[str, Any], view: View = ALL) -> None:
 
 
 NOTES = (
+    "change: points of a share, else the factor, or % where it is within 1%.",
     "error: half of a 95% interval of the change; paired where both were replayed on the same"
     " steps.  within error: it may be chance.",
     "* simulated: it has no spread, so every change is told. How far simulated and measured"
@@ -99,13 +100,14 @@ def _value(value: float, unit: str) -> str:
 
 
 def _change(row: dict[str, Any]) -> str:
-    """Points of a share; of anything else the factor."""
+    """Points of a share; of anything else the factor, or within 1% how many percent."""
     if row["change"] == 0:
         return "none"
     if row["unit"] == "share" or row["ratio"] is None:
         factor = 100 if row["unit"] == "share" else 1
         return f"{factor * row['change']:+.1f}"
-    return f"x {row['ratio']:.3g}"
+    more = row["ratio"] - 1
+    return f"{more:+.2%}" if abs(more) < 0.01 else f"x {row['ratio']:.3g}"
 
 
 def _says(row: dict[str, Any]) -> Text:
