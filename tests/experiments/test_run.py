@@ -129,6 +129,7 @@ def test_the_table_shows_every_policy_whole_even_in_a_narrow_pipe(folder):
     assert "exact" in next(line for line in done.stdout.splitlines() if "lru" in line)
     assert "lossy" in next(line for line in done.stdout.splitlines() if "recency" in line)
     assert "each trace layer drives 7" in done.stdout and "simulated" in done.stdout
+    assert "3 of 4 questions answered" in done.stdout
     assert (folder / "table.svg").read_text().startswith("<svg")
 
 

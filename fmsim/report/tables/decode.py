@@ -5,7 +5,7 @@ prices.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -194,11 +194,7 @@ def svg(report: dict[str, Any], title: str) -> str:
 def head(about: dict[str, Any]) -> list[Text]:
     """Lines that say what the rows were made from."""
     trace, model, hardware = about["trace"], about["model"], about["hardware"]
-    quality = ", ".join(
-        f"{key} {value}"
-        for key, value in trace["quality"].items()
-        if isinstance(value, (int, float, str))
-    )
+    quality = ", ".join(_quality(trace["quality"]))
     lines = [
         title(about),
         Text(
@@ -227,6 +223,16 @@ def head(about: dict[str, Any]) -> list[Text]:
             ),
         )
     return lines
+
+
+def _quality(found: dict[str, Any]) -> Iterator[str]:
+    """How well the model answered while it was recorded, as the trace's header says."""
+    told = {key: value for key, value in found.items() if isinstance(value, (int, float, str))}
+    if {"asked", "exact"} <= told.keys():
+        yield f"{told.pop('exact')} of {told.pop('asked')} questions answered"
+    if isinstance(misses := told.pop("lru_misses", None), float):
+        yield f"LRU with room for 2 x top-k misses {misses:.1%}"
+    yield from (f"{key.replace('_', ' ')} {value}" for key, value in told.items())
 
 
 def title(about: dict[str, Any]) -> Text:
