@@ -11,6 +11,7 @@ from typing import Annotated
 import typer
 
 from fmsim.cli.extras import require
+from fmsim.cli.given import device_given
 from fmsim.cli.options import (
     Columns,
     Csv,
@@ -153,8 +154,8 @@ def evaluate(
     with bar("starting torch", quiet=quiet) as show:
         import torch
 
+        device = device_given(device, torch.cuda.is_available())
         about = _about(corpus, text, checkpoint)
-        device = device or ("cuda" if torch.cuda.is_available() else "cpu")
         answers = Lines(plan, about, out / "answers.jsonl" if out else None)
         source = partial(_open, device, corpus, text)
         lines = accuracy.run(source, plan, answers, show, workers, seconds)
@@ -248,14 +249,27 @@ def _about(corpus: Path | None, files: list[Path], checkpoint: Path | None) -> d
 
 
 def _text(corpus: Path | None, files: list[Path]):
+    """What contexts are made of. Raises FmsimError that names the option and the file."""
     from fmsim.errors import FmsimError
+    from fmsim.files.inputs import reason
     from fmsim.nano import tokens
 
+    if corpus is None:
+        return tokens.from_texts({str(path): _read(path) for path in files})
     try:
-        return (
-            tokens.load(corpus, "held_out")
-            if corpus
-            else tokens.from_texts({path.name: path.read_text(encoding="utf-8") for path in files})
-        )
-    except (OSError, UnicodeDecodeError) as error:
-        raise FmsimError(f"--text: cannot be read as UTF-8 text ({error})") from None
+        return tokens.load(corpus, "held_out")
+    except OSError as error:
+        raise FmsimError(f"--corpus {corpus}: cannot be read ({reason(error)})") from None
+
+
+def _read(path: Path) -> str:
+    from fmsim.errors import FmsimError
+    from fmsim.files.inputs import MOST_BYTES_OF_RESULTS, read_text
+
+    try:
+        text = read_text(path, MOST_BYTES_OF_RESULTS)
+    except FileNotFoundError:
+        raise FmsimError(f"--text {path}: no such file") from None
+    if not text.strip():
+        raise FmsimError(f"--text {path}: holds no text")
+    return text

@@ -1,4 +1,4 @@
-"""What both ways of `fmsim exec` make of their options."""
+"""What commands with a model or a policy make of their options."""
 
 from __future__ import annotations
 

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from fmsim.cli.extras import require
+from fmsim.cli.given import device_given
 from fmsim.cli.options import Columns, Csv, Json, NoVerify, Wide, finite, print_found, write_page
 from fmsim.cli.progress import track
 
@@ -173,7 +174,7 @@ def train(
         chosen = parse_numbers(layers, "--layers")
         parts = [[windows.of_layers(chosen) for windows in part] for part in parts]
     config = ScorerConfig.from_geometry(_geometry(traces[0]))
-    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    device = device_given(device, torch.cuda.is_available())
     typer.echo(
         f"{sum(len(windows.entries) for windows in parts[0])} queries of {len(traces)} traces, on"
         f" {device}",

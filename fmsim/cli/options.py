@@ -151,9 +151,13 @@ def print_found(
 
         echo_csv([flat(row) for row in rows])
     else:
-        from fmsim.report.grid import View, show_parts
+        from fmsim.report.grid import ALL, UnknownColumn, View, show_parts
 
-        show_parts(parts(), View.of_terminal(wide, columns))
+        try:
+            show_parts(parts(), View.of_terminal(wide, columns))
+        except UnknownColumn:
+            show_parts(parts(), ALL)  # it may have taken hours
+            raise
 
 
 def write_page(path: Path, text: str, option: str) -> None:

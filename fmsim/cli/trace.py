@@ -10,6 +10,7 @@ import typer
 
 from fmsim.cli import exchange, trace_tools
 from fmsim.cli.extras import require
+from fmsim.cli.given import device_given
 from fmsim.cli.options import Columns, Csv, Json, NoVerify, Wide, print_found, tokens
 from fmsim.cli.progress import token_bar
 
@@ -127,7 +128,7 @@ def record(
 
     from fmsim import trace
 
-    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    device = device_given(device, torch.cuda.is_available())
     if dense is not None:
         if prompt_file is None:
             raise FmsimError("trace record: --dense needs --prompt-file")

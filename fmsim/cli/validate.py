@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from fmsim.cli.extras import require
+from fmsim.cli.given import device_given
 from fmsim.cli.options import (
     TIMEOUT_S,
     Columns,
@@ -118,12 +119,9 @@ def _validated(
     """The report; torch, which takes seconds to import, comes after the bar."""
     import torch
 
-    from fmsim.errors import FmsimError
     from fmsim.experiments.validate import validate_scenarios
     from fmsim.experiments.whole_steps import WholeSteps
 
-    if device == "cuda" and not torch.cuda.is_available():
-        raise FmsimError("--device cuda: torch finds no CUDA device here; use --device cpu")
-    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    device = device_given(device, torch.cuda.is_available())
     whole = WholeSteps(tuple(batches), steps) if whole_steps else None
     return validate_scenarios(files, device, show, whole, timeout_s)

@@ -162,6 +162,8 @@ def _snapped(corpus: Corpus, places: np.ndarray, start: int, room: int) -> np.nd
     """Places moved on to the next end of a sentence or line, where there is one within the text;
     order is kept.
     """
+    if not len(corpus.breaks):
+        return places
     after = np.searchsorted(corpus.breaks, places + start)
     ends = corpus.breaks[np.minimum(after, len(corpus.breaks) - 1)] - start
     return np.where((ends >= places) & (ends <= room) & (places < room), ends, places)

@@ -16,6 +16,12 @@ from rich.text import Text
 from fmsim.errors import FmsimError, shown
 
 Cell = str | Text
+
+
+class UnknownColumn(FmsimError):
+    """--columns names what no table has."""
+
+
 BOUNDLESS = 10_000  # columns
 HEIGHT = 100  # rich goes by a dumb terminal's own 80 columns unless both are given
 
@@ -143,7 +149,7 @@ def check_columns(view: View, grids: Sequence[Grid]) -> None:
         if name not in known:
             near = difflib.get_close_matches(name, known, n=1)
             fix = f"did you mean '{near[0]}'?" if near else f"there are {', '.join(known)}"
-            raise FmsimError(f"--columns: no column '{shown(name)}'; {fix}")
+            raise UnknownColumn(f"--columns: no column '{shown(name)}'; {fix}")
 
 
 def picture(parts: Sequence[RenderableType | Grid], title: str) -> str:

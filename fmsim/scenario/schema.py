@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from fmsim.policies import registry
-from fmsim.scenario.file import MOST_LABEL, Scenario
+from fmsim.scenario.spec import MOST_LABEL, Scenario
 
 FILE = "fmsim.schema.json"  # beside scenarios, which name it in their first line
 

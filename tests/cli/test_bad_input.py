@@ -66,6 +66,21 @@ def test_a_deployment_s_fault_is_told_by_its_option(folder):
     assert refused(fmsim_here(*model, "--serving-engine", "tgi"), "--serving-engine tgi: ")
 
 
+def test_texts_and_devices_of_eval(folder, monkeypatch):
+    torch = pytest.importorskip("torch")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    (folder / "empty.txt").write_text("\n")
+    (folder / "short.txt").write_text("no sentence ends here")
+    for text, device, says in (
+        ("none.txt", "cpu", "--text none.txt: no such file"),
+        ("empty.txt", "cpu", "--text empty.txt: holds no text"),
+        ("short.txt", "tpu", "--device tpu: write cpu or cuda"),
+        ("short.txt", "cuda", "--device cuda: torch finds no CUDA device here; use --device cpu"),
+    ):
+        done = fmsim_here("eval", "--text", text, "--device", device, "-q", folder=folder)
+        assert refused(done, says)
+
+
 def test_a_closed_standard_output_hinders_no_worker(folder):
     told = subprocess.run(
         [sys.executable, "-c", "from fmsim.cli import main; main()", "run", "small.yaml"],

@@ -93,6 +93,7 @@ def test_columns_by_name_and_a_wrong_one(name, tmp_path):
     command = COMMANDS[name].split()
     wrong = fmsim_here(*command, "--columns", "nothing", folder=tmp_path)
     assert wrong.returncode == 2 and "--columns: no column 'nothing'" in wrong.stderr
+    assert "━" in wrong.stdout  # what was found is shown all the same
     assert len(wrong.stderr.splitlines()) == 1
 
 

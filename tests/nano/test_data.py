@@ -432,3 +432,8 @@ def test_english_is_told_from_other_text():
         * 9
     )
     assert not is_english("缓存很小，但速度很快。" * 50)
+
+
+def test_a_text_without_an_end_of_a_sentence_leaves_facts_where_they_are():
+    places = np.array([0, 3])
+    assert weaving._snapped(tokens.from_texts({"a": "no end"}), places, 0, 4) is places

@@ -84,6 +84,8 @@ def test_overrides_reach_into_policies_by_label(load):
 def test_an_overridden_trace_is_relative_to_the_working_directory(load):
     file = load(GOOD, "trace=elsewhere/other.safetensors")
     assert str(file.file(file.scenario.trace)) == "elsewhere/other.safetensors"
+    file = load(GOOD, "workload={kind: file, file: asked.jsonl}")
+    assert str(file.file(file.scenario.workload.file)) == "asked.jsonl"
 
 
 @pytest.mark.parametrize(

@@ -58,7 +58,7 @@ class Plan:
             raise FmsimError(f"--task {task}: no such family; there are {', '.join(FAMILIES)}")
         if self.model not in PRESETS:
             raise FmsimError(
-                f"--geometry {self.model}: no such preset; there are {', '.join(PRESETS)}"
+                f"--model {self.model}: no such preset; there are {', '.join(PRESETS)}"
             )
         if self.samples < 1 or min(self.lengths) < 1:
             raise FmsimError("eval: --samples and --length must be at least 1")
