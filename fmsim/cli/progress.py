@@ -101,7 +101,7 @@ class PlainLines:
         self.unit = unit
         self.every_s = every_s
         self.start_s = time.monotonic()
-        self.told_s = self.start_s
+        self.told_s, self.told_done = self.start_s, 0.0  # at the last line
 
     def show(self, label: str, done: float, total: int | None) -> None:
         self.state = (label, done, total)
@@ -110,18 +110,23 @@ class PlainLines:
         """Say it, if it is time to."""
         now_s = time.monotonic()
         if now_s - self.told_s >= self.every_s:
-            self.told_s = now_s
             # no lock is held that a process forked now would inherit
             os.write(2, f"{self.line(now_s)}\n".encode())
+            self.told_s, self.told_done = now_s, self.state[1]
 
     def line(self, now_s: float) -> str:
-        """Such as "lru: 3 of 20 (17%) in 12 s, about 58 s left"."""
+        """Such as "lru: 3 of 20 (17%) in 12 s, about 58 s left", at the rate since the last line:
+        a prompt is read faster than tokens are decoded.
+        """
         label, done, total = self.state
         spent_s = now_s - self.start_s
         if not total:
             return f"{label}: {spent_s:.0f} s"
         told = f"{label}: {_count(done, total, self.unit)} ({done / total:.0%}) in {spent_s:.0f} s"
-        left_s = spent_s * (total - done) / done if done else 0.0
+        done_since, spent_since_s = done - self.told_done, now_s - self.told_s
+        if done_since <= 0:
+            done_since, spent_since_s = done, spent_s
+        left_s = spent_since_s * (total - done) / done_since if done else 0.0
         return f"{told}, about {left_s:.0f} s left" if left_s else told
 
 

@@ -17,12 +17,12 @@ def test_a_pipe_gets_a_line_now_and_then(monkeypatch):
     monkeypatch.setattr(progress.time, "monotonic", lambda: now_s[0])
     monkeypatch.setattr(progress.os, "write", lambda place, text: written.append((place, text)))
     lines = progress.PlainLines("reading", None, " tokens")
-    for done in (500, 1000, 1500, 2000):
+    for done in (500, 1000, 1250, 1500):
         now_s[0] += 3
         lines.show("reading and decoding", done, 3000)
         lines.tick()
     first = b"reading and decoding: 1,000 of 3,000 tokens (33%) in 6 s, about 12 s left\n"
-    second = b"reading and decoding: 2,000 of 3,000 tokens (67%) in 12 s, about 6 s left\n"
+    second = b"reading and decoding: 1,500 of 3,000 tokens (50%) in 12 s, about 18 s left\n"
     assert written == [(2, first), (2, second)]
 
 
