@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shutil
 from pathlib import Path
 
 from fmsim.errors import FmsimError
@@ -78,10 +79,13 @@ README = """# {package}
 The policy `{name}` for fmsim, in `{module}.py`.
 
 ```
-fmsim run SCENARIO.yaml -p lru -p {module}.py:{cls}   # without installing it
-pytest                                                # fmsim's conformance kit
+# fmsim's conformance kit
+pytest
+# without installing it
+fmsim run 32k -p lru -p {module}.py:{cls}
+# by its name
 pip install -e .
-fmsim run SCENARIO.yaml -p lru -p {name}
+fmsim run 32k -p lru -p {name}
 ```
 
 fmsim's docs/tutorial/write-a-policy.md says how a policy is written.
@@ -120,5 +124,8 @@ def write(name: str, parent: Path = Path()) -> Path:
     except FileExistsError:
         raise FmsimError(f"{folder}: exists already; choose another name, or move it") from None
     except OSError as error:
-        raise FmsimError(f"{folder}: cannot be written ({error.strerror or error})") from None
+        shutil.rmtree(folder, ignore_errors=True)  # the whole package, or none of it
+        raise FmsimError(
+            f"{folder}: cannot be written ({error.strerror or error}); choose another place"
+        ) from None
     return folder

@@ -3,6 +3,8 @@
 import subprocess
 import sys
 import tomllib
+from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 from command import fmsim, fmsim_here
@@ -50,6 +52,14 @@ BAD = {
     "leaving": "raise SystemExit(3)\n",
     "failing": "import no_such_module\n",
 }
+
+
+def test_a_package_is_whole_or_not_there(tmp_path, monkeypatch):
+    full = Mock(side_effect=[None, OSError(28, "No space left on device")])
+    monkeypatch.setattr(Path, "write_text", full)
+    with pytest.raises(FmsimError, match=r"fmsim-mine: cannot be written \(No space left"):
+        new_plugin.write("mine", tmp_path)
+    assert not list(tmp_path.iterdir())
 
 
 def test_plug_ins_that_cannot_be_used_are_named_once_and_left_out(tmp_path):
