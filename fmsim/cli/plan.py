@@ -143,8 +143,7 @@ def plan(
     if scenario is None:
         if policy or override:
             raise FmsimError(
-                "fmsim plan: --policy and --set need a scenario; name one, such as"
-                " scenarios/500k.yaml"
+                "plan: --policy and --set need a scenario; name one, such as scenarios/500k.yaml"
             )
         base = deployment.parsed(placed)
         ask = Ask(parse_tokens("--context", context or "128K"), **asked)

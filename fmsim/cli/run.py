@@ -224,7 +224,7 @@ def _without_trace(
 
     if model is None:
         raise FmsimError(
-            "fmsim run: give a scenario, a trace or a capture; or --model for sizes, walls and the"
+            "run: give a scenario, a trace or a capture; or --model for sizes, walls and the"
             " full cache's time, which need none"
         )
     for option, value in in_vain.items():

@@ -99,19 +99,17 @@ def compare(
     if not all(named):
         lone = (one, other)[named.index(False)]
         raise FmsimError(
-            f"fmsim compare: {shown(lone)} is neither a folder of `fmsim run --out` nor a scenario;"
+            f"compare: {shown(lone)} is neither a folder of `fmsim run --out` nor a scenario;"
             " give two of one kind, or two policies"
         )
     served = [_is_served(text, overrides) for text in (one, other)]
     if served[0] != served[1]:
-        raise FmsimError(
-            f"fmsim compare: only one of {shown(one)} and {shown(other)} has a workload"
-        )
+        raise FmsimError(f"compare: only one of {shown(one)} and {shown(other)} has a workload")
     a, b = (_side(text, overrides, progress) for text in (one, other))
     shared = [label for label in a.rows if label in b.rows]
     if not shared:
         raise FmsimError(
-            f"fmsim compare: {shown(one)} and {shown(other)} have no policy in common"
+            f"compare: {shown(one)} and {shown(other)} have no policy in common"
             f" ({', '.join(a.rows)}; {', '.join(b.rows)})"
         )
     return _compared(a, b, [(label, label) for label in shared])
@@ -133,7 +131,7 @@ def _policies(one: str, other: str, file: ScenarioFile, progress: Progress) -> d
     if not had:
         why = "; ".join(one["error"] for one in both.report["failed"])
         raise FmsimError(
-            f"fmsim compare: {shown(one)} and {shown(other)} have no budget in common on"
+            f"compare: {shown(one)} and {shown(other)} have no budget in common on"
             f" {shown(file.path)}; give each its own, as lru:budget=10%" + (why and f" ({why})")
         )
     return _compared(both, both, had) | {"a": one, "b": other}

@@ -50,9 +50,7 @@ def text_of(name: str) -> str:
     if name not in files:
         near = difflib.get_close_matches(name, files, n=1)
         fix = f"did you mean '{near[0]}'?" if near else f"there are {', '.join(files)}"
-        raise FmsimError(
-            f"fmsim scenario show {shown(name)}: fmsim carries none of that name; {fix}"
-        )
+        raise FmsimError(f"scenario show {shown(name)}: fmsim carries none of that name; {fix}")
     text = files[name].read_text(encoding="utf-8")
     return EDITOR.sub("", TRACE.sub(r"trace: \1", text))
 
