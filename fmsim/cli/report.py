@@ -157,4 +157,6 @@ def _curves(
 
 def _write(path: Path, text: str, option: str) -> None:
     write_page(path, text, option)
-    typer.echo(f"{path}  {path.stat().st_size / 1e6:.1f} MB")
+    from fmsim.units import sized
+
+    typer.echo(f"{path}  {sized(path.stat().st_size)}")
