@@ -35,6 +35,7 @@ DECODE = [
     "copy_rows, entries",
     "stage",
     "keep",
+    "block_tables",
     "late_entries",
     "listed",
 ]
@@ -66,6 +67,7 @@ DECODE_KERNELS = {
     "_copy_rows",
     "_stage",
     "_keep",
+    "_enter_slots",
     "_bring_entries",
     "_listed",
 }
@@ -123,7 +125,7 @@ def test_every_kernel_of_a_decode_compiles_for_sm_90(tmp_path):
     assert any("wgmma" in kind and "f16.f16" in kind for kind in many)
     assert any("wgmma" in kind and "e4m3.e4m3" in kind for kind in rounded)
     assert all("cp.async.cg.shared.global" in kinds for kinds in products)  # 16 bytes a thread
-    for kernel in ("_one_row", "_stage", "_keep", "_bring_entries", "_copy_rows"):
+    for kernel in ("_one_row", "_stage", "_keep", "_enter_slots", "_bring_entries", "_copy_rows"):
         [row] = [row["ptx"] for row in decode if row["kernel"] == kernel]
         assert {"griddepcontrol.wait", "griddepcontrol.launch_dependents"} <= set(row)
 

@@ -7,6 +7,7 @@ from transformers import DeepseekV4Config
 
 from fmsim.exec.kernels import tuning
 from fmsim.exec.kernels.attention_rows import Rows
+from fmsim.exec.kernels.block_tables import enter_slots_triton
 from fmsim.exec.kernels.compress import Pooling, compress_and_append_triton
 from fmsim.exec.kernels.expert_tiles import OwnPairs
 from fmsim.exec.kernels.experts import mixture_of_experts_triton
@@ -254,6 +255,10 @@ def kept():
     keep_triton(pool, first, slot_page, moves, moves, whole(21, BATCH, 1025))
 
 
+def block_tables():
+    enter_slots_triton(whole(21, 1025)[:, None], whole(1, BATCH), whole(21, BATCH, 1025))
+
+
 def late_entries():
     mirror, pool = LATENT.new_pool(PAGES, 64), LATENT.new_pool(PAGES, 64)
     on_the_way = zeros(PAGES, dtype=torch.uint8)
@@ -349,6 +354,7 @@ LAUNCHES = {
     "copy_rows, entries": rows(584),
     "stage": stage,
     "keep": kept,
+    "block_tables": block_tables,
     "late_entries": late_entries,
     "listed": listed,
     "copy_rows, pages": rows(37_376),

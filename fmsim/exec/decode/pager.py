@@ -82,6 +82,7 @@ class LayerPager:
         policy = view.requests[0].policy
         self.recalls = self.params.cadence > 1 or policy.prefetches
         self.loads = self.params.on_miss != "mask" and self.tiers.stage_pages > 0
+        self.fetches = self.loads and self.params.on_miss == "fetch"  # else few steps load
         # where no step gives slots away, what it attends to may come before its page
         self.brings = self.recalls and not self.loads
 

@@ -49,6 +49,7 @@ class TracePager:
         self.wants_masses = decode.policy.observes and decode.policy.needs_mass
         self.homes = decode.tiers.entries.homes(layer, self.blocks)
         self.loads = decode.stages
+        self.fetches = self.loads and decode.policy.params.on_miss == "fetch"
         self.recalls = decode.policy.params.cadence > 1 or decode.policy.prefetches
         self.brings = self.recalls and not self.loads
         self.keeps_keys = layer < decode.keyed_layers

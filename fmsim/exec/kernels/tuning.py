@@ -199,6 +199,7 @@ FLOAT32_ROWS = 32  # of a block: they take twice the shared memory
 PROGRAMS_BESIDE = 4
 LATE_LAUNCHES = 6  # of what a decision recalls late: as many times layers may go on before its end
 LATE_ENTRIES = 16  # that come before their page: of a program, which most often finds none
+BLOCK_TABLE_PAGES = 2048  # that a program enters, of one request in one layer
 PROGRAMS_WITHIN = 264  # of a copy within the GPU, which is over soon
 # at a time; beyond, one grouped product over all experts is a prompt's way, unless they are float8
 MOST_EXPERT_TOKENS = 256

@@ -81,7 +81,7 @@ class PairedTiers:
         self.caches = [self.entries] if self.keys is None else [self.entries, self.keys]
         self.resident = None
         if tiered:
-            first_slots = [[0] * len(sizes) for _ in range(max(groups) + 1)]
+            first_slots = [[0] * len(sizes) for _ in sizes[0].slots]
             for group, starts in zip(groups, self.entries.slot_start, strict=True):
                 first_slots[group] = starts[:-1]
             self.resident = ResidentPages(

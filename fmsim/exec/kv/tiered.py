@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from fmsim.exec.kernels import staging, tuning
+from fmsim.exec.kernels.block_tables import enter_slots
 from fmsim.exec.kernels.late_entries import bring_entries
 from fmsim.exec.kernels.layout import Layout, read_entries, write_entries
 from fmsim.exec.kv.beside import Beside
@@ -224,9 +225,7 @@ class TieredCache:
         """The pool page of each page of requests, int32 [L, B, P + 1] into `out`, -1 where it is
         not resident; `table` are rows of residencies' tables, or where layers are alike any rows.
         """
-        table = _by_request(table)
-        torch.add(table, self._first_block[:, part_of(request)], out=out)  # no copy of a gigabyte
-        out.masked_fill_(table < 0, -1)
+        enter_slots(_by_request(table), self._first_block[:, part_of(request), 0], out)
 
     def fetch(self, pages: Tensor, slots: Tensor, request: Requests = None) -> None:
         """Copy pages of the mirror into slots, of every layer; -1 = padding.
