@@ -98,6 +98,9 @@ class Bookkeeping(_Strict):
     plain: StepWork
     closing: StepWork
     decision: DecisionWork | None = None
+    # a plain step that loads misses, by requests and by pages in the block tables of each; without
+    # what slots take. An older preset has none: `plain` stands for it there
+    loading_ms: Grid = {}
 
 
 class EngineTimes(_Strict):

@@ -61,7 +61,7 @@ class EngineCosts:
         """[T]: all but misses and recalls."""
         bookkeeping = self.times.steps[self._kind()]
         movable = self.ledger.miss_slots or self.ledger.topk
-        ms = np.full(self.ledger.n_steps, self._work_ms(bookkeeping.plain, movable))
+        ms = np.full(self.ledger.n_steps, self._plain_ms(bookkeeping, movable))
         ms[self._begins()] += self._work_ms(bookkeeping.closing, movable)
         cadence = self.ledger.cadence
         if cadence > 1:
@@ -171,6 +171,14 @@ class EngineCosts:
         if not row_bytes:
             return np.zeros(len(rows))
         return self.gather.seconds(row_bytes, rows * row_bytes)
+
+    def _plain_ms(self, bookkeeping: Bookkeeping, movable: int) -> float:
+        """Of a step in which nothing closes and nobody decides."""
+        if not bookkeeping.loading_ms:
+            return self._work_ms(bookkeeping.plain, movable)
+        slots_ms = bookkeeping.plain.slot_ns * sum(self.ledger.group_slots) / 1e6
+        of_one = self._listed_pages / self.batch
+        return max(0.0, _line(bookkeeping.loading_ms, self.batch).one(of_one) + slots_ms)
 
     def _work_ms(self, work: StepWork, movable: int) -> float:
         """Of a step's bookkeeping at this decode's sizes, `movable` pages in each layer."""

@@ -140,6 +140,8 @@ def small_sizes():
         kernel_shapes=((1, 128),),
         steps=(StepSize(64, 32), StepSize(96, 32), StepSize(96, 64), StepSize(64, 32, 2)),
         decisions=(StepSize(96, 32, 2), StepSize(96, 64, 2)),
+        loading_batches=(1, 2),
+        loading_entries=(64, 96),
         step_groups=2,
         step_topk=8,
         busy_s=0.001,

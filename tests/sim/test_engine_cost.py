@@ -204,6 +204,20 @@ def test_sizes_add_what_they_cost():
     assert found.tolist() == [0.0] * 128  # a sum that was fitted is no less than nothing
 
 
+def test_bookkeeping_of_misses_is_of_as_many_requests_and_pages():
+    """Between times of 1 and 3 requests, and between pages of 21 layers."""
+    grid = {1: {21_000: 1.0, 189_672: 3.0}, 3: {21_000: 5.0, 189_672: 11.0}}
+    bare = StepWork(fixed_ms=0.0)
+    kind = Bookkeeping(plain=StepWork(fixed_ms=70.0, slot_ns=2.0), closing=bare, loading_ms=grid)
+    missing = ledger(n_groups=3, on_miss="fallback", cadence=1, miss_slots=512, slots=900)
+    given = {"staging_ms": {1: {0: 0, 8: 0}}, "pages_batch_ms": {1: {1: 0.0, 2: 0.0}}}
+    found = costs(missing, batch=2, steps={"fallback": kind}, **given).step_s()
+    n_pages = (4 * 8000 + 128) // 4
+    share = (n_pages - 1000) / 8032
+    expected_ms = (1 - share) * 3.0 + share * 7.0 + 2 * 2700 / 1e6
+    assert found == pytest.approx(np.full(128, expected_ms / 1e3))
+
+
 def test_a_decision_ranks_pages_once_and_lists_them_for_every_request():
     """Of three groups with slots of their own: tables and lists are of 21 layers, lists as long as
     the slots of the largest.

@@ -67,6 +67,9 @@ class Sizes:
         StepSize(65_536, 1024, 32),
         StepSize(65_536, 16_384, 32),
     )
+    # of steps that load misses: requests together, and entries of each, with the slots of `steps`
+    loading_batches: tuple[int, ...] = (1, 8, 32)
+    loading_entries: tuple[int, ...] = (8192, 65_536)
     step_groups: int = 6  # residency groups, as the shipped traces have
     step_topk: int = 512
     busy_s: float = 0.008  # of a step without a model, so that the host gets ahead
@@ -75,3 +78,13 @@ class Sizes:
     host_bytes: int = 2**31
     matmul: int = 8192
     row_share: float = 0.4  # of free memory, that layers in a row may take
+
+    @property
+    def loading(self) -> tuple[StepSize, ...]:
+        """Of steps that load misses."""
+        slots = self.steps[0].slots
+        return tuple(
+            StepSize(entries, slots, batch)
+            for batch in self.loading_batches
+            for entries in self.loading_entries
+        )

@@ -112,17 +112,19 @@ class Seconds(NamedTuple):
 
 def all_kinds(
     geometry: Geometry, device: str, sizes: Sizes, report: Report
-) -> dict[str, dict[str, dict[str, float]]]:
+) -> dict[str, dict[str, Any]]:
     """`fmsim.hw.spec.Bookkeeping`'s fields, by kind."""
-    found: dict[str, dict[str, dict[str, float]]] = {}
+    found: dict[str, dict[str, Any]] = {}
     all_sizes = (*sizes.steps, *sizes.decisions)
     for name, kind in KINDS.items():
-        timed = {
-            number: _timed(name, geometry, device, sizes, all_sizes[number])
-            for number in kind.sizes
+        asked = [all_sizes[number] for number in kind.sizes]
+        if name in LOADING:
+            asked += sizes.loading
+        by_size = {
+            size: _timed(name, geometry, device, sizes, size) for size in dict.fromkeys(asked)
         }
-        for number, seconds in timed.items():
-            size = all_sizes[number]
+        timed = {number: by_size[all_sizes[number]] for number in kind.sizes}
+        for size, seconds in by_size.items():
             plain, closing, decision = (1e3 * part for part in seconds)
             report(
                 f"{name}, {size.entries:,} entries, {size.slots:,} slots, batch {size.batch}:"
@@ -136,9 +138,25 @@ def all_kinds(
             rows = geometry.n_csa if name in LOADING else sizes.step_groups
             moves = geometry.n_csa * sizes.step_topk  # of a request: what a step selects
             found[name][part] = _work(of_part, rows, moves, sizes, like.get(part))
+        if name in LOADING:
+            slot_ns = found[name]["plain"]["slot_ns"]
+            found[name]["loading_ms"] = _loading_ms(by_size, geometry.n_csa, sizes, slot_ns)
         if name in DECIDING:
             decisions = {number: seconds.decision for number, seconds in timed.items()}
             found[name]["decision"] = _decision(decisions, geometry.n_csa, sizes)
+    return found
+
+
+def _loading_ms(
+    by_size: dict[StepSize, Seconds], n_csa: int, sizes: Sizes, slot_ns: float
+) -> dict[int, dict[int, float]]:
+    """A plain step at each of `Sizes.loading`, by requests and by pages in the block tables of one;
+    without what slots take.
+    """
+    found: dict[int, dict[int, float]] = {batch: {} for batch in sizes.loading_batches}
+    for size in sizes.loading:
+        slots_ms = slot_ns * sizes.step_groups * size.slots / 1e6
+        found[size.batch][n_csa * size.entries] = 1e3 * by_size[size].plain - slots_ms
     return found
 
 
