@@ -74,13 +74,13 @@ def stage_triton(
     assert pages.stride(1) == fetched.stride(1) == blocks.stride(1) == 1, (
         "a request's pages lie side by side"
     )
-    row = row_parts(source.shape[1], tune.segment_words)
-    tile = tune.tile_words // row.segment
-    places = next_power_of_2(cdiv(batch * count, tune.programs))
-    places = max(min(places, tune.most_places), tile)
-    _stage[(cdiv(count, places), batch, cdiv(row.segments, tile))](
-        source.view(row.word),
-        target.view(row.word),
+    _launch(
+        _stage,
+        (source, target),
+        batch,
+        count,
+        tune,
+        tune.programs,
         pages,
         fetched.view(torch.uint8),
         first_page,
@@ -91,6 +91,21 @@ def stage_triton(
         pages.stride(0),
         fetched.stride(0),
         blocks.stride(0),
+    )
+
+
+def _launch(kernel, memories, lists, count, tune, programs, *given) -> None:
+    """``kernel`` on rows of ``memories``, of which it writes the last, and on what is ``given``.
+
+    So many ``lists`` of ``count`` places are cut into about ``programs`` parts.
+    """
+    row = row_parts(memories[0].shape[1], tune.segment_words)
+    tile = tune.tile_words // row.segment
+    places = next_power_of_2(cdiv(lists * count, programs))
+    places = max(min(places, tune.most_places), tile)
+    kernel[(cdiv(count, places), lists, cdiv(row.segments, tile))](
+        *(memory.view(row.word) for memory in memories),
+        *given,
         ROW_WORDS=row.words,
         LINE_WORDS=row.line_words,
         SEGMENT=row.segment,
@@ -98,7 +113,7 @@ def stage_triton(
         TILE=tile,
         PLACES=places,
         num_warps=tune.warps,
-        **overlapped(pages),
+        **overlapped(memories[-1]),
     )
 
 
@@ -186,12 +201,13 @@ def keep_triton(
     tune = tune or tuning.STAGING
     layers, batch, count = pages.shape
     assert pages.stride(2) == slots.stride(2) == blocks.stride(2) == slot_page.stride(1) == 1
-    row = row_parts(pool.shape[1], tune.segment_words)
-    tile = tune.tile_words // row.segment
-    places = next_power_of_2(cdiv(layers * batch * count, tune.programs_within))
-    places = max(min(places, tune.most_places), tile)
-    _keep[(cdiv(count, places), layers * batch, cdiv(row.segments, tile))](
-        pool.view(row.word),
+    _launch(
+        _keep,
+        (pool,),
+        layers * batch,
+        count,
+        tune,
+        tune.programs_within,
         first,
         slot_page,
         pages,
@@ -206,14 +222,6 @@ def keep_triton(
         slots.stride(1),
         blocks.stride(0),
         blocks.stride(1),
-        ROW_WORDS=row.words,
-        LINE_WORDS=row.line_words,
-        SEGMENT=row.segment,
-        SEGMENTS=row.segments,
-        TILE=tile,
-        PLACES=places,
-        num_warps=tune.warps,
-        **overlapped(pages),
     )
 
 
