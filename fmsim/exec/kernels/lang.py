@@ -85,7 +85,8 @@ def after_previous():
 def after_previous_with_next():
     """As `after_previous`, but the next launch may begin at once: one that reads many weights does
     so beside two others. What it reads before its own wait may be no launch's output: others than
-    this one's predecessor may still be running too.
+    this one's predecessor may still be running too. `tests/exec/decode/test_launch_order.py` walks
+    a step's launches for one that would.
     """
     let_next_begin()
     wait_for_previous()
