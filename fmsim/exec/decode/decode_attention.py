@@ -102,7 +102,7 @@ class EntryPager(Protocol):
     """
 
     wants_masses: bool
-    fetches: bool  # `bring` copies from the host in most steps: queries come beside that
+    loads: bool  # `bring` copies from the host in most steps: queries come beside that
     homes: Sequence[
         Home
     ]  # of entries: where they are attended to, then further copies that new ones are written to
@@ -123,7 +123,7 @@ class EntryPager(Protocol):
 class AllEntries:
     """The `EntryPager` of a layer that keeps everything: the indexer's top-k of all entries."""
 
-    wants_masses = fetches = False
+    wants_masses = loads = False
 
     def __init__(self, attention: Attention, batch: int, entries: int, latent: Layout, key: Layout):
         device = attention.kv_proj.weight.device
@@ -338,9 +338,9 @@ class DecodeAttention:
         if self.rounds_latent:
             latent, norm = rms_norm(latent, norm, rounded=True), None
         if attention.kind == CSA:
-            # what is fetched from the host comes beside the queries; else its choice does
-            fetches = self.pager.fetches
-            if not fetches:
+            # what is loaded from the host comes beside the queries; else its choice does
+            loads = self.pager.loads
+            if not loads:
                 q = self._queries_beside(latent, norm, turn)
             indexer = attention.compressor.indexer
             [index_queries] = self.index_queries(latent, norm)
@@ -351,7 +351,7 @@ class DecodeAttention:
             if not within:
                 wait_beside(x.device, SideStream.APPEND)
             self.pager.choose(queries[:, None], weights, now.visible, indexer.top_k)
-            if fetches:
+            if loads:
                 q = self._queries_beside(latent, norm, turn)
             ids = self.pager.bring()
             home = self.pager.homes[0]
