@@ -129,9 +129,10 @@ class _Decode:
             spare = np.array(ledger.ahead_slots or [0] * ledger.n_groups)[place.groups]
             ahead = np.minimum(recalls, spare)
             self.ahead_bytes = ahead.sum(axis=1) * page_bytes
-            # Recalled bytes come beside steps. What was missed, or came ahead, goes from spare
-            # pages to its slots.
-            in_step_bytes = 3 * missed_bytes + 2 * self.ahead_bytes
+            # Recalled bytes come beside steps. What was missed and is kept, or came ahead, goes
+            # from spare pages to its slots: read, and written.
+            kept_bytes = engine.kept_pages()[:, place.groups].sum(axis=1) * page_bytes
+            in_step_bytes = 2 * (kept_bytes + self.ahead_bytes)
             self.rest_s = costs.rest_s + indexer_s + engine.step_s() + in_step_bytes / hbm
             late_pages = (recalls - ahead).sum(axis=1) * on_gpu
             compute_s = self.rest_s + self.n_selecting * self.csa_s

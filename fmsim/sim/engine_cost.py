@@ -8,6 +8,7 @@ these prices none of it.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 
 import numpy as np
@@ -77,18 +78,43 @@ class EngineCosts:
         loads = self.ledger.demand_loads[:, self.place.groups].astype(np.float64)
         if not self.loads:
             return np.zeros_like(loads)
-        line = _line(self.times.staging_ms, self.batch)
-        most = line.at[-1]
-        known = line(np.minimum(loads, most)) - line.one(0)
-        # beyond what was timed, and of larger rows: as gathers of so many bytes
-        entry_bytes = self.geometry.slot_bytes(1, with_keys=False)
-        row_bytes = self.geometry.slot_bytes(self.granularity, with_keys=False)
-        rows = self.batch * loads
-        whole_s = self.gather.seconds(row_bytes, rows * row_bytes)
-        timed_bytes = np.minimum(rows, self.batch * most) * entry_bytes
-        more_s = whole_s - self.gather.seconds(entry_bytes, timed_bytes)
-        found = known / 1e3 + np.maximum(more_s, 0.0)
-        return np.asarray(np.where(loads > 0, found, 0.0))
+        more_ms = self._staged_ms(loads) - self._staged_ms(np.zeros(1))
+        return np.asarray(np.where(loads > 0, np.maximum(more_ms, 0.0) / 1e3, 0.0))
+
+    def kept_pages(self) -> Floats:
+        """[T, G]: of the pages that were missed, those that get a slot at the step's end: no more
+        than there are slots of pages that the step does not use. Its hits are as many pages to its
+        misses as they are entries.
+        """
+        ledger = self.ledger
+        missed = np.maximum((ledger.accessed - ledger.hit).sum(axis=1), 1)
+        used = ledger.demand_loads * (ledger.hit.sum(axis=1) / missed)[:, None]
+        free = np.maximum(np.array(ledger.group_slots) - used, 0.0)
+        return np.asarray(np.minimum(ledger.demand_loads, free))
+
+    def _staged_ms(self, loads: Floats) -> Floats:
+        """Of a launch that loads them. Between the sizes of pages that were timed as the logarithm
+        is, at as many bytes; larger pages, and more than were timed, as gathers of the rest.
+        """
+        by_entries = {1: self.times.staging_ms} | self.times.page_staging_ms
+        timed = sorted(by_entries)
+        place = float(np.interp(np.log2(self.granularity), np.log2(timed), range(len(timed))))
+        ms, timed_s, most = np.zeros_like(loads), np.zeros_like(loads), np.inf
+        for number in {int(place), math.ceil(place)}:
+            share, entries = 1 - abs(place - number), timed[number]
+            line = _line(by_entries[entries], self.batch)
+            most = min(most, entries * line.at[-1])
+            pages = np.minimum(loads * self.granularity / entries, line.at[-1])
+            ms = ms + share * line(pages)
+            timed_s = timed_s + share * self._gathered_s(entries, pages)
+        more_s = np.maximum(self._gathered_s(self.granularity, loads) - timed_s, 0.0)
+        beyond = (self.granularity > timed[-1]) | (loads * self.granularity > most)
+        return np.asarray(ms + np.where(beyond, 1e3 * more_s, 0.0))
+
+    def _gathered_s(self, entries: int, pages: Floats) -> Floats:
+        """Of every request so many pages of so many entries, in one gather."""
+        row_bytes = self.geometry.slot_bytes(entries, with_keys=False)
+        return self.gather.seconds(row_bytes, self.batch * pages * row_bytes)
 
     def _kind(self) -> str:
         """Of `STEP_KINDS`, how a step without a decision keeps its books."""
@@ -215,7 +241,7 @@ class EngineCosts:
             ms += Curve.of(times.listed_batch_ms).one(batch)
             ms += self._list_scores_ms()
         if self.loads:
-            ms += _line(times.staging_ms, batch).one(0)
+            ms += float(self._staged_ms(np.zeros(1))[0])
         return self.geometry.n_csa * ms
 
     def _list_scores_ms(self) -> float:

@@ -133,7 +133,7 @@ def small_sizes():
         crowd_contexts=(512,),
         some_batches=(1, 2),
         listed=((1, 64), (2, 128)),
-        staged=(0, 2),
+        staged={1: (0, 2), 4: (0, 3)},
         staged_entries=256,
         gathers={8: (2, 4), 584: (2, 4)},
         beside_rows=4,

@@ -136,6 +136,57 @@ def test_misses_between_three_points_that_were_timed():
     assert found[10] == pytest.approx(np.full(21, 20e-6))
 
 
+def test_larger_pages_have_times_of_their_own():
+    """8 pages take 8 us of one entry, 40 of 16; pages of 4 lie halfway, at as many bytes. Larger
+    ones, and more of them, are gathers beyond.
+    """
+    sizes = {"page_staging_ms": {16: {1: {0: 0.005, 8: 0.045}, 3: {0: 0.005, 8: 0.045}}}}
+    for granularity, n_pages, expected_ms in ((16, 8, 0.04), (4, 2, (0.008 + 0.0025) / 2)):
+        missing = ledger(
+            granularity=granularity,
+            on_miss="fetch",
+            miss_slots=64,
+            demand_loads=loads(128, s1=n_pages),
+        )
+        found = costs(missing, **sizes).miss_s()
+        assert found[1, 0] == pytest.approx(expected_ms / 1e3)
+    for granularity, n_pages in ((16, 64), (64, 2), (64, 16)):
+        missing = ledger(
+            granularity=granularity,
+            on_miss="fetch",
+            miss_slots=64,
+            demand_loads=loads(128, s1=n_pages),
+        )
+        found = costs(missing, **sizes).miss_s()
+        row_bytes, timed = 584 * granularity, min(8, n_pages * granularity // 16)
+        more_s = GATHER.one_s(row_bytes, n_pages * row_bytes)
+        more_s = max(0.0, more_s - GATHER.one_s(584 * 16, timed * 584 * 16))
+        assert found[1, 0] == pytest.approx(5e-6 * timed + more_s)
+
+
+def test_what_gets_a_slot_is_no_more_than_the_step_leaves_free():
+    """Of 512 entries 112 are missed, so the hits of 28 missed pages are 100."""
+    for slots, kept in ((800, 28), (120, 20), (80, 0)):
+        missing = ledger(
+            n_groups=3,
+            slots=slots,
+            on_miss="fetch",
+            miss_slots=512,
+            demand_loads=loads(128, 3, s1=28),
+        )
+        found = costs(missing)
+        assert found.kept_pages() == pytest.approx(
+            np.array([[0.0] * 3, [kept] * 3] + 126 * [[0.0] * 3])
+        )
+        with_s, without_s = (
+            simulate(given, FLASH, hardware()).step_s
+            for given in (missing, replace(missing, demand_loads=loads(128, 3)))
+        )
+        copied_s = 2 * kept * 21 * 584 / H100.hbm_bytes_per_s.value  # read, and written again
+        expected_s = found.miss_s()[1].sum() + copied_s
+        assert with_s[1] - without_s[1] == pytest.approx(expected_s, rel=1e-6)
+
+
 def test_misses_and_late_rows_cross_the_link_for_every_request():
     missing = ledger(
         n_groups=3, on_miss="fetch", cadence=1, miss_slots=512, demand_loads=loads(128, 3, s10=100)

@@ -265,6 +265,10 @@ def _table(found: Figures, config: DeepseekV4Config, sizes: Sizes) -> KernelTabl
         for name in ("csa", "hca", "moe", "hyper_connections", "head")
     }
     row = found["layers in a row"]
+    staging = {
+        entries: {batch: numbered(column) for batch, column in numbered(by_batch).items()}
+        for entries, by_batch in numbered(found["loading misses"]).items()
+    }
     engine = EngineTimes(
         in_row_batch_ms=in_row_ms(row["kinds"], numbered(row["ms"]), alone),
         csa_crowd_ms=crowds["csa"],
@@ -276,9 +280,8 @@ def _table(found: Figures, config: DeepseekV4Config, sizes: Sizes) -> KernelTabl
         },
         listed_batch_ms=numbered(found["naming residents"]),
         listed_scores=numbered(found["scores of residents"]),
-        staging_ms={
-            batch: numbered(column) for batch, column in numbered(found["loading misses"]).items()
-        },
+        staging_ms=staging.pop(1),
+        page_staging_ms=staging,
         beside_bytes_per_s=found["a gather beside a decode"],
         beside_slower=found["steps beside recalls"]["ahead"],
         late_slower=numbered(found["steps beside recalls"]["late"]),

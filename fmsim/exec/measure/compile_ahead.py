@@ -112,7 +112,8 @@ def _works(
     else:
         timer = AttentionTimer(config, launch.what, layouts, device, lambda line: None)
         for batch in launch.batches:
-            yield timer.work(batch, sizes.contexts[0])
-        if 1 in launch.batches:
-            for tokens in sizes.contexts[1:]:
-                yield timer.work(1, tokens)
+            longer = sizes.contexts[1:] if batch == 1 else ()
+            if batch in sizes.crowds and launch.what != SLIDING:
+                longer = sizes.crowd_contexts
+            for tokens in (sizes.contexts[0], *longer):
+                yield timer.work(batch, tokens)

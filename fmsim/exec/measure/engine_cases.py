@@ -86,30 +86,33 @@ def listed_scores(device: str, sizes: Sizes, report: Report) -> dict[int, dict[s
 
 def staging_ms(
     layout: Layout, device: str, sizes: Sizes, report: Report
-) -> dict[int, dict[int, float]]:
-    """By batch and pages loaded, one layer's misses: pages of one entry, of TOP_K that a step of a
+) -> dict[int, dict[int, dict[int, float]]]:
+    """By entries a page, batch and pages loaded, one layer's misses: of the pages that a step of a
     request selects, into spare pages of the pool.
     """
-    found: dict[int, dict[int, float]] = {}
+    found: dict[int, dict[int, dict[int, float]]] = {}
     alone_s = overhead_s(device)
-    for batch in sizes.some_batches:
-        found[batch] = {}
-        for count, work in zip(sizes.staged, _loads(batch, layout, device, sizes), strict=True):
-            found[batch][count] = 1e3 * (median_s(work, device) - alone_s)
-            report(f"loading {count} pages each, batch {batch}: {found[batch][count]:.4f} ms")
+    for entries, counts in sizes.staged.items():
+        found[entries] = {}
+        for batch in sizes.some_batches:
+            loads = zip(counts, _loads(batch, entries, layout, device, sizes), strict=True)
+            column = {count: 1e3 * (median_s(work, device) - alone_s) for count, work in loads}
+            found[entries][batch] = column
+            told = ", ".join(f"{count}: {ms:.4f} ms" for count, ms in column.items())
+            report(f"loading pages of {entries}, batch {batch}, of each {told}")
     return found
 
 
-def _loads(batch: int, layout: Layout, device: str, sizes: Sizes) -> Iterator[Work]:
+def _loads(batch: int, entries: int, layout: Layout, device: str, sizes: Sizes) -> Iterator[Work]:
     """Of each number in `Sizes.staged`, pages of each request's own."""
-    n_pages = sizes.staged_entries
+    n_pages = sizes.staged_entries // entries
     places = min(TOP_K, n_pages)
     size = RequestSize(n_pages, (1,), places, (0,))
-    cache = TieredCache(layout, 1, 1, [size] * batch, device, one_text=True)
+    cache = TieredCache(layout, 1, entries, [size] * batch, device, one_text=True)
     blocks = torch.full((batch, n_pages + 1), -1, dtype=torch.int32, device=device)
     chosen = [torch.randperm(n_pages, device=device)[:places] for _ in range(batch)]
     pages = torch.stack(chosen).sort().values
-    for count in sizes.staged:
+    for count in sizes.staged[entries]:
         fetched = torch.zeros(batch, places, dtype=torch.bool, device=device)
         fetched[:, torch.linspace(0, places - 1, count, device=device).long()] = True
         yield partial(cache.stage, 0, pages, fetched, blocks)
@@ -123,7 +126,8 @@ def _attention(batch: int, layout: Layout, device: str, sizes: Sizes) -> Iterato
 
 def _others(batch: int, layout: Layout, device: str, sizes: Sizes) -> Iterator[Work]:
     yield _naming(batch, device)
-    yield from _loads(batch, layout, device, sizes)
+    for entries in sizes.staged:
+        yield from _loads(batch, entries, layout, device, sizes)
     if batch == sizes.some_batches[0]:
         for row, count in sizes.listed:
             for entries in (*sizes.page_entries, PER_PAGE):

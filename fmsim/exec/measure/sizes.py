@@ -27,22 +27,35 @@ class Sizes:
     contexts: tuple[int, ...] = (
         4096,
         16_384,
+        20_480,  # here the top-k has begun to leave groups out beforehand
         65_536,
-        69_632,  # here the top-k has begun to leave groups out beforehand
         131_072,
         262_144,
         524_288,
         1_048_576,
     )
-    # kernels change their ways after 16, 32, 64 and 128 rows
-    batches: tuple[int, ...] = (1, 2, 4, 8, 12, 16, 17, 24, 32, 33, 48, 64, 65, 96, 128, 129, 160)
+    # beside some between, where kernels change their ways and the last before: attention at 4 and
+    # 16 requests, experts at 32, products after 16, 32, 64 and 128 rows, hyper-connections after
+    # 8, 16, 24 and 33
+    batches: tuple[int, ...] = (
+        *(1, 2, 3, 4, 6, 8, 9, 12, 15, 16, 17, 24, 25, 31, 32, 33),
+        *(48, 64, 65, 96, 128, 129, 160),
+    )
     # attention of several requests at longer contexts
-    crowds: tuple[int, ...] = (8, 16, 32, 128)
-    crowd_contexts: tuple[int, ...] = (65_536, 524_288)
+    crowds: tuple[int, ...] = (4, 8, 15, 16, 32, 128)
+    crowd_contexts: tuple[int, ...] = (20_480, 65_536, 524_288)
     some_batches: tuple[int, ...] = (1, 8, 32, 128)  # of what a kernel adds to a module
     page_entries: tuple[int, ...] = (1, 4, 16)  # a page, beside those of 64
     listed: tuple[tuple[int, int], ...] = ((1, 8192), (16, 32_768))  # requests x resident entries
-    staged: tuple[int, ...] = (0, 8, 64, 256)  # pages that a request loads in a layer
+    # pages that a request loads in a layer, by entries of a page
+    staged: dict[int, tuple[int, ...]] = field(
+        default_factory=lambda: {
+            1: (0, 8, 64, 256),
+            4: (0, 32, 256),
+            16: (0, 16, 192),
+            64: (0, 8, 64, 160),
+        }
+    )
     staged_entries: int = 65_536  # of the request that loads them
     gathers: dict[int, tuple[int, ...]] = field(
         default_factory=lambda: {
