@@ -37,6 +37,7 @@ DECODE = [
     "keep",
     "block_tables",
     "late_entries",
+    "late_pages, entries",
     "listed",
 ]
 DECODE_KERNELS = {
@@ -69,6 +70,8 @@ DECODE_KERNELS = {
     "_keep",
     "_enter_slots",
     "_bring_entries",
+    "_copy_late",
+    "_take_back",
     "_listed",
 }
 TRAINING = [

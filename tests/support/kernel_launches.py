@@ -16,6 +16,7 @@ from fmsim.exec.kernels.gather import copy_rows_triton
 from fmsim.exec.kernels.hyper_connection import Pending, enter_triton, read_out_triton
 from fmsim.exec.kernels.index_score import index_scores_triton, index_weights_triton
 from fmsim.exec.kernels.late_entries import bring_entries_triton
+from fmsim.exec.kernels.late_pages import copy_late_triton, take_back_triton
 from fmsim.exec.kernels.layout import KEY, LATENT, plain
 from fmsim.exec.kernels.linear import linear_triton
 from fmsim.exec.kernels.memory_score import memory_scores_triton
@@ -261,10 +262,20 @@ def block_tables():
 
 def late_entries():
     mirror, pool = LATENT.new_pool(PAGES, 64), LATENT.new_pool(PAGES, 64)
-    on_the_way = zeros(PAGES, dtype=torch.uint8)
+    on_the_way = whole(PAGES)
     first_page = zeros(BATCH, dtype=torch.int64)
     ids, blocks = whole(BATCH, 512), whole(BATCH, PAGES + 1)
     bring_entries_triton(ids, blocks, on_the_way, first_page, mirror, pool, LATENT)
+
+
+def late_pages(row_bytes):
+    def launch():
+        source, target = (zeros(2, 64, row_bytes, dtype=torch.uint8) for _ in range(2))
+        lists, waiting = zeros(2, 8, dtype=torch.int64), whole(2, 65)
+        copy_late_triton(source, target, lists, lists, whole(2), waiting, 3)
+        take_back_triton(waiting, lists)
+
+    return launch
 
 
 def listed():
@@ -356,6 +367,8 @@ LAUNCHES = {
     "keep": kept,
     "block_tables": block_tables,
     "late_entries": late_entries,
+    "late_pages, entries": late_pages(584),
+    "late_pages, pages": late_pages(37_376),
     "listed": listed,
     "copy_rows, pages": rows(37_376),
 }

@@ -51,11 +51,9 @@ class DeviceTiers:
         self.tables = tables
         self.keepers = list(keepers)
         self._changed = set(range(len(keepers)))  # a page may have got or lost a slot
-        self._decided: dict[int, Moves] = {}  # and not recalled yet
 
     def decided(self) -> None:
-        """All decisions' recalls in one, and what is resident now where that may have changed."""
-        self._recall()
+        """What is resident now is shown where it may have changed."""
         resident = self.tiers.resident
         for number in range(len(self.keepers)) if self.tables.stages else sorted(self._changed):
             keeper = self.keepers[number]
@@ -70,38 +68,18 @@ class DeviceTiers:
 
     def wrote(self, request: int, moves: Moves) -> None:
         """The model writes entries through to both tiers itself."""
-        self.tiers.finish()
+        keeper = self.keepers[request]
+        self.tiers.take(keeper.by_request(moves.slots), keeper.part)
         self._changed.add(request)
 
     def recall(self, request: int, moves: Moves) -> None:
-        if request in self._decided:
-            self._recall()
+        """No keeper waits for what another's recall brings late."""
+        keeper = self.keepers[request]
+        pages, slots = keeper.by_request(moves.pages), keeper.by_request(moves.slots)
+        self.tiers.recall(pages, slots, keeper.part, late=True)
         self._changed.add(request)
-        self._decided[request] = moves
-
-    def _recall(self) -> None:
-        """What requests decided: in one where all did."""
-        decided, self._decided = self._decided, {}
-        moved = {
-            number: (keeper.by_request(moves.pages), keeper.by_request(moves.slots))
-            for number, moves in decided.items()
-            for keeper in [self.keepers[number]]
-        }
-        if len(moved) < len(self.keepers) or len(moved) == 1:
-            for number, (pages, slots) in moved.items():
-                self.tiers.recall(pages, slots, self.keepers[number].part, late=True)
-            return
-        groups, width = len(moved[0][0]), max(pages.shape[2] for pages, _ in moved.values())
-        shape = (2, groups, self.tables.rows.shape[1], width)
-        whole = torch.full(shape, -1, device=self.tiers.entries.device)
-        for number, parts in moved.items():
-            for of_all, part in zip(whole, parts, strict=True):
-                of_all[:, self.keepers[number].part, : part.shape[2]] = part
-        self.tiers.recall(*whole, late=True)
 
     def recall_ahead(self, request: int, pages: Tensor, part: int) -> None:
-        if request in self._decided:  # it frees the pages that this will fill
-            self._recall()
         number = self.keepers[request].part.start + part
         self.tiers.recall_ahead(pages[:, None], slice(number, number + 1))
 
@@ -157,7 +135,7 @@ class SharedTiers:
         return max(self.tiers.entries.sizes[0].ahead)
 
     def wrote(self, request: int, moves: Moves) -> None:
-        self.tiers.finish()
+        self.tiers.take(moves.slots)
         self.changed = True
         if self.copies:
             copy_uncounted(self.tiers, moves.pages, moves.slots)

@@ -98,6 +98,8 @@ class LayerPager:
 
     def choose(self, queries: Tensor, weights: Tensor, visible: Tensor, top_k: int) -> None:
         lengths = visible.int()
+        if self.recalls:
+            self.keys.wait()
         if self.recalls and not self.brings:
             self.view.wait_for(self.layer)
         if (

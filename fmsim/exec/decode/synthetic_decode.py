@@ -59,6 +59,8 @@ class TracePager:
             self.key_homes = decode.tiers.keys.homes(layer - decode.keyed_layers, self.blocks)
 
     def choose(self, queries: Tensor, weights: Tensor, visible: Tensor, top_k: int) -> None:
+        if self.recalls and not self.keeps_keys:
+            self.decode.tiers.keys.wait_for(self.layer - self.decode.keyed_layers)
         if self.recalls and not self.brings:
             self.decode.tiers.wait_for(self.layer)
         (pool, table), of, resident = (

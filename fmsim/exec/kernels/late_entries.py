@@ -31,8 +31,8 @@ def bring_entries(
     pool: Tensor,
     layout: Layout,
 ) -> None:
-    """Copy entries ``ids`` int32 [B, K] (-1 = none) whose page is ``on_the_way`` uint8 [pool
-    pages], from ``mirror`` into ``pool``, both uint8 [pages, page bytes] of entries in ``layout``.
+    """Copy entries ``ids`` int32 [B, K] (-1 = none) whose page is ``on_the_way`` (int32 [pool
+    pages], not 0) from ``mirror`` into ``pool``, both uint8 [pages, page bytes] in ``layout``.
 
     A request's page p lies in page ``blocks[b, p]`` of the pool (int32 [B, P + 1], -1 = not there)
     and in page ``first_page[b] + p`` of the mirror, int64 [B]. The mirror may be pinned host

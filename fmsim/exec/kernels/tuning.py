@@ -91,6 +91,13 @@ class GatherTuning(NamedTuple):
     stages: int = 4
 
 
+class LateTuning(NamedTuple):
+    """Of what a decision recalls late."""
+
+    tile_words: int = 8192  # of 8 bytes, that a program has on the way
+    warps: int = 8
+
+
 class StagingTuning(NamedTuple):
     """Of two kernels that no sweep has."""
 
@@ -168,7 +175,7 @@ INDEX_SCORES, MEMORY_SCORES = (
 # of float8 queries, a few layers at once
 FLOAT8_MEMORY_SCORES = IndexScoresTuning(programs=264)
 TOP_K, COMPRESS, GATHER = TopKTuning(), CompressTuning(), GatherTuning()
-STAGING = StagingTuning()
+STAGING, LATE = StagingTuning(), LateTuning()
 ATTENTION, ATTENTION_OF_SOME = (
     AttentionTuning(),
     AttentionTuning(block_heads=64, block_rows=64, programs=132, warps=8),

@@ -43,6 +43,10 @@ class Beside:
         if event is not None:
             event.record(torch.cuda.current_stream(self.device))
 
+    def over(self, event: torch.cuda.Event | None) -> bool:
+        """What was recorded last is done already, as far as the host knows; asks nobody to wait."""
+        return event is not None and event.query()
+
     @contextmanager
     def ahead(self, part: slice, *used: Tensor) -> Iterator[None]:
         """What is launched within, for the requests ``part``, runs beside what comes after until

@@ -67,20 +67,22 @@ class Copies:
         counts = of_request.sum(1, dtype=torch.int32)
         return MoveLists(front[0, :, :places], front[1, :, :places], counts)
 
+    def by_list(self, to: Tensor) -> Tensor:
+        """Places [L or 1, B, m] of layers' pools, -1 = none, as each list has them: [lists, n]."""
+        if self.even:
+            return to.flatten(1).expand(len(self.pool.first), -1)
+        return torch.where(to < 0, -1, to + self.pool.first).flatten()[None]
+
     def move(
         self,
         source: LayerPages,
         moves: MoveLists,
         programs: int | None = None,
-        part: slice = slice(None),
     ) -> None:
-        """Those of some of the lists, in one launch."""
         lists = len(moves.counts)
         copy_rows(
-            source.pages.unflatten(0, (lists, -1))[part],
-            self.pool.pages.unflatten(0, (lists, -1))[part],
-            moves.pages[part],
-            moves.to[part],
-            moves.counts[part],
+            source.pages.unflatten(0, (lists, -1)),
+            self.pool.pages.unflatten(0, (lists, -1)),
+            *moves,
             programs,
         )

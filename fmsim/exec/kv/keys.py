@@ -93,6 +93,9 @@ class LayerKeys:
         """A new key [1, width], number `index` int64 [1] (-1 = none)."""
         raise NotImplementedError  # abstract: either place defines it
 
+    def wait(self) -> None:
+        """What a decision recalled of them is here for what comes after."""
+
     def scores(self, queries: Tensor, weights: Tensor, lengths: Tensor) -> Scores:
         """queries [B, 1, heads, width], weights [B, 1, heads], lengths int32 [B] -> scores [B,
         capacity], -inf beyond the lengths and where a key is not here.
@@ -174,6 +177,9 @@ class ResidentKeys(LayerKeys):
 
     def append(self, request: int, key: Tensor, index: Tensor) -> None:
         self.tiers.append(request, self.number, key, index, self.tables[request])
+
+    def wait(self) -> None:
+        self.tiers.wait_for(self.number)
 
     def best(self, queries: Tensor, weights: Tensor, lengths: Tensor, top_k: int) -> Tensor:
         """Of the resident entries among the first ``lengths`` [B], the ids of the best: int32 [B,

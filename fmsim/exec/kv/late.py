@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from fmsim.exec.kernels import tuning
+from fmsim.exec.kernels.late_pages import copy_late, take_back
 from fmsim.exec.kv.beside import Beside
 from fmsim.exec.kv.copies import Copies, LayerPages
 
@@ -16,58 +17,70 @@ from fmsim.exec.kv.copies import Copies, LayerPages
 class LatePages:
     """Of a cache's layers, whose parts of the pool begin at the pages ``pool_start`` [L + 1].
 
-    One decision's pages at a time: who moves others into slots calls `finish` before. A layer
-    either waits for its own (`wait_for`), or reads what it attends to by itself
-    (`fmsim.exec.kernels.late_entries`) where pages are still `on_the_way`.
+    A layer either waits for its own (`wait_for`), or reads what it attends to by itself
+    (`fmsim.exec.kernels.late_entries`) where pages are still `on_the_way`. Who gives a slot to
+    another page says so before (`take_back`). Nobody else waits.
     """
 
     def __init__(self, copies: Copies, pool_start: Sequence[int], beside: Beside) -> None:
         self.copies = copies
         self.pool_start = pool_start
         self.beside = beside
-        self._here = [beside.event() for _ in pool_start[1:]]
+        self._layers = len(pool_start) - 1
+        # layers come in parts of so many; they have an event each
+        self._part = max(1, self._layers // tuning.LATE_LAUNCHES)
+        self._here = [beside.event() for _ in range(0, self._layers, self._part)]
+        self._number = 0  # of the last copy
 
     @cached_property
-    def _on_the_way(self) -> Tensor:
-        """uint8 [lists, pages of the pool + 1]: 1 where a page has not come; the last column is
-        padding's. It is bookkeeping, as block tables are: a byte a page.
+    def _waiting(self) -> Tensor:
+        """`fmsim.exec.kernels.late_pages`: int32 [lists, pages of the pool + 1]. It is bookkeeping,
+        as block tables are: 4 bytes a page.
         """
-        lists = len(self._here) if self.copies.even else 1
+        lists = self._layers if self.copies.even else 1
         pages = self.pool_start[-1] // lists
         device = self.copies.pool.pages.device
-        return torch.zeros(lists, pages + 1, dtype=torch.uint8, device=device)
+        return torch.zeros(lists, pages + 1, dtype=torch.int32, device=device)
 
     def on_the_way(self, layer: int) -> Tensor:
-        """uint8 [pages of the layer's pool], a view in one place: 1 where a page has not come."""
+        """int32 [pages of the layer's pool], a view in one place: not 0 where a page has not
+        come.
+        """
         if self.copies.even:
-            return self._on_the_way[layer, :-1]
-        return self._on_the_way[0, self.pool_start[layer] : self.pool_start[layer + 1]]
+            return self._waiting[layer, :-1]
+        return self._waiting[0, self.pool_start[layer] : self.pool_start[layer + 1]]
 
     def copy(self, source: LayerPages, pages: Tensor, to: Tensor) -> None:
-        """`Copies.copy`, beside what runs, in an order that lets the first layers go on while the
-        last are still waited for.
-        """
+        """`Copies.copy`, beside what runs, layer by layer. Of slots that were taken back."""
         moves = self.copies.listed(source, pages, to)
-        programs = tuning.late_programs(source.pages.shape[1])
-        padding = self._on_the_way.shape[1] - 1
-        self._on_the_way.scatter_(1, torch.where(moves.to < 0, padding, moves.to), 1)
+        self._number = number = self._number + 1
+        padding = self._waiting.shape[1] - 1
+        self._waiting.scatter_(1, torch.where(moves.to < 0, padding, moves.to), number)
 
         def come() -> None:
             lists = len(moves.counts)
-            step = max(1, lists // tuning.LATE_LAUNCHES)
-            for first in range(0, lists, step):
-                part = slice(first, first + step)
-                self.copies.move(source, moves, programs, part)
-                self._on_the_way[part].zero_()
-                for event in self._here[part] if self.copies.even else self._here:
-                    self.beside.record(event)
+            for first, event in zip(range(0, self._layers, self._part), self._here, strict=True):
+                part = slice(first, first + self._part)
+                if first < lists:
+                    copy_late(
+                        source.pages.unflatten(0, (lists, -1))[part],
+                        self.copies.pool.pages.unflatten(0, (lists, -1))[part],
+                        *(of_lists[part] for of_lists in moves),
+                        self._waiting[part],
+                        number,
+                    )
+                self.beside.record(event)
 
         self.beside.late(come, *moves)
 
-    def wait_for(self, layer: int) -> None:
-        """A layer's pages are here for what comes after."""
-        self.beside.wait(self._here[layer])
+    def take_back(self, slots: Tensor) -> None:
+        """Pool pages int64 [L or 1, B, m] (-1 = none) get others: what was to come into them stays
+        away. Waits for those alone that are being copied at that moment.
+        """
+        if self._number and not self.beside.over(self._here[-1]):
+            take_back(self._waiting, self.copies.by_list(slots))
 
-    def finish(self) -> None:
-        """All layers' are: they come in order."""
-        self.wait_for(-1)
+    def wait_for(self, layer: int) -> None:
+        """A layer's pages are here for what comes after. Layers are waited for in their order."""
+        if layer % self._part == 0:
+            self.beside.wait(self._here[layer // self._part])

@@ -104,20 +104,22 @@ class PairedTiers:
     def recall(
         self, pages: Tensor, slots: Tensor, request: Requests = None, late: bool = False
     ) -> None:
-        """`TieredCache.recall`, of groups' pages into their slots. Keys go first, and are not late:
-        all of them are scored, while few entries are attended to.
+        """`TieredCache.recall`, of groups' pages into their slots. Keys go first: a layer waits for
+        all of its own, and attends to few entries.
         """
         for number, cache in reversed(list(enumerate(self.caches))):
-            moves = self.by_layer(pages, number), self.by_layer(slots, number)
-            cache.recall(*moves, request, late and cache is self.entries)
+            import os
+            lt = late and (cache is self.entries or os.environ.get("FMSIM_KEYS") != "before")
+            cache.recall(self.by_layer(pages, number), self.by_layer(slots, number), request, lt)
 
     def wait_for(self, layer: int) -> None:
         """`TieredCache.wait_for`, of entries."""
         self.entries.wait_for(layer)
 
-    def finish(self) -> None:
-        """`TieredCache.finish`, of entries."""
-        self.entries.finish()
+    def take(self, slots: Tensor, request: Requests = None) -> None:
+        """`TieredCache.take`, of groups' slots."""
+        for number, cache in enumerate(self.caches):
+            cache.take(self.by_layer(slots, number), request)
 
     def recall_ahead(self, pages: Tensor, request: Requests = None) -> None:
         """`TieredCache.recall_ahead`, of groups' pages."""

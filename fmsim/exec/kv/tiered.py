@@ -246,7 +246,7 @@ class TieredCache:
         """
         if not self.mirrored:
             return
-        self.finish()
+        self.take(slots, request)
         pages, slots, staged = _by_request(pages), _by_request(slots), None
         if self._ahead is not None:
             part = part_of(request)
@@ -261,9 +261,11 @@ class TieredCache:
         """What is recalled late into a layer is there for what comes after."""
         self._late.wait_for(layer)
 
-    def finish(self) -> None:
-        """What is recalled late is there, before slots change hands."""
-        self._late.finish()
+    def take(self, slots: Tensor, request: Requests = None) -> None:
+        """Slots get other pages: what was to come into them late stays away."""
+        slots = _by_request(slots)
+        first = self._first_slot[:, part_of(request)]
+        self._late.take_back(torch.where(slots < 0, -1, slots + first))
 
     def bring(self, layer: int, ids: Tensor, blocks: Tensor) -> None:
         """Read entries ``ids`` int32 [B, K] (-1 = none) whose pages are still on their way, each by

@@ -1,5 +1,6 @@
 """A whole batch's pages recalled late, many requests at once, lie where each layer that waits for
 them looks, and a layer that does not wait has the entries that it looks for; in a CUDA graph too.
+A slot that is given to another page meanwhile keeps that page's bytes.
 """
 
 import pytest
@@ -21,11 +22,11 @@ class Held(Beside):
 
     def __init__(self, device):
         super().__init__(torch.device(device))
-        self.works = []
+        self.works, self.cycles = [], CYCLES
 
     def late(self, work, *used):
         def after_a_while():
-            torch.cuda._sleep(CYCLES)
+            torch.cuda._sleep(self.cycles)
             work()
 
         if self.device.type == "cuda":
@@ -35,7 +36,7 @@ class Held(Beside):
 
     def let(self):
         while self.works:
-            self.works.pop()()
+            self.works.pop(0)()
 
 
 def filled(device, even, per_page=1, beside=None):
@@ -136,7 +137,8 @@ def test_entries_that_a_layer_looks_for_come_before_their_pages(device, even):
         )
         assert torch.equal(found, expected)
         beside.let()
-        cache.finish()
+        if device == "cuda":
+            torch.cuda.synchronize()
         for layer in range(LAYERS):
             assert not cache._late.on_the_way(layer).any()
             for b in range(BATCH):
@@ -144,3 +146,43 @@ def test_entries_that_a_layer_looks_for_come_before_their_pages(device, even):
                 whole = cache.pool[layer][block].cpu()
                 page = pages[layer, b, :9].cpu() + cache.page_start[b]
                 assert torch.equal(whole, cache.mirror[layer][page])
+
+
+@on_each_device
+@pytest.mark.parametrize("even", [True, False])
+@pytest.mark.parametrize("per_page", [1, 64])
+def test_a_slot_that_is_given_away_keeps_what_it_got(device, even, per_page):
+    """At any moment: before its page is copied, while that is, and after. Each request's recall,
+    and what it gives away, leaves the others' alone.
+    """
+    beside = Held(device)
+    cache, generator = filled(device, even, per_page, beside), torch.Generator().manual_seed(3)
+    for turn in range(4 if device == "cpu" else 40):
+        cycles = int(torch.randint(1, 2 * CYCLES, (), generator=generator))
+        beside.cycles = cycles if turn % 2 else 1
+        pages, slots = drawn(device, generator)
+        for b in range(BATCH):
+            cache.recall(pages[:, b], slots[:, b], b, late=True)
+        if device == "cuda" and turn % 4 > 1:
+            torch.cuda._sleep(beside.cycles)
+        given, kept = slots[:, :, :3], slots[:, :, 3:9]
+        for b in range(1, BATCH):
+            cache.take(given[:, b], b)
+            for layer in range(LAYERS):
+                cache.pool[layer][given[layer, b] + cache.slot_start[layer][b]] = turn
+        if turn % 2:
+            beside.let()
+        again = torch.roll(given, 1, 2), torch.roll(pages[:, :, :3], 1, 2)  # of the next decision
+        cache.recall(again[1][:, 2], again[0][:, 2], 2, late=True)
+        beside.let()
+        if device == "cuda":
+            torch.cuda.synchronize()
+        for layer in range(LAYERS):
+            assert not cache._late.on_the_way(layer).any()
+            for b in range(BATCH):
+                first, page = cache.slot_start[layer][b], cache.page_start[b]
+                rows = cache.pool[layer][kept[layer, b] + first].cpu()
+                assert torch.equal(rows, cache.mirror[layer][pages[layer, b, 3:9].cpu() + page])
+                rows = cache.pool[layer][given[layer, b] + first].cpu()
+                own = cache.mirror[layer][pages[layer, b, :3].cpu() + page]
+                assert torch.equal(rows, own) if b != 1 else (rows == turn).all()
