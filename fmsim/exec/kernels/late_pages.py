@@ -59,6 +59,7 @@ def copy_late_triton(source, target, pages, slots, counts, waiting, number) -> N
     row = row_parts(row_bytes, tune.tile_words)
     source, target = source.view(row.word), target.view(row.word)
     import os
+
     programs = int(os.environ.get("FMSIM_LATE") or tuning.late_programs(row_bytes))
     tune = tune._replace(tile_words=int(os.environ.get("FMSIM_TILE") or tune.tile_words))
     row = row_parts(row_bytes, tune.tile_words)

@@ -109,6 +109,7 @@ class PairedTiers:
         """
         for number, cache in reversed(list(enumerate(self.caches))):
             import os
+
             lt = late and (cache is self.entries or os.environ.get("FMSIM_KEYS") != "before")
             cache.recall(self.by_layer(pages, number), self.by_layer(slots, number), request, lt)
 
