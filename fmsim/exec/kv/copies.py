@@ -21,7 +21,7 @@ class LayerPages(NamedTuple):
 
 class MoveLists(NamedTuple):
     """For `copy_rows`: ``pages`` and ``to`` int64 [lists, n], those that are moved at the front;
-    ``counts`` int32 [lists], how many these are.
+    ``counts`` int32 [lists], how many these are. Of layers that move alike there is one list.
     """
 
     pages: Tensor
@@ -37,14 +37,16 @@ class Copies:
     def __init__(self, pool: LayerPages, even: bool) -> None:
         self.pool = pool
         self.even = even
+        self.lists = len(pool.first) if even else 1
 
     def copy(
         self, source: LayerPages, pages: Tensor, to: Tensor, programs: int | None = None
     ) -> None:
         """Into page ``to[l, b, i]`` of layer l's pool page ``pages[l, b, i]`` of its part of
-        `source`, where both are >= 0.
+        `source`, where both are >= 0. Even layers that move alike may have one row for all.
         """
-        self.move(source, self.listed(source, pages, to), programs)
+        moves = self.of_each(self.listed(source, pages, to))
+        copy_rows(self.by_lists(source.pages), self.by_lists(self.pool.pages), *moves, programs)
 
     def listed(self, source: LayerPages, pages: Tensor, to: Tensor) -> MoveLists:
         """The same as lists. Pages [L, B, m] are as many as slots, and most of them are left out;
@@ -70,19 +72,14 @@ class Copies:
     def by_list(self, to: Tensor) -> Tensor:
         """Places [L or 1, B, m] of layers' pools, -1 = none, as each list has them: [lists, n]."""
         if self.even:
-            return to.flatten(1).expand(len(self.pool.first), -1)
+            return to.flatten(1).expand(self.lists, -1)
         return torch.where(to < 0, -1, to + self.pool.first).flatten()[None]
 
-    def move(
-        self,
-        source: LayerPages,
-        moves: MoveLists,
-        programs: int | None = None,
-    ) -> None:
-        lists = len(moves.counts)
-        copy_rows(
-            source.pages.unflatten(0, (lists, -1)),
-            self.pool.pages.unflatten(0, (lists, -1)),
-            *moves,
-            programs,
-        )
+    def of_each(self, moves: MoveLists) -> MoveLists:
+        """The same with every list, views where they are alike."""
+        counts = moves.counts.expand(self.lists).contiguous()
+        return MoveLists(*(part.expand(self.lists, -1) for part in moves[:2]), counts)
+
+    def by_lists(self, pages: Tensor) -> Tensor:
+        """Pages of all layers [n, page bytes] as lists name them: [lists, pages, page bytes]."""
+        return pages.unflatten(0, (self.lists, -1))

@@ -37,7 +37,7 @@ class LatePages:
         """`fmsim.exec.kernels.late_pages`: int32 [lists, pages of the pool + 1]. It is bookkeeping,
         as block tables are: 4 bytes a page.
         """
-        lists = self._layers if self.copies.even else 1
+        lists = self.copies.lists
         pages = self.pool_start[-1] // lists
         device = self.copies.pool.pages.device
         return torch.zeros(lists, pages + 1, dtype=torch.int32, device=device)
@@ -52,21 +52,22 @@ class LatePages:
 
     def copy(self, source: LayerPages, pages: Tensor, to: Tensor) -> None:
         """`Copies.copy`, beside what runs, layer by layer. Of slots that were taken back."""
-        moves = self.copies.listed(source, pages, to)
+        copies, waiting = self.copies, self._waiting
+        moves = copies.listed(source, pages, to)
         self._number = number = self._number + 1
-        padding = self._waiting.shape[1] - 1
-        self._waiting.scatter_(1, torch.where(moves.to < 0, padding, moves.to), number)
+        places = torch.where(moves.to < 0, waiting.shape[1] - 1, moves.to)
+        waiting.scatter_(1, places.expand(copies.lists, -1), number)
+        moves = copies.of_each(moves)
 
         def come() -> None:
-            lists = len(moves.counts)
             for first, event in zip(range(0, self._layers, self._part), self._here, strict=True):
                 part = slice(first, first + self._part)
-                if first < lists:
+                if first < copies.lists:
                     copy_late(
-                        source.pages.unflatten(0, (lists, -1))[part],
-                        self.copies.pool.pages.unflatten(0, (lists, -1))[part],
+                        copies.by_lists(source.pages)[part],
+                        copies.by_lists(copies.pool.pages)[part],
                         *(of_lists[part] for of_lists in moves),
-                        self._waiting[part],
+                        waiting[part],
                         number,
                     )
                 self.beside.record(event)

@@ -99,7 +99,7 @@ class PairedTiers:
     def fetch(self, pages: Tensor, slots: Tensor, request: Requests = None) -> None:
         """`TieredCache.fetch`, of groups' pages into their slots."""
         for number, cache in enumerate(self.caches):
-            cache.fetch(self.by_layer(pages, number), self.by_layer(slots, number), request)
+            cache.fetch(self._moved(pages, number), self._moved(slots, number), request)
 
     def recall(
         self, pages: Tensor, slots: Tensor, request: Requests = None, late: bool = False
@@ -111,7 +111,7 @@ class PairedTiers:
             import os
 
             lt = late and (cache is self.entries or os.environ.get("FMSIM_KEYS") != "before")
-            cache.recall(self.by_layer(pages, number), self.by_layer(slots, number), request, lt)
+            cache.recall(self._moved(pages, number), self._moved(slots, number), request, lt)
 
     def wait_for(self, layer: int) -> None:
         """`TieredCache.wait_for`, of entries."""
@@ -120,12 +120,12 @@ class PairedTiers:
     def take(self, slots: Tensor, request: Requests = None) -> None:
         """`TieredCache.take`, of groups' slots."""
         for number, cache in enumerate(self.caches):
-            cache.take(self.by_layer(slots, number), request)
+            cache.take(self._moved(slots, number), request)
 
     def recall_ahead(self, pages: Tensor, request: Requests = None) -> None:
         """`TieredCache.recall_ahead`, of groups' pages."""
         for number, cache in enumerate(self.caches):
-            cache.recall_ahead(self.by_layer(pages, number), request)
+            cache.recall_ahead(self._moved(pages, number), request)
 
     def settle(
         self,
@@ -166,6 +166,10 @@ class PairedTiers:
         return sum(
             (cache.recalled_pages + cache.staged_pages) * cache.page_bytes for cache in self.caches
         )
+
+    def _moved(self, of_groups: Tensor, number: int) -> Tensor:
+        """What `by_layer` says, or one row for all layers where they follow one group."""
+        return of_groups if len(of_groups) == 1 else self.by_layer(of_groups, number)
 
     def by_layer(self, of_groups: Tensor, number: int = 0) -> Tensor:
         """[G, ...] -> [layers of cache ``number``, ...]: each layer's group's."""

@@ -138,7 +138,7 @@ class TieredCache:
         self._copies = Copies(self._of_pool, self.even)
         self._late = LatePages(self._copies, self.pool_start, self.beside)
         self._ahead: Tensor | None = (
-            None  # pool pages of what was recalled ahead, int32 [L, B, P + 1], or -1
+            None  # pool pages of what was recalled ahead, int32 [L or 1, B, P + 1], or -1
         )
         self.recalled_pages, self.staged_pages = (
             torch.zeros((), dtype=torch.int64, device=self.device) for _ in range(2)
@@ -231,7 +231,7 @@ class TieredCache:
         """Copy pages of the mirror into slots, of every layer; -1 = padding.
 
         Here and below pages and slots are [L, m] for one request, or for all alike, or [L, B, m]
-        for several.
+        for several. Of even layers that move alike there may be one row for all.
         """
         if self.mirrored:
             self._admit(_by_request(pages), _by_request(slots), None, request)
@@ -292,7 +292,7 @@ class TieredCache:
         if self._ahead is None:
             most = max(size.pages for size in self.sizes)
             self._ahead = torch.full(
-                (self.layers, len(self.sizes), most + 1), -1, dtype=torch.int32, device=self.device
+                (len(pages), len(self.sizes), most + 1), -1, dtype=torch.int32, device=self.device
             )
         blocks = self._ahead[:, part]
         pages = _by_request(pages).expand(-1, first.shape[1], -1)
@@ -300,7 +300,7 @@ class TieredCache:
         blocks.fill_(-1)
         blocks.scatter_(2, torch.where(pages < 0, blocks.shape[2] - 1, pages), to.int())
         blocks[:, :, -1] = -1
-        self.recalled_pages += (to >= 0).sum()
+        self._count(to)
         source = torch.where(pages < 0, -1, pages + self._first_page[part])
         with self.beside.ahead(part, source, to):
             self._copies.copy(self._of_mirror, source, to, tuning.PROGRAMS_BESIDE)
@@ -340,7 +340,7 @@ class TieredCache:
             self._admit(pages, torch.where(staged, -1, slots), None, request)
 
     def _places(self, blocks: Tensor, pages: Tensor) -> Tensor:
-        """Of pages [L, B, m] the pool's, int64, by ``blocks``."""
+        """Of pages [L or 1, B, m] the pool's, int64, by ``blocks``."""
         return blocks.gather(2, torch.where(pages < 0, blocks.shape[2] - 1, pages)).long()
 
     def _admit(
@@ -351,8 +351,8 @@ class TieredCache:
         request: Requests,
         late: bool = False,
     ) -> None:
-        """Copy pages [L, B or 1, m] into slots: within the GPU where they are `staged` in the pool,
-        or from the mirror, which is counted.
+        """Copy pages [L or 1, B or 1, m] into slots: within the GPU where they are `staged` in the
+        pool, or from the mirror, which is counted.
         """
         part = part_of(request)
         to = torch.where(slots < 0, -1, slots + self._first_slot[:, part])
@@ -362,11 +362,15 @@ class TieredCache:
         source, to = torch.broadcast_tensors(
             torch.where(pages < 0, -1, pages + self._first_page[part]), to
         )
-        self.recalled_pages += (to >= 0).sum()
+        self._count(to)
         if self.mirrored and late:
             self._late.copy(self._of_mirror, source, to)
         elif self.mirrored:
             self._copies.copy(self._of_mirror, source, to)
+
+    def _count(self, to: Tensor) -> None:
+        """Pages that are recalled to [L or 1, B, m], in every layer."""
+        self.recalled_pages += (to >= 0).sum() * (self.layers // len(to))
 
     def read(self, layer: int, blocks: Tensor, ids: Tensor) -> Tensor:
         """float32 [K, C]: entries `ids` [K] through `blocks` [P + 1]; whatever where an id is -1 or
