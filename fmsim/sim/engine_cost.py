@@ -18,7 +18,7 @@ from fmsim.geometry import Geometry
 from fmsim.hw.spec import Bookkeeping, EngineTimes, Grid, StepWork
 from fmsim.hw.tables import Curve
 from fmsim.replay.ledger import Ledger
-from fmsim.sim.footprint import Footprint
+from fmsim.sim.footprint import Footprint, keyed_layers
 from fmsim.sim.transfer_cost import GatherCurve
 
 Floats = NDArray[np.float64]
@@ -138,41 +138,39 @@ class EngineCosts:
         """[T]: by how much steps of `compute_s` are longer, while what decisions recall late comes:
         `pages` [T] of all layers and requests, at the step of the decision.
 
-        The step of the decision waits for the keys. Where misses are loaded, its layers wait for
-        their entries. Elsewhere entries come in the course of steps, and each of these reads those
-        of them that it attends to: its `topk` times the share of the slots whose pages have not
-        come. Where a page begins, and at the next decision, all that has not come is waited for.
+        Keys come first, and the layers that are without theirs wait. Where misses are loaded, all
+        layers wait for their entries. Elsewhere these come in the course of steps, and each of the
+        steps reads those of them that it attends to: its `topk` times the share of the slots whose
+        pages have not come.
         """
-        waits = np.asarray(self.ledger.written.any(axis=1))[: len(pages)] | (pages > 0)
-        if self.ledger.cadence > 1:
-            waits[:: self.ledger.cadence] = True
         entry_bytes = self.geometry.slot_bytes(self.granularity, with_keys=False)
         both_bytes = self.geometry.slot_bytes(self.granularity, with_keys=self.place.keys_tiered)
         entries_s = self._copied_s(entry_bytes, pages)
         if self.loads:
             return self._waited_s(entries_s, compute_s)
-        found = self._copied_s(both_bytes - entry_bytes, pages)  # keys
+        keys_s = self._copied_s(both_bytes - entry_bytes, pages)
+        before = keyed_layers(self.ledger, self.geometry) / self.geometry.n_csa
+        found = self._waited_s(keys_s, compute_s, before)
         slower = self._late_slower(entry_bytes)
-        for decision in np.flatnonzero(pages):
-            read_s = self._read_s(float(pages[decision]))
-            before_s, left_s = float(found[decision]), float(entries_s[decision])
-            step = int(decision)
-            while left_s > 0 and step < len(pages):
-                if step > decision and waits[step]:
-                    found[step] += left_s
-                    break
-                found[step] += read_s * left_s / entries_s[decision]
-                beside_s = min(left_s, max(0.0, compute_s[step] + found[step] - before_s))
-                found[step] += beside_s * slower
-                before_s, left_s = 0.0, left_s - beside_s
-                step += 1
+        left_s = read_s = 0.0  # reads are of a step for each second of what has not come
+        for step in range(len(pages)):
+            if pages[step]:
+                left_s += float(keys_s[step] + entries_s[step])
+                read_s = self._read_s(float(pages[step])) / float(keys_s[step] + entries_s[step])
+            found[step] += read_s * left_s
+            beside_s = min(left_s, float(compute_s[step] + found[step]))
+            found[step] += beside_s * slower
+            left_s -= beside_s
         return found
 
-    def _waited_s(self, come_s: np.ndarray, compute_s: np.ndarray) -> Floats:
-        """[T]: what comes in LATE_LAUNCHES parts, and layers whose part is here go on."""
-        done_s = np.zeros(len(come_s))
+    def _waited_s(self, come_s: np.ndarray, compute_s: np.ndarray, before: float = 0.0) -> Floats:
+        """[T]: what comes in LATE_LAUNCHES parts, and layers whose part is here go on; those that
+        need nothing of it take the share ``before`` of a step.
+        """
+        done_s = before * compute_s
+        layers_s = (1 - before) * compute_s / LATE_LAUNCHES
         for part in range(1, LATE_LAUNCHES + 1):
-            done_s = np.maximum(done_s, come_s * part / LATE_LAUNCHES) + compute_s / LATE_LAUNCHES
+            done_s = np.maximum(done_s, come_s * part / LATE_LAUNCHES) + layers_s
         return np.asarray(np.where(come_s > 0, done_s - compute_s, 0.0))
 
     def _read_s(self, pages: float) -> float:

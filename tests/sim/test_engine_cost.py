@@ -315,11 +315,16 @@ def test_where_misses_are_loaded_late_pages_come_in_six_parts():
 
 
 def test_where_misses_are_masked_late_keys_are_waited_for_and_entries_read():
-    """All of both requests' pages are late, so each layer reads all 512 entries of both."""
+    """All of both requests' pages are late, so each layer reads all 512 entries of both. Layers
+    without keys are the last: a step waits for the first part of these, or none.
+    """
     n_pages = np.array([2 * 21 * 800.0])
     found = costs(ledger(), batch=2).late_s(n_pages, np.array([0.0]))
     keys_s, read_s = GATHER.one_s(132, 2 * 16_800 * 132), 21 * GATHER.one_s(584, 2 * 512 * 584)
     assert found == pytest.approx([keys_s + read_s])
+    for targets, waited_s in (([], keys_s / 6), (list(range(8)), 0.0)):
+        found = costs(ledger(target_layers=targets), batch=2).late_s(n_pages, np.array([1.0]))
+        assert found == pytest.approx([waited_s + read_s], rel=1e-5)
 
 
 def test_late_entries_come_beside_steps_that_read_them_until_they_are_here():
@@ -339,12 +344,10 @@ def test_late_entries_come_beside_steps_that_read_them_until_they_are_here():
         left_s = come_s - (step_s + read_s)
         second_s = read_s * left_s / come_s + 0.5 * left_s
         assert found == pytest.approx([0.0, first_s, second_s, 0.0])
-    begins = costs(replace(kept, written=loads(128, s1=1, s2=1)), batch=40, late_slower=late)
-    found = begins.late_s(np.array([0.0, rows, 0.0, 0.0]), np.full(4, step_s))
-    assert found == pytest.approx([0.0, first_s, left_s, 0.0])  # waits for all of it
-    again = costs(replace(kept, cadence=2), batch=40, late_slower=late)
-    found = again.late_s(np.array([0.0, rows, 0.0, 0.0]), np.full(4, step_s))
-    assert found == pytest.approx([0.0, first_s, left_s, 0.0])  # so does the next decision
+    again = costs(kept, batch=40, late_slower=late)  # the next decision's pages come after these
+    found = again.late_s(np.array([0.0, rows, rows, 0.0]), np.full(4, step_s))
+    read_s *= (left_s + come_s) / come_s
+    assert found[:3] == pytest.approx([0.0, first_s, read_s + 0.5 * (step_s + read_s)])
 
 
 def hardware(**changes):
@@ -361,7 +364,7 @@ def test_a_recall_ahead_has_its_spare_pages_and_the_rest_comes_late():
     timeline = simulate(recalled, FLASH, hw)
     keys_s = GATHER.one_s(132, 200 * 21 * 132)
     read_s = 21 * GATHER.one_s(584, 512 * 200 / 800 * 584)
-    assert timeline.recall_wait_s[64] == pytest.approx(keys_s + read_s)
+    assert timeline.recall_wait_s[64] == pytest.approx(keys_s / 6 + read_s)
     kinds = [(each.step, each.n_bytes) for each in timeline.transfers if each.kind == "recall"]
     assert sorted(kinds) == [(64, 100 * 21 * 716), (64, 200 * 21 * 716)]
     beside = next(each for each in timeline.transfers if each.start_s == 0)
@@ -374,7 +377,7 @@ def test_a_recall_ahead_has_its_spare_pages_and_the_rest_comes_late():
     two = simulate(replace(recalled, ahead_slots=[]), FLASH, hw, batch=2)
     keys_s = GATHER.one_s(132, 2 * 300 * 21 * 132)
     read_s = 21 * GATHER.one_s(584, 2 * 512 * 300 / 800 * 584)
-    assert two.recall_wait_s[64] == pytest.approx(keys_s + read_s)
+    assert two.recall_wait_s[64] == pytest.approx(keys_s / 6 + read_s)
     early_ledger = replace(recalled, ahead_slots=[300])
     early = simulate(early_ledger, FLASH, hw)
     kinds = [each.n_bytes for each in early.transfers if each.kind == "recall"]
