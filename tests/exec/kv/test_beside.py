@@ -186,3 +186,28 @@ def test_a_slot_that_is_given_away_keeps_what_it_got(device, even, per_page):
                 rows = cache.pool[layer][given[layer, b] + first].cpu()
                 own = cache.mirror[layer][pages[layer, b, :3].cpu() + page]
                 assert torch.equal(rows, own) if b != 1 else (rows == turn).all()
+
+
+@on_each_device
+def test_one_requests_recall_waits_for_no_others(device):
+    """What was launched after both recalls is done while the first of them has not begun."""
+    beside = Held(device)
+    cache, generator = filled(device, True, beside=beside), torch.Generator().manual_seed(4)
+    for cycles in (1, 2_000_000_000):  # the first time kernels are compiled
+        beside.cycles = cycles
+        pages, slots = drawn(device, generator)
+        cache.recall(pages[:, 0], slots[:, 0], 0, late=True)
+        cache.take(slots[:, 1], 1)
+        cache.recall(pages[:, 1], slots[:, 1], 1, late=True)
+        if device == "cpu":
+            assert len(beside.works) == 2
+            beside.let()
+        else:
+            torch.cuda.current_stream().synchronize()
+            assert cycles == 1 or not beside.over(cache._late._here[0])
+            torch.cuda.synchronize()
+    for layer in range(LAYERS):
+        for b in range(2):
+            rows = cache.pool[layer][slots[layer, b, :9] + cache.slot_start[layer][b]].cpu()
+            page = pages[layer, b, :9].cpu() + cache.page_start[b]
+            assert torch.equal(rows, cache.mirror[layer][page])
