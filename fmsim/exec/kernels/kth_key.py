@@ -104,19 +104,29 @@ def search_between(keys, low, top, count, k):
 
 
 @triton.jit
-def bound_of(values, count, width, k, KEYS: tl.constexpr, TURNS: tl.constexpr):
+def columns_of(values, start, width, KEYS: tl.constexpr, TURNS: tl.constexpr):
+    """Values ``start ...`` as TURNS rows of KEYS, of which each column has one maximum in
+    `bound_of`. ``width`` of the values, and no fewer, can be read.
+
+    Not masked by how many count: the load need not wait for that, and takes several at once.
+    """
+    place = start + tl.arange(0, TURNS)[:, None] * KEYS + tl.arange(0, KEYS)[None, :]
+    return tl.load(values + place, mask=place < width, other=float("-inf")), place
+
+
+@triton.jit
+def bound_of(columns, values, count, width, k, KEYS: tl.constexpr, TURNS: tl.constexpr):
     """A key that at least k of the first ``count`` values reach, and no more than half as many
     again of KEYS maxima of them; and the highest key. 1 where there are no more than k maxima.
 
     Every KEYS-th of the values are one maximum's, so that high ones that lie together count apart.
-    ``width`` of the values, and no fewer, can be read.
+    ``columns`` are the first `columns_of` the values.
     """
-    place = tl.arange(0, TURNS)[:, None] * KEYS + tl.arange(0, KEYS)[None, :]
-    best = tl.load(values + place, mask=place < width, other=float("-inf"))  # waits for no count
+    best, place = columns
     best = tl.max(tl.where(place < count, best, float("-inf")), 0)
     for start in range(TURNS * KEYS, count, TURNS * KEYS):
-        more = tl.load(values + start + place, mask=start + place < count, other=float("-inf"))
-        best = tl.maximum(best, tl.max(more, 0))
+        more, place = columns_of(values, start, width, KEYS, TURNS)
+        best = tl.maximum(best, tl.max(tl.where(place < count, more, float("-inf")), 0))
     keys = ordered(best)
     top, low = tl.max(keys), tl.full([], 1, tl.uint32)
     if count > k:
@@ -174,7 +184,7 @@ def kth_key(
 
 
 @triton.jit
-def _scatter(target, places, values, mask):
+def scatter(target, places, values, mask):
     """Each value to its place.
 
     Both as one int64, which may be taken in any order, so that no thread waits for another's.
@@ -197,7 +207,7 @@ def _emit(ids, key, index, sure, ties_wanted, taken, ties):
     before, more = sums_before(certain + (tie << 16))
     earlier_ties = ties + (before >> 16)
     take = (certain > 0) | ((tie > 0) & (earlier_ties < ties_wanted))
-    _scatter(ids, taken + (before & 0xFFFF) + tl.minimum(earlier_ties, ties_wanted), index, take)
+    scatter(ids, taken + (before & 0xFFFF) + tl.minimum(earlier_ties, ties_wanted), index, take)
     return taken + (more & 0xFFFF), ties + (more >> 16)
 
 
@@ -211,7 +221,7 @@ def list_groups(
         key, group = keys_of(maxima, groups, start, count, count, GROUP, False, CHUNK, VECTOR)
         keep = (key >= bound).to(tl.int32)
         before, more = sums_before(keep)
-        _scatter(groups, kept + before, group, keep > 0)
+        scatter(groups, kept + before, group, keep > 0)
         kept += more
     return kept
 

@@ -28,8 +28,10 @@ from fmsim.exec.kernels.index_score import GROUP
 from fmsim.exec.kernels.kth_key import (
     bound_of,
     choose,
+    columns_of,
     list_groups,
     ordered,
+    scatter,
     search_between,
     sums_before,
 )
@@ -213,6 +215,21 @@ def _choose_among_all(
 
 
 @triton.jit
+def _lay_aside(score, index, end, bound, keys, aside, count, PLACES: tl.constexpr):
+    """Behind the ``count`` so far, keys and ids of those of some scores, in ascending order of
+    ``index``, that reach the bound and lie before ``end``; -> how many there are then.
+    """
+    key = ordered(score)
+    keep = ((key >= bound) & (index < end)).to(tl.int32)
+    before, more = sums_before(keep)
+    place = count + before
+    kept = (keep > 0) & (place < PLACES)
+    scatter(keys, place, key, kept)
+    scatter(aside, place, index, kept)
+    return count + more
+
+
+@triton.jit
 def _set_aside(
     scores,
     maxima,
@@ -249,73 +266,69 @@ def _set_aside(
     """
     after_previous()
     b, section = tl.program_id(0).to(tl.int64), tl.program_id(1)
-    length = tl.load(lengths + b)
     scores, maxima = scores + b * scores_stride, maxima + b * maxima_stride
+    columns = columns_of(maxima, 0, n_maxima, BOUND_KEYS, BOUND_TURNS)
+    length = tl.load(lengths + b)
     n_groups = tl.cdiv(length, GROUP)
-    if n_groups > K_PADDED:
-        bound, top = bound_of(maxima, n_groups, n_maxima, K, BOUND_KEYS, BOUND_TURNS)
-    else:  # too few maxima, and few scores
-        bound, top = bound_of(scores, length, n_scores, K, BOUND_KEYS, FEW_TURNS)
     share = tl.cdiv(n_groups, SECTIONS)
     first, last = section * share, tl.minimum((section + 1) * share, n_groups)
     own, count = (b * SECTIONS + section) * PLACES, tl.zeros([], tl.int32)
-    reaching = last - first
-    if LISTED > 0:
+    lane, slot = tl.arange(0, GROUP)[None, :], tl.arange(0, GROUPS)
+    if LISTED == 0:  # beside the search of the bound
+        index = (first + slot)[:, None] * GROUP + lane
+        end = tl.minimum(length, last * GROUP)
+        score = tl.load(scores + index, mask=index // VECTOR * VECTOR < end, other=float("-inf"))
+    if n_groups > K_PADDED:
+        bound, top = bound_of(columns, maxima, n_groups, n_maxima, K, BOUND_KEYS, BOUND_TURNS)
+    else:  # too few maxima, and few scores
+        few = columns_of(scores, 0, n_scores, BOUND_KEYS, FEW_TURNS)
+        bound, top = bound_of(few, scores, length, n_scores, K, BOUND_KEYS, FEW_TURNS)
+    keys, aside = keys + own, aside + own
+    if LISTED == 0:
+        count = _lay_aside(score, index, end, bound, keys, aside, count, PLACES)
+    else:
         groups += b * groups_stride + first
-        reaching = list_groups(maxima + first, groups, bound, reaching, GROUP, LISTED, 1)
+        reaching = list_groups(maxima + first, groups, bound, last - first, GROUP, LISTED, 1)
         tl.debug_barrier()  # the list is read back by other threads than wrote it
-    for start in range(0, reaching, GROUPS):
-        slot = start + tl.arange(0, GROUPS)
-        if LISTED > 0:
-            reaches = slot < reaching
-            group = first + tl.load(groups + slot, mask=reaches, other=0)
-        else:
-            group = first + slot
-            best = tl.load(maxima + group, mask=slot < reaching, other=float("-inf"))
-            reaches = ordered(best) >= bound
-        index = group[:, None] * GROUP + tl.arange(0, GROUP)[None, :]
-        there = reaches[:, None] & (index // VECTOR * VECTOR < length)
-        key = ordered(tl.load(scores + index, mask=there, other=float("-inf")))
-        keep = ((key >= bound) & (index < length)).to(tl.int32)
-        before, more = sums_before(keep)
-        place = count + before
-        kept = (keep > 0) & (place < PLACES)
-        tl.store(keys + own + place, key.to(tl.int32, bitcast=True), mask=kept)
-        tl.store(aside + own + place, index, mask=kept)
-        count += more
+        for start in range(0, reaching, GROUPS):
+            there = start + slot < reaching
+            group = first + tl.load(groups + start + slot, mask=there, other=0)
+            index = group[:, None] * GROUP + lane
+            there = there[:, None] & (index // VECTOR * VECTOR < length)
+            score = tl.load(scores + index, mask=there, other=float("-inf"))
+            count = _lay_aside(score, index, length, bound, keys, aside, count, PLACES)
     tl.store(counts + b * SECTIONS + section, count)
     if section == 0:
         tl.store(bounds + 2 * b, bound.to(tl.int32, bitcast=True))
         tl.store(bounds + 2 * b + 1, top.to(tl.int32, bitcast=True))
-        slot = tl.arange(0, K_PADDED)
-        tl.store(ids + b * K + slot, -1, mask=slot < K)
+        place = tl.arange(0, K_PADDED)
+        tl.store(ids + b * K + place, -1, mask=place < K)
+
+
+@triton.jit
+def _held(
+    keys, aside, counts, section, SECTIONS: tl.constexpr, PLACES: tl.constexpr, HELD: tl.constexpr
+):
+    """What all sections set aside, HELD / SECTIONS each: keys [HELD], 0 where there is none, and
+    the sections that they are of; keys and ids of ``section``, and which of them are any.
+    """
+    EACH: tl.constexpr = HELD // SECTIONS
+    of, place, own = tl.arange(0, HELD) // EACH, tl.arange(0, HELD) % EACH, tl.arange(0, EACH)
+    key = tl.load(keys + of * PLACES + place).to(tl.uint32, bitcast=True)
+    own_key = tl.load(keys + section * PLACES + own).to(tl.uint32, bitcast=True)
+    own_id = tl.load(aside + section * PLACES + own)
+    own_there = own < tl.load(counts + section)
+    key = tl.where(place < tl.load(counts + of), key, 0).to(tl.uint32)
+    return key, of, own_key, own_id, own_there
 
 
 @triton.jit
 def _choose_of_section(
-    keys,
-    aside,
-    counts,
-    section,
-    total,
-    bound,
-    top,
-    ids,
-    K: tl.constexpr,
-    SECTIONS: tl.constexpr,
-    PLACES: tl.constexpr,
-    HELD: tl.constexpr,
+    key, of, own_key, own_id, own_there, section, total, bound, top, ids, K: tl.constexpr
 ):
-    """Search among what all sections set aside, ``total``, as many as HELD / SECTIONS each; write
-    those that are chosen of one of them.
+    """Search among the keys that are `_held`, ``total`` many; write those that are chosen of one
+    section.
     """
-    EACH: tl.constexpr = HELD // SECTIONS
-    of, place, own = tl.arange(0, HELD) // EACH, tl.arange(0, HELD) % EACH, tl.arange(0, EACH)
-    own_there = own < tl.load(counts + section)
-    own_key = tl.load(keys + section * PLACES + own).to(tl.uint32, bitcast=True)
-    own_id = tl.load(aside + section * PLACES + own)
-    key = tl.load(keys + of * PLACES + place).to(tl.uint32, bitcast=True)
-    key = tl.where(place < tl.load(counts + of), key, 0).to(tl.uint32)
     sure, above = search_between(key, bound, top, total, K)
     # certain ones, and ties from the 16th bit on
     both = (key >= sure).to(tl.int32) + (((key == sure - 1) & (key >= bound)).to(tl.int32) << 16)
@@ -360,20 +373,25 @@ def _choose_among_few(
     after_previous()
     b, section = tl.program_id(0).to(tl.int64), tl.program_id(1)
     keys, aside, counts, ids = keys + b * MANY, aside + b * MANY, counts + b * SECTIONS, ids + b * K
+    PLACES: tl.constexpr = MANY // SECTIONS
+    # read before it is known whether they are all
+    key, of, own_key, own_id, own_there = _held(
+        keys, aside, counts, section, SECTIONS, PLACES, HELD
+    )
     bound = tl.load(bounds + 2 * b).to(tl.uint32, bitcast=True)
     top = tl.load(bounds + 2 * b + 1).to(tl.uint32, bitcast=True)
     each = tl.load(counts + tl.arange(0, SECTIONS))
-    PLACES: tl.constexpr = MANY // SECTIONS
     # how many there are, and from the 24th bit on how many sections have more than are held
     total = tl.sum(tl.minimum(each, PLACES + 1) + ((each > HELD // SECTIONS).to(tl.int32) << 24))
     if total < 1 << 24:
-        _choose_of_section(
-            keys, aside, counts, section, total, bound, top, ids, K, SECTIONS, PLACES, HELD
-        )
+        _choose_of_section(key, of, own_key, own_id, own_there, section, total, bound, top, ids, K)
     elif tl.max(each) <= PLACES:
         total = total & 0xFFFFFF
+        many, of_many, own_keys, own_ids, there = _held(
+            keys, aside, counts, section, SECTIONS, PLACES, MANY
+        )
         _choose_of_section(
-            keys, aside, counts, section, total, bound, top, ids, K, SECTIONS, PLACES, MANY
+            many, of_many, own_keys, own_ids, there, section, total, bound, top, ids, K
         )
     elif section == 0:
         length = tl.load(lengths + b)
