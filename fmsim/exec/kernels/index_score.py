@@ -37,6 +37,8 @@ from fmsim.exec.kernels.layout import (
 from fmsim.indexer import scorer
 
 GROUP = tuning.MAXIMA_ENTRIES
+import os
+DEALT = int(os.environ.get('DEALT', '1'))
 
 
 class Scores(NamedTuple):
@@ -182,6 +184,7 @@ def score_layers(
         queries.stride(0),
         weights.stride(0),
         tables[0].stride(0),
+        tables[0].shape[1] * per_page,
         out.scores.stride(0),
         out.maxima.stride(0),
         LAYERS=layers,
@@ -197,6 +200,7 @@ def score_layers(
         COMBINE=combine,
         JOINS=joins,
         STAGES=tune.stages,
+        DEALT=DEALT,
         num_warps=tune.warps,
         **overlapped(queries),
     )
@@ -237,6 +241,7 @@ def _index_scores(
     queries_stride,
     weights_stride,
     table_stride,
+    n_entries,
     scores_stride,
     maxima_stride,
     LAYERS: tl.constexpr,
@@ -252,6 +257,7 @@ def _index_scores(
     COMBINE: tl.constexpr,
     JOINS: tl.constexpr,
     STAGES: tl.constexpr,
+    DEALT: tl.constexpr,
 ):
     """One program: a run of blocks of one sequence's entries, each in all layers.
 
@@ -263,26 +269,37 @@ def _index_scores(
     b, split = tl.program_id(0).to(tl.int64), tl.program_id(1)
     length = tl.load(lengths + b)
     blocks = tl.cdiv(length, BLOCK)
-    share = tl.cdiv(blocks, tl.num_programs(1))
-    first, last = split * share, tl.minimum((split + 1) * share, blocks)
+    if DEALT:
+        first, last, step = split, blocks, tl.num_programs(1)
+        known = n_entries
+    else:
+        share = tl.cdiv(blocks, tl.num_programs(1))
+        first, last, step = split * share, tl.minimum((split + 1) * share, blocks), 1
+        known = length
     head, lane, row = tl.arange(0, HEADS_PADDED), tl.arange(0, WIDTH), tl.arange(0, BLOCK)
     scores, maxima = scores + b * scores_stride, maxima + b * maxima_stride
     exists = head < HEADS
     # of each layer
-    next_pages, asked, scales = (), (), ()
+    next_pages, codes, raw, scales, asked = (), (), (), (), ()
     for layer in tl.static_range(LAYERS):
         table = tables[layer] + b * table_stride
-        next_pages += (_pages(table, first, length, BLOCK, IN_PAGE, PER_PAGE),)
+        next_pages += (_pages(table, first, known, BLOCK, IN_PAGE, PER_PAGE),)
+    for layer in tl.static_range(LAYERS):
         places = queries + layer * queries_stride + b * HEADS * WIDTH
-        query = tl.load(
-            places + head[None, :] * WIDTH + lane[:, None], mask=exists[None, :], other=0.0
-        )  # [WIDTH, HEADS_PADDED]
-        if query.dtype != tl.float8e4nv:  # float8 queries meet float8 keys as they are
-            query = product_operand(query)
-        asked += (query,)
+        places += head[None, :] * WIDTH + lane[:, None]
+        if queries.dtype.element_ty == tl.float8e4nv:
+            places = places.to(tl.pointer_type(tl.uint8))
+        codes += (tl.load(places, mask=exists[None, :], other=0),)  # [WIDTH, HEADS_PADDED]
+    for layer in tl.static_range(LAYERS):
         places = weights + layer * weights_stride + b * HEADS
-        scales += (tl.load(places + head, mask=exists, other=0.0).to(tl.float32),)
-    for block in tl.range(first, last, num_stages=STAGES):
+        raw += (tl.load(places + tl.minimum(head, HEADS - 1)),)
+    for layer in tl.static_range(LAYERS):
+        scales += (tl.where(exists, raw[layer].to(tl.float32), 0.0),)
+        if queries.dtype.element_ty == tl.float8e4nv:
+            asked += (codes[layer].to(tl.float8e4nv, bitcast=True),)
+        else:
+            asked += (product_operand(codes[layer]),)
+    for block in tl.range(first, last, step, num_stages=STAGES):
         entry = block * BLOCK + row
         inside = entry < length
         pages, next_pages = next_pages, ()
@@ -292,8 +309,10 @@ def _index_scores(
             score = tl.load(at, mask=inside, other=float("-inf"))
         for layer in tl.static_range(LAYERS):
             page, table = pages[layer], tables[layer] + b * table_stride
-            next_pages += (_pages(table, block + 1, length, BLOCK, IN_PAGE, PER_PAGE),)
+            next_pages += (_pages(table, block + step, known, BLOCK, IN_PAGE, PER_PAGE),)
             present = page >= 0
+            if not IN_PAGE:
+                present &= inside
             start = pools[layer] + tl.maximum(page, 0).to(tl.int64) * PAGE_BYTES
             if IN_PAGE:
                 number, valid = block * BLOCK % PER_PAGE + row, tl.full([BLOCK], 1, tl.int1)
