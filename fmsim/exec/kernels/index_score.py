@@ -38,7 +38,8 @@ from fmsim.indexer import scorer
 
 GROUP = tuning.MAXIMA_ENTRIES
 import os
-DEALT = int(os.environ.get('DEALT', '1'))
+
+DEALT = int(os.environ.get("DEALT", "1"))
 
 
 class Scores(NamedTuple):

@@ -84,7 +84,7 @@ def _narrowed(low, sure, above, one, two, first, second, k):
 
 
 @triton.jit
-def search_between(keys, low, top, count, k):
+def search_between(keys, low, top, count, k, GUESS: tl.constexpr = 0):
     """Among keys that are held at once, of which ``count`` reach ``low`` and none is more than
     ``top``: ``sure`` and ``above``.
 
@@ -96,9 +96,19 @@ def search_between(keys, low, top, count, k):
     sure, above = low, count
     if count > k:
         sure, above = top + 1, tl.zeros([], tl.int32)
+        turn, reach = tl.zeros([], tl.int32), count
         while (sure - low > 1) & (above < k):
             one, two = _thresholds(low, sure)
+            if GUESS > 0:
+                width = sure - low
+                part = (reach - k).to(tl.float32) / (reach - above).to(tl.float32)
+                far = tl.minimum((width.to(tl.float32) * part).to(tl.uint32), width)
+                guess = turn % 3 < GUESS
+                one = tl.where(guess, low + tl.maximum(far // 2, 1), one)
+                two = tl.where(guess, low + tl.maximum(far, 1), two)
+                turn += 1
             first, second = _reaching(keys, one, two)
+            reach = tl.where(second > k, second, tl.where(first > k, first, reach))
             low, sure, above = _narrowed(low, sure, above, one, two, first, second, k)
     return sure, above
 

@@ -87,6 +87,8 @@ def top_k_triton(scores, lengths, k, maxima=None, tune: tuning.TopKTuning | None
             ]
         )
     ids = torch.empty(batch, k, dtype=torch.int32, device=scores.device)
+    if batch == 0:
+        return ids
     k_padded, n_groups = next_power_of_2(k), cdiv(entries, GROUP)
     sizes = {
         "K": k,
@@ -175,6 +177,7 @@ def top_k_triton(scores, lengths, k, maxima=None, tune: tuning.TopKTuning | None
         MANY=tune.many_held,
         CHUNK=tune.chunk,
         MAXIMA_VECTOR=math.gcd(maxima.stride(0), 4),
+        GUESS=tune.guess,
         num_warps=tune.last_warps,
         **overlapped(scores),
     )
@@ -324,12 +327,23 @@ def _held(
 
 @triton.jit
 def _choose_of_section(
-    key, of, own_key, own_id, own_there, section, total, bound, top, ids, K: tl.constexpr
+    key,
+    of,
+    own_key,
+    own_id,
+    own_there,
+    section,
+    total,
+    bound,
+    top,
+    ids,
+    K: tl.constexpr,
+    GUESS: tl.constexpr,
 ):
     """Search among the keys that are `_held`, ``total`` many; write those that are chosen of one
     section.
     """
-    sure, above = search_between(key, bound, top, total, K)
+    sure, above = search_between(key, bound, top, total, K, GUESS)
     # certain ones, and ties from the 16th bit on
     both = (key >= sure).to(tl.int32) + (((key == sure - 1) & (key >= bound)).to(tl.int32) << 16)
     before = tl.sum(tl.where(of < section, both, 0))
@@ -365,6 +379,7 @@ def _choose_among_few(
     MANY: tl.constexpr,
     CHUNK: tl.constexpr,
     MAXIMA_VECTOR: tl.constexpr,
+    GUESS: tl.constexpr,
 ):
     """One program: a section of a sequence, of which it holds what all sections set aside. Where
     one had more than its places, the first section's program alone, among all scores of the groups
@@ -384,14 +399,16 @@ def _choose_among_few(
     # how many there are, and from the 24th bit on how many sections have more than are held
     total = tl.sum(tl.minimum(each, PLACES + 1) + ((each > HELD // SECTIONS).to(tl.int32) << 24))
     if total < 1 << 24:
-        _choose_of_section(key, of, own_key, own_id, own_there, section, total, bound, top, ids, K)
+        _choose_of_section(
+            key, of, own_key, own_id, own_there, section, total, bound, top, ids, K, GUESS
+        )
     elif tl.max(each) <= PLACES:
         total = total & 0xFFFFFF
         many, of_many, own_keys, own_ids, there = _held(
             keys, aside, counts, section, SECTIONS, PLACES, MANY
         )
         _choose_of_section(
-            many, of_many, own_keys, own_ids, there, section, total, bound, top, ids, K
+            many, of_many, own_keys, own_ids, there, section, total, bound, top, ids, K, GUESS
         )
     elif section == 0:
         length = tl.load(lengths + b)

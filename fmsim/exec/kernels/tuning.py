@@ -48,6 +48,7 @@ class TopKTuning(NamedTuple):
     chunk: int = 4096
     last_warps: int = 4
     most_rows: int = 1024  # of a launch
+    guess: int = 0
 
 
 class AttentionTuning(NamedTuple):

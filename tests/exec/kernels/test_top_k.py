@@ -26,6 +26,7 @@ SMALL = TopKTuning(
     held=128,
     many_held=256,
     most_rows=3,
+    guess=2,
 )
 # At the lengths that an interpreter manages: all scores, all maxima and all candidates in one
 # chunk; more candidates than fit; more maxima too.
