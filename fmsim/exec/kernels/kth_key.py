@@ -10,6 +10,8 @@ from __future__ import annotations
 
 from fmsim.exec.kernels.lang import tl, triton
 
+INFINITE = tl.constexpr(0xFF800000)  # the key of +inf
+
 
 @triton.jit
 def keys_of(
@@ -159,13 +161,16 @@ def kth_key(
     groups,
     count,
     length,
+    bound,
+    top,
     k,
     GROUP: tl.constexpr,
     GATHER: tl.constexpr,
     CHUNK: tl.constexpr,
     VECTOR: tl.constexpr,
 ):
-    """`search_between` among values in memory.
+    """`search_between` among values in memory, of which at least k reach ``bound``, or it is 1, and
+    none is more than ``top``.
 
     Keys that fit a chunk are read once; more are read every turn.
     """
@@ -175,11 +180,7 @@ def kth_key(
         least = tl.min(tl.where(keys > 0, keys, 0xFFFFFFFF).to(tl.uint32))
         sure, above = search_between(keys, least, tl.max(keys), there, k)
     else:
-        low, sure, above = (
-            tl.zeros([], tl.uint32),
-            tl.full([], 0xFF800001, tl.uint32),
-            tl.zeros([], tl.int32),
-        )  # beyond the key of +inf
+        low, sure, above = bound - 1, top + 1, tl.zeros([], tl.int32)
         while (sure - low > 1) & (above < k):
             one, two = _thresholds(low, sure)
             first, second = tl.zeros([], tl.int32), tl.zeros([], tl.int32)
@@ -242,6 +243,8 @@ def choose(
     groups,
     count,
     length,
+    bound,
+    top,
     ids,
     K: tl.constexpr,
     K_PADDED: tl.constexpr,
@@ -250,8 +253,10 @@ def choose(
     CHUNK: tl.constexpr,
     VECTOR: tl.constexpr,
 ):
-    """Choose among ``count`` scores: all, or of the listed groups where GATHER."""
-    sure, above = kth_key(scores, groups, count, length, K, GROUP, GATHER, CHUNK, VECTOR)
+    """Choose among ``count`` scores: all, or of the listed groups where GATHER; see `kth_key`."""
+    sure, above = kth_key(
+        scores, groups, count, length, bound, top, K, GROUP, GATHER, CHUNK, VECTOR
+    )
     taken, ties = tl.zeros([], tl.int32), tl.zeros([], tl.int32)
     for start in range(0, count, CHUNK):
         key, index = keys_of(scores, groups, start, count, length, GROUP, GATHER, CHUNK, VECTOR)

@@ -26,6 +26,7 @@ from torch import Tensor
 from fmsim.exec.kernels import tuning
 from fmsim.exec.kernels.index_score import GROUP
 from fmsim.exec.kernels.kth_key import (
+    INFINITE,
     bound_of,
     choose,
     columns_of,
@@ -214,7 +215,8 @@ def _choose_among_all(
     b = tl.program_id(0).to(tl.int64)
     length = tl.load(lengths + b)
     scores, ids = scores + b * scores_stride, ids + b * K
-    choose(scores, ids, length, length, ids, K, K_PADDED, GROUP, False, CHUNK, VECTOR)
+    bound, top = tl.full([], 1, tl.uint32), tl.full([], INFINITE, tl.uint32)
+    choose(scores, ids, length, length, bound, top, ids, K, K_PADDED, GROUP, False, CHUNK, VECTOR)
 
 
 @triton.jit
@@ -418,4 +420,18 @@ def _choose_among_few(
             maxima, groups, bound, tl.cdiv(length, GROUP), GROUP, CHUNK, MAXIMA_VECTOR
         )
         tl.debug_barrier()  # the list is read back by other threads than wrote it
-        choose(scores, groups, kept * GROUP, length, ids, K, K_PADDED, GROUP, True, CHUNK, VECTOR)
+        choose(
+            scores,
+            groups,
+            kept * GROUP,
+            length,
+            bound,
+            top,
+            ids,
+            K,
+            K_PADDED,
+            GROUP,
+            True,
+            CHUNK,
+            VECTOR,
+        )
