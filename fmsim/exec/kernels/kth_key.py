@@ -52,6 +52,14 @@ def ordered(value):
 
 
 @triton.jit
+def value_of(key):
+    """The float32 of a key of `ordered`; the least finite one for lower keys."""
+    key = tl.maximum(key, 0x00800000)
+    bits = key ^ tl.where(key >> 31 != 0, 0x80000000, 0xFFFFFFFF).to(tl.uint32)
+    return bits.to(tl.float32, bitcast=True)
+
+
+@triton.jit
 def sums_before(counts):
     """Sums of all that precede each of [rows, columns], row by row, and the whole sum."""
     rows = tl.sum(counts, 1)

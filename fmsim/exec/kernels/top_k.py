@@ -35,6 +35,7 @@ from fmsim.exec.kernels.kth_key import (
     scatter,
     search_between,
     sums_before,
+    value_of,
 )
 from fmsim.exec.kernels.lang import (
     after_previous,
@@ -126,8 +127,8 @@ def top_k_triton(scores, lengths, k, maxima=None, tune: tuning.TopKTuning | None
     sections = 1 << (most.bit_length() - 1)
     share = next_power_of_2(cdiv(n_groups, sections))
     groups = torch.empty(batch, n_groups, dtype=torch.int32, device=scores.device)
-    # of each section its share of places
-    keys, aside = (
+    # of each section its share of places; of the scores their bits
+    found, aside = (
         torch.empty(batch, tune.many_held, dtype=torch.int32, device=scores.device)
         for _ in range(2)
     )
@@ -137,7 +138,7 @@ def top_k_triton(scores, lengths, k, maxima=None, tune: tuning.TopKTuning | None
         scores,
         maxima,
         lengths,
-        keys,
+        found,
         aside,
         counts,
         bounds,
@@ -163,7 +164,7 @@ def top_k_triton(scores, lengths, k, maxima=None, tune: tuning.TopKTuning | None
         scores,
         maxima,
         lengths,
-        keys,
+        found,
         aside,
         counts,
         bounds,
@@ -220,16 +221,15 @@ def _choose_among_all(
 
 
 @triton.jit
-def _lay_aside(score, index, end, bound, keys, aside, count, PLACES: tl.constexpr):
-    """Behind the ``count`` so far, keys and ids of those of some scores, in ascending order of
-    ``index``, that reach the bound and lie before ``end``; -> how many there are then.
+def _lay_aside(score, index, end, least, found, aside, count, PLACES: tl.constexpr):
+    """Behind the ``count`` so far, those of some scores, in ascending order of ``index``, that are
+    no less than ``least`` and lie before ``end``, and their ids; -> how many there are then.
     """
-    key = ordered(score)
-    keep = ((key >= bound) & (index < end)).to(tl.int32)
+    keep = ((score >= least) & (index < end)).to(tl.int32)
     before, more = sums_before(keep)
     place = count + before
     kept = (keep > 0) & (place < PLACES)
-    scatter(keys, place, key, kept)
+    scatter(found, place, score.to(tl.uint32, bitcast=True), kept)
     scatter(aside, place, index, kept)
     return count + more
 
@@ -239,7 +239,7 @@ def _set_aside(
     scores,
     maxima,
     lengths,
-    keys,
+    found,
     aside,
     counts,
     bounds,
@@ -262,7 +262,7 @@ def _set_aside(
     SECTIONS: tl.constexpr,
     PLACES: tl.constexpr,
 ):
-    """One program: keys and ids of the scores that reach the bound in a section of a sequence's
+    """One program: the scores and their ids that reach the bound in a section of a sequence's
     groups, GROUPS at a time, in ascending order of ids. The groups that reach it are listed first,
     LISTED at a time, where the section may have more than GROUPS.
 
@@ -288,9 +288,9 @@ def _set_aside(
     else:  # too few maxima, and few scores
         few = columns_of(scores, 0, n_scores, BOUND_KEYS, FEW_TURNS)
         bound, top = bound_of(few, scores, length, n_scores, K, BOUND_KEYS, FEW_TURNS)
-    keys, aside = keys + own, aside + own
+    found, aside, least = found + own, aside + own, value_of(bound)
     if LISTED == 0:
-        count = _lay_aside(score, index, end, bound, keys, aside, count, PLACES)
+        count = _lay_aside(score, index, end, least, found, aside, count, PLACES)
     else:
         groups += b * groups_stride + first
         reaching = list_groups(maxima + first, groups, bound, last - first, GROUP, LISTED, 1)
@@ -301,7 +301,7 @@ def _set_aside(
             index = group[:, None] * GROUP + lane
             there = there[:, None] & (index // VECTOR * VECTOR < length)
             score = tl.load(scores + index, mask=there, other=float("-inf"))
-            count = _lay_aside(score, index, length, bound, keys, aside, count, PLACES)
+            count = _lay_aside(score, index, length, least, found, aside, count, PLACES)
     tl.store(counts + b * SECTIONS + section, count)
     if section == 0:
         tl.store(bounds + 2 * b, bound.to(tl.int32, bitcast=True))
@@ -312,18 +312,18 @@ def _set_aside(
 
 @triton.jit
 def _held(
-    keys, aside, counts, section, SECTIONS: tl.constexpr, PLACES: tl.constexpr, HELD: tl.constexpr
+    found, aside, counts, section, SECTIONS: tl.constexpr, PLACES: tl.constexpr, HELD: tl.constexpr
 ):
     """What all sections set aside, HELD / SECTIONS each: keys [HELD], 0 where there is none, and
     the sections that they are of; keys and ids of ``section``, and which of them are any.
     """
     EACH: tl.constexpr = HELD // SECTIONS
     of, place, own = tl.arange(0, HELD) // EACH, tl.arange(0, HELD) % EACH, tl.arange(0, EACH)
-    key = tl.load(keys + of * PLACES + place).to(tl.uint32, bitcast=True)
-    own_key = tl.load(keys + section * PLACES + own).to(tl.uint32, bitcast=True)
+    score, own_score = tl.load(found + of * PLACES + place), tl.load(found + section * PLACES + own)
     own_id = tl.load(aside + section * PLACES + own)
     own_there = own < tl.load(counts + section)
-    key = tl.where(place < tl.load(counts + of), key, 0).to(tl.uint32)
+    key = tl.where(place < tl.load(counts + of), ordered(score.to(tl.float32, bitcast=True)), 0)
+    key, own_key = key.to(tl.uint32), ordered(own_score.to(tl.float32, bitcast=True))
     return key, of, own_key, own_id, own_there
 
 
@@ -363,7 +363,7 @@ def _choose_among_few(
     scores,
     maxima,
     lengths,
-    keys,
+    found,
     aside,
     counts,
     bounds,
@@ -389,11 +389,16 @@ def _choose_among_few(
     """
     after_previous()
     b, section = tl.program_id(0).to(tl.int64), tl.program_id(1)
-    keys, aside, counts, ids = keys + b * MANY, aside + b * MANY, counts + b * SECTIONS, ids + b * K
+    found, aside, counts, ids = (
+        found + b * MANY,
+        aside + b * MANY,
+        counts + b * SECTIONS,
+        ids + b * K,
+    )
     PLACES: tl.constexpr = MANY // SECTIONS
     # read before it is known whether they are all
     key, of, own_key, own_id, own_there = _held(
-        keys, aside, counts, section, SECTIONS, PLACES, HELD
+        found, aside, counts, section, SECTIONS, PLACES, HELD
     )
     bound = tl.load(bounds + 2 * b).to(tl.uint32, bitcast=True)
     top = tl.load(bounds + 2 * b + 1).to(tl.uint32, bitcast=True)
@@ -407,7 +412,7 @@ def _choose_among_few(
     elif tl.max(each) <= PLACES:
         total = total & 0xFFFFFF
         many, of_many, own_keys, own_ids, there = _held(
-            keys, aside, counts, section, SECTIONS, PLACES, MANY
+            found, aside, counts, section, SECTIONS, PLACES, MANY
         )
         _choose_of_section(
             many, of_many, own_keys, own_ids, there, section, total, bound, top, ids, K, GUESS

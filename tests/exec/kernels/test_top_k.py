@@ -31,7 +31,7 @@ SMALL = TopKTuning(
 # At the lengths that an interpreter manages: all scores, all maxima and all candidates in one
 # chunk; more candidates than fit; more maxima too.
 CHUNKS = [
-    SMALL._replace(whole=512, chunk=512, held=1024, many_held=2048),
+    SMALL._replace(whole=512, chunk=512, held=1024, many_held=2048, section_groups=16),
     SMALL,
     SMALL._replace(chunk=32),
 ]
