@@ -39,6 +39,7 @@ from fmsim.indexer import scorer
 GROUP = tuning.MAXIMA_ENTRIES
 import os
 
+WIDE = int(os.environ.get("WIDE", "0"))
 DEALT = int(os.environ.get("DEALT", "1"))
 
 
@@ -171,7 +172,7 @@ def score_layers(
     assert len(alike) == 1, "all layers' pages and tables lie alike"
     # of one page, where pages are no smaller than a group
     block = math.gcd(tune.block_entries, per_page)
-    in_page = block >= GROUP
+    in_page = block >= GROUP and not WIDE
     block = block if in_page else tune.block_entries
     splits = max(1, min(cdiv(tables[0].shape[1] * per_page, block), tune.programs // batch))
     _index_scores[(batch, splits)](
