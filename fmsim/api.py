@@ -8,10 +8,11 @@ class (`"my_policy.py:MyPolicy"`), a class, an object, or a mapping as in a scen
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from numbers import Integral
 from pathlib import Path
 from typing import Any
 
-from fmsim.errors import FmsimError, shown
+from fmsim.errors import FmsimError, short, shown
 from fmsim.experiments import plan as _plan
 from fmsim.experiments import run as _run
 from fmsim.experiments import saved as _saved
@@ -26,7 +27,7 @@ from fmsim.policies import registry
 from fmsim.policies.base import Policy
 from fmsim.replay.ledger import Ledger
 from fmsim.replay.replayer import Replayer
-from fmsim.scenario import NamedPolicy, ScenarioFile, Source
+from fmsim.scenario import NamedPolicy, Scenario, ScenarioFile, Source
 from fmsim.sim.decode import simulate
 from fmsim.sim.footprint import ModelMemory, check_layer_map
 from fmsim.sim.timeline import SimulatedTimeline, Timeline
@@ -92,6 +93,7 @@ def replay_trace(
     >>> bool((ledger.mass_kept == ledger.mass_total).all())  # lru loads what it misses
     True
     """
+    _check_count("max_steps", max_steps)
     geometry = _geometry(model)
     replayer = Replayer(
         trace if isinstance(trace, Trace) else load_trace(trace),
@@ -122,6 +124,7 @@ def simulate_decode(
     >>> bool(b200.end_s[-1] < h100.end_s[-1])
     True
     """
+    _check_count("batch", batch)
     geometry = _geometry(model)
     layers = check_layer_map(layer_map, ledger.n_layers, geometry.n_csa)
     return simulate(ledger, geometry, _hardware(hardware), layers, batch)
@@ -204,8 +207,8 @@ def plan_capacity(
     output_tokens: int = 1024,
     tpot_s: float = 0.05,
     ttft_s: float = float("inf"),
-    hardware: Sequence[str] = (),
-    deployments: Sequence[str] = (),
+    hardware: Sequence[str] | str = (),
+    deployments: Sequence[str] | str = (),
     usd_per_gpu_hour: float | None = None,
     beyond_positions: bool = False,
     timeout_s: float = TIMEOUT_S,
@@ -222,6 +225,13 @@ def plan_capacity(
     >>> plan["policies"][0]["policy"]
     'full'
     """
+    _check_count("context_tokens", context_tokens)
+    _check_count("output_tokens", output_tokens)
+    for name, seconds in (("tpot_s", tpot_s), ("ttft_s", ttft_s)):
+        if not seconds > 0:  # NaN is not
+            raise FmsimError(f"{name}: give seconds above zero, not {short(seconds)}")
+    hardware = [hardware] if isinstance(hardware, str) else hardware
+    deployments = [deployments] if isinstance(deployments, str) else deployments
     file = _file(scenario, policies, overrides)
     asked = {
         "output_tokens": output_tokens,
@@ -328,6 +338,11 @@ def _file(
 ) -> ScenarioFile:
     if isinstance(scenario, ScenarioFile):
         return scenario
+    if not isinstance(scenario, (str, Path, Mapping, Scenario)):
+        raise FmsimError(
+            "scenario: give a file, a name of `fmsim scenario list`, or a mapping with its keys,"
+            f" not {short(scenario)}"
+        )
     return ScenarioFile(scenario, _texts(overrides), _several(policies))
 
 
@@ -335,7 +350,16 @@ def _several(policies: Iterable[NamedPolicy] | NamedPolicy) -> list[NamedPolicy]
     """One policy alone is a list of one."""
     if isinstance(policies, (str, Mapping, type, Policy)):
         return [policies]
+    if not isinstance(policies, Iterable):
+        raise FmsimError(f"policies: give a policy or several, not {short(policies)}")
     return list(policies)
+
+
+def _check_count(name: str, value: int | None) -> None:
+    """Refuse what is no whole number above zero; None is left to its default."""
+    whole = isinstance(value, Integral) and not isinstance(value, bool) and value > 0
+    if value is not None and not whole:
+        raise FmsimError(f"{name}: give a whole number of at least 1, not {short(value)}")
 
 
 def _texts(overrides: Overrides) -> list[str]:

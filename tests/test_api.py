@@ -269,3 +269,21 @@ def test_reading_a_scenario_runs_no_code(folder):
     )
     done = fmsim_here("run", "code.yaml", folder=folder)
     assert done.returncode == 2 and "code.yaml, line 5: policies.1" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("call", "says"),
+    [
+        (lambda: fmsim.run_scenario(5), "scenario: give a file.*not 5"),
+        (lambda: fmsim.run_scenario("32k", 5), "policies: give a policy or several, not 5"),
+        (lambda: fmsim.replay_trace("any", "lru", max_steps=0), "max_steps: give a whole number"),
+        (lambda: fmsim.simulate_decode(None, batch=1.5), "batch: .* at least 1, not 1.5"),
+        (lambda: fmsim.plan_capacity("32k", context_tokens=-1), "context_tokens: give a whole"),
+        (lambda: fmsim.plan_capacity("32k", tpot_s=float("nan")), "tpot_s: give seconds above"),
+        (lambda: fmsim.plan_capacity("32k", ["full"], hardware="h10"), "no hardware preset 'h10'"),
+        (lambda: fmsim.sweep_scenario("32k", {"batch": []}, ["full"]), "grid: batch has no values"),
+    ],
+)
+def test_a_wrong_argument_is_told_by_its_name(call, says):
+    with pytest.raises(FmsimError, match=says):
+        call()

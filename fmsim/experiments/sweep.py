@@ -74,8 +74,11 @@ class Axis:
 
     @classmethod
     def of(cls, key: str, values: Iterable[Any]) -> Axis:
-        """An axis of values made in Python."""
-        return cls(key, tuple((text_of(value), value) for value in values))
+        """An axis of values made in Python. Raises FmsimError where there are none."""
+        axis = cls(key, tuple((text_of(value), value) for value in values))
+        if not axis.values:
+            raise FmsimError(f"grid: {shown(key)} has no values; give one or more")
+        return axis
 
 
 def text_of(value: Any) -> str:
