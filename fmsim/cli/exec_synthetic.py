@@ -102,7 +102,7 @@ def _decode_rank(asked: AskedRun, device: str, meeting: Path, rank: int) -> Meas
 def _decode(asked: AskedRun, device: str, exchange: Exchange | None = None) -> Measured:
     """In this process, alone or as one of several ranks."""
     from fmsim import trace as traces
-    from fmsim.cli.progress import token_bar
+    from fmsim.cli.progress import bar, token_bar
     from fmsim.exec.runs import synthetic as synthetic_run
     from fmsim.geometry import deepseek_v4_named
     from fmsim.replay.replayer import Replayer
@@ -122,9 +122,11 @@ def _decode(asked: AskedRun, device: str, exchange: Exchange | None = None) -> M
         budget_bytes = _bytes(asked.kv_budget)
         batch = asked.gpus * synthetic_run.batch_that_fits(budget_bytes, request_bytes)
     kv_bytes = synthetic_run.own_requests(batch, asked.gpus) * request_bytes
-    weights, n_experts = synthetic_run.weights_for(geometry, device, kv_bytes, seed, exchange)
+    quiet = asked.quiet or exchange is not None
+    with bar("filling the layers with random weights", quiet=quiet):
+        weights, n_experts = synthetic_run.weights_for(geometry, device, kv_bytes, seed, exchange)
     steps = count(1)
-    with token_bar(replayer.n_steps * batch, asked.quiet or exchange is not None) as advance:
+    with token_bar(replayer.n_steps * batch, quiet) as advance:
 
         def decoded(done: int) -> None:
             advance(done * batch)
