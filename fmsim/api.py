@@ -27,7 +27,7 @@ from fmsim.policies import registry
 from fmsim.policies.base import Policy
 from fmsim.replay.ledger import Ledger
 from fmsim.replay.replayer import Replayer
-from fmsim.scenario import NamedPolicy, Scenario, ScenarioFile, Source
+from fmsim.scenario import NamedPolicy, Scenario, ScenarioFile, Source, shipped
 from fmsim.sim.decode import simulate
 from fmsim.sim.footprint import ModelMemory, check_layer_map
 from fmsim.sim.timeline import SimulatedTimeline, Timeline
@@ -37,16 +37,17 @@ Overrides = Mapping[str, Any] | Iterable[str]
 
 
 def load_trace(path: str | Path, *, check: bool = False) -> Trace:
-    """Open a trace: what a real model selected and attended to, step by step.
+    """Open a trace: what a real model selected and attended to, step by step. `path` may be the
+    name of one that fmsim carries.
 
     The file is mapped, not read: a column is read as it is indexed. With `check` every value is
     read and validated. Raises FmsimError for a file that is missing, truncated or foreign.
 
-    >>> trace = load_trace("traces/nano-32k-needles.safetensors")
+    >>> trace = load_trace("nano-32k-needles")
     >>> trace.n_layers, trace.topk, trace.header.prompt_tokens
     (6, 512, 32768)
     """
-    return read(path, check)
+    return read(shipped.trace(path) or path, check)
 
 
 def list_policies() -> list[str]:

@@ -48,6 +48,19 @@ def _log(given: bool) -> bool:
     return given
 
 
+def _carried(given: Path) -> Path:
+    """The trace that fmsim carries under this name, or else the path itself."""
+    from fmsim.scenario import shipped
+
+    return shipped.trace(given) or given
+
+
+TraceFile = Annotated[
+    Path,
+    typer.Argument(
+        callback=_carried, help="a trace (.safetensors), or the name of one that fmsim carries"
+    ),
+]
 Json = Annotated[bool, typer.Option("--json", help="print one JSON object")]
 Wide = Annotated[bool, typer.Option("--wide", help="every column, however narrow the terminal")]
 Columns = Annotated[

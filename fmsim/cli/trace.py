@@ -11,7 +11,7 @@ import typer
 from fmsim.cli import exchange, trace_tools
 from fmsim.cli.extras import require
 from fmsim.cli.given import device_given
-from fmsim.cli.options import Columns, Csv, Json, NoVerify, Wide, print_found, tokens
+from fmsim.cli.options import Columns, Csv, Json, NoVerify, TraceFile, Wide, print_found, tokens
 from fmsim.cli.progress import token_bar
 
 if TYPE_CHECKING:
@@ -33,7 +33,7 @@ class Kind(enum.StrEnum):
 
 @app.command()
 def info(
-    file: Annotated[Path, typer.Argument(help="a trace (.safetensors)")],
+    file: TraceFile,
     check: Annotated[
         bool, typer.Option("--check", help="read every value again, and compare the digest")
     ] = False,
@@ -46,8 +46,8 @@ def info(
     """What a trace was recorded from, and how its attention is spread.
 
     \b
-    fmsim trace info traces/nano-500k-needles.safetensors
-    fmsim trace info traces/nano-500k-needles.safetensors --check --json
+    fmsim trace info nano-500k-needles
+    fmsim trace info capture.safetensors --check --json
     """
     from fmsim import trace
     from fmsim.report.tables import trace_info

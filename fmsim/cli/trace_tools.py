@@ -7,11 +7,11 @@ from typing import Annotated
 
 import typer
 
-from fmsim.cli.options import Columns, Csv, Json, Wide, print_found, write_page
+from fmsim.cli.options import Columns, Csv, Json, TraceFile, Wide, print_found, write_page
 
 
 def cut(
-    file: Annotated[Path, typer.Argument(help="a trace (.safetensors)")],
+    file: TraceFile,
     out: Annotated[Path, typer.Option(help="trace to write (.safetensors)")],
     steps: Annotated[
         str, typer.Option(help="decode steps as first:end; those before join the prompt")
@@ -70,7 +70,7 @@ def pack(
 
 
 def stats(
-    file: Annotated[Path, typer.Argument(help="a trace (.safetensors)")],
+    file: TraceFile,
     as_json: Json = False,
     as_csv: Csv = False,
     wide: Wide = False,
@@ -81,7 +81,7 @@ def stats(
     """How selections repeat: unions, overlaps, reuse distances, and misses of lru and belady.
 
     \b
-    fmsim trace stats traces/nano-32k-needles.safetensors
+    fmsim trace stats nano-32k-needles
     fmsim trace stats capture.safetensors --json --html capture.html
     """
     from fmsim import trace
