@@ -29,6 +29,7 @@ PATHS: tuple[Loc, ...] = (  # keys whose values may be files
     ("workload", "file"),
     ("deployment", "start_log"),
 )
+IN_YAML = {"tuple_type": "give a list, such as [a, b]", "too_short": "give one or more"}
 NamedPolicy = str | type[Policy] | Policy | Mapping[str, Any]
 Source = str | Path | Mapping[str, Any] | Scenario
 
@@ -229,10 +230,8 @@ class ScenarioFile:
             if given is not None:
                 loc = (*loc, "kind")
             return f"{self.where(loc)}: {hint} {', '.join(kinds)}"
-        return (
-            f"{self.where(loc)}: {item['msg'].removeprefix('Value error, ')}, not"
-            f" {short(item['input'])}"
-        )
+        said = IN_YAML.get(item["type"], item["msg"].removeprefix("Value error, "))
+        return f"{self.where(loc)}: {said}, not {short(item['input'])}"
 
 
 def _inside(target: dict[str, Any] | list[Any], step: str | int, where: str) -> Any:

@@ -94,14 +94,17 @@ def test_an_overridden_trace_is_relative_to_the_working_directory(load):
         ("batch", "--set batch: write key=value"),
         ("policies.mru.budget=1", "--set policies.mru.budget=1: the scenario has no policy 'mru'"),
         ("batch=many", "--set batch=many: batch: "),
-        ("hardwre=h100", r"--set hardwre=h100: hardwre: unknown key; did you mean 'hardware'\?"),
+        ("hardwre=h100", "--set hardwre=h100: hardwre: unknown key; did you mean 'hardware'?"),
         ("name.first=x", "--set name.first=x: 'name' is a value"),
         ("batch=[", "not valid YAML"),
+        ("policies=[]", "policies: give one or more, not []"),
+        ("policies=full", "policies: give a list, such as [a, b], not 'full'"),
     ],
 )
 def test_a_wrong_override_is_named(load, override, says):
-    with pytest.raises(FmsimError, match=says.replace("(", r"\(")):
+    with pytest.raises(FmsimError) as error:
         load(GOOD, override)
+    assert says in str(error.value)
 
 
 def test_a_missing_file_suggests_the_nearest(load, tmp_path):
