@@ -53,6 +53,8 @@ WHOLE: tuple[tuple[dict[str, Any], int], ...] = (
     (RECENCY, 32),
     (RECENCY | {"sees": "all"}, 32),
     ({"policy": "lru"}, 32),
+    ({"policy": "lfu"}, 32),
+    ({"policy": "lru", "budget": "10%", "on_miss": "fallback"}, 32),
     ({"policy": "lsa", "budget": "10%", "granularity": 64}, 97),
     ({"policy": "lsa", "budget": "10%", "granularity": 64, "stale": False}, 97),
 )

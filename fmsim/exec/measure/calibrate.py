@@ -153,7 +153,7 @@ def _jobs(
         Job("scores of residents", 2, partial(engine_cases.listed_scores, *on_device)),
         Job("loading misses", 3, partial(engine_cases.staging_ms, layouts[0], *on_device)),
     ]
-    jobs.append(Job("steps", 35, partial(step_work.all_kinds, geometry, *on_device)))
+    jobs.append(Job("steps", 30, partial(step_work.all_kinds, geometry, *on_device)))
     return [Job(job.name, job.seconds, _freed(job.run)) for job in jobs]
 
 

@@ -81,7 +81,7 @@ class Sizes:
         StepSize(65_536, 16_384, 32),
     )
     # of steps that load misses: requests together, and entries of each, with the slots of `steps`
-    loading_batches: tuple[int, ...] = (1, 8, 32)
+    loading_batches: tuple[int, ...] = (1, 32)
     loading_entries: tuple[int, ...] = (8192, 65_536)
     step_groups: int = 6  # residency groups, as the shipped traces have
     step_topk: int = 512
