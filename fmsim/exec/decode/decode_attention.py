@@ -102,7 +102,7 @@ class EntryPager(Protocol):
     """
 
     wants_masses: bool
-    loads: bool  # `bring` may copy from the host
+    loads: bool  # `bring` copies from the host in most steps: queries come beside that
     homes: Sequence[
         Home
     ]  # of entries: where they are attended to, then further copies that new ones are written to

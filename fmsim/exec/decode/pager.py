@@ -81,9 +81,10 @@ class LayerPager:
         self.params = view.params
         policy = view.requests[0].policy
         self.recalls = self.params.cadence > 1 or policy.prefetches
-        self.loads = self.params.on_miss != "mask" and self.tiers.stage_pages > 0
+        self.stages = self.params.on_miss != "mask" and self.tiers.stage_pages > 0
+        self.loads = self.stages and self.params.on_miss == "fetch"  # few steps of fallback do
         # where no step gives slots away, what it attends to may come before its page
-        self.brings = self.recalls and not self.loads
+        self.brings = self.recalls and not self.stages
 
     def append(self, entry: Tensor, key: Tensor, index: Tensor) -> None:
         for b, request in enumerate(self.view.requests):
@@ -112,7 +113,7 @@ class LayerPager:
         if self.view.among_resident:
             resident = self._among_resident(scores)
             self.ids = best(resident.scores, lengths, top_k, resident.maxima)
-        elif self.loads:
+        elif self.stages:
             self.pages, self.fetched = self._to_load(scores.scores)
 
     def bring(self) -> Tensor:
@@ -129,7 +130,7 @@ class LayerPager:
 
     def _attended(self) -> Tensor:
         """bool [B, K], which of the wanted entries can be attended to, once misses are loaded."""
-        if not self.loads:
+        if not self.stages:
             return self.hit
         with self.view.stalled():
             self.tiers.stage(self.layer, self.pages, self.fetched, self.blocks)

@@ -48,9 +48,10 @@ class TracePager:
         self.blocks = decode.blocks[layer]
         self.wants_masses = decode.policy.observes and decode.policy.needs_mass
         self.homes = decode.tiers.entries.homes(layer, self.blocks)
-        self.loads = decode.stages
+        self.stages = decode.stages
+        self.loads = self.stages and decode.policy.params.on_miss == "fetch"
         self.recalls = decode.policy.params.cadence > 1 or decode.policy.prefetches
-        self.brings = self.recalls and not self.loads
+        self.brings = self.recalls and not self.stages
         self.keeps_keys = layer < decode.keyed_layers
         if self.keeps_keys:
             self.key_homes = [Home(step.keys.pool[layer], step.keys.table)]
@@ -79,7 +80,7 @@ class TracePager:
         given = self.step.given[self.trace_layer]
         if self.brings:
             self.decode.tiers.entries.bring(self.layer, given, self.blocks)
-        elif self.loads:
+        elif self.stages:
             self.decode.stage(self.layer)
         return given
 
