@@ -163,3 +163,11 @@ def test_each_layer_has_its_own_slots_and_no_byte_more():
     assert [len(pool) for pool in tiers.keys.pool] == [3, 4]
     tables = StepTables(tiers, 3, 9, 1)
     assert tables.rows.shape == (4, 1, 10) and not tables.stages
+
+
+def test_residents_are_listed_of_every_group():
+    """Of three, the last of which no layer follows."""
+    size = RequestSize(9, (2, 2, 2), 0, (0, 0, 0))
+    tiers = PairedTiers(ENTRY, KEY, [0, 1], [1], 1, [size])
+    tiers.resident.list(torch.tensor([[3, 1], [-1, 4], [5, 6]], dtype=torch.int32))
+    assert tiers.resident.entries[:, 0].tolist() == [[1, 3, -1], [4, -1, -1], [5, 6, -1]]
