@@ -71,7 +71,7 @@ def simulated(
     shared = replace_figure(hw, "host_bytes", hw.host_bytes.value * batch)
     policy = worlds.make(label)()
     ledger = worlds.replayer.run(policy)
-    whole = simulate(ledger, worlds.geometry, shared, worlds.layer_map, batch)
+    whole = simulate(ledger, worlds.geometry, shared, worlds.layer_map, batch, one_text=True)
     timeline = whole.after(warm_up_steps)
     figures = metrics.timed(timeline)
     return {

@@ -119,10 +119,11 @@ class EngineTimes(_Strict):
     pages_batch_ms: Grid  # by entries a page and batch: more than pages of 64 take
     listed_batch_ms: ByBatch  # of a CSA layer: naming what was selected among resident entries
     listed_scores: dict[int, StepWork]  # by entries a page: scoring these, beyond pages of 64
-    # of a CSA layer, by batch and pages that each request loads, of one entry; and by entries a
-    # page those of more
-    staging_ms: Grid
-    page_staging_ms: dict[int, Grid] = {}
+    staging_ms: Grid  # of a CSA layer, by batch and pages of one entry that each request loads
+    # of a CSA layer that loads in most steps, and makes its queries meanwhile, by entries a page,
+    # batch and pages that each request loads: pages of its own, or the same as the others'
+    fetching_ms: dict[int, Grid] = {}
+    common_fetching_ms: dict[int, Grid] = {}
     # of rows that another request has just read from the host: in older presets, and not priced
     same_rows_bytes_per_s: Rate | None = None
     beside_bytes_per_s: Rate  # of a recall beside a decode

@@ -32,13 +32,15 @@ def simulate(
     hw: Hardware,
     layer_map: Sequence[int] | None = None,
     batch: int = 1,
+    one_text: bool = False,
 ) -> SimulatedTimeline:
     """Run the decode that `ledger` describes, `batch` times side by side on the server's ranks, on
     one GPU of the busiest rank of `hw`.
 
     `layer_map` says which of the ledger's layers drives each CSA layer of the
-    model; see `footprint.spread`. Raises FmsimError, with the figure that is short, when weights,
-    KV or the host's mirror do not fit.
+    model; see `footprint.spread`. With `one_text` all requests read one mirror, as those of an
+    engine that a trace drives; a server's have texts of their own. Raises FmsimError, with the
+    figure that is short, when weights, KV or the host's mirror do not fit.
     """
     place = footprint(ledger, geometry, layer_map)
     env = simpy.Environment()
@@ -49,7 +51,7 @@ def simulate(
         on_gpu * float(place.host_bytes),
         f"policy {ledger.policy}, batch {batch}:",
     )
-    decode = _Decode(env, memory, ledger, geometry, place, batch)
+    decode = _Decode(env, memory, ledger, geometry, place, batch, one_text)
     env.run(env.process(decode.run()))
     return SimulatedTimeline(
         policy=ledger.policy,
@@ -80,6 +82,7 @@ class _Decode:
         geometry: Geometry,
         place: Footprint,
         batch: int,
+        one_text: bool,
     ) -> None:
         self.env, self.memory, self.n_steps, self.cadence = (
             env,
@@ -124,6 +127,7 @@ class _Decode:
                 self.gather,
                 on_gpu,
                 steps.before_selecting_s(batch),
+                one_text,
             )
             self.miss_s = engine.miss_s()
             spare = np.array(ledger.ahead_slots or [0] * ledger.n_groups)[place.groups]

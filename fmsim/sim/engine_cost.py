@@ -32,9 +32,9 @@ class EngineCosts:
     One cache manager decides for all of them, so a decision ranks as many pages as for one; lists
     of moves and block tables grow with requests. What is missed, and what a decision recalls late,
     crosses the link for every request, also where all read one mirror
-    (benchmarks/results/blind-rows.md). ``before_s`` is what the
-    layers take that come before the first that selects: where misses are loaded, the bookkeeping
-    runs beside these.
+    (benchmarks/results/blind-rows.md). With ``one_text`` they miss the same pages, and a part of
+    these comes from the GPU's L2. ``before_s`` is what the layers take that come before the first
+    that selects: where misses are loaded, the bookkeeping runs beside these.
     """
 
     def __init__(
@@ -46,6 +46,7 @@ class EngineCosts:
         gather: GatherCurve,
         batch: float,
         before_s: float = 0.0,
+        one_text: bool = False,
     ) -> None:
         self.times = times
         self.ledger = ledger
@@ -53,6 +54,7 @@ class EngineCosts:
         self.place = place
         self.gather = gather
         self.batch = batch
+        self.one_text = one_text
         self.granularity = ledger.granularity
         self.n_pages = -(-int(geometry.csa_entries(place.tokens)[-1]) // ledger.granularity)
         self.loads = ledger.miss_slots > 0
@@ -93,10 +95,10 @@ class EngineCosts:
         return np.asarray(np.minimum(ledger.demand_loads, free))
 
     def _staged_ms(self, loads: Floats) -> Floats:
-        """Of a launch that loads them. Between the sizes of pages that were timed as the logarithm
+        """Of a layer that loads them. Between the sizes of pages that were timed as the logarithm
         is, at as many bytes; larger pages, and more than were timed, as gathers of the rest.
         """
-        by_entries = {1: self.times.staging_ms} | self.times.page_staging_ms
+        by_entries = self._timed_loads()
         timed = sorted(by_entries)
         place = float(np.interp(np.log2(self.granularity), np.log2(timed), range(len(timed))))
         ms, timed_s, most = np.zeros_like(loads), np.zeros_like(loads), np.inf
@@ -110,6 +112,13 @@ class EngineCosts:
         more_s = np.maximum(self._gathered_s(self.granularity, loads) - timed_s, 0.0)
         beyond = (self.granularity > timed[-1]) | (loads * self.granularity > most)
         return np.asarray(ms + np.where(beyond, 1e3 * more_s, 0.0))
+
+    def _timed_loads(self) -> dict[int, Grid]:
+        """By entries a page. Few steps of fallback load, and their queries are made before."""
+        times = self.times
+        if self._kind() != "fetched" or not times.fetching_ms:
+            return {1: times.staging_ms}
+        return times.common_fetching_ms if self.one_text else times.fetching_ms
 
     def _gathered_s(self, entries: int, pages: Floats) -> Floats:
         """Of every request so many pages of so many entries, in one gather."""

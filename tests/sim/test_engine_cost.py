@@ -140,10 +140,13 @@ def test_larger_pages_have_times_of_their_own():
     """8 pages take 8 us of one entry, 40 of 16; pages of 4 lie halfway, at as many bytes. Larger
     ones, and more of them, are gathers beyond.
     """
-    sizes = {"page_staging_ms": {16: {1: {0: 0.005, 8: 0.045}, 3: {0: 0.005, 8: 0.045}}}}
+    of_16 = {0: 0.005, 8: 0.045}
+    of_1 = {0: 0.005, 8: 0.013}
+    sizes = {"fetching_ms": {1: {1: of_1, 3: of_1}, 16: {1: of_16, 3: of_16}}}
     for granularity, n_pages, expected_ms in ((16, 8, 0.04), (4, 2, (0.008 + 0.0025) / 2)):
         missing = ledger(
             granularity=granularity,
+            slots=50,
             on_miss="fetch",
             miss_slots=64,
             demand_loads=loads(128, s1=n_pages),
@@ -153,6 +156,7 @@ def test_larger_pages_have_times_of_their_own():
     for granularity, n_pages in ((16, 64), (64, 2), (64, 16)):
         missing = ledger(
             granularity=granularity,
+            slots=50,
             on_miss="fetch",
             miss_slots=64,
             demand_loads=loads(128, s1=n_pages),

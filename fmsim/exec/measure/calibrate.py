@@ -137,13 +137,16 @@ def _jobs(
             timers[kind] = AttentionTimer(config, kind, layouts, device, report)
         return timers[kind]
 
+    def fetching() -> Figures:
+        return engine_cases.fetching_ms(timer(CSA), layouts[0], *on_device)
+
     for name, kind in ATTENTION.items():
         jobs += _attention(name, partial(timer, kind), sizes)
     for name in MODULES:
         module = partial(module_ms, name, config, sizes.batches, device, report)
-        jobs.append(Job(name, 8, module))
+        jobs.append(Job(name, 3, module))
     jobs += [
-        Job("layers in a row", 28, partial(_in_a_row, config, layouts, seed, *on_device)),
+        Job("layers in a row", 24, partial(_in_a_row, config, layouts, seed, *on_device)),
         Job("steps beside recalls", 5, partial(_beside, config, layouts, seed, *on_device)),
     ]
     jobs += [
@@ -152,6 +155,7 @@ def _jobs(
         Job("naming residents", 1, partial(engine_cases.listed_ms, *on_device)),
         Job("scores of residents", 2, partial(engine_cases.listed_scores, *on_device)),
         Job("loading misses", 3, partial(engine_cases.staging_ms, layouts[0], *on_device)),
+        Job("fetching misses", 16, fetching),
     ]
     jobs.append(Job("steps", 30, partial(step_work.all_kinds, geometry, *on_device)))
     return [Job(job.name, job.seconds, _freed(job.run)) for job in jobs]
@@ -194,7 +198,7 @@ def _attention(name: str, timer: Callable[[], AttentionTimer], sizes: Sizes) -> 
     jobs = [
         Job(f"{name} attention by batch", 4, by_batch),
         Job(f"{name} attention by context", 2, by_context),
-        Job(f"{name} attention of crowds", 4, of_crowds),
+        Job(f"{name} attention of crowds", 6, of_crowds),
     ]
     return [*jobs, Job("an entry that closes", 2, closing)] if name == "csa" else jobs
 
@@ -265,10 +269,13 @@ def _table(found: Figures, config: DeepseekV4Config, sizes: Sizes) -> KernelTabl
         for name in ("csa", "hca", "moe", "hyper_connections", "head")
     }
     row = found["layers in a row"]
-    staging = {
-        entries: {batch: numbered(column) for batch, column in numbered(by_batch).items()}
-        for entries, by_batch in numbered(found["loading misses"]).items()
-    }
+    own, common = (
+        {
+            entries: {batch: numbered(column) for batch, column in numbered(by_batch).items()}
+            for entries, by_batch in numbered(found["fetching misses"][kind]).items()
+        }
+        for kind in ("own", "common")
+    )
     engine = EngineTimes(
         in_row_batch_ms=in_row_ms(row["kinds"], numbered(row["ms"]), alone),
         csa_crowd_ms=crowds["csa"],
@@ -280,8 +287,11 @@ def _table(found: Figures, config: DeepseekV4Config, sizes: Sizes) -> KernelTabl
         },
         listed_batch_ms=numbered(found["naming residents"]),
         listed_scores=numbered(found["scores of residents"]),
-        staging_ms=staging.pop(1),
-        page_staging_ms=staging,
+        staging_ms={
+            batch: numbered(column) for batch, column in numbered(found["loading misses"]).items()
+        },
+        fetching_ms=own,
+        common_fetching_ms=common,
         beside_bytes_per_s=found["a gather beside a decode"],
         beside_slower=found["steps beside recalls"]["ahead"],
         late_slower=numbered(found["steps beside recalls"]["late"]),

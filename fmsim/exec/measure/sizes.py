@@ -47,8 +47,10 @@ class Sizes:
     some_batches: tuple[int, ...] = (1, 8, 32, 128)  # of what a kernel adds to a module
     page_entries: tuple[int, ...] = (1, 4, 16)  # a page, beside those of 64
     listed: tuple[tuple[int, int], ...] = ((1, 8192), (16, 32_768))  # requests x resident entries
-    # pages that a request loads in a layer, by entries of a page
-    staged: dict[int, tuple[int, ...]] = field(
+    staged: tuple[int, ...] = (0, 8, 64, 256)  # pages of one entry that a request loads in a layer
+    staged_entries: int = 65_536  # of the request that loads them
+    # the same of layers that load in most steps, by entries a page
+    fetched: dict[int, tuple[int, ...]] = field(
         default_factory=lambda: {
             1: (0, 8, 64, 256),
             4: (0, 32, 256),
@@ -56,7 +58,9 @@ class Sizes:
             64: (0, 8, 64, 160),
         }
     )
-    staged_entries: int = 65_536  # of the request that loads them
+    fetched_entries: int = 16_384
+    # a layer of more than 16 requests makes its queries in another way
+    fetching_batches: tuple[int, ...] = (1, 8, 16, 17, 32, 128)
     gathers: dict[int, tuple[int, ...]] = field(
         default_factory=lambda: {
             132: (512, 32_768),
