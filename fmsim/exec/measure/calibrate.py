@@ -26,6 +26,7 @@ from fmsim.exec.kernels import tuning
 from fmsim.exec.kernels.layout import KEY, LATENT, Layout
 from fmsim.exec.measure import device_figures, engine_cases, step_work
 from fmsim.exec.measure.compile_ahead import compile_ahead
+from fmsim.exec.measure.fetching import fetching_ms
 from fmsim.exec.measure.jobs import Job, Report, numbered, run_jobs
 from fmsim.exec.measure.layer_rows import LayerRow, in_row_ms
 from fmsim.exec.measure.module_times import MODULES, AttentionTimer, is_float8, module_ms
@@ -138,7 +139,7 @@ def _jobs(
         return timers[kind]
 
     def fetching() -> Figures:
-        return engine_cases.fetching_ms(timer(CSA), layouts[0], *on_device)
+        return fetching_ms(timer(CSA), layouts[0], *on_device)
 
     for name, kind in ATTENTION.items():
         jobs += _attention(name, partial(timer, kind), sizes)

@@ -12,14 +12,13 @@ from fmsim.exec.kernels.layout import Layout
 from fmsim.exec.kv.home import PER_PAGE
 from fmsim.exec.kv.tiered import RequestSize, TieredCache
 from fmsim.exec.measure import kernel_cases as cases
+from fmsim.exec.measure.fetching import fetches
 from fmsim.exec.measure.jobs import Report
 from fmsim.exec.measure.kernel_cases import TOP_K
-from fmsim.exec.measure.module_times import AttentionTimer
 from fmsim.exec.measure.sizes import Sizes
 from fmsim.exec.measure.timing import median_s, overhead_s
 
 ENTRIES = 8192  # of a request whose attention is timed with and without
-RUNS = 12  # of what may take long
 Work = Callable[[], object]
 
 
@@ -117,48 +116,6 @@ def _loads(batch: int, layout: Layout, device: str, sizes: Sizes) -> Iterator[Wo
         yield partial(cache.stage, 0, pages, fetched, blocks)
 
 
-def fetching_ms(
-    timer: AttentionTimer, layout: Layout, device: str, sizes: Sizes, report: Report
-) -> dict[str, dict[int, dict[int, dict[int, float]]]]:
-    """By entries a page, batch and pages loaded, what a CSA layer takes more that loads its misses
-    beside its queries than one that has none: pages of each request's "own", and "common" to all.
-    """
-    found: dict[str, dict[int, dict[int, dict[int, float]]]] = {"own": {}, "common": {}}
-    tokens = sizes.contexts[0]
-    for batch in sizes.fetching_batches:
-        plain_s = median_s(timer.work(batch, tokens), device, RUNS)
-        for entries, counts in sizes.fetched.items():
-            for kind, by_entries in found.items():
-                column = by_entries.setdefault(entries, {}).setdefault(batch, {})
-                if batch == 1 and kind == "common":
-                    column |= found["own"][entries][1]
-                    continue
-                loads = _fetches(batch, entries, kind == "common", layout, device, sizes)
-                for count, load in zip(counts, loads, strict=True):
-                    work = timer.work(batch, tokens, load=load)
-                    column[count] = 1e3 * (median_s(work, device, RUNS) - plain_s)
-                told = ", ".join(f"{count}: {ms:.4f} ms" for count, ms in column.items())
-                report(f"fetching {kind} pages of {entries}, batch {batch}, of each {told}")
-    return found
-
-
-def _fetches(
-    batch: int, entries: int, common: bool, layout: Layout, device: str, sizes: Sizes
-) -> Iterator[Work]:
-    """Of each number in `Sizes.fetched`, pages of one text or of each request's own."""
-    n_pages = sizes.fetched_entries // entries
-    places = min(TOP_K, n_pages)
-    size = RequestSize(n_pages, (1,), places, (0,))
-    cache = TieredCache(layout, 1, entries, [size] * batch, device, one_text=common)
-    blocks = torch.full((batch, n_pages + 1), -1, dtype=torch.int32, device=device)
-    pages = torch.randperm(n_pages, device=device)[:places].sort().values
-    for count in sizes.fetched[entries]:
-        fetched = torch.zeros(places, dtype=torch.bool, device=device)
-        fetched[torch.linspace(0, places - 1, count, device=device).long()] = True
-        of_each = (part.expand(batch, -1) for part in (pages, fetched))
-        yield partial(cache.stage, 0, *of_each, blocks)
-
-
 def _attention(batch: int, layout: Layout, device: str, sizes: Sizes) -> Iterator[Work]:
     yield cases.attention(batch, ENTRIES, device, True, per_page=min(sizes.page_entries)).run
     for entries in (*sizes.page_entries, PER_PAGE):
@@ -172,8 +129,6 @@ def _others(batch: int, layout: Layout, device: str, sizes: Sizes) -> Iterator[W
         for row, count in sizes.listed:
             for entries in (*sizes.page_entries, PER_PAGE):
                 yield cases.index_scoring(row, count, device, per_page=entries).run
-        for entries in sizes.fetched:
-            yield from _fetches(batch, entries, True, layout, device, sizes)
         for size, counts in sizes.gathers.items():
             yield cases.recall(size, counts[0], device, host_bytes=2**20).run
         for row, count in sizes.kernel_shapes:
@@ -181,8 +136,16 @@ def _others(batch: int, layout: Layout, device: str, sizes: Sizes) -> Iterator[W
             yield cases.memory_scoring(row, count, device).run
 
 
+def _fetching(batch: int, layout: Layout, device: str, sizes: Sizes) -> Iterator[Work]:
+    """With the first batch those of all."""
+    for number in sizes.fetching_batches if batch == sizes.some_batches[0] else ():
+        for entries in sizes.fetched:
+            yield from fetches(number, entries, True, layout, device, sizes)
+
+
 # what `compile_ahead` launches: all kernels of the functions above at a batch
 CASES: dict[str, Callable[[int, Layout, str, Sizes], Iterator[Work]]] = {
     "attention's variants": _attention,
+    "loads of misses": _fetching,
     "other kernels": _others,
 }

@@ -5,12 +5,13 @@ and the head.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from typing import Any
 
 import torch
 from torch import nn
 from transformers import DeepseekV4Config
 
-from fmsim.exec.decode.decode_attention import AllEntries, DecodeAttention
+from fmsim.exec.decode.decode_attention import DecodeAttention
 from fmsim.exec.kernels.hyper_connection import Pending, enter, read_out
 from fmsim.exec.kernels.layout import Layout
 from fmsim.exec.kernels.rounded_rows import round_rows
@@ -71,19 +72,25 @@ class AttentionTimer:
         self.report(f"an entry that closes, batch {batch}: {found:+.4f} ms")
         return found
 
-    def work(self, batch: int, tokens: int, closes: bool = False, load: Work | None = None) -> Work:
+    def work(
+        self,
+        batch: int,
+        tokens: int,
+        closes: bool = False,
+        pager: Callable[..., Any] | None = None,
+    ) -> Work:
         """A step over entries of made-up content.
 
         Unless it `closes` one, the token closes no entry, as in three steps of four of a CSA layer
-        and in 127 of 128 of an HCA layer. A CSA layer may `load` its misses.
+        and in 127 of 128 of an HCA layer. A CSA layer's `pager` may be another than `AllEntries`,
+        and is made of the same arguments.
         """
         with torch.device(self.device):
-            pager = None
-            if load is not None:
+            own = None
+            if pager is not None:
                 entries = tokens // self.attention.compressor.rate
-                pager = _Fetching(self.attention, batch, entries, *self.layouts)
-                pager.load = load
-            decode = DecodeAttention(self.attention, batch, tokens, *self.layouts, pager)
+                own = pager(self.attention, batch, entries, *self.layouts)
+            decode = DecodeAttention(self.attention, batch, tokens, *self.layouts, own)
             for appender in filter(None, (decode.entries, decode.keys)):
                 _fill(appender.layout, appender.homes[0])
             x = torch.randn(batch, 1, self.config.hidden_size).to(torch.bfloat16)
@@ -93,17 +100,6 @@ class AttentionTimer:
             position = tokens - (1 if closes else 2)
             now = decode.moment(torch.full((batch,), position, dtype=torch.int32))
         return lambda: decode.attend(x, now)
-
-
-class _Fetching(AllEntries):
-    """Of a layer that loads what it misses, and attends to other entries."""
-
-    loads = True
-    load: Work
-
-    def bring(self) -> torch.Tensor:
-        self.load()
-        return super().bring()
 
 
 def attention_bytes(config: DeepseekV4Config, kind: str) -> int:
