@@ -72,6 +72,7 @@ DECODE_KERNELS = {
     "_bring_entries",
     "_copy_late",
     "_take_back",
+    "_wait_for_copy",
     "_listed",
 }
 TRAINING = [

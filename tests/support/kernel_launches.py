@@ -16,7 +16,7 @@ from fmsim.exec.kernels.gather import copy_rows_triton
 from fmsim.exec.kernels.hyper_connection import Pending, enter_triton, read_out_triton
 from fmsim.exec.kernels.index_score import index_scores_triton, index_weights_triton
 from fmsim.exec.kernels.late_entries import bring_entries_triton
-from fmsim.exec.kernels.late_pages import copy_late_triton, take_back_triton
+from fmsim.exec.kernels.late_pages import copy_late_triton, take_back_triton, wait_for_copy_triton
 from fmsim.exec.kernels.layout import KEY, LATENT, plain
 from fmsim.exec.kernels.linear import linear_triton
 from fmsim.exec.kernels.memory_score import memory_scores_triton
@@ -274,6 +274,7 @@ def late_pages(row_bytes):
         lists, waiting = zeros(2, 8, dtype=torch.int64), whole(2, 65)
         copy_late_triton(source, target, lists, lists, whole(2), waiting, 3)
         take_back_triton(waiting, lists)
+        wait_for_copy_triton(whole(1), whole(1))
 
     return launch
 

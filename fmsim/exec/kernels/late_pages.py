@@ -19,7 +19,15 @@ from torch import Tensor
 
 from fmsim.exec.kernels import tuning
 from fmsim.exec.kernels.gather import row_parts
-from fmsim.exec.kernels.lang import cdiv, next_power_of_2, runs_compiled, tl, triton
+from fmsim.exec.kernels.lang import (
+    cdiv,
+    next_power_of_2,
+    overlapped,
+    runs_compiled,
+    tl,
+    triton,
+    wait_for_previous,
+)
 
 TAKEN_BACK = 1024  # slots that a program looks at
 
@@ -58,12 +66,7 @@ def copy_late_triton(source, target, pages, slots, counts, waiting, number) -> N
     groups, _, row_bytes = source.shape
     row = row_parts(row_bytes, tune.tile_words)
     source, target = source.view(row.word), target.view(row.word)
-    import os
-
-    programs = int(os.environ.get("FMSIM_LATE") or tuning.late_programs(row_bytes))
-    tune = tune._replace(tile_words=int(os.environ.get("FMSIM_TILE") or tune.tile_words))
-    row = row_parts(row_bytes, tune.tile_words)
-    _copy_late[(programs,)](
+    _copy_late[(tuning.late_programs(row_bytes),)](
         source,
         target,
         pages,
@@ -192,3 +195,29 @@ def _take_back(
         while tl.max(copied.to(tl.int32), 0) > 0:
             now = tl.load(flag, mask=copied, other=0, volatile=True)
             copied = copied & (now != 0)
+
+
+def wait_for_copy(come: Tensor, asked: Tensor) -> None:
+    """What is launched after this waits until copy ``asked`` int32 [1] has ``come`` int32 [1].
+
+    One program asks again and again. An event that a CUDA graph waits for would do. But a graph
+    with such waits stood still until all that was late had come
+    (benchmarks/results/engine-steps.md#bursts).
+    """
+    if runs_compiled(come):
+        wait_for_copy_triton(come, asked)
+
+
+def wait_for_copy_triton(come, asked) -> None:
+    _wait_for_copy[(1,)](come, asked, num_warps=1, **overlapped(come))
+
+
+@triton.jit
+def _wait_for_copy(come, asked):
+    """It lets the next launch begin at its end alone: programs of that one that wait would take the
+    multiprocessors that the copy may need.
+    """
+    wait_for_previous()
+    number = tl.load(asked)
+    while tl.atomic_add(come, 0, sem="acquire") < number:
+        pass

@@ -206,6 +206,9 @@ FLOAT32_ROWS = 32  # of a block: they take twice the shared memory
 # to 7%
 PROGRAMS_BESIDE = 4
 LATE_LAUNCHES = 6  # of what a decision recalls late: as many times layers may go on before its end
+# Keys that a decision recalls late come beside the first layers, and layers wait for what is late
+# on the device. Without: keys come before the step, and layers wait for events.
+LATE_KEYS = False
 LATE_ENTRIES = 16  # that come before their page: of a program, which most often finds none
 BLOCK_TABLE_PAGES = 2048  # that a program enters, of one request in one layer
 PROGRAMS_WITHIN = 264  # of a copy within the GPU, which is over soon

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from fmsim.errors import FmsimError
+from fmsim.exec.kernels import tuning
 from fmsim.exec.kernels.index_score import GROUP, Scores, index_scores, new_scores
 from fmsim.exec.kernels.lang import cdiv
 from fmsim.exec.kernels.layout import Layout, read_entries, slots_of, write_entries
@@ -179,7 +180,8 @@ class ResidentKeys(LayerKeys):
         self.tiers.append(request, self.number, key, index, self.tables[request])
 
     def wait(self) -> None:
-        self.tiers.wait_for(self.number)
+        if tuning.LATE_KEYS:
+            self.tiers.wait_for(self.number)
 
     def best(self, queries: Tensor, weights: Tensor, lengths: Tensor, top_k: int) -> Tensor:
         """Of the resident entries among the first ``lengths`` [B], the ids of the best: int32 [B,

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from fmsim.exec.kernels import tuning
-from fmsim.exec.kernels.late_pages import copy_late, take_back
+from fmsim.exec.kernels.late_pages import copy_late, take_back, wait_for_copy
 from fmsim.exec.kv.beside import Beside
 from fmsim.exec.kv.copies import Copies, LayerPages
 
@@ -31,6 +31,9 @@ class LatePages:
         self._part = max(1, self._layers // tuning.LATE_LAUNCHES)
         self._here = [beside.event() for _ in range(0, self._layers, self._part)]
         self._number = 0  # of the last copy
+        # int32, on the device: the number of the last copy, and of that which a part has
+        self._asked = torch.zeros(1, dtype=torch.int32, device=copies.pool.pages.device)
+        self._come = self._asked.repeat(len(self._here))
 
     @cached_property
     def _waiting(self) -> Tensor:
@@ -58,9 +61,11 @@ class LatePages:
         places = torch.where(moves.to < 0, waiting.shape[1] - 1, moves.to)
         waiting.scatter_(1, places.expand(copies.lists, -1), number)
         moves = copies.of_each(moves)
+        self._asked.fill_(number)
 
         def come() -> None:
-            for first, event in zip(range(0, self._layers, self._part), self._here, strict=True):
+            for place, event in enumerate(self._here):
+                first = place * self._part
                 part = slice(first, first + self._part)
                 if first < copies.lists:
                     copy_late(
@@ -70,6 +75,7 @@ class LatePages:
                         waiting[part],
                         number,
                     )
+                self._come[place].fill_(number)
                 self.beside.record(event)
 
         self.beside.late(come, *moves)
@@ -83,5 +89,8 @@ class LatePages:
 
     def wait_for(self, layer: int) -> None:
         """A layer's pages are here for what comes after. Layers are waited for in their order."""
-        if layer % self._part == 0:
-            self.beside.wait(self._here[layer // self._part])
+        part, within = divmod(layer, self._part)
+        if within == 0 and tuning.LATE_KEYS:
+            wait_for_copy(self._come[part:], self._asked)
+        elif within == 0:
+            self.beside.wait(self._here[part])

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from fmsim.exec.kernels import tuning
 from fmsim.exec.kernels.layout import Layout
 from fmsim.exec.kv.home import Requests
 from fmsim.exec.kv.resident import ResidentPages
@@ -104,14 +105,13 @@ class PairedTiers:
     def recall(
         self, pages: Tensor, slots: Tensor, request: Requests = None, late: bool = False
     ) -> None:
-        """`TieredCache.recall`, of groups' pages into their slots. Keys go first: a layer waits for
+        """`TieredCache.recall`, of groups' pages into their slots. Keys go first: a layer scores
         all of its own, and attends to few entries.
         """
         for number, cache in reversed(list(enumerate(self.caches))):
-            import os
-
-            lt = late and (cache is self.entries or os.environ.get("FMSIM_KEYS") != "before")
-            cache.recall(self._moved(pages, number), self._moved(slots, number), request, lt)
+            moves = self._moved(pages, number), self._moved(slots, number)
+            comes_late = late and (cache is self.entries or tuning.LATE_KEYS)
+            cache.recall(*moves, request, comes_late)
 
     def wait_for(self, layer: int) -> None:
         """`TieredCache.wait_for`, of entries."""
