@@ -266,6 +266,9 @@ _ANSWERS: dict[str, Answer] = {
     "bookkeeping": Answer("bookkeeping-h200.json"),
     "bursts": Answer("bursts.json", None, {(claims.STEPS, "late pages"): bursts.table}),
     "bursts-h200": Answer("bursts-h200.json", None, {(claims.STEPS, "bursts"): bursts.measured}),
+    "burst-parts": Answer(
+        "burst-parts-h200.json", None, {(claims.STEPS, "parts of a burst"): bursts.parts}
+    ),
     "bursts-tries": Answer(
         "bursts-tries-h200.json", None, {(claims.STEPS, "bursts tried"): bursts.tried}
     ),

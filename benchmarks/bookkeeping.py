@@ -4,12 +4,12 @@
 
 `whole`: V4-Flash at full width with random weights: `lru`, `lfu` and fallback beside `recency`,
 which moves nothing; the misses' own time, of the same rows copied alone, is taken off. They score
-all entries, `recency` its own: beside it stands one that scores all too. `lsa` at 97 requests: its
-slowest step and those from its largest decision on, with what is recalled ahead, and where all of
-it comes at the decision (`--trace traces/nano-500k-needles.safetensors --batch 97` has these at
-512K). What the first steps wait for, in which kernels are compiled, is told apart. `nano`: real
-weights, 1 to 64 requests of unlike lengths: milliseconds of a step by device events where the host
-may run ahead, and of the host alone.
+all entries, `recency` its own: beside it stands one that scores all too. `lsa` at 97 requests, in
+pages of 64 entries and of one: its slowest step and those from its largest decision on
+(`--trace traces/nano-500k-needles.safetensors --batch 97` has these at 512K). What the first steps
+wait for, in which kernels are compiled, is told apart. `nano`: real weights, 1 to 64 requests of
+unlike lengths: milliseconds of a step by device events where the host may run ahead, and of the
+host alone.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ WHOLE: tuple[tuple[dict[str, Any], int], ...] = (
     ({"policy": "lfu"}, 32),
     ({"policy": "lru", "budget": "10%", "on_miss": "fallback"}, 32),
     ({"policy": "lsa", "budget": "10%", "granularity": 64}, 97),
-    ({"policy": "lsa", "budget": "10%", "granularity": 64, "stale": False}, 97),
+    ({"policy": "lsa", "budget": "10%"}, 97),
 )
 NANO: tuple[dict[str, Any], ...] = (
     RECENCY,

@@ -128,14 +128,18 @@ def measured(result: dict[str, Any]) -> str:
     if not result["rows"]:
         return NOT_MEASURED
     lines = [
-        "| context | recalled | requests | step, ms | slowest | steps from the decision on |",
-        "|---" * 6 + "|",
+        "| context | entries a page | recalled | requests | step, ms | slowest | steps from the"
+        " decision on |",
+        "|---" * 7 + "|",
     ]
     for row in result["rows"]:
+        if "failed" in row:
+            continue
         how = "at the decision" if row["spec"].get("stale") is False else "ahead, and late"
         after = ", ".join(f"{ms:.1f}" for ms in row["steps_from_it_on_ms"])
         cells = (
             row["trace"].split("-")[1],
+            str(row["spec"].get("granularity", 1)),
             how,
             str(row["batch"]),
             f"{row['step_p50_ms']:.1f}",
@@ -152,6 +156,24 @@ def tried(result: dict[str, Any]) -> str:
         f"{row['engine']}: {', '.join(f'{ms:.1f}' for ms in row['steps_from_it_on_ms'])} ms"
         for row in result["rows"]
     )
+
+
+def parts(result: dict[str, Any]) -> str:
+    """Where the step of a decision goes, of burst-parts-h200.json."""
+    lines = [
+        "| entries a page | decision | memory scores | lists | within the GPU | keys, GB | keys"
+        " | entries, GB | entries | stood still |",
+        "|---" * 10 + "|",
+    ]
+    for row in result["rows"]:
+        lists_ms = row["lists_ms"] + row["residents_ms"]
+        times = (row["decide_ms"], row["memory_scores_ms"], lists_ms, row["within_ms"])
+        cells = [str(row["entries_a_page"]), *(f"{ms:.1f}" for ms in times)]
+        for name in ("keys", "entries"):
+            cells += [f"{row[f'{name}_gb']:.2f}", f"{row[f'{name}_ms']:.1f}"]
+        lines.append(f"| {' | '.join(cells)} | {row['graph_stood_still_ms']:.1f} |")
+    told = f"{result['device']}, {result['date'][:10]}, 97 requests at 512K, in ms."
+    return "\n".join([paragraph(told), "", *lines])
 
 
 def main() -> None:
