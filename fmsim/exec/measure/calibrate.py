@@ -22,7 +22,6 @@ from typing import Any
 import torch
 from transformers import DeepseekV4Config
 
-from fmsim.exec.kernels import tuning
 from fmsim.exec.kernels.layout import KEY, LATENT, Layout
 from fmsim.exec.measure import device_figures, engine_cases, step_work
 from fmsim.exec.measure.compile_ahead import compile_ahead
@@ -238,10 +237,9 @@ def _beside(
     row = LayerRow(config, layouts, device, 0.0, seed)
     tokens, many = sizes.contexts[0], sizes.some_batches[-1]
     return {
-        "ahead": row.beside(1, tokens, 584, tuning.PROGRAMS_BESIDE, report),
+        "ahead": row.beside(1, tokens, 584, report),
         "late": {
-            size: row.beside(many, tokens, size, tuning.late_programs(size), report)
-            for size in sizes.late_rows
+            size: row.beside(many, tokens, size, report, late=True) for size in sizes.late_rows
         },
     }
 

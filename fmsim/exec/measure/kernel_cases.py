@@ -19,6 +19,7 @@ from fmsim.exec.kernels.compress import Pooling, compress_and_append
 from fmsim.exec.kernels.gather import copy_rows
 from fmsim.exec.kernels.index_score import index_scores, index_scores_reference, new_scores
 from fmsim.exec.kernels.lang import cdiv
+from fmsim.exec.kernels.late_pages import copy_late
 from fmsim.exec.kernels.layout import KEY, LATENT, Layout
 from fmsim.exec.kernels.memory_score import memory_scores, memory_scores_reference
 from fmsim.exec.kernels.sparse_attention import sparse_attention, sparse_attention_reference
@@ -247,9 +248,10 @@ def recall(
     ascending: bool = False,
     layers: int = 1,
     mirror: HostMirror | None = None,
+    late: bool = False,
 ) -> Case:
     """Random rows of pinned host memory into slots of the device's; in random order, or ascending
-    as a residency asks for them.
+    as a residency asks for them; or as what a decision recalls ``late``.
 
     The memory is a `mirror` of such rows, or one of ``host_bytes`` that is made. With several
     ``layers`` each has its share of the rows and of the memory, one after another as in a mirror.
@@ -281,5 +283,12 @@ def recall(
     )
     # each move is a node of a CUDA graph
     peers = {"copy engine": by_copy_engine} if layers * each <= COPY_NODES else {}
-    run = lambda: copy_rows(mirror.pages, target, pages, slots, counts, programs)
+    waiting = torch.zeros(layers, each + 1, dtype=torch.int32, device=device)
+
+    def run() -> None:
+        if late:
+            copy_late(mirror.pages, target, pages, slots, counts, waiting.fill_(1), 1)
+        else:
+            copy_rows(mirror.pages, target, pages, slots, counts, programs)
+
     return Case(name, f"{layers * each:,}", row_bytes * layers * each, run, peers=peers)

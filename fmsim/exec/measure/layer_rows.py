@@ -17,6 +17,7 @@ from transformers import DeepseekV4Config
 
 from fmsim.exec.decode.decode_attention import AllEntries
 from fmsim.exec.decode.step_state import decode_attentions
+from fmsim.exec.kernels import tuning
 from fmsim.exec.kernels.layout import Layout
 from fmsim.exec.measure import kernel_cases as cases
 from fmsim.exec.measure.jobs import Report
@@ -68,15 +69,18 @@ class LayerRow:
         return found
 
     def beside(
-        self, batch: int, tokens: int, row_bytes: int, programs: int, report: Report
+        self, batch: int, tokens: int, row_bytes: int, report: Report, late: bool = False
     ) -> float:
-        """By which share a step is slower while so many programs recall rows beside it."""
+        """By which share a step is slower while rows are recalled beside it, ahead of a decision or
+        ``late``.
+        """
         if self.device != "cuda":
             return 0.0
         work = self._step(batch, tokens)  # kept as long as its graph, which reads its buffers
         step = captured(work)
         rows = RECALLED_BYTES // row_bytes
-        recall = cases.recall(row_bytes, rows, self.device, programs, host_bytes=2**29)
+        programs = None if late else tuning.PROGRAMS_BESIDE
+        recall = cases.recall(row_bytes, rows, self.device, programs, host_bytes=2**29, late=late)
         copies, side = captured(recall.run), torch.cuda.Stream()
         recall_s = median_s(recall.run, self.device, runs=8, cold=False)
 
