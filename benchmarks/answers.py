@@ -264,13 +264,13 @@ _ANSWERS: dict[str, Answer] = {
     "step": Answer("step-h200.json"),
     "step-tries": Answer("step-tries-h200.json"),
     "bookkeeping": Answer("bookkeeping-h200.json"),
-    "bursts": Answer("bursts.json", None, {(claims.STEPS, "late pages"): bursts.table}),
-    "bursts-h200": Answer("bursts-h200.json", None, {(claims.STEPS, "bursts"): bursts.measured}),
+    "bursts": Answer("bursts.json", None, {(bursts.PAGE, "late pages"): bursts.table}),
+    "bursts-h200": Answer("bursts-h200.json", None, {(bursts.PAGE, "bursts"): bursts.measured}),
     "burst-parts": Answer(
-        "burst-parts-h200.json", None, {(claims.STEPS, "parts of a burst"): bursts.parts}
+        "burst-parts-h200.json", None, {(bursts.PAGE, "parts of a burst"): bursts.parts}
     ),
     "bursts-tries": Answer(
-        "bursts-tries-h200.json", None, {(claims.STEPS, "bursts tried"): bursts.tried}
+        "bursts-tries-h200.json", None, {(bursts.PAGE, "bursts tried"): bursts.tried}
     ),
 }
 # one a card, of those that were measured

@@ -31,6 +31,7 @@ from fmsim.replay.residency import Moves
 from fmsim.sim.footprint import ModelMemory, keyed_layers, spread
 
 ROOT = Path(__file__).parents[1]
+PAGE = "benchmarks/results/bursts.md"
 LINK_BYTES_PER_S = 55e9  # of a PCIe 5 link: hw/links/h200-1gpu.yaml
 SPECS: tuple[dict[str, Any], ...] = (
     {"policy": "lsa", "budget": "10%", "granularity": 64},

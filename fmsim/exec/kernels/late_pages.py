@@ -202,7 +202,7 @@ def wait_for_copy(come: Tensor, asked: Tensor) -> None:
 
     One program asks again and again. An event that a CUDA graph waits for would do. But a graph
     with such waits stood still until all that was late had come
-    (benchmarks/results/engine-steps.md#bursts).
+    (benchmarks/results/bursts.md).
     """
     if runs_compiled(come):
         wait_for_copy_triton(come, asked)
