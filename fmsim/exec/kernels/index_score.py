@@ -37,10 +37,6 @@ from fmsim.exec.kernels.layout import (
 from fmsim.indexer import scorer
 
 GROUP = tuning.MAXIMA_ENTRIES
-import os
-
-WIDE = int(os.environ.get("WIDE", "0"))
-DEALT = int(os.environ.get("DEALT", "1"))
 
 
 class Scores(NamedTuple):
@@ -172,7 +168,7 @@ def score_layers(
     assert len(alike) == 1, "all layers' pages and tables lie alike"
     # of one page, where pages are no smaller than a group
     block = math.gcd(tune.block_entries, per_page)
-    in_page = block >= GROUP and not WIDE
+    in_page = block >= GROUP
     block = block if in_page else tune.block_entries
     splits = max(1, min(cdiv(tables[0].shape[1] * per_page, block), tune.programs // batch))
     _index_scores[(batch, splits)](
@@ -202,7 +198,6 @@ def score_layers(
         COMBINE=combine,
         JOINS=joins,
         STAGES=tune.stages,
-        DEALT=DEALT,
         num_warps=tune.warps,
         **overlapped(queries),
     )
@@ -222,13 +217,15 @@ def _index_weights(projected, out, scale, stride, HEADS: tl.constexpr, HEADS_PAD
 
 @triton.jit
 def _pages(
-    table, block, length, BLOCK: tl.constexpr, IN_PAGE: tl.constexpr, PER_PAGE: tl.constexpr
+    table, block, n_entries, BLOCK: tl.constexpr, IN_PAGE: tl.constexpr, PER_PAGE: tl.constexpr
 ):
-    """The page of a block IN_PAGE, or of each of its entries [BLOCK]; -1 where there is none."""
+    """The page of a block IN_PAGE, or of each of its entries [BLOCK]; -1 beyond the table's
+    ``n_entries``, and where there is none. It waits for no length.
+    """
     entry = block * BLOCK
     if not IN_PAGE:
         entry = entry + tl.arange(0, BLOCK)
-    return tl.load(table + entry // PER_PAGE, mask=entry < length, other=-1)
+    return tl.load(table + entry // PER_PAGE, mask=entry < n_entries, other=-1)
 
 
 @triton.jit
@@ -259,49 +256,41 @@ def _index_scores(
     COMBINE: tl.constexpr,
     JOINS: tl.constexpr,
     STAGES: tl.constexpr,
-    DEALT: tl.constexpr,
 ):
-    """One program: a run of blocks of one sequence's entries, each in all layers.
+    """One program: some blocks of one sequence's entries, dealt out in turn, each in all layers.
 
-    Pages' numbers are read a block ahead, so that the keys' loads wait for no other load and STAGES
-    - 1 blocks of them are on the way. A block that lies IN_PAGE has one number, which leaves little
-    arithmetic; it is read whole, beyond the length too.
+    What it needs before its first keys is asked for at once: pages' numbers, and the queries of all
+    layers. Pages' numbers are read a block ahead, so that the keys' loads wait for no other load
+    and STAGES - 1 blocks of them are on the way. A block that lies IN_PAGE has one number, which
+    leaves little arithmetic; it is read whole, beyond the length too.
     """
     after_previous()
     b, split = tl.program_id(0).to(tl.int64), tl.program_id(1)
-    length = tl.load(lengths + b)
-    blocks = tl.cdiv(length, BLOCK)
-    if DEALT:
-        first, last, step = split, blocks, tl.num_programs(1)
-        known = n_entries
-    else:
-        share = tl.cdiv(blocks, tl.num_programs(1))
-        first, last, step = split * share, tl.minimum((split + 1) * share, blocks), 1
-        known = length
+    step, length = tl.num_programs(1), tl.load(lengths + b)
     head, lane, row = tl.arange(0, HEADS_PADDED), tl.arange(0, WIDTH), tl.arange(0, BLOCK)
     scores, maxima = scores + b * scores_stride, maxima + b * maxima_stride
     exists = head < HEADS
     # of each layer
-    next_pages, codes, raw, scales, asked = (), (), (), (), ()
+    next_pages, codes, factors = (), (), ()
     for layer in tl.static_range(LAYERS):
         table = tables[layer] + b * table_stride
-        next_pages += (_pages(table, first, known, BLOCK, IN_PAGE, PER_PAGE),)
-    for layer in tl.static_range(LAYERS):
+        next_pages += (_pages(table, split, n_entries, BLOCK, IN_PAGE, PER_PAGE),)
         places = queries + layer * queries_stride + b * HEADS * WIDTH
         places += head[None, :] * WIDTH + lane[:, None]
         if queries.dtype.element_ty == tl.float8e4nv:
             places = places.to(tl.pointer_type(tl.uint8))
         codes += (tl.load(places, mask=exists[None, :], other=0),)  # [WIDTH, HEADS_PADDED]
-    for layer in tl.static_range(LAYERS):
         places = weights + layer * weights_stride + b * HEADS
-        raw += (tl.load(places + tl.minimum(head, HEADS - 1)),)
+        factors += (tl.load(places + tl.minimum(head, HEADS - 1)),)
+    # only now: shared memory takes a layer's behind a barrier, and a load after it would wait there
+    asked, scales = (), ()
     for layer in tl.static_range(LAYERS):
-        scales += (tl.where(exists, raw[layer].to(tl.float32), 0.0),)
-        if queries.dtype.element_ty == tl.float8e4nv:
+        if queries.dtype.element_ty == tl.float8e4nv:  # they meet float8 keys as they are
             asked += (codes[layer].to(tl.float8e4nv, bitcast=True),)
         else:
             asked += (product_operand(codes[layer]),)
-    for block in tl.range(first, last, step, num_stages=STAGES):
+        scales += (tl.where(exists, factors[layer].to(tl.float32), 0.0),)
+    for block in tl.range(split, tl.cdiv(length, BLOCK), step, num_stages=STAGES):
         entry = block * BLOCK + row
         inside = entry < length
         pages, next_pages = next_pages, ()
@@ -311,7 +300,7 @@ def _index_scores(
             score = tl.load(at, mask=inside, other=float("-inf"))
         for layer in tl.static_range(LAYERS):
             page, table = pages[layer], tables[layer] + b * table_stride
-            next_pages += (_pages(table, block + step, known, BLOCK, IN_PAGE, PER_PAGE),)
+            next_pages += (_pages(table, block + step, n_entries, BLOCK, IN_PAGE, PER_PAGE),)
             present = page >= 0
             if not IN_PAGE:
                 present &= inside

@@ -94,32 +94,40 @@ def _narrowed(low, sure, above, one, two, first, second, k):
 
 
 @triton.jit
-def search_between(keys, low, top, count, k, GUESS: tl.constexpr = 0):
+def _guessed(low, sure, reaching, above, k):
+    """Two keys from ``low`` on: where the k-th largest would be if the keys between ``low``, which
+    ``reaching`` reach, and ``sure`` were evenly spread, and half as far.
+    """
+    width = sure - low
+    part = (reaching - k).to(tl.float32) / (reaching - above).to(tl.float32)
+    far = tl.minimum((width.to(tl.float32) * part).to(tl.uint32), width)
+    return low + tl.maximum(far // 2, 1), low + tl.maximum(far, 1)
+
+
+@triton.jit
+def search_between(keys, low, top, count, k):
     """Among keys that are held at once, of which ``count`` reach ``low`` and none is more than
     ``top``: ``sure`` and ``above``.
 
     The keys from ``sure`` on are among the k largest, and are ``above`` many. Where that is fewer
     than k, others have the key ``sure - 1``, and are enough, or no more reach ``low``. More than k
     keys reach ``low`` as it moves, and at most k reach ``sure``; the two approach until they are
-    neighbours, or exactly k keys reach ``sure``.
+    neighbours, or exactly k keys reach ``sure``. Two turns of three guess, the third one parts what
+    is left in three.
     """
     sure, above = low, count
     if count > k:
         sure, above = top + 1, tl.zeros([], tl.int32)
-        turn, reach = tl.zeros([], tl.int32), count
+        reaching, turn = count, tl.zeros([], tl.int32)
         while (sure - low > 1) & (above < k):
             one, two = _thresholds(low, sure)
-            if GUESS > 0:
-                width = sure - low
-                part = (reach - k).to(tl.float32) / (reach - above).to(tl.float32)
-                far = tl.minimum((width.to(tl.float32) * part).to(tl.uint32), width)
-                guess = turn % 3 < GUESS
-                one = tl.where(guess, low + tl.maximum(far // 2, 1), one)
-                two = tl.where(guess, low + tl.maximum(far, 1), two)
-                turn += 1
+            near, far = _guessed(low, sure, reaching, above, k)
+            guess = turn % 3 < 2
+            one, two = tl.where(guess, near, one), tl.where(guess, far, two)
             first, second = _reaching(keys, one, two)
-            reach = tl.where(second > k, second, tl.where(first > k, first, reach))
+            reaching = tl.where(second > k, second, tl.where(first > k, first, reaching))
             low, sure, above = _narrowed(low, sure, above, one, two, first, second, k)
+            turn += 1
     return sure, above
 
 

@@ -11,9 +11,10 @@ nearly as high, so the bound is sought among those; where groups are too few, am
 below it are never read: of 262,144 scores some 21,000 are.
 
 A first launch parts a sequence's groups in sections. A program each finds the bound and sets aside
-what reaches it, seldom more than twice k. In the second one each section's program searches among
-all that was set aside, and writes what is chosen of its own. Programs have few warps, for a turn of
-a search is a sum over all threads, and takes longer the more warps there are.
+what reaches it, seldom more than twice k. A small section's scores are all read meanwhile; of a
+larger one the groups that reach the bound are. In the second launch each section's program searches
+among all that was set aside, and writes what is chosen of its own. Programs have few warps, for a
+turn of a search is a sum over all threads, and takes longer the more warps there are.
 """
 
 from __future__ import annotations
@@ -111,6 +112,7 @@ def top_k_triton(scores, lengths, k, maxima=None, tune: tuning.TopKTuning | None
         )
         return ids
     bound_keys = tune.bound_keys * k_padded
+    assert tune.sections <= 64, "how many have too many has 7 bits"
     assert max(tune.whole, tune.chunk, tune.many_held, bound_keys) < 2**15, "a count has 16 bits"
     if maxima is None:
         maxima = torch.empty(batch, n_groups, device=scores.device)
@@ -125,7 +127,9 @@ def top_k_triton(scores, lengths, k, maxima=None, tune: tuning.TopKTuning | None
         )
     most = max(1, min(tune.sections, tune.programs // batch, n_groups // tune.fewest_groups))
     sections = 1 << (most.bit_length() - 1)
-    share = next_power_of_2(cdiv(n_groups, sections))
+    share, few = next_power_of_2(cdiv(n_groups, sections)), tune.few_groups * k_padded
+    at_once = min(tune.few_at_once if n_groups <= few else tune.groups_at_once, share)
+    too_few = few if sections >= tune.many_sections else k_padded
     groups = torch.empty(batch, n_groups, dtype=torch.int32, device=scores.device)
     # of each section its share of places; of the scores their bits
     found, aside = (
@@ -152,9 +156,10 @@ def top_k_triton(scores, lengths, k, maxima=None, tune: tuning.TopKTuning | None
         **sizes,
         BOUND_KEYS=bound_keys,
         BOUND_TURNS=min(tune.bound_turns, next_power_of_2(cdiv(n_groups, bound_keys))),
-        FEW_TURNS=min(tune.bound_turns, next_power_of_2(cdiv(k_padded * GROUP, bound_keys))),
-        GROUPS=min(tune.section_groups, share),
-        LISTED=max(GROUP, min(tune.listed_groups, share)) if share > tune.section_groups else 0,
+        FEW=too_few,
+        FEW_TURNS=min(tune.bound_turns, next_power_of_2(cdiv(too_few * GROUP, bound_keys))),
+        GROUPS=at_once,
+        LISTED=max(GROUP, min(tune.listed_groups, share)) if share > at_once else 0,
         SECTIONS=sections,
         PLACES=tune.many_held // sections,
         num_warps=tune.warps,
@@ -179,7 +184,6 @@ def top_k_triton(scores, lengths, k, maxima=None, tune: tuning.TopKTuning | None
         MANY=tune.many_held,
         CHUNK=tune.chunk,
         MAXIMA_VECTOR=math.gcd(maxima.stride(0), 4),
-        GUESS=tune.guess,
         num_warps=tune.last_warps,
         **overlapped(scores),
     )
@@ -256,6 +260,7 @@ def _set_aside(
     VECTOR: tl.constexpr,
     BOUND_KEYS: tl.constexpr,
     BOUND_TURNS: tl.constexpr,
+    FEW: tl.constexpr,
     FEW_TURNS: tl.constexpr,
     GROUPS: tl.constexpr,
     LISTED: tl.constexpr,
@@ -283,9 +288,9 @@ def _set_aside(
         index = (first + slot)[:, None] * GROUP + lane
         end = tl.minimum(length, last * GROUP)
         score = tl.load(scores + index, mask=index // VECTOR * VECTOR < end, other=float("-inf"))
-    if n_groups > K_PADDED:
+    if n_groups > FEW:
         bound, top = bound_of(columns, maxima, n_groups, n_maxima, K, BOUND_KEYS, BOUND_TURNS)
-    else:  # too few maxima, and few scores
+    else:  # too few maxima
         few = columns_of(scores, 0, n_scores, BOUND_KEYS, FEW_TURNS)
         bound, top = bound_of(few, scores, length, n_scores, K, BOUND_KEYS, FEW_TURNS)
     found, aside, least = found + own, aside + own, value_of(bound)
@@ -315,7 +320,7 @@ def _held(
     found, aside, counts, section, SECTIONS: tl.constexpr, PLACES: tl.constexpr, HELD: tl.constexpr
 ):
     """What all sections set aside, HELD / SECTIONS each: keys [HELD], 0 where there is none, and
-    the sections that they are of; keys and ids of ``section``, and which of them are any.
+    the sections that they are of; of ``section`` alone keys and ids, and which of them are any.
     """
     EACH: tl.constexpr = HELD // SECTIONS
     of, place, own = tl.arange(0, HELD) // EACH, tl.arange(0, HELD) % EACH, tl.arange(0, EACH)
@@ -328,24 +333,10 @@ def _held(
 
 
 @triton.jit
-def _choose_of_section(
-    key,
-    of,
-    own_key,
-    own_id,
-    own_there,
-    section,
-    total,
-    bound,
-    top,
-    ids,
-    K: tl.constexpr,
-    GUESS: tl.constexpr,
-):
-    """Search among the keys that are `_held`, ``total`` many; write those that are chosen of one
-    section.
-    """
-    sure, above = search_between(key, bound, top, total, K, GUESS)
+def _choose_of_section(held, section, total, bound, top, ids, K: tl.constexpr):
+    """Search among what is `_held`, ``total`` many; write those that are chosen of one section."""
+    key, of, own_key, own_id, own_there = held
+    sure, above = search_between(key, bound, top, total, K)
     # certain ones, and ties from the 16th bit on
     both = (key >= sure).to(tl.int32) + (((key == sure - 1) & (key >= bound)).to(tl.int32) << 16)
     before = tl.sum(tl.where(of < section, both, 0))
@@ -381,7 +372,6 @@ def _choose_among_few(
     MANY: tl.constexpr,
     CHUNK: tl.constexpr,
     MAXIMA_VECTOR: tl.constexpr,
-    GUESS: tl.constexpr,
 ):
     """One program: a section of a sequence, of which it holds what all sections set aside. Where
     one had more than its places, the first section's program alone, among all scores of the groups
@@ -389,34 +379,21 @@ def _choose_among_few(
     """
     after_previous()
     b, section = tl.program_id(0).to(tl.int64), tl.program_id(1)
-    found, aside, counts, ids = (
-        found + b * MANY,
-        aside + b * MANY,
-        counts + b * SECTIONS,
-        ids + b * K,
-    )
+    found, aside = found + b * MANY, aside + b * MANY
+    counts, ids = counts + b * SECTIONS, ids + b * K
     PLACES: tl.constexpr = MANY // SECTIONS
     # read before it is known whether they are all
-    key, of, own_key, own_id, own_there = _held(
-        found, aside, counts, section, SECTIONS, PLACES, HELD
-    )
+    held = _held(found, aside, counts, section, SECTIONS, PLACES, HELD)
     bound = tl.load(bounds + 2 * b).to(tl.uint32, bitcast=True)
     top = tl.load(bounds + 2 * b + 1).to(tl.uint32, bitcast=True)
     each = tl.load(counts + tl.arange(0, SECTIONS))
     # how many there are, and from the 24th bit on how many sections have more than are held
     total = tl.sum(tl.minimum(each, PLACES + 1) + ((each > HELD // SECTIONS).to(tl.int32) << 24))
     if total < 1 << 24:
-        _choose_of_section(
-            key, of, own_key, own_id, own_there, section, total, bound, top, ids, K, GUESS
-        )
+        _choose_of_section(held, section, total, bound, top, ids, K)
     elif tl.max(each) <= PLACES:
-        total = total & 0xFFFFFF
-        many, of_many, own_keys, own_ids, there = _held(
-            found, aside, counts, section, SECTIONS, PLACES, MANY
-        )
-        _choose_of_section(
-            many, of_many, own_keys, own_ids, there, section, total, bound, top, ids, K, GUESS
-        )
+        more = _held(found, aside, counts, section, SECTIONS, PLACES, MANY)
+        _choose_of_section(more, section, total & 0xFFFFFF, bound, top, ids, K)
     elif section == 0:
         length = tl.load(lengths + b)
         scores, maxima = scores + b * scores_stride, maxima + b * maxima_stride
@@ -425,18 +402,7 @@ def _choose_among_few(
             maxima, groups, bound, tl.cdiv(length, GROUP), GROUP, CHUNK, MAXIMA_VECTOR
         )
         tl.debug_barrier()  # the list is read back by other threads than wrote it
+        count = kept * GROUP
         choose(
-            scores,
-            groups,
-            kept * GROUP,
-            length,
-            bound,
-            top,
-            ids,
-            K,
-            K_PADDED,
-            GROUP,
-            True,
-            CHUNK,
-            VECTOR,
+            scores, groups, count, length, bound, top, ids, K, K_PADDED, GROUP, True, CHUNK, VECTOR
         )

@@ -37,9 +37,14 @@ class TopKTuning(NamedTuple):
     programs: int = 128  # over batch and sections
     sections: int = 64  # of one sequence at most, a program each; a power of two
     fewest_groups: int = 16  # of a section
-    section_groups: int = 64  # whose scores a program takes at a time
-    listed_groups: int = 1024  # whose maxima it takes at a time, where a section has more
-    warps: int = 4
+    # times k: of so few maxima too many reach the bound. Where sections are many and have few
+    # places, it is sought among scores instead
+    few_groups: int = 2
+    many_sections: int = 8
+    few_at_once: int = 512  # of few groups, whose scores a program takes at a time
+    groups_at_once: int = 64  # of more, which are listed first where a section has more
+    listed_groups: int = 1024  # whose maxima it takes at a time
+    warps: int = 8
     # set aside, of a sequence, that each program of the last search holds: as many of each section;
     # where one has more, many; where one has more than of those, the search is among all of the
     # groups' scores, of which a program holds a chunk
@@ -48,7 +53,6 @@ class TopKTuning(NamedTuple):
     chunk: int = 4096
     last_warps: int = 4
     most_rows: int = 1024  # of a launch
-    guess: int = 0
 
 
 class AttentionTuning(NamedTuple):

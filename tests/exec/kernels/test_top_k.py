@@ -19,19 +19,20 @@ SMALL = TopKTuning(
     last_warps=4,
     maxima_groups=16,
     bound_turns=2,
-    section_groups=4,
+    groups_at_once=4,
+    few_at_once=4,
+    many_sections=4,
     listed_groups=32,
     fewest_groups=2,
     sections=4,
     held=128,
     many_held=256,
     most_rows=3,
-    guess=2,
 )
 # At the lengths that an interpreter manages: all scores, all maxima and all candidates in one
 # chunk; more candidates than fit; more maxima too.
 CHUNKS = [
-    SMALL._replace(whole=512, chunk=512, held=1024, many_held=2048, section_groups=16),
+    SMALL._replace(whole=512, chunk=512, held=1024, many_held=2048, few_at_once=16),
     SMALL,
     SMALL._replace(chunk=32),
 ]
@@ -59,6 +60,12 @@ def test_by_hand():
         (8, [0, 1, 2, 3, 5, 6, -1, -1]),
     ):
         assert top_k_reference(scores, length, k).tolist() == [expected]
+
+
+@on_each_device
+def test_no_rows_are_an_empty_selection(device):
+    none = torch.zeros(0, 700, device=device), torch.zeros(0, dtype=torch.int32, device=device)
+    assert top_k_triton(*none, 9, tune=SMALL).shape == top_k_reference(*none, 9).shape == (0, 9)
 
 
 @on_each_device
