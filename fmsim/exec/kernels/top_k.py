@@ -346,7 +346,7 @@ def _choose_of_section(held, section, total, bound, top, ids, K: tl.constexpr):
     before += tl.cumsum(both, 0) - both
     ties = before >> 16
     slot = (before & 0xFFFF) + tl.minimum(ties, K - above)
-    tl.store(ids + slot, own_id, mask=certain | (tie & (ties < K - above)))
+    scatter(ids, slot, own_id, certain | (tie & (ties < K - above)))
 
 
 @triton.jit
