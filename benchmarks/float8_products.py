@@ -6,9 +6,10 @@
 Shapes are those of V4-Flash's projections. Three things are timed, each beside torch with bfloat16
 weights: the product of rows that are rounded (`us`), what makes the rows, with and without rounding
 them (`producer_us`), and both, one after the other (`with_producer_us`). What a product in groups
-makes is rounded by a launch of its own; what one takes is `rounding_us`. Medians of CUDA graph
-replays with a cold L2. With --write the order of the ways, the fastest first, goes into the
-package's table under this card.
+makes is rounded by a launch of its own; what one takes is `rounding_us`. `start_us` is a launch
+that does nothing, which no product can be without. Medians of CUDA graph replays with a cold L2.
+With --write the order of the ways, the fastest first, goes into the package's table under this
+card.
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ from torch import Tensor
 
 from fmsim.exec.kernels import float8_products, tuning
 from fmsim.exec.kernels.hyper_connection import enter
+from fmsim.exec.kernels.lang import after_previous, cdiv, overlapped, triton
 from fmsim.exec.kernels.linear import grouped_product, linear_triton
 from fmsim.exec.kernels.norm_rope import norm_rope
 from fmsim.exec.kernels.rms_norm import rms_norm
@@ -42,6 +44,7 @@ from fmsim.exec.model.norm_rope import RMSNorm
 ROWS = (17, 32, 64, 96, 128, 129, 192, 256, 512, 1024, 2048, 4096, 8192)
 DECODED = 256  # rows at most that a decode step makes; more are a prompt's
 HEADS, HEAD = 64, 512
+MOST_PROGRAMS = 528  # of products that are split: four on each of 132 multiprocessors
 RUNS = 11
 DEVICE = "cuda"
 WIDE = "torch, bf16"
@@ -69,6 +72,18 @@ class Product(NamedTuple):
             return float8_products.WAYS[way](*given)
         return linear_triton(*given, tune=float8_products.OWN_TUNES.get(way))
 
+    def ways(self, rows: int) -> list[str]:
+        """But for those that cannot be fast: many blocks are split, or half a block is empty."""
+
+        def worth(tune: tuning.DescribedLinearTuning) -> bool:
+            blocks = cdiv(len(self.weight), tune.block_outputs) * cdiv(rows, tune.block_rows)
+            split = tune.splits > 1 and blocks * tune.splits > MOST_PROGRAMS
+            return tune.block_rows < 2 * rows and not split
+
+        left = {way for way, tune in tuning.DESCRIBED_LINEAR.items() if not worth(tune)}
+        every = [float8_products.OWN, *float8_products.OWN_TUNES, *float8_products.WAYS]
+        return [way for way in every if way not in left]
+
     def by_torch(self, x: Tensor) -> Tensor:
         return grouped_product(x, self.wide, self.groups)
 
@@ -78,10 +93,6 @@ class Product(NamedTuple):
         of_rows = rows * (width + width // 128 * 4 + 2 * outputs)
         n_bytes = self.weight.nbytes + self.scale.nbytes + of_rows
         return max(n_bytes / 3.35e12, 2 * rows * outputs * inputs / (0.7 * 1979e12)) * 1e6
-
-
-def ways() -> list[str]:
-    return [float8_products.OWN, *float8_products.OWN_TUNES, *float8_products.WAYS]
 
 
 def producer(name: str, rows: int) -> Produce:
@@ -104,6 +115,17 @@ def producer(name: str, rows: int) -> Produce:
     return lambda rounded: rms_norm(x, norm, rounded)
 
 
+@triton.jit
+def _nothing(x):
+    after_previous()
+
+
+def start_us() -> float:
+    """Of a launch that does nothing, on all multiprocessors."""
+    x = torch.zeros(1, device=DEVICE)
+    return us(lambda: _nothing[(132,)](x, num_warps=4, **overlapped(x)))
+
+
 def us(work: Callable[[], object]) -> float:
     return round(median_s(work, DEVICE, RUNS) * 1e6, 2)
 
@@ -113,7 +135,7 @@ def timed(
 ) -> tuple[dict[str, float], dict[str, str]]:
     """Microseconds by way, and why a way is missing."""
     ours = product.by(float8_products.OWN, rows)
-    to_try = {way: lambda way=way: product.by(way, rows) for way in ways()}
+    to_try = {way: lambda way=way: product.by(way, rows) for way in product.ways(rows.count)}
     tried = peers.tried(to_try, ours, patience)
     skipped = {way: why for way, why in tried.items() if isinstance(why, str)}
     found = {way: us(lambda way=way: product.by(way, rows)) for way in tried if way not in skipped}
@@ -196,7 +218,7 @@ def compile_producers(name: str) -> None:
 
 def compiled() -> None:
     """Everything, in processes side by side."""
-    own = [float8_products.OWN, *float8_products.OWN_TUNES]
+    own = [float8_products.OWN, *float8_products.OWN_TUNES, *tuning.DESCRIBED_LINEAR]
     with multiprocessing.get_context("spawn").Pool(8) as pool:
         makers = [name for name in modules.PROJECTIONS if name != "output"]
         waits = [pool.apply_async(compile_producers, (name,)) for name in makers]
@@ -210,16 +232,19 @@ def compiled() -> None:
 
 
 def written(card: str, shapes: list[dict[str, Any]]) -> None:
-    """Of each number of rows the ways, the fastest first, into the package's table."""
+    """Of each number of rows the ways, the fastest first, into the package's table: to the first of
+    our own through pointers, which always can be had.
+    """
+    own = {float8_products.OWN, *float8_products.OWN_TUNES}
+
+    def ordered(us: dict[str, float]) -> list[str]:
+        ways = sorted((way for way in us if way != WIDE), key=us.get)
+        return ways[: 1 + next(place for place, way in enumerate(ways) if way in own)]
+
     table = json.loads(float8_products.TABLE.read_text())
     table["cards"][card] = [
         {key: shape[key] for key in ("outputs", "inputs", "groups")}
-        | {
-            "ways": {
-                str(row["rows"]): sorted((w for w in row["us"] if w != WIDE), key=row["us"].get)
-                for row in shape["rows"]
-            }
-        }
+        | {"ways": {str(row["rows"]): ordered(row["us"]) for row in shape["rows"]}}
         for shape in shapes
         if shape["rows"]
     ]
@@ -251,11 +276,14 @@ def main() -> None:
         "shapes": list(shapes.values()),
     }
     given.out.parent.mkdir(parents=True, exist_ok=True)
+    if given.out.exists():  # what was tried stays beside what is measured anew
+        result["tried"] = json.loads(given.out.read_text()).get("tried", [])
     compiled()
     print(f"compiled in {time.monotonic() - start_s:.0f} s", flush=True)
     bench = Bench(peers.Patience(given.seconds))
     gc.collect()
     gc.freeze()  # what a capture collects is then little
+    result["start_us"] = start_us()
     for count in ROWS:
         before = None
         for name in modules.PROJECTIONS:

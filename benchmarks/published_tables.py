@@ -333,12 +333,14 @@ def float8_products(result: Result) -> str:
             alone, made = row["us"], row.get("producer_us", {})
             way = min((way for way in alone if way != wide), key=alone.get)
             us = alone[way]
-            cells = [f"{us:,.1f}", f"{us / alone[wide]:.2f}", f"{us / row['floor_us']:.1f}"]
+            floors = row["floor_us"], row["floor_us"] + result["start_us"]
+            cells = [f"{us:,.1f}", f"{us / alone[wide]:.2f}", *(f"{us / of:.1f}" for of in floors)]
             cells += [f"{made[how]:,.1f}" if how in made else "" for how in ("as it is", "rounded")]
             both = row.get("with_producer_us")
             cells += [f"{both[way]:,.1f}", f"{both[way] / both[wide]:.2f}"] if both else ["", ""]
             rows.append([name, f"{row['rows']:,}", way, *cells])
     head = ["inputs x outputs", "rows", "fastest", "us", "of torch's bf16", "of the floor"]
+    head += ["and a start"]
     head += ["making the rows, us", "and rounding, us", "all, us", "of torch's bf16"]
     return table(head, rows)
 

@@ -32,6 +32,7 @@ DECODE = [
     "one_row, odd",
     "linear, output, 128 rows",
     "linear, float8 rows, 128",
+    "linear, described, split",
     "copy_rows, entries",
     "stage",
     "keep",
@@ -61,6 +62,7 @@ DECODE_KERNELS = {
     "_down",
     "_sum_pairs",
     "_linear",
+    "_described_linear",
     "_one_row",
     "_one_row_in_turns",
     "_two_rows",
@@ -129,6 +131,9 @@ def test_every_kernel_of_a_decode_compiles_for_sm_90(tmp_path):
     assert any("wgmma" in kind and "f16.f16" in kind for kind in many)
     assert any("wgmma" in kind and "e4m3.e4m3" in kind for kind in rounded)
     assert all("cp.async.cg.shared.global" in kinds for kinds in products)  # 16 bytes a thread
+    [described] = [row["ptx"] for row in decode if row["kernel"] == "_described_linear"]
+    assert any("wgmma" in kind and "e4m3.e4m3" in kind for kind in described)
+    assert "cp.async.bulk.tensor.2d" in described
     for kernel in ("_one_row", "_stage", "_keep", "_enter_slots", "_bring_entries", "_copy_rows"):
         [row] = [row["ptx"] for row in decode if row["kernel"] == kernel]
         assert {"griddepcontrol.wait", "griddepcontrol.launch_dependents"} <= set(row)

@@ -19,6 +19,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.language import target_info
 from triton.runtime.jit import JITFunction
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 TYPES = {
     torch.float32: "fp32",
@@ -32,7 +33,7 @@ TYPES = {
 TARGET = GPUTarget("cuda", 90, 32)
 OPTIONS = ("num_warps", "num_stages")
 KINDS = (
-    r"griddepcontrol\.\w+|ld\.global[\w:.]*|cp\.async\.c[\w.]*"
+    r"griddepcontrol\.\w+|ld\.global[\w:.]*|cp\.async\.c[\w.]*|cp\.async\.bulk\.tensor\.2d"
     r"|wgmma\.mma_async[\w.]*|mma\.sync[\w.]*"
 )
 SHARED_BYTES = 227 * 1024  # that one program can have on sm_90
@@ -53,6 +54,9 @@ def compile_launch(function: JITFunction, launch: str, *args, grid, warmup, **kw
             signature[parameter.name], constants[(number,)] = "constexpr", value
         elif isinstance(value, torch.Tensor):
             signature[parameter.name], attributes[(number,)] = pointer(value), ALIGNED
+        elif isinstance(value, TensorDescriptor):
+            kind = TYPES[value.base.dtype]
+            signature[parameter.name] = f"tensordesc<{kind}{value.block_shape}>"
         elif isinstance(value, tuple):  # of tensors
             signature[parameter.name] = tuple(map(pointer, value))
             attributes |= {(number, place): ALIGNED for place in range(len(value))}

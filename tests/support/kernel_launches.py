@@ -9,6 +9,7 @@ from fmsim.exec.kernels import tuning
 from fmsim.exec.kernels.attention_rows import Rows
 from fmsim.exec.kernels.block_tables import enter_slots_triton
 from fmsim.exec.kernels.compress import Pooling, compress_and_append_triton
+from fmsim.exec.kernels.described_linear import described_linear_triton
 from fmsim.exec.kernels.expert_tiles import OwnPairs
 from fmsim.exec.kernels.experts import mixture_of_experts_triton
 from fmsim.exec.kernels.flash_mla import listed_triton
@@ -23,6 +24,7 @@ from fmsim.exec.kernels.memory_score import memory_scores_triton
 from fmsim.exec.kernels.norm_rope import norm_rope_triton
 from fmsim.exec.kernels.one_row import one_row_triton, two_rows_triton
 from fmsim.exec.kernels.rms_norm import rms_norm_triton
+from fmsim.exec.kernels.rounded_rows import round_rows_triton
 from fmsim.exec.kernels.router import route_triton
 from fmsim.exec.kernels.sparse_attention import sparse_attention_triton
 from fmsim.exec.kernels.staging import keep_triton, stage_triton
@@ -202,6 +204,16 @@ def product(outputs, inputs, rows=1, groups=1, float8_rows=False):
     return launch
 
 
+def described_product(outputs, inputs, rows, groups, splits):
+    def launch():
+        weight = zeros(outputs, inputs, dtype=torch.uint8).view(torch.float8_e4m3fn)
+        x = round_rows_triton(zeros(rows, 1, groups * inputs, dtype=torch.bfloat16))
+        tune = tuning.DescribedLinearTuning(splits=splits)
+        described_linear_triton(x, weight, zeros(*scale_shape(weight.shape)), groups, tune)
+
+    return launch
+
+
 def row_product(outputs, inputs, groups=1, dtype=torch.float8_e4m3fn):
     def launch():
         weight = zeros(outputs, inputs, dtype=dtype)
@@ -355,6 +367,8 @@ LAUNCHES = {
     "linear, float8 rows, 128": product(4096, 8192, rows=128, float8_rows=True),
     "linear, float8 rows, grouped": product(8192, 4096, rows=256, groups=8, float8_rows=True),
     "linear, float8 rows, a prompt": product(4096, 8192, rows=1024, float8_rows=True),
+    "linear, described": described_product(8192, 4096, rows=256, groups=8, splits=1),
+    "linear, described, split": described_product(1536, 4096, rows=128, groups=1, splits=4),
     "linear, odd": product(200, 136),
     "linear, odd, many rows": product(200, 136, rows=77),
     "one_row, of the latent": row_product(40_960, 1024),

@@ -1,8 +1,8 @@
-"""Products of rounded rows by cuBLAS, which torch brings: at most sizes beyond a hundred rows it is
-faster than our own kernel.
+"""Ways to products of rounded rows beside `linear`'s: by our kernel that reads through descriptors,
+and by cuBLAS, which torch brings. From about a hundred rows on one of them is faster.
 
 Which is fastest for a shape was measured (`float8_ways.json`, by benchmarks/float8_products.py); of
-a card or a shape that was not, the nearest decides. A shape that cuBLAS refuses is not asked again.
+a card or a shape that was not, the nearest decides. A shape that one refuses is not asked again.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Sequence
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from fmsim.exec.kernels import tuning
+from fmsim.exec.kernels.described_linear import described_linear_triton
 from fmsim.exec.kernels.rounded_rows import Float8Rows
 from fmsim.exec.kernels.weights import BLOCK
 
@@ -60,7 +61,10 @@ def by_cublas(rows: Float8Rows, weight: Tensor, scale: Tensor, groups: int) -> T
 
 
 Way = Callable[[Float8Rows, Tensor, Tensor, int], Tensor]
-WAYS: dict[str, Way] = {"cublas": by_cublas}
+WAYS: dict[str, Way] = {"cublas": by_cublas} | {
+    name: partial(described_linear_triton, tune=tune)
+    for name, tune in tuning.DESCRIBED_LINEAR.items()
+}
 _refused: set[tuple[str, tuple[int, ...]]] = set()
 
 

@@ -18,11 +18,12 @@ try:
     import triton.language as tl
     from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
     from triton.language.target_info import cuda_capability_geq
+    from triton.tools.tensor_descriptor import TensorDescriptor
 
     HAS_TRITON, INTERPRETED = True, triton.knobs.runtime.interpret
 except ModuleNotFoundError:
     triton = SimpleNamespace(jit=lambda function=None, **how: function or triton.jit)
-    tl = SimpleNamespace(constexpr=int)
+    tl, TensorDescriptor = SimpleNamespace(constexpr=int), None
     HAS_TRITON, INTERPRETED = False, False
 
 COMPILED = tl.constexpr(not INTERPRETED)

@@ -144,6 +144,17 @@ class LinearTuning(NamedTuple):
     near_rows: int = 16  # blocks of rows whose programs follow one another
 
 
+class DescribedLinearTuning(NamedTuple):
+    """Of float8 rows and weights that come through descriptors."""
+
+    block_outputs: int = 64  # of one program; a divisor of 128
+    block_rows: int = 64  # at most
+    splits: int = 1  # of the inputs, a program each; a power of two
+    warps: int = 4
+    stages: int = 4
+    near_rows: int = 16  # blocks of rows whose programs follow one another
+
+
 class OneRowTuning(NamedTuple):
     block_bytes: int = 32_768  # of weights that a program holds: 256 bytes a thread
     warps: int = 4
@@ -203,6 +214,15 @@ FLOAT8_LINEAR_OF_SOME = LinearTuning(
 FLOAT8_LINEAR_OF_MANY = LinearTuning(
     block_outputs=64, block_rows=128, programs=264, warps=4, stages=3
 )
+# by the names that float8_ways.json has
+DESCRIBED_LINEAR = {
+    "described, 64 x 64": DescribedLinearTuning(),
+    "described, 64 x 64 in 2": DescribedLinearTuning(splits=2),
+    "described, 64 x 64 in 4": DescribedLinearTuning(splits=4),
+    "described, 64 x 128": DescribedLinearTuning(block_rows=128),
+    "described, 64 x 128 in 4": DescribedLinearTuning(block_rows=128, splits=4),
+    "described, 128 x 64 in 4": DescribedLinearTuning(block_outputs=128, splits=4),
+}
 SOME_ROWS, MANY_ROWS = 64, 256  # at most
 FLOAT8_SOME_ROWS = 192  # of float8, at most
 FLOAT32_ROWS = 32  # of a block: they take twice the shared memory

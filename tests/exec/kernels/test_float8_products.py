@@ -60,7 +60,8 @@ def test_the_shipped_table_names_ways_that_there_are():
     for shapes in json.loads(products.TABLE.read_text())["cards"].values():
         for shape in shapes:
             assert shape["ways"] and all(set(ways) <= known for ways in shape["ways"].values())
-            assert all(products.OWN in ways for ways in shape["ways"].values())
+            own = {products.OWN, *products.OWN_TUNES}  # these can always be had
+            assert all(ways[-1] in own for ways in shape["ways"].values())
 
 
 def test_elsewhere_than_on_a_hopper_gpu_ours_does_it():

@@ -10,6 +10,7 @@ from kernel_pools import on_each_device, rounded_by_hand
 
 from fmsim.exec.kernels import linear as products
 from fmsim.exec.kernels import tuning
+from fmsim.exec.kernels.described_linear import described_linear_triton
 from fmsim.exec.kernels.linear import linear_reference, linear_triton
 from fmsim.exec.kernels.rounded_rows import round_rows_triton
 from fmsim.exec.kernels.weights import dequantise, quantise, scale_shape
@@ -25,6 +26,12 @@ TUNES = [
     tuning.LinearTuning(block_outputs=128, block_rows=128, programs=6, warps=8, stages=3),
     tuning.LinearTuning(block_outputs=64, block_rows=32, programs=7, near_rows=2),
     tuning.LinearTuning(block_outputs=64, block_rows=64, programs=20),
+]
+
+DESCRIBED = [
+    tuning.DescribedLinearTuning(),
+    tuning.DescribedLinearTuning(block_rows=64, splits=2, near_rows=2),
+    tuning.DescribedLinearTuning(block_outputs=128, block_rows=128, splits=4, warps=8),
 ]
 
 
@@ -126,7 +133,7 @@ def test_columns_are_split_where_blocks_are_few(blocks, turns, splits):
     inputs=st.sampled_from([64, 128, 200, 384]),
     groups=st.sampled_from([1, 2]),
     dtype=st.sampled_from([torch.float32, torch.bfloat16]),
-    tune=st.sampled_from(TUNES[1:]),
+    tune=st.sampled_from(TUNES[1:] + DESCRIBED),
     before=st.booleans(),
 )
 def test_float8_rows_are_the_products_of_rounded_ones(
@@ -136,7 +143,11 @@ def test_float8_rows_are_the_products_of_rounded_ones(
     rows stay as they are, and rows whose scales would lie across two groups."""
     generator = torch.Generator().manual_seed(seed)
     outputs = outputs // 16 * 16 * groups if groups > 1 else outputs
-    tune = tune._replace(block_inputs=128)
+    if isinstance(tune, tuning.LinearTuning):
+        tune = tune._replace(block_inputs=128)
+    else:
+        multiple = 16 if groups == 1 else 128
+        rows, inputs = max(rows, 17), -(-inputs // multiple) * multiple
     weight, scale = (part.to(device) for part in drawn(generator, outputs, inputs))
     size = torch.exp2(torch.rand(rows, 1, 1, generator=generator) * 12 - 6)
     x = (torch.randn(rows, 1, groups * inputs, generator=generator) * size).to(device, dtype)
@@ -150,8 +161,15 @@ def test_float8_rows_are_the_products_of_rounded_ones(
             (near.abs().unflatten(-1, (groups, -1)), wide.abs().unflatten(0, (groups, -1))),
         )
     )
-    given_ = round_rows_triton(x) if before and rounds else x
-    found = linear_triton(given_, weight, scale, groups, float8_rows=True, tune=tune)
+    if isinstance(tune, tuning.LinearTuning):
+        given_ = round_rows_triton(x) if before and rounds else x
+        found = linear_triton(given_, weight, scale, groups, float8_rows=True, tune=tune)
+    else:
+        given_ = round_rows_triton(x), weight, scale, groups, tune
+        found = described_linear_triton(*given_)
+        if device == "cuda":  # an interpreter adds up in one order
+            assert torch.equal(found, described_linear_triton(*given_))
+    assert found.dtype == dtype and found.shape == (rows, 1, outputs)
     # a GPU adds float8's products up in fewer bits than float32 has, 128 of them at a time
     limit = max(LIMITS[dtype], 1e-3) if rounds and device == "cuda" else LIMITS[dtype]
     assert agrees(found, exact, amounts, limit)
