@@ -41,7 +41,7 @@ from fmsim.exec.measure import module_cases as modules
 from fmsim.exec.measure.timing import median_s
 from fmsim.exec.model.norm_rope import RMSNorm
 
-ROWS = (17, 32, 64, 96, 128, 129, 192, 256, 512, 1024, 2048, 4096, 8192)
+ROWS = (17, 32, 48, 64, 96, 128, 129, 192, 256, 512, 1024, 2048, 4096, 8192)
 DECODED = 256  # rows at most that a decode step makes; more are a prompt's
 HEADS, HEAD = 64, 512
 MOST_PROGRAMS = 528  # of products that are split: four on each of 132 multiprocessors

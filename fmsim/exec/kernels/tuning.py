@@ -219,6 +219,7 @@ DESCRIBED_LINEAR = {
     "described, 64 x 64": DescribedLinearTuning(),
     "described, 64 x 64 in 2": DescribedLinearTuning(splits=2),
     "described, 64 x 64 in 4": DescribedLinearTuning(splits=4),
+    "described, 64 x 64 in 8": DescribedLinearTuning(splits=8),
     "described, 64 x 128": DescribedLinearTuning(block_rows=128),
     "described, 64 x 128 in 4": DescribedLinearTuning(block_rows=128, splits=4),
     "described, 128 x 64 in 4": DescribedLinearTuning(block_outputs=128, splits=4),
