@@ -123,7 +123,7 @@ class TieredCache:
         self._first_slot, self._first_stage, self._first_ahead = (
             part.contiguous() for part in first.split(batch, 1)
         )
-        self._first_block = self._first_slot.int()
+        self._first_block = self._first_slot[..., 0].int()
         self._first_page = torch.tensor(self.page_start, device=self.device)[:-1, None]
         self._of_pool = LayerPages(self.storage, self._layers_begin(self.pool_start[:-1]))
         self._of_mirror = LayerPages(
@@ -225,7 +225,7 @@ class TieredCache:
         """The pool page of each page of requests, int32 [L, B, P + 1] into `out`, -1 where it is
         not resident; `table` are rows of residencies' tables, or where layers are alike any rows.
         """
-        enter_slots(_by_request(table), self._first_block[:, part_of(request), 0], out)
+        enter_slots(_by_request(table), self._first_block[:, part_of(request)], out)
 
     def fetch(self, pages: Tensor, slots: Tensor, request: Requests = None) -> None:
         """Copy pages of the mirror into slots, of every layer; -1 = padding.
