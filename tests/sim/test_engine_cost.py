@@ -169,6 +169,16 @@ def test_larger_pages_have_times_of_their_own():
         assert found[1, 0] == pytest.approx(5e-6 * timed + more_s)
 
 
+def test_rows_in_common_have_times_of_their_own():
+    """8 pages take 30 us, those that all requests miss 20, and those of fallback 8."""
+    own, common = ({1: {batch: {0: 0.0, 8: ms} for batch in (1, 3)}} for ms in (0.03, 0.02))
+    hw = hardware(fetching_ms=own, common_fetching_ms=common)
+    for on_miss, one_text, us in (("fetch", False, 30), ("fetch", True, 20), ("fallback", True, 8)):
+        missing = ledger(on_miss=on_miss, miss_slots=512, demand_loads=loads(128, s1=8))
+        found = simulate(missing, FLASH, hw, one_text=one_text)
+        assert found.stall_s[1] == pytest.approx(21 * us / 1e6)
+
+
 def test_what_gets_a_slot_is_no_more_than_the_step_leaves_free():
     """Of 512 entries 112 are missed, so the hits of 28 missed pages are 100."""
     for slots, kept in ((800, 28), (120, 20), (80, 0)):
