@@ -262,12 +262,13 @@ def _scenario(
     """The scenario of a file; of a trace or a capture one with every policy that it can drive."""
     from fmsim.errors import FmsimError
     from fmsim.experiments.captures import captured
-    from fmsim.scenario import ScenarioFile
+    from fmsim.scenario import ScenarioFile, shipped
 
     if capture is not None:
         return captured.of_capture(path, capture, model, prompt_tokens, overrides, policies, out)
     if prompt_tokens is not None:
         raise FmsimError("--prompt-tokens is about a capture; give --format as well")
+    path = shipped.trace(path) or path
     if path.suffix == ".safetensors":
         return captured.of_trace(path, overrides, policies)
     return ScenarioFile(path, overrides, policies)

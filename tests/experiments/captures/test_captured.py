@@ -96,6 +96,11 @@ def test_what_needs_masses_says_so(spec, tmp_path):
         Replayer(trace).run(registry.build(spec))
 
 
+def test_a_trace_that_fmsim_carries_runs_by_its_name(tmp_path):
+    done = fmsim_here("run", "nano-32k-needles", folder=tmp_path)
+    assert done.returncode == 2 and "is of 'nano', which is no preset; give --model" in done.stderr
+
+
 def test_another_familys_trace_drives_only_where_it_is_said(tmp_path):
     path = Path("traces/nano-32k-needles.safetensors")
     overrides = ["model=v3.2", "hardware=h200"]
