@@ -65,7 +65,9 @@ Json = Annotated[bool, typer.Option("--json", help="print one JSON object")]
 Wide = Annotated[bool, typer.Option("--wide", help="every column, however narrow the terminal")]
 Columns = Annotated[
     str | None,
-    typer.Option("--columns", help="only these, by their headings: mass-kept,stall"),
+    typer.Option(
+        "--columns", help="only these, commas between; a heading 'mass kept' is mass-kept"
+    ),
 ]
 NoVerify = Annotated[
     bool,
