@@ -147,17 +147,17 @@ def _jobs(
         jobs.append(Job(name, 3, module))
     jobs += [
         Job("layers in a row", 24, partial(_in_a_row, config, layouts, seed, *on_device)),
-        Job("steps beside recalls", 5, partial(_beside, config, layouts, seed, *on_device)),
+        Job("steps beside recalls", 3, partial(_beside, config, layouts, seed, *on_device)),
     ]
     jobs += [
-        Job("masses", 2, partial(engine_cases.masses_ms, *on_device)),
-        Job("small pages", 3, partial(engine_cases.pages_ms, *on_device)),
+        Job("masses", 1, partial(engine_cases.masses_ms, *on_device)),
+        Job("small pages", 1, partial(engine_cases.pages_ms, *on_device)),
         Job("naming residents", 1, partial(engine_cases.listed_ms, *on_device)),
-        Job("scores of residents", 2, partial(engine_cases.listed_scores, *on_device)),
-        Job("loading misses", 3, partial(engine_cases.staging_ms, layouts[0], *on_device)),
+        Job("scores of residents", 1, partial(engine_cases.listed_scores, *on_device)),
+        Job("loading misses", 1, partial(engine_cases.staging_ms, layouts[0], *on_device)),
         Job("fetching misses", 16, fetching),
     ]
-    jobs.append(Job("steps", 30, partial(step_work.all_kinds, geometry, *on_device)))
+    jobs.append(Job("steps", 18, partial(step_work.all_kinds, geometry, *on_device)))
     return [Job(job.name, job.seconds, _freed(job.run)) for job in jobs]
 
 
