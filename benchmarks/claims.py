@@ -154,11 +154,18 @@ def beside_floor(result: Result) -> str:
 
 
 def steps_tried(result: Result) -> str:
-    """What a step took after each change, of step-tries-h200.json."""
-    return bullets(
+    """What a step took after each change, of step-tries-h200.json from run 3 on."""
+    one = (
         f"{row['change']}: {row['step_p50_ms']:.2f} ms, {row['of_floor']:.0%}"
         for row in result["rows"]
+        if row["run"] >= 3
     )
+    few = (
+        f"{row['requests']} requests, {row['change']}: {row['step_p50_ms']:.2f} ms, before"
+        f" {row['as_it_was_ms']:.2f}"
+        for row in result["few_requests"]["rows"]
+    )
+    return bullets([*one, *few])
 
 
 def one_request(result: Result) -> str:

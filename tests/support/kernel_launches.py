@@ -5,16 +5,18 @@ does not matter.
 import torch
 from transformers import DeepseekV4Config
 
-from fmsim.exec.kernels import tuning
+from fmsim.exec.kernels import mixing, tuning
 from fmsim.exec.kernels.attention_rows import Rows
 from fmsim.exec.kernels.block_tables import enter_slots_triton
 from fmsim.exec.kernels.compress import Pooling, compress_and_append_triton
 from fmsim.exec.kernels.described_linear import described_linear_triton
 from fmsim.exec.kernels.expert_tiles import OwnPairs
 from fmsim.exec.kernels.experts import mixture_of_experts_triton
+from fmsim.exec.kernels.few_rows import few_rows_triton
 from fmsim.exec.kernels.flash_mla import listed_triton
 from fmsim.exec.kernels.gather import copy_rows_triton
 from fmsim.exec.kernels.hyper_connection import Pending, enter_triton, read_out_triton
+from fmsim.exec.kernels.in_turns import HeadTurn
 from fmsim.exec.kernels.index_score import index_scores_triton, index_weights_triton
 from fmsim.exec.kernels.late_entries import bring_entries_triton
 from fmsim.exec.kernels.late_pages import copy_late_triton, take_back_triton, wait_for_copy_triton
@@ -228,6 +230,44 @@ def row_product(outputs, inputs, groups=1, dtype=torch.float8_e4m3fn):
     return launch
 
 
+def few_rows(outputs, inputs):
+    return lambda: few_rows_triton(
+        *(zeros(rows, inputs, dtype=torch.bfloat16) for rows in (2, outputs))
+    )
+
+
+def turned_product(outputs, inputs, head):
+    def launch():
+        turn = HeadTurn(zeros(1, 32), zeros(1, 32), head)
+        weight = zeros(outputs, inputs, dtype=torch.float8_e4m3fn)
+        scale = zeros(*scale_shape(weight.shape))
+        one_row_triton(zeros(1, inputs, dtype=torch.bfloat16), weight, scale, turn=turn)
+
+    return launch
+
+
+def gates_due(width, iterations=2):
+    """Worked out by the product of one weight, of two, and alone."""
+
+    def launch():
+        config = DeepseekV4Config(hidden_size=width, hc_sinkhorn_iters=iterations)
+        module, norm = HyperConnection(config), RMSNorm(width, 1e-6)
+        x, weight = (
+            zeros(1, 1, width, dtype=torch.bfloat16),
+            zeros(256, width, dtype=torch.bfloat16),
+        )
+        for product in (
+            lambda: one_row_triton(x, weight),
+            lambda: two_rows_triton(x, (weight, weight), (None, None)),
+            mixing.finish,
+        ):
+            streams = zeros(1, 1, 4, width, dtype=torch.bfloat16)
+            enter_triton(streams, None, module, norm, due=True)
+            product()
+
+    return launch
+
+
 def two_products(first, second, inputs):
     def launch():
         weights = zeros(first, inputs, dtype=torch.float8_e4m3fn), zeros(second, inputs)
@@ -376,6 +416,9 @@ LAUNCHES = {
     "one_row, output": row_product(4096, 8192),
     "one_row, compressors": row_product(2624, 4096, dtype=torch.bfloat16),
     "one_row, two": two_products(1536, 2624, 4096),
+    "one_row, turned": turned_product(8192, 1024, 128),
+    "few_rows": few_rows(2624, 4096),
+    "gates_due": gates_due(4096),
     "one_row, odd": row_product(200, 136),
     "copy_rows, entries": rows(584),
     "stage": stage,

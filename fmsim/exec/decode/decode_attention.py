@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from fmsim.exec.kernels import flash_mla
 from fmsim.exec.kernels.attention_rows import Rows, matrix_type
 from fmsim.exec.kernels.compress import Pooling, compress_and_append
+from fmsim.exec.kernels.in_turns import HeadTurn
 from fmsim.exec.kernels.index_score import index_scores, index_weights, new_scores
 from fmsim.exec.kernels.lang import cdiv
 from fmsim.exec.kernels.layout import Layout, write_entries
@@ -343,12 +344,12 @@ class DecodeAttention:
             if not loads:
                 q = self._queries_beside(latent, norm, turn)
             indexer = attention.compressor.indexer
-            [index_queries] = self.index_queries(latent, norm)
+            of_index = HeadTurn(*turn, indexer.width)
+            queries = self.index_queries.turned(latent, norm, of_index)
             weights = index_weights(compressed[-1], self.index_scale)
             if within:
                 self._append(kv, compressed, now, alongside=True)
-            queries = norm_rope(index_queries.view(-1, indexer.heads, indexer.width), turn)
-            if not within:
+            else:
                 wait_beside(x.device, SideStream.APPEND)
             self.pager.choose(queries[:, None], weights, now.visible, indexer.top_k)
             if loads:

@@ -11,7 +11,14 @@ import torch
 from torch import Tensor
 
 from fmsim.exec.kernels import tuning
-from fmsim.exec.kernels.lang import cdiv, next_power_of_2, tl, triton
+from fmsim.exec.kernels.lang import (
+    after_previous,
+    cdiv,
+    next_power_of_2,
+    overlapped,
+    tl,
+    triton,
+)
 
 
 class Tiles(NamedTuple):
@@ -72,6 +79,7 @@ def tiles_of(
         TILES_PADDED=next_power_of_2(n_tiles),
         BINS=next_power_of_2(count + 2),
         num_warps=4,
+        **overlapped(chosen),
     )
     return Tiles(size, n_tiles, schedule)
 
@@ -100,6 +108,7 @@ def _schedule(
     order, and how many it has, each [tiles]; then the pairs, token * SLOTS + slot, sorted by
     expert.
     """
+    after_previous()
     own = tl.program_id(0)
     pair = tl.arange(0, PAIRS_PADDED)
     token, slot = pair // SLOTS, pair % SLOTS

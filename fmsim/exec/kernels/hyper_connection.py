@@ -5,7 +5,7 @@ A connection's weights are as large as the streams of a hundred tokens, and its 
 chain of small steps, so two launches do one: the first, split over channels, writes the pending
 output back and takes its part of every product with the weights ``fn``; the second, a token a
 program, adds the parts up, and ends with the RMSNorm before the block. A second program of each
-token does what only the way back needs: write weights and Sinkhorn's iterations, in registers.
+token does what only the way back needs (`mixing`), or the next product of one row does.
 """
 
 from __future__ import annotations
@@ -15,9 +15,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from fmsim.exec.kernels import tuning
+from fmsim.exec.kernels import mixing, one_row, tuning
 from fmsim.exec.kernels.lang import (
     after_previous,
+    after_previous_with_next,
     cdiv,
     next_power_of_2,
     overlapped,
@@ -63,6 +64,7 @@ def enter(
     connection: nn.Module,
     norm: nn.Module,
     rounded: bool = False,
+    then: Tensor | None = None,
 ) -> tuple[Tensor, Activations, Tensor, Tensor]:
     """Write what is ``pending`` into ``streams`` [B, S, R, D], then enter the block of
     ``connection`` (`model.HyperConnection`).
@@ -70,10 +72,13 @@ def enter(
     -> the streams [B, S, R, D], the block's input after ``norm`` (`model.RMSNorm`) [B, S, D], both
     in the streams' type, and the block's write weights and mixing, as in `Pending`. The input is
     ``rounded`` to float8 beside that if so. R is a power of two. For up to some 128 tokens; S is 1
-    in decode.
+    in decode. ``then``: the weight that the input meets in the next launch, where that is a
+    product; weights and mixing may be there no sooner than what that one makes.
     """
-    run = enter_triton if runs_compiled(streams) else enter_reference
-    return run(streams, pending, connection, norm, rounded)
+    if not runs_compiled(streams):
+        return enter_reference(streams, pending, connection, norm, rounded)
+    due = then is not None and tuning.GATES_BESIDE and one_row.takes(streams[:, :, 0], then)
+    return enter_triton(streams, pending, connection, norm, rounded, due)
 
 
 def read_out(streams: Tensor, pending: Pending | None, head: nn.Module, norm: nn.Module) -> Tensor:
@@ -106,7 +111,7 @@ def _left(streams: Tensor, pending: Pending | None) -> Tensor:
 
 
 def enter_triton(
-    streams, pending, connection, norm, rounded=False, tune=tuning.HYPER_CONNECTION
+    streams, pending, connection, norm, rounded=False, due=False, tune=tuning.HYPER_CONNECTION
 ) -> tuple[Tensor, Activations, Tensor, Tensor]:
     count, of = streams.shape[2], streams.shape[:2]
     streams, parts = _project(streams, pending, connection.fn, tune)
@@ -115,7 +120,22 @@ def enter_triton(
     mix = torch.empty(*of, count, count, dtype=torch.float32, device=streams.device)
     made = Float8Rows.empty(of, x.shape[2], x.dtype, x.device, x) if rounded else None
     of_connection = connection.base, connection.scale, connection
-    _join(streams, parts, *of_connection, norm, x, made, (write, mix), tune)
+    if due:
+        mixing.leave_due(
+            mixing.Due(
+                parts,
+                connection.base,
+                connection.scale,
+                write,
+                mix,
+                connection.eps,
+                connection.norm_eps,
+                streams.shape[2:].numel(),
+                connection.iterations,
+            )
+        )
+    gates = None if due else (write, mix)
+    _join(streams, parts, *of_connection, norm, x, made, gates, tune)
     return streams, x if made is None else made, write, mix
 
 
@@ -130,6 +150,7 @@ def _project(streams: Tensor, pending: Pending | None, fn: Tensor, tune) -> tupl
     """-> the streams [B, S, R, D] with what was pending, and float32 [N, tiles, rows]: each tile's
     part of the products with the rows of ``fn``, then of the sum of squares.
     """
+    mixing.finish()
     batch, tokens, count, width = streams.shape
     flat = streams.flatten(0, 1)
     total, rows, blocks = len(flat), len(fn), cdiv(width, tune.block_channels)
@@ -168,6 +189,7 @@ def _project(streams: Tensor, pending: Pending | None, fn: Tensor, tune) -> tupl
         LEAVE=pending is not None,
         SHARES=shares,
         TOP_K=top_k,
+        EARLY=tuning.LEAVE_EARLY,
         num_warps=tune.project_warps,
         **overlapped(streams),
     )
@@ -204,6 +226,7 @@ def _join(streams, parts, base, scale, module, norm, x, made, gates, tune) -> No
         TILES=parts.shape[1],
         TILES_PADDED=next_power_of_2(parts.shape[1]),
         ITERATIONS=0 if gates is None else module.iterations,
+        ROLLED=tuning.SINKHORN_ROLLED,
         ROUNDED=made is not None,
         BLOCK=BLOCK,
         num_warps=tune.enter_warps,
@@ -234,6 +257,7 @@ def _leave_and_project(
     LEAVE: tl.constexpr,
     SHARES: tl.constexpr,
     TOP_K: tl.constexpr,
+    EARLY: tl.constexpr,
 ):
     """One program: a block of one stream's channels, of a run of tokens."""
     tile, first = tl.program_id(0), tl.program_id(1) * TOKENS
@@ -244,7 +268,10 @@ def _leave_and_project(
     weights = tl.load(fn + places, mask=(row < ROWS)[:, None] & inside[None, :], other=0.0).to(
         tl.float32
     )
-    after_previous()
+    if EARLY:
+        after_previous_with_next()
+    else:
+        after_previous()
     for token in range(first, tl.minimum(first + TOKENS, total)):
         source = streams + token * token_stride + channel
         if LEAVE:
@@ -301,16 +328,16 @@ def _enter(
     TILES: tl.constexpr,
     TILES_PADDED: tl.constexpr,
     ITERATIONS: tl.constexpr,
+    ROLLED: tl.constexpr,
     ROUNDED: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Two programs a token: its block input, and its write weights and mixing.
+    """One or two programs a token: its block input, and its write weights and mixing.
 
     All that a program reads is on its way before it adds anything up.
     """
     token, row = tl.program_id(0), tl.arange(0, ROWS_PADDED)
-    bases = tl.load(base + row, mask=row < ROWS, other=0.0).to(tl.float32)
-    scales = tl.load(scale + tl.minimum(row // STREAMS, 2), mask=row < ROWS, other=0.0)
+    bases, scales = mixing.levels_of(base, scale, STREAMS, ROWS, ROWS_PADDED)
     if tl.program_id(1) == 0:
         channel = tl.arange(0, WIDTH_PADDED)
         inside = channel < WIDTH
@@ -320,8 +347,8 @@ def _enter(
         for stream in tl.static_range(STREAMS):
             places = streams + token * token_stride + stream * stream_stride + channel
             held = held + (tl.load(places, mask=inside, other=0.0),)
-        products = _products(
-            parts, token, row, norm_eps, STREAMS * WIDTH, ROWS, ROWS_PADDED, TILES, TILES_PADDED
+        products = mixing.products(
+            parts, token, norm_eps, STREAMS * WIDTH, ROWS, ROWS_PADDED, TILES, TILES_PADDED
         )
         read = tl.sigmoid(products * scales + bases) + eps
         x = tl.zeros([WIDTH_PADDED], tl.float32)
@@ -335,77 +362,21 @@ def _enter(
             store_rounded(x.to(tl.float32), codes, levels, token, level_stride, 0, WIDTH, BLOCK)
     else:
         after_previous()
-        products = _products(
-            parts, token, row, norm_eps, STREAMS * WIDTH, ROWS, ROWS_PADDED, TILES, TILES_PADDED
+        mixing.work_out(
+            parts,
+            bases,
+            scales,
+            write_out,
+            mix_out,
+            eps,
+            norm_eps,
+            token,
+            ROWS,
+            ROWS_PADDED,
+            STREAMS * WIDTH,
+            STREAMS,
+            TILES,
+            TILES_PADDED,
+            ITERATIONS,
+            ROLLED,
         )
-        gates = products * scales + bases
-        write = (row >= STREAMS) & (row < 2 * STREAMS)
-        tl.store(write_out + token * STREAMS + row - STREAMS, 2 * tl.sigmoid(gates), mask=write)
-        # Every thread has all of the mixing: sums over threads would take longer than all else.
-        mix = ()
-        for i in tl.static_range(STREAMS):
-            cells, highest = (), float("-inf")
-            for j in tl.static_range(STREAMS):
-                cell = tl.sum(tl.where(row == (2 + i) * STREAMS + j, gates, 0.0), 0)
-                cells, highest = cells + (cell,), tl.maximum(highest, cell)
-            powers = ()
-            for j in tl.static_range(STREAMS):
-                powers = powers + (tl.exp(cells[j] - highest),)
-            shares = _over_their_sum(powers, 0.0, STREAMS)
-            for j in tl.static_range(STREAMS):
-                mix = mix + (shares[j] + eps,)
-        mix = _columns_scaled(mix, eps, STREAMS)
-        for _ in tl.static_range(ITERATIONS - 1):
-            rows = ()
-            for i in tl.static_range(STREAMS):
-                rows = rows + _over_their_sum(mix[i * STREAMS : (i + 1) * STREAMS], eps, STREAMS)
-            mix = _columns_scaled(rows, eps, STREAMS)
-        for cell in tl.static_range(STREAMS * STREAMS):
-            tl.store(mix_out + token * STREAMS * STREAMS + cell, mix[cell])
-
-
-@triton.jit
-def _products(
-    parts,
-    token,
-    row,
-    eps,
-    VALUES: tl.constexpr,
-    ROWS: tl.constexpr,
-    ROWS_PADDED: tl.constexpr,
-    TILES: tl.constexpr,
-    TILES_PADDED: tl.constexpr,
-):
-    """float32 [ROWS_PADDED]: a token's products with the weights, after its streams' RMSNorm."""
-    tile = tl.arange(0, TILES_PADDED)
-    places = (token * TILES + tile)[:, None] * ROWS_PADDED + row[None, :]
-    sums = tl.sum(tl.load(parts + places, mask=(tile < TILES)[:, None], other=0.0), 0)
-    square = tl.sum(tl.where(row == ROWS, sums, 0.0), 0)
-    return sums * tl.rsqrt(square / VALUES + eps)
-
-
-@triton.jit
-def _over_their_sum(values, eps, COUNT: tl.constexpr):
-    """Each of a tuple of numbers over the sum of all."""
-    total = values[0] + eps
-    for i in tl.static_range(1, COUNT):
-        total += values[i]
-    scaled, factor = (), 1.0 / total
-    for i in tl.static_range(COUNT):
-        scaled = scaled + (values[i] * factor,)
-    return scaled
-
-
-@triton.jit
-def _columns_scaled(mix, eps, COUNT: tl.constexpr):
-    """Each of mix, a tuple of COUNT rows end to end, over its column's sum."""
-    factors = ()
-    for j in tl.static_range(COUNT):
-        total = mix[j] + eps
-        for i in tl.static_range(1, COUNT):
-            total += mix[i * COUNT + j]
-        factors = factors + (1.0 / total,)
-    scaled = ()
-    for cell in tl.static_range(COUNT * COUNT):
-        scaled = scaled + (mix[cell] * factors[cell % COUNT],)
-    return scaled

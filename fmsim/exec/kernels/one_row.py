@@ -2,8 +2,9 @@
 
 Such a product is as fast as its weight is read, so a program holds whole rows of it in registers,
 all its reads on the way at once, and no second launch adds anything up. It reads the weight before
-it waits for the launch that makes its input (`lang.after_previous`). Of a large float8 weight it
-takes a few rows at a time, and reads the next ones meanwhile.
+it waits for the launch that makes its input (`lang.after_previous`). A large float8 weight's is
+`in_turns`. The first product of a block's input may have a program more, for what the way back
+needs (`mixing`).
 """
 
 from __future__ import annotations
@@ -14,7 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fmsim.exec.kernels import tuning
+from fmsim.exec.kernels import few_rows, in_turns, mixing, tuning
+from fmsim.exec.kernels.in_turns import HeadTurn, normalised
 from fmsim.exec.kernels.lang import (
     after_previous,
     cdiv,
@@ -26,6 +28,8 @@ from fmsim.exec.kernels.lang import (
     triton,
     wait_for_previous,
 )
+from fmsim.exec.kernels.mixing import gates_beside
+from fmsim.exec.kernels.norm_rope import norm_rope_reference
 from fmsim.exec.kernels.weights import BLOCK, dequantise
 
 
@@ -42,10 +46,21 @@ def takes(x: Tensor, weight: Tensor) -> bool:
     )
 
 
+def turns(x: Tensor, weight: Tensor, head: int) -> bool:
+    """Whether `one_row_triton` can turn the outputs, heads of so many, of a float8 ``weight``."""
+    return (
+        takes(x, weight)
+        and weight.dtype == torch.float8_e4m3fn
+        and in_turns.takes_turn(weight, head)
+    )
+
+
 def product(x: Tensor, weight: Tensor) -> Tensor:
     """x [..., in] times a ``weight`` [out, in] of its type -> [..., out]."""
     if takes(x, weight):
         return one_row_triton(x, weight)
+    if few_rows.takes(x, weight):
+        return few_rows.few_rows_triton(x, weight)
     return F.linear(x, weight)
 
 
@@ -56,20 +71,25 @@ def one_row_reference(
     groups: int = 1,
     norm: nn.Module | None = None,
     alongside: bool = False,
+    turn: HeadTurn | None = None,
 ) -> Tensor:
     """x [..., groups * in] of one row times ``weight`` [out, in], bfloat16, or float8_e4m3fn with
     ``scale`` float32 [ceil(out / 128), ceil(in / 128)] -> [..., out] in x's type.
 
     With ``groups``, group g is the g-th part of the weight's rows, and its input the g-th slice.
     ``norm`` (`model.RMSNorm`) of x before. ``alongside``: the launch before this one in its stream
-    is another product of the same x, and both may run at once.
+    is another product of the same x, and both may run at once. ``turn`` of the outputs, where
+    `turns` says so.
     """
     if norm is not None:
         x = norm(x)
     wide = weight if scale is None else dequantise(weight, scale)
     values = x.flatten().float().unflatten(0, (groups, -1))
     out = torch.einsum("gi,goi->go", values, wide.float().unflatten(0, (groups, -1)))
-    return out.to(x.dtype).view(*x.shape[:-1], -1)
+    out = out.to(x.dtype)
+    if turn is not None:
+        out = norm_rope_reference(out.view(1, -1, turn.head), turn[:2])
+    return out.view(*x.shape[:-1], -1)
 
 
 def one_row_triton(
@@ -79,47 +99,29 @@ def one_row_triton(
     groups=1,
     norm=None,
     alongside=False,
+    turn=None,
     tune: tuning.OneRowTuning = tuning.ONE_ROW,
 ) -> Tensor:
     outputs, inputs = weight.shape
     of_group, blocks = outputs // groups, next_power_of_2(cdiv(inputs, BLOCK))
     assert weight.is_contiguous() and x.is_contiguous()
     out = torch.empty(*x.shape[:-1], outputs, dtype=x.dtype, device=x.device)
-    if scale is not None and inputs == blocks * BLOCK and of_group % BLOCK == 0:
-        rows = max(1, min(tune.turn_bytes // inputs, BLOCK))
-        # powers of two, so that a program's rows share scales
-        turns = 1 << (max(1, outputs // rows // tune.programs).bit_length() - 1)
-        turns = min(turns, BLOCK // rows)
-        if turns > 1:
-            _one_row_in_turns[(outputs // (rows * turns),)](
-                x,
-                weight,
-                scale,
-                weight if norm is None else norm.weight,
-                out,
-                0.0 if norm is None else norm.eps,
-                INPUTS=inputs,
-                OF_GROUP=of_group,
-                SCALES=scale.shape[1],
-                BLOCK=BLOCK,
-                ROWS=rows,
-                TURNS=turns,
-                NORM=norm is not None,
-                ALONGSIDE=alongside,
-                num_warps=tune.warps,
-                **overlapped(x),
-            )
-            return out
+    if scale is not None and in_turns.takes(weight, groups, tune, turn):
+        in_turns.product(x, weight, scale, groups, norm, alongside, turn, out, tune)
+        return out
+    assert turn is None, "see `turns`"
     # of one group, and of one scale
     most = max(1, tune.block_bytes // (blocks * BLOCK * weight.itemsize))
     rows = math.gcd(most, of_group) if groups > 1 else min(most, BLOCK)
-    _one_row[(cdiv(outputs, rows),)](
+    extra = mixing.taken(x)
+    _one_row[(cdiv(outputs, rows) + extra.programs,)](
         x,
         weight,
         weight if scale is None else scale,
         weight if norm is None else norm.weight,
         out,
         0.0 if norm is None else norm.eps,
+        *extra.arguments,
         OUTPUTS=outputs,
         INPUTS=inputs,
         OF_GROUP=of_group,
@@ -129,6 +131,7 @@ def one_row_triton(
         BLOCKS=blocks,
         NORM=norm is not None,
         ALONGSIDE=alongside,
+        **extra.sizes,
         num_warps=tune.warps,
         **overlapped(x),
     )
@@ -155,9 +158,11 @@ def two_rows_triton(x, weights, scales, tune: tuning.OneRowTuning = tuning.ONE_R
         outs.append(torch.empty(*x.shape[:-1], len(weight), dtype=x.dtype, device=x.device))
         given += [weight, weight if scale is None else scale, outs[-1]]
     programs = [cdiv(len(weight), of) for weight, of in zip(weights, rows, strict=True)]
-    _two_rows[(sum(programs),)](
+    extra = mixing.taken(x)
+    _two_rows[(sum(programs) + extra.programs,)](
         x,
         *given,
+        *extra.arguments,
         FIRST=programs[0],
         OUTPUTS=len(weights[0]),
         SCALES=0 if scales[0] is None else scales[0].shape[1],
@@ -168,6 +173,7 @@ def two_rows_triton(x, weights, scales, tune: tuning.OneRowTuning = tuning.ONE_R
         INPUTS=inputs,
         BLOCK=BLOCK,
         BLOCKS=blocks,
+        **extra.sizes,
         num_warps=tune.warps,
         **overlapped(x),
     )
@@ -182,6 +188,13 @@ def _one_row(
     norm,
     out,
     eps,
+    parts,
+    base,
+    gate_scale,
+    write_out,
+    mix_out,
+    gate_eps,
+    streams_eps,
     OUTPUTS: tl.constexpr,
     INPUTS: tl.constexpr,
     OF_GROUP: tl.constexpr,
@@ -191,83 +204,56 @@ def _one_row(
     BLOCKS: tl.constexpr,
     NORM: tl.constexpr,
     ALONGSIDE: tl.constexpr,
+    GATES: tl.constexpr,
+    GATES_PADDED: tl.constexpr,
+    VALUES: tl.constexpr,
+    STREAMS: tl.constexpr,
+    TILES: tl.constexpr,
+    TILES_PADDED: tl.constexpr,
+    ITERATIONS: tl.constexpr,
+    ROLLED: tl.constexpr,
 ):
-    """One program: `_rows` of the n-th."""
-    _rows(
-        tl.program_id(0),
-        x,
-        weight,
-        scale,
-        norm,
-        out,
-        eps,
-        OUTPUTS,
-        INPUTS,
-        OF_GROUP,
-        SCALES,
-        BLOCK,
-        ROWS,
-        BLOCKS,
-        NORM,
-        ALONGSIDE,
-    )
-
-
-@triton.jit
-def _one_row_in_turns(
-    x,
-    weight,
-    scale,
-    norm,
-    out,
-    eps,
-    INPUTS: tl.constexpr,
-    OF_GROUP: tl.constexpr,
-    SCALES: tl.constexpr,
-    BLOCK: tl.constexpr,
-    ROWS: tl.constexpr,
-    TURNS: tl.constexpr,
-    NORM: tl.constexpr,
-    ALONGSIDE: tl.constexpr,
-):
-    """One program: TURNS times ROWS outputs of one group, whose weights share scales.
-
-    ALONGSIDE as in `_rows`.
-    """
-    start = tl.program_id(0) * (ROWS * TURNS)
-    row, block, lane = tl.arange(0, ROWS), tl.arange(0, INPUTS // BLOCK), tl.arange(0, BLOCK)
-    place = block[:, None] * BLOCK + lane[None, :]
-    places = weight + (start + row).to(tl.int64)[:, None, None] * INPUTS + place[None, :, :]
-    weights = tl.load(places, eviction_policy="evict_first")
-    level = tl.load(scale + start // BLOCK * SCALES + block)
-    if NORM:
-        share = tl.load(norm + place).to(tl.float32)
-    if ALONGSIDE:
-        let_next_begin()
+    """One program: `_rows` of the n-th; before them one for GATES."""
+    number = tl.program_id(0)
+    if GATES:
+        number -= 1
+    if number < 0:
+        gates_beside(
+            parts,
+            base,
+            gate_scale,
+            write_out,
+            mix_out,
+            gate_eps,
+            streams_eps,
+            GATES,
+            GATES_PADDED,
+            VALUES,
+            STREAMS,
+            TILES,
+            TILES_PADDED,
+            ITERATIONS,
+            ROLLED,
+        )
     else:
-        after_previous()
-    values = tl.load(x + start // OF_GROUP * INPUTS + place).to(tl.float32)
-    if NORM:
-        values = _normalised(values, share, INPUTS, eps, x.dtype.element_ty)
-    for turn in tl.static_range(TURNS):
-        if turn + 1 < TURNS:
-            next_weights = tl.load(
-                places + (turn + 1) * ROWS * INPUTS, eviction_policy="evict_first"
-            )
-        sums = tl.sum(weights.to(tl.float32) * values[None, :, :], 2) * level[None, :]
-        tl.store(out + start + turn * ROWS + row, tl.sum(sums, 1).to(out.dtype.element_ty))
-        if turn + 1 < TURNS:
-            weights = next_weights
-    if ALONGSIDE:
-        wait_for_previous()
-
-
-@triton.jit
-def _normalised(values, share, INPUTS: tl.constexpr, eps, TYPE: tl.constexpr):
-    """RMSNorm with the weights ``share``, rounded to TYPE."""
-    square = tl.sum(tl.sum(values * values, 1), 0)
-    values = values * tl.rsqrt(square / INPUTS + eps) * share
-    return values.to(TYPE).to(tl.float32)
+        _rows(
+            number,
+            x,
+            weight,
+            scale,
+            norm,
+            out,
+            eps,
+            OUTPUTS,
+            INPUTS,
+            OF_GROUP,
+            SCALES,
+            BLOCK,
+            ROWS,
+            BLOCKS,
+            NORM,
+            ALONGSIDE,
+        )
 
 
 @triton.jit
@@ -279,6 +265,13 @@ def _two_rows(
     second_weight,
     second_scale,
     second_out,
+    parts,
+    base,
+    gate_scale,
+    write_out,
+    mix_out,
+    gate_eps,
+    streams_eps,
     FIRST: tl.constexpr,
     OUTPUTS: tl.constexpr,
     SCALES: tl.constexpr,
@@ -289,10 +282,38 @@ def _two_rows(
     INPUTS: tl.constexpr,
     BLOCK: tl.constexpr,
     BLOCKS: tl.constexpr,
+    GATES: tl.constexpr,
+    GATES_PADDED: tl.constexpr,
+    VALUES: tl.constexpr,
+    STREAMS: tl.constexpr,
+    TILES: tl.constexpr,
+    TILES_PADDED: tl.constexpr,
+    ITERATIONS: tl.constexpr,
+    ROLLED: tl.constexpr,
 ):
-    """FIRST programs of one weight, and those of the second."""
+    """FIRST programs of one weight, and those of the second; before them one for GATES."""
     number = tl.program_id(0)
-    if number < FIRST:
+    if GATES:
+        number -= 1
+    if number < 0:
+        gates_beside(
+            parts,
+            base,
+            gate_scale,
+            write_out,
+            mix_out,
+            gate_eps,
+            streams_eps,
+            GATES,
+            GATES_PADDED,
+            VALUES,
+            STREAMS,
+            TILES,
+            TILES_PADDED,
+            ITERATIONS,
+            ROLLED,
+        )
+    elif number < FIRST:
         _rows(
             number,
             x,
@@ -378,7 +399,7 @@ def _rows(
         tl.float32
     )
     if NORM:
-        values = _normalised(values, share, INPUTS, eps, x.dtype.element_ty)
+        values = normalised(values, share, INPUTS, eps, x.dtype.element_ty)
     if SCALES:
         values *= level[:, None]
     sums = tl.sum(tl.sum(weights.to(tl.float32) * values[None, :, :], 2), 1)

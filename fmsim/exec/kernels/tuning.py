@@ -165,6 +165,15 @@ class OneRowTuning(NamedTuple):
     programs: int = 500  # at least, of several turns each
 
 
+class FewRowsTuning(NamedTuple):
+    """From no sweep."""
+
+    most_rows: int = 2
+    most_inputs: int = 8192
+    block_values: int = 8192  # of weights, that a program holds
+    warps: int = 4
+
+
 class NormRopeTuning(NamedTuple):
     block_values: int = 1024  # of whole heads, that one program turns
     warps: int = 4
@@ -183,7 +192,13 @@ class ExpertsTuning(NamedTuple):
 
 
 HYPER_CONNECTION, NORM_ROPE = HyperConnectionTuning(), NormRopeTuning()
-ONE_ROW = OneRowTuning()
+# whether the next product of one row works out what a connection's way back needs
+GATES_BESIDE = False
+# whether the launch that goes back lets the next one begin at once
+LEAVE_EARLY = False
+# whether Sinkhorn's iterations are a loop, or one after another
+SINKHORN_ROLLED = False
+ONE_ROW, FEW = OneRowTuning(), FewRowsTuning()
 INDEX_SCORES, MEMORY_SCORES = (
     IndexScoresTuning(),
     IndexScoresTuning(programs=396),

@@ -65,9 +65,14 @@ class Layer(nn.Module):
             self.attn_hc,
             self.input_layernorm,
             self.self_attn.takes_float8(len(streams)),
+            then=self.self_attn.q_a_proj.weight,
         )
         pending = Pending(self.attn_hc, attend(x, positions), write, mix)
-        streams, x, write, mix = enter(streams, pending, self.ffn_hc, self.post_attention_layernorm)
+        # experts that are split get all ranks' tokens first
+        then = self.mlp.gate.weight if isinstance(self.mlp, MoE) else None
+        streams, x, write, mix = enter(
+            streams, pending, self.ffn_hc, self.post_attention_layernorm, then=then
+        )
         return streams, Pending(self.ffn_hc, self.mlp.decode(x, tokens), write, mix)
 
     def train_forward(self, streams, tokens, positions, sparse: bool) -> tuple[Tensor, Aux]:

@@ -10,8 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from fmsim.exec.kernels import one_row
+from fmsim.exec.kernels.in_turns import HeadTurn
 from fmsim.exec.kernels.linear import are_rounded, grouped_product
 from fmsim.exec.kernels.linear import linear as multiply
+from fmsim.exec.kernels.norm_rope import norm_rope
 from fmsim.exec.kernels.rms_norm import rms_norm
 from fmsim.exec.kernels.rounded_rows import Activations, wide_rows
 from fmsim.exec.kernels.weights import BLOCK, dequantise, scale_shape
@@ -126,7 +128,8 @@ class Joined:
             self._of_one_row(wide, norm)
             if alone
             else [
-                whole(x if isinstance(whole, Float8Linear) else wide) for _, whole in self.products
+                whole(x) if isinstance(whole, Float8Linear) else one_row.product(wide, whole.weight)
+                for _, whole in self.products
             ]
         )
         found: dict[int, Tensor] = {}
@@ -134,6 +137,18 @@ class Joined:
             sizes = [self.sizes[number] for number in numbers]
             found |= zip(numbers, out.split(sizes, -1), strict=True)
         return [found[number] for number in range(len(self.sizes))]
+
+    def turned(self, x: Activations, norm: nn.Module | None, turn: HeadTurn) -> Tensor:
+        """Of one projection, after a norm as `__call__`: its outputs [B, H, C] in heads, after
+        RoPE.
+        """
+        [(_, whole)] = self.products
+        head = turn.head
+        if isinstance(x, Tensor) and one_row.turns(x, whole.weight, head):
+            out = one_row.one_row_triton(x, whole.weight, whole.scale, norm=norm, turn=turn)
+            return out.view(-1, whole.out_features // head, head)
+        [out] = self(x, norm)
+        return norm_rope(out.view(-1, whole.out_features // head, head), turn[:2])
 
     def _of_one_row(self, x: Tensor, norm: nn.Module | None) -> list[Tensor]:
         """Two in one launch, where no norm comes before."""

@@ -8,6 +8,7 @@ from kernel_pools import on_each_device, relative_error
 from torch import nn
 from transformers import DeepseekV4Config
 
+from fmsim.exec.kernels import tuning
 from fmsim.exec.kernels.hyper_connection import (
     Pending,
     Shares,
@@ -16,6 +17,7 @@ from fmsim.exec.kernels.hyper_connection import (
     read_out_reference,
     read_out_triton,
 )
+from fmsim.exec.kernels.one_row import one_row_triton, two_rows_triton
 from fmsim.exec.kernels.tuning import HyperConnectionTuning
 from fmsim.exec.model.hyper_connection import HyperConnection, HyperHead
 from fmsim.exec.model.norm_rope import RMSNorm
@@ -102,6 +104,30 @@ def test_mixing_is_doubly_stochastic(device):
     torch.testing.assert_close(mix.sum(-1), ones, atol=1e-3, rtol=0)
     torch.testing.assert_close(mix.sum(-2), ones, atol=1e-4, rtol=0)
     assert (mix > 0).all() and (write > 0).all() and (write < 2).all()
+
+
+@on_each_device
+def test_the_next_product_works_out_the_gates(device, monkeypatch):
+    """As the connection itself does: the product of one weight, of two, or of none, where the way
+    back does it. Iterations in a loop give what they give one after another.
+    """
+    one, other, _, norm = modules(0, 128, 4, device)
+    streams = torch.randn(1, 1, 4, 128, device=device).bfloat16()
+    plain = torch.randn(24, 128, device=device).bfloat16()
+    expected = enter_triton(streams, None, one, norm)
+    pending = Pending(one, expected[1], *expected[2:])
+    left = enter_triton(expected[0], pending, other, norm)[0]
+    monkeypatch.setattr(tuning, "SINKHORN_ROLLED", not tuning.SINKHORN_ROLLED)
+    for product in (
+        lambda x: one_row_triton(x, plain),
+        lambda x: two_rows_triton(x, (plain, plain), (None, None)),
+        lambda x: None,
+    ):
+        found = enter_triton(streams, None, one, norm, due=True)
+        product(found[1])
+        again = enter_triton(found[0], Pending(one, found[1], *found[2:]), other, norm)[0]
+        check((*found[:2], again), (*expected[:2], left), LIMITS[torch.bfloat16])
+        check(found[2:], expected[2:], LIMITS[torch.float32])
 
 
 @pytest.mark.gpu

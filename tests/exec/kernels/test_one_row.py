@@ -1,17 +1,20 @@
 """Products of one row: the kernel against its reference."""
 
+import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from kernel_pools import on_each_device, relative_error
 
+from fmsim.exec.kernels.few_rows import few_rows_triton
+from fmsim.exec.kernels.in_turns import HeadTurn
 from fmsim.exec.kernels.one_row import (
     one_row_reference,
     one_row_triton,
     two_rows_reference,
     two_rows_triton,
 )
-from fmsim.exec.kernels.tuning import OneRowTuning
+from fmsim.exec.kernels.tuning import FewRowsTuning, OneRowTuning
 from fmsim.exec.kernels.weights import quantise
 from fmsim.exec.model.norm_rope import RMSNorm
 
@@ -63,3 +66,26 @@ def test_two_products_of_one_row(device):
         found = two_rows_triton(x, weights, scales, SMALL)
         for part, expected in zip(found, two_rows_reference(x, weights, scales), strict=True):
             assert part.shape == expected.shape and relative_error(part, expected) < 2**-7
+
+
+@on_each_device
+@pytest.mark.parametrize("rows", [2, 3])
+def test_a_few_rows(device, rows):
+    """And outputs and inputs that fill no last program."""
+    x = torch.randn(rows, 1, 200).bfloat16().to(device)
+    weight = torch.randn(70, 200).bfloat16().to(device)
+    found = few_rows_triton(x, weight, FewRowsTuning(block_values=1024))
+    assert found.shape == (rows, 1, 70)
+    for part, row in zip(found, x, strict=True):
+        assert relative_error(part, one_row_reference(row, weight)) < 2**-7
+
+
+@on_each_device
+def test_outputs_are_turned(device):
+    """RoPE of the last channels of heads of 64, in several turns of a program."""
+    x = torch.randn(1, 1, 256).bfloat16().to(device)
+    weight, scale = (part.to(device) for part in quantise(torch.randn(512, 256)))
+    angles = torch.randn(1, 16, device=device)
+    turn = HeadTurn(angles.cos(), angles.sin(), 64)
+    found = one_row_triton(x, weight, scale, turn=turn, tune=SMALL)
+    assert relative_error(found, one_row_reference(x, weight, scale, turn=turn)) < 2**-7
