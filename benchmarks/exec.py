@@ -183,7 +183,12 @@ def predicted(
     # each.
     preset = replace_figure(preset, "host_bytes", preset.host_bytes.value * batch)
     timeline = simulate(
-        setting.replayer.run(make()), geometry, preset, batch=batch, layer_map=setting.layer_map
+        setting.replayer.run(make()),
+        geometry,
+        preset,
+        batch=batch,
+        layer_map=setting.layer_map,
+        one_text=True,
     )
     row = metrics.timed(timeline)
     return {

@@ -92,7 +92,7 @@ class Setting:
         """The median step; all requests share one mirror, as in the engine."""
         shared = replace_figure(hw, "host_bytes", hw.host_bytes.value * batch)
         ledger = self.replayer.run(registry.build(POLICIES[name]))
-        whole = simulate(ledger, self.geometry, shared, self.layer_map, batch)
+        whole = simulate(ledger, self.geometry, shared, self.layer_map, batch, one_text=True)
         return float(np.median(whole.after(after).step_s))
 
 

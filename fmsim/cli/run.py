@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -30,6 +32,7 @@ TPOT_MS = 50.0  # a token, where there is no scenario: as `fmsim plan` asks by d
 if TYPE_CHECKING:
     from fmsim.experiments.run import Report
     from fmsim.experiments.serve import ServingReport
+    from fmsim.report.grid import View
     from fmsim.scenario import ScenarioFile
 
 
@@ -195,10 +198,26 @@ def run(
 
                 typer.echo(json_lines(report.flat_rows()), nl=False)
             elif as_markdown:
-                typer.echo(shown.markdown(plain, View.of_terminal(True, columns)), nl=False)
+                _told(
+                    lambda view: typer.echo(shown.markdown(plain, view), nl=False),
+                    View.of_terminal(True, columns),
+                )
             else:
-                shown.show(plain, view)
+                _told(lambda view: shown.show(plain, view), view)
     end_with_failures(failed_altogether(plain))
+
+
+def _told(tell: Callable[[View], object], view: View) -> None:
+    """`tell` of the columns that were asked for; where this run's table lacks one that others have,
+    of all, for it may have taken hours.
+    """
+    from fmsim.report.grid import UnknownColumn
+
+    try:
+        tell(view)
+    except UnknownColumn:
+        tell(replace(view, columns=()))
+        raise
 
 
 def _without_trace(

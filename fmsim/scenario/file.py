@@ -133,7 +133,8 @@ class ScenarioFile:
         """A path that the scenario names: relative to the scenario, or to the working directory
         where --set gave it, by itself or in its block.
         """
-        if any(str(name) == self._set_to(loc) for loc in PATHS):
+        given = filter(None, map(self._set_to, PATHS))
+        if any(Path(name) == Path(text) for text in given):
             return Path(name)
         return Path(os.path.normpath(self.path.parent / name))
 
@@ -141,11 +142,11 @@ class ScenarioFile:
         """What --set gave for a key; "" where it gave nothing."""
         for end in range(len(loc), 0, -1):
             if loc[:end] in self._overridden:
-                value = self._overridden[loc[:end]].partition("=")[2].strip()
+                text = self._overridden[loc[:end]].partition("=")[2]
+                value = strict_yaml.load(text, "--set")
                 for step in loc[end:]:
-                    found = strict_yaml.load(value, "--set")
-                    value = str(found.get(step, "")) if isinstance(found, dict) else ""
-                return value
+                    value = value.get(step) if isinstance(value, dict) else None
+                return value if isinstance(value, str) else ""
         return ""
 
     def is_overridden(self, loc: Loc) -> bool:

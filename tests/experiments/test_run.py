@@ -170,6 +170,14 @@ def test_a_file_that_cannot_be_written_costs_no_table(folder):
     assert "full" in done.stdout
 
 
+def test_a_column_that_only_other_runs_have_costs_no_table(folder):
+    for more in ((), ("--markdown",)):
+        arguments = ("small.yaml", "-p", "full", "--columns", "hit", *more)
+        done = fmsim_here("run", *arguments, folder=folder)
+        assert done.returncode == 2 and "--columns: no column 'hit'" in done.stderr
+        assert "mass" in done.stdout
+
+
 def test_a_model_may_be_a_config_file(folder):
     config = {
         "model_type": "deepseek_v4",

@@ -86,6 +86,9 @@ def test_an_overridden_trace_is_relative_to_the_working_directory(load):
     assert str(file.file(file.scenario.trace)) == "elsewhere/other.safetensors"
     file = load(GOOD, "workload={kind: file, file: asked.jsonl}")
     assert str(file.file(file.scenario.workload.file)) == "asked.jsonl"
+    for written in ("./other.safetensors", "'other.safetensors'"):
+        file = load(GOOD, f"trace={written}")
+        assert str(file.file(file.scenario.trace)) == "other.safetensors"
 
 
 @pytest.mark.parametrize(

@@ -38,7 +38,7 @@ class Sizes:
     # 16 requests, experts at 32, products after 16, 32, 64 and 128 rows, hyper-connections after
     # 8, 16, 24 and 33
     batches: tuple[int, ...] = (
-        *(1, 2, 3, 4, 6, 8, 9, 12, 15, 16, 17, 24, 25, 31, 32, 33),
+        *(1, 2, 3, 4, 6, 8, 9, 12, 15, 16, 17, 24, 25, 31, 32, 33, 34),
         *(48, 64, 65, 96, 128, 129, 160),
     )
     # attention of several requests at longer contexts
