@@ -8,9 +8,9 @@ from functools import cached_property
 from importlib.resources import files
 from importlib.resources.abc import Traversable
 from pathlib import Path
-from typing import Annotated, Any, cast
+from typing import Annotated, Any, Self, cast
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from fmsim.errors import DoesNotFit, FmsimError, shown
 from fmsim.files import strict_json, strict_yaml
@@ -131,6 +131,12 @@ class EngineTimes(_Strict):
     # and beside what a decision recalls late, by bytes of a row; else `beside_slower`
     late_slower: dict[int, Ms] = {}
     steps: dict[str, Bookkeeping]  # by kind of policy, `STEP_KINDS`
+
+    @model_validator(mode="after")
+    def _are_fetched_alike(self) -> Self:
+        if self.fetching_ms.keys() != self.common_fetching_ms.keys():
+            raise ValueError("fetching_ms and common_fetching_ms need the same sizes of pages")
+        return self
 
 
 # How a policy's steps keep its books: everything stays; a set that only writes change; one that

@@ -172,7 +172,7 @@ class EngineCosts:
             if pages[step]:
                 left_s += float(come_s[step])
                 read_s = self._read_s(float(pages[step])) / float(come_s[step])
-            found[step] += read_s * left_s
+            found[step] += min(read_s * left_s, self._read_s(math.inf))
             beside_s = min(left_s, float(compute_s[step] + found[step] - alone_s[step]))
             found[step] += beside_s * slower
             left_s -= beside_s

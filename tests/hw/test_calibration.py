@@ -183,7 +183,11 @@ def test_the_measuring_runs(tmp_path, device, float8):
     assert ("float8" in calibration.weights) == float8
     assert (calibration.device == "CPU") == (device == "cpu")
     write_preset(calibration, tmp_path / "small.yaml")
-    assert load_hardware("small.yaml", tmp_path).link.gathers[1].bytes_per_s.keys() == {2, 4}
+    loaded = load_hardware("small.yaml", tmp_path)
+    assert loaded.link.gathers[1].bytes_per_s.keys() == {2, 4}
+    engine = loaded.kernels["v4-flash"].engine
+    assert engine.fetching_ms.keys() == engine.common_fetching_ms.keys() == sizes.fetched.keys()
+    assert engine.steps["fetched"].loading_ms and engine.steps["fallback"].loading_ms
 
 
 def test_a_module_that_is_timed_has_the_types_of_a_loaded_model():

@@ -143,7 +143,8 @@ def test_larger_pages_have_times_of_their_own():
     """
     of_16 = {0: 0.005, 8: 0.045}
     of_1 = {0: 0.005, 8: 0.013}
-    sizes = {"fetching_ms": {1: {1: of_1, 3: of_1}, 16: {1: of_16, 3: of_16}}}
+    own = {1: {1: of_1, 3: of_1}, 16: {1: of_16, 3: of_16}}
+    sizes = {"fetching_ms": own, "common_fetching_ms": own}
     for granularity, n_pages, expected_ms in ((16, 8, 0.04), (4, 2, (0.008 + 0.0025) / 2)):
         missing = ledger(
             granularity=granularity,

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import datetime
 import gc
+import hashlib
 import platform
 from collections.abc import Callable
 from dataclasses import asdict
@@ -22,6 +23,7 @@ from typing import Any
 import torch
 from transformers import DeepseekV4Config
 
+import fmsim.exec
 from fmsim.exec.kernels.layout import KEY, LATENT, Layout
 from fmsim.exec.measure import device_figures, engine_cases, step_work
 from fmsim.exec.measure.compile_ahead import compile_ahead
@@ -56,6 +58,14 @@ def calibrate(
     return measure(geometry, config, (LATENT, KEY), device, Sizes(), seed, report, part)
 
 
+def _engine_digest() -> str:
+    """Of `fmsim.exec`'s source: what was timed of another engine is not gone on with."""
+    found = hashlib.sha256()
+    for path in sorted(Path(fmsim.exec.__file__).parent.rglob("*.py")):
+        found.update(path.read_bytes())
+    return found.hexdigest()
+
+
 @torch.inference_mode()
 def measure(
     geometry: Geometry,
@@ -79,6 +89,7 @@ def measure(
         "model": config.to_dict(),
         "sizes": asdict(sizes),
         "seed": seed,
+        "engine": _engine_digest(),
     }
     report(f"{name}, {software}")
     jobs = _jobs(geometry, config, layouts, device, sizes, seed, report)

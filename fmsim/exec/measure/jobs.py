@@ -31,9 +31,9 @@ def run_jobs(
 ) -> dict[str, Any]:
     """The figures of all `jobs`, by name.
 
-    Each is written into `part` as soon as it is there. Those that an earlier run of the same device
-    and sizes (`about`) left in it are taken from there. The file stays: who has all that it needs
-    deletes it.
+    Each is written into `part` as soon as it is there. Those that an earlier run of the same
+    device, sizes and engine (`about`) left in it are taken from there. The file stays: who has all
+    that it needs deletes it.
     """
     about = json.loads(json.dumps(about))
     found = _left(part, about)
