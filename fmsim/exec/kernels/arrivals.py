@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 MOST = 4096  # numbers of one launch
-STREAMS = 64  # that have numbers of their own
+STREAMS = 256  # of a device, that have numbers of their own: torch has 32 of each priority
 
 _numbers: dict[torch.device, Tensor] = {}
 _places: dict[tuple[torch.device, int], int] = {}
@@ -29,5 +29,8 @@ def arrivals(device: torch.device) -> Tensor:
         _numbers[device] = numbers
         if device.type == "cuda":
             torch.cuda.synchronize(device)  # other streams may use it at once
-    place = _places.setdefault((device, stream), len(_places))
-    return numbers[place % STREAMS]
+    if (device, stream) not in _places:
+        _places[device, stream] = sum(other == device for other, _ in _places)
+    place = _places[device, stream]
+    assert place < STREAMS, "two streams would share their numbers, and wait for each other's"
+    return numbers[place]

@@ -58,8 +58,9 @@ def described_linear_triton(
     if splits > 1:
         parts = torch.empty(splits, count, outputs, dtype=torch.float32, device=weight.device)
         arrived = arrivals.arrivals(weight.device)
-    # programs of one block follow one another: those that wait do so for the next to begin
-    _described_linear[(splits, blocks)](
+    # programs of one block follow one another: those that wait do so for the next to begin. In one
+    # dimension, for the others end at 65,535
+    _described_linear[(splits * blocks,)](
         TensorDescriptor.from_tensor(rows.codes, [block_rows, BLOCK]),
         TensorDescriptor.from_tensor(rows.scales, [1, block_rows]),
         TensorDescriptor.from_tensor(weight, [block, BLOCK]),
@@ -113,7 +114,7 @@ def _described_linear(
     """
     after_previous()
     OUTPUT_BLOCKS: tl.constexpr = (OUTPUTS + BLOCK_OUTPUTS - 1) // BLOCK_OUTPUTS
-    split, block = tl.program_id(0), tl.program_id(1)
+    split, block = tl.program_id(0) % SPLITS, tl.program_id(0) // SPLITS
     near = block // (NEAR_ROWS * OUTPUT_BLOCKS) * NEAR_ROWS
     of_near = tl.minimum(row_blocks - near, NEAR_ROWS)
     number = block % (NEAR_ROWS * OUTPUT_BLOCKS)

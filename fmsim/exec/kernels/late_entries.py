@@ -111,7 +111,8 @@ def _bring_entries(
     entry = tl.load(ids + b * ids_stride + place, mask=place < count, other=-1)
     page = tl.maximum(entry, 0) // PER_PAGE
     block = tl.load(blocks + b * blocks_stride + page, mask=entry >= 0, other=-1)
-    late = tl.load(on_the_way + block, mask=block >= 0, other=0) != 0
+    # a copy that runs beside this changes it meanwhile
+    late = tl.load(on_the_way + block, mask=block >= 0, other=0, volatile=True) != 0
     if tl.max(late.to(tl.int32), 0) != 0:
         number = tl.maximum(entry, 0) % PER_PAGE
         word = tl.arange(0, WORDS)[None, :]

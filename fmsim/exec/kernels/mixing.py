@@ -149,8 +149,8 @@ def gates_beside(
 ):
     """What is due, by the one program that a launch has more for it.
 
-    It waits only at its end. The launch before began when the one that made ``parts`` was done; and
-    what it writes was new before that launch, which reads none of it.
+    It waits only at its end. It begins once the launch before has passed its wait, so ``parts`` is
+    made; and what it writes was new before that launch, which reads none of it.
     """
     if GATES:
         let_next_begin()

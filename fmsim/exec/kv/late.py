@@ -28,7 +28,7 @@ class LatePages:
         self.beside = beside
         self._layers = len(pool_start) - 1
         # layers come in parts of so many; they have an event each
-        self._part = max(1, self._layers // tuning.LATE_LAUNCHES)
+        self._part = max(1, -(-self._layers // tuning.LATE_LAUNCHES))
         self._here = [beside.event() for _ in range(0, self._layers, self._part)]
         self._number = 0  # of the last copy
         # int32, on the device: the number of the last copy, and of that which a part has
@@ -84,8 +84,13 @@ class LatePages:
         """Pool pages int64 [L or 1, B, m] (-1 = none) get others: what was to come into them stays
         away. Waits for those alone that are being copied at that moment.
         """
-        if self._number and not self.beside.over(self._here[-1]):
-            take_back(self._waiting, self.copies.by_list(slots))
+        if self.come():
+            return
+        take_back(self._waiting, self.copies.by_list(slots))
+
+    def come(self) -> bool:
+        """Nothing is on its way any more, as far as the host knows."""
+        return not self._number or self.beside.over(self._here[-1])
 
     def wait_for(self, layer: int) -> None:
         """A layer's pages are here for what comes after. Layers are waited for in their order."""

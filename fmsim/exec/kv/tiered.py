@@ -263,6 +263,8 @@ class TieredCache:
 
     def take(self, slots: Tensor, request: Requests = None) -> None:
         """Slots get other pages: what was to come into them late stays away."""
+        if self._late.come():  # nothing is launched then
+            return
         slots = _by_request(slots)
         first = self._first_slot[:, part_of(request)]
         self._late.take_back(torch.where(slots < 0, -1, slots + first))

@@ -9,6 +9,7 @@ torch = pytest.importorskip("torch", reason="the engine needs fmsim[model]")
 
 from kernel_pools import on_each_device
 
+from fmsim.exec.kernels import tuning
 from fmsim.exec.kernels.layout import plain
 from fmsim.exec.kv.beside import Beside
 from fmsim.exec.kv.tiered import RequestSize, TieredCache
@@ -63,7 +64,10 @@ def drawn(device, generator):
 
 @on_each_device
 @pytest.mark.parametrize("even", [True, False])
-def test_each_layer_finds_its_pages_once_it_waited(device, even):
+@pytest.mark.parametrize("asks", [True, False])
+def test_each_layer_finds_its_pages_once_it_waited(device, even, asks, monkeypatch):
+    """Be it that it `asks` on the device, or waits for an event."""
+    monkeypatch.setattr(tuning, "LATE_KEYS", asks)
     late = Held(device) if device == "cuda" else None
     cache, generator = filled(device, even, beside=late), torch.Generator().manual_seed(1)
     found = torch.zeros(LAYERS, BATCH, 12, cache.page_bytes, dtype=torch.uint8, device=device)
