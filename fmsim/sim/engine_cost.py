@@ -24,7 +24,7 @@ from fmsim.sim.transfer_cost import GatherCurve
 Floats = NDArray[np.float64]
 PAGE_ENTRIES = 64  # of the pages that modules are timed with
 # of what a decision recalls late: fmsim/exec/kernels/tuning.py
-LATE_LAUNCHES, LATE_KEYS = 6, False
+LATE_LAUNCHES, LATE_KEYS = 6, True
 
 
 class EngineCosts:
