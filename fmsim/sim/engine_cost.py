@@ -24,7 +24,7 @@ from fmsim.sim.transfer_cost import GatherCurve
 Floats = NDArray[np.float64]
 PAGE_ENTRIES = 64  # of the pages that modules are timed with
 # of what a decision recalls late: fmsim/exec/kernels/tuning.py
-LATE_LAUNCHES, LATE_KEYS = 6, True
+LATE_LAUNCHES = 6
 
 
 class EngineCosts:
@@ -148,11 +148,10 @@ class EngineCosts:
         """[T]: by how much steps of `compute_s` are longer, while what decisions recall late comes:
         `pages` [T] of all layers and requests, at the step of the decision.
 
-        Keys come first, before the step of the decision, or beside it with LATE_KEYS: then the
-        layers that are without theirs wait. Where misses are loaded, all layers wait for their
-        entries. Elsewhere these come in the course of steps, and each of the
-        steps reads those of them that it attends to: its `topk` times the share of the slots whose
-        pages have not come.
+        Keys come first, beside the step of the decision, whose layers wait for theirs. Where misses
+        are loaded, all layers wait for their entries. Elsewhere these come in the course of steps,
+        and each of the steps reads those of them that it attends to: its `topk` times the share of
+        the slots whose pages have not come.
         """
         entry_bytes = self.geometry.slot_bytes(self.granularity, with_keys=False)
         both_bytes = self.geometry.slot_bytes(self.granularity, with_keys=self.place.keys_tiered)
@@ -161,19 +160,15 @@ class EngineCosts:
             return self._waited_s(entries_s, compute_s)
         keys_s = self._copied_s(both_bytes - entry_bytes, pages)
         slower = self._late_slower(entry_bytes)
-        if LATE_KEYS:
-            before = keyed_layers(self.ledger, self.geometry) / self.geometry.n_csa
-            found, alone_s = self._waited_s(keys_s, compute_s, before), np.zeros(len(pages))
-            come_s = keys_s + entries_s
-        else:
-            found, alone_s, come_s = keys_s.copy(), keys_s, entries_s
+        before = keyed_layers(self.ledger, self.geometry) / self.geometry.n_csa
+        found, come_s = self._waited_s(keys_s, compute_s, before), keys_s + entries_s
         left_s = read_s = 0.0  # reads are of a step for each second of what has not come
         for step in range(len(pages)):
             if pages[step]:
                 left_s += float(come_s[step])
                 read_s = self._read_s(float(pages[step])) / float(come_s[step])
             found[step] += min(read_s * left_s, self._read_s(math.inf))
-            beside_s = min(left_s, float(compute_s[step] + found[step] - alone_s[step]))
+            beside_s = min(left_s, float(compute_s[step] + found[step]))
             found[step] += beside_s * slower
             left_s -= beside_s
         return found

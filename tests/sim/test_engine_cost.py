@@ -330,15 +330,14 @@ def test_where_misses_are_loaded_late_pages_come_in_six_parts():
     assert found == pytest.approx([0.0, come_s - 5 / 6 * fast_s, come_s / 6])
 
 
-def test_where_misses_are_masked_late_keys_are_waited_for_and_entries_read(monkeypatch):
+def test_where_misses_are_masked_late_keys_are_waited_for_and_entries_read():
     """All of both requests' pages are late, so each layer reads all 512 entries of both. Layers
-    without keys are the last: where keys come beside a step it waits for a part of these, or none.
+    without keys are the last: a step waits for a part of these, or none.
     """
     n_pages = np.array([2 * 21 * 800.0])
     found = costs(ledger(), batch=2).late_s(n_pages, np.array([0.0]))
     keys_s, read_s = GATHER.one_s(132, 2 * 16_800 * 132), 21 * GATHER.one_s(584, 2 * 512 * 584)
     assert found == pytest.approx([keys_s + read_s])
-    monkeypatch.setattr(engine_cost, "LATE_KEYS", True)
     for targets, waited_s in (([], keys_s / 6), (list(range(8)), 0.0)):
         found = costs(ledger(target_layers=targets), batch=2).late_s(n_pages, np.array([1.0]))
         assert found == pytest.approx([waited_s + read_s], rel=1e-5)
@@ -372,9 +371,10 @@ def hardware(**changes):
     return H100.model_copy(update={"kernel_tables": None, "kernels": {"v4-flash": table}})
 
 
-def test_a_recall_ahead_has_its_spare_pages_and_the_rest_comes_late(monkeypatch):
-    """300 pages of 21 layers, of which 100 have room: these come before, the others at once."""
-    monkeypatch.setattr(engine_cost, "LATE_KEYS", False)
+def test_a_recall_ahead_has_its_spare_pages_and_the_rest_comes_late():
+    """300 pages of 21 layers, of which 100 have room: these come before, the others at once. A step
+    waits for the first sixth of their keys, and reads entries.
+    """
     recalled = ledger(
         lookahead_loads=loads(128, s64=300), ahead_slots=[100], entry_tokens=4, scored=np.zeros(128)
     )
@@ -382,7 +382,7 @@ def test_a_recall_ahead_has_its_spare_pages_and_the_rest_comes_late(monkeypatch)
     timeline = simulate(recalled, FLASH, hw)
     keys_s = GATHER.one_s(132, 200 * 21 * 132)
     read_s = 21 * GATHER.one_s(584, 512 * 200 / 800 * 584)
-    assert timeline.recall_wait_s[64] == pytest.approx(keys_s + read_s)
+    assert timeline.recall_wait_s[64] == pytest.approx(keys_s / 6 + read_s)
     kinds = [(each.step, each.n_bytes) for each in timeline.transfers if each.kind == "recall"]
     assert sorted(kinds) == [(64, 100 * 21 * 716), (64, 200 * 21 * 716)]
     beside = next(each for each in timeline.transfers if each.start_s == 0)
@@ -395,7 +395,7 @@ def test_a_recall_ahead_has_its_spare_pages_and_the_rest_comes_late(monkeypatch)
     two = simulate(replace(recalled, ahead_slots=[]), FLASH, hw, batch=2)
     keys_s = GATHER.one_s(132, 2 * 300 * 21 * 132)
     read_s = 21 * GATHER.one_s(584, 2 * 512 * 300 / 800 * 584)
-    assert two.recall_wait_s[64] == pytest.approx(keys_s + read_s)
+    assert two.recall_wait_s[64] == pytest.approx(keys_s / 6 + read_s)
     early_ledger = replace(recalled, ahead_slots=[300])
     early = simulate(early_ledger, FLASH, hw)
     kinds = [each.n_bytes for each in early.transfers if each.kind == "recall"]
@@ -414,7 +414,6 @@ def test_sizes_are_the_engines():
     from fmsim.exec.kernels import tuning
 
     assert engine_cost.LATE_LAUNCHES == tuning.LATE_LAUNCHES
-    assert engine_cost.LATE_KEYS == tuning.LATE_KEYS
     assert tuning.TOP_K.whole == WHOLE_ENTRIES
 
 

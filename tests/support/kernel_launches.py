@@ -249,6 +249,7 @@ def turned_product(outputs, inputs, head):
 def gates_due(width, iterations=2):
     """Worked out by the product of one weight, of two, and alone."""
 
+    @torch.no_grad()
     def launch():
         config = DeepseekV4Config(hidden_size=width, hc_sinkhorn_iters=iterations)
         module, norm = HyperConnection(config), RMSNorm(width, 1e-6)
@@ -262,7 +263,7 @@ def gates_due(width, iterations=2):
             mixing.finish,
         ):
             streams = zeros(1, 1, 4, width, dtype=torch.bfloat16)
-            enter_triton(streams, None, module, norm, due=True)
+            enter_triton(streams, None, module, norm, then=weight)
             product()
 
     return launch

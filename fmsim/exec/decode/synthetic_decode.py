@@ -17,7 +17,6 @@ from torch import Tensor
 
 from fmsim.exec.decode.step_state import decode_attentions, graph_after_one
 from fmsim.exec.decode.trace_driven import TraceDrivenDecode, layouts
-from fmsim.exec.kernels import tuning
 from fmsim.exec.kernels.attention_rows import Rows
 from fmsim.exec.kernels.index_score import index_scores, new_scores
 from fmsim.exec.kernels.layout import Layout
@@ -60,7 +59,7 @@ class TracePager:
             self.key_homes = decode.tiers.keys.homes(layer - decode.keyed_layers, self.blocks)
 
     def choose(self, queries: Tensor, weights: Tensor, visible: Tensor, top_k: int) -> None:
-        if self.recalls and not self.keeps_keys and tuning.LATE_KEYS:
+        if self.recalls and not self.keeps_keys:
             self.decode.tiers.keys.wait_for(self.layer - self.decode.keyed_layers)
         if self.recalls and not self.brings:
             self.decode.tiers.wait_for(self.layer)

@@ -18,7 +18,6 @@ from torch import Tensor, nn
 from fmsim.exec.kernels import mixing, one_row, tuning
 from fmsim.exec.kernels.lang import (
     after_previous,
-    after_previous_with_next,
     cdiv,
     next_power_of_2,
     overlapped,
@@ -75,10 +74,8 @@ def enter(
     in decode. ``then``: the weight that the input meets in the next launch, where that is a
     product; weights and mixing may be there no sooner than what that one makes.
     """
-    if not runs_compiled(streams):
-        return enter_reference(streams, pending, connection, norm, rounded)
-    due = then is not None and tuning.GATES_BESIDE and one_row.takes(streams[:, :, 0], then)
-    return enter_triton(streams, pending, connection, norm, rounded, due)
+    run = enter_triton if runs_compiled(streams) else enter_reference
+    return run(streams, pending, connection, norm, rounded, then)
 
 
 def read_out(streams: Tensor, pending: Pending | None, head: nn.Module, norm: nn.Module) -> Tensor:
@@ -90,8 +87,9 @@ def read_out(streams: Tensor, pending: Pending | None, head: nn.Module, norm: nn
 
 
 def enter_reference(
-    streams, pending, connection, norm, rounded=False
+    streams, pending, connection, norm, rounded=False, then=None
 ) -> tuple[Tensor, Activations, Tensor, Tensor]:
+    """Weights and mixing are there at once, so ``then`` is of no account."""
     streams = _left(streams, pending)
     x, write, mix = connection.enter(streams)
     return streams, rms_norm_reference(x, norm, rounded), write, mix
@@ -111,7 +109,7 @@ def _left(streams: Tensor, pending: Pending | None) -> Tensor:
 
 
 def enter_triton(
-    streams, pending, connection, norm, rounded=False, due=False, tune=tuning.HYPER_CONNECTION
+    streams, pending, connection, norm, rounded=False, then=None, tune=tuning.HYPER_CONNECTION
 ) -> tuple[Tensor, Activations, Tensor, Tensor]:
     count, of = streams.shape[2], streams.shape[:2]
     streams, parts = _project(streams, pending, connection.fn, tune)
@@ -120,6 +118,7 @@ def enter_triton(
     mix = torch.empty(*of, count, count, dtype=torch.float32, device=streams.device)
     made = Float8Rows.empty(of, x.shape[2], x.dtype, x.device, x) if rounded else None
     of_connection = connection.base, connection.scale, connection
+    due = then is not None and one_row.fits(x, then)
     if due:
         mixing.leave_due(
             mixing.Due(
@@ -189,7 +188,6 @@ def _project(streams: Tensor, pending: Pending | None, fn: Tensor, tune) -> tupl
         LEAVE=pending is not None,
         SHARES=shares,
         TOP_K=top_k,
-        EARLY=tuning.LEAVE_EARLY,
         num_warps=tune.project_warps,
         **overlapped(streams),
     )
@@ -226,7 +224,6 @@ def _join(streams, parts, base, scale, module, norm, x, made, gates, tune) -> No
         TILES=parts.shape[1],
         TILES_PADDED=next_power_of_2(parts.shape[1]),
         ITERATIONS=0 if gates is None else module.iterations,
-        ROLLED=tuning.SINKHORN_ROLLED,
         ROUNDED=made is not None,
         BLOCK=BLOCK,
         num_warps=tune.enter_warps,
@@ -257,7 +254,6 @@ def _leave_and_project(
     LEAVE: tl.constexpr,
     SHARES: tl.constexpr,
     TOP_K: tl.constexpr,
-    EARLY: tl.constexpr,
 ):
     """One program: a block of one stream's channels, of a run of tokens."""
     tile, first = tl.program_id(0), tl.program_id(1) * TOKENS
@@ -268,10 +264,7 @@ def _leave_and_project(
     weights = tl.load(fn + places, mask=(row < ROWS)[:, None] & inside[None, :], other=0.0).to(
         tl.float32
     )
-    if EARLY:
-        after_previous_with_next()
-    else:
-        after_previous()
+    after_previous()
     for token in range(first, tl.minimum(first + TOKENS, total)):
         source = streams + token * token_stride + channel
         if LEAVE:
@@ -328,7 +321,6 @@ def _enter(
     TILES: tl.constexpr,
     TILES_PADDED: tl.constexpr,
     ITERATIONS: tl.constexpr,
-    ROLLED: tl.constexpr,
     ROUNDED: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
@@ -378,5 +370,4 @@ def _enter(
             TILES,
             TILES_PADDED,
             ITERATIONS,
-            ROLLED,
         )

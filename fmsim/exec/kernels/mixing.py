@@ -11,7 +11,6 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from fmsim.exec.kernels import tuning
 from fmsim.exec.kernels.lang import (
     after_previous,
     let_next_begin,
@@ -62,7 +61,7 @@ def taken(like: Tensor) -> Extra:
     two launches before.
     """
     if not _due:
-        sizes = dict.fromkeys(("GATES", "ITERATIONS", "ROLLED"), 0)
+        sizes = dict.fromkeys(("GATES", "ITERATIONS"), 0)
         sizes |= dict.fromkeys(("GATES_PADDED", "VALUES", "STREAMS", "TILES", "TILES_PADDED"), 1)
         return Extra(0, (*(like,) * 5, 0.0, 0.0), sizes)
     gates = _due.pop()
@@ -75,7 +74,6 @@ def taken(like: Tensor) -> Extra:
         TILES=tiles,
         TILES_PADDED=next_power_of_2(tiles),
         ITERATIONS=gates.iterations,
-        ROLLED=tuning.SINKHORN_ROLLED,
     )
     return Extra(1, gates[:7], sizes)
 
@@ -104,7 +102,6 @@ def _gates_alone(
     TILES: tl.constexpr,
     TILES_PADDED: tl.constexpr,
     ITERATIONS: tl.constexpr,
-    ROLLED: tl.constexpr,
 ):
     """One program."""
     bases, scales = levels_of(base, scale, STREAMS, GATES, GATES_PADDED)
@@ -125,7 +122,6 @@ def _gates_alone(
         TILES,
         TILES_PADDED,
         ITERATIONS,
-        ROLLED,
     )
 
 
@@ -145,7 +141,6 @@ def gates_beside(
     TILES: tl.constexpr,
     TILES_PADDED: tl.constexpr,
     ITERATIONS: tl.constexpr,
-    ROLLED: tl.constexpr,
 ):
     """What is due, by the one program that a launch has more for it.
 
@@ -171,7 +166,6 @@ def gates_beside(
             TILES,
             TILES_PADDED,
             ITERATIONS,
-            ROLLED,
         )
         wait_for_previous()
 
@@ -202,7 +196,6 @@ def work_out(
     TILES: tl.constexpr,
     TILES_PADDED: tl.constexpr,
     ITERATIONS: tl.constexpr,
-    ROLLED: tl.constexpr,
 ):
     """The write weights and the mixing of a ``token``, in registers; `levels_of` its connection."""
     row = tl.arange(0, GATES_PADDED)
@@ -224,12 +217,8 @@ def work_out(
         for j in tl.static_range(STREAMS):
             mix = mix + (shares[j] + eps,)
     mix = _columns_scaled(mix, eps, STREAMS)
-    if ROLLED:
-        for _ in range(ITERATIONS - 1):
-            mix = _rows_and_columns_scaled(mix, eps, STREAMS)
-    else:
-        for _ in tl.static_range(ITERATIONS - 1):
-            mix = _rows_and_columns_scaled(mix, eps, STREAMS)
+    for _ in range(ITERATIONS - 1):
+        mix = _rows_and_columns_scaled(mix, eps, STREAMS)
     for cell in tl.static_range(STREAMS * STREAMS):
         tl.store(mix_out + token * STREAMS * STREAMS + cell, mix[cell])
 

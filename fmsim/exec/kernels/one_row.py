@@ -34,12 +34,16 @@ from fmsim.exec.kernels.weights import BLOCK, dequantise
 
 
 def takes(x: Tensor, weight: Tensor) -> bool:
-    """Whether x [..., in] is one row on a GPU, without gradients, and a ``weight`` of its width is
-    bfloat16 or float8, of which a program can hold a row.
+    """Whether x [..., in] is on a GPU and `fits`."""
+    return runs_compiled(x) and fits(x, weight)
+
+
+def fits(x: Tensor, weight: Tensor) -> bool:
+    """Whether x [..., in] is one row, without gradients, and a ``weight`` of its width is bfloat16
+    or float8, of which a program can hold a row.
     """
     return (
-        runs_compiled(x)
-        and x.shape[:-1].numel() == 1
+        x.shape[:-1].numel() == 1
         and weight.dtype in (torch.bfloat16, torch.float8_e4m3fn)
         and weight.shape[1] <= tuning.ONE_ROW.most_inputs
         and not torch.is_grad_enabled()
@@ -211,7 +215,6 @@ def _one_row(
     TILES: tl.constexpr,
     TILES_PADDED: tl.constexpr,
     ITERATIONS: tl.constexpr,
-    ROLLED: tl.constexpr,
 ):
     """One program: `_rows` of the n-th; before them one for GATES."""
     number = tl.program_id(0)
@@ -233,7 +236,6 @@ def _one_row(
             TILES,
             TILES_PADDED,
             ITERATIONS,
-            ROLLED,
         )
     else:
         _rows(
@@ -289,7 +291,6 @@ def _two_rows(
     TILES: tl.constexpr,
     TILES_PADDED: tl.constexpr,
     ITERATIONS: tl.constexpr,
-    ROLLED: tl.constexpr,
 ):
     """FIRST programs of one weight, and those of the second; before them one for GATES."""
     number = tl.program_id(0)
@@ -311,7 +312,6 @@ def _two_rows(
             TILES,
             TILES_PADDED,
             ITERATIONS,
-            ROLLED,
         )
     elif number < FIRST:
         _rows(

@@ -192,12 +192,6 @@ class ExpertsTuning(NamedTuple):
 
 
 HYPER_CONNECTION, NORM_ROPE = HyperConnectionTuning(), NormRopeTuning()
-# whether the next product of one row works out what a connection's way back needs
-GATES_BESIDE = True
-# whether the launch that goes back lets the next one begin at once
-LEAVE_EARLY = False
-# whether Sinkhorn's iterations are a loop, or one after another
-SINKHORN_ROLLED = True
 ONE_ROW, FEW = OneRowTuning(), FewRowsTuning()
 INDEX_SCORES, MEMORY_SCORES = (
     IndexScoresTuning(),
@@ -246,9 +240,6 @@ FLOAT32_ROWS = 32  # of a block: they take twice the shared memory
 # to 7%
 PROGRAMS_BESIDE = 4
 LATE_LAUNCHES = 6  # of what a decision recalls late: as many times layers may go on before its end
-# Keys that a decision recalls late come beside the first layers, and layers wait for what is late
-# on the device. Without: keys come before the step, and layers wait for events.
-LATE_KEYS = True
 LATE_ENTRIES = 16  # that come before their page: of a program, which most often finds none
 BLOCK_TABLE_PAGES = 2048  # that a program enters, of one request in one layer
 PROGRAMS_WITHIN = 264  # of a copy within the GPU, which is over soon

@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 
 from fmsim.errors import FmsimError
-from fmsim.exec.kernels import tuning
 from fmsim.exec.kernels.index_score import GROUP, Scores, index_scores, new_scores
 from fmsim.exec.kernels.lang import cdiv
 from fmsim.exec.kernels.layout import Layout, read_entries, slots_of, write_entries
@@ -180,8 +179,7 @@ class ResidentKeys(LayerKeys):
         self.tiers.append(request, self.number, key, index, self.tables[request])
 
     def wait(self) -> None:
-        if tuning.LATE_KEYS:
-            self.tiers.wait_for(self.number)
+        self.tiers.wait_for(self.number)
 
     def best(self, queries: Tensor, weights: Tensor, lengths: Tensor, top_k: int) -> Tensor:
         """Of the resident entries among the first ``lengths`` [B], the ids of the best: int32 [B,

@@ -27,13 +27,14 @@ class LatePages:
         self.pool_start = pool_start
         self.beside = beside
         self._layers = len(pool_start) - 1
-        # layers come in parts of so many; they have an event each
+        # layers come in parts of so many; a part begins at each start
         self._part = max(1, -(-self._layers // tuning.LATE_LAUNCHES))
-        self._here = [beside.event() for _ in range(0, self._layers, self._part)]
+        self._starts = range(0, self._layers, self._part)
+        self._done = beside.event()  # of the last copy, for the host
         self._number = 0  # of the last copy
         # int32, on the device: the number of the last copy, and of that which a part has
         self._asked = torch.zeros(1, dtype=torch.int32, device=copies.pool.pages.device)
-        self._come = self._asked.repeat(len(self._here))
+        self._come = self._asked.repeat(len(self._starts))
 
     @cached_property
     def _waiting(self) -> Tensor:
@@ -64,8 +65,7 @@ class LatePages:
         self._asked.fill_(number)
 
         def come() -> None:
-            for place, event in enumerate(self._here):
-                first = place * self._part
+            for place, first in enumerate(self._starts):
                 part = slice(first, first + self._part)
                 if first < copies.lists:
                     copy_late(
@@ -76,7 +76,7 @@ class LatePages:
                         number,
                     )
                 self._come[place].fill_(number)
-                self.beside.record(event)
+            self.beside.record(self._done)
 
         self.beside.late(come, *moves)
 
@@ -90,12 +90,10 @@ class LatePages:
 
     def come(self) -> bool:
         """Nothing is on its way any more, as far as the host knows."""
-        return not self._number or self.beside.over(self._here[-1])
+        return not self._number or self.beside.over(self._done)
 
     def wait_for(self, layer: int) -> None:
         """A layer's pages are here for what comes after. Layers are waited for in their order."""
         part, within = divmod(layer, self._part)
-        if within == 0 and tuning.LATE_KEYS:
+        if within == 0:
             wait_for_copy(self._come[part:], self._asked)
-        elif within == 0:
-            self.beside.wait(self._here[part])

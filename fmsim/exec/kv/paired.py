@@ -12,7 +12,6 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from fmsim.exec.kernels import tuning
 from fmsim.exec.kernels.layout import Layout
 from fmsim.exec.kv.home import Requests
 from fmsim.exec.kv.resident import ResidentPages
@@ -110,8 +109,7 @@ class PairedTiers:
         """
         for number, cache in reversed(list(enumerate(self.caches))):
             moves = self._moved(pages, number), self._moved(slots, number)
-            comes_late = late and (cache is self.entries or tuning.LATE_KEYS)
-            cache.recall(*moves, request, comes_late)
+            cache.recall(*moves, request, late)
 
     def wait_for(self, layer: int) -> None:
         """`TieredCache.wait_for`, of entries."""

@@ -14,8 +14,9 @@ from tiny_model import CSA, HCA, SLIDING, kinds, oracle, ours
 
 from fmsim.exec.decode.engine import Batch
 from fmsim.exec.decode.prompt import Prompt
-from fmsim.exec.kernels import hyper_connection
+from fmsim.exec.kernels import hyper_connection, mixing
 from fmsim.exec.model import deepseek_v4 as exec_model
+from fmsim.exec.model.weights.loader import allocate, meta_model
 from fmsim.policies import registry
 
 
@@ -77,6 +78,47 @@ def test_hyper_connections_from_kernels_are_those_of_torch(device, monkeypatch):
             found[-1].append(batch.logits.clone())
     torch.testing.assert_close(torch.stack(found[1]), torch.stack(found[0]), atol=2e-5, rtol=0)
     assert not torch.equal(torch.stack(found[1]), torch.stack(found[0]))  # they were two ways
+
+
+@pytest.mark.slow
+@on_each_device
+@torch.no_grad()
+def test_gates_that_are_left_due_are_those_of_the_connection(device, monkeypatch):
+    """Of one bfloat16 request, all of whose experts and entries are given. On a GPU products work
+    gates out. On a CPU no product of one row is a kernel's, so each next way back does.
+    """
+    layers, steps = [SLIDING, CSA], 40 if device == "cuda" else 2
+    reference = oracle(layer_types=layers, hc_mult=4, num_hash_layers=2, index_topk=20)
+    model = allocate(meta_model(reference.config, torch.bfloat16), device)
+    model.load_state_dict(reference.state_dict())
+    model.eval().requires_grad_(False)
+    left, unclaimed, found = [], [], []
+    leave_due, finish = mixing.leave_due, mixing.finish
+
+    def finish_and_count():
+        unclaimed.append(len(mixing._due))
+        finish()
+
+    monkeypatch.setattr(mixing, "leave_due", lambda due: (left.append(1), leave_due(due)))
+    monkeypatch.setattr(mixing, "finish", finish_and_count)
+    monkeypatch.setattr(exec_model, "read_out", hyper_connection.read_out_triton)
+    for leaves in (False, True):
+        monkeypatch.setattr(
+            exec_model,
+            "enter",
+            lambda *given, then, leaves=leaves: hyper_connection.enter_triton(
+                *given, then=then if leaves else None
+            ),
+        )
+        batch = Batch([Prompt(model, list(range(30)), steps)], registry.build("full"))
+        found.append([])
+        for token in range(steps):
+            batch.step([token])
+            found[-1].append(batch.logits.float().clone())
+        assert bool(left) == leaves
+    assert len(left) >= 2 * len(layers)
+    assert sum(unclaimed) < len(left) if device == "cuda" else sum(unclaimed) == len(left)
+    torch.testing.assert_close(torch.stack(found[1]), torch.stack(found[0]), atol=0.02, rtol=0)
 
 
 @pytest.mark.slow

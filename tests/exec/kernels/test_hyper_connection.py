@@ -8,7 +8,6 @@ from kernel_pools import on_each_device, relative_error
 from torch import nn
 from transformers import DeepseekV4Config
 
-from fmsim.exec.kernels import tuning
 from fmsim.exec.kernels.hyper_connection import (
     Pending,
     Shares,
@@ -107,9 +106,10 @@ def test_mixing_is_doubly_stochastic(device):
 
 
 @on_each_device
-def test_the_next_product_works_out_the_gates(device, monkeypatch):
+@torch.no_grad()
+def test_the_next_product_works_out_the_gates(device):
     """As the connection itself does: the product of one weight, of two, or of none, where the way
-    back does it. Iterations in a loop give what they give one after another.
+    back does it.
     """
     one, other, _, norm = modules(0, 128, 4, device)
     streams = torch.randn(1, 1, 4, 128, device=device).bfloat16()
@@ -117,13 +117,12 @@ def test_the_next_product_works_out_the_gates(device, monkeypatch):
     expected = enter_triton(streams, None, one, norm)
     pending = Pending(one, expected[1], *expected[2:])
     left = enter_triton(expected[0], pending, other, norm)[0]
-    monkeypatch.setattr(tuning, "SINKHORN_ROLLED", not tuning.SINKHORN_ROLLED)
     for product in (
         lambda x: one_row_triton(x, plain),
         lambda x: two_rows_triton(x, (plain, plain), (None, None)),
         lambda x: None,
     ):
-        found = enter_triton(streams, None, one, norm, due=True)
+        found = enter_triton(streams, None, one, norm, then=plain)
         product(found[1])
         again = enter_triton(found[0], Pending(one, found[1], *found[2:]), other, norm)[0]
         check((*found[:2], again), (*expected[:2], left), LIMITS[torch.bfloat16])

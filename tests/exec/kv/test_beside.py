@@ -9,7 +9,6 @@ torch = pytest.importorskip("torch", reason="the engine needs fmsim[model]")
 
 from kernel_pools import on_each_device
 
-from fmsim.exec.kernels import tuning
 from fmsim.exec.kernels.layout import plain
 from fmsim.exec.kv.beside import Beside
 from fmsim.exec.kv.tiered import RequestSize, TieredCache
@@ -64,10 +63,7 @@ def drawn(device, generator):
 
 @on_each_device
 @pytest.mark.parametrize("even", [True, False])
-@pytest.mark.parametrize("asks", [True, False])
-def test_each_layer_finds_its_pages_once_it_waited(device, even, asks, monkeypatch):
-    """Be it that it `asks` on the device, or waits for an event."""
-    monkeypatch.setattr(tuning, "LATE_KEYS", asks)
+def test_each_layer_finds_its_pages_once_it_waited(device, even):
     late = Held(device) if device == "cuda" else None
     cache, generator = filled(device, even, beside=late), torch.Generator().manual_seed(1)
     found = torch.zeros(LAYERS, BATCH, 12, cache.page_bytes, dtype=torch.uint8, device=device)
@@ -208,7 +204,7 @@ def test_one_requests_recall_waits_for_no_others(device):
             beside.let()
         else:
             torch.cuda.current_stream().synchronize()
-            assert cycles == 1 or not beside.over(cache._late._here[0])
+            assert cycles == 1 or not cache._late.come()
             torch.cuda.synchronize()
     for layer in range(LAYERS):
         for b in range(2):
