@@ -57,11 +57,6 @@ def guarded(**methods):
             "asks for a page twice",
         ),
         (
-            {"prefetch": lambda self, step: np.array([[-1, 8]])},
-            lambda g: g.prefetch(2),
-            "prefetch asks for page 8; the run has 8, from 0",
-        ),
-        (
             {"scored_entries": lambda self, step: -1},
             lambda g: g.scored_entries(1),
             "scored_entries returned -1",
