@@ -224,8 +224,8 @@ class Policy:
     def prefetch(self, step: int) -> Array | None:
         """Pages to load before this step's accesses: int [G, n], unique in a row, -1 = padding.
 
-        Asked at every step, with cadence 1 only. What is resident already is left out, and a page
-        gets its slot as a missed one does.
+        Asked at every step, with cadence 1 only. What is resident already is left out, and so are
+        pages that nothing was written to yet. A page gets its slot as a missed one does.
         """
         return None
 
