@@ -129,19 +129,16 @@ def measured(result: dict[str, Any]) -> str:
     if not result["rows"]:
         return NOT_MEASURED
     lines = [
-        "| context | entries a page | recalled | requests | step, ms | slowest | steps from the"
-        " decision on |",
-        "|---" * 7 + "|",
+        "| context | entries a page | requests | step, ms | slowest | steps from the decision on |",
+        "|---" * 6 + "|",
     ]
     for row in result["rows"]:
         if "failed" in row:
             continue
-        how = "at the decision" if row["spec"].get("stale") is False else "ahead, and late"
         after = ", ".join(f"{ms:.1f}" for ms in row["steps_from_it_on_ms"])
         cells = (
             row["trace"].split("-")[1],
             str(row["spec"].get("granularity", 1)),
-            how,
             str(row["batch"]),
             f"{row['step_p50_ms']:.1f}",
             f"{row['step_max_ms']:.1f}",
