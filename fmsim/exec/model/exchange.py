@@ -5,6 +5,7 @@ NCCL carries them between GPUs, where a CUDA graph holds its calls; gloo between
 
 from __future__ import annotations
 
+import gc
 import os
 import sys
 from collections.abc import Iterator
@@ -66,7 +67,9 @@ def joined(meeting: Path, rank: int, count: int, device: str) -> Iterator[Exchan
     """This process as one of ``count``, which meet at the file ``meeting``; on "cuda" it has GPU
     ``rank``.
 
-    Where the block fails the others go on waiting: whoever started them ends them, and tells why.
+    No CUDA graph that holds calls of the exchange may be reachable when the block ends: NCCL waits
+    for the last of them. Where the block fails the others go on waiting: whoever started them ends
+    them, and tells why.
     """
     if device == "cuda":
         torch.cuda.set_device(rank)
@@ -82,4 +85,5 @@ def joined(meeting: Path, rank: int, count: int, device: str) -> Iterator[Exchan
         device_id=torch.device(device, rank) if device == "cuda" else None,
     )
     yield Exchange(device)
+    gc.collect()  # a step and its graph refer to each other
     dist.destroy_process_group()
