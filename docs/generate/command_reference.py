@@ -85,7 +85,7 @@ def kind_of(param: Any) -> str:
         return " or ".join(f"`{word.value}`" for word in kind)
     info = param.type_descriptor.parameter_info
     low_high = "".join(
-        f" {word} {value:g}"
+        f" {word} {value:,.10g}"
         for word, value in (("from", info.min), ("to", info.max))
         if value is not None
     )

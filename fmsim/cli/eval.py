@@ -18,6 +18,7 @@ from fmsim.cli.options import (
     Quiet,
     Verbose,
     Wide,
+    finite,
     parse_tokens,
     print_found,
     write_page,
@@ -49,7 +50,9 @@ def evaluate(
             help="tokens of a context, or TOKENS:SAMPLES:SEEDS for fewer of them; repeat for more",
         ),
     ] = ["32768"],
-    samples: Annotated[int, typer.Option(help="contexts a family, length and seed")] = 10,
+    samples: Annotated[
+        int, typer.Option(min=1, max=100_000, help="contexts a family, length and seed")
+    ] = 10,
     policy: Annotated[
         list[str],
         typer.Option("--policy", "-p", help="name, or name:key=value,key=value; repeat for more"),
@@ -93,8 +96,11 @@ def evaluate(
         ),
     ] = 1,
     seconds: Annotated[
-        float, typer.Option(help="begin no context after that; what is there is reported")
-    ] = float("inf"),
+        float | None,
+        typer.Option(
+            min=0, callback=finite, help="begin no context after that; what is there is reported"
+        ),
+    ] = None,
     out: Annotated[
         Path | None,
         typer.Option(

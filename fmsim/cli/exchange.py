@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from fmsim.cli.extras import require
-from fmsim.cli.options import NoVerify, finite
+from fmsim.cli.options import NoVerify
 from fmsim.cli.progress import track
 
 if TYPE_CHECKING:
@@ -65,7 +65,9 @@ def import_traces(
     ] = None,
     tau: Annotated[
         int,
-        typer.Option(help="flashmemory: steps of a window; a query stands at each window's start"),
+        typer.Option(
+            min=1, help="flashmemory: steps of a window; a query stands at each window's start"
+        ),
     ] = 64,
 ) -> None:
     """Turn an engine's captures, or another project's recordings, into traces.
@@ -132,13 +134,14 @@ def export_traces(
     head_share: Annotated[
         float,
         typer.Option(
-            callback=finite, help="share of a step's compressed mass that golden entries carry"
+            min=0, max=1, help="share of a step's compressed mass that golden entries carry"
         ),
     ] = 0.6,
     min_layers: Annotated[
         int,
         typer.Option(
-            help="CSA layers that must choose an entry to make it golden (the paper: 3 of 21)"
+            min=1,
+            help="CSA layers that must choose an entry to make it golden (the paper: 3 of 21)",
         ),
     ] = 1,
     no_verify: NoVerify = False,

@@ -12,6 +12,7 @@ import typer
 from fmsim.cli.extras import require
 from fmsim.cli.given import device_given, labels_of, policy_given
 from fmsim.cli.options import (
+    MOST_SEED,
     TIMEOUT_S,
     Columns,
     Csv,
@@ -156,7 +157,9 @@ def exec_(
     device: Annotated[
         str | None, typer.Option(help="cuda or cpu; cuda where there is one by default")
     ] = None,
-    seed: Annotated[int, typer.Option(help="decides the built-in questions")] = 0,
+    seed: Annotated[
+        int, typer.Option(min=0, max=MOST_SEED, help="decides the built-in questions")
+    ] = 0,
     beyond_positions: Annotated[
         bool, typer.Option("--beyond-positions", help="contexts longer than the model knows")
     ] = False,

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from fmsim.cli.extras import require
-from fmsim.cli.options import Columns, Csv, Json, Wide, print_found
+from fmsim.cli.options import MOST_SEED, Columns, Csv, Json, Wide, print_found
 
 app = typer.Typer(
     help="List hardware presets, or measure one on this machine's GPU.", no_args_is_help=True
@@ -49,7 +49,7 @@ def calibrate(
             help="whose decode modules to time: v4-flash, v4-pro, or a folder with a config.json"
         ),
     ] = "v4-flash",
-    seed: Annotated[int, typer.Option(help="decides the made-up inputs")] = 0,
+    seed: Annotated[int, typer.Option(min=0, max=MOST_SEED, help="decides the made-up inputs")] = 0,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="no progress lines")] = False,
 ) -> None:
     """Measure this machine's GPU and write a preset that scenarios read (needs a CUDA device and

@@ -10,7 +10,7 @@ import typer
 
 from fmsim.cli.extras import require
 from fmsim.cli.given import device_given
-from fmsim.cli.options import Columns, Csv, Json, NoVerify, Wide, finite, print_found, write_page
+from fmsim.cli.options import MOST_SEED, Columns, Csv, Json, NoVerify, Wide, print_found, write_page
 from fmsim.cli.progress import track
 
 if TYPE_CHECKING:
@@ -32,23 +32,23 @@ class Loss(enum.StrEnum):
 Traces = Annotated[list[Path], typer.Argument(help="traces recorded from a DeepSeek-V4 model")]
 HeadShare = Annotated[
     float,
-    typer.Option(
-        callback=finite, help="share of a step's compressed mass that golden entries carry"
-    ),
+    typer.Option(min=0, max=1, help="share of a step's compressed mass that golden entries carry"),
 ]
 MinLayers = Annotated[
-    int, typer.Option(help="CSA layers that must choose an entry to make it golden")
+    int, typer.Option(min=1, help="CSA layers that must choose an entry to make it golden")
 ]
 StateAge = Annotated[
     int,
     typer.Option(
         min=0,
+        max=1_000_000,
         help="windows between a query's state and the window it serves: 0 is right before it, 1 is"
         " what a policy has that recalls ahead",
     ),
 ]
 Horizon = Annotated[
-    int | None, typer.Option(help="steps that a query must serve; the trace's tau by default")
+    int | None,
+    typer.Option(min=1, help="steps that a query must serve; the trace's tau by default"),
 ]
 
 
@@ -59,48 +59,51 @@ def train(
     held_out: Annotated[
         list[Path], typer.Option(help="traces to judge by; every tenth one by default")
     ] = [],
-    heads: Annotated[int, typer.Option(help="heads a layer")] = 32,
-    rank: Annotated[int, typer.Option(help="width of the queries' bottleneck")] = 192,
+    heads: Annotated[int, typer.Option(min=1, max=4096, help="heads a layer")] = 32,
+    rank: Annotated[
+        int, typer.Option(min=1, max=65_536, help="width of the queries' bottleneck")
+    ] = 192,
     loss: Annotated[
         Loss, typer.Option(help="over a query's list, or over single entries")
     ] = Loss.infonce,
     random_negatives: Annotated[
-        float, typer.Option(callback=finite, help="negatives sampled a positive")
+        float, typer.Option(min=0, max=1e6, help="negatives sampled a positive")
     ] = 3.0,
     hard_negatives: Annotated[
-        float, typer.Option(callback=finite, help="highest-scoring negatives a positive")
+        float, typer.Option(min=0, max=1e6, help="highest-scoring negatives a positive")
     ] = 1.0,
     mass_power: Annotated[
         float,
-        typer.Option(
-            callback=finite, help="a positive weighs its mass to this power; 0: all alike"
-        ),
+        typer.Option(min=0, max=10, help="a positive weighs its mass to this power; 0: all alike"),
     ] = 1.0,
     focal_gamma: Annotated[
         float,
-        typer.Option(callback=finite, help="focal loss: how little what is already right counts"),
+        typer.Option(min=0, max=100, help="focal loss: how little what is already right counts"),
     ] = 2.0,
     learning_rate: Annotated[
-        float, typer.Option(callback=finite, help="AdamW's peak learning rate")
+        float, typer.Option(min=0, max=100, help="AdamW's peak learning rate")
     ] = 2e-3,
     weight_decay: Annotated[
-        float, typer.Option(callback=finite, help="AdamW's weight decay")
+        float, typer.Option(min=0, max=100, help="AdamW's weight decay")
     ] = 0.01,
     warm_up: Annotated[
         float,
         typer.Option(
-            callback=finite,
+            min=0,
+            max=1,
             help="share of the steps in which the rate rises; then it falls as a cosine",
         ),
     ] = 0.05,
-    steps: Annotated[int, typer.Option(help="optimizer steps")] = 2000,
-    traces_per_step: Annotated[int, typer.Option(help="traces whose queries make a batch")] = 4,
-    evaluate_every: Annotated[int, typer.Option(help="steps between evaluations")] = 100,
+    steps: Annotated[int, typer.Option(min=1, help="optimizer steps")] = 2000,
+    traces_per_step: Annotated[
+        int, typer.Option(min=1, help="traces whose queries make a batch")
+    ] = 4,
+    evaluate_every: Annotated[int, typer.Option(min=1, help="steps between evaluations")] = 100,
     patience: Annotated[
-        int, typer.Option(help="evaluations without better recall before stopping")
+        int, typer.Option(min=1, help="evaluations without better recall before stopping")
     ] = 5,
     kept_share: Annotated[
-        float, typer.Option(callback=finite, help="share that the recommended threshold keeps")
+        float, typer.Option(min=0, max=1, help="share that the recommended threshold keeps")
     ] = 0.10,
     head_share: HeadShare = 0.6,
     min_layers: MinLayers = 1,
@@ -110,7 +113,9 @@ def train(
         str | None,
         typer.Option(help="CSA layers to score, from 0, e.g. 0,2; by default all that have keys"),
     ] = None,
-    seed: Annotated[int, typer.Option(help="decides the weights and the sampling")] = 0,
+    seed: Annotated[
+        int, typer.Option(min=0, max=MOST_SEED, help="decides the weights and the sampling")
+    ] = 0,
     resume: Annotated[
         bool,
         typer.Option(

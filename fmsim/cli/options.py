@@ -96,6 +96,7 @@ Verbose = Annotated[
     ),
 ]
 TIMEOUT_S = 3600.0
+MOST_SEED = 2**32 - 1  # that every generator takes
 
 
 def parse_tokens(option: str, text: str) -> int:

@@ -64,7 +64,7 @@ def plan(
         ),
     ] = None,
     usd_per_gpu_hour: Annotated[
-        float | None, typer.Option(min=0, help="price, for dollars a million tokens")
+        float | None, typer.Option(min=0, max=1e6, help="price, for dollars a million tokens")
     ] = None,
     override: Annotated[
         list[str], typer.Option("--set", "-s", help="key=value, e.g. server.mirror=shared")

@@ -11,7 +11,17 @@ import typer
 from fmsim.cli import exchange, trace_tools
 from fmsim.cli.extras import require
 from fmsim.cli.given import device_given
-from fmsim.cli.options import Columns, Csv, Json, NoVerify, TraceFile, Wide, print_found, tokens
+from fmsim.cli.options import (
+    MOST_SEED,
+    Columns,
+    Csv,
+    Json,
+    NoVerify,
+    TraceFile,
+    Wide,
+    print_found,
+    tokens,
+)
 from fmsim.cli.progress import token_bar
 
 if TYPE_CHECKING:
@@ -99,8 +109,10 @@ def record(
             help="of the prompt, such as 8192 or 32K; a longer text is cut",
         ),
     ] = 32_768,
-    steps: Annotated[int, typer.Option(help="decode steps")] = 512,
-    seed: Annotated[int, typer.Option(help="decides a built-in task's text and facts")] = 0,
+    steps: Annotated[int, typer.Option(min=1, help="decode steps")] = 512,
+    seed: Annotated[
+        int, typer.Option(min=0, max=MOST_SEED, help="decides a built-in task's text and facts")
+    ] = 0,
     device: Annotated[
         str | None, typer.Option(help="cuda or cpu; cuda where there is one by default")
     ] = None,

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from fmsim.cli.options import (
+    MOST_SEED,
     TIMEOUT_S,
     Columns,
     Csv,
@@ -47,7 +48,9 @@ def tune(
         ),
     ] = 0.95,
     trials: Annotated[int, typer.Option("--trials", "-n", min=1, help="settings to try")] = 50,
-    seed: Annotated[int, typer.Option(help="the same seed tries the same settings")] = 0,
+    seed: Annotated[
+        int, typer.Option(min=0, max=MOST_SEED, help="the same seed tries the same settings")
+    ] = 0,
     override: Annotated[
         list[str], typer.Option("--set", "-s", help="key=value, e.g. batch=8, hardware=h200")
     ] = [],

@@ -12,7 +12,7 @@ import numpy as np
 from fmsim.exec.model.deepseek_v4 import DeepseekV4
 from fmsim.exec.runs import synthetic as synthetic_run
 from fmsim.experiments.progress import StepsTold
-from fmsim.hw import Hardware, replace_figure
+from fmsim.hw import Hardware, times_figure
 from fmsim.policies.base import Policy
 from fmsim.replay.replayer import Replayer
 from fmsim.sim import metrics
@@ -68,7 +68,7 @@ def simulated(
 
     All requests follow one trace and share its mirror, as in the engine.
     """
-    shared = replace_figure(hw, "host_bytes", hw.host_bytes.value * batch)
+    shared = times_figure(hw, "host_bytes", batch)
     policy = worlds.make(label)()
     ledger = worlds.replayer.run(policy)
     whole = simulate(ledger, worlds.geometry, shared, worlds.layer_map, batch, one_text=True)

@@ -2,6 +2,20 @@
 they share.
 """
 
-from fmsim.hw.spec import Hardware, figure_names, hardware_names, load_hardware, replace_figure
+from fmsim.hw.spec import (
+    Hardware,
+    figure_names,
+    hardware_names,
+    load_hardware,
+    replace_figure,
+    times_figure,
+)
 
-__all__ = ["Hardware", "figure_names", "hardware_names", "load_hardware", "replace_figure"]
+__all__ = [
+    "Hardware",
+    "figure_names",
+    "hardware_names",
+    "load_hardware",
+    "replace_figure",
+    "times_figure",
+]

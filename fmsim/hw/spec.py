@@ -368,6 +368,12 @@ def replace_figure(hw: Hardware, name: str, value: float) -> Hardware:
     )
 
 
+def times_figure(hw: Hardware, name: str, factor: float) -> Hardware:
+    """`hw` with one of its figures ``factor`` times as large, or as large as a figure may be."""
+    figure = hw.link.bandwidth_bytes_per_s if name == LINK_FIGURE else getattr(hw, name)
+    return replace_figure(hw, name, min(factor * figure.value, MOST))
+
+
 def _from_file(path: Path) -> Hardware:
     """A preset outside the package, whose link lies beside it."""
     raw = _mapping(path)

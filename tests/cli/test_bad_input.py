@@ -66,6 +66,36 @@ def test_a_deployment_s_fault_is_told_by_its_option(folder):
     assert refused(fmsim_here(*model, "--serving-engine", "tgi"), "--serving-engine tgi: ")
 
 
+@pytest.mark.parametrize(
+    ("command", "option", "values"),
+    [
+        (("eval", "--text", "t.txt"), "--seconds", ("nan", "inf", "-1")),
+        (("eval", "--text", "t.txt"), "--samples", ("0", "1000000000")),
+        (("plan",), "--usd-per-gpu-hour", ("nan", "inf", "-1", "1e300")),
+        (("exec",), "--seed", ("-1", str(2**32))),
+        (("indexer", "train", "t", "--out", "o"), "--heads", ("0", str(2**70))),
+        (("indexer", "train", "t", "--out", "o"), "--learning-rate", ("nan", "inf", "-1")),
+        (("trace", "export", "t", "--out", "o"), "--head-share", ("nan", "1.5")),
+    ],
+)
+def test_a_number_that_cannot_be_meant_is_refused_by_its_option(command, option, values):
+    for value in values:
+        done = fmsim_here(*command, option, value)
+        assert done.returncode == 2 and f"Invalid value for '{option}'" in done.stderr
+
+
+def test_what_would_move_a_wall_is_told_of_the_fastest_link_too(folder):
+    link = "hardware_figures.link_bytes_per_s="
+    options = ("small.yaml", "-p", "full", "--json", "--set")
+    done = fmsim_here("plan", *options, f"{link}1e21", folder=folder)
+    assert done.returncode == 0, done.stderr
+    [row] = json.loads(done.stdout)["policies"]
+    moved = {move["change"]: move["max_requests"] for move in row["moves"]}
+    assert moved["twice the link to the host"] == row["max_requests"]
+    done = fmsim_here("plan", *options, f"{link}2e21", folder=folder)
+    assert refused(done, "link_bytes_per_s: must be between 1e-06 and 1e+21, not 2e+21")
+
+
 def test_texts_and_devices_of_eval(folder, monkeypatch):
     torch = pytest.importorskip("torch")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)

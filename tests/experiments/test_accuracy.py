@@ -2,9 +2,11 @@
 the table makes of lines.
 """
 
+import itertools
 import json
 from dataclasses import fields
 from functools import partial
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -249,6 +251,17 @@ def test_several_processes_answer_as_one_does(tmp_path, native):
     assert dones == sorted(dones) and dones[0] == 0 and dones[-1] == 4
     assert any(done % 1 for done in dones)  # within a context too
     assert {total for _, _, total in told} == {4}
+
+
+def test_no_context_is_begun_after_the_time_given(native, monkeypatch):
+    plan = small_plan(native, policies=("full",))
+    for seconds, contexts in ((1.5, 1), (2.5, 2)):
+        clock = SimpleNamespace(monotonic=itertools.count().__next__)  # a look takes a second
+        monkeypatch.setattr(ask, "time", clock)
+        found = accuracy.run(opened, plan, Lines(plan, {}), seconds=seconds)
+        assert len({line["sample"] for line in found}) == contexts
+    with pytest.raises(FmsimError, match="--seconds 0: over before the first context began"):
+        accuracy.run(opened, plan, Lines(plan, {}), seconds=0)
 
 
 def line(policy, score, task="vt", tokens=1024, sample=0, question=0, missing=0.0, seed=42):

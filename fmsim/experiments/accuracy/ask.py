@@ -4,6 +4,7 @@ into what it costs.
 
 from __future__ import annotations
 
+import math
 import multiprocessing
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -42,10 +43,10 @@ def run(
     lines: Lines,
     progress: Progress = silent,
     workers: int = 1,
-    seconds: float = float("inf"),
+    seconds: float | None = None,
 ) -> list[Line]:
     """All lines of ``plan``; those that ``lines`` has are not asked again. No context is begun
-    after ``seconds``: the lines are then those that are there.
+    after ``seconds``: the lines are then those that are there; FmsimError where there are none.
 
     ``progress`` is told (what, contexts done, contexts in all).
 
@@ -56,14 +57,17 @@ def run(
     for spec in plan.policies:
         policy_of(spec, plan.budget, plan.checkpoint)  # a mistake is told before anything is read
     items = plan.items()
-    ends_s = time.monotonic() + seconds
+    ends_s = math.inf if seconds is None else time.monotonic() + seconds
     if workers == 1:
         progress("opening the model", 0, len(items))
         _one_by_one(open_source, plan, items, lines, progress, ends_s)
     else:
         progress(f"{workers} processes begin", 0, len(items))
         _side_by_side(open_source, plan, items, lines, workers, progress, ends_s)
-    return lines.of(items, plan.policies)
+    found = lines.of(items, plan.policies)
+    if not found:
+        raise FmsimError(f"--seconds {seconds:g}: over before the first context began; give more")
+    return found
 
 
 def _one_by_one(
@@ -82,7 +86,8 @@ def _one_by_one(
             lines.add(line)
 
     tally = Tally([str(item) for item in items], len(items), progress)
-    for _ in one_by_one(work, items, tally):
+    in_time = takewhile(lambda item: time.monotonic() < ends_s, items)
+    for _ in one_by_one(work, in_time, tally):
         pass
 
 
@@ -99,7 +104,7 @@ def _side_by_side(
         (item, {lines.key(line) for line in lines.of([item], plan.policies)})
         for item in evenly(items)
     ]
-    in_time = takewhile(lambda job: time.monotonic() <= ends_s, jobs)
+    in_time = takewhile(lambda job: time.monotonic() < ends_s, jobs)
     context = multiprocessing.get_context("spawn")
     reading = tuple(context.Lock() for _ in range(MOST_GPUS))
     work = partial(_in_process, open_source, plan, max(1, cores() // workers), reading)

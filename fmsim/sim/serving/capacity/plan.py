@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from fmsim.geometry import Geometry
-from fmsim.hw.spec import LINK_FIGURE, Figure, Hardware, replace_figure
+from fmsim.hw.spec import LINK_FIGURE, Hardware, times_figure
 from fmsim.sim.serving import spec
 from fmsim.sim.serving.admission import LINK, NVME, server_hardware
 from fmsim.sim.serving.banner import request_limits
@@ -229,11 +229,11 @@ def _changes(question: CapacityQuestion) -> list[tuple[str, CapacityQuestion]]:
         update={"recall_bytes_per_s": options.recall_bytes_per_s and 2 * options.recall_bytes_per_s}
     )
     changes = [
-        ("twice the GPU memory", question.changed(hw=_doubled(hw, "hbm_bytes", hw.hbm_bytes))),
+        ("twice the GPU memory", question.changed(hw=times_figure(hw, "hbm_bytes", 2))),
         (
             "twice the link to the host",
             question.changed(
-                hw=_doubled(hw, LINK_FIGURE, hw.link.bandwidth_bytes_per_s),
+                hw=times_figure(hw, LINK_FIGURE, 2),
                 options=copies,
             ),
         ),
@@ -245,7 +245,7 @@ def _changes(question: CapacityQuestion) -> list[tuple[str, CapacityQuestion]]:
             1,
             (
                 "twice the host memory",
-                question.changed(hw=_doubled(hw, "host_bytes", hw.host_bytes)),
+                question.changed(hw=times_figure(hw, "host_bytes", 2)),
             ),
         )
         if options.nvme:
@@ -269,12 +269,8 @@ def _changes(question: CapacityQuestion) -> list[tuple[str, CapacityQuestion]]:
 
 def _more_drives(hw: Hardware) -> Hardware:
     for name in ("nvme_bytes", "nvme_bytes_per_s"):
-        hw = _doubled(hw, name, getattr(hw, name))
+        hw = times_figure(hw, name, 2)
     return hw
-
-
-def _doubled(hw: Hardware, name: str, figure: Figure) -> Hardware:
-    return replace_figure(hw, name, 2 * figure.value)
 
 
 def crossover(question: CapacityQuestion, full: Demand) -> dict[str, Any] | None:
