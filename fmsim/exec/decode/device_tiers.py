@@ -8,8 +8,8 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
-from fmsim.exec.decode.decode_attention import SideStream
 from fmsim.exec.decode.keeper import Keeper
+from fmsim.exec.decode.streams import SideStream
 from fmsim.exec.kv.home import Requests, part_of
 from fmsim.exec.kv.paired import PairedTiers
 from fmsim.replay.residency import Moves

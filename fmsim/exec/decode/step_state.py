@@ -11,9 +11,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fmsim.exec.decode.decode_attention import STEP_PRIORITY, DecodeAttention, EntryPager
+from fmsim.exec.decode.decode_attention import DecodeAttention, EntryPager
 from fmsim.exec.decode.pager import LayerPager
 from fmsim.exec.decode.prompt import Prompt
+from fmsim.exec.decode.streams import STEP_PRIORITY
 from fmsim.exec.kernels.layout import Layout
 from fmsim.exec.measure.timing import no_collection
 from fmsim.exec.model.cache import (

@@ -10,7 +10,7 @@ from contextlib import contextmanager
 
 import torch
 
-from fmsim.exec.decode.decode_attention import STEP_PRIORITY
+from fmsim.exec.decode.streams import STEP_PRIORITY
 
 FLUSH_BYTES = 256 * 2**20  # more than any GPU's L2
 # of work before what is timed, since a GPU that waited for a compiler may have lowered its clocks
