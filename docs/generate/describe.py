@@ -114,10 +114,5 @@ def text_of(thing: Any) -> str:
     return one_line(inspect.cleandoc(thing.__doc__ or ""))
 
 
-def first_sentence(thing: Any) -> str:
-    """A docstring up to its first full stop."""
-    return re.split(r"(?<=[.:])\s", text_of(thing), maxsplit=1)[0].rstrip(":.") + "."
-
-
 def one_line(text: str) -> str:
     return re.sub(r"\s+", " ", text).strip()

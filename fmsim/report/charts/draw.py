@@ -49,7 +49,7 @@ def _xy(chart: Chart, width: int) -> tuple[str, int]:
     left = max([text_width(chart.y.text(mark), font) for mark in y_marks], default=20) + 14
     x = scale(chart.x, x_values, left, width - right)
     inside = Box(left, top - 8, width - 2, bottom)
-    parts = [_frame(chart, x, y, y_marks, left, width - right, top, bottom, narrow)]
+    parts = [_frame(chart, x, y, y_marks, left, width - right, bottom, narrow)]
     parts += [_curve(one, x, y) for one in chart.series if one.curve and len(one.x)]
     names, taken = _end_names(chart, x, y, font, top, bottom)
     parts += [names, _points(chart.series, x, y, font, inside, taken)]
@@ -63,7 +63,6 @@ def _frame(
     y_marks: Sequence[float],
     left: float,
     right: float,
-    top: float,
     bottom: float,
     narrow: bool,
 ) -> str:
