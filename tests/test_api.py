@@ -159,6 +159,7 @@ def test_a_scenario_may_be_made_in_python(folder):
 def test_frames_hold_the_figures(folder, monkeypatch):
     report = fmsim.run_scenario(folder / "small.yaml", ["lru", Newest])
     [lru, newest] = report.runs
+    assert len(repr((report, lru, lru.ledger, lru.timeline))) < 400  # not the arrays
     monkeypatch.setitem(sys.modules, "pandas", None)  # as if it were not installed
     rows = report.to_frame()
     assert [row["policy"] for row in rows] == ["lru", "newest"]

@@ -70,6 +70,9 @@ class PolicyRun:
     row: dict[str, Any]
     details: dict[str, Any]
 
+    def __repr__(self) -> str:
+        return f"<PolicyRun of {self.label}>"
+
 
 @dataclass(frozen=True)
 class Report:
@@ -78,6 +81,9 @@ class Report:
     scenario: dict[str, Any]
     runs: tuple[PolicyRun, ...]
     failures: tuple[Failure, ...] = ()
+
+    def __repr__(self) -> str:
+        return f"<Report of {self.scenario['name']}: {', '.join(run.label for run in self.runs)}>"
 
     def as_json(self) -> dict[str, Any]:
         """The object that `fmsim run --json` prints."""

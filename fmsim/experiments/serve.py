@@ -69,6 +69,9 @@ class ServingReport:
     requests: dict[str, list[dict[str, Any]]]  # by policy, a row each
     failures: tuple[Failure, ...] = ()
 
+    def __repr__(self) -> str:
+        return f"<ServingReport of {self.scenario['name']}: {', '.join(self.ledgers)}>"
+
     @property
     def request_rows(self) -> list[dict[str, Any]]:
         """Of all policies, a row a request (`fmsim.sim.serving.log.request_rows`)."""

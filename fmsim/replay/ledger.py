@@ -114,6 +114,13 @@ class Ledger:
     entry_tokens: int = 4  # tokens of the text in an entry of what was replayed
     masses: bool = True  # the five fields from `golden` on are of masses; else they hold zeros
 
+    def __repr__(self) -> str:
+        """One line: the arrays would take pages."""
+        return (
+            f"<Ledger of {self.policy}: {self.n_steps} steps, {self.n_layers} layers,"
+            f" {self.n_slots:,} slots a group>"
+        )
+
     @property
     def budget_entries(self) -> int:
         """Entries that the slots hold, in the mean over groups; rounded down."""

@@ -41,6 +41,10 @@ class Timeline:
     recall_wait_s: np.ndarray  # waiting for a recall that was not there when its window began
     h2d_bytes: np.ndarray  # asked for by this step's misses and by the decision it begins with
 
+    def __repr__(self) -> str:
+        """One line: the arrays would take pages."""
+        return f"<{type(self).__name__}: {len(self.start_s)} steps, batch {self.batch}>"
+
     @property
     def step_s(self) -> np.ndarray:
         step_s: np.ndarray = self.end_s - self.start_s
@@ -58,7 +62,7 @@ class Timeline:
         )
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class SimulatedTimeline(Timeline):
     """A simulated one, with all that the simulation knows."""
 
