@@ -19,6 +19,7 @@ from fmsim.experiments import saved as _saved
 from fmsim.experiments import serve as _serve
 from fmsim.experiments import sweep as _sweep
 from fmsim.experiments.failures import TIMEOUT_S
+from fmsim.experiments.plan import MOST_USD
 from fmsim.experiments.progress import Progress, silent
 from fmsim.experiments.rows import write_rows
 from fmsim.geometry import Geometry, geometry_named
@@ -171,6 +172,7 @@ def run_scenario(
     >>> [run.row["mass_kept"] for run in report.runs]
     [1.0]
     """
+    _check_seconds("timeout_s", timeout_s)
     return _run.run_scenario(_file(scenario, policies, overrides), progress, timeout_s)
 
 
@@ -190,6 +192,7 @@ def simulate_server(
     >>> report.as_json()["policies"][0]["policy"]
     'full'
     """
+    _check_seconds("timeout_s", timeout_s)
     file = _file(scenario, policies, overrides)
     if file.scenario.workload is None:
         raise FmsimError(
@@ -226,11 +229,15 @@ def plan_capacity(
     >>> plan["policies"][0]["policy"]
     'full'
     """
+    _check_seconds("timeout_s", timeout_s)
     _check_count("context_tokens", context_tokens)
     _check_count("output_tokens", output_tokens)
     for name, seconds in (("tpot_s", tpot_s), ("ttft_s", ttft_s)):
-        if not seconds > 0:  # NaN is not
-            raise FmsimError(f"{name}: give seconds above zero, not {short(seconds)}")
+        _check_seconds(name, seconds)
+    if usd_per_gpu_hour is not None and not 0 <= usd_per_gpu_hour <= MOST_USD:
+        raise FmsimError(
+            f"usd_per_gpu_hour: give dollars from 0 to {MOST_USD:,}, not {short(usd_per_gpu_hour)}"
+        )
     hardware = [hardware] if isinstance(hardware, str) else hardware
     deployments = [deployments] if isinstance(deployments, str) else deployments
     file = _file(scenario, policies, overrides)
@@ -268,6 +275,7 @@ def sweep_scenario(
     >>> [row["set.hardware"] for row in rows]
     ['h100', 'h200']
     """
+    _check_seconds("timeout_s", timeout_s)
     axes = (
         [_sweep.Axis.of(key, values) for key, values in grid.items()]
         if isinstance(grid, Mapping)
@@ -361,6 +369,12 @@ def _check_count(name: str, value: int | None) -> None:
     whole = isinstance(value, Integral) and not isinstance(value, bool) and value > 0
     if value is not None and not whole:
         raise FmsimError(f"{name}: give a whole number of at least 1, not {short(value)}")
+
+
+def _check_seconds(name: str, value: float) -> None:
+    """Refuse what is no time above zero; infinity is no limit."""
+    if not value > 0:  # NaN is not
+        raise FmsimError(f"{name}: give seconds above zero, not {short(value)}")
 
 
 def _texts(overrides: Overrides) -> list[str]:

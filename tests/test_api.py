@@ -281,6 +281,11 @@ def test_reading_a_scenario_runs_no_code(folder):
         (lambda: fmsim.simulate_decode(None, batch=1.5), "batch: .* at least 1, not 1.5"),
         (lambda: fmsim.plan_capacity("32k", context_tokens=-1), "context_tokens: give a whole"),
         (lambda: fmsim.plan_capacity("32k", tpot_s=float("nan")), "tpot_s: give seconds above"),
+        (lambda: fmsim.plan_capacity("32k", usd_per_gpu_hour=float("inf")), "give dollars from 0"),
+        (
+            lambda: fmsim.run_scenario("32k", timeout_s=float("nan")),
+            "timeout_s: give seconds above",
+        ),
         (lambda: fmsim.plan_capacity("32k", ["full"], hardware="h10"), "no hardware preset 'h10'"),
         (lambda: fmsim.sweep_scenario("32k", {"batch": []}, ["full"]), "grid: batch has no values"),
     ],

@@ -31,6 +31,7 @@ from fmsim.sim.serving.capacity.plan import CapacityQuestion, plan
 from fmsim.sim.serving.demand import Demand
 from fmsim.sim.serving.spec import Server
 
+MOST_USD = 1_000_000  # of an hour of a GPU
 _DEPLOYMENT = re.compile(r"(tp|dp|cp|ep)(\d+)")
 
 
