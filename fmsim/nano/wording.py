@@ -220,7 +220,7 @@ def ask_text(
 ) -> Insert:
     """Early text: a quote of it, to be continued.
 
-    What is quoted is known once the text is (``tasks.weave``).
+    What is quoted is known once the text is (`fmsim.nano.weaving.weave`).
     """
     question = [*piece("\nQuestion: How does the earlier text go on? Answer:")]
     start = len(question) + quote_tokens

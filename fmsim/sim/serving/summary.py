@@ -27,8 +27,8 @@ def summary(*runs: ServerRun) -> dict[str, Any]:
     - `requests`: arrived, finished, refused (they fit no memory even alone);
     - `served_s`: from the first arrival to the last request's end;
     - `held`: most requests that held memory at once; `held_mean`: mean over time;
-    - `tokens_per_s`: tokens made, by `served_s`; `prefill_tokens` aside, the first of each request
-      is its prefill's;
+    - `tokens_per_s`: tokens made, by `served_s`, the first of each request included, which its
+      prefill makes;
     - `arriving_tokens_per_s`: tokens made while requests arrived, by that time: a closed loop's
       steady rate, without the last answers' tail;
     - `ttft_s`: arrival to first token; `tpot_s`: time between later tokens, mean of each request;
