@@ -4,6 +4,7 @@ row of results.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import itertools
 import json
@@ -283,7 +284,8 @@ def plan(
     first = {axis.key: axis.values[0] for axis in axes}
     # a worker may stand in another folder
     chosen = tuple(registry.absolute(given) for given in policies)
-    file = ScenarioFile(scenario, [*overrides, *_texts(first)], chosen)
+    with _told_of_grid(_texts(first)):
+        file = ScenarioFile(scenario, [*overrides, *_texts(first)], chosen)
     by_label = tuple(
         (spec.label, tuple(axis for axis in axes if _concerns(file, axis.key, spec.entry)))
         for spec in file.selected
@@ -297,10 +299,25 @@ def plan(
     for axis in axes:
         for value in axis.values:
             texts = _texts(first | {axis.key: value})
-            changed = ScenarioFile(scenario, [*overrides, *texts], chosen)
-            Setting(changed)
-            build_policies(changed)
+            with _told_of_grid(texts):
+                changed = ScenarioFile(scenario, [*overrides, *texts], chosen)
+                Setting(changed)
+                build_policies(changed)
     return grid
+
+
+@contextlib.contextmanager
+def _told_of_grid(texts: Sequence[str]) -> Iterator[None]:
+    """What is wrong with one of ``texts``, key=value, is told of the option that gave it."""
+    try:
+        yield
+    except FmsimError as error:
+        told = str(error)
+        for text in texts:
+            given = f"--set {shown(text)}"
+            if told.startswith((f"{given}:", f"{given},")):
+                raise FmsimError(f"--grid {told.removeprefix('--set ')}") from None
+        raise
 
 
 def _texts(point: dict[str, tuple[str, Any]]) -> list[str]:

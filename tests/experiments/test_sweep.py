@@ -191,7 +191,7 @@ def test_a_run_that_does_not_fit_is_a_row_too(scenario, tmp_path):
     [
         (["-g", "batch=1", "-g", "batch=2"], "the key stands there twice"),
         (["-g", "policies.lru.budgt=1,2"], "budgt"),
-        (["-g", "hardware=h100,h20o"], "did you mean 'h20'?"),
+        (["-g", "hardware=h100,h20o"], "--grid hardware=h20o: hardware: no hardware preset 'h20o'"),
         (["-g", "hardware_figures.link_byte_per_s=1"], "did you mean 'link_bytes_per_s'?"),
         (
             ["-g", "batch=1", "--out", "/dev/null/x.jsonl"],
