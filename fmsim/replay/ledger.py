@@ -101,6 +101,7 @@ class Ledger:
     unmeasured: list[int] = field(default_factory=list)  # layers; none in a replay
 
     # What the run needs of a server, declared by the policy and its cache manager.
+
     decides_ahead: bool = False  # what a decision recalls is known one cadence before it
     # CSA layers, from 0, whose index keys a memory indexer scores: they keep all of them
     target_layers: list[int] = field(default_factory=list)

@@ -55,7 +55,7 @@ def row(
     - `h2d_bytes_per_step`: the same a step, in the steady state;
     - `stall_ratio`: share of the time spent waiting for misses or for a late recall, in the steady
       state;
-    - `max_requests`: requests of this size that one server holds; see `capacity`;
+    - `max_requests`: requests of this size that one server holds (`fmsim.sim.serving.capacity`);
     - `hit_rate`: selected entries resident when their step began, of all selected entries;
     - `misses`: the others, over all steps and CSA layers of the model, of one request;
     - `ci95`: of each figure that is an estimate half of its 95% interval's width, the interval's
