@@ -47,7 +47,7 @@ def members(kind: type) -> Iterator[str]:
         if declared:
             continue
         annotation = re.sub(r"ClassVar\[(.*)\]", r"\1", annotation)
-        default = f", default {ast.unparse(node.value)}" if node.value is not None else ""
+        default = "" if node.value is None else f", default {default_of(node.value)}"
         assert isinstance(node.target, ast.Name)
         yield item(f"`{node.target.id}` ({annotation}{default})", text)
     for node in _tree(kind).body:
@@ -57,6 +57,13 @@ def members(kind: type) -> Iterator[str]:
                 # a method that raises it is abstract
                 must = " (must be defined)" if "NotImplementedError" in ast.unparse(node) else ""
                 yield item(f"`{head_of(node)}`{must}", text)
+
+
+def default_of(value: ast.expr) -> str:
+    """A field's default as it is written, or what its factory makes."""
+    text = ast.unparse(value)
+    factory = re.match(r"field\(default_factory=(\w+)", text)
+    return f"{factory[1]}()" if factory else text
 
 
 def fields(kind: type) -> Iterator[tuple[ast.AnnAssign, str]]:
@@ -90,8 +97,10 @@ def head_of(node: ast.FunctionDef) -> str:
 
 
 def comments_of(source: str) -> dict[int, str]:
+    """By line; what a comment tells a type checker is left out."""
     tokens = tokenize.generate_tokens(io.StringIO(source).readline)
-    return {t.start[0]: t.string.lstrip("# ") for t in tokens if t.type == tokenize.COMMENT}
+    told = {t.start[0]: t.string for t in tokens if t.type == tokenize.COMMENT}
+    return {line: re.sub(r"^# (type: ignore\S*)?", "", text) for line, text in told.items()}
 
 
 def comment_at(node: ast.AnnAssign, comments: dict[int, str], lines: list[str]) -> str:

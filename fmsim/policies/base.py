@@ -133,13 +133,14 @@ class Policy:
 
     # it means nothing without attention masses; a trace that has none is refused
     needs_mass: ClassVar[bool] = False
-    # No row of its tables knows of another, nor but for `pins` of lengths in `ctx`; what it learns
-    # stays in arrays that it changes in place; and it only reckons with `step`, never asks. So an
-    # engine may stack the groups of many requests, and hold `observe` and `worth` in a CUDA graph,
-    # with `step` an array of one number. Not inherited: a subclass says it anew.
+    # It keeps three rules: no row of its tables depends on another row, nor (`pins` aside) on a
+    # length in `ctx`; what it learns stays in arrays that it changes in place; it calculates with
+    # `step`, and never branches on it. So an engine may stack the groups of many requests, and hold
+    # `observe` and `worth` in a CUDA graph, with `step` an array of one number. Not inherited: a
+    # subclass says it anew.
     by_row: ClassVar[bool] = False
-    # The same without the last two, and a row may know its slots: an engine may stack the groups of
-    # many requests. Not inherited either.
+    # It keeps the first of these rules, but a row may depend on its slots: an engine may stack the
+    # groups of many requests. Not inherited either.
     rows_apart: ClassVar[bool] = False
     floor: float | None = (
         None  # a page of lower worth is not kept at a decision, even where there is room
