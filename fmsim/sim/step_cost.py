@@ -132,13 +132,6 @@ class StepModel:
         return self._rest[ranked, batch]
 
 
-def step_costs(
-    hw: Hardware, geometry: Geometry, batch: int, tokens: np.ndarray, scored_entries: np.ndarray
-) -> StepCosts:
-    """`StepModel.equal`, for one question."""
-    return StepModel(hw, geometry).equal(batch, tokens, scored_entries)
-
-
 def memory_indexer_s(hw: Hardware, geometry: Geometry, scored: np.ndarray | float) -> np.ndarray:
     """Time to score `scored` entries (all its layers together): the larger of its operations and
     its reads of index keys.

@@ -19,7 +19,7 @@ from fmsim.exec.measure.jobs import Job, run_jobs
 from fmsim.geometry import PRESETS
 from fmsim.hw.calibration import Calibration, Timing, write_preset
 from fmsim.hw.spec import load_hardware
-from fmsim.sim.step_cost import step_costs
+from fmsim.sim.step_cost import StepModel
 from fmsim.sim.transfer_cost import GatherCurve
 
 
@@ -75,7 +75,7 @@ def test_a_simulation_computes_with_it(tmp_path):
     hw = load_hardware("mine.yaml", tmp_path)
     assert GatherCurve(hw.link).seconds(584, 584 * 4096) == pytest.approx(584 * 4096 / 26e9)
     tokens = torch.tensor([1024.0, 131_072.0]).numpy()
-    costs = step_costs(hw, PRESETS["v4-flash"], 1, tokens, tokens / 4)
+    costs = StepModel(hw, PRESETS["v4-flash"]).equal(1, tokens, tokens / 4)
     batch_1 = 1 + 1 / 64
     assert costs.csa_s * 1e3 == pytest.approx([0.08 * batch_1, 0.08 * batch_1 + 0.01])
     other = 43 * (0.03 + 0.024 + 0.006) + 0.05 + 22 * 0.05
@@ -278,7 +278,7 @@ def test_a_damaged_link_is_told(tmp_path, damage, says):
 def test_hardware_without_times_of_any_kernels_is_told():
     bare = load_hardware("h100").model_copy(update={"kernel_tables": None})
     with pytest.raises(FmsimError, match="says no times of v4-flash's kernels; give kernel_tables"):
-        step_costs(bare, PRESETS["v4-flash"], 1, np.array([1024.0]), np.array([256.0]))
+        StepModel(bare, PRESETS["v4-flash"]).equal(1, np.array([1024.0]), np.array([256.0]))
 
 
 def test_what_a_decision_takes_is_found_from_times_at_five_sizes():

@@ -11,7 +11,7 @@ from fmsim.hw import load_hardware
 from fmsim.hw.deployment import Deployment
 from fmsim.hw.modules import modules, stand_in
 from fmsim.hw.tables import AttentionTimes, Curve, load_table
-from fmsim.sim.step_cost import StepModel, step_costs
+from fmsim.sim.step_cost import StepModel
 
 H200 = load_hardware("h200")
 
@@ -65,7 +65,7 @@ def test_minimax_m3_has_kernels_of_its_own():
     assert stand_in(hw, geometry) is None
     assert "fp8 experts were not timed" in stand_in(load_hardware("h200"), geometry)
     tokens = np.array([4096, 131_072])
-    costs = step_costs(hw, geometry, 1, tokens, geometry.csa_entries(tokens))
+    costs = StepModel(hw, geometry).equal(1, tokens, geometry.csa_entries(tokens))
     # SGLang 0.5.16's module at tensor parallel 8, bfloat16 KV, batch 1 (aiconfigurator-core)
     np.testing.assert_allclose(costs.csa_s * 1e3, [0.0390, 0.0691], atol=2e-4)
     dense_ms = np.diff(costs.rest_s)[0] * 1e3 / 3

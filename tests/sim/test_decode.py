@@ -16,7 +16,7 @@ from fmsim.geometry import PRESETS
 from fmsim.hw import hardware_names, load_hardware
 from fmsim.sim.decode import simulate
 from fmsim.sim.footprint import allocation, footprint, spread
-from fmsim.sim.step_cost import step_costs
+from fmsim.sim.step_cost import StepModel
 from fmsim.sim.timeline import SimulatedTimeline
 from fmsim.sim.transfer_cost import GatherCurve
 
@@ -25,7 +25,7 @@ def test_full_residency_is_the_sum_of_the_kernel_costs():
     full = ledger(slots=8100, on_miss="fetch")
     timeline = simulate(full, FLASH, H100)
     place = footprint(full, FLASH)
-    costs = step_costs(H100, FLASH, 1, place.tokens, place.tokens // 4)
+    costs = StepModel(H100, FLASH).equal(1, place.tokens, place.tokens // 4)
     np.testing.assert_allclose(timeline.step_s, costs.total_s(FLASH.n_csa))
     assert timeline.h2d_bytes.sum() == timeline.stall_s.sum() == 0
 
@@ -134,8 +134,8 @@ def test_every_preset_costs_more_for_more(name):
         # several do at 131,072
         contexts = contexts[contexts != 65_536]
     for geometry in (PRESETS["v4-flash"], PRESETS["v4-pro"]):
-        one = step_costs(hw, geometry, 1, contexts, contexts // 4).total_s(geometry.n_csa)
-        many = step_costs(hw, geometry, 100, contexts, contexts // 4).total_s(geometry.n_csa)
+        one = StepModel(hw, geometry).equal(1, contexts, contexts // 4).total_s(geometry.n_csa)
+        many = StepModel(hw, geometry).equal(100, contexts, contexts // 4).total_s(geometry.n_csa)
         assert (np.diff(one) > 0).all() and (many > one).all() and (many < 100 * one).all()
 
 
@@ -146,8 +146,8 @@ def test_h20_decodes_the_full_cache_at_the_published_rates(tokens, batch, tokens
     """FlashMemory's serving table; one factor of h20.yaml is calibrated on both rows, so each may
     be off by 10%.
     """
-    costs = step_costs(
-        load_hardware("h20"), FLASH, batch, np.array([tokens]), np.array([tokens // 4])
+    costs = StepModel(load_hardware("h20"), FLASH).equal(
+        batch, np.array([tokens]), np.array([tokens // 4])
     )
     assert batch / costs.total_s(FLASH.n_csa)[0] == pytest.approx(tokens_per_s, rel=0.10)
 

@@ -13,7 +13,7 @@ from fmsim.sim import engine_cost
 from fmsim.sim.decode import simulate
 from fmsim.sim.engine_cost import EngineCosts
 from fmsim.sim.footprint import footprint
-from fmsim.sim.step_cost import StepModel, step_costs
+from fmsim.sim.step_cost import StepModel
 from fmsim.sim.transfer_cost import GatherCurve
 
 GATHER = GatherCurve(H100.link)
@@ -430,7 +430,7 @@ def test_crowds_of_long_contexts_take_what_was_measured():
     hw = hardware(csa_crowd_ms=crowd, hca_crowd_ms=crowd)
     short = 0.08 * (1 + 8 / 64) * (1 + 0)
     tokens = np.array([1024.0, 131_072.0, (1024 + 131_072) / 2, 262_144.0, 393_216.0])
-    found = step_costs(hw, FLASH, 8, tokens, tokens / 4).csa_s * 1e3
+    found = StepModel(hw, FLASH).equal(8, tokens, tokens / 4).csa_s * 1e3
     factor = hw.kernel_factor.value
     assert found[0] == pytest.approx(factor * short)
     assert found[1] == pytest.approx(factor * 0.5)
@@ -445,10 +445,10 @@ def test_a_context_takes_what_the_next_power_of_two_takes_where_one_program_sele
     line_ms = 0.01 * (tokens - 1024) / (131_072 - 1024)
     more_ms = np.array([0.0, 0.0, line_ms[3] - line_ms[2], 0.0, 0.0])
     factor = H100.kernel_factor.value
-    found = step_costs(hardware(), FLASH, 1, tokens, tokens / 4).csa_s * 1e3
+    found = StepModel(hardware(), FLASH).equal(1, tokens, tokens / 4).csa_s * 1e3
     assert found / factor == pytest.approx(0.08 * (1 + 1 / 64) + line_ms + more_ms)
     crowd = {8: {131_072: 0.5}, 64: {131_072: 0.9}}
-    found = step_costs(hardware(csa_crowd_ms=crowd), FLASH, 8, tokens, tokens / 4).csa_s * 1e3
+    found = StepModel(hardware(csa_crowd_ms=crowd), FLASH).equal(8, tokens, tokens / 4).csa_s * 1e3
     short = 0.08 * (1 + 8 / 64)
     assert found / factor == pytest.approx(short + (0.5 - short) * line_ms / 0.01 + more_ms)
 

@@ -11,7 +11,7 @@ from fmsim.hw import load_hardware
 from fmsim.hw.deployment import Deployment
 from fmsim.sim.footprint import footprint
 from fmsim.sim.serving.prefill import PrefillModel
-from fmsim.sim.step_cost import step_costs
+from fmsim.sim.step_cost import StepModel
 from fmsim.sim.transfer_cost import GatherCurve
 
 PREFILL = PrefillModel(H100, FLASH)
@@ -27,7 +27,7 @@ def test_a_prompt_prefilled_in_chunks_shares_steps_with_decode():
     assert request.first_token_s == pytest.approx(float(PREFILL.seconds(start, length).sum()))
     assert server.log.tokens == 65
     place = footprint(WHOLE, FLASH)
-    costs = step_costs(H100, FLASH, 1, place.tokens, place.scored_entries)
+    costs = StepModel(H100, FLASH).equal(1, place.tokens, place.scored_entries)
     decode_s = costs.total_s(FLASH.n_csa)[:64].sum()
     assert request.finished_s == pytest.approx(request.first_token_s + decode_s)
     both = serve(WHOLE, (0, PROMPT, 65), (0, PROMPT, 65), prefill="chunked")

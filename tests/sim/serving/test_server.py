@@ -23,7 +23,7 @@ from fmsim.sim.serving.server import ServerRun
 from fmsim.sim.serving.spec import Poisson, Server, Slo
 from fmsim.sim.serving.summary import summary
 from fmsim.sim.serving.workload import RequestGenerator
-from fmsim.sim.step_cost import Spread, StepModel, step_costs
+from fmsim.sim.step_cost import Spread, StepModel
 from fmsim.sim.transfer_cost import GatherCurve
 
 DONE = Server(prefill="done")
@@ -99,7 +99,9 @@ def window_s(made, batch):
 
 def steps_s(made, batch):
     place = footprint(made, FLASH)
-    return step_costs(H100, FLASH, batch, place.tokens, place.scored_entries).total_s(FLASH.n_csa)
+    return (
+        StepModel(H100, FLASH).equal(batch, place.tokens, place.scored_entries).total_s(FLASH.n_csa)
+    )
 
 
 @pytest.mark.parametrize("begun_s", [0, 7.0])
