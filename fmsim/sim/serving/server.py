@@ -23,6 +23,7 @@ from fmsim.sim.serving import spec
 from fmsim.sim.serving.admission import POSITIONS, Admission, server_hardware
 from fmsim.sim.serving.batch import RunningBatch, ServedRequest
 from fmsim.sim.serving.demand import Demand
+from fmsim.sim.serving.links import RankLinks
 from fmsim.sim.serving.log import Log
 from fmsim.sim.serving.prefill import PrefillModel
 from fmsim.sim.serving.prefix import PrefixStore, stores
@@ -30,7 +31,7 @@ from fmsim.sim.serving.requests import Arrival
 from fmsim.sim.serving.steps import DecodeTimes, StepTimes
 from fmsim.sim.serving.workload import RequestGenerator
 from fmsim.sim.step_cost import StepModel
-from fmsim.sim.transfer_cost import GatherCurve, nvme_read_bytes
+from fmsim.sim.transfer_cost import GatherCurve
 
 Process = Generator[simpy.Event, Any, None]  # what SimPy runs: it yields what it waits for
 
@@ -62,7 +63,6 @@ class ServerRun:
         self.prefill = PrefillModel(self.hw, geometry)
         self.ranks = [MemorySystem(self.env, self.hw, geometry) for _ in range(self.hw.placed.dp)]
         self._parts = self.hw.placed.cp  # GPUs that share out a request's KV
-        self.gather = GatherCurve(self.hw.link)
         self.networks = [
             FairLink(self.env, options.network_bytes_per_s) for _ in self.ranks
         ]  # to each GPU
@@ -76,9 +76,9 @@ class ServerRun:
         # admitted and KV in place: to join at the next step
         self.ready: deque[ServedRequest] = deque()
         self.batch = RunningBatch(demand)
-        self.decode_times = DecodeTimes(
-            self.batch, self.model, self.gather, self.admission.spilled_share
-        )
+        gather, spilled_share = GatherCurve(self.hw.link), self.admission.spilled_share
+        self.decode_times = DecodeTimes(self.batch, self.model, gather, spilled_share)
+        self.links = RankLinks(self.env, self.ranks, gather, demand, self._parts, spilled_share)
         self._wake: simpy.Event | None = None  # what cuts the present wait short
         self._prefillers = simpy.Resource(self.env, options.prefill_servers)
         self._offsets = np.random.default_rng(
@@ -243,7 +243,7 @@ class ServerRun:
         yield self.networks[request.rank].transfer(kv_bytes / self._parts)
         if self.demand.mirrored:
             first_set = self.demand.first_set_bytes(request.prompt_tokens, request.output_tokens)
-            yield self._recall(request.rank, first_set)
+            yield self.links.recall(request.rank, first_set)
         self._prefilled(request)
         self._call()
 
@@ -295,11 +295,11 @@ class ServerRun:
         """As many steps as pass without a change."""
         if self.batch and self.demand.recalls:
             yield from self._begin_windows()
-        contended = self.demand.misses and not all(rank.to_gpu.idle for rank in self.ranks)
+        contended = self.demand.misses and not self.links.idle
         times = self._step_times(1 if contended else self._steps_ahead())
         step_s = times.compute_s + times.prefill_s
         if contended:
-            self.log.stall_s += yield from self._contended_stall(times)
+            self.log.stall_s += yield from self.links.contended_stall(times)
         elif self.demand.misses:
             stall_s = times.stall_s.max(axis=0)
             step_s = step_s + stall_s
@@ -369,29 +369,6 @@ class ServerRun:
 
     # The link
 
-    def _contended_stall(self, times: StepTimes) -> Generator[simpy.Event, Any, float]:
-        """One step's misses beside recalls under way, on every rank: the gathers' fixed costs, then
-        their bytes.
-
-        Returns how long it took.
-        """
-        before_s = self.env.now
-        waits = [
-            self.env.process(self._misses(times, place))
-            for place in np.flatnonzero(times.miss_bytes[:, 0]).tolist()
-        ]
-        if waits:
-            yield self.env.all_of(waits)
-        return self.env.now - before_s
-
-    def _misses(self, times: StepTimes, place: int) -> Process:
-        n_bytes = float(times.miss_bytes[place, 0])
-        fixed_s = float(self.gather.fixed_s(self.demand.row_bytes)) * float(times.gathers[place, 0])
-        yield self.env.timeout(fixed_s)
-        moving_s = float(times.stall_s[place, 0]) - fixed_s
-        link = self.ranks[times.ranks[place]].to_gpu
-        yield link.transfer(n_bytes, limit=n_bytes / moving_s)
-
     def _begin_windows(self) -> Process:
         """Requests at a window's start wait for its recall, and the batch with them; then the next
         window's recall starts.
@@ -399,31 +376,14 @@ class ServerRun:
         starts, before_s = self.batch.window_starts(), self.env.now
         if not self.demand.overlaps:
             for start in starts:
-                start.request.recall = self._recall(start.request.rank, start.own_bytes)
+                start.request.recall = self.links.recall(start.request.rank, start.own_bytes)
         for start in starts:
             if start.request.recall is not None and not start.request.recall.processed:
                 yield start.request.recall
             start.request.recall = None
             if self.demand.overlaps:
-                start.request.recall = self._recall(start.request.rank, start.next_bytes)
+                start.request.recall = self.links.recall(start.request.rank, start.next_bytes)
         self.log.recall_wait_s += self.env.now - before_s
-
-    def _recall(self, rank: int, request_bytes: float) -> simpy.Event:
-        """Start one gather on each GPU of a rank, at most as fast as it would be alone; what lies
-        on NVMe is read meanwhile.
-        """
-        n_bytes = request_bytes / self._parts
-        row_bytes = self.demand.row_bytes
-        alone_s = self.gather.one_s(row_bytes, n_bytes)
-        memory = self.ranks[rank]
-        gathered = memory.to_gpu.transfer(
-            n_bytes, limit=n_bytes / alone_s if alone_s else float("inf")
-        )
-        spilled = self.admission.spilled_share(rank) if memory.nvme is not None else 0.0
-        if not spilled:
-            return gathered
-        rows = spilled * n_bytes / row_bytes
-        return gathered & memory.from_nvme.transfer(rows * nvme_read_bytes(row_bytes))
 
     # What came of a span
 

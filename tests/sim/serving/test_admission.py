@@ -145,7 +145,7 @@ def test_the_share_of_the_mirrors_that_lies_on_drives():
     assert admission.spilled_share(0) == pytest.approx(0.5)
     # a recall of 7,160 bytes is 5 rows on each GPU, half of which are read in pages of 4,096 bytes
     before = memory.from_nvme.moved_bytes
-    run.env.run(run._recall(0, 7160))
+    run.env.run(run.links.recall(0, 7160))
     assert memory.from_nvme.idle and memory.to_gpu.idle  # it is there once both have come
     assert memory.from_nvme.moved_bytes - before == pytest.approx(2.5 * nvme_read_bytes(716))
     admission.release(admission.admitted[1])

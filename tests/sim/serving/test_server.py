@@ -184,7 +184,7 @@ def test_misses_share_the_link_where_any_ranks_is_busy(monkeypatch):
         return 0.0
         yield
 
-    monkeypatch.setattr(server, "_contended_stall", noted)
+    monkeypatch.setattr(server.links, "contended_stall", noted)
     next(server._span())
     assert not contended
     server.ranks[1].to_gpu.transfer(1e9)
