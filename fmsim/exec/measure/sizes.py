@@ -41,9 +41,11 @@ class Sizes:
         *(1, 2, 3, 4, 6, 8, 9, 12, 15, 16, 17, 24, 25, 31, 32, 33, 34),
         *(48, 64, 65, 96, 128, 129, 160),
     )
-    # attention of several requests at longer contexts
-    crowds: tuple[int, ...] = (4, 8, 15, 16, 32, 128)
-    crowd_contexts: tuple[int, ...] = (20_480, 65_536, 524_288)
+    # attention of several requests at longer contexts: beside some, the last before a kernel
+    # changes its ways and the first after. Top-k deals 128 programs out, a power of two to each
+    crowds: tuple[int, ...] = (2, 4, 8, 15, 16, 32, 33, 64, 65, 128)
+    # the third is the last at which top-k reads all groups' scores at once
+    crowd_contexts: tuple[int, ...] = (20_480, 65_536, 131_072, 524_288)
     some_batches: tuple[int, ...] = (1, 8, 32, 128)  # of what a kernel adds to a module
     page_entries: tuple[int, ...] = (1, 4, 16)  # a page, beside those of 64
     listed: tuple[tuple[int, int], ...] = ((1, 8192), (16, 32_768))  # requests x resident entries
