@@ -130,6 +130,8 @@ class EngineTimes(_Strict):
     beside_slower: Ms  # share by which steps beside it take longer
     # and beside what a decision recalls late, by bytes of a row; else `beside_slower`
     late_slower: dict[int, Ms] = {}
+    # of that, by bytes of a row; in an older preset the link's
+    late_bytes_per_s: dict[int, Rate] = {}
     steps: dict[str, Bookkeeping]  # by kind of policy, `STEP_KINDS`
 
     @model_validator(mode="after")

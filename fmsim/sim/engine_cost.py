@@ -155,12 +155,12 @@ class EngineCosts:
         """
         entry_bytes = self.geometry.slot_bytes(self.granularity, with_keys=False)
         both_bytes = self.geometry.slot_bytes(self.granularity, with_keys=self.place.keys_tiered)
-        entries_s = self._copied_s(entry_bytes, pages)
+        entries_s = self._come_late_s(entry_bytes, pages)
         if self.loads:
             return self._waited_s(entries_s, compute_s)
-        keys_s = self._copied_s(both_bytes - entry_bytes, pages)
-        slower = self._late_slower(entry_bytes)
         before = keyed_layers(self.ledger, self.geometry) / self.geometry.n_csa
+        keys_s = self._come_late_s(both_bytes - entry_bytes, (1 - before) * pages)
+        slower = self._late_slower(entry_bytes)
         found, come_s = self._waited_s(keys_s, compute_s, before), keys_s + entries_s
         left_s = read_s = 0.0  # reads are of a step for each second of what has not come
         for step in range(len(pages)):
@@ -199,6 +199,15 @@ class EngineCosts:
         if not timed:
             return self.times.beside_slower
         return timed[min(timed, key=lambda each: abs(np.log2(each / row_bytes)))]
+
+    def _come_late_s(self, row_bytes: float, rows: np.ndarray) -> np.ndarray:
+        """Of so many rows, by the few programs that copy beside steps."""
+        rates = self.times.late_bytes_per_s
+        if not rates or not row_bytes:
+            return self._copied_s(row_bytes, rows)
+        timed = sorted(rates)
+        rate = np.interp(np.log(row_bytes), np.log(timed), [rates[each] for each in timed])
+        return np.asarray(rows * row_bytes / rate)
 
     def _copied_s(self, row_bytes: float, rows: np.ndarray) -> np.ndarray:
         """Of so many rows; none where they have no bytes."""

@@ -341,6 +341,10 @@ def test_where_misses_are_masked_late_keys_are_waited_for_and_entries_read():
     for targets, waited_s in (([], keys_s / 6), (list(range(8)), 0.0)):
         found = costs(ledger(target_layers=targets), batch=2).late_s(n_pages, np.array([1.0]))
         assert found == pytest.approx([waited_s + read_s], rel=1e-5)
+    rates = {100: 1e9, 10_000: 9e9}  # as the copies beside a step were timed, of 14 layers' keys
+    kept = costs(ledger(target_layers=list(range(7))), batch=2, late_bytes_per_s=rates)
+    keys_s = 2 * 14 * 800 * 132 / (1e9 + 8e9 * np.log(1.32) / np.log(100))
+    assert kept.late_s(n_pages, np.array([0.0])) == pytest.approx([keys_s + read_s])
 
 
 def test_late_entries_come_beside_steps_that_read_them_until_they_are_here():

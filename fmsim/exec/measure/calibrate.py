@@ -242,15 +242,16 @@ def _beside(
     sizes: Sizes,
     report: Report,
 ) -> Figures:
-    """By which share steps are slower beside recalls, of the fewest layers that are made: one
-    request's beside what is recalled ahead, and many requests' beside what is recalled late.
+    """Steps beside recalls, of the fewest layers that are made: one request's beside what is
+    recalled ahead, and many requests' beside what is recalled late.
     """
     row = LayerRow(config, layouts, device, 0.0, seed)
     tokens, many = sizes.contexts[0], sizes.some_batches[-1]
     return {
-        "ahead": row.beside(1, tokens, 584, report),
+        "ahead": row.beside(1, tokens, 584, report)._asdict(),
         "late": {
-            size: row.beside(many, tokens, size, report, late=True) for size in sizes.late_rows
+            size: row.beside(many, tokens, size, report, late=True)._asdict()
+            for size in sizes.late_rows
         },
     }
 
@@ -286,6 +287,8 @@ def _table(found: Figures, config: DeepseekV4Config, sizes: Sizes) -> KernelTabl
         }
         for kind in ("own", "common")
     )
+    beside = found["steps beside recalls"]
+    late = numbered(beside["late"])
     engine = EngineTimes(
         in_row_batch_ms=in_row_ms(row["kinds"], numbered(row["ms"]), alone),
         csa_crowd_ms=crowds["csa"],
@@ -303,8 +306,9 @@ def _table(found: Figures, config: DeepseekV4Config, sizes: Sizes) -> KernelTabl
         fetching_ms=own,
         common_fetching_ms=common,
         beside_bytes_per_s=found["a gather beside a decode"],
-        beside_slower=found["steps beside recalls"]["ahead"],
-        late_slower=numbered(found["steps beside recalls"]["late"]),
+        beside_slower=beside["ahead"]["slower"],
+        late_slower={size: of_rows["slower"] for size, of_rows in late.items()},
+        late_bytes_per_s={size: of_rows["bytes_per_s"] for size, of_rows in late.items()},
         steps={kind: Bookkeeping.model_validate(work) for kind, work in found["steps"].items()},
     )
     return KernelTable(**columns, all_reduce_batch_ms=none, router_batch_ms=none, engine=engine)

@@ -11,6 +11,7 @@ from __future__ import annotations
 import gc
 from collections.abc import Callable, Sequence
 from copy import copy
+from typing import NamedTuple
 
 import torch
 from transformers import DeepseekV4Config
@@ -32,6 +33,13 @@ from fmsim.exec.model.weights.synthetic import fill
 
 FEWEST = 4  # layers: some of each kind
 RECALLED_BYTES = 19_000_000  # at once, beside a step
+
+
+class Beside(NamedTuple):
+    """A recall beside a step: the share by which the step is slower, and the bytes/s that come."""
+
+    slower: float
+    bytes_per_s: float
 
 
 class LayerRow:
@@ -70,12 +78,10 @@ class LayerRow:
 
     def beside(
         self, batch: int, tokens: int, row_bytes: int, report: Report, late: bool = False
-    ) -> float:
-        """By which share a step is slower while rows are recalled beside it, ahead of a decision or
-        ``late``.
-        """
+    ) -> Beside:
+        """A step while rows are recalled beside it, ahead of a decision or ``late``."""
         if self.device != "cuda":
-            return 0.0
+            return Beside(0.0, 1e9)
         work = self._step(batch, tokens)  # kept as long as its graph, which reads its buffers
         step = captured(work)
         rows = RECALLED_BYTES // row_bytes
@@ -84,26 +90,35 @@ class LayerRow:
         copies, side = captured(recall.run), torch.cuda.Stream()
         recall_s = median_s(recall.run, self.device, runs=8, cold=False)
 
-        def timed(times: int) -> float:
+        def timed(times: int) -> tuple[float, float]:
+            """Medians, in seconds: a step, and so many recalls that begin with it."""
             marks = []
             for _ in range(9):
                 torch.cuda.synchronize()
+                begin, come, start, end = (torch.cuda.Event(enable_timing=True) for _ in range(4))
                 with torch.cuda.stream(side):
+                    begin.record()
                     for _ in range(times):
                         copies()
-                start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+                    come.record()
                 start.record()
                 step()
                 end.record()
                 torch.cuda.synchronize()
-                marks.append(start.elapsed_time(end) / 1e3)
-            return sorted(marks)[4]
+                marks.append((start.elapsed_time(end) / 1e3, begin.elapsed_time(come) / 1e3))
+            step_s, come_s = (sorted(column)[len(marks) // 2] for column in zip(*marks))
+            return step_s, come_s
 
-        alone_s = timed(0)
-        slower = timed(round(1.3 * alone_s / recall_s) + 1) / alone_s - 1
+        alone_s, _ = timed(0)
+        times = round(1.3 * alone_s / recall_s) + 1
+        step_s, come_s = timed(times)
+        found = Beside(max(0.0, step_s / alone_s - 1), times * recall.n_bytes / come_s)
         del work
-        report(f"a step of {batch} beside a recall of {row_bytes:,} bytes a row: {slower:+.1%}")
-        return max(0.0, slower)
+        report(
+            f"a step of {batch} beside a recall of {row_bytes:,} bytes a row: {found.slower:+.1%},"
+            f" {found.bytes_per_s / 1e9:.1f} GB/s come"
+        )
+        return found
 
     def _step(self, batch: int, tokens: int) -> Callable[[], None]:
         """What a step computes, as `SyntheticStep` does."""
