@@ -116,9 +116,14 @@ class EngineTimes(_Strict):
     hca_crowd_ms: Grid
     closing_batch_ms: ByBatch  # of a CSA layer: that an entry closes in every request
     masses_batch_ms: ByBatch  # of a CSA layer: that attention tells its masses
-    pages_batch_ms: Grid  # by entries a page and batch: more than pages of 64 take
-    listed_batch_ms: ByBatch  # of a CSA layer: naming what was selected among resident entries
-    listed_scores: dict[int, StepWork]  # by entries a page: scoring these, beyond pages of 64
+    pages_batch_ms: Grid  # of a CSA layer, by entries a page and batch: more than with pages of 64
+    # of a CSA layer that selects among resident entries, by entries a page, batch and how many of
+    # these each request has: more than where there are no others, in pages of 64
+    residents_ms: dict[int, Grid] = {}
+    # the same in older presets: naming what was selected among them, by batch; and scoring these,
+    # beyond pages of 64, by entries a page
+    listed_batch_ms: ByBatch = {}
+    listed_scores: dict[int, StepWork] = {}
     staging_ms: Grid  # of a CSA layer, by batch and pages of one entry that each request loads
     # of a CSA layer that loads in most steps, and makes its queries meanwhile, by entries a page,
     # batch and pages that each request loads: pages of its own, or the same as the others'

@@ -251,15 +251,28 @@ class EngineCosts:
     def _in_graph_ms(self) -> float:
         """What the policy asks of all CSA layers, but for misses."""
         times, batch = self.times, self.batch
-        ms = _of_pages(times.pages_batch_ms, self.granularity, batch)
+        ms = 0.0
         if self.ledger.observes_mass:
             ms += Curve.of(times.masses_batch_ms).one(batch)
-        if self.place.keys_tiered:
-            ms += Curve.of(times.listed_batch_ms).one(batch)
-            ms += self._list_scores_ms()
+        if self.place.keys_tiered and times.residents_ms:
+            ms += self._residents_ms()
+        else:
+            ms += _of_pages(times.pages_batch_ms, self.granularity, batch)
+            if self.place.keys_tiered:
+                ms += Curve.of(times.listed_batch_ms).one(batch)
+                ms += self._list_scores_ms()
         if self.loads:
             ms += float(self._staged_ms(np.zeros(1))[0])
         return self.geometry.n_csa * ms
+
+    def _residents_ms(self) -> float:
+        """Of a layer that selects among residents. Between the sizes of pages that were timed as
+        the logarithm is.
+        """
+        grids, scored = self.times.residents_ms, float(self.place.scored_entries.mean())
+        timed = sorted(grids)
+        ms = [_line(grids[entries], self.batch).one(scored) for entries in timed]
+        return float(np.interp(np.log2(self.granularity), np.log2(timed), ms))
 
     def _list_scores_ms(self) -> float:
         """Of a layer that scores its resident entries, in pages of their own."""

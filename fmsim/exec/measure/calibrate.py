@@ -162,9 +162,10 @@ def _jobs(
     ]
     jobs += [
         Job("masses", 1, partial(engine_cases.masses_ms, *on_device)),
-        Job("small pages", 1, partial(engine_cases.pages_ms, *on_device)),
-        Job("naming residents", 1, partial(engine_cases.listed_ms, *on_device)),
-        Job("scores of residents", 1, partial(engine_cases.listed_scores, *on_device)),
+        Job("small pages", 3, lambda: engine_cases.pages_ms(timer(CSA), *on_device)),
+        Job(
+            "choices among residents", 12, lambda: engine_cases.residents_ms(timer(CSA), *on_device)
+        ),
         Job("loading misses", 1, partial(engine_cases.staging_ms, layouts[0], *on_device)),
         Job("fetching misses", 16, fetching),
     ]
@@ -264,8 +265,7 @@ def _table(found: Figures, config: DeepseekV4Config, sizes: Sizes) -> KernelTabl
         batches = numbered(found[f"{name} attention by batch"])
         longer = numbered(found[f"{name} attention by context"])
         contexts = {sizes.contexts[0]: batches[1]} | longer
-        of_crowds = numbered(found[f"{name} attention of crowds"])
-        crowds[name] = {batch: numbered(column) for batch, column in of_crowds.items()}
+        crowds[name] = _grid(found[f"{name} attention of crowds"])
         columns[f"{name}_batch_ms"] = batches
         columns[f"{name}_context_ms"] = contexts
         columns[f"{name}_entry_ns"] = _entry_ns(
@@ -280,13 +280,7 @@ def _table(found: Figures, config: DeepseekV4Config, sizes: Sizes) -> KernelTabl
         for name in ("csa", "hca", "moe", "hyper_connections", "head")
     }
     row = found["layers in a row"]
-    own, common = (
-        {
-            entries: {batch: numbered(column) for batch, column in numbered(by_batch).items()}
-            for entries, by_batch in numbered(found["fetching misses"][kind]).items()
-        }
-        for kind in ("own", "common")
-    )
+    own, common = (_grids(found["fetching misses"][kind]) for kind in ("own", "common"))
     beside = found["steps beside recalls"]
     late = numbered(beside["late"])
     engine = EngineTimes(
@@ -295,14 +289,9 @@ def _table(found: Figures, config: DeepseekV4Config, sizes: Sizes) -> KernelTabl
         hca_crowd_ms=crowds["hca"],
         closing_batch_ms=numbered(found["an entry that closes"]),
         masses_batch_ms=numbered(found["masses"]),
-        pages_batch_ms={
-            entries: numbered(column) for entries, column in numbered(found["small pages"]).items()
-        },
-        listed_batch_ms=numbered(found["naming residents"]),
-        listed_scores=numbered(found["scores of residents"]),
-        staging_ms={
-            batch: numbered(column) for batch, column in numbered(found["loading misses"]).items()
-        },
+        pages_batch_ms=_grid(found["small pages"]),
+        residents_ms=_grids(found["choices among residents"]),
+        staging_ms=_grid(found["loading misses"]),
         fetching_ms=own,
         common_fetching_ms=common,
         beside_bytes_per_s=found["a gather beside a decode"],
@@ -312,6 +301,15 @@ def _table(found: Figures, config: DeepseekV4Config, sizes: Sizes) -> KernelTabl
         steps={kind: Bookkeeping.model_validate(work) for kind, work in found["steps"].items()},
     )
     return KernelTable(**columns, all_reduce_batch_ms=none, router_batch_ms=none, engine=engine)
+
+
+def _grid(found: Figures) -> dict[int, dict[int, float]]:
+    """Columns of figures, both by number."""
+    return {number: numbered(column) for number, column in numbered(found).items()}
+
+
+def _grids(found: Figures) -> dict[int, dict[int, dict[int, float]]]:
+    return {number: _grid(grid) for number, grid in numbered(found).items()}
 
 
 def _entry_ns(

@@ -117,3 +117,9 @@ def _works(
                 longer = sizes.crowd_contexts
             for tokens in (sizes.contexts[0], *longer):
                 yield timer.work(batch, tokens)
+            if batch in sizes.paged_batches and launch.what == CSA:
+                for _, work in engine_cases.in_pages(timer, batch, sizes):
+                    yield work
+                for count in sizes.residents:
+                    for _, work in engine_cases.over_residents(timer, batch, count, sizes):
+                        yield work

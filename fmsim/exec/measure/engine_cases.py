@@ -1,4 +1,6 @@
-"""What a policy adds to a CSA layer: masses, small pages, naming residents, loading misses."""
+"""What a policy adds to a CSA layer: masses, pages that are small, a choice among residents alone,
+loading misses.
+"""
 
 from __future__ import annotations
 
@@ -7,16 +9,19 @@ from functools import partial
 
 import torch
 
-from fmsim import arrays
+from fmsim.exec.decode.decode_attention import AllEntries
 from fmsim.exec.kernels.layout import Layout
-from fmsim.exec.kv.home import PER_PAGE
+from fmsim.exec.kv.home import PER_PAGE, Home
+from fmsim.exec.kv.resident import ResidentPages
 from fmsim.exec.kv.tiered import RequestSize, TieredCache
 from fmsim.exec.measure import kernel_cases as cases
 from fmsim.exec.measure.fetching import fetches
 from fmsim.exec.measure.jobs import Report
 from fmsim.exec.measure.kernel_cases import TOP_K
+from fmsim.exec.measure.module_times import AttentionTimer
 from fmsim.exec.measure.sizes import Sizes
 from fmsim.exec.measure.timing import median_s, overhead_s
+from fmsim.exec.model.attention import Attention
 
 ENTRIES = 8192  # of a request whose attention is timed with and without
 Work = Callable[[], object]
@@ -36,52 +41,86 @@ def masses_ms(device: str, sizes: Sizes, report: Report) -> dict[int, float]:
     return found
 
 
-def pages_ms(device: str, sizes: Sizes, report: Report) -> dict[int, dict[int, float]]:
-    """By entries a page and batch, what attention takes more than over pages of 64."""
+class _InPages(AllEntries):
+    """Entries in pages of ``per_page``, and index keys in pages of 64."""
+
+    def __init__(self, per_page: int, attention: Attention, batch: int, entries: int, *layouts):
+        super().__init__(attention, batch, entries, *layouts)
+        latent, _ = layouts
+        self.per_page = per_page
+        self.device = attention.kv_proj.weight.device
+        self.homes = [Home.of_its_own(latent, batch, entries, self.device, per_page)]
+
+
+class _Residents(_InPages):
+    """Keys in such pages too, and a choice among a list of what is there: all pages, of which each
+    request has its own.
+    """
+
+    def __init__(self, per_page: int, attention: Attention, batch: int, entries: int, *layouts):
+        super().__init__(per_page, attention, batch, entries, *layouts)
+        self.key_homes = [Home.of_its_own(self.key, batch, entries, self.device, per_page)]
+        n_pages = self.key_homes[0].table.shape[1]
+        first = [[request * n_pages for request in range(batch)]]
+        self.resident = ResidentPages([n_pages] * batch, first, n_pages, per_page, self.device)
+        self.resident.list(torch.randperm(n_pages, device=self.device).int()[None])
+        self.resident.see(entries)
+
+    def choose(
+        self, queries: torch.Tensor, weights: torch.Tensor, visible: torch.Tensor, top_k: int
+    ) -> None:
+        of = queries[:, 0], weights[:, 0].float()
+        self.ids = self.resident.best(0, *of, self.key_homes[0].pool, self.key, top_k)
+
+
+def in_pages(timer: AttentionTimer, batch: int, sizes: Sizes) -> Iterator[tuple[int, Work]]:
+    """A CSA layer at the smallest context, by entries a page; 64 first."""
+    tokens = sizes.contexts[0]
+    yield PER_PAGE, timer.work(batch, tokens)
+    for entries in sizes.page_entries:
+        yield entries, timer.work(batch, tokens, pager=partial(_InPages, entries))
+
+
+def over_residents(
+    timer: AttentionTimer, batch: int, count: int, sizes: Sizes
+) -> Iterator[tuple[int, Work]]:
+    """A CSA layer that selects among ``count`` entries: all there are first, by 0; then residents,
+    by entries a page.
+    """
+    tokens = count * timer.attention.compressor.rate
+    yield 0, timer.work(batch, tokens)
+    for entries in sizes.resident_pages:
+        yield entries, timer.work(batch, tokens, pager=partial(_Residents, entries))
+
+
+def pages_ms(
+    timer: AttentionTimer, device: str, sizes: Sizes, report: Report
+) -> dict[int, dict[int, float]]:
+    """By entries a page and batch, what a CSA layer takes more than with pages of 64."""
     found: dict[int, dict[int, float]] = {entries: {} for entries in sizes.page_entries}
-    for batch in sizes.some_batches:
-        of_64_s = median_s(cases.attention(batch, ENTRIES, device).run, device)
+    for batch in sizes.paged_batches:
+        times_s = {at: median_s(work, device) for at, work in in_pages(timer, batch, sizes)}
         for entries, column in found.items():
-            case = cases.attention(batch, ENTRIES, device, per_page=entries)
-            column[batch] = 1e3 * (median_s(case.run, device) - of_64_s)
+            column[batch] = 1e3 * (times_s[entries] - times_s[PER_PAGE])
             report(f"pages of {entries}, batch {batch}: {column[batch]:+.4f} ms")
     return found
 
 
-def listed_ms(device: str, sizes: Sizes, report: Report) -> dict[int, float]:
-    """By batch, naming the entries that were selected among those in a list."""
-    found = {}
-    alone_s = overhead_s(device)
-    for batch in sizes.some_batches:
-        found[batch] = 1e3 * (median_s(_naming(batch, device), device) - alone_s)
-        report(f"naming residents, batch {batch}: {found[batch]:.4f} ms")
-    return found
-
-
-def _naming(batch: int, device: str) -> Work:
-    listed = torch.zeros(batch, ENTRIES + 1, dtype=torch.int32, device=device)
-    start = arrays.offsets(listed, torch)
-    places = torch.randint(0, ENTRIES, (batch, TOP_K), dtype=torch.int32, device=device)
-    return lambda: arrays.read(listed, start, places)
-
-
-def listed_scores(device: str, sizes: Sizes, report: Report) -> dict[int, dict[str, float]]:
-    """By entries a page, what scoring residents takes more than with pages of 64, in `StepWork`'s
-    fields: fixed, and an entry of a request.
+def residents_ms(
+    timer: AttentionTimer, device: str, sizes: Sizes, report: Report
+) -> dict[int, dict[int, dict[int, float]]]:
+    """By entries a page, batch and resident entries, what a CSA layer that selects among these
+    takes more than one that has no others.
     """
-    found = {}
-    for entries in sizes.page_entries:
-        more = []
-        for batch, count in sizes.listed:
-            these_s, of_64_s = (
-                median_s(cases.index_scoring(batch, count, device, per_page=page).run, device)
-                for page in (entries, PER_PAGE)
-            )
-            more.append(1e3 * (these_s - of_64_s))
-            report(f"scores in pages of {entries}, {batch} x {count:,}: {more[-1]:+.4f} ms")
-        first, last = (batch * count for batch, count in sizes.listed)
-        slope = max(0.0, (more[1] - more[0]) / (last - first))
-        found[entries] = {"fixed_ms": more[0] - slope * first, "slot_ns": 1e6 * slope}
+    found: dict[int, dict[int, dict[int, float]]] = {}
+    for batch in sizes.paged_batches:
+        for count in sizes.residents:
+            works = over_residents(timer, batch, count, sizes)
+            times_s = {at: median_s(work, device) for at, work in works}
+            for entries in sizes.resident_pages:
+                more_ms = 1e3 * (times_s[entries] - times_s[0])
+                found.setdefault(entries, {}).setdefault(batch, {})[count] = more_ms
+                report(f"{batch} x {count:,} residents in pages of {entries}: {more_ms:+.4f} ms")
     return found
 
 
@@ -117,18 +156,13 @@ def _loads(batch: int, layout: Layout, device: str, sizes: Sizes) -> Iterator[Wo
 
 
 def _attention(batch: int, layout: Layout, device: str, sizes: Sizes) -> Iterator[Work]:
-    yield cases.attention(batch, ENTRIES, device, True, per_page=min(sizes.page_entries)).run
-    for entries in (*sizes.page_entries, PER_PAGE):
-        yield cases.attention(batch, ENTRIES, device, per_page=entries).run
+    for told in (False, True):
+        yield cases.attention(batch, ENTRIES, device, told, per_page=min(sizes.page_entries)).run
 
 
 def _others(batch: int, layout: Layout, device: str, sizes: Sizes) -> Iterator[Work]:
-    yield _naming(batch, device)
     yield from _loads(batch, layout, device, sizes)
     if batch == sizes.some_batches[0]:
-        for row, count in sizes.listed:
-            for entries in (*sizes.page_entries, PER_PAGE):
-                yield cases.index_scoring(row, count, device, per_page=entries).run
         for size, counts in sizes.gathers.items():
             yield cases.recall(size, counts[0], device, host_bytes=2**20).run
         for row, count in sizes.kernel_shapes:

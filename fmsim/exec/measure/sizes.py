@@ -48,7 +48,10 @@ class Sizes:
     crowd_contexts: tuple[int, ...] = (20_480, 65_536, 131_072, 524_288)
     some_batches: tuple[int, ...] = (1, 8, 32, 128)  # of what a kernel adds to a module
     page_entries: tuple[int, ...] = (1, 4, 16)  # a page, beside those of 64
-    listed: tuple[tuple[int, int], ...] = ((1, 8192), (16, 32_768))  # requests x resident entries
+    # with these, and of a layer that selects among so many residents, in pages of so many
+    paged_batches: tuple[int, ...] = (1, 15, 16, 32, 128)
+    residents: tuple[int, ...] = (1024, 16_384)
+    resident_pages: tuple[int, ...] = (1, 16, 64)
     staged: tuple[int, ...] = (0, 8, 64, 256)  # pages of one entry that a request loads in a layer
     staged_entries: int = 65_536  # of the request that loads them
     # the same of layers that load in most steps, by entries a page
