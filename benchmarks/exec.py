@@ -31,6 +31,7 @@ from step_profile import a_step
 
 from fmsim import trace as traces
 from fmsim.errors import FmsimError
+from fmsim.exec.kernels import tuning
 from fmsim.exec.kernels.layout import KEY, LATENT
 from fmsim.exec.measure import calibrate
 from fmsim.exec.measure.kernel_cases import recall
@@ -225,7 +226,8 @@ def beside_recall(step: Callable[[int], None], programs: int, runs: int = 12) ->
     """Median seconds of a step alone, and while single entries are recalled all the time on another
     stream, by so many programs.
     """
-    entries = recall(584, 32_768, "cuda", programs, host_bytes=2**29)
+    tune = tuning.GATHER._replace(programs=programs)
+    entries = recall(584, 32_768, "cuda", tune, host_bytes=2**29)
     copies, side = captured(entries.run), torch.cuda.Stream()
     recall_s = median_s(entries.run, "cuda", runs=8, cold=False)
 

@@ -23,6 +23,7 @@ from typing import Any
 
 import torch
 
+from fmsim.exec.kernels import tuning
 from fmsim.exec.kernels.gather import copy_rows
 from fmsim.exec.kv.mirror import HostMirror
 from fmsim.exec.measure.timing import median_s
@@ -95,9 +96,10 @@ def l2_rates(row_bytes: int, count: int) -> list[dict[str, Any]]:
         pages = torch.randperm(spread // row_bytes, device=device)[None, :count]
         for order, asked in (("random", pages), ("ascending", pages.sort(1).values)):
             for programs in (32, 132):
+                tune = tuning.GATHER._replace(programs=programs)
 
-                def run(asked: torch.Tensor = asked, programs: int = programs) -> None:
-                    copy_rows(mirror.pages, target, asked, slots, counted, programs)
+                def run(asked: torch.Tensor = asked, tune: tuning.GatherTuning = tune) -> None:
+                    copy_rows(mirror.pages, target, asked, slots, counted, tune)
 
                 about = {"row_bytes": row_bytes, "order": order, "programs": programs}
                 seconds = median_s(run, device, runs=9)

@@ -56,7 +56,7 @@ def copy_rows(
     pages: Tensor,
     slots: Tensor,
     counts: Tensor,
-    programs: int | None = None,
+    tune: tuning.GatherTuning | None = None,
 ) -> None:
     """``target[g, slots[g, i]] = source[g, pages[g, i]]`` for the first ``counts[g]`` moves of each
     group g (a layer).
@@ -64,18 +64,10 @@ def copy_rows(
     ``source`` uint8 [G, pages, row bytes] and ``target`` uint8 [G, slots, row bytes], a group's
     contiguous; groups may share one (`Tensor.expand`). Either may be pinned host memory. ``pages``
     and ``slots`` [G, n], int32 or int64, with -1 in either for a move to be left out; ``counts``
-    int32 [G]; the three on the device. Slots of a target are distinct. ``programs``: how many the
-    copy may take, at most a multiprocessor each.
+    int32 [G]; the three on the device. Slots of a target are distinct.
     """
     if runs_compiled(pages):
-        copy_rows_triton(
-            source,
-            target,
-            pages,
-            slots,
-            counts,
-            tune=tuning.GATHER._replace(programs=programs or tuning.GATHER.programs),
-        )
+        copy_rows_triton(source, target, pages, slots, counts, tune)
     else:
         copy_rows_reference(source, target, pages, slots, counts)
 

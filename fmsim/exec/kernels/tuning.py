@@ -200,6 +200,12 @@ INDEX_SCORES, MEMORY_SCORES = (
 # of float8 queries, a few layers at once
 FLOAT8_MEMORY_SCORES = IndexScoresTuning(programs=264)
 TOP_K, COMPRESS, GATHER = TopKTuning(), CompressTuning(), GatherTuning()
+# of a recall beside a decode: they take 10 GB/s, and a whole step slows down by 4%, on eight by 5
+# to 7%
+GATHER_BESIDE = GatherTuning(programs=4)
+# of a copy within the GPU: nothing has to be on the way for long, and rows that pass through
+# shared memory take twice the time
+COPY_WITHIN = GatherTuning(tile_words=1024, programs=528, stages=1)
 STAGING, LATE = StagingTuning(), LateTuning()
 ATTENTION, ATTENTION_OF_SOME = (
     AttentionTuning(),
@@ -236,13 +242,9 @@ DESCRIBED_LINEAR = {
 SOME_ROWS, MANY_ROWS = 64, 256  # at most
 FLOAT8_SOME_ROWS = 192  # of float8, at most
 FLOAT32_ROWS = 32  # of a block: they take twice the shared memory
-# of a recall beside a decode: they take 10 GB/s, and a whole step slows down by 4%, on eight by 5
-# to 7%
-PROGRAMS_BESIDE = 4
 LATE_LAUNCHES = 6  # of what a decision recalls late: as many times layers may go on before its end
 LATE_ENTRIES = 16  # that come before their page: of a program, which most often finds none
 BLOCK_TABLE_PAGES = 2048  # that a program enters, of one request in one layer
-PROGRAMS_WITHIN = 264  # of a copy within the GPU, which is over soon
 # at a time; beyond, one grouped product over all experts is a prompt's way, unless they are float8
 MOST_EXPERT_TOKENS = 256
 MANY_EXPERT_TOKENS = 32  # from here on many experts have more than 16 tokens

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from fmsim.exec.kernels.gather import copy_rows
+from fmsim.exec.kernels.tuning import GatherTuning
 
 
 class LayerPages(NamedTuple):
@@ -40,13 +41,13 @@ class Copies:
         self.lists = len(pool.first) if even else 1
 
     def copy(
-        self, source: LayerPages, pages: Tensor, to: Tensor, programs: int | None = None
+        self, source: LayerPages, pages: Tensor, to: Tensor, tune: GatherTuning | None = None
     ) -> None:
         """Into page ``to[l, b, i]`` of layer l's pool page ``pages[l, b, i]`` of its part of
         `source`, where both are >= 0. Even layers that move alike may have one row for all.
         """
         moves = self.of_each(self.listed(source, pages, to))
-        copy_rows(self.by_lists(source.pages), self.by_lists(self.pool.pages), *moves, programs)
+        copy_rows(self.by_lists(source.pages), self.by_lists(self.pool.pages), *moves, tune)
 
     def listed(self, source: LayerPages, pages: Tensor, to: Tensor) -> MoveLists:
         """The same as lists. Pages [L, B, m] are as many as slots, and most of them are left out;

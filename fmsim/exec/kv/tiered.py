@@ -305,7 +305,7 @@ class TieredCache:
         self._count(to)
         source = torch.where(pages < 0, -1, pages + self._first_page[part])
         with self.beside.ahead(part, source, to):
-            self._copies.copy(self._of_mirror, source, to, tuning.PROGRAMS_BESIDE)
+            self._copies.copy(self._of_mirror, source, to, tuning.GATHER_BESIDE)
 
     def stage(self, layer: int, pages: Tensor, fetched: Tensor, blocks: Tensor) -> None:
         """Bring pages [B, n] of each request where `fetched` from the mirror into staging pages,
@@ -359,7 +359,7 @@ class TieredCache:
         part = part_of(request)
         to = torch.where(slots < 0, -1, slots + self._first_slot[:, part])
         if staged is not None:
-            self._copies.copy(self._of_pool, staged, to, tuning.PROGRAMS_WITHIN)
+            self._copies.copy(self._of_pool, staged, to, tuning.COPY_WITHIN)
             to = torch.where(staged >= 0, -1, to)
         source, to = torch.broadcast_tensors(
             torch.where(pages < 0, -1, pages + self._first_page[part]), to

@@ -97,9 +97,7 @@ def beside(device: str, sizes: Sizes, report: Report) -> float:
     """Bytes/s of a gather on the few programs that a recall takes beside a decode."""
     row_bytes, count = LATENT.entry_bytes, sizes.beside_rows
     with HostMirror(1, max(count, sizes.host_bytes // row_bytes), row_bytes, device) as mirror:
-        case = cases.recall(
-            row_bytes, count, device, programs=tuning.PROGRAMS_BESIDE, mirror=mirror
-        )
+        case = cases.recall(row_bytes, count, device, tune=tuning.GATHER_BESIDE, mirror=mirror)
         rate = case.n_bytes / median_s(case.run, device)
     report(f"gather beside a decode: {rate / 1e9:.1f} GB/s")
     return rate

@@ -24,6 +24,7 @@ from fmsim.exec.kernels.layout import KEY, LATENT, Layout
 from fmsim.exec.kernels.memory_score import memory_scores, memory_scores_reference
 from fmsim.exec.kernels.sparse_attention import sparse_attention, sparse_attention_reference
 from fmsim.exec.kernels.top_k import top_k, top_k_reference
+from fmsim.exec.kernels.tuning import GatherTuning
 from fmsim.exec.kv.home import PER_PAGE
 from fmsim.exec.kv.mirror import HostMirror
 from fmsim.geometry.memory_indexer import PUBLISHED_HEADS
@@ -243,7 +244,7 @@ def recall(
     row_bytes: int,
     count: int,
     device,
-    programs: int | None = None,
+    tune: GatherTuning | None = None,
     host_bytes: int = 2**31,
     ascending: bool = False,
     layers: int = 1,
@@ -289,6 +290,6 @@ def recall(
         if late:
             copy_late(mirror.pages, target, pages, slots, counts, waiting.fill_(1), 1)
         else:
-            copy_rows(mirror.pages, target, pages, slots, counts, programs)
+            copy_rows(mirror.pages, target, pages, slots, counts, tune)
 
     return Case(name, f"{layers * each:,}", row_bytes * layers * each, run, peers=peers)

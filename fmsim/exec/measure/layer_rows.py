@@ -85,8 +85,9 @@ class LayerRow:
         work = self._step(batch, tokens)  # kept as long as its graph, which reads its buffers
         step = captured(work)
         rows = RECALLED_BYTES // row_bytes
-        programs = None if late else tuning.PROGRAMS_BESIDE
-        recall = cases.recall(row_bytes, rows, self.device, programs, host_bytes=2**29, late=late)
+        recall = cases.recall(
+            row_bytes, rows, self.device, tuning.GATHER_BESIDE, host_bytes=2**29, late=late
+        )
         copies, side = captured(recall.run), torch.cuda.Stream()
         recall_s = median_s(recall.run, self.device, runs=8, cold=False)
 
