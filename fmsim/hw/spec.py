@@ -137,6 +137,8 @@ class EngineTimes(_Strict):
     late_slower: dict[int, Ms] = {}
     # of that, by bytes of a row; in an older preset the link's
     late_bytes_per_s: dict[int, Rate] = {}
+    # of rows of so many bytes that go from one place of the GPU's memory to another
+    within_bytes_per_s: dict[int, Rate] = {}
     steps: dict[str, Bookkeeping]  # by kind of policy, `STEP_KINDS`
 
     @model_validator(mode="after")

@@ -136,8 +136,8 @@ class _Decode:
             # Recalled bytes come beside steps. What was missed and is kept, or came ahead, goes
             # from spare pages to its slots: read, and written.
             kept_bytes = engine.kept_pages()[:, place.groups].sum(axis=1) * page_bytes
-            in_step_bytes = 2 * (kept_bytes + self.ahead_bytes)
-            self.rest_s = costs.rest_s + indexer_s + engine.step_s() + in_step_bytes / hbm
+            in_step_s = 2 * kept_bytes / hbm + engine.settled_s(ahead.sum(axis=1) * on_gpu, hbm)
+            self.rest_s = costs.rest_s + indexer_s + engine.step_s() + in_step_s
             late_pages = (recalls - ahead).sum(axis=1) * on_gpu
             compute_s = self.rest_s + self.n_selecting * self.csa_s
             longer_s = engine.late_s(late_pages, compute_s)

@@ -144,6 +144,26 @@ class EngineCosts:
         began = self.ledger.written.any(axis=1)
         return np.asarray(began | self._closes() if self.place.keys_tiered else began)
 
+    def settled_s(self, pages: np.ndarray, hbm_bytes_per_s: float) -> Floats:
+        """[T]: `pages` [T] that came ahead of a decision, of all layers and requests, go from spare
+        pages to their slots. In an older preset they are read and written as bytes are.
+        """
+        entry_bytes, key_bytes = self._row_bytes()
+        rates = self.times.within_bytes_per_s
+        moving = 1 - keyed_layers(self.ledger, self.geometry) / self.geometry.n_csa
+        found = np.zeros(len(pages))
+        for row_bytes, rows in ((entry_bytes, pages), (key_bytes, moving * pages)):
+            if row_bytes:
+                rate = _between(rates, row_bytes) if rates else hbm_bytes_per_s / 2
+                found = found + rows * row_bytes / rate
+        return found
+
+    def _row_bytes(self) -> tuple[int, int]:
+        """Of a page's entries, and of its keys where they come and go with these."""
+        geometry, keyed = self.geometry, self.place.keys_tiered
+        entry_bytes = geometry.slot_bytes(self.granularity, with_keys=False)
+        return entry_bytes, geometry.slot_bytes(self.granularity, with_keys=keyed) - entry_bytes
+
     def late_s(self, pages: np.ndarray, compute_s: np.ndarray) -> Floats:
         """[T]: by how much steps of `compute_s` are longer, while what decisions recall late comes:
         `pages` [T] of all layers and requests, at the step of the decision.
@@ -153,13 +173,12 @@ class EngineCosts:
         and each of the steps reads those of them that it attends to: its `topk` times the share of
         the slots whose pages have not come.
         """
-        entry_bytes = self.geometry.slot_bytes(self.granularity, with_keys=False)
-        both_bytes = self.geometry.slot_bytes(self.granularity, with_keys=self.place.keys_tiered)
+        entry_bytes, key_bytes = self._row_bytes()
         entries_s = self._come_late_s(entry_bytes, pages)
         if self.loads:
             return self._waited_s(entries_s, compute_s)
         before = keyed_layers(self.ledger, self.geometry) / self.geometry.n_csa
-        keys_s = self._come_late_s(both_bytes - entry_bytes, (1 - before) * pages)
+        keys_s = self._come_late_s(key_bytes, (1 - before) * pages)
         slower = self._late_slower(entry_bytes)
         found, come_s = self._waited_s(keys_s, compute_s, before), keys_s + entries_s
         left_s = read_s = 0.0  # reads are of a step for each second of what has not come
@@ -205,9 +224,7 @@ class EngineCosts:
         rates = self.times.late_bytes_per_s
         if not rates or not row_bytes:
             return self._copied_s(row_bytes, rows)
-        timed = sorted(rates)
-        rate = np.interp(np.log(row_bytes), np.log(timed), [rates[each] for each in timed])
-        return np.asarray(rows * row_bytes / rate)
+        return np.asarray(rows * row_bytes / _between(rates, row_bytes))
 
     def _copied_s(self, row_bytes: float, rows: np.ndarray) -> np.ndarray:
         """Of so many rows; none where they have no bytes."""
@@ -245,7 +262,8 @@ class EngineCosts:
 
     def _sized_ms(self, work: StepWork, pages_ns: float, movable: int) -> float:
         slots_ns = work.slot_ns * sum(self.ledger.group_slots)
-        moves_ns = work.move_ns * self.geometry.n_csa * movable * self.batch
+        rows = 1 if self.ledger.n_groups == 1 else self.geometry.n_csa  # a list for all, or each
+        moves_ns = work.move_ns * rows * movable * self.batch
         return max(0.0, work.fixed_ms + (slots_ns + pages_ns + moves_ns) / 1e6)
 
     def _in_graph_ms(self) -> float:
@@ -283,6 +301,12 @@ class EngineCosts:
         scored = self.batch * float(self.place.scored_entries.mean())
         work = works[near]
         return max(0.0, work.fixed_ms + work.slot_ns * scored / 1e6)
+
+
+def _between(rates: Mapping[int, float], row_bytes: float) -> float:
+    """Of rows between those that were timed, as the logarithm is."""
+    timed = sorted(rates)
+    return float(np.interp(np.log(row_bytes), np.log(timed), [rates[each] for each in timed]))
 
 
 def _of_pages(by_entries: Grid, entries: int, batch: float) -> float:

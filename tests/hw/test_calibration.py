@@ -142,6 +142,7 @@ def small_sizes():
         fetching_batches=(1, 2),
         gathers={8: (2, 4), 584: (2, 4)},
         beside_rows=4,
+        within_bytes=2**16,
         kernel_shapes=((1, 128),),
         steps=(StepSize(64, 32), StepSize(96, 32), StepSize(96, 64), StepSize(64, 32, 2)),
         decisions=(StepSize(96, 32, 2), StepSize(96, 64, 2)),

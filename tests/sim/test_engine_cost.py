@@ -261,7 +261,8 @@ def test_sizes_add_what_they_cost():
     # who loads nothing has a row a group, or where these have slots of their own one a layer
     for group_slots, rows in (([800], 1), ([800] * 3, 3), ([700, 800, 900], 21)):
         held = ledger(n_groups=len(group_slots), group_slots=group_slots, cadence=1, all_keys=True)
-        sized_ns = 2 * sum(group_slots) + 3 * rows * n_pages * 2 + 5 * 21 * 512 * 2
+        lists = 1 if len(group_slots) == 1 else 21  # of moves
+        sized_ns = 2 * sum(group_slots) + 3 * rows * n_pages * 2 + 5 * lists * 512 * 2
         found = costs(held, batch=2, **free).step_s()
         assert found == pytest.approx(np.full(128, 1e-3 + sized_ns / 1e9))
         decides = replace(held, cadence=64, decides_ahead=False)  # a decision that costs nothing
@@ -315,6 +316,17 @@ def test_pages_are_priced_by_the_nearest_size_and_those_of_64_entries_not_at_all
         ms = page_ms + 0.004 + score_ms  # and the residents' list
         closing = np.where(found._begins(), 100.0, 0.0)
         assert found.step_s() * 1e3 == pytest.approx(2.0 + 21 * ms + closing)
+
+
+def test_a_choice_among_residents_is_priced_as_a_layer_was_timed():
+    """Between 1 and 3 requests, 600 and 1,000 residents, and pages of 1 and 16."""
+    of_16 = {batch: {600: 0.1 * batch, 1000: 0.3 * batch} for batch in (1, 3)}
+    of_1 = {batch: {count: 3 * ms for count, ms in line.items()} for batch, line in of_16.items()}
+    held = ledger(cadence=1, granularity=4, slots=200, entry_tokens=4)
+    found = costs(held, batch=2, residents_ms={1: of_1, 16: of_16})
+    assert footprint(held, FLASH).scored_entries[0] == 800
+    closing = np.where(found._begins(), 100.0, 0.0)
+    assert found.step_s() * 1e3 == pytest.approx(2.0 + 21 * 2 * 0.4 + closing)
 
 
 def test_where_misses_are_loaded_late_pages_come_in_six_parts():
@@ -404,10 +416,13 @@ def test_a_recall_ahead_has_its_spare_pages_and_the_rest_comes_late():
     early = simulate(early_ledger, FLASH, hw)
     kinds = [each.n_bytes for each in early.transfers if each.kind == "recall"]
     assert kinds == [300 * 21 * 716] and early.recall_wait_s[64] == 0
-    # from spare pages to slots: read, and written again
+    # from spare pages to slots: read, and written again, or as was timed of entries and of keys
     none = simulate(replace(early_ledger, lookahead_loads=loads(128)), FLASH, hw)
     arriving_s = 300 * 21 * 716 / H100.hbm_bytes_per_s.value
     assert early.step_s[64] - none.step_s[64] == pytest.approx(2 * arriving_s, rel=1e-3)
+    timed = simulate(early_ledger, FLASH, hardware(within_bytes_per_s={132: 1e9, 584: 2e9}))
+    settled_s = 300 * 21 * (132 / 1e9 + 584 / 2e9)
+    assert timed.step_s[64] - none.step_s[64] == pytest.approx(settled_s, rel=1e-3)
     seldom = ledger(n_steps=256, lookahead_loads=loads(256, s64=300))  # once in four windows
     timeline = simulate(seldom, FLASH, H100)
     assert [each.kind for each in timeline.transfers].count("recall") == 1

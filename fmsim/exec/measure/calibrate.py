@@ -138,6 +138,7 @@ def _jobs(
         jobs.append(Job(_gathers(size), 2, partial(device_figures.gathers, size, *on_device)))
     jobs += [
         Job("a gather beside a decode", 1, partial(device_figures.beside, *on_device)),
+        Job("copies within the GPU", 1, partial(device_figures.within, *on_device)),
         Job("kernels", 2, partial(device_figures.kernels, *on_device)),
     ]
     timers: dict[str, AttentionTimer] = {}
@@ -252,7 +253,7 @@ def _beside(
         "ahead": row.beside(1, tokens, 584, report)._asdict(),
         "late": {
             size: row.beside(many, tokens, size, report, late=True)._asdict()
-            for size in sizes.late_rows
+            for size in sizes.recalled_rows
         },
     }
 
@@ -298,6 +299,7 @@ def _table(found: Figures, config: DeepseekV4Config, sizes: Sizes) -> KernelTabl
         beside_slower=beside["ahead"]["slower"],
         late_slower={size: of_rows["slower"] for size, of_rows in late.items()},
         late_bytes_per_s={size: of_rows["bytes_per_s"] for size, of_rows in late.items()},
+        within_bytes_per_s=numbered(found["copies within the GPU"]),
         steps={kind: Bookkeeping.model_validate(work) for kind, work in found["steps"].items()},
     )
     return KernelTable(**columns, all_reduce_batch_ms=none, router_batch_ms=none, engine=engine)

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import os
 import time
+from functools import partial
 from typing import Any
 
 import torch
 
 from fmsim.exec.kernels import tuning
+from fmsim.exec.kernels.gather import copy_rows
 from fmsim.exec.kernels.layout import LATENT
 from fmsim.exec.kv.mirror import HostMirror
 from fmsim.exec.measure import kernel_cases as cases
@@ -101,6 +103,22 @@ def beside(device: str, sizes: Sizes, report: Report) -> float:
         rate = case.n_bytes / median_s(case.run, device)
     report(f"gather beside a decode: {rate / 1e9:.1f} GB/s")
     return rate
+
+
+def within(device: str, sizes: Sizes, report: Report) -> dict[int, float]:
+    """Bytes/s of rows in random order that are copied to others of the same memory, by bytes of a
+    row.
+    """
+    found = {}
+    for row_bytes in sizes.recalled_rows:
+        count = sizes.within_bytes // row_bytes
+        pool = torch.zeros(1, 2 * count, row_bytes, dtype=torch.uint8, device=device)
+        pages, slots = (torch.randperm(count, device=device)[None] for _ in range(2))
+        counts = torch.tensor([count], dtype=torch.int32, device=device)
+        copy = partial(copy_rows, pool, pool, pages, count + slots, counts, tuning.COPY_WITHIN)
+        found[row_bytes] = count * row_bytes / median_s(copy, device, runs=12)
+        report(f"rows of {row_bytes:,} bytes within the GPU: {found[row_bytes] / 1e9:.0f} GB/s")
+    return found
 
 
 def kernels(device: str, sizes: Sizes, report: Report) -> list[dict[str, Any]]:

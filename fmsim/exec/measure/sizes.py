@@ -74,8 +74,9 @@ class Sizes:
             37_376: (8, 96, 384, 2000),
         }
     )
-    # bytes of a row that is recalled late: keys and entries, in pages of one and of 64
-    late_rows: tuple[int, ...] = (132, 584, 8448, 37_376)
+    # bytes of a row that a decision recalls: keys and entries, in pages of one and of 64
+    recalled_rows: tuple[int, ...] = (132, 584, 8448, 37_376)
+    within_bytes: int = 2**28  # that are copied from one place of the GPU's memory to another
     beside_rows: int = 32_768  # of a gather beside a decode
     kernel_shapes: tuple[tuple[int, int], ...] = ((1, 131_072), (8, 32_768))
     # the first one, one of more entries, one of more slots, one of more requests
