@@ -136,6 +136,8 @@ class _Decode:
             # Recalled bytes come beside steps. What was missed and is kept, or came ahead, goes
             # from spare pages to its slots: read, and written.
             kept_bytes = engine.kept_pages()[:, place.groups].sum(axis=1) * page_bytes
+            if on_gpu > 1:
+                indexer_s = _in_turns(indexer_s, self.cadence)
             in_step_s = 2 * kept_bytes / hbm + engine.settled_s(ahead.sum(axis=1) * on_gpu, hbm)
             self.rest_s = costs.rest_s + indexer_s + engine.step_s() + in_step_s
             late_pages = (recalls - ahead).sum(axis=1) * on_gpu
@@ -256,3 +258,10 @@ class _Decode:
             self.stall_s[step] += self.env.now - before_s
             self._book("misses", step, before_s, self.env.now, self.demand_bytes[step, layer])
             yield self.env.timeout(compute_s / len(missed))
+
+
+def _in_turns(decided_s: np.ndarray, cadence: int) -> np.ndarray:
+    """[T]: what many requests do in turns between two decisions, `decided_s` [T] in all."""
+    number = np.arange(len(decided_s))
+    after = number % cadence
+    return np.where(after > 0, decided_s[number - after] / max(1, cadence - 1), 0.0)

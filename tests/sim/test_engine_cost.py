@@ -13,7 +13,7 @@ from fmsim.sim import engine_cost
 from fmsim.sim.decode import simulate
 from fmsim.sim.engine_cost import EngineCosts
 from fmsim.sim.footprint import footprint
-from fmsim.sim.step_cost import StepModel
+from fmsim.sim.step_cost import StepModel, memory_indexer_s
 from fmsim.sim.transfer_cost import GatherCurve
 
 GATHER = GatherCurve(H100.link)
@@ -409,6 +409,12 @@ def test_a_recall_ahead_has_its_spare_pages_and_the_rest_comes_late():
     kinds = [(each.step, each.n_bytes) for each in bare.transfers if each.kind == "recall"]
     assert kinds == [(64, 300 * 21 * 716)]
     two = simulate(replace(recalled, ahead_slots=[]), FLASH, hw, batch=2)
+    weighed = replace(recalled, scored=np.where(np.arange(128) % 64, 0, 630_000))
+    more_s = (
+        simulate(weighed, FLASH, hw, batch=2).step_s - simulate(recalled, FLASH, hw, batch=2).step_s
+    )
+    in_turns_s = memory_indexer_s(hw, FLASH, np.array([20_000.0]))[0]  # two requests', in 63 steps
+    assert more_s == pytest.approx(np.where(np.arange(128) % 64, in_turns_s, 0.0))
     keys_s = GATHER.one_s(132, 2 * 300 * 21 * 132)
     read_s = 21 * GATHER.one_s(584, 2 * 512 * 300 / 800 * 584)
     assert two.recall_wait_s[64] == pytest.approx(keys_s / 6 + read_s)

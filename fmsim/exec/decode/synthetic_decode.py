@@ -18,7 +18,7 @@ from torch import Tensor
 from fmsim.exec.decode.step_state import decode_attentions, graph_after_one
 from fmsim.exec.decode.trace_driven import TraceDrivenDecode, layouts
 from fmsim.exec.kernels.attention_rows import Rows
-from fmsim.exec.kernels.index_score import index_scores, new_scores
+from fmsim.exec.kernels.index_score import Scores, index_scores, new_scores
 from fmsim.exec.kernels.layout import Layout
 from fmsim.exec.kernels.memory_score import memory_scores
 from fmsim.exec.kernels.sparse_attention import Masses
@@ -171,15 +171,11 @@ class SyntheticStep:
     @torch.inference_mode()
     def compute(self) -> None:
         """All layers, in which nobody looks at the residency."""
-        params = self.decode.policy.params
         self._positions.fill_(self.first_token + self._step)
-        if (
-            params.cadence > 1
-            and self._step % params.cadence == 0
-            and self.decode.keyed_layers < self.decode.geometry.n_csa
-            and len(self._indexer)
-        ):
-            self._score_memory()
+        if self.decode.keyed_layers < self.decode.geometry.n_csa and len(self._indexer):
+            requests = self._in_turn()
+            if requests.stop > requests.start:
+                self._score_memory(requests)
         self._forward()
 
     @property
@@ -221,19 +217,32 @@ class SyntheticStep:
         page = torch.where(ids < 0, -1, ids // decode.tiers.entries.granularity)
         return torch.where(decode.manager.ctx.read(there, page), ids, -1)
 
-    def _score_memory(self) -> None:
+    def _in_turn(self) -> slice:
+        """Requests whose memory indexer scores in this step: one's at a decision, and many in turns
+        between two, as `DecodeLoop` foresees for them.
+        """
+        cadence, batch = self.decode.policy.params.cadence, self.decode.batch
+        after = self._step % cadence
+        if cadence == 1:
+            return slice(0, 0)
+        if batch == 1 or not after:
+            return slice(0, int(batch == 1 and not after))
+        first, last = (-(-turn * batch // (cadence - 1)) for turn in (after - 1, after))
+        return slice(first, last)
+
+    def _score_memory(self, requests: slice) -> None:
         """A memory indexer of the published size over the layers that keep all keys: for its time;
         the trace's decides.
         """
-        pools, tables = list(self.keys.pool), [self.keys.table] * len(self._indexer)
+        queries = self._indexer[:, requests].contiguous()
         memory_scores(
-            self._indexer,
-            self._indexer[..., 0].float(),
-            pools,
+            queries,
+            queries[..., 0].float(),
+            list(self.keys.pool),
             self.key,
-            tables,
-            self._positions // 4,
-            out=self.scores,
+            [self.keys.table[requests]] * len(queries),
+            self._positions[requests] // 4,
+            out=Scores(*(part[: queries.shape[1]] for part in self.scores)),  # nobody reads them
         )
 
     def _fill(self, latent: Layout, seed: int) -> None:

@@ -10,6 +10,7 @@ pytest.importorskip("transformers", reason="the engine needs fmsim[model]")
 
 from contextlib import nullcontext
 from dataclasses import fields, replace
+from types import SimpleNamespace
 
 from command import fmsim_here
 from kernel_pools import no_waits
@@ -87,6 +88,19 @@ def test_it_moves_what_the_replay_says(spec, device, monkeypatch):
         )  # keys of three layers and HCA entries of one fill whole pages of 64
     shown = synthetic_run.report([found], replayer, SMALL, layer_map, experts, device, "made")
     assert shown["policies"][0]["decode_tokens_per_s"] > 0 and shown["scenario"]["batch"] == 3
+
+
+@pytest.mark.parametrize("batch", [1, 2, 7, 97])
+def test_each_requests_memory_is_scored_once_between_two_decisions(batch):
+    policy = SimpleNamespace(params=SimpleNamespace(cadence=8))
+    decode = SimpleNamespace(policy=policy, batch=batch)
+    turns = [
+        SyntheticStep._in_turn(SimpleNamespace(decode=decode, _step=step)) for step in range(16, 24)
+    ]
+    scored = [request for turn in turns for request in range(turn.start, turn.stop)]
+    assert scored == list(range(batch))
+    most = max(turn.stop - turn.start for turn in turns)
+    assert most == -(-batch // 7) and (turns[0] == slice(0, 1)) == (batch == 1)
 
 
 @pytest.mark.parametrize("device", DEVICES)
