@@ -211,7 +211,7 @@ def _attention(name: str, timer: Callable[[], AttentionTimer], sizes: Sizes) -> 
     jobs = [
         Job(f"{name} attention by batch", 4, by_batch),
         Job(f"{name} attention by context", 2, by_context),
-        Job(f"{name} attention of crowds", 6, of_crowds),
+        Job(f"{name} attention of crowds", 22 if name == "csa" else 2, of_crowds),
     ]
     return [*jobs, Job("an entry that closes", 2, closing)] if name == "csa" else jobs
 
