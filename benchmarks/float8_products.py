@@ -30,8 +30,9 @@ import torch
 from torch import Tensor
 
 from fmsim.exec.kernels import float8_products, tuning
+from fmsim.exec.kernels.described_linear import OUTPUTS
 from fmsim.exec.kernels.hyper_connection import enter
-from fmsim.exec.kernels.lang import after_previous, cdiv, overlapped, triton
+from fmsim.exec.kernels.lang import after_previous, cdiv, multiprocessors, overlapped, triton
 from fmsim.exec.kernels.linear import grouped_product, linear_triton
 from fmsim.exec.kernels.norm_rope import norm_rope
 from fmsim.exec.kernels.rms_norm import rms_norm
@@ -44,7 +45,6 @@ from fmsim.exec.model.norm_rope import RMSNorm
 ROWS = (17, 32, 48, 64, 96, 128, 129, 192, 256, 512, 1024, 2048, 4096, 8192)
 DECODED = 256  # rows at most that a decode step makes; more are a prompt's
 HEADS, HEAD = 64, 512
-MOST_PROGRAMS = 528  # of products that are split: four on each of 132 multiprocessors
 RUNS = 11
 DEVICE = "cuda"
 WIDE = "torch, bf16"
@@ -73,12 +73,13 @@ class Product(NamedTuple):
         return linear_triton(*given, tune=float8_products.OWN_TUNES.get(way))
 
     def ways(self, rows: int) -> list[str]:
-        """But for those that cannot be fast: many blocks are split, or half a block is empty."""
+        """But for those that are another: many blocks are not split, and of few rows all blocks
+        have as many."""
 
         def worth(tune: tuning.DescribedLinearTuning) -> bool:
-            blocks = cdiv(len(self.weight), tune.block_outputs) * cdiv(rows, tune.block_rows)
-            split = tune.splits > 1 and blocks * tune.splits > MOST_PROGRAMS
-            return tune.block_rows < 2 * rows and not split
+            blocks = len(self.weight) // OUTPUTS * cdiv(rows, tune.block_rows)
+            fit = tune.resident * multiprocessors(self.weight.device)
+            return tune.block_rows < 2 * rows and (tune.splits == 1 or blocks * tune.splits <= fit)
 
         left = {way for way, tune in tuning.DESCRIBED_LINEAR.items() if not worth(tune)}
         every = [float8_products.OWN, *float8_products.OWN_TUNES, *float8_products.WAYS]

@@ -17,9 +17,10 @@ import torch
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
+from triton.experimental.gluon._runtime import GluonASTSource
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 from triton.language import target_info
 from triton.runtime.jit import JITFunction
-from triton.tools.tensor_descriptor import TensorDescriptor
 
 TYPES = {
     torch.float32: "fp32",
@@ -31,7 +32,7 @@ TYPES = {
     torch.float8_e4m3fn: "fp8e4nv",
 }
 TARGET = GPUTarget("cuda", 90, 32)
-OPTIONS = ("num_warps", "num_stages")
+OPTIONS = ("num_warps", "num_stages", "maxnreg")
 KINDS = (
     r"griddepcontrol\.\w+|ld\.global[\w:.]*|cp\.async\.c[\w.]*|cp\.async\.bulk\.tensor\.2d"
     r"|wgmma\.mma_async[\w.]*|mma\.sync[\w.]*"
@@ -56,7 +57,7 @@ def compile_launch(function: JITFunction, launch: str, *args, grid, warmup, **kw
             signature[parameter.name], attributes[(number,)] = pointer(value), ALIGNED
         elif isinstance(value, TensorDescriptor):
             kind = TYPES[value.base.dtype]
-            signature[parameter.name] = f"tensordesc<{kind}{value.block_shape}>"
+            signature[parameter.name] = f"tensordesc<{kind}{value.block_shape},{value.layout!r}>"
         elif isinstance(value, tuple):  # of tensors
             signature[parameter.name] = tuple(map(pointer, value))
             attributes |= {(number, place): ALIGNED for place in range(len(value))}
@@ -68,8 +69,9 @@ def compile_launch(function: JITFunction, launch: str, *args, grid, warmup, **kw
             signature[parameter.name] = "i32"
             if value % 16 == 0:
                 attributes[(number,)] = ALIGNED
+    source = GluonASTSource if function.is_gluon() else ASTSource
     compiled = triton.compile(
-        ASTSource(function, signature, constants, attributes), target=TARGET, options=options
+        source(function, signature, constants, attributes), target=TARGET, options=options
     )
     ptx = compiled.asm["ptx"]
     kinds = sorted(set(re.findall(KINDS, ptx)))

@@ -9,7 +9,7 @@ from fmsim.exec.kernels import mixing, tuning
 from fmsim.exec.kernels.attention_rows import Rows
 from fmsim.exec.kernels.block_tables import enter_slots_triton
 from fmsim.exec.kernels.compress import Pooling, compress_and_append_triton
-from fmsim.exec.kernels.described_linear import described_linear_triton
+from fmsim.exec.kernels.described_linear import described_linear
 from fmsim.exec.kernels.expert_tiles import OwnPairs
 from fmsim.exec.kernels.experts import mixture_of_experts_triton
 from fmsim.exec.kernels.few_rows import few_rows_triton
@@ -211,7 +211,7 @@ def described_product(outputs, inputs, rows, groups, splits):
         weight = zeros(outputs, inputs, dtype=torch.uint8).view(torch.float8_e4m3fn)
         x = round_rows_triton(zeros(rows, 1, groups * inputs, dtype=torch.bfloat16))
         tune = tuning.DescribedLinearTuning(splits=splits)
-        described_linear_triton(x, weight, zeros(*scale_shape(weight.shape)), groups, tune)
+        described_linear(x, weight, zeros(*scale_shape(weight.shape)), groups, tune)
 
     return launch
 

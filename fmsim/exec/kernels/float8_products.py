@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from fmsim.exec.kernels import tuning
-from fmsim.exec.kernels.described_linear import described_linear_triton
+from fmsim.exec.kernels.described_linear import described_linear
 from fmsim.exec.kernels.rounded_rows import Float8Rows
 from fmsim.exec.kernels.weights import BLOCK
 
@@ -62,8 +62,7 @@ def by_cublas(rows: Float8Rows, weight: Tensor, scale: Tensor, groups: int) -> T
 
 Way = Callable[[Float8Rows, Tensor, Tensor, int], Tensor]
 WAYS: dict[str, Way] = {"cublas": by_cublas} | {
-    name: partial(described_linear_triton, tune=tune)
-    for name, tune in tuning.DESCRIBED_LINEAR.items()
+    name: partial(described_linear, tune=tune) for name, tune in tuning.DESCRIBED_LINEAR.items()
 }
 _refused: set[tuple[str, tuple[int, ...]]] = set()
 

@@ -1,8 +1,8 @@
-"""Triton where it is installed; elsewhere (macOS, Windows) stand-ins, with which the kernels' files
-import and their references run.
+"""Triton where it is installed, and Gluon, the language below it that comes with it; elsewhere
+(macOS, Windows) stand-ins, with which the kernels' files import and their references run.
 
-``TRITON_INTERPRET=1``, set before the first import, makes Triton run kernels on the CPU: how the
-tests run without a GPU.
+``TRITON_INTERPRET=1``, set before the first import, makes Triton run its kernels on the CPU: how
+the tests run without a GPU.
 """
 
 from __future__ import annotations
@@ -16,14 +16,23 @@ from torch import Tensor
 try:
     import triton
     import triton.language as tl
+    from triton.experimental import gluon
+    from triton.experimental.gluon import language as gl
+    from triton.experimental.gluon.language.nvidia.hopper import (
+        mbarrier,
+        tma,
+        warpgroup_mma,
+        warpgroup_mma_wait,
+    )
+    from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
     from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
     from triton.language.target_info import cuda_capability_geq
-    from triton.tools.tensor_descriptor import TensorDescriptor
 
     HAS_TRITON, INTERPRETED = True, triton.knobs.runtime.interpret
 except ModuleNotFoundError:
-    triton = SimpleNamespace(jit=lambda function=None, **how: function or triton.jit)
-    tl, TensorDescriptor = SimpleNamespace(constexpr=int), None
+    triton = gluon = SimpleNamespace(jit=lambda function=None, **how: function or triton.jit)
+    tl = gl = SimpleNamespace(constexpr=int)
+    mbarrier = tma = warpgroup_mma = warpgroup_mma_wait = TensorDescriptor = None
     HAS_TRITON, INTERPRETED = False, False
 
 COMPILED = tl.constexpr(not INTERPRETED)
@@ -40,6 +49,14 @@ def cdiv(a: int, b: int) -> int:
 
 def next_power_of_2(n: int) -> int:
     return 1 << max(n - 1, 0).bit_length()
+
+
+@cache
+def multiprocessors(device: torch.device) -> int:
+    """Of a GPU; of an H100, where a kernel is only compiled."""
+    if device.type != "cuda":
+        return 132
+    return torch.cuda.get_device_properties(device).multi_processor_count
 
 
 @cache

@@ -147,11 +147,12 @@ class LinearTuning(NamedTuple):
 class DescribedLinearTuning(NamedTuple):
     """Of float8 rows and weights that come through descriptors."""
 
-    block_outputs: int = 64  # of one program; a divisor of 128
     block_rows: int = 64  # at most
-    splits: int = 1  # of the inputs, a program each; a power of two
-    warps: int = 4
+    splits: int = 1  # of the inputs at most, a program each; a power of two
     stages: int = 4
+    # of a thread on average, and programs that fit a multiprocessor with them and their stages
+    registers: int = 80
+    resident: int = 3
     near_rows: int = 16  # blocks of rows whose programs follow one another
 
 
@@ -231,13 +232,13 @@ FLOAT8_LINEAR_OF_MANY = LinearTuning(
 )
 # by the names that float8_ways.json has
 DESCRIBED_LINEAR = {
-    "described, 64 x 64": DescribedLinearTuning(),
-    "described, 64 x 64 in 2": DescribedLinearTuning(splits=2),
-    "described, 64 x 64 in 4": DescribedLinearTuning(splits=4),
-    "described, 64 x 64 in 8": DescribedLinearTuning(splits=8),
-    "described, 64 x 128": DescribedLinearTuning(block_rows=128),
-    "described, 64 x 128 in 4": DescribedLinearTuning(block_rows=128, splits=4),
-    "described, 128 x 64 in 4": DescribedLinearTuning(block_outputs=128, splits=4),
+    "described, 64 rows": DescribedLinearTuning(),
+    "described, 64 rows in 2": DescribedLinearTuning(splits=2),
+    "described, 64 rows in 4": DescribedLinearTuning(splits=4),
+    "described, 128 rows": DescribedLinearTuning(block_rows=128, registers=120, resident=2),
+    "described, 128 rows in 2": DescribedLinearTuning(
+        block_rows=128, splits=2, registers=120, resident=2
+    ),
 }
 SOME_ROWS, MANY_ROWS = 64, 256  # at most
 FLOAT8_SOME_ROWS = 192  # of float8, at most

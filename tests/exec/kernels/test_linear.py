@@ -8,9 +8,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from kernel_pools import on_each_device, rounded_by_hand
 
+from fmsim.exec.kernels import described_linear as described
 from fmsim.exec.kernels import linear as products
 from fmsim.exec.kernels import tuning
-from fmsim.exec.kernels.described_linear import described_linear_triton
 from fmsim.exec.kernels.linear import linear_reference, linear_triton
 from fmsim.exec.kernels.rounded_rows import round_rows_triton
 from fmsim.exec.kernels.weights import dequantise, quantise, scale_shape
@@ -28,11 +28,9 @@ TUNES = [
     tuning.LinearTuning(block_outputs=64, block_rows=64, programs=20),
 ]
 
-DESCRIBED = [
-    tuning.DescribedLinearTuning(),
-    tuning.DescribedLinearTuning(block_rows=64, splits=2, near_rows=2),
-    tuning.DescribedLinearTuning(block_outputs=128, block_rows=128, splits=4, warps=8),
-]
+
+# a GPU adds float8's products up in fewer bits than float32 has, 128 of them at a time
+FLOAT8_LIMIT = 1e-3
 
 
 def drawn(
@@ -124,6 +122,19 @@ def test_columns_are_split_where_blocks_are_few(blocks, turns, splits):
     assert products._splits(blocks, turns, tuning.FLOAT8_LINEAR_OF_SOME) == splits
 
 
+def sized(generator: torch.Generator, rows: int, columns: int) -> torch.Tensor:
+    """Rows that differ in size a thousandfold."""
+    size = torch.exp2(torch.rand(rows, 1, 1, generator=generator) * 12 - 6)
+    return torch.randn(rows, 1, columns, generator=generator) * size
+
+
+def exactly(x: torch.Tensor, wide: torch.Tensor, groups: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """The product in groups, and the sum of its terms' amounts."""
+    x, wide = x.unflatten(-1, (groups, -1)), wide.unflatten(0, (groups, -1))
+    of = [torch.einsum("rxgi,goi->rxgo", *pair) for pair in ((x, wide), (x.abs(), wide.abs()))]
+    return of[0].flatten(-2), of[1].flatten(-2)
+
+
 @on_each_device
 @settings(max_examples=10, deadline=None)
 @given(
@@ -133,7 +144,7 @@ def test_columns_are_split_where_blocks_are_few(blocks, turns, splits):
     inputs=st.sampled_from([64, 128, 200, 384]),
     groups=st.sampled_from([1, 2]),
     dtype=st.sampled_from([torch.float32, torch.bfloat16]),
-    tune=st.sampled_from(TUNES[1:] + DESCRIBED),
+    tune=st.sampled_from(TUNES[1:]),
     before=st.booleans(),
 )
 def test_float8_rows_are_the_products_of_rounded_ones(
@@ -143,39 +154,56 @@ def test_float8_rows_are_the_products_of_rounded_ones(
     rows stay as they are, and rows whose scales would lie across two groups."""
     generator = torch.Generator().manual_seed(seed)
     outputs = outputs // 16 * 16 * groups if groups > 1 else outputs
-    if isinstance(tune, tuning.LinearTuning):
-        tune = tune._replace(block_inputs=128)
-    else:
-        multiple = 16 if groups == 1 else 128
-        rows, inputs = max(rows, 17), -(-inputs // multiple) * multiple
     weight, scale = (part.to(device) for part in drawn(generator, outputs, inputs))
-    size = torch.exp2(torch.rand(rows, 1, 1, generator=generator) * 12 - 6)
-    x = (torch.randn(rows, 1, groups * inputs, generator=generator) * size).to(device, dtype)
+    x = sized(generator, rows, groups * inputs).to(device, dtype)
     rounds = rows > tuning.FEW_ROWS and (groups == 1 or inputs % 128 == 0)
     near = rounded_by_hand(x) if rounds else x.double()
-    wide = dequantise(weight, scale).double()
-    exact, amounts = (
-        torch.einsum("rxgi,goi->rxgo", given_, of).flatten(-2)
-        for given_, of in (
-            (near.unflatten(-1, (groups, -1)), wide.unflatten(0, (groups, -1))),
-            (near.abs().unflatten(-1, (groups, -1)), wide.abs().unflatten(0, (groups, -1))),
-        )
-    )
-    if isinstance(tune, tuning.LinearTuning):
-        given_ = round_rows_triton(x) if before and rounds else x
-        found = linear_triton(given_, weight, scale, groups, float8_rows=True, tune=tune)
-    else:
-        given_ = round_rows_triton(x), weight, scale, groups, tune
-        found = described_linear_triton(*given_)
-        if device == "cuda":  # an interpreter adds up in one order
-            assert torch.equal(found, described_linear_triton(*given_))
+    exact, amounts = exactly(near, dequantise(weight, scale).double(), groups)
+    given_ = round_rows_triton(x) if before and rounds else x
+    tune = tune._replace(block_inputs=128)
+    found = linear_triton(given_, weight, scale, groups, float8_rows=True, tune=tune)
     assert found.dtype == dtype and found.shape == (rows, 1, outputs)
-    # a GPU adds float8's products up in fewer bits than float32 has, 128 of them at a time
-    limit = max(LIMITS[dtype], 1e-3) if rounds and device == "cuda" else LIMITS[dtype]
+    limit = max(LIMITS[dtype], FLOAT8_LIMIT) if rounds and device == "cuda" else LIMITS[dtype]
     assert agrees(found, exact, amounts, limit)
     # the rounded rows themselves are held in x's type, which bfloat16 does exactly
     reference = linear_reference(x.float(), weight, scale, groups, float8_rows=True)
     assert agrees(reference, exact, amounts, 0)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@settings(max_examples=20, deadline=None)
+@given(
+    seed=st.integers(0, 2**32),
+    rows=st.sampled_from([17, 64, 65, 129, 300]),
+    outputs=st.sampled_from([64, 192]),
+    turns=st.sampled_from([3, 8]),
+    groups=st.sampled_from([1, 2]),
+    dtype=st.sampled_from([torch.float32, torch.bfloat16]),
+    tune=st.sampled_from(list(tuning.DESCRIBED_LINEAR.values())),
+)
+def test_products_through_descriptors_are_those_of_rounded_rows(
+    seed, rows, outputs, turns, groups, dtype, tune
+):
+    """The same, and bit for bit the same each time."""
+    generator = torch.Generator().manual_seed(seed)
+    weight, scale = (part.cuda() for part in drawn(generator, outputs * groups, 128 * turns))
+    x = sized(generator, rows, groups * 128 * turns).to("cuda", dtype)
+    exact, amounts = exactly(rounded_by_hand(x), dequantise(weight, scale).double(), groups)
+    given_ = round_rows_triton(x), weight, scale, groups, tune
+    found = described.described_linear(*given_)
+    assert found.dtype == dtype and found.shape == (rows, 1, outputs * groups)
+    assert agrees(found, exact, amounts, max(LIMITS[dtype], FLOAT8_LIMIT))
+    assert torch.equal(found, described.described_linear(*given_))
+
+
+@pytest.mark.parametrize(
+    ("blocks", "turns", "splits"),
+    [(96, 32, 4), (99, 32, 4), (100, 32, 2), (198, 32, 2), (199, 32, 1), (24, 3, 1), (24, 6, 2)],
+)
+def test_programs_that_wait_for_each_other_fit_a_gpu_at_a_time(blocks, turns, splits):
+    tune = tuning.DESCRIBED_LINEAR["described, 64 rows in 4"]
+    assert described._splits(blocks, turns, tune, multiprocessors=132) == splits
 
 
 @on_each_device
