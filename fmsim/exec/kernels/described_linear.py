@@ -33,7 +33,7 @@ from fmsim.exec.kernels.lang import (
 from fmsim.exec.kernels.rounded_rows import Float8Rows
 from fmsim.exec.kernels.weights import BLOCK
 
-FEWEST_ROWS = 16  # of a block
+FEWEST_ROWS = 32  # of a block: a matrix instruction has 8 at least, and so has a quarter
 OUTPUTS = 64  # of a block: what a warpgroup multiplies at a time, and within one scale's block
 WARPS = 4  # that multiply
 PRODUCER_REGISTERS = 24  # of a thread
