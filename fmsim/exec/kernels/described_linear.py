@@ -36,7 +36,9 @@ from fmsim.exec.kernels.weights import BLOCK
 FEWEST_ROWS = 32  # of a block: a matrix instruction has 8 at least, and so has a quarter
 OUTPUTS = 64  # of a block: what a warpgroup multiplies at a time, and within one scale's block
 WARPS = 4  # that multiply
-PRODUCER_REGISTERS = 24  # of a thread
+ASKING_REGISTERS = 24  # of a thread that only asks
+# of shared memory: a multiprocessor's, and of each program that it holds beside blocks and scales
+SHARED_BYTES, RESERVED = 228 * 1024, 1024 + 256
 
 
 def described_linear(
@@ -81,7 +83,7 @@ def described_linear(
         NEAR_ROWS=tune.near_rows,
         STAGES=tune.stages,
         SPLITS=splits,
-        REGISTERS=PRODUCER_REGISTERS,
+        REGISTERS=ASKING_REGISTERS,
         num_warps=WARPS,
         maxnreg=tune.registers,
         **overlapped(weight),
@@ -95,8 +97,15 @@ def _splits(
     """In how many parts to cut the ``turns`` of each of the ``blocks``: equal ones, and no more
     than fit the GPU at a time.
     """
+
+    def fits(splits: int) -> bool:
+        shared = tune.stages * (OUTPUTS + tune.block_rows) * BLOCK
+        shared += turns // splits * tune.block_rows * 4 + RESERVED
+        resident = min(tune.resident, SHARED_BYTES // shared)
+        return turns % splits == 0 and blocks * splits <= resident * multiprocessors
+
     splits = tune.splits
-    while splits > 1 and (turns % splits or blocks * splits > tune.resident * multiprocessors):
+    while splits > 1 and not fits(splits):
         splits //= 2
     return splits
 

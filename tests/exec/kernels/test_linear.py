@@ -199,7 +199,17 @@ def test_products_through_descriptors_are_those_of_rounded_rows(
 
 @pytest.mark.parametrize(
     ("blocks", "turns", "splits"),
-    [(96, 32, 4), (99, 32, 4), (100, 32, 2), (198, 32, 2), (199, 32, 1), (24, 3, 1), (24, 6, 2)],
+    [
+        (96, 32, 4),
+        (99, 32, 4),
+        (100, 32, 2),
+        (198, 32, 2),
+        (199, 32, 1),
+        (24, 3, 1),
+        (24, 6, 2),
+        (66, 256, 4),
+        (67, 256, 2),
+    ],
 )
 def test_programs_that_wait_for_each_other_fit_a_gpu_at_a_time(blocks, turns, splits):
     tune = tuning.DESCRIBED_LINEAR["described, 64 rows in 4"]
