@@ -30,9 +30,8 @@ import torch
 from torch import Tensor
 
 from fmsim.exec.kernels import float8_products, tuning
-from fmsim.exec.kernels.described_linear import OUTPUTS
 from fmsim.exec.kernels.hyper_connection import enter
-from fmsim.exec.kernels.lang import after_previous, cdiv, multiprocessors, overlapped, triton
+from fmsim.exec.kernels.lang import after_previous, overlapped, triton
 from fmsim.exec.kernels.linear import grouped_product, linear_triton
 from fmsim.exec.kernels.norm_rope import norm_rope
 from fmsim.exec.kernels.rms_norm import rms_norm
@@ -73,15 +72,9 @@ class Product(NamedTuple):
         return linear_triton(*given, tune=float8_products.OWN_TUNES.get(way))
 
     def ways(self, rows: int) -> list[str]:
-        """But for those that are another: many blocks are not split, and of few rows all blocks
-        have as many."""
-
-        def worth(tune: tuning.DescribedLinearTuning) -> bool:
-            blocks = len(self.weight) // OUTPUTS * cdiv(rows, tune.block_rows)
-            fit = tune.resident * multiprocessors(self.weight.device)
-            return tune.block_rows < 2 * rows and (tune.splits == 1 or blocks * tune.splits <= fit)
-
-        left = {way for way, tune in tuning.DESCRIBED_LINEAR.items() if not worth(tune)}
+        """But for those that would be others', with blocks of fewer rows."""
+        described = tuning.DESCRIBED_LINEAR.items()
+        left = {way for way, tune in described if tune.block_rows >= 2 * rows}
         every = [float8_products.OWN, *float8_products.OWN_TUNES, *float8_products.WAYS]
         return [way for way in every if way not in left]
 

@@ -46,12 +46,13 @@ def described_linear(
     weight: Tensor,
     scale: Tensor,
     groups: int = 1,
-    tune: tuning.DescribedLinearTuning = tuning.DESCRIBED_LINEAR["described, 64 rows"],
+    tune: tuning.DescribedLinearTuning | None = None,
 ) -> Tensor:
     """``rows`` [..., groups * in] times ``weight`` [out, in] with ``scale``, as `linear` -> [...,
     out] in the rows' type. ``in`` is a multiple of 128, out / groups of 64. On Hopper only.
     """
     (outputs, inputs), count = weight.shape, rows.count
+    tune = tune or tuning.DescribedLinearTuning()
     assert inputs % BLOCK == 0 and outputs // groups % OUTPUTS == 0, "blocks are whole"
     assert weight.is_contiguous() and scale.is_contiguous()
     block_rows = min(tune.block_rows, max(FEWEST_ROWS, next_power_of_2(count)))

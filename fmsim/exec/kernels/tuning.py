@@ -148,11 +148,12 @@ class DescribedLinearTuning(NamedTuple):
     """Of float8 rows and weights that come through descriptors."""
 
     block_rows: int = 64  # at most
-    splits: int = 1  # of the inputs at most, a program each; a power of two
     stages: int = 4
     # of a thread on average, and programs that fit a multiprocessor with them and their stages
     registers: int = 80
     resident: int = 3
+    # of the inputs at most, a program each, where that many fit; a power of two
+    splits: int = 4
     near_rows: int = 16  # blocks of rows whose programs follow one another
 
 
@@ -232,13 +233,10 @@ FLOAT8_LINEAR_OF_MANY = LinearTuning(
 )
 # by the names that float8_ways.json has
 DESCRIBED_LINEAR = {
+    "described, 32 rows": DescribedLinearTuning(block_rows=32, registers=64, resident=4),
     "described, 64 rows": DescribedLinearTuning(),
-    "described, 64 rows in 2": DescribedLinearTuning(splits=2),
-    "described, 64 rows in 4": DescribedLinearTuning(splits=4),
+    "described, 64 rows, 3 stages": DescribedLinearTuning(stages=3, registers=64, resident=4),
     "described, 128 rows": DescribedLinearTuning(block_rows=128, registers=120, resident=2),
-    "described, 128 rows in 2": DescribedLinearTuning(
-        block_rows=128, splits=2, registers=120, resident=2
-    ),
 }
 SOME_ROWS, MANY_ROWS = 64, 256  # at most
 FLOAT8_SOME_ROWS = 192  # of float8, at most

@@ -212,7 +212,7 @@ def test_products_through_descriptors_are_those_of_rounded_rows(
     ],
 )
 def test_programs_that_wait_for_each_other_fit_a_gpu_at_a_time(blocks, turns, splits):
-    tune = tuning.DESCRIBED_LINEAR["described, 64 rows in 4"]
+    tune = tuning.DESCRIBED_LINEAR["described, 64 rows"]
     assert described._splits(blocks, turns, tune, multiprocessors=132) == splits
 
 
