@@ -50,6 +50,8 @@ def described_linear(
 ) -> Tensor:
     """``rows`` [..., groups * in] times ``weight`` [out, in] with ``scale``, as `linear` -> [...,
     out] in the rows' type. ``in`` is a multiple of 128, out / groups of 64. On Hopper only.
+
+    Weights are read beside the launch before, which must not have made them.
     """
     (outputs, inputs), count = weight.shape, rows.count
     tune = tune or tuning.DescribedLinearTuning()
