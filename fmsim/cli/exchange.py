@@ -52,21 +52,29 @@ def import_traces(
         typer.Option(help="what was captured: a preset (`fmsim model list`) or a config.json"),
     ] = None,
     topk: Annotated[
-        int | None, typer.Option(min=1, help="entries of a row, of a model without a preset")
+        int | None,
+        typer.Option(min=1, max=1_000_000, help="entries of a row, of a model without a preset"),
     ] = None,
     layers: Annotated[
-        int | None, typer.Option(min=1, help="layers of a row, of a model without a preset")
+        int | None,
+        typer.Option(min=1, max=10_000, help="layers of a row, of a model without a preset"),
     ] = None,
     entry_tokens: Annotated[
-        int, typer.Option(min=1, help="tokens of an entry, of a model without a preset")
+        int,
+        typer.Option(min=1, max=1_000_000, help="tokens of an entry, of a model without a preset"),
     ] = 1,
     prompt_tokens: Annotated[
-        int | None, typer.Option(min=1, help="length of the prompt, where the file does not say")
+        int | None,
+        typer.Option(
+            min=1, max=1_000_000_000, help="length of the prompt, where the file does not say"
+        ),
     ] = None,
     tau: Annotated[
         int,
         typer.Option(
-            min=1, help="flashmemory: steps of a window; a query stands at each window's start"
+            min=1,
+            max=1_000_000,
+            help="flashmemory: steps of a window; a query stands at each window's start",
         ),
     ] = 64,
 ) -> None:
@@ -141,6 +149,7 @@ def export_traces(
         int,
         typer.Option(
             min=1,
+            max=10_000,
             help="CSA layers that must choose an entry to make it golden (the paper: 3 of 21)",
         ),
     ] = 1,

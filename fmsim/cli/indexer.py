@@ -35,7 +35,8 @@ HeadShare = Annotated[
     typer.Option(min=0, max=1, help="share of a step's compressed mass that golden entries carry"),
 ]
 MinLayers = Annotated[
-    int, typer.Option(min=1, help="CSA layers that must choose an entry to make it golden")
+    int,
+    typer.Option(min=1, max=10_000, help="CSA layers that must choose an entry to make it golden"),
 ]
 StateAge = Annotated[
     int,
@@ -48,7 +49,9 @@ StateAge = Annotated[
 ]
 Horizon = Annotated[
     int | None,
-    typer.Option(min=1, help="steps that a query must serve; the trace's tau by default"),
+    typer.Option(
+        min=1, max=1_000_000, help="steps that a query must serve; the trace's tau by default"
+    ),
 ]
 
 

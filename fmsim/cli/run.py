@@ -85,7 +85,9 @@ def run(
     ] = None,
     prompt_tokens: Annotated[
         int | None,
-        typer.Option(min=1, help="of a capture's prompt, where the file does not say"),
+        typer.Option(
+            min=1, max=1_000_000_000, help="of a capture's prompt, where the file does not say"
+        ),
     ] = None,
     context: Annotated[
         str | None,

@@ -76,6 +76,7 @@ def test_a_deployment_s_fault_is_told_by_its_option(folder):
         (("indexer", "train", "t", "--out", "o"), "--heads", ("0", str(2**70))),
         (("indexer", "train", "t", "--out", "o"), "--learning-rate", ("nan", "inf", "-1")),
         (("trace", "export", "t", "--out", "o"), "--head-share", ("nan", "1.5")),
+        (("trace", "import", "t", "--out", "o"), "--prompt-tokens", ("0", str(2**70))),
     ],
 )
 def test_a_number_that_cannot_be_meant_is_refused_by_its_option(command, option, values):
