@@ -305,5 +305,7 @@ def linear(rows: int, dtype: torch.dtype, float8_rows: bool) -> LinearTuning:
 
 
 def late_programs(row_bytes: int) -> int:
-    """Of what a decision recalls late: of small rows a program has fewer bytes on the way."""
-    return 12 if row_bytes >= 4096 else 32
+    """Of what a decision recalls late: entries come as fast by 12, and steps are less slow beside
+    them; layers wait for keys (bursts-tries-h200.json).
+    """
+    return 12 if row_bytes >= 512 else 32

@@ -163,7 +163,7 @@ def _jobs(
     ]
     jobs += [
         Job("masses", 1, partial(engine_cases.masses_ms, *on_device)),
-        Job("small pages", 3, lambda: engine_cases.pages_ms(timer(CSA), *on_device)),
+        Job("small pages", 5, lambda: engine_cases.pages_ms(timer(CSA), *on_device)),
         Job(
             "choices among residents", 12, lambda: engine_cases.residents_ms(timer(CSA), *on_device)
         ),

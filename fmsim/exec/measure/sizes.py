@@ -43,15 +43,15 @@ class Sizes:
     )
     # attention of several requests at longer contexts: beside some, the last before a kernel
     # changes its ways and the first after. Top-k deals 128 programs out, a power of two to each
-    crowds: tuple[int, ...] = (2, 4, 8, 15, 16, 32, 33, 64, 65, 128)
+    crowds: tuple[int, ...] = (3, 4, 8, 15, 16, 32, 33, 64, 65, 128)
     # the third is the last at which top-k reads all groups' scores at once
     crowd_contexts: tuple[int, ...] = (20_480, 65_536, 131_072, 524_288)
     some_batches: tuple[int, ...] = (1, 8, 32, 128)  # of what a kernel adds to a module
     page_entries: tuple[int, ...] = (1, 4, 16)  # a page, beside those of 64
     # with these, and of a layer that selects among so many residents, in pages of so many
-    paged_batches: tuple[int, ...] = (1, 15, 16, 32, 128)
+    paged_batches: tuple[int, ...] = (1, 16, 32, 64, 128)
     residents: tuple[int, ...] = (1024, 16_384)
-    resident_pages: tuple[int, ...] = (1, 16, 64)
+    resident_pages: tuple[int, ...] = (1, 16)
     staged: tuple[int, ...] = (0, 8, 64, 256)  # pages of one entry that a request loads in a layer
     staged_entries: int = 65_536  # of the request that loads them
     # the same of layers that load in most steps, by entries a page
