@@ -35,8 +35,8 @@ FEWEST = 4  # layers: some of each kind
 RECALLED_BYTES = 19_000_000  # at once, beside a step
 
 
-class Beside(NamedTuple):
-    """A recall beside a step: the share by which the step is slower, and the bytes/s that come."""
+class SlowedStep(NamedTuple):
+    """Beside a recall: by which share it is slower, and the bytes/s that come."""
 
     slower: float
     bytes_per_s: float
@@ -78,10 +78,10 @@ class LayerRow:
 
     def beside(
         self, batch: int, tokens: int, row_bytes: int, report: Report, late: bool = False
-    ) -> Beside:
+    ) -> SlowedStep:
         """A step while rows are recalled beside it, ahead of a decision or ``late``."""
         if self.device != "cuda":
-            return Beside(0.0, 1e9)
+            return SlowedStep(0.0, 1e9)
         work = self._step(batch, tokens)  # kept as long as its graph, which reads its buffers
         step = captured(work)
         rows = RECALLED_BYTES // row_bytes
@@ -113,7 +113,7 @@ class LayerRow:
         alone_s, _ = timed(0)
         times = round(1.3 * alone_s / recall_s) + 1
         step_s, come_s = timed(times)
-        found = Beside(max(0.0, step_s / alone_s - 1), times * recall.n_bytes / come_s)
+        found = SlowedStep(max(0.0, step_s / alone_s - 1), times * recall.n_bytes / come_s)
         del work
         report(
             f"a step of {batch} beside a recall of {row_bytes:,} bytes a row: {found.slower:+.1%},"
