@@ -66,7 +66,7 @@ def launches_of(sizes: Sizes) -> Iterator[Launch]:
     """The longest first. Of experts one process holds a layer, which may be large."""
     yield Launch("moe", sizes.batches)
     for kind in (CSA, HCA, SLIDING):
-        for part in _parts(sizes.batches, 3 if kind == CSA else 2):
+        for part in _parts(sizes.batches, 5 if kind == CSA else 2):
             yield Launch(kind, part)
     for name in MODULES:
         if name != "moe":
