@@ -143,7 +143,9 @@ def columns_of(values, start, width, KEYS: tl.constexpr, TURNS: tl.constexpr):
 
 
 @triton.jit
-def bound_of(columns, values, count, width, k, KEYS: tl.constexpr, TURNS: tl.constexpr):
+def bound_of(
+    columns, values, count, width, k, KEYS: tl.constexpr, TURNS: tl.constexpr, AHEAD: tl.constexpr
+):
     """A key that at least k of the first ``count`` values reach, and no more than half as many
     again of KEYS maxima of them; and the highest key. 1 where there are no more than k maxima.
 
@@ -152,9 +154,16 @@ def bound_of(columns, values, count, width, k, KEYS: tl.constexpr, TURNS: tl.con
     """
     best, place = columns
     best = tl.max(tl.where(place < count, best, float("-inf")), 0)
-    for start in range(TURNS * KEYS, count, TURNS * KEYS):
-        more, place = columns_of(values, start, width, KEYS, TURNS)
-        best = tl.maximum(best, tl.max(tl.where(place < count, more, float("-inf")), 0))
+    if AHEAD and count > TURNS * KEYS:
+        more, place = columns_of(values, TURNS * KEYS, width, KEYS, TURNS)
+        for start in range(TURNS * KEYS, count, TURNS * KEYS):
+            now, at = more, place
+            more, place = columns_of(values, start + TURNS * KEYS, width, KEYS, TURNS)
+            best = tl.maximum(best, tl.max(tl.where(at < count, now, float("-inf")), 0))
+    if not AHEAD:
+        for start in range(TURNS * KEYS, count, TURNS * KEYS):
+            more, place = columns_of(values, start, width, KEYS, TURNS)
+            best = tl.maximum(best, tl.max(tl.where(place < count, more, float("-inf")), 0))
     keys = ordered(best)
     top, low = tl.max(keys), tl.full([], 1, tl.uint32)
     if count > k:

@@ -126,7 +126,8 @@ def top_k_triton(scores, lengths, k, maxima=None, tune: tuning.TopKTuning | None
             BLOCK=tune.maxima_groups,
         )
     most = max(1, min(tune.sections, tune.programs // batch, n_groups // tune.fewest_groups))
-    sections = 1 << (most.bit_length() - 1)
+    sections = most
+    padded = next_power_of_2(sections)
     share, few = next_power_of_2(cdiv(n_groups, sections)), tune.few_groups * k_padded
     at_once = min(tune.few_at_once if n_groups <= few else tune.groups_at_once, share)
     too_few = few if sections >= tune.many_sections else k_padded
@@ -136,7 +137,7 @@ def top_k_triton(scores, lengths, k, maxima=None, tune: tuning.TopKTuning | None
         torch.empty(batch, tune.many_held, dtype=torch.int32, device=scores.device)
         for _ in range(2)
     )
-    counts = torch.empty(batch, sections, dtype=torch.int32, device=scores.device)
+    counts = torch.empty(batch, padded, dtype=torch.int32, device=scores.device)
     bounds = torch.empty(batch, 2, dtype=torch.int32, device=scores.device)
     _set_aside[(batch, sections)](
         scores,
@@ -160,8 +161,10 @@ def top_k_triton(scores, lengths, k, maxima=None, tune: tuning.TopKTuning | None
         FEW_TURNS=min(tune.bound_turns, next_power_of_2(cdiv(too_few * GROUP, bound_keys))),
         GROUPS=at_once,
         LISTED=max(GROUP, min(tune.listed_groups, share)) if share > at_once else 0,
-        SECTIONS=sections,
-        PLACES=tune.many_held // sections,
+        SECTIONS=padded,
+        PLACES=tune.many_held // padded,
+        AHEAD=tune.ahead,
+        BOUND_AHEAD=tune.bound_ahead,
         num_warps=tune.warps,
         **overlapped(scores),
     )
@@ -179,8 +182,8 @@ def top_k_triton(scores, lengths, k, maxima=None, tune: tuning.TopKTuning | None
         maxima.stride(0),
         groups.stride(0),
         **sizes,
-        SECTIONS=sections,
-        HELD=max(tune.held, sections),
+        SECTIONS=padded,
+        HELD=max(tune.held, padded),
         MANY=tune.many_held,
         CHUNK=tune.chunk,
         MAXIMA_VECTOR=math.gcd(maxima.stride(0), 4),
@@ -239,6 +242,29 @@ def _lay_aside(score, index, end, least, found, aside, count, PLACES: tl.constex
 
 
 @triton.jit
+def _listed_scores(
+    scores,
+    groups,
+    first,
+    start,
+    reaching,
+    length,
+    GROUP: tl.constexpr,
+    GROUPS: tl.constexpr,
+    VECTOR: tl.constexpr,
+):
+    """The scores [GROUPS, GROUP] of listed groups ``start ...``, and their ids; -inf where there is
+    none.
+    """
+    place = start + tl.arange(0, GROUPS)
+    there = place < reaching
+    group = first + tl.load(groups + place, mask=there, other=0)
+    index = group[:, None] * GROUP + tl.arange(0, GROUP)[None, :]
+    there = there[:, None] & (index // VECTOR * VECTOR < length)
+    return tl.load(scores + index, mask=there, other=float("-inf")), index
+
+
+@triton.jit
 def _set_aside(
     scores,
     maxima,
@@ -266,6 +292,8 @@ def _set_aside(
     LISTED: tl.constexpr,
     SECTIONS: tl.constexpr,
     PLACES: tl.constexpr,
+    AHEAD: tl.constexpr,
+    BOUND_AHEAD: tl.constexpr,
 ):
     """One program: the scores and their ids that reach the bound in a section of a sequence's
     groups, GROUPS at a time, in ascending order of ids. The groups that reach it are listed first,
@@ -280,7 +308,7 @@ def _set_aside(
     columns = columns_of(maxima, 0, n_maxima, BOUND_KEYS, BOUND_TURNS)
     length = tl.load(lengths + b)
     n_groups = tl.cdiv(length, GROUP)
-    share = tl.cdiv(n_groups, SECTIONS)
+    share = tl.cdiv(n_groups, tl.num_programs(1))
     first, last = section * share, tl.minimum((section + 1) * share, n_groups)
     own, count = (b * SECTIONS + section) * PLACES, tl.zeros([], tl.int32)
     lane, slot = tl.arange(0, GROUP)[None, :], tl.arange(0, GROUPS)
@@ -289,10 +317,12 @@ def _set_aside(
         end = tl.minimum(length, last * GROUP)
         score = tl.load(scores + index, mask=index // VECTOR * VECTOR < end, other=float("-inf"))
     if n_groups > FEW:
-        bound, top = bound_of(columns, maxima, n_groups, n_maxima, K, BOUND_KEYS, BOUND_TURNS)
+        bound, top = bound_of(
+            columns, maxima, n_groups, n_maxima, K, BOUND_KEYS, BOUND_TURNS, BOUND_AHEAD
+        )
     else:  # too few maxima
         few = columns_of(scores, 0, n_scores, BOUND_KEYS, FEW_TURNS)
-        bound, top = bound_of(few, scores, length, n_scores, K, BOUND_KEYS, FEW_TURNS)
+        bound, top = bound_of(few, scores, length, n_scores, K, BOUND_KEYS, FEW_TURNS, BOUND_AHEAD)
     found, aside, least = found + own, aside + own, value_of(bound)
     if LISTED == 0:
         count = _lay_aside(score, index, end, least, found, aside, count, PLACES)
@@ -300,13 +330,22 @@ def _set_aside(
         groups += b * groups_stride + first
         reaching = list_groups(maxima + first, groups, bound, last - first, GROUP, LISTED, 1)
         tl.debug_barrier()  # the list is read back by other threads than wrote it
-        for start in range(0, reaching, GROUPS):
-            there = start + slot < reaching
-            group = first + tl.load(groups + start + slot, mask=there, other=0)
-            index = group[:, None] * GROUP + lane
-            there = there[:, None] & (index // VECTOR * VECTOR < length)
-            score = tl.load(scores + index, mask=there, other=float("-inf"))
-            count = _lay_aside(score, index, length, least, found, aside, count, PLACES)
+        if AHEAD:
+            score, index = _listed_scores(
+                scores, groups, first, 0, reaching, length, GROUP, GROUPS, VECTOR
+            )
+            for start in range(0, reaching, GROUPS):
+                now, at = score, index
+                score, index = _listed_scores(
+                    scores, groups, first, start + GROUPS, reaching, length, GROUP, GROUPS, VECTOR
+                )
+                count = _lay_aside(now, at, length, least, found, aside, count, PLACES)
+        else:
+            for start in range(0, reaching, GROUPS):
+                score, index = _listed_scores(
+                    scores, groups, first, start, reaching, length, GROUP, GROUPS, VECTOR
+                )
+                count = _lay_aside(score, index, length, least, found, aside, count, PLACES)
     tl.store(counts + b * SECTIONS + section, count)
     if section == 0:
         tl.store(bounds + 2 * b, bound.to(tl.int32, bitcast=True))
@@ -327,7 +366,8 @@ def _held(
     score, own_score = tl.load(found + of * PLACES + place), tl.load(found + section * PLACES + own)
     own_id = tl.load(aside + section * PLACES + own)
     own_there = own < tl.load(counts + section)
-    key = tl.where(place < tl.load(counts + of), ordered(score.to(tl.float32, bitcast=True)), 0)
+    there = place < tl.load(counts + of, mask=of < tl.num_programs(1), other=0)
+    key = tl.where(there, ordered(score.to(tl.float32, bitcast=True)), 0)
     key, own_key = key.to(tl.uint32), ordered(own_score.to(tl.float32, bitcast=True))
     return key, of, own_key, own_id, own_there
 
@@ -386,7 +426,8 @@ def _choose_among_few(
     held = _held(found, aside, counts, section, SECTIONS, PLACES, HELD)
     bound = tl.load(bounds + 2 * b).to(tl.uint32, bitcast=True)
     top = tl.load(bounds + 2 * b + 1).to(tl.uint32, bitcast=True)
-    each = tl.load(counts + tl.arange(0, SECTIONS))
+    each = tl.arange(0, SECTIONS)
+    each = tl.load(counts + each, mask=each < tl.num_programs(1), other=0)
     # how many there are, and from the 24th bit on how many sections have more than are held
     total = tl.sum(tl.minimum(each, PLACES + 1) + ((each > HELD // SECTIONS).to(tl.int32) << 24))
     if total < 1 << 24:

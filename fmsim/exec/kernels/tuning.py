@@ -44,6 +44,8 @@ class TopKTuning(NamedTuple):
     few_at_once: int = 512  # of few groups, whose scores a program takes at a time
     groups_at_once: int = 64  # of more, which are listed first where a section has more
     listed_groups: int = 1024  # whose maxima it takes at a time
+    ahead: bool = True
+    bound_ahead: bool = False
     warps: int = 8
     # set aside, of a sequence, that each program of the last search holds: as many of each section;
     # where one has more, many; where one has more than of those, the search is among all of the
