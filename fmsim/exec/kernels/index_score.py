@@ -198,6 +198,7 @@ def score_layers(
         COMBINE=combine,
         JOINS=joins,
         STAGES=tune.stages,
+        RUN=tune.run,
         num_warps=tune.warps,
         **overlapped(queries),
     )
@@ -213,6 +214,12 @@ def _index_weights(projected, out, scale, stride, HEADS: tl.constexpr, HEADS_PAD
     value = tl.load(projected + b * stride + head, mask=head < HEADS, other=0.0)
     wait_for_previous()
     tl.store(out + b * HEADS + head, value.to(tl.float32) * scale, mask=head < HEADS)
+
+
+@triton.jit
+def _dealt(turn, split, step, RUN: tl.constexpr):
+    """The block of a program's ``turn``: runs of RUN blocks are dealt out in turn."""
+    return turn // RUN * (RUN * step) + split * RUN + turn % RUN
 
 
 @triton.jit
@@ -256,6 +263,7 @@ def _index_scores(
     COMBINE: tl.constexpr,
     JOINS: tl.constexpr,
     STAGES: tl.constexpr,
+    RUN: tl.constexpr,
 ):
     """One program: some blocks of one sequence's entries, dealt out in turn, each in all layers.
 
@@ -274,7 +282,7 @@ def _index_scores(
     next_pages, codes, factors = (), (), ()
     for layer in tl.static_range(LAYERS):
         table = tables[layer] + b * table_stride
-        next_pages += (_pages(table, split, n_entries, BLOCK, IN_PAGE, PER_PAGE),)
+        next_pages += (_pages(table, split * RUN, n_entries, BLOCK, IN_PAGE, PER_PAGE),)
         places = queries + layer * queries_stride + b * HEADS * WIDTH
         places += head[None, :] * WIDTH + lane[:, None]
         if queries.dtype.element_ty == tl.float8e4nv:
@@ -290,17 +298,23 @@ def _index_scores(
         else:
             asked += (product_operand(codes[layer]),)
         scales += (tl.where(exists, factors[layer].to(tl.float32), 0.0),)
-    for block in tl.range(split, tl.cdiv(length, BLOCK), step, num_stages=STAGES):
+    blocks = tl.cdiv(length, BLOCK)
+    runs = tl.cdiv(blocks, RUN)
+    turns = tl.cdiv(runs - split, step) * RUN
+    turns -= tl.where((runs - 1) % step == split, runs * RUN - blocks, 0)
+    for turn in tl.range(0, turns, num_stages=STAGES):
+        block = _dealt(turn, split, step, RUN)
         entry = block * BLOCK + row
         inside = entry < length
         pages, next_pages = next_pages, ()
+        following = _dealt(turn + 1, split, step, RUN)
         at = scores + entry
         score = tl.full([BLOCK], 0.0 if COMBINE == "sum" else float("-inf"), tl.float32)
         if JOINS:
             score = tl.load(at, mask=inside, other=float("-inf"))
         for layer in tl.static_range(LAYERS):
             page, table = pages[layer], tables[layer] + b * table_stride
-            next_pages += (_pages(table, block + step, n_entries, BLOCK, IN_PAGE, PER_PAGE),)
+            next_pages += (_pages(table, following, n_entries, BLOCK, IN_PAGE, PER_PAGE),)
             present = page >= 0
             if not IN_PAGE:
                 present &= inside

@@ -127,7 +127,6 @@ def top_k_triton(scores, lengths, k, maxima=None, tune: tuning.TopKTuning | None
         )
     most = max(1, min(tune.sections, tune.programs // batch, n_groups // tune.fewest_groups))
     sections = most
-    padded = next_power_of_2(sections)
     share, few = next_power_of_2(cdiv(n_groups, sections)), tune.few_groups * k_padded
     at_once = min(tune.few_at_once if n_groups <= few else tune.groups_at_once, share)
     too_few = few if sections >= tune.many_sections else k_padded
@@ -137,7 +136,7 @@ def top_k_triton(scores, lengths, k, maxima=None, tune: tuning.TopKTuning | None
         torch.empty(batch, tune.many_held, dtype=torch.int32, device=scores.device)
         for _ in range(2)
     )
-    counts = torch.empty(batch, padded, dtype=torch.int32, device=scores.device)
+    counts = torch.empty(batch, sections, dtype=torch.int32, device=scores.device)
     bounds = torch.empty(batch, 2, dtype=torch.int32, device=scores.device)
     _set_aside[(batch, sections)](
         scores,
@@ -161,8 +160,8 @@ def top_k_triton(scores, lengths, k, maxima=None, tune: tuning.TopKTuning | None
         FEW_TURNS=min(tune.bound_turns, next_power_of_2(cdiv(too_few * GROUP, bound_keys))),
         GROUPS=at_once,
         LISTED=max(GROUP, min(tune.listed_groups, share)) if share > at_once else 0,
-        SECTIONS=padded,
-        PLACES=tune.many_held // padded,
+        SECTIONS=sections,
+        PLACES=tune.many_held // sections // 4 * 4,
         AHEAD=tune.ahead,
         BOUND_AHEAD=tune.bound_ahead,
         num_warps=tune.warps,
@@ -182,8 +181,10 @@ def top_k_triton(scores, lengths, k, maxima=None, tune: tuning.TopKTuning | None
         maxima.stride(0),
         groups.stride(0),
         **sizes,
-        SECTIONS=padded,
-        HELD=max(tune.held, padded),
+        SECTIONS=sections,
+        SECTIONS_PADDED=next_power_of_2(sections),
+        HELD=tune.held,
+        MIDDLE=tune.middle_held,
         MANY=tune.many_held,
         CHUNK=tune.chunk,
         MAXIMA_VECTOR=math.gcd(maxima.stride(0), 4),
@@ -308,7 +309,7 @@ def _set_aside(
     columns = columns_of(maxima, 0, n_maxima, BOUND_KEYS, BOUND_TURNS)
     length = tl.load(lengths + b)
     n_groups = tl.cdiv(length, GROUP)
-    share = tl.cdiv(n_groups, tl.num_programs(1))
+    share = tl.cdiv(n_groups, SECTIONS)
     first, last = section * share, tl.minimum((section + 1) * share, n_groups)
     own, count = (b * SECTIONS + section) * PLACES, tl.zeros([], tl.int32)
     lane, slot = tl.arange(0, GROUP)[None, :], tl.arange(0, GROUPS)
@@ -356,17 +357,30 @@ def _set_aside(
 
 @triton.jit
 def _held(
-    found, aside, counts, section, SECTIONS: tl.constexpr, PLACES: tl.constexpr, HELD: tl.constexpr
+    found,
+    aside,
+    counts,
+    section,
+    SECTIONS: tl.constexpr,
+    SECTIONS_PADDED: tl.constexpr,
+    PLACES: tl.constexpr,
+    HELD: tl.constexpr,
 ):
     """What all sections set aside, HELD / SECTIONS each: keys [HELD], 0 where there is none, and
     the sections that they are of; of ``section`` alone keys and ids, and which of them are any.
     """
-    EACH: tl.constexpr = HELD // SECTIONS
-    of, place, own = tl.arange(0, HELD) // EACH, tl.arange(0, HELD) % EACH, tl.arange(0, EACH)
-    score, own_score = tl.load(found + of * PLACES + place), tl.load(found + section * PLACES + own)
-    own_id = tl.load(aside + section * PLACES + own)
-    own_there = own < tl.load(counts + section)
-    there = place < tl.load(counts + of, mask=of < tl.num_programs(1), other=0)
+    EACH: tl.constexpr = HELD // SECTIONS // 4 * 4  # loads take four
+    # no fewer than EACH, and a power of two
+    OWN: tl.constexpr = HELD // (
+        SECTIONS_PADDED if SECTIONS_PADDED == SECTIONS else SECTIONS_PADDED // 2
+    )
+    at, own = tl.arange(0, HELD), tl.arange(0, OWN)
+    of, place = at // EACH, at % EACH
+    score = tl.load(found + of * PLACES + place, mask=of < SECTIONS, other=0)
+    own_score = tl.load(found + section * PLACES + own, mask=own < EACH, other=0)
+    own_id = tl.load(aside + section * PLACES + own, mask=own < EACH, other=0)
+    own_there = own < tl.minimum(tl.load(counts + section), EACH)
+    there = place < tl.load(counts + of, mask=of < SECTIONS, other=0)
     key = tl.where(there, ordered(score.to(tl.float32, bitcast=True)), 0)
     key, own_key = key.to(tl.uint32), ordered(own_score.to(tl.float32, bitcast=True))
     return key, of, own_key, own_id, own_there
@@ -408,7 +422,9 @@ def _choose_among_few(
     GROUP: tl.constexpr,
     VECTOR: tl.constexpr,
     SECTIONS: tl.constexpr,
+    SECTIONS_PADDED: tl.constexpr,
     HELD: tl.constexpr,
+    MIDDLE: tl.constexpr,
     MANY: tl.constexpr,
     CHUNK: tl.constexpr,
     MAXIMA_VECTOR: tl.constexpr,
@@ -419,21 +435,26 @@ def _choose_among_few(
     """
     after_previous()
     b, section = tl.program_id(0).to(tl.int64), tl.program_id(1)
-    found, aside = found + b * MANY, aside + b * MANY
     counts, ids = counts + b * SECTIONS, ids + b * K
-    PLACES: tl.constexpr = MANY // SECTIONS
+    PLACES: tl.constexpr = MANY // SECTIONS // 4 * 4
+    found, aside = found + b * SECTIONS * PLACES, aside + b * SECTIONS * PLACES
     # read before it is known whether they are all
-    held = _held(found, aside, counts, section, SECTIONS, PLACES, HELD)
+    held = _held(found, aside, counts, section, SECTIONS, SECTIONS_PADDED, PLACES, HELD)
     bound = tl.load(bounds + 2 * b).to(tl.uint32, bitcast=True)
     top = tl.load(bounds + 2 * b + 1).to(tl.uint32, bitcast=True)
-    each = tl.arange(0, SECTIONS)
-    each = tl.load(counts + each, mask=each < tl.num_programs(1), other=0)
+    each = tl.arange(0, SECTIONS_PADDED)
+    each = tl.load(counts + each, mask=each < SECTIONS, other=0)
     # how many there are, and from the 24th bit on how many sections have more than are held
-    total = tl.sum(tl.minimum(each, PLACES + 1) + ((each > HELD // SECTIONS).to(tl.int32) << 24))
+    total = tl.sum(
+        tl.minimum(each, PLACES + 1) + ((each > HELD // SECTIONS // 4 * 4).to(tl.int32) << 24)
+    )
     if total < 1 << 24:
         _choose_of_section(held, section, total, bound, top, ids, K)
+    elif MIDDLE > 0 and tl.max(each) <= MIDDLE // SECTIONS // 4 * 4:
+        middle = _held(found, aside, counts, section, SECTIONS, SECTIONS_PADDED, PLACES, MIDDLE)
+        _choose_of_section(middle, section, total & 0xFFFFFF, bound, top, ids, K)
     elif tl.max(each) <= PLACES:
-        more = _held(found, aside, counts, section, SECTIONS, PLACES, MANY)
+        more = _held(found, aside, counts, section, SECTIONS, SECTIONS_PADDED, PLACES, MANY)
         _choose_of_section(more, section, total & 0xFFFFFF, bound, top, ids, K)
     elif section == 0:
         length = tl.load(lengths + b)

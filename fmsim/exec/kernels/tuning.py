@@ -26,6 +26,7 @@ class IndexScoresTuning(NamedTuple):
     programs: int = 528
     warps: int = 4
     stages: int = 3
+    run: int = 1
 
 
 class TopKTuning(NamedTuple):
@@ -52,6 +53,7 @@ class TopKTuning(NamedTuple):
     # groups' scores, of which a program holds a chunk
     held: int = 2048
     many_held: int = 8192
+    middle_held: int = 0
     chunk: int = 4096
     last_warps: int = 4
     most_rows: int = 1024  # of a launch

@@ -12,6 +12,7 @@ from fmsim.exec.kernels.index_score import GROUP
 from fmsim.exec.kernels.top_k import top_k_reference, top_k_triton
 from fmsim.exec.kernels.tuning import TopKTuning
 
+SMALL_MIDDLE = 128
 SMALL = TopKTuning(
     whole=256,
     chunk=256,
@@ -25,7 +26,7 @@ SMALL = TopKTuning(
     listed_groups=32,
     fewest_groups=2,
     sections=4,
-    held=128,
+    held=64,
     many_held=256,
     most_rows=3,
 )
@@ -35,6 +36,9 @@ CHUNKS = [
     SMALL._replace(whole=512, chunk=512, held=1024, many_held=2048, few_at_once=16),
     SMALL,
     SMALL._replace(chunk=32),
+]
+CHUNKS[1:] = [
+    one._replace(sections=3, middle_held=SMALL_MIDDLE, bound_ahead=True) for one in CHUNKS[1:]
 ]
 
 
