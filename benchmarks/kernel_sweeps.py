@@ -61,12 +61,19 @@ SWEEPS = {
         {
             "1 x 131,072": lambda: cases.index_scoring(1, 131_072, DEVICE),
             "8 x 128,000": lambda: cases.index_scoring(8, 128_000, DEVICE),
-            "8 x 128,000, float8 queries": lambda: cases.index_scoring(
-                8, 128_000, DEVICE, float8_queries=True
-            ),
         },
         grid(block_entries=[64], programs=[264, 396, 528, 660], stages=[3, 4, 6])
         + grid(block_entries=[32], programs=[528, 1056], stages=[4, 6]),
+    ),
+    "index scores, float8 queries": Sweep(
+        "FLOAT8_INDEX_SCORES",
+        {
+            f"{batch} x 128,000": lambda batch=batch: cases.index_scoring(
+                batch, 128_000, DEVICE, float8_queries=True
+            )
+            for batch in (8, 67)
+        },
+        grid(programs=[528, 660, 1320], run_blocks=[1, 4, 8, 16]),
     ),
     "memory scores": Sweep(
         "FLOAT8_MEMORY_SCORES",
@@ -80,7 +87,7 @@ SWEEPS = {
         "TOP_K",
         {
             f"{batch} x {n:,}": lambda batch=batch, n=n: cases.selection(batch, n, DEVICE)
-            for batch, n in ((1, 32_768), (1, 131_072), (8, 262_144))
+            for batch, n in ((1, 32_768), (1, 131_072), (8, 262_144), (67, 131_072))
         },
         grid(sections=[32, 64], warps=[2, 4, 8], last_warps=[2, 4, 8])
         + grid(programs=[256, 1024])

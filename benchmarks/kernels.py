@@ -96,7 +96,7 @@ BUILDERS = {
     ],
     "index scores, float8 queries": [
         lambda b=b, n=n: cases.index_scoring(b, n, DEVICE, float8_queries=True)
-        for b, n in ((1, 8192), (1, 131_072), (8, 128_000), (32, 32_768))
+        for b, n in ((1, 8192), (1, 131_072), (8, 128_000), (32, 32_768), (67, 131_072))
     ],
     "top-k": [
         lambda b=b, n=n: cases.selection(b, n, DEVICE, TOP_K_PEERS)
@@ -106,6 +106,9 @@ BUILDERS = {
             (1, 262_144),
             (1, 2**20),
             (8, 128_000),
+            (33, 131_072),
+            (67, 131_072),
+            (128, 131_072),
             (64, 32_768),
         )
     ],

@@ -141,7 +141,7 @@ def index_scores_triton(
     out=None,
     tune: tuning.IndexScoresTuning | None = None,
 ) -> Scores:
-    tune = tune or tuning.INDEX_SCORES
+    tune = tune or tuning.index_scores(len(queries), queries.dtype)
     out = out or new_scores(len(queries), table.shape[1] * layout.per_page(pool), queries.device)
     score_layers(queries[None], weights[None], (pool,), layout, (table,), lengths, out, "", tune)
     return out
@@ -170,7 +170,9 @@ def score_layers(
     block = math.gcd(tune.block_entries, per_page)
     in_page = block >= GROUP
     block = block if in_page else tune.block_entries
-    splits = max(1, min(cdiv(tables[0].shape[1] * per_page, block), tune.programs // batch))
+    blocks = cdiv(tables[0].shape[1] * per_page, block)
+    splits = max(1, min(blocks, tune.programs // batch))
+    run = max(1, min(tune.run_blocks, blocks // (splits * tune.fewest_runs)))
     _index_scores[(batch, splits)](
         queries,
         weights,
@@ -198,7 +200,7 @@ def score_layers(
         COMBINE=combine,
         JOINS=joins,
         STAGES=tune.stages,
-        RUN=tune.run,
+        RUN=1 << (run.bit_length() - 1),
         num_warps=tune.warps,
         **overlapped(queries),
     )
@@ -218,7 +220,7 @@ def _index_weights(projected, out, scale, stride, HEADS: tl.constexpr, HEADS_PAD
 
 @triton.jit
 def _dealt(turn, split, step, RUN: tl.constexpr):
-    """The block of a program's ``turn``: runs of RUN blocks are dealt out in turn."""
+    """The block of the ``turn`` of a program, ``split`` of ``step``."""
     return turn // RUN * (RUN * step) + split * RUN + turn % RUN
 
 
@@ -265,12 +267,14 @@ def _index_scores(
     STAGES: tl.constexpr,
     RUN: tl.constexpr,
 ):
-    """One program: some blocks of one sequence's entries, dealt out in turn, each in all layers.
+    """One program: some blocks of one sequence's entries, each in all layers. Runs of RUN blocks
+    are dealt out in turn.
 
     What it needs before its first keys is asked for at once: pages' numbers, and the queries of all
     layers. Pages' numbers are read a block ahead, so that the keys' loads wait for no other load
     and STAGES - 1 blocks of them are on the way. A block that lies IN_PAGE has one number, which
-    leaves little arithmetic; it is read whole, beyond the length too.
+    leaves little arithmetic; it is read whole, beyond the length too. Pages' numbers of a run lie
+    in one line, which but the first of them finds near.
     """
     after_previous()
     b, split = tl.program_id(0).to(tl.int64), tl.program_id(1)
@@ -301,6 +305,7 @@ def _index_scores(
     blocks = tl.cdiv(length, BLOCK)
     runs = tl.cdiv(blocks, RUN)
     turns = tl.cdiv(runs - split, step) * RUN
+    # the last run may be a part of one
     turns -= tl.where((runs - 1) % step == split, runs * RUN - blocks, 0)
     for turn in tl.range(0, turns, num_stages=STAGES):
         block = _dealt(turn, split, step, RUN)

@@ -143,9 +143,7 @@ def columns_of(values, start, width, KEYS: tl.constexpr, TURNS: tl.constexpr):
 
 
 @triton.jit
-def bound_of(
-    columns, values, count, width, k, KEYS: tl.constexpr, TURNS: tl.constexpr, AHEAD: tl.constexpr
-):
+def bound_of(columns, values, count, width, k, KEYS: tl.constexpr, TURNS: tl.constexpr):
     """A key that at least k of the first ``count`` values reach, and no more than half as many
     again of KEYS maxima of them; and the highest key. 1 where there are no more than k maxima.
 
@@ -154,16 +152,9 @@ def bound_of(
     """
     best, place = columns
     best = tl.max(tl.where(place < count, best, float("-inf")), 0)
-    if AHEAD and count > TURNS * KEYS:
-        more, place = columns_of(values, TURNS * KEYS, width, KEYS, TURNS)
-        for start in range(TURNS * KEYS, count, TURNS * KEYS):
-            now, at = more, place
-            more, place = columns_of(values, start + TURNS * KEYS, width, KEYS, TURNS)
-            best = tl.maximum(best, tl.max(tl.where(at < count, now, float("-inf")), 0))
-    if not AHEAD:
-        for start in range(TURNS * KEYS, count, TURNS * KEYS):
-            more, place = columns_of(values, start, width, KEYS, TURNS)
-            best = tl.maximum(best, tl.max(tl.where(place < count, more, float("-inf")), 0))
+    for start in range(TURNS * KEYS, count, TURNS * KEYS):
+        more, place = columns_of(values, start, width, KEYS, TURNS)
+        best = tl.maximum(best, tl.max(tl.where(place < count, more, float("-inf")), 0))
     keys = ordered(best)
     top, low = tl.max(keys), tl.full([], 1, tl.uint32)
     if count > k:
@@ -294,3 +285,50 @@ def _fill(ids, taken, K: tl.constexpr, K_PADDED: tl.constexpr):
     """-1 behind the ``taken`` ids."""
     place = tl.arange(0, K_PADDED)
     tl.store(ids + place, -1, mask=(place >= taken) & (place < K))
+
+
+@triton.jit
+def held_of(
+    found,
+    aside,
+    counts,
+    section,
+    SECTIONS: tl.constexpr,
+    SECTIONS_PADDED: tl.constexpr,
+    PLACES: tl.constexpr,
+    HELD: tl.constexpr,
+):
+    """What all sections set aside, about HELD / SECTIONS each of its PLACES: keys [HELD], 0 where
+    there is none, and the sections that they are of; of ``section`` alone keys and ids, and which
+    of them are any.
+    """
+    EACH: tl.constexpr = HELD // SECTIONS // 4 * 4  # loads take four
+    # no fewer, and a power of two
+    OWN: tl.constexpr = HELD // (SECTIONS if SECTIONS == SECTIONS_PADDED else SECTIONS_PADDED // 2)
+    at, own = tl.arange(0, HELD), tl.arange(0, OWN)
+    of, place = at // EACH, at % EACH
+    score = tl.load(found + of * PLACES + place, mask=of < SECTIONS, other=0)
+    own_score = tl.load(found + section * PLACES + own, mask=own < EACH, other=0)
+    own_id = tl.load(aside + section * PLACES + own, mask=own < EACH, other=0)
+    own_there = own < tl.minimum(tl.load(counts + section), EACH)
+    there = place < tl.load(counts + of, mask=of < SECTIONS, other=0)
+    key = tl.where(there, ordered(score.to(tl.float32, bitcast=True)), 0)
+    key, own_key = key.to(tl.uint32), ordered(own_score.to(tl.float32, bitcast=True))
+    return key, of, own_key, own_id, own_there
+
+
+@triton.jit
+def choose_of_section(held, section, total, bound, top, ids, K: tl.constexpr):
+    """Search among what is held, ``total`` many; write those that are chosen of one section."""
+    key, of, own_key, own_id, own_there = held
+    sure, above = search_between(key, bound, top, total, K)
+    # certain ones, and ties from the 16th bit on
+    both = (key >= sure).to(tl.int32) + (((key == sure - 1) & (key >= bound)).to(tl.int32) << 16)
+    before = tl.sum(tl.where(of < section, both, 0))
+    certain = own_there & (own_key >= sure)
+    tie = own_there & (own_key == sure - 1)
+    both = certain.to(tl.int32) + (tie.to(tl.int32) << 16)
+    before += tl.cumsum(both, 0) - both
+    ties = before >> 16
+    slot = (before & 0xFFFF) + tl.minimum(ties, K - above)
+    scatter(ids, slot, own_id, certain | (tie & (ties < K - above)))

@@ -30,11 +30,11 @@ from fmsim.exec.kernels.kth_key import (
     INFINITE,
     bound_of,
     choose,
+    choose_of_section,
     columns_of,
+    held_of,
     list_groups,
-    ordered,
     scatter,
-    search_between,
     sums_before,
     value_of,
 )
@@ -113,6 +113,7 @@ def top_k_triton(scores, lengths, k, maxima=None, tune: tuning.TopKTuning | None
         return ids
     bound_keys = tune.bound_keys * k_padded
     assert tune.sections <= 64, "how many have too many has 7 bits"
+    assert tune.held >= 4 * tune.sections, "a section's places are fours"
     assert max(tune.whole, tune.chunk, tune.many_held, bound_keys) < 2**15, "a count has 16 bits"
     if maxima is None:
         maxima = torch.empty(batch, n_groups, device=scores.device)
@@ -125,8 +126,9 @@ def top_k_triton(scores, lengths, k, maxima=None, tune: tuning.TopKTuning | None
             GROUP=GROUP,
             BLOCK=tune.maxima_groups,
         )
-    most = max(1, min(tune.sections, tune.programs // batch, n_groups // tune.fewest_groups))
-    sections = most
+    programs = tune.programs_of_few if batch <= tune.few_rows else tune.programs
+    sections = max(programs // batch, tune.fewest_sections if batch <= programs else 1)
+    sections = max(1, min(sections, tune.sections, n_groups // tune.fewest_groups))
     share, few = next_power_of_2(cdiv(n_groups, sections)), tune.few_groups * k_padded
     at_once = min(tune.few_at_once if n_groups <= few else tune.groups_at_once, share)
     too_few = few if sections >= tune.many_sections else k_padded
@@ -162,8 +164,6 @@ def top_k_triton(scores, lengths, k, maxima=None, tune: tuning.TopKTuning | None
         LISTED=max(GROUP, min(tune.listed_groups, share)) if share > at_once else 0,
         SECTIONS=sections,
         PLACES=tune.many_held // sections // 4 * 4,
-        AHEAD=tune.ahead,
-        BOUND_AHEAD=tune.bound_ahead,
         num_warps=tune.warps,
         **overlapped(scores),
     )
@@ -184,7 +184,7 @@ def top_k_triton(scores, lengths, k, maxima=None, tune: tuning.TopKTuning | None
         SECTIONS=sections,
         SECTIONS_PADDED=next_power_of_2(sections),
         HELD=tune.held,
-        MIDDLE=tune.middle_held,
+        SOME=tune.some_held,
         MANY=tune.many_held,
         CHUNK=tune.chunk,
         MAXIMA_VECTOR=math.gcd(maxima.stride(0), 4),
@@ -293,8 +293,6 @@ def _set_aside(
     LISTED: tl.constexpr,
     SECTIONS: tl.constexpr,
     PLACES: tl.constexpr,
-    AHEAD: tl.constexpr,
-    BOUND_AHEAD: tl.constexpr,
 ):
     """One program: the scores and their ids that reach the bound in a section of a sequence's
     groups, GROUPS at a time, in ascending order of ids. The groups that reach it are listed first,
@@ -318,12 +316,10 @@ def _set_aside(
         end = tl.minimum(length, last * GROUP)
         score = tl.load(scores + index, mask=index // VECTOR * VECTOR < end, other=float("-inf"))
     if n_groups > FEW:
-        bound, top = bound_of(
-            columns, maxima, n_groups, n_maxima, K, BOUND_KEYS, BOUND_TURNS, BOUND_AHEAD
-        )
+        bound, top = bound_of(columns, maxima, n_groups, n_maxima, K, BOUND_KEYS, BOUND_TURNS)
     else:  # too few maxima
         few = columns_of(scores, 0, n_scores, BOUND_KEYS, FEW_TURNS)
-        bound, top = bound_of(few, scores, length, n_scores, K, BOUND_KEYS, FEW_TURNS, BOUND_AHEAD)
+        bound, top = bound_of(few, scores, length, n_scores, K, BOUND_KEYS, FEW_TURNS)
     found, aside, least = found + own, aside + own, value_of(bound)
     if LISTED == 0:
         count = _lay_aside(score, index, end, least, found, aside, count, PLACES)
@@ -331,76 +327,22 @@ def _set_aside(
         groups += b * groups_stride + first
         reaching = list_groups(maxima + first, groups, bound, last - first, GROUP, LISTED, 1)
         tl.debug_barrier()  # the list is read back by other threads than wrote it
-        if AHEAD:
-            score, index = _listed_scores(
-                scores, groups, first, 0, reaching, length, GROUP, GROUPS, VECTOR
+        # the next ones are on the way while these are laid aside
+        next_score, next_index = _listed_scores(
+            scores, groups, first, 0, reaching, length, GROUP, GROUPS, VECTOR
+        )
+        for start in range(0, reaching, GROUPS):
+            score, index = next_score, next_index
+            next_score, next_index = _listed_scores(
+                scores, groups, first, start + GROUPS, reaching, length, GROUP, GROUPS, VECTOR
             )
-            for start in range(0, reaching, GROUPS):
-                now, at = score, index
-                score, index = _listed_scores(
-                    scores, groups, first, start + GROUPS, reaching, length, GROUP, GROUPS, VECTOR
-                )
-                count = _lay_aside(now, at, length, least, found, aside, count, PLACES)
-        else:
-            for start in range(0, reaching, GROUPS):
-                score, index = _listed_scores(
-                    scores, groups, first, start, reaching, length, GROUP, GROUPS, VECTOR
-                )
-                count = _lay_aside(score, index, length, least, found, aside, count, PLACES)
+            count = _lay_aside(score, index, length, least, found, aside, count, PLACES)
     tl.store(counts + b * SECTIONS + section, count)
     if section == 0:
         tl.store(bounds + 2 * b, bound.to(tl.int32, bitcast=True))
         tl.store(bounds + 2 * b + 1, top.to(tl.int32, bitcast=True))
         place = tl.arange(0, K_PADDED)
         tl.store(ids + b * K + place, -1, mask=place < K)
-
-
-@triton.jit
-def _held(
-    found,
-    aside,
-    counts,
-    section,
-    SECTIONS: tl.constexpr,
-    SECTIONS_PADDED: tl.constexpr,
-    PLACES: tl.constexpr,
-    HELD: tl.constexpr,
-):
-    """What all sections set aside, HELD / SECTIONS each: keys [HELD], 0 where there is none, and
-    the sections that they are of; of ``section`` alone keys and ids, and which of them are any.
-    """
-    EACH: tl.constexpr = HELD // SECTIONS // 4 * 4  # loads take four
-    # no fewer than EACH, and a power of two
-    OWN: tl.constexpr = HELD // (
-        SECTIONS_PADDED if SECTIONS_PADDED == SECTIONS else SECTIONS_PADDED // 2
-    )
-    at, own = tl.arange(0, HELD), tl.arange(0, OWN)
-    of, place = at // EACH, at % EACH
-    score = tl.load(found + of * PLACES + place, mask=of < SECTIONS, other=0)
-    own_score = tl.load(found + section * PLACES + own, mask=own < EACH, other=0)
-    own_id = tl.load(aside + section * PLACES + own, mask=own < EACH, other=0)
-    own_there = own < tl.minimum(tl.load(counts + section), EACH)
-    there = place < tl.load(counts + of, mask=of < SECTIONS, other=0)
-    key = tl.where(there, ordered(score.to(tl.float32, bitcast=True)), 0)
-    key, own_key = key.to(tl.uint32), ordered(own_score.to(tl.float32, bitcast=True))
-    return key, of, own_key, own_id, own_there
-
-
-@triton.jit
-def _choose_of_section(held, section, total, bound, top, ids, K: tl.constexpr):
-    """Search among what is `_held`, ``total`` many; write those that are chosen of one section."""
-    key, of, own_key, own_id, own_there = held
-    sure, above = search_between(key, bound, top, total, K)
-    # certain ones, and ties from the 16th bit on
-    both = (key >= sure).to(tl.int32) + (((key == sure - 1) & (key >= bound)).to(tl.int32) << 16)
-    before = tl.sum(tl.where(of < section, both, 0))
-    certain = own_there & (own_key >= sure)
-    tie = own_there & (own_key == sure - 1)
-    both = certain.to(tl.int32) + (tie.to(tl.int32) << 16)
-    before += tl.cumsum(both, 0) - both
-    ties = before >> 16
-    slot = (before & 0xFFFF) + tl.minimum(ties, K - above)
-    scatter(ids, slot, own_id, certain | (tie & (ties < K - above)))
 
 
 @triton.jit
@@ -424,7 +366,7 @@ def _choose_among_few(
     SECTIONS: tl.constexpr,
     SECTIONS_PADDED: tl.constexpr,
     HELD: tl.constexpr,
-    MIDDLE: tl.constexpr,
+    SOME: tl.constexpr,
     MANY: tl.constexpr,
     CHUNK: tl.constexpr,
     MAXIMA_VECTOR: tl.constexpr,
@@ -439,7 +381,7 @@ def _choose_among_few(
     PLACES: tl.constexpr = MANY // SECTIONS // 4 * 4
     found, aside = found + b * SECTIONS * PLACES, aside + b * SECTIONS * PLACES
     # read before it is known whether they are all
-    held = _held(found, aside, counts, section, SECTIONS, SECTIONS_PADDED, PLACES, HELD)
+    held = held_of(found, aside, counts, section, SECTIONS, SECTIONS_PADDED, PLACES, HELD)
     bound = tl.load(bounds + 2 * b).to(tl.uint32, bitcast=True)
     top = tl.load(bounds + 2 * b + 1).to(tl.uint32, bitcast=True)
     each = tl.arange(0, SECTIONS_PADDED)
@@ -449,13 +391,13 @@ def _choose_among_few(
         tl.minimum(each, PLACES + 1) + ((each > HELD // SECTIONS // 4 * 4).to(tl.int32) << 24)
     )
     if total < 1 << 24:
-        _choose_of_section(held, section, total, bound, top, ids, K)
-    elif MIDDLE > 0 and tl.max(each) <= MIDDLE // SECTIONS // 4 * 4:
-        middle = _held(found, aside, counts, section, SECTIONS, SECTIONS_PADDED, PLACES, MIDDLE)
-        _choose_of_section(middle, section, total & 0xFFFFFF, bound, top, ids, K)
+        choose_of_section(held, section, total, bound, top, ids, K)
+    elif tl.max(each) <= SOME // SECTIONS // 4 * 4:
+        some = held_of(found, aside, counts, section, SECTIONS, SECTIONS_PADDED, PLACES, SOME)
+        choose_of_section(some, section, total & 0xFFFFFF, bound, top, ids, K)
     elif tl.max(each) <= PLACES:
-        more = _held(found, aside, counts, section, SECTIONS, SECTIONS_PADDED, PLACES, MANY)
-        _choose_of_section(more, section, total & 0xFFFFFF, bound, top, ids, K)
+        more = held_of(found, aside, counts, section, SECTIONS, SECTIONS_PADDED, PLACES, MANY)
+        choose_of_section(more, section, total & 0xFFFFFF, bound, top, ids, K)
     elif section == 0:
         length = tl.load(lengths + b)
         scores, maxima = scores + b * scores_stride, maxima + b * maxima_stride

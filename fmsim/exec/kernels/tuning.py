@@ -24,9 +24,12 @@ class IndexScoresTuning(NamedTuple):
     # over batch and splits: four on each of 132 multiprocessors, all that their registers hold at a
     # time
     programs: int = 528
+    # at most, neighbours that one program takes in turn: their pages' numbers lie in one sector of
+    # a line, and what is written of them in whole ones
+    run_blocks: int = 8
+    fewest_runs: int = 2  # of a program
     warps: int = 4
     stages: int = 3
-    run: int = 1
 
 
 class TopKTuning(NamedTuple):
@@ -35,8 +38,13 @@ class TopKTuning(NamedTuple):
     maxima_groups: int = 128  # whose maxima one program takes, where none are given
     bound_keys: int = 4  # times k: the maxima among which the bound is sought
     bound_turns: int = 4  # times as many values as they, that a program reads at once
-    programs: int = 128  # over batch and sections
-    sections: int = 64  # of one sequence at most, a program each; a power of two
+    # over batch and sections: two on each of 132 multiprocessors, all that the last search's
+    # registers leave room for; of few rows one, whose sections then have more places
+    programs: int = 264
+    programs_of_few: int = 128
+    few_rows: int = 24
+    sections: int = 64  # of one sequence at most, a program each
+    fewest_sections: int = 2  # unless rows are more than programs
     fewest_groups: int = 16  # of a section
     # times k: of so few maxima too many reach the bound. Where sections are many and have few
     # places, it is sought among scores instead
@@ -45,15 +53,13 @@ class TopKTuning(NamedTuple):
     few_at_once: int = 512  # of few groups, whose scores a program takes at a time
     groups_at_once: int = 64  # of more, which are listed first where a section has more
     listed_groups: int = 1024  # whose maxima it takes at a time
-    ahead: bool = True
-    bound_ahead: bool = False
     warps: int = 8
     # set aside, of a sequence, that each program of the last search holds: as many of each section;
-    # where one has more, many; where one has more than of those, the search is among all of the
-    # groups' scores, of which a program holds a chunk
+    # where one has more, some more, or many; where one has more than of those, the search is among
+    # all of the groups' scores, of which a program holds a chunk
     held: int = 2048
+    some_held: int = 4096
     many_held: int = 8192
-    middle_held: int = 0
     chunk: int = 4096
     last_warps: int = 4
     most_rows: int = 1024  # of a launch
@@ -203,6 +209,10 @@ INDEX_SCORES, MEMORY_SCORES = (
     IndexScoresTuning(),
     IndexScoresTuning(programs=396),
 )  # 128 heads leave registers for three on a multiprocessor
+# of float8 queries: registers for five
+FLOAT8_INDEX_SCORES = IndexScoresTuning(programs=660)
+# from here on twice as many programs: the second half begins where others end
+SCORED_REQUESTS = 48
 # of float8 queries, a few layers at once
 FLOAT8_MEMORY_SCORES = IndexScoresTuning(programs=264)
 TOP_K, COMPRESS, GATHER = TopKTuning(), CompressTuning(), GatherTuning()
@@ -293,6 +303,12 @@ def experts(tokens: int, dtype: torch.dtype, scaled: bool) -> ExpertsTuning:
     else:
         one, few, many = EXPERTS_OF_ONE, EXPERTS_OF_FEW, EXPERTS_OF_MANY
     return one if tokens == 1 else few if tokens < MANY_EXPERT_TOKENS else many
+
+
+def index_scores(batch: int, dtype: torch.dtype) -> IndexScoresTuning:
+    """For queries of ``dtype``."""
+    tune = FLOAT8_INDEX_SCORES if dtype == torch.float8_e4m3fn else INDEX_SCORES
+    return tune._replace(programs=2 * tune.programs) if batch >= SCORED_REQUESTS else tune
 
 
 def linear(rows: int, dtype: torch.dtype, float8_rows: bool) -> LinearTuning:

@@ -18,7 +18,7 @@ from fmsim.exec.kernels.layout import KEY, plain
 from fmsim.exec.kernels.tuning import IndexScoresTuning
 from fmsim.exec.model.indexer import index_scores
 
-SMALL = IndexScoresTuning(block_entries=64, programs=6, run=2)
+SMALL = IndexScoresTuning(block_entries=64, programs=6, run_blocks=2, fewest_runs=1)
 # Hopper's matrix units add float8 products with some 14 bits, not 24: 2.6e-4 of the scores were
 # seen on an H100. The interpreter does not.
 FLOAT8_PRODUCTS = 1e-3

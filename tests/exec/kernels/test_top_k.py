@@ -12,7 +12,6 @@ from fmsim.exec.kernels.index_score import GROUP
 from fmsim.exec.kernels.top_k import top_k_reference, top_k_triton
 from fmsim.exec.kernels.tuning import TopKTuning
 
-SMALL_MIDDLE = 128
 SMALL = TopKTuning(
     whole=256,
     chunk=256,
@@ -22,23 +21,21 @@ SMALL = TopKTuning(
     bound_turns=2,
     groups_at_once=4,
     few_at_once=4,
-    many_sections=4,
+    many_sections=3,
     listed_groups=32,
     fewest_groups=2,
-    sections=4,
+    sections=3,
     held=64,
+    some_held=128,
     many_held=256,
     most_rows=3,
 )
 # At the lengths that an interpreter manages: all scores, all maxima and all candidates in one
 # chunk; more candidates than fit; more maxima too.
 CHUNKS = [
-    SMALL._replace(whole=512, chunk=512, held=1024, many_held=2048, few_at_once=16),
+    SMALL._replace(whole=512, chunk=512, held=1024, some_held=1024, many_held=2048, few_at_once=16),
     SMALL,
     SMALL._replace(chunk=32),
-]
-CHUNKS[1:] = [
-    one._replace(sections=3, middle_held=SMALL_MIDDLE, bound_ahead=True) for one in CHUNKS[1:]
 ]
 
 
