@@ -257,12 +257,15 @@ class DecodeAttention:
 
     def _query_type(self, batch: int) -> torch.dtype:
         """What the kernel that will attend takes without converting."""
-        pool = self.window
+        pool, entries = self.window, 0
         if self.hca is not None:
-            pool = self.hca.pool
+            pool, entries = self.hca.pool, len(self.every_id)
         elif self.pager is not None:
-            pool = self.pager.homes[0].pool
-        served = flash_mla.serves(batch, self.attention.heads, self.latent, self.window, pool)
+            pool, entries = self.pager.homes[0].pool, self.attention.compressor.indexer.top_k
+        count = self.latent.per_page(self.window) + entries
+        served = flash_mla.serves(
+            batch, self.attention.heads, self.latent, self.window, pool, count
+        )
         return torch.bfloat16 if served and not self.wants_masses else matrix_type(self.latent)
 
     def moment(self, positions: Tensor) -> Moment:

@@ -35,11 +35,13 @@ def package() -> ModuleType | None:
         return None
 
 
-def serves(batch: int, heads: int, layout: Layout, window: Tensor, pool: Tensor) -> bool:
-    """Whether it can attend to such rows (`Rows`), and does so faster."""
+def serves(
+    batch: int, heads: int, layout: Layout, window: Tensor, pool: Tensor, count: int
+) -> bool:
+    """Whether it can attend to ``count`` such rows (`Rows`) of each request, and does so faster."""
     device = window.device
     return (
-        batch >= tuning.FLASH_MLA_REQUESTS
+        tuning.flash_mla(batch, count)
         and device.type == "cuda"
         and heads in HEADS
         and layout.kind == "latent"

@@ -118,7 +118,7 @@ def sparse_attention_triton(
     tune: tuning.AttentionTuning | tuning.GatheredAttentionTuning | None = None,
 ) -> tuple[Activations, Masses | None]:
     batch, heads, _ = queries.shape
-    served = flash_mla.serves(batch, heads, rows.layout, rows.window, rows.pool)
+    served = flash_mla.serves(batch, heads, rows.layout, rows.window, rows.pool, rows.count)
     if tune is None and served and not want_masses:
         return _finished(flash_mla.attend(queries, rows, sinks, scale), turn, dtype, rounded), None
     tune = tune or tuning.attention(batch, heads, packed=rows.layout.kind == "latent")

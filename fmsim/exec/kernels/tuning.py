@@ -232,7 +232,10 @@ SOME_REQUESTS, MANY_REQUESTS = (
     4,
     16,
 )  # from here on; between them each entry is decoded once for all heads, but still in place
-FLASH_MLA_REQUESTS = 16  # from here on FlashMLA is faster (kernels-h200.json)
+# from here on FlashMLA is faster (kernels-h200.json), and at fewer where so many rows in all are
+# attended to (kernels-by-batch-h200.json)
+FLASH_MLA_REQUESTS = 16
+FEWER_REQUESTS, FEWER_ROWS = 4, 10_240
 FEW_ROWS = 16  # a matrix instruction's
 LINEAR = LinearTuning()
 # by rows at most: of float16, and of float8
@@ -292,6 +295,12 @@ def attention(batch: int, heads: int, packed: bool) -> AttentionTuning | Gathere
     if batch >= MANY_REQUESTS:
         return ATTENTION_OF_MANY
     return ATTENTION_OF_SOME if packed else ATTENTION
+
+
+def flash_mla(batch: int, count: int) -> bool:
+    """Whether FlashMLA is faster for ``count`` rows of each request."""
+    fewer = batch >= FEWER_REQUESTS and batch * count >= FEWER_ROWS
+    return fewer or batch >= FLASH_MLA_REQUESTS
 
 
 def experts(tokens: int, dtype: torch.dtype, scaled: bool) -> ExpertsTuning:

@@ -172,7 +172,7 @@ def attention(
         table,
         ids,
     )
-    served = not masses and flash_mla.serves(batch, HEADS, LATENT, window, pool)
+    served = not masses and flash_mla.serves(batch, HEADS, LATENT, window, pool, rows.count)
     queries = torch.randn(batch, HEADS, LATENT.width, device=device)
     queries = queries.to(torch.bfloat16 if served else matrix_type(LATENT))
     sinks = torch.zeros(HEADS, device=device)

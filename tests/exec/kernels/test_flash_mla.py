@@ -58,14 +58,16 @@ def test_the_lists_name_what_is_there(device, seed, batch, window, per_page, sel
 
 def test_it_does_not_serve_a_cpu():
     rows = drawn(1, 32, 128, 64, 100, 64, 0.0)
-    assert not flash_mla.serves(32, 64, LATENT, rows.window, rows.pool)
+    assert not flash_mla.serves(32, 64, LATENT, rows.window, rows.pool, rows.count)
 
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
-@pytest.mark.parametrize("selected", [0, 90, 512, 4100])
+@pytest.mark.parametrize(
+    "batch, selected",
+    [(4, 4100), (9, 1100), *((batch, n) for batch in (16, 97) for n in (0, 90, 512, 4100))],
+)
 @pytest.mark.parametrize("per_page", [4, 64])
-@pytest.mark.parametrize("batch", [16, 97])
 def test_it_attends_as_the_reference(batch, per_page, selected):
     if flash_mla.package() is None:
         pytest.skip("sgl-flash-mla is not installed")
@@ -73,7 +75,7 @@ def test_it_attends_as_the_reference(batch, per_page, selected):
     heads = 64
     queries = torch.randn(batch, heads, LATENT.width, device="cuda").bfloat16()
     sinks = torch.randn(heads, device="cuda")
-    assert flash_mla.serves(batch, heads, LATENT, rows.window, rows.pool)
+    assert flash_mla.serves(batch, heads, LATENT, rows.window, rows.pool, rows.count)
     expected, _ = sparse_attention_reference(queries, rows, sinks, 0.05)
     found, masses = sparse_attention_triton(queries, rows, sinks, 0.05)
     assert masses is None and found.dtype == queries.dtype
