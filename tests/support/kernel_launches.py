@@ -5,16 +5,17 @@ does not matter.
 import torch
 from transformers import DeepseekV4Config
 
-from fmsim.exec.kernels import mixing, tuning
+from fmsim.exec.kernels import tuning
 from fmsim.exec.kernels.attention_rows import Rows
 from fmsim.exec.kernels.block_tables import enter_slots_triton
-from fmsim.exec.kernels.compress import Pooling, compress_and_append_triton
+from fmsim.exec.kernels.compress import Append, Pooling, append_triton
 from fmsim.exec.kernels.described_linear import described_linear
 from fmsim.exec.kernels.expert_tiles import OwnPairs
 from fmsim.exec.kernels.experts import mixture_of_experts_triton
 from fmsim.exec.kernels.few_rows import few_rows_triton
 from fmsim.exec.kernels.flash_mla import listed_triton
 from fmsim.exec.kernels.gather import copy_rows_triton
+from fmsim.exec.kernels.greedy import likeliest_triton
 from fmsim.exec.kernels.hyper_connection import Pending, enter_triton, read_out_triton
 from fmsim.exec.kernels.in_turns import HeadTurn
 from fmsim.exec.kernels.index_score import index_scores_triton, index_weights_triton
@@ -27,7 +28,7 @@ from fmsim.exec.kernels.norm_rope import norm_rope_triton
 from fmsim.exec.kernels.one_row import one_row_triton, two_rows_triton
 from fmsim.exec.kernels.rms_norm import rms_norm_triton
 from fmsim.exec.kernels.rounded_rows import round_rows_triton
-from fmsim.exec.kernels.router import route_triton
+from fmsim.exec.kernels.router import route_triton, routed_triton
 from fmsim.exec.kernels.sparse_attention import sparse_attention_triton
 from fmsim.exec.kernels.staging import keep_triton, stage_triton
 from fmsim.exec.kernels.top_k import top_k_triton
@@ -37,6 +38,7 @@ from fmsim.exec.model.hyper_connection import HyperConnection, HyperHead
 from fmsim.exec.model.norm_rope import RMSNorm
 
 BATCH, PAGES = 2, 32
+NANO = plain(torch.bfloat16, 64)
 
 
 def zeros(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
@@ -82,7 +84,7 @@ def selection(preselect, entries=262_144):
     )
 
 
-def attention(layout, heads, dtype, per_page=64, tune=None, rounded=False):
+def attention(layout, heads, dtype, per_page=64, tune=None, rounded=False, known=False):
     def launch():
         rows = Rows(
             layout,
@@ -99,31 +101,26 @@ def attention(layout, heads, dtype, per_page=64, tune=None, rounded=False):
             1.0,
             want_masses=True,
             rounded=rounded,
+            known=known,
             tune=tune,
         )
 
     return launch
 
 
-def append(layout, rate, series, hadamard=False, tokens=1):
+def appends(*which):
+    """Each of a layout, a rate and a number of series."""
+
     def launch():
-        width = layout.width
-        pooling = Pooling(
-            rate,
-            series,
-            zeros(rate, series * width),
-            zeros(width),
-            1e-6,
-            zeros(width, width) if hadamard else None,
-        )
-        new, turn = (
-            zeros(BATCH, tokens, series * width, dtype=torch.bfloat16),
-            zeros(BATCH, pooling.most_closed(tokens), 32),
-        )
-        ring, pool = pooling.new_ring(BATCH, torch.bfloat16), layout.new_pool(PAGES, 64)
-        compress_and_append_triton(
-            new, new, whole(BATCH), pooling, ring, (turn, turn), pool, layout, whole(BATCH, PAGES)
-        )
+        made, one = [], torch.bfloat16
+        for layout, rate, series in which:
+            width = series * layout.width
+            pooling = Pooling(rate, series, zeros(rate, width), zeros(layout.width), 1e-6)
+            new, turn = zeros(BATCH, 1, width, dtype=one), zeros(BATCH, 1, 8)
+            pool, table = layout.new_pool(PAGES, 64), whole(BATCH, PAGES)
+            ring = pooling.new_ring(BATCH, one)
+            made.append(Append(new, new, pooling, ring, (turn, turn), pool, layout, table))
+        append_triton(made, whole(BATCH), alongside=True)
 
     return launch
 
@@ -139,13 +136,13 @@ def rows(row_bytes):
     return launch
 
 
-def connection(width, first=False, iterations=2, rounded=False):
+def connection(width, first=False, iterations=2, rounded=False, tokens=BATCH):
     """Sinkhorn's iterations are unrolled: two of them, not V4's 20, take a tenth of the time."""
 
     def launch():
         config = DeepseekV4Config(hidden_size=width, hc_sinkhorn_iters=iterations)
-        module, streams = HyperConnection(config), zeros(BATCH, 1, 4, width, dtype=torch.bfloat16)
-        pending = Pending(module, streams[:, :, 0], zeros(BATCH, 1, 4), zeros(BATCH, 1, 4, 4))
+        module, streams = HyperConnection(config), zeros(tokens, 1, 4, width, dtype=torch.bfloat16)
+        pending = Pending(module, streams[:, :, 0], zeros(tokens, 1, 4), zeros(tokens, 1, 4, 4))
         enter_triton(streams, None if first else pending, module, RMSNorm(width, 1e-6), rounded)
 
     return launch
@@ -253,14 +250,17 @@ def gates_due(width, iterations=2):
     def launch():
         config = DeepseekV4Config(hidden_size=width, hc_sinkhorn_iters=iterations)
         module, norm = HyperConnection(config), RMSNorm(width, 1e-6)
+        router = Router(config, hashed=False).bfloat16()
+        router.due = module.due
         x, weight = (
             zeros(1, 1, width, dtype=torch.bfloat16),
             zeros(256, width, dtype=torch.bfloat16),
         )
         for product in (
-            lambda: one_row_triton(x, weight),
-            lambda: two_rows_triton(x, (weight, weight), (None, None)),
-            mixing.finish,
+            lambda: routed_triton(x[0], zeros(1, dtype=torch.int64), router),
+            lambda: one_row_triton(x, weight, due=module.due),
+            lambda: two_rows_triton(x, (weight, weight), (None, None), due=module.due),
+            module.due.finish,
         ):
             streams = zeros(1, 1, 4, width, dtype=torch.bfloat16)
             enter_triton(streams, None, module, norm, then=weight)
@@ -286,6 +286,12 @@ def routing(count, hashed=False, top_k=6):
         zeros(BATCH, dtype=torch.int64),
         Router(config, hashed),
     )
+
+
+def routing_one(hashed):
+    config = DeepseekV4Config(n_routed_experts=256, hidden_size=4096, num_experts_per_tok=6)
+    x, tokens = zeros(1, 4096, dtype=torch.bfloat16), zeros(1, dtype=torch.int64)
+    return lambda: routed_triton(x, tokens, Router(config, hashed).bfloat16())
 
 
 def stage():
@@ -357,19 +363,20 @@ LAUNCHES = {
     "top_k, few entries": selection(False, 4096),
     "top_k, preselected": selection(True),
     "sparse_attention": attention(LATENT, 64, torch.bfloat16),
+    "sparse_attention, known": attention(LATENT, 64, torch.float16, known=True),
     "sparse_attention, rounded": attention(LATENT, 64, torch.bfloat16, rounded=True),
     "sparse_attention, some": attention(LATENT, 64, torch.bfloat16, tune=tuning.ATTENTION_OF_SOME),
     "sparse_attention, many": attention(LATENT, 64, torch.bfloat16, tune=tuning.ATTENTION_OF_MANY),
     "sparse_attention, single entries": attention(LATENT, 64, torch.bfloat16, per_page=1),
     "sparse_attention, nano": attention(plain(torch.bfloat16, 64), 6, torch.bfloat16),
-    "compress, csa": append(LATENT, 4, 2),
-    "compress, a window's token": append(LATENT, 1, 1),
-    "compress, hca": append(LATENT, 128, 1),
-    "compress, keys": append(KEY, 4, 2, hadamard=True),
-    "compress, a chunk": append(LATENT, 4, 2, tokens=256),
-    "compress, nano": append(plain(torch.bfloat16, 64), 4, 2),
+    "append, sliding": appends((LATENT, 1, 1)),
+    "append, csa": appends((LATENT, 1, 1), (LATENT, 4, 2), (KEY, 4, 2)),
+    "append, hca": appends((LATENT, 1, 1), (LATENT, 128, 1)),
+    "append, nano": appends((NANO, 1, 1), (NANO, 4, 2)),
+    "likeliest": lambda: likeliest_triton(zeros(BATCH, 129_280, dtype=torch.bfloat16)),
     "hyper_connection": connection(4096),
     "hyper_connection, rounded": connection(4096, rounded=True),
+    "hyper_connection, one": connection(4096, rounded=True, tokens=1),
     "hyper_connection, first": connection(4096, first=True),
     "hyper_connection, pro": connection(7168, iterations=20),  # as it ships
     "hyper_connection, nano": connection(384),
@@ -385,6 +392,8 @@ LAUNCHES = {
     "route": routing(256),
     "route, hashed": routing(256, hashed=True),
     "route, pro": routing(384),
+    "route, with its product": routing_one(False),
+    "route, hashed, with its product": routing_one(True),
     "route, nano": routing(4, top_k=2),
     "experts, one": experts(1),
     "experts, few": experts(4),

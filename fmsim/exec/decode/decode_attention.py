@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from fmsim.exec.decode.streams import SideStream, beside, wait_beside
 from fmsim.exec.kernels import flash_mla
 from fmsim.exec.kernels.attention_rows import Rows, matrix_type
-from fmsim.exec.kernels.compress import Pooling, compress_and_append
+from fmsim.exec.kernels.compress import Append, Pooling, append
 from fmsim.exec.kernels.in_turns import HeadTurn
 from fmsim.exec.kernels.index_score import index_scores, index_weights, new_scores
 from fmsim.exec.kernels.lang import cdiv
@@ -130,21 +130,12 @@ class _Appender:
         )
         self.ring = self.pooling.new_ring(batch, compressor.kv_proj.weight.dtype)
 
-    def append(self, kv: Tensor, gate: Tensor, now: Moment) -> None:
-        """A token's projections [B, 1, series * width]; alongside what is appended before it."""
-        for pool, table in self.homes:
-            compress_and_append(
-                kv,
-                gate,
-                now.positions,
-                self.pooling,
-                self.ring,
-                now.entry_turn,
-                pool,
-                self.layout,
-                table,
-                alongside=True,
-            )
+    def appends(self, kv: Tensor, gate: Tensor, now: Moment) -> list[Append]:
+        """Of a token's projections [B, 1, series * width], one for each home."""
+        return [
+            Append(kv, gate, self.pooling, self.ring, now.entry_turn, pool, self.layout, table)
+            for pool, table in self.homes
+        ]
 
     def take(self, b: int, state: CompressorState) -> None:
         """Go on from the windows that a prefill left open, as sequence ``b``; its entries are not
@@ -294,10 +285,10 @@ class DecodeAttention:
     def attend(self, x: Activations, now: Moment) -> Tensor:
         """x [B, 1, D], the attention's input -> output [B, 1, D]."""
         attention, turn = self.attention, tuple(part[:, 0] for part in now.turn)
-        latent, kv, *compressed = self.of_input(x)
+        latent, kv, *compressed = self.of_input(x, due=attention.due)
         x, norm = wide_rows(x), attention.q_a_norm
-        # one request's is over before its index queries are
-        within = attention.kind == CSA and len(x) == 1
+        # one request's is over before its queries are
+        within = len(x) == 1
         if not within:
             with beside(x.device, SideStream.APPEND):
                 self._append(kv, compressed, now)
@@ -323,8 +314,12 @@ class DecodeAttention:
             home = self.pager.homes[0]
             wait_beside(x.device, SideStream.QUERIES)
         else:
-            q = self._turned_queries(latent, norm, turn)
-            wait_beside(x.device, SideStream.APPEND)
+            [q] = self.queries(latent, norm)
+            if within:
+                self._append(kv, compressed, now, alongside=True)
+            q = self._turned(q, turn)
+            if not within:
+                wait_beside(x.device, SideStream.APPEND)
         if attention.kind == HCA:
             ids, home = now.every, self.hca
         elif attention.kind == SLIDING:
@@ -340,6 +335,7 @@ class DecodeAttention:
             turn,
             x.dtype,
             self.rounds_out,
+            known=within and attention.kind != CSA,
         )
         if self.pager is not None:
             self.pager.reports(q, rows, masses, x, attention)
@@ -351,14 +347,12 @@ class DecodeAttention:
 
     def _queries_beside(self, latent: Activations, norm: nn.Module | None, turn: Turn) -> Tensor:
         with beside(turn[0].device, SideStream.QUERIES):
-            return self._turned_queries(latent, norm, turn)
+            [q] = self.queries(latent, norm)
+            return self._turned(q, turn)
 
-    def _turned_queries(self, latent: Activations, norm: nn.Module | None, turn: Turn) -> Tensor:
-        """Of the latent [B, 1, q_lora_rank], after the ``norm`` if it is still to come: rotated,
-        [B, H, C].
-        """
+    def _turned(self, q: Tensor, turn: Turn) -> Tensor:
+        """A product's [B, 1, H * C], rotated, [B, H, C]."""
         attention = self.attention
-        [q] = self.queries(latent, norm)
         return norm_rope(
             q.view(-1, attention.heads, attention.size),
             turn,
@@ -370,24 +364,15 @@ class DecodeAttention:
         self, kv: Tensor, compressed: Sequence[Tensor], now: Moment, alongside: bool = False
     ) -> None:
         """The token's own entry into the window, and what it closes: projections for entries, then
-        in a CSA layer for index keys. ``alongside`` as in `compress_and_append`.
+        in a CSA layer for index keys. ``alongside`` as in `append`.
         """
-        compress_and_append(
-            kv,
-            kv,
-            now.positions,
-            self.as_it_is,
-            self.no_ring,
-            now.turn,
-            self.window,
-            self.latent,
-            self.window_table,
-            alongside,
-        )
+        window = (self.window, self.latent, self.window_table)
+        appends = [Append(kv, kv, self.as_it_is, self.no_ring, now.turn, *window)]
         if self.entries is not None:
-            self.entries.append(*compressed[:2], now)
+            appends += self.entries.appends(*compressed[:2], now)
         if self.keys is not None:
-            self.keys.append(*compressed[2:4], now)
+            appends += self.keys.appends(*compressed[2:4], now)
+        append(appends, now.positions, alongside)
 
     def take(self, b: int, cache: LayerCache, tokens: int) -> None:
         """Go on from what a prefill of ``tokens`` tokens left, as sequence ``b``.

@@ -18,6 +18,7 @@ from torch import Tensor
 from fmsim.exec.decode.step_state import decode_attentions, graph_after_one
 from fmsim.exec.decode.trace_driven import TraceDrivenDecode, layouts
 from fmsim.exec.kernels.attention_rows import Rows
+from fmsim.exec.kernels.greedy import likeliest
 from fmsim.exec.kernels.index_score import Scores, index_scores, new_scores
 from fmsim.exec.kernels.layout import Layout
 from fmsim.exec.kernels.memory_score import memory_scores
@@ -28,7 +29,6 @@ from fmsim.exec.measure.kernel_cases import fill_entries
 from fmsim.exec.model.attention import Attention
 from fmsim.exec.model.cache import Attend
 from fmsim.exec.model.deepseek_v4 import DeepseekV4
-from fmsim.exec.model.greedy import likeliest
 from fmsim.geometry.memory_indexer import PUBLISHED_HEADS
 
 
@@ -211,6 +211,8 @@ class SyntheticStep:
         the others.
         """
         decode, residency = self.decode, self.decode.manager.residency
+        if decode.manager.needs.keeps_all:
+            return ids
         there = residency.table >= 0
         decode.manager.ctx.put(there, torch.where(decode.fetched, decode.pages, -1), True)
         there[:, -1] = False

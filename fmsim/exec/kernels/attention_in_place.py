@@ -30,9 +30,10 @@ def attend_in_place(
     want_logits: bool,
     tune: tuning.AttentionTuning,
     out: Tensor,
+    known: bool = False,
 ) -> Parts:
     """``queries`` [B, H, C] of the rows' `matrix_type`; ``out`` [B, H, C] is written where rows are
-    not split.
+    not split; ``known`` as in `sparse_attention`.
     """
     batch, heads, size = queries.shape
     head_blocks = cdiv(heads, tune.block_heads)
@@ -69,6 +70,7 @@ def attend_in_place(
         SPLITS=splits,
         LOGITS=want_logits,
         STAGES=tune.stages,
+        AHEAD=known,
         num_warps=tune.warps,
         **overlapped(queries),
     )
@@ -118,26 +120,21 @@ def _attend_in_place(
     SPLITS: tl.constexpr,
     LOGITS: tl.constexpr,
     STAGES: tl.constexpr,
+    AHEAD: tl.constexpr,
 ):
     """One program: a block of heads of one sequence against a run of SHARE blocks of rows.
 
     A latent's rotated values, which are bfloat16 among float8, go by products of their own, so that
-    no value is converted twice.
+    no value is converted twice. Where ids are known AHEAD, it has found the first pages when
+    queries come.
     """
-    after_previous_with_next()
+    if not AHEAD:
+        after_previous_with_next()
     b, split = tl.program_id(0).to(tl.int64), tl.program_id(2)
     head = tl.program_id(1) * BLOCK_HEADS + tl.arange(0, BLOCK_HEADS)
     lane, place = tl.arange(0, WIDTH), tl.arange(0, BLOCK_ROWS)
-    query_places = (b * HEADS + head)[:, None] * WIDTH + lane[None, :]
-    query = tl.load(queries + query_places, mask=(head < HEADS)[:, None], other=0.0)
     apart: tl.constexpr = KIND == "latent"
     turn = WIDTH - 64 + tl.arange(0, 64)
-    if apart:
-        query_turned = tl.load(
-            queries + (b * HEADS + head)[:, None] * WIDTH + turn[None, :],
-            mask=(head < HEADS)[:, None],
-            other=0.0,
-        )
     length = tl.load(window_lengths + b)
     ids += b * SELECTED
     table += b * table_stride
@@ -147,6 +144,16 @@ def _attend_in_place(
     entry = _entries_of(ids, first * BLOCK_ROWS + place, WINDOW, SELECTED)
     page, within = _pages_of(table, entry, PER_PAGE), entry % PER_PAGE
     entry = _entries_of(ids, (first + 1) * BLOCK_ROWS + place, WINDOW, SELECTED)
+    if AHEAD:
+        after_previous_with_next()
+    query_places = (b * HEADS + head)[:, None] * WIDTH + lane[None, :]
+    query = tl.load(queries + query_places, mask=(head < HEADS)[:, None], other=0.0)
+    if apart:
+        query_turned = tl.load(
+            queries + (b * HEADS + head)[:, None] * WIDTH + turn[None, :],
+            mask=(head < HEADS)[:, None],
+            other=0.0,
+        )
     highest = tl.full([BLOCK_HEADS], float("-inf"), tl.float32)
     summed = tl.zeros([BLOCK_HEADS], tl.float32)
     attended = tl.zeros([BLOCK_HEADS, WIDTH], tl.float32)

@@ -281,10 +281,13 @@ def _gate_up(
 ):
     """One program: ROWS / 2 inner channels of one tile's pairs.
 
-    Rows of the gate and rows of what it gates lie alternately. The next launch begins late: its
-    programs would take the places that are free first, and leave the others' memory idle.
+    Rows of the gate and rows of what it gates lie alternately. A single token's shared expert is
+    known before the launch that it waits for, and x was made before that: it waits only to write.
+    The next launch begins late: its programs would take the places that are free first, and leave
+    the others' memory idle.
     """
-    wait_for_previous()
+    if SORTED or tl.program_id(0) < TOP_K:
+        wait_for_previous()
     expert = expert_of(chosen, schedule, EXPERTS, TOP_K, SORTED)
     if expert >= 0:
         pair, known = pairs_of(schedule, tiles, TILE, SORTED)
@@ -336,6 +339,8 @@ def _gate_up(
             propagate_nan=tl.PropagateNan.ALL,
         )
         channel = tl.program_id(1) * HALF + tl.arange(0, HALF)
+        if not SORTED:
+            wait_for_previous()
         places = inner + pair[None, :] * WIDTH + channel[:, None]
         tl.store(
             places,

@@ -5,7 +5,8 @@ A connection's weights are as large as the streams of a hundred tokens, and its 
 chain of small steps, so two launches do one: the first, split over channels, writes the pending
 output back and takes its part of every product with the weights ``fn``; the second, a token a
 program, adds the parts up, and ends with the RMSNorm before the block. A second program of each
-token does what only the way back needs (`mixing`), or the next product of one row does.
+token does what only the way back needs (`mixing`), or the next product of one row does. A single
+token's launches are `connection_of_one`'s.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from fmsim.exec.kernels import mixing, one_row, tuning
+from fmsim.exec.kernels import connection_of_one, mixing, one_row, tuning
 from fmsim.exec.kernels.lang import (
     after_previous,
     cdiv,
@@ -112,7 +113,7 @@ def enter_triton(
     streams, pending, connection, norm, rounded=False, then=None, tune=tuning.HYPER_CONNECTION
 ) -> tuple[Tensor, Activations, Tensor, Tensor]:
     count, of = streams.shape[2], streams.shape[:2]
-    streams, parts = _project(streams, pending, connection.fn, tune)
+    streams, *parts = _project(streams, pending, connection.fn, tune)
     x = torch.empty_like(streams[:, :, 0])
     write = torch.empty(*of, count, dtype=torch.float32, device=streams.device)
     mix = torch.empty(*of, count, count, dtype=torch.float32, device=streams.device)
@@ -120,9 +121,9 @@ def enter_triton(
     of_connection = connection.base, connection.scale, connection
     due = then is not None and one_row.fits(x, then)
     if due:
-        mixing.leave_due(
-            mixing.Due(
-                parts,
+        connection.due.leave(
+            mixing.Gates(
+                parts[0],
                 connection.base,
                 connection.scale,
                 write,
@@ -139,24 +140,23 @@ def enter_triton(
 
 
 def read_out_triton(streams, pending, head, norm, tune=tuning.HYPER_CONNECTION) -> Tensor:
-    streams, parts = _project(streams, pending, head.hc_fn, tune)
+    streams, *parts = _project(streams, pending, head.hc_fn, tune)
     x = torch.empty_like(streams[:, :, 0])
     _join(streams, parts, head.hc_base, head.hc_scale, head, norm, x, None, None, tune)
     return x
 
 
-def _project(streams: Tensor, pending: Pending | None, fn: Tensor, tune) -> tuple[Tensor, Tensor]:
+def _project(streams: Tensor, pending: Pending | None, fn: Tensor, tune) -> tuple[Tensor, ...]:
     """-> the streams [B, S, R, D] with what was pending, and float32 [N, tiles, rows]: each tile's
-    part of the products with the rows of ``fn``, then of the sum of squares.
+    part of the products with the rows of ``fn``, then of the sum of squares. Of one token also what
+    `connection_of_one` has of each tile.
     """
-    mixing.finish()
+    if pending is not None:
+        pending.connection.due.finish()
     batch, tokens, count, width = streams.shape
     flat = streams.flatten(0, 1)
     total, rows, blocks = len(flat), len(fn), cdiv(width, tune.block_channels)
     assert flat.stride(2) == 1, "a stream's channels lie side by side"
-    parts = torch.empty(
-        total, count * blocks, next_power_of_2(rows + 1), dtype=torch.float32, device=streams.device
-    )
     left = (
         streams
         if pending is None
@@ -168,6 +168,12 @@ def _project(streams: Tensor, pending: Pending | None, fn: Tensor, tune) -> tupl
         shares, top_k = pending.out.values.shape[1], pending.out.weights.shape[1]
     elif pending is not None:
         of_block = (pending.out.contiguous(), flat, pending.write, pending.mix)
+    if total == 1:
+        leaves = pending is not None, shares, top_k
+        return left, *connection_of_one.leave_and_project(flat, of_block, fn, left, *leaves, tune)
+    parts = torch.empty(
+        total, count * blocks, next_power_of_2(rows + 1), dtype=torch.float32, device=streams.device
+    )
     per_program = cdiv(total * count * blocks, tune.programs)
     _leave_and_project[(count * blocks, cdiv(total, per_program))](
         flat,
@@ -200,6 +206,10 @@ def _join(streams, parts, base, scale, module, norm, x, made, gates, tune) -> No
     """
     flat = streams.flatten(0, 1)
     total, count, width = flat.shape
+    if total == 1:
+        given = base, scale, module, norm, x, made, gates, tune
+        return connection_of_one.join(flat, *parts, *given)
+    [parts] = parts
     write, mix = (parts, parts) if gates is None else gates
     _enter[(total, 1 if gates is None else 2)](
         parts,

@@ -125,7 +125,7 @@ def _one_row_in_turns(
     """One program: TURNS times ROWS outputs of one group, whose weights share scales. Of the last
     PAIRS of each HEAD of outputs, RoPE is done.
 
-    ALONGSIDE as in `one_row._rows`.
+    ALONGSIDE as in `one_row.rows_of`.
     """
     start = tl.program_id(0) * (ROWS * TURNS)
     row, block, lane = tl.arange(0, ROWS), tl.arange(0, INPUTS // BLOCK), tl.arange(0, BLOCK)

@@ -22,9 +22,9 @@ from fmsim.exec.kernels.lang import (
 )
 
 
-class Due(NamedTuple):
-    """One token's gates, still to be worked out: of ``parts`` float32 [1, tiles, rows], each tile's
-    part of the products with the connection's weights, then of the sum of squares of its ``values``
+class Gates(NamedTuple):
+    """One token's, still to be worked out: of ``parts`` float32 [1, tiles, rows], each tile's part
+    of the products with the connection's weights, then of the sum of squares of its ``values``
     numbers; ``base`` and ``scale`` of the connection; into ``write`` float32 [1, 1, R] and ``mix``
     float32 [1, 1, R, R].
     """
@@ -41,133 +41,96 @@ class Due(NamedTuple):
 
 
 class Extra(NamedTuple):
-    """What a launch takes for the program that it has more: arguments and sizes of `Due`."""
+    """What a launch takes for the program that it has more: how many there are, what it reads and
+    writes, and its sizes, as `gates_beside` takes them; no sizes, no program.
+    """
 
     programs: int
-    arguments: tuple[Tensor | float, ...]
-    sizes: dict[str, int]
+    tensors: tuple[Tensor, ...]
+    sizes: tuple[float, ...] | None
 
 
-# of the launches that are made by now; not of another stream's
-_due: list[Due] = []
-
-
-def leave_due(gates: Due) -> None:
-    _due.append(gates)
-
-
-def taken(like: Tensor) -> Extra:
-    """What is due, which the caller's launch works out: nothing most often. What it reads was made
-    two launches before.
+class Due:
+    """Where a connection leaves its gates, so that a product of the block that it enters takes
+    them: both have it. Empty most often.
     """
-    if not _due:
-        sizes = dict.fromkeys(("GATES", "ITERATIONS"), 0)
-        sizes |= dict.fromkeys(("GATES_PADDED", "VALUES", "STREAMS", "TILES", "TILES_PADDED"), 1)
-        return Extra(0, (*(like,) * 5, 0.0, 0.0), sizes)
-    gates = _due.pop()
-    _, tiles, padded = gates.parts.shape
-    sizes = dict(
-        GATES=len(gates.base),
-        GATES_PADDED=padded,
-        VALUES=gates.values,
-        STREAMS=gates.write.shape[-1],
-        TILES=tiles,
-        TILES_PADDED=next_power_of_2(tiles),
-        ITERATIONS=gates.iterations,
-    )
-    return Extra(1, gates[:7], sizes)
 
+    def __init__(self) -> None:
+        self._gates: Gates | None = None
 
-def finish() -> None:
-    """In a launch of its own, what no product took."""
-    while _due:
-        parts = _due[-1].parts
-        extra = taken(parts)
-        _gates_alone[(1,)](*extra.arguments, **extra.sizes, num_warps=4, **overlapped(parts))
+    def leave(self, gates: Gates) -> None:
+        self._gates = gates
+
+    def take(self, like: Tensor) -> Extra:
+        """For the caller's launch. What it reads was made two launches before."""
+        gates, self._gates = self._gates, None
+        if gates is None:
+            return Extra(0, (like,), None)
+        _, tiles, padded = gates.parts.shape
+        sizes = (
+            gates.eps,
+            gates.norm_eps,
+            len(gates.base),
+            padded,
+            gates.values,
+            gates.write.shape[-1],
+            tiles,
+            next_power_of_2(tiles),
+            gates.iterations,
+        )
+        return Extra(1, gates[:5], sizes)
+
+    def finish(self) -> None:
+        """In a launch of its own, where no product took them."""
+        if self._gates is not None:
+            like = self._gates.parts
+            _, tensors, sizes = self.take(like)
+            _gates_alone[(1,)](tensors, sizes, num_warps=4, **overlapped(like))
 
 
 @triton.jit
-def _gates_alone(
-    parts,
-    base,
-    scale,
-    write_out,
-    mix_out,
-    eps,
-    norm_eps,
-    GATES: tl.constexpr,
-    GATES_PADDED: tl.constexpr,
-    VALUES: tl.constexpr,
-    STREAMS: tl.constexpr,
-    TILES: tl.constexpr,
-    TILES_PADDED: tl.constexpr,
-    ITERATIONS: tl.constexpr,
-):
+def _gates_alone(gates, SIZES: tl.constexpr):
     """One program."""
-    bases, scales = levels_of(base, scale, STREAMS, GATES, GATES_PADDED)
     after_previous()
+    _gates(gates, SIZES)
+
+
+@triton.jit
+def gates_beside(gates, SIZES: tl.constexpr):
+    """What is due, by the one program that a launch has more for it.
+
+    It waits only at its end. It begins once the launch before has passed its wait, so ``parts`` is
+    made; and what it writes was new before that launch, which reads none of it.
+    """
+    let_next_begin()
+    _gates(gates, SIZES)
+    wait_for_previous()
+
+
+@triton.jit
+def _gates(gates, SIZES: tl.constexpr):
+    parts, base, scale, write_out, mix_out = gates
+    rows: tl.constexpr = SIZES[2]
+    padded: tl.constexpr = SIZES[3]
+    streams: tl.constexpr = SIZES[5]
+    bases, scales = levels_of(base, scale, streams, rows, padded)
     work_out(
         parts,
         bases,
         scales,
         write_out,
         mix_out,
-        eps,
-        norm_eps,
+        SIZES[0],
+        SIZES[1],
         0,
-        GATES,
-        GATES_PADDED,
-        VALUES,
-        STREAMS,
-        TILES,
-        TILES_PADDED,
-        ITERATIONS,
+        rows,
+        padded,
+        SIZES[4],
+        streams,
+        SIZES[6],
+        SIZES[7],
+        SIZES[8],
     )
-
-
-@triton.jit
-def gates_beside(
-    parts,
-    base,
-    scale,
-    write_out,
-    mix_out,
-    eps,
-    norm_eps,
-    GATES: tl.constexpr,
-    GATES_PADDED: tl.constexpr,
-    VALUES: tl.constexpr,
-    STREAMS: tl.constexpr,
-    TILES: tl.constexpr,
-    TILES_PADDED: tl.constexpr,
-    ITERATIONS: tl.constexpr,
-):
-    """What is due, by the one program that a launch has more for it.
-
-    It waits only at its end. It begins once the launch before has passed its wait, so ``parts`` is
-    made; and what it writes was new before that launch, which reads none of it.
-    """
-    if GATES:
-        let_next_begin()
-        bases, scales = levels_of(base, scale, STREAMS, GATES, GATES_PADDED)
-        work_out(
-            parts,
-            bases,
-            scales,
-            write_out,
-            mix_out,
-            eps,
-            norm_eps,
-            0,
-            GATES,
-            GATES_PADDED,
-            VALUES,
-            STREAMS,
-            TILES,
-            TILES_PADDED,
-            ITERATIONS,
-        )
-        wait_for_previous()
 
 
 @triton.jit

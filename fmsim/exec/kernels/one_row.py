@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fmsim.exec.kernels import few_rows, in_turns, mixing, tuning
+from fmsim.exec.kernels import few_rows, in_turns, tuning
 from fmsim.exec.kernels.in_turns import HeadTurn, normalised
 from fmsim.exec.kernels.lang import (
     after_previous,
@@ -28,7 +28,7 @@ from fmsim.exec.kernels.lang import (
     triton,
     wait_for_previous,
 )
-from fmsim.exec.kernels.mixing import gates_beside
+from fmsim.exec.kernels.mixing import Due, gates_beside
 from fmsim.exec.kernels.norm_rope import norm_rope_reference
 from fmsim.exec.kernels.weights import BLOCK, dequantise
 
@@ -105,7 +105,9 @@ def one_row_triton(
     alongside=False,
     turn=None,
     tune: tuning.OneRowTuning = tuning.ONE_ROW,
+    due: Due | None = None,
 ) -> Tensor:
+    """``due`` gates are worked out beside it, but where it goes in turns."""
     outputs, inputs = weight.shape
     of_group, blocks = outputs // groups, next_power_of_2(cdiv(inputs, BLOCK))
     assert weight.is_contiguous() and x.is_contiguous()
@@ -117,7 +119,7 @@ def one_row_triton(
     # of one group, and of one scale
     most = max(1, tune.block_bytes // (blocks * BLOCK * weight.itemsize))
     rows = math.gcd(most, of_group) if groups > 1 else min(most, BLOCK)
-    extra = mixing.taken(x)
+    extra = (due or Due()).take(x)
     _one_row[(cdiv(outputs, rows) + extra.programs,)](
         x,
         weight,
@@ -125,7 +127,7 @@ def one_row_triton(
         weight if norm is None else norm.weight,
         out,
         0.0 if norm is None else norm.eps,
-        *extra.arguments,
+        extra.tensors,
         OUTPUTS=outputs,
         INPUTS=inputs,
         OF_GROUP=of_group,
@@ -135,7 +137,7 @@ def one_row_triton(
         BLOCKS=blocks,
         NORM=norm is not None,
         ALONGSIDE=alongside,
-        **extra.sizes,
+        GATES=extra.sizes,
         num_warps=tune.warps,
         **overlapped(x),
     )
@@ -149,8 +151,10 @@ def two_rows_reference(
     return [one_row_reference(x, *of) for of in zip(weights, scales, strict=True)]
 
 
-def two_rows_triton(x, weights, scales, tune: tuning.OneRowTuning = tuning.ONE_ROW) -> list[Tensor]:
-    """In one launch, so that both weights are read while x is waited for."""
+def two_rows_triton(
+    x, weights, scales, tune: tuning.OneRowTuning = tuning.ONE_ROW, due: Due | None = None
+) -> list[Tensor]:
+    """In one launch, so that both weights are read while x is waited for; ``due`` gates beside."""
     inputs = weights[0].shape[1]
     blocks = next_power_of_2(cdiv(inputs, BLOCK))
     assert all(weight.is_contiguous() for weight in weights) and x.is_contiguous()
@@ -162,11 +166,11 @@ def two_rows_triton(x, weights, scales, tune: tuning.OneRowTuning = tuning.ONE_R
         outs.append(torch.empty(*x.shape[:-1], len(weight), dtype=x.dtype, device=x.device))
         given += [weight, weight if scale is None else scale, outs[-1]]
     programs = [cdiv(len(weight), of) for weight, of in zip(weights, rows, strict=True)]
-    extra = mixing.taken(x)
+    extra = (due or Due()).take(x)
     _two_rows[(sum(programs) + extra.programs,)](
         x,
         *given,
-        *extra.arguments,
+        extra.tensors,
         FIRST=programs[0],
         OUTPUTS=len(weights[0]),
         SCALES=0 if scales[0] is None else scales[0].shape[1],
@@ -177,7 +181,7 @@ def two_rows_triton(x, weights, scales, tune: tuning.OneRowTuning = tuning.ONE_R
         INPUTS=inputs,
         BLOCK=BLOCK,
         BLOCKS=blocks,
-        **extra.sizes,
+        GATES=extra.sizes,
         num_warps=tune.warps,
         **overlapped(x),
     )
@@ -192,13 +196,7 @@ def _one_row(
     norm,
     out,
     eps,
-    parts,
-    base,
-    gate_scale,
-    write_out,
-    mix_out,
-    gate_eps,
-    streams_eps,
+    gates,
     OUTPUTS: tl.constexpr,
     INPUTS: tl.constexpr,
     OF_GROUP: tl.constexpr,
@@ -209,36 +207,16 @@ def _one_row(
     NORM: tl.constexpr,
     ALONGSIDE: tl.constexpr,
     GATES: tl.constexpr,
-    GATES_PADDED: tl.constexpr,
-    VALUES: tl.constexpr,
-    STREAMS: tl.constexpr,
-    TILES: tl.constexpr,
-    TILES_PADDED: tl.constexpr,
-    ITERATIONS: tl.constexpr,
 ):
-    """One program: `_rows` of the n-th; before them one for GATES."""
+    """One program: `rows_of` of the n-th; before them one for GATES."""
     number = tl.program_id(0)
-    if GATES:
+    if GATES is not None:
         number -= 1
     if number < 0:
-        gates_beside(
-            parts,
-            base,
-            gate_scale,
-            write_out,
-            mix_out,
-            gate_eps,
-            streams_eps,
-            GATES,
-            GATES_PADDED,
-            VALUES,
-            STREAMS,
-            TILES,
-            TILES_PADDED,
-            ITERATIONS,
-        )
+        if GATES is not None:
+            gates_beside(gates, GATES)
     else:
-        _rows(
+        rows_of(
             number,
             x,
             weight,
@@ -267,13 +245,7 @@ def _two_rows(
     second_weight,
     second_scale,
     second_out,
-    parts,
-    base,
-    gate_scale,
-    write_out,
-    mix_out,
-    gate_eps,
-    streams_eps,
+    gates,
     FIRST: tl.constexpr,
     OUTPUTS: tl.constexpr,
     SCALES: tl.constexpr,
@@ -285,36 +257,16 @@ def _two_rows(
     BLOCK: tl.constexpr,
     BLOCKS: tl.constexpr,
     GATES: tl.constexpr,
-    GATES_PADDED: tl.constexpr,
-    VALUES: tl.constexpr,
-    STREAMS: tl.constexpr,
-    TILES: tl.constexpr,
-    TILES_PADDED: tl.constexpr,
-    ITERATIONS: tl.constexpr,
 ):
     """FIRST programs of one weight, and those of the second; before them one for GATES."""
     number = tl.program_id(0)
-    if GATES:
+    if GATES is not None:
         number -= 1
     if number < 0:
-        gates_beside(
-            parts,
-            base,
-            gate_scale,
-            write_out,
-            mix_out,
-            gate_eps,
-            streams_eps,
-            GATES,
-            GATES_PADDED,
-            VALUES,
-            STREAMS,
-            TILES,
-            TILES_PADDED,
-            ITERATIONS,
-        )
+        if GATES is not None:
+            gates_beside(gates, GATES)
     elif number < FIRST:
-        _rows(
+        rows_of(
             number,
             x,
             weight,
@@ -333,7 +285,7 @@ def _two_rows(
             ALONGSIDE=False,
         )
     else:
-        _rows(
+        rows_of(
             number - FIRST,
             x,
             second_weight,
@@ -354,7 +306,7 @@ def _two_rows(
 
 
 @triton.jit
-def _rows(
+def rows_of(
     number,
     x,
     weight,

@@ -1,5 +1,5 @@
 """Which experts a token takes, and how much of each: all that follows the router's product, in one
-launch.
+launch; of one token with that product.
 """
 
 from __future__ import annotations
@@ -7,14 +7,67 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from fmsim.exec.kernels import arrivals, one_row, tuning
 from fmsim.exec.kernels.lang import (
     after_previous,
+    cdiv,
     next_power_of_2,
     overlapped,
     runs_compiled,
     tl,
     triton,
 )
+from fmsim.exec.kernels.mixing import gates_beside
+from fmsim.exec.kernels.one_row import rows_of
+from fmsim.exec.kernels.weights import BLOCK
+
+
+def routed(x: Tensor, tokens: Tensor, router: nn.Module) -> tuple[Tensor, Tensor]:
+    """As `route`, of the rows x [N, D] that the router's weight is multiplied by."""
+    if one_row.takes(x, router.weight):
+        return routed_triton(x, tokens, router)
+    return route(one_row.product(x, router.weight), tokens, router)
+
+
+def routed_reference(x, tokens, router) -> tuple[Tensor, Tensor]:
+    return router.choose(one_row.one_row_reference(x, router.weight), tokens)
+
+
+def routed_triton(x, tokens, router, tune: tuning.OneRowTuning = tuning.ONE_ROW):
+    """Of one row: the last program of its product makes the choice."""
+    (count, inputs), top_k = router.weight.shape, router.top_k
+    blocks = next_power_of_2(cdiv(inputs, BLOCK))
+    rows = min(max(1, tune.block_bytes // (blocks * BLOCK * router.weight.itemsize)), BLOCK)
+    assert x.is_contiguous() and router.weight.is_contiguous()
+    logits = torch.empty(1, count, dtype=x.dtype, device=x.device)
+    chosen = torch.empty(1, top_k, dtype=torch.int64, device=x.device)
+    weights = torch.empty(1, top_k, dtype=torch.float32, device=x.device)
+    extra = router.due.take(x)
+    _routed[(cdiv(count, rows) + extra.programs,)](
+        x,
+        router.weight,
+        logits,
+        arrivals.arrivals(x.device),
+        tokens,
+        router.tid2eid if router.hashed else router.e_score_correction_bias,
+        chosen,
+        weights,
+        router.scaling,
+        extra.tensors,
+        EXPERTS=count,
+        EXPERTS_PADDED=next_power_of_2(count),
+        INPUTS=inputs,
+        BLOCK=BLOCK,
+        ROWS=rows,
+        BLOCKS=blocks,
+        TOP_K=top_k,
+        TOP_K_PADDED=next_power_of_2(top_k),
+        HASHED=router.hashed,
+        GATES=extra.sizes,
+        num_warps=tune.warps,
+        **overlapped(x),
+    )
+    return chosen, weights
 
 
 def route(logits: Tensor, tokens: Tensor, router: nn.Module) -> tuple[Tensor, Tensor]:
@@ -86,7 +139,111 @@ def _route(
     the choice.
     """
     after_previous()
-    token, slot = tl.program_id(0).to(tl.int64), tl.arange(0, TOP_K_PADDED)
+    token = tl.program_id(0).to(tl.int64)
+    _choose(
+        logits,
+        tokens,
+        given,
+        chosen_out,
+        weights_out,
+        scaling,
+        token,
+        EXPERTS,
+        EXPERTS_PADDED,
+        TOP_K,
+        TOP_K_PADDED,
+        HASHED,
+    )
+
+
+@triton.jit
+def _routed(
+    x,
+    weight,
+    logits,
+    arrived,
+    tokens,
+    given,
+    chosen_out,
+    weights_out,
+    scaling,
+    gates,
+    EXPERTS: tl.constexpr,
+    EXPERTS_PADDED: tl.constexpr,
+    INPUTS: tl.constexpr,
+    BLOCK: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCKS: tl.constexpr,
+    TOP_K: tl.constexpr,
+    TOP_K_PADDED: tl.constexpr,
+    HASHED: tl.constexpr,
+    GATES: tl.constexpr,
+):
+    """One program: some experts' logits; the last of them to end makes the choice. One before them
+    for GATES.
+    """
+    number = tl.program_id(0)
+    if GATES is not None:
+        number -= 1
+    if number < 0:
+        if GATES is not None:
+            gates_beside(gates, GATES)
+    else:
+        rows_of(
+            number,
+            x,
+            weight,
+            weight,
+            x,
+            logits,
+            0.0,
+            EXPERTS,
+            INPUTS,
+            EXPERTS,
+            0,
+            BLOCK,
+            ROWS,
+            BLOCKS,
+            NORM=False,
+            ALONGSIDE=False,
+        )
+        tl.debug_barrier()  # all threads' logits are there before one of them says so
+        last = (EXPERTS + ROWS - 1) // ROWS - 1
+        if tl.atomic_add(arrived, 1, sem="acq_rel") == last:
+            _choose(
+                logits,
+                tokens,
+                given,
+                chosen_out,
+                weights_out,
+                scaling,
+                0,
+                EXPERTS,
+                EXPERTS_PADDED,
+                TOP_K,
+                TOP_K_PADDED,
+                HASHED,
+            )
+            tl.store(arrived, 0)  # as it was
+
+
+@triton.jit
+def _choose(
+    logits,
+    tokens,
+    given,
+    chosen_out,
+    weights_out,
+    scaling,
+    token,
+    EXPERTS: tl.constexpr,
+    EXPERTS_PADDED: tl.constexpr,
+    TOP_K: tl.constexpr,
+    TOP_K_PADDED: tl.constexpr,
+    HASHED: tl.constexpr,
+):
+    """Of the ``token``-th, from its ``logits``; arguments as of `_route`."""
+    slot = tl.arange(0, TOP_K_PADDED)
     logits, exists = logits + token * EXPERTS, slot < TOP_K
     if HASHED:
         chosen = tl.load(given + tl.load(tokens + token) * TOP_K + slot, mask=exists, other=0).to(

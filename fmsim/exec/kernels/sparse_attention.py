@@ -65,19 +65,30 @@ def sparse_attention(
     turn: Turn | None = None,
     dtype: torch.dtype | None = None,
     rounded: bool = False,
+    known: bool = False,
 ) -> tuple[Activations, Masses | None]:
     """``queries`` [B, H, C] rotated, of `matrix_type` or bfloat16, ``sinks`` float32 [H]
     -> output [B, H, C] in ``dtype``, the queries' unless given, and the masses where wanted.
     ``rounded``: as rows [B, H * C] of float8 alone.
 
-    With ``turn``, the queries' angles as `norm_rope` takes them, the values' RoPE is undone.
+    With ``turn``, the queries' angles as `norm_rope` takes them, the values' RoPE is undone. The
+    ids are ``known`` where they, their table and the window's lengths were there before the launch
+    that makes the queries.
     """
     run = sparse_attention_triton if runs_compiled(queries) else sparse_attention_reference
-    return run(queries, rows, sinks, scale, want_masses, turn, dtype, rounded)
+    return run(queries, rows, sinks, scale, want_masses, turn, dtype, rounded, known)
 
 
 def sparse_attention_reference(
-    queries, rows: Rows, sinks, scale, want_masses=False, turn=None, dtype=None, rounded=False
+    queries,
+    rows: Rows,
+    sinks,
+    scale,
+    want_masses=False,
+    turn=None,
+    dtype=None,
+    rounded=False,
+    known=False,
 ) -> tuple[Activations, Masses | None]:
     batch, width = len(queries), rows.layout.per_page(rows.window)
     places = torch.arange(width, device=queries.device)
@@ -115,6 +126,7 @@ def sparse_attention_triton(
     turn=None,
     dtype=None,
     rounded=False,
+    known=False,
     tune: tuning.AttentionTuning | tuning.GatheredAttentionTuning | None = None,
 ) -> tuple[Activations, Masses | None]:
     batch, heads, _ = queries.shape
@@ -122,11 +134,14 @@ def sparse_attention_triton(
     if tune is None and served and not want_masses:
         return _finished(flash_mla.attend(queries, rows, sinks, scale), turn, dtype, rounded), None
     tune = tune or tuning.attention(batch, heads, packed=rows.layout.kind == "latent")
-    attend = attend_in_place if isinstance(tune, tuning.AttentionTuning) else attend_gathered
     out = torch.empty_like(queries)
     # queries in the rows' own type: converted in the kernel they would fill the registers
     wanted = queries.to(matrix_type(rows.layout))
-    parts = attend(wanted, rows, sinks, scale, want_masses, tune, out)
+    given = wanted, rows, sinks, scale, want_masses, tune, out
+    if isinstance(tune, tuning.AttentionTuning):
+        parts = attend_in_place(*given, known)
+    else:
+        parts = attend_gathered(*given)
     total = parts.sums[:, 0]
     if parts.values is not out:
         done, total = _combined(parts, sinks, turn, dtype or out.dtype, rounded)

@@ -136,6 +136,9 @@ class HyperConnectionTuning(NamedTuple):
     programs: int = 1056
     project_warps: int = 4
     enter_warps: int = 8
+    # of a single token: of all streams, a tile; and of its block's input, a multiple of 128
+    tile_channels: int = 32
+    input_channels: int = 1024
 
 
 class LinearTuning(NamedTuple):

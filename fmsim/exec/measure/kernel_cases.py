@@ -15,7 +15,7 @@ from torch import Tensor
 
 from fmsim.exec.kernels import flash_mla
 from fmsim.exec.kernels.attention_rows import Rows, matrix_type
-from fmsim.exec.kernels.compress import Pooling, compress_and_append
+from fmsim.exec.kernels.compress import Append, Pooling, append
 from fmsim.exec.kernels.gather import copy_rows
 from fmsim.exec.kernels.index_score import index_scores, index_scores_reference, new_scores
 from fmsim.exec.kernels.lang import cdiv
@@ -206,14 +206,15 @@ def appending(batch: int, layout: Layout, rate: int, series: int, device) -> Cas
     kv, gate = (
         torch.randn(batch, 1, series * width, device=device).to(torch.bfloat16) for _ in range(2)
     )
-    starts = torch.full((batch,), 2 * rate - 1, dtype=torch.int32, device=device)
+    positions = torch.full((batch,), 2 * rate - 1, dtype=torch.int32, device=device)
     turn = torch.ones(batch, 1, 32, device=device), torch.zeros(batch, 1, 32, device=device)
+    of = [Append(kv, gate, pooling, ring, turn, pool, layout, table)]
     n_bytes = batch * (series * rate * width * 2 * 2 + layout.entry_bytes)
     return Case(
         f"append, {layout.kind}",
         f"{batch} x {rate}",
         n_bytes,
-        lambda: compress_and_append(kv, gate, starts, pooling, ring, turn, pool, layout, table),
+        lambda: append(of, positions),
     )
 
 

@@ -19,13 +19,13 @@ from transformers import DeepseekV4Config
 from fmsim.exec.decode.decode_attention import AllEntries
 from fmsim.exec.decode.step_state import decode_attentions
 from fmsim.exec.kernels import tuning
+from fmsim.exec.kernels.greedy import likeliest
 from fmsim.exec.kernels.layout import Layout
 from fmsim.exec.measure import kernel_cases as cases
 from fmsim.exec.measure.jobs import Report
 from fmsim.exec.measure.module_times import is_float8
 from fmsim.exec.measure.timing import captured, median_s
 from fmsim.exec.model.deepseek_v4 import DeepseekV4
-from fmsim.exec.model.greedy import likeliest
 from fmsim.exec.model.kinds import CSA
 from fmsim.exec.model.weights.loader import allocate, meta_model
 from fmsim.exec.model.weights.quantised import has_float8_rows, hold_float8, published_float8

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import DeepseekV4Config
 
+from fmsim.exec.kernels.mixing import Due
 from fmsim.exec.kernels.norm_rope import norm_rope
 from fmsim.exec.kernels.rounded_rows import Activations, wide_rows
 from fmsim.exec.model.cache import Access, LayerCache, StepLayer
@@ -49,6 +50,7 @@ class Attention(nn.Module):
         self.kv_norm = RMSNorm(size, self.eps)
         self.o_a_proj = linear(heads * size // groups, groups * config.o_lora_rank)
         self.o_b_proj = linear(groups * config.o_lora_rank, config.hidden_size)
+        self.due = Due()
         self.sinks = nn.Parameter(torch.zeros(heads))
         if kind != SLIDING:
             self.compressor = Compressor(config, kind, size, overlapping=kind == CSA)

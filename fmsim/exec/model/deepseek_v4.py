@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from transformers import DeepseekV4Config
 
+from fmsim.exec.kernels import one_row
 from fmsim.exec.kernels.hyper_connection import Pending, enter, read_out
 from fmsim.exec.model.attention import Attention
 from fmsim.exec.model.cache import Access, Attend, Cache, LayerCache
@@ -43,6 +44,8 @@ class Layer(nn.Module):
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.attn_hc = HyperConnection(config)
         self.ffn_hc = HyperConnection(config)
+        # a connection's gates are worked out by the first product of what it enters
+        self.self_attn.due, self.mlp.gate.due = self.attn_hc.due, self.ffn_hc.due
 
     def forward(
         self, streams, tokens, positions, cache: LayerCache | None
@@ -146,7 +149,10 @@ class DeepseekV4(nn.Module):
         streams, pending = self._embed(tokens[:, None]), None
         for layer, attend in zip(self.model.layers, attends, strict=True):
             streams, pending = layer.decode(streams, pending, tokens[:, None], positions, attend)
-        return self.lm_head(read_out(streams, pending, self.model.hc_head, self.model.norm))[:, 0]
+        last = read_out(streams, pending, self.model.hc_head, self.model.norm)
+        if one_row.takes(last, self.lm_head.weight):  # it reads weights before `last` is there
+            return one_row.one_row_triton(last, self.lm_head.weight)[:, 0]
+        return self.lm_head(last)[:, 0]
 
     def train_forward(
         self, tokens: Tensor, positions: Tensor, sparse: bool

@@ -17,8 +17,8 @@ from fmsim.exec.kernels.experts import (
     mixture_of_experts,
 )
 from fmsim.exec.kernels.hyper_connection import Shares
-from fmsim.exec.kernels.one_row import product
-from fmsim.exec.kernels.router import route
+from fmsim.exec.kernels.mixing import Due
+from fmsim.exec.kernels.router import routed
 from fmsim.exec.kernels.weights import dequantise
 from fmsim.exec.model.projections import linear
 
@@ -146,6 +146,7 @@ class Router(nn.Module):
         self.scaling = config.routed_scaling_factor
         self.hashed = hashed
         self.weight = nn.Parameter(torch.empty(count, config.hidden_size))
+        self.due = Due()
         if hashed:
             self.register_buffer(
                 "tid2eid", torch.zeros(config.vocab_size, self.top_k, dtype=torch.long)
@@ -155,7 +156,7 @@ class Router(nn.Module):
 
     def forward(self, x: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
         """x [N, D], tokens [N] -> chosen int64 and weights float32 [N, top_k]."""
-        return route(product(x, self.weight), tokens, self)
+        return routed(x, tokens, self)
 
     def choose(self, logits: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
         scores = F.softplus(logits.float()).sqrt()

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import DeepseekV4Config
 
+from fmsim.exec.kernels.mixing import Due
 from fmsim.exec.model.norm_rope import rms_normalise
 
 
@@ -35,6 +36,7 @@ class HyperConnection(nn.Module):
         self.fn = nn.Parameter(torch.empty((2 + streams) * streams, streams * config.hidden_size))
         self.base = nn.Parameter(torch.zeros((2 + streams) * streams))
         self.scale = nn.Parameter(torch.ones(3))
+        self.due = Due()
 
     def enter(self, streams: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """[B, S, R, D] -> block input [B, S, D], write weights [B, S, R], mixing [B, S, R, R]."""

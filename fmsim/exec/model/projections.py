@@ -13,6 +13,7 @@ from fmsim.exec.kernels import one_row
 from fmsim.exec.kernels.in_turns import HeadTurn
 from fmsim.exec.kernels.linear import are_rounded, grouped_product
 from fmsim.exec.kernels.linear import linear as multiply
+from fmsim.exec.kernels.mixing import Due
 from fmsim.exec.kernels.norm_rope import norm_rope
 from fmsim.exec.kernels.rms_norm import rms_norm
 from fmsim.exec.kernels.rounded_rows import Activations, wide_rows
@@ -119,13 +120,16 @@ class Joined:
         ]
         self.sizes = [projection.out_features for projection in projections]
 
-    def __call__(self, x: Activations, norm: nn.Module | None = None) -> list[Tensor]:
+    def __call__(
+        self, x: Activations, norm: nn.Module | None = None, due: Due | None = None
+    ) -> list[Tensor]:
+        """``due`` gates are worked out beside one row's, where no norm comes before."""
         wide = wide_rows(x)
         alone = all(one_row.takes(wide, whole.weight) for _, whole in self.products)
         if norm is not None and not alone:
             x = wide = rms_norm(wide, norm)
         outs = (
-            self._of_one_row(wide, norm)
+            self._of_one_row(wide, norm, due)
             if alone
             else [
                 whole(x) if isinstance(whole, Float8Linear) else one_row.product(wide, whole.weight)
@@ -150,14 +154,14 @@ class Joined:
         [out] = self(x, norm)
         return norm_rope(out.view(-1, whole.out_features // head, head), turn[:2])
 
-    def _of_one_row(self, x: Tensor, norm: nn.Module | None) -> list[Tensor]:
+    def _of_one_row(self, x: Tensor, norm: nn.Module | None, due: Due | None) -> list[Tensor]:
         """Two in one launch, where no norm comes before."""
         weights = [whole.weight for _, whole in self.products]
         scales = [getattr(whole, "scale", None) for _, whole in self.products]
         if len(weights) == 2 and norm is None:
-            return one_row.two_rows_triton(x, weights, scales)
+            return one_row.two_rows_triton(x, weights, scales, due=due)
         return [
-            one_row.one_row_triton(x, *of, norm=norm, alongside=number > 0)
+            one_row.one_row_triton(x, *of, norm=norm, alongside=number > 0, due=due)
             for number, of in enumerate(zip(weights, scales, strict=True))
         ]
 

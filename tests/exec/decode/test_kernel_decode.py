@@ -93,14 +93,18 @@ def test_gates_that_are_left_due_are_those_of_the_connection(device, monkeypatch
     model.load_state_dict(reference.state_dict())
     model.eval().requires_grad_(False)
     left, unclaimed, found = [], [], []
-    leave_due, finish = mixing.leave_due, mixing.finish
+    leave, finish = mixing.Due.leave, mixing.Due.finish
 
-    def finish_and_count():
-        unclaimed.append(len(mixing._due))
-        finish()
+    def leave_and_count(due, gates):
+        left.append(1)
+        leave(due, gates)
 
-    monkeypatch.setattr(mixing, "leave_due", lambda due: (left.append(1), leave_due(due)))
-    monkeypatch.setattr(mixing, "finish", finish_and_count)
+    def finish_and_count(due):
+        unclaimed.append(due._gates is not None)
+        finish(due)
+
+    monkeypatch.setattr(mixing.Due, "leave", leave_and_count)
+    monkeypatch.setattr(mixing.Due, "finish", finish_and_count)
     monkeypatch.setattr(exec_model, "read_out", hyper_connection.read_out_triton)
     for leaves in (False, True):
         monkeypatch.setattr(

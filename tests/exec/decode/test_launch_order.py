@@ -33,9 +33,12 @@ def opens_at_once(kernel, constants):
 
 def reads_at_once(kernel, constants):
     """It reads what launches have made before it waits for the one before it."""
+    if kernel.__name__ == "_gate_up":
+        return not constants["SORTED"]
     source = inspect.getsource(kernel)
     first = source.partition("wait_for_previous()")[0]
-    return constants.get("ALONGSIDE", "let_next_begin()" in first and "ALONGSIDE" not in source)
+    always = "let_next_begin()" in first and "ALONGSIDE" not in source
+    return constants.get("ALONGSIDE", constants.get("AHEAD", always))
 
 
 class Walk:
@@ -71,8 +74,10 @@ def model():
     return synthetic_model(SMALL, "cpu", model_bytes(SMALL, 8), 0)[0]
 
 
-@pytest.mark.parametrize("batch", [1, 3])
-def test_no_launch_that_reads_at_once_follows_one_that_opens_at_once(model, batch, monkeypatch):
+@pytest.mark.parametrize(("batch", "least"), [(1, 12), (3, 2)])
+def test_no_launch_that_reads_at_once_follows_one_that_opens_at_once(
+    model, batch, least, monkeypatch
+):
     """Attention opens at once, so that the output projection reads its weights beside it. What the
     launch before attention makes may not be there yet: so nothing else may be read so early.
     """
@@ -96,5 +101,5 @@ def test_no_launch_that_reads_at_once_follows_one_that_opens_at_once(model, batc
     pairs = list(walk.pairs())
     after_attention = [later for former, later in pairs if opens_at_once(*former)]
     early = [later for former, later in pairs if reads_at_once(*later)]
-    assert len(after_attention) >= 2 * len(SMALL.layer_types) and len(early) >= 4
+    assert len(after_attention) >= 2 * len(SMALL.layer_types) and len(early) >= least
     assert not [kernel for kernel, constants in after_attention if reads_at_once(kernel, constants)]

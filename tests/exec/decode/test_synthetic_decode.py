@@ -20,6 +20,7 @@ from small_flash import small_flash
 from fmsim.errors import FmsimError
 from fmsim.exec.decode import trace_driven
 from fmsim.exec.decode.synthetic_decode import SyntheticStep
+from fmsim.exec.decode.trace_driven import TraceDrivenDecode
 from fmsim.exec.model.weights.synthetic import model_bytes, synthetic_model
 from fmsim.exec.runs import synthetic as synthetic_run
 from fmsim.geometry import CSA, HCA, PRESETS
@@ -146,6 +147,23 @@ def test_a_lookahead_policy_keeps_the_keys_of_what_its_indexer_scores(
     predicted = allocation(ledger, SMALL).total
     assert found.decode.spare_bytes == allocation(ledger, SMALL).spare
     assert 0 <= found.gpu_bytes - predicted <= 64 * 584 + granularity * 132
+
+
+def test_where_all_is_kept_all_that_was_selected_is_there():
+    """Nobody looks into the residency then; who does finds the same."""
+    replayer, full = Replayer(make_trace(prompt_tokens=800, n_steps=4)), registry.build("full")
+    model, _ = synthetic_model(SMALL, "cpu", model_bytes(SMALL, 8), 0)
+    groups = footprint(replayer.run(full), SMALL, (0, 1, 2)).groups
+    decode = TraceDrivenDecode(replayer, full, SMALL, groups, SMALL.n_csa, watch=False)
+    step, needs = SyntheticStep(decode, model, (0, 1, 2)), decode.manager.needs
+    assert needs.keeps_all
+    for number in range(4):
+        decode.manager.needs = needs
+        step.prepare(number)
+        found = step.given.clone()
+        decode.manager.needs = replace(needs, keeps_all=False)
+        step.prepare(number)
+        assert torch.equal(step.given, found) and (found >= 0).any()
 
 
 def test_layers_before_the_first_csa_layer_read_nothing_that_is_shown_later(monkeypatch):

@@ -9,16 +9,18 @@ from hypothesis import strategies as st
 from kernel_pools import on_each_device, relative_error
 
 from fmsim.exec.kernels.compress import (
+    Append,
     Pooling,
-    compress_and_append_reference,
-    compress_and_append_triton,
+    Ring,
+    append_reference,
+    append_triton,
 )
 from fmsim.exec.kernels.layout import KEY, LATENT, plain, read_entries
+from fmsim.exec.kernels.norm_rope import Turn
 from fmsim.exec.model.cache import CompressorState
 from fmsim.exec.model.compressor import Compressor
 from fmsim.exec.model.kinds import CSA, HCA
 from fmsim.exec.model.norm_rope import inverse_frequencies
-from fmsim.indexer.scorer import hadamard_matrix
 from fmsim.nano.config import nano_config
 
 LAYOUTS = {
@@ -29,22 +31,16 @@ LAYOUTS = {
 }
 
 
-def rotation(
-    starts: torch.Tensor, pooling: Pooling, tokens: int, inv_freq: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor]:
-    entry = starts[:, None] // pooling.rate + torch.arange(
-        pooling.most_closed(tokens), device=starts.device
-    )
-    angles = (entry * pooling.rate)[..., None].float() * inv_freq
+def turn_of(positions: torch.Tensor, rate: int, inv_freq: torch.Tensor) -> Turn:
+    angles = (positions // rate * rate)[:, None, None].float() * inv_freq
     return angles.cos(), angles.sin()
 
 
 @pytest.mark.parametrize(("dtype", "limit"), [(torch.float32, 1e-6), (torch.bfloat16, 1e-2)])
 @pytest.mark.parametrize("kind", [CSA, HCA])
 def test_the_reference_is_the_models_compressor(kind, dtype, limit):
-    """A prompt in two chunks, then tokens one by one, across several entries' ends.
-
-    Bias and norm stay float32, as the loader keeps them.
+    """Token by token, across several entries' ends. Bias and norm stay float32, as the loader keeps
+    them.
     """
     torch.manual_seed(0)
     config = nano_config()
@@ -54,11 +50,9 @@ def test_the_reference_is_the_models_compressor(kind, dtype, limit):
     for projection in (model.kv_proj, model.gate_proj):
         projection.to(dtype)
     inv_freq, layout = inverse_frequencies(config, "compress"), plain(torch.float32, 64)
-    lengths = [3 * model.rate + 2, 1, model.rate - 1, *[1] * (model.rate + 3)]
-    x = torch.randn(1, sum(lengths), config.hidden_size).to(dtype)
-    expected = model.compress(
-        x, None, inv_freq, CompressorState(torch.zeros(1, 20, 64, dtype=dtype))
-    )
+    x = torch.randn(1, 3 * model.rate + 2, config.hidden_size).to(dtype)
+    state = CompressorState(torch.zeros(1, 20, 64, dtype=dtype))
+    expected = model.compress(x, None, inv_freq, state)
     pooling = Pooling(
         model.rate,
         2 if kind == CSA else 1,
@@ -66,27 +60,14 @@ def test_the_reference_is_the_models_compressor(kind, dtype, limit):
         model.kv_norm.weight,
         config.rms_norm_eps,
     )
-    ring, pool, table, start = (
-        pooling.new_ring(1, dtype),
-        layout.new_pool(5, 4),
-        torch.tensor([[2, 0, 4, 1, 3]], dtype=torch.int32),
-        0,
-    )
-    for length in lengths:
-        part, starts = x[:, start : start + length], torch.tensor([start], dtype=torch.int32)
-        turn = rotation(starts, pooling, length, inv_freq)
-        compress_and_append_reference(
-            model.kv_proj(part),
-            model.gate_proj(part),
-            starts,
-            pooling,
-            ring,
-            turn,
-            pool,
-            layout,
-            table,
-        )
-        start += length
+    ring, pool = pooling.new_ring(1, dtype), layout.new_pool(5, 4)
+    table = torch.tensor([[2, 0, 4, 1, 3]], dtype=torch.int32)
+    kvs, gates = model.kv_proj(x), model.gate_proj(x)
+    for token in range(x.shape[1]):
+        at, new = torch.tensor([token], dtype=torch.int32), slice(token, token + 1)
+        turn = turn_of(at, model.rate, inv_freq)
+        of = Append(kvs[:, new], gates[:, new], pooling, ring, turn, pool, layout, table)
+        append_reference([of], at)
     ids = torch.arange(expected.shape[1])
     found = read_entries(pool, layout, table[0, ids // 4].long() * 4 + ids % 4)
     assert expected.dtype == dtype and relative_error(found, expected[0]) < limit
@@ -96,60 +77,66 @@ def test_the_reference_is_the_models_compressor(kind, dtype, limit):
 @settings(max_examples=15, deadline=None)
 @given(
     seed=st.integers(0, 2**32),
-    kind=st.sampled_from(list(LAYOUTS)),
-    series=st.integers(1, 2),
-    rate=st.sampled_from([4, 16]),
+    kinds=st.lists(
+        st.tuples(st.sampled_from(list(LAYOUTS)), st.sampled_from([1, 4, 16]), st.integers(1, 2)),
+        min_size=1,
+        max_size=3,
+    ),
     batch=st.integers(1, 2),
-    tokens=st.sampled_from([1, 2, 9, 40]),
+    tokens=st.integers(1, 5),
     per_page=st.sampled_from([1, 4]),
     missing=st.sampled_from([0.0, 0.3]),
-    hadamard=st.booleans(),
     apart=st.booleans(),
+    alongside=st.booleans(),
 )
 def test_the_kernel_is_the_reference(
-    device, seed, kind, series, rate, batch, tokens, per_page, missing, hadamard, apart
+    device, seed, kinds, batch, tokens, per_page, missing, apart, alongside
 ):
-    """``apart``: kv and gate are parts of longer rows, as a product of several projections at once
-    gives them.
+    """Some tokens, one by one, from rings of any content on. ``apart``: kv and gate are parts of
+    longer rows, as a product of several projections at once gives them.
     """
     generator = torch.Generator().manual_seed(seed)
 
     def random(*shape):
         return torch.randn(shape, generator=generator).to(device)
 
-    layout, pages = LAYOUTS[kind], 20
-    width = layout.width
-    matrix = (
-        torch.from_numpy(hadamard_matrix(width)).to(device) if hadamard and width < 512 else None
-    )
-    pooling = Pooling(rate, series, random(rate, series * width), random(width), 1e-6, matrix)
-    rows = [
-        random(batch, tokens, series * width + more * apart).to(torch.bfloat16) for more in (16, 48)
-    ]
-    kv, gate = (part[..., : series * width] for part in rows)
-    starts = torch.randint(0, 3 * rate, (batch,), generator=generator).to(device, torch.int32)
-    rings = [pooling.new_ring(batch, torch.bfloat16) for _ in range(2)]
-    rings[0].kv.copy_(random(*rings[0].kv.shape)), rings[0].gate.copy_(random(*rings[0].gate.shape))
-    rings[1].kv.copy_(rings[0].kv), rings[1].gate.copy_(rings[0].gate)
-    table = torch.randperm(batch * pages, generator=generator).view(batch, pages).to(torch.int32)
-    table = table.masked_fill(torch.rand(table.shape, generator=generator) < missing, -1).to(device)
-    turn = rotation(starts, pooling, tokens, torch.logspace(0, -4, 8, device=device))
-    pools = [
-        torch.full(
-            (batch * pages, per_page * layout.entry_bytes), 0x3C, dtype=torch.uint8, device=device
-        )
-        for _ in range(2)
-    ]
-    compress_and_append_reference(
-        kv, gate, starts, pooling, rings[0], turn, pools[0], layout, table
-    )
-    compress_and_append_triton(kv, gate, starts, pooling, rings[1], turn, pools[1], layout, table)
-    assert torch.equal(rings[0].kv, rings[1].kv) and torch.equal(rings[0].gate, rings[1].gate)
-    slots = torch.arange(batch * pages * per_page, device=device)
-    expected, found = (read_entries(pool, layout, slots) for pool in pools)
-    untouched = (pools[0] == 0x3C).all(1)
-    assert torch.equal(untouched, (pools[1] == 0x3C).all(1))
-    # float32 sums in another order may round to the neighbouring code, now and then; and the
-    # interpreter cuts bfloat16 off, by up to one step
-    limit = 1e-6 if kind == "float32" else 2**-7
-    assert relative_error(found, expected) < limit
+    def made(kind, rate, series):
+        layout, pages = LAYOUTS[kind], 20
+        bias, norm = random(rate, series * layout.width), random(layout.width)
+        pooling = Pooling(rate, series, bias, norm, 1e-6)
+        ring = pooling.new_ring(batch, torch.bfloat16)
+        for part in ring:
+            part.copy_(random(*part.shape))
+        table = torch.randperm(batch * pages, generator=generator).view(batch, pages)
+        gone = torch.rand(table.shape, generator=generator) < missing
+        table = table.masked_fill(gone, -1).to(device, torch.int32)
+        shape = (batch * pages, per_page * layout.entry_bytes)
+        pool = torch.full(shape, 0x3C, dtype=torch.uint8, device=device)
+        return Append(None, None, pooling, ring, None, pool, layout, table)
+
+    def again(of):
+        return of._replace(ring=Ring(*(part.clone() for part in of.ring)), pool=of.pool.clone())
+
+    ways = [made(*kind) for kind in kinds], []
+    ways[1].extend(again(of) for of in ways[0])
+    start = torch.randint(0, 20 - tokens, (batch,), generator=generator).to(device, torch.int32)
+    inv_freq = torch.logspace(0, -4, 8, device=device)
+    for at in range(tokens):
+        new = []
+        for of in ways[0]:
+            width = of.pooling.series * of.pooling.width
+            rows = [random(batch, 1, width + more * apart).bfloat16() for more in (16, 48)]
+            turn = turn_of(start + at, of.pooling.rate, inv_freq)
+            new.append({"kv": rows[0][..., :width], "gate": rows[1][..., :width], "rotation": turn})
+        for run, way in zip((append_reference, append_triton), ways, strict=True):
+            given = [of._replace(**token) for of, token in zip(way, new, strict=True)]
+            run(given, start + at, alongside)
+    for one, other in zip(*ways, strict=True):
+        assert all(map(torch.equal, one.ring, other.ring))
+        slots = torch.arange(len(one.pool) * per_page, device=device)
+        expected, found = (read_entries(of.pool, one.layout, slots) for of in (one, other))
+        assert torch.equal((one.pool == 0x3C).all(1), (other.pool == 0x3C).all(1))
+        # float32 sums in another order may round to the neighbouring code, now and then; and the
+        # interpreter cuts bfloat16 off, by up to one step
+        limit = 1e-6 if one.layout == LAYOUTS["float32"] else 2**-7
+        assert relative_error(found, expected) < limit

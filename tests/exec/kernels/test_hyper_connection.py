@@ -17,11 +17,13 @@ from fmsim.exec.kernels.hyper_connection import (
     read_out_triton,
 )
 from fmsim.exec.kernels.one_row import one_row_triton, two_rows_triton
+from fmsim.exec.kernels.router import routed_triton
 from fmsim.exec.kernels.tuning import HyperConnectionTuning
+from fmsim.exec.model.experts import Router
 from fmsim.exec.model.hyper_connection import HyperConnection, HyperHead
 from fmsim.exec.model.norm_rope import RMSNorm
 
-SMALL = HyperConnectionTuning(block_channels=32, programs=4)
+SMALL = HyperConnectionTuning(block_channels=32, programs=4, tile_channels=16, input_channels=64)
 # bfloat16: the model rounds every product on the way back, the kernel the sum of them
 LIMITS = {torch.float32: 5e-6, torch.bfloat16: 1e-2}
 
@@ -108,18 +110,22 @@ def test_mixing_is_doubly_stochastic(device):
 @on_each_device
 @torch.no_grad()
 def test_the_next_product_works_out_the_gates(device):
-    """As the connection itself does: the product of one weight, of two, or of none, where the way
-    back does it.
+    """As the connection itself does: the product of one weight, of two, the router's, or of none,
+    where the way back does it.
     """
     one, other, _, norm = modules(0, 128, 4, device)
     streams = torch.randn(1, 1, 4, 128, device=device).bfloat16()
     plain = torch.randn(24, 128, device=device).bfloat16()
+    router = Router(DeepseekV4Config(hidden_size=128, n_routed_experts=24), hashed=False)
+    router.weight, router.due = nn.Parameter(plain), one.due
+    router.to(device)
     expected = enter_triton(streams, None, one, norm)
     pending = Pending(one, expected[1], *expected[2:])
     left = enter_triton(expected[0], pending, other, norm)[0]
     for product in (
-        lambda x: one_row_triton(x, plain),
-        lambda x: two_rows_triton(x, (plain, plain), (None, None)),
+        lambda x: one_row_triton(x, plain, due=one.due),
+        lambda x: two_rows_triton(x, (plain, plain), (None, None), due=one.due),
+        lambda x: routed_triton(x[0], torch.zeros(1, dtype=torch.int64, device=device), router),
         lambda x: None,
     ):
         found = enter_triton(streams, None, one, norm, then=plain)

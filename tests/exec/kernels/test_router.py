@@ -4,17 +4,25 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from kernel_pools import on_each_device
+from torch import nn
 from transformers import DeepseekV4Config
 
-from fmsim.exec.kernels.router import route, route_reference, route_triton
+from fmsim.exec.kernels.router import (
+    route,
+    route_reference,
+    route_triton,
+    routed_reference,
+    routed_triton,
+)
+from fmsim.exec.kernels.tuning import OneRowTuning
 from fmsim.exec.model.experts import Router
 
 VOCABULARY = 50
 
 
-def router_of(count: int, top_k: int, hashed: bool, device: str) -> Router:
+def router_of(count: int, top_k: int, hashed: bool, device: str, inputs: int = 8) -> Router:
     config = DeepseekV4Config(
-        hidden_size=8,
+        hidden_size=inputs,
         vocab_size=VOCABULARY,
         n_routed_experts=count,
         num_experts_per_tok=top_k,
@@ -62,6 +70,35 @@ def test_the_kernel_is_the_model(device, seed, batch, count, top_k, hashed, spre
         and found_weights.dtype == torch.float32
     )
     torch.testing.assert_close(found_weights, weights, rtol=1e-5, atol=1e-8)
+
+
+@on_each_device
+@settings(max_examples=10, deadline=None)
+@given(
+    seed=st.integers(0, 2**32),
+    count=st.integers(1, 40),
+    top_k=st.integers(1, 9),
+    hashed=st.booleans(),
+    inputs=st.sampled_from([96, 128, 256]),
+    block_bytes=st.sampled_from([2**9, 2**11]),
+)
+@torch.no_grad()
+def test_so_is_the_kernel_with_the_product(device, seed, count, top_k, hashed, inputs, block_bytes):
+    """The logits of two experts may be one bfloat16 number apart: so their weights are compared."""
+    torch.manual_seed(seed)
+    router = router_of(count, min(top_k, count), hashed, device, inputs)
+    router.weight = nn.Parameter(torch.randn(count, inputs, device=device).bfloat16(), False)
+    x = (torch.randn(1, inputs) * inputs**-0.5).to(device, torch.bfloat16)
+    tokens, tune = torch.randint(0, VOCABULARY, (1,)).to(device), OneRowTuning(block_bytes)
+    _, weights = routed_reference(x, tokens, router)
+    found, found_weights = routed_triton(x, tokens, router, tune)
+    for _ in range(2):  # the count of programs is as it was
+        again = routed_triton(x, tokens, router, tune)
+        assert torch.equal(again[0], found) and torch.equal(again[1], found_weights)
+    assert found.unique().numel() == found.numel() or hashed
+    torch.testing.assert_close(
+        found_weights.sort().values, weights.sort().values, rtol=0.02, atol=1e-6
+    )
 
 
 @on_each_device

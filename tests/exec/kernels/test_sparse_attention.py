@@ -98,9 +98,22 @@ def test_the_reference_is_the_models_attention():
     missing=st.sampled_from([0.0, 0.3, 1.0]),
     masses=st.booleans(),
     turned=st.booleans(),
+    known=st.booleans(),
 )
 def test_the_kernel_is_the_reference(
-    device, tune, seed, batch, kind, window, per_page, entries, selected, missing, masses, turned
+    device,
+    tune,
+    seed,
+    batch,
+    kind,
+    window,
+    per_page,
+    entries,
+    selected,
+    missing,
+    masses,
+    turned,
+    known,
 ):
     dtype = torch.float32 if kind == "nano float32" else torch.bfloat16
     layout, heads = (LATENT, 20) if kind == "v4" else (plain(dtype, 64), 6)
@@ -113,7 +126,9 @@ def test_the_kernel_is_the_reference(
         angles = torch.linspace(0, 3 + seed % 7, batch * 8, device=device).view(batch, 8)
         turn = angles.cos(), angles.sin()
     expected, wanted = sparse_attention_reference(queries, rows, sinks, scale, masses, turn)
-    found, got = sparse_attention_triton(queries, rows, sinks, scale, masses, turn, tune=tune)
+    found, got = sparse_attention_triton(
+        queries, rows, sinks, scale, masses, turn, known=known, tune=tune
+    )
     assert found.dtype == queries.dtype
     assert relative_error(found, expected) < (1e-5 if dtype == torch.float32 else 8e-3)
     if masses:
