@@ -1,5 +1,5 @@
 """Every way to a product of float8 rows and weights, at every number of rows, on one GPU: what
-`fmsim/exec/kernels/float8_ways.json` is made from.
+`fmsim/exec/kernels/products/float8_ways.json` is made from.
 
     python benchmarks/float8_products.py [--seconds 100] [--write] [--out FILE.json]
 
@@ -29,13 +29,14 @@ import peers
 import torch
 from torch import Tensor
 
-from fmsim.exec.kernels import float8_products, tuning
-from fmsim.exec.kernels.hyper_connection import enter
+from fmsim.exec.kernels import tuning
 from fmsim.exec.kernels.lang import after_previous, overlapped, triton
-from fmsim.exec.kernels.linear import grouped_product, linear_triton
-from fmsim.exec.kernels.norm_rope import norm_rope
-from fmsim.exec.kernels.rms_norm import rms_norm
-from fmsim.exec.kernels.rounded_rows import Activations, Float8Rows, round_rows
+from fmsim.exec.kernels.norms.norm_rope import norm_rope
+from fmsim.exec.kernels.norms.rms_norm import rms_norm
+from fmsim.exec.kernels.norms.rounded_rows import Activations, Float8Rows, round_rows
+from fmsim.exec.kernels.products import float8_products
+from fmsim.exec.kernels.products.hyper_connection import enter
+from fmsim.exec.kernels.products.linear import grouped_product, linear_triton
 from fmsim.exec.kernels.weights import dequantise, quantise
 from fmsim.exec.measure import module_cases as modules
 from fmsim.exec.measure.timing import median_s

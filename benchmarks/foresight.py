@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 
 from fmsim.errors import FmsimError
-from fmsim.experiments.parallel import in_parallel
+from fmsim.experiments.workers.parallel import in_parallel
 from fmsim.geometry import PRESETS
 from fmsim.policies import registry
 from fmsim.replay.replayer import Replayer

@@ -24,7 +24,7 @@ from typing import Any
 import torch
 
 from fmsim.exec.kernels import tuning
-from fmsim.exec.kernels.gather import copy_rows
+from fmsim.exec.kernels.pages.gather import copy_rows
 from fmsim.exec.kv.mirror import HostMirror
 from fmsim.exec.measure.timing import median_s
 from fmsim.files import write_text

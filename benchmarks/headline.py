@@ -134,9 +134,9 @@ class Bench:
         return row | {"wall_s": round(time.perf_counter() - start, 1)}
 
     def _measured(self, context: str, label: str, budget: str | None) -> Row:
-        from fmsim.experiments.failures import Failure
         from fmsim.experiments.validate import Worlds
         from fmsim.experiments.whole_steps import measured
+        from fmsim.experiments.workers.failures import Failure
 
         try:
             file = scenario(context, [entry(label, budget)], self.model)

@@ -32,8 +32,8 @@ import regions
 
 from fmsim import bootstrap
 from fmsim.errors import BudgetTooSmall, FmsimError
-from fmsim.experiments.parallel import in_parallel
 from fmsim.experiments.sharing import MOST_SETS, mass_by_sharing
+from fmsim.experiments.workers.parallel import in_parallel
 from fmsim.files import write_text
 from fmsim.geometry import PRESETS
 from fmsim.hw import load_hardware

@@ -16,11 +16,13 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from fmsim.exec.kernels import flash_mla, float8_products, tuning
-from fmsim.exec.kernels.attention_rows import Rows
-from fmsim.exec.kernels.linear import linear_triton
-from fmsim.exec.kernels.rounded_rows import Activations, Float8Rows
-from fmsim.exec.kernels.sparse_attention import sparse_attention_triton
+from fmsim.exec.kernels import tuning
+from fmsim.exec.kernels.attention import flash_mla
+from fmsim.exec.kernels.attention.rows import Rows
+from fmsim.exec.kernels.attention.sparse_attention import sparse_attention_triton
+from fmsim.exec.kernels.norms.rounded_rows import Activations, Float8Rows
+from fmsim.exec.kernels.products import float8_products
+from fmsim.exec.kernels.products.linear import linear_triton
 
 Way = Callable[[], Tensor] | str
 PAGE = 64  # entries, of both packages

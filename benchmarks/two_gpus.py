@@ -35,7 +35,7 @@ from fmsim.exec.measure.timing import captured
 from fmsim.exec.model.exchange import Exchange, joined
 from fmsim.exec.model.weights.synthetic import model_bytes, synthetic_model
 from fmsim.exec.runs import synthetic as synthetic_run
-from fmsim.experiments.parallel import as_they_end
+from fmsim.experiments.workers.parallel import as_they_end
 from fmsim.files import write_text
 from fmsim.geometry import deepseek_v4_named
 from fmsim.hw import load_hardware

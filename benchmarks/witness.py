@@ -27,7 +27,7 @@ from typing import Any
 import numpy as np
 
 from fmsim.errors import BudgetTooSmall, FmsimError
-from fmsim.experiments.parallel import in_parallel
+from fmsim.experiments.workers.parallel import in_parallel
 from fmsim.files import write_text
 from fmsim.geometry import PRESETS, Geometry
 from fmsim.geometry.described import from_description

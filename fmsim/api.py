@@ -15,13 +15,13 @@ from typing import Any
 from fmsim.errors import FmsimError, short, shown
 from fmsim.experiments import plan as _plan
 from fmsim.experiments import run as _run
-from fmsim.experiments import saved as _saved
 from fmsim.experiments import serve as _serve
 from fmsim.experiments import sweep as _sweep
-from fmsim.experiments.failures import TIMEOUT_S
 from fmsim.experiments.plan import MOST_USD
-from fmsim.experiments.progress import Progress, silent
-from fmsim.experiments.rows import write_rows
+from fmsim.experiments.results import saved as _saved
+from fmsim.experiments.results.rows import write_rows
+from fmsim.experiments.workers.failures import TIMEOUT_S
+from fmsim.experiments.workers.progress import Progress, silent
 from fmsim.geometry import Geometry, geometry_named
 from fmsim.hw import Hardware, load_hardware
 from fmsim.policies import registry

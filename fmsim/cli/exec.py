@@ -179,7 +179,7 @@ def exec_(
     fmsim exec --weights synthetic --model v4-flash --context 500k --policy lsa --kv-budget 16GiB
     """
     from fmsim.errors import FmsimError, PolicyError
-    from fmsim.experiments.parallel import alone
+    from fmsim.experiments.workers.parallel import alone
     from fmsim.policies import registry
 
     if weights is Weights.synthetic:
@@ -275,7 +275,7 @@ class _Asked:
 def _measure(asked: _Asked) -> tuple[dict, list[list[tuple[str, str, bool | None]]]]:
     """Decode; -> the report, and of each policy what was asked and answered."""
     from fmsim.errors import FmsimError
-    from fmsim.experiments import parallel
+    from fmsim.experiments.workers import parallel
 
     model, seed = asked.model, asked.seed
     chosen = [policy_given(one, asked.override) for one in asked.policies]

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from fmsim.cli.extras import require
 from fmsim.cli.given import device_given, policy_given
 from fmsim.errors import FmsimError
-from fmsim.experiments import parallel
+from fmsim.experiments.workers import parallel
 from fmsim.scenario import shipped
 from fmsim.units import bytes_of
 

@@ -142,7 +142,7 @@ def echo_json(found: Any) -> None:
 
 def echo_csv(rows: Sequence[dict[str, Any]]) -> None:
     """Print flat rows as CSV."""
-    from fmsim.experiments.rows import csv_text
+    from fmsim.experiments.results.rows import csv_text
 
     typer.echo(csv_text(rows), nl=False)
 
@@ -163,7 +163,7 @@ def print_found(
     if as_json:
         echo_json(found)
     elif as_csv:
-        from fmsim.experiments.rows import flat
+        from fmsim.experiments.results.rows import flat
 
         echo_csv([flat(row) for row in rows])
     else:

@@ -113,7 +113,7 @@ def plan(
     one_thread_a_process()
     from fmsim.errors import FmsimError
     from fmsim.experiments.plan import Ask, parse_deployment, plan_model
-    from fmsim.experiments.results import failed_altogether
+    from fmsim.experiments.results.folder import failed_altogether
     from fmsim.report.grid import View
     from fmsim.report.tables import plan as plan_table
 
@@ -176,7 +176,7 @@ def plan(
 
         typer.echo(strict_json.dump(report))
     elif as_csv:
-        from fmsim.experiments.rows import flat
+        from fmsim.experiments.results.rows import flat
 
         echo_csv([flat(row, leave=("moves", "crossover")) for row in report["policies"]])
     else:

@@ -11,7 +11,7 @@ from fmsim.cli.options import NoVerify, Quiet, Verbose, one_thread_a_process, wr
 from fmsim.cli.progress import bar
 
 if TYPE_CHECKING:
-    from fmsim.experiments.results import Results
+    from fmsim.experiments.results.folder import Results
     from fmsim.report.pages.layout import Page
 
 
@@ -94,7 +94,7 @@ def _page(source: Path, trace: Path | None, progress: Any) -> tuple[Page, Result
             f"{source}: give a folder of `fmsim run --out` or `fmsim eval --out`, rows (.jsonl,"
             " .parquet) of `fmsim sweep` or `fmsim tune`, or a trace (.safetensors)"
         )
-    from fmsim.experiments.results import Results, ServingResults, evaluated
+    from fmsim.experiments.results.folder import Results, ServingResults, evaluated
 
     served = ServingResults.load(source)
     if served is not None:
@@ -122,7 +122,7 @@ def _of_trace(source: Path) -> Page:
 
 
 def _of_rows(source: Path) -> Page:
-    from fmsim.experiments.rows import read_rows
+    from fmsim.experiments.results.rows import read_rows
     from fmsim.report.pages import sweep
 
     rows = read_rows(source)

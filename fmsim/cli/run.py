@@ -132,7 +132,7 @@ def run(
     """
     one_thread_a_process()
     from fmsim.errors import FmsimError
-    from fmsim.experiments.results import failed_altogether, writing
+    from fmsim.experiments.results.folder import failed_altogether, writing
     from fmsim.report.grid import View
     from fmsim.report.tables import decode as table
     from fmsim.report.tables import serving
@@ -196,7 +196,7 @@ def run(
             elif as_csv:
                 echo_csv(report.flat_rows())
             elif as_lines:
-                from fmsim.experiments.rows import json_lines
+                from fmsim.experiments.results.rows import json_lines
 
                 typer.echo(json_lines(report.flat_rows()), nl=False)
             elif as_markdown:
@@ -305,7 +305,7 @@ def _with_progress(file: ScenarioFile, quiet: bool, timeout_s: float) -> Report 
 
 def _write_requests(path: Path, report: Report | ServingReport) -> None:
     from fmsim.errors import FmsimError
-    from fmsim.experiments.rows import write_rows
+    from fmsim.experiments.results.rows import write_rows
     from fmsim.experiments.serve import ServingReport
 
     assert isinstance(report, ServingReport)  # there is a workload

@@ -109,7 +109,7 @@ def sweep(
     import fmsim
 
     one_thread_a_process()
-    from fmsim.experiments.parallel import cores
+    from fmsim.experiments.workers.parallel import cores
     from fmsim.report.tables import sweep as rows_table
 
     placed = deployment.overrides(

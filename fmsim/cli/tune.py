@@ -124,7 +124,7 @@ def _with_progress(
     study: Path,
     timeout_s: float,
 ) -> Tuning:
-    from fmsim.experiments.rows import RowFile
+    from fmsim.experiments.results.rows import RowFile
     from fmsim.experiments.tune import tune as search
 
     with bar(policy, total=trials, quiet=quiet) as show:
@@ -149,7 +149,7 @@ def _plain(trial: Trial) -> dict[str, Any]:
 
 def _rows(found: Tuning, policy: str) -> list[dict[str, Any]]:
     """The Pareto front, a row a setting."""
-    from fmsim.experiments.rows import flat
+    from fmsim.experiments.results.rows import flat
 
     return [
         flat(trial.figures)

@@ -82,7 +82,7 @@ def validate(
     """
     require("model", "validate")
     from fmsim.errors import FmsimError
-    from fmsim.experiments.results import failed_altogether
+    from fmsim.experiments.results.folder import failed_altogether
     from fmsim.scenario import ScenarioFile
 
     if (batch or steps) and not whole_steps:

@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import Any, Literal
 
 from fmsim.errors import FmsimError, shown
-from fmsim.experiments.progress import Progress, silent
-from fmsim.experiments.results import REPORT_NAME, Results, ServingResults
+from fmsim.experiments.results.folder import REPORT_NAME, Results, ServingResults
 from fmsim.experiments.run import run_scenario
 from fmsim.experiments.serve import serve_scenario
+from fmsim.experiments.workers.progress import Progress, silent
 from fmsim.policies import registry
 from fmsim.replay.ledger import Ledger
 from fmsim.scenario import PolicySpec, ScenarioFile, shipped

@@ -14,8 +14,8 @@ from typing import Any
 import numpy as np
 
 from fmsim.errors import FmsimError
-from fmsim.experiments.parallel import in_parallel
-from fmsim.experiments.progress import Tally
+from fmsim.experiments.workers.parallel import in_parallel
+from fmsim.experiments.workers.progress import Tally
 from fmsim.policies import registry
 from fmsim.replay.ledger import Ledger
 from fmsim.replay.replayer import Replayer

@@ -8,8 +8,6 @@ from dataclasses import dataclass
 from typing import Any
 
 from fmsim.errors import FmsimError
-from fmsim.experiments.failures import TIMEOUT_S, Failure, guarded, lost, raise_if_all
-from fmsim.experiments.parallel import in_parallel
 from fmsim.experiments.run import (
     Setting,
     about,
@@ -18,6 +16,8 @@ from fmsim.experiments.run import (
     build_policies,
     load_geometry,
 )
+from fmsim.experiments.workers.failures import TIMEOUT_S, Failure, guarded, lost, raise_if_all
+from fmsim.experiments.workers.parallel import in_parallel
 from fmsim.geometry import Geometry, geometry_named
 from fmsim.hw import Hardware, load_hardware
 from fmsim.hw.deployment import Deployment

@@ -19,7 +19,7 @@ import numpy as np
 
 from fmsim import bootstrap
 from fmsim.errors import BudgetTooSmall, FmsimError
-from fmsim.experiments.parallel import in_parallel
+from fmsim.experiments.workers.parallel import in_parallel
 from fmsim.geometry import Geometry
 from fmsim.policies import registry
 from fmsim.policies.budget import Budget

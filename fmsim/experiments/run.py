@@ -10,11 +10,8 @@ from typing import Any
 from fmsim import __version__
 from fmsim.errors import BadParameter, FmsimError
 from fmsim.experiments.driving import layers_that_drive, stands_for
-from fmsim.experiments.failures import TIMEOUT_S, Failure, guarded, lost, raise_if_all
 from fmsim.experiments.measured_answers import about_answers, answers_kept
-from fmsim.experiments.parallel import in_parallel
-from fmsim.experiments.progress import Progress, StepsTold, Tally, log, silent
-from fmsim.experiments.results import (
+from fmsim.experiments.results.folder import (
     REPORT_NAME,
     SCHEMA_VERSION,
     by_budget,
@@ -22,7 +19,10 @@ from fmsim.experiments.results import (
     ledger_path,
     timeline_path,
 )
-from fmsim.experiments.rows import flat
+from fmsim.experiments.results.rows import flat
+from fmsim.experiments.workers.failures import TIMEOUT_S, Failure, guarded, lost, raise_if_all
+from fmsim.experiments.workers.parallel import in_parallel
+from fmsim.experiments.workers.progress import Progress, StepsTold, Tally, log, silent
 from fmsim.files import strict_json, write_text
 from fmsim.frames import frame, html_table
 from fmsim.geometry import Geometry, geometry_named

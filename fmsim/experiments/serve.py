@@ -9,12 +9,12 @@ from typing import Any
 import numpy as np
 
 from fmsim.errors import FmsimError
-from fmsim.experiments.failures import TIMEOUT_S, Failure, guarded, lost, raise_if_all
-from fmsim.experiments.parallel import in_parallel
-from fmsim.experiments.progress import Progress, StepsTold, Tally, silent
-from fmsim.experiments.results import REQUESTS_NAME, ledger_path
-from fmsim.experiments.rows import flat, write_rows
+from fmsim.experiments.results.folder import REQUESTS_NAME, ledger_path
+from fmsim.experiments.results.rows import flat, write_rows
 from fmsim.experiments.run import Setting, about, build_policies
+from fmsim.experiments.workers.failures import TIMEOUT_S, Failure, guarded, lost, raise_if_all
+from fmsim.experiments.workers.parallel import in_parallel
+from fmsim.experiments.workers.progress import Progress, StepsTold, Tally, silent
 from fmsim.files import strict_json, write_text
 from fmsim.frames import frame, html_table
 from fmsim.policies.base import Policy

@@ -20,12 +20,12 @@ from typing import Any
 
 from fmsim import __version__
 from fmsim.errors import DoesNotFit, FmsimError, shown
-from fmsim.experiments.failures import TIMEOUT_S
-from fmsim.experiments.parallel import as_they_end, on_ray, one_by_one
-from fmsim.experiments.progress import Progress, Tally, silent
-from fmsim.experiments.rows import Row, RowFile, flat
+from fmsim.experiments.results.rows import Row, RowFile, flat
 from fmsim.experiments.run import Setting, build, build_policies
 from fmsim.experiments.serve import serve_policy
+from fmsim.experiments.workers.failures import TIMEOUT_S
+from fmsim.experiments.workers.parallel import as_they_end, on_ray, one_by_one
+from fmsim.experiments.workers.progress import Progress, Tally, silent
 from fmsim.files import strict_yaml
 from fmsim.indexer.checkpoint import SHIPPED
 from fmsim.policies import registry

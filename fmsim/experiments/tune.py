@@ -13,12 +13,12 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from fmsim.errors import DoesNotFit, FmsimError
-from fmsim.experiments.failures import TIMEOUT_S, Failure, guarded, lost
-from fmsim.experiments.parallel import in_parallel
-from fmsim.experiments.rows import Row, RowFile
+from fmsim.experiments.results.rows import Row, RowFile
 from fmsim.experiments.run import Setting, build_policies
 from fmsim.experiments.serve import serve_policy
 from fmsim.experiments.sweep import digest_of
+from fmsim.experiments.workers.failures import TIMEOUT_S, Failure, guarded, lost
+from fmsim.experiments.workers.parallel import in_parallel
 from fmsim.policies import registry
 from fmsim.policies.base import Policy
 from fmsim.policies.budget import Budget

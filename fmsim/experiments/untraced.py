@@ -10,7 +10,7 @@ from typing import Any
 
 from fmsim.errors import DoesNotFit, FmsimError
 from fmsim.experiments.plan import Ask, prompt_tokens
-from fmsim.experiments.results import SCHEMA_VERSION
+from fmsim.experiments.results.folder import SCHEMA_VERSION
 from fmsim.experiments.run import about_deployment
 from fmsim.geometry import Geometry, geometry_named
 from fmsim.hw import Hardware

@@ -12,13 +12,13 @@ import numpy as np
 from fmsim.exec.decode.trace_driven import TraceDrivenDecode, TraceDrivenRun, device_name
 from fmsim.exec.kv.home import PER_PAGE
 from fmsim.exec.runs import synthetic as synthetic_run
-from fmsim.experiments.failures import TIMEOUT_S, Failure, guarded, lost, raise_if_all
-from fmsim.experiments.parallel import alone, one_by_one
-from fmsim.experiments.progress import Progress, StepsTold, silent
 from fmsim.experiments.run import build, load_scenario_hardware, run_scenario
 from fmsim.experiments.whole_steps import WholeSteps, errors
 from fmsim.experiments.whole_steps import measured as measured_steps
 from fmsim.experiments.whole_steps import simulated as simulated_steps
+from fmsim.experiments.workers.failures import TIMEOUT_S, Failure, guarded, lost, raise_if_all
+from fmsim.experiments.workers.parallel import alone, one_by_one
+from fmsim.experiments.workers.progress import Progress, StepsTold, silent
 from fmsim.geometry import Geometry, deepseek_v4_named
 from fmsim.policies import registry
 from fmsim.policies.base import Policy

@@ -11,7 +11,7 @@ import numpy as np
 
 from fmsim.exec.model.deepseek_v4 import DeepseekV4
 from fmsim.exec.runs import synthetic as synthetic_run
-from fmsim.experiments.progress import StepsTold
+from fmsim.experiments.workers.progress import StepsTold
 from fmsim.hw import Hardware, times_figure
 from fmsim.policies.base import Policy
 from fmsim.replay.replayer import Replayer

@@ -6,7 +6,7 @@ import pytest
 from made_trace import make_trace
 
 from fmsim.experiments import measured_answers as measured
-from fmsim.experiments.results import Results
+from fmsim.experiments.results.folder import Results
 from fmsim.experiments.run import run_scenario
 from fmsim.policies import registry
 from fmsim.report.tables import decode as table

@@ -12,7 +12,7 @@ import pytest
 from command import fmsim_here
 from made_trace import make_trace
 
-from fmsim.experiments.results import writing
+from fmsim.experiments.results.folder import writing
 from fmsim.policies import registry
 from fmsim.policies.base import Policy
 from fmsim.trace import write

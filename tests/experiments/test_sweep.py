@@ -15,7 +15,7 @@ from command import fmsim, fmsim_here
 from made_trace import make_trace
 
 from fmsim.errors import FmsimError
-from fmsim.experiments.rows import SCHEMA_VERSION, RowFile
+from fmsim.experiments.results.rows import SCHEMA_VERSION, RowFile
 from fmsim.experiments.sweep import Axis, left, plan
 from fmsim.trace import write
 

@@ -56,7 +56,7 @@ def test_without_fcntl_the_file_itself_is_the_lock(tmp_path, monkeypatch):
 
 
 def test_nothing_needs_fcntl_to_be_imported():
-    modules = "fmsim.experiments.rows, fmsim.exec.kv.mirror, fmsim.cli"
+    modules = "fmsim.experiments.results.rows, fmsim.exec.kv.mirror, fmsim.cli"
     code = f"import sys\n{HIDE}import {modules}"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert (done.returncode, done.stderr) == (0, "")

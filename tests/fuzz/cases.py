@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
-from fmsim.experiments import parallel
+from fmsim.experiments.workers import parallel
 from fmsim.files import strict_json
 from tests.fuzz.classes import CLASSES
 from tests.fuzz.sound import Sound, fmsim_here

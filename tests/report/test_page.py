@@ -15,7 +15,7 @@ from command import fmsim, fmsim_here
 from made_trace import make_trace
 
 from fmsim.errors import FmsimError
-from fmsim.experiments.results import Results
+from fmsim.experiments.results.folder import Results
 from fmsim.trace import write
 
 SCENARIO = """\

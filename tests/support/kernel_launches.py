@@ -6,32 +6,36 @@ import torch
 from transformers import DeepseekV4Config
 
 from fmsim.exec.kernels import tuning
-from fmsim.exec.kernels.attention_rows import Rows
-from fmsim.exec.kernels.block_tables import enter_slots_triton
-from fmsim.exec.kernels.compress import Append, Pooling, append_triton
-from fmsim.exec.kernels.described_linear import described_linear
-from fmsim.exec.kernels.expert_tiles import OwnPairs
-from fmsim.exec.kernels.experts import mixture_of_experts_triton
-from fmsim.exec.kernels.few_rows import few_rows_triton
-from fmsim.exec.kernels.flash_mla import listed_triton
-from fmsim.exec.kernels.gather import copy_rows_triton
-from fmsim.exec.kernels.greedy import likeliest_triton
-from fmsim.exec.kernels.hyper_connection import Pending, enter_triton, read_out_triton
-from fmsim.exec.kernels.in_turns import HeadTurn
-from fmsim.exec.kernels.index_score import index_scores_triton, index_weights_triton
-from fmsim.exec.kernels.late_entries import bring_entries_triton
-from fmsim.exec.kernels.late_pages import copy_late_triton, take_back_triton, wait_for_copy_triton
+from fmsim.exec.kernels.attention.flash_mla import listed_triton
+from fmsim.exec.kernels.attention.rows import Rows
+from fmsim.exec.kernels.attention.sparse_attention import sparse_attention_triton
+from fmsim.exec.kernels.experts.mixture import mixture_of_experts_triton
+from fmsim.exec.kernels.experts.router import route_triton, routed_triton
+from fmsim.exec.kernels.experts.tiles import OwnPairs
 from fmsim.exec.kernels.layout import KEY, LATENT, plain
-from fmsim.exec.kernels.linear import linear_triton
-from fmsim.exec.kernels.memory_score import memory_scores_triton
-from fmsim.exec.kernels.norm_rope import norm_rope_triton
-from fmsim.exec.kernels.one_row import one_row_triton, two_rows_triton
-from fmsim.exec.kernels.rms_norm import rms_norm_triton
-from fmsim.exec.kernels.rounded_rows import round_rows_triton
-from fmsim.exec.kernels.router import route_triton, routed_triton
-from fmsim.exec.kernels.sparse_attention import sparse_attention_triton
-from fmsim.exec.kernels.staging import keep_triton, stage_triton
-from fmsim.exec.kernels.top_k import top_k_triton
+from fmsim.exec.kernels.norms.norm_rope import norm_rope_triton
+from fmsim.exec.kernels.norms.rms_norm import rms_norm_triton
+from fmsim.exec.kernels.norms.rounded_rows import round_rows_triton
+from fmsim.exec.kernels.pages.block_tables import enter_slots_triton
+from fmsim.exec.kernels.pages.compress import Append, Pooling, append_triton
+from fmsim.exec.kernels.pages.gather import copy_rows_triton
+from fmsim.exec.kernels.pages.late_entries import bring_entries_triton
+from fmsim.exec.kernels.pages.late_pages import (
+    copy_late_triton,
+    take_back_triton,
+    wait_for_copy_triton,
+)
+from fmsim.exec.kernels.pages.staging import keep_triton, stage_triton
+from fmsim.exec.kernels.products.described_linear import described_linear
+from fmsim.exec.kernels.products.few_rows import few_rows_triton
+from fmsim.exec.kernels.products.hyper_connection import Pending, enter_triton, read_out_triton
+from fmsim.exec.kernels.products.in_turns import HeadTurn
+from fmsim.exec.kernels.products.linear import linear_triton
+from fmsim.exec.kernels.products.one_row import one_row_triton, two_rows_triton
+from fmsim.exec.kernels.selection.greedy import likeliest_triton
+from fmsim.exec.kernels.selection.index_score import index_scores_triton, index_weights_triton
+from fmsim.exec.kernels.selection.memory_score import memory_scores_triton
+from fmsim.exec.kernels.selection.top_k import top_k_triton
 from fmsim.exec.kernels.weights import scale_shape
 from fmsim.exec.model.experts import Experts, Router, SwiGLU
 from fmsim.exec.model.hyper_connection import HyperConnection, HyperHead

@@ -14,18 +14,18 @@ import torch
 from torch import Tensor, nn
 
 from fmsim.exec.decode.streams import SideStream, beside, wait_beside
-from fmsim.exec.kernels import flash_mla
-from fmsim.exec.kernels.attention_rows import Rows, matrix_type
-from fmsim.exec.kernels.compress import Append, Pooling, append
-from fmsim.exec.kernels.in_turns import HeadTurn
-from fmsim.exec.kernels.index_score import index_scores, index_weights, new_scores
+from fmsim.exec.kernels.attention import flash_mla
+from fmsim.exec.kernels.attention.rows import Rows, matrix_type
+from fmsim.exec.kernels.attention.sparse_attention import Masses, sparse_attention
 from fmsim.exec.kernels.lang import cdiv
 from fmsim.exec.kernels.layout import Layout, write_entries
-from fmsim.exec.kernels.norm_rope import norm_rope
-from fmsim.exec.kernels.rms_norm import rms_norm
-from fmsim.exec.kernels.rounded_rows import Activations, Float8Rows, wide_rows
-from fmsim.exec.kernels.sparse_attention import Masses, sparse_attention
-from fmsim.exec.kernels.top_k import top_k
+from fmsim.exec.kernels.norms.norm_rope import norm_rope
+from fmsim.exec.kernels.norms.rms_norm import rms_norm
+from fmsim.exec.kernels.norms.rounded_rows import Activations, Float8Rows, wide_rows
+from fmsim.exec.kernels.pages.compress import Append, Pooling, append
+from fmsim.exec.kernels.products.in_turns import HeadTurn
+from fmsim.exec.kernels.selection.index_score import index_scores, index_weights, new_scores
+from fmsim.exec.kernels.selection.top_k import top_k
 from fmsim.exec.kv.home import PER_PAGE, Home
 from fmsim.exec.model.attention import Attention
 from fmsim.exec.model.cache import CompressorState, LayerCache

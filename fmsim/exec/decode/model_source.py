@@ -11,7 +11,7 @@ from fmsim.exec.decode.device_tiers import DeviceTiers
 from fmsim.exec.decode.keeper import Keeper
 from fmsim.exec.decode.prompt import Prompt
 from fmsim.exec.decode.selections import Selections
-from fmsim.exec.kernels.greedy import likeliest
+from fmsim.exec.kernels.selection.greedy import likeliest
 from fmsim.exec.model.cache import Attend
 from fmsim.exec.model.deepseek_v4 import DeepseekV4
 from fmsim.exec.model.kinds import CSA

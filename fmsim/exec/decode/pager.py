@@ -24,10 +24,10 @@ from torch import Tensor
 from fmsim.exec.decode.device_tiers import StepTables
 from fmsim.exec.decode.request import Request, Select
 from fmsim.exec.decode.selections import Selections
-from fmsim.exec.kernels.attention_rows import Rows
-from fmsim.exec.kernels.index_score import GROUP, Scores
-from fmsim.exec.kernels.sparse_attention import Masses, sparse_attention
-from fmsim.exec.kernels.top_k import top_k as best
+from fmsim.exec.kernels.attention.rows import Rows
+from fmsim.exec.kernels.attention.sparse_attention import Masses, sparse_attention
+from fmsim.exec.kernels.selection.index_score import GROUP, Scores
+from fmsim.exec.kernels.selection.top_k import top_k as best
 from fmsim.exec.kv.home import Home
 from fmsim.exec.kv.keys import LayerKeys
 from fmsim.exec.kv.tiered import TieredCache

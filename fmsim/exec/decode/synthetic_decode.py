@@ -17,13 +17,13 @@ from torch import Tensor
 
 from fmsim.exec.decode.step_state import decode_attentions, graph_after_one
 from fmsim.exec.decode.trace_driven import TraceDrivenDecode, layouts
-from fmsim.exec.kernels.attention_rows import Rows
-from fmsim.exec.kernels.greedy import likeliest
-from fmsim.exec.kernels.index_score import Scores, index_scores, new_scores
+from fmsim.exec.kernels.attention.rows import Rows
+from fmsim.exec.kernels.attention.sparse_attention import Masses
 from fmsim.exec.kernels.layout import Layout
-from fmsim.exec.kernels.memory_score import memory_scores
-from fmsim.exec.kernels.sparse_attention import Masses
-from fmsim.exec.kernels.top_k import top_k as best
+from fmsim.exec.kernels.selection.greedy import likeliest
+from fmsim.exec.kernels.selection.index_score import Scores, index_scores, new_scores
+from fmsim.exec.kernels.selection.memory_score import memory_scores
+from fmsim.exec.kernels.selection.top_k import top_k as best
 from fmsim.exec.kv.home import Home
 from fmsim.exec.measure.kernel_cases import fill_entries
 from fmsim.exec.model.attention import Attention

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fmsim.exec.kernels.gather import copy_rows
+from fmsim.exec.kernels.pages.gather import copy_rows
 from fmsim.exec.kernels.tuning import GatherTuning
 
 

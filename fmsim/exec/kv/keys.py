@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 
 from fmsim.errors import FmsimError
-from fmsim.exec.kernels.index_score import GROUP, Scores, index_scores, new_scores
 from fmsim.exec.kernels.lang import cdiv
 from fmsim.exec.kernels.layout import Layout, read_entries, slots_of, write_entries
-from fmsim.exec.kernels.top_k import top_k as best
+from fmsim.exec.kernels.selection.index_score import GROUP, Scores, index_scores, new_scores
+from fmsim.exec.kernels.selection.top_k import top_k as best
 from fmsim.exec.kv.home import PER_PAGE, Home
 from fmsim.exec.kv.resident import ResidentPages
 from fmsim.exec.kv.tiered import TieredCache

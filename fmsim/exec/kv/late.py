@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from fmsim.exec.kernels import tuning
-from fmsim.exec.kernels.late_pages import copy_late, take_back, wait_for_copy
+from fmsim.exec.kernels.pages.late_pages import copy_late, take_back, wait_for_copy
 from fmsim.exec.kv.beside import Beside
 from fmsim.exec.kv.copies import Copies, LayerPages
 
@@ -18,8 +18,8 @@ class LatePages:
     """Of a cache's layers, whose parts of the pool begin at the pages ``pool_start`` [L + 1].
 
     A layer either waits for its own (`wait_for`), or reads what it attends to by itself
-    (`fmsim.exec.kernels.late_entries`) where pages are still `on_the_way`. Who gives a slot to
-    another page says so before (`take_back`). Nobody else waits.
+    (`fmsim.exec.kernels.pages.late_entries`) where pages are still `on_the_way`. Who gives a slot
+    to another page says so before (`take_back`). Nobody else waits.
     """
 
     def __init__(self, copies: Copies, pool_start: Sequence[int], beside: Beside) -> None:
@@ -38,8 +38,8 @@ class LatePages:
 
     @cached_property
     def _waiting(self) -> Tensor:
-        """`fmsim.exec.kernels.late_pages`: int32 [lists, pages of the pool + 1]. It is bookkeeping,
-        as block tables are: 4 bytes a page.
+        """`fmsim.exec.kernels.pages.late_pages`: int32 [lists, pages of the pool + 1]. It is
+        bookkeeping, as block tables are: 4 bytes a page.
         """
         lists = self.copies.lists
         pages = self.pool_start[-1] // lists

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from fmsim import arrays
-from fmsim.exec.kernels.index_score import index_scores, new_scores
 from fmsim.exec.kernels.layout import Layout
-from fmsim.exec.kernels.top_k import top_k as best
+from fmsim.exec.kernels.selection.index_score import index_scores, new_scores
+from fmsim.exec.kernels.selection.top_k import top_k as best
 from fmsim.exec.kv.home import Requests, part_of
 
 BEYOND = torch.iinfo(torch.int32).max  # after every page

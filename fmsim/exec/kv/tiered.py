@@ -21,10 +21,11 @@ from itertools import accumulate
 import torch
 from torch import Tensor
 
-from fmsim.exec.kernels import staging, tuning
-from fmsim.exec.kernels.block_tables import enter_slots
-from fmsim.exec.kernels.late_entries import bring_entries
+from fmsim.exec.kernels import tuning
 from fmsim.exec.kernels.layout import Layout, read_entries, write_entries
+from fmsim.exec.kernels.pages import staging
+from fmsim.exec.kernels.pages.block_tables import enter_slots
+from fmsim.exec.kernels.pages.late_entries import bring_entries
 from fmsim.exec.kv.beside import Beside
 from fmsim.exec.kv.copies import Copies, LayerPages
 from fmsim.exec.kv.home import Home, Requests, part_of

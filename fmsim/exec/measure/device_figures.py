@@ -10,8 +10,8 @@ from typing import Any
 import torch
 
 from fmsim.exec.kernels import tuning
-from fmsim.exec.kernels.gather import copy_rows
 from fmsim.exec.kernels.layout import LATENT
+from fmsim.exec.kernels.pages.gather import copy_rows
 from fmsim.exec.kv.mirror import HostMirror
 from fmsim.exec.measure import kernel_cases as cases
 from fmsim.exec.measure.jobs import Report

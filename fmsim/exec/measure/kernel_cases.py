@@ -13,17 +13,24 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from fmsim.exec.kernels import flash_mla
-from fmsim.exec.kernels.attention_rows import Rows, matrix_type
-from fmsim.exec.kernels.compress import Append, Pooling, append
-from fmsim.exec.kernels.gather import copy_rows
-from fmsim.exec.kernels.index_score import index_scores, index_scores_reference, new_scores
+from fmsim.exec.kernels.attention import flash_mla
+from fmsim.exec.kernels.attention.rows import Rows, matrix_type
+from fmsim.exec.kernels.attention.sparse_attention import (
+    sparse_attention,
+    sparse_attention_reference,
+)
 from fmsim.exec.kernels.lang import cdiv
-from fmsim.exec.kernels.late_pages import copy_late
 from fmsim.exec.kernels.layout import KEY, LATENT, Layout
-from fmsim.exec.kernels.memory_score import memory_scores, memory_scores_reference
-from fmsim.exec.kernels.sparse_attention import sparse_attention, sparse_attention_reference
-from fmsim.exec.kernels.top_k import top_k, top_k_reference
+from fmsim.exec.kernels.pages.compress import Append, Pooling, append
+from fmsim.exec.kernels.pages.gather import copy_rows
+from fmsim.exec.kernels.pages.late_pages import copy_late
+from fmsim.exec.kernels.selection.index_score import (
+    index_scores,
+    index_scores_reference,
+    new_scores,
+)
+from fmsim.exec.kernels.selection.memory_score import memory_scores, memory_scores_reference
+from fmsim.exec.kernels.selection.top_k import top_k, top_k_reference
 from fmsim.exec.kernels.tuning import GatherTuning
 from fmsim.exec.kv.home import PER_PAGE
 from fmsim.exec.kv.mirror import HostMirror

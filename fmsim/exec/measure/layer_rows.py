@@ -19,8 +19,8 @@ from transformers import DeepseekV4Config
 from fmsim.exec.decode.decode_attention import AllEntries
 from fmsim.exec.decode.step_state import decode_attentions
 from fmsim.exec.kernels import tuning
-from fmsim.exec.kernels.greedy import likeliest
 from fmsim.exec.kernels.layout import Layout
+from fmsim.exec.kernels.selection.greedy import likeliest
 from fmsim.exec.measure import kernel_cases as cases
 from fmsim.exec.measure.jobs import Report
 from fmsim.exec.measure.module_times import is_float8

@@ -10,19 +10,19 @@ import torch
 from torch import Tensor, nn
 from transformers import DeepseekV4Config
 
-from fmsim.exec.kernels.experts import mixture_of_experts
-from fmsim.exec.kernels.hyper_connection import (
+from fmsim.exec.kernels.experts.mixture import mixture_of_experts
+from fmsim.exec.kernels.experts.router import route
+from fmsim.exec.kernels.norms.norm_rope import norm_rope, norm_rope_reference
+from fmsim.exec.kernels.norms.rms_norm import rms_norm, rms_norm_reference
+from fmsim.exec.kernels.norms.rounded_rows import Float8Rows, round_rows
+from fmsim.exec.kernels.products.hyper_connection import (
     Pending,
     enter,
     enter_reference,
     read_out,
     read_out_reference,
 )
-from fmsim.exec.kernels.linear import grouped_product, linear, linear_reference
-from fmsim.exec.kernels.norm_rope import norm_rope, norm_rope_reference
-from fmsim.exec.kernels.rms_norm import rms_norm, rms_norm_reference
-from fmsim.exec.kernels.rounded_rows import Float8Rows, round_rows
-from fmsim.exec.kernels.router import route
+from fmsim.exec.kernels.products.linear import grouped_product, linear, linear_reference
 from fmsim.exec.kernels.weights import dequantise, quantise
 from fmsim.exec.measure.kernel_cases import Case
 from fmsim.exec.model.experts import Experts, Router, SwiGLU

@@ -12,9 +12,9 @@ from torch import nn
 from transformers import DeepseekV4Config
 
 from fmsim.exec.decode.decode_attention import DecodeAttention
-from fmsim.exec.kernels.hyper_connection import Pending, enter, read_out
 from fmsim.exec.kernels.layout import Layout
-from fmsim.exec.kernels.rounded_rows import round_rows
+from fmsim.exec.kernels.norms.rounded_rows import round_rows
+from fmsim.exec.kernels.products.hyper_connection import Pending, enter, read_out
 from fmsim.exec.kv.home import Home
 from fmsim.exec.measure import kernel_cases as cases
 from fmsim.exec.measure.jobs import Report

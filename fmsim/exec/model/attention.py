@@ -16,9 +16,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import DeepseekV4Config
 
-from fmsim.exec.kernels.mixing import Due
-from fmsim.exec.kernels.norm_rope import norm_rope
-from fmsim.exec.kernels.rounded_rows import Activations, wide_rows
+from fmsim.exec.kernels.norms.norm_rope import norm_rope
+from fmsim.exec.kernels.norms.rounded_rows import Activations, wide_rows
+from fmsim.exec.kernels.products.mixing import Due
 from fmsim.exec.model.cache import Access, LayerCache, StepLayer
 from fmsim.exec.model.compressor import Compressor
 from fmsim.exec.model.indexer import (

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from transformers import DeepseekV4Config
 
-from fmsim.exec.kernels.rounded_rows import Activations
+from fmsim.exec.kernels.norms.rounded_rows import Activations
 from fmsim.exec.model.kinds import CSA, SLIDING
 
 

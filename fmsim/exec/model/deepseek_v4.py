@@ -16,8 +16,8 @@ import torch
 from torch import Tensor, nn
 from transformers import DeepseekV4Config
 
-from fmsim.exec.kernels import one_row
-from fmsim.exec.kernels.hyper_connection import Pending, enter, read_out
+from fmsim.exec.kernels.products import one_row
+from fmsim.exec.kernels.products.hyper_connection import Pending, enter, read_out
 from fmsim.exec.model.attention import Attention
 from fmsim.exec.model.cache import Access, Attend, Cache, LayerCache
 from fmsim.exec.model.experts import MoE

@@ -10,15 +10,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import DeepseekV4Config
 
-from fmsim.exec.kernels.experts import (
+from fmsim.exec.kernels.experts.mixture import (
     clamped_swiglu,
     expert_shares,
     leaves_shares,
     mixture_of_experts,
 )
-from fmsim.exec.kernels.hyper_connection import Shares
-from fmsim.exec.kernels.mixing import Due
-from fmsim.exec.kernels.router import routed
+from fmsim.exec.kernels.experts.router import routed
+from fmsim.exec.kernels.products.hyper_connection import Shares
+from fmsim.exec.kernels.products.mixing import Due
 from fmsim.exec.kernels.weights import dequantise
 from fmsim.exec.model.projections import linear
 

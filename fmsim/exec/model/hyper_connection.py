@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import DeepseekV4Config
 
-from fmsim.exec.kernels.mixing import Due
+from fmsim.exec.kernels.products.mixing import Due
 from fmsim.exec.model.norm_rope import rms_normalise
 
 

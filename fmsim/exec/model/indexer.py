@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import DeepseekV4Config
 
-from fmsim.exec.kernels.rounded_rows import Activations
+from fmsim.exec.kernels.norms.rounded_rows import Activations
 from fmsim.exec.model.compressor import Compressor
 from fmsim.exec.model.kinds import CSA, MASKED
 from fmsim.exec.model.norm_rope import rotate

@@ -9,14 +9,14 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from fmsim.exec.kernels import one_row
-from fmsim.exec.kernels.in_turns import HeadTurn
-from fmsim.exec.kernels.linear import are_rounded, grouped_product
-from fmsim.exec.kernels.linear import linear as multiply
-from fmsim.exec.kernels.mixing import Due
-from fmsim.exec.kernels.norm_rope import norm_rope
-from fmsim.exec.kernels.rms_norm import rms_norm
-from fmsim.exec.kernels.rounded_rows import Activations, wide_rows
+from fmsim.exec.kernels.norms.norm_rope import norm_rope
+from fmsim.exec.kernels.norms.rms_norm import rms_norm
+from fmsim.exec.kernels.norms.rounded_rows import Activations, wide_rows
+from fmsim.exec.kernels.products import one_row
+from fmsim.exec.kernels.products.in_turns import HeadTurn
+from fmsim.exec.kernels.products.linear import are_rounded, grouped_product
+from fmsim.exec.kernels.products.linear import linear as multiply
+from fmsim.exec.kernels.products.mixing import Due
 from fmsim.exec.kernels.weights import BLOCK, dequantise, scale_shape
 
 
@@ -30,7 +30,7 @@ class Float8Linear(nn.Module):
     [ceil(out / 128), ceil(in / 128)].
 
     With ``float8_rows`` more than a few rows are rounded to float8 first, as DeepSeek's release
-    does (`kernels.linear`). On a GPU a kernel reads the float8 weights; elsewhere they are widened
+    does (`kernels.products.linear`). On a GPU a kernel reads the float8 weights; elsewhere they are widened
     at each call.
     """
 

@@ -11,8 +11,8 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from fmsim.errors import FmsimError
-from fmsim.exec.kernels.expert_tiles import OwnPairs
-from fmsim.exec.kernels.experts import mixture_of_experts
+from fmsim.exec.kernels.experts.mixture import mixture_of_experts
+from fmsim.exec.kernels.experts.tiles import OwnPairs
 from fmsim.exec.model.deepseek_v4 import DeepseekV4
 from fmsim.exec.model.exchange import Exchange
 from fmsim.exec.model.experts import MoE

@@ -27,7 +27,7 @@ from fmsim.exec.decode.prompt import Prompt
 from fmsim.exec.decode.request import Request
 from fmsim.exec.decode.selections import Selections, rounded
 from fmsim.exec.decode.step_state import step_layers
-from fmsim.exec.kernels.top_k import top_k as best
+from fmsim.exec.kernels.selection.top_k import top_k as best
 from fmsim.exec.model.cache import Access, StepCompressor, StepLayer
 from fmsim.exec.model.kinds import CSA
 from fmsim.policies.base import Policy

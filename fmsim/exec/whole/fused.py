@@ -11,7 +11,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fmsim.exec.kernels.experts import clamped_swiglu
+from fmsim.exec.kernels.experts.mixture import clamped_swiglu
 from fmsim.exec.kernels.lang import cdiv, next_power_of_2
 from fmsim.exec.model.norm_rope import rms_normalise
 from fmsim.exec.whole import device

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from fmsim.exec.kernels.lang import cdiv
-from fmsim.exec.kernels.top_k import top_k
+from fmsim.exec.kernels.selection.top_k import top_k
 from fmsim.exec.whole import device
 from fmsim.exec.whole.kernels import index_scores as kernels
 

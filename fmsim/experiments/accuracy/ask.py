@@ -17,8 +17,8 @@ from typing import TYPE_CHECKING, Any
 from fmsim.errors import FmsimError
 from fmsim.experiments.accuracy.lines import Line, Lines
 from fmsim.experiments.accuracy.plan import Item, Plan, policy_of
-from fmsim.experiments.parallel import as_they_end, cores, one_by_one
-from fmsim.experiments.progress import Progress, StepsTold, Tally, silent
+from fmsim.experiments.workers.parallel import as_they_end, cores, one_by_one
+from fmsim.experiments.workers.progress import Progress, StepsTold, Tally, silent
 from fmsim.geometry import PRESETS
 from fmsim.hw.spec import Hardware, load_hardware
 from fmsim.sim import metrics

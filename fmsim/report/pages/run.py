@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from fmsim.experiments.results import Results, by_budget
+from fmsim.experiments.results.folder import Results, by_budget
 from fmsim.report.pages import run_charts
 from fmsim.report.pages.layout import Page, Section, Table
 from fmsim.report.pages.marks import Marks, Spot, quality_against_bytes

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from fmsim.experiments.results import Results
+from fmsim.experiments.results.folder import Results
 from fmsim.report.charts.chart import AnyChart, Bars, Chart, Heat, Part, Series
 from fmsim.report.charts.scale import ChartAxis
 from fmsim.report.pages.marks import Mark, Marks, percent, short

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from fmsim.experiments.results import ServingResults
+from fmsim.experiments.results.folder import ServingResults
 from fmsim.report.charts.chart import AnyChart, Bars, Chart, Part, Series
 from fmsim.report.charts.scale import ChartAxis
 from fmsim.report.console import share_text

@@ -11,7 +11,7 @@ from typing import Any
 
 from rich.text import Text
 
-from fmsim.experiments.results import by_budget
+from fmsim.experiments.results.folder import by_budget
 from fmsim.report.console import estimate_text, kind_text, margin_text, share_text
 from fmsim.report.grid import ALL, Field, Grid, View, check_columns, picture, show_parts
 from fmsim.report.tables import estimates, verdict

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from fmsim.experiments.results import by_budget
+from fmsim.experiments.results.folder import by_budget
 
 PLUS_MINUS = "±: half of a 95% interval, from a bootstrap over the trace's windows."
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from fmsim.experiments.results import by_budget
+from fmsim.experiments.results.folder import by_budget
 
 Row = Mapping[str, Any]
 MOST = 4  # policies at one budget that all get a sentence; of more, the best of each kind

@@ -8,7 +8,7 @@ from kernel_pools import on_each_device, relative_error
 
 from fmsim.exec.decode.decode_attention import DecodeAttention
 from fmsim.exec.kernels.layout import plain
-from fmsim.exec.kernels.rounded_rows import round_rows
+from fmsim.exec.kernels.norms.rounded_rows import round_rows
 from fmsim.exec.measure.timing import captured
 from fmsim.exec.model.attention import Attention
 from fmsim.exec.model.cache import CompressorState, LayerCache

@@ -14,7 +14,7 @@ from tiny_model import CSA, HCA, SLIDING, kinds, oracle, ours
 
 from fmsim.exec.decode.engine import Batch
 from fmsim.exec.decode.prompt import Prompt
-from fmsim.exec.kernels import hyper_connection, mixing
+from fmsim.exec.kernels.products import hyper_connection, mixing
 from fmsim.exec.model import deepseek_v4 as exec_model
 from fmsim.exec.model.weights.loader import allocate, meta_model
 from fmsim.policies import registry

@@ -21,7 +21,7 @@ from fmsim.exec.model.exchange import joined
 from fmsim.exec.model.split_experts import split_experts
 from fmsim.exec.model.weights.synthetic import model_bytes, synthetic_model
 from fmsim.exec.runs import synthetic as synthetic_run
-from fmsim.experiments.parallel import as_they_end
+from fmsim.experiments.workers.parallel import as_they_end
 from fmsim.policies import registry
 from fmsim.replay.replayer import Replayer
 from fmsim.sim.footprint import footprint

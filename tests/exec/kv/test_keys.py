@@ -14,8 +14,8 @@ pytest.importorskip("transformers", reason="the engine needs fmsim[model]")
 from tiered_decode import LAYERS, LENGTHS, OPTIONS, STEPS, TARGETS, TAU, TIERED, Decoded
 from tiny_indexer import lookahead
 
-from fmsim.exec.kernels.index_score import GROUP, new_scores
 from fmsim.exec.kernels.layout import KEY, plain, read_entries
+from fmsim.exec.kernels.selection.index_score import GROUP, new_scores
 from fmsim.exec.kv.keys import AllKeys, ResidentKeys
 from fmsim.exec.kv.resident import ResidentPages
 from fmsim.exec.kv.tiered import RequestSize, TieredCache

@@ -10,9 +10,9 @@ torch = pytest.importorskip("torch", reason="the engine needs fmsim[model]")
 
 from kernel_pools import on_each_device
 
-from fmsim.exec.kernels.index_score import index_scores_reference
 from fmsim.exec.kernels.layout import KEY, slots_of, write_entries
-from fmsim.exec.kernels.top_k import top_k_reference
+from fmsim.exec.kernels.selection.index_score import index_scores_reference
+from fmsim.exec.kernels.selection.top_k import top_k_reference
 from fmsim.exec.kv.resident import ResidentPages
 
 

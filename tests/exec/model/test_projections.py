@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from kernel_pools import on_each_device, relative_error
 from torch import nn
 
-from fmsim.exec.kernels.rounded_rows import round_rows
+from fmsim.exec.kernels.norms.rounded_rows import round_rows
 from fmsim.exec.kernels.weights import dequantise
 from fmsim.exec.model import attention, projections
 from fmsim.exec.model.attention import Attention

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from hand_ledger import FLASH, H100, ledger
 
-from fmsim.experiments.rows import csv_text, write_rows
+from fmsim.experiments.results.rows import csv_text, write_rows
 from fmsim.hw import replace_figure
 from fmsim.sim.serving.demand import Demand
 from fmsim.sim.serving.log import request_rows

@@ -1,0 +1,1 @@
+"""Attention of a decode token over its window and what it selected."""

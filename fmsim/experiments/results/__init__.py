@@ -1,0 +1,1 @@
+"""What commands write and read back: folders of results, and files of rows."""

@@ -1,0 +1,1 @@
+"""Work in supervised processes: what became of it, and how far it is."""
