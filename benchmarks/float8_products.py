@@ -236,12 +236,16 @@ def written(card: str, shapes: list[dict[str, Any]]) -> None:
         ways = sorted((way for way in us if way != WIDE), key=us.get)
         return ways[: 1 + next(place for place, way in enumerate(ways) if way in own)]
 
+    def of(shape: dict[str, Any]) -> dict[str, int]:
+        return {key: shape[key] for key in ("outputs", "inputs", "groups")}
+
     table = json.loads(float8_products.TABLE.read_text())
+    before = {tuple(of(shape).values()): shape["ways"] for shape in table["cards"].get(card, ())}
+    for shape in shapes:  # rows that were not reached keep their ways
+        ways = before.setdefault(tuple(of(shape).values()), {})
+        ways |= {str(row["rows"]): ordered(row["us"]) for row in shape["rows"]}
     table["cards"][card] = [
-        {key: shape[key] for key in ("outputs", "inputs", "groups")}
-        | {"ways": {str(row["rows"]): ordered(row["us"]) for row in shape["rows"]}}
-        for shape in shapes
-        if shape["rows"]
+        of(shape) | {"ways": before[tuple(of(shape).values())]} for shape in shapes
     ]
     float8_products.TABLE.write_text(json.dumps(table, indent=1) + "\n")
 

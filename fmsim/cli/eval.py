@@ -190,7 +190,7 @@ def _length(text: str) -> tuple[int, ...]:
     from fmsim.errors import FmsimError
 
     length, *fewer = text.split(":")
-    if len(fewer) not in (0, 2) or not all(part.isdecimal() for part in fewer):
+    if len(fewer) not in (0, 2) or not all(part.isdecimal() and int(part) for part in fewer):
         raise FmsimError(
             f"--length {text}: give tokens, such as 32768, or TOKENS:SAMPLES:SEEDS, such as"
             " 524288:8:2"

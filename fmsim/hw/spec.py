@@ -147,6 +147,12 @@ class EngineTimes(_Strict):
             raise ValueError("fetching_ms and common_fetching_ms need the same sizes of pages")
         return self
 
+    @model_validator(mode="after")
+    def _choices_among_residents_are_timed(self) -> Self:
+        if not self.residents_ms and not (self.listed_batch_ms and self.listed_scores):
+            raise ValueError("residents_ms is needed, or listed_batch_ms and listed_scores")
+        return self
+
 
 # How a policy's steps keep its books: everything stays; a set that only writes change; one that
 # learns from each step; misses loaded, or the heavy ones; decisions; decisions known ahead.

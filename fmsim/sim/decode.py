@@ -136,7 +136,7 @@ class _Decode:
             # Recalled bytes come beside steps. What was missed and is kept, or came ahead, goes
             # from spare pages to its slots: read, and written.
             kept_bytes = engine.kept_pages()[:, place.groups].sum(axis=1) * page_bytes
-            if on_gpu > 1:
+            if on_gpu > 1 and self.cadence > 1:
                 indexer_s = _in_turns(indexer_s, self.cadence)
             in_step_s = 2 * kept_bytes / hbm + engine.settled_s(ahead.sum(axis=1) * on_gpu, hbm)
             self.rest_s = costs.rest_s + indexer_s + engine.step_s() + in_step_s

@@ -150,7 +150,7 @@ class EngineCosts:
         """
         entry_bytes, key_bytes = self._row_bytes()
         rates = self.times.within_bytes_per_s
-        moving = 1 - keyed_layers(self.ledger, self.geometry) / self.geometry.n_csa
+        moving = 1 - keyed_layers(self.ledger, self.geometry) / self.geometry.n_keyed
         found = np.zeros(len(pages))
         for row_bytes, rows in ((entry_bytes, pages), (key_bytes, moving * pages)):
             if row_bytes:
@@ -262,7 +262,8 @@ class EngineCosts:
 
     def _sized_ms(self, work: StepWork, pages_ns: float, movable: int) -> float:
         slots_ns = work.slot_ns * sum(self.ledger.group_slots)
-        rows = 1 if self.ledger.n_groups == 1 else self.geometry.n_csa  # a list for all, or each
+        # a list for all, or each
+        rows = 1 if self.ledger.n_groups == 1 and not self.loads else self.geometry.n_csa
         moves_ns = work.move_ns * rows * movable * self.batch
         return max(0.0, work.fixed_ms + (slots_ns + pages_ns + moves_ns) / 1e6)
 

@@ -190,6 +190,10 @@ def test_the_measuring_runs(tmp_path, device, float8):
     assert loaded.link.gathers[1].bytes_per_s.keys() == {2, 4}
     engine = loaded.kernels["v4-flash"].engine
     assert engine.fetching_ms.keys() == engine.common_fetching_ms.keys() == sizes.fetched.keys()
+    assert engine.residents_ms.keys() == set(sizes.resident_pages)
+    assert engine.late_bytes_per_s.keys() == set(sizes.recalled_rows)
+    assert engine.within_bytes_per_s.keys() == set(sizes.recalled_rows)
+    assert engine.csa_crowd_ms.keys() == engine.hca_crowd_ms.keys()
     assert engine.steps["fetched"].loading_ms and engine.steps["fallback"].loading_ms
 
 

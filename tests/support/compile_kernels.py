@@ -58,6 +58,8 @@ def compile_launch(function: JITFunction, launch: str, *args, grid, warmup, **kw
         elif isinstance(value, TensorDescriptor):
             kind = TYPES[value.base.dtype]
             signature[parameter.name] = f"tensordesc<{kind}{value.block_shape},{value.layout!r}>"
+        elif isinstance(value, tuple) and isinstance(value[0], int):
+            signature[parameter.name] = ("i32",) * len(value)
         elif isinstance(value, tuple):  # of tensors
             signature[parameter.name] = tuple(map(pointer, value))
             attributes |= {(number, place): ALIGNED for place in range(len(value))}

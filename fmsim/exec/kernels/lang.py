@@ -16,6 +16,16 @@ from torch import Tensor
 try:
     import triton
     import triton.language as tl
+    from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+    from triton.language.target_info import cuda_capability_geq
+
+    HAS_TRITON, INTERPRETED = True, triton.knobs.runtime.interpret
+except ModuleNotFoundError:
+    triton = SimpleNamespace(jit=lambda function=None, **how: function or triton.jit)
+    tl = SimpleNamespace(constexpr=int)
+    HAS_TRITON, INTERPRETED = False, False
+
+try:  # experimental: another release may have moved or renamed any of them
     from triton.experimental import gluon
     from triton.experimental.gluon import language as gl
     from triton.experimental.gluon.language.nvidia.hopper import (
@@ -25,15 +35,11 @@ try:
         warpgroup_mma_wait,
     )
     from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
-    from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
-    from triton.language.target_info import cuda_capability_geq
 
-    HAS_TRITON, INTERPRETED = True, triton.knobs.runtime.interpret
-except ModuleNotFoundError:
-    triton = gluon = SimpleNamespace(jit=lambda function=None, **how: function or triton.jit)
-    tl = gl = SimpleNamespace(constexpr=int)
+except ImportError:
+    gluon = SimpleNamespace(jit=lambda function=None, **how: function or gluon.jit)
+    gl = SimpleNamespace(constexpr=int)
     mbarrier = tma = warpgroup_mma = warpgroup_mma_wait = TensorDescriptor = None
-    HAS_TRITON, INTERPRETED = False, False
 
 COMPILED = tl.constexpr(not INTERPRETED)
 

@@ -59,10 +59,11 @@ def calibrate(
 
 
 def _engine_digest() -> str:
-    """Of `fmsim.exec`'s source: what was timed of another engine is not gone on with."""
+    """Of `fmsim.exec`'s source and tables: what was timed of another engine is not gone on with."""
     found = hashlib.sha256()
-    for path in sorted(Path(fmsim.exec.__file__).parent.rglob("*.py")):
-        found.update(path.read_bytes())
+    for path in sorted(Path(fmsim.exec.__file__).parent.rglob("*")):
+        if path.suffix in (".py", ".json"):
+            found.update(path.read_bytes())
     return found.hexdigest()
 
 
@@ -159,13 +160,13 @@ def _jobs(
         jobs.append(Job(name, 3, module))
     jobs += [
         Job("layers in a row", 24, partial(_in_a_row, config, layouts, seed, *on_device)),
-        Job("steps beside recalls", 3, partial(_beside, config, layouts, seed, *on_device)),
+        Job("steps beside recalls", 8, partial(_beside, config, layouts, seed, *on_device)),
     ]
     jobs += [
         Job("masses", 1, partial(engine_cases.masses_ms, *on_device)),
         Job("small pages", 5, lambda: engine_cases.pages_ms(timer(CSA), *on_device)),
         Job(
-            "choices among residents", 12, lambda: engine_cases.residents_ms(timer(CSA), *on_device)
+            "choices among residents", 17, lambda: engine_cases.residents_ms(timer(CSA), *on_device)
         ),
         Job("loading misses", 1, partial(engine_cases.staging_ms, layouts[0], *on_device)),
         Job("fetching misses", 16, fetching),

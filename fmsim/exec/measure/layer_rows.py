@@ -11,6 +11,7 @@ from __future__ import annotations
 import gc
 from collections.abc import Callable, Sequence
 from copy import copy
+from math import ceil
 from typing import NamedTuple
 
 import torch
@@ -91,8 +92,10 @@ class LayerRow:
         copies, side = captured(recall.run), torch.cuda.Stream()
         recall_s = median_s(recall.run, self.device, runs=8, cold=False)
 
-        def timed(times: int) -> tuple[float, float]:
-            """Medians, in seconds: a step, and so many recalls that begin with it."""
+        def timed(times: int, further: int = 0) -> tuple[float, float]:
+            """Medians, in seconds: a step, and so many recalls that begin with it, beside which
+            ``further`` steps follow.
+            """
             marks = []
             for _ in range(9):
                 torch.cuda.synchronize()
@@ -105,6 +108,8 @@ class LayerRow:
                 start.record()
                 step()
                 end.record()
+                for _ in range(further):
+                    step()
                 torch.cuda.synchronize()
                 marks.append((start.elapsed_time(end) / 1e3, begin.elapsed_time(come) / 1e3))
             step_s, come_s = (sorted(column)[len(marks) // 2] for column in zip(*marks))
@@ -112,7 +117,7 @@ class LayerRow:
 
         alone_s, _ = timed(0)
         times = round(1.3 * alone_s / recall_s) + 1
-        step_s, come_s = timed(times)
+        step_s, come_s = timed(times, further=ceil(2 * times * recall_s / alone_s))
         found = SlowedStep(max(0.0, step_s / alone_s - 1), times * recall.n_bytes / come_s)
         del work
         report(

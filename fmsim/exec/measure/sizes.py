@@ -51,7 +51,7 @@ class Sizes:
     # with these, and of a layer that selects among so many residents, in pages of so many
     paged_batches: tuple[int, ...] = (1, 16, 32, 64, 128)
     residents: tuple[int, ...] = (1024, 16_384)
-    resident_pages: tuple[int, ...] = (1, 16)
+    resident_pages: tuple[int, ...] = (1, 16, 64)
     staged: tuple[int, ...] = (0, 8, 64, 256)  # pages of one entry that a request loads in a layer
     staged_entries: int = 65_536  # of the request that loads them
     # the same of layers that load in most steps, by entries a page

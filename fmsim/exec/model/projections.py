@@ -30,8 +30,8 @@ class Float8Linear(nn.Module):
     [ceil(out / 128), ceil(in / 128)].
 
     With ``float8_rows`` more than a few rows are rounded to float8 first, as DeepSeek's release
-    does (`kernels.products.linear`). On a GPU a kernel reads the float8 weights; elsewhere they are widened
-    at each call.
+    does (`kernels.products.linear`). On a GPU a kernel reads the float8 weights; elsewhere they are
+    widened at each call.
     """
 
     def __init__(
@@ -160,8 +160,10 @@ class Joined:
         scales = [getattr(whole, "scale", None) for _, whole in self.products]
         if len(weights) == 2 and norm is None:
             return one_row.two_rows_triton(x, weights, scales, due=due)
+        # a launch alongside may write where the gates beside the first one still read
+        together = due is None or due.empty
         return [
-            one_row.one_row_triton(x, *of, norm=norm, alongside=number > 0, due=due)
+            one_row.one_row_triton(x, *of, norm=norm, alongside=together and number > 0, due=due)
             for number, of in enumerate(zip(weights, scales, strict=True))
         ]
 

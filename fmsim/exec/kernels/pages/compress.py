@@ -83,7 +83,8 @@ class Append(NamedTuple):
 
 def append(appends: Sequence[Append], positions: Tensor, alongside: bool = False) -> None:
     """Take the token at ``positions`` int32 [B], on the device: write every entry that it closes,
-    and remember what stays open. No two of the ``appends`` write one pool.
+    and remember what stays open. No two of the ``appends`` write one pool. Two may share a ring,
+    with one projection: both write the same token at its place, and read the others.
 
     ``alongside`` the launch before this one in its stream, which must have begun when projections
     were there.
@@ -161,10 +162,10 @@ def append_triton(
         sines,
         pools,
         tables,
+        tuple(table.stride(0) for table in tables),  # more pages are no other kernel
         EPS=tuple(pooling.eps for pooling in poolings),
         KV_STRIDES=tuple(part.stride(0) for part in kvs),
         GATE_STRIDES=tuple(part.stride(0) for part in gates),
-        TABLE_STRIDES=tuple(table.stride(0) for table in tables),
         RATES=tuple(pooling.rate for pooling in poolings),
         SERIES=tuple(pooling.series for pooling in poolings),
         WIDTHS=tuple(pooling.width for pooling in poolings),
@@ -195,10 +196,10 @@ def _append(
     sines,
     pools,
     tables,
+    table_strides,
     EPS: tl.constexpr,
     KV_STRIDES: tl.constexpr,
     GATE_STRIDES: tl.constexpr,
-    TABLE_STRIDES: tl.constexpr,
     RATES: tl.constexpr,
     SERIES: tl.constexpr,
     WIDTHS: tl.constexpr,
@@ -235,7 +236,7 @@ def _append(
                 cosines[n],
                 sines[n],
                 pools[n],
-                tables[n] + b * TABLE_STRIDES[n],
+                tables[n] + b * table_strides[n],
                 EPS[n],
                 RATES[n],
                 SERIES[n],

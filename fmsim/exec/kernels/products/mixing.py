@@ -58,6 +58,10 @@ class Due:
     def __init__(self) -> None:
         self._gates: Gates | None = None
 
+    @property
+    def empty(self) -> bool:
+        return self._gates is None
+
     def leave(self, gates: Gates) -> None:
         self._gates = gates
 

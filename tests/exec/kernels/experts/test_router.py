@@ -1,6 +1,7 @@
 """The choice of experts: the kernel against the model's own."""
 
 import torch
+import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from kernel_pools import on_each_device
@@ -84,7 +85,9 @@ def test_the_kernel_is_the_model(device, seed, batch, count, top_k, hashed, spre
 )
 @torch.no_grad()
 def test_so_is_the_kernel_with_the_product(device, seed, count, top_k, hashed, inputs, block_bytes):
-    """The logits of two experts may be one bfloat16 number apart: so their weights are compared."""
+    """The logits of two experts may be one bfloat16 number apart: so the weights are compared, and
+    the chosen ones' scores with those left out.
+    """
     torch.manual_seed(seed)
     router = router_of(count, min(top_k, count), hashed, device, inputs)
     router.weight = nn.Parameter(torch.randn(count, inputs, device=device).bfloat16(), False)
@@ -92,6 +95,16 @@ def test_so_is_the_kernel_with_the_product(device, seed, count, top_k, hashed, i
     tokens, tune = torch.randint(0, VOCABULARY, (1,)).to(device), OneRowTuning(block_bytes)
     _, weights = routed_reference(x, tokens, router)
     found, found_weights = routed_triton(x, tokens, router, tune)
+    scores = F.softplus((x.float() @ router.weight.float().T).float()).sqrt()
+    own = scores.gather(1, found)
+    own = own / own.sum() * router.scaling
+    torch.testing.assert_close(found_weights, own, rtol=0.02, atol=1e-6)
+    if hashed:
+        assert torch.equal(found, router.tid2eid[tokens])
+    else:
+        ranks = scores + router.e_score_correction_bias
+        rest = ranks.scatter(1, found, -torch.inf)
+        assert ranks.gather(1, found).min() >= rest.max() - 0.02
     for _ in range(2):  # the count of programs is as it was
         again = routed_triton(x, tokens, router, tune)
         assert torch.equal(again[0], found) and torch.equal(again[1], found_weights)

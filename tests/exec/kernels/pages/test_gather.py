@@ -20,10 +20,11 @@ from fmsim.exec.kernels.tuning import GatherTuning
     padding=st.sampled_from([0.0, 0.3, 1.0]),
     ids=st.sampled_from([torch.int32, torch.int64]),
     programs=st.integers(1, 5),
+    stages=st.sampled_from([1, 4]),
     shared=st.booleans(),
 )
 def test_the_kernel_is_the_reference(
-    device, seed, groups, row_bytes, moves, padding, ids, programs, shared
+    device, seed, groups, row_bytes, moves, padding, ids, programs, stages, shared
 ):
     """Groups with memories of their own, or that share one."""
     generator = torch.Generator().manual_seed(seed)
@@ -41,13 +42,16 @@ def test_the_kernel_is_the_reference(
     expected = target.clone()
     every = lambda rows: rows.expand(groups, -1, -1)
     copy_rows_reference(every(source), every(expected), *lists)
-    if device == "cuda":  # recall: the source stays in host memory
-        source, target = source.pin_memory(), target.to(device)
+    if device == "cuda":  # recall: the source stays in host memory, but for copies within the GPU
+        source, target = (
+            source.to(device) if stages == 1 else source.pin_memory(),
+            target.to(device),
+        )
     copy_rows_triton(
         every(source),
         every(target),
         *lists,
-        tune=GatherTuning(segment_words=64, tile_words=256, programs=programs),
+        tune=GatherTuning(segment_words=64, tile_words=256, programs=programs, stages=stages),
     )
     assert torch.equal(target.cpu(), expected)
 
