@@ -175,12 +175,12 @@ def test_float8_rows_are_the_products_of_rounded_ones(
     not torch.cuda.is_available() or torch.cuda.get_device_capability() != (9, 0),
     reason="no CUDA device of compute capability 9.0",
 )
-@settings(max_examples=24, deadline=None)
+@settings(max_examples=12, deadline=None)  # each may compile a kernel, for some seconds
 @given(
     seed=st.integers(0, 2**32),
     rows=st.sampled_from([17, 64, 65, 129, 300]),
     outputs=st.sampled_from([64, 192]),
-    turns=st.sampled_from([3, 9, 18, 32]),  # one to four splits, of more turns than stages too
+    turns=st.sampled_from([3, 18, 32]),  # one to four splits, of more turns than stages too
     groups=st.sampled_from([1, 2]),
     dtype=st.sampled_from([torch.float32, torch.bfloat16]),
     tune=st.sampled_from(
