@@ -166,7 +166,7 @@ def _jobs(
         Job("masses", 1, partial(engine_cases.masses_ms, *on_device)),
         Job("small pages", 5, lambda: engine_cases.pages_ms(timer(CSA), *on_device)),
         Job(
-            "choices among residents", 17, lambda: engine_cases.residents_ms(timer(CSA), *on_device)
+            "choices among residents", 10, lambda: engine_cases.residents_ms(timer(CSA), *on_device)
         ),
         Job("loading misses", 1, partial(engine_cases.staging_ms, layouts[0], *on_device)),
         Job("fetching misses", 16, fetching),
@@ -212,7 +212,7 @@ def _attention(name: str, timer: Callable[[], AttentionTimer], sizes: Sizes) -> 
     jobs = [
         Job(f"{name} attention by batch", 4, by_batch),
         Job(f"{name} attention by context", 2, by_context),
-        Job(f"{name} attention of crowds", 22 if name == "csa" else 2, of_crowds),
+        Job(f"{name} attention of crowds", 8 if name == "csa" else 4, of_crowds),
     ]
     return [*jobs, Job("an entry that closes", 2, closing)] if name == "csa" else jobs
 

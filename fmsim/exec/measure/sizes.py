@@ -35,22 +35,25 @@ class Sizes:
         1_048_576,
     )
     # beside some between, where kernels change their ways and the last before: attention at 4 and
-    # 16 requests, experts at 32, products after 16, 32, 64 and 128 rows, hyper-connections after
-    # 8, 16, 24 and 33
+    # 16 requests, experts at 32, products after 16, 32, 48, 64, 96 and 128 rows, hyper-connections
+    # after 8, 16, 24 and 33
     batches: tuple[int, ...] = (
         *(1, 2, 3, 4, 6, 8, 9, 12, 15, 16, 17, 24, 25, 31, 32, 33, 34),
-        *(48, 64, 65, 96, 128, 129, 160),
+        *(48, 49, 64, 65, 96, 97, 128, 129, 160),
     )
-    # attention of several requests at longer contexts: beside some, the last before a kernel
-    # changes its ways and the first after. Top-k deals 128 programs out, a power of two to each
-    crowds: tuple[int, ...] = (3, 4, 8, 15, 16, 32, 33, 64, 65, 128)
+    # attention of several requests at longer contexts, likewise: top-k after 24, index scores from
+    # 48 on too
+    crowds: tuple[int, ...] = (
+        *(3, 4, 8, 9, 15, 16, 24, 25, 32, 33),
+        *(48, 49, 64, 65, 96, 97, 128),
+    )
     # the third is the last at which top-k reads all groups' scores at once
     crowd_contexts: tuple[int, ...] = (20_480, 65_536, 131_072, 524_288)
     some_batches: tuple[int, ...] = (1, 8, 32, 128)  # of what a kernel adds to a module
     page_entries: tuple[int, ...] = (1, 4, 16)  # a page, beside those of 64
     # with these, and of a layer that selects among so many residents, in pages of so many
-    paged_batches: tuple[int, ...] = (1, 16, 32, 64, 128)
-    residents: tuple[int, ...] = (1024, 16_384)
+    paged_batches: tuple[int, ...] = (1, 8, 15, 16, 32, 33, 48, 49, 64, 65, 128)
+    residents: tuple[int, ...] = (1024, 4096, 16_384)
     resident_pages: tuple[int, ...] = (1, 16, 64)
     staged: tuple[int, ...] = (0, 8, 64, 256)  # pages of one entry that a request loads in a layer
     staged_entries: int = 65_536  # of the request that loads them
