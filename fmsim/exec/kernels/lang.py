@@ -35,7 +35,6 @@ try:  # experimental: another release may have moved or renamed any of them
         warpgroup_mma_wait,
     )
     from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
-
 except ImportError:
     gluon = SimpleNamespace(jit=lambda function=None, **how: function or gluon.jit)
     gl = SimpleNamespace(constexpr=int)
