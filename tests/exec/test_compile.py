@@ -14,9 +14,11 @@ from compiled import compiled
 # that kernel_launches.py and nano_training/launches.py list.
 DECODE = [
     "index_scores",
+    "index_scores, single entries",
     "index_weights",
     "memory_scores",
     "top_k, preselected",
+    "sparse_attention, single entries",
     "sparse_attention, rounded",
     "sparse_attention, many",
     "append, csa",
@@ -124,6 +126,10 @@ def test_every_kernel_of_a_decode_compiles_for_sm_90(tmp_path):
     assert any("wgmma" in kind and "e4m3" in kind for kind in scoring) and any(
         "wgmma" in kind and "f16" in kind for kind in scoring
     )
+    # of a layer whose pool starts at an address that 16 does not divide
+    alone = [row["ptx"] for row in decode if row["launch"].endswith("single entries")]
+    assert len(alone) > 1
+    assert all("ld.global.b8" not in kinds for kinds in alone)
     products = {
         kind for row in decode if row["kernel"] in ("_gate_up", "_down") for kind in row["ptx"]
     }

@@ -54,7 +54,9 @@ def compile_launch(function: JITFunction, launch: str, *args, grid, warmup, **kw
         if parameter.is_constexpr:
             signature[parameter.name], constants[(number,)] = "constexpr", value
         elif isinstance(value, torch.Tensor):
-            signature[parameter.name], attributes[(number,)] = pointer(value), ALIGNED
+            signature[parameter.name] = pointer(value)
+            if value.data_ptr() % 16 == 0:
+                attributes[(number,)] = ALIGNED
         elif isinstance(value, TensorDescriptor):
             kind = TYPES[value.base.dtype]
             signature[parameter.name] = f"tensordesc<{kind}{value.block_shape},{value.layout!r}>"
@@ -62,7 +64,11 @@ def compile_launch(function: JITFunction, launch: str, *args, grid, warmup, **kw
             signature[parameter.name] = ("i32",) * len(value)
         elif isinstance(value, tuple):  # of tensors
             signature[parameter.name] = tuple(map(pointer, value))
-            attributes |= {(number, place): ALIGNED for place in range(len(value))}
+            attributes |= {
+                (number, place): ALIGNED
+                for place, tensor in enumerate(value)
+                if tensor.data_ptr() % 16 == 0
+            }
         elif value == 1:  # Triton makes a constant of it
             signature[parameter.name], constants[(number,)] = "constexpr", 1
         elif isinstance(value, float):

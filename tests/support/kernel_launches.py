@@ -53,9 +53,14 @@ def whole(*shape: int) -> torch.Tensor:
     return zeros(*shape, dtype=torch.int32)
 
 
+def pool_of(layout, per_page):
+    """Of PAGES, but behind another page, as a later layer's is."""
+    return layout.new_pool(1 + PAGES, per_page)[1:]
+
+
 def scores(layout, heads, dtype, per_page=64):
     def launch():
-        pool = layout.new_pool(PAGES, per_page)
+        pool = pool_of(layout, per_page)
         index_scores_triton(
             zeros(BATCH, heads, layout.width, dtype=dtype),
             zeros(BATCH, heads),
@@ -94,7 +99,7 @@ def attention(layout, heads, dtype, per_page=64, tune=None, rounded=False, known
             layout,
             layout.new_pool(BATCH, 128),
             whole(BATCH),
-            layout.new_pool(PAGES, per_page),
+            pool_of(layout, per_page),
             whole(BATCH, PAGES),
             whole(BATCH, 512),
         )

@@ -73,6 +73,13 @@ def scattered_pool(
     return pool, table.masked_fill(lost, -1).to(torch.int32)
 
 
+def behind(pages: int, pool: torch.Tensor, device: str) -> torch.Tensor:
+    """``pool`` on a device, after so many other pages, as a later layer's lies: 16 need not divide
+    its address.
+    """
+    return torch.cat((pool[:pages], pool)).to(device)[pages:]
+
+
 def relative_error(found: torch.Tensor, expected: torch.Tensor) -> float:
     """Norm of the difference over the norm of what is expected; nan where anything is."""
     found, expected = found.double().cpu(), expected.double().cpu()

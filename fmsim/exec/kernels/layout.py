@@ -11,13 +11,14 @@ layouts of an entry:
   scaling never rounds);
 - ``plain(dtype, width)``: unscaled values, as small models keep them.
 
-A pool should start at a multiple of 16 bytes, as allocations do; a kernel given a view that does
-not (every other layer of a pool of layers with an odd number of 584-byte rows) is right, but reads
-it byte by byte.
+A layer's pool in the midst of others with rows of 584 or 132 bytes need not start at a multiple of
+16, and then Triton would read it byte by byte. So kernels are told the `alignment` of pages, ALIGN.
 """
 
 from __future__ import annotations
 
+import math
+from itertools import chain
 from typing import NamedTuple
 
 import torch
@@ -58,6 +59,11 @@ class Layout(NamedTuple):
     def per_page(self, pool: Tensor) -> int:
         """Entries a page. A page may be padded at its end by less than an entry."""
         return pool.shape[1] // self.entry_bytes
+
+
+def alignment(*pools: Tensor) -> int:
+    """Bytes of which all pages' addresses are multiples, at most the 16 that a thread loads."""
+    return math.gcd(16, *chain.from_iterable((pool.data_ptr(), pool.stride(0)) for pool in pools))
 
 
 LATENT = Layout("latent", 512, 448 + 2 * CHUNK, 8)
@@ -167,16 +173,22 @@ def slots_of(table: Tensor, ids: Tensor, per_page: int) -> Tensor:
 
 @triton.jit
 def load_keys(
-    start, number, valid, KIND: tl.constexpr, WIDTH: tl.constexpr, PER_PAGE: tl.constexpr
+    start,
+    number,
+    valid,
+    KIND: tl.constexpr,
+    WIDTH: tl.constexpr,
+    PER_PAGE: tl.constexpr,
+    ALIGN: tl.constexpr,
 ):
     """Index keys by their page's uint8 pointer (one, or [N]) and number in it [N]: unscaled values
     [N, WIDTH] and scales float32 [N]; 0 where not valid.
     """
     lane = tl.arange(0, WIDTH)
     if KIND == "key":
-        codes = tl.load(
-            (start + number * WIDTH)[:, None] + lane[None, :], mask=valid[:, None], other=0
-        )
+        places = (start + number * WIDTH)[:, None] + lane[None, :]
+        places = tl.multiple_of(places, (1, ALIGN))
+        codes = tl.load(places, mask=valid[:, None], other=0)
         places = (start + PER_PAGE * WIDTH + number * 4).to(tl.pointer_type(tl.float32))
         return codes.to(tl.float8e4nv, bitcast=True), tl.load(places, mask=valid, other=0.0)
     else:
@@ -201,7 +213,9 @@ def product_operand(x):
 
 
 @triton.jit
-def load_latents(values, scales, valid, KIND: tl.constexpr, WIDTH: tl.constexpr):
+def load_latents(
+    values, scales, valid, KIND: tl.constexpr, WIDTH: tl.constexpr, ALIGN: tl.constexpr
+):
     """Entries by uint8 pointers [N] to their values and scales: [N, WIDTH], float16 or the plain
     type; 0 where not valid.
 
@@ -210,12 +224,11 @@ def load_latents(values, scales, valid, KIND: tl.constexpr, WIDTH: tl.constexpr)
     if KIND == "latent":
         chunk = tl.arange(0, WIDTH // 64)[None, :, None]
         lane = tl.arange(0, 64)[None, None, :]
-        codes = tl.load(
-            values[:, None, None] + (chunk * 64 + lane),
-            mask=valid[:, None, None] & (chunk < WIDTH // 64 - 1),
-            other=0,
-        )
+        places = tl.multiple_of(values[:, None, None] + (chunk * 64 + lane), (1, 1, ALIGN))
+        coded = valid[:, None, None] & (chunk < WIDTH // 64 - 1)
+        codes = tl.load(places, mask=coded, other=0)
         places = scales[:, None] + tl.arange(0, WIDTH // 64)[None, :]
+        places = tl.multiple_of(places, (1, min(ALIGN, WIDTH // 64)))
         exponent = tl.load(places, mask=valid[:, None], other=0).to(tl.int32)
         # a power of two, so that scaling float16 rounds no more than float32
         scale = (exponent << 23).to(tl.float32, bitcast=True).to(tl.float16)
@@ -231,12 +244,11 @@ def load_latents(values, scales, valid, KIND: tl.constexpr, WIDTH: tl.constexpr)
 
 
 @triton.jit
-def load_rotated(values, valid, WIDTH: tl.constexpr):
+def load_rotated(values, valid, WIDTH: tl.constexpr, ALIGN: tl.constexpr):
     """The last 64 values of latents, [N, 64] float16; 0 where not valid."""
     rotated = (values + (WIDTH - 64)).to(tl.pointer_type(tl.bfloat16))
-    return product_operand(
-        tl.load(rotated[:, None] + tl.arange(0, 64)[None, :], mask=valid[:, None], other=0.0)
-    )
+    places = tl.multiple_of(rotated[:, None] + tl.arange(0, 64)[None, :], (1, ALIGN))
+    return product_operand(tl.load(places, mask=valid[:, None], other=0.0))
 
 
 @triton.jit

@@ -12,7 +12,7 @@ from torch import Tensor
 from fmsim.exec.kernels import tuning
 from fmsim.exec.kernels.attention.rows import Parts, Rows, balanced_splits, finished, matrix_type
 from fmsim.exec.kernels.lang import cdiv, next_power_of_2, tl, triton
-from fmsim.exec.kernels.layout import load_latents, load_rotated, triton_kind
+from fmsim.exec.kernels.layout import alignment, load_latents, load_rotated, triton_kind
 
 
 def attend_gathered(
@@ -89,6 +89,7 @@ def _gathered(rows: Rows, tune: tuning.GatheredAttentionTuning) -> tuple[Tensor,
         WINDOW_BYTES=rows.window.stride(0),
         PER_PAGE=layout.per_page(rows.pool),
         PAGE_BYTES=rows.pool.stride(0),
+        ALIGN=alignment(rows.window, rows.pool),
         BLOCK_ROWS=tune.gather_rows,
         num_warps=4,
     )
@@ -115,6 +116,7 @@ def _gather(
     WINDOW_BYTES: tl.constexpr,
     PER_PAGE: tl.constexpr,
     PAGE_BYTES: tl.constexpr,
+    ALIGN: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
 ):
     """One program: some rows of one sequence.
@@ -134,12 +136,12 @@ def _gather(
     number, of = tl.where(near, row, entry % PER_PAGE), tl.where(near, WINDOW, PER_PAGE)
     values, scales = start + number * VALUE_BYTES, start + of * VALUE_BYTES + number * SCALE_BYTES
     places, lane = dense + (b * count + row)[:, None] * WIDTH, tl.arange(0, WIDTH)[None, :]
-    latent = load_latents(values, scales, known, KIND, WIDTH).to(dense.dtype.element_ty)
+    latent = load_latents(values, scales, known, KIND, WIDTH, ALIGN).to(dense.dtype.element_ty)
     if KIND == "latent":
         tl.store(places + lane, latent, mask=inside[:, None] & (lane < WIDTH - 64))
         tl.store(
             places + (WIDTH - 64 + tl.arange(0, 64))[None, :],
-            load_rotated(values, known, WIDTH),
+            load_rotated(values, known, WIDTH, ALIGN),
             mask=inside[:, None],
         )
     else:

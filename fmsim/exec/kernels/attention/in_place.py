@@ -19,7 +19,13 @@ from fmsim.exec.kernels.lang import (
     tl,
     triton,
 )
-from fmsim.exec.kernels.layout import load_latents, load_rotated, product_operand, triton_kind
+from fmsim.exec.kernels.layout import (
+    alignment,
+    load_latents,
+    load_rotated,
+    product_operand,
+    triton_kind,
+)
 
 
 def attend_in_place(
@@ -64,6 +70,7 @@ def attend_in_place(
         SELECTED=rows.ids.shape[1],
         PER_PAGE=layout.per_page(rows.pool),
         PAGE_BYTES=rows.pool.stride(0),
+        ALIGN=alignment(rows.window, rows.pool),
         BLOCK_HEADS=tune.block_heads,
         BLOCK_ROWS=tune.block_rows,
         SHARE=share,
@@ -114,6 +121,7 @@ def _attend_in_place(
     SELECTED: tl.constexpr,
     PER_PAGE: tl.constexpr,
     PAGE_BYTES: tl.constexpr,
+    ALIGN: tl.constexpr,
     BLOCK_HEADS: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
     SHARE: tl.constexpr,
@@ -167,7 +175,7 @@ def _attend_in_place(
         values = start + number * VALUE_BYTES
         latent = product_operand(
             load_latents(
-                values, start + of * VALUE_BYTES + number * SCALE_BYTES, known, KIND, WIDTH
+                values, start + of * VALUE_BYTES + number * SCALE_BYTES, known, KIND, WIDTH, ALIGN
             )
         )
         # of the next block, and of the one after it
@@ -176,7 +184,7 @@ def _attend_in_place(
         # [BLOCK_HEADS, BLOCK_ROWS]
         logits = tl.dot(query, tl.trans(latent), input_precision="ieee")
         if apart:
-            rotated = load_rotated(values, known, WIDTH)
+            rotated = load_rotated(values, known, WIDTH, ALIGN)
             logits = tl.dot(query_turned, tl.trans(rotated), logits)
         logits *= scale
         logits = tl.where(known[None, :], logits, float("-inf"))

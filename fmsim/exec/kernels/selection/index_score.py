@@ -28,6 +28,7 @@ from fmsim.exec.kernels.lang import (
 )
 from fmsim.exec.kernels.layout import (
     Layout,
+    alignment,
     load_keys,
     product_operand,
     read_entries,
@@ -194,6 +195,7 @@ def score_layers(
         KIND=triton_kind(layout),
         PER_PAGE=per_page,
         PAGE_BYTES=pools[0].stride(0),
+        ALIGN=alignment(*pools),
         BLOCK=block,
         IN_PAGE=in_page,
         GROUP=GROUP,
@@ -259,6 +261,7 @@ def _index_scores(
     KIND: tl.constexpr,
     PER_PAGE: tl.constexpr,
     PAGE_BYTES: tl.constexpr,
+    ALIGN: tl.constexpr,
     BLOCK: tl.constexpr,
     IN_PAGE: tl.constexpr,
     GROUP: tl.constexpr,
@@ -328,7 +331,7 @@ def _index_scores(
                 number, valid = block * BLOCK % PER_PAGE + row, tl.full([BLOCK], 1, tl.int1)
             else:
                 number, valid = entry % PER_PAGE, present
-            keys, scale = load_keys(start, number, valid, KIND, WIDTH, PER_PAGE)
+            keys, scale = load_keys(start, number, valid, KIND, WIDTH, PER_PAGE, ALIGN)
             # [BLOCK, HEADS_PADDED]
             products = tl.dot(keys.to(asked[layer].dtype), asked[layer], input_precision="ieee")
             more = tl.sum(tl.maximum(products, 0.0) * scales[layer][None, :], 1) * scale

@@ -6,7 +6,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from kernel_pools import on_each_device, relative_error, scattered_pool
+from kernel_pools import behind, on_each_device, relative_error, scattered_pool
 
 from fmsim.exec.kernels.attention.rows import Rows, balanced_splits
 from fmsim.exec.kernels.attention.sparse_attention import (
@@ -124,6 +124,7 @@ def test_the_kernel_is_the_reference(
         seed, batch, heads, layout, dtype, window, per_page, entries, selected, missing
     )
     queries, rows, sinks = queries.to(device), moved(rows, device), sinks.to(device)
+    rows = rows._replace(pool=behind(seed % 4, rows.pool, device))
     turn = None
     if turned:
         angles = torch.linspace(0, 3 + seed % 7, batch * 8, device=device).view(batch, 8)
