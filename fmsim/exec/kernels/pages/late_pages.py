@@ -168,7 +168,8 @@ def take_back_triton(waiting, slots) -> None:
         )
 
 
-@triton.jit
+# one kernel for all sizes: `fmsim.exec.kv.late` loads it at a decode's first decision
+@triton.jit(do_not_specialize=["count", "waiting_stride", "slots_stride", "slot_stride"])
 def _take_back(
     waiting,
     slots,
