@@ -3,10 +3,11 @@ and the best other way.
 
     python benchmarks/kernels.py [--kernel NAME ...] [--out benchmarks/results/kernels.json]
 
-A floor is the fewest bytes that a kernel must move over the bandwidth that a copy reaches here (of
-PCIe, for recall), or its matrix products' operations at 70% of the card's rate, whichever takes
-longer. Times are medians of CUDA graph replays with a cold L2. Each kernel's result is compared
-with its torch reference first; one that differs is marked, and ends the run with an error.
+A floor is the fewest bytes that a kernel must move over the bandwidth at which this GPU adds up a
+large tensor (of PCIe, for recall), or its matrix products' operations at 70% of the card's rate,
+whichever takes longer. Times are medians of CUDA graph replays with a cold L2. Each kernel's result
+is compared with its torch reference first; one that differs is marked, and ends the run with an
+error.
 
 A row's time is the engine's way, which may be another's kernel (`flash_mla`, `float8_products`);
 "own" beside it is ours. Peers: FlashMLA, DeepGEMM and cuBLAS's float8 product (`peers`),
@@ -31,6 +32,7 @@ from typing import Any, NamedTuple
 
 import peers
 import torch
+from step_profile import bandwidth
 
 try:
     import flashinfer
@@ -236,13 +238,6 @@ def measured(name: str, case: cases.Case, ways: Ways) -> dict[str, Any]:
     }
 
 
-def copied_bytes_per_s() -> float:
-    """Bytes read and written a second by a copy of a gigabyte."""
-    source = torch.empty(2**30, dtype=torch.uint8, device=DEVICE).random_()
-    target = torch.empty_like(source)
-    return 2 * source.nbytes / median_s(lambda: target.copy_(source), DEVICE, runs=10)
-
-
 def layer(kind: str, float8: bool, floors: dict[str, float], tokens: int = 524_288) -> dict:
     """One layer's attention at batch 1, its weights bfloat16 or float8 as published: projections
     and the kernels between them, one CUDA graph; the step's angles and lengths, which layers share,
@@ -326,7 +321,7 @@ def main() -> None:
         name: installed(name)
         for name in ("torch", "triton", "flashinfer-python", "sgl-flash-mla", "sgl-deep-gemm")
     }
-    floors = {"hbm": copied_bytes_per_s(), "pcie": PCIE_BYTES_PER_S}
+    floors = {"hbm": bandwidth(), "pcie": PCIE_BYTES_PER_S}
     ways = Ways(floors, not given.no_compile, peers.Patience(given.peer_seconds))
     start_s = time.monotonic()
     result: dict[str, Any] = {
