@@ -201,12 +201,12 @@ _ANSWERS: dict[str, Answer] = {
     "kernels-h200": Answer(
         "kernels-h200.json",
         None,
-        {("benchmarks/results/kernels.md", "kernels on an H200"): _but_float8_rows},
+        {("benchmarks/results/kernels-h200.md", "kernels on an H200"): _but_float8_rows},
     ),
     "float8-products-h200": Answer(
         "float8-products-h200.json",
         None,
-        {("benchmarks/results/kernels.md", "float8 products"): tables.float8_products},
+        {("benchmarks/results/kernels-h200.md", "float8 products"): tables.float8_products},
     ),
     "two-gpus-h200": Answer(
         "two-gpus-h200.json",

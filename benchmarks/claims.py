@@ -201,26 +201,23 @@ def by_batch(result: Result) -> str:
 def bookkeeping(result: Result) -> str:
     """By how much steps are longer than those of `recency`, of bookkeeping-h200.json."""
     lines = [
-        "| policy | requests | engine | step, ms | over recency | over recency, all scored |",
-        "|---" * 6 + "|",
+        "| policy | requests | step, ms | over recency | over recency, all scored |",
+        "|---" * 5 + "|",
     ]
-    timed = [row for row in result["rows"] if "over_recency_and_misses" in row]
-    timed = [row for row in timed if row["part"] == "whole"]
-    engines = list(dict.fromkeys(row["engine"] for row in timed))
-    for row in timed:
-        spec, all_scored = row["spec"], row.get("over_recency_that_sees_all")
+    for row in result["rows"]:
+        if row["part"] != "whole" or "over_recency_and_misses" not in row:
+            continue
+        spec = row["spec"]
         name = f"{spec['policy']} {spec.get('on_miss', '')}".strip()
         lines.append(
-            f"| {name} | {row['batch']} | {engines.index(row['engine']) + 1} |"
-            f" {row['step_p50_ms']:.2f} | {row['over_recency_and_misses']:.1%} |"
-            f" {'' if all_scored is None else f'{all_scored:.1%}'} |"
+            f"| {name} | {row['batch']} | {row['step_p50_ms']:.2f} |"
+            f" {row['over_recency_and_misses']:.1%} | {row['over_recency_that_sees_all']:.1%} |"
         )
     told = (
         f"{result['device']}, {result['date'][:10]}, 32K. Over `recency` and the step's own misses,"
-        " which are copied alone and taken off. Engines, the last one first:"
+        " which are copied alone and taken off."
     )
-    numbered = bullets([f"{n}: {engine}" for n, engine in enumerate(engines, 1)])
-    return "\n".join([paragraph(told), "", numbered, "", *lines])
+    return "\n".join([paragraph(told), "", *lines])
 
 
 def single_entries(result: Result) -> str:
