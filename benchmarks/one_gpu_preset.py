@@ -1,7 +1,7 @@
 """A preset that ships, from what `fmsim hw calibrate --model scenarios/one-gpu` measured.
 
     fmsim hw calibrate --model scenarios/one-gpu --out mine.yaml
-    python benchmarks/one_gpu_preset.py mine.yaml h200-1gpu
+    python benchmarks/one_gpu_preset.py mine.yaml h200-1gpu [--host-gpus 2]
 
 writes fmsim/hw/presets/h200-1gpu.yaml and fmsim/hw/links/h200-1gpu.yaml, and keeps all timings in
 benchmarks/results/calibration-h200-1gpu.json. The preset's times are of V4-Flash
@@ -43,9 +43,19 @@ def rounded(value: Any) -> Any:
     return float(f"{value:.{DIGITS}g}") if isinstance(value, float) else value
 
 
-def shipped(measured: dict[str, Any], link: str, file: str, experts: int) -> dict[str, Any]:
-    """The preset, from a calibration's file of one model with so many experts a layer."""
+def shipped(
+    measured: dict[str, Any], link: str, file: str, experts: int, host_gpus: int
+) -> dict[str, Any]:
+    """The preset, from a calibration's file of one model with so many experts a layer; of the
+    host's memory the part of one of its `host_gpus`.
+    """
     preset = dict(measured)
+    if host_gpus > 1:
+        host = measured["host_bytes"]
+        preset["host_bytes"] = {
+            "value": host["value"] / host_gpus,
+            "source": f"one of {host_gpus} GPUs' part of {host['source']}",
+        }
     preset["link"] = link
     preset["title"] = f"{measured['title']}, 1 GPU, fmsim's engine"
     runtime = measured["reserve_bytes"]
@@ -64,7 +74,7 @@ def shipped(measured: dict[str, Any], link: str, file: str, experts: int) -> dic
     return rounded(preset)
 
 
-def of_files(calibrated: Path, name: str) -> None:
+def of_files(calibrated: Path, name: str, host_gpus: int) -> None:
     """Ship what `fmsim hw calibrate` wrote, its link and its timings."""
     load_hardware(calibrated.name, calibrated.resolve().parent)  # checks both
     measured = yaml.safe_load(calibrated.read_text(encoding="utf-8"))
@@ -74,10 +84,10 @@ def of_files(calibrated: Path, name: str) -> None:
     timings = calibrated.with_name(f"{calibrated.stem}-kernels.json")
     write_text(ROOT / kept, timings.read_text(encoding="utf-8"))
     _write("links", name, rounded(link))
-    _write("presets", name, shipped(measured, name, kept, EXPERTS))
+    _write("presets", name, shipped(measured, name, kept, EXPERTS, host_gpus))
 
 
-def of_result(path: Path, name: str) -> None:
+def of_result(path: Path, name: str, host_gpus: int) -> None:
     """Ship the calibration in a result of exec.py."""
     result = json.loads(path.read_text(encoding="utf-8"))
     table = result["calibration"]
@@ -91,7 +101,7 @@ def of_result(path: Path, name: str) -> None:
         table["kernels"][model] = numbered
     card = name.partition("-")[0]
     kept = f"benchmarks/results/{path.name}"
-    _write("presets", name, shipped(table, card, kept, result["experts"]))
+    _write("presets", name, shipped(table, card, kept, result["experts"], host_gpus))
 
 
 def _write(folder: str, name: str, content: dict[str, Any]) -> None:
@@ -105,10 +115,13 @@ def main() -> int:
         "calibrated", type=Path, help="preset of `fmsim hw calibrate`, or exec.json"
     )
     parser.add_argument("name", help="of the preset that ships, such as h200-1gpu")
+    parser.add_argument(
+        "--host-gpus", type=int, default=1, help="that share the host's memory; 1 by default"
+    )
     given = parser.parse_args()
     try:
         ship = of_result if given.calibrated.suffix == ".json" else of_files
-        ship(given.calibrated, given.name)
+        ship(given.calibrated, given.name, given.host_gpus)
         print(f"{given.name}: {load_hardware(given.name).title}")
     except FmsimError as error:
         print(error, file=sys.stderr)

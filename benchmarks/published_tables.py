@@ -354,7 +354,7 @@ def kernels(result: Result, elsewhere: str = "") -> str:
         if "us" not in row or row["kernel"] == elsewhere:
             continue  # the former was not timed
         star = "*" if "run" in row else ""
-        peers = row["peers_us"]
+        peers = {name: us for name, us in row["peers_us"].items() if name != "own"}
         fastest = min(peers, key=lambda name: peers[name]) if peers else None
         rows.append(
             [

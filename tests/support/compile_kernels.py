@@ -3,13 +3,14 @@ in a process without the interpreter.
 
 Every launch of a kernel is replaced by a compilation for sm_90 with that launch's arguments, which
 finds what an interpreter lets pass: types, shapes, layouts, more shared memory than a
-multiprocessor has. Prints one line of JSON a kernel: its launch, its name, shared memory, and the
-kinds of its loads and matrix instructions.
+multiprocessor has. Prints one line of JSON a kernel: its launch, its name, shared memory, and how
+many loads and matrix instructions it has of each kind.
 """
 
 import json
 import re
 import sys
+from collections import Counter
 from functools import partialmethod
 from types import SimpleNamespace
 
@@ -82,7 +83,7 @@ def compile_launch(function: JITFunction, launch: str, *args, grid, warmup, **kw
         source(function, signature, constants, attributes), target=TARGET, options=options
     )
     ptx = compiled.asm["ptx"]
-    kinds = sorted(set(re.findall(KINDS, ptx)))
+    kinds = dict(sorted(Counter(re.findall(KINDS, ptx)).items()))
     print(
         json.dumps(
             {

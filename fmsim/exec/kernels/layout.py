@@ -11,8 +11,8 @@ layouts of an entry:
   scaling never rounds);
 - ``plain(dtype, width)``: unscaled values, as small models keep them.
 
-A layer's pool in the midst of others with rows of 584 or 132 bytes need not start at a multiple of
-16, and then Triton would read it byte by byte. So kernels are told the `alignment` of pages, ALIGN.
+A layer's pool of single entries may start at an address not divisible by 16. Triton would assume no
+alignment then, and read single bytes. So kernels get the `alignment` of pages, ALIGN.
 """
 
 from __future__ import annotations

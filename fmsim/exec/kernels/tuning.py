@@ -235,7 +235,7 @@ SOME_REQUESTS, MANY_REQUESTS = (
     4,
     16,
 )  # from here on; between them each entry is decoded once for all heads, but still in place
-# from here on FlashMLA is faster (kernels-h200.json), and at fewer where so many rows in all are
+# from here on FlashMLA is faster (kernels-h200.md), and at fewer where so many rows in all are
 # attended to (kernels-by-batch-h200.json)
 FLASH_MLA_REQUESTS = 16
 FEWER_REQUESTS, FEWER_ROWS = 4, 10_240

@@ -57,7 +57,7 @@ class LatePages:
     def copy(self, source: LayerPages, pages: Tensor, to: Tensor) -> None:
         """`Copies.copy`, beside what runs, layer by layer. Of slots that were taken back."""
         copies, waiting = self.copies, self._waiting
-        if not self._number:  # a step that must not wait would else load the kernel
+        if not self._number:  # load the kernel now: a later step would wait for it
             take_back(waiting, to.new_full((copies.lists, 1), -1))
         moves = copies.listed(source, pages, to)
         self._number = number = self._number + 1

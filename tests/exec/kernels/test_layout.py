@@ -13,6 +13,7 @@ from fmsim.exec.kernels.lang import tl, triton
 from fmsim.exec.kernels.layout import (
     KEY,
     LATENT,
+    alignment,
     decode,
     encode,
     float8_codes,
@@ -134,6 +135,16 @@ def test_float8_in_triton_is_torchs_and_numpys(device):
     found = torch.full((256,), float("nan"), device=device)
     _decoded[(1,)](every, found, 256)
     assert torch.equal(found, every.view(torch.float8_e4m3fn).float())
+
+
+@pytest.mark.parametrize(
+    ("layout", "per_page", "first", "expected"),
+    [(KEY, 1, 0, 4), (KEY, 1, 3, 4), (KEY, 64, 1, 16), (LATENT, 1, 1, 8), (LATENT, 64, 1, 16)],
+)
+def test_kernels_are_told_no_more_alignment_than_there_is(layout, per_page, first, expected):
+    pool, window = layout.new_pool(5, per_page)[first:], layout.new_pool(2, 128)
+    assert alignment(pool) == alignment(window, pool) == expected
+    assert all(page.data_ptr() % expected == 0 for page in pool)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)

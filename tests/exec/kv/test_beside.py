@@ -10,6 +10,7 @@ torch = pytest.importorskip("torch", reason="the engine needs fmsim[model]")
 from kernel_pools import on_each_device
 
 from fmsim.exec.kernels.layout import plain
+from fmsim.exec.kv import late
 from fmsim.exec.kv.beside import Beside
 from fmsim.exec.kv.tiered import RequestSize, TieredCache
 
@@ -64,8 +65,8 @@ def drawn(device, generator):
 @on_each_device
 @pytest.mark.parametrize("even", [True, False])
 def test_each_layer_finds_its_pages_once_it_waited(device, even):
-    late = Held(device) if device == "cuda" else None
-    cache, generator = filled(device, even, beside=late), torch.Generator().manual_seed(1)
+    beside = Held(device) if device == "cuda" else None
+    cache, generator = filled(device, even, beside=beside), torch.Generator().manual_seed(1)
     found = torch.zeros(LAYERS, BATCH, 12, cache.page_bytes, dtype=torch.uint8, device=device)
     places = torch.zeros(LAYERS, BATCH, 12, dtype=torch.int64, device=device)
 
@@ -186,6 +187,20 @@ def test_a_slot_that_is_given_away_keeps_what_it_got(device, even, per_page):
                 rows = cache.pool[layer][given[layer, b] + first].cpu()
                 own = cache.mirror[layer][pages[layer, b, :3].cpu() + page]
                 assert torch.equal(rows, own) if b != 1 else (rows == turn).all()
+
+
+def test_the_first_recall_loads_what_takes_slots_back(monkeypatch):
+    """On a GPU a later step would wait for the kernel."""
+    taken = []
+    monkeypatch.setattr(late, "take_back", lambda waiting, slots: taken.append(slots))
+    cache, generator = filled("cpu", True), torch.Generator().manual_seed(1)
+    pages, slots = drawn("cpu", generator)
+    cache.recall(pages, slots, late=True)
+    [none] = taken
+    assert (none == -1).all()
+    cache.recall(pages, slots, late=True)
+    [_, again] = taken
+    assert (again >= 0).any()
 
 
 @on_each_device
