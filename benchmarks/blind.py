@@ -272,7 +272,7 @@ def table(result: Row) -> str:
             f" seeing them. Of the {result['unseen']} others {result['unseen_within']} are within."
         )
     if result["missing"]:
-        failed.append(f"Not measured yet: {len(result['missing'])} rows.")
+        failed.append(f"Not measured: {len(result['missing'])} rows.")
     return "\n\n".join([paragraph(head), "\n".join(lines), *failed])
 
 

@@ -146,8 +146,8 @@ def beside_floor(result: Result) -> str:
         f" {sum(kinds.values()) / 1e9:.2f} GB: {read}. At the"
         f" {result['bytes_per_s'] / 1e12:.2f} TB/s at which that GPU adds up 4 GiB this is"
         f" {result['floor_ms']:.2f} ms,"
-        f" {result['of_floor']:.0%} of the step. It is {result['launches']:.0f} launches. By so"
-        " many us a step their ends come later than all before: "
+        f" {result['of_floor']:.0%} of the step. It is {result['launches']:.0f} launches."
+        " What each kernel adds to the step beyond those before it, in us: "
         + ", ".join(f"`{row['kernel'][:20]}` {row['us']:,.0f}" for row in most)
         + "."
     )
@@ -214,8 +214,9 @@ def bookkeeping(result: Result) -> str:
             f" {row['over_recency_and_misses']:.1%} | {row['over_recency_that_sees_all']:.1%} |"
         )
     told = (
-        f"{result['device']}, {result['date'][:10]}, 32K. Over `recency` and the step's own misses,"
-        " which are copied alone and taken off."
+        f"{result['device']}, {result['date'][:10]}, 32K. Baseline: `recency`. The time to copy the"
+        " misses is measured alone and subtracted. *All scored*: over a `recency` that scores all"
+        " entries, as these policies do."
     )
     return "\n".join([paragraph(told), "", *lines])
 

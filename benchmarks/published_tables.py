@@ -311,13 +311,13 @@ def two_gpus(result: Result) -> str:
         measured = [
             f"{1e3 * row[name]:.2f}" if name in row else "not yet" for name in ("step_s", "alone_s")
         ]
-        simulated = [f"{1e3 * row[name]:.2f}" for name in ("simulated_s", "planned_s")]
-        steps.append([row["policy"], str(row["batch"]), *measured, *simulated, off])
+        simulated, planned = (f"{1e3 * row[name]:.2f}" for name in ("simulated_s", "planned_s"))
+        steps.append([row["policy"], str(row["batch"]), *measured, simulated, off, planned])
     head = ["policy", "batch", "step, ms", "one GPU with half, ms", "simulated, ms"]
     return (
         table(["batch", "all-gather, us", "reduce-scatter, us"], exchanges)
         + "\n\n"
-        + table([*head, "preset h200, ms", "off"], steps)
+        + table([*head, "off", "preset h200, ms"], steps)
     )
 
 

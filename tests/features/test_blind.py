@@ -118,7 +118,7 @@ def test_a_table_says_what_was_off_and_what_failed():
     none = said(result(unseen=0))
     assert "All had been seen" in none and "(seen)" not in none and "others" not in none
     assert "The simulator was changed after" in said(result(frozen=False))
-    assert "Not measured yet: 2 rows." in said(result(missing=["a", "b"]))
+    assert "Not measured: 2 rows." in said(result(missing=["a", "b"]))
     assert blind.off(result()["rows"][0]) == pytest.approx(0.06)
 
 
