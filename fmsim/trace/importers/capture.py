@@ -21,6 +21,7 @@ from fmsim.trace.recorder import TraceRecorder
 
 PROMPT_QUERIES = 1024  # of the prompt's end that make its history
 ROWS_AT_ONCE = 64
+LEAST, MOST = -(2**31), 2**31 - 1  # of a trace's ids
 SLOTS = (
     "these are places in the engine's KV pool, not positions of the text; SGLang gives positions"
     " of a DSA model with SGLANG_DSA_FUSE_TOPK=0"
@@ -87,7 +88,7 @@ def to_trace(capture: Capture, model: Watched) -> Trace:
 
     Layers that another selects for stand there once; `layout.selections` says which is whose.
     """
-    rows = _checked_shape(capture, model)
+    rows = _checked(capture, model)
     start = capture.prompt_tokens - capture.first
     if not 0 <= start < len(rows):
         capture.fail(
@@ -95,14 +96,16 @@ def to_trace(capture: Capture, model: Watched) -> Trace:
             f" decode step after a prompt of {capture.prompt_tokens} tokens; give --prompt-tokens"
         )
     decode = rows[start:]
-    _check_rows(capture, model, decode, capture.prompt_tokens)
+    positions = capture.first + np.arange(len(rows))
+    _check_rows(capture, model, decode, positions[start:])
     groups = _groups(capture, model, decode)
     kept = [groups.index(group) for group in range(max(groups) + 1)]
-    history = rows[max(0, start - PROMPT_QUERIES) : start]
-    history = history[~_not_captured(history).any(-1)]
-    first = capture.first + start - len(history)
-    if len(history):
-        _check_rows(capture, model, history, first)
+    queries = slice(max(0, start - PROMPT_QUERIES), start)
+    history, asked = rows[queries], positions[queries]
+    missing = _zeros(history) | _nothing(history, _visible(model, asked))
+    captured = ~missing.any(-1)
+    history = history[captured]
+    _check_rows(capture, model, history, asked[captured])
     recorder = TraceRecorder(
         _header(capture, model, groups, kept, len(history)), len(decode), len(kept), rows.shape[2]
     )
@@ -114,7 +117,8 @@ def to_trace(capture: Capture, model: Watched) -> Trace:
     return recorder.finish()
 
 
-def _checked_shape(capture: Capture, model: Watched) -> np.ndarray:
+def _checked(capture: Capture, model: Watched) -> np.ndarray:
+    """The rows as int32 [n, L, K]: of the model's shape, and no id is changed by its type."""
     rows = np.asarray(capture.rows)
     if rows.ndim != 3 or 0 in rows.shape or rows.dtype.kind not in "iu":
         capture.fail(
@@ -127,34 +131,54 @@ def _checked_shape(capture: Capture, model: Watched) -> np.ndarray:
         )
     if rows.shape[2] > model.topk:
         capture.fail(f"has {rows.shape[2]} ids a row, {model.name} selects {model.topk}")
+    if rows.min() < LEAST or rows.max() > MOST:
+        row, layer, place = np.argwhere((rows < LEAST) | (rows > MOST))[0]
+        capture.fail(
+            f"position {capture.first + row}, layer {layer} (row {row}) has the id"
+            f" {rows[row, layer, place]}, which is beyond 32 bits, so no entry's; capture again,"
+            " or write ids as int32"
+        )
     return np.asarray(rows, np.int32)
 
 
-def _not_captured(rows: np.ndarray) -> np.ndarray:
+def _visible(model: Watched, positions: np.ndarray) -> np.ndarray:
+    """[n]: how many entries a query at each of ``positions`` [n] selects among."""
+    return (positions + 1) // model.entry_tokens
+
+
+def _zeros(rows: np.ndarray) -> np.ndarray:
     """bool [n, L]: rows that the engine left as zeros."""
     if rows.shape[2] == 1:
         return np.zeros(rows.shape[:2], bool)
     return np.asarray((rows == 0).all(-1))
 
 
-def _check_rows(capture: Capture, model: Watched, rows: np.ndarray, position: int) -> None:
-    """Rows [n, L, K] of the queries from ``position`` on are captured, visible and distinct."""
+def _nothing(rows: np.ndarray, visible: np.ndarray) -> np.ndarray:
+    """bool [n, L]: rows without an id, where entries are ``visible`` [n]."""
+    return np.asarray((rows < 0).all(-1)) & (visible > 0)[:, None]
+
+
+def _check_rows(capture: Capture, model: Watched, rows: np.ndarray, positions: np.ndarray) -> None:
+    """Rows [n, L, K] of the queries at ``positions`` [n] are captured, visible and distinct."""
     for begin in range(0, len(rows), ROWS_AT_ONCE):
         part = rows[begin : begin + ROWS_AT_ONCE]
-        at = position + begin
-        missing = _not_captured(part)
-        if missing.any():
-            row, layer = np.argwhere(missing)[0]
-            capture.fail(
-                f"position {at + row}, layer {layer} was not captured: its row is all zeros;"
-                " capture again, or cut the rows"
-            )
-        visible = (at + np.arange(len(part)) + 1) // model.entry_tokens
+        at = positions[begin : begin + ROWS_AT_ONCE]
+        visible = _visible(model, at)
+        for missing, what in (
+            (_zeros(part), "is all zeros"),
+            (_nothing(part, visible), "selects nothing"),
+        ):
+            if missing.any():
+                row, layer = np.argwhere(missing)[0]
+                capture.fail(
+                    f"position {at[row]}, layer {layer} was not captured: its row {what};"
+                    " capture again, or cut the rows"
+                )
         unseen = part >= visible[:, None, None]
         if unseen.any():
             row, layer, place = np.argwhere(unseen)[0]
             capture.fail(
-                f"position {at + row}, layer {layer} selects entry {part[row, layer, place]}, but"
+                f"position {at[row]}, layer {layer} selects entry {part[row, layer, place]}, but"
                 f" {visible[row]} entries are visible there; {SLOTS}; or --model or"
                 " --prompt-tokens is wrong"
             )
@@ -162,7 +186,7 @@ def _check_rows(capture: Capture, model: Watched, rows: np.ndarray, position: in
         twice = ((ranked[..., 1:] == ranked[..., :-1]) & (ranked[..., 1:] >= 0)).any(-1)
         if twice.any():
             row, layer = np.argwhere(twice)[0]
-            capture.fail(f"position {at + row}, layer {layer} selects an entry twice")
+            capture.fail(f"position {at[row]}, layer {layer} selects an entry twice")
 
 
 def _groups(capture: Capture, model: Watched, decode: np.ndarray) -> list[int]:
@@ -175,7 +199,7 @@ def _groups(capture: Capture, model: Watched, decode: np.ndarray) -> list[int]:
     n_layers = decode.shape[1]
     if n_layers != len(model.layers):
         return list(range(n_layers))
-    visible = (capture.prompt_tokens + np.arange(len(decode)) + 1) // model.entry_tokens
+    visible = _visible(model, capture.prompt_tokens + np.arange(len(decode)))
     telling = visible > decode.shape[2]
     if not telling.any():
         return list(model.selections)

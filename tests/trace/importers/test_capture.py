@@ -153,7 +153,8 @@ def changed(row, layer, ids):
         (changed(50, 1, [100_000]), "places in the engine's KV pool"),
         (changed(10, 2, [11]), "position 10, layer 2"),
         (changed(60, 0, [4, 4]), "position 60, layer 0 selects an entry twice"),
-        (changed(45, 2, [0] * 8), "position 45, layer 2 was not captured"),
+        (changed(45, 2, [0] * 8), "position 45, layer 2 was not captured: its row is all zeros"),
+        (changed(45, 2, [-1] * 8), "position 45, layer 2 was not captured: its row selects noth"),
         (ROWS[:, :2], "46 rows of 3 layers"),
         (ROWS[:-1], "68 rows"),
     ],
@@ -182,11 +183,33 @@ def test_what_is_no_response_is_told(content, says, tmp_path, model):
         one(tmp_path, "a.json", content, "sglang", model)
 
 
-def test_rows_of_the_prompt_that_were_not_captured_are_left_out(tmp_path, model):
+@pytest.mark.parametrize("added", [2**31, 2**32, -(2**32)])
+def test_no_id_is_changed_by_its_type(added, tmp_path, model):
+    """An int64 id keeps its value, or is refused by its place."""
+    wide = ROWS[PROMPT:].astype(np.int64)
+    assert one(tmp_path, "a.npy", wide, "npy", model, PROMPT).n_steps == len(wide)
+    wide[3, 2, 1] += added
+    says = rf"a\.npy: position 43, layer 2 \(row 3\) has the id {wide[3, 2, 1]}, .*beyond 32 bits"
+    with pytest.raises(FmsimError, match=says):
+        one(tmp_path, "a.npy", wide, "npy", model, PROMPT)
+
+
+@pytest.mark.parametrize("blank", [0, -1])
+def test_rows_of_the_prompt_that_were_not_captured_are_left_out(blank, tmp_path, model):
     rows = ROWS.copy()
-    rows[:12] = 0
+    rows[:12] = rows[20] = blank
     found = one(tmp_path, "a.json", captures.sglang(rows), "sglang", model)
-    assert found.header.prompt_mass_queries == PROMPT - 12
+    assert found.header.prompt_mass_queries == PROMPT - 13
+
+
+def test_a_query_that_sees_no_entry_selects_none(tmp_path):
+    """Of entries of four tokens, at positions 0 to 2: padding alone is right there."""
+    rows = np.full((12, 1, 2), -1)
+    rows[3:, 0, 0] = (np.arange(3, 12) + 1) // 4 - 1
+    rows[6] = -1
+    response = captures.sglang(rows, prompt=8)
+    found = one(tmp_path, "a.json", response, "sglang", files.model_of(None, 2, 1, 4))
+    assert found.header.prompt_mass_queries == 7 and found.n_steps == 4
 
 
 def test_layers_that_share_a_selection_stand_there_once(tmp_path):
