@@ -26,8 +26,10 @@ def cut(
     fmsim trace cut long.safetensors --steps 0:256 --out short.safetensors
     """
     from fmsim import trace
+    from fmsim.files import check_apart
     from fmsim.trace import cut as cutting
 
+    check_apart(file, out)
     found = trace.read(file)
     first, end = cutting.parse_range(steps, "--steps")
     chosen = None if layers is None else cutting.parse_numbers(layers, "--layers")
@@ -57,12 +59,16 @@ def pack(
     """
     from fmsim import trace
     from fmsim.errors import FmsimError
+    from fmsim.files import check_apart
     from fmsim.trace import cut as cutting
 
     chosen = None if keyed is None else cutting.parse_numbers(keyed, "--keyed")
     places = [out / file.name for file in files]
     if len(set(places)) < len(places):
         raise FmsimError("trace pack: two files have one name; rename one of them")
+    for file in files:
+        for place in places:
+            check_apart(file, place)
     light = [trace.lightened(trace.read(file), chosen, mass_bits) for file in files]
     shared = trace.write_shared(places, light)
     for place in [*places, shared]:

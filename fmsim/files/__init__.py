@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import re
 import secrets
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+
+from fmsim.errors import FmsimError, shown
 
 _PART = re.compile(r"\..+\.(?P<pid>\d+)-[0-9a-f]{8}\.part")
 
@@ -18,8 +21,11 @@ def replacing(path: Path) -> Iterator[Path]:
 
     The folder is made. What was written is on the disk before the old file goes, so a crash leaves
     the old file or the new one, never half. Where the block raises, the old file stays and the new
-    one is removed. What killed processes left in the folder goes first. Raises OSError.
+    one is removed. What killed processes left in the folder goes first. Raises OSError, for a
+    folder before anything is written.
     """
+    if path.is_dir():
+        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
     path.parent.mkdir(parents=True, exist_ok=True)
     _clear(path.parent)
     beside = path.with_name(f".{path.name}.{os.getpid()}-{secrets.token_hex(4)}.part")
@@ -51,6 +57,14 @@ def _lives(pid: int) -> bool:
     except OSError:  # another user's
         return True
     return True
+
+
+def check_apart(source: Path, out: Path, option: str = "--out") -> None:
+    """Raise FmsimError where ``option``'s place ``out`` is the file that is read, by any name."""
+    if source.exists() and out.exists() and source.samefile(out):
+        raise FmsimError(
+            f"{option} {shown(out)}: would replace {shown(source)}, which is read; name another"
+        )
 
 
 def write_text(path: Path, text: str) -> None:

@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from fmsim.errors import FmsimError
+from fmsim.files import check_apart
 from fmsim.geometry import geometry_named
 from fmsim.trace.format import Trace
 from fmsim.trace.importers import engines, tables
@@ -73,6 +74,7 @@ def import_file(
     """Write the trace of each request in ``path``; several get numbers behind the name."""
     if path.suffix not in SUFFIXES[kind]:
         raise FmsimError(f"{path}: --format {kind} reads {' and '.join(SUFFIXES[kind])} files")
+    check_apart(path, place)
     try:
         captures = READERS[kind](path, model, prompt_tokens)
     except FileNotFoundError:
