@@ -12,6 +12,7 @@ import traceback
 import warnings
 from collections.abc import Callable, Sequence
 from functools import cache
+from itertools import pairwise
 from pathlib import Path
 from typing import NoReturn, TextIO
 
@@ -144,6 +145,7 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
         for stream in (sys.stdout, sys.stderr):
             if isinstance(stream, io.TextIOWrapper):
                 stream.reconfigure(errors="backslashreplace")
+        _check_out(given)
         with warnings.catch_warnings():
             warnings.showwarning = _show_warning
             command_for(given)(given, prog_name="fmsim")
@@ -162,6 +164,14 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
     except Exception as error:  # the last resort
         code = _bug(error, debug)
     sys.exit(code)
+
+
+def _check_out(given: Sequence[str]) -> None:
+    """FmsimError for an empty --out, such as of a shell's unset variable: as a path it would be the
+    current folder.
+    """
+    if "--out=" in given or ("--out", "") in pairwise(given):
+        raise FmsimError("--out: is empty; name a file or folder (the current one is `.`)")
 
 
 def _open_closed_streams() -> None:

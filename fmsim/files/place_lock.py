@@ -24,7 +24,7 @@ def place_lock(path: Path) -> Iterator[None]:
     The kernel lets it go with the process, however that ends. Where the system has no such locks,
     the file's being there is the lock, and a killed process leaves it. Raises Taken, or OSError.
     """
-    beside = path.with_name(f".{path.name}.lock")
+    beside = path.parent / f".{path.name}.lock"  # of "." too, which has no name
     beside.parent.mkdir(parents=True, exist_ok=True)
     handle = _made(beside) if fcntl is None else _locked(beside)
     try:

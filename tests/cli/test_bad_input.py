@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 from command import fmsim_here
 from made_trace import make_trace
@@ -213,6 +214,50 @@ def test_what_is_no_file_is_refused_before_it_is_opened(folder, kind):
         fmsim_here("run", "small.yaml", "--set", f"trace={path}", folder=folder),
         "is a directory" if kind == "folder" else says,
     )
+
+
+def test_no_command_replaces_what_it_reads(folder):
+    path, copied = folder / "own.safetensors", folder / "other"
+    before = (folder / "small.safetensors").read_bytes()
+    path.write_bytes(before)
+    copied.mkdir()
+    (copied / path.name).symlink_to(path)
+    for command in (
+        ("cut", path.name, "--out", path),
+        ("cut", path, "--out", copied / path.name),
+        ("pack", path.name, "--out", "."),
+        ("pack", "small.safetensors", path, "--out", copied),
+    ):
+        done = fmsim_here("trace", *command, folder=folder)
+        assert refused(done, "own.safetensors, which is read; name another")
+    assert path.read_bytes() == before
+    np.save(folder / "rows.npy", np.zeros((1, 1, 1), np.int32))
+    options = ("--format", "npy", "--topk", 1, "--layers", 1, "--prompt-tokens", 9)
+    done = fmsim_here("trace", "import", "rows.npy", "--out", "rows.npy", *options, folder=folder)
+    assert refused(done, "would replace rows.npy, which is read")
+
+
+@pytest.mark.parametrize(
+    ("command", "says"),
+    [
+        (("run", "small.yaml", "--out", ""), "--out: is empty; name a file or folder"),
+        (("sweep", "small.yaml", "-g", "batch=1", "--out="), "--out: is empty"),
+        (("sweep", "small.yaml", "-g", "batch=1", "--out", "."), ".: is a folder, not a file"),
+        (("trace", "cut", "small.safetensors", "--out", "."), "Is a directory; give another --out"),
+        (("run", "small.yaml", "--out", "small.yaml"), "--out small.yaml: is a file; name a fold"),
+    ],
+)
+def test_a_place_that_cannot_be_written_is_told_before_the_work(folder, command, says, monkeypatch):
+    monkeypatch.setattr("fmsim.run_scenario", None)
+    assert refused(fmsim_here(*command, folder=folder), says)
+
+
+def test_a_run_writes_into_the_current_folder(folder):
+    here = folder / "here"
+    here.mkdir()
+    done = fmsim_here("run", "../small.yaml", "-p", "full", "--out", ".", folder=here)
+    assert done.returncode == 0, done.stderr
+    assert sorted(os.listdir(here)) == ["ledgers", "report.json", "timelines"]
 
 
 def test_escape_sequences_are_shown_escaped(folder):

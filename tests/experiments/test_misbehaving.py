@@ -212,7 +212,8 @@ def test_two_runs_into_one_folder_are_not_mixed(folder):
     with writing(folder / "one-out"):
         done = fmsim_here("run", "small.yaml", "-p", "lru", "--out", "one-out", folder=folder)
         assert done.returncode == 2 and "another run writes this folder; wait" in done.stderr
-        assert not (folder / "one-out").exists()
+        assert os.listdir(folder / "one-out") == [".report.json.lock"]
+    assert not (folder / "one-out").exists()
     done = fmsim_here("run", "small.yaml", "-p", "lru", "--out", "one-out", folder=folder)
     assert done.returncode == 0 and (folder / "one-out" / "report.json").exists()
 

@@ -13,7 +13,7 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from fmsim.errors import FmsimError
+from fmsim.errors import FmsimError, shown
 from fmsim.files import strict_json
 from fmsim.files.inputs import (
     MOST_BYTES_OF_RESULTS,
@@ -40,9 +40,14 @@ def writing(folder: Path | None) -> Iterator[None]:
     if folder is None:
         yield
         return
+    if folder.exists() and not folder.is_dir():
+        raise FmsimError(f"--out {shown(folder)}: is a file; name a folder for the results")
     with contextlib.ExitStack() as held:
         try:
-            held.enter_context(place_lock(folder))
+            if not folder.exists():
+                folder.mkdir(parents=True, exist_ok=True)
+                held.callback(_remove_empty, folder)
+            held.enter_context(place_lock(folder / REPORT_NAME))
         except Taken as taken:
             raise FmsimError(f"--out {folder}: another run writes this folder; {taken}") from None
         except OSError as error:
@@ -50,6 +55,11 @@ def writing(folder: Path | None) -> Iterator[None]:
                 f"--out {folder}: cannot be written ({reason(error)}); choose another folder"
             ) from None
         yield
+
+
+def _remove_empty(folder: Path) -> None:
+    with contextlib.suppress(OSError):
+        folder.rmdir()
 
 
 def ledger_path(folder: Path, label: str) -> Path:
