@@ -125,7 +125,7 @@ def run(
     fmsim run scenarios/500k.yaml -p lru -p my_policy.py:MyPolicy:budget=10%
     fmsim run scenarios/500k.yaml --json --out results
     fmsim run scenarios/500k.yaml --dp 8 --set batch=64
-    fmsim run scenarios/serve.yaml --set workload.requests=60 --set server.prefill=separate
+    fmsim run scenarios/serve.yaml --set workload.duration_s=60 --set server.prefill=chunked
     fmsim run v3.2.safetensors --model v3.2 --hardware h200
     fmsim run response.json --format sglang --model v3.2 --hardware h200
     fmsim run --model v4.1-flash --hardware h200 --context 512K

@@ -4,14 +4,18 @@ out.
 
 import json
 import re
+import shlex
 import sys
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
 
 from fmsim import api
+from fmsim.cli.run import run
 from fmsim.policies import registry
 from fmsim.policies.base import Context, Observation, Policy, PolicyParams
+from fmsim.scenario import ScenarioFile
 from fmsim.scenario.schema import of_scenarios
 from fmsim.trace import format as trace_format
 
@@ -140,6 +144,15 @@ def test_every_option_of_every_command_is_there():
     assert len(found) > 15
     for command in found.values():
         check((command.name,), command)
+
+
+def test_settings_of_the_examples_of_run_are_those_of_their_scenarios():
+    lines = [line.split("#")[0] for line in run.__doc__.splitlines() if "scenarios/" in line]
+    examples = [words for line in lines if "--set" in (words := shlex.split(line))]
+    assert len(examples) > 2
+    for _, _, scenario, *words in examples:
+        given = [value for option, value in pairwise(words) if option == "--set"]
+        assert ScenarioFile(ROOT / scenario, given).scenario
 
 
 def test_every_scenario_key_is_there():
