@@ -106,6 +106,7 @@ def import_traces(
 def _flashmemory(source: Path, out: Path, tau: int) -> None:
     """All dumps of a folder, or one dump."""
     from fmsim import trace
+    from fmsim.files import check_apart
     from fmsim.trace.importers import files, flashmemory
 
     one = source.is_file()
@@ -114,8 +115,10 @@ def _flashmemory(source: Path, out: Path, tau: int) -> None:
         out.mkdir(parents=True, exist_ok=True)
     labels = dropped = unkeyed = 0
     for path in track(paths, "importing"):
+        place = files.place_of(path, out) if one else out / f"{path.stem}.safetensors"
+        check_apart(path, place)
         found = flashmemory.read_document(path, tau)
-        trace.write(files.place_of(path, out) if one else out / f"{path.stem}.safetensors", found)
+        trace.write(place, found)
         quality = found.header.quality
         labels, dropped = labels + quality["labels"], dropped + quality["labels_dropped"]
         unkeyed += quality["entries_without_keys"] > 0

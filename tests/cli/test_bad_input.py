@@ -235,6 +235,8 @@ def test_no_command_replaces_what_it_reads(folder):
     options = ("--format", "npy", "--topk", 1, "--layers", 1, "--prompt-tokens", 9)
     done = fmsim_here("trace", "import", "rows.npy", "--out", "rows.npy", *options, folder=folder)
     assert refused(done, "would replace rows.npy, which is read")
+    done = fmsim_here("trace", "import", path.name, "--out", path.name, folder=folder)
+    assert refused(done, "own.safetensors, which is read; name another")
 
 
 @pytest.mark.parametrize(
