@@ -388,12 +388,13 @@ def _digest_of(path: str, *unchanged: int) -> str:
 
 
 _kept: dict[
-    tuple[str, str, tuple[int, ...]], Replayer
+    tuple[str, str, str, tuple[int, ...]], Replayer
 ] = {}  # the last one, for the next run of this process on the same trace
 
 
 def _replayer(setting: Setting) -> Replayer:
-    key = (str(setting.trace.path), repr(setting.geometry), setting.layer_map)
+    path = str(setting.trace.path)
+    key = (path, _file_digest(path), repr(setting.geometry), setting.layer_map)
     if key not in _kept:
         _kept.clear()
         _kept[key] = setting.replayer()

@@ -14,9 +14,11 @@ import pytest
 from command import fmsim, fmsim_here
 from made_trace import make_trace
 
+from fmsim.api import run_scenario
 from fmsim.errors import FmsimError
 from fmsim.experiments.results.rows import SCHEMA_VERSION, RowFile
-from fmsim.experiments.sweep import Axis, left, plan
+from fmsim.experiments.sweep import Axis, left, plan, sweep
+from fmsim.policies.lru import LRU
 from fmsim.trace import write
 
 SCENARIO = (
@@ -114,6 +116,24 @@ def test_a_runs_key_follows_what_its_result_depends_on(scenario, tmp_path):
     ]
     assert {only.key for [only] in same} == {run.key}
     assert len({run.key, *(only.key for [only] in other)}) == 1 + len(other)
+
+
+def test_a_trace_in_anothers_place_is_replayed_anew_in_this_process(tmp_path):
+    class Local(LRU):
+        """No other process can be told of it."""
+
+        name = "local"
+
+    asked = {"name": "small", "trace": str(tmp_path / "small.safetensors"), "policies": ["full"]}
+    found = []
+    for seed in (0, 1):
+        write(tmp_path / "new.safetensors", make_trace(n_steps=40, seed=seed))
+        (tmp_path / "new.safetensors").replace(tmp_path / "small.safetensors")
+        [row] = sweep(asked, (), [Axis.of("batch", [1])], [Local])
+        [run] = run_scenario(asked, [Local]).runs
+        assert row["misses"] == run.row["misses"]
+        found.append((row["key"], row["misses"]))
+    assert found[0][0] != found[1][0] and found[0][1] != found[1][1]
 
 
 def test_rows_hold_what_run_would_print_and_a_faster_link_stalls_less(scenario, tmp_path):
