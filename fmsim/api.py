@@ -267,7 +267,7 @@ def sweep_scenario(
     """Run a scenario's policies under every combination of settings; -> a row a run.
 
     `grid` maps keys to their values. With `out` (JSON lines, or .parquet) a row is written as its
-    run ends, and what stands there already is not run again. `jobs` are worker
+    run ends. What stands there already is not run again, unless it failed. `jobs` are worker
     processes, None one a core, and `on_ray` a cluster: there a policy needs a name or a file.
     A grid of more than `max_runs` runs is refused.
 

@@ -99,9 +99,9 @@ def sweep(
     a comma goes in brackets or quotes, as in YAML: layer_map=[0,0,1],[0,1,1].
 
     A row is written as its run ends. Killed and started again, the same command runs what is left
-    and nothing twice: a run is known by a digest of its policy, settings, hardware figures,
-    workload and trace. A run that cannot be (its KV does not fit) gets a row with an "error". Where
-    a policy failed, or nothing fits, the exit code is 1.
+    or failed, and nothing else twice: a run is known by a digest of its policy, settings, hardware
+    figures, workload and trace. A run that cannot be (its KV does not fit) gets a row with an
+    "error". Where a policy failed, or nothing fits, the exit code is 1.
 
     --engine ray uses the cluster at RAY_ADDRESS, else one of its own on this machine; every node
     must see the scenario and its trace at the same paths.

@@ -188,7 +188,8 @@ def sweep(
     timeout_s: float = TIMEOUT_S,
     progress: Progress = silent,
 ) -> list[Row]:
-    """Run what has no row in `out` yet; -> the rows of the whole grid, in its order.
+    """Run what has no row in `out` yet, or one that failed; -> the rows of the whole grid, in its
+    order.
 
     In `jobs` processes, None for one a core, or with `ray` on a cluster. One process is this one
     where another could not be told of the runs. `progress` is told (label, done now, total).
@@ -199,7 +200,7 @@ def sweep(
         rows: list[Row] = []
         return _swept(grid, rows, rows.append, jobs, ray, timeout_s, progress)
     with RowFile(out) as file:
-        return _swept(grid, file.rows, file.append, jobs, ray, timeout_s, progress)
+        return _swept(grid, file.rows, file.put, jobs, ray, timeout_s, progress)
 
 
 def _swept(
@@ -211,7 +212,7 @@ def _swept(
     timeout_s: float,
     progress: Progress,
 ) -> list[Row]:
-    """`add` puts a row among `rows`."""
+    """`add` puts a row among `rows`, in the place of one that failed."""
     place: dict[str, int] = {}  # keys of the runs, in their order
 
     def noted() -> Iterator[SweepRun]:
@@ -402,8 +403,10 @@ def _replayer(setting: Setting) -> Replayer:
 
 
 def left(runs: Iterable[SweepRun], rows: Iterable[Row]) -> Iterator[SweepRun]:
-    """The runs that have no row yet."""
-    done = {row.get("key") for row in rows}
+    """The runs that have no row yet, or one that failed: a time limit and memory are no part of a
+    run's key.
+    """
+    done = {row.get("key") for row in rows if not row.get("failed")}
     return (run for run in runs if run.key not in done)
 
 

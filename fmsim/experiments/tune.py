@@ -284,7 +284,7 @@ class _Known:
     def add(self, row: Row) -> None:
         self.rows[row["key"]] = row
         if self.file:
-            self.file.append(row)
+            self.file.put(row)
 
 
 def _kept(

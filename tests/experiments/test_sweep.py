@@ -17,7 +17,7 @@ from made_trace import make_trace
 from fmsim.api import run_scenario
 from fmsim.errors import FmsimError
 from fmsim.experiments.results.rows import SCHEMA_VERSION, RowFile
-from fmsim.experiments.sweep import Axis, left, plan, sweep
+from fmsim.experiments.sweep import Axis, SweepRun, left, plan, sweep
 from fmsim.policies.lru import LRU
 from fmsim.trace import write
 
@@ -275,10 +275,10 @@ def test_a_file_of_something_else_is_not_touched(tmp_path):
 
 def test_a_row_that_cannot_be_written_is_told_with_its_file(tmp_path, monkeypatch):
     with RowFile(tmp_path / "rows.jsonl", "--study") as file:
-        file.append({"key": "a"})
+        file.put({"key": "a"})
         monkeypatch.setattr(os, "fsync", Mock(side_effect=OSError(28, "No space left on device")))
         with pytest.raises(FmsimError, match=r"--study .*rows.jsonl: cannot be .*\(No space left"):
-            file.append({"key": "b"})
+            file.put({"key": "b"})
 
 
 def test_rows_of_another_schema_are_refused_by_name(tmp_path):
@@ -295,9 +295,11 @@ def test_rows_in_parquet_read_back_and_grow(tmp_path):
     )
     path = tmp_path / "rows.parquet"
     with RowFile(path) as file:
-        file.append({"key": "a", "batch": 1})
+        file.put({"key": "a", "batch": 1})
     with RowFile(path) as file:
-        file.append({"key": "b", "error": "does not fit"})
+        file.put({"key": "b", "error": "took too long", "failed": True})
+    with RowFile(path) as file:
+        file.put({"key": "b", "error": "does not fit"})
     version = {"schema_version": SCHEMA_VERSION}
     with RowFile(path) as file:
         assert file.rows == [
@@ -351,7 +353,21 @@ def test_without_ray_the_fix_is_told(scenario, tmp_path):
     assert done.returncode == 2 and "pip install 'fmsim[ray]'" in done.stderr
 
 
-def test_left_are_the_runs_without_a_row(scenario):
+def test_left_are_the_runs_without_a_row_or_with_one_that_failed(scenario):
     runs = planned(scenario, "batch=1,2,3", selected=["full"])
-    rows = [{"key": runs[1].key}, {"key": "of another sweep"}, {}]
+    rows = [{"key": runs[1].key, "error": "does not fit"}, {"key": "of another sweep"}, {}]
     assert list(left(runs, rows)) == [runs[0], runs[2]]
+    rows.append({"key": runs[0].key, "error": "it took longer", "failed": True})
+    assert list(left(runs, rows)) == [runs[0], runs[2]]
+
+
+def test_a_run_that_took_too_long_is_run_again_in_its_rows_place(scenario, tmp_path, monkeypatch):
+    out, axes = tmp_path / "rows.jsonl", [Axis.of("batch", [1])]
+    with monkeypatch.context() as slow:
+        slow.setattr(SweepRun, "row", lambda run: time.sleep(60))
+        [late] = sweep(scenario, (), axes, ["h2o"], out, timeout_s=0.01)
+    assert late["failed"] and "took longer" in late["error"]
+    [other] = sweep(scenario, (), axes, ["full"], out)
+    [done] = sweep(scenario, (), axes, ["h2o"], out)
+    assert done["key"] == late["key"] and "error" not in done
+    assert rows_of(out) == [done, other]

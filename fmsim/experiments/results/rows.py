@@ -1,5 +1,5 @@
-"""A file of result rows that grows by one row at a time: JSON lines, or Parquet where its name ends
-so.
+"""A file of result rows that is written one row at a time: JSON lines, or Parquet where its name
+ends so.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ class _Row(BaseModel):
 
 
 class RowFile:
-    """What is in the file when it is opened, and what is appended.
+    """What is in the file when it is opened, and what is put there since: one row a key.
 
     A kill at any moment loses at most the row being written. The file is one sweep's alone while it
     is open.
@@ -74,6 +74,7 @@ class RowFile:
                     f"{self._named}: row {number} has schema {version}, but this fmsim writes"
                     f" {SCHEMA_VERSION}; give another file"
                 )
+        self._places = {row["key"]: place for place, row in enumerate(self.rows)}
 
     def __enter__(self) -> Self:
         return self
@@ -85,16 +86,21 @@ class RowFile:
         """Let others write the file."""
         self._lock.close()
 
-    def append(self, row: Row) -> None:
-        """Write one row; it is on disk when this returns.
+    def put(self, row: Row) -> None:
+        """Write one row, in the place of the one with its key if there is one; it is on disk when
+        this returns.
 
         Raises FmsimError where it cannot be written.
         """
         row = {"schema_version": SCHEMA_VERSION} | row
-        self.rows.append(row)
+        place = self._places.setdefault(row["key"], len(self.rows))
+        replaces = place < len(self.rows)
+        self.rows[place : place + 1] = [row]
         try:
             if self._parquet:
                 self._write_parquet()
+            elif replaces:
+                write_text(self.path, "".join(f"{strict_json.dump(one)}\n" for one in self.rows))
             else:
                 self._write_line(row)
         except OSError as error:
