@@ -30,6 +30,7 @@ from fmsim.files import strict_yaml
 from fmsim.indexer.checkpoint import SHIPPED
 from fmsim.policies import registry
 from fmsim.policies.base import Policy
+from fmsim.policies.sources import source_digest
 from fmsim.replay.replayer import Replayer
 from fmsim.scenario import NamedPolicy, ScenarioFile, Source
 from fmsim.scenario.key_value import key_value
@@ -346,7 +347,7 @@ def digest_of(setting: Setting, label: str, policy: Policy) -> str:
     content = {
         "fmsim": __version__,
         "policy": [label, policy.name, _contents(policy)],
-        "code": registry.source_digest(type(policy)),
+        "code": source_digest(type(policy)),
         "model": repr(setting.geometry),
         "hardware": setting.hw.model_dump(mode="json"),
         "batch": setting.batch,

@@ -221,16 +221,6 @@ def is_builtin(policy: type[Policy] | Policy) -> bool:
     return kind.__module__.startswith("fmsim.policies.")
 
 
-def source_digest(policy: type[Policy]) -> str:
-    """A digest of the file that a policy stands in."""
-    try:
-        path = Path(inspect.getsourcefile(policy) or "")
-        code = path.read_text(encoding="utf-8") if path.is_file() else inspect.getsource(policy)
-    except (OSError, TypeError):  # typed in by hand
-        code = policy.__qualname__
-    return hashlib.sha256(code.encode()).hexdigest()[:16]
-
-
 def label_of(named: str | type[Policy] | Policy) -> str:
     """What a policy is called in a table: its name, also where a file or a class names it."""
     return named if isinstance(named, str) and ".py" not in named else get(named).name

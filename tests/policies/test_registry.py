@@ -149,8 +149,6 @@ def test_fmsims_own_and_others():
     assert registry.is_builtin(LRU) and registry.is_builtin(LRU())
     assert not registry.is_builtin(Own)
     assert registry.label_of("lru") == "lru" and registry.label_of(Own) == "own"
-    digests = {registry.source_digest(policy) for policy in (LRU, Own)}
-    assert len(digests) == 2 and all(len(digest) == 16 for digest in digests)
 
 
 @pytest.mark.parametrize(
