@@ -275,6 +275,8 @@ def sweep_scenario(
     >>> [row["set.hardware"] for row in rows]
     ['h100', 'h200']
     """
+    _check_count("jobs", jobs)
+    _check_count("max_runs", max_runs)
     _check_seconds("timeout_s", timeout_s)
     axes = (
         [_sweep.Axis.of(key, values) for key, values in grid.items()]

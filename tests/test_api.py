@@ -288,6 +288,8 @@ def test_reading_a_scenario_runs_no_code(folder):
         ),
         (lambda: fmsim.plan_capacity("32k", ["full"], hardware="h10"), "no hardware preset 'h10'"),
         (lambda: fmsim.sweep_scenario("32k", {"batch": []}, ["full"]), "grid: batch has no values"),
+        (lambda: fmsim.sweep_scenario("32k", {"batch": [1]}, jobs=-1), "jobs: give a whole number"),
+        (lambda: fmsim.sweep_scenario("32k", {"batch": [1]}, max_runs=0), "max_runs: give a whole"),
     ],
 )
 def test_a_wrong_argument_is_told_by_its_name(call, says):
