@@ -230,10 +230,10 @@ def tune(
 ) -> Tuning:
     """Search `n_trials` settings of the scenario's one selected policy.
 
-    The same seed gives the same trials. Those that `study_file` holds are not run again, so that an
-    interrupted search goes on as if nothing had been. (Optuna's own storage keeps the trials but
-    not the sampler's state, and a resumed search would try other settings.) Raises FmsimError where
-    no setting can run, or Optuna is missing.
+    The same seed gives the same trials. Those that `study_file` holds are not run again, unless
+    they failed, so that an interrupted search goes on as if nothing had been. (Optuna's own storage
+    keeps the trials but not the sampler's state, and a resumed search would try other settings.)
+    Raises FmsimError where no setting can run, or Optuna is missing.
     """
     try:
         import optuna
@@ -275,11 +275,14 @@ def tune(
 
 
 class _Known:
-    """Trials that a study's file holds, by what their results depend on."""
+    """Trials that a study's file holds, by what their results depend on; what failed is tried
+    again.
+    """
 
     def __init__(self, file: RowFile | None) -> None:
         self.file = file
-        self.rows = {row["key"]: row for row in file.rows} if file else {}
+        rows = file.rows if file else []
+        self.rows = {row["key"]: row for row in rows if not row.get("failed")}
 
     def add(self, row: Row) -> None:
         self.rows[row["key"]] = row
@@ -309,7 +312,7 @@ def _kept(
         row: Row = {"key": key, "policy": label, "scenario": setting.file.scenario.name}
         row["values"] = values
         if isinstance(result, Failure):
-            row |= {"error": result.error}
+            row |= {"error": result.error} | ({"failed": True} if result.fits else {})
         else:
             figures, exact = result
             row |= {"exact": exact, "figures": figures}

@@ -3,12 +3,14 @@ search.
 """
 
 import json
+import time
 
 import pytest
 from command import fmsim, fmsim_here
 from made_trace import make_trace
 
-from fmsim.errors import FmsimError
+from fmsim.errors import DoesNotFit, FmsimError
+from fmsim.experiments.results.rows import RowFile
 from fmsim.experiments.tune import Range, Trial, Tuning, ranges_of, tune
 from fmsim.scenario import ScenarioFile
 from fmsim.trace import write
@@ -200,3 +202,16 @@ def test_an_interrupted_search_goes_on_as_if_nothing_had_been(scenario, tmp_path
     rows = [json.loads(line) for line in study.read_text().splitlines()]
     assert len(rows) == len({row["key"] for row in rows}) == 5
     assert study.read_bytes().startswith(before[: before[:-9].rfind(b"\n") + 1])
+
+
+def test_a_trial_that_took_too_long_is_run_again_in_its_rows_place(scenario, tmp_path, monkeypatch):
+    file = ScenarioFile(scenario, policies=["lru"])
+    ranges = ranges_of("lru", ["budget=20%..30%"])
+    study = tmp_path / "study.jsonl"
+    with monkeypatch.context() as slow, RowFile(study) as kept:
+        slow.setattr("fmsim.experiments.tune._figures", lambda *given: time.sleep(60))
+        with pytest.raises(DoesNotFit, match="took longer than its time limit"):
+            tune(file, ranges, 1, 0.9, study_file=kept, timeout_s=0.01)
+    with RowFile(study) as kept:
+        assert len(tune(file, ranges, 1, 0.9, study_file=kept).trials) == 1
+        assert len(kept.rows) == 1 and "error" not in kept.rows[0]

@@ -20,6 +20,7 @@ class Failure:
     label: str
     error: str
     least_bytes: int | None = None  # on the GPU, where the policy's budget is below it
+    fits: bool = True  # False where it needs more memory than is simulated
 
     def row(self) -> dict[str, Any]:
         found: dict[str, Any] = {"policy": self.label, "error": self.error}
@@ -36,9 +37,9 @@ def guarded(label: str, run: Callable[[], Result]) -> Result | Failure:
     try:
         return run()
     except BudgetTooSmall as error:
-        return Failure(label, _named(label, error), error.least_bytes)
+        return Failure(label, _named(label, error), error.least_bytes, fits=False)
     except (PolicyError, DoesNotFit) as error:
-        return Failure(label, _named(label, error))
+        return Failure(label, _named(label, error), fits=not isinstance(error, DoesNotFit))
 
 
 def _named(label: str, error: FmsimError) -> str:
