@@ -28,8 +28,11 @@ class Guarded:
     what is raised is named there.
     """
 
-    def __init__(self, policy: Policy) -> None:
+    def __init__(self, policy: Policy, csa_numbers: Sequence[int] = ()) -> None:
+        """`csa_numbers` are the trace's layers, those that a policy may score; none: not known."""
         self.policy = policy
+        self._csa_numbers = csa_numbers
+        self._was_reset = False
         self.name = policy.name
         self.params = policy.params
 
@@ -80,6 +83,7 @@ class Guarded:
     def reset(self, ctx: Context) -> None:
         self.ctx = ctx
         self._call("reset", self.policy.reset, shown_context(ctx))
+        self._was_reset = True
 
     def pins(self) -> Pins:
         """The policy's pins, if they are such."""
@@ -103,8 +107,26 @@ class Guarded:
         return shares
 
     def target_layers(self) -> tuple[int, ...]:
-        layers: tuple[int, ...] = self._call("reset", self.policy.target_layers)
-        return layers
+        """The layers that the policy scores, if they are such.
+
+        Whether the trace has them is asked once the policy was reset: there it says itself what it
+        lacks in a trace.
+        """
+        found: Any = self._call("reset", self.policy.target_layers)
+        whole = (
+            isinstance(found, Sequence)
+            and all(is_whole(layer) and layer >= 0 for layer in found)
+            and len(set(found)) == len(found)
+        )
+        known = set(self._csa_numbers) if self._was_reset else set()
+        if not whole or (known and not known.issuperset(found)):
+            numbers = list(self._csa_numbers)
+            among = f" among the trace's, {numbers}" if numbers else ", from 0"
+            raise PolicyError(
+                f"policy {self.name}, reset: target_layers returned {short(found)}; it must return"
+                f" a tuple of different CSA layers{among}"
+            )
+        return tuple(int(layer) for layer in found)
 
     def observe(self, step: int, obs: Observation) -> None:
         seen = Observation(*(read_only(getattr(obs, f.name)) for f in fields(obs)))
@@ -119,11 +141,11 @@ class Guarded:
         fault = None if pages is None else self._not_pages(pages)
         if fault:
             raise PolicyError(f"policy {self.name}, step {step}: prefetch {fault}")
-        return pages
+        return None if pages is None else np.asarray(pages)
 
     def _not_pages(self, pages: Any) -> str | None:
         """What is wrong with `pages` as rows of page numbers, or None."""
-        if not isinstance(pages, np.ndarray) or pages.dtype.kind != "i":
+        if not is_array(pages) or pages.dtype.kind != "i":
             return "must return an array of integers, or None"
         if pages.ndim != 2 or len(pages) != self.ctx.n_groups:
             return f"has shape {pages.shape}; it must be [{self.ctx.n_groups}, n]"
@@ -172,14 +194,13 @@ class Guarded:
         fault = fault_of(worth, shape)
         if fault:
             raise PolicyError(f"policy {self.name}, step {step}: worth {fault}")
-        checked: np.ndarray = worth
-        return checked
+        return np.asarray(worth)
 
 
 def slots_of(policy: Policy, n_pages: int, **sizes: Any) -> int:
     """Slots in each group: from 1 to `n_pages`, whatever the policy answers."""
     found = called(f"policy {policy.name}: n_slots", policy.n_slots, n_pages, **sizes)
-    if not isinstance(found, (int, np.integer)) or isinstance(found, bool):
+    if not is_whole(found):
         raise PolicyError(f"policy {policy.name}: n_slots returned {short(found)}, no whole number")
     if not 1 <= found <= max(1, n_pages):
         raise PolicyError(
@@ -274,9 +295,19 @@ def is_number(value: Any) -> bool:
     return not math.isnan(value)
 
 
+def is_whole(value: Any) -> bool:
+    """A whole number, bool aside."""
+    return isinstance(value, (int, np.integer)) and not isinstance(value, bool)
+
+
+def is_array(value: Any) -> bool:
+    """An array of numpy, all of whose elements count: none is masked."""
+    return isinstance(value, np.ndarray) and not isinstance(value, np.ma.MaskedArray)
+
+
 def fault_of(worth: Any, shape: tuple[int, ...]) -> str | None:
     """What is wrong with `worth` as an answer about pages of this shape, or None."""
-    if not isinstance(worth, np.ndarray):
+    if not is_array(worth):
         return f"returned {type(worth).__name__}, not an array"
     if worth.shape != shape:
         return f"has shape {worth.shape}, but pages of shape {shape} were asked about"

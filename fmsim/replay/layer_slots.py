@@ -5,8 +5,11 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from fractions import Fraction
+from numbers import Real
 
-from fmsim.errors import FmsimError
+import numpy as np
+
+from fmsim.errors import FmsimError, PolicyError, short
 
 
 def divide(n_slots: int, shares: Sequence[float], n_pages: int, least: int) -> tuple[int, ...]:
@@ -20,7 +23,7 @@ def divide(n_slots: int, shares: Sequence[float], n_pages: int, least: int) -> t
     """
     room = n_pages - least
     left = (n_slots - least) * len(shares)
-    wanted = {layer: Fraction(share) for layer, share in enumerate(shares) if share > 0}
+    wanted = {layer: exact(share) for layer, share in enumerate(shares) if share > 0}
     slots = [least] * len(shares)
     while wanted:
         unit = left / sum(wanted.values())
@@ -32,26 +35,36 @@ def divide(n_slots: int, shares: Sequence[float], n_pages: int, least: int) -> t
             left -= room
             del wanted[layer]
     if wanted:
-        exact = {layer: share * unit for layer, share in wanted.items()}
-        for layer, part in exact.items():
+        parts = {layer: share * unit for layer, share in wanted.items()}
+        for layer, part in parts.items():
             slots[layer] += math.floor(part)
             left -= math.floor(part)
-        by_loss = sorted(exact, key=lambda layer: math.floor(exact[layer]) - exact[layer])
+        by_loss = sorted(parts, key=lambda layer: math.floor(parts[layer]) - parts[layer])
         for layer in by_loss[:left]:
             slots[layer] += 1
     return tuple(slots)
 
 
+def exact(share: float) -> Fraction:
+    """The number that `share` is, Python's or one of numpy's."""
+    return Fraction(share.item() if isinstance(share, np.generic) else share)
+
+
 def check_shares(policy: str, shares: Sequence[float], n_layers: int, scope: str) -> None:
-    """Raise FmsimError for shares that divide nothing."""
+    """Raise FmsimError for a shared set, PolicyError for shares that divide nothing."""
     if scope == "shared":
         raise FmsimError(
             f"policy {policy}: shares its budget unevenly over layers, so each needs a resident set"
             " of its own; set scope: per_layer"
         )
-    fits = len(shares) == n_layers and all(math.isfinite(share) for share in shares)
-    if not fits or min(shares) < 0 or max(shares) <= 0:
-        raise FmsimError(
+    listed = isinstance(shares, Sequence) or (isinstance(shares, np.ndarray) and shares.ndim == 1)
+    fits = (
+        listed
+        and len(shares) == n_layers
+        and all(isinstance(share, Real) and 0 <= share < math.inf for share in shares)
+    )
+    if not fits or max(shares) <= 0:
+        raise PolicyError(
             f"policy {policy}: layer_shares must give {n_layers} numbers, one a layer, none below"
-            f" zero and one above it; it gave {list(shares)}"
+            f" zero and one above it; it gave {short(shares)}"
         )

@@ -84,7 +84,7 @@ class Replayer:
 
         Raises FmsimError, naming policy and step, where the policy misbehaves.
         """
-        source = self.source(Guarded(policy))
+        source = self.source(Guarded(policy, self.trace.csa_numbers))
         loop = DecodeLoop([source.book], source)
         for _ in range(self.n_steps):
             loop.advance()

@@ -17,7 +17,7 @@ def guarded(**methods):
 
     for name, method in methods.items():
         setattr(Odd, name, method)
-    found = guard.Guarded(registry.build(Odd))
+    found = guard.Guarded(registry.build(Odd), [0, 5])
     found.reset(Context(1, 1, 8, 4, 1, 6, 2, 16, tau=4))
     return found
 
@@ -66,6 +66,24 @@ def guarded(**methods):
             lambda g: g.scored_entries(1),
             "no number of entries",
         ),
+        *(
+            (
+                {"target_layers": lambda self, layers=layers: layers},
+                lambda g: g.target_layers(),
+                r"reset: target_layers returned .* CSA layers among the trace's, \[0, 5\]",
+            )
+            for layers in (None, 5, "abc", (0.5,), (True,), (-1,), (0, 0), (0, 1))
+        ),
+        (
+            {"worth": lambda self, step, pages: np.ma.zeros(pages.shape, np.float32)},
+            lambda g: g.worth(3, np.zeros((1, 2), np.int32)),
+            "step 3: worth returned MaskedArray, not an array",
+        ),
+        (
+            {"prefetch": lambda self, step: np.ma.zeros((1, 1), int)},
+            lambda g: g.prefetch(2),
+            "must return an array of integers",
+        ),
         ({"n_slots": lambda self, n, **sizes: 0}, lambda g: g.n_slots(8), "must be from 1 to 8"),
         ({"n_slots": lambda self, n, **sizes: 9}, lambda g: g.n_slots(8), "must be from 1 to 8"),
         ({"n_slots": lambda self, n, **sizes: True}, lambda g: g.n_slots(8), "no whole number"),
@@ -94,6 +112,18 @@ def test_answers_at_the_bounds_are_taken():
     )
     assert fine.n_slots(8) == 8 and fine.n_slots(1) == 1
     assert guarded(prefetch=lambda self, step: None).prefetch(0) is None
+    scored = guarded(target_layers=lambda self: [np.int64(5), 0]).target_layers()
+    assert scored == (5, 0) and all(type(layer) is int for layer in scored)
+    # a subclass of arrays, such as a mapped file, is taken as the array that it is
+    mapped = lambda self, step, pages: np.zeros(pages.shape, np.float32).view(np.recarray)
+    assert type(guarded(worth=mapped).worth(0, np.zeros((1, 2), np.int32))) is np.ndarray
+
+
+def test_a_layer_is_missed_only_once_the_policy_saw_the_trace():
+    seen = guarded(target_layers=lambda self: (7,))
+    assert guard.Guarded(seen.policy, [0, 5]).target_layers() == (7,)
+    with pytest.raises(PolicyError, match=r"target_layers returned \(7,\)"):
+        seen.target_layers()
 
 
 def test_integer_worths_reach_to_the_bound_of_their_bits():

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tapered import Tapered
 
-from fmsim.errors import FmsimError
+from fmsim.errors import FmsimError, PolicyError
 from fmsim.policies.base import Pins
 from fmsim.replay.layer_slots import check_shares, divide
 from fmsim.replay.ledger import Ledger
@@ -83,8 +83,27 @@ def test_a_layer_may_have_no_share():
     check_shares("some", [1.0, 0.0], 2, "per_layer")
 
 
+def test_shares_may_be_numbers_of_numpy():
+    shares = np.array([3, 0.5], np.float32)
+    check_shares("some", shares, 2, "per_layer")
+    assert divide(7, shares, 100, 1) == divide(7, [3.0, 0.5], 100, 1)
+
+
 @pytest.mark.parametrize(
-    "shares", [[1.0], [1.0, -1.0], [0.0, 0.0], [1.0, np.nan], [1.0, np.inf], [1, 1, 1]]
+    "shares",
+    [
+        [1.0],
+        [1.0, -1.0],
+        [0.0, 0.0],
+        [1.0, np.nan],
+        [1.0, np.inf],
+        [1, 1, 1],
+        "ab",
+        3,
+        ["1", "2"],
+        np.array(3.0),
+        np.ones((2, 1)),
+    ],
 )
 def test_shares_that_divide_nothing_are_told(shares):
     class Wrong(Tapered):
@@ -93,5 +112,5 @@ def test_shares_that_divide_nothing_are_told(shares):
         def layer_shares(self, n_layers):
             return shares
 
-    with pytest.raises(FmsimError, match="policy wrong: layer_shares must give 2 numbers"):
+    with pytest.raises(PolicyError, match="policy wrong: layer_shares must give 2 numbers"):
         Replayer(HandTrace([[[0], [0]]])).run(Wrong())
