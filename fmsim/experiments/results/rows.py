@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Self
 
+import numpy as np
 from pydantic import BaseModel, ConfigDict, Field
 
 from fmsim.errors import FmsimError, shown
@@ -200,10 +201,16 @@ def read_rows(path: Path) -> list[Row]:
     return rows
 
 
+def plain(value: Any) -> Any:
+    """A number of numpy as Python's own, and what else there is as it is."""
+    return value.item() if isinstance(value, np.generic) else value
+
+
 def json_lines(rows: Sequence[Row]) -> str:
     """A row a line, as an experiment tracker takes them: numbers, texts, true and false alone."""
     kinds = (str, int, float)
-    lines = ({name: one for name, one in row.items() if isinstance(one, kinds)} for row in rows)
+    every = ({name: plain(one) for name, one in row.items()} for row in rows)
+    lines = ({name: one for name, one in row.items() if isinstance(one, kinds)} for row in every)
     return "".join(f"{strict_json.dump(line)}\n" for line in lines)
 
 

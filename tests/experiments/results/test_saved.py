@@ -3,6 +3,7 @@
 import json
 import sys
 
+import numpy as np
 import pytest
 from command import fmsim_here
 from made_trace import make_trace
@@ -65,6 +66,13 @@ def test_tables_by_the_name_s_end(folder, tmp_path, monkeypatch):
     lines = [json.loads(line) for line in (tmp_path / "x.jsonl").open()]
     assert [line["policy"] for line in lines] == ["full", "lru", "h2o"]
     assert all(value is not None for line in lines for value in line.values())
+    numbers = {"loss": np.float32(0.25), "n": np.int64(3), "done": np.True_}
+    fmsim.save_rows([numbers], tmp_path / "numpy.jsonl")
+    assert json.loads((tmp_path / "numpy.jsonl").read_text()) == {
+        "loss": 0.25,
+        "n": 3,
+        "done": True,
+    }
     fmsim.save_rows(rows, tmp_path / "x.csv")
     assert len((tmp_path / "x.csv").read_text().splitlines()) == 4
     parquet = pytest.importorskip("pyarrow.parquet")
