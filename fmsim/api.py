@@ -8,7 +8,7 @@ class (`"my_policy.py:MyPolicy"`), a class, an object, or a mapping as in a scen
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from numbers import Integral
+from numbers import Integral, Real
 from pathlib import Path
 from typing import Any
 
@@ -147,9 +147,10 @@ def row(
     >>> row(ledger, simulate_decode(ledger))["mass_kept"]
     1.0
     """
-    geometry = _geometry(model)
+    geometry, hw = _geometry(model), _hardware(hardware)
     layers = check_layer_map(layer_map, ledger.n_layers, geometry.n_csa)
-    return _run.row_of(ledger, timeline, geometry, _hardware(hardware), layers)
+    _check_pair(ledger, timeline, geometry, hw)
+    return _run.row_of(ledger, timeline, geometry, hw, layers)
 
 
 def run_scenario(
@@ -234,7 +235,8 @@ def plan_capacity(
     _check_count("output_tokens", output_tokens)
     for name, seconds in (("tpot_s", tpot_s), ("ttft_s", ttft_s)):
         _check_seconds(name, seconds)
-    if usd_per_gpu_hour is not None and not 0 <= usd_per_gpu_hour <= MOST_USD:
+    priced = isinstance(usd_per_gpu_hour, Real) and 0 <= usd_per_gpu_hour <= MOST_USD
+    if usd_per_gpu_hour is not None and not priced:
         raise FmsimError(
             f"usd_per_gpu_hour: give dollars from 0 to {MOST_USD:,}, not {short(usd_per_gpu_hour)}"
         )
@@ -278,6 +280,9 @@ def sweep_scenario(
     _check_count("jobs", jobs)
     _check_count("max_runs", max_runs)
     _check_seconds("timeout_s", timeout_s)
+    _check_source(scenario)
+    if not isinstance(grid, Iterable):
+        raise FmsimError(f"grid: give a mapping of keys to their values, not {short(grid)}")
     axes = (
         [_sweep.Axis.of(key, values) for key, values in grid.items()]
         if isinstance(grid, Mapping)
@@ -347,14 +352,50 @@ def _file(
     policies: Iterable[NamedPolicy] | NamedPolicy,
     overrides: Overrides,
 ) -> ScenarioFile:
-    if isinstance(scenario, ScenarioFile):
-        return scenario
+    chosen, texts = _several(policies), _texts(overrides)
+    if not isinstance(scenario, ScenarioFile):
+        _check_source(scenario)
+        return ScenarioFile(scenario, texts, chosen)
+    if chosen or texts:
+        raise FmsimError(
+            "scenario: a ScenarioFile has its policies and overrides; give these when it is made,"
+            f" or give {shown(scenario.path)} itself"
+        )
+    return scenario
+
+
+def _check_source(scenario: Source) -> None:
+    """Refuse what no scenario can be read from."""
     if not isinstance(scenario, (str, Path, Mapping, Scenario)):
         raise FmsimError(
             "scenario: give a file, a name of `fmsim scenario list`, or a mapping with its keys,"
             f" not {short(scenario)}"
         )
-    return ScenarioFile(scenario, _texts(overrides), _several(policies))
+
+
+def _check_pair(ledger: Ledger, timeline: Timeline, geometry: Geometry, hw: Hardware) -> None:
+    """Refuse a timeline that is not of the ledger's decode, as far as it knows.
+
+    An engine's timeline knows no names, and may lack the first step, which captures a CUDA graph.
+    """
+    made = isinstance(timeline, SimulatedTimeline)
+    if ledger.n_steps - len(timeline.start_s) not in ((0,) if made else (0, 1)):
+        raise FmsimError(
+            f"timeline: has {len(timeline.start_s)} steps, the ledger {ledger.n_steps}; give the"
+            " ledger that it was made of"
+        )
+    if not isinstance(timeline, SimulatedTimeline):
+        return
+    for name, of_timeline, other in (
+        ("policy", timeline.policy, ledger.policy),
+        ("model", timeline.model, geometry.name),
+        ("hardware", timeline.hardware, hw.name),
+    ):
+        if of_timeline != other:
+            raise FmsimError(
+                f"{name}: the timeline is of {shown(of_timeline)}, not {shown(other)}; give both"
+                " the same"
+            )
 
 
 def _several(policies: Iterable[NamedPolicy] | NamedPolicy) -> list[NamedPolicy]:
@@ -375,15 +416,21 @@ def _check_count(name: str, value: int | None) -> None:
 
 def _check_seconds(name: str, value: float) -> None:
     """Refuse what is no time above zero; infinity is no limit."""
-    if not value > 0:  # NaN is not
+    number = isinstance(value, Real) and not isinstance(value, bool)
+    if not number or not value > 0:  # NaN is not
         raise FmsimError(f"{name}: give seconds above zero, not {short(value)}")
 
 
 def _texts(overrides: Overrides) -> list[str]:
     """Overrides as `--set` writes them."""
-    if not isinstance(overrides, Mapping):
-        return list(overrides)
-    return [f"{key}={_sweep.text_of(value)}" for key, value in overrides.items()]
+    if isinstance(overrides, Mapping):
+        return [f"{key}={_sweep.text_of(key, value)}" for key, value in overrides.items()]
+    texts = list(overrides) if isinstance(overrides, Iterable) else [overrides]
+    if isinstance(overrides, str) or not all(isinstance(text, str) for text in texts):
+        raise FmsimError(
+            f"overrides: give a mapping of keys to values, or texts, not {short(overrides)}"
+        )
+    return texts
 
 
 def _geometry(model: str | Path | Geometry) -> Geometry:

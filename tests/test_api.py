@@ -124,6 +124,19 @@ def test_names_and_objects_of_models_and_hardware_are_alike(folder):
     made = fmsim.row(ledger, fmsim.simulate_decode(ledger, batch=2, **how), **how)
     # what was answered is known of a scenario's model, not of a ledger
     assert named == made and list(named) == [name for name in RUN_FIELDS if name != "answers_kept"]
+    late = fmsim.simulate_decode(ledger)
+    assert fmsim.row(ledger, late.after(1))["mass_kept"] == 1  # an engine's, without its first step
+    other = fmsim.replay_trace(folder / "small.safetensors", "full", max_steps=40)
+    shorter = fmsim.replay_trace(folder / "small.safetensors", "lru", max_steps=39)
+    for call, says in (
+        (lambda: fmsim.row(ledger, late, hardware="h200"), "hardware: .* of h100, not h200"),
+        (lambda: fmsim.row(other, late), "policy: the timeline is of lru, not full"),
+        (lambda: fmsim.row(shorter, late), "timeline: has 40 steps, the ledger 39"),
+        (lambda: fmsim.row(ledger, fmsim.simulate_decode(shorter)), "has 39 steps, the ledger 40"),
+        (lambda: fmsim.row(ledger, late.after(2)), "has 38 steps, the ledger 40"),
+    ):
+        with pytest.raises(FmsimError, match=says):
+            call()
     with pytest.raises(FmsimError, match="did you mean 'v4-flash'"):
         fmsim.replay_trace(folder / "small.safetensors", "lru", model="v4-flsh")
 
@@ -145,7 +158,9 @@ def test_a_scenario_may_be_made_in_python(folder):
         "trace": folder / "small.safetensors",
         "policies": ["lru", Newest, {"policy": Newest, "label": "wide", "budget": "30%"}],
     }
-    report = fmsim.run_scenario(keys, overrides={"policies.newest.budget": "5%", "batch": 2})
+    report = fmsim.run_scenario(
+        keys, overrides={"policies.newest.budget": "5%", "batch": np.int64(2)}
+    )
     assert [run.label for run in report.runs] == ["lru", "newest", "wide"]
     assert [run.ledger.params["budget"] for run in report.runs] == ["2x topk", "5%", "30%"]
     scenario = fmsim.Scenario.model_validate(keys)
@@ -194,7 +209,7 @@ def test_a_report_shows_itself_and_escapes_what_it_shows(folder):
 def test_a_sweep_runs_what_has_no_row_yet(folder):
     out = folder / "rows.jsonl"
     told = []
-    grid = {"batch": [1, 2], "policies.*.budget": ["5%", "10%"]}
+    grid = {"batch": np.arange(1, 3), "policies.*.budget": ["5%", "10%"]}
     sweep = lambda policies: fmsim.sweep_scenario(
         folder / "small.yaml", grid, policies, out=out, progress=lambda *event: told.append(event)
     )
@@ -287,9 +302,38 @@ def test_reading_a_scenario_runs_no_code(folder):
             "timeout_s: give seconds above",
         ),
         (lambda: fmsim.plan_capacity("32k", ["full"], hardware="h10"), "no hardware preset 'h10'"),
+        (lambda: fmsim.plan_capacity("32k", usd_per_gpu_hour="3"), "give dollars from 0"),
+        (lambda: fmsim.plan_capacity("32k", tpot_s="50ms"), "tpot_s: give seconds above.*'50ms'"),
+        (lambda: fmsim.run_scenario("32k", timeout_s="3"), "timeout_s: give seconds above"),
+        (lambda: fmsim.run_scenario("32k", timeout_s=None), "timeout_s: give seconds above"),
+        (lambda: fmsim.run_scenario("32k", overrides="batch=2"), "overrides: give a mapping"),
+        (lambda: fmsim.run_scenario("32k", overrides=[5]), "overrides: give a mapping"),
+        (
+            lambda: fmsim.run_scenario("32k", overrides={"batch": {5}}),
+            r"^batch: give a number.*\{5\}",
+        ),
+        (
+            lambda: fmsim.run_scenario({"name": "a", "trace": "any", "policies": None}),
+            "policies: give a list.*not None",
+        ),
+        (
+            lambda: fmsim.run_scenario(api.ScenarioFile("32k"), ["lru"]),
+            "scenario: a ScenarioFile has its policies and overrides",
+        ),
+        (
+            lambda: fmsim.plan_capacity(api.ScenarioFile("32k"), overrides={"batch": 64}),
+            "scenario: a ScenarioFile has its policies and overrides",
+        ),
+        (
+            lambda: fmsim.sweep_scenario(api.ScenarioFile("32k"), {"batch": [1]}),
+            "scenario: give a file.*not <.*ScenarioFile",
+        ),
         (lambda: fmsim.sweep_scenario("32k", {"batch": []}, ["full"]), "grid: batch has no values"),
         (lambda: fmsim.sweep_scenario("32k", {"batch": [1]}, jobs=-1), "jobs: give a whole number"),
         (lambda: fmsim.sweep_scenario("32k", {"batch": [1]}, max_runs=0), "max_runs: give a whole"),
+        (lambda: fmsim.sweep_scenario("32k", {"batch": 3}), "grid: batch needs a list.*not 3"),
+        (lambda: fmsim.sweep_scenario("32k", {"hardware": "h100"}), "grid: hardware needs a list"),
+        (lambda: fmsim.sweep_scenario("32k", 3), "grid: give a mapping"),
     ],
 )
 def test_a_wrong_argument_is_told_by_its_name(call, says):

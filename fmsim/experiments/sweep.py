@@ -12,15 +12,15 @@ import math
 import os
 import pickle
 import sys
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 from fmsim import __version__
-from fmsim.errors import DoesNotFit, FmsimError, shown
-from fmsim.experiments.results.rows import Row, RowFile, flat
+from fmsim.errors import DoesNotFit, FmsimError, short, shown
+from fmsim.experiments.results.rows import Row, RowFile, flat, plain
 from fmsim.experiments.run import Setting, build, build_policies
 from fmsim.experiments.serve import serve_policy
 from fmsim.experiments.workers.failures import TIMEOUT_S
@@ -77,15 +77,22 @@ class Axis:
     @classmethod
     def of(cls, key: str, values: Iterable[Any]) -> Axis:
         """An axis of values made in Python. Raises FmsimError where there are none."""
-        axis = cls(key, tuple((text_of(value), value) for value in values))
+        if isinstance(values, (str, Mapping)) or not isinstance(values, Iterable):
+            raise FmsimError(f"grid: {shown(key)} needs a list of values, not {short(values)}")
+        axis = cls(key, tuple((text_of(key, value), plain(value)) for value in values))
         if not axis.values:
             raise FmsimError(f"grid: {shown(key)} has no values; give one or more")
         return axis
 
 
-def text_of(value: Any) -> str:
-    """A value as `--set` writes it."""
-    return str(value) if isinstance(value, (str, Path)) else json.dumps(value)
+def text_of(key: str, value: Any) -> str:
+    """A key's value as `--set` writes it. Raises FmsimError for what no scenario can hold."""
+    try:
+        return str(value) if isinstance(value, (str, Path)) else json.dumps(value, default=plain)
+    except (TypeError, ValueError):
+        raise FmsimError(
+            f"{shown(key)}: give a number, a text, a list or a mapping, not {short(value)}"
+        ) from None
 
 
 def _number(text: str) -> int | float | None:

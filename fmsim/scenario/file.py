@@ -273,6 +273,8 @@ def _raw(source: Mapping[str, Any] | Scenario) -> dict[str, Any]:
     """The keys of a scenario that was made in Python, as a file would hold them."""
     if not isinstance(source, Scenario):
         entries = source.get("policies", ())
+        if isinstance(entries, (str, Mapping)) or not isinstance(entries, Iterable):
+            return dict(source)  # what is wrong is told as of a file
         copies = [dict(entry) if isinstance(entry, Mapping) else entry for entry in entries]
         return dict(source) | {"policies": copies}
     policies = [{"policy": s.policy, "label": s.label} | s.params for s in source.policies]
