@@ -2,10 +2,12 @@
 
 import numpy as np
 import pytest
+from hand_trace import HandTrace
 
 from fmsim.errors import PolicyError
 from fmsim.policies import guard, registry
 from fmsim.policies.base import Context, Pins, Policy
+from fmsim.replay.replayer import Replayer
 
 
 def guarded(**methods):
@@ -124,6 +126,8 @@ def test_a_layer_is_missed_only_once_the_policy_saw_the_trace():
     assert guard.Guarded(seen.policy, [0, 5]).target_layers() == (7,)
     with pytest.raises(PolicyError, match=r"target_layers returned \(7,\)"):
         seen.target_layers()
+    with pytest.raises(PolicyError, match=r"target_layers .* among the trace's, \[0, 1\]"):
+        Replayer(HandTrace([[[0], [0]]])).run(seen.policy)
 
 
 def test_integer_worths_reach_to_the_bound_of_their_bits():
