@@ -7,7 +7,7 @@ import importlib.util
 import inspect
 import pickle
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, fields, replace
 from functools import cached_property
 from typing import Any
@@ -16,6 +16,7 @@ import numpy as np
 
 from fmsim.policies import registry
 from fmsim.policies.base import Context, Observation, Policy, PolicyParams
+from fmsim.policies.guard import is_whole
 from fmsim.replay.cache_manager import CacheManager
 from fmsim.replay.decode_loop import DecodeLoop
 from fmsim.replay.ledger import Ledger
@@ -107,8 +108,10 @@ def parameters(policy: type[Policy] | Policy) -> None:
         f"policy {made.name}: made of its own parameters it has others"
     )
     layers = made.target_layers()
-    assert all(isinstance(layer, int) and layer >= 0 for layer in layers), (
-        f"policy {made.name}: target_layers returned {layers!r}, not numbers of layers from 0"
+    numbers = isinstance(layers, Sequence) and all(map(is_whole, layers))
+    assert numbers and min(layers, default=0) >= 0 and len(set(layers)) == len(layers), (
+        f"policy {made.name}: target_layers returned {layers!r}, not different numbers of layers"
+        " from 0"
     )
 
 

@@ -8,6 +8,9 @@ from fmsim.errors import PolicyError
 from fmsim.policies import guard, registry
 from fmsim.policies.base import Context, Pins, Policy
 from fmsim.replay.replayer import Replayer
+from fmsim.testing import rules
+
+NO_LAYERS = (None, 5, "abc", (0.5,), (True,), (-1,), (0, 0))
 
 
 def guarded(**methods):
@@ -74,7 +77,7 @@ def guarded(**methods):
                 lambda g: g.target_layers(),
                 r"reset: target_layers returned .* CSA layers among the trace's, \[0, 5\]",
             )
-            for layers in (None, 5, "abc", (0.5,), (True,), (-1,), (0, 0), (0, 1))
+            for layers in (*NO_LAYERS, (0, 1))
         ),
         (
             {"worth": lambda self, step, pages: np.ma.zeros(pages.shape, np.float32)},
@@ -138,3 +141,10 @@ def test_integer_worths_reach_to_the_bound_of_their_bits():
     assert "has dtype float64" in guard.fault_of(np.zeros(pages), pages)
     assert "is NaN" in guard.fault_of(np.array([[0, np.nan]], np.float32), pages)
     assert guard.fault_of(np.full(pages, np.inf, np.float32), pages) is None
+
+
+@pytest.mark.parametrize("layers", NO_LAYERS)
+def test_the_conformance_kit_tells_of_no_layers_too(layers):
+    odd = guarded(target_layers=lambda self: layers).policy
+    with pytest.raises(AssertionError, match="target_layers returned .*, not different numbers"):
+        rules.parameters(odd)
